@@ -1,0 +1,27 @@
+# Two commands for a fresh machine: `make train` runs the embedded demo, `make test` the whole test suite.
+PYTHON ?= python3
+VENV ?= .venv
+INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: train test clean
+
+train: $(VENV)/.installed
+	$(VENV)/bin/iisan-fast train
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest -q
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.installed-dev: setup.py constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

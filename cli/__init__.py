@@ -1,0 +1,47 @@
+"""The command line: thin click commands over the library."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import click
+
+from .. import __version__
+from ..errors import InputError
+from .evaluate import evaluate
+from .extract import extract
+from .stats import stats
+from .train import train
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="iisan-fast")
+def cli() -> None:
+    """Train IISAN: a small side network on frozen text and image encoders, for sequential recommendation."""
+
+
+for command in (stats, extract, train, evaluate):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """The `iisan-fast` program: exit code 2 and one line on standard error for bad input."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("iisan_fast").setLevel(logging.INFO)
+    try:
+        sys.exit(cli.main(standalone_mode=False, prog_name="iisan-fast"))
+    except InputError as error:
+        _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help())
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(2)

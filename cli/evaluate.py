@@ -1,0 +1,30 @@
+"""iisan-fast evaluate: a finished run's figures again, at any cut-off, on either split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..config import EvaluationConfig
+from .options import FOLDER, device_option, json_option, k_option, torch_device
+from .output import print_json, print_metrics
+
+
+@click.command()
+@click.argument("run", type=FOLDER)
+@click.option("--split", type=click.Choice(["test", "validation"]), default="test", help="Which targets.")
+@k_option
+@click.option("--chunk-mib", type=int, default=EvaluationConfig().chunk_mib, help="Memory for scores, MiB.")
+@device_option
+@json_option
+def evaluate(run: Path, split: str, ks: tuple[int, ...], chunk_mib: int, device: str, as_json: bool) -> None:
+    """Print the metrics of RUN's best checkpoint over the full catalogue, history masked and unmasked."""
+    from ..trainer import evaluate_run
+
+    result = evaluate_run(run, split, EvaluationConfig(ks or (10,), chunk_mib=chunk_mib), torch_device(device))
+    if as_json:
+        print_json(result)
+        return
+    title = f"{run}, epoch {result['best_epoch']}"
+    print_metrics(title, {"iisan": result[split], "popularity": result["popularity"]})

@@ -1,0 +1,40 @@
+"""Options and value types that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..config import ProtocolConfig
+from ..errors import InputError
+
+FOLDER = click.Path(path_type=Path)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+device_option = click.option("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:N.")
+k_option = click.option("--k", "ks", type=int, multiple=True, help="A cut-off of HR and NDCG; may be repeated. [10]")
+
+
+def protocol_options(command):
+    """--min-interactions and --max-inputs."""
+    defaults = ProtocolConfig()
+    command = click.option("--max-inputs", type=int, default=defaults.max_inputs, help="Items a history feeds in.")(command)
+    return click.option(
+        "--min-interactions", type=int, default=defaults.min_interactions, help="Users with fewer are dropped."
+    )(command)
+
+
+def torch_device(name: str):
+    """The named torch device, or InputError where it is not to be had."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device: expected auto, cpu, cuda or cuda:N, found {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device

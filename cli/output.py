@@ -1,0 +1,63 @@
+"""How figures are printed: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_counts(title: str, rows: dict[str, str]) -> None:
+    """A two-column table of names and values."""
+    table = Table(title=title, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    _print(table)
+
+
+def print_metrics(title: str, reports: dict[str, dict[str, Any]]) -> None:
+    """Metrics in percent: for each report, history masked and unmasked, all targets, warm and cold ones."""
+    any_report = next(iter(reports.values()))
+    names = [name for name in any_report["masked"] if name not in ("warm", "cold")]
+    table = Table(title=title, caption=_caption(any_report))
+    for column in ("", "history", "targets"):
+        table.add_column(column)
+    for name in names:
+        table.add_column(name.upper(), justify="right")
+    for label, report in reports.items():
+        for history in ("masked", "unmasked"):
+            figures = report[history]
+            for part, values in (("all", figures), ("warm", figures["warm"]), ("cold", figures["cold"])):
+                table.add_row(label, history, part, *(percent(values[name]) for name in names))
+        table.add_section()
+    _print(table)
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction as a percentage with two decimals."""
+    return "-" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def _caption(report: dict[str, Any]) -> str:
+    warm, cold = report["masked"]["warm"]["users"], report["masked"]["cold"]["users"]
+    return (
+        f"percent; {report['split']} targets of {report['users']:,} users: {warm:,} warm, {cold:,} cold, "
+        f"{report['unreachable']:,} in their own history (a miss when masked)"
+    )
+
+
+def _print(table: Table) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table)

@@ -1,0 +1,63 @@
+"""Checkpoints: weights, optimizer state and a little JSON in one safetensors file that is whole or absent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .files import write_atomically
+
+ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Writes tensors, and state as JSON in the file's metadata; an older file is replaced at once or not at all."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, safetensors.torch.save(contiguous, metadata={"state": json.dumps(state)}))
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors on the CPU, state) of a checkpoint. Raises InputError if it is missing or damaged."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            return {name: file.get_tensor(name) for name in file.keys()}, state
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except (safetensors.SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a checkpoint of this program, or damaged ({error})") from None
+
+
+def adam_tensors(model: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
+    """Adam's state as named tensors: adam.<kind>.<parameter's name>."""
+    return {
+        f"adam.{kind}.{name}": optimizer.state[parameter][kind]
+        for name, parameter in model.named_parameters()
+        for kind in ADAM_STATE
+    }
+
+
+def load_adam(model: nn.Module, optimizer: torch.optim.Adam, tensors: dict[str, Tensor]) -> None:
+    """Puts `adam_tensors` back."""
+    for name, parameter in model.named_parameters():
+        for kind in ADAM_STATE:
+            tensor = tensors[f"adam.{kind}.{name}"]
+            # Adam keeps its step counter on the CPU, the rest beside the parameter.
+            optimizer.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
+
+
+def model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's weights, under the model's own names."""
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights under the names that checkpoints use."""
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}

@@ -1,0 +1,85 @@
+"""Full-catalogue metrics from the ranks of held-out targets: HR@K, NDCG@K and MRR, and the popularity baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import kernels
+from .config import EvaluationConfig
+from .errors import InputError
+from .sequences import Sequences, Split
+
+BYTES_PER_SCORE = 16  # a score, and what counting makes of it
+
+
+def evaluate(
+    queries: Tensor, vectors: Tensor, sequences: Sequences, split_name: str, config: EvaluationConfig
+) -> dict[str, Any]:
+    """Metrics of one split, as fractions, with the history masked and unmasked, for warm and cold targets.
+
+    Args: queries [users, d]; vectors [items, d], item number i in row i - 1. Raises InputError where a score is not
+    finite. A masked target that stands in its user's own history is unreachable: it counts as a miss.
+    """
+    split = sequences.split(split_name)
+    warm = sequences.training_counts[split.targets] > 0
+    report: dict[str, Any] = {
+        "split": split_name,
+        "users": len(split.targets),
+        "unreachable": int((~split.reachable).sum()),
+        "history_masked_by_default": config.mask_history,
+    }
+    for name, masked in (("masked", True), ("unmasked", False)):
+        ranks = target_ranks(queries, vectors, split, masked, config.chunk_mib)
+        report[name] = {
+            **metrics(ranks, config.ks),
+            "warm": {"users": int(warm.sum()), **metrics(ranks[warm], config.ks)},
+            "cold": {"users": int((~warm).sum()), **metrics(ranks[~warm], config.ks)},
+        }
+    return report
+
+
+def popularity_baseline(sequences: Sequences, split_name: str, config: EvaluationConfig) -> dict[str, Any]:
+    """The same metrics for ranking every user's catalogue by training count."""
+    counts = torch.from_numpy(sequences.training_counts[1:, None]).double()
+    queries = torch.ones(len(sequences.user_ids), 1, dtype=torch.float64)
+    return evaluate(queries, counts, sequences, split_name, config)
+
+
+def target_ranks(queries: Tensor, vectors: Tensor, split: Split, masked: bool, chunk_mib: int) -> np.ndarray:
+    """float64 [users]: each target's rank from 1, infinite where masked and unreachable."""
+    history = split.history if masked else split.history[:, :0]
+    ranks = kernels.target_rank(
+        queries,
+        vectors,
+        torch.from_numpy(split.targets - 1).to(queries.device),
+        torch.from_numpy(history - 1).to(queries.device),
+        chunk_elements=chunk_mib * 2**20 // BYTES_PER_SCORE,
+    )
+    broken = ranks.isnan()
+    if broken.any():
+        raise InputError(
+            f"{int(broken.sum())} of {len(ranks)} users have a score that is not finite; "
+            "the model has diverged or the hidden states are damaged"
+        )
+    return ranks.cpu().numpy()
+
+
+def metrics(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, float | None]:
+    """HR@K, NDCG@K for each K, and MRR, as means over ranks; None where there are none."""
+    if not len(ranks):
+        return {name: None for k in ks for name in (f"hr@{k}", f"ndcg@{k}")} | {"mrr": None}
+    values = {}
+    for k in ks:
+        hit = ranks <= k
+        values[f"hr@{k}"] = float(hit.mean())
+        values[f"ndcg@{k}"] = float(np.where(hit, 1 / np.log2(ranks + 1), 0).mean())
+    return values | {"mrr": float((1 / ranks).mean())}
+
+
+def leading(report: dict[str, Any]) -> dict[str, Any]:
+    """The figures that lead: masked ones, unless the evaluation was told to lift the mask."""
+    return report["masked" if report["history_masked_by_default"] else "unmasked"]

@@ -1,0 +1,192 @@
+"""Hidden states at rest and at hand: the LMDB store that extraction fills, and the feature table that training reads.
+
+A store is a folder with `states.lmdb` (one entry per item and view: a digest of the item's content, then its kept
+layers) and `manifest.json` (what every view was made with). States of different encoders or settings never mix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InputError, first_few
+from .files import write_atomically
+
+FORMAT_VERSION = 1
+DIGEST_BYTES = 16
+MAX_KEY_BYTES = 511  # LMDB's own limit
+NOT_COMPARED = ("encoder", "versions")  # where the weights lie and what read them may change; the rest may not
+
+
+class Store:
+    """A folder of hidden states. Use as a context manager."""
+
+    def __init__(self, path: Path, writable: bool = False) -> None:
+        """Opens a store; a writable one is created where there is none. Raises InputError if it is unreadable."""
+        self.path = path
+        self.manifest = _read_manifest(path, missing_ok=writable)
+        if writable:
+            path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._env = lmdb.open(
+                str(path / "states.lmdb"),
+                readonly=not writable,
+                lock=writable or os.access(path, os.W_OK),
+                readahead=False,
+                meminit=False,
+                map_size=1 << 20,
+            )
+        except lmdb.Error as error:
+            raise InputError(f"{path}: the cache cannot be opened ({error})") from None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._env.close()
+
+    @property
+    def views(self) -> dict[str, dict[str, Any]]:
+        """{view's name: what it was made with}, in the order the views were added."""
+        return self.manifest["views"]
+
+    def check_views(self, descriptions: dict[str, dict[str, Any]]) -> None:
+        """Raises InputError where a view stands here already and was made otherwise, saying what differs."""
+        for name, description in descriptions.items():
+            recorded = self.views.get(name, description)
+            different = [
+                f"{key} {_short(recorded.get(key))} there, {_short(description.get(key))} now"
+                for key in sorted({*recorded, *description} - set(NOT_COMPARED))
+                if recorded.get(key) != description.get(key)
+            ]
+            if different:
+                raise InputError(
+                    f"{self.path}: view {name!r} was made otherwise: {'; '.join(different)}; "
+                    f"restore the old settings or choose another --cache"
+                )
+
+    def add_views(self, descriptions: dict[str, dict[str, Any]]) -> None:
+        """Records the views that are new here, after `check_views`."""
+        self.check_views(descriptions)
+        for name, description in descriptions.items():
+            self.views.setdefault(name, description)
+        write_atomically(self.path / "manifest.json", json.dumps(self.manifest, indent=2).encode())
+
+    def digests(self, view: str, item_ids: Iterable[str]) -> Iterable[bytes | None]:
+        """The content digest stored with each item's states, None where there are none."""
+        with self._env.begin(buffers=True) as transaction:
+            for item_id in item_ids:
+                value = transaction.get(_key(view, item_id))
+                yield None if value is None else bytes(value[:DIGEST_BYTES])
+
+    def write(self, view: str, item_ids: list[str], digests: list[bytes], states: Tensor) -> None:
+        """Stores states [N, K, D], already in the store's dtype, in one transaction: all of them or none."""
+        arrays = _as_bytes_array(states)
+        entries = [
+            (_key(view, item_id), digest + array.tobytes())
+            for item_id, digest, array in zip(item_ids, digests, arrays)
+        ]
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for key, value in entries:
+                        transaction.put(key, value)
+                return
+            except lmdb.MapFullError:
+                self._env.set_mapsize(2 * self._env.info()["map_size"])
+
+    def read(self, view: str, item_ids: list[str], into: Tensor) -> None:
+        """Fills into [N, K, D], of the store's dtype, with the items' states. Raises InputError if any is missing."""
+        target = _as_bytes_array(into)
+        size = target[0].nbytes
+        missing = []
+        with self._env.begin(buffers=True) as transaction:
+            for row, item_id in enumerate(item_ids):
+                value = transaction.get(_key(view, item_id))
+                if value is None:
+                    missing.append(item_id)
+                elif len(value) != DIGEST_BYTES + size:
+                    raise InputError(
+                        f"{self.path}: view {view!r}, item {item_id!r}: expected {size} bytes of states, "
+                        f"found {len(value) - DIGEST_BYTES}; extract into a new --cache"
+                    )
+                else:
+                    target[row] = np.frombuffer(value, dtype=target.dtype, offset=DIGEST_BYTES).reshape(target[row].shape)
+        if missing:
+            raise InputError(
+                f"{self.path}: view {view!r} lacks {len(missing)} of {len(item_ids)} items "
+                f"({first_few(missing, len(missing))}); run iisan-fast extract"
+            )
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """The kept layers of every item, one tensor a view; row 0 is padding and holds zeros."""
+
+    views: tuple[Tensor, ...]  # each [items + 1, K, D]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(kept layers K, width D) of each view."""
+        return [(view.shape[1], view.shape[2]) for view in self.views]
+
+    def gather(self, items: Tensor) -> list[Tensor]:
+        """One [len(items), K, D] tensor a view, for item numbers int64 [N]."""
+        return [view[items] for view in self.views]
+
+
+def load_table(cache: Path, views: Iterable[str], item_ids: list[str], device: torch.device) -> FeatureTable:
+    """Reads the named views of a store into memory on the device, in the store's dtype."""
+    tables = []
+    with Store(cache) as store:
+        for name in views:
+            if name not in store.views:
+                raise InputError(f"{cache}: no view {name!r}; it has {', '.join(store.views) or 'none'}")
+            view = store.views[name]
+            shape = (len(item_ids) + 1, len(view["layers"]), view["width"])
+            table = torch.zeros(shape, dtype=getattr(torch, view["dtype"]))
+            store.read(name, item_ids, table[1:])
+            tables.append(table.to(device))
+    return FeatureTable(tuple(tables))
+
+
+def _read_manifest(path: Path, missing_ok: bool) -> dict[str, Any]:
+    file = path / "manifest.json"
+    if not file.exists():
+        if missing_ok and not (path / "states.lmdb").exists():
+            return {"format": FORMAT_VERSION, "views": {}}
+        raise InputError(f"{path}: not a cache of hidden states (no manifest.json); run iisan-fast extract")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{file}: not a manifest of hidden states") from None
+    if version != FORMAT_VERSION:
+        raise InputError(f"{file}: format {version}, expected {FORMAT_VERSION}; extract into a new --cache")
+    return manifest
+
+
+def _key(view: str, item_id: str) -> bytes:
+    key = f"{view}\0{item_id}".encode()
+    return key if len(key) <= MAX_KEY_BYTES else f"{view}\0\0".encode() + sha256(key).digest()
+
+
+def _as_bytes_array(states: Tensor) -> np.ndarray:
+    """The tensor's memory as integers of the same width: numpy has no bfloat16."""
+    integer = {2: torch.int16, 4: torch.int32}[states.element_size()]
+    return states.contiguous().cpu().view(integer).numpy()
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,33 @@
+"""Progress bars on standard error, shown only where a person watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Advance = Callable[..., None]
+
+
+@contextmanager
+def progress_bar(description: str, total: int, unit: str) -> Iterator[Advance]:
+    """Yields advance(count, note=""): `total` things of `unit`, their speed and the time left, and a short note."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total, speed="", note="")
+
+        def advance(count: int, note: str = "") -> None:
+            speed = bar.tasks[0].speed
+            bar.update(task, advance=count, note=note, speed=f"{speed:,.0f} {unit}/s" if speed else "")
+
+        yield advance

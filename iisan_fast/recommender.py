@@ -1,0 +1,99 @@
+"""The recommender: item vectors from hidden states, user states from item vectors, one loss and one score."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+from .batches import Batch
+from .config import ModelConfig, RunConfig
+from .hidden_states import FeatureTable
+from .sasrec import SASRec, StatelessDropout
+from .side_network import Heads, SideNetwork, SideTower, ViewShape
+
+ITEMS_AT_ONCE = 2048
+USERS_AT_ONCE = 1024
+
+
+class Recommender(nn.Module):
+    """IISAN or IISAN-Versa over a feature table, with SASRec on top."""
+
+    def __init__(
+        self, views: list[ViewShape], config: ModelConfig, max_inputs: int, popularity: np.ndarray, seed: int
+    ) -> None:
+        """views: (K, D) of each view; popularity float64 [items + 1]; seed draws the weights and the dropout."""
+        super().__init__()
+        self.config, self.seed = config, seed
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.side_network = SideNetwork(views, config)
+            self.heads = Heads(self.side_network.output_widths, config)
+            self.sequence_encoder = SASRec(config, max_inputs)
+        self.register_buffer("log_popularity", torch.from_numpy(popularity).log(), persistent=False)
+
+    def loss(self, batch: Batch, table: FeatureTable) -> Tensor:
+        """Mean debiased in-batch cross-entropy over the batch's rows (IISAN, equation 5)."""
+        vectors = self.item_vectors(table, batch.distinct)
+        real = batch.inputs >= 0
+        x = vectors[batch.inputs.clamp(min=0)] * real[..., None]
+        hidden = self.sequence_encoder(x, real, self._dropout(batch))
+        return kernels.inbatch_cross_entropy(
+            queries=hidden.flatten(0, 1)[batch.rows],
+            items=vectors,
+            targets=batch.targets,
+            row_users=batch.row_users,
+            history_bits=batch.history_bits,
+            log_multiplicity=batch.multiplicity.to(vectors.dtype).log(),
+            log_popularity=self.log_popularity[batch.distinct].to(vectors.dtype),
+        )
+
+    def item_vectors(self, table: FeatureTable, items: Tensor) -> Tensor:
+        """[len(items), d] for item numbers int64 [N]."""
+        return self.heads(self.side_network(table.gather(items)))
+
+    @torch.inference_mode()
+    def catalogue_vectors(self, table: FeatureTable) -> Tensor:
+        """[items, d]: every item's vector, item number i in row i - 1."""
+        numbers = torch.arange(1, len(table.views[0]), device=table.views[0].device)
+        return torch.cat([self.item_vectors(table, part) for part in numbers.split(ITEMS_AT_ONCE)])
+
+    @torch.inference_mode()
+    def user_states(self, vectors: Tensor, inputs: np.ndarray) -> Tensor:
+        """[users, d] after each user's inputs (int64 [users, max_inputs], right-aligned, 0 for padding)."""
+        states = []
+        for part in torch.from_numpy(inputs).split(USERS_AT_ONCE):
+            part = part.to(vectors.device)
+            real = part > 0
+            x = vectors[(part - 1).clamp(min=0)] * real[..., None]
+            states.append(self.sequence_encoder(x, real)[:, -1])
+        return torch.cat(states)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Every trainable parameter under the name of its learning rate, once."""
+        towers = [module for module in self.side_network.modules() if isinstance(module, SideTower)]
+        gates = [tower.gate for tower in towers if tower.gate is not None]
+        adapters = [parameter for tower in towers for parameter in tower.parameters() if parameter is not tower.gate]
+        align = [parameter for name, parameter in self.side_network.named_parameters() if name.startswith("align_")]
+        groups = {
+            "adapters": adapters,
+            "gates": gates,
+            "heads": [*align, *self.heads.parameters()],
+            "sequence_encoder": list(self.sequence_encoder.parameters()),
+        }
+        grouped = [id(parameter) for group in groups.values() for parameter in group]
+        assert sorted(grouped) == sorted(id(parameter) for parameter in self.parameters() if parameter.requires_grad)
+        return groups
+
+    def _dropout(self, batch: Batch) -> StatelessDropout | None:
+        if not self.training:
+            return None
+        length, slots = batch.inputs.shape[1], self.sequence_encoder.max_inputs
+        positions = torch.arange(slots - length, slots, device=batch.inputs.device)
+        return StatelessDropout(self.config.dropout, self.seed, batch.step, batch.users, positions)
+
+
+def build_recommender(views: list[ViewShape], config: RunConfig, popularity: np.ndarray) -> Recommender:
+    """The recommender of a run's configuration."""
+    return Recommender(views, config.model, config.protocol.max_inputs, popularity, config.train.seed)

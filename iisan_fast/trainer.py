@@ -1,0 +1,230 @@
+"""Training: the loop over epochs, validation after each, the best checkpoint, and the test set once with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import Batch, epoch_batches, steps_per_epoch
+from .checkpoint import adam_tensors, load_adam, load_checkpoint, model_tensors, named_weights, save_checkpoint
+from .config import EvaluationConfig, RunConfig, TrainConfig
+from .errors import InputError
+from .evaluate import evaluate, leading, popularity_baseline
+from .hidden_states import FeatureTable, Store, load_table
+from .progress import progress_bar
+from .recommender import build_recommender
+from .run_folder import RunFolder
+from .sequences import Sequences, load_dataset
+
+LOGGER = logging.getLogger(__name__)
+SELECTED_BY = 10  # HR@10 on validation chooses the best epoch
+
+
+@dataclass
+class Progress:
+    """Where a run stands after its last finished epoch."""
+
+    epoch: int = 0  # epochs finished
+    best_epoch: int = 0  # counted from 1; 0 before the first
+    best_hr: float = -1.0
+    lines: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
+
+    def finished(self, config: TrainConfig) -> bool:
+        """Early stop: the first epoch after more than `patience` without a better one."""
+        return self.epoch >= config.max_epochs or self.epoch - self.best_epoch > config.patience
+
+
+def train(
+    config: RunConfig, out: Path, device: torch.device, on_epoch: Callable[[dict[str, Any]], None] = lambda line: None
+) -> dict[str, Any]:
+    """Trains a new run into the folder `out` and returns its test figures.
+
+    `on_epoch` gets each finished epoch's line of metrics.jsonl. Raises InputError for input that cannot be used, or
+    when the loss stops being finite; nothing is written before the dataset, the states and the model are at hand.
+    """
+    RunFolder(out).refuse_if_used()
+    sequences = load_dataset(Path(config.dataset), config.protocol).sequences
+    table, views = _load_views(config, sequences, device)
+    trainer = Trainer(config, sequences, table, device)
+    folder = RunFolder.create(out, config, views, sequences, device)
+    return trainer.run(folder, on_epoch)
+
+
+def resume(
+    out: Path, device: torch.device, on_epoch: Callable[[dict[str, Any]], None] = lambda line: None
+) -> dict[str, Any]:
+    """Continues a stopped run exactly as if it had not been stopped; a finished one only says its figures again."""
+    folder = RunFolder.open(out)
+    if folder.test.exists():
+        LOGGER.info("%s is finished already", out)
+        return json.loads(folder.test.read_text(encoding="utf-8"))
+    config, sequences = folder.config, folder.sequences
+    table, views = _load_views(config, sequences, device)
+    if views != folder.views:
+        raise InputError(f"{config.cache}: its views are not those that {out} was trained on; restore that cache")
+    trainer = Trainer(config, sequences, table, device)
+    if folder.last.exists():
+        trainer.restore(folder)
+    return trainer.run(folder, on_epoch)
+
+
+class Trainer:
+    """One run in memory: model, optimizer, data, and where it stands."""
+
+    def __init__(self, config: RunConfig, sequences: Sequences, table: FeatureTable, device: torch.device) -> None:
+        self.config, self.sequences, self.table, self.device = config, sequences, table, device
+        self.model = build_recommender(table.shapes, config, sequences.popularity).to(device)
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": parameters, "lr": config.train.learning_rates[name]}
+                for name, parameters in self.model.parameter_groups().items()
+                if parameters
+            ]
+        )
+        self.progress = Progress()
+
+    def run(self, folder: RunFolder, on_epoch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Trains until the early stop or the last epoch, then tests the best checkpoint."""
+        with _deterministic():
+            while not self.progress.finished(self.config.train):
+                self._epoch(folder)
+                on_epoch(self.progress.lines[-1])
+            result = self._test(folder)
+        folder.write_test(result)
+        return result
+
+    def restore(self, folder: RunFolder) -> None:
+        """Goes back to the end of the run's last finished epoch."""
+        tensors, state = load_checkpoint(folder.last)
+        self.model.load_state_dict(model_tensors(tensors))
+        load_adam(self.model, self.optimizer, tensors)
+        self.progress = Progress(**state)
+        folder.write_metrics(self.progress.lines)  # a crash may have come between the checkpoint and its line
+
+    def step(self, batch: Batch) -> Tensor:
+        """One optimizer step; returns the loss before it, a scalar. Raises InputError if it is not finite."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model.loss(batch, self.table)
+        if not math.isfinite(loss.item()):
+            raise InputError(f"step {batch.step + 1}: the loss is {loss.item()}; lower the learning rates")
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def _epoch(self, folder: RunFolder) -> None:
+        progress, started = self.progress, time.perf_counter()
+        try:
+            loss = self._train_epoch()
+            trained = time.perf_counter()
+            vectors, report = self._validate()
+        except InputError as error:
+            kept = f"the checkpoint of epoch {progress.epoch} is kept" if progress.epoch else "no epoch was finished"
+            raise InputError(f"{folder.path}: stopped in epoch {progress.epoch + 1}: {error}; {kept}") from None
+        progress.epoch += 1
+        hr = leading(report)[f"hr@{SELECTED_BY}"]
+        improved = hr > progress.best_hr
+        if improved:
+            progress.best_epoch, progress.best_hr = progress.epoch, hr
+        interactions = len(self.sequences.training[1])
+        progress.lines.append(
+            {
+                "epoch": progress.epoch,
+                "loss": loss,
+                "best": improved,
+                "train_seconds": trained - started,
+                "validation_seconds": time.perf_counter() - trained,
+                "items_per_second": interactions / (trained - started),
+                "validation": report,
+            }
+        )
+        if improved:
+            tensors = {**named_weights(self.model), "item_vectors": vectors}
+            save_checkpoint(folder.best, tensors, {"epoch": progress.epoch})
+        # The last checkpoint carries the metrics, so that the two can never disagree after a crash.
+        tensors = {**named_weights(self.model), **adam_tensors(self.model, self.optimizer)}
+        save_checkpoint(folder.last, tensors, asdict(progress))
+        folder.write_metrics(progress.lines)
+
+    def _train_epoch(self) -> float:
+        """The mean loss over the epoch's rows."""
+        config, epoch = self.config.train, self.progress.epoch
+        self.model.train()
+        total = rows = 0.0
+        steps = steps_per_epoch(self.sequences, config.batch_users)
+        with progress_bar(f"epoch {epoch + 1}", len(self.sequences.training[1]), "items") as advance:
+            for batch in epoch_batches(self.sequences, config.batch_users, config.seed, epoch):
+                loss = self.step(batch.to(self.device)).item()
+                total += loss * len(batch.targets)
+                rows += len(batch.targets)
+                done = batch.step % steps + 1
+                advance(int(batch.multiplicity.sum()), note=f"loss {total / rows:.4f}, step {done} of {steps}")
+        return total / rows
+
+    def _validate(self) -> tuple[Tensor, dict[str, Any]]:
+        self.model.eval()
+        vectors = self.model.catalogue_vectors(self.table)
+        config = self.config.evaluation
+        config = replace(config, ks=tuple(sorted({*config.ks, SELECTED_BY})))
+        return vectors, self._report(vectors, "validation", config)
+
+    def _test(self, folder: RunFolder) -> dict[str, Any]:
+        tensors, state = load_checkpoint(folder.best)
+        self.model.load_state_dict(model_tensors(tensors))
+        self.model.eval()
+        return {
+            "best_epoch": state["epoch"],
+            "epochs": self.progress.epoch,
+            "trainable_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "test": self._report(tensors["item_vectors"].to(self.device), "test", self.config.evaluation),
+            "popularity": popularity_baseline(self.sequences, "test", self.config.evaluation),
+        }
+
+    def _report(self, vectors: Tensor, split: str, config: EvaluationConfig) -> dict[str, Any]:
+        states = self.model.user_states(vectors, self.sequences.split(split).inputs)
+        return evaluate(states, vectors, self.sequences, split, config)
+
+
+def evaluate_run(path: Path, split: str, evaluation: EvaluationConfig, device: torch.device) -> dict[str, Any]:
+    """Metrics of a run's best checkpoint on `validation` or `test`, from the run folder alone."""
+    folder = RunFolder.open(path)
+    config, sequences = folder.config, folder.sequences
+    tensors, state = load_checkpoint(folder.best)
+    shapes = [(len(view["layers"]), view["width"]) for view in folder.views.values()]
+    model = build_recommender(shapes, config, sequences.popularity)
+    model.load_state_dict(model_tensors(tensors))
+    model.to(device).eval()
+    vectors = tensors["item_vectors"].to(device)
+    states = model.user_states(vectors, sequences.split(split).inputs)
+    report = evaluate(states, vectors, sequences, split, evaluation)
+    return {"best_epoch": state["epoch"], split: report, "popularity": popularity_baseline(sequences, split, evaluation)}
+
+
+def _load_views(
+    config: RunConfig, sequences: Sequences, device: torch.device
+) -> tuple[FeatureTable, dict[str, Any]]:
+    with Store(Path(config.cache)) as store:
+        described = {name: store.views.get(name) for name in config.views}
+    return load_table(Path(config.cache), config.views, sequences.item_ids, device), described
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Same seed, same machine: same numbers, bit for bit."""
+    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,130 @@
+"""Every op in plain PyTorch: the specification that any faster form is compared with."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+GATE_TEMPERATURE = 0.1
+
+
+def side_tower(
+    first: Tensor,
+    second: Tensor | None,
+    gate: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    activation: str = "relu",
+) -> Tensor:
+    """One tower of the side network over K kept layers (IISAN, equations 2-4, in the released code's form).
+
+    SANB(x) = x + W_up act(W_down x + b_down) + b_up and g = sigmoid(gate / 0.1), from s = 0:
+    intra (second is None): s = SANB_i(g_i first_i + (1 - g_i) s);
+    inter: s = SANB_i(s + g_i first_i + (1 - g_i) second_i). Without gates every weight is 1.
+
+    Args: first, second [N, K, D] hidden states; gate [K]; down_weight [K, R, D]; down_bias [K, R];
+    up_weight [K, D, R]; up_bias [K, D]. Returns [N, D] in the weights' dtype.
+    """
+    act = ACTIVATIONS[activation]
+    state = down_weight.new_zeros(first.shape[0], first.shape[2])
+    weights = None if gate is None else torch.sigmoid(gate / GATE_TEMPERATURE)
+    for i in range(down_weight.shape[0]):
+        h = first[:, i].to(state.dtype)
+        other = state if second is None else second[:, i].to(state.dtype)
+        mixed = h + other if weights is None else weights[i] * h + (1 - weights[i]) * other
+        x = mixed if second is None else state + mixed
+        state = x + F.linear(act(F.linear(x, down_weight[i], down_bias[i])), up_weight[i], up_bias[i])
+    return state
+
+
+def inbatch_cross_entropy(
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    row_users: Tensor,
+    history_bits: Tensor,
+    log_multiplicity: Tensor,
+    log_popularity: Tensor,
+) -> Tensor:
+    """Mean debiased in-batch cross-entropy over the V distinct items of a batch.
+
+    Z(row) = exp(t) + sum over v not in the user's items of exp(<q, e_v> + log m_v - log p_v), with
+    t = <q, e_target> - log p_target; the loss is the mean of log Z - t (IISAN, equation 5, duplicates merged).
+
+    Args: queries [R, d]; items [V, d]; targets int64 [R], indices of items; row_users int64 [R], rows of history_bits;
+    history_bits int32 [B, ceil(V / 32)], bit v set where item v is the user's own; log_multiplicity,
+    log_popularity [V]. Returns a scalar.
+    """
+    scores = queries @ items.T - log_popularity
+    target = scores.gather(1, targets[:, None])
+    own = unpack_bits(history_bits, items.shape[0])[row_users]
+    negatives = (scores + log_multiplicity).masked_fill(own, float("-inf"))
+    return (torch.logsumexp(torch.cat([target, negatives], dim=1), dim=1) - target[:, 0]).mean()
+
+
+def inbatch_cross_entropy_dense(
+    queries: Tensor,
+    slots: Tensor,
+    slot_items: Tensor,
+    slot_users: Tensor,
+    target_slots: Tensor,
+    log_popularity: Tensor,
+) -> Tensor:
+    """The same loss as the paper states it: a column for every real slot of the batch, duplicates and all.
+
+    logit(row, slot) = <q, e> - log p(item); a slot is masked when its item occurs anywhere in the row's own user's
+    sequence, except the row's own target slot.
+
+    Args: queries [R, d]; slots [T, d], the item vector in each slot; slot_items, slot_users int64 [T];
+    target_slots int64 [R]; log_popularity [T]. Returns a scalar.
+    """
+    row_users = slot_users[target_slots]
+    logits = queries @ slots.T - log_popularity
+    own = torch.stack([torch.isin(slot_items, slot_items[slot_users == user]) for user in row_users.tolist()])
+    own[torch.arange(len(target_slots)), target_slots] = False
+    return F.cross_entropy(logits.masked_fill(own, float("-inf")), target_slots)
+
+
+def target_rank(
+    queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor, chunk_elements: int = 1 << 24
+) -> Tensor:
+    """Rank of each target among all items: 1 + items that score higher + half of the others that tie.
+
+    An excluded target has rank infinity; a row with any non-finite score has rank NaN.
+
+    Args: queries [U, d]; items [N, d]; targets int64 [U], row numbers of items; excluded int64 [U, H], items left
+    out of each ranking, -1 for none; chunk_elements bounds the scores held at a time. Returns float64 [U].
+    """
+    ranks = torch.empty(len(queries), dtype=torch.float64, device=queries.device)
+    chunk = max(1, chunk_elements // len(items))
+    for start in range(0, len(queries), chunk):
+        part = slice(start, start + chunk)
+        ranks[part] = _rank_chunk(queries[part] @ items.T, targets[part, None], excluded[part])
+    return ranks
+
+
+def unpack_bits(bits: Tensor, columns: int) -> Tensor:
+    """bool [B, columns] of int32 [B, ceil(columns / 32)]: bit v % 32 of word v // 32."""
+    index = torch.arange(columns, device=bits.device)
+    return (bits[:, index // 32] >> (index % 32) & 1).bool()
+
+
+def _rank_chunk(scores: Tensor, targets: Tensor, excluded: Tensor) -> Tensor:
+    finite = scores.isfinite().all(dim=1)
+    target = scores.gather(1, targets)
+    higher = (scores > target).sum(dim=1)
+    ties = (scores == target).sum(dim=1) - 1
+    # An excluded item is counted once however often the history repeats it.
+    listed, _ = excluded.sort(dim=1)
+    counted = (listed >= 0) & (listed != targets)
+    counted[:, 1:] &= listed[:, 1:] != listed[:, :-1]
+    own = scores.gather(1, listed.clamp(min=0))
+    higher = higher - (counted & (own > target)).sum(dim=1)
+    ties = ties - (counted & (own == target)).sum(dim=1)
+    ranks = 1 + higher.double() + 0.5 * ties.double()
+    ranks = ranks.masked_fill((excluded == targets).any(dim=1), float("inf"))
+    return ranks.masked_fill(~finite, float("nan"))

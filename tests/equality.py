@@ -1,0 +1,118 @@
+"""The equality harness: every form of the training step must give the reference's loss and gradients.
+
+A form is a function from a `Step` to a `Result`; list it in FORMS and the tests compare it with the independently
+written reference (padded, one user at a time) for every case, dropout on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from conftest import random_table
+from reference_step import ReferenceSettings, reference_loss
+from torch import Tensor
+
+from iisan_fast.batches import make_batch
+from iisan_fast.config import ModelConfig
+from iisan_fast.hidden_states import FeatureTable
+from iisan_fast.recommender import Recommender
+from iisan_fast.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step: the model's shape, the data, and who is in the batch."""
+
+    model: ModelConfig
+    table: FeatureTable
+    sequences: Sequences
+    users: np.ndarray
+    step: int
+    seed: int = 3
+
+    def recommender(self) -> Recommender:
+        """The model in fp64 and training mode, its gates and biases moved off zero so that they are seen to act."""
+        model = Recommender(
+            self.table.shapes, self.model, self.sequences.max_inputs, self.sequences.popularity, self.seed
+        ).double()
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        return model.train()
+
+
+@dataclass(frozen=True)
+class Result:
+    """The loss and, by parameter name, its gradient."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+
+def from_reference(step: Step) -> Result:
+    """The specification: tests/reference_step.py on plain lists and tensors."""
+    parameters = {
+        name: parameter.detach().clone().requires_grad_() for name, parameter in step.recommender().named_parameters()
+    }
+    offsets, items = step.sequences.training
+    model = step.model
+    settings = ReferenceSettings(
+        embedding_dim=model.embedding_dim,
+        max_inputs=step.sequences.max_inputs,
+        blocks=model.blocks,
+        heads=model.attention_heads,
+        dropout=model.dropout,
+        seed=step.seed,
+        method=model.method,
+        activation=model.activation,
+        gates=model.gates,
+        intra=model.intra,
+        inter=model.inter,
+    )
+    views = step.table.views
+    loss = reference_loss(
+        parameters,
+        settings,
+        views[0],
+        views[1] if len(views) == 2 else None,
+        [items[offsets[user] : offsets[user + 1]].tolist() for user in step.users],
+        step.users.tolist(),
+        torch.from_numpy(step.sequences.popularity),
+        step.step,
+    )
+    loss.backward()
+    return Result(loss.detach(), {name: parameter.grad for name, parameter in parameters.items()})
+
+
+def from_recommender(step: Step) -> Result:
+    """What the trainer runs."""
+    model = step.recommender()
+    loss = model.loss(make_batch(step.sequences, step.users, step.step), step.table)
+    loss.backward()
+    return Result(loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()})
+
+
+FORMS: dict[str, Callable[[Step], Result]] = {"recommender": from_recommender}
+
+
+def assert_equal(result: Result, expected: Result, rtol: float = 1e-9) -> None:
+    """Same loss, same parameters, same gradient of each, relative to its largest element."""
+    torch.testing.assert_close(result.loss, expected.loss, rtol=rtol, atol=0)
+    assert result.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert result.gradients[name] is not None and gradient is not None, name
+        scale = gradient.abs().max().item()
+        assert scale > 0, f"{name}: the reference's gradient is zero everywhere, so nothing is compared"
+        torch.testing.assert_close(
+            result.gradients[name], gradient, rtol=0, atol=rtol * scale, msg=lambda text: f"{name}: {text}"
+        )
+
+
+def scientific_step(sequences: Sequences, model: ModelConfig, shapes: list[tuple[int, int]], users: int = 64) -> Step:
+    """A step over real histories and random states."""
+    chosen = np.random.default_rng(11).permutation(len(sequences.user_ids))[:users]
+    return Step(model, random_table(shapes, len(sequences.item_ids)), sequences, chosen, step=1234)

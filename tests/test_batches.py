@@ -1,0 +1,46 @@
+"""Batches: what they hold, and an order that depends on seed and epoch alone."""
+
+from __future__ import annotations
+
+import numpy as np
+from conftest import make_sequences
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iisan_fast.batches import epoch_batches, make_batch, steps_per_epoch
+from iisan_fast.kernels.reference import unpack_bits
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=11), min_size=1, max_size=6))
+def test_batch_holds_every_row_once(training):
+    sequences = make_sequences([[*history, 1, 1] for history in training], items=40)
+    batch = make_batch(sequences, np.arange(len(training)), step=5)
+    slots = [item for history in training for item in history]
+    assert batch.distinct.tolist() == sorted(set(slots))
+    assert batch.multiplicity.tolist() == [slots.count(item) for item in sorted(set(slots))]
+    expected = [(user, history[: i + 1], history[i + 1]) for user, history in enumerate(training) for i in range(len(history) - 1)]
+    length = batch.inputs.shape[1]
+    found = []
+    for row, user, target in zip(batch.rows.tolist(), batch.row_users.tolist(), batch.targets.tolist()):
+        assert row // length == user
+        seen = [batch.distinct[v].item() for v in batch.inputs[user][: row % length + 1].tolist() if v >= 0]
+        found.append((user, seen, batch.distinct[target].item()))
+    assert found == expected
+    assert (batch.inputs[:, -1] >= 0).all()
+    own = unpack_bits(batch.history_bits, len(batch.distinct))
+    for user, history in enumerate(training):
+        assert batch.distinct[own[user]].tolist() == sorted(set(history))
+
+
+def test_epoch_visits_every_user_once_and_depends_on_seed_and_epoch():
+    sequences = make_sequences([[1 + u % 7, 2, 3, 4, 5] for u in range(23)], items=8)
+
+    def order(seed, epoch):
+        return [batch.users.tolist() for batch in epoch_batches(sequences, 5, seed, epoch)]
+
+    assert sorted(sum(order(0, 0), [])) == list(range(23))
+    assert [len(users) for users in order(0, 0)] == [5, 5, 5, 5, 3] and steps_per_epoch(sequences, 5) == 5
+    assert order(0, 3) == order(0, 3)
+    assert len({str(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert [batch.step for batch in epoch_batches(sequences, 5, 0, 2)] == [10, 11, 12, 13, 14]

@@ -1,0 +1,63 @@
+"""The whole training step against the independent reference, on real Scientific batches and on made-up corner cases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import make_sequences, random_table
+from equality import FORMS, Step, assert_equal, from_reference, scientific_step
+
+from iisan_fast.config import ModelConfig
+
+IISAN = dict(embedding_dim=16, bottleneck=8)
+VERSA = dict(IISAN, method="iisan-versa")
+CASES = {
+    "iisan": (ModelConfig(**IISAN), [(4, 24), (4, 24)]),
+    "iisan, published sizes, narrow states": (ModelConfig(), [(7, 48), (7, 48)]),
+    "iisan without gates, GELU": (ModelConfig(**IISAN, gates=False, activation="gelu"), [(3, 24), (3, 24)]),
+    "iisan without inter": (ModelConfig(**IISAN, inter=False), [(3, 24), (3, 24)]),
+    "iisan without intra": (ModelConfig(**IISAN, intra=False), [(3, 24), (3, 24)]),
+    "one view": (ModelConfig(**IISAN), [(3, 24)]),
+    "versa, equal": (ModelConfig(**VERSA), [(4, 24), (4, 24)]),
+    "versa, first wider and deeper": (ModelConfig(**VERSA), [(5, 32), (3, 20)]),
+    "versa, second wider, first deeper": (ModelConfig(**VERSA), [(6, 20), (2, 32)]),
+    "versa, equal widths, second deeper": (ModelConfig(**VERSA), [(2, 24), (6, 24)]),
+    "one block, four heads, no dropout": (ModelConfig(**IISAN, blocks=1, attention_heads=4, dropout=0), [(2, 24)]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_step_equals_reference_on_scientific(form, case, scientific):
+    step = scientific_step(scientific, *CASES[case])
+    assert_equal(FORMS[form](step), from_reference(step))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "histories",
+    [
+        [[1, 2, 9, 9], [3, 4, 9, 9]],
+        [[5, 5, 5, 9, 9], [5, 6, 7, 9, 9], [8, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 9, 9]],
+        [[1, 2, 3, 9, 9], [1, 4, 5, 9, 9], [6, 1, 7, 9, 9]],
+    ],
+    ids=["two-item histories", "repeats, and the longest history", "one item shared by all"],
+)
+def test_step_equals_reference_on_corner_cases(form, histories):
+    sequences = make_sequences(histories)
+    table = random_table([(3, 12), (3, 12)], 9)
+    step = Step(ModelConfig(embedding_dim=8, bottleneck=4), table, sequences, np.arange(len(histories)), step=0)
+    assert_equal(FORMS[form](step), from_reference(step))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_step_at_published_sizes_on_one_real_batch(form, scientific):
+    """Width 768, seven layers, three towers: the 4,113,877 parameters of the paper, over the batch's own items."""
+    users = np.random.default_rng(5).permutation(len(scientific.user_ids))[:8]
+    offsets, items = scientific.training
+    histories = [items[offsets[user] : offsets[user + 1]] for user in users]
+    numbers = np.unique(np.concatenate(histories))
+    renumbered = [[*(np.searchsorted(numbers, history) + 1).tolist(), 1, 1] for history in histories]
+    sequences = make_sequences(renumbered, items=len(numbers))
+    step = Step(ModelConfig(), random_table([(7, 768)] * 2, len(numbers)), sequences, np.arange(8), step=7)
+    assert_equal(FORMS[form](step), from_reference(step))

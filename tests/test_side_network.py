@@ -1,0 +1,80 @@
+"""The side network and its heads: published parameter counts, and views that cannot be joined."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from iisan_fast.config import ModelConfig
+from iisan_fast.errors import InputError
+from iisan_fast.recommender import Recommender
+
+
+def build(views, **config) -> Recommender:
+    return Recommender(views, ModelConfig(**config), 10, np.array([0, 0.5, 0.5]), seed=0)
+
+
+def count(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def tower(layers, width, bottleneck=64):
+    return layers * (2 * width * bottleneck + bottleneck + width + 1)
+
+
+SASREC = 100_224
+
+
+def test_iisan_has_the_published_parameter_count():
+    assert count(build([(7, 768), (7, 768)])) == 4_113_877
+
+
+def test_versa_has_the_published_parameter_count():
+    assert count(build([(4, 384), (4, 384)], method="iisan-versa")) == 937_868
+
+
+def test_parameter_counts_follow_the_formula():
+    d = 64
+    assert count(build([(7, 768)])) == tower(7, 768) + 768 * 769 + 769 * 64 - 64 * 768 + 64 * 768 + d * d + d + SASREC
+    wide, narrow, paired = 768, 384, 4
+    versa = tower(7, wide) + tower(4, narrow) + tower(paired, narrow) + paired * (wide * narrow + narrow)
+    heads = (wide + 1) * d + (narrow + 1) * d + 2 * (d + 1) * d + (narrow + 1) * narrow + (narrow + 1) * d
+    expected = versa + heads + (3 * d + 1) * d + SASREC
+    assert count(build([(7, wide), (4, narrow)], method="iisan-versa")) == expected
+    assert count(build([(4, narrow), (7, wide)], method="iisan-versa")) == expected
+
+
+def test_without_a_tower_or_gates():
+    whole, tower_and_heads = 4_113_877, tower(7, 768) + 768 * 769 + 769 * 64
+    assert count(build([(7, 768)] * 2, gates=False)) == whole - 21
+    assert count(build([(7, 768)] * 2, inter=False)) == whole - tower_and_heads - 64 * 64
+    assert count(build([(7, 768)] * 2, intra=False)) == whole - 2 * tower_and_heads - 2 * 64 * 64
+
+
+def test_iisan_refuses_views_of_unequal_shape():
+    with pytest.raises(InputError, match="choose iisan-versa"):
+        build([(7, 768), (4, 768)])
+    with pytest.raises(InputError, match="choose iisan-versa"):
+        build([(4, 768), (4, 384)])
+
+
+def test_one_view_needs_its_intra_tower():
+    with pytest.raises(InputError, match="one view"):
+        build([(4, 384)], intra=False)
+
+
+def test_parameter_groups_cover_everything_once():
+    groups = build([(5, 48), (3, 32)], method="iisan-versa").parameter_groups()
+    assert list(groups) == ["adapters", "gates", "heads", "sequence_encoder"]
+    assert [len(group) for group in groups.values()] == [12, 3, 2 + 12 + 2, 1 + 2 + 2 * 12]
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    torch.manual_seed(7)
+    first = build([(2, 8), (2, 8)]).state_dict()
+    torch.rand(5)
+    second = build([(2, 8), (2, 8)]).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    down = first["side_network.first.down_weight"]
+    assert 0.008 < down.std() < 0.012 and not first["side_network.first.down_bias"].any()
