@@ -25,16 +25,19 @@ for command in (stats, extract, train, evaluate):
     cli.add_command(command)
 
 
-def main() -> None:
-    """The `iisan-fast` program: exit code 2 and one line on standard error for bad input."""
+def main(arguments: list[str] | None = None) -> None:
+    """The `iisan-fast` program, always leaving through SystemExit: exit code 2 and one line on standard error for bad input."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("iisan_fast").setLevel(logging.INFO)
     try:
-        sys.exit(cli.main(standalone_mode=False, prog_name="iisan-fast"))
+        sys.exit(cli.main(arguments, standalone_mode=False, prog_name="iisan-fast"))
     except InputError as error:
         _fail(str(error))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help())
+        sys.exit(0)
+    except OSError as error:  # no permission, no space, not a folder: the message names the file
+        _fail(str(error))
     except click.ClickException as error:
         _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):

@@ -19,7 +19,9 @@ k_option = click.option("--k", "ks", type=int, multiple=True, help="A cut-off of
 def protocol_options(command):
     """--min-interactions and --max-inputs."""
     defaults = ProtocolConfig()
-    command = click.option("--max-inputs", type=int, default=defaults.max_inputs, help="Items a history feeds in.")(command)
+    command = click.option("--max-inputs", type=int, default=defaults.max_inputs, help="Items a history feeds in.")(
+        command
+    )
     return click.option(
         "--min-interactions", type=int, default=defaults.min_interactions, help="Users with fewer are dropped."
     )(command)

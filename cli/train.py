@@ -20,7 +20,9 @@ RUNS = Path("runs")
 @click.argument("dataset", type=FOLDER, required=False)
 @click.option("--cache", type=FOLDER, help="Hidden states that iisan-fast extract made.")
 @click.option("--out", type=FOLDER, help="Folder of the run. [the next free runs/NAME-N]")
-@click.option("--views", help="One or two of the cache's views, as image,title; the first takes the image's role. [all]")
+@click.option(
+    "--views", help="One or two of the cache's views, as image,title; the first takes the image's role. [all]"
+)
 @click.option("--config", "config_path", type=FOLDER, help="A JSON file of settings, as a run's config.json.")
 @click.option("--method", type=click.Choice(METHODS), help="[iisan]")
 @click.option("--epochs", type=int, help="At most. [100]")
@@ -42,7 +44,9 @@ RUNS = Path("runs")
 @device_option
 @json_option
 @click.pass_context
-def train(context: click.Context, dataset: Path | None, resume_path: Path | None, device: str, as_json: bool, **options):
+def train(
+    context: click.Context, dataset: Path | None, resume_path: Path | None, device: str, as_json: bool, **options
+):
     """Train on DATASET with the hidden states in --cache, and test the best epoch once.
 
     With no arguments it makes a small dataset of its own, encodes it, trains on it and prints the figures.

@@ -28,7 +28,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
-            return {name: file.get_tensor(name) for name in file.keys()}, state
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, state
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except (safetensors.SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:

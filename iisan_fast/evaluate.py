@@ -32,8 +32,7 @@ def evaluate(
         "unreachable": int((~split.reachable).sum()),
         "history_masked_by_default": config.mask_history,
     }
-    for name, masked in (("masked", True), ("unmasked", False)):
-        ranks = target_ranks(queries, vectors, split, masked, config.chunk_mib)
+    for name, ranks in zip(("masked", "unmasked"), target_ranks(queries, vectors, split, config.chunk_mib)):
         report[name] = {
             **metrics(ranks, config.ks),
             "warm": {"users": int(warm.sum()), **metrics(ranks[warm], config.ks)},
@@ -49,23 +48,22 @@ def popularity_baseline(sequences: Sequences, split_name: str, config: Evaluatio
     return evaluate(queries, counts, sequences, split_name, config)
 
 
-def target_ranks(queries: Tensor, vectors: Tensor, split: Split, masked: bool, chunk_mib: int) -> np.ndarray:
-    """float64 [users]: each target's rank from 1, infinite where masked and unreachable."""
-    history = split.history if masked else split.history[:, :0]
-    ranks = kernels.target_rank(
+def target_ranks(queries: Tensor, vectors: Tensor, split: Split, chunk_mib: int) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [users] twice: each target's rank from 1, history masked (infinite where unreachable) and not."""
+    masked, unmasked = kernels.target_rank(
         queries,
         vectors,
         torch.from_numpy(split.targets - 1).to(queries.device),
-        torch.from_numpy(history - 1).to(queries.device),
+        torch.from_numpy(split.history - 1).to(queries.device),
         chunk_elements=chunk_mib * 2**20 // BYTES_PER_SCORE,
     )
-    broken = ranks.isnan()
+    broken = unmasked.isnan()
     if broken.any():
         raise InputError(
-            f"{int(broken.sum())} of {len(ranks)} users have a score that is not finite; "
+            f"{int(broken.sum())} of {len(broken)} users have a score that is not finite; "
             "the model has diverged or the hidden states are damaged"
         )
-    return ranks.cpu().numpy()
+    return masked.cpu().numpy(), unmasked.cpu().numpy()
 
 
 def metrics(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, float | None]:

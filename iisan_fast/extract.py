@@ -184,9 +184,7 @@ def _plan(job: _Job, stored: Iterable[bytes | None], item_ids: list[str]) -> lis
     if problems:
         named = first_few((f"{item_ids[row]} ({what})" for row, what in problems.items()), len(problems))
         hint = "; --missing-images blank fills them" if isinstance(job.contents, _Images) else ""
-        raise InputError(
-            f"view {job.name!r}: {len(problems)} of {len(item_ids)} items cannot be read: {named}{hint}"
-        )
+        raise InputError(f"view {job.name!r}: {len(problems)} of {len(item_ids)} items cannot be read: {named}{hint}")
     return todo
 
 

@@ -93,8 +93,7 @@ class Store:
         """Stores states [N, K, D], already in the store's dtype, in one transaction: all of them or none."""
         arrays = _as_bytes_array(states)
         entries = [
-            (_key(view, item_id), digest + array.tobytes())
-            for item_id, digest, array in zip(item_ids, digests, arrays)
+            (_key(view, item_id), digest + array.tobytes()) for item_id, digest, array in zip(item_ids, digests, arrays)
         ]
         while True:
             try:
@@ -121,7 +120,9 @@ class Store:
                         f"found {len(value) - DIGEST_BYTES}; extract into a new --cache"
                     )
                 else:
-                    target[row] = np.frombuffer(value, dtype=target.dtype, offset=DIGEST_BYTES).reshape(target[row].shape)
+                    target[row] = np.frombuffer(value, dtype=target.dtype, offset=DIGEST_BYTES).reshape(
+                        target[row].shape
+                    )
         if missing:
             raise InputError(
                 f"{self.path}: view {view!r} lacks {len(missing)} of {len(item_ids)} items "

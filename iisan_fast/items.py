@@ -74,7 +74,7 @@ def read_items(root: Path, unescape: bool = True) -> ItemTable:
 
 
 def open_images(root: Path) -> ImageFolder | ImageLmdb:
-    """The images of a dataset: root/images/ or the one *.lmdb in root. Raises InputError for neither and for several."""
+    """The images of a dataset: root/images/ or the one *.lmdb in root. Raises InputError for neither or several."""
     folder = root / "images"
     databases = sorted(root.glob("*.lmdb"))
     sources = [folder, *databases] if folder.is_dir() else databases
@@ -110,7 +110,8 @@ class ImageFolder:
         except OSError as error:
             raise InputError(f"{file}: cannot be read ({error.strerror})") from None
 
-    def decode(self, content: bytes) -> Image.Image:
+    @staticmethod
+    def decode(content: bytes) -> Image.Image:
         """The image in RGB, upright, on white, fully loaded. Raises ImageError if it is damaged or giant."""
         try:
             with warnings.catch_warnings():
@@ -166,7 +167,8 @@ class ImageLmdb:
                 raise InputError(f"{self.path}: entry {item_id!r}: {error}") from None
         return value
 
-    def decode(self, content: bytes) -> Image.Image:
+    @staticmethod
+    def decode(content: bytes) -> Image.Image:
         """The image in RGB, on white. Raises ImageError if its size is giant or does not fit its bytes."""
         stored = _unpickle_image(content)
         height, width = stored.size

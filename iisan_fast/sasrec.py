@@ -83,9 +83,7 @@ class SASRec(nn.Module):
         self.max_inputs = max_inputs
         self.position = nn.Parameter(torch.empty(max_inputs, config.embedding_dim))
         self.norm = nn.LayerNorm(config.embedding_dim, eps=1e-6)
-        self.blocks = nn.ModuleList(
-            Block(config, max_inputs, 1 + SITES_PER_BLOCK * i) for i in range(config.blocks)
-        )
+        self.blocks = nn.ModuleList(Block(config, max_inputs, 1 + SITES_PER_BLOCK * i) for i in range(config.blocks))
         self._initialise()
 
     def forward(self, x: Tensor, real: Tensor, dropout: StatelessDropout | None = None) -> Tensor:

@@ -146,9 +146,7 @@ def statistics(sequences: Sequences) -> dict[str, int | float]:
     }
 
 
-def _read_histories(
-    path: Path, table: ItemTable, protocol: ProtocolConfig
-) -> tuple[list[str], list[np.ndarray]]:
+def _read_histories(path: Path, table: ItemTable, protocol: ProtocolConfig) -> tuple[list[str], list[np.ndarray]]:
     rows = {item_id: row for row, item_id in enumerate(table.ids)}
     lines: dict[str, int] = {}
     user_ids: list[str] = []

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from .batches import Batch, epoch_batches, steps_per_epoch
-from .checkpoint import adam_tensors, load_adam, load_checkpoint, model_tensors, named_weights, save_checkpoint
+from .checkpoint import (
+    adam_tensors,
+    load_adam,
+    load_checkpoint,
+    model_tensors,
+    named_weights,
+    save_checkpoint,
+)
 from .config import EvaluationConfig, RunConfig, TrainConfig
 from .errors import InputError
 from .evaluate import evaluate, leading, popularity_baseline
@@ -207,12 +214,14 @@ def evaluate_run(path: Path, split: str, evaluation: EvaluationConfig, device: t
     vectors = tensors["item_vectors"].to(device)
     states = model.user_states(vectors, sequences.split(split).inputs)
     report = evaluate(states, vectors, sequences, split, evaluation)
-    return {"best_epoch": state["epoch"], split: report, "popularity": popularity_baseline(sequences, split, evaluation)}
+    return {
+        "best_epoch": state["epoch"],
+        split: report,
+        "popularity": popularity_baseline(sequences, split, evaluation),
+    }
 
 
-def _load_views(
-    config: RunConfig, sequences: Sequences, device: torch.device
-) -> tuple[FeatureTable, dict[str, Any]]:
+def _load_views(config: RunConfig, sequences: Sequences, device: torch.device) -> tuple[FeatureTable, dict[str, Any]]:
     with Store(Path(config.cache)) as store:
         described = {name: store.views.get(name) for name in config.views}
     return load_table(Path(config.cache), config.views, sequences.item_ids, device), described

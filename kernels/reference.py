@@ -91,20 +91,22 @@ def inbatch_cross_entropy_dense(
 
 def target_rank(
     queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor, chunk_elements: int = 1 << 24
-) -> Tensor:
-    """Rank of each target among all items: 1 + items that score higher + half of the others that tie.
+) -> tuple[Tensor, Tensor]:
+    """Rank of each target: 1 + items that score higher + half of the others that tie.
 
-    An excluded target has rank infinity; a row with any non-finite score has rank NaN.
+    Returns float64 [U] twice: among the items that are not excluded (infinity for a target that is itself excluded),
+    and among all items. A row with any non-finite score has rank NaN in both.
 
     Args: queries [U, d]; items [N, d]; targets int64 [U], row numbers of items; excluded int64 [U, H], items left
-    out of each ranking, -1 for none; chunk_elements bounds the scores held at a time. Returns float64 [U].
+    out of each ranking, -1 for none; chunk_elements bounds the scores held at a time.
     """
-    ranks = torch.empty(len(queries), dtype=torch.float64, device=queries.device)
     chunk = max(1, chunk_elements // len(items))
-    for start in range(0, len(queries), chunk):
-        part = slice(start, start + chunk)
-        ranks[part] = _rank_chunk(queries[part] @ items.T, targets[part, None], excluded[part])
-    return ranks
+    parts = [
+        _rank_chunk(queries[start : start + chunk] @ items.T, targets[start : start + chunk, None], left_out)
+        for start, left_out in zip(range(0, len(queries), chunk), excluded.split(chunk))
+    ]
+    masked, unmasked = zip(*parts)
+    return torch.cat(masked), torch.cat(unmasked)
 
 
 def unpack_bits(bits: Tensor, columns: int) -> Tensor:
@@ -113,8 +115,7 @@ def unpack_bits(bits: Tensor, columns: int) -> Tensor:
     return (bits[:, index // 32] >> (index % 32) & 1).bool()
 
 
-def _rank_chunk(scores: Tensor, targets: Tensor, excluded: Tensor) -> Tensor:
-    finite = scores.isfinite().all(dim=1)
+def _rank_chunk(scores: Tensor, targets: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
     target = scores.gather(1, targets)
     higher = (scores > target).sum(dim=1)
     ties = (scores == target).sum(dim=1) - 1
@@ -123,8 +124,10 @@ def _rank_chunk(scores: Tensor, targets: Tensor, excluded: Tensor) -> Tensor:
     counted = (listed >= 0) & (listed != targets)
     counted[:, 1:] &= listed[:, 1:] != listed[:, :-1]
     own = scores.gather(1, listed.clamp(min=0))
-    higher = higher - (counted & (own > target)).sum(dim=1)
-    ties = ties - (counted & (own == target)).sum(dim=1)
-    ranks = 1 + higher.double() + 0.5 * ties.double()
-    ranks = ranks.masked_fill((excluded == targets).any(dim=1), float("inf"))
-    return ranks.masked_fill(~finite, float("nan"))
+    own_higher = (counted & (own > target)).sum(dim=1)
+    own_ties = (counted & (own == target)).sum(dim=1)
+    broken = ~scores.isfinite().all(dim=1)
+    unmasked = (1 + higher + 0.5 * ties.double()).masked_fill(broken, float("nan"))
+    masked = unmasked - own_higher - 0.5 * own_ties.double()
+    unreachable = (excluded == targets).any(dim=1) & ~broken
+    return masked.masked_fill(unreachable, float("inf")), unmasked

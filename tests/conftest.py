@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from iisan_fast.hidden_states import FeatureTable
+from iisan_fast.hidden_states import FeatureTable, Store
 from iisan_fast.sequences import Sequences, load_dataset
 
 DATA = Path(os.environ.get("IISAN_FAST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -46,3 +46,46 @@ def make_sequences(histories: list[list[int]], items: int | None = None, max_inp
     return Sequences(
         [f"u{i}" for i in range(len(histories))], [f"i{i}" for i in range(1, count + 1)], offsets, flat, max_inputs
     )
+
+
+def view_description(layers: int, width: int, **changes) -> dict:
+    """What a store's manifest says of a view, as extraction would write it."""
+    return {"source": "title", "layers": list(range(layers)), "width": width, "dtype": "float32", **changes}
+
+
+def fill_store(path: Path, item_ids: list[str], table: FeatureTable, names: tuple[str, ...]) -> Path:
+    """A store holding the table's states under the given view names, in float32."""
+    with Store(path, writable=True) as store:
+        store.add_views({name: view_description(*shape) for name, shape in zip(names, table.shapes)})
+        for name, view in zip(names, table.views):
+            store.write(name, item_ids, [b"0" * 16] * len(item_ids), view[1:].float())
+    return path
+
+
+def write_dataset_folder(root: Path, sequences: Sequences) -> Path:
+    """items.tsv and users.tsv of made-up sequences."""
+    root.mkdir(parents=True, exist_ok=True)
+    titles = "".join(f"{item_id}\ttitle of {item_id}\n" for item_id in sequences.item_ids)
+    (root / "items.tsv").write_text(titles)
+    histories = np.split(sequences.items, sequences.offsets[1:-1])
+    lines = (
+        f"{user_id}\t{' '.join(sequences.item_ids[item - 1] for item in history)}\n"
+        for user_id, history in zip(sequences.user_ids, histories)
+    )
+    (root / "users.tsv").write_text("".join(lines))
+    return root
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory) -> tuple[Path, Path]:
+    """(dataset folder, cache with views `image` and `title`): 60 users, 40 items, histories that go round in steps."""
+    root = tmp_path_factory.mktemp("toy")
+    rng = np.random.default_rng(0)
+    starts, lengths = rng.integers(0, 40, 60), rng.integers(5, 14, 60)
+    histories = [[(start + 3 * i) % 40 + 1 for i in range(length)] for start, length in zip(starts, lengths)]
+    sequences = make_sequences(histories, items=40)
+    dataset = write_dataset_folder(root / "toy", sequences)
+    cache = fill_store(
+        root / "cache", sequences.item_ids, random_table([(2, 16), (2, 16)], 40, torch.float32), ("image", "title")
+    )
+    return dataset, cache

@@ -19,7 +19,11 @@ def test_batch_holds_every_row_once(training):
     slots = [item for history in training for item in history]
     assert batch.distinct.tolist() == sorted(set(slots))
     assert batch.multiplicity.tolist() == [slots.count(item) for item in sorted(set(slots))]
-    expected = [(user, history[: i + 1], history[i + 1]) for user, history in enumerate(training) for i in range(len(history) - 1)]
+    expected = [
+        (user, history[: i + 1], history[i + 1])
+        for user, history in enumerate(training)
+        for i in range(len(history) - 1)
+    ]
     length = batch.inputs.shape[1]
     found = []
     for row, user, target in zip(batch.rows.tolist(), batch.row_users.tolist(), batch.targets.tolist()):

@@ -1,4 +1,4 @@
-"""The unpickler of the released image LMDB: reads what the project wrote, and runs nothing of what an attacker wrote."""
+"""The unpickler of the released image LMDB: reads what the project wrote, runs nothing of what an attacker wrote."""
 
 from __future__ import annotations
 
@@ -86,16 +86,9 @@ def test_the_payloads_would_execute_in_an_ordinary_unpickler(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_the_admitted_class_is_not_called(released: type, trap: Path, protocol: int) -> None:
-    class Reduced(released):
-        def __reduce__(self) -> tuple[Any, ...]:
-            return released, (), FIELDS, None, None, Call(os.system, f"touch {trap}")
-
-    payloads = [Call(released), Call(getattr, released, "__init__")]
-    if sys.version_info >= (3, 8) and protocol > 1:
-        payloads.append(Reduced())
-    for payload in payloads:
-        with pytest.raises((pickle.UnpicklingError, pickle.PicklingError)):
+def test_the_admitted_class_is_not_called(released: type, protocol: int) -> None:
+    for payload in (Call(released), Call(released, "argument"), Call(getattr, released, "__init__")):
+        with pytest.raises(pickle.UnpicklingError, match="REDUCE"):
             unpickle(pickle.dumps(payload, protocol))
 
 

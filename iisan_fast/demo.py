@@ -1,0 +1,228 @@
+"""The embedded demo: a drawn catalogue whose content predicts the next item, and two small frozen encoders.
+
+A product has a material, which only its title says; a colour, which only its picture shows; and a kind, which both
+tell. A user's taste walks along materials and colours, so both views are needed to guess the next item, while every
+single item is bought too rarely for anything else to help. The same seed writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTModel
+
+from .config import ViewConfig
+
+ITEMS = 1920
+USERS = 1600
+HISTORY_LENGTHS = (6, 9)  # shortest and longest
+SURPRISE = 0.15  # share of interactions that follow no taste
+IMAGE_SIZE = 64  # pixels
+
+# The optimisation that suits so small a dataset: TrainConfig's fields.
+DEMO_SETTINGS: dict[str, Any] = {
+    "max_epochs": 20,
+    "patience": 4,
+    "learning_rates": {"adapters": 2e-3, "gates": 2e-3, "heads": 2e-3, "sequence_encoder": 2e-3},
+}
+
+MATERIALS = ("oak", "steel", "linen", "glass", "wool", "clay", "leather", "bamboo", "marble", "copper", "felt", "wicker")
+COLOURS = {
+    "red": (214, 39, 40),
+    "orange": (255, 140, 20),
+    "yellow": (240, 215, 40),
+    "green": (50, 160, 60),
+    "cyan": (40, 190, 200),
+    "blue": (35, 85, 200),
+    "violet": (130, 60, 190),
+    "pink": (240, 110, 190),
+}
+PATTERNS = ("plain", "striped", "dotted")
+BACKGROUNDS = ((255, 255, 255), (226, 226, 226), (190, 190, 190))
+ENCODER_SHAPE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+}
+BRANDS = ("velora", "nordhus", "kestrel", "amberly", "tidewell", "foxglove", "quillon", "marrow", "sable", "juniper")
+OCCASIONS = ("camping", "travel", "garden", "office", "kitchen", "beach", "winter", "party")
+
+
+Outline = list[tuple[float, float]]
+
+
+def _circle(radius: float, corners: int = 32) -> Outline:
+    angles = [2 * math.pi * corner / corners for corner in range(corners)]
+    return [(radius * math.cos(angle), radius * math.sin(angle)) for angle in angles]
+
+
+# Each kind's polygons in a square from -1 to 1; the second one, where there is one, is a hole.
+KINDS: dict[str, list[Outline]] = {
+    "plate": [_circle(0.9)],
+    "ring": [_circle(0.95), _circle(0.55)],
+    "box": [[(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]],
+    "tent": [[(0, -0.9), (0.95, 0.8), (-0.95, 0.8)]],
+    "kite": [[(0, -1), (0.7, -0.1), (0, 1), (-0.7, -0.1)]],
+    "bench": [[(-1, -0.4), (1, -0.4), (1, 0.7), (0.6, 0.7), (0.6, 0.1), (-0.6, 0.1), (-0.6, 0.7), (-1, 0.7)]],
+}
+
+
+@dataclass(frozen=True)
+class Product:
+    """What one item is; indices into the tables above."""
+
+    material: int
+    colour: int
+    kind: int
+    pattern: int
+    background: int
+    brand: int
+    occasion: int
+    size: int  # of the drawing: half its width in pixels
+    left: int  # of the drawing's centre, in pixels
+    top: int
+
+    @property
+    def title(self) -> str:
+        """Brand, material, kind and occasion; no word of colour or pattern."""
+        brand, material = BRANDS[self.brand], MATERIALS[self.material]
+        return f"{brand} {material} {tuple(KINDS)[self.kind]} for {OCCASIONS[self.occasion]}".capitalize()
+
+
+def write_demo(root: Path, seed: int = 0, shuffle_content: bool = False) -> tuple[Path, list[ViewConfig]]:
+    """Writes root/dataset and root/encoders; returns the dataset's folder and its two views, image first.
+
+    `shuffle_content` deals titles and images, together, out among the items at random and leaves the histories as they
+    were: content that predicts nothing.
+    """
+    generator = np.random.default_rng(seed)
+    products = make_products(generator)
+    histories = make_histories(products, generator)
+    dealt = generator.permutation(ITEMS) if shuffle_content else np.arange(ITEMS)
+    dataset = root / "dataset"
+    write_dataset(dataset, [products[index] for index in dealt], histories)
+    text, image = root / "encoders" / "text", root / "encoders" / "image"
+    write_text_encoder(text, seed)
+    write_image_encoder(image, seed)
+    return dataset, [ViewConfig("image", "image", str(image)), ViewConfig("title", "title", str(text))]
+
+
+def make_products(generator: np.random.Generator) -> list[Product]:
+    """ITEMS products in random order, equally many of every material and colour."""
+    kinds = [divmod(index % (len(MATERIALS) * len(COLOURS)), len(COLOURS)) for index in range(ITEMS)]
+    centre = IMAGE_SIZE // 2
+    limits = {
+        "kind": (0, len(KINDS)),
+        "pattern": (0, len(PATTERNS)),
+        "background": (0, len(BACKGROUNDS)),
+        "brand": (0, len(BRANDS)),
+        "occasion": (0, len(OCCASIONS)),
+        "size": (18, 27),
+        "left": (centre - 5, centre + 6),
+        "top": (centre - 5, centre + 6),
+    }
+    return [
+        Product(*kinds[index], **{name: int(generator.integers(*limit)) for name, limit in limits.items()})
+        for index in generator.permutation(ITEMS)
+    ]
+
+
+def make_histories(products: list[Product], generator: np.random.Generator) -> list[list[int]]:
+    """USERS histories of indices into products, oldest first.
+
+    A taste starts anywhere and moves to the next material and the next colour with every interaction, round and round.
+    """
+    shelves: dict[tuple[int, int], list[int]] = {}
+    for index, product in enumerate(products):
+        shelves.setdefault((product.material, product.colour), []).append(index)
+    histories = []
+    for _ in range(USERS):
+        length = generator.integers(HISTORY_LENGTHS[0], HISTORY_LENGTHS[1] + 1)
+        material, colour = generator.integers(len(MATERIALS)), generator.integers(len(COLOURS))
+        history = []
+        for step in range(length):
+            shelf = shelves[int(material + step) % len(MATERIALS), int(colour + step) % len(COLOURS)]
+            surprised = generator.random() < SURPRISE
+            history.append(int(generator.integers(ITEMS)) if surprised else shelf[generator.integers(len(shelf))])
+        histories.append(history)
+    return histories
+
+
+def write_dataset(folder: Path, products: list[Product], histories: list[list[int]]) -> None:
+    """Writes items.tsv, users.tsv and images/<item id>.png; item number i holds products[i]."""
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    ids = [f"item{index:04d}" for index in range(len(products))]
+    _write_table(folder / "items.tsv", ids, [product.title for product in products])
+    users = [f"user{index:04d}" for index in range(len(histories))]
+    _write_table(folder / "users.tsv", users, [" ".join(ids[index] for index in history) for history in histories])
+    for item_id, product in zip(ids, products):
+        draw(product).save(images / f"{item_id}.png")
+
+
+def draw(product: Product) -> Image.Image:
+    """The product's picture, RGB, IMAGE_SIZE x IMAGE_SIZE: its outline in its colour and pattern on its background."""
+    shape = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 0)
+    for outline, fill in zip(tuple(KINDS.values())[product.kind], (255, 0)):
+        corners = [(product.left + round(product.size * x), product.top + round(product.size * y)) for x, y in outline]
+        ImageDraw.Draw(shape).polygon(corners, fill=fill)
+    colour = tuple(COLOURS.values())[product.colour]
+    surface = Image.new("RGB", shape.size, colour)
+    pen, dark = ImageDraw.Draw(surface), tuple(channel * 3 // 5 for channel in colour)
+    for start in range(0, IMAGE_SIZE, 8):
+        if PATTERNS[product.pattern] == "striped":
+            pen.rectangle((start, 0, start + 2, IMAGE_SIZE), fill=dark)
+        if PATTERNS[product.pattern] == "dotted":
+            for top in range(0, IMAGE_SIZE, 8):
+                pen.rectangle((start, top, start + 3, top + 3), fill=dark)
+    return Image.composite(surface, Image.new("RGB", shape.size, BACKGROUNDS[product.background]), shape)
+
+
+def write_text_encoder(folder: Path, seed: int) -> None:
+    """Writes a frozen BERT of random weights whose WordPiece vocabulary is the demo's words."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "for", *BRANDS, *MATERIALS, *KINDS, *OCCASIONS]
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)}, model_max_length=32)
+    config = BertConfig(vocab_size=len(words), max_position_embeddings=32, **ENCODER_SHAPE)
+    _save_random(BertModel(config, add_pooling_layer=False), folder, seed)
+    tokenizer.save_pretrained(folder)
+
+
+def write_image_encoder(folder: Path, seed: int) -> None:
+    """Writes a frozen ViT of random weights over 16 patches, and its image processor's settings."""
+    config = ViTConfig(image_size=IMAGE_SIZE, patch_size=IMAGE_SIZE // 4, **ENCODER_SHAPE)
+    _save_random(ViTModel(config, add_pooling_layer=False), folder, seed)
+    settings = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "resample": Image.Resampling.BILINEAR.value,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_random(model: nn.Module, folder: Path, seed: int) -> None:
+    """Every matrix drawn with variance 1 / fan-in, so that a random encoder still tells its inputs apart."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(generator=generator).mul_(parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+
+
+def _write_table(path: Path, keys: list[str], values: list[str]) -> None:
+    path.write_text("".join(f"{key}\t{value}\n" for key, value in zip(keys, values)), encoding="utf-8", newline="\n")

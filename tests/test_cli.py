@@ -1,0 +1,147 @@
+"""The command line as a person meets it: figures, JSON, and one clear line with exit code 2 for anything wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from iisan_fast.cli import main
+
+
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def iisan_fast(*arguments: object) -> Result:
+    """The program in this process: starting Python and torch anew would take seconds each time."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return Result(end.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def refused(*arguments: object) -> str:
+    """The one line that the command answers bad input with."""
+    result = iisan_fast(*arguments)
+    assert result.returncode == 2 and not result.stdout, result
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
+    return result.stderr
+
+
+FAST = ("--epochs", 2, "--batch-users", 16, "--embedding-dim", 16, "--bottleneck", 8)
+
+
+@pytest.fixture(scope="module")
+def finished_run(toy_run, tmp_path_factory) -> Path:
+    dataset, cache = toy_run
+    out = tmp_path_factory.mktemp("runs") / "run"
+    result = iisan_fast("train", dataset, "--cache", cache, "--out", out, *FAST)
+    assert result.returncode == 0, result.stderr
+    assert "popularity" in result.stdout and "HR@10" in result.stdout and "epoch   2" in result.stderr
+    return out
+
+
+def test_help_of_every_command_shows_defaults():
+    assert "extract" in iisan_fast().stdout
+    for command in ("stats", "extract", "train", "evaluate"):
+        result = iisan_fast(command, "--help")
+        assert result.returncode == 0 and "Usage: iisan-fast" in result.stdout and "[" in result.stdout
+
+
+def test_the_installed_program_answers_like_main():
+    program = Path(sys.executable).with_name("iisan-fast")
+    result = subprocess.run([program, "stats", "nowhere"], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr == refused("stats", "nowhere")
+
+
+def test_stats_of_scientific(scientific_folder):
+    counts = json.loads(iisan_fast("stats", scientific_folder, "--json").stdout)
+    assert (counts["users"], counts["items"], counts["interactions"]) == (12076, 20314, 81711)
+    table = iisan_fast("stats", scientific_folder).stdout
+    assert "12,076" in table and "20,314" in table and "81,711" in table
+
+
+def test_evaluate_prints_any_cut_off_of_either_split(finished_run):
+    shown = json.loads(iisan_fast("evaluate", finished_run, "--k", 1, "--k", 20, "--json").stdout)
+    saved = json.loads((finished_run / "test.json").read_text())
+    assert shown["test"]["masked"]["mrr"] == saved["test"]["masked"]["mrr"]
+    assert {"hr@1", "ndcg@20"} <= shown["test"]["unmasked"].keys()
+    table = iisan_fast("evaluate", finished_run, "--split", "validation").stdout
+    assert "unmasked" in table and "validation targets of 60 users" in table
+
+
+def test_train_prints_json_and_saves_the_resolved_config(toy_run, tmp_path):
+    dataset, cache = toy_run
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"model": {"bottleneck": 4}, "train": {"seed": 5, "max_epochs": 9}}))
+    arguments = ("--config", settings, "--epochs", 1, "--views", "title", "--learning-rate", "heads=0.01", "--k", 5)
+    result = iisan_fast("train", dataset, "--cache", cache, "--out", tmp_path / "run", *arguments, "--json")
+    assert json.loads(result.stdout)["test"]["masked"].keys() >= {"hr@5", "ndcg@5"}
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["model"]["bottleneck"] == 4 and saved["train"]["seed"] == 5 and saved["train"]["max_epochs"] == 1
+    assert saved["views"] == ["title"] and saved["train"]["learning_rates"]["heads"] == 0.01
+    assert saved["train"]["learning_rates"]["adapters"] == 1e-4
+
+
+def test_train_takes_the_next_free_run_folder(toy_run, tmp_path, monkeypatch):
+    dataset, cache = toy_run
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        assert iisan_fast("train", dataset, "--cache", cache, *FAST).returncode == 0
+        assert (tmp_path / "runs" / f"toy-{number}" / "test.json").exists()
+
+
+def test_resume_continues_and_takes_no_other_settings(finished_run):
+    assert json.loads(iisan_fast("train", "--resume", finished_run, "--json").stdout)["epochs"] == 2
+    assert "leave out seed" in refused("train", "--resume", finished_run, "--seed", 1)
+    assert "not a run folder" in refused("train", "--resume", finished_run / "no")
+
+
+def test_bad_input_gets_one_line_and_exit_code_2(toy_run, finished_run, tmp_path):
+    dataset, cache = toy_run
+    out = ("--out", tmp_path / "run")
+    assert "no such folder" in refused("stats", tmp_path / "nowhere")
+    assert "Missing argument 'DATASET'" in refused("stats")
+    assert "No such option" in refused("stats", dataset, "--wrong")
+    assert "cache: missing; give --cache" in refused("train", dataset, *out)
+    assert "not a cache of hidden states" in refused("train", dataset, "--cache", tmp_path, *out)
+    assert "no view 'video'; it has image, title" in refused(
+        "train", dataset, "--cache", cache, "--views", "video", *out
+    )
+    assert "already holds a run" in refused("train", dataset, "--cache", cache, "--out", finished_run)
+    assert "expected GROUP=RATE" in refused("train", dataset, "--cache", cache, "--learning-rate", "heads", *out)
+    assert "one rate each for" in refused("train", dataset, "--cache", cache, "--learning-rate", "head=1e-3", *out)
+    assert "batch_users: expected at least 1" in refused("train", dataset, "--cache", cache, "--batch-users", 0, *out)
+    assert "--device" in refused("train", dataset, "--cache", cache, "--device", "tpu9", *out)
+    assert "CUDA devices" in refused("train", dataset, "--cache", cache, "--device", "cuda:77", *out)
+    assert "no such file" in refused("train", dataset, "--cache", cache, "--config", tmp_path / "no.json", *out)
+    assert "ks: expected" in refused("evaluate", finished_run, "--k", 0)
+    assert "not a run folder" in refused("evaluate", tmp_path)
+    assert "they need a DATASET" in refused("train", "--cache", cache, *out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_views_get_one_line(toy_run, tmp_path):
+    dataset, _ = toy_run
+    cache = ("--cache", tmp_path / "cache")
+    assert "no view: give --text-encoder" in refused("extract", dataset, *cache)
+    assert "expected key=value, found 'title'" in refused("extract", dataset, *cache, "--view", "title")
+    assert "encoder: missing setting" in refused("extract", dataset, *cache, "--view", "source=title")
+    assert "expected numbers like 0,2,4" in refused(
+        "extract", dataset, *cache, "--text-encoder", "x", "--text-layers", "a"
+    )
+    two = ("--view", "source=title encoder=x", "--view", "source=title encoder=y")
+    assert "two views of one name" in refused("extract", dataset, *cache, *two)
+    assert "source: expected one of" in refused("extract", dataset, *cache, "--view", "source=video encoder=x")
+    assert "no image" in refused("extract", dataset, *cache, "--image-encoder", tmp_path)
+    assert str(tmp_path / "none") in refused("extract", dataset, *cache, "--text-encoder", tmp_path / "none")
+    assert not (tmp_path / "cache").exists()

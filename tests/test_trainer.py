@@ -1,0 +1,197 @@
+"""Runs: they learn, repeat bit for bit, resume exactly after a kill, stop early, and survive a loss that is not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from iisan_fast.checkpoint import load_checkpoint
+from iisan_fast.config import EvaluationConfig, ModelConfig, RunConfig, TrainConfig
+from iisan_fast.errors import InputError
+from iisan_fast.run_folder import RunFolder
+from iisan_fast.trainer import Progress, Trainer, evaluate_run, resume, train
+
+CPU = torch.device("cpu")
+FAST = {"adapters": 1e-2, "gates": 1e-2, "heads": 1e-2, "sequence_encoder": 1e-2}
+
+
+@pytest.fixture
+def config(toy_run) -> RunConfig:
+    dataset, cache = toy_run
+    return RunConfig(
+        str(dataset),
+        str(cache),
+        ("image", "title"),
+        model=ModelConfig(embedding_dim=16, bottleneck=8),
+        train=TrainConfig(batch_users=16, max_epochs=4, learning_rates=FAST),
+    )
+
+
+def with_train(config: RunConfig, **changes) -> RunConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run: Path) -> list[dict]:
+    timed = ("train_seconds", "validation_seconds", "items_per_second")
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines(run)]
+
+
+def test_a_run_learns_and_leaves_a_self_sufficient_folder(tmp_path, config):
+    seen = []
+    result = train(with_train(config, max_epochs=30), tmp_path / "run", CPU, seen.append)
+    losses = [line["loss"] for line in lines(tmp_path / "run")]
+    assert seen == lines(tmp_path / "run") and losses[-1] < 0.5 * losses[0]
+    assert result["test"]["masked"]["hr@10"] > 2 * result["popularity"]["masked"]["hr@10"]
+    names = {"config.json", "environment.json", "views.json", "sequences.npz", "metrics.jsonl"}
+    names |= {"best.safetensors", "last.safetensors", "test.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["torch"] == torch.__version__
+    again = evaluate_run(tmp_path / "run", "test", EvaluationConfig(), CPU)
+    assert again["test"] == result["test"] and again["popularity"] == result["popularity"]
+
+
+def test_evaluation_needs_nothing_but_the_run_folder(tmp_path, config):
+    train(config, tmp_path / "run", CPU)
+    moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    saved = json.loads((moved / "config.json").read_text())
+    saved.update(dataset="/gone", cache="/gone")
+    (moved / "config.json").write_text(json.dumps(saved))
+    report = evaluate_run(moved, "validation", EvaluationConfig((1, 20)), CPU)["validation"]
+    best = max(lines(moved), key=lambda line: line["validation"]["masked"]["hr@10"])
+    assert report["masked"]["mrr"] == best["validation"]["masked"]["mrr"]
+    assert {"hr@1", "ndcg@20"} <= report["masked"].keys()
+
+
+def test_the_same_seed_repeats_bit_for_bit_and_another_differs(tmp_path, config):
+    train(config, tmp_path / "a", CPU)
+    train(config, tmp_path / "b", CPU)
+    train(with_train(config, seed=1), tmp_path / "c", CPU)
+    assert untimed(tmp_path / "a") == untimed(tmp_path / "b") != untimed(tmp_path / "c")
+    first, second = (load_checkpoint(tmp_path / name / "best.safetensors")[0] for name in "ab")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["between epochs", "between the best and the last checkpoint", "before the metrics"])
+def test_a_killed_run_resumes_exactly(tmp_path, config, moment, monkeypatch):
+    whole = train(config, tmp_path / "whole", CPU)
+    kill_in_epoch(monkeypatch, 3, moment)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "killed", CPU)
+    monkeypatch.undo()
+    assert resume(tmp_path / "killed", CPU) == whole
+    assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
+    for name in ("best.safetensors", "last.safetensors"):
+        ours, theirs = (load_checkpoint(tmp_path / run / name)[0] for run in ("killed", "whole"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def kill_in_epoch(monkeypatch, epoch: int, moment: str) -> None:
+    from iisan_fast import trainer
+
+    target, name = {
+        "between epochs": (trainer.Trainer, "_epoch"),
+        "between the best and the last checkpoint": (trainer, "save_checkpoint"),
+        "before the metrics": (RunFolder, "write_metrics"),
+    }[moment]
+    original, calls = getattr(target, name), []
+
+    def counted(*arguments, **keywords):
+        if moment != "between the best and the last checkpoint" or arguments[0].name == "last.safetensors":
+            calls.append(1)
+            if len(calls) == epoch:
+                raise Killed
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(target, name, counted)
+
+
+def test_resuming_a_finished_run_only_says_its_figures(tmp_path, config):
+    result = train(config, tmp_path / "run", CPU)
+    before = (tmp_path / "run" / "last.safetensors").stat().st_mtime_ns
+    assert resume(tmp_path / "run", CPU) == result
+    assert (tmp_path / "run" / "last.safetensors").stat().st_mtime_ns == before
+
+
+def test_resuming_with_other_states_is_refused(tmp_path, config, monkeypatch):
+    kill_in_epoch(monkeypatch, 2, "between epochs")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "run", CPU)
+    monkeypatch.undo()
+    views = json.loads((tmp_path / "run" / "views.json").read_text())
+    views["image"]["weights"] = "of another encoder"
+    (tmp_path / "run" / "views.json").write_text(json.dumps(views))
+    with pytest.raises(InputError, match="restore that cache"):
+        resume(tmp_path / "run", CPU)
+
+
+@pytest.mark.parametrize(("epochs_since", "finished"), [(10, False), (11, True)])
+def test_early_stop_is_the_first_epoch_after_more_than_ten_without_a_better_one(epochs_since, finished):
+    assert Progress(epoch=20 + epochs_since, best_epoch=20).finished(TrainConfig()) is finished
+
+
+def test_the_best_epoch_is_the_one_that_is_tested(tmp_path, config):
+    result = train(with_train(config, max_epochs=6), tmp_path / "run", CPU)
+    rates = [line["validation"]["masked"]["hr@10"] for line in lines(tmp_path / "run")]
+    assert result["best_epoch"] == rates.index(max(rates)) + 1
+    assert load_checkpoint(tmp_path / "run" / "best.safetensors")[1]["epoch"] == result["best_epoch"]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, config, monkeypatch):
+    original = Trainer.step
+
+    def poisoned(self, batch):
+        if batch.step == 9:  # the second batch of the third epoch
+            with torch.no_grad():
+                self.model.heads.fusion.bias.fill_(float("nan"))
+        return original(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    with pytest.raises(InputError) as error:
+        train(config, tmp_path / "run", CPU)
+    assert "stopped in epoch 3: step 10: the loss is nan" in str(error.value)
+    assert "the checkpoint of epoch 2 is kept" in str(error.value) and "\n" not in str(error.value)
+    tensors, state = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    assert state["epoch"] == 2 and all(tensor.isfinite().all() for tensor in tensors.values())
+    assert len(lines(tmp_path / "run")) == 2 and not (tmp_path / "run" / "test.json").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused_untouched(tmp_path, config):
+    train(config, tmp_path / "run", CPU)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
+        train(config, tmp_path / "run", CPU)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("change", [{"cache": "/nowhere"}, {"dataset": "/nowhere"}, {"views": ("image", "absent")}])
+def test_bad_input_writes_nothing(tmp_path, config, change):
+    with pytest.raises(InputError):
+        train(dataclasses.replace(config, **change), tmp_path / "run", CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_mask_decides_what_leads(tmp_path, config):
+    unmasked = dataclasses.replace(config, evaluation=EvaluationConfig(mask_history=False))
+    result = train(unmasked, tmp_path / "run", CPU)
+    rates = [line["validation"]["unmasked"]["hr@10"] for line in lines(tmp_path / "run")]
+    assert result["best_epoch"] == rates.index(max(rates)) + 1
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, config):
+    train(config, tmp_path / "run", CPU)
+    path = tmp_path / "run" / "best.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="best.safetensors: not a checkpoint"):
+        evaluate_run(tmp_path / "run", "test", EvaluationConfig(), CPU)
