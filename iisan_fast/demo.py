@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import nn
-from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTModel
+from safetensors.torch import save
+from transformers import BertConfig, BertModel, BertTokenizer, PretrainedConfig, PreTrainedModel, ViTConfig, ViTModel
 
-from .config import ViewConfig
+from .config import LEARNING_RATE_GROUPS, ViewConfig
 
 ITEMS = 1920
 USERS = 1600
@@ -27,14 +27,12 @@ HISTORY_LENGTHS = (6, 9)  # shortest and longest
 SURPRISE = 0.15  # share of interactions that follow no taste
 IMAGE_SIZE = 64  # pixels
 
-# The optimisation that suits so small a dataset: TrainConfig's fields.
-DEMO_SETTINGS: dict[str, Any] = {
-    "max_epochs": 20,
-    "patience": 4,
-    "learning_rates": {"adapters": 2e-3, "gates": 2e-3, "heads": 2e-3, "sequence_encoder": 2e-3},
+# The optimisation that suits so small a dataset: sections of RunConfig.
+SETTINGS: dict[str, Any] = {
+    "train": {"max_epochs": 30, "learning_rates": dict.fromkeys(LEARNING_RATE_GROUPS, 1e-3)},
 }
 
-MATERIALS = ("oak", "steel", "linen", "glass", "wool", "clay", "leather", "bamboo", "marble", "copper", "felt", "wicker")
+MATERIALS = ("oak", "steel", "linen", "glass", "wool", "clay", "leather", "bamboo", "marble", "copper", "felt", "cane")
 COLOURS = {
     "red": (214, 39, 40),
     "orange": (255, 140, 20),
@@ -47,15 +45,9 @@ COLOURS = {
 }
 PATTERNS = ("plain", "striped", "dotted")
 BACKGROUNDS = ((255, 255, 255), (226, 226, 226), (190, 190, 190))
-ENCODER_SHAPE = {
-    "hidden_size": 64,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 2,
-    "intermediate_size": 128,
-}
 BRANDS = ("velora", "nordhus", "kestrel", "amberly", "tidewell", "foxglove", "quillon", "marrow", "sable", "juniper")
 OCCASIONS = ("camping", "travel", "garden", "office", "kitchen", "beach", "winter", "party")
-
+ENCODER_SHAPE = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 128}
 
 Outline = list[tuple[float, float]]
 
@@ -118,7 +110,7 @@ def write_demo(root: Path, seed: int = 0, shuffle_content: bool = False) -> tupl
 
 def make_products(generator: np.random.Generator) -> list[Product]:
     """ITEMS products in random order, equally many of every material and colour."""
-    kinds = [divmod(index % (len(MATERIALS) * len(COLOURS)), len(COLOURS)) for index in range(ITEMS)]
+    shelves = [divmod(index % (len(MATERIALS) * len(COLOURS)), len(COLOURS)) for index in range(ITEMS)]
     centre = IMAGE_SIZE // 2
     limits = {
         "kind": (0, len(KINDS)),
@@ -131,7 +123,7 @@ def make_products(generator: np.random.Generator) -> list[Product]:
         "top": (centre - 5, centre + 6),
     }
     return [
-        Product(*kinds[index], **{name: int(generator.integers(*limit)) for name, limit in limits.items()})
+        Product(*shelves[index], **{name: int(generator.integers(*limit)) for name, limit in limits.items()})
         for index in generator.permutation(ITEMS)
     ]
 
@@ -140,19 +132,19 @@ def make_histories(products: list[Product], generator: np.random.Generator) -> l
     """USERS histories of indices into products, oldest first.
 
     A taste starts anywhere and moves to the next material and the next colour with every interaction, round and round.
+    Among the products that suit it, those that come first are bought more often; a surprise may be any product.
     """
     shelves: dict[tuple[int, int], list[int]] = {}
     for index, product in enumerate(products):
         shelves.setdefault((product.material, product.colour), []).append(index)
     histories = []
-    for _ in range(USERS):
-        length = generator.integers(HISTORY_LENGTHS[0], HISTORY_LENGTHS[1] + 1)
+    for length in generator.integers(HISTORY_LENGTHS[0], HISTORY_LENGTHS[1] + 1, size=USERS):
         material, colour = generator.integers(len(MATERIALS)), generator.integers(len(COLOURS))
         history = []
         for step in range(length):
-            shelf = shelves[int(material + step) % len(MATERIALS), int(colour + step) % len(COLOURS)]
-            surprised = generator.random() < SURPRISE
-            history.append(int(generator.integers(ITEMS)) if surprised else shelf[generator.integers(len(shelf))])
+            shelf = shelves[(material + step) % len(MATERIALS), (colour + step) % len(COLOURS)]
+            candidates = range(ITEMS) if generator.random() < SURPRISE else shelf
+            history.append(candidates[int(len(candidates) * generator.random() ** 2)])
         histories.append(history)
     return histories
 
@@ -192,14 +184,14 @@ def write_text_encoder(folder: Path, seed: int) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "for", *BRANDS, *MATERIALS, *KINDS, *OCCASIONS]
     tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)}, model_max_length=32)
     config = BertConfig(vocab_size=len(words), max_position_embeddings=32, **ENCODER_SHAPE)
-    _save_random(BertModel(config, add_pooling_layer=False), folder, seed)
+    _write_random_model(BertModel, config, folder, seed)
     tokenizer.save_pretrained(folder)
 
 
 def write_image_encoder(folder: Path, seed: int) -> None:
     """Writes a frozen ViT of random weights over 16 patches, and its image processor's settings."""
     config = ViTConfig(image_size=IMAGE_SIZE, patch_size=IMAGE_SIZE // 4, **ENCODER_SHAPE)
-    _save_random(ViTModel(config, add_pooling_layer=False), folder, seed)
+    _write_random_model(ViTModel, config, folder, seed)
     settings = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -214,14 +206,16 @@ def write_image_encoder(folder: Path, seed: int) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_random(model: nn.Module, folder: Path, seed: int) -> None:
-    """Every matrix drawn with variance 1 / fan-in, so that a random encoder still tells its inputs apart."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+def _write_random_model(kind: type[PreTrainedModel], config: PretrainedConfig, folder: Path, seed: int) -> None:
+    """Every matrix is drawn with variance 1 / fan-in, so that a random encoder still tells its inputs apart."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = kind(config, add_pooling_layer=False)
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(generator=generator).mul_(parameter[0].numel() ** -0.5)
-    model.save_pretrained(folder)
+                parameter.normal_().mul_(parameter[0].numel() ** -0.5)
+    config.save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(save(model.state_dict(), metadata={"format": "pt"}))
 
 
 def _write_table(path: Path, keys: list[str], values: list[str]) -> None:

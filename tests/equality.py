@@ -105,8 +105,7 @@ def assert_equal(result: Result, expected: Result, rtol: float = 1e-9) -> None:
     assert result.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
         assert result.gradients[name] is not None and gradient is not None, name
-        scale = gradient.abs().max().item()
-        assert scale > 0, f"{name}: the reference's gradient is zero everywhere, so nothing is compared"
+        scale = gradient.abs().max().item()  # zero where every user has one input: attention then has no choice
         difference = (result.gradients[name] - gradient).abs().max().item()
         assert difference <= rtol * scale, f"{name}: gradients differ by {difference} of {scale}"
 
