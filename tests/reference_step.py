@@ -1,8 +1,8 @@
-"""The whole training step a second time, in the most literal form: padded slots, each encoded on its own, loops.
+"""The whole training step a second time, in the most literal form: padded slots, each encoded alone; loops.
 
-It shares no code with the library: parameters come as a dictionary of named tensors, sequences as lists of item
-numbers. Whatever form the library gives the step (jagged, deduplicated, bucketed, fused, on several ranks), its
-loss and its gradients must be those of `reference_loss`.
+It shares no code with the library: parameters come as a dictionary of named tensors, sequences as lists of
+item numbers. Whatever form the library gives the step (jagged, deduplicated, bucketed, fused, on several
+ranks), its loss and its gradients must be those of `reference_loss`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Parameters = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ReferenceSettings:
-    """What the parameters do not say; `method` is "iisan" or "iisan-versa", `activation` "relu" or "gelu" (by erf)."""
+    """What the parameters do not say. `method`: "iisan" or "iisan-versa"; `activation`: "relu" or "gelu"."""
 
     embedding_dim: int
     max_inputs: int = 10
@@ -53,10 +53,11 @@ def reference_loss(
     """Mean debiased in-batch cross-entropy of a batch of users: a scalar in the dtype of the parameters.
 
     parameters: by the names of the model's state dict; first, second: hidden states of the whole catalogue
-    [items + 1, K, D], row 0 being padding, `second` None for one view; sequences: the users' training sequences of
-    item numbers, oldest first, of 2 to max_inputs + 1 items; users: their numbers, which with `step` decide the
-    dropout; popularity: p(i), [items + 1]. Raises ValueError for a sequence that does not fit its slots and for
-    heads that are not the method's.
+    [items + 1, K, D], row 0 being padding, `second` None for one view; sequences: the users' training
+    sequences of item numbers, oldest first, of 2 to max_inputs + 1 items; users: their numbers, which with
+    `step` decide the dropout; popularity: p(i), [items + 1].
+
+    Raises ValueError for a sequence that does not fit its slots and for heads that are not the method's.
     """
     dtype = parameters["sequence_encoder.position"].dtype
     slots = [padded_slots(sequence, settings.max_inputs) for sequence in sequences]
@@ -114,7 +115,7 @@ def intra_tower(parameters: Parameters, settings: ReferenceSettings, name: str, 
 
 
 def inter_tower(parameters: Parameters, settings: ReferenceSettings, first: Tensor, second: Tensor) -> Tensor:
-    """s = SANB_i( s + b_i h_i^first + (1 - b_i) h_i^second ), s starting at 0: two views [N, K, D] -> [N, D]."""
+    """s = SANB_i( s + b_i h_i^first + (1 - b_i) h_i^second ), s starting at 0: [N, K, D] twice -> [N, D]."""
     state = torch.zeros_like(first[:, 0])
     for layer in range(first.shape[1]):
         mixed = state + gated(parameters, settings, "inter", layer, first[:, layer], second[:, layer])
@@ -123,7 +124,7 @@ def inter_tower(parameters: Parameters, settings: ReferenceSettings, first: Tens
 
 
 def aligned_pairs(parameters: Parameters, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The last layers that both views have, the wider view brought to the narrower width by a linear map per layer."""
+    """The last layers that both views have, the wider view brought to the narrower width layer by layer."""
     pairs = min(first.shape[1], second.shape[1])
     first, second = first[:, -pairs:], second[:, -pairs:]
     if first.shape[2] > second.shape[2]:
@@ -135,7 +136,8 @@ def aligned_pairs(parameters: Parameters, first: Tensor, second: Tensor) -> tupl
 
 def narrowed(parameters: Parameters, view: Tensor) -> Tensor:
     weight, bias = parameters["side_network.align_weight"], parameters["side_network.align_bias"]
-    return torch.stack([view[:, layer] @ weight[layer].T + bias[layer] for layer in range(view.shape[1])], dim=1)
+    layers = [view[:, layer] @ weight[layer].T + bias[layer] for layer in range(view.shape[1])]
+    return torch.stack(layers, dim=1)
 
 
 def gated(
@@ -150,8 +152,9 @@ def gated(
 
 def sanb(parameters: Parameters, settings: ReferenceSettings, tower: str, layer: int, x: Tensor) -> Tensor:
     """x + W_up act(W_down x + b_down) + b_up."""
-    down_weight, down_bias = (parameters[f"side_network.{tower}.down_{part}"][layer] for part in ("weight", "bias"))
-    up_weight, up_bias = (parameters[f"side_network.{tower}.up_{part}"][layer] for part in ("weight", "bias"))
+    name = f"side_network.{tower}"
+    down_weight, down_bias = (parameters[f"{name}.down_{part}"][layer] for part in ("weight", "bias"))
+    up_weight, up_bias = (parameters[f"{name}.up_{part}"][layer] for part in ("weight", "bias"))
     activation = {"relu": functional.relu, "gelu": functional.gelu}[settings.activation]
     return x + activation(x @ down_weight.T + down_bias) @ up_weight.T + up_bias
 
@@ -162,14 +165,15 @@ def sanb(parameters: Parameters, settings: ReferenceSettings, tower: str, layer:
 def sequence_states(
     parameters: Parameters, settings: ReferenceSettings, vectors: Tensor, items: list[int], dropout: Dropout
 ) -> Tensor:
-    """One user's item vectors [max_inputs, d] -> the states [max_inputs, d] after each of the slots' prefixes."""
+    """One user's item vectors [max_inputs, d] -> the states [max_inputs, d] of its prefixes."""
     x = layer_norm(parameters, "sequence_encoder.norm", vectors + parameters["sequence_encoder.position"])
     x = dropout(x, site=0)
     for block in range(settings.blocks):
         name, site = f"sequence_encoder.blocks.{block}", 1 + 3 * block
         attended = attention(parameters, settings, name, x, items, dropout, site)
         x = layer_norm(parameters, f"{name}.attention_norm", x + dropout(attended, site + 1))
-        fed = linear(parameters, f"{name}.feed_out", functional.relu(linear(parameters, f"{name}.feed_in", x)))
+        inner = functional.relu(linear(parameters, f"{name}.feed_in", x))
+        fed = linear(parameters, f"{name}.feed_out", inner)
         x = layer_norm(parameters, f"{name}.feed_norm", x + dropout(fed, site + 2))
     return x
 
@@ -183,7 +187,7 @@ def attention(
     dropout: Dropout,
     site: int,
 ) -> Tensor:
-    """Causal attention of one user's slots among themselves, padding never seen: [max_inputs, d] -> [max_inputs, d]."""
+    """Causal attention among one user's slots, padding never seen: [max_inputs, d] -> [max_inputs, d]."""
     query, key, value = (x @ parameters[f"{name}.{part}.weight"].T for part in ("query", "key", "value"))
     slots, width = len(items), settings.embedding_dim // settings.heads
     contexts = []
@@ -202,7 +206,8 @@ def attention(
 def layer_norm(parameters: Parameters, name: str, x: Tensor) -> Tensor:
     centred = x - x.mean(dim=-1, keepdim=True)
     variance = centred.square().mean(dim=-1, keepdim=True)
-    return centred / (variance + LAYER_NORM_EPS).sqrt() * parameters[f"{name}.weight"] + parameters[f"{name}.bias"]
+    normalised = centred / (variance + LAYER_NORM_EPS).sqrt()
+    return normalised * parameters[f"{name}.weight"] + parameters[f"{name}.bias"]
 
 
 def linear(parameters: Parameters, name: str, x: Tensor) -> Tensor:
@@ -214,7 +219,7 @@ def linear(parameters: Parameters, name: str, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Dropout:
-    """One user's dropout in one step: an element's fate is a hash of (seed, step, site, user, position, channel)."""
+    """One user's dropout in one step, by a hash of (seed, step, site, user, position, channel)."""
 
     settings: ReferenceSettings
     step: int
@@ -256,13 +261,15 @@ def mix(h: int) -> int:
 def in_batch_cross_entropy(
     slots: list[list[int]], vectors: Tensor, states: list[Tensor], popularity: Tensor
 ) -> Tensor:
-    """The dense loss: every real slot of the batch is a column, with multiplicity; every slot with a next item a row.
+    """The dense loss: a row for each slot with a next item, a column for each real slot, with multiplicity.
 
     logit = <q, e> - log p(item). A row does not see the columns whose item occurs anywhere in its own user's
     sequence, but for its target's slot. slots: [B][max_inputs + 1]; vectors: [B, max_inputs + 1, d];
     states: B of [max_inputs, d].
     """
-    columns = [(user, slot) for user, row in enumerate(slots) for slot, item in enumerate(row) if item != PADDING]
+    columns = [
+        (user, slot) for user, row in enumerate(slots) for slot, item in enumerate(row) if item != PADDING
+    ]
     items = [slots[user][slot] for user, slot in columns]
     column_vectors = torch.stack([vectors[user, slot] for user, slot in columns])
     log_popularity = popularity[torch.tensor(items)].log()

@@ -142,6 +142,6 @@ def test_bad_views_get_one_line(toy_run, tmp_path):
     two = ("--view", "source=title encoder=x", "--view", "source=title encoder=y")
     assert "two views of one name" in refused("extract", dataset, *cache, *two)
     assert "source: expected one of" in refused("extract", dataset, *cache, "--view", "source=video encoder=x")
-    assert "no image" in refused("extract", dataset, *cache, "--image-encoder", tmp_path)
+    assert "expected a folder images" in refused("extract", dataset, *cache, "--image-encoder", tmp_path)
     assert str(tmp_path / "none") in refused("extract", dataset, *cache, "--text-encoder", tmp_path / "none")
     assert not (tmp_path / "cache").exists()

@@ -1,4 +1,4 @@
-"""The reference of the training step against sums done by hand, PyTorch's own layers and the paper's model sizes."""
+"""The reference of the training step against sums by hand, PyTorch's own layers and published model sizes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from reference_step import (
     ReferenceSettings,
     attention,
     hashed,
+    inter_tower,
     item_vectors,
     padded_slots,
     reference_loss,
@@ -62,11 +63,15 @@ def tower_shapes(
 
 def sequence_encoder_shapes(settings: ReferenceSettings) -> dict[str, tuple[int, ...]]:
     dim = settings.embedding_dim
-    shapes = {"sequence_encoder.position": (settings.max_inputs, dim)} | norm_shapes("sequence_encoder.norm", dim)
+    shapes = {"sequence_encoder.position": (settings.max_inputs, dim)} | norm_shapes(
+        "sequence_encoder.norm", dim
+    )
     for block in range(settings.blocks):
         name = f"sequence_encoder.blocks.{block}"
         shapes |= {f"{name}.{part}.weight": (dim, dim) for part in ("query", "key", "value", "output")}
-        shapes |= linear_shapes(f"{name}.feed_in", 4 * dim, dim) | linear_shapes(f"{name}.feed_out", dim, 4 * dim)
+        shapes |= linear_shapes(f"{name}.feed_in", 4 * dim, dim) | linear_shapes(
+            f"{name}.feed_out", dim, 4 * dim
+        )
         shapes |= norm_shapes(f"{name}.attention_norm", dim) | norm_shapes(f"{name}.feed_norm", dim)
     return shapes
 
@@ -89,14 +94,17 @@ def random_parameters(shapes: dict[str, tuple[int, ...]]) -> Parameters:
 
 def random_view(items: int, layers: int, width: int, seed: int) -> Tensor:
     """Hidden states of a catalogue [items + 1, layers, width], row 0 zeros."""
-    view = torch.randn(items + 1, layers, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    view = torch.randn(items + 1, layers, width, generator=generator, dtype=torch.float64)
     view[0] = 0
     return view
 
 
 def tensors(**values: list) -> Parameters:
     """Parameters by name, `__` standing for the dot."""
-    return {name.replace("__", "."): torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    return {
+        name.replace("__", "."): torch.tensor(value, dtype=torch.float64) for name, value in values.items()
+    }
 
 
 SEQUENCES, USERS = [[1, 2], [3, 2, 3, 5], [4, 6, 1, 7]], [17, 0, 12075]
@@ -120,8 +128,8 @@ def test_published_parameter_counts():
 def test_loss_of_two_users_by_hand():
     """Towers that pass an item's state on, no blocks: q is the normalised input, 1 or -1 in each coordinate.
 
-    Of [1, 2] the one row keeps its target and both slots of item 3. Of [3, 2, 3] each row keeps its target and item 1:
-    item 2 of the other user and the other slot of item 3 are masked.
+    Of [1, 2] the one row keeps its target and both slots of item 3. Of [3, 2, 3] each row keeps its target
+    and item 1: item 2 of the other user and the other slot of item 3 are masked.
     """
     settings = ReferenceSettings(embedding_dim=2, max_inputs=3, blocks=0, dropout=0.0)
     items = torch.tensor([[0, 0], [1, 3], [2, 0], [0, 1]], dtype=torch.float64)
@@ -137,11 +145,15 @@ def test_loss_of_two_users_by_hand():
         sequence_encoder__norm__bias=[0.0, 0.0],
     )
     for head in ("heads.first.0", "heads.first.1", "heads.fusion"):
-        parameters |= {f"{head}.weight": torch.tensor(identity).double(), f"{head}.bias": torch.zeros(2).double()}
+        parameters |= {
+            f"{head}.weight": torch.tensor(identity).double(),
+            f"{head}.bias": torch.zeros(2).double(),
+        }
     halved_by_the_gate = 2 * items.unsqueeze(1)
     popularity = torch.tensor([0, 0.2, 0.6, 0.2], dtype=torch.float64)
+    batch = [[1, 2], [3, 2, 3]], [0, 1]
 
-    loss = reference_loss(parameters, settings, halved_by_the_gate, None, [[1, 2], [3, 2, 3]], [0, 1], popularity, 0)
+    loss = reference_loss(parameters, settings, halved_by_the_gate, None, *batch, popularity, step=0)
 
     def cross_entropy(target: float, *others: float) -> float:
         return math.log(sum(map(math.exp, (target, *others)))) - target
@@ -149,7 +161,9 @@ def test_loss_of_two_users_by_hand():
     log_p1 = log_p3 = math.log(0.2)
     log_p2 = math.log(0.6)
     rows = [
-        cross_entropy(-2 - log_p2, 1 - log_p3, 1 - log_p3),  # after item 1, q = (-1, 1): item 2, against 3 and 3
+        cross_entropy(
+            -2 - log_p2, 1 - log_p3, 1 - log_p3
+        ),  # after item 1, q = (-1, 1): item 2, against 3 and 3
         cross_entropy(-2 - log_p2, 2 - log_p1),  # after item 3, q = (-1, 1): item 2, against 1
         cross_entropy(-1 - log_p3, -2 - log_p1),  # after item 2, q = (1, -1): item 3, against 1
     ]
@@ -169,10 +183,14 @@ def test_loss_of_two_users_by_hand():
         ((3, 6), (3, 6), {"gates": False}),
     ],
 )
-def test_every_parameter_has_a_gradient_that_agrees_with_differences(first: Shape, second: Shape | None, options: dict):
+def test_gradients_of_every_parameter_agree_with_differences(
+    first: Shape, second: Shape | None, options: dict
+):
     settings = ReferenceSettings(embedding_dim=8, max_inputs=4, **options)
     parameters = random_parameters(step_shapes(settings, first, second, bottleneck=3))
-    views = [None if shape is None else random_view(7, *shape, seed) for seed, shape in enumerate((first, second))]
+    views = [
+        None if shape is None else random_view(7, *shape, seed) for seed, shape in enumerate((first, second))
+    ]
 
     def loss() -> Tensor:
         return reference_loss(parameters, settings, *views, SEQUENCES, USERS, POPULARITY, step=5)
@@ -180,7 +198,9 @@ def test_every_parameter_has_a_gradient_that_agrees_with_differences(first: Shap
     loss().backward()
     assert all(parameter.grad.count_nonzero() for parameter in parameters.values())
     for parameter in parameters.values():
-        direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        direction = torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        )
         sides = []
         for sign in (1, -1):
             with torch.no_grad():
@@ -229,7 +249,7 @@ def test_sequences_stand_at_the_right_end_and_must_fit():
 
 
 def test_towers_by_hand():
-    """Scalars throughout. First view: width 2, one layer; second: width 1, two layers, of which the last is paired."""
+    """First view: width 2, one layer; second: width 1, two layers, of which the last is paired."""
     settings = ReferenceSettings(embedding_dim=1, method="iisan-versa")
     three_quarters = 0.1 * math.log(3)
     parameters = tensors(
@@ -269,6 +289,23 @@ def test_towers_by_hand():
     assert item_vectors(parameters, settings, [first, second]).item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_inter_tower_carries_its_state_by_hand():
+    """Two layers of width 1, with GELU: gelu(1) = 0.841345, gelu(-1) = -0.158655."""
+    settings = ReferenceSettings(embedding_dim=1, activation="gelu")
+    parameters = tensors(
+        side_network__inter__gate=[0.0, 0.1 * math.log(3)],
+        side_network__inter__down_weight=[[[1.0]], [[0.0]]],
+        side_network__inter__down_bias=[[-2.0], [-1.0]],
+        side_network__inter__up_weight=[[[1.0]], [[2.0]]],
+        side_network__inter__up_bias=[[0.0], [0.0]],
+    )
+    first = torch.tensor([[[2.0], [1.0]]], dtype=torch.float64)
+    second = torch.tensor([[[4.0], [5.0]]], dtype=torch.float64)
+    after_one = (0.5 * 2 + 0.5 * 4) + 0.841345
+    after_two = after_one + (0.75 * 1 + 0.25 * 5) + 2 * -0.158655
+    assert inter_tower(parameters, settings, first, second).item() == pytest.approx(after_two, abs=1e-5)
+
+
 def test_towers_without_gates_are_plain_sums():
     settings = ReferenceSettings(embedding_dim=4, gates=False, intra=False)
     parameters = random_parameters(step_shapes(settings, (1, 4), (1, 4), bottleneck=3))
@@ -305,11 +342,21 @@ def test_sequence_encoder_is_torchs_without_dropout_and_padding():
 
 def torch_block(parameters: Parameters, name: str) -> nn.TransformerEncoderLayer:
     layer = nn.TransformerEncoderLayer(
-        8, nhead=2, dim_feedforward=32, dropout=0.0, layer_norm_eps=1e-6, batch_first=True, dtype=torch.float64
+        8,
+        nhead=2,
+        dim_feedforward=32,
+        dropout=0.0,
+        layer_norm_eps=1e-6,
+        batch_first=True,
+        dtype=torch.float64,
     )
     names = {
         "self_attn.out_proj.weight": "output.weight",
-        **{f"{theirs}.{part}": f"{ours}.{part}" for part in ("weight", "bias") for theirs, ours in TORCH_NAMES.items()},
+        **{
+            f"{theirs}.{part}": f"{ours}.{part}"
+            for theirs, ours in TORCH_NAMES.items()
+            for part in ("weight", "bias")
+        },
     }
     state = {theirs: parameters[f"{name}.{ours}"].detach() for theirs, ours in names.items()}
     projections = [parameters[f"{name}.{part}.weight"].detach() for part in ("query", "key", "value")]
@@ -334,7 +381,7 @@ def test_a_prefix_ignores_what_follows_and_what_pads_it():
 
 
 def test_dropout_falls_on_the_attention_weights_after_the_softmax():
-    """Equal scores and one-hot values lay the weights open: 1 / visible slots, dropped or scaled, none on padding."""
+    """Equal scores and one-hot values show the weights: 1 / visible slots, dropped or scaled."""
     settings = ReferenceSettings(embedding_dim=6, max_inputs=3, dropout=0.5, seed=1)
     zero, identity = torch.zeros(6, 6), torch.eye(6)
     parameters = {f"block.{part}.weight": zero for part in ("query", "key")}
@@ -359,7 +406,9 @@ def test_dropout_falls_on_the_input_and_on_both_residual_branches():
             return x * dropped
 
     parameters = random_parameters(sequence_encoder_shapes(settings))
-    sequence_states(parameters, settings, torch.ones(2, 4).double(), [1, 2], Recorded(settings, step=7, user=3))
+    sequence_states(
+        parameters, settings, torch.ones(2, 4).double(), [1, 2], Recorded(settings, step=7, user=3)
+    )
     assert [site for site, _ in drawn] == [0, 2, 3, 5, 6]
     for site, dropped in drawn:
         for slot, channel in product(range(2), range(4)):
@@ -379,7 +428,9 @@ def test_hash_is_that_of_unsigned_32_bit_arithmetic(seed: int, value: int):
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
 def test_dropout_keeps_its_share_and_the_mean(rate: float):
-    factors = Dropout(ReferenceSettings(64, dropout=rate, seed=5), step=3, user=11).factors(2, 4, range(100_000))
+    factors = Dropout(ReferenceSettings(64, dropout=rate, seed=5), step=3, user=11).factors(
+        2, 4, range(100_000)
+    )
     assert set(factors) <= {0.0, 1 / (1 - rate)}
     kept = sum(factor > 0 for factor in factors) / len(factors)
     assert abs(kept - (1 - rate)) <= 4 * math.sqrt(rate * (1 - rate) / len(factors))
