@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -119,6 +120,7 @@ def encode(dataset: Path, views: list[ViewConfig], cache: Path) -> dict:
     results = extract(load_dataset(dataset, PROTOCOL), views, cache, CPU)
     return {
         "seconds": time.perf_counter() - started,
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "views": [dataclasses.asdict(result) for result in results],
     }
 

@@ -182,8 +182,8 @@ class TextBackbone(Backbone):
         return ids
 
     def _load_processor(self) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(self.view.encoder)
         config = _tower_config(self.view.encoder, self.kind)
+        tokenizer = AutoTokenizer.from_pretrained(self.view.encoder)
         limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", tokenizer.model_max_length))
         if self.view.max_tokens > limit:
             raise InputError(f"{self.view.encoder}: max_tokens: expected at most {limit}, found {self.view.max_tokens}")

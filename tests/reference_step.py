@@ -258,18 +258,14 @@ def mix(h: int) -> int:
 # ---- loss --------------------------------------------------------------------------------------------------
 
 
-def in_batch_cross_entropy(
-    slots: list[list[int]], vectors: Tensor, states: list[Tensor], popularity: Tensor
-) -> Tensor:
+def in_batch_cross_entropy(slots: list[list[int]], vectors: Tensor, states: list[Tensor], popularity: Tensor) -> Tensor:
     """The dense loss: a row for each slot with a next item, a column for each real slot, with multiplicity.
 
     logit = <q, e> - log p(item). A row does not see the columns whose item occurs anywhere in its own user's
     sequence, but for its target's slot. slots: [B][max_inputs + 1]; vectors: [B, max_inputs + 1, d];
     states: B of [max_inputs, d].
     """
-    columns = [
-        (user, slot) for user, row in enumerate(slots) for slot, item in enumerate(row) if item != PADDING
-    ]
+    columns = [(user, slot) for user, row in enumerate(slots) for slot, item in enumerate(row) if item != PADDING]
     items = [slots[user][slot] for user, slot in columns]
     column_vectors = torch.stack([vectors[user, slot] for user, slot in columns])
     log_popularity = popularity[torch.tensor(items)].log()

@@ -1,4 +1,4 @@
-"""Extraction: only what is new or changed is encoded, bad content is refused before anything is written, kills do no harm."""
+"""Extraction: what is new or changed is encoded, bad content refused before anything is written, kills do no harm."""
 
 from __future__ import annotations
 
@@ -171,7 +171,8 @@ sys.path.insert(0, sys.argv[3])
 import test_extract as t
 t.extraction.load_backbone = lambda view, device: t.FakeBackbone(view, [], delay=0.02)
 print("ready", flush=True)
-t.extraction.extract(t.load_dataset(Path(sys.argv[1])), [t.TITLE], Path(sys.argv[2]), t.CPU, batch_size=1, dtype="float32")
+dataset = t.load_dataset(Path(sys.argv[1]))
+t.extraction.extract(dataset, [t.TITLE], Path(sys.argv[2]), t.CPU, batch_size=1, dtype="float32")
 """
 
 

@@ -63,15 +63,11 @@ def tower_shapes(
 
 def sequence_encoder_shapes(settings: ReferenceSettings) -> dict[str, tuple[int, ...]]:
     dim = settings.embedding_dim
-    shapes = {"sequence_encoder.position": (settings.max_inputs, dim)} | norm_shapes(
-        "sequence_encoder.norm", dim
-    )
+    shapes = {"sequence_encoder.position": (settings.max_inputs, dim)} | norm_shapes("sequence_encoder.norm", dim)
     for block in range(settings.blocks):
         name = f"sequence_encoder.blocks.{block}"
         shapes |= {f"{name}.{part}.weight": (dim, dim) for part in ("query", "key", "value", "output")}
-        shapes |= linear_shapes(f"{name}.feed_in", 4 * dim, dim) | linear_shapes(
-            f"{name}.feed_out", dim, 4 * dim
-        )
+        shapes |= linear_shapes(f"{name}.feed_in", 4 * dim, dim) | linear_shapes(f"{name}.feed_out", dim, 4 * dim)
         shapes |= norm_shapes(f"{name}.attention_norm", dim) | norm_shapes(f"{name}.feed_norm", dim)
     return shapes
 
@@ -102,9 +98,7 @@ def random_view(items: int, layers: int, width: int, seed: int) -> Tensor:
 
 def tensors(**values: list) -> Parameters:
     """Parameters by name, `__` standing for the dot."""
-    return {
-        name.replace("__", "."): torch.tensor(value, dtype=torch.float64) for name, value in values.items()
-    }
+    return {name.replace("__", "."): torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
 SEQUENCES, USERS = [[1, 2], [3, 2, 3, 5], [4, 6, 1, 7]], [17, 0, 12075]
@@ -161,9 +155,7 @@ def test_loss_of_two_users_by_hand():
     log_p1 = log_p3 = math.log(0.2)
     log_p2 = math.log(0.6)
     rows = [
-        cross_entropy(
-            -2 - log_p2, 1 - log_p3, 1 - log_p3
-        ),  # after item 1, q = (-1, 1): item 2, against 3 and 3
+        cross_entropy(-2 - log_p2, 1 - log_p3, 1 - log_p3),  # after item 1, q = (-1, 1): item 2, against 3 and 3
         cross_entropy(-2 - log_p2, 2 - log_p1),  # after item 3, q = (-1, 1): item 2, against 1
         cross_entropy(-1 - log_p3, -2 - log_p1),  # after item 2, q = (1, -1): item 3, against 1
     ]
@@ -183,14 +175,10 @@ def test_loss_of_two_users_by_hand():
         ((3, 6), (3, 6), {"gates": False}),
     ],
 )
-def test_gradients_of_every_parameter_agree_with_differences(
-    first: Shape, second: Shape | None, options: dict
-):
+def test_gradients_of_every_parameter_agree_with_differences(first: Shape, second: Shape | None, options: dict):
     settings = ReferenceSettings(embedding_dim=8, max_inputs=4, **options)
     parameters = random_parameters(step_shapes(settings, first, second, bottleneck=3))
-    views = [
-        None if shape is None else random_view(7, *shape, seed) for seed, shape in enumerate((first, second))
-    ]
+    views = [None if shape is None else random_view(7, *shape, seed) for seed, shape in enumerate((first, second))]
 
     def loss() -> Tensor:
         return reference_loss(parameters, settings, *views, SEQUENCES, USERS, POPULARITY, step=5)
@@ -198,9 +186,7 @@ def test_gradients_of_every_parameter_agree_with_differences(
     loss().backward()
     assert all(parameter.grad.count_nonzero() for parameter in parameters.values())
     for parameter in parameters.values():
-        direction = torch.randn(
-            parameter.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-        )
+        direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         sides = []
         for sign in (1, -1):
             with torch.no_grad():
@@ -352,11 +338,7 @@ def torch_block(parameters: Parameters, name: str) -> nn.TransformerEncoderLayer
     )
     names = {
         "self_attn.out_proj.weight": "output.weight",
-        **{
-            f"{theirs}.{part}": f"{ours}.{part}"
-            for theirs, ours in TORCH_NAMES.items()
-            for part in ("weight", "bias")
-        },
+        **{f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in TORCH_NAMES.items() for part in ("weight", "bias")},
     }
     state = {theirs: parameters[f"{name}.{ours}"].detach() for theirs, ours in names.items()}
     projections = [parameters[f"{name}.{part}.weight"].detach() for part in ("query", "key", "value")]
@@ -406,9 +388,7 @@ def test_dropout_falls_on_the_input_and_on_both_residual_branches():
             return x * dropped
 
     parameters = random_parameters(sequence_encoder_shapes(settings))
-    sequence_states(
-        parameters, settings, torch.ones(2, 4).double(), [1, 2], Recorded(settings, step=7, user=3)
-    )
+    sequence_states(parameters, settings, torch.ones(2, 4).double(), [1, 2], Recorded(settings, step=7, user=3))
     assert [site for site, _ in drawn] == [0, 2, 3, 5, 6]
     for site, dropped in drawn:
         for slot, channel in product(range(2), range(4)):
@@ -428,9 +408,7 @@ def test_hash_is_that_of_unsigned_32_bit_arithmetic(seed: int, value: int):
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
 def test_dropout_keeps_its_share_and_the_mean(rate: float):
-    factors = Dropout(ReferenceSettings(64, dropout=rate, seed=5), step=3, user=11).factors(
-        2, 4, range(100_000)
-    )
+    factors = Dropout(ReferenceSettings(64, dropout=rate, seed=5), step=3, user=11).factors(2, 4, range(100_000))
     assert set(factors) <= {0.0, 1 / (1 - rate)}
     kept = sum(factor > 0 for factor in factors) / len(factors)
     assert abs(kept - (1 - rate)) <= 4 * math.sqrt(rate * (1 - rate) / len(factors))

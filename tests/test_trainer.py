@@ -1,4 +1,4 @@
-"""Runs: they learn, repeat bit for bit, resume exactly after a kill, stop early, and survive a loss that is not finite."""
+"""Runs: they learn, repeat bit for bit, resume exactly after a kill, stop early, and survive a loss of NaN."""
 
 from __future__ import annotations
 
