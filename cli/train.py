@@ -164,7 +164,7 @@ def _report_epoch(line: dict[str, Any]) -> None:
     figures = validation["masked" if validation["history_masked_by_default"] else "unmasked"]
     click.echo(
         f"epoch {line['epoch']:3d}  loss {line['loss']:.4f}  validation HR@10 {percent(figures['hr@10'])} "
-        f"NDCG@10 {percent(figures['ndcg@10'])}  {line['items_per_second']:,.0f} items/s"
+        f"NDCG@10 {percent(figures['ndcg@10'])} %  {line['items_per_second']:,.0f} items/s"
         f"{'  best' if line['best'] else ''}",
         err=True,
     )

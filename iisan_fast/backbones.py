@@ -7,6 +7,7 @@ a final norm or before it, differs by family, so it is found out and recorded.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -14,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, logging
-from transformers.utils import cached_file
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file, logging
 
 from .config import ViewConfig
 from .digests import value_digest, weights_digest
 from .errors import InputError
 
 Inputs = dict[str, Tensor]
-UNUSED_WEIGHTS = ("pooler", "head.")  # a checkpoint may lack what no hidden state comes from
+READS = {"input_ids": "text", "pixel_values": "image"}  # an encoder's main input tells what it reads
+TOWERS = {"text": ("text_model", "language_model"), "image": ("vision_model",)}  # of a text-image model
+UNUSED_WEIGHTS = {"pooler", "head"}  # a checkpoint may lack what no hidden state comes from
 CLASS_TOKENS = ("cls_token", "class_embedding")
 
 
@@ -35,34 +38,35 @@ def load_backbone(view: ViewConfig, device: torch.device | str = "cpu") -> Backb
     Raises InputError where the encoder cannot be found, lacks weights, reads something else than the view's source,
     or cannot give the view's layers and pooling.
     """
-    kind = ImageBackbone if view.source == "image" else TextBackbone
-    with _quiet(), _clear_errors(view.encoder):
-        return kind(view, torch.device(device))
+    reader = ImageBackbone if view.source == "image" else TextBackbone
+    with _quiet():
+        return reader(view, torch.device(device))
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
-    """0 and every second hidden state up to the last, for `depth` of them (LayerDrop by pairs)."""
-    last = depth - 1
-    return tuple(sorted({0, *range(last, 0, -2)}))
+    """0 and every second hidden state counted back from the last, for `depth` of them (LayerDrop by pairs)."""
+    return tuple(sorted({0, *range(depth - 1, 0, -2)}))
 
 
 class Backbone(ABC):
     """A frozen encoder. Subclasses say how contents become inputs and tokens become one state."""
 
-    kind: str
-    input_names: tuple[str, ...]
+    kind: str  # "text" or "image"
+    input_names: tuple[str, ...]  # what the encoder takes of what `prepare` gives
 
     def __init__(self, view: ViewConfig, device: torch.device) -> None:
         self.view, self.device = view, device
         self.dtype = _dtype(view.encoder_dtype, device)
-        self.processor = self._load_processor()
-        self.processor_digest = value_digest(self._processor_content())
-        self.model = _load_model(view.encoder, self.kind, self.dtype).to(device).eval().requires_grad_(False)
-        states, normalised = self._probe()
+        with _clear_errors(view.encoder):
+            config = _load_config(view.encoder, self.kind)
+            self.processor = self._load_processor()
+            self.processor_digest = value_digest(self._processor_content())
+            self.model = _load_model(view.encoder, config, self.kind, self.dtype)
+            self.model.to(device).eval().requires_grad_(False)
+            states, normalised = self._probe()
         self.final_state = "normalised" if normalised else "unnormalised"
+        self._check_states(states)
         self.depth, self.width = len(states), states[0].shape[-1]
-        if any(state.shape != states[0].shape for state in states):
-            raise InputError(f"{view.encoder}: its hidden states differ in shape from layer to layer")
         self.layers = self._layers()
         self.pooling = self._pooling()
 
@@ -81,7 +85,7 @@ class Backbone(ABC):
         """What a store's manifest records, as plain JSON values."""
         return {
             "encoder": self.view.encoder,
-            "architecture": type(self.model).__name__,
+            "model_type": self.model.config.model_type,
             "weights": weights_digest(_folder(self.view.encoder)),
             "processor": self.processor_digest,
             "pooling": self.pooling,
@@ -92,11 +96,14 @@ class Backbone(ABC):
             "encoder_dtype": str(self.dtype).removeprefix("torch."),
         }
 
+    def _error(self, message: str) -> InputError:
+        return InputError(f"{self.view.encoder}: {message}")
+
     def _hidden_states(self, inputs: Inputs) -> tuple[Tensor, ...]:
         used = {name: inputs[name] for name in self.input_names}
         states = self.model(**used, output_hidden_states=True).hidden_states
         if states is None:
-            raise InputError(f"{self.view.encoder}: {type(self.model).__name__} reports no hidden states")
+            raise self._error(f"{type(self.model).__name__} reports no hidden states")
         return states
 
     @torch.inference_mode()
@@ -113,26 +120,26 @@ class Backbone(ABC):
         finally:
             for hook in hooks:
                 hook.remove()
-        last = states[-1]
-        return states, any(norm.shape == last.shape and torch.equal(norm, last) for norm in norms)
+        return states, any(torch.equal(norm, states[-1]) for norm in norms)
+
+    def _check_states(self, states: tuple[Tensor, ...]) -> None:
+        shapes = sorted({tuple(state.shape) for state in states})
+        if len(shapes) > 1 or len(shapes[0]) != 3:
+            raise self._error(f"hidden states: expected one shape (items, tokens, width), found {shapes}")
 
     def _layers(self) -> tuple[int, ...]:
-        layers = self.view.layers or default_layers(self.depth)
-        ordered = all(a < b for a, b in zip(layers, layers[1:]))
+        layers = default_layers(self.depth) if self.view.layers is None else self.view.layers
+        ordered = bool(layers) and all(a < b for a, b in zip(layers, layers[1:]))
         if not ordered or layers[0] < 0 or layers[-1] >= self.depth:
-            raise InputError(
-                f"{self.view.encoder}: layers: expected ascending numbers within 0..{self.depth - 1}, "
-                f"found {','.join(map(str, layers))}"
-            )
+            found = ",".join(map(str, layers)) or "none"
+            raise self._error(f"layers: expected ascending numbers within 0..{self.depth - 1}, found {found}")
         return layers
 
     def _pooling(self) -> str:
         allowed = self._poolings()
         pooling = self.view.pooling or allowed[0]
         if pooling not in allowed:
-            raise InputError(
-                f"{self.view.encoder}: pooling: expected {' or '.join(allowed)} for this encoder, found {pooling}"
-            )
+            raise self._error(f"pooling: expected {' or '.join(allowed)} for this encoder, found {pooling}")
         return pooling
 
     @abstractmethod
@@ -160,34 +167,34 @@ class TextBackbone(Backbone):
     kind = "text"
     input_names = ("input_ids", "attention_mask")
 
+    def __init__(self, view: ViewConfig, device: torch.device) -> None:
+        super().__init__(view, device)
+        least, most = self.processor.num_special_tokens_to_add() + 1, self._positions()
+        if not least <= view.max_tokens <= most:
+            raise self._error(f"max_tokens: expected {least} to {most}, found {view.max_tokens}")
+
     def prepare(self, contents: Sequence[str]) -> Inputs:
-        """input_ids and attention_mask, int64 [N, tokens], at most max_tokens wide, special tokens included."""
-        ids = self._tokenise(contents)
-        mask = [torch.ones(len(row), dtype=torch.int64) for row in ids]
+        """input_ids and attention_mask, int64 [N, tokens], at most max_tokens wide, special tokens included.
+
+        Raises InputError for a text that gives no token at all.
+        """
+        limit = self.view.max_tokens
+        rows = self.processor(list(contents), truncation=True, max_length=limit, padding=False).input_ids
+        for text, row in zip(contents, rows):
+            if not row:
+                raise self._error(f"the text {text!r} gives no tokens")
+        ids = [torch.tensor(row) for row in rows]
         padding = self.processor.pad_token_id or 0
-        rows = [torch.tensor(row) for row in ids]
         return {
-            "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding),
-            "attention_mask": nn.utils.rnn.pad_sequence(mask, batch_first=True),
+            "input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=padding),
+            "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"max_tokens": self.view.max_tokens}
 
-    def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
-        ids = self.processor(list(texts), truncation=True, max_length=self.view.max_tokens, padding=False).input_ids
-        for text, row in zip(texts, ids):
-            if not row:
-                raise InputError(f"{self.view.encoder}: the text {text!r} gives no tokens")
-        return ids
-
     def _load_processor(self) -> Any:
-        config = _tower_config(self.view.encoder, self.kind)
-        tokenizer = AutoTokenizer.from_pretrained(self.view.encoder)
-        limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", tokenizer.model_max_length))
-        if self.view.max_tokens > limit:
-            raise InputError(f"{self.view.encoder}: max_tokens: expected at most {limit}, found {self.view.max_tokens}")
-        return tokenizer
+        return AutoTokenizer.from_pretrained(self.view.encoder, trust_remote_code=False)
 
     def _processor_content(self) -> Any:
         tokenizer = self.processor
@@ -199,15 +206,21 @@ class TextBackbone(Backbone):
             content = tokenizer.get_vocab()
         return [type(tokenizer).__name__, content, tokenizer.special_tokens_map]
 
+    def _positions(self) -> int:
+        """How many tokens the encoder has positions for."""
+        limits = [self.processor.model_max_length, getattr(self.model.config, "max_position_embeddings", None)]
+        for name, module in self.model.named_modules():
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                limits.append(module.num_embeddings - module.padding_idx - 1)  # positions count on from the padding's
+        return min(limit or math.inf for limit in limits)
+
     def _probe_inputs(self) -> Inputs:
-        """Two texts that differ in their last token only, one after the other in `_is_causal`."""
-        ids = self._tokenise(["a text to probe with"])[0]
-        ids = torch.tensor([ids if len(ids) > 1 else ids * 2], device=self.device)
+        ids = torch.tensor([[1, 2, 3, 4]], device=self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _poolings(self) -> tuple[str, ...]:
         cls = getattr(self.processor, "cls_token_id", None)
-        leads = cls is not None and self._tokenise(["a text"])[0][0] == cls
+        leads = cls is not None and self.processor("a text").input_ids[:1] == [cls]
         return ("cls", "mean", "last") if leads and not self._is_causal() else ("mean", "last")
 
     @torch.inference_mode()
@@ -215,7 +228,7 @@ class TextBackbone(Backbone):
         """Found by trying: in a causal encoder another last token leaves the first token's states as they were."""
         inputs = self._probe_inputs()
         first = self._hidden_states(inputs)
-        inputs["input_ids"][0, -1] = (inputs["input_ids"][0, -1] + 1) % len(self.processor)
+        inputs["input_ids"][0, -1] += 1
         second = self._hidden_states(inputs)
         return all(torch.equal(a[:, 0], b[:, 0]) for a, b in zip(first, second))
 
@@ -230,34 +243,47 @@ class TextBackbone(Backbone):
 
 
 class ImageBackbone(Backbone):
-    """A vision encoder over patches, with or without a class token before them."""
+    """A vision encoder over patches, with or without class and register tokens before them."""
 
     kind = "image"
     input_names = ("pixel_values",)
 
     def prepare(self, contents: Sequence[Image.Image]) -> Inputs:
         """pixel_values, float32 [N, 3, height, width], as the encoder's own processor makes them."""
-        pixels = self.processor(images=list(contents), return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels}
+        return {"pixel_values": self.processor(images=list(contents), return_tensors="pt")["pixel_values"]}
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"processor_backend": "pil"}
 
     def _load_processor(self) -> Any:
-        _tower_config(self.view.encoder, self.kind)
         # One backend everywhere: torchvision's resizing differs, and need not be installed.
-        return AutoImageProcessor.from_pretrained(self.view.encoder, backend="pil")
+        return AutoImageProcessor.from_pretrained(self.view.encoder, backend="pil", trust_remote_code=False)
 
     def _processor_content(self) -> Any:
         settings = {key: value for key, value in self.processor.to_dict().items() if not key.startswith("_")}
         return [type(self.processor).__name__, "pil", settings]
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"processor_backend": "pil"}
-
     def _probe_inputs(self) -> Inputs:
         noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        return {"pixel_values": self.prepare([Image.fromarray(noise.numpy())])["pixel_values"].to(self.device)}
+        inputs = self.prepare([Image.fromarray(noise.numpy())])
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _hidden_states(self, inputs: Inputs) -> tuple[Tensor, ...]:
         return super()._hidden_states({"pixel_values": inputs["pixel_values"].to(self.dtype)})
+
+    def _check_states(self, states: tuple[Tensor, ...]) -> None:
+        super()._check_states(states)
+        tokens, patches = states[0].shape[1], self._patches(self._probe_inputs()["pixel_values"])
+        if tokens < patches:
+            raise self._error(f"expected a state for each of {patches} patches, found {tokens}")
+        self.leading = tokens - patches  # class and register tokens stand before the patches
+
+    def _patches(self, pixels: Tensor) -> int:
+        size = getattr(self.model.config, "patch_size", None)
+        if size is None or pixels.dim() != 4:
+            raise self._error("expected an encoder of square images cut into patches (ViT, CLIP, DINOv2, SigLIP, …)")
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return (pixels.shape[-2] // height) * (pixels.shape[-1] // width)
 
     def _poolings(self) -> tuple[str, ...]:
         has_class_token = any(name.endswith(CLASS_TOKENS) for name, _ in self.model.named_parameters())
@@ -266,48 +292,53 @@ class ImageBackbone(Backbone):
     def _pool(self, states: Tensor, inputs: Inputs) -> Tensor:
         if self.pooling == "cls":
             return states[:, 0]
-        patches = self._patches(inputs["pixel_values"])
-        return states[:, states.shape[1] - patches :].float().mean(dim=1).to(states.dtype)
-
-    def _patches(self, pixels: Tensor) -> int:
-        """Patch tokens; class and register tokens stand before them."""
-        size = self.model.config.patch_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return (pixels.shape[-2] // height) * (pixels.shape[-1] // width)
+        return states[:, self.leading :].float().mean(dim=1).to(states.dtype)
 
 
-def _tower_config(encoder: str, kind: str) -> Any:
-    """The configuration of the encoder, or of the tower of a text-image pair that reads `kind`."""
-    config = AutoConfig.from_pretrained(encoder)
-    towers = {"text": getattr(config, "text_config", None), "image": getattr(config, "vision_config", None)}
-    if all(towers.values()):
-        return towers[kind]
-    if getattr(config, "is_encoder_decoder", False):
+def _load_config(encoder: str, kind: str) -> PretrainedConfig:
+    """The encoder's configuration, once it is sure to read `kind`."""
+    config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
+    if config.is_encoder_decoder:
         raise InputError(f"{encoder}: an encoder-decoder; expected an encoder or a decoder-only language model")
-    reads = "text" if hasattr(config, "vocab_size") else "image"
+    reads = kind if _has_towers(config) else READS.get(_model_class(config).main_input_name, "neither text nor images")
     if reads != kind:
-        raise InputError(f"{encoder}: reads {reads}, expected an encoder of {kind}")
+        raise InputError(f"{encoder}: reads {reads}, expected an encoder that reads {kind}")
     return config
 
 
-def _load_model(encoder: str, kind: str, dtype: torch.dtype) -> nn.Module:
-    model, info = AutoModel.from_pretrained(encoder, dtype=dtype, output_loading_info=True)
-    tower = getattr(model, "text_model" if kind == "text" else "vision_model", model)
-    prefix = next((f"{name}." for name, module in model.named_modules() if module is tower and name), "")
+def _load_model(encoder: str, config: PretrainedConfig, kind: str, dtype: torch.dtype) -> PreTrainedModel:
+    model, info = _model_class(config).from_pretrained(encoder, config=config, dtype=dtype, output_loading_info=True)
+    prefix = ""
+    if _has_towers(config):
+        name = next((name for name in TOWERS[kind] if hasattr(model, name)), None)
+        if name is None:
+            raise InputError(f"{encoder}: {type(model).__name__} has no tower that reads {kind} alone")
+        model, prefix = getattr(model, name), f"{name}."
     missing = sorted(
-        name
-        for name in info["missing_keys"]
-        if name.startswith(prefix) and not any(unused in name for unused in UNUSED_WEIGHTS)
+        key for key in info["missing_keys"] if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")}
     )
     if missing:
         raise InputError(f"{encoder}: its checkpoint lacks {len(missing)} weights, {missing[0]} first")
-    return tower
+    model.config.use_cache = False  # a causal encoder would keep keys and values that nothing reads
+    return model
+
+
+def _has_towers(config: PretrainedConfig) -> bool:
+    return hasattr(config, "text_config") and hasattr(config, "vision_config")
+
+
+def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The headless model; the automatic mapping lacks some towers of their own (SigLIP's for text)."""
+    if type(config) not in transformers.MODEL_MAPPING:
+        return getattr(transformers, config.architectures[0])
+    mapped = transformers.MODEL_MAPPING[type(config)]
+    return mapped[0] if isinstance(mapped, tuple) else mapped
 
 
 def _folder(encoder: str) -> Path:
     """Where the encoder's files lie: its own folder, or the snapshot of a hub name."""
     path = Path(encoder)
-    return path if path.is_dir() else Path(cached_file(encoder, "config.json")).parent
+    return path if path.is_dir() else Path(cached_file(encoder, "config.json", local_files_only=True)).parent
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -333,12 +364,14 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _clear_errors(encoder: str) -> Iterator[None]:
-    """Hugging Face's paragraphs, in one line."""
+    """Hugging Face's paragraphs in one line. Whatever a broken or unfit encoder makes it raise has no common type."""
     path = Path(encoder)
     if (path.is_absolute() or encoder.startswith(".")) and not path.is_dir():
         raise InputError(f"{encoder}: no such folder; expected an encoder as transformers saves it, or a hub name")
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+    except InputError:
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{encoder}: the encoder cannot be loaded ({type(error).__name__}: {reason})") from error
+        raise InputError(f"{encoder}: cannot be used as an encoder ({type(error).__name__}: {reason})") from error

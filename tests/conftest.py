@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the program does
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded in tests
 
 from pathlib import Path
 

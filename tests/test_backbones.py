@@ -255,8 +255,7 @@ def refusal(*arguments, **keywords) -> str:
     return str(error.value)
 
 
-def test_encoders_that_cannot_be_used_are_named(built, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_encoders_that_cannot_be_used_are_named(built, tmp_path):
     assert "no such folder" in refusal(tmp_path / "nowhere")
     assert "cannot be loaded" in refusal(tmp_path)
     assert "reads image, expected an encoder of text" in refusal(built("image", "vit"))

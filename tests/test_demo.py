@@ -196,7 +196,12 @@ def test_the_demo_is_learned_from_nothing_but_its_content(
 
     _, views = written
     extract(load_dataset(shuffled), views, tmp_path / "states", torch.device("cpu"))
-    settings = {"dataset": str(shuffled), "cache": str(tmp_path / "states"), "views": ["image", "title"], **demo.SETTINGS}
+    settings = {
+        "dataset": str(shuffled),
+        "cache": str(tmp_path / "states"),
+        "views": ["image", "title"],
+        **demo.SETTINGS,
+    }
     config = from_dict(RunConfig, settings)
     model, popularity = hit_rates(train(config, tmp_path / "shuffled", torch.device("cpu")))
     assert model <= 1.5 * popularity
