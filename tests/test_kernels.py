@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -187,3 +188,12 @@ def test_the_kernels_folder_is_no_package_of_its_own():
     """From the repository root `import kernels` finds our folder; transformers must load and think it absent."""
     result = subprocess.run([sys.executable, "-c", FROM_THE_ROOT], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "absent", result.stderr
+
+
+def test_a_checkout_is_whole_whatever_is_installed():
+    """Python started in the repository root, without the editable install's hooks, finds kernels and cli."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(torch.__file__).parents[1])}
+    script = "import iisan_fast.cli, iisan_fast.kernels; print(iisan_fast.kernels.__file__)"
+    command = [sys.executable, "-S", "-c", script]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == str(ROOT / "kernels" / "__init__.py"), result.stderr
