@@ -18,7 +18,8 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at top level it may want torchvision
 from transformers.utils import cached_file, logging
 
 from .config import ViewConfig
@@ -273,17 +274,15 @@ class ImageBackbone(Backbone):
 
     def _check_states(self, states: tuple[Tensor, ...]) -> None:
         super()._check_states(states)
-        tokens, patches = states[0].shape[1], self._patches(self._probe_inputs()["pixel_values"])
+        size = getattr(self.model.config, "patch_size", None)
+        if size is None:
+            raise self._error("no patch_size; expected an encoder of patches (ViT, CLIP, DINOv2, SigLIP, …)")
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        pixels, tokens = self._probe_inputs()["pixel_values"].shape, states[0].shape[1]
+        patches = (pixels[-2] // height) * (pixels[-1] // width)
         if tokens < patches:
             raise self._error(f"expected a state for each of {patches} patches, found {tokens}")
         self.leading = tokens - patches  # class and register tokens stand before the patches
-
-    def _patches(self, pixels: Tensor) -> int:
-        size = getattr(self.model.config, "patch_size", None)
-        if size is None or pixels.dim() != 4:
-            raise self._error("expected an encoder of square images cut into patches (ViT, CLIP, DINOv2, SigLIP, …)")
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return (pixels.shape[-2] // height) * (pixels.shape[-1] // width)
 
     def _poolings(self) -> tuple[str, ...]:
         has_class_token = any(name.endswith(CLASS_TOKENS) for name, _ in self.model.named_parameters())

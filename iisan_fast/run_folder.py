@@ -22,7 +22,7 @@ from .errors import InputError
 from .files import write_atomically
 from .sequences import Sequences, load_sequences
 
-LIBRARIES = ("torch", "transformers", "lmdb", "numpy", "safetensors")
+LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")
 
 
 class RunFolder:
@@ -93,6 +93,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "iisan_fast": __version__,
         "python": platform.python_version(),
+        "torch": torch.__version__,  # the build's tag included
         **{name: metadata.version(name) for name in LIBRARIES},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if on_gpu else str(device),

@@ -257,13 +257,13 @@ def refusal(*arguments, **keywords) -> str:
 
 def test_encoders_that_cannot_be_used_are_named(built, tmp_path):
     assert "no such folder" in refusal(tmp_path / "nowhere")
-    assert "cannot be loaded" in refusal(tmp_path)
-    assert "reads image, expected an encoder of text" in refusal(built("image", "vit"))
-    assert "reads text, expected an encoder of image" in refusal(built("title", "bert"), "image")
+    assert "cannot be used as an encoder" in refusal(tmp_path)
+    assert "reads image, expected an encoder that reads text" in refusal(built("image", "vit"))
+    assert "reads text, expected an encoder that reads image" in refusal(built("title", "bert"), "image")
     assert "max_tokens: expected at most 32, found 33" in refusal(built("title", "bert"), max_tokens=33)
     damaged = shutil.copytree(built("title", "bert"), tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:1000])
-    assert "cannot be loaded" in refusal(damaged)
+    assert "cannot be used as an encoder" in refusal(damaged)
     config = {**SHAPE, "vocab_size": 40, "decoder_start_token_id": 0}
     t5 = hf.T5Model(
         hf.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=config["vocab_size"])
@@ -273,7 +273,7 @@ def test_encoders_that_cannot_be_used_are_named(built, tmp_path):
 
 def test_a_hub_name_that_is_not_cached_is_named():
     message = refusal("no-such-owner/no-such-encoder")
-    assert message.startswith("no-such-owner/no-such-encoder: the encoder cannot be loaded")
+    assert message.startswith("no-such-owner/no-such-encoder: cannot be used as an encoder")
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(built, tmp_path):
