@@ -260,7 +260,7 @@ def test_encoders_that_cannot_be_used_are_named(built, tmp_path):
     assert "cannot be used as an encoder" in refusal(tmp_path)
     assert "reads image, expected an encoder that reads text" in refusal(built("image", "vit"))
     assert "reads text, expected an encoder that reads image" in refusal(built("title", "bert"), "image")
-    assert "max_tokens: expected at most 32, found 33" in refusal(built("title", "bert"), max_tokens=33)
+    assert "max_tokens: expected 3 to 32, found 33" in refusal(built("title", "bert"), max_tokens=33)
     damaged = shutil.copytree(built("title", "bert"), tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:1000])
     assert "cannot be used as an encoder" in refusal(damaged)
