@@ -23,7 +23,7 @@ setup(
         "click>=8.1",
         "lmdb>=1.4",
         "numpy>=1.26",
-        "pillow>=10.0",
+        "pillow>=10.1",
         "rich>=13.0",
         "safetensors>=0.4",
         "torch>=2.6",

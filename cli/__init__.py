@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0)
     except OSError as error:  # no permission, no space, not a folder: the message names the file
         _fail(str(error))
+    except MemoryError as error:
+        _fail(f"not enough memory ({error})")
     except click.ClickException as error:
         _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):

@@ -121,7 +121,7 @@ def _parse_view(text: str) -> ViewConfig:
     if "layers" in values:
         values["layers"] = _layers(values["layers"], f"--view {text!r}")
     if "max_tokens" in values:
-        values["max_tokens"] = _integers(values["max_tokens"], f"--view {text!r}: max_tokens")[0]
+        values["max_tokens"] = _integer(values["max_tokens"], f"--view {text!r}: max_tokens")
     if "name" not in values and "source" in values:
         values["name"] = "-".join(values[key] for key in ("source", "pooling") if key in values)
     try:
@@ -131,11 +131,11 @@ def _parse_view(text: str) -> ViewConfig:
 
 
 def _layers(text: str | None, where: str) -> tuple[int, ...] | None:
-    return None if text is None else tuple(_integers(text, f"{where}: layers"))
+    return None if text is None else tuple(_integer(part, f"{where}: layers") for part in text.split(","))
 
 
-def _integers(text: str, where: str) -> list[int]:
+def _integer(text: str, where: str) -> int:
     try:
-        return [int(part) for part in text.split(",")]
+        return int(text)
     except ValueError:
-        raise InputError(f"{where}: expected numbers like 0,2,4, found {text!r}") from None
+        raise InputError(f"{where}: expected whole numbers, found {text!r}") from None

@@ -8,6 +8,9 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+METRICS_ABREAST = 4  # as many columns as 80 characters hold
 
 
 def print_json(value: Any) -> None:
@@ -17,11 +20,11 @@ def print_json(value: Any) -> None:
 
 def print_counts(title: str, rows: dict[str, str]) -> None:
     """A two-column table of names and values."""
-    table = Table(title=title, show_header=False)
+    table = Table(title=Text(title), show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(Text(name), value)
     _print(table)
 
 
@@ -29,18 +32,24 @@ def print_metrics(title: str, reports: dict[str, dict[str, Any]]) -> None:
     """Metrics in percent: for each report, history masked and unmasked, all targets, warm and cold ones."""
     any_report = next(iter(reports.values()))
     names = [name for name in any_report["masked"] if name not in ("warm", "cold")]
-    table = Table(title=title, caption=_caption(any_report))
+    parts = [names[start : start + METRICS_ABREAST] for start in range(0, len(names), METRICS_ABREAST)]
+    for part in parts:
+        _print(_metrics_table(title, part, reports, _caption(any_report) if part is parts[-1] else None))
+
+
+def _metrics_table(title: str, names: list[str], reports: dict[str, dict[str, Any]], caption: str | None) -> Table:
+    table = Table(title=Text(title), caption=caption)
     for column in ("", "history", "targets"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for name in names:
-        table.add_column(name.upper(), justify="right")
+        table.add_column(name.upper(), justify="right", no_wrap=True)
     for label, report in reports.items():
         for history in ("masked", "unmasked"):
             figures = report[history]
             for part, values in (("all", figures), ("warm", figures["warm"]), ("cold", figures["cold"])):
                 table.add_row(label, history, part, *(percent(values[name]) for name in names))
         table.add_section()
-    _print(table)
+    return table
 
 
 def percent(fraction: float | None) -> str:

@@ -79,11 +79,13 @@ def _demo_config(out: Path, device, options: dict[str, Any]) -> RunConfig:
     if options["cache"] is not None or options["views"] is not None:
         raise InputError("--cache, --views: they need a DATASET; the demo makes its own")
     RunFolder(out).refuse_if_used()
+    home = out.resolve() / "demo"
+    settings = {**demo.SETTINGS, "views": ["image", "title"]}
+    config = _config(home / "dataset", {**options, "cache": home / "states"}, settings)
     click.echo("No dataset given: this is the embedded demo.", err=True)
-    dataset, views = demo.write_demo(out / "demo")
-    cache = out / "demo" / "states"
-    extract.extract(load_dataset(dataset), views, cache, device)
-    return _config(dataset, {**options, "cache": cache}, demo.SETTINGS)
+    dataset, views = demo.write_demo(home)
+    extract.extract(load_dataset(dataset, config.protocol), views, Path(config.cache), device)
+    return config
 
 
 def _config(dataset: Path | None, options: dict[str, Any], base: dict[str, Any] | None = None) -> RunConfig:
@@ -93,10 +95,12 @@ def _config(dataset: Path | None, options: dict[str, Any], base: dict[str, Any] 
         values = read_settings(options["config_path"])
     for section, name, value in _given(dataset, options):
         target = values.setdefault(section, {}) if section else values
+        if not isinstance(target, dict):
+            raise InputError(f"{section}: expected an object of settings, found {json.dumps(target)}")
         target[name] = value
     for key, option in (("dataset", "a DATASET argument"), ("cache", "--cache")):
-        if key not in values:
-            raise InputError(f"{key}: missing; give {option}")
+        if not isinstance(values.get(key), str):
+            raise InputError(f"{key}: expected a path, found {json.dumps(values.get(key))}; give {option}")
     if "views" not in values:
         values["views"] = _all_views(Path(values["cache"]))
     if options["rates"]:
@@ -128,6 +132,8 @@ def _all_views(cache: Path) -> list[str]:
 
     with Store(cache) as store:
         names = list(store.views)
+    if not names:
+        raise InputError(f"{cache}: holds no view yet; run iisan-fast extract")
     if len(names) > 2:
         raise InputError(f"{cache}: holds {len(names)} views ({', '.join(names)}); choose one or two with --views")
     return names
@@ -143,8 +149,9 @@ def _rate(text: str) -> tuple[str, float]:
 
 def _refuse_other_settings(context: click.Context) -> None:
     allowed = {"resume_path", "device", "as_json"}
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     given = [
-        name
+        options[name]
         for name in context.params
         if name not in allowed and context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
     ]

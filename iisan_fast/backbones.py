@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Backbone(ABC):
         self.dtype = _dtype(view.encoder_dtype, device)
         with _clear_errors(view.encoder):
             config = _load_config(view.encoder, self.kind)
-            self.processor = self._load_processor()
+            self.processor = _cached_or_fetched(self._load_processor, view.encoder)
             self.processor_digest = value_digest(self._processor_content())
             self.model = _load_model(view.encoder, config, self.kind, self.dtype)
             self.model.to(device).eval().requires_grad_(False)
@@ -144,7 +144,7 @@ class Backbone(ABC):
         return pooling
 
     @abstractmethod
-    def _load_processor(self) -> Any: ...
+    def _load_processor(self, encoder: str, local_files_only: bool) -> Any: ...
 
     @abstractmethod
     def _processor_content(self) -> Any: ...  # all that preprocessing depends on, as a JSON value
@@ -194,8 +194,12 @@ class TextBackbone(Backbone):
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"max_tokens": self.view.max_tokens}
 
-    def _load_processor(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.view.encoder, trust_remote_code=False)
+    def _load_processor(self, encoder: str, local_files_only: bool) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=local_files_only, trust_remote_code=False)
+        # Where its files are missing, transformers may make a tokenizer up to which every word is unknown.
+        if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+            raise self._error("its tokenizer knows no word; expected tokenizer files beside the weights")
+        return tokenizer
 
     def _processor_content(self) -> Any:
         tokenizer = self.processor
@@ -254,15 +258,17 @@ class ImageBackbone(Backbone):
         return {"pixel_values": self.processor(images=list(contents), return_tensors="pt")["pixel_values"]}
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"processor_backend": "pil"}
+        return super().describe() | {"processor_backend": self.processor.backend}
 
-    def _load_processor(self) -> Any:
-        # One backend everywhere: torchvision's resizing differs, and need not be installed.
-        return AutoImageProcessor.from_pretrained(self.view.encoder, backend="pil", trust_remote_code=False)
+    def _load_processor(self, encoder: str, local_files_only: bool) -> Any:
+        # Pillow wherever there is the choice: torchvision's resizing differs, and need not be installed.
+        return AutoImageProcessor.from_pretrained(
+            encoder, backend="pil", local_files_only=local_files_only, trust_remote_code=False
+        )
 
     def _processor_content(self) -> Any:
         settings = {key: value for key, value in self.processor.to_dict().items() if not key.startswith("_")}
-        return [type(self.processor).__name__, "pil", settings]
+        return [type(self.processor).__name__, self.processor.backend, settings]
 
     def _probe_inputs(self) -> Inputs:
         noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -296,7 +302,7 @@ class ImageBackbone(Backbone):
 
 def _load_config(encoder: str, kind: str) -> PretrainedConfig:
     """The encoder's configuration, once it is sure to read `kind`."""
-    config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
+    config = _cached_or_fetched(AutoConfig.from_pretrained, encoder, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise InputError(f"{encoder}: an encoder-decoder; expected an encoder or a decoder-only language model")
     reads = kind if _has_towers(config) else READS.get(_model_class(config).main_input_name, "neither text nor images")
@@ -306,7 +312,9 @@ def _load_config(encoder: str, kind: str) -> PretrainedConfig:
 
 
 def _load_model(encoder: str, config: PretrainedConfig, kind: str, dtype: torch.dtype) -> PreTrainedModel:
-    model, info = _model_class(config).from_pretrained(encoder, config=config, dtype=dtype, output_loading_info=True)
+    model, info = _cached_or_fetched(
+        _model_class(config).from_pretrained, encoder, config=config, dtype=dtype, output_loading_info=True
+    )
     prefix = ""
     if _has_towers(config):
         name = next((name for name in TOWERS[kind] if hasattr(model, name)), None)
@@ -320,6 +328,14 @@ def _load_model(encoder: str, config: PretrainedConfig, kind: str, dtype: torch.
         raise InputError(f"{encoder}: its checkpoint lacks {len(missing)} weights, {missing[0]} first")
     model.config.use_cache = False  # a causal encoder would keep keys and values that nothing reads
     return model
+
+
+def _cached_or_fetched(load: Callable[..., Any], encoder: str, **options: Any) -> Any:
+    """Loads a hub name from the cache if that has it: asking the hub first takes minutes where there is no network."""
+    if not Path(encoder).is_dir():
+        with contextlib.suppress(OSError, ValueError, InputError):  # what the cache lacks, the hub may have
+            return load(encoder, local_files_only=True, **options)
+    return load(encoder, local_files_only=False, **options)
 
 
 def _has_towers(config: PretrainedConfig) -> bool:

@@ -54,9 +54,13 @@ def load_adam(model: nn.Module, optimizer: torch.optim.Adam, tensors: dict[str, 
             optimizer.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
 
 
-def model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's weights, under the model's own names."""
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Puts `named_weights` back. Raises InputError, naming the file, where they are those of another model."""
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{path}: the weights of another model ({str(error).splitlines()[-1].strip()})") from None
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:

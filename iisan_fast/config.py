@@ -41,7 +41,7 @@ class ViewConfig:
         _choice("encoder_dtype", self.encoder_dtype, ENCODER_DTYPES)
         if self.pooling is not None:
             _choice("pooling", self.pooling, POOLINGS)
-        _at_least("max_tokens", self.max_tokens, 1)
+        _within("max_tokens", self.max_tokens, 1, 1_000_000)
         if not self.name or "\0" in self.name:
             raise InputError(f"name: expected a view's name, found {self.name!r}")
 
@@ -55,8 +55,9 @@ class ProtocolConfig:
     unescape_titles: bool = True
 
     def __post_init__(self) -> None:
-        _at_least("min_interactions", self.min_interactions, 3)
-        _at_least("max_inputs", self.max_inputs, 1)
+        # Four: two to train on, one each to validate and to test.
+        _within("min_interactions", self.min_interactions, 4, 1_000_000)
+        _within("max_inputs", self.max_inputs, 1, 10_000)
 
     @property
     def max_history(self) -> int:
@@ -83,7 +84,7 @@ class ModelConfig:
         _choice("method", self.method, METHODS)
         _choice("activation", self.activation, ACTIVATIONS)
         for name in ("embedding_dim", "bottleneck", "blocks", "attention_heads"):
-            _at_least(name, getattr(self, name), 1)
+            _within(name, getattr(self, name), 1, 65_536)
         if self.embedding_dim % self.attention_heads:
             raise InputError(
                 f"embedding_dim: expected a multiple of attention_heads ({self.attention_heads}), "
@@ -108,10 +109,10 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        _at_least("batch_users", self.batch_users, 1)
-        _at_least("max_epochs", self.max_epochs, 1)
-        _at_least("patience", self.patience, 0)
-        _at_least("seed", self.seed, 0)
+        _within("batch_users", self.batch_users, 1, 10_000_000)
+        _within("max_epochs", self.max_epochs, 1, 1_000_000)
+        _within("patience", self.patience, 0, 1_000_000)
+        _within("seed", self.seed, 0, 2**63 - 1)
         if set(self.learning_rates) != set(LEARNING_RATE_GROUPS):
             raise InputError(
                 f"learning_rates: expected one rate each for {', '.join(LEARNING_RATE_GROUPS)}, "
@@ -133,7 +134,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if not self.ks or any(k < 1 for k in self.ks):
             raise InputError(f"ks: expected one or more cut-offs of at least 1, found {list(self.ks)}")
-        _at_least("chunk_mib", self.chunk_mib, 1)
+        _within("chunk_mib", self.chunk_mib, 1, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,9 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
 
 def read_json(cls: type[Config], path: Path) -> Config:
     """A `cls` from a JSON file."""
+    values = read_settings(path)
     try:
-        return from_dict(cls, read_settings(path))
+        return from_dict(cls, values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -185,9 +187,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The JSON object in a file, its settings not yet checked."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except ValueError as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}")
@@ -226,6 +228,6 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise InputError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
 
 
-def _at_least(name: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise InputError(f"{name}: expected at least {minimum}, found {value}")
+def _within(name: str, value: int, minimum: int, maximum: int) -> None:
+    if not minimum <= value <= maximum:
+        raise InputError(f"{name}: expected {minimum} to {maximum}, found {value}")

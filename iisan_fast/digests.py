@@ -6,6 +6,7 @@ size and modification time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -34,32 +35,37 @@ def file_digest(path: Path) -> str:
     path = path.resolve()
     status = path.stat()
     stamp = [status.st_size, status.st_mtime_ns]
-    known = _read_known()
-    if str(path) in known and known[str(path)][:2] == stamp:
-        return known[str(path)][2]
-    with path.open("rb") as file:
-        digest = _hash(file)
-    store = _store()
-    store.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(store, json.dumps({**_read_known(), str(path): [*stamp, digest]}).encode())
+    match _recall().get(str(path)):
+        case [size, time, str(digest)] if [size, time] == stamp:
+            return digest
+    digest = _hash(path)
+    _remember(str(path), [*stamp, digest])
     return digest
 
 
-def _store() -> Path:
+def _memory() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "iisan-fast" / "digests.json"
 
 
-def _read_known() -> dict[str, list]:
+def _recall() -> dict[str, Any]:
     try:
-        known = json.loads(_store().read_text())
-    except (FileNotFoundError, ValueError):
-        return {}  # a damaged memory only costs hashing again
+        known = json.loads(_memory().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # a memory that is absent or damaged only costs hashing again
     return known if isinstance(known, dict) else {}
 
 
-def _hash(file) -> str:
+def _remember(path: str, entry: list[Any]) -> None:
+    memory = _memory()
+    with contextlib.suppress(OSError):  # nor is a place that cannot be written worth more than that
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, json.dumps({**_recall(), path: entry}).encode())
+
+
+def _hash(path: Path) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

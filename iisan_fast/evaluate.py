@@ -13,7 +13,7 @@ from .config import EvaluationConfig
 from .errors import InputError
 from .sequences import Sequences, Split
 
-BYTES_PER_SCORE = 16  # a score, and what counting makes of it
+BYTES_PER_SCORE = 24  # a score of up to 8 bytes, and what counting makes of it
 
 
 def evaluate(

@@ -21,7 +21,7 @@ from PIL import Image
 from .backbones import Backbone, load_backbone
 from .config import STORE_DTYPES, ViewConfig
 from .errors import InputError, first_few
-from .hidden_states import DIGEST_BYTES, Store
+from .hidden_states import DIGEST_BYTES, Store, content_digest
 from .items import ImageError, ImageFolder, ImageLmdb, open_images
 from .progress import progress_bar
 from .sequences import Dataset
@@ -68,7 +68,8 @@ def extract(
         for view in views:
             contents = _contents(view, dataset, images, missing_images == "blank")
             backbone = load_backbone(view, device)
-            jobs.append(_Job(view.name, contents, backbone, _describe(backbone, view, dtype)))
+            description = _describe(backbone, view, dtype, dataset.unescaped)
+            jobs.append(_Job(view.name, contents, backbone, description))
         descriptions = {job.name: job.description for job in jobs}
         todo = _plan_all(jobs, descriptions, cache, dataset.sequences.item_ids)
         store = stack.enter_context(Store(cache, writable=True))
@@ -98,15 +99,15 @@ class _Texts:
 
     def accepted(self, row: int) -> tuple[bytes, ...]:
         text = self.texts[row]
-        return () if text is None else (_digest(text.encode()),)
+        return () if text is None else (content_digest(text.encode()),)
 
     def problem(self, row: int) -> str | None:
-        return None if self.texts[row] else "no text"
+        return None if (self.texts[row] or "").strip() else "no text"
 
     def fetch(self, row: int) -> tuple[bytes, str, bool]:
         text = self.texts[row]
         assert text
-        return _digest(text.encode()), text, False
+        return content_digest(text.encode()), text, False
 
 
 class _Images:
@@ -116,7 +117,7 @@ class _Images:
     def accepted(self, row: int) -> tuple[bytes, ...]:
         content = self.images.content(self.item_ids[row])
         blank = (_blank_digest(content),) if self.fill_blank else ()
-        return blank if content is None else (_digest(content), *blank)
+        return blank if content is None else (content_digest(content), *blank)
 
     def problem(self, row: int) -> str | None:
         content = self.images.content(self.item_ids[row])
@@ -134,7 +135,7 @@ class _Images:
         content = self.images.content(self.item_ids[row])
         if content is not None:
             try:
-                return _digest(content), self.images.decode(content), False
+                return content_digest(content), self.images.decode(content), False
             except ImageError:
                 if not self.fill_blank:
                     raise
@@ -152,9 +153,10 @@ def _contents(
     return _Texts(list(dataset.titles) if view.source == "title" else dataset.captions)
 
 
-def _describe(backbone: Backbone, view: ViewConfig, dtype: str) -> dict[str, Any]:
+def _describe(backbone: Backbone, view: ViewConfig, dtype: str, unescaped: bool) -> dict[str, Any]:
+    source = {"source": view.source} if view.source == "image" else {"source": view.source, "unescaped": unescaped}
     versions = {name: metadata.version(name) for name in LIBRARIES}
-    return {"source": view.source, **backbone.describe(), "dtype": dtype, "versions": versions}
+    return {**source, **backbone.describe(), "dtype": dtype, "versions": versions}
 
 
 def _plan_all(
@@ -162,7 +164,8 @@ def _plan_all(
 ) -> dict[str, list[int]]:
     """{view: the rows to encode}, every one of them readable and the store fit to take them."""
     with ExitStack() as stack:
-        store = stack.enter_context(Store(cache)) if (cache / "manifest.json").exists() else None
+        begun = (cache / "manifest.json").exists()
+        store = stack.enter_context(Store(cache, writable=True)) if begun else None
         if store is not None:
             store.check_views(descriptions)
         todo = {}
@@ -217,10 +220,6 @@ def _mention_other_versions(job: _Job, store: Store) -> None:
     ]
     if changed:
         LOGGER.warning("view %r was begun with other versions: %s", job.name, ", ".join(changed))
-
-
-def _digest(content: bytes) -> bytes:
-    return blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def _blank_digest(content: bytes | None) -> bytes:

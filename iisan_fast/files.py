@@ -1,10 +1,13 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and databases that turn out not to be whole."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from .errors import InputError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -20,6 +23,18 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def refuse_truncated(env: Any, path: Path) -> None:
+    """Closes an open LMDB environment and raises InputError where its file, or its folder's, is shorter than it says.
+
+    Reading a page beyond the file's end would kill the process without a word.
+    """
+    expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    found = (path / "data.mdb" if path.is_dir() else path).stat().st_size
+    if found < expected:
+        env.close()
+        raise InputError(f"{path}: truncated LMDB: expected {expected} bytes, found {found}; copy or make it again")
 
 
 def _umask() -> int:

@@ -6,21 +6,24 @@ layers) and `manifest.json` (what every view was made with). States of different
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lmdb
 import numpy as np
 import torch
 from torch import Tensor
 
+from .config import read_settings
 from .errors import InputError, first_few
-from .files import write_atomically
+from .files import refuse_truncated, write_atomically
 
 FORMAT_VERSION = 1
 DIGEST_BYTES = 16
@@ -33,32 +36,44 @@ class Store:
 
     def __init__(self, path: Path, writable: bool = False) -> None:
         """Opens a store; a writable one is created where there is none. Raises InputError if it is unreadable."""
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: expected a folder for the cache, found a file")
         self.path = path
-        self.manifest = _read_manifest(path, missing_ok=writable)
-        if writable:
-            path.mkdir(parents=True, exist_ok=True)
-        try:
+        self._lock = _lock(path) if writable else None
+        database = path / "states.lmdb"
+        if writable and not (path / "manifest.json").exists() and not database.exists():
+            self.manifest: dict[str, Any] = {"format": FORMAT_VERSION, "views": {}}
+            self._write_manifest()  # before the database: a kill in between leaves an empty store, not a broken one
+        self.manifest = _read_manifest(path)
+        with self._clear_errors():
             self._env = lmdb.open(
-                str(path / "states.lmdb"),
+                str(database),
                 readonly=not writable,
                 lock=writable or os.access(path, os.W_OK),
                 readahead=False,
                 meminit=False,
                 map_size=1 << 20,
             )
-        except lmdb.Error as error:
-            raise InputError(f"{path}: the cache cannot be opened ({error})") from None
+            refuse_truncated(self._env, database)
 
     def __enter__(self) -> Store:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._env.close()
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def views(self) -> dict[str, dict[str, Any]]:
         """{view's name: what it was made with}, in the order the views were added."""
         return self.manifest["views"]
+
+    def view(self, name: str) -> dict[str, Any]:
+        """What a view was made with. Raises InputError if there is none of that name."""
+        if name not in self.views:
+            raise InputError(f"{self.path}: no view {name!r}; it has {', '.join(self.views) or 'none'}")
+        return self.views[name]
 
     def check_views(self, descriptions: dict[str, dict[str, Any]]) -> None:
         """Raises InputError where a view stands here already and was made otherwise, saying what differs."""
@@ -80,14 +95,18 @@ class Store:
         self.check_views(descriptions)
         for name, description in descriptions.items():
             self.views.setdefault(name, description)
-        write_atomically(self.path / "manifest.json", json.dumps(self.manifest, indent=2).encode())
+        self._write_manifest()
 
     def digests(self, view: str, item_ids: Iterable[str]) -> Iterable[bytes | None]:
         """The content digest stored with each item's states, None where there are none."""
-        with self._env.begin(buffers=True) as transaction:
+        with self._clear_errors(), self._env.begin(buffers=True) as transaction:
             for item_id in item_ids:
                 value = transaction.get(_key(view, item_id))
                 yield None if value is None else bytes(value[:DIGEST_BYTES])
+
+    def contents(self, view: str, item_ids: Iterable[str]) -> str:
+        """One digest of the contents that all the items' states were made from, in the order given."""
+        return sha256(b"".join(digest or b"" for digest in self.digests(view, item_ids))).hexdigest()
 
     def write(self, view: str, item_ids: list[str], digests: list[bytes], states: Tensor) -> None:
         """Stores states [N, K, D], already in the store's dtype, in one transaction: all of them or none."""
@@ -97,7 +116,7 @@ class Store:
         ]
         while True:
             try:
-                with self._env.begin(write=True) as transaction:
+                with self._clear_errors(), self._env.begin(write=True) as transaction:
                     for key, value in entries:
                         transaction.put(key, value)
                 return
@@ -109,7 +128,7 @@ class Store:
         target = _as_bytes_array(into)
         size = target[0].nbytes
         missing = []
-        with self._env.begin(buffers=True) as transaction:
+        with self._clear_errors(), self._env.begin(buffers=True) as transaction:
             for row, item_id in enumerate(item_ids):
                 value = transaction.get(_key(view, item_id))
                 if value is None:
@@ -128,6 +147,18 @@ class Store:
                 f"{self.path}: view {view!r} lacks {len(missing)} of {len(item_ids)} items "
                 f"({first_few(missing, len(missing))}); run iisan-fast extract"
             )
+
+    def _write_manifest(self) -> None:
+        write_atomically(self.path / "manifest.json", json.dumps(self.manifest, indent=2).encode())
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except lmdb.MapFullError:
+            raise
+        except lmdb.Error as error:
+            raise InputError(f"{self.path}: the cache cannot be used ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -151,9 +182,7 @@ def load_table(cache: Path, views: Iterable[str], item_ids: list[str], device: t
     tables = []
     with Store(cache) as store:
         for name in views:
-            if name not in store.views:
-                raise InputError(f"{cache}: no view {name!r}; it has {', '.join(store.views) or 'none'}")
-            view = store.views[name]
+            view = store.view(name)
             shape = (len(item_ids) + 1, len(view["layers"]), view["width"])
             table = torch.zeros(shape, dtype=getattr(torch, view["dtype"]))
             store.read(name, item_ids, table[1:])
@@ -161,20 +190,40 @@ def load_table(cache: Path, views: Iterable[str], item_ids: list[str], device: t
     return FeatureTable(tuple(tables))
 
 
-def _read_manifest(path: Path, missing_ok: bool) -> dict[str, Any]:
+def content_digest(content: bytes) -> bytes:
+    """What a store keeps beside an item's states to know its content again: BLAKE2b, 16 bytes."""
+    return blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def describes_view(value: Any) -> bool:
+    """Whether a JSON value says what reading a view needs to know."""
+    return isinstance(value, dict) and value.keys() >= {"source", "layers", "width", "dtype"}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.exists():
-        if missing_ok and not (path / "states.lmdb").exists():
-            return {"format": FORMAT_VERSION, "views": {}}
         raise InputError(f"{path}: not a cache of hidden states (no manifest.json); run iisan-fast extract")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{file}: not a manifest of hidden states") from None
-    if version != FORMAT_VERSION:
-        raise InputError(f"{file}: format {version}, expected {FORMAT_VERSION}; extract into a new --cache")
+    manifest = read_settings(file)
+    if manifest.get("format") != FORMAT_VERSION:
+        found = manifest.get("format")
+        raise InputError(f"{file}: format {found}, expected {FORMAT_VERSION}; extract into a new --cache")
+    views = manifest.get("views")
+    if not isinstance(views, dict) or not all(map(describes_view, views.values())):
+        raise InputError(f"{file}: not a manifest of hidden states; extract into a new --cache")
     return manifest
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Held by the one extraction that writes; released when the file is closed or the process ends, however it ends."""
+    path.mkdir(parents=True, exist_ok=True)
+    file = (path / "lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"{path}: another extraction is writing to this cache; wait for it to end") from None
+    return file
 
 
 def _key(view: str, item_id: str) -> bytes:

@@ -20,11 +20,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import InputError, first_few
+from .files import refuse_truncated
 from .image_pickles import StoredImage, unpickle
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content: shops do serve a GIF under a .jpg name
 MAX_PIXELS = 64_000_000
+MAX_ASPECT = 200  # an encoder that resizes by the shorter side would blow a thinner strip up beyond any memory
 
 
 class ImageError(InputError):
@@ -266,6 +268,8 @@ def _list_images(path: Path) -> dict[str, str]:
 def _refuse_giant(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ImageError(f"giant image: {width} x {height} is over {MAX_PIXELS // 1_000_000} megapixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(f"giant image: {width} x {height} is longer than {MAX_ASPECT} times its width")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -292,10 +296,5 @@ def _open_lmdb(path: Path) -> lmdb.Environment:
         env = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:
         raise InputError(f"{path}: not an LMDB that can be opened ({error})") from None
-    # Reading a page beyond the file's end would kill the process without a word.
-    expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    found = (path / "data.mdb" if path.is_dir() else path).stat().st_size
-    if found < expected:
-        env.close()
-        raise InputError(f"{path}: truncated LMDB: expected {expected} bytes, found {found}; copy it again")
+    refuse_truncated(env, path)
     return env

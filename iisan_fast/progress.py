@@ -16,7 +16,7 @@ def progress_bar(description: str, total: int, unit: str) -> Iterator[Advance]:
     """Yields advance(count, note=""): `total` things of `unit`, their speed and the time left, and a short note."""
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),

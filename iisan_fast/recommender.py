@@ -26,7 +26,7 @@ class Recommender(nn.Module):
         """views: (K, D) of each view; popularity float64 [items + 1]; seed draws the weights and the dropout."""
         super().__init__()
         self.config, self.seed = config, seed
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.side_network = SideNetwork(views, config)
             self.heads = Heads(self.side_network.output_widths, config)
@@ -57,7 +57,9 @@ class Recommender(nn.Module):
     def catalogue_vectors(self, table: FeatureTable) -> Tensor:
         """[items, d]: every item's vector, item number i in row i - 1."""
         numbers = torch.arange(1, len(table.views[0]), device=table.views[0].device)
-        return torch.cat([self.item_vectors(table, part) for part in numbers.split(ITEMS_AT_ONCE)])
+        # Equal parts: a last part of one item would take another matrix product and no longer tie with its equals.
+        parts = numbers.tensor_split(-(-len(numbers) // ITEMS_AT_ONCE))
+        return torch.cat([self.item_vectors(table, part) for part in parts])
 
     @torch.inference_mode()
     def user_states(self, vectors: Tensor, inputs: np.ndarray) -> Tensor:

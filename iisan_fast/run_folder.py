@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from . import __version__
-from .config import RunConfig, read_json, to_dict
+from .config import RunConfig, read_json, read_settings, to_dict
 from .errors import InputError
 from .files import write_atomically
+from .hidden_states import describes_view
 from .sequences import Sequences, load_sequences
 
 LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")
@@ -71,12 +72,20 @@ class RunFolder:
     @property
     def views(self) -> dict[str, Any]:
         """What each of the run's views was made with, as the store's manifest said."""
-        return json.loads((self.path / "views.json").read_text(encoding="utf-8"))
+        views = read_settings(self.path / "views.json")
+        if not all(map(describes_view, views.values())):
+            raise InputError(f"{self.path / 'views.json'}: not what a run's views were made with")
+        return views
 
     @property
     def sequences(self) -> Sequences:
         """The histories that the run was trained on."""
         return load_sequences(self.path / "sequences.npz")
+
+    def remove_leftovers(self) -> None:
+        """Removes what a kill in the middle of a write left of a new file; the old file stands."""
+        for leftover in self.path.glob(".*.*.*"):
+            leftover.unlink()
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Replaces metrics.jsonl: one JSON object a line, one line an epoch."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -87,6 +88,7 @@ class Dataset:
     root: Path
     titles: list[str]
     captions: list[str | None]  # None where captions.tsv has no line for the item
+    unescaped: bool  # HTML entities in titles and captions
     sequences: Sequences
 
 
@@ -110,6 +112,7 @@ def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dat
         root=root,
         titles=[table.titles[row] for row in catalogue],
         captions=[captions.get(item_id) for item_id in item_ids],
+        unescaped=protocol.unescape_titles,
         sequences=Sequences(user_ids, item_ids, offsets, number[rows], protocol.max_inputs),
     )
 
@@ -127,6 +130,8 @@ def load_sequences(path: Path) -> Sequences:
             )
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except (BadZipFile, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"{path}: not the histories of a run, or damaged ({error})") from None
 
 
 def statistics(sequences: Sequences) -> dict[str, int | float]:

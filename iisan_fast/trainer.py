@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -21,18 +20,18 @@ from .checkpoint import (
     adam_tensors,
     load_adam,
     load_checkpoint,
-    model_tensors,
+    load_weights,
     named_weights,
     save_checkpoint,
 )
-from .config import EvaluationConfig, RunConfig, TrainConfig
-from .errors import InputError
+from .config import EvaluationConfig, RunConfig, TrainConfig, read_settings
+from .errors import InputError, first_few
 from .evaluate import evaluate, leading, popularity_baseline
-from .hidden_states import FeatureTable, Store, load_table
+from .hidden_states import FeatureTable, Store, content_digest, load_table
 from .progress import progress_bar
 from .recommender import build_recommender
 from .run_folder import RunFolder
-from .sequences import Sequences, load_dataset
+from .sequences import Dataset, Sequences, load_dataset
 
 LOGGER = logging.getLogger(__name__)
 SELECTED_BY = 10  # HR@10 on validation chooses the best epoch
@@ -61,10 +60,11 @@ def train(
     when the loss stops being finite; nothing is written before the dataset, the states and the model are at hand.
     """
     RunFolder(out).refuse_if_used()
-    sequences = load_dataset(Path(config.dataset), config.protocol).sequences
-    table, views = _load_views(config, sequences, device)
-    trainer = Trainer(config, sequences, table, device)
-    folder = RunFolder.create(out, config, views, sequences, device)
+    dataset = load_dataset(Path(config.dataset), config.protocol)
+    _refuse_changed_texts(config, dataset)
+    table, views = _load_views(config, dataset.sequences, device)
+    trainer = Trainer(config, dataset.sequences, table, device)
+    folder = RunFolder.create(out, config, views, dataset.sequences, device)
     return trainer.run(folder, on_epoch)
 
 
@@ -75,7 +75,8 @@ def resume(
     folder = RunFolder.open(out)
     if folder.test.exists():
         LOGGER.info("%s is finished already", out)
-        return json.loads(folder.test.read_text(encoding="utf-8"))
+        return read_settings(folder.test)
+    folder.remove_leftovers()
     config, sequences = folder.config, folder.sequences
     table, views = _load_views(config, sequences, device)
     if views != folder.views:
@@ -114,7 +115,7 @@ class Trainer:
     def restore(self, folder: RunFolder) -> None:
         """Goes back to the end of the run's last finished epoch."""
         tensors, state = load_checkpoint(folder.last)
-        self.model.load_state_dict(model_tensors(tensors))
+        load_weights(self.model, tensors, folder.last)
         load_adam(self.model, self.optimizer, tensors)
         self.progress = Progress(**state)
         folder.write_metrics(self.progress.lines)  # a crash may have come between the checkpoint and its line
@@ -187,7 +188,7 @@ class Trainer:
 
     def _test(self, folder: RunFolder) -> dict[str, Any]:
         tensors, state = load_checkpoint(folder.best)
-        self.model.load_state_dict(model_tensors(tensors))
+        load_weights(self.model, tensors, folder.best)
         self.model.eval()
         return {
             "best_epoch": state["epoch"],
@@ -209,7 +210,7 @@ def evaluate_run(path: Path, split: str, evaluation: EvaluationConfig, device: t
     tensors, state = load_checkpoint(folder.best)
     shapes = [(len(view["layers"]), view["width"]) for view in folder.views.values()]
     model = build_recommender(shapes, config, sequences.popularity)
-    model.load_state_dict(model_tensors(tensors))
+    load_weights(model, tensors, folder.best)
     model.to(device).eval()
     vectors = tensors["item_vectors"].to(device)
     states = model.user_states(vectors, sequences.split(split).inputs)
@@ -222,9 +223,36 @@ def evaluate_run(path: Path, split: str, evaluation: EvaluationConfig, device: t
 
 
 def _load_views(config: RunConfig, sequences: Sequences, device: torch.device) -> tuple[FeatureTable, dict[str, Any]]:
+    """The feature table, and what its views were made with and from."""
+    cache, item_ids = Path(config.cache), sequences.item_ids
+    table = load_table(cache, config.views, item_ids, device)
+    with Store(cache) as store:
+        views = {name: {**store.view(name), "contents": store.contents(name, item_ids)} for name in config.views}
+    return table, views
+
+
+def _refuse_changed_texts(config: RunConfig, dataset: Dataset) -> None:
+    """Raises InputError where titles or captions are not those that the states were made from."""
     with Store(Path(config.cache)) as store:
-        described = {name: store.views.get(name) for name in config.views}
-    return load_table(Path(config.cache), config.views, sequences.item_ids, device), described
+        for name in config.views:
+            view = store.view(name)
+            if view["source"] == "image":
+                continue  # reading every image again would cost what the cache saves
+            if view["unescaped"] != dataset.unescaped:
+                protocol = replace(config.protocol, unescape_titles=view["unescaped"])
+                dataset = load_dataset(dataset.root, protocol)
+            texts = dataset.titles if view["source"] == "title" else dataset.captions
+            item_ids = dataset.sequences.item_ids
+            changed = [
+                item_id
+                for item_id, text, digest in zip(item_ids, texts, store.digests(name, item_ids))
+                if digest is not None and digest != content_digest((text or "").encode())
+            ]
+            if changed:
+                raise InputError(
+                    f"{config.cache}: view {name!r}: the {view['source']}s of {len(changed)} items are not those "
+                    f"that were encoded ({first_few(changed, len(changed))}); run iisan-fast extract again"
+                )
 
 
 @contextmanager

@@ -100,12 +100,16 @@ def target_rank(
     Args: queries [U, d]; items [N, d]; targets int64 [U], row numbers of items; excluded int64 [U, H], items left
     out of each ranking, -1 for none; chunk_elements bounds the scores held at a time.
     """
-    chunk = max(1, chunk_elements // len(items))
-    parts = [
-        _rank_chunk(queries[start : start + chunk] @ items.T, targets[start : start + chunk, None], left_out)
-        for start, left_out in zip(range(0, len(queries), chunk), excluded.split(chunk))
-    ]
-    masked, unmasked = zip(*parts)
+    users_at_once = max(1, chunk_elements // len(items))
+    parts = -(-len(queries) // users_at_once)  # equal ones: equal items tie only within one kind of matrix product
+    masked, unmasked = zip(
+        *(
+            _rank_chunk(some @ items.T, target[:, None], left_out)
+            for some, target, left_out in zip(
+                queries.tensor_split(parts), targets.tensor_split(parts), excluded.tensor_split(parts)
+            )
+        )
+    )
     return torch.cat(masked), torch.cat(unmasked)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from iisan_fast.hidden_states import FeatureTable, Store
+from iisan_fast.hidden_states import FeatureTable, Store, content_digest
 from iisan_fast.sequences import Sequences, load_dataset
 
 DATA = Path(os.environ.get("IISAN_FAST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -54,7 +54,14 @@ def make_sequences(histories: list[list[int]], items: int | None = None, max_inp
 
 def view_description(layers: int, width: int, **changes) -> dict:
     """What a store's manifest says of a view, as extraction would write it."""
-    return {"source": "title", "layers": list(range(layers)), "width": width, "dtype": "float32", **changes}
+    return {
+        "source": "title",
+        "unescaped": True,
+        "layers": list(range(layers)),
+        "width": width,
+        "dtype": "float32",
+        **changes,
+    }
 
 
 def fill_store(path: Path, item_ids: list[str], table: FeatureTable, names: tuple[str, ...]) -> Path:
@@ -62,7 +69,8 @@ def fill_store(path: Path, item_ids: list[str], table: FeatureTable, names: tupl
     with Store(path, writable=True) as store:
         store.add_views({name: view_description(*shape) for name, shape in zip(names, table.shapes)})
         for name, view in zip(names, table.views):
-            store.write(name, item_ids, [b"0" * 16] * len(item_ids), view[1:].float())
+            digests = [content_digest(f"title of {item_id}".encode()) for item_id in item_ids]
+            store.write(name, item_ids, digests, view[1:].float())
     return path
 
 

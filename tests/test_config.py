@@ -39,7 +39,7 @@ def test_views_round_trip():
         ({"model": {"dropout": 1}}, "dropout: expected a probability"),
         ({"model": {"intra": False, "inter": False}}, "found neither"),
         ({"model": []}, "model: expected Mapping"),
-        ({"train": {"batch_users": 0}}, "batch_users: expected at least 1"),
+        ({"train": {"batch_users": 0}}, "batch_users: expected 1 to"),
         ({"train": {"learning_rates": {"adapters": 1e-4}}}, "learning_rates: expected one rate each"),
         ({"evaluation": {"ks": [0]}}, "ks: expected"),
         ({"evaluation": {"ks": 10}}, "evaluation.ks: expected list"),

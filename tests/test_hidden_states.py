@@ -77,7 +77,7 @@ def test_what_is_no_store_is_said_so(tmp_path):
     with pytest.raises(InputError, match="format 99, expected 1"):
         Store(tmp_path / "c")
     manifest.write_text("{")
-    with pytest.raises(InputError, match="not a manifest"):
+    with pytest.raises(InputError, match="not valid JSON"):
         Store(tmp_path / "c")
 
 
