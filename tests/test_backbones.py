@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from iisan_fast import backbones
 from iisan_fast.backbones import default_layers, load_backbone
 from iisan_fast.config import ViewConfig
 from iisan_fast.errors import InputError
@@ -283,7 +284,28 @@ def test_the_encoder_is_frozen_and_its_dropout_off(built):
     assert backbone.dtype == torch.float32
     assert not backbone.model.training and not any(p.requires_grad for p in backbone.model.parameters())
     first, second = (backbone.encode(backbone.prepare(TITLES)) for _ in range(2))
-    assert torch.equal(first, second)
+    assert torch.equal(first, second) and first.is_inference()
+
+
+def test_a_language_model_keeps_no_keys_and_values(built):
+    backbone = load_backbone(view(built("title", "llama")))
+    outputs = []
+    backbone.model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    backbone.encode(backbone.prepare(TITLES))
+    assert [output.past_key_values for output in outputs] == [None]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("kind", "family"), [("title", "bert"), ("title", "llama"), ("image", "vit")])
+def test_on_a_gpu_states_are_bfloat16_and_close_to_the_cpus(built, kind, family):
+    folder, contents = built(kind, family), TITLES if kind == "title" else pictures()
+    exact = load_backbone(view(folder, kind))
+    quick = load_backbone(view(folder, kind, encoder_dtype="auto"), "cuda")
+    states = quick.encode(quick.prepare(contents))
+    assert states.dtype == torch.bfloat16 and states.device.type == "cuda"
+    expected = exact.encode(exact.prepare(contents))
+    assert (states.float().cpu() - expected).abs().max() <= 5e-2 * max(1, expected.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -374,6 +396,21 @@ def test_a_hub_name_that_is_not_cached_is_named():
     assert message.startswith("no-such-owner/no-such-encoder: cannot be used as an encoder") and "offline" in message
 
 
+def test_the_cache_is_asked_before_the_hub(tmp_path):
+    """Without a network the hub answers after minutes of trying again."""
+    asked = []
+
+    def load(encoder: str, local_files_only: bool) -> str:
+        asked.append(local_files_only)
+        if local_files_only and encoder == "owner/new":
+            raise OSError("not in the cache")
+        return encoder
+
+    for encoder in ("owner/cached", "owner/new", str(tmp_path)):
+        assert backbones._cached_or_fetched(load, encoder) == encoder
+    assert asked == [True, True, False, False]
+
+
 def test_loading_says_nothing_and_leaves_logging_as_it_was(built, capfd):
     hf.logging.set_verbosity_info()
     hf.logging.enable_progress_bar()
@@ -442,6 +479,19 @@ def test_descriptions_tell_weights_and_preprocessing_apart(built, tmp_path):
     tokenizer("clip").save_pretrained(other)
     assert {"encoder", "processor"} <= differing(load_backbone(view(other)).describe(), described)
     assert differing(load_backbone(view(folder, max_tokens=9)).describe(), described) == {"max_tokens"}
+
+
+def test_a_tokenizers_own_padding_and_truncation_do_not_count(built, tmp_path):
+    """Many are saved with both on, as their authors last used them."""
+    folder = shutil.copytree(built("title", "bert"), tmp_path / "bert")
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.enable_truncation(4)
+    raw.enable_padding(length=20)
+    raw.save(str(folder / "tokenizer.json"))
+    plain, saved = load_backbone(view(built("title", "bert"))), load_backbone(view(folder))
+    assert differing(plain.describe(), saved.describe()) == {"encoder"}
+    for name, tensor in plain.prepare(TITLES).items():
+        assert torch.equal(saved.prepare(TITLES)[name], tensor)
 
 
 def save_as(model: hf.PreTrainedModel, folder: Path, style: str) -> Path:

@@ -145,3 +145,40 @@ def test_bad_views_get_one_line(toy_run, tmp_path):
     assert "expected a folder images" in refused("extract", dataset, *cache, "--image-encoder", tmp_path)
     assert str(tmp_path / "none") in refused("extract", dataset, *cache, "--text-encoder", tmp_path / "none")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_demo_with_bad_settings_leaves_nothing(tmp_path):
+    for bad in (("--epochs", 0), ("--learning-rate", "heads=x"), ("--k", 0), ("--seed", 10**30)):
+        refused("train", "--out", tmp_path / "run", *bad)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings", ['{"train": 3}', '{"model": []}', '{"dataset": 3, "cache": ["y"]}', "[" * 100_000])
+def test_settings_of_the_wrong_type_get_one_line(toy_run, tmp_path, settings):
+    dataset, cache = toy_run
+    path = tmp_path / "settings.json"
+    path.write_text(settings)
+    where = ("--config", path, "--out", tmp_path / "run", "--epochs", 3, "--method", "iisan")
+    refused("train", *where)
+    if "dataset" not in settings:
+        refused("train", dataset, "--cache", cache, *where)
+    assert not (tmp_path / "run").exists()
+
+
+def test_devices_that_cannot_compute_are_refused(finished_run):
+    for device in ("meta", "mps", "xpu"):
+        assert "expected auto, cpu, cuda" in refused("evaluate", finished_run, "--device", device)
+
+
+def test_names_are_printed_as_they_are(toy_run, tmp_path):
+    odd = tmp_path / "w[bold]x[/y]"
+    odd.mkdir(parents=True)
+    for name in ("items.tsv", "users.tsv"):
+        (odd / name).write_text((toy_run[0] / name).read_text())
+    assert "w[bold]x[/y]" in iisan_fast("stats", odd).stdout.replace("\n", "")
+
+
+def test_many_cut_offs_are_printed_whole(finished_run):
+    arguments = [word for k in (1, 5, 10, 20, 50) for word in ("--k", k)]
+    table = iisan_fast("evaluate", finished_run, *arguments).stdout
+    assert all(f"{metric}@{k}" in table for metric in ("HR", "NDCG") for k in (1, 5, 10, 20, 50)) and "…" not in table

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from conftest import fill_store, random_table, view_description
 
+from iisan_fast import hidden_states
 from iisan_fast.errors import InputError
 from iisan_fast.hidden_states import Store, load_table
 
@@ -70,15 +69,58 @@ def test_an_entry_of_another_size_is_refused(tmp_path):
 def test_what_is_no_store_is_said_so(tmp_path):
     with pytest.raises(InputError, match="run iisan-fast extract"):
         Store(tmp_path / "nothing")
-    with Store(tmp_path / "c", writable=True) as store:
-        store.add_views({})
-    manifest = tmp_path / "c" / "manifest.json"
-    manifest.write_text(json.dumps({"format": 99, "views": {}}))
-    with pytest.raises(InputError, match="format 99, expected 1"):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="expected a folder for the cache, found a file"):
+        Store(tmp_path / "file", writable=True)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"format": 99, "views": {}}', "format 99, expected 1"),
+        ('{"format": 1}', "not a manifest"),
+        ('{"format": 1, "views": []}', "not a manifest"),
+        ('{"format": 1, "views": {"v": 3}}', "not a manifest"),
+        ('{"format": 1, "views": {"v": {}}}', "not a manifest"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_refused(tmp_path, manifest, message):
+    fill_store(tmp_path / "c", ["a"], random_table([(2, 4)], 1), ("v",))
+    (tmp_path / "c" / "manifest.json").write_text(manifest)
+    with pytest.raises(InputError, match=message):
         Store(tmp_path / "c")
-    manifest.write_text("{")
-    with pytest.raises(InputError, match="not valid JSON"):
+
+
+@pytest.mark.parametrize("size", [5000, 40_000])
+def test_a_truncated_database_is_refused_and_kills_nothing(tmp_path, size):
+    fill_store(tmp_path / "c", [f"i{i}" for i in range(50)], random_table([(2, 512)], 50), ("v",))
+    with (tmp_path / "c" / "states.lmdb" / "data.mdb").open("rb+") as file:
+        file.truncate(size)
+    with pytest.raises(InputError, match="truncated LMDB|cannot be used"):
         Store(tmp_path / "c")
+
+
+def test_only_one_extraction_writes_at_a_time(tmp_path):
+    with Store(tmp_path / "c", writable=True):
+        with pytest.raises(InputError, match="another extraction is writing"):
+            Store(tmp_path / "c", writable=True)
+    Store(tmp_path / "c", writable=True).__exit__()
+
+
+def test_a_store_killed_at_birth_can_be_opened_again(tmp_path, monkeypatch):
+    """Between the manifest and the database there is nothing to lose."""
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hidden_states.lmdb, "open", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Store(tmp_path / "c", writable=True)
+    fill_store(tmp_path / "c", ["a"], random_table([(2, 4)], 1), ("v",))
+    assert load_table(tmp_path / "c", ["v"], ["a"], torch.device("cpu")).shapes == [(2, 4)]
 
 
 def test_an_unknown_view_is_named(tmp_path):

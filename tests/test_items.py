@@ -274,6 +274,12 @@ def test_giant_images_are_refused_by_their_header(size: tuple[int, int]) -> None
         decode(png_header(*size))
 
 
+@pytest.mark.parametrize("size", [(1, 60_000), (30_000, 100)])
+def test_thin_strips_that_resizing_would_blow_up_are_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageError, match="^giant image: .*longer than 200 times its width"):
+        decode(png_header(*size))
+
+
 def test_an_image_of_the_largest_size_is_not_giant() -> None:
     with pytest.raises(ImageError, match="^damaged image"):
         decode(png_header(8000, 8000))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from iisan_fast.checkpoint import load_checkpoint
 from iisan_fast.config import EvaluationConfig, ModelConfig, RunConfig, TrainConfig
 from iisan_fast.errors import InputError
+from iisan_fast.hidden_states import Store, content_digest
 from iisan_fast.run_folder import RunFolder
 from iisan_fast.trainer import Progress, Trainer, evaluate_run, resume, train
 
@@ -195,3 +197,54 @@ def test_a_damaged_checkpoint_is_named(tmp_path, config):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="best.safetensors: not a checkpoint"):
         evaluate_run(tmp_path / "run", "test", EvaluationConfig(), CPU)
+
+
+def test_titles_changed_since_extraction_are_noticed(tmp_path, config):
+    dataset = shutil.copytree(config.dataset, tmp_path / "dataset")
+    items = dataset / "items.tsv"
+    items.write_text(items.read_text().replace("title of i7\n", "another title\n"))
+    with pytest.raises(
+        InputError, match=r"view 'image': the titles of 1 items are not those .* \(i7\); run iisan-fast"
+    ):
+        train(dataclasses.replace(config, dataset=str(dataset)), tmp_path / "run", CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_filled_anew_is_noticed_on_resume(tmp_path, config, monkeypatch):
+    cache = shutil.copytree(config.cache, tmp_path / "cache")
+    kill_in_epoch(monkeypatch, 2, "between epochs")
+    with pytest.raises(Killed):
+        train(dataclasses.replace(config, cache=str(cache)), tmp_path / "run", CPU)
+    monkeypatch.undo()
+    with Store(cache, writable=True) as store:
+        store.write("image", ["i7"], [content_digest(b"another title")], torch.zeros(1, 2, 16))
+    with pytest.raises(InputError, match="restore that cache"):
+        resume(tmp_path / "run", CPU)
+
+
+@pytest.mark.parametrize("name", ["config.json", "views.json", "sequences.npz", "best.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"\x93garbage", b'{"a": 3}'])
+def test_a_damaged_run_folder_is_named(tmp_path, config, name, content):
+    train(with_train(config, max_epochs=1), tmp_path / "run", CPU)
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(InputError, match=name):
+        evaluate_run(tmp_path / "run", "test", EvaluationConfig(), CPU)
+
+
+def test_the_weights_of_another_model_are_refused(tmp_path, config):
+    train(with_train(config, max_epochs=1), tmp_path / "a", CPU)
+    wider = dataclasses.replace(config, model=ModelConfig(embedding_dim=32, bottleneck=8))
+    train(with_train(wider, max_epochs=1), tmp_path / "b", CPU)
+    shutil.copy(tmp_path / "b" / "best.safetensors", tmp_path / "a")
+    with pytest.raises(InputError, match="best.safetensors: the weights of another model"):
+        evaluate_run(tmp_path / "a", "test", EvaluationConfig(), CPU)
+
+
+def test_what_a_kill_left_of_a_new_file_is_removed(tmp_path, config, monkeypatch):
+    kill_in_epoch(monkeypatch, 2, "between epochs")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "run", CPU)
+    monkeypatch.undo()
+    (tmp_path / "run" / ".last.safetensors.k2j3").write_bytes(b"half")
+    resume(tmp_path / "run", CPU)
+    assert not list((tmp_path / "run").glob(".*"))
