@@ -175,7 +175,7 @@ def test_names_are_printed_as_they_are(toy_run, tmp_path):
     odd.mkdir(parents=True)
     for name in ("items.tsv", "users.tsv"):
         (odd / name).write_text((toy_run[0] / name).read_text())
-    assert "w[bold]x[/y]" in iisan_fast("stats", odd).stdout.replace("\n", "")
+    assert "w[bold]x[/y]" in "".join(iisan_fast("stats", odd).stdout.split())
 
 
 def test_many_cut_offs_are_printed_whole(finished_run):
