@@ -103,9 +103,8 @@ def test_a_truncated_database_is_refused_and_kills_nothing(tmp_path, size):
 
 
 def test_only_one_extraction_writes_at_a_time(tmp_path):
-    with Store(tmp_path / "c", writable=True):
-        with pytest.raises(InputError, match="another extraction is writing"):
-            Store(tmp_path / "c", writable=True)
+    with Store(tmp_path / "c", writable=True), pytest.raises(InputError, match="another extraction is writing"):
+        Store(tmp_path / "c", writable=True)
     Store(tmp_path / "c", writable=True).__exit__()
 
 
