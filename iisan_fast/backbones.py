@@ -11,6 +11,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -367,12 +368,16 @@ def _quiet() -> Iterator[None]:
     """Hugging Face's own bars and notes would break into ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub = getLogger("huggingface_hub")
+    hub_level = hub.level
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub.setLevel("CRITICAL")  # it tells of every try to reach the hub; the last one's error says it all
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
         if bars:
             logging.enable_progress_bar()
 
