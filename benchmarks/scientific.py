@@ -46,13 +46,21 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--work", type=Path, help="keeps states and run folders here; a repeated call resumes them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--max-tokens", type=int, default=30, help="of a title (default 30); 47 %% have more than 30")
     arguments = parser.parse_args()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="iisan-fast-"))
     work.mkdir(parents=True, exist_ok=True)
     dataset, views = (titles if arguments.what == "titles" else images)(arguments.dataset, work)
+    views = [dataclasses.replace(view, max_tokens=arguments.max_tokens) for view in views]
     encoding = encode(dataset, views, work / "states")
     runs = [run(dataset, views, work, seed) for seed in arguments.seeds]
-    write(f"scientific-{arguments.what}", views, encoding, runs, work / f"seed-{arguments.seeds[0]}")
+    write(
+        f"scientific-{arguments.what}-{arguments.max_tokens}-tokens",
+        views,
+        encoding,
+        runs,
+        work / f"seed-{arguments.seeds[0]}",
+    )
 
 
 def titles(dataset: Path, work: Path) -> tuple[Path, list[ViewConfig]]:
@@ -167,6 +175,12 @@ def show(line: dict) -> None:
     )
 
 
+def command() -> str:
+    """How to get these figures again, folders left out."""
+    settings = [word for word in sys.argv[3:] if not Path(word).is_absolute() and word != "--work"]
+    return " ".join(["python benchmarks/scientific.py", sys.argv[1], "DATASET", *settings])
+
+
 def write(name: str, views: list[ViewConfig], encoding: dict, runs: list[dict], first: Path) -> None:
     summary = {
         f"{stage}_{metric}": statistics.mean(run[stage]["test"]["masked"][metric] for run in runs)
@@ -175,7 +189,7 @@ def write(name: str, views: list[ViewConfig], encoding: dict, runs: list[dict], 
     }
     described = [{**to_dict(view), "encoder": Path(view.encoder).name} for view in views]
     result = {
-        "command": "python benchmarks/scientific.py " + sys.argv[1],
+        "command": command(),
         "commit": subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip(),
