@@ -187,7 +187,7 @@ def write(name: str, views: list[ViewConfig], encoding: dict, runs: list[dict], 
         for stage in (f"within_{EPOCHS}_epochs", "to_early_stop")
         for metric in ("hr@10", "ndcg@10", "mrr")
     }
-    described = [{**to_dict(view), "encoder": Path(view.encoder).name} for view in views]
+    described = [{**to_dict(view), "encoder": "/".join(Path(view.encoder).parts[-2:])} for view in views]
     result = {
         "command": command(),
         "commit": subprocess.run(
