@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--work", type=Path, help="keeps states and run folders here; a repeated call resumes them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--max-tokens", type=int, default=30, help="of a title (default 30); 47 %% have more than 30")
+    parser.add_argument("--max-tokens", type=int, default=30, help="of a title (default 30)")
     arguments = parser.parse_args()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="iisan-fast-"))
     work.mkdir(parents=True, exist_ok=True)
