@@ -28,6 +28,7 @@ setup(
         "safetensors>=0.4",
         "torch>=2.6",
         "transformers>=5.10,<6",
+        "triton>=3.3; platform_system == 'Linux'",
     ],
     extras_require={
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4", "tiktoken>=0.7"],

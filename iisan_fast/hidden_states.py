@@ -24,6 +24,7 @@ from torch import Tensor
 from .config import read_settings
 from .errors import InputError, first_few
 from .files import refuse_truncated, write_atomically
+from .kernels import States
 
 FORMAT_VERSION = 1
 DIGEST_BYTES = 16
@@ -172,9 +173,9 @@ class FeatureTable:
         """(kept layers K, width D) of each view."""
         return [(view.shape[1], view.shape[2]) for view in self.views]
 
-    def gather(self, items: Tensor) -> list[Tensor]:
-        """One [len(items), K, D] tensor a view, for item numbers int64 [N]."""
-        return [view[items] for view in self.views]
+    def states(self, items: Tensor) -> list[States]:
+        """The views, to be read at item numbers int64 [N] where they lie."""
+        return [States(view, items) for view in self.views]
 
 
 def load_table(cache: Path, views: Iterable[str], item_ids: list[str], device: torch.device) -> FeatureTable:

@@ -51,7 +51,7 @@ class Recommender(nn.Module):
 
     def item_vectors(self, table: FeatureTable, items: Tensor) -> Tensor:
         """[len(items), d] for item numbers int64 [N]."""
-        return self.heads(self.side_network(table.gather(items)))
+        return self.heads(self.side_network(table.states(items)))
 
     @torch.inference_mode()
     def catalogue_vectors(self, table: FeatureTable) -> Tensor:

@@ -14,34 +14,25 @@ from torch import Tensor, nn
 from . import kernels
 from .config import ModelConfig
 from .errors import InputError
+from .kernels import States
 
 ViewShape = tuple[int, int]  # kept layers K, width D
 
 
 class SideTower(nn.Module):
-    """SANB blocks over `layers` kept layers of width `width`."""
+    """The parameters of the SANB blocks over `layers` kept layers of width `width`."""
 
     def __init__(self, layers: int, width: int, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = config.activation
         self.gate = nn.Parameter(torch.zeros(layers)) if config.gates else None
         self.down_weight = nn.Parameter(torch.empty(layers, config.bottleneck, width).normal_(std=0.01))
         self.down_bias = nn.Parameter(torch.zeros(layers, config.bottleneck))
         self.up_weight = nn.Parameter(torch.empty(layers, width, config.bottleneck).normal_(std=0.01))
         self.up_bias = nn.Parameter(torch.zeros(layers, width))
 
-    def forward(self, first: Tensor, second: Tensor | None = None) -> Tensor:
-        """[N, K, D] states of one view (intra) or two (inter) -> [N, D]."""
-        return kernels.side_tower(
-            first,
-            second,
-            self.gate,
-            self.down_weight,
-            self.down_bias,
-            self.up_weight,
-            self.up_bias,
-            self.activation,
-        )
+    def reading(self, *views: int) -> kernels.Tower:
+        """What the op takes: the numbers of the views that the tower reads, and its parameters."""
+        return kernels.Tower(views, self.gate, self.down_weight, self.down_bias, self.up_weight, self.up_bias)
 
 
 class SideNetwork(nn.Module):
@@ -50,6 +41,7 @@ class SideNetwork(nn.Module):
     def __init__(self, views: list[ViewShape], config: ModelConfig) -> None:
         super().__init__()
         check_views(views, config)
+        self.activation = config.activation
         self.paired = min(layers for layers, _ in views)
         self.widths = [width for _, width in views]
         shapes = dict(zip(("first", "second"), views)) if config.intra else {}
@@ -69,21 +61,30 @@ class SideNetwork(nn.Module):
         """Each tower's output width, in the order the heads concatenate them."""
         return {name: getattr(self, name).up_bias.shape[1] for name in self.towers}
 
-    def forward(self, states: list[Tensor]) -> dict[str, Tensor]:
-        """One [N, K, D] tensor a view -> {tower's name: [N, D]}."""
-        inputs = {name: (view,) for name, view in zip(("first", "second"), states)}
+    def forward(self, states: list[States]) -> dict[str, Tensor]:
+        """The views, tables [M, K, D] with the rows to read, int64 [N] -> {tower's name: [N, D]}."""
+        if len({view.table.shape[1:] for view in states}) == 1:  # equal shapes: one call for all towers
+            reads = {"first": (0,), "second": (1,), "inter": (0, 1)}
+            towers = [getattr(self, name).reading(*reads[name]) for name in self.towers]
+            return dict(zip(self.towers, kernels.side_towers(states, towers, self.activation)))
+        outputs = {}
+        for name, view in zip(("first", "second"), states):
+            if name in self.towers:
+                (outputs[name],) = kernels.side_towers([view], [getattr(self, name).reading(0)], self.activation)
         if "inter" in self.towers:
-            inputs["inter"] = self._aligned(states)
-        return {name: getattr(self, name)(*inputs[name]) for name in self.towers}
+            aligned = self._aligned(states)
+            (outputs["inter"],) = kernels.side_towers(aligned, [self.inter.reading(0, 1)], self.activation)
+        return outputs
 
-    def _aligned(self, states: list[Tensor]) -> list[Tensor]:
+    def _aligned(self, states: list[States]) -> list[States]:
         """The last paired layers of both views, the wider one brought to the narrower width."""
-        paired = [view[:, view.shape[1] - self.paired :] for view in states]
+        paired = [States(view.table[:, view.table.shape[1] - self.paired :], view.rows) for view in states]
         if self.widths[0] == self.widths[1]:
             return paired
         wide = self.widths.index(max(self.widths))
-        aligned = torch.einsum("nkw,kdw->nkd", paired[wide].to(self.align_weight.dtype), self.align_weight)
-        paired[wide] = aligned + self.align_bias
+        table, rows = paired[wide]
+        aligned = torch.einsum("nkw,kdw->nkd", table[rows].to(self.align_weight.dtype), self.align_weight)
+        paired[wide] = States(aligned + self.align_bias)
         return paired
 
 

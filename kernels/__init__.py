@@ -1,9 +1,14 @@
-"""The project's numerical ops. Their plain PyTorch form in `reference` is the specification."""
+"""The project's numerical ops, and the one rule that decides what runs them.
+
+Each op has a plain PyTorch form in `reference`, its specification, and a Triton form. `backend="auto"` takes Triton for
+CUDA tensors and the reference elsewhere; the environment variable IISAN_FAST_BACKEND decides in its place.
+"""
 
 if __name__ == "iisan_fast.kernels":
-    from .reference import inbatch_cross_entropy, side_tower, target_rank
+    from .dispatch import BACKEND_VARIABLE, inbatch_cross_entropy, side_towers, target_rank
+    from .reference import States, Tower
 
-    __all__ = ["inbatch_cross_entropy", "side_tower", "target_rank"]
+    __all__ = ["BACKEND_VARIABLE", "States", "Tower", "inbatch_cross_entropy", "side_towers", "target_rank"]
 else:
     # Run from the repository root, transformers looks for the Hugging Face package `kernels`, imports this folder and
     # fails on an ImportError. A module without a version, a file or anything in it counts as absent, and the ops

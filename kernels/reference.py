@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 GATE_TEMPERATURE = 0.1
+
+
+class States(NamedTuple):
+    """One view's hidden states [M, K, D] and which of them to read: row numbers int64 [N], or None for all in order."""
+
+    table: Tensor
+    rows: Tensor | None = None
+
+
+class Tower(NamedTuple):
+    """A tower's parameters, shaped as `side_tower` says, and the numbers of the views it reads: one, or (0, 1)."""
+
+    views: tuple[int, ...]
+    gate: Tensor | None
+    down_weight: Tensor
+    down_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+
+
+def side_towers(states: Sequence[States], towers: Sequence[Tower], activation: str = "relu") -> list[Tensor]:
+    """The towers of a side network, all of one shape (K, R, D), each over one or both of the views.
+
+    Returns [N, D] a tower, in its weights' dtype; differentiable in the parameters, and in states read in order.
+    """
+    views = [view.table if view.rows is None else view.table[view.rows] for view in states]
+    return [
+        side_tower(views[tower.views[0]], views[1] if len(tower.views) == 2 else None, *tower[1:], activation)
+        for tower in towers
+    ]
 
 
 def side_tower(
@@ -41,29 +74,33 @@ def side_tower(
     return state
 
 
-def inbatch_cross_entropy(
+def row_losses(
     queries: Tensor,
     items: Tensor,
     targets: Tensor,
-    row_users: Tensor,
-    history_bits: Tensor,
-    log_multiplicity: Tensor,
-    log_popularity: Tensor,
+    row_users: Tensor | None = None,
+    history_bits: Tensor | None = None,
+    log_multiplicity: Tensor | None = None,
+    log_popularity: Tensor | None = None,
 ) -> Tensor:
-    """Mean debiased in-batch cross-entropy over the V distinct items of a batch.
+    """Debiased in-batch cross-entropy of every row over the V distinct items of a batch: log Z - t.
 
-    Z(row) = exp(t) + sum over v not in the user's items of exp(<q, e_v> + log m_v - log p_v), with
-    t = <q, e_target> - log p_target; the loss is the mean of log Z - t (IISAN, equation 5, duplicates merged).
+    t = <q, e_target> - log p_target; Z(row) = exp(t) + sum over v not in the user's items of
+    exp(<q, e_v> + log m_v - log p_v) (IISAN, equation 5, duplicates merged). Without a mask Z is the sum over all v.
 
     Args: queries [R, d]; items [V, d]; targets int64 [R], indices of items; row_users int64 [R], rows of history_bits;
-    history_bits int32 [B, ceil(V / 32)], bit v set where item v is the user's own; log_multiplicity,
-    log_popularity [V]. Returns a scalar.
+    history_bits int32 [B, ceil(V / 32)], bit v set where item v is the user's own, as every target of theirs is;
+    log_multiplicity, log_popularity [V], zero where None. Returns [R].
     """
-    scores = queries @ items.T - log_popularity
+    scores = queries @ items.T
+    if log_popularity is not None:
+        scores = scores - log_popularity
     target = scores.gather(1, targets[:, None])
-    own = unpack_bits(history_bits, items.shape[0])[row_users]
-    negatives = (scores + log_multiplicity).masked_fill(own, float("-inf"))
-    return (torch.logsumexp(torch.cat([target, negatives], dim=1), dim=1) - target[:, 0]).mean()
+    logits = scores if log_multiplicity is None else scores + log_multiplicity
+    if history_bits is not None:
+        own = unpack_bits(history_bits, items.shape[0])[row_users]
+        logits = logits.masked_fill(own, float("-inf")).scatter(1, targets[:, None], target)
+    return torch.logsumexp(logits, dim=1) - target[:, 0]
 
 
 def inbatch_cross_entropy_dense(

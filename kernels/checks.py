@@ -1,0 +1,153 @@
+"""What the ops refuse: one line that names the argument, what was expected and what came.
+
+Values of tensors on a GPU are not looked at, since that would wait for it: indices are checked where they are still on
+the host, once a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import ACTIVATIONS, States, Tower
+
+MOST_TOWERS = 32
+
+
+def check_towers(states: Sequence[States], towers: Sequence[Tower], activation: str) -> None:
+    """Arguments of `side_towers`."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected {' or '.join(ACTIVATIONS)}, found {activation!r}")
+    if len(states) not in (1, 2):
+        raise ValueError(f"states: expected one or two views, found {len(states)}")
+    if not 1 <= len(towers) <= MOST_TOWERS:
+        raise ValueError(f"towers: expected 1 to {MOST_TOWERS}, found {len(towers)}")
+    layers, bottleneck, width = _dimensions("towers[0].down_weight", towers[0].down_weight, 3)
+    device, count = states[0].table.device, None
+    for i, (table, rows) in enumerate(states):
+        _floating(f"states[{i}].table", table)
+        _same_device(f"states[{i}].table", table, device)
+        found = _dimensions(f"states[{i}].table", table, 3)
+        if found[1:] != (layers, width):
+            raise ValueError(f"states[{i}].table: expected [rows, {layers}, {width}], found {list(found)}")
+        if rows is not None:
+            check_indices(f"states[{i}].rows", rows, None, len(table), device)
+            if table.requires_grad:
+                raise ValueError(f"states[{i}].table: no gradient flows to states read by row; pass them in order")
+        here = len(table) if rows is None else len(rows)
+        if count is not None and here != count:
+            raise ValueError(f"states[{i}]: expected {count} items as in states[0], found {here}")
+        count = here
+    shapes = [
+        (layers,),
+        (layers, bottleneck, width),
+        (layers, bottleneck),
+        (layers, width, bottleneck),
+        (layers, width),
+    ]
+    for i, tower in enumerate(towers):
+        if tower.views not in ((0,), (1,), (0, 1)) or max(tower.views) >= len(states):
+            raise ValueError(f"towers[{i}].views: expected (0,), (1,) or (0, 1) of {len(states)}, found {tower.views}")
+        if (tower.gate is None) != (towers[0].gate is None):
+            raise ValueError(f"towers[{i}].gate: expected gates in all towers or none")
+        for name, value, shape in zip(Tower._fields[1:], tower[1:], shapes):
+            if value is not None:
+                _shaped(f"towers[{i}].{name}", value, shape)
+                _floating(f"towers[{i}].{name}", value)
+                _same_device(f"towers[{i}].{name}", value, device)
+
+
+def check_loss(
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    row_users: Tensor | None,
+    history_bits: Tensor | None,
+    log_multiplicity: Tensor | None,
+    log_popularity: Tensor | None,
+) -> None:
+    """Arguments of `inbatch_cross_entropy`."""
+    columns, rows = _matrices(queries, items)
+    check_indices("targets", targets, rows, columns, items.device)
+    for name, values in (("log_multiplicity", log_multiplicity), ("log_popularity", log_popularity)):
+        if values is not None:
+            _shaped(name, values, (columns,))
+            _floating(name, values)
+            _same_device(name, values, items.device)
+    if (row_users is None) != (history_bits is None):
+        raise ValueError("row_users, history_bits: expected both or neither")
+    if history_bits is not None:
+        users, words = _dimensions("history_bits", history_bits, 2)
+        if history_bits.dtype != torch.int32:
+            raise ValueError(f"history_bits: expected int32, found {_name(history_bits.dtype)}")
+        if words * 32 < columns:
+            raise ValueError(
+                f"history_bits: expected at least {-(-columns // 32)} words for {columns} items, found {words}"
+            )
+        _same_device("history_bits", history_bits, items.device)
+        check_indices("row_users", row_users, rows, users, items.device)
+
+
+def check_ranks(queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor) -> None:
+    """Arguments of `target_rank`."""
+    catalogue, users = _matrices(queries, items)
+    check_indices("targets", targets, users, catalogue, items.device)
+    if _dimensions("excluded", excluded, 2)[0] != users:
+        raise ValueError(f"excluded: expected {users} rows, found {len(excluded)}")
+    check_indices("excluded", excluded, None, catalogue, items.device, lowest=-1)
+
+
+def check_indices(
+    name: str, indices: Tensor, count: int | None, limit: int, device: torch.device, lowest: int = 0
+) -> None:
+    """int64 on the device, `count` of them if given; those on the host lie from `lowest` to below `limit`."""
+    if indices.dtype != torch.int64:
+        raise ValueError(f"{name}: expected int64, found {_name(indices.dtype)}")
+    if count is not None:
+        _shaped(name, indices, (count,))
+    _same_device(name, indices, device)
+    if indices.is_cpu and indices.numel() and not torch.compiler.is_compiling():
+        least, most = indices.min().item(), indices.max().item()
+        if least < lowest or most >= limit:
+            found = least if least < lowest else most
+            raise ValueError(f"{name}: expected indices from {lowest} to {limit - 1}, found {found}")
+
+
+def _matrices(queries: Tensor, items: Tensor) -> tuple[int, int]:
+    """(rows of items, rows of queries), two matrices of one width, dtype and device."""
+    count, width = _dimensions("items", items, 2)
+    rows, found = _dimensions("queries", queries, 2)
+    if found != width:
+        raise ValueError(f"queries: expected [rows, {width}] as items are wide, found {list(queries.shape)}")
+    _floating("items", items)
+    if queries.dtype != items.dtype:
+        raise ValueError(f"queries: expected {_name(items.dtype)} like items, found {_name(queries.dtype)}")
+    _same_device("queries", queries, items.device)
+    return count, rows
+
+
+def _dimensions(name: str, tensor: Tensor, count: int) -> tuple[int, ...]:
+    if tensor.dim() != count:
+        raise ValueError(f"{name}: expected {count} dimensions, found {list(tensor.shape)}")
+    return tuple(tensor.shape)
+
+
+def _shaped(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected {list(shape)}, found {list(tensor.shape)}")
+
+
+def _floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point dtype, found {_name(tensor.dtype)}")
+
+
+def _same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, found {tensor.device}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

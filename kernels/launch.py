@@ -1,0 +1,110 @@
+"""Launching kernels: the static launch configurations, one table for every architecture, and a count of launches.
+
+A configuration is chosen by kernel, architecture and size alone, so equal calls run equal code and repeat bit for bit.
+`iisan-fast bench kernels --tune` searches for better ones and prints entries for this table.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+SMALL_ROWS = 2048  # up to this many rows a launch cannot fill the device, and small tiles spread it wider
+
+launches: Counter[str] = Counter()  # by kernel, since the process began or the last clear()
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Tile sizes by their names in the kernel, warps of a program, and stages of its software pipeline."""
+
+    blocks: dict[str, int] = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 2
+
+
+# kernel -> (architecture, size) -> configuration. "default" serves every architecture without an entry of its own.
+CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
+    "side_project": {
+        ("default", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 4}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 7}, warps=8, stages=2),
+        ("sm_90", "large"): Configuration({"BM": 64, "BD": 32, "GROUP": 7}, warps=8, stages=3),
+    },
+    "side_recur": {
+        ("default", "small"): Configuration({"BM": 16}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 64}, warps=4, stages=2),
+    },
+    "side_expand": {
+        ("default", "small"): Configuration({"BM": 32, "BD": 64, "BQ": 64}, warps=4, stages=3),
+        ("default", "large"): Configuration({"BM": 128, "BD": 128, "BQ": 32}, warps=8, stages=3),
+    },
+    "side_collect": {
+        ("default", "small"): Configuration({"BM": 32, "BD": 64, "BQ": 64}, warps=4, stages=3),
+        ("default", "large"): Configuration({"BM": 128, "BD": 32, "BQ": 64}, warps=8, stages=3),
+    },
+    "side_recur_backward": {
+        ("default", "small"): Configuration({"BM": 16}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 64}, warps=4, stages=2),
+    },
+    "side_weight_gradients": {
+        ("default", "small"): Configuration({"BM": 32, "BD": 64, "GROUP": 2, "PROGRAMS": 256}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 64, "BD": 64, "GROUP": 4, "PROGRAMS": 528}, warps=8, stages=2),
+    },
+    "side_mix_gradients": {
+        ("default", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 7}, warps=4, stages=1),
+        ("default", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 7}, warps=8, stages=1),
+    },
+    "loss_forward": {
+        ("default", "small"): Configuration({"BM": 16, "BN": 64}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 128, "BN": 64}, warps=8, stages=2),
+    },
+    "loss_query_gradients": {
+        ("default", "small"): Configuration({"BM": 16, "BN": 64}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 128, "BN": 64}, warps=8, stages=2),
+    },
+    "loss_item_gradients": {
+        ("default", "small"): Configuration({"BM": 64, "BN": 16, "PROGRAMS": 256}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 64, "BN": 128, "PROGRAMS": 528}, warps=8, stages=2),
+    },
+    "target_rank": {
+        ("default", "small"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 528}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 64, "BN": 64, "PROGRAMS": 1056}, warps=4, stages=2),
+    },
+}
+
+
+def configuration(kernel: str, rows: int, dtype: torch.dtype, device: torch.device) -> Configuration:
+    """The entry for this kernel, device and number of rows; fp32 operands, twice as wide, are not pipelined."""
+    architecture = "default"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        architecture = f"sm_{major}{minor}"
+    return table_entry(kernel, architecture, "small" if rows <= SMALL_ROWS else "large", dtype)
+
+
+def table_entry(kernel: str, architecture: str, size: str, dtype: torch.dtype) -> Configuration:
+    """The table's entry for an architecture ("sm_90") and a size ("small" or "large")."""
+    entries = CONFIGURATIONS[kernel]
+    chosen = entries.get((architecture, size), entries["default", size])
+    return Configuration(chosen.blocks, chosen.warps, 1) if dtype == torch.float32 else chosen
+
+
+def launch(kernel: Any, name: str, grid: tuple[int, ...], chosen: Configuration, *arguments: Any, **meta: Any) -> None:
+    """Runs a Triton kernel and counts the launch under its name. An empty grid launches nothing."""
+    if 0 in grid:
+        return
+    launches[name] += 1
+    kernel[grid](*arguments, **meta, num_warps=chosen.warps, num_stages=chosen.stages)
+
+
+def block(size: int, most: int = 64) -> int:
+    """A tile that covers `size` columns, or `most` of them: a power of two of at least 16, as tl.dot needs."""
+    return min(most, max(16, 1 << (size - 1).bit_length()))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 operands are multiplied: as torch.set_float32_matmul_precision says, IEEE or TF32."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"

@@ -1,0 +1,145 @@
+"""Compiles every kernel at every shipped launch configuration for GPUs that need not be there.
+
+Prints one JSON line each: shared memory, registers and spilled bytes, read from the compiled cubin. Run as a program of
+its own: under the interpreter, which other tests use, kernels are other objects.
+
+    python tests/ahead_of_time.py [--dtype bfloat16] [--architecture 90] ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from iisan_fast.kernels import cross_entropy, launch, rank, side_network
+from iisan_fast.kernels.reference import States, Tower
+
+MODULES = (side_network, cross_entropy, rank)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
+
+
+def main() -> None:
+    """One line a kernel, architecture and size."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--architecture", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--kernel", default="", help="compile only kernels whose name holds this")
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=7)
+    parser.add_argument("--bottleneck", type=int, default=64)
+    parser.add_argument("--embedding-dim", type=int, default=64)
+    arguments = parser.parse_args()
+    for architecture in arguments.architecture:
+        for size in ("small", "large"):
+            compile_all(arguments, architecture, size)
+
+
+def compile_all(arguments: argparse.Namespace, architecture: int, size: str) -> None:
+    """Calls the ops with a launcher that compiles for the architecture where it would launch."""
+    compiled: set[str] = set()
+
+    def compile_instead(kernel: Any, name: str, grid: Any, chosen: launch.Configuration, *values: Any, **meta: Any):
+        if name in compiled or arguments.kernel not in name:
+            return
+        compiled.add(name)
+        report = compile_one(kernel, architecture, chosen, values, meta)
+        line = {"kernel": name, "architecture": architecture, "size": size, "dtype": arguments.dtype}
+        print(json.dumps(line | report), flush=True)
+
+    for module in MODULES:
+        module.launch = compile_instead
+        module.configuration = lambda kernel, rows, dtype, device: launch.table_entry(
+            kernel, f"sm_{architecture}", size, dtype
+        )
+    call_ops(arguments)
+
+
+def call_ops(arguments: argparse.Namespace) -> None:
+    """Every op once, forward and backward, on tensors whose values do not matter."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, arguments.dtype)
+    items, layers, width, bottleneck = 160, arguments.layers, arguments.width, arguments.bottleneck
+    rows = torch.zeros(items, dtype=torch.int64)
+    views = [States(torch.zeros(4, layers, width, dtype=dtype), rows) for _ in range(2)]
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, requires_grad=True)
+
+    towers = [
+        Tower(
+            reads,
+            leaf(layers),
+            leaf(layers, bottleneck, width),
+            leaf(layers, bottleneck),
+            leaf(layers, width, bottleneck),
+            leaf(layers, width),
+        )
+        for reads in ((0,), (1,), (0, 1))
+    ]
+    outputs = side_network.side_towers(views, towers)
+    torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+    for loss in losses(dtype, arguments.embedding_dim):
+        loss.sum().backward()
+    queries = torch.zeros(32, arguments.embedding_dim, dtype=dtype)
+    vectors = torch.zeros(160, arguments.embedding_dim, dtype=dtype)
+    rank.target_rank(queries, vectors, torch.zeros(32, dtype=torch.int64), torch.zeros(32, 12, dtype=torch.int64))
+
+
+def losses(dtype: torch.dtype, embedding_dim: int) -> Iterator[torch.Tensor]:
+    """Row losses of the masked, debiased form."""
+    queries = torch.zeros(160, embedding_dim, dtype=dtype, requires_grad=True)
+    items = torch.zeros(160, embedding_dim, dtype=dtype, requires_grad=True)
+    zeros = torch.zeros(160, dtype=torch.int64)
+    bits = torch.zeros(16, 5, dtype=torch.int32)
+    yield cross_entropy.row_losses(queries, items, zeros, zeros, bits, torch.zeros(160), torch.zeros(160))
+
+
+def compile_one(
+    kernel: Any, architecture: int, chosen: launch.Configuration, values: tuple, meta: dict[str, Any]
+) -> dict[str, Any]:
+    """Compiles as the launcher would specialise: aligned pointers, integers known to be 1 or multiples of 16."""
+    names = kernel.arg_names[: len(values)]
+    signature, constants, attributes = {}, dict(meta), {}
+    for index, (name, value) in enumerate(zip(names, values)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    signature |= {name: "constexpr" for name in meta}
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return {"shared": binary.metadata.shared, **resources(binary.asm["cubin"]), "warps": chosen.warps}
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread and bytes of stack (what spills live in) a thread, as the cubin states them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+)", text)
+    return {"registers": int(found[0]), "spilled": int(found[1])}
+
+
+if __name__ == "__main__":
+    main()
