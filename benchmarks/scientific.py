@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max-tokens", type=int, default=30, help="of a title (default 30)")
     arguments = parser.parse_args()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    commit = head.stdout.strip()  # of the code as it starts: it may be another by the time the run ends
     work = arguments.work or Path(tempfile.mkdtemp(prefix="iisan-fast-"))
     work.mkdir(parents=True, exist_ok=True)
     dataset, views = (titles if arguments.what == "titles" else images)(arguments.dataset, work)
@@ -56,6 +58,7 @@ def main() -> None:
     runs = [run(dataset, views, work, seed) for seed in arguments.seeds]
     write(
         f"scientific-{arguments.what}-{arguments.max_tokens}-tokens",
+        commit,
         views,
         encoding,
         runs,
@@ -181,7 +184,7 @@ def command() -> str:
     return " ".join(["python benchmarks/scientific.py", sys.argv[1], "DATASET", *settings])
 
 
-def write(name: str, views: list[ViewConfig], encoding: dict, runs: list[dict], first: Path) -> None:
+def write(name: str, commit: str, views: list[ViewConfig], encoding: dict, runs: list[dict], first: Path) -> None:
     summary = {
         f"{stage}_{metric}": statistics.mean(run[stage]["test"]["masked"][metric] for run in runs)
         for stage in (f"within_{EPOCHS}_epochs", "to_early_stop")
@@ -190,9 +193,7 @@ def write(name: str, views: list[ViewConfig], encoding: dict, runs: list[dict], 
     described = [{**to_dict(view), "encoder": "/".join(Path(view.encoder).parts[-2:])} for view in views]
     result = {
         "command": command(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
+        "commit": commit,
         "environment": environment(CPU),
         "views": described,
         "mean_over_seeds": summary,
