@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..config import EvaluationConfig
+from ..config import TIE_SHARES, EvaluationConfig
 from .options import FOLDER, device_option, json_option, k_option, torch_device
 from .output import print_json, print_metrics
 
@@ -15,14 +15,22 @@ from .output import print_json, print_metrics
 @click.argument("run", type=FOLDER)
 @click.option("--split", type=click.Choice(["test", "validation"]), default="test", help="Which targets.")
 @k_option
+@click.option(
+    "--ties",
+    type=click.Choice(list(TIE_SHARES)),
+    default=EvaluationConfig().ties,
+    help="Of the items that score like the target, count half above it, or none (best), as some published code does.",
+)
 @click.option("--chunk-mib", type=int, default=EvaluationConfig().chunk_mib, help="Memory for scores, MiB.")
 @device_option
 @json_option
-def evaluate(run: Path, split: str, ks: tuple[int, ...], chunk_mib: int, device: str, as_json: bool) -> None:
+def evaluate(run: Path, split: str, ks: tuple[int, ...], ties: str, chunk_mib: int, device: str, as_json: bool) -> None:
     """Print the metrics of RUN's best checkpoint over the full catalogue, history masked and unmasked."""
     from ..trainer import evaluate_run
 
-    result = evaluate_run(run, split, EvaluationConfig(ks or (10,), chunk_mib=chunk_mib), torch_device(device))
+    result = evaluate_run(
+        run, split, EvaluationConfig(ks or (10,), ties=ties, chunk_mib=chunk_mib), torch_device(device)
+    )
     if as_json:
         print_json(result)
         return

@@ -62,6 +62,7 @@ def _caption(report: dict[str, Any]) -> str:
     return (
         f"percent; {report['split']} targets of {report['users']:,} users: {warm:,} warm, {cold:,} cold, "
         f"{report['unreachable']:,} in their own history (a miss when masked)"
+        + ("" if report["ties"] == "half" else "; ties in the target's favour")
     )
 
 

@@ -19,6 +19,7 @@ ENCODER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 STORE_DTYPES = ("bfloat16", "float16", "float32")
 METHODS = ("iisan", "iisan-versa")
 ACTIVATIONS = ("relu", "gelu")
+TIE_SHARES = {"half": 0.5, "best": 0.0}
 LEARNING_RATE_GROUPS = ("adapters", "gates", "heads", "sequence_encoder")
 
 Config = TypeVar("Config")
@@ -129,11 +130,13 @@ class EvaluationConfig:
 
     ks: tuple[int, ...] = (10,)
     mask_history: bool = True  # which of the two figures leads and selects the best epoch; both are always reported
+    ties: str = "half"  # what of the items that score like the target counts above it: half of them, or "best": none
     chunk_mib: int = 64  # memory that the score chunks may take
 
     def __post_init__(self) -> None:
         if not self.ks or any(k < 1 for k in self.ks):
             raise InputError(f"ks: expected one or more cut-offs of at least 1, found {list(self.ks)}")
+        _choice("ties", self.ties, tuple(TIE_SHARES))
         _within("chunk_mib", self.chunk_mib, 1, 1_000_000)
 
 

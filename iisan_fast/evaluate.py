@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .config import EvaluationConfig
+from .config import TIE_SHARES, EvaluationConfig
 from .errors import InputError
 from .sequences import Sequences, Split
 
@@ -31,8 +31,9 @@ def evaluate(
         "users": len(split.targets),
         "unreachable": int((~split.reachable).sum()),
         "history_masked_by_default": config.mask_history,
+        "ties": config.ties,
     }
-    for name, ranks in zip(("masked", "unmasked"), target_ranks(queries, vectors, split, config.chunk_mib)):
+    for name, ranks in zip(("masked", "unmasked"), target_ranks(queries, vectors, split, config)):
         report[name] = {
             **metrics(ranks, config.ks),
             "warm": {"users": int(warm.sum()), **metrics(ranks[warm], config.ks)},
@@ -48,14 +49,17 @@ def popularity_baseline(sequences: Sequences, split_name: str, config: Evaluatio
     return evaluate(queries, counts, sequences, split_name, config)
 
 
-def target_ranks(queries: Tensor, vectors: Tensor, split: Split, chunk_mib: int) -> tuple[np.ndarray, np.ndarray]:
+def target_ranks(
+    queries: Tensor, vectors: Tensor, split: Split, config: EvaluationConfig
+) -> tuple[np.ndarray, np.ndarray]:
     """float64 [users] twice: each target's rank from 1, history masked (infinite where unreachable) and not."""
     masked, unmasked = kernels.target_rank(
         queries,
         vectors,
         torch.from_numpy(split.targets - 1).to(queries.device),
         torch.from_numpy(split.history - 1).to(queries.device),
-        chunk_elements=chunk_mib * 2**20 // BYTES_PER_SCORE,
+        tie_share=TIE_SHARES[config.ties],
+        chunk_elements=config.chunk_mib * 2**20 // BYTES_PER_SCORE,
     )
     broken = unmasked.isnan()
     if broken.any():

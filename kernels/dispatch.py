@@ -82,10 +82,11 @@ def target_rank(
     items: Tensor,
     targets: Tensor,
     excluded: Tensor,
+    tie_share: float = 0.5,
     chunk_elements: int = 1 << 24,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Rank of each target in the full catalogue: 1 + items that score higher + half of the others that tie.
+    """Rank of each target in the full catalogue: 1 + items that score higher + tie_share of the others that tie.
 
     Arguments and results as `reference.target_rank`; Triton holds no scores, so chunk_elements bounds nothing there.
     Raises ValueError for bad arguments.
@@ -94,8 +95,8 @@ def target_rank(
     if _use_triton("target_rank", backend, [queries, items]):
         from . import rank
 
-        return rank.target_rank(queries, items, targets, excluded)
-    return reference.target_rank(queries, items, targets, excluded, chunk_elements)
+        return rank.target_rank(queries, items, targets, excluded, tie_share)
+    return reference.target_rank(queries, items, targets, excluded, tie_share, chunk_elements)
 
 
 def _use_triton(op: str, backend: str, tensors: Sequence[Tensor]) -> bool:

@@ -10,13 +10,15 @@ from torch import Tensor
 from .launch import block, configuration, launch
 
 
-def target_rank(queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
+def target_rank(
+    queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor, tie_share: float = 0.5
+) -> tuple[Tensor, Tensor]:
     """`reference.target_rank` by a Triton kernel; the caller has checked the arguments. There is nothing to chunk."""
     queries, items, excluded = (x if x.stride(1) == 1 else x.contiguous() for x in (queries, items, excluded))
     higher, ties, own_higher, own_ties, broken = _counts(queries, items, targets, excluded).unbind(1)
     is_broken = broken > 0
-    unmasked = (1 + higher + 0.5 * ties.double()).masked_fill(is_broken, float("nan"))
-    masked = unmasked - own_higher - 0.5 * own_ties.double()
+    unmasked = (1 + higher + tie_share * ties.double()).masked_fill(is_broken, float("nan"))
+    masked = unmasked - own_higher - tie_share * own_ties.double()
     unreachable = (excluded == targets[:, None]).any(dim=1) & ~is_broken
     return masked.masked_fill(unreachable, float("inf")), unmasked
 

@@ -99,7 +99,7 @@ def row_losses(
     logits = scores if log_multiplicity is None else scores + log_multiplicity
     if history_bits is not None:
         own = unpack_bits(history_bits, items.shape[0])[row_users]
-        logits = logits.masked_fill(own, float("-inf")).scatter(1, targets[:, None], target)
+        logits = logits.masked_fill(own, float("-inf")).scatter(1, targets[:, None], target.to(logits.dtype))
     return torch.logsumexp(logits, dim=1) - target[:, 0]
 
 
@@ -127,9 +127,14 @@ def inbatch_cross_entropy_dense(
 
 
 def target_rank(
-    queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor, chunk_elements: int = 1 << 24
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    excluded: Tensor,
+    tie_share: float = 0.5,
+    chunk_elements: int = 1 << 24,
 ) -> tuple[Tensor, Tensor]:
-    """Rank of each target: 1 + items that score higher + half of the others that tie.
+    """Rank of each target: 1 + items that score higher + tie_share of the others that tie.
 
     Returns float64 [U] twice: among the items that are not excluded (infinity for a target that is itself excluded),
     and among all items. A row with any non-finite score has rank NaN in both.
@@ -141,7 +146,7 @@ def target_rank(
     parts = -(-len(queries) // users_at_once)  # equal ones: equal items tie only within one kind of matrix product
     masked, unmasked = zip(
         *(
-            _rank_chunk(some @ items.T, target[:, None], left_out)
+            _rank_chunk(some @ items.T, target[:, None], left_out, tie_share)
             for some, target, left_out in zip(
                 queries.tensor_split(parts), targets.tensor_split(parts), excluded.tensor_split(parts)
             )
@@ -156,7 +161,7 @@ def unpack_bits(bits: Tensor, columns: int) -> Tensor:
     return (bits[:, index // 32] >> (index % 32) & 1).bool()
 
 
-def _rank_chunk(scores: Tensor, targets: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
+def _rank_chunk(scores: Tensor, targets: Tensor, excluded: Tensor, tie_share: float) -> tuple[Tensor, Tensor]:
     target = scores.gather(1, targets)
     higher = (scores > target).sum(dim=1)
     ties = (scores == target).sum(dim=1) - 1
@@ -168,7 +173,7 @@ def _rank_chunk(scores: Tensor, targets: Tensor, excluded: Tensor) -> tuple[Tens
     own_higher = (counted & (own > target)).sum(dim=1)
     own_ties = (counted & (own == target)).sum(dim=1)
     broken = ~scores.isfinite().all(dim=1)
-    unmasked = (1 + higher + 0.5 * ties.double()).masked_fill(broken, float("nan"))
-    masked = unmasked - own_higher - 0.5 * own_ties.double()
+    unmasked = (1 + higher + tie_share * ties.double()).masked_fill(broken, float("nan"))
+    masked = unmasked - own_higher - tie_share * own_ties.double()
     unreachable = (excluded == targets).any(dim=1) & ~broken
     return masked.masked_fill(unreachable, float("inf")), unmasked

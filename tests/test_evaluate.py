@@ -99,3 +99,13 @@ def test_a_score_that_is_not_finite_is_an_error():
     vectors[3, 0] = float("inf")
     with pytest.raises(InputError, match="40 of 40 users have a score that is not finite"):
         evaluate(queries, vectors, sequences, "test", EvaluationConfig())
+
+
+def test_ties_count_half_or_in_the_targets_favour():
+    sequences, queries, vectors = random_case()
+    vectors[:] = vectors[:1]  # every item ties with every other
+    half, best = (evaluate(queries, vectors, sequences, "test", EvaluationConfig(KS, ties=t)) for t in ("half", "best"))
+    assert half["unmasked"]["hr@10"] == 0 and half["unmasked"]["mrr"] == pytest.approx(1 / (1 + 59 / 2))
+    assert best["unmasked"]["hr@1"] == 1 and best["ties"] == "best"
+    reachable = 1 - best["unreachable"] / best["users"]
+    assert best["masked"]["hr@1"] == pytest.approx(reachable)

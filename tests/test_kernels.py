@@ -97,11 +97,11 @@ def test_loss_by_hand():
     assert loss.item() == pytest.approx((first + second) / 2, rel=1e-12)
 
 
-def naive_rank(scores: list[float], target: int, excluded: set[int]) -> float:
+def naive_rank(scores: list[float], target: int, excluded: set[int], tie_share: float) -> float:
     if target in excluded:
         return float("inf")
     others = [score for item, score in enumerate(scores) if item not in excluded and item != target]
-    return 1 + sum(s > scores[target] for s in others) + sum(s == scores[target] for s in others) / 2
+    return 1 + sum(s > scores[target] for s in others) + sum(s == scores[target] for s in others) * tie_share
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,16 +116,18 @@ def test_target_rank_equals_counting(data):
     excluded = data.draw(
         st.lists(st.lists(st.integers(-1, count - 1), min_size=width, max_size=width), min_size=users, max_size=users)
     )
+    tie_share = data.draw(st.sampled_from([0.5, 0.0]))
     masked, unmasked = kernels.target_rank(
         torch.tensor(scores, dtype=torch.float64),
         torch.eye(count, dtype=torch.float64),
         torch.tensor(targets),
         torch.tensor(excluded, dtype=torch.int64).reshape(users, width),
+        tie_share=tie_share,
         chunk_elements=data.draw(st.integers(1, 40)),
     )
-    expected = [naive_rank(s, t, set(x) - {-1}) for s, t, x in zip(scores, targets, excluded)]
+    expected = [naive_rank(s, t, set(x) - {-1}, tie_share) for s, t, x in zip(scores, targets, excluded)]
     assert masked.tolist() == expected
-    assert unmasked.tolist() == [naive_rank(s, t, set()) for s, t in zip(scores, targets)]
+    assert unmasked.tolist() == [naive_rank(s, t, set(), tie_share) for s, t in zip(scores, targets)]
 
 
 def test_target_rank_of_a_score_that_is_not_finite_is_nan():
