@@ -10,6 +10,7 @@ import click
 
 from .. import __version__
 from ..errors import InputError
+from .bench import bench
 from .evaluate import evaluate
 from .extract import extract
 from .stats import stats
@@ -22,7 +23,7 @@ def cli() -> None:
     """Train IISAN: a small side network on frozen text and image encoders, for sequential recommendation."""
 
 
-for command in (stats, extract, train, evaluate):
+for command in (stats, extract, train, evaluate, bench):
     cli.add_command(command)
 
 

@@ -13,6 +13,11 @@ from typing import Any
 import torch
 
 SMALL_ROWS = 2048  # up to this many rows a launch cannot fill the device, and small tiles spread it wider
+SIZES = (
+    "small",
+    "large",
+    "fp32",
+)  # fp32 operands, at any number of rows: no pipelining, and tiles that IEEE products fit
 
 launches: Counter[str] = Counter()  # by kernel, since the process began or the last clear()
 
@@ -31,65 +36,78 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
     "side_project": {
         ("default", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 4}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 7}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BM": 16, "BD": 16, "GROUP": 2}, warps=4, stages=1),
         ("sm_90", "large"): Configuration({"BM": 64, "BD": 32, "GROUP": 7}, warps=8, stages=3),
     },
     "side_recur": {
         ("default", "small"): Configuration({"BM": 16}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 64}, warps=4, stages=2),
+        ("default", "fp32"): Configuration({"BM": 16}, warps=4, stages=1),
     },
     "side_expand": {
         ("default", "small"): Configuration({"BM": 32, "BD": 64, "BQ": 64}, warps=4, stages=3),
         ("default", "large"): Configuration({"BM": 128, "BD": 128, "BQ": 32}, warps=8, stages=3),
+        ("default", "fp32"): Configuration({"BM": 32, "BD": 64, "BQ": 32}, warps=4, stages=1),
     },
     "side_collect": {
         ("default", "small"): Configuration({"BM": 32, "BD": 64, "BQ": 64}, warps=4, stages=3),
         ("default", "large"): Configuration({"BM": 128, "BD": 32, "BQ": 64}, warps=8, stages=3),
+        ("default", "fp32"): Configuration({"BM": 32, "BD": 32, "BQ": 32}, warps=4, stages=1),
     },
     "side_recur_backward": {
         ("default", "small"): Configuration({"BM": 16}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 64}, warps=4, stages=2),
+        ("default", "fp32"): Configuration({"BM": 16}, warps=4, stages=1),
     },
     "side_weight_gradients": {
         ("default", "small"): Configuration({"BM": 32, "BD": 64, "GROUP": 2, "PROGRAMS": 256}, warps=4, stages=2),
-        ("default", "large"): Configuration({"BM": 64, "BD": 64, "GROUP": 4, "PROGRAMS": 528}, warps=8, stages=2),
+        ("default", "large"): Configuration({"BM": 32, "BD": 32, "GROUP": 7, "PROGRAMS": 528}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BM": 16, "BD": 32, "GROUP": 1, "PROGRAMS": 256}, warps=4, stages=1),
+        # 8 bytes spilled a thread for half the reads of the bottlenecks that 32 columns at a time would need
+        ("sm_90", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 7, "PROGRAMS": 264}, warps=8, stages=2),
     },
     "side_mix_gradients": {
         ("default", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 7}, warps=4, stages=1),
         ("default", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 7}, warps=8, stages=1),
+        ("default", "fp32"): Configuration({"BM": 16, "BD": 32, "GROUP": 4}, warps=4, stages=1),
     },
     "loss_forward": {
         ("default", "small"): Configuration({"BM": 16, "BN": 64}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 128, "BN": 64}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BM": 32, "BN": 32}, warps=4, stages=1),
     },
     "loss_query_gradients": {
         ("default", "small"): Configuration({"BM": 16, "BN": 64}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 128, "BN": 64}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BM": 32, "BN": 32}, warps=4, stages=1),
     },
     "loss_item_gradients": {
         ("default", "small"): Configuration({"BM": 64, "BN": 16, "PROGRAMS": 256}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 64, "BN": 128, "PROGRAMS": 528}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BM": 32, "BN": 32, "PROGRAMS": 528}, warps=4, stages=1),
     },
     "target_rank": {
         ("default", "small"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 528}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 64, "BN": 64, "PROGRAMS": 1056}, warps=4, stages=2),
+        ("default", "fp32"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 1056}, warps=4, stages=1),
     },
 }
 
 
 def configuration(kernel: str, rows: int, dtype: torch.dtype, device: torch.device) -> Configuration:
-    """The entry for this kernel, device and number of rows; fp32 operands, twice as wide, are not pipelined."""
+    """The entry for this kernel, device, number of rows and dtype of the operands."""
     architecture = "default"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         architecture = f"sm_{major}{minor}"
-    return table_entry(kernel, architecture, "small" if rows <= SMALL_ROWS else "large", dtype)
+    size = "fp32" if dtype == torch.float32 else "small" if rows <= SMALL_ROWS else "large"
+    return table_entry(kernel, architecture, size)
 
 
-def table_entry(kernel: str, architecture: str, size: str, dtype: torch.dtype) -> Configuration:
-    """The table's entry for an architecture ("sm_90") and a size ("small" or "large")."""
+def table_entry(kernel: str, architecture: str, size: str) -> Configuration:
+    """The table's entry for an architecture ("sm_90") and one of SIZES."""
     entries = CONFIGURATIONS[kernel]
-    chosen = entries.get((architecture, size), entries["default", size])
-    return Configuration(chosen.blocks, chosen.warps, 1) if dtype == torch.float32 else chosen
+    return entries.get((architecture, size), entries["default", size])
 
 
 def launch(kernel: Any, name: str, grid: tuple[int, ...], chosen: Configuration, *arguments: Any, **meta: Any) -> None:

@@ -287,7 +287,7 @@ def _side_towers_backward(
         groups = _groups(call.layers, chosen.blocks["GROUP"])
         columns = triton.cdiv(call.width, chosen.blocks["BD"]) * call.count
         others = groups * triton.cdiv(call.bottleneck, call.r_block)
-        splits = min(call.tiles(chosen), max(1, chosen.blocks["PROGRAMS"] // (columns * others)))
+        splits = max(1, min(call.tiles(chosen), chosen.blocks["PROGRAMS"] // (columns * others)))
         partial = (splits, call.count, call.layers, call.bottleneck, call.width)
         down_parts = down.new_empty(partial if wants[of_down] else 0, dtype=torch.float32)
         up_parts = down.new_empty(partial if wants[of_up] else 0, dtype=torch.float32)

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--embedding-dim", type=int, default=64)
     arguments = parser.parse_args()
     for architecture in arguments.architecture:
-        for size in ("small", "large"):
+        for size in ("fp32",) if arguments.dtype == "float32" else ("small", "large"):
             compile_all(arguments, architecture, size)
 
 
@@ -60,9 +60,7 @@ def compile_all(arguments: argparse.Namespace, architecture: int, size: str) -> 
 
     for module in MODULES:
         module.launch = compile_instead
-        module.configuration = lambda kernel, rows, dtype, device: launch.table_entry(
-            kernel, f"sm_{architecture}", size, dtype
-        )
+        module.configuration = lambda kernel, *_: launch.table_entry(kernel, f"sm_{architecture}", size)
     call_ops(arguments)
 
 

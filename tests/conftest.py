@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is made: they then run on CPU tensors
+
 from iisan_fast.hidden_states import FeatureTable, Store, content_digest
 from iisan_fast.sequences import Sequences, load_dataset
 

@@ -1,0 +1,238 @@
+"""Searches launch configurations on the GPU at hand and prints entries for the table in kernels/launch.py.
+
+Nothing is tuned while training: the table alone decides, so that equal calls run equal code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .kernel_benchmark import Run, Work, make_works, on, random_tables, timed_call
+from .kernel_settings import KernelSettings
+from .kernels import launch
+from .kernels.launch import Configuration
+from .progress import progress_bar
+from .sequences import Sequences
+
+SIZES = {"small": 64, "large": 8192}  # users a batch that stand for the table's sizes of bf16 and fp16
+OPS = ("side-network", "loss", "target-rank")
+LADDERS = {
+    "BM": (16, 32, 64, 128),
+    "BN": (16, 32, 64, 128),
+    "BD": (16, 32, 64, 128, 256),
+    "BQ": (32, 64, 128),
+    "GROUP": (1, 2, 4, 7),
+    "PROGRAMS": (132, 264, 528, 1056, 2112),
+    "warps": (2, 4, 8),
+    "stages": (1, 2, 3, 4),
+}
+GAIN = 0.02  # a candidate that is not faster by this share is noise
+TOLERANCE = 0.01  # of the norm of what the shipped configuration computes: other tiles round bf16 otherwise
+
+log = logging.getLogger("iisan_fast.kernels")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best configuration of a kernel, what was tried, and what failed to compile, to run or to agree."""
+
+    kernel: str
+    size: str
+    best: Configuration
+    ms: float  # of the op's pass that the kernel is a part of
+    shipped_ms: float
+    tried: int
+    skipped: int
+
+
+def check_tunable(settings: KernelSettings, device: torch.device) -> None:
+    """Raises InputError without a CUDA GPU, and for settings that tuning does not know."""
+    if device.type != "cuda":
+        raise InputError("--tune needs a CUDA GPU")
+    if settings.users:
+        raise InputError(f"--tune: takes no --users; it uses batches of {' and '.join(map(str, SIZES.values()))}")
+    if other := set(settings.ops) - set(OPS):
+        raise InputError(f"--tune: expected --op {', '.join(OPS)}, found {', '.join(sorted(other))}")
+
+
+def tune(sequences: Sequences, name: str, settings: KernelSettings, device: torch.device) -> list[Found]:
+    """Every kernel of the ops at both sizes in bf16. Raises InputError for a dataset of too few users."""
+    check_tunable(settings, device)
+    if len(sequences.user_ids) < max(SIZES.values()):
+        raise InputError(f"--tune: expected a dataset of at least {max(SIZES.values())} users, {name} has fewer")
+    found = []
+    tables = random_tables(sequences, settings, device)
+    with progress_bar("tune", len(SIZES) * len(settings.ops), "ops") as advance, on(device):
+        for size, users in SIZES.items():
+            for work in make_works(sequences, users, tables, settings, device):
+                for kernel, call in tunable(work):
+                    advance(0, f"{kernel}, {size}")
+                    found.append(tune_kernel(kernel, size, call, device))
+                    log.info("%s, %s: %s", kernel, size, literal(found[-1].best))
+                advance(1)
+    return found
+
+
+def tunable(work: Work) -> Iterator[tuple[str, Run]]:
+    """Every kernel of an op with the least pass that launches it: forward, or forward and backward."""
+    run = work.forms["triton"].make()
+    seen: set[str] = set()
+    for direction in ("forward", "both"):
+        if direction in work.costs:
+            call = timed_call(work, run, direction)
+            for kernel in launched(call):
+                if kernel in launch.CONFIGURATIONS and kernel not in seen:
+                    seen.add(kernel)
+                    yield kernel, call
+
+
+def launched(call: Run) -> list[str]:
+    """Names of the kernels that a call launches."""
+    before = launch.launches.copy()
+    call()
+    return list(launch.launches - before)
+
+
+def tune_kernel(kernel: str, size: str, call: Run, device: torch.device) -> Found:
+    """The fastest configuration of one kernel that computes what the shipped one does."""
+    name = architecture(device)
+    shipped = launch.table_entry(kernel, name, size)
+    expected = comparable(call())
+
+    def time_of(candidate: Configuration) -> float:
+        with configured(kernel, name, size, candidate):
+            if not agree(comparable(call()), expected):
+                raise ValueError("another result")
+            return cuda_graph_ms(call)
+
+    try:
+        return search(kernel, size, shipped, time_of)
+    except RuntimeError as error:
+        raise InputError(f"{kernel}, {size}: the shipped configuration fails: {str(error).splitlines()[0]}") from error
+
+
+def search(kernel: str, size: str, shipped: Configuration, time_of: Callable[[Configuration], float]) -> Found:
+    """Climbs from the shipped configuration to its best neighbour until none is faster by more than GAIN.
+
+    `time_of` gives milliseconds; where it raises for a candidate, that one is skipped. Raises RuntimeError where it
+    raises for the shipped one.
+    """
+    times: dict[str, float | None] = {}
+
+    def timed(candidate: Configuration) -> float | None:
+        key = literal(candidate)
+        if key not in times:
+            try:
+                times[key] = time_of(candidate)
+            except Exception:  # compilers and launchers raise many kinds
+                times[key] = None
+        return times[key]
+
+    try:
+        best_ms = shipped_ms = time_of(shipped)
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    times[literal(shipped)] = shipped_ms
+    best = shipped
+    while True:
+        ran = [(ms, candidate) for candidate in neighbours(best) if (ms := timed(candidate)) is not None]
+        ms, candidate = min(ran, key=lambda pair: pair[0], default=(best_ms, best))
+        if ms >= best_ms * (1 - GAIN):
+            skipped = sum(ms is None for ms in times.values())
+            return Found(kernel, size, best, best_ms, shipped_ms, len(times), skipped)
+        best_ms, best = ms, candidate
+
+
+def neighbours(configuration: Configuration) -> Iterator[Configuration]:
+    """One step up or down each ladder, and both tile sides at once, which some kernels want equal."""
+    values = {**configuration.blocks, "warps": configuration.warps, "stages": configuration.stages}
+    moves = [(name,) for name in values]
+    if {"BM", "BN"} <= values.keys():
+        moves.append(("BM", "BN"))
+    for names in moves:
+        for up in (False, True):
+            moved = {name: _next(LADDERS.get(name, ()), values[name], up) for name in names}
+            if None not in moved.values():
+                changed = values | moved
+                warps, stages = changed.pop("warps"), changed.pop("stages")
+                yield Configuration(changed, warps, stages)
+
+
+@contextmanager
+def configured(kernel: str, architecture: str, size: str, chosen: Configuration) -> Iterator[None]:
+    """The table with another entry for a kernel, an architecture and a size."""
+    entries, key = launch.CONFIGURATIONS[kernel], (architecture, size)
+    shipped = entries.get(key)
+    entries[key] = chosen
+    try:
+        yield
+    finally:
+        if shipped is None:
+            del entries[key]
+        else:
+            entries[key] = shipped
+
+
+def architecture(device: torch.device) -> str:
+    """The device's name in the table, as "sm_90"."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def comparable(results: Sequence[Tensor]) -> list[Tensor]:
+    """Copies in fp32 that may be subtracted: the infinite rank of an unreachable target is 0."""
+    return [torch.nan_to_num(value.detach().float(), nan=float("nan"), posinf=0) for value in results]
+
+
+def agree(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
+    """Every tensor within TOLERANCE of the expected one's norm; nothing that is not finite."""
+    return all(bool((a - b).norm() <= TOLERANCE * b.norm()) for a, b in zip(found, expected))
+
+
+def cuda_graph_ms(call: Run) -> float:
+    """Median milliseconds of a call within a CUDA graph: what the GPU takes, however long launching does."""
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(call, rep=20, return_mode="median")
+
+
+def literal(configuration: Configuration) -> str:
+    """The configuration as the table writes it."""
+    blocks = json.dumps(configuration.blocks)
+    return f"Configuration({blocks}, warps={configuration.warps}, stages={configuration.stages})"
+
+
+def table_text(found: list[Found], device: torch.device) -> str:
+    """Entries for CONFIGURATIONS, kernel by kernel."""
+    name, lines = architecture(device), []
+    for kernel in dict.fromkeys(one.kernel for one in found):
+        lines.append(f'    "{kernel}": {{')
+        for one in found:
+            if one.kernel == kernel:
+                trials = f"{one.tried} tried, {one.skipped} skipped"
+                lines.append(f"        # {one.ms:.4f} ms, shipped {one.shipped_ms:.4f} ms; {trials}")
+                lines.append(f'        ("{name}", "{one.size}"): {literal(one.best)},')
+        lines.append("    },")
+    return "\n".join(lines)
+
+
+def as_json(found: list[Found], device: torch.device) -> list[dict[str, Any]]:
+    """The same for programs."""
+    return [
+        {"kernel": one.kernel, "architecture": architecture(device), "size": one.size, "entry": literal(one.best)}
+        | {"ms": one.ms, "shipped_ms": one.shipped_ms, "tried": one.tried, "skipped": one.skipped}
+        for one in found
+    ]
+
+
+def _next(ladder: tuple[int, ...], value: int, up: bool) -> int | None:
+    steps = [step for step in ladder if (step > value if up else step < value)]
+    return (min(steps) if up else max(steps)) if steps else None
