@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..files import write_atomically
 from ..kernel_settings import OPS, USERS, KernelSettings
 from .options import FOLDER, device_option, json_option, torch_device
-from .output import _print, percent, print_json
+from .output import percent, print_json, print_table
 
 DEFAULTS = KernelSettings()
 SIZE = click.IntRange(min=1)
@@ -99,7 +99,7 @@ def _command(dataset: Path | None, settings: KernelSettings, tune: bool) -> str:
 def _print_rows(result: dict[str, Any]) -> None:
     """A table for every op and batch."""
     for (op, users), rows in groupby(result["rows"], key=lambda row: (row["op"], row["users"])):
-        _print(_table(op, users, list(rows), result["notes"].get(op)))
+        print_table(_table(op, users, list(rows), result["notes"].get(op)))
     for batch, reason in result["not_measured"].items():
         click.echo(f"{batch} a batch: not measured ({reason})")
 

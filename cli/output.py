@@ -25,7 +25,7 @@ def print_counts(title: str, rows: dict[str, str]) -> None:
     table.add_column(justify="right")
     for name, value in rows.items():
         table.add_row(Text(name), value)
-    _print(table)
+    print_table(table)
 
 
 def print_metrics(title: str, reports: dict[str, dict[str, Any]]) -> None:
@@ -34,7 +34,7 @@ def print_metrics(title: str, reports: dict[str, dict[str, Any]]) -> None:
     names = [name for name in any_report["masked"] if name not in ("warm", "cold")]
     parts = [names[start : start + METRICS_ABREAST] for start in range(0, len(names), METRICS_ABREAST)]
     for part in parts:
-        _print(_metrics_table(title, part, reports, _caption(any_report) if part is parts[-1] else None))
+        print_table(_metrics_table(title, part, reports, _caption(any_report) if part is parts[-1] else None))
 
 
 def _metrics_table(title: str, names: list[str], reports: dict[str, dict[str, Any]], caption: str | None) -> Table:
@@ -66,7 +66,8 @@ def _caption(report: dict[str, Any]) -> str:
     )
 
 
-def _print(table: Table) -> None:
+def print_table(table: Table) -> None:
+    """As wide as the terminal; 120 columns where there is none."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import kernels
 from .sequences import Sequences
 
 
@@ -29,6 +30,20 @@ class Batch:
     row_users: Tensor  # int64 [R]: 0..B-1
     targets: Tensor  # int64 [R]: indices into distinct
     history_bits: Tensor  # int32 [B, ceil(V / 32)]: bit v % 32 of word v // 32: distinct item v is the user's own
+
+    def checked(self, table_rows: int) -> Batch:
+        """The batch, unless an index leaves its range (ValueError): a GPU's kernels look at none of them."""
+        users, distinct = self.inputs.shape[0], len(self.distinct)
+        for name, limit, lowest in (
+            ("distinct", table_rows, 1),
+            ("inputs", distinct, -1),
+            ("rows", self.inputs.numel(), 0),
+            ("row_users", users, 0),
+            ("targets", distinct, 0),
+        ):
+            indices = getattr(self, name)
+            kernels.check_indices(f"batch.{name}", indices, None, limit, indices.device, lowest)
+        return self
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""

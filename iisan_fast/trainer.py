@@ -172,7 +172,7 @@ class Trainer:
         steps = steps_per_epoch(self.sequences, config.batch_users)
         with progress_bar(f"epoch {epoch + 1}", len(self.sequences.training[1]), "items") as advance:
             for batch in epoch_batches(self.sequences, config.batch_users, config.seed, epoch):
-                loss = self.step(batch.to(self.device)).item()
+                loss = self.step(batch.checked(len(self.table.views[0])).to(self.device)).item()
                 total += loss * len(batch.targets)
                 rows += len(batch.targets)
                 done = batch.step % steps + 1

@@ -5,10 +5,19 @@ CUDA tensors and the reference elsewhere; the environment variable IISAN_FAST_BA
 """
 
 if __name__ == "iisan_fast.kernels":
+    from .checks import check_indices
     from .dispatch import BACKEND_VARIABLE, inbatch_cross_entropy, side_towers, target_rank
     from .reference import States, Tower
 
-    __all__ = ["BACKEND_VARIABLE", "States", "Tower", "inbatch_cross_entropy", "side_towers", "target_rank"]
+    __all__ = [
+        "BACKEND_VARIABLE",
+        "States",
+        "Tower",
+        "check_indices",
+        "inbatch_cross_entropy",
+        "side_towers",
+        "target_rank",
+    ]
 else:
     # Run from the repository root, transformers looks for the Hugging Face package `kernels`, imports this folder and
     # fails on an ImportError. A module without a version, a file or anything in it counts as absent, and the ops

@@ -1,7 +1,7 @@
 """The equality harness: every form of the training step must give the reference's loss and gradients.
 
-A form is a function from a `Step` to a `Result`; list it in FORMS and the tests compare it with the independently
-written reference (padded, one user at a time) for every case, dropout on.
+A form is a function from a `Step` to a `Result` and how close it comes; list it in FORMS and the tests compare it with
+the independently written reference (padded, one user at a time) for every case, dropout on.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from conftest import random_table
 from reference_step import ReferenceSettings, reference_loss
 from torch import Tensor
 
+from iisan_fast import kernels
 from iisan_fast.batches import make_batch
 from iisan_fast.config import ModelConfig
 from iisan_fast.hidden_states import FeatureTable
@@ -96,10 +98,38 @@ def from_recommender(step: Step) -> Result:
     return Result(loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()})
 
 
-FORMS: dict[str, Callable[[Step], Result]] = {"recommender": from_recommender}
+def from_triton(step: Step) -> Result:
+    """The same in fp32 by Triton's kernels, which have no fp64."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = step.recommender().float().to(device)
+    table = FeatureTable(tuple(view.float().to(device) for view in step.table.views))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(kernels.BACKEND_VARIABLE, "triton")
+        loss = model.loss(make_batch(step.sequences, step.users, step.step).to(device), table)
+        loss.backward()
+    gradients = {name: parameter.grad.double().cpu() for name, parameter in model.named_parameters()}
+    return Result(loss.detach().double().cpu(), gradients)
 
 
-def assert_equal(result: Result, expected: Result, rtol: float = 1e-9) -> None:
+@dataclass(frozen=True)
+class Form:
+    """A form of the step, the relative difference that its precision leaves, and the users of a real batch for it."""
+
+    run: Callable[[Step], Result]
+    rtol: float = 1e-9
+    users: int = 64
+
+    def check(self, step: Step, expected: Result) -> None:
+        assert_equal(self.run(step), expected, self.rtol)
+
+
+FORMS: dict[str, Form] = {
+    "recommender": Form(from_recommender),
+    "triton": Form(from_triton, rtol=1e-4, users=64 if torch.cuda.is_available() else 3),  # the interpreter is slow
+}
+
+
+def assert_equal(result: Result, expected: Result, rtol: float) -> None:
     """Same loss, same parameters, same gradient of each, relative to its largest element."""
     torch.testing.assert_close(result.loss, expected.loss, rtol=rtol, atol=0)
     assert result.gradients.keys() == expected.gradients.keys()
@@ -110,7 +140,7 @@ def assert_equal(result: Result, expected: Result, rtol: float = 1e-9) -> None:
         assert difference <= rtol * scale, f"{name}: gradients differ by {difference} of {scale}"
 
 
-def scientific_step(sequences: Sequences, model: ModelConfig, shapes: list[tuple[int, int]], users: int = 64) -> Step:
+def scientific_step(sequences: Sequences, model: ModelConfig, shapes: list[tuple[int, int]], users: int) -> Step:
     """A step over real histories and random states."""
     chosen = np.random.default_rng(11).permutation(len(sequences.user_ids))[:users]
     return Step(model, random_table(shapes, len(sequences.item_ids)), sequences, chosen, step=1234)

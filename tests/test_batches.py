@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
+import pytest
 from conftest import make_sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,3 +51,12 @@ def test_epoch_visits_every_user_once_and_depends_on_seed_and_epoch():
     assert order(0, 3) == order(0, 3)
     assert len({str(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
     assert [batch.step for batch in epoch_batches(sequences, 5, 0, 2)] == [10, 11, 12, 13, 14]
+
+
+def test_an_index_out_of_range_is_found_on_the_host():
+    batch = make_batch(make_sequences([[1, 2, 3, 9, 9], [4, 1, 9, 9]]), np.arange(2), step=0)
+    assert batch.checked(10) is batch
+    with pytest.raises(ValueError, match="batch.distinct: expected indices from 1 to 3, found 4"):
+        batch.checked(4)
+    with pytest.raises(ValueError, match="batch.targets: expected indices from 0 to 3, found 4"):
+        dataclasses.replace(batch, targets=batch.targets + 2).checked(10)
