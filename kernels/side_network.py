@@ -30,28 +30,15 @@ from .reference import GATE_TEMPERATURE, States, Tower
 
 def side_towers(states: Sequence[States], towers: Sequence[Tower], activation: str = "relu") -> list[Tensor]:
     """`reference.side_towers` by Triton kernels; the caller has checked the arguments."""
-    tables = [view.table if view.table.stride(2) == 1 else view.table.contiguous() for view in states]
+    first_towers, second_towers = (sum(1 << i for i, tower in enumerate(towers) if v in tower.views) for v in (0, 1))
+    read = states if second_towers else [states[0], States(states[0].table.detach(), states[0].rows)]
+    tables = [view.table if view.table.stride(2) == 1 else view.table.contiguous() for view in read]
     rows = [
-        torch.arange(len(table), device=table.device) if view.rows is None else view.rows
-        for view, table in zip(states, tables)
+        torch.arange(len(view.table), device=view.table.device) if view.rows is None else view.rows for view in read
     ]
     halves = [table.dtype for table in tables if table.dtype != torch.float32]
-    coefficients, down, bias, composites, up, up_bias = _prepare(towers, halves[0] if halves else torch.float32)
-    out, _, _ = _side_towers(
-        tables[0],
-        rows[0],
-        tables[-1],
-        rows[-1],
-        coefficients,
-        down,
-        bias,
-        composites,
-        up,
-        up_bias,
-        sum(1 << i for i, tower in enumerate(towers) if 0 in tower.views),
-        sum(1 << i for i, tower in enumerate(towers) if 1 in tower.views),
-        activation,
-    )
+    weights = _prepare(towers, halves[0] if halves else torch.float32)
+    out, _, _ = _side_towers(tables[0], rows[0], tables[1], rows[1], *weights, first_towers, second_towers, activation)
     return list(out.to(towers[0].down_weight.dtype).unbind(0))
 
 

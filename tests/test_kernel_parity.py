@@ -144,6 +144,8 @@ def test_three_towers(gated, activation, dtype):
         },  # more than a tile of bottleneck
         {"items": 33, "kinds": [(0, 1)], "dense": [1]},  # as after width alignment
         {"items": 7, "layers": 5, "kinds": [(0, 1), (0,)], "dense": [0, 1], "gated": False},
+        {"items": 6, "kinds": [(0,), (0,)], "dense": [0]},  # one view, and no second to take a gradient
+        {"items": 6, "kinds": [(1,)], "dense": [1]},
         {"items": 5, "layers": 7, "width": 768, "bottleneck": 64, "dtype": torch.float16},
     ],
 )
