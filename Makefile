@@ -1,9 +1,10 @@
 # Two commands for a fresh machine: `make train` runs the embedded demo, `make test` the whole test suite.
+# On a machine with a CUDA GPU, `make gpu DATASET=…` runs the tests that need one and times the kernels.
 PYTHON ?= python3
 VENV ?= .venv
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: train test clean
+.PHONY: train test gpu clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/iisan-fast train
@@ -11,6 +12,10 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -q
+
+gpu: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -q -m gpu
+	$(VENV)/bin/iisan-fast bench kernels $(DATASET) --out benchmarks/results/kernels.json
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
