@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block, configuration, launch, precision
+from .launch import block, configuration, fit_range, launch, precision
 
 
 def row_losses(
@@ -28,7 +28,8 @@ def row_losses(
 ) -> Tensor:
     """`reference.row_losses` by Triton kernels; the caller has checked the arguments. fp32 [R]."""
     queries, items = (operand if operand.stride(1) == 1 else operand.contiguous() for operand in (queries, items))
-    losses, _ = _row_losses(queries, items, targets, row_users, history_bits, log_multiplicity, log_popularity)
+    others = (targets, row_users, history_bits, log_multiplicity, log_popularity)
+    losses, _ = _row_losses(queries, items, *(value if value is None else value.contiguous() for value in others))
     return losses
 
 
@@ -91,17 +92,7 @@ def _row_losses_backward(
     """Gradients of queries and items in their dtypes; one that is not wanted is an empty tensor."""
     rows, columns, d = len(queries), len(items), queries.shape[1]
     column_data = _columns(items, row_users, history_bits, log_multiplicity, log_popularity)
-    shared = (
-        queries,
-        queries.stride(0),
-        items,
-        items.stride(0),
-        targets,
-        *column_data,
-        log_z,
-        gradient,
-        gradient.stride(0),
-    )
+    shared = (queries, queries.stride(0), items, items.stride(0), targets, *column_data, log_z)
     meta = _meta(queries, history_bits, log_multiplicity, log_popularity)
     query_gradients = torch.empty((rows, d) if of_queries else 0, dtype=queries.dtype, device=queries.device)
     item_gradients = torch.empty(0, dtype=items.dtype, device=items.device)
@@ -113,6 +104,8 @@ def _row_losses_backward(
             (triton.cdiv(rows, chosen.blocks["BM"]),),
             chosen,
             *shared,
+            gradient,
+            gradient.stride(0),
             query_gradients,
             rows,
             columns,
@@ -125,6 +118,7 @@ def _row_losses_backward(
         blocks = {name: chosen.blocks[name] for name in ("BM", "BN")}
         tiles, column_tiles = triton.cdiv(rows, blocks["BM"]), triton.cdiv(columns, blocks["BN"])
         splits = max(1, min(tiles, chosen.blocks["PROGRAMS"] // max(1, column_tiles)))
+        gradient, factor = fit_range(gradient, items.dtype)
         parts = torch.empty((splits, columns, d), dtype=torch.float32, device=items.device)
         launch(
             _item_gradients,
@@ -132,6 +126,8 @@ def _row_losses_backward(
             (column_tiles, splits),
             chosen,
             *shared,
+            gradient,
+            gradient.stride(0),
             parts,
             rows,
             columns,
@@ -140,7 +136,8 @@ def _row_losses_backward(
             **meta,
             **blocks,
         )
-        item_gradients = parts.sum(0).to(items.dtype)
+        total = parts.sum(0)
+        item_gradients = (total if factor is None else total / factor).to(items.dtype)
     return query_gradients, item_gradients
 
 

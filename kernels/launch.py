@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SMALL_ROWS = 2048  # up to this many rows a launch cannot fill the device, and small tiles spread it wider
 SIZES = (
@@ -121,6 +122,15 @@ def launch(kernel: Any, name: str, grid: tuple[int, ...], chosen: Configuration,
 def block(size: int, most: int = 64) -> int:
     """A tile that covers `size` columns, or `most` of them: a power of two of at least 16, as tl.dot needs."""
     return min(most, max(16, 1 << (size - 1).bit_length()))
+
+
+def fit_range(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A gradient that does not underflow as an fp16 operand: its largest element brought to 1, and the factor."""
+    if dtype != torch.float16 or not gradient.numel():
+        return gradient, None
+    largest = gradient.abs().amax().float()
+    factor = torch.where(largest > 0, 1 / largest, torch.ones_like(largest))
+    return gradient * factor, factor
 
 
 def precision(dtype: torch.dtype) -> str:

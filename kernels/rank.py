@@ -15,7 +15,7 @@ def target_rank(
 ) -> tuple[Tensor, Tensor]:
     """`reference.target_rank` by a Triton kernel; the caller has checked the arguments. There is nothing to chunk."""
     queries, items, excluded = (x if x.stride(1) == 1 else x.contiguous() for x in (queries, items, excluded))
-    higher, ties, own_higher, own_ties, broken = _counts(queries, items, targets, excluded).unbind(1)
+    higher, ties, own_higher, own_ties, broken = _counts(queries, items, targets.contiguous(), excluded).unbind(1)
     is_broken = broken > 0
     unmasked = (1 + higher + tie_share * ties.double()).masked_fill(is_broken, float("nan"))
     masked = unmasked - own_higher - tie_share * own_ties.double()

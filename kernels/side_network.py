@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Configuration, block, configuration, launch, precision
+from .launch import Configuration, block, configuration, fit_range, launch, precision
 from .reference import GATE_TEMPERATURE, States, Tower
 
 
@@ -34,10 +34,10 @@ def side_towers(states: Sequence[States], towers: Sequence[Tower], activation: s
     read = states if second_towers else [states[0], States(states[0].table.detach(), states[0].rows)]
     tables = [view.table if view.table.stride(2) == 1 else view.table.contiguous() for view in read]
     rows = [
-        torch.arange(len(view.table), device=view.table.device) if view.rows is None else view.rows for view in read
+        torch.arange(len(view.table), device=view.table.device) if view.rows is None else view.rows.contiguous()
+        for view in read
     ]
-    halves = [table.dtype for table in tables if table.dtype != torch.float32]
-    weights = _prepare(towers, halves[0] if halves else torch.float32)
+    weights = _prepare(towers, _operand_dtype(*tables))
     out, _, _ = _side_towers(tables[0], rows[0], tables[1], rows[1], *weights, first_towers, second_towers, activation)
     return list(out.to(towers[0].down_weight.dtype).unbind(0))
 
@@ -45,12 +45,11 @@ def side_towers(states: Sequence[States], towers: Sequence[Tower], activation: s
 def _prepare(towers: Sequence[Tower], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """What the kernels read, from the towers' parameters, differentiably.
 
-    Returns coefficients [T, K, 3] (carry, first's and second's weight), down [T, K, R, D], bias [T, K, R], composites
-    in the operands' dtype [T, K, R, K, R] (zero unless the second layer lies below the first), up [T, K, R, D],
-    up_bias [T, D]; fp32 but for the composites.
+    Returns in fp32: coefficients [T, K, 3] (carry, first's and second's weight), down [T, K, R, D], bias [T, K, R],
+    composites [T, K, R, K, R] (zero unless the second layer lies below the first), up [T, K, R, D], up_bias [T, D].
     """
     down = torch.stack([tower.down_weight for tower in towers]).float()
-    up = torch.stack([tower.up_weight.mT for tower in towers]).float()
+    up = torch.stack([tower.up_weight.mT for tower in towers]).float().contiguous()
     down_bias = torch.stack([tower.down_bias for tower in towers]).float()
     up_bias = torch.stack([tower.up_bias for tower in towers]).float()
     count, layers, bottleneck, width = down.shape
@@ -64,7 +63,8 @@ def _prepare(towers: Sequence[Tower], dtype: torch.dtype) -> tuple[Tensor, ...]:
         carry = (constant.between * log_carry[:, None, None, :]).sum(3).exp() * constant.at_or_below
     below = carry * constant.below
     flat = (count, layers * bottleneck, width)
-    composites = torch.matmul(down.to(dtype).view(flat), up.to(dtype).view(flat).mT)
+    product_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # fp16 gradients would underflow here
+    composites = torch.matmul(down.to(product_dtype).view(flat), up.to(product_dtype).view(flat).mT)
     composites = composites.view(count, layers, bottleneck, layers, bottleneck) * below[:, :, None, :, None]
     through_bias = torch.matmul(down.view(flat), up_bias.mT).view(count, layers, bottleneck, layers)
     final = carry[:, -1, :, None]
@@ -72,7 +72,7 @@ def _prepare(towers: Sequence[Tower], dtype: torch.dtype) -> tuple[Tensor, ...]:
         coefficients,
         down,
         down_bias + (through_bias * below[:, :, None, :]).sum(3),
-        composites.to(dtype),
+        composites,
         up * final[..., None],
         (up_bias * final).sum(1),
     )
@@ -105,7 +105,8 @@ class _Constants:
 
 @functools.lru_cache(maxsize=32)
 def _constants(views: tuple[tuple[int, ...], ...], layers: int, device: torch.device) -> _Constants:
-    return _Constants(views, layers, device)
+    with torch.inference_mode(False):  # a first call in inference must not keep later ones from being trained
+        return _Constants(views, layers, device)
 
 
 @torch.library.custom_op("iisan_fast::side_towers", mutates_args=())
@@ -128,7 +129,8 @@ def _side_towers(
 
     first, second [M, K, D] with rows int64 [N]; first_towers, second_towers: bit t set where tower t reads that view.
     """
-    call = _Call(first, first_rows, second, second_rows, coefficients, down, composites, first_towers, second_towers)
+    coefficients, down, bias, composites, up, up_bias = _contiguous(coefficients, down, bias, composites, up, up_bias)
+    call = _Call(first, first_rows, second, second_rows, down, first_towers, second_towers)
     out = call.empty(call.width, dtype=torch.float32)
     projected = call.empty(call.layers, call.bottleneck, dtype=torch.float32)
     inputs, activated = (call.empty(call.layers, call.bottleneck) for _ in range(2))
@@ -161,7 +163,7 @@ def _side_towers(
         chosen,
         projected,
         bias,
-        composites,
+        composites.to(call.dtype),
         inputs,
         activated,
         call.items,
@@ -194,7 +196,7 @@ def _(first, first_rows, second, second_rows, coefficients, down, bias, composit
     count, layers, bottleneck, width = down.shape
     items = first_rows.shape[0]
     out = down.new_empty((count, items, width), dtype=torch.float32)
-    hidden = composites.new_empty((count, items, layers, bottleneck))
+    hidden = down.new_empty((count, items, layers, bottleneck), dtype=_operand_dtype(first, second))
     return out, hidden, torch.empty_like(hidden)
 
 
@@ -220,7 +222,9 @@ def _side_towers_backward(
 
     One that is not wanted is an empty tensor. Those of first and second are [N, K, D] in fp32.
     """
-    call = _Call(first, first_rows, second, second_rows, coefficients, down, composites, first_towers, second_towers)
+    coefficients, down, composites, up = _contiguous(coefficients, down, composites, up)
+    call = _Call(first, first_rows, second, second_rows, down, first_towers, second_towers)
+    gradient, scale = fit_range(gradient, call.dtype)
     shape = call.shape
     strides = gradient.stride()
     gradients = [gradient.new_empty(0, dtype=torch.float32) for _ in range(8)]
@@ -255,7 +259,7 @@ def _side_towers_backward(
         (call.tiles(chosen) * call.count,),
         chosen,
         collected,
-        composites,
+        composites.to(call.dtype),
         inputs,
         bottlenecks,
         call.items,
@@ -267,8 +271,10 @@ def _side_towers_backward(
         gradients[of_bias] = bottlenecks.sum(1, dtype=torch.float32)
     if wants[of_composites]:
         flat = (call.count, call.items, call.layers * call.bottleneck)
-        products = torch.matmul(bottlenecks.view(flat).mT, activated.view(flat))
-        gradients[of_composites] = products.view(composites.shape)
+        # fp16's range ends at 65,504, which a sum over the items may pass
+        dtype = torch.float32 if call.dtype == torch.float16 else call.dtype
+        products = torch.matmul(bottlenecks.to(dtype).view(flat).mT, activated.to(dtype).view(flat))
+        gradients[of_composites] = products.float().view(composites.shape)
     if wants[of_down] or wants[of_up]:
         chosen = call.configuration("side_weight_gradients")
         groups = _groups(call.layers, chosen.blocks["GROUP"])
@@ -340,7 +346,7 @@ def _side_towers_backward(
             gradients[of_first] = first_parts.sum(0)
         if wants[of_second]:
             gradients[of_second] = second_parts.sum(0)
-    return gradients
+    return gradients if scale is None else [value / scale for value in gradients]
 
 
 @_side_towers_backward.register_fake
@@ -366,11 +372,7 @@ def _(
     shapes = [dense, dense, coefficients.shape, down.shape, down.shape[:3], composites.shape, up.shape, (count, width)]
     mixes = wants[0] or wants[1] or wants[2]
     wanted = [*wants[:2], mixes, *wants[3:]]
-    dtypes = [torch.float32] * 5 + [composites.dtype] + [torch.float32] * 2
-    return [
-        gradient.new_empty(shape if want else 0, dtype=dtype if want else torch.float32)
-        for shape, want, dtype in zip(shapes, wanted, dtypes)
-    ]
+    return [gradient.new_empty(shape if want else 0, dtype=torch.float32) for shape, want in zip(shapes, wanted)]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -399,13 +401,11 @@ class _Call:
         first_rows: Tensor,
         second: Tensor,
         second_rows: Tensor,
-        coefficients: Tensor,
         down: Tensor,
-        composites: Tensor,
         first_towers: int,
         second_towers: int,
     ) -> None:
-        self.dtype, self.device = composites.dtype, first.device
+        self.dtype, self.device = _operand_dtype(first, second), first.device
         self.count, self.layers, self.bottleneck, self.width = down.shape
         self.items = len(first_rows)
         self.r_block = block(self.bottleneck)
@@ -428,6 +428,17 @@ class _Call:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised [towers, items, *shape]."""
         return torch.empty((self.count, self.items, *shape), dtype=dtype or self.dtype, device=self.device)
+
+
+def _operand_dtype(*tables: Tensor) -> torch.dtype:
+    """What the products take: bf16 or fp16 where a table is kept so, else fp32."""
+    dtypes = {table.dtype for table in tables}
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), torch.float32)
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    """What the kernels take to be packed, packed."""
+    return [tensor.contiguous() for tensor in tensors]
 
 
 def _groups(layers: int, most: int) -> int:

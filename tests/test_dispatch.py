@@ -181,8 +181,9 @@ def test_the_ops_are_sound_operators():
         torch.library.opcheck(operator, detached)
 
 
-def test_the_ops_compile_as_one_graph():
-    side, loss = SideCase(items=5, layers=2), LossCase(5, 40)
+@pytest.mark.parametrize("kinds", [((0,), (1,), (0, 1)), ((0,),)])
+def test_the_ops_compile_as_one_graph(kinds):
+    side, loss = SideCase(items=5, layers=2, kinds=kinds), LossCase(5, 40)
     names = [name for name, value in loss.keywords.items() if value is not None]
 
     def both(outputs_of: list, queries: torch.Tensor, items: torch.Tensor, values: list) -> torch.Tensor:

@@ -17,10 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iisan_fast import kernels
-from iisan_fast.kernels import launch, reference
+from iisan_fast.kernels import launch, reference, side_network
 from iisan_fast.kernels.reference import States, Tower
-
-pytest.importorskip("triton", reason="needs triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTRA_AND_INTER = ((0,), (1,), (0, 1))
@@ -32,7 +30,7 @@ SIDE_BACKWARD = ("side_collect", "side_recur_backward", "side_weight_gradients",
 @pytest.fixture(autouse=True)
 def nan_in_new_memory() -> Iterator[None]:
     """torch.empty gives NaN (and the largest integers), so what a kernel forgets to write is seen."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -224,6 +222,29 @@ def test_half_precision_tables_with_fp32_weights():
         strict=True,
     ):
         assert mine.dtype == exact.dtype and relative_error(mine, exact.double()) < 4 * torch.finfo(torch.float16).eps
+
+
+def test_small_gradients_of_towers_do_not_underflow_in_fp16():
+    """A mean over 30,000 rows leaves gradients below fp16's range."""
+    case = SideCase(dtype=torch.float16, kinds=[(0,)])
+    tower = Tower((0,), *(parameter.float() for parameter in case.towers[0][1:]))
+    for name in ("gate", "down_weight", "up_weight"):
+        leaf = getattr(tower, name).requires_grad_()
+        ours, exact = (
+            torch.autograd.grad(op(case.states, [tower]), leaf, [1e-7 * case.gradients[0].float()])[0]
+            for op in (by_triton, reference.side_towers)
+        )
+        assert relative_error(ours, exact.double()) < 0.01, name
+
+
+def test_small_gradients_of_the_loss_do_not_underflow_in_fp16():
+    case = LossCase(30, 50, dtype=torch.float16)
+    large, small = (
+        torch.autograd.grad(loss_by_triton(case.queries, leaf, **case.keywords), leaf, case.gradient * scale)[0]
+        for scale in (1.0, 1 / 256)
+        for leaf in [case.items.clone().requires_grad_()]
+    )
+    assert relative_error(256 * small.float(), large.double()) < 0.001
 
 
 @pytest.mark.parametrize(
@@ -432,6 +453,43 @@ def test_loss_and_rank_kernels_run_when_triton_is_asked_for():
         kernels.target_rank(*rank_case(3, 9, d, 2), backend="triton")
     names = ("loss_forward", "loss_query_gradients", "loss_item_gradients", "target_rank")
     assert launch.launches == dict.fromkeys(names, 3)
+
+
+def test_training_may_follow_inference():
+    side_network._constants.cache_clear()
+    case = SideCase(items=3, layers=2)
+    with torch.inference_mode():
+        by_triton(case.states, case.towers)
+    case.check()
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """Equal to the tensor, and every dimension strided."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("part", ["table", "rows", "down_weight", "up_weight", "up_bias", "gate"])
+def test_tower_inputs_of_any_stride(part):
+    case = SideCase(items=6, layers=4)
+    if part in ("table", "rows"):
+        case.states = [view._replace(**{part: strided(getattr(view, part))}) for view in case.states]
+    else:
+        case.towers = [tower._replace(**{part: strided(getattr(tower, part))}) for tower in case.towers]
+    for mine, exact in zip(
+        by_triton(case.states, case.towers), reference.side_towers(case.states, case.towers), strict=True
+    ):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_and_rank_inputs_of_any_stride():
+    case = LossCase(20, 70)
+    keywords = {name: strided(value) for name, value in case.keywords.items()}
+    ours = loss_by_triton(strided(case.queries), strided(case.items), **keywords)
+    torch.testing.assert_close(ours, reference.row_losses(case.queries, case.items, **case.keywords))
+    arguments = rank_case(20, 33, 5, 3)
+    ranks = kernels.target_rank(*map(strided, arguments), backend="triton")
+    for mine, exact in zip(ranks, reference.target_rank(*arguments), strict=True):
+        assert torch.equal(mine, exact)
 
 
 def test_equal_calls_give_equal_bits():

@@ -116,19 +116,23 @@ def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 def assert_as_good(ours: Results, theirs: Results, exact: Results, precision: Precision, measured: bool = True) -> None:
     """Errors of at most twice the eager op's own, or 4 ulp of the dtype where that is larger.
 
-    In TF32 eager is a measure only where cuBLAS surely multiplies in TF32 (`measured`), and where enough elements
-    average the two errors; elsewhere 4 ulp of TF32 are allowed.
+    A few numbers (gates, losses of a row or two) do not average an error, so they may err as much as eager does on the
+    worst of the others. In TF32 eager is a measure only where cuBLAS surely multiplies in TF32 (`measured`); elsewhere
+    4 ulp of TF32 are allowed.
     """
     assert ours.keys() == theirs.keys() == exact.keys()
-    lines = []
+    eager = {name: relative_error(theirs[name], truth) for name, truth in exact.items()}
+    is_large = {name: sum(value.numel() for value in truth) >= 1000 for name, truth in exact.items()}
+    worst = max((eager[name] for name in exact if is_large[name]), default=0.0)
+    floor = 4 * (torch.finfo(precision.dtype).eps if measured or not precision.is_tf32 else TF32_EPS)
+    lines, are_good = [], True
     for name, truth in exact.items():
         assert [value.shape for value in ours[name]] == [value.shape for value in truth], name
-        is_measure = not precision.is_tf32 or (measured and sum(value.numel() for value in truth) >= 1000)
-        floor = 4 * (torch.finfo(precision.dtype).eps if is_measure else TF32_EPS)
-        error, eager = relative_error(ours[name], truth), relative_error(theirs[name], truth)
-        verdict = "" if error <= max(2 * eager, floor) else "  <-- too large"
-        lines.append(f"{name}: error {error:.2e}, eager {eager:.2e}, floor {floor:.2e}{verdict}")
-    assert not any("too large" in line for line in lines), "\n" + "\n".join(lines)
+        error = relative_error(ours[name], truth)
+        allowed = max(2 * (eager[name] if is_large[name] else max(eager[name], worst)), floor)
+        are_good &= error <= allowed
+        lines.append(f"{name}: error {error:.2e}, eager {eager[name]:.2e}, allowed {allowed:.2e}")
+    assert are_good, "\n" + "\n".join(lines)
 
 
 def assert_close(results: Results, expected: Results, rtol: float) -> None:
@@ -161,7 +165,7 @@ def all_launched(expected: set[str]) -> Iterator[None]:
 class TowerCase:
     """The shape of a call of `side_towers`."""
 
-    items: int = 1003
+    items: int = 2047
     layers: int = 7
     width: int = 768
     bottleneck: int = 64
@@ -169,7 +173,7 @@ class TowerCase:
     activation: str = "relu"
     gated: bool = True
     skipped: int = 0  # layers of the first view's table that stand before those read: a sliced view of the table
-    aligned: bool = False  # the second view is read in order and takes a gradient
+    dense: tuple[int, ...] = ()  # views read in order, which take a gradient
 
 
 # Rounding turns a ReLU on or off now and then, in eager as in the kernels. Only over many do the two errors compare, so
@@ -184,13 +188,14 @@ TOWER_CASES = {
     "width 1024": TowerCase(items=63, width=1024, activation="gelu"),
     "width 1152": TowerCase(width=1152),
     "width 4096": TowerCase(width=4096),
-    "bottleneck 8": TowerCase(items=2047, bottleneck=8),
-    "bottleneck 48": TowerCase(items=257, bottleneck=48, activation="gelu"),
+    "bottleneck 8": TowerCase(items=257, bottleneck=8, activation="gelu"),
+    "bottleneck 48": TowerCase(bottleneck=48),
     "bottleneck 512": TowerCase(bottleneck=512),
     "one view": TowerCase(reads=((0,),)),
+    "one view, in order": TowerCase(items=507, reads=((0,),), activation="gelu", dense=(0,)),
     "unequal depth, inter": TowerCase(layers=4, reads=((0, 1),), skipped=3),
-    "aligned, inter": TowerCase(layers=4, reads=((0, 1),), skipped=3, aligned=True),
-    "aligned, gelu, many items": TowerCase(items=2500, reads=((0, 1),), activation="gelu", aligned=True),
+    "aligned, inter": TowerCase(layers=4, reads=((0, 1),), skipped=3, dense=(1,)),
+    "aligned, gelu, many items": TowerCase(items=2500, reads=((0, 1),), activation="gelu", dense=(1,)),
 }
 
 
@@ -234,7 +239,7 @@ def make_towers(case: TowerCase, device: str, dtype: torch.dtype, seed: int = 0)
     layers, width, bottleneck = case.layers, case.width, case.bottleneck
     states = []
     for view in range(1 + max(map(max, case.reads))):
-        if case.aligned and view == 1:
+        if view in case.dense:
             states.append(States(random(case.items, layers, width)))
         else:
             skipped = case.skipped if view == 0 else 0
@@ -300,7 +305,7 @@ def run_towers(op: Callable[..., list[Tensor]], inputs: TowerInputs) -> Results:
 
 def launched_by(case: TowerCase) -> set[str]:
     """The kernels that a forward and a backward with every gradient need."""
-    return SIDE_KERNELS if case.gated or case.aligned else SIDE_KERNELS - {"side_mix_gradients"}
+    return SIDE_KERNELS if case.gated or case.dense else SIDE_KERNELS - {"side_mix_gradients"}
 
 
 def check_towers(device: str, case: TowerCase, precision: Precision) -> None:
@@ -339,6 +344,18 @@ def check_half_tables(device: str, case: TowerCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["iisan", "iisan, many items", "versa", "aligned, inter"])
 def test_half_tables_under_fp32_weights_err_as_little_as_eager(name, dtype):
     check_half_tables("cuda", TOWER_CASES[name], dtype)
+
+
+def check_after_inference(device: str) -> None:
+    """What an evaluation leaves behind, made without gradients, does not stand in training's way."""
+    inputs = make_towers(TowerCase(items=7, layers=5, width=32, bottleneck=16), device, torch.float32)
+    with torch.inference_mode():
+        side_towers_by("triton")(inputs.states, inputs.towers, inputs.activation)
+    run_towers(side_towers_by("triton"), inputs)
+
+
+def test_training_may_follow_inference():
+    check_after_inference("cuda")
 
 
 # In-batch cross-entropy
@@ -547,7 +564,7 @@ def check_equal_items_tie(device: str, users: int, catalogue: int, precision: Pr
     targets = torch.randint(0, 2 * catalogue, (users,), generator=generator, device=device)
     with precision.active():
         _, ranks = ranks_by_triton(queries, items.repeat(2, 1)[order], targets, targets.new_full((users, 1), -1))
-    assert (ranks % 1 == 0.5).all()
+    assert (ranks % 1 == 0.5).double().mean() > 0.998  # two scores in a million are equal by chance
 
 
 @each_precision
@@ -580,9 +597,9 @@ def calls(device: str, dtype: torch.dtype, towers: TowerCase, loss: LossCase, us
 OPS = ("side_towers", "inbatch_cross_entropy", "target_rank")
 each_op = pytest.mark.parametrize("op", OPS)
 SIZES = {
-    "small": (TowerCase(), LossCase(507, 333), 63),
+    "small": (TowerCase(items=257), LossCase(507, 333), 63),
     "large": (TowerCase(items=4097), LossCase(3001, 2047), 3001),
-    "large, mean": (TowerCase(items=2500, reads=((0, 1),), aligned=True), LossCase(3001, 2047, reduction="mean"), 2100),
+    "large, mean": (TowerCase(items=2500, reads=((0, 1),), dense=(1,)), LossCase(3001, 2047, reduction="mean"), 2100),
 }
 each_size = pytest.mark.parametrize("size", SIZES)
 
@@ -731,13 +748,12 @@ def test_a_towers_forward_takes_less_than_one_gathered_view():
 def test_three_towers_forward_holds_no_gathered_view():
     """Beyond what it returns, [T, N, D] in fp32, and its bottlenecks, there is no room for even half a view."""
     inputs = fp32_weights(make_towers(CATALOGUE, "cuda", torch.bfloat16))
-    results = len(CATALOGUE.reads) * CATALOGUE.items * CATALOGUE.width * 4
-    projected, kept = (
-        len(CATALOGUE.reads) * CATALOGUE.items * CATALOGUE.layers * CATALOGUE.bottleneck * n for n in (4, 4)
-    )
-    view = CATALOGUE.items * CATALOGUE.layers * CATALOGUE.width * 2
+    towers, items, width = len(CATALOGUE.reads), CATALOGUE.items, CATALOGUE.width
+    outputs = towers * items * width * 4
+    bottlenecks = towers * items * CATALOGUE.layers * CATALOGUE.bottleneck * (4 + 2 + 2)  # W_down p; z and a for later
     used = extra_memory(lambda: side_towers_by("triton")(inputs.states, inputs.towers, "relu"))
-    others = used - results - projected - kept
+    others = used - outputs - bottlenecks
+    view = items * CATALOGUE.layers * width * 2
     assert others < view / 2, f"{used / 1e6:.0f} MB, {others / 1e6:.0f} of it unaccounted for"
 
 
@@ -769,7 +785,7 @@ def check_compiled(device: str, dtype: torch.dtype, compiler: str, towers: Tower
         torch._dynamo.reset()
         return torch.compile(op, fullgraph=True, backend=compiler)
 
-    rtol = 4 * torch.finfo(dtype).eps
+    rtol = max(1e-5, 4 * torch.finfo(dtype).eps)
     inputs = make_towers(towers, device, dtype)
     op = side_towers_by("triton")
     assert_close(run_towers(compiled(op), inputs), run_towers(op, inputs), rtol)
@@ -781,8 +797,10 @@ def check_compiled(device: str, dtype: torch.dtype, compiler: str, towers: Tower
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("name", ["iisan", "iisan, gelu, not gated", "aligned, inter"])
+@pytest.mark.parametrize(
+    ("name", "masked"),
+    [("iisan", True), ("iisan, gelu, not gated", False), ("one view", True), ("aligned, inter", False)],
+)
 def test_compiled_ops_equal_eager_ones(name, masked, dtype):
     check_compiled("cuda", dtype, "inductor", TOWER_CASES[name], LossCase(507, 333, masked=masked, debiased=masked))
 
@@ -814,16 +832,16 @@ def check_registrations(device: str, dtype: torch.dtype, towers: TowerCase, loss
         run_towers(side_towers_by("triton"), make_towers(towers, device, dtype))
         run_loss(loss_by("triton"), make_loss(loss, device, dtype))
         run_ranks(ranks_by_triton, make_ranks(21, 63, loss.d, device, dtype))
-    names = [func._opname for func, _ in recorder.calls]
+    names = [func.name().removeprefix("iisan_fast::") for func, _ in recorder.calls]
     assert {"side_towers", "row_losses", "target_counts"} <= set(names)
     for name, (func, arguments) in zip(names, recorder.calls):
         torch.library.opcheck(func, tree_map(copy(not name.endswith("_backward")), arguments))
 
 
-@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("dense", [(), (1,)], ids=["by row", "in order"])
 @pytest.mark.parametrize("masked", [True, False])
-def test_operators_are_registered_as_they_behave(aligned, masked):
-    towers = TowerCase(items=37, layers=3, width=96, bottleneck=16, aligned=aligned)
+def test_operators_are_registered_as_they_behave(dense, masked):
+    towers = TowerCase(items=37, layers=3, width=96, bottleneck=16, dense=dense)
     check_registrations("cuda", torch.float32, towers, LossCase(63, 95, d=32, masked=masked, debiased=masked))
 
 
@@ -842,7 +860,7 @@ def loss_curve(
     """Losses of training from the beginning, dropout on, Adam with fp32 weights."""
     model = Recommender(table.shapes, config, sequences.max_inputs, sequences.popularity, seed=0).to(device).train()
     table = FeatureTable(tuple(view.to(device) for view in table.views))
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     losses: list[float] = []
     for epoch in range(steps):
         for batch in epoch_batches(sequences, batch_users, seed=0, epoch=epoch):
@@ -871,11 +889,16 @@ def check_curve(
     np.testing.assert_allclose(curves["triton"], curves["torch"], rtol=rtol)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+# In fp32 the reference alone, run in fp64 instead, moves by up to 2e-5 over these steps (before larger learning rates
+# let Adam magnify rounding without bound). With half tables the kernels round the operands of every product; rounding
+# those of the reference's moved its curve by up to 1.4e-4.
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)], ids=str
+)
 @pytest.mark.parametrize("method", ["iisan", "iisan-versa"])
-def test_training_follows_the_references_curve(method, dtype):
+def test_training_follows_the_references_curve(method, dtype, rtol):
     shapes = [(7, 768), (7, 768)] if method == "iisan" else [(6, 768), (4, 384)]
-    check_curve("cuda", ModelConfig(method=method), shapes, dtype, rtol=1e-4 if dtype == torch.float32 else 1e-2)
+    check_curve("cuda", ModelConfig(method=method), shapes, dtype, rtol)
 
 
 # Which backend runs
