@@ -25,7 +25,9 @@ def check_towers(states: Sequence[States], towers: Sequence[Tower], activation: 
     if not 1 <= len(towers) <= MOST_TOWERS:
         raise ValueError(f"towers: expected 1 to {MOST_TOWERS}, found {len(towers)}")
     layers, bottleneck, width = _dimensions("towers[0].down_weight", towers[0].down_weight, 3)
-    device, count = states[0].table.device, None
+    if not layers * bottleneck * width:
+        raise ValueError(f"towers[0].down_weight: expected no empty dimension, found {[layers, bottleneck, width]}")
+    device, dtype, count = states[0].table.device, towers[0].down_weight.dtype, None
     for i, (table, rows) in enumerate(states):
         _floating(f"states[{i}].table", table)
         _same_device(f"states[{i}].table", table, device)
@@ -53,10 +55,15 @@ def check_towers(states: Sequence[States], towers: Sequence[Tower], activation: 
         if (tower.gate is None) != (towers[0].gate is None):
             raise ValueError(f"towers[{i}].gate: expected gates in all towers or none")
         for name, value, shape in zip(Tower._fields[1:], tower[1:], shapes):
-            if value is not None:
-                _shaped(f"towers[{i}].{name}", value, shape)
-                _floating(f"towers[{i}].{name}", value)
-                _same_device(f"towers[{i}].{name}", value, device)
+            if name == "gate" and value is None:
+                continue
+            if value is None:
+                raise ValueError(f"towers[{i}].{name}: expected {list(shape)}, found None")
+            _shaped(f"towers[{i}].{name}", value, shape)
+            _floating(f"towers[{i}].{name}", value)
+            _same_device(f"towers[{i}].{name}", value, device)
+            if value.dtype != dtype:
+                raise ValueError(f"towers[{i}].{name}: expected {_name(dtype)}, found {_name(value.dtype)}")
 
 
 def check_loss(
@@ -119,6 +126,8 @@ def _matrices(queries: Tensor, items: Tensor) -> tuple[int, int]:
     """(rows of items, rows of queries), two matrices of one width, dtype and device."""
     count, width = _dimensions("items", items, 2)
     rows, found = _dimensions("queries", queries, 2)
+    if not width:
+        raise ValueError(f"items: expected vectors of at least one number, found {list(items.shape)}")
     if found != width:
         raise ValueError(f"queries: expected [rows, {width}] as items are wide, found {list(queries.shape)}")
     _floating("items", items)

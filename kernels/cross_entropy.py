@@ -44,9 +44,9 @@ def _row_losses(
     log_popularity: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, log Z), both fp32 [R]."""
-    rows, columns = len(queries), len(items)
+    (rows, d), columns = queries.shape, len(items)
     losses, log_z = (torch.empty(rows, dtype=torch.float32, device=queries.device) for _ in range(2))
-    chosen = configuration("loss_forward", rows, queries.dtype, queries.device)
+    chosen = configuration("loss_forward", rows, queries.dtype, queries.device, d)
     launch(
         _forward,
         "loss_forward",
@@ -62,7 +62,7 @@ def _row_losses(
         log_z,
         rows,
         columns,
-        queries.shape[1],
+        d,
         **_meta(queries, history_bits, log_multiplicity, log_popularity),
         **chosen.blocks,
     )
@@ -97,7 +97,7 @@ def _row_losses_backward(
     query_gradients = torch.empty((rows, d) if of_queries else 0, dtype=queries.dtype, device=queries.device)
     item_gradients = torch.empty(0, dtype=items.dtype, device=items.device)
     if of_queries:
-        chosen = configuration("loss_query_gradients", rows, queries.dtype, queries.device)
+        chosen = configuration("loss_query_gradients", rows, queries.dtype, queries.device, d)
         launch(
             _query_gradients,
             "loss_query_gradients",
@@ -114,7 +114,7 @@ def _row_losses_backward(
             **chosen.blocks,
         )
     if of_items:
-        chosen = configuration("loss_item_gradients", rows, queries.dtype, queries.device)
+        chosen = configuration("loss_item_gradients", rows, queries.dtype, queries.device, d)
         blocks = {name: chosen.blocks[name] for name in ("BM", "BN")}
         tiles, column_tiles = triton.cdiv(rows, blocks["BM"]), triton.cdiv(columns, blocks["BN"])
         splits = max(1, min(tiles, chosen.blocks["PROGRAMS"] // max(1, column_tiles)))
@@ -239,7 +239,7 @@ def _logits(
         words = tl.load(p_bits, mask=(o_r < R)[:, None] & m_v[None, :], other=0)
         is_own = ((words >> (o_v % 32)[None, :]) & 1) == 1
         if COUNTED:
-            logits += tl.where(is_own, 0.0, log_m)
+            logits += tl.where(is_own | is_target, 0.0, log_m)
         logits = tl.where(is_own & (is_target == 0), float("-inf"), logits)
     elif COUNTED:
         logits += log_m
@@ -255,7 +255,7 @@ def _users(row_users_ptr, o_r, R, MASKED: tl.constexpr):
         return o_r
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "V", "bits_stride"])
 def _forward(
     queries_ptr,  # [R, D]
     queries_stride,
@@ -324,7 +324,7 @@ def _forward(
     tl.store(log_z_ptr + o_r, log_z, mask=o_r < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "V", "bits_stride"])
 def _query_gradients(
     queries_ptr,  # [R, D]
     queries_stride,
@@ -388,7 +388,7 @@ def _query_gradients(
     tl.store(p_out, total, mask=m_r[:, None] & (o_d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "V", "bits_stride", "tiles"])
 def _item_gradients(
     queries_ptr,  # [R, D]
     queries_stride,

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALL_ROWS = 2048  # up to this many rows a launch cannot fill the device, and small tiles spread it wider
-SIZES = (
-    "small",
-    "large",
-    "fp32",
-)  # fp32 operands, at any number of rows: no pipelining, and tiles that IEEE products fit
+# Up to this many rows a launch cannot fill the device, and small tiles spread it wider.
+SMALL_ROWS = 2048
+# Above this embedding dimension the kernels that hold whole rows, of the loss and the rank, take smaller tiles.
+WIDE = 64
+# The fp32 entries serve fp32 operands at any number of rows: not pipelined, in tiles that IEEE products fit.
+SIZES = ("small", "large", "fp32")
+ROW_SIZES = (*SIZES, "wide")
 
 launches: Counter[str] = Counter()  # by kernel, since the process began or the last clear()
 
@@ -32,12 +33,14 @@ class Configuration:
     stages: int = 2
 
 
-# kernel -> (architecture, size) -> configuration. "default" serves every architecture without an entry of its own.
+# kernel -> (architecture, size) -> configuration. "default" serves every architecture without an entry of its own, and
+# fits in the 99 KB of shared memory of the smaller GPUs. None spills registers at the published sizes.
 CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
     "side_project": {
-        ("default", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 4}, warps=4, stages=2),
-        ("default", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 7}, warps=8, stages=2),
+        ("default", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 2}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 32, "BD": 32, "GROUP": 7}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BM": 16, "BD": 16, "GROUP": 2}, warps=4, stages=1),
+        ("sm_80", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 7}, warps=8, stages=2),
         ("sm_90", "large"): Configuration({"BM": 64, "BD": 32, "GROUP": 7}, warps=8, stages=3),
     },
     "side_recur": {
@@ -61,11 +64,10 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
         ("default", "fp32"): Configuration({"BM": 16}, warps=4, stages=1),
     },
     "side_weight_gradients": {
-        ("default", "small"): Configuration({"BM": 32, "BD": 64, "GROUP": 2, "PROGRAMS": 256}, warps=4, stages=2),
-        ("default", "large"): Configuration({"BM": 32, "BD": 32, "GROUP": 7, "PROGRAMS": 528}, warps=8, stages=2),
+        ("default", "small"): Configuration({"BM": 32, "BD": 32, "GROUP": 2, "PROGRAMS": 256}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 2, "PROGRAMS": 528}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BM": 16, "BD": 32, "GROUP": 1, "PROGRAMS": 256}, warps=4, stages=1),
-        # 8 bytes spilled a thread for half the reads of the bottlenecks that 32 columns at a time would need
-        ("sm_90", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 7, "PROGRAMS": 264}, warps=8, stages=2),
+        ("sm_90", "large"): Configuration({"BM": 32, "BD": 32, "GROUP": 7, "PROGRAMS": 528}, warps=8, stages=2),
     },
     "side_mix_gradients": {
         ("default", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 7}, warps=4, stages=1),
@@ -75,38 +77,52 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
     "loss_forward": {
         ("default", "small"): Configuration({"BM": 16, "BN": 64}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 128, "BN": 64}, warps=8, stages=2),
+        ("default", "wide"): Configuration({"BM": 64, "BN": 64}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BM": 32, "BN": 32}, warps=4, stages=1),
     },
     "loss_query_gradients": {
         ("default", "small"): Configuration({"BM": 16, "BN": 64}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 128, "BN": 64}, warps=8, stages=2),
+        ("default", "wide"): Configuration({"BM": 64, "BN": 64}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BM": 32, "BN": 32}, warps=4, stages=1),
     },
     "loss_item_gradients": {
         ("default", "small"): Configuration({"BM": 64, "BN": 16, "PROGRAMS": 256}, warps=4, stages=2),
-        ("default", "large"): Configuration({"BM": 64, "BN": 128, "PROGRAMS": 528}, warps=8, stages=2),
-        ("default", "fp32"): Configuration({"BM": 32, "BN": 32, "PROGRAMS": 528}, warps=4, stages=1),
+        ("default", "large"): Configuration({"BM": 64, "BN": 64, "PROGRAMS": 528}, warps=8, stages=2),
+        ("default", "wide"): Configuration({"BM": 32, "BN": 64, "PROGRAMS": 528}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BM": 32, "BN": 32, "PROGRAMS": 528}, warps=8, stages=1),
     },
     "target_rank": {
         ("default", "small"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 528}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 64, "BN": 64, "PROGRAMS": 1056}, warps=4, stages=2),
+        ("default", "wide"): Configuration({"BM": 32, "BN": 32, "PROGRAMS": 1056}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 1056}, warps=4, stages=1),
     },
 }
 
 
-def configuration(kernel: str, rows: int, dtype: torch.dtype, device: torch.device) -> Configuration:
-    """The entry for this kernel, device, number of rows and dtype of the operands."""
+def configuration(
+    kernel: str, rows: int, dtype: torch.dtype, device: torch.device, embedding_dim: int = 0
+) -> Configuration:
+    """The entry for this kernel, device, number of rows, dtype of the operands, and columns of rows held whole."""
     architecture = "default"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         architecture = f"sm_{major}{minor}"
-    size = "fp32" if dtype == torch.float32 else "small" if rows <= SMALL_ROWS else "large"
-    return table_entry(kernel, architecture, size)
+    return table_entry(kernel, architecture, size_of(rows, dtype, embedding_dim))
+
+
+def size_of(rows: int, dtype: torch.dtype, embedding_dim: int = 0) -> str:
+    """Which of SIZES or ROW_SIZES a call belongs to."""
+    if dtype == torch.float32:
+        return "fp32"
+    if rows <= SMALL_ROWS:
+        return "small"
+    return "wide" if embedding_dim > WIDE else "large"
 
 
 def table_entry(kernel: str, architecture: str, size: str) -> Configuration:
-    """The table's entry for an architecture ("sm_90") and one of SIZES."""
+    """The table's entry for an architecture ("sm_90") and one of SIZES or ROW_SIZES."""
     entries = CONFIGURATIONS[kernel]
     return entries.get((architecture, size), entries["default", size])
 
@@ -116,7 +132,8 @@ def launch(kernel: Any, name: str, grid: tuple[int, ...], chosen: Configuration,
     if 0 in grid:
         return
     launches[name] += 1
-    kernel[grid](*arguments, **meta, num_warps=chosen.warps, num_stages=chosen.stages)
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+        kernel[grid](*arguments, **meta, num_warps=chosen.warps, num_stages=chosen.stages)
 
 
 def block(size: int, most: int = 64) -> int:

@@ -27,7 +27,7 @@ def target_rank(
 def _counts(queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor) -> Tensor:
     """int64 [U, 5]: items above the target, others that tie, both again among the excluded, scores not finite."""
     users, catalogue = len(queries), len(items)
-    chosen = configuration("target_rank", users, queries.dtype, queries.device)
+    chosen = configuration("target_rank", users, queries.dtype, queries.device, queries.shape[1])
     blocks = {name: chosen.blocks[name] for name in ("BM", "BN")}
     user_tiles, tiles = triton.cdiv(users, blocks["BM"]), triton.cdiv(catalogue, blocks["BN"])
     splits = max(1, min(tiles, chosen.blocks["PROGRAMS"] // max(1, user_tiles)))
@@ -68,7 +68,7 @@ def _tile(ptr, stride, rows, m_rows, o_d, D):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["U", "N", "tiles"])
 def _count(
     queries_ptr,  # [U, D]
     queries_stride,

@@ -142,8 +142,10 @@ def target_rank(
     Args: queries [U, d]; items [N, d]; targets int64 [U], row numbers of items; excluded int64 [U, H], items left
     out of each ranking, -1 for none; chunk_elements bounds the scores held at a time.
     """
-    users_at_once = max(1, chunk_elements // len(items))
-    parts = -(-len(queries) // users_at_once)  # equal ones: equal items tie only within one kind of matrix product
+    users_at_once = max(1, chunk_elements // max(1, len(items)))
+    parts = max(
+        1, -(-len(queries) // users_at_once)
+    )  # equal ones: equal items tie only within one kind of matrix product
     masked, unmasked = zip(
         *(
             _rank_chunk(some @ items.T, target[:, None], left_out, tie_share)

@@ -37,12 +37,12 @@ def side_towers(states: Sequence[States], towers: Sequence[Tower], activation: s
         torch.arange(len(view.table), device=view.table.device) if view.rows is None else view.rows.contiguous()
         for view in read
     ]
-    weights = _prepare(towers, _operand_dtype(*tables))
+    weights = _prepare(towers, first_towers, second_towers, _operand_dtype(*tables))
     out, _, _ = _side_towers(tables[0], rows[0], tables[1], rows[1], *weights, first_towers, second_towers, activation)
     return list(out.to(towers[0].down_weight.dtype).unbind(0))
 
 
-def _prepare(towers: Sequence[Tower], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _prepare(towers: Sequence[Tower], first_towers: int, second_towers: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """What the kernels read, from the towers' parameters, differentiably.
 
     Returns in fp32: coefficients [T, K, 3] (carry, first's and second's weight), down [T, K, R, D], bias [T, K, R],
@@ -53,7 +53,7 @@ def _prepare(towers: Sequence[Tower], dtype: torch.dtype) -> tuple[Tensor, ...]:
     down_bias = torch.stack([tower.down_bias for tower in towers]).float()
     up_bias = torch.stack([tower.up_bias for tower in towers]).float()
     count, layers, bottleneck, width = down.shape
-    constant = _constants(tuple(tower.views for tower in towers), layers, down.device)
+    constant = _constants(count, first_towers, second_towers, layers, down.device)
     if towers[0].gate is None:
         coefficients, carry = constant.plain, constant.at_or_below.expand(count, -1, -1)
     else:
@@ -79,24 +79,17 @@ def _prepare(towers: Sequence[Tower], dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 class _Constants:
-    """What depends on the towers' kinds and depth alone, kept on the device."""
+    """What depends on the towers' kinds and depth alone, made on the device (nothing is copied from the host)."""
 
-    def __init__(self, views: tuple[tuple[int, ...], ...], layers: int, device: torch.device) -> None:
-        reads = [[float(0 in pair), float(1 in pair)] for pair in views]
-        intra = [float(len(pair) == 1) for pair in views]
-        base, slope = [], []
-        for (first, second), alone in zip(reads, intra):
-            # alone: carry 1 - g, weight g; both: carry 1, first g, second 1 - g
-            base.append([1.0, 0.0, 0.0] if alone else [1.0, 0.0, 1.0])
-            slope.append([-1.0, first, second] if alone else [0.0, 1.0, -1.0])
-
-        def tensor(values: list) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
-
-        k = torch.arange(layers, device=device)
-        self.base, self.slope = tensor(base)[:, None, :], tensor(slope)[:, None, :]
-        self.plain = tensor([[1.0, *read] for read in reads])[:, None, :].expand(-1, layers, -1).contiguous()
-        self.is_intra = tensor(intra)[:, None]
+    def __init__(self, towers: int, first_towers: int, second_towers: int, layers: int, device: torch.device) -> None:
+        tower, k = torch.arange(towers, device=device), torch.arange(layers, device=device)
+        first, second = (((readers >> tower) & 1).float()[:, None] for readers in (first_towers, second_towers))
+        both, one = first * second, torch.ones_like(first)
+        self.is_intra = one - both
+        # alone: carry 1 - g, weight g; both: carry 1, first g, second 1 - g
+        self.base = torch.stack([one, 0 * one, both], dim=2)
+        self.slope = torch.stack([-self.is_intra, first, self.is_intra * second - both], dim=2)
+        self.plain = torch.stack([one, first, second], dim=2).expand(-1, layers, -1)
         self.below = (k[:, None] > k).float()  # [k, j]: layer j lies below layer k
         self.at_or_below = (k[:, None] >= k).float()
         i = k[None, None, :]
@@ -104,9 +97,9 @@ class _Constants:
 
 
 @functools.lru_cache(maxsize=32)
-def _constants(views: tuple[tuple[int, ...], ...], layers: int, device: torch.device) -> _Constants:
+def _constants(towers: int, first_towers: int, second_towers: int, layers: int, device: torch.device) -> _Constants:
     with torch.inference_mode(False):  # a first call in inference must not keep later ones from being trained
-        return _Constants(views, layers, device)
+        return _Constants(towers, first_towers, second_towers, layers, device)
 
 
 @torch.library.custom_op("iisan_fast::side_towers", mutates_args=())
@@ -307,9 +300,9 @@ def _side_towers_backward(
             **_blocks(chosen, without=("PROGRAMS",), GROUP=triton.cdiv(call.layers, groups)),
         )
         if wants[of_down]:
-            gradients[of_down] = down_parts.sum(0) if call.items else torch.zeros_like(down)
+            gradients[of_down] = down_parts.sum(0)
         if wants[of_up]:
-            gradients[of_up] = up_parts.sum(0) if call.items else torch.zeros_like(up)
+            gradients[of_up] = up_parts.sum(0)
     if wants[of_first] or wants[of_second] or wants[of_coefficients]:
         chosen = call.configuration("side_mix_gradients")
         groups = _groups(call.layers, chosen.blocks["GROUP"])
@@ -455,15 +448,16 @@ def _mix(
     state, k, c_ptr, first_ptr, first_stride_k, m_first, second_ptr, second_stride_k, m_second, SECOND: tl.constexpr
 ):
     """p_k from p_{k-1}."""
-    first = tl.load(first_ptr + k * first_stride_k, mask=m_first, other=0.0).to(tl.float32)
+    o_k = tl.cast(k, tl.int64)  # a layer may lie further than 2^31 elements away
+    first = tl.load(first_ptr + o_k * first_stride_k, mask=m_first, other=0.0).to(tl.float32)
     state = tl.load(c_ptr + 3 * k) * state + tl.load(c_ptr + 3 * k + 1) * first
     if SECOND:
-        second = tl.load(second_ptr + k * second_stride_k, mask=m_second, other=0.0).to(tl.float32)
+        second = tl.load(second_ptr + o_k * second_stride_k, mask=m_second, other=0.0).to(tl.float32)
         state += tl.load(c_ptr + 3 * k + 2) * second
     return state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _project(
     first_ptr,  # [M, K, D]
     first_rows_ptr,  # [N]
@@ -494,7 +488,8 @@ def _project(
     i_tower = tl.program_id(0) % TOWERS
     o_n = (tl.program_id(0) // TOWERS) * BM + tl.arange(0, BM)
     o_r = (tl.program_id(1) % tl.cdiv(R, BR)) * BR + tl.arange(0, BR)
-    i_k = tl.minimum((tl.program_id(1) // tl.cdiv(R, BR)) * GROUP, K - GROUP)  # the last groups may overlap
+    own_k = (tl.program_id(1) // tl.cdiv(R, BR)) * GROUP
+    i_k = tl.minimum(own_k, K - GROUP)  # the last group may begin with layers of the one before, and leaves them to it
     m_n, m_r = o_n < N, o_r < R
     p_first = first_ptr + tl.load(first_rows_ptr + o_n, mask=m_n, other=0) * first_stride_n
     p_second = second_ptr + tl.load(second_rows_ptr + o_n, mask=m_n, other=0) * second_stride_n
@@ -527,10 +522,11 @@ def _project(
         tl.store(out_ptr + o_out[:, None] * D + o_d[None, :], state, mask=(o_n < n_out)[:, None] & m_d[None, :])
     for i in tl.static_range(GROUP):
         p_projected = projected_ptr + (o_out[:, None] * K + i_k + i) * R + o_r[None, :]
-        tl.store(p_projected, totals[i], mask=m_n[:, None] & m_r[None, :])
+        m_own = o_r < tl.where(i_k + i >= own_k, R, 0)
+        tl.store(p_projected, totals[i], mask=m_n[:, None] & m_own[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _recur(
     projected_ptr,  # [T, N, K, R]
     bias_ptr,  # [T, K, R]
@@ -577,7 +573,7 @@ def _recur(
         tl.debug_barrier()  # the next layer reads what all threads of this program stored
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _expand(
     activated_ptr,  # [T, N, Q], Q = K * R
     up_ptr,  # [T, Q, D]
@@ -612,7 +608,7 @@ def _expand(
     tl.store(p_out, total, mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _collect(
     gradient_ptr,  # [T, N, D], any strides
     gradient_stride_t,
@@ -641,13 +637,13 @@ def _collect(
         p_up = up_ptr + (i_tower * Q + o_q)[:, None] * D + o_d[None, :]
         b_up = tl.load(p_up, mask=m_q[:, None] & m_d[None, :], other=0.0)
         m_gradient = m_n[:, None] & m_d[None, :]
-        b_gradient = tl.load(p_gradient + o_d[None, :] * gradient_stride_d, mask=m_gradient, other=0.0)
+        b_gradient = tl.load(p_gradient + o_d.to(tl.int64)[None, :] * gradient_stride_d, mask=m_gradient, other=0.0)
         total = tl.dot(b_gradient.to(b_up.dtype), b_up.T, total, input_precision=PRECISION)
     p_collected = collected_ptr + (i_tower * N + o_n)[:, None] * Q + o_q[None, :]
     tl.store(p_collected, total, mask=m_n[:, None] & m_q[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _recur_backward(
     collected_ptr,  # [T, N, K, R]
     composites_ptr,  # [T, K, R, K, R]
@@ -697,7 +693,7 @@ def _recur_backward(
         tl.debug_barrier()  # the next layer reads what all threads of this program stored
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles"])
 def _weight_gradients(
     first_ptr,  # [M, K, D]
     first_rows_ptr,  # [N]
@@ -736,7 +732,8 @@ def _weight_gradients(
     i_tower = tl.program_id(0) % TOWERS
     o_d = (tl.program_id(0) // TOWERS) * BD + tl.arange(0, BD)
     o_r = (tl.program_id(1) % tl.cdiv(R, BR)) * BR + tl.arange(0, BR)
-    i_k = tl.minimum((tl.program_id(1) // tl.cdiv(R, BR)) * GROUP, K - GROUP)  # the last groups may overlap
+    own_k = (tl.program_id(1) // tl.cdiv(R, BR)) * GROUP
+    i_k = tl.minimum(own_k, K - GROUP)  # the last group may begin with layers of the one before, and leaves them to it
     i_split = tl.program_id(2)
     m_d, m_r = o_d < D, o_r < R
     n_first = tl.where(((FIRST_TOWERS >> i_tower) & 1) == 1, N, 0)
@@ -773,7 +770,7 @@ def _weight_gradients(
             downs = sums
         if UP:
             p_gradient = gradient_ptr + i_tower.to(tl.int64) * gradient_stride_t
-            p_gradient += o_n.to(tl.int64)[:, None] * gradient_stride_n + o_d[None, :] * gradient_stride_d
+            p_gradient += o_n.to(tl.int64)[:, None] * gradient_stride_n + o_d.to(tl.int64)[None, :] * gradient_stride_d
             b_gradient = tl.load(p_gradient, mask=m_n[:, None] & m_d[None, :], other=0.0)
             b_gradient = b_gradient.to(activated_ptr.dtype.element_ty)
             sums = ()
@@ -786,14 +783,14 @@ def _weight_gradients(
     for i in tl.static_range(GROUP):
         k = i_k + i
         o_part = (((i_split * TOWERS + i_tower) * K + k) * R + o_r).to(tl.int64)[:, None] * D + o_d[None, :]
-        m_part = m_r[:, None] & m_d[None, :]
+        m_part = (o_r < tl.where(k >= own_k, R, 0))[:, None] & m_d[None, :]
         if DOWN:
             tl.store(down_parts_ptr + o_part, downs[i], mask=m_part)
         if UP:
             tl.store(up_parts_ptr + o_part, ups[i], mask=m_part)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _mix_gradients(
     first_ptr,  # [M, K, D]
     first_rows_ptr,  # [N]
@@ -845,7 +842,7 @@ def _mix_gradients(
     o_item = i_tower.to(tl.int64) * N + o_n
     p_part = parts_ptr + ((i_tile * tl.num_programs(1) + tl.program_id(1)) * TOWERS + i_tower).to(tl.int64) * K * 3
     p_gradient = gradient_ptr + i_tower.to(tl.int64) * gradient_stride_t
-    p_gradient += o_n.to(tl.int64)[:, None] * gradient_stride_n + o_d[None, :] * gradient_stride_d
+    p_gradient += o_n.to(tl.int64)[:, None] * gradient_stride_n + o_d.to(tl.int64)[None, :] * gradient_stride_d
     dp = tl.load(p_gradient, mask=m_nd, other=0.0).to(tl.float32)
     for step in range(GROUPS):
         i_k = tl.maximum(K - GROUP * (step + 1), 0)  # the lowest group may overlap the one above it
@@ -874,7 +871,8 @@ def _mix_gradients(
                 p_down = down_ptr + ((i_tower * K + k) * R + o_r).to(tl.int64)[:, None] * D + o_d[None, :]
                 b_down = tl.load(p_down, mask=m_r[:, None] & m_d[None, :], other=0.0)
                 dp = tl.dot(b_dz, b_down, dp, input_precision=PRECISION)
-            first = tl.load(f_ptr + k * first_stride_k, mask=m_f, other=0.0).to(tl.float32)
+            o_k = k.to(tl.int64)
+            first = tl.load(f_ptr + o_k * first_stride_k, mask=m_f, other=0.0).to(tl.float32)
             tl.store(p_part + 3 * k, tl.sum(dp * below[i]), mask=is_new)
             tl.store(p_part + 3 * k + 1, tl.sum(dp * first), mask=is_new)
             m_nd_new = m_n[:, None] & (o_d < tl.where(is_new, D, 0))[None, :]
@@ -883,7 +881,7 @@ def _mix_gradients(
                 weight = tl.load(c_ptr + 3 * k + 1)
                 tl.store(first_parts_ptr + o_dense, weight * dp, mask=m_nd_new)
             if SECOND_TOWERS != 0:
-                second = tl.load(s_ptr + k * second_stride_k, mask=m_s, other=0.0).to(tl.float32)
+                second = tl.load(s_ptr + o_k * second_stride_k, mask=m_s, other=0.0).to(tl.float32)
                 tl.store(p_part + 3 * k + 2, tl.sum(dp * second), mask=is_new)
                 if OF_SECOND:
                     weight = tl.load(c_ptr + 3 * k + 2)

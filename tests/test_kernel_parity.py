@@ -166,10 +166,12 @@ def test_any_shape(data):
     ).check()
 
 
-@pytest.mark.parametrize("wanted", [s for n in (1, 2, 5) for s in itertools.combinations(range(6), n)])
-def test_every_subset_of_gradients(wanted):
-    """Parameters 0 to 4 are a tower's, 5 is the dense view; the subsets of one, two and all but one stand for all."""
-    SideCase(items=3, layers=2, width=20, bottleneck=8, kinds=[(0, 1)], dense=[1]).check(wanted)
+def test_every_subset_of_gradients():
+    """Numbers 0 to 4 are a tower's parameters, 5 is the dense view."""
+    case = SideCase(items=2, layers=1, width=16, bottleneck=8, kinds=[(0, 1)], dense=[1])
+    for count in range(1, 7):
+        for wanted in itertools.combinations(range(6), count):
+            case.check(wanted)
 
 
 def test_gradients_of_any_stride():
@@ -390,6 +392,13 @@ def test_loss_of_large_scores_stays_finite():
     torch.testing.assert_close(losses, case.run(reference.row_losses)[0], rtol=1e-4, atol=1e-3)
 
 
+def test_the_layers_of_a_table_may_lie_far_apart():
+    """Layers first in memory, as a matrix product over layers leaves them."""
+    case = SideCase(layers=4, dense=[1], kinds=[(0, 1)])
+    case.states = [view._replace(table=view.table.transpose(0, 1).contiguous().transpose(0, 1)) for view in case.states]
+    case.check()
+
+
 def test_queries_and_items_may_be_columns_of_wider_tensors():
     case = LossCase(9, 20)
     whole = [torch.cat([tensor, tensor], dim=1) for tensor in (case.queries, case.items)]
@@ -440,10 +449,18 @@ def test_ranks_of_scores_that_are_not_finite_are_nan():
     assert masked.isnan().all() and unmasked.isnan().all()
 
 
-def test_ranks_of_no_users():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_ranks_of_no_users(backend):
     queries, items, targets, history = rank_case(0, 40, 8, 2)
-    masked, unmasked = kernels.target_rank(queries, items, targets, history, backend="triton")
-    assert masked.shape == unmasked.shape == (0,)
+    for catalogue in (items, items[:0]):
+        masked, unmasked = kernels.target_rank(queries, catalogue, targets, history[:, :0], backend=backend)
+        assert masked.shape == unmasked.shape == (0,)
+
+
+def test_a_target_that_its_users_bits_lack_counts_once_all_the_same():
+    case = LossCase(9, 40)
+    case.keywords["history_bits"].zero_()
+    case.check()
 
 
 def test_loss_and_rank_kernels_run_when_triton_is_asked_for():

@@ -199,3 +199,40 @@ def test_a_checkout_is_whole_whatever_is_installed():
     command = [sys.executable, "-S", "-c", script]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.stdout.strip() == str(ROOT / "kernels" / "__init__.py"), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("masked", "counted", "debiased"), [(True, True, True), (False, True, True), (False, False, False)]
+)
+def test_loss_gradients(masked, counted, debiased):
+    generator = torch.Generator().manual_seed(2)
+    queries, items = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (4, 5))
+    targets, row_users = torch.tensor([0, 1, 1, 4]), torch.tensor([0, 0, 1, 1])
+    arguments = (
+        targets,
+        row_users if masked else None,
+        torch.tensor([[0b00011], [0b10110]], dtype=torch.int32) if masked else None,
+        torch.tensor([1, 3, 1, 2, 1]).double().log() if counted else None,
+        torch.rand(5, generator=generator, dtype=torch.float64).log() if debiased else None,
+    )
+    leaves = (queries.requires_grad_(), items.requires_grad_())
+    assert torch.autograd.gradcheck(lambda q, e: reference.row_losses(q, e, *arguments), leaves)
+
+
+def test_side_towers_gradients():
+    """Of two towers at once, one over rows of a table, one over both views with the second differentiable."""
+    generator = torch.Generator().manual_seed(3)
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    table, rows, dense = leaf(4, 2, 3).detach(), torch.tensor([3, 0, 3]), leaf(3, 2, 3)
+    shapes = [(2,), (2, 5, 3), (2, 5), (2, 3, 5), (2, 3)]
+    leaves = [leaf(*shape) for _ in range(2) for shape in shapes]
+
+    def towers(dense, *parameters):
+        states = [kernels.States(table, rows), kernels.States(dense)]
+        both = [kernels.Tower((0,), *parameters[:5]), kernels.Tower((0, 1), *parameters[5:])]
+        return tuple(kernels.side_towers(states, both))
+
+    assert torch.autograd.gradcheck(towers, (dense, *leaves))
