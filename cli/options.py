@@ -28,7 +28,18 @@ def protocol_options(command):
 
 
 def torch_device(name: str):
-    """The named torch device, or InputError where it is not to be had."""
+    """The named torch device, or InputError where it, or the backend of the environment on it, is not to be had."""
+    from .. import kernels
+
+    device = _named_device(name)
+    try:
+        kernels.check_backend(device)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return device
+
+
+def _named_device(name: str):
     import torch
 
     if name == "auto":

@@ -6,13 +6,14 @@ CUDA tensors and the reference elsewhere; the environment variable IISAN_FAST_BA
 
 if __name__ == "iisan_fast.kernels":
     from .checks import check_indices
-    from .dispatch import BACKEND_VARIABLE, inbatch_cross_entropy, side_towers, target_rank
+    from .dispatch import BACKEND_VARIABLE, check_backend, inbatch_cross_entropy, side_towers, target_rank
     from .reference import States, Tower
 
     __all__ = [
         "BACKEND_VARIABLE",
         "States",
         "Tower",
+        "check_backend",
         "check_indices",
         "inbatch_cross_entropy",
         "side_towers",

@@ -99,8 +99,21 @@ def target_rank(
     return reference.target_rank(queries, items, targets, excluded, tie_share, chunk_elements)
 
 
+def check_backend(device: torch.device) -> None:
+    """Raises ValueError where the backend that the environment names cannot run on the device."""
+    _choice("the kernels", "auto", [torch.empty(0, device=device)])
+
+
 def _use_triton(op: str, backend: str, tensors: Sequence[Tensor]) -> bool:
-    """Whether Triton runs this op. What was asked for by name is refused where it cannot run, never replaced."""
+    """Whether Triton runs this op; says so once."""
+    chosen, reason = _choice(op, backend, tensors)
+    if not torch.compiler.is_compiling():
+        _report("triton" if chosen else "torch", tensors[0].device.type, reason)
+    return chosen
+
+
+def _choice(op: str, backend: str, tensors: Sequence[Tensor]) -> tuple[bool, str]:
+    """Whether Triton runs this op, and why it cannot on CUDA. What was asked for by name is refused, never replaced."""
     source = "backend"
     if backend == "auto" and (named := os.environ.get(BACKEND_VARIABLE)):
         source, backend = BACKEND_VARIABLE, named
@@ -111,9 +124,7 @@ def _use_triton(op: str, backend: str, tensors: Sequence[Tensor]) -> bool:
     if backend == "triton" and unable:
         raise ValueError(f"{source}: triton cannot run {op}: {unable}; use torch")
     chosen = backend == "triton" or (backend == "auto" and device == "cuda" and not unable)
-    if not torch.compiler.is_compiling():
-        _report("triton" if chosen else "torch", device, unable if device == "cuda" and not chosen else "")
-    return chosen
+    return chosen, unable if device == "cuda" and not chosen else ""
 
 
 @functools.cache
