@@ -92,7 +92,8 @@ class Heads(nn.Module):
     """Linear maps from each tower to the embedding dimension, and the fusion of their concatenation.
 
     IISAN: Linear(D, D), Linear(D, d) a tower. IISAN-Versa: Linear(D, d), Linear(d, d) an intra tower, the inter
-    tower as in IISAN. Then Linear(towers * d, d). No activation in between.
+    tower as in IISAN. Then Linear(towers * d, d). No activation in between, so each tower's three maps are multiplied
+    into one of [d, D] before they meet the items; what is trained are the three.
     """
 
     def __init__(self, widths: dict[str, int], config: ModelConfig) -> None:
@@ -106,7 +107,12 @@ class Heads(nn.Module):
 
     def forward(self, outputs: dict[str, Tensor]) -> Tensor:
         """{tower's name: [N, D]} -> item vectors [N, d]."""
-        return self.fusion(torch.cat([getattr(self, name)(outputs[name]) for name in self.towers], dim=1))
+        total = self.fusion.bias
+        for name, part in zip(self.towers, self.fusion.weight.chunk(len(self.towers), dim=1)):
+            first, second = getattr(self, name)
+            narrow = part @ second.weight  # [d, hidden]
+            total = total + narrow @ first.bias + part @ second.bias + outputs[name] @ (narrow @ first.weight).T
+        return total
 
 
 def check_views(views: list[ViewShape], config: ModelConfig) -> None:

@@ -98,7 +98,8 @@ class Trainer:
                 {"params": parameters, "lr": config.train.learning_rates[name]}
                 for name, parameters in self.model.parameter_groups().items()
                 if parameters
-            ]
+            ],
+            fused=True,  # one pass over the parameters in place of a dozen
         )
         self.progress = Progress()
 

@@ -204,4 +204,6 @@ def test_the_demo_is_learned_from_nothing_but_its_content(
     }
     config = from_dict(RunConfig, settings)
     model, popularity = hit_rates(train(config, tmp_path / "shuffled", torch.device("cpu")))
-    assert model <= 1.5 * popularity
+    # "About": the same run gave 1.3 to 1.5 times it with other numbers of threads, against 23 times with its content;
+    # 28 hits among 1,600 users are known to a fifth.
+    assert model <= 2 * popularity
