@@ -39,6 +39,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--bottleneck", type=int, default=64)
     parser.add_argument("--embedding-dim", type=int, nargs="+", default=[64, 128])
+    parser.add_argument(
+        "--other-forms",
+        action="store_true",
+        help="one tower with GELU, no gates and a differentiable view, and the plain loss, instead of three gated ReLU "
+        "towers over tables and the masked, debiased loss",
+    )
     arguments = parser.parse_args()
     for architecture in arguments.architecture:
         compile_all(arguments, architecture)
@@ -71,11 +77,11 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
     for users, rows, items in batches[:1] if dtype == torch.float32 else batches:
         call_towers(arguments, items, dtype)
         for embedding_dim in arguments.embedding_dim:
-            call_loss_and_rank(users, rows, items, embedding_dim, dtype)
+            call_loss_and_rank(users, rows, items, embedding_dim, dtype, plain=arguments.other_forms)
 
 
 def call_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -> None:
-    """Three towers, forward and backward, on tensors whose values do not matter."""
+    """Three towers, or one of the other forms, forward and backward, on tensors whose values do not matter."""
     layers, width, bottleneck = arguments.layers, arguments.width, arguments.bottleneck
     rows = torch.zeros(items, dtype=torch.int64)
     views = [States(torch.zeros(4, layers, width, dtype=dtype), rows) for _ in range(2)]
@@ -83,29 +89,32 @@ def call_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -
     def leaf(*shape: int) -> torch.Tensor:
         return torch.zeros(*shape, requires_grad=True)
 
+    if arguments.other_forms:
+        views[1] = States(leaf(items, layers, width))
     towers = [
         Tower(
             reads,
-            leaf(layers),
+            None if arguments.other_forms else leaf(layers),
             leaf(layers, bottleneck, width),
             leaf(layers, bottleneck),
             leaf(layers, width, bottleneck),
             leaf(layers, width),
         )
-        for reads in ((0,), (1,), (0, 1))
+        for reads in ([(0, 1)] if arguments.other_forms else [(0,), (1,), (0, 1)])
     ]
-    outputs = side_network.side_towers(views, towers)
+    outputs = side_network.side_towers(views, towers, "gelu" if arguments.other_forms else "relu")
     torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
 
 
-def call_loss_and_rank(users: int, rows: int, items: int, embedding_dim: int, dtype: torch.dtype) -> None:
-    """The masked, debiased loss, forward and backward, and the rank, on tensors whose values do not matter."""
+def call_loss_and_rank(users: int, rows: int, items: int, embedding_dim: int, dtype: torch.dtype, plain: bool) -> None:
+    """The loss, forward and backward, and the rank, on tensors whose values do not matter."""
     queries = torch.zeros(rows, embedding_dim, dtype=dtype, requires_grad=True)
     vectors = torch.zeros(items, embedding_dim, dtype=dtype, requires_grad=True)
     zeros = torch.zeros(rows, dtype=torch.int64)
     bits = torch.zeros(16, -(-items // 32), dtype=torch.int32)
     log_values = torch.zeros(items)
-    cross_entropy.row_losses(queries, vectors, zeros, zeros, bits, log_values, log_values).sum().backward()
+    corrections = (None,) * 4 if plain else (zeros, bits, log_values, log_values)
+    cross_entropy.row_losses(queries, vectors, zeros, *corrections).sum().backward()
     history = torch.zeros(users, 12, dtype=torch.int64)
     rank.target_rank(queries[:users].detach(), vectors.detach(), zeros[:users], history)
 
