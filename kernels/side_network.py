@@ -32,12 +32,14 @@ def side_towers(states: Sequence[States], towers: Sequence[Tower], activation: s
     """`reference.side_towers` by Triton kernels; the caller has checked the arguments."""
     first_towers, second_towers = (sum(1 << i for i, tower in enumerate(towers) if v in tower.views) for v in (0, 1))
     read = states if second_towers else [states[0], States(states[0].table.detach(), states[0].rows)]
+    dtype = _operand_dtype(*(view.table for view in read))
+    read = [view if view.table.dtype == dtype or view.rows is None else _gathered(view) for view in read]
     tables = [view.table if view.table.stride(2) == 1 else view.table.contiguous() for view in read]
     rows = [
         torch.arange(len(view.table), device=view.table.device) if view.rows is None else view.rows.contiguous()
         for view in read
     ]
-    weights = _prepare(towers, first_towers, second_towers, _operand_dtype(*tables))
+    weights = _prepare(towers, first_towers, second_towers, dtype)
     out, _, _ = _side_towers(tables[0], rows[0], tables[1], rows[1], *weights, first_towers, second_towers, activation)
     return list(out.to(towers[0].down_weight.dtype).unbind(0))
 
@@ -123,6 +125,8 @@ def _side_towers(
     first, second [M, K, D] with rows int64 [N]; first_towers, second_towers: bit t set where tower t reads that view.
     """
     coefficients, down, bias, composites, up, up_bias = _contiguous(coefficients, down, bias, composites, up, up_bias)
+    dtype = _operand_dtype(first, second)
+    first, second = first.to(dtype), second.to(dtype)  # tiles of two dtypes would not fit in shared memory
     call = _Call(first, first_rows, second, second_rows, down, first_towers, second_towers)
     out = call.empty(call.width, dtype=torch.float32)
     projected = call.empty(call.layers, call.bottleneck, dtype=torch.float32)
@@ -216,6 +220,8 @@ def _side_towers_backward(
     One that is not wanted is an empty tensor. Those of first and second are [N, K, D] in fp32.
     """
     coefficients, down, composites, up = _contiguous(coefficients, down, composites, up)
+    dtype = _operand_dtype(first, second)
+    first, second = first.to(dtype), second.to(dtype)  # tiles of two dtypes would not fit in shared memory
     call = _Call(first, first_rows, second, second_rows, down, first_towers, second_towers)
     gradient, scale = fit_range(gradient, call.dtype)
     shape = call.shape
@@ -427,6 +433,11 @@ def _operand_dtype(*tables: Tensor) -> torch.dtype:
     """What the products take: bf16 or fp16 where a table is kept so, else fp32."""
     dtypes = {table.dtype for table in tables}
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), torch.float32)
+
+
+def _gathered(view: States) -> States:
+    """Its rows, to be read in order: the op brings its views to one dtype, which a whole table is too large for."""
+    return States(view.table[view.rows])
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:

@@ -249,6 +249,23 @@ def test_small_gradients_of_the_loss_do_not_underflow_in_fp16():
     assert relative_error(256 * small.float(), large.double()) < 0.001
 
 
+def test_views_of_two_dtypes():
+    """A half-precision table beside an aligned view in fp32, and beside a table in fp32."""
+    for dense in ([1], []):
+        case = SideCase(layers=4, kinds=[(0, 1)], dense=dense)
+        states = [case.states[0]._replace(table=case.states[0].table.half()), case.states[1]]
+        leaves = [p.requires_grad_() for p in case.towers[0][1:]] + [
+            states[view].table.requires_grad_() for view in dense
+        ]
+        for op in (by_triton, reference.side_towers):
+            (output,) = op(states, case.towers)
+            results = [output, *torch.autograd.grad(output, leaves, case.gradients)]
+            if op is by_triton:
+                ours = results
+        for mine, exact in zip(ours, results, strict=True):
+            assert relative_error(mine, exact.double()) < 4 * torch.finfo(torch.float16).eps
+
+
 @pytest.mark.parametrize(
     ("width", "bottleneck"), [(384, 512), (768, 8), (768, 64), (1024, 8), (1152, 100), (4096, 8), (4096, 64)]
 )
