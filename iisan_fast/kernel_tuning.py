@@ -139,7 +139,7 @@ def search(kernel: str, size: str, shipped: Configuration, time_of: Callable[[Co
 
     try:
         best_ms = shipped_ms = time_of(shipped)
-    except Exception as error:
+    except Exception as error:  # of as many kinds; without the shipped one there is nothing to compare with
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
     times[literal(shipped)] = shipped_ms
     best = shipped

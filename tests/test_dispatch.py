@@ -239,5 +239,8 @@ def test_the_table_of_configurations_is_whole():
 
 
 def test_a_view_on_the_host_is_checked_and_one_elsewhere_is_not():
-    checks.check_indices("i", torch.tensor([0, 4]), 2, 5, torch.device("cpu"))
-    checks.check_indices("i", torch.empty(2, dtype=torch.int64, device="meta"), 2, 5, torch.device("meta"))
+    indices = torch.tensor([0, 4])
+    with pytest.raises(ValueError, match="i: expected indices from 0 to 3, found 4"):
+        checks.check_indices("i", indices, 2, 4, torch.device("cpu"))
+    assert checks.check_indices("i", indices, 2, 5, torch.device("cpu")) is None
+    assert checks.check_indices("i", indices.to("meta"), 2, 4, torch.device("meta")) is None
