@@ -7,8 +7,8 @@ A tower is linear in the frozen states but for its bottlenecks. With c[k, j] the
     out = p_{K-1} + sum over j of c[K-1, j] (W_up,j a_j + b_up,j)                       width D
 
 is `reference.side_tower` with its sums in another order. All that happens at width D is the mix and three matrix
-products: the states are read where they lie, nothing of size [items, layers, width] is written, forward or backward,
-and no gradient passes through a chain of D-wide layers. The composites W_down,k W_up,j are as small as weights;
+products: the states are read where they lie, nothing of size [items, layers, width] is written but the gradient of a
+view that takes one, and no gradient passes through a chain of D-wide layers. The composites W_down,k W_up,j are as small as weights;
 `_prepare` makes them with plain differentiable operations, and the op takes them as an input.
 """
 
