@@ -8,8 +8,8 @@ A tower is linear in the frozen states but for its bottlenecks. With c[k, j] the
 
 is `reference.side_tower` with its sums in another order. All that happens at width D is the mix and three matrix
 products: the states are read where they lie, nothing of size [items, layers, width] is written but the gradient of a
-view that takes one, and no gradient passes through a chain of D-wide layers. The composites W_down,k W_up,j are as small as weights;
-`_prepare` makes them with plain differentiable operations, and the op takes them as an input.
+view that takes one, and no gradient passes through a chain of D-wide layers. The composites W_down,k W_up,j are as
+small as weights; `_prepare` makes them with plain differentiable operations, and the op takes them as an input.
 """
 
 from __future__ import annotations
