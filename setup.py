@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["iisan_fast", "iisan_fast.kernels", "iisan_fast.cli"],
+    packages=["iisan_fast", "iisan_fast.bench", "iisan_fast.kernels", "iisan_fast.cli"],
     package_dir={"iisan_fast": "iisan_fast", "iisan_fast.kernels": "kernels", "iisan_fast.cli": "cli"},
     install_requires=[
         "click>=8.1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,12 +11,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..files import write_atomically
+
 METRICS_ABREAST = 4  # as many columns as 80 characters hold
 
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     click.echo(json.dumps(value, indent=2))
+
+
+def write_result(out: Path | None, value: Any) -> None:
+    """The same as a file, where one was asked for."""
+    if out is not None:
+        write_atomically(out, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def print_counts(title: str, rows: dict[str, str]) -> None:

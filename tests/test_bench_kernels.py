@@ -12,11 +12,13 @@ from conftest import make_sequences
 from PIL import Image
 from test_cli import iisan_fast, refused
 
-from iisan_fast import demo, kernel_benchmark, kernel_tuning
+from iisan_fast import demo
+from iisan_fast.bench import ops, tuning
+from iisan_fast.bench.floors import H200, PASSES, device_rates, loss_costs, rank_costs, side_network_costs
+from iisan_fast.bench.machine import demo_sequences
+from iisan_fast.bench.ops import MEASURED, NEEDS_CUDA, Form, make_works, random_tables
+from iisan_fast.bench.settings import OPS, KernelSettings
 from iisan_fast.errors import InputError
-from iisan_fast.kernel_benchmark import MEASURED, NEEDS_CUDA, Form, demo_sequences, make_works, random_tables
-from iisan_fast.kernel_floors import H200, PASSES, device_rates, loss_costs, rank_costs, side_network_costs
-from iisan_fast.kernel_settings import OPS, KernelSettings
 from iisan_fast.kernels import launch
 from iisan_fast.kernels.launch import Configuration
 from iisan_fast.sequences import Sequences, load_dataset
@@ -33,11 +35,11 @@ def sequences() -> Sequences:
 
 @pytest.fixture(autouse=True)
 def little_time(monkeypatch):
-    monkeypatch.setattr(kernel_benchmark, "CPU_SECONDS", 0.01)
+    monkeypatch.setattr(ops, "CPU_SECONDS", 0.01)
 
 
 @pytest.fixture
-def works(sequences) -> dict[str, kernel_benchmark.Work]:
+def works(sequences) -> dict[str, ops.Work]:
     tables = random_tables(sequences, SMALL, CPU)
     return {work.op: work for work in make_works(sequences, 8, tables, SMALL, CPU)}
 
@@ -80,8 +82,8 @@ def test_demo_histories_are_those_of_the_demo(sequences, tmp_path, monkeypatch):
 @pytest.mark.parametrize("op", ["side-network", "loss", "loss-unmasked"])
 def test_exact_gradients_in_parts_are_those_of_the_whole(works, op, monkeypatch):
     whole = works[op].exact()
-    monkeypatch.setattr(kernel_benchmark, "EXACT_ITEMS", 7)
-    monkeypatch.setattr(kernel_benchmark, "EXACT_LOGITS", 500)
+    monkeypatch.setattr(ops, "EXACT_ITEMS", 7)
+    monkeypatch.setattr(ops, "EXACT_LOGITS", 500)
     for part, all_at_once in zip(works[op].exact(), whole):
         torch.testing.assert_close(part, all_at_once, rtol=1e-12, atol=1e-15)
 
@@ -89,20 +91,20 @@ def test_exact_gradients_in_parts_are_those_of_the_whole(works, op, monkeypatch)
 def test_gradient_error_is_relative_to_all_gradients():
     exact = [torch.tensor([3.0, 0.0]).double(), torch.tensor([4.0]).double()]
     off = [torch.tensor([3.0, 0.5]), torch.tensor([4.0])]
-    assert kernel_benchmark.gradient_error(off, lambda: exact) == pytest.approx(0.1)
-    assert kernel_benchmark.gradient_error(exact, lambda: exact) == 0
+    assert ops.gradient_error(off, lambda: exact) == pytest.approx(0.1)
+    assert ops.gradient_error(exact, lambda: exact) == 0
 
 
 def test_eager_gradients_are_exact_to_their_precision(works):
     for op, bound in (("side-network", 1e-5), ("loss", 0.05), ("loss-unmasked", 0.05)):
-        both = kernel_benchmark.timed_call(works[op], works[op].forms["eager"].make(), "both")
-        assert 0 < kernel_benchmark.gradient_error(both(), works[op].exact) < bound
+        both = ops.timed_call(works[op], works[op].forms["eager"].make(), "both")
+        assert 0 < ops.gradient_error(both(), works[op].exact) < bound
 
 
 def test_backward_alone_repeats_the_gradients_of_both(works):
     for op in ("side-network", "loss"):
         run = works[op].forms["eager"].make()
-        both, backward = (kernel_benchmark.timed_call(works[op], run, name) for name in ("both", "backward"))
+        both, backward = (ops.timed_call(works[op], run, name) for name in ("both", "backward"))
         for _ in range(2):
             torch.testing.assert_close(both(), backward(), rtol=0, atol=0)
 
@@ -113,7 +115,7 @@ def test_what_fails_says_why_and_the_rest_goes_on(works):
 
     work = works["target-rank"]
     forms = {"broken": Form(fail, needs_cuda=False), "absent": Form(fail, module="no_such_module"), **work.forms}
-    rows = kernel_benchmark.measure_work(dataclasses.replace(work, forms=forms), CPU, exact=True)
+    rows = ops.measure_work(dataclasses.replace(work, forms=forms), CPU, exact=True)
     assert {row["form"]: row["status"] for row in rows} == {
         "broken": "failed: RuntimeError: no room",
         "absent": "not installed",
@@ -125,11 +127,11 @@ def test_what_fails_says_why_and_the_rest_goes_on(works):
 
 
 def test_batches_that_nobody_asked_for_are_left_out(sequences):
-    sizes, left_out = kernel_benchmark.batch_sizes(sequences, "demo", KernelSettings(), CPU)
+    sizes, left_out = ops.batch_sizes(sequences, "demo", KernelSettings(), CPU)
     assert sizes == [64, 512] and list(left_out) == ["8,192 users"]
-    sizes, left_out = kernel_benchmark.batch_sizes(sequences, "demo", KernelSettings(), torch.device("cuda"))
+    sizes, left_out = ops.batch_sizes(sequences, "demo", KernelSettings(), torch.device("cuda"))
     assert sizes == [64, 512] and left_out == {"8,192 users": "demo has 1,600 users"}
-    assert kernel_benchmark.batch_sizes(sequences, "demo", KernelSettings(users=(9, 3, 9)), CPU) == ([9, 3], {})
+    assert ops.batch_sizes(sequences, "demo", KernelSettings(users=(9, 3, 9)), CPU) == ([9, 3], {})
 
 
 def test_the_command_writes_what_it_prints(tmp_path):
@@ -179,10 +181,10 @@ def test_help_of_the_group_names_its_commands():
 def test_tuning_refuses_settings_that_it_would_ignore():
     cuda = torch.device("cuda")
     with pytest.raises(InputError, match="takes no --users"):
-        kernel_tuning.check_tunable(KernelSettings(users=(64,), ops=kernel_tuning.OPS), cuda)
+        tuning.check_tunable(KernelSettings(users=(64,), ops=tuning.OPS), cuda)
     with pytest.raises(InputError, match="found loss-unmasked, target-rank-float32"):
-        kernel_tuning.check_tunable(KernelSettings(), cuda)
-    kernel_tuning.check_tunable(KernelSettings(ops=("loss",)), cuda)
+        tuning.check_tunable(KernelSettings(), cuda)
+    tuning.check_tunable(KernelSettings(ops=("loss",)), cuda)
 
 
 def bowl(candidate: Configuration) -> float:
@@ -194,7 +196,7 @@ def bowl(candidate: Configuration) -> float:
 
 def test_search_finds_the_fastest_and_counts_what_it_skips():
     shipped = Configuration({"BM": 16, "PROGRAMS": 256}, warps=2, stages=1)
-    found = kernel_tuning.search("kernel", "large", shipped, bowl)
+    found = tuning.search("kernel", "large", shipped, bowl)
     assert (found.best.blocks["BM"], found.best.warps, found.best.stages) == (64, 8, 3)
     assert found.ms == 1 and found.shipped_ms == bowl(shipped) and found.skipped > 0
     assert found.tried < 60
@@ -202,17 +204,17 @@ def test_search_finds_the_fastest_and_counts_what_it_skips():
 
 def test_search_stays_where_nothing_is_better_than_noise():
     shipped = Configuration({"BM": 64}, warps=8, stages=3)
-    found = kernel_tuning.search("kernel", "small", shipped, lambda candidate: 1 - 0.01 * (candidate != shipped))
+    found = tuning.search("kernel", "small", shipped, lambda candidate: 1 - 0.01 * (candidate != shipped))
     assert found.best == shipped and found.skipped == 0
 
 
 def test_search_needs_the_shipped_configuration_to_run():
     with pytest.raises(RuntimeError, match="out of resources"):
-        kernel_tuning.search("kernel", "small", Configuration({"BM": 128}), bowl)
+        tuning.search("kernel", "small", Configuration({"BM": 128}), bowl)
 
 
 def test_neighbours_differ_by_a_step_and_tiles_may_move_together():
-    found = list(kernel_tuning.neighbours(Configuration({"BM": 16, "BN": 16}, warps=8, stages=1)))
+    found = list(tuning.neighbours(Configuration({"BM": 16, "BN": 16}, warps=8, stages=1)))
     assert Configuration({"BM": 32, "BN": 16}, 8, 1) in found and Configuration({"BM": 32, "BN": 32}, 8, 1) in found
     assert Configuration({"BM": 16, "BN": 16}, 4, 1) in found and Configuration({"BM": 16, "BN": 16}, 8, 2) in found
     assert len(found) == 5
@@ -220,44 +222,44 @@ def test_neighbours_differ_by_a_step_and_tiles_may_move_together():
 
 def test_every_tile_of_the_table_has_a_ladder():
     shipped = [entry for entries in launch.CONFIGURATIONS.values() for entry in entries.values()]
-    assert {name for entry in shipped for name in entry.blocks} <= kernel_tuning.LADDERS.keys()
+    assert {name for entry in shipped for name in entry.blocks} <= tuning.LADDERS.keys()
 
 
 def test_configured_restores_the_table():
     before = dict(launch.CONFIGURATIONS["target_rank"])
     other = Configuration({"BM": 32, "BN": 32, "PROGRAMS": 132})
-    with kernel_tuning.configured("target_rank", "sm_90", "small", other):
+    with tuning.configured("target_rank", "sm_90", "small", other):
         assert launch.table_entry("target_rank", "sm_90", "small") == other
-    with pytest.raises(KeyError), kernel_tuning.configured("target_rank", "default", "small", other):
+    with pytest.raises(KeyError), tuning.configured("target_rank", "default", "small", other):
         raise KeyError
     assert launch.CONFIGURATIONS["target_rank"] == before
 
 
 def test_entries_are_printed_as_the_table_writes_them(monkeypatch):
-    monkeypatch.setattr(kernel_tuning, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
     best = Configuration({"BM": 64, "BD": 32}, warps=8, stages=3)
-    found = [kernel_tuning.Found("side_project", size, best, 0.5, 1.0, 9, 2) for size in ("small", "large")]
-    text = kernel_tuning.table_text(found, CPU)
+    found = [tuning.Found("side_project", size, best, 0.5, 1.0, 9, 2) for size in ("small", "large")]
+    text = tuning.table_text(found, CPU)
     assert '("sm_90", "large"): Configuration({"BM": 64, "BD": 32}, warps=8, stages=3),' in text
     assert eval(f"{{{text}}}") == {"side_project": {("sm_90", "small"): best, ("sm_90", "large"): best}}
-    assert kernel_tuning.as_json(found, CPU)[1]["size"] == "large"
+    assert tuning.as_json(found, CPU)[1]["size"] == "large"
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 def test_tuning_a_kernel_takes_the_fastest_that_agrees(monkeypatch):
     """Interpreted, with made-up times: tiles of unequal sides do not compile, and one candidate computes nonsense."""
-    monkeypatch.setattr(kernel_tuning, "architecture", lambda device: "default")
-    monkeypatch.setattr(kernel_tuning, "LADDERS", {"BM": (16, 32, 64), "BN": (16, 32, 64)})
+    monkeypatch.setattr(tuning, "architecture", lambda device: "default")
+    monkeypatch.setattr(tuning, "LADDERS", {"BM": (16, 32, 64), "BN": (16, 32, 64)})
     now = launch.CONFIGURATIONS["target_rank"]
-    monkeypatch.setattr(kernel_tuning, "cuda_graph_ms", lambda call: 1 / now["default", "fp32"].blocks["BM"])
+    monkeypatch.setattr(tuning, "cuda_graph_ms", lambda call: 1 / now["default", "fp32"].blocks["BM"])
     toy = make_sequences([[item, item + 1, item + 2, item + 3, item + 4] for item in range(1, 16)])
     (work,) = make_works(toy, 15, [], dataclasses.replace(SMALL, ops=("target-rank-float32",)), CPU)
-    ((kernel, call),) = kernel_tuning.tunable(work)
+    ((kernel, call),) = tuning.tunable(work)
 
     def nonsense_at_64():
         masked, unmasked = call()
         return masked, unmasked * (1 + (now["default", "fp32"].blocks["BM"] == 64))
 
-    found = kernel_tuning.tune_kernel(kernel, "fp32", nonsense_at_64, CPU)
+    found = tuning.tune_kernel(kernel, "fp32", nonsense_at_64, CPU)
     assert kernel == "target_rank" and found.best.blocks["BM"] == found.best.blocks["BN"] == 32
     assert found.shipped_ms == 1 / 16 and found.skipped >= 3

@@ -10,30 +10,27 @@ import functools
 import gc
 import importlib.util
 import math
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import kernels
-from .batches import Batch, epoch_batches
-from .config import ModelConfig, ProtocolConfig
-from .errors import InputError
-from .kernel_floors import Cost, device_rates, loss_costs, rank_costs, side_network_costs
-from .kernel_settings import USERS, KernelSettings
-from .kernels import States, Tower, reference
-from .progress import progress_bar
-from .run_folder import environment
-from .sequences import Sequences
-from .side_network import SideNetwork
+from .. import kernels
+from ..batches import Batch, epoch_batches
+from ..config import ModelConfig
+from ..errors import InputError
+from ..kernels import States, Tower, reference
+from ..progress import progress_bar
+from ..sequences import Sequences
+from ..side_network import SideNetwork
+from .floors import Cost, device_rates, loss_costs, rank_costs, side_network_costs
+from .machine import NOT_INSTALLED, count_launches, on, origin
+from .settings import USERS, KernelSettings
 
 NOTES = {
     "side-network": "bf16: the reference under autocast, with the products in bf16 that triton has; otherwise in fp32",
@@ -41,8 +38,7 @@ NOTES = {
     "gradients) and cut-cross-entropy (exact: filter_eps=None) can do",
     "target-rank-float32": "as evaluation ranks; no floor, since those of the others count bf16 products",
 }
-LIBRARIES = ("triton", "liger-kernel", "cut-cross-entropy")
-MEASURED, NEEDS_CUDA, NOT_INSTALLED = "measured", "not measured (needs CUDA)", "not installed"
+MEASURED, NEEDS_CUDA = "measured", "not measured (needs CUDA)"
 QUANTILES = (0.2, 0.5, 0.8)
 WARM_UP_CALLS = 3
 CUDA_WARM_UP_MS, CUDA_MS = 25, 200  # of a row
@@ -106,22 +102,6 @@ def benchmark(sequences: Sequences, name: str, settings: KernelSettings, device:
     }
 
 
-def demo_sequences() -> Sequences:
-    """The embedded demo's histories, as the protocol leaves them, without writing its pictures."""
-    from . import demo  # imports transformers, which takes seconds
-
-    generator = np.random.default_rng(0)
-    histories = demo.make_histories(demo.make_products(generator), generator)
-    catalogue, numbers = np.unique(np.concatenate(histories), return_inverse=True)
-    return Sequences(
-        user_ids=[f"user{index:04d}" for index in range(len(histories))],
-        item_ids=[f"item{index:04d}" for index in catalogue],
-        offsets=np.cumsum([0, *map(len, histories)]),
-        items=numbers + 1,
-        max_inputs=ProtocolConfig().max_inputs,
-    )
-
-
 def batch_sizes(
     sequences: Sequences, name: str, settings: KernelSettings, device: torch.device
 ) -> tuple[list[int], dict[str, str]]:
@@ -137,11 +117,6 @@ def batch_sizes(
         left_out |= {count: "needs CUDA, or --users" for count in USERS if count > MOST_CPU_USERS}
     chosen = [count for count in USERS if count not in left_out] or [most]
     return chosen, {f"{count:,} users": reason for count, reason in left_out.items()}
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a CUDA device the current one, which timers and profilers watch."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def random_tables(sequences: Sequences, settings: KernelSettings, device: torch.device) -> list[Tensor]:
@@ -375,25 +350,6 @@ def cpu_quantiles(call: Run) -> list[float]:
     return [1000 * float(value) for value in np.quantile(times, QUANTILES)]
 
 
-def count_launches(call: Run) -> int | None:
-    """CUDA kernels that one call launches, copies and fills by the driver not counted; None where no profile came."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    return (
-        sum(
-            event.device_type == DeviceType.CUDA
-            and not event.name.startswith(("Memcpy", "Memset"))
-            and not getattr(event, "is_user_annotation", False)
-            for event in profiler.events()
-        )
-        or None
-    )
-
-
 def peak_bytes(call: Run, device: torch.device) -> int:
     """The most that a call allocates on the GPU beyond what is there before it, its results included."""
     torch.cuda.synchronize(device)
@@ -449,33 +405,6 @@ def random_tensors(device: torch.device, dtype: torch.dtype, seed: int, *shapes:
     """Tensors of normal numbers."""
     generator = torch.Generator(device).manual_seed(seed)
     return tuple(torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes)
-
-
-def origin(name: str, device: torch.device) -> dict[str, Any]:
-    """Where figures come from: the dataset's name, the commit, the machine and the versions."""
-    return {"dataset": name, "commit": commit(), "environment": versions(device)}
-
-
-def versions(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions, those of the libraries that stand beside the kernels included."""
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            found[library] = NOT_INSTALLED
-    precision = torch.get_float32_matmul_precision()
-    return environment(device) | found | {"cuda": torch.version.cuda, "float32_matmul_precision": precision}
-
-
-def commit() -> str | None:
-    """The commit that this package is checked out at, "-dirty" where files differ; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def _mean_loss(queries: Tensor, items: Tensor, targets: Tensor, **corrections: Tensor) -> list[Tensor]:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError
-from .kernel_benchmark import Run, Work, make_works, on, random_tables, timed_call
-from .kernel_settings import KernelSettings
-from .kernels import launch
-from .kernels.launch import Configuration
-from .progress import progress_bar
-from .sequences import Sequences
+from ..errors import InputError
+from ..kernels import launch
+from ..kernels.launch import Configuration
+from ..progress import progress_bar
+from ..sequences import Sequences
+from .ops import Run, Work, make_works, on, random_tables, timed_call
+from .settings import KernelSettings
 
 SIZES = {"small": 64, "large": 8192}  # users a batch that stand for the table's sizes of bf16 and fp16
 OPS = ("side-network", "loss", "target-rank")

@@ -1,0 +1,94 @@
+"""What every benchmark says of itself and needs of the machine: where figures come from, and how they are counted."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config import ProtocolConfig
+from ..run_folder import environment
+from ..sequences import Sequences, load_dataset
+
+LIBRARIES = ("triton", "liger-kernel", "cut-cross-entropy")
+NOT_INSTALLED = "not installed"
+
+
+def named_sequences(dataset: Path | None) -> tuple[str, Sequences]:
+    """A dataset's name and histories; the embedded demo's where there is none."""
+    if dataset is None:
+        return "demo", demo_sequences()
+    return dataset.resolve().name, load_dataset(dataset).sequences
+
+
+def demo_sequences() -> Sequences:
+    """The embedded demo's histories, as the protocol leaves them, without writing its pictures."""
+    from .. import demo  # imports transformers, which takes seconds
+
+    generator = np.random.default_rng(0)
+    histories = demo.make_histories(demo.make_products(generator), generator)
+    catalogue, numbers = np.unique(np.concatenate(histories), return_inverse=True)
+    return Sequences(
+        user_ids=[f"user{index:04d}" for index in range(len(histories))],
+        item_ids=[f"item{index:04d}" for index in catalogue],
+        offsets=np.cumsum([0, *map(len, histories)]),
+        items=numbers + 1,
+        max_inputs=ProtocolConfig().max_inputs,
+    )
+
+
+def origin(name: str, device: torch.device) -> dict[str, Any]:
+    """Where figures come from: the dataset's name, the commit, the machine and the versions."""
+    return {"dataset": name, "commit": commit(), "environment": versions(device)}
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """The machine and the versions, those of the libraries that stand beside the kernels included."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = NOT_INSTALLED
+    precision = torch.get_float32_matmul_precision()
+    return environment(device) | found | {"cuda": torch.version.cuda, "float32_matmul_precision": precision}
+
+
+def commit() -> str | None:
+    """The commit that this package is checked out at, "-dirty" where files differ; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device the current one, which timers and profilers watch."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def count_launches(call: Callable[[], Any]) -> int | None:
+    """CUDA kernels that one call launches, copies and fills by the driver not counted; None where no profile came."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return (
+        sum(
+            event.device_type == DeviceType.CUDA
+            and not event.name.startswith(("Memcpy", "Memset"))
+            and not getattr(event, "is_user_annotation", False)
+            for event in profiler.events()
+        )
+        or None
+    )
