@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .bench_extract import extract
 from .bench_kernels import kernels
 
 
@@ -12,5 +13,5 @@ def bench() -> None:
     """Measure speed and memory, side by side with the reference."""
 
 
-for command in (kernels,):
+for command in (kernels, extract):
     bench.add_command(command)

@@ -40,6 +40,11 @@ encoder_dtype=; may be repeated. The first view takes the image's role."""
     help="What to do about images that are missing or cannot be read.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Items encoded at a time.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    help="Processes that read images ahead of the encoder; 0: none. [as idle CPUs and images suggest]",
+)
 @protocol_options
 @device_option
 @json_option
@@ -51,6 +56,7 @@ def extract(
     raw_titles: bool,
     missing_images: str,
     batch_size: int,
+    workers: int | None,
     min_interactions: int,
     max_inputs: int,
     device: str,
@@ -70,7 +76,7 @@ def extract(
     data = load_dataset(dataset, ProtocolConfig(min_interactions, max_inputs, unescape_titles=not raw_titles))
     from .. import extract as extraction  # imports transformers, which takes seconds
 
-    results = extraction.extract(data, views, cache, torch_device(device), batch_size, dtype, missing_images)
+    results = extraction.extract(data, views, cache, torch_device(device), batch_size, dtype, missing_images, workers)
     if as_json:
         print_json([dataclasses.asdict(result) for result in results])
         return

@@ -7,6 +7,7 @@ a final norm or before it, differs by family, so it is found out and recorded.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from abc import ABC, abstractmethod
@@ -15,6 +16,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -79,7 +81,7 @@ class Backbone(ABC):
     @torch.inference_mode()
     def encode(self, inputs: Inputs) -> Tensor:
         """Pooled states [N, kept layers K, width D] on the device, in the encoder's dtype."""
-        moved = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         states = self._hidden_states(moved)
         return torch.stack([self._pool(states[layer], moved) for layer in self.layers], dim=1)
 
@@ -180,12 +182,23 @@ class TextBackbone(Backbone):
 
         Raises InputError for a text that gives no token at all.
         """
+        return self.pad(self.tokenize(contents))
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's token numbers, at most max_tokens, special tokens included.
+
+        Raises InputError for a text that gives no token at all.
+        """
         limit = self.view.max_tokens
-        rows = self.processor(list(contents), truncation=True, max_length=limit, padding=False).input_ids
-        for text, row in zip(contents, rows):
+        rows = self.processor(list(texts), truncation=True, max_length=limit, padding=False).input_ids
+        for text, row in zip(texts, rows):
             if not row:
                 raise self._error(f"the text {text!r} gives no tokens")
-        ids = [torch.tensor(row) for row in rows]
+        return rows
+
+    def pad(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> Inputs:
+        """input_ids and attention_mask, int64 [N, tokens], as wide as the longest of N token sequences."""
+        ids = [torch.as_tensor(row, dtype=torch.int64) for row in tokens]
         padding = self.processor.pad_token_id or 0
         return {
             "input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=padding),
@@ -256,7 +269,12 @@ class ImageBackbone(Backbone):
 
     def prepare(self, contents: Sequence[Image.Image]) -> Inputs:
         """pixel_values, float32 [N, 3, height, width], as the encoder's own processor makes them."""
-        return {"pixel_values": self.processor(images=list(contents), return_tensors="pt")["pixel_values"]}
+        return pixel_values(self.processor, contents)
+
+    @property
+    def preparation(self) -> Callable[[Sequence[Image.Image]], Inputs]:
+        """`prepare` without the model, to be sent to other processes."""
+        return functools.partial(pixel_values, self.processor)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"processor_backend": self.processor.backend}
@@ -299,6 +317,11 @@ class ImageBackbone(Backbone):
         if self.pooling == "cls":
             return states[:, 0]
         return states[:, self.leading :].float().mean(dim=1).to(states.dtype)
+
+
+def pixel_values(processor: Any, images: Sequence[Image.Image]) -> Inputs:
+    """What a vision encoder reads of RGB images: float32 [N, 3, height, width]."""
+    return {"pixel_values": processor(images=list(images), return_tensors="pt")["pixel_values"]}
 
 
 def _load_config(encoder: str, kind: str) -> PretrainedConfig:

@@ -1,35 +1,36 @@
 """Extraction: a catalogue through frozen encoders into a store, streaming, a batch of items at a time.
 
-Everything is checked before the first state is written. A killed extraction resumes where it stopped, and a later one
-adds or redoes only the items whose content is new or has changed.
+Everything is checked before the first state is written. A killed extraction resumes with what it had not yet written,
+and a later one adds or redoes only the items whose content is new or has changed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from PIL import Image
+from torch import Tensor
 
 from .backbones import Backbone, load_backbone
 from .config import STORE_DTYPES, ViewConfig
+from .contents import Batch, Contents, Images, Texts
 from .errors import InputError, first_few
-from .hidden_states import DIGEST_BYTES, Store, content_digest
-from .items import ImageError, ImageFolder, ImageLmdb, open_images
+from .hidden_states import Store
+from .items import ImageFolder, ImageLmdb, open_images
 from .progress import progress_bar
 from .sequences import Dataset
+from .workers import calls_ahead, worker_count
 
 LOGGER = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
 MISSING_IMAGES = ("error", "blank")
-BLANK = Image.new("RGB", (224, 224), "white")
+CHECKED_AT_ONCE = 64  # rows
+GROUP_ITEMS, GROUP_BYTES = 1024, 32 << 20  # a transaction takes as many states as reach either; a kill loses one group
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,12 @@ def extract(
     batch_size: int = 64,
     dtype: str = "bfloat16",
     missing_images: str = "error",
+    workers: int | None = None,
 ) -> list[Extracted]:
     """Puts the hidden states of every item into the store at `cache`, one entry per item and view.
+
+    `workers` processes read images ahead (0: this one does; None: as idle CPUs and the catalogue suggest). They import
+    the main module, so a script that calls this does it under `if __name__ == "__main__"`.
 
     Raises InputError, before anything is written, for content that is missing or cannot be read, an encoder that
     cannot be used, or a store made with other encoders or settings.
@@ -66,91 +71,75 @@ def extract(
             images = stack.enter_context(open_images(dataset.root))
         jobs = []
         for view in views:
-            contents = _contents(view, dataset, images, missing_images == "blank")
+            _refuse_missing_captions(view, dataset)
             backbone = load_backbone(view, device)
+            contents = _contents(backbone, view, dataset, images, missing_images == "blank")
             description = _describe(backbone, view, dtype, dataset.unescaped)
-            jobs.append(_Job(view.name, contents, backbone, description))
+            jobs.append(_Job(view.name, contents, backbone, description, workers if view.source == "image" else 0))
         descriptions = {job.name: job.description for job in jobs}
         todo = _plan_all(jobs, descriptions, cache, dataset.sequences.item_ids)
         store = stack.enter_context(Store(cache, writable=True))
         store.add_views(descriptions)
-        return [_run(job, todo[job.name], store, dataset, batch_size) for job in jobs]
-
-
-class _Contents(Protocol):
-    """One view's raw contents, by row of the catalogue."""
-
-    def accepted(self, row: int) -> tuple[bytes, ...]: ...  # digests with which stored states still stand
-    def problem(self, row: int) -> str | None: ...  # why the row cannot be encoded
-    def fetch(self, row: int) -> tuple[bytes, Any, bool]: ...  # digest, what the encoder takes, whether it is blank
+        return [_run(job, todo[job.name], store, dataset.sequences.item_ids, batch_size) for job in jobs]
 
 
 @dataclass(frozen=True)
 class _Job:
     name: str
-    contents: _Contents
+    contents: Contents
     backbone: Backbone
     description: dict[str, Any]
+    workers: int | None  # that read its contents; None: not decided
 
 
-class _Texts:
-    def __init__(self, texts: list[str | None]) -> None:
-        self.texts = texts
+class _Writer:
+    """Stores one view's states, several batches in a transaction. Its end stores the rest, come what may."""
 
-    def accepted(self, row: int) -> tuple[bytes, ...]:
-        text = self.texts[row]
-        return () if text is None else (content_digest(text.encode()),)
+    def __init__(self, store: Store, job: _Job, item_ids: list[str]) -> None:
+        self.store, self.job, self.item_ids = store, job, item_ids
+        self.dtype = getattr(torch, job.description["dtype"])
+        self.pending: list[tuple[Batch, Tensor]] = []
 
-    def problem(self, row: int) -> str | None:
-        return None if (self.texts[row] or "").strip() else "no text"
+    def __enter__(self) -> _Writer:
+        return self
 
-    def fetch(self, row: int) -> tuple[bytes, str, bool]:
-        text = self.texts[row]
-        assert text
-        return content_digest(text.encode()), text, False
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+
+    def add(self, batch: Batch, states: Tensor) -> None:
+        """Takes a batch's states [N, K, D], wherever they lie. Raises InputError for states that are not finite."""
+        self.pending.append((batch, states.to(self.dtype)))
+        items = sum(len(states) for _, states in self.pending)
+        if items >= GROUP_ITEMS or sum(states.nbytes for _, states in self.pending) >= GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self.pending:
+            return
+        ids = [self.item_ids[row] for batch, _ in self.pending for row in batch.rows]
+        digests = [digest for batch, _ in self.pending for digest in batch.digests]
+        states = torch.cat([states for _, states in self.pending])
+        finite = states.isfinite().flatten(1).all(dim=1).tolist()
+        good = [index for index, ok in enumerate(finite) if ok]
+        if good:
+            self.store.write(self.job.name, [ids[i] for i in good], [digests[i] for i in good], states[good])
+        self.pending.clear()
+        if len(good) < len(ids):
+            bad = ids[finite.index(False)]
+            raise InputError(f"view {self.job.name!r}, item {bad!r}: hidden states are not finite in {self.dtype}")
 
 
-class _Images:
-    def __init__(self, images: ImageFolder | ImageLmdb, item_ids: list[str], fill_blank: bool) -> None:
-        self.images, self.item_ids, self.fill_blank = images, item_ids, fill_blank
-
-    def accepted(self, row: int) -> tuple[bytes, ...]:
-        content = self.images.content(self.item_ids[row])
-        blank = (_blank_digest(content),) if self.fill_blank else ()
-        return blank if content is None else (content_digest(content), *blank)
-
-    def problem(self, row: int) -> str | None:
-        content = self.images.content(self.item_ids[row])
-        if self.fill_blank:
-            return None
-        if content is None:
-            return "no image"
-        try:
-            self.images.decode(content)
-        except ImageError as error:
-            return str(error)
-        return None
-
-    def fetch(self, row: int) -> tuple[bytes, Image.Image, bool]:
-        content = self.images.content(self.item_ids[row])
-        if content is not None:
-            try:
-                return content_digest(content), self.images.decode(content), False
-            except ImageError:
-                if not self.fill_blank:
-                    raise
-        return _blank_digest(content), BLANK, True
+def _refuse_missing_captions(view: ViewConfig, dataset: Dataset) -> None:
+    if view.source == "caption" and not any(dataset.captions):
+        raise InputError(f"{dataset.root / 'captions.tsv'}: view {view.name!r} needs captions, found none")
 
 
 def _contents(
-    view: ViewConfig, dataset: Dataset, images: ImageFolder | ImageLmdb | None, fill_blank: bool
-) -> _Contents:
+    backbone: Backbone, view: ViewConfig, dataset: Dataset, images: ImageFolder | ImageLmdb | None, fill_blank: bool
+) -> Contents:
     if view.source == "image":
-        assert images is not None
-        return _Images(images, dataset.sequences.item_ids, fill_blank)
-    if view.source == "caption" and not any(dataset.captions):
-        raise InputError(f"{dataset.root / 'captions.tsv'}: view {view.name!r} needs captions, found none")
-    return _Texts(list(dataset.titles) if view.source == "title" else dataset.captions)
+        return Images(images, dataset.sequences.item_ids, backbone.preparation, fill_blank)
+    return Texts(dataset.titles if view.source == "title" else dataset.captions, backbone)
 
 
 def _describe(backbone: Backbone, view: ViewConfig, dtype: str, unescaped: bool) -> dict[str, Any]:
@@ -162,7 +151,7 @@ def _describe(backbone: Backbone, view: ViewConfig, dtype: str, unescaped: bool)
 def _plan_all(
     jobs: list[_Job], descriptions: dict[str, dict[str, Any]], cache: Path, item_ids: list[str]
 ) -> dict[str, list[int]]:
-    """{view: the rows to encode}, every one of them readable and the store fit to take them."""
+    """{view: the rows to encode, in order}, every one of them readable and the store fit to take them."""
     with ExitStack() as stack:
         begun = (cache / "manifest.json").exists()
         store = stack.enter_context(Store(cache, writable=True)) if begun else None
@@ -170,45 +159,49 @@ def _plan_all(
             store.check_views(descriptions)
         todo = {}
         for job in jobs:
-            stored = [None] * len(item_ids) if store is None else store.digests(job.name, item_ids)
+            stored = [None] * len(item_ids) if store is None else list(store.digests(job.name, item_ids))
             todo[job.name] = _plan(job, stored, item_ids)
         return todo
 
 
-def _plan(job: _Job, stored: Iterable[bytes | None], item_ids: list[str]) -> list[int]:
-    todo, problems = [], {}
-    with progress_bar(f"reading {job.name}", len(item_ids), "items") as advance:
-        for row, digest in enumerate(stored):
-            if digest is None or digest not in job.contents.accepted(row):
-                todo.append(row)
-                if problem := job.contents.problem(row):
-                    problems[row] = problem
-            advance(1)
+def _plan(job: _Job, stored: list[bytes | None], item_ids: list[str]) -> list[int]:
+    requests = _batches(list(enumerate(stored)), CHECKED_AT_ONCE)
+    workers = worker_count(job.workers, len(stored), job.backbone.device)
+    new = []
+    with (
+        progress_bar(f"reading {job.name}", len(stored), "items") as advance,
+        closing(calls_ahead(job.contents.check, requests, workers)) as checked,
+    ):
+        for request, found in zip(requests, checked):
+            new += found
+            advance(len(request))
+    problems = [f"{item_ids[row]} ({problem})" for row, problem in new if problem]
     if problems:
-        named = first_few((f"{item_ids[row]} ({what})" for row, what in problems.items()), len(problems))
-        hint = "; --missing-images blank fills them" if isinstance(job.contents, _Images) else ""
-        raise InputError(f"view {job.name!r}: {len(problems)} of {len(item_ids)} items cannot be read: {named}{hint}")
-    return todo
+        hint = "; --missing-images blank fills them" if isinstance(job.contents, Images) else ""
+        count = f"{len(problems)} of {len(item_ids)} items cannot be read"
+        raise InputError(f"view {job.name!r}: {count}: {first_few(problems, len(problems))}{hint}")
+    return job.contents.arrange([row for row, _ in new])
 
 
-def _run(job: _Job, todo: list[int], store: Store, dataset: Dataset, batch_size: int) -> Extracted:
+def _run(job: _Job, todo: list[int], store: Store, item_ids: list[str], batch_size: int) -> Extracted:
     _mention_other_versions(job, store)
-    item_ids, blank = dataset.sequences.item_ids, 0
-    dtype = getattr(torch, job.description["dtype"])
-    with progress_bar(f"encoding {job.name}", len(todo), "items") as advance:
-        for start in range(0, len(todo), batch_size):
-            rows = todo[start : start + batch_size]
-            digests, contents, blanks = zip(*(job.contents.fetch(row) for row in rows))
-            states = job.backbone.encode(job.backbone.prepare(contents)).to(dtype)
-            ids = [item_ids[row] for row in rows]
-            finite = states.isfinite().flatten(1).all(dim=1)
-            if not finite.all():
-                item_id = ids[int(finite.long().argmin())]
-                raise InputError(f"view {job.name!r}, item {item_id!r}: hidden states are not finite in {dtype}")
-            store.write(job.name, ids, list(digests), states)
-            blank += sum(blanks)
-            advance(len(rows))
+    device = job.backbone.device
+    workers, pin = worker_count(job.workers, len(todo), device), device.type == "cuda"
+    blank = 0
+    with (
+        progress_bar(f"encoding {job.name}", len(todo), "items") as advance,
+        closing(calls_ahead(job.contents.batch, _batches(todo, batch_size), workers, pin)) as batches,
+        _Writer(store, job, item_ids) as writer,
+    ):
+        for batch in batches:
+            writer.add(batch, job.backbone.encode(batch.inputs))
+            blank += batch.blank
+            advance(len(batch.rows))
     return Extracted(job.name, len(item_ids), len(todo), blank)
+
+
+def _batches(rows: list[Any], size: int) -> list[list[Any]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _mention_other_versions(job: _Job, store: Store) -> None:
@@ -220,8 +213,3 @@ def _mention_other_versions(job: _Job, store: Store) -> None:
     ]
     if changed:
         LOGGER.warning("view %r was begun with other versions: %s", job.name, ", ".join(changed))
-
-
-def _blank_digest(content: bytes | None) -> bytes:
-    """Differs from the content's own digest, so that the blank is redone once the image can be read."""
-    return blake2b(content or b"", digest_size=DIGEST_BYTES, person=b"blank").digest()

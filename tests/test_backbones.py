@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -270,6 +271,14 @@ def test_pixels_are_those_of_pillow(built):
         pixels = backbone.prepare([picture])["pixel_values"]
         assert pixels.dtype == torch.float32
         torch.testing.assert_close(pixels, expected)
+
+
+def test_images_are_prepared_alike_one_by_one_and_without_the_model(built):
+    backbone = load_backbone(view(built("image", "vit"), "image"))
+    content = pickle.dumps(backbone.preparation)
+    assert len(content) < 10_000
+    alone = torch.cat([pickle.loads(content)([picture])["pixel_values"] for picture in pictures()])
+    assert torch.equal(alone, backbone.prepare(pictures())["pixel_values"])
 
 
 def test_poolings_that_a_vision_encoder_lacks_are_refused(built):

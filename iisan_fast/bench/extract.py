@@ -1,0 +1,284 @@
+"""Extraction beside a plain reference: time, items a second, peak memory, and whether both give the same states.
+
+Every measurement is a process of its own, so that none finds memory taken or workers started by another; the forms take
+turns. Each goes from an empty cache to a full one: it loads the encoder, checks all contents, encodes and stores them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import demo
+from ..backbones import Backbone, Inputs, load_backbone
+from ..config import ViewConfig
+from ..errors import InputError
+from ..extract import extract
+from ..hidden_states import Store, content_digest
+from ..items import ImageFolder, ImageLmdb, open_images
+from ..progress import progress_bar
+from ..sequences import Dataset, Sequences, load_dataset
+from ..workers import worker_count
+from .machine import on, origin
+from .memory import PeakMemory
+
+NOT_MEASURED = "not measured"
+QUANTILES = (0.2, 0.5, 0.8)
+NOTES = {
+    "plain": "catalogue order, texts padded to max_tokens, images read one after the other in the main process, a "
+    "transaction a batch",
+    "fast": "iisan-fast extract",
+    "both": "each round is a process of its own and goes from an empty cache to a full one: it loads the encoder, "
+    "checks all contents, encodes and stores them; imports are not counted in its time. Peak: the largest sum of "
+    "proportional set sizes over all its processes, over all rounds",
+}
+TOLERANCES = {"float32": 1e-5, "float16": 2**-10, "bfloat16": 2**-7}  # relative: a step of what the states lie in
+COARSE_ENCODER = 2e-2  # relative, for an encoder that computes in less than float32: padding changes its rounding
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """Of a benchmark."""
+
+    items: int | None = None  # spread evenly over the catalogue; None: all
+    source: str = "title"
+    encoder: str | None = None  # hub name or folder; None: the demo's
+    max_tokens: int = 30
+    dtype: str = "bfloat16"  # of the store
+    batch_size: int = 64
+    workers: int | None = None  # None: as extraction chooses
+    rounds: int = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every form does with an empty cache."""
+
+    dataset: Dataset
+    view: ViewConfig
+    device: torch.device
+    dtype: str
+    batch_size: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of one form."""
+
+    seconds: float
+    peak_pss_bytes: int | None  # of all its processes
+    peak_cuda_bytes: int | None
+
+
+def benchmark(dataset: Path | None, settings: ExtractSettings, device: torch.device) -> dict[str, Any]:
+    """Both forms on a dataset, or on the embedded demo, with the machine and the versions that made the figures.
+
+    Raises InputError where the forms' states differ, and for all that extraction refuses.
+    """
+    with TemporaryDirectory(prefix="iisan-fast-") as folder:
+        work = make_work(dataset, settings, device, Path(folder))
+        caches = {form: Path(folder) / form for form in FORMS}
+        runs = measure(work, caches, settings.rounds)
+        with Store(caches["fast"]) as store:
+            description = store.view(work.view.name)
+        states = [read_states(caches[form], work, description) for form in FORMS]
+    items = len(work.dataset.sequences.item_ids)
+    plain, fast = (summary(form, runs[form], items) for form in FORMS)
+    return {
+        **origin("demo" if dataset is None else dataset.resolve().name, device),
+        "settings": asdict(settings) | {"encoder": _short(settings.encoder), "workers": work.workers},
+        "items": items,
+        "view": {key: description[key] for key in ("pooling", "layers", "width", "encoder_dtype")},
+        "notes": NOTES,
+        **agreement(*states, description),
+        "forms": [plain, fast],
+        "ratio": plain["p50_s"] / fast["p50_s"],
+    }
+
+
+def make_work(dataset: Path | None, settings: ExtractSettings, device: torch.device, folder: Path) -> Work:
+    """The items and the view to measure; what the demo has to give is written under the folder."""
+    encoder = settings.encoder
+    if dataset is None:
+        dataset, views = demo.write_demo(folder)
+        encoder = encoder or next(view.encoder for view in views if view.source == settings.source)
+    elif encoder is None:
+        write = demo.write_image_encoder if settings.source == "image" else demo.write_text_encoder
+        write(folder / "encoder", seed=0)
+        encoder = str(folder / "encoder")
+    data = sample(load_dataset(dataset), settings.items)
+    view = ViewConfig(settings.source, settings.source, encoder, max_tokens=settings.max_tokens)
+    workers = worker_count(settings.workers, len(data.titles), device) if settings.source == "image" else 0
+    return Work(data, view, device, settings.dtype, settings.batch_size, workers)
+
+
+def sample(dataset: Dataset, items: int | None) -> Dataset:
+    """A catalogue of that many items, spread evenly over the dataset's; no histories, which extraction never reads."""
+    total = len(dataset.titles)
+    if items is not None and items > total:
+        raise InputError(f"--items {items}: expected at most {total}, the items of {dataset.root.name}")
+    rows = np.linspace(0, total - 1, items or total).round().astype(int)
+    return replace(
+        dataset,
+        titles=[dataset.titles[row] for row in rows],
+        captions=[dataset.captions[row] for row in rows],
+        sequences=Sequences(
+            user_ids=[],
+            item_ids=[dataset.sequences.item_ids[row] for row in rows],
+            offsets=np.zeros(1, dtype=np.int64),
+            items=np.zeros(0, dtype=np.int64),
+            max_inputs=dataset.sequences.max_inputs,
+        ),
+    )
+
+
+def plain(work: Work, cache: Path) -> None:
+    """The same states without any of the fast path's means: see NOTES."""
+    backbone = load_backbone(work.view, work.device)
+    batches = (_image_batches if work.view.source == "image" else _title_batches)(work, backbone)
+    shape = {"layers": list(backbone.layers), "width": backbone.width}
+    with Store(cache, writable=True) as store:
+        store.add_views({work.view.name: {"source": work.view.source, "dtype": work.dtype, **shape}})
+        for item_ids, digests, inputs in batches:
+            states = backbone.encode(inputs).to(getattr(torch, work.dtype))
+            store.write(work.view.name, item_ids, digests, states)
+
+
+def fast(work: Work, cache: Path) -> None:
+    """The fast path."""
+    extract(work.dataset, [work.view], cache, work.device, work.batch_size, work.dtype, workers=work.workers)
+
+
+FORMS: dict[str, Callable[[Work, Path], None]] = {"plain": plain, "fast": fast}
+PlainBatch = tuple[list[str], list[bytes], Inputs]  # item ids, digests, and what the encoder takes
+
+
+def _title_batches(work: Work, backbone: Backbone) -> Iterator[PlainBatch]:
+    item_ids, titles, width = work.dataset.sequences.item_ids, work.dataset.titles, work.view.max_tokens
+    for start in range(0, len(titles), work.batch_size):
+        part = titles[start : start + work.batch_size]
+        ids = torch.full((len(part), width), backbone.processor.pad_token_id or 0)
+        mask = torch.zeros_like(ids)
+        tokens = backbone.processor(part, truncation=True, max_length=width).input_ids
+        for row, numbers in enumerate(tokens):
+            ids[row, : len(numbers)] = torch.tensor(numbers)
+            mask[row, : len(numbers)] = 1
+        digests = [content_digest(title.encode()) for title in part]
+        yield item_ids[start : start + work.batch_size], digests, {"input_ids": ids, "attention_mask": mask}
+
+
+def _image_batches(work: Work, backbone: Backbone) -> Iterator[PlainBatch]:
+    item_ids = work.dataset.sequences.item_ids
+    with open_images(work.dataset.root) as images:
+        for item_id in item_ids:  # all are checked before one is encoded, as extraction does
+            images.decode(_content(images, item_id))
+        for start in range(0, len(item_ids), work.batch_size):
+            part = item_ids[start : start + work.batch_size]
+            contents = [_content(images, item_id) for item_id in part]
+            pixels = [backbone.prepare([images.decode(content)])["pixel_values"] for content in contents]
+            yield part, [content_digest(content) for content in contents], {"pixel_values": torch.cat(pixels)}
+
+
+def _content(images: ImageFolder | ImageLmdb, item_id: str) -> bytes:
+    content = images.content(item_id)
+    if content is None:
+        raise InputError(f"{images.path}: item {item_id!r}: no image")
+    return content
+
+
+def measure(work: Work, caches: dict[str, Path], rounds: int) -> dict[str, list[Measured]]:
+    """Every form once a round, in turns; each cache is left as the form's last run filled it.
+
+    Raises what the forms raise, and InputError where a measured process ends by itself.
+    """
+    runs: dict[str, list[Measured]] = {form: [] for form in caches}
+    with progress_bar("benchmark", rounds * len(caches), "runs") as advance:
+        for _ in range(rounds):
+            for form, cache in caches.items():
+                shutil.rmtree(cache, ignore_errors=True)
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                    try:
+                        runs[form].append(process.submit(run_once, form, work, cache).result())
+                    except BrokenProcessPool:
+                        raise InputError(
+                            f"the process of form {form!r} ended early; it may have lacked memory"
+                        ) from None
+                advance(1, form)
+    return runs
+
+
+def run_once(form: str, work: Work, cache: Path) -> Measured:
+    """Runs a form in this process, once transformers has imported what the encoder's family needs."""
+    load_backbone(work.view, work.device)
+    cuda = work.device.type == "cuda"
+    with on(work.device), PeakMemory() as memory:
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        FORMS[form](work, cache)
+        seconds = time.perf_counter() - started
+    return Measured(seconds, memory.bytes, torch.cuda.max_memory_allocated(work.device) if cuda else None)
+
+
+def summary(form: str, runs: list[Measured], items: int) -> dict[str, Any]:
+    """A form's figures over its runs; "not measured" for memory that the machine does not have or tell of."""
+    seconds = [run.seconds for run in runs]
+    low, middle, high = np.quantile(seconds, QUANTILES).tolist()
+    return {
+        "form": form,
+        "seconds": seconds,
+        "p20_s": low,
+        "p50_s": middle,
+        "p80_s": high,
+        "items_per_second": items / middle,
+        "peak_pss_bytes": _largest([run.peak_pss_bytes for run in runs]),
+        "peak_cuda_bytes": _largest([run.peak_cuda_bytes for run in runs]),
+    }
+
+
+def agreement(plain_states: Tensor, fast_states: Tensor, description: dict[str, Any]) -> dict[str, float]:
+    """How far the states [N, K, D] of the two forms lie apart, relative to the largest, and how far they may.
+
+    Raises InputError where that is too far.
+    """
+    difference = float((plain_states - fast_states).abs().max() / plain_states.abs().max())
+    tolerance = TOLERANCES[description["dtype"]]
+    if description["encoder_dtype"] != "float32":
+        tolerance = max(tolerance, COARSE_ENCODER)
+    if not difference <= tolerance:
+        raise InputError(f"the two forms' states differ by {difference:.1e} of the largest, expected {tolerance:.1e}")
+    return {"largest_difference": difference, "tolerance": tolerance}
+
+
+def read_states(cache: Path, work: Work, description: dict[str, Any]) -> Tensor:
+    """Every item's states in a cache, float32 [N, K, D]."""
+    item_ids = work.dataset.sequences.item_ids
+    states = torch.empty(
+        len(item_ids), len(description["layers"]), description["width"], dtype=getattr(torch, work.dtype)
+    )
+    with Store(cache) as store:
+        store.read(work.view.name, item_ids, states)
+    return states.float()
+
+
+def _short(encoder: str | None) -> str | None:
+    """A hub name, or the last two parts of a folder."""
+    return encoder and "/".join(Path(encoder).parts[-2:])
+
+
+def _largest(figures: list[int | None]) -> int | str:
+    return NOT_MEASURED if None in figures else max(figures)

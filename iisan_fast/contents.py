@@ -1,0 +1,156 @@
+"""What a view's encoder is to read, by row of the catalogue: which rows are new, what is wrong with them, batches.
+
+Nothing here knows an encoder's weights, so that all of it can happen in worker processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .errors import InputError
+from .hidden_states import DIGEST_BYTES, content_digest
+from .items import ImageError, ImageFolder, ImageLmdb
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from .backbones import Inputs, TextBackbone
+
+BLANK = Image.new("RGB", (224, 224), "white")
+TEXTS_AT_ONCE = 1024  # tokenized: a tokenizer's own results take a hundred times the room of the token numbers
+
+Stored = tuple[int, bytes | None]  # a row, and the digest that stands in the store
+New = tuple[int, str]  # a row to encode, and what is wrong with its content, if anything
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N items, ready for the encoder."""
+
+    rows: Sequence[int]  # of the catalogue
+    digests: list[bytes]
+    inputs: Inputs  # [N, …] each, on the CPU
+    blank: int  # how many of them are blank images
+
+    def pin_memory(self) -> Batch:
+        """The same in pinned memory, from where a GPU copies by itself."""
+        return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
+
+
+class Contents(Protocol):
+    """One view's contents."""
+
+    def check(self, stored: Sequence[Stored]) -> list[New]:
+        """Those whose stored states no longer stand."""
+
+    def arrange(self, rows: list[int]) -> list[int]:
+        """The rows in the order that suits the encoder best."""
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """Arranged rows, ready for the encoder."""
+
+
+class Texts:
+    """Titles or captions. Arranging tokenizes them; only the token numbers are kept, 4 bytes each."""
+
+    def __init__(self, texts: Sequence[str | None], backbone: TextBackbone) -> None:
+        self.texts, self.backbone = texts, backbone
+        self._tokens = np.zeros(0, dtype=np.int32)  # of all arranged rows, one after the other
+        self._starts, self._lengths = np.zeros((2, len(texts)), dtype=np.int64)  # where each row's tokens stand
+
+    def check(self, stored: Sequence[Stored]) -> list[New]:
+        """Those without a state, or with one of another text. One of no text at all is wrong."""
+        return [
+            (row, "" if (self.texts[row] or "").strip() else "no text")
+            for row, digest in stored
+            if digest is None or digest != content_digest((self.texts[row] or "").encode())
+        ]
+
+    def arrange(self, rows: list[int]) -> list[int]:
+        """The rows by falling number of tokens: a batch then holds hardly any padding, and the largest comes first.
+
+        Raises InputError for a text that gives no token.
+        """
+        tokens = [self._tokens]
+        for start in range(0, len(rows), TEXTS_AT_ONCE):
+            part = rows[start : start + TEXTS_AT_ONCE]
+            found = self.backbone.tokenize([self.texts[row] or "" for row in part])
+            self._lengths[part] = [len(ids) for ids in found]
+            tokens += [np.array(ids, dtype=np.int32) for ids in found]
+        self._starts[rows] = len(self._tokens) + np.cumsum(self._lengths[rows]) - self._lengths[rows]
+        self._tokens = np.concatenate(tokens)
+        return [rows[index] for index in np.argsort(-self._lengths[rows], kind="stable")]
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """Arranged rows, padded to the longest of them."""
+        tokens = [self._tokens[self._starts[row] :][: self._lengths[row]] for row in rows]
+        digests = [content_digest((self.texts[row] or "").encode()) for row in rows]
+        return Batch(rows, digests, self.backbone.pad(tokens), blank=0)
+
+
+class Images:
+    """A dataset's images, decoded and prepared as they are asked for. May be sent to another process."""
+
+    def __init__(
+        self,
+        images: ImageFolder | ImageLmdb,
+        item_ids: list[str],
+        prepare: Callable[[Sequence[Image.Image]], Inputs],
+        fill_blank: bool,
+    ) -> None:
+        self.images, self.item_ids, self.prepare, self.fill_blank = images, item_ids, prepare, fill_blank
+
+    def check(self, stored: Sequence[Stored]) -> list[New]:
+        """Those without a state, or with one of another image. Each is decoded, unless a blank would fill its place."""
+        new = []
+        for row, digest in stored:
+            content = self.images.content(self.item_ids[row])
+            if digest is None or digest not in self._accepted(content):
+                new.append((row, "" if self.fill_blank else self._problem(content)))
+        return new
+
+    def arrange(self, rows: list[int]) -> list[int]:
+        """As they come: all images are of one size to the encoder."""
+        return rows
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """Rows, decoded one at a time. Raises InputError for an image that has gone or broken since it was checked."""
+        digests, inputs, blanks = zip(*map(self._read, rows))
+        merged = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
+        return Batch(rows, list(digests), merged, sum(blanks))
+
+    def _accepted(self, content: bytes | None) -> tuple[bytes, ...]:
+        """Digests with which stored states still stand."""
+        blank = (_blank_digest(content),) if self.fill_blank else ()
+        return blank if content is None else (content_digest(content), *blank)
+
+    def _problem(self, content: bytes | None) -> str:
+        if content is None:
+            return "no image"
+        try:
+            self.images.decode(content)
+        except ImageError as error:
+            return str(error)
+        return ""
+
+    def _read(self, row: int) -> tuple[bytes, Inputs, bool]:
+        """Digest, what the encoder reads [1, …], and whether it is blank."""
+        content = self.images.content(self.item_ids[row])
+        try:
+            if content is None:
+                raise ImageError("no image")
+            return content_digest(content), self.prepare([self.images.decode(content)]), False
+        except ImageError as error:
+            if not self.fill_blank:
+                raise InputError(f"{self.images.path}: item {self.item_ids[row]!r}: {error}") from None
+        return _blank_digest(content), self.prepare([BLANK]), True
+
+
+def _blank_digest(content: bytes | None) -> bytes:
+    """Differs from the content's own digest, so that the blank is redone once the image can be read."""
+    return blake2b(content or b"", digest_size=DIGEST_BYTES, person=b"blank").digest()
