@@ -22,24 +22,26 @@ class Batch:
     """B users' training sequences with V distinct items and R rows (positions that have a next item)."""
 
     step: int  # the run's step number, which the stateless dropout hashes
+    length: int  # positions of the grid that the rows stand on: of the longest history, or more
     users: Tensor  # int64 [B]: user numbers, likewise hashed
     distinct: Tensor  # int64 [V]: ascending item numbers
     multiplicity: Tensor  # int64 [V]: slots of the batch that hold each distinct item
-    inputs: Tensor  # int64 [B, L]: indices into distinct, right-aligned, -1 for padding
-    rows: Tensor  # int64 [R]: where the rows stand in the flattened [B * L] grid, ascending
+    inputs: Tensor  # int64 [R]: each row's own item, an index into distinct
+    targets: Tensor  # int64 [R]: its next item, likewise
     row_users: Tensor  # int64 [R]: 0..B-1
-    targets: Tensor  # int64 [R]: indices into distinct
+    row_slots: Tensor  # int64 [R]: where the row stands on the grid, user * length + position, right-aligned, ascending
+    weights: Tensor  # float64 [R]: each row's part in the mean loss
     history_bits: Tensor  # int32 [B, ceil(V / 32)]: bit v % 32 of word v // 32: distinct item v is the user's own
 
     def checked(self, table_rows: int) -> Batch:
         """The batch, unless an index leaves its range (ValueError): a GPU's kernels look at none of them."""
-        users, distinct = self.inputs.shape[0], len(self.distinct)
+        users, distinct = len(self.users), len(self.distinct)
         for name, limit, lowest in (
             ("distinct", table_rows, 1),
-            ("inputs", distinct, -1),
-            ("rows", self.inputs.numel(), 0),
-            ("row_users", users, 0),
+            ("inputs", distinct, 0),
             ("targets", distinct, 0),
+            ("row_users", users, 0),
+            ("row_slots", users * self.length, 0),
         ):
             indices = getattr(self, name)
             kernels.check_indices(f"batch.{name}", indices, None, limit, indices.device, lowest)
@@ -80,19 +82,19 @@ def make_batch(sequences: Sequences, users: np.ndarray, step: int) -> Batch:
     )
     length = int(lengths.max()) - 1
     is_input = position < np.repeat(lengths, lengths) - 1
-    column = position + length - (lengths[slot_user] - 1)
-    inputs = np.full((len(users), length), -1, dtype=np.int64)
-    inputs[slot_user[is_input], column[is_input]] = slots[is_input]
-    row_users = slot_user[is_input]
+    row_users, rows = slot_user[is_input], int(is_input.sum())
+    column = position[is_input] + length - (lengths[row_users] - 1)
     return Batch(
         step=step,
+        length=length,
         users=_tensor(users),
         distinct=_tensor(distinct),
         multiplicity=_tensor(multiplicity),
-        inputs=_tensor(inputs),
-        rows=_tensor(row_users * length + column[is_input]),
-        row_users=_tensor(row_users),
+        inputs=_tensor(slots[is_input]),
         targets=_tensor(slots[position > 0]),
+        row_users=_tensor(row_users),
+        row_slots=_tensor(row_users * length + column),
+        weights=torch.full((rows,), 1 / rows, dtype=torch.float64),
         history_bits=torch.from_numpy(_history_bits(slot_user, slots, len(users), len(distinct))),
     )
 

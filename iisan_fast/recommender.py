@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from . import kernels
 from .batches import Batch
 from .config import ModelConfig, RunConfig
+from .dropout import StatelessDropout
 from .hidden_states import FeatureTable
-from .sasrec import SASRec, StatelessDropout
+from .kernels import States
+from .sasrec import Dropout, Rows, SASRec
 from .side_network import Heads, SideNetwork, SideTower, ViewShape
 
 ITEMS_AT_ONCE = 2048
@@ -26,6 +28,7 @@ class Recommender(nn.Module):
         """views: (K, D) of each view; popularity float64 [items + 1]; seed draws the weights and the dropout."""
         super().__init__()
         self.config, self.seed = config, seed
+        self.operands: torch.dtype | None = None  # of the side network's products on a CPU; None: the weights' dtype
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.side_network = SideNetwork(views, config)
@@ -33,25 +36,26 @@ class Recommender(nn.Module):
             self.sequence_encoder = SASRec(config, max_inputs)
         self.register_buffer("log_popularity", torch.from_numpy(popularity).log(), persistent=False)
 
-    def loss(self, batch: Batch, table: FeatureTable) -> Tensor:
-        """Mean debiased in-batch cross-entropy over the batch's rows (IISAN, equation 5)."""
-        vectors = self.item_vectors(table, batch.distinct)
-        real = batch.inputs >= 0
-        x = vectors[batch.inputs.clamp(min=0)] * real[..., None]
-        hidden = self.sequence_encoder(x, real, self._dropout(batch))
-        return kernels.inbatch_cross_entropy(
-            queries=hidden.flatten(0, 1)[batch.rows],
+    def loss(self, batch: Batch, states: list[States]) -> Tensor:
+        """Mean debiased in-batch cross-entropy over the batch's rows (IISAN, equation 5); states of batch.distinct."""
+        vectors = self.item_vectors(states)
+        rows = Rows(batch.row_slots, len(batch.users), batch.length)
+        losses = kernels.inbatch_cross_entropy(
+            queries=self.sequence_encoder(vectors[batch.inputs], rows, self._dropout(batch)),
             items=vectors,
             targets=batch.targets,
             row_users=batch.row_users,
             history_bits=batch.history_bits,
             log_multiplicity=batch.multiplicity.to(vectors.dtype).log(),
             log_popularity=self.log_popularity[batch.distinct].to(vectors.dtype),
+            reduction="none",
         )
+        return losses @ batch.weights.to(losses.dtype)
 
-    def item_vectors(self, table: FeatureTable, items: Tensor) -> Tensor:
-        """[len(items), d] for item numbers int64 [N]."""
-        return self.heads(self.side_network(table.states(items)))
+    def item_vectors(self, states: list[States]) -> Tensor:
+        """[N, d] for the hidden states of N items."""
+        projections, bias = self.heads.folded()
+        return self.side_network(states, projections, self.operands) + bias
 
     @torch.inference_mode()
     def catalogue_vectors(self, table: FeatureTable) -> Tensor:
@@ -59,17 +63,20 @@ class Recommender(nn.Module):
         numbers = torch.arange(1, len(table.views[0]), device=table.views[0].device)
         # Equal parts: a last part of one item would take another matrix product and no longer tie with its equals.
         parts = numbers.tensor_split(-(-len(numbers) // ITEMS_AT_ONCE))
-        return torch.cat([self.item_vectors(table, part) for part in parts])
+        return torch.cat([self.item_vectors(table.states(part)) for part in parts])
 
     @torch.inference_mode()
     def user_states(self, vectors: Tensor, inputs: np.ndarray) -> Tensor:
         """[users, d] after each user's inputs (int64 [users, max_inputs], right-aligned, 0 for padding)."""
+        length = inputs.shape[1]
         states = []
-        for part in torch.from_numpy(inputs).split(USERS_AT_ONCE):
-            part = part.to(vectors.device)
-            real = part > 0
-            x = vectors[(part - 1).clamp(min=0)] * real[..., None]
-            states.append(self.sequence_encoder(x, real)[:, -1])
+        for start in range(0, len(inputs), USERS_AT_ONCE):
+            part = inputs[start : start + USERS_AT_ONCE]
+            slots = np.flatnonzero(part)
+            rows = Rows(torch.from_numpy(slots).to(vectors.device), len(part), length)
+            items = torch.from_numpy(part.flat[slots] - 1).to(vectors.device)
+            last = torch.from_numpy(np.flatnonzero(slots % length == length - 1)).to(vectors.device)
+            states.append(self.sequence_encoder(vectors[items], rows)[last])
         return torch.cat(states)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -88,12 +95,10 @@ class Recommender(nn.Module):
         assert sorted(grouped) == sorted(id(parameter) for parameter in self.parameters() if parameter.requires_grad)
         return groups
 
-    def _dropout(self, batch: Batch) -> StatelessDropout | None:
+    def _dropout(self, batch: Batch) -> Dropout | None:
         if not self.training:
             return None
-        length, slots = batch.inputs.shape[1], self.sequence_encoder.max_inputs
-        positions = torch.arange(slots - length, slots, device=batch.inputs.device)
-        return StatelessDropout(self.config.dropout, self.seed, batch.step, batch.users, positions)
+        return Dropout(StatelessDropout(self.config.dropout, self.seed, batch.step), batch.users)
 
 
 def build_recommender(views: list[ViewShape], config: RunConfig, popularity: np.ndarray) -> Recommender:

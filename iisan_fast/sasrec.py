@@ -1,50 +1,52 @@
-"""SASRec: a small causal transformer over item vectors, whose dropout depends on who and where, not on batching."""
+"""SASRec: a small causal transformer over item vectors. Histories come packed: rows, and where they stand.
+
+All that works row by row sees real rows only; attention alone spreads them over a grid of users and positions.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .dropout import StatelessDropout
 
-MASK32 = 0xFFFFFFFF
-GOLDEN = 0x9E3779B1
-SITES_PER_BLOCK = 3
+SITES_PER_BLOCK = 3  # of dropout: attention weights, after attention, after the feed-forward; site 0 is the input
 
 
-class StatelessDropout:
-    """Dropout whose every mask bit is a hash of (seed, step, site, user, position, channel).
+class Rows(NamedTuple):
+    """Where R packed rows stand: right-aligned histories on a grid of users and positions."""
 
-    Padded, jagged, resumed and multi-rank runs therefore draw the same masks.
-    """
+    slots: Tensor  # int64 [R], ascending: user * length + position; padding rows of a batch may share one
+    users: int  # of the grid
+    length: int  # positions of the grid, at most the model's
 
-    def __init__(self, probability: float, seed: int, step: int, users: Tensor, positions: Tensor) -> None:
-        """users int64 [B]; positions int64 [L], slots of the right-aligned history, 0..max_inputs-1."""
-        self.threshold = round(probability * 2**32)
-        self.scale = 1 / (1 - probability)
-        self.prefix = _absorb(_mix(seed & MASK32), step)
-        self.users, self.positions = users, positions
+    def on_grid(self, x: Tensor) -> Tensor:
+        """Rows [R, C] -> [users, length, C], zero where there is none."""
+        return _Spread.apply(x, self.slots, self.users * self.length).view(self.users, self.length, -1)
 
-    def __call__(self, x: Tensor, site: int, channels: Tensor | None = None) -> Tensor:
-        """x [B, L, C]: drops by channel number, 0..C-1 unless channels int64 [C] gives others."""
-        if not self.threshold:
-            return x
-        if channels is None:
-            channels = torch.arange(x.shape[-1], device=x.device)
-        user = _absorb(torch.full_like(self.users, _absorb(self.prefix, site)), self.users)
-        position = _absorb(user[:, None], self.positions)
-        keep = _absorb(position[..., None], channels) >= self.threshold
-        return x * keep * self.scale
+    def off_grid(self, x: Tensor) -> Tensor:
+        """The grid [users, length, C] -> rows [R, C]."""
+        return _Collect.apply(x.flatten(0, 1), self.slots)
+
+
+class Dropout(NamedTuple):
+    """One step's dropout of a batch: its hash, and the numbers of the grid's users."""
+
+    masks: StatelessDropout
+    users: Tensor  # int64 [users]
 
 
 class Block(nn.Module):
     """A post-norm transformer block: attention without biases, then a ReLU feed-forward of 4d."""
 
-    def __init__(self, config: ModelConfig, max_inputs: int, first_site: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d = config.embedding_dim
-        self.heads, self.max_inputs, self.first_site = config.attention_heads, max_inputs, first_site
+        self.heads = config.attention_heads
         self.query = nn.Linear(d, d, bias=False)
         self.key = nn.Linear(d, d, bias=False)
         self.value = nn.Linear(d, d, bias=False)
@@ -54,25 +56,25 @@ class Block(nn.Module):
         self.feed_out = nn.Linear(4 * d, d)
         self.feed_norm = nn.LayerNorm(d, eps=1e-6)
 
-    def forward(self, x: Tensor, visible: Tensor, dropout: StatelessDropout | None) -> Tensor:
-        """x [B, L, d]; visible bool [B, 1, L, L]: which key each query may attend to."""
-        drop = dropout or (lambda value, site, channels=None: value)
-        attended = self.output(self._attend(x, visible, drop))
-        x = self.attention_norm(x + drop(attended, self.first_site + 1))
+    def forward(self, x: Tensor, rows: Rows, hidden: Tensor, drops: _Drops) -> Tensor:
+        """x [R, d]; hidden bool [users, 1, L, L]: which keys a query may not see; drops: this block's, or ones."""
+        attended = self.output(rows.off_grid(self._attend(rows.on_grid(self._projections(x)), hidden, drops.weights)))
+        x = self.attention_norm(x + attended * drops.attended)
         fed = self.feed_out(F.relu(self.feed_in(x)))
-        return self.feed_norm(x + drop(fed, self.first_site + 2))
+        return self.feed_norm(x + fed * drops.fed)
 
-    def _attend(self, x: Tensor, visible: Tensor, drop) -> Tensor:
-        batch, length, d = x.shape
-        q, k, v = (f(x).view(batch, length, self.heads, -1).transpose(1, 2) for f in (self.query, self.key, self.value))
-        scores = (q @ k.transpose(-2, -1)) * (d // self.heads) ** -0.5
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)  # [B, heads, L, L]
-        slots = torch.arange(self.max_inputs - length, self.max_inputs, device=x.device)
-        channels = torch.cat([head * self.max_inputs + slots for head in range(self.heads)])
-        by_query = weights.transpose(1, 2).reshape(batch, length, self.heads * length)
-        by_query = drop(by_query, self.first_site, channels)
-        weights = by_query.view(batch, length, self.heads, length).transpose(1, 2)
-        return (weights @ v).transpose(1, 2).reshape(batch, length, d)
+    def _projections(self, x: Tensor) -> Tensor:
+        """Queries, keys and values side by side: [R, 3d]."""
+        return F.linear(x, torch.cat([self.query.weight, self.key.weight, self.value.weight]))
+
+    def _attend(self, projections: Tensor, hidden: Tensor, factors: Tensor | float) -> Tensor:
+        """[users, L, 3d] -> [users, L, d]."""
+        users, length, _ = projections.shape
+        # each [users, heads, L, d / heads]
+        q, k, v = projections.view(users, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1) * factors
+        return (weights @ v).transpose(1, 2).reshape(users, length, -1)
 
 
 class SASRec(nn.Module):
@@ -83,24 +85,56 @@ class SASRec(nn.Module):
         self.max_inputs = max_inputs
         self.position = nn.Parameter(torch.empty(max_inputs, config.embedding_dim))
         self.norm = nn.LayerNorm(config.embedding_dim, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(config, max_inputs, 1 + SITES_PER_BLOCK * i) for i in range(config.blocks))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self._initialise()
+        first = range(1, 1 + SITES_PER_BLOCK * config.blocks, SITES_PER_BLOCK)
+        row_sites = [0, *(site + after for site in first for after in (1, 2))]
+        self.register_buffer("weight_sites", torch.tensor(first), persistent=False)
+        self.register_buffer("row_sites", torch.tensor(row_sites), persistent=False)
 
-    def forward(self, x: Tensor, real: Tensor, dropout: StatelessDropout | None = None) -> Tensor:
-        """Item vectors [B, L, d], right-aligned, L <= max_inputs, with real bool [B, L] -> states [B, L, d].
-
-        States at padding are finite and mean nothing.
-        """
-        length = x.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        itself = torch.eye(length, dtype=torch.bool, device=x.device)
-        visible = (causal & real[:, None, :] | itself)[:, None]  # padding sees itself: a softmax over nothing is NaN
-        x = self.norm(x + self.position[self.max_inputs - length :])
-        if dropout is not None:
-            x = dropout(x, 0)
-        for block in self.blocks:
-            x = block(x, visible, dropout)
+    def forward(self, x: Tensor, rows: Rows, dropout: Dropout | None = None) -> Tensor:
+        """Item vectors [R, d] of right-aligned histories -> the states [R, d] after each; rows.length <= max_inputs."""
+        positions = rows.slots % rows.length + self.max_inputs - rows.length
+        # A product with one-hot rows: its gradient is a plain product too, where a lookup's would be a scatter.
+        one_hot = positions[:, None] == torch.arange(self.max_inputs, device=x.device)
+        x = self.norm(x + one_hot.to(x.dtype) @ self.position)
+        at_input, *drops = self._drops(x, rows, positions, dropout)
+        x = x * at_input
+        hidden = self._hidden(rows)
+        for block, drop in zip(self.blocks, drops):
+            x = block(x, rows, hidden, drop)
         return x
+
+    def _hidden(self, rows: Rows) -> Tensor:
+        """bool [users, 1, L, L]: keys that are later or padding, but for its own: a softmax over nothing is NaN."""
+        slots, length = rows.slots, rows.length
+        empty = torch.ones(rows.users * length, dtype=torch.bool, device=slots.device).index_fill(0, slots, False)
+        later = torch.ones(length, length, dtype=torch.bool, device=slots.device).triu(1)
+        itself = torch.eye(length, dtype=torch.bool, device=slots.device)
+        return ((later | empty.view(-1, 1, length)) & ~itself)[:, None]
+
+    def _drops(self, x: Tensor, rows: Rows, positions: Tensor, dropout: Dropout | None) -> list:
+        """Factors of the input, then of each block; ones where nothing drops."""
+        if dropout is None or not dropout.masks.threshold:
+            return [1.0] + [_Drops(1.0, 1.0, 1.0)] * len(self.blocks)
+        by_row = dropout.masks.factors(
+            self.row_sites,
+            dropout.users[rows.slots // rows.length],
+            positions,
+            torch.arange(x.shape[1], device=x.device),
+            x.dtype,
+        )
+        weights = self._weight_factors(rows, dropout, x.dtype)
+        return [by_row[0], *map(_Drops, weights, by_row[1::2], by_row[2::2])]
+
+    def _weight_factors(self, rows: Rows, dropout: Dropout, dtype: torch.dtype) -> Tensor:
+        """Factors of the attention weights: [blocks, users, heads, L, L]."""
+        users, length, heads = rows.users, rows.length, self.blocks[0].heads
+        positions = torch.arange(self.max_inputs - length, self.max_inputs, device=dropout.users.device)
+        channels = torch.cat([head * self.max_inputs + positions for head in range(heads)])
+        numbers = dropout.users.repeat_interleave(length, output_size=users * length)
+        factors = dropout.masks.factors(self.weight_sites, numbers, positions.repeat(users), channels, dtype)
+        return factors.view(-1, users, length, heads, length).transpose(2, 3)
 
     def _initialise(self) -> None:
         nn.init.xavier_normal_(self.position)
@@ -111,12 +145,37 @@ class SASRec(nn.Module):
                     nn.init.zeros_(module.bias)
 
 
-def _mix(h):
-    """A 32-bit finaliser (xor-shift, multiply) of an int or an int64 tensor holding unsigned 32-bit values."""
-    h = (h ^ (h >> 16)) * 0x7FEB352D & MASK32
-    h = (h ^ (h >> 15)) * 0x846CA68B & MASK32
-    return h ^ (h >> 16)
+class _Drops(NamedTuple):
+    """A block's dropout factors."""
+
+    weights: Tensor | float  # [users, heads, L, L]
+    attended: Tensor | float  # [R, d]
+    fed: Tensor | float  # [R, d]
 
 
-def _absorb(h, field):
-    return _mix(h ^ (field * GOLDEN & MASK32))
+class _Spread(torch.autograd.Function):
+    """Rows to their slots. Slots differ, so neither direction adds anything up: both are copies, and repeat exactly."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, slots: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(slots)
+        return rows.new_zeros(count, rows.shape[1]).index_copy_(0, slots, rows)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Slots to rows: the other way round."""
+
+    @staticmethod
+    def forward(ctx, grid: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        ctx.count = len(grid)
+        return grid.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (slots,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.count, gradient.shape[1]).index_copy_(0, slots, gradient), None

@@ -61,20 +61,27 @@ class SideNetwork(nn.Module):
         """Each tower's output width, in the order the heads concatenate them."""
         return {name: getattr(self, name).up_bias.shape[1] for name in self.towers}
 
-    def forward(self, states: list[States]) -> dict[str, Tensor]:
-        """The views, tables [M, K, D] with the rows to read, int64 [N] -> {tower's name: [N, D]}."""
+    def forward(
+        self, states: list[States], projections: dict[str, Tensor], operands: torch.dtype | None = None
+    ) -> Tensor:
+        """The views, tables [M, K, D] with the rows to read, int64 [N] -> the towers' outputs, each [N, D] through its
+        projection [d, D], added up: [N, d]. `operands` as `kernels.side_towers` takes them."""
+        reads = {"first": (0,), "second": (1,), "inter": (0, 1)}
+
+        def outputs(states: list[States], reads: dict[str, tuple[int, ...]]) -> list[Tensor]:
+            towers = [getattr(self, name).reading(*views) for name, views in reads.items()]
+            chosen = [projections[name] for name in reads]
+            return kernels.side_towers(states, towers, self.activation, chosen, operands)
+
         if len({view.table.shape[1:] for view in states}) == 1:  # equal shapes: one call for all towers
-            reads = {"first": (0,), "second": (1,), "inter": (0, 1)}
-            towers = [getattr(self, name).reading(*reads[name]) for name in self.towers]
-            return dict(zip(self.towers, kernels.side_towers(states, towers, self.activation)))
-        outputs = {}
+            return sum(outputs(states, {name: reads[name] for name in self.towers}))
+        found = []
         for name, view in zip(("first", "second"), states):
             if name in self.towers:
-                (outputs[name],) = kernels.side_towers([view], [getattr(self, name).reading(0)], self.activation)
+                found += outputs([view], {name: (0,)})
         if "inter" in self.towers:
-            aligned = self._aligned(states)
-            (outputs["inter"],) = kernels.side_towers(aligned, [self.inter.reading(0, 1)], self.activation)
-        return outputs
+            found += outputs(self._aligned(states), {"inter": (0, 1)})
+        return sum(found)
 
     def _aligned(self, states: list[States]) -> list[States]:
         """The last paired layers of both views, the wider one brought to the narrower width."""
@@ -105,14 +112,15 @@ class Heads(nn.Module):
         self.towers = tuple(widths)
         self.fusion = nn.Linear(len(widths) * d, d)
 
-    def forward(self, outputs: dict[str, Tensor]) -> Tensor:
-        """{tower's name: [N, D]} -> item vectors [N, d]."""
-        total = self.fusion.bias
+    def folded(self) -> tuple[dict[str, Tensor], Tensor]:
+        """({tower's name: projection [d, D]}, bias [d]): item vectors are the projected outputs' sum, and the bias."""
+        projections, bias = {}, self.fusion.bias
         for name, part in zip(self.towers, self.fusion.weight.chunk(len(self.towers), dim=1)):
             first, second = getattr(self, name)
             narrow = part @ second.weight  # [d, hidden]
-            total = total + narrow @ first.bias + part @ second.bias + outputs[name] @ (narrow @ first.weight).T
-        return total
+            projections[name] = narrow @ first.weight
+            bias = bias + narrow @ first.bias + part @ second.bias
+        return projections, bias
 
 
 def check_views(views: list[ViewShape], config: ModelConfig) -> None:

@@ -124,7 +124,7 @@ class Trainer:
     def step(self, batch: Batch) -> Tensor:
         """One optimizer step; returns the loss before it, a scalar. Raises InputError if it is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model.loss(batch, self.table)
+        loss = self.model.loss(batch, self.table.states(batch.distinct))
         if not math.isfinite(loss.item()):
             raise InputError(f"step {batch.step + 1}: the loss is {loss.item()}; lower the learning rates")
         loss.backward()

@@ -16,7 +16,9 @@ from .reference import ACTIVATIONS, States, Tower
 MOST_TOWERS = 32
 
 
-def check_towers(states: Sequence[States], towers: Sequence[Tower], activation: str) -> None:
+def check_towers(
+    states: Sequence[States], towers: Sequence[Tower], activation: str, projections: Sequence[Tensor] | None
+) -> None:
     """Arguments of `side_towers`."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected {' or '.join(ACTIVATIONS)}, found {activation!r}")
@@ -64,6 +66,16 @@ def check_towers(states: Sequence[States], towers: Sequence[Tower], activation: 
             _same_device(f"towers[{i}].{name}", value, device)
             if value.dtype != dtype:
                 raise ValueError(f"towers[{i}].{name}: expected {_name(dtype)}, found {_name(value.dtype)}")
+    if projections is None:
+        return
+    if len(projections) != len(towers):
+        raise ValueError(f"projections: expected {len(towers)}, one a tower, found {len(projections)}")
+    for i, projection in enumerate(projections):
+        if _dimensions(f"projections[{i}]", projection, 2)[1] != width:
+            raise ValueError(f"projections[{i}]: expected [d, {width}], found {list(projection.shape)}")
+        _same_device(f"projections[{i}]", projection, device)
+        if projection.dtype != dtype:
+            raise ValueError(f"projections[{i}]: expected {_name(dtype)}, found {_name(projection.dtype)}")
 
 
 def check_loss(

@@ -1,4 +1,4 @@
-"""The public ops: arguments checked, a backend chosen, the reference or Triton called.
+"""The public ops: arguments checked, a backend chosen: the reference ("torch"), its CPU form ("host"), or Triton.
 
 Importing this needs no Triton; the first op that Triton runs imports it.
 """
@@ -12,21 +12,27 @@ import os
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import rank_host, reference, side_network_host
 from .checks import check_loss, check_ranks, check_towers
 from .reference import States, Tower
 
 BACKEND_VARIABLE = "IISAN_FAST_BACKEND"
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "host", "triton")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 log = logging.getLogger("iisan_fast.kernels")
 
 
 def side_towers(
-    states: Sequence[States], towers: Sequence[Tower], activation: str = "relu", backend: str = "auto"
+    states: Sequence[States],
+    towers: Sequence[Tower],
+    activation: str = "relu",
+    projections: Sequence[Tensor] | None = None,
+    operands: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> list[Tensor]:
     """The towers of a side network, all of one shape (K, R, D), each over one or both of the views.
 
@@ -35,16 +41,24 @@ def side_towers(
 
     Args: states: one or two views, tables [M, K, D] read by row; towers: their parameters, shaped as
     `reference.side_tower` says; activation "relu" or "gelu". By Triton, tables of bf16 or fp16 are multiplied in their
-    dtype and added up in fp32; fp32 as torch.set_float32_matmul_precision says. Returns [N, D] a tower, in the
-    weights' dtype, differentiable in the parameters and in views read in order. Raises ValueError for bad arguments.
+    dtype and added up in fp32; fp32 as torch.set_float32_matmul_precision says. Elsewhere all is computed in the
+    weights' dtype, or in `operands` on the host. Returns [N, D] a tower, or [N, d] by projections [d, D], one a tower;
+    in the weights' dtype, differentiable in the parameters and in views read in order. Raises ValueError for bad
+    arguments.
     """
-    check_towers(states, towers, activation)
+    check_towers(states, towers, activation, projections)
     tensors = [view.table for view in states] + [towers[0].down_weight]
-    if _use_triton("side_towers", backend, tensors):
+    chosen = _backend("side_towers", backend, tensors)
+    if chosen == "host":
+        return side_network_host.side_towers(states, towers, activation, projections, operands)
+    if operands is not None:
+        raise ValueError(f"operands: only the host backend takes them, found {operands} for {chosen}")
+    if chosen == "triton":
         from . import side_network
 
-        return side_network.side_towers(states, towers, activation)
-    return reference.side_towers(states, towers, activation)
+        outputs = side_network.side_towers(states, towers, activation)
+        return outputs if projections is None else list(map(F.linear, outputs, projections))
+    return reference.side_towers(states, towers, activation, projections)
 
 
 def inbatch_cross_entropy(
@@ -68,7 +82,7 @@ def inbatch_cross_entropy(
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction: expected mean or none, found {reduction!r}")
     arguments = (queries, items, targets, row_users, history_bits, log_multiplicity, log_popularity)
-    if _use_triton("inbatch_cross_entropy", backend, [queries, items]):
+    if _backend("inbatch_cross_entropy", backend, [queries, items]) == "triton":
         from . import cross_entropy
 
         losses = cross_entropy.row_losses(*arguments)
@@ -92,11 +106,13 @@ def target_rank(
     Raises ValueError for bad arguments.
     """
     check_ranks(queries, items, targets, excluded)
-    if _use_triton("target_rank", backend, [queries, items]):
+    chosen = _backend("target_rank", backend, [queries, items])
+    if chosen == "triton":
         from . import rank
 
         return rank.target_rank(queries, items, targets, excluded, tie_share)
-    return reference.target_rank(queries, items, targets, excluded, tie_share, chunk_elements)
+    form = rank_host if chosen == "host" else reference
+    return form.target_rank(queries, items, targets, excluded, tie_share, chunk_elements)
 
 
 def check_backend(device: torch.device) -> None:
@@ -104,16 +120,16 @@ def check_backend(device: torch.device) -> None:
     _choice("the kernels", "auto", [torch.empty(0, device=device)])
 
 
-def _use_triton(op: str, backend: str, tensors: Sequence[Tensor]) -> bool:
-    """Whether Triton runs this op; says so once."""
+def _backend(op: str, backend: str, tensors: Sequence[Tensor]) -> str:
+    """What runs this op: torch, host or triton; says so once."""
     chosen, reason = _choice(op, backend, tensors)
     if not torch.compiler.is_compiling():
-        _report("triton" if chosen else "torch", tensors[0].device.type, reason)
+        _report(chosen, tensors[0].device.type, reason)
     return chosen
 
 
-def _choice(op: str, backend: str, tensors: Sequence[Tensor]) -> tuple[bool, str]:
-    """Whether Triton runs this op, and why it cannot on CUDA. What was asked for by name is refused, never replaced."""
+def _choice(op: str, backend: str, tensors: Sequence[Tensor]) -> tuple[str, str]:
+    """What runs this op, and why Triton cannot on CUDA. What was asked for by name is refused, never replaced."""
     source = "backend"
     if backend == "auto" and (named := os.environ.get(BACKEND_VARIABLE)):
         source, backend = BACKEND_VARIABLE, named
@@ -123,8 +139,13 @@ def _choice(op: str, backend: str, tensors: Sequence[Tensor]) -> tuple[bool, str
     unable = _why_not(device, tuple(tensor.dtype for tensor in tensors))
     if backend == "triton" and unable:
         raise ValueError(f"{source}: triton cannot run {op}: {unable}; use torch")
-    chosen = backend == "triton" or (backend == "auto" and device == "cuda" and not unable)
-    return chosen, unable if device == "cuda" and not chosen else ""
+    if backend == "host" and device != "cpu":
+        raise ValueError(f"{source}: host needs CPU tensors, found {device}; use torch or triton")
+    if backend != "auto":
+        return backend, ""
+    if device == "cpu":
+        return ("torch" if torch.compiler.is_compiling() else "host"), ""  # a compiler sees into the reference alone
+    return ("triton", "") if device == "cuda" and not unable else ("torch", unable)
 
 
 @functools.cache

@@ -31,16 +31,23 @@ class Tower(NamedTuple):
     up_bias: Tensor
 
 
-def side_towers(states: Sequence[States], towers: Sequence[Tower], activation: str = "relu") -> list[Tensor]:
+def side_towers(
+    states: Sequence[States],
+    towers: Sequence[Tower],
+    activation: str = "relu",
+    projections: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """The towers of a side network, all of one shape (K, R, D), each over one or both of the views.
 
-    Returns [N, D] a tower, in its weights' dtype; differentiable in the parameters, and in states read in order.
+    Returns [N, D] a tower, in its weights' dtype, or [N, d] by projections [d, D], one a tower; differentiable in the
+    parameters and projections, and in states read in order.
     """
     views = [view.table if view.rows is None else view.table[view.rows] for view in states]
-    return [
+    outputs = [
         side_tower(views[tower.views[0]], views[1] if len(tower.views) == 2 else None, *tower[1:], activation)
         for tower in towers
     ]
+    return outputs if projections is None else list(map(F.linear, outputs, projections))
 
 
 def side_tower(

@@ -93,7 +93,8 @@ def from_reference(step: Step) -> Result:
 def from_recommender(step: Step) -> Result:
     """What the trainer runs."""
     model = step.recommender()
-    loss = model.loss(make_batch(step.sequences, step.users, step.step), step.table)
+    batch = make_batch(step.sequences, step.users, step.step)
+    loss = model.loss(batch, step.table.states(batch.distinct))
     loss.backward()
     return Result(loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()})
 
@@ -105,7 +106,8 @@ def from_triton(step: Step) -> Result:
     table = FeatureTable(tuple(view.float().to(device) for view in step.table.views))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(kernels.BACKEND_VARIABLE, "triton")
-        loss = model.loss(make_batch(step.sequences, step.users, step.step).to(device), table)
+        batch = make_batch(step.sequences, step.users, step.step).to(device)
+        loss = model.loss(batch, table.states(batch.distinct))
         loss.backward()
     gradients = {name: parameter.grad.double().cpu() for name, parameter in model.named_parameters()}
     return Result(loss.detach().double().cpu(), gradients)

@@ -27,14 +27,18 @@ def test_batch_holds_every_row_once(training):
         for user, history in enumerate(training)
         for i in range(len(history) - 1)
     ]
-    length = batch.inputs.shape[1]
-    found = []
-    for row, user, target in zip(batch.rows.tolist(), batch.row_users.tolist(), batch.targets.tolist()):
-        assert row // length == user
-        seen = [batch.distinct[v].item() for v in batch.inputs[user][: row % length + 1].tolist() if v >= 0]
-        found.append((user, seen, batch.distinct[target].item()))
+    found, seen = [], {}
+    for slot, user, item, target in zip(
+        *(x.tolist() for x in (batch.row_slots, batch.row_users, batch.inputs, batch.targets))
+    ):
+        assert slot // batch.length == user
+        seen[user] = [*seen.get(user, []), batch.distinct[item].item()]
+        found.append((user, seen[user], batch.distinct[target].item()))
+        inputs = len(training[user]) - 1
+        assert slot % batch.length == batch.length - inputs + len(seen[user]) - 1
     assert found == expected
-    assert (batch.inputs[:, -1] >= 0).all()
+    assert batch.length == max(map(len, training)) - 1
+    assert batch.weights.tolist() == [1 / len(expected)] * len(expected)
     own = unpack_bits(batch.history_bits, len(batch.distinct))
     for user, history in enumerate(training):
         assert batch.distinct[own[user]].tolist() == sorted(set(history))

@@ -29,7 +29,7 @@ def both_losses(training: list[list[int]], seed: int = 0, d: int = 5) -> tuple[t
     batch = make_batch(sequences, np.arange(len(training)), step=0)
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.randn(10, d, generator=generator, dtype=torch.float64, requires_grad=True)
-    queries = torch.randn(len(batch.rows), d, generator=generator, dtype=torch.float64, requires_grad=True)
+    queries = torch.randn(len(batch.targets), d, generator=generator, dtype=torch.float64, requires_grad=True)
     log_popularity = torch.rand(10, generator=generator, dtype=torch.float64).log()
     deduplicated = kernels.inbatch_cross_entropy(
         queries,

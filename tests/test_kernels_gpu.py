@@ -867,7 +867,8 @@ def loss_curve(
             if len(losses) == steps:
                 return losses
             optimizer.zero_grad()
-            loss = model.loss(batch.to(torch.device(device)), table)
+            batch = batch.to(torch.device(device))
+            loss = model.loss(batch, table.states(batch.distinct))
             loss.backward()
             optimizer.step()
             losses.append(loss.item())

@@ -180,9 +180,9 @@ def side_network_work(batch: Batch, tables: list[Tensor], settings: KernelSettin
 
 def loss_work(op: str, batch: Batch, sequences: Sequences, settings: KernelSettings) -> Work:
     """The loss over the batch's rows and distinct items, bf16: as trained, or without mask, counts and popularity."""
-    rows, items = len(batch.rows), len(batch.distinct)
+    rows, items = len(batch.targets), len(batch.distinct)
     shapes = (rows, settings.embedding_dim), (items, settings.embedding_dim)
-    queries, vectors = random_tensors(batch.rows.device, torch.bfloat16, settings.seed, *shapes)
+    queries, vectors = random_tensors(batch.targets.device, torch.bfloat16, settings.seed, *shapes)
     vectors *= settings.embedding_dim**-0.5  # logits of variance 1
     leaves = (queries.requires_grad_(), vectors.requires_grad_())
     corrections = {}

@@ -1,0 +1,44 @@
+"""Dropout that depends on who and where, not on batching: every mask bit is a hash.
+
+The hash takes (seed, step, site, user, position, channel), so padded, jagged, captured, resumed and multi-rank runs
+draw the same masks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MASK32 = 0xFFFFFFFF
+GOLDEN = 0x9E3779B1
+
+
+class StatelessDropout:
+    """The masks of one step."""
+
+    def __init__(self, probability: float, seed: int, step: int | Tensor) -> None:
+        """step: the run's step number, an int or an int64 scalar on the masks' device."""
+        self.threshold = round(probability * 2**32)
+        self.scale = 1 / (1 - probability)
+        self.prefix = _absorb(_mix(seed & MASK32), step)
+
+    def factors(self, sites: Tensor, users: Tensor, positions: Tensor, channels: Tensor, dtype: torch.dtype) -> Tensor:
+        """What to multiply with, 0 or 1 / (1 - probability), in `dtype`: [S, N, C].
+
+        sites int64 [S] tell apart the places in the model that drop; users, positions int64 [N]; channels int64 [C].
+        """
+        site = _absorb(self.prefix, sites[:, None])
+        position = _absorb(_absorb(site, users), positions)  # [sites, N]
+        keep = _absorb(position[..., None], channels) >= self.threshold
+        return keep.to(dtype) * self.scale
+
+
+def _mix(h):
+    """A 32-bit finaliser (xor-shift, multiply) of an int or an int64 tensor holding unsigned 32-bit values."""
+    h = (h ^ (h >> 16)) * 0x7FEB352D & MASK32
+    h = (h ^ (h >> 15)) * 0x846CA68B & MASK32
+    return h ^ (h >> 16)
+
+
+def _absorb(h, field):
+    return _mix(h ^ (field * GOLDEN & MASK32))
