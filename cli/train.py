@@ -8,7 +8,16 @@ from typing import Any
 
 import click
 
-from ..config import ACTIVATIONS, LEARNING_RATE_GROUPS, METHODS, RunConfig, from_dict, read_settings
+from ..config import (
+    ACTIVATIONS,
+    LEARNING_RATE_GROUPS,
+    METHODS,
+    PLACEMENTS,
+    PRECISIONS,
+    RunConfig,
+    from_dict,
+    read_settings,
+)
 from ..errors import InputError
 from .options import FOLDER, device_option, json_option, k_option, torch_device
 from .output import percent, print_json, print_metrics
@@ -33,6 +42,16 @@ RUNS = Path("runs")
 @click.option("--activation", type=click.Choice(ACTIVATIONS), help="[relu]")
 @click.option("--seed", type=int, help="[0]")
 @click.option(
+    "--precision", type=click.Choice(PRECISIONS), help="Of the side network's products. [auto: bfloat16 on CUDA]"
+)
+@click.option(
+    "--table",
+    "placement",
+    type=click.Choice(PLACEMENTS),
+    default="auto",
+    help="Where the hidden states lie: on the device, in (pinned) host memory, in the cache's file, or where they fit.",
+)
+@click.option(
     "--learning-rate",
     "rates",
     multiple=True,
@@ -45,7 +64,13 @@ RUNS = Path("runs")
 @json_option
 @click.pass_context
 def train(
-    context: click.Context, dataset: Path | None, resume_path: Path | None, device: str, as_json: bool, **options
+    context: click.Context,
+    dataset: Path | None,
+    resume_path: Path | None,
+    placement: str,
+    device: str,
+    as_json: bool,
+    **options,
 ):
     """Train on DATASET with the hidden states in --cache, and test the best epoch once.
 
@@ -56,14 +81,14 @@ def train(
     where = torch_device(device)
     if resume_path is not None:
         _refuse_other_settings(context)
-        out, result = resume_path, trainer.resume(resume_path, where, _report_epoch)
+        out, result = resume_path, trainer.resume(resume_path, where, _report_epoch, placement)
     else:
         out = options.pop("out") or _next_run(dataset.resolve().name if dataset else "demo")
         if dataset is None and options["config_path"] is None:
             config = _demo_config(out, where, options)
         else:
             config = _config(dataset, options)
-        result = trainer.train(config, out, where, _report_epoch)
+        result = trainer.train(config, out, where, _report_epoch, placement)
     if as_json:
         print_json({"run": str(out), **result})
         return
@@ -117,7 +142,7 @@ def _given(dataset: Path | None, options: dict[str, Any]):
         yield "", "views", options["views"].split(",")
     sections = {
         "model": {name: name for name in ("method", "bottleneck", "embedding_dim", "activation")},
-        "train": {"epochs": "max_epochs", "patience": "patience", "batch_users": "batch_users", "seed": "seed"},
+        "train": {"epochs": "max_epochs", **{name: name for name in ("patience", "batch_users", "seed", "precision")}},
     }
     for section, names in sections.items():
         yield from ((section, setting, options[name]) for name, setting in names.items() if options[name] is not None)
@@ -148,7 +173,7 @@ def _rate(text: str) -> tuple[str, float]:
 
 
 def _refuse_other_settings(context: click.Context) -> None:
-    allowed = {"resume_path", "device", "as_json"}
+    allowed = {"resume_path", "placement", "device", "as_json"}
     options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     given = [
         options[name]

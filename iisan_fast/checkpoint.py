@@ -49,9 +49,7 @@ def load_adam(model: nn.Module, optimizer: torch.optim.Adam, tensors: dict[str, 
     """Puts `adam_tensors` back."""
     for name, parameter in model.named_parameters():
         for kind in ADAM_STATE:
-            tensor = tensors[f"adam.{kind}.{name}"]
-            # Adam keeps its step counter on the CPU, the rest beside the parameter.
-            optimizer.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
+            optimizer.state[parameter][kind] = tensors[f"adam.{kind}.{name}"].to(parameter.device)
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -17,6 +17,8 @@ SOURCES = ("image", "title", "caption")
 POOLINGS = ("cls", "mean", "last")
 ENCODER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 STORE_DTYPES = ("bfloat16", "float16", "float32")
+PRECISIONS = ("auto", "float32", "bfloat16")
+PLACEMENTS = ("auto", "device", "pinned", "mapped")  # of the feature table
 METHODS = ("iisan", "iisan-versa")
 ACTIVATIONS = ("relu", "gelu")
 TIE_SHARES = {"half": 0.5, "best": 0.0}
@@ -105,6 +107,7 @@ class TrainConfig:
     max_epochs: int = 100
     patience: int = 10  # stops at the first epoch after more than this many without a better one
     seed: int = 0
+    precision: str = "auto"  # of the side network's products: auto is bfloat16 on CUDA, float32 elsewhere
     learning_rates: Mapping[str, float] = field(
         default_factory=lambda: {"adapters": 1e-4, "gates": 2e-4, "heads": 2e-4, "sequence_encoder": 2e-4}
     )
@@ -114,6 +117,7 @@ class TrainConfig:
         _within("max_epochs", self.max_epochs, 1, 1_000_000)
         _within("patience", self.patience, 0, 1_000_000)
         _within("seed", self.seed, 0, 2**63 - 1)
+        _choice("precision", self.precision, PRECISIONS)
         if set(self.learning_rates) != set(LEARNING_RATE_GROUPS):
             raise InputError(
                 f"learning_rates: expected one rate each for {', '.join(LEARNING_RATE_GROUPS)}, "

@@ -1,4 +1,4 @@
-"""Hidden states at rest and at hand: the LMDB store that extraction fills, and the feature table that training reads.
+"""Hidden states at rest: the LMDB store that extraction fills and the feature table is read from.
 
 A store is a folder with `states.lmdb` (one entry per item and view: a digest of the item's content, then its kept
 layers) and `manifest.json` (what every view was made with). States of different encoders or settings never mix.
@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +23,6 @@ from torch import Tensor
 from .config import read_settings
 from .errors import InputError, first_few
 from .files import refuse_truncated, write_atomically
-from .kernels import States
 
 FORMAT_VERSION = 1
 DIGEST_BYTES = 16
@@ -61,6 +59,10 @@ class Store:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives back the database and the lock."""
         self._env.close()
         if self._lock is not None:
             self._lock.close()
@@ -126,8 +128,21 @@ class Store:
 
     def read(self, view: str, item_ids: list[str], into: Tensor) -> None:
         """Fills into [N, K, D], of the store's dtype, with the items' states. Raises InputError if any is missing."""
+        if not item_ids:
+            return
         target = _as_bytes_array(into)
-        size = target[0].nbytes
+        for row, value in self._values(view, item_ids, target[0].nbytes):
+            target[row] = np.frombuffer(value, dtype=target.dtype, offset=DIGEST_BYTES).reshape(target[row].shape)
+
+    def check(self, view: str, item_ids: list[str]) -> None:
+        """Raises InputError if any item's states are missing or of another size, without reading them."""
+        made = self.view(view)
+        size = len(made["layers"]) * made["width"] * getattr(torch, made["dtype"]).itemsize
+        for _ in self._values(view, item_ids, size):
+            pass
+
+    def _values(self, view: str, item_ids: list[str], size: int) -> Iterator[tuple[int, memoryview]]:
+        """(row, digest and states) of each item; `size` bytes of states are expected."""
         missing = []
         with self._clear_errors(), self._env.begin(buffers=True) as transaction:
             for row, item_id in enumerate(item_ids):
@@ -140,9 +155,7 @@ class Store:
                         f"found {len(value) - DIGEST_BYTES}; extract into a new --cache"
                     )
                 else:
-                    target[row] = np.frombuffer(value, dtype=target.dtype, offset=DIGEST_BYTES).reshape(
-                        target[row].shape
-                    )
+                    yield row, value
         if missing:
             raise InputError(
                 f"{self.path}: view {view!r} lacks {len(missing)} of {len(item_ids)} items "
@@ -160,35 +173,6 @@ class Store:
             raise
         except lmdb.Error as error:
             raise InputError(f"{self.path}: the cache cannot be used ({error})") from None
-
-
-@dataclass(frozen=True)
-class FeatureTable:
-    """The kept layers of every item, one tensor a view; row 0 is padding and holds zeros."""
-
-    views: tuple[Tensor, ...]  # each [items + 1, K, D]
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(kept layers K, width D) of each view."""
-        return [(view.shape[1], view.shape[2]) for view in self.views]
-
-    def states(self, items: Tensor) -> list[States]:
-        """The views, to be read at item numbers int64 [N] where they lie."""
-        return [States(view, items) for view in self.views]
-
-
-def load_table(cache: Path, views: Iterable[str], item_ids: list[str], device: torch.device) -> FeatureTable:
-    """Reads the named views of a store into memory on the device, in the store's dtype."""
-    tables = []
-    with Store(cache) as store:
-        for name in views:
-            view = store.view(name)
-            shape = (len(item_ids) + 1, len(view["layers"]), view["width"])
-            table = torch.zeros(shape, dtype=getattr(torch, view["dtype"]))
-            store.read(name, item_ids, table[1:])
-            tables.append(table.to(device))
-    return FeatureTable(tuple(tables))
 
 
 def content_digest(content: bytes) -> bytes:

@@ -10,7 +10,7 @@ from . import kernels
 from .batches import Batch
 from .config import ModelConfig, RunConfig
 from .dropout import StatelessDropout
-from .hidden_states import FeatureTable
+from .feature_table import Table
 from .kernels import States
 from .sasrec import Dropout, Rows, SASRec
 from .side_network import Heads, SideNetwork, SideTower, ViewShape
@@ -34,7 +34,9 @@ class Recommender(nn.Module):
             self.side_network = SideNetwork(views, config)
             self.heads = Heads(self.side_network.output_widths, config)
             self.sequence_encoder = SASRec(config, max_inputs)
-        self.register_buffer("log_popularity", torch.from_numpy(popularity).log(), persistent=False)
+        log_popularity = torch.from_numpy(popularity).log()
+        log_popularity[0] = 0  # padding has none, and minus infinity would meet that of its multiplicity
+        self.register_buffer("log_popularity", log_popularity, persistent=False)
 
     def loss(self, batch: Batch, states: list[States]) -> Tensor:
         """Mean debiased in-batch cross-entropy over the batch's rows (IISAN, equation 5); states of batch.distinct."""
@@ -58,9 +60,9 @@ class Recommender(nn.Module):
         return self.side_network(states, projections, self.operands) + bias
 
     @torch.inference_mode()
-    def catalogue_vectors(self, table: FeatureTable) -> Tensor:
+    def catalogue_vectors(self, table: Table) -> Tensor:
         """[items, d]: every item's vector, item number i in row i - 1."""
-        numbers = torch.arange(1, len(table.views[0]), device=table.views[0].device)
+        numbers = torch.arange(1, table.rows, device=table.index_device)
         # Equal parts: a last part of one item would take another matrix product and no longer tie with its equals.
         parts = numbers.tensor_split(-(-len(numbers) // ITEMS_AT_ONCE))
         return torch.cat([self.item_vectors(table.states(part)) for part in parts])

@@ -90,7 +90,8 @@ class SideNetwork(nn.Module):
             return paired
         wide = self.widths.index(max(self.widths))
         table, rows = paired[wide]
-        aligned = torch.einsum("nkw,kdw->nkd", table[rows].to(self.align_weight.dtype), self.align_weight)
+        states = (table if rows is None else table[rows]).to(self.align_weight.dtype)
+        aligned = torch.einsum("nkw,kdw->nkd", states, self.align_weight)
         paired[wide] = States(aligned + self.align_bias)
         return paired
 

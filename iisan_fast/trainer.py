@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import Batch, epoch_batches, steps_per_epoch
+from .batches import Shape, epoch_batches, steps_per_epoch
 from .checkpoint import (
     adam_tensors,
     load_adam,
@@ -27,14 +27,18 @@ from .checkpoint import (
 from .config import EvaluationConfig, RunConfig, TrainConfig, read_settings
 from .errors import InputError, first_few
 from .evaluate import evaluate, leading, popularity_baseline
-from .hidden_states import FeatureTable, Store, content_digest, load_table
+from .feature_table import Table, load_table
+from .hidden_states import Store, content_digest
+from .loader import Prepared, prepared
 from .progress import progress_bar
 from .recommender import build_recommender
 from .run_folder import RunFolder
 from .sequences import Dataset, Sequences, load_dataset
+from .training_step import CapturedStep, TrainingStep
 
 LOGGER = logging.getLogger(__name__)
 SELECTED_BY = 10  # HR@10 on validation chooses the best epoch
+READ_EVERY = 50  # steps between two looks at the loss, for which the host waits
 
 
 @dataclass
@@ -52,24 +56,32 @@ class Progress:
 
 
 def train(
-    config: RunConfig, out: Path, device: torch.device, on_epoch: Callable[[dict[str, Any]], None] = lambda line: None
+    config: RunConfig,
+    out: Path,
+    device: torch.device,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
+    placement: str = "auto",
 ) -> dict[str, Any]:
     """Trains a new run into the folder `out` and returns its test figures.
 
-    `on_epoch` gets each finished epoch's line of metrics.jsonl. Raises InputError for input that cannot be used, or
-    when the loss stops being finite; nothing is written before the dataset, the states and the model are at hand.
+    `on_epoch` gets each finished epoch's line of metrics.jsonl; `placement` says where the feature table lies. Raises
+    InputError for input that cannot be used, or when the loss stops being finite; nothing is written before the
+    dataset, the states and the model are at hand.
     """
     RunFolder(out).refuse_if_used()
     dataset = load_dataset(Path(config.dataset), config.protocol)
     _refuse_changed_texts(config, dataset)
-    table, views = _load_views(config, dataset.sequences, device)
-    trainer = Trainer(config, dataset.sequences, table, device)
-    folder = RunFolder.create(out, config, views, dataset.sequences, device)
-    return trainer.run(folder, on_epoch)
+    with _open_views(config, dataset.sequences, device, placement) as (table, views):
+        trainer = Trainer(config, dataset.sequences, table, device)
+        folder = RunFolder.create(out, config, views, dataset.sequences, device)
+        return trainer.run(folder, on_epoch)
 
 
 def resume(
-    out: Path, device: torch.device, on_epoch: Callable[[dict[str, Any]], None] = lambda line: None
+    out: Path,
+    device: torch.device,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
+    placement: str = "auto",
 ) -> dict[str, Any]:
     """Continues a stopped run exactly as if it had not been stopped; a finished one only says its figures again."""
     folder = RunFolder.open(out)
@@ -78,29 +90,25 @@ def resume(
         return read_settings(folder.test)
     folder.remove_leftovers()
     config, sequences = folder.config, folder.sequences
-    table, views = _load_views(config, sequences, device)
-    if views != folder.views:
-        raise InputError(f"{config.cache}: its views are not those that {out} was trained on; restore that cache")
-    trainer = Trainer(config, sequences, table, device)
-    if folder.last.exists():
-        trainer.restore(folder)
-    return trainer.run(folder, on_epoch)
+    with _open_views(config, sequences, device, placement) as (table, views):
+        if views != folder.views:
+            raise InputError(f"{config.cache}: its views are not those that {out} was trained on; restore that cache")
+        trainer = Trainer(config, sequences, table, device)
+        if folder.last.exists():
+            trainer.restore(folder)
+        return trainer.run(folder, on_epoch)
 
 
 class Trainer:
     """One run in memory: model, optimizer, data, and where it stands."""
 
-    def __init__(self, config: RunConfig, sequences: Sequences, table: FeatureTable, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, sequences: Sequences, table: Table, device: torch.device) -> None:
         self.config, self.sequences, self.table, self.device = config, sequences, table, device
         self.model = build_recommender(table.shapes, config, sequences.popularity).to(device)
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": parameters, "lr": config.train.learning_rates[name]}
-                for name, parameters in self.model.parameter_groups().items()
-                if parameters
-            ],
-            fused=True,  # one pass over the parameters in place of a dozen
-        )
+        if precision(config.train, device) == torch.bfloat16 and device.type == "cpu":
+            self.model.operands = torch.bfloat16
+        self.step = TrainingStep(self.model, config.train.learning_rates, device)
+        self.captured = CapturedStep(self.step) if device.type == "cuda" else None
         self.progress = Progress()
 
     def run(self, folder: RunFolder, on_epoch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -117,19 +125,9 @@ class Trainer:
         """Goes back to the end of the run's last finished epoch."""
         tensors, state = load_checkpoint(folder.last)
         load_weights(self.model, tensors, folder.last)
-        load_adam(self.model, self.optimizer, tensors)
+        load_adam(self.model, self.step.optimizer, tensors)
         self.progress = Progress(**state)
         folder.write_metrics(self.progress.lines)  # a crash may have come between the checkpoint and its line
-
-    def step(self, batch: Batch) -> Tensor:
-        """One optimizer step; returns the loss before it, a scalar. Raises InputError if it is not finite."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model.loss(batch, self.table.states(batch.distinct))
-        if not math.isfinite(loss.item()):
-            raise InputError(f"step {batch.step + 1}: the loss is {loss.item()}; lower the learning rates")
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
 
     def _epoch(self, folder: RunFolder) -> None:
         progress, started = self.progress, time.perf_counter()
@@ -161,24 +159,43 @@ class Trainer:
             tensors = {**named_weights(self.model), "item_vectors": vectors}
             save_checkpoint(folder.best, tensors, {"epoch": progress.epoch})
         # The last checkpoint carries the metrics, so that the two can never disagree after a crash.
-        tensors = {**named_weights(self.model), **adam_tensors(self.model, self.optimizer)}
+        tensors = {**named_weights(self.model), **adam_tensors(self.model, self.step.optimizer)}
         save_checkpoint(folder.last, tensors, asdict(progress))
         folder.write_metrics(progress.lines)
 
     def _train_epoch(self) -> float:
         """The mean loss over the epoch's rows."""
-        config, epoch = self.config.train, self.progress.epoch
         self.model.train()
-        total = rows = 0.0
-        steps = steps_per_epoch(self.sequences, config.batch_users)
-        with progress_bar(f"epoch {epoch + 1}", len(self.sequences.training[1]), "items") as advance:
-            for batch in epoch_batches(self.sequences, config.batch_users, config.seed, epoch):
-                loss = self.step(batch.checked(len(self.table.views[0])).to(self.device)).item()
-                total += loss * len(batch.targets)
-                rows += len(batch.targets)
-                done = batch.step % steps + 1
-                advance(int(batch.multiplicity.sum()), note=f"loss {total / rows:.4f}, step {done} of {steps}")
+        total, rows, steps = 0.0, 0, steps_per_epoch(self.sequences, self.config.train.batch_users)
+        with progress_bar(f"epoch {self.progress.epoch + 1}", len(self.sequences.training[1]), "items") as advance:
+            for done, prepared in enumerate(self.batches(self.progress.epoch), start=1):
+                self.take(prepared)
+                note = ""
+                if done % READ_EVERY == 0 or done == steps:
+                    loss, count = self._read()
+                    total, rows = total + loss, rows + count
+                    note = f"loss {total / rows:.4f}, step {done} of {steps}"
+                advance(prepared.slots, note=note)
         return total / rows
+
+    def batches(self, epoch: int) -> Iterator[Prepared]:
+        """An epoch's batches, prepared ahead."""
+        config, pad = self.config.train, None
+        if self.captured is not None:
+            pad = functools.partial(Shape.padded, users=config.batch_users, length=self.sequences.max_inputs)
+        batches = epoch_batches(self.sequences, config.batch_users, config.seed, epoch)
+        return prepared(batches, self.table, self.device, pad)
+
+    def take(self, prepared: Prepared) -> Tensor:
+        """One optimizer step; returns the loss before it, a scalar on the device."""
+        return (self.captured or self.step)(prepared.batch, prepared.states)
+
+    def _read(self) -> tuple[float, int]:
+        """(sum of losses, rows) since the last reading. Raises InputError where a loss was not finite."""
+        found = self.step.read()
+        if found.failed_step is not None:
+            raise InputError(f"step {found.failed_step}: the loss is {found.failed_loss}; lower the learning rates")
+        return found.loss, found.rows
 
     def _validate(self) -> tuple[Tensor, dict[str, Any]]:
         self.model.eval()
@@ -223,13 +240,26 @@ def evaluate_run(path: Path, split: str, evaluation: EvaluationConfig, device: t
     }
 
 
-def _load_views(config: RunConfig, sequences: Sequences, device: torch.device) -> tuple[FeatureTable, dict[str, Any]]:
+def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """What the side network's products take."""
+    if config.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.precision)
+
+
+@contextmanager
+def _open_views(
+    config: RunConfig, sequences: Sequences, device: torch.device, placement: str
+) -> Iterator[tuple[Table, dict[str, Any]]]:
     """The feature table, and what its views were made with and from."""
     cache, item_ids = Path(config.cache), sequences.item_ids
-    table = load_table(cache, config.views, item_ids, device)
     with Store(cache) as store:
         views = {name: {**store.view(name), "contents": store.contents(name, item_ids)} for name in config.views}
-    return table, views
+    # Kernels multiply in the table's dtype; a CPU keeps the table as stored and converts rows as it reads them.
+    dtype = precision(config.train, device) if device.type == "cuda" else None
+    table = load_table(cache, config.views, item_ids, device, placement, dtype)
+    with closing(table):
+        yield table, views
 
 
 def _refuse_changed_texts(config: RunConfig, dataset: Dataset) -> None:
@@ -259,10 +289,12 @@ def _refuse_changed_texts(config: RunConfig, dataset: Dataset) -> None:
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """Same seed, same machine: same numbers, bit for bit."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]

@@ -16,7 +16,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is made: they then run on CPU tensors
 
-from iisan_fast.hidden_states import FeatureTable, Store, content_digest
+from iisan_fast.feature_table import FeatureTable
+from iisan_fast.hidden_states import Store, content_digest
 from iisan_fast.sequences import Sequences, load_dataset
 
 DATA = Path(os.environ.get("IISAN_FAST_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -7,21 +7,27 @@ the independently written reference (padded, one user at a time) for every case,
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_table
+from conftest import fill_store, random_table
 from reference_step import ReferenceSettings, reference_loss
 from torch import Tensor
 
 from iisan_fast import kernels
-from iisan_fast.batches import make_batch
+from iisan_fast.batches import Batch, make_batch
+from iisan_fast.bench.dense import DenseTrainer
 from iisan_fast.config import ModelConfig
-from iisan_fast.hidden_states import FeatureTable
+from iisan_fast.feature_table import FeatureTable, PinnedTable, load_table
+from iisan_fast.loader import prepared
 from iisan_fast.recommender import Recommender
 from iisan_fast.sequences import Sequences
+from iisan_fast.training_step import CapturedStep, TrainingStep
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,59 @@ def from_recommender(step: Step) -> Result:
     """What the trainer runs."""
     model = step.recommender()
     batch = make_batch(step.sequences, step.users, step.step)
-    loss = model.loss(batch, step.table.states(batch.distinct))
-    loss.backward()
-    return Result(loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()})
+    return _differentiated(model, model.loss(batch, step.table.states(batch.distinct)))
+
+
+def from_bucketed(step: Step) -> Result:
+    """The batch padded to its bucket, as it is captured in a CUDA graph."""
+    model = step.recommender()
+    batch = make_batch(step.sequences, step.users, step.step)
+    padded = batch.padded(batch.shape.padded(len(step.users) + 3, step.sequences.max_inputs))
+    return _differentiated(model, model.loss(padded, step.table.states(padded.distinct)))
+
+
+def from_packed(step: Step) -> Result:
+    """A padded batch read from one buffer, its step number a tensor, as a CUDA graph reads it."""
+    model = step.recommender()
+    batch = make_batch(step.sequences, step.users, step.step)
+    padded = batch.padded(batch.shape.padded(len(step.users), step.sequences.max_inputs))
+    static = Batch.unpacked(padded.packed(), padded.shape)
+    return _differentiated(model, model.loss(static, step.table.states(static.distinct)))
+
+
+def from_pinned(step: Step) -> Result:
+    """The table in host memory, its rows gathered ahead."""
+    model, table = step.recommender(), PinnedTable(step.table.views, torch.device("cpu"))
+    (found,) = prepared(iter([make_batch(step.sequences, step.users, step.step)]), table, torch.device("cpu"))
+    return _differentiated(model, model.loss(found.batch, found.states))
+
+
+def from_mapped(step: Step) -> Result:
+    """The table in the store's file. The store holds fp32 at most."""
+    with TemporaryDirectory() as folder:
+        names = ["one", "two"][: len(step.table.views)]
+        cache = fill_store(Path(folder) / "cache", step.sequences.item_ids, step.table, tuple(names))
+        cpu = torch.device("cpu")
+        table = load_table(cache, names, step.sequences.item_ids, cpu, "mapped", torch.float64)
+        with closing(table):
+            model = step.recommender()
+            (found,) = prepared(iter([make_batch(step.sequences, step.users, step.step)]), table, cpu)
+            return _differentiated(model, model.loss(found.batch, found.states))
+
+
+def from_reference_ops(step: Step) -> Result:
+    """The ops' specification in place of their host forms."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(kernels.BACKEND_VARIABLE, "torch")
+        return from_recommender(step)
+
+
+def from_dense(step: Step) -> Result:
+    """What the benchmark takes for the released code's step."""
+    model = step.recommender()
+    rates = dict.fromkeys(model.parameter_groups(), 0.0)
+    dense = DenseTrainer(model, list(step.table.views), step.sequences, rates, step.seed)
+    return _differentiated(model, dense.loss(step.users, step.step))
 
 
 def from_triton(step: Step) -> Result:
@@ -106,9 +162,29 @@ def from_triton(step: Step) -> Result:
     table = FeatureTable(tuple(view.float().to(device) for view in step.table.views))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(kernels.BACKEND_VARIABLE, "triton")
-        batch = make_batch(step.sequences, step.users, step.step).to(device)
-        loss = model.loss(batch, table.states(batch.distinct))
-        loss.backward()
+        batch = make_batch(step.sequences, step.users, step.step).to(torch.device(device))
+        return _differentiated(model, model.loss(batch, table.states(batch.distinct)))
+
+
+def from_captured(step: Step) -> Result:
+    """Loss and gradients replayed from a CUDA graph that was captured on another batch of the same bucket."""
+    device = torch.device("cuda")
+    model = step.recommender().float().to(device)
+    table = FeatureTable(tuple(view.float().to(device) for view in step.table.views))
+    taken = TrainingStep(model, dict.fromkeys(model.parameter_groups(), 0.0), device)
+    captured = CapturedStep(taken)
+    batch = make_batch(step.sequences, step.users, step.step)
+    shape = batch.shape.padded(len(step.users), step.sequences.max_inputs)
+    others = make_batch(step.sequences, step.users[::-1].copy(), step.step + 1)
+    for each in (others, batch):
+        moved = each.padded(shape).to(device)
+        loss = captured(moved, table.states(moved.distinct))
+    gradients = {name: parameter.grad.double().cpu() for name, parameter in model.named_parameters()}
+    return Result(loss.detach().double().cpu(), gradients)
+
+
+def _differentiated(model: Recommender, loss: Tensor) -> Result:
+    loss.backward()
     gradients = {name: parameter.grad.double().cpu() for name, parameter in model.named_parameters()}
     return Result(loss.detach().double().cpu(), gradients)
 
@@ -120,14 +196,31 @@ class Form:
     run: Callable[[Step], Result]
     rtol: float = 1e-9
     users: int = 64
+    takes: Callable[[Step], bool] = lambda step: True  # which models it is a form of
+    needs_cuda: bool = False
 
     def check(self, step: Step, expected: Result) -> None:
+        if self.needs_cuda and not torch.cuda.is_available():
+            pytest.skip("needs CUDA")
+        if not self.takes(step):
+            pytest.skip("not a form of this model")
         assert_equal(self.run(step), expected, self.rtol)
 
 
+def _has_all_towers_of_one_shape(step: Step) -> bool:
+    return step.model.intra and step.model.inter and len(step.table.views) == 2 and len(set(step.table.shapes)) == 1
+
+
 FORMS: dict[str, Form] = {
-    "recommender": Form(from_recommender),
+    "jagged": Form(from_recommender),
+    "reference ops": Form(from_reference_ops),
+    "bucketed": Form(from_bucketed),
+    "packed": Form(from_packed),
+    "pinned": Form(from_pinned),
+    "mapped": Form(from_mapped, rtol=1e-5),
+    "dense": Form(from_dense, takes=_has_all_towers_of_one_shape),
     "triton": Form(from_triton, rtol=1e-4, users=64 if torch.cuda.is_available() else 3),  # the interpreter is slow
+    "captured": Form(from_captured, rtol=1e-4, needs_cuda=True),
 }
 
 

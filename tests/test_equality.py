@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 from conftest import make_sequences, random_table
-from equality import FORMS, Step, from_reference, scientific_step
+from equality import FORMS, Result, Step, from_reference, scientific_step
 
 from iisan_fast.config import ModelConfig
 
@@ -26,13 +28,24 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def expected(scientific):
+    """(step, the reference's result) of a case, computed once for all forms."""
+
+    @functools.cache
+    def of(case: str, users: int) -> tuple[Step, Result]:
+        step = scientific_step(scientific, *CASES[case], users)
+        return step, from_reference(step)
+
+    return of
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES)
-def test_step_equals_reference_on_scientific(form, case, scientific):
-    step = scientific_step(scientific, *CASES[case], FORMS[form].users)
-    expected = from_reference(step)
-    assert all(gradient.any() for gradient in expected.gradients.values())
-    FORMS[form].check(step, expected)
+def test_step_equals_reference_on_scientific(form, case, expected):
+    step, result = expected(case, FORMS[form].users)
+    assert all(gradient.any() for gradient in result.gradients.values())
+    FORMS[form].check(step, result)
 
 
 @pytest.mark.parametrize("form", FORMS)

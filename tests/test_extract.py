@@ -26,7 +26,7 @@ from iisan_fast.backbones import load_backbone
 from iisan_fast.config import ViewConfig
 from iisan_fast.contents import Texts
 from iisan_fast.errors import InputError
-from iisan_fast.hidden_states import load_table
+from iisan_fast.feature_table import load_table
 from iisan_fast.sequences import load_dataset
 from iisan_fast.workers import calls_ahead, worker_count
 

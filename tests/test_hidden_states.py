@@ -8,7 +8,8 @@ from conftest import fill_store, random_table, view_description
 
 from iisan_fast import hidden_states
 from iisan_fast.errors import InputError
-from iisan_fast.hidden_states import Store, load_table
+from iisan_fast.feature_table import load_table
+from iisan_fast.hidden_states import Store
 
 IDS = ["a", "b", "x" * 600, "é/\\ 1"]
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 from iisan_fast import kernels
 from iisan_fast.batches import epoch_batches
 from iisan_fast.config import ModelConfig
-from iisan_fast.hidden_states import FeatureTable
+from iisan_fast.feature_table import FeatureTable
 from iisan_fast.kernels import States, Tower, launch, reference
 from iisan_fast.recommender import Recommender
 from iisan_fast.sequences import Sequences

@@ -151,15 +151,15 @@ def test_the_best_epoch_is_the_one_that_is_tested(tmp_path, config):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, config, monkeypatch):
-    original = Trainer.step
+    original = Trainer.take
 
-    def poisoned(self, batch):
-        if batch.step == 9:  # the second batch of the third epoch
+    def poisoned(self, prepared):
+        if prepared.batch.step == 9:  # the second batch of the third epoch
             with torch.no_grad():
                 self.model.heads.fusion.bias.fill_(float("nan"))
-        return original(self, batch)
+        return original(self, prepared)
 
-    monkeypatch.setattr(Trainer, "step", poisoned)
+    monkeypatch.setattr(Trainer, "take", poisoned)
     with pytest.raises(InputError) as error:
         train(config, tmp_path / "run", CPU)
     assert "stopped in epoch 3: step 10: the loss is nan" in str(error.value)

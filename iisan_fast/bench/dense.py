@@ -29,7 +29,7 @@ class DenseTrainer:
     ) -> None:
         """tables: two views' states of one shape, fp32 [items + 1, K, D], row 0 being padding; rates by group."""
         self.model, self.tables, self.sequences, self.seed = model, tables, sequences, seed
-        self.log_popularity = torch.from_numpy(sequences.popularity).float().log().to(tables[0].device)
+        self.log_popularity = torch.from_numpy(sequences.popularity).log().to(tables[0].device)
         groups = model.parameter_groups()
         self.optimizer = torch.optim.Adam([{"params": groups[name], "lr": rate} for name, rate in rates.items()])
 
@@ -97,7 +97,7 @@ class DenseTrainer:
         flat = slots.flatten()
         columns = flat.nonzero()[:, 0]
         items, candidates = flat[columns], vectors.flatten(0, 1)[columns]
-        correction = self.log_popularity[items]
+        correction = self.log_popularity[items].to(vectors.dtype)
         column_of_slot = torch.full_like(flat, -1)
         column_of_slot[columns] = torch.arange(len(columns), device=flat.device)
         total, rows = states.new_zeros(()), 0

@@ -1,0 +1,83 @@
+"""Batches and the states they need, prepared ahead of the step that takes them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batches import Batch, Shape
+from .feature_table import Table
+from .kernels import States
+
+AHEAD = 2  # batches
+
+
+class Prepared(NamedTuple):
+    """A batch on the device, and the states of its distinct items."""
+
+    batch: Batch
+    states: list[States]
+    rows: int  # that count
+    slots: int  # of histories in it
+
+
+def prepared(
+    batches: Iterator[Batch], table: Table, device: torch.device, pad: Callable[[Shape], Shape] | None = None
+) -> Iterator[Prepared]:
+    """The batches in order, each made while the steps before it run: checked, padded as `pad` says, its states gathered
+    where the device does not hold the table, and copied to the device on a stream of its own.
+    """
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1, "batches") as thread:
+        waiting = deque(thread.submit(_on_host, batches, table, device, pad) for _ in range(AHEAD))
+        moved = deque([_moved(waiting.popleft().result(), table, device, copies)])
+        while moved[0] is not None:
+            waiting.append(thread.submit(_on_host, batches, table, device, pad))
+            moved.append(_moved(waiting.popleft().result(), table, device, copies))
+            yield _arrived(moved.popleft(), table, device, copies)
+
+
+class _OnHost(NamedTuple):
+    batch: Batch
+    gathered: list[Tensor]
+    rows: int
+    slots: int
+
+
+def _on_host(
+    batches: Iterator[Batch], table: Table, device: torch.device, pad: Callable[[Shape], Shape] | None
+) -> _OnHost | None:
+    """The next batch, or None at the end."""
+    batch = next(batches, None)
+    if batch is None:
+        return None
+    rows, slots = len(batch.targets), int(batch.multiplicity.sum())
+    batch.checked(table.rows)
+    if pad is not None:
+        batch = batch.padded(pad(batch.shape))
+    return _OnHost(batch, table.gather(batch.distinct), rows, slots)
+
+
+def _moved(on_host: _OnHost | None, table: Table, device: torch.device, copies) -> _OnHost | None:
+    """The copies to the device begun."""
+    if on_host is None or copies is None:
+        return on_host
+    with torch.cuda.stream(copies):
+        gathered = [rows.to(device, non_blocking=True) for rows in on_host.gathered]
+        return on_host._replace(batch=on_host.batch.to(device), gathered=gathered)
+
+
+def _arrived(moved: _OnHost, table: Table, device: torch.device, copies) -> Prepared:
+    """The copies waited for, by the device alone."""
+    if copies is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(copies)
+        for tensor in (moved.batch.buffer, *moved.gathered):
+            tensor.record_stream(current)
+    states = [States(rows) for rows in moved.gathered] or table.states(moved.batch.distinct)
+    return Prepared(moved.batch, states, moved.rows, moved.slots)

@@ -1,0 +1,123 @@
+"""One optimizer step: loss, gradients, update. Nothing in it waits for the device; on CUDA it is captured in graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batches import Batch, Shape
+from .kernels import States
+from .recommender import Recommender
+
+WARM_UP_CALLS = 3  # before a capture: kernels are compiled, libraries make their workspaces
+
+
+class Progress(NamedTuple):
+    """What the steps since the last reading came to."""
+
+    loss: float  # the sum over rows
+    rows: int
+    failed_step: int | None  # the first step whose loss was not finite, counted from 1; nothing was updated since
+    failed_loss: float
+
+
+class TrainingStep:
+    """The model and its optimizer.
+
+    A loss that is not finite sets a flag on the device, with its step, and from then on no update takes place.
+    """
+
+    def __init__(self, model: Recommender, rates: Mapping[str, float], device: torch.device) -> None:
+        self.model = model
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": parameters, "lr": rates[name]}
+                for name, parameters in model.parameter_groups().items()
+                if parameters
+            ],
+            fused=True,  # one pass over the parameters in place of a dozen
+            capturable=device.type == "cuda",
+        )
+        # Sum of losses, rows, first failed step (0: none), its loss.
+        self.record = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def __call__(self, batch: Batch, states: list[States]) -> Tensor:
+        """One step; returns the loss before it, a scalar on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model.loss(batch, states)
+        loss.backward()
+        value, rows = loss.detach().double(), (batch.weights > 0).sum()
+        total, count, failed, failed_loss = self.record
+        fails = (failed == 0) & ~value.isfinite()
+        failed = torch.where(fails, batch.step + 1, failed)
+        counted = torch.where(failed == 0, torch.stack([value * rows, rows]), 0)
+        self.record.copy_(
+            torch.stack([total + counted[0], count + counted[1], failed, torch.where(fails, value, failed_loss)])
+        )
+        self.optimizer.found_inf = (failed > 0).float()  # the fused optimizer leaves everything as it is then
+        self.optimizer.step()
+        return loss.detach()
+
+    def read(self) -> Progress:
+        """What came since the last reading. Waits for the device."""
+        loss, rows, step, failed_loss = self.record.tolist()
+        self.record[:2] = 0
+        return Progress(loss, int(rows), int(step) or None, failed_loss)
+
+
+class CapturedStep:
+    """The step as CUDA graphs, one for each shape of padded batches, each captured when it is first met."""
+
+    def __init__(
+        self, step: TrainingStep, capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None
+    ) -> None:
+        """capture: makes something to call again and again of a function without arguments; None: a CUDA graph."""
+        self.step, self.capture = step, capture or self._graph
+        self._captured: dict[Shape, tuple[Tensor, list[Tensor], Callable[[], Tensor]]] = {}
+        self._pool = None
+
+    def __call__(self, batch: Batch, states: list[States]) -> Tensor:
+        """`TrainingStep.__call__` for a padded batch; the loss is overwritten by the next step."""
+        packed = batch.packed() if batch.buffer is None else batch.buffer
+        if batch.shape not in self._captured:
+            self._captured[batch.shape] = self._prepare(packed, batch.shape, states)
+        buffer, gathered, run = self._captured[batch.shape]
+        buffer.copy_(packed)
+        for own, view in zip(gathered, states):
+            own.copy_(view.table)
+        return run()
+
+    def _prepare(
+        self, packed: Tensor, shape: Shape, states: list[States]
+    ) -> tuple[Tensor, list[Tensor], Callable[[], Tensor]]:
+        """(the buffers that every batch of a shape is copied into, what runs the step on them)."""
+        buffer = packed.to(self.step.record.device, copy=True)
+        batch = Batch.unpacked(buffer, shape)
+        gathered = [view.table.clone() for view in states if view.rows is None]
+        own = [States(rows) for rows in gathered] or [States(view.table, batch.distinct) for view in states]
+        return buffer, gathered, self.capture(lambda: self.step(batch, own))
+
+    def _graph(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """A CUDA graph of a function; the calls that warm it up find the failure flag set and update nothing."""
+        record = self.step.record.clone()
+        self.step.record[2] = 1
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_CALLS):
+                run()
+        current.wait_stream(stream)
+        self.step.record.copy_(record)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            loss = run()
+        self._pool = graph.pool()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return loss
+
+        return replay
