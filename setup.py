@@ -31,7 +31,7 @@ setup(
         "triton>=3.3; platform_system == 'Linux'",
     ],
     extras_require={
-        "bench": ["cut-cross-entropy>=25.1", "liger-kernel>=0.8"],
+        "bench": ["cut-cross-entropy>=25.1", "liger-kernel>=0.8", "matplotlib>=3.8"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4", "tiktoken>=0.7"],
         "tensorboard": ["tensorboard>=2.15"],
         "xformers": ["xformers>=0.0.28"],

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 import click
 
-from .. import __version__
+from .. import __version__, process
 from ..errors import InputError
 from .bench import bench
 from .evaluate import evaluate
@@ -29,8 +28,7 @@ for command in (stats, extract, train, evaluate, bench):
 
 def main(arguments: list[str] | None = None) -> None:
     """The `iisan-fast` program. Leaves through SystemExit; bad input: code 2 and one line on standard error."""
-    # OpenMP's threads spin while they wait. Where other programs want the cores too, that slows small steps tenfold.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    process.prepare()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("iisan_fast").setLevel(logging.INFO)
     try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import click
 
 from .bench_extract import extract
+from .bench_growth import growth
 from .bench_kernels import kernels
+from .bench_train import train
 
 
 @click.group()
@@ -13,5 +15,5 @@ def bench() -> None:
     """Measure speed and memory, side by side with the reference."""
 
 
-for command in (kernels, extract):
+for command in (kernels, train, extract, growth):
     bench.add_command(command)

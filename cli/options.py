@@ -16,13 +16,14 @@ device_option = click.option("--device", default="auto", help="auto (CUDA where 
 k_option = click.option("--k", "ks", type=int, multiple=True, help="A cut-off of HR and NDCG; may be repeated. [10]")
 
 
-def _writable_file(_context: click.Context, _parameter: click.Parameter, out: Path | None) -> Path | None:
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise InputError(f"--out: expected a file in a folder that exists, found {out}")
-    return out
+def writable_file(_context: click.Context, parameter: click.Parameter, file: Path | None) -> Path | None:
+    """A callback of options that take a file to be written: refused before the work rather than after it."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise InputError(f"{parameter.opts[0]}: expected a file in a folder that exists, found {file}")
+    return file
 
 
-out_option = click.option("--out", type=FOLDER, callback=_writable_file, help="A JSON file for the result.")
+out_option = click.option("--out", type=FOLDER, callback=writable_file, help="A JSON file for the result.")
 
 
 def protocol_options(command):

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from .errors import InputError, first_few
 from .evaluate import evaluate, leading, popularity_baseline
 from .feature_table import Table, load_table
 from .hidden_states import Store, content_digest
+from .kernels import BACKEND_VARIABLE
 from .loader import Prepared, prepared
 from .progress import progress_bar
 from .recommender import build_recommender
@@ -106,6 +107,8 @@ class Trainer:
         self.config, self.sequences, self.table, self.device = config, sequences, table, device
         self.model = build_recommender(table.shapes, config, sequences.popularity).to(device)
         if precision(config.train, device) == torch.bfloat16 and device.type == "cpu":
+            if (backend := os.environ.get(BACKEND_VARIABLE) or "auto") not in ("auto", "host"):
+                raise InputError(f"precision: bfloat16 on a CPU needs {BACKEND_VARIABLE}=host, found {backend}")
             self.model.operands = torch.bfloat16
         self.step = TrainingStep(self.model, config.train.learning_rates, device)
         self.captured = CapturedStep(self.step) if device.type == "cuda" else None
@@ -113,7 +116,7 @@ class Trainer:
 
     def run(self, folder: RunFolder, on_epoch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Trains until the early stop or the last epoch, then tests the best checkpoint."""
-        with _deterministic():
+        with deterministic():
             while not self.progress.finished(self.config.train):
                 self._epoch(folder)
                 on_epoch(self.progress.lines[-1])
@@ -167,8 +170,11 @@ class Trainer:
         """The mean loss over the epoch's rows."""
         self.model.train()
         total, rows, steps = 0.0, 0, steps_per_epoch(self.sequences, self.config.train.batch_users)
-        with progress_bar(f"epoch {self.progress.epoch + 1}", len(self.sequences.training[1]), "items") as advance:
-            for done, prepared in enumerate(self.batches(self.progress.epoch), start=1):
+        with (
+            progress_bar(f"epoch {self.progress.epoch + 1}", len(self.sequences.training[1]), "items") as advance,
+            closing(self.batches(self.progress.epoch)) as batches,  # before the table, whatever happens
+        ):
+            for done, prepared in enumerate(batches, start=1):
                 self.take(prepared)
                 note = ""
                 if done % READ_EVERY == 0 or done == steps:
@@ -178,11 +184,12 @@ class Trainer:
                 advance(prepared.slots, note=note)
         return total / rows
 
-    def batches(self, epoch: int) -> Iterator[Prepared]:
+    def batches(self, epoch: int) -> Generator[Prepared, None, None]:
         """An epoch's batches, prepared ahead."""
         config, pad = self.config.train, None
         if self.captured is not None:
-            pad = functools.partial(Shape.padded, users=config.batch_users, length=self.sequences.max_inputs)
+            users = min(config.batch_users, len(self.sequences.user_ids))
+            pad = functools.partial(Shape.padded, users=users, length=self.sequences.max_inputs)
         batches = epoch_batches(self.sequences, config.batch_users, config.seed, epoch)
         return prepared(batches, self.table, self.device, pad)
 
@@ -287,7 +294,7 @@ def _refuse_changed_texts(config: RunConfig, dataset: Dataset) -> None:
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """Same seed, same machine: same numbers, bit for bit."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,0 +1,81 @@
+"""iisan-fast bench train: the training step beside the dense reference."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from .options import FOLDER, device_option, json_option, out_option, torch_device
+from .output import print_json, print_table, write_result
+
+SIZE = click.IntRange(min=1)
+
+
+@click.command()
+@click.argument("dataset", type=FOLDER, required=False)
+@click.option("--users", type=SIZE, default=64, help="Users a batch.")
+@click.option("--width", type=SIZE, default=768, help="Width of the hidden states, which are random.")
+@click.option("--layers", type=SIZE, default=7, help="Kept layers of a view.")
+@click.option("--followed", type=SIZE, default=50, help="Steps over which the losses are compared.")
+@click.option("--rounds", type=SIZE, default=12, help="Turns of each form.")
+@click.option("--steps", type=SIZE, default=3, help="Steps of a turn.")
+@click.option("--epochs/--no-epochs", default=True, help="Measure whole epochs, a whole run and their memory too.")
+@click.option("--seed", type=click.IntRange(min=0), default=0)
+@out_option
+@device_option
+@json_option
+def train(dataset: Path | None, out: Path | None, device: str, as_json: bool, **values: Any) -> None:
+    """Time training steps beside the dense reference, on the histories of DATASET or of the embedded demo.
+
+    The losses of both must follow each other. Without CUDA launches and its memory are not measured.
+    """
+    from ..bench.train import TrainSettings, benchmark  # imports torch, which takes seconds
+
+    settings = TrainSettings(**values)
+    result = benchmark(dataset, settings, torch_device(device))
+    result = {"command": _command(dataset, result["settings"]), **result}
+    write_result(out, result)
+    if as_json:
+        print_json(result)
+    else:
+        print_table(_table(result))
+
+
+def _command(dataset: Path | None, settings: dict[str, Any]) -> str:
+    """How to get these figures again, the dataset's folder left out."""
+    words = ["iisan-fast", "bench", "train"] + (["DATASET"] if dataset else [])
+    words += [f"--{name}={value}" for name, value in settings.items() if name != "epochs"]
+    return shlex.join(words + ([] if settings["epochs"] else ["--no-epochs"]))
+
+
+def _table(result: dict[str, Any]) -> Table:
+    settings, run = result["settings"], result["run"]
+    title = (
+        f"{result['dataset']}, {settings['users']} users a batch, {settings['layers']} layers of {settings['width']}"
+    )
+    whole = "" if isinstance(run, str) else f"; a whole run takes {_mebibytes(run['peak_pss_bytes'])} MiB at its peak"
+    table = Table(title=Text(title), caption=f"{result['steps_an_epoch']} steps an epoch{whole}")
+    for column in ("", "step, p20 / p50 / p80 ms"):
+        table.add_column(column, no_wrap=True)
+    for column in ("dense / this", "loss differs by", "launches", "epoch s", "peak MiB", "CUDA MiB"):
+        table.add_column(column, justify="right")
+    for row in result["forms"]:
+        table.add_row(
+            row["form"],
+            " / ".join(f"{row[name]:.1f}" for name in ("p20_ms", "p50_ms", "p80_ms")),
+            f"{row['ratio']:.2f}",
+            f"{row['largest_loss_difference']:.1e}",
+            str(row["launches"]),
+            row["epoch_s"] if isinstance(row["epoch_s"], str) else f"{row['epoch_s']:.1f}",
+            *(_mebibytes(row.get(name, "not measured")) for name in ("peak_pss_bytes", "peak_cuda_bytes")),
+        )
+    return table
+
+
+def _mebibytes(figure: int | str | None) -> str:
+    return "not measured" if figure is None else figure if isinstance(figure, str) else f"{figure / 2**20:,.0f}"

@@ -1,0 +1,144 @@
+"""How the cost grows: the time of an epoch against users a batch and catalogue size, and that of an evaluation.
+
+Synthetic histories over catalogues up to a million items; a few popular items hold most interactions. States are
+random and repeat every 20,000 items: what is measured does not depend on their values.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import EvaluationConfig, RunConfig, TrainConfig
+from ..evaluate import evaluate
+from ..feature_table import FeatureTable
+from ..progress import progress_bar
+from ..sequences import Sequences
+from ..trainer import Trainer, deterministic
+from .machine import on, origin
+
+BLOCK = 20_000  # items whose states differ
+SHORTEST, LONGEST = 5, 13  # histories
+POPULARITY = 3.0  # an item's number is a uniform number to this power
+WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class GrowthSettings:
+    """Of a benchmark."""
+
+    items: tuple[int, ...] = (20_000, 100_000, 1_000_000)  # of a catalogue
+    batch_users: tuple[int, ...] = (64, 256, 1024)
+    users: int = 12_076  # as many as Scientific has
+    layers: int = 4  # of each of two views
+    width: int = 384
+
+
+def benchmark(settings: GrowthSettings, device: torch.device) -> dict[str, Any]:
+    """An epoch and an evaluation for every catalogue and batch, with the machine and the versions."""
+    rows: list[dict[str, Any]] = []
+    with (
+        on(device),
+        deterministic(),
+        progress_bar("growth", len(settings.items) * len(settings.batch_users), "epochs") as advance,
+    ):
+        for items in settings.items:
+            sequences = histories(items, settings.users)
+            table = FeatureTable(tuple(states(items, settings, seed, device) for seed in (0, 1)))
+            for users in settings.batch_users:
+                rows.append({"items": items, "batch_users": users, **measure(sequences, table, users, device)})
+                advance(1, f"{items:,} items, {users:,} users a batch")
+    return {**origin("synthetic", device), "settings": asdict(settings), "rows": rows}
+
+
+def histories(items: int, users: int) -> Sequences:
+    """Random histories over a catalogue."""
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(SHORTEST, LONGEST + 1, users)
+    numbers = (items * generator.random(lengths.sum()) ** POPULARITY).astype(np.int64) + 1
+    return Sequences(
+        user_ids=[f"u{user}" for user in range(users)],
+        item_ids=[f"i{item}" for item in range(items)],
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        items=numbers,
+        max_inputs=LONGEST - 3,
+    )
+
+
+def states(items: int, settings: GrowthSettings, seed: int, device: torch.device) -> Tensor:
+    """One view's states: bf16 [items + 1, layers, width]."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = settings.layers, settings.width
+    block = torch.randn(min(BLOCK, items), *shape, generator=generator).bfloat16().to(device)
+    table = torch.zeros(items + 1, *shape, dtype=torch.bfloat16, device=device)
+    for start in range(1, items + 1, len(block)):
+        part = table[start : start + len(block)]
+        part.copy_(block[: len(part)])
+    return table
+
+
+def measure(sequences: Sequences, table: FeatureTable, users: int, device: torch.device) -> dict[str, float]:
+    """Seconds of an epoch's steps after some to warm up, and of one evaluation."""
+    config = RunConfig("", "", ("first", "second"), train=TrainConfig(batch_users=users))
+    trainer = Trainer(config, sequences, table, device)
+    trainer.model.train()
+    for _, prepared in zip(range(WARM_UP_STEPS), trainer.batches(0)):
+        trainer.take(prepared)
+    started = now(device)
+    for prepared in trainer.batches(1):
+        trainer.take(prepared)
+    epoch = now(device) - started
+    trainer.model.eval()
+    started = now(device)
+    vectors = trainer.model.catalogue_vectors(table)
+    queries = trainer.model.user_states(vectors, sequences.split("validation").inputs)
+    evaluate(queries, vectors, sequences, "validation", EvaluationConfig())
+    return {"epoch_s": epoch, "evaluation_s": now(device) - started}
+
+
+def now(device: torch.device) -> float:
+    """The time, once the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """A PNG of two panels: an epoch against users a batch for every catalogue, both times against the catalogue."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows, settings, environment = result["rows"], result["settings"], result["environment"]
+    figure, (by_users, by_items) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for count in settings["items"]:
+        own = [row for row in rows if row["items"] == count]
+        by_users.plot(*zip(*((row["batch_users"], row["epoch_s"]) for row in own)), "o-", label=f"{count:,} items")
+    for count in settings["batch_users"]:
+        own = [row for row in rows if row["batch_users"] == count]
+        label = f"epoch, {count:,} users a batch"
+        by_items.plot(*zip(*((row["items"], row["epoch_s"]) for row in own)), "o-", label=label)
+    times = [[row["evaluation_s"] for row in rows if row["items"] == count] for count in settings["items"]]
+    middle = [float(np.median(own)) for own in times]
+    by_items.plot(settings["items"], middle, "s--", color="black", label="evaluation: all users, whole catalogue")
+    by_users.set(
+        xlabel="users a batch", ylabel="seconds", title=f"An epoch of {settings['users']:,} users", xscale="log"
+    )
+    by_users.set_xticks(settings["batch_users"], [f"{count:,}" for count in settings["batch_users"]])
+    by_users.set_xticks([], minor=True)
+    by_users.set_ylim(bottom=0)
+    by_items.set(xlabel="items in the catalogue", ylabel="seconds", title="Catalogue size", xscale="log", yscale="log")
+    for axes in (by_users, by_items):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    shape = f"2 views of {settings['layers']} layers of {settings['width']}"
+    figure.suptitle(f"IISAN, {shape}; {environment['device']}, {environment['threads']} threads", fontsize=10)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

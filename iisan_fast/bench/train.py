@@ -1,0 +1,315 @@
+"""Training steps beside the dense reference: time, launches, memory, and whether the losses follow each other.
+
+All forms begin with the same weights and take the same batches with the same dropout. They take turns in one process;
+whole epochs, and their memory, are measured in a process each.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import kernels, process
+from ..batches import epoch_batches, steps_per_epoch
+from ..config import ModelConfig, RunConfig, TrainConfig
+from ..errors import InputError
+from ..feature_table import FeatureTable
+from ..hidden_states import Store, content_digest
+from ..progress import progress_bar
+from ..sequences import Dataset, Sequences, load_dataset
+from ..trainer import Trainer, deterministic, train
+from .dense import DenseTrainer
+from .machine import count_launches, named_sequences, on, origin
+from .memory import PeakMemory
+
+NOT_MEASURED = "not measured"
+VIEWS = ("first", "second")
+QUANTILES = (0.2, 0.5, 0.8)
+WARM_UP_STEPS = 3
+FP32_TOLERANCE = 1e-4  # relative, of a loss
+NOTES = {
+    "dense": "padded slots, every slot encoded, the kept layers alone, heads one map after the other, a loop over "
+    "users in the loss, fp32 features in memory, PyTorch's Adam",
+    "float32": "iisan-fast train --precision float32",
+    "bfloat16": "iisan-fast train --precision bfloat16",
+    "reference ops": "the fast path with every op by its specification (IISAN_FAST_BACKEND=torch), float32",
+    "eager": "the fast path without CUDA graphs, bfloat16",
+    "step": "one step by the wall clock, its batch prepared ahead where the form does so; the forms take turns",
+    "epoch": "all steps of an epoch after the warm-up, in a process of its own; its peak is the largest sum of "
+    "proportional set sizes, the features and the imports included",
+    "run": "iisan-fast train: one epoch, validation and test, from a store of the same states",
+}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Of a benchmark."""
+
+    users: int = 64  # a batch
+    width: int = 768
+    layers: int = 7
+    followed: int = 50  # steps over which the losses are compared
+    rounds: int = 12
+    steps: int = 3  # of each form in a round
+    epochs: bool = True  # whether whole epochs, and a whole run, are measured
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to train. `precision` None is the dense reference."""
+
+    precision: str | None
+    backend: str | None = None  # in place of the choice by device
+    captured: bool = True  # in CUDA graphs, on CUDA
+    tolerance: float | None = FP32_TOLERANCE  # of its losses; None: reported alone
+    needs_cuda: bool = False
+
+
+FORMS = {
+    "dense": Form(None),
+    "reference ops": Form("float32", backend="torch"),
+    "float32": Form("float32"),
+    "bfloat16": Form("bfloat16", tolerance=None),
+    "eager": Form("bfloat16", captured=False, tolerance=None, needs_cuda=True),
+}
+
+Step = Callable[[], Tensor]  # takes the next batch and returns its loss
+
+
+def benchmark(dataset: Path | None, settings: TrainSettings, device: torch.device) -> dict[str, Any]:
+    """All forms on a dataset's histories, or the embedded demo's, and random states.
+
+    Raises InputError where a form's losses leave the dense reference's.
+    """
+    name, sequences = named_sequences(dataset)
+    if settings.users > len(sequences.user_ids):
+        raise InputError(f"--users {settings.users}: expected at most {len(sequences.user_ids)}, the users of {name}")
+    forms = {form: how for form, how in FORMS.items() if device.type == "cuda" or not how.needs_cuda}
+    with on(device), deterministic():
+        rows = side_by_side(forms, sequences, settings, device)
+    alone: dict[str, dict[str, Any]] = {}
+    run: Any = NOT_MEASURED
+    if settings.epochs:
+        with progress_bar("epochs", len(forms) + 1, "processes") as advance:
+            for form in forms:
+                alone[form] = in_a_process(epoch, form, sequences, settings, device)
+                advance(1, form)
+            if dataset is not None:
+                run = in_a_process(whole_run, load_dataset(dataset), settings, device)
+            advance(1)
+    return {
+        **origin(name, device),
+        "settings": asdict(settings),
+        "catalogue": len(sequences.item_ids),
+        "steps_an_epoch": steps_per_epoch(sequences, settings.users),
+        "notes": {name: NOTES[name] for name in (*forms, "step", "epoch", "run")},
+        "forms": [{"form": form, **rows[form], **alone.get(form, {"epoch_s": NOT_MEASURED})} for form in forms],
+        "run": run,
+    }
+
+
+def side_by_side(
+    forms: dict[str, Form], sequences: Sequences, settings: TrainSettings, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """Losses, step times and launches of every form, in one process."""
+    tables = random_states(sequences, settings)
+    steps = {name: make_step(form, sequences, tables, settings, device) for name, form in forms.items()}
+    losses = {name: follow(step, settings.followed) for name, step in steps.items()}
+    differences = {name: largest_difference(found, losses["dense"]) for name, found in losses.items()}
+    for name, form in forms.items():
+        if form.tolerance is not None and not differences[name] <= form.tolerance:
+            raise InputError(
+                f"form {name!r}: its losses leave the dense reference's by {differences[name]:.1e}, expected at most "
+                f"{form.tolerance:.0e} over {settings.followed} steps"
+            )
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    with progress_bar("steps", settings.rounds, "rounds") as advance:
+        for _ in range(settings.rounds):
+            for name, step in steps.items():
+                times[name] += timed(step, settings.steps, device)
+            advance(1)
+    return {
+        name: {
+            **quantiles(times[name]),
+            "ratio": float(np.median(times["dense"]) / np.median(times[name])),
+            "largest_loss_difference": differences[name],
+            "launches": count_launches(steps[name]) if device.type == "cuda" else NOT_MEASURED,
+        }
+        for name in forms
+    }
+
+
+def make_step(
+    form: Form, sequences: Sequences, tables: list[Tensor], settings: TrainSettings, device: torch.device
+) -> Step:
+    """What takes one step after the other, epoch after epoch, from the first weights on."""
+    config = run_config(form, settings)
+    if form.precision is None:
+        model = Trainer(config, sequences, FeatureTable(tuple(tables)), torch.device("cpu")).model.to(device).train()
+        rates = config.train.learning_rates
+        dense = DenseTrainer(model, [table.float().to(device) for table in tables], sequences, rates, settings.seed)
+        users = dense_batches(sequences, config.train)
+        return lambda: dense.step(*next(users))
+    dtype = torch.float32 if device.type == "cuda" and form.precision == "float32" else torch.bfloat16
+    table = FeatureTable(tuple(table.to(device, dtype) for table in tables))
+    trainer = Trainer(config, sequences, table, device)
+    trainer.model.train()
+    if not form.captured:
+        trainer.captured = None
+    batches = (prepared for epoch in range(config.train.max_epochs) for prepared in trainer.batches(epoch))
+
+    def step() -> Tensor:
+        with backend(form.backend):
+            return trainer.take(next(batches))
+
+    return step
+
+
+def epoch(name: str, sequences: Sequences, settings: TrainSettings, device: torch.device) -> dict[str, Any]:
+    """One form's steps of an epoch in this process, and the memory it took."""
+    with on(device), deterministic(), PeakMemory() as memory:
+        step = make_step(FORMS[name], sequences, random_states(sequences, settings), settings, device)
+        gc.collect()
+        timed(step, WARM_UP_STEPS, device)
+        count = steps_per_epoch(sequences, settings.users)
+        started = time.perf_counter()
+        for _ in range(count):
+            step()
+        synchronise(device)
+        seconds = time.perf_counter() - started
+    cuda = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else NOT_MEASURED
+    return {"epoch_s": seconds, "peak_pss_bytes": memory.bytes, "peak_cuda_bytes": cuda}
+
+
+def whole_run(dataset: Dataset, settings: TrainSettings, device: torch.device) -> dict[str, Any]:
+    """`iisan-fast train` for one epoch, its states read from a store, and the memory that the process took."""
+    with TemporaryDirectory(prefix="iisan-fast-") as folder:
+        cache, out = Path(folder) / "states", Path(folder) / "run"
+        in_a_process(fill_store, dataset, settings, cache)  # elsewhere, so that its memory does not count
+        form = run_config(FORMS["float32"], settings)
+        config = replace(
+            form, dataset=str(dataset.root), cache=str(cache), train=replace(form.train, max_epochs=1, precision="auto")
+        )
+        started = time.perf_counter()
+        with PeakMemory() as memory:
+            train(config, out, device)
+        return {"seconds": time.perf_counter() - started, "peak_pss_bytes": memory.bytes}
+
+
+def fill_store(dataset: Dataset, settings: TrainSettings, cache: Path) -> None:
+    """The random states as extraction would have stored them."""
+    tables, item_ids = random_states(dataset.sequences, settings), dataset.sequences.item_ids
+    digests = [content_digest(title.encode()) for title in dataset.titles]
+    made = {"source": "title", "unescaped": dataset.unescaped, "dtype": "bfloat16"}
+    made |= {"layers": list(range(settings.layers)), "width": settings.width}
+    with Store(cache, writable=True) as store:
+        store.add_views({name: made for name in VIEWS})
+        for name, table in zip(VIEWS, tables):
+            store.write(name, item_ids, digests, table[1:])
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function's result, found in a process of its own. Raises what it raises, and InputError where it dies."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=process.prepare) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise InputError(
+                f"the process that measures {function.__name__} ended early; it may have lacked memory"
+            ) from None
+
+
+def run_config(form: Form, settings: TrainSettings) -> RunConfig:
+    """IISAN at its published sizes."""
+    train_config = TrainConfig(
+        batch_users=settings.users, max_epochs=1_000_000, seed=settings.seed, precision=form.precision or "float32"
+    )
+    return RunConfig(dataset="", cache="", views=VIEWS, model=ModelConfig(), train=train_config)
+
+
+def random_states(sequences: Sequences, settings: TrainSettings) -> list[Tensor]:
+    """Two views' states of the whole catalogue: bf16 [items + 1, layers, width], row 0 zeros."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    tables = [
+        torch.empty(len(sequences.item_ids) + 1, settings.layers, settings.width, dtype=torch.bfloat16) for _ in VIEWS
+    ]
+    for table in tables:
+        table.normal_(generator=generator)
+        table[0] = 0
+    return tables
+
+
+def dense_batches(sequences: Sequences, config: TrainConfig) -> Iterator[tuple[np.ndarray, int]]:
+    """(users, step) of every batch, in the order that training takes them."""
+    for number in range(config.max_epochs):
+        for batch in epoch_batches(sequences, config.batch_users, config.seed, number):
+            yield batch.users.numpy(), batch.step
+
+
+def follow(step: Step, count: int) -> list[float]:
+    """The losses of as many steps."""
+    return [float(step()) for _ in range(count)]
+
+
+def largest_difference(losses: list[float], expected: list[float]) -> float:
+    """Relative, of any step."""
+    return max(abs(own - other) / abs(other) for own, other in zip(losses, expected, strict=True))
+
+
+def timed(step: Step, count: int, device: torch.device) -> list[float]:
+    """Milliseconds of each of some steps; on CUDA their mean, since nothing waits between them."""
+    synchronise(device)
+    if device.type == "cuda":
+        started = time.perf_counter()
+        for _ in range(count):
+            step()
+        synchronise(device)
+        return [1000 * (time.perf_counter() - started) / count]
+    times = []
+    for _ in range(count):
+        started = time.perf_counter()
+        step()
+        times.append(1000 * (time.perf_counter() - started))
+    return times
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for a CUDA device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    """p20, p50 and p80 in milliseconds."""
+    low, middle, high = np.quantile(times, QUANTILES).tolist()
+    return {"p20_ms": low, "p50_ms": middle, "p80_ms": high}
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """The environment's choice of backend, for a while."""
+    before = os.environ.get(kernels.BACKEND_VARIABLE)
+    if name is not None:
+        os.environ[kernels.BACKEND_VARIABLE] = name
+    try:
+        yield
+    finally:
+        if name is not None:
+            os.environ.pop(kernels.BACKEND_VARIABLE)
+            if before is not None:
+                os.environ[kernels.BACKEND_VARIABLE] = before

@@ -1,0 +1,114 @@
+"""The training and growth benchmarks: what they report, what they refuse, and that the dense reference is one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import make_sequences, write_dataset_folder
+
+from iisan_fast.bench import growth, train
+from iisan_fast.bench.train import FORMS, NOT_MEASURED, TrainSettings
+from iisan_fast.cli import main
+from iisan_fast.errors import InputError
+
+CPU = torch.device("cpu")
+SMALL = TrainSettings(users=8, width=16, layers=2, followed=4, rounds=2, steps=2, epochs=False)
+
+
+@pytest.fixture
+def sequences():
+    return make_sequences([[1 + (user + 3 * i) % 40 for i in range(5 + user % 9)] for user in range(24)], items=40)
+
+
+@pytest.fixture
+def dataset(tmp_path, sequences):
+    return write_dataset_folder(tmp_path / "toy", sequences)
+
+
+def test_every_form_follows_the_dense_reference(sequences):
+    forms = {name: form for name, form in FORMS.items() if not form.needs_cuda}
+    rows = train.side_by_side(forms, sequences, SMALL, CPU)
+    assert list(rows) == ["dense", "reference ops", "float32", "bfloat16"]
+    assert rows["dense"]["largest_loss_difference"] == 0 and rows["dense"]["ratio"] == 1
+    assert all(row["launches"] == NOT_MEASURED for row in rows.values())
+    assert all(0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in rows.values())
+    assert rows["float32"]["largest_loss_difference"] < 1e-5 < rows["bfloat16"]["largest_loss_difference"] < 0.05
+
+
+def test_a_form_that_leaves_the_reference_is_an_error(sequences, monkeypatch):
+    original = train.follow
+    seen = []
+
+    def drifting(step, count):
+        seen.append(step)
+        return [loss * (1 + 2e-4 * (len(seen) == 3)) for loss in original(step, count)]
+
+    monkeypatch.setattr(train, "follow", drifting)
+    forms = {name: FORMS[name] for name in ("dense", "reference ops", "float32")}
+    with pytest.raises(InputError, match="form 'float32': its losses leave the dense reference's by 2.0e-04"):
+        train.side_by_side(forms, sequences, SMALL, CPU)
+
+
+def test_losses_fall_and_differ_between_steps(sequences):
+    step = train.make_step(FORMS["float32"], sequences, train.random_states(sequences, SMALL), SMALL, CPU)
+    losses = train.follow(step, 60)
+    assert len(set(losses)) == 60 and sum(losses[-10:]) < sum(losses[:10])
+
+
+def test_the_backend_of_a_form_is_given_back(monkeypatch):
+    monkeypatch.setenv("IISAN_FAST_BACKEND", "host")
+    with train.backend("torch"):
+        assert train.os.environ["IISAN_FAST_BACKEND"] == "torch"
+    assert train.os.environ["IISAN_FAST_BACKEND"] == "host"
+
+
+def test_the_command_writes_what_it_prints(dataset, tmp_path, capsys):
+    out = tmp_path / "train.json"
+    options = "--users=8 --width=16 --layers=2 --followed=3 --rounds=1 --steps=1 --json --device=cpu"
+    with pytest.raises(SystemExit) as left:
+        main(["bench", "train", str(dataset), *options.split(), f"--out={out}"])
+    assert not left.value.code
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads(out.read_text())
+    assert result["command"].startswith("iisan-fast bench train DATASET --users=8")
+    assert result["steps_an_epoch"] == 3 and result["dataset"] == "toy" and result["catalogue"] == 40
+    for row in result["forms"]:
+        assert row["epoch_s"] > 0 and row["peak_pss_bytes"] > 1 << 20 and row["peak_cuda_bytes"] == NOT_MEASURED
+    assert result["run"]["peak_pss_bytes"] > 1 << 20
+    assert set(result["notes"]) == {"dense", "reference ops", "float32", "bfloat16", "step", "epoch", "run"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "DATASET", "--users=25"], "--users 25: expected at most 24, the users of toy"),
+        (["train", "DATASET", "--out=/nowhere/x.json"], "--out: expected a file in a folder that exists"),
+        (["growth", "--plot=/nowhere/x.png"], "--plot: expected a file in a folder that exists"),
+        (["growth", "--items=0"], "Invalid value for '--items'"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, message, dataset, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["bench", *(str(dataset) if argument == "DATASET" else argument for argument in arguments)])
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_growth_measures_every_catalogue_and_batch():
+    settings = growth.GrowthSettings(items=(50, 90), batch_users=(4, 16), users=30, layers=2, width=16)
+    result = growth.benchmark(settings, CPU)
+    assert [(row["items"], row["batch_users"]) for row in result["rows"]] == [(50, 4), (50, 16), (90, 4), (90, 16)]
+    assert all(row["epoch_s"] > 0 and row["evaluation_s"] > 0 for row in result["rows"])
+
+
+def test_growths_synthetic_data_hold_what_they_should(monkeypatch):
+    monkeypatch.setattr(growth, "BLOCK", 7)
+    table = growth.states(20, growth.GrowthSettings(layers=2, width=4), 0, CPU)
+    assert table.shape == (21, 2, 4) and not table[0].any()
+    assert torch.equal(table[1:8], table[8:15]) and torch.equal(table[1:7], table[15:21])
+    sequences = growth.histories(1000, 50)
+    assert sequences.items.min() >= 1 and sequences.items.max() <= 1000
+    lengths = sequences.offsets[1:] - sequences.offsets[:-1]
+    assert len(lengths) == 50 and lengths.min() >= 5 and lengths.max() <= 13
