@@ -69,7 +69,7 @@ class GatheredTable:
         self.shapes, self.dtypes, self.rows, self.device = shapes, dtypes, rows, device
 
     def gather(self, items: Tensor) -> list[Tensor]:
-        """Rows of item numbers int64 [N] in host memory, pinned for CUDA: [N, K, D] a view."""
+        """Rows of item numbers int64 [N], any padding last, in host memory, pinned for CUDA: [N, K, D] a view."""
         buffers = [
             torch.empty((len(items), *shape), dtype=dtype, pin_memory=self.device.type == "cuda")
             for shape, dtype in zip(self.shapes, self.dtypes)
@@ -218,11 +218,13 @@ def _available() -> int | None:
 
 
 def _granted() -> int | None:
-    """What the process's control group leaves of its limit, where there is one (version 2)."""
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    """What the process's control group leaves of its limit, where there is one (version 2). Cached files can go."""
+    limit, used, stat = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
         return None
-    return max(0, int(limit.read_text()) - int(used.read_text()))
+    counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    cached = int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))
+    return max(0, int(limit.read_text()) - int(used.read_text()) + cached)
 
 
 def _size(count: int) -> str:

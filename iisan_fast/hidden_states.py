@@ -102,7 +102,7 @@ class Store:
 
     def digests(self, view: str, item_ids: Iterable[str]) -> Iterable[bytes | None]:
         """The content digest stored with each item's states, None where there are none."""
-        with self._clear_errors(), self._env.begin(buffers=True) as transaction:
+        with self._clear_errors(), self._reading() as transaction:
             for item_id in item_ids:
                 value = transaction.get(_key(view, item_id))
                 yield None if value is None else bytes(value[:DIGEST_BYTES])
@@ -144,7 +144,7 @@ class Store:
     def _values(self, view: str, item_ids: list[str], size: int) -> Iterator[tuple[int, memoryview]]:
         """(row, digest and states) of each item; `size` bytes of states are expected."""
         missing = []
-        with self._clear_errors(), self._env.begin(buffers=True) as transaction:
+        with self._clear_errors(), self._reading() as transaction:
             for row, item_id in enumerate(item_ids):
                 value = transaction.get(_key(view, item_id))
                 if value is None:
@@ -161,6 +161,13 @@ class Store:
                 f"{self.path}: view {view!r} lacks {len(missing)} of {len(item_ids)} items "
                 f"({first_few(missing, len(missing))}); run iisan-fast extract"
             )
+
+    def _reading(self) -> lmdb.Transaction:
+        try:
+            return self._env.begin(buffers=True)
+        except lmdb.MapResizedError:  # another process has added to the store
+            self._env.set_mapsize(0)
+            return self._env.begin(buffers=True)
 
     def _write_manifest(self) -> None:
         write_atomically(self.path / "manifest.json", json.dumps(self.manifest, indent=2).encode())

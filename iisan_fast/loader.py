@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -28,12 +29,12 @@ class Prepared(NamedTuple):
 
 def prepared(
     batches: Iterator[Batch], table: Table, device: torch.device, pad: Callable[[Shape], Shape] | None = None
-) -> Iterator[Prepared]:
+) -> Generator[Prepared, None, None]:
     """The batches in order, each made while the steps before it run: checked, padded as `pad` says, its states gathered
     where the device does not hold the table, and copied to the device on a stream of its own.
     """
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-    with ThreadPoolExecutor(1, "batches") as thread:
+    copies = _copy_stream(device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1, "batches") as thread:  # waited for at the end: the table may be closed after
         waiting = deque(thread.submit(_on_host, batches, table, device, pad) for _ in range(AHEAD))
         moved = deque([_moved(waiting.popleft().result(), table, device, copies)])
         while moved[0] is not None:
@@ -47,6 +48,12 @@ class _OnHost(NamedTuple):
     gathered: list[Tensor]
     rows: int
     slots: int
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: freed memory is kept for the stream that it was taken on."""
+    return torch.cuda.Stream(device)
 
 
 def _on_host(

@@ -77,7 +77,7 @@ class CapturedStep:
         """capture: makes something to call again and again of a function without arguments; None: a CUDA graph."""
         self.step, self.capture = step, capture or self._graph
         self._captured: dict[Shape, tuple[Tensor, list[Tensor], Callable[[], Tensor]]] = {}
-        self._pool = None
+        self._pool = self._stream = None
 
     def __call__(self, batch: Batch, states: list[States]) -> Tensor:
         """`TrainingStep.__call__` for a padded batch; the loss is overwritten by the next step."""
@@ -104,16 +104,19 @@ class CapturedStep:
         """A CUDA graph of a function; the calls that warm it up find the failure flag set and update nothing."""
         record = self.step.record.clone()
         self.step.record[2] = 1
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_CALLS):
-                run()
-        current.wait_stream(stream)
-        self.step.record.copy_(record)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            loss = run()
+        with torch.cuda.device(record.device):
+            self._stream = self._stream or torch.cuda.Stream()  # one for all: libraries keep a workspace a stream
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UP_CALLS):
+                    run()
+            current.wait_stream(self._stream)
+            self.step.record.copy_(record)
+            graph = torch.cuda.CUDAGraph()
+            # The thread that prepares batches may pin memory meanwhile, which breaks a capture in any other mode.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                loss = run()
         self._pool = graph.pool()
 
         def replay() -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from iisan_fast import feature_table
 from iisan_fast.cli import main
 
 
@@ -92,6 +94,49 @@ def test_train_prints_json_and_saves_the_resolved_config(toy_run, tmp_path):
     assert saved["train"]["learning_rates"]["adapters"] == 1e-4
 
 
+@pytest.mark.parametrize(
+    ("placement", "home"),
+    [
+        ("auto", "on cpu"),
+        ("device", "on cpu"),
+        ("pinned", "in host memory, rows gathered ahead"),
+        ("mapped", "in the store's file"),
+    ],
+)
+def test_train_says_where_the_table_lies(toy_run, tmp_path, placement, home, caplog):
+    dataset, cache = toy_run
+    arguments = (*FAST, "--epochs", 1, "--device", "cpu", "--table", placement)
+    assert iisan_fast("train", dataset, "--cache", cache, "--out", tmp_path / "run", *arguments).returncode == 0
+    (line,) = [message for message in caplog.messages if message.startswith("feature table: ")]
+    assert re.fullmatch(rf"feature table: 0 MiB, {home} \([\d.]+ [GM]iB free on cpu\)", line)
+    caplog.clear()
+    resumed = iisan_fast("train", "--resume", tmp_path / "run", "--table", "mapped", "--json")
+    assert json.loads(resumed.stdout)["epochs"] == 1  # the place is none of a run's settings
+
+
+def test_the_line_about_the_table_is_printed(toy_run, tmp_path):
+    dataset, cache = toy_run
+    program = Path(sys.executable).with_name("iisan-fast")
+    arguments = ("--out", tmp_path / "run", *FAST, "--table", "mapped", "--precision", "bfloat16", "--device", "cpu")
+    command = [program, "train", dataset, "--cache", cache, *arguments, "--json"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "\nfeature table: 0 MiB, in the store's file (" in "\n" + result.stderr
+    assert json.loads(result.stdout)["epochs"] == 2  # and not on standard output
+
+
+def test_train_in_bfloat16_is_saved_and_differs_a_little(toy_run, tmp_path):
+    dataset, cache = toy_run
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        arguments = ("--out", tmp_path / precision, *FAST, "--precision", precision, "--device", "cpu")
+        assert iisan_fast("train", dataset, "--cache", cache, *arguments).returncode == 0
+        assert json.loads((tmp_path / precision / "config.json").read_text())["train"]["precision"] == precision
+        lines = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 def test_train_takes_the_next_free_run_folder(toy_run, tmp_path, monkeypatch):
     dataset, cache = toy_run
     monkeypatch.chdir(tmp_path)
@@ -121,6 +166,9 @@ def test_bad_input_gets_one_line_and_exit_code_2(toy_run, finished_run, tmp_path
     assert "expected GROUP=RATE" in refused("train", dataset, "--cache", cache, "--learning-rate", "heads", *out)
     assert "one rate each for" in refused("train", dataset, "--cache", cache, "--learning-rate", "head=1e-3", *out)
     assert "batch_users: expected 1 to" in refused("train", dataset, "--cache", cache, "--batch-users", 0, *out)
+    assert "--table" in refused("train", dataset, "--cache", cache, "--table", "disk", *out)
+    assert "--precision" in refused("train", dataset, "--cache", cache, "--precision", "float16", *out)
+    assert "leave out --precision" in refused("train", "--resume", finished_run, "--precision", "float32")
     assert "--device" in refused("train", dataset, "--cache", cache, "--device", "tpu9", *out)
     assert "CUDA devices" in refused("train", dataset, "--cache", cache, "--device", "cuda:77", *out)
     assert "No such file" in refused("train", dataset, "--cache", cache, "--config", tmp_path / "no.json", *out)
@@ -153,7 +201,35 @@ def test_a_demo_with_bad_settings_leaves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("settings", ['{"train": 3}', '{"model": []}', '{"dataset": 3, "cache": ["y"]}', "[" * 100_000])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_bfloat16_on_a_cpu_with_another_backend_gets_one_line(toy_run, tmp_path, backend, monkeypatch):
+    dataset, cache = toy_run
+    monkeypatch.setenv("IISAN_FAST_BACKEND", backend)
+    arguments = ("--out", tmp_path / "run", "--precision", "bfloat16", "--device", "cpu")
+    message = refused("train", dataset, "--cache", cache, *arguments)
+    assert message == f"error: precision: bfloat16 on a CPU needs IISAN_FAST_BACKEND=host, found {backend}\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_table_that_does_not_fit_where_it_was_asked_for_gets_one_line(toy_run, tmp_path, monkeypatch):
+    dataset, cache = toy_run
+    monkeypatch.setattr(feature_table, "free_memory", lambda device: 1000)
+    arguments = ("--out", tmp_path / "run", "--device", "cpu", "--table", "pinned")
+    message = refused("train", dataset, "--cache", cache, *arguments)
+    assert message.startswith("error: table: pinned needs 0 MiB, found 0 MiB free; choose mapped")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        '{"train": 3}',
+        '{"train": {"precision": "half"}}',
+        '{"model": []}',
+        '{"dataset": 3, "cache": ["y"]}',
+        "[" * 100_000,
+    ],
+)
 def test_settings_of_the_wrong_type_get_one_line(toy_run, tmp_path, settings):
     dataset, cache = toy_run
     path = tmp_path / "settings.json"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import fill_store, random_table, view_description
@@ -12,6 +15,11 @@ from iisan_fast.feature_table import load_table
 from iisan_fast.hidden_states import Store
 
 IDS = ["a", "b", "x" * 600, "é/\\ 1"]
+ADDS = """
+import lmdb, sys
+with lmdb.open(sys.argv[1], map_size=1 << 24) as env, env.begin(write=True) as transaction:
+    transaction.put(b"new", bytes(1 << 22))
+"""
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -66,6 +74,50 @@ def test_an_entry_of_another_size_is_refused(tmp_path):
         store.write("v", ["a"], [b"0" * 16], torch.randn(1, 1, 4))
     with pytest.raises(InputError, match="item 'a': expected 32 bytes of states, found 16"):
         load_table(tmp_path / "c", ["v"], ["a"], torch.device("cpu"))
+
+
+def test_a_check_reads_nothing_and_finds_what_reading_would(tmp_path, monkeypatch):
+    fill_store(tmp_path / "c", ["a", "b"], random_table([(2, 4), (3, 4)], 2), ("v", "w"))
+    with Store(tmp_path / "c") as store, monkeypatch.context() as patch:
+        patch.setattr(hidden_states.np, "frombuffer", None)
+        for name in ("v", "w"):
+            store.check(name, ["b", "a", "b"])
+            store.check(name, [])
+        with pytest.raises(InputError, match=r"view 'w' lacks 2 of 4 items \(c, d\); run iisan-fast extract"):
+            store.check("w", ["a", "c", "b", "d"])
+        with pytest.raises(InputError, match="no view 'x'; it has v, w"):
+            store.check("x", ["a"])
+    with Store(tmp_path / "c", writable=True) as store:
+        store.write("w", ["b"], [b"0" * 16], torch.randn(1, 3, 5))
+        store.check("v", ["a", "b"])
+        store.check("w", ["a"])
+        with pytest.raises(InputError, match="view 'w', item 'b': expected 48 bytes of states, found 60; extract into"):
+            store.check("w", ["a", "b"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_check_knows_the_size_of_every_dtype(tmp_path, dtype):
+    with Store(tmp_path / "c", writable=True) as store:
+        store.add_views({"v": view_description(2, 4, dtype=dtype)})
+        store.write("v", ["a"], [b"0" * 16], torch.randn(1, 2, 4).to(getattr(torch, dtype)))
+        store.check("v", ["a"])
+
+
+@pytest.mark.parametrize("call", ["read", "check", "digests"])
+def test_an_open_store_is_read_on_while_another_process_adds_to_it(tmp_path, call):
+    """As in training with a mapped table during an extraction into the same cache."""
+    table = random_table([(2, 4)], 2, torch.float32)
+    fill_store(tmp_path / "c", ["a", "b"], table, ("v",))
+    with Store(tmp_path / "c") as store:
+        subprocess.run([sys.executable, "-c", ADDS, tmp_path / "c" / "states.lmdb"], check=True)
+        if call == "read":
+            states = torch.empty(2, 2, 4)
+            store.read("v", ["b", "a"], states)
+            assert torch.equal(states, table.views[0][[2, 1]])
+        elif call == "check":
+            store.check("v", ["a", "b"])
+        else:
+            assert None not in list(store.digests("v", ["a", "b"]))
 
 
 def test_what_is_no_store_is_said_so(tmp_path):

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from iisan_fast.batches import steps_per_epoch
 from iisan_fast.checkpoint import load_checkpoint
 from iisan_fast.config import EvaluationConfig, ModelConfig, RunConfig, TrainConfig
 from iisan_fast.errors import InputError
 from iisan_fast.hidden_states import Store, content_digest
 from iisan_fast.run_folder import RunFolder
 from iisan_fast.trainer import Progress, Trainer, evaluate_run, resume, train
+from iisan_fast.training_step import CapturedStep
 
 CPU = torch.device("cpu")
 FAST = {"adapters": 1e-2, "gates": 1e-2, "heads": 1e-2, "sequence_encoder": 1e-2}
@@ -81,6 +83,29 @@ def test_the_same_seed_repeats_bit_for_bit_and_another_differs(tmp_path, config)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("batch_users", [16, 10_000_000])
+def test_a_run_by_captured_steps_is_the_same_but_for_rounding(tmp_path, config, batch_users, monkeypatch):
+    """With a stand-in for the graph; batches are padded to no more users than there are."""
+    config, original, shapes = with_train(config, batch_users=batch_users), Trainer.__init__, []
+    train(config, tmp_path / "plain", CPU)
+
+    def captured(self, *arguments) -> None:
+        original(self, *arguments)
+        self.captured = CapturedStep(self.step, capture=lambda run: run)
+
+    def noted(self, prepared) -> torch.Tensor:
+        shapes.append(prepared.batch.shape)
+        return self.captured(prepared.batch, prepared.states)
+
+    monkeypatch.setattr(Trainer, "__init__", captured)
+    monkeypatch.setattr(Trainer, "take", noted)
+    train(config, tmp_path / "captured", CPU)
+    plain, padded = ([line["loss"] for line in lines(tmp_path / name)] for name in ("plain", "captured"))
+    assert padded == pytest.approx(plain, rel=1e-4)
+    assert {shape.users for shape in shapes} == {min(batch_users, 60) + 1}
+    assert len(shapes) == 4 * -(-60 // batch_users)
+
+
 class Killed(BaseException):
     pass
 
@@ -96,7 +121,20 @@ def test_a_killed_run_resumes_exactly(tmp_path, config, moment, monkeypatch):
     assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
     for name in ("best.safetensors", "last.safetensors"):
         ours, theirs = (load_checkpoint(tmp_path / run / name)[0] for run in ("killed", "whole"))
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    steps = 4 * steps_per_epoch(RunFolder.open(tmp_path / "whole").sequences, config.train.batch_users)
+    for name in (key.removeprefix("model.") for key in theirs if key.startswith("model.")):
+        assert theirs[f"adam.step.{name}"] == steps and theirs[f"adam.exp_avg_sq.{name}"].any()
+
+
+def test_a_run_resumes_exactly_with_its_table_elsewhere(tmp_path, config, monkeypatch):
+    whole = train(config, tmp_path / "whole", CPU)
+    kill_in_epoch(monkeypatch, 3, "between epochs")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "killed", CPU, placement="pinned")
+    monkeypatch.undo()
+    assert resume(tmp_path / "killed", CPU, placement="mapped") == whole
+    assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
 
 
 def kill_in_epoch(monkeypatch, epoch: int, moment: str) -> None:
