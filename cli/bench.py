@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .bench_evaluate import evaluate
 from .bench_extract import extract
 from .bench_growth import growth
 from .bench_kernels import kernels
@@ -15,5 +16,5 @@ def bench() -> None:
     """Measure speed and memory, side by side with the reference."""
 
 
-for command in (kernels, train, extract, growth):
+for command in (kernels, train, evaluate, extract, growth):
     bench.add_command(command)

@@ -15,7 +15,7 @@ from .kernels import States
 from .sasrec import Dropout, Rows, SASRec
 from .side_network import Heads, SideNetwork, SideTower, ViewShape
 
-ITEMS_AT_ONCE = 2048
+ITEMS_AT_ONCE = 4096
 USERS_AT_ONCE = 1024
 
 

@@ -119,7 +119,7 @@ class Heads(nn.Module):
         for name, part in zip(self.towers, self.fusion.weight.chunk(len(self.towers), dim=1)):
             first, second = getattr(self, name)
             narrow = part @ second.weight  # [d, hidden]
-            projections[name] = narrow @ first.weight
+            projections[name] = kernels.fold(narrow, first.weight)
             bias = bias + narrow @ first.bias + part @ second.bias
         return projections, bias
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import kernels
 from .batches import Batch, Shape
 from .kernels import States
 from .recommender import Recommender
 
+SMALL_ROWS = 1024  # of a batch, up to which threads cost a CPU's small operators more than they give
 WARM_UP_CALLS = 3  # before a capture: kernels are compiled, libraries make their workspaces
 
 
@@ -46,6 +49,11 @@ class TrainingStep:
 
     def __call__(self, batch: Batch, states: list[States]) -> Tensor:
         """One step; returns the loss before it, a scalar on the device."""
+        small = self.record.is_cpu and len(batch.targets) <= SMALL_ROWS
+        with kernels.in_large_pieces() if small else nullcontext():
+            return self._take(batch, states)
+
+    def _take(self, batch: Batch, states: list[States]) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.model.loss(batch, states)
         loss.backward()

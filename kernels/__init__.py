@@ -1,12 +1,14 @@
 """The project's numerical ops, and the one rule that decides what runs them.
 
-Each op has a plain PyTorch form in `reference`, its specification, and a Triton form. `backend="auto"` takes Triton for
-CUDA tensors and the reference elsewhere; the environment variable IISAN_FAST_BACKEND decides in its place.
+Each op has a plain PyTorch form in `reference`, its specification, a Triton form, and most a host form for CPUs.
+`backend="auto"` takes Triton for CUDA tensors and the host forms elsewhere; the environment variable
+IISAN_FAST_BACKEND decides in its place.
 """
 
 if __name__ == "iisan_fast.kernels":
     from .checks import check_indices
-    from .dispatch import BACKEND_VARIABLE, check_backend, inbatch_cross_entropy, side_towers, target_rank
+    from .dispatch import BACKEND_VARIABLE, check_backend, fold, inbatch_cross_entropy, side_towers, target_rank
+    from .host import in_large_pieces
     from .reference import States, Tower
 
     __all__ = [
@@ -15,6 +17,8 @@ if __name__ == "iisan_fast.kernels":
         "Tower",
         "check_backend",
         "check_indices",
+        "fold",
+        "in_large_pieces",
         "inbatch_cross_entropy",
         "side_towers",
         "target_rank",

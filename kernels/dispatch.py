@@ -61,6 +61,14 @@ def side_towers(
     return reference.side_towers(states, towers, activation, projections)
 
 
+def fold(first: Tensor, second: Tensor, backend: str = "auto") -> Tensor:
+    """The product of two weights [d, H] and [H, D] that follow one another, by either backend; differentiable once."""
+    if first.dim() != 2 or second.dim() != 2 or first.shape[1] != second.shape[0]:
+        raise ValueError(f"second: expected [{first.shape[-1]}, D], found {list(second.shape)}")
+    chosen, _ = _choice("fold", backend, [first, second])
+    return side_network_host.fold(first, second) if chosen == "host" else first @ second
+
+
 def inbatch_cross_entropy(
     queries: Tensor,
     items: Tensor,

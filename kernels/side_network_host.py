@@ -7,19 +7,19 @@ where one product on many threads waits for the slowest each time.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .host import at_once, cores
 from .reference import ACTIVATIONS, GATE_TEMPERATURE, States, Tower
 
 PARAMETERS = len(Tower._fields) - 1  # of a tower: all but its views
 HALVES = 2
 FEWEST_ITEMS = 32  # that are worth halving
+MOST_UNTRAINED = 512  # items at a time where no backward follows, so that their states stay in the cache
 
 
 def side_towers(
@@ -33,17 +33,17 @@ def side_towers(
 
     The caller has checked the arguments. Not differentiable twice.
     """
+    tables = [view.table for view in states]
+    parameters = [parameter for tower in towers for parameter in tower[1:]] + list(projections or ())
     settings = _Settings(
         activation,
         operands or towers[0].down_weight.dtype,
         [tower.views for tower in towers],
         [view.rows for view in states],
         projections is not None,
-        torch.is_grad_enabled(),
+        torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tables + parameters),
     )
-    tables = [view.table for view in states]
-    parameters = [parameter for tower in towers for parameter in tower[1:]]
-    return list(_SideTowers.apply(settings, *tables, *parameters, *(projections or ())))
+    return list(_SideTowers.apply(settings, *tables, *parameters))
 
 
 class _Settings(NamedTuple):
@@ -87,42 +87,50 @@ class _Kept(NamedTuple):
     output: Tensor  # [N, D]
 
 
+class _Half(NamedTuple):
+    """What the backward of some items needs of their forward."""
+
+    part: slice
+    views: list[Tensor]
+    kept: list[_Kept]  # of each tower
+
+
 class _SideTowers(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings: _Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
         tables, parameters = tensors[: len(settings.rows)], tensors[len(settings.rows) :]
         towers = _weights(settings, parameters)
         items = len(tables[0]) if settings.rows[0] is None else len(settings.rows[0])
+        parts = _parts(items, items if settings.trained else MOST_UNTRAINED)
 
-        def half(part: slice) -> tuple[list[Tensor], list[Tensor], list[_Kept]]:
+        def half(part: slice) -> tuple[list[Tensor], _Half | None]:
             views = [_by_layer(table, rows, part, settings.dtype) for table, rows in zip(tables, settings.rows)]
             kept = [_forward(views, tower, settings) for tower in towers]
-            return [_product(tower.projection, own.output) for tower, own in zip(towers, kept)], views, kept
+            outputs = [_product(tower.projection, own.output) for tower, own in zip(towers, kept)]
+            return outputs, _Half(part, views, kept) if settings.trained else None
 
-        outputs, views, kept = zip(*_by_halves(half, items))
+        outputs, halves = zip(*at_once(half, parts, HALVES))
         if settings.trained:
-            ctx.settings, ctx.towers, ctx.views, ctx.kept = settings, towers, views, kept
+            ctx.settings, ctx.towers, ctx.halves = settings, towers, halves
             ctx.save_for_backward(*parameters)  # alone to refuse parameters that were changed in between
-        return tuple(torch.cat(parts).to(parameters[1].dtype) for parts in zip(*outputs))
+        return tuple(torch.cat(own).to(parameters[1].dtype) for own in zip(*outputs))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         settings, towers, parameters = ctx.settings, ctx.towers, ctx.saved_tensors
         wanted = ctx.needs_input_grad[1 : 1 + len(settings.rows)]
-        halves = iter(zip(ctx.views, ctx.kept))
-        work = {part.start: (part, *next(halves)) for part in _parts(len(upstream[0]))}
 
-        def half(part: slice) -> tuple[list[Tensor | None], list[list[Tensor]]]:
-            _, views, kept = work[part.start]
+        def half(own: _Half) -> tuple[list[Tensor | None], list[list[Tensor]]]:
+            part, views, kept = own
             of_views = [torch.zeros_like(view) if want else None for view, want in zip(views, wanted)]
             found = [
-                _backward(gradient[part].to(settings.dtype), own, views, of_views, tower, settings.activation)
-                for gradient, own, tower in zip(upstream, kept, towers)
+                _backward(gradient[part].to(settings.dtype), of_tower, views, of_views, tower, settings.activation)
+                for gradient, of_tower, tower in zip(upstream, kept, towers)
             ]
             return of_views, found
 
-        of_views, found = zip(*_by_halves(half, len(upstream[0])))
+        of_views, found = zip(*at_once(half, ctx.halves, HALVES))
         views = [None if parts[0] is None else torch.cat(parts, dim=1).transpose(0, 1) for parts in zip(*of_views)]
         totals = [[_total(parts, parameters[1].dtype) for parts in zip(*own)] for own in zip(*found)]
         of_parameters = [value for total in totals for value in total[:PARAMETERS]]
@@ -261,27 +269,39 @@ def _by_layer(table: Tensor, rows: Tensor | None, part: slice, dtype: torch.dtyp
     return torch.empty((layers, items, width), dtype=dtype).copy_(gathered.transpose(0, 1))
 
 
-def _parts(items: int) -> list[slice]:
-    """One part, or equal halves."""
-    count = HALVES if items >= FEWEST_ITEMS and torch.get_num_threads() >= HALVES else 1
+def _parts(items: int, most: int) -> list[slice]:
+    """One part, or equal ones: halves, or as many pairs of parts as keep each to `most` items."""
+    halves = items >= FEWEST_ITEMS and cores() >= HALVES
+    count = max(1, -(-items // (most * HALVES))) * HALVES if halves else max(1, -(-items // max(1, most)))
     cuts = [items * i // count for i in range(count + 1)]
     return [slice(start, end) for start, end in zip(cuts, cuts[1:])]
 
 
-def _by_halves(work, items: int) -> list:
-    """The work's results for each part, made at once, in the parts' order."""
-    parts = _parts(items)
-    if len(parts) == 1:
-        return [work(parts[0])]
-
-    @torch.no_grad()
-    def quietly(part: slice):
-        return work(part)
-
-    return list(_pool(torch.get_num_threads() // HALVES).map(quietly, parts))
+def fold(first: Tensor, second: Tensor) -> Tensor:
+    """The product of two weights [d, H] and [H, D], halves of the columns at once, forward and backward."""
+    return _Fold.apply(first, second)
 
 
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that share the cores evenly."""
-    return ThreadPoolExecutor(HALVES, "side-network", initializer=torch.set_num_threads, initargs=(threads,))
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, first: Tensor, second: Tensor) -> Tensor:
+        ctx.save_for_backward(first, second)
+        # Joined rather than written in place: in inference mode only this thread may write to what it has made.
+        return torch.cat(at_once(lambda part: first @ second[:, part], _columns(second), HALVES), dim=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = ctx.saved_tensors
+        of_second = torch.empty_like(second)
+
+        def half(part: slice) -> Tensor:
+            torch.mm(first.T, gradient[:, part], out=of_second[:, part])
+            return gradient[:, part] @ second[:, part].T
+
+        return sum(at_once(half, _columns(second), HALVES)), of_second
+
+
+def _columns(matrix: Tensor) -> list[slice]:
+    middle = matrix.shape[1] // 2
+    return [slice(0, middle), slice(middle, matrix.shape[1])] if middle else [slice(0, 1)]

@@ -1,0 +1,57 @@
+"""A CPU's cores: large pieces of work side by side, instead of one small operator after the other on all of them.
+
+An operator on several threads waits for the slowest of them each time, which costs more than the operator where it is
+small, and many times more where a core is lent to somebody else for a moment.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+_kept: list[int] = []  # the cores of every `in_large_pieces` that is open
+
+
+def cores() -> int:
+    """Threads that `at_once` may use: as many as torch would."""
+    return _kept[-1] if _kept else torch.get_num_threads()
+
+
+@contextmanager
+def in_large_pieces() -> Iterator[None]:
+    """Torch's own operators on one thread, for a while; the cores are for `at_once`."""
+    _kept.append(cores())
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        _kept.pop()
+        torch.set_num_threads(before)
+
+
+def at_once(work: Callable[[T], U], parts: Sequence[T], workers: int) -> list[U]:
+    """The work's results in the parts' order, without gradients; by so many workers if there are cores for them."""
+    threads, quietly = cores() // workers, torch.no_grad()(work)
+    if workers == 1 or not threads or len(parts) == 1:
+        return list(map(quietly, parts))
+    return list(_pool(workers, threads).map(quietly, parts))
+
+
+@functools.cache
+def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
+    """Workers that share the cores evenly."""
+    return ThreadPoolExecutor(workers, "iisan-fast", initializer=_settle, initargs=(threads,))
+
+
+def _settle(threads: int) -> None:
+    torch.get_num_threads()  # a thread's first question sets its number anew, to whatever was set last anywhere
+    torch.set_num_threads(threads)

@@ -1,0 +1,80 @@
+"""Large pieces of work on a CPU's cores: order, errors, thread counts given back; and the product of two weights."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from iisan_fast import kernels
+from iisan_fast.kernels import host
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_results_keep_the_order_of_the_parts():
+    assert host.at_once(lambda part: part * 2, [5, 1, 4, 2, 3], 2) == [10, 2, 8, 4, 6]
+
+
+def test_parts_run_beside_each_other_each_on_its_share_of_the_cores():
+    both = threading.Barrier(2, timeout=20)
+
+    def work(_: int) -> tuple[int, bool]:
+        both.wait()  # broken, an error, if the other does not come
+        return torch.get_num_threads(), torch.is_grad_enabled()
+
+    assert host.at_once(work, [0, 1], 2) == [(1, False), (1, False)]
+
+
+def test_one_core_works_alone():
+    torch.set_num_threads(1)
+    here = threading.get_ident()
+    assert host.at_once(lambda _: threading.get_ident(), [0, 1], 2) == [here, here]
+
+
+def test_an_error_in_a_part_comes_out():
+    def work(part: int) -> int:
+        if part == 1:
+            raise ValueError("part 1")
+        return part
+
+    with pytest.raises(ValueError, match="part 1"):
+        host.at_once(work, [0, 1], 2)
+    assert host.at_once(work, [0, 2], 2) == [0, 2]
+
+
+def test_in_large_pieces_threads_are_kept_for_them_and_given_back():
+    assert host.cores() == 2
+    with kernels.in_large_pieces():
+        assert torch.get_num_threads() == 1 and host.cores() == 2
+        with kernels.in_large_pieces():
+            assert host.cores() == 2
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2 and host.cores() == 2
+    with pytest.raises(ZeroDivisionError), kernels.in_large_pieces():
+        _ = 1 / 0
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 64])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_fold_is_the_product_and_its_gradients_are_right(columns, backend):
+    generator = torch.Generator().manual_seed(0)
+    first, second = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((3, 5), (5, columns))
+    )
+    torch.testing.assert_close(kernels.fold(first, second, backend), first @ second, rtol=1e-14, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda *weights: kernels.fold(*weights, backend), (first, second))
+
+
+def test_fold_refuses_what_cannot_be_multiplied():
+    with pytest.raises(ValueError, match=r"second: expected \[5, D\], found \[4, 2\]"):
+        kernels.fold(torch.ones(3, 5), torch.ones(4, 2))
