@@ -55,25 +55,32 @@ def _command(dataset: Path | None, settings: dict[str, Any]) -> str:
 
 def _table(result: dict[str, Any]) -> Table:
     settings, run = result["settings"], result["run"]
+    on_cuda = not isinstance(result["forms"][0]["launches"], str)
     title = (
         f"{result['dataset']}, {settings['users']} users a batch, {settings['layers']} layers of {settings['width']}"
     )
-    whole = "" if isinstance(run, str) else f"; a whole run takes {_mebibytes(run['peak_pss_bytes'])} MiB at its peak"
-    table = Table(title=Text(title), caption=f"{result['steps_an_epoch']} steps an epoch{whole}")
+    caption = f"{result['steps_an_epoch']} steps an epoch"
+    if not isinstance(run, str):
+        caption += f"; a whole run takes {_mebibytes(run['peak_pss_bytes'])} MiB at its peak"
+    if not on_cuda:
+        caption += "; launches and CUDA memory: not measured"
+    table = Table(title=Text(title), caption=caption)
     for column in ("", "step, p20 / p50 / p80 ms"):
         table.add_column(column, no_wrap=True)
-    for column in ("dense / this", "loss differs by", "launches", "epoch s", "peak MiB", "CUDA MiB"):
+    for column in ("dense / this", "loss differs by", "epoch s", "peak MiB", *(("launches", "CUDA MiB") * on_cuda)):
         table.add_column(column, justify="right")
     for row in result["forms"]:
-        table.add_row(
+        cells = [
             row["form"],
             " / ".join(f"{row[name]:.1f}" for name in ("p20_ms", "p50_ms", "p80_ms")),
             f"{row['ratio']:.2f}",
             f"{row['largest_loss_difference']:.1e}",
-            str(row["launches"]),
             row["epoch_s"] if isinstance(row["epoch_s"], str) else f"{row['epoch_s']:.1f}",
-            *(_mebibytes(row.get(name, "not measured")) for name in ("peak_pss_bytes", "peak_cuda_bytes")),
-        )
+            _mebibytes(row.get("peak_pss_bytes")),
+        ]
+        if on_cuda:
+            cells += [str(row["launches"]), _mebibytes(row.get("peak_cuda_bytes"))]
+        table.add_row(*cells)
     return table
 
 

@@ -15,8 +15,9 @@ from .kernels import States
 from .sasrec import Dropout, Rows, SASRec
 from .side_network import Heads, SideNetwork, SideTower, ViewShape
 
-ITEMS_AT_ONCE = 4096
-USERS_AT_ONCE = 1024
+ITEMS_AT_ONCE = 8192
+USERS_AT_ONCE = 512
+USER_WORKERS = 2  # on a CPU
 
 
 class Recommender(nn.Module):
@@ -70,16 +71,14 @@ class Recommender(nn.Module):
     @torch.inference_mode()
     def user_states(self, vectors: Tensor, inputs: np.ndarray) -> Tensor:
         """[users, d] after each user's inputs (int64 [users, max_inputs], right-aligned, 0 for padding)."""
-        length = inputs.shape[1]
-        states = []
-        for start in range(0, len(inputs), USERS_AT_ONCE):
-            part = inputs[start : start + USERS_AT_ONCE]
+
+        def some(part: np.ndarray) -> Tensor:
             slots = np.flatnonzero(part)
-            rows = Rows(torch.from_numpy(slots).to(vectors.device), len(part), length)
-            items = torch.from_numpy(part.flat[slots] - 1).to(vectors.device)
-            last = torch.from_numpy(np.flatnonzero(slots % length == length - 1)).to(vectors.device)
-            states.append(self.sequence_encoder(vectors[items], rows)[last])
-        return torch.cat(states)
+            rows = Rows(torch.from_numpy(slots).to(vectors.device), len(part), part.shape[1])
+            return self.sequence_encoder.last(vectors[torch.from_numpy(part.flat[slots] - 1).to(vectors.device)], rows)
+
+        parts = [inputs[start : start + USERS_AT_ONCE] for start in range(0, len(inputs), USERS_AT_ONCE)]
+        return torch.cat(kernels.at_once(some, parts, USER_WORKERS if vectors.is_cpu else 1))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every trainable parameter under the name of its learning rate, once."""

@@ -40,6 +40,17 @@ class Dropout(NamedTuple):
     users: Tensor  # int64 [users]
 
 
+class _Drops(NamedTuple):
+    """A block's dropout factors."""
+
+    weights: Tensor | float  # [users, heads, L, L]
+    attended: Tensor | float  # [R, d]
+    fed: Tensor | float  # [R, d]
+
+
+NO_DROPS = _Drops(1.0, 1.0, 1.0)
+
+
 class Block(nn.Module):
     """A post-norm transformer block: attention without biases, then a ReLU feed-forward of 4d."""
 
@@ -58,8 +69,20 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows, hidden: Tensor, drops: _Drops) -> Tensor:
         """x [R, d]; hidden bool [users, 1, L, L]: which keys a query may not see; drops: this block's, or ones."""
-        attended = self.output(rows.off_grid(self._attend(rows.on_grid(self._projections(x)), hidden, drops.weights)))
-        x = self.attention_norm(x + attended * drops.attended)
+        attended = rows.off_grid(self._attend(rows.on_grid(self._projections(x)), hidden, drops.weights))
+        return self._rest(x, attended, drops)
+
+    def last(self, x: Tensor, rows: Rows, hidden: Tensor) -> Tensor:
+        """`forward` for the last position of every user alone, which has to be real: [users, d]."""
+        users, length = rows.users, rows.length
+        q, k, v = self._heads(rows.on_grid(self._projections(x)))
+        attended = self._weighted(q[:, :, -1:], k, v, hidden[:, :, -1:], 1.0).reshape(users, -1)
+        last = x[(rows.slots % length == length - 1).nonzero()[:, 0]]
+        return self._rest(last, attended, NO_DROPS)
+
+    def _rest(self, x: Tensor, attended: Tensor, drops: _Drops) -> Tensor:
+        """What works row by row once each has attended."""
+        x = self.attention_norm(x + self.output(attended) * drops.attended)
         fed = self.feed_out(F.relu(self.feed_in(x)))
         return self.feed_norm(x + fed * drops.fed)
 
@@ -67,14 +90,20 @@ class Block(nn.Module):
         """Queries, keys and values side by side: [R, 3d]."""
         return F.linear(x, torch.cat([self.query.weight, self.key.weight, self.value.weight]))
 
+    def _heads(self, projections: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[users, L, 3d] -> queries, keys and values [users, heads, L, d / heads]."""
+        users, length, _ = projections.shape
+        return tuple(projections.view(users, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4))
+
     def _attend(self, projections: Tensor, hidden: Tensor, factors: Tensor | float) -> Tensor:
         """[users, L, 3d] -> [users, L, d]."""
-        users, length, _ = projections.shape
-        # each [users, heads, L, d / heads]
-        q, k, v = projections.view(users, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        weighted = self._weighted(*self._heads(projections), hidden, factors)
+        return weighted.transpose(1, 2).reshape(*projections.shape[:2], -1)
+
+    def _weighted(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, factors: Tensor | float) -> Tensor:
+        """The values as each query weights them: [users, heads, queries, d / heads]."""
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1) * factors
-        return (weights @ v).transpose(1, 2).reshape(users, length, -1)
+        return (scores.masked_fill(hidden, float("-inf")).softmax(dim=-1) * factors) @ v
 
 
 class SASRec(nn.Module):
@@ -95,15 +124,25 @@ class SASRec(nn.Module):
     def forward(self, x: Tensor, rows: Rows, dropout: Dropout | None = None) -> Tensor:
         """Item vectors [R, d] of right-aligned histories -> the states [R, d] after each; rows.length <= max_inputs."""
         positions = rows.slots % rows.length + self.max_inputs - rows.length
-        # A product with one-hot rows: its gradient is a plain product too, where a lookup's would be a scatter.
-        one_hot = positions[:, None] == torch.arange(self.max_inputs, device=x.device)
-        x = self.norm(x + one_hot.to(x.dtype) @ self.position)
+        x = self._placed(x, positions)
         at_input, *drops = self._drops(x, rows, positions, dropout)
         x = x * at_input
         hidden = self._hidden(rows)
         for block, drop in zip(self.blocks, drops):
             x = block(x, rows, hidden, drop)
         return x
+
+    def last(self, x: Tensor, rows: Rows) -> Tensor:
+        """The state after each user's whole history, [users, d], without dropout; every history holds an item."""
+        x, hidden = self._placed(x, rows.slots % rows.length + self.max_inputs - rows.length), self._hidden(rows)
+        for block in self.blocks[:-1]:
+            x = block(x, rows, hidden, NO_DROPS)
+        return self.blocks[-1].last(x, rows, hidden)
+
+    def _placed(self, x: Tensor, positions: Tensor) -> Tensor:
+        # A product with one-hot rows: its gradient is a plain product too, where a lookup's would be a scatter.
+        one_hot = positions[:, None] == torch.arange(self.max_inputs, device=x.device)
+        return self.norm(x + one_hot.to(x.dtype) @ self.position)
 
     def _hidden(self, rows: Rows) -> Tensor:
         """bool [users, 1, L, L]: keys that are later or padding, but for its own: a softmax over nothing is NaN."""
@@ -116,7 +155,7 @@ class SASRec(nn.Module):
     def _drops(self, x: Tensor, rows: Rows, positions: Tensor, dropout: Dropout | None) -> list:
         """Factors of the input, then of each block; ones where nothing drops."""
         if dropout is None or not dropout.masks.threshold:
-            return [1.0] + [_Drops(1.0, 1.0, 1.0)] * len(self.blocks)
+            return [1.0] + [NO_DROPS] * len(self.blocks)
         by_row = dropout.masks.factors(
             self.row_sites,
             dropout.users[rows.slots // rows.length],
@@ -143,14 +182,6 @@ class SASRec(nn.Module):
                 nn.init.xavier_normal_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-
-class _Drops(NamedTuple):
-    """A block's dropout factors."""
-
-    weights: Tensor | float  # [users, heads, L, L]
-    attended: Tensor | float  # [R, d]
-    fed: Tensor | float  # [R, d]
 
 
 class _Spread(torch.autograd.Function):

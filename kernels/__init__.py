@@ -8,13 +8,14 @@ IISAN_FAST_BACKEND decides in its place.
 if __name__ == "iisan_fast.kernels":
     from .checks import check_indices
     from .dispatch import BACKEND_VARIABLE, check_backend, fold, inbatch_cross_entropy, side_towers, target_rank
-    from .host import in_large_pieces
+    from .host import at_once, in_large_pieces
     from .reference import States, Tower
 
     __all__ = [
         "BACKEND_VARIABLE",
         "States",
         "Tower",
+        "at_once",
         "check_backend",
         "check_indices",
         "fold",

@@ -267,18 +267,21 @@ def test_a_gradient_has_the_dtype_of_its_view():
     assert_equal(ours, theirs, rtol=2**-7)
 
 
+@pytest.mark.parametrize("projected", [None, 4])
 @pytest.mark.parametrize("items", [0, 7, 40])
 @pytest.mark.parametrize("quietly", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_the_outputs_are_the_same_to_the_last_bit(quietly, items):
-    case = Case(items=items, projected=4)
-    trained, _ = case.forward(by_host)
+def test_without_gradients_the_outputs_are_the_same(quietly, items, projected):
+    """To the last bit, but for projected ones: those are added up in another order, without the width between."""
+    case = Case(items=items, projected=projected)
+    trained, _ = case.forward(by_host, torch.float64)
     with quietly():
-        outputs, _ = case.forward(by_host)
-    untrained, _ = case.forward(by_host, wanted=())
+        outputs, _ = case.forward(by_host, torch.float64)
+    untrained, _ = case.forward(by_host, torch.float64, wanted=())
     for expected, *others in zip(trained, outputs, untrained, strict=True):
         assert expected.requires_grad
         for output in others:
-            assert torch.equal(output, expected) and not output.requires_grad
+            torch.testing.assert_close(output, expected.detach(), rtol=1e-12, atol=0 if projected is None else 1e-13)
+            assert not output.requires_grad and (projected or torch.equal(output, expected))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
