@@ -1,5 +1,5 @@
 # Two commands for a fresh machine: `make train` runs the embedded demo, `make test` the whole test suite.
-# On a machine with a CUDA GPU, `make gpu DATASET=…` runs the tests that need one and times the kernels.
+# On a machine with a CUDA GPU, `make gpu DATASET=…` runs the tests that need one and all benchmarks.
 PYTHON ?= python3
 VENV ?= .venv
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
@@ -16,6 +16,10 @@ test: $(VENV)/.installed-dev
 gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -q -m gpu
 	$(VENV)/bin/iisan-fast bench kernels $(DATASET) --out benchmarks/results/kernels.json
+	$(VENV)/bin/iisan-fast bench train $(DATASET) --out benchmarks/results/train-gpu.json
+	$(VENV)/bin/iisan-fast bench evaluate $(DATASET) --out benchmarks/results/evaluate-gpu.json
+	$(VENV)/bin/iisan-fast bench extract $(DATASET) --out benchmarks/results/extract-gpu.json
+	$(VENV)/bin/iisan-fast bench growth --out benchmarks/results/growth-gpu.json
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -42,6 +42,10 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error))
     except MemoryError as error:
         _fail(f"not enough memory ({error})")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+            raise
+        _fail(f"not enough GPU memory ({error}); try --table pinned or fewer --batch-users")
     except click.ClickException as error:
         _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .options import FOLDER, device_option, json_option, out_option, torch_device
-from .output import print_json, print_table, write_result
+from .output import mebibytes, print_json, print_table, write_result
 
 SIZE = click.IntRange(min=1)
 
@@ -66,7 +66,7 @@ def _table(result: dict[str, Any]) -> Table:
         for row in result["forms"]:
             figures = row[part]
             whole = figures["all_users"]
-            memory = [_mebibytes(row[name]) if part == "evaluation" else "" for name in PEAKS]
+            memory = [mebibytes(row[name]) if part == "evaluation" else "" for name in PEAKS]
             table.add_row(
                 part,
                 row["form"],
@@ -90,7 +90,3 @@ def _caption(result: dict[str, Any]) -> str:
         f"dense / fast{how}: {ratios['ranking']:.1f} in ranking, {ratios['evaluation']:.1f} in the evaluation; "
         f"ranks of {found['users']:,} users agree within {found['largest_rank_difference']:.0f}"
     )
-
-
-def _mebibytes(figure: int | str) -> str:
-    return figure if isinstance(figure, str) else f"{figure / 2**20:,.0f}"

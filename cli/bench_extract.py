@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..config import STORE_DTYPES
 from .options import FOLDER, device_option, json_option, out_option, torch_device
-from .output import print_json, print_table, write_result
+from .output import mebibytes, print_json, print_table, write_result
 
 SIZE = click.IntRange(min=1)
 
@@ -65,10 +65,6 @@ def _table(result: dict[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for row in result["forms"]:
         times = " / ".join(f"{row[name]:.2f}" for name in ("p20_s", "p50_s", "p80_s"))
-        memory = (_mebibytes(row[name]) for name in ("peak_pss_bytes", "peak_cuda_bytes"))
+        memory = (mebibytes(row[name]) for name in ("peak_pss_bytes", "peak_cuda_bytes"))
         table.add_row(row["form"], times, f"{row['items_per_second']:,.0f}", *memory)
     return table
-
-
-def _mebibytes(figure: int | str) -> str:
-    return figure if isinstance(figure, str) else f"{figure / 2**20:,.0f}"

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .options import FOLDER, device_option, json_option, out_option, torch_device
-from .output import print_json, print_table, write_result
+from .output import mebibytes, print_json, print_table, write_result
 
 SIZE = click.IntRange(min=1)
 
@@ -61,7 +61,7 @@ def _table(result: dict[str, Any]) -> Table:
     )
     caption = f"{result['steps_an_epoch']} steps an epoch"
     if not isinstance(run, str):
-        caption += f"; a whole run takes {_mebibytes(run['peak_pss_bytes'])} MiB at its peak"
+        caption += f"; a whole run takes {mebibytes(run['peak_pss_bytes'])} MiB at its peak"
     if not on_cuda:
         caption += "; launches and CUDA memory: not measured"
     table = Table(title=Text(title), caption=caption)
@@ -76,13 +76,9 @@ def _table(result: dict[str, Any]) -> Table:
             f"{row['ratio']:.2f}",
             f"{row['largest_loss_difference']:.1e}",
             row["epoch_s"] if isinstance(row["epoch_s"], str) else f"{row['epoch_s']:.1f}",
-            _mebibytes(row.get("peak_pss_bytes")),
+            mebibytes(row.get("peak_pss_bytes", "not measured")),
         ]
         if on_cuda:
-            cells += [str(row["launches"]), _mebibytes(row.get("peak_cuda_bytes"))]
+            cells += [str(row["launches"]), mebibytes(row.get("peak_cuda_bytes", "not measured"))]
         table.add_row(*cells)
     return table
-
-
-def _mebibytes(figure: int | str | None) -> str:
-    return "not measured" if figure is None else figure if isinstance(figure, str) else f"{figure / 2**20:,.0f}"

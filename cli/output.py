@@ -27,6 +27,11 @@ def write_result(out: Path | None, value: Any) -> None:
         write_atomically(out, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def mebibytes(figure: int | str) -> str:
+    """Bytes as MiB; what was not measured says so."""
+    return figure if isinstance(figure, str) else f"{figure / 2**20:,.0f}"
+
+
 def print_counts(title: str, rows: dict[str, str]) -> None:
     """A two-column table of names and values."""
     table = Table(title=Text(title), show_header=False)

@@ -36,18 +36,20 @@ def prepared(
     copies = _copy_stream(device) if device.type == "cuda" else None
     with ThreadPoolExecutor(1, "batches") as thread:  # waited for at the end: the table may be closed after
         waiting = deque(thread.submit(_on_host, batches, table, device, pad) for _ in range(AHEAD))
-        moved = deque([_moved(waiting.popleft().result(), table, device, copies)])
+        moved = deque([_moved(waiting.popleft().result(), device, copies)])
         while moved[0] is not None:
             waiting.append(thread.submit(_on_host, batches, table, device, pad))
-            moved.append(_moved(waiting.popleft().result(), table, device, copies))
-            yield _arrived(moved.popleft(), table, device, copies)
+            moved.append(_moved(waiting.popleft().result(), device, copies))
+            yield _arrived(moved.popleft(), table, device)
 
 
-class _OnHost(NamedTuple):
+class _Waiting(NamedTuple):
     batch: Batch
+    packed: Tensor | None  # the batch as it will cross to CUDA
     gathered: list[Tensor]
     rows: int
     slots: int
+    copied: torch.cuda.Event | None = None  # when all of it is on the device
 
 
 @functools.cache
@@ -58,7 +60,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _on_host(
     batches: Iterator[Batch], table: Table, device: torch.device, pad: Callable[[Shape], Shape] | None
-) -> _OnHost | None:
+) -> _Waiting | None:
     """The next batch, or None at the end."""
     batch = next(batches, None)
     if batch is None:
@@ -67,23 +69,25 @@ def _on_host(
     batch.checked(table.rows)
     if pad is not None:
         batch = batch.padded(pad(batch.shape))
-    return _OnHost(batch, table.gather(batch.distinct), rows, slots)
+    packed = batch.packed(pin=True) if device.type == "cuda" else None
+    return _Waiting(batch, packed, table.gather(batch.distinct), rows, slots)
 
 
-def _moved(on_host: _OnHost | None, table: Table, device: torch.device, copies) -> _OnHost | None:
+def _moved(waiting: _Waiting | None, device: torch.device, copies: torch.cuda.Stream | None) -> _Waiting | None:
     """The copies to the device begun."""
-    if on_host is None or copies is None:
-        return on_host
+    if waiting is None or copies is None:
+        return waiting
     with torch.cuda.stream(copies):
-        gathered = [rows.to(device, non_blocking=True) for rows in on_host.gathered]
-        return on_host._replace(batch=on_host.batch.to(device), gathered=gathered)
+        gathered = [rows.to(device, non_blocking=True) for rows in waiting.gathered]
+        batch = Batch.unpacked(waiting.packed.to(device, non_blocking=True), waiting.batch.shape)
+        return waiting._replace(batch=batch, packed=None, gathered=gathered, copied=copies.record_event())
 
 
-def _arrived(moved: _OnHost, table: Table, device: torch.device, copies) -> Prepared:
+def _arrived(moved: _Waiting, table: Table, device: torch.device) -> Prepared:
     """The copies waited for, by the device alone."""
-    if copies is not None:
+    if moved.copied is not None:
         current = torch.cuda.current_stream(device)
-        current.wait_stream(copies)
+        current.wait_event(moved.copied)
         for tensor in (moved.batch.buffer, *moved.gathered):
             tensor.record_stream(current)
     states = [States(rows) for rows in moved.gathered] or table.states(moved.batch.distinct)

@@ -13,12 +13,13 @@ MOST_KEPT = (1 << 31) - 1  # bytes
 
 def prepare() -> None:
     """To be called before torch is imported, which reads the environment then."""
-    # OpenMP's threads spin while they wait. By default they spin so long that small steps become ten times slower where
-    # other programs want the cores too; without spinning each small product waits for a thread to be woken.
+    # OpenMP's threads spin while they wait: by default so long that steps become many times slower where other programs
+    # want the cores too; without spinning each small product waits for a thread to be woken.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     # Memory freed by one step is kept for the next. Given back, its pages have to be cleared and mapped again.
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        if not libc.mallopt(M_MMAP_THRESHOLD, 1 << 30):
+            libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that some versions take
         libc.mallopt(M_TRIM_THRESHOLD, MOST_KEPT)

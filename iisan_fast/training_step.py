@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -18,7 +19,7 @@ SMALL_ROWS = 1024  # of a batch, up to which threads cost a CPU's small operator
 WARM_UP_CALLS = 3  # before a capture: kernels are compiled, libraries make their workspaces
 
 
-class Progress(NamedTuple):
+class Reading(NamedTuple):
     """What the steps since the last reading came to."""
 
     loss: float  # the sum over rows
@@ -69,11 +70,11 @@ class TrainingStep:
         self.optimizer.step()
         return loss.detach()
 
-    def read(self) -> Progress:
+    def read(self) -> Reading:
         """What came since the last reading. Waits for the device."""
         loss, rows, step, failed_loss = self.record.tolist()
         self.record[:2] = 0
-        return Progress(loss, int(rows), int(step) or None, failed_loss)
+        return Reading(loss, int(rows), int(step) or None, failed_loss)
 
 
 class CapturedStep:
@@ -116,14 +117,15 @@ class CapturedStep:
             self._stream = self._stream or torch.cuda.Stream()  # one for all: libraries keep a workspace a stream
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*capturable=True")  # so it is, but for these calls
                 for _ in range(WARM_UP_CALLS):
                     run()
             current.wait_stream(self._stream)
             self.step.record.copy_(record)
             graph = torch.cuda.CUDAGraph()
-            # The thread that prepares batches may pin memory meanwhile, which breaks a capture in any other mode.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # The thread that prepares batches may pin memory meanwhile, which breaks a capture in the default mode.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 loss = run()
         self._pool = graph.pool()
 

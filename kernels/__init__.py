@@ -1,8 +1,9 @@
 """The project's numerical ops, and the one rule that decides what runs them.
 
-Each op has a plain PyTorch form in `reference`, its specification, a Triton form, and most a host form for CPUs.
-`backend="auto"` takes Triton for CUDA tensors and the host forms elsewhere; the environment variable
-IISAN_FAST_BACKEND decides in its place.
+The side network, the loss and the target rank have a plain PyTorch form in `reference`, their specification, and a
+Triton form; the side network and the rank a host form for CPUs too, where the loss is the reference's. `fold` is a
+plain product with a host form. `backend="auto"` takes Triton for CUDA tensors and the host forms elsewhere; the
+environment variable IISAN_FAST_BACKEND decides in its place.
 """
 
 if __name__ == "iisan_fast.kernels":

@@ -42,9 +42,9 @@ def side_towers(
     Args: states: one or two views, tables [M, K, D] read by row; towers: their parameters, shaped as
     `reference.side_tower` says; activation "relu" or "gelu". By Triton, tables of bf16 or fp16 are multiplied in their
     dtype and added up in fp32; fp32 as torch.set_float32_matmul_precision says. Elsewhere all is computed in the
-    weights' dtype, or in `operands` on the host. Returns [N, D] a tower, or [N, d] by projections [d, D], one a tower;
-    in the weights' dtype, differentiable in the parameters and in views read in order. Raises ValueError for bad
-    arguments.
+    weights' dtype, or in `operands` on the host, which alone takes them. Returns [N, D] a tower, or [N, d] by
+    projections [d, D], one a tower; in the weights' dtype, differentiable in the parameters and in views read in order.
+    Raises ValueError for bad arguments.
     """
     check_towers(states, towers, activation, projections)
     tensors = [view.table for view in states] + [towers[0].down_weight]
@@ -62,9 +62,12 @@ def side_towers(
 
 
 def fold(first: Tensor, second: Tensor, backend: str = "auto") -> Tensor:
-    """The product of two weights [d, H] and [H, D] that follow one another, by either backend; differentiable once."""
+    """The product of two weights [d, H] and [H, D] that follow one another: [d, D]; on the host differentiable once.
+
+    A plain product but for the host form. Raises ValueError where they do not fit together.
+    """
     if first.dim() != 2 or second.dim() != 2 or first.shape[1] != second.shape[0]:
-        raise ValueError(f"second: expected [{first.shape[-1]}, D], found {list(second.shape)}")
+        raise ValueError(f"second: expected [H, D] after [d, H] {list(first.shape)}, found {list(second.shape)}")
     chosen, _ = _choice("fold", backend, [first, second])
     return side_network_host.fold(first, second) if chosen == "host" else first @ second
 

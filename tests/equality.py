@@ -20,7 +20,7 @@ from reference_step import ReferenceSettings, reference_loss
 from torch import Tensor
 
 from iisan_fast import kernels
-from iisan_fast.batches import Batch, make_batch
+from iisan_fast.batches import Batch, Shape, make_batch
 from iisan_fast.bench.dense import DenseTrainer
 from iisan_fast.config import ModelConfig
 from iisan_fast.feature_table import FeatureTable, PinnedTable, load_table
@@ -174,8 +174,10 @@ def from_captured(step: Step) -> Result:
     taken = TrainingStep(model, dict.fromkeys(model.parameter_groups(), 0.0), device)
     captured = CapturedStep(taken)
     batch = make_batch(step.sequences, step.users, step.step)
-    shape = batch.shape.padded(len(step.users), step.sequences.max_inputs)
-    others = make_batch(step.sequences, step.users[::-1].copy(), step.step + 1)
+    strangers = np.setdiff1d(np.arange(len(step.sequences.user_ids)), step.users)[: len(step.users)]
+    others = make_batch(step.sequences, strangers if len(strangers) else step.users[:1], step.step + 1)
+    sizes = Shape(*map(max, batch.shape, others.shape))
+    shape = sizes.padded(len(step.users), step.sequences.max_inputs)
     for each in (others, batch):
         moved = each.padded(shape).to(device)
         loss = captured(moved, table.states(moved.distinct))

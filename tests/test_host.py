@@ -76,5 +76,5 @@ def test_fold_is_the_product_and_its_gradients_are_right(columns, backend):
 
 
 def test_fold_refuses_what_cannot_be_multiplied():
-    with pytest.raises(ValueError, match=r"second: expected \[5, D\], found \[4, 2\]"):
+    with pytest.raises(ValueError, match=r"second: expected \[H, D\] after \[d, H\] \[3, 5\], found \[4, 2\]"):
         kernels.fold(torch.ones(3, 5), torch.ones(4, 2))

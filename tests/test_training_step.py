@@ -21,7 +21,7 @@ from iisan_fast.kernels import States
 from iisan_fast.loader import Prepared, prepared
 from iisan_fast.recommender import Recommender
 from iisan_fast.sequences import Sequences
-from iisan_fast.training_step import CapturedStep, Progress, TrainingStep
+from iisan_fast.training_step import CapturedStep, Reading, TrainingStep
 
 CPU = torch.device("cpu")
 USERS, ITEMS, BATCH_USERS = 90, 160, 20
@@ -125,7 +125,7 @@ def test_the_first_failing_step_is_the_one_that_is_told(monkeypatch):
     assert (first.failed_step, first.failed_loss) == (2, -INF)
     for each in batches(sequences, table)[3:]:
         step(each.batch, each.states)
-    assert step.read() == Progress(0.0, 0, 2, -INF)  # told again, nothing more added up
+    assert step.read() == Reading(0.0, 0, 2, -INF)  # told again, nothing more added up
 
 
 # The sums
@@ -135,7 +135,7 @@ def test_the_first_failing_step_is_the_one_that_is_told(monkeypatch):
 def test_the_sums_are_those_of_the_steps_since_the_last_reading(padded):
     sequences, table = make_data()
     step = make_step(sequences, table)
-    assert step.read() == Progress(0.0, 0, None, 0.0)
+    assert step.read() == Reading(0.0, 0, None, 0.0)
     for part in (slice(0, 3), slice(3, 4), slice(4, 5)):
         total, rows = 0.0, 0
         for each in batches(sequences, table, padded=padded)[part]:

@@ -38,8 +38,8 @@ NOTES = {
     "dense": "as the released research code evaluates: every item through the towers and the heads' maps one after the "
     "other, user states over all slots, padding too, scores of the whole catalogue, then user by user: history masked, "
     "torch.argsort, and the target's rank as the sum of all ranks times its one-hot label; history masked alone",
-    "fast": "iisan-fast evaluate: heads folded into one map, packed histories, ranks by counting; history masked and "
-    "unmasked at once, warm and cold targets apart",
+    "fast": "as iisan-fast train validates: heads folded into one map, packed histories, ranks by counting; history "
+    "masked and unmasked at once, warm and cold targets apart",
     "both": "random states of bf16 numbers, held as fp32 on CUDA, where both then compute in fp32; first weights",
     "ranking": "from given item vectors and user states",
     "evaluation": "item vectors, user states, ranks and metrics",

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import demo
+from .. import demo, process
 from ..backbones import Backbone, Inputs, load_backbone
 from ..config import ViewConfig
 from ..errors import InputError
@@ -209,9 +209,9 @@ def measure(work: Work, caches: dict[str, Path], rounds: int) -> dict[str, list[
         for _ in range(rounds):
             for form, cache in caches.items():
                 shutil.rmtree(cache, ignore_errors=True)
-                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=process.prepare) as pool:
                     try:
-                        runs[form].append(process.submit(run_once, form, work, cache).result())
+                        runs[form].append(pool.submit(run_once, form, work, cache).result())
                     except BrokenProcessPool:
                         raise InputError(
                             f"the process of form {form!r} ended early; it may have lacked memory"

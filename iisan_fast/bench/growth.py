@@ -6,6 +6,7 @@ random and repeat every 20,000 items: what is measured does not depend on their 
 
 from __future__ import annotations
 
+import io
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..config import EvaluationConfig, RunConfig, TrainConfig
 from ..evaluate import evaluate
 from ..feature_table import FeatureTable
+from ..files import write_atomically
 from ..progress import progress_bar
 from ..sequences import Sequences
 from ..trainer import Trainer, deterministic
@@ -54,7 +56,8 @@ def benchmark(settings: GrowthSettings, device: torch.device) -> dict[str, Any]:
             for users in settings.batch_users:
                 rows.append({"items": items, "batch_users": users, **measure(sequences, table, users, device)})
                 advance(1, f"{items:,} items, {users:,} users a batch")
-    return {**origin("synthetic", device), "settings": asdict(settings), "rows": rows}
+    notes = {"epoch_s": "one epoch's steps, after some to warm up", "evaluation_s": "one evaluation of all users"}
+    return {**origin("synthetic", device), "settings": asdict(settings), "notes": notes, "rows": rows}
 
 
 def histories(items: int, users: int) -> Sequences:
@@ -88,11 +91,13 @@ def measure(sequences: Sequences, table: FeatureTable, users: int, device: torch
     config = RunConfig("", "", ("first", "second"), train=TrainConfig(batch_users=users))
     trainer = Trainer(config, sequences, table, device)
     trainer.model.train()
-    for _, prepared in zip(range(WARM_UP_STEPS), trainer.batches(0)):
-        trainer.take(prepared)
+    for done, batch in enumerate(trainer.batches(0), start=1):
+        trainer.take(batch)
+        if done == WARM_UP_STEPS and device.type != "cuda":  # on CUDA a whole epoch: shapes are captured as they come
+            break
     started = now(device)
-    for prepared in trainer.batches(1):
-        trainer.take(prepared)
+    for batch in trainer.batches(1):
+        trainer.take(batch)
     epoch = now(device) - started
     trainer.model.eval()
     started = now(device)
@@ -140,5 +145,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.legend(fontsize=8)
     shape = f"2 views of {settings['layers']} layers of {settings['width']}"
     figure.suptitle(f"IISAN, {shape}; {environment['device']}, {environment['threads']} threads", fontsize=10)
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
     pyplot.close(figure)
+    write_atomically(path, drawn.getvalue())

@@ -30,6 +30,7 @@ from ..errors import InputError
 from ..feature_table import FeatureTable
 from ..hidden_states import Store, content_digest
 from ..progress import progress_bar
+from ..recommender import build_recommender
 from ..sequences import Dataset, Sequences, load_dataset
 from ..trainer import Trainer, deterministic, train
 from .dense import DenseTrainer
@@ -43,14 +44,15 @@ WARM_UP_STEPS = 3
 FP32_TOLERANCE = 1e-4  # relative, of a loss
 NOTES = {
     "dense": "padded slots, every slot encoded, the kept layers alone, heads one map after the other, a loop over "
-    "users in the loss, fp32 features in memory, PyTorch's Adam",
+    "users and positions in the loss, fp32 features in memory, PyTorch's Adam; its dropout is hashed as the fast "
+    "path's, so that the losses can be compared",
     "float32": "iisan-fast train --precision float32",
     "bfloat16": "iisan-fast train --precision bfloat16",
     "reference ops": "the fast path with every op by its specification (IISAN_FAST_BACKEND=torch), float32",
     "eager": "the fast path without CUDA graphs, bfloat16",
     "step": "one step by the wall clock, its batch prepared ahead where the form does so; the forms take turns",
-    "epoch": "all steps of an epoch after the warm-up, in a process of its own; its peak is the largest sum of "
-    "proportional set sizes, the features and the imports included",
+    "epoch": "all steps of an epoch after some to warm up (on CUDA an epoch of them), in a process of its own; its "
+    "peak is the largest sum of proportional set sizes, the features and the imports included",
     "run": "iisan-fast train: one epoch, validation and test, from a store of the same states",
 }
 
@@ -100,7 +102,7 @@ def benchmark(dataset: Path | None, settings: TrainSettings, device: torch.devic
     if settings.users > len(sequences.user_ids):
         raise InputError(f"--users {settings.users}: expected at most {len(sequences.user_ids)}, the users of {name}")
     forms = {form: how for form, how in FORMS.items() if device.type == "cuda" or not how.needs_cuda}
-    with on(device), deterministic():
+    with on(device):
         rows = side_by_side(forms, sequences, settings, device)
     alone: dict[str, dict[str, Any]] = {}
     run: Any = NOT_MEASURED
@@ -160,7 +162,8 @@ def make_step(
     """What takes one step after the other, epoch after epoch, from the first weights on."""
     config = run_config(form, settings)
     if form.precision is None:
-        model = Trainer(config, sequences, FeatureTable(tuple(tables)), torch.device("cpu")).model.to(device).train()
+        shapes = FeatureTable(tuple(tables)).shapes
+        model = build_recommender(shapes, config, sequences.popularity).to(device).train()
         rates = config.train.learning_rates
         dense = DenseTrainer(model, [table.float().to(device) for table in tables], sequences, rates, settings.seed)
         users = dense_batches(sequences, config.train)
@@ -174,26 +177,28 @@ def make_step(
     batches = (prepared for epoch in range(config.train.max_epochs) for prepared in trainer.batches(epoch))
 
     def step() -> Tensor:
-        with backend(form.backend):
+        with backend(form.backend), deterministic():
             return trainer.take(next(batches))
 
     return step
 
 
 def epoch(name: str, sequences: Sequences, settings: TrainSettings, device: torch.device) -> dict[str, Any]:
-    """One form's steps of an epoch in this process, and the memory it took."""
-    with on(device), deterministic(), PeakMemory() as memory:
+    """One form's steps of an epoch in this process, and the memory it took; making the states is not counted."""
+    count = steps_per_epoch(sequences, settings.users)
+    with on(device):
         step = make_step(FORMS[name], sequences, random_states(sequences, settings), settings, device)
         gc.collect()
-        timed(step, WARM_UP_STEPS, device)
-        count = steps_per_epoch(sequences, settings.users)
-        started = time.perf_counter()
-        for _ in range(count):
-            step()
-        synchronise(device)
-        seconds = time.perf_counter() - started
+        with PeakMemory() as memory:
+            # On CUDA a whole epoch, so that nearly all shapes have been captured.
+            timed(step, count if device.type == "cuda" else WARM_UP_STEPS, device)
+            started = time.perf_counter()
+            for _ in range(count):
+                step()
+            synchronise(device)
+            seconds = time.perf_counter() - started
     cuda = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else NOT_MEASURED
-    return {"epoch_s": seconds, "peak_pss_bytes": memory.bytes, "peak_cuda_bytes": cuda}
+    return {"epoch_s": seconds, "peak_pss_bytes": memory.bytes or NOT_MEASURED, "peak_cuda_bytes": cuda}
 
 
 def whole_run(dataset: Dataset, settings: TrainSettings, device: torch.device) -> dict[str, Any]:
@@ -208,7 +213,7 @@ def whole_run(dataset: Dataset, settings: TrainSettings, device: torch.device) -
         started = time.perf_counter()
         with PeakMemory() as memory:
             train(config, out, device)
-        return {"seconds": time.perf_counter() - started, "peak_pss_bytes": memory.bytes}
+        return {"seconds": time.perf_counter() - started, "peak_pss_bytes": memory.bytes or NOT_MEASURED}
 
 
 def fill_store(dataset: Dataset, settings: TrainSettings, cache: Path) -> None:
