@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from ..errors import InputError
 from .options import FOLDER, device_option, json_option, out_option, torch_device, writable_file
-from .output import print_json, print_table, write_result
+from .output import command_line, print_result
 
 SIZE = click.IntRange(min=1)
 
@@ -45,21 +44,11 @@ def growth(
         raise InputError("--plot: needs matplotlib; pip install 'iisan-fast[bench]'")
     lists = {"items": tuple(sorted(set(items))), "batch_users": tuple(sorted(set(batch_users)))}
     settings = growth.GrowthSettings(**{name: value for name, value in lists.items() if value}, **values)
-    result = {"command": _command(asdict(settings)), **growth.benchmark(settings, torch_device(device))}
-    write_result(out, result)
+    result = growth.benchmark(settings, torch_device(device))
+    result = {"command": command_line("growth", None, asdict(settings)), **result}
     if plot is not None:
         growth.draw(result, plot)
-    if as_json:
-        print_json(result)
-    else:
-        print_table(_table(result))
-
-
-def _command(settings: dict[str, Any]) -> str:
-    words = ["iisan-fast", "bench", "growth"]
-    for name, value in settings.items():
-        words += [f"--{name.replace('_', '-')}={each}" for each in (value if isinstance(value, tuple) else [value])]
-    return shlex.join(words)
+    print_result(result, out, as_json, _table)
 
 
 def _table(result: dict[str, Any]) -> Table:

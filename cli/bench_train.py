@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .options import FOLDER, device_option, json_option, out_option, torch_device
-from .output import mebibytes, print_json, print_table, write_result
+from .output import command_line, mebibytes, print_result
 
 SIZE = click.IntRange(min=1)
 
@@ -38,19 +37,8 @@ def train(dataset: Path | None, out: Path | None, device: str, as_json: bool, **
 
     settings = TrainSettings(**values)
     result = benchmark(dataset, settings, torch_device(device))
-    result = {"command": _command(dataset, result["settings"]), **result}
-    write_result(out, result)
-    if as_json:
-        print_json(result)
-    else:
-        print_table(_table(result))
-
-
-def _command(dataset: Path | None, settings: dict[str, Any]) -> str:
-    """How to get these figures again, the dataset's folder left out."""
-    words = ["iisan-fast", "bench", "train"] + (["DATASET"] if dataset else [])
-    words += [f"--{name}={value}" for name, value in settings.items() if name != "epochs"]
-    return shlex.join(words + ([] if settings["epochs"] else ["--no-epochs"]))
+    result = {"command": command_line("train", dataset, result["settings"]), **result}
+    print_result(result, out, as_json, _table)
 
 
 def _table(result: dict[str, Any]) -> Table:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,29 @@ def write_result(out: Path | None, value: Any) -> None:
     """The same as a file, where one was asked for."""
     if out is not None:
         write_atomically(out, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def print_result(
+    result: dict[str, Any], out: Path | None, as_json: bool, table: Callable[[dict[str, Any]], Table]
+) -> None:
+    """A benchmark's result: into its file, then as JSON or as a table."""
+    write_result(out, result)
+    if as_json:
+        print_json(result)
+    else:
+        print_table(table(result))
+
+
+def command_line(name: str, dataset: Path | None, settings: dict[str, Any]) -> str:
+    """How to get a benchmark's figures again, the dataset's folder left out."""
+    words = ["iisan-fast", "bench", name] + (["DATASET"] if dataset else [])
+    for setting, value in settings.items():
+        option = setting.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            words += [f"--{option}={each}" for each in (value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
 
 
 def mebibytes(figure: int | str) -> str:

@@ -415,6 +415,6 @@ def _clear_errors(encoder: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:
+    except Exception as error:  # remote code, damaged weights and unfit settings raise anything
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{encoder}: cannot be used as an encoder ({type(error).__name__}: {reason})") from error

@@ -7,6 +7,7 @@ memory-mapped file, and a batch's rows are gathered ahead of the step. The numbe
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class FeatureTable:
         """Gives back what is open."""
 
 
-class GatheredTable:
+class GatheredTable(ABC):
     """A table that the device does not hold: rows are copied there as they are asked for."""
 
     index_device = torch.device("cpu")
@@ -82,11 +83,13 @@ class GatheredTable:
         """The rows on the device, in the order asked for."""
         return [States(rows.to(self.device, non_blocking=True)) for rows in self.gather(items)]
 
+    @abstractmethod
     def close(self) -> None:
         """Gives back what is open."""
 
+    @abstractmethod
     def _read(self, view: int, items: Tensor, into: Tensor) -> None:
-        raise NotImplementedError
+        """Fills into [N, K, D] with rows of a view."""
 
 
 class PinnedTable(GatheredTable):
@@ -96,6 +99,9 @@ class PinnedTable(GatheredTable):
         shapes = [(view.shape[1], view.shape[2]) for view in views]
         super().__init__(shapes, [view.dtype for view in views], len(views[0]), device)
         self.views = views
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def _read(self, view: int, items: Tensor, into: Tensor) -> None:
         torch.index_select(self.views[view], 0, items, out=into)

@@ -16,6 +16,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is made: they then run on CPU tensors
 
+from iisan_fast.config import ModelConfig, RunConfig, TrainConfig
 from iisan_fast.feature_table import FeatureTable
 from iisan_fast.hidden_states import Store, content_digest
 from iisan_fast.sequences import Sequences, load_dataset
@@ -90,6 +91,14 @@ def write_dataset_folder(root: Path, sequences: Sequences) -> Path:
     )
     (root / "users.tsv").write_text("".join(lines))
     return root
+
+
+@pytest.fixture
+def toy_config(toy_run) -> RunConfig:
+    """A small model on the toy run."""
+    dataset, cache = toy_run
+    model, train = ModelConfig(embedding_dim=16, bottleneck=8), TrainConfig(batch_users=16, max_epochs=2)
+    return RunConfig(str(dataset), str(cache), ("image", "title"), model=model, train=train)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,7 @@ from test_cli import iisan_fast, refused
 from iisan_fast.bench import evaluate as bench
 from iisan_fast.bench.dense import DenseModel
 from iisan_fast.bench.evaluate import Evaluated, EvaluateSettings
-from iisan_fast.bench.machine import demo_sequences
-from iisan_fast.bench.train import NOT_MEASURED
+from iisan_fast.bench.machine import NOT_MEASURED, demo_sequences
 from iisan_fast.config import EvaluationConfig
 from iisan_fast.errors import InputError
 from iisan_fast.evaluate import metrics, target_ranks

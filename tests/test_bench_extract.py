@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -13,7 +14,8 @@ from test_cli import iisan_fast, refused
 
 from iisan_fast import demo
 from iisan_fast.bench import extract as bench
-from iisan_fast.bench.extract import NOT_MEASURED, ExtractSettings, Measured
+from iisan_fast.bench.extract import ExtractSettings, Measured
+from iisan_fast.bench.machine import NOT_MEASURED
 from iisan_fast.bench.memory import PeakMemory, descendants, proportional_set_size
 from iisan_fast.errors import InputError
 from iisan_fast.sequences import load_dataset
@@ -77,11 +79,11 @@ def test_memory_counts_the_process_and_what_it_started():
     with PeakMemory() as memory:
         with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
             process.stdout.readline()
-            assert process.pid in descendants(bench.multiprocessing.current_process().pid)
+            assert process.pid in descendants(os.getpid())
             alone = proportional_set_size(process.pid)
             memory._look()
             process.kill()
-        without = proportional_set_size(bench.multiprocessing.current_process().pid)
+        without = proportional_set_size(os.getpid())
     assert alone >= 64 << 20
     assert memory.bytes >= without + (60 << 20)
 

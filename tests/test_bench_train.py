@@ -9,7 +9,8 @@ import torch
 from conftest import make_sequences, write_dataset_folder
 
 from iisan_fast.bench import growth, train
-from iisan_fast.bench.train import FORMS, NOT_MEASURED, TrainSettings
+from iisan_fast.bench.machine import NOT_MEASURED
+from iisan_fast.bench.train import FORMS, TrainSettings
 from iisan_fast.cli import main
 from iisan_fast.errors import InputError
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from iisan_fast import feature_table
 from iisan_fast.checkpoint import load_checkpoint
-from iisan_fast.config import ModelConfig, RunConfig, TrainConfig
 from iisan_fast.errors import InputError
 from iisan_fast.feature_table import FeatureTable, MappedTable, PinnedTable, Table, free_memory, load_table
 from iisan_fast.hidden_states import Store
@@ -285,27 +284,15 @@ def untimed(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 
 
-@pytest.fixture
-def config(toy_run) -> RunConfig:
-    dataset, cache = toy_run
-    return RunConfig(
-        str(dataset),
-        str(cache),
-        ("image", "title"),
-        model=ModelConfig(embedding_dim=16, bottleneck=8),
-        train=TrainConfig(batch_users=16, max_epochs=2),
-    )
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_training_is_the_same_wherever_the_table_lies(tmp_path, config, precision, caplog):
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
+def test_training_is_the_same_wherever_the_table_lies(tmp_path, toy_config, precision, caplog):
+    toy_config = dataclasses.replace(toy_config, train=dataclasses.replace(toy_config.train, precision=precision))
     homes = {"device": "on cpu", "pinned": "in host memory, rows gathered ahead", "mapped": "in the store's file"}
     runs, results = {}, []
     for placement, home in homes.items():
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="iisan_fast"):
-            results.append(train(config, tmp_path / placement, CPU, placement=placement))
+            results.append(train(toy_config, tmp_path / placement, CPU, placement=placement))
         assert f"feature table: 0 MiB, {home} (" in caplog.text
         runs[placement] = untimed(tmp_path / placement)
     assert len(runs["device"]) == 2 and runs["device"] == runs["pinned"] == runs["mapped"]
@@ -318,7 +305,7 @@ def test_training_is_the_same_wherever_the_table_lies(tmp_path, config, precisio
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_mapped_table_is_closed_at_the_end_of_training_when_nothing_reads_it(
-    tmp_path, config, fails, closed, monkeypatch
+    tmp_path, toy_config, fails, closed, monkeypatch
 ):
     """Reading a closed store's memory would kill the process."""
     order, left, close, read_rows, take = [], [], MappedTable.close, MappedTable._read, Trainer.take
@@ -345,9 +332,9 @@ def test_a_mapped_table_is_closed_at_the_end_of_training_when_nothing_reads_it(
         monkeypatch.setattr(target, name, replacement)
     if fails:
         with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "run", CPU, placement="mapped")
+            train(toy_config, tmp_path / "run", CPU, placement="mapped")
     else:
-        train(config, tmp_path / "run", CPU, placement="mapped")
+        train(toy_config, tmp_path / "run", CPU, placement="mapped")
     assert order.count("closed") == 1 and order[-1] == "closed" and len(order) > 4
     assert not left
-    assert closed[-1] == Path(config.cache)
+    assert closed[-1] == Path(toy_config.cache)

@@ -98,9 +98,14 @@ def test_a_check_reads_nothing_and_finds_what_reading_would(tmp_path, monkeypatc
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_check_knows_the_size_of_every_dtype(tmp_path, dtype):
     with Store(tmp_path / "c", writable=True) as store:
-        store.add_views({"v": view_description(2, 4, dtype=dtype)})
-        store.write("v", ["a"], [b"0" * 16], torch.randn(1, 2, 4).to(getattr(torch, dtype)))
+        store.add_views({"v": view_description(2, 4, dtype=dtype), "deeper": view_description(3, 4, dtype=dtype)})
+        states = torch.randn(1, 2, 4).to(getattr(torch, dtype))
+        for name in ("v", "deeper"):
+            store.write(name, ["a"], [b"0" * 16], states)
         store.check("v", ["a"])
+        size = 4 * states.element_size()
+        with pytest.raises(InputError, match=f"expected {3 * size} bytes of states, found {2 * size}"):
+            store.check("deeper", ["a"])
 
 
 @pytest.mark.parametrize("call", ["read", "check", "digests"])

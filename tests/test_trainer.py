@@ -23,20 +23,13 @@ CPU = torch.device("cpu")
 FAST = {"adapters": 1e-2, "gates": 1e-2, "heads": 1e-2, "sequence_encoder": 1e-2}
 
 
-@pytest.fixture
-def config(toy_run) -> RunConfig:
-    dataset, cache = toy_run
-    return RunConfig(
-        str(dataset),
-        str(cache),
-        ("image", "title"),
-        model=ModelConfig(embedding_dim=16, bottleneck=8),
-        train=TrainConfig(batch_users=16, max_epochs=4, learning_rates=FAST),
-    )
-
-
 def with_train(config: RunConfig, **changes) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+@pytest.fixture
+def config(toy_config) -> RunConfig:
+    return with_train(toy_config, max_epochs=4, learning_rates=FAST)
 
 
 def lines(run: Path) -> list[dict]:

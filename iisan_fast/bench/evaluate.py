@@ -24,9 +24,9 @@ from ..progress import progress_bar
 from ..recommender import Recommender, build_recommender
 from ..sequences import Sequences, Split
 from .dense import DenseModel
-from .machine import named_sequences, on, origin
+from .machine import NOT_MEASURED, QUANTILES, in_a_process, named_sequences, on, origin, synchronise
 from .memory import PeakMemory
-from .train import NOT_MEASURED, QUANTILES, VIEWS, TrainSettings, in_a_process, random_states, synchronise
+from .train import VIEWS, TrainSettings, random_states
 
 K = 10
 ITEMS_AT_ONCE, USERS_AT_ONCE = 512, 1024  # of the dense form

@@ -6,12 +6,9 @@ turns. Each goes from an empty cache to a full one: it loads the encoder, checks
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import demo, process
+from .. import demo
 from ..backbones import Backbone, Inputs, load_backbone
 from ..config import ViewConfig
 from ..errors import InputError
@@ -31,11 +28,9 @@ from ..items import ImageFolder, ImageLmdb, open_images
 from ..progress import progress_bar
 from ..sequences import Dataset, Sequences, load_dataset
 from ..workers import worker_count
-from .machine import on, origin
+from .machine import NOT_MEASURED, QUANTILES, in_a_process, on, origin
 from .memory import PeakMemory
 
-NOT_MEASURED = "not measured"
-QUANTILES = (0.2, 0.5, 0.8)
 NOTES = {
     "plain": "catalogue order, texts padded to max_tokens, images read one after the other in the main process, a "
     "transaction a batch",
@@ -209,13 +204,7 @@ def measure(work: Work, caches: dict[str, Path], rounds: int) -> dict[str, list[
         for _ in range(rounds):
             for form, cache in caches.items():
                 shutil.rmtree(cache, ignore_errors=True)
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=process.prepare) as pool:
-                    try:
-                        runs[form].append(pool.submit(run_once, form, work, cache).result())
-                    except BrokenProcessPool:
-                        raise InputError(
-                            f"the process of form {form!r} ended early; it may have lacked memory"
-                        ) from None
+                runs[form].append(in_a_process(run_once, form, work, cache))
                 advance(1, form)
     return runs
 

@@ -23,7 +23,7 @@ from ..files import write_atomically
 from ..progress import progress_bar
 from ..sequences import Sequences
 from ..trainer import Trainer, deterministic
-from .machine import on, origin
+from .machine import on, origin, synchronise
 
 BLOCK = 20_000  # items whose states differ
 SHORTEST, LONGEST = 5, 13  # histories
@@ -109,8 +109,7 @@ def measure(sequences: Sequences, table: FeatureTable, users: int, device: torch
 
 def now(device: torch.device) -> float:
     """The time, once the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronise(device)
     return time.perf_counter()
 
 

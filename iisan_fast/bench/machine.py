@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -12,12 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import process
 from ..config import ProtocolConfig
+from ..errors import InputError
 from ..run_folder import environment
 from ..sequences import Sequences, load_dataset
 
 LIBRARIES = ("triton", "liger-kernel", "cut-cross-entropy")
-NOT_INSTALLED = "not installed"
+NOT_INSTALLED, NOT_MEASURED = "not installed", "not measured"
+QUANTILES = (0.2, 0.5, 0.8)
 
 
 def named_sequences(dataset: Path | None) -> tuple[str, Sequences]:
@@ -92,3 +98,20 @@ def count_launches(call: Callable[[], Any]) -> int | None:
         )
         or None
     )
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for a CUDA device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function's result, found in a process of its own. Raises what it raises, and InputError where it dies."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=process.prepare) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise InputError(
+                f"the process that measures {function.__name__} ended early; it may have lacked memory"
+            ) from None

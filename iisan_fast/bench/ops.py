@@ -29,7 +29,7 @@ from ..progress import progress_bar
 from ..sequences import Sequences
 from ..side_network import SideNetwork
 from .floors import Cost, device_rates, loss_costs, rank_costs, side_network_costs
-from .machine import NOT_INSTALLED, count_launches, on, origin
+from .machine import NOT_INSTALLED, QUANTILES, count_launches, on, origin
 from .settings import USERS, KernelSettings
 
 NOTES = {
@@ -39,7 +39,6 @@ NOTES = {
     "target-rank-float32": "as evaluation ranks; no floor, since those of the others count bf16 products",
 }
 MEASURED, NEEDS_CUDA = "measured", "not measured (needs CUDA)"
-QUANTILES = (0.2, 0.5, 0.8)
 WARM_UP_CALLS = 3
 CUDA_WARM_UP_MS, CUDA_MS = 25, 200  # of a row
 CPU_SECONDS = 0.2  # of a row, and at least three calls

@@ -7,12 +7,9 @@ whole epochs, and their memory, are measured in a process each.
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import kernels, process
+from .. import kernels
 from ..batches import epoch_batches, steps_per_epoch
 from ..config import ModelConfig, RunConfig, TrainConfig
 from ..errors import InputError
@@ -34,12 +31,10 @@ from ..recommender import build_recommender
 from ..sequences import Dataset, Sequences, load_dataset
 from ..trainer import Trainer, deterministic, train
 from .dense import DenseTrainer
-from .machine import count_launches, named_sequences, on, origin
+from .machine import NOT_MEASURED, QUANTILES, count_launches, in_a_process, named_sequences, on, origin, synchronise
 from .memory import PeakMemory
 
-NOT_MEASURED = "not measured"
 VIEWS = ("first", "second")
-QUANTILES = (0.2, 0.5, 0.8)
 WARM_UP_STEPS = 3
 FP32_TOLERANCE = 1e-4  # relative, of a loss
 NOTES = {
@@ -228,17 +223,6 @@ def fill_store(dataset: Dataset, settings: TrainSettings, cache: Path) -> None:
             store.write(name, item_ids, digests, table[1:])
 
 
-def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """A function's result, found in a process of its own. Raises what it raises, and InputError where it dies."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=process.prepare) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            raise InputError(
-                f"the process that measures {function.__name__} ended early; it may have lacked memory"
-            ) from None
-
-
 def run_config(form: Form, settings: TrainSettings) -> RunConfig:
     """IISAN at its published sizes."""
     train_config = TrainConfig(
@@ -291,12 +275,6 @@ def timed(step: Step, count: int, device: torch.device) -> list[float]:
         step()
         times.append(1000 * (time.perf_counter() - started))
     return times
-
-
-def synchronise(device: torch.device) -> None:
-    """Waits for a CUDA device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
