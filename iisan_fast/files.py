@@ -1,9 +1,12 @@
-"""Files that are either whole or absent, and databases that turn out not to be whole."""
+"""Files and folders that are either whole or absent, and databases that turn out not to be whole."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,23 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes `path` if all goes well, or vanishes. Raises InputError if that exists."""
+    if os.path.lexists(path):
+        raise InputError(f"{path}: exists already; remove it or choose another folder")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: expected a new folder in one that exists; make {path.parent} first")
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary)
         raise
 
 

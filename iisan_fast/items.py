@@ -86,13 +86,28 @@ def open_images(root: Path) -> ImageFolder | ImageLmdb:
     return ImageLmdb(databases[0]) if databases else ImageFolder(folder)
 
 
+def list_images(path: Path) -> dict[str, str]:
+    """{item id: file name} from one pass over a folder of maybe millions. Raises InputError for two of one item."""
+    names: dict[str, str] = {}
+    with os.scandir(path) as entries:
+        for entry in entries:
+            item_id, suffix = os.path.splitext(entry.name)
+            if suffix.lower() not in IMAGE_SUFFIXES or not entry.is_file():
+                continue
+            other = names.setdefault(item_id, entry.name)
+            if other != entry.name:
+                both = " and ".join(sorted((other, entry.name)))
+                raise InputError(f"{path}: two images of item {item_id!r}: {both}; keep one")
+    return names
+
+
 class ImageFolder:
     """Images as files <item_id>.{jpg,jpeg,png,webp}, found by listing the folder once. Use as a context manager."""
 
     def __init__(self, path: Path) -> None:
         """Raises InputError where two files claim one item."""
         self.path = path
-        self._names = _list_images(path)
+        self._names = list_images(path)
 
     def __enter__(self) -> ImageFolder:
         return self
@@ -248,21 +263,6 @@ def _read_texts(path: Path, unescape: bool, known: Collection[str] | None = None
         lines[item_id] = line
         texts[item_id] = html.unescape(text) if unescape else text
     return texts
-
-
-def _list_images(path: Path) -> dict[str, str]:
-    """{item id: file name} from one pass over the folder, which may hold millions."""
-    names: dict[str, str] = {}
-    with os.scandir(path) as entries:
-        for entry in entries:
-            item_id, suffix = os.path.splitext(entry.name)
-            if suffix.lower() not in IMAGE_SUFFIXES or not entry.is_file():
-                continue
-            other = names.setdefault(item_id, entry.name)
-            if other != entry.name:
-                both = " and ".join(sorted((other, entry.name)))
-                raise InputError(f"{path}: two images of item {item_id!r}: {both}; keep one")
-    return names
 
 
 def _refuse_giant(width: int, height: int) -> None:

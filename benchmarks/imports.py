@@ -1,0 +1,92 @@
+"""Imports of synthetic CSV files, each in a process of its own: seconds and peak memory.
+
+    python benchmarks/imports.py [--interactions N …]
+
+Interactions stand in no order; a few popular items hold most of them. Figures go to benchmarks/results/import.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from iisan_fast.bench.memory import PeakMemory
+from iisan_fast.imports.flat import import_csv
+
+RESULT = Path(__file__).parent / "results" / "import.json"
+ITEMS = 200_000
+INTERACTIONS_A_USER = 10  # on average
+POPULARITY = 3.0  # an item's number is a uniform number to this power
+FIRST, LAST = 1_580_000_000_000, 1_680_000_000_000  # timestamps, in milliseconds
+PART = 1_000_000  # rows drawn at a time
+NOTES = {
+    "seconds": "one import, from the start of reading to the finished folder",
+    "peak": "the largest sum of proportional set sizes, Python, numpy and polars with its threads included",
+    "bytes_an_interaction": "what the peak lies above the process before the import, divided by the interactions",
+}
+
+
+def main() -> None:
+    from torch import device  # here, since the measured processes run this file too and need none of it
+
+    from iisan_fast.bench.machine import in_a_process, origin
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--interactions", type=int, nargs="+", default=[10_000_000])
+    sizes = parser.parse_args().interactions
+    found = origin("synthetic", device("cpu"))  # of the code as it starts: it may be another by the time this ends
+    rows = []
+    for interactions in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "interactions.csv"
+            write_interactions(source, interactions)
+            rows.append(in_a_process(measure, source))
+        print(json.dumps(rows[-1]))
+    words = ["python benchmarks/imports.py --interactions", *map(str, sizes)]
+    libraries = {"polars": pl.__version__, "polars_threads": pl.thread_pool_size()}
+    result = {"command": " ".join(words), **found, **libraries, "notes": NOTES, "rows": rows}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def write_interactions(path: Path, interactions: int) -> None:
+    """A CSV file with a header."""
+    generator = np.random.default_rng(0)
+    with path.open("wb") as file:
+        for start in range(0, interactions, PART):
+            count = min(PART, interactions - start)
+            part = {
+                "user": generator.integers(0, max(1, interactions // INTERACTIONS_A_USER), count),
+                "item": (ITEMS * generator.random(count) ** POPULARITY).astype(np.int64),
+                "timestamp": generator.integers(FIRST, LAST, count),
+            }
+            pl.DataFrame(part).write_csv(file, include_header=start == 0)
+
+
+def measure(source: Path) -> dict[str, Any]:
+    """Time and memory of one import beside its source."""
+    with PeakMemory() as before:
+        pass
+    started = time.perf_counter()
+    with PeakMemory() as peak:
+        imported = import_csv(source, source.with_name("dataset"))
+    seconds = time.perf_counter() - started
+    return {
+        "interactions": imported.interactions,
+        "users": imported.users,
+        "items": imported.items,
+        "source_bytes": source.stat().st_size,
+        "seconds": seconds,
+        "peak_pss_bytes": peak.bytes,
+        "bytes_an_interaction": (peak.bytes - before.bytes) / imported.interactions,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Other formats' interactions, titles and covers made into a dataset folder."""
