@@ -6,15 +6,12 @@ a final norm or before it, differs by family, so it is found out and recorded.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from logging import getLogger
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +20,13 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at top level it may want torchvision
-from transformers.utils import cached_file, logging
 
+from .attention import choose_attention
 from .config import ViewConfig
 from .digests import value_digest, weights_digest
 from .errors import InputError
+from .hidden_states import grouped_layers
+from .hugging_face import cached_or_fetched, clear_errors, model_dtype, model_folder, quiet, refuse_missing_weights
 
 Inputs = dict[str, Tensor]
 READS = {"input_ids": "text", "pixel_values": "image"}  # an encoder's main input tells what it reads
@@ -36,15 +35,15 @@ UNUSED_WEIGHTS = {"pooler", "head"}  # a checkpoint may lack what no hidden stat
 CLASS_TOKENS = ("cls_token", "class_embedding")
 
 
-def load_backbone(view: ViewConfig, device: torch.device | str = "cpu") -> Backbone:
-    """The view's encoder, frozen and ready on the device.
+def load_backbone(view: ViewConfig, device: torch.device | str = "cpu", attention: str = "auto") -> Backbone:
+    """The view's encoder, frozen and ready on the device. `attention` is one of config.ATTENTIONS.
 
     Raises InputError where the encoder cannot be found, lacks weights, reads something else than the view's source,
     or cannot give the view's layers and pooling.
     """
     reader = ImageBackbone if view.source == "image" else TextBackbone
-    with _quiet():
-        return reader(view, torch.device(device))
+    with quiet():
+        return reader(view, torch.device(device), attention)
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
@@ -58,16 +57,19 @@ class Backbone(ABC):
     kind: str  # "text" or "image"
     input_names: tuple[str, ...]  # what the encoder takes of what `prepare` gives
 
-    def __init__(self, view: ViewConfig, device: torch.device) -> None:
+    def __init__(self, view: ViewConfig, device: torch.device, attention: str) -> None:
         self.view, self.device = view, device
-        self.dtype = _dtype(view.encoder_dtype, device)
-        with _clear_errors(view.encoder):
+        self.dtype = model_dtype(view.encoder_dtype, device)
+        with clear_errors(view.encoder, "an encoder"):
             config = _load_config(view.encoder, self.kind)
-            self.processor = _cached_or_fetched(self._load_processor, view.encoder)
+            self.processor = cached_or_fetched(self._load_processor, view.encoder)
+            self._refuse_groups(config)
             self.processor_digest = value_digest(self._processor_content())
-            self.model = _load_model(view.encoder, config, self.kind, self.dtype)
+            self.attention = choose_attention(attention, _model_class(config), device, self.dtype)
+            self.model = _load_model(view.encoder, config, self.kind, self.dtype, self.attention)
             self.model.to(device).eval().requires_grad_(False)
             states, normalised = self._probe()
+        getLogger(__name__).info("%s: attention by %s", view.encoder, self.attention)
         self.final_state = "normalised" if normalised else "unnormalised"
         self._check_states(states)
         self.depth, self.width = len(states), states[0].shape[-1]
@@ -81,16 +83,21 @@ class Backbone(ABC):
     @torch.inference_mode()
     def encode(self, inputs: Inputs) -> Tensor:
         """Pooled states [N, kept layers K, width D] on the device, in the encoder's dtype."""
-        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
+        moved = self._moved(inputs)
         states = self._hidden_states(moved)
         return torch.stack([self._pool(states[layer], moved) for layer in self.layers], dim=1)
+
+    def final(self, inputs: Inputs) -> Tensor:
+        """The pooled final state [N, width D] (Hugging Face's `last_hidden_state`), which gradients flow through."""
+        moved = self._moved(inputs)
+        return self._pool(self.model(**self._taken(moved)).last_hidden_state, moved)
 
     def describe(self) -> dict[str, Any]:
         """What a store's manifest records, as plain JSON values."""
         return {
             "encoder": self.view.encoder,
             "model_type": self.model.config.model_type,
-            "weights": weights_digest(_folder(self.view.encoder)),
+            "weights": weights_digest(model_folder(self.view.encoder)),
             "processor": self.processor_digest,
             "pooling": self.pooling,
             "layers": list(self.layers),
@@ -103,9 +110,15 @@ class Backbone(ABC):
     def _error(self, message: str) -> InputError:
         return InputError(f"{self.view.encoder}: {message}")
 
+    def _moved(self, inputs: Inputs) -> Inputs:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
+
+    def _taken(self, inputs: Inputs) -> Inputs:
+        """What the encoder takes of its inputs."""
+        return {name: inputs[name] for name in self.input_names}
+
     def _hidden_states(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        used = {name: inputs[name] for name in self.input_names}
-        states = self.model(**used, output_hidden_states=True).hidden_states
+        states = self.model(**self._taken(inputs), output_hidden_states=True).hidden_states
         if states is None:
             raise self._error(f"{type(self.model).__name__} reports no hidden states")
         return states
@@ -131,7 +144,18 @@ class Backbone(ABC):
         if len(shapes) > 1 or len(shapes[0]) != 3:
             raise self._error(f"hidden states: expected one shape (items, tokens, width), found {shapes}")
 
+    def _refuse_groups(self, config: PretrainedConfig) -> None:
+        """Before anything large is loaded, more groups of blocks than the encoder has."""
+        own = getattr(config, f"{'vision' if self.kind == 'image' else 'text'}_config", config)
+        if self.view.layer_groups is not None and hasattr(own, "num_hidden_layers"):
+            try:
+                grouped_layers(own.num_hidden_layers, self.view.layer_groups)
+            except InputError as error:
+                raise self._error(str(error)) from None
+
     def _layers(self) -> tuple[int, ...]:
+        if self.view.layer_groups is not None:
+            return grouped_layers(self.depth - 1, self.view.layer_groups)
         layers = default_layers(self.depth) if self.view.layers is None else self.view.layers
         ordered = bool(layers) and all(a < b for a, b in zip(layers, layers[1:]))
         if not ordered or layers[0] < 0 or layers[-1] >= self.depth:
@@ -171,8 +195,8 @@ class TextBackbone(Backbone):
     kind = "text"
     input_names = ("input_ids", "attention_mask")
 
-    def __init__(self, view: ViewConfig, device: torch.device) -> None:
-        super().__init__(view, device)
+    def __init__(self, view: ViewConfig, device: torch.device, attention: str) -> None:
+        super().__init__(view, device, attention)
         least, most = self.processor.num_special_tokens_to_add() + 1, self._positions()
         if not least <= view.max_tokens <= most:
             raise self._error(f"max_tokens: expected {least} to {most}, found {view.max_tokens}")
@@ -183,6 +207,11 @@ class TextBackbone(Backbone):
         Raises InputError for a text that gives no token at all.
         """
         return self.pad(self.tokenize(contents))
+
+    @property
+    def padding_token(self) -> int:
+        """What texts are padded with. Some encoders count positions by it, so that it matters even where masked."""
+        return self.processor.pad_token_id or 0
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Each text's token numbers, at most max_tokens, special tokens included.
@@ -199,9 +228,8 @@ class TextBackbone(Backbone):
     def pad(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> Inputs:
         """input_ids and attention_mask, int64 [N, tokens], as wide as the longest of N token sequences."""
         ids = [torch.as_tensor(row, dtype=torch.int64) for row in tokens]
-        padding = self.processor.pad_token_id or 0
         return {
-            "input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=padding),
+            "input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.padding_token),
             "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
 
@@ -276,6 +304,23 @@ class ImageBackbone(Backbone):
         """`prepare` without the model, to be sent to other processes."""
         return functools.partial(pixel_values, self.processor)
 
+    def byte_form(self) -> ByteForm | None:
+        """How to keep images as bytes; None where the processor does more than map each byte to a value, at the end."""
+        prepare = functools.partial(pixel_values, self.processor, do_rescale=False, do_normalize=False)
+        every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+        unshaped = {"do_resize": False, "do_center_crop": False, "do_pad": False}
+        noise = np.random.default_rng(0).integers(0, 256, (90, 40, 3), dtype=np.uint8)
+        probes = [Image.fromarray(noise), Image.fromarray(noise.swapaxes(0, 1))]
+        try:
+            mapped = pixel_values(self.processor, [Image.fromarray(every)], **unshaped)["pixel_values"]
+            form = ByteForm(prepare, mapped.reshape(3, 256).to(self.device))
+            pixels = prepare(probes)["pixel_values"]
+            found = form.pixel_values(pixels.to(self.device)).cpu()
+            same = pixels.dtype == torch.uint8 and torch.equal(found, self.prepare(probes)["pixel_values"])
+        except Exception:  # a processor whose steps cannot be left out, or that is fussy about sizes, raises anything
+            return None
+        return form if same else None
+
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"processor_backend": self.processor.backend}
 
@@ -294,8 +339,8 @@ class ImageBackbone(Backbone):
         inputs = self.prepare([Image.fromarray(noise.numpy())])
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
-    def _hidden_states(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        return super()._hidden_states({"pixel_values": inputs["pixel_values"].to(self.dtype)})
+    def _taken(self, inputs: Inputs) -> Inputs:
+        return {"pixel_values": inputs["pixel_values"].to(self.dtype)}
 
     def _check_states(self, states: tuple[Tensor, ...]) -> None:
         super()._check_states(states)
@@ -319,14 +364,26 @@ class ImageBackbone(Backbone):
         return states[:, self.leading :].float().mean(dim=1).to(states.dtype)
 
 
-def pixel_values(processor: Any, images: Sequence[Image.Image]) -> Inputs:
-    """What a vision encoder reads of RGB images: float32 [N, 3, height, width]."""
-    return {"pixel_values": processor(images=list(images), return_tensors="pt")["pixel_values"]}
+class ByteForm(NamedTuple):
+    """Images as bytes: resized and cropped, but not yet rescaled and normalised."""
+
+    prepare: Callable[[Sequence[Image.Image]], Inputs]  # pixel_values uint8 [N, 3, height, width] of RGB images
+    values: Tensor  # float32 [3, 256] on the encoder's device: what each byte of a channel becomes
+
+    def pixel_values(self, pixels: Tensor) -> Tensor:
+        """float32 [N, 3, height, width] of bytes uint8 of that shape, on the same device, as the processor does it."""
+        channels = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
+        return self.values.flatten().index_select(0, (pixels + channels).flatten()).view(pixels.shape)
+
+
+def pixel_values(processor: Any, images: Sequence[Image.Image], **options: bool) -> Inputs:
+    """What a vision encoder reads of RGB images: float32 [N, 3, height, width]. Options are the processor's own."""
+    return {"pixel_values": processor(images=list(images), return_tensors="pt", **options)["pixel_values"]}
 
 
 def _load_config(encoder: str, kind: str) -> PretrainedConfig:
     """The encoder's configuration, once it is sure to read `kind`."""
-    config = _cached_or_fetched(AutoConfig.from_pretrained, encoder, trust_remote_code=False)
+    config = cached_or_fetched(AutoConfig.from_pretrained, encoder, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise InputError(f"{encoder}: an encoder-decoder; expected an encoder or a decoder-only language model")
     reads = kind if _has_towers(config) else READS.get(_model_class(config).main_input_name, "neither text nor images")
@@ -335,31 +392,21 @@ def _load_config(encoder: str, kind: str) -> PretrainedConfig:
     return config
 
 
-def _load_model(encoder: str, config: PretrainedConfig, kind: str, dtype: torch.dtype) -> PreTrainedModel:
-    model, info = _cached_or_fetched(
-        _model_class(config).from_pretrained, encoder, config=config, dtype=dtype, output_loading_info=True
-    )
+def _load_model(
+    encoder: str, config: PretrainedConfig, kind: str, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
+    options = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
+    model, info = cached_or_fetched(_model_class(config).from_pretrained, encoder, config=config, **options)
     prefix = ""
     if _has_towers(config):
         name = next((name for name in TOWERS[kind] if hasattr(model, name)), None)
         if name is None:
             raise InputError(f"{encoder}: {type(model).__name__} has no tower that reads {kind} alone")
         model, prefix = getattr(model, name), f"{name}."
-    missing = sorted(
-        key for key in info["missing_keys"] if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")}
-    )
-    if missing:
-        raise InputError(f"{encoder}: its checkpoint lacks {len(missing)} weights, {missing[0]} first")
+    used = (key for key in info["missing_keys"] if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")})
+    refuse_missing_weights(encoder, used)
     model.config.use_cache = False  # a causal encoder would keep keys and values that nothing reads
     return model
-
-
-def _cached_or_fetched(load: Callable[..., Any], encoder: str, **options: Any) -> Any:
-    """Loads a hub name from the cache if that has it: asking the hub first takes minutes where there is no network."""
-    if not Path(encoder).is_dir():
-        with contextlib.suppress(OSError, ValueError, InputError):  # what the cache lacks, the hub may have
-            return load(encoder, local_files_only=True, **options)
-    return load(encoder, local_files_only=False, **options)
 
 
 def _has_towers(config: PretrainedConfig) -> bool:
@@ -372,49 +419,3 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         return getattr(transformers, config.architectures[0])
     mapped = transformers.MODEL_MAPPING[type(config)]
     return mapped[0] if isinstance(mapped, tuple) else mapped
-
-
-def _folder(encoder: str) -> Path:
-    """Where the encoder's files lie: its own folder, or the snapshot of a hub name."""
-    path = Path(encoder)
-    return path if path.is_dir() else Path(cached_file(encoder, "config.json", local_files_only=True)).parent
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hugging Face's own bars and notes would break into ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub = getLogger("huggingface_hub")
-    hub_level = hub.level
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub.setLevel("CRITICAL")  # it tells of every try to reach the hub; the last one's error says it all
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        hub.setLevel(hub_level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _clear_errors(encoder: str) -> Iterator[None]:
-    """Hugging Face's paragraphs in one line. Whatever a broken or unfit encoder makes it raise has no common type."""
-    path = Path(encoder)
-    if (path.is_absolute() or encoder.startswith(".")) and not path.is_dir():
-        raise InputError(f"{encoder}: no such folder; expected an encoder as transformers saves it, or a hub name")
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # remote code, damaged weights and unfit settings raise anything
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{encoder}: cannot be used as an encoder ({type(error).__name__}: {reason})") from error

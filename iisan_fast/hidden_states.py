@@ -81,13 +81,7 @@ class Store:
     def check_views(self, descriptions: dict[str, dict[str, Any]]) -> None:
         """Raises InputError where a view stands here already and was made otherwise, saying what differs."""
         for name, description in descriptions.items():
-            recorded = self.views.get(name, description)
-            different = [
-                f"{key} {_short(recorded.get(key))} there, {_short(description.get(key))} now"
-                for key in sorted({*recorded, *description} - set(NOT_COMPARED))
-                if recorded.get(key) != description.get(key)
-            ]
-            if different:
+            if different := differences(self.views.get(name, description), description):
                 raise InputError(
                     f"{self.path}: view {name!r} was made otherwise: {'; '.join(different)}; "
                     f"restore the old settings or choose another --cache"
@@ -126,24 +120,25 @@ class Store:
             except lmdb.MapFullError:
                 self._env.set_mapsize(2 * self._env.info()["map_size"])
 
-    def read(self, view: str, item_ids: list[str], into: Tensor) -> None:
-        """Fills into [N, K, D], of the store's dtype, with the items' states. Raises InputError if any is missing."""
-        if not item_ids:
-            return
-        target = _as_bytes_array(into)
-        for row, value in self._values(view, item_ids, target[0].nbytes):
-            target[row] = np.frombuffer(value, dtype=target.dtype, offset=DIGEST_BYTES).reshape(target[row].shape)
+    def read(self, view: str, item_ids: list[str], into: Tensor, kept: list[int] | None = None) -> None:
+        """Fills into [N, K, D], of the store's dtype, with the items' states, of all stored layers or of those at the
+        positions `kept`. Raises InputError if any is missing.
+        """
+        made, target = self.view(view), _as_bytes_array(into)
+        shape = len(made["layers"]), made["width"]
+        for row, value in self._values(view, item_ids):
+            states = np.frombuffer(value, dtype=target.dtype, offset=DIGEST_BYTES).reshape(shape)
+            target[row] = states if kept is None else states[kept]
 
     def check(self, view: str, item_ids: list[str]) -> None:
         """Raises InputError if any item's states are missing or of another size, without reading them."""
-        made = self.view(view)
-        size = len(made["layers"]) * made["width"] * getattr(torch, made["dtype"]).itemsize
-        for _ in self._values(view, item_ids, size):
+        for _ in self._values(view, item_ids):
             pass
 
-    def _values(self, view: str, item_ids: list[str], size: int) -> Iterator[tuple[int, memoryview]]:
-        """(row, digest and states) of each item; `size` bytes of states are expected."""
-        missing = []
+    def _values(self, view: str, item_ids: list[str]) -> Iterator[tuple[int, memoryview]]:
+        """(row, digest and states) of each item."""
+        made, missing = self.view(view), []
+        size = len(made["layers"]) * made["width"] * getattr(torch, made["dtype"]).itemsize
         with self._clear_errors(), self._reading() as transaction:
             for row, item_id in enumerate(item_ids):
                 value = transaction.get(_key(view, item_id))
@@ -187,9 +182,46 @@ def content_digest(content: bytes) -> bytes:
     return blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
+def differences(recorded: dict[str, Any], description: dict[str, Any]) -> list[str]:
+    """In words, what about a view's states is not as it was recorded."""
+    return [
+        f"{key} {_short(recorded.get(key))} there, {_short(description.get(key))} now"
+        for key in sorted({*recorded, *description} - set(NOT_COMPARED))
+        if recorded.get(key) != description.get(key)
+    ]
+
+
+def kept_positions(name: str, view: dict[str, Any], layer_groups: int | None) -> list[int] | None:
+    """Where a stored view's layers of so many groups stand among its layers; None for all of them.
+
+    Raises InputError where the view lacks one.
+    """
+    if layer_groups is None:
+        return None
+    stored = view["layers"]
+    layers = grouped_layers(view["depth"] - 1, layer_groups)
+    if lacking := [layer for layer in layers if layer not in stored]:
+        raise InputError(
+            f"layer_groups: {layer_groups} of the encoder's {view['depth'] - 1} blocks are layers "
+            f"{', '.join(map(str, layers))}; view {name!r} of the cache has {', '.join(map(str, stored))} and lacks "
+            f"{', '.join(map(str, lacking))}"
+        )
+    return [stored.index(layer) for layer in layers]
+
+
+def grouped_layers(blocks: int, groups: int) -> tuple[int, ...]:
+    """LayerDrop: the embedding output, 0, and the last block of each of `groups` even groups of an encoder's blocks.
+
+    Raises InputError for no group, or more groups than blocks.
+    """
+    if not 1 <= groups <= blocks:
+        raise InputError(f"layer_groups: expected 1 to {blocks}, the encoder's blocks, found {groups}")
+    return (0, *(group * blocks // groups for group in range(1, groups + 1)))
+
+
 def describes_view(value: Any) -> bool:
     """Whether a JSON value says what reading a view needs to know."""
-    return isinstance(value, dict) and value.keys() >= {"source", "layers", "width", "dtype"}
+    return isinstance(value, dict) and value.keys() >= {"source", "layers", "depth", "width", "dtype"}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

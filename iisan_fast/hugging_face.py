@@ -1,0 +1,76 @@
+"""How every Hugging Face model is loaded: the local cache first, none of its bars and notes, errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import cached_file, logging
+
+from .errors import InputError
+
+
+def cached_or_fetched(load: Callable[..., Any], name: str, **options: Any) -> Any:
+    """Loads a hub name from the cache if that has it: asking the hub first takes minutes where there is no network."""
+    if not Path(name).is_dir():
+        with contextlib.suppress(OSError, ValueError, InputError):  # what the cache lacks, the hub may have
+            return load(name, local_files_only=True, **options)
+    return load(name, local_files_only=False, **options)
+
+
+def refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
+    """Raises InputError where there are any: transformers would draw them at random."""
+    if lacking := sorted(missing):
+        raise InputError(f"{name}: its checkpoint lacks {len(lacking)} weights, {lacking[0]} first")
+
+
+def model_folder(name: str) -> Path:
+    """Where the files of a loaded model lie: its own folder, or the snapshot of a hub name."""
+    path = Path(name)
+    return path if path.is_dir() else Path(cached_file(name, "config.json", local_files_only=True)).parent
+
+
+def model_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of one of config.ENCODER_DTYPES on the device."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hugging Face's own bars and notes would break into ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub = getLogger("huggingface_hub")
+    hub_level = hub.level
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub.setLevel("CRITICAL")  # it tells of every try to reach the hub; the last one's error says it all
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def clear_errors(name: str, kind: str) -> Iterator[None]:
+    """Hugging Face's paragraphs in one line. What a broken model, or none of the `kind`, raises has no common type."""
+    path = Path(name)
+    if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
+        raise InputError(f"{name}: no such folder; expected {kind} as transformers saves it, or a hub name")
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # remote code, damaged weights and unfit settings raise anything
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{name}: cannot be used as {kind} ({type(error).__name__}: {reason})") from error
