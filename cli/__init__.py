@@ -10,8 +10,10 @@ import click
 from .. import __version__, process
 from ..errors import InputError
 from .bench import bench
+from .caption import caption
 from .evaluate import evaluate
 from .extract import extract
+from .import_ import import_
 from .stats import stats
 from .train import train
 
@@ -22,7 +24,7 @@ def cli() -> None:
     """Train IISAN: a small side network on frozen text and image encoders, for sequential recommendation."""
 
 
-for command in (stats, extract, train, evaluate, bench):
+for command in (import_, stats, caption, extract, train, evaluate, bench):
     cli.add_command(command)
 
 

@@ -8,6 +8,7 @@ from .bench_evaluate import evaluate
 from .bench_extract import extract
 from .bench_growth import growth
 from .bench_kernels import kernels
+from .bench_methods import methods
 from .bench_train import train
 
 
@@ -16,5 +17,5 @@ def bench() -> None:
     """Measure speed and memory, side by side with the reference."""
 
 
-for command in (kernels, train, evaluate, extract, growth):
+for command in (kernels, train, evaluate, extract, growth, methods):
     bench.add_command(command)

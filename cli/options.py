@@ -6,13 +6,23 @@ from pathlib import Path
 
 import click
 
-from ..config import ProtocolConfig
+from ..config import ATTENTIONS, MISSING_IMAGES, ProtocolConfig
 from ..errors import InputError
 
 FOLDER = click.Path(path_type=Path)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 device_option = click.option("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:N.")
+attention_option = click.option(
+    "--attention",
+    type=click.Choice(ATTENTIONS),
+    help="How encoders compute attention. [auto: xformers on CUDA where it is installed, else torch's (sdpa)]",
+)
+missing_images_option = click.option(
+    "--missing-images",
+    type=click.Choice(MISSING_IMAGES),
+    help="What to do about images that are missing or cannot be read. [error]",
+)
 k_option = click.option("--k", "ks", type=int, multiple=True, help="A cut-off of HR and NDCG; may be repeated. [10]")
 
 

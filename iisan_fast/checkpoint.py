@@ -37,30 +37,41 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def adam_tensors(model: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
-    """Adam's state as named tensors: adam.<kind>.<parameter's name>."""
+    """Adam's state of what is trained, as named tensors: adam.<kind>.<parameter's name>."""
     return {
         f"adam.{kind}.{name}": optimizer.state[parameter][kind]
-        for name, parameter in model.named_parameters()
+        for name, parameter in _trained(model).items()
         for kind in ADAM_STATE
     }
 
 
 def load_adam(model: nn.Module, optimizer: torch.optim.Adam, tensors: dict[str, Tensor]) -> None:
     """Puts `adam_tensors` back."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model).items():
         for kind in ADAM_STATE:
             optimizer.state[parameter][kind] = tensors[f"adam.{kind}.{name}"].to(parameter.device)
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Puts `named_weights` back. Raises InputError, naming the file, where they are those of another model."""
-    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"{path}: the weights of another model ({str(error).splitlines()[-1].strip()})") from None
+    weights = named_weights(model)
+    expected = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("model.")}
+    for name in sorted(expected | found):
+        if expected.get(name) != found.get(name):
+            raise InputError(
+                f"{path}: the weights of another model ({name}: expected {expected.get(name, 'nothing')}, "
+                f"found {found.get(name, 'nothing')})"
+            )
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(tensors[name])
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights under the names that checkpoints use."""
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    """What of the model is trained, under the names that checkpoints use; the rest comes from the encoders' files."""
+    return {f"model.{name}": parameter for name, parameter in _trained(model).items()}
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

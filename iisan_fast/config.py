@@ -19,10 +19,28 @@ ENCODER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 STORE_DTYPES = ("bfloat16", "float16", "float32")
 PRECISIONS = ("auto", "float32", "bfloat16")
 PLACEMENTS = ("auto", "device", "pinned", "mapped")  # of the feature table
-METHODS = ("iisan", "iisan-versa")
 ACTIVATIONS = ("relu", "gelu")
+SANBS = ("adapter", "phm", "low-rank")
 TIE_SHARES = {"half": 0.5, "best": 0.0}
-LEARNING_RATE_GROUPS = ("adapters", "gates", "heads", "sequence_encoder")
+ATTENTIONS = ("auto", "xformers", "sdpa", "eager")
+MISSING_IMAGES = ("error", "blank")
+
+SIDE_METHODS = ("iisan", "iisan-versa")  # read the hidden states of several layers
+TUNING_METHODS = ("full", "adapter", "lora", "bitfit")  # train encoders, or what is put into them
+STATE_METHODS = (*SIDE_METHODS, "frozen")  # read states that do not change, so that a cache can hold them
+_SIDE_RATES = {"adapters": 1e-4, "gates": 2e-4, "heads": 2e-4, "sequence_encoder": 2e-4}
+_HEAD_RATES = {"heads": 2e-4, "sequence_encoder": 2e-4}
+LEARNING_RATES: dict[str, dict[str, float]] = {  # of each method's groups of parameters
+    "iisan": _SIDE_RATES,
+    "iisan-versa": _SIDE_RATES,
+    "full": {"encoders": 5e-5, "heads": 1e-4, "sequence_encoder": 1e-4},
+    "adapter": {"adapters": 1e-4, **_HEAD_RATES},
+    "lora": {"adapters": 1e-4, **_HEAD_RATES},
+    "bitfit": {"encoders": 1e-4, **_HEAD_RATES},
+    "frozen": _HEAD_RATES,
+    "id": {"item_embeddings": 1e-3, "sequence_encoder": 1e-3},
+}
+METHODS = tuple(LEARNING_RATES)
 
 Config = TypeVar("Config")
 
@@ -38,9 +56,14 @@ class ViewConfig:
     layers: tuple[int, ...] | None = None  # indices into hidden_states, 0 the embedding output; None: 0, 2, 4, …
     max_tokens: int = 30
     encoder_dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
+    layer_groups: int | None = None  # in place of layers: the embedding output, and the last block of as many groups
 
     def __post_init__(self) -> None:
         _choice("source", self.source, SOURCES)
+        if self.layer_groups is not None:
+            _within("layer_groups", self.layer_groups, 1, 1000)
+            if self.layers is not None:
+                raise InputError("layers, layer_groups: expected one of them, found both")
         _choice("encoder_dtype", self.encoder_dtype, ENCODER_DTYPES)
         if self.pooling is not None:
             _choice("pooling", self.pooling, POOLINGS)
@@ -76,9 +99,11 @@ class ModelConfig:
     embedding_dim: int = 64
     bottleneck: int = 64
     activation: str = "relu"
+    sanb: str = "adapter"  # what the weights of a SANB are made of: matrices, Kronecker products, or rank-1 products
     gates: bool = True
     intra: bool = True
-    inter: bool = True
+    inter: bool | None = None  # None: where there are two views
+    layer_groups: int | None = None  # blocks kept of each encoder, the last of as many groups; None: all that there are
     blocks: int = 2
     attention_heads: int = 2
     dropout: float = 0.1
@@ -86,6 +111,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _choice("method", self.method, METHODS)
         _choice("activation", self.activation, ACTIVATIONS)
+        _choice("sanb", self.sanb, SANBS)
+        if self.layer_groups is not None:
+            _within("layer_groups", self.layer_groups, 1, 1000)
         for name in ("embedding_dim", "bottleneck", "blocks", "attention_heads"):
             _within(name, getattr(self, name), 1, 65_536)
         if self.embedding_dim % self.attention_heads:
@@ -95,8 +123,25 @@ class ModelConfig:
             )
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout: expected a probability from 0 to below 1, found {self.dropout}")
-        if not (self.intra or self.inter):
+        if not self.intra and self.inter is False:
             raise InputError("intra, inter: expected at least one of the two towers, found neither")
+        if self.method not in SIDE_METHODS:
+            for name in ("sanb", "gates", "intra", "inter", "layer_groups"):
+                default = type(self).__dataclass_fields__[name].default
+                if (found := getattr(self, name)) != default:
+                    raise InputError(
+                        f"{name}: {self.method} has no towers; {json.dumps(found)} is for {' and '.join(SIDE_METHODS)}"
+                    )
+
+    def check_views(self, count: int) -> None:
+        """Raises InputError where the method cannot take so many views."""
+        allowed = (0,) if self.method == "id" else (1, 2)
+        if count not in allowed:
+            raise InputError(f"views: {self.method} takes {' or '.join(map(str, allowed))}, found {count}")
+        if count == 1 and self.inter:
+            raise InputError("inter: the inter tower joins two views, found one; leave it out or give two views")
+        if count == 1 and not self.intra:
+            raise InputError("intra: one view has no inter tower, so its intra tower cannot be left out")
 
 
 @dataclass(frozen=True)
@@ -108,9 +153,7 @@ class TrainConfig:
     patience: int = 10  # stops at the first epoch after more than this many without a better one
     seed: int = 0
     precision: str = "auto"  # of the side network's products: auto is bfloat16 on CUDA, float32 elsewhere
-    learning_rates: Mapping[str, float] = field(
-        default_factory=lambda: {"adapters": 1e-4, "gates": 2e-4, "heads": 2e-4, "sequence_encoder": 2e-4}
-    )
+    learning_rates: Mapping[str, float] = field(default_factory=dict)  # of a group; a run fills in its method's others
 
     def __post_init__(self) -> None:
         _within("batch_users", self.batch_users, 1, 10_000_000)
@@ -118,11 +161,6 @@ class TrainConfig:
         _within("patience", self.patience, 0, 1_000_000)
         _within("seed", self.seed, 0, 2**63 - 1)
         _choice("precision", self.precision, PRECISIONS)
-        if set(self.learning_rates) != set(LEARNING_RATE_GROUPS):
-            raise InputError(
-                f"learning_rates: expected one rate each for {', '.join(LEARNING_RATE_GROUPS)}, "
-                f"found {', '.join(self.learning_rates) or 'none'}"
-            )
         for group, rate in self.learning_rates.items():
             if not 0 <= rate < 1:
                 raise InputError(f"learning_rates.{group}: expected a rate from 0 to below 1, found {rate}")
@@ -145,20 +183,61 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class UncachedConfig:
+    """Encoders that run in every step, in place of a cache of their states."""
+
+    views: tuple[ViewConfig, ...]
+    dtype: str = "bfloat16"  # what states that do not change are rounded to, as a cache's are
+    missing_images: str = "error"
+    attention: str = "auto"
+    items_at_once: int | None = None  # that a trained encoder takes at a time; None: as many as there is memory for
+    checkpointing: bool = False  # a trained encoder's blocks keep their inputs alone and are computed twice
+
+    def __post_init__(self) -> None:
+        _choice("dtype", self.dtype, STORE_DTYPES)
+        _choice("missing_images", self.missing_images, MISSING_IMAGES)
+        _choice("attention", self.attention, ATTENTIONS)
+        if self.items_at_once is not None:
+            _within("items_at_once", self.items_at_once, 1, 1_000_000)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """All that one training run is made from; saved resolved as the run folder's config.json."""
 
     dataset: str
-    cache: str
-    views: tuple[str, ...]  # names in the cache; the first takes the image's role
+    cache: str | None = None  # of hidden states
+    views: tuple[str, ...] = ()  # names in the cache, or of the encoders that run; the first takes the image's role
+    uncached: UncachedConfig | None = None
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.views) <= 2 or len(set(self.views)) != len(self.views):
-            raise InputError(f"views: expected one or two different views, found {list(self.views)}")
+        method = self.model.method
+        if self.uncached is not None:
+            names = tuple(view.name for view in self.uncached.views)
+            if self.views not in ((), names):
+                raise InputError(f"views: expected those that are encoded ({', '.join(names)}), found {self.views}")
+            object.__setattr__(self, "views", names)
+        if len(set(self.views)) != len(self.views):
+            raise InputError(f"views: expected different names, found {', '.join(self.views)}")
+        if self.cache is not None and self.uncached is not None:
+            raise InputError("cache, uncached: expected one of them, found both")
+        if method in TUNING_METHODS and self.uncached is None:
+            raise InputError(f"method: {method} trains encoders, so they have to run: give --uncached and encoders")
+        if method in STATE_METHODS and self.cache is None and self.uncached is None:
+            raise InputError(f"cache: {method} needs hidden states: give --cache, or --uncached and encoders")
+        if method == "id" and self.cache is not None:
+            raise InputError("cache: id reads no states; leave --cache out")
+        self.model.check_views(len(self.views))
+        rates = LEARNING_RATES[method]
+        unknown = [group for group in self.train.learning_rates if group not in rates]
+        if unknown:
+            raise InputError(f"learning_rates.{unknown[0]}: {method} has {', '.join(rates)}")
+        resolved = dataclasses.replace(self.train, learning_rates={**rates, **self.train.learning_rates})
+        object.__setattr__(self, "train", resolved)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -6,22 +6,28 @@ Nothing here knows an encoder's weights, so that all of it can happen in worker 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .errors import InputError
+from .config import MISSING_IMAGES, ViewConfig
+from .errors import InputError, first_few
 from .hidden_states import DIGEST_BYTES, content_digest
-from .items import ImageError, ImageFolder, ImageLmdb
+from .items import ImageError, ImageFolder, ImageLmdb, open_images
+from .progress import progress_bar
+from .sequences import Dataset
+from .workers import calls_ahead
 
 if TYPE_CHECKING:  # importing transformers takes seconds
-    from .backbones import Inputs, TextBackbone
+    from .backbones import Backbone, Inputs, TextBackbone
 
 BLANK = Image.new("RGB", (224, 224), "white")
+CHECKED_AT_ONCE = 64  # rows
 TEXTS_AT_ONCE = 1024  # tokenized: a tokenizer's own results take a hundred times the room of the token numbers
 
 Stored = tuple[int, bytes | None]  # a row, and the digest that stands in the store
@@ -55,6 +61,62 @@ class Contents(Protocol):
         """Arranged rows, ready for the encoder."""
 
 
+def open_sources(
+    dataset: Dataset, views: Sequence[ViewConfig], missing_images: str
+) -> AbstractContextManager[ImageFolder | ImageLmdb | None]:
+    """The dataset's images, where a view reads them. Raises InputError where it lacks what the views read."""
+    if missing_images not in MISSING_IMAGES:
+        raise InputError(f"missing_images: expected one of {', '.join(MISSING_IMAGES)}, found {missing_images!r}")
+    for view in views:
+        if view.source == "caption" and not any(dataset.captions):
+            raise InputError(f"{dataset.root / 'captions.tsv'}: view {view.name!r} needs captions, found none")
+    return open_images(dataset.root) if any(view.source == "image" for view in views) else nullcontext()
+
+
+def view_contents(
+    backbone: Backbone,
+    dataset: Dataset,
+    images: ImageFolder | ImageLmdb | None,
+    missing_images: str,
+    prepare: Callable[[Sequence[Image.Image]], Inputs] | None = None,
+) -> Texts | Images:
+    """What the view's encoder is to read of a dataset; `prepare` does for images in place of the encoder's own."""
+    source = backbone.view.source
+    if source == "image":
+        fill_blank = missing_images == "blank"
+        return Images(images, dataset.sequences.item_ids, prepare or backbone.preparation, fill_blank)
+    return Texts(dataset.titles if source == "title" else dataset.captions, backbone)
+
+
+def new_rows(
+    view: str, contents: Contents, stored: Sequence[bytes | None], item_ids: Sequence[str], workers: int = 0
+) -> list[int]:
+    """The rows whose `stored` digests do not stand for a view's contents (None never does), arranged for the encoder.
+
+    All of them are looked at, by so many processes. Raises InputError, naming some, where any cannot be read.
+    """
+    requests = batched(list(enumerate(stored)), CHECKED_AT_ONCE)
+    new = []
+    with (
+        progress_bar(f"reading {view}", len(stored), "items") as advance,
+        closing(calls_ahead(contents.check, requests, workers)) as checked,
+    ):
+        for request, found in zip(requests, checked):
+            new += found
+            advance(len(request))
+    problems = [f"{item_ids[row]} ({problem})" for row, problem in new if problem]
+    if problems:
+        hint = "; --missing-images blank fills them" if isinstance(contents, Images) else ""
+        count = f"{len(problems)} of {len(item_ids)} items cannot be read"
+        raise InputError(f"view {view!r}: {count}: {first_few(problems, len(problems))}{hint}")
+    return contents.arrange([row for row, _ in new])
+
+
+def batched(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Rows, `size` at a time."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 class Texts:
     """Titles or captions. Arranging tokenizes them; only the token numbers are kept, 4 bytes each."""
 
@@ -77,8 +139,7 @@ class Texts:
         Raises InputError for a text that gives no token.
         """
         tokens = [self._tokens]
-        for start in range(0, len(rows), TEXTS_AT_ONCE):
-            part = rows[start : start + TEXTS_AT_ONCE]
+        for part in batched(rows, TEXTS_AT_ONCE):
             found = self.backbone.tokenize([self.texts[row] or "" for row in part])
             self._lengths[part] = [len(ids) for ids in found]
             tokens += [np.array(ids, dtype=np.int32) for ids in found]
@@ -91,6 +152,24 @@ class Texts:
         tokens = [self._tokens[self._starts[row] :][: self._lengths[row]] for row in rows]
         digests = [content_digest((self.texts[row] or "").encode()) for row in rows]
         return Batch(rows, digests, self.backbone.pad(tokens), blank=0)
+
+    @property
+    def longest(self) -> int:
+        """The arranged row of most tokens."""
+        return int(self._lengths.argmax())
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [N]: how many tokens arranged rows int64 [N] have."""
+        return self._lengths[rows]
+
+    def padded(self, rows: np.ndarray) -> np.ndarray:
+        """int32 [N, longest]: token numbers of one or more arranged rows int64 [N], padded on the right."""
+        lengths = self._lengths[rows, None]
+        places = np.arange(lengths.max())
+        own = places < lengths
+        ids = np.full(own.shape, self.backbone.padding_token, dtype=np.int32)
+        ids[own] = self._tokens[(self._starts[rows, None] + places)[own]]
+        return ids
 
 
 class Images:

@@ -19,18 +19,13 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save
 from transformers import BertConfig, BertModel, BertTokenizer, PretrainedConfig, PreTrainedModel, ViTConfig, ViTModel
 
-from .config import LEARNING_RATE_GROUPS, ViewConfig
+from .config import LEARNING_RATES, ViewConfig
 
 ITEMS = 1920
 USERS = 1600
 HISTORY_LENGTHS = (6, 9)  # shortest and longest
 SURPRISE = 0.15  # share of interactions that follow no taste
 IMAGE_SIZE = 64  # pixels
-
-# The optimisation that suits so small a dataset: sections of RunConfig.
-SETTINGS: dict[str, Any] = {
-    "train": {"max_epochs": 30, "learning_rates": dict.fromkeys(LEARNING_RATE_GROUPS, 1e-3)},
-}
 
 MATERIALS = ("oak", "steel", "linen", "glass", "wool", "clay", "leather", "bamboo", "marble", "copper", "felt", "cane")
 COLOURS = {
@@ -90,8 +85,24 @@ class Product:
         return f"{brand} {material} {tuple(KINDS)[self.kind]} for {OCCASIONS[self.occasion]}".capitalize()
 
 
+def settings(method: str = "iisan") -> dict[str, Any]:
+    """The optimisation that suits so small a dataset: sections of RunConfig."""
+    rates = {group: 1e-4 if group == "encoders" else 1e-3 for group in LEARNING_RATES[method]}
+    return {"train": {"max_epochs": 30, "learning_rates": rates}}
+
+
+def plan(root: Path) -> tuple[Path, list[ViewConfig]]:
+    """Where the demo's dataset lies under a folder, and its two views, image first."""
+    encoders = root / "encoders"
+    views = [
+        ViewConfig("image", "image", str(encoders / "image")),
+        ViewConfig("title", "title", str(encoders / "text")),
+    ]
+    return root / "dataset", views
+
+
 def write_demo(root: Path, seed: int = 0, shuffle_content: bool = False) -> tuple[Path, list[ViewConfig]]:
-    """Writes root/dataset and root/encoders; returns the dataset's folder and its two views, image first.
+    """Writes root/dataset and root/encoders, and returns its `plan`.
 
     `shuffle_content` deals titles and images, together, out among the items at random and leaves the histories as they
     were: content that predicts nothing.
@@ -100,12 +111,11 @@ def write_demo(root: Path, seed: int = 0, shuffle_content: bool = False) -> tupl
     products = make_products(generator)
     histories = make_histories(products, generator)
     dealt = generator.permutation(ITEMS) if shuffle_content else np.arange(ITEMS)
-    dataset = root / "dataset"
+    dataset, (image, text) = plan(root)
     write_dataset(dataset, [products[index] for index in dealt], histories)
-    text, image = root / "encoders" / "text", root / "encoders" / "image"
-    write_text_encoder(text, seed)
-    write_image_encoder(image, seed)
-    return dataset, [ViewConfig("image", "image", str(image)), ViewConfig("title", "title", str(text))]
+    write_text_encoder(Path(text.encoder), seed)
+    write_image_encoder(Path(image.encoder), seed)
+    return dataset, [image, text]
 
 
 def make_products(generator: np.random.Generator) -> list[Product]:

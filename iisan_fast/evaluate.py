@@ -70,16 +70,16 @@ def target_ranks(
     return masked.cpu().numpy(), unmasked.cpu().numpy()
 
 
+def gains(ranks: np.ndarray, k: int) -> dict[str, np.ndarray]:
+    """What each user adds to HR@K and NDCG@K, which are the means: float64 [users] under `hr@k` and `ndcg@k`."""
+    hit = ranks <= k
+    return {f"hr@{k}": hit.astype(np.float64), f"ndcg@{k}": np.where(hit, 1 / np.log2(ranks + 1), 0)}
+
+
 def metrics(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, float | None]:
     """HR@K, NDCG@K for each K, and MRR, as means over ranks; None where there are none."""
-    if not len(ranks):
-        return {name: None for k in ks for name in (f"hr@{k}", f"ndcg@{k}")} | {"mrr": None}
-    values = {}
-    for k in ks:
-        hit = ranks <= k
-        values[f"hr@{k}"] = float(hit.mean())
-        values[f"ndcg@{k}"] = float(np.where(hit, 1 / np.log2(ranks + 1), 0).mean())
-    return values | {"mrr": float((1 / ranks).mean())}
+    users = {name: values for k in ks for name, values in gains(ranks, k).items()} | {"mrr": 1 / ranks}
+    return {name: float(values.mean()) if len(ranks) else None for name, values in users.items()}
 
 
 def leading(report: dict[str, Any]) -> dict[str, Any]:

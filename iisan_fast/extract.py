@@ -18,18 +18,15 @@ from torch import Tensor
 
 from .backbones import Backbone, load_backbone
 from .config import STORE_DTYPES, ViewConfig
-from .contents import Batch, Contents, Images, Texts
-from .errors import InputError, first_few
+from .contents import Batch, Contents, batched, new_rows, open_sources, view_contents
+from .errors import InputError
 from .hidden_states import Store
-from .items import ImageFolder, ImageLmdb, open_images
 from .progress import progress_bar
 from .sequences import Dataset
 from .workers import calls_ahead, worker_count
 
 LOGGER = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
-MISSING_IMAGES = ("error", "blank")
-CHECKED_AT_ONCE = 64  # rows
 GROUP_ITEMS, GROUP_BYTES = 1024, 32 << 20  # a transaction takes as many states as reach either; a kill loses one group
 
 
@@ -52,6 +49,7 @@ def extract(
     dtype: str = "bfloat16",
     missing_images: str = "error",
     workers: int | None = None,
+    attention: str = "auto",
 ) -> list[Extracted]:
     """Puts the hidden states of every item into the store at `cache`, one entry per item and view.
 
@@ -63,17 +61,12 @@ def extract(
     """
     if dtype not in STORE_DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(STORE_DTYPES)}, found {dtype!r}")
-    if missing_images not in MISSING_IMAGES:
-        raise InputError(f"missing_images: expected one of {', '.join(MISSING_IMAGES)}, found {missing_images!r}")
     with ExitStack() as stack:
-        images = None
-        if any(view.source == "image" for view in views):
-            images = stack.enter_context(open_images(dataset.root))
+        images = stack.enter_context(open_sources(dataset, views, missing_images))
         jobs = []
         for view in views:
-            _refuse_missing_captions(view, dataset)
-            backbone = load_backbone(view, device)
-            contents = _contents(backbone, view, dataset, images, missing_images == "blank")
+            backbone = load_backbone(view, device, attention)
+            contents = view_contents(backbone, dataset, images, missing_images)
             description = _describe(backbone, view, dtype, dataset.unescaped)
             jobs.append(_Job(view.name, contents, backbone, description, workers if view.source == "image" else 0))
         descriptions = {job.name: job.description for job in jobs}
@@ -129,19 +122,6 @@ class _Writer:
             raise InputError(f"view {self.job.name!r}, item {bad!r}: hidden states are not finite in {self.dtype}")
 
 
-def _refuse_missing_captions(view: ViewConfig, dataset: Dataset) -> None:
-    if view.source == "caption" and not any(dataset.captions):
-        raise InputError(f"{dataset.root / 'captions.tsv'}: view {view.name!r} needs captions, found none")
-
-
-def _contents(
-    backbone: Backbone, view: ViewConfig, dataset: Dataset, images: ImageFolder | ImageLmdb | None, fill_blank: bool
-) -> Contents:
-    if view.source == "image":
-        return Images(images, dataset.sequences.item_ids, backbone.preparation, fill_blank)
-    return Texts(dataset.titles if view.source == "title" else dataset.captions, backbone)
-
-
 def _describe(backbone: Backbone, view: ViewConfig, dtype: str, unescaped: bool) -> dict[str, Any]:
     source = {"source": view.source} if view.source == "image" else {"source": view.source, "unescaped": unescaped}
     versions = {name: metadata.version(name) for name in LIBRARIES}
@@ -160,27 +140,9 @@ def _plan_all(
         todo = {}
         for job in jobs:
             stored = [None] * len(item_ids) if store is None else list(store.digests(job.name, item_ids))
-            todo[job.name] = _plan(job, stored, item_ids)
+            workers = worker_count(job.workers, len(stored), job.backbone.device)
+            todo[job.name] = new_rows(job.name, job.contents, stored, item_ids, workers)
         return todo
-
-
-def _plan(job: _Job, stored: list[bytes | None], item_ids: list[str]) -> list[int]:
-    requests = _batches(list(enumerate(stored)), CHECKED_AT_ONCE)
-    workers = worker_count(job.workers, len(stored), job.backbone.device)
-    new = []
-    with (
-        progress_bar(f"reading {job.name}", len(stored), "items") as advance,
-        closing(calls_ahead(job.contents.check, requests, workers)) as checked,
-    ):
-        for request, found in zip(requests, checked):
-            new += found
-            advance(len(request))
-    problems = [f"{item_ids[row]} ({problem})" for row, problem in new if problem]
-    if problems:
-        hint = "; --missing-images blank fills them" if isinstance(job.contents, Images) else ""
-        count = f"{len(problems)} of {len(item_ids)} items cannot be read"
-        raise InputError(f"view {job.name!r}: {count}: {first_few(problems, len(problems))}{hint}")
-    return job.contents.arrange([row for row, _ in new])
 
 
 def _run(job: _Job, todo: list[int], store: Store, item_ids: list[str], batch_size: int) -> Extracted:
@@ -190,7 +152,7 @@ def _run(job: _Job, todo: list[int], store: Store, item_ids: list[str], batch_si
     blank = 0
     with (
         progress_bar(f"encoding {job.name}", len(todo), "items") as advance,
-        closing(calls_ahead(job.contents.batch, _batches(todo, batch_size), workers, pin)) as batches,
+        closing(calls_ahead(job.contents.batch, batched(todo, batch_size), workers, pin)) as batches,
         _Writer(store, job, item_ids) as writer,
     ):
         for batch in batches:
@@ -198,10 +160,6 @@ def _run(job: _Job, todo: list[int], store: Store, item_ids: list[str], batch_si
             blank += batch.blank
             advance(len(batch.rows))
     return Extracted(job.name, len(item_ids), len(todo), blank)
-
-
-def _batches(rows: list[Any], size: int) -> list[list[Any]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _mention_other_versions(job: _Job, store: Store) -> None:

@@ -6,24 +6,23 @@ memory-mapped file, and a batch's rows are gathered ahead of the step. The numbe
 
 from __future__ import annotations
 
-import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .config import PLACEMENTS
-from .errors import InputError
-from .hidden_states import Store
+from .hidden_states import Store, kept_positions
+from .item_source import Gathered
 from .kernels import States
+from .placement import place
 
-LOGGER = logging.getLogger(__name__)
-DEVICE_SHARE, HOST_SHARE = 0.7, 0.5  # of the free memory that a table may take; the rest is the model's and others'
 ITEMS_AT_ONCE = 4096  # read from the store
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+STATES_AT_ONCE = 8192  # items whose states are read at a time when all are
 
 ViewShape = tuple[int, int]  # kept layers K, width D
 
@@ -33,6 +32,7 @@ class FeatureTable:
     """The kept layers of every item on the device, one tensor a view; row 0 is padding and holds zeros."""
 
     views: tuple[Tensor, ...]  # each [items + 1, K, D]
+    items_at_once: ClassVar[int] = STATES_AT_ONCE
 
     @property
     def shapes(self) -> list[ViewShape]:
@@ -49,11 +49,11 @@ class FeatureTable:
         """Where item numbers have to lie."""
         return self.views[0].device
 
-    def gather(self, items: Tensor) -> list[Tensor]:
+    def gather(self, items: Tensor) -> Gathered:
         """What has to be copied ahead of reading: nothing."""
-        return []
+        return Gathered([])
 
-    def states(self, items: Tensor) -> list[States]:
+    def states(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
         """The views, to be read at item numbers int64 [N] where they lie."""
         return [States(view, items) for view in self.views]
 
@@ -65,11 +65,12 @@ class GatheredTable(ABC):
     """A table that the device does not hold: rows are copied there as they are asked for."""
 
     index_device = torch.device("cpu")
+    items_at_once = STATES_AT_ONCE
 
     def __init__(self, shapes: list[ViewShape], dtypes: list[torch.dtype], rows: int, device: torch.device) -> None:
         self.shapes, self.dtypes, self.rows, self.device = shapes, dtypes, rows, device
 
-    def gather(self, items: Tensor) -> list[Tensor]:
+    def gather(self, items: Tensor) -> Gathered:
         """Rows of item numbers int64 [N], any padding last, in host memory, pinned for CUDA: [N, K, D] a view."""
         buffers = [
             torch.empty((len(items), *shape), dtype=dtype, pin_memory=self.device.type == "cuda")
@@ -77,11 +78,12 @@ class GatheredTable(ABC):
         ]
         for view, buffer in enumerate(buffers):
             self._read(view, items, buffer)
-        return buffers
+        return Gathered(buffers)
 
-    def states(self, items: Tensor) -> list[States]:
+    def states(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
         """The rows on the device, in the order asked for."""
-        return [States(rows.to(self.device, non_blocking=True)) for rows in self.gather(items)]
+        gathered = gathered or self.gather(items)
+        return [States(rows.to(self.device, non_blocking=True)) for rows in gathered.tensors]
 
     @abstractmethod
     def close(self) -> None:
@@ -111,11 +113,18 @@ class MappedTable(GatheredTable):
     """In the store, whose file the system maps into memory as far as it is read."""
 
     def __init__(
-        self, store: Store, names: list[str], item_ids: list[str], dtypes: list[torch.dtype], device: torch.device
+        self,
+        store: Store,
+        names: list[str],
+        item_ids: list[str],
+        kept: list[list[int] | None],
+        dtypes: list[torch.dtype],
+        device: torch.device,
     ) -> None:
+        """kept: positions among each view's layers; None for all."""
         made = [store.view(name) for name in names]
-        super().__init__([(len(view["layers"]), view["width"]) for view in made], dtypes, len(item_ids) + 1, device)
-        self.store, self.names, self.item_ids = store, names, item_ids
+        super().__init__(list(map(_shape, made, kept)), dtypes, len(item_ids) + 1, device)
+        self.store, self.names, self.item_ids, self.kept = store, names, item_ids, kept
         self.stored = [getattr(torch, view["dtype"]) for view in made]
         for name in names:
             store.check(name, item_ids)
@@ -129,7 +138,7 @@ class MappedTable(GatheredTable):
         padding = int((items == 0).sum())  # at the end: a padded batch's
         own[len(items) - padding :] = 0
         ids = [self.item_ids[item - 1] for item in items[: len(items) - padding].tolist()]
-        self.store.read(self.names[view], ids, own[: len(ids)])
+        self.store.read(self.names[view], ids, own[: len(ids)], self.kept[view])
         if own is not into:
             into.copy_(own)
 
@@ -144,29 +153,29 @@ def load_table(
     device: torch.device,
     placement: str = "auto",
     dtype: torch.dtype | None = None,
+    layer_groups: int | None = None,
 ) -> Table:
     """The named views of a store, in `dtype` (the store's where None), placed where asked or where there is room.
 
-    Raises InputError where states are missing, or where a placement that was asked for does not fit.
+    `layer_groups` keeps the embedding output and the last block of as many groups of the encoder's blocks. Raises
+    InputError where states are missing, or where a placement that was asked for does not fit.
     """
-    if placement not in PLACEMENTS:
-        raise InputError(f"table: expected one of {', '.join(PLACEMENTS)}, found {placement!r}")
     store = Store(cache)
     try:
         names = list(views)
         made = [store.view(name) for name in names]
         dtypes = [dtype or getattr(torch, view["dtype"]) for view in made]
-        rows = len(item_ids) + 1
-        size = sum(rows * len(view["layers"]) * view["width"] * kind.itemsize for view, kind in zip(made, dtypes))
-        where = _place(placement, size, device)
+        kept = [kept_positions(name, view, layer_groups) for name, view in zip(names, made)]
+        shapes = [(len(item_ids) + 1, *_shape(view, positions)) for view, positions in zip(made, kept)]
+        size = sum(math.prod(shape) * kind.itemsize for shape, kind in zip(shapes, dtypes))
+        where = place("feature table", placement, size, device, mapped="in the store's file")
         if where == "mapped":
-            return MappedTable(store, names, item_ids, dtypes, device)
+            return MappedTable(store, names, item_ids, kept, dtypes, device)
         target = device if where == "device" else torch.device("cpu")
         pinned = where == "pinned" and device.type == "cuda"
-        shapes = [(rows, len(view["layers"]), view["width"]) for view in made]
         tables = tuple(
-            _load(store, name, item_ids, torch.zeros(shape, dtype=kind, device=target, pin_memory=pinned))
-            for name, shape, kind in zip(names, shapes, dtypes)
+            _load(store, name, item_ids, positions, torch.zeros(shape, dtype=kind, device=target, pin_memory=pinned))
+            for name, positions, shape, kind in zip(names, kept, shapes, dtypes)
         )
     except BaseException:
         store.close()
@@ -175,63 +184,17 @@ def load_table(
     return FeatureTable(tables) if where == "device" else PinnedTable(tables, device)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes free on a device, as far as the system tells; of the host, no more than its control group grants."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    known = [count for count in (_available(), _granted()) if count is not None]
-    return min(known, default=None)
+def _shape(view: dict[str, Any], kept: list[int] | None) -> ViewShape:
+    """(kept layers, width) of a store's view."""
+    return len(view["layers"] if kept is None else kept), view["width"]
 
 
-def _place(placement: str, size: int, device: torch.device) -> str:
-    """Where a table of so many bytes goes; says so."""
-    on_device, on_host = free_memory(device), free_memory(torch.device("cpu"))
-    if placement == "auto":
-        if on_device is None or size <= DEVICE_SHARE * on_device:
-            placement = "device"
-        elif device.type == "cuda" and on_host is not None and size <= HOST_SHARE * on_host:
-            placement = "pinned"
-        else:
-            placement = "mapped"
-    elif placement != "mapped":
-        free = on_device if placement == "device" else on_host
-        if free is not None and size > free:
-            raise InputError(
-                f"table: {placement} needs {_size(size)}, found {_size(free)} free; choose mapped, or leave it to auto"
-            )
-    home = {"device": f"on {device}", "pinned": "in host memory, rows gathered ahead", "mapped": "in the store's file"}
-    room = "" if on_device is None else f" ({_size(on_device)} free on {device})"
-    LOGGER.info("feature table: %s, %s%s", _size(size), home[placement], room)
-    return placement
-
-
-def _load(store: Store, name: str, item_ids: list[str], table: Tensor) -> Tensor:
+def _load(store: Store, name: str, item_ids: list[str], kept: list[int] | None, table: Tensor) -> Tensor:
     """Fills rows 1 and on from the store, a part at a time."""
     stored = getattr(torch, store.view(name)["dtype"])
     staging = torch.empty((min(ITEMS_AT_ONCE, len(item_ids)), *table.shape[1:]), dtype=stored)
     for start in range(0, len(item_ids), ITEMS_AT_ONCE):
         part = item_ids[start : start + ITEMS_AT_ONCE]
-        store.read(name, part, staging[: len(part)])
+        store.read(name, part, staging[: len(part)], kept)
         table[1 + start : 1 + start + len(part)] = staging[: len(part)]
     return table
-
-
-def _available() -> int | None:
-    if not MEMINFO.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) << 10
-
-
-def _granted() -> int | None:
-    """What the process's control group leaves of its limit, where there is one (version 2). Cached files can go."""
-    limit, used, stat = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
-    if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
-        return None
-    counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-    cached = int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))
-    return max(0, int(limit.read_text()) - int(used.read_text()) + cached)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

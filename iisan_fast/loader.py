@@ -1,4 +1,4 @@
-"""Batches and the states they need, prepared ahead of the step that takes them."""
+"""Batches and what they need of their items, prepared ahead of the step that takes them."""
 
 from __future__ import annotations
 
@@ -12,41 +12,42 @@ import torch
 from torch import Tensor
 
 from .batches import Batch, Shape
-from .feature_table import Table
+from .chunks import Chunks
+from .item_source import Gathered, ItemSource
 from .kernels import States
 
 AHEAD = 2  # batches
 
 
 class Prepared(NamedTuple):
-    """A batch on the device, and the states of its distinct items."""
+    """A batch on the device, and what the item encoder reads of its distinct items."""
 
     batch: Batch
-    states: list[States]
+    states: list[States] | list[Chunks]
     rows: int  # that count
     slots: int  # of histories in it
 
 
 def prepared(
-    batches: Iterator[Batch], table: Table, device: torch.device, pad: Callable[[Shape], Shape] | None = None
+    batches: Iterator[Batch], source: ItemSource, device: torch.device, pad: Callable[[Shape], Shape] | None = None
 ) -> Generator[Prepared, None, None]:
-    """The batches in order, each made while the steps before it run: checked, padded as `pad` says, its states gathered
-    where the device does not hold the table, and copied to the device on a stream of its own.
+    """The batches in order, each made while the steps before it run: checked, padded as `pad` says, what the source
+    has on the host of its items gathered, and all copied to the device on a stream of its own.
     """
     copies = _copy_stream(device) if device.type == "cuda" else None
-    with ThreadPoolExecutor(1, "batches") as thread:  # waited for at the end: the table may be closed after
-        waiting = deque(thread.submit(_on_host, batches, table, device, pad) for _ in range(AHEAD))
+    with ThreadPoolExecutor(1, "batches") as thread:  # waited for at the end: the source may be closed after
+        waiting = deque(thread.submit(_on_host, batches, source, device, pad) for _ in range(AHEAD))
         moved = deque([_moved(waiting.popleft().result(), device, copies)])
         while moved[0] is not None:
-            waiting.append(thread.submit(_on_host, batches, table, device, pad))
+            waiting.append(thread.submit(_on_host, batches, source, device, pad))
             moved.append(_moved(waiting.popleft().result(), device, copies))
-            yield _arrived(moved.popleft(), table, device)
+            yield _arrived(moved.popleft(), source, device)
 
 
 class _Waiting(NamedTuple):
     batch: Batch
     packed: Tensor | None  # the batch as it will cross to CUDA
-    gathered: list[Tensor]
+    gathered: Gathered
     rows: int
     slots: int
     copied: torch.cuda.Event | None = None  # when all of it is on the device
@@ -59,18 +60,18 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _on_host(
-    batches: Iterator[Batch], table: Table, device: torch.device, pad: Callable[[Shape], Shape] | None
+    batches: Iterator[Batch], source: ItemSource, device: torch.device, pad: Callable[[Shape], Shape] | None
 ) -> _Waiting | None:
     """The next batch, or None at the end."""
     batch = next(batches, None)
     if batch is None:
         return None
     rows, slots = len(batch.targets), int(batch.multiplicity.sum())
-    batch.checked(table.rows)
+    batch.checked(source.rows)
     if pad is not None:
         batch = batch.padded(pad(batch.shape))
     packed = batch.packed(pin=True) if device.type == "cuda" else None
-    return _Waiting(batch, packed, table.gather(batch.distinct), rows, slots)
+    return _Waiting(batch, packed, source.gather(batch.distinct), rows, slots)
 
 
 def _moved(waiting: _Waiting | None, device: torch.device, copies: torch.cuda.Stream | None) -> _Waiting | None:
@@ -78,17 +79,18 @@ def _moved(waiting: _Waiting | None, device: torch.device, copies: torch.cuda.St
     if waiting is None or copies is None:
         return waiting
     with torch.cuda.stream(copies):
-        gathered = [rows.to(device, non_blocking=True) for rows in waiting.gathered]
+        tensors = [tensor.to(device, non_blocking=True) for tensor in waiting.gathered.tensors]
         batch = Batch.unpacked(waiting.packed.to(device, non_blocking=True), waiting.batch.shape)
+        gathered = waiting.gathered._replace(tensors=tensors)
         return waiting._replace(batch=batch, packed=None, gathered=gathered, copied=copies.record_event())
 
 
-def _arrived(moved: _Waiting, table: Table, device: torch.device) -> Prepared:
+def _arrived(moved: _Waiting, source: ItemSource, device: torch.device) -> Prepared:
     """The copies waited for, by the device alone."""
     if moved.copied is not None:
         current = torch.cuda.current_stream(device)
         current.wait_event(moved.copied)
-        for tensor in (moved.batch.buffer, *moved.gathered):
+        for tensor in (moved.batch.buffer, *moved.gathered.tensors):
             tensor.record_stream(current)
-    states = [States(rows) for rows in moved.gathered] or table.states(moved.batch.distinct)
+    states = source.states(moved.batch.distinct, moved.gathered)
     return Prepared(moved.batch, states, moved.rows, moved.slots)

@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .baselines import FrozenItemEncoder, IdItemEncoder
 from .batches import Batch
-from .config import ModelConfig, RunConfig
+from .config import SIDE_METHODS, ModelConfig, RunConfig
 from .dropout import StatelessDropout
-from .feature_table import Table
-from .kernels import States
+from .item_source import ItemSource
 from .sasrec import Dropout, Rows, SASRec
-from .side_network import Heads, SideNetwork, SideTower, ViewShape
+from .side_network import SideItemEncoder
 
-ITEMS_AT_ONCE = 8192
+ITEM_ENCODER = "item_encoder."  # before its parameters' names
 USERS_AT_ONCE = 512
 USER_WORKERS = 2  # on a CPU
 
 
 class Recommender(nn.Module):
-    """IISAN or IISAN-Versa over a feature table, with SASRec on top."""
+    """An item encoder, and SASRec on top of its item vectors."""
 
     def __init__(
-        self, views: list[ViewShape], config: ModelConfig, max_inputs: int, popularity: np.ndarray, seed: int
+        self,
+        make_item_encoder: Callable[[], nn.Module],
+        config: ModelConfig,
+        max_inputs: int,
+        popularity: np.ndarray,
+        seed: int,
     ) -> None:
-        """views: (K, D) of each view; popularity float64 [items + 1]; seed draws the weights and the dropout."""
+        """The item encoder maps what a source reads of N items to [N, d] and has `parameter_groups`; it is made here,
+        since `seed` draws all weights, and the dropout. popularity float64 [items + 1]."""
         super().__init__()
         self.config, self.seed = config, seed
-        self.operands: torch.dtype | None = None  # of the side network's products on a CPU; None: the weights' dtype
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # encoders may lie there already
             torch.manual_seed(seed)
-            self.side_network = SideNetwork(views, config)
-            self.heads = Heads(self.side_network.output_widths, config)
+            self.item_encoder = make_item_encoder()
             self.sequence_encoder = SASRec(config, max_inputs)
         log_popularity = torch.from_numpy(popularity).log()
         log_popularity[0] = 0  # padding has none, and minus infinity would meet that of its multiplicity
         self.register_buffer("log_popularity", log_popularity, persistent=False)
 
-    def loss(self, batch: Batch, states: list[States]) -> Tensor:
-        """Mean debiased in-batch cross-entropy over the batch's rows (IISAN, equation 5); states of batch.distinct."""
-        vectors = self.item_vectors(states)
+    def loss(self, batch: Batch, contents: Any) -> Tensor:
+        """Mean debiased in-batch cross-entropy over the batch's rows (IISAN, equation 5).
+
+        contents: what the item encoder reads of batch.distinct.
+        """
+        vectors = self.item_encoder(contents)
         rows = Rows(batch.row_slots, len(batch.users), batch.length)
         losses = kernels.inbatch_cross_entropy(
             queries=self.sequence_encoder(vectors[batch.inputs], rows, self._dropout(batch)),
@@ -55,18 +66,13 @@ class Recommender(nn.Module):
         )
         return losses @ batch.weights.to(losses.dtype)
 
-    def item_vectors(self, states: list[States]) -> Tensor:
-        """[N, d] for the hidden states of N items."""
-        projections, bias = self.heads.folded()
-        return self.side_network(states, projections, self.operands) + bias
-
     @torch.inference_mode()
-    def catalogue_vectors(self, table: Table) -> Tensor:
+    def catalogue_vectors(self, source: ItemSource) -> Tensor:
         """[items, d]: every item's vector, item number i in row i - 1."""
-        numbers = torch.arange(1, table.rows, device=table.index_device)
+        numbers = torch.arange(1, source.rows, device=source.index_device)
         # Equal parts: a last part of one item would take another matrix product and no longer tie with its equals.
-        parts = numbers.tensor_split(-(-len(numbers) // ITEMS_AT_ONCE))
-        return torch.cat([self.item_vectors(table.states(part)) for part in parts])
+        parts = numbers.tensor_split(-(-len(numbers) // source.items_at_once))
+        return torch.cat([self.item_encoder(source.states(part)) for part in parts])
 
     @torch.inference_mode()
     def user_states(self, vectors: Tensor, inputs: np.ndarray) -> Tensor:
@@ -82,14 +88,8 @@ class Recommender(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every trainable parameter under the name of its learning rate, once."""
-        towers = [module for module in self.side_network.modules() if isinstance(module, SideTower)]
-        gates = [tower.gate for tower in towers if tower.gate is not None]
-        adapters = [parameter for tower in towers for parameter in tower.parameters() if parameter is not tower.gate]
-        align = [parameter for name, parameter in self.side_network.named_parameters() if name.startswith("align_")]
         groups = {
-            "adapters": adapters,
-            "gates": gates,
-            "heads": [*align, *self.heads.parameters()],
+            **self.item_encoder.parameter_groups(),
             "sequence_encoder": list(self.sequence_encoder.parameters()),
         }
         grouped = [id(parameter) for group in groups.values() for parameter in group]
@@ -102,6 +102,31 @@ class Recommender(nn.Module):
         return Dropout(StatelessDropout(self.config.dropout, self.seed, batch.step), batch.users)
 
 
-def build_recommender(views: list[ViewShape], config: RunConfig, popularity: np.ndarray) -> Recommender:
-    """The recommender of a run's configuration."""
-    return Recommender(views, config.model, config.protocol.max_inputs, popularity, config.train.seed)
+def build_recommender(
+    source: ItemSource, config: RunConfig, popularity: np.ndarray, products: torch.dtype = torch.float32
+) -> Recommender:
+    """The recommender of a run's configuration, for the items of a source; products: what trained ones take."""
+    make = functools.partial(make_item_encoder, source, config, products)
+    return Recommender(make, config.model, config.protocol.max_inputs, popularity, config.train.seed)
+
+
+def make_item_encoder(source: ItemSource, config: RunConfig, products: torch.dtype) -> nn.Module:
+    """What turns that which a source reads of items into item vectors."""
+    model = config.model
+    if model.method in SIDE_METHODS:
+        return SideItemEncoder(source.shapes, model)
+    if model.method == "id":
+        return IdItemEncoder(source.rows - 1, model.embedding_dim)
+    if model.method == "frozen":
+        return FrozenItemEncoder([width for _, width in source.shapes], model.embedding_dim)
+    from .tuned_encoder import TunedItemEncoder  # imports transformers, which takes seconds
+
+    return TunedItemEncoder(
+        source.backbones,
+        model.method,
+        model.embedding_dim,
+        model.bottleneck,
+        model.activation,
+        config.uncached.checkpointing,
+        torch.bfloat16 if products == torch.bfloat16 else None,
+    )

@@ -1,4 +1,4 @@
-"""The side network: SANB towers over the kept layers of one or two views, and the heads that fuse them.
+"""IISAN's item encoder: SANB towers over the kept layers of one or two views, and the heads that fuse them.
 
 Intra towers read one view each, the inter tower both (IISAN, section 3.2). Views may differ in width and depth
 (IISAN-Versa, section 3): the last layers of both pair up, and the wider view is aligned to the narrower width.
@@ -17,6 +17,48 @@ from .errors import InputError
 from .kernels import States
 
 ViewShape = tuple[int, int]  # kept layers K, width D
+WEIGHT_STD = 0.01  # of a SANB's matrices at the start
+TERMS = 4  # of a sum of Kronecker products
+
+
+class KroneckerSum(nn.Module):
+    """Matrices [layers, rows, columns] as sums of n Kronecker products of an n x n and a smaller matrix: a PHM layer
+    (Zhang et al. 2021), as Compacter's adapters take it, with a quarter of the parameters."""
+
+    def __init__(self, layers: int, rows: int, columns: int) -> None:
+        super().__init__()
+        if rows % TERMS or columns % TERMS:
+            raise InputError(
+                f"sanb: phm needs a bottleneck and widths that are multiples of {TERMS}, found {rows} and {columns}"
+            )
+        rules = torch.empty(layers, TERMS, TERMS, TERMS)
+        parts = torch.empty(layers, TERMS, rows // TERMS, columns // TERMS)
+        self.rules = nn.Parameter(rules.normal_(std=TERMS**-0.5))  # so that the sum has the parts' deviation
+        self.parts = nn.Parameter(parts.normal_(std=WEIGHT_STD))
+
+    def forward(self) -> Tensor:
+        """[layers, rows, columns]."""
+        products = torch.einsum("knab,knrc->karbc", self.rules, self.parts)
+        return products.flatten(3, 4).flatten(1, 2)
+
+
+class RankOne(nn.Module):
+    """Matrices [layers, rows, columns] as products of a column and a row: Compacter's low-rank adapters."""
+
+    def __init__(self, layers: int, rows: int, columns: int) -> None:
+        super().__init__()
+        self.left = nn.Parameter(torch.empty(layers, rows, 1).normal_(std=WEIGHT_STD**0.5))
+        self.right = nn.Parameter(torch.empty(layers, 1, columns).normal_(std=WEIGHT_STD**0.5))
+
+    def forward(self) -> Tensor:
+        """[layers, rows, columns]."""
+        return self.left * self.right
+
+
+def _weight(sanb: str, layers: int, rows: int, columns: int) -> nn.Parameter | nn.Module:
+    if sanb == "adapter":
+        return nn.Parameter(torch.empty(layers, rows, columns).normal_(std=WEIGHT_STD))
+    return {"phm": KroneckerSum, "low-rank": RankOne}[sanb](layers, rows, columns)
 
 
 class SideTower(nn.Module):
@@ -25,14 +67,15 @@ class SideTower(nn.Module):
     def __init__(self, layers: int, width: int, config: ModelConfig) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(layers)) if config.gates else None
-        self.down_weight = nn.Parameter(torch.empty(layers, config.bottleneck, width).normal_(std=0.01))
+        self.down_weight = _weight(config.sanb, layers, config.bottleneck, width)
         self.down_bias = nn.Parameter(torch.zeros(layers, config.bottleneck))
-        self.up_weight = nn.Parameter(torch.empty(layers, width, config.bottleneck).normal_(std=0.01))
+        self.up_weight = _weight(config.sanb, layers, width, config.bottleneck)
         self.up_bias = nn.Parameter(torch.zeros(layers, width))
 
     def reading(self, *views: int) -> kernels.Tower:
-        """What the op takes: the numbers of the views that the tower reads, and its parameters."""
-        return kernels.Tower(views, self.gate, self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+        """What the op takes: the numbers of the views that the tower reads, and its matrices and biases."""
+        down, up = (each() if isinstance(each, nn.Module) else each for each in (self.down_weight, self.up_weight))
+        return kernels.Tower(views, self.gate, down, self.down_bias, up, self.up_bias)
 
 
 class SideNetwork(nn.Module):
@@ -45,7 +88,7 @@ class SideNetwork(nn.Module):
         self.paired = min(layers for layers, _ in views)
         self.widths = [width for _, width in views]
         shapes = dict(zip(("first", "second"), views)) if config.intra else {}
-        if config.inter and len(views) == 2:
+        if config.inter is not False and len(views) == 2:
             shapes["inter"] = (self.paired, min(self.widths))
         self.towers = tuple(shapes)
         for name, shape in shapes.items():
@@ -124,10 +167,34 @@ class Heads(nn.Module):
         return projections, bias
 
 
+class SideItemEncoder(nn.Module):
+    """Item vectors from hidden states: IISAN, or IISAN-Versa."""
+
+    small_operators = True  # but for the towers, which share their work out among a CPU's cores themselves
+
+    def __init__(self, views: list[ViewShape], config: ModelConfig) -> None:
+        super().__init__()
+        self.operands: torch.dtype | None = None  # of the towers' products on a CPU; None: the weights' dtype
+        self.side_network = SideNetwork(views, config)
+        self.heads = Heads(self.side_network.output_widths, config)
+
+    def forward(self, states: list[States]) -> Tensor:
+        """[N, d] for the hidden states of N items."""
+        projections, bias = self.heads.folded()
+        return self.side_network(states, projections, self.operands) + bias
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Every trainable parameter under the name of its learning rate, once."""
+        towers = [module for module in self.side_network.modules() if isinstance(module, SideTower)]
+        gates = [tower.gate for tower in towers if tower.gate is not None]
+        adapters = [parameter for tower in towers for parameter in tower.parameters() if parameter is not tower.gate]
+        align = [parameter for name, parameter in self.side_network.named_parameters() if name.startswith("align_")]
+        return {"adapters": adapters, "gates": gates, "heads": [*align, *self.heads.parameters()]}
+
+
 def check_views(views: list[ViewShape], config: ModelConfig) -> None:
     """Refuses views that the configured method cannot join."""
-    if len(views) == 1 and not config.intra:
-        raise InputError("intra: one view has no inter tower, so its intra tower cannot be left out")
+    config.check_views(len(views))
     if len(views) == 2 and views[0] != views[1] and config.method == "iisan":
         shapes = " and ".join(f"{layers} layers of width {width}" for layers, width in views)
         raise InputError(f"method: iisan needs views of equal shape, found {shapes}; choose iisan-versa")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .activations import Plan
 from .batches import Shape, epoch_batches, steps_per_epoch
 from .checkpoint import (
     adam_tensors,
@@ -24,17 +26,20 @@ from .checkpoint import (
     named_weights,
     save_checkpoint,
 )
-from .config import EvaluationConfig, RunConfig, TrainConfig, read_settings
-from .errors import InputError, first_few
+from .config import SIDE_METHODS, TUNING_METHODS, EvaluationConfig, RunConfig, TrainConfig, read_settings
+from .efficiency import parameter_counts
+from .errors import InputError
 from .evaluate import evaluate, leading, popularity_baseline
-from .feature_table import Table, load_table
-from .hidden_states import Store, content_digest
+from .hidden_states import differences
+from .item_source import ItemSource
 from .kernels import BACKEND_VARIABLE
 from .loader import Prepared, prepared
+from .placement import DEVICE_SHARE, HOST_SHARE, free_memory, size_text
 from .progress import progress_bar
-from .recommender import build_recommender
+from .recommender import ITEM_ENCODER, Recommender, build_recommender
 from .run_folder import RunFolder
-from .sequences import Dataset, Sequences, load_dataset
+from .sequences import Sequences, load_dataset
+from .sources import dataset_again, open_source, refuse_changed_texts
 from .training_step import CapturedStep, TrainingStep
 
 LOGGER = logging.getLogger(__name__)
@@ -71,9 +76,9 @@ def train(
     """
     RunFolder(out).refuse_if_used()
     dataset = load_dataset(Path(config.dataset), config.protocol)
-    _refuse_changed_texts(config, dataset)
-    with _open_views(config, dataset.sequences, device, placement) as (table, views):
-        trainer = Trainer(config, dataset.sequences, table, device)
+    refuse_changed_texts(config, dataset)
+    with open_source(config, dataset, device, placement, precision(config.train, device)) as (source, views):
+        trainer = Trainer(config, dataset.sequences, source, device)
         folder = RunFolder.create(out, config, views, dataset.sequences, device)
         return trainer.run(folder, on_epoch)
 
@@ -90,11 +95,12 @@ def resume(
         LOGGER.info("%s is finished already", out)
         return read_settings(folder.test)
     folder.remove_leftovers()
-    config, sequences = folder.config, folder.sequences
-    with _open_views(config, sequences, device, placement) as (table, views):
-        if views != folder.views:
-            raise InputError(f"{config.cache}: its views are not those that {out} was trained on; restore that cache")
-        trainer = Trainer(config, sequences, table, device)
+    config, dataset = folder.config, dataset_again(folder.config, folder.sequences)
+    with open_source(config, dataset, device, placement, precision(config.train, device)) as (source, views):
+        for name, recorded in folder.views.items():
+            if changed := differences(recorded, views[name]):
+                raise InputError(f"{out}: view {name!r} is not as it was: {'; '.join(changed)}; restore it")
+        trainer = Trainer(config, dataset.sequences, source, device)
         if folder.last.exists():
             trainer.restore(folder)
         return trainer.run(folder, on_epoch)
@@ -103,15 +109,17 @@ def resume(
 class Trainer:
     """One run in memory: model, optimizer, data, and where it stands."""
 
-    def __init__(self, config: RunConfig, sequences: Sequences, table: Table, device: torch.device) -> None:
-        self.config, self.sequences, self.table, self.device = config, sequences, table, device
-        self.model = build_recommender(table.shapes, config, sequences.popularity).to(device)
-        if precision(config.train, device) == torch.bfloat16 and device.type == "cpu":
+    def __init__(self, config: RunConfig, sequences: Sequences, source: ItemSource, device: torch.device) -> None:
+        self.config, self.sequences, self.source, self.device = config, sequences, source, device
+        products, tuned = precision(config.train, device), config.model.method in TUNING_METHODS
+        self.model = build_recommender(source, config, sequences.popularity, products).to(device)
+        if products == torch.bfloat16 and device.type == "cpu" and config.model.method in SIDE_METHODS:
             if (backend := os.environ.get(BACKEND_VARIABLE) or "auto") not in ("auto", "host"):
                 raise InputError(f"precision: bfloat16 on a CPU needs {BACKEND_VARIABLE}=host, found {backend}")
-            self.model.operands = torch.bfloat16
+            self.model.item_encoder.operands = products
         self.step = TrainingStep(self.model, config.train.learning_rates, device)
-        self.captured = CapturedStep(self.step) if device.type == "cuda" else None
+        self.captured = CapturedStep(self.step) if device.type == "cuda" and not tuned else None
+        self.plan = self._plan() if tuned else None
         self.progress = Progress()
 
     def run(self, folder: RunFolder, on_epoch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -191,11 +199,12 @@ class Trainer:
             users = min(config.batch_users, len(self.sequences.user_ids))
             pad = functools.partial(Shape.padded, users=users, length=self.sequences.max_inputs)
         batches = epoch_batches(self.sequences, config.batch_users, config.seed, epoch)
-        return prepared(batches, self.table, self.device, pad)
+        return prepared(batches, self.source, self.device, pad)
 
     def take(self, prepared: Prepared) -> Tensor:
         """One optimizer step; returns the loss before it, a scalar on the device."""
-        return (self.captured or self.step)(prepared.batch, prepared.states)
+        with self._memory_told(prepared):
+            return (self.captured or self.step)(prepared.batch, prepared.states)
 
     def _read(self) -> tuple[float, int]:
         """(sum of losses, rows) since the last reading. Raises InputError where a loss was not finite."""
@@ -204,9 +213,46 @@ class Trainer:
             raise InputError(f"step {found.failed_step}: the loss is {found.failed_loss}; lower the learning rates")
         return found.loss, found.rows
 
+    def _plan(self) -> Plan:
+        """How a batch of the largest size is encoded in the memory there is; decides it, and says so."""
+        items = min(self.config.train.batch_users * (self.sequences.max_inputs + 1), self.source.rows - 1)
+        free = free_memory(self.device)
+        share = DEVICE_SHARE if self.device.type == "cuda" else HOST_SHARE
+        plan = self.model.item_encoder.plan(
+            self.source.largest,
+            items,
+            sys.maxsize if free is None else int(share * free),
+            self.config.uncached.items_at_once,
+        )
+        self.source.part_items = min(self.source.part_items, plan.items_at_once)
+        again = ", each part twice" if plan.recompute else ""
+        LOGGER.info(
+            f"encoders: up to {items} items a batch, {self.source.part_items} at a time{again}; "
+            f"activations of up to {size_text(plan.estimate)}"
+        )
+        return plan
+
+    @contextmanager
+    def _memory_told(self, prepared: Prepared) -> Iterator[None]:
+        """Turns the lack of memory into one line that says what lacked it."""
+        try:
+            yield
+        except RuntimeError as error:  # torch's own type is for CUDA alone
+            if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+                raise
+            batch, lower = prepared.batch, "--batch-users"
+            estimate = ""
+            if self.plan is not None:
+                estimate = f"; its activations were estimated at {size_text(self.plan.estimate)}"
+                lower = "--items-at-once or --batch-users, or give --checkpointing"
+            raise InputError(
+                f"step {int(batch.step) + 1}: not enough memory on {self.device} for a batch of {len(batch.users)} "
+                f"users and {len(batch.distinct)} items{estimate}; lower {lower}, or try --table pinned"
+            ) from error
+
     def _validate(self) -> tuple[Tensor, dict[str, Any]]:
         self.model.eval()
-        vectors = self.model.catalogue_vectors(self.table)
+        vectors = self.model.catalogue_vectors(self.source)
         config = self.config.evaluation
         config = replace(config, ks=tuple(sorted({*config.ks, SELECTED_BY})))
         return vectors, self._report(vectors, "validation", config)
@@ -216,9 +262,10 @@ class Trainer:
         load_weights(self.model, tensors, folder.best)
         self.model.eval()
         return {
+            "method": self.config.model.method,
             "best_epoch": state["epoch"],
             "epochs": self.progress.epoch,
-            "trainable_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "trainable_parameters": parameter_counts(self.model)["trainable"],
             "test": self._report(tensors["item_vectors"].to(self.device), "test", self.config.evaluation),
             "popularity": popularity_baseline(self.sequences, "test", self.config.evaluation),
         }
@@ -230,21 +277,35 @@ class Trainer:
 
 def evaluate_run(path: Path, split: str, evaluation: EvaluationConfig, device: torch.device) -> dict[str, Any]:
     """Metrics of a run's best checkpoint on `validation` or `test`, from the run folder alone."""
+    best = load_best(path, device)
+    states = best.model.user_states(best.item_vectors, best.sequences.split(split).inputs)
+    return {
+        "method": best.config.model.method,
+        "best_epoch": best.epoch,
+        split: evaluate(states, best.item_vectors, best.sequences, split, evaluation),
+        "popularity": popularity_baseline(best.sequences, split, evaluation),
+    }
+
+
+class Best(NamedTuple):
+    """A run's best checkpoint, ready to rank."""
+
+    config: RunConfig
+    sequences: Sequences
+    epoch: int
+    model: Recommender  # without an item encoder: its vectors are below
+    item_vectors: Tensor  # [items, d]
+
+
+def load_best(path: Path, device: torch.device) -> Best:
+    """The best checkpoint of a run, from the run folder alone."""
     folder = RunFolder.open(path)
     config, sequences = folder.config, folder.sequences
     tensors, state = load_checkpoint(folder.best)
-    shapes = [(len(view["layers"]), view["width"]) for view in folder.views.values()]
-    model = build_recommender(shapes, config, sequences.popularity)
-    load_weights(model, tensors, folder.best)
-    model.to(device).eval()
-    vectors = tensors["item_vectors"].to(device)
-    states = model.user_states(vectors, sequences.split(split).inputs)
-    report = evaluate(states, vectors, sequences, split, evaluation)
-    return {
-        "best_epoch": state["epoch"],
-        split: report,
-        "popularity": popularity_baseline(sequences, split, evaluation),
-    }
+    vectors = tensors.pop("item_vectors").to(device)
+    model = Recommender(nn.Identity, config.model, sequences.max_inputs, sequences.popularity, config.train.seed)
+    load_weights(model, {name: each for name, each in tensors.items() if ITEM_ENCODER not in name}, folder.best)
+    return Best(config, sequences, state["epoch"], model.to(device).eval(), vectors)
 
 
 def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -252,45 +313,6 @@ def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, config.precision)
-
-
-@contextmanager
-def _open_views(
-    config: RunConfig, sequences: Sequences, device: torch.device, placement: str
-) -> Iterator[tuple[Table, dict[str, Any]]]:
-    """The feature table, and what its views were made with and from."""
-    cache, item_ids = Path(config.cache), sequences.item_ids
-    with Store(cache) as store:
-        views = {name: {**store.view(name), "contents": store.contents(name, item_ids)} for name in config.views}
-    # Kernels multiply in the table's dtype; a CPU keeps the table as stored and converts rows as it reads them.
-    dtype = precision(config.train, device) if device.type == "cuda" else None
-    table = load_table(cache, config.views, item_ids, device, placement, dtype)
-    with closing(table):
-        yield table, views
-
-
-def _refuse_changed_texts(config: RunConfig, dataset: Dataset) -> None:
-    """Raises InputError where titles or captions are not those that the states were made from."""
-    with Store(Path(config.cache)) as store:
-        for name in config.views:
-            view = store.view(name)
-            if view["source"] == "image":
-                continue  # reading every image again would cost what the cache saves
-            if view["unescaped"] != dataset.unescaped:
-                protocol = replace(config.protocol, unescape_titles=view["unescaped"])
-                dataset = load_dataset(dataset.root, protocol)
-            texts = dataset.titles if view["source"] == "title" else dataset.captions
-            item_ids = dataset.sequences.item_ids
-            changed = [
-                item_id
-                for item_id, text, digest in zip(item_ids, texts, store.digests(name, item_ids))
-                if digest is not None and digest != content_digest((text or "").encode())
-            ]
-            if changed:
-                raise InputError(
-                    f"{config.cache}: view {name!r}: the {view['source']}s of {len(changed)} items are not those "
-                    f"that were encoded ({first_few(changed, len(changed))}); run iisan-fast extract again"
-                )
 
 
 @contextmanager

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from . import kernels
 from .batches import Batch, Shape
+from .chunks import Chunks
 from .kernels import States
 from .recommender import Recommender
 
 SMALL_ROWS = 1024  # of a batch, up to which threads cost a CPU's small operators more than they give
 WARM_UP_CALLS = 3  # before a capture: kernels are compiled, libraries make their workspaces
+
+
+Contents = list[States] | list[Chunks]  # of a batch's distinct items, a view each
 
 
 class Reading(NamedTuple):
@@ -48,16 +52,18 @@ class TrainingStep:
         # Sum of losses, rows, first failed step (0: none), its loss.
         self.record = torch.zeros(4, dtype=torch.float64, device=device)
 
-    def __call__(self, batch: Batch, states: list[States]) -> Tensor:
-        """One step; returns the loss before it, a scalar on the device."""
-        small = self.record.is_cpu and len(batch.targets) <= SMALL_ROWS
+    def __call__(self, batch: Batch, contents: Contents, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
+        """One step; returns the loss before it, a scalar on the device. `mark` is called as each phase ends."""
+        small = self.record.is_cpu and len(batch.targets) <= SMALL_ROWS and self.model.item_encoder.small_operators
         with kernels.in_large_pieces() if small else nullcontext():
-            return self._take(batch, states)
+            return self._take(batch, contents, mark)
 
-    def _take(self, batch: Batch, states: list[States]) -> Tensor:
+    def _take(self, batch: Batch, contents: Contents, mark: Callable[[str], None]) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model.loss(batch, states)
+        loss = self.model.loss(batch, contents)
+        mark("forward")
         loss.backward()
+        mark("backward")
         value, rows = loss.detach().double(), (batch.weights > 0).sum()
         total, count, failed, failed_loss = self.record
         fails = (failed == 0) & ~value.isfinite()
@@ -68,6 +74,7 @@ class TrainingStep:
         )
         self.optimizer.found_inf = (failed > 0).float()  # the fused optimizer leaves everything as it is then
         self.optimizer.step()
+        mark("update")
         return loss.detach()
 
     def read(self) -> Reading:

@@ -33,9 +33,13 @@ def worker_count(asked: int | None, items: int, device: torch.device) -> int:
     """What was asked for; of None, one for every CPU that an encoder on the device leaves idle, fewer for few items."""
     if asked is not None:
         return asked
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    idle = cpus - (torch.get_num_threads() if device.type == "cpu" else 1)
+    idle = usable_cpus() - (torch.get_num_threads() if device.type == "cpu" else 1)
     return min(max(0, idle), MAX_WORKERS, items // ITEMS_A_WORKER)
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def calls_ahead(

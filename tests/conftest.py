@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the program does
@@ -12,14 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is made: they then run on CPU tensors
 
-from iisan_fast.config import ModelConfig, RunConfig, TrainConfig
+from iisan_fast.config import ModelConfig, RunConfig, TrainConfig, ViewConfig
 from iisan_fast.feature_table import FeatureTable
 from iisan_fast.hidden_states import Store, content_digest
+from iisan_fast.recommender import Recommender
 from iisan_fast.sequences import Sequences, load_dataset
+from iisan_fast.side_network import SideItemEncoder
 
 DATA = Path(os.environ.get("IISAN_FAST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -47,6 +51,13 @@ def random_table(shapes: list[tuple[int, int]], items: int, dtype=torch.float64,
     return FeatureTable(tuple(views))
 
 
+def side_recommender(
+    shapes: list[tuple[int, int]], config: ModelConfig, max_inputs: int, popularity: np.ndarray, seed: int
+) -> Recommender:
+    """IISAN over views of the given shapes (K, D)."""
+    return Recommender(functools.partial(SideItemEncoder, shapes, config), config, max_inputs, popularity, seed)
+
+
 def make_sequences(histories: list[list[int]], items: int | None = None, max_inputs: int = 10) -> Sequences:
     """Sequences of hand-written histories of item numbers."""
     flat = np.concatenate([np.array(history, dtype=np.int64) for history in histories])
@@ -57,22 +68,23 @@ def make_sequences(histories: list[list[int]], items: int | None = None, max_inp
     )
 
 
-def view_description(layers: int, width: int, **changes) -> dict:
+def view_description(layers: int, width: int, /, **changes) -> dict:
     """What a store's manifest says of a view, as extraction would write it."""
     return {
         "source": "title",
         "unescaped": True,
         "layers": list(range(layers)),
+        "depth": layers,
         "width": width,
         "dtype": "float32",
         **changes,
     }
 
 
-def fill_store(path: Path, item_ids: list[str], table: FeatureTable, names: tuple[str, ...]) -> Path:
-    """A store holding the table's states under the given view names, in float32."""
+def fill_store(path: Path, item_ids: list[str], table: FeatureTable, names: tuple[str, ...], **changes) -> Path:
+    """A store holding the table's states under the given view names, in float32; `changes` to their description."""
     with Store(path, writable=True) as store:
-        store.add_views({name: view_description(*shape) for name, shape in zip(names, table.shapes)})
+        store.add_views({name: view_description(*shape, **changes) for name, shape in zip(names, table.shapes)})
         for name, view in zip(names, table.views):
             digests = [content_digest(f"title of {item_id}".encode()) for item_id in item_ids]
             store.write(name, item_ids, digests, view[1:].float())
@@ -114,3 +126,33 @@ def toy_run(tmp_path_factory) -> tuple[Path, Path]:
         root / "cache", sequences.item_ids, random_table([(2, 16), (2, 16)], 40, torch.float32), ("image", "title")
     )
     return dataset, cache
+
+
+@pytest.fixture(scope="session")
+def encoder_views(tmp_path_factory) -> list[ViewConfig]:
+    """Two small encoders, for images and for titles: the embedded demo's."""
+    from iisan_fast import demo  # imports transformers, which takes seconds
+
+    home = tmp_path_factory.mktemp("encoders")
+    demo.write_image_encoder(home / "image", seed=0)
+    demo.write_text_encoder(home / "text", seed=0)
+    return [ViewConfig("image", "image", str(home / "image")), ViewConfig("title", "title", str(home / "text"))]
+
+
+@pytest.fixture
+def catalogue(tmp_path) -> Path:
+    """A dataset's folder: 70 items, titles of one to twenty words and images of noise in all sizes; 160 users."""
+    from iisan_fast import demo
+
+    items, generator = 70, np.random.default_rng(0)
+    histories = [generator.integers(1, items + 1, length).tolist() for length in generator.integers(5, 14, 160)]
+    histories[0] = list(range(1, 14))
+    root = write_dataset_folder(tmp_path / "dataset", make_sequences(histories, items))
+    words = [*demo.BRANDS, *demo.MATERIALS]
+    titles = [" ".join(generator.choice(words, size=generator.integers(1, 21))) for _ in range(items)]
+    (root / "items.tsv").write_text("".join(f"i{n}\t{title}\n" for n, title in enumerate(titles, start=1)))
+    (root / "images").mkdir()
+    for n in range(1, items + 1):
+        size = int(generator.integers(9, 90)), int(generator.integers(9, 90)), 3
+        Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)).save(root / "images" / f"i{n}.png")
+    return root

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from conftest import fill_store, random_table
+from conftest import fill_store, random_table, side_recommender
 from reference_step import ReferenceSettings, reference_loss
 from torch import Tensor
 
@@ -43,7 +43,7 @@ class Step:
 
     def recommender(self) -> Recommender:
         """The model in fp64 and training mode, its gates and biases moved off zero so that they are seen to act."""
-        model = Recommender(
+        model = side_recommender(
             self.table.shapes, self.model, self.sequences.max_inputs, self.sequences.popularity, self.seed
         ).double()
         generator = torch.Generator().manual_seed(self.seed)
@@ -63,9 +63,7 @@ class Result:
 
 def from_reference(step: Step) -> Result:
     """The specification: tests/reference_step.py on plain lists and tensors."""
-    parameters = {
-        name: parameter.detach().clone().requires_grad_() for name, parameter in step.recommender().named_parameters()
-    }
+    parameters = {name: parameter.detach().clone().requires_grad_() for name, parameter in _named(step.recommender())}
     offsets, items = step.sequences.training
     model = step.model
     settings = ReferenceSettings(
@@ -79,7 +77,7 @@ def from_reference(step: Step) -> Result:
         activation=model.activation,
         gates=model.gates,
         intra=model.intra,
-        inter=model.inter,
+        inter=model.inter is not False,
     )
     views = step.table.views
     loss = reference_loss(
@@ -181,13 +179,18 @@ def from_captured(step: Step) -> Result:
     for each in (others, batch):
         moved = each.padded(shape).to(device)
         loss = captured(moved, table.states(moved.distinct))
-    gradients = {name: parameter.grad.double().cpu() for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad.double().cpu() for name, parameter in _named(model)}
     return Result(loss.detach().double().cpu(), gradients)
+
+
+def _named(model: Recommender) -> list[tuple[str, Tensor]]:
+    """The parameters under the reference's names."""
+    return [(name.removeprefix("item_encoder."), parameter) for name, parameter in model.named_parameters()]
 
 
 def _differentiated(model: Recommender, loss: Tensor) -> Result:
     loss.backward()
-    gradients = {name: parameter.grad.double().cpu() for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad.double().cpu() for name, parameter in _named(model)}
     return Result(loss.detach().double().cpu(), gradients)
 
 
@@ -210,7 +213,12 @@ class Form:
 
 
 def _has_all_towers_of_one_shape(step: Step) -> bool:
-    return step.model.intra and step.model.inter and len(step.table.views) == 2 and len(set(step.table.shapes)) == 1
+    return (
+        step.model.intra
+        and step.model.inter is not False
+        and len(step.table.views) == 2
+        and len(set(step.table.shapes)) == 1
+    )
 
 
 FORMS: dict[str, Form] = {

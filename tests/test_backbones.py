@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import pickle
@@ -20,10 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from iisan_fast import backbones
 from iisan_fast.backbones import default_layers, load_backbone
 from iisan_fast.config import ViewConfig
 from iisan_fast.errors import InputError
+from iisan_fast.hugging_face import cached_or_fetched
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
 LLM = {**SHAPE, "num_key_value_heads": 2, "vocab_size": 40, "max_position_embeddings": 64, "head_dim": 8}
@@ -84,6 +85,7 @@ IMAGE: dict[str, tuple[Callable[[], hf.PreTrainedModel], str, str, str]] = {
     ),
 }
 WORDS = ["[UNK]", "[PAD]", "<s>", "</s>", "[CLS]", "[SEP]", *(f"w{i}" for i in range(34))]
+RANDOM = np.random.default_rng(0)
 TITLES = ["w1", "w2 w3 w4", "w5 " * 20, "w6 w7 w8 w9 w10 w11", "w12 w13"]
 
 
@@ -416,7 +418,7 @@ def test_the_cache_is_asked_before_the_hub(tmp_path):
         return encoder
 
     for encoder in ("owner/cached", "owner/new", str(tmp_path)):
-        assert backbones._cached_or_fetched(load, encoder) == encoder
+        assert cached_or_fetched(load, encoder) == encoder
     assert asked == [True, True, False, False]
 
 
@@ -519,6 +521,36 @@ def test_the_image_processor_counts_and_its_backend_is_recorded(built, tmp_path)
     other = shutil.copytree(built("image", "vit"), tmp_path / "vit")
     hf.ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.1] * 3).save_pretrained(other)
     assert differing(load_backbone(view(other, "image")).describe(), described) == {"encoder", "processor"}
+
+
+@pytest.mark.parametrize("family", IMAGE)
+def test_images_kept_as_bytes_become_the_processors_pixel_values(built, family):
+    backbone = load_backbone(view(built("image", family), "image"))
+    form = backbone.byte_form()
+    images = [Image.fromarray(RANDOM.integers(0, 256, size, dtype=np.uint8)) for size in ((9, 50, 3), (70, 33, 3))]
+    pixels = form.prepare(images)["pixel_values"]
+    assert pixels.dtype == torch.uint8 and pixels.shape[0] == 2
+    assert torch.equal(form.pixel_values(pixels), backbone.prepare(images)["pixel_values"])
+
+
+def ignores_options(processor, images, return_tensors, **options):
+    return processor(images=images, return_tensors=return_tensors)
+
+
+def refuses_options(processor, images, return_tensors, **options):
+    return {}["fused"] if options else ignores_options(processor, images, return_tensors)
+
+
+def looks_around(processor, images, return_tensors, **options):
+    values = processor(images=images, return_tensors=return_tensors, **options)["pixel_values"]
+    return {"pixel_values": values if options else values - values.mean()}
+
+
+@pytest.mark.parametrize("other", [ignores_options, refuses_options, looks_around])
+def test_images_of_processors_that_do_more_have_no_byte_form(built, other):
+    backbone = load_backbone(view(built("image", "vit"), "image"))
+    backbone.processor = functools.partial(other, backbone.processor)
+    assert backbone.byte_form() is None
 
 
 def test_pretrained_minilm_gives_the_embeddings_it_is_known_for():

@@ -7,14 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences, random_table
+from conftest import make_sequences, random_table, side_recommender
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iisan_fast.batches import Batch, Shape, epoch_batches, make_batch, steps_per_epoch
 from iisan_fast.config import ModelConfig
 from iisan_fast.kernels.reference import unpack_bits
-from iisan_fast.recommender import Recommender
 
 
 @settings(max_examples=60, deadline=None)
@@ -155,7 +154,9 @@ def test_padding_changes_neither_the_loss_nor_a_gradient(training, extra):
     shape = Shape(*(size + more for size, more in zip(batch.shape, extra)))
     sequences = make_sequences([[*history, 1, 1] for history in training], items=40, max_inputs=12)
     popularity = np.maximum(sequences.popularity, 1e-3)
-    model = Recommender([(2, 6)], ModelConfig(embedding_dim=8, bottleneck=4), 12, popularity, seed=1).double().train()
+    model = (
+        side_recommender([(2, 6)], ModelConfig(embedding_dim=8, bottleneck=4), 12, popularity, seed=1).double().train()
+    )
     table = random_table([(2, 6)], 40)
     found = []
     for each in (batch, batch.padded(shape), batch.padded(batch.shape.padded(len(training), 12))):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from iisan_fast import feature_table
+from iisan_fast import placement
 from iisan_fast.cli import main
 
 
@@ -157,14 +157,18 @@ def test_bad_input_gets_one_line_and_exit_code_2(toy_run, finished_run, tmp_path
     assert "no such folder" in refused("stats", tmp_path / "nowhere")
     assert "Missing argument 'DATASET'" in refused("stats")
     assert "No such option" in refused("stats", dataset, "--wrong")
-    assert "cache: expected a path, found null; give --cache" in refused("train", dataset, *out)
+    assert "cache: iisan needs hidden states: give --cache, or --uncached and encoders" in refused(
+        "train", dataset, *out
+    )
     assert "not a cache of hidden states" in refused("train", dataset, "--cache", tmp_path, *out)
     assert "no view 'video'; it has image, title" in refused(
         "train", dataset, "--cache", cache, "--views", "video", *out
     )
     assert "already holds a run" in refused("train", dataset, "--cache", cache, "--out", finished_run)
     assert "expected GROUP=RATE" in refused("train", dataset, "--cache", cache, "--learning-rate", "heads", *out)
-    assert "one rate each for" in refused("train", dataset, "--cache", cache, "--learning-rate", "head=1e-3", *out)
+    assert "learning_rates.head: iisan has adapters, gates, heads, sequence_encoder" in refused(
+        "train", dataset, "--cache", cache, "--learning-rate", "head=1e-3", *out
+    )
     assert "batch_users: expected 1 to" in refused("train", dataset, "--cache", cache, "--batch-users", 0, *out)
     assert "--table" in refused("train", dataset, "--cache", cache, "--table", "disk", *out)
     assert "--precision" in refused("train", dataset, "--cache", cache, "--precision", "float16", *out)
@@ -213,7 +217,7 @@ def test_bfloat16_on_a_cpu_with_another_backend_gets_one_line(toy_run, tmp_path,
 
 def test_a_table_that_does_not_fit_where_it_was_asked_for_gets_one_line(toy_run, tmp_path, monkeypatch):
     dataset, cache = toy_run
-    monkeypatch.setattr(feature_table, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(placement, "free_memory", lambda device: 1000)
     arguments = ("--out", tmp_path / "run", "--device", "cpu", "--table", "pinned")
     message = refused("train", dataset, "--cache", cache, *arguments)
     assert message.startswith("error: table: pinned needs 0 MiB, found 0 MiB free; choose mapped")

@@ -8,10 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iisan_fast.config import ModelConfig, RunConfig, TrainConfig, ViewConfig, from_dict, read_json, to_dict
+from iisan_fast.config import (
+    LEARNING_RATES,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    UncachedConfig,
+    ViewConfig,
+    from_dict,
+    read_json,
+    to_dict,
+)
 from iisan_fast.errors import InputError
 
 MINIMAL = {"dataset": "d", "cache": "c", "views": ["image"]}
+UNCACHED = {"views": [{"name": "image", "source": "image", "encoder": "e"}]}
 
 
 @given(st.integers(1, 512), st.sampled_from(["iisan", "iisan-versa"]), st.booleans(), st.floats(0, 0.9))
@@ -40,11 +51,33 @@ def test_views_round_trip():
         ({"model": {"intra": False, "inter": False}}, "found neither"),
         ({"model": []}, "model: expected Mapping"),
         ({"train": {"batch_users": 0}}, "batch_users: expected 1 to"),
-        ({"train": {"learning_rates": {"adapters": 1e-4}}}, "learning_rates: expected one rate each"),
+        (
+            {"train": {"learning_rates": {"encoders": 1e-4}}},
+            "learning_rates.encoders: iisan has adapters, gates, heads",
+        ),
+        ({"train": {"learning_rates": {"heads": 2}}}, "learning_rates.heads: expected a rate"),
         ({"evaluation": {"ks": [0]}}, "ks: expected"),
         ({"evaluation": {"ks": 10}}, "evaluation.ks: expected list"),
-        ({"views": ["a", "a"]}, "views: expected one or two different views"),
-        ({"views": ["a", "b", "c"]}, "views: expected one or two different views"),
+        ({"views": ["a", "a"]}, "views: expected different names, found a, a"),
+        ({"views": ["a", "b", "c"]}, "views: iisan takes 1 or 2, found 3"),
+        ({"views": []}, "views: iisan takes 1 or 2, found 0"),
+        ({"cache": None}, "cache: iisan needs hidden states: give --cache, or --uncached and encoders"),
+        ({"uncached": UNCACHED}, "cache, uncached: expected one of them, found both"),
+        ({"cache": None, "uncached": UNCACHED, "views": ["other"]}, "views: expected those that are encoded (image)"),
+        ({"cache": None, "uncached": {**UNCACHED, "attention": "flash"}}, "attention: expected one of auto"),
+        ({"cache": None, "uncached": {"views": [{}]}}, "uncached.views.name: missing setting"),
+        ({"model": {"inter": True}}, "inter: the inter tower joins two views, found one"),
+        ({"model": {"intra": False}}, "intra: one view has no inter tower"),
+        ({"model": {"sanb": "mlp"}}, "sanb: expected one of adapter, phm, low-rank"),
+        ({"model": {"layer_groups": 0}}, "layer_groups: expected 1 to"),
+        ({"model": {"method": "full"}}, "method: full trains encoders, so they have to run: give --uncached"),
+        (
+            {"model": {"method": "lora", "gates": False}},
+            "gates: lora has no towers; false is for iisan and iisan-versa",
+        ),
+        ({"model": {"method": "frozen", "layer_groups": 3}}, "layer_groups: frozen has no towers"),
+        ({"model": {"method": "id"}, "cache": None}, "views: id takes 0, found 1"),
+        ({"model": {"method": "id"}, "views": []}, "cache: id reads no states"),
     ],
 )
 def test_mistakes_are_named(change, message):
@@ -54,8 +87,22 @@ def test_mistakes_are_named(change, message):
 
 
 def test_a_missing_setting_is_named():
-    with pytest.raises(InputError, match="cache: missing setting"):
-        from_dict(RunConfig, {"dataset": "d", "views": ["a"]})
+    with pytest.raises(InputError, match="dataset: missing setting"):
+        from_dict(RunConfig, {"cache": "c", "views": ["a"]})
+
+
+def test_a_run_has_a_rate_for_each_group_of_its_method():
+    for method, rates in LEARNING_RATES.items():
+        views = () if method == "id" else ("image",)
+        uncached = from_dict(UncachedConfig, UNCACHED) if views else None
+        train = TrainConfig(learning_rates={"sequence_encoder": 0.5})
+        config = RunConfig("d", None, views, uncached, model=ModelConfig(method), train=train)
+        assert config.train.learning_rates == {**rates, "sequence_encoder": 0.5}
+        assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_views_take_their_names_from_the_encoders():
+    assert from_dict(RunConfig, {"dataset": "d", "uncached": UNCACHED}).views == ("image",)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\x00"])
@@ -68,5 +115,5 @@ def test_a_file_that_is_no_settings_is_named(tmp_path, content):
 
 def test_defaults_are_the_papers():
     assert TrainConfig().batch_users == 64 and TrainConfig().patience == 10
-    rates = TrainConfig().learning_rates
+    rates = dict(RunConfig("d", "c", ("a",)).train.learning_rates)
     assert rates.pop("adapters") == 1e-4 and set(rates.values()) == {2e-4}

@@ -125,7 +125,7 @@ def test_content_predicts_the_next_item_unless_shuffled(written: tuple[Path, lis
 
 
 def test_settings_are_a_run_configuration() -> None:
-    config = from_dict(RunConfig, {"dataset": "d", "cache": "c", "views": ["image", "title"], **demo.SETTINGS})
+    config = from_dict(RunConfig, {"dataset": "d", "cache": "c", "views": ["image", "title"], **demo.settings()})
     assert config.train.max_epochs == 30
 
 
@@ -200,7 +200,7 @@ def test_the_demo_is_learned_from_nothing_but_its_content(
         "dataset": str(shuffled),
         "cache": str(tmp_path / "states"),
         "views": ["image", "title"],
-        **demo.SETTINGS,
+        **demo.settings(),
     }
     config = from_dict(RunConfig, settings)
     model, popularity = hit_rates(train(config, tmp_path / "shuffled", torch.device("cpu")))

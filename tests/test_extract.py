@@ -24,7 +24,7 @@ from iisan_fast import demo, workers
 from iisan_fast import extract as extraction
 from iisan_fast.backbones import load_backbone
 from iisan_fast.config import ViewConfig
-from iisan_fast.contents import Texts
+from iisan_fast.contents import Texts, batched
 from iisan_fast.errors import InputError
 from iisan_fast.feature_table import load_table
 from iisan_fast.sequences import load_dataset
@@ -44,7 +44,7 @@ class FakeBackbone:
         self.view, self.seen, self.delay = view, seen, delay
 
     def describe(self) -> dict:
-        return {"encoder": self.view.encoder, "layers": [0, 1], "width": 3, "pooling": self.view.pooling}
+        return {"encoder": self.view.encoder, "layers": [0, 1], "depth": 2, "width": 3, "pooling": self.view.pooling}
 
     def preparation(self, images: list[Image.Image]) -> dict:
         self.seen.extend(images)
@@ -66,7 +66,7 @@ class FakeBackbone:
 def seen(monkeypatch) -> list:
     """Everything that was made ready to be encoded."""
     seen: list = []
-    monkeypatch.setattr(extraction, "load_backbone", lambda view, device: FakeBackbone(view, seen))
+    monkeypatch.setattr(extraction, "load_backbone", lambda view, *_: FakeBackbone(view, seen))
     return seen
 
 
@@ -188,7 +188,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 import test_extract as t
 t.extraction.GROUP_ITEMS = 8
-t.extraction.load_backbone = lambda view, device: t.FakeBackbone(view, [], delay=0.02)
+t.extraction.load_backbone = lambda view, *_: t.FakeBackbone(view, [], delay=0.02)
 print("ready", flush=True)
 dataset = t.load_dataset(Path(sys.argv[1]))
 t.extraction.extract(dataset, [t.TITLE], Path(sys.argv[2]), t.CPU, batch_size=1, dtype="float32")
@@ -393,7 +393,7 @@ def test_arranged_rows_come_once_and_by_length(lengths, size, data):
         arranged = contents.arrange(part)
         assert sorted(arranged) == sorted(part)
         assert [lengths[row] for row in arranged] == sorted((lengths[row] for row in part), reverse=True)
-        for batch in map(contents.batch, extraction._batches(arranged, size)):
+        for batch in map(contents.batch, batched(arranged, size)):
             assert batch.inputs["sums"].tolist() == [sum(titles[row].encode()) for row in batch.rows]
 
 

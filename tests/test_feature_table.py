@@ -1,4 +1,4 @@
-"""The feature table: three homes with the same numbers in them, the choice between them, and what is refused."""
+"""The feature table: three homes with the same numbers in them, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch import Tensor
 from iisan_fast import feature_table
 from iisan_fast.checkpoint import load_checkpoint
 from iisan_fast.errors import InputError
-from iisan_fast.feature_table import FeatureTable, MappedTable, PinnedTable, Table, free_memory, load_table
+from iisan_fast.feature_table import FeatureTable, MappedTable, PinnedTable, Table, load_table
 from iisan_fast.hidden_states import Store
 from iisan_fast.kernels import States
 from iisan_fast.trainer import Trainer, train
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 HOMES = {"device": FeatureTable, "pinned": PinnedTable, "mapped": MappedTable}
-MIB, GIB = 1 << 20, 1 << 30
+GIB = 1 << 30
 IDS = [f"i{i}" for i in range(1, 11)]
 
 each_placement = pytest.mark.parametrize("placement", HOMES)
@@ -54,11 +54,6 @@ def closed(monkeypatch) -> list[Path]:
     return paths
 
 
-def free(monkeypatch, on_device: int | None, on_host: int | None) -> None:
-    """Pretends that so many bytes are free."""
-    monkeypatch.setattr(feature_table, "free_memory", lambda device: on_device if device.type == "cuda" else on_host)
-
-
 def rows(view: States) -> Tensor:
     return view.table if view.rows is None else view.table[view.rows]
 
@@ -78,8 +73,8 @@ def test_every_home_gives_the_same_rows_and_zeros_for_padding(cache, whole, plac
         assert all(torch.equal(own, view[items]) for own, view in zip(read(table, items), whole.views, strict=True))
     assert not any(view.any() for view in read(table, [0]))
     gathered = table.gather(torch.tensor([2, 5, 0]))
-    assert len(gathered) == (0 if placement == "device" else 2)
-    assert all(torch.equal(own, view[[2, 5, 0]]) for own, view in zip(gathered, whole.views))
+    assert len(gathered.tensors) == (0 if placement == "device" else 2)
+    assert all(torch.equal(own, view[[2, 5, 0]]) for own, view in zip(gathered.tensors, whole.views))
     table.close()
 
 
@@ -121,49 +116,13 @@ def test_a_catalogue_is_read_in_parts(cache, whole, placement, at_once, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("size", "on_device", "on_host", "expected"),
-    [
-        (7 * GIB, 10 * GIB, 0, "device"),
-        (7 * GIB + MIB, 10 * GIB, 15 * GIB, "pinned"),
-        (7 * GIB + MIB, 10 * GIB, 14 * GIB, "mapped"),
-        (7 * GIB, 0, None, "mapped"),
-    ],
-)
-def test_a_gpus_table_goes_where_there_is_room(size, on_device, on_host, expected, monkeypatch):
-    free(monkeypatch, on_device, on_host)
-    assert feature_table._place("auto", size, CUDA) == expected
-
-
-@pytest.mark.parametrize(
     ("on_host", "home"), [(None, FeatureTable), (GIB, FeatureTable), (1000, MappedTable), (0, MappedTable)]
 )
 def test_a_cpus_table_goes_where_there_is_room(cache, on_host, home, monkeypatch):
-    free(monkeypatch, 0, on_host)
+    monkeypatch.setattr("iisan_fast.placement.free_memory", lambda device: on_host)
     table = load_table(cache, ["a", "b"], IDS, CPU)
     assert type(table) is home
     table.close()
-
-
-@pytest.mark.parametrize(
-    ("placement", "size", "device", "on_device", "line"),
-    [
-        ("auto", 3 * GIB, CUDA, 80 * GIB, "feature table: 3.0 GiB, on cuda (80.0 GiB free on cuda)"),
-        (
-            "auto",
-            6 * GIB,
-            CUDA,
-            8 * GIB,
-            "feature table: 6.0 GiB, in host memory, rows gathered ahead (8.0 GiB free on cuda)",
-        ),
-        ("mapped", 5 * MIB, CPU, 0, "feature table: 5 MiB, in the store's file (32.0 GiB free on cpu)"),
-        ("device", 5 * MIB, CUDA, None, "feature table: 5 MiB, on cuda"),
-    ],
-)
-def test_where_it_lies_is_said(placement, size, device, on_device, line, monkeypatch, caplog):
-    free(monkeypatch, on_device, 32 * GIB)
-    with caplog.at_level(logging.INFO, logger="iisan_fast"):
-        feature_table._place(placement, size, device)
-    assert caplog.messages == [line]
 
 
 def test_the_size_said_is_that_of_the_tables_dtype(tmp_path, monkeypatch, caplog):
@@ -173,38 +132,6 @@ def test_the_size_said_is_that_of_the_tables_dtype(tmp_path, monkeypatch, caplog
         with caplog.at_level(logging.INFO, logger="iisan_fast"):
             load_table(cache, ["v"], ["x"], CPU, "mapped", dtype).close()
         assert caplog.messages[0].startswith(f"feature table: {size} MiB, in the store's file")  # padding counted
-
-
-# What the system says is free
-
-
-@pytest.mark.parametrize(
-    ("group", "expected"),
-    [
-        ({}, 1000 << 10),
-        ({"max": "max\n", "current": "700"}, 1000 << 10),
-        ({"max": "500000\n", "current": "100000\n"}, 400_000),
-        ({"max": "5000000\n", "current": "100000\n"}, 1000 << 10),
-        ({"max": "500000", "current": "600000"}, 0),
-        ({"max": "500000", "current": "490000", "stat": "anon 1\nactive_file 30000\ninactive_file 50000\n"}, 90_000),
-    ],
-)
-def test_free_host_memory_is_what_system_and_group_both_leave(tmp_path, group, expected, monkeypatch):
-    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemFree:   100 kB\nMemAvailable:   1000 kB\nHugetlb: 0 kB\n")
-    for name, content in group.items():
-        (tmp_path / f"memory.{name}").write_text(content)
-    monkeypatch.setattr(feature_table, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(feature_table, "CGROUP", tmp_path)
-    assert free_memory(CPU) == expected
-
-
-def test_free_memory_is_unknown_where_the_system_says_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_table, "MEMINFO", tmp_path / "none")
-    monkeypatch.setattr(feature_table, "CGROUP", tmp_path)
-    assert free_memory(CPU) is None
-    (tmp_path / "memory.max").write_text("5000")
-    (tmp_path / "memory.current").write_text("2000")
-    assert free_memory(CPU) == 3000
 
 
 # What is refused, and that nothing stays open
@@ -217,24 +144,10 @@ def test_an_unknown_home_is_refused(cache):
 
 @pytest.mark.parametrize("placement", ["device", "pinned"])
 def test_a_home_that_is_too_small_is_refused_if_asked_for(cache, closed, placement, monkeypatch):
-    free(monkeypatch, 2 * GIB, 2 * GIB)
-    with pytest.raises(InputError) as error:
-        feature_table._place(placement, 3 * GIB, CUDA)
-    message = f"table: {placement} needs 3.0 GiB, found 2.0 GiB free; choose mapped, or leave it to auto"
-    assert str(error.value) == message
-    free(monkeypatch, None, 100)
+    monkeypatch.setattr("iisan_fast.placement.free_memory", lambda device: 100)
     with pytest.raises(InputError, match=f"table: {placement} needs"):
         load_table(cache, ["a", "b"], IDS, CPU, placement)
     assert closed == [cache]
-
-
-def test_a_home_is_measured_by_its_own_memory(monkeypatch):
-    free(monkeypatch, 2 * GIB, 8 * GIB)
-    assert feature_table._place("pinned", 3 * GIB, CUDA) == "pinned"
-    free(monkeypatch, 8 * GIB, 2 * GIB)
-    assert feature_table._place("device", 3 * GIB, CUDA) == "device"
-    free(monkeypatch, 0, 0)
-    assert feature_table._place("mapped", 3 * GIB, CUDA) == "mapped"
 
 
 def lacks_items(cache: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import fill_store, random_table, view_description
 from iisan_fast import hidden_states
 from iisan_fast.errors import InputError
 from iisan_fast.feature_table import load_table
-from iisan_fast.hidden_states import Store
+from iisan_fast.hidden_states import Store, grouped_layers
 
 IDS = ["a", "b", "x" * 600, "é/\\ 1"]
 ADDS = """
@@ -185,3 +186,34 @@ def test_an_unknown_view_is_named(tmp_path):
     fill_store(tmp_path / "c", ["a"], random_table([(2, 4)], 1), ("v",))
     with pytest.raises(InputError, match="no view 'w'; it has v"):
         load_table(tmp_path / "c", ["w"], ["a"], torch.device("cpu"))
+
+
+def test_layer_groups_keep_the_last_block_of_each_and_the_embedding():
+    assert grouped_layers(12, 2) == (0, 6, 12) and grouped_layers(12, 3) == (0, 4, 8, 12)
+    assert grouped_layers(12, 4) == (0, 3, 6, 9, 12) and grouped_layers(12, 6) == (0, 2, 4, 6, 8, 10, 12)
+    assert grouped_layers(12, 12) == tuple(range(13)) and grouped_layers(5, 3) == (0, 1, 3, 5)
+
+
+@pytest.mark.parametrize("groups", [0, 13])
+def test_groups_beyond_the_blocks_are_refused(groups):
+    with pytest.raises(InputError, match=f"layer_groups: expected 1 to 12, the encoder's blocks, found {groups}"):
+        grouped_layers(12, groups)
+
+
+@pytest.mark.parametrize("placement", ["device", "pinned", "mapped"])
+def test_a_table_keeps_the_layers_of_its_groups_alone(tmp_path, placement):
+    whole = random_table([(5, 3)], 4, torch.float32)
+    item_ids = [f"i{number}" for number in range(1, 5)]
+    cache = fill_store(tmp_path / "cache", item_ids, whole, ("title",))
+    with closing(load_table(cache, ["title"], item_ids, torch.device("cpu"), placement, layer_groups=2)) as table:
+        assert table.shapes == [(3, 3)]
+        (view,) = table.states(torch.tensor([3, 1]))
+        found = view.table if view.rows is None else view.table[view.rows]
+        assert torch.equal(found, whole.views[0][[3, 1]][:, [0, 2, 4]])
+
+
+def test_groups_whose_layers_a_cache_lacks_are_refused(tmp_path):
+    table = random_table([(3, 2)], 1, torch.float32)
+    cache = fill_store(tmp_path / "cache", ["i1"], table, ("title",), layers=[0, 2, 4], depth=5)
+    with pytest.raises(InputError, match="4 of the encoder's 4 blocks are layers 0, 1, 2, 3, 4; .* lacks 1, 3"):
+        load_table(cache, ["title"], ["i1"], torch.device("cpu"), layer_groups=4)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences, random_table
+from conftest import make_sequences, random_table, side_recommender
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -28,7 +28,6 @@ from iisan_fast.batches import epoch_batches
 from iisan_fast.config import ModelConfig
 from iisan_fast.feature_table import FeatureTable
 from iisan_fast.kernels import States, Tower, launch, reference
-from iisan_fast.recommender import Recommender
 from iisan_fast.sequences import Sequences
 
 pytestmark = [
@@ -858,7 +857,9 @@ def loss_curve(
     device: str, table: FeatureTable, sequences: Sequences, config: ModelConfig, steps: int, batch_users: int = 64
 ) -> list[float]:
     """Losses of training from the beginning, dropout on, Adam with fp32 weights."""
-    model = Recommender(table.shapes, config, sequences.max_inputs, sequences.popularity, seed=0).to(device).train()
+    model = (
+        side_recommender(table.shapes, config, sequences.max_inputs, sequences.popularity, seed=0).to(device).train()
+    )
     table = FeatureTable(tuple(view.to(device) for view in table.views))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     losses: list[float] = []

@@ -14,6 +14,7 @@ from torch import Tensor
 from iisan_fast.batches import Batch, Shape, epoch_batches
 from iisan_fast.errors import InputError
 from iisan_fast.feature_table import FeatureTable, PinnedTable, load_table
+from iisan_fast.item_source import Gathered
 from iisan_fast.kernels import States
 from iisan_fast.loader import AHEAD, prepared
 
@@ -84,10 +85,10 @@ def test_batches_are_made_ahead_but_not_too_many():
 class Broken(FeatureTable):
     """A table whose third gathering fails."""
 
-    def gather(self, items: Tensor) -> list[Tensor]:
+    def gather(self, items: Tensor) -> Gathered:
         if torch.equal(items, epoch()[2].distinct):
             raise InputError("the disk is gone")
-        return []
+        return Gathered([])
 
 
 def broken_maker() -> Iterator[Batch]:
@@ -137,12 +138,12 @@ def test_leaving_waits_for_the_batch_at_hand():
     entered, release, gathered = threading.Event(), threading.Event(), []
 
     class Slow(FeatureTable):
-        def gather(self, items: Tensor) -> list[Tensor]:
+        def gather(self, items: Tensor) -> Gathered:
             if len(gathered) == 2:
                 entered.set()
                 assert release.wait(20)
             gathered.append(len(items))
-            return []
+            return Gathered([])
 
     stream = prepared(iter(epoch()), Slow(table().views), CPU)
     next(stream)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import side_recommender
 
 from iisan_fast.config import ModelConfig
 from iisan_fast.errors import InputError
+from iisan_fast.kernels import States
 from iisan_fast.recommender import Recommender
 
 
 def build(views, **config) -> Recommender:
-    return Recommender(views, ModelConfig(**config), 10, np.array([0, 0.5, 0.5]), seed=0)
+    return side_recommender(views, ModelConfig(**config), 10, np.array([0, 0.5, 0.5]), seed=0)
 
 
 def count(model) -> int:
@@ -52,6 +54,55 @@ def test_without_a_tower_or_gates():
     assert count(build([(7, 768)] * 2, intra=False)) == whole - 2 * tower_and_heads - 2 * 64 * 64
 
 
+def test_sanbs_of_fewer_parameters_have_the_counts_of_their_formulas():
+    tower_matrices, whole = 2 * 7 * 768 * 64, 4_113_877
+    phm = 2 * 7 * (4**3 + 768 * 64 // 4)
+    assert count(build([(7, 768)] * 2, sanb="phm")) == whole - 3 * tower_matrices + 3 * phm
+    low_rank = 2 * 7 * (768 + 64)
+    assert count(build([(7, 768)] * 2, sanb="low-rank")) == whole - 3 * tower_matrices + 3 * low_rank
+
+
+@pytest.mark.parametrize("sanb", ["phm", "low-rank"])
+def test_composed_matrices_are_what_their_names_say_and_start_as_small(sanb):
+    tower = build([(3, 96)], sanb=sanb, bottleneck=48).item_encoder.side_network.first
+    view = tower.reading(0)
+    assert view.down_weight.shape == (3, 48, 96) and view.up_weight.shape == (3, 96, 48)
+    assert 0.005 < view.down_weight.std() < 0.02
+    if sanb == "phm":
+        rules, parts = tower.down_weight.rules[1], tower.down_weight.parts[1]
+        expected = sum(torch.kron(rule, part) for rule, part in zip(rules, parts))
+        torch.testing.assert_close(view.down_weight[1], expected)
+    else:
+        assert (torch.linalg.matrix_rank(view.down_weight) == 1).all()
+
+
+def test_phm_needs_sizes_that_it_can_divide():
+    with pytest.raises(InputError, match="sanb: phm needs a bottleneck and widths that are multiples of 4, found 6"):
+        build([(2, 8)], sanb="phm", bottleneck=6)
+
+
+ABLATIONS = [
+    {"gates": False},
+    {"inter": False},
+    {"intra": False},
+    {"sanb": "phm"},
+    {"sanb": "low-rank"},
+    {"activation": "gelu"},
+]
+
+
+@pytest.mark.parametrize("change", ABLATIONS, ids=str)
+def test_every_parameter_of_an_ablation_learns(change):
+    model = build([(2, 16), (2, 16)], bottleneck=8, embedding_dim=8, **change)
+    states = [States(torch.randn(5, 2, 16)) for _ in range(2)]
+    with torch.no_grad():
+        for parameter in model.item_encoder.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    model.item_encoder(states).square().sum().backward()
+    for name, parameter in model.item_encoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
 def test_iisan_refuses_views_of_unequal_shape():
     with pytest.raises(InputError, match="choose iisan-versa"):
         build([(7, 768), (4, 768)])
@@ -76,5 +127,5 @@ def test_initial_weights_depend_on_the_seed_alone():
     torch.rand(5)
     second = build([(2, 8), (2, 8)]).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    down = first["side_network.first.down_weight"]
-    assert 0.008 < down.std() < 0.012 and not first["side_network.first.down_bias"].any()
+    down = first["item_encoder.side_network.first.down_weight"]
+    assert 0.008 < down.std() < 0.012 and not first["item_encoder.side_network.first.down_bias"].any()

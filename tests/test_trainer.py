@@ -165,7 +165,7 @@ def test_resuming_with_other_states_is_refused(tmp_path, config, monkeypatch):
     views = json.loads((tmp_path / "run" / "views.json").read_text())
     views["image"]["weights"] = "of another encoder"
     (tmp_path / "run" / "views.json").write_text(json.dumps(views))
-    with pytest.raises(InputError, match="restore that cache"):
+    with pytest.raises(InputError, match="is not as it was: .* restore it"):
         resume(tmp_path / "run", CPU)
 
 
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     def poisoned(self, prepared):
         if prepared.batch.step == 9:  # the second batch of the third epoch
             with torch.no_grad():
-                self.model.heads.fusion.bias.fill_(float("nan"))
+                self.model.item_encoder.heads.fusion.bias.fill_(float("nan"))
         return original(self, prepared)
 
     monkeypatch.setattr(Trainer, "take", poisoned)
@@ -249,17 +249,28 @@ def test_a_cache_filled_anew_is_noticed_on_resume(tmp_path, config, monkeypatch)
     monkeypatch.undo()
     with Store(cache, writable=True) as store:
         store.write("image", ["i7"], [content_digest(b"another title")], torch.zeros(1, 2, 16))
-    with pytest.raises(InputError, match="restore that cache"):
+    with pytest.raises(InputError, match="is not as it was: .* restore it"):
         resume(tmp_path / "run", CPU)
 
 
-@pytest.mark.parametrize("name", ["config.json", "views.json", "sequences.npz", "best.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "sequences.npz", "best.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"\x93garbage", b'{"a": 3}'])
 def test_a_damaged_run_folder_is_named(tmp_path, config, name, content):
     train(with_train(config, max_epochs=1), tmp_path / "run", CPU)
     (tmp_path / "run" / name).write_bytes(content)
     with pytest.raises(InputError, match=name):
         evaluate_run(tmp_path / "run", "test", EvaluationConfig(), CPU)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93garbage", b'{"a": 3}'])
+def test_damaged_descriptions_of_views_are_named_on_resume(tmp_path, config, content, monkeypatch):
+    kill_in_epoch(monkeypatch, 2, "between epochs")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "run", CPU)
+    monkeypatch.undo()
+    (tmp_path / "run" / "views.json").write_bytes(content)
+    with pytest.raises(InputError, match="views.json"):
+        resume(tmp_path / "run", CPU)
 
 
 def test_the_weights_of_another_model_are_refused(tmp_path, config):

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences, random_table
+from conftest import make_sequences, random_table, side_recommender
 from torch import Tensor
 
 from iisan_fast.batches import Batch, Shape, epoch_batches
@@ -19,7 +19,6 @@ from iisan_fast.config import ModelConfig
 from iisan_fast.feature_table import FeatureTable, PinnedTable
 from iisan_fast.kernels import States
 from iisan_fast.loader import Prepared, prepared
-from iisan_fast.recommender import Recommender
 from iisan_fast.sequences import Sequences
 from iisan_fast.training_step import CapturedStep, Reading, TrainingStep
 
@@ -37,7 +36,9 @@ def make_data() -> tuple[Sequences, FeatureTable]:
 
 def make_step(sequences: Sequences, table: FeatureTable) -> TrainingStep:
     popularity = np.maximum(sequences.popularity, 1e-4)
-    model = Recommender(table.shapes, ModelConfig(embedding_dim=8, bottleneck=4), sequences.max_inputs, popularity, 1)
+    model = side_recommender(
+        table.shapes, ModelConfig(embedding_dim=8, bottleneck=4), sequences.max_inputs, popularity, 1
+    )
     model = model.double().train()
     return TrainingStep(model, dict.fromkeys(model.parameter_groups(), 1e-3), CPU)
 

@@ -37,7 +37,7 @@ class DenseModel:
 
     def item_vectors(self, items: Tensor) -> Tensor:
         """Item numbers int64 [N] -> [N, d]: gathered states, towers, and their linear maps one after the other."""
-        side, heads = self.model.side_network, self.model.heads
+        side, heads = self.model.item_encoder.side_network, self.model.item_encoder.heads
         first, second = (table[items] for table in self.tables)
         activation = side.activation
         outputs = {

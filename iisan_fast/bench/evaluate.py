@@ -6,7 +6,6 @@ sample of the users: what is then scaled to all of them is marked as scaled.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,8 +23,9 @@ from ..progress import progress_bar
 from ..recommender import Recommender, build_recommender
 from ..sequences import Sequences, Split
 from .dense import DenseModel
-from .machine import NOT_MEASURED, QUANTILES, in_a_process, named_sequences, on, origin, synchronise
+from .machine import NOT_MEASURED, QUANTILES, in_a_process, named_sequences, on, origin
 from .memory import PeakMemory
+from .stopwatch import Stopwatch
 from .train import VIEWS, TrainSettings, random_states
 
 K = 10
@@ -128,7 +128,7 @@ def make_work(sequences: Sequences, settings: EvaluateSettings, device: torch.de
     dtype = torch.float32 if device.type == "cuda" else torch.bfloat16
     table = FeatureTable(tuple(view.to(device, dtype) for view in random_states(sequences, shape)))
     config = RunConfig(dataset="", cache="", views=VIEWS, train=TrainConfig(seed=settings.seed))
-    model = build_recommender(table.shapes, config, sequences.popularity).to(device).eval()
+    model = build_recommender(table, config, sequences.popularity).to(device).eval()
     users = len(sequences.user_ids)
     sample = np.linspace(0, users - 1, settings.argsort_users).round().astype(int)
     return Work(sequences, settings.split, sequences.split(settings.split), sample, table, model, device)
@@ -192,23 +192,6 @@ EVALUATION = {
     "dense": ("item_vectors", "user_states", "ranking"),
     "fast": ("item_vectors", "user_states", "ranking_and_metrics"),
 }  # the stages that make up the whole
-
-
-class Stopwatch:
-    """The seconds of one stage after the other."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, {}
-        self.started = self._now()
-
-    def lap(self, stage: str) -> None:
-        """Ends a stage and starts the next."""
-        ended = self._now()
-        self.seconds[stage], self.started = ended - self.started, ended
-
-    def _now(self) -> float:
-        synchronise(self.device)
-        return time.perf_counter()
 
 
 def agreement(dense_run: Evaluated, fast_run: Evaluated, work: Work) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def plain(work: Work, cache: Path) -> None:
     """The same states without any of the fast path's means: see NOTES."""
     backbone = load_backbone(work.view, work.device)
     batches = (_image_batches if work.view.source == "image" else _title_batches)(work, backbone)
-    shape = {"layers": list(backbone.layers), "width": backbone.width}
+    shape = {"layers": list(backbone.layers), "depth": backbone.depth, "width": backbone.width}
     with Store(cache, writable=True) as store:
         store.add_views({work.view.name: {"source": work.view.source, "dtype": work.dtype, **shape}})
         for item_ids, digests, inputs in batches:

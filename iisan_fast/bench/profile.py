@@ -1,0 +1,68 @@
+"""A training step taken apart: where its time goes, and what its memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from ..activations import activation_bytes
+from ..efficiency import memory_split, parameter_counts
+from ..feature_table import FeatureTable
+from ..loader import Prepared
+from ..trainer import Trainer, deterministic
+from .stopwatch import Stopwatch
+
+WARM_UP_STEPS = 2
+PHASES = ("encoding", "forward", "backward", "update")
+
+
+def profile(trainer: Trainer, steps: int) -> dict[str, Any]:
+    """Median milliseconds of a step's phases, bytes of its memory by purpose, and counts of parameters.
+
+    `encoding` is the wait for a batch and, of an uncached run, its frozen encoders; encoders that are trained compute
+    in `forward` and `backward`. Each phase waits for the device, and none is captured in a graph, so that their sum is
+    longer than a step left alone. The steps are real ones: they train the trainer's model.
+    """
+    trainer.model.train()
+    laps, kept = [], 0
+    with deterministic():
+        for prepared, watch in _watched(trainer, WARM_UP_STEPS + steps):
+            kept = max(kept, _activations(trainer, prepared)) if len(laps) < WARM_UP_STEPS else kept
+            trainer.step(prepared.batch, prepared.states, watch.lap)
+            laps.append(watch.seconds)
+    modules = [trainer.model, *_frozen_encoders(trainer)]
+    measured = laps[WARM_UP_STEPS:] or laps
+    return {
+        "phases_ms": {phase: 1000 * median(lap[phase] for lap in measured) for phase in PHASES},
+        "memory_bytes": memory_split(modules, trainer.step.optimizer, kept),
+        "parameters": parameter_counts(nn.ModuleList(modules)),
+    }
+
+
+def _watched(trainer: Trainer, steps: int) -> Iterator[tuple[Prepared, Stopwatch]]:
+    """Batches, each with a watch on which the time until it was there is taken; as many as asked for, or an epoch's."""
+    with closing(trainer.batches(epoch=0)) as batches:
+        for _ in range(steps):
+            watch = Stopwatch(trainer.device)
+            prepared = next(batches, None)
+            if prepared is None:
+                return
+            watch.lap("encoding")
+            yield prepared, watch
+
+
+def _activations(trainer: Trainer, prepared: Prepared) -> int:
+    """Bytes that a batch's loss keeps for its backward pass, beside weights and tables."""
+    model, source = trainer.model, trainer.source
+    held = [*model.parameters(), *model.buffers(), *(source.views if isinstance(source, FeatureTable) else ())]
+    return activation_bytes(lambda: model.loss(prepared.batch, prepared.states), held)
+
+
+def _frozen_encoders(trainer: Trainer) -> list[nn.Module]:
+    """Encoders that run but are no part of the model."""
+    contents = getattr(trainer.source, "contents", None)
+    return [] if contents is None else [backbone.model for backbone in contents.backbones]

@@ -1,0 +1,188 @@
+"""The comparison of methods: every cell is trained once, a stopped sweep goes on, and the table adds up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from iisan_fast.bench import methods as bench
+from iisan_fast.bench.methods import Cell, MethodsSettings, cost_order
+from iisan_fast.bench.samples import sample_users
+from iisan_fast.cli import cli
+from iisan_fast.config import RunConfig
+from iisan_fast.efficiency import tpme
+from iisan_fast.errors import InputError
+from iisan_fast.run_folder import RunFolder
+from iisan_fast.sequences import load_dataset
+
+CPU = torch.device("cpu")
+METHODS = ("full", "lora", "iisan-uncached", "iisan", "id")
+
+
+@pytest.fixture
+def settings(encoder_views) -> MethodsSettings:
+    return MethodsSettings(METHODS, {"titles": (encoder_views[1],)}, seeds=(0, 1), epochs=2, batch_users=40, profiled=2)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Tests do not wait for a process a cell."""
+    monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
+
+
+def test_a_sweep_gives_a_row_for_every_method(settings, catalogue, tmp_path, in_this_process):
+    result = bench.benchmark(catalogue, tmp_path / "sweep", settings, CPU)
+    rows = result["encoders"]["titles"]["methods"]
+    assert tuple(rows) == METHODS
+    for method, row in rows.items():
+        assert row["seeds"] == 2 and row["hr_sd"] is not None and row["epochs"] == [2, 2]
+        assert row["losses"][1] < row["losses"][0]
+        assert set(row["phases_ms"]) == {"encoding", "forward", "backward", "update"}
+        memory = row["memory_bytes"]
+        assert memory["gradients"] == memory["trained_weights"] == 4 * row["trainable_parameters"]
+        assert memory["optimizer_states"] >= 2 * memory["gradients"] and memory["activations"] > 0
+        assert (memory["frozen_weights"] > 100_000) == (method in ("lora", "iisan-uncached"))
+        assert isinstance(row["encoding_s"], float) == (method == "iisan")
+        assert (row["p_value"] is None) == (method == "id")
+    assert rows["iisan"]["losses"] == pytest.approx(rows["iisan-uncached"]["losses"], rel=1e-3)
+    columns = ("epoch_s", "trainable_parameters", "peak_bytes")
+    expected = tpme(*({method: row[name] for method, row in rows.items()} for name in columns))
+    assert {method: row["tpme"] for method, row in rows.items()} == expected
+    figures = [
+        json.loads((Cell("titles", "id", seed).folder(tmp_path / "sweep") / "figures.json").read_text())
+        for seed in (0, 1)
+    ]
+    assert rows["id"]["ndcg"] == pytest.approx(np.mean([each["ndcg"] for each in figures]))
+
+
+def test_a_stopped_sweep_goes_on_where_it_stopped(settings, catalogue, tmp_path, in_this_process, monkeypatch):
+    settings = replace(settings, methods=("iisan", "id"))
+    out, real = tmp_path / "sweep", bench._train
+    trained: list[tuple[str, int, bool]] = []
+
+    def train(config: RunConfig, run, *others):
+        begun = (run / "config.json").exists()
+        trained.append((config.model.method, config.train.seed, begun))
+        if len(trained) == 2:
+            monkeypatch.setattr(bench, "train", stopping)
+        return real(config, run, *others)
+
+    def stopping(config, run, device, placement):
+        def stop(line):
+            raise KeyboardInterrupt
+
+        monkeypatch.undo()
+        from iisan_fast.trainer import train
+
+        return train(config, run, device, stop, placement)
+
+    with monkeypatch.context():
+        monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
+        monkeypatch.setattr(bench, "_train", train)
+        with pytest.raises(KeyboardInterrupt):
+            bench.benchmark(catalogue, out, settings, CPU)
+    assert (Cell("titles", "iisan", 0).folder(out) / "figures.json").exists()
+    lines = RunFolder(Cell("titles", "iisan", 1).folder(out) / "run").metrics
+    monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
+    first = json.loads((Cell("titles", "iisan", 0).folder(out) / "figures.json").read_text())
+    result = bench.benchmark(catalogue, out, settings, CPU)
+    assert len(lines.read_text().splitlines()) == 2
+    assert json.loads((Cell("titles", "iisan", 0).folder(out) / "figures.json").read_text()) == first
+    shutil.rmtree(out)
+    whole = bench.benchmark(catalogue, out, settings, CPU)
+    for method in ("iisan", "id"):
+        found, expected = (each["encoders"]["titles"]["methods"][method] for each in (result, whole))
+        assert found["ndcg"] == expected["ndcg"] and found["losses"] == expected["losses"]
+
+
+def test_a_sweep_takes_more_cells_but_no_other_settings(settings, catalogue, tmp_path, in_this_process):
+    few = replace(settings, methods=("frozen", "id"), seeds=(0,), epochs=1)
+    bench.benchmark(catalogue, tmp_path / "sweep", few, CPU)
+    more = replace(few, methods=("frozen", "id", "iisan"), seeds=(0, 1))
+    assert set(bench.benchmark(catalogue, tmp_path / "sweep", more, CPU)["encoders"]["titles"]["methods"]) == {
+        *("frozen", "id", "iisan")
+    }
+    with pytest.raises(InputError, match="sweep.json: epochs is 1 there, 3 now"):
+        bench.benchmark(catalogue, tmp_path / "sweep", replace(few, epochs=3), CPU)
+    other = {"titles": (replace(settings.encoders["titles"][0], max_tokens=5),)}
+    with pytest.raises(InputError, match="the encoders 'titles' are others there"):
+        bench.benchmark(catalogue, tmp_path / "sweep", replace(few, encoders=other), CPU)
+    with pytest.raises(InputError, match="expected an empty folder or a sweep"):
+        bench.benchmark(catalogue, tmp_path, few, CPU)
+
+
+def test_cells_that_cannot_be_are_refused_before_anything_is_trained(settings, catalogue, tmp_path):
+    four = {"four": settings.encoders["titles"] * 4}
+    with pytest.raises(InputError, match="views"):
+        bench.benchmark(catalogue, tmp_path / "sweep", replace(settings, encoders=four), CPU)
+    assert not list((tmp_path / "sweep").glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ("iisan",)}, "methods: expected two or more"),
+        ({"methods": ("iisan", "iisam")}, "methods: expected some of .*, found 'iisam'"),
+        ({"methods": ("iisan", "full-uncached")}, "found 'full-uncached'"),
+        ({"encoders": {}}, "encoders: expected at least one"),
+        ({"seeds": (1, 1)}, "seeds: expected different ones"),
+        ({"against": "frozen"}, "against: expected one of full"),
+    ],
+)
+def test_settings_name_what_is_wrong(settings, change, message):
+    with pytest.raises(InputError, match=message):
+        replace(settings, **change)
+
+
+def test_the_order_of_costs_is_checked():
+    seconds = {"full": 9.0, "lora": 5.0, "adapter": 6.0, "iisan-uncached": 4.0, "iisan": 1.0, "id": 0.5}
+    assert cost_order(seconds) == {
+        "expected": "full > lora, adapter > iisan-uncached > iisan",
+        "holds": True,
+        "violations": [],
+    }
+    found = cost_order(seconds | {"lora": 3.0})
+    assert not found["holds"] and found["violations"] == ["iisan-uncached takes 4.00 s, lora 3.00 s"]
+
+
+def test_a_sample_of_users_keeps_the_rest_of_the_dataset(catalogue, tmp_path):
+    folder = sample_users(catalogue, tmp_path / "few", 20)
+    whole, few = load_dataset(catalogue).sequences, load_dataset(folder).sequences
+    assert len(few.user_ids) == 20 and set(few.user_ids) < set(whole.user_ids)
+    assert (folder / "images").is_symlink() and sample_users(catalogue, folder, 7) == folder
+    with pytest.raises(InputError, match="users: expected 1 to 160"):
+        sample_users(catalogue, tmp_path / "many", 161)
+
+
+def test_the_command_prints_the_table(catalogue, encoder_views, tmp_path, in_this_process):
+    out = tmp_path / "result.json"
+    arguments = ["bench", "methods", str(catalogue), "--folder", str(tmp_path / "sweep"), "--methods", "frozen,id"]
+    pair = f"demo: source=title encoder={encoder_views[1].encoder}"
+    found = CliRunner().invoke(
+        cli, [*arguments, "--epochs", "1", "--users", "40", "--pair", pair, "--out", str(out)], catch_exceptions=False
+    )
+    assert found.exit_code == 0 and "p against id" in found.output and "one seed" in found.output
+    result = json.loads(out.read_text())
+    assert list(result["encoders"]) == ["demo"] and result["settings"]["users"] == 40
+    assert "--folder=FOLDER" in result["command"] and "--pair" in result["command"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no encoders: give"),
+        (["--pair", "nameless"], "expected a name of its own"),
+        (["--pair", "a: source=title encoder=e", "--text-encoder", "e"], "--pair: leave out --view"),
+        (["--text-encoder", "e", "--seeds", "x"], "--seeds: expected numbers"),
+    ],
+)
+def test_the_command_names_what_is_wrong(arguments, message, catalogue, tmp_path):
+    with pytest.raises(InputError, match=message):
+        command = ["bench", "methods", str(catalogue), "--folder", str(tmp_path / "s"), *arguments]
+        CliRunner().invoke(cli, command, catch_exceptions=False)

@@ -1,0 +1,217 @@
+"""Every method by the same trainer: losses fall, what is frozen stays, runs go on exactly, parts change nothing."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from iisan_fast import trainer as training
+from iisan_fast.checkpoint import load_checkpoint
+from iisan_fast.config import (
+    METHODS,
+    SIDE_METHODS,
+    STATE_METHODS,
+    TUNING_METHODS,
+    EvaluationConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    UncachedConfig,
+    ViewConfig,
+)
+from iisan_fast.errors import InputError
+from iisan_fast.extract import extract
+from iisan_fast.run_folder import RunFolder
+from iisan_fast.sequences import load_dataset
+from iisan_fast.sources import open_source
+from iisan_fast.trainer import Trainer, evaluate_run, resume, train
+
+CPU = torch.device("cpu")
+RATES = {"encoders": 1e-3, "adapters": 3e-3, "gates": 3e-3, "heads": 3e-3, "sequence_encoder": 3e-3}
+
+
+def run_config(
+    catalogue: Path, method: str, views: list[ViewConfig] | None, cache: Path | None = None, epochs: int = 3, **encoding
+) -> RunConfig:
+    """A small model of any method, whose encoders run in every step unless there is a cache."""
+    model = ModelConfig(method, embedding_dim=16, bottleneck=8)
+    rates = {} if method == "id" else {group: RATES[group] for group in _groups(method)}
+    optimisation = TrainConfig(batch_users=40, max_epochs=epochs, learning_rates=rates)
+    names = tuple(view.name for view in views or ())
+    uncached = UncachedConfig(tuple(views), **encoding) if views and cache is None else None
+    return RunConfig(str(catalogue), cache and str(cache), names, uncached, model=model, train=optimisation)
+
+
+def _groups(method: str) -> list[str]:
+    return list(
+        RunConfig("d", None, (), None if method == "id" else ONE, model=ModelConfig(method)).train.learning_rates
+    )
+
+
+ONE = UncachedConfig((ViewConfig("title", "title", "e"),))
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in RunFolder(folder).metrics.read_text().splitlines()]
+
+
+def views_of(method: str, encoder_views: list[ViewConfig], count: int) -> list[ViewConfig] | None:
+    return None if method == "id" else encoder_views[2 - count :]
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["titles", "both views"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_is_evaluated_from_its_folder(method, count, encoder_views, catalogue, tmp_path):
+    config = run_config(catalogue, method, views_of(method, encoder_views, count))
+    result = train(config, tmp_path / "run", CPU)
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0]
+    assert evaluate_run(tmp_path / "run", "test", EvaluationConfig(), CPU)["test"] == result["test"]
+    tensors, _ = load_checkpoint(RunFolder(tmp_path / "run").last)
+    weights = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("model."))
+    assert weights == result["trainable_parameters"]  # no frozen weight in a checkpoint
+
+
+@contextmanager
+def open_trainer(config: RunConfig):
+    dataset = load_dataset(Path(config.dataset))
+    with open_source(config, dataset, CPU, "auto", torch.float32) as (source, _):
+        yield Trainer(config, dataset.sequences, source, CPU)
+
+
+def take(trainer: Trainer, steps: int) -> list[float]:
+    """The losses of the first steps."""
+    trainer.model.train()
+    found: list[float] = []
+    for epoch in range(steps):
+        with closing(trainer.batches(epoch)) as batches:
+            for prepared in batches:
+                found.append(float(trainer.take(prepared)))
+                if len(found) == steps:
+                    return found
+    return found
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in (*SIDE_METHODS, "id")])
+def test_frozen_weights_stay_as_they_are_bit_for_bit(method, encoder_views, catalogue):
+    with open_trainer(run_config(catalogue, method, encoder_views)) as trainer:
+        contents = trainer.source if method in TUNING_METHODS else trainer.source.contents
+        encoders = [backbone.model for backbone in contents.backbones]
+        before = [{name: weight.clone() for name, weight in encoder.named_parameters()} for encoder in encoders]
+        take(trainer, 5)
+        changed = 0
+        for encoder, old in zip(encoders, before):
+            for name, weight in encoder.named_parameters():
+                assert weight.requires_grad or torch.equal(weight, old[name]), name
+                changed += not torch.equal(weight, old[name])
+        assert (changed > 0) == (method in TUNING_METHODS)
+
+
+@pytest.mark.parametrize("method", TUNING_METHODS)
+def test_parts_and_checkpointing_change_no_loss(method, encoder_views, catalogue):
+    whole = run_config(catalogue, method, encoder_views)
+    with open_trainer(whole) as trainer:
+        expected = take(trainer, 4)
+        assert trainer.plan.items_at_once == 70 and not trainer.plan.recompute
+    for change in ({"items_at_once": 9}, {"items_at_once": 9, "checkpointing": True}):
+        with open_trainer(replace(whole, uncached=replace(whole.uncached, **change))) as trainer:
+            assert trainer.plan.recompute and trainer.source.part_items == 9
+            assert take(trainer, 4) == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_does_not_fit_is_split(encoder_views, catalogue, monkeypatch, caplog):
+    config = run_config(catalogue, "full", encoder_views)
+    caplog.set_level("INFO")
+    with open_trainer(config) as trainer:
+        whole = trainer.plan
+        trained = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
+    monkeypatch.setattr(training, "free_memory", lambda device: 2 * (3 * trained + whole.estimate // 3))
+    with open_trainer(config) as trainer:
+        assert trainer.plan.recompute and 1 <= trainer.plan.items_at_once < 70
+        assert trainer.plan.estimate < whole.estimate / 3 < trainer.plan.estimate * 3
+    assert "each part twice" in caplog.messages[-1]
+    monkeypatch.setattr(training, "free_memory", lambda device: 1000)
+    with pytest.raises(InputError, match="one item's activations take"), open_trainer(config):
+        pass
+
+
+@pytest.mark.parametrize("method", STATE_METHODS)
+def test_uncached_training_is_the_cached_one(method, encoder_views, catalogue, tmp_path):
+    extract(load_dataset(catalogue), encoder_views, tmp_path / "cache", CPU)
+    cached = train(run_config(catalogue, method, encoder_views, tmp_path / "cache"), tmp_path / "cached", CPU)
+    uncached = train(run_config(catalogue, method, encoder_views), tmp_path / "uncached", CPU)
+    assert losses(tmp_path / "uncached") == pytest.approx(losses(tmp_path / "cached"), rel=1e-3)
+    assert uncached["trainable_parameters"] == cached["trainable_parameters"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "iisan", "id"])
+def test_a_stopped_run_goes_on_exactly(method, encoder_views, catalogue, tmp_path):
+    config = run_config(catalogue, method, views_of(method, encoder_views, 2))
+    whole = train(config, tmp_path / "whole", CPU)
+
+    def stop(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "stopped", CPU, on_epoch=stop)
+    assert resume(tmp_path / "stopped", CPU) == whole
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_a_run_does_not_go_on_with_other_titles(encoder_views, catalogue, tmp_path):
+    def stop(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config(catalogue, "iisan", encoder_views), tmp_path / "run", CPU, on_epoch=stop)
+    items = catalogue / "items.tsv"
+    items.write_text(items.read_text().replace("\t", "\tother ", 1))
+    with pytest.raises(InputError, match="view 'title' is not as it was: contents .* there, .* now; restore it"):
+        resume(tmp_path / "run", CPU)
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+def test_layer_groups_choose_the_layers_of_encoders_that_run(groups, encoder_views, catalogue):
+    config = run_config(catalogue, "iisan", encoder_views)
+    config = replace(config, model=replace(config.model, layer_groups=groups))
+    with open_trainer(config) as trainer:
+        assert trainer.source.shapes == [(groups + 1, 64)] * 2
+        take(trainer, 1)
+
+
+def test_groups_beyond_an_encoders_blocks_are_refused_before_its_weights_are_read(encoder_views, catalogue, tmp_path):
+    config = run_config(catalogue, "iisan", encoder_views)
+    config = replace(config, model=replace(config.model, layer_groups=7))
+    weights = Path(encoder_views[0].encoder) / "model.safetensors"
+    aside = weights.rename(tmp_path / "aside")
+    try:
+        with pytest.raises(InputError, match="layer_groups: expected 1 to 6, the encoder's blocks, found 7"):
+            train(config, tmp_path / "run", CPU)
+    finally:
+        aside.rename(weights)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["CUDA", "CPU"],
+)
+def test_the_lack_of_memory_is_told_with_the_batch_and_what_to_lower(error, encoder_views, catalogue, monkeypatch):
+    with open_trainer(run_config(catalogue, "full", encoder_views)) as trainer:
+
+        def fail(*_):
+            raise error
+
+        monkeypatch.setattr(trainer.model, "loss", fail)
+        message = (
+            "step 1: not enough memory on cpu for a batch of 40 users and .* items; its activations were estimated"
+        )
+        with pytest.raises(InputError, match=message) as caught:
+            take(trainer, 1)
+    assert "--items-at-once" in str(caught.value)
