@@ -107,6 +107,7 @@ def benchmark(dataset: Path, out: Path, settings: MethodsSettings, device: torch
     Raises InputError where `out` holds another sweep, or a cell cannot be run; finished cells are kept.
     """
     _begin(out, dataset, settings)
+    name = dataset.resolve().name
     cells = [
         Cell(encoders, method, seed)
         for encoders in settings.encoders
@@ -124,7 +125,7 @@ def benchmark(dataset: Path, out: Path, settings: MethodsSettings, device: torch
                 _run_cell(cell, dataset, out, settings, device, figures)
             advance(1, note=f"{cell.encoders} {cell.method} seed {cell.seed}")
     return {
-        **origin(dataset.resolve().name, device),
+        **origin(name, device),
         "settings": asdict(settings),
         "encoders": {name: summary(name, out, settings, device) for name in settings.encoders},
     }
