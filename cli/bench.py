@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .bench_encoders import encoders
 from .bench_evaluate import evaluate
 from .bench_extract import extract
 from .bench_growth import growth
@@ -17,5 +18,5 @@ def bench() -> None:
     """Measure speed and memory, side by side with the reference."""
 
 
-for command in (kernels, train, evaluate, extract, growth, methods):
+for command in (kernels, train, evaluate, extract, growth, methods, encoders):
     bench.add_command(command)

@@ -96,6 +96,11 @@ def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.2f}"
 
 
+def with_deviation(mean: float, deviation: float | None) -> str:
+    """A mean of fractions in percent, and where there is one, its deviation."""
+    return percent(mean) if deviation is None else f"{percent(mean)} ± {percent(deviation)}"
+
+
 def _caption(report: dict[str, Any]) -> str:
     warm, cold = report["masked"]["warm"]["users"], report["masked"]["cold"]["users"]
     return (

@@ -39,11 +39,26 @@ def choose_attention(asked: str, model_class: type[PreTrainedModel], device: tor
     wanted = asked == "xformers" or (asked == "auto" and device.type == "cuda")
     if not (wanted and model_class._supports_attention_backend):
         return "sdpa"
-    problem = _problem(device, dtype)
+    problem = xformers_problem(device, dtype)
     if problem is None:
         return "xformers"
     _say_once(f"xformers' attention cannot be used ({problem}); torch's takes its place")
     return "sdpa"
+
+
+@functools.cache
+def xformers_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why xformers has no attention for such tensors, found by trying; None where it has."""
+    if device.type != "cuda":
+        return f"it needs CUDA, found {device.type}"
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # an extension that cannot be loaded takes it many lines
+    try:
+        attend = _kernel()
+        states = torch.zeros(1, ALIGNMENT, 1, 64, device=device, dtype=dtype)
+        attend(states, states, states, attn_bias=states.new_zeros(1, 1, ALIGNMENT, ALIGNMENT))
+    except Exception as error:  # not installed, built for another torch, no kernel for the GPU: each has its own type
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return None
 
 
 def xformers_attention(
@@ -98,21 +113,6 @@ def _kernel() -> Callable[..., Tensor]:
     from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention
-
-
-@functools.cache
-def _problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why xformers has no attention for such tensors, found by trying; None where it has."""
-    if device.type != "cuda":
-        return f"it needs CUDA, found {device.type}"
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # an extension that cannot be loaded takes it many lines
-    try:
-        attend = _kernel()
-        states = torch.zeros(1, ALIGNMENT, 1, 64, device=device, dtype=dtype)
-        attend(states, states, states, attn_bias=states.new_zeros(1, 1, ALIGNMENT, ALIGNMENT))
-    except Exception as error:  # not installed, built for another torch, no kernel for the GPU: each has its own type
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return None
 
 
 @functools.cache

@@ -7,19 +7,17 @@ single item is bought too rarely for anything else to help. The same seed writes
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import save
-from transformers import BertConfig, BertModel, BertTokenizer, PretrainedConfig, PreTrainedModel, ViTConfig, ViTModel
+from transformers import BertConfig, ViTConfig
 
 from .config import LEARNING_RATES, ViewConfig
+from .random_encoders import SPECIAL_TOKENS, write_bert, write_vit
 
 ITEMS = 1920
 USERS = 1600
@@ -43,6 +41,7 @@ BACKGROUNDS = ((255, 255, 255), (226, 226, 226), (190, 190, 190))
 BRANDS = ("velora", "nordhus", "kestrel", "amberly", "tidewell", "foxglove", "quillon", "marrow", "sable", "juniper")
 OCCASIONS = ("camping", "travel", "garden", "office", "kitchen", "beach", "winter", "party")
 ENCODER_SHAPE = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 128}
+IMAGE_ENCODER_SHAPE = {"image_size": IMAGE_SIZE, "patch_size": IMAGE_SIZE // 4, **ENCODER_SHAPE}
 
 Outline = list[tuple[float, float]]
 
@@ -191,41 +190,14 @@ def draw(product: Product) -> Image.Image:
 
 def write_text_encoder(folder: Path, seed: int) -> None:
     """Writes a frozen BERT of random weights whose WordPiece vocabulary is the demo's words."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "for", *BRANDS, *MATERIALS, *KINDS, *OCCASIONS]
-    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)}, model_max_length=32)
-    config = BertConfig(vocab_size=len(words), max_position_embeddings=32, **ENCODER_SHAPE)
-    _write_random_model(BertModel, config, folder, seed)
-    tokenizer.save_pretrained(folder)
+    words = ["for", *BRANDS, *MATERIALS, *KINDS, *OCCASIONS]
+    size = len(SPECIAL_TOKENS) + len(words)
+    write_bert(folder, BertConfig(vocab_size=size, max_position_embeddings=32, **ENCODER_SHAPE), words, seed)
 
 
 def write_image_encoder(folder: Path, seed: int) -> None:
-    """Writes a frozen ViT of random weights over 16 patches, and its image processor's settings."""
-    config = ViTConfig(image_size=IMAGE_SIZE, patch_size=IMAGE_SIZE // 4, **ENCODER_SHAPE)
-    _write_random_model(ViTModel, config, folder, seed)
-    settings = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        "resample": Image.Resampling.BILINEAR.value,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_random_model(kind: type[PreTrainedModel], config: PretrainedConfig, folder: Path, seed: int) -> None:
-    """Every matrix is drawn with variance 1 / fan-in, so that a random encoder still tells its inputs apart."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = kind(config, add_pooling_layer=False)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_().mul_(parameter[0].numel() ** -0.5)
-    config.save_pretrained(folder)
-    (folder / "model.safetensors").write_bytes(save(model.state_dict(), metadata={"format": "pt"}))
+    """Writes a frozen ViT of random weights over 16 patches."""
+    write_vit(folder, ViTConfig(**IMAGE_ENCODER_SHAPE), seed)
 
 
 def _write_table(path: Path, keys: list[str], values: list[str]) -> None:

@@ -101,6 +101,12 @@ def list_images(path: Path) -> dict[str, str]:
     return names
 
 
+def refuse_unfit_name(folder: Path, item_id: str) -> None:
+    """Raises InputError where no file in the folder can be named after the item."""
+    if item_id in (".", "..") or any(character in item_id for character in "/\\\0"):
+        raise InputError(f"{folder}: item id {item_id!r} cannot be a file's name; rename the item")
+
+
 class ImageFolder:
     """Images as files <item_id>.{jpg,jpeg,png,webp}, found by listing the folder once. Use as a context manager."""
 
@@ -117,8 +123,7 @@ class ImageFolder:
 
     def content(self, item_id: str) -> bytes | None:
         """The file's bytes, None where the item has no image. Raises InputError if they cannot be read."""
-        if item_id in (".", "..") or any(character in item_id for character in "/\\\0"):
-            raise InputError(f"{self.path}: item id {item_id!r} cannot be a file's name; rename the item")
+        refuse_unfit_name(self.path, item_id)
         if item_id not in self._names:
             return None
         file = self.path / self._names[item_id]

@@ -61,7 +61,7 @@ class Xformers(types.ModuleType):
 @pytest.fixture(autouse=True)
 def nothing_said_or_tried() -> None:
     attention._say_once.cache_clear()
-    attention._problem.cache_clear()
+    attention.xformers_problem.cache_clear()
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def xformers(monkeypatch) -> Xformers:
     """The stand-in, to be had on the CPU."""
     module = Xformers()
     monkeypatch.setitem(sys.modules, "xformers.ops", module)
-    monkeypatch.setattr(attention, "_problem", lambda device, dtype: None)
+    monkeypatch.setattr(attention, "xformers_problem", lambda device, dtype: None)
     return module
 
 

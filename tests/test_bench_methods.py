@@ -11,8 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from iisan_fast.bench import methods as bench
-from iisan_fast.bench.methods import Cell, MethodsSettings, cost_order
+from iisan_fast.bench import cells
+from iisan_fast.bench.cells import Cell, SweepSettings
+from iisan_fast.bench.methods import Comparison, benchmark, cost_order
 from iisan_fast.bench.samples import sample_users
 from iisan_fast.cli import cli
 from iisan_fast.config import RunConfig
@@ -26,18 +27,23 @@ METHODS = ("full", "lora", "iisan-uncached", "iisan", "id")
 
 
 @pytest.fixture
-def settings(encoder_views) -> MethodsSettings:
-    return MethodsSettings(METHODS, {"titles": (encoder_views[1],)}, seeds=(0, 1), epochs=2, batch_users=40, profiled=2)
+def settings(encoder_views) -> SweepSettings:
+    return SweepSettings(METHODS, {"titles": (encoder_views[1],)}, seeds=(0, 1), epochs=2, batch_users=40, profiled=2)
+
+
+def run(dataset, out, settings: SweepSettings, device) -> dict:
+    """The sweep's table, tested against its last method."""
+    return benchmark(dataset, out, settings, Comparison(settings.methods[-1]), device)
 
 
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Tests do not wait for a process a cell."""
-    monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(cells, "in_a_process", lambda function, *arguments: function(*arguments))
 
 
 def test_a_sweep_gives_a_row_for_every_method(settings, catalogue, tmp_path, in_this_process):
-    result = bench.benchmark(catalogue, tmp_path / "sweep", settings, CPU)
+    result = run(catalogue, tmp_path / "sweep", settings, CPU)
     rows = result["encoders"]["titles"]["methods"]
     assert tuple(rows) == METHODS
     for method, row in rows.items():
@@ -63,14 +69,14 @@ def test_a_sweep_gives_a_row_for_every_method(settings, catalogue, tmp_path, in_
 
 def test_a_stopped_sweep_goes_on_where_it_stopped(settings, catalogue, tmp_path, in_this_process, monkeypatch):
     settings = replace(settings, methods=("iisan", "id"))
-    out, real = tmp_path / "sweep", bench._train
+    out, real = tmp_path / "sweep", cells._train
     trained: list[tuple[str, int, bool]] = []
 
     def train(config: RunConfig, run, *others):
         begun = (run / "config.json").exists()
         trained.append((config.model.method, config.train.seed, begun))
         if len(trained) == 2:
-            monkeypatch.setattr(bench, "train", stopping)
+            monkeypatch.setattr(cells, "train", stopping)
         return real(config, run, *others)
 
     def stopping(config, run, device, placement):
@@ -83,19 +89,19 @@ def test_a_stopped_sweep_goes_on_where_it_stopped(settings, catalogue, tmp_path,
         return train(config, run, device, stop, placement)
 
     with monkeypatch.context():
-        monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
-        monkeypatch.setattr(bench, "_train", train)
+        monkeypatch.setattr(cells, "in_a_process", lambda function, *arguments: function(*arguments))
+        monkeypatch.setattr(cells, "_train", train)
         with pytest.raises(KeyboardInterrupt):
-            bench.benchmark(catalogue, out, settings, CPU)
+            run(catalogue, out, settings, CPU)
     assert (Cell("titles", "iisan", 0).folder(out) / "figures.json").exists()
     lines = RunFolder(Cell("titles", "iisan", 1).folder(out) / "run").metrics
-    monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(cells, "in_a_process", lambda function, *arguments: function(*arguments))
     first = json.loads((Cell("titles", "iisan", 0).folder(out) / "figures.json").read_text())
-    result = bench.benchmark(catalogue, out, settings, CPU)
+    result = run(catalogue, out, settings, CPU)
     assert len(lines.read_text().splitlines()) == 2
     assert json.loads((Cell("titles", "iisan", 0).folder(out) / "figures.json").read_text()) == first
     shutil.rmtree(out)
-    whole = bench.benchmark(catalogue, out, settings, CPU)
+    whole = run(catalogue, out, settings, CPU)
     for method in ("iisan", "id"):
         found, expected = (each["encoders"]["titles"]["methods"][method] for each in (result, whole))
         assert found["ndcg"] == expected["ndcg"] and found["losses"] == expected["losses"]
@@ -103,41 +109,48 @@ def test_a_stopped_sweep_goes_on_where_it_stopped(settings, catalogue, tmp_path,
 
 def test_a_sweep_takes_more_cells_but_no_other_settings(settings, catalogue, tmp_path, in_this_process):
     few = replace(settings, methods=("frozen", "id"), seeds=(0,), epochs=1)
-    bench.benchmark(catalogue, tmp_path / "sweep", few, CPU)
+    run(catalogue, tmp_path / "sweep", few, CPU)
     more = replace(few, methods=("frozen", "id", "iisan"), seeds=(0, 1))
-    assert set(bench.benchmark(catalogue, tmp_path / "sweep", more, CPU)["encoders"]["titles"]["methods"]) == {
+    assert set(run(catalogue, tmp_path / "sweep", more, CPU)["encoders"]["titles"]["methods"]) == {
         *("frozen", "id", "iisan")
     }
     with pytest.raises(InputError, match="sweep.json: epochs is 1 there, 3 now"):
-        bench.benchmark(catalogue, tmp_path / "sweep", replace(few, epochs=3), CPU)
+        run(catalogue, tmp_path / "sweep", replace(few, epochs=3), CPU)
     other = {"titles": (replace(settings.encoders["titles"][0], max_tokens=5),)}
     with pytest.raises(InputError, match="the encoders 'titles' are others there"):
-        bench.benchmark(catalogue, tmp_path / "sweep", replace(few, encoders=other), CPU)
+        run(catalogue, tmp_path / "sweep", replace(few, encoders=other), CPU)
     with pytest.raises(InputError, match="expected an empty folder or a sweep"):
-        bench.benchmark(catalogue, tmp_path, few, CPU)
+        run(catalogue, tmp_path, few, CPU)
 
 
 def test_cells_that_cannot_be_are_refused_before_anything_is_trained(settings, catalogue, tmp_path):
     four = {"four": settings.encoders["titles"] * 4}
     with pytest.raises(InputError, match="views"):
-        bench.benchmark(catalogue, tmp_path / "sweep", replace(settings, encoders=four), CPU)
+        run(catalogue, tmp_path / "sweep", replace(settings, encoders=four), CPU)
     assert not list((tmp_path / "sweep").glob("*/*"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methods": ("iisan",)}, "methods: expected two or more"),
+        ({"methods": ("iisan", "iisan")}, "methods: expected different ones"),
         ({"methods": ("iisan", "iisam")}, "methods: expected some of .*, found 'iisam'"),
         ({"methods": ("iisan", "full-uncached")}, "found 'full-uncached'"),
         ({"encoders": {}}, "encoders: expected at least one"),
         ({"seeds": (1, 1)}, "seeds: expected different ones"),
-        ({"against": "frozen"}, "against: expected one of full"),
     ],
 )
 def test_settings_name_what_is_wrong(settings, change, message):
     with pytest.raises(InputError, match=message):
         replace(settings, **change)
+
+
+def test_a_comparison_takes_two_methods_and_one_of_them_to_compare_with(settings, catalogue, tmp_path):
+    with pytest.raises(InputError, match="methods: expected two or more, found id"):
+        run(catalogue, tmp_path / "sweep", replace(settings, methods=("id",)), CPU)
+    with pytest.raises(InputError, match="against: expected one of full, .*, found 'frozen'"):
+        benchmark(catalogue, tmp_path / "sweep", settings, Comparison("frozen"), CPU)
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_the_order_of_costs_is_checked():

@@ -149,6 +149,40 @@ def test_uncached_training_is_the_cached_one(method, encoder_views, catalogue, t
     assert uncached["trainable_parameters"] == cached["trainable_parameters"]
 
 
+ABLATIONS = {
+    "no gates": {"gates": False},
+    "no inter tower": {"inter": False},
+    "no intra towers": {"intra": False},
+    "PHM": {"sanb": "phm"},
+    "low rank": {"sanb": "low-rank"},
+    "GELU": {"activation": "gelu"},
+    **{f"{groups} blocks": {"layer_groups": groups} for groups in (2, 3, 6)},
+}
+
+
+@pytest.fixture(scope="module")
+def all_layers(encoder_views) -> list[ViewConfig]:
+    return [replace(view, layers=tuple(range(7))) for view in encoder_views]
+
+
+@pytest.mark.parametrize("change", ABLATIONS.values(), ids=ABLATIONS)
+def test_every_ablation_learns(change, all_layers, catalogue, tmp_path):
+    extract(load_dataset(catalogue), all_layers, tmp_path / "cache", CPU)
+    config = run_config(catalogue, "iisan", all_layers, tmp_path / "cache")
+    config = replace(config, model=replace(config.model, **change))
+    whole = run_config(catalogue, "iisan", all_layers, tmp_path / "cache", epochs=1)
+    result = train(config, tmp_path / "run", CPU)
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    train(whole, tmp_path / "whole", CPU)
+    assert losses(tmp_path / "run")[0] != losses(tmp_path / "whole")[0] or change == {"layer_groups": 6}
+    layers = change.get("layer_groups", 6) + 1
+    if "layer_groups" in change:
+        tower = layers * (2 * 64 * 8 + 8 + 64 + 1)
+        heads = 3 * (64 * 65 + 65 * 16) + (48 + 1) * 16
+        sequence_encoder = 10 * 16 + 2 * 16 + 2 * (4 * 16 * 16 + 2 * 16 + 17 * 64 + 65 * 16 + 2 * 16)
+        assert result["trainable_parameters"] == 3 * tower + heads + sequence_encoder
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "iisan", "id"])
 def test_a_stopped_run_goes_on_exactly(method, encoder_views, catalogue, tmp_path):
     config = run_config(catalogue, method, views_of(method, encoder_views, 2))

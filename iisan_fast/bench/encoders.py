@@ -1,0 +1,82 @@
+"""Encoders side by side: what a method reaches over each set of them and what that costs, against their size."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backbones import load_backbone
+from ..config import ViewConfig
+from ..efficiency import parameter_counts
+from ..errors import InputError
+from ..files import write_atomically
+from .cells import Cell, SweepSettings, run_sweep
+from .machine import NOT_MEASURED, in_a_process, origin
+from .methods import row
+
+CPU = torch.device("cpu")
+
+
+def benchmark(dataset: Path, out: Path, settings: SweepSettings, device: torch.device) -> dict[str, Any]:
+    """Trains one method over every set of encoders, as far as that is not done yet in the folder `out`.
+
+    Returns a row a set, the smallest encoders first. Raises InputError for more than one method, and as `run_sweep`.
+    """
+    if len(settings.methods) != 1:
+        raise InputError(f"methods: expected one, found {', '.join(settings.methods)}")
+    (method,) = settings.methods
+    run_sweep(dataset, out, settings, device)
+    rows = []
+    for name, views in settings.encoders.items():
+        figures = [Cell(name, method, seed).figures(out) for seed in settings.seeds]
+        size = in_a_process(encoder_parameters, views)
+        rows.append({"encoders": name, "encoder_parameters": size, **row(figures)})
+    return {
+        **origin(dataset.resolve().name, device),
+        "settings": asdict(settings),
+        "rows": sorted(rows, key=lambda each: each["encoder_parameters"]),
+    }
+
+
+def encoder_parameters(views: Sequence[ViewConfig]) -> int:
+    """Of all encoders together; one that several views read counts once."""
+    encoders = {view.encoder: view for view in views}
+    return sum(parameter_counts(load_backbone(view, CPU).model)["total"] for view in encoders.values())
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """A PNG of two panels against the encoders' parameters: HR@10 and NDCG@10; seconds an epoch, and of encoding."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows, settings = result["rows"], result["settings"]
+    sizes = [each["encoder_parameters"] / 1e6 for each in rows]
+    figure, (accuracy, cost) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, label in (("hr", "HR@10"), ("ndcg", "NDCG@10")):
+        deviations = [100 * (each[f"{name}_sd"] or 0) for each in rows]
+        accuracy.errorbar(sizes, [100 * each[name] for each in rows], deviations, fmt="o-", capsize=3, label=label)
+    cost.plot(sizes, [each["epoch_s"] for each in rows], "o-", label="an epoch of training")
+    encoded = [(size, each["encoding_s"]) for size, each in zip(sizes, rows) if each["encoding_s"] != NOT_MEASURED]
+    if encoded:
+        cost.plot(*zip(*encoded), "s--", color="black", label="encoding the catalogue, once")
+    for size, each in zip(sizes, rows):
+        accuracy.annotate(each["encoders"], (size, 100 * each["hr"]), xytext=(0, 6), textcoords="offset points")
+    accuracy.set(ylabel="percent", title="Accuracy")
+    cost.set(ylabel="seconds", title="Cost", yscale="log")
+    for axes in (accuracy, cost):
+        axes.set(xlabel="millions of parameters of the encoders", xscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    seeds = len(settings["seeds"])
+    figure.suptitle(f"{settings['methods'][0]} on {result['dataset']}, {seeds} seed{'s' * (seeds > 1)}", fontsize=10)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    pyplot.close(figure)
+    write_atomically(path, drawn.getvalue())
