@@ -138,17 +138,16 @@ COLUMNS = ("users", "distinct", "multiplicity", "inputs", "targets", "row_users"
 
 
 def epoch_batches(sequences: Sequences, batch_users: int, seed: int, epoch: int) -> Iterator[Batch]:
-    """All users once, shuffled by (seed, epoch), `batch_users` at a time; the last batch may be smaller."""
-    count = len(sequences.user_ids)
-    order = np.random.default_rng((seed, epoch)).permutation(count)
+    """All training users once, shuffled by (seed, epoch), `batch_users` at a time; the last batch may be smaller."""
+    order = np.random.default_rng((seed, epoch)).permutation(sequences.training_users)
     first_step = epoch * steps_per_epoch(sequences, batch_users)
-    for index, start in enumerate(range(0, count, batch_users)):
+    for index, start in enumerate(range(0, len(order), batch_users)):
         yield make_batch(sequences, order[start : start + batch_users], first_step + index)
 
 
 def steps_per_epoch(sequences: Sequences, batch_users: int) -> int:
     """Batches in an epoch."""
-    return -(-len(sequences.user_ids) // batch_users)
+    return -(-len(sequences.training_users) // batch_users)
 
 
 def make_batch(sequences: Sequences, users: np.ndarray, step: int) -> Batch:

@@ -1,42 +1,63 @@
 """Histories under the data protocol: who counts, what is trained on, what is predicted, how popular items are.
 
 The protocol (IISAN, section 4.1): users with fewer than 5 interactions are dropped; each history is cut to its last
-13 before items are counted; leave-one-out, with at most 10 inputs. Items are numbered from 1; 0 is padding.
+13 before items are counted; leave-one-out, with at most 10 inputs. Beside it a temporal split, which needs times. Items
+are numbered from 1; 0 is padding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
 from .config import ProtocolConfig
 from .errors import InputError
-from .items import ItemTable, read_items, read_table
+from .items import read_items, read_table
+from .temporal import temporal_split, with_times
 
-HELD_OUT = {"validation": 2, "test": 1}  # how far from a history's end the target stands
+LEAVE_ONE_OUT = {"validation": 2, "test": 1}  # how far from a history's end the target stands
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Users' histories, oldest first, as one jagged array of item numbers."""
+    """Users' histories, oldest first, as one jagged array of item numbers; by leave-one-out unless said otherwise."""
 
     user_ids: list[str]
     item_ids: list[str]  # item number i is item_ids[i - 1]
     offsets: np.ndarray  # int64 [users + 1]: user u holds items[offsets[u]:offsets[u + 1]]
     items: np.ndarray  # int64 [interactions], each from 1 to len(item_ids)
     max_inputs: int
+    training_ends: np.ndarray | None = None  # int64 [users]: user u trains on items[offsets[u]:training_ends[u]]
+    targets: Mapping[str, np.ndarray] | None = None  # int64 [users] by split: where in items, -1 for none
+
+    def __post_init__(self) -> None:
+        if self.targets is None:
+            targets = {name: self.offsets[1:] - back for name, back in LEAVE_ONE_OUT.items()}
+            object.__setattr__(self, "targets", targets)
+            object.__setattr__(self, "training_ends", targets["validation"])
 
     @cached_property
     def training(self) -> tuple[np.ndarray, np.ndarray]:
-        """(offsets [users + 1], items): every history without its last two interactions."""
-        lengths = np.diff(self.offsets) - 2
-        position = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], lengths + 2)
-        kept = position < np.repeat(lengths, lengths + 2)
+        """(offsets [users + 1], items): every history up to where its training ends."""
+        lengths = self.training_ends - self.offsets[:-1]
+        kept = np.arange(len(self.items)) < np.repeat(self.training_ends, np.diff(self.offsets))
         return np.concatenate([[0], np.cumsum(lengths)]), self.items[kept]
+
+    @cached_property
+    def training_users(self) -> np.ndarray:
+        """int64: the users who have an input and its target in training; by leave-one-out all."""
+        return np.flatnonzero(np.diff(self.training[0]) >= 2)
+
+    @cached_property
+    def epoch_interactions(self) -> int:
+        """Interactions of the training users, which an epoch goes through."""
+        return int(np.diff(self.training[0])[self.training_users].sum())
 
     @cached_property
     def training_counts(self) -> np.ndarray:
@@ -49,11 +70,12 @@ class Sequences:
         return self.training_counts / self.training_counts.sum()
 
     def split(self, name: str) -> Split:
-        """The `validation` or `test` task of every user."""
-        ends = self.offsets[1:] - HELD_OUT[name]
-        lengths = ends - self.offsets[:-1]
-        history = _right_align(self.items, ends, lengths, self.max_inputs + 2)
-        return Split(history[:, -self.max_inputs :], history, self.items[ends])
+        """The `validation` or `test` task of every user who has one."""
+        users = np.flatnonzero(self.targets[name] >= 0)
+        ends = self.targets[name][users]
+        lengths = ends - self.offsets[users]
+        history = _right_align(self.items, ends, lengths, int(lengths.max(initial=self.max_inputs + 2)))
+        return Split(users, history[:, -self.max_inputs :], history, self.items[ends])
 
     def save(self, path: Path) -> None:
         """Writes one .npz file that `load_sequences` reads back."""
@@ -64,20 +86,23 @@ class Sequences:
             offsets=self.offsets,
             items=self.items.astype(np.int32),
             max_inputs=np.int64(self.max_inputs),
+            training_ends=self.training_ends,
+            **{f"{name}_targets": self.targets[name] for name in LEAVE_ONE_OUT},
         )
 
 
 @dataclass(frozen=True)
 class Split:
-    """One held-out interaction a user. Arrays are int64, right-aligned, 0 where there is nothing."""
+    """One held-out interaction a user, R in all. Arrays are int64, right-aligned, 0 where there is nothing."""
 
-    inputs: np.ndarray  # [users, max_inputs]: what the sequence encoder reads
-    history: np.ndarray  # [users, max_inputs + 2]: everything before the target, what ranking may mask
-    targets: np.ndarray  # [users]
+    users: np.ndarray  # [R]: user numbers, ascending; by leave-one-out all
+    inputs: np.ndarray  # [R, max_inputs]: what the sequence encoder reads
+    history: np.ndarray  # [R, max_inputs + 2 or more]: everything before the target, what ranking may mask
+    targets: np.ndarray  # [R]
 
     @property
     def reachable(self) -> np.ndarray:
-        """bool [users]: the target does not stand in the user's own history."""
+        """bool [R]: the target does not stand in the user's own history."""
         return ~(self.history == self.targets[:, None]).any(axis=1)
 
 
@@ -93,27 +118,26 @@ class Dataset:
 
 
 def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dataset:
-    """Reads `items.tsv`, `users.tsv` and, where there is one, `captions.tsv`, and applies the protocol.
+    """Reads `items.tsv`, `users.tsv` and, where there is one, `captions.tsv`, and applies the protocol; for a temporal
+    split `times.tsv` as well.
 
     Raises InputError for a missing or malformed file, naming file and line.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected a dataset with items.tsv and users.tsv")
     table = read_items(root, protocol.unescape_titles)
-    user_ids, histories = _read_histories(root / "users.tsv", table, protocol)
-    offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])])
-    rows = np.concatenate(histories)
-    catalogue = np.unique(rows)
-    number = np.zeros(len(table.ids), dtype=np.int64)
+    whole = _read_sequences(root, table.ids, protocol)
+    catalogue = np.unique(whole.items)
+    number = np.zeros(len(table.ids) + 1, dtype=np.int64)
     number[catalogue] = np.arange(1, len(catalogue) + 1)
-    item_ids = [table.ids[row] for row in catalogue]
+    item_ids = [table.ids[item - 1] for item in catalogue]
     captions = table.captions or {}
     return Dataset(
         root=root,
-        titles=[table.titles[row] for row in catalogue],
+        titles=[table.titles[item - 1] for item in catalogue],
         captions=[captions.get(item_id) for item_id in item_ids],
         unescaped=protocol.unescape_titles,
-        sequences=Sequences(user_ids, item_ids, offsets, number[rows], protocol.max_inputs),
+        sequences=replace(whole, item_ids=item_ids, items=number[whole.items]),
     )
 
 
@@ -121,12 +145,15 @@ def load_sequences(path: Path) -> Sequences:
     """Reads what `Sequences.save` wrote."""
     try:
         with np.load(path, allow_pickle=False) as file:
+            cut = "training_ends" in file  # older runs know leave-one-out alone
             return Sequences(
                 user_ids=file["user_ids"].tolist(),
                 item_ids=file["item_ids"].tolist(),
                 offsets=file["offsets"],
                 items=file["items"].astype(np.int64),
                 max_inputs=int(file["max_inputs"]),
+                training_ends=file["training_ends"] if cut else None,
+                targets={name: file[f"{name}_targets"] for name in LEAVE_ONE_OUT} if cut else None,
             )
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -136,44 +163,78 @@ def load_sequences(path: Path) -> Sequences:
 
 def statistics(sequences: Sequences) -> dict[str, int | float]:
     """The protocol's counts, and the shares that decide how hard and how wasteful training is."""
-    lengths = np.diff(sequences.training[0])
+    slots = len(sequences.training_users) * (sequences.max_inputs + 1)
     test = sequences.split("test")
     return {
         "users": len(sequences.user_ids),
         "items": len(sequences.item_ids),
         "interactions": len(sequences.items),
-        "training_interactions": int(lengths.sum()),
+        "training_interactions": len(sequences.training[1]),
+        "training_users": len(sequences.training_users),
+        **{f"{name}_targets": int((sequences.targets[name] >= 0).sum()) for name in LEAVE_ONE_OUT},
         "cold_targets_share": float((sequences.training_counts[test.targets] == 0).mean()),
         "unreachable_targets_share": float((~test.reachable).mean()),
-        "padding_share": float(1 - lengths.sum() / (len(lengths) * (sequences.max_inputs + 1))),
+        "padding_share": 1 - sequences.epoch_interactions / slots,
         "interactions_per_user": len(sequences.items) / len(sequences.user_ids),
         "interactions_per_item": len(sequences.items) / len(sequences.item_ids),
     }
 
 
-def _read_histories(path: Path, table: ItemTable, protocol: ProtocolConfig) -> tuple[list[str], list[np.ndarray]]:
-    rows = {item_id: row for row, item_id in enumerate(table.ids)}
+def _read_sequences(root: Path, item_ids: list[str], protocol: ProtocolConfig) -> Sequences:
+    """The users who count, their histories cut, in numbers of all the items."""
+    path = root / "users.tsv"
+    users = _read_users(path, item_ids)
+    if protocol.split == "leave-one-out":
+        counting = _counting(users, path, protocol.min_interactions)
+        user_ids, histories = zip(*((user, items[-protocol.max_history :].copy()) for user, items in counting))
+        return Sequences(list(user_ids), item_ids, *_jagged(histories), protocol.max_inputs)
+    timed = with_times(users, root / "times.tsv")
+    user_ids, histories, times = zip(*_counting(timed, path, protocol.min_interactions))
+    offsets, items = _jagged(histories)
+    kept = temporal_split(offsets, np.concatenate(times), protocol)
+    return Sequences(
+        user_ids=[user_ids[user] for user in kept.users],
+        item_ids=item_ids,
+        offsets=kept.offsets,
+        items=items[kept.interactions],
+        max_inputs=protocol.max_inputs,
+        training_ends=kept.training_ends,
+        targets=kept.targets,
+    )
+
+
+def _read_users(path: Path, item_ids: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """(user id, item numbers) of every line."""
+    numbers = {item_id: number for number, item_id in enumerate(item_ids, start=1)}
     lines: dict[str, int] = {}
-    user_ids: list[str] = []
-    histories: list[np.ndarray] = []
     for line, (user_id, history) in read_table(path, 2):
         if user_id in lines:
             raise InputError(f"{path} line {line}: user {user_id!r} stands on line {lines[user_id]} already")
         lines[user_id] = line
         try:
-            items = [rows[item_id] for item_id in history.split(" ")]
+            items = [numbers[item_id] for item_id in history.split(" ")]
         except KeyError as error:
             item_id = error.args[0]
             what = f"item {item_id!r} is not in items.tsv" if item_id else "an empty item id (two spaces?)"
             raise InputError(f"{path} line {line}: {what}") from None
-        if len(items) >= protocol.min_interactions:
-            user_ids.append(user_id)
-            histories.append(np.array(items[-protocol.max_history :], dtype=np.int64))
-    if not histories:
-        raise InputError(
-            f"{path}: none of {len(lines)} users has the {protocol.min_interactions} interactions that count"
-        )
-    return user_ids, histories
+        yield user_id, np.array(items, dtype=np.int64)
+
+
+def _counting(users: Iterable[tuple[Any, ...]], path: Path, least: int) -> Iterator[tuple[Any, ...]]:
+    """Those with at least so many interactions. Raises InputError where there are none."""
+    count = kept = 0
+    for user in users:
+        count += 1
+        if len(user[1]) >= least:
+            kept += 1
+            yield user
+    if not kept:
+        raise InputError(f"{path}: none of {count} users has the {least} interactions that count")
+
+
+def _jagged(histories: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, what the histories hold one after the other)."""
+    return np.concatenate([[0], np.cumsum([len(history) for history in histories])]), np.concatenate(histories)
 
 
 def _right_align(items: np.ndarray, ends: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:

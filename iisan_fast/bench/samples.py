@@ -15,7 +15,8 @@ from ..items import read_table
 def sample_users(dataset: Path, folder: Path, count: int, seed: int = 0) -> Path:
     """A dataset folder with so many users of another one, drawn at random among those whom the protocol keeps.
 
-    What lies beside the histories is linked, not copied. A folder that exists already is taken as it is.
+    What lies beside the histories is linked, not copied; their times are left out. A folder that exists already is
+    taken as it is.
     """
     if folder.exists():
         return folder
@@ -27,7 +28,7 @@ def sample_users(dataset: Path, folder: Path, count: int, seed: int = 0) -> Path
     drawn = np.sort(np.random.default_rng(seed).choice(kept, count, replace=False))
     with whole_folder(folder) as new:
         for other in dataset.iterdir():
-            if other.name != "users.tsv":
+            if other.name not in ("users.tsv", "times.tsv"):
                 (new / other.name).symlink_to(other.resolve())
         text = "".join(f"{lines[index][0]}\t{lines[index][1]}\n" for index in drawn)
         (new / "users.tsv").write_text(text, encoding="utf-8", newline="\n")
