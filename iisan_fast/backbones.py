@@ -11,14 +11,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from logging import getLogger
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at top level it may want torchvision
 
 from .attention import choose_attention
@@ -26,12 +25,22 @@ from .config import ViewConfig
 from .digests import value_digest, weights_digest
 from .errors import InputError
 from .hidden_states import grouped_layers
-from .hugging_face import cached_or_fetched, clear_errors, model_dtype, model_folder, quiet, refuse_missing_weights
+from .hugging_face import (
+    cached_or_fetched,
+    clear_errors,
+    load_config,
+    load_model,
+    model_class,
+    model_dtype,
+    model_folder,
+    quiet,
+)
+from .layer_states import Place, find_places, read_states
+from .pixels import ByteForm, Inputs, byte_form, pixel_values
 
-Inputs = dict[str, Tensor]
-READS = {"input_ids": "text", "pixel_values": "image"}  # an encoder's main input tells what it reads
-TOWERS = {"text": ("text_model", "language_model"), "image": ("vision_model",)}  # of a text-image model
-UNUSED_WEIGHTS = {"pooler", "head"}  # a checkpoint may lack what no hidden state comes from
+LOGGER = getLogger(__name__)
+PLACED_BY = {"device_map", "quantization_config"}  # loading options with which Hugging Face says where a model lies
+UNRECORDED = {"device_map", "max_memory", "offload_folder"}  # that change no state
 CLASS_TOKENS = ("cls_token", "class_embedding")
 
 
@@ -56,23 +65,30 @@ class Backbone(ABC):
 
     kind: str  # "text" or "image"
     input_names: tuple[str, ...]  # what the encoder takes of what `prepare` gives
+    first_layer = 0  # that can be kept
 
     def __init__(self, view: ViewConfig, device: torch.device, attention: str) -> None:
         self.view, self.device = view, device
         self.dtype = model_dtype(view.encoder_dtype, device)
         with clear_errors(view.encoder, "an encoder"):
-            config = _load_config(view.encoder, self.kind)
+            config = load_config(view.encoder, self.kind)
             self.processor = cached_or_fetched(self._load_processor, view.encoder)
             self._refuse_groups(config)
             self.processor_digest = value_digest(self._processor_content())
-            self.attention = choose_attention(attention, _model_class(config), device, self.dtype)
-            self.model = _load_model(view.encoder, config, self.kind, self.dtype, self.attention)
-            self.model.to(device).eval().requires_grad_(False)
+            self.attention = choose_attention(attention, model_class(config), device, self.dtype)
+            options = {**view.options, "dtype": self.dtype, "attn_implementation": self.attention}
+            self.model = load_model(view.encoder, config, self.kind, options)
+            self.model.eval().requires_grad_(False)
+            if PLACED_BY & view.options.keys():
+                self.device = _first_device(self.model, device)
+            else:
+                self.model.to(device)
             states, normalised = self._probe()
-        getLogger(__name__).info("%s: attention by %s", view.encoder, self.attention)
+            self._check_states(states)
+            self._places = self._find(states)
+        LOGGER.info("%s: attention by %s", view.encoder, self.attention)
         self.final_state = "normalised" if normalised else "unnormalised"
-        self._check_states(states)
-        self.depth, self.width = len(states), states[0].shape[-1]
+        self.depth, self.width = len(states), states[-1].shape[-1]
         self.layers = self._layers()
         self.pooling = self._pooling()
 
@@ -82,18 +98,27 @@ class Backbone(ABC):
 
     @torch.inference_mode()
     def encode(self, inputs: Inputs) -> Tensor:
-        """Pooled states [N, kept layers K, width D] on the device, in the encoder's dtype."""
+        """Pooled states [N, kept layers K, width D] on the device, in the encoder's dtype.
+
+        Each layer is pooled as it is made: memory does not grow with the number of layers.
+        """
         moved = self._moved(inputs)
-        states = self._hidden_states(moved)
-        return torch.stack([self._pool(states[layer], moved) for layer in self.layers], dim=1)
+        pool = functools.partial(self._pool, inputs=moved)
+        if self._places is None:
+            states = self._hidden_states(moved)
+            pooled = [pool(states[layer]) for layer in self.layers]
+        else:
+            pooled = read_states([self._places[layer] for layer in self.layers], lambda: self._run(moved), pool)
+        return torch.stack([state.to(self.device) for state in pooled], dim=1)
 
     def final(self, inputs: Inputs) -> Tensor:
         """The pooled final state [N, width D] (Hugging Face's `last_hidden_state`), which gradients flow through."""
         moved = self._moved(inputs)
-        return self._pool(self.model(**self._taken(moved)).last_hidden_state, moved)
+        return self._pool(self._run(moved).last_hidden_state, moved)
 
     def describe(self) -> dict[str, Any]:
         """What a store's manifest records, as plain JSON values."""
+        options = {name: value for name, value in self.view.options.items() if name not in UNRECORDED}
         return {
             "encoder": self.view.encoder,
             "model_type": self.model.config.model_type,
@@ -105,6 +130,8 @@ class Backbone(ABC):
             "width": self.width,
             "final_state": self.final_state,
             "encoder_dtype": str(self.dtype).removeprefix("torch."),
+            **({"options": options} if options else {}),
+            **({"first_layer": self.first_layer} if self.first_layer else {}),
         }
 
     def _error(self, message: str) -> InputError:
@@ -117,8 +144,11 @@ class Backbone(ABC):
         """What the encoder takes of its inputs."""
         return {name: inputs[name] for name in self.input_names}
 
+    def _run(self, inputs: Inputs, **options: bool) -> Any:
+        return self.model(**self._taken(inputs), **options)
+
     def _hidden_states(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        states = self.model(**self._taken(inputs), output_hidden_states=True).hidden_states
+        states = self._run(inputs, output_hidden_states=True).hidden_states
         if states is None:
             raise self._error(f"{type(self.model).__name__} reports no hidden states")
         return states
@@ -137,9 +167,17 @@ class Backbone(ABC):
         finally:
             for hook in hooks:
                 hook.remove()
-        return states, any(torch.equal(norm, states[-1]) for norm in norms)
+        return states, any(torch.equal(norm.to(states[-1].device), states[-1]) for norm in norms)
 
-    def _check_states(self, states: tuple[Tensor, ...]) -> None:
+    @torch.inference_mode()
+    def _find(self, states: tuple[Tensor, ...]) -> list[Place] | None:
+        """Where the encoder makes the states of the made-up input."""
+        places = find_places(self.model, lambda: self._run(self._probe_inputs()), states)
+        if places is None:
+            LOGGER.warning("%s: its hidden states cannot be read one by one; batches keep all", self.view.encoder)
+        return places
+
+    def _check_states(self, states: Sequence[Tensor]) -> None:
         shapes = sorted({tuple(state.shape) for state in states})
         if len(shapes) > 1 or len(shapes[0]) != 3:
             raise self._error(f"hidden states: expected one shape (items, tokens, width), found {shapes}")
@@ -148,19 +186,24 @@ class Backbone(ABC):
         """Before anything large is loaded, more groups of blocks than the encoder has."""
         own = getattr(config, f"{'vision' if self.kind == 'image' else 'text'}_config", config)
         if self.view.layer_groups is not None and hasattr(own, "num_hidden_layers"):
-            try:
-                grouped_layers(own.num_hidden_layers, self.view.layer_groups)
-            except InputError as error:
-                raise self._error(str(error)) from None
+            self._grouped(own.num_hidden_layers)
+
+    def _grouped(self, blocks: int) -> tuple[int, ...]:
+        try:
+            return grouped_layers(blocks, self.view.layer_groups, self.first_layer)
+        except InputError as error:
+            raise self._error(str(error)) from None
 
     def _layers(self) -> tuple[int, ...]:
+        first, kept = self.first_layer, self.view.layers
         if self.view.layer_groups is not None:
-            return grouped_layers(self.depth - 1, self.view.layer_groups)
-        layers = default_layers(self.depth) if self.view.layers is None else self.view.layers
+            return self._grouped(self.depth - 1)
+        layers = tuple(first + layer for layer in default_layers(self.depth - first)) if kept is None else kept
         ordered = bool(layers) and all(a < b for a, b in zip(layers, layers[1:]))
-        if not ordered or layers[0] < 0 or layers[-1] >= self.depth:
+        if not ordered or layers[0] < first or layers[-1] >= self.depth:
             found = ",".join(map(str, layers)) or "none"
-            raise self._error(f"layers: expected ascending numbers within 0..{self.depth - 1}, found {found}")
+            allowed = f"{first}..{self.depth - 1}" + (", its last stage" if first else "")
+            raise self._error(f"layers: expected ascending numbers within {allowed}, found {found}")
         return layers
 
     def _pooling(self) -> str:
@@ -262,8 +305,8 @@ class TextBackbone(Backbone):
         return min(limit or math.inf for limit in limits)
 
     def _probe_inputs(self) -> Inputs:
-        ids = torch.tensor([[1, 2, 3, 4]], device=self.device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]], device=self.device)
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
     def _poolings(self) -> tuple[str, ...]:
         cls = getattr(self.processor, "cls_token_id", None)
@@ -282,7 +325,7 @@ class TextBackbone(Backbone):
     def _pool(self, states: Tensor, inputs: Inputs) -> Tensor:
         if self.pooling == "cls":
             return states[:, 0]
-        mask = inputs["attention_mask"]
+        mask = inputs["attention_mask"].to(states.device)
         if self.pooling == "last":
             return states[torch.arange(len(states), device=states.device), mask.sum(dim=1) - 1]
         total = torch.where(mask[..., None] > 0, states, 0).float().sum(dim=1)
@@ -290,7 +333,8 @@ class TextBackbone(Backbone):
 
 
 class ImageBackbone(Backbone):
-    """A vision encoder over patches, with or without class and register tokens before them."""
+    """A vision encoder over patches, with or without class and register tokens before them; or one in stages, as Swin
+    is, of which the last one's states are of one shape and can be kept: what goes into it, and what comes out."""
 
     kind = "image"
     input_names = ("pixel_values",)
@@ -306,20 +350,7 @@ class ImageBackbone(Backbone):
 
     def byte_form(self) -> ByteForm | None:
         """How to keep images as bytes; None where the processor does more than map each byte to a value, at the end."""
-        prepare = functools.partial(pixel_values, self.processor, do_rescale=False, do_normalize=False)
-        every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
-        unshaped = {"do_resize": False, "do_center_crop": False, "do_pad": False}
-        noise = np.random.default_rng(0).integers(0, 256, (90, 40, 3), dtype=np.uint8)
-        probes = [Image.fromarray(noise), Image.fromarray(noise.swapaxes(0, 1))]
-        try:
-            mapped = pixel_values(self.processor, [Image.fromarray(every)], **unshaped)["pixel_values"]
-            form = ByteForm(prepare, mapped.reshape(3, 256).to(self.device))
-            pixels = prepare(probes)["pixel_values"]
-            found = form.pixel_values(pixels.to(self.device)).cpu()
-            same = pixels.dtype == torch.uint8 and torch.equal(found, self.prepare(probes)["pixel_values"])
-        except Exception:  # a processor whose steps cannot be left out, or that is fussy about sizes, raises anything
-            return None
-        return form if same else None
+        return byte_form(self.processor, self.device)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"processor_backend": self.processor.backend}
@@ -342,8 +373,13 @@ class ImageBackbone(Backbone):
     def _taken(self, inputs: Inputs) -> Inputs:
         return {"pixel_values": inputs["pixel_values"].to(self.dtype)}
 
-    def _check_states(self, states: tuple[Tensor, ...]) -> None:
-        super()._check_states(states)
+    def _check_states(self, states: Sequence[Tensor]) -> None:
+        shapes = [state.shape for state in states]
+        self.first_layer = next(k for k in range(len(shapes)) if len({*shapes[k:]}) == 1)
+        super()._check_states(states[self.first_layer :])
+        if self.first_layer:  # stages merge patches, and put at most a class token before them
+            self.leading = int(self._has_class_token())
+            return
         size = getattr(self.model.config, "patch_size", None)
         if size is None:
             raise self._error("no patch_size; expected an encoder of patches (ViT, CLIP, DINOv2, SigLIP, …)")
@@ -354,9 +390,12 @@ class ImageBackbone(Backbone):
             raise self._error(f"expected a state for each of {patches} patches, found {tokens}")
         self.leading = tokens - patches  # class and register tokens stand before the patches
 
+    def _has_class_token(self) -> bool:
+        return any(name.endswith(CLASS_TOKENS) for name, _ in self.model.named_parameters())
+
     def _poolings(self) -> tuple[str, ...]:
-        has_class_token = any(name.endswith(CLASS_TOKENS) for name, _ in self.model.named_parameters())
-        return ("cls", "mean") if has_class_token else ("mean",)
+        # Where nothing stands before the patches, the class token is that of a head which pools them.
+        return ("cls", "mean") if self.leading and self._has_class_token() else ("mean",)
 
     def _pool(self, states: Tensor, inputs: Inputs) -> Tensor:
         if self.pooling == "cls":
@@ -364,58 +403,6 @@ class ImageBackbone(Backbone):
         return states[:, self.leading :].float().mean(dim=1).to(states.dtype)
 
 
-class ByteForm(NamedTuple):
-    """Images as bytes: resized and cropped, but not yet rescaled and normalised."""
-
-    prepare: Callable[[Sequence[Image.Image]], Inputs]  # pixel_values uint8 [N, 3, height, width] of RGB images
-    values: Tensor  # float32 [3, 256] on the encoder's device: what each byte of a channel becomes
-
-    def pixel_values(self, pixels: Tensor) -> Tensor:
-        """float32 [N, 3, height, width] of bytes uint8 of that shape, on the same device, as the processor does it."""
-        channels = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
-        return self.values.flatten().index_select(0, (pixels + channels).flatten()).view(pixels.shape)
-
-
-def pixel_values(processor: Any, images: Sequence[Image.Image], **options: bool) -> Inputs:
-    """What a vision encoder reads of RGB images: float32 [N, 3, height, width]. Options are the processor's own."""
-    return {"pixel_values": processor(images=list(images), return_tensors="pt", **options)["pixel_values"]}
-
-
-def _load_config(encoder: str, kind: str) -> PretrainedConfig:
-    """The encoder's configuration, once it is sure to read `kind`."""
-    config = cached_or_fetched(AutoConfig.from_pretrained, encoder, trust_remote_code=False)
-    if config.is_encoder_decoder:
-        raise InputError(f"{encoder}: an encoder-decoder; expected an encoder or a decoder-only language model")
-    reads = kind if _has_towers(config) else READS.get(_model_class(config).main_input_name, "neither text nor images")
-    if reads != kind:
-        raise InputError(f"{encoder}: reads {reads}, expected an encoder that reads {kind}")
-    return config
-
-
-def _load_model(
-    encoder: str, config: PretrainedConfig, kind: str, dtype: torch.dtype, attention: str
-) -> PreTrainedModel:
-    options = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
-    model, info = cached_or_fetched(_model_class(config).from_pretrained, encoder, config=config, **options)
-    prefix = ""
-    if _has_towers(config):
-        name = next((name for name in TOWERS[kind] if hasattr(model, name)), None)
-        if name is None:
-            raise InputError(f"{encoder}: {type(model).__name__} has no tower that reads {kind} alone")
-        model, prefix = getattr(model, name), f"{name}."
-    used = (key for key in info["missing_keys"] if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")})
-    refuse_missing_weights(encoder, used)
-    model.config.use_cache = False  # a causal encoder would keep keys and values that nothing reads
-    return model
-
-
-def _has_towers(config: PretrainedConfig) -> bool:
-    return hasattr(config, "text_config") and hasattr(config, "vision_config")
-
-
-def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The headless model; the automatic mapping lacks some towers of their own (SigLIP's for text)."""
-    if type(config) not in transformers.MODEL_MAPPING:
-        return getattr(transformers, config.architectures[0])
-    mapped = transformers.MODEL_MAPPING[type(config)]
-    return mapped[0] if isinstance(mapped, tuple) else mapped
+def _first_device(model: nn.Module, asked: torch.device) -> torch.device:
+    """Where the inputs of a model go that Hugging Face has placed; parts of it may lie on disk."""
+    return next((each.device for each in model.parameters() if each.device.type != "meta"), asked)

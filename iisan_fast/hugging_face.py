@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from .errors import InputError
+
+READS = {"input_ids": "text", "pixel_values": "image"}  # an encoder's main input tells what it reads
+TOWERS = {"text": ("text_model", "language_model"), "image": ("vision_model",)}  # of a text-image model
+UNUSED_WEIGHTS = {"pooler", "head"}  # a checkpoint may lack what no hidden state comes from
 
 
 def cached_or_fetched(load: Callable[..., Any], name: str, **options: Any) -> Any:
@@ -21,6 +27,43 @@ def cached_or_fetched(load: Callable[..., Any], name: str, **options: Any) -> An
         with contextlib.suppress(OSError, ValueError, InputError):  # what the cache lacks, the hub may have
             return load(name, local_files_only=True, **options)
     return load(name, local_files_only=False, **options)
+
+
+def load_config(encoder: str, kind: str) -> PretrainedConfig:
+    """The encoder's configuration, once it is sure to read `kind`, "text" or "image"."""
+    config = cached_or_fetched(AutoConfig.from_pretrained, encoder, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise InputError(f"{encoder}: an encoder-decoder; expected an encoder or a decoder-only language model")
+    reads = kind if _has_towers(config) else READS.get(model_class(config).main_input_name, "neither text nor images")
+    if reads != kind:
+        raise InputError(f"{encoder}: reads {reads}, expected an encoder that reads {kind}")
+    return config
+
+
+def load_model(encoder: str, config: PretrainedConfig, kind: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The headless encoder, or its tower that reads `kind`, with all the weights that it needs; `options` are
+    `from_pretrained`'s.
+    """
+    load = model_class(config).from_pretrained
+    model, info = cached_or_fetched(load, encoder, config=config, output_loading_info=True, **options)
+    prefix = ""
+    if _has_towers(config):
+        name = next((name for name in TOWERS[kind] if hasattr(model, name)), None)
+        if name is None:
+            raise InputError(f"{encoder}: {type(model).__name__} has no tower that reads {kind} alone")
+        model, prefix = getattr(model, name), f"{name}."
+    used = (key for key in info["missing_keys"] if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")})
+    refuse_missing_weights(encoder, used)
+    model.config.use_cache = False  # a causal encoder would keep keys and values that nothing reads
+    return model
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The headless model; the automatic mapping lacks some towers of their own (SigLIP's for text)."""
+    if type(config) not in transformers.MODEL_MAPPING:
+        return getattr(transformers, config.architectures[0])
+    mapped = transformers.MODEL_MAPPING[type(config)]
+    return mapped[0] if isinstance(mapped, tuple) else mapped
 
 
 def refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
@@ -74,3 +117,7 @@ def clear_errors(name: str, kind: str) -> Iterator[None]:
     except Exception as error:  # remote code, damaged weights and unfit settings raise anything
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name}: cannot be used as {kind} ({type(error).__name__}: {reason})") from error
+
+
+def _has_towers(config: PretrainedConfig) -> bool:
+    return hasattr(config, "text_config") and hasattr(config, "vision_config")

@@ -20,9 +20,14 @@ CASES = {
     "iisan without inter": (ModelConfig(**IISAN, inter=False), [(3, 24), (3, 24)]),
     "iisan without intra": (ModelConfig(**IISAN, intra=False), [(3, 24), (3, 24)]),
     "one view": (ModelConfig(**IISAN), [(3, 24)]),
+    "towers of two bottlenecks": (ModelConfig(**IISAN, bottlenecks={"first": 12, "inter": 12}), [(4, 24), (4, 24)]),
     "versa, equal": (ModelConfig(**VERSA), [(4, 24), (4, 24)]),
     "versa, first wider and deeper": (ModelConfig(**VERSA), [(5, 32), (3, 20)]),
     "versa, second wider, first deeper": (ModelConfig(**VERSA), [(6, 20), (2, 32)]),
+    "versa, every tower of its own bottleneck": (
+        ModelConfig(**VERSA, bottlenecks={"second": 4, "inter": 12}),
+        [(3, 20), (5, 32)],
+    ),
     "versa, equal widths, second deeper": (ModelConfig(**VERSA), [(2, 24), (6, 24)]),
     "one block, four heads, no dropout": (ModelConfig(**IISAN, blocks=1, attention_heads=4, dropout=0), [(2, 24)]),
 }

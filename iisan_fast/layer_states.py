@@ -1,0 +1,79 @@
+"""An encoder's hidden states, each read in passing where it is made, so that no two of them have to be kept at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Place(NamedTuple):
+    """What a module is given, or what it gives, at one of its calls: some encoders call one block for all layers."""
+
+    module: nn.Module
+    call: int
+    given: bool
+
+
+def find_places(model: nn.Module, run: Callable[[], Any], states: Sequence[Tensor]) -> list[Place] | None:
+    """Where within the model `run`, which calls it, makes all these states, in order and bit for bit; None if it does
+    not.
+    """
+    found: list[Place] = []
+
+    def see(place: Place, state: Tensor) -> None:
+        if len(found) < len(states) and _same(state, states[len(found)]):
+            found.append(place)
+
+    with _watched(model.modules(), see):
+        run()
+    return found if len(found) == len(states) else None
+
+
+def read_states(places: Sequence[Place], run: Callable[[], Any], take: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """What `take` makes of the state at each place, the moment that `run` has made it."""
+    taken: dict[Place, Tensor] = {}
+
+    def see(place: Place, state: Tensor) -> None:
+        if place in places:
+            taken[place] = take(state)
+
+    with _watched(dict.fromkeys(place.module for place in places), see):
+        run()
+    return [taken[place] for place in places]
+
+
+@contextmanager
+def _watched(modules: Iterable[nn.Module], see: Callable[[Place, Tensor], None]) -> Iterator[None]:
+    """Shows the first tensor that each module is given, and that it gives, as it happens."""
+    calls: Counter[nn.Module] = Counter()
+
+    def show(module: nn.Module, given: bool, values: Iterable[Any]) -> None:
+        state = next((value for value in values if isinstance(value, Tensor)), None)
+        if state is not None:
+            see(Place(module, calls[module], given), state)
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        show(module, True, (*args, *kwargs.values()))
+
+    def after(module: nn.Module, _args: tuple, output: Any) -> None:
+        show(module, False, output if isinstance(output, tuple) else (output,))
+        calls[module] += 1
+
+    hooks = []
+    try:
+        for module in modules:
+            hooks += [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _same(state: Tensor, other: Tensor) -> bool:
+    alike = state.shape == other.shape and state.dtype == other.dtype
+    return alike and torch.equal(state.to(other.device), other)

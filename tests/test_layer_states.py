@@ -1,0 +1,113 @@
+"""Hidden states read in passing: the very ones that Hugging Face reports, and never two of them kept at once."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+
+import pytest
+import test_backbones as tiny
+import torch
+import transformers as hf
+from test_backbones import BERT, IMAGE, LLM, TEXT, TITLES, pictures, save, view
+from torch import Tensor, nn
+
+from iisan_fast import backbones
+from iisan_fast.adaptation import blocks
+from iisan_fast.backbones import Backbone, Inputs, load_backbone
+from iisan_fast.layer_states import find_places, read_states
+
+built, own_cache = tiny.built, tiny.own_cache
+ALL = (0, 1, 2, 3, 4)
+FAMILIES = [("title", family) for family in TEXT] + [("image", family) for family in IMAGE]
+
+
+def reported(backbone: Backbone, inputs: Inputs) -> Tensor:
+    """The kept layers' pooled states, of those that Hugging Face reports all together."""
+    with torch.inference_mode():
+        states = backbone._hidden_states(inputs)
+        return torch.stack([backbone._pool(states[layer], inputs) for layer in backbone.layers], dim=1)
+
+
+@pytest.mark.parametrize(("source", "family"), FAMILIES)
+def test_states_are_the_very_ones_that_are_reported(built, source, family, caplog):
+    for dtype in ("float32", "bfloat16"):
+        backbone = load_backbone(view(built(source, family), source, layers=ALL, encoder_dtype=dtype))
+        inputs = backbone.prepare(TITLES if source == "title" else pictures())
+        assert torch.equal(backbone.encode(inputs), reported(backbone, inputs))
+    assert "cannot be read one by one" not in caplog.text
+
+
+def test_one_block_called_for_every_layer_gives_a_state_at_each_call(tmp_path):
+    model = hf.AlbertModel(hf.AlbertConfig(**BERT, embedding_size=16))
+    backbone = load_backbone(view(save(model, tmp_path / "albert", None, "cls"), layers=ALL))
+    inputs = backbone.prepare(TITLES)
+    assert torch.equal(backbone.encode(inputs), reported(backbone, inputs))
+
+
+def most_alive(backbone: Backbone, encode) -> int:
+    """How many blocks' states there are at most while a batch is encoded, whenever another block begins."""
+    alive: list[weakref.ref] = []
+    counts = []
+
+    def begins(_block: nn.Module, _args: tuple) -> None:
+        counts.append(sum(state() is not None for state in alive))
+
+    def ends(_block: nn.Module, _args: tuple, state: Tensor) -> None:
+        alive.append(weakref.ref(state))
+
+    for block in blocks(backbone.model).values():
+        block.register_forward_pre_hook(begins)
+        block.register_forward_hook(ends)
+    encode(backbone.prepare(TITLES))
+    assert len(counts) == 12
+    return max(counts)
+
+
+def test_no_state_outlives_the_block_that_reads_it(tmp_path):
+    folder = save(hf.LlamaModel(hf.LlamaConfig(**LLM | {"num_hidden_layers": 12})), tmp_path / "llama", None, "bare")
+    backbone = load_backbone(view(folder, layers=tuple(range(13))))
+    assert most_alive(backbone, backbone.encode) == 1
+    backbone = load_backbone(view(folder))
+    assert most_alive(backbone, backbone._hidden_states) == 11  # as they are reported: all of them
+
+
+def test_states_made_out_of_reach_are_all_kept(built, monkeypatch, caplog):
+    expected = load_backbone(view(built("title", "llama"))).encode
+    monkeypatch.setattr(backbones, "find_places", lambda *_: None)
+    with caplog.at_level(logging.WARNING):
+        backbone = load_backbone(view(built("title", "llama")))
+    assert "its hidden states cannot be read one by one; batches keep all" in caplog.text
+    inputs = backbone.prepare(TITLES)
+    assert torch.equal(backbone.encode(inputs), expected(inputs))
+
+
+def test_encoding_leaves_no_hooks(built):
+    backbone = load_backbone(view(built("title", "bert")))
+    before = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in backbone.model.modules()]
+    backbone.encode(backbone.prepare(TITLES))
+    after = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in backbone.model.modules()]
+    assert after == before
+
+
+class Scaled(nn.Module):
+    """A state that no module makes goes into the one block; another one never leaves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(input=3 * x) + 1
+
+
+def test_places_are_before_and_behind_modules():
+    model, x = Scaled(), torch.randn(2, 3)
+    inside = [3 * x, model.block(3 * x)]
+    places = find_places(model, lambda: model(x), [*inside, inside[1] + 1])
+    assert [place.module for place in places] == [model.block, model.block, model]
+    assert [place.given for place in places] == [True, False, False]
+    taken = read_states(places[:2], lambda: model(x), lambda state: state.sum(dim=1))
+    assert all(torch.equal(found, state.sum(dim=1)) for found, state in zip(taken, inside))
+    assert find_places(model, lambda: model(x), [inside[1] + 2]) is None
+    assert find_places(model, lambda: model(x), inside[::-1]) is None
