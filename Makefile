@@ -20,6 +20,11 @@ gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/iisan-fast bench evaluate $(DATASET) --out benchmarks/results/evaluate-gpu.json
 	$(VENV)/bin/iisan-fast bench extract $(DATASET) --out benchmarks/results/extract-gpu.json
 	$(VENV)/bin/iisan-fast bench growth --out benchmarks/results/growth-gpu.json
+	mkdir -p runs
+	$(VENV)/bin/iisan-fast bench uncached $(DATASET) --keep runs/gpu --out benchmarks/results/uncached-gpu.json
+	$(VENV)/bin/iisan-fast bench methods runs/gpu/dataset --folder runs/gpu-methods --epochs 2 --table pinned \
+		--image-encoder runs/gpu/encoders/image --text-encoder runs/gpu/encoders/text \
+		--out benchmarks/results/methods-gpu.json
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

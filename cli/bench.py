@@ -11,6 +11,7 @@ from .bench_growth import growth
 from .bench_kernels import kernels
 from .bench_methods import methods
 from .bench_train import train
+from .bench_uncached import uncached
 
 
 @click.group()
@@ -18,5 +19,5 @@ def bench() -> None:
     """Measure speed and memory, side by side with the reference."""
 
 
-for command in (kernels, train, evaluate, extract, growth, methods, encoders):
+for command in (kernels, train, evaluate, extract, growth, methods, encoders, uncached):
     bench.add_command(command)
