@@ -2,9 +2,10 @@
 
     python benchmarks/scientific.py titles DATASET   two views of the titles through the pretrained MiniLM
     python benchmarks/scientific.py images DATASET   titles through MiniLM, drawn images through a small random ViT
+    python benchmarks/scientific.py stand-ins DATASET --work FOLDER   writes the drawn images and both encoders, no more
 
-Each trains several seeds twice: to the best validation epoch within 40, then on to the early stop. Figures, settings,
-versions and the commit go to benchmarks/results/, the first seed's resolved configuration beside them.
+The first two train several seeds twice: to the best validation epoch within 40, then on to the early stop. Figures,
+settings, versions and the commit go to benchmarks/results/, the first seed's resolved configuration beside them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ PROTOCOL = ProtocolConfig(unescape_titles=False)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["titles", "images"])
+    parser.add_argument("what", choices=["titles", "images", "stand-ins"])
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--work", type=Path, help="keeps states and run folders here; a repeated call resumes them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -52,6 +53,10 @@ def main() -> None:
     commit = head.stdout.strip()  # of the code as it starts: it may be another by the time the run ends
     work = arguments.work or Path(tempfile.mkdtemp(prefix="iisan-fast-"))
     work.mkdir(parents=True, exist_ok=True)
+    if arguments.what == "stand-ins":
+        images(arguments.dataset, work)
+        shutil.copytree(minilm(), work / "minilm", dirs_exist_ok=True)
+        return
     dataset, views = (titles if arguments.what == "titles" else images)(arguments.dataset, work)
     views = [dataclasses.replace(view, max_tokens=arguments.max_tokens) for view in views]
     encoding = encode(dataset, views, work / "states")
