@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
 import click
@@ -31,8 +30,6 @@ for command in (import_, stats, caption, extract, train, evaluate, bench):
 def main(arguments: list[str] | None = None) -> None:
     """The `iisan-fast` program. Leaves through SystemExit; bad input: code 2 and one line on standard error."""
     process.prepare()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("iisan_fast").setLevel(logging.INFO)
     try:
         sys.exit(cli.main(arguments, standalone_mode=False, prog_name="iisan-fast"))
     except InputError as error:
@@ -45,9 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
     except MemoryError as error:
         _fail(f"not enough memory ({error})")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):  # torch's
             raise
-        _fail(f"not enough GPU memory ({error}); try --table pinned or fewer --batch-users")
+        _fail(f"not enough memory ({error}); try --table pinned, fewer --batch-users or a smaller --batch-size")
     except click.ClickException as error:
         _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..errors import InputError
 from .options import FOLDER, device_option, json_option, out_option, torch_device, writable_file
-from .output import command_line, mebibytes, print_result, with_deviation
+from .output import command_line, mebibytes, print_result, with_deviation, write_result
 from .sweeps import said, sweep_options, sweep_settings
 
 
@@ -36,6 +36,7 @@ def encoders(
 
     result = encoders.benchmark(dataset, options["folder"], settings, torch_device(device))
     result = {"command": command, **result}
+    write_result(options["folder"] / "result.json", result)
     if plot is not None:
         encoders.draw(result, plot)
     print_result(result, out, as_json, _table)

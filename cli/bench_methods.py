@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .options import FOLDER, device_option, json_option, out_option, torch_device
-from .output import command_line, mebibytes, percent, print_result, with_deviation
+from .output import command_line, mebibytes, percent, print_result, with_deviation, write_result
 from .sweeps import numbers, said, sweep_options, sweep_settings
 
 METHODS = "full,adapter,lora,bitfit,iisan-uncached,iisan"
@@ -39,7 +39,9 @@ def methods(dataset: Path, methods: str, out: Path | None, device: str, as_json:
     against = options["against"] or settings.methods[-1]
     comparison = Comparison(against, numbers("--weights", options["weights"], float))
     result = benchmark(dataset, options["folder"], settings, comparison, torch_device(device))
-    print_result({"command": command, **result}, out, as_json, _table)
+    result = {"command": command, **result}
+    write_result(options["folder"] / "result.json", result)
+    print_result(result, out, as_json, _table)
 
 
 def _table(result: dict[str, Any]) -> Table:
@@ -65,10 +67,13 @@ def _table(result: dict[str, Any]) -> Table:
             )
         table.add_section()
         order = one["cost_order"]
-        captions.append(
-            f"{name}: p against {one['against']}; time an epoch as expected, {order['expected']}: "
-            + ("yes" if order["holds"] else "no: " + "; ".join(order["violations"]))
-        )
+        caption = f"{name}: p against {one['against']}"
+        if isinstance(one["encoding_s"], float):
+            caption += f"; its states took {one['encoding_s']:.0f} s to encode, once"
+        if ">" in order["expected"]:
+            verdict = "yes" if order["holds"] else "no: " + "; ".join(order["violations"])
+            caption += f"; time an epoch as expected, {order['expected']}: {verdict}"
+        captions.append(caption)
     table.caption = "\n".join(captions)
     return table
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from ..config import ENCODER_DTYPES, ProtocolConfig
+from ..config import ENCODER_DTYPES
 from ..pictures import MISSING_PICTURES
-from .options import FOLDER, device_option, json_option, protocol_options, torch_device
+from .options import FOLDER, chosen_protocol, device_option, json_option, protocol_options, torch_device
 from .output import print_counts, print_json
 
 SIZE = click.IntRange(min=1)
@@ -37,14 +37,14 @@ SIZE = click.IntRange(min=1)
 @protocol_options
 @device_option
 @json_option
-def caption(dataset: Path, min_interactions: int, max_inputs: int, device: str, as_json: bool, **options: Any) -> None:
+def caption(dataset: Path, device: str, as_json: bool, **options: Any) -> None:
     """Write a caption into DATASET's captions.tsv for every item that has none.
 
     A stopped run goes on where it stopped. Captions that stand there already, made by hand or otherwise, stay.
     """
     from .. import captions  # imports transformers, which takes seconds
 
-    protocol = ProtocolConfig(min_interactions, max_inputs)
+    protocol = chosen_protocol(options)
     counts = dataclasses.asdict(captions.caption(dataset, device=torch_device(device), protocol=protocol, **options))
     if as_json:
         print_json(counts)

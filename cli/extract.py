@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
-from ..config import STORE_DTYPES, ProtocolConfig
+from ..config import STORE_DTYPES
 from ..errors import InputError
 from ..sequences import load_dataset
 from .options import (
     FOLDER,
     attention_option,
+    chosen_protocol,
     device_option,
     json_option,
     missing_images_option,
@@ -53,8 +54,6 @@ def extract(
     attention: str | None,
     batch_size: int,
     workers: int | None,
-    min_interactions: int,
-    max_inputs: int,
     device: str,
     as_json: bool,
     **options,
@@ -66,7 +65,7 @@ def extract(
     views = chosen_views(options, layer_groups)
     if not views:
         raise InputError("no view: give --text-encoder, --image-encoder or --view")
-    data = load_dataset(dataset, ProtocolConfig(min_interactions, max_inputs, unescape_titles=not raw_titles))
+    data = load_dataset(dataset, chosen_protocol(options, unescape_titles=not raw_titles))
     from .. import extract as extraction  # imports transformers, which takes seconds
 
     results = extraction.extract(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ..config import ATTENTIONS, MISSING_IMAGES, ProtocolConfig
+from ..config import ATTENTIONS, MISSING_IMAGES, SPLITS, ProtocolConfig
 from ..errors import InputError
 
 FOLDER = click.Path(path_type=Path)
@@ -36,15 +37,33 @@ def writable_file(_context: click.Context, parameter: click.Parameter, file: Pat
 out_option = click.option("--out", type=FOLDER, callback=writable_file, help="A JSON file for the result.")
 
 
+PROTOCOL_OPTIONS = {
+    "min_interactions": click.option("--min-interactions", type=int, help="Users with fewer are dropped. [5]"),
+    "max_inputs": click.option("--max-inputs", type=int, help="Items a history feeds in. [10]"),
+    "split": click.option(
+        "--split",
+        type=click.Choice(SPLITS),
+        help="What is held out: each user's last two, or what comes after two times of all (DATASET's times.tsv). "
+        "[leave-one-out]",
+    ),
+    "validation_from": click.option(
+        "--validation-from", type=float, help="Temporal: share of the interactions before validation. [0.8]"
+    ),
+    "test_from": click.option("--test-from", type=float, help="Temporal: share before the test. [0.9]"),
+}
+
+
 def protocol_options(command):
-    """--min-interactions and --max-inputs."""
-    defaults = ProtocolConfig()
-    command = click.option("--max-inputs", type=int, default=defaults.max_inputs, help="Items a history feeds in.")(
-        command
-    )
-    return click.option(
-        "--min-interactions", type=int, default=defaults.min_interactions, help="Users with fewer are dropped."
-    )(command)
+    """Those that say which interactions count, and for what."""
+    for option in reversed(PROTOCOL_OPTIONS.values()):
+        command = option(command)
+    return command
+
+
+def chosen_protocol(options: dict[str, Any], **settings: Any) -> ProtocolConfig:
+    """The protocol that a command's options ask for; takes them out of `options`."""
+    given = {name: options.pop(name) for name in PROTOCOL_OPTIONS}
+    return ProtocolConfig(**{name: value for name, value in given.items() if value is not None}, **settings)
 
 
 def torch_device(name: str):

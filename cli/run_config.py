@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig, from_dict, read_settings, to_dict
 from ..errors import InputError
+from .options import PROTOCOL_OPTIONS
 
 # Settings by section; an option's name where it differs.
 SETTINGS = {
+    "protocol": {name: name for name in PROTOCOL_OPTIONS},
     "model": {
         name: name
         for name in (
-            *("method", "bottleneck", "embedding_dim", "activation"),
+            *("method", "embedding_dim", "activation"),
             *("sanb", "layer_groups", "gates", "intra", "inter"),
         )
     },
@@ -51,6 +53,7 @@ def _given(dataset: Path | None, options: dict[str, Any]) -> Iterator[tuple[str,
         yield "", "views", options["views"].split(",")
     for section, names in SETTINGS.items():
         yield from ((section, setting, options[name]) for name, setting in names.items() if options[name] is not None)
+    yield from (("model", name, value) for name, value in _bottlenecks(options["bottlenecks"]).items())
     if options["ks"]:
         yield "evaluation", "ks", list(options["ks"])
     if options["unmasked"]:
@@ -63,7 +66,8 @@ def _give_encoders(values: dict[str, Any], options: dict[str, Any]) -> None:
     """Puts the encoders that run, and how they do, into the configuration."""
     if options["encoded"]:
         values["uncached"] = {"views": [to_dict(view) for view in options["encoded"]]}
-        values.pop("views", None)
+        if options["views"] is None:
+            values.pop("views", None)  # a file's, of other encoders
     elif options["uncached"] and not values.get("uncached"):
         raise InputError("--uncached: say what runs: give --image-encoder, --text-encoder or --view")
     given = {name: options[name] for name in ENCODING if options[name] is not None}
@@ -85,6 +89,20 @@ def _all_views(cache: Path) -> list[str]:
     if len(names) > 2:
         raise InputError(f"{cache}: holds {len(names)} views ({', '.join(names)}); choose one or two with --views")
     return names
+
+
+def _bottlenecks(texts: Sequence[str]) -> dict[str, Any]:
+    """What --bottleneck says of all towers, and of some."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        tower, _, width = text.rpartition("=")
+        if not width.isdecimal():
+            raise InputError(f"--bottleneck: expected WIDTH or TOWER=WIDTH, found {text!r}")
+        if tower:
+            found.setdefault("bottlenecks", {})[tower] = int(width)
+        else:
+            found["bottleneck"] = int(width)
+    return found
 
 
 def _rate(text: str) -> tuple[str, float]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ..config import ProtocolConfig
 from ..sequences import load_dataset, statistics
-from .options import FOLDER, json_option, protocol_options
+from .options import FOLDER, chosen_protocol, json_option, protocol_options
 from .output import percent, print_counts, print_json
 
 
@@ -16,9 +16,9 @@ from .output import percent, print_counts, print_json
 @click.argument("dataset", type=FOLDER)
 @protocol_options
 @json_option
-def stats(dataset: Path, min_interactions: int, max_inputs: int, as_json: bool) -> None:
+def stats(dataset: Path, as_json: bool, **options: Any) -> None:
     """Print the counts of DATASET after the protocol, its share of cold targets and of padding."""
-    counts = statistics(load_dataset(dataset, ProtocolConfig(min_interactions, max_inputs)).sequences)
+    counts = statistics(load_dataset(dataset, chosen_protocol(options)).sequences)
     if as_json:
         print_json(counts)
         return

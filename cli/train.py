@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ import click
 
 from ..config import ACTIVATIONS, LEARNING_RATES, METHODS, PLACEMENTS, PRECISIONS, SANBS, TUNING_METHODS, RunConfig
 from ..errors import InputError
-from .options import FOLDER, attention_option, device_option, json_option, k_option, missing_images_option, torch_device
+from .options import (
+    FOLDER,
+    attention_option,
+    device_option,
+    json_option,
+    k_option,
+    missing_images_option,
+    protocol_options,
+    torch_device,
+)
 from .output import percent, print_json, print_metrics
 from .run_config import run_config
 from .views import chosen_views, view_options
@@ -36,7 +46,12 @@ GROUPS = dict.fromkeys(group for rates in LEARNING_RATES.values() for group in r
 @click.option("--epochs", type=int, help="At most. [100]")
 @click.option("--patience", type=int, help="Epochs without a better validation HR@10 that are borne. [10]")
 @click.option("--batch-users", type=int, help="Users a step. [64]")
-@click.option("--bottleneck", type=int, help="Width inside the SANBs, or adapters. [64]")
+@click.option(
+    "--bottleneck",
+    "bottlenecks",
+    multiple=True,
+    help="Width inside the SANBs, or adapters; first=, second= or inter=WIDTH for one tower; may be repeated. [64]",
+)
 @click.option("--embedding-dim", type=int, help="Width of item vectors and user states. [64]")
 @click.option("--activation", type=click.Choice(ACTIVATIONS), help="[relu]")
 @click.option("--sanb", type=click.Choice(SANBS), help="What a SANB's matrices are: whole, PHM or rank 1. [adapter]")
@@ -64,6 +79,7 @@ GROUPS = dict.fromkeys(group for rates in LEARNING_RATES.values() for group in r
 )
 @click.option("--unmasked", is_flag=True, help="Leave the history in the rankings that lead and choose the best epoch.")
 @click.option("--resume", "resume_path", type=FOLDER, help="Continue the run in this folder; takes no other settings.")
+@protocol_options
 @view_options
 @attention_option
 @missing_images_option
@@ -115,8 +131,9 @@ def _demo_config(out: Path, device, options: dict[str, Any]) -> RunConfig:
     from ..run_folder import RunFolder
     from ..sequences import load_dataset
 
-    if options["cache"] is not None or options["views"] is not None or options["encoded"]:
-        raise InputError("--cache, --views, encoders: they need a DATASET; the demo makes its own")
+    given = options["cache"] is not None or options["views"] is not None or options["encoded"]
+    if given or options["split"] == "temporal":
+        raise InputError("--cache, --views, encoders, --split temporal: they need a DATASET; the demo makes its own")
     RunFolder(out).refuse_if_used()
     home = out.resolve() / "demo"
     dataset, views = demo.plan(home)
@@ -124,6 +141,7 @@ def _demo_config(out: Path, device, options: dict[str, Any]) -> RunConfig:
     if options["uncached"] or method in TUNING_METHODS:
         options["encoded"] = views
     elif method != "id":
+        views = [replace(view, layer_groups=options["layer_groups"]) for view in views]
         options |= {"cache": home / "states", "views": ",".join(view.name for view in views)}
     config = run_config(dataset, options, demo.settings(method))
     click.echo("No dataset given: this is the embedded demo.", err=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -11,7 +13,9 @@ from ..config import ENCODER_DTYPES, POOLINGS, ViewConfig, from_dict
 from ..errors import InputError
 
 VIEW_HELP = """A view as "source=title encoder=E", optionally with name=, pooling=, layers=0,2,4, layer_groups=,
-max_tokens= and encoder_dtype=; may be repeated. The first view takes the image's role."""
+max_tokens=, encoder_dtype= and option.NAME=; may be repeated. The first view takes the image's role."""
+OPTION_HELP = """NAME=VALUE for Hugging Face to load the encoders by, as device_map=auto; text:NAME=VALUE or
+image:NAME=VALUE for one of them; may be repeated. A VALUE may be JSON."""
 
 OPTIONS = (
     click.option("--image-encoder", help="Hub name or folder of a vision encoder."),
@@ -23,9 +27,11 @@ OPTIONS = (
     click.option("--text-layers", help="Kept hidden states, as 0,2,4. [0, 2, 4, … to the last]"),
     click.option("--max-tokens", type=int, default=30, help="Tokens of a text that are read."),
     click.option("--encoder-dtype", type=click.Choice(ENCODER_DTYPES), default="auto", help="auto: bfloat16 on CUDA."),
+    click.option("--encoder-option", "encoder_options", multiple=True, help=OPTION_HELP),
     click.option("--view", "view_texts", multiple=True, help=VIEW_HELP),
 )
 INTEGERS = ("max_tokens", "layer_groups")
+OPTION = "option."
 
 
 def view_options(command):
@@ -38,7 +44,7 @@ def view_options(command):
 def chosen_views(options: dict[str, Any], layer_groups: int | None = None) -> list[ViewConfig]:
     """The views that a command's options ask for; takes them out of `options`. layer_groups: of --image-encoder's and
     --text-encoder's views without layers of their own."""
-    texts = options.pop("view_texts")
+    texts, loading = options.pop("view_texts"), _loading_options(options.pop("encoder_options"))
     common = {name: options.pop(name) for name in ("max_tokens", "encoder_dtype")}
     source = options.pop("text_source")
     views = []
@@ -47,9 +53,13 @@ def chosen_views(options: dict[str, Any], layer_groups: int | None = None) -> li
         if encoder:
             kept = _layers(layers, f"--{kind}-layers") if layers else None
             groups = None if kept else layer_groups
-            views.append(ViewConfig(name, name, encoder, pooling, kept, layer_groups=groups, **common))
-        elif pooling or layers:
-            raise InputError(f"--{kind}-pooling, --{kind}-layers: they need --{kind}-encoder")
+            own = {**loading.get("", {}), **loading.get(kind, {})}
+            views.append(ViewConfig(name, name, encoder, pooling, kept, layer_groups=groups, options=own, **common))
+        elif pooling or layers or kind in loading:
+            settings = f"--{kind}-pooling, --{kind}-layers, --encoder-option {kind}:NAME=VALUE"
+            raise InputError(f"{settings}: they need --{kind}-encoder")
+    if loading and not views:
+        raise InputError("--encoder-option: needs --image-encoder or --text-encoder; --view has option.NAME=VALUE")
     views += map(parsed_view, texts)
     names = [view.name for view in views]
     if len(set(names)) < len(names):
@@ -68,7 +78,10 @@ def parsed_view(text: str) -> ViewConfig:
         key, equals, value = part.partition("=")
         if not equals:
             raise InputError(f"--view {text!r}: expected key=value, found {part!r}")
-        values[key] = value
+        if key.startswith(OPTION):
+            values.setdefault("options", {})[key.removeprefix(OPTION)] = _json_or_text(value)
+        else:
+            values[key] = value
     if "layers" in values:
         values["layers"] = _layers(values["layers"], f"--view {text!r}: layers")
     for name in INTEGERS:
@@ -80,6 +93,25 @@ def parsed_view(text: str) -> ViewConfig:
         return from_dict(ViewConfig, values)
     except InputError as error:
         raise InputError(f"--view {text!r}: {error}") from None
+
+
+def _loading_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """{"image", "text" or "" for both: {name: value}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        kind, _, own = name.rpartition(":")
+        if not (own and equals and kind in ("", "image", "text")):
+            raise InputError(f"--encoder-option: expected NAME=VALUE, or that after image: or text:, found {text!r}")
+        found.setdefault(kind, {})[own] = _json_or_text(value)
+    return found
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _layers(text: str, where: str) -> tuple[int, ...]:

@@ -76,6 +76,7 @@ def xformers_attention(
     Gives [B, queries, heads, width] and, as no weights are kept, None. The mask says all: no flag makes it causal.
     """
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, tokens, heads, width]
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotated ones may come out of autocast in float32
     batch, queries, heads, _ = query.shape
     keys, groups = key.shape[1], heads // key.shape[2]
     if groups > 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .files import write_atomically
+from .files import whole_file
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 
@@ -20,7 +20,8 @@ ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes tensors, and state as JSON in the file's metadata; an older file is replaced at once or not at all."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, safetensors.torch.save(contiguous, metadata={"state": json.dumps(state)}))
+    with whole_file(path) as temporary:  # not through memory, where it would stand twice more
+        safetensors.torch.save_file(contiguous, temporary, metadata={"state": json.dumps(state)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -21,9 +21,15 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 PLACEMENTS = ("auto", "device", "pinned", "mapped")  # of the feature table
 ACTIVATIONS = ("relu", "gelu")
 SANBS = ("adapter", "phm", "low-rank")
+PHM_TERMS = 4  # of a sum of Kronecker products
 TIE_SHARES = {"half": 0.5, "best": 0.0}
 ATTENTIONS = ("auto", "xformers", "sdpa", "eager")
 MISSING_IMAGES = ("error", "blank")
+RESERVED_OPTIONS = (  # of loading an encoder: what is set, or would be right for its weights and not for the rest
+    *("attn_implementation", "config", "local_files_only", "output_hidden_states", "output_loading_info"),
+    *("revision", "subfolder", "torch_dtype", "trust_remote_code"),
+)
+SPLITS = ("leave-one-out", "temporal")
 
 SIDE_METHODS = ("iisan", "iisan-versa")  # read the hidden states of several layers
 TUNING_METHODS = ("full", "adapter", "lora", "bitfit")  # train encoders, or what is put into them
@@ -41,6 +47,7 @@ LEARNING_RATES: dict[str, dict[str, float]] = {  # of each method's groups of pa
     "id": {"item_embeddings": 1e-3, "sequence_encoder": 1e-3},
 }
 METHODS = tuple(LEARNING_RATES)
+TOWERS = ("first", "second", "inter")  # over the first view, the second, and both
 
 Config = TypeVar("Config")
 
@@ -57,6 +64,7 @@ class ViewConfig:
     max_tokens: int = 30
     encoder_dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
     layer_groups: int | None = None  # in place of layers: the embedding output, and the last block of as many groups
+    options: Mapping[str, Any] = field(default_factory=dict)  # of `from_pretrained`, beside those set here
 
     def __post_init__(self) -> None:
         _choice("source", self.source, SOURCES)
@@ -65,29 +73,53 @@ class ViewConfig:
             if self.layers is not None:
                 raise InputError("layers, layer_groups: expected one of them, found both")
         _choice("encoder_dtype", self.encoder_dtype, ENCODER_DTYPES)
+        if "dtype" in self.options:
+            self._rename_dtype()
+        for name in self.options:
+            if name in RESERVED_OPTIONS:
+                raise InputError(f"options.{name}: is decided here; expected another option of from_pretrained")
         if self.pooling is not None:
             _choice("pooling", self.pooling, POOLINGS)
         _within("max_tokens", self.max_tokens, 1, 1_000_000)
         if not self.name or "\0" in self.name:
             raise InputError(f"name: expected a view's name, found {self.name!r}")
 
+    def _rename_dtype(self) -> None:
+        """An encoder_dtype that was given as Hugging Face calls it becomes one."""
+        options = dict(self.options)
+        dtype = options.pop("dtype")
+        _choice("options.dtype", dtype, ENCODER_DTYPES)
+        if self.encoder_dtype not in ("auto", dtype):
+            raise InputError(f"encoder_dtype, options.dtype: found {self.encoder_dtype} and {dtype}; give one of them")
+        object.__setattr__(self, "encoder_dtype", dtype)
+        object.__setattr__(self, "options", options)
+
 
 @dataclass(frozen=True)
 class ProtocolConfig:
-    """Which users and interactions count (DESIGN: at least 5 interactions, at most 10 inputs)."""
+    """Which users and interactions count (DESIGN: at least 5 interactions, at most 10 inputs), and what is held out."""
 
     min_interactions: int = 5
     max_inputs: int = 10
     unescape_titles: bool = True
+    split: str = "leave-one-out"  # each user's last two are the targets; temporal: what comes after two times of all
+    validation_from: float = 0.8  # temporal: the share of all interactions that come before the first time
+    test_from: float = 0.9  # and before the second
 
     def __post_init__(self) -> None:
+        _choice("split", self.split, SPLITS)
+        shares = self.validation_from, self.test_from
+        if not 0 < shares[0] < shares[1] < 1:
+            raise InputError(f"validation_from, test_from: expected ascending shares between 0 and 1, found {shares}")
+        if self.split != "temporal" and shares != (ProtocolConfig.validation_from, ProtocolConfig.test_from):
+            raise InputError(f"validation_from, test_from: {self.split} takes no shares; they are for temporal")
         # Four: two to train on, one each to validate and to test.
         _within("min_interactions", self.min_interactions, 4, 1_000_000)
         _within("max_inputs", self.max_inputs, 1, 10_000)
 
     @property
     def max_history(self) -> int:
-        """Interactions kept of a user: the inputs, and one target each for training, validation and test."""
+        """Interactions that leave-one-out keeps of a user: the inputs, one target each to train, validate and test."""
         return self.max_inputs + 3
 
 
@@ -98,6 +130,7 @@ class ModelConfig:
     method: str = "iisan"
     embedding_dim: int = 64
     bottleneck: int = 64
+    bottlenecks: Mapping[str, int] = field(default_factory=dict)  # of a tower, by name, where it has one of its own
     activation: str = "relu"
     sanb: str = "adapter"  # what the weights of a SANB are made of: matrices, Kronecker products, or rank-1 products
     gates: bool = True
@@ -112,10 +145,17 @@ class ModelConfig:
         _choice("method", self.method, METHODS)
         _choice("activation", self.activation, ACTIVATIONS)
         _choice("sanb", self.sanb, SANBS)
+        if self.sanb == "phm":
+            for tower, width in {"all": self.bottleneck, **self.bottlenecks}.items():
+                if width % PHM_TERMS:
+                    raise InputError(f"sanb: phm needs bottlenecks that {PHM_TERMS} divides, found {width} ({tower})")
         if self.layer_groups is not None:
             _within("layer_groups", self.layer_groups, 1, 1000)
         for name in ("embedding_dim", "bottleneck", "blocks", "attention_heads"):
             _within(name, getattr(self, name), 1, 65_536)
+        for tower, width in self.bottlenecks.items():
+            _choice("bottlenecks", tower, TOWERS)
+            _within(f"bottlenecks.{tower}", width, 1, 65_536)
         if self.embedding_dim % self.attention_heads:
             raise InputError(
                 f"embedding_dim: expected a multiple of attention_heads ({self.attention_heads}), "
@@ -126,22 +166,32 @@ class ModelConfig:
         if not self.intra and self.inter is False:
             raise InputError("intra, inter: expected at least one of the two towers, found neither")
         if self.method not in SIDE_METHODS:
-            for name in ("sanb", "gates", "intra", "inter", "layer_groups"):
-                default = type(self).__dataclass_fields__[name].default
-                if (found := getattr(self, name)) != default:
+            names = ("bottlenecks", "sanb", "gates", "intra", "inter", "layer_groups")
+            for name in names if self.method == "adapter" else (*names, "bottleneck", "activation"):
+                if (found := getattr(self, name)) != getattr(ModelConfig(), name):
                     raise InputError(
                         f"{name}: {self.method} has no towers; {json.dumps(found)} is for {' and '.join(SIDE_METHODS)}"
                     )
 
+    def towers(self, count: int) -> tuple[str, ...]:
+        """The names of the towers over so many views."""
+        intra = TOWERS[:count] if self.intra else ()
+        return intra if self.inter is False or count < 2 else (*intra, "inter")
+
     def check_views(self, count: int) -> None:
         """Raises InputError where the method cannot take so many views."""
-        allowed = (0,) if self.method == "id" else (1, 2)
-        if count not in allowed:
-            raise InputError(f"views: {self.method} takes {' or '.join(map(str, allowed))}, found {count}")
+        if self.method == "id" and count:
+            raise InputError("views: id reads neither encoders nor their states; leave them out")
+        if self.method != "id" and count not in (1, 2):
+            raise InputError(f"views: {self.method} takes 1 or 2, found {count}")
         if count == 1 and self.inter:
             raise InputError("inter: the inter tower joins two views, found one; leave it out or give two views")
         if count == 1 and not self.intra:
             raise InputError("intra: one view has no inter tower, so its intra tower cannot be left out")
+        towers = self.towers(count)
+        for tower in self.bottlenecks:
+            if tower not in towers:
+                raise InputError(f"bottlenecks.{tower}: the model has no such tower, but {' and '.join(towers)}")
 
 
 @dataclass(frozen=True)
@@ -232,12 +282,34 @@ class RunConfig:
         if method == "id" and self.cache is not None:
             raise InputError("cache: id reads no states; leave --cache out")
         self.model.check_views(len(self.views))
+        self._refuse_what_has_no_effect()
         rates = LEARNING_RATES[method]
         unknown = [group for group in self.train.learning_rates if group not in rates]
         if unknown:
             raise InputError(f"learning_rates.{unknown[0]}: {method} has {', '.join(rates)}")
         resolved = dataclasses.replace(self.train, learning_rates={**rates, **self.train.learning_rates})
         object.__setattr__(self, "train", resolved)
+
+    def _refuse_what_has_no_effect(self) -> None:
+        """Settings that the method would silently ignore."""
+        method, uncached = self.model.method, self.uncached
+        if self.train.precision == "bfloat16" and method in ("frozen", "id"):
+            raise InputError(f"precision: {method} has no products to take bfloat16; leave it at auto")
+        if uncached is None:
+            return
+        if method not in TUNING_METHODS and (uncached.checkpointing or uncached.items_at_once is not None):
+            raise InputError(f"items_at_once, checkpointing: are for {', '.join(TUNING_METHODS)}; {method} trains none")
+        for view in uncached.views:
+            layers = view.layers is not None or view.layer_groups is not None
+            if layers and method not in SIDE_METHODS:
+                raise InputError(f"layers: {method} reads view {view.name!r}'s final state alone; leave them out")
+            if layers and self.model.layer_groups is not None:
+                raise InputError(f"layer_groups: view {view.name!r} has layers of its own; give one or the other")
+            if method in TUNING_METHODS and view.encoder_dtype not in ("auto", "float32"):
+                raise InputError(
+                    f"encoder_dtype: {method} trains view {view.name!r}'s encoder in float32, found "
+                    f"{view.encoder_dtype}; --precision bfloat16 is for its products"
+                )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -283,6 +355,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
+    if hint is Any:
+        return value
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backbones import Backbone, ByteForm, Inputs, load_backbone
+from .backbones import Backbone, Inputs, load_backbone
 from .chunks import Chunks
 from .config import ViewConfig
 from .contents import BLANK, Images, Texts, batched, new_rows, open_sources, view_contents
@@ -23,6 +23,7 @@ from .errors import InputError
 from .feature_table import ViewShape
 from .item_source import Gathered
 from .kernels import States
+from .pixels import ByteForm
 from .placement import place
 from .progress import progress_bar
 from .sequences import Dataset

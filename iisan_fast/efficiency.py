@@ -30,8 +30,7 @@ def tpme(
     than two methods, other methods in one figure than in another, figures that are negative or not finite, and weights
     that are not three numbers from 0 that sum to 1.
     """
-    if len(weights) != 3 or not all(weight >= 0 for weight in weights) or not abs(sum(weights) - 1) <= ROUNDING:
-        raise InputError(f"TPME weights: expected three numbers from 0 that sum to 1, found {tuple(weights)}")
+    check_weights(weights)
     if len(seconds) < 2:
         raise InputError(f"TPME compares methods: expected at least two, found {len(seconds)}")
     total = dict.fromkeys(seconds, 0.0)
@@ -42,6 +41,12 @@ def tpme(
         for method, share in _normalised(name, column).items():
             total[method] += weight * share
     return total
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Raises InputError for TPME weights that are not three numbers from 0 that sum to 1."""
+    if len(weights) != 3 or not all(weight >= 0 for weight in weights) or not abs(sum(weights) - 1) <= ROUNDING:
+        raise InputError(f"TPME weights: expected three numbers from 0 that sum to 1, found {tuple(weights)}")
 
 
 def parameter_counts(module: nn.Module) -> dict[str, int]:

@@ -154,7 +154,8 @@ class Store:
         if missing:
             raise InputError(
                 f"{self.path}: view {view!r} lacks {len(missing)} of {len(item_ids)} items "
-                f"({first_few(missing, len(missing))}); run iisan-fast extract"
+                f"({first_few(missing, len(missing))}); run iisan-fast extract with the same --split, "
+                "--min-interactions and --max-inputs"
             )
 
     def _reading(self) -> lmdb.Transaction:
@@ -199,24 +200,25 @@ def kept_positions(name: str, view: dict[str, Any], layer_groups: int | None) ->
     if layer_groups is None:
         return None
     stored = view["layers"]
-    layers = grouped_layers(view["depth"] - 1, layer_groups)
+    layers = grouped_layers(view["depth"] - 1, layer_groups, view.get("first_layer", 0))
     if lacking := [layer for layer in layers if layer not in stored]:
         raise InputError(
             f"layer_groups: {layer_groups} of the encoder's {view['depth'] - 1} blocks are layers "
             f"{', '.join(map(str, layers))}; view {name!r} of the cache has {', '.join(map(str, stored))} and lacks "
-            f"{', '.join(map(str, lacking))}"
+            f"{', '.join(map(str, lacking))}; extract with --layer-groups {layer_groups} into another cache"
         )
     return [stored.index(layer) for layer in layers]
 
 
-def grouped_layers(blocks: int, groups: int) -> tuple[int, ...]:
+def grouped_layers(blocks: int, groups: int, first: int = 0) -> tuple[int, ...]:
     """LayerDrop: the embedding output, 0, and the last block of each of `groups` even groups of an encoder's blocks.
 
-    Raises InputError for no group, or more groups than blocks.
+    Of an encoder in stages, `first` takes the place of 0. Raises InputError for no group, or more groups than blocks.
     """
+    blocks -= first
     if not 1 <= groups <= blocks:
         raise InputError(f"layer_groups: expected 1 to {blocks}, the encoder's blocks, found {groups}")
-    return (0, *(group * blocks // groups for group in range(1, groups + 1)))
+    return (first, *(first + group * blocks // groups for group in range(1, groups + 1)))
 
 
 def describes_view(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 
@@ -12,7 +13,9 @@ MOST_KEPT = (1 << 31) - 1  # bytes
 
 
 def prepare() -> None:
-    """To be called before torch is imported, which reads the environment then."""
+    """To be called before torch is imported, which reads the environment then. What the library says is shown."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("iisan_fast").setLevel(logging.INFO)
     # OpenMP's threads spin while they wait: by default so long that steps become many times slower where other programs
     # want the cores too; without spinning each small product waits for a thread to be woken.
     if "OMP_WAIT_POLICY" not in os.environ:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .config import PHM_TERMS as TERMS
 from .config import ModelConfig
 from .errors import InputError
 from .kernels import States
 
 ViewShape = tuple[int, int]  # kept layers K, width D
 WEIGHT_STD = 0.01  # of a SANB's matrices at the start
-TERMS = 4  # of a sum of Kronecker products
 
 
 class KroneckerSum(nn.Module):
@@ -64,12 +64,12 @@ def _weight(sanb: str, layers: int, rows: int, columns: int) -> nn.Parameter | n
 class SideTower(nn.Module):
     """The parameters of the SANB blocks over `layers` kept layers of width `width`."""
 
-    def __init__(self, layers: int, width: int, config: ModelConfig) -> None:
+    def __init__(self, layers: int, width: int, bottleneck: int, config: ModelConfig) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(layers)) if config.gates else None
-        self.down_weight = _weight(config.sanb, layers, config.bottleneck, width)
-        self.down_bias = nn.Parameter(torch.zeros(layers, config.bottleneck))
-        self.up_weight = _weight(config.sanb, layers, width, config.bottleneck)
+        self.down_weight = _weight(config.sanb, layers, bottleneck, width)
+        self.down_bias = nn.Parameter(torch.zeros(layers, bottleneck))
+        self.up_weight = _weight(config.sanb, layers, width, bottleneck)
         self.up_bias = nn.Parameter(torch.zeros(layers, width))
 
     def reading(self, *views: int) -> kernels.Tower:
@@ -87,13 +87,14 @@ class SideNetwork(nn.Module):
         self.activation = config.activation
         self.paired = min(layers for layers, _ in views)
         self.widths = [width for _, width in views]
-        shapes = dict(zip(("first", "second"), views)) if config.intra else {}
-        if config.inter is not False and len(views) == 2:
-            shapes["inter"] = (self.paired, min(self.widths))
-        self.towers = tuple(shapes)
-        for name, shape in shapes.items():
-            self.add_module(name, SideTower(*shape, config))
-        if "inter" in shapes and self.widths[0] != self.widths[1]:
+        shapes = {**dict(zip(("first", "second"), views)), "inter": (self.paired, min(self.widths))}
+        self.towers = config.towers(len(views))
+        self.by_bottleneck: dict[int, list[str]] = {}
+        for name in self.towers:
+            bottleneck = config.bottlenecks.get(name, config.bottleneck)
+            self.by_bottleneck.setdefault(bottleneck, []).append(name)
+            self.add_module(name, SideTower(*shapes[name], bottleneck, config))
+        if "inter" in self.towers and self.widths[0] != self.widths[1]:
             bound = 1 / math.sqrt(max(self.widths))
             weight = torch.empty(self.paired, min(self.widths), max(self.widths))
             self.align_weight = nn.Parameter(weight.uniform_(-bound, bound))
@@ -116,9 +117,11 @@ class SideNetwork(nn.Module):
             chosen = [projections[name] for name in reads]
             return kernels.side_towers(states, towers, self.activation, chosen, operands)
 
-        if len({view.table.shape[1:] for view in states}) == 1:  # equal shapes: one call for all towers
-            return sum(outputs(states, {name: reads[name] for name in self.towers}))
         found = []
+        if len({view.table.shape[1:] for view in states}) == 1:  # one call for all towers of one bottleneck
+            for names in self.by_bottleneck.values():
+                found += outputs(states, {name: reads[name] for name in names})
+            return sum(found)
         for name, view in zip(("first", "second"), states):
             if name in self.towers:
                 found += outputs([view], {name: (0,)})

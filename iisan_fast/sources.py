@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .config import TUNING_METHODS, RunConfig, UncachedConfig, ViewConfig
+from .config import SIDE_METHODS, TUNING_METHODS, RunConfig, UncachedConfig, ViewConfig
 from .errors import InputError, first_few
 from .feature_table import FeatureTable, load_table
 from .hidden_states import Store, content_digest
 from .item_source import ItemSource
 from .sequences import Dataset, Sequences, load_dataset
+from .side_network import check_views
 
 Descriptions = dict[str, dict[str, Any]]  # by view's name
 
@@ -39,6 +41,12 @@ def open_source(
         source, views = item_numbers(len(dataset.sequences.item_ids), device), {}
     with closing(source):
         yield source, views
+
+
+def refuse_missing_libraries(config: RunConfig) -> None:
+    """Raises InputError, before anything is loaded, where the run's method needs a library that is not installed."""
+    if config.model.method == "lora" and find_spec("peft") is None:
+        raise InputError("method: lora needs peft; pip install 'iisan-fast[lora]'")
 
 
 def item_numbers(items: int, device: torch.device) -> FeatureTable:
@@ -96,8 +104,23 @@ def _open_cache(
     item_ids = sequences.item_ids
     with Store(cache) as store:
         views = {name: {**store.view(name), "contents": store.contents(name, item_ids)} for name in config.views}
+    _refuse_unfit_views(config, views)
     groups = config.model.layer_groups
     return load_table(cache, config.views, item_ids, device, placement, dtype, groups), views
+
+
+def _refuse_unfit_views(config: RunConfig, views: Descriptions) -> None:
+    """Before states are read, views that the method cannot take."""
+    shapes = [(len(view["layers"]), view["width"]) for view in views.values()]
+    if config.model.method in SIDE_METHODS and config.model.layer_groups is None:
+        check_views(shapes, config.model)
+    if config.model.method == "frozen":
+        for name, view in views.items():
+            if view["layers"][-1] != view["depth"] - 1:
+                raise InputError(
+                    f"layers: frozen reads the encoder's final state, layer {view['depth'] - 1}; view {name!r} of the "
+                    f"cache ends with layer {view['layers'][-1]}"
+                )
 
 
 def _open_encoders(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .activations import Plan
 from .batches import Shape, epoch_batches, steps_per_epoch
 from .checkpoint import (
     adam_tensors,
@@ -34,12 +32,12 @@ from .hidden_states import differences
 from .item_source import ItemSource
 from .kernels import BACKEND_VARIABLE
 from .loader import Prepared, prepared
-from .placement import DEVICE_SHARE, HOST_SHARE, free_memory, size_text
+from .memory import Demand
 from .progress import progress_bar
 from .recommender import ITEM_ENCODER, Recommender, build_recommender
 from .run_folder import RunFolder
 from .sequences import Sequences, load_dataset
-from .sources import dataset_again, open_source, refuse_changed_texts
+from .sources import dataset_again, open_source, refuse_changed_texts, refuse_missing_libraries
 from .training_step import CapturedStep, TrainingStep
 
 LOGGER = logging.getLogger(__name__)
@@ -75,11 +73,12 @@ def train(
     dataset, the states and the model are at hand.
     """
     RunFolder(out).refuse_if_used()
+    refuse_missing_libraries(config)
     dataset = load_dataset(Path(config.dataset), config.protocol)
     refuse_changed_texts(config, dataset)
     with open_source(config, dataset, device, placement, precision(config.train, device)) as (source, views):
         trainer = Trainer(config, dataset.sequences, source, device)
-        folder = RunFolder.create(out, config, views, dataset.sequences, device)
+        folder = RunFolder.create(out, trainer.config, views, dataset.sequences, device)
         return trainer.run(folder, on_epoch)
 
 
@@ -119,7 +118,10 @@ class Trainer:
             self.model.item_encoder.operands = products
         self.step = TrainingStep(self.model, config.train.learning_rates, device)
         self.captured = CapturedStep(self.step) if device.type == "cuda" and not tuned else None
-        self.plan = self._plan() if tuned else None
+        self.demand = Demand(config, sequences, source, self.model, device)
+        if tuned:  # recorded, so that a run that goes on encodes in the same parts, whatever is free then
+            uncached = replace(config.uncached, items_at_once=self.demand.plan.items_at_once)
+            self.config = replace(config, uncached=uncached)
         self.progress = Progress()
 
     def run(self, folder: RunFolder, on_epoch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -143,9 +145,10 @@ class Trainer:
     def _epoch(self, folder: RunFolder) -> None:
         progress, started = self.progress, time.perf_counter()
         try:
-            loss = self._train_epoch()
-            trained = time.perf_counter()
-            vectors, report = self._validate()
+            with self.demand.told():
+                loss = self._train_epoch()
+                trained = time.perf_counter()
+                vectors, report = self._validate()
         except InputError as error:
             kept = f"the checkpoint of epoch {progress.epoch} is kept" if progress.epoch else "no epoch was finished"
             raise InputError(f"{folder.path}: stopped in epoch {progress.epoch + 1}: {error}; {kept}") from None
@@ -154,7 +157,6 @@ class Trainer:
         improved = hr > progress.best_hr
         if improved:
             progress.best_epoch, progress.best_hr = progress.epoch, hr
-        interactions = len(self.sequences.training[1])
         progress.lines.append(
             {
                 "epoch": progress.epoch,
@@ -162,7 +164,7 @@ class Trainer:
                 "best": improved,
                 "train_seconds": trained - started,
                 "validation_seconds": time.perf_counter() - trained,
-                "items_per_second": interactions / (trained - started),
+                "items_per_second": self.sequences.epoch_interactions / (trained - started),
                 "validation": report,
             }
         )
@@ -179,7 +181,7 @@ class Trainer:
         self.model.train()
         total, rows, steps = 0.0, 0, steps_per_epoch(self.sequences, self.config.train.batch_users)
         with (
-            progress_bar(f"epoch {self.progress.epoch + 1}", len(self.sequences.training[1]), "items") as advance,
+            progress_bar(f"epoch {self.progress.epoch + 1}", self.sequences.epoch_interactions, "items") as advance,
             closing(self.batches(self.progress.epoch)) as batches,  # before the table, whatever happens
         ):
             for done, prepared in enumerate(batches, start=1):
@@ -196,14 +198,14 @@ class Trainer:
         """An epoch's batches, prepared ahead."""
         config, pad = self.config.train, None
         if self.captured is not None:
-            users = min(config.batch_users, len(self.sequences.user_ids))
+            users = min(config.batch_users, len(self.sequences.training_users))
             pad = functools.partial(Shape.padded, users=users, length=self.sequences.max_inputs)
         batches = epoch_batches(self.sequences, config.batch_users, config.seed, epoch)
         return prepared(batches, self.source, self.device, pad)
 
     def take(self, prepared: Prepared) -> Tensor:
         """One optimizer step; returns the loss before it, a scalar on the device."""
-        with self._memory_told(prepared):
+        with self.demand.told():
             return (self.captured or self.step)(prepared.batch, prepared.states)
 
     def _read(self) -> tuple[float, int]:
@@ -212,43 +214,6 @@ class Trainer:
         if found.failed_step is not None:
             raise InputError(f"step {found.failed_step}: the loss is {found.failed_loss}; lower the learning rates")
         return found.loss, found.rows
-
-    def _plan(self) -> Plan:
-        """How a batch of the largest size is encoded in the memory there is; decides it, and says so."""
-        items = min(self.config.train.batch_users * (self.sequences.max_inputs + 1), self.source.rows - 1)
-        free = free_memory(self.device)
-        share = DEVICE_SHARE if self.device.type == "cuda" else HOST_SHARE
-        plan = self.model.item_encoder.plan(
-            self.source.largest,
-            items,
-            sys.maxsize if free is None else int(share * free),
-            self.config.uncached.items_at_once,
-        )
-        self.source.part_items = min(self.source.part_items, plan.items_at_once)
-        again = ", each part twice" if plan.recompute else ""
-        LOGGER.info(
-            f"encoders: up to {items} items a batch, {self.source.part_items} at a time{again}; "
-            f"activations of up to {size_text(plan.estimate)}"
-        )
-        return plan
-
-    @contextmanager
-    def _memory_told(self, prepared: Prepared) -> Iterator[None]:
-        """Turns the lack of memory into one line that says what lacked it."""
-        try:
-            yield
-        except RuntimeError as error:  # torch's own type is for CUDA alone
-            if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
-                raise
-            batch, lower = prepared.batch, "--batch-users"
-            estimate = ""
-            if self.plan is not None:
-                estimate = f"; its activations were estimated at {size_text(self.plan.estimate)}"
-                lower = "--items-at-once or --batch-users, or give --checkpointing"
-            raise InputError(
-                f"step {int(batch.step) + 1}: not enough memory on {self.device} for a batch of {len(batch.users)} "
-                f"users and {len(batch.distinct)} items{estimate}; lower {lower}, or try --table pinned"
-            ) from error
 
     def _validate(self) -> tuple[Tensor, dict[str, Any]]:
         self.model.eval()

@@ -112,6 +112,17 @@ def test_states_and_gradients_are_those_of_eager_attention(built, xformers, sour
     assert backbone.describe() == eager.describe()
 
 
+@pytest.mark.parametrize(("source", "family"), FAMILIES)
+def test_under_autocast_the_kernel_gets_one_dtype(built, xformers, source, family):
+    """Rotary embeddings leave queries and keys in float32 there; the stand-in refuses to mix."""
+    backbone = loaded(built(source, family), source, "xformers")
+    xformers.calls.clear()
+    inputs = backbone.prepare(tiny.TITLES if source == "title" else tiny.pictures())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = backbone.final(inputs)
+    assert found.isfinite().all() and len(xformers.calls) >= backbone.depth - 1
+
+
 def test_causal_attention_does_not_look_ahead_where_nothing_is_padded(built, xformers):
     """With no padding Hugging Face would leave a causal mask out and rely on a flag."""
     folder = built("title", "llama")

@@ -11,10 +11,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import pytest
 
 from iisan_fast import placement
 from iisan_fast.cli import main
+from iisan_fast.cli.views import chosen_views, view_options
+from iisan_fast.config import ViewConfig
 
 
 @dataclass
@@ -197,6 +200,60 @@ def test_bad_views_get_one_line(toy_run, tmp_path):
     assert "expected a folder images" in refused("extract", dataset, *cache, "--image-encoder", tmp_path)
     assert str(tmp_path / "none") in refused("extract", dataset, *cache, "--text-encoder", tmp_path / "none")
     assert not (tmp_path / "cache").exists()
+
+
+def views_given(*arguments: str) -> list[ViewConfig]:
+    """The views that a command's options ask for."""
+    found = []
+
+    @click.command()
+    @view_options
+    def command(**options) -> None:
+        found.extend(chosen_views(options))
+
+    command.main(list(arguments), standalone_mode=False)
+    return found
+
+
+def test_encoder_options_reach_the_views_they_are_for():
+    both = ("--image-encoder", "i", "--text-encoder", "t")
+    common = ("--encoder-option", "device_map=auto", "--encoder-option", "max_memory=null")
+    quantized = ("--encoder-option", 'text:quantization_config={"bits": 4, "quant_method": "a=b"}')
+    image, text = views_given(*both, *common, *quantized, "--encoder-option", "image:device_map=0")
+    assert image.options == {"device_map": 0, "max_memory": None}
+    quantization = {"bits": 4, "quant_method": "a=b"}
+    assert text.options == {"device_map": "auto", "max_memory": None, "quantization_config": quantization}
+    own = """option.dtype=float16 option.max_memory='{"cpu": "1GB"}'"""
+    (view,) = views_given("--view", f"source=title encoder=e {own}")
+    assert view.encoder_dtype == "float16" and view.options == {"max_memory": {"cpu": "1GB"}}
+
+
+def test_bad_encoder_options_get_one_line(toy_run, tmp_path):
+    extract = ("extract", toy_run[0], "--cache", tmp_path / "cache")
+    text = (*extract, "--text-encoder", "x")
+    for bad in ("load_in_4bit", "=3", "title:dtype=float32", "text:=3"):
+        message = "--encoder-option: expected NAME=VALUE, or that after image: or text:"
+        assert f"{message}, found {bad!r}" in refused(*text, "--encoder-option", bad)
+    assert "options.trust_remote_code: is decided here" in refused(*text, "--encoder-option", "trust_remote_code=true")
+    assert "image:NAME=VALUE: they need --image-encoder" in refused(*text, "--encoder-option", "image:a=1")
+    view = ("--view", "source=title encoder=e")
+    assert "--encoder-option: needs --image-encoder or" in refused(*extract, *view, "--encoder-option", "a=1")
+    view = ("--view", "source=title encoder=e option.dtype=int3")
+    assert "options.dtype: expected one of auto, float32" in refused(*extract, *view)
+
+
+def test_bottlenecks_of_all_towers_and_of_some(toy_run, tmp_path):
+    dataset, cache = toy_run
+    train = ("train", dataset, "--cache", cache, "--out", tmp_path / "run", "--epochs", 1)
+    result = iisan_fast(*train, "--bottleneck", 8, "--bottleneck", "first=12", "--bottleneck", "inter=4")
+    assert result.returncode == 0, result.stderr
+    model = json.loads((tmp_path / "run" / "config.json").read_text())["model"]
+    assert model["bottleneck"] == 8 and model["bottlenecks"] == {"first": 12, "inter": 4}
+    assert iisan_fast("evaluate", tmp_path / "run").returncode == 0
+    train = ("train", dataset, "--cache", cache, "--out", tmp_path / "other")
+    for bad in ("wide", "first=", "-3"):
+        assert f"--bottleneck: expected WIDTH or TOWER=WIDTH, found {bad!r}" in refused(*train, f"--bottleneck={bad}")
+    assert "bottlenecks: expected one of first, second, inter" in refused(*train, "--bottleneck", "third=3")
 
 
 def test_a_demo_with_bad_settings_leaves_nothing(tmp_path):

@@ -22,18 +22,22 @@ from iisan_fast.config import (
 from iisan_fast.errors import InputError
 
 MINIMAL = {"dataset": "d", "cache": "c", "views": ["image"]}
-UNCACHED = {"views": [{"name": "image", "source": "image", "encoder": "e"}]}
+VIEW = {"name": "image", "source": "image", "encoder": "e"}
+UNCACHED, LAYERED, HALVED = (
+    {"views": [{**VIEW, **change}]} for change in ({}, {"layers": [0, 2]}, {"encoder_dtype": "bfloat16"})
+)
 
 
 @given(st.integers(1, 512), st.sampled_from(["iisan", "iisan-versa"]), st.booleans(), st.floats(0, 0.9))
 def test_json_round_trip(bottleneck, method, gates, dropout):
-    model = ModelConfig(bottleneck=bottleneck, method=method, gates=gates, dropout=dropout)
+    model = ModelConfig(bottleneck=bottleneck, bottlenecks={"first": 512}, method=method, gates=gates, dropout=dropout)
     config = RunConfig("d", "c", ("a", "b"), model=model)
     assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
 def test_views_round_trip():
-    view = ViewConfig("t", "title", "e", "cls", (0, 2, 4))
+    options = {"device_map": {"": 0}, "quantization_config": {"load_in_4bit": True}, "max_memory": None}
+    view = ViewConfig("t", "title", "e", "cls", (0, 2, 4), options=options)
     assert from_dict(ViewConfig, json.loads(json.dumps(to_dict(view)))) == view
     assert from_dict(ViewConfig, {"name": "t", "source": "title", "encoder": "e"}).layers is None
 
@@ -45,6 +49,14 @@ def test_views_round_trip():
         ({"model": {"bottleneckk": 3}}, "model.bottleneckk: unknown setting; expected one of method"),
         ({"model": {"bottleneck": "64"}}, 'model.bottleneck: expected int, found "64"'),
         ({"model": {"bottleneck": True}}, "model.bottleneck: expected int, found true"),
+        ({"model": {"bottlenecks": {"third": 8}}}, "bottlenecks: expected one of first, second, inter, found 'third'"),
+        ({"model": {"bottlenecks": {"first": 0}}}, "bottlenecks.first: expected 1 to"),
+        ({"model": {"bottlenecks": {"inter": 8}}}, "bottlenecks.inter: the model has no such tower, but first"),
+        (
+            {"model": {"bottlenecks": {"first": 8}, "intra": False}, "views": ["a", "b"]},
+            "bottlenecks.first: the model has no such tower, but inter",
+        ),
+        ({"model": {"method": "frozen", "bottlenecks": {"first": 8}}}, "bottlenecks: frozen has no towers"),
         ({"model": {"method": "iisam"}}, "method: expected one of iisan, iisan-versa"),
         ({"model": {"embedding_dim": 65}}, "embedding_dim: expected a multiple of attention_heads"),
         ({"model": {"dropout": 1}}, "dropout: expected a probability"),
@@ -76,8 +88,19 @@ def test_views_round_trip():
             "gates: lora has no towers; false is for iisan and iisan-versa",
         ),
         ({"model": {"method": "frozen", "layer_groups": 3}}, "layer_groups: frozen has no towers"),
-        ({"model": {"method": "id"}, "cache": None}, "views: id takes 0, found 1"),
+        ({"model": {"method": "id"}, "cache": None}, "views: id reads neither encoders nor their states"),
         ({"model": {"method": "id"}, "views": []}, "cache: id reads no states"),
+        ({"model": {"sanb": "phm", "bottleneck": 30}}, "sanb: phm needs bottlenecks that 4 divides, found 30"),
+        ({"model": {"method": "frozen"}, "train": {"precision": "bfloat16"}}, "precision: frozen has no products"),
+        ({"model": {"method": "frozen", "bottleneck": 8}}, "bottleneck: frozen has no towers"),
+        ({"cache": None, "uncached": {**UNCACHED, "items_at_once": 4}}, "items_at_once, checkpointing: are for full"),
+        (
+            {"cache": None, "uncached": {**UNCACHED, "checkpointing": True}},
+            "lora, bitfit; iisan trains none",
+        ),
+        ({"cache": None, "uncached": LAYERED, "model": {"method": "lora"}}, "layers: lora reads view 'image'"),
+        ({"cache": None, "uncached": LAYERED, "model": {"layer_groups": 2}}, "view 'image' has layers of its own"),
+        ({"cache": None, "uncached": HALVED, "model": {"method": "full"}}, "encoder_dtype: full trains view 'image'"),
     ],
 )
 def test_mistakes_are_named(change, message):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from iisan_fast import trainer as training
+from iisan_fast import memory
+from iisan_fast.backbones import Backbone
 from iisan_fast.checkpoint import load_checkpoint
 from iisan_fast.config import (
     METHODS,
@@ -39,7 +40,8 @@ def run_config(
     catalogue: Path, method: str, views: list[ViewConfig] | None, cache: Path | None = None, epochs: int = 3, **encoding
 ) -> RunConfig:
     """A small model of any method, whose encoders run in every step unless there is a cache."""
-    model = ModelConfig(method, embedding_dim=16, bottleneck=8)
+    sizes = {"bottleneck": 8} if method in (*SIDE_METHODS, "adapter") else {}
+    model = ModelConfig(method, embedding_dim=16, **sizes)
     rates = {} if method == "id" else {group: RATES[group] for group in _groups(method)}
     optimisation = TrainConfig(batch_users=40, max_epochs=epochs, learning_rates=rates)
     names = tuple(view.name for view in views or ())
@@ -97,7 +99,7 @@ def take(trainer: Trainer, steps: int) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in (*SIDE_METHODS, "id")])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "id"])
 def test_frozen_weights_stay_as_they_are_bit_for_bit(method, encoder_views, catalogue):
     with open_trainer(run_config(catalogue, method, encoder_views)) as trainer:
         contents = trainer.source if method in TUNING_METHODS else trainer.source.contents
@@ -117,10 +119,10 @@ def test_parts_and_checkpointing_change_no_loss(method, encoder_views, catalogue
     whole = run_config(catalogue, method, encoder_views)
     with open_trainer(whole) as trainer:
         expected = take(trainer, 4)
-        assert trainer.plan.items_at_once == 70 and not trainer.plan.recompute
+        assert trainer.demand.plan.items_at_once == 70 and not trainer.demand.plan.recompute
     for change in ({"items_at_once": 9}, {"items_at_once": 9, "checkpointing": True}):
         with open_trainer(replace(whole, uncached=replace(whole.uncached, **change))) as trainer:
-            assert trainer.plan.recompute and trainer.source.part_items == 9
+            assert trainer.demand.plan.recompute and trainer.source.part_items == 9
             assert take(trainer, 4) == pytest.approx(expected, rel=1e-4)
 
 
@@ -128,14 +130,14 @@ def test_what_does_not_fit_is_split(encoder_views, catalogue, monkeypatch, caplo
     config = run_config(catalogue, "full", encoder_views)
     caplog.set_level("INFO")
     with open_trainer(config) as trainer:
-        whole = trainer.plan
+        whole = trainer.demand.plan
         trained = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
-    monkeypatch.setattr(training, "free_memory", lambda device: 2 * (3 * trained + whole.estimate // 3))
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * (3 * trained + whole.estimate // 3))
     with open_trainer(config) as trainer:
-        assert trainer.plan.recompute and 1 <= trainer.plan.items_at_once < 70
-        assert trainer.plan.estimate < whole.estimate / 3 < trainer.plan.estimate * 3
+        assert trainer.demand.plan.recompute and 1 <= trainer.demand.plan.items_at_once < 70
+        assert trainer.demand.plan.estimate < whole.estimate / 3 < trainer.demand.plan.estimate * 3
     assert "each part twice" in caplog.messages[-1]
-    monkeypatch.setattr(training, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     with pytest.raises(InputError, match="one item's activations take"), open_trainer(config):
         pass
 
@@ -243,9 +245,69 @@ def test_the_lack_of_memory_is_told_with_the_batch_and_what_to_lower(error, enco
             raise error
 
         monkeypatch.setattr(trainer.model, "loss", fail)
-        message = (
-            "step 1: not enough memory on cpu for a batch of 40 users and .* items; its activations were estimated"
-        )
+        message = "not enough memory on cpu for batches of 40 users and up to 70 items, whose activations take up to"
         with pytest.raises(InputError, match=message) as caught:
             take(trainer, 1)
     assert "--items-at-once" in str(caught.value)
+
+
+@pytest.mark.parametrize("call", [1, 12], ids=["in a batch", "in validation"])
+def test_the_lack_of_memory_is_told_where_frozen_encoders_run(call, encoder_views, catalogue, tmp_path, monkeypatch):
+    calls, encode = [], Backbone.encode
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) >= call:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return encode(*arguments)
+
+    monkeypatch.setattr(Backbone, "encode", fail)
+    message = "run: stopped in epoch 1: not enough memory on cpu for batches of 40 users .* whose states take up to"
+    with pytest.raises(InputError, match=message):
+        train(run_config(catalogue, "iisan", encoder_views), tmp_path / "run", CPU)
+
+
+def test_a_run_goes_on_in_the_same_parts_whatever_memory_is_free(encoder_views, catalogue, tmp_path, monkeypatch):
+    config = run_config(catalogue, "lora", encoder_views)
+    whole = train(config, tmp_path / "whole", CPU)
+
+    def stop(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "stopped", CPU, on_epoch=stop)
+    assert RunFolder(tmp_path / "stopped").config.uncached.items_at_once == 70
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+    assert resume(tmp_path / "stopped", CPU) == whole
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_frozen_encoders_give_their_final_state_or_are_refused(encoder_views, catalogue, tmp_path):
+    views = [replace(view, layers=(0, 2)) for view in encoder_views]
+    extract(load_dataset(catalogue), views, tmp_path / "cache", CPU)
+    with pytest.raises(InputError, match="frozen reads the encoder's final state, layer 6; view 'image' of the cache"):
+        train(run_config(catalogue, "frozen", views, tmp_path / "cache"), tmp_path / "run", CPU)
+
+
+on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+@pytest.mark.parametrize("method", [pytest.param(method, marks=on_a_gpu) for method in METHODS])
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_every_method_trains_on_a_gpu_as_on_a_cpu(method, precision, encoder_views, catalogue, tmp_path):
+    encoders = [replace(view, encoder_dtype="float32") for view in encoder_views]
+    config = run_config(catalogue, method, views_of(method, encoders, 2))
+    train(config, tmp_path / "cpu", CPU)
+    config = replace(config, train=replace(config.train, precision=precision))
+    train(config, tmp_path / "gpu", torch.device("cuda"))
+    tolerance = 1e-3 if precision == "float32" else 3e-2
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=tolerance)
+
+
+@pytest.mark.parametrize("method", [pytest.param(method, marks=on_a_gpu) for method in TUNING_METHODS])
+def test_parts_in_bfloat16_on_a_gpu_follow_the_whole(method, encoder_views, catalogue, tmp_path):
+    whole = run_config(catalogue, method, encoder_views)
+    train(whole, tmp_path / "whole", torch.device("cuda"))
+    parts = replace(whole, uncached=replace(whole.uncached, items_at_once=9, checkpointing=True))
+    train(parts, tmp_path / "parts", torch.device("cuda"))
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-2)

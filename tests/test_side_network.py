@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import side_recommender
 
-from iisan_fast.config import ModelConfig
+from iisan_fast.config import TOWERS, ModelConfig
 from iisan_fast.errors import InputError
 from iisan_fast.kernels import States
 from iisan_fast.recommender import Recommender
@@ -47,6 +47,47 @@ def test_parameter_counts_follow_the_formula():
     assert count(build([(4, narrow), (7, wide)], method="iisan-versa")) == expected
 
 
+@pytest.mark.parametrize("depths", [(2, 6), (6, 2), (5, 3), (3, 5), (4, 4)])
+@pytest.mark.parametrize("widths", [(48, 32), (32, 48), (32, 32)])
+@pytest.mark.parametrize("own", [{}, {"first": 24}, {"first": 24, "second": 12, "inter": 4}], ids=str)
+def test_parameter_counts_of_views_of_any_depth_width_and_bottleneck(depths, widths, own):
+    d, views = 64, list(zip(depths, widths))
+    paired, narrow, wide = min(depths), min(widths), max(widths)
+    towers = {"first": views[0], "second": views[1], "inter": (paired, narrow)}
+    expected = sum(tower(*shape, own.get(name, 16)) for name, shape in towers.items())
+    expected += sum((width + 1) * d + (d + 1) * d for width in widths)  # intra heads
+    expected += (narrow + 1) * narrow + (narrow + 1) * d + (3 * d + 1) * d + SASREC
+    expected += paired * (wide + 1) * narrow if wide > narrow else 0  # alignment
+    assert count(build(views, method="iisan-versa", bottleneck=16, bottlenecks=own)) == expected
+
+
+@pytest.mark.parametrize("depths", [(2, 6), (6, 2), (5, 3)])
+@pytest.mark.parametrize("widths", [(12, 8), (8, 12), (8, 8)])
+def test_layers_pair_from_the_last_one_backwards(depths, widths):
+    """The inter tower reads no layer of the deeper view that comes before the pairs."""
+    encoder = build(list(zip(depths, widths)), method="iisan-versa", bottleneck=4).item_encoder
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+        for name in ("first", "second"):  # the intra towers fall silent
+            encoder.heads.get_submodule(name)[0].weight.zero_()
+    states = [torch.randn(3, layers, width) for layers, width in zip(depths, widths)]
+    before = encoder([States(each) for each in states])
+    deep, unpaired = depths.index(max(depths)), max(depths) - min(depths)
+    for layer in range(max(depths)):
+        changed = [each.clone() for each in states]
+        changed[deep][:, layer] += 1
+        same = torch.equal(encoder([States(each) for each in changed]), before)
+        assert same == (layer < unpaired)
+
+
+def test_towers_of_their_own_bottleneck_have_the_counts_of_their_formulas():
+    """As published for MicroLens: 512 within the image's tower, 64 elsewhere."""
+    whole, towers = 4_113_877, tower(7, 768, 512) - tower(7, 768)
+    assert count(build([(7, 768)] * 2, bottlenecks={"first": 512})) == whole + towers
+    assert count(build([(7, 768)] * 2, bottleneck=8, bottlenecks={name: 64 for name in TOWERS})) == whole
+
+
 def test_without_a_tower_or_gates():
     whole, tower_and_heads = 4_113_877, tower(7, 768) + 768 * 769 + 769 * 64
     assert count(build([(7, 768)] * 2, gates=False)) == whole - 21
@@ -77,8 +118,10 @@ def test_composed_matrices_are_what_their_names_say_and_start_as_small(sanb):
 
 
 def test_phm_needs_sizes_that_it_can_divide():
-    with pytest.raises(InputError, match="sanb: phm needs a bottleneck and widths that are multiples of 4, found 6"):
+    with pytest.raises(InputError, match="sanb: phm needs bottlenecks that 4 divides, found 6"):
         build([(2, 8)], sanb="phm", bottleneck=6)
+    with pytest.raises(InputError, match="phm needs a bottleneck and widths that are multiples of 4, found 8 and 6"):
+        build([(2, 6)], sanb="phm", bottleneck=8)
 
 
 ABLATIONS = [
@@ -88,6 +131,7 @@ ABLATIONS = [
     {"sanb": "phm"},
     {"sanb": "low-rank"},
     {"activation": "gelu"},
+    {"bottlenecks": {"first": 4, "inter": 12}},
 ]
 
 

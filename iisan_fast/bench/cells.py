@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
+import re
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 from ..config import (
     METHODS,
+    SIDE_METHODS,
     STATE_METHODS,
     ModelConfig,
     RunConfig,
@@ -27,23 +29,25 @@ from ..config import (
     ViewConfig,
     read_settings,
 )
-from ..errors import InputError
+from ..errors import InputError, first_few
 from ..evaluate import leading
 from ..extract import extract
 from ..files import write_atomically
 from ..progress import progress_bar
 from ..run_folder import RunFolder
 from ..sequences import load_dataset
-from ..sources import open_source
+from ..sources import open_source, refuse_missing_libraries
 from ..trainer import Trainer, precision, resume, train
 from .machine import NOT_MEASURED, in_a_process, on
 from .memory import PeakMemory
 from .profile import profile
 from .samples import sample_users
 
+LOGGER = logging.getLogger(__name__)
 UNCACHED = "-uncached"  # after a method's name: its encoders run in every step although a cache could hold their states
 K = 10
-FIGURES = "figures.json"
+TRAINED, FIGURES, ENCODING = "trained.json", "figures.json", "encoding.json"
+NAME = re.compile(r"\w[\w .+-]*")  # of a set of encoders, which is a folder's too
 MEMORY_EVERY = 1.0  # seconds between two looks, so that they cost an epoch little
 
 
@@ -73,6 +77,9 @@ class SweepSettings:
                 raise InputError(f"methods: expected some of {', '.join(allowed)}, found {name!r}")
         if not self.encoders:
             raise InputError("encoders: expected at least one set of views, found none")
+        for name in self.encoders:
+            if not NAME.fullmatch(name):
+                raise InputError(f"encoders: expected a name of letters, digits and . + - between, found {name!r}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds: expected different ones, found {self.seeds}")
 
@@ -97,40 +104,55 @@ class Cell:
 def run_sweep(dataset: Path, out: Path, settings: SweepSettings, device: torch.device) -> None:
     """Trains what of the sweep is not trained yet, into the folder `out`.
 
-    Raises InputError where `out` holds another sweep, or a cell cannot be run; finished cells are kept.
+    Raises InputError where `out` holds another sweep, and at the end where cells could not be run; the others are kept.
     """
-    _begin(out, dataset, settings)
     cells = [
         Cell(encoders, method, seed)
         for encoders in settings.encoders
         for method in settings.methods
         for seed in settings.seeds
     ]
-    for cell in cells:
-        cell_config(cell, dataset, out, settings)  # what cannot be combined is refused before anything is trained
+    for cell in cells:  # what cannot be combined is refused before anything is written
+        refuse_missing_libraries(cell_config(cell, dataset, out, settings))
+    _begin(out, dataset, settings, device)
     if settings.users is not None:
-        dataset = sample_users(dataset, out / "dataset", settings.users)
+        dataset = sample_users(dataset, out / f"users-{settings.users}", settings.users)
+    failed = []
     with progress_bar("sweep", len(cells), "cells") as advance, on(device):
         for cell in cells:
-            if not (cell.folder(out) / FIGURES).exists():
-                _run_cell(cell, dataset, out, settings, device)
+            try:
+                if not (cell.folder(out) / FIGURES).exists():
+                    _run_cell(cell, dataset, out, settings, device)
+            except InputError as error:
+                LOGGER.warning("%s: %s", cell.folder(out), error)
+                failed.append(str(cell.folder(out)))
             advance(1, note=f"{cell.encoders} {cell.method} seed {cell.seed}")
+    if failed:
+        count = f"{len(failed)} of {len(cells)} cells failed"
+        raise InputError(f"{out}: {count} ({first_few(failed, len(failed))}); mend them or leave their methods out")
 
 
 def cell_config(cell: Cell, dataset: Path, out: Path, settings: SweepSettings) -> RunConfig:
     """The cell's run."""
     method, uncached = split_name(cell.method)
     views = settings.encoders[cell.encoders]
-    model, train_config = (
-        ModelConfig(method),
-        TrainConfig(settings.batch_users, max_epochs=settings.epochs, patience=settings.patience, seed=cell.seed),
+    optimisation = TrainConfig(
+        settings.batch_users, max_epochs=settings.epochs, patience=settings.patience, seed=cell.seed
     )
-    make = functools.partial(RunConfig, str(dataset.resolve()), model=model, train=train_config)
+    make = functools.partial(RunConfig, str(dataset.resolve()), model=ModelConfig(method), train=optimisation)
     if method == "id":
         return make()
     if method in STATE_METHODS and not uncached:
-        return make(str((out / cell.encoders / "states").resolve()), tuple(view.name for view in views))
+        return make(str(_cache(cell.encoders, out).resolve()), tuple(view.name for view in views))
+    if method not in SIDE_METHODS:  # they read the final states alone
+        views = tuple(replace(view, layers=None, layer_groups=None) for view in views)
     return make(uncached=UncachedConfig(views, missing_images=settings.missing_images, attention=settings.attention))
+
+
+def encoding_seconds(encoders: str, out: Path) -> float | str:
+    """What putting the catalogue's states into a set's cache took; not measured where that went in several goes."""
+    record = out / encoders / ENCODING
+    return read_settings(record)["seconds"] if record.exists() else NOT_MEASURED
 
 
 def split_name(name: str) -> tuple[str, bool]:
@@ -138,58 +160,72 @@ def split_name(name: str) -> tuple[str, bool]:
     return name.removesuffix(UNCACHED), name.endswith(UNCACHED)
 
 
-def _begin(out: Path, dataset: Path, settings: SweepSettings) -> None:
+def _cache(encoders: str, out: Path) -> Path:
+    return out / encoders / "states"
+
+
+def _begin(out: Path, dataset: Path, settings: SweepSettings, device: torch.device) -> None:
     """Records what the sweep is of. Raises InputError where the folder holds something else."""
-    values = json.loads(json.dumps({"dataset": str(dataset.resolve()), **asdict(settings)}))
+    values = {"dataset": str(dataset.resolve()), "device": device.type, **asdict(settings)}
+    values = json.loads(json.dumps(values))
     record = out / "sweep.json"
-    if not record.exists():
-        if out.exists() and any(out.iterdir()):
-            raise InputError(f"{out}: expected an empty folder or a sweep to go on with, found other files")
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(record, (json.dumps(values, indent=1) + "\n").encode())
-        return
+    if record.exists():
+        _refuse_another(record, values, out)
+        values["encoders"] = read_settings(record)["encoders"] | values["encoders"]
+    elif out.exists() and any(out.iterdir()):
+        raise InputError(f"{out}: expected an empty folder or a sweep to go on with, found other files")
+    out.mkdir(parents=True, exist_ok=True)
+    _write(record, values)
+
+
+def _refuse_another(record: Path, values: dict[str, Any], out: Path) -> None:
+    """Raises InputError where cells were begun with other settings. More methods, encoders or seeds are more cells."""
     recorded = read_settings(record)
-    added = ("methods", "encoders", "seeds")  # more of them are more cells
-    for name in values.keys() - set(added):
-        if recorded.get(name) != values[name]:
-            raise InputError(
-                f"{record}: {name} is {json.dumps(recorded.get(name))} there, {json.dumps(values[name])} now; "
-                "restore it or choose another folder"
-            )
+    if any(out.glob("*/*/seed-*")):
+        for name in sorted(values.keys() - {"methods", "encoders", "seeds"}):
+            if recorded.get(name) != values[name]:
+                raise InputError(
+                    f"{record}: {name} is {json.dumps(recorded.get(name))} there, {json.dumps(values[name])} now; "
+                    "restore it or choose another folder"
+                )
     for name in recorded["encoders"].keys() & values["encoders"].keys():
-        if recorded["encoders"][name] != values["encoders"][name]:
+        if recorded["encoders"][name] != values["encoders"][name] and any(out.glob(f"{name}/*/seed-*")):
             raise InputError(f"{record}: the encoders {name!r} are others there; give these another name")
-    recorded["encoders"] |= values["encoders"]
-    values["encoders"] = recorded["encoders"]
-    write_atomically(record, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def _run_cell(cell: Cell, dataset: Path, out: Path, settings: SweepSettings, device: torch.device) -> None:
     """Trains a cell in a process of its own, takes its steps apart in another, and writes what they came to."""
-    config = cell_config(cell, dataset, out, settings)
-    encoding = NOT_MEASURED
+    config, folder = cell_config(cell, dataset, out, settings), cell.folder(out)
     if config.cache is not None:
-        views = settings.encoders[cell.encoders]
-        encoding = in_a_process(_encode, config, views, settings.missing_images, settings.attention, device)
-    trained = in_a_process(_train, config, cell.folder(out) / "run", settings.table, device)
+        in_a_process(_encode, config, settings, settings.encoders[cell.encoders], out / cell.encoders, device)
+    if not (folder / TRAINED).exists():
+        in_a_process(_train, config, folder, settings.table, device)
     taken_apart = in_a_process(_profile, config, settings, device)
-    result = {**asdict(cell), "encoding_s": encoding, **trained, **taken_apart}
-    write_atomically(cell.folder(out) / FIGURES, (json.dumps(result, indent=1) + "\n").encode())
+    _write(folder / FIGURES, {**asdict(cell), **read_settings(folder / TRAINED), **taken_apart})
 
 
 def _encode(
-    config: RunConfig, views: Sequence[ViewConfig], missing_images: str, attention: str, device: torch.device
-) -> float | str:
-    """Puts a set's states into its cache; seconds a catalogue, or not measured where they lay there."""
-    dataset = load_dataset(Path(config.dataset), config.protocol)
+    config: RunConfig, settings: SweepSettings, views: tuple[ViewConfig, ...], folder: Path, device: torch.device
+) -> None:
+    """Puts a set's states into its cache, and how long that took beside it, if it was done in one go."""
+    dataset, cache = load_dataset(Path(config.dataset), config.protocol), Path(config.cache)
     started = time.perf_counter()
-    done = extract(dataset, list(views), Path(config.cache), device, missing_images=missing_images, attention=attention)
-    whole = all(view.encoded == view.items for view in done)
-    return time.perf_counter() - started if whole else NOT_MEASURED
+    done = extract(
+        dataset,
+        list(views),
+        cache,
+        device,
+        missing_images=settings.missing_images,
+        attention=settings.attention,
+    )
+    if all(view.encoded == view.items for view in done):
+        _write(folder / ENCODING, {"seconds": time.perf_counter() - started})
 
 
-def _train(config: RunConfig, run: Path, table: str, device: torch.device) -> dict[str, Any]:
-    """Trains, or goes on training, a run."""
+def _train(config: RunConfig, folder: Path, table: str, device: torch.device) -> None:
+    """Trains, or goes on training, a cell's run, and writes its figures beside it."""
+    run = folder / "run"
+    finished = RunFolder(run).test.exists()  # by a process that was killed before it could write the rest
     with PeakMemory(MEMORY_EVERY) as memory:
         if (run / "config.json").exists():
             result = resume(run, device, placement=table)
@@ -197,8 +233,8 @@ def _train(config: RunConfig, run: Path, table: str, device: torch.device) -> di
             result = train(config, run, device, placement=table)
     lines = [json.loads(line) for line in RunFolder(run).metrics.read_text().splitlines()]
     figures = leading(result["test"])
-    on_cuda = device.type == "cuda"
-    return {
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.bytes
+    trained = {
         "hr": figures[f"hr@{K}"],
         "ndcg": figures[f"ndcg@{K}"],
         "losses": [line["loss"] for line in lines],
@@ -207,8 +243,9 @@ def _train(config: RunConfig, run: Path, table: str, device: torch.device) -> di
         "trainable_parameters": result["trainable_parameters"],
         "epoch_s": statistics.median(line["train_seconds"] for line in lines[1:] or lines),
         "validation_s": statistics.median(line["validation_seconds"] for line in lines[1:] or lines),
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if on_cuda else memory.bytes or NOT_MEASURED,
+        "peak_bytes": NOT_MEASURED if finished else peak or NOT_MEASURED,
     }
+    _write(folder / TRAINED, trained)
 
 
 def _profile(config: RunConfig, settings: SweepSettings, device: torch.device) -> dict[str, Any]:
@@ -216,3 +253,7 @@ def _profile(config: RunConfig, settings: SweepSettings, device: torch.device) -
     products = precision(config.train, device)
     with open_source(config, dataset, device, settings.table, products) as (source, _):
         return profile(Trainer(config, dataset.sequences, source, device), settings.profiled)
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())

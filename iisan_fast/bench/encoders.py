@@ -15,7 +15,7 @@ from ..config import ViewConfig
 from ..efficiency import parameter_counts
 from ..errors import InputError
 from ..files import write_atomically
-from .cells import Cell, SweepSettings, run_sweep
+from .cells import Cell, SweepSettings, encoding_seconds, run_sweep
 from .machine import NOT_MEASURED, in_a_process, origin
 from .methods import row
 
@@ -35,7 +35,9 @@ def benchmark(dataset: Path, out: Path, settings: SweepSettings, device: torch.d
     for name, views in settings.encoders.items():
         figures = [Cell(name, method, seed).figures(out) for seed in settings.seeds]
         size = in_a_process(encoder_parameters, views)
-        rows.append({"encoders": name, "encoder_parameters": size, **row(figures)})
+        rows.append(
+            {"encoders": name, "encoder_parameters": size, "encoding_s": encoding_seconds(name, out), **row(figures)}
+        )
     return {
         **origin(dataset.resolve().name, device),
         "settings": asdict(settings),

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from ..config import EvaluationConfig
-from ..efficiency import TPME_WEIGHTS, tpme
+from ..efficiency import TPME_WEIGHTS, check_weights, tpme
 from ..errors import InputError
 from ..evaluate import gains, target_ranks
 from ..significance import paired_test
 from ..trainer import load_best
-from .cells import UNCACHED, Cell, K, SweepSettings, run_sweep
+from .cells import UNCACHED, Cell, K, SweepSettings, encoding_seconds, run_sweep
 from .machine import NOT_MEASURED, origin
 
 # Dearest first, as the paper finds them; within a group there is no order.
@@ -30,6 +30,9 @@ class Comparison:
 
     against: str  # the method that the others are tested against
     weights: tuple[float, float, float] = TPME_WEIGHTS
+
+    def __post_init__(self) -> None:
+        check_weights(self.weights)
 
 
 def benchmark(
@@ -70,7 +73,12 @@ def summary(
     if NOT_MEASURED not in memory.values():
         for method, share in tpme(seconds, parameters, memory, comparison.weights).items():
             rows[method]["tpme"] = share
-    return {"against": against, "methods": rows, "cost_order": cost_order(seconds)}
+    return {
+        "against": against,
+        "encoding_s": encoding_seconds(encoders, out),
+        "methods": rows,
+        "cost_order": cost_order(seconds),
+    }
 
 
 def cost_order(seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -105,7 +113,6 @@ def row(figures: list[dict[str, Any]]) -> dict[str, Any]:
         "seeds": len(figures),
         "epochs": [each["epochs"] for each in figures],
         "losses": first["losses"],
-        "encoding_s": first["encoding_s"],
         "trainable_parameters": first["trainable_parameters"],
         "parameters": first["parameters"],
         "peak_bytes": NOT_MEASURED if NOT_MEASURED in peaks else max(peaks),

@@ -56,7 +56,10 @@ def _watched(trainer: Trainer, steps: int) -> Iterator[tuple[Prepared, Stopwatch
 
 
 def _activations(trainer: Trainer, prepared: Prepared) -> int:
-    """Bytes that a batch's loss keeps for its backward pass, beside weights and tables."""
+    """Bytes that a batch's loss keeps for its backward pass, beside weights and tables. Parts that are computed again
+    there keep theirs one after the other: of them, the estimate by which they were made."""
+    if trainer.demand.plan is not None and trainer.demand.plan.recompute:
+        return trainer.demand.plan.estimate
     model, source = trainer.model, trainer.source
     held = [*model.parameters(), *model.buffers(), *(source.views if isinstance(source, FeatureTable) else ())]
     return activation_bytes(lambda: model.loss(prepared.batch, prepared.states), held)
