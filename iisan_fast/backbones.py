@@ -163,7 +163,7 @@ class Backbone(ABC):
             if "Norm" in type(module).__name__
         ]
         try:
-            states = self._hidden_states(self._probe_inputs())
+            states = self._hidden_states(self.example())
         finally:
             for hook in hooks:
                 hook.remove()
@@ -172,7 +172,7 @@ class Backbone(ABC):
     @torch.inference_mode()
     def _find(self, states: tuple[Tensor, ...]) -> list[Place] | None:
         """Where the encoder makes the states of the made-up input."""
-        places = find_places(self.model, lambda: self._run(self._probe_inputs()), states)
+        places = find_places(self.model, lambda: self._run(self.example()), states)
         if places is None:
             LOGGER.warning("%s: its hidden states cannot be read one by one; batches keep all", self.view.encoder)
         return places
@@ -220,7 +220,8 @@ class Backbone(ABC):
     def _processor_content(self) -> Any: ...  # all that preprocessing depends on, as a JSON value
 
     @abstractmethod
-    def _probe_inputs(self) -> Inputs: ...
+    def example(self) -> Inputs:
+        """Made-up contents of one batch, as the encoder takes them, on its device."""
 
     @abstractmethod
     def _poolings(self) -> tuple[str, ...]: ...  # what the encoder allows, its default first
@@ -304,7 +305,7 @@ class TextBackbone(Backbone):
                 limits.append(module.num_embeddings - module.padding_idx - 1)  # positions count on from the padding's
         return min(limit or math.inf for limit in limits)
 
-    def _probe_inputs(self) -> Inputs:
+    def example(self) -> Inputs:
         ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]], device=self.device)
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
@@ -316,7 +317,7 @@ class TextBackbone(Backbone):
     @torch.inference_mode()
     def _is_causal(self) -> bool:
         """Found by trying: in a causal encoder another last token leaves the first token's states as they were."""
-        inputs = self._probe_inputs()
+        inputs = self.example()
         first = self._hidden_states(inputs)
         inputs["input_ids"][0, -1] += 1
         second = self._hidden_states(inputs)
@@ -365,7 +366,7 @@ class ImageBackbone(Backbone):
         settings = {key: value for key, value in self.processor.to_dict().items() if not key.startswith("_")}
         return [type(self.processor).__name__, self.processor.backend, settings]
 
-    def _probe_inputs(self) -> Inputs:
+    def example(self) -> Inputs:
         noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         inputs = self.prepare([Image.fromarray(noise.numpy())])
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
@@ -384,7 +385,7 @@ class ImageBackbone(Backbone):
         if size is None:
             raise self._error("no patch_size; expected an encoder of patches (ViT, CLIP, DINOv2, SigLIP, …)")
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        pixels, tokens = self._probe_inputs()["pixel_values"].shape, states[0].shape[1]
+        pixels, tokens = self.example()["pixel_values"].shape, states[0].shape[1]
         patches = (pixels[-2] // height) * (pixels[-1] // width)
         if tokens < patches:
             raise self._error(f"expected a state for each of {patches} patches, found {tokens}")

@@ -27,6 +27,8 @@ class Encoder(Protocol):
 
     def final(self, inputs: Inputs) -> Tensor: ...  # [N, width], differentiable
 
+    def example(self) -> Inputs: ...  # made-up contents
+
 
 class TunedItemEncoder(nn.Module):
     """Item vectors from contents: encoders that run in every step, adapted by a method, and heads on their states.
@@ -56,8 +58,9 @@ class TunedItemEncoder(nn.Module):
         self.recompute = False
         self.models = nn.ModuleList(encoder.model for encoder in encoders)
         self.tuned: dict[str, list[nn.Parameter]] = {}
-        for model in self.models:
-            for group, parameters in adapt(model, method, bottleneck, activation).items():
+        for encoder, model in zip(encoders, self.models):
+            adapted = adapt(model, method, bottleneck, activation, encoder.example())
+            for group, parameters in adapted.items():
                 self.tuned.setdefault(group, []).extend(parameters)
             checkpoint_blocks(model, checkpointing)
         self.heads = FinalHeads([encoder.width for encoder in encoders], embedding_dim)

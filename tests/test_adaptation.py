@@ -171,6 +171,16 @@ def test_what_the_final_state_does_not_depend_on_is_left_out(kind, family, unuse
     assert all(unused & set(name.split(".")) for name in left)
 
 
+@pytest.mark.parametrize(("size", "trained"), [(32, True), (16, False)])
+def test_positions_that_are_resized_to_the_images_stay_as_they_are(size, trained):
+    """Their gradient could not repeat on CUDA, where it is refused."""
+    model = build("image", "dinov2")
+    adapt(model, "full", example={"pixel_values": torch.randn(1, 3, size, size)})
+    freed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert freed.pop("embeddings.position_embeddings") == trained
+    assert [name for name, free in freed.items() if not free] == ["embeddings.mask_token"]
+
+
 def heads_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """[N, T, D] each, by hand."""
     heads, width = SHAPE["num_attention_heads"], WIDTH // SHAPE["num_attention_heads"]
