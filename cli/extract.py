@@ -16,6 +16,7 @@ from .options import (
     chosen_protocol,
     device_option,
     json_option,
+    missing_captions_option,
     missing_images_option,
     protocol_options,
     torch_device,
@@ -34,6 +35,7 @@ from .views import chosen_views, view_options
 @click.option("--dtype", type=click.Choice(STORE_DTYPES), default="bfloat16", help="What the states are stored in.")
 @click.option("--raw-titles", is_flag=True, help="Leave HTML entities in titles and captions as they are.")
 @missing_images_option
+@missing_captions_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Items encoded at a time.")
 @click.option(
     "--workers",
@@ -51,6 +53,7 @@ def extract(
     dtype: str,
     raw_titles: bool,
     missing_images: str | None,
+    missing_captions: str | None,
     attention: str | None,
     batch_size: int,
     workers: int | None,
@@ -65,7 +68,8 @@ def extract(
     views = chosen_views(options, layer_groups)
     if not views:
         raise InputError("no view: give --text-encoder, --image-encoder or --view")
-    data = load_dataset(dataset, chosen_protocol(options, unescape_titles=not raw_titles))
+    protocol = chosen_protocol(options, unescape_titles=not raw_titles, missing_captions=missing_captions or "error")
+    data = load_dataset(dataset, protocol)
     from .. import extract as extraction  # imports transformers, which takes seconds
 
     results = extraction.extract(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..config import ATTENTIONS, MISSING_IMAGES, SPLITS, ProtocolConfig
+from ..config import ATTENTIONS, MISSING_CAPTIONS, MISSING_IMAGES, SPLITS, ProtocolConfig
 from ..errors import InputError
 
 FOLDER = click.Path(path_type=Path)
@@ -23,6 +23,11 @@ missing_images_option = click.option(
     "--missing-images",
     type=click.Choice(MISSING_IMAGES),
     help="What to do about images that are missing or cannot be read. [error]",
+)
+missing_captions_option = click.option(
+    "--missing-captions",
+    type=click.Choice(MISSING_CAPTIONS),
+    help="What to do about items without a caption, if others have one: stop, or take their title. [error]",
 )
 k_option = click.option("--k", "ks", type=int, multiple=True, help="A cut-off of HR and NDCG; may be repeated. [10]")
 

@@ -13,7 +13,7 @@ from .options import PROTOCOL_OPTIONS
 
 # Settings by section; an option's name where it differs.
 SETTINGS = {
-    "protocol": {name: name for name in PROTOCOL_OPTIONS},
+    "protocol": {name: name for name in (*PROTOCOL_OPTIONS, "missing_captions")},
     "model": {
         name: name
         for name in (

@@ -16,6 +16,7 @@ from .options import (
     device_option,
     json_option,
     k_option,
+    missing_captions_option,
     missing_images_option,
     protocol_options,
     torch_device,
@@ -83,6 +84,7 @@ GROUPS = dict.fromkeys(group for rates in LEARNING_RATES.values() for group in r
 @view_options
 @attention_option
 @missing_images_option
+@missing_captions_option
 @click.option("--items-at-once", type=int, help="Items that a trained encoder takes at a time. [as memory allows]")
 @click.option(
     "--checkpointing", is_flag=True, default=None, help="Compute a trained encoder's blocks twice: less memory."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -42,8 +43,8 @@ def view_options(command):
 
 
 def chosen_views(options: dict[str, Any], layer_groups: int | None = None) -> list[ViewConfig]:
-    """The views that a command's options ask for; takes them out of `options`. layer_groups: of --image-encoder's and
-    --text-encoder's views without layers of their own."""
+    """The views that a command's options ask for; takes them out of `options`. layer_groups: of all views, which then
+    may have no layers of their own."""
     texts, loading = options.pop("view_texts"), _loading_options(options.pop("encoder_options"))
     common = {name: options.pop(name) for name in ("max_tokens", "encoder_dtype")}
     source = options.pop("text_source")
@@ -51,16 +52,17 @@ def chosen_views(options: dict[str, Any], layer_groups: int | None = None) -> li
     for kind, name in (("image", "image"), ("text", source)):
         encoder, pooling, layers = (options.pop(f"{kind}_{part}") for part in ("encoder", "pooling", "layers"))
         if encoder:
-            kept = _layers(layers, f"--{kind}-layers") if layers else None
-            groups = None if kept else layer_groups
+            kept = None if layers is None else _layers(layers, f"--{kind}-layers")
             own = {**loading.get("", {}), **loading.get(kind, {})}
-            views.append(ViewConfig(name, name, encoder, pooling, kept, layer_groups=groups, options=own, **common))
-        elif pooling or layers or kind in loading:
+            views.append(ViewConfig(name, name, encoder, pooling, kept, options=own, **common))
+        elif pooling or layers is not None or kind in loading:
             settings = f"--{kind}-pooling, --{kind}-layers, --encoder-option {kind}:NAME=VALUE"
             raise InputError(f"{settings}: they need --{kind}-encoder")
     if loading and not views:
         raise InputError("--encoder-option: needs --image-encoder or --text-encoder; --view has option.NAME=VALUE")
     views += map(parsed_view, texts)
+    if layer_groups is not None:
+        views = [_grouped(view, layer_groups) for view in views]
     names = [view.name for view in views]
     if len(set(names)) < len(names):
         raise InputError(f"two views of one name ({', '.join(names)}): give each --view its own name=")
@@ -112,6 +114,12 @@ def _json_or_text(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def _grouped(view: ViewConfig, groups: int) -> ViewConfig:
+    if view.layers is not None or view.layer_groups is not None:
+        raise InputError(f"--layer-groups: view {view.name!r} has layers of its own; give one or the other")
+    return replace(view, layer_groups=groups)
 
 
 def _layers(text: str, where: str) -> tuple[int, ...]:

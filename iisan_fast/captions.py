@@ -23,7 +23,7 @@ from .captioner import Captioner
 from .config import ProtocolConfig, read_settings
 from .contents import CHECKED_AT_ONCE, batched
 from .errors import InputError, first_few
-from .files import write_atomically
+from .files import locked, write_atomically
 from .hidden_states import differences
 from .hugging_face import quiet
 from .items import ImageError, open_images
@@ -32,6 +32,7 @@ from .progress import progress_bar
 from .sequences import load_dataset
 from .workers import calls_ahead, worker_count
 
+LOCK = ".captions.lock"
 LOGGER = logging.getLogger(__name__)
 
 
@@ -71,19 +72,22 @@ def caption(
     """
     if missing_images not in MISSING_PICTURES:
         raise InputError(f"missing_images: expected one of {', '.join(MISSING_PICTURES)}, found {missing_images!r}")
-    captions = _CaptionFile(root)
-    dataset = load_dataset(root, protocol)
-    present = sum(text is not None for text in dataset.captions)
-    todo = [item_id for item_id, text in zip(dataset.sequences.item_ids, dataset.captions) if text is None]
-    with quiet(), nullcontext() if frames else open_images(root) as images:
-        pictures = Frames(frames, frames_per_item) if frames else Covers(images)
-        captioner = Captioner(model, device, prompt, max_tokens, pictures.at_most, dtype)
-        settings = captioner.describe() | {"frames_per_item": frames_per_item if frames else None}
-        captions.check(settings)
-        readable = _readable(pictures, todo, missing_images, worker_count(workers, len(todo), device))
-        if readable:
-            captions.begin(model, settings, present)
-        silent = _fill(captions, captioner, pictures, readable, batch_size)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; expected a dataset with items.tsv and users.tsv")
+    with locked(root / LOCK, f"{root}: another process is captioning this dataset; wait for it to end"):
+        captions = _CaptionFile(root)
+        dataset = load_dataset(root, protocol)
+        present = sum(text is not None for text in dataset.captions)
+        todo = [item_id for item_id, text in zip(dataset.sequences.item_ids, dataset.captions) if text is None]
+        with quiet(), nullcontext() if frames else open_images(root) as images:
+            pictures = Frames(frames, frames_per_item) if frames else Covers(images)
+            captioner = Captioner(model, device, prompt, max_tokens, pictures.at_most, dtype)
+            settings = captioner.describe() | {"frames_per_item": frames_per_item if frames else None}
+            captions.check(settings)
+            readable = _readable(pictures, todo, missing_images, worker_count(workers, len(todo), device))
+            if readable:
+                captions.begin(model, settings, present)
+            silent = _fill(captions, captioner, pictures, readable, batch_size)
     return Captioned(
         items=len(dataset.captions),
         present=present,

@@ -21,6 +21,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 PLACEMENTS = ("auto", "device", "pinned", "mapped")  # of the feature table
 ACTIVATIONS = ("relu", "gelu")
 SANBS = ("adapter", "phm", "low-rank")
+MISSING_CAPTIONS = ("error", "title")
 PHM_TERMS = 4  # of a sum of Kronecker products
 TIE_SHARES = {"half": 0.5, "best": 0.0}
 ATTENTIONS = ("auto", "xformers", "sdpa", "eager")
@@ -102,11 +103,13 @@ class ProtocolConfig:
     min_interactions: int = 5
     max_inputs: int = 10
     unescape_titles: bool = True
+    missing_captions: str = "error"  # what stands where captions.tsv has no line for an item: nothing, or its title
     split: str = "leave-one-out"  # each user's last two are the targets; temporal: what comes after two times of all
     validation_from: float = 0.8  # temporal: the share of all interactions that come before the first time
     test_from: float = 0.9  # and before the second
 
     def __post_init__(self) -> None:
+        _choice("missing_captions", self.missing_captions, MISSING_CAPTIONS)
         _choice("split", self.split, SPLITS)
         shares = self.validation_from, self.test_from
         if not 0 < shares[0] < shares[1] < 1:

@@ -51,6 +51,8 @@ class Batch:
 class Contents(Protocol):
     """One view's contents."""
 
+    remedy: str  # for those that are missing, to end a message
+
     def check(self, stored: Sequence[Stored]) -> list[New]:
         """Those whose stored states no longer stand."""
 
@@ -85,7 +87,8 @@ def view_contents(
     if source == "image":
         fill_blank = missing_images == "blank"
         return Images(images, dataset.sequences.item_ids, prepare or backbone.preparation, fill_blank)
-    return Texts(dataset.titles if source == "title" else dataset.captions, backbone)
+    remedy = "; --missing-captions title lets titles stand in for them" if source == "caption" else ""
+    return Texts(dataset.texts(source), backbone, remedy)
 
 
 def new_rows(
@@ -106,9 +109,8 @@ def new_rows(
             advance(len(request))
     problems = [f"{item_ids[row]} ({problem})" for row, problem in new if problem]
     if problems:
-        hint = "; --missing-images blank fills them" if isinstance(contents, Images) else ""
         count = f"{len(problems)} of {len(item_ids)} items cannot be read"
-        raise InputError(f"view {view!r}: {count}: {first_few(problems, len(problems))}{hint}")
+        raise InputError(f"view {view!r}: {count}: {first_few(problems, len(problems))}{contents.remedy}")
     return contents.arrange([row for row, _ in new])
 
 
@@ -120,8 +122,8 @@ def batched(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
 class Texts:
     """Titles or captions. Arranging tokenizes them; only the token numbers are kept, 4 bytes each."""
 
-    def __init__(self, texts: Sequence[str | None], backbone: TextBackbone) -> None:
-        self.texts, self.backbone = texts, backbone
+    def __init__(self, texts: Sequence[str | None], backbone: TextBackbone, remedy: str = "") -> None:
+        self.texts, self.backbone, self.remedy = texts, backbone, remedy
         self._tokens = np.zeros(0, dtype=np.int32)  # of all arranged rows, one after the other
         self._starts, self._lengths = np.zeros((2, len(texts)), dtype=np.int64)  # where each row's tokens stand
 
@@ -174,6 +176,8 @@ class Texts:
 
 class Images:
     """A dataset's images, decoded and prepared as they are asked for. May be sent to another process."""
+
+    remedy = "; --missing-images blank fills them"
 
     def __init__(
         self,

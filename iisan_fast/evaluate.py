@@ -13,6 +13,7 @@ from .config import TIE_SHARES, EvaluationConfig
 from .errors import InputError
 from .sequences import Sequences, Split
 
+HISTORIES_AT_ONCE = 1 << 22  # padded interactions: 32 MiB
 BYTES_PER_SCORE = 24  # a score of up to 8 bytes, and what counting makes of it
 
 
@@ -53,14 +54,20 @@ def target_ranks(
     queries: Tensor, vectors: Tensor, split: Split, config: EvaluationConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """float64 [users] twice: each target's rank from 1, history masked (infinite where unreachable) and not."""
-    masked, unmasked = kernels.target_rank(
-        queries,
-        vectors,
-        torch.from_numpy(split.targets - 1).to(queries.device),
-        torch.from_numpy(split.history - 1).to(queries.device),
-        tie_share=TIE_SHARES[config.ties],
-        chunk_elements=config.chunk_mib * 2**20 // BYTES_PER_SCORE,
-    )
+    found = torch.empty(2, len(split.targets), dtype=torch.float64, device=queries.device)
+    for rows in _parts(split):
+        chosen = torch.from_numpy(rows).to(queries.device)
+        ranks = kernels.target_rank(
+            queries[chosen],
+            vectors,
+            torch.from_numpy(split.targets[rows] - 1).to(queries.device),
+            torch.from_numpy(split.padded(rows) - 1).to(queries.device),
+            tie_share=TIE_SHARES[config.ties],
+            chunk_elements=config.chunk_mib * 2**20 // BYTES_PER_SCORE,
+        )
+        for into, own in zip(found, ranks):
+            into[chosen] = own.double()
+    masked, unmasked = found
     broken = unmasked.isnan()
     if broken.any():
         raise InputError(
@@ -74,6 +81,21 @@ def gains(ranks: np.ndarray, k: int) -> dict[str, np.ndarray]:
     """What each user adds to HR@K and NDCG@K, which are the means: float64 [users] under `hr@k` and `ndcg@k`."""
     hit = ranks <= k
     return {f"hr@{k}": hit.astype(np.float64), f"ndcg@{k}": np.where(hit, 1 / np.log2(ranks + 1), 0)}
+
+
+def _parts(split: Split) -> list[np.ndarray]:
+    """The rows in parts whose padded histories take little memory: all at once, unless one history is very long."""
+    rows, widths = np.arange(len(split.targets)), np.maximum(split.lengths, split.least_width)
+    if len(rows) * int(widths.max(initial=0)) <= HISTORIES_AT_ONCE:
+        return [rows]
+    rows = rows[np.argsort(widths, kind="stable")]
+    parts, start = [], 0
+    while start < len(rows):
+        sizes = (np.arange(start, len(rows)) - start + 1) * widths[rows[start:]]
+        count = max(1, int(np.searchsorted(sizes, HISTORIES_AT_ONCE, side="right")))
+        parts.append(rows[start : start + count])
+        start += count
+    return parts
 
 
 def metrics(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, float | None]:

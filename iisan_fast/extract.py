@@ -67,7 +67,7 @@ def extract(
         for view in views:
             backbone = load_backbone(view, device, attention)
             contents = view_contents(backbone, dataset, images, missing_images)
-            description = _describe(backbone, view, dtype, dataset.unescaped)
+            description = _describe(backbone, view, dtype, dataset)
             jobs.append(_Job(view.name, contents, backbone, description, workers if view.source == "image" else 0))
         descriptions = {job.name: job.description for job in jobs}
         todo = _plan_all(jobs, descriptions, cache, dataset.sequences.item_ids)
@@ -122,8 +122,8 @@ class _Writer:
             raise InputError(f"view {self.job.name!r}, item {bad!r}: hidden states are not finite in {self.dtype}")
 
 
-def _describe(backbone: Backbone, view: ViewConfig, dtype: str, unescaped: bool) -> dict[str, Any]:
-    source = {"source": view.source} if view.source == "image" else {"source": view.source, "unescaped": unescaped}
+def _describe(backbone: Backbone, view: ViewConfig, dtype: str, dataset: Dataset) -> dict[str, Any]:
+    source = {"source": view.source} | ({} if view.source == "image" else dataset.how_read(view.source))
     versions = {name: metadata.version(name) for name in LIBRARIES}
     return {**source, **backbone.describe(), "dtype": dtype, "versions": versions}
 

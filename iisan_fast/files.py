@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import InputError
 
@@ -51,6 +52,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary)
         raise
+
+
+def locked(path: Path, busy: str) -> IO[bytes]:
+    """A file held by one process alone, until it is closed or the process ends, however it ends.
+
+    Raises InputError, saying `busy`, where another holds it.
+    """
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(busy) from None
+    return file
 
 
 def refuse_truncated(env: Any, path: Path) -> None:

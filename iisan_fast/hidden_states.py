@@ -6,14 +6,13 @@ layers) and `manifest.json` (what every view was made with). States of different
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import lmdb
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from .config import read_settings
 from .errors import InputError, first_few
-from .files import refuse_truncated, write_atomically
+from .files import locked, refuse_truncated, write_atomically
 
 FORMAT_VERSION = 1
 DIGEST_BYTES = 16
@@ -38,7 +37,10 @@ class Store:
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: expected a folder for the cache, found a file")
         self.path = path
-        self._lock = _lock(path) if writable else None
+        if writable:
+            path.mkdir(parents=True, exist_ok=True)
+        busy = f"{path}: another extraction is writing to this cache; wait for it to end"
+        self._lock = locked(path / "lock", busy) if writable else None
         database = path / "states.lmdb"
         if writable and not (path / "manifest.json").exists() and not database.exists():
             self.manifest: dict[str, Any] = {"format": FORMAT_VERSION, "views": {}}
@@ -238,18 +240,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(views, dict) or not all(map(describes_view, views.values())):
         raise InputError(f"{file}: not a manifest of hidden states; extract into a new --cache")
     return manifest
-
-
-def _lock(path: Path) -> IO[bytes]:
-    """Held by the one extraction that writes; released when the file is closed or the process ends, however it ends."""
-    path.mkdir(parents=True, exist_ok=True)
-    file = (path / "lock").open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InputError(f"{path}: another extraction is writing to this cache; wait for it to end") from None
-    return file
 
 
 def _key(view: str, item_id: str) -> bytes:

@@ -74,8 +74,15 @@ class Sequences:
         users = np.flatnonzero(self.targets[name] >= 0)
         ends = self.targets[name][users]
         lengths = ends - self.offsets[users]
-        history = _right_align(self.items, ends, lengths, int(lengths.max(initial=self.max_inputs + 2)))
-        return Split(users, history[:, -self.max_inputs :], history, self.items[ends])
+        return Split(
+            users=users,
+            inputs=_right_align(self.items, ends, lengths, self.max_inputs),
+            targets=self.items[ends],
+            lengths=lengths,
+            ends=ends,
+            items=self.items,
+            least_width=self.max_inputs + 2,
+        )
 
     def save(self, path: Path) -> None:
         """Writes one .npz file that `load_sequences` reads back."""
@@ -93,17 +100,34 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Split:
-    """One held-out interaction a user, R in all. Arrays are int64, right-aligned, 0 where there is nothing."""
+    """One held-out interaction a user, R in all. All int64; what is padded is right-aligned, 0 where nothing is."""
 
     users: np.ndarray  # [R]: user numbers, ascending; by leave-one-out all
     inputs: np.ndarray  # [R, max_inputs]: what the sequence encoder reads
-    history: np.ndarray  # [R, max_inputs + 2 or more]: everything before the target, what ranking may mask
     targets: np.ndarray  # [R]
+    lengths: np.ndarray  # [R]: of the histories, everything before the target, what ranking may mask
+    ends: np.ndarray  # [R]: row r's history is items[ends[r] - lengths[r]:ends[r]]
+    items: np.ndarray  # [interactions]
+    least_width: int  # of padded histories
 
-    @property
+    def padded(self, rows: np.ndarray) -> np.ndarray:
+        """[len(rows), width]: those rows' histories, as wide as the longest of them."""
+        lengths = self.lengths[rows]
+        width = int(lengths.max(initial=self.least_width))
+        return _right_align(self.items, self.ends[rows], lengths, width)
+
+    @cached_property
+    def history(self) -> np.ndarray:
+        """All of them [R, width]; under a temporal split a single long one makes that large."""
+        return self.padded(np.arange(len(self.targets)))
+
+    @cached_property
     def reachable(self) -> np.ndarray:
         """bool [R]: the target does not stand in the user's own history."""
-        return ~(self.history == self.targets[:, None]).any(axis=1)
+        rows = np.repeat(np.arange(len(self.targets)), self.lengths)
+        before = np.cumsum(self.lengths) - self.lengths
+        own = self.items[np.arange(len(rows)) + np.repeat(self.ends - self.lengths - before, self.lengths)]
+        return np.bincount(rows[own == self.targets[rows]], minlength=len(self.targets)) == 0
 
 
 @dataclass(frozen=True)
@@ -112,9 +136,20 @@ class Dataset:
 
     root: Path
     titles: list[str]
-    captions: list[str | None]  # None where captions.tsv has no line for the item
+    captions: list[str | None]  # None where captions.tsv has no line for the item, and nothing stands in for it
     unescaped: bool  # HTML entities in titles and captions
     sequences: Sequences
+    missing_captions: str = "error"  # as the protocol has it
+
+    def texts(self, source: str) -> list[str | None]:
+        """Titles or captions."""
+        return self.titles if source == "title" else self.captions
+
+    def how_read(self, source: str) -> dict[str, Any]:
+        """What a description of a view of texts says of their reading."""
+        own = {"unescaped": self.unescaped}
+        filled = source == "caption" and self.missing_captions != "error"
+        return own | ({"missing_captions": self.missing_captions} if filled else {})
 
 
 def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dataset:
@@ -131,13 +166,15 @@ def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dat
     number = np.zeros(len(table.ids) + 1, dtype=np.int64)
     number[catalogue] = np.arange(1, len(catalogue) + 1)
     item_ids = [table.ids[item - 1] for item in catalogue]
-    captions = table.captions or {}
+    titles, captions = [table.titles[item - 1] for item in catalogue], table.captions or {}
+    stand_ins = titles if captions and protocol.missing_captions == "title" else [None] * len(titles)
     return Dataset(
         root=root,
-        titles=[table.titles[item - 1] for item in catalogue],
-        captions=[captions.get(item_id) for item_id in item_ids],
+        titles=titles,
+        captions=[captions.get(item_id, stand_in) for item_id, stand_in in zip(item_ids, stand_ins)],
         unescaped=protocol.unescape_titles,
         sequences=replace(whole, item_ids=item_ids, items=number[whole.items]),
+        missing_captions=protocol.missing_captions,
     )
 
 

@@ -76,10 +76,14 @@ def refuse_changed_texts(config: RunConfig, dataset: Dataset) -> None:
             view = store.view(name)
             if view["source"] == "image":
                 continue  # reading every image again would cost what the cache saves
-            if view["unescaped"] != dataset.unescaped:
-                protocol = replace(config.protocol, unescape_titles=view["unescaped"])
-                dataset = load_dataset(dataset.root, protocol)
-            texts = _texts(dataset, view["source"])
+            wanted = replace(
+                config.protocol,
+                unescape_titles=view["unescaped"],
+                missing_captions=view.get("missing_captions", "error"),
+            )
+            if (wanted.unescape_titles, wanted.missing_captions) != (dataset.unescaped, dataset.missing_captions):
+                dataset = load_dataset(dataset.root, wanted)
+            texts = [text or "" for text in dataset.texts(view["source"])]
             item_ids = dataset.sequences.item_ids
             changed = [
                 item_id
@@ -161,9 +165,5 @@ def _resolved(view: ViewConfig, layer_groups: int | None, tuned: bool) -> ViewCo
 
 def _text_description(dataset: Dataset, source: str) -> dict[str, Any]:
     """How texts were read, and a digest of all of them."""
-    digests = (content_digest(text.encode()) for text in _texts(dataset, source))
-    return {"unescaped": dataset.unescaped, "contents": sha256(b"".join(digests)).hexdigest()}
-
-
-def _texts(dataset: Dataset, source: str) -> list[str]:
-    return [text or "" for text in (dataset.titles if source == "title" else dataset.captions)]
+    digests = (content_digest((text or "").encode()) for text in dataset.texts(source))
+    return {**dataset.how_read(source), "contents": sha256(b"".join(digests)).hexdigest()}

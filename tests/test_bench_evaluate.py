@@ -59,7 +59,7 @@ def test_argsort_ranks_are_those_of_counting(work):
 def test_a_target_in_its_own_history_comes_last_by_argsort(toy_run):
     work = bench.make_work(load_dataset(toy_run[0]).sequences, SMALL, CPU)
     split = work.split
-    split.history[7, -1] = split.targets[7]
+    split.items[split.ends[7] - 1] = split.targets[7]
     states, vectors = torch.randn(len(split.targets), 4), torch.randn(40, 4)
     rank = bench.argsort_ranks(states, vectors, split, np.array([7]))
     own = len(set(split.history[7].tolist()) - {0})

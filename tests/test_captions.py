@@ -35,10 +35,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from iisan_fast import captions as captioning
 from iisan_fast import demo
 from iisan_fast.captioner import Captioner
-from iisan_fast.captions import Captioned, caption
+from iisan_fast.captions import LOCK, Captioned, caption
 from iisan_fast.config import ProtocolConfig, ViewConfig
 from iisan_fast.errors import InputError
 from iisan_fast.extract import extract
+from iisan_fast.files import locked
 from iisan_fast.items import open_images
 from iisan_fast.pictures import Covers, Frames, natural, problems, spread
 from iisan_fast.sequences import load_dataset
@@ -219,6 +220,13 @@ def test_captions_become_the_text_of_a_view(root, chat_model, tmp_path):
     view = ViewConfig("caption", "caption", str(tmp_path / "encoder"))
     (result,) = extract(dataset, [view], tmp_path / "cache", CPU)
     assert result.encoded == ITEMS
+
+
+def test_two_runs_do_not_write_at_once(root, fake):
+    with locked(root / LOCK, "busy"), pytest.raises(InputError, match="another process is captioning this dataset"):
+        run(root)
+    assert not (root / "captions.tsv").exists()
+    assert run(root).captioned == ITEMS
 
 
 def test_a_stopped_run_keeps_its_batches_and_goes_on(root, fake, monkeypatch):

@@ -18,6 +18,7 @@ from iisan_fast import placement
 from iisan_fast.cli import main
 from iisan_fast.cli.views import chosen_views, view_options
 from iisan_fast.config import ViewConfig
+from iisan_fast.errors import InputError
 
 
 @dataclass
@@ -202,17 +203,45 @@ def test_bad_views_get_one_line(toy_run, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def views_given(*arguments: str) -> list[ViewConfig]:
+def views_given(*arguments: str, layer_groups: int | None = None) -> list[ViewConfig]:
     """The views that a command's options ask for."""
     found = []
 
     @click.command()
     @view_options
     def command(**options) -> None:
-        found.extend(chosen_views(options))
+        found.extend(chosen_views(options, layer_groups))
 
     command.main(list(arguments), standalone_mode=False)
     return found
+
+
+def test_layer_groups_are_those_of_every_view():
+    views = ("--image-encoder", "i", "--text-encoder", "t", "--view", "source=title encoder=e name=other")
+    assert [view.layer_groups for view in views_given(*views, layer_groups=3)] == [3, 3, 3]
+    for own in (("--text-encoder", "t", "--text-layers", "0,2"), ("--view", "source=title encoder=e layers=0,1")):
+        with pytest.raises(InputError, match="--layer-groups: view 'title' has layers of its own"):
+            views_given(*own, layer_groups=3)
+    with pytest.raises(InputError, match="--text-layers: layers: expected whole numbers, found ''|--text-layers"):
+        views_given("--text-encoder", "t", "--text-layers", "")
+
+
+def test_extract_keeps_the_layers_of_its_groups(catalogue, encoder_views, tmp_path):
+    views = ("--view", f"source=title encoder={encoder_views[1].encoder}")
+    assert iisan_fast("extract", catalogue, "--cache", tmp_path / "c", *views, "--layer-groups", 2).returncode == 0
+    assert json.loads((tmp_path / "c" / "manifest.json").read_text())["views"]["title"]["layers"] == [0, 3, 6]
+
+
+def test_titles_stand_in_for_missing_captions_where_asked(catalogue, encoder_views, tmp_path):
+    (catalogue / "captions.tsv").write_text("".join(f"i{number}\tsteel oak {number}\n" for number in range(1, 61)))
+    encoder = encoder_views[1].encoder
+    extract = ("extract", catalogue, "--cache", tmp_path / "c", "--text-source", "caption", "--text-encoder", encoder)
+    assert "(no text), i62" in (message := refused(*extract)) and "--missing-captions title" in message
+    assert iisan_fast(*extract, "--missing-captions", "title").returncode == 0
+    train = ("train", catalogue, "--cache", tmp_path / "c", "--epochs", 1, "--out", tmp_path / "run")
+    assert iisan_fast(*train).returncode == 0  # reads the captions as the cache was made from them
+    (catalogue / "items.tsv").write_text((catalogue / "items.tsv").read_text().replace("i70\t", "i70\tother "))
+    assert "the captions of 1 items are not those that were encoded (i70)" in refused(*train[:-1], tmp_path / "again")
 
 
 def test_encoder_options_reach_the_views_they_are_for():

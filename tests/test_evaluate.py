@@ -8,6 +8,7 @@ import torch
 from conftest import make_sequences
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMRR, RetrievalNormalizedDCG
 
+import iisan_fast.evaluate as evaluation
 from iisan_fast.config import EvaluationConfig
 from iisan_fast.errors import InputError
 from iisan_fast.evaluate import evaluate, metrics, popularity_baseline
@@ -109,3 +110,19 @@ def test_ties_count_half_or_in_the_targets_favour():
     assert best["unmasked"]["hr@1"] == 1 and best["ties"] == "best"
     reachable = 1 - best["unreachable"] / best["users"]
     assert best["masked"]["hr@1"] == pytest.approx(reachable)
+
+
+def test_long_histories_are_ranked_in_parts_with_the_same_ranks(monkeypatch):
+    rng = np.random.default_rng(0)
+    lengths = [*rng.integers(5, 14, 30).tolist(), 90]
+    sequences = make_sequences([rng.integers(1, 41, length).tolist() for length in lengths], items=40)
+    queries, vectors = torch.randn(31, 8, dtype=torch.float64), torch.randn(40, 8, dtype=torch.float64)
+    split, config = sequences.split("test"), EvaluationConfig()
+    assert len(evaluation._parts(split)) == 1
+    expected = evaluation.target_ranks(queries, vectors, split, config)
+    monkeypatch.setattr(evaluation, "HISTORIES_AT_ONCE", 100)
+    parts = evaluation._parts(split)
+    assert sorted(np.concatenate(parts)) == list(range(31)) and len(parts) > 3
+    assert all(len(part) == 1 or len(part) * split.padded(part).shape[1] <= 100 for part in parts)
+    for found, whole in zip(evaluation.target_ranks(queries, vectors, split, config), expected):
+        np.testing.assert_array_equal(found, whole)

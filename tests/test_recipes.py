@@ -19,7 +19,11 @@ def test_a_recipe_is_a_configuration(recipe):
     config = from_dict(RunConfig, values)
     network = SideNetwork([(7, 24), (7, 24 if config.model.method == "iisan" else 48)], config.model)
     widths = {name: getattr(network, name).down_bias.shape[1] for name in network.towers}
-    assert widths == {"first": 64, "second": 64, "inter": 64, **config.model.bottlenecks}
+    image = 512 if recipe.stem == "microlens-100k-versa" else 64
+    assert widths == {"first": image, "second": 64, "inter": 64}
+    assert config.train.batch_users == (512 if recipe.stem == "microlens-100k-versa" else 64)
+    rates = {"adapters": 1e-4, "gates": 2e-4, "heads": 2e-4, "sequence_encoder": 2e-4}
+    assert config.train.learning_rates == rates and config.model.embedding_dim == 64 and config.model.dropout == 0.1
 
 
 def test_every_recipe_is_listed_with_whether_it_was_run():

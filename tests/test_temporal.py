@@ -282,6 +282,7 @@ def test_the_command_line(timed, tmp_path):
     assert iisan_fast("train", timed, *temporal, *arguments, "--max-inputs", 5).returncode == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["protocol"] == {
         "min_interactions": 5,
+        "missing_captions": "error",
         "max_inputs": 5,
         "unescape_titles": True,
         "split": "temporal",
