@@ -33,6 +33,7 @@ setup(
     extras_require={
         "bench": ["cut-cross-entropy>=25.1", "liger-kernel>=0.8", "matplotlib>=3.8"],
         "import": ["polars>=1.38"],
+        "large": ["accelerate>=1.1"],
         "lora": ["peft>=0.18"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4", "tiktoken>=0.7"],
         "xformers": ["xformers>=0.0.28"],

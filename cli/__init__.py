@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import click
@@ -30,6 +31,7 @@ for command in (import_, stats, caption, extract, train, evaluate, bench):
 def main(arguments: list[str] | None = None) -> None:
     """The `iisan-fast` program. Leaves through SystemExit; bad input: code 2 and one line on standard error."""
     process.prepare()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # rather than at once: what is half written is removed
     try:
         sys.exit(cli.main(arguments, standalone_mode=False, prog_name="iisan-fast"))
     except InputError as error:

@@ -34,7 +34,8 @@ def with_times(users: Iterable[tuple[str, np.ndarray]], path: Path) -> Iterator[
     Raises InputError, with the line, where the two do not fit together, or times are not whole numbers in order.
     """
     if not path.exists():
-        raise InputError(f"{path}: no such file; a temporal split needs it, and iisan-fast import writes it")
+        writes = "iisan-fast import writes it where the source has timestamps"
+        raise InputError(f"{path}: no such file; a temporal split needs it, and {writes}")
     for entry, user in zip_longest(read_table(path, 2), users):
         if entry is None:
             raise InputError(f"{path}: ends before user {user[0]!r}; expected the users of users.tsv in their order")

@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 from iisan_fast.bench import cells, encoders
 from iisan_fast.bench.cells import SweepSettings
+from iisan_fast.bench.machine import NOT_MEASURED
 from iisan_fast.cli import cli
 from iisan_fast.errors import InputError
 
@@ -48,6 +49,23 @@ def test_the_command_sets_sets_of_encoders_side_by_side_and_draws_them(catalogue
     assert all(row["seeds"] == 2 and row["encoding_s"] > 0 and row["hr_sd"] is not None for row in rows)
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.width > 1000
+
+
+def test_the_drawing_shows_every_row(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    names = ("encoders", "encoder_parameters", "hr", "hr_sd", "ndcg", "ndcg_sd", "epoch_s", "encoding_s")
+    rows = [("small", 2e6, 0.25, 0.125, 0.5, None, 3, 10), ("large", 4e6, 0.75, None, 0.625, 0.25, 5, NOT_MEASURED)]
+    result = {"dataset": "d", "settings": {"methods": ["iisan"], "seeds": [0]}}
+    encoders.draw({**result, "rows": [dict(zip(names, row)) for row in rows]}, tmp_path / "plot.png")
+    accuracy, cost = figures[0].axes
+    drawn = [(bars.get_label(), bars.lines[0].get_xydata().tolist()) for bars in accuracy.containers]
+    assert drawn == [("HR@10", [[2, 25], [4, 75]]), ("NDCG@10", [[2, 50], [4, 62.5]])]
+    spans = [[part[:, 1].tolist() for part in bars.lines[2][0].get_segments()] for bars in accuracy.containers]
+    assert spans == [[[12.5, 37.5], [75, 75]], [[50, 50], [37.5, 87.5]]]
+    assert [(text.get_text(), text.xy) for text in accuracy.texts] == [("small", (2, 25)), ("large", (4, 75))]
+    assert [line.get_xydata().tolist() for line in cost.lines] == [[[2, 3], [4, 5]], [[2, 10]]]
 
 
 def test_an_encoder_of_two_views_counts_once(encoder_views):

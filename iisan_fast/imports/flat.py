@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..files import whole_folder
 from .dataset import write_dataset
-from .options import Imported, TableOptions
+from .options import COLUMNS, Imported, TableOptions
 from .tables import Table, csv_table, parquet_table, read_interactions, read_titles
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -22,11 +22,21 @@ def import_parquet(source: Path, destination: Path, options: TableOptions = Tabl
     return import_table(parquet_table(source), _items_table(options.items), destination, options)
 
 
-def import_table(interactions: Table, items: Table | None, destination: Path, options: TableOptions) -> Imported:
-    """Makes a dataset of two tables; `destination` appears when it is whole."""
-    columns = {"user": options.user_column, "item": options.item_column, "timestamp": options.timestamp_column}
+def import_table(
+    interactions: Table,
+    items: Table | None,
+    destination: Path,
+    options: TableOptions,
+    names: tuple[str, str] = COLUMNS,
+) -> Imported:
+    """Makes a dataset of two tables; `destination` appears when it is whole.
+
+    `names` are those of the columns of users and of items where the options give none.
+    """
+    user, item = options.user_column or names[0], options.item_column or names[1]
+    columns = {"user": user, "item": item, "timestamp": options.timestamp_column}
     with whole_folder(destination) as folder:
-        titles = read_titles(items, options.item_column, options.title_column) if items else {}
+        titles = read_titles(items, item, options.title_column) if items else {}
         return write_dataset(folder, read_interactions(interactions, columns), titles, options.covers, options)
 
 

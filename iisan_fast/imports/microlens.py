@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from itertools import tee
 from pathlib import Path
 
 from ..errors import InputError
@@ -46,14 +47,15 @@ def _read_tsv(pairs: Path) -> pl.DataFrame:
 
 
 def _has_header(pairs: Path) -> bool:
-    """Whether the third field of the first line is not a number."""
+    """Whether the first line names the columns, rather than being an interaction."""
     first = next(_rows(pairs), [])
-    if len(first) < len(COLUMNS):
-        raise InputError(f"{pairs} line 1: expected user,item,timestamp, found {len(first)} fields")
+    if {*COLUMNS} <= {*first}:
+        return True
     try:
         float(first[2])
-    except ValueError:
-        return True
+    except (IndexError, ValueError):
+        found = ",".join(first)[:100]
+        raise InputError(f"{pairs} line 1: expected user,item,timestamp, found {found!r}") from None
     return False
 
 
@@ -63,11 +65,23 @@ def _title_rows(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _rows(file: Path) -> Iterator[list[str]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
+    """The rows of a CSV file. A line that is not valid CSV, as `7,"Up" again`, is split at its first comma."""
+    lines = _lines(file)
+    while True:
+        lines, again = tee(lines)
         try:
-            yield from reader
-        except csv.Error as error:
-            raise InputError(f"{file} line {reader.line_num}: not valid CSV ({error})") from None
-        except UnicodeDecodeError:
-            raise InputError(f"{file} line {reader.line_num + 1}: not UTF-8; save the file as UTF-8") from None
+            row = next(csv.reader(lines, strict=True), None)
+        except csv.Error:  # perhaps lines later, where a quote was never closed
+            row, lines = next(again).split(",", 1), again
+        if row is None:
+            return
+        yield row
+
+
+def _lines(file: Path) -> Iterator[str]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise InputError(f"{file} line {number}: not UTF-8; save the file as UTF-8") from None

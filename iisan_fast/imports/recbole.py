@@ -6,13 +6,11 @@ from pathlib import Path
 
 from ..errors import InputError
 from .flat import import_table
-from .options import Imported, TableOptions
+from .options import FIELDS, Imported, TableOptions
 from .tables import Table, csv_table, find
 
-FIELDS = TableOptions(user_column="user_id", item_column="item_id")
 
-
-def import_recbole(source: Path, destination: Path, options: TableOptions = FIELDS) -> Imported:
+def import_recbole(source: Path, destination: Path, options: TableOptions = TableOptions()) -> Imported:
     """Makes a dataset of a .inter file, or the one in a folder, and the .item file of its name where there is one.
 
     The options name fields without their types. Raises InputError for bad input.
@@ -22,7 +20,7 @@ def import_recbole(source: Path, destination: Path, options: TableOptions = FIEL
         raise InputError(f"{source}: expected a .inter file in it, found none")
     beside = inter.with_suffix(".item")
     items = options.items or (beside if beside.is_file() else None)
-    return import_table(_atomic(inter), _atomic(items) if items else None, destination, options)
+    return import_table(_atomic(inter), _atomic(items) if items else None, destination, options, FIELDS)
 
 
 def _atomic(path: Path) -> Table:

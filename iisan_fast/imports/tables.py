@@ -13,6 +13,7 @@ from .frames import pl
 
 ROWS = 250_000  # read at a time
 ID = "an id without spaces, tabs or line ends"
+READ_ERRORS = (pl.exceptions.PolarsError, OSError)  # the latter of gzip, without the file's name
 EXPECTED = {"user": ID, "item": ID, "timestamp": "a whole number"}
 
 
@@ -28,6 +29,8 @@ class Table:
         schema = self.frame.collect_schema()
         for column in columns.values():
             if column not in schema:
+                if not "".join(schema).isprintable():
+                    raise InputError(f"{self.path}: no header of names in its first line; is it in another format?")
                 found = first_few(schema, len(schema), limit=10)
                 raise InputError(f"{self.path}: no column {column!r}, only {found}; rename one or name it by an option")
         for name in ("user", "item"):
@@ -69,11 +72,11 @@ def read_interactions(table: Table, columns: Mapping[str, str], several_items: b
             for batch in frame.collect_batches(chunk_size=ROWS, lazy=True):
                 rows = batch.with_row_index("row", offset=done + 1)
                 if several_items:
-                    rows = rows.with_columns(pl.col("item").str.split(" ")).explode("item")
+                    rows = rows.with_columns(_split(pl.col("item"))).explode("item")
                 parts.append(_checked(rows, kinds, table.path))
                 done += batch.height
                 advance(batch.height)
-    except pl.exceptions.PolarsError as error:
+    except READ_ERRORS as error:
         raise _unreadable(table.path, error, done) from None
     if not total:
         raise InputError(f"{table.path}: holds no interactions")
@@ -86,7 +89,7 @@ def read_titles(table: Table, item_column: str, title_column: str) -> dict[str, 
     """{item id: title} of a table, as `titles_of` makes it."""
     try:
         frame = table.select({"item": item_column, "title": title_column}).collect()
-    except pl.exceptions.PolarsError as error:
+    except READ_ERRORS as error:
         raise _unreadable(table.path, error) from None
     return titles_of(table.path, frame.iter_rows())
 
@@ -119,6 +122,10 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     return path
+
+
+def _split(items: pl.Expr) -> pl.Expr:
+    return items.str.strip_chars(" ").str.replace_all(" +", " ").str.split(" ")
 
 
 def _checked(rows: pl.DataFrame, kinds: Mapping[str, pl.Categorical], path: Path) -> pl.DataFrame:
@@ -155,6 +162,6 @@ def _refuse(rows: pl.DataFrame, bad: pl.Series, name: str, path: Path) -> None:
     raise InputError(f"{path} row {rows['row'][first]}: {name}: expected {EXPECTED[name]}, found {found}")
 
 
-def _unreadable(path: Path, error: pl.exceptions.PolarsError, done: int = 0) -> InputError:
+def _unreadable(path: Path, error: Exception, done: int = 0) -> InputError:
     where = f"{path} beyond row {done}" if done else str(path)
     return InputError(f"{where}: cannot be read as a table ({str(error).strip().splitlines()[0]})")
