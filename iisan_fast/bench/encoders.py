@@ -69,11 +69,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
     if encoded:
         cost.plot(*zip(*encoded), "s--", color="black", label="encoding the catalogue, once")
     for size, each in zip(sizes, rows):
-        accuracy.annotate(each["encoders"], (size, 100 * each["hr"]), xytext=(0, 6), textcoords="offset points")
+        place = {"xytext": (-8, 2), "textcoords": "offset points", "ha": "right", "fontsize": 8}
+        accuracy.annotate(each["encoders"], (size, 100 * each["hr"]), **place)
     accuracy.set(ylabel="percent", title="Accuracy")
+    accuracy.set_ylim(bottom=0)
     cost.set(ylabel="seconds", title="Cost", yscale="log")
     for axes in (accuracy, cost):
         axes.set(xlabel="millions of parameters of the encoders", xscale="log")
+        axes.margins(x=0.25)
+        axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     seeds = len(settings["seeds"])
