@@ -40,7 +40,8 @@ def run_config(dataset: Path | None, options: dict[str, Any], base: dict[str, An
         found = json.dumps(values.get("dataset"))
         raise InputError(f"dataset: expected a path, found {found}; give a DATASET argument")
     _give_encoders(values, options)
-    if isinstance(values.get("cache"), str) and "views" not in values:
+    reads_cache = isinstance(values.get("cache"), str) and options["method"] != "id"
+    if reads_cache and "views" not in values:
         values["views"] = _all_views(Path(values["cache"]))
     return from_dict(RunConfig, values)
 

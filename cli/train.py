@@ -130,6 +130,7 @@ def train(
 def _demo_config(out: Path, device, options: dict[str, Any]) -> RunConfig:
     """The embedded demo, written and, where the method reads states from a cache, encoded."""
     from .. import demo, extract
+    from ..hidden_states import grouped_layers
     from ..run_folder import RunFolder
     from ..sequences import load_dataset
 
@@ -139,6 +140,8 @@ def _demo_config(out: Path, device, options: dict[str, Any]) -> RunConfig:
     RunFolder(out).refuse_if_used()
     home = out.resolve() / "demo"
     dataset, views = demo.plan(home)
+    if options["layer_groups"] is not None:
+        grouped_layers(demo.ENCODER_SHAPE["num_hidden_layers"], options["layer_groups"])  # before anything is written
     method = options["method"] or "iisan"
     if options["uncached"] or method in TUNING_METHODS:
         options["encoded"] = views

@@ -23,11 +23,11 @@ OPTIONS = (
     click.option("--image-pooling", type=click.Choice(POOLINGS), help="[the encoder family's default]"),
     click.option("--image-layers", help="Kept hidden states, as 0,2,4. [0, 2, 4, … to the last]"),
     click.option("--text-encoder", help="Hub name or folder of a text encoder."),
-    click.option("--text-source", type=click.Choice(["title", "caption"]), default="title", help="What it reads."),
+    click.option("--text-source", type=click.Choice(["title", "caption"]), help="What it reads. [title]"),
     click.option("--text-pooling", type=click.Choice(POOLINGS), help="[the encoder family's default]"),
     click.option("--text-layers", help="Kept hidden states, as 0,2,4. [0, 2, 4, … to the last]"),
-    click.option("--max-tokens", type=int, default=30, help="Tokens of a text that are read."),
-    click.option("--encoder-dtype", type=click.Choice(ENCODER_DTYPES), default="auto", help="auto: bfloat16 on CUDA."),
+    click.option("--max-tokens", type=int, help="Tokens of a text that are read. [30]"),
+    click.option("--encoder-dtype", type=click.Choice(ENCODER_DTYPES), help="[auto: bfloat16 on CUDA]"),
     click.option("--encoder-option", "encoder_options", multiple=True, help=OPTION_HELP),
     click.option("--view", "view_texts", multiple=True, help=VIEW_HELP),
 )
@@ -47,9 +47,10 @@ def chosen_views(options: dict[str, Any], layer_groups: int | None = None) -> li
     may have no layers of their own."""
     texts, loading = options.pop("view_texts"), _loading_options(options.pop("encoder_options"))
     common = {name: options.pop(name) for name in ("max_tokens", "encoder_dtype")}
+    common = {name: value for name, value in common.items() if value is not None}
     source = options.pop("text_source")
     views = []
-    for kind, name in (("image", "image"), ("text", source)):
+    for kind, name in (("image", "image"), ("text", source or "title")):
         encoder, pooling, layers = (options.pop(f"{kind}_{part}") for part in ("encoder", "pooling", "layers"))
         if encoder:
             kept = None if layers is None else _layers(layers, f"--{kind}-layers")
@@ -58,6 +59,8 @@ def chosen_views(options: dict[str, Any], layer_groups: int | None = None) -> li
         elif pooling or layers is not None or kind in loading:
             settings = f"--{kind}-pooling, --{kind}-layers, --encoder-option {kind}:NAME=VALUE"
             raise InputError(f"{settings}: they need --{kind}-encoder")
+    if (common or source) and not views:
+        raise InputError("--max-tokens, --encoder-dtype, --text-source: need --image-encoder or --text-encoder")
     if loading and not views:
         raise InputError("--encoder-option: needs --image-encoder or --text-encoder; --view has option.NAME=VALUE")
     views += map(parsed_view, texts)

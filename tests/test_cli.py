@@ -216,6 +216,28 @@ def views_given(*arguments: str, layer_groups: int | None = None) -> list[ViewCo
     return found
 
 
+def test_settings_of_encoders_need_encoders(toy_run, tmp_path):
+    dataset, cache = toy_run
+    for setting in (("--max-tokens", 5), ("--encoder-dtype", "float32"), ("--text-source", "caption")):
+        message = refused("train", dataset, "--cache", cache, "--out", tmp_path / "run", *setting)
+        assert "--max-tokens, --encoder-dtype, --text-source: need --image-encoder or --text-encoder" in message
+    (view,) = views_given("--text-encoder", "t")
+    assert (view.name, view.source, view.max_tokens, view.encoder_dtype) == ("title", "title", 30, "auto")
+
+
+def test_what_methods_do_not_take_gets_one_line(toy_run, tmp_path):
+    dataset, cache = toy_run
+    train = ("train", dataset, "--out", tmp_path / "run")
+    assert "cache: id reads no states" in refused(*train, "--method", "id", "--cache", cache)
+    assert "method: lora trains encoders, so they have to run" in refused(*train, "--method", "lora", "--cache", cache)
+    assert "--uncached: say what runs" in refused(*train, "--uncached")
+    assert "--items-at-once: needs encoders that run" in refused(*train, "--cache", cache, "--items-at-once", 4)
+    assert "inter: the inter tower joins two views" in refused(*train, "--cache", cache, "--views", "image", "--inter")
+    demo = ("train", "--out", tmp_path / "demo", "--layer-groups", 9)
+    assert "layer_groups: expected 1 to 6" in refused(*demo)
+    assert not (tmp_path / "demo").exists() and not (tmp_path / "run").exists()
+
+
 def test_layer_groups_are_those_of_every_view():
     views = ("--image-encoder", "i", "--text-encoder", "t", "--view", "source=title encoder=e name=other")
     assert [view.layer_groups for view in views_given(*views, layer_groups=3)] == [3, 3, 3]
