@@ -1,6 +1,7 @@
-"""The public ops: arguments checked, a backend chosen: the reference ("torch"), its CPU form ("host"), or Triton.
+"""The public ops: arguments checked, a backend chosen: the reference ("torch"), its CPU forms in PyTorch ("host") or,
+for training, C++ ("native"), or Triton.
 
-Importing this needs no Triton; the first op that Triton runs imports it.
+Importing this needs no Triton and no compiler; the first op that they run asks for them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import rank_host, reference, side_network_host
+from . import rank_host, reference, side_network_host, side_network_native
 from .checks import check_loss, check_ranks, check_towers
+from .native import why_not
 from .reference import States, Tower
 
 BACKEND_VARIABLE = "IISAN_FAST_BACKEND"
-BACKENDS = ("auto", "torch", "host", "triton")
+BACKENDS = ("auto", "torch", "host", "native", "triton")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 log = logging.getLogger("iisan_fast.kernels")
@@ -49,7 +51,9 @@ def side_towers(
     check_towers(states, towers, activation, projections)
     tensors = [view.table for view in states] + [towers[0].down_weight]
     chosen = _backend("side_towers", backend, tensors)
-    if chosen == "host":
+    if chosen == "native" and operands is None and _trained(states, towers, projections):
+        return side_network_native.side_towers(states, towers, activation, projections)
+    if chosen in ("host", "native"):
         return side_network_host.side_towers(states, towers, activation, projections, operands)
     if operands is not None:
         raise ValueError(f"operands: only the host backend takes them, found {operands} for {chosen}")
@@ -69,7 +73,7 @@ def fold(first: Tensor, second: Tensor, backend: str = "auto") -> Tensor:
     if first.dim() != 2 or second.dim() != 2 or first.shape[1] != second.shape[0]:
         raise ValueError(f"second: expected [H, D] after [d, H] {list(first.shape)}, found {list(second.shape)}")
     chosen, _ = _choice("fold", backend, [first, second])
-    return side_network_host.fold(first, second) if chosen == "host" else first @ second
+    return side_network_host.fold(first, second) if chosen in ("host", "native") else first @ second
 
 
 def inbatch_cross_entropy(
@@ -122,13 +126,20 @@ def target_rank(
         from . import rank
 
         return rank.target_rank(queries, items, targets, excluded, tie_share)
-    form = rank_host if chosen == "host" else reference
+    form = rank_host if chosen in ("host", "native") else reference
     return form.target_rank(queries, items, targets, excluded, tie_share, chunk_elements)
 
 
 def check_backend(device: torch.device) -> None:
     """Raises ValueError where the backend that the environment names cannot run on the device."""
     _choice("the kernels", "auto", [torch.empty(0, device=device)])
+
+
+def _trained(states: Sequence[States], towers: Sequence[Tower], projections: Sequence[Tensor] | None) -> bool:
+    """Whether a backward may come, in a dtype that the C++ knows."""
+    parameters = [each for tower in towers for each in tower[1:]] + [view.table for view in states]
+    wanted = any(each is not None and each.requires_grad for each in [*parameters, *(projections or ())])
+    return torch.is_grad_enabled() and wanted and towers[0].down_weight.dtype in side_network_native.DTYPES
 
 
 def _backend(op: str, backend: str, tensors: Sequence[Tensor]) -> str:
@@ -150,12 +161,16 @@ def _choice(op: str, backend: str, tensors: Sequence[Tensor]) -> tuple[str, str]
     unable = _why_not(device, tuple(tensor.dtype for tensor in tensors))
     if backend == "triton" and unable:
         raise ValueError(f"{source}: triton cannot run {op}: {unable}; use torch")
-    if backend == "host" and device != "cpu":
-        raise ValueError(f"{source}: host needs CPU tensors, found {device}; use torch or triton")
+    if backend in ("host", "native") and device != "cpu":
+        raise ValueError(f"{source}: {backend} needs CPU tensors, found {device}; use torch or triton")
+    if backend == "native" and (reason := why_not()):
+        raise ValueError(f"{source}: native cannot run {op}: {reason}; use host")
     if backend != "auto":
         return backend, ""
+    if device == "cpu" and torch.compiler.is_compiling():
+        return "torch", ""  # a compiler sees into the reference alone
     if device == "cpu":
-        return ("torch" if torch.compiler.is_compiling() else "host"), ""  # a compiler sees into the reference alone
+        return ("host", reason) if (reason := why_not()) else ("native", "")
     return ("triton", "") if device == "cuda" and not unable else ("torch", unable)
 
 

@@ -254,7 +254,7 @@ def _weights(settings: _Settings, parameters: Sequence[Tensor | None]) -> list[_
     return [
         _Weights(
             reads,
-            _mixes(parameters[PARAMETERS * i], len(reads), len(cast[PARAMETERS * i + 1])),
+            mixes(parameters[PARAMETERS * i], len(reads), len(cast[PARAMETERS * i + 1])),
             *cast[PARAMETERS * i + 1 : PARAMETERS * (i + 1)],
             projections[i],
         )
@@ -262,7 +262,7 @@ def _weights(settings: _Settings, parameters: Sequence[Tensor | None]) -> list[_
     ]
 
 
-def _mixes(gate: Tensor | None, views: int, layers: int) -> list[_Mix]:
+def mixes(gate: Tensor | None, views: int, layers: int) -> list[_Mix]:
     if gate is None:
         return [UNGATED] * layers
     weights = torch.sigmoid(gate / GATE_TEMPERATURE).tolist()

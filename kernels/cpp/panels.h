@@ -1,0 +1,194 @@
+// Matrices in panels of 16 columns, and the product that everything here is made of.
+//
+// A panel matrix [N, C] lies as [ceil(C / 16)][N][16], padded with zeros: a block of columns is contiguous, so a pass
+// over it stays in a core's cache, and its rows are whole cache lines.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace {
+
+constexpr int PANEL = 16;       // columns
+constexpr int BLOCK = 6;        // panels of the state that a pass holds at a time
+constexpr int MOST_ROWS = 6;    // of a register tile: 6 x 16 floats are twelve 32-byte registers of sixteen
+constexpr int BYTES = 32;       // of a register
+
+template <class T> struct Lanes;
+template <> struct Lanes<float> { typedef float type __attribute__((vector_size(BYTES), aligned(4), may_alias)); };
+template <> struct Lanes<double> { typedef double type __attribute__((vector_size(BYTES), aligned(8), may_alias)); };
+
+template <class T> using Vector = typename Lanes<T>::type;
+template <class T> constexpr int LANES = BYTES / sizeof(T);
+template <class T> constexpr int PARTS = PANEL / LANES<T>;  // vectors of a panel's row
+
+inline Vector<float> broadcast(float a) { return Vector<float>{a, a, a, a, a, a, a, a}; }
+inline Vector<double> broadcast(double a) { return Vector<double>{a, a, a, a}; }
+
+template <class T> struct Row {  // 16 numbers
+    Vector<T> part[PARTS<T>];
+};
+
+template <class T> inline Row<T> load(const T *p) {
+    Row<T> row;
+    for (int i = 0; i < PARTS<T>; i++) row.part[i] = *(const Vector<T> *)(p + i * LANES<T>);
+    return row;
+}
+
+template <class T> inline void store(T *p, const Row<T> &row) {
+    for (int i = 0; i < PARTS<T>; i++) *(Vector<T> *)(p + i * LANES<T>) = row.part[i];
+}
+
+template <class T> inline T sum(const Row<T> &row) {
+    Vector<T> total = row.part[0];
+    for (int i = 1; i < PARTS<T>; i++) total += row.part[i];
+    T out = 0;
+    for (int i = 0; i < LANES<T>; i++) out += total[i];
+    return out;
+}
+
+inline int panels(int columns) { return (columns + PANEL - 1) / PANEL; }
+inline int smaller(int a, int b) { return a < b ? a : b; }
+
+// Of an operand whose element (row i, step k) stands at data[i * row + k * step], over runs of 16 steps `run` apart.
+template <class T> struct Operand {
+    const T *data;
+    long row, step, run;
+
+    Operand at(long i) const { return {data + i * row, row, step, run}; }
+};
+
+// Rows of a panel matrix of N rows as the left operand; steps go over its columns.
+template <class T> inline Operand<T> rows_of(const T *matrix, long n) { return {matrix, PANEL, 1, n * PANEL}; }
+
+// Columns of one panel as rows of the left operand; steps go over the matrix's rows, in one run.
+template <class T> inline Operand<T> columns_of(const T *panel) { return {panel, 1, PANEL, PANEL * PANEL}; }
+
+// acc[R] += left rows times right [steps][16], whose rows are `stride` apart.
+template <int R, class T>
+inline __attribute__((always_inline)) void multiply(
+    Row<T> (&acc)[R], const Operand<T> &left, const T *right, long stride, int steps) {
+    const T *a = left.data;
+    for (int done = 0; done < steps; done += PANEL, a += left.run) {
+        const int here = smaller(PANEL, steps - done);
+        const T *b = right + done * stride;
+        for (int k = 0; k < here; k++, b += stride) {
+            const Row<T> own = load(b);
+#pragma GCC unroll 8
+            for (int i = 0; i < R; i++) {
+                const Vector<T> scalar = broadcast(a[i * left.row + k * left.step]);
+                for (int p = 0; p < PARTS<T>; p++) acc[i].part[p] += scalar * own.part[p];
+            }
+        }
+    }
+}
+
+// For each row of `count`, what `finish(row number, its 16 products)` makes of left times right.
+template <int R, class T, class Finish>
+inline __attribute__((always_inline)) void row_tile(
+    int row, const Operand<T> &left, const T *right, long stride, int steps, Finish &finish) {
+    Row<T> acc[R] = {};
+    multiply<R>(acc, left.at(row), right, stride, steps);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) finish(row + i, acc[i]);
+}
+
+template <class T, class Finish>
+inline __attribute__((always_inline)) void product(
+    int count, const Operand<T> &left, const T *right, long stride, int steps, Finish finish) {
+    int row = 0;
+    for (; row + MOST_ROWS <= count; row += MOST_ROWS) row_tile<MOST_ROWS>(row, left, right, stride, steps, finish);
+    switch (count - row) {
+        case 5: row_tile<5>(row, left, right, stride, steps, finish); break;
+        case 4: row_tile<4>(row, left, right, stride, steps, finish); break;
+        case 3: row_tile<3>(row, left, right, stride, steps, finish); break;
+        case 2: row_tile<2>(row, left, right, stride, steps, finish); break;
+        case 1: row_tile<1>(row, left, right, stride, steps, finish); break;
+    }
+}
+
+// The same with 16 rows, of a panel's columns, in tiles of nearly equal size; only `count` of them are finished.
+template <class T, class Finish>
+inline __attribute__((always_inline)) void product_of_columns(
+    int count, const Operand<T> &left, const T *right, long stride, int steps, Finish finish) {
+    auto bounded = [&](int row, const Row<T> &found) {
+        if (row < count) finish(row, found);
+    };
+    row_tile<6>(0, left, right, stride, steps, bounded);
+    row_tile<5>(6, left, right, stride, steps, bounded);
+    row_tile<5>(11, left, right, stride, steps, bounded);
+}
+
+// Eight rows of eight floats, transposed in registers.
+inline void transpose(float *to, long to_stride, const float *from, long from_stride) {
+    typedef int Order __attribute__((vector_size(BYTES)));
+    const Order low = {0, 8, 1, 9, 4, 12, 5, 13}, high = {2, 10, 3, 11, 6, 14, 7, 15};
+    const Order left = {0, 1, 8, 9, 4, 5, 12, 13}, right = {2, 3, 10, 11, 6, 7, 14, 15};
+    const Order first = {0, 1, 2, 3, 8, 9, 10, 11}, second = {4, 5, 6, 7, 12, 13, 14, 15};
+    Vector<float> a[8], b[8];
+    for (int i = 0; i < 8; i++) a[i] = *(const Vector<float> *)(from + i * from_stride);
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = __builtin_shuffle(a[i], a[i + 1], low);
+        b[i + 1] = __builtin_shuffle(a[i], a[i + 1], high);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = __builtin_shuffle(b[i + j], b[i + 2 + j], left);
+            a[i + 2 * j + 1] = __builtin_shuffle(b[i + j], b[i + 2 + j], right);
+        }
+    for (int i = 0; i < 4; i++) {
+        *(Vector<float> *)(to + i * to_stride) = __builtin_shuffle(a[i], a[i + 4], first);
+        *(Vector<float> *)(to + (i + 4) * to_stride) = __builtin_shuffle(a[i], a[i + 4], second);
+    }
+}
+
+inline void transpose(double *to, long to_stride, const double *from, long from_stride) {
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 8; j++) to[j * to_stride + i] = from[i * from_stride + j];
+}
+
+// out [steps][16] from rows of a matrix as its columns: out[k][c] = matrix[c][k] for c < columns, else 0.
+template <class T> inline void pack_transposed(T *out, const T *matrix, long stride, int columns, int steps) {
+    int whole = 0;
+    if (columns == PANEL)
+        for (; whole + 8 <= steps; whole += 8)
+            for (int c = 0; c < PANEL; c += 8)
+                transpose(out + whole * PANEL + c, PANEL, matrix + c * stride + whole, stride);
+    for (int k = whole; k < steps; k++)
+        for (int c = 0; c < PANEL; c++) out[k * PANEL + c] = c < columns ? matrix[c * stride + k] : T(0);
+}
+
+// Writes up to 16 numbers of a row.
+template <class T> inline void put(T *p, const Row<T> &row, int columns) {
+    if (columns == PANEL) store(p, row);
+    else
+        for (int c = 0; c < columns; c++) p[c] = row.part[c / LANES<T>][c % LANES<T>];
+}
+
+// 16 bf16 numbers.
+template <class T> inline Row<T> widened(const uint16_t *p) {
+    T wide[PANEL];
+    for (int c = 0; c < PANEL; c++) {
+        const uint32_t bits = (uint32_t)p[c] << 16;
+        float value;
+        std::memcpy(&value, &bits, sizeof value);
+        wide[c] = value;
+    }
+    return load(wide);
+}
+
+// Up to 16 numbers of a row, zeros after them.
+template <class T> inline Row<T> get(const T *p, int columns) {
+    if (columns == PANEL) return load(p);
+    Row<T> row = {};
+    for (int c = 0; c < columns; c++) row.part[c / LANES<T>][c % LANES<T>] = p[c];
+    return row;
+}
+
+// out [steps][16] from up to 16 columns of a matrix's rows.
+template <class T> inline void pack(T *out, const T *matrix, long stride, int columns, int steps) {
+    for (int k = 0; k < steps; k++) store(out + k * PANEL, get(matrix + k * stride, columns));
+}
+
+}  // namespace

@@ -1,0 +1,322 @@
+// The towers of a side network over some items, forward and backward, in passes over blocks of 64 columns.
+//
+// A pass forms the state's next columns, and uses them while they are in the cache: forward, they are added to the next
+// bottleneck; backward, they give the gradients of the weights that touch them. So each layer's state is read once and
+// written once. `reference.side_tower` is the specification; names are its.
+#include <cmath>
+#include <memory>
+
+#include "panels.h"
+
+namespace {
+
+// What the caller fills in; all matrices are contiguous. Panel matrices have `total` rows, of which this call works on
+// `count` from `start` on.
+template <class T> struct Tower {
+    int32_t layers, bottleneck, width, embedding;  // K, R, D, d; d = 0: no projection
+    int32_t total, start, count, views;
+    int32_t gelu, half;             // half: the hidden states are bf16
+    const T *mixes;                 // [K][3]: x = mix[0] state + mix[1] first + mix[2] second
+    const T *down_weight, *down_bias, *up_weight, *up_bias, *projection;
+    const void *hidden[2];          // of each view: panel matrices [K][total, D]
+    T *inputs;                      // panel matrices [K + 1][total, D]; the last is the output
+    T *before, *after;              // panel matrices [K][total, R]; one and the same for ReLU
+    T *projected;                   // [total][d]
+    const T *upstream;              // the gradient of `projected`, or of the output: [total][d or D]
+    T *of_gate;                     // [K], or null; already divided by the temperature
+    T *of_down_weight, *of_down_bias, *of_up_weight, *of_up_bias, *of_projection;
+    T *of_hidden[2];                // [total][K][D] or null: added to
+    double temperature;
+};
+
+template <class T> class Pass {
+  public:
+    explicit Pass(const Tower<T> &tower)
+        : t(tower), wide(panels(t.width)), narrow(panels(t.bottleneck)), out(panels(t.embedding)),
+          packed(new T[(size_t)PANEL * (BLOCK * PANEL) * (narrow > out ? narrow : out) + (size_t)PANEL * t.bottleneck]) {}
+
+    void forward() {
+        for (int k = 0; k < t.layers; k++) {
+            T *bottleneck = before(k);
+            fill(bottleneck, t.down_bias + (long)k * t.bottleneck, t.bottleneck);
+            for (int block = 0; block < wide; block += BLOCK) {
+                const int end = smaller(wide, block + BLOCK);
+                for (int j = block; j < end; j++) mix(k, j);
+                add_product(bottleneck, input(k, block), t.down_weight + (long)k * t.bottleneck * t.width, block, t.bottleneck);
+            }
+            activate(k);
+        }
+        std::unique_ptr<T[]> embedding(new T[(size_t)out * t.count * PANEL]());
+        for (int block = 0; block < wide; block += BLOCK) {
+            for (int j = block; j < smaller(wide, block + BLOCK); j++) mix(t.layers, j);
+            if (t.embedding) add_product(embedding.get(), input(t.layers, block), t.projection, block, t.embedding, t.count);
+        }
+        for (int n = 0; n < t.count; n++)
+            for (int q = 0; q < out; q++)
+                put(t.projected + (long)(t.start + n) * t.embedding + q * PANEL,
+                    load(embedding.get() + ((long)q * t.count + n) * PANEL), columns(t.embedding, q));
+    }
+
+    void backward() {
+        gradient.reset(new T[(size_t)wide * t.count * PANEL]);
+        of_after.reset(new T[(size_t)narrow * t.count * PANEL]);
+        of_before.reset(new T[(size_t)narrow * t.count * PANEL]);
+        std::unique_ptr<T[]> upstream(new T[(size_t)out * t.count * PANEL]);
+        for (int q = 0; q < out; q++)
+            for (int n = 0; n < t.count; n++)
+                store(upstream.get() + ((long)q * t.count + n) * PANEL,
+                      get(t.upstream + (long)(t.start + n) * t.embedding + q * PANEL, columns(t.embedding, q)));
+        start_block();
+        for (int block = 0; block < wide; block += BLOCK) {
+            for (int j = block; j < smaller(wide, block + BLOCK); j++) {
+                if (t.embedding) through_projection(upstream.get(), j);
+                else
+                    for (int n = 0; n < t.count; n++)
+                        store(state_gradient(j) + n * PANEL,
+                              get(t.upstream + (long)(t.start + n) * t.width + j * PANEL, columns(t.width, j)));
+            }
+            through_up(t.layers - 1, block);
+        }
+        for (int k = t.layers - 1; k >= 0; k--) {
+            through_activation(k);
+            start_block();
+            double gate = 0;
+            for (int block = 0; block < wide; block += BLOCK) {
+                for (int j = block; j < smaller(wide, block + BLOCK); j++) gate += through_down(k, j);
+                if (k) through_up(k - 1, block);
+            }
+            if (t.of_gate) t.of_gate[k] = gate / t.temperature;
+        }
+    }
+
+  private:
+    const Tower<T> &t;
+    const int wide, narrow, out;  // panels of the state, of a bottleneck, of an item vector
+    std::unique_ptr<T[]> packed;
+    std::unique_ptr<T[]> gradient;             // of the state: a panel matrix [count, D]
+    std::unique_ptr<T[]> of_after, of_before;  // panel matrices [count, R]
+
+    static int columns(int all, int panel) { return smaller(PANEL, all - panel * PANEL); }
+    T *panel(T *matrices, int k, int panels_each, int j) const {
+        return matrices + (((long)k * panels_each + j) * t.total + t.start) * PANEL;
+    }
+    T *input(int k, int j) const { return panel(t.inputs, k, wide, j); }
+    T *before(int k, int q = 0) const { return panel(t.before, k, narrow, q); }
+    T *after(int k, int q = 0) const { return panel(t.after, k, narrow, q); }
+    T *state_gradient(int j) const { return gradient.get() + (long)j * t.count * PANEL; }
+
+    Row<T> hidden(int view, int k, int j, int n) const {
+        const long at = (((long)k * wide + j) * t.total + t.start + n) * PANEL;
+        if (!t.half) return load((const T *)t.hidden[view] + at);
+        return widened<T>((const uint16_t *)t.hidden[view] + at);
+    }
+
+    void fill(T *matrix, const T *bias, int width) const {
+        for (int q = 0; q < panels(width); q++) {
+            const Row<T> row = get(bias + q * PANEL, columns(width, q));
+            for (int n = 0; n < t.count; n++) store(matrix + ((long)q * t.total + n) * PANEL, row);
+        }
+    }
+
+    // A panel of layer k's input, or of the output for k = K: the state before it, mixed with the hidden states.
+    void mix(int k, int j) {
+        const bool last = k == t.layers;
+        const T *weights = t.mixes + 3 * k;
+        const Vector<T> carry = broadcast(last ? T(1) : weights[0]);
+        const Vector<T> first = broadcast(last ? T(0) : weights[1]), second = broadcast(last ? T(0) : weights[2]);
+        T *to = input(k, j);
+        auto joined = [&](int n, Row<T> state) {
+            if (!last) {
+                const Row<T> h = hidden(0, k, j, n);
+                for (int p = 0; p < PARTS<T>; p++) state.part[p] = state.part[p] * carry + h.part[p] * first;
+                if (t.views == 2) {
+                    const Row<T> other = hidden(1, k, j, n);
+                    for (int p = 0; p < PARTS<T>; p++) state.part[p] += other.part[p] * second;
+                }
+            }
+            store(to + n * PANEL, state);
+        };
+        if (!k) {
+            for (int n = 0; n < t.count; n++) joined(n, Row<T>{});
+            return;
+        }
+        const int r = t.bottleneck, here = columns(t.width, j);
+        const long layer = k - 1, from = (long)j * PANEL;
+        const Row<T> bias = get(t.up_bias + layer * t.width + from, here);
+        const T *x = input(k - 1, j);
+        pack_transposed(packed.get(), t.up_weight + (layer * t.width + from) * r, r, here, r);
+        product(t.count, rows_of(after(k - 1), t.total), packed.get(), PANEL, r, [&](int n, Row<T> found) {
+            const Row<T> own = load(x + n * PANEL);
+            for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p] + bias.part[p];
+            joined(n, found);
+        });
+    }
+
+    // to [., outputs] += a block of a panel matrix's columns times the same columns of a weight [outputs, D].
+    void add_product(T *to, const T *block_of, const T *weight, int block, int outputs) {
+        add_product(to, block_of, weight, block, outputs, t.total);
+    }
+    void add_product(T *to, const T *block_of, const T *weight, int block, int outputs, int rows) {
+        const int from = block * PANEL, steps = smaller(BLOCK * PANEL, t.width - from);
+        for (int q = 0; q < panels(outputs); q++) {
+            T *sums = to + (long)q * rows * PANEL;
+            pack_transposed(packed.get(), weight + (long)q * PANEL * t.width + from, t.width, columns(outputs, q), steps);
+            product(t.count, rows_of(block_of, t.total), packed.get(), PANEL, steps, [&](int n, Row<T> found) {
+                const Row<T> own = load(sums + n * PANEL);
+                for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p];
+                store(sums + n * PANEL, found);
+            });
+        }
+    }
+
+    void activate(int k) const {
+        for (int q = 0; q < narrow; q++)
+            for (int n = 0; n < t.count; n++) {
+                const T *from = before(k, q) + n * PANEL;
+                T *to = after(k, q) + n * PANEL;
+                for (int c = 0; c < PANEL; c++)
+                    to[c] = t.gelu ? from[c] * normal_probability(from[c]) : from[c] < 0 ? T(0) : from[c];
+            }
+    }
+
+    static T normal_probability(T x) { return T(0.5) * (1 + std::erf(x * T(M_SQRT1_2))); }
+    static T gelu_slope(T x) {
+        return normal_probability(x) + x * std::exp(T(-0.5) * x * x) * T(M_2_SQRTPI * M_SQRT1_2 / 2);
+    }
+
+    void start_block() { std::memset(of_after.get(), 0, sizeof(T) * narrow * t.count * PANEL); }
+
+    // The gradient of the bottleneck before the activation, and of its bias.
+    void through_activation(int k) {
+        for (int q = 0; q < narrow; q++) {
+            Row<T> bias = {};
+            const T *upstream = of_after.get() + (long)q * t.count * PANEL;
+            T *to = of_before.get() + (long)q * t.count * PANEL;
+            for (int n = 0; n < t.count; n++) {
+                const T *own = before(k, q) + n * PANEL;
+                for (int c = 0; c < PANEL; c++) {
+                    const T above = upstream[n * PANEL + c];
+                    to[n * PANEL + c] = t.gelu ? above * gelu_slope(own[c]) : own[c] <= 0 ? T(0) : above;
+                }
+                const Row<T> found = load(to + n * PANEL);
+                for (int p = 0; p < PARTS<T>; p++) bias.part[p] += found.part[p];
+            }
+            put(t.of_down_bias + (long)k * t.bottleneck + q * PANEL, bias, columns(t.bottleneck, q));
+        }
+    }
+
+    // A panel of the output's gradient from that of the item vectors, and the projection's.
+    void through_projection(const T *upstream, int j) {
+        const int here = columns(t.width, j);
+        T *to = state_gradient(j);
+        pack(packed.get(), t.projection + j * PANEL, t.width, here, t.embedding);
+        product(t.count, rows_of(upstream, t.count), packed.get(), PANEL, t.embedding,
+                [&](int n, const Row<T> &found) { store(to + n * PANEL, found); });
+        weight_gradient(t.of_projection, upstream, t.embedding, input(t.layers, j), j);
+    }
+
+    // of_weight [outputs, D], a panel of its columns: a panel matrix [count, outputs], transposed, times a panel.
+    void weight_gradient(T *of_weight, const T *left, int outputs, const T *right, int j) {
+        for (int q = 0; q < panels(outputs); q++)
+            product_of_columns(
+                columns(outputs, q), columns_of(left + (long)q * t.count * PANEL), right, PANEL, t.count,
+                [&](int row, const Row<T> &found) {
+                    put(of_weight + ((long)q * PANEL + row) * t.width + j * PANEL, found, columns(t.width, j));
+                });
+    }
+
+    // A block of the state's gradient meets layer k's up-projection: gradients of it, of its bias, of what it takes.
+    void through_up(int k, int block) {
+        const int r = t.bottleneck, from = block * PANEL, steps = smaller(BLOCK * PANEL, t.width - from);
+        const T *weight = t.up_weight + ((long)k * t.width + from) * r;
+        for (int q = 0; q < narrow; q++) {
+            const int here = columns(r, q);
+            T *sums = of_after.get() + (long)q * t.count * PANEL;
+            if (here < PANEL) pack(packed.get(), weight + q * PANEL, r, here, steps);
+            product(t.count, rows_of(state_gradient(block), t.count), here < PANEL ? packed.get() : weight + q * PANEL,
+                    here < PANEL ? PANEL : r, steps, [&](int n, Row<T> found) {
+                        const Row<T> own = load(sums + n * PANEL);
+                        for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p];
+                        store(sums + n * PANEL, found);
+                    });
+        }
+        for (int j = block; j < smaller(wide, block + BLOCK); j++) {
+            const T *own = state_gradient(j);
+            Row<T> bias = {};
+            for (int n = 0; n < t.count; n++)
+                for (int p = 0; p < PARTS<T>; p++) bias.part[p] += load(own + n * PANEL).part[p];
+            put(t.of_up_bias + (long)k * t.width + j * PANEL, bias, columns(t.width, j));
+            for (int q = 0; q < narrow; q++)
+                product_of_columns(columns(t.width, j), columns_of(own), after(k, q), PANEL, t.count,
+                                   [&](int row, const Row<T> &found) {
+                                       put(t.of_up_weight + ((long)k * t.width + j * PANEL + row) * r + q * PANEL, found,
+                                           columns(r, q));
+                                   });
+        }
+    }
+
+    // A panel of the state's gradient goes through layer k's down-projection and its mix; returns the gate's, summed.
+    double through_down(int k, int j) {
+        const int r = t.bottleneck, here = columns(t.width, j);
+        const T *weight = t.down_weight + (long)k * r * t.width, *x = input(k, j), *weights = t.mixes + 3 * k;
+        const Vector<T> carry = broadcast(weights[0]);
+        T *own = state_gradient(j);
+        weight_gradient(t.of_down_weight + (long)k * r * t.width, of_before.get(), r, x, j);
+        pack(packed.get(), weight + j * PANEL, t.width, here, r);
+        Row<T> gate = {};
+        product(t.count, rows_of(of_before.get(), t.count), packed.get(), PANEL, r, [&](int n, Row<T> found) {
+            Row<T> above = load(own + n * PANEL);
+            for (int p = 0; p < PARTS<T>; p++) found.part[p] += above.part[p];
+            if (t.of_gate) {
+                const Row<T> h = hidden(0, k, j, n), other = t.views == 2 ? hidden(1, k, j, n) : load(x + n * PANEL);
+                for (int p = 0; p < PARTS<T>; p++) gate.part[p] += found.part[p] * (h.part[p] - other.part[p]);
+            }
+            for (int view = 0; view < t.views; view++)
+                if (t.of_hidden[view]) add_to(t.of_hidden[view], found, weights[1 + view], n, k, j);
+            for (int p = 0; p < PARTS<T>; p++) found.part[p] *= carry;
+            store(own + n * PANEL, found);
+        });
+        // By one view x = g h + (1 - g) s, and g (1 - g) (h - s) = g (h - x); by two it stands between the views.
+        return (double)sum(gate) * weights[1] * (t.views == 2 ? weights[2] : T(1));
+    }
+
+    void add_to(T *of_view, const Row<T> &found, T weight, int n, int k, int j) const {
+        T *to = of_view + ((long)(t.start + n) * t.layers + k) * t.width + j * PANEL;
+        for (int c = 0; c < columns(t.width, j); c++) to[c] += weight * found.part[c / LANES<T>][c % LANES<T>];
+    }
+};
+
+// Rows of a table [., K, D], whose items and layers are so many numbers apart, as panel matrices [K][count, D].
+template <class S> void gather(
+    const S *table, long item, long layer, const int64_t *rows, int layers, int width, int total, int start, int count,
+    S *to) {
+    const int wide = panels(width);
+    for (int n = start; n < start + count; n++) {
+        const S *own = table + (rows ? rows[n] : n) * item;
+        for (int k = 0; k < layers; k++)
+            for (int j = 0; j < wide; j++) {
+                S *out = to + (((long)k * wide + j) * total + n) * PANEL;
+                const int here = smaller(PANEL, width - j * PANEL);
+                std::memcpy(out, own + k * layer + j * PANEL, sizeof(S) * here);
+                std::memset(out + here, 0, sizeof(S) * (PANEL - here));
+            }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+void side_forward_float32(const Tower<float> *tower) { Pass<float>(*tower).forward(); }
+void side_forward_float64(const Tower<double> *tower) { Pass<double>(*tower).forward(); }
+void side_backward_float32(const Tower<float> *tower) { Pass<float>(*tower).backward(); }
+void side_backward_float64(const Tower<double> *tower) { Pass<double>(*tower).backward(); }
+
+// bytes: 2, 4 or 8 a number.
+void gather_panels(
+    const void *table, int32_t bytes, int64_t item, int64_t layer, const int64_t *rows, int32_t layers, int32_t width,
+    int32_t total, int32_t start, int32_t count, void *to) {
+    if (bytes == 2) gather((const uint16_t *)table, item, layer, rows, layers, width, total, start, count, (uint16_t *)to);
+    if (bytes == 4) gather((const uint32_t *)table, item, layer, rows, layers, width, total, start, count, (uint32_t *)to);
+    if (bytes == 8) gather((const uint64_t *)table, item, layer, rows, layers, width, total, start, count, (uint64_t *)to);
+}
+}

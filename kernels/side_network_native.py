@@ -1,0 +1,305 @@
+"""The side network's training on a CPU by C++: `cpp/side_network.cpp`, two workers, each in one core's cache.
+
+A worker takes whole towers, so that their gradients need no adding up; what is left over is halved by items.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .host import at_once, cores
+from .native import library
+from .reference import GATE_TEMPERATURE, States, Tower
+from .side_network_host import FEWEST_ITEMS, PARAMETERS, mixes
+
+DTYPES = (torch.float32, torch.float64)  # of the weights
+PANEL = 16  # columns
+WORKERS = 2
+ALIGNMENT = 64  # bytes of a cache line
+MOST_FREE = 24  # blocks of memory kept for later steps
+
+
+def side_towers(
+    states: Sequence[States],
+    towers: Sequence[Tower],
+    activation: str = "relu",
+    projections: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """`reference.side_towers`, for weights of fp32 or fp64. The caller has checked the arguments. Not differentiable
+    twice."""
+    settings = _Settings(
+        activation == "gelu",
+        [tower.views for tower in towers],
+        [view.rows for view in states],
+        projections is not None,
+    )
+    parameters = [parameter for tower in towers for parameter in tower[1:]] + list(projections or ())
+    return list(_SideTowers.apply(settings, *(view.table for view in states), *parameters))
+
+
+class _Settings(NamedTuple):
+    gelu: bool
+    reads: list[tuple[int, ...]]  # the views of each tower
+    rows: list[Tensor | None]  # of each view
+    projected: bool
+
+
+class _Piece(NamedTuple):
+    """Some items of a tower: one call of the library."""
+
+    tower: int
+    start: int
+    count: int
+
+
+class _Arguments(ctypes.Structure):
+    """`Tower` of cpp/side_network.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("layers", "bottleneck", "width", "embedding")),
+        *((name, ctypes.c_int32) for name in ("total", "start", "count", "views", "gelu", "half")),
+        *((name, ctypes.c_void_p) for name in ("mixes", "down_weight", "down_bias", "up_weight", "up_bias")),
+        ("projection", ctypes.c_void_p),
+        ("hidden", ctypes.c_void_p * 2),
+        *((name, ctypes.c_void_p) for name in ("inputs", "before", "after", "projected", "upstream", "of_gate")),
+        *((name, ctypes.c_void_p) for name in ("of_down_weight", "of_down_bias", "of_up_weight", "of_up_bias")),
+        ("of_projection", ctypes.c_void_p),
+        ("of_hidden", ctypes.c_void_p * 2),
+        ("temperature", ctypes.c_double),
+    ]
+
+
+class _Kept(NamedTuple):
+    """A tower's tensors, which its pointers point into."""
+
+    mixes: Tensor  # [K, 3]
+    down_weight: Tensor  # [K, R, D]
+    down_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    projection: Tensor | None  # [d, D]
+    hidden: list[Tensor]  # of each view it reads: panels [K, ceil(D / 16), N, 16]
+    inputs: Tensor  # panels [K + 1, ceil(D / 16), N, 16]; the last is the output
+    before: Tensor  # panels [K, ceil(R / 16), N, 16]
+    after: Tensor  # the same memory after a ReLU
+
+    def arguments(self, piece: _Piece, gelu: bool, **more: Any) -> _Arguments:
+        """What the library takes for some of its items."""
+        layers, bottleneck, width = self.down_weight.shape
+        pointers = {name: _pointer(getattr(self, name)) for name in ("mixes", "down_weight", "down_bias", "up_weight")}
+        pointers |= {name: _pointer(getattr(self, name)) for name in ("up_bias", "projection", "inputs", "before")}
+        return _Arguments(
+            layers=layers,
+            bottleneck=bottleneck,
+            width=width,
+            embedding=0 if self.projection is None else len(self.projection),
+            total=self.inputs.shape[2],
+            start=piece.start,
+            count=piece.count,
+            views=len(self.hidden),
+            gelu=gelu,
+            half=self.hidden[0].dtype == torch.bfloat16,
+            hidden=_pointers(self.hidden),
+            after=_pointer(self.after),
+            temperature=GATE_TEMPERATURE,
+            **pointers,
+            **more,
+        )
+
+
+class _Memory:
+    """What one step's tensors lie in, kept for a later step: new pages cost more than what is done with them."""
+
+    free: ClassVar[list[Tensor]] = []  # blocks of bytes
+
+    def __init__(self) -> None:
+        self.blocks: list[Tensor] = []
+
+    def empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Memory that begins with a cache line, to be used no longer than this object lives."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        fitting = [block for block in self.free if size + ALIGNMENT <= len(block) <= 2 * (size + ALIGNMENT)]
+        if fitting:
+            block = min(fitting, key=len)
+            del self.free[next(i for i, each in enumerate(self.free) if each is block)]
+        else:
+            block = torch.empty(size + size // 8 + ALIGNMENT, dtype=torch.uint8)
+        self.blocks.append(block)
+        skip = -block.data_ptr() % ALIGNMENT
+        return block[skip : skip + size].view(dtype).view(shape)
+
+    def __del__(self) -> None:
+        self.free.extend(self.blocks)
+        del self.free[:-MOST_FREE]
+
+
+class _SideTowers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, settings: _Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(settings.rows)
+        tables, parameters = tensors[:count], tensors[count:]
+        memory = _Memory()
+        kept = _kept(settings, tables, parameters, memory)
+        split = any(ctx.needs_input_grad[1 : 1 + count])  # towers add to their views' gradients
+        ctx.pieces = _pieces(len(kept), kept[0].inputs.shape[2], split)
+        run = getattr(library(), f"side_forward_{_name(parameters[1].dtype)}")
+
+        # Not kept for the backward: a node that held its own outputs would never be freed.
+        projected = [_projected(each) for each in kept]
+
+        def work(pieces: list[_Piece]) -> None:
+            for piece in pieces:
+                output = _pointer(projected[piece.tower])
+                run(ctypes.byref(kept[piece.tower].arguments(piece, settings.gelu, projected=output)))
+
+        at_once(work, ctx.pieces, WORKERS)
+        ctx.settings, ctx.kept, ctx.memory = settings, kept, memory
+        ctx.save_for_backward(*parameters)  # alone to refuse parameters that were changed in between
+        return tuple(_natural(each) if output is None else output for each, output in zip(kept, projected))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        settings, kept, parameters = ctx.settings, ctx.kept, ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1 : 1 + len(settings.rows)]
+        layers, _, width = kept[0].down_weight.shape
+        of_views = [upstream[0].new_zeros(kept[0].inputs.shape[2], layers, width) if want else None for want in wanted]
+        upstream = [gradient.contiguous() for gradient in upstream]
+        run = getattr(library(), f"side_backward_{_name(parameters[1].dtype)}")
+
+        def work(pieces: list[_Piece]) -> list[tuple[int, dict[str, Tensor]]]:
+            found = []
+            for piece in pieces:
+                own = kept[piece.tower]
+                gradients = _empty_gradients(own, gated=parameters[PARAMETERS * piece.tower] is not None)
+                found.append((piece.tower, gradients))
+                more = {f"of_{name}": _pointer(gradient) for name, gradient in gradients.items()}
+                of_hidden = _pointers([of_views[view] for view in settings.reads[piece.tower]])
+                more |= {"upstream": _pointer(upstream[piece.tower]), "of_hidden": of_hidden}
+                run(ctypes.byref(own.arguments(piece, settings.gelu, **more)))
+            return found
+
+        totals: list[dict[str, Tensor]] = [{} for _ in kept]
+        for tower, gradients in sum(at_once(work, ctx.pieces, WORKERS), []):
+            for name, gradient in gradients.items():
+                totals[tower][name] = totals[tower][name].add_(gradient) if name in totals[tower] else gradient
+        of_parameters = [total.get(name) for total in totals for name in Tower._fields[1:]]
+        return None, *of_views, *of_parameters, *(total["projection"] for total in totals if settings.projected)
+
+
+def _kept(
+    settings: _Settings, tables: Sequence[Tensor], parameters: Sequence[Tensor | None], memory: _Memory
+) -> list[_Kept]:
+    """The towers' tensors, with the hidden states gathered in panels."""
+    views = _panels(tables, settings.rows, parameters[1].dtype, memory)
+    layers, bottleneck, width = parameters[1].shape
+    items, first = views[0].shape[2], parameters[1]
+    found = []
+    for i, reads in enumerate(settings.reads):
+        gate, *own = parameters[PARAMETERS * i : PARAMETERS * (i + 1)]
+        projection = parameters[PARAMETERS * len(settings.reads) + i].contiguous() if settings.projected else None
+        before = memory.empty(first.dtype, layers, _count(bottleneck), items, PANEL)
+        found.append(
+            _Kept(
+                first.new_tensor(mixes(gate, len(reads), layers)),
+                *(parameter.contiguous() for parameter in own),
+                projection,
+                [views[view] for view in reads],
+                memory.empty(first.dtype, layers + 1, _count(width), items, PANEL),
+                before,
+                memory.empty(first.dtype, *before.shape) if settings.gelu else before,
+            )
+        )
+    return found
+
+
+def _panels(
+    tables: Sequence[Tensor], rows: Sequence[Tensor | None], dtype: torch.dtype, memory: _Memory
+) -> list[Tensor]:
+    """Rows of each view as panels [K, ceil(D / 16), N, 16], all of them in bf16 or all in `dtype`."""
+    kind = torch.bfloat16 if all(table.dtype == torch.bfloat16 for table in tables) else dtype
+    found = []
+    for table, own in zip(tables, rows):
+        if table.dtype != kind or table.stride(2) != 1:
+            table, own = (table if own is None else table.index_select(0, own)).to(kind).contiguous(), None
+        items, (_, layers, width) = len(table) if own is None else len(own), table.shape
+        panels = memory.empty(kind, layers, _count(width), items, PANEL)
+        shape = (table.element_size(), table.stride(0), table.stride(1))
+        own = None if own is None else own.contiguous()
+
+        def work(piece: tuple[int, int], table=table, own=own, shape=shape, panels=panels) -> None:
+            size, *strides = shape
+            library().gather_panels(
+                ctypes.c_void_p(table.data_ptr()),
+                ctypes.c_int32(size),
+                *map(ctypes.c_int64, strides),
+                ctypes.c_void_p(_pointer(own)),
+                *map(ctypes.c_int32, (table.shape[1], table.shape[2], panels.shape[2], *piece)),
+                ctypes.c_void_p(panels.data_ptr()),
+            )
+
+        at_once(work, _halves(items), WORKERS)
+        found.append(panels)
+    return found
+
+
+def _pieces(towers: int, items: int, split: bool) -> list[list[_Piece]]:
+    """Each worker's share."""
+    halves = _halves(items)
+    if len(halves) == 1:
+        return [[_Piece(tower, 0, items) for tower in range(towers)]]
+    whole = 0 if split else towers - towers % WORKERS
+    return [
+        [_Piece(tower, 0, items) for tower in range(worker, whole, WORKERS)]
+        + [_Piece(tower, *halves[worker]) for tower in range(whole, towers)]
+        for worker in range(WORKERS)
+    ]
+
+
+def _halves(items: int) -> list[tuple[int, int]]:
+    """(start, count) of each worker's items."""
+    if items < FEWEST_ITEMS or cores() < WORKERS:
+        return [(0, items)]
+    middle = items // 2
+    return [(0, middle), (middle, items - middle)]
+
+
+def _empty_gradients(kept: _Kept, gated: bool) -> dict[str, Tensor]:
+    found = {name: torch.empty_like(getattr(kept, name)) for name in Tower._fields[2:]}
+    if gated:
+        found["gate"] = kept.down_weight.new_empty(len(kept.down_weight))
+    if kept.projection is not None:
+        found["projection"] = torch.empty_like(kept.projection)
+    return found
+
+
+def _projected(kept: _Kept) -> Tensor | None:
+    """Memory for the projected output [N, d], if there is a projection."""
+    return None if kept.projection is None else kept.inputs.new_empty(kept.inputs.shape[2], len(kept.projection))
+
+
+def _natural(kept: _Kept) -> Tensor:
+    """The output [N, D] out of its panels."""
+    output = kept.inputs[-1].transpose(0, 1)
+    return output.reshape(len(output), -1)[:, : kept.down_weight.shape[2]].contiguous()
+
+
+def _count(columns: int) -> int:
+    return -(-columns // PANEL)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
+    return (ctypes.c_void_p * 2)(*map(_pointer, tensors))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
