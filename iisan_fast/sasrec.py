@@ -5,15 +5,18 @@ All that works row by row sees real rows only; attention alone spreads them over
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import kernels
 from .config import ModelConfig
 from .dropout import StatelessDropout
 
+NORM_EPSILON = 1e-6
 SITES_PER_BLOCK = 3  # of dropout: attention weights, after attention, after the feed-forward; site 0 is the input
 
 
@@ -39,6 +42,12 @@ class Dropout(NamedTuple):
     masks: StatelessDropout
     users: Tensor  # int64 [users]
 
+    def hashed(self) -> kernels.SequenceDropout | None:
+        """What C++ takes, or None where nothing drops."""
+        if not self.masks.threshold:
+            return None
+        return kernels.SequenceDropout(int(self.masks.prefix), self.masks.threshold, self.masks.scale, self.users)
+
 
 class _Drops(NamedTuple):
     """A block's dropout factors."""
@@ -62,10 +71,10 @@ class Block(nn.Module):
         self.key = nn.Linear(d, d, bias=False)
         self.value = nn.Linear(d, d, bias=False)
         self.output = nn.Linear(d, d, bias=False)
-        self.attention_norm = nn.LayerNorm(d, eps=1e-6)
+        self.attention_norm = nn.LayerNorm(d, eps=NORM_EPSILON)
         self.feed_in = nn.Linear(d, 4 * d)
         self.feed_out = nn.Linear(4 * d, d)
-        self.feed_norm = nn.LayerNorm(d, eps=1e-6)
+        self.feed_norm = nn.LayerNorm(d, eps=NORM_EPSILON)
 
     def forward(self, x: Tensor, rows: Rows, hidden: Tensor, drops: _Drops) -> Tensor:
         """x [R, d]; hidden bool [users, 1, L, L]: which keys a query may not see; drops: this block's, or ones."""
@@ -113,7 +122,7 @@ class SASRec(nn.Module):
         super().__init__()
         self.max_inputs = max_inputs
         self.position = nn.Parameter(torch.empty(max_inputs, config.embedding_dim))
-        self.norm = nn.LayerNorm(config.embedding_dim, eps=1e-6)
+        self.norm = nn.LayerNorm(config.embedding_dim, eps=NORM_EPSILON)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self._initialise()
         first = range(1, 1 + SITES_PER_BLOCK * config.blocks, SITES_PER_BLOCK)
@@ -123,6 +132,16 @@ class SASRec(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows, dropout: Dropout | None = None) -> Tensor:
         """Item vectors [R, d] of right-aligned histories -> the states [R, d] after each; rows.length <= max_inputs."""
+        return kernels.sequence_encoder(
+            functools.partial(self._states, x, rows, dropout),
+            x,
+            self._weights(),
+            kernels.SequenceGrid(rows.slots, rows.length),
+            lambda: None if dropout is None else dropout.hashed(),
+        )
+
+    def _states(self, x: Tensor, rows: Rows, dropout: Dropout | None) -> Tensor:
+        """The same by PyTorch: the specification."""
         positions = rows.slots % rows.length + self.max_inputs - rows.length
         x = self._placed(x, positions)
         at_input, *drops = self._drops(x, rows, positions, dropout)
@@ -138,6 +157,15 @@ class SASRec(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x, rows, hidden, NO_DROPS)
         return self.blocks[-1].last(x, rows, hidden)
+
+    def _weights(self) -> kernels.SequenceWeights:
+        tensors = [self.position, self.norm.weight, self.norm.bias]
+        for block in self.blocks:
+            tensors += [block.query.weight, block.key.weight, block.value.weight, block.output.weight]
+            tensors += [block.attention_norm.weight, block.attention_norm.bias]
+            tensors += [block.feed_in.weight, block.feed_in.bias, block.feed_out.weight, block.feed_out.bias]
+            tensors += [block.feed_norm.weight, block.feed_norm.bias]
+        return kernels.SequenceWeights(tensors, self.blocks[0].heads if self.blocks else 1, NORM_EPSILON)
 
     def _placed(self, x: Tensor, positions: Tensor) -> Tensor:
         # A product with one-hot rows: its gradient is a plain product too, where a lookup's would be a scatter.

@@ -161,13 +161,13 @@ class Heads(nn.Module):
 
     def folded(self) -> tuple[dict[str, Tensor], Tensor]:
         """({tower's name: projection [d, D]}, bias [d]): item vectors are the projected outputs' sum, and the bias."""
-        projections, bias = {}, self.fusion.bias
+        bias, narrow, wide = self.fusion.bias, [], []
         for name, part in zip(self.towers, self.fusion.weight.chunk(len(self.towers), dim=1)):
             first, second = getattr(self, name)
-            narrow = part @ second.weight  # [d, hidden]
-            projections[name] = kernels.fold(narrow, first.weight)
-            bias = bias + narrow @ first.bias + part @ second.bias
-        return projections, bias
+            narrow.append(part @ second.weight)  # [d, hidden]
+            wide.append(first.weight)
+            bias = bias + narrow[-1] @ first.bias + part @ second.bias
+        return dict(zip(self.towers, kernels.fold(narrow, wide))), bias
 
 
 class SideItemEncoder(nn.Module):

@@ -8,12 +8,24 @@ environment variable IISAN_FAST_BACKEND decides in its place.
 
 if __name__ == "iisan_fast.kernels":
     from .checks import check_indices
-    from .dispatch import BACKEND_VARIABLE, check_backend, fold, inbatch_cross_entropy, side_towers, target_rank
+    from .dispatch import (
+        BACKEND_VARIABLE,
+        check_backend,
+        fold,
+        inbatch_cross_entropy,
+        sequence_encoder,
+        side_towers,
+        target_rank,
+    )
     from .host import at_once, in_large_pieces
     from .reference import States, Tower
+    from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
 
     __all__ = [
         "BACKEND_VARIABLE",
+        "SequenceDropout",
+        "SequenceGrid",
+        "SequenceWeights",
         "States",
         "Tower",
         "at_once",
@@ -22,6 +34,7 @@ if __name__ == "iisan_fast.kernels":
         "fold",
         "in_large_pieces",
         "inbatch_cross_entropy",
+        "sequence_encoder",
         "side_towers",
         "target_rank",
     ]

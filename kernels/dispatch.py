@@ -10,16 +10,24 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import rank_host, reference, side_network_host, side_network_native
+from . import (
+    cross_entropy_native,
+    rank_host,
+    reference,
+    sequence_encoder_native,
+    side_network_host,
+    side_network_native,
+)
 from .checks import check_loss, check_ranks, check_towers
 from .native import why_not
 from .reference import States, Tower
+from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
 
 BACKEND_VARIABLE = "IISAN_FAST_BACKEND"
 BACKENDS = ("auto", "torch", "host", "native", "triton")
@@ -51,7 +59,9 @@ def side_towers(
     check_towers(states, towers, activation, projections)
     tensors = [view.table for view in states] + [towers[0].down_weight]
     chosen = _backend("side_towers", backend, tensors)
-    if chosen == "native" and operands is None and _trained(states, towers, projections):
+    parameters = [*tensors, *(each for tower in towers for each in tower[1:]), *(projections or ())]
+    known = operands is None and towers[0].down_weight.dtype in side_network_native.DTYPES
+    if chosen == "native" and known and _trained(parameters):
         return side_network_native.side_towers(states, towers, activation, projections)
     if chosen in ("host", "native"):
         return side_network_host.side_towers(states, towers, activation, projections, operands)
@@ -65,15 +75,18 @@ def side_towers(
     return reference.side_towers(states, towers, activation, projections)
 
 
-def fold(first: Tensor, second: Tensor, backend: str = "auto") -> Tensor:
-    """The product of two weights [d, H] and [H, D] that follow one another: [d, D]; on the host differentiable once.
+def fold(firsts: Sequence[Tensor], seconds: Sequence[Tensor], backend: str = "auto") -> list[Tensor]:
+    """The products of pairs of weights [d, H] and [H, D] that follow one another, [d, D] each.
 
-    A plain product but for the host form. Raises ValueError where they do not fit together.
+    Plain products but for the host form, which is differentiable once. Raises ValueError where they do not fit.
     """
-    if first.dim() != 2 or second.dim() != 2 or first.shape[1] != second.shape[0]:
-        raise ValueError(f"second: expected [H, D] after [d, H] {list(first.shape)}, found {list(second.shape)}")
-    chosen, _ = _choice("fold", backend, [first, second])
-    return side_network_host.fold(first, second) if chosen in ("host", "native") else first @ second
+    for i, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
+        if first.dim() != 2 or second.dim() != 2 or first.shape[1] != second.shape[0]:
+            raise ValueError(f"seconds[{i}]: expected [H, D] after {list(first.shape)}, found {list(second.shape)}")
+    chosen, _ = _choice("fold", backend, [*firsts, *seconds])
+    if chosen in ("host", "native"):
+        return side_network_host.fold(firsts, seconds)
+    return [first @ second for first, second in zip(firsts, seconds)]
 
 
 def inbatch_cross_entropy(
@@ -97,13 +110,36 @@ def inbatch_cross_entropy(
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction: expected mean or none, found {reduction!r}")
     arguments = (queries, items, targets, row_users, history_bits, log_multiplicity, log_popularity)
-    if _backend("inbatch_cross_entropy", backend, [queries, items]) == "triton":
+    chosen = _backend("inbatch_cross_entropy", backend, [queries, items])
+    constants = (log_multiplicity, log_popularity)
+    if chosen == "native" and _trained([queries, items]) and cross_entropy_native.takes(queries, items, *constants):
+        losses = cross_entropy_native.row_losses(*arguments)
+    elif chosen == "triton":
         from . import cross_entropy
 
         losses = cross_entropy.row_losses(*arguments)
     else:
         losses = reference.row_losses(*arguments)
     return losses.mean() if reduction == "mean" else losses
+
+
+def sequence_encoder(
+    specification: Callable[[], Tensor],
+    x: Tensor,
+    weights: SequenceWeights,
+    grid: SequenceGrid,
+    dropout: Callable[[], SequenceDropout | None],
+    backend: str = "auto",
+) -> Tensor:
+    """SASRec's states [R, d] after each of the rows x [R, d] of right-aligned histories.
+
+    specification: the caller's own PyTorch, which computes the same; C++ takes its place where it is trained on a CPU,
+    in fp32 or fp64 and in widths that are multiples of 16.
+    """
+    chosen = _backend("sequence_encoder", backend, [x])
+    if chosen == "native" and _trained([x, *weights.tensors]) and sequence_encoder_native.takes(weights):
+        return sequence_encoder_native.sequence_encoder(x, weights, grid, dropout())
+    return specification()
 
 
 def target_rank(
@@ -135,11 +171,9 @@ def check_backend(device: torch.device) -> None:
     _choice("the kernels", "auto", [torch.empty(0, device=device)])
 
 
-def _trained(states: Sequence[States], towers: Sequence[Tower], projections: Sequence[Tensor] | None) -> bool:
-    """Whether a backward may come, in a dtype that the C++ knows."""
-    parameters = [each for tower in towers for each in tower[1:]] + [view.table for view in states]
-    wanted = any(each is not None and each.requires_grad for each in [*parameters, *(projections or ())])
-    return torch.is_grad_enabled() and wanted and towers[0].down_weight.dtype in side_network_native.DTYPES
+def _trained(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a backward may come."""
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
 
 
 def _backend(op: str, backend: str, tensors: Sequence[Tensor]) -> str:

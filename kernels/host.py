@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -16,6 +16,8 @@ import torch
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+FEWEST_ROWS = 32  # that are worth halving
 
 _kept: list[int] = []  # the cores of every `in_large_pieces` that is open
 
@@ -39,11 +41,27 @@ def in_large_pieces() -> Iterator[None]:
 
 
 def at_once(work: Callable[[T], U], parts: Sequence[T], workers: int) -> list[U]:
-    """The work's results in the parts' order, without gradients; by so many workers if there are cores for them."""
+    """The work's results in the parts' order, without gradients; by so many workers if there are cores for them.
+
+    This thread is one of them where it has no more of the cores than they."""
     threads, quietly = cores() // workers, torch.no_grad()(work)
     if workers == 1 or not threads or len(parts) == 1:
         return list(map(quietly, parts))
-    return list(_pool(workers, threads).map(quietly, parts))
+    if len(parts) > workers or torch.get_num_threads() != threads:
+        return list(_pool(workers, threads).map(quietly, parts))
+    others = [_pool(workers - 1, threads).submit(quietly, part) for part in parts[1:]]
+    try:
+        first = quietly(parts[0])
+    finally:
+        wait(others)  # they use what the caller may free
+    return [first, *(other.result() for other in others)]
+
+
+def halves(count: int) -> list[tuple[int, int]]:
+    """(start, length) of each of two workers' rows, or of all of them where two would not be worth their while."""
+    if count < FEWEST_ROWS or cores() < 2:
+        return [(0, count)]
+    return [(0, count // 2), (count // 2, count - count // 2)]
 
 
 @functools.cache

@@ -19,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ("-std=c++17", "-O3", "-g", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 CACHE_VARIABLE = "IISAN_FAST_COMPILED"
@@ -42,6 +44,11 @@ def why_not() -> str:
     return found if isinstance(found, str) else ""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """How the functions for a dtype end."""
+    return str(dtype).removeprefix("torch.")
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The library, or why there is none; asked once, since a compiler takes seconds."""
@@ -63,7 +70,7 @@ def _compiler() -> list[str]:
         words = shlex.split(command)
         if words and shutil.which(words[0]):
             return words
-    raise NoLibrary(f"CXX names no program, found {named!r}" if named else "no C++ compiler (c++, g++, clang++) is here")
+    raise NoLibrary(f"CXX names no program: {named!r}" if named else "no C++ compiler is here (c++, g++, clang++)")
 
 
 def _folder() -> Path:

@@ -318,31 +318,49 @@ def _parts(items: int, most: int) -> list[slice]:
     return [slice(start, end) for start, end in zip(cuts, cuts[1:])]
 
 
-def fold(first: Tensor, second: Tensor) -> Tensor:
-    """The product of two weights [d, H] and [H, D], halves of the columns at once, forward and backward."""
-    return _Fold.apply(first, second)
+def fold(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> list[Tensor]:
+    """The products of pairs of weights [d, H] and [H, D], halves of all columns at once, forward and backward."""
+    if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in (*firsts, *seconds))):
+        return [first @ second for first, second in zip(firsts, seconds)]
+    return list(_Fold.apply(*firsts, *seconds))
 
 
 class _Fold(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, first: Tensor, second: Tensor) -> Tensor:
-        ctx.save_for_backward(first, second)
-        # Joined rather than written in place: in inference mode only this thread may write to what it has made.
-        return torch.cat(at_once(lambda part: first @ second[:, part], _columns(second), HALVES), dim=1)
+    def forward(ctx, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*weights)
+        pairs = _pairs(weights)
+        products = [first.new_empty(len(first), second.shape[1]) for first, second in pairs]
+
+        def half(number: int) -> None:
+            for (first, second), product in zip(pairs, products):
+                part = _columns(second)[number]
+                torch.mm(first, second[:, part], out=product[:, part])
+
+        at_once(half, range(HALVES), HALVES)
+        return tuple(products)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = ctx.saved_tensors
-        of_second = torch.empty_like(second)
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        pairs = _pairs(ctx.saved_tensors)
+        of_seconds = [torch.empty_like(second) for _, second in pairs]
 
-        def half(part: slice) -> Tensor:
-            torch.mm(first.T, gradient[:, part], out=of_second[:, part])
-            return gradient[:, part] @ second[:, part].T
+        def half(number: int) -> list[Tensor]:
+            of_firsts = []
+            for (first, second), gradient, of_second in zip(pairs, gradients, of_seconds):
+                part = _columns(second)[number]
+                torch.mm(first.T, gradient[:, part], out=of_second[:, part])
+                of_firsts.append(gradient[:, part] @ second[:, part].T)
+            return of_firsts
 
-        return sum(at_once(half, _columns(second), HALVES)), of_second
+        return *(left + right for left, right in zip(*at_once(half, range(HALVES), HALVES))), *of_seconds
+
+
+def _pairs(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(weights[: len(weights) // 2], weights[len(weights) // 2 :]))
 
 
 def _columns(matrix: Tensor) -> list[slice]:
     middle = matrix.shape[1] // 2
-    return [slice(0, middle), slice(middle, matrix.shape[1])] if middle else [slice(0, 1)]
+    return [slice(0, middle), slice(middle, matrix.shape[1])]

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .host import at_once, cores
-from .native import library
+from .host import at_once, halves
+from .memory import Memory
+from .native import dtype_name, library
 from .reference import GATE_TEMPERATURE, States, Tower
-from .side_network_host import FEWEST_ITEMS, PARAMETERS, mixes
+from .side_network_host import PARAMETERS, mixes
 
 DTYPES = (torch.float32, torch.float64)  # of the weights
 PANEL = 16  # columns
 WORKERS = 2
-ALIGNMENT = 64  # bytes of a cache line
-MOST_FREE = 24  # blocks of memory kept for later steps
 
 
 def side_towers(
@@ -112,42 +111,16 @@ class _Kept(NamedTuple):
         )
 
 
-class _Memory:
-    """What one step's tensors lie in, kept for a later step: new pages cost more than what is done with them."""
-
-    free: ClassVar[list[Tensor]] = []  # blocks of bytes
-
-    def __init__(self) -> None:
-        self.blocks: list[Tensor] = []
-
-    def empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Memory that begins with a cache line, to be used no longer than this object lives."""
-        size = torch.Size(shape).numel() * dtype.itemsize
-        fitting = [block for block in self.free if size + ALIGNMENT <= len(block) <= 2 * (size + ALIGNMENT)]
-        if fitting:
-            block = min(fitting, key=len)
-            del self.free[next(i for i, each in enumerate(self.free) if each is block)]
-        else:
-            block = torch.empty(size + size // 8 + ALIGNMENT, dtype=torch.uint8)
-        self.blocks.append(block)
-        skip = -block.data_ptr() % ALIGNMENT
-        return block[skip : skip + size].view(dtype).view(shape)
-
-    def __del__(self) -> None:
-        self.free.extend(self.blocks)
-        del self.free[:-MOST_FREE]
-
-
 class _SideTowers(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings: _Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(settings.rows)
         tables, parameters = tensors[:count], tensors[count:]
-        memory = _Memory()
+        memory = Memory()
         kept = _kept(settings, tables, parameters, memory)
         split = any(ctx.needs_input_grad[1 : 1 + count])  # towers add to their views' gradients
         ctx.pieces = _pieces(len(kept), kept[0].inputs.shape[2], split)
-        run = getattr(library(), f"side_forward_{_name(parameters[1].dtype)}")
+        run = getattr(library(), f"side_forward_{dtype_name(parameters[1].dtype)}")
 
         # Not kept for the backward: a node that held its own outputs would never be freed.
         projected = [_projected(each) for each in kept]
@@ -170,7 +143,7 @@ class _SideTowers(torch.autograd.Function):
         layers, _, width = kept[0].down_weight.shape
         of_views = [upstream[0].new_zeros(kept[0].inputs.shape[2], layers, width) if want else None for want in wanted]
         upstream = [gradient.contiguous() for gradient in upstream]
-        run = getattr(library(), f"side_backward_{_name(parameters[1].dtype)}")
+        run = getattr(library(), f"side_backward_{dtype_name(parameters[1].dtype)}")
 
         def work(pieces: list[_Piece]) -> list[tuple[int, dict[str, Tensor]]]:
             found = []
@@ -193,7 +166,7 @@ class _SideTowers(torch.autograd.Function):
 
 
 def _kept(
-    settings: _Settings, tables: Sequence[Tensor], parameters: Sequence[Tensor | None], memory: _Memory
+    settings: _Settings, tables: Sequence[Tensor], parameters: Sequence[Tensor | None], memory: Memory
 ) -> list[_Kept]:
     """The towers' tensors, with the hidden states gathered in panels."""
     views = _panels(tables, settings.rows, parameters[1].dtype, memory)
@@ -219,54 +192,41 @@ def _kept(
 
 
 def _panels(
-    tables: Sequence[Tensor], rows: Sequence[Tensor | None], dtype: torch.dtype, memory: _Memory
+    tables: Sequence[Tensor], rows: Sequence[Tensor | None], dtype: torch.dtype, memory: Memory
 ) -> list[Tensor]:
     """Rows of each view as panels [K, ceil(D / 16), N, 16], all of them in bf16 or all in `dtype`."""
     kind = torch.bfloat16 if all(table.dtype == torch.bfloat16 for table in tables) else dtype
-    found = []
+    views = []
     for table, own in zip(tables, rows):
         if table.dtype != kind or table.stride(2) != 1:
             table, own = (table if own is None else table.index_select(0, own)).to(kind).contiguous(), None
-        items, (_, layers, width) = len(table) if own is None else len(own), table.shape
-        panels = memory.empty(kind, layers, _count(width), items, PANEL)
-        shape = (table.element_size(), table.stride(0), table.stride(1))
-        own = None if own is None else own.contiguous()
+        views.append((table, None if own is None else own.contiguous()))
+    items, (_, layers, width) = len(tables[0]) if rows[0] is None else len(rows[0]), tables[0].shape
+    found = [memory.empty(kind, layers, _count(width), items, PANEL) for _ in views]
+    gather = library().gather_panels
+    gather.argtypes = [ctypes.c_void_p, ctypes.c_int32, *[ctypes.c_int64] * 2, ctypes.c_void_p, *[ctypes.c_int32] * 5]
+    gather.argtypes += [ctypes.c_void_p]
 
-        def work(piece: tuple[int, int], table=table, own=own, shape=shape, panels=panels) -> None:
-            size, *strides = shape
-            library().gather_panels(
-                ctypes.c_void_p(table.data_ptr()),
-                ctypes.c_int32(size),
-                *map(ctypes.c_int64, strides),
-                ctypes.c_void_p(_pointer(own)),
-                *map(ctypes.c_int32, (table.shape[1], table.shape[2], panels.shape[2], *piece)),
-                ctypes.c_void_p(panels.data_ptr()),
-            )
+    def work(piece: tuple[int, int]) -> None:
+        for (table, own), panels in zip(views, found):
+            strides = kind.itemsize, table.stride(0), table.stride(1)
+            gather(table.data_ptr(), *strides, _pointer(own), layers, width, items, *piece, panels.data_ptr())
 
-        at_once(work, _halves(items), WORKERS)
-        found.append(panels)
+    at_once(work, halves(items), WORKERS)
     return found
 
 
 def _pieces(towers: int, items: int, split: bool) -> list[list[_Piece]]:
     """Each worker's share."""
-    halves = _halves(items)
-    if len(halves) == 1:
+    parts = halves(items)
+    if len(parts) == 1:
         return [[_Piece(tower, 0, items) for tower in range(towers)]]
     whole = 0 if split else towers - towers % WORKERS
     return [
         [_Piece(tower, 0, items) for tower in range(worker, whole, WORKERS)]
-        + [_Piece(tower, *halves[worker]) for tower in range(whole, towers)]
+        + [_Piece(tower, *parts[worker]) for tower in range(whole, towers)]
         for worker in range(WORKERS)
     ]
-
-
-def _halves(items: int) -> list[tuple[int, int]]:
-    """(start, count) of each worker's items."""
-    if items < FEWEST_ITEMS or cores() < WORKERS:
-        return [(0, items)]
-    middle = items // 2
-    return [(0, middle), (middle, items - middle)]
 
 
 def _empty_gradients(kept: _Kept, gated: bool) -> dict[str, Tensor]:
@@ -299,7 +259,3 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
     return (ctypes.c_void_p * 2)(*map(_pointer, tensors))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

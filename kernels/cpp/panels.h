@@ -48,6 +48,26 @@ template <class T> inline T sum(const Row<T> &row) {
     return out;
 }
 
+template <class T> inline T sum(const T *a, long count) {
+    Vector<T> total = {};
+    long i = 0;
+    for (; i + LANES<T> <= count; i += LANES<T>) total += *(const Vector<T> *)(a + i);
+    T out = 0;
+    for (int lane = 0; lane < LANES<T>; lane++) out += total[lane];
+    for (; i < count; i++) out += a[i];
+    return out;
+}
+
+template <class T> inline T dot(const T *a, const T *b, long count) {
+    Vector<T> total = {};
+    long i = 0;
+    for (; i + LANES<T> <= count; i += LANES<T>) total += *(const Vector<T> *)(a + i) * *(const Vector<T> *)(b + i);
+    T out = 0;
+    for (int lane = 0; lane < LANES<T>; lane++) out += total[lane];
+    for (; i < count; i++) out += a[i] * b[i];
+    return out;
+}
+
 inline int panels(int columns) { return (columns + PANEL - 1) / PANEL; }
 inline int smaller(int a, int b) { return a < b ? a : b; }
 

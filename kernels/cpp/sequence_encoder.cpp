@@ -1,0 +1,332 @@
+// SASRec over packed rows, forward and backward: what `sasrec.SASRec.forward` computes. A part is the rows of some users.
+#include <cmath>
+
+#include "matrices.h"
+
+namespace {
+
+// Weights of a block, or their gradients, in the order of `SequenceBlock` in sequence_encoder_native.py.
+template <class T> struct Block {
+    T *query, *key, *value, *output;              // [d, d]
+    T *attention_scale, *attention_shift;         // [d]
+    T *feed_in, *feed_in_bias;                    // [f, d], [f]
+    T *feed_out, *feed_out_bias;                  // [d, f], [d]
+    T *feed_scale, *feed_shift;                   // [d]
+};
+
+// What the caller fills in: row-major matrices of `rows` rows, all of one part.
+template <class T> struct Encoder {
+    int32_t rows, width, hidden, heads, blocks, length, positions, drops;  // R, d, f; drops: whether there is dropout
+    const int64_t *slots;    // [R] ascending: user * length + position
+    const int64_t *users;    // numbers of the grid's users
+    uint32_t prefix, threshold;
+    double keep_scale, epsilon;
+    const T *x;              // [R, d]
+    const T *position, *scale, *shift;  // [positions, d], [d]
+    const Block<T> *weights;
+    T *states;               // [R, d]
+    T *memory;               // of `sequence_memory` numbers
+    const T *upstream;       // [R, d]
+    T *of_x, *of_position, *of_scale, *of_shift;
+    const Block<T> *of_weights;
+};
+
+constexpr int SITES_PER_BLOCK = 3;
+
+inline uint32_t mixed(uint32_t h) {
+    h = (h ^ (h >> 16)) * 0x7FEB352Du;
+    h = (h ^ (h >> 15)) * 0x846CA68Bu;
+    return h ^ (h >> 16);
+}
+inline uint32_t absorbed(uint32_t h, uint32_t field) { return mixed(h ^ field * 0x9E3779B1u); }
+
+// A layer norm's normalised rows [R, d], and one over each row's deviation.
+template <class T> struct Norm {
+    T *normalised, *inverse;
+};
+
+template <class T> struct KeptBlock {
+    T *projections;             // [R, 3 d]: queries, keys, values
+    T *weights, *weight_drops;  // of attention: for each row, head by head, those of the user's rows up to it
+    T *attended, *attended_drops;
+    Norm<T> attention_norm;
+    T *middle;                  // [R, d], after attention
+    T *fed;                     // [R, f], after the ReLU
+    T *fed_drops;
+    Norm<T> feed_norm;
+    T *out;                     // [R, d]
+};
+
+template <class T> class Sequences {
+  public:
+    explicit Sequences(const Encoder<T> &encoder) : e(encoder), d(e.width), pairs(0), longest(0) {
+        for (int row = 0, first = 0; row < e.rows; row++) {
+            if (e.slots[row] / e.length != e.slots[first] / e.length) first = row;
+            const long seen = row - first + 1;
+            pairs += seen;
+            longest = seen > longest ? seen : longest;
+        }
+    }
+
+    // Numbers that forward leaves for backward, and both need to work in.
+    int64_t memory() {
+        T *end = place(nullptr);
+        return end - (T *)nullptr;
+    }
+
+    void forward() {
+        place(e.memory);
+        for (int row = 0; row < e.rows; row++) {
+            const T *position = e.position + at(row) * d;
+            for (int c = 0; c < d; c++) work[(long)row * d + c] = e.x[(long)row * d + c] + position[c];
+        }
+        draw(input_drops, 0);
+        normalise(work, first_norm, e.scale, e.shift, placed);
+        scaled(placed, placed, input_drops);
+        const T *x = placed;
+        for (int b = 0; b < e.blocks; b++) {
+            const Block<T> &w = e.weights[b];
+            KeptBlock<T> &k = kept[b];
+            const int site = 1 + SITES_PER_BLOCK * b;
+            draw(k.attended_drops, site + 1);
+            draw(k.fed_drops, site + 2);
+            linear(e.rows, x, d, w.query, (T *)nullptr, d, k.projections, 3 * d, packed);
+            linear(e.rows, x, d, w.key, (T *)nullptr, d, k.projections + d, 3 * d, packed);
+            linear(e.rows, x, d, w.value, (T *)nullptr, d, k.projections + 2 * d, 3 * d, packed);
+            attend(k, site);
+            linear(e.rows, k.attended, d, w.output, (T *)nullptr, d, work, d, packed);
+            joined(x, work, k.attended_drops);
+            normalise(work, k.attention_norm, w.attention_scale, w.attention_shift, k.middle);
+            linear(e.rows, k.middle, d, w.feed_in, w.feed_in_bias, e.hidden, k.fed, e.hidden, packed);
+            for (long i = 0; i < (long)e.rows * e.hidden; i++) k.fed[i] = k.fed[i] < 0 ? T(0) : k.fed[i];
+            linear(e.rows, k.fed, e.hidden, w.feed_out, w.feed_out_bias, d, work, d, packed);
+            joined(k.middle, work, k.fed_drops);
+            normalise(work, k.feed_norm, w.feed_scale, w.feed_shift, b + 1 < e.blocks ? k.out : e.states);
+            x = k.out;
+        }
+        if (!e.blocks) std::memcpy(e.states, placed, sizeof(T) * e.rows * d);
+    }
+
+    void backward() {
+        place(e.memory);
+        const long size = (long)e.rows * d;
+        T *gradient = work;
+        std::memcpy(gradient, e.upstream, sizeof(T) * size);
+        for (int b = e.blocks - 1; b >= 0; b--) {
+            const Block<T> &w = e.weights[b], &of = e.of_weights[b];
+            const KeptBlock<T> &k = kept[b];
+            const T *x = b ? kept[b - 1].out : placed;
+            normalise_backward(gradient, k.feed_norm, w.feed_scale, of.feed_scale, of.feed_shift);
+            scaled(branch, gradient, k.fed_drops);
+            std::memset(of_fed, 0, sizeof(T) * e.rows * e.hidden);
+            linear_backward(e.rows, k.fed, e.hidden, w.feed_out, d, branch, d, of_fed, of.feed_out, of.feed_out_bias);
+            for (long i = 0; i < (long)e.rows * e.hidden; i++) of_fed[i] = k.fed[i] <= 0 ? T(0) : of_fed[i];
+            linear_backward(e.rows, k.middle, d, w.feed_in, e.hidden, of_fed, e.hidden, gradient, of.feed_in, of.feed_in_bias);
+            normalise_backward(gradient, k.attention_norm, w.attention_scale, of.attention_scale, of.attention_shift);
+            scaled(branch, gradient, k.attended_drops);
+            T *of_attended = of_fed;
+            std::memset(of_attended, 0, sizeof(T) * size);
+            linear_backward(e.rows, k.attended, d, w.output, d, branch, d, of_attended, of.output, (T *)nullptr);
+            attend_backward(k, of_attended);
+            linear_backward(e.rows, x, d, w.query, d, of_projections, 3 * d, gradient, of.query, (T *)nullptr);
+            linear_backward(e.rows, x, d, w.key, d, of_projections + d, 3 * d, gradient, of.key, (T *)nullptr);
+            linear_backward(e.rows, x, d, w.value, d, of_projections + 2 * d, 3 * d, gradient, of.value, (T *)nullptr);
+        }
+        scaled(gradient, gradient, input_drops);
+        normalise_backward(gradient, first_norm, e.scale, e.of_scale, e.of_shift);
+        std::memcpy(e.of_x, gradient, sizeof(T) * size);
+        std::memset(e.of_position, 0, sizeof(T) * e.positions * d);
+        for (int row = 0; row < e.rows; row++)
+            for (int c = 0; c < d; c++) e.of_position[at(row) * d + c] += gradient[(long)row * d + c];
+    }
+
+  private:
+    static constexpr int MOST_BLOCKS = 64;
+    const Encoder<T> &e;
+    const long d;
+    long pairs;    // of a row and one that it attends to
+    long longest;  // history
+    KeptBlock<T> kept[MOST_BLOCKS];
+    Norm<T> first_norm;
+    T *placed, *input_drops, *work, *branch, *of_fed, *of_projections, *of_weights, *packed;
+
+    // Lays the matrices out one after the other; returns where they end.
+    T *place(T *next) {
+        auto take = [&](long count) {
+            T *own = next;
+            next += (count + PANEL - 1) / PANEL * PANEL;
+            return own;
+        };
+        const long rows = e.rows;
+        first_norm = {take(rows * d), take(rows)};
+        placed = take(rows * d);
+        input_drops = e.drops ? take(rows * d) : nullptr;
+        for (int b = 0; b < e.blocks; b++) {
+            KeptBlock<T> &k = kept[b];
+            k.projections = take(3 * rows * d);
+            k.weights = take(pairs * e.heads);
+            k.weight_drops = e.drops ? take(pairs * e.heads) : nullptr;
+            k.attended = take(rows * d);
+            k.attended_drops = e.drops ? take(rows * d) : nullptr;
+            k.attention_norm = {take(rows * d), take(rows)};
+            k.middle = take(rows * d);
+            k.fed = take(rows * e.hidden);
+            k.fed_drops = e.drops ? take(rows * d) : nullptr;
+            k.feed_norm = {take(rows * d), take(rows)};
+            k.out = take(rows * d);
+        }
+        work = take(rows * d);
+        branch = take(rows * d);
+        of_fed = take(rows * (e.hidden > d ? e.hidden : d));
+        of_projections = take(3 * rows * d);
+        of_weights = take(longest);
+        packed = take((long)PANEL * (e.hidden > d ? e.hidden : d));
+        return next;
+    }
+
+    // A row's position among all that the model knows: histories are right-aligned.
+    long at(int row) const { return e.slots[row] % e.length + e.positions - e.length; }
+
+    uint32_t row_hash(uint32_t site, int row) const {
+        return absorbed(absorbed(absorbed(e.prefix, site), (uint32_t)e.users[e.slots[row] / e.length]), (uint32_t)at(row));
+    }
+
+    void draw(T *factors, uint32_t site) const {
+        if (!factors) return;
+        for (int row = 0; row < e.rows; row++) {
+            const uint32_t hash = row_hash(site, row);
+            for (uint32_t c = 0; c < (uint32_t)d; c++)
+                factors[row * d + c] = absorbed(hash, c) >= e.threshold ? T(e.keep_scale) : T(0);
+        }
+    }
+
+    void scaled(T *to, const T *from, const T *factors) const {
+        const long size = (long)e.rows * d;
+        if (factors)
+            for (long i = 0; i < size; i++) to[i] = from[i] * factors[i];
+        else if (to != from) std::memcpy(to, from, sizeof(T) * size);
+    }
+
+    // branch = x + branch * factors.
+    void joined(const T *x, T *branch, const T *factors) const {
+        for (long i = 0; i < (long)e.rows * d; i++) branch[i] = x[i] + (factors ? branch[i] * factors[i] : branch[i]);
+    }
+
+    void normalise(const T *x, const Norm<T> &norm, const T *scale, const T *shift, T *to) const {
+        for (int row = 0; row < e.rows; row++, x += d, to += d) {
+            T *normalised = norm.normalised + row * d;
+            const T mean = sum(x, d) / d;
+            for (int c = 0; c < d; c++) normalised[c] = x[c] - mean;
+            const T inverse = 1 / std::sqrt(dot(normalised, normalised, d) / d + T(e.epsilon));
+            norm.inverse[row] = inverse;
+            for (int c = 0; c < d; c++) {
+                normalised[c] *= inverse;
+                to[c] = normalised[c] * scale[c] + shift[c];
+            }
+        }
+    }
+
+    // In place: the gradient of a norm's output becomes that of its input.
+    void normalise_backward(T *gradient, const Norm<T> &norm, const T *scale, T *of_scale, T *of_shift) const {
+        std::memset(of_scale, 0, sizeof(T) * d);
+        std::memset(of_shift, 0, sizeof(T) * d);
+        for (int row = 0; row < e.rows; row++, gradient += d) {
+            const T *normalised = norm.normalised + row * d;
+            for (int c = 0; c < d; c++) {
+                of_scale[c] += gradient[c] * normalised[c];
+                of_shift[c] += gradient[c];
+                gradient[c] *= scale[c];
+            }
+            const T mean = sum(gradient, d) / d, slope = dot(gradient, normalised, d) / d;
+            for (int c = 0; c < d; c++) gradient[c] = norm.inverse[row] * (gradient[c] - mean - normalised[c] * slope);
+        }
+    }
+
+    // Calls of each row with the first of its user's rows, and where its attention weights begin.
+    template <class F> void each_row(F f) const {
+        long begin = 0;
+        for (int row = 0, first = 0; row < e.rows; row++) {
+            if (e.slots[row] / e.length != e.slots[first] / e.length) first = row;
+            f(row, first, begin);
+            begin += (long)(row - first + 1) * e.heads;
+        }
+    }
+
+    void attend(KeptBlock<T> &k, int site) const {
+        const long wide = 3 * d, part = d / e.heads;
+        const T root = 1 / std::sqrt(T(part));
+        each_row([&](int row, int first, long begin) {
+            const int seen = row - first + 1;
+            const uint32_t hash = e.drops ? row_hash(site, row) : 0;
+            T *to = k.attended + row * d;
+            std::memset(to, 0, sizeof(T) * d);
+            for (int head = 0; head < e.heads; head++) {
+                T *weights = k.weights + begin + (long)head * seen;
+                const T *query = k.projections + row * wide + head * part;
+                T most = -INFINITY, total = 0;
+                for (int i = 0; i < seen; i++) {
+                    weights[i] = root * dot(query, k.projections + (first + i) * wide + d + head * part, part);
+                    most = weights[i] > most ? weights[i] : most;
+                }
+                for (int i = 0; i < seen; i++) total += weights[i] = std::exp(weights[i] - most);
+                for (int i = 0; i < seen; i++) {
+                    weights[i] /= total;
+                    T factor = 1;
+                    if (e.drops) {
+                        const uint32_t channel = head * e.positions + at(first + i);
+                        factor = absorbed(hash, channel) >= e.threshold ? T(e.keep_scale) : T(0);
+                        k.weight_drops[begin + (long)head * seen + i] = factor;
+                    }
+                    const T *value = k.projections + (first + i) * wide + 2 * d + head * part;
+                    const T dropped = weights[i] * factor;
+                    for (int c = 0; c < part; c++) to[head * part + c] += dropped * value[c];
+                }
+            }
+        });
+    }
+
+    void attend_backward(const KeptBlock<T> &k, const T *of_attended) const {
+        const long wide = 3 * d, part = d / e.heads;
+        const T root = 1 / std::sqrt(T(part));
+        std::memset(of_projections, 0, sizeof(T) * e.rows * wide);
+        each_row([&](int row, int first, long begin) {
+            const int seen = row - first + 1;
+            for (int head = 0; head < e.heads; head++) {
+                const long offset = begin + (long)head * seen;
+                const T *weights = k.weights + offset, *above = of_attended + row * d + head * part;
+                const T *query = k.projections + row * wide + head * part;
+                T *of_query = of_projections + row * wide + head * part;
+                T common = 0;
+                for (int i = 0; i < seen; i++) {
+                    const T factor = e.drops ? k.weight_drops[offset + i] : T(1);
+                    const T *value = k.projections + (first + i) * wide + 2 * d + head * part;
+                    T *of_value = of_projections + (first + i) * wide + 2 * d + head * part;
+                    const T dropped = weights[i] * factor;
+                    for (int c = 0; c < part; c++) of_value[c] += dropped * above[c];
+                    of_weights[i] = dot(above, value, part) * factor;
+                    common += weights[i] * of_weights[i];
+                }
+                for (int i = 0; i < seen; i++) {
+                    const T of_score = weights[i] * (of_weights[i] - common) * root;
+                    const T *key = k.projections + (first + i) * wide + d + head * part;
+                    T *of_key = of_projections + (first + i) * wide + d + head * part;
+                    for (int c = 0; c < part; c++) {
+                        of_query[c] += of_score * key[c];
+                        of_key[c] += of_score * query[c];
+                    }
+                }
+            }
+        });
+    }
+};
+
+}  // namespace
+
+extern "C" {
+int64_t sequence_memory_float32(const Encoder<float> *encoder) { return Sequences<float>(*encoder).memory(); }
+int64_t sequence_memory_float64(const Encoder<double> *encoder) { return Sequences<double>(*encoder).memory(); }
+void sequence_forward_float32(const Encoder<float> *encoder) { Sequences<float>(*encoder).forward(); }
+void sequence_forward_float64(const Encoder<double> *encoder) { Sequences<double>(*encoder).forward(); }
+void sequence_backward_float32(const Encoder<float> *encoder) { Sequences<float>(*encoder).backward(); }
+void sequence_backward_float64(const Encoder<double> *encoder) { Sequences<double>(*encoder).backward(); }
+}

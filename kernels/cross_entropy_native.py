@@ -1,0 +1,115 @@
+"""The debiased in-batch cross-entropy on a CPU by C++: `cpp/cross_entropy.cpp`, two workers with half the rows each."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .host import at_once, halves
+from .memory import Memory
+from .native import dtype_name, library
+
+PANEL = 16  # what the width must be a multiple of
+DTYPES = (torch.float32, torch.float64)
+WORKERS = 2
+
+
+def row_losses(
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    row_users: Tensor | None,
+    history_bits: Tensor | None,
+    log_multiplicity: Tensor | None,
+    log_popularity: Tensor | None,
+) -> Tensor:
+    """`reference.row_losses` for queries and items that `takes` accepts; no gradient flows to the last two. Not
+    differentiable twice."""
+    column = log_multiplicity
+    if log_popularity is not None:
+        column = -log_popularity if column is None else column - log_popularity
+    constants = _Constants(targets, row_users, history_bits, column, log_popularity)
+    kept = _Constants(*(None if each is None else each.contiguous() for each in constants))
+    return _RowLosses.apply(kept, queries, items)
+
+
+def takes(queries: Tensor, items: Tensor, *constants: Tensor | None) -> bool:
+    """Whether the C++ knows these tensors: of one dtype, and a width in whole panels."""
+    same = {each.dtype for each in (queries, items, *constants) if each is not None}
+    fixed = not any(each is not None and each.requires_grad for each in constants)
+    return same <= {queries.dtype} and queries.dtype in DTYPES and queries.shape[1] % PANEL == 0 and fixed
+
+
+class _Constants(NamedTuple):
+    targets: Tensor
+    row_users: Tensor | None
+    history_bits: Tensor | None
+    column: Tensor | None  # [V]: log m - log p
+    popularity: Tensor | None  # [V]: log p
+
+
+class _Arguments(ctypes.Structure):
+    """`Loss` of cpp/cross_entropy.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("rows", "items", "width", "words")),
+        *((name, ctypes.c_void_p) for name in ("queries", "vectors", "targets", "row_users", "history_bits")),
+        *((name, ctypes.c_void_p) for name in ("column", "popularity", "probabilities", "losses", "upstream")),
+        *((name, ctypes.c_void_p) for name in ("of_queries", "of_vectors")),
+    ]
+
+
+class _RowLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, constants: _Constants, queries: Tensor, items: Tensor) -> Tensor:
+        queries, items, memory = queries.contiguous(), items.contiguous(), Memory()
+        losses = queries.new_empty(len(queries))
+        wide = -(-len(items) // PANEL) * PANEL
+        probabilities = memory.empty(queries.dtype, len(queries), wide)
+        run = getattr(library(), f"loss_forward_{dtype_name(queries.dtype)}")
+        parts = [_arguments(constants, queries, items, probabilities, losses, part) for part in halves(len(queries))]
+        at_once(lambda part: run(ctypes.byref(part)), parts, WORKERS)
+        ctx.constants, ctx.memory, ctx.parts = constants, memory, parts
+        ctx.save_for_backward(queries, items)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[None, Tensor, Tensor]:
+        queries, items = ctx.saved_tensors
+        upstream, of_queries = upstream.contiguous(), torch.empty_like(queries)
+        of_items = [torch.empty_like(items) for _ in ctx.parts]
+        run = getattr(library(), f"loss_backward_{dtype_name(queries.dtype)}")
+        for (start, _), part, own in zip(halves(len(queries)), ctx.parts, of_items):
+            part.upstream, part.of_queries = upstream[start:].data_ptr(), of_queries[start:].data_ptr()
+            part.of_vectors = own.data_ptr()
+        at_once(lambda part: run(ctypes.byref(part)), ctx.parts, WORKERS)
+        total, *others = of_items
+        for other in others:
+            total += other
+        return None, of_queries, total
+
+
+def _arguments(
+    constants: _Constants, queries: Tensor, items: Tensor, probabilities: Tensor, losses: Tensor, part: tuple[int, int]
+) -> _Arguments:
+    start, count = part
+    users, bits = constants.row_users, constants.history_bits
+    return _Arguments(
+        rows=count,
+        items=len(items),
+        width=items.shape[1],
+        words=0 if bits is None else bits.shape[1],
+        queries=queries[start:].data_ptr(),
+        vectors=items.data_ptr(),
+        targets=constants.targets[start:].data_ptr(),
+        row_users=None if users is None else users[start:].data_ptr(),
+        history_bits=None if bits is None else bits.data_ptr(),
+        column=None if constants.column is None else constants.column.data_ptr(),
+        popularity=None if constants.popularity is None else constants.popularity.data_ptr(),
+        probabilities=probabilities[start:].data_ptr(),
+        losses=losses[start:].data_ptr(),
+    )

@@ -1,0 +1,175 @@
+"""SASRec's training on a CPU by C++: `cpp/sequence_encoder.cpp`, two workers, each with the rows of half the users."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .host import FEWEST_ROWS, at_once, cores
+from .memory import Memory
+from .native import dtype_name, library
+
+DTYPES = (torch.float32, torch.float64)
+PANEL = 16  # what widths must be a multiple of
+MOST_BLOCKS = 64
+WORKERS = 2
+OUTER = 3  # weights before the blocks' own
+BLOCK = 12  # weights of a block
+FEED_IN = 6  # the place of the feed-forward's first weight among them
+
+
+class SequenceGrid(NamedTuple):
+    """Where packed rows stand: on a grid of users and positions."""
+
+    slots: Tensor  # int64 [R] ascending: user * length + position
+    length: int  # positions of the grid
+
+
+class SequenceDropout(NamedTuple):
+    """A step's stateless dropout, as `iisan_fast.dropout` defines its hash."""
+
+    prefix: int  # the hash of seed and step
+    threshold: int  # of 2^32: hashes below it drop
+    scale: float  # of what is kept
+    users: Tensor  # int64: the numbers of the grid's users
+
+
+class SequenceWeights(NamedTuple):
+    """SASRec's weights: position [P, d], scale and shift [d] of the first norm; then for each block query, key, value,
+    output [d, d], scale and shift of a norm [d], feed-forward [f, d], [f], [d, f], [d], scale and shift of a norm."""
+
+    tensors: list[Tensor]
+    heads: int
+    epsilon: float  # of the norms
+
+
+def sequence_encoder(
+    x: Tensor, weights: SequenceWeights, grid: SequenceGrid, dropout: SequenceDropout | None
+) -> Tensor:
+    """SASRec's states [R, d] after each of the rows x [R, d] of right-aligned histories, for weights that `takes`
+    accepts. Not differentiable twice."""
+    settings = _Settings(grid, dropout, weights.heads, weights.epsilon)
+    return _Encoder.apply(settings, x, *weights.tensors)
+
+
+def takes(weights: SequenceWeights) -> bool:
+    """Whether the C++ knows these widths and this dtype."""
+    position, blocks = weights.tensors[0], len(weights.tensors) // BLOCK
+    hidden = [weights.tensors[i].shape[0] for i in range(OUTER + FEED_IN, len(weights.tensors), BLOCK)]
+    fits = all(width % PANEL == 0 for width in [position.shape[1], *hidden])
+    return fits and position.dtype in DTYPES and 1 <= blocks <= MOST_BLOCKS
+
+
+class _Settings(NamedTuple):
+    grid: SequenceGrid
+    dropout: SequenceDropout | None
+    heads: int
+    epsilon: float
+
+
+class _Block(ctypes.Structure):
+    """`Block` of cpp/sequence_encoder.cpp."""
+
+    _fields_ = [(f"weight_{i}", ctypes.c_void_p) for i in range(BLOCK)]
+
+
+class _Arguments(ctypes.Structure):
+    """`Encoder` of cpp/sequence_encoder.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("rows", "width", "hidden", "heads")),
+        *((name, ctypes.c_int32) for name in ("blocks", "length", "positions", "drops")),
+        *((name, ctypes.c_void_p) for name in ("slots", "users")),
+        *((name, ctypes.c_uint32) for name in ("prefix", "threshold")),
+        *((name, ctypes.c_double) for name in ("keep_scale", "epsilon")),
+        *((name, ctypes.c_void_p) for name in ("x", "position", "scale", "shift")),
+        ("weights", ctypes.POINTER(_Block)),
+        *((name, ctypes.c_void_p) for name in ("states", "memory", "upstream")),
+        *((name, ctypes.c_void_p) for name in ("of_x", "of_position", "of_scale", "of_shift")),
+        ("of_weights", ctypes.POINTER(_Block)),
+    ]
+
+
+class _Encoder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, settings: _Settings, x: Tensor, *weights: Tensor) -> Tensor:
+        weights = tuple(weight.contiguous() for weight in weights)
+        x, states, memory = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), Memory()
+        name = dtype_name(x.dtype)
+        measure, run = (getattr(library(), f"sequence_{verb}_{name}") for verb in ("memory", "forward"))
+        measure.restype = ctypes.c_int64
+        parts = []
+        for start, end in _parts(settings.grid):
+            part = _arguments(settings, weights, x, start, end)
+            part.memory = memory.empty(x.dtype, measure(ctypes.byref(part))).data_ptr()
+            part.states = states[start:].data_ptr()
+            parts.append(part)
+        at_once(lambda part: run(ctypes.byref(part)), parts, WORKERS)
+        ctx.parts, ctx.memory, ctx.settings, ctx.name = parts, memory, settings, name
+        ctx.save_for_backward(x, *weights)  # what the parts point to
+        return states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        upstream, of_x = upstream.contiguous(), torch.empty_like(x)
+        run = getattr(library(), f"sequence_backward_{ctx.name}")
+        found, starts = [], [start for start, _ in _parts(ctx.settings.grid)]
+        for start, part in zip(starts, ctx.parts):
+            gradients = [torch.empty_like(weight) for weight in weights]
+            part.of_position, part.of_scale, part.of_shift = (each.data_ptr() for each in gradients[:OUTER])
+            part.of_weights = _blocks(gradients)
+            part.of_x, part.upstream = of_x[start:].data_ptr(), upstream[start:].data_ptr()
+            found.append(gradients)
+        at_once(lambda part: run(ctypes.byref(part)), ctx.parts, WORKERS)
+        first, *others = found
+        for other in others:
+            for total, more in zip(first, other):
+                total += more
+        return None, of_x, *first
+
+
+def _arguments(settings: _Settings, weights: Sequence[Tensor], x: Tensor, start: int, end: int) -> _Arguments:
+    grid, dropout, blocks = settings.grid, settings.dropout, _blocks(weights)
+    drops: dict[str, Any] = {}
+    if dropout is not None:
+        drops = {"drops": 1, "prefix": dropout.prefix, "threshold": dropout.threshold, "keep_scale": dropout.scale}
+        drops["users"] = dropout.users.data_ptr()
+    return _Arguments(
+        rows=end - start,
+        width=x.shape[1],
+        hidden=len(weights[OUTER + FEED_IN]),
+        heads=settings.heads,
+        blocks=len(blocks),
+        length=grid.length,
+        positions=len(weights[0]),
+        epsilon=settings.epsilon,
+        slots=grid.slots[start:].data_ptr(),
+        x=x[start:].data_ptr(),
+        position=weights[0].data_ptr(),
+        scale=weights[1].data_ptr(),
+        shift=weights[2].data_ptr(),
+        weights=blocks,
+        **drops,
+    )
+
+
+def _blocks(weights: Sequence[Tensor]) -> ctypes.Array:
+    """Pointers to the blocks' weights."""
+    own = [weights[i : i + BLOCK] for i in range(OUTER, len(weights), BLOCK)]
+    return (_Block * len(own))(*(_Block(*(weight.data_ptr() for weight in block)) for block in own))
+
+
+def _parts(grid: SequenceGrid) -> list[tuple[int, int]]:
+    """(first row, row after the last) of each worker: whole users, about half of the rows each."""
+    rows = len(grid.slots)
+    if rows < FEWEST_ROWS or cores() < WORKERS:
+        return [(0, rows)]
+    user = int(grid.slots[rows // 2]) // grid.length
+    middle = int(torch.searchsorted(grid.slots, user * grid.length))
+    return [(0, middle), (middle, rows)]
