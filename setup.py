@@ -19,6 +19,7 @@ setup(
     python_requires=">=3.10",
     packages=["iisan_fast", "iisan_fast.bench", "iisan_fast.imports", "iisan_fast.kernels", "iisan_fast.cli"],
     package_dir={"iisan_fast": "iisan_fast", "iisan_fast.kernels": "kernels", "iisan_fast.cli": "cli"},
+    package_data={"iisan_fast.kernels": ["cpp/*"]},
     install_requires=[
         "click>=8.1",
         "lmdb>=1.4",

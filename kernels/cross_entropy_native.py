@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .host import at_once, halves
 from .memory import Memory
-from .native import dtype_name, library
+from .native import library
 
 PANEL = 16  # what the width must be a multiple of
 DTYPES = (torch.float32, torch.float64)
@@ -31,7 +31,7 @@ def row_losses(
     column = log_multiplicity
     if log_popularity is not None:
         column = -log_popularity if column is None else column - log_popularity
-    constants = _Constants(targets, row_users, history_bits, column, log_popularity)
+    constants = _Constants(targets, row_users, history_bits, column, log_multiplicity)
     kept = _Constants(*(None if each is None else each.contiguous() for each in constants))
     return _RowLosses.apply(kept, queries, items)
 
@@ -48,7 +48,7 @@ class _Constants(NamedTuple):
     row_users: Tensor | None
     history_bits: Tensor | None
     column: Tensor | None  # [V]: log m - log p
-    popularity: Tensor | None  # [V]: log p
+    multiplicity: Tensor | None  # [V]: log m
 
 
 class _Arguments(ctypes.Structure):
@@ -57,7 +57,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("rows", "items", "width", "words")),
         *((name, ctypes.c_void_p) for name in ("queries", "vectors", "targets", "row_users", "history_bits")),
-        *((name, ctypes.c_void_p) for name in ("column", "popularity", "probabilities", "losses", "upstream")),
+        *((name, ctypes.c_void_p) for name in ("column", "multiplicity", "probabilities", "losses", "upstream")),
         *((name, ctypes.c_void_p) for name in ("of_queries", "of_vectors")),
     ]
 
@@ -69,7 +69,7 @@ class _RowLosses(torch.autograd.Function):
         losses = queries.new_empty(len(queries))
         wide = -(-len(items) // PANEL) * PANEL
         probabilities = memory.empty(queries.dtype, len(queries), wide)
-        run = getattr(library(), f"loss_forward_{dtype_name(queries.dtype)}")
+        run = library(queries.dtype).loss_forward
         parts = [_arguments(constants, queries, items, probabilities, losses, part) for part in halves(len(queries))]
         at_once(lambda part: run(ctypes.byref(part)), parts, WORKERS)
         ctx.constants, ctx.memory, ctx.parts = constants, memory, parts
@@ -82,7 +82,7 @@ class _RowLosses(torch.autograd.Function):
         queries, items = ctx.saved_tensors
         upstream, of_queries = upstream.contiguous(), torch.empty_like(queries)
         of_items = [torch.empty_like(items) for _ in ctx.parts]
-        run = getattr(library(), f"loss_backward_{dtype_name(queries.dtype)}")
+        run = library(queries.dtype).loss_backward
         for (start, _), part, own in zip(halves(len(queries)), ctx.parts, of_items):
             part.upstream, part.of_queries = upstream[start:].data_ptr(), of_queries[start:].data_ptr()
             part.of_vectors = own.data_ptr()
@@ -109,7 +109,7 @@ def _arguments(
         row_users=None if users is None else users[start:].data_ptr(),
         history_bits=None if bits is None else bits.data_ptr(),
         column=None if constants.column is None else constants.column.data_ptr(),
-        popularity=None if constants.popularity is None else constants.popularity.data_ptr(),
+        multiplicity=None if constants.multiplicity is None else constants.multiplicity.data_ptr(),
         probabilities=probabilities[start:].data_ptr(),
         losses=losses[start:].data_ptr(),
     )

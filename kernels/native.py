@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -22,17 +23,20 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "cpp"
-FLAGS = ("-std=c++17", "-O3", "-g", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+SCALARS = {torch.float32: "float", torch.float64: "double"}  # a library each
 CACHE_VARIABLE = "IISAN_FAST_COMPILED"
+
+log = logging.getLogger("iisan_fast.kernels")
 
 
 class NoLibrary(Exception):
     """Why there is none, in one line."""
 
 
-def library() -> ctypes.CDLL:
-    """The compiled functions. Raises NoLibrary where they cannot be compiled or loaded."""
-    found = _library()
+def library(dtype: torch.dtype) -> ctypes.CDLL:
+    """The compiled functions for numbers of a dtype. Raises NoLibrary where they cannot be compiled or loaded."""
+    found = _library(dtype)
     if isinstance(found, str):
         raise NoLibrary(found)
     return found
@@ -40,22 +44,18 @@ def library() -> ctypes.CDLL:
 
 def why_not() -> str:
     """What keeps the library from this machine, or nothing."""
-    found = _library()
+    found = _library(torch.float32)
     return found if isinstance(found, str) else ""
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """How the functions for a dtype end."""
-    return str(dtype).removeprefix("torch.")
-
-
 @functools.cache
-def _library() -> ctypes.CDLL | str:
+def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
     """The library, or why there is none; asked once, since a compiler takes seconds."""
     try:
-        compiler = _compiler()
+        compiler = [*_compiler(), *FLAGS, f"-DSCALAR={SCALARS[dtype]}"]
         path = _folder() / f"iisan-fast-{_key(compiler)}.so"
         if not path.exists():
+            log.info("kernels: compiling C++ for this processor, once")
             _compile(compiler, path)
         return ctypes.CDLL(str(path))
     except NoLibrary as error:
@@ -84,8 +84,8 @@ def _folder() -> Path:
 def _key(compiler: list[str]) -> str:
     """What the library depends on: its sources, how they are compiled, and the processor."""
     parts = [path.name.encode() + path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    version = subprocess.run([*compiler, "--version"], capture_output=True).stdout
-    parts += [shlex.join([*compiler, *FLAGS]).encode(), version, _processor().encode()]
+    version = subprocess.run([compiler[0], "--version"], capture_output=True).stdout
+    parts += [shlex.join(compiler).encode(), version, _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -97,12 +97,21 @@ def _processor() -> str:
 
 
 def _compile(compiler: list[str], path: Path) -> None:
-    """Into a file of its own first: another process may be compiling the same, and either may be ended."""
+    """Into a folder of its own first: another process may be compiling the same, and either may be ended."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        sources = sorted(SOURCES.glob("*.cpp"))
+        objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+        _run([[*compiler, "-c", str(source), "-o", str(made)] for source, made in zip(sources, objects)])
         made = Path(folder) / path.name
-        command = [*compiler, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
-            raise NoLibrary(f"{compiler[0]} exits with {done.returncode}: {lines[0].strip()}")
+        _run([[*compiler, "-shared", *map(str, objects), "-o", str(made)]])
         os.replace(made, path)
+
+
+def _run(commands: list[list[str]]) -> None:
+    """All at once. Raises NoLibrary with the first error that one of them tells."""
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    told = [each.communicate()[1].splitlines() for each in running]
+    for process, lines in zip(running, told):
+        if process.returncode:
+            first = next((line for line in lines if "error" in line), lines[0] if lines else "nothing said")
+            raise NoLibrary(f"{process.args[0]} exits with {process.returncode}: {first.strip()}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .host import FEWEST_ROWS, at_once, cores
 from .memory import Memory
-from .native import dtype_name, library
+from .native import library
 
 DTYPES = (torch.float32, torch.float64)
 PANEL = 16  # what widths must be a multiple of
@@ -99,8 +99,7 @@ class _Encoder(torch.autograd.Function):
     def forward(ctx, settings: _Settings, x: Tensor, *weights: Tensor) -> Tensor:
         weights = tuple(weight.contiguous() for weight in weights)
         x, states, memory = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), Memory()
-        name = dtype_name(x.dtype)
-        measure, run = (getattr(library(), f"sequence_{verb}_{name}") for verb in ("memory", "forward"))
+        measure = library(x.dtype).sequence_memory
         measure.restype = ctypes.c_int64
         parts = []
         for start, end in _parts(settings.grid):
@@ -108,8 +107,8 @@ class _Encoder(torch.autograd.Function):
             part.memory = memory.empty(x.dtype, measure(ctypes.byref(part))).data_ptr()
             part.states = states[start:].data_ptr()
             parts.append(part)
-        at_once(lambda part: run(ctypes.byref(part)), parts, WORKERS)
-        ctx.parts, ctx.memory, ctx.settings, ctx.name = parts, memory, settings, name
+        at_once(lambda part: library(x.dtype).sequence_forward(ctypes.byref(part)), parts, WORKERS)
+        ctx.parts, ctx.memory, ctx.settings = parts, memory, settings
         ctx.save_for_backward(x, *weights)  # what the parts point to
         return states
 
@@ -118,7 +117,7 @@ class _Encoder(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         upstream, of_x = upstream.contiguous(), torch.empty_like(x)
-        run = getattr(library(), f"sequence_backward_{ctx.name}")
+        run = library(x.dtype).sequence_backward
         found, starts = [], [start for start, _ in _parts(ctx.settings.grid)]
         for start, part in zip(starts, ctx.parts):
             gradients = [torch.empty_like(weight) for weight in weights]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .host import at_once, halves
 from .memory import Memory
-from .native import dtype_name, library
+from .native import library
 from .reference import GATE_TEMPERATURE, States, Tower
 from .side_network_host import PARAMETERS, mixes
 
@@ -120,7 +120,7 @@ class _SideTowers(torch.autograd.Function):
         kept = _kept(settings, tables, parameters, memory)
         split = any(ctx.needs_input_grad[1 : 1 + count])  # towers add to their views' gradients
         ctx.pieces = _pieces(len(kept), kept[0].inputs.shape[2], split)
-        run = getattr(library(), f"side_forward_{dtype_name(parameters[1].dtype)}")
+        run = library(parameters[1].dtype).side_forward
 
         # Not kept for the backward: a node that held its own outputs would never be freed.
         projected = [_projected(each) for each in kept]
@@ -143,7 +143,7 @@ class _SideTowers(torch.autograd.Function):
         layers, _, width = kept[0].down_weight.shape
         of_views = [upstream[0].new_zeros(kept[0].inputs.shape[2], layers, width) if want else None for want in wanted]
         upstream = [gradient.contiguous() for gradient in upstream]
-        run = getattr(library(), f"side_backward_{dtype_name(parameters[1].dtype)}")
+        run = library(parameters[1].dtype).side_backward
 
         def work(pieces: list[_Piece]) -> list[tuple[int, dict[str, Tensor]]]:
             found = []
@@ -203,7 +203,7 @@ def _panels(
         views.append((table, None if own is None else own.contiguous()))
     items, (_, layers, width) = len(tables[0]) if rows[0] is None else len(rows[0]), tables[0].shape
     found = [memory.empty(kind, layers, _count(width), items, PANEL) for _ in views]
-    gather = library().gather_panels
+    gather = library(dtype).gather_panels
     gather.argtypes = [ctypes.c_void_p, ctypes.c_int32, *[ctypes.c_int64] * 2, ctypes.c_void_p, *[ctypes.c_int32] * 5]
     gather.argtypes += [ctypes.c_void_p]
 
@@ -245,8 +245,7 @@ def _projected(kept: _Kept) -> Tensor | None:
 
 def _natural(kept: _Kept) -> Tensor:
     """The output [N, D] out of its panels."""
-    output = kept.inputs[-1].transpose(0, 1)
-    return output.reshape(len(output), -1)[:, : kept.down_weight.shape[2]].contiguous()
+    return kept.inputs[-1].transpose(0, 1).flatten(1)[:, : kept.down_weight.shape[2]].contiguous()
 
 
 def _count(columns: int) -> int:

@@ -24,6 +24,7 @@ from iisan_fast.batches import Batch, Shape, make_batch
 from iisan_fast.bench.dense import DenseTrainer
 from iisan_fast.config import ModelConfig
 from iisan_fast.feature_table import FeatureTable, PinnedTable, load_table
+from iisan_fast.kernels import native
 from iisan_fast.loader import prepared
 from iisan_fast.recommender import Recommender
 from iisan_fast.sequences import Sequences
@@ -138,11 +139,15 @@ def from_mapped(step: Step) -> Result:
             return _differentiated(model, model.loss(found.batch, found.states))
 
 
-def from_reference_ops(step: Step) -> Result:
-    """The ops' specification in place of their host forms."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(kernels.BACKEND_VARIABLE, "torch")
-        return from_recommender(step)
+def by_backend(name: str) -> Callable[[Step], Result]:
+    """The step with what the name of a backend stands for."""
+
+    def run(step: Step) -> Result:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(kernels.BACKEND_VARIABLE, name)
+            return from_recommender(step)
+
+    return run
 
 
 def from_dense(step: Step) -> Result:
@@ -223,7 +228,9 @@ def _has_all_towers_of_one_shape(step: Step) -> bool:
 
 FORMS: dict[str, Form] = {
     "jagged": Form(from_recommender),
-    "reference ops": Form(from_reference_ops),
+    "reference ops": Form(by_backend("torch")),
+    "host": Form(by_backend("host")),
+    "native": Form(by_backend("native"), takes=lambda step: not native.why_not()),
     "bucketed": Form(from_bucketed),
     "packed": Form(from_packed),
     "pinned": Form(from_pinned),

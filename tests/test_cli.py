@@ -376,5 +376,5 @@ def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_written(to
     dataset, cache = toy_run
     monkeypatch.setenv("IISAN_FAST_BACKEND", "cuda")
     message = refused("train", dataset, "--cache", cache, "--out", tmp_path / "run", "--device", "cpu")
-    assert "IISAN_FAST_BACKEND: expected auto, torch, host, triton, found 'cuda'" in message
+    assert "IISAN_FAST_BACKEND: expected auto, torch, host, native, triton, found 'cuda'" in message
     assert not (tmp_path / "run").exists()

@@ -26,9 +26,12 @@ def loss() -> dict:
     return {"queries": case.queries, "items": case.items, **case.keywords}
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cpu", "host"), ("cuda", "triton")])
-def test_auto_takes_triton_on_cuda_and_the_host_forms_elsewhere(device, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "reason", "expected"), [("cpu", "", "native"), ("cpu", "no compiler", "host"), ("cuda", "", "triton")]
+)
+def test_auto_takes_triton_on_cuda_and_the_forms_for_a_cpu_elsewhere(device, reason, expected, monkeypatch):
     monkeypatch.delenv(kernels.BACKEND_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "why_not", lambda: reason)
 
     class StandIn:
         dtype = torch.bfloat16
@@ -46,7 +49,8 @@ def test_the_environment_variable_decides_for_auto_and_for_nothing_else(loss, mo
     kernels.inbatch_cross_entropy(**loss, backend="torch")
     assert launch.launches == {"loss_forward": 1}
     monkeypatch.setenv(kernels.BACKEND_VARIABLE, "cuda")
-    with pytest.raises(ValueError, match="IISAN_FAST_BACKEND: expected auto, torch, host, triton, found 'cuda'"):
+    message = "IISAN_FAST_BACKEND: expected auto, torch, host, native, triton, found 'cuda'"
+    with pytest.raises(ValueError, match=message):
         kernels.inbatch_cross_entropy(**loss)
 
 
@@ -111,7 +115,7 @@ def test_the_choice_is_logged_once(loss, caplog, monkeypatch):
         ({"log_multiplicity": torch.ones(40).long()}, "log_multiplicity: expected a floating-point dtype, found int64"),
         ({"items": torch.ones(40, 32, device="meta")}, "queries: expected device meta, found cpu"),
         ({"reduction": "sum"}, "reduction: expected mean or none, found 'sum'"),
-        ({"backend": "cuda"}, "backend: expected auto, torch, host, triton, found 'cuda'"),
+        ({"backend": "cuda"}, "backend: expected auto, torch, host, native, triton, found 'cuda'"),
     ],
 )
 @pytest.mark.skipif(DEVICE != "cpu", reason="mixes devices by hand")

@@ -67,14 +67,19 @@ def test_in_large_pieces_threads_are_kept_for_them_and_given_back():
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_fold_is_the_product_and_its_gradients_are_right(columns, backend):
     generator = torch.Generator().manual_seed(0)
-    first, second = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-        for shape in ((3, 5), (5, columns))
+    firsts, seconds = (
+        [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+        for shapes in (((3, 5), (3, 2)), ((5, columns), (2, columns)))
     )
-    torch.testing.assert_close(kernels.fold(first, second, backend), first @ second, rtol=1e-14, atol=1e-14)
-    assert torch.autograd.gradcheck(lambda *weights: kernels.fold(*weights, backend), (first, second))
+    for found, first, second in zip(kernels.fold(firsts, seconds, backend), firsts, seconds):
+        torch.testing.assert_close(found, first @ second, rtol=1e-14, atol=1e-14)
+    weights = (*firsts, *seconds)
+    assert torch.autograd.gradcheck(lambda *weights: tuple(kernels.fold(weights[:2], weights[2:], backend)), weights)
+    with torch.inference_mode():
+        assert torch.equal(kernels.fold(firsts, seconds, backend)[1], firsts[1] @ seconds[1])
 
 
 def test_fold_refuses_what_cannot_be_multiplied():
-    with pytest.raises(ValueError, match=r"second: expected \[H, D\] after \[d, H\] \[3, 5\], found \[4, 2\]"):
-        kernels.fold(torch.ones(3, 5), torch.ones(4, 2))
+    good = torch.ones(3, 5), torch.ones(5, 2)
+    with pytest.raises(ValueError, match=r"seconds\[1\]: expected \[H, D\] after \[3, 5\], found \[4, 2\]"):
+        kernels.fold([good[0], torch.ones(3, 5)], [good[1], torch.ones(4, 2)])

@@ -12,7 +12,7 @@ template <class T> struct Loss {
     const T *queries, *vectors;           // [R, d], [V, d]
     const int64_t *targets, *row_users;   // [R]
     const int32_t *history_bits;          // [users, words], or null
-    const T *column, *popularity;         // [V]: log m - log p, and log p; or null
+    const T *column, *multiplicity;       // [V]: log m - log p, and log m; or null
     T *probabilities;                     // [R, V up to a multiple of 16]
     T *losses;                            // [R]
     const T *upstream;                    // [R]
@@ -34,8 +34,7 @@ template <class T> void forward(const Loss<T> &l) {
     for (int row = 0; row < l.rows; row++) {
         T *logits = l.probabilities + row * wide;
         const long target = l.targets[row];
-        const T own = dot(l.queries + (long)row * l.width, l.vectors + target * l.width, l.width) -
-                      (l.popularity ? l.popularity[target] : T(0));
+        const T own = logits[target] - (l.multiplicity ? l.multiplicity[target] : T(0));
         if (l.history_bits) {
             const int32_t *bits = l.history_bits + l.row_users[row] * l.words;
             for (int word = 0; word < l.words; word++)
@@ -76,8 +75,6 @@ template <class T> void backward(const Loss<T> &l) {
 }  // namespace
 
 extern "C" {
-void loss_forward_float32(const Loss<float> *loss) { forward(*loss); }
-void loss_forward_float64(const Loss<double> *loss) { forward(*loss); }
-void loss_backward_float32(const Loss<float> *loss) { backward(*loss); }
-void loss_backward_float64(const Loss<double> *loss) { backward(*loss); }
+void loss_forward(const Loss<SCALAR> *loss) { forward(*loss); }
+void loss_backward(const Loss<SCALAR> *loss) { backward(*loss); }
 }

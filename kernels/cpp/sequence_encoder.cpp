@@ -323,10 +323,7 @@ template <class T> class Sequences {
 }  // namespace
 
 extern "C" {
-int64_t sequence_memory_float32(const Encoder<float> *encoder) { return Sequences<float>(*encoder).memory(); }
-int64_t sequence_memory_float64(const Encoder<double> *encoder) { return Sequences<double>(*encoder).memory(); }
-void sequence_forward_float32(const Encoder<float> *encoder) { Sequences<float>(*encoder).forward(); }
-void sequence_forward_float64(const Encoder<double> *encoder) { Sequences<double>(*encoder).forward(); }
-void sequence_backward_float32(const Encoder<float> *encoder) { Sequences<float>(*encoder).backward(); }
-void sequence_backward_float64(const Encoder<double> *encoder) { Sequences<double>(*encoder).backward(); }
+int64_t sequence_memory(const Encoder<SCALAR> *encoder) { return Sequences<SCALAR>(*encoder).memory(); }
+void sequence_forward(const Encoder<SCALAR> *encoder) { Sequences<SCALAR>(*encoder).forward(); }
+void sequence_backward(const Encoder<SCALAR> *encoder) { Sequences<SCALAR>(*encoder).backward(); }
 }

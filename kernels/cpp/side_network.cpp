@@ -306,10 +306,8 @@ template <class S> void gather(
 }  // namespace
 
 extern "C" {
-void side_forward_float32(const Tower<float> *tower) { Pass<float>(*tower).forward(); }
-void side_forward_float64(const Tower<double> *tower) { Pass<double>(*tower).forward(); }
-void side_backward_float32(const Tower<float> *tower) { Pass<float>(*tower).backward(); }
-void side_backward_float64(const Tower<double> *tower) { Pass<double>(*tower).backward(); }
+void side_forward(const Tower<SCALAR> *tower) { Pass<SCALAR>(*tower).forward(); }
+void side_backward(const Tower<SCALAR> *tower) { Pass<SCALAR>(*tower).backward(); }
 
 // bytes: 2, 4 or 8 a number.
 void gather_panels(

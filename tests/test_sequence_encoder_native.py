@@ -1,0 +1,144 @@
+"""SASRec by C++ against its PyTorch, states and all gradients, in fp64 and fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iisan_fast import kernels
+from iisan_fast.config import ModelConfig
+from iisan_fast.dropout import StatelessDropout
+from iisan_fast.kernels import native, sequence_encoder_native
+from iisan_fast.sasrec import Dropout, Rows, SASRec
+
+pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here")
+
+
+@pytest.fixture(autouse=True)
+def two_threads_and_nan_in_new_memory(monkeypatch) -> Iterator[None]:
+    """Users are shared out, what nobody wrote to is seen, and C++ runs or is an error."""
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "native")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+class Case:
+    """An encoder whose weights have all moved, and users with histories of these lengths."""
+
+    def __init__(
+        self, lengths: list[int], d: int = 32, heads: int = 2, blocks: int = 2, dropout: float = 0.25, spare: int = 0
+    ) -> None:
+        generator = torch.Generator().manual_seed(5)
+        length = max(lengths, default=1)
+        config = ModelConfig(embedding_dim=d, attention_heads=heads, blocks=blocks, dropout=dropout)
+        self.model = SASRec(config, length + spare).double()
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+        slots = [length * (user + 1) - own + i for user, own in enumerate(lengths) for i in range(own)]
+        self.rows = Rows(torch.tensor(slots, dtype=torch.int64), len(lengths), length)
+        users = torch.randint(0, 2**31, (len(lengths),), generator=generator)
+        self.dropout = Dropout(StatelessDropout(dropout, 3, 17), users)
+        self.x = torch.randn(len(slots), d, generator=generator)
+        self.upstream = torch.randn(len(slots), d, generator=generator)
+
+    def run(self, specification: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+        model, x = self.model.to(dtype), self.x.to(dtype, copy=True).requires_grad_()
+        states = (model._states if specification else model)(x, self.rows, self.dropout)
+        gradients = torch.autograd.grad(states, [x, *model.parameters()], self.upstream.to(dtype))
+        names = ["x", *(name for name, _ in model.named_parameters())]
+        return {"states": states.detach(), **dict(zip(names, gradients))}
+
+    def check(self) -> None:
+        exact = self.run(True, torch.float64)
+        for name, found in self.run(False, torch.float64).items():
+            torch.testing.assert_close(found, exact[name], rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        ours, theirs = (self.run(specification, torch.float32) for specification in (False, True))
+        for name, truth in exact.items():
+            error, other = ((each[name].double() - truth).norm().item() for each in (ours, theirs))
+            assert error <= max(8 * other, 1e-6 * max(1, truth.norm().item())), name
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_any_encoder(data):
+    d, heads = data.draw(st.sampled_from([(16, 1), (16, 4), (32, 2), (48, 3), (64, 2)]))
+    Case(
+        data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=25)),
+        d,
+        heads,
+        data.draw(st.integers(1, 3)),
+        data.draw(st.sampled_from([0.0, 0.1, 0.5])),
+        data.draw(st.integers(0, 3)),
+    ).check()
+
+
+@pytest.mark.parametrize("lengths", [[1], [40], [1] * 31, [1] * 33, [33, 1], [1, 33]])
+def test_users_of_every_share_of_the_rows(lengths):
+    Case(lengths).check()
+
+
+def test_rows_that_share_a_slot_disturb_nobody_else():
+    """As the padding of a batch does: they belong to a user of their own, and their gradients are zero."""
+    case, padding = Case([3, 5, 4]), 50
+    expected = case.run(True, torch.float64)
+    count = len(case.x)
+    last = torch.full((padding,), 4 * case.rows.length - 1)
+    case.rows = Rows(torch.cat([case.rows.slots, last]), 4, case.rows.length)
+    case.dropout = Dropout(case.dropout.masks, torch.cat([case.dropout.users, torch.zeros(1, dtype=torch.int64)]))
+    case.x = torch.cat([case.x, torch.ones(padding, case.x.shape[1])])
+    case.upstream = torch.cat([case.upstream, torch.zeros(padding, case.x.shape[1])])
+    found = case.run(False, torch.float64)
+    for name, value in expected.items():
+        own = found[name][:count] if name in ("states", "x") else found[name]
+        torch.testing.assert_close(own, value, rtol=1e-10, atol=1e-11)
+    assert not found["x"][count:].any()
+
+
+def test_it_repeats_to_the_last_bit_and_hardly_depends_on_threads():
+    case = Case([4, 9, 2, 7] * 6)
+    first, second = (case.run(False, torch.float32) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    torch.set_num_threads(1)
+    for name, value in case.run(False, torch.float32).items():
+        torch.testing.assert_close(value, first[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [{"d": 24, "heads": 2}, {"d": 8, "heads": 2}])
+def test_other_widths_go_through_pytorch(changed, monkeypatch):
+    case = Case([3, 4], **changed)
+    assert not sequence_encoder_native.takes(case.model._weights())
+    monkeypatch.setattr(sequence_encoder_native, "sequence_encoder", lambda *_: pytest.fail("C++ ran"))
+    case.check()
+
+
+def test_without_gradients_pytorch_runs(monkeypatch):
+    case = Case([3, 4])
+    monkeypatch.setattr(sequence_encoder_native, "sequence_encoder", lambda *_: pytest.fail("C++ ran"))
+    with torch.no_grad():
+        case.model(case.x.double(), case.rows)
+
+
+def test_weights_changed_before_the_backward_are_refused():
+    case = Case([3, 4])
+    states = case.model(case.x.double(), case.rows)
+    with torch.no_grad():
+        case.model.blocks[0].query.weight += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        states.sum().backward()
+
+
+def test_a_value_that_is_not_finite_is_not_lost():
+    case = Case([3, 4])
+    case.x[2] = float("nan")
+    states = case.run(False, torch.float32)["states"]
+    assert states[2].isnan().all() and states[3:].isfinite().all()
