@@ -27,17 +27,13 @@ def side_towers(
     states: Sequence[States],
     towers: Sequence[Tower],
     activation: str = "relu",
-    projections: Sequence[Tensor] | None = None,
+    *,
+    projections: Sequence[Tensor],
 ) -> list[Tensor]:
-    """`reference.side_towers`, for weights of fp32 or fp64. The caller has checked the arguments. Not differentiable
-    twice."""
-    settings = _Settings(
-        activation == "gelu",
-        [tower.views for tower in towers],
-        [view.rows for view in states],
-        projections is not None,
-    )
-    parameters = [parameter for tower in towers for parameter in tower[1:]] + list(projections or ())
+    """`reference.side_towers` with projections, for weights of fp32 or fp64. The caller has checked the arguments. Not
+    differentiable twice."""
+    settings = _Settings(activation == "gelu", [tower.views for tower in towers], [view.rows for view in states])
+    parameters = [*(parameter for tower in towers for parameter in tower[1:]), *projections]
     return list(_SideTowers.apply(settings, *(view.table for view in states), *parameters))
 
 
@@ -45,7 +41,6 @@ class _Settings(NamedTuple):
     gelu: bool
     reads: list[tuple[int, ...]]  # the views of each tower
     rows: list[Tensor | None]  # of each view
-    projected: bool
 
 
 class _Piece(NamedTuple):
@@ -81,9 +76,9 @@ class _Kept(NamedTuple):
     down_bias: Tensor
     up_weight: Tensor
     up_bias: Tensor
-    projection: Tensor | None  # [d, D]
+    projection: Tensor  # [d, D]
     hidden: list[Tensor]  # of each view it reads: panels [K, ceil(D / 16), N, 16]
-    inputs: Tensor  # panels [K + 1, ceil(D / 16), N, 16]; the last is the output
+    inputs: Tensor  # panels [K, ceil(D / 16), N, 16]
     before: Tensor  # panels [K, ceil(R / 16), N, 16]
     after: Tensor  # the same memory after a ReLU
 
@@ -96,7 +91,7 @@ class _Kept(NamedTuple):
             layers=layers,
             bottleneck=bottleneck,
             width=width,
-            embedding=0 if self.projection is None else len(self.projection),
+            embedding=len(self.projection),
             total=self.inputs.shape[2],
             start=piece.start,
             count=piece.count,
@@ -123,7 +118,7 @@ class _SideTowers(torch.autograd.Function):
         run = library(parameters[1].dtype).side_forward
 
         # Not kept for the backward: a node that held its own outputs would never be freed.
-        projected = [_projected(each) for each in kept]
+        projected = [each.inputs.new_empty(each.inputs.shape[2], len(each.projection)) for each in kept]
 
         def work(pieces: list[_Piece]) -> None:
             for piece in pieces:
@@ -133,7 +128,7 @@ class _SideTowers(torch.autograd.Function):
         at_once(work, ctx.pieces, WORKERS)
         ctx.settings, ctx.kept, ctx.memory = settings, kept, memory
         ctx.save_for_backward(*parameters)  # alone to refuse parameters that were changed in between
-        return tuple(_natural(each) if output is None else output for each, output in zip(kept, projected))
+        return tuple(projected)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -162,7 +157,7 @@ class _SideTowers(torch.autograd.Function):
             for name, gradient in gradients.items():
                 totals[tower][name] = totals[tower][name].add_(gradient) if name in totals[tower] else gradient
         of_parameters = [total.get(name) for total in totals for name in Tower._fields[1:]]
-        return None, *of_views, *of_parameters, *(total["projection"] for total in totals if settings.projected)
+        return None, *of_views, *of_parameters, *(total["projection"] for total in totals)
 
 
 def _kept(
@@ -175,7 +170,7 @@ def _kept(
     found = []
     for i, reads in enumerate(settings.reads):
         gate, *own = parameters[PARAMETERS * i : PARAMETERS * (i + 1)]
-        projection = parameters[PARAMETERS * len(settings.reads) + i].contiguous() if settings.projected else None
+        projection = parameters[PARAMETERS * len(settings.reads) + i].contiguous()
         before = memory.empty(first.dtype, layers, _count(bottleneck), items, PANEL)
         found.append(
             _Kept(
@@ -183,7 +178,7 @@ def _kept(
                 *(parameter.contiguous() for parameter in own),
                 projection,
                 [views[view] for view in reads],
-                memory.empty(first.dtype, layers + 1, _count(width), items, PANEL),
+                memory.empty(first.dtype, layers, _count(width), items, PANEL),
                 before,
                 memory.empty(first.dtype, *before.shape) if settings.gelu else before,
             )
@@ -230,22 +225,10 @@ def _pieces(towers: int, items: int, split: bool) -> list[list[_Piece]]:
 
 
 def _empty_gradients(kept: _Kept, gated: bool) -> dict[str, Tensor]:
-    found = {name: torch.empty_like(getattr(kept, name)) for name in Tower._fields[2:]}
+    found = {name: torch.empty_like(getattr(kept, name)) for name in (*Tower._fields[2:], "projection")}
     if gated:
         found["gate"] = kept.down_weight.new_empty(len(kept.down_weight))
-    if kept.projection is not None:
-        found["projection"] = torch.empty_like(kept.projection)
     return found
-
-
-def _projected(kept: _Kept) -> Tensor | None:
-    """Memory for the projected output [N, d], if there is a projection."""
-    return None if kept.projection is None else kept.inputs.new_empty(kept.inputs.shape[2], len(kept.projection))
-
-
-def _natural(kept: _Kept) -> Tensor:
-    """The output [N, D] out of its panels."""
-    return kept.inputs[-1].transpose(0, 1).flatten(1)[:, : kept.down_weight.shape[2]].contiguous()
 
 
 def _count(columns: int) -> int:

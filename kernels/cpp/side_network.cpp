@@ -2,7 +2,9 @@
 //
 // A pass forms the state's next columns, and uses them while they are in the cache: forward, they are added to the next
 // bottleneck; backward, they give the gradients of the weights that touch them. So each layer's state is read once and
-// written once. `reference.side_tower` is the specification; names are its.
+// written once. The last layer's up-projection meets the items only through the projection that follows it, H (x + U a +
+// b) = H x + (H U) a + H b, so the two are multiplied first, and the output's full width is never formed.
+// `reference.side_towers` is the specification; names are its.
 #include <cmath>
 #include <memory>
 
@@ -13,16 +15,16 @@ namespace {
 // What the caller fills in; all matrices are contiguous. Panel matrices have `total` rows, of which this call works on
 // `count` from `start` on.
 template <class T> struct Tower {
-    int32_t layers, bottleneck, width, embedding;  // K, R, D, d; d = 0: no projection
+    int32_t layers, bottleneck, width, embedding;  // K, R, D, d
     int32_t total, start, count, views;
     int32_t gelu, half;             // half: the hidden states are bf16
     const T *mixes;                 // [K][3]: x = mix[0] state + mix[1] first + mix[2] second
     const T *down_weight, *down_bias, *up_weight, *up_bias, *projection;
     const void *hidden[2];          // of each view: panel matrices [K][total, D]
-    T *inputs;                      // panel matrices [K + 1][total, D]; the last is the output
+    T *inputs;                      // panel matrices [K][total, D]
     T *before, *after;              // panel matrices [K][total, R]; one and the same for ReLU
     T *projected;                   // [total][d]
-    const T *upstream;              // the gradient of `projected`, or of the output: [total][d or D]
+    const T *upstream;              // the gradient of `projected`: [total][d]
     T *of_gate;                     // [K], or null; already divided by the temperature
     T *of_down_weight, *of_down_bias, *of_up_weight, *of_up_bias, *of_projection;
     T *of_hidden[2];                // [total][K][D] or null: added to
@@ -32,54 +34,33 @@ template <class T> struct Tower {
 template <class T> class Pass {
   public:
     explicit Pass(const Tower<T> &tower)
-        : t(tower), wide(panels(t.width)), narrow(panels(t.bottleneck)), out(panels(t.embedding)),
-          packed(new T[(size_t)PANEL * (BLOCK * PANEL) * (narrow > out ? narrow : out) + (size_t)PANEL * t.bottleneck]) {}
+        : t(tower), wide(panels(t.width)), narrow(panels(t.bottleneck)), out(panels(t.embedding)), last(t.layers - 1),
+          packed(new T[(size_t)PANEL * (t.width + t.bottleneck + t.embedding + BLOCK * PANEL)]) {}
 
     void forward() {
+        std::unique_ptr<T[]> embedding(new T[(size_t)out * t.count * PANEL]());
         for (int k = 0; k < t.layers; k++) {
             T *bottleneck = before(k);
             fill(bottleneck, t.down_bias + (long)k * t.bottleneck, t.bottleneck);
+            const T *weight = t.down_weight + (long)k * t.bottleneck * t.width;
             for (int block = 0; block < wide; block += BLOCK) {
-                const int end = smaller(wide, block + BLOCK);
-                for (int j = block; j < end; j++) mix(k, j);
-                add_product(bottleneck, input(k, block), t.down_weight + (long)k * t.bottleneck * t.width, block, t.bottleneck);
+                for (int j = block; j < smaller(wide, block + BLOCK); j++) mix(k, j);
+                add_product(bottleneck, input(k, block), weight, block, t.bottleneck, t.total);
+                if (k == last) add_product(embedding.get(), input(k, block), t.projection, block, t.embedding, t.count);
             }
             activate(k);
         }
-        std::unique_ptr<T[]> embedding(new T[(size_t)out * t.count * PANEL]());
-        for (int block = 0; block < wide; block += BLOCK) {
-            for (int j = block; j < smaller(wide, block + BLOCK); j++) mix(t.layers, j);
-            if (t.embedding) add_product(embedding.get(), input(t.layers, block), t.projection, block, t.embedding, t.count);
-        }
-        for (int n = 0; n < t.count; n++)
-            for (int q = 0; q < out; q++)
-                put(t.projected + (long)(t.start + n) * t.embedding + q * PANEL,
-                    load(embedding.get() + ((long)q * t.count + n) * PANEL), columns(t.embedding, q));
+        project(embedding.get());
     }
 
     void backward() {
         gradient.reset(new T[(size_t)wide * t.count * PANEL]);
         of_after.reset(new T[(size_t)narrow * t.count * PANEL]);
         of_before.reset(new T[(size_t)narrow * t.count * PANEL]);
-        std::unique_ptr<T[]> upstream(new T[(size_t)out * t.count * PANEL]);
-        for (int q = 0; q < out; q++)
-            for (int n = 0; n < t.count; n++)
-                store(upstream.get() + ((long)q * t.count + n) * PANEL,
-                      get(t.upstream + (long)(t.start + n) * t.embedding + q * PANEL, columns(t.embedding, q)));
-        start_block();
-        for (int block = 0; block < wide; block += BLOCK) {
-            for (int j = block; j < smaller(wide, block + BLOCK); j++) {
-                if (t.embedding) through_projection(upstream.get(), j);
-                else
-                    for (int n = 0; n < t.count; n++)
-                        store(state_gradient(j) + n * PANEL,
-                              get(t.upstream + (long)(t.start + n) * t.width + j * PANEL, columns(t.width, j)));
-            }
-            through_up(t.layers - 1, block);
-        }
+        project_backward();
         for (int k = t.layers - 1; k >= 0; k--) {
             through_activation(k);
-            start_block();
+            std::memset(of_after.get(), 0, sizeof(T) * narrow * t.count * PANEL);
             double gate = 0;
             for (int block = 0; block < wide; block += BLOCK) {
                 for (int j = block; j < smaller(wide, block + BLOCK); j++) gate += through_down(k, j);
@@ -92,6 +73,7 @@ template <class T> class Pass {
   private:
     const Tower<T> &t;
     const int wide, narrow, out;  // panels of the state, of a bottleneck, of an item vector
+    const int last;               // layer
     std::unique_ptr<T[]> packed;
     std::unique_ptr<T[]> gradient;             // of the state: a panel matrix [count, D]
     std::unique_ptr<T[]> of_after, of_before;  // panel matrices [count, R]
@@ -104,6 +86,8 @@ template <class T> class Pass {
     T *before(int k, int q = 0) const { return panel(t.before, k, narrow, q); }
     T *after(int k, int q = 0) const { return panel(t.after, k, narrow, q); }
     T *state_gradient(int j) const { return gradient.get() + (long)j * t.count * PANEL; }
+    const T *last_up_weight(long row) const { return t.up_weight + (last * (long)t.width + row) * t.bottleneck; }
+    const T *last_up_bias() const { return t.up_bias + last * (long)t.width; }
 
     Row<T> hidden(int view, int k, int j, int n) const {
         const long at = (((long)k * wide + j) * t.total + t.start + n) * PANEL;
@@ -118,21 +102,17 @@ template <class T> class Pass {
         }
     }
 
-    // A panel of layer k's input, or of the output for k = K: the state before it, mixed with the hidden states.
+    // A panel of layer k's input: the state before it, mixed with the hidden states.
     void mix(int k, int j) {
-        const bool last = k == t.layers;
         const T *weights = t.mixes + 3 * k;
-        const Vector<T> carry = broadcast(last ? T(1) : weights[0]);
-        const Vector<T> first = broadcast(last ? T(0) : weights[1]), second = broadcast(last ? T(0) : weights[2]);
+        const Vector<T> carry = broadcast(weights[0]), first = broadcast(weights[1]), second = broadcast(weights[2]);
         T *to = input(k, j);
         auto joined = [&](int n, Row<T> state) {
-            if (!last) {
-                const Row<T> h = hidden(0, k, j, n);
-                for (int p = 0; p < PARTS<T>; p++) state.part[p] = state.part[p] * carry + h.part[p] * first;
-                if (t.views == 2) {
-                    const Row<T> other = hidden(1, k, j, n);
-                    for (int p = 0; p < PARTS<T>; p++) state.part[p] += other.part[p] * second;
-                }
+            const Row<T> h = hidden(0, k, j, n);
+            for (int p = 0; p < PARTS<T>; p++) state.part[p] = state.part[p] * carry + h.part[p] * first;
+            if (t.views == 2) {
+                const Row<T> other = hidden(1, k, j, n);
+                for (int p = 0; p < PARTS<T>; p++) state.part[p] += other.part[p] * second;
             }
             store(to + n * PANEL, state);
         };
@@ -153,9 +133,6 @@ template <class T> class Pass {
     }
 
     // to [., outputs] += a block of a panel matrix's columns times the same columns of a weight [outputs, D].
-    void add_product(T *to, const T *block_of, const T *weight, int block, int outputs) {
-        add_product(to, block_of, weight, block, outputs, t.total);
-    }
     void add_product(T *to, const T *block_of, const T *weight, int block, int outputs, int rows) {
         const int from = block * PANEL, steps = smaller(BLOCK * PANEL, t.width - from);
         for (int q = 0; q < panels(outputs); q++) {
@@ -184,8 +161,6 @@ template <class T> class Pass {
         return normal_probability(x) + x * std::exp(T(-0.5) * x * x) * T(M_2_SQRTPI * M_SQRT1_2 / 2);
     }
 
-    void start_block() { std::memset(of_after.get(), 0, sizeof(T) * narrow * t.count * PANEL); }
-
     // The gradient of the bottleneck before the activation, and of its bias.
     void through_activation(int k) {
         for (int q = 0; q < narrow; q++) {
@@ -205,14 +180,97 @@ template <class T> class Pass {
         }
     }
 
-    // A panel of the output's gradient from that of the item vectors, and the projection's.
-    void through_projection(const T *upstream, int j) {
-        const int here = columns(t.width, j);
+    // The last up-projection and the projection in one, transposed: panels [ceil(d / 16)][R][16].
+    std::unique_ptr<T[]> composite() {
+        const int r = t.bottleneck;
+        std::unique_ptr<T[]> found(new T[(size_t)out * r * PANEL]);
+        for (int q = 0; q < out; q++) {
+            pack_transposed(
+                packed.get(), t.projection + (long)q * PANEL * t.width, t.width, columns(t.embedding, q), t.width);
+            product(r, Operand<T>{last_up_weight(0), 1, r, (long)PANEL * r}, packed.get(), PANEL, t.width,
+                    [&](int row, const Row<T> &own) { store(found.get() + ((long)q * r + row) * PANEL, own); });
+        }
+        return found;
+    }
+
+    // The item vectors: `embedding` holds what the last layer's input gives, a panel matrix [count, d].
+    void project(T *embedding) {
+        const std::unique_ptr<T[]> weight = composite();
+        for (int q = 0; q < out; q++) {
+            const int here = columns(t.embedding, q);
+            Row<T> bias = {};
+            for (int c = 0; c < here; c++)
+                bias.part[c / LANES<T>][c % LANES<T>] =
+                    dot(t.projection + ((long)q * PANEL + c) * t.width, last_up_bias(), t.width);
+            product(t.count, rows_of(after(last), t.total), weight.get() + (long)q * t.bottleneck * PANEL, PANEL,
+                    t.bottleneck, [&](int n, Row<T> found) {
+                        const Row<T> own = load(embedding + ((long)q * t.count + n) * PANEL);
+                        for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p] + bias.part[p];
+                        put(t.projected + (long)(t.start + n) * t.embedding + q * PANEL, found, here);
+                    });
+        }
+    }
+
+    // Gradients of the projection, of the last up-projection, of what that takes, and of the last layer's input.
+    void project_backward() {
+        const int r = t.bottleneck, d = t.embedding;
+        std::unique_ptr<T[]> upstream(new T[(size_t)out * t.count * PANEL]), total(new T[(size_t)out * PANEL]());
+        for (int q = 0; q < out; q++)
+            for (int n = 0; n < t.count; n++) {
+                const Row<T> own = get(t.upstream + (long)(t.start + n) * d + q * PANEL, columns(d, q));
+                store(upstream.get() + ((long)q * t.count + n) * PANEL, own);
+                Row<T> sums = load(total.get() + q * PANEL);
+                for (int p = 0; p < PARTS<T>; p++) sums.part[p] += own.part[p];
+                store(total.get() + q * PANEL, sums);
+            }
+        // Upstream, transposed, times the last bottlenecks: [d, R].
+        const long stride = (long)narrow * PANEL;
+        std::unique_ptr<T[]> inner(new T[(size_t)out * PANEL * stride]);
+        for (int o = 0; o < out; o++)
+            for (int q = 0; q < narrow; q++)
+                product_of_columns(
+                    PANEL, columns_of(upstream.get() + (long)o * t.count * PANEL), after(last, q), PANEL, t.count,
+                    [&](int row, const Row<T> &own) { store(inner.get() + (o * PANEL + row) * stride + q * PANEL, own); });
+        const std::unique_ptr<T[]> weight = composite();
+        for (int q = 0; q < narrow; q++) {
+            for (int o = 0; o < d; o++)
+                for (int c = 0; c < PANEL; c++) {
+                    const int row = q * PANEL + c;
+                    packed[o * PANEL + c] = row < r ? weight[((long)(o / PANEL) * r + row) * PANEL + o % PANEL] : T(0);
+                }
+            product(t.count, rows_of(upstream.get(), t.count), packed.get(), PANEL, d, [&](int n, const Row<T> &own) {
+                store(of_after.get() + ((long)q * t.count + n) * PANEL, own);
+            });
+        }
+        for (int j = 0; j < wide; j++) project_backward(j, upstream.get(), total.get(), inner.get(), stride);
+    }
+
+    // A panel of the state's columns of it.
+    void project_backward(int j, const T *upstream, const T *total, const T *inner, long stride) {
+        const int r = t.bottleneck, d = t.embedding, here = columns(t.width, j), from = j * PANEL;
         T *to = state_gradient(j);
-        pack(packed.get(), t.projection + j * PANEL, t.width, here, t.embedding);
-        product(t.count, rows_of(upstream, t.count), packed.get(), PANEL, t.embedding,
+        pack(packed.get(), t.projection + from, t.width, here, d);
+        product(t.count, rows_of(upstream, t.count), packed.get(), PANEL, d,
                 [&](int n, const Row<T> &found) { store(to + n * PANEL, found); });
-        weight_gradient(t.of_projection, upstream, t.embedding, input(t.layers, j), j);
+        Row<T> of_bias = {};
+        for (int o = 0; o < d; o++)
+            for (int p = 0; p < PARTS<T>; p++) of_bias.part[p] += total[o] * load(packed.get() + o * PANEL).part[p];
+        put(t.of_up_bias + last * (long)t.width + from, of_bias, here);
+        for (int q = 0; q < narrow; q++)
+            product_of_columns(here, Operand<T>{t.projection + from, 1, t.width, (long)PANEL * t.width},
+                               inner + q * PANEL, stride, d, [&](int row, const Row<T> &found) {
+                                   put(t.of_up_weight + (last * (long)t.width + from + row) * r + q * PANEL, found,
+                                       columns(r, q));
+                               });
+        weight_gradient(t.of_projection, upstream, d, input(last, j), j);
+        const Row<T> bias = get(last_up_bias() + from, here);
+        pack_transposed(packed.get(), last_up_weight(from), r, here, r);
+        product(d, Operand<T>{inner, stride, 1, PANEL}, packed.get(), PANEL, r, [&](int o, Row<T> found) {
+            T *own = t.of_projection + (long)o * t.width + from;
+            const Row<T> before = get(own, here);
+            for (int p = 0; p < PARTS<T>; p++) found.part[p] += before.part[p] + total[o] * bias.part[p];
+            put(own, found, here);
+        });
     }
 
     // of_weight [outputs, D], a panel of its columns: a panel matrix [count, outputs], transposed, times a panel.
