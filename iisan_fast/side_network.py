@@ -161,13 +161,12 @@ class Heads(nn.Module):
 
     def folded(self) -> tuple[dict[str, Tensor], Tensor]:
         """({tower's name: projection [d, D]}, bias [d]): item vectors are the projected outputs' sum, and the bias."""
-        bias, narrow, wide = self.fusion.bias, [], []
+        bias, chains = self.fusion.bias, []
         for name, part in zip(self.towers, self.fusion.weight.chunk(len(self.towers), dim=1)):
             first, second = getattr(self, name)
-            narrow.append(part @ second.weight)  # [d, hidden]
-            wide.append(first.weight)
-            bias = bias + narrow[-1] @ first.bias + part @ second.bias
-        return dict(zip(self.towers, kernels.fold(narrow, wide))), bias
+            chains.append((part, second.weight, first.weight))
+            bias = bias + part @ torch.addmv(second.bias, second.weight, first.bias)
+        return dict(zip(self.towers, kernels.fold(chains))), bias
 
 
 class SideItemEncoder(nn.Module):

@@ -1,9 +1,10 @@
 """The project's numerical ops, and the one rule that decides what runs them.
 
 The side network, the loss and the target rank have a plain PyTorch form in `reference`, their specification, and a
-Triton form; the side network and the rank a host form for CPUs too, where the loss is the reference's. `fold` is a
-plain product with a host form. `backend="auto"` takes Triton for CUDA tensors and the host forms elsewhere; the
-environment variable IISAN_FAST_BACKEND decides in its place.
+Triton form. On a CPU there are host forms in PyTorch for the side network, the rank and the folding of weights, and
+native ones in C++, compiled when they are first used, for what is trained: the side network, the sequence encoder and
+the loss. `backend="auto"` takes Triton for CUDA tensors, C++ elsewhere, or the host forms where there is no compiler;
+the environment variable IISAN_FAST_BACKEND decides in its place.
 """
 
 if __name__ == "iisan_fast.kernels":

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import (
     cross_entropy_native,
+    fold_host,
     rank_host,
     reference,
     sequence_encoder_native,
@@ -75,18 +76,19 @@ def side_towers(
     return reference.side_towers(states, towers, activation, projections)
 
 
-def fold(firsts: Sequence[Tensor], seconds: Sequence[Tensor], backend: str = "auto") -> list[Tensor]:
-    """The products of pairs of weights [d, H] and [H, D] that follow one another, [d, D] each.
+def fold(chains: Sequence[tuple[Tensor, Tensor, Tensor]], backend: str = "auto") -> list[Tensor]:
+    """The products outer @ middle @ inner of weights [d, d'], [d', H] and [H, D] that follow one another: [d, D] each.
 
     Plain products but for the host form, which is differentiable once. Raises ValueError where they do not fit.
     """
-    for i, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
-        if first.dim() != 2 or second.dim() != 2 or first.shape[1] != second.shape[0]:
-            raise ValueError(f"seconds[{i}]: expected [H, D] after {list(first.shape)}, found {list(second.shape)}")
-    chosen, _ = _choice("fold", backend, [*firsts, *seconds])
+    for i, chain in enumerate(chains):
+        shapes = [list(weight.shape) for weight in chain]
+        if any(len(shape) != 2 for shape in shapes) or any(a[1] != b[0] for a, b in zip(shapes, shapes[1:])):
+            raise ValueError(f"chains[{i}]: expected matrices that can be multiplied, found {shapes}")
+    chosen, _ = _choice("fold", backend, [weight for chain in chains for weight in chain])
     if chosen in ("host", "native"):
-        return side_network_host.fold(firsts, seconds)
-    return [first @ second for first, second in zip(firsts, seconds)]
+        return fold_host.fold(chains)
+    return [outer @ middle @ inner for outer, middle, inner in chains]
 
 
 def inbatch_cross_entropy(

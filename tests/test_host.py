@@ -64,22 +64,29 @@ def test_in_large_pieces_threads_are_kept_for_them_and_given_back():
 
 
 @pytest.mark.parametrize("columns", [1, 2, 7, 64])
+@pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_fold_is_the_product_and_its_gradients_are_right(columns, backend):
+def test_fold_is_the_product_and_its_gradients_are_right(columns, count, backend):
     generator = torch.Generator().manual_seed(0)
-    firsts, seconds = (
-        [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
-        for shapes in (((3, 5), (3, 2)), ((5, columns), (2, columns)))
-    )
-    for found, first, second in zip(kernels.fold(firsts, seconds, backend), firsts, seconds):
-        torch.testing.assert_close(found, first @ second, rtol=1e-14, atol=1e-14)
-    weights = (*firsts, *seconds)
-    assert torch.autograd.gradcheck(lambda *weights: tuple(kernels.fold(weights[:2], weights[2:], backend)), weights)
+    weights = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for hidden in range(2, 2 + count)
+        for shape in ((3, 4), (4, hidden), (hidden, columns))
+    ]
+
+    def fold(*weights):
+        return tuple(kernels.fold([weights[i : i + 3] for i in range(0, len(weights), 3)], backend))
+
+    for found, chain in zip(fold(*weights), [weights[i : i + 3] for i in range(0, len(weights), 3)], strict=True):
+        torch.testing.assert_close(found, chain[0] @ chain[1] @ chain[2], rtol=1e-13, atol=1e-13)
+    assert torch.autograd.gradcheck(fold, weights)
     with torch.inference_mode():
-        assert torch.equal(kernels.fold(firsts, seconds, backend)[1], firsts[1] @ seconds[1])
+        assert torch.equal(fold(*weights)[-1], weights[-3] @ weights[-2] @ weights[-1])
 
 
 def test_fold_refuses_what_cannot_be_multiplied():
-    good = torch.ones(3, 5), torch.ones(5, 2)
-    with pytest.raises(ValueError, match=r"seconds\[1\]: expected \[H, D\] after \[3, 5\], found \[4, 2\]"):
-        kernels.fold([good[0], torch.ones(3, 5)], [good[1], torch.ones(4, 2)])
+    good, bad = ([torch.ones(2, 3), torch.ones(3, 5), torch.ones(rows, 2)] for rows in (5, 4))
+    with pytest.raises(
+        ValueError, match=r"chains\[1\]: expected matrices that can be multiplied, found \[\[2, 3\], .*"
+    ):
+        kernels.fold([good, bad])

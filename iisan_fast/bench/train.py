@@ -41,6 +41,7 @@ NOTES = {
     "dense": "padded slots, every slot encoded, the kept layers alone, heads one map after the other, a loop over "
     "users and positions in the loss, fp32 features in memory, PyTorch's Adam; its dropout is hashed as the fast "
     "path's, so that the losses can be compared",
+    "host ops": "the fast path by PyTorch alone, as where there is no C++ compiler (IISAN_FAST_BACKEND=host), float32",
     "float32": "iisan-fast train --precision float32",
     "bfloat16": "iisan-fast train --precision bfloat16",
     "reference ops": "the fast path with every op by its specification (IISAN_FAST_BACKEND=torch), float32",
@@ -75,11 +76,16 @@ class Form:
     captured: bool = True  # in CUDA graphs, on CUDA
     tolerance: float | None = FP32_TOLERANCE  # of its losses; None: reported alone
     needs_cuda: bool = False
+    needs_cpu: bool = False
+
+    def runs_on(self, device: torch.device) -> bool:
+        return not (self.needs_cpu if device.type == "cuda" else self.needs_cuda)
 
 
 FORMS = {
     "dense": Form(None),
     "reference ops": Form("float32", backend="torch"),
+    "host ops": Form("float32", backend="host", needs_cpu=True),
     "float32": Form("float32"),
     "bfloat16": Form("bfloat16", tolerance=None),
     "eager": Form("bfloat16", captured=False, tolerance=None, needs_cuda=True),
@@ -96,7 +102,7 @@ def benchmark(dataset: Path | None, settings: TrainSettings, device: torch.devic
     name, sequences = named_sequences(dataset)
     if settings.users > len(sequences.user_ids):
         raise InputError(f"--users {settings.users}: expected at most {len(sequences.user_ids)}, the users of {name}")
-    forms = {form: how for form, how in FORMS.items() if device.type == "cuda" or not how.needs_cuda}
+    forms = {form: how for form, how in FORMS.items() if how.runs_on(device)}
     with on(device):
         rows = side_by_side(forms, sequences, settings, device)
     alone: dict[str, dict[str, Any]] = {}

@@ -1,0 +1,80 @@
+"""Products of three weights on a CPU: whole chains side by side, what is left over halved by columns, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .host import at_once
+
+WORKERS = 2
+Chain = tuple[Tensor, Tensor, Tensor]
+
+
+def fold(chains: Sequence[Chain]) -> list[Tensor]:
+    """outer @ middle @ inner of each chain, weights [d, d'], [d', H] and [H, D]. Differentiable once."""
+    weights = [weight for chain in chains for weight in chain]
+    if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
+        return [outer @ middle @ inner for outer, middle, inner in chains]
+    return list(_Fold.apply(*weights))
+
+
+class _Piece(NamedTuple):
+    """Some columns of a chain's product."""
+
+    chain: int
+    columns: slice
+
+
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *weights: Tensor) -> tuple[Tensor, ...]:
+        chains = _chains(weights)
+        products = [outer.new_empty(len(outer), inner.shape[1]) for outer, _, inner in chains]
+
+        def work(pieces: list[_Piece]) -> None:
+            for chain, columns in pieces:
+                outer, middle, inner = chains[chain]
+                torch.mm(outer @ middle, inner[:, columns], out=products[chain][:, columns])
+
+        at_once(work, _pieces(chains), WORKERS)
+        ctx.save_for_backward(*weights)
+        return tuple(products)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *upstream: Tensor) -> tuple[Tensor, ...]:
+        chains = _chains(ctx.saved_tensors)
+        of_inner = [torch.empty_like(inner) for _, _, inner in chains]
+
+        def work(pieces: list[_Piece]) -> list[tuple[int, Tensor, Tensor]]:
+            found = []
+            for chain, columns in pieces:
+                (outer, middle, inner), gradient = chains[chain], upstream[chain][:, columns]
+                torch.mm((outer @ middle).T, gradient, out=of_inner[chain][:, columns])
+                of_pair = gradient @ inner[:, columns].T
+                found.append((chain, of_pair @ middle.T, outer.T @ of_pair))
+            return found
+
+        totals: list[list[Tensor]] = [[] for _ in chains]
+        for chain, *parts in sum(at_once(work, _pieces(chains), WORKERS), []):
+            totals[chain] = [total + part for total, part in zip(totals[chain], parts)] if totals[chain] else parts
+        return tuple(each for total, last in zip(totals, of_inner) for each in (*total, last))
+
+
+def _chains(weights: Sequence[Tensor]) -> list[Chain]:
+    return [tuple(weights[i : i + 3]) for i in range(0, len(weights), 3)]
+
+
+def _pieces(chains: Sequence[Chain]) -> list[list[_Piece]]:
+    """Each worker's share."""
+    whole = len(chains) - len(chains) % WORKERS
+    shares = [[_Piece(chain, slice(None)) for chain in range(worker, whole, WORKERS)] for worker in range(WORKERS)]
+    for chain in range(whole, len(chains)):
+        middle = chains[chain][2].shape[1] // 2
+        for share, columns in zip(shares, (slice(0, middle), slice(middle, None))):
+            share.append(_Piece(chain, columns))
+    return shares
