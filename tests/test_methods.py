@@ -220,17 +220,29 @@ def test_layer_groups_choose_the_layers_of_encoders_that_run(groups, encoder_vie
         take(trainer, 1)
 
 
-def test_groups_beyond_an_encoders_blocks_are_refused_before_its_weights_are_read(encoder_views, catalogue, tmp_path):
-    config = run_config(catalogue, "iisan", encoder_views)
-    config = replace(config, model=replace(config.model, layer_groups=7))
-    weights = Path(encoder_views[0].encoder) / "model.safetensors"
+@pytest.mark.parametrize(
+    ("beyond", "message"),
+    [
+        ({"layer_groups": 7}, "text: layer_groups: expected 1 to 6, the encoder's blocks, found 7"),
+        ({"layers": (0, 7)}, "text: layers: expected ascending numbers within 0..6, found 0,7"),
+    ],
+)
+def test_layers_beyond_an_encoders_depth_are_refused_before_any_weights_are_read(
+    beyond, message, encoder_views, catalogue, tmp_path
+):
+    """Those of the first view either, which could give what is asked for."""
+    image, title = encoder_views
+    config = run_config(catalogue, "iisan-versa", [image, replace(title, **beyond)])
+    weights = Path(image.encoder) / "model.safetensors"
     aside = weights.rename(tmp_path / "aside")
     try:
-        with pytest.raises(InputError, match="layer_groups: expected 1 to 6, the encoder's blocks, found 7"):
+        with pytest.raises(InputError, match=message):
             train(config, tmp_path / "run", CPU)
+        with pytest.raises(InputError, match=message):
+            extract(load_dataset(catalogue), [image, replace(title, **beyond)], tmp_path / "cache", CPU)
     finally:
         aside.rename(weights)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
