@@ -165,6 +165,14 @@ def test_cells_that_cannot_be_are_refused_before_anything_is_trained(settings, c
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_dataset_that_cannot_be_used_is_refused_before_anything_is_written(settings, catalogue, tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such folder; expected a dataset"):
+        run(tmp_path / "nowhere", tmp_path / "sweep", settings, CPU)
+    with pytest.raises(InputError, match="users: expected 1 to 160, those of .*, found 161"):
+        run(catalogue, tmp_path / "sweep", replace(settings, users=161), CPU)
+    assert not (tmp_path / "sweep").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -213,7 +221,7 @@ def test_a_sample_of_users_keeps_the_rest_of_the_dataset(catalogue, tmp_path):
 
 def test_the_command_prints_the_table(catalogue, encoder_views, tmp_path, in_this_process):
     out = tmp_path / "result.json"
-    arguments = ["bench", "methods", str(catalogue), "--folder", str(tmp_path / "sweep"), "--methods", "frozen,id"]
+    arguments = ["bench", "methods", str(catalogue), "--folder", str(tmp_path / "sweep"), "--methods", "frozen, id"]
     pair = f"demo: source=title encoder={encoder_views[1].encoder}"
     found = CliRunner().invoke(
         cli, [*arguments, "--epochs", "1", "--users", "40", "--pair", pair, "--out", str(out)], catch_exceptions=False
