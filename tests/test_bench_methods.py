@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -146,6 +148,22 @@ def test_other_cells_go_on_where_one_fails(settings, catalogue, tmp_path, in_thi
         run(catalogue, tmp_path / "sweep", few, CPU)
     done = sorted(str(path.relative_to(tmp_path / "sweep")) for path in (tmp_path / "sweep").rglob("figures.json"))
     assert done == [f"titles/{cell}/figures.json" for cell in ("frozen/seed-1", "id/seed-0", "id/seed-1")]
+
+
+WAITING = """
+import signal, sys
+from iisan_fast.bench.machine import in_a_process
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+in_a_process(exec, "import time; print('begun', flush=True); time.sleep(100)")
+"""
+
+
+def test_a_program_that_is_told_to_end_does_not_wait_for_its_cell():
+    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE) as program:
+        assert program.stdout.readline() == b"begun\n"
+        program.terminate()
+        assert program.wait(timeout=50) == 143
+        assert not program.stdout.read()  # its cell has ended too, and closed this
 
 
 def test_memory_of_a_run_that_another_process_finished_is_not_measured(settings, catalogue, tmp_path, in_this_process):
