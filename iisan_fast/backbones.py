@@ -197,8 +197,7 @@ class Backbone(ABC):
         if self.view.layer_groups is not None:
             return _grouped(self.view, self.depth - 1, first)
         layers = tuple(first + layer for layer in default_layers(self.depth - first)) if kept is None else kept
-        ordered = bool(layers) and all(a < b for a, b in zip(layers, layers[1:]))
-        if not ordered or layers[0] < first or layers[-1] >= self.depth:
+        if not _ascending(layers) or layers[0] < first or layers[-1] >= self.depth:
             found = ",".join(map(str, layers)) or "none"
             allowed = f"{first}..{self.depth - 1}" + (", its last stage" if first else "")
             raise self._error(f"layers: expected ascending numbers within {allowed}, found {found}")
@@ -410,10 +409,14 @@ def _checked_config(view: ViewConfig) -> PretrainedConfig:
     blocks = getattr(own, "num_hidden_layers", None)
     if blocks is not None and view.layer_groups is not None:
         _grouped(view, blocks)
-    if blocks is not None and view.layers and max(view.layers) > blocks:
-        found = ",".join(map(str, view.layers))
+    if blocks is not None and view.layers is not None and not (_ascending(view.layers) and view.layers[-1] <= blocks):
+        found = ",".join(map(str, view.layers)) or "none"
         raise InputError(f"{view.encoder}: layers: expected ascending numbers within 0..{blocks}, found {found}")
     return config
+
+
+def _ascending(layers: tuple[int, ...]) -> bool:
+    return bool(layers) and all(a < b for a, b in zip(layers, layers[1:]))
 
 
 def _grouped(view: ViewConfig, blocks: int, first: int = 0) -> tuple[int, ...]:

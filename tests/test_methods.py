@@ -249,9 +249,10 @@ def test_layer_groups_choose_the_layers_of_encoders_that_run(groups, encoder_vie
     [
         ({"layer_groups": 7}, "text: layer_groups: expected 1 to 6, the encoder's blocks, found 7"),
         ({"layers": (0, 7)}, "text: layers: expected ascending numbers within 0..6, found 0,7"),
+        ({"layers": (2, 0)}, "text: layers: expected ascending numbers within 0..6, found 2,0"),
     ],
 )
-def test_layers_beyond_an_encoders_depth_are_refused_before_any_weights_are_read(
+def test_layers_that_an_encoder_has_not_are_refused_before_any_weights_are_read(
     beyond, message, encoder_views, catalogue, tmp_path
 ):
     """Those of the first view either, which could give what is asked for."""
