@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
+import test_backbones as tiny
 import torch
 from click.testing import CliRunner
 
@@ -18,13 +20,14 @@ from iisan_fast.bench.cells import Cell, SweepSettings
 from iisan_fast.bench.methods import Comparison, benchmark, cost_order
 from iisan_fast.bench.samples import sample_users
 from iisan_fast.cli import cli
-from iisan_fast.config import RunConfig
+from iisan_fast.config import RunConfig, ViewConfig
 from iisan_fast.efficiency import tpme
 from iisan_fast.errors import InputError
 from iisan_fast.run_folder import RunFolder
 from iisan_fast.sequences import load_dataset
 
 CPU = torch.device("cpu")
+built, own_cache = tiny.built, tiny.own_cache
 METHODS = ("full", "lora", "iisan-uncached", "iisan", "id")
 
 
@@ -66,6 +69,27 @@ def test_a_sweep_gives_a_row_for_every_method(settings, catalogue, tmp_path, in_
         for seed in (0, 1)
     ]
     assert rows["id"]["ndcg"] == pytest.approx(np.mean([each["ndcg"] for each in figures]))
+
+
+def test_iisan_beside_full_fine_tuning_over_pairs_of_encoders(built, catalogue, tmp_path, in_this_process):
+    """The paper's figure 4, of tiny encoders: BERT and DeBERTa by ViT and CLIP."""
+    pairs = {
+        f"{text} {image}": (
+            ViewConfig("image", "image", str(built("image", image))),
+            ViewConfig("title", "title", str(built("title", text)), max_tokens=12),
+        )
+        for text, image in product(("bert", "deberta-v3"), ("vit", "clip"))
+    }
+    settings = SweepSettings(("full", "iisan"), pairs, epochs=2, batch_users=40, profiled=1)
+    result = run(catalogue, tmp_path / "sweep", settings, CPU)
+    assert list(result["encoders"]) == list(pairs)
+    for name, one in result["encoders"].items():
+        full, side = one["methods"]["full"], one["methods"]["iisan"]
+        assert full["losses"][1] < full["losses"][0] and side["losses"][1] < side["losses"][0], name
+        assert full["trainable_parameters"] > side["trainable_parameters"] and full["p_value"] <= 1
+        assert one["encoding_s"] > 0 and 0 < full["tpme"] + side["tpme"] <= 1 + 1e-9  # each column says one
+    trained = {name: one["methods"]["full"]["trainable_parameters"] for name, one in result["encoders"].items()}
+    assert len({*trained.values()}) == len(pairs)  # each its own encoders
 
 
 def test_a_stopped_sweep_goes_on_where_it_stopped(settings, catalogue, tmp_path, in_this_process, monkeypatch):
