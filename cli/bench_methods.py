@@ -33,7 +33,7 @@ def methods(dataset: Path, methods: str, out: Path | None, device: str, as_json:
     The test against --against is a paired randomisation test on the users' NDCG@10.
     """
     command = command_line("methods", dataset, {"methods": methods, **said(options)})
-    settings = sweep_settings(options, tuple(methods.split(",")))
+    settings = sweep_settings(options, tuple(name.strip() for name in methods.split(",")))
     from ..bench.methods import Comparison, benchmark  # imports torch, which takes seconds
 
     against = options["against"] or settings.methods[-1]

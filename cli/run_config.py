@@ -23,7 +23,7 @@ SETTINGS = {
     },
     "train": {"epochs": "max_epochs", **{name: name for name in ("patience", "batch_users", "seed", "precision")}},
 }
-ENCODING = ("attention", "missing_images", "items_at_once", "checkpointing")
+ENCODING = ("attention", "missing_images", "dtype", "items_at_once", "checkpointing")
 
 
 def run_config(dataset: Path | None, options: dict[str, Any], base: dict[str, Any] | None = None) -> RunConfig:

@@ -8,7 +8,17 @@ from typing import Any
 
 import click
 
-from ..config import ACTIVATIONS, LEARNING_RATES, METHODS, PLACEMENTS, PRECISIONS, SANBS, TUNING_METHODS, RunConfig
+from ..config import (
+    ACTIVATIONS,
+    LEARNING_RATES,
+    METHODS,
+    PLACEMENTS,
+    PRECISIONS,
+    SANBS,
+    STORE_DTYPES,
+    TUNING_METHODS,
+    RunConfig,
+)
 from ..errors import InputError
 from .options import (
     FOLDER,
@@ -85,6 +95,11 @@ GROUPS = dict.fromkeys(group for rates in LEARNING_RATES.values() for group in r
 @attention_option
 @missing_images_option
 @missing_captions_option
+@click.option(
+    "--dtype",
+    type=click.Choice(STORE_DTYPES),
+    help="What the states of frozen encoders are rounded to, as extract --dtype stores them. [bfloat16]",
+)
 @click.option("--items-at-once", type=int, help="Items that a trained encoder takes at a time. [as memory allows]")
 @click.option(
     "--checkpointing", is_flag=True, default=None, help="Compute a trained encoder's blocks twice: less memory."

@@ -55,6 +55,17 @@ def load_backbone(view: ViewConfig, device: torch.device | str = "cpu", attentio
         return reader(view, torch.device(device), attention)
 
 
+def load_backbones(
+    views: Sequence[ViewConfig], device: torch.device | str = "cpu", attention: str = "auto"
+) -> list[Backbone]:
+    """`load_backbone` of each view; what a view keeps beyond its encoder's depth is refused before weights are read."""
+    with quiet():
+        for view in views:
+            with clear_errors(view.encoder, "an encoder"):
+                _checked_config(view)
+    return [load_backbone(view, device, attention) for view in views]
+
+
 def default_layers(depth: int) -> tuple[int, ...]:
     """0 and every second hidden state counted back from the last, for `depth` of them (LayerDrop by pairs)."""
     return tuple(sorted({0, *range(depth - 1, 0, -2)}))
@@ -71,9 +82,8 @@ class Backbone(ABC):
         self.view, self.device = view, device
         self.dtype = model_dtype(view.encoder_dtype, device)
         with clear_errors(view.encoder, "an encoder"):
-            config = load_config(view.encoder, self.kind)
+            config = _checked_config(view)
             self.processor = cached_or_fetched(self._load_processor, view.encoder)
-            self._refuse_groups(config)
             self.processor_digest = value_digest(self._processor_content())
             self.attention = choose_attention(attention, model_class(config), device, self.dtype)
             options = {**view.options, "dtype": self.dtype, "attn_implementation": self.attention}
@@ -182,25 +192,12 @@ class Backbone(ABC):
         if len(shapes) > 1 or len(shapes[0]) != 3:
             raise self._error(f"hidden states: expected one shape (items, tokens, width), found {shapes}")
 
-    def _refuse_groups(self, config: PretrainedConfig) -> None:
-        """Before anything large is loaded, more groups of blocks than the encoder has."""
-        own = getattr(config, f"{'vision' if self.kind == 'image' else 'text'}_config", config)
-        if self.view.layer_groups is not None and hasattr(own, "num_hidden_layers"):
-            self._grouped(own.num_hidden_layers)
-
-    def _grouped(self, blocks: int) -> tuple[int, ...]:
-        try:
-            return grouped_layers(blocks, self.view.layer_groups, self.first_layer)
-        except InputError as error:
-            raise self._error(str(error)) from None
-
     def _layers(self) -> tuple[int, ...]:
         first, kept = self.first_layer, self.view.layers
         if self.view.layer_groups is not None:
-            return self._grouped(self.depth - 1)
+            return _grouped(self.view, self.depth - 1, first)
         layers = tuple(first + layer for layer in default_layers(self.depth - first)) if kept is None else kept
-        ordered = bool(layers) and all(a < b for a, b in zip(layers, layers[1:]))
-        if not ordered or layers[0] < first or layers[-1] >= self.depth:
+        if not _ascending(layers) or layers[0] < first or layers[-1] >= self.depth:
             found = ",".join(map(str, layers)) or "none"
             allowed = f"{first}..{self.depth - 1}" + (", its last stage" if first else "")
             raise self._error(f"layers: expected ascending numbers within {allowed}, found {found}")
@@ -402,6 +399,32 @@ class ImageBackbone(Backbone):
         if self.pooling == "cls":
             return states[:, 0]
         return states[:, self.leading :].float().mean(dim=1).to(states.dtype)
+
+
+def _checked_config(view: ViewConfig) -> PretrainedConfig:
+    """The configuration of the view's encoder. Raises InputError where the view keeps layers beyond what that says."""
+    kind = "image" if view.source == "image" else "text"
+    config = load_config(view.encoder, kind)
+    own = getattr(config, f"{'vision' if kind == 'image' else 'text'}_config", config)
+    blocks = getattr(own, "num_hidden_layers", None)
+    if blocks is not None and view.layer_groups is not None:
+        _grouped(view, blocks)
+    if blocks is not None and view.layers is not None and not (_ascending(view.layers) and view.layers[-1] <= blocks):
+        found = ",".join(map(str, view.layers)) or "none"
+        raise InputError(f"{view.encoder}: layers: expected ascending numbers within 0..{blocks}, found {found}")
+    return config
+
+
+def _ascending(layers: tuple[int, ...]) -> bool:
+    return bool(layers) and all(a < b for a, b in zip(layers, layers[1:]))
+
+
+def _grouped(view: ViewConfig, blocks: int, first: int = 0) -> tuple[int, ...]:
+    """`grouped_layers` of the view, with its encoder's name before an error."""
+    try:
+        return grouped_layers(blocks, view.layer_groups, first)
+    except InputError as error:
+        raise InputError(f"{view.encoder}: {error}") from None
 
 
 def _first_device(model: nn.Module, asked: torch.device) -> torch.device:

@@ -302,6 +302,8 @@ class RunConfig:
             return
         if method not in TUNING_METHODS and (uncached.checkpointing or uncached.items_at_once is not None):
             raise InputError(f"items_at_once, checkpointing: are for {', '.join(TUNING_METHODS)}; {method} trains none")
+        if method in TUNING_METHODS and uncached.dtype != UncachedConfig.dtype:
+            raise InputError(f"dtype: is for states that do not change; {method} trains encoders, leave it out")
         for view in uncached.views:
             layers = view.layers is not None or view.layer_groups is not None
             if layers and method not in SIDE_METHODS:

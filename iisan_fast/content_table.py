@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backbones import Backbone, Inputs, load_backbone
+from .backbones import Backbone, Inputs, load_backbones
 from .chunks import Chunks
 from .config import ViewConfig
 from .contents import BLANK, Images, Texts, batched, new_rows, open_sources, view_contents
@@ -151,7 +151,7 @@ def open_contents(
     with ExitStack() as opened:
         images = opened.enter_context(open_sources(dataset, views, missing_images))
         threads = opened.enter_context(ThreadPoolExecutor(min(MAX_DECODERS, usable_cpus()), "images"))
-        backbones = [load_backbone(view, device, attention) for view in views]
+        backbones = load_backbones(views, device, attention)
         forms = [backbone.byte_form() if backbone.view.source == "image" else None for backbone in backbones]
         size = (1 + len(item_ids)) * sum(form.prepare([BLANK])["pixel_values"].nbytes for form in forms if form)
         home = "in the dataset's files, decoded ahead"

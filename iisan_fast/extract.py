@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backbones import Backbone, load_backbone
+from .backbones import Backbone, load_backbones
 from .config import STORE_DTYPES, ViewConfig
 from .contents import Batch, Contents, batched, new_rows, open_sources, view_contents
 from .errors import InputError
@@ -64,8 +64,7 @@ def extract(
     with ExitStack() as stack:
         images = stack.enter_context(open_sources(dataset, views, missing_images))
         jobs = []
-        for view in views:
-            backbone = load_backbone(view, device, attention)
+        for view, backbone in zip(views, load_backbones(views, device, attention)):
             contents = view_contents(backbone, dataset, images, missing_images)
             description = _describe(backbone, view, dtype, dataset)
             jobs.append(_Job(view.name, contents, backbone, description, workers if view.source == "image" else 0))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
+import test_backbones as tiny
 import torch
 from click.testing import CliRunner
 
@@ -16,13 +20,14 @@ from iisan_fast.bench.cells import Cell, SweepSettings
 from iisan_fast.bench.methods import Comparison, benchmark, cost_order
 from iisan_fast.bench.samples import sample_users
 from iisan_fast.cli import cli
-from iisan_fast.config import RunConfig
+from iisan_fast.config import RunConfig, ViewConfig
 from iisan_fast.efficiency import tpme
 from iisan_fast.errors import InputError
 from iisan_fast.run_folder import RunFolder
 from iisan_fast.sequences import load_dataset
 
 CPU = torch.device("cpu")
+built, own_cache = tiny.built, tiny.own_cache
 METHODS = ("full", "lora", "iisan-uncached", "iisan", "id")
 
 
@@ -64,6 +69,27 @@ def test_a_sweep_gives_a_row_for_every_method(settings, catalogue, tmp_path, in_
         for seed in (0, 1)
     ]
     assert rows["id"]["ndcg"] == pytest.approx(np.mean([each["ndcg"] for each in figures]))
+
+
+def test_iisan_beside_full_fine_tuning_over_pairs_of_encoders(built, catalogue, tmp_path, in_this_process):
+    """The paper's figure 4, of tiny encoders: BERT and DeBERTa by ViT and CLIP."""
+    pairs = {
+        f"{text} {image}": (
+            ViewConfig("image", "image", str(built("image", image))),
+            ViewConfig("title", "title", str(built("title", text)), max_tokens=12),
+        )
+        for text, image in product(("bert", "deberta-v3"), ("vit", "clip"))
+    }
+    settings = SweepSettings(("full", "iisan"), pairs, epochs=2, batch_users=40, profiled=1)
+    result = run(catalogue, tmp_path / "sweep", settings, CPU)
+    assert list(result["encoders"]) == list(pairs)
+    for name, one in result["encoders"].items():
+        full, side = one["methods"]["full"], one["methods"]["iisan"]
+        assert full["losses"][1] < full["losses"][0] and side["losses"][1] < side["losses"][0], name
+        assert full["trainable_parameters"] > side["trainable_parameters"] and full["p_value"] <= 1
+        assert one["encoding_s"] > 0 and 0 < full["tpme"] + side["tpme"] <= 1 + 1e-9  # each column says one
+    trained = {name: one["methods"]["full"]["trainable_parameters"] for name, one in result["encoders"].items()}
+    assert len({*trained.values()}) == len(pairs)  # each its own encoders
 
 
 def test_a_stopped_sweep_goes_on_where_it_stopped(settings, catalogue, tmp_path, in_this_process, monkeypatch):
@@ -148,6 +174,22 @@ def test_other_cells_go_on_where_one_fails(settings, catalogue, tmp_path, in_thi
     assert done == [f"titles/{cell}/figures.json" for cell in ("frozen/seed-1", "id/seed-0", "id/seed-1")]
 
 
+WAITING = """
+import signal, sys
+from iisan_fast.bench.machine import in_a_process
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+in_a_process(exec, "import time; print('begun', flush=True); time.sleep(100)")
+"""
+
+
+def test_a_program_that_is_told_to_end_does_not_wait_for_its_cell():
+    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE) as program:
+        assert program.stdout.readline() == b"begun\n"
+        program.terminate()
+        assert program.wait(timeout=50) == 143
+        assert not program.stdout.read()  # its cell has ended too, and closed this
+
+
 def test_memory_of_a_run_that_another_process_finished_is_not_measured(settings, catalogue, tmp_path, in_this_process):
     few, out = replace(settings, methods=("frozen", "id"), seeds=(0,), epochs=1), tmp_path / "sweep"
     run(catalogue, out, few, CPU)
@@ -162,6 +204,14 @@ def test_cells_that_cannot_be_are_refused_before_anything_is_trained(settings, c
     four = {"four": settings.encoders["titles"] * 4}
     with pytest.raises(InputError, match="views"):
         run(catalogue, tmp_path / "sweep", replace(settings, encoders=four), CPU)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_dataset_that_cannot_be_used_is_refused_before_anything_is_written(settings, catalogue, tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such folder; expected a dataset"):
+        run(tmp_path / "nowhere", tmp_path / "sweep", settings, CPU)
+    with pytest.raises(InputError, match="users: expected 1 to 160, those of .*, found 161"):
+        run(catalogue, tmp_path / "sweep", replace(settings, users=161), CPU)
     assert not (tmp_path / "sweep").exists()
 
 
@@ -213,7 +263,7 @@ def test_a_sample_of_users_keeps_the_rest_of_the_dataset(catalogue, tmp_path):
 
 def test_the_command_prints_the_table(catalogue, encoder_views, tmp_path, in_this_process):
     out = tmp_path / "result.json"
-    arguments = ["bench", "methods", str(catalogue), "--folder", str(tmp_path / "sweep"), "--methods", "frozen,id"]
+    arguments = ["bench", "methods", str(catalogue), "--folder", str(tmp_path / "sweep"), "--methods", "frozen, id"]
     pair = f"demo: source=title encoder={encoder_views[1].encoder}"
     found = CliRunner().invoke(
         cli, [*arguments, "--epochs", "1", "--users", "40", "--pair", pair, "--out", str(out)], catch_exceptions=False

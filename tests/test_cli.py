@@ -254,6 +254,18 @@ def test_extract_keeps_the_layers_of_its_groups(catalogue, encoder_views, tmp_pa
     assert json.loads((tmp_path / "c" / "manifest.json").read_text())["views"]["title"]["layers"] == [0, 3, 6]
 
 
+def test_uncached_states_are_rounded_as_a_cache_of_their_dtype(catalogue, encoder_views, tmp_path):
+    views = ("--text-encoder", encoder_views[1].encoder)
+    assert iisan_fast("extract", catalogue, "--cache", tmp_path / "c", *views, "--dtype", "float32").returncode == 0
+    losses = []
+    for name, source in (("cached", ("--cache", tmp_path / "c")), ("uncached", ("--dtype", "float32", *views))):
+        run = tmp_path / name
+        assert iisan_fast("train", catalogue, *source, "--out", run, *FAST).returncode == 0
+        assert json.loads((run / "views.json").read_text())["title"]["dtype"] == "float32"
+        losses.append([json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_titles_stand_in_for_missing_captions_where_asked(catalogue, encoder_views, tmp_path):
     (catalogue / "captions.tsv").write_text("".join(f"i{number}\tsteel oak {number}\n" for number in range(1, 61)))
     encoder = encoder_views[1].encoder

@@ -100,6 +100,10 @@ def test_views_round_trip():
         ),
         ({"cache": None, "uncached": LAYERED, "model": {"method": "lora"}}, "layers: lora reads view 'image'"),
         ({"cache": None, "uncached": LAYERED, "model": {"layer_groups": 2}}, "view 'image' has layers of its own"),
+        (
+            {"cache": None, "uncached": {**UNCACHED, "dtype": "float16"}, "model": {"method": "full"}},
+            "dtype: is for states that do not change; full trains encoders",
+        ),
         ({"cache": None, "uncached": HALVED, "model": {"method": "full"}}, "encoder_dtype: full trains view 'image'"),
     ],
 )

@@ -66,7 +66,7 @@ class FakeBackbone:
 def seen(monkeypatch) -> list:
     """Everything that was made ready to be encoded."""
     seen: list = []
-    monkeypatch.setattr(extraction, "load_backbone", lambda view, *_: FakeBackbone(view, seen))
+    monkeypatch.setattr(extraction, "load_backbones", lambda views, *_: [FakeBackbone(view, seen) for view in views])
     return seen
 
 
@@ -188,7 +188,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 import test_extract as t
 t.extraction.GROUP_ITEMS = 8
-t.extraction.load_backbone = lambda view, *_: t.FakeBackbone(view, [], delay=0.02)
+t.extraction.load_backbones = lambda views, *_: [t.FakeBackbone(view, [], delay=0.02) for view in views]
 print("ready", flush=True)
 dataset = t.load_dataset(Path(sys.argv[1]))
 t.extraction.extract(dataset, [t.TITLE], Path(sys.argv[2]), t.CPU, batch_size=1, dtype="float32")

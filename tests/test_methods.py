@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig
 
-from iisan_fast import memory
+from iisan_fast import demo, memory
 from iisan_fast.backbones import Backbone
 from iisan_fast.checkpoint import load_checkpoint
 from iisan_fast.config import (
@@ -27,6 +28,7 @@ from iisan_fast.config import (
 )
 from iisan_fast.errors import InputError
 from iisan_fast.extract import extract
+from iisan_fast.random_encoders import write_bert
 from iisan_fast.run_folder import RunFolder
 from iisan_fast.sequences import load_dataset
 from iisan_fast.sources import open_source
@@ -158,7 +160,7 @@ ABLATIONS = {
     "PHM": {"sanb": "phm"},
     "low rank": {"sanb": "low-rank"},
     "GELU": {"activation": "gelu"},
-    **{f"{groups} blocks": {"layer_groups": groups} for groups in (2, 3, 6)},
+    **{f"{groups} blocks": {"layer_groups": groups} for groups in (2, 3, 4, 6)},
 }
 
 
@@ -183,6 +185,28 @@ def test_every_ablation_learns(change, all_layers, catalogue, tmp_path):
         heads = 3 * (64 * 65 + 65 * 16) + (48 + 1) * 16
         sequence_encoder = 10 * 16 + 2 * 16 + 2 * (4 * 16 * 16 + 2 * 16 + 17 * 64 + 65 * 16 + 2 * 16)
         assert result["trainable_parameters"] == 3 * tower + heads + sequence_encoder
+
+
+@pytest.fixture(scope="module")
+def twelve_blocks(tmp_path_factory) -> ViewConfig:
+    """Titles through a BERT as deep as the paper's."""
+    folder, words = tmp_path_factory.mktemp("deep"), [*demo.BRANDS, *demo.MATERIALS]
+    shape = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 48}
+    write_bert(folder, BertConfig(vocab_size=5 + len(words), max_position_embeddings=64, **shape), words, seed=0)
+    return ViewConfig("title", "title", str(folder))
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4, 6, 12])
+def test_every_layerdrop_set_of_twelve_blocks_learns(groups, twelve_blocks, catalogue, tmp_path):
+    config = run_config(catalogue, "iisan", [twelve_blocks])
+    result = train(replace(config, model=replace(config.model, layer_groups=groups)), tmp_path / "run", CPU)
+    found, views = losses(tmp_path / "run"), RunFolder(tmp_path / "run").views
+    assert found[-1] < found[0]
+    assert views["title"]["layers"] == [0, *range(12 // groups, 13, 12 // groups)]
+    tower = (groups + 1) * (2 * 32 * 8 + 8 + 32 + 1)
+    heads = 32 * 33 + 33 * 16 + 17 * 16
+    sequence_encoder = 10 * 16 + 2 * 16 + 2 * (4 * 16 * 16 + 2 * 16 + 17 * 64 + 65 * 16 + 2 * 16)
+    assert result["trainable_parameters"] == tower + heads + sequence_encoder
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "iisan", "id"])
@@ -220,17 +244,30 @@ def test_layer_groups_choose_the_layers_of_encoders_that_run(groups, encoder_vie
         take(trainer, 1)
 
 
-def test_groups_beyond_an_encoders_blocks_are_refused_before_its_weights_are_read(encoder_views, catalogue, tmp_path):
-    config = run_config(catalogue, "iisan", encoder_views)
-    config = replace(config, model=replace(config.model, layer_groups=7))
-    weights = Path(encoder_views[0].encoder) / "model.safetensors"
+@pytest.mark.parametrize(
+    ("beyond", "message"),
+    [
+        ({"layer_groups": 7}, "text: layer_groups: expected 1 to 6, the encoder's blocks, found 7"),
+        ({"layers": (0, 7)}, "text: layers: expected ascending numbers within 0..6, found 0,7"),
+        ({"layers": (2, 0)}, "text: layers: expected ascending numbers within 0..6, found 2,0"),
+    ],
+)
+def test_layers_that_an_encoder_has_not_are_refused_before_any_weights_are_read(
+    beyond, message, encoder_views, catalogue, tmp_path
+):
+    """Those of the first view either, which could give what is asked for."""
+    image, title = encoder_views
+    config = run_config(catalogue, "iisan-versa", [image, replace(title, **beyond)])
+    weights = Path(image.encoder) / "model.safetensors"
     aside = weights.rename(tmp_path / "aside")
     try:
-        with pytest.raises(InputError, match="layer_groups: expected 1 to 6, the encoder's blocks, found 7"):
+        with pytest.raises(InputError, match=message):
             train(config, tmp_path / "run", CPU)
+        with pytest.raises(InputError, match=message):
+            extract(load_dataset(catalogue), [image, replace(title, **beyond)], tmp_path / "cache", CPU)
     finally:
         aside.rename(weights)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ from ..trainer import Trainer, precision, resume, train
 from .machine import NOT_MEASURED, in_a_process, on
 from .memory import PeakMemory
 from .profile import profile
-from .samples import sample_users
+from .samples import sample_users, users_to_draw_from
 
 LOGGER = logging.getLogger(__name__)
 UNCACHED = "-uncached"  # after a method's name: its encoders run in every step although a cache could hold their states
@@ -112,8 +112,11 @@ def run_sweep(dataset: Path, out: Path, settings: SweepSettings, device: torch.d
         for method in settings.methods
         for seed in settings.seeds
     ]
-    for cell in cells:  # what cannot be combined is refused before anything is written
+    for cell in cells:  # what cannot be combined, or read, is refused before anything is written
         refuse_missing_libraries(cell_config(cell, dataset, out, settings))
+    load_dataset(dataset)
+    if settings.users is not None:
+        users_to_draw_from(dataset, settings.users)
     _begin(out, dataset, settings, device)
     if settings.users is not None:
         dataset = sample_users(dataset, out / f"users-{settings.users}", settings.users)

@@ -107,11 +107,18 @@ def synchronise(device: torch.device) -> None:
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """A function's result, found in a process of its own. Raises what it raises, and InputError where it dies."""
+    """A function's result, found in a process of its own, which ends when this one is told to. Raises what it raises,
+    and InputError where it dies."""
+    others = {*multiprocessing.active_children()}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=process.prepare) as pool:
+        found = pool.submit(function, *arguments)
         try:
-            return pool.submit(function, *arguments).result()
+            return found.result()
         except BrokenProcessPool:
             raise InputError(
                 f"the process that measures {function.__name__} ended early; it may have lacked memory"
             ) from None
+        except (KeyboardInterrupt, SystemExit):  # leaving the pool would wait for the function, for hours perhaps
+            for child in {*multiprocessing.active_children()} - others:
+                child.terminate()
+            raise
