@@ -19,6 +19,8 @@ from .errors import InputError
 READS = {"input_ids": "text", "pixel_values": "image"}  # an encoder's main input tells what it reads
 TOWERS = {"text": ("text_model", "language_model"), "image": ("vision_model",)}  # of a text-image model
 UNUSED_WEIGHTS = {"pooler", "head"}  # a checkpoint may lack what no hidden state comes from
+# What a checkpoint's configuration may ask for: all layers of all tokens would stay in memory, and nothing read them.
+OUTPUTS = {"use_cache": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
 
 def cached_or_fetched(load: Callable[..., Any], name: str, **options: Any) -> Any:
@@ -54,7 +56,8 @@ def load_model(encoder: str, config: PretrainedConfig, kind: str, options: Mappi
         model, prefix = getattr(model, name), f"{name}."
     used = (key for key in info["missing_keys"] if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")})
     refuse_missing_weights(encoder, used)
-    model.config.use_cache = False  # a causal encoder would keep keys and values that nothing reads
+    for name, value in OUTPUTS.items():
+        setattr(model.config, name, value)
     return model
 
 

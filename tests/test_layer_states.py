@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import weakref
 
 import pytest
@@ -70,6 +72,24 @@ def test_no_state_outlives_the_block_that_reads_it(tmp_path):
     assert most_alive(backbone, backbone.encode) == 1
     backbone = load_backbone(view(folder))
     assert most_alive(backbone, backbone._hidden_states) == 11  # as they are reported: all of them
+
+
+@pytest.mark.parametrize(
+    ("source", "family"), [("title", "llama"), ("title", "bert"), ("title", "clip"), ("image", "vit")]
+)
+def test_outputs_that_a_checkpoint_asks_for_are_not_made(built, tmp_path, source, family):
+    """Its configuration may have them on, as that of many a published encoder has: they would all stay in memory."""
+    folder = shutil.copytree(built(source, family), tmp_path / "asking")
+    config = json.loads((folder / "config.json").read_text())
+    asked = {"output_hidden_states": True, "output_attentions": True, "return_dict": False}
+    for part in (config, config.get("text_config", {})):
+        part |= asked
+    (folder / "config.json").write_text(json.dumps(config))
+    backbone, plain = load_backbone(view(folder, source)), load_backbone(view(built(source, family), source))
+    inputs = backbone.prepare(TITLES if source == "title" else pictures())
+    assert backbone._run(inputs).keys() == plain._run(inputs).keys()
+    assert "hidden_states" not in backbone._run(inputs) and "attentions" not in backbone._run(inputs)
+    assert torch.equal(backbone.encode(inputs), plain.encode(inputs))
 
 
 def test_states_made_out_of_reach_are_all_kept(built, monkeypatch, caplog):
