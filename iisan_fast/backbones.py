@@ -73,7 +73,7 @@ class Backbone(ABC):
         with clear_errors(view.encoder, "an encoder"):
             config = load_config(view.encoder, self.kind)
             self.processor = cached_or_fetched(self._load_processor, view.encoder)
-            self._refuse_groups(config)
+            self._refuse_layers(config)
             self.processor_digest = value_digest(self._processor_content())
             self.attention = choose_attention(attention, model_class(config), device, self.dtype)
             options = {**view.options, "dtype": self.dtype, "attn_implementation": self.attention}
@@ -182,11 +182,16 @@ class Backbone(ABC):
         if len(shapes) > 1 or len(shapes[0]) != 3:
             raise self._error(f"hidden states: expected one shape (items, tokens, width), found {shapes}")
 
-    def _refuse_groups(self, config: PretrainedConfig) -> None:
-        """Before anything large is loaded, more groups of blocks than the encoder has."""
+    def _refuse_layers(self, config: PretrainedConfig) -> None:
+        """Before anything large is loaded, layers or groups of blocks that the encoder does not have."""
         own = getattr(config, f"{'vision' if self.kind == 'image' else 'text'}_config", config)
-        if self.view.layer_groups is not None and hasattr(own, "num_hidden_layers"):
-            self._grouped(own.num_hidden_layers)
+        blocks = getattr(own, "num_hidden_layers", None)
+        if blocks is None:
+            return
+        if self.view.layer_groups is not None:
+            self._grouped(blocks)
+        elif self.view.layers is not None:
+            self._ordered(self.view.layers, blocks + 1)
 
     def _grouped(self, blocks: int) -> tuple[int, ...]:
         try:
@@ -198,11 +203,17 @@ class Backbone(ABC):
         first, kept = self.first_layer, self.view.layers
         if self.view.layer_groups is not None:
             return self._grouped(self.depth - 1)
-        layers = tuple(first + layer for layer in default_layers(self.depth - first)) if kept is None else kept
+        if kept is None:
+            return tuple(first + layer for layer in default_layers(self.depth - first))
+        return self._ordered(kept, self.depth)
+
+    def _ordered(self, layers: tuple[int, ...], depth: int) -> tuple[int, ...]:
+        """The layers, if they are some of `depth` states in order."""
+        first = self.first_layer
         ordered = bool(layers) and all(a < b for a, b in zip(layers, layers[1:]))
-        if not ordered or layers[0] < first or layers[-1] >= self.depth:
+        if not ordered or layers[0] < first or layers[-1] >= depth:
             found = ",".join(map(str, layers)) or "none"
-            allowed = f"{first}..{self.depth - 1}" + (", its last stage" if first else "")
+            allowed = f"{first}..{depth - 1}" + (", its last stage" if first else "")
             raise self._error(f"layers: expected ascending numbers within {allowed}, found {found}")
         return layers
 
