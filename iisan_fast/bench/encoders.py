@@ -31,6 +31,7 @@ def benchmark(dataset: Path, out: Path, settings: SweepSettings, device: torch.d
     if len(settings.methods) != 1:
         raise InputError(f"methods: expected one, found {', '.join(settings.methods)}")
     (method,) = settings.methods
+    found = origin(dataset.resolve().name, device)  # of the code as it starts: a sweep may take hours
     run_sweep(dataset, out, settings, device)
     rows = []
     for name, views in settings.encoders.items():
@@ -40,7 +41,7 @@ def benchmark(dataset: Path, out: Path, settings: SweepSettings, device: torch.d
             {"encoders": name, "encoder_parameters": size, "encoding_s": encoding_seconds(name, out), **row(figures)}
         )
     return {
-        **origin(dataset.resolve().name, device),
+        **found,
         "settings": asdict(settings),
         "rows": sorted(rows, key=lambda each: each["encoder_parameters"]),
     }
