@@ -21,8 +21,7 @@ from iisan_fast.errors import InputError
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    for module in (cells, encoders):
-        monkeypatch.setattr(module, "in_a_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(cells, "in_a_process", lambda function, *arguments: function(*arguments))
 
 
 def test_the_command_sets_sets_of_encoders_side_by_side_and_draws_them(catalogue, encoder_views, tmp_path):

@@ -179,6 +179,19 @@ def test_options_reach_hugging_face_and_count_as_settings(built, tmp_path, monke
         extract(data, [view(folder)], tmp_path / "cache", cpu)
 
 
+def test_gpus_of_max_memory_have_their_numbers(built, monkeypatch):
+    """As JSON they come in as text, which Hugging Face takes for no device."""
+    passed, real = {}, hf.LlamaModel.from_pretrained
+
+    def load(*arguments, **options):
+        passed.update(options)
+        return real(*arguments, **{name: value for name, value in options.items() if name != "max_memory"})
+
+    monkeypatch.setattr(hf.LlamaModel, "from_pretrained", load)
+    load_backbone(view(built("title", "llama"), options={"max_memory": {"0": "20GB", "1": "2GB", "cpu": "60GB"}}))
+    assert passed["max_memory"] == {0: "20GB", 1: "2GB", "cpu": "60GB"}
+
+
 def test_an_option_unknown_to_the_encoder_is_named(built):
     assert "unexpected keyword argument 'load_in_3bit'" in refusal(built("title", "llama"), options={"load_in_3bit": 1})
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from iisan_fast import backbones
 from iisan_fast.adaptation import blocks
 from iisan_fast.backbones import Backbone, Inputs, load_backbone
+from iisan_fast.bench.encoders import encoder_parameters
+from iisan_fast.hugging_face import count_parameters
 from iisan_fast.layer_states import find_places, read_states
 
 built, own_cache = tiny.built, tiny.own_cache
@@ -38,6 +40,19 @@ def test_states_are_the_very_ones_that_are_reported(built, source, family, caplo
         inputs = backbone.prepare(TITLES if source == "title" else pictures())
         assert torch.equal(backbone.encode(inputs), reported(backbone, inputs))
     assert "cannot be read one by one" not in caplog.text
+
+
+@pytest.mark.parametrize(("source", "family"), FAMILIES)
+def test_parameters_are_counted_without_reading_a_weight(built, tmp_path, source, family):
+    """Those of a twin encoder's one tower, too: what reads images beside what reads text counts apart."""
+    model = load_backbone(view(built(source, family), source)).model
+    folder = shutil.copytree(built(source, family), tmp_path / "encoder")
+    (folder / "model.safetensors").unlink()
+    found = count_parameters(str(folder), "image" if source == "image" else "text")
+    assert found == sum(parameter.numel() for parameter in model.parameters())
+    if source == "image" and family == "clip":
+        views = [view(folder, "title"), view(folder, "image")]
+        assert encoder_parameters(views) == count_parameters(str(folder), "text") + found
 
 
 def test_one_block_called_for_every_layer_gives_a_state_at_each_call(tmp_path):

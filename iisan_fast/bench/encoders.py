@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 
-from ..backbones import load_backbone
 from ..config import ViewConfig
-from ..efficiency import parameter_counts
 from ..errors import InputError
 from ..files import write_atomically
+from ..hugging_face import count_parameters
 from .cells import Cell, SweepSettings, encoding_seconds, run_sweep
-from .machine import NOT_MEASURED, in_a_process, origin
+from .machine import NOT_MEASURED, origin
 from .methods import row
 
-CPU = torch.device("cpu")
 LABEL_POINTS = 8  # the size of a name in the drawing
 
 
@@ -36,7 +34,7 @@ def benchmark(dataset: Path, out: Path, settings: SweepSettings, device: torch.d
     rows = []
     for name, views in settings.encoders.items():
         figures = [Cell(name, method, seed).figures(out) for seed in settings.seeds]
-        size = in_a_process(encoder_parameters, views)
+        size = encoder_parameters(views)
         rows.append(
             {"encoders": name, "encoder_parameters": size, "encoding_s": encoding_seconds(name, out), **row(figures)}
         )
@@ -49,8 +47,8 @@ def benchmark(dataset: Path, out: Path, settings: SweepSettings, device: torch.d
 
 def encoder_parameters(views: Sequence[ViewConfig]) -> int:
     """Of all encoders together; one that several views read counts once."""
-    encoders = {view.encoder: view for view in views}
-    return sum(parameter_counts(load_backbone(view, CPU).model)["total"] for view in encoders.values())
+    encoders = {(view.encoder, "image" if view.source == "image" else "text") for view in views}
+    return sum(count_parameters(encoder, kind) for encoder, kind in encoders)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
