@@ -148,7 +148,7 @@ class Backbone(ABC):
         return self.model(**self._taken(inputs), **options)
 
     def _hidden_states(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        states = self._run(inputs, output_hidden_states=True).hidden_states
+        states = getattr(self._run(inputs, output_hidden_states=True), "hidden_states", None)
         if states is None:
             raise self._error(f"{type(self.model).__name__} reports no hidden states")
         return states
