@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -177,6 +178,12 @@ def test_options_reach_hugging_face_and_count_as_settings(built, tmp_path, monke
         assert store.view("v")["options"] == {"quantization_config": bits}
     with pytest.raises(InputError, match=r'view .v. was made otherwise: options \{"quantization_config"'):
         extract(data, [view(folder)], tmp_path / "cache", cpu)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="quantizes where it can")
+def test_quantization_without_its_library_says_what_to_install(built):
+    message = refusal(built("title", "llama"), options={"quantization_config": {"load_in_4bit": True}})
+    assert "cannot be used as an encoder" in message and "requires bitsandbytes: `pip install" in message
 
 
 def test_gpus_of_max_memory_have_their_numbers(built, monkeypatch):
