@@ -146,5 +146,5 @@ def _with_numbered_devices(options: Mapping[str, Any]) -> dict[str, Any]:
     limits = options.get("max_memory")
     if not isinstance(limits, Mapping):
         return dict(options)
-    numbered = {int(device) if device.isdecimal() else device: limit for device, limit in limits.items()}
+    numbered = {int(name) if str(name).isdecimal() else name: limit for name, limit in limits.items()}
     return {**options, "max_memory": numbered}
