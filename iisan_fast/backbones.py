@@ -72,7 +72,11 @@ def default_layers(depth: int) -> tuple[int, ...]:
 
 
 class Backbone(ABC):
-    """A frozen encoder. Subclasses say how contents become inputs and tokens become one state."""
+    """A frozen encoder. Subclasses say how contents become inputs and tokens become one state.
+
+    It encodes in inference mode, but is looked over without: some encoders keep a tensor that they make when they first
+    run, as BEiT does an index, and where they are trained later, a backward has to read it.
+    """
 
     kind: str  # "text" or "image"
     input_names: tuple[str, ...]  # what the encoder takes of what `prepare` gives
@@ -158,12 +162,12 @@ class Backbone(ABC):
         return self.model(**self._taken(inputs), **options)
 
     def _hidden_states(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        states = self._run(inputs, output_hidden_states=True).hidden_states
+        states = getattr(self._run(inputs, output_hidden_states=True), "hidden_states", None)
         if states is None:
             raise self._error(f"{type(self.model).__name__} reports no hidden states")
         return states
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _probe(self) -> tuple[tuple[Tensor, ...], bool]:
         """The states of one made-up input, and whether the last one comes out of a norm layer."""
         norms: list[Tensor] = []
@@ -179,7 +183,7 @@ class Backbone(ABC):
                 hook.remove()
         return states, any(torch.equal(norm.to(states[-1].device), states[-1]) for norm in norms)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _find(self, states: tuple[Tensor, ...]) -> list[Place] | None:
         """Where the encoder makes the states of the made-up input."""
         places = find_places(self.model, lambda: self._run(self.example()), states)
@@ -311,7 +315,7 @@ class TextBackbone(Backbone):
         leads = cls is not None and self.processor("a text").input_ids[:1] == [cls]
         return ("cls", "mean", "last") if leads and not self._is_causal() else ("mean", "last")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _is_causal(self) -> bool:
         """Found by trying: in a causal encoder another last token leaves the first token's states as they were."""
         inputs = self.example()

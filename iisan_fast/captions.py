@@ -72,8 +72,8 @@ def caption(
     """
     if missing_images not in MISSING_PICTURES:
         raise InputError(f"missing_images: expected one of {', '.join(MISSING_PICTURES)}, found {missing_images!r}")
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; expected a dataset with items.tsv and users.tsv")
+    if not (root / "items.tsv").is_file():  # before a lock is left where it is none of ours
+        raise InputError(f"{root}: no such dataset; expected a folder with items.tsv and users.tsv")
     with locked(root / LOCK, f"{root}: another process is captioning this dataset; wait for it to end"):
         captions = _CaptionFile(root)
         dataset = load_dataset(root, protocol)

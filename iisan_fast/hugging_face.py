@@ -19,6 +19,8 @@ from .errors import InputError
 READS = {"input_ids": "text", "pixel_values": "image"}  # an encoder's main input tells what it reads
 TOWERS = {"text": ("text_model", "language_model"), "image": ("vision_model",)}  # of a text-image model
 UNUSED_WEIGHTS = {"pooler", "head"}  # a checkpoint may lack what no hidden state comes from
+# What a checkpoint's configuration may ask for: all layers of all tokens would stay in memory, and nothing read them.
+OUTPUTS = {"use_cache": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
 
 def cached_or_fetched(load: Callable[..., Any], name: str, **options: Any) -> Any:
@@ -44,18 +46,24 @@ def load_model(encoder: str, config: PretrainedConfig, kind: str, options: Mappi
     """The headless encoder, or its tower that reads `kind`, with all the weights that it needs; `options` are
     `from_pretrained`'s.
     """
-    load = model_class(config).from_pretrained
+    load, options = model_class(config).from_pretrained, _with_numbered_devices(options)
     model, info = cached_or_fetched(load, encoder, config=config, output_loading_info=True, **options)
-    prefix = ""
-    if _has_towers(config):
-        name = next((name for name in TOWERS[kind] if hasattr(model, name)), None)
-        if name is None:
-            raise InputError(f"{encoder}: {type(model).__name__} has no tower that reads {kind} alone")
-        model, prefix = getattr(model, name), f"{name}."
+    model, prefix = _reader(model, encoder, config, kind)
     used = (key for key in info["missing_keys"] if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")})
     refuse_missing_weights(encoder, used)
-    model.config.use_cache = False  # a causal encoder would keep keys and values that nothing reads
+    for name, value in OUTPUTS.items():
+        setattr(model.config, name, value)
     return model
+
+
+def count_parameters(encoder: str, kind: str) -> int:
+    """Of what `load_model` would give, by its configuration alone: no weight is read, so that any size will do."""
+    with quiet(), clear_errors(encoder, "an encoder"):
+        config = load_config(encoder, kind)
+        with torch.device("meta"):
+            model = model_class(config)(config)
+        model, _ = _reader(model, encoder, config, kind)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -121,3 +129,22 @@ def clear_errors(name: str, kind: str) -> Iterator[None]:
 
 def _has_towers(config: PretrainedConfig) -> bool:
     return hasattr(config, "text_config") and hasattr(config, "vision_config")
+
+
+def _reader(model: PreTrainedModel, encoder: str, config: PretrainedConfig, kind: str) -> tuple[PreTrainedModel, str]:
+    """What of a model reads `kind`, and what its weights' names begin with."""
+    if not _has_towers(config):
+        return model, ""
+    name = next((name for name in TOWERS[kind] if hasattr(model, name)), None)
+    if name is None:
+        raise InputError(f"{encoder}: {type(model).__name__} has no tower that reads {kind} alone")
+    return getattr(model, name), f"{name}."
+
+
+def _with_numbered_devices(options: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no numbers for keys, by which `max_memory` names GPUs."""
+    limits = options.get("max_memory")
+    if not isinstance(limits, Mapping):
+        return dict(options)
+    numbered = {int(name) if str(name).isdecimal() else name: limit for name, limit in limits.items()}
+    return {**options, "max_memory": numbered}

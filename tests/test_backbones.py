@@ -8,6 +8,7 @@ import importlib.util
 import json
 import pickle
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -229,6 +230,19 @@ def test_text_families_defaults(built, family):
     if style != "cls":
         with pytest.raises(InputError, match="pooling: expected mean or last for this encoder, found cls"):
             load_backbone(view(built("title", family), pooling="cls"))
+
+
+@pytest.mark.parametrize("reported", [{"hidden_states": None}, {}], ids=["none", "no such output"])
+def test_an_encoder_without_hidden_states_is_refused(built, monkeypatch, reported):
+    forward = hf.BertModel.forward
+
+    def silent(self, **inputs):
+        inputs.pop("output_hidden_states", None)
+        state = forward(self, **inputs).last_hidden_state
+        return types.SimpleNamespace(last_hidden_state=state, **reported)
+
+    monkeypatch.setattr(hf.BertModel, "forward", silent)
+    assert refusal(built("title", "bert")).endswith("BertModel reports no hidden states")
 
 
 def test_a_class_token_that_sees_nothing_is_refused(tmp_path):

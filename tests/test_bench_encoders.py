@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -20,8 +21,7 @@ from iisan_fast.errors import InputError
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    for module in (cells, encoders):
-        monkeypatch.setattr(module, "in_a_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(cells, "in_a_process", lambda function, *arguments: function(*arguments))
 
 
 def test_the_command_sets_sets_of_encoders_side_by_side_and_draws_them(catalogue, encoder_views, tmp_path):
@@ -66,6 +66,22 @@ def test_the_drawing_shows_every_row(tmp_path, monkeypatch):
     assert spans == [[[12.5, 37.5], [75, 75]], [[50, 50], [37.5, 87.5]]]
     assert [(text.get_text(), text.xy) for text in accuracy.texts] == [("small", (2, 25)), ("large", (4, 75))]
     assert [line.get_xydata().tolist() for line in cost.lines] == [[[2, 3], [4, 5]], [[2, 10]]]
+
+
+def test_names_of_encoders_of_one_size_do_not_meet(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    figure = {"hr_sd": None, "ndcg": 0.1, "ndcg_sd": None, "epoch_s": 1, "encoding_s": NOT_MEASURED}
+    sizes = {"few layers": (2e6, 0.251), "all layers": (2e6, 0.25), "larger": (4e6, 0.25)}
+    rows = [{"encoders": name, "encoder_parameters": size, "hr": hr, **figure} for name, (size, hr) in sizes.items()]
+    result = {"dataset": "d", "settings": {"methods": ["iisan"], "seeds": [0]}, "rows": rows}
+    encoders.draw(result, tmp_path / "plot.png")
+    accuracy = figures[0].axes[0]
+    boxes = [text.get_window_extent(figures[0].canvas.get_renderer()) for text in accuracy.texts]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert boxes[0].y0 > boxes[1].y0  # as their HR
+    assert [label.get_text() for label in accuracy.get_xticklabels()] == ["2", "4"]
 
 
 def test_an_encoder_of_two_views_counts_once(encoder_views):

@@ -229,6 +229,13 @@ def test_two_runs_do_not_write_at_once(root, fake):
     assert run(root).captioned == ITEMS
 
 
+def test_nothing_is_left_in_a_folder_that_is_no_dataset(tmp_path, fake):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(InputError, match="no such dataset; expected a folder with items.tsv and users.tsv"):
+            run(folder)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_stopped_run_keeps_its_batches_and_goes_on(root, fake, monkeypatch):
     monkeypatch.setattr(fake, "fails_after", 3)
     with pytest.raises(KeyboardInterrupt):

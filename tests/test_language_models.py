@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,23 @@ MORE = {  # families whose like `test_backbones` does not have, and their tokeni
     "qwen3 of experts": (
         lambda: hf.Qwen3MoeModel(hf.Qwen3MoeConfig(**LLM, **EXPERTS)),
         "bytes",
+    ),
+}
+CHECKPOINTS = {  # how to build one, and what of it is the language model
+    "llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLM)), "model"),
+    "mistral": (lambda: hf.MistralForCausalLM(hf.MistralConfig(**LLM)), "model"),
+    "mixtral": (lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**LLM, num_local_experts=4)), "model"),
+    "gemma3": (lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**LLM, **WINDOW)), "model"),
+    "qwen3, tied": (lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**LLM, tie_word_embeddings=True)), "model"),
+    "gemma3 with images": (
+        lambda: hf.Gemma3Model(
+            hf.Gemma3Config(
+                text_config=hf.Gemma3TextConfig(**LLM, **WINDOW),
+                vision_config=hf.SiglipVisionConfig(**tiny.VISION),
+                mm_tokens_per_image=4,
+            )
+        ),
+        "language_model",
     ),
 }
 
@@ -102,6 +121,33 @@ def test_layers_by_list_where_no_even_groups_give_them(tmp_path):
     assert "within 0..32, found 8,2" in refusal(folder, layers=(8, 2))
 
 
+@pytest.mark.parametrize("changes", [{"layers": (8, 2)}, {"layers": (2, 5)}, {"layers": (-1, 2)}, {"layer_groups": 5}])
+def test_layers_that_are_not_there_are_refused_before_weights_are_read(built, tmp_path, changes):
+    """Those of a large model take minutes."""
+    folder = shutil.copytree(built("title", "llama"), tmp_path / "llama")
+    (folder / "model.safetensors").unlink()
+    assert "expected" in refusal(folder, **changes) and "within 0..4" in refusal(folder, layers=(2, 5))
+    assert "no file named" in refusal(folder, layers=(2, 4))
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_a_checkpoint_with_a_head_or_a_vision_tower_gives_its_language_models_states(tmp_path, family):
+    """As they are published: for generation, with other names of weights, or beside an encoder of images."""
+    torch.manual_seed(0)
+    build, part = CHECKPOINTS[family]
+    model = build().eval()
+    folder = save(model, tmp_path / "encoder", None, "bos")
+    backbone = load_backbone(view(folder, layers=(0, 1, 2, 3, 4), max_tokens=12))
+    assert backbone.final_state == "normalised" and backbone.pooling == "mean"
+    language, found = getattr(model, part), backbone.encode(backbone.prepare(TITLES))
+    for title, states in zip(TITLES, found):
+        ids = backbone.prepare([title])["input_ids"]
+        with torch.inference_mode():
+            expected = language(input_ids=ids, output_hidden_states=True).hidden_states
+        pooled = torch.stack([state[0].mean(dim=0) for state in expected])
+        torch.testing.assert_close(states, pooled, rtol=1e-5, atol=2e-5)
+
+
 def test_a_dtype_among_the_options_is_the_encoders():
     given = ViewConfig("v", "title", "e", options={"dtype": "bfloat16", "max_memory": None})
     assert given == ViewConfig("v", "title", "e", encoder_dtype="bfloat16", options={"max_memory": None})
@@ -132,6 +178,25 @@ def test_options_reach_hugging_face_and_count_as_settings(built, tmp_path, monke
         assert store.view("v")["options"] == {"quantization_config": bits}
     with pytest.raises(InputError, match=r'view .v. was made otherwise: options \{"quantization_config"'):
         extract(data, [view(folder)], tmp_path / "cache", cpu)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="quantizes where it can")
+def test_quantization_without_its_library_says_what_to_install(built):
+    message = refusal(built("title", "llama"), options={"quantization_config": {"load_in_4bit": True}})
+    assert "cannot be used as an encoder" in message and "requires bitsandbytes: `pip install" in message
+
+
+def test_gpus_of_max_memory_have_their_numbers(built, monkeypatch):
+    """As JSON they come in as text, which Hugging Face takes for no device."""
+    passed, real = {}, hf.LlamaModel.from_pretrained
+
+    def load(*arguments, **options):
+        passed.update(options)
+        return real(*arguments, **{name: value for name, value in options.items() if name != "max_memory"})
+
+    monkeypatch.setattr(hf.LlamaModel, "from_pretrained", load)
+    load_backbone(view(built("title", "llama"), options={"max_memory": {"0": "20GB", "1": "2GB", "cpu": "60GB"}}))
+    assert passed["max_memory"] == {0: "20GB", 1: "2GB", "cpu": "60GB"}
 
 
 def test_an_option_unknown_to_the_encoder_is_named(built):

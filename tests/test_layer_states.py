@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import weakref
 
 import pytest
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from iisan_fast import backbones
 from iisan_fast.adaptation import blocks
 from iisan_fast.backbones import Backbone, Inputs, load_backbone
+from iisan_fast.bench.encoders import encoder_parameters
+from iisan_fast.hugging_face import count_parameters
 from iisan_fast.layer_states import find_places, read_states
 
 built, own_cache = tiny.built, tiny.own_cache
@@ -36,6 +40,19 @@ def test_states_are_the_very_ones_that_are_reported(built, source, family, caplo
         inputs = backbone.prepare(TITLES if source == "title" else pictures())
         assert torch.equal(backbone.encode(inputs), reported(backbone, inputs))
     assert "cannot be read one by one" not in caplog.text
+
+
+@pytest.mark.parametrize(("source", "family"), FAMILIES)
+def test_parameters_are_counted_without_reading_a_weight(built, tmp_path, source, family):
+    """Those of a twin encoder's one tower, too: what reads images beside what reads text counts apart."""
+    model = load_backbone(view(built(source, family), source)).model
+    folder = shutil.copytree(built(source, family), tmp_path / "encoder")
+    (folder / "model.safetensors").unlink()
+    found = count_parameters(str(folder), "image" if source == "image" else "text")
+    assert found == sum(parameter.numel() for parameter in model.parameters())
+    if source == "image" and family == "clip":
+        views = [view(folder, "title"), view(folder, "image")]
+        assert encoder_parameters(views) == count_parameters(str(folder), "text") + found
 
 
 def test_one_block_called_for_every_layer_gives_a_state_at_each_call(tmp_path):
@@ -70,6 +87,24 @@ def test_no_state_outlives_the_block_that_reads_it(tmp_path):
     assert most_alive(backbone, backbone.encode) == 1
     backbone = load_backbone(view(folder))
     assert most_alive(backbone, backbone._hidden_states) == 11  # as they are reported: all of them
+
+
+@pytest.mark.parametrize(
+    ("source", "family"), [("title", "llama"), ("title", "bert"), ("title", "clip"), ("image", "vit")]
+)
+def test_outputs_that_a_checkpoint_asks_for_are_not_made(built, tmp_path, source, family):
+    """Its configuration may have them on, as that of many a published encoder has: they would all stay in memory."""
+    folder = shutil.copytree(built(source, family), tmp_path / "asking")
+    config = json.loads((folder / "config.json").read_text())
+    asked = {"output_hidden_states": True, "output_attentions": True, "return_dict": False}
+    for part in (config, config.get("text_config", {})):
+        part |= asked
+    (folder / "config.json").write_text(json.dumps(config))
+    backbone, plain = load_backbone(view(folder, source)), load_backbone(view(built(source, family), source))
+    inputs = backbone.prepare(TITLES if source == "title" else pictures())
+    assert backbone._run(inputs).keys() == plain._run(inputs).keys()
+    assert "hidden_states" not in backbone._run(inputs) and "attentions" not in backbone._run(inputs)
+    assert torch.equal(backbone.encode(inputs), plain.encode(inputs))
 
 
 def test_states_made_out_of_reach_are_all_kept(built, monkeypatch, caplog):

@@ -67,6 +67,17 @@ def test_images_equal_a_loop_over_single_ones(tmp_path, family):
     assert load_backbone(view(folder, "image")).pooling == ("cls" if leading else "mean")
 
 
+def test_an_encoder_that_keeps_what_it_made_can_still_be_trained(tmp_path):
+    """BEiT keeps the index of its relative positions from the first time that it is run, which is loading's."""
+    backbone = load_backbone(view(saved(PLAIN["beit"][0], tmp_path / "beit"), "image"))
+    inputs = backbone.prepare(pictures())
+    assert not backbone.encode(inputs).requires_grad
+    backbone.model.requires_grad_(True)
+    backbone.final(inputs).square().sum().backward()
+    tables = [each.grad for name, each in backbone.model.named_parameters() if "relative_position_bias" in name]
+    assert len(tables) == 4 and all(gradient.any() for gradient in tables)
+
+
 def test_the_class_token_of_a_pooling_head_is_none_of_the_tokens(tmp_path):
     folder = saved(PLAIN["aimv2"][0], tmp_path / "aimv2")
     assert "pooling: expected mean for this encoder, found cls" in refusal(folder, "image", pooling="cls")

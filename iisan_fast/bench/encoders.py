@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 
-from ..backbones import load_backbone
 from ..config import ViewConfig
-from ..efficiency import parameter_counts
 from ..errors import InputError
 from ..files import write_atomically
+from ..hugging_face import count_parameters
 from .cells import Cell, SweepSettings, encoding_seconds, run_sweep
-from .machine import NOT_MEASURED, in_a_process, origin
+from .machine import NOT_MEASURED, origin
 from .methods import row
 
-CPU = torch.device("cpu")
+LABEL_POINTS = 8  # the size of a name in the drawing
 
 
 def benchmark(dataset: Path, out: Path, settings: SweepSettings, device: torch.device) -> dict[str, Any]:
@@ -30,16 +29,17 @@ def benchmark(dataset: Path, out: Path, settings: SweepSettings, device: torch.d
     if len(settings.methods) != 1:
         raise InputError(f"methods: expected one, found {', '.join(settings.methods)}")
     (method,) = settings.methods
+    found = origin(dataset.resolve().name, device)  # of the code as it starts: a sweep may take hours
     run_sweep(dataset, out, settings, device)
     rows = []
     for name, views in settings.encoders.items():
         figures = [Cell(name, method, seed).figures(out) for seed in settings.seeds]
-        size = in_a_process(encoder_parameters, views)
+        size = encoder_parameters(views)
         rows.append(
             {"encoders": name, "encoder_parameters": size, "encoding_s": encoding_seconds(name, out), **row(figures)}
         )
     return {
-        **origin(dataset.resolve().name, device),
+        **found,
         "settings": asdict(settings),
         "rows": sorted(rows, key=lambda each: each["encoder_parameters"]),
     }
@@ -47,8 +47,8 @@ def benchmark(dataset: Path, out: Path, settings: SweepSettings, device: torch.d
 
 def encoder_parameters(views: Sequence[ViewConfig]) -> int:
     """Of all encoders together; one that several views read counts once."""
-    encoders = {view.encoder: view for view in views}
-    return sum(parameter_counts(load_backbone(view, CPU).model)["total"] for view in encoders.values())
+    encoders = {(view.encoder, "image" if view.source == "image" else "text") for view in views}
+    return sum(count_parameters(encoder, kind) for encoder, kind in encoders)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -68,16 +68,17 @@ def draw(result: dict[str, Any], path: Path) -> None:
     encoded = [(size, each["encoding_s"]) for size, each in zip(sizes, rows) if each["encoding_s"] != NOT_MEASURED]
     if encoded:
         cost.plot(*zip(*encoded), "s--", color="black", label="encoding the catalogue, once")
-    for size, each in zip(sizes, rows):
-        place = {"xytext": (-8, 2), "textcoords": "offset points", "ha": "right", "fontsize": 8}
-        accuracy.annotate(each["encoders"], (size, 100 * each["hr"]), **place)
+    for each, height in zip(rows, _label_heights(rows)):
+        point = each["encoder_parameters"] / 1e6, 100 * each["hr"]
+        place = {"xytext": (-8, height), "textcoords": "offset points", "ha": "right", "fontsize": LABEL_POINTS}
+        accuracy.annotate(each["encoders"], point, **place)
     accuracy.set(ylabel="percent", title="Accuracy")
     accuracy.set_ylim(bottom=0)
     cost.set(ylabel="seconds", title="Cost", yscale="log")
     for axes in (accuracy, cost):
         axes.set(xlabel="millions of parameters of the encoders", xscale="log")
         axes.margins(x=0.25)
-        axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+        axes.set_xticks(sorted(set(sizes)), [f"{size:.3g}" for size in sorted(set(sizes))])
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -87,3 +88,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(drawn, dpi=120, format="png")
     pyplot.close(figure)
     write_atomically(path, drawn.getvalue())
+
+
+def _label_heights(rows: Sequence[dict[str, Any]]) -> list[float]:
+    """How many points above each row's HR its name stands: those of one size may have nearly one HR."""
+    heights = []
+    for each in rows:
+        same = [other for other in rows if other["encoder_parameters"] == each["encoder_parameters"]]
+        place = sorted(same, key=lambda other: other["hr"]).index(each)
+        heights.append(2 + 1.2 * LABEL_POINTS * (place - (len(same) - 1) / 2))
+    return heights
