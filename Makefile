@@ -11,7 +11,7 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n 2
 
 gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -q -m gpu

@@ -44,6 +44,7 @@ setup(
             "peft>=0.18",
             "polars>=1.38",
             "pytest>=8.0",
+            "pytest-xdist>=3.5",
             "ruff>=0.6",
             "torchmetrics>=1.4",
         ],

@@ -201,11 +201,7 @@ class Backbone(ABC):
         if self.view.layer_groups is not None:
             return _grouped(self.view, self.depth - 1, first)
         layers = tuple(first + layer for layer in default_layers(self.depth - first)) if kept is None else kept
-        if not _ascending(layers) or layers[0] < first or layers[-1] >= self.depth:
-            found = ",".join(map(str, layers)) or "none"
-            allowed = f"{first}..{self.depth - 1}" + (", its last stage" if first else "")
-            raise self._error(f"layers: expected ascending numbers within {allowed}, found {found}")
-        return layers
+        return _ordered(self.view, layers, self.depth - 1, first)
 
     def _pooling(self) -> str:
         allowed = self._poolings()
@@ -413,14 +409,18 @@ def _checked_config(view: ViewConfig) -> PretrainedConfig:
     blocks = getattr(own, "num_hidden_layers", None)
     if blocks is not None and view.layer_groups is not None:
         _grouped(view, blocks)
-    if blocks is not None and view.layers is not None and not (_ascending(view.layers) and view.layers[-1] <= blocks):
-        found = ",".join(map(str, view.layers)) or "none"
-        raise InputError(f"{view.encoder}: layers: expected ascending numbers within 0..{blocks}, found {found}")
+    if blocks is not None and view.layers is not None:
+        _ordered(view, view.layers, blocks)
     return config
 
 
-def _ascending(layers: tuple[int, ...]) -> bool:
-    return bool(layers) and all(a < b for a, b in zip(layers, layers[1:]))
+def _ordered(view: ViewConfig, layers: tuple[int, ...], last: int, first: int = 0) -> tuple[int, ...]:
+    """The layers, if they are some of first..last in order."""
+    if not layers or layers[0] < first or layers[-1] > last or any(a >= b for a, b in zip(layers, layers[1:])):
+        found = ",".join(map(str, layers)) or "none"
+        allowed = f"{first}..{last}" + (", its last stage" if first else "")
+        raise InputError(f"{view.encoder}: layers: expected ascending numbers within {allowed}, found {found}")
+    return layers
 
 
 def _grouped(view: ViewConfig, blocks: int, first: int = 0) -> tuple[int, ...]:

@@ -107,6 +107,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
         "threads": torch.get_num_threads(),
+        "processor": torch.backends.cpu.get_cpu_capability(),  # its widest instructions that torch uses
     }
 
 

@@ -48,6 +48,11 @@ def why_not() -> str:
     return found if isinstance(found, str) else ""
 
 
+def compiler_version() -> str:
+    """The first line that the compiler says of itself."""
+    return _version(_compiler()).decode(errors="replace").splitlines()[0]
+
+
 @functools.cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
     """The library, or why there is none; asked once, since a compiler takes seconds."""
@@ -84,9 +89,12 @@ def _folder() -> Path:
 def _key(compiler: list[str]) -> str:
     """What the library depends on: its sources, how they are compiled, and the processor."""
     parts = [path.name.encode() + path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    version = subprocess.run([compiler[0], "--version"], capture_output=True).stdout
-    parts += [shlex.join(compiler).encode(), version, _processor().encode()]
+    parts += [shlex.join(compiler).encode(), _version(compiler), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _version(compiler: list[str]) -> bytes:
+    return subprocess.run([compiler[0], "--version"], capture_output=True).stdout
 
 
 def _processor() -> str:

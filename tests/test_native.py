@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from iisan_fast import kernels
-from iisan_fast.kernels import dispatch, native, reference
+from iisan_fast.kernels import dispatch, memory, native, reference
 from iisan_fast.kernels.memory import Memory
 
 needs_compiler = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "there is one")
@@ -115,3 +115,13 @@ def test_memory_is_used_again_once_it_is_free_and_never_before():
     del first
     second = Memory()
     assert second.empty(torch.float32, 100, 16).data_ptr() in places
+
+
+def test_memory_that_is_kept_has_a_limit():
+    for count in range(memory.MOST_FREE + 5):
+        held = [Memory() for _ in range(count)]
+        for each in held:
+            each.empty(torch.uint8, 1000)
+    del held, each
+    Memory().empty(torch.uint8, 1)
+    assert len(Memory.free) <= memory.MOST_FREE + 1

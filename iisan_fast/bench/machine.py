@@ -18,6 +18,7 @@ import torch
 from .. import process
 from ..config import ProtocolConfig
 from ..errors import InputError
+from ..kernels import native
 from ..run_folder import environment
 from ..sequences import Sequences, load_dataset
 
@@ -62,8 +63,8 @@ def versions(device: torch.device) -> dict[str, Any]:
             found[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             found[library] = NOT_INSTALLED
-    precision = torch.get_float32_matmul_precision()
-    return environment(device) | found | {"cuda": torch.version.cuda, "float32_matmul_precision": precision}
+    found |= {"cuda": torch.version.cuda, "float32_matmul_precision": torch.get_float32_matmul_precision()}
+    return environment(device) | found | {"native": native.why_not() or native.compiler_version()}
 
 
 def commit() -> str | None:

@@ -85,23 +85,29 @@ template <class T> inline Operand<T> rows_of(const T *matrix, long n) { return {
 // Columns of one panel as rows of the left operand; steps go over the matrix's rows, in one run.
 template <class T> inline Operand<T> columns_of(const T *panel) { return {panel, 1, PANEL, PANEL * PANEL}; }
 
+// acc[R] += a step of left rows times right's row.
+template <int R, class T>
+inline __attribute__((always_inline)) void one_step(Row<T> (&acc)[R], const T *a, long row, const T *right) {
+    const Row<T> own = load(right);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+        const Vector<T> scalar = broadcast(a[i * row]);
+        for (int p = 0; p < PARTS<T>; p++) acc[i].part[p] += scalar * own.part[p];
+    }
+}
+
 // acc[R] += left rows times right [steps][16], whose rows are `stride` apart.
 template <int R, class T>
 inline __attribute__((always_inline)) void multiply(
     Row<T> (&acc)[R], const Operand<T> &left, const T *right, long stride, int steps) {
     const T *a = left.data;
-    for (int done = 0; done < steps; done += PANEL, a += left.run) {
-        const int here = smaller(PANEL, steps - done);
+    int done = 0;
+    for (; done + PANEL <= steps; done += PANEL, a += left.run) {
         const T *b = right + done * stride;
-        for (int k = 0; k < here; k++, b += stride) {
-            const Row<T> own = load(b);
 #pragma GCC unroll 8
-            for (int i = 0; i < R; i++) {
-                const Vector<T> scalar = broadcast(a[i * left.row + k * left.step]);
-                for (int p = 0; p < PARTS<T>; p++) acc[i].part[p] += scalar * own.part[p];
-            }
-        }
+        for (int k = 0; k < PANEL; k++) one_step<R>(acc, a + k * left.step, left.row, b + k * stride);
     }
+    for (int k = 0; done + k < steps; k++) one_step<R>(acc, a + k * left.step, left.row, right + (done + k) * stride);
 }
 
 // For each row of `count`, what `finish(row number, its 16 products)` makes of left times right.
