@@ -61,9 +61,10 @@ def side_towers(
     tensors = [view.table for view in states] + [towers[0].down_weight]
     chosen = _backend("side_towers", backend, tensors)
     parameters = [*tensors, *(each for tower in towers for each in tower[1:]), *(projections or ())]
-    known = operands is None and projections is not None and towers[0].down_weight.dtype in side_network_native.DTYPES
-    if chosen == "native" and known and _trained(parameters):
-        return side_network_native.side_towers(states, towers, activation, projections=projections)
+    trained = _trained(parameters)
+    if chosen == "native" and operands is None and side_network_native.takes(towers[0], projections, trained):
+        form = side_network_native.side_towers if trained else side_network_native.encode
+        return form(states, towers, activation, projections=projections)
     if chosen in ("host", "native"):
         return side_network_host.side_towers(states, towers, activation, projections, operands)
     if operands is not None:

@@ -64,6 +64,14 @@ def halves(count: int) -> list[tuple[int, int]]:
     return [(0, count // 2), (count // 2, count - count // 2)]
 
 
+def equal_parts(count: int, most: int) -> list[slice]:
+    """One part, or equal ones: halves, or as many pairs of parts as keep each to `most` rows."""
+    workers = len(halves(count))
+    parts = max(1, -(-count // max(1, most * workers))) * workers
+    cuts = [count * i // parts for i in range(parts + 1)]
+    return [slice(start, end) for start, end in zip(cuts, cuts[1:])]
+
+
 @functools.cache
 def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
     """Workers that share the cores evenly."""

@@ -13,12 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .host import at_once, cores
+from .host import at_once, equal_parts
 from .reference import ACTIVATIONS, GATE_TEMPERATURE, States, Tower
 
 PARAMETERS = len(Tower._fields) - 1  # of a tower: all but its views
 HALVES = 2
-FEWEST_ITEMS = 32  # that are worth halving
 MOST_UNTRAINED = 512  # items at a time where no backward follows, so that their states stay in the cache
 
 
@@ -66,7 +65,7 @@ class _Mix(NamedTuple):
 UNGATED = _Mix(1.0, 1.0, 1.0)
 
 
-class _Weights(NamedTuple):
+class Weights(NamedTuple):
     """A tower as it is computed with."""
 
     views: tuple[int, ...]
@@ -101,15 +100,15 @@ class _SideTowers(torch.autograd.Function):
         tables, parameters = tensors[: len(settings.rows)], tensors[len(settings.rows) :]
         towers = _weights(settings, parameters)
         items = len(tables[0]) if settings.rows[0] is None else len(settings.rows[0])
-        parts = _parts(items, items if settings.trained else MOST_UNTRAINED)
+        parts = equal_parts(items, items if settings.trained else MOST_UNTRAINED)
 
         if settings.projected and not settings.trained:
-            composites = [_composites(tower) for tower in towers]
+            joined = [composites(tower) for tower in towers]
 
         def half(part: slice) -> tuple[list[Tensor], _Half | None]:
             views = [_by_layer(table, rows, part, settings.dtype) for table, rows in zip(tables, settings.rows)]
             if settings.projected and not settings.trained:
-                return [_projected(views, *own, settings.activation) for own in zip(towers, composites)], None
+                return [_projected(views, *own, settings.activation) for own in zip(towers, joined)], None
             kept = [_forward(views, tower, settings) for tower in towers]
             outputs = [_product(tower.projection, own.output) for tower, own in zip(towers, kept)]
             return outputs, _Half(part, views, kept) if settings.trained else None
@@ -145,7 +144,7 @@ class _SideTowers(torch.autograd.Function):
         return None, *views, *of_parameters, *(total[-1] for total in totals if settings.projected)
 
 
-def _forward(views: list[Tensor], tower: _Weights, settings: _Settings) -> _Kept:
+def _forward(views: list[Tensor], tower: Weights, settings: _Settings) -> _Kept:
     """A tower over N items; without a backward to come, layers overwrite one another."""
     layers, bottleneck, width = tower.down_weight.shape
     items, kept = views[0].shape[1], layers if settings.trained else 1
@@ -173,7 +172,7 @@ class _Composites(NamedTuple):
     bias: Tensor  # [d]
 
 
-def _composites(tower: _Weights) -> _Composites:
+def composites(tower: Weights) -> _Composites:
     """A tower's state is a mix of the frozen states and a sum of up-projections: W x = W mix + sum of (W U_j) a_j."""
     weights, biases = [], []
     width = tower.down_weight.shape[2]
@@ -186,7 +185,7 @@ def _composites(tower: _Weights) -> _Composites:
     return _Composites(weights, biases, tower.projection @ reaching, tower.projection @ constant)
 
 
-def _projected(views: list[Tensor], tower: _Weights, composites: _Composites, activation: str) -> Tensor:
+def _projected(views: list[Tensor], tower: Weights, composites: _Composites, activation: str) -> Tensor:
     """A tower's projected output [N, d] where no backward follows: a third fewer products than `_forward`."""
     layers, bottleneck, width = tower.down_weight.shape
     items, own = views[0].shape[1], [views[view] for view in tower.views]
@@ -205,7 +204,7 @@ def _backward(
     kept: _Kept,
     views: list[Tensor],
     of_views: list[Tensor | None],
-    tower: _Weights,
+    tower: Weights,
     activation: str,
 ) -> list[Tensor]:
     """Gradients of the tower's gate [K], weights, biases, and projection if there is one; adds to `of_views`.
@@ -246,13 +245,13 @@ def _backward(
     return [gates / GATE_TEMPERATURE, *of_weights, *of_projection]
 
 
-def _weights(settings: _Settings, parameters: Sequence[Tensor | None]) -> list[_Weights]:
+def _weights(settings: _Settings, parameters: Sequence[Tensor | None]) -> list[Weights]:
     """The towers with their weights in the dtype of the products."""
     count = len(settings.reads)
     cast = [None if parameter is None else parameter.to(settings.dtype) for parameter in parameters]
     projections = cast[PARAMETERS * count :] if settings.projected else [None] * count
     return [
-        _Weights(
+        Weights(
             reads,
             mixes(parameters[PARAMETERS * i], len(reads), len(cast[PARAMETERS * i + 1])),
             *cast[PARAMETERS * i + 1 : PARAMETERS * (i + 1)],
@@ -308,11 +307,3 @@ def _by_layer(table: Tensor, rows: Tensor | None, part: slice, dtype: torch.dtyp
     gathered = table[part] if rows is None else table.index_select(0, rows[part])
     items, layers, width = gathered.shape
     return torch.empty((layers, items, width), dtype=dtype).copy_(gathered.transpose(0, 1))
-
-
-def _parts(items: int, most: int) -> list[slice]:
-    """One part, or equal ones: halves, or as many pairs of parts as keep each to `most` items."""
-    halves = items >= FEWEST_ITEMS and cores() >= HALVES
-    count = max(1, -(-items // (most * HALVES))) * HALVES if halves else max(1, -(-items // max(1, most)))
-    cuts = [items * i // count for i in range(count + 1)]
-    return [slice(start, end) for start, end in zip(cuts, cuts[1:])]

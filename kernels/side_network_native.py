@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .host import at_once, halves
+from .host import at_once, equal_parts, halves
 from .memory import Memory
 from .native import library
 from .reference import GATE_TEMPERATURE, States, Tower
-from .side_network_host import PARAMETERS, mixes
+from .side_network_host import PARAMETERS, Weights, composites, mixes
 
 DTYPES = (torch.float32, torch.float64)  # of the weights
 PANEL = 16  # columns
 WORKERS = 2
+MOST_UNTRAINED = 384  # items at a time where no backward follows, so that their states stay in the cache
 
 
 def side_towers(
@@ -35,6 +36,43 @@ def side_towers(
     settings = _Settings(activation == "gelu", [tower.views for tower in towers], [view.rows for view in states])
     parameters = [*(parameter for tower in towers for parameter in tower[1:]), *projections]
     return list(_SideTowers.apply(settings, *(view.table for view in states), *parameters))
+
+
+def takes(tower: Tower, projections: Sequence[Tensor] | None, trained: bool) -> bool:
+    """Whether the C++ knows this dtype and, where no backward follows, this bottleneck."""
+    whole = trained or tower.down_weight.shape[1] % PANEL == 0
+    return projections is not None and tower.down_weight.dtype in DTYPES and whole
+
+
+@torch.no_grad()
+def encode(
+    states: Sequence[States],
+    towers: Sequence[Tower],
+    activation: str = "relu",
+    *,
+    projections: Sequence[Tensor],
+) -> list[Tensor]:
+    """The same where no backward follows, some items at a time; bottlenecks in whole panels alone."""
+    settings = _Settings(activation == "gelu", [tower.views for tower in towers], [view.rows for view in states])
+    tables = [view.table for view in states]
+    parameters = [*(parameter for tower in towers for parameter in tower[1:]), *projections]
+    items = len(tables[0]) if settings.rows[0] is None else len(settings.rows[0])
+    outputs = [projection.new_empty(items, len(projection)) for projection in projections]
+    joined = [_joined(tower, projection) for tower, projection in zip(towers, projections)]
+    run = library(parameters[1].dtype).side_encode
+
+    def work(part: slice) -> None:
+        chosen = [table[part] if rows is None else table for table, rows in zip(tables, settings.rows)]
+        rows = [None if rows is None else rows[part] for rows in settings.rows]
+        kept = _kept(settings._replace(rows=rows), chosen, parameters, memory := Memory(), trained=False)
+        for own, weights, output in zip(kept, joined, outputs):
+            more = {name: _pointer(weight) for name, weight in weights.items()}
+            piece = _Piece(0, 0, own.inputs.shape[2])
+            run(ctypes.byref(own.arguments(piece, settings.gelu, projected=_pointer(output[part]), **more)))
+        del memory
+
+    at_once(work, equal_parts(items, MOST_UNTRAINED), WORKERS)
+    return outputs
 
 
 class _Settings(NamedTuple):
@@ -65,6 +103,8 @@ class _Arguments(ctypes.Structure):
         ("of_projection", ctypes.c_void_p),
         ("of_hidden", ctypes.c_void_p * 2),
         ("temperature", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("joined", "joined_bias")),
+        *((name, ctypes.c_void_p) for name in ("joined_projection", "joined_projection_bias")),
     ]
 
 
@@ -161,33 +201,41 @@ class _SideTowers(torch.autograd.Function):
 
 
 def _kept(
-    settings: _Settings, tables: Sequence[Tensor], parameters: Sequence[Tensor | None], memory: Memory
+    settings: _Settings,
+    tables: Sequence[Tensor],
+    parameters: Sequence[Tensor | None],
+    memory: Memory,
+    trained: bool = True,
 ) -> list[_Kept]:
-    """The towers' tensors, with the hidden states gathered in panels."""
-    views = _panels(tables, settings.rows, parameters[1].dtype, memory)
+    """The towers' tensors, with the hidden states gathered in panels; by this thread alone where they are not
+    trained, and then towers use the same memory and keep one layer's input."""
+    views = _panels(tables, settings.rows, parameters[1].dtype, memory, WORKERS if trained else 1)
     layers, bottleneck, width = parameters[1].shape
     items, first = views[0].shape[2], parameters[1]
     found = []
     for i, reads in enumerate(settings.reads):
         gate, *own = parameters[PARAMETERS * i : PARAMETERS * (i + 1)]
         projection = parameters[PARAMETERS * len(settings.reads) + i].contiguous()
-        before = memory.empty(first.dtype, layers, _count(bottleneck), items, PANEL)
+        if trained or not found:
+            inputs = memory.empty(first.dtype, layers if trained else 1, _count(width), items, PANEL)
+            before = memory.empty(first.dtype, layers, _count(bottleneck), items, PANEL)
+            after = memory.empty(first.dtype, *before.shape) if settings.gelu else before
         found.append(
             _Kept(
                 first.new_tensor(mixes(gate, len(reads), layers)),
                 *(parameter.contiguous() for parameter in own),
                 projection,
                 [views[view] for view in reads],
-                memory.empty(first.dtype, layers, _count(width), items, PANEL),
+                inputs,
                 before,
-                memory.empty(first.dtype, *before.shape) if settings.gelu else before,
+                after,
             )
         )
     return found
 
 
 def _panels(
-    tables: Sequence[Tensor], rows: Sequence[Tensor | None], dtype: torch.dtype, memory: Memory
+    tables: Sequence[Tensor], rows: Sequence[Tensor | None], dtype: torch.dtype, memory: Memory, workers: int
 ) -> list[Tensor]:
     """Rows of each view as panels [K, ceil(D / 16), N, 16], all of them in bf16 or all in `dtype`."""
     kind = torch.bfloat16 if all(table.dtype == torch.bfloat16 for table in tables) else dtype
@@ -207,7 +255,7 @@ def _panels(
             strides = kind.itemsize, table.stride(0), table.stride(1)
             gather(table.data_ptr(), *strides, _pointer(own), layers, width, items, *piece, panels.data_ptr())
 
-    at_once(work, halves(items), WORKERS)
+    at_once(work, halves(items) if workers > 1 else [(0, items)], workers)
     return found
 
 
@@ -229,6 +277,22 @@ def _empty_gradients(kept: _Kept, gated: bool) -> dict[str, Tensor]:
     if gated:
         found["gate"] = kept.down_weight.new_empty(len(kept.down_weight))
     return found
+
+
+def _joined(tower: Tower, projection: Tensor) -> dict[str, Tensor]:
+    """What the bottlenecks below add, as `encode` in C++ takes it."""
+    gate, *own = tower[1:]
+    weights = composites(Weights(tower.views, mixes(gate, len(tower.views), len(own[0])), *own, projection))
+    layers, bottleneck, _ = tower.down_weight.shape
+    joined = projection.new_zeros(layers, bottleneck, layers * bottleneck)
+    for own, weight in zip(joined, weights.weights):
+        own[:, : weight.shape[1]] = weight
+    return {
+        "joined": joined,
+        "joined_bias": torch.stack(weights.biases),
+        "joined_projection": weights.projection.contiguous(),
+        "joined_projection_bias": weights.bias,
+    }
 
 
 def _count(columns: int) -> int:

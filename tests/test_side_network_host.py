@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iisan_fast import kernels
-from iisan_fast.kernels import States, Tower, native, reference, side_network_host
+from iisan_fast.kernels import States, Tower, host, native, reference, side_network_host
 
 NAMES = ("gate", "down_weight", "down_bias", "up_weight", "up_bias")
 INTRA_AND_INTER = ((0,), (1,), (0, 1))
@@ -299,7 +299,7 @@ def test_without_gradients_the_outputs_are_the_same(quietly, items, projected, b
 def test_many_items_without_gradients_go_through_in_equal_parts(items, threads):
     """The same item then has the same output to the last bit, wherever it stands."""
     torch.set_num_threads(threads)
-    sizes = [part.stop - part.start for part in side_network_host._parts(items, side_network_host.MOST_UNTRAINED)]
+    sizes = [part.stop - part.start for part in host.equal_parts(items, 512)]
     assert sum(sizes) == items and max(sizes) <= 512 and max(sizes) - min(sizes) <= 1
     assert len(sizes) % threads == 0
     case = Case(items=items, layers=2, bottleneck=16, width=64, projected=16)

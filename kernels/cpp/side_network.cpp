@@ -29,13 +29,16 @@ template <class T> struct Tower {
     T *of_down_weight, *of_down_bias, *of_up_weight, *of_up_bias, *of_projection;
     T *of_hidden[2];                // [total][K][D] or null: added to
     double temperature;
+    // For `encode` alone: what the bottlenecks below add to each layer's and all of them to the item vectors.
+    const T *joined, *joined_bias;                        // [K][R][K R], [K][R]
+    const T *joined_projection, *joined_projection_bias;  // [d][K R], [d]
 };
 
 template <class T> class Pass {
   public:
     explicit Pass(const Tower<T> &tower)
         : t(tower), wide(panels(t.width)), narrow(panels(t.bottleneck)), out(panels(t.embedding)), last(t.layers - 1),
-          packed(new T[(size_t)PANEL * (t.width + t.bottleneck + t.embedding + BLOCK * PANEL)]) {}
+          packed(new T[(size_t)PANEL * (t.width + t.layers * t.bottleneck + t.embedding + BLOCK * PANEL)]) {}
 
     void forward() {
         std::unique_ptr<T[]> embedding(new T[(size_t)out * t.count * PANEL]());
@@ -51,6 +54,32 @@ template <class T> class Pass {
             activate(k);
         }
         project(embedding.get());
+    }
+
+    // The item vectors where no backward follows. A tower's state is a mix of the frozen states and a sum of
+    // up-projections, so each bottleneck comes from the mix, which `inputs` [1][total, D] holds, and from those below.
+    void encode() {
+        const int r = t.bottleneck, all = t.layers * r;
+        std::unique_ptr<T[]> embedding(new T[(size_t)out * t.count * PANEL]);
+        for (int q = 0; q < out; q++) {
+            const Row<T> bias = get(t.joined_projection_bias + q * PANEL, columns(t.embedding, q));
+            for (int n = 0; n < t.count; n++) store(embedding.get() + ((long)q * t.count + n) * PANEL, bias);
+        }
+        for (int k = 0; k < t.layers; k++) {
+            fill(before(k), t.joined_bias + (long)k * r, r);
+            for (int block = 0; block < wide; block += BLOCK) {
+                for (int j = block; j < smaller(wide, block + BLOCK); j++) mix_hidden(k, j);
+                add_product(before(k), input(0, block), t.down_weight + (long)k * r * t.width, block, r, t.total);
+                if (k == last) add_product(embedding.get(), input(0, block), t.projection, block, t.embedding, t.count);
+            }
+            if (k) add_bottlenecks(before(k), t.joined + (long)k * r * all, all, r, k * r, t.total);
+            activate(k);
+        }
+        add_bottlenecks(embedding.get(), t.joined_projection, all, t.embedding, all, t.count);
+        for (int q = 0; q < out; q++)
+            for (int n = 0; n < t.count; n++)
+                put(t.projected + (long)(t.start + n) * t.embedding + q * PANEL,
+                    load(embedding.get() + ((long)q * t.count + n) * PANEL), columns(t.embedding, q));
     }
 
     void backward() {
@@ -130,6 +159,36 @@ template <class T> class Pass {
             for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p] + bias.part[p];
             joined(n, found);
         });
+    }
+
+    // A panel of the frozen states' mix up to layer k, in place of that below.
+    void mix_hidden(int k, int j) {
+        const T *weights = t.mixes + 3 * k;
+        const Vector<T> carry = broadcast(weights[0]), first = broadcast(weights[1]), second = broadcast(weights[2]);
+        T *mixed = input(0, j);
+        for (int n = 0; n < t.count; n++) {
+            const Row<T> h = hidden(0, k, j, n);
+            Row<T> state = k ? load(mixed + n * PANEL) : Row<T>{};
+            for (int p = 0; p < PARTS<T>; p++) state.part[p] = state.part[p] * carry + h.part[p] * first;
+            if (t.views == 2) {
+                const Row<T> other = hidden(1, k, j, n);
+                for (int p = 0; p < PARTS<T>; p++) state.part[p] += other.part[p] * second;
+            }
+            store(mixed + n * PANEL, state);
+        }
+    }
+
+    // to [., outputs] += the lowest `steps` bottlenecks' numbers times weight [outputs, .]; whole panels of them alone.
+    void add_bottlenecks(T *to, const T *weight, int stride, int outputs, int steps, int rows) {
+        for (int q = 0; q < panels(outputs); q++) {
+            T *sums = to + (long)q * rows * PANEL;
+            pack_transposed(packed.get(), weight + (long)q * PANEL * stride, stride, columns(outputs, q), steps);
+            product(t.count, rows_of(after(0), t.total), packed.get(), PANEL, steps, [&](int n, Row<T> found) {
+                const Row<T> own = load(sums + n * PANEL);
+                for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p];
+                store(sums + n * PANEL, found);
+            });
+        }
     }
 
     // to [., outputs] += a block of a panel matrix's columns times the same columns of a weight [outputs, D].
@@ -365,6 +424,7 @@ template <class S> void gather(
 
 extern "C" {
 void side_forward(const Tower<SCALAR> *tower) { Pass<SCALAR>(*tower).forward(); }
+void side_encode(const Tower<SCALAR> *tower) { Pass<SCALAR>(*tower).encode(); }
 void side_backward(const Tower<SCALAR> *tower) { Pass<SCALAR>(*tower).backward(); }
 
 // bytes: 2, 4 or 8 a number.
