@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .reference import ACTIVATIONS, States, Tower
+from .sequence_encoder_native import SequenceGrid, SequenceWeights
 
 MOST_TOWERS = 32
 
@@ -76,6 +77,19 @@ def check_towers(
         _same_device(f"projections[{i}]", projection, device)
         if projection.dtype != dtype:
             raise ValueError(f"projections[{i}]: expected {_name(dtype)}, found {_name(projection.dtype)}")
+
+
+def check_sequences(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> None:
+    """Arguments of `sequence_encoder`."""
+    positions, width = _dimensions("weights.tensors[0]", weights.tensors[0], 2)
+    if x.dim() != 2 or tuple(x.shape) != (len(grid.slots), width):
+        raise ValueError(f"x: expected {[len(grid.slots), width]}, found {list(x.shape)}")
+    if width % weights.heads:
+        raise ValueError(f"weights.heads: expected a divisor of {width}, found {weights.heads}")
+    if not 1 <= grid.length <= positions:
+        raise ValueError(f"grid.length: expected 1 to {positions}, found {grid.length}")
+    if any(each.dtype != x.dtype for each in weights.tensors):
+        raise ValueError(f"weights: expected {x.dtype} like x, found {sorted({str(e.dtype) for e in weights.tensors})}")
 
 
 def check_loss(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .host import at_once, halves
 from .memory import Memory
-from .native import library
+from .native import library, run
 
 PANEL = 16  # what the width must be a multiple of
 DTYPES = (torch.float32, torch.float64)
@@ -69,10 +69,10 @@ class _RowLosses(torch.autograd.Function):
         losses = queries.new_empty(len(queries))
         wide = -(-len(items) // PANEL) * PANEL
         probabilities = memory.empty(queries.dtype, len(queries), wide)
-        run = library(queries.dtype).loss_forward
-        parts = [_arguments(constants, queries, items, probabilities, losses, part) for part in halves(len(queries))]
-        at_once(lambda part: run(ctypes.byref(part)), parts, WORKERS)
-        ctx.constants, ctx.memory, ctx.parts = constants, memory, parts
+        forward, shares = library(queries.dtype).loss_forward, halves(len(queries))
+        parts = [_arguments(constants, queries, items, probabilities, losses, share) for share in shares]
+        at_once(lambda part: run(forward, part), parts, WORKERS)
+        ctx.constants, ctx.memory, ctx.shares, ctx.parts = constants, memory, shares, parts
         ctx.save_for_backward(queries, items)
         return losses
 
@@ -82,11 +82,12 @@ class _RowLosses(torch.autograd.Function):
         queries, items = ctx.saved_tensors
         upstream, of_queries = upstream.contiguous(), torch.empty_like(queries)
         of_items = [torch.empty_like(items) for _ in ctx.parts]
-        run = library(queries.dtype).loss_backward
-        for (start, _), part, own in zip(halves(len(queries)), ctx.parts, of_items):
+        parts = [_Arguments.from_buffer_copy(part) for part in ctx.parts]
+        for (start, _), part, own in zip(ctx.shares, parts, of_items, strict=True):
             part.upstream, part.of_queries = upstream[start:].data_ptr(), of_queries[start:].data_ptr()
             part.of_vectors = own.data_ptr()
-        at_once(lambda part: run(ctypes.byref(part)), ctx.parts, WORKERS)
+        backward = library(queries.dtype).loss_backward
+        at_once(lambda part: run(backward, part), parts, WORKERS)
         total, *others = of_items
         for other in others:
             total += other

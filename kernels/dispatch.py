@@ -25,7 +25,7 @@ from . import (
     side_network_host,
     side_network_native,
 )
-from .checks import check_loss, check_ranks, check_towers
+from .checks import check_loss, check_ranks, check_sequences, check_towers
 from .native import why_not
 from .reference import States, Tower
 from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
@@ -68,7 +68,7 @@ def side_towers(
     if chosen in ("host", "native"):
         return side_network_host.side_towers(states, towers, activation, projections, operands)
     if operands is not None:
-        raise ValueError(f"operands: only the host backend takes them, found {operands} for {chosen}")
+        raise ValueError(f"operands: only forms for a CPU take them, found {operands} for {chosen}")
     if chosen == "triton":
         from . import side_network
 
@@ -139,6 +139,7 @@ def sequence_encoder(
     specification: the caller's own PyTorch, which computes the same; C++ takes its place where it is trained on a CPU,
     in fp32 or fp64 and in widths that are multiples of 16.
     """
+    check_sequences(x, weights, grid)
     chosen = _backend("sequence_encoder", backend, [x])
     if chosen == "native" and _trained([x, *weights.tensors]) and sequence_encoder_native.takes(weights):
         return sequence_encoder_native.sequence_encoder(x, weights, grid, dropout())
@@ -180,7 +181,7 @@ def _trained(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _backend(op: str, backend: str, tensors: Sequence[Tensor]) -> str:
-    """What runs this op: torch, host or triton; says so once."""
+    """What runs this op: torch, host, native or triton; says so once."""
     chosen, reason = _choice(op, backend, tensors)
     if not torch.compiler.is_compiling():
         _report(chosen, tensors[0].device.type, reason)
@@ -188,7 +189,8 @@ def _backend(op: str, backend: str, tensors: Sequence[Tensor]) -> str:
 
 
 def _choice(op: str, backend: str, tensors: Sequence[Tensor]) -> tuple[str, str]:
-    """What runs this op, and why Triton cannot on CUDA. What was asked for by name is refused, never replaced."""
+    """What runs this op, and why what is fastest there cannot. What was asked for by name is refused where it cannot
+    run; "native" takes the forms in PyTorch for what has none in C++."""
     source = "backend"
     if backend == "auto" and (named := os.environ.get(BACKEND_VARIABLE)):
         source, backend = BACKEND_VARIABLE, named

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -10,30 +11,40 @@ from torch import Tensor
 
 LOCK = threading.Lock()  # for taking; what ends may do so at any moment, and only appends
 ALIGNMENT = 64  # bytes of a cache line
-MOST_FREE = 32  # blocks
+KEPT_FOR = 100  # takings: some steps
 
 
 class Memory:
-    """What a step's tensors lie in; given back when the object ends."""
+    """What a step's tensors lie in; given back when the object ends, which is when the graph of that step does."""
 
-    free: ClassVar[list[Tensor]] = []  # blocks of bytes
+    free: ClassVar[list[tuple[int, Tensor]]] = []  # blocks of bytes, and how many had been taken when each came back
+    taken: ClassVar[int] = 0
+    blocks: Sequence[Tensor] = ()
 
     def __init__(self) -> None:
-        self.blocks: list[Tensor] = []
+        self.blocks = []
 
     def empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """Memory that begins with a cache line, to be used no longer than this object lives."""
         size = torch.Size(shape).numel() * dtype.itemsize
         needed = size + ALIGNMENT
-        with LOCK:
-            del self.free[:-MOST_FREE]
-            fitting = [i for i, block in enumerate(self.free) if needed <= len(block) <= 2 * needed]
-            block = self.free.pop(min(fitting, key=lambda i: len(self.free[i]))) if fitting else None
+        block = self._fitting(needed)
         if block is None:
             block = torch.empty(needed + size // 8, dtype=torch.uint8)  # the next batch may be a little larger
         self.blocks.append(block)
         skip = -block.data_ptr() % ALIGNMENT
         return block[skip : skip + size].view(dtype).view(shape)
 
+    @classmethod
+    def _fitting(cls, needed: int) -> Tensor | None:
+        """The smallest free block that is large enough, and not much larger; what nobody has wanted for long goes."""
+        with LOCK:
+            cls.taken += 1
+            fitting = [i for i, (_, block) in enumerate(cls.free) if needed <= len(block) <= 2 * needed]
+            found = cls.free.pop(min(fitting, key=lambda i: len(cls.free[i][1])))[1] if fitting else None
+            while cls.free and cls.free[0][0] < cls.taken - KEPT_FOR:
+                del cls.free[0]
+        return found
+
     def __del__(self) -> None:
-        self.free.extend(self.blocks)
+        self.free.extend((Memory.taken, block) for block in self.blocks)

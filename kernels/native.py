@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,6 +43,12 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     return found
 
 
+def run(function: Callable[..., int], arguments: ctypes.Structure) -> None:
+    """One call. Raises MemoryError where it lacked memory."""
+    if function(ctypes.byref(arguments)):
+        raise MemoryError("the C++ kernels lack memory for this batch")
+
+
 def why_not() -> str:
     """What keeps the library from this machine, or nothing."""
     found = _library(torch.float32)
@@ -50,7 +57,7 @@ def why_not() -> str:
 
 def compiler_version() -> str:
     """The first line that the compiler says of itself."""
-    return _version(_compiler()).decode(errors="replace").splitlines()[0]
+    return next(iter(_version(_compiler()).decode(errors="replace").splitlines()), "a compiler without a version")
 
 
 @functools.cache
@@ -65,24 +72,30 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
         return ctypes.CDLL(str(path))
     except NoLibrary as error:
         return str(error)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # a user without a home is a RuntimeError
         return f"the compiled library cannot be kept or loaded: {error}"
 
 
 def _compiler() -> list[str]:
     named = os.environ.get("CXX")
-    for command in [named] if named else ["c++", "g++", "clang++"]:
-        words = shlex.split(command)
+    for command in [named] if named else ["c++", "g++"]:
+        try:
+            words = shlex.split(command)
+        except ValueError:
+            words = []
         if words and shutil.which(words[0]):
             return words
-    raise NoLibrary(f"CXX names no program: {named!r}" if named else "no C++ compiler is here (c++, g++, clang++)")
+    raise NoLibrary(f"CXX names no program: {named!r}" if named else "no C++ compiler is here (c++, g++)")
 
 
 def _folder() -> Path:
-    """Where compiled libraries are kept: readable by this user alone, who runs what lies there."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get(CACHE_VARIABLE) or Path(base) / "iisan-fast")
+    """Where compiled libraries are kept: nobody else may write there, since what lies there is run."""
+    named, base = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    folder = Path(named or Path(base or Path.home() / ".cache") / "iisan-fast" / "compiled").resolve()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    owned = not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
+    if not owned or folder.stat().st_mode & 0o022:
+        raise NoLibrary(f"{folder}: others may write there; set {CACHE_VARIABLE} to a folder of your own")
     return folder
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .host import FEWEST_ROWS, at_once, cores
 from .memory import Memory
-from .native import library
+from .native import library, run
 
 DTYPES = (torch.float32, torch.float64)
 PANEL = 16  # what widths must be a multiple of
@@ -52,6 +52,8 @@ def sequence_encoder(
 ) -> Tensor:
     """SASRec's states [R, d] after each of the rows x [R, d] of right-aligned histories, for weights that `takes`
     accepts. Not differentiable twice."""
+    grid = grid._replace(slots=grid.slots.contiguous())
+    dropout = dropout and dropout._replace(users=dropout.users.contiguous())
     settings = _Settings(grid, dropout, weights.heads, weights.epsilon)
     return _Encoder.apply(settings, x, *weights.tensors)
 
@@ -101,14 +103,15 @@ class _Encoder(torch.autograd.Function):
         x, states, memory = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), Memory()
         measure = library(x.dtype).sequence_memory
         measure.restype = ctypes.c_int64
-        parts = []
-        for start, end in _parts(settings.grid):
+        parts, shares = [], _shares(settings.grid)
+        for start, end in shares:
             part = _arguments(settings, weights, x, start, end)
             part.memory = memory.empty(x.dtype, measure(ctypes.byref(part))).data_ptr()
             part.states = states[start:].data_ptr()
             parts.append(part)
-        at_once(lambda part: library(x.dtype).sequence_forward(ctypes.byref(part)), parts, WORKERS)
-        ctx.parts, ctx.memory, ctx.settings = parts, memory, settings
+        forward = library(x.dtype).sequence_forward
+        at_once(lambda part: run(forward, part), parts, WORKERS)
+        ctx.parts, ctx.starts, ctx.memory, ctx.settings = parts, [start for start, _ in shares], memory, settings
         ctx.save_for_backward(x, *weights)  # what the parts point to
         return states
 
@@ -117,15 +120,15 @@ class _Encoder(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         upstream, of_x = upstream.contiguous(), torch.empty_like(x)
-        run = library(x.dtype).sequence_backward
-        found, starts = [], [start for start, _ in _parts(ctx.settings.grid)]
-        for start, part in zip(starts, ctx.parts):
+        found, parts = [], [_Arguments.from_buffer_copy(part) for part in ctx.parts]
+        for start, part in zip(ctx.starts, parts, strict=True):
             gradients = [torch.empty_like(weight) for weight in weights]
             part.of_position, part.of_scale, part.of_shift = (each.data_ptr() for each in gradients[:OUTER])
-            part.of_weights = _blocks(gradients)
+            part.weights, part.of_weights = _blocks(weights), _blocks(gradients)
             part.of_x, part.upstream = of_x[start:].data_ptr(), upstream[start:].data_ptr()
             found.append(gradients)
-        at_once(lambda part: run(ctypes.byref(part)), ctx.parts, WORKERS)
+        backward = library(x.dtype).sequence_backward
+        at_once(lambda part: run(backward, part), parts, WORKERS)
         first, *others = found
         for other in others:
             for total, more in zip(first, other):
@@ -164,11 +167,11 @@ def _blocks(weights: Sequence[Tensor]) -> ctypes.Array:
     return (_Block * len(own))(*(_Block(*(weight.data_ptr() for weight in block)) for block in own))
 
 
-def _parts(grid: SequenceGrid) -> list[tuple[int, int]]:
+def _shares(grid: SequenceGrid) -> list[tuple[int, int]]:
     """(first row, row after the last) of each worker: whole users, about half of the rows each."""
     rows = len(grid.slots)
     if rows < FEWEST_ROWS or cores() < WORKERS:
         return [(0, rows)]
     user = int(grid.slots[rows // 2]) // grid.length
     middle = int(torch.searchsorted(grid.slots, user * grid.length))
-    return [(0, middle), (middle, rows)]
+    return [(0, middle), (middle, rows)] if middle else [(0, rows)]

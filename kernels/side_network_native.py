@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .host import at_once, equal_parts, halves
 from .memory import Memory
-from .native import library
+from .native import library, run
 from .reference import GATE_TEMPERATURE, States, Tower
 from .side_network_host import PARAMETERS, Weights, composites, mixes
 
@@ -59,16 +59,16 @@ def encode(
     items = len(tables[0]) if settings.rows[0] is None else len(settings.rows[0])
     outputs = [projection.new_empty(items, len(projection)) for projection in projections]
     joined = [_joined(tower, projection) for tower, projection in zip(towers, projections)]
-    run = library(parameters[1].dtype).side_encode
+    encode_towers = library(parameters[1].dtype).side_encode
 
     def work(part: slice) -> None:
         chosen = [table[part] if rows is None else table for table, rows in zip(tables, settings.rows)]
-        rows = [None if rows is None else rows[part] for rows in settings.rows]
-        kept = _kept(settings._replace(rows=rows), chosen, parameters, memory := Memory(), trained=False)
+        own_rows = [None if rows is None else rows[part] for rows in settings.rows]
+        kept = _kept(settings._replace(rows=own_rows), chosen, parameters, memory := Memory(), trained=False)
         for own, weights, output in zip(kept, joined, outputs):
             more = {name: _pointer(weight) for name, weight in weights.items()}
             piece = _Piece(0, 0, own.inputs.shape[2])
-            run(ctypes.byref(own.arguments(piece, settings.gelu, projected=_pointer(output[part]), **more)))
+            run(encode_towers, own.arguments(piece, settings.gelu, projected=_pointer(output[part]), **more))
         del memory
 
     at_once(work, equal_parts(items, MOST_UNTRAINED), WORKERS)
@@ -155,7 +155,7 @@ class _SideTowers(torch.autograd.Function):
         kept = _kept(settings, tables, parameters, memory)
         split = any(ctx.needs_input_grad[1 : 1 + count])  # towers add to their views' gradients
         ctx.pieces = _pieces(len(kept), kept[0].inputs.shape[2], split)
-        run = library(parameters[1].dtype).side_forward
+        forward = library(parameters[1].dtype).side_forward
 
         # Not kept for the backward: a node that held its own outputs would never be freed.
         projected = [each.inputs.new_empty(each.inputs.shape[2], len(each.projection)) for each in kept]
@@ -163,7 +163,7 @@ class _SideTowers(torch.autograd.Function):
         def work(pieces: list[_Piece]) -> None:
             for piece in pieces:
                 output = _pointer(projected[piece.tower])
-                run(ctypes.byref(kept[piece.tower].arguments(piece, settings.gelu, projected=output)))
+                run(forward, kept[piece.tower].arguments(piece, settings.gelu, projected=output))
 
         at_once(work, ctx.pieces, WORKERS)
         ctx.settings, ctx.kept, ctx.memory = settings, kept, memory
@@ -178,7 +178,7 @@ class _SideTowers(torch.autograd.Function):
         layers, _, width = kept[0].down_weight.shape
         of_views = [upstream[0].new_zeros(kept[0].inputs.shape[2], layers, width) if want else None for want in wanted]
         upstream = [gradient.contiguous() for gradient in upstream]
-        run = library(parameters[1].dtype).side_backward
+        backward = library(parameters[1].dtype).side_backward
 
         def work(pieces: list[_Piece]) -> list[tuple[int, dict[str, Tensor]]]:
             found = []
@@ -189,7 +189,7 @@ class _SideTowers(torch.autograd.Function):
                 more = {f"of_{name}": _pointer(gradient) for name, gradient in gradients.items()}
                 of_hidden = _pointers([of_views[view] for view in settings.reads[piece.tower]])
                 more |= {"upstream": _pointer(upstream[piece.tower]), "of_hidden": of_hidden}
-                run(ctypes.byref(own.arguments(piece, settings.gelu, **more)))
+                run(backward, own.arguments(piece, settings.gelu, **more))
             return found
 
         totals: list[dict[str, Tensor]] = [{} for _ in kept]

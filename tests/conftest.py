@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the program does
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded in tests
@@ -156,3 +157,12 @@ def catalogue(tmp_path) -> Path:
         size = int(generator.integers(9, 90)), int(generator.integers(9, 90)), 3
         Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)).save(root / "images" / f"i{n}.png")
     return root
+
+
+def poisoned(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`Memory.empty` with NaN in what it gives, so that what nobody wrote to is seen."""
+
+    def filled(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return empty(self, dtype, *shape).fill_(float("nan"))
+
+    return filled

@@ -8,22 +8,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from iisan_fast import kernels
 from iisan_fast.kernels import cross_entropy_native, native, reference
+from iisan_fast.kernels.memory import Memory
 
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here")
 
 
 @pytest.fixture(autouse=True)
-def two_threads_and_nan_in_new_memory() -> Iterator[None]:
+def two_threads_and_nan_in_new_memory(monkeypatch) -> Iterator[None]:
     """Rows are halved from 32 on, and what nobody wrote to is seen."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(Memory, "empty", poisoned(Memory.empty))
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
@@ -125,3 +128,17 @@ def test_what_it_does_not_know_goes_through_the_reference(monkeypatch):
     keywords = {k: v.float() if v.is_floating_point() and not v.requires_grad else v for k, v in case.keywords.items()}
     by_native(*arguments, **keywords).sum().backward()
     assert keywords["log_popularity"].grad is not None
+
+
+@pytest.mark.parametrize(("forward", "backward"), [(1, 2), (2, 1)])
+def test_threads_may_change_before_the_backward_and_it_may_come_twice(forward, backward):
+    case = Case(70, 90)
+    exact = case.run(reference.row_losses, torch.float64)
+    leaves = [each.clone().requires_grad_() for each in (case.queries, case.items)]
+    torch.set_num_threads(forward)
+    losses = by_native(*leaves, case.targets, **case.keywords)
+    torch.set_num_threads(backward)
+    for last in (False, True):
+        found = torch.autograd.grad(losses, leaves, case.upstream, retain_graph=not last)
+        for own, truth in zip(found, exact[1:]):
+            torch.testing.assert_close(own, truth, rtol=1e-11, atol=1e-12)

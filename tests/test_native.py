@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import subprocess
@@ -72,7 +73,7 @@ def test_without_a_compiler_the_forms_in_pytorch_run_and_say_why(anew, monkeypat
     with caplog.at_level(logging.INFO, logger="iisan_fast.kernels"):
         found = kernels.inbatch_cross_entropy(queries, items, targets, reduction="none")
     assert torch.equal(found, reference.row_losses(queries, items, targets))
-    reason = "no C++ compiler is here (c++, g++, clang++)"
+    reason = "no C++ compiler is here (c++, g++)"
     assert caplog.messages == [f"kernels: host on cpu ({reason})"]
     with pytest.raises(ValueError) as refused:
         kernels.inbatch_cross_entropy(queries, items, targets, backend="native")
@@ -117,11 +118,27 @@ def test_memory_is_used_again_once_it_is_free_and_never_before():
     assert second.empty(torch.float32, 100, 16).data_ptr() in places
 
 
-def test_memory_that_is_kept_has_a_limit():
-    for count in range(memory.MOST_FREE + 5):
-        held = [Memory() for _ in range(count)]
-        for each in held:
-            each.empty(torch.uint8, 1000)
-    del held, each
-    Memory().empty(torch.uint8, 1)
-    assert len(Memory.free) <= memory.MOST_FREE + 1
+def test_memory_that_nobody_wants_any_more_goes(monkeypatch):
+    monkeypatch.setattr(Memory, "free", [])
+    Memory().empty(torch.uint8, 50_000)
+    for _ in range(memory.KEPT_FOR + 1):
+        assert [len(block) > 50_000 for _, block in Memory.free].count(True) == 1
+        Memory().empty(torch.uint8, 100)
+    Memory().empty(torch.uint8, 100)
+    assert len(Memory.free) == 1 and len(Memory.free[0][1]) < 1000
+
+
+@needs_compiler
+def test_a_folder_that_others_may_write_to_is_not_trusted(anew):
+    anew.mkdir()
+    anew.chmod(0o777)
+    assert native.why_not() == f"{anew}: others may write there; set IISAN_FAST_COMPILED to a folder of your own"
+    assert not list(anew.iterdir())
+
+
+def test_memory_that_lacks_is_an_error():
+    class Arguments(ctypes.Structure):
+        _fields_ = [("rows", ctypes.c_int32)]
+
+    with pytest.raises(MemoryError, match="lack memory"):
+        native.run(lambda arguments: 1, Arguments())

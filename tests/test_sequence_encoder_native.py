@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +15,7 @@ from iisan_fast import kernels
 from iisan_fast.config import ModelConfig
 from iisan_fast.dropout import StatelessDropout
 from iisan_fast.kernels import native, sequence_encoder_native
+from iisan_fast.kernels.memory import Memory
 from iisan_fast.sasrec import Dropout, Rows, SASRec
 
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here")
@@ -26,6 +28,7 @@ def two_threads_and_nan_in_new_memory(monkeypatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(Memory, "empty", poisoned(Memory.empty))
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
@@ -142,3 +145,30 @@ def test_a_value_that_is_not_finite_is_not_lost():
     case.x[2] = float("nan")
     states = case.run(False, torch.float32)["states"]
     assert states[2].isnan().all() and states[3:].isfinite().all()
+
+
+@pytest.mark.parametrize(("forward", "backward"), [(1, 2), (2, 1)])
+def test_threads_may_change_before_the_backward_and_it_may_come_twice(forward, backward):
+    case = Case([4, 9, 2, 7] * 6)
+    expected, x = case.run(False, torch.float64), case.x.double().requires_grad_()
+    torch.set_num_threads(forward)
+    states = case.model(x, case.rows, case.dropout)
+    torch.set_num_threads(backward)
+    for last in (False, True):
+        (found,) = torch.autograd.grad(states, x, case.upstream.double(), retain_graph=not last)
+        torch.testing.assert_close(found, expected["x"], rtol=1e-10, atol=1e-11)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    case = Case([3, 4])
+    weights, grid = case.model._weights(), kernels.SequenceGrid(case.rows.slots, case.rows.length)
+    x = case.x.double()
+    for changed, message in (
+        ({"x": x[:-1]}, r"x: expected \[7, 32\], found \[6, 32\]"),
+        ({"x": x.float()}, "weights: expected torch.float32 like x"),
+        ({"grid": grid._replace(length=9)}, "grid.length: expected 1 to 4, found 9"),
+        ({"weights": weights._replace(heads=3)}, "weights.heads: expected a divisor of 32, found 3"),
+    ):
+        arguments = {"x": x, "weights": weights, "grid": grid} | changed
+        with pytest.raises(ValueError, match=message):
+            kernels.sequence_encoder(lambda: None, dropout=lambda: None, **arguments)

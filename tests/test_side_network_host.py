@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from conftest import poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from iisan_fast import kernels
 from iisan_fast.kernels import States, Tower, host, native, reference, side_network_host
+from iisan_fast.kernels.memory import Memory
 
 NAMES = ("gate", "down_weight", "down_bias", "up_weight", "up_bias")
 INTRA_AND_INTER = ((0,), (1,), (0, 1))
@@ -35,11 +37,12 @@ def backend(request) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def two_threads_and_nan_in_new_memory() -> Iterator[None]:
+def two_threads_and_nan_in_new_memory(monkeypatch) -> Iterator[None]:
     """Items are halved from 32 on, and what nobody wrote to is seen."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(Memory, "empty", poisoned(Memory.empty))
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
@@ -403,7 +406,7 @@ def test_operands_are_refused_by_other_backends():
     for backend in ("torch", "triton"):
         if backend == "triton":
             pytest.importorskip("triton")
-        with pytest.raises(ValueError, match=f"operands: only the host backend takes them, found .* for {backend}"):
+        with pytest.raises(ValueError, match=f"operands: only forms for a CPU take them, found .* for {backend}"):
             kernels.side_towers(*arguments, operands=torch.bfloat16, backend=backend)
 
 

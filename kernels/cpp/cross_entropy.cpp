@@ -44,9 +44,10 @@ template <class T> void forward(const Loss<T> &l) {
                 }
             logits[target] = own;
         }
-        T most = -INFINITY, total = 0;
+        T most = -INFINITY;
         for (int v = 0; v < l.items; v++) most = logits[v] > most ? logits[v] : most;
-        for (int v = 0; v < l.items; v++) total += logits[v] = std::exp(logits[v] - most);
+        for (int v = 0; v < l.items; v++) logits[v] = std::exp(logits[v] - most);
+        const T total = sum(logits, l.items);
         l.losses[row] = std::log(total) + most - own;
         const T share = 1 / total;
         for (int v = 0; v < l.items; v++) logits[v] *= share;
@@ -54,27 +55,40 @@ template <class T> void forward(const Loss<T> &l) {
     }
 }
 
+// A panel of items at a time: the slopes of their logits, and what those give.
 template <class T> void backward(const Loss<T> &l) {
     const long wide = panels(l.items) * PANEL;
-    std::vector<T> slopes((size_t)l.rows * wide);
-    for (int row = 0; row < l.rows; row++) {
-        for (long v = 0; v < wide; v++) slopes[row * wide + v] = l.probabilities[row * wide + v] * l.upstream[row];
-        slopes[row * wide + l.targets[row]] -= l.upstream[row];
-    }
-    for (int c = 0; c < l.width; c += PANEL) {
-        product(l.rows, rows_at(slopes.data(), wide), l.vectors + c, l.width, l.items,
-                [&](int row, const Row<T> &found) { store(l.of_queries + (long)row * l.width + c, found); });
-        for (long v = 0; v < l.items; v += PANEL)
-            product_of_columns(smaller(PANEL, l.items - v), columns_at(slopes.data() + v, wide), l.queries + c, l.width,
-                               l.rows, [&](int row, const Row<T> &found) {
-                                   store(l.of_vectors + (v + row) * l.width + c, found);
-                               });
+    std::vector<T> slopes((size_t)l.rows * PANEL);
+    std::memset(l.of_queries, 0, sizeof(T) * l.rows * l.width);
+    for (long v = 0; v < wide; v += PANEL) {
+        const int here = smaller(PANEL, l.items - v);
+        for (int row = 0; row < l.rows; row++) {
+            T *own = slopes.data() + (long)row * PANEL;
+            for (int c = 0; c < PANEL; c++) own[c] = l.probabilities[row * wide + v + c] * l.upstream[row];
+            const long target = l.targets[row] - v;
+            if (target >= 0 && target < PANEL) own[target] -= l.upstream[row];
+        }
+        for (int c = 0; c < l.width; c += PANEL) {
+            product_of_columns(here, columns_of(slopes.data()), l.queries + c, l.width, l.rows,
+                               [&](int row, const Row<T> &found) { store(l.of_vectors + (v + row) * l.width + c, found); });
+            product(l.rows, rows_of(slopes.data(), l.rows), l.vectors + v * l.width + c, l.width, here,
+                    [&](int row, Row<T> found) {
+                        T *to = l.of_queries + (long)row * l.width + c;
+                        const Row<T> own = load(to);
+                        for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p];
+                        store(to, found);
+                    });
+        }
     }
 }
 
 }  // namespace
 
 extern "C" {
-void loss_forward(const Loss<SCALAR> *loss) { forward(*loss); }
-void loss_backward(const Loss<SCALAR> *loss) { backward(*loss); }
+int32_t loss_forward(const Loss<SCALAR> *loss) {
+    return guarded([&] { forward(*loss); });
+}
+int32_t loss_backward(const Loss<SCALAR> *loss) {
+    return guarded([&] { backward(*loss); });
+}
 }

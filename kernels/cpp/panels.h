@@ -217,4 +217,14 @@ template <class T> inline void pack(T *out, const T *matrix, long stride, int co
     for (int k = 0; k < steps; k++) store(out + k * PANEL, get(matrix + k * stride, columns));
 }
 
+// What every entry does: 0, or 1 where memory lacked. No exception may leave it.
+template <class F> inline int32_t guarded(F f) noexcept {
+    try {
+        f();
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
+
 }  // namespace

@@ -1,11 +1,11 @@
-// SASRec over packed rows, forward and backward: what `sasrec.SASRec.forward` computes. A part is the rows of some users.
+// SASRec over packed rows, forward and backward; `SASRec._states` is its specification. A part is the rows of some users.
 #include <cmath>
 
 #include "matrices.h"
 
 namespace {
 
-// Weights of a block, or their gradients, in the order of `SequenceBlock` in sequence_encoder_native.py.
+// Weights of a block, or their gradients, in the order that `SequenceWeights` of sequence_encoder_native.py says.
 template <class T> struct Block {
     T *query, *key, *value, *output;              // [d, d]
     T *attention_scale, *attention_shift;         // [d]
@@ -70,8 +70,8 @@ template <class T> class Sequences {
 
     // Numbers that forward leaves for backward, and both need to work in.
     int64_t memory() {
-        T *end = place(nullptr);
-        return end - (T *)nullptr;
+        T none;
+        return place(&none);
     }
 
     void forward() {
@@ -104,7 +104,6 @@ template <class T> class Sequences {
             normalise(work, k.feed_norm, w.feed_scale, w.feed_shift, b + 1 < e.blocks ? k.out : e.states);
             x = k.out;
         }
-        if (!e.blocks) std::memcpy(e.states, placed, sizeof(T) * e.rows * d);
     }
 
     void backward() {
@@ -150,11 +149,12 @@ template <class T> class Sequences {
     Norm<T> first_norm;
     T *placed, *input_drops, *work, *branch, *of_fed, *of_projections, *of_weights, *packed;
 
-    // Lays the matrices out one after the other; returns where they end.
-    T *place(T *next) {
+    // Lays the matrices out one after the other; returns how many numbers they take.
+    int64_t place(T *memory) {
+        int64_t taken = 0;
         auto take = [&](long count) {
-            T *own = next;
-            next += (count + PANEL - 1) / PANEL * PANEL;
+            T *own = (T *)((uintptr_t)memory + sizeof(T) * taken);
+            taken += (count + PANEL - 1) / PANEL * PANEL;
             return own;
         };
         const long rows = e.rows;
@@ -173,7 +173,7 @@ template <class T> class Sequences {
             k.fed = take(rows * e.hidden);
             k.fed_drops = e.drops ? take(rows * d) : nullptr;
             k.feed_norm = {take(rows * d), take(rows)};
-            k.out = take(rows * d);
+            k.out = b + 1 < e.blocks ? take(rows * d) : nullptr;
         }
         work = take(rows * d);
         branch = take(rows * d);
@@ -181,7 +181,7 @@ template <class T> class Sequences {
         of_projections = take(3 * rows * d);
         of_weights = take(longest);
         packed = take((long)PANEL * (e.hidden > d ? e.hidden : d));
-        return next;
+        return taken;
     }
 
     // A row's position among all that the model knows: histories are right-aligned.
@@ -324,6 +324,10 @@ template <class T> class Sequences {
 
 extern "C" {
 int64_t sequence_memory(const Encoder<SCALAR> *encoder) { return Sequences<SCALAR>(*encoder).memory(); }
-void sequence_forward(const Encoder<SCALAR> *encoder) { Sequences<SCALAR>(*encoder).forward(); }
-void sequence_backward(const Encoder<SCALAR> *encoder) { Sequences<SCALAR>(*encoder).backward(); }
+int32_t sequence_forward(const Encoder<SCALAR> *encoder) {
+    return guarded([&] { Sequences<SCALAR>(*encoder).forward(); });
+}
+int32_t sequence_backward(const Encoder<SCALAR> *encoder) {
+    return guarded([&] { Sequences<SCALAR>(*encoder).backward(); });
+}
 }

@@ -1,4 +1,4 @@
-// The towers of a side network over some items, forward and backward, in passes over blocks of 64 columns.
+// The towers of a side network over some items, forward and backward, in passes over blocks of the state's columns.
 //
 // A pass forms the state's next columns, and uses them while they are in the cache: forward, they are added to the next
 // bottleneck; backward, they give the gradients of the weights that touch them. So each layer's state is read once and
@@ -316,8 +316,8 @@ template <class T> class Pass {
             for (int p = 0; p < PARTS<T>; p++) of_bias.part[p] += total[o] * load(packed.get() + o * PANEL).part[p];
         put(t.of_up_bias + last * (long)t.width + from, of_bias, here);
         for (int q = 0; q < narrow; q++)
-            product_of_columns(here, Operand<T>{t.projection + from, 1, t.width, (long)PANEL * t.width},
-                               inner + q * PANEL, stride, d, [&](int row, const Row<T> &found) {
+            product_of_columns(here, columns_of(packed.get()), inner + q * PANEL, stride, d,
+                               [&](int row, const Row<T> &found) {
                                    put(t.of_up_weight + (last * (long)t.width + from + row) * r + q * PANEL, found,
                                        columns(r, q));
                                });
@@ -423,9 +423,15 @@ template <class S> void gather(
 }  // namespace
 
 extern "C" {
-void side_forward(const Tower<SCALAR> *tower) { Pass<SCALAR>(*tower).forward(); }
-void side_encode(const Tower<SCALAR> *tower) { Pass<SCALAR>(*tower).encode(); }
-void side_backward(const Tower<SCALAR> *tower) { Pass<SCALAR>(*tower).backward(); }
+int32_t side_forward(const Tower<SCALAR> *tower) {
+    return guarded([&] { Pass<SCALAR>(*tower).forward(); });
+}
+int32_t side_encode(const Tower<SCALAR> *tower) {
+    return guarded([&] { Pass<SCALAR>(*tower).encode(); });
+}
+int32_t side_backward(const Tower<SCALAR> *tower) {
+    return guarded([&] { Pass<SCALAR>(*tower).backward(); });
+}
 
 // bytes: 2, 4 or 8 a number.
 void gather_panels(
