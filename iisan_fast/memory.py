@@ -43,8 +43,9 @@ class Demand:
         """Turns the lack of memory into one line (InputError) that says for what, and what to lower."""
         try:
             yield
-        except RuntimeError as error:  # torch's own type is for CUDA alone
-            if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+        except (RuntimeError, MemoryError) as error:  # torch's own type is for CUDA alone
+            known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+            if not known:
                 raise
             kept, lower = "states", "--batch-users"
             if self.tuned:

@@ -272,8 +272,12 @@ def test_layers_that_an_encoder_has_not_are_refused_before_any_weights_are_read(
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
-    ids=["CUDA", "CPU"],
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("the C++ kernels lack memory for this batch"),
+    ],
+    ids=["CUDA", "CPU", "C++"],
 )
 def test_the_lack_of_memory_is_told_with_the_batch_and_what_to_lower(error, encoder_views, catalogue, monkeypatch):
     with open_trainer(run_config(catalogue, "full", encoder_views)) as trainer:
