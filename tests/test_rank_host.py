@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,16 +12,7 @@ from torch import Tensor
 from iisan_fast import kernels
 from iisan_fast.kernels import rank_host, reference
 
-
-@pytest.fixture(autouse=True)
-def two_threads_and_nan_in_new_memory() -> Iterator[None]:
-    """Work is shared out, and what nobody wrote to is seen."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("two_threads_and_nan_in_new_memory")
 
 
 class Ranking:

@@ -12,19 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from conftest import poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from iisan_fast import kernels
 from iisan_fast.kernels import States, Tower, host, native, reference, side_network_host
-from iisan_fast.kernels.memory import Memory
 
 NAMES = ("gate", "down_weight", "down_bias", "up_weight", "up_bias")
 INTRA_AND_INTER = ((0,), (1,), (0, 1))
 UPSTREAMS = ("plain", "expanded", "transposed", "strided")
 SATURATED = (20.0, -20.0, 20.0, 0.0, -20.0)  # sigmoid(200) is 1 and sigmoid(-200) is 0 to the last bit in fp32
+
+pytestmark = pytest.mark.usefixtures("two_threads_and_nan_in_new_memory")
 
 
 @pytest.fixture(autouse=True, scope="module", params=["host", "native"])
@@ -34,18 +34,6 @@ def backend(request) -> Iterator[str]:
         pytest.skip(native.why_not())
     by_cpu.backend = request.param
     yield request.param
-
-
-@pytest.fixture(autouse=True)
-def two_threads_and_nan_in_new_memory(monkeypatch) -> Iterator[None]:
-    """Items are halved from 32 on, and what nobody wrote to is seen."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    torch.use_deterministic_algorithms(True)
-    monkeypatch.setattr(Memory, "empty", poisoned(Memory.empty))
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def by_cpu(*arguments, **keywords) -> list[Tensor]:
