@@ -108,7 +108,8 @@ def test_processes_that_compile_at_once_do_not_disturb_one_another(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_memory_is_used_again_once_it_is_free_and_never_before():
+def test_memory_is_used_again_once_it_is_free_and_never_before(monkeypatch):
+    monkeypatch.setattr(Memory, "free", [])
     first = Memory()
     one, other = (first.empty(torch.float32, 100, 16) for _ in range(2))
     assert one.data_ptr() % 64 == 0 and abs(one.data_ptr() - other.data_ptr()) >= one.nbytes
