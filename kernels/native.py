@@ -25,6 +25,7 @@ import torch
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+COMPILERS = ("c++", "g++", "clang++")
 SCALARS = {torch.float32: "float", torch.float64: "double"}  # a library each
 CACHE_VARIABLE = "IISAN_FAST_COMPILED"
 
@@ -78,14 +79,16 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
 
 def _compiler() -> list[str]:
     named = os.environ.get("CXX")
-    for command in [named] if named else ["c++", "g++"]:
+    for command in [named] if named else COMPILERS:
         try:
             words = shlex.split(command)
         except ValueError:
             words = []
         if words and shutil.which(words[0]):
             return words
-    raise NoLibrary(f"CXX names no program: {named!r}" if named else "no C++ compiler is here (c++, g++)")
+    if named:
+        raise NoLibrary(f"CXX names no program: {named!r}")
+    raise NoLibrary(f"no C++ compiler is here ({', '.join(COMPILERS)})")
 
 
 def _folder() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from iisan_fast import kernels
 from iisan_fast.kernels import dispatch, memory, native, reference
 from iisan_fast.kernels.memory import Memory
+from iisan_fast.kernels.reference import States, Tower
 
 needs_compiler = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "there is one")
 
@@ -36,6 +38,33 @@ def test_it_is_compiled_once_for_the_user_alone(anew, monkeypatch):
     native._library.cache_clear()
     monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
     assert native.library(torch.float32).side_forward
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_what_each_compiler_makes_computes_the_same(compiler, anew, monkeypatch):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not here")
+    monkeypatch.setenv("CXX", compiler)
+    towers, states, projections = small_side_network()
+    parameters = [each for tower in towers for each in tower[1:]] + projections
+    results = []
+    for backend in ("native", "torch"):
+        outputs = kernels.side_towers(states, towers, projections=projections, backend=backend)
+        results.append([*outputs, *torch.autograd.grad(sum(each.square().sum() for each in outputs), parameters)])
+    assert len(list(anew.iterdir())) == 1
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() <= 2e-6 * expected.norm()
+
+
+def small_side_network() -> tuple[list[Tower], list[States], list[torch.Tensor]]:
+    """Two fp32 towers of two layers over one view of 35 items, widths that are no whole number of panels."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    towers = [Tower((0,), random(2), random(2, 5, 20), random(2, 5), random(2, 20, 5), random(2, 20)) for _ in range(2)]
+    return towers, [States(random(35, 2, 20).detach())], [random(9, 20) for _ in towers]
 
 
 @needs_compiler
@@ -73,7 +102,7 @@ def test_without_a_compiler_the_forms_in_pytorch_run_and_say_why(anew, monkeypat
     with caplog.at_level(logging.INFO, logger="iisan_fast.kernels"):
         found = kernels.inbatch_cross_entropy(queries, items, targets, reduction="none")
     assert torch.equal(found, reference.row_losses(queries, items, targets))
-    reason = "no C++ compiler is here (c++, g++)"
+    reason = "no C++ compiler is here (c++, g++, clang++)"
     assert caplog.messages == [f"kernels: host on cpu ({reason})"]
     with pytest.raises(ValueError) as refused:
         kernels.inbatch_cross_entropy(queries, items, targets, backend="native")

@@ -146,26 +146,32 @@ inline __attribute__((always_inline)) void product_of_columns(
     row_tile<5>(11, left, right, stride, steps, bounded);
 }
 
+// The numbers of a and, from 8 on, of b, in that order.
+template <int... Order> inline Vector<float> shuffled(const Vector<float> &a, const Vector<float> &b) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, Order...);
+#else
+    typedef int Places __attribute__((vector_size(BYTES)));
+    return __builtin_shuffle(a, b, Places{Order...});
+#endif
+}
+
 // Eight rows of eight floats, transposed in registers.
 inline void transpose(float *to, long to_stride, const float *from, long from_stride) {
-    typedef int Order __attribute__((vector_size(BYTES)));
-    const Order low = {0, 8, 1, 9, 4, 12, 5, 13}, high = {2, 10, 3, 11, 6, 14, 7, 15};
-    const Order left = {0, 1, 8, 9, 4, 5, 12, 13}, right = {2, 3, 10, 11, 6, 7, 14, 15};
-    const Order first = {0, 1, 2, 3, 8, 9, 10, 11}, second = {4, 5, 6, 7, 12, 13, 14, 15};
     Vector<float> a[8], b[8];
     for (int i = 0; i < 8; i++) a[i] = *(const Vector<float> *)(from + i * from_stride);
     for (int i = 0; i < 8; i += 2) {
-        b[i] = __builtin_shuffle(a[i], a[i + 1], low);
-        b[i + 1] = __builtin_shuffle(a[i], a[i + 1], high);
+        b[i] = shuffled<0, 8, 1, 9, 4, 12, 5, 13>(a[i], a[i + 1]);
+        b[i + 1] = shuffled<2, 10, 3, 11, 6, 14, 7, 15>(a[i], a[i + 1]);
     }
     for (int i = 0; i < 8; i += 4)
         for (int j = 0; j < 2; j++) {
-            a[i + 2 * j] = __builtin_shuffle(b[i + j], b[i + 2 + j], left);
-            a[i + 2 * j + 1] = __builtin_shuffle(b[i + j], b[i + 2 + j], right);
+            a[i + 2 * j] = shuffled<0, 1, 8, 9, 4, 5, 12, 13>(b[i + j], b[i + 2 + j]);
+            a[i + 2 * j + 1] = shuffled<2, 3, 10, 11, 6, 7, 14, 15>(b[i + j], b[i + 2 + j]);
         }
     for (int i = 0; i < 4; i++) {
-        *(Vector<float> *)(to + i * to_stride) = __builtin_shuffle(a[i], a[i + 4], first);
-        *(Vector<float> *)(to + (i + 4) * to_stride) = __builtin_shuffle(a[i], a[i + 4], second);
+        *(Vector<float> *)(to + i * to_stride) = shuffled<0, 1, 2, 3, 8, 9, 10, 11>(a[i], a[i + 4]);
+        *(Vector<float> *)(to + (i + 4) * to_stride) = shuffled<4, 5, 6, 7, 12, 13, 14, 15>(a[i], a[i + 4]);
     }
 }
 
