@@ -48,16 +48,23 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keeps states and run folders here; a repeated call resumes them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max-tokens", type=int, default=30, help="of a title (default 30)")
+    parser.add_argument(
+        "--encoder-dtype",
+        choices=["float32", "bfloat16"],
+        default="bfloat16",
+        help="of the text encoder (default bfloat16, which is slow on processors without instructions for it)",
+    )
     arguments = parser.parse_args()
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     commit = head.stdout.strip()  # of the code as it starts: it may be another by the time the run ends
     work = arguments.work or Path(tempfile.mkdtemp(prefix="iisan-fast-"))
     work.mkdir(parents=True, exist_ok=True)
     if arguments.what == "stand-ins":
-        images(arguments.dataset, work)
+        images(arguments.dataset, work, arguments.encoder_dtype)
         shutil.copytree(minilm(), work / "minilm", dirs_exist_ok=True)
         return
-    dataset, views = (titles if arguments.what == "titles" else images)(arguments.dataset, work)
+    make = titles if arguments.what == "titles" else images
+    dataset, views = make(arguments.dataset, work, arguments.encoder_dtype)
     views = [dataclasses.replace(view, max_tokens=arguments.max_tokens) for view in views]
     encoding = encode(dataset, views, work / "states")
     runs = [run(dataset, views, work, seed) for seed in arguments.seeds]
@@ -71,19 +78,19 @@ def main() -> None:
     )
 
 
-def titles(dataset: Path, work: Path) -> tuple[Path, list[ViewConfig]]:
+def titles(dataset: Path, work: Path, dtype: str) -> tuple[Path, list[ViewConfig]]:
     """Title/CLS in the image's role, title/masked mean in the text's."""
-    text = {"source": "title", "encoder": minilm(), "layers": LAYERS, "encoder_dtype": "bfloat16"}
+    text = {"source": "title", "encoder": minilm(), "layers": LAYERS, "encoder_dtype": dtype}
     return dataset, [ViewConfig("title-cls", pooling="cls", **text), ViewConfig("title-mean", pooling="mean", **text)]
 
 
-def images(dataset: Path, work: Path) -> tuple[Path, list[ViewConfig]]:
+def images(dataset: Path, work: Path, dtype: str) -> tuple[Path, list[ViewConfig]]:
     """Drawn images through a ViT of width 192 with fixed random weights, titles through MiniLM."""
     drawn = draw_dataset(dataset, work / "dataset")
     vit = build_vit(dataset.parent / "configs" / "vit-base-patch16-224", work / "vit")
     return drawn, [
         ViewConfig("image", "image", str(vit)),
-        ViewConfig("title", "title", minilm(), "mean", LAYERS, encoder_dtype="bfloat16"),
+        ViewConfig("title", "title", minilm(), "mean", LAYERS, encoder_dtype=dtype),
     ]
 
 
@@ -141,16 +148,20 @@ def encode(dataset: Path, views: list[ViewConfig], cache: Path) -> dict:
     }
 
 
+def configuration(dataset: Path, views: list[ViewConfig], work: Path, seed: int) -> RunConfig:
+    return RunConfig(
+        dataset=str(dataset),
+        cache=str(work / "states"),
+        views=tuple(view.name for view in views),
+        protocol=PROTOCOL,
+        model=ModelConfig(method="iisan-versa"),
+        train=TrainConfig(seed=seed, max_epochs=EPOCHS),
+    )
+
+
 def run(dataset: Path, views: list[ViewConfig], work: Path, seed: int) -> dict:
     """One seed: at most 40 epochs, then a copy of the run carried on to the early stop."""
-    config = RunConfig(
-        str(dataset),
-        str(work / "states"),
-        tuple(view.name for view in views),
-        PROTOCOL,
-        ModelConfig(method="iisan-versa"),
-        TrainConfig(seed=seed, max_epochs=EPOCHS),
-    )
+    config = configuration(dataset, views, work, seed)
     short, long = work / f"seed-{seed}", work / f"seed-{seed}-to-the-stop"
     started = time.perf_counter()
     within = resume(short, CPU, show) if (short / "config.json").exists() else train(config, short, CPU, show)
