@@ -170,12 +170,25 @@ def from_triton(step: Step) -> Result:
 
 
 def from_captured(step: Step) -> Result:
-    """Loss and gradients replayed from a CUDA graph that was captured on another batch of the same bucket."""
-    device = torch.device("cuda")
-    model = step.recommender().float().to(device)
-    table = FeatureTable(tuple(view.float().to(device) for view in step.table.views))
+    """Loss and gradients replayed from a CUDA graph that was captured on another batch of the same bucket; in fp32."""
+    return _captured(step, torch.device("cuda"), torch.float32)
+
+
+def from_stand_in(step: Step) -> Result:
+    """The same with a function that is called again in the graph's place."""
+    return _captured(step, torch.device("cpu"), torch.float64, capture=lambda run: run)
+
+
+def _captured(
+    step: Step,
+    device: torch.device,
+    dtype: torch.dtype,
+    capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None,
+) -> Result:
+    model = step.recommender().to(device, dtype)
+    table = FeatureTable(tuple(view.to(device, dtype) for view in step.table.views))
     taken = TrainingStep(model, dict.fromkeys(model.parameter_groups(), 0.0), device)
-    captured = CapturedStep(taken)
+    captured = CapturedStep(taken, capture)
     batch = make_batch(step.sequences, step.users, step.step)
     strangers = np.setdiff1d(np.arange(len(step.sequences.user_ids)), step.users)[: len(step.users)]
     others = make_batch(step.sequences, strangers if len(strangers) else step.users[:1], step.step + 1)
@@ -238,6 +251,7 @@ FORMS: dict[str, Form] = {
     "dense": Form(from_dense, takes=_has_all_towers_of_one_shape),
     "triton": Form(from_triton, rtol=1e-4, users=64 if torch.cuda.is_available() else 3),  # the interpreter is slow
     "captured": Form(from_captured, rtol=1e-4, needs_cuda=True),
+    "captured, a stand-in for the graph": Form(from_stand_in),
 }
 
 

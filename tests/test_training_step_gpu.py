@@ -111,7 +111,8 @@ def test_replayed_graphs_train_as_eager_steps_do(tmp_path, placement):
 def capture_without_trace(trainer: Trainer, each: Prepared) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
     """(what replays a step on this batch, what Adam keeps that it did not before)."""
     before, record = everything(trainer.step), trainer.step.record.clone()
-    *_, replay = trainer.captured._prepare(each.batch.buffer, each.batch.shape, each.states)
+    packed = each.batch.packed() if each.batch.buffer is None else each.batch.buffer  # none on a CPU
+    *_, replay = trainer.captured._prepare(packed, each.batch.shape, each.states)
     after = everything(trainer.step)
     new = {name: after.pop(name) for name in after.keys() - before.keys()}
     assert_identical(after, before)
@@ -119,37 +120,45 @@ def capture_without_trace(trainer: Trainer, each: Prepared) -> tuple[Callable[[]
     return replay, new
 
 
+def check_a_capture_leaves_no_trace(trainer: Trainer) -> None:
+    """Neither before the first step, when it makes Adam's state, nor later, nor once the flag is set."""
+    first, *others = trainer.batches(0)
+    replay, new = capture_without_trace(trainer, first)
+    assert new and not any(value.any() for value in new.values())
+    before = everything(trainer.step)
+    replay()  # whereas a replay does count
+    assert trainer.step.record[1] == first.rows
+    assert all(not torch.equal(value, before[name]) for name, value in everything(trainer.step).items())
+    for each in others:
+        trainer.take(each)
+    assert not capture_without_trace(trainer, others[-1])[1]
+    trainer.step.record[2:] = torch.tensor([2, float("nan")], device=trainer.device)
+    assert not capture_without_trace(trainer, others[-1])[1]
+
+
 @each_placement
 def test_a_capture_leaves_no_trace(tmp_path, placement):
-    """Neither before the first step, when it makes Adam's state, nor later, nor once the flag is set."""
     with new_trainer(tmp_path, CUDA, placement) as trainer:
-        first, *others = trainer.batches(0)
-        replay, new = capture_without_trace(trainer, first)
-        assert new and not any(value.any() for value in new.values())
-        before = everything(trainer.step)
-        replay()  # whereas a replay does count
-        assert trainer.step.record[1] == first.rows
-        assert all(not torch.equal(value, before[name]) for name, value in everything(trainer.step).items())
-        for each in others:
-            trainer.take(each)
-        assert not capture_without_trace(trainer, others[-1])[1]
-        trainer.step.record[2:] = torch.tensor([2, float("nan")], device=CUDA)
-        assert not capture_without_trace(trainer, others[-1])[1]
+        check_a_capture_leaves_no_trace(trainer)
+
+
+def check_a_loss_that_is_not_finite_stops_replayed_graphs(trainer: Trainer) -> None:
+    train_epochs(trainer, 1)
+    trainer.step.read()
+    before = everything(trainer.step)
+    states = trainer.source.views[0].clone()
+    trainer.source.views[0].fill_(float("nan"))
+    assert np.isnan(train_epochs(trainer, 1)).all()  # the same batches again
+    trainer.source.views[0].copy_(states)
+    assert np.isfinite(train_epochs(trainer, 1)).all()
+    assert_identical(everything(trainer.step), before)
+    found = trainer.step.read()
+    assert found.failed_step == 1 and found.rows == 0 and np.isnan(found.failed_loss)
 
 
 def test_a_loss_that_is_not_finite_stops_replayed_graphs(tmp_path):
     with new_trainer(tmp_path, CUDA) as trainer:
-        train_epochs(trainer, 1)
-        trainer.step.read()
-        before = everything(trainer.step)
-        states = trainer.table.views[0].clone()
-        trainer.table.views[0].fill_(float("nan"))
-        assert np.isnan(train_epochs(trainer, 1)).all()  # the same batches again
-        trainer.table.views[0].copy_(states)
-        assert np.isfinite(train_epochs(trainer, 1)).all()
-        assert_identical(everything(trainer.step), before)
-        found = trainer.step.read()
-        assert found.failed_step == 1 and found.rows == 0 and np.isnan(found.failed_loss)
+        check_a_loss_that_is_not_finite_stops_replayed_graphs(trainer)
 
 
 def test_a_capture_bears_a_thread_that_pins_memory(tmp_path):
