@@ -15,13 +15,17 @@ test: $(VENV)/.installed-dev
 
 gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -q -m gpu
+	$(VENV)/bin/python -m pytest -q tests/test_equality.py -k 'captured or triton'
 	$(VENV)/bin/iisan-fast bench kernels $(DATASET) --out benchmarks/results/kernels.json
 	$(VENV)/bin/iisan-fast bench train $(DATASET) --out benchmarks/results/train-gpu.json
 	$(VENV)/bin/iisan-fast bench evaluate $(DATASET) --out benchmarks/results/evaluate-gpu.json
-	$(VENV)/bin/iisan-fast bench extract $(DATASET) --out benchmarks/results/extract-gpu.json
 	$(VENV)/bin/iisan-fast bench growth --out benchmarks/results/growth-gpu.json
 	mkdir -p runs
 	$(VENV)/bin/iisan-fast bench uncached $(DATASET) --keep runs/gpu --out benchmarks/results/uncached-gpu.json
+	$(VENV)/bin/iisan-fast bench extract runs/gpu/dataset --items 8192 --source image --encoder runs/gpu/encoders/image \
+		--out benchmarks/results/extract-images-gpu.json
+	$(VENV)/bin/iisan-fast bench extract runs/gpu/dataset --items 8192 --source title --encoder runs/gpu/encoders/text \
+		--out benchmarks/results/extract-titles-gpu.json
 	$(VENV)/bin/iisan-fast bench methods runs/gpu/dataset --folder runs/gpu-methods --epochs 2 --table pinned \
 		--image-encoder runs/gpu/encoders/image --text-encoder runs/gpu/encoders/text \
 		--out benchmarks/results/methods-gpu.json

@@ -42,6 +42,26 @@ def test_both_forms_give_the_same_states(dataset, tmp_path, source):
     assert all(each.seconds > 0 and each.peak_cuda_bytes is None for each in measured.values())
 
 
+@pytest.mark.parametrize("source", ["title", "image"])
+def test_from_memory_the_encoder_takes_what_there_is_room_for(dataset, tmp_path, source, monkeypatch):
+    settings = ExtractSettings(items=20, source=source, dtype="float32", batch_size=8, workers=0)
+    work, taken = bench.make_work(dataset, settings, CPU, tmp_path), []
+    load = bench.load_backbone
+
+    def watched(*arguments):
+        backbone = load(*arguments)
+        encode = backbone.encode
+        monkeypatch.setattr(backbone, "encode", lambda inputs: taken.append(inputs) or encode(inputs))
+        return backbone
+
+    monkeypatch.setattr(bench, "load_backbone", watched)
+    assert bench.run_from_memory(work).items == 20
+    assert [len(next(iter(inputs.values()))) for inputs in taken] == [8, 8, 8, 4]  # once to warm up
+    taken.clear()
+    monkeypatch.setattr(bench, "INPUT_BYTES", 1)
+    assert bench.run_from_memory(work).items == 8 and len(taken) == 2
+
+
 def test_states_that_differ_are_an_error():
     description = {"dtype": "bfloat16", "encoder_dtype": "float32"}
     states = torch.ones(3, 2, 4)
@@ -65,12 +85,12 @@ def test_a_sample_is_spread_over_the_catalogue(dataset):
 
 
 def test_a_forms_figures():
-    runs = [Measured(float(seconds), 100 * seconds, None) for seconds in (1, 2, 3, 4, 5, 6)]
-    figures = bench.summary("plain", runs, 70)
+    runs = [Measured(float(seconds), 100 * seconds, None, 70) for seconds in (1, 2, 3, 4, 5, 6)]
+    figures = bench.summary("plain", runs)
     assert (figures["p20_s"], figures["p50_s"], figures["p80_s"]) == (2.0, 3.5, 5.0)
     assert figures["items_per_second"] == 20 and figures["peak_pss_bytes"] == 600
     assert figures["peak_cuda_bytes"] == NOT_MEASURED
-    assert bench.summary("plain", [dataclasses.replace(runs[0], peak_cuda_bytes=7)], 1)["peak_cuda_bytes"] == 7
+    assert bench.summary("plain", [dataclasses.replace(runs[0], peak_cuda_bytes=7)])["peak_cuda_bytes"] == 7
 
 
 @LINUX
@@ -98,9 +118,11 @@ def test_the_command_writes_figures_of_both_forms(dataset, tmp_path):
     assert figures["command"].startswith("iisan-fast bench extract DATASET --items=20 --source=title")
     assert {"dataset", "commit", "environment", "view", "notes", "largest_difference", "tolerance"} <= figures.keys()
     assert figures["items"] == 20 and figures["settings"]["workers"] == 0
-    plain, fast = figures["forms"]
-    assert (plain["form"], fast["form"]) == ("plain", "fast") and figures["ratio"] == plain["p50_s"] / fast["p50_s"]
-    for row in (plain, fast):
+    plain, fast, from_memory = figures["forms"]
+    assert [row["form"] for row in figures["forms"]] == ["plain", "fast", "from memory"]
+    assert figures["ratio"] == plain["p50_s"] / fast["p50_s"]
+    for row in (plain, fast, from_memory):
+        assert row["items"] == 20
         assert len(row["seconds"]) == 1 and row["p20_s"] == row["p50_s"] == row["p80_s"] > 0
         assert row["items_per_second"] == pytest.approx(20 / row["p50_s"])
         assert row["peak_cuda_bytes"] == NOT_MEASURED
