@@ -1,4 +1,4 @@
-"""The debiased in-batch cross-entropy on a CPU by C++: `cpp/cross_entropy.cpp`, two workers with half the rows each."""
+"""The debiased in-batch cross-entropy on a CPU by C++: `cpp/cross_entropy.cpp`, a share of the rows a core."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .host import at_once, halves
+from .host import at_once, shares
 from .memory import Memory
 from .native import library, run
 
 PANEL = 16  # what the width must be a multiple of
 DTYPES = (torch.float32, torch.float64)
-WORKERS = 2
 
 
 def row_losses(
@@ -69,10 +68,10 @@ class _RowLosses(torch.autograd.Function):
         losses = queries.new_empty(len(queries))
         wide = -(-len(items) // PANEL) * PANEL
         probabilities = memory.empty(queries.dtype, len(queries), wide)
-        forward, shares = library(queries.dtype).loss_forward, halves(len(queries))
-        parts = [_arguments(constants, queries, items, probabilities, losses, share) for share in shares]
-        at_once(lambda part: run(forward, part), parts, WORKERS)
-        ctx.constants, ctx.memory, ctx.shares, ctx.parts = constants, memory, shares, parts
+        forward, own_rows = library(queries.dtype).loss_forward, shares(len(queries))
+        parts = [_arguments(constants, queries, items, probabilities, losses, rows) for rows in own_rows]
+        at_once(lambda part: run(forward, part), parts, len(parts))
+        ctx.constants, ctx.memory, ctx.shares, ctx.parts = constants, memory, own_rows, parts
         ctx.save_for_backward(queries, items)
         return losses
 
@@ -87,7 +86,7 @@ class _RowLosses(torch.autograd.Function):
             part.upstream, part.of_queries = upstream[start:].data_ptr(), of_queries[start:].data_ptr()
             part.of_vectors = own.data_ptr()
         backward = library(queries.dtype).loss_backward
-        at_once(lambda part: run(backward, part), parts, WORKERS)
+        at_once(lambda part: run(backward, part), parts, len(parts))
         total, *others = of_items
         for other in others:
             total += other

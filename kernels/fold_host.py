@@ -1,4 +1,4 @@
-"""Products of three weights on a CPU: whole chains side by side, what is left over halved by columns, both ways."""
+"""Products of three weights on a CPU: whole chains side by side, what is left over cut by columns, both ways."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .host import at_once
+from .host import at_once, cores, cut
 
-WORKERS = 2
+MOST_WORKERS = 8  # of which each has columns enough for a fast product
 Chain = tuple[Tensor, Tensor, Tensor]
 
 
@@ -40,7 +40,7 @@ class _Fold(torch.autograd.Function):
                 outer, middle, inner = chains[chain]
                 torch.mm(outer @ middle, inner[:, columns], out=products[chain][:, columns])
 
-        at_once(work, _pieces(chains), WORKERS)
+        at_once(work, pieces := _pieces(chains), len(pieces))
         ctx.save_for_backward(*weights)
         return tuple(products)
 
@@ -60,7 +60,7 @@ class _Fold(torch.autograd.Function):
             return found
 
         totals: list[list[Tensor]] = [[] for _ in chains]
-        for chain, *parts in sum(at_once(work, _pieces(chains), WORKERS), []):
+        for chain, *parts in sum(at_once(work, pieces := _pieces(chains), len(pieces)), []):
             totals[chain] = [total + part for total, part in zip(totals[chain], parts)] if totals[chain] else parts
         return tuple(each for total, last in zip(totals, of_inner) for each in (*total, last))
 
@@ -71,10 +71,10 @@ def _chains(weights: Sequence[Tensor]) -> list[Chain]:
 
 def _pieces(chains: Sequence[Chain]) -> list[list[_Piece]]:
     """Each worker's share."""
-    whole = len(chains) - len(chains) % WORKERS
-    shares = [[_Piece(chain, slice(None)) for chain in range(worker, whole, WORKERS)] for worker in range(WORKERS)]
+    workers = max(1, min(cores(), MOST_WORKERS))
+    whole = len(chains) - len(chains) % workers
+    found = [[_Piece(chain, slice(None)) for chain in range(worker, whole, workers)] for worker in range(workers)]
     for chain in range(whole, len(chains)):
-        middle = chains[chain][2].shape[1] // 2
-        for share, columns in zip(shares, (slice(0, middle), slice(middle, None))):
-            share.append(_Piece(chain, columns))
-    return shares
+        for own, (start, length) in zip(found, cut(chains[chain][2].shape[1], workers)):
+            own.append(_Piece(chain, slice(start, start + length)))
+    return found

@@ -17,7 +17,7 @@ import torch
 T = TypeVar("T")
 U = TypeVar("U")
 
-FEWEST_ROWS = 32  # that are worth halving
+LEAST_ROWS = 16  # of a share
 
 _kept: list[int] = []  # the cores of every `in_large_pieces` that is open
 
@@ -40,12 +40,14 @@ def in_large_pieces() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def at_once(work: Callable[[T], U], parts: Sequence[T], workers: int) -> list[U]:
-    """The work's results in the parts' order, without gradients; by so many workers if there are cores for them.
+def at_once(work: Callable[[T], U], parts: Sequence[T], workers: int | None = None) -> list[U]:
+    """The work's results in the parts' order, without gradients; by so many workers if there are cores for them, or by
+    one a core.
 
     This thread is one of them where it has no more of the cores than they."""
+    workers = workers or cores()
     threads, quietly = cores() // workers, torch.no_grad()(work)
-    if workers == 1 or not threads or len(parts) == 1:
+    if workers == 1 or not threads or len(parts) <= 1:
         return list(map(quietly, parts))
     if len(parts) > workers or torch.get_num_threads() != threads:
         return list(_pool(workers, threads).map(quietly, parts))
@@ -57,19 +59,22 @@ def at_once(work: Callable[[T], U], parts: Sequence[T], workers: int) -> list[U]
     return [first, *(other.result() for other in others)]
 
 
-def halves(count: int) -> list[tuple[int, int]]:
-    """(start, length) of each of two workers' rows, or of all of them where two would not be worth their while."""
-    if count < FEWEST_ROWS or cores() < 2:
-        return [(0, count)]
-    return [(0, count // 2), (count // 2, count - count // 2)]
+def shares(count: int, most: int | None = None) -> list[tuple[int, int]]:
+    """(start, length) of each worker's rows: equal shares, one a core or at most so many; fewer of few rows."""
+    return cut(count, max(1, min(cores(), most or cores(), count // LEAST_ROWS)))
 
 
-def equal_parts(count: int, most: int) -> list[slice]:
-    """One part, or equal ones: halves, or as many pairs of parts as keep each to `most` rows."""
-    workers = len(halves(count))
-    parts = max(1, -(-count // max(1, most * workers))) * workers
+def equal_parts(count: int, size: int, most: int | None = None) -> list[slice]:
+    """Equal parts of at most `size` rows, as many for each worker as for the others; workers as in `shares`."""
+    workers = len(shares(count, most))
+    parts = max(1, -(-count // max(1, size * workers))) * workers
+    return [slice(start, start + length) for start, length in cut(count, parts)]
+
+
+def cut(count: int, parts: int) -> list[tuple[int, int]]:
+    """(start, length) of equal parts."""
     cuts = [count * i // parts for i in range(parts + 1)]
-    return [slice(start, end) for start, end in zip(cuts, cuts[1:])]
+    return [(start, end - start) for start, end in zip(cuts, cuts[1:])]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""SASRec's training on a CPU by C++: `cpp/sequence_encoder.cpp`, two workers, each with the rows of half the users."""
+"""SASRec's training on a CPU by C++: `cpp/sequence_encoder.cpp`, a worker a core, each with the rows of some users."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .host import FEWEST_ROWS, at_once, cores
+from .host import at_once, shares
 from .memory import Memory
 from .native import library, run
 
 DTYPES = (torch.float32, torch.float64)
 PANEL = 16  # what widths must be a multiple of
 MOST_BLOCKS = 64
-WORKERS = 2
 OUTER = 3  # weights before the blocks' own
 BLOCK = 12  # weights of a block
 FEED_IN = 6  # the place of the feed-forward's first weight among them
@@ -103,15 +102,15 @@ class _Encoder(torch.autograd.Function):
         x, states, memory = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), Memory()
         measure = library(x.dtype).sequence_memory
         measure.restype = ctypes.c_int64
-        parts, shares = [], _shares(settings.grid)
-        for start, end in shares:
+        parts, users = [], _of_whole_users(settings.grid)
+        for start, end in users:
             part = _arguments(settings, weights, x, start, end)
             part.memory = memory.empty(x.dtype, measure(ctypes.byref(part))).data_ptr()
             part.states = states[start:].data_ptr()
             parts.append(part)
         forward = library(x.dtype).sequence_forward
-        at_once(lambda part: run(forward, part), parts, WORKERS)
-        ctx.parts, ctx.starts, ctx.memory, ctx.settings = parts, [start for start, _ in shares], memory, settings
+        at_once(lambda part: run(forward, part), parts, len(parts))
+        ctx.parts, ctx.starts, ctx.memory, ctx.settings = parts, [start for start, _ in users], memory, settings
         ctx.save_for_backward(x, *weights)  # what the parts point to
         return states
 
@@ -128,7 +127,7 @@ class _Encoder(torch.autograd.Function):
             part.of_x, part.upstream = of_x[start:].data_ptr(), upstream[start:].data_ptr()
             found.append(gradients)
         backward = library(x.dtype).sequence_backward
-        at_once(lambda part: run(backward, part), parts, WORKERS)
+        at_once(lambda part: run(backward, part), parts, len(parts))
         first, *others = found
         for other in others:
             for total, more in zip(first, other):
@@ -167,11 +166,9 @@ def _blocks(weights: Sequence[Tensor]) -> ctypes.Array:
     return (_Block * len(own))(*(_Block(*(weight.data_ptr() for weight in block)) for block in own))
 
 
-def _shares(grid: SequenceGrid) -> list[tuple[int, int]]:
-    """(first row, row after the last) of each worker: whole users, about half of the rows each."""
-    rows = len(grid.slots)
-    if rows < FEWEST_ROWS or cores() < WORKERS:
-        return [(0, rows)]
-    user = int(grid.slots[rows // 2]) // grid.length
-    middle = int(torch.searchsorted(grid.slots, user * grid.length))
-    return [(0, middle), (middle, rows)] if middle else [(0, rows)]
+def _of_whole_users(grid: SequenceGrid) -> list[tuple[int, int]]:
+    """(first row, row after the last) of each worker: shares of the rows, moved to where a user begins."""
+    starts = torch.tensor([start for start, _ in shares(len(grid.slots))][1:], dtype=torch.int64)
+    users = grid.slots[starts] // grid.length
+    cuts = sorted({0, *torch.searchsorted(grid.slots, users * grid.length).tolist(), len(grid.slots)})
+    return list(zip(cuts, cuts[1:])) or [(0, 0)]

@@ -100,7 +100,7 @@ class _SideTowers(torch.autograd.Function):
         tables, parameters = tensors[: len(settings.rows)], tensors[len(settings.rows) :]
         towers = _weights(settings, parameters)
         items = len(tables[0]) if settings.rows[0] is None else len(settings.rows[0])
-        parts = equal_parts(items, items if settings.trained else MOST_UNTRAINED)
+        parts = equal_parts(items, items if settings.trained else MOST_UNTRAINED, HALVES)
 
         if settings.projected and not settings.trained:
             joined = [composites(tower) for tower in towers]

@@ -1,6 +1,6 @@
-"""The side network's training on a CPU by C++: `cpp/side_network.cpp`, two workers, each in one core's cache.
+"""The side network's training on a CPU by C++: `cpp/side_network.cpp`, a worker a core, each in its core's cache.
 
-A worker takes whole towers, so that their gradients need no adding up; what is left over is halved by items.
+The towers' items stand in one row, of which each worker takes its share: what it has whole needs no adding up.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .host import at_once, equal_parts, halves
+from .host import at_once, cores, cut, equal_parts, shares
 from .memory import Memory
 from .native import library, run
 from .reference import GATE_TEMPERATURE, States, Tower
@@ -20,7 +20,7 @@ from .side_network_host import PARAMETERS, Weights, composites, mixes
 
 DTYPES = (torch.float32, torch.float64)  # of the weights
 PANEL = 16  # columns
-WORKERS = 2
+LEAST_ROWS = 48  # of a worker: it reads all the weights of a tower, and writes as many gradients
 MOST_UNTRAINED = 384  # items at a time where no backward follows, so that their states stay in the cache
 
 
@@ -71,7 +71,7 @@ def encode(
             run(encode_towers, own.arguments(piece, settings.gelu, projected=_pointer(output[part]), **more))
         del memory
 
-    at_once(work, equal_parts(items, MOST_UNTRAINED), WORKERS)
+    at_once(work, equal_parts(items, MOST_UNTRAINED))
     return outputs
 
 
@@ -165,7 +165,7 @@ class _SideTowers(torch.autograd.Function):
                 output = _pointer(projected[piece.tower])
                 run(forward, kept[piece.tower].arguments(piece, settings.gelu, projected=output))
 
-        at_once(work, ctx.pieces, WORKERS)
+        at_once(work, ctx.pieces, len(ctx.pieces))
         ctx.settings, ctx.kept, ctx.memory = settings, kept, memory
         ctx.save_for_backward(*parameters)  # alone to refuse parameters that were changed in between
         return tuple(projected)
@@ -192,10 +192,10 @@ class _SideTowers(torch.autograd.Function):
                 run(backward, own.arguments(piece, settings.gelu, **more))
             return found
 
-        totals: list[dict[str, Tensor]] = [{} for _ in kept]
-        for tower, gradients in sum(at_once(work, ctx.pieces, WORKERS), []):
-            for name, gradient in gradients.items():
-                totals[tower][name] = totals[tower][name].add_(gradient) if name in totals[tower] else gradient
+        found = sum(at_once(work, ctx.pieces, len(ctx.pieces)), [])
+        parts = [[part for own, part in found if own == tower] for tower in range(len(kept))]
+        at_once(_add_up, [own for own in parts if len(own) > 1])
+        totals = [own[0] for own in parts]
         of_parameters = [total.get(name) for total in totals for name in Tower._fields[1:]]
         return None, *of_views, *of_parameters, *(total["projection"] for total in totals)
 
@@ -209,7 +209,7 @@ def _kept(
 ) -> list[_Kept]:
     """The towers' tensors, with the hidden states gathered in panels; by this thread alone where they are not
     trained, and then towers use the same memory and keep one layer's input."""
-    views = _panels(tables, settings.rows, parameters[1].dtype, memory, WORKERS if trained else 1)
+    views = _panels(tables, settings.rows, parameters[1].dtype, memory, trained)
     layers, bottleneck, width = parameters[1].shape
     items, first = views[0].shape[2], parameters[1]
     found = []
@@ -235,9 +235,10 @@ def _kept(
 
 
 def _panels(
-    tables: Sequence[Tensor], rows: Sequence[Tensor | None], dtype: torch.dtype, memory: Memory, workers: int
+    tables: Sequence[Tensor], rows: Sequence[Tensor | None], dtype: torch.dtype, memory: Memory, shared: bool
 ) -> list[Tensor]:
-    """Rows of each view as panels [K, ceil(D / 16), N, 16], all of them in bf16 or all in `dtype`."""
+    """Rows of each view as panels [K, ceil(D / 16), N, 16], all of them in bf16 or all in `dtype`; shared: the work is,
+    among the cores."""
     kind = torch.bfloat16 if all(table.dtype == torch.bfloat16 for table in tables) else dtype
     views = []
     for table, own in zip(tables, rows):
@@ -255,21 +256,31 @@ def _panels(
             strides = kind.itemsize, table.stride(0), table.stride(1)
             gather(table.data_ptr(), *strides, _pointer(own), layers, width, items, *piece, panels.data_ptr())
 
-    at_once(work, halves(items) if workers > 1 else [(0, items)], workers)
+    parts = shares(items) if shared else [(0, items)]
+    at_once(work, parts, len(parts))
     return found
 
 
 def _pieces(towers: int, items: int, split: bool) -> list[list[_Piece]]:
-    """Each worker's share."""
-    parts = halves(items)
-    if len(parts) == 1:
-        return [[_Piece(tower, 0, items) for tower in range(towers)]]
-    whole = 0 if split else towers - towers % WORKERS
-    return [
-        [_Piece(tower, 0, items) for tower in range(worker, whole, WORKERS)]
-        + [_Piece(tower, *parts[worker]) for tower in range(whole, towers)]
-        for worker in range(WORKERS)
-    ]
+    """Each worker's share; split: no two workers have one item, by whatever tower."""
+    if split or not items:
+        return [[_Piece(tower, *share) for tower in range(towers)] for share in shares(items)]
+    order = list(range(towers - 1))
+    order.insert(len(order) // 2, towers - 1)  # the last, which reads most, in the middle, where two workers meet
+    found = []
+    for start, length in cut(towers * items, max(1, min(cores(), towers * items // LEAST_ROWS))):
+        begins = [(tower, start - place * items) for place, tower in enumerate(order)]
+        own = [(tower, max(0, begin), min(items, begin + length)) for tower, begin in begins]
+        found.append([_Piece(tower, begin, end - begin) for tower, begin, end in own if begin < end])
+    return found
+
+
+def _add_up(gradients: Sequence[dict[str, Tensor]]) -> None:
+    """To the first."""
+    total, *others = gradients
+    for other in others:
+        for name, gradient in other.items():
+            total[name] += gradient
 
 
 def _empty_gradients(kept: _Kept, gated: bool) -> dict[str, Tensor]:

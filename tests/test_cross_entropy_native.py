@@ -65,12 +65,14 @@ def by_native(*arguments, **keywords) -> Tensor:
     st.sampled_from([0, 1, 3, 31, 32, 63, 65]),
     st.sampled_from([1, 2, 16, 31, 32, 33, 64, 100]),
     st.sampled_from([16, 64]),
+    st.sampled_from([1, 2, 3, 8]),
     st.booleans(),
     st.booleans(),
     st.booleans(),
     st.integers(0, 99),
 )
-def test_any_rows(rows, items, width, masked, counted, debiased, seed):
+def test_any_rows(rows, items, width, threads, masked, counted, debiased, seed):
+    torch.set_num_threads(threads)
     Case(rows, items, width, masked, counted, debiased, seed).check()
 
 

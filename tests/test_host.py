@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from iisan_fast import kernels
-from iisan_fast.kernels import host
+from iisan_fast.kernels import host, side_network_native
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,35 @@ def test_parts_run_beside_each_other_each_on_its_share_of_the_cores():
         return torch.get_num_threads(), torch.is_grad_enabled()
 
     assert host.at_once(work, [0, 1], 2) == [(1, False), (1, False)]
+
+
+@pytest.mark.parametrize(
+    ("threads", "count", "lengths"),
+    [(2, 31, [31]), (2, 33, [16, 17]), (4, 33, [16, 17]), (4, 100, [25] * 4), (8, 0, [0]), (3, 50, [16, 17, 17])],
+)
+def test_a_share_of_the_rows_for_each_core_that_is_worth_its_while(threads, count, lengths):
+    torch.set_num_threads(threads)
+    found = host.shares(count)
+    assert [length for _, length in found] == lengths
+    assert [start for start, _ in found] == [sum(lengths[:i]) for i in range(len(lengths))]
+    assert len(host.shares(count, 1)) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize(("towers", "items"), [(3, 276), (3, 33), (1, 200), (2, 77), (3, 1), (3, 0)])
+@pytest.mark.parametrize("split", [False, True])
+def test_every_item_of_every_tower_is_one_workers(threads, towers, items, split):
+    torch.set_num_threads(threads)
+    workers = side_network_native._pieces(towers, items, split)
+    assert len(workers) <= threads and all(workers)
+    for tower in range(towers):
+        own = sorted((each.start, each.count) for worker in workers for each in worker if each.tower == tower)
+        assert [start for start, _ in own] == [sum(count for _, count in own[:i]) for i in range(len(own))]
+        assert sum(count for _, count in own) == items
+    sizes = [sum(each.count for each in worker) for worker in workers]
+    assert max(sizes) - min(sizes) <= (towers if split else 1)
+    if split:
+        assert all({(each.start, each.count) for each in worker} == {worker[0][1:]} for worker in workers)
 
 
 def test_one_core_works_alone():

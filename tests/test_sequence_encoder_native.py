@@ -66,6 +66,7 @@ class Case:
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_encoder(data):
+    torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3, 8]), label="cores"))
     d, heads = data.draw(st.sampled_from([(16, 1), (16, 4), (32, 2), (48, 3), (64, 2)]))
     Case(
         data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=25)),

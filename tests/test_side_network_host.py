@@ -174,6 +174,7 @@ def assert_as_good(ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: di
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_any_towers(data):
+    torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3, 8]), label="cores"))
     kinds = data.draw(st.lists(st.sampled_from(INTRA_AND_INTER), min_size=1, max_size=3))
     activation = data.draw(st.sampled_from(["relu", "gelu"]))
     case = Case(
@@ -192,7 +193,9 @@ def test_any_towers(data):
     case.check(in_fp32=activation == "gelu")  # once in a few thousand cases a ReLU within rounding of 0 falls otherwise
 
 
-def test_towers_of_the_published_shape():
+@pytest.mark.parametrize("threads", [2, 5])
+def test_towers_of_the_published_shape(threads):
+    torch.set_num_threads(threads)
     Case(items=33, layers=7, bottleneck=64, width=768, projected=64).check()
 
 
