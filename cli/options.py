@@ -77,7 +77,7 @@ def torch_device(name: str):
 
     device = _named_device(name)
     try:
-        kernels.check_backend(device)
+        kernels.backend_on(device)
     except ValueError as error:
         raise InputError(str(error)) from None
     return device

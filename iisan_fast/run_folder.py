@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, kernels
 from .config import RunConfig, read_json, read_settings, to_dict
 from .errors import InputError
 from .files import write_atomically
@@ -24,6 +25,7 @@ from .hidden_states import describes_view
 from .sequences import Sequences, load_sequences
 
 LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")
+DECIDES_ROUNDING = ("torch", "device", "kernels", "threads", "processor")  # of an environment
 
 
 class RunFolder:
@@ -82,6 +84,16 @@ class RunFolder:
         """The histories that the run was trained on."""
         return load_sequences(self.path / "sequences.npz")
 
+    def other_rounding(self, device: torch.device) -> list[str]:
+        """What of the environment that the run began in is another now, so that results will differ in rounding."""
+        path = self.path / "environment.json"
+        began, now = read_settings(path) if path.exists() else {}, environment(device)
+        return [
+            f"{name} {began[name]} then, {now[name]} now"
+            for name in DECIDES_ROUNDING
+            if name in began and began[name] != now[name]
+        ]
+
     def remove_leftovers(self) -> None:
         """Removes what a kill in the middle of a write left of a new file; the old file stands."""
         for leftover in self.path.glob(".*.*.*"):
@@ -108,7 +120,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
         "threads": torch.get_num_threads(),
         "processor": torch.backends.cpu.get_cpu_capability(),  # its widest instructions that torch uses
+        "processor_name": _processor_name(),
+        "kernels": kernels.backend_on(device),
     }
+
+
+def _processor_name() -> str:
+    """As the system says it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.M) if info.exists() else None
+    return found[1] if found else platform.processor()
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -94,6 +94,10 @@ def resume(
         LOGGER.info("%s is finished already", out)
         return read_settings(folder.test)
     folder.remove_leftovers()
+    if others := folder.other_rounding(device):
+        LOGGER.warning(
+            "%s: %s; results will differ in rounding from those of a run that was not stopped", out, "; ".join(others)
+        )
     config, dataset = folder.config, dataset_again(folder.config, folder.sequences)
     with open_source(config, dataset, device, placement, precision(config.train, device)) as (source, views):
         for name, recorded in folder.views.items():

@@ -11,7 +11,7 @@ if __name__ == "iisan_fast.kernels":
     from .checks import check_indices
     from .dispatch import (
         BACKEND_VARIABLE,
-        check_backend,
+        backend_on,
         fold,
         inbatch_cross_entropy,
         sequence_encoder,
@@ -30,7 +30,7 @@ if __name__ == "iisan_fast.kernels":
         "States",
         "Tower",
         "at_once",
-        "check_backend",
+        "backend_on",
         "check_indices",
         "fold",
         "in_large_pieces",

@@ -170,9 +170,9 @@ def target_rank(
     return form.target_rank(queries, items, targets, excluded, tie_share, chunk_elements)
 
 
-def check_backend(device: torch.device) -> None:
-    """Raises ValueError where the backend that the environment names cannot run on the device."""
-    _choice("the kernels", "auto", [torch.empty(0, device=device)])
+def backend_on(device: torch.device) -> str:
+    """What runs the ops on a device. Raises ValueError where the backend that the environment names cannot."""
+    return _choice("the kernels", "auto", [torch.empty(0, device=device)])[0]
 
 
 def _trained(tensors: Sequence[Tensor | None]) -> bool:

@@ -79,6 +79,13 @@ def test_the_forms_agree_and_name_their_stages(work):
     assert fast.metrics["hr@10"] == metrics(fast.ranks, (10,))["hr@10"]
 
 
+def test_the_form_for_cuda_evaluates_the_same_states_as_a_run_holds_them(work):
+    assert all(view.dtype == torch.bfloat16 for view in work.trained_table.views)
+    narrow, fast = bench.bfloat16(work), bench.fast(work)
+    assert narrow.metrics == fast.metrics and np.array_equal(narrow.ranks, fast.ranks)  # one table on a CPU
+    assert all(stage in narrow.seconds for stage in bench.EVALUATION["bfloat16"])
+
+
 def test_forms_that_disagree_are_an_error(work):
     dense, fast = (run(work) for run in bench.FORMS.values())
     ranks = dense.ranks.copy()

@@ -193,6 +193,34 @@ def test_any_towers(data):
     case.check(in_fp32=activation == "gelu")  # once in a few thousand cases a ReLU within rounding of 0 falls otherwise
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_towers_without_gradients(data):
+    """As the catalogue is encoded: bottlenecks of whole panels go another way there."""
+    torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3, 8]), label="cores"))
+    kinds = data.draw(st.lists(st.sampled_from(INTRA_AND_INTER), min_size=1, max_size=3))
+    kept = data.draw(st.sampled_from([None, torch.bfloat16]))
+    case = Case(
+        items=data.draw(st.sampled_from([0, 1, 7, 33, 65])),
+        layers=data.draw(st.integers(1, 4)),
+        bottleneck=data.draw(st.sampled_from([3, 16, 32])),
+        width=data.draw(st.sampled_from([1, 5, 24, 33, 112])),
+        kinds=kinds,
+        gated=data.draw(st.booleans()),
+        activation=data.draw(st.sampled_from(["relu", "gelu"])),
+        in_order=data.draw(st.lists(st.sampled_from(sorted({view for kind in kinds for view in kind})), unique=True)),
+        projected=data.draw(st.sampled_from([1, 6, 20])),
+        table_dtypes=(kept, kept),
+        seed=data.draw(st.integers(0, 99)),
+    )
+    names = [f"output {i}" for i in range(len(kinds))]
+    found, exact = (
+        dict(zip(names, case.forward(op, torch.float64, wanted=())[0], strict=True))
+        for op in (by_cpu, reference.side_towers)
+    )
+    assert_equal(found, exact, rtol=1e-12)
+
+
 @pytest.mark.parametrize("threads", [2, 5])
 def test_towers_of_the_published_shape(threads):
     torch.set_num_threads(threads)
@@ -275,7 +303,7 @@ def test_a_gradient_has_the_dtype_of_its_view():
 @pytest.mark.parametrize("quietly", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_outputs_are_the_same(quietly, items, projected, backend):
     """To the last bit by PyTorch, but for projected ones: those are added up in another order, without the width
-    between. C++ takes no part then."""
+    between. C++ takes no part in a bottleneck that is no whole panels."""
     case = Case(items=items, projected=projected)
     trained, _ = case.forward(by_cpu, torch.float64)
     with quietly():

@@ -120,6 +120,21 @@ def test_a_killed_run_resumes_exactly(tmp_path, config, moment, monkeypatch):
         assert theirs[f"adam.step.{name}"] == steps and theirs[f"adam.exp_avg_sq.{name}"].any()
 
 
+def test_another_rounding_is_told_on_resume(tmp_path, config, monkeypatch, caplog):
+    kill_in_epoch(monkeypatch, 2, "between epochs")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "run", CPU)
+    monkeypatch.undo()
+    path = tmp_path / "run" / "environment.json"
+    began = json.loads(path.read_text())
+    assert began["kernels"] in ("native", "host") and began["processor_name"]
+    path.write_text(json.dumps({**began, "kernels": "abacus", "python": "2.7"}))
+    with caplog.at_level("WARNING"):
+        resume(tmp_path / "run", CPU)
+    told = f"{tmp_path / 'run'}: kernels abacus then, {began['kernels']} now; results will differ in rounding"
+    assert caplog.messages == [f"{told} from those of a run that was not stopped"]
+
+
 def test_a_run_resumes_exactly_with_its_table_elsewhere(tmp_path, config, monkeypatch):
     whole = train(config, tmp_path / "whole", CPU)
     kill_in_epoch(monkeypatch, 3, "between epochs")

@@ -40,7 +40,9 @@ NOTES = {
     "torch.argsort, and the target's rank as the sum of all ranks times its one-hot label; history masked alone",
     "fast": "as iisan-fast train validates: heads folded into one map, packed histories, ranks by counting; history "
     "masked and unmasked at once, warm and cold targets apart",
-    "both": "random states of bf16 numbers, held as fp32 on CUDA, where both then compute in fp32; first weights",
+    "bfloat16": "the fast form on states in bf16, as a run on CUDA holds them; not compared with the dense form",
+    "both": "random states of bf16 numbers, held as fp32 on CUDA by the forms that are compared, which then compute in "
+    "fp32; first weights",
     "ranking": "from given item vectors and user states",
     "evaluation": "item vectors, user states, ranks and metrics",
     "scaled": "the ranking's part of the time multiplied by all users / measured users",
@@ -70,6 +72,7 @@ class Work:
     split: Split
     sample: np.ndarray  # numbers of the users whom the dense form ranks
     table: FeatureTable
+    trained_table: FeatureTable  # as a run would hold it
     model: Recommender
     device: torch.device
 
@@ -94,9 +97,10 @@ def benchmark(dataset: Path | None, settings: EvaluateSettings, device: torch.de
         work = make_work(sequences, settings, device)
         first = {form: run(work) for form, run in FORMS.items()}  # warms up, too
         agreed = agreement(first["dense"], first["fast"], work)
-        runs = measure(work, settings.rounds)
-    peaks = {form: in_a_process(peak, form, sequences, settings, device) for form in FORMS}
-    rows = {form: {"form": form, **summary(form, runs[form], work), **peaks[form]} for form in FORMS}
+        forms = FORMS | (ON_CUDA if device.type == "cuda" else {})
+        runs = measure(forms, work, settings.rounds)
+    peaks = {form: in_a_process(peak, form, sequences, settings, device) for form in forms}
+    rows = {form: {"form": form, **summary(form, runs[form], work), **peaks[form]} for form in forms}
     return {
         **origin(name, device),
         "settings": asdict(settings),
@@ -125,13 +129,13 @@ def argsort_users(settings: EvaluateSettings, name: str, users: int) -> int:
 def make_work(sequences: Sequences, settings: EvaluateSettings, device: torch.device) -> Work:
     """Random states and a model at its first weights, on the device."""
     shape = TrainSettings(width=settings.width, layers=settings.layers, seed=settings.seed)
-    dtype = torch.float32 if device.type == "cuda" else torch.bfloat16
-    table = FeatureTable(tuple(view.to(device, dtype) for view in random_states(sequences, shape)))
+    trained = FeatureTable(tuple(view.to(device) for view in random_states(sequences, shape)))
+    table = FeatureTable(tuple(view.float() for view in trained.views)) if device.type == "cuda" else trained
     config = RunConfig(dataset="", cache="", views=VIEWS, train=TrainConfig(seed=settings.seed))
     model = build_recommender(table, config, sequences.popularity).to(device).eval()
     users = len(sequences.user_ids)
     sample = np.linspace(0, users - 1, settings.argsort_users).round().astype(int)
-    return Work(sequences, settings.split, sequences.split(settings.split), sample, table, model, device)
+    return Work(sequences, settings.split, sequences.split(settings.split), sample, table, trained, model, device)
 
 
 @torch.no_grad()
@@ -187,10 +191,17 @@ def fast(work: Work) -> Evaluated:
     return Evaluated(ranks, report["masked"], watch.seconds)
 
 
-FORMS: dict[str, Callable[[Work], Evaluated]] = {"dense": dense, "fast": fast}
+def bfloat16(work: Work) -> Evaluated:
+    """The same from the states as a run holds them."""
+    return fast(replace(work, table=work.trained_table))
+
+
+FORMS: dict[str, Callable[[Work], Evaluated]] = {"dense": dense, "fast": fast}  # which must agree
+ON_CUDA: dict[str, Callable[[Work], Evaluated]] = {"bfloat16": bfloat16}
 EVALUATION = {
     "dense": ("item_vectors", "user_states", "ranking"),
     "fast": ("item_vectors", "user_states", "ranking_and_metrics"),
+    "bfloat16": ("item_vectors", "user_states", "ranking_and_metrics"),
 }  # the stages that make up the whole
 
 
@@ -227,12 +238,14 @@ def agreement(dense_run: Evaluated, fast_run: Evaluated, work: Work) -> dict[str
     }
 
 
-def measure(work: Work, rounds: int) -> dict[str, list[dict[str, float]]]:
+def measure(
+    forms: dict[str, Callable[[Work], Evaluated]], work: Work, rounds: int
+) -> dict[str, list[dict[str, float]]]:
     """The seconds of every form's stages, once a round, in turns."""
-    runs: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
-    with progress_bar("benchmark", rounds * len(FORMS), "runs") as advance:
+    runs: dict[str, list[dict[str, float]]] = {form: [] for form in forms}
+    with progress_bar("benchmark", rounds * len(forms), "runs") as advance:
         for _ in range(rounds):
-            for form, run in FORMS.items():
+            for form, run in forms.items():
                 runs[form].append(run(work).seconds)
                 advance(1, form)
     return runs
@@ -246,7 +259,7 @@ def peak(form: str, sequences: Sequences, settings: EvaluateSettings, device: to
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         with PeakMemory() as memory:
-            FORMS[form](work)
+            (FORMS | ON_CUDA)[form](work)
         allocated = torch.cuda.max_memory_allocated(device) if cuda else NOT_MEASURED
     return {"peak_pss_bytes": NOT_MEASURED if memory.bytes is None else memory.bytes, "peak_cuda_bytes": allocated}
 
