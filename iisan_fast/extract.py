@@ -7,6 +7,7 @@ and a later one adds or redoes only the items whose content is new or has change
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib import metadata
@@ -90,7 +91,7 @@ class _Writer:
     def __init__(self, store: Store, job: _Job, item_ids: list[str]) -> None:
         self.store, self.job, self.item_ids = store, job, item_ids
         self.dtype = getattr(torch, job.description["dtype"])
-        self.pending: list[tuple[Batch, Tensor]] = []
+        self.pending: list[tuple[Sequence[int], list[bytes], Tensor]] = []  # rows, digests, states; never the inputs
 
     def __enter__(self) -> _Writer:
         return self
@@ -100,17 +101,17 @@ class _Writer:
 
     def add(self, batch: Batch, states: Tensor) -> None:
         """Takes a batch's states [N, K, D], wherever they lie. Raises InputError for states that are not finite."""
-        self.pending.append((batch, states.to(self.dtype)))
-        items = sum(len(states) for _, states in self.pending)
-        if items >= GROUP_ITEMS or sum(states.nbytes for _, states in self.pending) >= GROUP_BYTES:
+        self.pending.append((batch.rows, batch.digests, states.to(self.dtype)))
+        items = sum(len(states) for *_, states in self.pending)
+        if items >= GROUP_ITEMS or sum(states.nbytes for *_, states in self.pending) >= GROUP_BYTES:
             self._flush()
 
     def _flush(self) -> None:
         if not self.pending:
             return
-        ids = [self.item_ids[row] for batch, _ in self.pending for row in batch.rows]
-        digests = [digest for batch, _ in self.pending for digest in batch.digests]
-        states = torch.cat([states for _, states in self.pending])
+        ids = [self.item_ids[row] for rows, *_ in self.pending for row in rows]
+        digests = [digest for _, own, _ in self.pending for digest in own]
+        states = torch.cat([states for *_, states in self.pending])
         finite = states.isfinite().flatten(1).all(dim=1).tolist()
         good = [index for index, ok in enumerate(finite) if ok]
         if good:

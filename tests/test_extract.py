@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import lmdb
@@ -24,7 +25,7 @@ from iisan_fast import demo, workers
 from iisan_fast import extract as extraction
 from iisan_fast.backbones import load_backbone
 from iisan_fast.config import ViewConfig
-from iisan_fast.contents import Texts, batched
+from iisan_fast.contents import Batch, Texts, batched
 from iisan_fast.errors import InputError
 from iisan_fast.feature_table import load_table
 from iisan_fast.sequences import load_dataset
@@ -405,3 +406,14 @@ def test_texts_without_tokens_are_refused_before_anything_is_written(root, tmp_p
     with pytest.raises(InputError, match="gives no tokens"):
         run(root, tmp_path / "c", TITLE)
     assert not (tmp_path / "c").exists()
+
+
+def test_inputs_are_let_go_before_their_states_are_stored():
+    """A thousand images' pixels would otherwise wait for their transaction."""
+    job = extraction._Job("image", None, None, {"dtype": "float32"}, None)
+    writer = extraction._Writer(None, job, ["a", "b"])
+    batch = Batch([0, 1], [b"1", b"2"], {"pixel_values": torch.zeros(2, 3)}, blank=0)
+    pixels = weakref.ref(batch.inputs["pixel_values"])
+    writer.add(batch, torch.ones(2, 1, 4))
+    del batch
+    assert pixels() is None and len(writer.pending) == 1
