@@ -22,9 +22,9 @@ gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/iisan-fast bench growth --out benchmarks/results/growth-gpu.json
 	mkdir -p runs
 	$(VENV)/bin/iisan-fast bench uncached $(DATASET) --keep runs/gpu --out benchmarks/results/uncached-gpu.json
-	$(VENV)/bin/iisan-fast bench extract runs/gpu/dataset --items 8192 --source image --encoder runs/gpu/encoders/image \
+	$(VENV)/bin/iisan-fast bench extract runs/gpu/dataset --source image --encoder runs/gpu/encoders/image \
 		--out benchmarks/results/extract-images-gpu.json
-	$(VENV)/bin/iisan-fast bench extract runs/gpu/dataset --items 8192 --source title --encoder runs/gpu/encoders/text \
+	$(VENV)/bin/iisan-fast bench extract runs/gpu/dataset --source title --encoder runs/gpu/encoders/text \
 		--out benchmarks/results/extract-titles-gpu.json
 	$(VENV)/bin/iisan-fast bench methods runs/gpu/dataset --folder runs/gpu-methods --epochs 2 --table pinned \
 		--image-encoder runs/gpu/encoders/image --text-encoder runs/gpu/encoders/text \

@@ -21,6 +21,7 @@ from .side_network import SideItemEncoder
 
 ITEM_ENCODER = "item_encoder."  # before its parameters' names
 USERS_AT_ONCE = 512
+USER_WORKERS = 2  # on a CPU
 
 
 class Recommender(nn.Module):
@@ -83,7 +84,7 @@ class Recommender(nn.Module):
             return self.sequence_encoder.last(vectors[torch.from_numpy(part.flat[slots] - 1).to(vectors.device)], rows)
 
         parts = [inputs[start : start + USERS_AT_ONCE] for start in range(0, len(inputs), USERS_AT_ONCE)]
-        return torch.cat(kernels.at_once(some, parts, None if vectors.is_cpu else 1))
+        return torch.cat(kernels.at_once(some, parts, USER_WORKERS if vectors.is_cpu else 1))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every trainable parameter under the name of its learning rate, once."""

@@ -25,7 +25,8 @@ from .hidden_states import describes_view
 from .sequences import Sequences, load_sequences
 
 LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")
-DECIDES_ROUNDING = ("torch", "device", "kernels", "threads", "processor")  # of an environment
+DECIDES_ROUNDING = ("torch", "device", "kernels")  # of an environment
+ON_A_CPU = ("threads", "processor", "compiler")  # likewise
 
 
 class RunFolder:
@@ -88,9 +89,10 @@ class RunFolder:
         """What of the environment that the run began in is another now, so that results will differ in rounding."""
         path = self.path / "environment.json"
         began, now = read_settings(path) if path.exists() else {}, environment(device)
+        names = DECIDES_ROUNDING + (ON_A_CPU if device.type == "cpu" else ())
         return [
             f"{name} {began[name]} then, {now[name]} now"
-            for name in DECIDES_ROUNDING
+            for name in names
             if name in began and began[name] != now[name]
         ]
 
@@ -110,7 +112,7 @@ class RunFolder:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The machine and the versions that a result was made with."""
-    on_gpu = device.type == "cuda"
+    on_gpu, backend = device.type == "cuda", kernels.backend_on(device)
     return {
         "iisan_fast": __version__,
         "python": platform.python_version(),
@@ -121,7 +123,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processor": torch.backends.cpu.get_cpu_capability(),  # its widest instructions that torch uses
         "processor_name": _processor_name(),
-        "kernels": kernels.backend_on(device),
+        "kernels": backend,
+        "compiler": kernels.compiler_version() if backend == "native" else None,
     }
 
 

@@ -19,6 +19,7 @@ if __name__ == "iisan_fast.kernels":
         target_rank,
     )
     from .host import at_once, in_large_pieces
+    from .native import compiler_version
     from .reference import States, Tower
     from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
 
@@ -32,6 +33,7 @@ if __name__ == "iisan_fast.kernels":
         "at_once",
         "backend_on",
         "check_indices",
+        "compiler_version",
         "fold",
         "in_large_pieces",
         "inbatch_cross_entropy",

@@ -14,6 +14,7 @@ from .native import library, run
 
 PANEL = 16  # what the width must be a multiple of
 DTYPES = (torch.float32, torch.float64)
+MOST_WORKERS = 4  # each has a gradient of all items, which are added up
 
 
 def row_losses(
@@ -68,7 +69,7 @@ class _RowLosses(torch.autograd.Function):
         losses = queries.new_empty(len(queries))
         wide = -(-len(items) // PANEL) * PANEL
         probabilities = memory.empty(queries.dtype, len(queries), wide)
-        forward, own_rows = library(queries.dtype).loss_forward, shares(len(queries))
+        forward, own_rows = library(queries.dtype).loss_forward, shares(len(queries), MOST_WORKERS)
         parts = [_arguments(constants, queries, items, probabilities, losses, rows) for rows in own_rows]
         at_once(lambda part: run(forward, part), parts, len(parts))
         ctx.constants, ctx.memory, ctx.shares, ctx.parts = constants, memory, own_rows, parts

@@ -42,20 +42,23 @@ def in_large_pieces() -> Iterator[None]:
 
 def at_once(work: Callable[[T], U], parts: Sequence[T], workers: int | None = None) -> list[U]:
     """The work's results in the parts' order, without gradients; by so many workers if there are cores for them, or by
-    one a core.
+    as many as there are cores and parts.
 
     This thread is one of them where it has no more of the cores than they."""
-    workers = workers or cores()
+    workers = workers or max(1, min(cores(), len(parts)))
     threads, quietly = cores() // workers, torch.no_grad()(work)
     if workers == 1 or not threads or len(parts) <= 1:
         return list(map(quietly, parts))
+    pool = _pool(cores() // threads, threads)  # one for all numbers of parts
     if len(parts) > workers or torch.get_num_threads() != threads:
-        return list(_pool(workers, threads).map(quietly, parts))
-    others = [_pool(workers - 1, threads).submit(quietly, part) for part in parts[1:]]
+        started = [pool.submit(quietly, part) for part in parts]
+        wait(started)  # whatever one of them raises: they use what the caller may free
+        return [each.result() for each in started]
+    others = [pool.submit(quietly, part) for part in parts[1:]]
     try:
         first = quietly(parts[0])
     finally:
-        wait(others)  # they use what the caller may free
+        wait(others)
     return [first, *(other.result() for other in others)]
 
 

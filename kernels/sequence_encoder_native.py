@@ -1,4 +1,4 @@
-"""SASRec's training on a CPU by C++: `cpp/sequence_encoder.cpp`, a worker a core, each with the rows of some users."""
+"""SASRec's training on a CPU by C++: `cpp/sequence_encoder.cpp`, each worker with the rows of some users."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .native import library, run
 DTYPES = (torch.float32, torch.float64)
 PANEL = 16  # what widths must be a multiple of
 MOST_BLOCKS = 64
+MOST_WORKERS = 4  # each has gradients of all weights, which are added up
 OUTER = 3  # weights before the blocks' own
 BLOCK = 12  # weights of a block
 FEED_IN = 6  # the place of the feed-forward's first weight among them
@@ -168,7 +169,7 @@ def _blocks(weights: Sequence[Tensor]) -> ctypes.Array:
 
 def _of_whole_users(grid: SequenceGrid) -> list[tuple[int, int]]:
     """(first row, row after the last) of each worker: shares of the rows, moved to where a user begins."""
-    starts = torch.tensor([start for start, _ in shares(len(grid.slots))][1:], dtype=torch.int64)
+    starts = torch.tensor([start for start, _ in shares(len(grid.slots), MOST_WORKERS)][1:], dtype=torch.int64)
     users = grid.slots[starts] // grid.length
     cuts = sorted({0, *torch.searchsorted(grid.slots, users * grid.length).tolist(), len(grid.slots)})
     return list(zip(cuts, cuts[1:])) or [(0, 0)]

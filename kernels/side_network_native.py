@@ -20,6 +20,7 @@ from .side_network_host import PARAMETERS, Weights, composites, mixes
 
 DTYPES = (torch.float32, torch.float64)  # of the weights
 PANEL = 16  # columns
+MOST_WORKERS = 16
 LEAST_ROWS = 48  # of a worker: it reads all the weights of a tower, and writes as many gradients
 MOST_UNTRAINED = 384  # items at a time where no backward follows, so that their states stay in the cache
 
@@ -268,7 +269,7 @@ def _pieces(towers: int, items: int, split: bool) -> list[list[_Piece]]:
     order = list(range(towers - 1))
     order.insert(len(order) // 2, towers - 1)  # the last, which reads most, in the middle, where two workers meet
     found = []
-    for start, length in cut(towers * items, max(1, min(cores(), towers * items // LEAST_ROWS))):
+    for start, length in cut(towers * items, max(1, min(cores(), MOST_WORKERS, towers * items // LEAST_ROWS))):
         begins = [(tower, start - place * items) for place, tower in enumerate(order)]
         own = [(tower, max(0, begin), min(items, begin + length)) for tower, begin in begins]
         found.append([_Piece(tower, begin, end - begin) for tower, begin, end in own if begin < end])

@@ -255,6 +255,8 @@ def peak(form: str, sequences: Sequences, settings: EvaluateSettings, device: to
     """The memory that one evaluation takes in this process."""
     with on(device):
         work = make_work(sequences, settings, device)
+        own = work.trained_table if form in ON_CUDA else work.table  # the other's memory is not this form's
+        work = replace(work, table=own, trained_table=own)
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()

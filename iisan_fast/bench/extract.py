@@ -33,11 +33,12 @@ from ..workers import worker_count
 from .machine import NOT_MEASURED, QUANTILES, in_a_process, on, origin
 from .memory import PeakMemory
 
+FROM_MEMORY = "from memory"
 NOTES = {
     "plain": "catalogue order, texts padded to max_tokens, images read one after the other in the main process, a "
     "transaction a batch",
     "fast": "iisan-fast extract",
-    "from memory": "the fast path's encoder alone, on inputs that were decoded or tokenized before, in its batches and "
+    FROM_MEMORY: "the fast path's encoder alone, on inputs that were decoded or tokenized before, in its batches and "
     "order; states go to the host in the store's dtype, many batches at a time. The first items alone, where the "
     "inputs of all take more than 2 GiB",
     "both": "each round is a process of its own and goes from an empty cache to a full one: it loads the encoder, "
@@ -94,7 +95,6 @@ def benchmark(dataset: Path | None, settings: ExtractSettings, device: torch.dev
         work = make_work(dataset, settings, device, Path(folder))
         caches = {form: Path(folder) / form for form in FORMS}
         runs = measure(work, caches, settings.rounds)
-        alone = [in_a_process(run_from_memory, work) for _ in range(settings.rounds)]
         with Store(caches["fast"]) as store:
             description = store.view(work.view.name)
         states = [read_states(caches[form], work, description) for form in FORMS]
@@ -106,7 +106,7 @@ def benchmark(dataset: Path | None, settings: ExtractSettings, device: torch.dev
         "view": {key: description[key] for key in ("pooling", "layers", "width", "encoder_dtype")},
         "notes": NOTES,
         **agreement(*states, description),
-        "forms": [plain, fast, summary("from memory", alone)],
+        "forms": [plain, fast, summary(FROM_MEMORY, runs[FROM_MEMORY])],
         "ratio": plain["p50_s"] / fast["p50_s"],
     }
 
@@ -206,13 +206,15 @@ def measure(work: Work, caches: dict[str, Path], rounds: int) -> dict[str, list[
 
     Raises what the forms raise, and InputError where a measured process ends by itself.
     """
-    runs: dict[str, list[Measured]] = {form: [] for form in caches}
-    with progress_bar("benchmark", rounds * len(caches), "runs") as advance:
+    runs: dict[str, list[Measured]] = {form: [] for form in (*caches, FROM_MEMORY)}
+    with progress_bar("benchmark", rounds * len(runs), "runs") as advance:
         for _ in range(rounds):
             for form, cache in caches.items():
                 shutil.rmtree(cache, ignore_errors=True)
                 runs[form].append(in_a_process(run_once, form, work, cache))
                 advance(1, form)
+            runs[FROM_MEMORY].append(in_a_process(run_from_memory, work))
+            advance(1, FROM_MEMORY)
     return runs
 
 
