@@ -49,12 +49,12 @@ def at_once(work: Callable[[T], U], parts: Sequence[T], workers: int | None = No
     threads, quietly = cores() // workers, torch.no_grad()(work)
     if workers == 1 or not threads or len(parts) <= 1:
         return list(map(quietly, parts))
-    pool = _pool(cores() // threads, threads)  # one for all numbers of parts
+    most = cores() // threads  # not of this call alone: pools for each number of parts would pile up
     if len(parts) > workers or torch.get_num_threads() != threads:
-        started = [pool.submit(quietly, part) for part in parts]
+        started = [_pool(most, threads).submit(quietly, part) for part in parts]
         wait(started)  # whatever one of them raises: they use what the caller may free
         return [each.result() for each in started]
-    others = [pool.submit(quietly, part) for part in parts[1:]]
+    others = [_pool(most - 1, threads).submit(quietly, part) for part in parts[1:]]
     try:
         first = quietly(parts[0])
     finally:

@@ -272,7 +272,9 @@ def _pieces(towers: int, items: int, split: bool) -> list[list[_Piece]]:
     for start, length in cut(towers * items, max(1, min(cores(), MOST_WORKERS, towers * items // LEAST_ROWS))):
         begins = [(tower, start - place * items) for place, tower in enumerate(order)]
         own = [(tower, max(0, begin), min(items, begin + length)) for tower, begin in begins]
-        found.append([_Piece(tower, begin, end - begin) for tower, begin, end in own if begin < end])
+        pieces = [_Piece(tower, begin, end - begin) for tower, begin, end in own if begin < end]
+        # What two workers share comes last for both, so that they read its weights and states at one time.
+        found.append(sorted(pieces, key=lambda piece: piece.count < items))
     return found
 
 
