@@ -27,7 +27,7 @@ template <class T> void forward(const Loss<T> &l) {
         const Row<T> column = l.column ? get(l.column + v, here) : Row<T>{};
         pack_transposed(packed.data(), l.vectors + v * l.width, l.width, here, l.width);
         product(l.rows, rows_at(l.queries, l.width), packed.data(), PANEL, l.width, [&](int row, Row<T> found) {
-            for (int p = 0; p < PARTS<T>; p++) found.part[p] += column.part[p];
+            add(found, column);
             store(l.probabilities + row * wide + v, found);
         });
     }
@@ -74,8 +74,7 @@ template <class T> void backward(const Loss<T> &l) {
             product(l.rows, rows_of(slopes.data(), l.rows), l.vectors + v * l.width + c, l.width, here,
                     [&](int row, Row<T> found) {
                         T *to = l.of_queries + (long)row * l.width + c;
-                        const Row<T> own = load(to);
-                        for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p];
+                        add(found, load(to));
                         store(to, found);
                     });
         }

@@ -18,7 +18,7 @@ void linear(int n, const T *x, int inputs, const T *weight, const T *bias, int o
         const Row<T> constant = bias ? load(bias + o) : Row<T>{};
         pack_transposed(packed, weight + (long)o * inputs, inputs, PANEL, inputs);
         product(n, rows_at(x, inputs), packed, PANEL, inputs, [&](int row, Row<T> found) {
-            for (int p = 0; p < PARTS<T>; p++) found.part[p] += constant.part[p];
+            add(found, constant);
             store(y + row * stride + o, found);
         });
     }
@@ -32,8 +32,7 @@ void linear_backward(
     for (int i = 0; i < inputs; i += PANEL)
         product(n, rows_at(of_y, stride), weight + i, inputs, outputs, [&](int row, Row<T> found) {
             T *to = of_x + (long)row * inputs + i;
-            const Row<T> own = load(to);
-            for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p];
+            add(found, load(to));
             store(to, found);
         });
     for (int o = 0; o < outputs; o += PANEL) {
@@ -44,7 +43,7 @@ void linear_backward(
         if (!of_bias) continue;
         Row<T> total = {};
         for (int row = 0; row < n; row++)
-            for (int p = 0; p < PARTS<T>; p++) total.part[p] += load(of_y + row * stride + o).part[p];
+            add(total, load(of_y + row * stride + o));
         store(of_bias + o, total);
     }
 }

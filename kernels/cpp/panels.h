@@ -68,6 +68,24 @@ template <class T> inline T dot(const T *a, const T *b, long count) {
     return out;
 }
 
+template <class T> inline void add(Row<T> &to, const Row<T> &row) {
+    for (int p = 0; p < PARTS<T>; p++) to.part[p] += row.part[p];
+}
+
+// Of a panel's rows, in four runs so that no addition waits for the one before it.
+template <class T> inline Row<T> column_sums(const T *panel, int count) {
+    Row<T> run[4] = {};
+    int n = 0;
+    for (; n + 4 <= count; n += 4)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) add(run[i], load(panel + (n + i) * PANEL));
+    for (; n < count; n++) add(run[0], load(panel + n * PANEL));
+    add(run[0], run[1]);
+    add(run[2], run[3]);
+    add(run[0], run[2]);
+    return run[0];
+}
+
 inline int panels(int columns) { return (columns + PANEL - 1) / PANEL; }
 inline int smaller(int a, int b) { return a < b ? a : b; }
 
@@ -200,14 +218,15 @@ template <class T> inline void put(T *p, const Row<T> &row, int columns) {
 
 // 16 bf16 numbers.
 template <class T> inline Row<T> widened(const uint16_t *p) {
-    T wide[PANEL];
-    for (int c = 0; c < PANEL; c++) {
-        const uint32_t bits = (uint32_t)p[c] << 16;
-        float value;
-        std::memcpy(&value, &bits, sizeof value);
-        wide[c] = value;
-    }
-    return load(wide);
+    typedef uint16_t Half __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
+    typedef uint32_t Word __attribute__((vector_size(BYTES)));
+    Row<float> wide;
+    for (int i = 0; i < PARTS<float>; i++)
+        wide.part[i] = (Vector<float>)(__builtin_convertvector(((const Half *)p)[i], Word) << 16);
+    if constexpr (std::is_same_v<T, float>) return wide;
+    Row<T> wider;
+    for (int c = 0; c < PANEL; c++) wider.part[c / LANES<T>][c % LANES<T>] = wide.part[c / LANES<float>][c % LANES<float>];
+    return wider;
 }
 
 // Up to 16 numbers of a row, zeros after them.

@@ -34,6 +34,39 @@ template <class T> struct Tower {
     const T *joined_projection, *joined_projection_bias;  // [d][K R], [d]
 };
 
+// Of one panel of the hidden states, H (T or bf16), that a tower of 1 or 2 views reads.
+template <class T, class H, int VIEWS> struct Mix {
+    const H *h, *other;
+    Vector<T> carry, first, second;
+
+    static Row<T> read(const H *row) {
+        if constexpr (std::is_same_v<H, T>) return load(row);
+        else return widened<T>(row);
+    }
+
+    // Row n of the layer's input, from the state before it.
+    Row<T> operator()(Row<T> state, int n) const {
+        const Row<T> own = read(h + n * PANEL);
+        for (int p = 0; p < PARTS<T>; p++) state.part[p] = state.part[p] * carry + own.part[p] * first;
+        if constexpr (VIEWS == 2) {
+            const Row<T> more = read(other + n * PANEL);
+            for (int p = 0; p < PARTS<T>; p++) state.part[p] += more.part[p] * second;
+        }
+        return state;
+    }
+
+    // What the input's gradient meets in the gate's, but for `gate_scale`; x: the input's row n. By one view
+    // x = g h + (1 - g) s, and g (1 - g) (h - s) = g (h - x); by two the gate stands between the views.
+    Row<T> gate_slope(const T *x, int n) const {
+        Row<T> found = read(h + n * PANEL), from;
+        if constexpr (VIEWS == 2) from = read(other + n * PANEL);
+        else from = load(x);
+        for (int p = 0; p < PARTS<T>; p++) found.part[p] -= from.part[p];
+        return found;
+    }
+    T gate_scale() const { return VIEWS == 2 ? first[0] * second[0] : first[0]; }
+};
+
 template <class T> class Pass {
   public:
     explicit Pass(const Tower<T> &tower)
@@ -118,10 +151,16 @@ template <class T> class Pass {
     const T *last_up_weight(long row) const { return t.up_weight + (last * (long)t.width + row) * t.bottleneck; }
     const T *last_up_bias() const { return t.up_bias + last * (long)t.width; }
 
-    Row<T> hidden(int view, int k, int j, int n) const {
-        const long at = (((long)k * wide + j) * t.total + t.start + n) * PANEL;
-        if (!t.half) return load((const T *)t.hidden[view] + at);
-        return widened<T>((const uint16_t *)t.hidden[view] + at);
+    // What `use` makes of a panel's mix, which is of one of four types, so that no row asks which.
+    template <class F> auto with_mix(int k, int j, F use) const {
+        if (t.half) return t.views == 2 ? use(mix_of<uint16_t, 2>(k, j)) : use(mix_of<uint16_t, 1>(k, j));
+        return t.views == 2 ? use(mix_of<T, 2>(k, j)) : use(mix_of<T, 1>(k, j));
+    }
+    template <class H, int VIEWS> Mix<T, H, VIEWS> mix_of(int k, int j) const {
+        const long at = (((long)k * wide + j) * t.total + t.start) * PANEL;
+        const T *weights = t.mixes + 3 * k;
+        return {(const H *)t.hidden[0] + at, VIEWS == 2 ? (const H *)t.hidden[1] + at : nullptr,
+                broadcast(weights[0]), broadcast(weights[1]), broadcast(weights[2])};
     }
 
     void fill(T *matrix, const T *bias, int width) const {
@@ -133,49 +172,32 @@ template <class T> class Pass {
 
     // A panel of layer k's input: the state before it, mixed with the hidden states.
     void mix(int k, int j) {
-        const T *weights = t.mixes + 3 * k;
-        const Vector<T> carry = broadcast(weights[0]), first = broadcast(weights[1]), second = broadcast(weights[2]);
-        T *to = input(k, j);
-        auto joined = [&](int n, Row<T> state) {
-            const Row<T> h = hidden(0, k, j, n);
-            for (int p = 0; p < PARTS<T>; p++) state.part[p] = state.part[p] * carry + h.part[p] * first;
-            if (t.views == 2) {
-                const Row<T> other = hidden(1, k, j, n);
-                for (int p = 0; p < PARTS<T>; p++) state.part[p] += other.part[p] * second;
+        with_mix(k, j, [&](auto mixed) {
+            T *to = input(k, j);
+            if (!k) {
+                for (int n = 0; n < t.count; n++) store(to + n * PANEL, mixed(Row<T>{}, n));
+                return;
             }
-            store(to + n * PANEL, state);
-        };
-        if (!k) {
-            for (int n = 0; n < t.count; n++) joined(n, Row<T>{});
-            return;
-        }
-        const int r = t.bottleneck, here = columns(t.width, j);
-        const long layer = k - 1, from = (long)j * PANEL;
-        const Row<T> bias = get(t.up_bias + layer * t.width + from, here);
-        const T *x = input(k - 1, j);
-        pack_transposed(packed.get(), t.up_weight + (layer * t.width + from) * r, r, here, r);
-        product(t.count, rows_of(after(k - 1), t.total), packed.get(), PANEL, r, [&](int n, Row<T> found) {
-            const Row<T> own = load(x + n * PANEL);
-            for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p] + bias.part[p];
-            joined(n, found);
+            const int r = t.bottleneck, here = columns(t.width, j);
+            const long layer = k - 1, from = (long)j * PANEL;
+            const Row<T> bias = get(t.up_bias + layer * t.width + from, here);
+            const T *x = input(k - 1, j);
+            pack_transposed(packed.get(), t.up_weight + (layer * t.width + from) * r, r, here, r);
+            product(t.count, rows_of(after(k - 1), t.total), packed.get(), PANEL, r, [=](int n, Row<T> found) {
+                const Row<T> own = load(x + n * PANEL);
+                for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p] + bias.part[p];
+                store(to + n * PANEL, mixed(found, n));
+            });
         });
     }
 
     // A panel of the frozen states' mix up to layer k, in place of that below.
     void mix_hidden(int k, int j) {
-        const T *weights = t.mixes + 3 * k;
-        const Vector<T> carry = broadcast(weights[0]), first = broadcast(weights[1]), second = broadcast(weights[2]);
-        T *mixed = input(0, j);
-        for (int n = 0; n < t.count; n++) {
-            const Row<T> h = hidden(0, k, j, n);
-            Row<T> state = k ? load(mixed + n * PANEL) : Row<T>{};
-            for (int p = 0; p < PARTS<T>; p++) state.part[p] = state.part[p] * carry + h.part[p] * first;
-            if (t.views == 2) {
-                const Row<T> other = hidden(1, k, j, n);
-                for (int p = 0; p < PARTS<T>; p++) state.part[p] += other.part[p] * second;
-            }
-            store(mixed + n * PANEL, state);
-        }
+        with_mix(k, j, [&](auto mixed) {
+            T *to = input(0, j);
+            for (int n = 0; n < t.count; n++)
+                store(to + n * PANEL, mixed(k ? load(to + n * PANEL) : Row<T>{}, n));
+        });
     }
 
     // to [., outputs] += the lowest `steps` bottlenecks' numbers times weight [outputs, .]; whole panels of them alone.
@@ -184,8 +206,7 @@ template <class T> class Pass {
             T *sums = to + (long)q * rows * PANEL;
             pack_transposed(packed.get(), weight + (long)q * PANEL * stride, stride, columns(outputs, q), steps);
             product(t.count, rows_of(after(0), t.total), packed.get(), PANEL, steps, [&](int n, Row<T> found) {
-                const Row<T> own = load(sums + n * PANEL);
-                for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p];
+                add(found, load(sums + n * PANEL));
                 store(sums + n * PANEL, found);
             });
         }
@@ -198,8 +219,7 @@ template <class T> class Pass {
             T *sums = to + (long)q * rows * PANEL;
             pack_transposed(packed.get(), weight + (long)q * PANEL * t.width + from, t.width, columns(outputs, q), steps);
             product(t.count, rows_of(block_of, t.total), packed.get(), PANEL, steps, [&](int n, Row<T> found) {
-                const Row<T> own = load(sums + n * PANEL);
-                for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p];
+                add(found, load(sums + n * PANEL));
                 store(sums + n * PANEL, found);
             });
         }
@@ -233,7 +253,7 @@ template <class T> class Pass {
                     to[n * PANEL + c] = t.gelu ? above * gelu_slope(own[c]) : own[c] <= 0 ? T(0) : above;
                 }
                 const Row<T> found = load(to + n * PANEL);
-                for (int p = 0; p < PARTS<T>; p++) bias.part[p] += found.part[p];
+                add(bias, found);
             }
             put(t.of_down_bias + (long)k * t.bottleneck + q * PANEL, bias, columns(t.bottleneck, q));
         }
@@ -279,7 +299,7 @@ template <class T> class Pass {
                 const Row<T> own = get(t.upstream + (long)(t.start + n) * d + q * PANEL, columns(d, q));
                 store(upstream.get() + ((long)q * t.count + n) * PANEL, own);
                 Row<T> sums = load(total.get() + q * PANEL);
-                for (int p = 0; p < PARTS<T>; p++) sums.part[p] += own.part[p];
+                add(sums, own);
                 store(total.get() + q * PANEL, sums);
             }
         // Upstream, transposed, times the last bottlenecks: [d, R].
@@ -352,17 +372,13 @@ template <class T> class Pass {
             if (here < PANEL) pack(packed.get(), weight + q * PANEL, r, here, steps);
             product(t.count, rows_of(state_gradient(block), t.count), here < PANEL ? packed.get() : weight + q * PANEL,
                     here < PANEL ? PANEL : r, steps, [&](int n, Row<T> found) {
-                        const Row<T> own = load(sums + n * PANEL);
-                        for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p];
+                        add(found, load(sums + n * PANEL));
                         store(sums + n * PANEL, found);
                     });
         }
         for (int j = block; j < smaller(wide, block + BLOCK); j++) {
             const T *own = state_gradient(j);
-            Row<T> bias = {};
-            for (int n = 0; n < t.count; n++)
-                for (int p = 0; p < PARTS<T>; p++) bias.part[p] += load(own + n * PANEL).part[p];
-            put(t.of_up_bias + (long)k * t.width + j * PANEL, bias, columns(t.width, j));
+            put(t.of_up_bias + (long)k * t.width + j * PANEL, column_sums(own, t.count), columns(t.width, j));
             for (int q = 0; q < narrow; q++)
                 product_of_columns(columns(t.width, j), columns_of(own), after(k, q), PANEL, t.count,
                                    [&](int row, const Row<T> &found) {
@@ -375,26 +391,30 @@ template <class T> class Pass {
     // A panel of the state's gradient goes through layer k's down-projection and its mix; returns the gate's, summed.
     double through_down(int k, int j) {
         const int r = t.bottleneck, here = columns(t.width, j);
-        const T *weight = t.down_weight + (long)k * r * t.width, *x = input(k, j), *weights = t.mixes + 3 * k;
-        const Vector<T> carry = broadcast(weights[0]);
+        const T *weight = t.down_weight + (long)k * r * t.width, *x = input(k, j);
         T *own = state_gradient(j);
         weight_gradient(t.of_down_weight + (long)k * r * t.width, of_before.get(), r, x, j);
         pack(packed.get(), weight + j * PANEL, t.width, here, r);
-        Row<T> gate = {};
-        product(t.count, rows_of(of_before.get(), t.count), packed.get(), PANEL, r, [&](int n, Row<T> found) {
-            Row<T> above = load(own + n * PANEL);
-            for (int p = 0; p < PARTS<T>; p++) found.part[p] += above.part[p];
-            if (t.of_gate) {
-                const Row<T> h = hidden(0, k, j, n), other = t.views == 2 ? hidden(1, k, j, n) : load(x + n * PANEL);
-                for (int p = 0; p < PARTS<T>; p++) gate.part[p] += found.part[p] * (h.part[p] - other.part[p]);
-            }
-            for (int view = 0; view < t.views; view++)
-                if (t.of_hidden[view]) add_to(t.of_hidden[view], found, weights[1 + view], n, k, j);
-            for (int p = 0; p < PARTS<T>; p++) found.part[p] *= carry;
-            store(own + n * PANEL, found);
+        const bool gated = t.of_gate, passed_on = t.of_hidden[0] || t.of_hidden[1];
+        return with_mix(k, j, [&](auto mixed) {
+            Row<T> gate = {};
+            product(t.count, rows_of(of_before.get(), t.count), packed.get(), PANEL, r, [&, own, x](int n, Row<T> found) {
+                add(found, load(own + n * PANEL));
+                if (gated) {
+                    const Row<T> slope = mixed.gate_slope(x + n * PANEL, n);
+                    for (int p = 0; p < PARTS<T>; p++) gate.part[p] += found.part[p] * slope.part[p];
+                }
+                if (passed_on) add_to_views(found, n, k, j);
+                for (int p = 0; p < PARTS<T>; p++) found.part[p] *= mixed.carry;
+                store(own + n * PANEL, found);
+            });
+            return (double)sum(gate) * mixed.gate_scale();
         });
-        // By one view x = g h + (1 - g) s, and g (1 - g) (h - s) = g (h - x); by two it stands between the views.
-        return (double)sum(gate) * weights[1] * (t.views == 2 ? weights[2] : T(1));
+    }
+
+    void add_to_views(const Row<T> &found, int n, int k, int j) const {
+        for (int view = 0; view < t.views; view++)
+            if (t.of_hidden[view]) add_to(t.of_hidden[view], found, t.mixes[3 * k + 1 + view], n, k, j);
     }
 
     void add_to(T *of_view, const Row<T> &found, T weight, int n, int k, int j) const {
@@ -413,9 +433,11 @@ template <class S> void gather(
         for (int k = 0; k < layers; k++)
             for (int j = 0; j < wide; j++) {
                 S *out = to + (((long)k * wide + j) * total + n) * PANEL;
+                const S *from = own + k * layer + j * PANEL;
                 const int here = smaller(PANEL, width - j * PANEL);
-                std::memcpy(out, own + k * layer + j * PANEL, sizeof(S) * here);
-                std::memset(out + here, 0, sizeof(S) * (PANEL - here));
+                if (here == PANEL) std::memcpy(out, from, sizeof(S) * PANEL);  // of a fixed size: two instructions
+                else
+                    for (int c = 0; c < PANEL; c++) out[c] = c < here ? from[c] : S(0);
             }
     }
 }
