@@ -14,6 +14,7 @@ from . import kernels
 from .batches import Batch, Shape
 from .chunks import Chunks
 from .kernels import States
+from .optimizer import Adam
 from .recommender import Recommender
 
 SMALL_ROWS = 1024  # of a batch, up to which threads cost a CPU's small operators more than they give
@@ -40,14 +41,9 @@ class TrainingStep:
 
     def __init__(self, model: Recommender, rates: Mapping[str, float], device: torch.device) -> None:
         self.model = model
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": parameters, "lr": rates[name]}
-                for name, parameters in model.parameter_groups().items()
-                if parameters
-            ],
-            fused=True,  # one pass over the parameters in place of a dozen
-            capturable=device.type == "cuda",
+        groups = model.parameter_groups().items()
+        self.optimizer = Adam(
+            [{"params": parameters, "lr": rates[name]} for name, parameters in groups if parameters], device
         )
         # Sum of losses, rows, first failed step (0: none), its loss.
         self.record = torch.zeros(4, dtype=torch.float64, device=device)

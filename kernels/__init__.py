@@ -2,15 +2,17 @@
 
 The side network, the loss and the target rank have a plain PyTorch form in `reference`, their specification, and a
 Triton form. On a CPU there are host forms in PyTorch for the side network, the rank and the folding of weights, and
-native ones in C++, compiled when they are first used, for what is trained: the side network, the sequence encoder and
-the loss. `backend="auto"` takes Triton for CUDA tensors, C++ elsewhere, or the host forms where there is no compiler;
-the environment variable IISAN_FAST_BACKEND decides in its place.
+native ones in C++, compiled when they are first used, for what is trained: the folding, the side network, the sequence
+encoder, the loss and Adam's update. `backend="auto"` takes Triton for CUDA tensors, C++ elsewhere, or the host forms
+where there is no compiler; the environment variable IISAN_FAST_BACKEND decides in its place.
 """
 
 if __name__ == "iisan_fast.kernels":
+    from .adam_native import AdamState, AdamUpdate
     from .checks import check_indices
     from .dispatch import (
         BACKEND_VARIABLE,
+        adam_update,
         backend_on,
         fold,
         inbatch_cross_entropy,
@@ -25,11 +27,14 @@ if __name__ == "iisan_fast.kernels":
 
     __all__ = [
         "BACKEND_VARIABLE",
+        "AdamState",
+        "AdamUpdate",
         "SequenceDropout",
         "SequenceGrid",
         "SequenceWeights",
         "States",
         "Tower",
+        "adam_update",
         "at_once",
         "backend_on",
         "check_indices",

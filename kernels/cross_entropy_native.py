@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .host import at_once, shares
+from .host import shares
 from .memory import Memory
-from .native import library, run
+from .native import library, share_out
 
 PANEL = 16  # what the width must be a multiple of
 DTYPES = (torch.float32, torch.float64)
@@ -71,7 +71,7 @@ class _RowLosses(torch.autograd.Function):
         probabilities = memory.empty(queries.dtype, len(queries), wide)
         forward, own_rows = library(queries.dtype).loss_forward, shares(len(queries), MOST_WORKERS)
         parts = [_arguments(constants, queries, items, probabilities, losses, rows) for rows in own_rows]
-        at_once(lambda part: run(forward, part), parts, len(parts))
+        share_out(forward, parts, queries.dtype)
         ctx.constants, ctx.memory, ctx.shares, ctx.parts = constants, memory, own_rows, parts
         ctx.save_for_backward(queries, items)
         return losses
@@ -87,7 +87,7 @@ class _RowLosses(torch.autograd.Function):
             part.upstream, part.of_queries = upstream[start:].data_ptr(), of_queries[start:].data_ptr()
             part.of_vectors = own.data_ptr()
         backward = library(queries.dtype).loss_backward
-        at_once(lambda part: run(backward, part), parts, len(parts))
+        share_out(backward, parts, queries.dtype)
         total, *others = of_items
         for other in others:
             total += other

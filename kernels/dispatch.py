@@ -17,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import (
+    adam_native,
     cross_entropy_native,
     fold_host,
+    fold_native,
     rank_host,
     reference,
     sequence_encoder_native,
     side_network_host,
     side_network_native,
 )
+from .adam_native import AdamState, AdamUpdate
 from .checks import check_loss, check_ranks, check_sequences, check_towers
 from .native import why_not
 from .reference import States, Tower
@@ -80,13 +83,16 @@ def side_towers(
 def fold(chains: Sequence[tuple[Tensor, Tensor, Tensor]], backend: str = "auto") -> list[Tensor]:
     """The products outer @ middle @ inner of weights [d, d'], [d', H] and [H, D] that follow one another: [d, D] each.
 
-    Plain products but for the host form, which is differentiable once. Raises ValueError where they do not fit.
+    Plain products but for the CPU's forms, which are differentiable once. Raises ValueError where they do not fit.
     """
     for i, chain in enumerate(chains):
         shapes = [list(weight.shape) for weight in chain]
         if any(len(shape) != 2 for shape in shapes) or any(a[1] != b[0] for a, b in zip(shapes, shapes[1:])):
             raise ValueError(f"chains[{i}]: expected matrices that can be multiplied, found {shapes}")
-    chosen, _ = _choice("fold", backend, [weight for chain in chains for weight in chain])
+    weights = [weight for chain in chains for weight in chain]
+    chosen, _ = _choice("fold", backend, weights)
+    if chosen == "native" and _trained(weights) and fold_native.takes(chains):
+        return fold_native.fold(chains)
     if chosen in ("host", "native"):
         return fold_host.fold(chains)
     return [outer @ middle @ inner for outer, middle, inner in chains]
@@ -168,6 +174,12 @@ def target_rank(
         return rank.target_rank(queries, items, targets, excluded, tie_share)
     form = rank_host if chosen in ("host", "native") else reference
     return form.target_rank(queries, items, targets, excluded, tie_share, chunk_elements)
+
+
+def adam_update(states: Sequence[AdamState], backend: str = "auto") -> AdamUpdate | None:
+    """Adam's update of these parameters in C++, or None where PyTorch's own is what there is."""
+    native = states and _choice("Adam", backend, [states[0].parameter])[0] == "native"
+    return AdamUpdate(states) if native and adam_native.takes(states) else None
 
 
 def backend_on(device: torch.device) -> str:

@@ -32,7 +32,7 @@ class _Piece(NamedTuple):
 class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *weights: Tensor) -> tuple[Tensor, ...]:
-        chains = _chains(weights)
+        chains = chains_of(weights)
         products = [outer.new_empty(len(outer), inner.shape[1]) for outer, _, inner in chains]
 
         def work(pieces: list[_Piece]) -> None:
@@ -47,7 +47,7 @@ class _Fold(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor) -> tuple[Tensor, ...]:
-        chains = _chains(ctx.saved_tensors)
+        chains = chains_of(ctx.saved_tensors)
         of_inner = [torch.empty_like(inner) for _, _, inner in chains]
 
         def work(pieces: list[_Piece]) -> list[tuple[int, Tensor, Tensor]]:
@@ -65,7 +65,8 @@ class _Fold(torch.autograd.Function):
         return tuple(each for total, last in zip(totals, of_inner) for each in (*total, last))
 
 
-def _chains(weights: Sequence[Tensor]) -> list[Chain]:
+def chains_of(weights: Sequence[Tensor]) -> list[Chain]:
+    """Of the weights one after the other."""
     return [tuple(weights[i : i + 3]) for i in range(0, len(weights), 3)]
 
 

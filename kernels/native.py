@@ -18,13 +18,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from .host import cores
+
 SOURCES = Path(__file__).parent / "cpp"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-std=c++17", "-pthread", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("c++", "g++", "clang++")
 SCALARS = {torch.float32: "float", torch.float64: "double"}  # a library each
 CACHE_VARIABLE = "IISAN_FAST_COMPILED"
@@ -46,7 +48,20 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
 
 def run(function: Callable[..., int], arguments: ctypes.Structure) -> None:
     """One call. Raises MemoryError where it lacked memory."""
-    if function(ctypes.byref(arguments)):
+    _refuse_lack(function(ctypes.byref(arguments)))
+
+
+def share_out(
+    function: Callable[..., int], calls: Sequence[ctypes.Structure], dtype: torch.dtype, threads: int | None = None
+) -> None:
+    """All the calls, by as many threads as there are cores, or as told; which takes which is left to how fast they are.
+    Raises MemoryError where one of them lacked memory."""
+    pointers = (ctypes.c_void_p * len(calls))(*map(ctypes.addressof, calls))
+    _refuse_lack(library(dtype).share_out(function, pointers, len(calls), threads or cores()))
+
+
+def _refuse_lack(failed: int) -> None:
+    if failed:
         raise MemoryError("the C++ kernels lack memory for this batch")
 
 

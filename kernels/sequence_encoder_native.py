@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .host import at_once, shares
+from .host import shares
 from .memory import Memory
-from .native import library, run
+from .native import library, share_out
 
 DTYPES = (torch.float32, torch.float64)
 PANEL = 16  # what widths must be a multiple of
@@ -110,7 +110,7 @@ class _Encoder(torch.autograd.Function):
             part.states = states[start:].data_ptr()
             parts.append(part)
         forward = library(x.dtype).sequence_forward
-        at_once(lambda part: run(forward, part), parts, len(parts))
+        share_out(forward, parts, x.dtype)
         ctx.parts, ctx.starts, ctx.memory, ctx.settings = parts, [start for start, _ in users], memory, settings
         ctx.save_for_backward(x, *weights)  # what the parts point to
         return states
@@ -128,7 +128,7 @@ class _Encoder(torch.autograd.Function):
             part.of_x, part.upstream = of_x[start:].data_ptr(), upstream[start:].data_ptr()
             found.append(gradients)
         backward = library(x.dtype).sequence_backward
-        at_once(lambda part: run(backward, part), parts, len(parts))
+        share_out(backward, parts, x.dtype)
         first, *others = found
         for other in others:
             for total, more in zip(first, other):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .host import at_once, cores, cut, equal_parts, shares
 from .memory import Memory
-from .native import library, run
+from .native import library, run, share_out
 from .reference import GATE_TEMPERATURE, States, Tower
 from .side_network_host import PARAMETERS, Weights, composites, mixes
 
@@ -109,6 +109,16 @@ class _Arguments(ctypes.Structure):
     ]
 
 
+class _Gather(ctypes.Structure):
+    """`Gather` of cpp/side_network.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("table", "rows", "panels")),
+        *((name, ctypes.c_int64) for name in ("item", "layer")),
+        *((name, ctypes.c_int32) for name in ("bytes", "layers", "width", "total", "start", "count")),
+    ]
+
+
 class _Kept(NamedTuple):
     """A tower's tensors, which its pointers point into."""
 
@@ -155,18 +165,15 @@ class _SideTowers(torch.autograd.Function):
         memory = Memory()
         kept = _kept(settings, tables, parameters, memory)
         split = any(ctx.needs_input_grad[1 : 1 + count])  # towers add to their views' gradients
-        ctx.pieces = _pieces(len(kept), kept[0].inputs.shape[2], split)
-        forward = library(parameters[1].dtype).side_forward
+        ctx.rounds = _rounds(len(kept), kept[0].inputs.shape[2], split)
+        dtype = parameters[1].dtype
 
         # Not kept for the backward: a node that held its own outputs would never be freed.
         projected = [each.inputs.new_empty(each.inputs.shape[2], len(each.projection)) for each in kept]
-
-        def work(pieces: list[_Piece]) -> None:
-            for piece in pieces:
-                output = _pointer(projected[piece.tower])
-                run(forward, kept[piece.tower].arguments(piece, settings.gelu, projected=output))
-
-        at_once(work, ctx.pieces, len(ctx.pieces))
+        for pieces in ctx.rounds:
+            own = [(kept[piece.tower], piece, _pointer(projected[piece.tower])) for piece in pieces]
+            calls = [tower.arguments(piece, settings.gelu, projected=output) for tower, piece, output in own]
+            share_out(library(dtype).side_forward, calls, dtype)
         ctx.settings, ctx.kept, ctx.memory = settings, kept, memory
         ctx.save_for_backward(*parameters)  # alone to refuse parameters that were changed in between
         return tuple(projected)
@@ -179,22 +186,18 @@ class _SideTowers(torch.autograd.Function):
         layers, _, width = kept[0].down_weight.shape
         of_views = [upstream[0].new_zeros(kept[0].inputs.shape[2], layers, width) if want else None for want in wanted]
         upstream = [gradient.contiguous() for gradient in upstream]
-        backward = library(parameters[1].dtype).side_backward
-
-        def work(pieces: list[_Piece]) -> list[tuple[int, dict[str, Tensor]]]:
-            found = []
+        dtype, parts = parameters[1].dtype, [[] for _ in kept]
+        for pieces in ctx.rounds:
+            calls = []
             for piece in pieces:
                 own = kept[piece.tower]
                 gradients = _empty_gradients(own, gated=parameters[PARAMETERS * piece.tower] is not None)
-                found.append((piece.tower, gradients))
+                parts[piece.tower].append(gradients)
                 more = {f"of_{name}": _pointer(gradient) for name, gradient in gradients.items()}
                 of_hidden = _pointers([of_views[view] for view in settings.reads[piece.tower]])
                 more |= {"upstream": _pointer(upstream[piece.tower]), "of_hidden": of_hidden}
-                run(backward, own.arguments(piece, settings.gelu, **more))
-            return found
-
-        found = sum(at_once(work, ctx.pieces, len(ctx.pieces)), [])
-        parts = [[part for own, part in found if own == tower] for tower in range(len(kept))]
+                calls.append(own.arguments(piece, settings.gelu, **more))
+            share_out(library(dtype).side_backward, calls, dtype)
         at_once(_add_up, [own for own in parts if len(own) > 1])
         totals = [own[0] for own in parts]
         of_parameters = [total.get(name) for total in totals for name in Tower._fields[1:]]
@@ -248,34 +251,30 @@ def _panels(
         views.append((table, None if own is None else own.contiguous()))
     items, (_, layers, width) = len(tables[0]) if rows[0] is None else len(rows[0]), tables[0].shape
     found = [memory.empty(kind, layers, _count(width), items, PANEL) for _ in views]
-    gather = library(dtype).gather_panels
-    gather.argtypes = [ctypes.c_void_p, ctypes.c_int32, *[ctypes.c_int64] * 2, ctypes.c_void_p, *[ctypes.c_int32] * 5]
-    gather.argtypes += [ctypes.c_void_p]
-
-    def work(piece: tuple[int, int]) -> None:
-        for (table, own), panels in zip(views, found):
-            strides = kind.itemsize, table.stride(0), table.stride(1)
-            gather(table.data_ptr(), *strides, _pointer(own), layers, width, items, *piece, panels.data_ptr())
-
-    parts = shares(items) if shared else [(0, items)]
-    at_once(work, parts, len(parts))
+    calls = [
+        _Gather(
+            *(_pointer(each) for each in (table, own, panels)),
+            *(table.stride(0), table.stride(1), kind.itemsize, layers, width, items, *share),
+        )
+        for share in (shares(items) if shared else [(0, items)])
+        for (table, own), panels in zip(views, found)
+    ]
+    share_out(library(dtype).gather_panels, calls, dtype, None if shared else 1)
     return found
 
 
-def _pieces(towers: int, items: int, split: bool) -> list[list[_Piece]]:
-    """Each worker's share; split: no two workers have one item, by whatever tower."""
+def _rounds(towers: int, items: int, split: bool) -> list[list[_Piece]]:
+    """What may be worked on at once, the largest first; split: no item by two towers, which add to its gradient."""
     if split or not items:
-        return [[_Piece(tower, *share) for tower in range(towers)] for share in shares(items)]
+        return [[_Piece(tower, *share) for share in shares(items)] for tower in range(towers)]
     order = list(range(towers - 1))
     order.insert(len(order) // 2, towers - 1)  # the last, which reads most, in the middle, where two workers meet
     found = []
     for start, length in cut(towers * items, max(1, min(cores(), MOST_WORKERS, towers * items // LEAST_ROWS))):
         begins = [(tower, start - place * items) for place, tower in enumerate(order)]
         own = [(tower, max(0, begin), min(items, begin + length)) for tower, begin in begins]
-        pieces = [_Piece(tower, begin, end - begin) for tower, begin, end in own if begin < end]
-        # What two workers share comes last for both, so that they read its weights and states at one time.
-        found.append(sorted(pieces, key=lambda piece: piece.count < items))
-    return found
+        found += [_Piece(tower, begin, end - begin) for tower, begin, end in own if begin < end]
+    return [sorted(found, key=lambda piece: -piece.count)]
 
 
 def _add_up(gradients: Sequence[dict[str, Tensor]]) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from iisan_fast import kernels
-from iisan_fast.kernels import host, side_network_native
+from iisan_fast.kernels import fold_native, host, native, side_network_native
+
+needs_compiler = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "there is one")
 
 
 @pytest.fixture(autouse=True)
@@ -48,18 +50,61 @@ def test_a_share_of_the_rows_for_each_core_that_is_worth_its_while(threads, coun
 @pytest.mark.parametrize("threads", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize(("towers", "items"), [(3, 276), (3, 33), (1, 200), (2, 77), (3, 1), (3, 0)])
 @pytest.mark.parametrize("split", [False, True])
-def test_every_item_of_every_tower_is_one_workers(threads, towers, items, split):
+def test_every_item_of_every_tower_is_one_pieces(threads, towers, items, split):
     torch.set_num_threads(threads)
-    workers = side_network_native._pieces(towers, items, split)
-    assert len(workers) <= threads and all(workers)
+    rounds = side_network_native._rounds(towers, items, split)
+    assert len(rounds) == (towers if split or not items else 1) and all(rounds)
+    pieces = [piece for one in rounds for piece in one]
     for tower in range(towers):
-        own = sorted((each.start, each.count) for worker in workers for each in worker if each.tower == tower)
+        own = sorted((each.start, each.count) for each in pieces if each.tower == tower)
         assert [start for start, _ in own] == [sum(count for _, count in own[:i]) for i in range(len(own))]
         assert sum(count for _, count in own) == items
-    sizes = [sum(each.count for each in worker) for worker in workers]
-    assert max(sizes) - min(sizes) <= (towers if split else 1)
     if split:
-        assert all({(each.start, each.count) for each in worker} == {worker[0][1:]} for worker in workers)
+        assert all(len({each.tower for each in one}) == 1 for one in rounds)
+    elif items:
+        sizes, most = [each.count for each in pieces], side_network_native.MOST_WORKERS
+        workers = max(1, min(threads, most, towers * items // side_network_native.LEAST_ROWS))
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] <= -(-towers * items // workers)
+        assert len(pieces) < workers + towers
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [(64, 64, 768, 768), (16, 5, 37, 32), (32, 7, 1, 16), (16, 3, 200, 48)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_folding_in_cpp_is_the_products_and_their_gradients(dtype, tolerance, sizes, threads):
+    torch.set_num_threads(threads)
+    chains, upstream = random_chains(sizes, dtype)
+    weights = [weight for chain in chains for weight in chain]
+    assert fold_native.takes(chains)
+    found, expected = kernels.fold(chains, "native"), [outer @ middle @ inner for outer, middle, inner in chains]
+    assert isinstance(found[0].grad_fn, fold_native._Fold._backward_cls)
+    ours, theirs = ([*each, *torch.autograd.grad(each, weights, upstream)] for each in (found, expected))
+    for own, other in zip(ours, theirs, strict=True):
+        assert (own - other).norm() <= tolerance * other.norm()
+
+
+def random_chains(sizes: tuple[int, int, int, int], dtype: torch.dtype):
+    """Two chains whose outer weights are parts of one, as the heads' are; gradients of their products, one of them not
+    contiguous."""
+    generator, (d, between, rows, width) = torch.Generator().manual_seed(0), sizes
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    outers = random(d, 2 * between).chunk(2, dim=1)
+    chains = [
+        tuple(weight.requires_grad_() for weight in (outer, random(between, rows), random(rows, width)))
+        for outer in outers
+    ]
+    return chains, [random(d, width), random(width, d).T]
+
+
+@needs_compiler
+def test_folding_in_cpp_passes_gradcheck():
+    chains, _ = random_chains((16, 2, 3, 16), torch.float64)
+    weights = [weight for chain in chains for weight in chain]
+    assert torch.autograd.gradcheck(lambda *own: tuple(kernels.fold([own[:3], own[3:]], "native")), weights)
 
 
 def test_one_core_works_alone():

@@ -423,21 +423,28 @@ template <class T> class Pass {
     }
 };
 
-// Rows of a table [., K, D], whose items and layers are so many numbers apart, as panel matrices [K][count, D].
-template <class S> void gather(
-    const S *table, long item, long layer, const int64_t *rows, int layers, int width, int total, int start, int count,
-    S *to) {
-    const int wide = panels(width);
-    for (int n = start; n < start + count; n++) {
-        const S *own = table + (rows ? rows[n] : n) * item;
-        for (int k = 0; k < layers; k++)
+// Rows of a table [., K, D], whose items and layers are so many numbers apart, as panel matrices [K][total, D]: items
+// `start` to `start + count` of them.
+struct Gather {
+    const void *table;
+    const int64_t *rows;  // of each item; null: its own number
+    void *panels;
+    int64_t item, layer;
+    int32_t bytes, layers, width, total, start, count;  // bytes: 2, 4 or 8 a number
+};
+
+template <class S> void gather(const Gather &g) {
+    const int wide = panels(g.width);
+    for (int n = g.start; n < g.start + g.count; n++) {
+        const S *own = (const S *)g.table + (g.rows ? g.rows[n] : n) * g.item;
+        for (int k = 0; k < g.layers; k++)
             for (int j = 0; j < wide; j++) {
-                S *out = to + (((long)k * wide + j) * total + n) * PANEL;
-                const S *from = own + k * layer + j * PANEL;
-                const int here = smaller(PANEL, width - j * PANEL);
-                if (here == PANEL) std::memcpy(out, from, sizeof(S) * PANEL);  // of a fixed size: two instructions
+                S *to = (S *)g.panels + (((long)k * wide + j) * g.total + n) * PANEL;
+                const S *from = own + k * g.layer + j * PANEL;
+                const int here = smaller(PANEL, g.width - j * PANEL);
+                if (here == PANEL) std::memcpy(to, from, sizeof(S) * PANEL);  // of a fixed size: two instructions
                 else
-                    for (int c = 0; c < PANEL; c++) out[c] = c < here ? from[c] : S(0);
+                    for (int c = 0; c < PANEL; c++) to[c] = c < here ? from[c] : S(0);
             }
     }
 }
@@ -455,12 +462,10 @@ int32_t side_backward(const Tower<SCALAR> *tower) {
     return guarded([&] { Pass<SCALAR>(*tower).backward(); });
 }
 
-// bytes: 2, 4 or 8 a number.
-void gather_panels(
-    const void *table, int32_t bytes, int64_t item, int64_t layer, const int64_t *rows, int32_t layers, int32_t width,
-    int32_t total, int32_t start, int32_t count, void *to) {
-    if (bytes == 2) gather((const uint16_t *)table, item, layer, rows, layers, width, total, start, count, (uint16_t *)to);
-    if (bytes == 4) gather((const uint32_t *)table, item, layer, rows, layers, width, total, start, count, (uint32_t *)to);
-    if (bytes == 8) gather((const uint64_t *)table, item, layer, rows, layers, width, total, start, count, (uint64_t *)to);
+int32_t gather_panels(const Gather *rows) {
+    if (rows->bytes == 2) gather<uint16_t>(*rows);
+    if (rows->bytes == 4) gather<uint32_t>(*rows);
+    if (rows->bytes == 8) gather<uint64_t>(*rows);
+    return 0;
 }
 }

@@ -1,0 +1,103 @@
+// Chains of three weights multiplied, outer [d, d'] times middle [d', H] times inner [H, D], and their gradients.
+//
+// `inner` is by far the largest and comes from memory each step, so it is read once, row after row, and workers share
+// its rows out; the pair of the outer two stands transposed, [H, d].
+#include <memory>
+
+#include "matrices.h"
+
+namespace {
+
+constexpr int ROWS = 96;  // of `inner` that stay in the cache while all its columns meet them
+
+// What meets `count` rows of `inner`, from `start` on. All matrices are contiguous.
+template <class T> struct Fold {
+    int32_t start, count;
+    int32_t outputs, between, rows, width;  // d, d', H, D
+    const T *outer, *middle, *inner;
+    T *pair;               // [H, d]
+    T *product;            // [d, D]: the part that these rows give
+    const T *upstream;     // [d, D]
+    T *of_outer;           // [d, d']: the part that these rows give
+    T *of_middle, *of_inner;
+};
+
+// These rows of `pair`, and its product with `inner`.
+template <class T> void forward(const Fold<T> &f) {
+    const int d = f.outputs;
+    std::unique_ptr<T[]> sums(new T[(size_t)f.width * d]()), packed(new T[(size_t)PANEL * (ROWS + f.between)]);
+    T *pair = f.pair + (long)f.start * d;
+    const T *inner = f.inner + (long)f.start * f.width;
+    for (int o = 0; o < d; o += PANEL) {
+        pack_transposed(packed.get(), f.outer + (long)o * f.between, f.between, PANEL, f.between);
+        product(f.count, columns_at(f.middle + f.start, f.rows), packed.get(), PANEL, f.between,
+                [=](int row, const Row<T> &found) { store(pair + (long)row * d + o, found); });
+    }
+    for (int start = 0; start < f.count; start += ROWS) {
+        const int steps = smaller(ROWS, f.count - start);
+        for (int c = 0; c < f.width; c += PANEL) {
+            const T *own = inner + (long)start * f.width + c;
+            T *to = sums.get() + (size_t)c * d;
+            pack(packed.get(), own, f.width, PANEL, steps);
+            // The next panel's numbers lie far apart: no processor foresees them.
+            for (int k = 0; k < steps; k++) __builtin_prefetch(own + (long)k * f.width + PANEL);
+            product(d, columns_at(pair + (long)start * d, d), packed.get(), PANEL, steps, [=](int row, Row<T> found) {
+                add(found, load(to + row * PANEL));
+                store(to + row * PANEL, found);
+            });
+        }
+    }
+    for (int row = 0; row < d; row++)
+        for (int c = 0; c < f.width; c += PANEL)
+            store(f.product + (long)row * f.width + c, load(sums.get() + (size_t)c * d + row * PANEL));
+}
+
+template <class T> void backward(const Fold<T> &f) {
+    const int d = f.outputs;
+    // Upstream in panels of its columns, and transposed, of its rows.
+    std::unique_ptr<T[]> columns(new T[(size_t)f.width * d]), rows(new T[(size_t)f.width * d]);
+    std::unique_ptr<T[]> of_pair(new T[(size_t)f.count * d]), packed(new T[(size_t)PANEL * (f.count + d)]);
+    for (int c = 0; c < f.width; c += PANEL)
+        pack(columns.get() + (size_t)c * d, f.upstream + c, f.width, PANEL, d);
+    for (int o = 0; o < d; o += PANEL)
+        pack_transposed(rows.get() + (size_t)o * f.width, f.upstream + (long)o * f.width, f.width, PANEL, f.width);
+    for (int start = 0; start < f.count; start += ROWS) {
+        const int here = smaller(ROWS, f.count - start);
+        const long row = f.start + start;
+        for (int o = 0; o < d; o += PANEL) {
+            T *to = of_pair.get() + (long)start * d + o;
+            product(here, rows_at(f.inner + row * f.width, f.width), rows.get() + (size_t)o * f.width, PANEL, f.width,
+                    [=](int i, const Row<T> &found) { store(to + (long)i * d, found); });
+        }
+        for (int c = 0; c < f.width; c += PANEL) {
+            T *to = f.of_inner + row * f.width + c;
+            product(here, rows_at(f.pair + row * d, d), columns.get() + (size_t)c * d, PANEL, d,
+                    [=](int i, const Row<T> &found) { store(to + (long)i * f.width, found); });
+        }
+    }
+    for (int i = 0; i < f.between; i += PANEL) {
+        const int here = smaller(PANEL, f.between - i);
+        pack_transposed(packed.get(), f.middle + (long)i * f.rows + f.start, f.rows, here, f.count);
+        product(d, columns_at<T>(of_pair.get(), d), packed.get(), PANEL, f.count, [&](int o, const Row<T> &found) {
+            put(f.of_outer + (long)o * f.between + i, found, here);
+        });
+    }
+    for (int row = 0; row < f.count; row += PANEL) {
+        const int here = smaller(PANEL, f.count - row);
+        pack_transposed(packed.get(), of_pair.get() + (long)row * d, d, here, d);
+        product(f.between, columns_at(f.outer, f.between), packed.get(), PANEL, d, [&](int i, const Row<T> &found) {
+            put(f.of_middle + (long)i * f.rows + f.start + row, found, here);
+        });
+    }
+}
+
+}  // namespace
+
+extern "C" {
+int32_t fold_forward(const Fold<SCALAR> *fold) {
+    return guarded([&] { forward(*fold); });
+}
+int32_t fold_backward(const Fold<SCALAR> *fold) {
+    return guarded([&] { backward(*fold); });
+}
+}

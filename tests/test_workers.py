@@ -1,0 +1,95 @@
+"""Calls shared out among the C++ library's threads: each is made once, whoever else asks, and after a fork."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from iisan_fast.kernels import native
+
+pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here")
+
+Work = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.POINTER(ctypes.c_int64))
+
+
+class Number(ctypes.Structure):
+    _fields_ = [("value", ctypes.c_int64)]
+
+
+def share_out(work: Callable[[int], int], count: int, threads: int) -> None:
+    call = Work(lambda pointer: work(pointer[0]))
+    native.share_out(call, [Number(i) for i in range(count)], torch.float32, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 100])
+def test_each_call_is_made_once(count, threads):
+    made = []
+    share_out(lambda number: made.append((number, threading.get_ident())) or 0, count, threads)
+    assert Counter(number for number, _ in made) == Counter(range(count))
+    assert len({thread for _, thread in made}) <= threads
+
+
+def test_threads_work_beside_each_other_also_after_they_have_slept():
+    together = threading.Barrier(3, timeout=20)
+    for _ in range(3):
+        share_out(lambda _: together.wait() and 0, 3, 3)
+        assert not together.broken  # as it is where one does not come
+        time.sleep(0.01)  # longer than they stay awake
+
+
+def test_one_thread_is_the_callers():
+    threads = []
+    share_out(lambda _: threads.append(threading.get_ident()) or 0, 5, 1)
+    assert threads == [threading.get_ident()] * 5
+
+
+def test_a_call_that_fails_is_told_when_all_are_made():
+    made = []
+    with pytest.raises(MemoryError, match="lack memory for this batch"):
+        share_out(lambda number: made.append(number) or number == 3, 9, 2)
+    assert sorted(made) == list(range(9))
+
+
+def test_two_that_share_out_at_once_both_get_all_their_calls():
+    lock, made = threading.Lock(), Counter()
+
+    def work(number: int) -> int:
+        with lock:
+            made[number] += 1
+        return 0
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(share_out, work, 20, 3) for _ in range(40)]:
+            done.result(timeout=60)
+    assert made == Counter({number: 40 for number in range(20)})
+
+
+def test_a_fork_has_threads_of_its_own():
+    program = """
+import os, sys, torch, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, "tests")
+from test_workers import share_out
+share_out(lambda number: 0, 4, 2)
+child = os.fork()
+made = []
+share_out(lambda number: made.append(number) or 0, 40, 2)
+assert sorted(made) == list(range(40))
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+print("both", flush=True) if child else os._exit(0)
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, timeout=120)
+    assert (done.stdout, done.returncode) == ("both\n", 0), done.stderr
