@@ -161,12 +161,12 @@ class Heads(nn.Module):
 
     def folded(self) -> tuple[dict[str, Tensor], Tensor]:
         """({tower's name: projection [d, D]}, bias [d]): item vectors are the projected outputs' sum, and the bias."""
-        bias, chains = self.fusion.bias, []
+        chains = []
         for name, part in zip(self.towers, self.fusion.weight.chunk(len(self.towers), dim=1)):
             first, second = getattr(self, name)
-            chains.append((part, second.weight, first.weight))
-            bias = bias + part @ torch.addmv(second.bias, second.weight, first.bias)
-        return dict(zip(self.towers, kernels.fold(chains))), bias
+            chains.append(kernels.Chain(part, second.weight, second.bias, first.weight, first.bias))
+        weights, biases = zip(*kernels.fold(chains))
+        return dict(zip(self.towers, weights)), sum(biases, self.fusion.bias)
 
 
 class SideItemEncoder(nn.Module):

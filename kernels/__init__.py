@@ -22,13 +22,14 @@ if __name__ == "iisan_fast.kernels":
     )
     from .host import at_once, in_large_pieces
     from .native import compiler_version
-    from .reference import States, Tower
+    from .reference import Chain, States, Tower
     from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
 
     __all__ = [
         "BACKEND_VARIABLE",
         "AdamState",
         "AdamUpdate",
+        "Chain",
         "SequenceDropout",
         "SequenceGrid",
         "SequenceWeights",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reference import ACTIVATIONS, States, Tower
+from .reference import ACTIVATIONS, Chain, States, Tower
 from .sequence_encoder_native import SequenceGrid, SequenceWeights
 
 MOST_TOWERS = 32
@@ -77,6 +77,16 @@ def check_towers(
         _same_device(f"projections[{i}]", projection, device)
         if projection.dtype != dtype:
             raise ValueError(f"projections[{i}]: expected {_name(dtype)}, found {_name(projection.dtype)}")
+
+
+def check_chains(chains: Sequence[Chain]) -> None:
+    """Arguments of `fold`."""
+    for i, chain in enumerate(chains):
+        shapes = [list(weight.shape) for weight in (chain.outer, chain.middle, chain.inner)]
+        if any(len(shape) != 2 for shape in shapes) or any(a[1] != b[0] for a, b in zip(shapes, shapes[1:])):
+            raise ValueError(f"chains[{i}]: expected matrices that can be multiplied, found {shapes}")
+        for name, weight in (("middle", chain.middle), ("inner", chain.inner)):
+            _shaped(f"chains[{i}].{name}_bias", getattr(chain, f"{name}_bias"), (len(weight),))
 
 
 def check_sequences(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> None:

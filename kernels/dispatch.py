@@ -28,9 +28,9 @@ from . import (
     side_network_native,
 )
 from .adam_native import AdamState, AdamUpdate
-from .checks import check_loss, check_ranks, check_sequences, check_towers
+from .checks import check_chains, check_loss, check_ranks, check_sequences, check_towers
 from .native import why_not
-from .reference import States, Tower
+from .reference import Chain, States, Tower
 from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
 
 BACKEND_VARIABLE = "IISAN_FAST_BACKEND"
@@ -80,22 +80,19 @@ def side_towers(
     return reference.side_towers(states, towers, activation, projections)
 
 
-def fold(chains: Sequence[tuple[Tensor, Tensor, Tensor]], backend: str = "auto") -> list[Tensor]:
-    """The products outer @ middle @ inner of weights [d, d'], [d', H] and [H, D] that follow one another: [d, D] each.
+def fold(chains: Sequence[Chain], backend: str = "auto") -> list[tuple[Tensor, Tensor]]:
+    """The weight [d, D] and the bias [d] of the one map that each chain of three comes to.
 
-    Plain products but for the CPU's forms, which are differentiable once. Raises ValueError where they do not fit.
+    Plain products but for the CPU's forms, which are differentiable once. Raises ValueError where maps do not fit.
     """
-    for i, chain in enumerate(chains):
-        shapes = [list(weight.shape) for weight in chain]
-        if any(len(shape) != 2 for shape in shapes) or any(a[1] != b[0] for a, b in zip(shapes, shapes[1:])):
-            raise ValueError(f"chains[{i}]: expected matrices that can be multiplied, found {shapes}")
+    check_chains(chains)
     weights = [weight for chain in chains for weight in chain]
-    chosen, _ = _choice("fold", backend, weights)
-    if chosen == "native" and _trained(weights) and fold_native.takes(chains):
+    chosen, trained = _choice("fold", backend, weights)[0], _trained(weights)
+    if chosen == "native" and trained and fold_native.takes(chains):
         return fold_native.fold(chains)
-    if chosen in ("host", "native"):
+    if chosen in ("host", "native") and trained:
         return fold_host.fold(chains)
-    return [outer @ middle @ inner for outer, middle, inner in chains]
+    return list(map(reference.fold, chains))
 
 
 def inbatch_cross_entropy(

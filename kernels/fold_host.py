@@ -1,4 +1,4 @@
-"""Products of three weights on a CPU: whole chains side by side, what is left over cut by columns, both ways."""
+"""Chains of three linear maps folded on a CPU: whole chains side by side, what is left cut by columns, both ways."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import torch
 from torch import Tensor
 
 from .host import at_once, cores, cut
+from .reference import Chain, folded_bias
 
 MOST_WORKERS = 8  # of which each has columns enough for a fast product
-Chain = tuple[Tensor, Tensor, Tensor]
 
 
-def fold(chains: Sequence[Chain]) -> list[Tensor]:
-    """outer @ middle @ inner of each chain, weights [d, d'], [d', H] and [H, D]. Differentiable once."""
-    weights = [weight for chain in chains for weight in chain]
-    if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
-        return [outer @ middle @ inner for outer, middle, inner in chains]
-    return list(_Fold.apply(*weights))
+def fold(chains: Sequence[Chain]) -> list[tuple[Tensor, Tensor]]:
+    """`reference.fold` of each chain, differentiable once."""
+    weights = _Fold.apply(*(weight for chain in chains for weight in (chain.outer, chain.middle, chain.inner)))
+    return [(weight, folded_bias(chain)) for weight, chain in zip(weights, chains)]
 
 
 class _Piece(NamedTuple):
@@ -32,7 +30,7 @@ class _Piece(NamedTuple):
 class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *weights: Tensor) -> tuple[Tensor, ...]:
-        chains = chains_of(weights)
+        chains = _chains(weights)
         products = [outer.new_empty(len(outer), inner.shape[1]) for outer, _, inner in chains]
 
         def work(pieces: list[_Piece]) -> None:
@@ -47,7 +45,7 @@ class _Fold(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor) -> tuple[Tensor, ...]:
-        chains = chains_of(ctx.saved_tensors)
+        chains = _chains(ctx.saved_tensors)
         of_inner = [torch.empty_like(inner) for _, _, inner in chains]
 
         def work(pieces: list[_Piece]) -> list[tuple[int, Tensor, Tensor]]:
@@ -65,12 +63,11 @@ class _Fold(torch.autograd.Function):
         return tuple(each for total, last in zip(totals, of_inner) for each in (*total, last))
 
 
-def chains_of(weights: Sequence[Tensor]) -> list[Chain]:
-    """Of the weights one after the other."""
+def _chains(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
     return [tuple(weights[i : i + 3]) for i in range(0, len(weights), 3)]
 
 
-def _pieces(chains: Sequence[Chain]) -> list[list[_Piece]]:
+def _pieces(chains: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[list[_Piece]]:
     """Each worker's share."""
     workers = max(1, min(cores(), MOST_WORKERS))
     whole = len(chains) - len(chains) % workers

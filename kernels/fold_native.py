@@ -1,31 +1,33 @@
-"""Products of three weights on a CPU by C++: `cpp/fold.cpp`, a share of the largest weight's rows a core."""
+"""Chains of three linear maps folded on a CPU by C++: `cpp/fold.cpp`, the largest weights' rows shared out."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .fold_host import Chain, chains_of
 from .host import shares
 from .native import library, share_out
+from .reference import Chain
+from .sums_native import add_up
 
 PANEL = 16  # columns
 DTYPES = (torch.float32, torch.float64)
 MOST_PARTS = 8  # of a chain: each has a product of its own, which are added up
 
 
-def fold(chains: Sequence[Chain]) -> list[Tensor]:
-    """`fold_host.fold` for chains that `takes` accepts."""
-    return list(_Fold.apply(*(weight.contiguous() for chain in chains for weight in chain)))
+def fold(chains: Sequence[Chain]) -> list[tuple[Tensor, Tensor]]:
+    """`reference.fold` of each chain, differentiable once; they are such as `takes` accepts."""
+    found = _Fold.apply(*(weight.contiguous() for chain in chains for weight in chain))
+    return list(zip(found[::2], found[1::2]))
 
 
 def takes(chains: Sequence[Chain]) -> bool:
     """Whether the C++ knows these weights: of one dtype, their products' rows and columns in whole panels."""
     dtypes = {weight.dtype for chain in chains for weight in chain}
-    whole = all(len(outer) % PANEL == 0 and inner.shape[1] % PANEL == 0 for outer, _, inner in chains)
+    whole = all(len(chain.outer) % PANEL == 0 and chain.inner.shape[1] % PANEL == 0 for chain in chains)
     return len(dtypes) == 1 and dtypes <= set(DTYPES) and whole
 
 
@@ -42,46 +44,51 @@ class _Arguments(ctypes.Structure):
 class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *weights: Tensor) -> tuple[Tensor, ...]:
-        chains = chains_of(weights)
-        pairs = [inner.new_empty(len(inner), len(outer)) for outer, _, inner in chains]
-        parts, products = [], []
-        for (outer, middle, inner), pair in zip(chains, pairs):
-            own = [(share, outer.new_empty(len(outer), inner.shape[1])) for share in shares(len(inner), MOST_PARTS)]
-            parts += [_arguments(share, outer, middle, inner, pair=pair, product=product) for share, product in own]
-            products.append([product for _, product in own])
-        share_out(library(weights[0].dtype).fold_forward, parts, weights[0].dtype)
+        chains, dtype = _chains(weights), weights[0].dtype
+        ctx.pairs = [chain.inner.new_empty(len(chain.inner), len(chain.outer)) for chain in chains]
+        ctx.constants = [torch.addmv(chain.middle_bias, chain.middle, chain.inner_bias) for chain in chains]
+        calls, products = [], []
+        for chain, pair in zip(chains, ctx.pairs):
+            products.append([])
+            for share in shares(len(chain.inner), MOST_PARTS):
+                product = chain.inner.new_empty(len(chain.outer), chain.inner.shape[1])
+                calls.append(_arguments(chain, share, pair=pair, product=product))
+                products[-1].append([product])
+        share_out(library(dtype).fold_forward, calls, dtype)
         ctx.save_for_backward(*weights)
-        ctx.pairs = pairs
-        return tuple(map(_sum, products))
+        biases = [chain.outer.mv(constant) for chain, constant in zip(chains, ctx.constants)]
+        return tuple(each for own, bias in zip(products, biases) for each in (*add_up(own), bias))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor) -> tuple[Tensor, ...]:
-        chains = chains_of(ctx.saved_tensors)
-        upstream = [gradient.contiguous() for gradient in upstream]
-        of_middle = [torch.empty_like(middle) for _, middle, _ in chains]
-        of_inner = [torch.empty_like(inner) for _, _, inner in chains]
-        parts, of_outer = [], []
-        for i, (outer, middle, inner) in enumerate(chains):
-            more = {"pair": ctx.pairs[i], "upstream": upstream[i], "of_middle": of_middle[i], "of_inner": of_inner[i]}
-            own = [(share, torch.empty_like(outer)) for share in shares(len(inner), MOST_PARTS)]
-            parts += [_arguments(share, outer, middle, inner, of_outer=each, **more) for share, each in own]
-            of_outer.append([each for _, each in own])
-        share_out(library(upstream[0].dtype).fold_backward, parts, upstream[0].dtype)
-        return tuple(each for gradients in zip(map(_sum, of_outer), of_middle, of_inner) for each in gradients)
+        chains, dtype = _chains(ctx.saved_tensors), upstream[0].dtype
+        of_weights, of_biases = [each.contiguous() for each in upstream[::2]], upstream[1::2]
+        found, calls, of_outer = [], [], []
+        for chain, pair, of_weight in zip(chains, ctx.pairs, of_weights):
+            found.append(Chain(*map(torch.empty_like, chain)))
+            of_outer.append([])
+            more = {"pair": pair, "upstream": of_weight, "of_middle": found[-1].middle, "of_inner": found[-1].inner}
+            for share in shares(len(chain.inner), MOST_PARTS):
+                of_outer[-1].append([torch.empty_like(chain.outer)])
+                calls.append(_arguments(chain, share, of_outer=of_outer[-1][-1][0], **more))
+        share_out(library(dtype).fold_backward, calls, dtype)
+        for i, (chain, own, of_bias) in enumerate(zip(chains, found, of_biases)):
+            torch.mv(chain.outer.T, of_bias, out=own.middle_bias)
+            torch.mv(ctx.pairs[i], of_bias, out=own.inner_bias)
+            own.middle.addr_(own.middle_bias, chain.inner_bias)
+            (outer,) = add_up(of_outer[i])
+            found[i] = own._replace(outer=outer.addr_(of_bias, ctx.constants[i]))
+        return tuple(gradient for own in found for gradient in own)
 
 
-def _arguments(share: tuple[int, int], outer: Tensor, middle: Tensor, inner: Tensor, **more: Tensor) -> _Arguments:
-    sizes = *share, *outer.shape, *inner.shape
-    return _Arguments(*sizes, *(weight.data_ptr() for weight in (outer, middle, inner)), **_pointers(more))
+def _chains(weights: Sequence[Tensor]) -> list[Chain]:
+    size = len(Chain._fields)
+    return [Chain(*weights[i : i + size]) for i in range(0, len(weights), size)]
 
 
-def _pointers(tensors: dict[str, Tensor]) -> dict[str, int]:
-    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
-
-
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    total, *others = parts
-    for other in others:
-        total += other
-    return total
+def _arguments(chain: Chain, share: tuple[int, int], **more: Tensor) -> _Arguments:
+    outer, middle, inner = chain.outer, chain.middle, chain.inner
+    pointers = {"outer": outer, "middle": middle, "inner": inner, **more}
+    addresses = {name: tensor.data_ptr() for name, tensor in pointers.items()}
+    return _Arguments(*share, *outer.shape, *inner.shape, **addresses)

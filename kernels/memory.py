@@ -17,7 +17,7 @@ KEPT_FOR = 100  # takings: some steps
 class Memory:
     """What a step's tensors lie in; given back when the object ends, which is when the graph of that step does."""
 
-    free: ClassVar[list[tuple[int, Tensor]]] = []  # blocks of bytes, and how many had been taken when each came back
+    free: ClassVar[list[tuple[int, int, Tensor]]] = []  # how many had been taken when it came back, bytes, the block
     taken: ClassVar[int] = 0
     blocks: Sequence[Tensor] = ()
 
@@ -40,11 +40,11 @@ class Memory:
         """The smallest free block that is large enough, and not much larger; what nobody has wanted for long goes."""
         with LOCK:
             cls.taken += 1
-            fitting = [i for i, (_, block) in enumerate(cls.free) if needed <= len(block) <= 2 * needed]
-            found = cls.free.pop(min(fitting, key=lambda i: len(cls.free[i][1])))[1] if fitting else None
+            fitting = [(size, i) for i, (_, size, _) in enumerate(cls.free) if needed <= size <= 2 * needed]
+            found = cls.free.pop(min(fitting)[1])[2] if fitting else None
             while cls.free and cls.free[0][0] < cls.taken - KEPT_FOR:
                 del cls.free[0]
         return found
 
     def __del__(self) -> None:
-        self.free.extend((Memory.taken, block) for block in self.blocks)
+        self.free.extend((Memory.taken, block.nbytes, block) for block in self.blocks)

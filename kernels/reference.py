@@ -31,6 +31,27 @@ class Tower(NamedTuple):
     up_bias: Tensor
 
 
+class Chain(NamedTuple):
+    """Three linear maps that follow one another, [D] to [H] to [d'] to [d]; the last has no bias."""
+
+    outer: Tensor  # [d, d']
+    middle: Tensor  # [d', H]
+    middle_bias: Tensor  # [d']
+    inner: Tensor  # [H, D]
+    inner_bias: Tensor  # [H]
+
+
+def fold(chain: Chain) -> tuple[Tensor, Tensor]:
+    """The weight [d, D] and the bias [d] of the one map that a chain comes to."""
+    outer, middle, middle_bias, inner, inner_bias = chain
+    return outer @ middle @ inner, folded_bias(chain)
+
+
+def folded_bias(chain: Chain) -> Tensor:
+    """The bias [d] alone."""
+    return chain.outer @ torch.addmv(chain.middle_bias, chain.middle, chain.inner_bias)
+
+
 def side_towers(
     states: Sequence[States],
     towers: Sequence[Tower],

@@ -17,6 +17,7 @@ from .memory import Memory
 from .native import library, run, share_out
 from .reference import GATE_TEMPERATURE, States, Tower
 from .side_network_host import PARAMETERS, Weights, composites, mixes
+from .sums_native import add_up
 
 DTYPES = (torch.float32, torch.float64)  # of the weights
 PANEL = 16  # columns
@@ -198,8 +199,7 @@ class _SideTowers(torch.autograd.Function):
                 more |= {"upstream": _pointer(upstream[piece.tower]), "of_hidden": of_hidden}
                 calls.append(own.arguments(piece, settings.gelu, **more))
             share_out(library(dtype).side_backward, calls, dtype)
-        at_once(_add_up, [own for own in parts if len(own) > 1])
-        totals = [own[0] for own in parts]
+        totals = [dict(zip(own[0], add_up([list(part.values()) for part in own]))) for own in parts]
         of_parameters = [total.get(name) for total in totals for name in Tower._fields[1:]]
         return None, *of_views, *of_parameters, *(total["projection"] for total in totals)
 
@@ -275,14 +275,6 @@ def _rounds(towers: int, items: int, split: bool) -> list[list[_Piece]]:
         own = [(tower, max(0, begin), min(items, begin + length)) for tower, begin in begins]
         found += [_Piece(tower, begin, end - begin) for tower, begin, end in own if begin < end]
     return [sorted(found, key=lambda piece: -piece.count)]
-
-
-def _add_up(gradients: Sequence[dict[str, Tensor]]) -> None:
-    """To the first."""
-    total, *others = gradients
-    for other in others:
-        for name, gradient in other.items():
-            total[name] += gradient
 
 
 def _empty_gradients(kept: _Kept, gated: bool) -> dict[str, Tensor]:

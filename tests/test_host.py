@@ -6,9 +6,11 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from iisan_fast import kernels
-from iisan_fast.kernels import fold_native, host, native, side_network_native
+from iisan_fast.kernels import fold_native, host, native, reference, side_network_native
 
 needs_compiler = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "there is one")
 
@@ -77,34 +79,41 @@ def test_folding_in_cpp_is_the_products_and_their_gradients(dtype, tolerance, si
     chains, upstream = random_chains(sizes, dtype)
     weights = [weight for chain in chains for weight in chain]
     assert fold_native.takes(chains)
-    found, expected = kernels.fold(chains, "native"), [outer @ middle @ inner for outer, middle, inner in chains]
+    found = [each for pair in kernels.fold(chains, "native") for each in pair]
+    expected = [each for chain in chains for each in reference.fold(chain)]
     assert isinstance(found[0].grad_fn, fold_native._Fold._backward_cls)
     ours, theirs = ([*each, *torch.autograd.grad(each, weights, upstream)] for each in (found, expected))
     for own, other in zip(ours, theirs, strict=True):
         assert (own - other).norm() <= tolerance * other.norm()
 
 
-def random_chains(sizes: tuple[int, int, int, int], dtype: torch.dtype):
-    """Two chains whose outer weights are parts of one, as the heads' are; gradients of their products, one of them not
-    contiguous."""
+def random_chains(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[list[kernels.Chain], list[Tensor]]:
+    """Two chains whose outer weights are parts of one, as the heads' are; gradients of what they come to, one of them
+    not contiguous."""
     generator, (d, between, rows, width) = torch.Generator().manual_seed(0), sizes
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=dtype)
 
-    outers = random(d, 2 * between).chunk(2, dim=1)
     chains = [
-        tuple(weight.requires_grad_() for weight in (outer, random(between, rows), random(rows, width)))
-        for outer in outers
+        kernels.Chain(outer, random(between, rows), random(between), random(rows, width), random(rows))
+        for outer in random(d, 2 * between).chunk(2, dim=1)
     ]
-    return chains, [random(d, width), random(width, d).T]
+    for chain in chains:
+        for weight in chain:
+            weight.requires_grad_()
+    return chains, [random(d, width), random(d), random(width, d).T, random(1).expand(d)]
 
 
 @needs_compiler
 def test_folding_in_cpp_passes_gradcheck():
     chains, _ = random_chains((16, 2, 3, 16), torch.float64)
     weights = [weight for chain in chains for weight in chain]
-    assert torch.autograd.gradcheck(lambda *own: tuple(kernels.fold([own[:3], own[3:]], "native")), weights)
+
+    def fold(*own: Tensor) -> tuple[Tensor, ...]:
+        return tuple(each for pair in kernels.fold(fold_native._chains(own), "native") for each in pair)
+
+    assert torch.autograd.gradcheck(fold, weights)
 
 
 def test_one_core_works_alone():
@@ -145,22 +154,32 @@ def test_fold_is_the_product_and_its_gradients_are_right(columns, count, backend
     weights = [
         torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
         for hidden in range(2, 2 + count)
-        for shape in ((3, 4), (4, hidden), (hidden, columns))
+        for shape in ((3, 4), (4, hidden), (4,), (hidden, columns), (hidden,))
     ]
+    x = torch.randn(6, columns, generator=generator, dtype=torch.float64)
 
     def fold(*weights):
-        return tuple(kernels.fold([weights[i : i + 3] for i in range(0, len(weights), 3)], backend))
+        return [each for found in kernels.fold(fold_native._chains(weights), backend) for each in found]
 
-    for found, chain in zip(fold(*weights), [weights[i : i + 3] for i in range(0, len(weights), 3)], strict=True):
-        torch.testing.assert_close(found, chain[0] @ chain[1] @ chain[2], rtol=1e-13, atol=1e-13)
-    assert torch.autograd.gradcheck(fold, weights)
+    for (weight, bias), chain in zip(kernels.fold(fold_native._chains(weights), backend), fold_native._chains(weights)):
+        outer, middle, middle_bias, inner, inner_bias = chain
+        expected = F.linear(F.linear(F.linear(x, inner, inner_bias), middle, middle_bias), outer)
+        torch.testing.assert_close(F.linear(x, weight, bias), expected, rtol=1e-13, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda *own: tuple(fold(*own)), weights)
     with torch.inference_mode():
-        assert torch.equal(fold(*weights)[-1], weights[-3] @ weights[-2] @ weights[-1])
+        assert torch.equal(fold(*weights)[-2], weights[-5] @ weights[-4] @ weights[-2])
 
 
 def test_fold_refuses_what_cannot_be_multiplied():
-    good, bad = ([torch.ones(2, 3), torch.ones(3, 5), torch.ones(rows, 2)] for rows in (5, 4))
-    with pytest.raises(
-        ValueError, match=r"chains\[1\]: expected matrices that can be multiplied, found \[\[2, 3\], .*"
+    def chain(rows: int, constants: int) -> kernels.Chain:
+        return kernels.Chain(
+            torch.ones(2, 3), torch.ones(3, 5), torch.ones(3), torch.ones(rows, 2), torch.ones(constants)
+        )
+
+    for bad, message in (
+        (chain(4, 4), "chains[1]: expected matrices that can be multiplied, found [[2, 3], [3, 5], [4, 2]]"),
+        (chain(5, 4), "chains[1].inner_bias: expected [5], found [4]"),
     ):
-        kernels.fold([good, bad])
+        with pytest.raises(ValueError) as refused:
+            kernels.fold([chain(5, 5), bad])
+        assert str(refused.value) == message

@@ -393,10 +393,19 @@ template <class T> class Pass {
         const int r = t.bottleneck, here = columns(t.width, j);
         const T *weight = t.down_weight + (long)k * r * t.width, *x = input(k, j);
         T *own = state_gradient(j);
-        weight_gradient(t.of_down_weight + (long)k * r * t.width, of_before.get(), r, x, j);
-        pack(packed.get(), weight + j * PANEL, t.width, here, r);
+        T *of_weight = t.of_down_weight + (long)k * r * t.width;
+        weight_gradient(of_weight, of_before.get(), r, x, j);
         const bool gated = t.of_gate, passed_on = t.of_hidden[0] || t.of_hidden[1];
         return with_mix(k, j, [&](auto mixed) {
+            if (!k && !passed_on && (!gated || t.views == 1)) {
+                // Nothing but the gate wants the lowest input's gradient. By one view x = g h there, so the gate's is
+                // (1 - g) sum(gradient x), of which W . (gradient of W) is what comes through the down-projection W.
+                if (!gated) return 0.0;
+                double met = dot(own, x, (long)t.count * PANEL);
+                for (long row = 0, at = j * PANEL; row < r; row++, at += t.width) met += dot(weight + at, of_weight + at, here);
+                return met * (1 - t.mixes[1]);
+            }
+            pack(packed.get(), weight + j * PANEL, t.width, here, r);
             Row<T> gate = {};
             product(t.count, rows_of(of_before.get(), t.count), packed.get(), PANEL, r, [&, own, x](int n, Row<T> found) {
                 add(found, load(own + n * PANEL));

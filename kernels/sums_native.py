@@ -1,0 +1,36 @@
+"""What workers found apart, added up by C++: `cpp/sums.cpp`, shared out among the cores."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .native import library, share_out
+
+MOST_NUMBERS = 1 << 16  # of a call
+
+
+def add_up(found: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The tensors of the first of those who found as many, to which the others' are added in their order; all of them
+    contiguous and of one dtype, fp32 or fp64."""
+    totals, *others = found
+    for parts in others:
+        sums = [_Sum(*sizes) for total, part in zip(totals, parts, strict=True) for sizes in _pieces(total, part)]
+        share_out(library(totals[0].dtype).add_up, sums, totals[0].dtype)
+    return list(totals)
+
+
+class _Sum(ctypes.Structure):
+    """`Sum` of cpp/sums.cpp."""
+
+    _fields_ = [("total", ctypes.c_void_p), ("part", ctypes.c_void_p), ("count", ctypes.c_int64)]
+
+
+def _pieces(total: Tensor, part: Tensor) -> list[tuple[int, int, int]]:
+    """(address in the total, address in the part, numbers) of each call."""
+    count, size = total.numel(), total.element_size()
+    starts = range(0, count, MOST_NUMBERS)
+    to, of = total.data_ptr(), part.data_ptr()
+    return [(to + start * size, of + start * size, min(MOST_NUMBERS, count - start)) for start in starts]
