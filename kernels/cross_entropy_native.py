@@ -89,7 +89,7 @@ class _RowLosses(torch.autograd.Function):
             part.of_vectors = own.data_ptr()
         backward = library(queries.dtype).loss_backward
         share_out(backward, parts, queries.dtype)
-        return None, of_queries, *add_up([[own] for own in of_items])
+        return None, of_queries, *add_up([of_items])
 
 
 def _arguments(

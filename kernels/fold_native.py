@@ -53,11 +53,11 @@ class _Fold(torch.autograd.Function):
             for share in shares(len(chain.inner), MOST_PARTS):
                 product = chain.inner.new_empty(len(chain.outer), chain.inner.shape[1])
                 calls.append(_arguments(chain, share, pair=pair, product=product))
-                products[-1].append([product])
+                products[-1].append(product)
         share_out(library(dtype).fold_forward, calls, dtype)
         ctx.save_for_backward(*weights)
         biases = [chain.outer.mv(constant) for chain, constant in zip(chains, ctx.constants)]
-        return tuple(each for own, bias in zip(products, biases) for each in (*add_up(own), bias))
+        return tuple(each for pair in zip(add_up(products), biases) for each in pair)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -70,16 +70,15 @@ class _Fold(torch.autograd.Function):
             of_outer.append([])
             more = {"pair": pair, "upstream": of_weight, "of_middle": found[-1].middle, "of_inner": found[-1].inner}
             for share in shares(len(chain.inner), MOST_PARTS):
-                of_outer[-1].append([torch.empty_like(chain.outer)])
-                calls.append(_arguments(chain, share, of_outer=of_outer[-1][-1][0], **more))
+                of_outer[-1].append(torch.empty_like(chain.outer))
+                calls.append(_arguments(chain, share, of_outer=of_outer[-1][-1], **more))
         share_out(library(dtype).fold_backward, calls, dtype)
-        for i, (chain, own, of_bias) in enumerate(zip(chains, found, of_biases)):
+        for chain, own, pair, of_bias in zip(chains, found, ctx.pairs, of_biases):
             torch.mv(chain.outer.T, of_bias, out=own.middle_bias)
-            torch.mv(ctx.pairs[i], of_bias, out=own.inner_bias)
+            torch.mv(pair, of_bias, out=own.inner_bias)
             own.middle.addr_(own.middle_bias, chain.inner_bias)
-            (outer,) = add_up(of_outer[i])
-            found[i] = own._replace(outer=outer.addr_(of_bias, ctx.constants[i]))
-        return tuple(gradient for own in found for gradient in own)
+        of_outer = map(torch.addr, add_up(of_outer), of_biases, ctx.constants)
+        return tuple(each for own, outer in zip(found, of_outer) for each in own._replace(outer=outer))
 
 
 def _chains(weights: Sequence[Tensor]) -> list[Chain]:

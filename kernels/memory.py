@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import ClassVar
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 LOCK = threading.Lock()  # for taking; what ends may do so at any moment, and only appends
-ALIGNMENT = 64  # bytes of a cache line
 KEPT_FOR = 100  # takings: some steps
 
 
@@ -25,15 +25,13 @@ class Memory:
         self.blocks = []
 
     def empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Memory that begins with a cache line, to be used no longer than this object lives."""
-        size = torch.Size(shape).numel() * dtype.itemsize
-        needed = size + ALIGNMENT
+        """Memory that begins with a cache line, as all of torch's; to be used no longer than this object lives."""
+        needed = math.prod(shape) * dtype.itemsize
         block = self._fitting(needed)
         if block is None:
-            block = torch.empty(needed + size // 8, dtype=torch.uint8)  # the next batch may be a little larger
+            block = torch.empty(needed + needed // 8, dtype=torch.uint8)  # the next batch may be a little larger
         self.blocks.append(block)
-        skip = -block.data_ptr() % ALIGNMENT
-        return block[skip : skip + size].view(dtype).view(shape)
+        return block[:needed].view(dtype).view(shape)
 
     @classmethod
     def _fitting(cls, needed: int) -> Tensor | None:

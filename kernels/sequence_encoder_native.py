@@ -130,7 +130,7 @@ class _Encoder(torch.autograd.Function):
             found.append(gradients)
         backward = library(x.dtype).sequence_backward
         share_out(backward, parts, x.dtype)
-        return None, of_x, *add_up(found)
+        return None, of_x, *add_up(list(zip(*found)))
 
 
 def _arguments(settings: _Settings, weights: Sequence[Tensor], x: Tensor, start: int, end: int) -> _Arguments:

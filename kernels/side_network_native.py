@@ -199,7 +199,8 @@ class _SideTowers(torch.autograd.Function):
                 more |= {"upstream": _pointer(upstream[piece.tower]), "of_hidden": of_hidden}
                 calls.append(own.arguments(piece, settings.gelu, **more))
             share_out(library(dtype).side_backward, calls, dtype)
-        totals = [dict(zip(own[0], add_up([list(part.values()) for part in own]))) for own in parts]
+        add_up([[part[name] for part in own] for own in parts for name in own[0]])
+        totals = [own[0] for own in parts]
         of_parameters = [total.get(name) for total in totals for name in Tower._fields[1:]]
         return None, *of_views, *of_parameters, *(total["projection"] for total in totals)
 

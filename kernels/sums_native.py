@@ -12,14 +12,14 @@ from .native import library, share_out
 MOST_NUMBERS = 1 << 16  # of a call
 
 
-def add_up(found: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The tensors of the first of those who found as many, to which the others' are added in their order; all of them
-    contiguous and of one dtype, fp32 or fp64."""
-    totals, *others = found
-    for parts in others:
-        sums = [_Sum(*sizes) for total, part in zip(totals, parts, strict=True) for sizes in _pieces(total, part)]
+def add_up(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The sum of each number of parts, which is the first of them, in their order; all of them contiguous and of one
+    dtype, fp32 or fp64."""
+    totals = [own[0] for own in parts]
+    for i in range(1, max(map(len, parts))):
+        sums = [_Sum(*piece) for own in parts if i < len(own) for piece in _pieces(own[0], own[i])]
         share_out(library(totals[0].dtype).add_up, sums, totals[0].dtype)
-    return list(totals)
+    return totals
 
 
 class _Sum(ctypes.Structure):
