@@ -104,15 +104,15 @@ class _Encoder(torch.autograd.Function):
         x, states, memory = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), Memory()
         measure = library(x.dtype).sequence_memory
         measure.restype = ctypes.c_int64
-        parts, users = [], _of_whole_users(settings.grid)
+        parts, users, blocks = [], _of_whole_users(settings.grid), _blocks(weights)
         for start, end in users:
-            part = _arguments(settings, weights, x, start, end)
+            part = _arguments(settings, weights, blocks, x, start, end)
             part.memory = memory.empty(x.dtype, measure(ctypes.byref(part))).data_ptr()
             part.states = states[start:].data_ptr()
             parts.append(part)
         forward = library(x.dtype).sequence_forward
         share_out(forward, parts, x.dtype)
-        ctx.parts, ctx.starts, ctx.memory, ctx.settings = parts, [start for start, _ in users], memory, settings
+        ctx.parts, ctx.starts, ctx.memory = parts, [start for start, _ in users], memory
         ctx.save_for_backward(x, *weights)  # what the parts point to
         return states
 
@@ -125,7 +125,7 @@ class _Encoder(torch.autograd.Function):
         for start, part in zip(ctx.starts, parts, strict=True):
             gradients = [torch.empty_like(weight) for weight in weights]
             part.of_position, part.of_scale, part.of_shift = (each.data_ptr() for each in gradients[:OUTER])
-            part.weights, part.of_weights = _blocks(weights), _blocks(gradients)
+            part.of_weights = _blocks(gradients)
             part.of_x, part.upstream = of_x[start:].data_ptr(), upstream[start:].data_ptr()
             found.append(gradients)
         backward = library(x.dtype).sequence_backward
@@ -133,8 +133,11 @@ class _Encoder(torch.autograd.Function):
         return None, of_x, *add_up(list(zip(*found)))
 
 
-def _arguments(settings: _Settings, weights: Sequence[Tensor], x: Tensor, start: int, end: int) -> _Arguments:
-    grid, dropout, blocks = settings.grid, settings.dropout, _blocks(weights)
+def _arguments(
+    settings: _Settings, weights: Sequence[Tensor], blocks: ctypes.Array, x: Tensor, start: int, end: int
+) -> _Arguments:
+    """blocks: pointers to those of the weights that are theirs."""
+    grid, dropout = settings.grid, settings.dropout
     drops: dict[str, Any] = {}
     if dropout is not None:
         drops = {"drops": 1, "prefix": dropout.prefix, "threshold": dropout.threshold, "keep_scale": dropout.scale}

@@ -70,7 +70,7 @@ def encode(
         for own, weights, output in zip(kept, joined, outputs):
             more = {name: _pointer(weight) for name, weight in weights.items()}
             piece = _Piece(0, 0, own.inputs.shape[2])
-            run(encode_towers, own.arguments(piece, settings.gelu, projected=_pointer(output[part]), **more))
+            run(encode_towers, own.call(piece, projected=_pointer(output[part]), **more))
         del memory
 
     at_once(work, equal_parts(items, MOST_UNTRAINED))
@@ -133,29 +133,15 @@ class _Kept(NamedTuple):
     inputs: Tensor  # panels [K, ceil(D / 16), N, 16]
     before: Tensor  # panels [K, ceil(R / 16), N, 16]
     after: Tensor  # the same memory after a ReLU
+    arguments: _Arguments  # of no items yet
 
-    def arguments(self, piece: _Piece, gelu: bool, **more: Any) -> _Arguments:
+    def call(self, piece: _Piece, **more: Any) -> _Arguments:
         """What the library takes for some of its items."""
-        layers, bottleneck, width = self.down_weight.shape
-        pointers = {name: _pointer(getattr(self, name)) for name in ("mixes", "down_weight", "down_bias", "up_weight")}
-        pointers |= {name: _pointer(getattr(self, name)) for name in ("up_bias", "projection", "inputs", "before")}
-        return _Arguments(
-            layers=layers,
-            bottleneck=bottleneck,
-            width=width,
-            embedding=len(self.projection),
-            total=self.inputs.shape[2],
-            start=piece.start,
-            count=piece.count,
-            views=len(self.hidden),
-            gelu=gelu,
-            half=self.hidden[0].dtype == torch.bfloat16,
-            hidden=_pointers(self.hidden),
-            after=_pointer(self.after),
-            temperature=GATE_TEMPERATURE,
-            **pointers,
-            **more,
-        )
+        found = _Arguments.from_buffer_copy(self.arguments)
+        found.start, found.count = piece.start, piece.count
+        for name, value in more.items():
+            setattr(found, name, value)
+        return found
 
 
 class _SideTowers(torch.autograd.Function):
@@ -172,8 +158,8 @@ class _SideTowers(torch.autograd.Function):
         # Not kept for the backward: a node that held its own outputs would never be freed.
         projected = [each.inputs.new_empty(each.inputs.shape[2], len(each.projection)) for each in kept]
         for pieces in ctx.rounds:
-            own = [(kept[piece.tower], piece, _pointer(projected[piece.tower])) for piece in pieces]
-            calls = [tower.arguments(piece, settings.gelu, projected=output) for tower, piece, output in own]
+            outputs = [_pointer(projected[piece.tower]) for piece in pieces]
+            calls = [kept[piece.tower].call(piece, projected=output) for piece, output in zip(pieces, outputs)]
             share_out(library(dtype).side_forward, calls, dtype)
         ctx.settings, ctx.kept, ctx.memory = settings, kept, memory
         ctx.save_for_backward(*parameters)  # alone to refuse parameters that were changed in between
@@ -197,7 +183,7 @@ class _SideTowers(torch.autograd.Function):
                 more = {f"of_{name}": _pointer(gradient) for name, gradient in gradients.items()}
                 of_hidden = _pointers([of_views[view] for view in settings.reads[piece.tower]])
                 more |= {"upstream": _pointer(upstream[piece.tower]), "of_hidden": of_hidden}
-                calls.append(own.arguments(piece, settings.gelu, **more))
+                calls.append(own.call(piece, **more))
             share_out(library(dtype).side_backward, calls, dtype)
         add_up([[part[name] for part in own] for own in parts for name in own[0]])
         totals = [own[0] for own in parts]
@@ -216,27 +202,45 @@ def _kept(
     trained, and then towers use the same memory and keep one layer's input."""
     views = _panels(tables, settings.rows, parameters[1].dtype, memory, trained)
     layers, bottleneck, width = parameters[1].shape
-    items, first = views[0].shape[2], parameters[1]
-    found = []
+    items, first, found = views[0].shape[2], parameters[1], []
+    towers, kept = (len(settings.reads), layers) if trained else (1, 1)
+    inputs = memory.empty(first.dtype, towers, kept, _count(width), items, PANEL)
+    before = memory.empty(first.dtype, towers, layers, _count(bottleneck), items, PANEL)
+    after = memory.empty(first.dtype, *before.shape) if settings.gelu else before
     for i, reads in enumerate(settings.reads):
         gate, *own = parameters[PARAMETERS * i : PARAMETERS * (i + 1)]
-        projection = parameters[PARAMETERS * len(settings.reads) + i].contiguous()
-        if trained or not found:
-            inputs = memory.empty(first.dtype, layers if trained else 1, _count(width), items, PANEL)
-            before = memory.empty(first.dtype, layers, _count(bottleneck), items, PANEL)
-            after = memory.empty(first.dtype, *before.shape) if settings.gelu else before
-        found.append(
-            _Kept(
-                first.new_tensor(mixes(gate, len(reads), layers)),
-                *(parameter.contiguous() for parameter in own),
-                projection,
-                [views[view] for view in reads],
-                inputs,
-                before,
-                after,
-            )
-        )
+        own = [parameter.contiguous() for parameter in (*own, parameters[PARAMETERS * len(settings.reads) + i])]
+        hidden, weights = [views[view] for view in reads], first.new_tensor(mixes(gate, len(reads), layers))
+        tensors = weights, *own, hidden, *(each[i % towers] for each in (inputs, before, after))
+        found.append(_Kept(*tensors, _arguments(settings.gelu, *tensors)))
     return found
+
+
+def _arguments(gelu: bool, mixes: Tensor, *tensors: Tensor | list[Tensor]) -> _Arguments:
+    """Of a tower's tensors, in the order of `_Kept`."""
+    down_weight, down_bias, up_weight, up_bias, projection, hidden, inputs, before, after = tensors
+    layers, bottleneck, width = down_weight.shape
+    return _Arguments(
+        layers=layers,
+        bottleneck=bottleneck,
+        width=width,
+        embedding=len(projection),
+        total=inputs.shape[2],
+        views=len(hidden),
+        gelu=gelu,
+        half=hidden[0].dtype == torch.bfloat16,
+        mixes=_pointer(mixes),
+        down_weight=_pointer(down_weight),
+        down_bias=_pointer(down_bias),
+        up_weight=_pointer(up_weight),
+        up_bias=_pointer(up_bias),
+        projection=_pointer(projection),
+        hidden=_pointers(hidden),
+        inputs=_pointer(inputs),
+        before=_pointer(before),
+        after=_pointer(after),
+        temperature=GATE_TEMPERATURE,
+    )
 
 
 def _panels(
@@ -251,7 +255,7 @@ def _panels(
             table, own = (table if own is None else table.index_select(0, own)).to(kind).contiguous(), None
         views.append((table, None if own is None else own.contiguous()))
     items, (_, layers, width) = len(tables[0]) if rows[0] is None else len(rows[0]), tables[0].shape
-    found = [memory.empty(kind, layers, _count(width), items, PANEL) for _ in views]
+    found = memory.empty(kind, len(views), layers, _count(width), items, PANEL).unbind()
     calls = [
         _Gather(
             *(_pointer(each) for each in (table, own, panels)),
@@ -261,7 +265,7 @@ def _panels(
         for (table, own), panels in zip(views, found)
     ]
     share_out(library(dtype).gather_panels, calls, dtype, None if shared else 1)
-    return found
+    return list(found)
 
 
 def _rounds(towers: int, items: int, split: bool) -> list[list[_Piece]]:
