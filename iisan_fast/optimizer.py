@@ -19,6 +19,7 @@ class Adam(torch.optim.Adam):
     def __init__(self, groups: Iterable[dict[str, Any]], device: torch.device) -> None:
         # Fused: one pass over the parameters in place of a dozen.
         super().__init__(groups, fused=True, capturable=device.type == "cuda")
+        self.device = device
         self.found_inf: Tensor | None = None  # not 0: nothing is updated
         self._states: list[kernels.AdamState] = []
         self._update: kernels.AdamUpdate | None = None  # of these states
@@ -36,6 +37,8 @@ class Adam(torch.optim.Adam):
 
     def _native(self, parameters: Iterable[Tensor]) -> bool:
         """Whether C++ takes the parameters and their states, which may have come from a checkpoint since."""
+        if self.device.type != "cpu":
+            return False
         own = [(parameter, self.state.get(parameter)) for parameter in parameters]
         if not all(state for _, state in own):
             return False
