@@ -30,15 +30,19 @@ class AdamUpdate:
     """Updates parameters as torch.optim.Adam does without weight decay (Kingma and Ba 2015), in place."""
 
     def __init__(self, states: Sequence[AdamState]) -> None:
-        """states: such as `takes` accepts; they stay where they are."""
+        """states: such as `takes` accepts."""
         self.states = states
-        self.sizes = [state.parameter.numel() for state in states]
+        self._places = _places(states)
         self._parameters = (_Parameter * len(states))()
-        for own, state, size in zip(self._parameters, states, self.sizes):
+        for own, state in zip(self._parameters, states):
             own.values, own.mean, own.square, own.steps = (tensor.data_ptr() for tensor in state)
-            own.count = size
+            own.count = state.parameter.numel()
         self._dtype = states[0].parameter.dtype
         self._library = library(self._dtype)
+
+    def is_of(self, states: Sequence[AdamState]) -> bool:
+        """Whether these are the same tensors, where they were."""
+        return len(states) == len(self.states) and _places(states) == self._places
 
     def __call__(
         self, gradients: Sequence[Tensor], rates: Sequence[float], betas: tuple[float, float], epsilon: float
@@ -48,11 +52,17 @@ class AdamUpdate:
         for own, gradient, rate in zip(self._parameters, gradients, rates, strict=True):
             own.gradient, own.rate = gradient.data_ptr(), rate
         common = ctypes.addressof(self._parameters), len(self._parameters)
-        parts = [_Adam(*common, *share, *betas, epsilon) for share in cut(sum(self.sizes), PARTS * cores())]
+        total = sum(own.count for own in self._parameters)
+        parts = [_Adam(*common, *share, *betas, epsilon) for share in cut(total, PARTS * cores())]
         share_out(self._library.adam_update, parts, self._dtype)
         self._library.adam_advance(ctypes.byref(parts[0]))
         for state in self.states:
             increment_version(state.parameter)  # so that a graph that saved it refuses to go back
+
+
+def _places(states: Sequence[AdamState]) -> list[tuple[int, torch.dtype]]:
+    """What is found anew where a tensor was given other memory, as by `module.to`."""
+    return [(tensor.data_ptr(), tensor.dtype) for state in states for tensor in state]
 
 
 def takes(states: Sequence[AdamState]) -> bool:

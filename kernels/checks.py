@@ -87,6 +87,8 @@ def check_chains(chains: Sequence[Chain]) -> None:
             raise ValueError(f"chains[{i}]: expected matrices that can be multiplied, found {shapes}")
         for name, weight in (("middle", chain.middle), ("inner", chain.inner)):
             _shaped(f"chains[{i}].{name}_bias", getattr(chain, f"{name}_bias"), (len(weight),))
+        for name, weight in chain._asdict().items():
+            _same_device(f"chains[{i}].{name}", weight, chains[0].outer.device)
 
 
 def check_sequences(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> None:

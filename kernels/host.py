@@ -23,13 +23,13 @@ _kept: list[int] = []  # the cores of every `in_large_pieces` that is open
 
 
 def cores() -> int:
-    """Threads that `at_once` may use: as many as torch would."""
+    """Threads that large pieces of work may use: as many as torch would."""
     return _kept[-1] if _kept else torch.get_num_threads()
 
 
 @contextmanager
 def in_large_pieces() -> Iterator[None]:
-    """Torch's own operators on one thread, for a while; the cores are for `at_once`."""
+    """Torch's own operators on one thread, for a while; the cores are for those pieces."""
     _kept.append(cores())
     before = torch.get_num_threads()
     torch.set_num_threads(1)

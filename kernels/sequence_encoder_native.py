@@ -112,8 +112,9 @@ class _Encoder(torch.autograd.Function):
             parts.append(part)
         forward = library(x.dtype).sequence_forward
         share_out(forward, parts, x.dtype)
-        ctx.parts, ctx.starts, ctx.memory = parts, [start for start, _ in users], memory
-        ctx.save_for_backward(x, *weights)  # what the parts point to
+        ctx.parts, ctx.starts = parts, [start for start, _ in users]
+        ctx.memory, ctx.settings = memory, settings  # what the parts point to, with these:
+        ctx.save_for_backward(x, *weights)
         return states
 
     @staticmethod

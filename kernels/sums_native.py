@@ -13,8 +13,10 @@ MOST_NUMBERS = 1 << 16  # of a call
 
 
 def add_up(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The sum of each number of parts, which is the first of them, in their order; all of them contiguous and of one
-    dtype, fp32 or fp64."""
+    """Adds the tensors of each list to its first, in order; returns the firsts.
+
+    All are contiguous and of one dtype, fp32 or fp64.
+    """
     totals = [own[0] for own in parts]
     for i in range(1, max(map(len, parts))):
         sums = [_Sum(*piece) for own in parts if i < len(own) for piece in _pieces(own[0], own[i])]

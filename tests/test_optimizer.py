@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,7 +77,7 @@ def test_updates_are_those_of_pytorch(dtype, tolerance, threads, counted):
 
 
 @needs_compiler
-def test_numbers_repeat_whatever_the_threads():
+def test_numbers_repeat_whatever_the_threads(counted):
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -87,6 +89,7 @@ def test_numbers_repeat_whatever_the_threads():
         found.append(own)
     for others in found[1:]:
         assert all(map(torch.equal, found[0], others))
+    assert len(counted) == 6
 
 
 @needs_compiler
@@ -126,7 +129,7 @@ def test_states_that_came_from_elsewhere_are_the_ones_updated(counted):
 
 
 @needs_compiler
-def test_a_graph_that_saved_a_parameter_refuses_to_go_back():
+def test_a_graph_that_saved_a_parameter_refuses_to_go_back(counted):
     own = [nn.Parameter(torch.ones(4))]
     optimizer = Adam([{"params": own, "lr": 0.1}], CPU)
     for _ in range(2):
@@ -135,9 +138,66 @@ def test_a_graph_that_saved_a_parameter_refuses_to_go_back():
         optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+    assert counted == [1]
 
 
-@pytest.mark.parametrize("case", ["host", "torch", "no gradient", "half", "strided"])
+@needs_compiler
+@pytest.mark.parametrize("move", [lambda data: data.clone(), lambda data: data.double()])
+def test_a_parameter_that_was_given_other_memory_is_updated_there(move, counted):
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+    own, other = Adam(groups(ours), CPU), torch.optim.Adam(groups(theirs))
+    for step in range(5):
+        if step == 3:
+            for optimizer, each in ((own, ours), (other, theirs)):
+                for parameter in each:
+                    parameter.grad = None
+                    parameter.data = move(parameter.data)
+                    state = optimizer.state[parameter]
+                    state |= {kind: move(state[kind]) for kind in ("exp_avg", "exp_avg_sq")}
+        for optimizer, each in ((own, ours), (other, theirs)):
+            give_gradients(each, step)
+            optimizer.step()
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert len(counted) == 4
+
+
+@needs_compiler
+def test_parameters_may_have_taken_other_numbers_of_steps(counted):
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+    own, other = Adam(groups(ours), CPU), torch.optim.Adam(groups(theirs))
+    for step in range(5):
+        for optimizer, each in ((own, ours), (other, theirs)):
+            give_gradients(each, step)
+            if step == 2:  # PyTorch's fused form takes gradients as contiguous
+                each[1].grad = None
+            optimizer.step()
+    for found, expected in zip((*ours, *states(own, ours)), (*theirs, *states(other, theirs)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert len(counted) == 3 and own.state[ours[1]]["step"] == 4 and own.state[ours[0]]["step"] == 5
+
+
+@needs_compiler
+def test_a_copy_goes_on_by_itself(counted):
+    own = parameters(torch.float32)
+    optimizer = Adam(groups(own), CPU)
+    for step in range(2):
+        give_gradients(own, step)
+        optimizer.step()
+    again = copy.deepcopy(optimizer)
+    copies = [parameter for group in again.param_groups for parameter in group["params"]]
+    before = [each.detach().clone() for each in own]
+    for each, step in ((copies, again), (own, optimizer)):
+        give_gradients(each, 2)
+        step.step()
+        assert all(map(torch.equal, own, before)) == (each is copies)
+    assert all(map(torch.equal, own, copies)) and len(counted) == 3
+
+
+RULES = [{"weight_decay": 0.5}, {"betas": (0.5, 0.5)}, {"eps": 0.1}, {"amsgrad": True}, {"maximize": True}]
+
+
+@pytest.mark.parametrize("case", ["host", "torch", "no gradient", "half", "strided", *RULES])
 def test_pytorchs_own_updates_what_c_does_not(case, counted, monkeypatch):
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
     if case in ("host", "torch"):
@@ -146,7 +206,14 @@ def test_pytorchs_own_updates_what_c_does_not(case, counted, monkeypatch):
         ours, theirs = ([nn.Parameter(each.data.bfloat16()) for each in own] for own in (ours, theirs))
     if case == "strided":
         ours[1], theirs[1] = (nn.Parameter(own[1].data.T.contiguous().T) for own in (ours, theirs))
-    own, other = Adam(groups(ours), CPU), torch.optim.Adam(groups(theirs), fused=True)
+    rules = case if isinstance(case, dict) else {}
+    own, other = (
+        make([{**group, **rules} for group in groups(each)])
+        for make, each in (
+            (lambda each: Adam(each, CPU), ours),
+            (lambda each: torch.optim.Adam(each, fused=True), theirs),
+        )
+    )
     for step in range(4):
         for each in (ours, theirs):
             give_gradients(each, step)

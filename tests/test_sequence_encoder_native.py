@@ -124,6 +124,20 @@ def test_without_gradients_pytorch_runs(monkeypatch):
         case.model(case.x.double(), case.rows)
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_backward_has_all_that_it_reads_whoever_lets_go_of_it(step):
+    case = Case([3, 7, 1, 5] * 8)
+    expected, model = case.run(False, torch.float64), case.model
+    slots = case.rows.slots.repeat_interleave(step)[::step]
+    states = model(case.x.double(), Rows(slots, case.rows.users, case.rows.length), case.dropout)
+    case.rows = case.dropout = slots = None
+    others = [torch.full((len(case.x),), 1 << 40) for _ in range(64)]  # where the slots were
+    gradients = torch.autograd.grad(states, list(model.parameters()), case.upstream.double())
+    assert len(others) == 64
+    for (name, _), found in zip(model.named_parameters(), gradients, strict=True):
+        assert torch.equal(found, expected[name]), name
+
+
 def test_weights_changed_before_the_backward_are_refused():
     case = Case([3, 4])
     states = case.model(case.x.double(), case.rows)

@@ -8,7 +8,7 @@ namespace {
 // Rows of a matrix as the left operand; steps go over its columns.
 template <class T> inline Operand<T> rows_at(const T *matrix, long width) { return {matrix, width, 1, PANEL}; }
 
-// Sixteen columns of a matrix as rows of the left operand; steps go over its rows.
+// Columns of a matrix as rows of the left operand; steps go over its rows.
 template <class T> inline Operand<T> columns_at(const T *matrix, long width) { return {matrix, 1, width, PANEL * width}; }
 
 // y [n, outputs], whose rows are `stride` apart, = x [n, inputs] times the transpose of weight [outputs, inputs], + bias.

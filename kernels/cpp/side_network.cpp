@@ -34,7 +34,7 @@ template <class T> struct Tower {
     const T *joined_projection, *joined_projection_bias;  // [d][K R], [d]
 };
 
-// Of one panel of the hidden states, H (T or bf16), that a tower of 1 or 2 views reads.
+// Mixes a panel of the hidden states, H (T or bf16), of 1 or 2 views into the state.
 template <class T, class H, int VIEWS> struct Mix {
     const H *h, *other;
     Vector<T> carry, first, second;
@@ -401,9 +401,9 @@ template <class T> class Pass {
                 // Nothing but the gate wants the lowest input's gradient. By one view x = g h there, so the gate's is
                 // (1 - g) sum(gradient x), of which W . (gradient of W) is what comes through the down-projection W.
                 if (!gated) return 0.0;
-                double met = dot(own, x, (long)t.count * PANEL);
-                for (long row = 0, at = j * PANEL; row < r; row++, at += t.width) met += dot(weight + at, of_weight + at, here);
-                return met * (1 - t.mixes[1]);
+                double of_input = dot(own, x, (long)t.count * PANEL);
+                for (long row = 0, at = j * PANEL; row < r; row++, at += t.width) of_input += dot(weight + at, of_weight + at, here);
+                return of_input * t.mixes[0];
             }
             pack(packed.get(), weight + j * PANEL, t.width, here, r);
             Row<T> gate = {};

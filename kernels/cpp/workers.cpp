@@ -2,7 +2,8 @@
 // core that others slow down does less. Nothing of Python is held or waited for.
 //
 // Between two rounds of one training step a worker looks for the next for a while before it sleeps: to be woken takes a
-// tenth of a millisecond and more, ten times a step. It gives way to whoever else wants its core.
+// tenth of a millisecond and more, ten times a step. It gives way to whoever else wants its core. How a thread treats
+// denormal numbers is its own: these leave it as it is by default.
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -104,14 +105,17 @@ extern "C" {
 int32_t share_out(Work work, const void *const *arguments, int32_t count, int32_t threads) noexcept {
     Round round{work, arguments, count};
     Workers &own = workers();
-    std::unique_lock<std::mutex> held(own.busy, std::try_to_lock);
-    const size_t others = held && threads > 1 && count > 1 ? (threads < count ? threads : count) - 1 : 0;
-    try {
-        while (own.all.size() < others) own.all.emplace_back();
-    } catch (...) {
-        // No more threads are to be had: those that there are do the work.
+    std::unique_lock<std::mutex> held(own.busy, std::defer_lock);
+    size_t helping = 0;
+    if (threads > 1 && count > 1 && held.try_lock()) {
+        const size_t others = (threads < count ? threads : count) - 1;
+        try {
+            while (own.all.size() < others) own.all.emplace_back();
+        } catch (...) {
+            // No more threads are to be had: those that there are do the work.
+        }
+        helping = others < own.all.size() ? others : own.all.size();
     }
-    const size_t helping = others < own.all.size() ? others : own.all.size();
     for (size_t i = 0; i < helping; i++) own.all[i].offer(&round);
     round.take_all();
     for (size_t i = 0; i < helping; i++) own.all[i].withdraw(&round);
