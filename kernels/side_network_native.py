@@ -1,6 +1,6 @@
-"""The side network's training on a CPU by C++: `cpp/side_network.cpp`, a worker a core, each in its core's cache.
+"""The side network's training on a CPU by C++: `cpp/side_network.cpp`, in pieces that stay in a core's cache.
 
-The towers' items stand in one row, of which each worker takes its share: what it has whole needs no adding up.
+The towers' items stand in one row, which is cut once a core: a tower that is left whole needs no adding up.
 """
 
 from __future__ import annotations
