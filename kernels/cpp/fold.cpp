@@ -31,7 +31,7 @@ template <class T> void forward(const Fold<T> &f) {
     for (int o = 0; o < d; o += PANEL) {
         pack_transposed(packed.get(), f.outer + (long)o * f.between, f.between, PANEL, f.between);
         product(f.count, columns_at(f.middle + f.start, f.rows), packed.get(), PANEL, f.between,
-                [=](int row, const Row<T> &found) { store(pair + (long)row * d + o, found); });
+                [=](int row, const Row<T> &found) INLINED { store(pair + (long)row * d + o, found); });
     }
     for (int start = 0; start < f.count; start += ROWS) {
         const int steps = smaller(ROWS, f.count - start);
@@ -41,10 +41,11 @@ template <class T> void forward(const Fold<T> &f) {
             pack(packed.get(), own, f.width, PANEL, steps);
             // The next panel's numbers lie far apart: no processor foresees them.
             for (int k = 0; k < steps; k++) __builtin_prefetch(own + (long)k * f.width + PANEL);
-            product(d, columns_at(pair + (long)start * d, d), packed.get(), PANEL, steps, [=](int row, Row<T> found) {
-                add(found, load(to + row * PANEL));
-                store(to + row * PANEL, found);
-            });
+            product(d, columns_at(pair + (long)start * d, d), packed.get(), PANEL, steps,
+                    [=](int row, Row<T> found) INLINED {
+                        add(found, load(to + row * PANEL));
+                        store(to + row * PANEL, found);
+                    });
         }
     }
     for (int row = 0; row < d; row++)
@@ -67,27 +68,27 @@ template <class T> void backward(const Fold<T> &f) {
         for (int o = 0; o < d; o += PANEL) {
             T *to = of_pair.get() + (long)start * d + o;
             product(here, rows_at(f.inner + row * f.width, f.width), rows.get() + (size_t)o * f.width, PANEL, f.width,
-                    [=](int i, const Row<T> &found) { store(to + (long)i * d, found); });
+                    [=](int i, const Row<T> &found) INLINED { store(to + (long)i * d, found); });
         }
         for (int c = 0; c < f.width; c += PANEL) {
             T *to = f.of_inner + row * f.width + c;
             product(here, rows_at(f.pair + row * d, d), columns.get() + (size_t)c * d, PANEL, d,
-                    [=](int i, const Row<T> &found) { store(to + (long)i * f.width, found); });
+                    [=](int i, const Row<T> &found) INLINED { store(to + (long)i * f.width, found); });
         }
     }
     for (int i = 0; i < f.between; i += PANEL) {
         const int here = smaller(PANEL, f.between - i);
         pack_transposed(packed.get(), f.middle + (long)i * f.rows + f.start, f.rows, here, f.count);
-        product(d, columns_at<T>(of_pair.get(), d), packed.get(), PANEL, f.count, [&](int o, const Row<T> &found) {
-            put(f.of_outer + (long)o * f.between + i, found, here);
-        });
+        product(d, columns_at<T>(of_pair.get(), d), packed.get(), PANEL, f.count,
+                [&](int o, const Row<T> &found) INLINED { put(f.of_outer + (long)o * f.between + i, found, here); });
     }
     for (int row = 0; row < f.count; row += PANEL) {
         const int here = smaller(PANEL, f.count - row);
         pack_transposed(packed.get(), of_pair.get() + (long)row * d, d, here, d);
-        product(f.between, columns_at(f.outer, f.between), packed.get(), PANEL, d, [&](int i, const Row<T> &found) {
-            put(f.of_middle + (long)i * f.rows + f.start + row, found, here);
-        });
+        product(f.between, columns_at(f.outer, f.between), packed.get(), PANEL, d,
+                [&](int i, const Row<T> &found) INLINED {
+                    put(f.of_middle + (long)i * f.rows + f.start + row, found, here);
+                });
     }
 }
 

@@ -6,10 +6,10 @@
 namespace {
 
 // Rows of a matrix as the left operand; steps go over its columns.
-template <class T> inline Operand<T> rows_at(const T *matrix, long width) { return {matrix, width, 1, PANEL}; }
+template <class T> inline Operand<T> rows_at(const T *matrix, long width) { return {matrix, width, 1}; }
 
 // Columns of a matrix as rows of the left operand; steps go over its rows.
-template <class T> inline Operand<T> columns_at(const T *matrix, long width) { return {matrix, 1, width, PANEL * width}; }
+template <class T> inline Operand<T> columns_at(const T *matrix, long width) { return {matrix, 1, width}; }
 
 // y [n, outputs], whose rows are `stride` apart, = x [n, inputs] times the transpose of weight [outputs, inputs], + bias.
 template <class T>
@@ -17,7 +17,7 @@ void linear(int n, const T *x, int inputs, const T *weight, const T *bias, int o
     for (int o = 0; o < outputs; o += PANEL) {
         const Row<T> constant = bias ? load(bias + o) : Row<T>{};
         pack_transposed(packed, weight + (long)o * inputs, inputs, PANEL, inputs);
-        product(n, rows_at(x, inputs), packed, PANEL, inputs, [&](int row, Row<T> found) {
+        product(n, rows_at(x, inputs), packed, PANEL, inputs, [&](int row, Row<T> found) INLINED {
             add(found, constant);
             store(y + row * stride + o, found);
         });
@@ -30,16 +30,17 @@ void linear_backward(
     int n, const T *x, int inputs, const T *weight, int outputs, const T *of_y, long stride, T *of_x, T *of_weight,
     T *of_bias) {
     for (int i = 0; i < inputs; i += PANEL)
-        product(n, rows_at(of_y, stride), weight + i, inputs, outputs, [&](int row, Row<T> found) {
+        product(n, rows_at(of_y, stride), weight + i, inputs, outputs, [&](int row, Row<T> found) INLINED {
             T *to = of_x + (long)row * inputs + i;
             add(found, load(to));
             store(to, found);
         });
     for (int o = 0; o < outputs; o += PANEL) {
         for (int i = 0; i < inputs; i += PANEL)
-            product_of_columns(PANEL, columns_at(of_y + o, stride), x + i, inputs, n, [&](int row, const Row<T> &found) {
-                store(of_weight + (long)(o + row) * inputs + i, found);
-            });
+            product_of_columns(PANEL, columns_at(of_y + o, stride), x + i, inputs, n,
+                               [&](int row, const Row<T> &found) INLINED {
+                                   store(of_weight + (long)(o + row) * inputs + i, found);
+                               });
         if (!of_bias) continue;
         Row<T> total = {};
         for (int row = 0; row < n; row++)

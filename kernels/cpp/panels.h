@@ -7,8 +7,12 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 namespace {
+
+// Functions and lambdas of the innermost loops: a call among them would keep their sums in memory.
+#define INLINED __attribute__((always_inline))
 
 constexpr int PANEL = 16;       // columns
 constexpr int BLOCK = 6;        // panels of the state that a pass holds at a time
@@ -89,58 +93,76 @@ template <class T> inline Row<T> column_sums(const T *panel, int count) {
 inline int panels(int columns) { return (columns + PANEL - 1) / PANEL; }
 inline int smaller(int a, int b) { return a < b ? a : b; }
 
-// Of an operand whose element (row i, step k) stands at data[i * row + k * step], over runs of 16 steps `run` apart.
+// A left operand: its element (row i, step k) stands at data[i * row + k * step].
 template <class T> struct Operand {
     const T *data;
-    long row, step, run;
-
-    Operand at(long i) const { return {data + i * row, row, step, run}; }
+    long row, step;
 };
 
-// Rows of a panel matrix of N rows as the left operand; steps go over its columns.
-template <class T> inline Operand<T> rows_of(const T *matrix, long n) { return {matrix, PANEL, 1, n * PANEL}; }
+// Rows of a panel matrix as the left operand, `panel` numbers from one panel to the next; steps go over its columns.
+template <class T> struct PanelRows {
+    const T *data;
+    long panel;
+};
 
-// Columns of one panel as rows of the left operand; steps go over the matrix's rows, in one run.
-template <class T> inline Operand<T> columns_of(const T *panel) { return {panel, 1, PANEL, PANEL * PANEL}; }
+template <class T> inline PanelRows<T> rows_of(const T *matrix, long n) { return {matrix, n * PANEL}; }
+
+// Columns of one panel as rows of the left operand; steps go over the matrix's rows.
+template <class T> inline Operand<T> columns_of(const T *panel) { return {panel, 1, PANEL}; }
+
+// f(0), f(1) .. f(R - 1), numbers that the compiler knows: what they index in an array may stay in registers.
+template <class F, int... I> inline INLINED void repeat(std::integer_sequence<int, I...>, F f) {
+    (f(std::integral_constant<int, I>{}), ...);
+}
+template <int R, class F> inline INLINED void repeat(F f) { repeat(std::make_integer_sequence<int, R>{}, f); }
 
 // acc[R] += a step of left rows times right's row.
 template <int R, class T>
-inline __attribute__((always_inline)) void one_step(Row<T> (&acc)[R], const T *a, long row, const T *right) {
+inline INLINED void one_step(Row<T> (&acc)[R], const T *a, long row, const T *right) {
     const Row<T> own = load(right);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; i++) {
+    repeat<R>([&](auto i) INLINED {
         const Vector<T> scalar = broadcast(a[i * row]);
-        for (int p = 0; p < PARTS<T>; p++) acc[i].part[p] += scalar * own.part[p];
-    }
+        repeat<PARTS<T>>([&](auto p) INLINED { acc[i].part[p] += scalar * own.part[p]; });
+    });
 }
 
-// acc[R] += left rows times right [steps][16], whose rows are `stride` apart.
+// acc[R] += left rows from `first` on times right [steps][16], whose rows are `stride` apart.
 template <int R, class T>
-inline __attribute__((always_inline)) void multiply(
-    Row<T> (&acc)[R], const Operand<T> &left, const T *right, long stride, int steps) {
-    const T *a = left.data;
+inline INLINED void multiply(
+    Row<T> (&acc)[R], const Operand<T> &left, int first, const T *right, long stride, int steps) {
+    const T *a = left.data + first * left.row;
+#pragma GCC unroll 4
+    for (int k = 0; k < steps; k++) one_step<R>(acc, a + k * left.step, left.row, right + k * stride);
+}
+
+template <int R, class T>
+inline INLINED void multiply(
+    Row<T> (&acc)[R], const PanelRows<T> &left, int first, const T *right, long stride, int steps) {
+    const T *a = left.data + first * PANEL;
     int done = 0;
-    for (; done + PANEL <= steps; done += PANEL, a += left.run) {
-        const T *b = right + done * stride;
-#pragma GCC unroll 8
-        for (int k = 0; k < PANEL; k++) one_step<R>(acc, a + k * left.step, left.row, b + k * stride);
+    for (; done + PANEL <= steps; done += PANEL, a += left.panel, right += PANEL * stride) {
+#pragma GCC unroll 4
+        for (int k = 0; k < PANEL; k++) one_step<R>(acc, a + k, PANEL, right + k * stride);
     }
-    for (int k = 0; done + k < steps; k++) one_step<R>(acc, a + k * left.step, left.row, right + (done + k) * stride);
+    for (int k = 0; done + k < steps; k++) one_step<R>(acc, a + k, PANEL, right + k * stride);
 }
 
-// For each row of `count`, what `finish(row number, its 16 products)` makes of left times right.
-template <int R, class T, class Finish>
-inline __attribute__((always_inline)) void row_tile(
-    int row, const Operand<T> &left, const T *right, long stride, int steps, Finish &finish) {
-    Row<T> acc[R] = {};
-    multiply<R>(acc, left.at(row), right, stride, steps);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; i++) finish(row + i, acc[i]);
+// For each row of `count`, what `finish(row number, its 16 products)` makes of left times right. `finish` takes copies:
+// an array of which one number is found by a variable lies in memory, and the sums with it.
+template <int R, class T, class Left, class Finish>
+inline INLINED void row_tile(
+    int row, const Left &left, const T *right, long stride, int steps, Finish &finish) {
+    Row<T> acc[R];
+    repeat<R>([&](auto i) INLINED {
+        repeat<PARTS<T>>([&](auto p) INLINED { acc[i].part[p] = Vector<T>{}; });
+    });
+    multiply<R>(acc, left, row, right, stride, steps);
+    repeat<R>([&](auto i) INLINED { finish(row + i, Row<T>(acc[i])); });
 }
 
-template <class T, class Finish>
-inline __attribute__((always_inline)) void product(
-    int count, const Operand<T> &left, const T *right, long stride, int steps, Finish finish) {
+template <class T, class Left, class Finish>
+inline INLINED void product(
+    int count, const Left &left, const T *right, long stride, int steps, Finish finish) {
     int row = 0;
     for (; row + MOST_ROWS <= count; row += MOST_ROWS) row_tile<MOST_ROWS>(row, left, right, stride, steps, finish);
     switch (count - row) {
@@ -154,9 +176,9 @@ inline __attribute__((always_inline)) void product(
 
 // The same with 16 rows, of a panel's columns, in tiles of nearly equal size; only `count` of them are finished.
 template <class T, class Finish>
-inline __attribute__((always_inline)) void product_of_columns(
+inline INLINED void product_of_columns(
     int count, const Operand<T> &left, const T *right, long stride, int steps, Finish finish) {
-    auto bounded = [&](int row, const Row<T> &found) {
+    auto bounded = [&](int row, const Row<T> &found) INLINED {
         if (row < count) finish(row, found);
     };
     row_tile<6>(0, left, right, stride, steps, bounded);

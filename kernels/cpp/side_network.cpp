@@ -183,7 +183,7 @@ template <class T> class Pass {
             const Row<T> bias = get(t.up_bias + layer * t.width + from, here);
             const T *x = input(k - 1, j);
             pack_transposed(packed.get(), t.up_weight + (layer * t.width + from) * r, r, here, r);
-            product(t.count, rows_of(after(k - 1), t.total), packed.get(), PANEL, r, [=](int n, Row<T> found) {
+            product(t.count, rows_of(after(k - 1), t.total), packed.get(), PANEL, r, [=](int n, Row<T> found) INLINED {
                 const Row<T> own = load(x + n * PANEL);
                 for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p] + bias.part[p];
                 store(to + n * PANEL, mixed(found, n));
@@ -205,7 +205,7 @@ template <class T> class Pass {
         for (int q = 0; q < panels(outputs); q++) {
             T *sums = to + (long)q * rows * PANEL;
             pack_transposed(packed.get(), weight + (long)q * PANEL * stride, stride, columns(outputs, q), steps);
-            product(t.count, rows_of(after(0), t.total), packed.get(), PANEL, steps, [&](int n, Row<T> found) {
+            product(t.count, rows_of(after(0), t.total), packed.get(), PANEL, steps, [&](int n, Row<T> found) INLINED {
                 add(found, load(sums + n * PANEL));
                 store(sums + n * PANEL, found);
             });
@@ -218,7 +218,7 @@ template <class T> class Pass {
         for (int q = 0; q < panels(outputs); q++) {
             T *sums = to + (long)q * rows * PANEL;
             pack_transposed(packed.get(), weight + (long)q * PANEL * t.width + from, t.width, columns(outputs, q), steps);
-            product(t.count, rows_of(block_of, t.total), packed.get(), PANEL, steps, [&](int n, Row<T> found) {
+            product(t.count, rows_of(block_of, t.total), packed.get(), PANEL, steps, [&](int n, Row<T> found) INLINED {
                 add(found, load(sums + n * PANEL));
                 store(sums + n * PANEL, found);
             });
@@ -266,8 +266,8 @@ template <class T> class Pass {
         for (int q = 0; q < out; q++) {
             pack_transposed(
                 packed.get(), t.projection + (long)q * PANEL * t.width, t.width, columns(t.embedding, q), t.width);
-            product(r, Operand<T>{last_up_weight(0), 1, r, (long)PANEL * r}, packed.get(), PANEL, t.width,
-                    [&](int row, const Row<T> &own) { store(found.get() + ((long)q * r + row) * PANEL, own); });
+            product(r, Operand<T>{last_up_weight(0), 1, r}, packed.get(), PANEL, t.width,
+                    [&](int row, const Row<T> &own) INLINED { store(found.get() + ((long)q * r + row) * PANEL, own); });
         }
         return found;
     }
@@ -282,7 +282,7 @@ template <class T> class Pass {
                 bias.part[c / LANES<T>][c % LANES<T>] =
                     dot(t.projection + ((long)q * PANEL + c) * t.width, last_up_bias(), t.width);
             product(t.count, rows_of(after(last), t.total), weight.get() + (long)q * t.bottleneck * PANEL, PANEL,
-                    t.bottleneck, [&](int n, Row<T> found) {
+                    t.bottleneck, [&](int n, Row<T> found) INLINED {
                         const Row<T> own = load(embedding + ((long)q * t.count + n) * PANEL);
                         for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p] + bias.part[p];
                         put(t.projected + (long)(t.start + n) * t.embedding + q * PANEL, found, here);
@@ -309,7 +309,9 @@ template <class T> class Pass {
             for (int q = 0; q < narrow; q++)
                 product_of_columns(
                     PANEL, columns_of(upstream.get() + (long)o * t.count * PANEL), after(last, q), PANEL, t.count,
-                    [&](int row, const Row<T> &own) { store(inner.get() + (o * PANEL + row) * stride + q * PANEL, own); });
+                    [&](int row, const Row<T> &own) INLINED {
+                        store(inner.get() + (o * PANEL + row) * stride + q * PANEL, own);
+                    });
         const std::unique_ptr<T[]> weight = composite();
         for (int q = 0; q < narrow; q++) {
             for (int o = 0; o < d; o++)
@@ -317,9 +319,10 @@ template <class T> class Pass {
                     const int row = q * PANEL + c;
                     packed[o * PANEL + c] = row < r ? weight[((long)(o / PANEL) * r + row) * PANEL + o % PANEL] : T(0);
                 }
-            product(t.count, rows_of(upstream.get(), t.count), packed.get(), PANEL, d, [&](int n, const Row<T> &own) {
-                store(of_after.get() + ((long)q * t.count + n) * PANEL, own);
-            });
+            product(t.count, rows_of(upstream.get(), t.count), packed.get(), PANEL, d,
+                    [&](int n, const Row<T> &own) INLINED {
+                        store(of_after.get() + ((long)q * t.count + n) * PANEL, own);
+                    });
         }
         for (int j = 0; j < wide; j++) project_backward(j, upstream.get(), total.get(), inner.get(), stride);
     }
@@ -330,21 +333,21 @@ template <class T> class Pass {
         T *to = state_gradient(j);
         pack(packed.get(), t.projection + from, t.width, here, d);
         product(t.count, rows_of(upstream, t.count), packed.get(), PANEL, d,
-                [&](int n, const Row<T> &found) { store(to + n * PANEL, found); });
+                [&](int n, const Row<T> &found) INLINED { store(to + n * PANEL, found); });
         Row<T> of_bias = {};
         for (int o = 0; o < d; o++)
             for (int p = 0; p < PARTS<T>; p++) of_bias.part[p] += total[o] * load(packed.get() + o * PANEL).part[p];
         put(t.of_up_bias + last * (long)t.width + from, of_bias, here);
         for (int q = 0; q < narrow; q++)
             product_of_columns(here, columns_of(packed.get()), inner + q * PANEL, stride, d,
-                               [&](int row, const Row<T> &found) {
+                               [&](int row, const Row<T> &found) INLINED {
                                    put(t.of_up_weight + (last * (long)t.width + from + row) * r + q * PANEL, found,
                                        columns(r, q));
                                });
         weight_gradient(t.of_projection, upstream, d, input(last, j), j);
         const Row<T> bias = get(last_up_bias() + from, here);
         pack_transposed(packed.get(), last_up_weight(from), r, here, r);
-        product(d, Operand<T>{inner, stride, 1, PANEL}, packed.get(), PANEL, r, [&](int o, Row<T> found) {
+        product(d, Operand<T>{inner, stride, 1}, packed.get(), PANEL, r, [&](int o, Row<T> found) INLINED {
             T *own = t.of_projection + (long)o * t.width + from;
             const Row<T> before = get(own, here);
             for (int p = 0; p < PARTS<T>; p++) found.part[p] += before.part[p] + total[o] * bias.part[p];
@@ -357,7 +360,7 @@ template <class T> class Pass {
         for (int q = 0; q < panels(outputs); q++)
             product_of_columns(
                 columns(outputs, q), columns_of(left + (long)q * t.count * PANEL), right, PANEL, t.count,
-                [&](int row, const Row<T> &found) {
+                [&](int row, const Row<T> &found) INLINED {
                     put(of_weight + ((long)q * PANEL + row) * t.width + j * PANEL, found, columns(t.width, j));
                 });
     }
@@ -371,7 +374,7 @@ template <class T> class Pass {
             T *sums = of_after.get() + (long)q * t.count * PANEL;
             if (here < PANEL) pack(packed.get(), weight + q * PANEL, r, here, steps);
             product(t.count, rows_of(state_gradient(block), t.count), here < PANEL ? packed.get() : weight + q * PANEL,
-                    here < PANEL ? PANEL : r, steps, [&](int n, Row<T> found) {
+                    here < PANEL ? PANEL : r, steps, [&](int n, Row<T> found) INLINED {
                         add(found, load(sums + n * PANEL));
                         store(sums + n * PANEL, found);
                     });
@@ -381,7 +384,7 @@ template <class T> class Pass {
             put(t.of_up_bias + (long)k * t.width + j * PANEL, column_sums(own, t.count), columns(t.width, j));
             for (int q = 0; q < narrow; q++)
                 product_of_columns(columns(t.width, j), columns_of(own), after(k, q), PANEL, t.count,
-                                   [&](int row, const Row<T> &found) {
+                                   [&](int row, const Row<T> &found) INLINED {
                                        put(t.of_up_weight + ((long)k * t.width + j * PANEL + row) * r + q * PANEL, found,
                                            columns(r, q));
                                    });
@@ -407,16 +410,17 @@ template <class T> class Pass {
             }
             pack(packed.get(), weight + j * PANEL, t.width, here, r);
             Row<T> gate = {};
-            product(t.count, rows_of(of_before.get(), t.count), packed.get(), PANEL, r, [&, own, x](int n, Row<T> found) {
-                add(found, load(own + n * PANEL));
-                if (gated) {
-                    const Row<T> slope = mixed.gate_slope(x + n * PANEL, n);
-                    for (int p = 0; p < PARTS<T>; p++) gate.part[p] += found.part[p] * slope.part[p];
-                }
-                if (passed_on) add_to_views(found, n, k, j);
-                for (int p = 0; p < PARTS<T>; p++) found.part[p] *= mixed.carry;
-                store(own + n * PANEL, found);
-            });
+            product(t.count, rows_of(of_before.get(), t.count), packed.get(), PANEL, r,
+                    [&, own, x](int n, Row<T> found) INLINED {
+                        add(found, load(own + n * PANEL));
+                        if (gated) {
+                            const Row<T> slope = mixed.gate_slope(x + n * PANEL, n);
+                            for (int p = 0; p < PARTS<T>; p++) gate.part[p] += found.part[p] * slope.part[p];
+                        }
+                        if (passed_on) add_to_views(found, n, k, j);
+                        for (int p = 0; p < PARTS<T>; p++) found.part[p] *= mixed.carry;
+                        store(own + n * PANEL, found);
+                    });
             return (double)sum(gate) * mixed.gate_scale();
         });
     }
