@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,49 +37,52 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("start", "count", "outputs", "between", "rows", "width")),
-        *((name, ctypes.c_void_p) for name in ("outer", "middle", "inner", "pair", "product", "upstream")),
-        *((name, ctypes.c_void_p) for name in ("of_outer", "of_middle", "of_inner")),
+        *((name, ctypes.c_void_p) for name in Chain._fields),
+        *((name, ctypes.c_void_p) for name in ("pair", "constant", "product", "bias", "upstream", "of_bias")),
+        *((f"of_{name}", ctypes.c_void_p) for name in Chain._fields),
     ]
+
+
+class _Kept(NamedTuple):
+    """What the backward takes from a chain's forward."""
+
+    pair: Tensor  # [H, d]: the outer two's product, transposed
+    constant: Tensor  # [d']: what the inner two make of nothing
 
 
 class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *weights: Tensor) -> tuple[Tensor, ...]:
         chains, dtype = _chains(weights), weights[0].dtype
-        ctx.pairs = [chain.inner.new_empty(len(chain.inner), len(chain.outer)) for chain in chains]
-        ctx.constants = [torch.addmv(chain.middle_bias, chain.middle, chain.inner_bias) for chain in chains]
-        calls, products = [], []
-        for chain, pair in zip(chains, ctx.pairs):
-            products.append([])
-            for share in shares(len(chain.inner), MOST_PARTS):
-                product = chain.inner.new_empty(len(chain.outer), chain.inner.shape[1])
-                calls.append(_arguments(chain, share, pair=pair, product=product))
-                products[-1].append(product)
+        ctx.kept, calls, products, biases = [], [], [], []
+        for chain in chains:
+            outputs, width = len(chain.outer), chain.inner.shape[1]
+            kept = _Kept(chain.inner.new_empty(len(chain.inner), outputs), torch.empty_like(chain.middle_bias))
+            ctx.kept.append(kept)
+            biases.append(chain.outer.new_empty(outputs))
+            parts = shares(len(chain.inner), MOST_PARTS)
+            products.append([chain.outer.new_empty(outputs, width) for _ in parts])
+            for part, product in zip(parts, products[-1]):
+                calls.append(_arguments(chain, kept, part, product=product, bias=biases[-1]))
         share_out(library(dtype).fold_forward, calls, dtype)
         ctx.save_for_backward(*weights)
-        biases = [chain.outer.mv(constant) for chain, constant in zip(chains, ctx.constants)]
         return tuple(each for pair in zip(add_up(products), biases) for each in pair)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor) -> tuple[Tensor, ...]:
         chains, dtype = _chains(ctx.saved_tensors), upstream[0].dtype
-        of_weights, of_biases = [each.contiguous() for each in upstream[::2]], upstream[1::2]
+        upstream = [each.contiguous() for each in upstream]
         found, calls, of_outer = [], [], []
-        for chain, pair, of_weight in zip(chains, ctx.pairs, of_weights):
-            found.append(Chain(*map(torch.empty_like, chain)))
-            of_outer.append([])
-            more = {"pair": pair, "upstream": of_weight, "of_middle": found[-1].middle, "of_inner": found[-1].inner}
-            for share in shares(len(chain.inner), MOST_PARTS):
-                of_outer[-1].append(torch.empty_like(chain.outer))
-                calls.append(_arguments(chain, share, of_outer=of_outer[-1][-1], **more))
+        for chain, kept, of_weight, of_bias in zip(chains, ctx.kept, upstream[::2], upstream[1::2]):
+            found.append([torch.empty_like(weight) for weight in chain[1:]])
+            parts = shares(len(chain.inner), MOST_PARTS)
+            of_outer.append([torch.empty_like(chain.outer) for _ in parts])
+            more = {f"of_{name}": gradient for name, gradient in zip(Chain._fields[1:], found[-1])}
+            more |= {"upstream": of_weight, "of_bias": of_bias}
+            calls += [_arguments(chain, kept, part, of_outer=own, **more) for part, own in zip(parts, of_outer[-1])]
         share_out(library(dtype).fold_backward, calls, dtype)
-        for chain, own, pair, of_bias in zip(chains, found, ctx.pairs, of_biases):
-            torch.mv(chain.outer.T, of_bias, out=own.middle_bias)
-            torch.mv(pair, of_bias, out=own.inner_bias)
-            own.middle.addr_(own.middle_bias, chain.inner_bias)
-        of_outer = map(torch.addr, add_up(of_outer), of_biases, ctx.constants)
-        return tuple(each for own, outer in zip(found, of_outer) for each in own._replace(outer=outer))
+        return tuple(each for outer, own in zip(add_up(of_outer), found) for each in (outer, *own))
 
 
 def _chains(weights: Sequence[Tensor]) -> list[Chain]:
@@ -86,8 +90,7 @@ def _chains(weights: Sequence[Tensor]) -> list[Chain]:
     return [Chain(*weights[i : i + size]) for i in range(0, len(weights), size)]
 
 
-def _arguments(chain: Chain, share: tuple[int, int], **more: Tensor) -> _Arguments:
-    outer, middle, inner = chain.outer, chain.middle, chain.inner
-    pointers = {"outer": outer, "middle": middle, "inner": inner, **more}
-    addresses = {name: tensor.data_ptr() for name, tensor in pointers.items()}
-    return _Arguments(*share, *outer.shape, *inner.shape, **addresses)
+def _arguments(chain: Chain, kept: _Kept, part: tuple[int, int], **more: Tensor) -> _Arguments:
+    """Of some rows of the inner weight; more: what one direction alone takes."""
+    addresses = {name: tensor.data_ptr() for name, tensor in (chain._asdict() | kept._asdict() | more).items()}
+    return _Arguments(*part, *chain.outer.shape, *chain.inner.shape, **addresses)

@@ -97,7 +97,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("layers", "bottleneck", "width", "embedding")),
         *((name, ctypes.c_int32) for name in ("total", "start", "count", "views", "gelu", "half")),
-        *((name, ctypes.c_void_p) for name in ("mixes", "down_weight", "down_bias", "up_weight", "up_bias")),
+        *((name, ctypes.c_void_p) for name in Tower._fields[1:]),
         ("projection", ctypes.c_void_p),
         ("hidden", ctypes.c_void_p * 2),
         *((name, ctypes.c_void_p) for name in ("inputs", "before", "after", "projected", "upstream", "of_gate")),
@@ -123,7 +123,7 @@ class _Gather(ctypes.Structure):
 class _Kept(NamedTuple):
     """A tower's tensors, which its pointers point into."""
 
-    mixes: Tensor  # [K, 3]
+    gate: Tensor | None  # [K]
     down_weight: Tensor  # [K, R, D]
     down_bias: Tensor
     up_weight: Tensor
@@ -208,15 +208,14 @@ def _kept(
     before = memory.empty(first.dtype, towers, layers, _count(bottleneck), items, PANEL)
     after = memory.empty(first.dtype, *before.shape) if settings.gelu else before
     for i, reads in enumerate(settings.reads):
-        gate, *own = parameters[PARAMETERS * i : PARAMETERS * (i + 1)]
-        own = [parameter.contiguous() for parameter in (*own, parameters[PARAMETERS * len(settings.reads) + i])]
-        hidden, weights = [views[view] for view in reads], first.new_tensor(mixes(gate, len(reads), layers))
-        tensors = weights, *own, hidden, *(each[i % towers] for each in (inputs, before, after))
+        own = (*parameters[PARAMETERS * i : PARAMETERS * (i + 1)], parameters[PARAMETERS * len(settings.reads) + i])
+        own = [parameter if parameter is None else parameter.contiguous() for parameter in own]
+        tensors = *own, [views[view] for view in reads], *(each[i % towers] for each in (inputs, before, after))
         found.append(_Kept(*tensors, _arguments(settings.gelu, *tensors)))
     return found
 
 
-def _arguments(gelu: bool, mixes: Tensor, *tensors: Tensor | list[Tensor]) -> _Arguments:
+def _arguments(gelu: bool, gate: Tensor | None, *tensors: Tensor | list[Tensor]) -> _Arguments:
     """Of a tower's tensors, in the order of `_Kept`."""
     down_weight, down_bias, up_weight, up_bias, projection, hidden, inputs, before, after = tensors
     layers, bottleneck, width = down_weight.shape
@@ -229,7 +228,7 @@ def _arguments(gelu: bool, mixes: Tensor, *tensors: Tensor | list[Tensor]) -> _A
         views=len(hidden),
         gelu=gelu,
         half=hidden[0].dtype == torch.bfloat16,
-        mixes=_pointer(mixes),
+        gate=_pointer(gate),
         down_weight=_pointer(down_weight),
         down_bias=_pointer(down_bias),
         up_weight=_pointer(up_weight),

@@ -1,4 +1,5 @@
-// Chains of three weights multiplied, outer [d, d'] times middle [d', H] times inner [H, D], and their gradients.
+// Chains of three linear maps multiplied, outer [d, d'] times middle [d', H] times inner [H, D], and their gradients; the
+// inner two have biases.
 //
 // `inner` is by far the largest and comes from memory each step, so it is read once, row after row, and workers share
 // its rows out; the pair of the outer two stands transposed, [H, d].
@@ -14,12 +15,14 @@ constexpr int ROWS = 96;  // of `inner` that stay in the cache while all its col
 template <class T> struct Fold {
     int32_t start, count;
     int32_t outputs, between, rows, width;  // d, d', H, D
-    const T *outer, *middle, *inner;
+    const T *outer, *middle, *middle_bias, *inner, *inner_bias;
     T *pair;               // [H, d]
+    T *constant;           // [d']: what the inner two make of nothing; by the first rows' call, as all that has no rows
     T *product;            // [d, D]: the part that these rows give
-    const T *upstream;     // [d, D]
+    T *bias;               // [d]
+    const T *upstream, *of_bias;
     T *of_outer;           // [d, d']: the part that these rows give
-    T *of_middle, *of_inner;
+    T *of_middle, *of_middle_bias, *of_inner, *of_inner_bias;
 };
 
 // These rows of `pair`, and its product with `inner`.
@@ -51,6 +54,10 @@ template <class T> void forward(const Fold<T> &f) {
     for (int row = 0; row < d; row++)
         for (int c = 0; c < f.width; c += PANEL)
             store(f.product + (long)row * f.width + c, load(sums.get() + (size_t)c * d + row * PANEL));
+    if (f.start) return;
+    for (int i = 0; i < f.between; i++)
+        f.constant[i] = f.middle_bias[i] + dot(f.middle + (long)i * f.rows, f.inner_bias, f.rows);
+    for (int o = 0; o < d; o++) f.bias[o] = dot(f.outer + (long)o * f.between, f.constant, f.between);
 }
 
 template <class T> void backward(const Fold<T> &f) {
@@ -76,17 +83,29 @@ template <class T> void backward(const Fold<T> &f) {
                     [=](int i, const Row<T> &found) INLINED { store(to + (long)i * f.width, found); });
         }
     }
+    for (int row = f.start; row < f.start + f.count; row++)
+        f.of_inner_bias[row] = dot(f.pair + (long)row * d, f.of_bias, d);
+    std::unique_ptr<T[]> of_constant(new T[f.between]());
+    for (int o = 0; o < d; o++)
+        for (int i = 0; i < f.between; i++) of_constant[i] += f.of_bias[o] * f.outer[(long)o * f.between + i];
+    if (!f.start) std::memcpy(f.of_middle_bias, of_constant.get(), sizeof(T) * f.between);
     for (int i = 0; i < f.between; i += PANEL) {
         const int here = smaller(PANEL, f.between - i);
+        const Row<T> constant = f.start ? Row<T>{} : get(f.constant + i, here);
         pack_transposed(packed.get(), f.middle + (long)i * f.rows + f.start, f.rows, here, f.count);
         product(d, columns_at<T>(of_pair.get(), d), packed.get(), PANEL, f.count,
-                [&](int o, const Row<T> &found) INLINED { put(f.of_outer + (long)o * f.between + i, found, here); });
+                [&](int o, Row<T> found) INLINED {
+                    for (int p = 0; p < PARTS<T>; p++) found.part[p] += f.of_bias[o] * constant.part[p];
+                    put(f.of_outer + (long)o * f.between + i, found, here);
+                });
     }
     for (int row = 0; row < f.count; row += PANEL) {
         const int here = smaller(PANEL, f.count - row);
+        const Row<T> bias = get(f.inner_bias + f.start + row, here);
         pack_transposed(packed.get(), of_pair.get() + (long)row * d, d, here, d);
         product(f.between, columns_at(f.outer, f.between), packed.get(), PANEL, d,
-                [&](int i, const Row<T> &found) INLINED {
+                [&](int i, Row<T> found) INLINED {
+                    for (int p = 0; p < PARTS<T>; p++) found.part[p] += of_constant[i] * bias.part[p];
                     put(f.of_middle + (long)i * f.rows + f.start + row, found, here);
                 });
     }

@@ -18,7 +18,7 @@ template <class T> struct Tower {
     int32_t layers, bottleneck, width, embedding;  // K, R, D, d
     int32_t total, start, count, views;
     int32_t gelu, half;             // half: the hidden states are bf16
-    const T *mixes;                 // [K][3]: x = mix[0] state + mix[1] first + mix[2] second
+    const T *gate;                  // [K], or null
     const T *down_weight, *down_bias, *up_weight, *up_bias, *projection;
     const void *hidden[2];          // of each view: panel matrices [K][total, D]
     T *inputs;                      // panel matrices [K][total, D]
@@ -71,7 +71,14 @@ template <class T> class Pass {
   public:
     explicit Pass(const Tower<T> &tower)
         : t(tower), wide(panels(t.width)), narrow(panels(t.bottleneck)), out(panels(t.embedding)), last(t.layers - 1),
-          packed(new T[(size_t)PANEL * (t.width + t.layers * t.bottleneck + t.embedding + BLOCK * PANEL)]) {}
+          packed(new T[(size_t)PANEL * (t.width + t.layers * t.bottleneck + t.embedding + BLOCK * PANEL)]),
+          mixes(new Weights[t.layers]) {
+        for (int k = 0; k < t.layers; k++) {
+            const double gate = t.gate ? 1 / (1 + std::exp(-t.gate[k] / t.temperature)) : 1;
+            const double other = t.gate ? 1 - gate : 1;
+            mixes[k] = {T(t.views == 2 ? 1 : other), T(gate), T(other)};
+        }
+    }
 
     void forward() {
         std::unique_ptr<T[]> embedding(new T[(size_t)out * t.count * PANEL]());
@@ -133,10 +140,15 @@ template <class T> class Pass {
     }
 
   private:
+    struct Weights {  // of a layer's input: carry state + first h + second other
+        T carry, first, second;
+    };
+
     const Tower<T> &t;
     const int wide, narrow, out;  // panels of the state, of a bottleneck, of an item vector
     const int last;               // layer
     std::unique_ptr<T[]> packed;
+    std::unique_ptr<Weights[]> mixes;
     std::unique_ptr<T[]> gradient;             // of the state: a panel matrix [count, D]
     std::unique_ptr<T[]> of_after, of_before;  // panel matrices [count, R]
 
@@ -158,9 +170,9 @@ template <class T> class Pass {
     }
     template <class H, int VIEWS> Mix<T, H, VIEWS> mix_of(int k, int j) const {
         const long at = (((long)k * wide + j) * t.total + t.start) * PANEL;
-        const T *weights = t.mixes + 3 * k;
+        const Weights &own = mixes[k];
         return {(const H *)t.hidden[0] + at, VIEWS == 2 ? (const H *)t.hidden[1] + at : nullptr,
-                broadcast(weights[0]), broadcast(weights[1]), broadcast(weights[2])};
+                broadcast(own.carry), broadcast(own.first), broadcast(own.second)};
     }
 
     void fill(T *matrix, const T *bias, int width) const {
@@ -406,7 +418,7 @@ template <class T> class Pass {
                 if (!gated) return 0.0;
                 double of_input = dot(own, x, (long)t.count * PANEL);
                 for (long row = 0, at = j * PANEL; row < r; row++, at += t.width) of_input += dot(weight + at, of_weight + at, here);
-                return of_input * t.mixes[0];
+                return of_input * mixes[0].carry;
             }
             pack(packed.get(), weight + j * PANEL, t.width, here, r);
             Row<T> gate = {};
@@ -426,8 +438,8 @@ template <class T> class Pass {
     }
 
     void add_to_views(const Row<T> &found, int n, int k, int j) const {
-        for (int view = 0; view < t.views; view++)
-            if (t.of_hidden[view]) add_to(t.of_hidden[view], found, t.mixes[3 * k + 1 + view], n, k, j);
+        if (t.of_hidden[0]) add_to(t.of_hidden[0], found, mixes[k].first, n, k, j);
+        if (t.views == 2 && t.of_hidden[1]) add_to(t.of_hidden[1], found, mixes[k].second, n, k, j);
     }
 
     void add_to(T *of_view, const Row<T> &found, T weight, int n, int k, int j) const {
