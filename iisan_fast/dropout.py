@@ -17,9 +17,11 @@ class StatelessDropout:
     """The masks of one step."""
 
     def __init__(self, probability: float, seed: int, step: int | Tensor) -> None:
-        """step: the run's step number, an int or an int64 scalar on the masks' device."""
+        """step: the run's step number, an int or an int64 scalar, on the host or the masks' device."""
         self.threshold = round(probability * 2**32)
         self.scale = 1 / (1 - probability)
+        if isinstance(step, Tensor) and step.is_cpu:
+            step = int(step)  # spares a dozen operators on one number
         self.prefix = _absorb(_mix(seed & MASK32), step)
 
     def factors(self, sites: Tensor, users: Tensor, positions: Tensor, channels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ Intra towers read one view each, the inter tower both (IISAN, section 3.2). View
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -121,13 +122,13 @@ class SideNetwork(nn.Module):
         if len({view.table.shape[1:] for view in states}) == 1:  # one call for all towers of one bottleneck
             for names in self.by_bottleneck.values():
                 found += outputs(states, {name: reads[name] for name in names})
-            return sum(found)
+            return functools.reduce(torch.add, found)
         for name, view in zip(("first", "second"), states):
             if name in self.towers:
                 found += outputs([view], {name: (0,)})
         if "inter" in self.towers:
             found += outputs(self._aligned(states), {"inter": (0, 1)})
-        return sum(found)
+        return functools.reduce(torch.add, found)
 
     def _aligned(self, states: list[States]) -> list[States]:
         """The last paired layers of both views, the wider one brought to the narrower width."""

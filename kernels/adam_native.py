@@ -31,16 +31,16 @@ class AdamUpdate:
 
     def __init__(self, states: Sequence[AdamState]) -> None:
         """states: such as `takes` accepts."""
-        self.states = states
-        self._places = _places(states)
-        self._parameters = (_Parameter * len(states))()
-        for own, state in zip(self._parameters, states):
-            own.values, own.mean, own.square, own.steps = (tensor.data_ptr() for tensor in state)
-            own.count = state.parameter.numel()
+        self.states, self._places = states, _places(states)
+        self._values = [state.parameter for state in states]
+        self._parameters = (_Parameter * len(states))(
+            *((*(tensor.data_ptr() for tensor in state), state.parameter.numel()) for state in states)
+        )
+        self._total = sum(parameter.numel() for parameter in self._values)
         self._dtype = states[0].parameter.dtype
         self._library = library(self._dtype)
 
-    def is_of(self, states: Sequence[AdamState]) -> bool:
+    def is_of(self, states: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> bool:
         """Whether these are the same tensors, where they were."""
         return len(states) == len(self.states) and _places(states) == self._places
 
@@ -48,19 +48,17 @@ class AdamUpdate:
         self, gradients: Sequence[Tensor], rates: Sequence[float], betas: tuple[float, float], epsilon: float
     ) -> None:
         """One step by each parameter's gradient and rate."""
-        gradients = [gradient.contiguous() for gradient in gradients]
-        for own, gradient, rate in zip(self._parameters, gradients, rates, strict=True):
-            own.gradient, own.rate = gradient.data_ptr(), rate
-        common = ctypes.addressof(self._parameters), len(self._parameters)
-        total = sum(own.count for own in self._parameters)
-        parts = [_Adam(*common, *share, *betas, epsilon) for share in cut(total, PARTS * cores())]
+        count, gradients = len(self.states), [gradient.contiguous() for gradient in gradients]
+        pointers = (ctypes.c_void_p * count)(*(gradient.data_ptr() for gradient in gradients))
+        arrays = self._parameters, pointers, (ctypes.c_double * count)(*rates)
+        common = [*map(ctypes.addressof, arrays), count]
+        parts = [_Adam(*common, *share, *betas, epsilon) for share in cut(self._total, PARTS * cores())]
         share_out(self._library.adam_update, parts, self._dtype)
         self._library.adam_advance(ctypes.byref(parts[0]))
-        for state in self.states:
-            increment_version(state.parameter)  # so that a graph that saved it refuses to go back
+        increment_version(self._values)  # so that a graph that saved one of them refuses to go back
 
 
-def _places(states: Sequence[AdamState]) -> list[tuple[int, torch.dtype]]:
+def _places(states: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> list[tuple[int, torch.dtype]]:
     """What is found anew where a tensor was given other memory, as by `module.to`."""
     return [(tensor.data_ptr(), tensor.dtype) for state in states for tensor in state]
 
@@ -80,9 +78,8 @@ class _Parameter(ctypes.Structure):
     """`Parameter` of cpp/adam.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("values", "gradient", "mean", "square", "steps")),
+        *((name, ctypes.c_void_p) for name in ("values", "mean", "square", "steps")),
         ("count", ctypes.c_int64),
-        ("rate", ctypes.c_double),
     ]
 
 
@@ -90,7 +87,7 @@ class _Adam(ctypes.Structure):
     """`Adam` of cpp/adam.cpp."""
 
     _fields_ = [
-        ("parameters", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("parameters", "gradients", "rates")),
         *((name, ctypes.c_int64) for name in ("count", "start", "length")),
         *((name, ctypes.c_double) for name in ("beta1", "beta2", "epsilon")),
     ]

@@ -38,7 +38,8 @@ def check_towers(
         if found[1:] != (layers, width):
             raise ValueError(f"states[{i}].table: expected [rows, {layers}, {width}], found {list(found)}")
         if rows is not None:
-            check_indices(f"states[{i}].rows", rows, None, len(table), device)
+            if i == 0 or rows is not states[0].rows or len(table) != len(states[0].table):  # looked at once
+                check_indices(f"states[{i}].rows", rows, None, len(table), device)
             if table.requires_grad:
                 raise ValueError(f"states[{i}].table: no gradient flows to states read by row; pass them in order")
         here = len(table) if rows is None else len(rows)
@@ -154,7 +155,7 @@ def check_indices(
         _shaped(name, indices, (count,))
     _same_device(name, indices, device)
     if indices.is_cpu and indices.numel() and not torch.compiler.is_compiling():
-        least, most = indices.min().item(), indices.max().item()
+        least, most = (bound.item() for bound in indices.aminmax())
         if least < lowest or most >= limit:
             found = least if least < lowest else most
             raise ValueError(f"{name}: expected indices from {lowest} to {limit - 1}, found {found}")

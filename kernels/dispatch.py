@@ -206,19 +206,21 @@ def _choice(op: str, backend: str, tensors: Sequence[Tensor]) -> tuple[str, str]
     if backend not in BACKENDS:
         raise ValueError(f"{source}: expected {', '.join(BACKENDS)}, found {backend!r}")
     device = tensors[0].device.type
-    unable = _why_not(device, tuple(tensor.dtype for tensor in tensors))
-    if backend == "triton" and unable:
-        raise ValueError(f"{source}: triton cannot run {op}: {unable}; use torch")
     if backend in ("host", "native") and device != "cpu":
         raise ValueError(f"{source}: {backend} needs CPU tensors, found {device}; use torch or triton")
     if backend == "native" and (reason := why_not()):
         raise ValueError(f"{source}: native cannot run {op}: {reason}; use host")
-    if backend != "auto":
+    if backend in ("torch", "host", "native"):
         return backend, ""
-    if device == "cpu" and torch.compiler.is_compiling():
-        return "torch", ""  # a compiler sees into the reference alone
-    if device == "cpu":
+    if backend == "auto" and device == "cpu":
+        if torch.compiler.is_compiling():
+            return "torch", ""  # a compiler sees into the reference alone
         return ("host", reason) if (reason := why_not()) else ("native", "")
+    unable = _why_not(device, tuple(tensor.dtype for tensor in tensors))
+    if backend == "triton":
+        if unable:
+            raise ValueError(f"{source}: triton cannot run {op}: {unable}; use torch")
+        return "triton", ""
     return ("triton", "") if device == "cuda" and not unable else ("torch", unable)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -104,7 +106,8 @@ class _Encoder(torch.autograd.Function):
         x, states, memory = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), Memory()
         measure = library(x.dtype).sequence_memory
         measure.restype = ctypes.c_int64
-        parts, users, blocks = [], _of_whole_users(settings.grid), _blocks(weights)
+        parts, users = [], _of_whole_users(settings.grid)
+        blocks = _blocks([weight.data_ptr() for weight in weights])
         for start, end in users:
             part = _arguments(settings, weights, blocks, x, start, end)
             part.memory = memory.empty(x.dtype, measure(ctypes.byref(part))).data_ptr()
@@ -122,16 +125,18 @@ class _Encoder(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         upstream, of_x = upstream.contiguous(), torch.empty_like(x)
+        sizes = [weight.numel() for weight in weights]
         found, parts = [], [_Arguments.from_buffer_copy(part) for part in ctx.parts]
         for start, part in zip(ctx.starts, parts, strict=True):
-            gradients = [torch.empty_like(weight) for weight in weights]
-            part.of_position, part.of_scale, part.of_shift = (each.data_ptr() for each in gradients[:OUTER])
-            part.of_weights = _blocks(gradients)
+            found.append(x.new_empty(sum(sizes)))  # the gradients of all weights, one after the other
+            places = _places(found[-1], sizes)
+            part.of_position, part.of_scale, part.of_shift = places[:OUTER]
+            part.of_weights = _blocks(places)
             part.of_x, part.upstream = of_x[start:].data_ptr(), upstream[start:].data_ptr()
-            found.append(gradients)
         backward = library(x.dtype).sequence_backward
         share_out(backward, parts, x.dtype)
-        return None, of_x, *add_up(list(zip(*found)))
+        (total,) = add_up([found])
+        return None, of_x, *(own.view(weight.shape) for own, weight in zip(total.split(sizes), weights))
 
 
 def _arguments(
@@ -162,15 +167,21 @@ def _arguments(
     )
 
 
-def _blocks(weights: Sequence[Tensor]) -> ctypes.Array:
-    """Pointers to the blocks' weights."""
-    own = [weights[i : i + BLOCK] for i in range(OUTER, len(weights), BLOCK)]
-    return (_Block * len(own))(*(_Block(*(weight.data_ptr() for weight in block)) for block in own))
+def _blocks(places: Sequence[int]) -> ctypes.Array:
+    """Pointers to the blocks' weights, from those to all weights."""
+    own = [places[i : i + BLOCK] for i in range(OUTER, len(places), BLOCK)]
+    return (_Block * len(own))(*(_Block(*block) for block in own))
+
+
+def _places(flat: Tensor, sizes: Sequence[int]) -> list[int]:
+    """The address of each of some weights that stand one after the other."""
+    first, size = flat.data_ptr(), flat.element_size()
+    return [first + size * before for before in accumulate(sizes[:-1], initial=0)]
 
 
 def _of_whole_users(grid: SequenceGrid) -> list[tuple[int, int]]:
     """(first row, row after the last) of each worker: shares of the rows, moved to where a user begins."""
-    starts = torch.tensor([start for start, _ in shares(len(grid.slots), MOST_WORKERS)][1:], dtype=torch.int64)
-    users = grid.slots[starts] // grid.length
-    cuts = sorted({0, *torch.searchsorted(grid.slots, users * grid.length).tolist(), len(grid.slots)})
+    slots, length = grid.slots.numpy(), grid.length
+    starts = [start for start, _ in shares(len(slots), MOST_WORKERS)][1:]
+    cuts = sorted({0, *(bisect_left(slots, slots[start] // length * length) for start in starts), len(slots)})
     return list(zip(cuts, cuts[1:])) or [(0, 0)]

@@ -9,30 +9,32 @@ namespace {
 
 template <class T> struct Parameter {
     T *values;
-    const T *gradient;
     T *mean, *square;  // the moments
     float *steps;      // taken before this one
     int64_t count;
-    double rate;
 };
 
 template <class T> struct Adam {
     const Parameter<T> *parameters;
+    const T *const *gradients;
+    const double *rates;
     int64_t count, start, length;
     double beta1, beta2, epsilon;
 };
 
-template <class T> void update(const Adam<T> &adam, const Parameter<T> &parameter, int64_t from, int64_t to) {
+// Of parameter i, its numbers `from` to `to`.
+template <class T> void update(const Adam<T> &adam, int64_t i, int64_t from, int64_t to) {
+    const Parameter<T> &parameter = adam.parameters[i];
     const double steps = *parameter.steps + 1.0;
     const T kept = adam.beta2, fresh = 1 - adam.beta2, share = 1 - adam.beta1, epsilon = adam.epsilon;
-    const T rate = parameter.rate / (1 - std::pow(adam.beta1, steps));
+    const T rate = adam.rates[i] / (1 - std::pow(adam.beta1, steps));
     const T scale = 1 / std::sqrt(1 - std::pow(adam.beta2, steps));
     T *__restrict values = parameter.values, *__restrict mean = parameter.mean, *__restrict square = parameter.square;
-    const T *__restrict gradient = parameter.gradient;
-    for (int64_t i = from; i < to; i++) {
-        mean[i] += share * (gradient[i] - mean[i]);
-        square[i] = kept * square[i] + fresh * gradient[i] * gradient[i];
-        values[i] -= rate * mean[i] / (std::sqrt(square[i]) * scale + epsilon);
+    const T *__restrict gradient = adam.gradients[i];
+    for (int64_t n = from; n < to; n++) {
+        mean[n] += share * (gradient[n] - mean[n]);
+        square[n] = kept * square[n] + fresh * gradient[n] * gradient[n];
+        values[n] -= rate * mean[n] / (std::sqrt(square[n]) * scale + epsilon);
     }
 }
 
@@ -42,11 +44,11 @@ extern "C" {
 int32_t adam_update(const Adam<SCALAR> *adam) {
     int64_t begin = 0;
     for (int64_t i = 0; i < adam->count; i++) {
-        const Parameter<SCALAR> &own = adam->parameters[i];
+        const int64_t own = adam->parameters[i].count;
         const int64_t from = std::max<int64_t>(adam->start - begin, 0);
-        const int64_t to = std::min(adam->start + adam->length - begin, own.count);
-        if (from < to) update(*adam, own, from, to);
-        begin += own.count;
+        const int64_t to = std::min(adam->start + adam->length - begin, own);
+        if (from < to) update(*adam, i, from, to);
+        begin += own;
     }
     return 0;
 }
