@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .host import cores, cut
-from .native import library, share_out
+from .native import DTYPES, library, share_out
 
-DTYPES = (torch.float32, torch.float64)
 PARTS = 4  # a core
 
 

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from .host import shares
 from .memory import Memory
-from .native import library, share_out
+from .native import DTYPES, PANEL, library, share_out
 from .sums_native import add_up
 
-PANEL = 16  # what the width must be a multiple of
-DTYPES = (torch.float32, torch.float64)
 MOST_WORKERS = 4  # each has a gradient of all items, which are added up
 
 

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from .host import shares
-from .native import library, share_out
+from .native import DTYPES, PANEL, library, share_out
 from .reference import Chain
 from .sums_native import add_up
 
-PANEL = 16  # columns
-DTYPES = (torch.float32, torch.float64)
 MOST_PARTS = 8  # of a chain: each has a product of its own, which are added up
 
 

@@ -29,6 +29,8 @@ SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ("-std=c++17", "-pthread", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("c++", "g++", "clang++")
 SCALARS = {torch.float32: "float", torch.float64: "double"}  # a library each
+DTYPES = tuple(SCALARS)
+PANEL = 16  # columns, as in cpp/panels.h
 CACHE_VARIABLE = "IISAN_FAST_COMPILED"
 
 log = logging.getLogger("iisan_fast.kernels")

@@ -13,11 +13,9 @@ from torch import Tensor
 
 from .host import shares
 from .memory import Memory
-from .native import library, share_out
+from .native import DTYPES, PANEL, library, share_out
 from .sums_native import add_up
 
-DTYPES = (torch.float32, torch.float64)
-PANEL = 16  # what widths must be a multiple of
 MOST_BLOCKS = 64
 MOST_WORKERS = 4  # each has gradients of all weights, which are added up
 OUTER = 3  # weights before the blocks' own

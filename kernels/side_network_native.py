@@ -14,13 +14,11 @@ from torch import Tensor
 
 from .host import at_once, cores, cut, equal_parts, shares
 from .memory import Memory
-from .native import library, run, share_out
+from .native import DTYPES, PANEL, library, run, share_out
 from .reference import GATE_TEMPERATURE, States, Tower
 from .side_network_host import PARAMETERS, Weights, composites, mixes
 from .sums_native import add_up
 
-DTYPES = (torch.float32, torch.float64)  # of the weights
-PANEL = 16  # columns
 MOST_WORKERS = 16
 LEAST_ROWS = 48  # of a worker: it reads all the weights of a tower, and writes as many gradients
 MOST_UNTRAINED = 384  # items at a time where no backward follows, so that their states stay in the cache
