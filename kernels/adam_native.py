@@ -46,8 +46,11 @@ class AdamUpdate:
     def __call__(
         self, gradients: Sequence[Tensor], rates: Sequence[float], betas: tuple[float, float], epsilon: float
     ) -> None:
-        """One step by each parameter's gradient and rate."""
-        count, gradients = len(self.states), [gradient.contiguous() for gradient in gradients]
+        """One step by each parameter's gradient and rate. Raises ValueError where one has none."""
+        count = len(self.states)
+        if not len(gradients) == len(rates) == count:
+            raise ValueError(f"gradients, rates: expected {count} of each, found {len(gradients)} and {len(rates)}")
+        gradients = [gradient.contiguous() for gradient in gradients]
         pointers = (ctypes.c_void_p * count)(*(gradient.data_ptr() for gradient in gradients))
         arrays = self._parameters, pointers, (ctypes.c_double * count)(*rates)
         common = [*map(ctypes.addressof, arrays), count]

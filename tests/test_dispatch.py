@@ -165,6 +165,9 @@ def test_the_towers_refuse():
     if DEVICE == "cpu":
         beyond = [States(first, torch.full((4,), len(first)))]
         refused(r"states\[0\].rows: expected indices from 0 to 6, found 7", states=beyond, towers=[tower])
+        last = torch.full((4,), len(first) - 1)  # one tensor for both views, of which the second has fewer rows
+        views = [States(first, last), States(first[1:], last)]
+        refused(r"states\[1\].rows: expected indices from 0 to 5, found 6", states=views)
 
 
 def test_the_ops_are_sound_operators():

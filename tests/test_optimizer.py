@@ -178,6 +178,17 @@ def test_parameters_may_have_taken_other_numbers_of_steps(counted):
 
 
 @needs_compiler
+def test_an_update_refuses_too_few_or_too_many_of_anything():
+    own = parameters(torch.float32)
+    update = kernels.adam_update(
+        [kernels.AdamState(each, *map(torch.zeros_like, (each, each)), torch.tensor(0.0)) for each in own]
+    )
+    for gradients, rates in ((own[:5], [0.1] * 6), (own, [0.1] * 5), ([*own, own[0]], [0.1] * 6)):
+        with pytest.raises(ValueError, match=f"expected 6 of each, found {len(gradients)} and {len(rates)}"):
+            update(gradients, rates, (0.9, 0.999), 1e-8)
+
+
+@needs_compiler
 def test_a_copy_goes_on_by_itself(counted):
     own = parameters(torch.float32)
     optimizer = Adam(groups(own), CPU)

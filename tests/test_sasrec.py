@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from iisan_fast.config import ModelConfig
-from iisan_fast.dropout import StatelessDropout
+from iisan_fast.dropout import MASK32, StatelessDropout, _absorb, _mix
 from iisan_fast.sasrec import Dropout, Rows, SASRec
 
 CONFIG = ModelConfig(embedding_dim=8, dropout=0.25)
@@ -84,6 +84,14 @@ def test_the_share_kept_and_the_mean_are_right():
 
 def test_a_step_number_on_the_device_gives_the_same_masks():
     assert torch.equal(factors(step=torch.tensor(3)), factors(step=3))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63, -5])
+@pytest.mark.parametrize("step", [0, 1, 2**31, 2**40 + 7, 2**63 - 1])
+def test_a_hash_by_integers_is_that_by_tensors(seed, step):
+    by_tensors = _absorb(torch.tensor(_mix(seed & MASK32)), torch.tensor(step))
+    assert StatelessDropout(0.1, seed, step).prefix == by_tensors
+    assert StatelessDropout(0.1, seed, torch.tensor(step)).prefix == by_tensors
 
 
 def test_no_dropout_leaves_the_states_as_they_are():
