@@ -153,6 +153,11 @@ class SASRec(nn.Module):
 
     def last(self, x: Tensor, rows: Rows) -> Tensor:
         """The state after each user's whole history, [users, d], without dropout; every history holds an item."""
+        grid = kernels.SequenceGrid(rows.slots, rows.length)
+        return kernels.last_states(functools.partial(self._last, x, rows), x, self._weights(), grid)
+
+    def _last(self, x: Tensor, rows: Rows) -> Tensor:
+        """The same by PyTorch."""
         x, hidden = self._placed(x, rows.slots % rows.length + self.max_inputs - rows.length), self._hidden(rows)
         for block in self.blocks[:-1]:
             x = block(x, rows, hidden, NO_DROPS)

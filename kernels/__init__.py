@@ -2,7 +2,7 @@
 
 The side network, the loss and the target rank have a plain PyTorch form in `reference`, their specification, and a
 Triton form. On a CPU there are host forms in PyTorch for the side network, the rank and the folding of weights, and
-native ones in C++, compiled when they are first used, for what is trained: the folding, the side network, the sequence
+native ones in C++, compiled when they are first used: the folding, the side network, the sequence
 encoder, the loss and Adam's update. `backend="auto"` takes Triton for CUDA tensors, C++ elsewhere, or the host forms
 where there is no compiler; the environment variable IISAN_FAST_BACKEND decides in its place.
 """
@@ -16,6 +16,7 @@ if __name__ == "iisan_fast.kernels":
         backend_on,
         fold,
         inbatch_cross_entropy,
+        last_states,
         sequence_encoder,
         side_towers,
         target_rank,
@@ -43,6 +44,7 @@ if __name__ == "iisan_fast.kernels":
         "fold",
         "in_large_pieces",
         "inbatch_cross_entropy",
+        "last_states",
         "sequence_encoder",
         "side_towers",
         "target_rank",

@@ -149,6 +149,20 @@ def sequence_encoder(
     return specification()
 
 
+def last_states(
+    specification: Callable[[], Tensor], x: Tensor, weights: SequenceWeights, grid: SequenceGrid, backend: str = "auto"
+) -> Tensor:
+    """SASRec's states [users, d] after whole histories, each of which holds an item, without dropout.
+
+    specification: as `sequence_encoder` takes it; C++ takes its place where no backward follows.
+    """
+    check_sequences(x, weights, grid)
+    chosen = _backend("last_states", backend, [x])
+    if chosen == "native" and not _trained([x, *weights.tensors]) and sequence_encoder_native.takes(weights):
+        return sequence_encoder_native.last_states(x, weights, grid)
+    return specification()
+
+
 def target_rank(
     queries: Tensor,
     items: Tensor,

@@ -59,6 +59,17 @@ def sequence_encoder(
     return _Encoder.apply(settings, x, *weights.tensors)
 
 
+@torch.no_grad()
+def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> Tensor:
+    """The states [users, d] after each user's whole history, where no backward follows and nothing drops; every history
+    holds an item. By this thread alone: callers share their users out."""
+    grid, memory = grid._replace(slots=grid.slots.contiguous()), Memory()
+    settings = _Settings(grid, None, weights.heads, weights.epsilon)
+    own = [weight.contiguous() for weight in weights.tensors]
+    states, _ = _forward(settings, x.contiguous(), own, [(0, len(x))], memory, threads=1)
+    return states[grid.slots % grid.length == grid.length - 1]
+
+
 def takes(weights: SequenceWeights) -> bool:
     """Whether the C++ knows these widths and this dtype."""
     position, blocks = weights.tensors[0], len(weights.tensors) // BLOCK
@@ -101,19 +112,9 @@ class _Encoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings: _Settings, x: Tensor, *weights: Tensor) -> Tensor:
         weights = tuple(weight.contiguous() for weight in weights)
-        x, states, memory = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), Memory()
-        measure = library(x.dtype).sequence_memory
-        measure.restype = ctypes.c_int64
-        parts, users = [], _of_whole_users(settings.grid)
-        blocks = _blocks([weight.data_ptr() for weight in weights])
-        for start, end in users:
-            part = _arguments(settings, weights, blocks, x, start, end)
-            part.memory = memory.empty(x.dtype, measure(ctypes.byref(part))).data_ptr()
-            part.states = states[start:].data_ptr()
-            parts.append(part)
-        forward = library(x.dtype).sequence_forward
-        share_out(forward, parts, x.dtype)
-        ctx.parts, ctx.starts = parts, [start for start, _ in users]
+        x, users, memory = x.contiguous(), _of_whole_users(settings.grid), Memory()
+        states, ctx.parts = _forward(settings, x, weights, users, memory)
+        ctx.starts = [start for start, _ in users]
         ctx.memory, ctx.settings = memory, settings  # what the parts point to, with these:
         ctx.save_for_backward(x, *weights)
         return states
@@ -135,6 +136,27 @@ class _Encoder(torch.autograd.Function):
         share_out(backward, parts, x.dtype)
         (total,) = add_up([found])
         return None, of_x, *(own.view(weight.shape) for own, weight in zip(total.split(sizes), weights))
+
+
+def _forward(
+    settings: _Settings,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    users: Sequence[tuple[int, int]],
+    memory: Memory,
+    threads: int | None = None,
+) -> tuple[Tensor, list[_Arguments]]:
+    """(the states, what the backward of each of the parts takes); users: as `_of_whole_users` finds them."""
+    states, parts, measure = torch.empty_like(x), [], library(x.dtype).sequence_memory
+    measure.restype = ctypes.c_int64
+    blocks = _blocks([weight.data_ptr() for weight in weights])
+    for start, end in users:
+        part = _arguments(settings, weights, blocks, x, start, end)
+        part.memory = memory.empty(x.dtype, measure(ctypes.byref(part))).data_ptr()
+        part.states = states[start:].data_ptr()
+        parts.append(part)
+    share_out(library(x.dtype).sequence_forward, parts, x.dtype, threads)
+    return states, parts
 
 
 def _arguments(

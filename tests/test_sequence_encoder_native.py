@@ -83,6 +83,27 @@ def test_users_of_every_share_of_the_rows(lengths):
     Case(lengths).check()
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=25), st.sampled_from([(16, 1), (32, 2), (64, 4)]))
+def test_states_after_whole_histories(lengths, shape):
+    case = Case(lengths, *shape, spare=2)
+    with torch.inference_mode():
+        exact = case.model._last(case.x.double(), case.rows)
+        torch.testing.assert_close(case.model.last(case.x.double(), case.rows), exact, rtol=1e-10, atol=1e-11)
+        found = case.model.float().last(case.x, case.rows)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_states_after_whole_histories_are_by_c_where_no_backward_follows(monkeypatch):
+    case, calls = Case([3, 5]), []
+    own = sequence_encoder_native.last_states
+    monkeypatch.setattr(sequence_encoder_native, "last_states", lambda *args: calls.append(len(args[0])) or own(*args))
+    assert case.model.last(case.x.double(), case.rows).requires_grad and not calls
+    with torch.no_grad():
+        case.model.last(case.x.double(), case.rows)
+    assert calls == [8]
+
+
 def test_rows_that_share_a_slot_disturb_nobody_else():
     """As the padding of a batch does: they belong to a user of their own, and their gradients are zero."""
     case, padding = Case([3, 5, 4]), 50
