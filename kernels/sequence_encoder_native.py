@@ -1,4 +1,4 @@
-"""SASRec's training on a CPU by C++: `cpp/sequence_encoder.cpp`, each worker with the rows of some users."""
+"""SASRec on a CPU by C++: `cpp/sequence_encoder.cpp`, in training each worker with the rows of some users."""
 
 from __future__ import annotations
 
