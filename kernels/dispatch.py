@@ -1,5 +1,5 @@
-"""The public ops: arguments checked, a backend chosen: the reference ("torch"), its CPU forms in PyTorch ("host") or,
-for training, C++ ("native"), or Triton.
+"""The public ops: arguments checked, a backend chosen: the reference ("torch"), its CPU forms in PyTorch ("host") or
+in C++ ("native"), or Triton.
 
 Importing this needs no Triton and no compiler; the first op that they run asks for them.
 """

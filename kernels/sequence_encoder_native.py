@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from .sums_native import add_up
 
 MOST_BLOCKS = 64
 MOST_WORKERS = 4  # each has gradients of all weights, which are added up
+MOST_UNTRAINED = 512  # rows at a time where no backward follows, or one user's: each takes some 10 KB
 OUTER = 3  # weights before the blocks' own
 BLOCK = 12  # weights of a block
 FEED_IN = 6  # the place of the feed-forward's first weight among them
@@ -66,7 +67,8 @@ def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> Tens
     grid, memory = grid._replace(slots=grid.slots.contiguous()), Memory()
     settings = _Settings(grid, None, weights.heads, weights.epsilon)
     own = [weight.contiguous() for weight in weights.tensors]
-    states, _ = _forward(settings, x.contiguous(), own, [(0, len(x))], memory, threads=1)
+    users = _of_whole_users(grid, range(0, len(x), MOST_UNTRAINED))
+    states, _ = _forward(settings, x.contiguous(), own, users, memory, one_by_one=True)
     return states[grid.slots % grid.length == grid.length - 1]
 
 
@@ -112,7 +114,8 @@ class _Encoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings: _Settings, x: Tensor, *weights: Tensor) -> Tensor:
         weights = tuple(weight.contiguous() for weight in weights)
-        x, users, memory = x.contiguous(), _of_whole_users(settings.grid), Memory()
+        x, grid, memory = x.contiguous(), settings.grid, Memory()
+        users = _of_whole_users(grid, [start for start, _ in shares(len(grid.slots), MOST_WORKERS)])
         states, ctx.parts = _forward(settings, x, weights, users, memory)
         ctx.starts = [start for start, _ in users]
         ctx.memory, ctx.settings = memory, settings  # what the parts point to, with these:
@@ -144,18 +147,19 @@ def _forward(
     weights: Sequence[Tensor],
     users: Sequence[tuple[int, int]],
     memory: Memory,
-    threads: int | None = None,
+    one_by_one: bool = False,
 ) -> tuple[Tensor, list[_Arguments]]:
-    """(the states, what the backward of each of the parts takes); users: as `_of_whole_users` finds them."""
-    states, parts, measure = torch.empty_like(x), [], library(x.dtype).sequence_memory
+    """(the states, what the backward of each of the parts takes); users: as `_of_whole_users` finds them. One by one,
+    parts are computed by this thread, in the same memory, and no backward may follow."""
+    states, measure = torch.empty_like(x), library(x.dtype).sequence_memory
     measure.restype = ctypes.c_int64
     blocks = _blocks([weight.data_ptr() for weight in weights])
-    for start, end in users:
-        part = _arguments(settings, weights, blocks, x, start, end)
-        part.memory = memory.empty(x.dtype, measure(ctypes.byref(part))).data_ptr()
-        part.states = states[start:].data_ptr()
-        parts.append(part)
-    share_out(library(x.dtype).sequence_forward, parts, x.dtype, threads)
+    parts = [_arguments(settings, weights, blocks, x, start, end) for start, end in users]
+    sizes = [measure(ctypes.byref(part)) for part in parts]
+    own = [memory.empty(x.dtype, max(sizes))] * len(parts) if one_by_one else [memory.empty(x.dtype, n) for n in sizes]
+    for (start, _), part, block in zip(users, parts, own):
+        part.memory, part.states = block.data_ptr(), states[start:].data_ptr()
+    share_out(library(x.dtype).sequence_forward, parts, x.dtype, 1 if one_by_one else None)
     return states, parts
 
 
@@ -199,9 +203,8 @@ def _places(flat: Tensor, sizes: Sequence[int]) -> list[int]:
     return [first + size * before for before in accumulate(sizes[:-1], initial=0)]
 
 
-def _of_whole_users(grid: SequenceGrid) -> list[tuple[int, int]]:
-    """(first row, row after the last) of each worker: shares of the rows, moved to where a user begins."""
+def _of_whole_users(grid: SequenceGrid, starts: Iterable[int]) -> list[tuple[int, int]]:
+    """(first row, row after the last) of each part: they begin at these rows, moved to where a user begins."""
     slots, length = grid.slots.numpy(), grid.length
-    starts = [start for start, _ in shares(len(slots), MOST_WORKERS)][1:]
-    cuts = sorted({0, *(bisect_left(slots, slots[start] // length * length) for start in starts), len(slots)})
+    cuts = sorted({0, *(bisect_left(slots, slots[start] // length * length) for start in starts if start), len(slots)})
     return list(zip(cuts, cuts[1:])) or [(0, 0)]

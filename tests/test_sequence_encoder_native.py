@@ -12,6 +12,7 @@ from iisan_fast import kernels
 from iisan_fast.config import ModelConfig
 from iisan_fast.dropout import StatelessDropout
 from iisan_fast.kernels import native, sequence_encoder_native
+from iisan_fast.kernels.memory import Memory
 from iisan_fast.sasrec import Dropout, Rows, SASRec
 
 pytestmark = [
@@ -92,6 +93,24 @@ def test_states_after_whole_histories(lengths, shape):
         torch.testing.assert_close(case.model.last(case.x.double(), case.rows), exact, rtol=1e-10, atol=1e-11)
         found = case.model.float().last(case.x, case.rows)
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[7, 12] * 60, [600, 3], [511, 1, 1], [1] * 1025])
+def test_states_of_more_rows_than_are_computed_at_a_time(lengths):
+    case = Case(lengths, d=16)
+    with torch.inference_mode():
+        found, exact = (last(case.x.double(), case.rows) for last in (case.model.last, case.model._last))
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-11)
+
+
+def test_many_users_take_the_memory_of_few(monkeypatch):
+    taken, own = [], Memory.empty
+    monkeypatch.setattr(Memory, "empty", lambda self, dtype, count: taken.append(count) or own(self, dtype, count))
+    for users in (100, 400):
+        case = Case([12] * users, d=16)
+        with torch.inference_mode():
+            case.model.last(case.x.double(), case.rows)
+    assert len(taken) == 2 and taken[0] == taken[1]
 
 
 def test_states_after_whole_histories_are_by_c_where_no_backward_follows(monkeypatch):
