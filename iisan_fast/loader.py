@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from .item_source import Gathered, ItemSource
 from .kernels import States
 
 AHEAD = 2  # batches
+TOGETHER = 8  # batches are laid out one after the other: the first finds the caches full of a step's numbers
 
 
 class Prepared(NamedTuple):
@@ -34,7 +36,7 @@ def prepared(
     """The batches in order, each made while the steps before it run: checked, padded as `pad` says, what the source
     has on the host of its items gathered, and all copied to the device on a stream of its own.
     """
-    copies = _copy_stream(device) if device.type == "cuda" else None
+    copies, batches = _copy_stream(device) if device.type == "cuda" else None, _checked(batches, source.rows)
     with ThreadPoolExecutor(1, "batches") as thread:  # waited for at the end: the source may be closed after
         waiting = deque(thread.submit(_on_host, batches, source, device, pad) for _ in range(AHEAD))
         moved = deque([_moved(waiting.popleft().result(), device, copies)])
@@ -53,6 +55,11 @@ class _Waiting(NamedTuple):
     copied: torch.cuda.Event | None = None  # when all of it is on the device
 
 
+def _checked(batches: Iterator[Batch], table_rows: int) -> Iterator[Batch]:
+    while some := [batch.checked(table_rows) for batch in itertools.islice(batches, TOGETHER)]:
+        yield from some
+
+
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all epochs: freed memory is kept for the stream that it was taken on."""
@@ -67,7 +74,6 @@ def _on_host(
     if batch is None:
         return None
     rows, slots = len(batch.targets), int(batch.multiplicity.sum())
-    batch.checked(source.rows)
     if pad is not None:
         batch = batch.padded(pad(batch.shape))
     packed = batch.packed(pin=True) if device.type == "cuda" else None

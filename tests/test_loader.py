@@ -11,6 +11,7 @@ import torch
 from conftest import fill_store, make_sequences, random_table
 from torch import Tensor
 
+from iisan_fast import loader
 from iisan_fast.batches import Batch, Shape, epoch_batches
 from iisan_fast.errors import InputError
 from iisan_fast.feature_table import FeatureTable, PinnedTable, load_table
@@ -61,25 +62,27 @@ def test_an_empty_epoch_gives_nothing():
     assert list(prepared(iter([]), table(), CPU)) == []
 
 
-def test_batches_are_made_ahead_but_not_too_many():
-    made, arrivals = [], threading.Semaphore(0)
+def test_batches_are_made_ahead_but_not_too_many(monkeypatch):
+    made, gathered, arrivals = [], [], threading.Semaphore(0)
+    monkeypatch.setattr(loader, "TOGETHER", 2)
 
-    def counted() -> Iterator[Batch]:
-        for batch in epoch():
-            made.append(batch.step)
+    class Counted(FeatureTable):
+        def gather(self, items: Tensor) -> Gathered:
+            gathered.append(items)
             arrivals.release()
-            yield batch
+            return super().gather(items)
 
-    stream = prepared(counted(), table(), CPU)
+    stream = prepared((made.append(batch.step) or batch for batch in epoch()), Counted(table().views), CPU)
     assert not made and not threads()  # nothing before it is asked for
     for taken in range(1, 7):
         next(stream)
-        assert len(made) <= taken + AHEAD
-        if taken <= 6 - AHEAD:  # the consumer stands still, and so many more are made
+        assert len(gathered) <= taken + AHEAD and len(made) <= taken + AHEAD + 1
+        if taken <= 6 - AHEAD:  # the consumer stands still, and so many more are gathered
             for _ in range(1 + AHEAD if taken == 1 else 1):
                 assert arrivals.acquire(timeout=20)
-            assert len(made) == taken + AHEAD
-    assert list(stream) == [] and len(made) == 6
+            assert len(gathered) == taken + AHEAD
+            assert len(made) == (taken + AHEAD + 1) // 2 * 2  # laid out in pairs
+    assert list(stream) == [] and len(gathered) == len(made) == 6
 
 
 class Broken(FeatureTable):
@@ -124,13 +127,14 @@ def test_an_error_of_padding_comes_out_too():
         list(prepared(iter(epoch()), table(), CPU, lambda shape: shape))
 
 
-def test_leaving_early_ends_the_thread_and_makes_no_more():
+def test_leaving_early_ends_the_thread_and_makes_no_more(monkeypatch):
+    monkeypatch.setattr(loader, "TOGETHER", 2)
     made = []
     stream = prepared((made.append(batch.step) or batch for batch in epoch()), table(), CPU)
     next(stream)
     assert len(threads()) == 1
     stream.close()
-    assert not threads() and len(made) <= 1 + AHEAD
+    assert not threads() and len(made) <= 2 + AHEAD
 
 
 def test_leaving_waits_for_the_batch_at_hand():
