@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from operator import itemgetter
 from typing import Any
 
@@ -30,24 +30,27 @@ class Adam(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. PyTorch's takes the first, which makes the states, and any that C++ does not know."""
-        parameters = [each for group in self.param_groups for each in group["params"]]
-        if closure is not None or not self._native(parameters):
-            return super().step(closure)
-        if self.found_inf is None or not self.found_inf:
-            rates = [group["lr"] for group in self.param_groups for _ in group["params"]]
-            gradients = [parameter.grad for parameter in parameters]
-            self._update(gradients, rates, self.defaults["betas"], self.defaults["eps"])
-        return None
+        return super().step(closure) if closure is not None or not self._native() else None
 
-    def _native(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether C++ takes all parameters, their gradients and states as they are now."""
-        rules = RULES(self.defaults)
+    def update(self) -> None:
+        """A step without what PyTorch calls before and after one, where C++ takes it."""
+        if not self._native():
+            self.step()
+
+    def _native(self) -> bool:
+        """Updates by C++, if it knows all parameters, their gradients and states as they are now."""
+        rules, parameters = RULES(self.defaults), [each for group in self.param_groups for each in group["params"]]
         if any(RULES(group) != rules for group in self.param_groups) or any(rules[2:]) or self.grad_scale is not None:
             return False
-        kept = list(map(self.state.get, parameters))
-        if not all(kept) or not all(each.is_cpu and each.grad is not None for each in parameters):
+        kept, gradients = list(map(self.state.get, parameters)), [each.grad for each in parameters]
+        if not all(kept) or not all(each.is_cpu and own is not None for each, own in zip(parameters, gradients)):
             return False
         states = [(each, *map(state.__getitem__, ADAM_STATE)) for each, state in zip(parameters, kept)]
         if self._update is None or not self._update.is_of(states):
             self._update = kernels.adam_update([kernels.AdamState(*state) for state in states])
-        return self._update is not None
+        if self._update is None:
+            return False
+        if self.found_inf is None or not self.found_inf:
+            rates = [group["lr"] for group in self.param_groups for _ in group["params"]]
+            self._update(gradients, rates, *rules[:2])
+        return True

@@ -71,7 +71,7 @@ class TrainingStep:
             torch.stack([total + counted[0], count + counted[1], failed, torch.where(fails, value, failed_loss)])
         )
         self.optimizer.found_inf = (failed > 0).float()  # the fused optimizer leaves everything as it is then
-        self.optimizer.step()
+        self.optimizer.update()
         mark("update")
         return loss.detach()
 

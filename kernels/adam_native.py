@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -60,9 +61,10 @@ class AdamUpdate:
         increment_version(self._values)  # so that a graph that saved one of them refuses to go back
 
 
-def _places(states: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> list[tuple[int, torch.dtype]]:
+def _places(states: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[list[int], list[torch.dtype]]:
     """What is found anew where a tensor was given other memory, as by `module.to`."""
-    return [(tensor.data_ptr(), tensor.dtype) for state in states for tensor in state]
+    tensors = [tensor for state in states for tensor in state]
+    return list(map(Tensor.data_ptr, tensors)), list(map(attrgetter("dtype"), tensors))
 
 
 def takes(states: Sequence[AdamState]) -> bool:
