@@ -39,6 +39,7 @@ class Recommender(nn.Module):
         since `seed` draws all weights, and the dropout. popularity float64 [items + 1]."""
         super().__init__()
         self.config, self.seed = config, seed
+        self.loss_op = kernels.RecommenderLoss()
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # encoders may lie there already
             torch.manual_seed(seed)
             self.item_encoder = make_item_encoder()
@@ -52,6 +53,15 @@ class Recommender(nn.Module):
 
         contents: what the item encoder reads of batch.distinct.
         """
+        return kernels.recommender_loss(
+            functools.partial(self._loss_by_ops, batch, contents),
+            self.loss_op,
+            functools.partial(self._operands, batch, contents),
+            self.sequence_encoder.position,
+        )
+
+    def _loss_by_ops(self, batch: Batch, contents: Any) -> Tensor:
+        """The same by one op after the other."""
         vectors = self.item_encoder(contents)
         rows = Rows(batch.row_slots, len(batch.users), batch.length)
         losses = kernels.inbatch_cross_entropy(
@@ -65,6 +75,29 @@ class Recommender(nn.Module):
             reduction="none",
         )
         return losses @ batch.weights.to(losses.dtype)
+
+    def _operands(
+        self, batch: Batch, contents: Any
+    ) -> tuple[kernels.RecommenderWeights, kernels.RecommenderBatch] | None:
+        """What one op takes that does all of it, or None where none does."""
+        if not isinstance(self.item_encoder, SideItemEncoder):
+            return None
+        weights, dropout = self.item_encoder.weights(self.sequence_encoder.weights()), self._dropout(batch)
+        if weights is None:
+            return None
+        return weights, kernels.RecommenderBatch(
+            states=contents,
+            distinct=batch.distinct,
+            multiplicity=batch.multiplicity,
+            inputs=batch.inputs,
+            targets=batch.targets,
+            row_users=batch.row_users,
+            history_bits=batch.history_bits,
+            row_weights=batch.weights,
+            log_popularity=self.log_popularity.double(),
+            grid=kernels.SequenceGrid(batch.row_slots, batch.length),
+            dropout=None if dropout is None else dropout.hashed(),
+        )
 
     @torch.inference_mode()
     def catalogue_vectors(self, source: ItemSource) -> Tensor:

@@ -135,7 +135,7 @@ class SASRec(nn.Module):
         return kernels.sequence_encoder(
             functools.partial(self._states, x, rows, dropout),
             x,
-            self._weights(),
+            self.weights(),
             kernels.SequenceGrid(rows.slots, rows.length),
             lambda: None if dropout is None else dropout.hashed(),
         )
@@ -154,7 +154,7 @@ class SASRec(nn.Module):
     def last(self, x: Tensor, rows: Rows) -> Tensor:
         """The state after each user's whole history, [users, d], without dropout; every history holds an item."""
         grid = kernels.SequenceGrid(rows.slots, rows.length)
-        return kernels.last_states(functools.partial(self._last, x, rows), x, self._weights(), grid)
+        return kernels.last_states(functools.partial(self._last, x, rows), x, self.weights(), grid)
 
     def _last(self, x: Tensor, rows: Rows) -> Tensor:
         """The same by PyTorch."""
@@ -163,7 +163,8 @@ class SASRec(nn.Module):
             x = block(x, rows, hidden, NO_DROPS)
         return self.blocks[-1].last(x, rows, hidden)
 
-    def _weights(self) -> kernels.SequenceWeights:
+    def weights(self) -> kernels.SequenceWeights:
+        """All of them, as the op takes them."""
         tensors = [self.position, self.norm.weight, self.norm.bias]
         for block in self.blocks:
             tensors += [block.query.weight, block.key.weight, block.value.weight, block.output.weight]

@@ -20,6 +20,7 @@ from .kernels import States
 
 ViewShape = tuple[int, int]  # kept layers K, width D
 WEIGHT_STD = 0.01  # of a SANB's matrices at the start
+READS = {"first": (0,), "second": (1,), "inter": (0, 1)}  # the views of each tower
 
 
 class KroneckerSum(nn.Module):
@@ -95,6 +96,7 @@ class SideNetwork(nn.Module):
             bottleneck = config.bottlenecks.get(name, config.bottleneck)
             self.by_bottleneck.setdefault(bottleneck, []).append(name)
             self.add_module(name, SideTower(*shapes[name], bottleneck, config))
+        self.alike = len(set(views)) == len(self.by_bottleneck) == 1  # one call of the op takes all towers
         if "inter" in self.towers and self.widths[0] != self.widths[1]:
             bound = 1 / math.sqrt(max(self.widths))
             weight = torch.empty(self.paired, min(self.widths), max(self.widths))
@@ -111,7 +113,6 @@ class SideNetwork(nn.Module):
     ) -> Tensor:
         """The views, tables [M, K, D] with the rows to read, int64 [N] -> the towers' outputs, each [N, D] through its
         projection [d, D], added up: [N, d]. `operands` as `kernels.side_towers` takes them."""
-        reads = {"first": (0,), "second": (1,), "inter": (0, 1)}
 
         def outputs(states: list[States], reads: dict[str, tuple[int, ...]]) -> list[Tensor]:
             towers = [getattr(self, name).reading(*views) for name, views in reads.items()]
@@ -121,7 +122,7 @@ class SideNetwork(nn.Module):
         found = []
         if len({view.table.shape[1:] for view in states}) == 1:  # one call for all towers of one bottleneck
             for names in self.by_bottleneck.values():
-                found += outputs(states, {name: reads[name] for name in names})
+                found += outputs(states, {name: READS[name] for name in names})
             return functools.reduce(torch.add, found)
         for name, view in zip(("first", "second"), states):
             if name in self.towers:
@@ -129,6 +130,13 @@ class SideNetwork(nn.Module):
         if "inter" in self.towers:
             found += outputs(self._aligned(states), {"inter": (0, 1)})
         return functools.reduce(torch.add, found)
+
+    def weights(self) -> list[kernels.Tower] | None:
+        """The towers' parameters, or None where one call of the op does not take them all, or not as they are."""
+        towers = [getattr(self, name) for name in self.towers]
+        if not self.alike or any(isinstance(tower.down_weight, nn.Module) for tower in towers):
+            return None
+        return [tower.reading(*READS[name]) for name, tower in zip(self.towers, towers)]
 
     def _aligned(self, states: list[States]) -> list[States]:
         """The last paired layers of both views, the wider one brought to the narrower width."""
@@ -162,12 +170,15 @@ class Heads(nn.Module):
 
     def folded(self) -> tuple[dict[str, Tensor], Tensor]:
         """({tower's name: projection [d, D]}, bias [d]): item vectors are the projected outputs' sum, and the bias."""
-        chains = []
-        for name, part in zip(self.towers, self.fusion.weight.chunk(len(self.towers), dim=1)):
-            first, second = getattr(self, name)
-            chains.append(kernels.Chain(part, second.weight, second.bias, first.weight, first.bias))
+        parts = self.fusion.weight.chunk(len(self.towers), dim=1)
+        chains = [kernels.Chain(part, *own) for part, own in zip(parts, self.weights())]
         weights, biases = zip(*kernels.fold(chains))
         return dict(zip(self.towers, weights)), sum(biases, self.fusion.bias)
+
+    def weights(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Each tower's own maps: weight and bias of the second, then of the first."""
+        maps = [getattr(self, name) for name in self.towers]
+        return [(second.weight, second.bias, first.weight, first.bias) for first, second in maps]
 
 
 class SideItemEncoder(nn.Module):
@@ -185,6 +196,14 @@ class SideItemEncoder(nn.Module):
         """[N, d] for the hidden states of N items."""
         projections, bias = self.heads.folded()
         return self.side_network(states, projections, self.operands) + bias
+
+    def weights(self, sequence: kernels.SequenceWeights) -> kernels.RecommenderWeights | None:
+        """All that is trained, with a sequence encoder's, or None where one op does not take this encoder."""
+        towers, heads = None if self.operands else self.side_network.weights(), self.heads
+        if towers is None:
+            return None
+        fusion = heads.fusion.weight, heads.fusion.bias
+        return kernels.RecommenderWeights(towers, self.side_network.activation, heads.weights(), *fusion, sequence)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every trainable parameter under the name of its learning rate, once."""

@@ -17,12 +17,14 @@ if __name__ == "iisan_fast.kernels":
         fold,
         inbatch_cross_entropy,
         last_states,
+        recommender_loss,
         sequence_encoder,
         side_towers,
         target_rank,
     )
     from .host import at_once, in_large_pieces
     from .native import compiler_version
+    from .recommender_native import RecommenderBatch, RecommenderLoss, RecommenderWeights
     from .reference import Chain, States, Tower
     from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
 
@@ -31,6 +33,9 @@ if __name__ == "iisan_fast.kernels":
         "AdamState",
         "AdamUpdate",
         "Chain",
+        "RecommenderBatch",
+        "RecommenderLoss",
+        "RecommenderWeights",
         "SequenceDropout",
         "SequenceGrid",
         "SequenceWeights",
@@ -45,6 +50,7 @@ if __name__ == "iisan_fast.kernels":
         "in_large_pieces",
         "inbatch_cross_entropy",
         "last_states",
+        "recommender_loss",
         "sequence_encoder",
         "side_towers",
         "target_rank",

@@ -30,8 +30,8 @@ def row_losses(
     column = log_multiplicity
     if log_popularity is not None:
         column = -log_popularity if column is None else column - log_popularity
-    constants = _Constants(targets, row_users, history_bits, column, log_multiplicity)
-    kept = _Constants(*(None if each is None else each.contiguous() for each in constants))
+    constants = Constants(targets, row_users, history_bits, column, log_multiplicity)
+    kept = Constants(*(None if each is None else each.contiguous() for each in constants))
     return _RowLosses.apply(kept, queries, items)
 
 
@@ -42,7 +42,7 @@ def takes(queries: Tensor, items: Tensor, *constants: Tensor | None) -> bool:
     return same <= {queries.dtype} and queries.dtype in DTYPES and queries.shape[1] % PANEL == 0 and fixed
 
 
-class _Constants(NamedTuple):
+class Constants(NamedTuple):
     targets: Tensor
     row_users: Tensor | None
     history_bits: Tensor | None
@@ -63,13 +63,13 @@ class _Arguments(ctypes.Structure):
 
 class _RowLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, constants: _Constants, queries: Tensor, items: Tensor) -> Tensor:
+    def forward(ctx, constants: Constants, queries: Tensor, items: Tensor) -> Tensor:
         queries, items, memory = queries.contiguous(), items.contiguous(), Memory()
         losses = queries.new_empty(len(queries))
         wide = -(-len(items) // PANEL) * PANEL
         probabilities = memory.empty(queries.dtype, len(queries), wide)
         forward, own_rows = library(queries.dtype).loss_forward, shares(len(queries), MOST_WORKERS)
-        parts = [_arguments(constants, queries, items, probabilities, losses, rows) for rows in own_rows]
+        parts = [arguments(constants, queries, items, probabilities, losses, rows) for rows in own_rows]
         share_out(forward, parts, queries.dtype)
         ctx.constants, ctx.memory, ctx.shares, ctx.parts = constants, memory, own_rows, parts
         ctx.save_for_backward(queries, items)
@@ -90,8 +90,8 @@ class _RowLosses(torch.autograd.Function):
         return None, of_queries, *add_up([of_items])
 
 
-def _arguments(
-    constants: _Constants, queries: Tensor, items: Tensor, probabilities: Tensor, losses: Tensor, part: tuple[int, int]
+def arguments(
+    constants: Constants, queries: Tensor, items: Tensor, probabilities: Tensor, losses: Tensor, part: tuple[int, int]
 ) -> _Arguments:
     start, count = part
     users, bits = constants.row_users, constants.history_bits

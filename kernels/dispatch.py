@@ -30,6 +30,7 @@ from . import (
 from .adam_native import AdamState, AdamUpdate
 from .checks import check_chains, check_loss, check_ranks, check_sequences, check_towers
 from .native import why_not
+from .recommender_native import RecommenderBatch, RecommenderLoss, RecommenderWeights
 from .reference import Chain, States, Tower
 from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
 
@@ -161,6 +162,27 @@ def last_states(
     if chosen == "native" and not _trained([x, *weights.tensors]) and sequence_encoder_native.takes(weights):
         return sequence_encoder_native.last_states(x, weights, grid)
     return specification()
+
+
+def recommender_loss(
+    specification: Callable[[], Tensor],
+    op: RecommenderLoss,
+    operands: Callable[[], tuple[RecommenderWeights, RecommenderBatch] | None],
+    weight: Tensor,
+    backend: str = "auto",
+) -> Tensor:
+    """A side-network recommender's mean loss over a batch's rows, a scalar.
+
+    specification: the caller's own, of the ops above, which computes the same; C++ takes the place of all of them at
+    once where it is trained on a CPU. op: the model's own, which keeps memory; operands: what it takes, or None where
+    the model has other parts; weight: any of the weights.
+    """
+    if _backend("recommender_loss", backend, [weight]) != "native" or not torch.is_grad_enabled():
+        return specification()
+    found = operands()
+    if found is None or not _trained(found[0].tensors()) or not op.takes(*found):
+        return specification()
+    return op(*found)
 
 
 def target_rank(

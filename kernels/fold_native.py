@@ -34,14 +34,14 @@ class _Arguments(ctypes.Structure):
     """`Fold` of cpp/fold.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("start", "count", "outputs", "between", "rows", "width")),
+        *((name, ctypes.c_int32) for name in ("start", "count", "outputs", "between", "rows", "width", "stride")),
         *((name, ctypes.c_void_p) for name in Chain._fields),
         *((name, ctypes.c_void_p) for name in ("pair", "constant", "product", "bias", "upstream", "of_bias")),
         *((f"of_{name}", ctypes.c_void_p) for name in Chain._fields),
     ]
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """What the backward takes from a chain's forward."""
 
     pair: Tensor  # [H, d]: the outer two's product, transposed
@@ -55,13 +55,13 @@ class _Fold(torch.autograd.Function):
         ctx.kept, calls, products, biases = [], [], [], []
         for chain in chains:
             outputs, width = len(chain.outer), chain.inner.shape[1]
-            kept = _Kept(chain.inner.new_empty(len(chain.inner), outputs), torch.empty_like(chain.middle_bias))
+            kept = Kept(chain.inner.new_empty(len(chain.inner), outputs), torch.empty_like(chain.middle_bias))
             ctx.kept.append(kept)
             biases.append(chain.outer.new_empty(outputs))
             parts = shares(len(chain.inner), MOST_PARTS)
             products.append([chain.outer.new_empty(outputs, width) for _ in parts])
             for part, product in zip(parts, products[-1]):
-                calls.append(_arguments(chain, kept, part, product=product, bias=biases[-1]))
+                calls.append(arguments(chain, kept, part, product=product, bias=biases[-1]))
         share_out(library(dtype).fold_forward, calls, dtype)
         ctx.save_for_backward(*weights)
         return tuple(each for pair in zip(add_up(products), biases) for each in pair)
@@ -78,7 +78,7 @@ class _Fold(torch.autograd.Function):
             of_outer.append([torch.empty_like(chain.outer) for _ in parts])
             more = {f"of_{name}": gradient for name, gradient in zip(Chain._fields[1:], found[-1])}
             more |= {"upstream": of_weight, "of_bias": of_bias}
-            calls += [_arguments(chain, kept, part, of_outer=own, **more) for part, own in zip(parts, of_outer[-1])]
+            calls += [arguments(chain, kept, part, of_outer=own, **more) for part, own in zip(parts, of_outer[-1])]
         share_out(library(dtype).fold_backward, calls, dtype)
         return tuple(each for outer, own in zip(add_up(of_outer), found) for each in (outer, *own))
 
@@ -88,7 +88,7 @@ def _chains(weights: Sequence[Tensor]) -> list[Chain]:
     return [Chain(*weights[i : i + size]) for i in range(0, len(weights), size)]
 
 
-def _arguments(chain: Chain, kept: _Kept, part: tuple[int, int], **more: Tensor) -> _Arguments:
+def arguments(chain: Chain, kept: Kept, part: tuple[int, int], **more: Tensor) -> _Arguments:
     """Of some rows of the inner weight; more: what one direction alone takes."""
     addresses = {name: tensor.data_ptr() for name, tensor in (chain._asdict() | kept._asdict() | more).items()}
-    return _Arguments(*part, *chain.outer.shape, *chain.inner.shape, **addresses)
+    return _Arguments(*part, *chain.outer.shape, *chain.inner.shape, chain.outer.stride(0), **addresses)

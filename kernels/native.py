@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -53,13 +54,56 @@ def run(function: Callable[..., int], arguments: ctypes.Structure) -> None:
     _refuse_lack(function(ctypes.byref(arguments)))
 
 
+class _Call(ctypes.Structure):
+    """`Call` of cpp/workers.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("work", "arguments")),
+        *((name, ctypes.c_int32) for name in ("first", "last")),
+    ]
+
+
+class Span(NamedTuple):
+    """Calls of a schedule that stand one after the other."""
+
+    first: int
+    last: int  # the one after the last
+
+    def to(self, other: Span) -> Span:
+        """Both, and what stands between them."""
+        return Span(min(self.first, other.first), max(self.last, other.last))
+
+
+AT_ONCE = Span(0, 0)  # what waits for no other call
+
+
+class Schedule:
+    """Calls of the library, each of which may wait for some before it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype, self._calls, self._arguments = dtype, [], []
+
+    def add(self, function: Callable[..., int], arguments: Sequence[ctypes.Structure], after: Span = AT_ONCE) -> Span:
+        """A call for each of the arguments, which are not made before those of `after` have ended."""
+        work, before = ctypes.cast(function, ctypes.c_void_p).value, len(self._calls)
+        self._calls += [(work, ctypes.addressof(each), *after) for each in arguments]
+        self._arguments.append(arguments)  # whoever made them may let them go
+        return Span(before, len(self._calls))
+
+    def run(self, threads: int | None = None) -> None:
+        """All the calls, by as many threads as there are cores, or as told; which takes which is left to how fast they
+        are, but they are taken in order. Raises MemoryError where one of them lacked memory."""
+        calls = (_Call * len(self._calls))(*self._calls)
+        _refuse_lack(library(self._dtype).share_out(calls, len(calls), threads or cores()))
+
+
 def share_out(
     function: Callable[..., int], calls: Sequence[ctypes.Structure], dtype: torch.dtype, threads: int | None = None
 ) -> None:
-    """All the calls, by as many threads as there are cores, or as told; which takes which is left to how fast they are.
-    Raises MemoryError where one of them lacked memory."""
-    pointers = (ctypes.c_void_p * len(calls))(*map(ctypes.addressof, calls))
-    _refuse_lack(library(dtype).share_out(function, pointers, len(calls), threads or cores()))
+    """Calls of one function that wait for none, as `Schedule.run` makes them."""
+    schedule = Schedule(dtype)
+    schedule.add(function, calls)
+    schedule.run(threads)
 
 
 def _refuse_lack(failed: int) -> None:

@@ -56,7 +56,7 @@ def sequence_encoder(
     accepts. Not differentiable twice."""
     grid = grid._replace(slots=grid.slots.contiguous())
     dropout = dropout and dropout._replace(users=dropout.users.contiguous())
-    settings = _Settings(grid, dropout, weights.heads, weights.epsilon)
+    settings = Settings(grid, dropout, weights.heads, weights.epsilon)
     return _Encoder.apply(settings, x, *weights.tensors)
 
 
@@ -65,9 +65,9 @@ def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> Tens
     """The states [users, d] after each user's whole history, where no backward follows and nothing drops; every history
     holds an item. By this thread alone: callers share their users out."""
     grid, memory = grid._replace(slots=grid.slots.contiguous()), Memory()
-    settings = _Settings(grid, None, weights.heads, weights.epsilon)
+    settings = Settings(grid, None, weights.heads, weights.epsilon)
     own = [weight.contiguous() for weight in weights.tensors]
-    users = _of_whole_users(grid, range(0, len(x), MOST_UNTRAINED))
+    users = of_whole_users(grid, range(0, len(x), MOST_UNTRAINED))
     states, _ = _forward(settings, x.contiguous(), own, users, memory, one_by_one=True)
     return states[grid.slots % grid.length == grid.length - 1]
 
@@ -80,7 +80,7 @@ def takes(weights: SequenceWeights) -> bool:
     return fits and position.dtype in DTYPES and 1 <= blocks <= MOST_BLOCKS
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     grid: SequenceGrid
     dropout: SequenceDropout | None
     heads: int
@@ -112,10 +112,10 @@ class _Arguments(ctypes.Structure):
 
 class _Encoder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, settings: _Settings, x: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx, settings: Settings, x: Tensor, *weights: Tensor) -> Tensor:
         weights = tuple(weight.contiguous() for weight in weights)
         x, grid, memory = x.contiguous(), settings.grid, Memory()
-        users = _of_whole_users(grid, [start for start, _ in shares(len(grid.slots), MOST_WORKERS)])
+        users = of_whole_users(grid, [start for start, _ in shares(len(grid.slots), MOST_WORKERS)])
         states, ctx.parts = _forward(settings, x, weights, users, memory)
         ctx.starts = [start for start, _ in users]
         ctx.memory, ctx.settings = memory, settings  # what the parts point to, with these:
@@ -131,9 +131,9 @@ class _Encoder(torch.autograd.Function):
         found, parts = [], [_Arguments.from_buffer_copy(part) for part in ctx.parts]
         for start, part in zip(ctx.starts, parts, strict=True):
             found.append(x.new_empty(sum(sizes)))  # the gradients of all weights, one after the other
-            places = _places(found[-1], sizes)
+            places = places_of(found[-1].data_ptr(), sizes, x.dtype)
             part.of_position, part.of_scale, part.of_shift = places[:OUTER]
-            part.of_weights = _blocks(places)
+            part.of_weights = blocks_at(places)
             part.of_x, part.upstream = of_x[start:].data_ptr(), upstream[start:].data_ptr()
         backward = library(x.dtype).sequence_backward
         share_out(backward, parts, x.dtype)
@@ -142,7 +142,7 @@ class _Encoder(torch.autograd.Function):
 
 
 def _forward(
-    settings: _Settings,
+    settings: Settings,
     x: Tensor,
     weights: Sequence[Tensor],
     users: Sequence[tuple[int, int]],
@@ -151,11 +151,10 @@ def _forward(
 ) -> tuple[Tensor, list[_Arguments]]:
     """(the states, what the backward of each of the parts takes); users: as `_of_whole_users` finds them. One by one,
     parts are computed by this thread, in the same memory, and no backward may follow."""
-    states, measure = torch.empty_like(x), library(x.dtype).sequence_memory
-    measure.restype = ctypes.c_int64
-    blocks = _blocks([weight.data_ptr() for weight in weights])
-    parts = [_arguments(settings, weights, blocks, x, start, end) for start, end in users]
-    sizes = [measure(ctypes.byref(part)) for part in parts]
+    states = torch.empty_like(x)
+    blocks = blocks_at([weight.data_ptr() for weight in weights])
+    parts = [arguments(settings, weights, blocks, x, start, end) for start, end in users]
+    sizes = [memory_of(part, x.dtype) for part in parts]
     own = [memory.empty(x.dtype, max(sizes))] * len(parts) if one_by_one else [memory.empty(x.dtype, n) for n in sizes]
     for (start, _), part, block in zip(users, parts, own):
         part.memory, part.states = block.data_ptr(), states[start:].data_ptr()
@@ -163,8 +162,8 @@ def _forward(
     return states, parts
 
 
-def _arguments(
-    settings: _Settings, weights: Sequence[Tensor], blocks: ctypes.Array, x: Tensor, start: int, end: int
+def arguments(
+    settings: Settings, weights: Sequence[Tensor], blocks: ctypes.Array, x: Tensor, start: int, end: int
 ) -> _Arguments:
     """blocks: pointers to those of the weights that are theirs."""
     grid, dropout = settings.grid, settings.dropout
@@ -191,19 +190,25 @@ def _arguments(
     )
 
 
-def _blocks(places: Sequence[int]) -> ctypes.Array:
+def memory_of(part: _Arguments, dtype: torch.dtype) -> int:
+    """Numbers that the forward of a part leaves for its backward, and both need to work in."""
+    measure = library(dtype).sequence_memory
+    measure.restype = ctypes.c_int64
+    return measure(ctypes.byref(part))
+
+
+def blocks_at(places: Sequence[int]) -> ctypes.Array:
     """Pointers to the blocks' weights, from those to all weights."""
     own = [places[i : i + BLOCK] for i in range(OUTER, len(places), BLOCK)]
     return (_Block * len(own))(*(_Block(*block) for block in own))
 
 
-def _places(flat: Tensor, sizes: Sequence[int]) -> list[int]:
+def places_of(first: int, sizes: Sequence[int], dtype: torch.dtype) -> list[int]:
     """The address of each of some weights that stand one after the other."""
-    first, size = flat.data_ptr(), flat.element_size()
-    return [first + size * before for before in accumulate(sizes[:-1], initial=0)]
+    return [first + dtype.itemsize * before for before in accumulate(sizes[:-1], initial=0)]
 
 
-def _of_whole_users(grid: SequenceGrid, starts: Iterable[int]) -> list[tuple[int, int]]:
+def of_whole_users(grid: SequenceGrid, starts: Iterable[int]) -> list[tuple[int, int]]:
     """(first row, row after the last) of each part: they begin at these rows, moved to where a user begins."""
     slots, length = grid.slots.numpy(), grid.length
     cuts = sorted({0, *(bisect_left(slots, slots[start] // length * length) for start in starts if start), len(slots)})

@@ -66,9 +66,9 @@ def encode(
         own_rows = [None if rows is None else rows[part] for rows in settings.rows]
         kept = _kept(settings._replace(rows=own_rows), chosen, parameters, memory := Memory(), trained=False)
         for own, weights, output in zip(kept, joined, outputs):
-            more = {name: _pointer(weight) for name, weight in weights.items()}
+            more = {name: pointer(weight) for name, weight in weights.items()}
             piece = _Piece(0, 0, own.inputs.shape[2])
-            run(encode_towers, own.call(piece, projected=_pointer(output[part]), **more))
+            run(encode_towers, own.call(piece, projected=pointer(output[part]), **more))
         del memory
 
     at_once(work, equal_parts(items, MOST_UNTRAINED))
@@ -150,13 +150,13 @@ class _SideTowers(torch.autograd.Function):
         memory = Memory()
         kept = _kept(settings, tables, parameters, memory)
         split = any(ctx.needs_input_grad[1 : 1 + count])  # towers add to their views' gradients
-        ctx.rounds = _rounds(len(kept), kept[0].inputs.shape[2], split)
+        ctx.rounds = rounds(len(kept), kept[0].inputs.shape[2], split)
         dtype = parameters[1].dtype
 
         # Not kept for the backward: a node that held its own outputs would never be freed.
         projected = [each.inputs.new_empty(each.inputs.shape[2], len(each.projection)) for each in kept]
         for pieces in ctx.rounds:
-            outputs = [_pointer(projected[piece.tower]) for piece in pieces]
+            outputs = [pointer(projected[piece.tower]) for piece in pieces]
             calls = [kept[piece.tower].call(piece, projected=output) for piece, output in zip(pieces, outputs)]
             share_out(library(dtype).side_forward, calls, dtype)
         ctx.settings, ctx.kept, ctx.memory = settings, kept, memory
@@ -178,9 +178,9 @@ class _SideTowers(torch.autograd.Function):
                 own = kept[piece.tower]
                 gradients = _empty_gradients(own, gated=parameters[PARAMETERS * piece.tower] is not None)
                 parts[piece.tower].append(gradients)
-                more = {f"of_{name}": _pointer(gradient) for name, gradient in gradients.items()}
+                more = {f"of_{name}": pointer(gradient) for name, gradient in gradients.items()}
                 of_hidden = _pointers([of_views[view] for view in settings.reads[piece.tower]])
-                more |= {"upstream": _pointer(upstream[piece.tower]), "of_hidden": of_hidden}
+                more |= {"upstream": pointer(upstream[piece.tower]), "of_hidden": of_hidden}
                 calls.append(own.call(piece, **more))
             share_out(library(dtype).side_backward, calls, dtype)
         add_up([[part[name] for part in own] for own in parts for name in own[0]])
@@ -202,18 +202,18 @@ def _kept(
     layers, bottleneck, width = parameters[1].shape
     items, first, found = views[0].shape[2], parameters[1], []
     towers, kept = (len(settings.reads), layers) if trained else (1, 1)
-    inputs = memory.empty(first.dtype, towers, kept, _count(width), items, PANEL)
-    before = memory.empty(first.dtype, towers, layers, _count(bottleneck), items, PANEL)
+    inputs = memory.empty(first.dtype, towers, kept, panels_of(width), items, PANEL)
+    before = memory.empty(first.dtype, towers, layers, panels_of(bottleneck), items, PANEL)
     after = memory.empty(first.dtype, *before.shape) if settings.gelu else before
     for i, reads in enumerate(settings.reads):
         own = (*parameters[PARAMETERS * i : PARAMETERS * (i + 1)], parameters[PARAMETERS * len(settings.reads) + i])
         own = [parameter if parameter is None else parameter.contiguous() for parameter in own]
         tensors = *own, [views[view] for view in reads], *(each[i % towers] for each in (inputs, before, after))
-        found.append(_Kept(*tensors, _arguments(settings.gelu, *tensors)))
+        found.append(_Kept(*tensors, arguments(settings.gelu, *tensors)))
     return found
 
 
-def _arguments(gelu: bool, gate: Tensor | None, *tensors: Tensor | list[Tensor]) -> _Arguments:
+def arguments(gelu: bool, gate: Tensor | None, *tensors: Tensor | list[Tensor]) -> _Arguments:
     """Of a tower's tensors, in the order of `_Kept`."""
     down_weight, down_bias, up_weight, up_bias, projection, hidden, inputs, before, after = tensors
     layers, bottleneck, width = down_weight.shape
@@ -226,16 +226,16 @@ def _arguments(gelu: bool, gate: Tensor | None, *tensors: Tensor | list[Tensor])
         views=len(hidden),
         gelu=gelu,
         half=hidden[0].dtype == torch.bfloat16,
-        gate=_pointer(gate),
-        down_weight=_pointer(down_weight),
-        down_bias=_pointer(down_bias),
-        up_weight=_pointer(up_weight),
-        up_bias=_pointer(up_bias),
-        projection=_pointer(projection),
+        gate=pointer(gate),
+        down_weight=pointer(down_weight),
+        down_bias=pointer(down_bias),
+        up_weight=pointer(up_weight),
+        up_bias=pointer(up_bias),
+        projection=pointer(projection),
         hidden=_pointers(hidden),
-        inputs=_pointer(inputs),
-        before=_pointer(before),
-        after=_pointer(after),
+        inputs=pointer(inputs),
+        before=pointer(before),
+        after=pointer(after),
         temperature=GATE_TEMPERATURE,
     )
 
@@ -252,20 +252,27 @@ def _panels(
             table, own = (table if own is None else table.index_select(0, own)).to(kind).contiguous(), None
         views.append((table, None if own is None else own.contiguous()))
     items, (_, layers, width) = len(tables[0]) if rows[0] is None else len(rows[0]), tables[0].shape
-    found = memory.empty(kind, len(views), layers, _count(width), items, PANEL).unbind()
-    calls = [
-        _Gather(
-            *(_pointer(each) for each in (table, own, panels)),
-            *(table.stride(0), table.stride(1), kind.itemsize, layers, width, items, *share),
-        )
-        for share in (shares(items) if shared else [(0, items)])
-        for (table, own), panels in zip(views, found)
-    ]
+    found = memory.empty(kind, len(views), layers, panels_of(width), items, PANEL).unbind()
+    calls = gathers(views, found, shares(items) if shared else [(0, items)])
     share_out(library(dtype).gather_panels, calls, dtype, None if shared else 1)
     return list(found)
 
 
-def _rounds(towers: int, items: int, split: bool) -> list[list[_Piece]]:
+def gathers(
+    views: Sequence[tuple[Tensor, Tensor | None]], panels: Sequence[Tensor], parts: Sequence[tuple[int, int]]
+) -> list[_Gather]:
+    """The calls that read the tables' rows into panels, for each part of the items."""
+    return [
+        _Gather(
+            *(pointer(each) for each in (table, rows, own)),
+            *(table.stride(0), table.stride(1), table.element_size(), *table.shape[1:], own.shape[2], *part),
+        )
+        for part in parts
+        for (table, rows), own in zip(views, panels)
+    ]
+
+
+def rounds(towers: int, items: int, split: bool) -> list[list[_Piece]]:
     """What may be worked on at once, the largest first; split: no item by two towers, which add to its gradient."""
     if split or not items:
         return [[_Piece(tower, *share) for share in shares(items)] for tower in range(towers)]
@@ -302,13 +309,13 @@ def _joined(tower: Tower, projection: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _count(columns: int) -> int:
+def panels_of(columns: int) -> int:
     return -(-columns // PANEL)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
-    return (ctypes.c_void_p * 2)(*map(_pointer, tensors))
+    return (ctypes.c_void_p * 2)(*map(pointer, tensors))

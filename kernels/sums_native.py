@@ -5,23 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from .native import library, share_out
+from .native import AT_ONCE, Schedule, Span, library
 
 MOST_NUMBERS = 1 << 16  # of a call
-
-
-def add_up(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Adds the tensors of each list to its first, in order; returns the firsts.
-
-    All are contiguous and of one dtype, fp32 or fp64.
-    """
-    totals = [own[0] for own in parts]
-    for i in range(1, max(map(len, parts))):
-        sums = [_Sum(*piece) for own in parts if i < len(own) for piece in _pieces(own[0], own[i])]
-        share_out(library(totals[0].dtype).add_up, sums, totals[0].dtype)
-    return totals
 
 
 class _Sum(ctypes.Structure):
@@ -30,9 +19,27 @@ class _Sum(ctypes.Structure):
     _fields_ = [("total", ctypes.c_void_p), ("part", ctypes.c_void_p), ("count", ctypes.c_int64)]
 
 
-def _pieces(total: Tensor, part: Tensor) -> list[tuple[int, int, int]]:
-    """(address in the total, address in the part, numbers) of each call."""
-    count, size = total.numel(), total.element_size()
-    starts = range(0, count, MOST_NUMBERS)
-    to, of = total.data_ptr(), part.data_ptr()
-    return [(to + start * size, of + start * size, min(MOST_NUMBERS, count - start)) for start in starts]
+def add_up(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Adds the tensors of each list to its first, in order; returns the firsts.
+
+    All are contiguous and of one dtype, fp32 or fp64.
+    """
+    totals = [own[0] for own in parts]
+    schedule = Schedule(totals[0].dtype)
+    for own in parts:
+        add_sums(schedule, [each.data_ptr() for each in own], own[0].numel(), totals[0].dtype)
+    schedule.run()
+    return totals
+
+
+def add_sums(
+    schedule: Schedule, addresses: Sequence[int], count: int, dtype: torch.dtype, after: Span = AT_ONCE
+) -> Span:
+    """The calls that add `count` numbers at each of the addresses to those at the first, in order; the last of them, or
+    `after` where there is but one address."""
+    total, size = addresses[0], dtype.itemsize
+    for part in addresses[1:]:
+        pieces = [(i * size, min(MOST_NUMBERS, count - i)) for i in range(0, count, MOST_NUMBERS)]
+        calls = [_Sum(total + start, part + start, length) for start, length in pieces]
+        after = schedule.add(library(dtype).add_up, calls, after)
+    return after

@@ -54,7 +54,7 @@ def test_a_share_of_the_rows_for_each_core_that_is_worth_its_while(threads, coun
 @pytest.mark.parametrize("split", [False, True])
 def test_every_item_of_every_tower_is_one_pieces(threads, towers, items, split):
     torch.set_num_threads(threads)
-    rounds = side_network_native._rounds(towers, items, split)
+    rounds = side_network_native.rounds(towers, items, split)
     assert len(rounds) == (towers if split or not items else 1) and all(rounds)
     pieces = [piece for one in rounds for piece in one]
     for tower in range(towers):

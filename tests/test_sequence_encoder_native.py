@@ -152,7 +152,7 @@ def test_it_repeats_to_the_last_bit_and_hardly_depends_on_threads():
 @pytest.mark.parametrize("changed", [{"d": 24, "heads": 2}, {"d": 8, "heads": 2}])
 def test_other_widths_go_through_pytorch(changed, monkeypatch):
     case = Case([3, 4], **changed)
-    assert not sequence_encoder_native.takes(case.model._weights())
+    assert not sequence_encoder_native.takes(case.model.weights())
     monkeypatch.setattr(sequence_encoder_native, "sequence_encoder", lambda *_: pytest.fail("C++ ran"))
     case.check()
 
@@ -208,7 +208,7 @@ def test_threads_may_change_before_the_backward_and_it_may_come_twice(forward, b
 
 def test_arguments_that_do_not_fit_are_refused():
     case = Case([3, 4])
-    weights, grid = case.model._weights(), kernels.SequenceGrid(case.rows.slots, case.rows.length)
+    weights, grid = case.model.weights(), kernels.SequenceGrid(case.rows.slots, case.rows.length)
     x = case.x.double()
     for changed, message in (
         ({"x": x[:-1]}, r"x: expected \[7, 32\], found \[6, 32\]"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import subprocess
 import sys
 import threading
@@ -59,6 +60,53 @@ def test_a_call_that_fails_is_told_when_all_are_made():
     with pytest.raises(MemoryError, match="lack memory for this batch"):
         share_out(lambda number: made.append(number) or number == 3, 9, 2)
     assert sorted(made) == list(range(9))
+
+
+def scheduled(work: Callable[[int], int], groups: list[tuple[int, list[int]]], threads: int) -> None:
+    """Groups of so many calls, each after the groups of these numbers; the calls are counted through."""
+    call, schedule, spans, count = Work(lambda pointer: work(pointer[0])), native.Schedule(torch.float32), [], 0
+    for size, after in groups:
+        before = [spans[number] for number in after] or [native.AT_ONCE]
+        own = [Number(count + i) for i in range(size)]
+        spans.append(schedule.add(call, own, functools.reduce(native.Span.to, before)))
+        count += size
+    schedule.run(threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_calls_wait_for_those_that_they_come_after(threads):
+    groups = [(3, []), (2, [0]), (4, []), (1, [1]), (0, [3]), (5, [1, 2]), (1, [5])]
+    began, ended = [], []
+
+    def work(number: int) -> int:
+        began.append((number, set(ended)))
+        time.sleep(0.001 * (number * 7 % 4))
+        ended.append(number)
+        return 0
+
+    starts = [0, 3, 5, 9, 10, 10, 15, 16]
+    for _ in range(5):
+        began.clear(), ended.clear()
+        scheduled(work, groups, threads)
+        assert sorted(number for number, _ in began) == list(range(16))
+        for number, before in began:
+            group = next(i for i in range(len(groups)) if starts[i] <= number < starts[i + 1])
+            for other in groups[group][1]:
+                assert before >= set(range(starts[other], starts[other + 1]))
+
+
+def test_calls_that_wait_for_none_are_made_beside_one_that_others_wait_for():
+    together = threading.Barrier(2, timeout=20)
+    scheduled(lambda number: together.wait() and 0 if number in (0, 2) else 0, [(1, []), (1, []), (1, [])], 2)
+    assert not together.broken
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_after_a_call_that_failed_those_that_come_after_any_are_left_out(threads):
+    made = []
+    with pytest.raises(MemoryError):
+        scheduled(lambda number: made.append(number) or number == 1, [(2, []), (2, [0]), (2, [])], threads)
+    assert sorted(made) == [0, 1, 4, 5]
 
 
 def test_two_that_share_out_at_once_both_get_all_their_calls():

@@ -11,10 +11,11 @@ namespace {
 
 constexpr int ROWS = 96;  // of `inner` that stay in the cache while all its columns meet them
 
-// What meets `count` rows of `inner`, from `start` on. All matrices are contiguous.
+// What meets `count` rows of `inner`, from `start` on. All matrices are contiguous but for `outer` and its gradient,
+// whose rows are `stride` numbers apart.
 template <class T> struct Fold {
     int32_t start, count;
-    int32_t outputs, between, rows, width;  // d, d', H, D
+    int32_t outputs, between, rows, width, stride;  // d, d', H, D
     const T *outer, *middle, *middle_bias, *inner, *inner_bias;
     T *pair;               // [H, d]
     T *constant;           // [d']: what the inner two make of nothing; by the first rows' call, as all that has no rows
@@ -32,7 +33,7 @@ template <class T> void forward(const Fold<T> &f) {
     T *pair = f.pair + (long)f.start * d;
     const T *inner = f.inner + (long)f.start * f.width;
     for (int o = 0; o < d; o += PANEL) {
-        pack_transposed(packed.get(), f.outer + (long)o * f.between, f.between, PANEL, f.between);
+        pack_transposed(packed.get(), f.outer + (long)o * f.stride, f.stride, PANEL, f.between);
         product(f.count, columns_at(f.middle + f.start, f.rows), packed.get(), PANEL, f.between,
                 [=](int row, const Row<T> &found) INLINED { store(pair + (long)row * d + o, found); });
     }
@@ -57,7 +58,7 @@ template <class T> void forward(const Fold<T> &f) {
     if (f.start) return;
     for (int i = 0; i < f.between; i++)
         f.constant[i] = f.middle_bias[i] + dot(f.middle + (long)i * f.rows, f.inner_bias, f.rows);
-    for (int o = 0; o < d; o++) f.bias[o] = dot(f.outer + (long)o * f.between, f.constant, f.between);
+    for (int o = 0; o < d; o++) f.bias[o] = dot(f.outer + (long)o * f.stride, f.constant, f.between);
 }
 
 template <class T> void backward(const Fold<T> &f) {
@@ -87,7 +88,7 @@ template <class T> void backward(const Fold<T> &f) {
         f.of_inner_bias[row] = dot(f.pair + (long)row * d, f.of_bias, d);
     std::unique_ptr<T[]> of_constant(new T[f.between]());
     for (int o = 0; o < d; o++)
-        for (int i = 0; i < f.between; i++) of_constant[i] += f.of_bias[o] * f.outer[(long)o * f.between + i];
+        for (int i = 0; i < f.between; i++) of_constant[i] += f.of_bias[o] * f.outer[(long)o * f.stride + i];
     if (!f.start) std::memcpy(f.of_middle_bias, of_constant.get(), sizeof(T) * f.between);
     for (int i = 0; i < f.between; i += PANEL) {
         const int here = smaller(PANEL, f.between - i);
@@ -96,14 +97,14 @@ template <class T> void backward(const Fold<T> &f) {
         product(d, columns_at<T>(of_pair.get(), d), packed.get(), PANEL, f.count,
                 [&](int o, Row<T> found) INLINED {
                     for (int p = 0; p < PARTS<T>; p++) found.part[p] += f.of_bias[o] * constant.part[p];
-                    put(f.of_outer + (long)o * f.between + i, found, here);
+                    put(f.of_outer + (long)o * f.stride + i, found, here);
                 });
     }
     for (int row = 0; row < f.count; row += PANEL) {
         const int here = smaller(PANEL, f.count - row);
         const Row<T> bias = get(f.inner_bias + f.start + row, here);
         pack_transposed(packed.get(), of_pair.get() + (long)row * d, d, here, d);
-        product(f.between, columns_at(f.outer, f.between), packed.get(), PANEL, d,
+        product(f.between, columns_at(f.outer, f.stride), packed.get(), PANEL, d,
                 [&](int i, Row<T> found) INLINED {
                     for (int p = 0; p < PARTS<T>; p++) found.part[p] += of_constant[i] * bias.part[p];
                     put(f.of_middle + (long)i * f.rows + f.start + row, found, here);

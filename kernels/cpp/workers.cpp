@@ -1,14 +1,15 @@
 // Calls shared out among threads that stay, the caller being one: each takes the next call that nobody has taken, so a
-// core that others slow down does less. Nothing of Python is held or waited for.
+// core that others slow down does less. A call may wait for some before it. Nothing of Python is held or waited for.
 //
-// Between two rounds of one training step a worker looks for the next for a while before it sleeps: to be woken takes a
-// tenth of a millisecond and more, ten times a step. It gives way to whoever else wants its core. How a thread treats
-// denormal numbers is its own: these leave it as it is by default.
+// Between two lists of calls of one training step a worker looks for the next for a while before it sleeps: to be woken
+// takes a tenth of a millisecond and more. It gives way to whoever else wants its core. How a thread treats denormal
+// numbers is its own: these leave it as it is by default.
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <unistd.h>
@@ -17,60 +18,78 @@ namespace {
 
 constexpr auto AWAKE = std::chrono::milliseconds(2);
 
-using Work = int32_t (*)(const void *);
+struct Call {
+    int32_t (*work)(const void *);
+    const void *arguments;
+    int32_t first, last;  // once those from `first` to before `last` have ended, which stand before it in the list
+};
 
-struct Round {
-    Work work;
-    const void *const *arguments;
-    int32_t count;
-    std::atomic<int32_t> next{0}, failed{0};
+class List {
+  public:
+    List(const Call *calls, int32_t count) : calls(calls), count(count), ended(new std::atomic<bool>[count]()) {}
 
+    // None waits forever: what it waits for has been taken, by a thread that works on it or waits for one before that.
     void take_all() {
-        for (int32_t i; (i = next.fetch_add(1)) < count;)
-            if (work(arguments[i])) failed = 1;
+        for (int32_t i; (i = next.fetch_add(1)) < count;) {
+            const Call &call = calls[i];
+            for (int32_t before = call.first; before < call.last; before++)
+                while (!ended[before]) std::this_thread::yield();
+            const bool vain = failed && call.first < call.last;  // what it needs may be missing
+            if (!vain && call.work(call.arguments)) failed = true;
+            ended[i] = true;
+        }
     }
+
+    bool has_failed() const { return failed; }
+
+  private:
+    const Call *calls;
+    const int32_t count;
+    const std::unique_ptr<std::atomic<bool>[]> ended;
+    std::atomic<int32_t> next{0};
+    std::atomic<bool> failed{false};
 };
 
 class Worker {
   public:
     Worker() { std::thread([this] { live(); }).detach(); }
 
-    void offer(Round *round) {
-        offered = round;
+    void offer(List *list) {
+        offered = list;
         if (!asleep) return;
         std::lock_guard<std::mutex> held(mutex);
         woken.notify_one();
     }
 
-    // Returns when this worker neither has the round nor will take it.
-    void withdraw(Round *round) {
-        Round *expected = round;
+    // Returns when this worker neither has the list nor will take it.
+    void withdraw(List *list) {
+        List *expected = list;
         if (offered.compare_exchange_strong(expected, nullptr)) return;
         while (offered) std::this_thread::yield();
     }
 
   private:
-    std::atomic<Round *> offered{nullptr};
+    std::atomic<List *> offered{nullptr};
     std::atomic<bool> asleep{false};
     std::mutex mutex;
     std::condition_variable woken;
 
-    static Round *taken() { return (Round *)1; }  // in place of a round that is being worked on
+    static List *taken() { return (List *)1; }  // in place of a list that is being worked on
 
     void live() {
         for (;;) {
-            Round *round = awaited();
-            if (!round || !offered.compare_exchange_strong(round, taken())) continue;  // withdrawn meanwhile
-            round->take_all();
+            List *list = awaited();
+            if (!list || !offered.compare_exchange_strong(list, taken())) continue;  // withdrawn meanwhile
+            list->take_all();
             offered = nullptr;
         }
     }
 
-    Round *awaited() {
+    List *awaited() {
         const auto until = std::chrono::steady_clock::now() + AWAKE;
         do {
             for (int i = 0; i < 64; i++) {
-                if (Round *round = offered) return round;
+                if (List *list = offered) return list;
                 std::this_thread::yield();
             }
         } while (std::chrono::steady_clock::now() < until);
@@ -100,25 +119,29 @@ Workers &workers() {
 }  // namespace
 
 extern "C" {
-// work(arguments[i]) for all i < count, by so many threads at most; by this one alone where another has the workers.
-// Returns 0, or 1 where one of them does.
-int32_t share_out(Work work, const void *const *arguments, int32_t count, int32_t threads) noexcept {
-    Round round{work, arguments, count};
-    Workers &own = workers();
-    std::unique_lock<std::mutex> held(own.busy, std::defer_lock);
-    size_t helping = 0;
-    if (threads > 1 && count > 1 && held.try_lock()) {
-        const size_t others = (threads < count ? threads : count) - 1;
-        try {
-            while (own.all.size() < others) own.all.emplace_back();
-        } catch (...) {
-            // No more threads are to be had: those that there are do the work.
+// All calls, by so many threads at most; by this one alone where another has the workers. Returns 0, or 1 where one of
+// them does, or where there is no memory to begin.
+int32_t share_out(const Call *calls, int32_t count, int32_t threads) noexcept {
+    try {
+        List list(calls, count);
+        Workers &own = workers();
+        std::unique_lock<std::mutex> held(own.busy, std::defer_lock);
+        size_t helping = 0;
+        if (threads > 1 && count > 1 && held.try_lock()) {
+            const size_t others = (threads < count ? threads : count) - 1;
+            try {
+                while (own.all.size() < others) own.all.emplace_back();
+            } catch (...) {
+                // No more threads are to be had: those that there are do the work.
+            }
+            helping = others < own.all.size() ? others : own.all.size();
         }
-        helping = others < own.all.size() ? others : own.all.size();
+        for (size_t i = 0; i < helping; i++) own.all[i].offer(&list);
+        list.take_all();
+        for (size_t i = 0; i < helping; i++) own.all[i].withdraw(&list);
+        return list.has_failed();
+    } catch (...) {
+        return 1;
     }
-    for (size_t i = 0; i < helping; i++) own.all[i].offer(&round);
-    round.take_all();
-    for (size_t i = 0; i < helping; i++) own.all[i].withdraw(&round);
-    return round.failed;
 }
 }

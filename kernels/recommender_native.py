@@ -1,0 +1,454 @@
+"""A side-network recommender's loss and all of its gradients on a CPU, in two calls of the C++: its ops one after the
+other in memory that is kept, with nothing between them but `cpp/recommender.cpp`.
+
+The parts are those of the single ops: what they compute, and how they are cut, is said there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cross_entropy_native, fold_native, sequence_encoder_native, side_network_native
+from .host import cores, shares
+from .native import DTYPES, PANEL, Schedule, Span, library
+from .reference import Chain, States, Tower
+from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
+from .side_network_native import panels_of
+from .sums_native import add_sums
+
+
+class RecommenderWeights(NamedTuple):
+    """All that is trained, of towers of one shape."""
+
+    towers: list[Tower]
+    activation: str
+    heads: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # of each tower: a `Chain` without its outer map
+    fusion: Tensor  # [d, towers d']: the outer maps side by side
+    fusion_bias: Tensor  # [d]
+    sequence: SequenceWeights
+
+    def tensors(self) -> list[Tensor]:
+        """All of them in one row."""
+        towers = [each for tower in self.towers for each in tower[1:] if each is not None]
+        return [*towers, *itertools.chain(*self.heads), self.fusion, self.fusion_bias, *self.sequence.tensors]
+
+    def chains(self) -> list[Chain]:
+        """The maps that follow each tower."""
+        parts = self.fusion.detach().chunk(len(self.heads), dim=1)
+        return [Chain(part, *head) for part, head in zip(parts, self.heads)]
+
+
+class RecommenderBatch(NamedTuple):
+    """A batch of V distinct items and R rows."""
+
+    states: list[States]  # of the items, a view each
+    distinct: Tensor  # int64 [V]: numbers of the items
+    multiplicity: Tensor  # int64 [V]
+    inputs: Tensor  # int64 [R]: each row's own item, an index into the distinct
+    targets: Tensor  # int64 [R]: its next
+    row_users: Tensor  # int64 [R]
+    history_bits: Tensor  # int32 [users, words]
+    row_weights: Tensor  # float64 [R]: each row's part in the loss
+    log_popularity: Tensor  # float64 [items of the catalogue + 1]
+    grid: SequenceGrid  # where the rows stand
+    dropout: SequenceDropout | None
+
+
+class RecommenderLoss:
+    """The op for one model, with the memory that it keeps from step to step."""
+
+    def __init__(self) -> None:
+        self._free: list[_Plan] = []
+        self._marks: list[list] = []  # of the weights that were looked at last
+        self._known = False
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()  # a copy of a model begins without memory
+
+    def takes(self, weights: RecommenderWeights, batch: RecommenderBatch) -> bool:
+        """Whether the C++ knows the weights and the batch, and they fit together; what it refuses is left to the single
+        ops, to compute or to name."""
+        marks = _marks(weights)
+        if marks != self._marks:
+            self._marks, self._known = marks, _knows(weights)
+        return self._known and _fits(batch, weights)
+
+    def __call__(self, weights: RecommenderWeights, batch: RecommenderBatch) -> Tensor:
+        """The loss, a scalar, for what `takes` has just accepted. Not differentiable twice."""
+        while self._free:
+            plan = self._free.pop()
+            if plan.is_of(self._marks, batch):
+                break
+        else:
+            plan = _Plan(weights, batch, self._marks)
+        return _Loss.apply(_Taken(self._free, plan), batch, *weights.tensors())
+
+
+def _marks(weights: RecommenderWeights) -> list[list]:
+    """What is found anew where a weight was given other memory, as by `module.to`, or another form."""
+    tensors = weights.tensors()
+    return [list(map(mark, tensors)) for mark in (Tensor.data_ptr, Tensor.stride, *map(attrgetter, ("shape", "dtype")))]
+
+
+def _knows(weights: RecommenderWeights) -> bool:
+    """Whether the C++ knows such weights: of one dtype on a CPU, and widths as each op asks for."""
+    dtype, d = weights.fusion.dtype, len(weights.fusion)
+    layers, bottleneck, width = weights.towers[0].down_weight.shape
+    gate = [] if weights.towers[0].gate is None else [(layers,)]
+    of_tower = [*gate, (layers, bottleneck, width), (layers, bottleneck), (layers, width, bottleneck), (layers, width)]
+    between, chains = weights.fusion.shape[1] // len(weights.towers), weights.chains()
+    return (
+        dtype in DTYPES
+        and all(_plain(each, dtype, each.shape) for each in weights.tensors())
+        and all([each.shape for each in tower[1:] if each is not None] == of_tower for tower in weights.towers)
+        and len(weights.heads) == len(weights.towers)
+        and weights.fusion.shape[1] == between * len(weights.towers)
+        and weights.fusion_bias.shape == (d,)
+        and all(chain.middle.shape == (between, len(chain.inner)) for chain in chains)
+        and all(chain.inner.shape[1] == width for chain in chains)
+        and all(len(chain.middle_bias) == between and len(chain.inner_bias) == len(chain.inner) for chain in chains)
+        and fold_native.takes(chains)
+        and weights.sequence.tensors[0].shape[1] == d
+        and d % weights.sequence.heads == 0
+        and sequence_encoder_native.takes(weights.sequence)
+    )
+
+
+def _fits(batch: RecommenderBatch, weights: RecommenderWeights) -> bool:
+    """Whether these weights take such a batch, whose indices are in their ranges."""
+    items, rows, users = len(batch.distinct), len(batch.targets), len(batch.history_bits)
+    (layers, _, width), kind = weights.towers[0].down_weight.shape, batch.states[0].table.dtype
+    tables, read = [view.table for view in batch.states], [view for view in batch.states if view.rows is not None]
+    by_number = [len(batch.log_popularity), *(len(table) for table, own in read if own is batch.distinct)]
+    words, length = batch.history_bits.shape[1], batch.grid.length
+    return (
+        rows > 0
+        and max(max(tower.views) for tower in weights.towers) < len(tables)
+        and kind in (weights.fusion.dtype, torch.bfloat16)
+        and all(table.dtype == kind and table.shape[1:] == (layers, width) for table in tables)
+        and all(table.is_cpu and table.stride(2) == 1 and not table.requires_grad for table in tables)
+        and all(len(table if own is None else own) == items for table, own in batch.states)
+        and _within(batch.distinct, items, min(by_number))
+        and all(_within(own, items, len(table)) for table, own in read if own is not batch.distinct)
+        and all(_within(own, rows, items) for own in (batch.inputs, batch.targets))
+        and _within(batch.row_users, rows, users)
+        and _within(batch.grid.slots, rows, users * length)
+        and 1 <= length <= len(weights.sequence.tensors[0])
+        and _plain(batch.multiplicity, torch.int64, (items,))
+        and _plain(batch.row_weights, torch.float64, (rows,))
+        and _plain(batch.log_popularity, torch.float64, (len(batch.log_popularity),))
+        and _plain(batch.history_bits, torch.int32, (users, words))
+        and words * 32 >= items
+        and (batch.dropout is None or _plain(batch.dropout.users, torch.int64, (users,)))
+    )
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether the C++ finds such numbers where it looks."""
+    return tensor.dtype == dtype and tensor.shape == shape and tensor.is_cpu and tensor.is_contiguous()
+
+
+def _within(indices: Tensor, count: int, limit: int) -> bool:
+    """Whether there are so many int64, from 0 to below a limit."""
+    if not _plain(indices, torch.int64, (count,)):
+        return False
+    least, most = indices.aminmax()
+    return int(least) >= 0 and int(most) < limit
+
+
+def _shape(batch: RecommenderBatch) -> tuple[list[torch.Size], torch.dtype]:
+    """(layers and width of each view, dtype of all)."""
+    tables = [view.table for view in batch.states]
+    return [table.shape[1:] for table in tables], tables[0].dtype
+
+
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return [each.data_ptr() for each in tensors]
+
+
+class _Taken:
+    """A plan while a graph uses it."""
+
+    def __init__(self, free: list[_Plan], plan: _Plan) -> None:
+        self.free, self.plan = free, plan
+
+    def __del__(self) -> None:
+        self.plan.batch = None  # whose states may be all that is left of a feature table
+        self.free.append(self.plan)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, taken: _Taken, batch: RecommenderBatch, *tensors: Tensor) -> Tensor:
+        ctx.taken = taken
+        ctx.save_for_backward(*tensors)  # alone to refuse weights that were changed in between
+        return taken.plan.forward(batch)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_loss: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        return None, None, *ctx.taken.plan.backward(of_loss)
+
+
+class _Joint(ctypes.Structure):
+    """`Joint` of cpp/recommender.cpp."""
+
+    BATCH = ("distinct", "multiplicity", "inputs", "row_weights", "log_popularity")  # of `RecommenderBatch`
+    OWN = ("projected", "biases", "log_multiplicity", "column", "vectors", "x", "row_losses")  # of the plan
+    OWN_GRADIENTS = ("upstream", "of_x", "of_vectors")
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("items", "rows", "width", "towers", "room")),
+        *((name, ctypes.c_void_p) for name in (*BATCH, *OWN, "bias", "loss")),
+        *((name, ctypes.c_void_p) for name in (*OWN_GRADIENTS, "of_bias", "of_loss")),
+    ]
+
+
+class _Layout:
+    """Where the gradients lie in one block of memory, a cache line's beginning each: those of the weights, in their
+    order, and after those of a tower the gradient of its projection, which folding takes further."""
+
+    def __init__(self, weights: RecommenderWeights) -> None:
+        d, (_, _, width) = len(weights.fusion), weights.towers[0].down_weight.shape
+        towers = [[each.shape for each in tower[1:] if each is not None] for tower in weights.towers]
+        rest = [each.shape for each in (*itertools.chain(*weights.heads), weights.fusion, weights.fusion_bias)]
+        sequence = [each.shape for each in weights.sequence.tensors]
+        self.shapes = [*itertools.chain(*([*own, None] for own in towers)), *rest, *sequence]
+        counts = [d * width if shape is None else math.prod(shape) for shape in self.shapes]
+        self.sizes = [-(-count // PANEL) * PANEL for count in counts]
+        self.starts = list(itertools.accumulate(self.sizes, initial=0))
+        weights = [(shape, start) for shape, start in zip(self.shapes, self.starts) if shape is not None]
+        self.places = [(shape, torch.empty(shape, device="meta").stride(), start) for shape, start in weights]
+        each = len(towers[0]) + 1
+        self.towers = [self.starts[i * each : (i + 1) * each + 1] for i in range(len(towers))]  # with where it ends
+        after = len(towers) * each
+        self.heads = [self.starts[after + 4 * i : after + 4 * i + 4] for i in range(len(towers))]
+        self.fusion, self.fusion_bias, self.sequence = self.starts[after + 4 * len(towers) :][:3]
+
+    def gradients(self, block: Tensor) -> list[Tensor]:
+        """Of the weights."""
+        return [block.as_strided(*place) for place in self.places]
+
+
+class _Plan:
+    """The memory and the calls of batches up to a size, for one graph at a time.
+
+    What the calls point to is fixed but for the batch's own and the gradients, whose memory the caller keeps.
+    """
+
+    def __init__(self, weights: RecommenderWeights, batch: RecommenderBatch, marks: list[list]) -> None:
+        self.weights, self.marks, self.cores, self.shape = weights, marks, cores(), _shape(batch)
+        # Some more than now, and odd: panels a whole number of pages apart would share the cache's sets.
+        self.items, self.rows = (size + size // 8 | 1 for size in (len(batch.distinct), len(batch.targets)))
+        self.dtype, self.library = weights.fusion.dtype, library(weights.fusion.dtype)
+        self.layout, self.moving = _Layout(weights), []
+        self._plan_towers()
+        self._plan_folding()
+        self._plan_rest()
+
+    def is_of(self, marks: list[list], batch: RecommenderBatch) -> bool:
+        """Whether it was made for these weights, and has room for the batch."""
+        room = len(batch.distinct) <= self.items and len(batch.targets) <= self.rows
+        return room and marks == self.marks and cores() == self.cores and _shape(batch) == self.shape
+
+    def forward(self, batch: RecommenderBatch) -> Tensor:
+        """The loss."""
+        self.batch, own, joint, loss = batch, self.library, self.joint, self._empty()
+        joint.items, joint.rows, joint.loss = len(batch.distinct), len(batch.targets), loss.data_ptr()
+        for name in _Joint.BATCH:
+            setattr(joint, name, getattr(batch, name).data_ptr())
+        gathers = side_network_native.gathers(batch.states, self.panels, shares(joint.items))
+        self._cut_towers(joint.items)
+        self._cut_rows(batch)
+        run = Schedule(self.dtype)
+        gathered = run.add(own.gather_panels, gathers)
+        run.add(own.joint_constants, [joint])
+        products = gathered
+        for calls, parts in zip(self.folds, self.products):
+            folded = run.add(own.fold_forward, calls)
+            products = add_sums(run, _addresses(parts), parts[0].numel(), self.dtype, folded)
+        outputs = run.add(own.side_forward, self.pieces, gathered.to(products))
+        vectors = run.add(own.joint_vectors, [joint], outputs)
+        states = run.add(own.sequence_forward, self.sequences, vectors)
+        losses = run.add(own.loss_forward, self.losses, states)
+        run.add(own.joint_loss, [joint], losses)
+        run.run()
+        return loss
+
+    def backward(self, of_loss: Tensor) -> list[Tensor]:
+        """The gradient of each of the weights."""
+        own, joint, block = self.library, self.joint, self._empty(self.layout.starts[-1])
+        first, size = block.data_ptr(), self.dtype.itemsize
+        for structure, name, start in self.moving:
+            setattr(structure, name, first + start * size)
+        joint.of_loss = of_loss.data_ptr()
+        sequence = self._set_sequences(first + self.layout.sequence * size)
+        run = Schedule(self.dtype)
+        upstream = run.add(own.joint_upstream, [joint])
+        of_rows = run.add(own.loss_backward, self.losses, upstream)
+        of_states = run.add(own.sequence_backward, self.sequences, of_rows)
+        of_vectors = _addresses(self.of_vectors[: len(self.losses)])
+        of_items = add_sums(run, of_vectors, joint.items * joint.width, self.dtype, of_rows)
+        joined = run.add(own.joint_backward, [joint], of_states.to(of_items))
+        pieces = run.add(own.side_backward, self.pieces, joined)
+        add_sums(run, sequence, sum(self.sequence_sizes), self.dtype, of_states)
+        folded = None
+        for tower, ended in self._tower_spans(pieces.first):
+            start, end = self.layout.towers[tower][0], self.layout.towers[tower][-1]
+            parts = [first + start * size, *_addresses(self.more_of_towers[tower])][: self.cut.count(tower)]
+            summed = add_sums(run, parts, end - start, self.dtype, ended)
+            calls = run.add(own.fold_backward, self.folds[tower], summed)
+            folded = calls if folded is None else folded.to(calls)
+        fusion = [first + self.layout.fusion * size, *_addresses(self.more_of_fusion)]
+        add_sums(run, fusion, self.weights.fusion.numel(), self.dtype, folded)
+        run.run()
+        return self.layout.gradients(block)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype)
+
+    def _plan_towers(self) -> None:
+        """Memory for the towers; their calls are made as a batch is cut in them."""
+        views, kind = self.shape
+        first, towers = self.weights.towers[0].down_weight, len(self.weights.towers)
+        layers, bottleneck, width = first.shape
+        wide, narrow = panels_of(width), panels_of(bottleneck)
+        self.panels = torch.empty(len(views), layers, wide, self.items, PANEL, dtype=kind).unbind()
+        self.inputs = self._empty(towers, layers, wide, self.items, PANEL)
+        self.before = self._empty(towers, layers, narrow, self.items, PANEL)
+        self.after = torch.empty_like(self.before) if self.weights.activation == "gelu" else self.before
+        self.projected = self._empty(towers, self.items, len(self.weights.fusion))
+        self.tower_calls: list[list[ctypes.Structure]] = [[] for _ in self.weights.towers]
+        self.more_of_towers: list[list[Tensor]] = [[] for _ in self.weights.towers]
+
+    def _cut_towers(self, items: int) -> None:
+        """The calls of the towers' pieces, the largest first, and the tower of each."""
+        (pieces,) = side_network_native.rounds(len(self.tower_calls), items, split=False)
+        self.pieces, self.cut = [], []
+        for tower, start, count in pieces:
+            number = self.cut.count(tower)
+            if len(self.tower_calls[tower]) == number:
+                self.tower_calls[tower].append(self._tower_call(tower))
+            call = self.tower_calls[tower][number]
+            call.start, call.count = start, count
+            self.pieces.append(call)
+            self.cut.append(tower)
+
+    def _tower_spans(self, first: int) -> list[tuple[int, Span]]:
+        """Each tower, in the order in which their pieces begin to end, and where its pieces are from the first on."""
+        ends = {tower: i + 1 for i, tower in enumerate(self.cut)}
+        return [(tower, Span(first + self.cut.index(tower), first + end)) for tower, end in ends.items()]
+
+    def _tower_call(self, number: int) -> ctypes.Structure:
+        """One more: the first of a tower gives the gradients themselves, others what is added to them."""
+        tower = self.weights.towers[number]
+        call = side_network_native.arguments(
+            self.weights.activation == "gelu",
+            *tower[1:],
+            self.products[number][0],
+            [self.panels[view] for view in tower.views],
+            *(each[number] for each in (self.inputs, self.before, self.after)),
+        )
+        call.projected, call.upstream = self.projected[number].data_ptr(), self.of_vectors[0].data_ptr()
+        names = [f"of_{name}" for name, each in zip(Tower._fields[1:], tower[1:]) if each is not None]
+        *places, end = self.layout.towers[number]
+        if not self.tower_calls[number]:
+            self.moving += [(call, name, place) for name, place in zip([*names, "of_projection"], places)]
+            return call
+        more = self._empty(end - places[0])
+        self.more_of_towers[number].append(more)
+        for name, place in zip([*names, "of_projection"], places):
+            setattr(call, name, more[place - places[0] :].data_ptr())
+        return call
+
+    def _plan_folding(self) -> None:
+        """Memory and calls of the chains; the first part of each gives what others are added to."""
+        chains, d, layout = self.weights.chains(), len(self.weights.fusion), self.layout
+        parts = [shares(len(chain.inner), fold_native.MOST_PARTS) for chain in chains]
+        self.kept = [
+            fold_native.Kept(self._empty(len(each.inner), d), self._empty(len(each.middle))) for each in chains
+        ]
+        self.products = [[self._empty(d, each.inner.shape[1]) for _ in own] for each, own in zip(chains, parts)]
+        # Zero where a chain has fewer parts.
+        self.more_of_fusion = torch.zeros(max(map(len, parts)) - 1, *self.weights.fusion.shape, dtype=self.dtype)
+        self.biases = self._empty(len(chains), d)
+        self.folds: list[list[ctypes.Structure]] = [[] for _ in chains]
+        column = 0
+        for i, (chain, own) in enumerate(zip(chains, parts)):
+            for number, part in enumerate(own):
+                results = {"product": self.products[i][number], "bias": self.biases[i]}
+                call = fold_native.arguments(chain, self.kept[i], part, **results)
+                self.moving += [(call, "upstream", layout.towers[i][-2]), (call, "of_bias", layout.fusion_bias)]
+                names = [f"of_{name}" for name in Chain._fields[1:]]
+                self.moving += [(call, name, place) for name, place in zip(names, layout.heads[i])]
+                if number:
+                    call.of_outer = self.more_of_fusion[number - 1, 0, column:].data_ptr()
+                else:
+                    self.moving.append((call, "of_outer", layout.fusion + column))
+                self.folds[i].append(call)
+            column += chain.outer.shape[1]
+
+    def _plan_rest(self) -> None:
+        """Memory for item vectors, rows and their losses."""
+        d, sequence = len(self.weights.fusion), self.weights.sequence.tensors
+        self.log_multiplicity, self.column = self._empty(self.items), self._empty(self.items)
+        self.vectors = self._empty(self.items, d)
+        self.x, self.states, self.of_states, self.of_x = self._empty(4, self.rows, d)
+        self.probabilities = self._empty(self.rows * PANEL * panels_of(self.items))
+        self.row_losses, self.upstream = self._empty(self.rows), self._empty(self.rows)
+        self.of_vectors = self._empty(cross_entropy_native.MOST_WORKERS, self.items, d)
+        self.blocks = sequence_encoder_native.blocks_at(_addresses(sequence))
+        self.sequence_sizes, most = [each.numel() for each in sequence], sequence_encoder_native.MOST_WORKERS
+        self.more_of_sequence = self._empty(most - 1, sum(self.sequence_sizes))
+        self.sequence_memory = [self._empty(0)] * most
+        self.joint = _Joint(width=d, towers=len(self.weights.towers), room=self.items)
+        self.joint.bias = self.weights.fusion_bias.data_ptr()
+        for name in (*_Joint.OWN, *_Joint.OWN_GRADIENTS):
+            setattr(self.joint, name, getattr(self, name).data_ptr())
+        self.moving.append((self.joint, "of_bias", self.layout.fusion_bias))
+
+    def _cut_rows(self, batch: RecommenderBatch) -> None:
+        """The calls of the sequence encoder and of the loss."""
+        items, rows, sequence = self.joint.items, self.joint.rows, self.weights.sequence
+        settings = sequence_encoder_native.Settings(batch.grid, batch.dropout, sequence.heads, sequence.epsilon)
+        starts = [start for start, _ in shares(rows, sequence_encoder_native.MOST_WORKERS)]
+        self.sequences, self.losses = [], []
+        for start, end in sequence_encoder_native.of_whole_users(batch.grid, starts):
+            call = sequence_encoder_native.arguments(settings, sequence.tensors, self.blocks, self.x, start, end)
+            call.states, call.upstream = self.states[start:].data_ptr(), self.of_states[start:].data_ptr()
+            call.of_x, call.memory = self.of_x[start:].data_ptr(), self._memory(len(self.sequences), call)
+            self.sequences.append(call)
+        constants = (batch.targets, batch.row_users, batch.history_bits, self.column, self.log_multiplicity)
+        constants = cross_entropy_native.Constants(*constants)
+        probabilities = self.probabilities[: rows * PANEL * panels_of(items)].view(rows, -1)
+        queries, vectors = self.states[:rows], self.vectors[:items]
+        for i, part in enumerate(shares(rows, cross_entropy_native.MOST_WORKERS)):
+            call = cross_entropy_native.arguments(constants, queries, vectors, probabilities, self.row_losses, part)
+            call.upstream, call.of_vectors = self.upstream[part[0] :].data_ptr(), self.of_vectors[i].data_ptr()
+            call.of_queries = self.of_states[part[0] :].data_ptr()
+            self.losses.append(call)
+
+    def _memory(self, i: int, call: ctypes.Structure) -> int:
+        """Where the i-th call of the sequence encoder keeps what its backward takes."""
+        needed = sequence_encoder_native.memory_of(call, self.dtype)
+        if self.sequence_memory[i].numel() < needed:
+            self.sequence_memory[i] = self._empty(needed + needed // 8)
+        return self.sequence_memory[i].data_ptr()
+
+    def _set_sequences(self, first: int) -> list[int]:
+        """Where the sequence encoder's calls leave the gradients of its weights, one after the other: the first of them
+        for good."""
+        addresses = [first, *_addresses(self.more_of_sequence)][: len(self.sequences)]
+        for address, call in zip(addresses, self.sequences):
+            places = sequence_encoder_native.places_of(address, self.sequence_sizes, self.dtype)
+            call.of_position, call.of_scale, call.of_shift = places[: sequence_encoder_native.OUTER]
+            call.of_weights = sequence_encoder_native.blocks_at(places)
+        return addresses
