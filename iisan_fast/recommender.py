@@ -39,7 +39,7 @@ class Recommender(nn.Module):
         since `seed` draws all weights, and the dropout. popularity float64 [items + 1]."""
         super().__init__()
         self.config, self.seed = config, seed
-        self.loss_op = kernels.RecommenderLoss()
+        self.gradients = kernels.RecommenderGradients()
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # encoders may lie there already
             torch.manual_seed(seed)
             self.item_encoder = make_item_encoder()
@@ -53,15 +53,6 @@ class Recommender(nn.Module):
 
         contents: what the item encoder reads of batch.distinct.
         """
-        return kernels.recommender_loss(
-            functools.partial(self._loss_by_ops, batch, contents),
-            self.loss_op,
-            functools.partial(self._operands, batch, contents),
-            self.sequence_encoder.position,
-        )
-
-    def _loss_by_ops(self, batch: Batch, contents: Any) -> Tensor:
-        """The same by one op after the other."""
         vectors = self.item_encoder(contents)
         rows = Rows(batch.row_slots, len(batch.users), batch.length)
         losses = kernels.inbatch_cross_entropy(
@@ -76,10 +67,27 @@ class Recommender(nn.Module):
         )
         return losses @ batch.weights.to(losses.dtype)
 
+    def differentiate(self, batch: Batch, contents: Any, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
+        """`loss`, without a graph, its gradients added to the parameters' as a backward adds them, but for hooks.
+        `mark` is called as "forward" and "backward" end."""
+        operands, any_weight = functools.partial(self._operands, batch, contents), self.sequence_encoder.position
+        found = kernels.recommender_gradients(self.gradients, operands, any_weight, lambda: mark("forward"))
+        if found is None:
+            loss = self.loss(batch, contents)
+            mark("forward")
+            loss.backward()
+        else:
+            loss, gradients = found
+            for parameter, gradient in gradients:
+                if parameter.requires_grad:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        mark("backward")
+        return loss.detach()
+
     def _operands(
         self, batch: Batch, contents: Any
     ) -> tuple[kernels.RecommenderWeights, kernels.RecommenderBatch] | None:
-        """What one op takes that does all of it, or None where none does."""
+        """What the op takes that gives all gradients, or None where none does."""
         if not isinstance(self.item_encoder, SideItemEncoder):
             return None
         weights, dropout = self.item_encoder.weights(self.sequence_encoder.weights()), self._dropout(batch)

@@ -58,22 +58,16 @@ class TrainingStep:
     def _take(self, batch: Batch, contents: Contents, mark: Callable[[str], None]) -> Tensor:
         for parameter in self.parameters:
             parameter.grad = None
-        loss = self.model.loss(batch, contents)
-        mark("forward")
-        loss.backward()
-        mark("backward")
-        value, rows = loss.detach().double(), (batch.weights > 0).sum()
-        total, count, failed, failed_loss = self.record
-        fails = (failed == 0) & ~value.isfinite()
-        failed = torch.where(fails, batch.step + 1, failed)
-        counted = torch.where(failed == 0, torch.stack([value * rows, rows]), 0)
-        self.record.copy_(
-            torch.stack([total + counted[0], count + counted[1], failed, torch.where(fails, value, failed_loss)])
-        )
-        self.optimizer.found_inf = (failed > 0).float()  # the fused optimizer leaves everything as it is then
+        loss = self.model.differentiate(batch, contents, mark)
+        value, rows = loss.double(), (batch.weights > 0).sum()
+        finite = value.isfinite()
+        told = [torch.where(finite, value, 0) * rows, rows * finite]
+        told += [(batch.step + 1) * ~finite, torch.where(finite, 0, value)]
+        self.record += torch.where(self.record[2] == 0, torch.stack(told), 0)  # after a failure nothing counts
+        self.optimizer.found_inf = (self.record[2] > 0).float()  # the fused optimizer leaves everything as it is then
         self.optimizer.update()
         mark("update")
-        return loss.detach()
+        return loss
 
     def read(self) -> Reading:
         """What came since the last reading. Waits for the device."""

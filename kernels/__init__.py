@@ -17,14 +17,14 @@ if __name__ == "iisan_fast.kernels":
         fold,
         inbatch_cross_entropy,
         last_states,
-        recommender_loss,
+        recommender_gradients,
         sequence_encoder,
         side_towers,
         target_rank,
     )
     from .host import at_once, in_large_pieces
     from .native import compiler_version
-    from .recommender_native import RecommenderBatch, RecommenderLoss, RecommenderWeights
+    from .recommender_native import RecommenderBatch, RecommenderGradients, RecommenderWeights
     from .reference import Chain, States, Tower
     from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
 
@@ -34,7 +34,7 @@ if __name__ == "iisan_fast.kernels":
         "AdamUpdate",
         "Chain",
         "RecommenderBatch",
-        "RecommenderLoss",
+        "RecommenderGradients",
         "RecommenderWeights",
         "SequenceDropout",
         "SequenceGrid",
@@ -50,7 +50,7 @@ if __name__ == "iisan_fast.kernels":
         "in_large_pieces",
         "inbatch_cross_entropy",
         "last_states",
-        "recommender_loss",
+        "recommender_gradients",
         "sequence_encoder",
         "side_towers",
         "target_rank",

@@ -30,7 +30,7 @@ from . import (
 from .adam_native import AdamState, AdamUpdate
 from .checks import check_chains, check_loss, check_ranks, check_sequences, check_towers
 from .native import why_not
-from .recommender_native import RecommenderBatch, RecommenderLoss, RecommenderWeights
+from .recommender_native import RecommenderBatch, RecommenderGradients, RecommenderWeights
 from .reference import Chain, States, Tower
 from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
 
@@ -164,25 +164,26 @@ def last_states(
     return specification()
 
 
-def recommender_loss(
-    specification: Callable[[], Tensor],
-    op: RecommenderLoss,
+def recommender_gradients(
+    op: RecommenderGradients,
     operands: Callable[[], tuple[RecommenderWeights, RecommenderBatch] | None],
     weight: Tensor,
+    between: Callable[[], None] = lambda: None,
     backend: str = "auto",
-) -> Tensor:
-    """A side-network recommender's mean loss over a batch's rows, a scalar.
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
+    """A side-network recommender's mean loss over a batch's rows, a scalar, and its weights with their gradients, by
+    C++ on a CPU; None where the ops above and autograd are what there is.
 
-    specification: the caller's own, of the ops above, which computes the same; C++ takes the place of all of them at
-    once where it is trained on a CPU. op: the model's own, which keeps memory; operands: what it takes, or None where
-    the model has other parts; weight: any of the weights.
+    op: the model's own, which keeps memory; operands: what it takes, or None where the model has other parts; weight:
+    any of the weights; `between` is called when there is the loss.
     """
-    if _backend("recommender_loss", backend, [weight]) != "native" or not torch.is_grad_enabled():
-        return specification()
+    if _backend("recommender_gradients", backend, [weight]) != "native":
+        return None
     found = operands()
-    if found is None or not _trained(found[0].tensors()) or not op.takes(*found):
-        return specification()
-    return op(*found)
+    if found is None or not op.takes(*found):
+        return None
+    loss, gradients = op(*found, between)
+    return loss, list(zip(found[0].tensors(), gradients))
 
 
 def target_rank(

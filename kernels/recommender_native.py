@@ -1,5 +1,5 @@
-"""A side-network recommender's loss and all of its gradients on a CPU, in two calls of the C++: its ops one after the
-other in memory that is kept, with nothing between them but `cpp/recommender.cpp`.
+"""A side-network recommender's loss and all of its gradients on a CPU, in two calls of the C++: those of the single
+ops one after the other in memory that is kept, with nothing between them but `cpp/recommender.cpp`.
 
 The parts are those of the single ops: what they compute, and how they are cut, is said there.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -62,11 +62,11 @@ class RecommenderBatch(NamedTuple):
     dropout: SequenceDropout | None
 
 
-class RecommenderLoss:
+class RecommenderGradients:
     """The op for one model, with the memory that it keeps from step to step."""
 
     def __init__(self) -> None:
-        self._free: list[_Plan] = []
+        self._plan: _Plan | None = None
         self._marks: list[list] = []  # of the weights that were looked at last
         self._known = False
 
@@ -81,15 +81,15 @@ class RecommenderLoss:
             self._marks, self._known = marks, _knows(weights)
         return self._known and _fits(batch, weights)
 
-    def __call__(self, weights: RecommenderWeights, batch: RecommenderBatch) -> Tensor:
-        """The loss, a scalar, for what `takes` has just accepted. Not differentiable twice."""
-        while self._free:
-            plan = self._free.pop()
-            if plan.is_of(self._marks, batch):
-                break
-        else:
-            plan = _Plan(weights, batch, self._marks)
-        return _Loss.apply(_Taken(self._free, plan), batch, *weights.tensors())
+    def __call__(
+        self, weights: RecommenderWeights, batch: RecommenderBatch, between: Callable[[], None]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss, a scalar, and the gradient of each of the weights, in their order and in memory of its own; for
+        what `takes` has just accepted. `between` is called when there is the loss."""
+        if self._plan is None or not self._plan.is_of(self._marks, batch):
+            self._plan = None  # its memory goes before there is more
+            self._plan = _Plan(weights, batch, self._marks)
+        return self._plan.run(batch, between)
 
 
 def _marks(weights: RecommenderWeights) -> list[list]:
@@ -174,41 +174,16 @@ def _addresses(tensors: Iterable[Tensor]) -> list[int]:
     return [each.data_ptr() for each in tensors]
 
 
-class _Taken:
-    """A plan while a graph uses it."""
-
-    def __init__(self, free: list[_Plan], plan: _Plan) -> None:
-        self.free, self.plan = free, plan
-
-    def __del__(self) -> None:
-        self.plan.batch = None  # whose states may be all that is left of a feature table
-        self.free.append(self.plan)
-
-
-class _Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, taken: _Taken, batch: RecommenderBatch, *tensors: Tensor) -> Tensor:
-        ctx.taken = taken
-        ctx.save_for_backward(*tensors)  # alone to refuse weights that were changed in between
-        return taken.plan.forward(batch)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, of_loss: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors
-        return None, None, *ctx.taken.plan.backward(of_loss)
-
-
 class _Joint(ctypes.Structure):
     """`Joint` of cpp/recommender.cpp."""
 
     BATCH = ("distinct", "multiplicity", "inputs", "row_weights", "log_popularity")  # of `RecommenderBatch`
     OWN = ("projected", "biases", "log_multiplicity", "column", "vectors", "x", "row_losses")  # of the plan
-    OWN_GRADIENTS = ("upstream", "of_x", "of_vectors")
+    OWN_GRADIENTS = ("of_row_losses", "of_x", "of_vectors")
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("items", "rows", "width", "towers", "room")),
         *((name, ctypes.c_void_p) for name in (*BATCH, *OWN, "bias", "loss")),
-        *((name, ctypes.c_void_p) for name in (*OWN_GRADIENTS, "of_bias", "of_loss")),
+        *((name, ctypes.c_void_p) for name in (*OWN_GRADIENTS, "of_bias")),
     ]
 
 
@@ -239,9 +214,9 @@ class _Layout:
 
 
 class _Plan:
-    """The memory and the calls of batches up to a size, for one graph at a time.
+    """The memory and the calls of batches up to a size.
 
-    What the calls point to is fixed but for the batch's own and the gradients, whose memory the caller keeps.
+    What the calls point to is fixed but for the batch's own and the gradients, whose memory goes to the caller.
     """
 
     def __init__(self, weights: RecommenderWeights, batch: RecommenderBatch, marks: list[list]) -> None:
@@ -259,58 +234,60 @@ class _Plan:
         room = len(batch.distinct) <= self.items and len(batch.targets) <= self.rows
         return room and marks == self.marks and cores() == self.cores and _shape(batch) == self.shape
 
-    def forward(self, batch: RecommenderBatch) -> Tensor:
-        """The loss."""
-        self.batch, own, joint, loss = batch, self.library, self.joint, self._empty()
+    def run(self, batch: RecommenderBatch, between: Callable[[], None]) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and the gradient of each of the weights."""
+        loss, block, run = self._empty(), self._empty(self.layout.starts[-1]), Schedule(self.dtype)
+        self._point_to(batch, loss)
+        self._add_forward(run, side_network_native.gathers(batch.states, self.panels, shares(len(batch.distinct))))
+        run.run()
+        between()
+        self._add_backward(run, block.data_ptr())
+        run.run()
+        return loss, self.layout.gradients(block)
+
+    def _point_to(self, batch: RecommenderBatch, loss: Tensor) -> None:
+        """The calls' arguments that are the batch's own."""
+        joint = self.joint
         joint.items, joint.rows, joint.loss = len(batch.distinct), len(batch.targets), loss.data_ptr()
         for name in _Joint.BATCH:
             setattr(joint, name, getattr(batch, name).data_ptr())
-        gathers = side_network_native.gathers(batch.states, self.panels, shares(joint.items))
         self._cut_towers(joint.items)
         self._cut_rows(batch)
-        run = Schedule(self.dtype)
-        gathered = run.add(own.gather_panels, gathers)
+
+    def _add_forward(self, run: Schedule, gathers: Sequence[ctypes.Structure]) -> None:
+        own, joint = self.library, self.joint
+        ready = gathered = run.add(own.gather_panels, gathers)
         run.add(own.joint_constants, [joint])
-        products = gathered
         for calls, parts in zip(self.folds, self.products):
             folded = run.add(own.fold_forward, calls)
-            products = add_sums(run, _addresses(parts), parts[0].numel(), self.dtype, folded)
-        outputs = run.add(own.side_forward, self.pieces, gathered.to(products))
+            ready = add_sums(run, _addresses(parts), parts[0].numel(), self.dtype, folded)
+        outputs = run.add(own.side_forward, self.pieces, gathered.to(ready))
         vectors = run.add(own.joint_vectors, [joint], outputs)
         states = run.add(own.sequence_forward, self.sequences, vectors)
         losses = run.add(own.loss_forward, self.losses, states)
         run.add(own.joint_loss, [joint], losses)
-        run.run()
-        return loss
 
-    def backward(self, of_loss: Tensor) -> list[Tensor]:
-        """The gradient of each of the weights."""
-        own, joint, block = self.library, self.joint, self._empty(self.layout.starts[-1])
-        first, size = block.data_ptr(), self.dtype.itemsize
+    def _add_backward(self, run: Schedule, first: int) -> None:
+        """first: the address of the gradients."""
+        own, joint, size = self.library, self.joint, self.dtype.itemsize
         for structure, name, start in self.moving:
             setattr(structure, name, first + start * size)
-        joint.of_loss = of_loss.data_ptr()
         sequence = self._set_sequences(first + self.layout.sequence * size)
-        run = Schedule(self.dtype)
-        upstream = run.add(own.joint_upstream, [joint])
-        of_rows = run.add(own.loss_backward, self.losses, upstream)
+        of_rows = run.add(own.loss_backward, self.losses)
         of_states = run.add(own.sequence_backward, self.sequences, of_rows)
         of_vectors = _addresses(self.of_vectors[: len(self.losses)])
         of_items = add_sums(run, of_vectors, joint.items * joint.width, self.dtype, of_rows)
         joined = run.add(own.joint_backward, [joint], of_states.to(of_items))
         pieces = run.add(own.side_backward, self.pieces, joined)
         add_sums(run, sequence, sum(self.sequence_sizes), self.dtype, of_states)
-        folded = None
+        folded = pieces
         for tower, ended in self._tower_spans(pieces.first):
             start, end = self.layout.towers[tower][0], self.layout.towers[tower][-1]
             parts = [first + start * size, *_addresses(self.more_of_towers[tower])][: self.cut.count(tower)]
             summed = add_sums(run, parts, end - start, self.dtype, ended)
-            calls = run.add(own.fold_backward, self.folds[tower], summed)
-            folded = calls if folded is None else folded.to(calls)
+            folded = folded.to(run.add(own.fold_backward, self.folds[tower], summed))
         fusion = [first + self.layout.fusion * size, *_addresses(self.more_of_fusion)]
         add_sums(run, fusion, self.weights.fusion.numel(), self.dtype, folded)
-        run.run()
-        return self.layout.gradients(block)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype)
@@ -403,7 +380,7 @@ class _Plan:
         self.vectors = self._empty(self.items, d)
         self.x, self.states, self.of_states, self.of_x = self._empty(4, self.rows, d)
         self.probabilities = self._empty(self.rows * PANEL * panels_of(self.items))
-        self.row_losses, self.upstream = self._empty(self.rows), self._empty(self.rows)
+        self.row_losses, self.of_row_losses = self._empty(2, self.rows)
         self.of_vectors = self._empty(cross_entropy_native.MOST_WORKERS, self.items, d)
         self.blocks = sequence_encoder_native.blocks_at(_addresses(sequence))
         self.sequence_sizes, most = [each.numel() for each in sequence], sequence_encoder_native.MOST_WORKERS
@@ -432,7 +409,7 @@ class _Plan:
         queries, vectors = self.states[:rows], self.vectors[:items]
         for i, part in enumerate(shares(rows, cross_entropy_native.MOST_WORKERS)):
             call = cross_entropy_native.arguments(constants, queries, vectors, probabilities, self.row_losses, part)
-            call.upstream, call.of_vectors = self.upstream[part[0] :].data_ptr(), self.of_vectors[i].data_ptr()
+            call.upstream, call.of_vectors = self.of_row_losses[part[0] :].data_ptr(), self.of_vectors[i].data_ptr()
             call.of_queries = self.of_states[part[0] :].data_ptr()
             self.losses.append(call)
 

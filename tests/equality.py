@@ -96,10 +96,18 @@ def from_reference(step: Step) -> Result:
 
 
 def from_recommender(step: Step) -> Result:
-    """What the trainer runs."""
+    """One op after the other, and autograd."""
     model = step.recommender()
     batch = make_batch(step.sequences, step.users, step.step)
     return _differentiated(model, model.loss(batch, step.table.states(batch.distinct)))
+
+
+def from_trainer(step: Step) -> Result:
+    """What the trainer runs: on a CPU all gradients from one op, where the model is one that it takes."""
+    model = step.recommender()
+    batch = make_batch(step.sequences, step.users, step.step)
+    loss = model.differentiate(batch, step.table.states(batch.distinct))
+    return Result(loss, {name: parameter.grad for name, parameter in _named(model)})
 
 
 def from_bucketed(step: Step) -> Result:
@@ -241,6 +249,7 @@ def _has_all_towers_of_one_shape(step: Step) -> bool:
 
 FORMS: dict[str, Form] = {
     "jagged": Form(from_recommender),
+    "as trained": Form(from_trainer),
     "reference ops": Form(by_backend("torch")),
     "host": Form(by_backend("host")),
     "native": Form(by_backend("native"), takes=lambda step: not native.why_not()),

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,23 +76,34 @@ def batch(users: slice | range = range(24), step: int = 3) -> Batch:
     return make_batch(SEQUENCES, np.arange(USERS)[users], step)
 
 
-def is_one_op(loss: Tensor) -> bool:
-    return isinstance(loss.grad_fn, recommender_native._Loss._backward_cls)
+def differentiated(model: Recommender, own: Batch, states: list[kernels.States]) -> tuple[list[Tensor], bool]:
+    """(the loss and the gradients that it leaves, whether the op found them)."""
+    calls, op = [], recommender_native.RecommenderGradients.__call__
+    model.zero_grad()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recommender_native.RecommenderGradients, "__call__", lambda *all: calls.append(all) or op(*all))
+        loss = model.differentiate(own, states)
+    assert not loss.requires_grad
+    return [loss, *(parameter.grad for parameter in model.parameters())], bool(calls)
 
 
-def gradients(model: Recommender, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(model.parameters())))
+def by_op(model: Recommender, own: Batch, states: list[kernels.States]) -> list[Tensor]:
+    found, op = differentiated(model, own, states)
+    assert op
+    return found
+
+
+def by_single_ops(model: Recommender, own: Batch, states: list[kernels.States]) -> list[Tensor]:
+    loss = model.loss(own, states)
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
 def check(model: Recommender, own: Batch, table: FeatureTable, tolerance: float = 1e-10) -> None:
-    """The loss and each gradient beside those of one op after the other, which tests elsewhere compare with the
-    reference."""
+    """The loss and each gradient beside those of the single ops, which tests elsewhere compare with the reference."""
     states = table.states(own.distinct)
-    loss, expected = model.loss(own, states), model._loss_by_ops(own, states)
-    assert is_one_op(loss) and not is_one_op(expected)
-    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
-    for found, like, (name, _) in zip(gradients(model, loss), gradients(model, expected), model.named_parameters()):
-        assert found.shape == like.shape and (found - like).norm() <= tolerance * like.norm(), name
+    found, expected = by_op(model, own, states), by_single_ops(model, own, states)
+    for own, like, name in zip(found, expected, ["loss", *(name for name, _ in model.named_parameters())], strict=True):
+        assert own.shape == like.shape and (own - like).norm() <= tolerance * like.norm(), name
         assert like.any(), name
 
 
@@ -116,7 +128,6 @@ def test_batches_of_all_sizes_in_turn():
     model, table = made()
     for users in (range(24), range(20, 23), range(60), range(2), range(30, 60), range(3)):
         check(model, batch(users), table)
-    assert len(model.loss_op._free) == 1
 
 
 def test_padded_batches():
@@ -129,58 +140,46 @@ def test_states_that_were_gathered_ahead_or_have_numbers_of_their_own():
     model, table = made()
     own = batch()
     ahead = [kernels.States(view.table[view.rows]) for view in table.states(own.distinct)]
-    expected = model.loss(own, table.states(own.distinct))
     numbered = [kernels.States(view.table, view.rows.clone()) for view in table.states(own.distinct)]
-    for found in (model.loss(own, ahead), model.loss(own, numbered)):
-        assert is_one_op(found) and torch.equal(found, expected)
-        assert all(map(torch.equal, gradients(model, found), gradients(model, model.loss(own, ahead))))
+    expected = by_op(model, own, table.states(own.distinct))
+    for states in (ahead, numbered):
+        assert all(map(torch.equal, by_op(model, own, states), expected))
 
 
 def test_numbers_repeat_in_memory_that_was_used_before():
     model, table = made()
-    own, states = batch(), table.states(batch().distinct)
-    first = [model.loss(own, states).detach(), *gradients(model, model.loss(own, states))]
+    states = table.states(batch().distinct)
+    first = by_op(model, batch(), states)
     check(model, batch(range(60)), table)
-    again = [model.loss(own, states).detach(), *gradients(model, model.loss(own, states))]
-    assert all(map(torch.equal, first, again))
+    assert all(map(torch.equal, by_op(model, batch(), states), first))
 
 
-def test_graphs_beside_each_other_have_memory_of_their_own():
+def test_gradients_are_the_callers():
+    """The next ones do not overwrite them."""
     model, table = made()
-    parts = [batch(range(24)), batch(range(30, 50))]
-    apart = [gradients(model, model.loss(own, table.states(own.distinct))) for own in parts]
-    one, other = (model.loss(own, table.states(own.distinct)) for own in parts)
-    assert is_one_op(one) and is_one_op(other)
-    for found, first, second in zip(gradients(model, 2 * other - one), *apart):
-        torch.testing.assert_close(found, 2 * second - first, rtol=1e-9, atol=1e-12)
+    first = by_op(model, batch(), table.states(batch().distinct))
+    copies = [each.clone() for each in first]
+    other = batch(range(30, 60))
+    assert not any(map(torch.equal, by_op(model, other, table.states(other.distinct)), first))
+    assert all(map(torch.equal, first, copies))
 
 
 def test_gradients_add_up_in_the_parameters():
     model, table = made()
     own = batch()
-    expected = gradients(model, model.loss(own, table.states(own.distinct)))
-    for times in (1, 2, 3):
-        model.loss(own, table.states(own.distinct)).backward()
+    states = table.states(own.distinct)
+    _, *expected = by_op(model, own, states)
+    for times in (2, 3):
+        model.differentiate(own, states)
         for parameter, gradient in zip(model.parameters(), expected):
             torch.testing.assert_close(parameter.grad, times * gradient, rtol=1e-12, atol=1e-14)
 
 
-def test_a_kept_graph_goes_back_twice():
-    model, table = made()
+def test_phases_are_told_in_their_order():
+    told, (model, table) = [], made()
     own = batch()
-    loss = model.loss(own, table.states(own.distinct))
-    first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-    assert all(map(torch.equal, first, gradients(model, loss)))
-
-
-def test_weights_that_changed_in_between_are_refused():
-    model, table = made()
-    own = batch()
-    loss = model.loss(own, table.states(own.distinct))
-    with torch.no_grad():
-        model.item_encoder.heads.fusion.weight += 1
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    model.differentiate(own, table.states(own.distinct), told.append)
+    assert told == ["forward", "backward"]
 
 
 @pytest.mark.parametrize("change", ["other memory", "other dtype", "another tensor"])
@@ -200,99 +199,100 @@ def test_weights_that_moved_are_found(change):
 
 def test_frozen_weights_get_no_gradient():
     model, table = made()
-    own, gate = batch(), model.item_encoder.side_network.first.gate
-    gate.requires_grad_(False)
-    loss = model.loss(own, table.states(own.distinct))
-    loss.backward()
-    assert is_one_op(loss) and gate.grad is None
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter is not gate)
+    gate = model.item_encoder.side_network.first.gate.requires_grad_(False)
+    _, *found = by_op(model, batch(), table.states(batch().distinct))
+    for parameter, gradient in zip(model.parameters(), found):
+        assert (gradient is None) == (parameter is gate)
 
 
 def test_copies_of_a_model_have_memory_of_their_own():
     model, table = made()
     check(model, batch(), table)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.loss_op is not model.loss_op and not other.loss_op._free
+        assert other.gradients is not model.gradients
         check(other, batch(), table)
+    check(model, batch(), table)
 
 
-def test_no_states_are_kept_once_a_graph_has_ended():
+def test_no_states_are_kept():
     model, table = made()
     own = batch()
     states = [kernels.States(view.table[view.rows]) for view in table.states(own.distinct)]
     kept = weakref.ref(states[0].table)
-    model.loss(own, states).backward()
+    by_op(model, own, states)
     del states
     gc.collect()
-    assert kept() is None and len(model.loss_op._free) == 1
+    assert kept() is None
 
 
-def changed(field: str, value: Callable[[Tensor], Tensor]) -> Callable[[Recommender, Batch], Batch]:
-    def change(_: Recommender, own: Batch) -> Batch:
-        return Batch(**{**vars(own), field: value(getattr(own, field))})
-
-    return change
+def changed(own: Batch, field: str, value: Callable[[Tensor], Tensor]) -> Batch:
+    return replace(own, **{field: value(getattr(own, field))})
 
 
 @pytest.mark.parametrize(
-    ("change", "error"),
+    ("field", "value", "error"),
     [
-        (changed("inputs", lambda inputs: inputs + ITEMS), IndexError),
-        (changed("targets", lambda targets: targets - 1), ValueError),
-        (changed("row_users", lambda users: users + 1), ValueError),
-        (changed("history_bits", lambda bits: bits[:, :1]), ValueError),
-        (changed("inputs", lambda inputs: inputs[:-1]), ValueError),
-        (changed("weights", lambda weights: weights[:-1]), RuntimeError),
+        ("inputs", lambda inputs: inputs + ITEMS, IndexError),
+        ("targets", lambda targets: targets - 1, ValueError),
+        ("row_users", lambda users: users + 1, ValueError),
+        ("history_bits", lambda bits: bits[:, :1], ValueError),
+        ("inputs", lambda inputs: inputs[:-1], ValueError),
+        ("weights", lambda weights: weights[:-1], RuntimeError),
+        ("multiplicity", lambda multiplicity: multiplicity[:-1], ValueError),
     ],
-    ids=["inputs", "targets", "users", "bits", "a row without input", "a row without weight"],
 )
-def test_what_does_not_fit_is_refused_by_the_single_ops(change, error):
+def test_what_does_not_fit_is_refused_by_the_single_ops(field, value, error):
     model, table = made()
     own = batch()
-    bad = change(model, own)
     with pytest.raises(error):
-        model.loss(bad, table.states(own.distinct))
+        model.differentiate(changed(own, field, value), table.states(own.distinct))
     check(model, own, table)
+
+
+def test_numbers_out_of_a_views_range_are_refused_by_the_single_ops():
+    model, table = made()
+    own = batch()
+    short = [kernels.States(view.table[: int(own.distinct.max())], view.rows) for view in table.states(own.distinct)]
+    with pytest.raises(ValueError, match="expected indices from 0 to"):
+        model.differentiate(own, short)
+
+
+@pytest.mark.parametrize("field", ["row_weights", "history_bits", "multiplicity"])
+def test_numbers_that_do_not_stand_together_are_left_to_the_single_ops(field):
+    model, table = made()
+    own = batch()
+    name = "weights" if field == "row_weights" else field
+    apart = changed(own, name, lambda each: each.repeat_interleave(2, dim=-1)[..., ::2])
+    found, op = differentiated(model, apart, table.states(own.distinct))
+    assert not op and torch.equal(found[0], by_single_ops(model, apart, table.states(own.distinct))[0])
 
 
 @pytest.mark.parametrize(
     "config",
-    [
-        dict(embedding_dim=8),
-        dict(sanb="phm"),
-        dict(bottlenecks={"first": 12}),
-    ],
+    [dict(embedding_dim=8), dict(sanb="phm"), dict(bottlenecks={"first": 12})],
     ids=["width", "weights made of others", "two bottlenecks"],
 )
 def test_other_models_take_the_single_ops(config):
     table = random_table(TWO, ITEMS, torch.float64)
     model, own = build(ModelConfig(**{**SMALL, **config}), table), batch()
-    loss = model.loss(own, table.states(own.distinct))
-    assert loss.requires_grad and not is_one_op(loss)
+    found, op = differentiated(model, own, table.states(own.distinct))
+    expected = by_single_ops(model, own, table.states(own.distinct))
+    assert not op and all(map(torch.equal, found, expected))
 
 
 def test_states_of_unlike_views_take_the_single_ops():
     model, table = made()
-    own = batch()
-    first, second = table.states(own.distinct)
-    loss = model.loss(own, [first, kernels.States(second.table.float(), second.rows)])
-    assert loss.requires_grad and not is_one_op(loss)
+    first, second = table.states(batch().distinct)
+    found, op = differentiated(model, batch(), [first, kernels.States(second.table.float(), second.rows)])
+    assert not op and all(each is not None for each in found)
 
 
 @pytest.mark.parametrize("backend", ["torch", "host"])
 def test_other_backends_take_the_single_ops(backend, monkeypatch):
     model, table = made()
-    own = batch()
-    expected = model.loss(own, table.states(own.distinct))
+    expected = by_op(model, batch(), table.states(batch().distinct))
     monkeypatch.setenv(kernels.BACKEND_VARIABLE, backend)
-    loss = model.loss(own, table.states(own.distinct))
-    assert is_one_op(expected) and not is_one_op(loss)
-    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
-
-
-def test_without_gradients_nothing_is_kept():
-    model, table = made()
-    own = batch()
-    with torch.no_grad():
-        loss = model.loss(own, table.states(own.distinct))
-    assert not loss.requires_grad and not model.loss_op._free
+    found, op = differentiated(model, batch(), table.states(batch().distinct))
+    assert not op
+    for own, like in zip(found, expected, strict=True):
+        assert (own - like).norm() <= 1e-10 * like.norm()

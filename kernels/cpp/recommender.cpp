@@ -18,14 +18,14 @@ template <class T> struct Joint {
     const T *row_losses;                       // [R]
     const T *bias;                             // [d]
     T *loss;                                   // of the batch
-    T *upstream;                               // [R]: the gradient of `row_losses`
+    T *of_row_losses;                          // [R]
     const T *of_x;                             // [R, d]
     T *of_vectors;                             // [V, d]: first what the loss alone gives, then all
     T *of_bias;                                // [d]
-    const T *of_loss;
 };
 
 template <class T> void constants(const Joint<T> &j) {
+    for (int row = 0; row < j.rows; row++) j.of_row_losses[row] = j.row_weights[row];
     for (int v = 0; v < j.items; v++) {
         j.log_multiplicity[v] = std::log(T(j.multiplicity[v]));
         j.column[v] = j.log_multiplicity[v] - T(j.log_popularity[j.distinct[v]]);
@@ -50,10 +50,6 @@ template <class T> void loss(const Joint<T> &j) {
     *j.loss = sum;
 }
 
-template <class T> void upstream(const Joint<T> &j) {
-    for (int row = 0; row < j.rows; row++) j.upstream[row] = *j.of_loss * T(j.row_weights[row]);
-}
-
 template <class T> void backward(const Joint<T> &j) {
     const long d = j.width;
     for (long row = 0; row < j.rows; row++)
@@ -69,6 +65,5 @@ extern "C" {
 int32_t joint_constants(const Joint<SCALAR> *joint) { return constants(*joint), 0; }
 int32_t joint_vectors(const Joint<SCALAR> *joint) { return vectors(*joint), 0; }
 int32_t joint_loss(const Joint<SCALAR> *joint) { return loss(*joint), 0; }
-int32_t joint_upstream(const Joint<SCALAR> *joint) { return upstream(*joint), 0; }
 int32_t joint_backward(const Joint<SCALAR> *joint) { return backward(*joint), 0; }
 }
