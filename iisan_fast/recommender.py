@@ -67,22 +67,22 @@ class Recommender(nn.Module):
         )
         return losses @ batch.weights.to(losses.dtype)
 
-    def differentiate(self, batch: Batch, contents: Any, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
+    def differentiate(self, batch: Batch, contents: Any, told: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
         """`loss`, without a graph, its gradients added to the parameters' as a backward adds them, but for hooks.
-        `mark` is called as "forward" and "backward" end."""
+
+        `told` is called with it before there are gradients; they may be under way."""
         operands, any_weight = functools.partial(self._operands, batch, contents), self.sequence_encoder.position
-        found = kernels.recommender_gradients(self.gradients, operands, any_weight, lambda: mark("forward"))
+        found = kernels.recommender_gradients(self.gradients, operands, any_weight, told)
         if found is None:
             loss = self.loss(batch, contents)
-            mark("forward")
+            told(loss.detach())
             loss.backward()
-        else:
-            loss, gradients = found
-            for parameter, gradient in gradients:
-                if parameter.requires_grad:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        mark("backward")
-        return loss.detach()
+            return loss.detach()
+        loss, gradients = found
+        for parameter, gradient in gradients:
+            if parameter.requires_grad:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return loss
 
     def _operands(
         self, batch: Batch, contents: Any

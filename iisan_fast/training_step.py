@@ -58,16 +58,25 @@ class TrainingStep:
     def _take(self, batch: Batch, contents: Contents, mark: Callable[[str], None]) -> Tensor:
         for parameter in self.parameters:
             parameter.grad = None
-        loss = self.model.differentiate(batch, contents, mark)
+
+        def told(loss: Tensor) -> None:
+            mark("forward")
+            self._note(loss, batch)
+
+        loss = self.model.differentiate(batch, contents, told)
+        mark("backward")
+        self.optimizer.update()
+        mark("update")
+        return loss
+
+    def _note(self, loss: Tensor, batch: Batch) -> None:
+        """Adds a step's loss to the record. From the first that is not finite on nothing counts or is updated."""
         value, rows = loss.double(), (batch.weights > 0).sum()
         finite = value.isfinite()
         told = [torch.where(finite, value, 0) * rows, rows * finite]
         told += [(batch.step + 1) * ~finite, torch.where(finite, 0, value)]
-        self.record += torch.where(self.record[2] == 0, torch.stack(told), 0)  # after a failure nothing counts
+        self.record += torch.where(self.record[2] == 0, torch.stack(told), 0)
         self.optimizer.found_inf = (self.record[2] > 0).float()  # the fused optimizer leaves everything as it is then
-        self.optimizer.update()
-        mark("update")
-        return loss
 
     def read(self) -> Reading:
         """What came since the last reading. Waits for the device."""

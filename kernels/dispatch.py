@@ -168,21 +168,21 @@ def recommender_gradients(
     op: RecommenderGradients,
     operands: Callable[[], tuple[RecommenderWeights, RecommenderBatch] | None],
     weight: Tensor,
-    between: Callable[[], None] = lambda: None,
+    told: Callable[[Tensor], None] = lambda loss: None,
     backend: str = "auto",
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
     """A side-network recommender's mean loss over a batch's rows, a scalar, and its weights with their gradients, by
     C++ on a CPU; None where the ops above and autograd are what there is.
 
     op: the model's own, which keeps memory; operands: what it takes, or None where the model has other parts; weight:
-    any of the weights; `between` is called when there is the loss.
+    any of the weights; `told` is called with the loss, the gradients being under way.
     """
     if _backend("recommender_gradients", backend, [weight]) != "native":
         return None
     found = operands()
     if found is None or not op.takes(*found):
         return None
-    loss, gradients = op(*found, between)
+    loss, gradients = op(*found, told)
     return loss, list(zip(found[0].tensors(), gradients))
 
 

@@ -81,23 +81,28 @@ class Schedule:
     """Calls of the library, each of which may wait for some before it."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype, self._calls, self._arguments, self._made = dtype, [], [], 0
+        self._dtype, self._calls, self._arguments = dtype, [], []
 
     def add(self, function: Callable[..., int], arguments: Sequence[ctypes.Structure], after: Span = AT_ONCE) -> Span:
         """A call for each of the arguments, which are not made before those of `after` have ended."""
-        work, before = ctypes.cast(function, ctypes.c_void_p).value, self._made + len(self._calls)
-        first, last = (max(0, place - self._made) for place in after)
-        self._calls += [(work, ctypes.addressof(each), first, last) for each in arguments]
+        work, before = ctypes.cast(function, ctypes.c_void_p).value, len(self._calls)
+        self._calls += [(work, ctypes.addressof(each), *after) for each in arguments]
         self._arguments.append(arguments)  # whoever made them may let them go
         return Span(before, before + len(arguments))
 
-    def run(self, threads: int | None = None) -> None:
-        """The calls since the last run, by as many threads as there are cores, or as told; which takes which is left to
-        how fast they are, but they are taken in order. Raises MemoryError where one of them lacked memory."""
-        calls = (_Call * len(self._calls))(*self._calls)
-        self._made += len(calls)
-        self._calls.clear()
-        _refuse_lack(library(self._dtype).share_out(calls, len(calls), threads or cores()))
+    def run(self, threads: int | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """The calls, by as many threads as there are cores, or as told; which takes which is left to how fast they are,
+        but they are taken in order. The other threads begin before `meanwhile` is called, this one after it. Raises
+        MemoryError where a call lacked memory."""
+        own, calls = library(self._dtype), (_Call * len(self._calls))(*self._calls)
+        own.begin.restype = ctypes.c_void_p
+        running = own.begin(calls, len(calls), threads or cores())
+        _refuse_lack(not running)
+        try:
+            meanwhile()
+        finally:
+            failed = own.end(ctypes.c_void_p(running))
+        _refuse_lack(failed)
 
 
 def share_out(

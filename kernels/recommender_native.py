@@ -82,14 +82,14 @@ class RecommenderGradients:
         return self._known and _fits(batch, weights)
 
     def __call__(
-        self, weights: RecommenderWeights, batch: RecommenderBatch, between: Callable[[], None]
+        self, weights: RecommenderWeights, batch: RecommenderBatch, told: Callable[[Tensor], None]
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss, a scalar, and the gradient of each of the weights, in their order and in memory of its own; for
-        what `takes` has just accepted. `between` is called when there is the loss."""
+        what `takes` has just accepted. `told` is called with the loss, the gradients being under way."""
         if self._plan is None or not self._plan.is_of(self._marks, batch):
             self._plan = None  # its memory goes before there is more
             self._plan = _Plan(weights, batch, self._marks)
-        return self._plan.run(batch, between)
+        return self._plan.run(batch, told)
 
 
 def _marks(weights: RecommenderWeights) -> list[list]:
@@ -234,16 +234,22 @@ class _Plan:
         room = len(batch.distinct) <= self.items and len(batch.targets) <= self.rows
         return room and marks == self.marks and cores() == self.cores and _shape(batch) == self.shape
 
-    def run(self, batch: RecommenderBatch, between: Callable[[], None]) -> tuple[Tensor, list[Tensor]]:
+    def run(self, batch: RecommenderBatch, told: Callable[[Tensor], None]) -> tuple[Tensor, list[Tensor]]:
         """The loss, and the gradient of each of the weights."""
-        loss, block, run = self._empty(), self._empty(self.layout.starts[-1]), Schedule(self.dtype)
+        loss, block = self._empty(), self._empty(self.layout.starts[-1])
+        gradients, forward, backward = [], Schedule(self.dtype), Schedule(self.dtype)
         self._point_to(batch, loss)
-        self._add_forward(run, side_network_native.gathers(batch.states, self.panels, shares(len(batch.distinct))))
-        run.run()
-        between()
-        self._add_backward(run, block.data_ptr())
-        run.run()
-        return loss, self.layout.gradients(block)
+        self._add_forward(forward, side_network_native.gathers(batch.states, self.panels, shares(self.joint.items)))
+        # What Python has to do it does while the others work: here the backward's calls are laid out, there the
+        # gradients are.
+        forward.run(meanwhile=lambda: self._add_backward(backward, block.data_ptr()))
+
+        def meanwhile() -> None:
+            told(loss)
+            gradients.extend(self.layout.gradients(block))
+
+        backward.run(meanwhile=meanwhile)
+        return loss, gradients
 
     def _point_to(self, batch: RecommenderBatch, loss: Tensor) -> None:
         """The calls' arguments that are the batch's own."""
@@ -272,7 +278,7 @@ class _Plan:
         own, joint, size = self.library, self.joint, self.dtype.itemsize
         for structure, name, start in self.moving:
             setattr(structure, name, first + start * size)
-        sequence = self._set_sequences(first + self.layout.sequence * size)
+        sequence = [first + self.layout.sequence * size, *_addresses(self.more_of_sequence)][: len(self.sequences)]
         of_rows = run.add(own.loss_backward, self.losses)
         of_states = run.add(own.sequence_backward, self.sequences, of_rows)
         of_vectors = _addresses(self.of_vectors[: len(self.losses)])
@@ -382,10 +388,12 @@ class _Plan:
         self.probabilities = self._empty(self.rows * PANEL * panels_of(self.items))
         self.row_losses, self.of_row_losses = self._empty(2, self.rows)
         self.of_vectors = self._empty(cross_entropy_native.MOST_WORKERS, self.items, d)
-        self.blocks = sequence_encoder_native.blocks_at(_addresses(sequence))
-        self.sequence_sizes, most = [each.numel() for each in sequence], sequence_encoder_native.MOST_WORKERS
-        self.more_of_sequence = self._empty(most - 1, sum(self.sequence_sizes))
-        self.sequence_memory = [self._empty(0)] * most
+        self.sequence_sizes = [each.numel() for each in sequence]
+        self.more_of_sequence = self._empty(sequence_encoder_native.MOST_WORKERS - 1, sum(self.sequence_sizes))
+        self.sequence_memory = [self._empty(0)] * sequence_encoder_native.MOST_WORKERS
+        rows = {"x": self.x, "states": self.states, "upstream": self.of_states, "of_x": self.of_x}
+        self.of_rows = {name: tensor.data_ptr() for name, tensor in rows.items()}  # of the sequence encoder's calls
+        self._plan_sequences()
         self.joint = _Joint(width=d, towers=len(self.weights.towers), room=self.items)
         self.joint.bias = self.weights.fusion_bias.data_ptr()
         for name in (*_Joint.OWN, *_Joint.OWN_GRADIENTS):
@@ -394,15 +402,16 @@ class _Plan:
 
     def _cut_rows(self, batch: RecommenderBatch) -> None:
         """The calls of the sequence encoder and of the loss."""
-        items, rows, sequence = self.joint.items, self.joint.rows, self.weights.sequence
-        settings = sequence_encoder_native.Settings(batch.grid, batch.dropout, sequence.heads, sequence.epsilon)
+        items, rows = self.joint.items, self.joint.rows
         starts = [start for start, _ in shares(rows, sequence_encoder_native.MOST_WORKERS)]
-        self.sequences, self.losses = [], []
-        for start, end in sequence_encoder_native.of_whole_users(batch.grid, starts):
-            call = sequence_encoder_native.arguments(settings, sequence.tensors, self.blocks, self.x, start, end)
-            call.states, call.upstream = self.states[start:].data_ptr(), self.of_states[start:].data_ptr()
-            call.of_x, call.memory = self.of_x[start:].data_ptr(), self._memory(len(self.sequences), call)
-            self.sequences.append(call)
+        users = sequence_encoder_native.of_whole_users(batch.grid, starts)
+        self.sequences, self.losses = self.sequence_calls[: len(users)], []
+        size = self.vectors.stride(0) * self.dtype.itemsize  # of a row
+        for i, (call, (start, end)) in enumerate(zip(self.sequences, users)):
+            sequence_encoder_native.set_rows(call, batch.grid, batch.dropout, start, end)
+            for name, first in self.of_rows.items():
+                setattr(call, name, first + start * size)
+            call.memory = self._memory(i, call)
         constants = (batch.targets, batch.row_users, batch.history_bits, self.column, self.log_multiplicity)
         constants = cross_entropy_native.Constants(*constants)
         probabilities = self.probabilities[: rows * PANEL * panels_of(items)].view(rows, -1)
@@ -420,12 +429,14 @@ class _Plan:
             self.sequence_memory[i] = self._empty(needed + needed // 8)
         return self.sequence_memory[i].data_ptr()
 
-    def _set_sequences(self, first: int) -> list[int]:
-        """Where the sequence encoder's calls leave the gradients of its weights, one after the other: the first of them
-        for good."""
-        addresses = [first, *_addresses(self.more_of_sequence)][: len(self.sequences)]
-        for address, call in zip(addresses, self.sequences):
-            places = sequence_encoder_native.places_of(address, self.sequence_sizes, self.dtype)
-            call.of_position, call.of_scale, call.of_shift = places[: sequence_encoder_native.OUTER]
-            call.of_weights = sequence_encoder_native.blocks_at(places)
-        return addresses
+    def _plan_sequences(self) -> None:
+        """The sequence encoder's calls: the first leaves the gradients themselves, others what is added to them."""
+        own, sequence = sequence_encoder_native, self.weights.sequence
+        blocks, sizes = own.blocks_at(_addresses(sequence.tensors)), self.sequence_sizes
+        common = sequence.tensors, sequence.heads, sequence.epsilon, blocks
+        calls = [own.of_weights(*common) for _ in range(own.MOST_WORKERS)]
+        for call, first in zip(calls, [0, *_addresses(self.more_of_sequence)]):
+            own.set_gradients(call, own.places_of(first, sizes, self.dtype))
+        starts = itertools.accumulate(sizes, initial=self.layout.sequence)
+        self.moving += [(*pointer, start) for pointer, start in zip(own.gradient_pointers(calls[0]), starts)]
+        self.sequence_calls = calls

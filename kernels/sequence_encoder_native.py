@@ -6,7 +6,7 @@ import ctypes
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ MOST_WORKERS = 4  # each has gradients of all weights, which are added up
 MOST_UNTRAINED = 512  # rows at a time where no backward follows, or one user's: each takes some 10 KB
 OUTER = 3  # weights before the blocks' own
 BLOCK = 12  # weights of a block
+GRADIENTS = ("of_position", "of_scale", "of_shift")  # of the outer weights
 FEED_IN = 6  # the place of the feed-forward's first weight among them
 
 
@@ -56,7 +57,7 @@ def sequence_encoder(
     accepts. Not differentiable twice."""
     grid = grid._replace(slots=grid.slots.contiguous())
     dropout = dropout and dropout._replace(users=dropout.users.contiguous())
-    settings = Settings(grid, dropout, weights.heads, weights.epsilon)
+    settings = _Settings(grid, dropout, weights.heads, weights.epsilon)
     return _Encoder.apply(settings, x, *weights.tensors)
 
 
@@ -65,7 +66,7 @@ def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> Tens
     """The states [users, d] after each user's whole history, where no backward follows and nothing drops; every history
     holds an item. By this thread alone: callers share their users out."""
     grid, memory = grid._replace(slots=grid.slots.contiguous()), Memory()
-    settings = Settings(grid, None, weights.heads, weights.epsilon)
+    settings = _Settings(grid, None, weights.heads, weights.epsilon)
     own = [weight.contiguous() for weight in weights.tensors]
     users = of_whole_users(grid, range(0, len(x), MOST_UNTRAINED))
     states, _ = _forward(settings, x.contiguous(), own, users, memory, one_by_one=True)
@@ -80,7 +81,7 @@ def takes(weights: SequenceWeights) -> bool:
     return fits and position.dtype in DTYPES and 1 <= blocks <= MOST_BLOCKS
 
 
-class Settings(NamedTuple):
+class _Settings(NamedTuple):
     grid: SequenceGrid
     dropout: SequenceDropout | None
     heads: int
@@ -105,14 +106,14 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "position", "scale", "shift")),
         ("weights", ctypes.POINTER(_Block)),
         *((name, ctypes.c_void_p) for name in ("states", "memory", "upstream")),
-        *((name, ctypes.c_void_p) for name in ("of_x", "of_position", "of_scale", "of_shift")),
+        *((name, ctypes.c_void_p) for name in ("of_x", *GRADIENTS)),
         ("of_weights", ctypes.POINTER(_Block)),
     ]
 
 
 class _Encoder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, settings: Settings, x: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx, settings: _Settings, x: Tensor, *weights: Tensor) -> Tensor:
         weights = tuple(weight.contiguous() for weight in weights)
         x, grid, memory = x.contiguous(), settings.grid, Memory()
         users = of_whole_users(grid, [start for start, _ in shares(len(grid.slots), MOST_WORKERS)])
@@ -131,9 +132,7 @@ class _Encoder(torch.autograd.Function):
         found, parts = [], [_Arguments.from_buffer_copy(part) for part in ctx.parts]
         for start, part in zip(ctx.starts, parts, strict=True):
             found.append(x.new_empty(sum(sizes)))  # the gradients of all weights, one after the other
-            places = places_of(found[-1].data_ptr(), sizes, x.dtype)
-            part.of_position, part.of_scale, part.of_shift = places[:OUTER]
-            part.of_weights = blocks_at(places)
+            set_gradients(part, places_of(found[-1].data_ptr(), sizes, x.dtype))
             part.of_x, part.upstream = of_x[start:].data_ptr(), upstream[start:].data_ptr()
         backward = library(x.dtype).sequence_backward
         share_out(backward, parts, x.dtype)
@@ -142,7 +141,7 @@ class _Encoder(torch.autograd.Function):
 
 
 def _forward(
-    settings: Settings,
+    settings: _Settings,
     x: Tensor,
     weights: Sequence[Tensor],
     users: Sequence[tuple[int, int]],
@@ -153,41 +152,53 @@ def _forward(
     parts are computed by this thread, in the same memory, and no backward may follow."""
     states = torch.empty_like(x)
     blocks = blocks_at([weight.data_ptr() for weight in weights])
-    parts = [arguments(settings, weights, blocks, x, start, end) for start, end in users]
+    parts = [of_weights(weights, settings.heads, settings.epsilon, blocks) for _ in users]
+    for (start, end), part in zip(users, parts):
+        set_rows(part, settings.grid, settings.dropout, start, end)
     sizes = [memory_of(part, x.dtype) for part in parts]
     own = [memory.empty(x.dtype, max(sizes))] * len(parts) if one_by_one else [memory.empty(x.dtype, n) for n in sizes]
     for (start, _), part, block in zip(users, parts, own):
-        part.memory, part.states = block.data_ptr(), states[start:].data_ptr()
+        part.x, part.memory, part.states = x[start:].data_ptr(), block.data_ptr(), states[start:].data_ptr()
     share_out(library(x.dtype).sequence_forward, parts, x.dtype, 1 if one_by_one else None)
     return states, parts
 
 
-def arguments(
-    settings: Settings, weights: Sequence[Tensor], blocks: ctypes.Array, x: Tensor, start: int, end: int
-) -> _Arguments:
-    """blocks: pointers to those of the weights that are theirs."""
-    grid, dropout = settings.grid, settings.dropout
-    drops: dict[str, Any] = {}
-    if dropout is not None:
-        drops = {"drops": 1, "prefix": dropout.prefix, "threshold": dropout.threshold, "keep_scale": dropout.scale}
-        drops["users"] = dropout.users.data_ptr()
+def of_weights(weights: Sequence[Tensor], heads: int, epsilon: float, blocks: ctypes.Array) -> _Arguments:
+    """What the rows have no part in; blocks: pointers to those of the weights that are theirs."""
     return _Arguments(
-        rows=end - start,
-        width=x.shape[1],
+        width=weights[0].shape[1],
         hidden=len(weights[OUTER + FEED_IN]),
-        heads=settings.heads,
+        heads=heads,
         blocks=len(blocks),
-        length=grid.length,
         positions=len(weights[0]),
-        epsilon=settings.epsilon,
-        slots=grid.slots[start:].data_ptr(),
-        x=x[start:].data_ptr(),
+        epsilon=epsilon,
         position=weights[0].data_ptr(),
         scale=weights[1].data_ptr(),
         shift=weights[2].data_ptr(),
         weights=blocks,
-        **drops,
     )
+
+
+def set_rows(part: _Arguments, grid: SequenceGrid, dropout: SequenceDropout | None, start: int, end: int) -> None:
+    """Some rows of a grid."""
+    part.rows, part.length = end - start, grid.length
+    part.slots = grid.slots.data_ptr() + start * grid.slots.element_size()
+    part.drops = dropout is not None
+    if dropout is not None:
+        part.prefix, part.threshold, part.keep_scale = dropout.prefix, dropout.threshold, dropout.scale
+        part.users = dropout.users.data_ptr()
+
+
+def set_gradients(part: _Arguments, places: Sequence[int]) -> None:
+    """Where the gradient of each of the weights goes."""
+    part.of_position, part.of_scale, part.of_shift = places[:OUTER]
+    part.of_weights = blocks_at(places)
+
+
+def gradient_pointers(part: _Arguments) -> list[tuple[ctypes.Structure, str]]:
+    """The structures and their fields that say so, in the weights' order."""
+    blocks = [part.of_weights[i] for i in range(part.blocks)]
+    return [(part, name) for name in GRADIENTS] + [(block, name) for block in blocks for name, _ in _Block._fields_]
 
 
 def memory_of(part: _Arguments, dtype: torch.dtype) -> int:

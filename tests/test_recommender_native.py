@@ -175,11 +175,25 @@ def test_gradients_add_up_in_the_parameters():
             torch.testing.assert_close(parameter.grad, times * gradient, rtol=1e-12, atol=1e-14)
 
 
-def test_phases_are_told_in_their_order():
+def test_the_loss_is_told_before_there_are_gradients():
     told, (model, table) = [], made()
-    own = batch()
-    model.differentiate(own, table.states(own.distinct), told.append)
-    assert told == ["forward", "backward"]
+    states = table.states(batch().distinct)
+    loss = model.differentiate(
+        batch(), states, lambda loss: told.append((loss.clone(), [each.grad for each in model.parameters()]))
+    )
+    ((first, gradients),) = told
+    assert torch.equal(first, loss) and set(gradients) == {None}
+
+
+def test_what_is_raised_where_the_loss_is_told_comes_out_when_all_calls_have_ended():
+    model, table = made()
+
+    def told(_: Tensor) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        model.differentiate(batch(), table.states(batch().distinct), told)
+    check(model, batch(), table)
 
 
 @pytest.mark.parametrize("change", ["other memory", "other dtype", "another tensor"])

@@ -116,32 +116,52 @@ Workers &workers() {
     return *own;
 }
 
-}  // namespace
-
-extern "C" {
-// All calls, by so many threads at most; by this one alone where another has the workers. Returns 0, or 1 where one of
-// them does, or where there is no memory to begin.
-int32_t share_out(const Call *calls, int32_t count, int32_t threads) noexcept {
-    try {
-        List list(calls, count);
-        Workers &own = workers();
-        std::unique_lock<std::mutex> held(own.busy, std::defer_lock);
-        size_t helping = 0;
-        if (threads > 1 && count > 1 && held.try_lock()) {
-            const size_t others = (threads < count ? threads : count) - 1;
-            try {
-                while (own.all.size() < others) own.all.emplace_back();
-            } catch (...) {
-                // No more threads are to be had: those that there are do the work.
-            }
-            helping = others < own.all.size() ? others : own.all.size();
+// A list that threads beside the caller have begun.
+class Running {
+  public:
+    // By so many threads at most, the caller's among them; by that alone where another has the workers.
+    Running(const Call *calls, int32_t count, int32_t threads)
+        : list(calls, count), own(workers()), held(own.busy, std::defer_lock) {
+        if (threads <= 1 || count <= 1 || !held.try_lock()) return;
+        const size_t others = (threads < count ? threads : count) - 1;
+        try {
+            while (own.all.size() < others) own.all.emplace_back();
+        } catch (...) {
+            // No more threads are to be had: those that there are do the work.
         }
+        helping = others < own.all.size() ? others : own.all.size();
         for (size_t i = 0; i < helping; i++) own.all[i].offer(&list);
+    }
+
+    // What is left of it. Returns whether a call failed.
+    bool end() {
         list.take_all();
         for (size_t i = 0; i < helping; i++) own.all[i].withdraw(&list);
         return list.has_failed();
-    } catch (...) {
-        return 1;
     }
+
+  private:
+    List list;
+    Workers &own;
+    std::unique_lock<std::mutex> held;
+    size_t helping = 0;
+};
+
+}  // namespace
+
+extern "C" {
+// Begins the calls, for `end` to end: by the same thread, whatever happens meanwhile. Null where memory lacks.
+void *begin(const Call *calls, int32_t count, int32_t threads) noexcept {
+    try {
+        return new Running(calls, count, threads);
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+// Returns 0, or 1 where one of the calls does.
+int32_t end(void *running) noexcept {
+    std::unique_ptr<Running> own((Running *)running);
+    return own->end();
 }
 }
