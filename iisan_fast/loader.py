@@ -56,6 +56,7 @@ class _Waiting(NamedTuple):
 
 
 def _checked(batches: Iterator[Batch], table_rows: int) -> Iterator[Batch]:
+    """The batches; one that cannot be laid out, or that the table does not hold, is told before those beside it."""
     while some := [batch.checked(table_rows) for batch in itertools.islice(batches, TOGETHER)]:
         yield from some
 

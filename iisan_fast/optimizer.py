@@ -30,15 +30,15 @@ class Adam(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update. PyTorch's takes the first, which makes the states, and any that C++ does not know."""
-        return super().step(closure) if closure is not None or not self._native() else None
+        return None if closure is None and self._updated() else super().step(closure)
 
     def update(self) -> None:
-        """A step without what PyTorch calls before and after one, where C++ takes it."""
-        if not self._native():
-            self.step()
+        """`step` without hooks where C++ takes it."""
+        if not self._updated():
+            super().step()
 
-    def _native(self) -> bool:
-        """Updates by C++, if it knows all parameters, their gradients and states as they are now."""
+    def _updated(self) -> bool:
+        """Updates by C++, and says whether: it has to know all parameters, their gradients and states as they are."""
         rules, parameters = RULES(self.defaults), [each for group in self.param_groups for each in group["params"]]
         if any(RULES(group) != rules for group in self.param_groups) or any(rules[2:]) or self.grad_scale is not None:
             return False

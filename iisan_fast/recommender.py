@@ -68,9 +68,11 @@ class Recommender(nn.Module):
         return losses @ batch.weights.to(losses.dtype)
 
     def differentiate(self, batch: Batch, contents: Any, told: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
-        """`loss`, without a graph, its gradients added to the parameters' as a backward adds them, but for hooks.
+        """`loss`, without a graph, its gradients added to the parameters' as a backward adds them. Where one op gives
+        all of them (C++, on a CPU), no hooks are called, and fresh ones are parts of one block of memory.
 
-        `told` is called with it before there are gradients; they may be under way."""
+        `told` is called with the loss before there are gradients; they may be under way.
+        """
         operands, any_weight = functools.partial(self._operands, batch, contents), self.sequence_encoder.position
         found = kernels.recommender_gradients(self.gradients, operands, any_weight, told)
         if found is None:
@@ -80,9 +82,16 @@ class Recommender(nn.Module):
             return loss.detach()
         loss, gradients = found
         for parameter, gradient in gradients:
-            if parameter.requires_grad:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            if parameter.requires_grad and parameter.grad is not None:
+                parameter.grad += gradient
+            elif parameter.requires_grad:
+                parameter.grad = gradient
         return loss
+
+    def train(self, mode: bool = True) -> Recommender:
+        """Between training and evaluation the memory of the one is not kept for the other."""
+        self.gradients.forget()
+        return super().train(mode)
 
     def _operands(
         self, batch: Batch, contents: Any

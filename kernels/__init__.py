@@ -2,9 +2,10 @@
 
 The side network, the loss and the target rank have a plain PyTorch form in `reference`, their specification, and a
 Triton form. On a CPU there are host forms in PyTorch for the side network, the rank and the folding of weights, and
-native ones in C++, compiled when they are first used: the folding, the side network, the sequence
-encoder, the loss and Adam's update. `backend="auto"` takes Triton for CUDA tensors, C++ elsewhere, or the host forms
-where there is no compiler; the environment variable IISAN_FAST_BACKEND decides in its place.
+native ones in C++, compiled when they are first used: the folding, the side network, the sequence encoder, the loss,
+all of these and their gradients at once, and Adam's update. `backend="auto"` takes Triton for CUDA tensors, C++
+elsewhere, or the host forms where there is no compiler; the environment variable IISAN_FAST_BACKEND decides in its
+place.
 """
 
 if __name__ == "iisan_fast.kernels":

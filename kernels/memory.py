@@ -29,7 +29,9 @@ class Memory:
         needed = math.prod(shape) * dtype.itemsize
         block = self._fitting(needed)
         if block is None:
-            block = torch.empty(needed + needed // 8, dtype=torch.uint8)  # the next batch may be a little larger
+            block = torch.empty(
+                needed + needed // 8, dtype=torch.uint8, device="cpu"
+            )  # the next batch may be a little larger
         self.blocks.append(block)
         return block[:needed].view(dtype).view(shape)
 

@@ -95,13 +95,12 @@ class Schedule:
         but they are taken in order. The other threads begin before `meanwhile` is called, this one after it. Raises
         MemoryError where a call lacked memory."""
         own, calls = library(self._dtype), (_Call * len(self._calls))(*self._calls)
-        own.begin.restype = ctypes.c_void_p
-        running = own.begin(calls, len(calls), threads or cores())
-        _refuse_lack(not running)
+        running = ctypes.c_void_p()
         try:
+            _refuse_lack(own.begin(calls, len(calls), threads or cores(), ctypes.byref(running)))
             meanwhile()
-        finally:
-            failed = own.end(ctypes.c_void_p(running))
+        finally:  # the others may be at work, on what would be freed
+            failed = own.end(running)
         _refuse_lack(failed)
 
 

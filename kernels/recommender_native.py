@@ -85,17 +85,30 @@ class RecommenderGradients:
         self, weights: RecommenderWeights, batch: RecommenderBatch, told: Callable[[Tensor], None]
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss, a scalar, and the gradient of each of the weights, in their order and in memory of its own; for
-        what `takes` has just accepted. `told` is called with the loss, the gradients being under way."""
-        if self._plan is None or not self._plan.is_of(self._marks, batch):
-            self._plan = None  # its memory goes before there is more
+        what `takes` has just accepted, one thread at a time. `told` is called with the loss, the gradients being under
+        way."""
+        plan = self._plan
+        if plan is None or not plan.is_of(self._marks, batch):
+            self.forget()  # memory goes before there is more
             self._plan = _Plan(weights, batch, self._marks)
+        elif not plan.has_room(batch):
+            self.forget()
+            self._plan = _Plan(weights, batch, self._marks, (plan.items, plan.rows))
         return self._plan.run(batch, told)
+
+    def forget(self) -> None:
+        """Gives the memory back."""
+        self._plan = None
 
 
 def _marks(weights: RecommenderWeights) -> list[list]:
-    """What is found anew where a weight was given other memory, as by `module.to`, or another form."""
-    tensors = weights.tensors()
-    return [list(map(mark, tensors)) for mark in (Tensor.data_ptr, Tensor.stride, *map(attrgetter, ("shape", "dtype")))]
+    """What is found anew where a weight was given other memory, as by `module.to`, or another form, and all that is no
+    tensor."""
+    tensors, sequence = weights.tensors(), weights.sequence
+    towers = [(tower.views, tower.gate is None) for tower in weights.towers]
+    others = [weights.activation, sequence.heads, sequence.epsilon, *towers]
+    forms = Tensor.data_ptr, Tensor.stride, attrgetter("shape"), attrgetter("dtype")
+    return [others, *(list(map(form, tensors)) for form in forms)]
 
 
 def _knows(weights: RecommenderWeights) -> bool:
@@ -219,10 +232,14 @@ class _Plan:
     What the calls point to is fixed but for the batch's own and the gradients, whose memory goes to the caller.
     """
 
-    def __init__(self, weights: RecommenderWeights, batch: RecommenderBatch, marks: list[list]) -> None:
+    def __init__(
+        self, weights: RecommenderWeights, batch: RecommenderBatch, marks: list[list], least: tuple[int, int] = (0, 0)
+    ) -> None:
+        """least: items and rows that there must be room for at least."""
         self.weights, self.marks, self.cores, self.shape = weights, marks, cores(), _shape(batch)
         # Some more than now, and odd: panels a whole number of pages apart would share the cache's sets.
-        self.items, self.rows = (size + size // 8 | 1 for size in (len(batch.distinct), len(batch.targets)))
+        sizes = len(batch.distinct), len(batch.targets)
+        self.items, self.rows = (max(size + size // 8 | 1, before) for size, before in zip(sizes, least))
         self.dtype, self.library = weights.fusion.dtype, library(weights.fusion.dtype)
         self.layout, self.moving = _Layout(weights), []
         self._plan_towers()
@@ -230,9 +247,12 @@ class _Plan:
         self._plan_rest()
 
     def is_of(self, marks: list[list], batch: RecommenderBatch) -> bool:
-        """Whether it was made for these weights, and has room for the batch."""
-        room = len(batch.distinct) <= self.items and len(batch.targets) <= self.rows
-        return room and marks == self.marks and cores() == self.cores and _shape(batch) == self.shape
+        """Whether it was made for these weights, views and threads."""
+        return marks == self.marks and cores() == self.cores and _shape(batch) == self.shape
+
+    def has_room(self, batch: RecommenderBatch) -> bool:
+        """For all of the batch."""
+        return len(batch.distinct) <= self.items and len(batch.targets) <= self.rows
 
     def run(self, batch: RecommenderBatch, told: Callable[[Tensor], None]) -> tuple[Tensor, list[Tensor]]:
         """The loss, and the gradient of each of the weights."""
@@ -262,19 +282,19 @@ class _Plan:
 
     def _add_forward(self, run: Schedule, gathers: Sequence[ctypes.Structure]) -> None:
         own, joint = self.library, self.joint
-        ready = gathered = run.add(own.gather_panels, gathers)
-        run.add(own.joint_constants, [joint])
+        first = run.add(own.joint_constants, [joint])
+        ready = run.add(own.gather_panels, gathers)
         for calls, parts in zip(self.folds, self.products):
             folded = run.add(own.fold_forward, calls)
             ready = add_sums(run, _addresses(parts), parts[0].numel(), self.dtype, folded)
-        outputs = run.add(own.side_forward, self.pieces, gathered.to(ready))
+        outputs = run.add(own.side_forward, self.pieces, first.to(ready))
         vectors = run.add(own.joint_vectors, [joint], outputs)
         states = run.add(own.sequence_forward, self.sequences, vectors)
         losses = run.add(own.loss_forward, self.losses, states)
         run.add(own.joint_loss, [joint], losses)
 
     def _add_backward(self, run: Schedule, first: int) -> None:
-        """first: the address of the gradients."""
+        """first: the address of the gradients. The forward's calls may be at work: nothing that they read is changed."""
         own, joint, size = self.library, self.joint, self.dtype.itemsize
         for structure, name, start in self.moving:
             setattr(structure, name, first + start * size)
@@ -296,7 +316,7 @@ class _Plan:
         add_sums(run, fusion, self.weights.fusion.numel(), self.dtype, folded)
 
     def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype)
+        return torch.empty(shape, dtype=self.dtype, device="cpu")
 
     def _plan_towers(self) -> None:
         """Memory for the towers; their calls are made as a batch is cut in them."""
@@ -304,7 +324,7 @@ class _Plan:
         first, towers = self.weights.towers[0].down_weight, len(self.weights.towers)
         layers, bottleneck, width = first.shape
         wide, narrow = panels_of(width), panels_of(bottleneck)
-        self.panels = torch.empty(len(views), layers, wide, self.items, PANEL, dtype=kind).unbind()
+        self.panels = torch.empty(len(views), layers, wide, self.items, PANEL, dtype=kind, device="cpu").unbind()
         self.inputs = self._empty(towers, layers, wide, self.items, PANEL)
         self.before = self._empty(towers, layers, narrow, self.items, PANEL)
         self.after = torch.empty_like(self.before) if self.weights.activation == "gelu" else self.before
@@ -361,7 +381,9 @@ class _Plan:
         ]
         self.products = [[self._empty(d, each.inner.shape[1]) for _ in own] for each, own in zip(chains, parts)]
         # Zero where a chain has fewer parts.
-        self.more_of_fusion = torch.zeros(max(map(len, parts)) - 1, *self.weights.fusion.shape, dtype=self.dtype)
+        self.more_of_fusion = torch.zeros(
+            max(map(len, parts)) - 1, *self.weights.fusion.shape, dtype=self.dtype, device="cpu"
+        )
         self.biases = self._empty(len(chains), d)
         self.folds: list[list[ctypes.Structure]] = [[] for _ in chains]
         column = 0
@@ -437,6 +459,6 @@ class _Plan:
         calls = [own.of_weights(*common) for _ in range(own.MOST_WORKERS)]
         for call, first in zip(calls, [0, *_addresses(self.more_of_sequence)]):
             own.set_gradients(call, own.places_of(first, sizes, self.dtype))
-        starts = itertools.accumulate(sizes, initial=self.layout.sequence)
+        starts = itertools.accumulate(sizes, initial=self.layout.sequence)  # whole panels each, so none is padded
         self.moving += [(*pointer, start) for pointer, start in zip(own.gradient_pointers(calls[0]), starts)]
         self.sequence_calls = calls

@@ -74,11 +74,20 @@ def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> Tens
 
 
 def takes(weights: SequenceWeights) -> bool:
-    """Whether the C++ knows these widths and this dtype."""
-    position, blocks = weights.tensors[0], len(weights.tensors) // BLOCK
-    hidden = [weights.tensors[i].shape[0] for i in range(OUTER + FEED_IN, len(weights.tensors), BLOCK)]
-    fits = all(width % PANEL == 0 for width in [position.shape[1], *hidden])
-    return fits and position.dtype in DTYPES and 1 <= blocks <= MOST_BLOCKS
+    """Whether the C++ knows these shapes and this dtype."""
+    position, *outer = weights.tensors[:OUTER]
+    blocks = [weights.tensors[i : i + BLOCK] for i in range(OUTER, len(weights.tensors), BLOCK)]
+    if not 1 <= len(blocks) <= MOST_BLOCKS or position.dtype not in DTYPES:
+        return False
+    d, f = position.shape[1], len(blocks[0][FEED_IN])
+    square, vector = (d, d), (d,)
+    of_block = [square, square, square, square, vector, vector, (f, d), (f,), (d, f), vector, vector, vector]
+    return (
+        d % PANEL == 0
+        and f % PANEL == 0
+        and all(each.shape == vector for each in outer)
+        and all([each.shape for each in block] == of_block for block in blocks)
+    )
 
 
 class _Settings(NamedTuple):
@@ -148,7 +157,7 @@ def _forward(
     memory: Memory,
     one_by_one: bool = False,
 ) -> tuple[Tensor, list[_Arguments]]:
-    """(the states, what the backward of each of the parts takes); users: as `_of_whole_users` finds them. One by one,
+    """(the states, what the backward of each of the parts takes); users: as `of_whole_users` finds them. One by one,
     parts are computed by this thread, in the same memory, and no backward may follow."""
     states = torch.empty_like(x)
     blocks = blocks_at([weight.data_ptr() for weight in weights])

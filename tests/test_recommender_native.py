@@ -123,11 +123,30 @@ def test_states_of_single_or_half_precision(kind):
     check(model, batch(), table, tolerance=2e-6)
 
 
-def test_batches_of_all_sizes_in_turn():
+def test_batches_of_all_sizes_by_all_threads_in_turn(monkeypatch):
     """Memory grows with them, and is used for smaller ones again."""
     model, table = made()
-    for users in (range(24), range(20, 23), range(60), range(2), range(30, 60), range(3)):
-        check(model, batch(users), table)
+    plans, plan = [], recommender_native._Plan
+    monkeypatch.setattr(recommender_native, "_Plan", lambda *all: plans.append(all) or plan(*all))
+    sizes = (range(24), range(20, 23), range(60), range(2), range(30, 60), range(3))
+    for threads in (2, 3, 1):
+        torch.set_num_threads(threads)
+        for users in sizes:
+            check(model, batch(users), table)
+    assert len(plans) == 2 * 3  # for 24 users, and for 60
+
+
+def test_memory_for_many_items_and_few_rows_is_that_for_the_reverse(monkeypatch):
+    model, table = made()
+    plans, plan = [], recommender_native._Plan
+    monkeypatch.setattr(recommender_native, "_Plan", lambda *all: plans.append(all) or plan(*all))
+    own = batch(range(9))
+    wide, long = (
+        own.padded(own.shape.padded(12, 10)._replace(**more)) for more in (dict(distinct=180), dict(rows=200))
+    )
+    for each in (wide, long, wide, long):
+        check(model, each, table)
+    assert len(plans) == 2
 
 
 def test_padded_batches():
@@ -168,11 +187,13 @@ def test_gradients_add_up_in_the_parameters():
     model, table = made()
     own = batch()
     states = table.states(own.distinct)
-    _, *expected = by_op(model, own, states)
+    expected = [each.clone() for each in by_op(model, own, states)[1:]]
+    kept = [parameter.grad for parameter in model.parameters()]
     for times in (2, 3):
         model.differentiate(own, states)
-        for parameter, gradient in zip(model.parameters(), expected):
-            torch.testing.assert_close(parameter.grad, times * gradient, rtol=1e-12, atol=1e-14)
+        for parameter, held, gradient in zip(model.parameters(), kept, expected):
+            assert parameter.grad is held
+            torch.testing.assert_close(held, times * gradient, rtol=1e-12, atol=1e-14)
 
 
 def test_the_loss_is_told_before_there_are_gradients():
@@ -196,7 +217,7 @@ def test_what_is_raised_where_the_loss_is_told_comes_out_when_all_calls_have_end
     check(model, batch(), table)
 
 
-@pytest.mark.parametrize("change", ["other memory", "other dtype", "another tensor"])
+@pytest.mark.parametrize("change", ["other memory", "other dtype", "another tensor", "another activation"])
 def test_weights_that_moved_are_found(change):
     model, table = made()
     check(model, batch(), table)
@@ -205,6 +226,8 @@ def test_weights_that_moved_are_found(change):
         weight.data = 2 * weight.data
     if change == "another tensor":
         model.item_encoder.side_network.inter.down_weight = torch.nn.Parameter(3 * weight.data)
+    if change == "another activation":
+        model.item_encoder.side_network.activation = "gelu"
     if change == "other dtype":
         model.float()
         table = FeatureTable(tuple(view.float() for view in table.views))
@@ -261,6 +284,24 @@ def test_what_does_not_fit_is_refused_by_the_single_ops(field, value, error):
     with pytest.raises(error):
         model.differentiate(changed(own, field, value), table.states(own.distinct))
     check(model, own, table)
+
+
+@pytest.mark.parametrize("name", ["query", "feed_in", "feed_out", "feed_norm"])
+def test_sequence_weights_of_another_shape_are_refused_by_the_single_ops(name):
+    model, table = made()
+    module = getattr(model.sequence_encoder.blocks[1], name)
+    module.weight = torch.nn.Parameter(module.weight[..., :-8].clone() if name != "feed_in" else module.weight[:-16])
+    with pytest.raises(RuntimeError):
+        model.differentiate(batch(), table.states(batch().distinct))
+
+
+def test_evaluation_gives_the_memory_back():
+    model, table = made()
+    by_op(model, batch(), table.states(batch().distinct))
+    kept = weakref.ref(model.gradients._plan)
+    model.eval()
+    gc.collect()
+    assert kept() is None
 
 
 def test_numbers_out_of_a_views_range_are_refused_by_the_single_ops():

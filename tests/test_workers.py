@@ -109,6 +109,60 @@ def test_after_a_call_that_failed_those_that_come_after_any_are_left_out(threads
     assert sorted(made) == [0, 1, 4, 5]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_what_is_done_meanwhile_may_fail_or_share_out_itself(threads):
+    """Calls that have begun end before anything else goes on."""
+    began, made = threading.Event(), []
+
+    def work(number: int) -> int:
+        began.set()
+        time.sleep(0.01)
+        made.append(number)
+        return 0
+
+    call, own = Work(lambda pointer: work(pointer[0])), [Number(i) for i in range(6)]
+
+    def meanwhile() -> None:
+        assert threads == 1 or began.wait(20)
+        share_out(lambda number: made.append(10 + number) or 0, 3, threads)
+        raise ZeroDivisionError
+
+    for _ in range(3):
+        began.clear(), made.clear()
+        schedule = native.Schedule(torch.float32)
+        schedule.add(call, own)
+        with pytest.raises(ZeroDivisionError):
+            schedule.run(threads, meanwhile)
+        assert sorted(made) == [*range(6), 10, 11, 12]
+    share_out(lambda number: 0, 4, threads)
+
+
+def test_an_interrupt_as_calls_begin_lets_them_end(monkeypatch):
+    made, library = [], native.library(torch.float32)
+
+    class Interrupted:
+        end = library.end
+
+        @staticmethod
+        def begin(*arguments) -> int:
+            assert not library.begin(*arguments)
+            raise KeyboardInterrupt
+
+    def work(pointer) -> int:
+        time.sleep(0.01)
+        made.append(pointer[0])
+        return 0
+
+    schedule = native.Schedule(torch.float32)
+    schedule.add(Work(work), [Number(i) for i in range(6)])
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "library", lambda dtype: Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            schedule.run(2)
+    assert sorted(made) == list(range(6))
+    test_threads_work_beside_each_other_also_after_they_have_slept()  # the workers are free again
+
+
 def test_two_that_share_out_at_once_both_get_all_their_calls():
     lock, made = threading.Lock(), Counter()
 

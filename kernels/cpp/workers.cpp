@@ -103,7 +103,7 @@ class Worker {
 
 // Of a process; a fork has the memory of its parent's, but not the threads.
 struct Workers {
-    std::mutex busy;
+    std::atomic<bool> busy{false};
     std::deque<Worker> all;
     pid_t process = getpid();
 };
@@ -121,8 +121,8 @@ class Running {
   public:
     // By so many threads at most, the caller's among them; by that alone where another has the workers.
     Running(const Call *calls, int32_t count, int32_t threads)
-        : list(calls, count), own(workers()), held(own.busy, std::defer_lock) {
-        if (threads <= 1 || count <= 1 || !held.try_lock()) return;
+        : list(calls, count), own(workers()), held(threads > 1 && count > 1 && !own.busy.exchange(true)) {
+        if (!held) return;
         const size_t others = (threads < count ? threads : count) - 1;
         try {
             while (own.all.size() < others) own.all.emplace_back();
@@ -137,31 +137,34 @@ class Running {
     bool end() {
         list.take_all();
         for (size_t i = 0; i < helping; i++) own.all[i].withdraw(&list);
+        if (held) own.busy = false;
         return list.has_failed();
     }
 
   private:
     List list;
     Workers &own;
-    std::unique_lock<std::mutex> held;
+    const bool held;  // the workers, until the end
     size_t helping = 0;
 };
 
 }  // namespace
 
 extern "C" {
-// Begins the calls, for `end` to end: by the same thread, whatever happens meanwhile. Null where memory lacks.
-void *begin(const Call *calls, int32_t count, int32_t threads) noexcept {
+// Begins the calls. What `running` then points to is for `end`, whatever happens meanwhile, and in this process. Returns
+// 0, or 1 where memory lacks.
+int32_t begin(const Call *calls, int32_t count, int32_t threads, Running **running) noexcept {
     try {
-        return new Running(calls, count, threads);
+        *running = new Running(calls, count, threads);
+        return 0;
     } catch (...) {
-        return nullptr;
+        return 1;
     }
 }
 
 // Returns 0, or 1 where one of the calls does.
-int32_t end(void *running) noexcept {
-    std::unique_ptr<Running> own((Running *)running);
-    return own->end();
+int32_t end(Running *running) noexcept {
+    const std::unique_ptr<Running> own(running);
+    return own && own->end();
 }
 }
