@@ -294,7 +294,7 @@ class _Plan:
         run.add(own.joint_loss, [joint], losses)
 
     def _add_backward(self, run: Schedule, first: int) -> None:
-        """first: the address of the gradients. The forward's calls may be at work: nothing that they read is changed."""
+        """first: the address of the gradients. The forward may be at work: nothing that its calls read is changed."""
         own, joint, size = self.library, self.joint, self.dtype.itemsize
         for structure, name, start in self.moving:
             setattr(structure, name, first + start * size)
