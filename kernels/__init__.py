@@ -25,7 +25,8 @@ if __name__ == "iisan_fast.kernels":
     )
     from .host import at_once, in_large_pieces
     from .native import compiler_version
-    from .recommender_native import RecommenderBatch, RecommenderGradients, RecommenderWeights
+    from .recommender_native import RecommenderGradients
+    from .recommender_plan import RecommenderBatch, RecommenderWeights
     from .reference import Chain, States, Tower
     from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
 

@@ -30,7 +30,8 @@ from . import (
 from .adam_native import AdamState, AdamUpdate
 from .checks import check_chains, check_loss, check_ranks, check_sequences, check_towers
 from .native import why_not
-from .recommender_native import RecommenderBatch, RecommenderGradients, RecommenderWeights
+from .recommender_native import RecommenderGradients
+from .recommender_plan import RecommenderBatch, RecommenderWeights
 from .reference import Chain, States, Tower
 from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
 
