@@ -40,13 +40,13 @@ class RecommenderGradients:
         """The loss, a scalar, and the gradient of each of the weights, in their order and in memory of its own; for
         what `takes` has just accepted, one thread at a time. `told` is called with the loss, the gradients being under
         way."""
-        plan = self._plan
-        if plan is None or not plan.is_of(self._marks, batch):
-            self.forget()  # memory goes before there is more
-            self._plan = Plan(weights, batch, self._marks)
-        elif not plan.has_room(batch):
-            self.forget()
-            self._plan = Plan(weights, batch, self._marks, (plan.items, plan.rows))
+        plan, least = self._plan, (0, 0)
+        if plan is not None and plan.is_of(self._marks, batch):
+            if plan.has_room(batch):
+                return plan.run(batch, told)
+            least = plan.items, plan.rows
+        self._plan = plan = None  # memory goes before there is more
+        self._plan = Plan(weights, batch, self._marks, least)
         return self._plan.run(batch, told)
 
     def forget(self) -> None:

@@ -87,8 +87,8 @@ class _Layout:
         counts = [d * width if shape is None else math.prod(shape) for shape in self.shapes]
         self.sizes = [-(-count // PANEL) * PANEL for count in counts]
         self.starts = list(itertools.accumulate(self.sizes, initial=0))
-        weights = [(shape, start) for shape, start in zip(self.shapes, self.starts) if shape is not None]
-        self.places = [(shape, torch.empty(shape, device="meta").stride(), start) for shape, start in weights]
+        own = [start for shape, start in zip(self.shapes, self.starts) if shape is not None]
+        self.places = [(each.shape, each.stride(), start) for each, start in zip(weights.tensors(), own, strict=True)]
         each = len(towers[0]) + 1
         self.towers = [self.starts[i * each : (i + 1) * each + 1] for i in range(len(towers))]  # with where it ends
         after = len(towers) * each

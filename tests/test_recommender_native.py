@@ -139,7 +139,14 @@ def test_batches_of_all_sizes_by_all_threads_in_turn(monkeypatch):
 def test_memory_for_many_items_and_few_rows_is_that_for_the_reverse(monkeypatch):
     model, table = made()
     plans, plan = [], recommender_native.Plan
-    monkeypatch.setattr(recommender_native, "Plan", lambda *all: plans.append(all) or plan(*all))
+
+    def alone(*all) -> recommender_native.Plan:
+        assert not any(before() for before in plans)  # its memory went before there is more
+        made = plan(*all)
+        plans.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(recommender_native, "Plan", alone)
     own = batch(range(9))
     wide, long = (
         own.padded(own.shape.padded(12, 10)._replace(**more)) for more in (dict(distinct=180), dict(rows=200))
