@@ -68,24 +68,26 @@ class Recommender(nn.Module):
         return losses @ batch.weights.to(losses.dtype)
 
     def differentiate(self, batch: Batch, contents: Any, told: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
-        """`loss`, without a graph, its gradients added to the parameters' as a backward adds them. Where one op gives
-        all of them (C++, on a CPU), no hooks are called, and fresh ones are parts of one block of memory.
+        """`loss`, without a graph, its gradients left in the parameters in place of those before. Where one op gives
+        all of them (C++, on a CPU), no hooks are called, and they are parts of one block of memory, which the next call
+        overwrites.
 
-        `told` is called with the loss before there are gradients; they may be under way.
+        `told` is called with the loss; the gradients may be under way.
         """
         operands, any_weight = functools.partial(self._operands, batch, contents), self.sequence_encoder.position
         found = kernels.recommender_gradients(self.gradients, operands, any_weight, told)
         if found is None:
+            for parameter in self.parameters():
+                parameter.grad = None
             loss = self.loss(batch, contents)
             told(loss.detach())
             loss.backward()
             return loss.detach()
         loss, gradients = found
         for parameter, gradient in gradients:
-            if parameter.requires_grad and parameter.grad is not None:
-                parameter.grad += gradient
-            elif parameter.requires_grad:
-                parameter.grad = gradient
+            own = gradient if parameter.requires_grad else None
+            if parameter.grad is not own:
+                parameter.grad = own
         return loss
 
     def train(self, mode: bool = True) -> Recommender:

@@ -45,7 +45,6 @@ class TrainingStep:
         self.optimizer = Adam(
             [{"params": parameters, "lr": rates[name]} for name, parameters in groups if parameters], device
         )
-        self.parameters = [parameter for _, parameters in groups for parameter in parameters]
         # Sum of losses, rows, first failed step (0: none), its loss.
         self.record = torch.zeros(4, dtype=torch.float64, device=device)
 
@@ -56,9 +55,6 @@ class TrainingStep:
             return self._take(batch, contents, mark)
 
     def _take(self, batch: Batch, contents: Contents, mark: Callable[[str], None]) -> Tensor:
-        for parameter in self.parameters:
-            parameter.grad = None
-
         def told(loss: Tensor) -> None:
             mark("forward")
             self._note(loss, batch)

@@ -37,17 +37,17 @@ class RecommenderGradients:
     def __call__(
         self, weights: RecommenderWeights, batch: RecommenderBatch, told: Callable[[Tensor], None]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss, a scalar, and the gradient of each of the weights, in their order and in memory of its own; for
-        what `takes` has just accepted, one thread at a time. `told` is called with the loss, the gradients being under
-        way."""
+        """The loss, a scalar, and the gradient of each of the weights, in their order, which the next call may
+        overwrite; for what `takes` has just accepted, one thread at a time. `told` is called with the loss, the
+        gradients being under way."""
         plan, least = self._plan, (0, 0)
-        if plan is not None and plan.is_of(self._marks, batch):
-            if plan.has_room(batch):
-                return plan.run(batch, told)
-            least = plan.items, plan.rows
-        self._plan = plan = None  # memory goes before there is more
-        self._plan = Plan(weights, batch, self._marks, least)
-        return self._plan.run(batch, told)
+        known = plan is not None and plan.is_of(self._marks, batch)
+        if known and not plan.has_room(batch):
+            known, least = False, (plan.items, plan.rows)
+        if not known:
+            self._plan = plan = None  # memory goes before there is more
+            self._plan = plan = Plan(weights, batch, self._marks, least)
+        return plan.run(batch, told), plan.gradients
 
     def forget(self) -> None:
         """Gives the memory back."""

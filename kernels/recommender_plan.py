@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -101,10 +101,7 @@ class _Layout:
 
 
 class Plan:
-    """The memory and the calls of batches up to a size.
-
-    What the calls point to is fixed but for the batch's own and the gradients, whose memory goes to the caller.
-    """
+    """The memory and the calls of batches up to a size. What the calls point to is fixed but for the batch's own."""
 
     def __init__(
         self, weights: RecommenderWeights, batch: RecommenderBatch, marks: list[list], least: tuple[int, int] = (0, 0)
@@ -115,7 +112,9 @@ class Plan:
         sizes = len(batch.distinct), len(batch.targets)
         self.items, self.rows = (max(size + size // 8 | 1, before) for size, before in zip(sizes, least))
         self.dtype, self.library = weights.fusion.dtype, library(weights.fusion.dtype)
-        self.layout, self.moving = _Layout(weights), []
+        self.layout = _Layout(weights)
+        block = self._empty(self.layout.starts[-1])
+        self.gradients, self.first_gradient = self.layout.gradients(block), block.data_ptr()
         self._plan_towers()
         self._plan_folding()
         self._plan_rest()
@@ -128,22 +127,20 @@ class Plan:
         """For all of the batch."""
         return len(batch.distinct) <= self.items and len(batch.targets) <= self.rows
 
-    def run(self, batch: RecommenderBatch, told: Callable[[Tensor], None]) -> tuple[Tensor, list[Tensor]]:
-        """The loss, and the gradient of each of the weights."""
-        loss, block = self._empty(), self._empty(self.layout.starts[-1])
-        gradients, forward, backward = [], Schedule(self.dtype), Schedule(self.dtype)
-        self._point_to(batch, loss)
-        self._add_forward(forward, side_network_native.gathers(batch.states, self.panels, shares(self.joint.items)))
-        # What Python has to do it does while the others work: here the backward's calls are laid out, there the
-        # gradients are.
-        forward.run(meanwhile=lambda: self._add_backward(backward, block.data_ptr()))
+    def run(self, batch: RecommenderBatch, told: Callable[[Tensor], None]) -> Tensor:
+        """The loss; leaves `gradients`, those of the weights in their order."""
+        loss, states, forward, backward = self._empty(), *(Schedule(self.dtype) for _ in range(3))
+        self._add_weights_and_states(states, batch)
 
-        def meanwhile() -> None:
-            told(loss)
-            gradients.extend(self.layout.gradients(block))
+        def lay_out() -> None:
+            self._point_to(batch, loss)
+            self._add_forward(forward)
 
-        backward.run(meanwhile=meanwhile)
-        return loss, gradients
+        # What Python has to do it does while the others work, each time for what comes next.
+        states.run(meanwhile=lay_out)
+        forward.run(meanwhile=lambda: self._add_backward(backward))
+        backward.run(meanwhile=lambda: told(loss))
+        return loss
 
     def _point_to(self, batch: RecommenderBatch, loss: Tensor) -> None:
         """The calls' arguments that are the batch's own."""
@@ -154,25 +151,27 @@ class Plan:
         self._cut_towers(joint.items)
         self._cut_rows(batch)
 
-    def _add_forward(self, run: Schedule, gathers: Sequence[ctypes.Structure]) -> None:
-        own, joint = self.library, self.joint
-        first = run.add(own.joint_constants, [joint])
-        ready = run.add(own.gather_panels, gathers)
-        for calls, parts in zip(self.folds, self.products):
+    def _add_weights_and_states(self, run: Schedule, batch: RecommenderBatch) -> None:
+        """What nothing of the batch but its states is asked for: these gathered, and the heads folded."""
+        own, parts = self.library, shares(len(batch.distinct))
+        run.add(own.gather_panels, side_network_native.gathers(batch.states, self.panels, parts))
+        for calls, products in zip(self.folds, self.products):
             folded = run.add(own.fold_forward, calls)
-            ready = add_sums(run, _addresses(parts), parts[0].numel(), self.dtype, folded)
-        outputs = run.add(own.side_forward, self.pieces, first.to(ready))
-        vectors = run.add(own.joint_vectors, [joint], outputs)
+            add_sums(run, _addresses(products), products[0].numel(), self.dtype, folded)
+
+    def _add_forward(self, run: Schedule) -> None:
+        own, joint = self.library, self.joint
+        outputs = run.add(own.side_forward, self.pieces)
+        constants = run.add(own.joint_constants, [joint])
+        vectors = run.add(own.joint_vectors, [joint], outputs.to(constants))
         states = run.add(own.sequence_forward, self.sequences, vectors)
         losses = run.add(own.loss_forward, self.losses, states)
         run.add(own.joint_loss, [joint], losses)
 
-    def _add_backward(self, run: Schedule, first: int) -> None:
-        """first: the address of the gradients. The forward may be at work: nothing that its calls read is changed."""
-        own, joint, size = self.library, self.joint, self.dtype.itemsize
-        for structure, name, start in self.moving:
-            setattr(structure, name, first + start * size)
-        sequence = [first + self.layout.sequence * size, *_addresses(self.more_of_sequence)][: len(self.sequences)]
+    def _add_backward(self, run: Schedule) -> None:
+        """The forward may be at work: nothing that its calls read is changed."""
+        own, joint = self.library, self.joint
+        sequence = [self._place(self.layout.sequence), *_addresses(self.more_of_sequence)][: len(self.sequences)]
         of_rows = run.add(own.loss_backward, self.losses)
         of_states = run.add(own.sequence_backward, self.sequences, of_rows)
         of_vectors = _addresses(self.of_vectors[: len(self.losses)])
@@ -183,14 +182,18 @@ class Plan:
         folded = pieces
         for tower, ended in self._tower_spans(pieces.first):
             start, end = self.layout.towers[tower][0], self.layout.towers[tower][-1]
-            parts = [first + start * size, *_addresses(self.more_of_towers[tower])][: self.cut.count(tower)]
+            parts = [self._place(start), *_addresses(self.more_of_towers[tower])][: self.cut.count(tower)]
             summed = add_sums(run, parts, end - start, self.dtype, ended)
             folded = folded.to(run.add(own.fold_backward, self.folds[tower], summed))
-        fusion = [first + self.layout.fusion * size, *_addresses(self.more_of_fusion)]
+        fusion = [self._place(self.layout.fusion), *_addresses(self.more_of_fusion)]
         add_sums(run, fusion, self.weights.fusion.numel(), self.dtype, folded)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device="cpu")
+
+    def _place(self, start: int) -> int:
+        """The address of a gradient."""
+        return self.first_gradient + start * self.dtype.itemsize
 
     def _plan_towers(self) -> None:
         """Memory for the towers; their calls are made as a batch is cut in them."""
@@ -237,13 +240,13 @@ class Plan:
         call.projected, call.upstream = self.projected[number].data_ptr(), self.of_vectors[0].data_ptr()
         names = [f"of_{name}" for name, each in zip(Tower._fields[1:], tower[1:]) if each is not None]
         *places, end = self.layout.towers[number]
-        if not self.tower_calls[number]:
-            self.moving += [(call, name, place) for name, place in zip([*names, "of_projection"], places)]
-            return call
-        more = self._empty(end - places[0])
-        self.more_of_towers[number].append(more)
-        for name, place in zip([*names, "of_projection"], places):
-            setattr(call, name, more[place - places[0] :].data_ptr())
+        addresses = [self._place(place) for place in places]
+        if self.tower_calls[number]:
+            more = self._empty(end - places[0])
+            self.more_of_towers[number].append(more)
+            addresses = [more[place - places[0] :].data_ptr() for place in places]
+        for name, address in zip([*names, "of_projection"], addresses):
+            setattr(call, name, address)
         return call
 
     def _plan_folding(self) -> None:
@@ -265,13 +268,11 @@ class Plan:
             for number, part in enumerate(own):
                 results = {"product": self.products[i][number], "bias": self.biases[i]}
                 call = fold_native.arguments(chain, self.kept[i], part, **results)
-                self.moving += [(call, "upstream", layout.towers[i][-2]), (call, "of_bias", layout.fusion_bias)]
-                names = [f"of_{name}" for name in Chain._fields[1:]]
-                self.moving += [(call, name, place) for name, place in zip(names, layout.heads[i])]
-                if number:
-                    call.of_outer = self.more_of_fusion[number - 1, 0, column:].data_ptr()
-                else:
-                    self.moving.append((call, "of_outer", layout.fusion + column))
+                call.upstream, call.of_bias = self._place(layout.towers[i][-2]), self._place(layout.fusion_bias)
+                for name, place in zip(Chain._fields[1:], layout.heads[i]):
+                    setattr(call, f"of_{name}", self._place(place))
+                more = self.more_of_fusion[number - 1, 0, column:].data_ptr() if number else None
+                call.of_outer = more or self._place(layout.fusion + column)
                 self.folds[i].append(call)
             column += chain.outer.shape[1]
 
@@ -294,7 +295,7 @@ class Plan:
         self.joint.bias = self.weights.fusion_bias.data_ptr()
         for name in (*_Joint.OWN, *_Joint.OWN_GRADIENTS):
             setattr(self.joint, name, getattr(self, name).data_ptr())
-        self.moving.append((self.joint, "of_bias", self.layout.fusion_bias))
+        self.joint.of_bias = self._place(self.layout.fusion_bias)
 
     def _cut_rows(self, batch: RecommenderBatch) -> None:
         """The calls of the sequence encoder and of the loss."""
@@ -331,10 +332,9 @@ class Plan:
         blocks, sizes = own.blocks_at(_addresses(sequence.tensors)), self.sequence_sizes
         common = sequence.tensors, sequence.heads, sequence.epsilon, blocks
         calls = [own.of_weights(*common) for _ in range(own.MOST_WORKERS)]
-        for call, first in zip(calls, [0, *_addresses(self.more_of_sequence)]):
+        # Whole panels each, so none is padded in the layout.
+        for call, first in zip(calls, [self._place(self.layout.sequence), *_addresses(self.more_of_sequence)]):
             own.set_gradients(call, own.places_of(first, sizes, self.dtype))
-        starts = itertools.accumulate(sizes, initial=self.layout.sequence)  # whole panels each, so none is padded
-        self.moving += [(*pointer, start) for pointer, start in zip(own.gradient_pointers(calls[0]), starts)]
         self.sequence_calls = calls
 
 

@@ -204,12 +204,6 @@ def set_gradients(part: _Arguments, places: Sequence[int]) -> None:
     part.of_weights = blocks_at(places)
 
 
-def gradient_pointers(part: _Arguments) -> list[tuple[ctypes.Structure, str]]:
-    """The structures and their fields that say so, in the weights' order."""
-    blocks = [part.of_weights[i] for i in range(part.blocks)]
-    return [(part, name) for name in GRADIENTS] + [(block, name) for block in blocks for name, _ in _Block._fields_]
-
-
 def memory_of(part: _Arguments, dtype: torch.dtype) -> int:
     """Numbers that the forward of a part leaves for its backward, and both need to work in."""
     measure = library(dtype).sequence_memory

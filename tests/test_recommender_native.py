@@ -77,14 +77,15 @@ def batch(users: slice | range = range(24), step: int = 3) -> Batch:
 
 
 def differentiated(model: Recommender, own: Batch, states: list[kernels.States]) -> tuple[list[Tensor], bool]:
-    """(the loss and the gradients that it leaves, whether the op found them)."""
+    """(the loss and copies of the gradients that it leaves, whether the op found them)."""
     calls, op = [], recommender_native.RecommenderGradients.__call__
     model.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recommender_native.RecommenderGradients, "__call__", lambda *all: calls.append(all) or op(*all))
         loss = model.differentiate(own, states)
     assert not loss.requires_grad
-    return [loss, *(parameter.grad for parameter in model.parameters())], bool(calls)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return [loss, *(None if each is None else each.clone() for each in gradients)], bool(calls)
 
 
 def by_op(model: Recommender, own: Batch, states: list[kernels.States]) -> list[Tensor]:
@@ -180,27 +181,28 @@ def test_numbers_repeat_in_memory_that_was_used_before():
     assert all(map(torch.equal, by_op(model, batch(), states), first))
 
 
-def test_gradients_are_the_callers():
-    """The next ones do not overwrite them."""
+@pytest.mark.parametrize("backend", ["auto", "host"])
+def test_gradients_take_the_place_of_those_before(backend, monkeypatch):
     model, table = made()
-    first = by_op(model, batch(), table.states(batch().distinct))
-    copies = [each.clone() for each in first]
-    other = batch(range(30, 60))
-    assert not any(map(torch.equal, by_op(model, other, table.states(other.distinct)), first))
-    assert all(map(torch.equal, first, copies))
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, backend)
+    other, again = batch(range(30, 40)), batch()
+    model.differentiate(again, table.states(again.distinct))
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.differentiate(other, table.states(other.distinct))
+    assert not any(torch.equal(parameter.grad, before) for parameter, before in zip(model.parameters(), expected))
+    loss = model.differentiate(again, table.states(again.distinct))
+    assert not loss.requires_grad
+    assert all(torch.equal(parameter.grad, before) for parameter, before in zip(model.parameters(), expected))
 
 
-def test_gradients_add_up_in_the_parameters():
+def test_gradients_that_someone_took_away_are_given_again():
     model, table = made()
-    own = batch()
-    states = table.states(own.distinct)
-    expected = [each.clone() for each in by_op(model, own, states)[1:]]
-    kept = [parameter.grad for parameter in model.parameters()]
-    for times in (2, 3):
-        model.differentiate(own, states)
-        for parameter, held, gradient in zip(model.parameters(), kept, expected):
-            assert parameter.grad is held
-            torch.testing.assert_close(held, times * gradient, rtol=1e-12, atol=1e-14)
+    states = table.states(batch().distinct)
+    expected = by_op(model, batch(), states)[1:]
+    gate, weight = model.item_encoder.side_network.first.gate, model.item_encoder.side_network.first.down_weight
+    gate.grad, weight.grad = None, torch.zeros_like(weight)
+    model.differentiate(batch(), states)
+    assert all(torch.equal(parameter.grad, own) for parameter, own in zip(model.parameters(), expected))
 
 
 def test_the_loss_is_told_before_there_are_gradients():
@@ -241,12 +243,16 @@ def test_weights_that_moved_are_found(change):
     check(model, batch(), table, tolerance=2e-6 if change == "other dtype" else 1e-10)
 
 
-def test_frozen_weights_get_no_gradient():
+@pytest.mark.parametrize("backend", ["auto", "host"])
+def test_frozen_weights_have_no_gradient(backend, monkeypatch):
     model, table = made()
-    gate = model.item_encoder.side_network.first.gate.requires_grad_(False)
-    _, *found = by_op(model, batch(), table.states(batch().distinct))
-    for parameter, gradient in zip(model.parameters(), found):
-        assert (gradient is None) == (parameter is gate)
+    monkeypatch.setenv(kernels.BACKEND_VARIABLE, backend)
+    gate, states = model.item_encoder.side_network.first.gate, table.states(batch().distinct)
+    for frozen in (False, True, False):
+        gate.requires_grad_(not frozen)
+        model.differentiate(batch(), states)
+        for parameter in model.parameters():
+            assert (parameter.grad is None) == (frozen and parameter is gate)
 
 
 def test_copies_of_a_model_have_memory_of_their_own():
