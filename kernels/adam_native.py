@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .host import cores, cut
-from .native import DTYPES, library, share_out
+from .native import DTYPES, Schedule, library
 
 PARTS = 4  # a core
 
@@ -56,9 +56,11 @@ class AdamUpdate:
         arrays = self._parameters, pointers, (ctypes.c_double * count)(*rates)
         common = [*map(ctypes.addressof, arrays), count]
         parts = [_Adam(*common, *share, *betas, epsilon) for share in cut(self._total, PARTS * cores())]
-        share_out(self._library.adam_update, parts, self._dtype)
+        update = Schedule(self._dtype)
+        update.add(self._library.adam_update, parts)
+        # So that a graph that saved one of them refuses to go back.
+        update.run(meanwhile=lambda: increment_version(self._values))
         self._library.adam_advance(ctypes.byref(parts[0]))
-        increment_version(self._values)  # so that a graph that saved one of them refuses to go back
 
 
 def _places(states: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[list[int], list[torch.dtype]]:
