@@ -151,7 +151,7 @@ def test_other_shapes(case):
     SideCase(**case).check()
 
 
-@settings(max_examples=12, deadline=None, phases=UNSHRUNK)
+@settings(max_examples=8, deadline=None, phases=UNSHRUNK)
 @given(st.data())
 def test_any_shape(data):
     kinds = data.draw(st.lists(st.sampled_from(INTRA_AND_INTER), min_size=1, max_size=3))
