@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at top level it may want torchvision
 
+from . import kernels
 from .attention import choose_attention
 from .config import ViewConfig
 from .digests import value_digest, weights_digest
@@ -35,7 +36,7 @@ from .hugging_face import (
     model_folder,
     quiet,
 )
-from .layer_states import Place, find_places, read_states
+from .layer_states import Place, find_places, reading
 from .pixels import ByteForm, Inputs, byte_form, pixel_values
 
 LOGGER = getLogger(__name__)
@@ -81,6 +82,7 @@ class Backbone(ABC):
     kind: str  # "text" or "image"
     input_names: tuple[str, ...]  # what the encoder takes of what `prepare` gives
     first_layer = 0  # that can be kept
+    rows_at_once: int  # that a CPU's core encodes
 
     def __init__(self, view: ViewConfig, device: torch.device, attention: str) -> None:
         self.view, self.device = view, device
@@ -114,16 +116,31 @@ class Backbone(ABC):
     def encode(self, inputs: Inputs) -> Tensor:
         """Pooled states [N, kept layers K, width D] on the device, in the encoder's dtype.
 
-        Each layer is pooled as it is made: memory does not grow with the number of layers.
+        Each layer is pooled as it is made: memory does not grow with the number of layers. On a CPU the cores share
+        the rows.
         """
         moved = self._moved(inputs)
-        pool = functools.partial(self._pool, inputs=moved)
         if self._places is None:
             states = self._hidden_states(moved)
-            pooled = [pool(states[layer]) for layer in self.layers]
-        else:
-            pooled = read_states([self._places[layer] for layer in self.layers], lambda: self._run(moved), pool)
+            return self._stacked([self._pool(states[layer], moved) for layer in self.layers])
+        with reading([self._places[layer] for layer in self.layers]) as read:
+
+            @torch.inference_mode()
+            def part(rows: slice) -> Tensor:
+                own = {name: tensor[rows] for name, tensor in moved.items()}
+                return self._stacked(read(lambda: self._run(own), functools.partial(self._pool, inputs=own)))
+
+            rows = len(next(iter(moved.values())))
+            parts = kernels.equal_parts(rows, self.rows_at_once) if self._on_cores() else [slice(None)]
+            states = kernels.at_once(part, parts)
+            return states[0] if len(states) == 1 else torch.cat(states)
+
+    def _stacked(self, pooled: Sequence[Tensor]) -> Tensor:
         return torch.stack([state.to(self.device) for state in pooled], dim=1)
+
+    def _on_cores(self) -> bool:
+        """Whether each core of a CPU does better with rows of its own than with a share of every operator."""
+        return self.device.type == "cpu" and not PLACED_BY & self.view.options.keys()
 
     def final(self, inputs: Inputs) -> Tensor:
         """The pooled final state [N, width D] (Hugging Face's `last_hidden_state`), which gradients flow through."""
@@ -234,6 +251,7 @@ class TextBackbone(Backbone):
     """
 
     kind = "text"
+    rows_at_once = 32
     input_names = ("input_ids", "attention_mask")
 
     def __init__(self, view: ViewConfig, device: torch.device, attention: str) -> None:
@@ -335,6 +353,7 @@ class ImageBackbone(Backbone):
     is, of which the last one's states are of one shape and can be kept: what goes into it, and what comes out."""
 
     kind = "image"
+    rows_at_once = 16  # of some 200 tokens each
     input_names = ("pixel_values",)
 
     def prepare(self, contents: Sequence[Image.Image]) -> Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,40 +30,58 @@ def find_places(model: nn.Module, run: Callable[[], Any], states: Sequence[Tenso
         if len(found) < len(states) and _same(state, states[len(found)]):
             found.append(place)
 
-    with _watched(model.modules(), see):
+    with _watched(model.modules(), see, _OfThread()):
         run()
     return found if len(found) == len(states) else None
 
 
-def read_states(places: Sequence[Place], run: Callable[[], Any], take: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """What `take` makes of the state at each place, the moment that `run` has made it."""
-    taken: dict[Place, Tensor] = {}
-
-    def see(place: Place, state: Tensor) -> None:
-        if place in places:
-            taken[place] = take(state)
-
-    with _watched(dict.fromkeys(place.module for place in places), see):
-        run()
-    return [taken[place] for place in places]
+Take = Callable[[Tensor], Tensor]
+Read = Callable[[Callable[[], Any], Take], list[Tensor]]
 
 
 @contextmanager
-def _watched(modules: Iterable[nn.Module], see: Callable[[Place, Tensor], None]) -> Iterator[None]:
-    """Shows the first tensor that each module is given, and that it gives, as it happens."""
-    calls: Counter[nn.Module] = Counter()
+def reading(places: Sequence[Place]) -> Iterator[Read]:
+    """Gives what reads the states at all places: `read(run, take)` is what `take` makes of each, the moment that `run`
+    has made it. Several threads may read at once, each what it runs itself."""
+    own = _OfThread()
+
+    def see(place: Place, state: Tensor) -> None:
+        if place in places:
+            own.taken[place] = own.take(state)
+
+    def read(run: Callable[[], Any], take: Take) -> list[Tensor]:
+        own.calls, own.taken, own.take = Counter(), {}, take
+        run()
+        return [own.taken[place] for place in places]
+
+    with _watched(dict.fromkeys(place.module for place in places), see, own):
+        yield read
+
+
+class _OfThread(threading.local):
+    """What a thread has seen of its own run."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[nn.Module] = Counter()
+        self.taken: dict[Place, Tensor] = {}
+        self.take: Take = torch.clone
+
+
+@contextmanager
+def _watched(modules: Iterable[nn.Module], see: Callable[[Place, Tensor], None], own: _OfThread) -> Iterator[None]:
+    """Shows the first tensor that each module is given, and that it gives, as it happens; `own` counts its calls."""
 
     def show(module: nn.Module, given: bool, values: Iterable[Any]) -> None:
         state = next((value for value in values if isinstance(value, Tensor)), None)
         if state is not None:
-            see(Place(module, calls[module], given), state)
+            see(Place(module, own.calls[module], given), state)
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         show(module, True, (*args, *kwargs.values()))
 
     def after(module: nn.Module, _args: tuple, output: Any) -> None:
         show(module, False, output if isinstance(output, tuple) else (output,))
-        calls[module] += 1
+        own.calls[module] += 1
 
     hooks = []
     try:

@@ -23,7 +23,7 @@ if __name__ == "iisan_fast.kernels":
         side_towers,
         target_rank,
     )
-    from .host import at_once, in_large_pieces
+    from .host import at_once, equal_parts, in_large_pieces
     from .native import compiler_version
     from .recommender_native import RecommenderGradients
     from .recommender_plan import RecommenderBatch, RecommenderWeights
@@ -48,6 +48,7 @@ if __name__ == "iisan_fast.kernels":
         "backend_on",
         "check_indices",
         "compiler_version",
+        "equal_parts",
         "fold",
         "in_large_pieces",
         "inbatch_cross_entropy",

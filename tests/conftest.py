@@ -30,6 +30,14 @@ from iisan_fast.side_network import SideItemEncoder
 DATA = Path(os.environ.get("IISAN_FAST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+@pytest.fixture
+def threads_given_back() -> Iterator[None]:
+    """Torch's number of threads may be changed."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def scientific_folder() -> Path:
     """The Scientific dataset of the IISAN paper; tests that need it are skipped where it is absent."""

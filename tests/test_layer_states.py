@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import test_backbones as tiny
@@ -19,7 +21,7 @@ from iisan_fast.adaptation import blocks
 from iisan_fast.backbones import Backbone, Inputs, load_backbone
 from iisan_fast.bench.encoders import encoder_parameters
 from iisan_fast.hugging_face import count_parameters
-from iisan_fast.layer_states import find_places, read_states
+from iisan_fast.layer_states import find_places, reading
 
 built, own_cache = tiny.built, tiny.own_cache
 ALL = (0, 1, 2, 3, 4)
@@ -40,6 +42,18 @@ def test_states_are_the_very_ones_that_are_reported(built, source, family, caplo
         inputs = backbone.prepare(TITLES if source == "title" else pictures())
         assert torch.equal(backbone.encode(inputs), reported(backbone, inputs))
     assert "cannot be read one by one" not in caplog.text
+
+
+@pytest.mark.parametrize(("source", "family"), FAMILIES)
+def test_cores_that_share_the_rows_find_the_same_states(built, source, family, threads_given_back):
+    backbone = load_backbone(view(built(source, family), source, layers=ALL))
+    inputs = backbone.prepare(TITLES if source == "title" else pictures())
+    order = torch.randint(len(next(iter(inputs.values()))), (100,), generator=torch.Generator().manual_seed(0))
+    inputs = {name: tensor[order] for name, tensor in inputs.items()}
+    for threads in (3, 2):
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            torch.testing.assert_close(backbone.encode(inputs), reported(backbone, inputs), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("source", "family"), FAMILIES)
@@ -142,7 +156,30 @@ def test_places_are_before_and_behind_modules():
     places = find_places(model, lambda: model(x), [*inside, inside[1] + 1])
     assert [place.module for place in places] == [model.block, model.block, model]
     assert [place.given for place in places] == [True, False, False]
-    taken = read_states(places[:2], lambda: model(x), lambda state: state.sum(dim=1))
+    with reading(places[:2]) as read:
+        taken = read(lambda: model(x), lambda state: state.sum(dim=1))
     assert all(torch.equal(found, state.sum(dim=1)) for found, state in zip(taken, inside))
+    assert not model.block._forward_hooks and not model.block._forward_pre_hooks
     assert find_places(model, lambda: model(x), [inside[1] + 2]) is None
     assert find_places(model, lambda: model(x), inside[::-1]) is None
+
+
+def test_threads_read_what_they_run_themselves():
+    """All are within the model at once, and each runs it twice."""
+    model, together, x = Scaled(), threading.Barrier(4, timeout=60), torch.ones(2, 3)
+    places = find_places(model, lambda: model(x), [3 * x, model.block(3 * x)])
+
+    def meet(*_: object) -> None:
+        together.wait()
+
+    model.block.register_forward_pre_hook(meet)
+
+    def states(number: int) -> list[list[torch.Tensor]]:
+        return [read(lambda: model(number * x), lambda state: state + number) for _ in range(2)]
+
+    with reading(places) as read, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(states, range(4)))
+    for number, both in enumerate(found):
+        for given, made in both:
+            inside = 3.0 * number * x
+            assert torch.equal(given, inside + number) and torch.equal(made, model.block.forward(inside) + number)

@@ -15,14 +15,8 @@ from iisan_fast.optimizer import Adam
 CPU = torch.device("cpu")
 SHAPES = [(3, 5), (40, 17), (), (1,), (2, 3, 4), (0, 3)]
 STEPS = 12
+pytestmark = pytest.mark.usefixtures("threads_given_back")
 needs_compiler = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "there is one")
-
-
-@pytest.fixture(autouse=True)
-def threads_given_back():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

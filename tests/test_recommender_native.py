@@ -23,7 +23,10 @@ from iisan_fast.kernels import native, recommender_native
 from iisan_fast.recommender import Recommender
 from iisan_fast.sequences import Sequences
 
-pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here")
+pytestmark = [
+    pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here"),
+    pytest.mark.usefixtures("threads_given_back"),
+]
 
 USERS, ITEMS = 60, 130
 SMALL = dict(embedding_dim=16, bottleneck=8)
@@ -37,13 +40,6 @@ CASES = {
     "versa": (ModelConfig(**SMALL, method="iisan-versa"), TWO),
     "one block, four heads, no dropout": (ModelConfig(**SMALL, blocks=1, attention_heads=4, dropout=0), ONE),
 }
-
-
-@pytest.fixture(autouse=True)
-def threads_given_back():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def data(longest: int = 14) -> Sequences:
