@@ -119,10 +119,9 @@ class Backbone(ABC):
         Each layer is pooled as it is made: memory does not grow with the number of layers. On a CPU the cores share
         the rows.
         """
-        moved = self._moved(inputs)
         if self._places is None:
-            states = self._hidden_states(moved)
-            return self._stacked([self._pool(states[layer], moved) for layer in self.layers])
+            return self.encode_whole(inputs)
+        moved = self._moved(inputs)
         with reading([self._places[layer] for layer in self.layers]) as read:
 
             @torch.inference_mode()
@@ -134,6 +133,13 @@ class Backbone(ABC):
             parts = kernels.equal_parts(rows, self.rows_at_once) if self._on_cores() else [slice(None)]
             states = kernels.at_once(part, parts)
             return states[0] if len(states) == 1 else torch.cat(states)
+
+    @torch.inference_mode()
+    def encode_whole(self, inputs: Inputs) -> Tensor:
+        """`encode` by one call of the encoder, which reports the hidden states of all layers together."""
+        moved = self._moved(inputs)
+        states = self._hidden_states(moved)
+        return self._stacked([self._pool(states[layer], moved) for layer in self.layers])
 
     def _stacked(self, pooled: Sequence[Tensor]) -> Tensor:
         return torch.stack([state.to(self.device) for state in pooled], dim=1)

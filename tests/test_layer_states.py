@@ -28,19 +28,12 @@ ALL = (0, 1, 2, 3, 4)
 FAMILIES = [("title", family) for family in TEXT] + [("image", family) for family in IMAGE]
 
 
-def reported(backbone: Backbone, inputs: Inputs) -> Tensor:
-    """The kept layers' pooled states, of those that Hugging Face reports all together."""
-    with torch.inference_mode():
-        states = backbone._hidden_states(inputs)
-        return torch.stack([backbone._pool(states[layer], inputs) for layer in backbone.layers], dim=1)
-
-
 @pytest.mark.parametrize(("source", "family"), FAMILIES)
 def test_states_are_the_very_ones_that_are_reported(built, source, family, caplog):
     for dtype in ("float32", "bfloat16"):
         backbone = load_backbone(view(built(source, family), source, layers=ALL, encoder_dtype=dtype))
         inputs = backbone.prepare(TITLES if source == "title" else pictures())
-        assert torch.equal(backbone.encode(inputs), reported(backbone, inputs))
+        assert torch.equal(backbone.encode(inputs), backbone.encode_whole(inputs))
     assert "cannot be read one by one" not in caplog.text
 
 
@@ -53,7 +46,7 @@ def test_cores_that_share_the_rows_find_the_same_states(built, source, family, t
     for threads in (3, 2):
         torch.set_num_threads(threads)
         for _ in range(3):
-            torch.testing.assert_close(backbone.encode(inputs), reported(backbone, inputs), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(backbone.encode(inputs), backbone.encode_whole(inputs), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("source", "family"), FAMILIES)
@@ -73,7 +66,7 @@ def test_one_block_called_for_every_layer_gives_a_state_at_each_call(tmp_path):
     model = hf.AlbertModel(hf.AlbertConfig(**BERT, embedding_size=16))
     backbone = load_backbone(view(save(model, tmp_path / "albert", None, "cls"), layers=ALL))
     inputs = backbone.prepare(TITLES)
-    assert torch.equal(backbone.encode(inputs), reported(backbone, inputs))
+    assert torch.equal(backbone.encode(inputs), backbone.encode_whole(inputs))
 
 
 def most_alive(backbone: Backbone, encode) -> int:

@@ -35,8 +35,8 @@ from .memory import PeakMemory
 
 FROM_MEMORY = "from memory"
 NOTES = {
-    "plain": "catalogue order, texts padded to max_tokens, images read one after the other in the main process, a "
-    "transaction a batch",
+    "plain": "catalogue order, texts padded to max_tokens, images read one after the other in the main process, the "
+    "encoder asked for all hidden states of a batch, a transaction a batch",
     "fast": "iisan-fast extract",
     FROM_MEMORY: "the fast path's encoder alone, on inputs that were decoded or tokenized before, in its batches and "
     "order; states go to the host in the store's dtype, many batches at a time. The first items alone, where the "
@@ -155,7 +155,7 @@ def plain(work: Work, cache: Path) -> None:
     with Store(cache, writable=True) as store:
         store.add_views({work.view.name: {"source": work.view.source, "dtype": work.dtype, **shape}})
         for item_ids, digests, inputs in batches:
-            states = backbone.encode(inputs).to(getattr(torch, work.dtype))
+            states = backbone.encode_whole(inputs).to(getattr(torch, work.dtype))
             store.write(work.view.name, item_ids, digests, states)
 
 
