@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from iisan_fast import backbones
 from iisan_fast.adaptation import blocks
-from iisan_fast.backbones import Backbone, Inputs, load_backbone
+from iisan_fast.backbones import Backbone, load_backbone
 from iisan_fast.bench.encoders import encoder_parameters
 from iisan_fast.hugging_face import count_parameters
 from iisan_fast.layer_states import find_places, reading
