@@ -1,5 +1,5 @@
-"""A side-network recommender's loss and all of its gradients on a CPU, in two calls of the C++: what it knows, and what
-it keeps from step to step; `recommender_plan.py` has the calls.
+"""A side-network recommender's loss and all of its gradients on a CPU, in three calls of the C++: what it knows, and
+what it keeps from step to step; `recommender_plan.py` has the calls.
 """
 
 from __future__ import annotations
