@@ -36,7 +36,7 @@ from .hugging_face import (
     model_folder,
     quiet,
 )
-from .layer_states import Place, find_places, reading
+from .layer_states import Place, find_places, keeps_nothing, reading
 from .pixels import ByteForm, Inputs, byte_form, pixel_values
 
 LOGGER = getLogger(__name__)
@@ -102,6 +102,7 @@ class Backbone(ABC):
             states, normalised = self._probe()
             self._check_states(states)
             self._places = self._find(states)
+            self._shared = self._can_be_shared()
         LOGGER.info("%s: attention by %s", view.encoder, self.attention)
         self.final_state = "normalised" if normalised else "unnormalised"
         self.depth, self.width = len(states), states[-1].shape[-1]
@@ -130,7 +131,7 @@ class Backbone(ABC):
                 return self._stacked(read(lambda: self._run(own), functools.partial(self._pool, inputs=own)))
 
             rows = len(next(iter(moved.values())))
-            parts = kernels.equal_parts(rows, self.rows_at_once) if self._on_cores() else [slice(None)]
+            parts = kernels.equal_parts(rows, self.rows_at_once) if self._shared else [slice(None)]
             states = kernels.at_once(part, parts)
             return states[0] if len(states) == 1 else torch.cat(states)
 
@@ -143,10 +144,6 @@ class Backbone(ABC):
 
     def _stacked(self, pooled: Sequence[Tensor]) -> Tensor:
         return torch.stack([state.to(self.device) for state in pooled], dim=1)
-
-    def _on_cores(self) -> bool:
-        """Whether each core of a CPU does better with rows of its own than with a share of every operator."""
-        return self.device.type == "cpu" and not PLACED_BY & self.view.options.keys()
 
     def final(self, inputs: Inputs) -> Tensor:
         """The pooled final state [N, width D] (Hugging Face's `last_hidden_state`), which gradients flow through."""
@@ -213,6 +210,16 @@ class Backbone(ABC):
         if places is None:
             LOGGER.warning("%s: its hidden states cannot be read one by one; batches keep all", self.view.encoder)
         return places
+
+    @torch.no_grad()
+    def _can_be_shared(self) -> bool:
+        """Whether a CPU's cores can take rows of their own, which they are done with sooner than with a share of every
+        operator."""
+        if self.device.type != "cpu" or PLACED_BY & self.view.options.keys() or self._places is None:
+            return False
+        once = self.example()
+        twice = {name: torch.cat([tensor, tensor]) for name, tensor in once.items()}
+        return keeps_nothing(self.model, [lambda: self._run(once), lambda: self._run(twice)])
 
     def _check_states(self, states: Sequence[Tensor]) -> None:
         shapes = sorted({tuple(state.shape) for state in states})

@@ -35,6 +35,25 @@ def find_places(model: nn.Module, run: Callable[[], Any], states: Sequence[Tenso
     return found if len(found) == len(states) else None
 
 
+def keeps_nothing(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> bool:
+    """Whether none of the runs, of unlike batches, leaves in the modules what another did not: if so, threads may run
+    the model at once. Recurrent encoders, for one, leave the states of a batch in it."""
+    left = []
+    for run in runs:
+        run()
+        left.append([{**vars(module), **module._buffers} for module in model.modules()])
+    return all(
+        own.keys() == other.keys() and all(_alike(value, other[name]) for name, value in own.items())
+        for others in left[1:]
+        for own, other in zip(left[0], others, strict=True)
+    )
+
+
+def _alike(value: Any, other: Any) -> bool:
+    """Whether a module's attribute is as it was: the same object, or an equal number or text."""
+    return value is other or (isinstance(value, int | float | str) and type(value) is type(other) and value == other)
+
+
 Take = Callable[[Tensor], Tensor]
 Read = Callable[[Callable[[], Any], Take], list[Tensor]]
 

@@ -70,7 +70,7 @@ class Recommender(nn.Module):
     def differentiate(self, batch: Batch, contents: Any, told: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
         """`loss`, without a graph, its gradients left in the parameters in place of those before. Where one op gives
         all of them (C++, on a CPU), no hooks are called, and they are parts of one block of memory, which the next call
-        overwrites.
+        overwrites. Where it raises, they are of no use.
 
         `told` is called with the loss; the gradients may be under way.
         """

@@ -45,7 +45,7 @@ class RecommenderGradients:
         if known and not plan.has_room(batch):
             known, least = False, (plan.items, plan.rows)
         if not known:
-            self._plan = plan = None  # memory goes before there is more
+            self._plan = plan = None  # memory goes before there is more, but for gradients in use
             self._plan = plan = Plan(weights, batch, self._marks, least)
         return plan.run(batch, told), plan.gradients
 

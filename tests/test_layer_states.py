@@ -7,6 +7,7 @@ import logging
 import shutil
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -21,7 +22,7 @@ from iisan_fast.adaptation import blocks
 from iisan_fast.backbones import Backbone, load_backbone
 from iisan_fast.bench.encoders import encoder_parameters
 from iisan_fast.hugging_face import count_parameters
-from iisan_fast.layer_states import find_places, reading
+from iisan_fast.layer_states import find_places, keeps_nothing, reading
 
 built, own_cache = tiny.built, tiny.own_cache
 ALL = (0, 1, 2, 3, 4)
@@ -43,10 +44,13 @@ def test_cores_that_share_the_rows_find_the_same_states(built, source, family, t
     inputs = backbone.prepare(TITLES if source == "title" else pictures())
     order = torch.randint(len(next(iter(inputs.values()))), (100,), generator=torch.Generator().manual_seed(0))
     inputs = {name: tensor[order] for name, tensor in inputs.items()}
+    at_work: set[int] = set()
+    backbone.model.register_forward_pre_hook(lambda *_: at_work.add(threading.get_ident()))
     for threads in (3, 2):
         torch.set_num_threads(threads)
         for _ in range(3):
             torch.testing.assert_close(backbone.encode(inputs), backbone.encode_whole(inputs), rtol=1e-5, atol=1e-5)
+    assert len(at_work - {threading.get_ident()}) >= 2
 
 
 @pytest.mark.parametrize(("source", "family"), FAMILIES)
@@ -155,6 +159,49 @@ def test_places_are_before_and_behind_modules():
     assert not model.block._forward_hooks and not model.block._forward_pre_hooks
     assert find_places(model, lambda: model(x), [inside[1] + 2]) is None
     assert find_places(model, lambda: model(x), inside[::-1]) is None
+
+
+class Remembers(Scaled):
+    """Leaves something of a batch in itself."""
+
+    def __init__(self, left: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.left, self.kept = left, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.left(x)
+        return super().forward(x)
+
+
+def test_a_model_that_keeps_something_of_a_batch_is_told():
+    constant = torch.zeros(3)
+
+    def runs(model: nn.Module) -> list[Callable[[], Tensor]]:
+        return [lambda: model(torch.ones(1, 3)), lambda: model(torch.ones(2, 3))]
+
+    for left, nothing in ((len, False), (torch.clone, False), (lambda x: constant, True), (lambda x: 1000 + 1, True)):
+        model = Remembers(left)
+        assert keeps_nothing(model, runs(model)) == nothing
+    model = Scaled()
+    model.register_buffer("state", constant)
+    assert keeps_nothing(model, runs(model))
+    model.register_forward_hook(lambda module, *_: setattr(module, "state", torch.zeros(3)))
+    assert not keeps_nothing(model, runs(model))
+
+
+def test_an_encoder_that_keeps_a_batchs_states_takes_batches_whole(tmp_path, threads_given_back):
+    config = hf.RecurrentGemmaConfig(
+        **{**LLM, "num_hidden_layers": 3},
+        lru_width=32,
+        attention_window_size=16,
+        block_types=["recurrent", "attention"],
+    )
+    model = hf.RecurrentGemmaModel(config)
+    backbone = load_backbone(view(save(model, tmp_path / "recurrent", None, "bos"), pooling="mean"))
+    inputs = backbone.prepare([TITLES[i % len(TITLES)] for i in range(41)])
+    torch.set_num_threads(2)
+    for _ in range(3):
+        assert torch.equal(backbone.encode(inputs), backbone.encode_whole(inputs))
 
 
 def test_threads_read_what_they_run_themselves():

@@ -201,7 +201,7 @@ def test_gradients_that_someone_took_away_are_given_again():
     assert all(torch.equal(parameter.grad, own) for parameter, own in zip(model.parameters(), expected))
 
 
-def test_the_loss_is_told_before_there_are_gradients():
+def test_the_first_loss_is_told_before_there_are_gradients():
     told, (model, table) = [], made()
     states = table.states(batch().distinct)
     loss = model.differentiate(
