@@ -15,7 +15,7 @@ test: $(VENV)/.installed-dev
 
 gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -q -m gpu
-	$(VENV)/bin/python -m pytest -q tests/test_equality.py -k 'captured or triton'
+	$(VENV)/bin/python -m pytest -q tests/training/test_equality.py -k 'captured or triton'
 	$(VENV)/bin/iisan-fast bench kernels $(DATASET) --out benchmarks/results/kernels.json
 	$(VENV)/bin/iisan-fast bench train $(DATASET) --out benchmarks/results/train-gpu.json
 	$(VENV)/bin/iisan-fast bench evaluate $(DATASET) --out benchmarks/results/evaluate-gpu.json

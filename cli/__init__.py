@@ -7,7 +7,8 @@ import sys
 
 import click
 
-from .. import __version__, process
+from .. import __version__
+from .. import runtime as process
 from ..errors import InputError
 from .bench import bench
 from .caption import caption

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from ..config import STORE_DTYPES
+from ..data.sequences import load_dataset
 from ..errors import InputError
-from ..sequences import load_dataset
 from .options import (
     FOLDER,
     attention_option,
@@ -70,7 +70,7 @@ def extract(
         raise InputError("no view: give --text-encoder, --image-encoder or --view")
     protocol = chosen_protocol(options, unescape_titles=not raw_titles, missing_captions=missing_captions or "error")
     data = load_dataset(dataset, protocol)
-    from .. import extract as extraction  # imports transformers, which takes seconds
+    from ..states import extraction  # imports transformers, which takes seconds
 
     results = extraction.extract(
         data,

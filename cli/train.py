@@ -121,7 +121,7 @@ def train(
 
     With no arguments it makes a small dataset of its own, encodes it, trains on it and prints the figures.
     """
-    from .. import trainer  # imports torch, which takes seconds
+    from ..training import trainer  # imports torch, which takes seconds
 
     where = torch_device(device)
     if resume_path is not None:
@@ -144,10 +144,11 @@ def train(
 
 def _demo_config(out: Path, device, options: dict[str, Any]) -> RunConfig:
     """The embedded demo, written and, where the method reads states from a cache, encoded."""
-    from .. import demo, extract
-    from ..hidden_states import grouped_layers
-    from ..run_folder import RunFolder
-    from ..sequences import load_dataset
+    from .. import demo
+    from ..data.sequences import load_dataset
+    from ..states import extraction as extract
+    from ..states.store import grouped_layers
+    from ..training.run_folder import RunFolder
 
     given = options["cache"] is not None or options["views"] is not None or options["encoded"]
     if given or options["split"] == "temporal":

@@ -22,7 +22,8 @@ from .errors import InputError
 
 MAX_WORKERS = 16  # that nobody asked for
 ITEMS_A_WORKER = 2000  # below that, starting one takes longer than it saves
-IMPORTED = ["iisan_fast.contents", "iisan_fast.backbones", "transformers.image_processing_backends"]  # once, for all
+# Modules that a worker imports once, for all that it does.
+IMPORTED = ["iisan_fast.states.encoder_inputs", "iisan_fast.encoders.base", "transformers.image_processing_backends"]
 ONE_LINE = (InputError, OSError, MemoryError)  # what the program answers with a line and no traceback
 
 Argument = TypeVar("Argument")

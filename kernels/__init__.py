@@ -9,8 +9,12 @@ place.
 """
 
 if __name__ == "iisan_fast.kernels":
-    from .adam_native import AdamState, AdamUpdate
     from .checks import check_indices
+    from .cpu.adam import AdamState, AdamUpdate
+    from .cpu.library import compiler_version
+    from .cpu.sequence_encoder import SequenceDropout, SequenceGrid, SequenceWeights
+    from .cpu.whole_step import RecommenderGradients
+    from .cpu.whole_step_plan import RecommenderBatch, RecommenderWeights
     from .dispatch import (
         BACKEND_VARIABLE,
         adam_update,
@@ -23,12 +27,8 @@ if __name__ == "iisan_fast.kernels":
         side_towers,
         target_rank,
     )
-    from .host import at_once, equal_parts, in_large_pieces
-    from .native import compiler_version
-    from .recommender_native import RecommenderGradients
-    from .recommender_plan import RecommenderBatch, RecommenderWeights
     from .reference import Chain, States, Tower
-    from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
+    from .threads import at_once, equal_parts, in_large_pieces
 
     __all__ = [
         "BACKEND_VARIABLE",

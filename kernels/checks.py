@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .cpu.sequence_encoder import SequenceGrid, SequenceWeights
 from .reference import ACTIVATIONS, Chain, States, Tower
-from .sequence_encoder_native import SequenceGrid, SequenceWeights
 
 MOST_TOWERS = 32
 

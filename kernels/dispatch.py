@@ -16,24 +16,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import (
-    adam_native,
-    cross_entropy_native,
-    fold_host,
-    fold_native,
-    rank_host,
-    reference,
-    sequence_encoder_native,
-    side_network_host,
-    side_network_native,
-)
-from .adam_native import AdamState, AdamUpdate
+from . import reference
 from .checks import check_chains, check_loss, check_ranks, check_sequences, check_towers
-from .native import why_not
-from .recommender_native import RecommenderGradients
-from .recommender_plan import RecommenderBatch, RecommenderWeights
+from .cpu import (
+    adam as adam_native,
+)
+from .cpu import (
+    fold_heads as fold_native,
+)
+from .cpu import (
+    fold_heads_torch as fold_host,
+)
+from .cpu import (
+    inbatch_cross_entropy as cross_entropy_native,
+)
+from .cpu import (
+    sequence_encoder as sequence_encoder_native,
+)
+from .cpu import (
+    side_towers as side_network_native,
+)
+from .cpu import (
+    side_towers_torch as side_network_host,
+)
+from .cpu import (
+    target_rank as rank_host,
+)
+from .cpu.adam import AdamState, AdamUpdate
+from .cpu.library import why_not
+from .cpu.sequence_encoder import SequenceDropout, SequenceGrid, SequenceWeights
+from .cpu.whole_step import RecommenderGradients
+from .cpu.whole_step_plan import RecommenderBatch, RecommenderWeights
 from .reference import Chain, States, Tower
-from .sequence_encoder_native import SequenceDropout, SequenceGrid, SequenceWeights
 
 BACKEND_VARIABLE = "IISAN_FAST_BACKEND"
 BACKENDS = ("auto", "torch", "host", "native", "triton")
@@ -75,7 +89,7 @@ def side_towers(
     if operands is not None:
         raise ValueError(f"operands: only forms for a CPU take them, found {operands} for {chosen}")
     if chosen == "triton":
-        from . import side_network
+        from .gpu import side_towers as side_network
 
         outputs = side_network.side_towers(states, towers, activation)
         return outputs if projections is None else list(map(F.linear, outputs, projections))
@@ -123,7 +137,7 @@ def inbatch_cross_entropy(
     if chosen == "native" and _trained([queries, items]) and cross_entropy_native.takes(queries, items, *constants):
         losses = cross_entropy_native.row_losses(*arguments)
     elif chosen == "triton":
-        from . import cross_entropy
+        from .gpu import inbatch_cross_entropy as cross_entropy
 
         losses = cross_entropy.row_losses(*arguments)
     else:
@@ -204,7 +218,7 @@ def target_rank(
     check_ranks(queries, items, targets, excluded)
     chosen = _backend("target_rank", backend, [queries, items])
     if chosen == "triton":
-        from . import rank
+        from .gpu import target_rank as rank
 
         return rank.target_rank(queries, items, targets, excluded, tie_share)
     form = rank_host if chosen in ("host", "native") else reference

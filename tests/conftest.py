@@ -20,12 +20,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is made: they then run on CPU tensors
 
 from iisan_fast.config import ModelConfig, RunConfig, TrainConfig, ViewConfig
-from iisan_fast.feature_table import FeatureTable
-from iisan_fast.hidden_states import Store, content_digest
-from iisan_fast.kernels.memory import Memory
-from iisan_fast.recommender import Recommender
-from iisan_fast.sequences import Sequences, load_dataset
-from iisan_fast.side_network import SideItemEncoder
+from iisan_fast.data.sequences import Sequences, load_dataset
+from iisan_fast.kernels.cpu.step_memory import Memory
+from iisan_fast.models.recommender import Recommender
+from iisan_fast.models.side_network import SideItemEncoder
+from iisan_fast.states.feature_table import FeatureTable
+from iisan_fast.states.store import Store, content_digest
 
 DATA = Path(os.environ.get("IISAN_FAST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -14,10 +14,10 @@ from transformers import AutoModel, AutoTokenizer
 from iisan_fast import demo
 from iisan_fast.cli import main
 from iisan_fast.config import RunConfig, ViewConfig, from_dict
-from iisan_fast.extract import extract
-from iisan_fast.items import open_images
-from iisan_fast.sequences import Dataset, load_dataset, statistics
-from iisan_fast.trainer import train
+from iisan_fast.data.items import open_images
+from iisan_fast.data.sequences import Dataset, load_dataset, statistics
+from iisan_fast.states.extraction import extract
+from iisan_fast.training.trainer import train
 
 
 @pytest.fixture(scope="module")

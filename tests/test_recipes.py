@@ -11,7 +11,7 @@ import pytest
 from iisan_fast.cli.extract import extract
 from iisan_fast.cli.views import chosen_views
 from iisan_fast.config import RunConfig, from_dict, read_settings
-from iisan_fast.side_network import SideNetwork
+from iisan_fast.models.side_network import SideNetwork
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.json"))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iisan_fast.kernels import native
+from iisan_fast.kernels.cpu import library as native
 
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here")
 

@@ -29,15 +29,15 @@ from ..config import (
     ViewConfig,
     read_settings,
 )
+from ..data.sequences import load_dataset
 from ..errors import InputError, first_few
-from ..evaluate import leading
-from ..extract import extract
+from ..evaluation.metrics import leading
 from ..files import write_atomically
 from ..progress import progress_bar
-from ..run_folder import RunFolder
-from ..sequences import load_dataset
-from ..sources import open_source, refuse_missing_libraries
-from ..trainer import Trainer, precision, resume, train
+from ..states.extraction import extract
+from ..training.item_sources import open_source, refuse_missing_libraries
+from ..training.run_folder import RunFolder
+from ..training.trainer import Trainer, precision, resume, train
 from .machine import NOT_MEASURED, in_a_process, on
 from .memory import PeakMemory
 from .profile import profile

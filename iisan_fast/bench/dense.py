@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dropout import StatelessDropout
+from ..data.sequences import Sequences
 from ..kernels.reference import side_tower
-from ..recommender import Recommender
-from ..sasrec import SITES_PER_BLOCK, Block
-from ..sequences import Sequences
+from ..kernels.reference.dropout import StatelessDropout
+from ..models.recommender import Recommender
+from ..models.sasrec import SITES_PER_BLOCK, Block
 
 Drop = Callable[[Tensor, int], Tensor]  # of a value [B, L, channels] and its site
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ..config import ViewConfig
+from ..encoders.hugging_face import count_parameters
 from ..errors import InputError
 from ..files import write_atomically
-from ..hugging_face import count_parameters
 from .cells import Cell, SweepSettings, encoding_seconds, run_sweep
 from .machine import NOT_MEASURED, origin
 from .methods import row

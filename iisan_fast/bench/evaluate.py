@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..config import EvaluationConfig, RunConfig, TrainConfig
+from ..data.sequences import Sequences, Split
 from ..errors import InputError
-from ..evaluate import evaluate, metrics, target_ranks
-from ..feature_table import FeatureTable
+from ..evaluation.metrics import evaluate, metrics, target_ranks
+from ..models.recommender import Recommender, build_recommender
 from ..progress import progress_bar
-from ..recommender import Recommender, build_recommender
-from ..sequences import Sequences, Split
+from ..states.feature_table import FeatureTable
 from .dense import DenseModel
 from .machine import NOT_MEASURED, QUANTILES, in_a_process, named_sequences, on, origin
 from .memory import PeakMemory

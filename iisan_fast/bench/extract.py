@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from .. import demo
-from ..backbones import Backbone, Inputs, load_backbone
 from ..config import ViewConfig
-from ..contents import batched, open_sources, view_contents
+from ..data.items import ImageFolder, ImageLmdb, open_images
+from ..data.sequences import Dataset, Sequences, load_dataset
+from ..encoders.base import Backbone, Inputs, load_backbone
 from ..errors import InputError
-from ..extract import GROUP_ITEMS, extract
-from ..hidden_states import Store, content_digest
-from ..items import ImageFolder, ImageLmdb, open_images
 from ..progress import progress_bar
-from ..sequences import Dataset, Sequences, load_dataset
+from ..states.encoder_inputs import batched, open_sources, view_contents
+from ..states.extraction import GROUP_ITEMS, extract
+from ..states.store import Store, content_digest
 from ..workers import worker_count
 from .machine import NOT_MEASURED, QUANTILES, in_a_process, on, origin
 from .memory import PeakMemory

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ..config import EvaluationConfig, RunConfig, TrainConfig
-from ..evaluate import evaluate
-from ..feature_table import FeatureTable
+from ..data.sequences import Sequences
+from ..evaluation.metrics import evaluate
 from ..files import write_atomically
 from ..progress import progress_bar
-from ..sequences import Sequences
-from ..trainer import Trainer, deterministic
+from ..states.feature_table import FeatureTable
+from ..training.trainer import Trainer, deterministic
 from .machine import on, origin, synchronise
 
 BLOCK = 20_000  # items whose states differ

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import process
+from .. import runtime as process
 from ..config import ProtocolConfig
+from ..data.sequences import Sequences, load_dataset
 from ..errors import InputError
-from ..kernels import native
-from ..run_folder import environment
-from ..sequences import Sequences, load_dataset
+from ..kernels.cpu import library as native
+from ..training.run_folder import environment
 
 LIBRARIES = ("triton", "liger-kernel", "cut-cross-entropy")
 NOT_INSTALLED, NOT_MEASURED = "not installed", "not measured"

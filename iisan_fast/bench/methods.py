@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from ..config import EvaluationConfig
-from ..efficiency import TPME_WEIGHTS, check_weights, tpme
 from ..errors import InputError
-from ..evaluate import gains, target_ranks
-from ..significance import paired_test
-from ..trainer import load_best
+from ..evaluation.efficiency import TPME_WEIGHTS, check_weights, tpme
+from ..evaluation.metrics import gains, target_ranks
+from ..evaluation.significance import paired_test
+from ..training.trainer import load_best
 from .cells import UNCACHED, Cell, K, SweepSettings, encoding_seconds, run_sweep
 from .machine import NOT_MEASURED, origin
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..batches import Batch, epoch_batches
 from ..config import ModelConfig
+from ..data.batches import Batch, epoch_batches
+from ..data.sequences import Sequences
 from ..errors import InputError
 from ..kernels import States, Tower, reference
+from ..models.side_network import SideNetwork
 from ..progress import progress_bar
-from ..sequences import Sequences
-from ..side_network import SideNetwork
 from .floors import Cost, device_rates, loss_costs, rank_costs, side_network_costs
 from .machine import NOT_INSTALLED, QUANTILES, count_launches, on, origin
 from .settings import USERS, KernelSettings

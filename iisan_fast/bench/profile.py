@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from ..activations import activation_bytes
-from ..efficiency import memory_split, parameter_counts
-from ..feature_table import FeatureTable
-from ..loader import Prepared
-from ..trainer import Trainer, deterministic
+from ..evaluation.efficiency import memory_split, parameter_counts
+from ..models.activation_memory import activation_bytes
+from ..states.feature_table import FeatureTable
+from ..states.loader import Prepared
+from ..training.trainer import Trainer, deterministic
 from .stopwatch import Stopwatch
 
 WARM_UP_STEPS = 2

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from ..config import ProtocolConfig
+from ..data.items import read_table
 from ..errors import InputError
 from ..files import whole_folder
-from ..items import read_table
 
 
 def sample_users(dataset: Path, folder: Path, count: int, seed: int = 0) -> Path:

@@ -15,15 +15,15 @@ from PIL import Image
 from transformers import BertConfig, BertTokenizer, ViTConfig
 
 from .. import demo
-from ..backbones import default_layers
 from ..config import ViewConfig, read_settings
+from ..data.items import refuse_unfit_name
+from ..data.sequences import load_dataset
+from ..encoders.base import default_layers
+from ..encoders.random_encoders import SPECIAL_TOKENS, write_bert, write_vit
 from ..errors import InputError
-from ..feature_table import ViewShape
 from ..files import whole_folder
-from ..items import refuse_unfit_name
 from ..progress import progress_bar
-from ..random_encoders import SPECIAL_TOKENS, write_bert, write_vit
-from ..sequences import load_dataset
+from ..states.feature_table import ViewShape
 
 NOISE_SIZE = 32  # pixels; encoders resize images anyway
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what a ViT and a BERT have of their own

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..batches import epoch_batches, steps_per_epoch
 from ..config import ModelConfig, RunConfig, TrainConfig
+from ..data.batches import epoch_batches, steps_per_epoch
+from ..data.sequences import Dataset, Sequences, load_dataset
 from ..errors import InputError
-from ..feature_table import FeatureTable
-from ..hidden_states import Store, content_digest
+from ..models.recommender import build_recommender
 from ..progress import progress_bar
-from ..recommender import build_recommender
-from ..sequences import Dataset, Sequences, load_dataset
-from ..trainer import Trainer, deterministic, train
+from ..states.feature_table import FeatureTable
+from ..states.store import Store, content_digest
+from ..training.trainer import Trainer, deterministic, train
 from .dense import DenseTrainer
 from .machine import NOT_MEASURED, QUANTILES, count_launches, in_a_process, named_sequences, on, origin, synchronise
 from .memory import PeakMemory

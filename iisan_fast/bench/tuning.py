@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.sequences import Sequences
 from ..errors import InputError
-from ..kernels import launch
-from ..kernels.launch import Configuration
+from ..kernels.gpu import launch
+from ..kernels.gpu.launch import Configuration
 from ..progress import progress_bar
-from ..sequences import Sequences
 from .ops import Run, Work, make_works, on, random_tables, timed_call
 from .settings import KernelSettings
 

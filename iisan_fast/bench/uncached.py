@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from ..attention import xformers_problem
-from ..batches import steps_per_epoch
 from ..config import RunConfig, TrainConfig, UncachedConfig
+from ..data.batches import steps_per_epoch
+from ..data.sequences import Dataset, load_dataset
+from ..encoders.attention import xformers_problem
+from ..encoders.hugging_face import model_dtype
 from ..errors import InputError
-from ..hugging_face import model_dtype
 from ..progress import progress_bar
-from ..sequences import Dataset, load_dataset
-from ..sources import open_source
-from ..trainer import Trainer, deterministic, precision
+from ..training.item_sources import open_source
+from ..training.trainer import Trainer, deterministic, precision
 from .cells import MEMORY_EVERY
 from .machine import NOT_MEASURED, in_a_process, named_sequences, on, origin
 from .memory import PeakMemory

@@ -1,0 +1,94 @@
+"""What an item is captioned from: its image, or some frames of its video. Nothing here knows a model, so that worker
+processes can look through all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from ..data.items import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb
+from ..errors import InputError
+
+MISSING_PICTURES = ("error", "skip")
+
+
+class Pictures(Protocol):
+    """Pictures by item. May be sent to another process."""
+
+    at_most: int  # of one item
+
+    def read(self, item_id: str) -> list[Image.Image]:
+        """An item's, one or more, RGB. Raises ImageError where it has none or one is damaged."""
+
+
+class Covers:
+    """The one image that each item of a dataset has."""
+
+    at_most = 1
+
+    def __init__(self, images: ImageFolder | ImageLmdb) -> None:
+        self.images = images
+
+    def read(self, item_id: str) -> list[Image.Image]:
+        content = self.images.content(item_id)
+        if content is None:
+            raise ImageError("no image")
+        return [self.images.decode(content)]
+
+
+class Frames:
+    """`at_most` frames of each item's video, from a folder with a folder of images for each item."""
+
+    def __init__(self, path: Path, at_most: int) -> None:
+        """Raises InputError where there is no such folder."""
+        if not path.is_dir():
+            raise InputError(f"{path}: no such folder; expected one with a folder of frames, <item_id>/*.jpg, an item")
+        self.path, self.at_most = path, at_most
+        with os.scandir(path) as entries:
+            self._items = {entry.name for entry in entries if entry.is_dir()}
+
+    def read(self, item_id: str) -> list[Image.Image]:
+        if item_id not in self._items:
+            raise ImageError("no folder of frames")
+        with os.scandir(self.path / item_id) as entries:
+            names = [entry.name for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+        if not names:
+            raise ImageError("no frames in its folder")
+        return [self._decode(item_id, name) for name in spread(sorted(names, key=natural), self.at_most)]
+
+    def _decode(self, item_id: str, name: str) -> Image.Image:
+        try:
+            return ImageFolder.decode((self.path / item_id / name).read_bytes())
+        except ImageError as error:
+            raise ImageError(f"{name}: {error}") from None
+
+
+def problems(pictures: Pictures, item_ids: Sequence[str]) -> list[str]:
+    """For each item, what is wrong with its pictures; empty where nothing is."""
+    return [_problem(pictures, item_id) for item_id in item_ids]
+
+
+def natural(name: str) -> tuple[list[int | str], str]:
+    """Sorts frame2 before frame10."""
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+def spread(names: Sequence[str], count: int) -> list[str]:
+    """The middle one of each of `count` equal parts, in order; all where there are no more."""
+    count = min(count, len(names))
+    return [names[(2 * part + 1) * len(names) // (2 * count)] for part in range(count)]
+
+
+def _problem(pictures: Pictures, item_id: str) -> str:
+    try:
+        pictures.read(item_id)
+    except ImageError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,114 @@
+"""Interactions, titles and covers as a dataset folder: items.tsv, users.tsv, times.tsv and images."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import InputError, first_few
+from ...progress import progress_bar
+from ..items import list_images
+from .frames import pl
+from .options import Imported, ImportOptions
+
+LOGGER = logging.getLogger(__name__)
+ROWS = 1_000_000  # interactions written at a time, and the rest of the last one's user
+
+
+def write_dataset(
+    folder: Path, interactions: pl.DataFrame, titles: Mapping[str, str], covers: Path | None, options: ImportOptions
+) -> Imported:
+    """Fills an empty folder with what `read_interactions` and `read_titles` gave.
+
+    Users and items come in order of first appearance, and only items of some interaction. A user's interactions are
+    ordered by timestamp and equal ones, or all where there are no timestamps, as they came; repeated ones stay.
+    times.tsv, written where there are timestamps, holds them as users.tsv holds the items.
+    """
+    item_ids = interactions["item"].unique(maintain_order=True)
+    titled = pl.Series([item_id in titles for item_id in item_ids], dtype=pl.Boolean)
+    untitled = item_ids.filter(~titled)
+    kept = interactions
+    if len(untitled):
+        _report_untitled(untitled, len(item_ids), options.missing_titles)
+        if options.missing_titles == "drop":
+            kept = interactions.filter(titled.gather(interactions["item"].to_physical()))
+            item_ids = item_ids.filter(titled)
+    if not len(item_ids):
+        raise InputError("nothing is left: no item has a title; give --missing-titles id, or the file of titles")
+    with (folder / "items.tsv").open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{item_id}\t{titles.get(item_id, item_id)}\n" for item_id in item_ids)
+    without_cover = None if covers is None else _write_covers(folder, covers, item_ids, options.copy_covers)
+    return Imported(
+        users=_write_histories(folder, kept),
+        items=len(item_ids),
+        interactions=len(kept),
+        dropped_interactions=len(interactions) - len(kept),
+        items_without_title=len(untitled),
+        items_without_cover=without_cover,
+    )
+
+
+def _report_untitled(untitled: pl.Series, total: int, policy: str) -> None:
+    found = f"no title for {len(untitled):,} of {total:,} items ({first_few(untitled, len(untitled))})"
+    if policy == "error":
+        raise InputError(f"{found}; give --missing-titles id or drop")
+    LOGGER.warning("%s: %s", found, "they are dropped" if policy == "drop" else "their ids stand for it")
+
+
+def _write_covers(folder: Path, covers: Path, item_ids: pl.Series, copy: bool) -> int:
+    """How many items have none."""
+    if not covers.is_dir():
+        raise InputError(f"{covers}: no such folder; expected images named by item id")
+    names = list_images(covers)
+    without = [item_id for item_id in item_ids if item_id not in names]
+    if without:
+        hint = "extract --missing-images blank fills them"
+        few = first_few(without, len(without))
+        LOGGER.warning("no cover for %s of %s items (%s): %s", f"{len(without):,}", f"{len(item_ids):,}", few, hint)
+    images = folder / "images"
+    if not copy:
+        images.symlink_to(covers.resolve(), target_is_directory=True)
+        return len(without)
+    images.mkdir()
+    with progress_bar("copying covers", len(item_ids), "covers") as advance:
+        for item_id in item_ids:
+            if item_id in names:
+                shutil.copyfile(covers / names[item_id], images / names[item_id])
+            advance(1)
+    return len(without)
+
+
+def _write_histories(folder: Path, interactions: pl.DataFrame) -> int:
+    """How many users there are."""
+    files = {"item": folder / "users.tsv"}
+    order = [pl.col("user").to_physical()]
+    if "timestamp" in interactions.columns:
+        files["timestamp"] = folder / "times.tsv"
+        order.append(pl.col("timestamp"))
+    users = 0
+    with progress_bar("writing", len(interactions), "interactions") as advance:
+        for part in _whole_users(interactions.sort(order, maintain_order=True)):
+            joined = (pl.col(column).cast(pl.String).str.join(" ") for column in files)
+            lines = part.group_by("user", maintain_order=True).agg(joined)
+            for column, path in files.items():
+                with path.open("ab") as file:
+                    lines.select("user", column).write_csv(
+                        file, include_header=False, separator="\t", quote_style="never"
+                    )
+            users += len(lines)
+            advance(len(part))
+    return users
+
+
+def _whole_users(ordered: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    """Parts of about ROWS interactions, ordered by user, none of which ends within a user's."""
+    users = ordered["user"].to_physical().to_numpy()
+    ends = np.append(np.flatnonzero(users[1:] != users[:-1]) + 1, len(users))
+    cuts = ends[np.searchsorted(ends, np.arange(ROWS, len(users), ROWS))]
+    for start, end in pairwise(np.unique([0, *cuts, len(users)])):
+        yield ordered[start:end]

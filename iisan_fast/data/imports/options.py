@@ -1,0 +1,50 @@
+"""What an import can be told, and what it tells; apart from the rest, which needs polars."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import InputError
+
+COLUMNS = ("user", "item")  # of CSV and Parquet files, unless named
+FIELDS = ("user_id", "item_id")  # of RecBole's files
+MISSING_TITLES = ("id", "drop", "error")
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Of every import."""
+
+    # Items without a title: their id stands for it, so that interactions stay as published; or they are dropped.
+    missing_titles: str = "id"
+    copy_covers: bool = False  # rather than a link to their folder
+
+    def __post_init__(self) -> None:
+        if self.missing_titles not in MISSING_TITLES:
+            expected = ", ".join(MISSING_TITLES)
+            raise InputError(f"missing_titles: expected one of {expected}, found {self.missing_titles!r}")
+
+
+@dataclass(frozen=True)
+class TableOptions(ImportOptions):
+    """Of imports from tables whose columns may have any name."""
+
+    user_column: str | None = None  # None: what the format calls it, COLUMNS or FIELDS
+    item_column: str | None = None  # of the interactions and of the titles
+    timestamp_column: str = "timestamp"
+    title_column: str = "title"
+    items: Path | None = None  # a table of item ids and titles
+    covers: Path | None = None  # a folder of images named by item id
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What stands in the dataset now, and what does not."""
+
+    users: int
+    items: int
+    interactions: int
+    dropped_interactions: int  # those with items that have no title, where such are dropped
+    items_without_title: int
+    items_without_cover: int | None  # None: there are no covers

@@ -1,0 +1,305 @@
+"""The catalogue as it lies in a dataset folder: titles and captions (TSV), images (a folder or one LMDB).
+
+Nothing here trusts its input: a line, an image or a pickle that is not what it should be is an error that says where.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import InputError, first_few
+from ..files import refuse_truncated
+from .image_pickles import StoredImage, unpickle
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content: shops do serve a GIF under a .jpg name
+MAX_PIXELS = 64_000_000
+MAX_ASPECT = 200  # an encoder that resizes by the shorter side would blow a thinner strip up beyond any memory
+
+
+class ImageError(InputError):
+    """One image that cannot be used; the message is the reason alone, the caller says whose image it is."""
+
+
+@dataclass(frozen=True)
+class ItemTable:
+    """items.tsv and captions.tsv as read, in file order."""
+
+    ids: list[str]
+    titles: list[str]
+    captions: dict[str, str] | None  # by item id, for the items that have one; None without captions.tsv
+
+
+def read_table(path: Path, columns: int) -> Iterator[tuple[int, list[str]]]:
+    """Streams (line number from 1, fields) of a UTF-8 file with `columns` non-empty fields a line, tabs between.
+
+    A byte order mark, \\r\\n endings and a missing last newline are accepted. Raises InputError, with file and line,
+    for anything else: no file, no line, an empty line or field, a wrong number of fields, bytes that are not UTF-8.
+    """
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, _fields(line, columns, f"{path} line {number}", first=number == 1)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if not number:
+        raise InputError(f"{path}: empty; expected lines of {columns} fields separated by tabs")
+
+
+def read_items(root: Path, unescape: bool = True) -> ItemTable:
+    """Reads root/items.tsv and, where there is one, root/captions.tsv; HTML entities are unescaped unless told not to.
+
+    Raises InputError, with file and line, for a malformed line, an item that comes twice, or a caption of no item.
+    """
+    titles = _read_texts(root / "items.tsv", unescape)
+    captions = root / "captions.tsv"
+    return ItemTable(
+        ids=list(titles),
+        titles=list(titles.values()),
+        captions=_read_texts(captions, unescape, known=titles) if captions.exists() else None,
+    )
+
+
+def open_images(root: Path) -> ImageFolder | ImageLmdb:
+    """The images of a dataset: root/images/ or the one *.lmdb in root. Raises InputError for neither or several."""
+    folder = root / "images"
+    databases = sorted(root.glob("*.lmdb"))
+    sources = [folder, *databases] if folder.is_dir() else databases
+    if len(sources) != 1:
+        found = first_few((source.name for source in sources), len(sources)) or "neither"
+        raise InputError(f"{root}: expected a folder images or exactly one *.lmdb, found {found}")
+    return ImageLmdb(databases[0]) if databases else ImageFolder(folder)
+
+
+def list_images(path: Path) -> dict[str, str]:
+    """{item id: file name} from one pass over a folder of maybe millions. Raises InputError for two of one item."""
+    names: dict[str, str] = {}
+    with os.scandir(path) as entries:
+        for entry in entries:
+            item_id, suffix = os.path.splitext(entry.name)
+            if suffix.lower() not in IMAGE_SUFFIXES or not entry.is_file():
+                continue
+            other = names.setdefault(item_id, entry.name)
+            if other != entry.name:
+                both = " and ".join(sorted((other, entry.name)))
+                raise InputError(f"{path}: two images of item {item_id!r}: {both}; keep one")
+    return names
+
+
+def refuse_unfit_name(folder: Path, item_id: str) -> None:
+    """Raises InputError where no file in the folder can be named after the item."""
+    if item_id in (".", "..") or any(character in item_id for character in "/\\\0"):
+        raise InputError(f"{folder}: item id {item_id!r} cannot be a file's name; rename the item")
+
+
+class ImageFolder:
+    """Images as files <item_id>.{jpg,jpeg,png,webp}, found by listing the folder once. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises InputError where two files claim one item."""
+        self.path = path
+        self._names = list_images(path)
+
+    def __enter__(self) -> ImageFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing stays open between reads."""
+
+    def content(self, item_id: str) -> bytes | None:
+        """The file's bytes, None where the item has no image. Raises InputError if they cannot be read."""
+        refuse_unfit_name(self.path, item_id)
+        if item_id not in self._names:
+            return None
+        file = self.path / self._names[item_id]
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+
+    @staticmethod
+    def decode(content: bytes) -> Image.Image:
+        """The image in RGB, upright, on white, fully loaded. Raises ImageError if it is damaged or giant."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+            _refuse_giant(*image.size)
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
+        except ImageError:
+            raise
+        except UnidentifiedImageError:
+            raise ImageError(f"not an image of {', '.join(IMAGE_FORMATS)}") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise ImageError(f"giant image: over {MAX_PIXELS // 1_000_000} megapixels") from None
+        except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+            raise ImageError(f"damaged image ({type(error).__name__}: {error})") from None
+
+
+class ImageLmdb:
+    """The released research project's image LMDB: pickled `__main__.LMDB_Image` objects by item id.
+
+    Its pickles are read without ever calling what they name. Use as a context manager; may be sent to another process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens a database, a file or a folder. Raises InputError if it is not whole or not of this format."""
+        self.path = path
+        self._env: lmdb.Environment | None = None
+        try:
+            self._check_length()
+        except InputError:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> ImageLmdb:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._env is not None:
+            self._env.close()
+        self._env = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_env": None}
+
+    def content(self, item_id: str) -> bytes | None:
+        """The pickle as stored, None where the item has no image. Raises InputError if it is not an LMDB_Image."""
+        value = self._get(item_id)
+        if value is not None:
+            try:
+                _unpickle_image(value)
+            except ImageError as error:
+                raise InputError(f"{self.path}: entry {item_id!r}: {error}") from None
+        return value
+
+    @staticmethod
+    def decode(content: bytes) -> Image.Image:
+        """The image in RGB, on white. Raises ImageError if its size is giant or does not fit its bytes."""
+        stored = _unpickle_image(content)
+        height, width = stored.size
+        mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(stored.channels)
+        if mode is None or min(stored.size) < 1 or height * width * stored.channels != len(stored.image):
+            shape = f"{height} x {width} pixels of {stored.channels} channels"
+            raise ImageError(f"damaged image: {shape} in {len(stored.image)} bytes")
+        _refuse_giant(width, height)
+        return _to_rgb(Image.frombytes(mode, (width, height), stored.image))
+
+    def _check_length(self) -> None:
+        keys, length = self._plain("__keys__"), self._plain("__len__")
+        if type(keys) is not list or not all(type(key) is bytes for key in keys):
+            raise InputError(f"{self.path}: entry '__keys__': expected a pickled list of bytes")
+        if type(length) is not int:
+            raise InputError(f"{self.path}: entry '__len__': expected a pickled int, found {type(length).__name__}")
+        # The project's writer lists the images it failed to read, too: fewer entries are well, more are not.
+        entries = self._environment().stat()["entries"] - 2
+        if length != len(keys) or entries > length:
+            found = f"'__keys__' lists {len(keys)}, {entries} stand there"
+            raise InputError(f"{self.path}: '__len__' says {length} images, but {found}; the database is not whole")
+
+    def _plain(self, key: str) -> Any:
+        value = self._get(key)
+        if value is None:
+            raise InputError(f"{self.path}: no entry {key!r}; expected the released project's image LMDB")
+        try:
+            return unpickle(value)
+        except pickle.UnpicklingError as error:
+            raise InputError(f"{self.path}: entry {key!r}: refused pickle ({error})") from None
+
+    def _get(self, key: str) -> bytes | None:
+        try:
+            with self._environment().begin() as transaction:
+                return transaction.get(key.encode())
+        except lmdb.BadValsizeError:
+            return None  # longer than any key of an LMDB can be
+        except lmdb.Error as error:
+            raise InputError(f"{self.path}: entry {key!r} cannot be read ({error})") from None
+
+    def _environment(self) -> lmdb.Environment:
+        if self._env is None:
+            self._env = _open_lmdb(self.path)
+        return self._env
+
+
+def _fields(line: bytes, columns: int, where: str, first: bool) -> list[str]:
+    try:
+        text = line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 (at byte {error.start + 1}); save the file as UTF-8") from None
+    text = text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise InputError(f"{where}: empty line; expected {columns} fields separated by tabs")
+    fields = text.split("\t")
+    if len(fields) != columns:
+        raise InputError(f"{where}: expected {columns} fields separated by tabs, found {len(fields)}")
+    for position, field in enumerate(fields, start=1):
+        if not field.strip():
+            raise InputError(f"{where}: field {position} of {columns} is empty")
+    return fields
+
+
+def _read_texts(path: Path, unescape: bool, known: Collection[str] | None = None) -> dict[str, str]:
+    """{item id: text} in file order; with `known`, no other items may come."""
+    texts: dict[str, str] = {}
+    lines: dict[str, int] = {}
+    for line, (item_id, text) in read_table(path, 2):
+        if item_id in lines:
+            raise InputError(f"{path} line {line}: item {item_id!r} stands on line {lines[item_id]} already")
+        if known is not None and item_id not in known:
+            raise InputError(f"{path} line {line}: item {item_id!r} is not in items.tsv")
+        if " " in item_id or "\0" in item_id:
+            raise InputError(f"{path} line {line}: item id {item_id!r} has a space or NUL, which no history can name")
+        lines[item_id] = line
+        texts[item_id] = html.unescape(text) if unescape else text
+    return texts
+
+
+def _refuse_giant(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"giant image: {width} x {height} is over {MAX_PIXELS // 1_000_000} megapixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(f"giant image: {width} x {height} is longer than {MAX_ASPECT} times its width")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _unpickle_image(value: bytes) -> StoredImage:
+    try:
+        stored = unpickle(value)
+    except pickle.UnpicklingError as error:
+        raise ImageError(f"refused pickle ({error}); expected a __main__.LMDB_Image") from None
+    if type(stored) is not StoredImage or not vars(stored):
+        raise ImageError(f"refused pickle (of {type(stored).__name__}); expected a __main__.LMDB_Image")
+    return stored
+
+
+def _open_lmdb(path: Path) -> lmdb.Environment:
+    try:
+        env = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+    except lmdb.Error as error:
+        raise InputError(f"{path}: not an LMDB that can be opened ({error})") from None
+    refuse_truncated(env, path)
+    return env

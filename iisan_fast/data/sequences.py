@@ -1,0 +1,281 @@
+"""Histories under the data protocol: who counts, what is trained on, what is predicted, how popular items are.
+
+The protocol (IISAN, section 4.1): users with fewer than 5 interactions are dropped; each history is cut to its last
+13 before items are counted; leave-one-out, with at most 10 inputs. Beside it a temporal split, which needs times. Items
+are numbered from 1; 0 is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from ..config import ProtocolConfig
+from ..errors import InputError
+from .items import read_items, read_table
+from .temporal import temporal_split, with_times
+
+LEAVE_ONE_OUT = {"validation": 2, "test": 1}  # how far from a history's end the target stands
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Users' histories, oldest first, as one jagged array of item numbers; by leave-one-out unless said otherwise."""
+
+    user_ids: list[str]
+    item_ids: list[str]  # item number i is item_ids[i - 1]
+    offsets: np.ndarray  # int64 [users + 1]: user u holds items[offsets[u]:offsets[u + 1]]
+    items: np.ndarray  # int64 [interactions], each from 1 to len(item_ids)
+    max_inputs: int
+    training_ends: np.ndarray | None = None  # int64 [users]: user u trains on items[offsets[u]:training_ends[u]]
+    targets: Mapping[str, np.ndarray] | None = None  # int64 [users] by split: where in items, -1 for none
+
+    def __post_init__(self) -> None:
+        if self.targets is None:
+            targets = {name: self.offsets[1:] - back for name, back in LEAVE_ONE_OUT.items()}
+            object.__setattr__(self, "targets", targets)
+            object.__setattr__(self, "training_ends", targets["validation"])
+
+    @cached_property
+    def training(self) -> tuple[np.ndarray, np.ndarray]:
+        """(offsets [users + 1], items): every history up to where its training ends."""
+        lengths = self.training_ends - self.offsets[:-1]
+        kept = np.arange(len(self.items)) < np.repeat(self.training_ends, np.diff(self.offsets))
+        return np.concatenate([[0], np.cumsum(lengths)]), self.items[kept]
+
+    @cached_property
+    def training_users(self) -> np.ndarray:
+        """int64: the users who have an input and its target in training; by leave-one-out all."""
+        return np.flatnonzero(np.diff(self.training[0]) >= 2)
+
+    @cached_property
+    def epoch_interactions(self) -> int:
+        """Interactions of the training users, which an epoch goes through."""
+        return int(np.diff(self.training[0])[self.training_users].sum())
+
+    @cached_property
+    def training_counts(self) -> np.ndarray:
+        """int64 [items + 1]: how often each item number occurs in training."""
+        return np.bincount(self.training[1], minlength=len(self.item_ids) + 1)
+
+    @property
+    def popularity(self) -> np.ndarray:
+        """float64 [items + 1]: p(i), the share of item i among training interactions."""
+        return self.training_counts / self.training_counts.sum()
+
+    def split(self, name: str) -> Split:
+        """The `validation` or `test` task of every user who has one."""
+        users = np.flatnonzero(self.targets[name] >= 0)
+        ends = self.targets[name][users]
+        lengths = ends - self.offsets[users]
+        return Split(
+            users=users,
+            inputs=_right_align(self.items, ends, lengths, self.max_inputs),
+            targets=self.items[ends],
+            lengths=lengths,
+            ends=ends,
+            items=self.items,
+            least_width=self.max_inputs + 2,
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes one .npz file that `load_sequences` reads back."""
+        np.savez_compressed(
+            path,
+            user_ids=np.array(self.user_ids, dtype=np.str_),
+            item_ids=np.array(self.item_ids, dtype=np.str_),
+            offsets=self.offsets,
+            items=self.items.astype(np.int32),
+            max_inputs=np.int64(self.max_inputs),
+            training_ends=self.training_ends,
+            **{f"{name}_targets": self.targets[name] for name in LEAVE_ONE_OUT},
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """One held-out interaction a user, R in all. All int64; what is padded is right-aligned, 0 where nothing is."""
+
+    users: np.ndarray  # [R]: user numbers, ascending; by leave-one-out all
+    inputs: np.ndarray  # [R, max_inputs]: what the sequence encoder reads
+    targets: np.ndarray  # [R]
+    lengths: np.ndarray  # [R]: of the histories, everything before the target, what ranking may mask
+    ends: np.ndarray  # [R]: row r's history is items[ends[r] - lengths[r]:ends[r]]
+    items: np.ndarray  # [interactions]
+    least_width: int  # of padded histories
+
+    def padded(self, rows: np.ndarray) -> np.ndarray:
+        """[len(rows), width]: those rows' histories, as wide as the longest of them."""
+        lengths = self.lengths[rows]
+        width = int(lengths.max(initial=self.least_width))
+        return _right_align(self.items, self.ends[rows], lengths, width)
+
+    @cached_property
+    def history(self) -> np.ndarray:
+        """All of them [R, width]; under a temporal split a single long one makes that large."""
+        return self.padded(np.arange(len(self.targets)))
+
+    @cached_property
+    def reachable(self) -> np.ndarray:
+        """bool [R]: the target does not stand in the user's own history."""
+        rows = np.repeat(np.arange(len(self.targets)), self.lengths)
+        before = np.cumsum(self.lengths) - self.lengths
+        own = self.items[np.arange(len(rows)) + np.repeat(self.ends - self.lengths - before, self.lengths)]
+        return np.bincount(rows[own == self.targets[rows]], minlength=len(self.targets)) == 0
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset folder after the protocol: the catalogue's contents, in the numbering of its sequences."""
+
+    root: Path
+    titles: list[str]
+    captions: list[str | None]  # None where captions.tsv has no line for the item, and nothing stands in for it
+    unescaped: bool  # HTML entities in titles and captions
+    sequences: Sequences
+    missing_captions: str = "error"  # as the protocol has it
+
+    def texts(self, source: str) -> list[str | None]:
+        """Titles or captions."""
+        return self.titles if source == "title" else self.captions
+
+    def how_read(self, source: str) -> dict[str, Any]:
+        """What a description of a view of texts says of their reading."""
+        own = {"unescaped": self.unescaped}
+        filled = source == "caption" and self.missing_captions != "error"
+        return own | ({"missing_captions": self.missing_captions} if filled else {})
+
+
+def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dataset:
+    """Reads `items.tsv`, `users.tsv` and, where there is one, `captions.tsv`, and applies the protocol; for a temporal
+    split `times.tsv` as well.
+
+    Raises InputError for a missing or malformed file, naming file and line.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; expected a dataset with items.tsv and users.tsv")
+    table = read_items(root, protocol.unescape_titles)
+    whole = _read_sequences(root, table.ids, protocol)
+    catalogue = np.unique(whole.items)
+    number = np.zeros(len(table.ids) + 1, dtype=np.int64)
+    number[catalogue] = np.arange(1, len(catalogue) + 1)
+    item_ids = [table.ids[item - 1] for item in catalogue]
+    titles, captions = [table.titles[item - 1] for item in catalogue], table.captions or {}
+    stand_ins = titles if captions and protocol.missing_captions == "title" else [None] * len(titles)
+    return Dataset(
+        root=root,
+        titles=titles,
+        captions=[captions.get(item_id, stand_in) for item_id, stand_in in zip(item_ids, stand_ins)],
+        unescaped=protocol.unescape_titles,
+        sequences=replace(whole, item_ids=item_ids, items=number[whole.items]),
+        missing_captions=protocol.missing_captions,
+    )
+
+
+def load_sequences(path: Path) -> Sequences:
+    """Reads what `Sequences.save` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            cut = "training_ends" in file  # older runs know leave-one-out alone
+            return Sequences(
+                user_ids=file["user_ids"].tolist(),
+                item_ids=file["item_ids"].tolist(),
+                offsets=file["offsets"],
+                items=file["items"].astype(np.int64),
+                max_inputs=int(file["max_inputs"]),
+                training_ends=file["training_ends"] if cut else None,
+                targets={name: file[f"{name}_targets"] for name in LEAVE_ONE_OUT} if cut else None,
+            )
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (BadZipFile, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"{path}: not the histories of a run, or damaged ({error})") from None
+
+
+def statistics(sequences: Sequences) -> dict[str, int | float]:
+    """The protocol's counts, and the shares that decide how hard and how wasteful training is."""
+    slots = len(sequences.training_users) * (sequences.max_inputs + 1)
+    test = sequences.split("test")
+    return {
+        "users": len(sequences.user_ids),
+        "items": len(sequences.item_ids),
+        "interactions": len(sequences.items),
+        "training_interactions": len(sequences.training[1]),
+        "training_users": len(sequences.training_users),
+        **{f"{name}_targets": int((sequences.targets[name] >= 0).sum()) for name in LEAVE_ONE_OUT},
+        "cold_targets_share": float((sequences.training_counts[test.targets] == 0).mean()),
+        "unreachable_targets_share": float((~test.reachable).mean()),
+        "padding_share": 1 - sequences.epoch_interactions / slots,
+        "interactions_per_user": len(sequences.items) / len(sequences.user_ids),
+        "interactions_per_item": len(sequences.items) / len(sequences.item_ids),
+    }
+
+
+def _read_sequences(root: Path, item_ids: list[str], protocol: ProtocolConfig) -> Sequences:
+    """The users who count, their histories cut, in numbers of all the items."""
+    path = root / "users.tsv"
+    users = _read_users(path, item_ids)
+    if protocol.split == "leave-one-out":
+        counting = _counting(users, path, protocol.min_interactions)
+        user_ids, histories = zip(*((user, items[-protocol.max_history :].copy()) for user, items in counting))
+        return Sequences(list(user_ids), item_ids, *_jagged(histories), protocol.max_inputs)
+    timed = with_times(users, root / "times.tsv")
+    user_ids, histories, times = zip(*_counting(timed, path, protocol.min_interactions))
+    offsets, items = _jagged(histories)
+    kept = temporal_split(offsets, np.concatenate(times), protocol)
+    return Sequences(
+        user_ids=[user_ids[user] for user in kept.users],
+        item_ids=item_ids,
+        offsets=kept.offsets,
+        items=items[kept.interactions],
+        max_inputs=protocol.max_inputs,
+        training_ends=kept.training_ends,
+        targets=kept.targets,
+    )
+
+
+def _read_users(path: Path, item_ids: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """(user id, item numbers) of every line."""
+    numbers = {item_id: number for number, item_id in enumerate(item_ids, start=1)}
+    lines: dict[str, int] = {}
+    for line, (user_id, history) in read_table(path, 2):
+        if user_id in lines:
+            raise InputError(f"{path} line {line}: user {user_id!r} stands on line {lines[user_id]} already")
+        lines[user_id] = line
+        try:
+            items = [numbers[item_id] for item_id in history.split(" ")]
+        except KeyError as error:
+            item_id = error.args[0]
+            what = f"item {item_id!r} is not in items.tsv" if item_id else "an empty item id (two spaces?)"
+            raise InputError(f"{path} line {line}: {what}") from None
+        yield user_id, np.array(items, dtype=np.int64)
+
+
+def _counting(users: Iterable[tuple[Any, ...]], path: Path, least: int) -> Iterator[tuple[Any, ...]]:
+    """Those with at least so many interactions. Raises InputError where there are none."""
+    count = kept = 0
+    for user in users:
+        count += 1
+        if len(user[1]) >= least:
+            kept += 1
+            yield user
+    if not kept:
+        raise InputError(f"{path}: none of {count} users has the {least} interactions that count")
+
+
+def _jagged(histories: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, what the histories hold one after the other)."""
+    return np.concatenate([[0], np.cumsum([len(history) for history in histories])]), np.concatenate(histories)
+
+
+def _right_align(items: np.ndarray, ends: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
+    """[len(ends), width]: the last `width` of the `lengths` items before each end, 0 on the left."""
+    back = np.arange(width, 0, -1)
+    index = ends[:, None] - back
+    return np.where(back <= lengths[:, None], items[np.maximum(index, 0)], 0)

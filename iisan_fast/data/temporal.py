@@ -1,0 +1,100 @@
+"""The temporal split: two moments, the same for all users, end training and validation.
+
+What comes before the first is trained on; a user's targets are their first interactions from the first moment up to the
+second, and from the second on. Interactions of one time are never divided, and nothing trained on comes after a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..config import ProtocolConfig
+from ..errors import InputError
+from .items import read_table
+
+
+class Kept(NamedTuple):
+    """What the split leaves of a jagged array of histories; the last two point into what is left."""
+
+    users: np.ndarray  # int64 [kept users]: which ones
+    interactions: np.ndarray  # int64 [kept interactions]: which ones
+    offsets: np.ndarray  # int64 [kept users + 1]
+    training_ends: np.ndarray  # int64 [kept users]
+    targets: dict[str, np.ndarray]  # int64 [kept users] under `validation` and `test`, -1 for none
+
+
+def with_times(users: Iterable[tuple[str, np.ndarray]], path: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(user id, items, times int64) of every user: `path` holds the times as users.tsv holds the items.
+
+    Raises InputError, with the line, where the two do not fit together, or times are not whole numbers in order.
+    """
+    if not path.exists():
+        writes = "iisan-fast import writes it where the source has timestamps"
+        raise InputError(f"{path}: no such file; a temporal split needs it, and {writes}")
+    for entry, user in zip_longest(read_table(path, 2), users):
+        if entry is None:
+            raise InputError(f"{path}: ends before user {user[0]!r}; expected the users of users.tsv in their order")
+        line, (user_id, text) = entry
+        where = f"{path} line {line}"
+        if user is None or user_id != user[0]:
+            expected = "the end of the file" if user is None else f"user {user[0]!r}"
+            raise InputError(f"{where}: expected {expected}, as in users.tsv, found user {user_id!r}")
+        times = _times(text, where)
+        if len(times) != len(user[1]):
+            raise InputError(f"{where}: expected {len(user[1])} times, one an interaction, found {len(times)}")
+        yield *user, times
+
+
+def temporal_split(offsets: np.ndarray, times: np.ndarray, protocol: ProtocolConfig) -> Kept:
+    """Splits histories, jagged by `offsets`, at the moments that the protocol's shares of all times fall on.
+
+    A target has everything before it as its history, and there is none without a history. A user keeps at most
+    max_inputs + 1 interactions before the first moment and what follows up to their last target; users without a target
+    and with fewer than two interactions to train on go. Raises InputError where a part would be empty.
+    """
+    moments = np.quantile(times, [protocol.validation_from, protocol.test_from], method="higher")
+    where = f"validation_from, test_from: split at the times {moments[0]} and {moments[1]}"
+    if moments[0] == moments[1]:
+        raise InputError(f"{where}, which are one; set the two shares further apart")
+    starts, ends = offsets[:-1], offsets[1:]
+    first, second = (starts + np.add.reduceat(times < moment, starts, dtype=np.int64) for moment in moments)
+    targets = {"validation": _targets(starts, first, second), "test": _targets(starts, second, ends)}
+    last = np.maximum(targets["validation"], targets["test"])
+    starts = np.maximum(starts, first - (protocol.max_inputs + 1))
+    trained = first - starts >= 2
+    for name, found in {"training": trained, **{name: ends >= 0 for name, ends in targets.items()}}.items():
+        if not found.any():
+            raise InputError(f"{where}, which leaves nothing for {name}; choose other shares")
+    users = np.flatnonzero(trained | (last >= 0))
+    lengths = (np.where(last >= 0, last + 1, first) - starts)[users]
+    kept_offsets = np.concatenate([[0], np.cumsum(lengths)])
+    moved = kept_offsets[:-1] - starts[users]
+    return Kept(
+        users=users,
+        interactions=np.arange(kept_offsets[-1]) - np.repeat(moved, lengths),
+        offsets=kept_offsets,
+        training_ends=first[users] + moved,
+        targets={name: np.where(found[users] >= 0, found[users] + moved, -1) for name, found in targets.items()},
+    )
+
+
+def _targets(starts: np.ndarray, first: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """`first` where something lies there and something before it, else -1."""
+    return np.where((starts < first) & (first < ends), first, -1)
+
+
+def _times(text: str, where: str) -> np.ndarray:
+    try:
+        times = np.array(text.split(" "), dtype=np.int64)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{where}: expected whole numbers, one space between ({error})") from None
+    falls = np.flatnonzero(times[1:] < times[:-1])
+    if len(falls):
+        earlier, later = times[falls[0] : falls[0] + 2]
+        raise InputError(f"{where}: expected times in order, found {later} after {earlier}; sort the interactions")
+    return times

@@ -1,0 +1,194 @@
+"""What of a pretrained encoder is trained: all of it, its biases, adapters put into it, LoRA, or nothing.
+
+Whatever the method, encoders compute without dropout, so that a batch encoded in parts, or computed a second time for
+the backward pass, has the very gradients of the whole one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..errors import InputError
+
+LORA_RANK = 8
+ADAPTER_STD = 0.01  # of an adapter's weights at the start, as of a SANB's: nearly the identity
+
+# What linear layers are called within a block, by what they do there. Families and versions of transformers differ.
+ROLES = {
+    "end of attention": (
+        "attention.output.dense",  # BERT, DeBERTa; DINOv2 in older versions
+        "attention.o_proj",  # ViT, DINOv2
+        "self_attn.out_proj",  # CLIP, SigLIP
+        "self_attn.o_proj",  # language models
+    ),
+    "end of feed-forward": (
+        "output.dense",  # BERT, DeBERTa
+        "mlp.fc2",  # ViT, DINOv2, CLIP, SigLIP
+        "mlp.weights_out",  # the largest DINOv2
+        "mlp.down_proj",  # language models
+    ),
+    "query": (
+        "attention.self.query",
+        "attention.self.query_proj",  # DeBERTa
+        "attention.attention.query",  # DINOv2 in older versions
+        "attention.q_proj",
+        "self_attn.q_proj",
+    ),
+    "value": (
+        "attention.self.value",
+        "attention.self.value_proj",
+        "attention.attention.value",
+        "attention.v_proj",
+        "self_attn.v_proj",
+    ),
+}
+
+
+def adapt(
+    model: PreTrainedModel,
+    method: str,
+    bottleneck: int = 64,
+    activation: str = "relu",
+    example: dict[str, Tensor] | None = None,
+) -> dict[str, list[nn.Parameter]]:
+    """Prepares an encoder in place, on any device (meta too), and returns what is trained of it, by learning rate.
+
+    method: `full` trains all that the last hidden state depends on, and `bitfit` the biases among that (group
+    "encoders"); `adapter` and `lora` train what they add (group "adapters"); `frozen` trains nothing. The rest requires
+    no gradient, and dropout is off. `bottleneck` and `activation` ("relu", "gelu") are the adapters'.
+    Raises InputError where the encoder has nothing that the method could train, or `lora` lacks the library peft.
+    """
+    model.requires_grad_(False)
+    if method == "full":
+        _free(model, model.parameters(), example)
+    elif method == "bitfit":
+        _free(model, _biases(model), example)
+    elif method == "adapter":
+        _add_adapters(model, bottleneck, activation)
+    elif method == "lora":
+        _add_lora(model)
+    model.eval()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    group = "encoders" if method in ("full", "bitfit") else "adapters"
+    return {group: trained} if trained else {}
+
+
+def checkpoint_blocks(model: PreTrainedModel, on: bool = True) -> None:
+    """Lets each block keep its input alone and compute its inside again in the backward pass, or undoes that."""
+    for block in blocks(model).values():
+        vars(block).pop("forward", None)
+        if on:  # Hugging Face's own switch wants training mode, in which dropout would act
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """An encoder's transformer blocks, by name, in order. Raises InputError where it has none."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+    if not found:
+        raise InputError(f"{type(model).__name__}: no transformer blocks found in it")
+    return found
+
+
+class Adapter(nn.Sequential):
+    """x + up(act(down(x))) over the last dimension (Houlsby et al. 2019), nearly the identity at the start."""
+
+    def __init__(self, width: int, bottleneck: int, activation: str, **where: torch.device | torch.dtype) -> None:
+        act = {"relu": nn.ReLU, "gelu": nn.GELU}[activation]()
+        super().__init__(nn.Linear(width, bottleneck, **where), act, nn.Linear(bottleneck, width, **where))
+        for linear in (self[0], self[2]):
+            nn.init.normal_(linear.weight, std=ADAPTER_STD)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, width] -> […, width]."""
+        return x + super().forward(x)
+
+
+def _add_adapters(model: PreTrainedModel, bottleneck: int, activation: str) -> None:
+    """Adapters on what ends the attention and the feed-forward of every block, before the residual is added."""
+    for block in blocks(model).values():
+        for role in ("end of attention", "end of feed-forward"):
+            name = _linear(model, block, role)
+            linear = block.get_submodule(name)
+            where = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+            adapter = Adapter(linear.out_features, bottleneck, activation, **where)
+            block.set_submodule(name, nn.Sequential(linear, adapter))
+
+
+def _add_lora(model: PreTrainedModel) -> None:
+    """Low-rank updates of the query and value projections, zero at the start (Hu et al. 2022)."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise InputError("method: lora needs peft; pip install 'iisan-fast[lora]'") from None
+    targets = [
+        f"{path}.{_linear(model, block, role)}" for path, block in blocks(model).items() for role in ("query", "value")
+    ]
+    # With alpha equal to the rank the update is B A itself, and the learning rate alone scales it.
+    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, lora_dropout=0.0, bias="none", target_modules=targets)
+    inject_adapter_in_model(config, model)
+
+
+def _linear(model: PreTrainedModel, block: nn.Module, role: str) -> str:
+    """The name within the block of the one linear layer that has the role."""
+    modules = dict(block.named_modules())
+    found = [name for name in ROLES[role] if isinstance(modules.get(name), nn.Linear)]
+    if len(found) != 1:
+        raise InputError(
+            f"{type(model).__name__}: expected one of {', '.join(ROLES[role])} as the {role} of a "
+            f"{type(block).__name__}, found {' and '.join(found) or 'none'}"
+        )
+    return found[0]
+
+
+def _biases(model: PreTrainedModel) -> list[nn.Parameter]:
+    found = [module.bias for module in model.modules() if isinstance(getattr(module, "bias", None), nn.Parameter)]
+    if not found:
+        raise InputError(f"method: bitfit trains biases, {type(model).__name__} has none; choose lora or adapter")
+    return found
+
+
+def _free(model: PreTrainedModel, parameters: Iterable[nn.Parameter], example: dict[str, Tensor] | None) -> None:
+    """Lets those be trained that the last hidden state depends on. Poolers and mask tokens, say, never get a gradient,
+    nor a state in the optimizer that a checkpoint could hold. Nor are position embeddings trained that are resized to
+    the images: that has no gradient on CUDA which repeats exactly."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    with torch.enable_grad():
+        state = model.eval()(**(example or _made_up_inputs(model))).last_hidden_state
+    resized = _resized(state)
+    gradients = torch.autograd.grad(state.sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.requires_grad_(gradient is not None and id(parameter) not in resized)
+
+
+def _resized(output: Tensor) -> set[int]:
+    """The ids of the parameters that an output depends on through a bicubic interpolation."""
+    found, seen, waiting = set(), set(), [(output.grad_fn, False)]
+    while waiting:
+        node, behind = waiting.pop()
+        if node is None or (node, behind) in seen:
+            continue
+        seen.add((node, behind))
+        behind = behind or node.name().startswith("UpsampleBicubic")
+        if behind and hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [(following, behind) for following, _ in node.next_functions]
+    return found
+
+
+def _made_up_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """One item's."""
+    if model.main_input_name == "pixel_values":
+        config = model.config
+        size = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+        return {"pixel_values": torch.zeros(1, config.num_channels, *size, device=model.device, dtype=model.dtype)}
+    return {"input_ids": torch.tensor([[1, 2, 3, 4]], device=model.device)}

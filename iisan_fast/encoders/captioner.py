@@ -1,0 +1,111 @@
+"""A Hugging Face image-text-to-text model: pictures of some items in, one line of text for each out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from ..errors import InputError
+from ..fingerprints import weights_digest
+from .hugging_face import cached_or_fetched, clear_errors, model_dtype, model_folder, refuse_missing_weights
+
+KIND = "an image-text-to-text model"
+INSTRUCTION = "Describe what is shown in one sentence."  # to a model that chats; another one continues its prompt
+PROBE = Image.new("RGB", (224, 224), "white")
+
+
+class Captioner:
+    """The model, ready on the device. It decodes greedily, so that the same pictures give the same caption.
+
+    A model with a chat template is given an item's pictures and then the prompt as a user's message. One without reads
+    one picture and continues the prompt, which is empty unless it is given.
+    """
+
+    def __init__(
+        self, name: str, device: torch.device, prompt: str | None, max_tokens: int, pictures: int, dtype: str
+    ) -> None:
+        """prompt: None for the default; pictures: the most that an item has; dtype: one of config.ENCODER_DTYPES.
+
+        Raises InputError where the model cannot be found, lacks weights, or cannot caption so many pictures.
+        """
+        self.name, self.device, self.max_tokens = name, device, max_tokens
+        self.dtype = model_dtype(dtype, device)
+        with clear_errors(name, KIND):
+            config = cached_or_fetched(AutoConfig.from_pretrained, name, trust_remote_code=False)
+            if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+                raise InputError(f"{name}: {config.model_type} reads no images and a prompt; expected {KIND}")
+            self.processor = self._load_processor(config.is_encoder_decoder)
+            self.chats = self.processor.chat_template is not None
+            if pictures > 1 and not self.chats:
+                raise InputError(f"{name}: has no chat template, so it reads one picture; give --frames-per-item 1")
+            self.prompt = (INSTRUCTION if self.chats else "") if prompt is None else prompt
+            self.model = self._load_model()
+            self._generate([[PROBE] * pictures], max_tokens=1)
+
+    def captions(self, items: Sequence[Sequence[Image.Image]]) -> list[str]:
+        """One line for each item's pictures, empty where the model has nothing to say."""
+        return self._generate(items, self.max_tokens)
+
+    def describe(self) -> dict[str, Any]:
+        """What the captions depend on, as plain JSON values; the model's name does not count."""
+        return {
+            "weights": weights_digest(model_folder(self.name)),
+            "prompt": self.prompt,
+            "max_tokens": self.max_tokens,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def _load_processor(self, encoder_decoder: bool) -> ProcessorMixin:
+        processor = cached_or_fetched(AutoProcessor.from_pretrained, self.name, trust_remote_code=False)
+        if not isinstance(processor, ProcessorMixin):
+            raise InputError(f"{self.name}: {type(processor).__name__} is no processor of both images and text")
+        tokenizer = processor.tokenizer
+        tokenizer.padding_side = "right" if encoder_decoder else "left"  # a decoder goes on from the last token
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return processor
+
+    def _load_model(self) -> Any:
+        options = {"dtype": self.dtype, "trust_remote_code": False, "output_loading_info": True}
+        model, info = cached_or_fetched(AutoModelForImageTextToText.from_pretrained, self.name, **options)
+        refuse_missing_weights(self.name, info["missing_keys"])
+        return model.to(self.device).eval()
+
+    @torch.inference_mode()
+    def _generate(self, items: Sequence[Sequence[Image.Image]], max_tokens: int) -> list[str]:
+        inputs = {name: self._moved(value) for name, value in self._inputs(items).items()}
+        generated = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, num_beams=1)
+        texts = self._decoded(generated)
+        prompts = self._decoded(inputs["input_ids"]) if "input_ids" in inputs else [""] * len(texts)
+        return [text.removeprefix(prompt).strip() for text, prompt in zip(texts, prompts)]  # most repeat the prompt
+
+    def _inputs(self, items: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+        if self.chats:
+            return self.processor.apply_chat_template(
+                [self._conversation(pictures) for pictures in items],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True},
+            )
+        prompts = {"text": [self.prompt] * len(items), "padding": True} if self.prompt else {}
+        return self.processor(images=[picture for (picture,) in items], return_tensors="pt", **prompts)
+
+    def _conversation(self, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        shown = [{"type": "image", "image": picture} for picture in pictures]
+        return [{"role": "user", "content": [*shown, {"type": "text", "text": self.prompt}]}]
+
+    def _moved(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+
+    def _decoded(self, tokens: Tensor) -> list[str]:
+        """On one line each, single spaces between words."""
+        return [" ".join(text.split()) for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]

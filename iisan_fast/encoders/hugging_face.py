@@ -1,0 +1,150 @@
+"""How every Hugging Face model is loaded: the local cache first, none of its bars and notes, errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file, logging
+
+from ..errors import InputError
+
+READS = {"input_ids": "text", "pixel_values": "image"}  # an encoder's main input tells what it reads
+TOWERS = {"text": ("text_model", "language_model"), "image": ("vision_model",)}  # of a text-image model
+UNUSED_WEIGHTS = {"pooler", "head"}  # a checkpoint may lack what no hidden state comes from
+# What a checkpoint's configuration may ask for: all layers of all tokens would stay in memory, and nothing read them.
+OUTPUTS = {"use_cache": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
+
+
+def cached_or_fetched(load: Callable[..., Any], name: str, **options: Any) -> Any:
+    """Loads a hub name from the cache if that has it: asking the hub first takes minutes where there is no network."""
+    if not Path(name).is_dir():
+        with contextlib.suppress(OSError, ValueError, InputError):  # what the cache lacks, the hub may have
+            return load(name, local_files_only=True, **options)
+    return load(name, local_files_only=False, **options)
+
+
+def load_config(encoder: str, kind: str) -> PretrainedConfig:
+    """The encoder's configuration, once it is sure to read `kind`, "text" or "image"."""
+    config = cached_or_fetched(AutoConfig.from_pretrained, encoder, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise InputError(f"{encoder}: an encoder-decoder; expected an encoder or a decoder-only language model")
+    reads = kind if _has_towers(config) else READS.get(model_class(config).main_input_name, "neither text nor images")
+    if reads != kind:
+        raise InputError(f"{encoder}: reads {reads}, expected an encoder that reads {kind}")
+    return config
+
+
+def load_model(encoder: str, config: PretrainedConfig, kind: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The headless encoder, or its tower that reads `kind`, with all the weights that it needs; `options` are
+    `from_pretrained`'s.
+    """
+    load, options = model_class(config).from_pretrained, _with_numbered_devices(options)
+    model, info = cached_or_fetched(load, encoder, config=config, output_loading_info=True, **options)
+    model, prefix = _reader(model, encoder, config, kind)
+    used = (key for key in info["missing_keys"] if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")})
+    refuse_missing_weights(encoder, used)
+    for name, value in OUTPUTS.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def count_parameters(encoder: str, kind: str) -> int:
+    """Of what `load_model` would give, by its configuration alone: no weight is read, so that any size will do."""
+    with quiet(), clear_errors(encoder, "an encoder"):
+        config = load_config(encoder, kind)
+        with torch.device("meta"):
+            model = model_class(config)(config)
+        model, _ = _reader(model, encoder, config, kind)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The headless model; the automatic mapping lacks some towers of their own (SigLIP's for text)."""
+    if type(config) not in transformers.MODEL_MAPPING:
+        return getattr(transformers, config.architectures[0])
+    mapped = transformers.MODEL_MAPPING[type(config)]
+    return mapped[0] if isinstance(mapped, tuple) else mapped
+
+
+def refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
+    """Raises InputError where there are any: transformers would draw them at random."""
+    if lacking := sorted(missing):
+        raise InputError(f"{name}: its checkpoint lacks {len(lacking)} weights, {lacking[0]} first")
+
+
+def model_folder(name: str) -> Path:
+    """Where the files of a loaded model lie: its own folder, or the snapshot of a hub name."""
+    path = Path(name)
+    return path if path.is_dir() else Path(cached_file(name, "config.json", local_files_only=True)).parent
+
+
+def model_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of one of config.ENCODER_DTYPES on the device."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hugging Face's own bars and notes would break into ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub = getLogger("huggingface_hub")
+    hub_level = hub.level
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub.setLevel("CRITICAL")  # it tells of every try to reach the hub; the last one's error says it all
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def clear_errors(name: str, kind: str) -> Iterator[None]:
+    """Hugging Face's paragraphs in one line. What a broken model, or none of the `kind`, raises has no common type."""
+    path = Path(name)
+    if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
+        raise InputError(f"{name}: no such folder; expected {kind} as transformers saves it, or a hub name")
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # remote code, damaged weights and unfit settings raise anything
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{name}: cannot be used as {kind} ({type(error).__name__}: {reason})") from error
+
+
+def _has_towers(config: PretrainedConfig) -> bool:
+    return hasattr(config, "text_config") and hasattr(config, "vision_config")
+
+
+def _reader(model: PreTrainedModel, encoder: str, config: PretrainedConfig, kind: str) -> tuple[PreTrainedModel, str]:
+    """What of a model reads `kind`, and what its weights' names begin with."""
+    if not _has_towers(config):
+        return model, ""
+    name = next((name for name in TOWERS[kind] if hasattr(model, name)), None)
+    if name is None:
+        raise InputError(f"{encoder}: {type(model).__name__} has no tower that reads {kind} alone")
+    return getattr(model, name), f"{name}."
+
+
+def _with_numbered_devices(options: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no numbers for keys, by which `max_memory` names GPUs."""
+    limits = options.get("max_memory")
+    if not isinstance(limits, Mapping):
+        return dict(options)
+    numbered = {int(name) if str(name).isdecimal() else name: limit for name, limit in limits.items()}
+    return {**options, "max_memory": numbered}

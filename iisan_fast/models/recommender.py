@@ -1,0 +1,184 @@
+"""The recommender: item vectors from hidden states, user states from item vectors, one loss and one score."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..config import SIDE_METHODS, ModelConfig, RunConfig
+from ..data.batches import Batch
+from ..kernels.reference.dropout import StatelessDropout
+from ..states.item_source import ItemSource
+from .item_encoders import FrozenItemEncoder, IdItemEncoder
+from .sasrec import Dropout, Rows, SASRec
+from .side_network import SideItemEncoder
+
+ITEM_ENCODER = "item_encoder."  # before its parameters' names
+USERS_AT_ONCE = 512
+USER_WORKERS = 2  # on a CPU
+
+
+class Recommender(nn.Module):
+    """An item encoder, and SASRec on top of its item vectors."""
+
+    def __init__(
+        self,
+        make_item_encoder: Callable[[], nn.Module],
+        config: ModelConfig,
+        max_inputs: int,
+        popularity: np.ndarray,
+        seed: int,
+    ) -> None:
+        """The item encoder maps what a source reads of N items to [N, d] and has `parameter_groups`; it is made here,
+        since `seed` draws all weights, and the dropout. popularity float64 [items + 1]."""
+        super().__init__()
+        self.config, self.seed = config, seed
+        self.gradients = kernels.RecommenderGradients()
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # encoders may lie there already
+            torch.manual_seed(seed)
+            self.item_encoder = make_item_encoder()
+            self.sequence_encoder = SASRec(config, max_inputs)
+        log_popularity = torch.from_numpy(popularity).log()
+        log_popularity[0] = 0  # padding has none, and minus infinity would meet that of its multiplicity
+        self.register_buffer("log_popularity", log_popularity, persistent=False)
+
+    def loss(self, batch: Batch, contents: Any) -> Tensor:
+        """Mean debiased in-batch cross-entropy over the batch's rows (IISAN, equation 5).
+
+        contents: what the item encoder reads of batch.distinct.
+        """
+        vectors = self.item_encoder(contents)
+        rows = Rows(batch.row_slots, len(batch.users), batch.length)
+        losses = kernels.inbatch_cross_entropy(
+            queries=self.sequence_encoder(vectors[batch.inputs], rows, self._dropout(batch)),
+            items=vectors,
+            targets=batch.targets,
+            row_users=batch.row_users,
+            history_bits=batch.history_bits,
+            log_multiplicity=batch.multiplicity.to(vectors.dtype).log(),
+            log_popularity=self.log_popularity[batch.distinct].to(vectors.dtype),
+            reduction="none",
+        )
+        return losses @ batch.weights.to(losses.dtype)
+
+    def differentiate(self, batch: Batch, contents: Any, told: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
+        """`loss`, without a graph, its gradients left in the parameters in place of those before. Where one op gives
+        all of them (C++, on a CPU), no hooks are called, and they are parts of one block of memory, which the next call
+        overwrites. Where it raises, they are of no use.
+
+        `told` is called with the loss; the gradients may be under way.
+        """
+        operands, any_weight = functools.partial(self._operands, batch, contents), self.sequence_encoder.position
+        found = kernels.recommender_gradients(self.gradients, operands, any_weight, told)
+        if found is None:
+            for parameter in self.parameters():
+                parameter.grad = None
+            loss = self.loss(batch, contents)
+            told(loss.detach())
+            loss.backward()
+            return loss.detach()
+        loss, gradients = found
+        for parameter, gradient in gradients:
+            own = gradient if parameter.requires_grad else None
+            if parameter.grad is not own:
+                parameter.grad = own
+        return loss
+
+    def train(self, mode: bool = True) -> Recommender:
+        """Between training and evaluation the memory of the one is not kept for the other."""
+        self.gradients.forget()
+        return super().train(mode)
+
+    def _operands(
+        self, batch: Batch, contents: Any
+    ) -> tuple[kernels.RecommenderWeights, kernels.RecommenderBatch] | None:
+        """What the op takes that gives all gradients, or None where none does."""
+        if not isinstance(self.item_encoder, SideItemEncoder):
+            return None
+        weights, dropout = self.item_encoder.weights(self.sequence_encoder.weights()), self._dropout(batch)
+        if weights is None:
+            return None
+        return weights, kernels.RecommenderBatch(
+            states=contents,
+            distinct=batch.distinct,
+            multiplicity=batch.multiplicity,
+            inputs=batch.inputs,
+            targets=batch.targets,
+            row_users=batch.row_users,
+            history_bits=batch.history_bits,
+            row_weights=batch.weights,
+            log_popularity=self.log_popularity.double(),
+            grid=kernels.SequenceGrid(batch.row_slots, batch.length),
+            dropout=None if dropout is None else dropout.hashed(),
+        )
+
+    @torch.inference_mode()
+    def catalogue_vectors(self, source: ItemSource) -> Tensor:
+        """[items, d]: every item's vector, item number i in row i - 1."""
+        numbers = torch.arange(1, source.rows, device=source.index_device)
+        # Equal parts: a last part of one item would take another matrix product and no longer tie with its equals.
+        parts = numbers.tensor_split(-(-len(numbers) // source.items_at_once))
+        return torch.cat([self.item_encoder(source.states(part)) for part in parts])
+
+    @torch.inference_mode()
+    def user_states(self, vectors: Tensor, inputs: np.ndarray) -> Tensor:
+        """[users, d] after each user's inputs (int64 [users, max_inputs], right-aligned, 0 for padding)."""
+
+        def some(part: np.ndarray) -> Tensor:
+            slots = np.flatnonzero(part)
+            rows = Rows(torch.from_numpy(slots).to(vectors.device), len(part), part.shape[1])
+            return self.sequence_encoder.last(vectors[torch.from_numpy(part.flat[slots] - 1).to(vectors.device)], rows)
+
+        parts = [inputs[start : start + USERS_AT_ONCE] for start in range(0, len(inputs), USERS_AT_ONCE)]
+        return torch.cat(kernels.at_once(some, parts, USER_WORKERS if vectors.is_cpu else 1))
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Every trainable parameter under the name of its learning rate, once."""
+        groups = {
+            **self.item_encoder.parameter_groups(),
+            "sequence_encoder": list(self.sequence_encoder.parameters()),
+        }
+        grouped = [id(parameter) for group in groups.values() for parameter in group]
+        assert sorted(grouped) == sorted(id(parameter) for parameter in self.parameters() if parameter.requires_grad)
+        return groups
+
+    def _dropout(self, batch: Batch) -> Dropout | None:
+        if not self.training:
+            return None
+        return Dropout(StatelessDropout(self.config.dropout, self.seed, batch.step), batch.users)
+
+
+def build_recommender(
+    source: ItemSource, config: RunConfig, popularity: np.ndarray, products: torch.dtype = torch.float32
+) -> Recommender:
+    """The recommender of a run's configuration, for the items of a source; products: what trained ones take."""
+    make = functools.partial(make_item_encoder, source, config, products)
+    return Recommender(make, config.model, config.protocol.max_inputs, popularity, config.train.seed)
+
+
+def make_item_encoder(source: ItemSource, config: RunConfig, products: torch.dtype) -> nn.Module:
+    """What turns that which a source reads of items into item vectors."""
+    model = config.model
+    if model.method in SIDE_METHODS:
+        return SideItemEncoder(source.shapes, model)
+    if model.method == "id":
+        return IdItemEncoder(source.rows - 1, model.embedding_dim)
+    if model.method == "frozen":
+        return FrozenItemEncoder([width for _, width in source.shapes], model.embedding_dim)
+    from .tuned_encoder import TunedItemEncoder  # imports transformers, which takes seconds
+
+    return TunedItemEncoder(
+        source.backbones,
+        model.method,
+        model.embedding_dim,
+        model.bottleneck,
+        model.activation,
+        config.uncached.checkpointing,
+        torch.bfloat16 if products == torch.bfloat16 else None,
+    )

@@ -1,0 +1,239 @@
+"""What a view's encoder is to read, by row of the catalogue: which rows are new, what is wrong with them, batches.
+
+Nothing here knows an encoder's weights, so that all of it can happen in worker processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..config import MISSING_IMAGES, ViewConfig
+from ..data.items import ImageError, ImageFolder, ImageLmdb, open_images
+from ..data.sequences import Dataset
+from ..errors import InputError, first_few
+from ..progress import progress_bar
+from ..workers import calls_ahead
+from .store import DIGEST_BYTES, content_digest
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from ..encoders.base import Backbone, Inputs, TextBackbone
+
+BLANK = Image.new("RGB", (224, 224), "white")
+CHECKED_AT_ONCE = 64  # rows
+TEXTS_AT_ONCE = 1024  # tokenized: a tokenizer's own results take a hundred times the room of the token numbers
+
+Stored = tuple[int, bytes | None]  # a row, and the digest that stands in the store
+New = tuple[int, str]  # a row to encode, and what is wrong with its content, if anything
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N items, ready for the encoder."""
+
+    rows: Sequence[int]  # of the catalogue
+    digests: list[bytes]
+    inputs: Inputs  # [N, …] each, on the CPU
+    blank: int  # how many of them are blank images
+
+    def pin_memory(self) -> Batch:
+        """The same in pinned memory, from where a GPU copies by itself."""
+        return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
+
+
+class Contents(Protocol):
+    """One view's contents."""
+
+    remedy: str  # for those that are missing, to end a message
+
+    def check(self, stored: Sequence[Stored]) -> list[New]:
+        """Those whose stored states no longer stand."""
+
+    def arrange(self, rows: list[int]) -> list[int]:
+        """The rows in the order that suits the encoder best."""
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """Arranged rows, ready for the encoder."""
+
+
+def open_sources(
+    dataset: Dataset, views: Sequence[ViewConfig], missing_images: str
+) -> AbstractContextManager[ImageFolder | ImageLmdb | None]:
+    """The dataset's images, where a view reads them. Raises InputError where it lacks what the views read."""
+    if missing_images not in MISSING_IMAGES:
+        raise InputError(f"missing_images: expected one of {', '.join(MISSING_IMAGES)}, found {missing_images!r}")
+    for view in views:
+        if view.source == "caption" and not any(dataset.captions):
+            raise InputError(f"{dataset.root / 'captions.tsv'}: view {view.name!r} needs captions, found none")
+    return open_images(dataset.root) if any(view.source == "image" for view in views) else nullcontext()
+
+
+def view_contents(
+    backbone: Backbone,
+    dataset: Dataset,
+    images: ImageFolder | ImageLmdb | None,
+    missing_images: str,
+    prepare: Callable[[Sequence[Image.Image]], Inputs] | None = None,
+) -> Texts | Images:
+    """What the view's encoder is to read of a dataset; `prepare` does for images in place of the encoder's own."""
+    source = backbone.view.source
+    if source == "image":
+        fill_blank = missing_images == "blank"
+        return Images(images, dataset.sequences.item_ids, prepare or backbone.preparation, fill_blank)
+    remedy = "; --missing-captions title lets titles stand in for them" if source == "caption" else ""
+    return Texts(dataset.texts(source), backbone, remedy)
+
+
+def new_rows(
+    view: str, contents: Contents, stored: Sequence[bytes | None], item_ids: Sequence[str], workers: int = 0
+) -> list[int]:
+    """The rows whose `stored` digests do not stand for a view's contents (None never does), arranged for the encoder.
+
+    All of them are looked at, by so many processes. Raises InputError, naming some, where any cannot be read.
+    """
+    requests = batched(list(enumerate(stored)), CHECKED_AT_ONCE)
+    new = []
+    with (
+        progress_bar(f"reading {view}", len(stored), "items") as advance,
+        closing(calls_ahead(contents.check, requests, workers)) as checked,
+    ):
+        for request, found in zip(requests, checked):
+            new += found
+            advance(len(request))
+    problems = [f"{item_ids[row]} ({problem})" for row, problem in new if problem]
+    if problems:
+        count = f"{len(problems)} of {len(item_ids)} items cannot be read"
+        raise InputError(f"view {view!r}: {count}: {first_few(problems, len(problems))}{contents.remedy}")
+    return contents.arrange([row for row, _ in new])
+
+
+def batched(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Rows, `size` at a time."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+class Texts:
+    """Titles or captions. Arranging tokenizes them; only the token numbers are kept, 4 bytes each."""
+
+    def __init__(self, texts: Sequence[str | None], backbone: TextBackbone, remedy: str = "") -> None:
+        self.texts, self.backbone, self.remedy = texts, backbone, remedy
+        self._tokens = np.zeros(0, dtype=np.int32)  # of all arranged rows, one after the other
+        self._starts, self._lengths = np.zeros((2, len(texts)), dtype=np.int64)  # where each row's tokens stand
+
+    def check(self, stored: Sequence[Stored]) -> list[New]:
+        """Those without a state, or with one of another text. One of no text at all is wrong."""
+        return [
+            (row, "" if (self.texts[row] or "").strip() else "no text")
+            for row, digest in stored
+            if digest is None or digest != content_digest((self.texts[row] or "").encode())
+        ]
+
+    def arrange(self, rows: list[int]) -> list[int]:
+        """The rows by falling number of tokens: a batch then holds hardly any padding, and the largest comes first.
+
+        Raises InputError for a text that gives no token.
+        """
+        tokens = [self._tokens]
+        for part in batched(rows, TEXTS_AT_ONCE):
+            found = self.backbone.tokenize([self.texts[row] or "" for row in part])
+            self._lengths[part] = [len(ids) for ids in found]
+            tokens += [np.array(ids, dtype=np.int32) for ids in found]
+        self._starts[rows] = len(self._tokens) + np.cumsum(self._lengths[rows]) - self._lengths[rows]
+        self._tokens = np.concatenate(tokens)
+        return [rows[index] for index in np.argsort(-self._lengths[rows], kind="stable")]
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """Arranged rows, padded to the longest of them."""
+        tokens = [self._tokens[self._starts[row] :][: self._lengths[row]] for row in rows]
+        digests = [content_digest((self.texts[row] or "").encode()) for row in rows]
+        return Batch(rows, digests, self.backbone.pad(tokens), blank=0)
+
+    @property
+    def longest(self) -> int:
+        """The arranged row of most tokens."""
+        return int(self._lengths.argmax())
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [N]: how many tokens arranged rows int64 [N] have."""
+        return self._lengths[rows]
+
+    def padded(self, rows: np.ndarray) -> np.ndarray:
+        """int32 [N, longest]: token numbers of one or more arranged rows int64 [N], padded on the right."""
+        lengths = self._lengths[rows, None]
+        places = np.arange(lengths.max())
+        own = places < lengths
+        ids = np.full(own.shape, self.backbone.padding_token, dtype=np.int32)
+        ids[own] = self._tokens[(self._starts[rows, None] + places)[own]]
+        return ids
+
+
+class Images:
+    """A dataset's images, decoded and prepared as they are asked for. May be sent to another process."""
+
+    remedy = "; --missing-images blank fills them"
+
+    def __init__(
+        self,
+        images: ImageFolder | ImageLmdb,
+        item_ids: list[str],
+        prepare: Callable[[Sequence[Image.Image]], Inputs],
+        fill_blank: bool,
+    ) -> None:
+        self.images, self.item_ids, self.prepare, self.fill_blank = images, item_ids, prepare, fill_blank
+
+    def check(self, stored: Sequence[Stored]) -> list[New]:
+        """Those without a state, or with one of another image. Each is decoded, unless a blank would fill its place."""
+        new = []
+        for row, digest in stored:
+            content = self.images.content(self.item_ids[row])
+            if digest is None or digest not in self._accepted(content):
+                new.append((row, "" if self.fill_blank else self._problem(content)))
+        return new
+
+    def arrange(self, rows: list[int]) -> list[int]:
+        """As they come: all images are of one size to the encoder."""
+        return rows
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """Rows, decoded one at a time. Raises InputError for an image that has gone or broken since it was checked."""
+        digests, inputs, blanks = zip(*map(self._read, rows))
+        merged = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
+        return Batch(rows, list(digests), merged, sum(blanks))
+
+    def _accepted(self, content: bytes | None) -> tuple[bytes, ...]:
+        """Digests with which stored states still stand."""
+        blank = (_blank_digest(content),) if self.fill_blank else ()
+        return blank if content is None else (content_digest(content), *blank)
+
+    def _problem(self, content: bytes | None) -> str:
+        if content is None:
+            return "no image"
+        try:
+            self.images.decode(content)
+        except ImageError as error:
+            return str(error)
+        return ""
+
+    def _read(self, row: int) -> tuple[bytes, Inputs, bool]:
+        """Digest, what the encoder reads [1, …], and whether it is blank."""
+        content = self.images.content(self.item_ids[row])
+        try:
+            if content is None:
+                raise ImageError("no image")
+            return content_digest(content), self.prepare([self.images.decode(content)]), False
+        except ImageError as error:
+            if not self.fill_blank:
+                raise InputError(f"{self.images.path}: item {self.item_ids[row]!r}: {error}") from None
+        return _blank_digest(content), self.prepare([BLANK]), True
+
+
+def _blank_digest(content: bytes | None) -> bytes:
+    """Differs from the content's own digest, so that the blank is redone once the image can be read."""
+    return blake2b(content or b"", digest_size=DIGEST_BYTES, person=b"blank").digest()

@@ -1,0 +1,74 @@
+"""Where a table goes: on the device, into host memory, or nowhere; chosen by the room there is."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from ..config import PLACEMENTS
+from ..errors import InputError
+
+LOGGER = logging.getLogger(__name__)
+DEVICE_SHARE, HOST_SHARE = 0.7, 0.5  # of the free memory that a table may take; the rest is the model's and others'
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def place(table: str, placement: str, size: int, device: torch.device, mapped: str) -> str:
+    """Where a table of so many bytes goes: "device", "pinned" or "mapped". Says so, under the table's name.
+
+    mapped: in words, where its rows are when no memory holds them. Raises InputError for a placement that does not
+    exist, or that was asked for and does not fit.
+    """
+    if placement not in PLACEMENTS:
+        raise InputError(f"table: expected one of {', '.join(PLACEMENTS)}, found {placement!r}")
+    on_device, on_host = free_memory(device), free_memory(torch.device("cpu"))
+    if placement == "auto":
+        if on_device is None or size <= DEVICE_SHARE * on_device:
+            placement = "device"
+        elif device.type == "cuda" and on_host is not None and size <= HOST_SHARE * on_host:
+            placement = "pinned"
+        else:
+            placement = "mapped"
+    elif placement != "mapped":
+        free = on_device if placement == "device" else on_host
+        if free is not None and size > free:
+            raise InputError(
+                f"table: {placement} needs {size_text(size)}, found {size_text(free)} free; "
+                "choose mapped, or leave it to auto"
+            )
+    home = {"device": f"on {device}", "pinned": "in host memory, rows gathered ahead", "mapped": mapped}
+    room = "" if on_device is None else f" ({size_text(on_device)} free on {device})"
+    LOGGER.info("%s: %s, %s%s", table, size_text(size), home[placement], room)
+    return placement
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes free on a device, as far as the system tells; of the host, no more than its control group grants."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    known = [count for count in (_available(), _granted()) if count is not None]
+    return min(known, default=None)
+
+
+def _available() -> int | None:
+    if not MEMINFO.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) << 10
+
+
+def _granted() -> int | None:
+    """What the process's control group leaves of its limit, where there is one (version 2). Cached files can go."""
+    limit, used, stat = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
+        return None
+    counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    cached = int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))
+    return max(0, int(limit.read_text()) - int(used.read_text()) + cached)
+
+
+def size_text(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

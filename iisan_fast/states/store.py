@@ -1,0 +1,258 @@
+"""Hidden states at rest: the LMDB store that extraction fills and the feature table is read from.
+
+A store is a folder with `states.lmdb` (one entry per item and view: a digest of the item's content, then its kept
+layers) and `manifest.json` (what every view was made with). States of different encoders or settings never mix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from hashlib import blake2b, sha256
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import read_settings
+from ..errors import InputError, first_few
+from ..files import locked, refuse_truncated, write_atomically
+
+FORMAT_VERSION = 1
+DIGEST_BYTES = 16
+MAX_KEY_BYTES = 511  # LMDB's own limit
+NOT_COMPARED = ("encoder", "versions")  # where the weights lie and what read them may change; the rest may not
+
+
+class Store:
+    """A folder of hidden states. Use as a context manager."""
+
+    def __init__(self, path: Path, writable: bool = False) -> None:
+        """Opens a store; a writable one is created where there is none. Raises InputError if it is unreadable."""
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: expected a folder for the cache, found a file")
+        self.path = path
+        if writable:
+            path.mkdir(parents=True, exist_ok=True)
+        busy = f"{path}: another extraction is writing to this cache; wait for it to end"
+        self._lock = locked(path / "lock", busy) if writable else None
+        database = path / "states.lmdb"
+        if writable and not (path / "manifest.json").exists() and not database.exists():
+            self.manifest: dict[str, Any] = {"format": FORMAT_VERSION, "views": {}}
+            self._write_manifest()  # before the database: a kill in between leaves an empty store, not a broken one
+        self.manifest = _read_manifest(path)
+        with self._clear_errors():
+            self._env = lmdb.open(
+                str(database),
+                readonly=not writable,
+                lock=writable or os.access(path, os.W_OK),
+                readahead=False,
+                meminit=False,
+                map_size=1 << 20,
+            )
+            refuse_truncated(self._env, database)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives back the database and the lock."""
+        self._env.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    @property
+    def views(self) -> dict[str, dict[str, Any]]:
+        """{view's name: what it was made with}, in the order the views were added."""
+        return self.manifest["views"]
+
+    def view(self, name: str) -> dict[str, Any]:
+        """What a view was made with. Raises InputError if there is none of that name."""
+        if name not in self.views:
+            raise InputError(f"{self.path}: no view {name!r}; it has {', '.join(self.views) or 'none'}")
+        return self.views[name]
+
+    def check_views(self, descriptions: dict[str, dict[str, Any]]) -> None:
+        """Raises InputError where a view stands here already and was made otherwise, saying what differs."""
+        for name, description in descriptions.items():
+            if different := differences(self.views.get(name, description), description):
+                raise InputError(
+                    f"{self.path}: view {name!r} was made otherwise: {'; '.join(different)}; "
+                    f"restore the old settings or choose another --cache"
+                )
+
+    def add_views(self, descriptions: dict[str, dict[str, Any]]) -> None:
+        """Records the views that are new here, after `check_views`."""
+        self.check_views(descriptions)
+        for name, description in descriptions.items():
+            self.views.setdefault(name, description)
+        self._write_manifest()
+
+    def digests(self, view: str, item_ids: Iterable[str]) -> Iterable[bytes | None]:
+        """The content digest stored with each item's states, None where there are none."""
+        with self._clear_errors(), self._reading() as transaction:
+            for item_id in item_ids:
+                value = transaction.get(_key(view, item_id))
+                yield None if value is None else bytes(value[:DIGEST_BYTES])
+
+    def contents(self, view: str, item_ids: Iterable[str]) -> str:
+        """One digest of the contents that all the items' states were made from, in the order given."""
+        return sha256(b"".join(digest or b"" for digest in self.digests(view, item_ids))).hexdigest()
+
+    def write(self, view: str, item_ids: list[str], digests: list[bytes], states: Tensor) -> None:
+        """Stores states [N, K, D], already in the store's dtype, in one transaction: all of them or none."""
+        arrays = _as_bytes_array(states)
+        entries = [
+            (_key(view, item_id), digest + array.tobytes()) for item_id, digest, array in zip(item_ids, digests, arrays)
+        ]
+        while True:
+            try:
+                with self._clear_errors(), self._env.begin(write=True) as transaction:
+                    for key, value in entries:
+                        transaction.put(key, value)
+                return
+            except lmdb.MapFullError:
+                self._env.set_mapsize(2 * self._env.info()["map_size"])
+
+    def read(self, view: str, item_ids: list[str], into: Tensor, kept: list[int] | None = None) -> None:
+        """Fills into [N, K, D], of the store's dtype, with the items' states, of all stored layers or of those at the
+        positions `kept`. Raises InputError if any is missing.
+        """
+        made, target = self.view(view), _as_bytes_array(into)
+        shape = len(made["layers"]), made["width"]
+        for row, value in self._values(view, item_ids):
+            states = np.frombuffer(value, dtype=target.dtype, offset=DIGEST_BYTES).reshape(shape)
+            target[row] = states if kept is None else states[kept]
+
+    def check(self, view: str, item_ids: list[str]) -> None:
+        """Raises InputError if any item's states are missing or of another size, without reading them."""
+        for _ in self._values(view, item_ids):
+            pass
+
+    def _values(self, view: str, item_ids: list[str]) -> Iterator[tuple[int, memoryview]]:
+        """(row, digest and states) of each item."""
+        made, missing = self.view(view), []
+        size = len(made["layers"]) * made["width"] * getattr(torch, made["dtype"]).itemsize
+        with self._clear_errors(), self._reading() as transaction:
+            for row, item_id in enumerate(item_ids):
+                value = transaction.get(_key(view, item_id))
+                if value is None:
+                    missing.append(item_id)
+                elif len(value) != DIGEST_BYTES + size:
+                    raise InputError(
+                        f"{self.path}: view {view!r}, item {item_id!r}: expected {size} bytes of states, "
+                        f"found {len(value) - DIGEST_BYTES}; extract into a new --cache"
+                    )
+                else:
+                    yield row, value
+        if missing:
+            raise InputError(
+                f"{self.path}: view {view!r} lacks {len(missing)} of {len(item_ids)} items "
+                f"({first_few(missing, len(missing))}); run iisan-fast extract with the same --split, "
+                "--min-interactions and --max-inputs"
+            )
+
+    def _reading(self) -> lmdb.Transaction:
+        try:
+            return self._env.begin(buffers=True)
+        except lmdb.MapResizedError:  # another process has added to the store
+            self._env.set_mapsize(0)
+            return self._env.begin(buffers=True)
+
+    def _write_manifest(self) -> None:
+        write_atomically(self.path / "manifest.json", json.dumps(self.manifest, indent=2).encode())
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except lmdb.MapFullError:
+            raise
+        except lmdb.Error as error:
+            raise InputError(f"{self.path}: the cache cannot be used ({error})") from None
+
+
+def content_digest(content: bytes) -> bytes:
+    """What a store keeps beside an item's states to know its content again: BLAKE2b, 16 bytes."""
+    return blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def differences(recorded: dict[str, Any], description: dict[str, Any]) -> list[str]:
+    """In words, what about a view's states is not as it was recorded."""
+    return [
+        f"{key} {_short(recorded.get(key))} there, {_short(description.get(key))} now"
+        for key in sorted({*recorded, *description} - set(NOT_COMPARED))
+        if recorded.get(key) != description.get(key)
+    ]
+
+
+def kept_positions(name: str, view: dict[str, Any], layer_groups: int | None) -> list[int] | None:
+    """Where a stored view's layers of so many groups stand among its layers; None for all of them.
+
+    Raises InputError where the view lacks one.
+    """
+    if layer_groups is None:
+        return None
+    stored = view["layers"]
+    layers = grouped_layers(view["depth"] - 1, layer_groups, view.get("first_layer", 0))
+    if lacking := [layer for layer in layers if layer not in stored]:
+        raise InputError(
+            f"layer_groups: {layer_groups} of the encoder's {view['depth'] - 1} blocks are layers "
+            f"{', '.join(map(str, layers))}; view {name!r} of the cache has {', '.join(map(str, stored))} and lacks "
+            f"{', '.join(map(str, lacking))}; extract with --layer-groups {layer_groups} into another cache"
+        )
+    return [stored.index(layer) for layer in layers]
+
+
+def grouped_layers(blocks: int, groups: int, first: int = 0) -> tuple[int, ...]:
+    """LayerDrop: the embedding output, 0, and the last block of each of `groups` even groups of an encoder's blocks.
+
+    Of an encoder in stages, `first` takes the place of 0. Raises InputError for no group, or more groups than blocks.
+    """
+    blocks -= first
+    if not 1 <= groups <= blocks:
+        raise InputError(f"layer_groups: expected 1 to {blocks}, the encoder's blocks, found {groups}")
+    return (first, *(first + group * blocks // groups for group in range(1, groups + 1)))
+
+
+def describes_view(value: Any) -> bool:
+    """Whether a JSON value says what reading a view needs to know."""
+    return isinstance(value, dict) and value.keys() >= {"source", "layers", "depth", "width", "dtype"}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    if not file.exists():
+        raise InputError(f"{path}: not a cache of hidden states (no manifest.json); run iisan-fast extract")
+    manifest = read_settings(file)
+    if manifest.get("format") != FORMAT_VERSION:
+        found = manifest.get("format")
+        raise InputError(f"{file}: format {found}, expected {FORMAT_VERSION}; extract into a new --cache")
+    views = manifest.get("views")
+    if not isinstance(views, dict) or not all(map(describes_view, views.values())):
+        raise InputError(f"{file}: not a manifest of hidden states; extract into a new --cache")
+    return manifest
+
+
+def _key(view: str, item_id: str) -> bytes:
+    key = f"{view}\0{item_id}".encode()
+    return key if len(key) <= MAX_KEY_BYTES else f"{view}\0\0".encode() + sha256(key).digest()
+
+
+def _as_bytes_array(states: Tensor) -> np.ndarray:
+    """The tensor's memory as integers of the same width: numpy has no bfloat16."""
+    integer = {2: torch.int16, 4: torch.int32}[states.element_size()]
+    return states.contiguous().cpu().view(integer).numpy()
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

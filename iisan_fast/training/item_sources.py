@@ -1,0 +1,169 @@
+"""What a run reads its items from: a cache's table, encoders that run in every step, or item numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import SIDE_METHODS, TUNING_METHODS, RunConfig, UncachedConfig, ViewConfig
+from ..data.sequences import Dataset, Sequences, load_dataset
+from ..errors import InputError, first_few
+from ..models.side_network import check_views
+from ..states.feature_table import FeatureTable, load_table
+from ..states.item_source import ItemSource
+from ..states.store import Store, content_digest
+
+Descriptions = dict[str, dict[str, Any]]  # by view's name
+
+
+@contextmanager
+def open_source(
+    config: RunConfig, dataset: Dataset, device: torch.device, placement: str, products: torch.dtype
+) -> Iterator[tuple[ItemSource, Descriptions]]:
+    """What the run reads of the dataset's items, and what its views are made with and from.
+
+    products: what the trained products take. Raises InputError for states or contents that are missing.
+    """
+    # Kernels multiply in the table's dtype; a CPU keeps the table as stored and converts rows as it reads them.
+    dtype = products if device.type == "cuda" else None
+    if config.cache is not None:
+        source, views = _open_cache(config, Path(config.cache), dataset.sequences, device, placement, dtype)
+    elif config.uncached is not None:
+        source, views = _open_encoders(config, config.uncached, dataset, device, placement, dtype)
+    else:
+        source, views = item_numbers(len(dataset.sequences.item_ids), device), {}
+    with closing(source):
+        yield source, views
+
+
+def refuse_missing_libraries(config: RunConfig) -> None:
+    """Raises InputError, before anything is loaded, where the run's method needs a library that is not installed."""
+    if config.model.method == "lora" and find_spec("peft") is None:
+        raise InputError("method: lora needs peft; pip install 'iisan-fast[lora]'")
+
+
+def item_numbers(items: int, device: torch.device) -> FeatureTable:
+    """A table whose one feature is the item's own number: int64 [items + 1, 1, 1]."""
+    return FeatureTable((torch.arange(items + 1, device=device).view(-1, 1, 1),))
+
+
+def dataset_again(config: RunConfig, sequences: Sequences) -> Dataset:
+    """The dataset of a run that goes on: with the run's own histories, its contents read only where encoders run.
+
+    Raises InputError where the items to be encoded are no longer those of the run.
+    """
+    if config.uncached is None:
+        return Dataset(Path(config.dataset), [], [], config.protocol.unescape_titles, sequences)
+    dataset = load_dataset(Path(config.dataset), config.protocol)
+    if dataset.sequences.item_ids != sequences.item_ids:
+        raise InputError(f"{config.dataset}: its items are not those that the run was trained on; restore them")
+    return replace(dataset, sequences=sequences)
+
+
+def refuse_changed_texts(config: RunConfig, dataset: Dataset) -> None:
+    """Raises InputError where titles or captions are not those that the cache's states were made from."""
+    if config.cache is None:
+        return
+    with Store(Path(config.cache)) as store:
+        for name in config.views:
+            view = store.view(name)
+            if view["source"] == "image":
+                continue  # reading every image again would cost what the cache saves
+            wanted = replace(
+                config.protocol,
+                unescape_titles=view["unescaped"],
+                missing_captions=view.get("missing_captions", "error"),
+            )
+            if (wanted.unescape_titles, wanted.missing_captions) != (dataset.unescaped, dataset.missing_captions):
+                dataset = load_dataset(dataset.root, wanted)
+            texts = [text or "" for text in dataset.texts(view["source"])]
+            item_ids = dataset.sequences.item_ids
+            changed = [
+                item_id
+                for item_id, text, digest in zip(item_ids, texts, store.digests(name, item_ids))
+                if digest is not None and digest != content_digest(text.encode())
+            ]
+            if changed:
+                raise InputError(
+                    f"{config.cache}: view {name!r}: the {view['source']}s of {len(changed)} items are not those "
+                    f"that were encoded ({first_few(changed, len(changed))}); run iisan-fast extract again"
+                )
+
+
+def _open_cache(
+    config: RunConfig,
+    cache: Path,
+    sequences: Sequences,
+    device: torch.device,
+    placement: str,
+    dtype: torch.dtype | None,
+) -> tuple[ItemSource, Descriptions]:
+    item_ids = sequences.item_ids
+    with Store(cache) as store:
+        views = {name: {**store.view(name), "contents": store.contents(name, item_ids)} for name in config.views}
+    _refuse_unfit_views(config, views)
+    groups = config.model.layer_groups
+    return load_table(cache, config.views, item_ids, device, placement, dtype, groups), views
+
+
+def _refuse_unfit_views(config: RunConfig, views: Descriptions) -> None:
+    """Before states are read, views that the method cannot take."""
+    shapes = [(len(view["layers"]), view["width"]) for view in views.values()]
+    if config.model.method in SIDE_METHODS and config.model.layer_groups is None:
+        check_views(shapes, config.model)
+    if config.model.method == "frozen":
+        for name, view in views.items():
+            if view["layers"][-1] != view["depth"] - 1:
+                raise InputError(
+                    f"layers: frozen reads the encoder's final state, layer {view['depth'] - 1}; view {name!r} of the "
+                    f"cache ends with layer {view['layers'][-1]}"
+                )
+
+
+def _open_encoders(
+    config: RunConfig,
+    uncached: UncachedConfig,
+    dataset: Dataset,
+    device: torch.device,
+    placement: str,
+    dtype: torch.dtype | None,
+) -> tuple[ItemSource, Descriptions]:
+    from ..states.input_table import EncodedTable, open_contents  # imports transformers, which takes seconds
+
+    tuned = config.model.method in TUNING_METHODS
+    views = [_resolved(view, config.model.layer_groups, tuned) for view in uncached.views]
+    contents = open_contents(dataset, views, device, placement, uncached.missing_images, attention=uncached.attention)
+    descriptions = {
+        view.name: {
+            "source": view.source,
+            **({} if view.source == "image" else _text_description(dataset, view.source)),
+            **backbone.describe(),
+            "dtype": uncached.dtype,
+        }
+        for view, backbone in zip(views, contents.backbones)
+    }
+    if tuned:
+        return contents, descriptions
+    return EncodedTable(contents, getattr(torch, uncached.dtype), dtype), descriptions
+
+
+def _resolved(view: ViewConfig, layer_groups: int | None, tuned: bool) -> ViewConfig:
+    """The view as a run needs it: with the ablation's layers, and with weights in which small updates are not lost."""
+    if layer_groups is not None and view.layers is None:
+        view = replace(view, layer_groups=layer_groups)
+    if tuned and view.encoder_dtype == "auto":
+        view = replace(view, encoder_dtype="float32")
+    return view
+
+
+def _text_description(dataset: Dataset, source: str) -> dict[str, Any]:
+    """How texts were read, and a digest of all of them."""
+    digests = (content_digest((text or "").encode()) for text in dataset.texts(source))
+    return {**dataset.how_read(source), "contents": sha256(b"".join(digests)).hexdigest()}

@@ -1,0 +1,139 @@
+"""The run folder: all that a run leaves behind, enough to resume it, evaluate it, and know how it was made.
+
+config.json (resolved), environment.json, views.json (what the hidden states were made with), sequences.npz (the data
+protocol's result), metrics.jsonl (one line an epoch), best.safetensors (weights and item vectors), last.safetensors
+(weights and optimizer), test.json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, kernels
+from ..config import RunConfig, read_json, read_settings, to_dict
+from ..data.sequences import Sequences, load_sequences
+from ..errors import InputError
+from ..files import write_atomically
+from ..states.store import describes_view
+
+LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")
+DECIDES_ROUNDING = ("torch", "device", "kernels")  # of an environment
+ON_A_CPU = ("threads", "processor", "compiler")  # likewise
+
+
+class RunFolder:
+    """The paths of a run, and the files that are not checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.best = path / "best.safetensors"
+        self.last = path / "last.safetensors"
+        self.metrics = path / "metrics.jsonl"
+        self.test = path / "test.json"
+
+    @classmethod
+    def create(
+        cls, path: Path, config: RunConfig, views: Mapping[str, Any], sequences: Sequences, device: torch.device
+    ) -> RunFolder:
+        """Starts a run in a folder that holds none yet."""
+        folder = cls(path)
+        folder.refuse_if_used()
+        path.mkdir(parents=True, exist_ok=True)
+        sequences.save(path / "sequences.npz")
+        _write_json(path / "views.json", views)
+        _write_json(path / "environment.json", environment(device))
+        _write_json(path / "config.json", to_dict(config))  # last: its presence makes the folder a run
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run's folder."""
+        if not (path / "config.json").exists():
+            raise InputError(f"{path}: not a run folder (no config.json)")
+        return cls(path)
+
+    def refuse_if_used(self) -> None:
+        """Raises InputError where a run stands already, or something that is not a folder."""
+        if (self.path / "config.json").exists():
+            raise InputError(f"{self.path}: already holds a run; continue it with --resume or choose another --out")
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path}: expected a folder for the run, found a file")
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's resolved configuration."""
+        return read_json(RunConfig, self.path / "config.json")
+
+    @property
+    def views(self) -> dict[str, Any]:
+        """What each of the run's views was made with, as the store's manifest said."""
+        views = read_settings(self.path / "views.json")
+        if not all(map(describes_view, views.values())):
+            raise InputError(f"{self.path / 'views.json'}: not what a run's views were made with")
+        return views
+
+    @property
+    def sequences(self) -> Sequences:
+        """The histories that the run was trained on."""
+        return load_sequences(self.path / "sequences.npz")
+
+    def other_rounding(self, device: torch.device) -> list[str]:
+        """What of the environment that the run began in is another now, so that results will differ in rounding."""
+        path = self.path / "environment.json"
+        began, now = read_settings(path) if path.exists() else {}, environment(device)
+        names = DECIDES_ROUNDING + (ON_A_CPU if device.type == "cpu" else ())
+        return [
+            f"{name} {began[name]} then, {now[name]} now"
+            for name in names
+            if name in began and began[name] != now[name]
+        ]
+
+    def remove_leftovers(self) -> None:
+        """Removes what a kill in the middle of a write left of a new file; the old file stands."""
+        for leftover in self.path.glob(".*.*.*"):
+            leftover.unlink()
+
+    def write_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Replaces metrics.jsonl: one JSON object a line, one line an epoch."""
+        write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def write_test(self, result: dict[str, Any]) -> None:
+        """Writes the test set's figures."""
+        _write_json(self.test, result)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The machine and the versions that a result was made with."""
+    on_gpu, backend = device.type == "cuda", kernels.backend_on(device)
+    return {
+        "iisan_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,  # the build's tag included
+        **{name: metadata.version(name) for name in LIBRARIES},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
+        "threads": torch.get_num_threads(),
+        "processor": torch.backends.cpu.get_cpu_capability(),  # its widest instructions that torch uses
+        "processor_name": _processor_name(),
+        "kernels": backend,
+        "compiler": kernels.compiler_version() if backend == "native" else None,
+    }
+
+
+def _processor_name() -> str:
+    """As the system says it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.M) if info.exists() else None
+    return found[1] if found else platform.processor()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

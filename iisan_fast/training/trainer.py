@@ -1,0 +1,291 @@
+"""Training: the loop over epochs, validation after each, the best checkpoint, and the test set once with it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SIDE_METHODS, TUNING_METHODS, EvaluationConfig, RunConfig, TrainConfig, read_settings
+from ..data.batches import Shape, epoch_batches, steps_per_epoch
+from ..data.sequences import Sequences, load_dataset
+from ..errors import InputError
+from ..evaluation.efficiency import parameter_counts
+from ..evaluation.metrics import evaluate, leading, popularity_baseline
+from ..kernels import BACKEND_VARIABLE
+from ..models.recommender import ITEM_ENCODER, Recommender, build_recommender
+from ..progress import progress_bar
+from ..states.item_source import ItemSource
+from ..states.loader import Prepared, prepared
+from ..states.store import differences
+from .checkpoints import adam_tensors, load_adam, load_checkpoint, load_weights, named_weights, save_checkpoint
+from .item_sources import dataset_again, open_source, refuse_changed_texts, refuse_missing_libraries
+from .memory_budget import Demand
+from .run_folder import RunFolder
+from .training_step import CapturedStep, TrainingStep
+
+LOGGER = logging.getLogger(__name__)
+SELECTED_BY = 10  # HR@10 on validation chooses the best epoch
+READ_EVERY = 50  # steps between two looks at the loss, for which the host waits
+
+
+@dataclass
+class Progress:
+    """Where a run stands after its last finished epoch."""
+
+    epoch: int = 0  # epochs finished
+    best_epoch: int = 0  # counted from 1; 0 before the first
+    best_hr: float = -1.0
+    lines: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
+
+    def finished(self, config: TrainConfig) -> bool:
+        """Early stop: the first epoch after more than `patience` without a better one."""
+        return self.epoch >= config.max_epochs or self.epoch - self.best_epoch > config.patience
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    device: torch.device,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
+    placement: str = "auto",
+) -> dict[str, Any]:
+    """Trains a new run into the folder `out` and returns its test figures.
+
+    `on_epoch` gets each finished epoch's line of metrics.jsonl; `placement` says where the feature table lies. Raises
+    InputError for input that cannot be used, or when the loss stops being finite; nothing is written before the
+    dataset, the states and the model are at hand.
+    """
+    RunFolder(out).refuse_if_used()
+    refuse_missing_libraries(config)
+    dataset = load_dataset(Path(config.dataset), config.protocol)
+    refuse_changed_texts(config, dataset)
+    with open_source(config, dataset, device, placement, precision(config.train, device)) as (source, views):
+        trainer = Trainer(config, dataset.sequences, source, device)
+        folder = RunFolder.create(out, trainer.config, views, dataset.sequences, device)
+        return trainer.run(folder, on_epoch)
+
+
+def resume(
+    out: Path,
+    device: torch.device,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
+    placement: str = "auto",
+) -> dict[str, Any]:
+    """Continues a stopped run exactly as if it had not been stopped; a finished one only says its figures again."""
+    folder = RunFolder.open(out)
+    if folder.test.exists():
+        LOGGER.info("%s is finished already", out)
+        return read_settings(folder.test)
+    folder.remove_leftovers()
+    if others := folder.other_rounding(device):
+        LOGGER.warning(
+            "%s: %s; results will differ in rounding from those of a run that was not stopped", out, "; ".join(others)
+        )
+    config, dataset = folder.config, dataset_again(folder.config, folder.sequences)
+    with open_source(config, dataset, device, placement, precision(config.train, device)) as (source, views):
+        for name, recorded in folder.views.items():
+            if changed := differences(recorded, views[name]):
+                raise InputError(f"{out}: view {name!r} is not as it was: {'; '.join(changed)}; restore it")
+        trainer = Trainer(config, dataset.sequences, source, device)
+        if folder.last.exists():
+            trainer.restore(folder)
+        return trainer.run(folder, on_epoch)
+
+
+class Trainer:
+    """One run in memory: model, optimizer, data, and where it stands."""
+
+    def __init__(self, config: RunConfig, sequences: Sequences, source: ItemSource, device: torch.device) -> None:
+        self.config, self.sequences, self.source, self.device = config, sequences, source, device
+        products, tuned = precision(config.train, device), config.model.method in TUNING_METHODS
+        self.model = build_recommender(source, config, sequences.popularity, products).to(device)
+        if products == torch.bfloat16 and device.type == "cpu" and config.model.method in SIDE_METHODS:
+            if (backend := os.environ.get(BACKEND_VARIABLE) or "auto") not in ("auto", "host"):
+                raise InputError(f"precision: bfloat16 on a CPU needs {BACKEND_VARIABLE}=host, found {backend}")
+            self.model.item_encoder.operands = products
+        self.step = TrainingStep(self.model, config.train.learning_rates, device)
+        self.captured = CapturedStep(self.step) if device.type == "cuda" and not tuned else None
+        self.demand = Demand(config, sequences, source, self.model, device)
+        if tuned:  # recorded, so that a run that goes on encodes in the same parts, whatever is free then
+            uncached = replace(config.uncached, items_at_once=self.demand.plan.items_at_once)
+            self.config = replace(config, uncached=uncached)
+        self.progress = Progress()
+
+    def run(self, folder: RunFolder, on_epoch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Trains until the early stop or the last epoch, then tests the best checkpoint."""
+        with deterministic():
+            while not self.progress.finished(self.config.train):
+                self._epoch(folder)
+                on_epoch(self.progress.lines[-1])
+            result = self._test(folder)
+        folder.write_test(result)
+        return result
+
+    def restore(self, folder: RunFolder) -> None:
+        """Goes back to the end of the run's last finished epoch."""
+        tensors, state = load_checkpoint(folder.last)
+        load_weights(self.model, tensors, folder.last)
+        load_adam(self.model, self.step.optimizer, tensors)
+        self.progress = Progress(**state)
+        folder.write_metrics(self.progress.lines)  # a crash may have come between the checkpoint and its line
+
+    def _epoch(self, folder: RunFolder) -> None:
+        progress, started = self.progress, time.perf_counter()
+        try:
+            with self.demand.told():
+                loss = self._train_epoch()
+                trained = time.perf_counter()
+                vectors, report = self._validate()
+        except InputError as error:
+            kept = f"the checkpoint of epoch {progress.epoch} is kept" if progress.epoch else "no epoch was finished"
+            raise InputError(f"{folder.path}: stopped in epoch {progress.epoch + 1}: {error}; {kept}") from None
+        progress.epoch += 1
+        hr = leading(report)[f"hr@{SELECTED_BY}"]
+        improved = hr > progress.best_hr
+        if improved:
+            progress.best_epoch, progress.best_hr = progress.epoch, hr
+        progress.lines.append(
+            {
+                "epoch": progress.epoch,
+                "loss": loss,
+                "best": improved,
+                "train_seconds": trained - started,
+                "validation_seconds": time.perf_counter() - trained,
+                "items_per_second": self.sequences.epoch_interactions / (trained - started),
+                "validation": report,
+            }
+        )
+        if improved:
+            tensors = {**named_weights(self.model), "item_vectors": vectors}
+            save_checkpoint(folder.best, tensors, {"epoch": progress.epoch})
+        # The last checkpoint carries the metrics, so that the two can never disagree after a crash.
+        tensors = {**named_weights(self.model), **adam_tensors(self.model, self.step.optimizer)}
+        save_checkpoint(folder.last, tensors, asdict(progress))
+        folder.write_metrics(progress.lines)
+
+    def _train_epoch(self) -> float:
+        """The mean loss over the epoch's rows."""
+        self.model.train()
+        total, rows, steps = 0.0, 0, steps_per_epoch(self.sequences, self.config.train.batch_users)
+        with (
+            progress_bar(f"epoch {self.progress.epoch + 1}", self.sequences.epoch_interactions, "items") as advance,
+            closing(self.batches(self.progress.epoch)) as batches,  # before the table, whatever happens
+        ):
+            for done, prepared in enumerate(batches, start=1):
+                self.take(prepared)
+                note = ""
+                if done % READ_EVERY == 0 or done == steps:
+                    loss, count = self._read()
+                    total, rows = total + loss, rows + count
+                    note = f"loss {total / rows:.4f}, step {done} of {steps}"
+                advance(prepared.slots, note=note)
+        return total / rows
+
+    def batches(self, epoch: int) -> Generator[Prepared, None, None]:
+        """An epoch's batches, prepared ahead."""
+        config, pad = self.config.train, None
+        if self.captured is not None:
+            users = min(config.batch_users, len(self.sequences.training_users))
+            pad = functools.partial(Shape.padded, users=users, length=self.sequences.max_inputs)
+        batches = epoch_batches(self.sequences, config.batch_users, config.seed, epoch)
+        return prepared(batches, self.source, self.device, pad)
+
+    def take(self, prepared: Prepared) -> Tensor:
+        """One optimizer step; returns the loss before it, a scalar on the device."""
+        with self.demand.told():
+            return (self.captured or self.step)(prepared.batch, prepared.states)
+
+    def _read(self) -> tuple[float, int]:
+        """(sum of losses, rows) since the last reading. Raises InputError where a loss was not finite."""
+        found = self.step.read()
+        if found.failed_step is not None:
+            raise InputError(f"step {found.failed_step}: the loss is {found.failed_loss}; lower the learning rates")
+        return found.loss, found.rows
+
+    def _validate(self) -> tuple[Tensor, dict[str, Any]]:
+        self.model.eval()
+        vectors = self.model.catalogue_vectors(self.source)
+        config = self.config.evaluation
+        config = replace(config, ks=tuple(sorted({*config.ks, SELECTED_BY})))
+        return vectors, self._report(vectors, "validation", config)
+
+    def _test(self, folder: RunFolder) -> dict[str, Any]:
+        tensors, state = load_checkpoint(folder.best)
+        load_weights(self.model, tensors, folder.best)
+        self.model.eval()
+        return {
+            "method": self.config.model.method,
+            "best_epoch": state["epoch"],
+            "epochs": self.progress.epoch,
+            "trainable_parameters": parameter_counts(self.model)["trainable"],
+            "test": self._report(tensors["item_vectors"].to(self.device), "test", self.config.evaluation),
+            "popularity": popularity_baseline(self.sequences, "test", self.config.evaluation),
+        }
+
+    def _report(self, vectors: Tensor, split: str, config: EvaluationConfig) -> dict[str, Any]:
+        states = self.model.user_states(vectors, self.sequences.split(split).inputs)
+        return evaluate(states, vectors, self.sequences, split, config)
+
+
+def evaluate_run(path: Path, split: str, evaluation: EvaluationConfig, device: torch.device) -> dict[str, Any]:
+    """Metrics of a run's best checkpoint on `validation` or `test`, from the run folder alone."""
+    best = load_best(path, device)
+    states = best.model.user_states(best.item_vectors, best.sequences.split(split).inputs)
+    return {
+        "method": best.config.model.method,
+        "best_epoch": best.epoch,
+        split: evaluate(states, best.item_vectors, best.sequences, split, evaluation),
+        "popularity": popularity_baseline(best.sequences, split, evaluation),
+    }
+
+
+class Best(NamedTuple):
+    """A run's best checkpoint, ready to rank."""
+
+    config: RunConfig
+    sequences: Sequences
+    epoch: int
+    model: Recommender  # without an item encoder: its vectors are below
+    item_vectors: Tensor  # [items, d]
+
+
+def load_best(path: Path, device: torch.device) -> Best:
+    """The best checkpoint of a run, from the run folder alone."""
+    folder = RunFolder.open(path)
+    config, sequences = folder.config, folder.sequences
+    tensors, state = load_checkpoint(folder.best)
+    vectors = tensors.pop("item_vectors").to(device)
+    model = Recommender(nn.Identity, config.model, sequences.max_inputs, sequences.popularity, config.train.seed)
+    load_weights(model, {name: each for name, each in tensors.items() if ITEM_ENCODER not in name}, folder.best)
+    return Best(config, sequences, state["epoch"], model.to(device).eval(), vectors)
+
+
+def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """What the side network's products take."""
+    if config.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.precision)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Same seed, same machine: same numbers, bit for bit."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]

@@ -1,0 +1,140 @@
+"""One optimizer step: loss, gradients, update. Nothing in it waits for the device; on CUDA it is captured in graphs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..data.batches import Batch, Shape
+from ..kernels import States
+from ..models.recommender import Recommender
+from ..states.chunks import Chunks
+from .optimizer import Adam
+
+SMALL_ROWS = 1024  # of a batch, up to which threads cost a CPU's small operators more than they give
+WARM_UP_CALLS = 3  # before a capture: kernels are compiled, libraries make their workspaces
+
+
+Contents = list[States] | list[Chunks]  # of a batch's distinct items, a view each
+
+
+class Reading(NamedTuple):
+    """What the steps since the last reading came to."""
+
+    loss: float  # the sum over rows
+    rows: int
+    failed_step: int | None  # the first step whose loss was not finite, counted from 1; nothing was updated since
+    failed_loss: float
+
+
+class TrainingStep:
+    """The model and its optimizer.
+
+    A loss that is not finite sets a flag on the device, with its step, and from then on no update takes place.
+    """
+
+    def __init__(self, model: Recommender, rates: Mapping[str, float], device: torch.device) -> None:
+        self.model = model
+        groups = model.parameter_groups().items()
+        self.optimizer = Adam(
+            [{"params": parameters, "lr": rates[name]} for name, parameters in groups if parameters], device
+        )
+        # Sum of losses, rows, first failed step (0: none), its loss.
+        self.record = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def __call__(self, batch: Batch, contents: Contents, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
+        """One step; returns the loss before it, a scalar on the device. `mark` is called as each phase ends."""
+        small = self.record.is_cpu and len(batch.targets) <= SMALL_ROWS and self.model.item_encoder.small_operators
+        with kernels.in_large_pieces() if small else nullcontext():
+            return self._take(batch, contents, mark)
+
+    def _take(self, batch: Batch, contents: Contents, mark: Callable[[str], None]) -> Tensor:
+        def told(loss: Tensor) -> None:
+            mark("forward")
+            self._note(loss, batch)
+
+        loss = self.model.differentiate(batch, contents, told)
+        mark("backward")
+        self.optimizer.update()
+        mark("update")
+        return loss
+
+    def _note(self, loss: Tensor, batch: Batch) -> None:
+        """Adds a step's loss to the record. From the first that is not finite on nothing counts or is updated."""
+        value, rows = loss.double(), (batch.weights > 0).sum()
+        finite = value.isfinite()
+        told = [torch.where(finite, value, 0) * rows, rows * finite]
+        told += [(batch.step + 1) * ~finite, torch.where(finite, 0, value)]
+        self.record += torch.where(self.record[2] == 0, torch.stack(told), 0)
+        self.optimizer.found_inf = (self.record[2] > 0).float()  # the fused optimizer leaves everything as it is then
+
+    def read(self) -> Reading:
+        """What came since the last reading. Waits for the device."""
+        loss, rows, step, failed_loss = self.record.tolist()
+        self.record[:2] = 0
+        return Reading(loss, int(rows), int(step) or None, failed_loss)
+
+
+class CapturedStep:
+    """The step as CUDA graphs, one for each shape of padded batches, each captured when it is first met."""
+
+    def __init__(
+        self, step: TrainingStep, capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None
+    ) -> None:
+        """capture: makes something to call again and again of a function without arguments; None: a CUDA graph."""
+        self.step, self.capture = step, capture or self._graph
+        self._captured: dict[Shape, tuple[Tensor, list[Tensor], Callable[[], Tensor]]] = {}
+        self._pool = self._stream = None
+
+    def __call__(self, batch: Batch, states: list[States]) -> Tensor:
+        """`TrainingStep.__call__` for a padded batch; the loss is overwritten by the next step."""
+        packed = batch.packed() if batch.buffer is None else batch.buffer
+        if batch.shape not in self._captured:
+            self._captured[batch.shape] = self._prepare(packed, batch.shape, states)
+        buffer, gathered, run = self._captured[batch.shape]
+        buffer.copy_(packed)
+        for own, view in zip(gathered, states):
+            own.copy_(view.table)
+        return run()
+
+    def _prepare(
+        self, packed: Tensor, shape: Shape, states: list[States]
+    ) -> tuple[Tensor, list[Tensor], Callable[[], Tensor]]:
+        """(the buffers that every batch of a shape is copied into, what runs the step on them)."""
+        buffer = packed.to(self.step.record.device, copy=True)
+        batch = Batch.unpacked(buffer, shape)
+        gathered = [view.table.clone() for view in states if view.rows is None]
+        own = [States(rows) for rows in gathered] or [States(view.table, batch.distinct) for view in states]
+        return buffer, gathered, self.capture(lambda: self.step(batch, own))
+
+    def _graph(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """A CUDA graph of a function; the calls that warm it up find the failure flag set and update nothing."""
+        record = self.step.record.clone()
+        self.step.record[2] = 1
+        with torch.cuda.device(record.device):
+            self._stream = self._stream or torch.cuda.Stream()  # one for all: libraries keep a workspace a stream
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*capturable=True")  # so it is, but for these calls
+                for _ in range(WARM_UP_CALLS):
+                    run()
+            current.wait_stream(self._stream)
+            self.step.record.copy_(record)
+            graph = torch.cuda.CUDAGraph()
+            # The thread that prepares batches may pin memory meanwhile, which breaks a capture in the default mode.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                loss = run()
+        self._pool = graph.pool()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return loss
+
+        return replay

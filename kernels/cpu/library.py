@@ -1,0 +1,209 @@
+"""The C++ of `cpp/`, compiled once a machine by the compiler at hand and kept in the user's cache.
+
+Like Triton's kernels it is compiled for the processor that it runs on, so nothing compiled is shipped. Without a
+compiler the forms in PyTorch do the same work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..threads import cores
+
+SOURCES = Path(__file__).parent / "cpp"
+FLAGS = ("-std=c++17", "-pthread", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+COMPILERS = ("c++", "g++", "clang++")
+SCALARS = {torch.float32: "float", torch.float64: "double"}  # a library each
+DTYPES = tuple(SCALARS)
+PANEL = 16  # columns, as in cpp/panels.h
+CACHE_VARIABLE = "IISAN_FAST_COMPILED"
+
+log = logging.getLogger("iisan_fast.kernels")
+
+
+class NoLibrary(Exception):
+    """Why there is none, in one line."""
+
+
+def library(dtype: torch.dtype) -> ctypes.CDLL:
+    """The compiled functions for numbers of a dtype. Raises NoLibrary where they cannot be compiled or loaded."""
+    found = _library(dtype)
+    if isinstance(found, str):
+        raise NoLibrary(found)
+    return found
+
+
+def run(function: Callable[..., int], arguments: ctypes.Structure) -> None:
+    """One call. Raises MemoryError where it lacked memory."""
+    _refuse_lack(function(ctypes.byref(arguments)))
+
+
+class _Call(ctypes.Structure):
+    """`Call` of cpp/workers.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("work", "arguments")),
+        *((name, ctypes.c_int32) for name in ("first", "last")),
+    ]
+
+
+class Span(NamedTuple):
+    """Calls of a schedule that stand one after the other."""
+
+    first: int
+    last: int  # the one after the last
+
+    def to(self, other: Span) -> Span:
+        """Both, and what stands between them."""
+        return Span(min(self.first, other.first), max(self.last, other.last))
+
+
+AT_ONCE = Span(0, 0)  # what waits for no other call
+
+
+class Schedule:
+    """Calls of the library, each of which may wait for some before it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype, self._calls, self._arguments = dtype, [], []
+
+    def add(self, function: Callable[..., int], arguments: Sequence[ctypes.Structure], after: Span = AT_ONCE) -> Span:
+        """A call for each of the arguments, which are not made before those of `after` have ended."""
+        work, before = ctypes.cast(function, ctypes.c_void_p).value, len(self._calls)
+        self._calls += [(work, ctypes.addressof(each), *after) for each in arguments]
+        self._arguments.append(arguments)  # whoever made them may let them go
+        return Span(before, before + len(arguments))
+
+    def run(self, threads: int | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """The calls, by as many threads as there are cores, or as told; which takes which is left to how fast they are,
+        but they are taken in order. The other threads begin before `meanwhile` is called, this one after it. Raises
+        MemoryError where a call lacked memory."""
+        own, calls = library(self._dtype), (_Call * len(self._calls))(*self._calls)
+        running = ctypes.c_void_p()
+        try:
+            _refuse_lack(own.begin(calls, len(calls), threads or cores(), ctypes.byref(running)))
+            meanwhile()
+        finally:  # the others may be at work, on what would be freed
+            failed = own.end(running)
+        _refuse_lack(failed)
+
+
+def share_out(
+    function: Callable[..., int], calls: Sequence[ctypes.Structure], dtype: torch.dtype, threads: int | None = None
+) -> None:
+    """Calls of one function that wait for none, as `Schedule.run` makes them."""
+    schedule = Schedule(dtype)
+    schedule.add(function, calls)
+    schedule.run(threads)
+
+
+def _refuse_lack(failed: int) -> None:
+    if failed:
+        raise MemoryError("the C++ kernels lack memory for this batch")
+
+
+def why_not() -> str:
+    """What keeps the library from this machine, or nothing."""
+    found = _library(torch.float32)
+    return found if isinstance(found, str) else ""
+
+
+def compiler_version() -> str:
+    """The first line that the compiler says of itself."""
+    return next(iter(_version(_compiler()).decode(errors="replace").splitlines()), "a compiler without a version")
+
+
+@functools.cache
+def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
+    """The library, or why there is none; asked once, since a compiler takes seconds."""
+    try:
+        compiler = [*_compiler(), *FLAGS, f"-DSCALAR={SCALARS[dtype]}"]
+        path = _folder() / f"iisan-fast-{_key(compiler)}.so"
+        if not path.exists():
+            log.info("kernels: compiling C++ for this processor, once")
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except NoLibrary as error:
+        return str(error)
+    except (OSError, RuntimeError) as error:  # a user without a home is a RuntimeError
+        return f"the compiled library cannot be kept or loaded: {error}"
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CXX")
+    for command in [named] if named else COMPILERS:
+        try:
+            words = shlex.split(command)
+        except ValueError:
+            words = []
+        if words and shutil.which(words[0]):
+            return words
+    if named:
+        raise NoLibrary(f"CXX names no program: {named!r}")
+    raise NoLibrary(f"no C++ compiler is here ({', '.join(COMPILERS)})")
+
+
+def _folder() -> Path:
+    """Where compiled libraries are kept: nobody else may write there, since what lies there is run."""
+    named, base = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    folder = Path(named or Path(base or Path.home() / ".cache") / "iisan-fast" / "compiled").resolve()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    owned = not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
+    if not owned or folder.stat().st_mode & 0o022:
+        raise NoLibrary(f"{folder}: others may write there; set {CACHE_VARIABLE} to a folder of your own")
+    return folder
+
+
+def _key(compiler: list[str]) -> str:
+    """What the library depends on: its sources, how they are compiled, and the processor."""
+    parts = [path.name.encode() + path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    parts += [shlex.join(compiler).encode(), _version(compiler), _processor().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _version(compiler: list[str]) -> bytes:
+    return subprocess.run([compiler[0], "--version"], capture_output=True).stdout
+
+
+def _processor() -> str:
+    """The instructions that it has, where the system tells; else its name."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^(?:flags|Features)\s*:.*$", info.read_text(), re.M) if info.exists() else None
+    return found[0] if found else f"{sys.platform} {platform.machine()} {platform.processor()}"
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    """Into a folder of its own first: another process may be compiling the same, and either may be ended."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        sources = sorted(SOURCES.glob("*.cpp"))
+        objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+        _run([[*compiler, "-c", str(source), "-o", str(made)] for source, made in zip(sources, objects)])
+        made = Path(folder) / path.name
+        _run([[*compiler, "-shared", *map(str, objects), "-o", str(made)]])
+        os.replace(made, path)
+
+
+def _run(commands: list[list[str]]) -> None:
+    """All at once. Raises NoLibrary with the first error that one of them tells."""
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    told = [each.communicate()[1].splitlines() for each in running]
+    for process, lines in zip(running, told):
+        if process.returncode:
+            first = next((line for line in lines if "error" in line), lines[0] if lines else "nothing said")
+            raise NoLibrary(f"{process.args[0]} exits with {process.returncode}: {first.strip()}")

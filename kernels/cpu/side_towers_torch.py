@@ -1,0 +1,309 @@
+"""The side network on a CPU: the reference's products with a backward written by hand, two halves of the items at once.
+
+What autograd adds is left out: gradients of frozen states, copies of a product's summand, a pass each for the gate, its
+complement and their gradients. Each half stays in one core's cache, and its thread waits for nobody between products,
+where one product on many threads waits for the slowest each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import ACTIVATIONS, GATE_TEMPERATURE, States, Tower
+from ..threads import at_once, equal_parts
+
+PARAMETERS = len(Tower._fields) - 1  # of a tower: all but its views
+HALVES = 2
+MOST_UNTRAINED = 512  # items at a time where no backward follows, so that their states stay in the cache
+
+
+def side_towers(
+    states: Sequence[States],
+    towers: Sequence[Tower],
+    activation: str = "relu",
+    projections: Sequence[Tensor] | None = None,
+    operands: torch.dtype | None = None,
+) -> list[Tensor]:
+    """`reference.side_towers`; `operands` is what states and products are held in, the weights' dtype where None.
+
+    The caller has checked the arguments. Not differentiable twice.
+    """
+    tables = [view.table for view in states]
+    parameters = [parameter for tower in towers for parameter in tower[1:]] + list(projections or ())
+    settings = _Settings(
+        activation,
+        operands or towers[0].down_weight.dtype,
+        [tower.views for tower in towers],
+        [view.rows for view in states],
+        projections is not None,
+        torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tables + parameters),
+    )
+    return list(_SideTowers.apply(settings, *tables, *parameters))
+
+
+class _Settings(NamedTuple):
+    activation: str
+    dtype: torch.dtype
+    reads: list[tuple[int, ...]]  # the views of each tower
+    rows: list[Tensor | None]  # of each view
+    projected: bool
+    trained: bool  # a backward may come
+
+
+class _Mix(NamedTuple):
+    """A layer's input is carry * state + first * h_first + second * h_second."""
+
+    carry: float
+    first: float
+    second: float
+
+
+UNGATED = _Mix(1.0, 1.0, 1.0)
+
+
+class Weights(NamedTuple):
+    """A tower as it is computed with."""
+
+    views: tuple[int, ...]
+    mixes: list[_Mix]
+    down_weight: Tensor
+    down_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    projection: Tensor | None
+
+
+class _Kept(NamedTuple):
+    """What a tower's backward needs of its forward."""
+
+    inputs: Tensor  # [K, N, D]
+    before: Tensor  # [K, N, R], the bottlenecks; those after a ReLU take their place
+    after: Tensor  # [K, N, R]
+    output: Tensor  # [N, D]
+
+
+class _Half(NamedTuple):
+    """What the backward of some items needs of their forward."""
+
+    part: slice
+    views: list[Tensor]
+    kept: list[_Kept]  # of each tower
+
+
+class _SideTowers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, settings: _Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
+        tables, parameters = tensors[: len(settings.rows)], tensors[len(settings.rows) :]
+        towers = _weights(settings, parameters)
+        items = len(tables[0]) if settings.rows[0] is None else len(settings.rows[0])
+        parts = equal_parts(items, items if settings.trained else MOST_UNTRAINED, HALVES)
+
+        if settings.projected and not settings.trained:
+            joined = [composites(tower) for tower in towers]
+
+        def half(part: slice) -> tuple[list[Tensor], _Half | None]:
+            views = [_by_layer(table, rows, part, settings.dtype) for table, rows in zip(tables, settings.rows)]
+            if settings.projected and not settings.trained:
+                return [_projected(views, *own, settings.activation) for own in zip(towers, joined)], None
+            kept = [_forward(views, tower, settings) for tower in towers]
+            outputs = [_product(tower.projection, own.output) for tower, own in zip(towers, kept)]
+            return outputs, _Half(part, views, kept) if settings.trained else None
+
+        outputs, halves = zip(*at_once(half, parts, HALVES))
+        if settings.trained:
+            ctx.settings, ctx.towers, ctx.halves = settings, towers, halves
+            ctx.save_for_backward(*parameters)  # alone to refuse parameters that were changed in between
+        return tuple(torch.cat(own).to(parameters[1].dtype) for own in zip(*outputs))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        settings, towers, parameters = ctx.settings, ctx.towers, ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1 : 1 + len(settings.rows)]
+
+        def half(own: _Half) -> tuple[list[Tensor | None], list[list[Tensor]]]:
+            part, views, kept = own
+            of_views = [torch.zeros_like(view) if want else None for view, want in zip(views, wanted)]
+            found = [
+                _backward(gradient[part].to(settings.dtype), of_tower, views, of_views, tower, settings.activation)
+                for gradient, of_tower, tower in zip(upstream, kept, towers)
+            ]
+            return of_views, found
+
+        of_views, found = zip(*at_once(half, ctx.halves, HALVES))
+        views = [None if parts[0] is None else torch.cat(parts, dim=1).transpose(0, 1) for parts in zip(*of_views)]
+        totals = [[_total(parts, parameters[1].dtype) for parts in zip(*own)] for own in zip(*found)]
+        of_parameters = [value for total in totals for value in total[:PARAMETERS]]
+        for i, tower in enumerate(towers):
+            if tower.mixes[0] is UNGATED:
+                of_parameters[PARAMETERS * i] = None
+        return None, *views, *of_parameters, *(total[-1] for total in totals if settings.projected)
+
+
+def _forward(views: list[Tensor], tower: Weights, settings: _Settings) -> _Kept:
+    """A tower over N items; without a backward to come, layers overwrite one another."""
+    layers, bottleneck, width = tower.down_weight.shape
+    items, kept = views[0].shape[1], layers if settings.trained else 1
+    inputs = tower.down_weight.new_empty(kept, items, width)
+    before = tower.down_weight.new_empty(kept, items, bottleneck)
+    after = before if settings.activation == "relu" else torch.empty_like(before)
+    state = tower.down_weight.new_zeros(items, width)
+    own = [views[view] for view in tower.views]
+    for k, mix in enumerate(tower.mixes):
+        slot = k % kept
+        x = _mixed(mix, state, *(view[k] for view in own), out=inputs[slot])
+        z = torch.addmm(tower.down_bias[k], x, tower.down_weight[k].T, out=before[slot])
+        a = z.relu_() if settings.activation == "relu" else after[slot].copy_(ACTIVATIONS[settings.activation](z))
+        torch.add(x, tower.up_bias[k], out=state)
+        state.addmm_(a, tower.up_weight[k].T)
+    return _Kept(inputs, before, after, state)
+
+
+class _Composites(NamedTuple):
+    """What the bottlenecks below add to each layer's, and all of them to the output, without the width between."""
+
+    weights: list[Tensor]  # [R, k R] a layer
+    biases: list[Tensor]  # [R] a layer
+    projection: Tensor  # [d, K R]
+    bias: Tensor  # [d]
+
+
+def composites(tower: Weights) -> _Composites:
+    """A tower's state is a mix of the frozen states and a sum of up-projections: W x = W mix + sum of (W U_j) a_j."""
+    weights, biases = [], []
+    width = tower.down_weight.shape[2]
+    reaching, constant = tower.up_weight.new_empty(width, 0), tower.up_weight.new_zeros(width)
+    for k, mix in enumerate(tower.mixes):
+        reaching, constant = reaching * mix.carry, constant * mix.carry  # of the layers below, in this one's input
+        weights.append(tower.down_weight[k] @ reaching)
+        biases.append(tower.down_bias[k] + tower.down_weight[k] @ constant)
+        reaching, constant = torch.cat([reaching, tower.up_weight[k]], dim=1), constant + tower.up_bias[k]
+    return _Composites(weights, biases, tower.projection @ reaching, tower.projection @ constant)
+
+
+def _projected(views: list[Tensor], tower: Weights, composites: _Composites, activation: str) -> Tensor:
+    """A tower's projected output [N, d] where no backward follows: a third fewer products than `_forward`."""
+    layers, bottleneck, width = tower.down_weight.shape
+    items, own = views[0].shape[1], [views[view] for view in tower.views]
+    mixed, other = tower.down_weight.new_zeros(2, items, width)
+    activated = tower.down_weight.new_empty(items, layers * bottleneck)
+    for k, mix in enumerate(tower.mixes):
+        mixed, other = _mixed(mix, mixed, *(view[k] for view in own), out=other), mixed
+        z = torch.addmm(composites.biases[k], mixed, tower.down_weight[k].T)
+        z.addmm_(activated[:, : k * bottleneck], composites.weights[k].T)
+        activated[:, k * bottleneck : (k + 1) * bottleneck] = ACTIVATIONS[activation](z)
+    return torch.addmm(composites.bias, mixed, tower.projection.T).addmm_(activated, composites.projection.T)
+
+
+def _backward(
+    upstream: Tensor,
+    kept: _Kept,
+    views: list[Tensor],
+    of_views: list[Tensor | None],
+    tower: Weights,
+    activation: str,
+) -> list[Tensor]:
+    """Gradients of the tower's gate [K], weights, biases, and projection if there is one; adds to `of_views`.
+
+    The gradient of s_k-1, a layer's state, is the carry times that of the next layer's input, so with one view the
+    gate's is g (<ds_k-1, h_k> - <ds_k-1, s_k-1>) / 0.1, and <ds_k-1, s_k-1> comes from what layer k - 1 needs anyway.
+    """
+    gradient = upstream.clone() if tower.projection is None else upstream @ tower.projection
+    of_weights = [torch.empty_like(weight) for weight in tower[2:6]]
+    of_down, of_down_bias, of_up, of_up_bias = of_weights
+    own, of_own = [views[view] for view in tower.views], [of_views[view] for view in tower.views]
+    of_gate, with_state = [], []
+    for k in reversed(range(len(tower.mixes))):
+        mix, x, a = tower.mixes[k], kept.inputs[k], kept.after[k]
+        torch.sum(gradient, 0, out=of_up_bias[k])
+        of_a = gradient @ tower.up_weight[k]
+        if len(own) == 1:
+            with_state.append(_dot(gradient, x) + _dot(of_up_bias[k], tower.up_bias[k]) + _dot(of_a, a))
+        torch.mm(gradient.T, a, out=of_up[k])
+        of_z = _activation_backward(of_a, kept.before[k], activation)
+        torch.sum(of_z, 0, out=of_down_bias[k])
+        torch.mm(of_z.T, x, out=of_down[k])
+        gradient.addmm_(of_z, tower.down_weight[k])
+        for of_view, weight in zip(of_own, mix[1:]):
+            if of_view is not None:
+                of_view[k].add_(gradient, alpha=weight)
+        if mix.carry != 1:
+            gradient.mul_(mix.carry)
+        if len(own) == 1:
+            of_gate.append(mix.first * _dot(gradient, own[0][k]))
+        else:
+            of_gate.append(mix.first * mix.second * (_dot(gradient, own[0][k]) - _dot(gradient, own[1][k])))
+    gates = torch.stack(of_gate[::-1])
+    if len(own) == 1:
+        weights = gates.new_tensor([mix.first for mix in tower.mixes[1:]])
+        gates[1:] -= weights * torch.stack(with_state[::-1])[:-1]
+    of_projection = [] if tower.projection is None else [upstream.T @ kept.output]
+    return [gates / GATE_TEMPERATURE, *of_weights, *of_projection]
+
+
+def _weights(settings: _Settings, parameters: Sequence[Tensor | None]) -> list[Weights]:
+    """The towers with their weights in the dtype of the products."""
+    count = len(settings.reads)
+    cast = [None if parameter is None else parameter.to(settings.dtype) for parameter in parameters]
+    projections = cast[PARAMETERS * count :] if settings.projected else [None] * count
+    return [
+        Weights(
+            reads,
+            mixes(parameters[PARAMETERS * i], len(reads), len(cast[PARAMETERS * i + 1])),
+            *cast[PARAMETERS * i + 1 : PARAMETERS * (i + 1)],
+            projections[i],
+        )
+        for i, reads in enumerate(settings.reads)
+    ]
+
+
+def mixes(gate: Tensor | None, views: int, layers: int) -> list[_Mix]:
+    if gate is None:
+        return [UNGATED] * layers
+    weights = torch.sigmoid(gate / GATE_TEMPERATURE).tolist()
+    return [_Mix(1 - weight if views == 1 else 1.0, weight, 1 - weight) for weight in weights]
+
+
+def _mixed(mix: _Mix, state: Tensor, first: Tensor, second: Tensor | None = None, *, out: Tensor) -> Tensor:
+    if second is None:
+        return torch.add(state, first, out=out) if mix == UNGATED else torch.lerp(state, first, mix.first, out=out)
+    if mix == UNGATED:
+        return torch.add(first, second, out=out).add_(state)
+    return torch.lerp(second, first, mix.first, out=out).add_(state)
+
+
+def _activation_backward(gradient: Tensor, before: Tensor, activation: str) -> Tensor:
+    """By ReLU `before` may be its output as well: both have one sign."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(gradient, before, 0)
+    return torch.ops.aten.gelu_backward(gradient, before)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of products of all elements, in fp32 or more."""
+    if a.dtype.itemsize < 4:
+        return (a * b).sum(dtype=torch.float32)
+    return torch.dot(a.flatten(), b.flatten())
+
+
+def _product(projection: Tensor | None, output: Tensor) -> Tensor:
+    return output if projection is None else output @ projection.T
+
+
+def _total(parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """Adds up the halves' gradients, in place of the first if it can."""
+    total = parts[0].to(dtype)
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def _by_layer(table: Tensor, rows: Tensor | None, part: slice, dtype: torch.dtype) -> Tensor:
+    """Some rows of a view, layer by layer: [K, N, D]."""
+    gathered = table[part] if rows is None else table.index_select(0, rows[part])
+    items, layers, width = gathered.shape
+    return torch.empty((layers, items, width), dtype=dtype).copy_(gathered.transpose(0, 1))

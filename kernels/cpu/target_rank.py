@@ -1,0 +1,110 @@
+"""Target rank on a CPU: tiles of scores that stay in a core's cache, counted as they come and never kept."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..threads import at_once, cores
+
+STEP = 48  # sizes of tiles are its multiples: at the ragged edge of a product some libraries add up in another order
+USERS, ITEMS = 16 * STEP, 16 * STEP  # of a tile
+
+
+def target_rank(
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    excluded: Tensor,
+    tie_share: float = 0.5,
+    chunk_elements: int = 1 << 24,
+) -> tuple[Tensor, Tensor]:
+    """`reference.target_rank`; the caller has checked the arguments.
+
+    Every thread takes a few users at a time, and chunk_elements bounds the tiles of all, from 48 x 48 each. All
+    products have one shape, the targets' own included, so that equal vectors score alike to the last bit.
+    """
+    threads, users, catalogue = cores(), len(queries), len(items)
+    most = max(STEP**2, chunk_elements // threads)  # scores of a tile
+    height = _equal_parts(users, min(USERS, int(most**0.5)), threads)
+    width = max(height, _equal_parts(catalogue, min(ITEMS, most // height)))
+    finite = _bounded(queries, items)
+    items = F.pad(items, (0, 0, 0, -catalogue % width))
+
+    def ranks(part: slice) -> Tensor:
+        tile = _Tile(queries[part], items, targets[part], excluded[part], height, width)
+        for first in range(0, catalogue, width):
+            tile.count(first, min(width, catalogue - first), finite)
+        return tile.ranks(tie_share)
+
+    parts = [slice(start, start + height) for start in range(0, max(1, users), height)]
+    masked, unmasked = torch.cat(at_once(ranks, parts, threads), dim=1)
+    return masked, unmasked
+
+
+class _Tile:
+    """A few users against the catalogue, tile by tile."""
+
+    def __init__(
+        self, queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor, height: int, width: int
+    ) -> None:
+        self.users, self.width, self.items = len(queries), width, items
+        self.queries = F.pad(queries, (0, 0, 0, height - self.users))
+        self.scores = queries.new_empty(height, width)
+        # Flags are numbers, since adding up booleans takes longer than the product; a half's would not add up exactly.
+        self.flags = self.scores.new_empty(height, width, dtype=torch.promote_types(queries.dtype, torch.float32))
+        own = F.pad(items[targets], (0, 0, 0, width - self.users))
+        self.target = torch.mm(self.queries, own.T, out=self.scores)[: self.users].diagonal()[:, None].clone()
+        self.higher, self.not_lower = torch.zeros(2, self.users, dtype=torch.float64)
+        self.broken = torch.zeros(self.users, dtype=torch.bool)
+        self.unreachable = (excluded == targets[:, None]).any(dim=1)
+        self._list(excluded)
+
+    def _list(self, excluded: Tensor) -> None:
+        """Whose excluded items have to be looked up where, tile after tile, each once however often it repeats."""
+        listed, _ = excluded.sort(dim=1)
+        counted = listed >= 0
+        counted[:, 1:] &= listed[:, 1:] != listed[:, :-1]
+        users, items = counted.nonzero()[:, 0], listed[counted]
+        tiles, order = (items // self.width).sort()
+        self.own_users = users[order]
+        self.own_places = self.own_users * self.width + items[order] % self.width  # in a tile's memory
+        self.own_ends = tiles.bincount(minlength=len(self.items) // self.width).cumsum(0).tolist()
+        self.own_scores = self.scores.new_empty(len(order))
+
+    def count(self, first: int, columns: int, finite: bool) -> None:
+        """Adds up the items from number `first` on, `columns` of them."""
+        torch.mm(self.queries, self.items[first : first + self.width].T, out=self.scores)
+        scores, flags = self.scores[: self.users, :columns], self.flags[: self.users, :columns]
+        self.higher += torch.gt(scores, self.target, out=flags).sum(dim=1)
+        self.not_lower += torch.ge(scores, self.target, out=flags).sum(dim=1)
+        tile = first // self.width
+        here = slice(self.own_ends[tile - 1] if tile else 0, self.own_ends[tile])
+        self.own_scores[here] = self.scores.flatten()[self.own_places[here]]
+        if not finite:
+            self.broken |= ~scores.isfinite().all(dim=1)
+
+    def ranks(self, tie_share: float) -> Tensor:
+        """float64 [2, users]: without the excluded items, and among all."""
+        ties = self.not_lower - self.higher - 1
+        unmasked = (1 + self.higher + tie_share * ties).masked_fill(self.broken, float("nan"))
+        target = self.target[self.own_users, 0]
+        own = (self.own_scores > target) + tie_share * (self.own_scores == target)
+        masked = unmasked.index_add(0, self.own_users, own.double(), alpha=-1)
+        return torch.stack([masked.masked_fill(self.unreachable & ~self.broken, float("inf")), unmasked])
+
+
+def _equal_parts(count: int, most: int, multiple: int = 1) -> int:
+    """Whole steps, at most `most`, that cut the count into equal parts, their number a multiple of `multiple`."""
+    most = max(1, most // STEP) * STEP
+    parts = -(-count // (most * multiple)) * multiple
+    return max(1, -(-count // max(1, parts) // STEP)) * STEP
+
+
+def _bounded(queries: Tensor, items: Tensor) -> bool:
+    """Whether no score can leave the range of its dtype (Cauchy and Schwarz); False where a number is not finite."""
+    if not len(queries) or not len(items):
+        return True
+    longest = [vectors.double().norm(dim=1).max().item() for vectors in (queries, items)]
+    return longest[0] * longest[1] < torch.finfo(queries.dtype).max / 2

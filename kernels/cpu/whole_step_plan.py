@@ -1,0 +1,359 @@
+"""The memory and the calls of `recommender_native.py`: the single ops' own, one after the other, with nothing between
+them but `cpp/recommender.cpp`.
+
+The parts are those of the single ops: what they compute, and how they are cut, is said there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import Chain, States, Tower
+from ..threads import cores, shares
+from . import (
+    fold_heads as fold_native,
+)
+from . import (
+    inbatch_cross_entropy as cross_entropy_native,
+)
+from . import (
+    sequence_encoder as sequence_encoder_native,
+)
+from . import (
+    side_towers as side_network_native,
+)
+from .library import PANEL, Schedule, Span, library
+from .sequence_encoder import SequenceDropout, SequenceGrid, SequenceWeights
+from .side_towers import panels_of
+from .sums import add_sums
+
+
+class RecommenderWeights(NamedTuple):
+    """All that is trained, of towers of one shape."""
+
+    towers: list[Tower]
+    activation: str
+    heads: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # of each tower: a `Chain` without its outer map
+    fusion: Tensor  # [d, towers d']: the outer maps side by side
+    fusion_bias: Tensor  # [d]
+    sequence: SequenceWeights
+
+    def tensors(self) -> list[Tensor]:
+        """All of them in one row."""
+        towers = [each for tower in self.towers for each in tower[1:] if each is not None]
+        return [*towers, *itertools.chain(*self.heads), self.fusion, self.fusion_bias, *self.sequence.tensors]
+
+    def chains(self) -> list[Chain]:
+        """The maps that follow each tower."""
+        parts = self.fusion.detach().chunk(len(self.heads), dim=1)
+        return [Chain(part, *head) for part, head in zip(parts, self.heads)]
+
+
+class RecommenderBatch(NamedTuple):
+    """A batch of V distinct items and R rows."""
+
+    states: list[States]  # of the items, a view each
+    distinct: Tensor  # int64 [V]: numbers of the items
+    multiplicity: Tensor  # int64 [V]
+    inputs: Tensor  # int64 [R]: each row's own item, an index into the distinct
+    targets: Tensor  # int64 [R]: its next
+    row_users: Tensor  # int64 [R]
+    history_bits: Tensor  # int32 [users, words]
+    row_weights: Tensor  # float64 [R]: each row's part in the loss
+    log_popularity: Tensor  # float64 [items of the catalogue + 1]
+    grid: SequenceGrid  # where the rows stand
+    dropout: SequenceDropout | None
+
+
+class _Joint(ctypes.Structure):
+    """`Joint` of cpp/recommender.cpp."""
+
+    BATCH = ("distinct", "multiplicity", "inputs", "row_weights", "log_popularity")  # of `RecommenderBatch`
+    OWN = ("projected", "biases", "log_multiplicity", "column", "vectors", "x", "row_losses")  # of the plan
+    OWN_GRADIENTS = ("of_row_losses", "of_x", "of_vectors")
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("items", "rows", "width", "towers", "room")),
+        *((name, ctypes.c_void_p) for name in (*BATCH, *OWN, "bias", "loss")),
+        *((name, ctypes.c_void_p) for name in (*OWN_GRADIENTS, "of_bias")),
+    ]
+
+
+class _Layout:
+    """Where the gradients lie in one block of memory, a cache line's beginning each: those of the weights, in their
+    order, and after those of a tower the gradient of its projection, which folding takes further."""
+
+    def __init__(self, weights: RecommenderWeights) -> None:
+        d, (_, _, width) = len(weights.fusion), weights.towers[0].down_weight.shape
+        towers = [[each.shape for each in tower[1:] if each is not None] for tower in weights.towers]
+        rest = [each.shape for each in (*itertools.chain(*weights.heads), weights.fusion, weights.fusion_bias)]
+        sequence = [each.shape for each in weights.sequence.tensors]
+        self.shapes = [*itertools.chain(*([*own, None] for own in towers)), *rest, *sequence]
+        counts = [d * width if shape is None else math.prod(shape) for shape in self.shapes]
+        self.sizes = [-(-count // PANEL) * PANEL for count in counts]
+        self.starts = list(itertools.accumulate(self.sizes, initial=0))
+        own = [start for shape, start in zip(self.shapes, self.starts) if shape is not None]
+        self.places = [(each.shape, each.stride(), start) for each, start in zip(weights.tensors(), own, strict=True)]
+        each = len(towers[0]) + 1
+        self.towers = [self.starts[i * each : (i + 1) * each + 1] for i in range(len(towers))]  # with where it ends
+        after = len(towers) * each
+        self.heads = [self.starts[after + 4 * i : after + 4 * i + 4] for i in range(len(towers))]
+        self.fusion, self.fusion_bias, self.sequence = self.starts[after + 4 * len(towers) :][:3]
+
+    def gradients(self, block: Tensor) -> list[Tensor]:
+        """Of the weights."""
+        return [block.as_strided(*place) for place in self.places]
+
+
+class Plan:
+    """The memory and the calls of batches up to a size. What the calls point to is fixed but for the batch's own."""
+
+    def __init__(
+        self, weights: RecommenderWeights, batch: RecommenderBatch, marks: list[list], least: tuple[int, int] = (0, 0)
+    ) -> None:
+        """least: items and rows that there must be room for at least."""
+        self.weights, self.marks, self.cores, self.shape = weights, marks, cores(), _shape(batch)
+        # Some more than now, and odd: panels a whole number of pages apart would share the cache's sets.
+        sizes = len(batch.distinct), len(batch.targets)
+        self.items, self.rows = (max(size + size // 8 | 1, before) for size, before in zip(sizes, least))
+        self.dtype, self.library = weights.fusion.dtype, library(weights.fusion.dtype)
+        self.layout = _Layout(weights)
+        block = self._empty(self.layout.starts[-1])
+        self.gradients, self.first_gradient = self.layout.gradients(block), block.data_ptr()
+        self._plan_towers()
+        self._plan_folding()
+        self._plan_rest()
+
+    def is_of(self, marks: list[list], batch: RecommenderBatch) -> bool:
+        """Whether it was made for these weights, views and threads."""
+        return marks == self.marks and cores() == self.cores and _shape(batch) == self.shape
+
+    def has_room(self, batch: RecommenderBatch) -> bool:
+        """For all of the batch."""
+        return len(batch.distinct) <= self.items and len(batch.targets) <= self.rows
+
+    def run(self, batch: RecommenderBatch, told: Callable[[Tensor], None]) -> Tensor:
+        """The loss; leaves `gradients`, those of the weights in their order."""
+        loss, states, forward, backward = self._empty(), *(Schedule(self.dtype) for _ in range(3))
+        self._add_weights_and_states(states, batch)
+
+        def lay_out() -> None:
+            self._point_to(batch, loss)
+            self._add_forward(forward)
+
+        # What Python has to do it does while the others work, each time for what comes next.
+        states.run(meanwhile=lay_out)
+        forward.run(meanwhile=lambda: self._add_backward(backward))
+        backward.run(meanwhile=lambda: told(loss))
+        return loss
+
+    def _point_to(self, batch: RecommenderBatch, loss: Tensor) -> None:
+        """The calls' arguments that are the batch's own."""
+        joint = self.joint
+        joint.items, joint.rows, joint.loss = len(batch.distinct), len(batch.targets), loss.data_ptr()
+        for name in _Joint.BATCH:
+            setattr(joint, name, getattr(batch, name).data_ptr())
+        self._cut_towers(joint.items)
+        self._cut_rows(batch)
+
+    def _add_weights_and_states(self, run: Schedule, batch: RecommenderBatch) -> None:
+        """What nothing of the batch but its states is asked for: these gathered, and the heads folded."""
+        own, parts = self.library, shares(len(batch.distinct))
+        run.add(own.gather_panels, side_network_native.gathers(batch.states, self.panels, parts))
+        for calls, products in zip(self.folds, self.products):
+            folded = run.add(own.fold_forward, calls)
+            add_sums(run, _addresses(products), products[0].numel(), self.dtype, folded)
+
+    def _add_forward(self, run: Schedule) -> None:
+        own, joint = self.library, self.joint
+        outputs = run.add(own.side_forward, self.pieces)
+        constants = run.add(own.joint_constants, [joint])
+        vectors = run.add(own.joint_vectors, [joint], outputs.to(constants))
+        states = run.add(own.sequence_forward, self.sequences, vectors)
+        losses = run.add(own.loss_forward, self.losses, states)
+        run.add(own.joint_loss, [joint], losses)
+
+    def _add_backward(self, run: Schedule) -> None:
+        """The forward may be at work: nothing that its calls read is changed."""
+        own, joint = self.library, self.joint
+        sequence = [self._place(self.layout.sequence), *_addresses(self.more_of_sequence)][: len(self.sequences)]
+        of_rows = run.add(own.loss_backward, self.losses)
+        of_states = run.add(own.sequence_backward, self.sequences, of_rows)
+        of_vectors = _addresses(self.of_vectors[: len(self.losses)])
+        of_items = add_sums(run, of_vectors, joint.items * joint.width, self.dtype, of_rows)
+        joined = run.add(own.joint_backward, [joint], of_states.to(of_items))
+        pieces = run.add(own.side_backward, self.pieces, joined)
+        add_sums(run, sequence, sum(self.sequence_sizes), self.dtype, of_states)
+        folded = pieces
+        for tower, ended in self._tower_spans(pieces.first):
+            start, end = self.layout.towers[tower][0], self.layout.towers[tower][-1]
+            parts = [self._place(start), *_addresses(self.more_of_towers[tower])][: self.cut.count(tower)]
+            summed = add_sums(run, parts, end - start, self.dtype, ended)
+            folded = folded.to(run.add(own.fold_backward, self.folds[tower], summed))
+        fusion = [self._place(self.layout.fusion), *_addresses(self.more_of_fusion)]
+        add_sums(run, fusion, self.weights.fusion.numel(), self.dtype, folded)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device="cpu")
+
+    def _place(self, start: int) -> int:
+        """The address of a gradient."""
+        return self.first_gradient + start * self.dtype.itemsize
+
+    def _plan_towers(self) -> None:
+        """Memory for the towers; their calls are made as a batch is cut in them."""
+        views, kind = self.shape
+        first, towers = self.weights.towers[0].down_weight, len(self.weights.towers)
+        layers, bottleneck, width = first.shape
+        wide, narrow = panels_of(width), panels_of(bottleneck)
+        self.panels = torch.empty(len(views), layers, wide, self.items, PANEL, dtype=kind, device="cpu").unbind()
+        self.inputs = self._empty(towers, layers, wide, self.items, PANEL)
+        self.before = self._empty(towers, layers, narrow, self.items, PANEL)
+        self.after = torch.empty_like(self.before) if self.weights.activation == "gelu" else self.before
+        self.projected = self._empty(towers, self.items, len(self.weights.fusion))
+        self.tower_calls: list[list[ctypes.Structure]] = [[] for _ in self.weights.towers]
+        self.more_of_towers: list[list[Tensor]] = [[] for _ in self.weights.towers]
+
+    def _cut_towers(self, items: int) -> None:
+        """The calls of the towers' pieces, the largest first, and the tower of each."""
+        (pieces,) = side_network_native.rounds(len(self.tower_calls), items, split=False)
+        self.pieces, self.cut = [], []
+        for tower, start, count in pieces:
+            number = self.cut.count(tower)
+            if len(self.tower_calls[tower]) == number:
+                self.tower_calls[tower].append(self._tower_call(tower))
+            call = self.tower_calls[tower][number]
+            call.start, call.count = start, count
+            self.pieces.append(call)
+            self.cut.append(tower)
+
+    def _tower_spans(self, first: int) -> list[tuple[int, Span]]:
+        """Each tower, in the order in which their pieces begin to end, and where its pieces are from the first on."""
+        ends = {tower: i + 1 for i, tower in enumerate(self.cut)}
+        return [(tower, Span(first + self.cut.index(tower), first + end)) for tower, end in ends.items()]
+
+    def _tower_call(self, number: int) -> ctypes.Structure:
+        """One more: the first of a tower gives the gradients themselves, others what is added to them."""
+        tower = self.weights.towers[number]
+        call = side_network_native.arguments(
+            self.weights.activation == "gelu",
+            *tower[1:],
+            self.products[number][0],
+            [self.panels[view] for view in tower.views],
+            *(each[number] for each in (self.inputs, self.before, self.after)),
+        )
+        call.projected, call.upstream = self.projected[number].data_ptr(), self.of_vectors[0].data_ptr()
+        names = [f"of_{name}" for name, each in zip(Tower._fields[1:], tower[1:]) if each is not None]
+        *places, end = self.layout.towers[number]
+        addresses = [self._place(place) for place in places]
+        if self.tower_calls[number]:
+            more = self._empty(end - places[0])
+            self.more_of_towers[number].append(more)
+            addresses = [more[place - places[0] :].data_ptr() for place in places]
+        for name, address in zip([*names, "of_projection"], addresses):
+            setattr(call, name, address)
+        return call
+
+    def _plan_folding(self) -> None:
+        """Memory and calls of the chains; the first part of each gives what others are added to."""
+        chains, d, layout = self.weights.chains(), len(self.weights.fusion), self.layout
+        parts = [shares(len(chain.inner), fold_native.MOST_PARTS) for chain in chains]
+        self.kept = [
+            fold_native.Kept(self._empty(len(each.inner), d), self._empty(len(each.middle))) for each in chains
+        ]
+        self.products = [[self._empty(d, each.inner.shape[1]) for _ in own] for each, own in zip(chains, parts)]
+        # Zero where a chain has fewer parts.
+        self.more_of_fusion = torch.zeros(
+            max(map(len, parts)) - 1, *self.weights.fusion.shape, dtype=self.dtype, device="cpu"
+        )
+        self.biases = self._empty(len(chains), d)
+        self.folds: list[list[ctypes.Structure]] = [[] for _ in chains]
+        column = 0
+        for i, (chain, own) in enumerate(zip(chains, parts)):
+            for number, part in enumerate(own):
+                results = {"product": self.products[i][number], "bias": self.biases[i]}
+                call = fold_native.arguments(chain, self.kept[i], part, **results)
+                call.upstream, call.of_bias = self._place(layout.towers[i][-2]), self._place(layout.fusion_bias)
+                for name, place in zip(Chain._fields[1:], layout.heads[i]):
+                    setattr(call, f"of_{name}", self._place(place))
+                more = self.more_of_fusion[number - 1, 0, column:].data_ptr() if number else None
+                call.of_outer = more or self._place(layout.fusion + column)
+                self.folds[i].append(call)
+            column += chain.outer.shape[1]
+
+    def _plan_rest(self) -> None:
+        """Memory for item vectors, rows and their losses."""
+        d, sequence = len(self.weights.fusion), self.weights.sequence.tensors
+        self.log_multiplicity, self.column = self._empty(self.items), self._empty(self.items)
+        self.vectors = self._empty(self.items, d)
+        self.x, self.states, self.of_states, self.of_x = self._empty(4, self.rows, d)
+        self.probabilities = self._empty(self.rows * PANEL * panels_of(self.items))
+        self.row_losses, self.of_row_losses = self._empty(2, self.rows)
+        self.of_vectors = self._empty(cross_entropy_native.MOST_WORKERS, self.items, d)
+        self.sequence_sizes = [each.numel() for each in sequence]
+        self.more_of_sequence = self._empty(sequence_encoder_native.MOST_WORKERS - 1, sum(self.sequence_sizes))
+        self.sequence_memory = [self._empty(0)] * sequence_encoder_native.MOST_WORKERS
+        rows = {"x": self.x, "states": self.states, "upstream": self.of_states, "of_x": self.of_x}
+        self.of_rows = {name: tensor.data_ptr() for name, tensor in rows.items()}  # of the sequence encoder's calls
+        self._plan_sequences()
+        self.joint = _Joint(width=d, towers=len(self.weights.towers), room=self.items)
+        self.joint.bias = self.weights.fusion_bias.data_ptr()
+        for name in (*_Joint.OWN, *_Joint.OWN_GRADIENTS):
+            setattr(self.joint, name, getattr(self, name).data_ptr())
+        self.joint.of_bias = self._place(self.layout.fusion_bias)
+
+    def _cut_rows(self, batch: RecommenderBatch) -> None:
+        """The calls of the sequence encoder and of the loss."""
+        items, rows = self.joint.items, self.joint.rows
+        starts = [start for start, _ in shares(rows, sequence_encoder_native.MOST_WORKERS)]
+        users = sequence_encoder_native.of_whole_users(batch.grid, starts)
+        self.sequences, self.losses = self.sequence_calls[: len(users)], []
+        size = self.vectors.stride(0) * self.dtype.itemsize  # of a row
+        for i, (call, (start, end)) in enumerate(zip(self.sequences, users)):
+            sequence_encoder_native.set_rows(call, batch.grid, batch.dropout, start, end)
+            for name, first in self.of_rows.items():
+                setattr(call, name, first + start * size)
+            call.memory = self._memory(i, call)
+        constants = (batch.targets, batch.row_users, batch.history_bits, self.column, self.log_multiplicity)
+        constants = cross_entropy_native.Constants(*constants)
+        probabilities = self.probabilities[: rows * PANEL * panels_of(items)].view(rows, -1)
+        queries, vectors = self.states[:rows], self.vectors[:items]
+        for i, part in enumerate(shares(rows, cross_entropy_native.MOST_WORKERS)):
+            call = cross_entropy_native.arguments(constants, queries, vectors, probabilities, self.row_losses, part)
+            call.upstream, call.of_vectors = self.of_row_losses[part[0] :].data_ptr(), self.of_vectors[i].data_ptr()
+            call.of_queries = self.of_states[part[0] :].data_ptr()
+            self.losses.append(call)
+
+    def _memory(self, i: int, call: ctypes.Structure) -> int:
+        """Where the i-th call of the sequence encoder keeps what its backward takes."""
+        needed = sequence_encoder_native.memory_of(call, self.dtype)
+        if self.sequence_memory[i].numel() < needed:
+            self.sequence_memory[i] = self._empty(needed + needed // 8)
+        return self.sequence_memory[i].data_ptr()
+
+    def _plan_sequences(self) -> None:
+        """The sequence encoder's calls: the first leaves the gradients themselves, others what is added to them."""
+        own, sequence = sequence_encoder_native, self.weights.sequence
+        blocks, sizes = own.blocks_at(_addresses(sequence.tensors)), self.sequence_sizes
+        common = sequence.tensors, sequence.heads, sequence.epsilon, blocks
+        calls = [own.of_weights(*common) for _ in range(own.MOST_WORKERS)]
+        # Whole panels each, so none is padded in the layout.
+        for call, first in zip(calls, [self._place(self.layout.sequence), *_addresses(self.more_of_sequence)]):
+            own.set_gradients(call, own.places_of(first, sizes, self.dtype))
+        self.sequence_calls = calls
+
+
+def _shape(batch: RecommenderBatch) -> tuple[list[torch.Size], torch.dtype]:
+    """(layers and width of each view, dtype of all)."""
+    tables = [view.table for view in batch.states]
+    return [table.shape[1:] for table in tables], tables[0].dtype
+
+
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return [each.data_ptr() for each in tensors]

@@ -1,0 +1,456 @@
+"""The side network in Triton: all equal-shaped towers at once, straight from the resident tables by row number.
+
+A tower is linear in the frozen states but for its bottlenecks. With c[k, j] the product of the carries j + 1 .. k,
+
+    p_k = carry_k p_{k-1} + beta_k first_k + gamma_k second_k                           width D, elementwise
+    z_k = W_down,k p_k + sum over j < k of c[k, j] W_down,k W_up,j a_j + bias           width R; a_k = act(z_k)
+    out = p_{K-1} + sum over j of c[K-1, j] (W_up,j a_j + b_up,j)                       width D
+
+is `reference.side_tower` with its sums in another order. All that happens at width D is the mix and three matrix
+products: the states are read where they lie, nothing of size [items, layers, width] is written but the gradient of a
+view that takes one, and no gradient passes through a chain of D-wide layers. The composites W_down,k W_up,j are as
+small as weights; `_prepare` makes them with plain differentiable operations, and the op takes them as an input.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from ..reference import GATE_TEMPERATURE, States, Tower
+from . import side_towers_kernels as device
+from .launch import Configuration, block, configuration, fit_range, launch, precision
+
+
+def side_towers(states: Sequence[States], towers: Sequence[Tower], activation: str = "relu") -> list[Tensor]:
+    """`reference.side_towers` by Triton kernels; the caller has checked the arguments."""
+    first_towers, second_towers = (sum(1 << i for i, tower in enumerate(towers) if v in tower.views) for v in (0, 1))
+    read = states if second_towers else [states[0], States(states[0].table.detach(), states[0].rows)]
+    dtype = _operand_dtype(*(view.table for view in read))
+    read = [view if view.table.dtype == dtype or view.rows is None else _gathered(view) for view in read]
+    tables = [view.table if view.table.stride(2) == 1 else view.table.contiguous() for view in read]
+    rows = [
+        torch.arange(len(view.table), device=view.table.device) if view.rows is None else view.rows.contiguous()
+        for view in read
+    ]
+    weights = _prepare(towers, first_towers, second_towers, dtype)
+    out, _, _ = _side_towers(tables[0], rows[0], tables[1], rows[1], *weights, first_towers, second_towers, activation)
+    return list(out.to(towers[0].down_weight.dtype).unbind(0))
+
+
+def _prepare(towers: Sequence[Tower], first_towers: int, second_towers: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What the kernels read, from the towers' parameters, differentiably.
+
+    Returns in fp32: coefficients [T, K, 3] (carry, first's and second's weight), down [T, K, R, D], bias [T, K, R],
+    composites [T, K, R, K, R] (zero unless the second layer lies below the first), up [T, K, R, D], up_bias [T, D].
+    """
+    down = torch.stack([tower.down_weight for tower in towers]).float()
+    up = torch.stack([tower.up_weight.mT for tower in towers]).float().contiguous()
+    down_bias = torch.stack([tower.down_bias for tower in towers]).float()
+    up_bias = torch.stack([tower.up_bias for tower in towers]).float()
+    count, layers, bottleneck, width = down.shape
+    constant = _constants(count, first_towers, second_towers, layers, down.device)
+    if towers[0].gate is None:
+        coefficients, carry = constant.plain, constant.at_or_below.expand(count, -1, -1)
+    else:
+        logits = torch.stack([tower.gate for tower in towers]).float() / GATE_TEMPERATURE
+        coefficients = constant.base + constant.slope * torch.sigmoid(logits)[..., None]
+        log_carry = constant.is_intra * F.logsigmoid(-logits)
+        carry = (constant.between * log_carry[:, None, None, :]).sum(3).exp() * constant.at_or_below
+    below = carry * constant.below
+    flat = (count, layers * bottleneck, width)
+    product_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # fp16 gradients would underflow here
+    composites = torch.matmul(down.to(product_dtype).view(flat), up.to(product_dtype).view(flat).mT)
+    composites = composites.view(count, layers, bottleneck, layers, bottleneck) * below[:, :, None, :, None]
+    through_bias = torch.matmul(down.view(flat), up_bias.mT).view(count, layers, bottleneck, layers)
+    final = carry[:, -1, :, None]
+    return (
+        coefficients,
+        down,
+        down_bias + (through_bias * below[:, :, None, :]).sum(3),
+        composites,
+        up * final[..., None],
+        (up_bias * final).sum(1),
+    )
+
+
+class _Constants:
+    """What depends on the towers' kinds and depth alone, made on the device (nothing is copied from the host)."""
+
+    def __init__(self, towers: int, first_towers: int, second_towers: int, layers: int, device: torch.device) -> None:
+        tower, k = torch.arange(towers, device=device), torch.arange(layers, device=device)
+        first, second = (((readers >> tower) & 1).float()[:, None] for readers in (first_towers, second_towers))
+        both, one = first * second, torch.ones_like(first)
+        self.is_intra = one - both
+        # alone: carry 1 - g, weight g; both: carry 1, first g, second 1 - g
+        self.base = torch.stack([one, 0 * one, both], dim=2)
+        self.slope = torch.stack([-self.is_intra, first, self.is_intra * second - both], dim=2)
+        self.plain = torch.stack([one, first, second], dim=2).expand(-1, layers, -1)
+        self.below = (k[:, None] > k).float()  # [k, j]: layer j lies below layer k
+        self.at_or_below = (k[:, None] >= k).float()
+        i = k[None, None, :]
+        self.between = ((i > k[None, :, None]) & (i <= k[:, None, None])).float()  # [k, j, i]: j < i <= k
+
+
+@functools.lru_cache(maxsize=32)
+def _constants(towers: int, first_towers: int, second_towers: int, layers: int, device: torch.device) -> _Constants:
+    with torch.inference_mode(False):  # a first call in inference must not keep later ones from being trained
+        return _Constants(towers, first_towers, second_towers, layers, device)
+
+
+@torch.library.custom_op("iisan_fast::side_towers", mutates_args=())
+def _side_towers(
+    first: Tensor,
+    first_rows: Tensor,
+    second: Tensor,
+    second_rows: Tensor,
+    coefficients: Tensor,
+    down: Tensor,
+    bias: Tensor,
+    composites: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    first_towers: int,
+    second_towers: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out fp32 [T, N, D], bottleneck inputs z and outputs a [T, N, K, R] in the operands' dtype).
+
+    first, second [M, K, D] with rows int64 [N]; first_towers, second_towers: bit t set where tower t reads that view.
+    """
+    coefficients, down, bias, composites, up, up_bias = _contiguous(coefficients, down, bias, composites, up, up_bias)
+    dtype = _operand_dtype(first, second)
+    first, second = first.to(dtype), second.to(dtype)  # tiles of two dtypes would not fit in shared memory
+    call = _Call(first, first_rows, second, second_rows, down, first_towers, second_towers)
+    out = call.empty(call.width, dtype=torch.float32)
+    projected = call.empty(call.layers, call.bottleneck, dtype=torch.float32)
+    inputs, activated = (call.empty(call.layers, call.bottleneck) for _ in range(2))
+    shape = call.shape
+    # project: p mixed on the fly, W_down p for every layer, and p of the last layer into out
+    chosen = call.configuration("side_project")
+    groups = _groups(call.layers, chosen.blocks["GROUP"])
+    launch(
+        device.project,
+        "side_project",
+        (call.tiles(chosen) * call.count, groups * triton.cdiv(call.bottleneck, call.r_block)),
+        chosen,
+        *call.views,
+        coefficients,
+        down.to(call.dtype),
+        projected,
+        out,
+        call.items,
+        call.width,
+        **shape,
+        **call.flags,
+        **_blocks(chosen, GROUP=triton.cdiv(call.layers, groups)),
+    )
+    # recur: the bottlenecks of each layer from those below it
+    chosen = call.configuration("side_recur")
+    launch(
+        device.recur,
+        "side_recur",
+        (call.tiles(chosen) * call.count,),
+        chosen,
+        projected,
+        bias,
+        composites.to(call.dtype),
+        inputs,
+        activated,
+        call.items,
+        **shape,
+        GELU=activation == "gelu",
+        **_blocks(chosen),
+    )
+    # expand: out += a W_up
+    chosen = call.configuration("side_expand")
+    launch(
+        device.expand,
+        "side_expand",
+        (call.tiles(chosen), triton.cdiv(call.width, chosen.blocks["BD"]), call.count),
+        chosen,
+        activated,
+        up.to(call.dtype),
+        up_bias,
+        out,
+        call.items,
+        call.width,
+        call.layers * call.bottleneck,
+        PRECISION=shape["PRECISION"],
+        **_blocks(chosen),
+    )
+    return out, inputs, activated
+
+
+@_side_towers.register_fake
+def _(first, first_rows, second, second_rows, coefficients, down, bias, composites, up, up_bias, a, b, activation):
+    count, layers, bottleneck, width = down.shape
+    items = first_rows.shape[0]
+    out = down.new_empty((count, items, width), dtype=torch.float32)
+    hidden = down.new_empty((count, items, layers, bottleneck), dtype=_operand_dtype(first, second))
+    return out, hidden, torch.empty_like(hidden)
+
+
+@torch.library.custom_op("iisan_fast::side_towers_backward", mutates_args=())
+def _side_towers_backward(
+    gradient: Tensor,
+    inputs: Tensor,
+    activated: Tensor,
+    first: Tensor,
+    first_rows: Tensor,
+    second: Tensor,
+    second_rows: Tensor,
+    coefficients: Tensor,
+    down: Tensor,
+    composites: Tensor,
+    up: Tensor,
+    first_towers: int,
+    second_towers: int,
+    activation: str,
+    wants: list[bool],
+) -> list[Tensor]:
+    """Gradients of first, second, coefficients, down, bias, composites, up, up_bias; wants says which are needed.
+
+    One that is not wanted is an empty tensor. Those of first and second are [N, K, D] in fp32.
+    """
+    coefficients, down, composites, up = _contiguous(coefficients, down, composites, up)
+    dtype = _operand_dtype(first, second)
+    first, second = first.to(dtype), second.to(dtype)  # tiles of two dtypes would not fit in shared memory
+    call = _Call(first, first_rows, second, second_rows, down, first_towers, second_towers)
+    gradient, scale = fit_range(gradient, call.dtype)
+    shape = call.shape
+    gradients = [gradient.new_empty(0, dtype=torch.float32) for _ in range(8)]
+    of_first, of_second, of_coefficients, of_down, of_bias, of_composites, of_up, of_up_bias = range(8)
+    if wants[of_up_bias]:
+        gradients[of_up_bias] = gradient.sum(1, dtype=torch.float32)
+    # collect: the gradient of every bottleneck output, as far as it comes from out
+    collected = call.empty(call.layers, call.bottleneck, dtype=torch.float32)
+    chosen = call.configuration("side_collect")
+    launch(
+        device.collect,
+        "side_collect",
+        (call.tiles(chosen), triton.cdiv(call.layers * call.bottleneck, chosen.blocks["BQ"]), call.count),
+        chosen,
+        gradient,
+        *gradient.stride(),
+        up.to(call.dtype),
+        collected,
+        call.items,
+        call.width,
+        call.layers * call.bottleneck,
+        PRECISION=shape["PRECISION"],
+        **_blocks(chosen),
+    )
+    # recur backward: the gradient of every bottleneck input, from the layers above it
+    bottlenecks = call.empty(call.layers, call.bottleneck)
+    chosen = call.configuration("side_recur_backward")
+    launch(
+        device.recur_backward,
+        "side_recur_backward",
+        (call.tiles(chosen) * call.count,),
+        chosen,
+        collected,
+        composites.to(call.dtype),
+        inputs,
+        bottlenecks,
+        call.items,
+        **shape,
+        GELU=activation == "gelu",
+        **_blocks(chosen),
+    )
+    if wants[of_bias]:
+        gradients[of_bias] = bottlenecks.sum(1, dtype=torch.float32)
+    if wants[of_composites]:
+        flat = (call.count, call.items, call.layers * call.bottleneck)
+        # fp16's range ends at 65,504, which a sum over the items may pass
+        dtype = torch.float32 if call.dtype == torch.float16 else call.dtype
+        products = torch.matmul(bottlenecks.to(dtype).view(flat).mT, activated.to(dtype).view(flat))
+        gradients[of_composites] = products.float().view(composites.shape)
+    chained = (coefficients, gradient, *gradient.stride(), bottlenecks)
+    if wants[of_down] or wants[of_up]:
+        of_weights = _weight_gradients(call, chained, activated, wants[of_down], wants[of_up])
+        gradients[of_down], gradients[of_up] = of_weights
+    if wants[of_first] or wants[of_second] or wants[of_coefficients]:
+        of_mix = _mix_gradients(call, chained, down.to(call.dtype), wants[of_first], wants[of_second])
+        gradients[of_coefficients], gradients[of_first], gradients[of_second] = of_mix
+    return gradients if scale is None else [value / scale for value in gradients]
+
+
+def _weight_gradients(call: _Call, chained: tuple, activated: Tensor, down: bool, up: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of down and up [T, K, R, D], or empty tensors; items in splits whose parts are added in order."""
+    chosen = call.configuration("side_weight_gradients")
+    groups = _groups(call.layers, chosen.blocks["GROUP"])
+    columns = triton.cdiv(call.width, chosen.blocks["BD"]) * call.count
+    others = groups * triton.cdiv(call.bottleneck, call.r_block)
+    splits = max(1, min(call.tiles(chosen), chosen.blocks["PROGRAMS"] // (columns * others)))
+    shape = (splits, call.count, call.layers, call.bottleneck, call.width)
+    down_parts, up_parts = (call.fp32(*(shape if wanted else (1, 0))) for wanted in (down, up))
+    launch(
+        device.weight_gradients,
+        "side_weight_gradients",
+        (columns, others, splits),
+        chosen,
+        *call.views,
+        *chained,
+        activated,
+        down_parts,
+        up_parts,
+        call.items,
+        call.width,
+        triton.cdiv(call.tiles(chosen), splits),
+        **call.shape,
+        **call.flags,
+        DOWN=down,
+        UP=up,
+        **_blocks(chosen, without=("PROGRAMS",), GROUP=triton.cdiv(call.layers, groups)),
+    )
+    return down_parts.sum(0), up_parts.sum(0)
+
+
+def _mix_gradients(
+    call: _Call, chained: tuple, down: Tensor, first: bool, second: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the coefficients [T, K, 3], and of the views [N, K, D] or empty tensors."""
+    chosen = call.configuration("side_mix_gradients")
+    groups = _groups(call.layers, chosen.blocks["GROUP"])
+    columns = triton.cdiv(call.width, chosen.blocks["BD"])
+    parts = call.fp32(call.tiles(chosen), columns, call.count, call.layers, 3)
+    shape = (call.count, call.items, call.layers, call.width)
+    first_parts, second_parts = (call.fp32(*(shape if wanted else (1, 0))) for wanted in (first, second))
+    launch(
+        device.mix_gradients,
+        "side_mix_gradients",
+        (call.tiles(chosen) * call.count, columns),
+        chosen,
+        *call.views,
+        *chained,
+        down,
+        parts,
+        first_parts,
+        second_parts,
+        call.items,
+        call.width,
+        **call.shape,
+        **call.flags,
+        OF_FIRST=first,
+        OF_SECOND=second,
+        GROUPS=groups,
+        **_blocks(chosen, GROUP=triton.cdiv(call.layers, groups)),
+    )
+    return parts.sum((0, 1)), first_parts.sum(0), second_parts.sum(0)
+
+
+@_side_towers_backward.register_fake
+def _(
+    gradient,
+    inputs,
+    activated,
+    first,
+    first_rows,
+    second,
+    second_rows,
+    coefficients,
+    down,
+    composites,
+    up,
+    a,
+    b,
+    activation,
+    wants,
+):
+    count, layers, bottleneck, width = down.shape
+    dense = (first_rows.shape[0], layers, width)
+    shapes = [dense, dense, coefficients.shape, down.shape, down.shape[:3], composites.shape, up.shape, (count, width)]
+    mixes = wants[0] or wants[1] or wants[2]
+    wanted = [*wants[:2], mixes, *wants[3:]]
+    return [gradient.new_empty(shape if want else 0, dtype=torch.float32) for shape, want in zip(shapes, wanted)]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    first, first_rows, second, second_rows, coefficients, down, _, composites, up, _, *ctx.settings = inputs
+    _, z, activated = output
+    ctx.mark_non_differentiable(z, activated)
+    ctx.save_for_backward(z, activated, first, first_rows, second, second_rows, coefficients, down, composites, up)
+
+
+def _backward(ctx: Any, gradient: Tensor, _z: None, _activated: None) -> tuple:
+    needs = [ctx.needs_input_grad[i] for i in (0, 2, 4, 5, 6, 7, 8, 9)]
+    gradients = _side_towers_backward(gradient, *ctx.saved_tensors, *ctx.settings, needs)
+    first, second, *others = [value if need else None for value, need in zip(gradients, needs)]
+    return first, None, second, None, *others, None, None, None
+
+
+_side_towers.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Call:
+    """The shapes of one call, and the arguments that several kernels share."""
+
+    def __init__(
+        self,
+        first: Tensor,
+        first_rows: Tensor,
+        second: Tensor,
+        second_rows: Tensor,
+        down: Tensor,
+        first_towers: int,
+        second_towers: int,
+    ) -> None:
+        self.dtype, self.device = _operand_dtype(first, second), first.device
+        self.count, self.layers, self.bottleneck, self.width = down.shape
+        self.items = len(first_rows)
+        self.r_block = block(self.bottleneck)
+        self.views = (first, first_rows, *first.stride()[:2], second, second_rows, *second.stride()[:2])
+        self.shape = {
+            "TOWERS": self.count,
+            "K": self.layers,
+            "R": self.bottleneck,
+            "BR": self.r_block,
+            "PRECISION": precision(self.dtype),
+        }
+        self.flags = {"FIRST_TOWERS": first_towers, "SECOND_TOWERS": second_towers}
+
+    def configuration(self, kernel: str) -> Configuration:
+        return configuration(kernel, self.items, self.dtype, self.device)
+
+    def tiles(self, chosen: Configuration) -> int:
+        return triton.cdiv(self.items, chosen.blocks["BM"])
+
+    def fp32(self, *shape: int) -> Tensor:
+        """Uninitialised."""
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised [towers, items, *shape]."""
+        return torch.empty((self.count, self.items, *shape), dtype=dtype or self.dtype, device=self.device)
+
+
+def _operand_dtype(*tables: Tensor) -> torch.dtype:
+    """What the products take: bf16 or fp16 where a table is kept so, else fp32."""
+    dtypes = {table.dtype for table in tables}
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), torch.float32)
+
+
+def _gathered(view: States) -> States:
+    """Its rows, to be read in order: the op brings its views to one dtype, which a whole table is too large for."""
+    return States(view.table[view.rows])
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    """What the kernels take to be packed, packed."""
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _groups(layers: int, most: int) -> int:
+    """Into how many groups of at most `most` layers a kernel that holds a group at once divides them."""
+    return -(-layers // most)
+
+
+def _blocks(chosen: Configuration, without: tuple[str, ...] = (), **replaced: int) -> dict[str, int]:
+    return {name: size for name, size in chosen.blocks.items() if name not in without} | replaced

@@ -1,0 +1,185 @@
+"""Evaluation's benchmark: argsort's ranks are those of counting, figures are whole, what is scaled says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_cli import iisan_fast, refused
+
+from iisan_fast.bench import evaluate as bench
+from iisan_fast.bench.dense import DenseModel
+from iisan_fast.bench.evaluate import Evaluated, EvaluateSettings
+from iisan_fast.bench.machine import NOT_MEASURED, demo_sequences
+from iisan_fast.config import EvaluationConfig
+from iisan_fast.data.sequences import load_dataset
+from iisan_fast.errors import InputError
+from iisan_fast.evaluation.metrics import metrics, target_ranks
+from iisan_fast.states.feature_table import FeatureTable
+
+CPU = torch.device("cpu")
+SMALL = EvaluateSettings(width=24, layers=3, argsort_users=30)
+SMALL_OPTIONS = ("--width", 24, "--layers", 3, "--rounds", 2, "--device", "cpu")
+
+
+@pytest.fixture(scope="module", params=["test", "validation"])
+def work(request) -> bench.Work:
+    return bench.make_work(demo_sequences(), dataclasses.replace(SMALL, split=request.param), CPU)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Memory is then the tests' own; a process for each form takes seconds."""
+    monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
+
+
+def test_both_forms_find_the_same_vectors_and_states(work):
+    form = DenseModel(work.model, list(work.table.views))
+    with torch.no_grad():
+        vectors = form.item_vectors(torch.arange(1, work.table.rows))
+        states = bench.dense_states(form, vectors, torch.from_numpy(work.split.inputs))
+    ours = work.model.catalogue_vectors(work.table)
+    torch.testing.assert_close(ours, vectors, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(work.model.user_states(ours, work.split.inputs), states, rtol=1e-4, atol=1e-5)
+    assert len(states) == len(work.split.targets) and len(vectors.unique(dim=0)) == len(vectors)
+
+
+def test_argsort_ranks_are_those_of_counting(work):
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(len(work.split.targets), 8, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(work.table.rows - 1, 8, generator=generator, dtype=torch.float64)
+    masked, _ = target_ranks(states, vectors, work.split, EvaluationConfig())
+    users = np.flatnonzero(work.split.reachable)[:200]
+    assert (bench.argsort_ranks(states, vectors, work.split, users) == masked[users]).all()
+    assert (masked[users] != target_ranks(states, vectors, work.split, EvaluationConfig())[1][users]).any()
+
+
+def test_a_target_in_its_own_history_comes_last_by_argsort(toy_run):
+    work = bench.make_work(load_dataset(toy_run[0]).sequences, SMALL, CPU)
+    split = work.split
+    split.items[split.ends[7] - 1] = split.targets[7]
+    states, vectors = torch.randn(len(split.targets), 4), torch.randn(40, 4)
+    rank = bench.argsort_ranks(states, vectors, split, np.array([7]))
+    own = len(set(split.history[7].tolist()) - {0})
+    assert 40 - own < rank[0] <= 40
+    assert target_ranks(states, vectors, split, EvaluationConfig())[0][7] == np.inf
+
+
+def test_the_forms_agree_and_name_their_stages(work):
+    dense, fast = (run(work) for run in bench.FORMS.values())
+    assert dense.ranks.shape == (30,) and fast.ranks.shape == (1600,)
+    assert set(bench.EVALUATION["dense"]) == dense.seconds.keys()
+    assert set(bench.EVALUATION["fast"]) | {"ranking"} == fast.seconds.keys()
+    assert all(seconds > 0 for seconds in (*dense.seconds.values(), *fast.seconds.values()))
+    found = bench.agreement(dense, fast, work)["agreement"]
+    assert found["users"] == 30 and found["largest_rank_difference"] <= found["rank_tolerance"]
+    assert found["hr@10"]["dense"] == dense.metrics["hr@10"]
+    assert fast.metrics["hr@10"] == metrics(fast.ranks, (10,))["hr@10"]
+
+
+def test_the_form_for_cuda_evaluates_the_states_as_a_run_holds_them(work):
+    assert all(view.dtype == torch.bfloat16 for view in work.trained_table.views)
+    nothing = FeatureTable(tuple(torch.zeros_like(view) for view in work.table.views))
+    narrow, fast = bench.bfloat16(dataclasses.replace(work, table=nothing)), bench.fast(work)
+    assert narrow.metrics == fast.metrics and np.array_equal(narrow.ranks, fast.ranks)  # on a CPU both are bf16
+    assert not np.array_equal(bench.fast(dataclasses.replace(work, table=nothing)).ranks, fast.ranks)
+    assert all(stage in narrow.seconds for stage in bench.EVALUATION["bfloat16"])
+
+
+def test_forms_that_disagree_are_an_error(work):
+    dense, fast = (run(work) for run in bench.FORMS.values())
+    ranks = dense.ranks.copy()
+    ranks[np.isfinite(fast.ranks[work.sample]).argmax()] += 5
+    with pytest.raises(InputError, match=r"ranks differ by up to \d, expected at most 2"):
+        bench.agreement(Evaluated(ranks, dense.metrics, {}), fast, work)
+    ranks[:] = np.nan
+    with pytest.raises(InputError, match="ranks differ by up to nan"):
+        bench.agreement(Evaluated(ranks, dense.metrics, {}), fast, work)
+    wrong = dense.metrics | {"ndcg@10": dense.metrics["ndcg@10"] + 0.1}
+    with pytest.raises(InputError, match=r"ndcg@10: .* by argsort, .* expected them within 0.034"):
+        bench.agreement(Evaluated(dense.ranks, wrong, {}), fast, work)
+
+
+def test_only_the_rankings_part_of_the_time_is_scaled():
+    runs = [{"item_vectors": 1.0, "user_states": 2.0, "ranking": float(seconds)} for seconds in (1, 2, 3, 4, 5, 6)]
+    part = bench.part_summary([3.0] * 6, [run["ranking"] for run in runs], ranked=10, users=40)
+    assert (part["p20_s"], part["p50_s"], part["p80_s"]) == (5.0, 6.5, 8.0) and part["measured_users"] == 10
+    assert part["all_users"] == {"p20_s": 11.0, "p50_s": 17.0, "p80_s": 23.0, "scaled": True}
+    assert part["users_per_second"] == 40 / 17
+    whole = bench.part_summary([3.0] * 6, [1.0] * 6, ranked=40, users=40)
+    assert whole["all_users"] == {"p20_s": 4.0, "p50_s": 4.0, "p80_s": 4.0, "scaled": False} and whole["p50_s"] == 4.0
+
+
+def test_a_forms_summary_adds_up_its_stages(work):
+    run = {"item_vectors": 1.0, "user_states": 2.0, "ranking_and_metrics": 4.0, "ranking": 3.0}
+    fast = bench.summary("fast", [run, run], work)
+    assert fast["evaluation"]["p50_s"] == 7.0 and fast["ranking"]["p50_s"] == 3.0
+    assert not fast["evaluation"]["all_users"]["scaled"] and fast["stages"]["user_states"]["p80_s"] == 2.0
+    dense = bench.summary("dense", [{"item_vectors": 1.0, "user_states": 2.0, "ranking": 3.0}], work)
+    assert dense["evaluation"]["p50_s"] == 6.0 and dense["evaluation"]["all_users"]["p50_s"] == 3 + 3 * 1600 / 30
+
+
+def test_how_many_users_are_sorted():
+    chosen = {None: 2000, 0: 12_076, 5: 5}
+    for asked, expected in chosen.items():
+        assert bench.argsort_users(EvaluateSettings(argsort_users=asked), "d", 12_076) == expected
+    assert bench.argsort_users(EvaluateSettings(), "d", 60) == 60
+    with pytest.raises(InputError, match="--argsort-users 61: expected at most 60, the users of d"):
+        bench.argsort_users(EvaluateSettings(argsort_users=61), "d", 60)
+
+
+def test_the_sample_is_spread_over_all_users(work):
+    assert work.sample[0] == 0 and work.sample[-1] == 1599 and len(set(work.sample)) == 30
+
+
+def test_the_command_writes_figures_of_both_forms(toy_run, tmp_path, in_this_process):
+    out = tmp_path / "evaluate.json"
+    options = (*SMALL_OPTIONS, "--argsort-users", 20, "--split", "validation")
+    result = iisan_fast("bench", "evaluate", toy_run[0], *options, "--json", "--out", out)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures == json.loads(out.read_text())
+    command = "iisan-fast bench evaluate DATASET --split=validation --width=24 --layers=3 --argsort-users=20 --rounds=2"
+    assert figures["command"] == f"{command} --seed=0"
+    assert {"dataset", "commit", "environment", "notes", "agreement"} <= figures.keys()
+    assert figures["users"] == 60 and figures["catalogue"] == 40 and figures["ratios_scaled"]
+    dense, fast = figures["forms"]
+    assert (dense["form"], fast["form"]) == ("dense", "fast")
+    for row in (dense, fast):
+        assert row["peak_cuda_bytes"] == NOT_MEASURED and row["peak_pss_bytes"] != 0
+        for part in ("ranking", "evaluation"):
+            assert 0 < row[part]["p20_s"] <= row[part]["p50_s"] <= row[part]["p80_s"]
+            assert row[part]["users_per_second"] == pytest.approx(60 / row[part]["all_users"]["p50_s"])
+            assert row[part]["measured_users"] == (20 if row is dense else 60)
+            assert row[part]["all_users"]["scaled"] == (row is dense)
+    for part, ratio in figures["ratios"].items():
+        assert ratio == pytest.approx(dense[part]["all_users"]["p50_s"] / fast[part]["all_users"]["p50_s"])
+
+
+def test_all_users_may_be_sorted(toy_run, in_this_process):
+    result = iisan_fast("bench", "evaluate", toy_run[0], *SMALL_OPTIONS, "--argsort-users", 0, "--json")
+    figures = json.loads(result.stdout)
+    assert figures["settings"]["argsort_users"] == 60 and not figures["ratios_scaled"]
+    assert not figures["forms"][0]["evaluation"]["all_users"]["scaled"]
+
+
+def test_the_command_prints_a_table(toy_run):
+    """The memory of each form, from a process of its own."""
+    result = iisan_fast("bench", "evaluate", toy_run[0], *SMALL_OPTIONS, "--argsort-users", 20)
+    assert result.returncode == 0, result.stderr
+    assert "60 users of toy, 40 items" in result.stdout and "(scaled)" in result.stdout
+    assert "dense / fast (scaled): " in result.stdout and "not measured" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 120
+
+
+def test_bad_options_get_one_line(toy_run, tmp_path):
+    command = ("bench", "evaluate", toy_run[0], "--device", "cpu")
+    assert "--argsort-users 61: expected at most 60, the users of toy" in refused(*command, "--argsort-users", 61)
+    assert "--argsort-users" in refused(*command, "--argsort-users", -1)
+    assert "--split" in refused(*command, "--split", "train")
+    assert "--rounds" in refused(*command, "--rounds", 0)
+    assert "folder that exists" in refused(*command, "--out", tmp_path / "none" / "result.json")
+    assert "no such folder" in refused("bench", "evaluate", tmp_path / "nowhere", "--device", "cpu")

@@ -1,0 +1,223 @@
+"""Batches: what they hold, an order that depends on seed and epoch alone, buckets, and one buffer for all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_sequences, random_table, side_recommender
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iisan_fast.config import ModelConfig
+from iisan_fast.data.batches import Batch, Shape, epoch_batches, make_batch, steps_per_epoch
+from iisan_fast.kernels.reference import unpack_bits
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=11), min_size=1, max_size=6))
+def test_batch_holds_every_row_once(training):
+    sequences = make_sequences([[*history, 1, 1] for history in training], items=40)
+    batch = make_batch(sequences, np.arange(len(training)), step=5)
+    slots = [item for history in training for item in history]
+    assert batch.distinct.tolist() == sorted(set(slots))
+    assert batch.multiplicity.tolist() == [slots.count(item) for item in sorted(set(slots))]
+    expected = [
+        (user, history[: i + 1], history[i + 1])
+        for user, history in enumerate(training)
+        for i in range(len(history) - 1)
+    ]
+    found, seen = [], {}
+    for slot, user, item, target in zip(
+        *(x.tolist() for x in (batch.row_slots, batch.row_users, batch.inputs, batch.targets))
+    ):
+        assert slot // batch.length == user
+        seen[user] = [*seen.get(user, []), batch.distinct[item].item()]
+        found.append((user, seen[user], batch.distinct[target].item()))
+        inputs = len(training[user]) - 1
+        assert slot % batch.length == batch.length - inputs + len(seen[user]) - 1
+    assert found == expected
+    assert batch.length == max(map(len, training)) - 1
+    assert batch.weights.tolist() == [1 / len(expected)] * len(expected)
+    own = unpack_bits(batch.history_bits, len(batch.distinct))
+    for user, history in enumerate(training):
+        assert batch.distinct[own[user]].tolist() == sorted(set(history))
+
+
+def test_epoch_visits_every_user_once_and_depends_on_seed_and_epoch():
+    sequences = make_sequences([[1 + u % 7, 2, 3, 4, 5] for u in range(23)], items=8)
+
+    def order(seed, epoch):
+        return [batch.users.tolist() for batch in epoch_batches(sequences, 5, seed, epoch)]
+
+    assert sorted(sum(order(0, 0), [])) == list(range(23))
+    assert [len(users) for users in order(0, 0)] == [5, 5, 5, 5, 3] and steps_per_epoch(sequences, 5) == 5
+    assert order(0, 3) == order(0, 3)
+    assert len({str(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert [batch.step for batch in epoch_batches(sequences, 5, 0, 2)] == [10, 11, 12, 13, 14]
+
+
+def test_an_index_out_of_range_is_found_on_the_host():
+    batch = make_batch(make_sequences([[1, 2, 3, 9, 9], [4, 1, 9, 9]]), np.arange(2), step=0)
+    assert batch.checked(10) is batch
+    with pytest.raises(ValueError, match="batch.distinct: expected indices from 1 to 3, found 4"):
+        batch.checked(4)
+    with pytest.raises(ValueError, match="batch.targets: expected indices from 0 to 3, found 4"):
+        dataclasses.replace(batch, targets=batch.targets + 2).checked(10)
+
+
+# Padded to buckets
+
+
+histories = st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=11), min_size=1, max_size=6)
+FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name != "buffer"]
+
+
+def batch_of(training: list[list[int]], step: int = 5) -> Batch:
+    """The batch of users with these training histories."""
+    return make_batch(
+        make_sequences([[*history, 1, 1] for history in training], items=40), np.arange(len(training)), step
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(histories, st.tuples(st.integers(1, 4), st.integers(0, 70), st.integers(0, 9), st.integers(0, 3)))
+def test_a_padded_batch_holds_the_batch_and_nothing_that_counts(training, extra):
+    batch = batch_of(training)
+    padded = batch.padded(Shape(*(size + more for size, more in zip(batch.shape, extra))))
+    users, distinct, rows, length = batch.shape
+    assert padded.shape == tuple(size + more for size, more in zip(batch.shape, extra)) and padded.step == batch.step
+    for name, count, filler in (
+        ("users", users, -1),
+        ("distinct", distinct, 0),
+        ("multiplicity", distinct, 0),
+        ("inputs", rows, 0),
+        ("targets", rows, 0),
+        ("row_users", rows, padded.shape.users - 1),
+        ("row_slots", rows, padded.shape.users * padded.length - 1),
+        ("weights", rows, 0),
+    ):
+        own, whole = getattr(batch, name), getattr(padded, name)
+        assert whole.dtype == own.dtype
+        assert (whole[count:] == filler).all(), name
+        assert name == "row_slots" or torch.equal(whole[:count], own), name
+    slots = padded.row_slots[:rows]
+    assert torch.equal(slots // padded.length, batch.row_users)
+    assert torch.equal(padded.length - slots % padded.length, length - batch.row_slots % length)  # from the right
+    assert (padded.row_slots.diff() >= 0).all()
+    own = unpack_bits(padded.history_bits, padded.shape.distinct)
+    assert torch.equal(own[:users, :distinct], unpack_bits(batch.history_bits, distinct))
+    assert not own[users:].any() and not own[:, distinct:].any()
+
+
+@pytest.mark.parametrize("change", [{"users": 2}, {"distinct": 4}, {"rows": 3}, {"length": 2}])
+def test_a_shape_too_small_for_a_batch_is_refused(change):
+    batch = batch_of([[1, 2, 3, 4], [5, 1]])
+    assert batch.shape == Shape(users=2, distinct=5, rows=4, length=3)
+    shape = Shape(users=3, distinct=5, rows=4, length=3)
+    assert batch.padded(shape).shape == shape
+    small = shape._replace(**change)
+    with pytest.raises(ValueError) as error:
+        batch.padded(small)
+    assert str(error.value) == f"batch: {batch.shape} does not fit into {small}"
+
+
+def test_the_buckets_are_a_ladder_of_small_steps():
+    buckets = [Shape(3, size, 1, 4).padded(64, 10).distinct for size in range(1, 5000)]
+    assert buckets == [Shape(3, 1, size, 4).padded(64, 10).rows for size in range(1, 5000)]
+    assert buckets == sorted(buckets)
+    assert all(size <= bucket <= max(64, size * 1.125) for size, bucket in enumerate(buckets, start=1))
+    assert all(Shape(3, bucket, 1, 4).padded(64, 10).distinct == bucket for bucket in set(buckets))
+    steps = sorted(set(buckets))
+    assert [steps.index(2 * bucket) - steps.index(bucket) for bucket in (64, 128, 256, 512, 1024, 2048)] == [8] * 6
+
+
+def test_an_epoch_takes_few_buckets():
+    """As many users an item, and inputs a user, as Scientific has; batches of 64."""
+    rng = np.random.default_rng(0)
+    popularity = 1 / np.arange(5, 5005)
+    lengths = np.minimum(5 + rng.geometric(0.4, 3000), 13)
+    drawn = rng.choice(5000, lengths.sum(), p=popularity / popularity.sum()) + 1
+    sequences = make_sequences(np.split(drawn, np.cumsum(lengths)[:-1]), items=5000)
+    shapes = [batch.shape for epoch in range(3) for batch in epoch_batches(sequences, 64, seed=0, epoch=epoch)]
+    buckets = {shape.padded(64, sequences.max_inputs) for shape in shapes}
+    assert len(set(shapes)) > 100 and len(buckets) <= 12, buckets
+    assert {(bucket.users, bucket.length) for bucket in buckets} == {(65, sequences.max_inputs)}
+
+
+@settings(max_examples=20, deadline=None)
+@given(histories, st.tuples(st.integers(1, 3), st.integers(0, 40), st.integers(0, 9), st.integers(0, 2)))
+def test_padding_changes_neither_the_loss_nor_a_gradient(training, extra):
+    batch = batch_of(training)
+    shape = Shape(*(size + more for size, more in zip(batch.shape, extra)))
+    sequences = make_sequences([[*history, 1, 1] for history in training], items=40, max_inputs=12)
+    popularity = np.maximum(sequences.popularity, 1e-3)
+    model = (
+        side_recommender([(2, 6)], ModelConfig(embedding_dim=8, bottleneck=4), 12, popularity, seed=1).double().train()
+    )
+    table = random_table([(2, 6)], 40)
+    found = []
+    for each in (batch, batch.padded(shape), batch.padded(batch.shape.padded(len(training), 12))):
+        model.zero_grad()
+        loss = model.loss(each, table.states(each.distinct))
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for padded in found[1:]:
+        torch.testing.assert_close(padded, found[0], rtol=1e-9, atol=1e-12)
+
+
+# Packed into one buffer
+
+
+def assert_same_batch(batch: Batch, expected: Batch) -> None:
+    for name in FIELDS:
+        own, other = getattr(batch, name), getattr(expected, name)
+        if isinstance(other, torch.Tensor):
+            assert own.dtype == other.dtype and torch.equal(own, other), name
+        else:
+            assert own == other, name
+
+
+@settings(max_examples=40, deadline=None)
+@given(histories, st.booleans())
+def test_a_packed_batch_comes_back(training, pad):
+    batch = batch_of(training, step=2**40)
+    batch = batch.padded(batch.shape.padded(len(training), 10)) if pad else batch
+    buffer = batch.packed()
+    assert buffer.dtype == torch.int64 and buffer.dim() == 1
+    unpacked = Batch.unpacked(buffer, batch.shape)
+    assert_same_batch(unpacked, batch)
+    assert unpacked.shape == batch.shape and unpacked.buffer is buffer
+    assert unpacked.step.dtype == torch.int64 and unpacked.step.dim() == 0
+    assert_same_batch(Batch.unpacked(unpacked.packed(), batch.shape), batch)  # packed anew
+
+
+@pytest.mark.parametrize("users", [1, 3])
+def test_an_odd_number_of_history_words_is_packed_too(users):
+    batch = batch_of([[1, 2, 3]] * users)
+    assert batch.history_bits.numel() == users  # half a word of the buffer is left over
+    assert_same_batch(Batch.unpacked(batch.packed(), batch.shape), batch)
+
+
+def test_an_unpacked_batch_is_the_buffer_itself():
+    """A graph's batch is replaced by copying another one of its shape into the buffer."""
+    first, second = (batch_of(training) for training in ([[1, 2, 3], [4, 5]], [[9, 8, 7], [6, 9]]))
+    second = dataclasses.replace(second, step=77, weights=second.weights * 3)
+    shape = Shape(4, 64, 64, 10)
+    first, second = first.padded(shape), second.padded(shape)
+    unpacked = Batch.unpacked(first.packed(), shape)
+    changed = [name for name in FIELDS if name != "length" and not _equal(first, second, name)]
+    assert {"step", "distinct", "inputs", "targets", "weights"} <= set(changed)
+    unpacked.buffer.copy_(second.packed())
+    assert_same_batch(unpacked, second)
+
+
+def _equal(one: Batch, other: Batch, name: str) -> bool:
+    return torch.equal(torch.as_tensor(getattr(one, name)), torch.as_tensor(getattr(other, name)))
+
+
+def test_a_cpu_has_every_batch_already():
+    batch = batch_of([[1, 2, 3], [4, 5]])
+    assert batch.to(torch.device("cpu")) is batch

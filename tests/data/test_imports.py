@@ -1,0 +1,459 @@
+"""Imports: small files of every format by hand, what is odd in them, and what is refused without a trace."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iisan_fast.cli import main
+from iisan_fast.config import ProtocolConfig
+from iisan_fast.data.imports import dataset as dataset_module
+from iisan_fast.data.imports import tables
+from iisan_fast.data.imports.flat import import_csv, import_parquet
+from iisan_fast.data.imports.microlens import import_microlens
+from iisan_fast.data.imports.options import ImportOptions, TableOptions
+from iisan_fast.data.imports.recbole import import_recbole
+from iisan_fast.data.items import open_images
+from iisan_fast.data.sequences import load_dataset
+from iisan_fast.errors import InputError
+
+UNORDERED = "u2,b,30\nu1,a,20\nu2,a,10\nu1,c,10\nu1,b,20\nu2,a,10\n"  # and with equal timestamps, and one row twice
+USERS = "u2\ta a b\nu1\tc a b\n"
+TIMES = "u2\t10 10 30\nu1\t10 20 20\n"
+HEADER = "user,item,timestamp\n"
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def microlens(root: Path, pairs: str | bytes = UNORDERED, titles: str | None = "a,A\nb,B\nc,C\n") -> Path:
+    root.mkdir()
+    write(root / "MicroLens-50k_pairs.csv", pairs)
+    if titles is not None:
+        write(root / "MicroLens-50k_title_en.csv", titles)
+    return root
+
+
+def table(folder: Path) -> dict[str, str]:
+    """{first field: the rest} of items.tsv."""
+    return dict(line.split("\t") for line in (folder / "items.tsv").read_text().splitlines())
+
+
+def imported_csv(tmp_path: Path, content: str | bytes, **options) -> Path:
+    import_csv(write(tmp_path / "in.csv", content), tmp_path / "out", TableOptions(**options))
+    return tmp_path / "out"
+
+
+def refused(action, tmp_path: Path, *words: str) -> None:
+    """One line that has all these words, and nothing new in tmp_path."""
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError) as error:
+        action()
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        UNORDERED,
+        HEADER + UNORDERED,
+        UNORDERED.replace("\n", "\r\n").removesuffix("\r\n"),
+        b"\xef\xbb\xbf" + UNORDERED.encode(),
+        b"\xef\xbb\xbf" + (HEADER + UNORDERED).replace("\n", "\r\n").encode(),
+    ],
+    ids=["bare", "header", "windows", "mark", "windows with mark and header"],
+)
+def test_microlens_pairs(tmp_path, pairs):
+    counts = import_microlens(microlens(tmp_path / "in", pairs), tmp_path / "out")
+    assert (tmp_path / "out" / "users.tsv").read_text() == USERS
+    assert (tmp_path / "out" / "times.tsv").read_text() == TIMES
+    assert (tmp_path / "out" / "items.tsv").read_text() == "b\tB\na\tA\nc\tC\n"
+    assert (counts.users, counts.items, counts.interactions, counts.dropped_interactions) == (2, 3, 6, 0)
+    assert (counts.items_without_title, counts.items_without_cover) == (0, None)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == tmp_path.joinpath("in").stat().st_mode & 0o777
+
+
+def test_microlens_histories_without_timestamps(tmp_path):
+    source = microlens(tmp_path / "in")
+    (source / "MicroLens-50k_pairs.csv").unlink()
+    write(source / "MicroLens-50k_pairs.tsv", "u9\t c  a a\r\nu1\tb \r\nu9\tb\r\n")
+    assert import_microlens(source, tmp_path / "out").interactions == 5
+    assert (tmp_path / "out" / "users.tsv").read_text() == "u9\tc a a b\nu1\tb\n"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["items.tsv", "users.tsv"]
+
+
+def test_microlens_titles(tmp_path, caplog):
+    """Quoted or not, commas stay; whitespace is squeezed; an item of no interaction is left out, as is a header."""
+    titles = (
+        '\ufeffitem,title\r\na,"Cats, ""dogs"" and\r\n birds"\r\nb,One, two,\tthree \r\nc,\r\nz,Not here\r\na,"Cats, '
+    )
+    titles += '""dogs"" and birds"\r\n'
+    import_microlens(microlens(tmp_path / "in", titles=titles), tmp_path / "out")
+    assert table(tmp_path / "out") == {"a": 'Cats, "dogs" and birds', "b": "One, two, three", "c": "c"}
+    assert "no title for 1 of 3 items (c): their ids stand for it" in caplog.messages
+
+
+def test_microlens_titles_that_are_not_valid_csv(tmp_path):
+    """Split at the first comma, quotes and all; the lines after one, which a quote never closed ran into, stay."""
+    for name, titles, expected in (
+        ("within", 'a,"Hello" world, "again"\r\nb,B\nc,"C, ""c"""\n', ('"Hello" world, "again"', "B", 'C, "c"')),
+        ("until another", 'a,"A, a\nb,B\nc,"C"\n', ('"A, a', "B", "C")),
+        ("until the end", 'a,A\nb,"B\nc,C', ("A", '"B', "C")),
+        ("in every line", 'a,"A" \nb,"B\nc,"C', ('"A"', '"B', '"C')),
+    ):
+        import_microlens(microlens(tmp_path / name, titles=titles), tmp_path / f"{name} out")
+        assert table(tmp_path / f"{name} out") == dict(zip("abc", expected))
+
+
+def test_items_without_a_title_can_be_dropped_or_refused(tmp_path):
+    source = microlens(tmp_path / "in", titles="a,A\nc,C\nb, \n")
+    counts = import_microlens(source, tmp_path / "out", ImportOptions(missing_titles="drop"))
+    assert (counts.users, counts.items, counts.interactions, counts.dropped_interactions) == (2, 2, 4, 2)
+    assert (tmp_path / "out" / "users.tsv").read_text() == "u2\ta a\nu1\tc a\n"
+    assert list(table(tmp_path / "out")) == ["a", "c"]
+    options = ImportOptions(missing_titles="error")
+    refused(lambda: import_microlens(source, tmp_path / "new", options), tmp_path, "no title for 1 of 3 items (b)")
+    write(source / "MicroLens-50k_title_en.csv", "")
+    options = ImportOptions(missing_titles="drop")
+    refused(lambda: import_microlens(source, tmp_path / "new", options), tmp_path, "nothing is left")
+    with pytest.raises(InputError, match="missing_titles: expected one of id, drop, error, found 'keep'"):
+        ImportOptions(missing_titles="keep")
+
+
+def test_microlens_covers_are_linked_or_copied(tmp_path, caplog):
+    source = microlens(tmp_path / "in")
+    covers = source / "MicroLens-50k_covers"
+    covers.mkdir()
+    for name in ("a.jpg", "b.PNG", "z.jpg"):
+        write(covers / name, name)
+    for copy in (False, True):
+        out = tmp_path / f"copied {copy}"
+        assert import_microlens(source, out, ImportOptions(copy_covers=copy)).items_without_cover == 1
+        assert (out / "images").is_symlink() != copy
+        with open_images(out) as images:
+            assert [images.content(item) for item in "abc"] == [b"a.jpg", b"b.PNG", None]
+        assert (out / "images" / "z.jpg").exists() != copy
+    assert "no cover for 1 of 3 items (c): extract --missing-images blank fills them" in caplog.messages
+    write(covers / "a.png", "")
+    refused(lambda: import_microlens(source, tmp_path / "new"), tmp_path, "two images of item 'a'")
+
+
+def test_microlens_folder_must_hold_one_dataset(tmp_path):
+    source = microlens(tmp_path / "in")
+    write(source / "MicroLens-100k_pairs.csv", UNORDERED)
+    refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "*_pairs.csv", "100k", "folder of its own")
+    (tmp_path / "empty").mkdir()
+    refused(lambda: import_microlens(tmp_path / "empty", tmp_path / "out"), tmp_path, "empty", "found neither")
+    refused(lambda: import_microlens(tmp_path / "none", tmp_path / "out"), tmp_path, "none: no such folder")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ("", ["line 1", "found ''"]),
+        ("1,2\n", ["line 1", "expected user,item,timestamp", "found '1,2'"]),
+        ("user,item,when\n1,2,3\n", ["line 1", "expected user,item,timestamp", "found 'user,item,when'"]),
+        ("PAR1\x15\x04\n", ["line 1", r"found 'PAR1\x15\x04'"]),
+        ("1,2,3\n1,2,x\n", ["row 2: timestamp: expected a whole number, found 'x'"]),
+        ("1,2,3\n1,2,3,4\n", ["cannot be read as a table"]),
+    ],
+)
+def test_malformed_microlens_pairs(tmp_path, pairs, words):
+    source = microlens(tmp_path / "in", pairs)
+    refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "pairs.csv", *words)
+
+
+@pytest.mark.parametrize(
+    ("titles", "words"),
+    [
+        ("a,A\na,B\n", ["item 'a' has two titles", "'A'", "'B'"]),
+        ("a,A\nb,\xff\n".encode("latin-1"), ["line 2", "not UTF-8"]),
+    ],
+)
+def test_malformed_microlens_titles(tmp_path, titles, words):
+    source = microlens(tmp_path / "in")
+    write(source / "MicroLens-50k_title_en.csv", titles)
+    refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "title_en.csv", *words)
+
+
+def test_malformed_microlens_histories(tmp_path):
+    source = microlens(tmp_path / "in")
+    (source / "MicroLens-50k_pairs.csv").unlink()
+    for row, found in (("u2\t ", "''"), ("u2\t", "nothing"), ("u2", "nothing"), ("", "nothing")):
+        write(source / "MicroLens-50k_pairs.tsv", f"u1\ta b\n{row}\n")
+        refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "pairs.tsv row 2", f"found {found}")
+
+
+def test_recbole(tmp_path):
+    """Fields in any order, types stripped, quotes as they are, seconds with a decimal point."""
+    source = tmp_path / "in"
+    source.mkdir()
+    rows = (line.split(",") for line in UNORDERED.splitlines())
+    lines = "".join(f"{time}.0\t5\t{user}\t{item}\n" for user, item, time in rows)
+    write(source / "toy.inter", "timestamp:float\trating:float\tuser_id:token\titem_id:token\r\n" + lines)
+    items = 'item_id:token\tclass:token_seq\tname:token_seq\nb\tx y\t12" Blade\na\tx\t"A" pen\nc\t\t\n'
+    write(source / "toy.item", items)
+    options = TableOptions("id", False, "user_id", "item_id", "timestamp", "name")
+    for place, out in ((source, "first"), (source / "toy.inter", "second")):
+        counts = import_recbole(place, tmp_path / out, options)
+        assert (counts.users, counts.items, counts.interactions, counts.items_without_title) == (2, 3, 6, 1)
+        assert (tmp_path / out / "users.tsv").read_text() == USERS
+        assert (tmp_path / out / "times.tsv").read_text() == TIMES
+        assert table(tmp_path / out) == {"b": '12" Blade', "a": '"A" pen', "c": "c"}
+    refused(lambda: import_recbole(source, tmp_path / "new"), tmp_path, "toy.item", "no column 'title'", "class, name")
+    options = TableOptions(missing_titles="drop", title_column="name")  # the fields of ids as RecBole calls them
+    assert import_recbole(source, tmp_path / "dropped", options).dropped_interactions == 1
+    (source / "toy.item").unlink()
+    assert import_recbole(source, tmp_path / "untitled").items_without_title == 3
+    (source / "toy.inter").unlink()
+    refused(lambda: import_recbole(source, tmp_path / "new"), tmp_path, "expected a .inter file")
+
+
+def test_csv_with_columns_of_other_names_and_tables_of_titles(tmp_path):
+    content = 'when,"who",note,what\n' + "".join(
+        f'{time},{user},"some, ""thing""\n",{item}\n'
+        for user, item, time in (line.split(",") for line in UNORDERED.splitlines())
+    )
+    names = {"user_column": "who", "item_column": "what", "timestamp_column": "when", "title_column": "name"}
+    titles = pl.DataFrame({"what": ["a", "b", "c"], "name": ["A, a", None, "  C\tc "]})
+    titles.write_csv(tmp_path / "items.csv")
+    titles.write_parquet(tmp_path / "items.parquet")
+    for items, data in (("items.csv", content.encode()), ("items.parquet", gzip.compress(content.encode()))):
+        options = TableOptions(**names, items=tmp_path / items)
+        import_csv(write(tmp_path / f"in-{items}", data), tmp_path / f"out-{items}", options)
+        assert (tmp_path / f"out-{items}" / "users.tsv").read_text() == USERS
+        assert table(tmp_path / f"out-{items}") == {"a": "A, a", "b": "b", "c": "C c"}
+
+
+def test_parquet_of_any_fitting_types(tmp_path):
+    rows = [line.split(",") for line in UNORDERED.splitlines()]
+    users = pl.Series("user", [int(row[0][1:]) for row in rows])
+    items = pl.Series("item", [row[1] for row in rows], dtype=pl.Categorical)
+    times = pl.Series("timestamp", [int(row[2]) for row in rows])
+    for index, column in enumerate(
+        (times, times.cast(pl.Float64), times.cast(pl.Datetime("ms")), times.cast(pl.UInt8))
+    ):
+        pl.DataFrame([users, items, column]).write_parquet(tmp_path / "in.parquet")
+        import_parquet(tmp_path / "in.parquet", tmp_path / f"out{index}")
+        assert (tmp_path / f"out{index}" / "users.tsv").read_text() == USERS.replace("u", "")
+        assert (tmp_path / f"out{index}" / "times.tsv").read_text() == TIMES.replace("u", "")
+    for frame, words in (
+        (
+            pl.DataFrame([users.cast(pl.Float32), items, times]),
+            ["column 'user' holds Float32", "text or whole numbers"],
+        ),
+        (pl.DataFrame([users, items, times + 0.5]), ["row 1: timestamp: expected a whole number, found 30.5"]),
+        (pl.DataFrame([users, items, times.replace(20, None)]), ["row 2: timestamp", "found nothing"]),
+        (pl.DataFrame([users, items]), ["no column 'timestamp'", "user, item"]),
+        (pl.DataFrame([users, items, times]).clear(), ["holds no interactions"]),
+    ):
+        frame.write_parquet(tmp_path / "in.parquet")
+        refused(lambda: import_parquet(tmp_path / "in.parquet", tmp_path / "new"), tmp_path, "in.parquet", *words)
+    write(tmp_path / "in.parquet", "no parquet")
+    refused(lambda: import_parquet(tmp_path / "in.parquet", tmp_path / "new"), tmp_path, "cannot be read as a table")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["cannot be read as a table", "empty"]),
+        (HEADER, ["holds no interactions"]),
+        ("user,article,timestamp\n1,2,3\n", ["no column 'item'", "user, article, timestamp", "option"]),
+        (HEADER + "u,a,1\nu,b c,2\n", ["row 2: item: expected an id without spaces", "found 'b c'"]),
+        (HEADER + 'u,a,1\n"u\tv",b,2\n', ["row 2: user", r"found 'u\tv'"]),
+        (HEADER + 'u,"a\nb",1\n', ["row 1: item", r"found 'a\nb'"]),
+        (HEADER + "u,a\0,1\n", ["row 1: item", r"found 'a\x00'"]),
+        (HEADER + "u,a,1\n\nu,a,1\n", ["row 2: user", "found nothing"]),
+        (HEADER + "u,a,1\nu,,1\n", ["row 2: item", "found nothing"]),
+        (HEADER + "u,a,1\nu,a\n", ["row 2: timestamp", "found nothing"]),
+        (HEADER + "u,a,2020-01-01\n", ["row 1: timestamp", "found '2020-01-01'"]),
+        (HEADER + "u,a,1.5\n", ["row 1: timestamp", "found '1.5'"]),
+        (HEADER + "u,a,1e30\n", ["row 1: timestamp", "found '1e30'"]),
+        ((HEADER + "u,\xff,1\n").encode("latin-1"), ["cannot be read as a table", "utf-8"]),
+        (HEADER + 'u,"a,1\n', ["cannot be read as a table"]),
+    ],
+)
+def test_malformed_csv(tmp_path, content, words):
+    source = write(tmp_path / "in.csv", content)
+    refused(lambda: import_csv(source, tmp_path / "out"), tmp_path, "in.csv", *words)
+
+
+def test_a_file_that_is_no_csv(tmp_path):
+    pl.DataFrame({"user": ["u"], "item": ["a"], "timestamp": [1]}).write_parquet(tmp_path / "in.parquet")
+    refused(lambda: import_csv(tmp_path / "in.parquet", tmp_path / "out"), tmp_path, "in.parquet: no header of names")
+    with pytest.raises(InputError) as error:
+        import_csv(tmp_path / "in.parquet", tmp_path / "out")
+    assert str(error.value).isprintable()
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    whole = write(tmp_path / "whole.csv", HEADER + UNORDERED)
+    part = write(tmp_path / "part.csv.gz", gzip.compress(b"item,title\n" + UNORDERED.encode())[:-9])
+    words = ("part.csv.gz: cannot be read as a table", "unexpected end of file")
+    refused(lambda: import_csv(part, tmp_path / "out"), tmp_path, *words)
+    refused(lambda: import_csv(whole, tmp_path / "out", TableOptions(items=part)), tmp_path, *words)
+
+
+@pytest.mark.parametrize("name", ["in*", "in[1]", "in?"])
+def test_names_of_files_are_no_patterns(tmp_path, name):
+    for file in ("in1", "in2", name):
+        rows = pl.DataFrame({"user": ["u"], "item": [file], "timestamp": [1]})
+        rows.write_csv(tmp_path / f"{file}.csv")
+        rows.write_parquet(tmp_path / f"{file}.parquet")
+    for read, suffix in ((import_csv, "csv"), (import_parquet, "parquet")):
+        assert read(tmp_path / f"{name}.{suffix}", tmp_path / suffix).items == 1
+        assert (tmp_path / suffix / "users.tsv").read_text() == f"u\t{name}\n"
+
+
+def test_files_that_are_not_there(tmp_path):
+    options = TableOptions(items=tmp_path / "items.csv")
+    source = write(tmp_path / "in.csv", HEADER + UNORDERED)
+    refused(lambda: import_csv(tmp_path / "no.csv", tmp_path / "out"), tmp_path, "no.csv: no such file")
+    refused(lambda: import_csv(source, tmp_path / "out", options), tmp_path, "items.csv: no such file")
+    refused(lambda: import_recbole(source, tmp_path / "out", options), tmp_path, "items.csv: no such file")
+    options = TableOptions(covers=tmp_path / "covers")
+    refused(lambda: import_csv(source, tmp_path / "out", options), tmp_path, "covers: no such folder")
+
+
+def test_a_destination_must_be_new_and_in_a_folder(tmp_path):
+    source = write(tmp_path / "in.csv", HEADER + UNORDERED)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("out", "dangling", "in.csv"):
+        refused(lambda name=name: import_csv(source, tmp_path / name), tmp_path, name, "exists already")
+    refused(lambda: import_csv(source, tmp_path / "a" / "b"), tmp_path, "make", "first")
+
+
+def test_mixed_spellings_of_large_timestamps_stay_exact(tmp_path):
+    big = 2**62 + 1
+    out = imported_csv(tmp_path, HEADER + f"u,a,{big}\nu,b,{big - 1}\nu,c,-3.0\nu,d,+12e2\n")
+    assert (out / "times.tsv").read_text() == f"u\t-3 1200 {big - 1} {big}\n"
+    assert (out / "users.tsv").read_text() == "u\tc d b a\n"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30), st.integers(-3, 3)), min_size=1, max_size=40),
+    read=st.integers(1, 7),
+    written=st.integers(1, 7),
+)
+def test_order_is_that_of_pythons_stable_sort(tmp_path_factory, rows, read, written):
+    """However the rows are cut into batches and parts."""
+    tmp_path = tmp_path_factory.mktemp("import")
+    histories: dict[str, list[tuple[int, str]]] = {}
+    for user, item, time in rows:
+        histories.setdefault(f"u{user}", []).append((time, f"i{item}"))
+    content = HEADER + "".join(f"u{user},i{item},{time}\n" for user, item, time in rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "ROWS", read)
+        patch.setattr(dataset_module, "ROWS", written)
+        out = imported_csv(tmp_path, content)
+    ordered = {user: sorted(history, key=lambda pair: pair[0]) for user, history in histories.items()}
+    for name, column in (("times", 0), ("users", 1)):
+        expected = "".join(f"{user}\t{' '.join(str(p[column]) for p in rows)}\n" for user, rows in ordered.items())
+        assert (out / f"{name}.tsv").read_text() == expected
+    assert list(table(out)) == list(dict.fromkeys(f"i{item}" for _, item, _ in rows))
+
+
+def test_many_equal_timestamps_stay_in_the_files_order(tmp_path):
+    """Few rows are sorted stably whether or not that was asked for."""
+    draw = random.Random(0)
+    rows = [(f"u{draw.randrange(3)}", f"i{index}", draw.randrange(4)) for index in range(1000)]
+    out = imported_csv(tmp_path, HEADER + "".join(f"{user},{item},{time}\n" for user, item, time in rows))
+    found = [line.split("\t") for line in (out / "users.tsv").read_text().splitlines()]
+    assert [user for user, _ in found] == list(dict.fromkeys(user for user, _, _ in rows))
+    for user, items in found:
+        assert items.split() == [item for own, item, _ in sorted(rows, key=lambda row: row[2]) if own == user]
+
+
+def test_many_rows_keep_the_order_of_first_appearance(tmp_path):
+    """The codes of ids, by which users are sorted, must not depend on how many threads read."""
+    count = 600_000
+    users = [f"u{index * 7919 % 100_003}" for index in range(count)]
+    pl.DataFrame({"user": users, "item": [f"i{index % 5}" for index in range(count)], "timestamp": 0}).write_csv(
+        tmp_path / "in.csv"
+    )
+    assert import_csv(tmp_path / "in.csv", tmp_path / "out").users == 100_003
+    with (tmp_path / "out" / "users.tsv").open() as lines:
+        assert [line.split("\t")[0] for line in lines] == list(dict.fromkeys(users))
+
+
+def test_an_import_loads_as_a_dataset(tmp_path):
+    rows = [(user, f"i{(user + step) % 7}", 100 - step) for step in range(6) for user in range(4)]
+    content = HEADER + "".join(f"u{user},{item},{time}\n" for user, item, time in rows)
+    loaded = load_dataset(imported_csv(tmp_path, content), ProtocolConfig())
+    assert loaded.sequences.user_ids == ["u0", "u1", "u2", "u3"]
+    first = loaded.sequences.items[: loaded.sequences.offsets[1]]
+    assert [loaded.sequences.item_ids[item - 1] for item in first] == ["i5", "i4", "i3", "i2", "i1", "i0"]
+
+
+def run(*arguments: object) -> str:
+    with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    assert not end.value.code
+    return out.getvalue()
+
+
+def test_the_command_line(tmp_path):
+    source = microlens(tmp_path / "in")
+    printed = run("import", "microlens", source, tmp_path / "out")
+    assert "interactions" in printed and f"next: iisan-fast stats {tmp_path}/out" in printed
+    write(tmp_path / "in.csv", "who,item,timestamp\nu,a,1\n")
+    counts = json.loads(run("import", "csv", tmp_path / "in.csv", tmp_path / "csv", "--user-column", "who", "--json"))
+    assert counts["users"] == counts["interactions"] == 1 and counts["items_without_cover"] is None
+    pl.DataFrame({"user": ["u"], "item": ["a"], "timestamp": [1]}).write_parquet(tmp_path / "in.parquet")
+    run("import", "parquet", tmp_path / "in.parquet", tmp_path / "parquet", "--covers", tmp_path, "--copy-covers")
+    write(tmp_path / "in.inter", "user_id:token\titem_id:token\ttime:float\nu\ta\t1\n")
+    run("import", "recbole", tmp_path / "in.inter", tmp_path / "recbole", "--timestamp-field", "time")
+    for folder in ("csv", "parquet", "recbole"):
+        assert (tmp_path / folder / "users.tsv").read_text() == "u\ta\n"
+
+
+def test_without_polars_the_command_says_what_to_install(tmp_path, monkeypatch, capsys):
+    for module in [name for name in sys.modules if name.startswith("iisan_fast.data.imports.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "polars", None)
+    with pytest.raises(SystemExit) as end:
+        main(["import", "csv", str(tmp_path), str(tmp_path / "out")])
+    assert end.value.code == 2 and "pip install 'iisan-fast[import]'" in capsys.readouterr().err
+
+
+ENDLESS = """
+import sys, time
+from iisan_fast.cli import main
+from iisan_fast.imports import flat
+
+def endless(*_):
+    print("writing", flush=True)
+    time.sleep(60)
+
+flat.write_dataset = endless
+main(["import", "csv", *sys.argv[1:]])
+"""
+
+
+def test_an_import_that_is_terminated_leaves_nothing(tmp_path):
+    source = write(tmp_path / "in.csv", HEADER + UNORDERED)
+    command = [sys.executable, "-c", ENDLESS, str(source), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        assert len(os.listdir(tmp_path)) == 2
+        process.terminate()
+    assert process.returncode == 143
+    assert os.listdir(tmp_path) == ["in.csv"]

@@ -1,0 +1,295 @@
+"""The attention of encoders: xformers' layout through a stand-in on the CPU, itself on a GPU, and how one is chosen."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_base as tiny
+import torch
+import transformers as hf
+from conftest import make_sequences, write_dataset_folder
+from torch import Tensor
+from torch.nn import functional as F
+
+from iisan_fast.encoders import attention
+from iisan_fast.encoders.attention import choose_attention, xformers_attention
+from iisan_fast.encoders.base import Backbone, load_backbone
+from iisan_fast.errors import InputError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+FAMILIES = [("title", name) for name in tiny.TEXT if name != "deberta-v3"] + [("image", name) for name in tiny.IMAGE]
+built, own_cache = tiny.built, tiny.own_cache
+
+
+class Xformers(types.ModuleType):
+    """Stands in for xformers.ops: checks what the kernel asks of its arguments and computes what it documents."""
+
+    def __init__(self) -> None:
+        super().__init__("xformers.ops")
+        self.calls: list[dict[str, Any]] = []
+
+    def memory_efficient_attention(
+        self,
+        query: Tensor,  # [batch, queries, heads, width]
+        key: Tensor,
+        value: Tensor,
+        attn_bias: Tensor | None = None,
+        p: float = 0.0,
+        scale: float | None = None,
+    ) -> Tensor:
+        batch, queries, heads, width = query.shape
+        assert key.shape == value.shape == (batch, key.shape[1], heads, width)  # nothing is broadcast
+        assert query.dtype == key.dtype == value.dtype
+        assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * (width**-0.5 if scale is None else scale)
+        if attn_bias is not None:
+            assert attn_bias.shape == scores.shape and attn_bias.dtype == query.dtype
+            assert attn_bias.stride(-1) == 1 and not any(stride % 8 for stride in attn_bias.stride()[:-1])
+            assert attn_bias.isfinite().all()  # the kernel gives NaN for a row of -inf
+            scores = scores + attn_bias
+        self.calls.append({"bias": attn_bias is not None, "p": p, "scale": scale})
+        return torch.einsum("bhqk,bkhd->bqhd", F.dropout(scores.softmax(dim=-1), p), value)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_or_tried() -> None:
+    attention._say_once.cache_clear()
+    attention.xformers_problem.cache_clear()
+
+
+@pytest.fixture
+def xformers(monkeypatch) -> Xformers:
+    """The stand-in, to be had on the CPU."""
+    module = Xformers()
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    monkeypatch.setattr(attention, "xformers_problem", lambda device, dtype: None)
+    return module
+
+
+def loaded(folder: Path, source: str, name: str, device: torch.device = CPU, **changes) -> Backbone:
+    return load_backbone(tiny.view(folder, source, max_tokens=12, **changes), device, name)
+
+
+def states_and_gradients(backbone: Backbone, contents: list) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pooled states as `encode` gives them, and the gradients of a weighted sum of them."""
+    inputs = backbone.prepare(contents)
+    pooled = backbone.encode(inputs).clone()
+    backbone.model.requires_grad_(True)
+    inputs = {name: tensor.to(backbone.device) for name, tensor in inputs.items()}
+    states = backbone._hidden_states(inputs)
+    trained = torch.stack([backbone._pool(states[layer], inputs) for layer in backbone.layers], dim=1)
+    torch.testing.assert_close(trained, pooled)
+    weights = torch.randn(trained.shape, generator=torch.Generator().manual_seed(0))
+    (trained * weights.to(trained)).sum().backward()
+    return pooled, {name: p.grad for name, p in backbone.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("source", "family"), FAMILIES)
+def test_states_and_gradients_are_those_of_eager_attention(built, xformers, source, family):
+    """Padded and unpadded, bidirectional and causal, with fewer key heads than query heads."""
+    folder = built(source, family)
+    contents = tiny.TITLES if source == "title" else tiny.pictures()
+    backbone = loaded(folder, source, "xformers")
+    assert backbone.attention == "xformers" and len(xformers.calls) > 0
+    xformers.calls.clear()
+    states, gradients = states_and_gradients(backbone, contents)
+    assert len(xformers.calls) >= 2 * (backbone.depth - 1)
+    assert {call["bias"] for call in xformers.calls} == {source == "title"}
+    eager = loaded(folder, source, "eager")
+    expected_states, expected_gradients = states_and_gradients(eager, contents)
+    torch.testing.assert_close(states, expected_states, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, expected in expected_gradients.items():
+        atol = 1e-5 * max(1, expected.abs().max().item())
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-4, atol=atol, msg=lambda text, n=name: n + text)
+    assert backbone.describe() == eager.describe()
+
+
+@pytest.mark.parametrize(("source", "family"), FAMILIES)
+def test_under_autocast_the_kernel_gets_one_dtype(built, xformers, source, family):
+    """Rotary embeddings leave queries and keys in float32 there; the stand-in refuses to mix."""
+    backbone = loaded(built(source, family), source, "xformers")
+    xformers.calls.clear()
+    inputs = backbone.prepare(tiny.TITLES if source == "title" else tiny.pictures())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = backbone.final(inputs)
+    assert found.isfinite().all() and len(xformers.calls) >= backbone.depth - 1
+
+
+def test_causal_attention_does_not_look_ahead_where_nothing_is_padded(built, xformers):
+    """With no padding Hugging Face would leave a causal mask out and rely on a flag."""
+    folder = built("title", "llama")
+    titles = ["w1 w2 w3 w4", "w5 w6 w7 w8"]
+    states = [loaded(folder, "title", name) for name in ("xformers", "eager")]
+    first, second = (backbone.encode(backbone.prepare(titles)) for backbone in states)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+    assert all(call["bias"] for call in xformers.calls)
+
+
+def both(config: hf.PreTrainedConfig) -> tuple[hf.PreTrainedModel, hf.PreTrainedModel]:
+    """One random model under xformers' and under eager attention."""
+    torch.manual_seed(0)
+    eager = hf.AutoModel.from_config(config, attn_implementation="eager").eval()
+    other = hf.AutoModel.from_config(type(config)(**config.to_dict()), attn_implementation="xformers").eval()
+    other.load_state_dict(eager.state_dict())
+    return other, eager
+
+
+def test_padding_that_sees_no_key_gives_no_nan(xformers):
+    """Beyond a sliding window's reach a padding token sees padding alone."""
+    ids, mask = torch.arange(1, 25).view(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    mask[0, 3:] = 0
+    results = []
+    for model in both(hf.MistralConfig(**tiny.LLM, sliding_window=3)):
+        states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        assert states.isfinite().all()
+        states[mask > 0].square().sum().backward()
+        results.append((states[mask > 0], [parameter.grad for parameter in model.parameters()]))
+    for found, expected in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_models_own_bias_is_used_and_learns(xformers):
+    """BEiT hands relative positions over as a mask of 17 keys, one for each head and none for each item."""
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    results = []
+    for model in both(hf.BeitConfig(**tiny.VISION, use_relative_position_bias=True)):
+        tables = [p for name, p in model.named_parameters() if "relative_position_bias_table" in name]
+        with torch.no_grad():
+            for table in tables:
+                table.copy_(torch.randn(table.shape, generator=torch.Generator().manual_seed(1)))
+        model(pixel_values=pixels).last_hidden_state.square().sum().backward()
+        results.append([table.grad for table in tables])
+    assert len(results[0]) == 4 and all(call["bias"] for call in xformers.calls)
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keys", [1, 7, 8, 13])
+def test_any_mask_scale_and_dropout_reach_the_kernel(xformers, dtype, keys):
+    generator = torch.Generator().manual_seed(keys)
+    query = torch.randn(3, 4, 5, 8, generator=generator).to(dtype)
+    key, value = (torch.randn(3, 2, keys, 8, generator=generator).to(dtype) for _ in range(2))
+    mask = torch.rand(3, 1, 5, keys, generator=generator) > 0.4
+    mask[..., 0] = True
+    additive = torch.where(mask, 0.0, attention.MASKED)  # in float32, whatever the query is
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
+    for given in (mask, additive):
+        mixed, weights = xformers_attention(torch.nn.Module(), query, key, value, given, scaling=0.3, is_causal=True)
+        assert weights is None and mixed.dtype == dtype
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
+        torch.testing.assert_close(mixed, expected.transpose(1, 2), rtol=tolerance, atol=tolerance)
+    xformers_attention(torch.nn.Module(), query, key, value, None, dropout=0.25)
+    assert xformers.calls[-2:] == [
+        {"bias": True, "p": 0.0, "scale": 0.3},
+        {"bias": False, "p": 0.25, "scale": None},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "model_class", "expected"),
+    [
+        ("auto", CUDA, hf.BertModel, "xformers"),
+        ("auto", CPU, hf.BertModel, "sdpa"),
+        ("xformers", CUDA, hf.CLIPModel, "xformers"),
+        ("sdpa", CUDA, hf.BertModel, "sdpa"),
+        ("eager", CUDA, hf.BertModel, "eager"),
+        ("auto", CUDA, hf.Data2VecVisionModel, "sdpa"),  # takes no part in the attention interface
+        ("auto", CUDA, hf.DebertaV2Model, "eager"),
+        ("xformers", CUDA, hf.Gemma2Model, "eager"),  # takes part in it, but caps its scores
+        ("sdpa", CPU, hf.DebertaV2Model, "eager"),
+    ],
+)
+def test_what_is_asked_for_is_chosen_where_it_can_be_had(xformers, asked, device, model_class, expected, caplog):
+    assert choose_attention(asked, model_class, device, torch.float32) == expected
+    own = expected == "eager" and asked != "eager"
+    said = [record.message for record in caplog.records]
+    assert said == ([f"{model_class.__name__} keeps its own attention"] if own else [])
+
+
+def test_other_names_are_refused():
+    with pytest.raises(InputError, match="attention: expected one of auto, xformers, sdpa, eager, found 'flash'"):
+        choose_attention("flash", hf.BertModel, CPU, torch.float32)
+
+
+class Broken(types.ModuleType):
+    """Stands in for an xformers whose extension cannot be loaded, which it has a lot to say about."""
+
+    def __getattr__(self, name: str):
+        logging.getLogger("xformers").warning("WARNING[XFORMERS]: built for\nanother torch")
+        raise OSError("libcudart.so:\nno such file")
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [(None, "ModuleNotFoundError: "), (Broken("xformers.ops"), r"OSError: libcudart\.so: no such file\)")],
+)
+@pytest.mark.parametrize("asked", ["auto", "xformers"])
+def test_a_missing_or_broken_xformers_is_one_notice(monkeypatch, caplog, module, reason, asked):
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    for model_class in (hf.BertModel, hf.ViTModel):
+        assert choose_attention(asked, model_class, CUDA, torch.bfloat16) == "sdpa"
+    (record,) = caplog.records
+    assert "\n" not in record.message and record.message.endswith("; torch's takes its place")
+    assert re.search(reason, record.message)
+
+
+def test_xformers_on_a_cpu_is_one_notice_and_imports_nothing(built, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "iisan_fast")  # the program sets it lower, in whichever test runs it first
+    monkeypatch.setitem(sys.modules, "xformers.ops", Broken("xformers.ops"))
+    assert loaded(built("title", "bert"), "title", "xformers").attention == "sdpa"
+    assert loaded(built("image", "vit"), "image", "xformers").attention == "sdpa"
+    assert [record.message for record in caplog.records] == [
+        "xformers' attention cannot be used (it needs CUDA, found cpu); torch's takes its place"
+    ]
+
+
+def test_deberta_keeps_its_own_and_says_so_once(built, caplog):
+    caplog.set_level(logging.INFO, "iisan_fast")
+    folder = built("title", "deberta-v3")
+    for name in ("auto", "xformers", "sdpa", "eager"):
+        assert loaded(folder, "title", name).attention == "eager"
+    said = [record.message for record in caplog.records]
+    assert said == ["DebertaV2Model keeps its own attention", *[f"{folder}: attention by eager"] * 4]
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_towers_of_text_image_models_take_it_as_well(built, name):
+    for source in ("title", "image"):
+        backbone = loaded(built(source, "clip"), source, name)
+        assert backbone.attention == backbone.model.config._attn_implementation == name
+
+
+def test_extract_prints_the_choice(built, tmp_path):
+    dataset = write_dataset_folder(tmp_path / "d", make_sequences([[1, 2, 3, 4, 5]]))
+    folder, program = built("title", "bert"), Path(sys.executable).with_name("iisan-fast")
+    arguments = ["--cache", tmp_path / "c", "--text-encoder", folder, "--attention", "eager", "--device", "cpu"]
+    result = subprocess.run([program, "extract", dataset, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0 and f"{folder}: attention by eager\n" in result.stderr, result
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("source", "family"), FAMILIES)
+def test_on_a_gpu_xformers_agrees_with_sdpa(built, source, family):
+    """To bfloat16's rounding, by which several blocks of random weights are apart in any case."""
+    pytest.importorskip("xformers.ops")
+    folder, contents = built(source, family), tiny.TITLES if source == "title" else tiny.pictures()
+    results = []
+    for name in ("xformers", "sdpa"):
+        backbone = loaded(folder, source, name, CUDA, encoder_dtype="bfloat16")
+        assert backbone.attention == name
+        results.append(states_and_gradients(backbone, contents))
+    (states, gradients), (expected_states, expected_gradients) = results
+    assert (states - expected_states).abs().max() <= 5e-2 * max(1, expected_states.abs().max())
+    for name, expected in expected_gradients.items():
+        assert (gradients[name] - expected).norm() <= 0.1 * max(1, expected.norm()), name

@@ -1,0 +1,225 @@
+"""Hidden states read in passing: the very ones that Hugging Face reports, and never two of them kept at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import test_base as tiny
+import torch
+import transformers as hf
+from test_base import BERT, IMAGE, LLM, TEXT, TITLES, pictures, save, view
+from torch import Tensor, nn
+
+from iisan_fast.bench.encoders import encoder_parameters
+from iisan_fast.encoders import base as backbones
+from iisan_fast.encoders.adaptation import blocks
+from iisan_fast.encoders.base import Backbone, load_backbone
+from iisan_fast.encoders.hidden_state_hooks import find_places, keeps_nothing, reading
+from iisan_fast.encoders.hugging_face import count_parameters
+
+built, own_cache = tiny.built, tiny.own_cache
+ALL = (0, 1, 2, 3, 4)
+FAMILIES = [("title", family) for family in TEXT] + [("image", family) for family in IMAGE]
+
+
+@pytest.mark.parametrize(("source", "family"), FAMILIES)
+def test_states_are_the_very_ones_that_are_reported(built, source, family, caplog):
+    for dtype in ("float32", "bfloat16"):
+        backbone = load_backbone(view(built(source, family), source, layers=ALL, encoder_dtype=dtype))
+        inputs = backbone.prepare(TITLES if source == "title" else pictures())
+        assert torch.equal(backbone.encode(inputs), backbone.encode_whole(inputs))
+    assert "cannot be read one by one" not in caplog.text
+
+
+@pytest.mark.parametrize(("source", "family"), FAMILIES)
+def test_cores_that_share_the_rows_find_the_same_states(built, source, family, threads_given_back):
+    backbone = load_backbone(view(built(source, family), source, layers=ALL))
+    inputs = backbone.prepare(TITLES if source == "title" else pictures())
+    order = torch.randint(len(next(iter(inputs.values()))), (100,), generator=torch.Generator().manual_seed(0))
+    inputs = {name: tensor[order] for name, tensor in inputs.items()}
+    at_work: set[int] = set()
+    backbone.model.register_forward_pre_hook(lambda *_: at_work.add(threading.get_ident()))
+    for threads in (3, 2):
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            torch.testing.assert_close(backbone.encode(inputs), backbone.encode_whole(inputs), rtol=1e-5, atol=1e-5)
+    assert len(at_work - {threading.get_ident()}) >= 2
+
+
+@pytest.mark.parametrize(("source", "family"), FAMILIES)
+def test_parameters_are_counted_without_reading_a_weight(built, tmp_path, source, family):
+    """Those of a twin encoder's one tower, too: what reads images beside what reads text counts apart."""
+    model = load_backbone(view(built(source, family), source)).model
+    folder = shutil.copytree(built(source, family), tmp_path / "encoder")
+    (folder / "model.safetensors").unlink()
+    found = count_parameters(str(folder), "image" if source == "image" else "text")
+    assert found == sum(parameter.numel() for parameter in model.parameters())
+    if source == "image" and family == "clip":
+        views = [view(folder, "title"), view(folder, "image")]
+        assert encoder_parameters(views) == count_parameters(str(folder), "text") + found
+
+
+def test_one_block_called_for_every_layer_gives_a_state_at_each_call(tmp_path):
+    model = hf.AlbertModel(hf.AlbertConfig(**BERT, embedding_size=16))
+    backbone = load_backbone(view(save(model, tmp_path / "albert", None, "cls"), layers=ALL))
+    inputs = backbone.prepare(TITLES)
+    assert torch.equal(backbone.encode(inputs), backbone.encode_whole(inputs))
+
+
+def most_alive(backbone: Backbone, encode) -> int:
+    """How many blocks' states there are at most while a batch is encoded, whenever another block begins."""
+    alive: list[weakref.ref] = []
+    counts = []
+
+    def begins(_block: nn.Module, _args: tuple) -> None:
+        counts.append(sum(state() is not None for state in alive))
+
+    def ends(_block: nn.Module, _args: tuple, state: Tensor) -> None:
+        alive.append(weakref.ref(state))
+
+    for block in blocks(backbone.model).values():
+        block.register_forward_pre_hook(begins)
+        block.register_forward_hook(ends)
+    encode(backbone.prepare(TITLES))
+    assert len(counts) == 12
+    return max(counts)
+
+
+def test_no_state_outlives_the_block_that_reads_it(tmp_path):
+    folder = save(hf.LlamaModel(hf.LlamaConfig(**LLM | {"num_hidden_layers": 12})), tmp_path / "llama", None, "bare")
+    backbone = load_backbone(view(folder, layers=tuple(range(13))))
+    assert most_alive(backbone, backbone.encode) == 1
+    backbone = load_backbone(view(folder))
+    assert most_alive(backbone, backbone._hidden_states) == 11  # as they are reported: all of them
+
+
+@pytest.mark.parametrize(
+    ("source", "family"), [("title", "llama"), ("title", "bert"), ("title", "clip"), ("image", "vit")]
+)
+def test_outputs_that_a_checkpoint_asks_for_are_not_made(built, tmp_path, source, family):
+    """Its configuration may have them on, as that of many a published encoder has: they would all stay in memory."""
+    folder = shutil.copytree(built(source, family), tmp_path / "asking")
+    config = json.loads((folder / "config.json").read_text())
+    asked = {"output_hidden_states": True, "output_attentions": True, "return_dict": False}
+    for part in (config, config.get("text_config", {})):
+        part |= asked
+    (folder / "config.json").write_text(json.dumps(config))
+    backbone, plain = load_backbone(view(folder, source)), load_backbone(view(built(source, family), source))
+    inputs = backbone.prepare(TITLES if source == "title" else pictures())
+    assert backbone._run(inputs).keys() == plain._run(inputs).keys()
+    assert "hidden_states" not in backbone._run(inputs) and "attentions" not in backbone._run(inputs)
+    assert torch.equal(backbone.encode(inputs), plain.encode(inputs))
+
+
+def test_states_made_out_of_reach_are_all_kept(built, monkeypatch, caplog):
+    expected = load_backbone(view(built("title", "llama"))).encode
+    monkeypatch.setattr(backbones, "find_places", lambda *_: None)
+    with caplog.at_level(logging.WARNING):
+        backbone = load_backbone(view(built("title", "llama")))
+    assert "its hidden states cannot be read one by one; batches keep all" in caplog.text
+    inputs = backbone.prepare(TITLES)
+    assert torch.equal(backbone.encode(inputs), expected(inputs))
+
+
+def test_encoding_leaves_no_hooks(built):
+    backbone = load_backbone(view(built("title", "bert")))
+    before = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in backbone.model.modules()]
+    backbone.encode(backbone.prepare(TITLES))
+    after = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in backbone.model.modules()]
+    assert after == before
+
+
+class Scaled(nn.Module):
+    """A state that no module makes goes into the one block; another one never leaves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(input=3 * x) + 1
+
+
+def test_places_are_before_and_behind_modules():
+    model, x = Scaled(), torch.randn(2, 3)
+    inside = [3 * x, model.block(3 * x)]
+    places = find_places(model, lambda: model(x), [*inside, inside[1] + 1])
+    assert [place.module for place in places] == [model.block, model.block, model]
+    assert [place.given for place in places] == [True, False, False]
+    with reading(places[:2]) as read:
+        taken = read(lambda: model(x), lambda state: state.sum(dim=1))
+    assert all(torch.equal(found, state.sum(dim=1)) for found, state in zip(taken, inside))
+    assert not model.block._forward_hooks and not model.block._forward_pre_hooks
+    assert find_places(model, lambda: model(x), [inside[1] + 2]) is None
+    assert find_places(model, lambda: model(x), inside[::-1]) is None
+
+
+class Remembers(Scaled):
+    """Leaves something of a batch in itself."""
+
+    def __init__(self, left: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.left, self.kept = left, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.left(x)
+        return super().forward(x)
+
+
+def test_a_model_that_keeps_something_of_a_batch_is_told():
+    constant = torch.zeros(3)
+
+    def runs(model: nn.Module) -> list[Callable[[], Tensor]]:
+        return [lambda: model(torch.ones(1, 3)), lambda: model(torch.ones(2, 3))]
+
+    for left, nothing in ((len, False), (torch.clone, False), (lambda x: constant, True), (lambda x: 1000 + 1, True)):
+        model = Remembers(left)
+        assert keeps_nothing(model, runs(model)) == nothing
+    model = Scaled()
+    model.register_buffer("state", constant)
+    assert keeps_nothing(model, runs(model))
+    model.register_forward_hook(lambda module, *_: setattr(module, "state", torch.zeros(3)))
+    assert not keeps_nothing(model, runs(model))
+
+
+def test_an_encoder_that_keeps_a_batchs_states_takes_batches_whole(tmp_path, threads_given_back):
+    config = hf.RecurrentGemmaConfig(
+        **{**LLM, "num_hidden_layers": 3},
+        lru_width=32,
+        attention_window_size=16,
+        block_types=["recurrent", "attention"],
+    )
+    model = hf.RecurrentGemmaModel(config)
+    backbone = load_backbone(view(save(model, tmp_path / "recurrent", None, "bos"), pooling="mean"))
+    inputs = backbone.prepare([TITLES[i % len(TITLES)] for i in range(41)])
+    torch.set_num_threads(2)
+    for _ in range(3):
+        assert torch.equal(backbone.encode(inputs), backbone.encode_whole(inputs))
+
+
+def test_threads_read_what_they_run_themselves():
+    """All are within the model at once, and each runs it twice."""
+    model, together, x = Scaled(), threading.Barrier(4, timeout=60), torch.ones(2, 3)
+    places = find_places(model, lambda: model(x), [3 * x, model.block(3 * x)])
+
+    def meet(*_: object) -> None:
+        together.wait()
+
+    model.block.register_forward_pre_hook(meet)
+
+    def states(number: int) -> list[list[torch.Tensor]]:
+        return [read(lambda: model(number * x), lambda state: state + number) for _ in range(2)]
+
+    with reading(places) as read, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(states, range(4)))
+    for number, both in enumerate(found):
+        for given, made in both:
+            inside = 3.0 * number * x
+            assert torch.equal(given, inside + number) and torch.equal(made, model.block.forward(inside) + number)

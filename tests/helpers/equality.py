@@ -1,0 +1,281 @@
+"""The equality harness: every form of the training step must give the reference's loss and gradients.
+
+A form is a function from a `Step` to a `Result` and how close it comes; list it in FORMS and the tests compare it with
+the independently written reference (padded, one user at a time) for every case, dropout on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import torch
+from conftest import fill_store, random_table, side_recommender
+from reference_step import ReferenceSettings, reference_loss
+from torch import Tensor
+
+from iisan_fast import kernels
+from iisan_fast.bench.dense import DenseTrainer
+from iisan_fast.config import ModelConfig
+from iisan_fast.data.batches import Batch, Shape, make_batch
+from iisan_fast.data.sequences import Sequences
+from iisan_fast.kernels.cpu import library as native
+from iisan_fast.models.recommender import Recommender
+from iisan_fast.states.feature_table import FeatureTable, PinnedTable, load_table
+from iisan_fast.states.loader import prepared
+from iisan_fast.training.training_step import CapturedStep, TrainingStep
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step: the model's shape, the data, and who is in the batch."""
+
+    model: ModelConfig
+    table: FeatureTable
+    sequences: Sequences
+    users: np.ndarray
+    step: int
+    seed: int = 3
+
+    def recommender(self) -> Recommender:
+        """The model in fp64 and training mode, its gates and biases moved off zero so that they are seen to act."""
+        model = side_recommender(
+            self.table.shapes, self.model, self.sequences.max_inputs, self.sequences.popularity, self.seed
+        ).double()
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        return model.train()
+
+
+@dataclass(frozen=True)
+class Result:
+    """The loss and, by parameter name, its gradient."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+
+def from_reference(step: Step) -> Result:
+    """The specification: tests/reference_step.py on plain lists and tensors."""
+    parameters = {name: parameter.detach().clone().requires_grad_() for name, parameter in _named(step.recommender())}
+    offsets, items = step.sequences.training
+    model = step.model
+    settings = ReferenceSettings(
+        embedding_dim=model.embedding_dim,
+        max_inputs=step.sequences.max_inputs,
+        blocks=model.blocks,
+        heads=model.attention_heads,
+        dropout=model.dropout,
+        seed=step.seed,
+        method=model.method,
+        activation=model.activation,
+        gates=model.gates,
+        intra=model.intra,
+        inter=model.inter is not False,
+    )
+    views = step.table.views
+    loss = reference_loss(
+        parameters,
+        settings,
+        views[0],
+        views[1] if len(views) == 2 else None,
+        [items[offsets[user] : offsets[user + 1]].tolist() for user in step.users],
+        step.users.tolist(),
+        torch.from_numpy(step.sequences.popularity),
+        step.step,
+    )
+    loss.backward()
+    return Result(loss.detach(), {name: parameter.grad for name, parameter in parameters.items()})
+
+
+def from_recommender(step: Step) -> Result:
+    """One op after the other, and autograd."""
+    model = step.recommender()
+    batch = make_batch(step.sequences, step.users, step.step)
+    return _differentiated(model, model.loss(batch, step.table.states(batch.distinct)))
+
+
+def from_trainer(step: Step) -> Result:
+    """What the trainer runs: on a CPU all gradients from one op, where the model is one that it takes."""
+    model = step.recommender()
+    batch = make_batch(step.sequences, step.users, step.step)
+    loss = model.differentiate(batch, step.table.states(batch.distinct))
+    return Result(loss, {name: parameter.grad for name, parameter in _named(model)})
+
+
+def from_bucketed(step: Step) -> Result:
+    """The batch padded to its bucket, as it is captured in a CUDA graph."""
+    model = step.recommender()
+    batch = make_batch(step.sequences, step.users, step.step)
+    padded = batch.padded(batch.shape.padded(len(step.users) + 3, step.sequences.max_inputs))
+    return _differentiated(model, model.loss(padded, step.table.states(padded.distinct)))
+
+
+def from_packed(step: Step) -> Result:
+    """A padded batch read from one buffer, its step number a tensor, as a CUDA graph reads it."""
+    model = step.recommender()
+    batch = make_batch(step.sequences, step.users, step.step)
+    padded = batch.padded(batch.shape.padded(len(step.users), step.sequences.max_inputs))
+    static = Batch.unpacked(padded.packed(), padded.shape)
+    return _differentiated(model, model.loss(static, step.table.states(static.distinct)))
+
+
+def from_pinned(step: Step) -> Result:
+    """The table in host memory, its rows gathered ahead."""
+    model, table = step.recommender(), PinnedTable(step.table.views, torch.device("cpu"))
+    (found,) = prepared(iter([make_batch(step.sequences, step.users, step.step)]), table, torch.device("cpu"))
+    return _differentiated(model, model.loss(found.batch, found.states))
+
+
+def from_mapped(step: Step) -> Result:
+    """The table in the store's file. The store holds fp32 at most."""
+    with TemporaryDirectory() as folder:
+        names = ["one", "two"][: len(step.table.views)]
+        cache = fill_store(Path(folder) / "cache", step.sequences.item_ids, step.table, tuple(names))
+        cpu = torch.device("cpu")
+        table = load_table(cache, names, step.sequences.item_ids, cpu, "mapped", torch.float64)
+        with closing(table):
+            model = step.recommender()
+            (found,) = prepared(iter([make_batch(step.sequences, step.users, step.step)]), table, cpu)
+            return _differentiated(model, model.loss(found.batch, found.states))
+
+
+def by_backend(name: str) -> Callable[[Step], Result]:
+    """The step with what the name of a backend stands for."""
+
+    def run(step: Step) -> Result:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(kernels.BACKEND_VARIABLE, name)
+            return from_recommender(step)
+
+    return run
+
+
+def from_dense(step: Step) -> Result:
+    """What the benchmark takes for the released code's step."""
+    model = step.recommender()
+    rates = dict.fromkeys(model.parameter_groups(), 0.0)
+    dense = DenseTrainer(model, list(step.table.views), step.sequences, rates, step.seed)
+    return _differentiated(model, dense.loss(step.users, step.step))
+
+
+def from_triton(step: Step) -> Result:
+    """The same in fp32 by Triton's kernels, which have no fp64."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = step.recommender().float().to(device)
+    table = FeatureTable(tuple(view.float().to(device) for view in step.table.views))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(kernels.BACKEND_VARIABLE, "triton")
+        batch = make_batch(step.sequences, step.users, step.step).to(torch.device(device))
+        return _differentiated(model, model.loss(batch, table.states(batch.distinct)))
+
+
+def from_captured(step: Step) -> Result:
+    """Loss and gradients replayed from a CUDA graph that was captured on another batch of the same bucket; in fp32."""
+    return _captured(step, torch.device("cuda"), torch.float32)
+
+
+def from_stand_in(step: Step) -> Result:
+    """The same with a function that is called again in the graph's place."""
+    return _captured(step, torch.device("cpu"), torch.float64, capture=lambda run: run)
+
+
+def _captured(
+    step: Step,
+    device: torch.device,
+    dtype: torch.dtype,
+    capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None,
+) -> Result:
+    model = step.recommender().to(device, dtype)
+    table = FeatureTable(tuple(view.to(device, dtype) for view in step.table.views))
+    taken = TrainingStep(model, dict.fromkeys(model.parameter_groups(), 0.0), device)
+    captured = CapturedStep(taken, capture)
+    batch = make_batch(step.sequences, step.users, step.step)
+    strangers = np.setdiff1d(np.arange(len(step.sequences.user_ids)), step.users)[: len(step.users)]
+    others = make_batch(step.sequences, strangers if len(strangers) else step.users[:1], step.step + 1)
+    sizes = Shape(*map(max, batch.shape, others.shape))
+    shape = sizes.padded(len(step.users), step.sequences.max_inputs)
+    for each in (others, batch):
+        moved = each.padded(shape).to(device)
+        loss = captured(moved, table.states(moved.distinct))
+    gradients = {name: parameter.grad.double().cpu() for name, parameter in _named(model)}
+    return Result(loss.detach().double().cpu(), gradients)
+
+
+def _named(model: Recommender) -> list[tuple[str, Tensor]]:
+    """The parameters under the reference's names."""
+    return [(name.removeprefix("item_encoder."), parameter) for name, parameter in model.named_parameters()]
+
+
+def _differentiated(model: Recommender, loss: Tensor) -> Result:
+    loss.backward()
+    gradients = {name: parameter.grad.double().cpu() for name, parameter in _named(model)}
+    return Result(loss.detach().double().cpu(), gradients)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of the step, the relative difference that its precision leaves, and the users of a real batch for it."""
+
+    run: Callable[[Step], Result]
+    rtol: float = 1e-9
+    users: int = 64
+    takes: Callable[[Step], bool] = lambda step: True  # which models it is a form of
+    needs_cuda: bool = False
+
+    def check(self, step: Step, expected: Result) -> None:
+        if self.needs_cuda and not torch.cuda.is_available():
+            pytest.skip("needs CUDA")
+        if not self.takes(step):
+            pytest.skip("not a form of this model")
+        assert_equal(self.run(step), expected, self.rtol)
+
+
+def _has_all_towers_of_one_shape(step: Step) -> bool:
+    return (
+        step.model.intra
+        and step.model.inter is not False
+        and len(step.table.views) == 2
+        and len(set(step.table.shapes)) == 1
+    )
+
+
+FORMS: dict[str, Form] = {
+    "jagged": Form(from_recommender),
+    "as trained": Form(from_trainer),
+    "reference ops": Form(by_backend("torch")),
+    "host": Form(by_backend("host")),
+    "native": Form(by_backend("native"), takes=lambda step: not native.why_not()),
+    "bucketed": Form(from_bucketed),
+    "packed": Form(from_packed),
+    "pinned": Form(from_pinned),
+    "mapped": Form(from_mapped, rtol=1e-5),
+    "dense": Form(from_dense, takes=_has_all_towers_of_one_shape),
+    "triton": Form(from_triton, rtol=1e-4, users=64 if torch.cuda.is_available() else 3),  # the interpreter is slow
+    "captured": Form(from_captured, rtol=1e-4, needs_cuda=True),
+    "captured, a stand-in for the graph": Form(from_stand_in),
+}
+
+
+def assert_equal(result: Result, expected: Result, rtol: float) -> None:
+    """Same loss, same parameters, same gradient of each, relative to its largest element."""
+    torch.testing.assert_close(result.loss, expected.loss, rtol=rtol, atol=0)
+    assert result.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert result.gradients[name] is not None and gradient is not None, name
+        scale = gradient.abs().max().item()  # zero where every user has one input: attention then has no choice
+        difference = (result.gradients[name] - gradient).abs().max().item()
+        assert difference <= rtol * scale, f"{name}: gradients differ by {difference} of {scale}"
+
+
+def scientific_step(sequences: Sequences, model: ModelConfig, shapes: list[tuple[int, int]], users: int) -> Step:
+    """A step over real histories and random states."""
+    chosen = np.random.default_rng(11).permutation(len(sequences.user_ids))[:users]
+    return Step(model, random_table(shapes, len(sequences.item_ids)), sequences, chosen, step=1234)

@@ -1,0 +1,100 @@
+"""The sequence encoder: causal, blind to padding and to batching, with dropout that hashes who and where."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from iisan_fast.config import ModelConfig
+from iisan_fast.kernels.reference.dropout import MASK32, StatelessDropout, _absorb, _mix
+from iisan_fast.models.sasrec import Dropout, Rows, SASRec
+
+CONFIG = ModelConfig(embedding_dim=8, dropout=0.25)
+LENGTHS = (4, 6, 1)
+
+
+def encoder() -> SASRec:
+    torch.manual_seed(0)
+    return SASRec(CONFIG, max_inputs=6).double()
+
+
+def rows(lengths=LENGTHS, length=6) -> Rows:
+    slots = [length * (user + 1) - own + i for user, own in enumerate(lengths) for i in range(own)]
+    return Rows(torch.tensor(slots), len(lengths), length)
+
+
+def dropout(users, step=3, seed=1) -> Dropout:
+    return Dropout(StatelessDropout(CONFIG.dropout, seed, step), torch.tensor(users))
+
+
+def vectors(count: int = sum(LENGTHS)) -> torch.Tensor:
+    return torch.randn(count, 8, dtype=torch.float64)
+
+
+def test_later_items_and_other_users_change_nothing():
+    model, x = encoder(), vectors()
+    states = model(x, rows())
+    changed = x.clone()
+    changed[3:] += 1  # the first user's last item, and everybody else's
+    found = model(changed, rows())
+    torch.testing.assert_close(found[:3], states[:3], rtol=0, atol=0)
+    assert not torch.equal(found[3], states[3])
+
+
+def test_a_longer_grid_gives_the_same_states_with_dropout():
+    """Right-aligned: columns that are padding for everyone change neither states nor masks."""
+    model, x = encoder(), vectors(5)
+    short = model(x, rows((4, 1), length=4), dropout([4, 9]))
+    torch.testing.assert_close(short, model(x, rows((4, 1), length=6), dropout([4, 9])), rtol=1e-12, atol=1e-12)
+
+
+def test_a_users_masks_do_not_depend_on_the_batch():
+    model, x = encoder(), vectors()
+    together = model(x, rows(), dropout([4, 9, 2]))
+    alone = model(x[4:10], rows((6,)), dropout([9]))
+    torch.testing.assert_close(alone, together[4:10], rtol=1e-12, atol=1e-12)
+
+
+def test_rows_on_the_grid_and_off_it_again():
+    x = vectors().requires_grad_()
+    grid = rows().on_grid(x)
+    assert grid.shape == (3, 6, 8) and not grid[2, :5].any() and torch.equal(grid[0, 2:], x[:4])
+    assert torch.equal(rows().off_grid(grid), x)
+    assert torch.autograd.gradcheck(lambda x: rows().off_grid(rows().on_grid(x) ** 2), x)
+
+
+def factors(users=(7,), positions=range(6), step=3, seed=1, site=1) -> torch.Tensor:
+    where = torch.tensor([site]), torch.tensor(users).repeat_interleave(len(positions))
+    masks = StatelessDropout(CONFIG.dropout, seed, step)
+    return masks.factors(*where, torch.tensor(list(positions) * len(users)), torch.arange(64), torch.float64)[0]
+
+
+@pytest.mark.parametrize("field", ["users", "positions", "step", "seed", "site"])
+def test_every_field_changes_the_mask(field):
+    changed = {"users": [8], "positions": range(1, 7), "step": 4, "seed": 2, "site": 2}
+    other = factors(**{field: changed[field]})
+    assert 0.2 < (factors() != other).double().mean() < 0.55  # 2 * 0.25 * 0.75 = 0.375 of independent masks differ
+
+
+def test_the_share_kept_and_the_mean_are_right():
+    dropped = factors(range(64))
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_a_step_number_on_the_device_gives_the_same_masks():
+    assert torch.equal(factors(step=torch.tensor(3)), factors(step=3))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63, -5])
+@pytest.mark.parametrize("step", [0, 1, 2**31, 2**40 + 7, 2**63 - 1])
+def test_a_hash_by_integers_is_that_by_tensors(seed, step):
+    by_tensors = _absorb(torch.tensor(_mix(seed & MASK32)), torch.tensor(step))
+    assert StatelessDropout(0.1, seed, step).prefix == by_tensors
+    assert StatelessDropout(0.1, seed, torch.tensor(step)).prefix == by_tensors
+
+
+def test_no_dropout_leaves_the_states_as_they_are():
+    model, x = encoder(), vectors()
+    none = Dropout(StatelessDropout(0.0, 0, 0), torch.arange(3))
+    assert torch.equal(model(x, rows(), none), model(x, rows()))

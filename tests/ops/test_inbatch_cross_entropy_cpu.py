@@ -1,0 +1,136 @@
+"""The in-batch loss by C++ against the reference, losses and gradients, in fp64 and fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iisan_fast import kernels
+from iisan_fast.kernels import reference
+from iisan_fast.kernels.cpu import inbatch_cross_entropy as cross_entropy_native
+from iisan_fast.kernels.cpu import library as native
+
+pytestmark = [
+    pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here"),
+    pytest.mark.usefixtures("two_threads_and_nan_in_new_memory"),
+]
+
+
+class Case:
+    """Rows of users, who have some of the items; every row's target is one of its user's."""
+
+    def __init__(self, rows, items, width=16, masked=True, counted=True, debiased=True, seed=0) -> None:
+        random = np.random.default_rng(seed)
+        users = max(1, rows // 4)
+        own = random.random((users, -(-items // 32) * 32)) < 0.2
+        own[:, items:] = False
+        self.queries, self.items = (torch.from_numpy(random.normal(size=(n, width))) for n in (rows, items))
+        self.targets = torch.from_numpy(random.integers(0, items, rows))
+        self.row_users = torch.from_numpy(np.sort(random.integers(0, users, rows)))
+        own[self.row_users.numpy(), self.targets.numpy()] = True
+        bits = torch.from_numpy(np.packbits(own, axis=1, bitorder="little").view("<i4").copy())
+        self.upstream = torch.from_numpy(random.normal(size=rows))
+        self.keywords: dict[str, Any] = {"row_users": self.row_users, "history_bits": bits} if masked else {}
+        if counted:
+            self.keywords["log_multiplicity"] = torch.from_numpy(random.integers(1, 5, items)).double().log()
+        if debiased:
+            self.keywords["log_popularity"] = torch.from_numpy(random.uniform(0.01, 1, items)).log()
+
+    def run(self, op, dtype: torch.dtype) -> list[Tensor]:
+        queries, items = (each.to(dtype, copy=True).requires_grad_() for each in (self.queries, self.items))
+        keywords = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.keywords.items()}
+        losses = op(queries, items, self.targets, **keywords)
+        return [losses.detach(), *torch.autograd.grad(losses, (queries, items), self.upstream.to(dtype))]
+
+    def check(self) -> None:
+        exact = self.run(reference.row_losses, torch.float64)
+        for found, truth in zip(self.run(by_native, torch.float64), exact):
+            torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-12)
+        ours, theirs = (self.run(op, torch.float32) for op in (by_native, reference.row_losses))
+        for own, other, truth in zip(ours, theirs, exact):
+            error, allowed = (own - truth).norm().item(), 8 * (other - truth).norm().item()
+            assert error <= max(allowed, 4e-6 * max(1, truth.norm().item()))
+
+
+def by_native(*arguments, **keywords) -> Tensor:
+    return kernels.inbatch_cross_entropy(*arguments, **keywords, reduction="none", backend="native")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([0, 1, 3, 31, 32, 63, 65]),
+    st.sampled_from([1, 2, 16, 31, 32, 33, 64, 100]),
+    st.sampled_from([16, 64]),
+    st.sampled_from([1, 2, 3, 8]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_any_rows(rows, items, width, threads, masked, counted, debiased, seed):
+    torch.set_num_threads(threads)
+    Case(rows, items, width, masked, counted, debiased, seed).check()
+
+
+def test_real_sizes():
+    Case(305, 276, 64).check()
+
+
+def test_gradients_are_those_of_finite_differences():
+    case = Case(5, 7)
+    leaves = [each.clone().requires_grad_() for each in (case.queries, case.items)]
+    assert torch.autograd.gradcheck(lambda *tensors: by_native(*tensors, case.targets, **case.keywords), leaves)
+
+
+def test_it_repeats_to_the_last_bit():
+    case = Case(70, 90)
+    first, second = (case.run(by_native, torch.float32) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_an_expanded_gradient_and_one_side_alone():
+    case = Case(40, 50)
+    queries = case.queries.clone().requires_grad_()
+    by_native(queries, case.items, case.targets, **case.keywords).sum().backward()
+    other = case.queries.clone().requires_grad_()
+    reference.row_losses(other, case.items, case.targets, **case.keywords).sum().backward()
+    torch.testing.assert_close(queries.grad, other.grad, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_not_lost(value):
+    case = Case(40, 50, masked=False)
+    case.queries[3, 2] = value
+    losses = case.run(by_native, torch.float32)[0]
+    assert not losses[3].isfinite() and losses[4:].isfinite().all()
+
+
+def test_what_it_does_not_know_goes_through_the_reference(monkeypatch):
+    monkeypatch.setattr(cross_entropy_native, "row_losses", lambda *_: pytest.fail("C++ ran"))
+    Case(9, 8, width=5).check()  # no whole panels
+    case = Case(9, 8)
+    case.keywords["log_popularity"] = case.keywords["log_popularity"].float().requires_grad_()
+    arguments = (case.queries.float().requires_grad_(), case.items.float(), case.targets)
+    keywords = {k: v.float() if v.is_floating_point() and not v.requires_grad else v for k, v in case.keywords.items()}
+    by_native(*arguments, **keywords).sum().backward()
+    assert keywords["log_popularity"].grad is not None
+
+
+@pytest.mark.parametrize(("forward", "backward"), [(1, 2), (2, 1)])
+def test_threads_may_change_before_the_backward_and_it_may_come_twice(forward, backward):
+    case = Case(70, 90)
+    exact = case.run(reference.row_losses, torch.float64)
+    leaves = [each.clone().requires_grad_() for each in (case.queries, case.items)]
+    torch.set_num_threads(forward)
+    losses = by_native(*leaves, case.targets, **case.keywords)
+    torch.set_num_threads(backward)
+    for last in (False, True):
+        found = torch.autograd.grad(losses, leaves, case.upstream, retain_graph=not last)
+        for own, truth in zip(found, exact[1:]):
+            torch.testing.assert_close(own, truth, rtol=1e-11, atol=1e-12)

@@ -1,0 +1,178 @@
+"""The C++ library: compiled once, kept, and a line of reason where it cannot be had."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from iisan_fast import kernels
+from iisan_fast.kernels import dispatch, reference
+from iisan_fast.kernels.cpu import library as native
+from iisan_fast.kernels.cpu import step_memory as memory
+from iisan_fast.kernels.cpu.step_memory import Memory
+from iisan_fast.kernels.reference import States, Tower
+
+QUICK = tuple("-O0" if flag == "-O3" else flag for flag in native.FLAGS)  # where nothing that was made is run
+needs_compiler = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "there is one")
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """Nothing compiled, nothing remembered."""
+    native._library.cache_clear()
+    monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path / "compiled"))
+    yield tmp_path / "compiled"
+    native._library.cache_clear()
+
+
+@needs_compiler
+def test_it_is_compiled_once_for_the_user_alone(anew, monkeypatch):
+    monkeypatch.setattr(native, "FLAGS", QUICK)
+    assert native.why_not() == ""
+    (made,) = anew.iterdir()
+    assert made.suffix == ".so" and anew.stat().st_mode & 0o077 == 0
+    native._library.cache_clear()
+    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert native.library(torch.float32).side_forward
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_what_each_compiler_makes_computes_the_same(compiler, anew, monkeypatch):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not here")
+    monkeypatch.setenv("CXX", compiler)
+    towers, states, projections = small_side_network()
+    parameters = [each for tower in towers for each in tower[1:]] + projections
+    results = []
+    for backend in ("native", "torch"):
+        outputs = kernels.side_towers(states, towers, projections=projections, backend=backend)
+        results.append([*outputs, *torch.autograd.grad(sum(each.square().sum() for each in outputs), parameters)])
+    assert len(list(anew.iterdir())) == 1
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() <= 2e-6 * expected.norm()
+
+
+def small_side_network() -> tuple[list[Tower], list[States], list[torch.Tensor]]:
+    """Two fp32 towers of two layers over one view of 35 items, widths that are no whole number of panels."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    towers = [Tower((0,), random(2), random(2, 5, 20), random(2, 5), random(2, 20, 5), random(2, 20)) for _ in range(2)]
+    return towers, [States(random(35, 2, 20).detach())], [random(9, 20) for _ in towers]
+
+
+@needs_compiler
+def test_other_sources_are_compiled_anew(anew, monkeypatch, tmp_path):
+    before = native._key(native._compiler())
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for path in native.SOURCES.iterdir():
+        (sources / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(native, "SOURCES", sources)
+    assert native._key(native._compiler()) == before
+    (sources / "panels.h").write_text("// changed\n")
+    assert native._key(native._compiler()) != before
+
+
+@needs_compiler
+def test_an_error_of_the_compiler_is_one_line_and_leaves_nothing(anew, monkeypatch, tmp_path):
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    (sources / "broken.cpp").write_text("int broken( {")
+    monkeypatch.setattr(native, "SOURCES", sources)
+    reason = native.why_not()
+    assert "exits with 1" in reason and "broken.cpp" in reason and "\n" not in reason
+    assert not list(anew.iterdir())
+    with pytest.raises(native.NoLibrary, match="exits with 1"):
+        native.library(torch.float32)
+
+
+def test_without_a_compiler_the_forms_in_pytorch_run_and_say_why(anew, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv(kernels.BACKEND_VARIABLE, raising=False)
+    dispatch._report.cache_clear()
+    queries, items, targets = torch.randn(3, 16, requires_grad=True), torch.randn(5, 16), torch.tensor([0, 4, 2])
+    with caplog.at_level(logging.INFO, logger="iisan_fast.kernels"):
+        found = kernels.inbatch_cross_entropy(queries, items, targets, reduction="none")
+    assert torch.equal(found, reference.row_losses(queries, items, targets))
+    reason = "no C++ compiler is here (c++, g++, clang++)"
+    assert caplog.messages == [f"kernels: host on cpu ({reason})"]
+    with pytest.raises(ValueError) as refused:
+        kernels.inbatch_cross_entropy(queries, items, targets, backend="native")
+    assert str(refused.value) == f"backend: native cannot run inbatch_cross_entropy: {reason}; use host"
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    native._library.cache_clear()
+    assert native.why_not() == "CXX names no program: 'no-such-compiler -O2'"
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_a_reason(anew, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path / "file" / "below"))
+    assert native.why_not().startswith("the compiled library cannot be kept or loaded: ")
+
+
+@needs_compiler
+def test_processes_that_compile_at_once_do_not_disturb_one_another(tmp_path):
+    program = f"from iisan_fast.kernels import native; native.FLAGS = {QUICK}; print(native.why_not() or 'compiled')"
+    environment = {**os.environ, native.CACHE_VARIABLE: str(tmp_path)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        for _ in range(2)
+    ]
+    assert [each.communicate()[0].strip() for each in both] == ["compiled", "compiled"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_memory_is_used_again_once_it_is_free_and_never_before(monkeypatch):
+    monkeypatch.setattr(Memory, "free", [])
+    first = Memory()
+    one, other = (first.empty(torch.float32, 100, 16) for _ in range(2))
+    assert one.data_ptr() % 64 == 0 and abs(one.data_ptr() - other.data_ptr()) >= one.nbytes
+    places = {one.data_ptr(), other.data_ptr()}
+    del first
+    second = Memory()
+    assert second.empty(torch.float32, 100, 16).data_ptr() in places
+
+
+def test_memory_that_nobody_wants_any_more_goes(monkeypatch):
+    monkeypatch.setattr(Memory, "free", [])
+    Memory().empty(torch.uint8, 50_000)
+    for _ in range(memory.KEPT_FOR + 1):
+        assert [size > 50_000 for _, size, _ in Memory.free].count(True) == 1
+        Memory().empty(torch.uint8, 100)
+    Memory().empty(torch.uint8, 100)
+    assert len(Memory.free) == 1 and Memory.free[0][1] < 1000
+
+
+@needs_compiler
+def test_a_folder_that_others_may_write_to_is_not_trusted(anew):
+    anew.mkdir()
+    anew.chmod(0o777)
+    assert native.why_not() == f"{anew}: others may write there; set IISAN_FAST_COMPILED to a folder of your own"
+    assert not list(anew.iterdir())
+
+
+def test_memory_that_lacks_is_an_error():
+    class Arguments(ctypes.Structure):
+        _fields_ = [("rows", ctypes.c_int32)]
+
+    with pytest.raises(MemoryError, match="lack memory"):
+        native.run(lambda arguments: 1, Arguments())

@@ -1,0 +1,475 @@
+"""The side network's forms for a CPU, by PyTorch and by C++, against the reference: outputs and gradients.
+
+In fp64 they agree to rounding. In fp32 a result is as good as the reference's when it errs at most eight times as much,
+or a few units in the last place: sums in another order differ, wrong mathematics differs by a thousand times.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iisan_fast import kernels
+from iisan_fast.kernels import States, Tower, reference
+from iisan_fast.kernels import threads as host
+from iisan_fast.kernels.cpu import library as native
+from iisan_fast.kernels.cpu import side_towers_torch as side_network_host
+
+NAMES = ("gate", "down_weight", "down_bias", "up_weight", "up_bias")
+INTRA_AND_INTER = ((0,), (1,), (0, 1))
+UPSTREAMS = ("plain", "expanded", "transposed", "strided")
+SATURATED = (20.0, -20.0, 20.0, 0.0, -20.0)  # sigmoid(200) is 1 and sigmoid(-200) is 0 to the last bit in fp32
+
+pytestmark = pytest.mark.usefixtures("two_threads_and_nan_in_new_memory")
+
+
+@pytest.fixture(autouse=True, scope="module", params=["host", "native"])
+def backend(request) -> Iterator[str]:
+    """Both forms, one after the other."""
+    if request.param == "native" and native.why_not():
+        pytest.skip(native.why_not())
+    by_cpu.backend = request.param
+    yield request.param
+
+
+def by_cpu(*arguments, **keywords) -> list[Tensor]:
+    return kernels.side_towers(*arguments, **keywords, backend=by_cpu.backend)
+
+
+class Case:
+    """Towers over random states, all numbers those of fp32, and the gradients to pull back through them."""
+
+    def __init__(
+        self,
+        items: int = 40,
+        layers: int = 3,
+        bottleneck: int = 5,
+        width: int = 12,
+        kinds: Sequence[tuple[int, ...]] = INTRA_AND_INTER,
+        gated: bool = True,
+        activation: str = "relu",
+        in_order: Sequence[int] = (),
+        projected: int | None = None,
+        upstream: str = "plain",
+        table_dtypes: Sequence[torch.dtype | None] = (None, None),
+        seed: int = 0,
+    ) -> None:
+        """in_order: views whose states are read in order and have a gradient; projected: to this width, or not at all;
+        table_dtypes: of each view, None for that of the weights."""
+        self.generator = torch.Generator().manual_seed(seed)
+        self.kinds, self.activation, self.table_dtypes = list(kinds), activation, table_dtypes
+        self.rows = torch.randint(0, items // 2 + 1, (items,), generator=self.generator)  # some items repeat
+        self.in_order, self.projected = list(in_order), projected
+        self.tables = {
+            f"view {view}": self.random(items if view in in_order else items // 2 + 1, layers, width)
+            for view in range(1 + max(map(max, kinds)))
+        }
+        self.parameters: dict[str, Tensor] = {}
+        for i in range(len(kinds)):
+            values = (
+                0.1 * self.random(layers),
+                self.random(layers, bottleneck, width) / width**0.5,
+                0.3 * self.random(layers, bottleneck),
+                self.random(layers, width, bottleneck) / bottleneck**0.5,
+                0.3 * self.random(layers, width),
+            )
+            self.parameters |= {f"{name} {i}": value for name, value in zip(NAMES, values) if gated or name != "gate"}
+            if projected is not None:
+                self.parameters[f"projection {i}"] = self.random(projected, width) / width**0.5
+        self.upstream = [self.gradient(upstream, items, projected or width) for _ in kinds]
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def gradient(self, kind: str, items: int, width: int) -> Tensor:
+        """[items, width], of some strides."""
+        if kind == "expanded":
+            return torch.ones(()).expand(items, width)
+        if kind == "transposed":
+            return self.random(width, items).T
+        return self.random(items, width, 2)[..., 0] if kind == "strided" else self.random(items, width)
+
+    @property
+    def leaves(self) -> list[str]:
+        """What can have a gradient."""
+        return [*self.parameters, *(f"view {view}" for view in self.in_order)]
+
+    def forward(
+        self, op: Callable, dtype: torch.dtype = torch.float32, wanted: Sequence[str] | None = None, **keywords
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The outputs, and the leaves that are wanted: all of them where nothing is said."""
+        parameters = {name: value.to(dtype, copy=True) for name, value in self.parameters.items()}
+        tables = {
+            name: value.to(own or dtype, copy=True)
+            for (name, value), own in zip(self.tables.items(), self.table_dtypes)
+        }
+        chosen = {name: (parameters | tables)[name] for name in (self.leaves if wanted is None else wanted)}
+        for leaf in chosen.values():
+            leaf.requires_grad_()
+        return op(*self.arguments(parameters, tables), **keywords), chosen
+
+    def arguments(self, parameters: dict[str, Tensor], tables: dict[str, Tensor]) -> tuple:
+        """As the op takes them."""
+        states = [
+            States(table, None if view in self.in_order else self.rows) for view, table in enumerate(tables.values())
+        ]
+        towers = [
+            Tower(views, *(parameters.get(f"{name} {i}") for name in NAMES)) for i, views in enumerate(self.kinds)
+        ]
+        projections = None
+        if self.projected is not None:
+            projections = [parameters[f"projection {i}"] for i in range(len(self.kinds))]
+        return states, towers, self.activation, projections
+
+    def backward(self, outputs: list[Tensor], leaves: dict[str, Tensor], **keywords) -> dict[str, Tensor]:
+        """Outputs and gradients by name."""
+        upstream = [gradient.to(output.dtype) for gradient, output in zip(self.upstream, outputs)]
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream, **keywords)
+        found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+        return found | {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients)}
+
+    def run(self, op: Callable, dtype: torch.dtype = torch.float32, wanted=None, **keywords) -> dict[str, Tensor]:
+        return self.backward(*self.forward(op, dtype, wanted, **keywords))
+
+    def check(self, in_fp32: bool = True) -> None:
+        """The CPU form against the reference, in fp64 and in fp32."""
+        exact = self.run(reference.side_towers, torch.float64)
+        assert_equal(self.run(by_cpu, torch.float64), exact, rtol=1e-12)
+        if in_fp32:
+            assert_as_good(self.run(by_cpu), self.run(reference.side_towers), exact)
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    return (value.double() - exact.double()).norm().item()
+
+
+def scale(exact: dict[str, Tensor]) -> float:
+    """The length of everything together: what cancels in a small part is measured by the parts it came from."""
+    return torch.stack([value.double().norm() for value in exact.values()]).norm().item()
+
+
+def assert_equal(ours: dict[str, Tensor], exact: dict[str, Tensor], rtol: float) -> None:
+    """Within rtol of everything's length, and of a thousandth of its own."""
+    assert ours.keys() == exact.keys()
+    whole = scale(exact)
+    for name, truth in exact.items():
+        found = error(ours[name], truth)
+        assert ours[name].shape == truth.shape and ours[name].dtype == truth.dtype, name
+        assert found <= rtol * min(whole, 1000 * truth.norm().item()), f"{name}: error {found:.1e}"
+
+
+def assert_as_good(ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    assert ours.keys() == exact.keys()
+    eps = torch.finfo(torch.float32).eps
+    for name, truth in exact.items():
+        found = error(ours[name], truth)
+        allowed = max(8 * error(theirs[name], truth), 32 * eps * truth.norm().item(), 4 * eps * scale(exact))
+        assert ours[name].dtype == theirs[name].dtype and found <= allowed, f"{name}: {found:.1e} of {allowed:.1e}"
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_any_towers(data):
+    torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3, 8]), label="cores"))
+    kinds = data.draw(st.lists(st.sampled_from(INTRA_AND_INTER), min_size=1, max_size=3))
+    activation = data.draw(st.sampled_from(["relu", "gelu"]))
+    case = Case(
+        items=data.draw(st.sampled_from([0, 1, 2, 7, 31, 32, 33, 50, 65])),
+        layers=data.draw(st.integers(1, 4)),
+        bottleneck=data.draw(st.sampled_from([1, 3, 8, 17])),
+        width=data.draw(st.sampled_from([1, 5, 24, 33])),
+        kinds=kinds,
+        gated=data.draw(st.booleans()),
+        activation=activation,
+        in_order=data.draw(st.lists(st.sampled_from(sorted({view for kind in kinds for view in kind})), unique=True)),
+        projected=data.draw(st.sampled_from([None, 1, 6])),
+        upstream=data.draw(st.sampled_from(UPSTREAMS)),
+        seed=data.draw(st.integers(0, 99)),
+    )
+    case.check(in_fp32=activation == "gelu")  # once in a few thousand cases a ReLU within rounding of 0 falls otherwise
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_towers_without_gradients(data):
+    """As the catalogue is encoded: bottlenecks of whole panels go another way there."""
+    torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3, 8]), label="cores"))
+    kinds = data.draw(st.lists(st.sampled_from(INTRA_AND_INTER), min_size=1, max_size=3))
+    kept = data.draw(st.sampled_from([None, torch.bfloat16]))
+    case = Case(
+        items=data.draw(st.sampled_from([0, 1, 7, 33, 65])),
+        layers=data.draw(st.integers(1, 4)),
+        bottleneck=data.draw(st.sampled_from([3, 16, 32])),
+        width=data.draw(st.sampled_from([1, 5, 24, 33, 112])),
+        kinds=kinds,
+        gated=data.draw(st.booleans()),
+        activation=data.draw(st.sampled_from(["relu", "gelu"])),
+        in_order=data.draw(st.lists(st.sampled_from(sorted({view for kind in kinds for view in kind})), unique=True)),
+        projected=data.draw(st.sampled_from([1, 6, 20])),
+        table_dtypes=(kept, kept),
+        seed=data.draw(st.integers(0, 99)),
+    )
+    names = [f"output {i}" for i in range(len(kinds))]
+    found, exact = (
+        dict(zip(names, case.forward(op, torch.float64, wanted=())[0], strict=True))
+        for op in (by_cpu, reference.side_towers)
+    )
+    assert_equal(found, exact, rtol=1e-12)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_towers_of_the_published_shape(threads):
+    torch.set_num_threads(threads)
+    Case(items=33, layers=7, bottleneck=64, width=768, projected=64).check()
+
+
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+@pytest.mark.parametrize("projected", [None, 4])
+def test_gradients_of_any_stride(upstream, projected):
+    Case(upstream=upstream, projected=projected, in_order=[1]).check()
+
+
+@pytest.mark.parametrize("kind", [(0,), (0, 1)])
+@pytest.mark.parametrize("items", [5, 33])
+def test_every_subset_of_gradients(kind, items):
+    case = Case(items=items, layers=2, width=4, bottleneck=3, kinds=[kind], in_order=[0], projected=2)
+    exact = case.run(reference.side_towers, torch.float64)
+    for count in range(1, 1 + len(case.leaves)):
+        for wanted in itertools.combinations(case.leaves, count):
+            names = ["output 0", *(f"gradient of {name}" for name in wanted)]
+            expected = {name: exact[name] for name in names}
+            assert_equal(case.run(by_cpu, torch.float64, wanted), expected, rtol=1e-12)
+
+
+def test_an_output_that_nobody_uses_has_no_part_in_the_gradients():
+    case = Case(kinds=[(0,), (0, 1)], in_order=[0])
+    results = []
+    for op in (by_cpu, reference.side_towers):
+        outputs, leaves = case.forward(op, torch.float64)
+        gradients = torch.autograd.grad(outputs[1].sum(), leaves.values(), allow_unused=True)
+        results.append(
+            {name: torch.zeros(()) if value is None else value for name, value in zip(leaves, gradients, strict=True)}
+        )
+    ours, exact = results
+    assert all(not ours[name].any() for name in case.parameters if name.endswith("0"))
+    used = [name for name in case.leaves if not name.endswith(" 0") or name.startswith("view")]
+    assert_equal({name: ours[name] for name in used}, {name: exact[name] for name in used}, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", INTRA_AND_INTER)
+@pytest.mark.parametrize("items", [9, 40])
+def test_saturated_gates(kind, items):
+    """Gates of exactly 0 and 1: what they shut off has a gradient of exactly 0, and nothing becomes NaN."""
+    case = Case(items=items, layers=len(SATURATED), kinds=[kind], in_order=[kind[0]])
+    case.parameters["gate 0"] = torch.tensor(SATURATED)
+    weights = torch.sigmoid(case.parameters["gate 0"] / reference.GATE_TEMPERATURE).tolist()
+    assert set(weights) == {0.0, 0.5, 1.0}
+    ours, theirs = (case.run(op) for op in (by_cpu, reference.side_towers))
+    assert all(value.isfinite().all() for value in ours.values())
+    assert_equal(ours, theirs, rtol=1e-5)
+    gates = ours["gradient of gate 0"]
+    assert [bool(gate) for gate in gates] == [weight == 0.5 for weight in weights]
+    assert_as_good(ours, theirs, case.run(reference.side_towers, torch.float64))
+
+
+@pytest.mark.parametrize("items", [6, 48])
+def test_one_item_over_and_over(items):
+    case = Case(items=items)
+    case.rows[:] = 1
+    case.check()
+    for output in case.forward(by_cpu)[0]:
+        assert (output[0] - output).abs().max() <= 1e-5 * output.abs().max()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, None), (None, torch.bfloat16), (torch.float16, torch.bfloat16)])
+def test_tables_of_other_dtypes_than_the_weights(dtypes):
+    in_order = [view for view, dtype in enumerate(dtypes) if dtype is None]
+    Case(table_dtypes=dtypes, in_order=in_order, projected=3).check()
+
+
+def test_a_gradient_has_the_dtype_of_its_view():
+    case = Case(table_dtypes=(torch.bfloat16, None), in_order=[0])
+    ours, theirs = (case.run(op) for op in (by_cpu, reference.side_towers))
+    assert ours["gradient of view 0"].dtype == torch.bfloat16
+    assert_equal(ours, theirs, rtol=2**-7)
+
+
+@pytest.mark.parametrize("projected", [None, 4])
+@pytest.mark.parametrize("items", [0, 7, 40])
+@pytest.mark.parametrize("quietly", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_outputs_are_the_same(quietly, items, projected, backend):
+    """To the last bit by PyTorch, but for projected ones: those are added up in another order, without the width
+    between. C++ takes no part in a bottleneck that is no whole panels."""
+    case = Case(items=items, projected=projected)
+    trained, _ = case.forward(by_cpu, torch.float64)
+    with quietly():
+        outputs, _ = case.forward(by_cpu, torch.float64)
+    untrained, _ = case.forward(by_cpu, torch.float64, wanted=())
+    for expected, *others in zip(trained, outputs, untrained, strict=True):
+        assert expected.requires_grad
+        for output in others:
+            torch.testing.assert_close(output, expected.detach(), rtol=1e-12, atol=1e-13)
+            assert not output.requires_grad and (projected or backend == "native" or torch.equal(output, expected))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("items", [512, 513, 1024, 1025, 2600])
+def test_many_items_without_gradients_go_through_in_equal_parts(items, threads):
+    """The same item then has the same output to the last bit, wherever it stands."""
+    torch.set_num_threads(threads)
+    sizes = [part.stop - part.start for part in host.equal_parts(items, 512)]
+    assert sum(sizes) == items and max(sizes) <= 512 and max(sizes) - min(sizes) <= 1
+    assert len(sizes) % threads == 0
+    case = Case(items=items, layers=2, bottleneck=16, width=64, projected=16)
+    case.rows[torch.randperm(items, generator=case.generator)[: items // 2]] = 1
+    with torch.no_grad():
+        outputs, _ = case.forward(by_cpu, wanted=())
+    trained, _ = case.forward(by_cpu)
+    for output, expected in zip(outputs, trained, strict=True):
+        assert len(output[case.rows == 1].unique(dim=0)) == 1
+        assert error(output, expected) <= 1e-5 * expected.norm().item()
+
+
+def test_training_may_follow_inference_over_its_tables():
+    case = Case()
+    exact = case.run(reference.side_towers, torch.float64)
+    with torch.inference_mode():
+        case.tables = {name: table.clone() for name, table in case.tables.items()}
+        case.forward(by_cpu, wanted=())
+    assert_as_good(case.run(by_cpu), case.run(reference.side_towers), exact)
+
+
+@pytest.mark.parametrize("items", [1, 31, 32, 77])
+def test_two_runs_are_equal_to_the_last_bit(items):
+    case = Case(items=items, in_order=[1], projected=4)
+    first, second = case.run(by_cpu), case.run(by_cpu)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_one_thread_and_two_come_close():
+    case = Case(items=101, in_order=[1], width=40, projected=4)
+    both = case.run(by_cpu)
+    torch.set_num_threads(1)
+    assert_equal(case.run(by_cpu), both, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("forward", "backward"), [(1, 2), (2, 1)])
+def test_threads_may_change_between_forward_and_backward(forward, backward):
+    case = Case(in_order=[0])
+    torch.set_num_threads(forward)
+    outputs, leaves = case.forward(by_cpu, torch.float64)
+    torch.set_num_threads(backward)
+    assert_equal(case.backward(outputs, leaves), case.run(reference.side_towers, torch.float64), rtol=1e-12)
+
+
+def test_a_backward_in_another_thread():
+    case, found = Case(), {}
+    outputs, leaves = case.forward(by_cpu, torch.float64)
+    thread = threading.Thread(target=lambda: found.update(case.backward(outputs, leaves)))
+    thread.start()
+    thread.join()
+    assert_equal(found, case.run(reference.side_towers, torch.float64), rtol=1e-12)
+
+
+def test_forwards_that_no_backward_follows_and_backwards_in_any_order():
+    case, other = Case(seed=1), Case(items=35, seed=2)
+    exact = [each.run(reference.side_towers, torch.float64) for each in (case, other)]
+    case.forward(by_cpu, torch.float64)
+    first, second = (each.forward(by_cpu, torch.float64) for each in (case, other))
+    other.forward(by_cpu, torch.float64)
+    assert_equal(case.backward(*first, retain_graph=True), exact[0], rtol=1e-12)
+    assert_equal(other.backward(*second), exact[1], rtol=1e-12)
+    assert_equal(case.backward(*first), exact[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["_forward", "_backward"])
+@pytest.mark.parametrize("half", [0, 1])
+def test_an_error_in_a_half_comes_out(name, half, backend, monkeypatch):
+    """The half that holds the marked item fails; the next step is none the worse for it."""
+    if backend == "native":
+        pytest.skip("C++ raises nothing")
+    case = Case(items=40, kinds=[(0,)], in_order=[0])
+    case.tables["view 0"][20 * half] = 77
+    original = getattr(side_network_host, name)
+
+    def failing(*arguments):
+        views = arguments[0] if name == "_forward" else arguments[2]
+        if (views[0] == 77).any():
+            raise ArithmeticError("the marked item")
+        return original(*arguments)
+
+    monkeypatch.setattr(side_network_host, name, failing)
+    with pytest.raises(ArithmeticError, match="the marked item"):
+        case.run(by_cpu)
+    monkeypatch.undo()
+    case.check()
+
+
+@pytest.mark.parametrize(("activation", "of_gradients"), [("relu", 0.15), ("gelu", 0.03)])
+def test_operands_of_bfloat16_come_close_to_fp32(activation, of_gradients):
+    """By ReLU a unit close to zero may be on here and off there, and its gradients with it."""
+    case = Case(items=64, layers=4, width=96, bottleneck=32, activation=activation, in_order=[1], projected=16)
+    exact, coarse = case.run(by_cpu), case.run(by_cpu, operands=torch.bfloat16)
+    for name, truth in exact.items():
+        bound = 0.01 if name.startswith("output") else of_gradients
+        assert coarse[name].dtype == torch.float32
+        assert 0 < error(coarse[name], truth) <= bound * truth.norm().item(), name
+
+
+def test_operands_are_refused_by_other_backends():
+    arguments = Case().arguments(Case().parameters, Case().tables)
+    for backend in ("torch", "triton"):
+        if backend == "triton":
+            pytest.importorskip("triton")
+        with pytest.raises(ValueError, match=f"operands: only forms for a CPU take them, found .* for {backend}"):
+            kernels.side_towers(*arguments, operands=torch.bfloat16, backend=backend)
+
+
+def test_a_second_derivative_is_refused():
+    outputs, leaves = Case().forward(by_cpu)
+    (gradient,) = torch.autograd.grad(outputs[0].square().sum(), leaves["up_bias 0"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_parameters_changed_before_the_backward_are_refused():
+    case = Case(projected=3)
+    for name in case.parameters:
+        outputs, leaves = case.forward(by_cpu)
+        with torch.no_grad():
+            leaves[name] += 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            case.backward(outputs, leaves)
+
+
+def test_states_may_be_overwritten_before_the_backward():
+    """They were copied; a view's own gradient does not depend on them."""
+    case = Case(in_order=[0])
+    exact = case.run(by_cpu)
+    outputs, leaves = case.forward(by_cpu)
+    with torch.no_grad():
+        leaves["view 0"].fill_(7)
+    found = case.backward(outputs, leaves)
+    assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
+@pytest.mark.parametrize("items", [2, 32])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("kind", "activation"), [((0,), "gelu"), ((0, 1), "relu"), ((0, 1), "gelu")])
+def test_gradients_are_those_of_finite_differences(kind, activation, gated, items):
+    case = Case(items, 2, 2, 3, [kind], gated, activation, in_order=kind, projected=2, seed=4)
+    leaves = [tensor.double().requires_grad_() for tensor in (*case.parameters.values(), *case.tables.values())]
+    count = len(case.parameters)
+
+    def towers(*tensors: Tensor) -> tuple[Tensor, ...]:
+        parameters = dict(zip(case.parameters, tensors[:count]))
+        return tuple(by_cpu(*case.arguments(parameters, dict(zip(case.tables, tensors[count:])))))
+
+    assert torch.autograd.gradcheck(towers, leaves, fast_mode=items > 2)

@@ -1,0 +1,419 @@
+"""Extraction: what is new or changed is encoded, bad content refused before anything is written, kills do no harm."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+from conftest import make_sequences, write_dataset_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from iisan_fast import demo, workers
+from iisan_fast.config import ViewConfig
+from iisan_fast.data.sequences import load_dataset
+from iisan_fast.encoders.base import load_backbone
+from iisan_fast.errors import InputError
+from iisan_fast.states import extraction
+from iisan_fast.states.encoder_inputs import Batch, Texts, batched
+from iisan_fast.states.feature_table import load_table
+from iisan_fast.workers import calls_ahead, worker_count
+
+CPU = torch.device("cpu")
+TITLE = ViewConfig("title", "title", "an encoder")
+IMAGE = ViewConfig("image", "image", "an encoder")
+
+
+class FakeBackbone:
+    """Stands in for an encoder: a state is a few numbers that depend on the content alone."""
+
+    device = CPU
+
+    def __init__(self, view: ViewConfig, seen: list, delay: float = 0) -> None:
+        self.view, self.seen, self.delay = view, seen, delay
+
+    def describe(self) -> dict:
+        return {"encoder": self.view.encoder, "layers": [0, 1], "depth": 2, "width": 3, "pooling": self.view.pooling}
+
+    def preparation(self, images: list[Image.Image]) -> dict:
+        self.seen.extend(images)
+        return self.pad([image.tobytes() for image in images])
+
+    def tokenize(self, texts: list[str]) -> list[bytes]:
+        self.seen.extend(texts)
+        return [list(text.encode()) for text in texts]
+
+    def pad(self, rows: list) -> dict:
+        return {"sums": torch.tensor([sum(map(int, row)) for row in rows])}
+
+    def encode(self, inputs: dict) -> torch.Tensor:
+        time.sleep(self.delay)
+        return inputs["sums"][:, None, None] + torch.arange(6.0).view(1, 2, 3)
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list:
+    """Everything that was made ready to be encoded."""
+    seen: list = []
+    monkeypatch.setattr(extraction, "load_backbones", lambda views, *_: [FakeBackbone(view, seen) for view in views])
+    return seen
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A dataset of six items with one-colour images."""
+    root = write_dataset_folder(tmp_path / "d", make_sequences([[1, 2, 3, 4, 5, 6]]))
+    (root / "images").mkdir()
+    for i in range(1, 7):
+        Image.new("RGB", (2, 2), (i, 0, 0)).save(root / "images" / f"i{i}.png")
+    return root
+
+
+def run(root: Path, cache: Path, *views: ViewConfig, **options) -> list[tuple[int, int]]:
+    """(encoded, blank) of each view."""
+    results = extraction.extract(load_dataset(root), list(views), cache, CPU, batch_size=4, dtype="float32", **options)
+    return [(result.encoded, result.blank) for result in results]
+
+
+def states(root: Path, cache: Path, view: str) -> list[float]:
+    """The first number of each item's states."""
+    item_ids = load_dataset(root).sequences.item_ids
+    return load_table(cache, [view], item_ids, CPU).views[0][1:, 0, 0].tolist()
+
+
+def retitle(root: Path, old: str, new: str) -> None:
+    path = root / "items.tsv"
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_everything_is_encoded_once(root, tmp_path, seen):
+    assert run(root, tmp_path / "c", IMAGE, TITLE) == [(6, 0), (6, 0)]
+    assert states(root, tmp_path / "c", "image") == [4 * i for i in range(1, 7)]
+    assert states(root, tmp_path / "c", "title") == [sum(f"title of i{i}".encode()) for i in range(1, 7)]
+    assert run(root, tmp_path / "c", IMAGE, TITLE) == [(0, 0), (0, 0)]
+    assert len(seen) == 12
+
+
+def test_only_new_and_changed_items_are_encoded_again(root, tmp_path, seen):
+    run(root, tmp_path / "c", IMAGE, TITLE)
+    seen.clear()
+    retitle(root, "title of i3", "another title")
+    Image.new("RGB", (2, 2), (9, 0, 0)).save(root / "images" / "i5.png")
+    Image.new("RGB", (2, 2), (7, 0, 0)).save(root / "images" / "i7.png")
+    (root / "items.tsv").write_text((root / "items.tsv").read_text() + "i7\ttitle of i7\n")
+    (root / "users.tsv").write_text("u0\ti1 i2 i3 i4 i5 i6 i7\n")
+    assert run(root, tmp_path / "c", IMAGE, TITLE) == [(2, 0), (2, 0)]
+    assert [content for content in seen if isinstance(content, str)] == ["another title", "title of i7"]
+    assert states(root, tmp_path / "c", "image") == [4, 8, 12, 16, 36, 24, 28]
+
+
+def test_a_view_may_be_added_later_and_a_changed_one_is_refused(root, tmp_path, seen):
+    run(root, tmp_path / "c", TITLE)
+    assert run(root, tmp_path / "c", IMAGE) == [(6, 0)]
+    with pytest.raises(InputError, match="view 'title' was made otherwise: pooling null there, \"cls\" now"):
+        run(root, tmp_path / "c", ViewConfig("title", "title", "an encoder", pooling="cls"))
+
+
+def damage(root: Path) -> None:
+    (root / "images" / "i2.png").unlink()
+    whole = (root / "images" / "i4.png").read_bytes()
+    (root / "images" / "i4.png").write_bytes(whole[: len(whole) // 2])
+    (root / "images" / "i5.png").write_bytes(b"no image at all")
+    (root / "images" / "i6.png").write_bytes(b"")
+
+
+def test_bad_images_are_named_and_counted_before_anything_is_written(root, tmp_path, seen, monkeypatch):
+    damage(root)
+    monkeypatch.delattr(FakeBackbone, "encode")
+    with pytest.raises(InputError) as error:
+        run(root, tmp_path / "c", TITLE, IMAGE)
+    message = str(error.value)
+    assert "4 of 6 items cannot be read" in message and "i2 (no image)" in message and "and 1 more" in message
+    assert "--missing-images blank" in message and "\n" not in message
+    assert not (tmp_path / "c").exists()
+
+
+def test_blanks_fill_bad_images_until_they_are_mended(root, tmp_path, seen):
+    whole = (root / "images" / "i4.png").read_bytes()
+    damage(root)
+    assert run(root, tmp_path / "c", IMAGE, missing_images="blank") == [(6, 4)]
+    assert run(root, tmp_path / "c", IMAGE, missing_images="blank") == [(0, 0)]
+    filled = states(root, tmp_path / "c", "image")
+    assert filled[1] == filled[3] == filled[4] == filled[5] == 224 * 224 * 3 * 255
+    with pytest.raises(InputError, match="4 of 6 items cannot be read"):
+        run(root, tmp_path / "c", IMAGE)
+    (root / "images" / "i4.png").write_bytes(whole)
+    assert run(root, tmp_path / "c", IMAGE, missing_images="blank") == [(1, 0)]
+    assert states(root, tmp_path / "c", "image")[3] == 16
+
+
+def test_captions_that_are_missing_are_named(root, tmp_path, seen):
+    caption = ViewConfig("caption", "caption", "an encoder")
+    with pytest.raises(InputError, match="captions"):
+        run(root, tmp_path / "c", caption)
+    (root / "captions.tsv").write_text("i1\tone\ni2\ttwo\n")
+    with pytest.raises(InputError, match=r"4 of 6 items cannot be read: i3 \(no text\)"):
+        run(root, tmp_path / "c", caption)
+    (root / "captions.tsv").write_text("".join(f"i{i}\tcaption {i}\n" for i in range(1, 7)))
+    assert run(root, tmp_path / "c", caption) == [(6, 0)]
+
+
+def test_states_that_overflow_the_stores_dtype_are_refused(root, tmp_path, monkeypatch, seen):
+    monkeypatch.setattr(FakeBackbone, "encode", lambda self, inputs: torch.full((len(inputs["sums"]), 2, 3), 1e6))
+    with pytest.raises(InputError, match="item 'i1': hidden states are not finite in torch.float16"):
+        extraction.extract(load_dataset(root), [TITLE], tmp_path / "c", CPU, dtype="float16")
+
+
+def test_other_library_versions_are_mentioned_and_borne(root, tmp_path, seen, monkeypatch, caplog):
+    run(root, tmp_path / "c", TITLE)
+    monkeypatch.setattr(extraction.metadata, "version", lambda name: "0.0")
+    assert run(root, tmp_path / "c", TITLE) == [(0, 0)]
+    assert "begun with other versions" in caplog.text
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+import test_extraction as t
+t.extraction.GROUP_ITEMS = 8
+t.extraction.load_backbones = lambda views, *_: [t.FakeBackbone(view, [], delay=0.02) for view in views]
+print("ready", flush=True)
+dataset = t.load_dataset(Path(sys.argv[1]))
+t.extraction.extract(dataset, [t.TITLE], Path(sys.argv[2]), t.CPU, batch_size=1, dtype="float32")
+"""
+
+
+def test_an_extraction_killed_at_any_moment_resumes(tmp_path, seen):
+    count = 120
+    root = write_dataset_folder(tmp_path / "d", make_sequences([list(range(1, count + 1))], max_inputs=count))
+    command = [sys.executable, "-c", KILLED, str(root), str(tmp_path / "c"), str(Path(__file__).parent)]
+    (root / "users.tsv").write_text(
+        "".join(f"u{n}\t{' '.join(f'i{i}' for i in range(n, n + 10))}\n" for n in range(1, count, 10))
+    )
+    kept = []
+    for moment in (0.0, 0.3, 0.5, 0.7):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(moment)
+            os.kill(process.pid, signal.SIGKILL)
+        if (tmp_path / "c" / "manifest.json").exists():
+            with extraction.Store(tmp_path / "c") as store:
+                digests = list(store.digests("title", load_dataset(root).sequences.item_ids))
+            kept.append(sum(digest is not None for digest in digests))
+    assert kept == sorted(kept) and kept[-1] > 0
+    assert not any(count % 8 for count in kept)  # of a group all or nothing
+    assert run(root, tmp_path / "c", TITLE) == [(count - kept[-1], 0)]
+    assert states(root, tmp_path / "c", "title") == [sum(f"title of i{i}".encode()) for i in range(1, count + 1)]
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory) -> list[ViewConfig]:
+    """The demo's: real ones, which other processes can load."""
+    root = tmp_path_factory.mktemp("encoders")
+    demo.write_image_encoder(root / "image", seed=0)
+    demo.write_text_encoder(root / "text", seed=0)
+    return [ViewConfig("image", "image", str(root / "image")), ViewConfig("title", "title", str(root / "text"))]
+
+
+@pytest.fixture
+def large(tmp_path) -> Path:
+    """A dataset of forty items: titles of one to twenty words, images of noise, one of them missing, one damaged."""
+    count, generator = 40, np.random.default_rng(0)
+    root = write_dataset_folder(tmp_path / "large", make_sequences([list(range(1, count + 1))], max_inputs=count))
+    (root / "users.tsv").write_text("".join(f"u{n}\t{' '.join(f'i{n + k}' for k in range(8))}\n" for n in range(1, 34)))
+    words = [*demo.BRANDS, *demo.MATERIALS]
+    titles = [" ".join(generator.choice(words, size=generator.integers(1, 21))) for _ in range(count)]
+    (root / "items.tsv").write_text("".join(f"i{n + 1}\t{title}\n" for n, title in enumerate(titles)))
+    (root / "images").mkdir()
+    for n in range(2, count + 1):
+        noise = generator.integers(0, 256, (int(generator.integers(9, 90)), 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(root / "images" / f"i{n}.png")
+    (root / "images" / "i9.png").write_bytes(b"damaged")
+    return root
+
+
+def entries(cache: Path) -> dict[bytes, bytes]:
+    """The store's keys and values."""
+    with lmdb.open(str(cache / "states.lmdb"), readonly=True) as env, env.begin() as transaction:
+        return dict(transaction.cursor())
+
+
+def test_workers_leave_the_very_same_store(large, tmp_path, encoders):
+    stores = []
+    for count in (0, 2):
+        assert run(large, tmp_path / str(count), *encoders, missing_images="blank", workers=count) == [(40, 2), (40, 0)]
+        stores.append(entries(tmp_path / str(count)))
+    assert stores[0] == stores[1] and len(stores[0]) == 80
+
+
+def test_what_workers_find_is_one_line(large, tmp_path, encoders):
+    with pytest.raises(InputError) as error:
+        run(large, tmp_path / "c", encoders[0], workers=2)
+    assert re.fullmatch(
+        r"view 'image': 2 of 40 items cannot be read: i1 \(no image\), i9 \(not an image of .*\); --missing.*",
+        str(error.value),
+    )
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_an_image_that_breaks_after_the_check_is_named_and_the_rest_is_kept(
+    large, tmp_path, encoders, count, monkeypatch
+):
+    for name in ("i1", "i9"):
+        Image.new("RGB", (8, 8)).save(large / "images" / f"{name}.png")
+    plan = extraction._plan_all
+
+    def plan_and_break(*arguments):
+        todo = plan(*arguments)
+        (large / "images" / "i11.png").write_bytes(b"")
+        return todo
+
+    monkeypatch.setattr(extraction, "_plan_all", plan_and_break)
+    with pytest.raises(InputError, match=r"images: item 'i11': not an image of [^\n]*$"):
+        run(large, tmp_path / "c", encoders[0], workers=count)
+    assert len(entries(tmp_path / "c")) == 8  # of two batches, in one group that was not full
+
+
+def test_a_worker_that_dies_is_one_line_and_no_hang():
+    with pytest.raises(InputError, match="^a worker process failed .*exited unexpectedly.*; run again with fewer"):
+        list(calls_ahead(os._exit, [1, 2, 3], 1))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_what_a_call_raises_comes_out(count):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        list(calls_ahead(os.listdir, ["/", "nowhere"], count))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_calls_come_in_order_and_leave_the_random_state_as_it_was(count):
+    random = torch.get_rng_state()
+    assert list(calls_ahead(abs, [-3, 2, -1], count)) == [3, 2, 1]
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_an_interrupt_stores_what_is_encoded_and_ends_the_workers(large, tmp_path, encoders, monkeypatch):
+    loads, start, encode = [], workers._start, extraction.Backbone.encode
+
+    def started(loader):
+        loads.append(start(loader))
+        return loads[-1]
+
+    def interrupted(self, inputs):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(self, inputs)
+
+    calls = itertools.count()
+    monkeypatch.setattr(workers, "_start", started)
+    monkeypatch.setattr(extraction.Backbone, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(large, tmp_path / "c", encoders[0], workers=1, missing_images="blank")
+    assert len(entries(tmp_path / "c")) == 12
+    processes = [process for load in loads for process in load._workers]
+    loads.clear()
+    for process in processes:
+        process.join(10)
+    assert len(processes) == 2 and not any(process.is_alive() for process in processes)
+
+
+def test_workers_take_the_cpus_that_the_encoder_leaves_idle(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    many, cuda = 10**9, torch.device("cuda")
+    assert (worker_count(None, many, CPU), worker_count(None, many, cuda)) == (3, 7)
+    assert worker_count(None, 2 * workers.ITEMS_A_WORKER, CPU) == 2
+    assert worker_count(None, workers.ITEMS_A_WORKER - 1, cuda) == 0
+    assert worker_count(9, 1, CPU) == 9 and worker_count(0, many, cuda) == 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
+    assert worker_count(None, many, CPU) == 0
+
+
+@pytest.mark.parametrize(
+    ("items", "size", "expected"), [(8, 1 << 30, 3), (7, 1 << 30, 3), (10**6, 1, 5), (10**6, 96, 5)]
+)
+def test_several_batches_share_a_transaction(tmp_path, seen, monkeypatch, items, size, expected):
+    """Twenty items in batches of four, 24 bytes of states each."""
+    root = write_dataset_folder(tmp_path / "d", make_sequences([list(range(1, 21))], max_inputs=20))
+    (root / "users.tsv").write_text("".join(f"u{n}\t{' '.join(f'i{n + k}' for k in range(5))}\n" for n in range(1, 17)))
+    monkeypatch.setattr(extraction, "GROUP_ITEMS", items)
+    monkeypatch.setattr(extraction, "GROUP_BYTES", size)
+    run(root, tmp_path / "c", TITLE)
+    with lmdb.open(str(tmp_path / "c" / "states.lmdb"), readonly=True) as env:
+        assert env.info()["last_txnid"] == expected
+    assert len(entries(tmp_path / "c")) == 20
+
+
+def test_finite_states_of_a_group_are_kept(root, tmp_path, seen, monkeypatch):
+    encode = FakeBackbone.encode
+
+    def one_is_not_finite(self, inputs):
+        states = encode(self, inputs)
+        states[inputs["sums"] == sum(b"title of i2")] = torch.nan
+        return states
+
+    monkeypatch.setattr(FakeBackbone, "encode", one_is_not_finite)
+    with pytest.raises(InputError, match="item 'i2': hidden states are not finite"):
+        run(root, tmp_path / "c", TITLE)
+    assert len(entries(tmp_path / "c")) == 5
+    monkeypatch.setattr(FakeBackbone, "encode", encode)
+    assert run(root, tmp_path / "c", TITLE) == [(1, 0)]
+
+
+def test_batches_of_like_lengths_give_the_states_of_single_titles(large, tmp_path, encoders):
+    run(large, tmp_path / "c", encoders[1])
+    dataset, backbone = load_dataset(large), load_backbone(encoders[1])
+    stored = load_table(tmp_path / "c", ["title"], dataset.sequences.item_ids, CPU).views[0][1:]
+    alone = torch.cat([backbone.encode(backbone.prepare([title])) for title in dataset.titles])
+    torch.testing.assert_close(stored, alone, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 7), st.data())
+def test_arranged_rows_come_once_and_by_length(lengths, size, data):
+    """In one go or several, each with its own tokens."""
+    titles = [chr(65 + row) * length for row, length in enumerate(lengths)]
+    contents = Texts(titles, FakeBackbone(TITLE, []))
+    rows = data.draw(st.permutations(range(len(titles))))
+    cut = data.draw(st.integers(0, len(rows)))
+    for part in (rows[:cut], rows[cut:]):
+        arranged = contents.arrange(part)
+        assert sorted(arranged) == sorted(part)
+        assert [lengths[row] for row in arranged] == sorted((lengths[row] for row in part), reverse=True)
+        for batch in map(contents.batch, batched(arranged, size)):
+            assert batch.inputs["sums"].tolist() == [sum(titles[row].encode()) for row in batch.rows]
+
+
+def test_texts_without_tokens_are_refused_before_anything_is_written(root, tmp_path, seen, monkeypatch):
+    def none(self, texts):
+        raise InputError("the text 'title of i1' gives no tokens")
+
+    monkeypatch.setattr(FakeBackbone, "tokenize", none)
+    with pytest.raises(InputError, match="gives no tokens"):
+        run(root, tmp_path / "c", TITLE)
+    assert not (tmp_path / "c").exists()
+
+
+def test_inputs_are_let_go_before_their_states_are_stored():
+    """A thousand images' pixels would otherwise wait for their transaction."""
+    job = extraction._Job("image", None, None, {"dtype": "float32"}, None)
+    writer = extraction._Writer(None, job, ["a", "b"])
+    batch = Batch([0, 1], [b"1", b"2"], {"pixel_values": torch.zeros(2, 3)}, blank=0)
+    pixels = weakref.ref(batch.inputs["pixel_values"])
+    writer.add(batch, torch.ones(2, 1, 4))
+    del batch
+    assert pixels() is None and len(writer.pending) == 1

@@ -1,0 +1,191 @@
+"""The loader: the same batches in the same order, prepared ahead, errors as they were raised, no thread left behind."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from conftest import fill_store, make_sequences, random_table
+from torch import Tensor
+
+from iisan_fast.data.batches import Batch, Shape, epoch_batches
+from iisan_fast.errors import InputError
+from iisan_fast.kernels import States
+from iisan_fast.states import loader
+from iisan_fast.states.feature_table import FeatureTable, PinnedTable, load_table
+from iisan_fast.states.item_source import Gathered
+from iisan_fast.states.loader import AHEAD, prepared
+
+CPU = torch.device("cpu")
+ITEMS = 30
+SEQUENCES = make_sequences([[(user + 2 * i) % ITEMS + 1 for i in range(5 + user % 7)] for user in range(23)], ITEMS)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    assert not threads()
+    yield
+    assert not threads()
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def epoch() -> list[Batch]:
+    return list(epoch_batches(SEQUENCES, 4, seed=0, epoch=1))
+
+
+def table(dtype: torch.dtype = torch.float32) -> FeatureTable:
+    return random_table([(2, 4), (3, 5)], ITEMS, dtype)
+
+
+def rows(view: States) -> Tensor:
+    return view.table if view.rows is None else view.table[view.rows]
+
+
+def test_the_batches_come_in_order_and_as_they_are():
+    batches, resident = epoch(), table()
+    found = list(prepared(iter(batches), resident, CPU))
+    assert len(found) == 6 and all(own.batch is batch for own, batch in zip(found, batches, strict=True))
+    for own in found:
+        assert own.rows == len(own.batch.targets) and own.slots == own.batch.multiplicity.sum()
+        assert own.slots == own.rows + len(own.batch.users)  # each history has one row less than items
+        assert [view.table is whole for view, whole in zip(own.states, resident.views)] == [True, True]
+        assert all(view.rows is own.batch.distinct for view in own.states)
+
+
+def test_an_empty_epoch_gives_nothing():
+    assert list(prepared(iter([]), table(), CPU)) == []
+
+
+def test_batches_are_made_ahead_but_not_too_many(monkeypatch):
+    made, gathered, arrivals = [], [], threading.Semaphore(0)
+    monkeypatch.setattr(loader, "TOGETHER", 2)
+
+    class Counted(FeatureTable):
+        def gather(self, items: Tensor) -> Gathered:
+            gathered.append(items)
+            arrivals.release()
+            return super().gather(items)
+
+    stream = prepared((made.append(batch.step) or batch for batch in epoch()), Counted(table().views), CPU)
+    assert not made and not threads()  # nothing before it is asked for
+    for taken in range(1, 7):
+        next(stream)
+        assert len(gathered) <= taken + AHEAD and len(made) <= taken + AHEAD + 1
+        if taken <= 6 - AHEAD:  # the consumer stands still, and so many more are gathered
+            for _ in range(1 + AHEAD if taken == 1 else 1):
+                assert arrivals.acquire(timeout=20)
+            assert len(gathered) == taken + AHEAD
+            assert len(made) == (taken + AHEAD + 1) // 2 * 2  # laid out in pairs
+    assert list(stream) == [] and len(gathered) == len(made) == 6
+
+
+class Broken(FeatureTable):
+    """A table whose third gathering fails."""
+
+    def gather(self, items: Tensor) -> Gathered:
+        if torch.equal(items, epoch()[2].distinct):
+            raise InputError("the disk is gone")
+        return Gathered([])
+
+
+def broken_maker() -> Iterator[Batch]:
+    yield from epoch()[:2]
+    raise ZeroDivisionError("a batch of nobody")
+
+
+@pytest.mark.parametrize(
+    ("make", "source", "error"),
+    [
+        (broken_maker, table, ZeroDivisionError("a batch of nobody")),
+        (
+            lambda: iter(epoch()),
+            lambda: FeatureTable(tuple(view[:ITEMS] for view in table().views)),  # one item short
+            ValueError(f"batch.distinct: expected indices from 1 to {ITEMS - 1}, found {ITEMS}"),
+        ),
+        (lambda: iter(epoch()), lambda: Broken(table().views), InputError("the disk is gone")),
+    ],
+    ids=["making", "checking", "gathering"],
+)
+def test_an_error_comes_out_as_itself_and_ends_the_thread(make: Callable, source: Callable, error: Exception):
+    taken = []
+    with pytest.raises(type(error)) as found:
+        for own in prepared(make(), source(), CPU):
+            taken.append(own.batch.step)
+    assert type(found.value) is type(error) and str(found.value) == str(error)
+    assert taken == [batch.step for batch in epoch()][: len(taken)] and len(taken) < 3
+    assert not threads()  # while the error is still at hand, and with it the frames it came through
+
+
+def test_an_error_of_padding_comes_out_too():
+    with pytest.raises(ValueError, match="does not fit into"):
+        list(prepared(iter(epoch()), table(), CPU, lambda shape: shape))
+
+
+def test_leaving_early_ends_the_thread_and_makes_no_more(monkeypatch):
+    monkeypatch.setattr(loader, "TOGETHER", 2)
+    made = []
+    stream = prepared((made.append(batch.step) or batch for batch in epoch()), table(), CPU)
+    next(stream)
+    assert len(threads()) == 1
+    stream.close()
+    assert not threads() and len(made) <= 2 + AHEAD
+
+
+def test_leaving_waits_for_the_batch_at_hand():
+    """A table may be closed once the loader is left: nothing reads it any more."""
+    entered, release, gathered = threading.Event(), threading.Event(), []
+
+    class Slow(FeatureTable):
+        def gather(self, items: Tensor) -> Gathered:
+            if len(gathered) == 2:
+                entered.set()
+                assert release.wait(20)
+            gathered.append(len(items))
+            return Gathered([])
+
+    stream = prepared(iter(epoch()), Slow(table().views), CPU)
+    next(stream)
+    assert entered.wait(20)
+    leaving = threading.Thread(target=stream.close)
+    leaving.start()
+    leaving.join(0.05)
+    assert leaving.is_alive() and threads()
+    release.set()
+    leaving.join(20)
+    assert not leaving.is_alive() and len(gathered) == 3
+
+
+@pytest.mark.parametrize("placement", ["pinned", "mapped"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_gathered_states_are_the_tables_rows(tmp_path, placement, padded):
+    resident = table()
+    cache = fill_store(tmp_path / "cache", SEQUENCES.item_ids, resident, ("a", "b"))
+    away = load_table(cache, ["a", "b"], SEQUENCES.item_ids, CPU, placement)
+    pad = functools.partial(Shape.padded, users=4, length=SEQUENCES.max_inputs) if padded else None
+    try:
+        found = list(prepared(iter(epoch()), away, CPU, pad))
+    finally:
+        away.close()
+    assert len(found) == 6
+    for own, batch in zip(found, epoch()):
+        assert all(view.rows is None for view in own.states)
+        for view, whole in zip(own.states, resident.views, strict=True):
+            assert torch.equal(rows(view), whole[own.batch.distinct])
+            assert not rows(view)[len(batch.distinct) :].any()
+
+
+def test_batches_are_padded_and_counted_before():
+    pad = functools.partial(Shape.padded, users=4, length=SEQUENCES.max_inputs)
+    batches = epoch()
+    for gathered in (table(), PinnedTable(table().views, CPU)):
+        found = list(prepared(iter(batches), gathered, CPU, pad))
+        assert [own.batch.shape for own in found] == [pad(batch.shape) for batch in batches]
+        assert [own.rows for own in found] == [len(batch.targets) for batch in batches]
+        assert [own.slots for own in found] == [batch.multiplicity.sum() for batch in batches]
+        assert all(len(rows(view)) == own.batch.shape.distinct for own in found for view in own.states)

@@ -1,0 +1,223 @@
+"""The optimizer step: the flag that stops it, the sums it keeps, and its captured form, with a stand-in for the graph.
+
+What needs a GPU stands in test_training_step_gpu.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_sequences, random_table, side_recommender
+from torch import Tensor
+
+from iisan_fast.config import ModelConfig
+from iisan_fast.data.batches import Batch, Shape, epoch_batches
+from iisan_fast.data.sequences import Sequences
+from iisan_fast.kernels import States
+from iisan_fast.states.feature_table import FeatureTable, PinnedTable
+from iisan_fast.states.loader import Prepared, prepared
+from iisan_fast.training.training_step import CapturedStep, Reading, TrainingStep
+
+CPU = torch.device("cpu")
+USERS, ITEMS, BATCH_USERS = 90, 160, 20
+NAN, INF = float("nan"), float("inf")
+
+
+def make_data() -> tuple[Sequences, FeatureTable]:
+    """90 users, so that a batch of 20 has about a hundred rows; the last has half of them."""
+    rng = np.random.default_rng(0)
+    histories = [rng.integers(1, ITEMS + 1, length).tolist() for length in rng.integers(5, 14, USERS)]
+    return make_sequences(histories, items=ITEMS), random_table([(2, 6), (2, 6)], ITEMS)
+
+
+def make_step(sequences: Sequences, table: FeatureTable) -> TrainingStep:
+    popularity = np.maximum(sequences.popularity, 1e-4)
+    model = side_recommender(
+        table.shapes, ModelConfig(embedding_dim=8, bottleneck=4), sequences.max_inputs, popularity, 1
+    )
+    model = model.double().train()
+    return TrainingStep(model, dict.fromkeys(model.parameter_groups(), 1e-3), CPU)
+
+
+def batches(sequences: Sequences, table, epochs: int = 1, padded: bool = False) -> list[Prepared]:
+    pad = functools.partial(Shape.padded, users=BATCH_USERS, length=sequences.max_inputs) if padded else None
+    return [
+        each
+        for epoch in range(epochs)
+        for each in prepared(epoch_batches(sequences, BATCH_USERS, 0, epoch), table, CPU, pad)
+    ]
+
+
+def everything(step: TrainingStep) -> dict[str, Tensor]:
+    """Copies of the weights and of all that Adam keeps."""
+    found = {name: parameter.detach().clone() for name, parameter in step.model.named_parameters()}
+    for name, parameter in step.model.named_parameters():
+        for kind, value in step.optimizer.state[parameter].items():
+            found[f"{kind} of {name}"] = value.clone()
+    return found
+
+
+def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def poison(step: TrainingStep, factors: dict[int, float], monkeypatch) -> None:
+    """The loss of these steps is multiplied, and with it every gradient."""
+    original = step.model.loss
+
+    def loss(batch, states) -> Tensor:
+        return original(batch, states) * factors.get(int(batch.step), 1.0)
+
+    monkeypatch.setattr(step.model, "loss", loss)
+
+
+# The flag
+
+
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("factor", [NAN, INF, -INF])
+def test_nothing_is_updated_from_a_loss_on_that_is_not_finite(first, factor, monkeypatch):
+    sequences, table = make_data()
+    step = make_step(sequences, table)
+    poison(step, {first: factor}, monkeypatch)
+    before = everything(step)
+    for done, each in enumerate(batches(sequences, table)):
+        loss = step(each.batch, each.states)
+        assert loss.isfinite() == (done != first)
+        if done < first:
+            before = everything(step)
+        elif done == 0:  # Adam's state came to be in this step
+            own = everything(step)
+            assert all(not value.any() for name, value in own.items() if name not in before)
+            before = {**own, **before}
+        assert_identical(everything(step), before)
+    assert done == 4
+    counters = [value for name, value in before.items() if name.startswith("step of ")]
+    assert counters and all(count == first for count in counters)
+    found = step.read()
+    assert found.failed_step == first + 1
+    assert math.isnan(found.failed_loss) if math.isnan(factor) else found.failed_loss == factor
+
+
+def test_gradients_that_are_not_finite_do_not_pass_by_a_flag(monkeypatch):
+    """The step that fails has the gradients of its loss; the weights do not see them."""
+    sequences, table = make_data()
+    step = make_step(sequences, table)
+    poison(step, {0: NAN}, monkeypatch)
+    (each, *_) = batches(sequences, table)
+    step(each.batch, each.states)
+    assert any(parameter.grad.isnan().any() for parameter in step.model.parameters())
+    assert all(parameter.isfinite().all() for parameter in step.model.parameters())
+
+
+def test_the_first_failing_step_is_the_one_that_is_told(monkeypatch):
+    sequences, table = make_data()
+    step = make_step(sequences, table)
+    poison(step, {1: -INF, 2: NAN, 4: INF}, monkeypatch)
+    for each in batches(sequences, table)[:3]:
+        step(each.batch, each.states)
+    first = step.read()
+    assert (first.failed_step, first.failed_loss) == (2, -INF)
+    for each in batches(sequences, table)[3:]:
+        step(each.batch, each.states)
+    assert step.read() == Reading(0.0, 0, 2, -INF)  # told again, nothing more added up
+
+
+# The sums
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_sums_are_those_of_the_steps_since_the_last_reading(padded):
+    sequences, table = make_data()
+    step = make_step(sequences, table)
+    assert step.read() == Reading(0.0, 0, None, 0.0)
+    for part in (slice(0, 3), slice(3, 4), slice(4, 5)):
+        total, rows = 0.0, 0
+        for each in batches(sequences, table, padded=padded)[part]:
+            total, rows = total + step(each.batch, each.states).item() * each.rows, rows + each.rows
+        found = step.read()
+        assert found.rows == rows > 0 and found.failed_step is None
+        assert found.loss == pytest.approx(total, rel=1e-12)
+
+
+def test_sums_end_before_the_step_that_fails(monkeypatch):
+    sequences, table = make_data()
+    step = make_step(sequences, table)
+    poison(step, {2: NAN}, monkeypatch)
+    taken = batches(sequences, table)
+    losses = [step(each.batch, each.states).item() for each in taken]
+    found = step.read()
+    assert found.rows == taken[0].rows + taken[1].rows
+    assert found.loss == pytest.approx(losses[0] * taken[0].rows + losses[1] * taken[1].rows, rel=1e-12)
+
+
+def test_the_returned_loss_carries_no_graph():
+    sequences, table = make_data()
+    (each, *_) = batches(sequences, table)
+    assert not make_step(sequences, table)(each.batch, each.states).requires_grad
+
+
+# The captured form
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_captured_step_trains_as_the_step_alone(gathered):
+    sequences, table = make_data()
+    source = PinnedTable(table.views, CPU) if gathered else table
+    alone, taken = make_step(sequences, table), make_step(sequences, table)
+    made = []
+    captured = CapturedStep(taken, capture=lambda run: made.append(run) or run)
+    shapes = []
+    for own, padded in zip(batches(sequences, table, 3), batches(sequences, source, 3, padded=True), strict=True):
+        expected = alone(own.batch, own.states)
+        torch.testing.assert_close(captured(padded.batch, padded.states), expected, rtol=1e-10, atol=0)
+        shapes.append(padded.batch.shape)
+    assert len(made) == len(set(shapes)) and 2 <= len(made) < len(shapes) == 15
+    theirs = everything(alone)
+    assert set(everything(taken)) == set(theirs)
+    for name, value in everything(taken).items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-7, atol=1e-10, msg=name)
+    first, second = alone.read(), taken.read()
+    assert first.rows == second.rows and first.loss == pytest.approx(second.loss, rel=1e-10)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_captured_step_runs_on_buffers_of_its_own(gathered, monkeypatch):
+    """What it was given may be gone or overwritten by the next time, as memory of a graph's arguments is."""
+    sequences, table = make_data()
+    source = PinnedTable(table.views, CPU) if gathered else table
+    step, addresses = make_step(sequences, table), []
+    loss = step.model.loss
+
+    def noted(batch: Batch, states: list[States]) -> Tensor:
+        addresses.append((batch.buffer.data_ptr(), *(view.table.data_ptr() for view in states)))
+        return loss(batch, states)
+
+    monkeypatch.setattr(step.model, "loss", noted)
+    captured = CapturedStep(step, capture=lambda run: run)
+    (given, *_) = batches(sequences, source, padded=True)
+    from_device = Batch.unpacked(given.batch.packed(), given.batch.shape)
+    for batch in (given.batch, from_device, given.batch):
+        captured(batch, given.states)
+    assert len(addresses) == 3 and len(set(addresses)) == 1
+    assert from_device.buffer.data_ptr() not in addresses[0]
+    assert all((view.table.data_ptr() in addresses[0]) == (not gathered) for view in given.states)
+
+
+def test_a_flag_stops_the_captured_form_as_well(monkeypatch):
+    sequences, table = make_data()
+    step = make_step(sequences, table)
+    poison(step, {2: NAN}, monkeypatch)
+    captured = CapturedStep(step, capture=lambda run: run)
+    for each in batches(sequences, table, padded=True):
+        captured(each.batch, each.states)
+        if each.batch.step == 1:
+            before = everything(step)
+    assert_identical(everything(step), before)
+    assert step.read().failed_step == 3
