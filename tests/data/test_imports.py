@@ -437,7 +437,7 @@ def test_without_polars_the_command_says_what_to_install(tmp_path, monkeypatch, 
 ENDLESS = """
 import sys, time
 from iisan_fast.cli import main
-from iisan_fast.imports import flat
+from iisan_fast.data.imports import flat
 
 def endless(*_):
     print("writing", flush=True)
