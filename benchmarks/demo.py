@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from iisan_fast.training.run_folder import environment
+from iisan_fast.training import environment
 
 RESULT = Path(__file__).parent / "results" / "demo.json"
 

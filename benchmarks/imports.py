@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from iisan_fast.bench.memory import PeakMemory
-from iisan_fast.data.imports.flat import import_csv
+from iisan_fast.data import import_csv
 
 RESULT = Path(__file__).parent / "results" / "import.json"
 ITEMS = 200_000

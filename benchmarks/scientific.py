@@ -29,10 +29,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from iisan_fast.config import EvaluationConfig, ModelConfig, ProtocolConfig, RunConfig, TrainConfig, ViewConfig, to_dict
-from iisan_fast.data.sequences import load_dataset
-from iisan_fast.states.extraction import extract
-from iisan_fast.training.run_folder import RunFolder, environment
-from iisan_fast.training.trainer import evaluate_run, resume, train
+from iisan_fast.data import load_dataset
+from iisan_fast.states import extract
+from iisan_fast.training import RunFolder, environment, evaluate_run, resume, train
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..captioning.caption_images import MISSING_PICTURES
+from ..captioning import MISSING_PICTURES
 from ..config import ENCODER_DTYPES
 from .options import FOLDER, chosen_protocol, device_option, json_option, protocol_options, torch_device
 from .output import print_counts, print_json
@@ -42,10 +42,10 @@ def caption(dataset: Path, device: str, as_json: bool, **options: Any) -> None:
 
     A stopped run goes on where it stopped. Captions that stand there already, made by hand or otherwise, stay.
     """
-    from ..captioning import captions  # imports transformers, which takes seconds
+    from .. import captioning  # imports transformers, which takes seconds
 
     protocol = chosen_protocol(options)
-    counts = dataclasses.asdict(captions.caption(dataset, device=torch_device(device), protocol=protocol, **options))
+    counts = dataclasses.asdict(captioning.caption(dataset, device=torch_device(device), protocol=protocol, **options))
     if as_json:
         print_json(counts)
     else:

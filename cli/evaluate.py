@@ -26,7 +26,7 @@ from .output import print_json, print_metrics
 @json_option
 def evaluate(run: Path, split: str, ks: tuple[int, ...], ties: str, chunk_mib: int, device: str, as_json: bool) -> None:
     """Print the metrics of RUN's best checkpoint over the full catalogue, history masked and unmasked."""
-    from ..training.trainer import evaluate_run
+    from ..training import evaluate_run
 
     result = evaluate_run(
         run, split, EvaluationConfig(ks or (10,), ties=ties, chunk_mib=chunk_mib), torch_device(device)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..config import STORE_DTYPES
-from ..data.sequences import load_dataset
+from ..data import load_dataset
 from ..errors import InputError
 from .options import (
     FOLDER,
@@ -70,9 +70,9 @@ def extract(
         raise InputError("no view: give --text-encoder, --image-encoder or --view")
     protocol = chosen_protocol(options, unescape_titles=not raw_titles, missing_captions=missing_captions or "error")
     data = load_dataset(dataset, protocol)
-    from ..states import extraction  # imports transformers, which takes seconds
+    from .. import states  # imports transformers, which takes seconds
 
-    results = extraction.extract(
+    results = states.extract(
         data,
         views,
         cache,

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..data.imports.options import COLUMNS, FIELDS, MISSING_TITLES, Imported, ImportOptions, TableOptions
+from ..data import COLUMNS, FIELDS, MISSING_TITLES, Imported, ImportOptions, TableOptions
 from .options import FOLDER, json_option
 from .output import print_counts, print_json
 
@@ -60,7 +60,7 @@ def _column_options(word: str, user: str, item: str) -> Callable:
 @_import_command
 def microlens(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
     """Make DESTINATION of MicroLens: SOURCE holds *_pairs.csv or *_pairs.tsv, *_title_en.csv and *_covers."""
-    from ..data.imports.microlens import import_microlens  # imports polars, which not every installation has
+    from ..data import import_microlens  # imports polars, which not every installation has
 
     _report(import_microlens(source, destination, ImportOptions(**options)), destination, as_json)
 
@@ -70,7 +70,7 @@ def microlens(source: Path, destination: Path, as_json: bool, **options: Any) ->
 @_import_command
 def recbole(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
     """Make DESTINATION of RecBole's files: SOURCE is a .inter file or its folder, a .item file stands beside it."""
-    from ..data.imports.recbole import import_recbole
+    from ..data import import_recbole
 
     _report(import_recbole(source, destination, TableOptions(**options)), destination, as_json)
 
@@ -80,7 +80,7 @@ def recbole(source: Path, destination: Path, as_json: bool, **options: Any) -> N
 @_import_command
 def csv_(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
     """Make DESTINATION of the CSV file SOURCE, which has a header and may be compressed by gzip."""
-    from ..data.imports.flat import import_csv
+    from ..data import import_csv
 
     _report(import_csv(source, destination, TableOptions(**options)), destination, as_json)
 
@@ -90,7 +90,7 @@ def csv_(source: Path, destination: Path, as_json: bool, **options: Any) -> None
 @_import_command
 def parquet(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
     """Make DESTINATION of the Parquet file SOURCE."""
-    from ..data.imports.flat import import_parquet
+    from ..data import import_parquet
 
     _report(import_parquet(source, destination, TableOptions(**options)), destination, as_json)
 

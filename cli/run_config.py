@@ -81,7 +81,7 @@ def _give_encoders(values: dict[str, Any], options: dict[str, Any]) -> None:
 
 
 def _all_views(cache: Path) -> list[str]:
-    from ..states.store import Store
+    from ..states import Store
 
     with Store(cache) as store:
         names = list(store.views)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..data.sequences import load_dataset, statistics
+from ..data import load_dataset, statistics
 from .options import FOLDER, chosen_protocol, json_option, protocol_options
 from .output import percent, print_counts, print_json
 

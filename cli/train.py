@@ -121,12 +121,12 @@ def train(
 
     With no arguments it makes a small dataset of its own, encodes it, trains on it and prints the figures.
     """
-    from ..training import trainer  # imports torch, which takes seconds
+    from .. import training  # imports torch, which takes seconds
 
     where = torch_device(device)
     if resume_path is not None:
         _refuse_other_settings(context)
-        out, result = resume_path, trainer.resume(resume_path, where, _report_epoch, placement)
+        out, result = resume_path, training.resume(resume_path, where, _report_epoch, placement)
     else:
         out = options.pop("out") or _next_run(dataset.resolve().name if dataset else "demo")
         options["encoded"] = chosen_views(options)
@@ -134,7 +134,7 @@ def train(
             config = _demo_config(out, where, options)
         else:
             config = run_config(dataset, options)
-        result = trainer.train(config, out, where, _report_epoch, placement)
+        result = training.train(config, out, where, _report_epoch, placement)
     if as_json:
         print_json({"run": str(out), **result})
         return
@@ -144,11 +144,9 @@ def train(
 
 def _demo_config(out: Path, device, options: dict[str, Any]) -> RunConfig:
     """The embedded demo, written and, where the method reads states from a cache, encoded."""
-    from .. import demo
-    from ..data.sequences import load_dataset
-    from ..states import extraction as extract
-    from ..states.store import grouped_layers
-    from ..training.run_folder import RunFolder
+    from .. import demo, states
+    from ..data import load_dataset
+    from ..training import RunFolder
 
     given = options["cache"] is not None or options["views"] is not None or options["encoded"]
     if given or options["split"] == "temporal":
@@ -157,7 +155,9 @@ def _demo_config(out: Path, device, options: dict[str, Any]) -> RunConfig:
     home = out.resolve() / "demo"
     dataset, views = demo.plan(home)
     if options["layer_groups"] is not None:
-        grouped_layers(demo.ENCODER_SHAPE["num_hidden_layers"], options["layer_groups"])  # before anything is written
+        states.grouped_layers(
+            demo.ENCODER_SHAPE["num_hidden_layers"], options["layer_groups"]
+        )  # before anything is written
     method = options["method"] or "iisan"
     if options["uncached"] or method in TUNING_METHODS:
         options["encoded"] = views
@@ -168,7 +168,7 @@ def _demo_config(out: Path, device, options: dict[str, Any]) -> RunConfig:
     click.echo("No dataset given: this is the embedded demo.", err=True)
     demo.write_demo(home)
     if config.cache is not None:
-        extract.extract(load_dataset(dataset, config.protocol), views, Path(config.cache), device)
+        states.extract(load_dataset(dataset, config.protocol), views, Path(config.cache), device)
     return config
 
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from transformers import BertConfig, ViTConfig
 
 from .config import LEARNING_RATES, ViewConfig
-from .encoders.random_encoders import SPECIAL_TOKENS, write_bert, write_vit
+from .encoders import SPECIAL_TOKENS, write_bert, write_vit
 
 ITEMS = 1920
 USERS = 1600

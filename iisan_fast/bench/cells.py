@@ -29,15 +29,13 @@ from ..config import (
     ViewConfig,
     read_settings,
 )
-from ..data.sequences import load_dataset
+from ..data import load_dataset
 from ..errors import InputError, first_few
-from ..evaluation.metrics import leading
+from ..evaluation import leading
 from ..files import write_atomically
 from ..progress import progress_bar
-from ..states.extraction import extract
-from ..training.item_sources import open_source, refuse_missing_libraries
-from ..training.run_folder import RunFolder
-from ..training.trainer import Trainer, precision, resume, train
+from ..states import extract
+from ..training import RunFolder, Trainer, open_source, precision, refuse_missing_libraries, resume, train
 from .machine import NOT_MEASURED, in_a_process, on
 from .memory import PeakMemory
 from .profile import profile

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.sequences import Sequences
+from ..data import Sequences
 from ..kernels.reference import side_tower
 from ..kernels.reference.dropout import StatelessDropout
-from ..models.recommender import Recommender
-from ..models.sasrec import SITES_PER_BLOCK, Block
+from ..models import SITES_PER_BLOCK, Block, Recommender
 
 Drop = Callable[[Tensor, int], Tensor]  # of a value [B, L, channels] and its site
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..config import ViewConfig
-from ..encoders.hugging_face import count_parameters
+from ..encoders import count_parameters
 from ..errors import InputError
 from ..files import write_atomically
 from .cells import Cell, SweepSettings, encoding_seconds, run_sweep

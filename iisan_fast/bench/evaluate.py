@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..config import EvaluationConfig, RunConfig, TrainConfig
-from ..data.sequences import Sequences, Split
+from ..data import Sequences, Split
 from ..errors import InputError
-from ..evaluation.metrics import evaluate, metrics, target_ranks
-from ..models.recommender import Recommender, build_recommender
+from ..evaluation import evaluate, metrics, target_ranks
+from ..models import Recommender, build_recommender
 from ..progress import progress_bar
-from ..states.feature_table import FeatureTable
+from ..states import FeatureTable
 from .dense import DenseModel
 from .machine import NOT_MEASURED, QUANTILES, in_a_process, named_sequences, on, origin
 from .memory import PeakMemory

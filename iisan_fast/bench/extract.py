@@ -21,14 +21,11 @@ from torch import Tensor
 
 from .. import demo
 from ..config import ViewConfig
-from ..data.items import ImageFolder, ImageLmdb, open_images
-from ..data.sequences import Dataset, Sequences, load_dataset
-from ..encoders.base import Backbone, Inputs, load_backbone
+from ..data import Dataset, ImageFolder, ImageLmdb, Sequences, load_dataset, open_images
+from ..encoders import Backbone, Inputs, load_backbone
 from ..errors import InputError
 from ..progress import progress_bar
-from ..states.encoder_inputs import batched, open_sources, view_contents
-from ..states.extraction import GROUP_ITEMS, extract
-from ..states.store import Store, content_digest
+from ..states import GROUP_ITEMS, Store, batched, content_digest, extract, open_sources, view_contents
 from ..workers import worker_count
 from .machine import NOT_MEASURED, QUANTILES, in_a_process, on, origin
 from .memory import PeakMemory

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ..config import EvaluationConfig, RunConfig, TrainConfig
-from ..data.sequences import Sequences
-from ..evaluation.metrics import evaluate
+from ..data import Sequences
+from ..evaluation import evaluate
 from ..files import write_atomically
 from ..progress import progress_bar
-from ..states.feature_table import FeatureTable
-from ..training.trainer import Trainer, deterministic
+from ..states import FeatureTable
+from ..training import Trainer, deterministic
 from .machine import on, origin, synchronise
 
 BLOCK = 20_000  # items whose states differ

@@ -17,10 +17,10 @@ import torch
 
 from .. import runtime as process
 from ..config import ProtocolConfig
-from ..data.sequences import Sequences, load_dataset
+from ..data import Sequences, load_dataset
 from ..errors import InputError
 from ..kernels.cpu import library as native
-from ..training.run_folder import environment
+from ..training import environment
 
 LIBRARIES = ("triton", "liger-kernel", "cut-cross-entropy")
 NOT_INSTALLED, NOT_MEASURED = "not installed", "not measured"

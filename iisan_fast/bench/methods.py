@@ -13,10 +13,8 @@ import torch
 
 from ..config import EvaluationConfig
 from ..errors import InputError
-from ..evaluation.efficiency import TPME_WEIGHTS, check_weights, tpme
-from ..evaluation.metrics import gains, target_ranks
-from ..evaluation.significance import paired_test
-from ..training.trainer import load_best
+from ..evaluation import TPME_WEIGHTS, check_weights, gains, paired_test, target_ranks, tpme
+from ..training import load_best
 from .cells import UNCACHED, Cell, K, SweepSettings, encoding_seconds, run_sweep
 from .machine import NOT_MEASURED, origin
 

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import ModelConfig
-from ..data.batches import Batch, epoch_batches
-from ..data.sequences import Sequences
+from ..data import Batch, Sequences, epoch_batches
 from ..errors import InputError
 from ..kernels import States, Tower, reference
-from ..models.side_network import SideNetwork
+from ..models import SideNetwork
 from ..progress import progress_bar
 from .floors import Cost, device_rates, loss_costs, rank_costs, side_network_costs
 from .machine import NOT_INSTALLED, QUANTILES, count_launches, on, origin

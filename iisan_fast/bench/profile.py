@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ..evaluation.efficiency import memory_split, parameter_counts
-from ..models.activation_memory import activation_bytes
-from ..states.feature_table import FeatureTable
-from ..states.loader import Prepared
-from ..training.trainer import Trainer, deterministic
+from ..evaluation import memory_split, parameter_counts
+from ..models import activation_bytes
+from ..states import FeatureTable, Prepared
+from ..training import Trainer, deterministic
 from .stopwatch import Stopwatch
 
 WARM_UP_STEPS = 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import ProtocolConfig
-from ..data.items import read_table
+from ..data import read_table
 from ..errors import InputError
 from ..files import whole_folder
 

@@ -16,14 +16,12 @@ from transformers import BertConfig, BertTokenizer, ViTConfig
 
 from .. import demo
 from ..config import ViewConfig, read_settings
-from ..data.items import refuse_unfit_name
-from ..data.sequences import load_dataset
-from ..encoders.base import default_layers
-from ..encoders.random_encoders import SPECIAL_TOKENS, write_bert, write_vit
+from ..data import load_dataset, refuse_unfit_name
+from ..encoders import SPECIAL_TOKENS, default_layers, write_bert, write_vit
 from ..errors import InputError
 from ..files import whole_folder
 from ..progress import progress_bar
-from ..states.feature_table import ViewShape
+from ..states import ViewShape
 
 NOISE_SIZE = 32  # pixels; encoders resize images anyway
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what a ViT and a BERT have of their own

@@ -22,14 +22,12 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import ModelConfig, RunConfig, TrainConfig
-from ..data.batches import epoch_batches, steps_per_epoch
-from ..data.sequences import Dataset, Sequences, load_dataset
+from ..data import Dataset, Sequences, epoch_batches, load_dataset, steps_per_epoch
 from ..errors import InputError
-from ..models.recommender import build_recommender
+from ..models import build_recommender
 from ..progress import progress_bar
-from ..states.feature_table import FeatureTable
-from ..states.store import Store, content_digest
-from ..training.trainer import Trainer, deterministic, train
+from ..states import FeatureTable, Store, content_digest
+from ..training import Trainer, deterministic, train
 from .dense import DenseTrainer
 from .machine import NOT_MEASURED, QUANTILES, count_launches, in_a_process, named_sequences, on, origin, synchronise
 from .memory import PeakMemory

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.sequences import Sequences
+from ..data import Sequences
 from ..errors import InputError
 from ..kernels.gpu import launch
 from ..kernels.gpu.launch import Configuration

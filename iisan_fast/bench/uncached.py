@@ -16,14 +16,11 @@ from typing import Any
 import torch
 
 from ..config import RunConfig, TrainConfig, UncachedConfig
-from ..data.batches import steps_per_epoch
-from ..data.sequences import Dataset, load_dataset
-from ..encoders.attention import xformers_problem
-from ..encoders.hugging_face import model_dtype
+from ..data import Dataset, load_dataset, steps_per_epoch
+from ..encoders import model_dtype, xformers_problem
 from ..errors import InputError
 from ..progress import progress_bar
-from ..training.item_sources import open_source
-from ..training.trainer import Trainer, deterministic, precision
+from ..training import Trainer, deterministic, open_source, precision
 from .cells import MEMORY_EVERY
 from .machine import NOT_MEASURED, in_a_process, named_sequences, on, origin
 from .memory import PeakMemory

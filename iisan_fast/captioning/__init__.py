@@ -1,0 +1,16 @@
+"""Captions of items by an image-to-text model."""
+
+from typing import TYPE_CHECKING
+
+from ..doors import lazy_names
+
+if TYPE_CHECKING:
+    from .caption_images import MISSING_PICTURES
+    from .captions import caption
+
+__all__ = [
+    "MISSING_PICTURES",
+    "caption",
+]
+
+__getattr__ = lazy_names(__name__, __file__)

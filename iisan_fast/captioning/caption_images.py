@@ -12,7 +12,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from ..data.items import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb
+from ..data import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb
 from ..errors import InputError
 
 MISSING_PICTURES = ("error", "skip")

@@ -20,15 +20,12 @@ import torch
 from PIL import Image
 
 from ..config import ProtocolConfig, read_settings
-from ..data.items import ImageError, open_images
-from ..data.sequences import load_dataset
-from ..encoders.captioner import Captioner
-from ..encoders.hugging_face import quiet
+from ..data import ImageError, load_dataset, open_images
+from ..encoders import Captioner, quiet
 from ..errors import InputError, first_few
 from ..files import locked, write_atomically
 from ..progress import progress_bar
-from ..states.encoder_inputs import CHECKED_AT_ONCE, batched
-from ..states.store import differences
+from ..states import CHECKED_AT_ONCE, batched, differences
 from ..workers import calls_ahead, worker_count
 from .caption_images import MISSING_PICTURES, Covers, Frames, Pictures, problems
 

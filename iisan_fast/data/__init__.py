@@ -1,0 +1,46 @@
+"""Datasets: items, histories under the data protocol, training batches, and imports of other layouts."""
+
+from typing import TYPE_CHECKING
+
+from ..doors import lazy_names
+
+if TYPE_CHECKING:
+    from .batches import Batch, Shape, epoch_batches, steps_per_epoch
+    from .imports.flat import import_csv, import_parquet
+    from .imports.microlens import import_microlens
+    from .imports.options import COLUMNS, FIELDS, MISSING_TITLES, Imported, ImportOptions, TableOptions
+    from .imports.recbole import import_recbole
+    from .items import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb, open_images, read_table, refuse_unfit_name
+    from .sequences import Dataset, Sequences, Split, load_dataset, load_sequences, statistics
+
+__all__ = [
+    "Batch",
+    "COLUMNS",
+    "Dataset",
+    "FIELDS",
+    "IMAGE_SUFFIXES",
+    "ImageError",
+    "ImageFolder",
+    "ImageLmdb",
+    "ImportOptions",
+    "Imported",
+    "MISSING_TITLES",
+    "Sequences",
+    "Shape",
+    "Split",
+    "TableOptions",
+    "epoch_batches",
+    "import_csv",
+    "import_microlens",
+    "import_parquet",
+    "import_recbole",
+    "load_dataset",
+    "load_sequences",
+    "open_images",
+    "read_table",
+    "refuse_unfit_name",
+    "statistics",
+    "steps_per_epoch",
+]
+
+__getattr__ = lazy_names(__name__, __file__)

@@ -1,0 +1,37 @@
+"""Frozen Hugging Face encoders: texts or images in, pooled hidden states out; and what fine-tuning puts into them."""
+
+from typing import TYPE_CHECKING
+
+from ..doors import lazy_names
+
+if TYPE_CHECKING:
+    from .adaptation import adapt, blocks, checkpoint_blocks
+    from .attention import xformers_problem
+    from .base import Backbone, Inputs, TextBackbone, default_layers, load_backbone, load_backbones
+    from .captioner import Captioner
+    from .hugging_face import count_parameters, model_dtype, quiet
+    from .image_bytes import ByteForm
+    from .random_encoders import SPECIAL_TOKENS, write_bert, write_vit
+
+__all__ = [
+    "Backbone",
+    "ByteForm",
+    "Captioner",
+    "Inputs",
+    "SPECIAL_TOKENS",
+    "TextBackbone",
+    "adapt",
+    "blocks",
+    "checkpoint_blocks",
+    "count_parameters",
+    "default_layers",
+    "load_backbone",
+    "load_backbones",
+    "model_dtype",
+    "quiet",
+    "write_bert",
+    "write_vit",
+    "xformers_problem",
+]
+
+__getattr__ = lazy_names(__name__, __file__)

@@ -24,7 +24,7 @@ from .. import kernels
 from ..config import ViewConfig
 from ..errors import InputError
 from ..fingerprints import value_digest, weights_digest
-from ..states.store import grouped_layers
+from ..states import grouped_layers
 from .attention import choose_attention
 from .hidden_state_hooks import Place, find_places, keeps_nothing, reading
 from .hugging_face import (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import TIE_SHARES, EvaluationConfig
-from ..data.sequences import Sequences, Split
+from ..data import Sequences, Split
 from ..errors import InputError
 
 HISTORIES_AT_ONCE = 1 << 22  # padded interactions: 32 MiB

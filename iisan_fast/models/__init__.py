@@ -1,0 +1,25 @@
+"""The recommender: item encoders, SASRec, one loss and one score."""
+
+from typing import TYPE_CHECKING
+
+from ..doors import lazy_names
+
+if TYPE_CHECKING:
+    from .activation_memory import Plan, activation_bytes
+    from .recommender import ITEM_ENCODER, Recommender, build_recommender
+    from .sasrec import SITES_PER_BLOCK, Block
+    from .side_network import SideNetwork, check_views
+
+__all__ = [
+    "Block",
+    "ITEM_ENCODER",
+    "Plan",
+    "Recommender",
+    "SITES_PER_BLOCK",
+    "SideNetwork",
+    "activation_bytes",
+    "build_recommender",
+    "check_views",
+]
+
+__getattr__ = lazy_names(__name__, __file__)

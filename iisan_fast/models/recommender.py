@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..config import SIDE_METHODS, ModelConfig, RunConfig
-from ..data.batches import Batch
+from ..data import Batch
 from ..kernels.reference.dropout import StatelessDropout
-from ..states.item_source import ItemSource
+from ..states import ItemSource
 from .item_encoders import FrozenItemEncoder, IdItemEncoder
 from .sasrec import Dropout, Rows, SASRec
 from .side_network import SideItemEncoder

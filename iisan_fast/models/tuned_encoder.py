@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..encoders.adaptation import adapt, blocks, checkpoint_blocks
-from ..states.chunks import Chunks
+from ..encoders import adapt, blocks, checkpoint_blocks
+from ..states import Chunks
 from .activation_memory import Footprint, Plan, activation_bytes, plan_parts
 from .item_encoders import FinalHeads
 

@@ -1,0 +1,46 @@
+"""Hidden states: extraction into the store, the tables that training reads, and batches prepared ahead."""
+
+from typing import TYPE_CHECKING
+
+from ..doors import lazy_names
+
+if TYPE_CHECKING:
+    from .chunks import Chunks
+    from .encoder_inputs import CHECKED_AT_ONCE, batched, open_sources, view_contents
+    from .extraction import GROUP_ITEMS, Extracted, extract
+    from .feature_table import FeatureTable, ViewShape, load_table
+    from .input_table import EncodedTable, open_contents
+    from .item_source import ItemSource
+    from .loader import Prepared, prepared
+    from .placement import DEVICE_SHARE, HOST_SHARE, free_memory, size_text
+    from .store import Store, content_digest, describes_view, differences, grouped_layers
+
+__all__ = [
+    "CHECKED_AT_ONCE",
+    "Chunks",
+    "DEVICE_SHARE",
+    "EncodedTable",
+    "Extracted",
+    "FeatureTable",
+    "GROUP_ITEMS",
+    "HOST_SHARE",
+    "ItemSource",
+    "Prepared",
+    "Store",
+    "ViewShape",
+    "batched",
+    "content_digest",
+    "describes_view",
+    "differences",
+    "extract",
+    "free_memory",
+    "grouped_layers",
+    "load_table",
+    "open_contents",
+    "open_sources",
+    "prepared",
+    "size_text",
+    "view_contents",
+]
+
+__getattr__ = lazy_names(__name__, __file__)

@@ -16,15 +16,14 @@ import torch
 from PIL import Image
 
 from ..config import MISSING_IMAGES, ViewConfig
-from ..data.items import ImageError, ImageFolder, ImageLmdb, open_images
-from ..data.sequences import Dataset
+from ..data import Dataset, ImageError, ImageFolder, ImageLmdb, open_images
 from ..errors import InputError, first_few
 from ..progress import progress_bar
 from ..workers import calls_ahead
 from .store import DIGEST_BYTES, content_digest
 
 if TYPE_CHECKING:  # importing transformers takes seconds
-    from ..encoders.base import Backbone, Inputs, TextBackbone
+    from ..encoders import Backbone, Inputs, TextBackbone
 
 BLANK = Image.new("RGB", (224, 224), "white")
 CHECKED_AT_ONCE = 64  # rows

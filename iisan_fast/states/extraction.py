@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..config import STORE_DTYPES, ViewConfig
-from ..data.sequences import Dataset
-from ..encoders.base import Backbone, load_backbones
+from ..data import Dataset
+from ..encoders import Backbone, load_backbones
 from ..errors import InputError
 from ..progress import progress_bar
 from ..workers import calls_ahead, worker_count

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ..config import ViewConfig
-from ..data.sequences import Dataset
-from ..encoders.base import Backbone, Inputs, load_backbones
-from ..encoders.image_bytes import ByteForm
+from ..data import Dataset
+from ..encoders import Backbone, ByteForm, Inputs, load_backbones
 from ..errors import InputError
 from ..kernels import States
 from ..progress import progress_bar

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch, Shape
+from ..data import Batch, Shape
 from ..kernels import States
 from .chunks import Chunks
 from .item_source import Gathered, ItemSource

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 
 from ..config import SIDE_METHODS, TUNING_METHODS, RunConfig, UncachedConfig, ViewConfig
-from ..data.sequences import Dataset, Sequences, load_dataset
+from ..data import Dataset, Sequences, load_dataset
 from ..errors import InputError, first_few
-from ..models.side_network import check_views
-from ..states.feature_table import FeatureTable, load_table
-from ..states.item_source import ItemSource
-from ..states.store import Store, content_digest
+from ..models import check_views
+from ..states import FeatureTable, ItemSource, Store, content_digest, load_table
 
 Descriptions = dict[str, dict[str, Any]]  # by view's name
 
@@ -135,7 +133,7 @@ def _open_encoders(
     placement: str,
     dtype: torch.dtype | None,
 ) -> tuple[ItemSource, Descriptions]:
-    from ..states.input_table import EncodedTable, open_contents  # imports transformers, which takes seconds
+    from ..states import EncodedTable, open_contents  # imports transformers, which takes seconds
 
     tuned = config.model.method in TUNING_METHODS
     views = [_resolved(view, config.model.layer_groups, tuned) for view in uncached.views]

@@ -10,12 +10,10 @@ from contextlib import contextmanager
 import torch
 
 from ..config import TUNING_METHODS, RunConfig
-from ..data.sequences import Sequences
+from ..data import Sequences
 from ..errors import InputError
-from ..models.activation_memory import Plan
-from ..models.recommender import Recommender
-from ..states.item_source import ItemSource
-from ..states.placement import DEVICE_SHARE, HOST_SHARE, free_memory, size_text
+from ..models import Plan, Recommender
+from ..states import DEVICE_SHARE, HOST_SHARE, ItemSource, free_memory, size_text
 
 LOGGER = logging.getLogger(__name__)
 STATE_COPIES = 3  # of a batch's states, in four bytes an element: as read, and what the towers make of them

@@ -19,10 +19,10 @@ import torch
 
 from .. import __version__, kernels
 from ..config import RunConfig, read_json, read_settings, to_dict
-from ..data.sequences import Sequences, load_sequences
+from ..data import Sequences, load_sequences
 from ..errors import InputError
 from ..files import write_atomically
-from ..states.store import describes_view
+from ..states import describes_view
 
 LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")
 DECIDES_ROUNDING = ("torch", "device", "kernels")  # of an environment

@@ -16,17 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SIDE_METHODS, TUNING_METHODS, EvaluationConfig, RunConfig, TrainConfig, read_settings
-from ..data.batches import Shape, epoch_batches, steps_per_epoch
-from ..data.sequences import Sequences, load_dataset
+from ..data import Sequences, Shape, epoch_batches, load_dataset, steps_per_epoch
 from ..errors import InputError
-from ..evaluation.efficiency import parameter_counts
-from ..evaluation.metrics import evaluate, leading, popularity_baseline
+from ..evaluation import evaluate, leading, parameter_counts, popularity_baseline
 from ..kernels import BACKEND_VARIABLE
-from ..models.recommender import ITEM_ENCODER, Recommender, build_recommender
+from ..models import ITEM_ENCODER, Recommender, build_recommender
 from ..progress import progress_bar
-from ..states.item_source import ItemSource
-from ..states.loader import Prepared, prepared
-from ..states.store import differences
+from ..states import ItemSource, Prepared, differences, prepared
 from .checkpoints import adam_tensors, load_adam, load_checkpoint, load_weights, named_weights, save_checkpoint
 from .item_sources import dataset_again, open_source, refuse_changed_texts, refuse_missing_libraries
 from .memory_budget import Demand

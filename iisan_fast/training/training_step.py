@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..data.batches import Batch, Shape
+from ..data import Batch, Shape
 from ..kernels import States
-from ..models.recommender import Recommender
-from ..states.chunks import Chunks
+from ..models import Recommender
+from ..states import Chunks
 from .optimizer import Adam
 
 SMALL_ROWS = 1024  # of a batch, up to which threads cost a CPU's small operators more than they give

@@ -125,7 +125,9 @@ def test_a_cache_that_cannot_be_written_is_a_reason(anew, monkeypatch, tmp_path)
 
 @needs_compiler
 def test_processes_that_compile_at_once_do_not_disturb_one_another(tmp_path):
-    program = f"from iisan_fast.kernels.cpu import library as native; native.FLAGS = {QUICK}; print(native.why_not() or 'compiled')"
+    program = (
+        f"from iisan_fast.kernels.cpu import library; library.FLAGS = {QUICK}; print(library.why_not() or 'compiled')"
+    )
     environment = {**os.environ, native.CACHE_VARIABLE: str(tmp_path)}
     both = [
         subprocess.Popen(

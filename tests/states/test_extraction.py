@@ -186,7 +186,7 @@ def test_other_library_versions_are_mentioned_and_borne(root, tmp_path, seen, mo
 KILLED = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[3])
+sys.path[:0] = sys.argv[3:]
 import test_extraction as t
 t.extraction.GROUP_ITEMS = 8
 t.extraction.load_backbones = lambda views, *_: [t.FakeBackbone(view, [], delay=0.02) for view in views]
@@ -199,7 +199,7 @@ t.extraction.extract(dataset, [t.TITLE], Path(sys.argv[2]), t.CPU, batch_size=1,
 def test_an_extraction_killed_at_any_moment_resumes(tmp_path, seen):
     count = 120
     root = write_dataset_folder(tmp_path / "d", make_sequences([list(range(1, count + 1))], max_inputs=count))
-    command = [sys.executable, "-c", KILLED, str(root), str(tmp_path / "c"), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", KILLED, str(root), str(tmp_path / "c"), *map(str, Path(__file__).parents[:2])]
     (root / "users.tsv").write_text(
         "".join(f"u{n}\t{' '.join(f'i{i}' for i in range(n, n + 10))}\n" for n in range(1, count, 10))
     )
