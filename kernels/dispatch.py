@@ -61,7 +61,6 @@ def side_towers(
     towers: Sequence[Tower],
     activation: str = "relu",
     projections: Sequence[Tensor] | None = None,
-    operands: torch.dtype | None = None,
     backend: str = "auto",
 ) -> list[Tensor]:
     """The towers of a side network, all of one shape (K, R, D), each over one or both of the views.
@@ -72,8 +71,8 @@ def side_towers(
     Args: states: one or two views, tables [M, K, D] read by row; towers: their parameters, shaped as
     `reference.side_tower` says; activation "relu" or "gelu". By Triton, tables of bf16 or fp16 are multiplied in their
     dtype and added up in fp32; fp32 as torch.set_float32_matmul_precision says. Elsewhere all is computed in the
-    weights' dtype, or in `operands` on the host, which alone takes them. Returns [N, D] a tower, or [N, d] by
-    projections [d, D], one a tower; in the weights' dtype, differentiable in the parameters and in views read in order.
+    weights' dtype. Returns [N, D] a tower, or [N, d] by projections [d, D], one a tower; in the weights' dtype,
+    differentiable in the parameters and in views read in order.
     Raises ValueError for bad arguments.
     """
     check_towers(states, towers, activation, projections)
@@ -81,13 +80,11 @@ def side_towers(
     chosen = _backend("side_towers", backend, tensors)
     parameters = [*tensors, *(each for tower in towers for each in tower[1:]), *(projections or ())]
     trained = _trained(parameters)
-    if chosen == "native" and operands is None and side_network_native.takes(towers[0], projections, trained):
+    if chosen == "native" and side_network_native.takes(towers[0], projections, trained):
         form = side_network_native.side_towers if trained else side_network_native.encode
         return form(states, towers, activation, projections=projections)
     if chosen in ("host", "native"):
-        return side_network_host.side_towers(states, towers, activation, projections, operands)
-    if operands is not None:
-        raise ValueError(f"operands: only forms for a CPU take them, found {operands} for {chosen}")
+        return side_network_host.side_towers(states, towers, activation, projections)
     if chosen == "triton":
         from .gpu import side_towers as side_network
 

@@ -85,7 +85,7 @@ FORMS = {
     "reference ops": Form("float32", backend="torch"),
     "host ops": Form("float32", backend="host", needs_cpu=True),
     "float32": Form("float32"),
-    "bfloat16": Form("bfloat16", tolerance=None),
+    "bfloat16": Form("bfloat16", tolerance=None, needs_cuda=True),
     "eager": Form("bfloat16", captured=False, tolerance=None, needs_cuda=True),
 }
 

@@ -108,16 +108,17 @@ class SideNetwork(nn.Module):
         """Each tower's output width, in the order the heads concatenate them."""
         return {name: getattr(self, name).up_bias.shape[1] for name in self.towers}
 
-    def forward(
-        self, states: list[States], projections: dict[str, Tensor], operands: torch.dtype | None = None
-    ) -> Tensor:
-        """The views, tables [M, K, D] with the rows to read, int64 [N] -> the towers' outputs, each [N, D] through its
-        projection [d, D], added up: [N, d]. `operands` as `kernels.side_towers` takes them."""
+    def forward(self, states: list[States], projections: dict[str, Tensor]) -> Tensor:
+        """Return the sum of the towers' outputs [N, d].
+
+        Args: states: the views, tables [M, K, D] with the rows to read, int64 [N]; projections: by tower, [d, D], which
+        bring its output [N, D] to [N, d].
+        """
 
         def outputs(states: list[States], reads: dict[str, tuple[int, ...]]) -> list[Tensor]:
             towers = [getattr(self, name).reading(*views) for name, views in reads.items()]
             chosen = [projections[name] for name in reads]
-            return kernels.side_towers(states, towers, self.activation, chosen, operands)
+            return kernels.side_towers(states, towers, self.activation, chosen)
 
         found = []
         if len({view.table.shape[1:] for view in states}) == 1:  # one call for all towers of one bottleneck
@@ -188,18 +189,17 @@ class SideItemEncoder(nn.Module):
 
     def __init__(self, views: list[ViewShape], config: ModelConfig) -> None:
         super().__init__()
-        self.operands: torch.dtype | None = None  # of the towers' products on a CPU; None: the weights' dtype
         self.side_network = SideNetwork(views, config)
         self.heads = Heads(self.side_network.output_widths, config)
 
     def forward(self, states: list[States]) -> Tensor:
         """[N, d] for the hidden states of N items."""
         projections, bias = self.heads.folded()
-        return self.side_network(states, projections, self.operands) + bias
+        return self.side_network(states, projections) + bias
 
     def weights(self, sequence: kernels.SequenceWeights) -> kernels.RecommenderWeights | None:
         """All that is trained, with a sequence encoder's, or None where one op does not take this encoder."""
-        towers, heads = None if self.operands else self.side_network.weights(), self.heads
+        towers, heads = self.side_network.weights(), self.heads
         if towers is None:
             return None
         fusion = heads.fusion.weight, heads.fusion.bias

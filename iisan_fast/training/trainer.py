@@ -19,7 +19,6 @@ from ..config import SIDE_METHODS, TUNING_METHODS, EvaluationConfig, RunConfig, 
 from ..data import Sequences, Shape, epoch_batches, load_dataset, steps_per_epoch
 from ..errors import InputError
 from ..evaluation import evaluate, leading, parameter_counts, popularity_baseline
-from ..kernels import BACKEND_VARIABLE
 from ..models import ITEM_ENCODER, Recommender, build_recommender
 from ..progress import progress_bar
 from ..states import ItemSource, Prepared, differences, prepared
@@ -106,9 +105,7 @@ class Trainer:
         products, tuned = precision(config.train, device), config.model.method in TUNING_METHODS
         self.model = build_recommender(source, config, sequences.popularity, products).to(device)
         if products == torch.bfloat16 and device.type == "cpu" and config.model.method in SIDE_METHODS:
-            if (backend := os.environ.get(BACKEND_VARIABLE) or "auto") not in ("auto", "host"):
-                raise InputError(f"precision: bfloat16 on a CPU needs {BACKEND_VARIABLE}=host, found {backend}")
-            self.model.item_encoder.operands = products
+            raise InputError("precision: bfloat16 products need a GPU; choose float32")
         self.step = TrainingStep(self.model, config.train.learning_rates, device)
         self.captured = CapturedStep(self.step) if device.type == "cuda" and not tuned else None
         self.demand = Demand(config, sequences, source, self.model, device)

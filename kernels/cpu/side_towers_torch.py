@@ -26,17 +26,13 @@ def side_towers(
     towers: Sequence[Tower],
     activation: str = "relu",
     projections: Sequence[Tensor] | None = None,
-    operands: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """`reference.side_towers`; `operands` is what states and products are held in, the weights' dtype where None.
-
-    The caller has checked the arguments. Not differentiable twice.
-    """
+    """Return `reference.side_towers`, differentiable once. The caller has checked the arguments."""
     tables = [view.table for view in states]
     parameters = [parameter for tower in towers for parameter in tower[1:]] + list(projections or ())
     settings = _Settings(
         activation,
-        operands or towers[0].down_weight.dtype,
+        towers[0].down_weight.dtype,
         [tower.views for tower in towers],
         [view.rows for view in states],
         projections is not None,

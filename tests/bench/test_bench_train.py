@@ -31,11 +31,11 @@ def dataset(tmp_path, sequences):
 def test_every_form_follows_the_dense_reference(sequences):
     forms = {name: form for name, form in FORMS.items() if not form.needs_cuda}
     rows = train.side_by_side(forms, sequences, SMALL, CPU)
-    assert list(rows) == ["dense", "reference ops", "host ops", "float32", "bfloat16"]
+    assert list(rows) == ["dense", "reference ops", "host ops", "float32"]
     assert rows["dense"]["largest_loss_difference"] == 0 and rows["dense"]["ratio"] == 1
     assert all(row["launches"] == NOT_MEASURED for row in rows.values())
     assert all(0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in rows.values())
-    assert rows["float32"]["largest_loss_difference"] < 1e-5 < rows["bfloat16"]["largest_loss_difference"] < 0.05
+    assert rows["float32"]["largest_loss_difference"] < 1e-5
 
 
 def test_a_form_that_leaves_the_reference_is_an_error(sequences, monkeypatch):

@@ -412,26 +412,6 @@ def test_an_error_in_a_half_comes_out(name, half, backend, monkeypatch):
     case.check()
 
 
-@pytest.mark.parametrize(("activation", "of_gradients"), [("relu", 0.15), ("gelu", 0.03)])
-def test_operands_of_bfloat16_come_close_to_fp32(activation, of_gradients):
-    """By ReLU a unit close to zero may be on here and off there, and its gradients with it."""
-    case = Case(items=64, layers=4, width=96, bottleneck=32, activation=activation, in_order=[1], projected=16)
-    exact, coarse = case.run(by_cpu), case.run(by_cpu, operands=torch.bfloat16)
-    for name, truth in exact.items():
-        bound = 0.01 if name.startswith("output") else of_gradients
-        assert coarse[name].dtype == torch.float32
-        assert 0 < error(coarse[name], truth) <= bound * truth.norm().item(), name
-
-
-def test_operands_are_refused_by_other_backends():
-    arguments = Case().arguments(Case().parameters, Case().tables)
-    for backend in ("torch", "triton"):
-        if backend == "triton":
-            pytest.importorskip("triton")
-        with pytest.raises(ValueError, match=f"operands: only forms for a CPU take them, found .* for {backend}"):
-            kernels.side_towers(*arguments, operands=torch.bfloat16, backend=backend)
-
-
 def test_a_second_derivative_is_refused():
     outputs, leaves = Case().forward(by_cpu)
     (gradient,) = torch.autograd.grad(outputs[0].square().sum(), leaves["up_bias 0"], create_graph=True)
