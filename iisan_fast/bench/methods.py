@@ -14,7 +14,7 @@ import torch
 from ..config import EvaluationConfig
 from ..errors import InputError
 from ..evaluation import TPME_WEIGHTS, check_weights, gains, paired_test, target_ranks, tpme
-from ..training import load_best
+from ..training import load
 from .cells import UNCACHED, Cell, K, SweepSettings, encoding_seconds, run_sweep
 from .machine import NOT_MEASURED, origin
 
@@ -123,7 +123,7 @@ def _user_gains(encoders: str, method: str, out: Path, settings: SweepSettings, 
     """float64 [users]: what each test user adds to NDCG@10, the mean over seeds."""
     found = []
     for seed in settings.seeds:
-        best = load_best(Cell(encoders, method, seed).folder(out) / "run", device)
+        best = load(Cell(encoders, method, seed).folder(out) / "run", device)
         split = best.sequences.split("test")
         states = best.model.user_states(best.item_vectors, split.inputs)
         masked, _ = target_ranks(states, best.item_vectors, split, EvaluationConfig(ks=(K,)))

@@ -5,17 +5,19 @@ from typing import TYPE_CHECKING
 from ..doors import lazy_names
 
 if TYPE_CHECKING:
+    from .best_run import BestRun, evaluate_run, load
     from .item_sources import open_source, refuse_missing_libraries
     from .run_folder import RunFolder, environment
-    from .trainer import Trainer, deterministic, evaluate_run, load_best, precision, resume, train
+    from .trainer import Trainer, deterministic, precision, resume, train
 
 __all__ = [
+    "BestRun",
     "RunFolder",
     "Trainer",
     "deterministic",
     "environment",
     "evaluate_run",
-    "load_best",
+    "load",
     "open_source",
     "precision",
     "refuse_missing_libraries",

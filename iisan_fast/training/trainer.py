@@ -10,16 +10,16 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import SIDE_METHODS, TUNING_METHODS, EvaluationConfig, RunConfig, TrainConfig, read_settings
 from ..data import Sequences, Shape, epoch_batches, load_dataset, steps_per_epoch
 from ..errors import InputError
 from ..evaluation import evaluate, leading, parameter_counts, popularity_baseline
-from ..models import ITEM_ENCODER, Recommender, build_recommender
+from ..models import build_recommender
 from ..progress import progress_bar
 from ..states import ItemSource, Prepared, differences, prepared
 from .checkpoints import adam_tensors, load_adam, load_checkpoint, load_weights, named_weights, save_checkpoint
@@ -228,39 +228,6 @@ class Trainer:
     def _report(self, vectors: Tensor, split: str, config: EvaluationConfig) -> dict[str, Any]:
         states = self.model.user_states(vectors, self.sequences.split(split).inputs)
         return evaluate(states, vectors, self.sequences, split, config)
-
-
-def evaluate_run(path: Path, split: str, evaluation: EvaluationConfig, device: torch.device) -> dict[str, Any]:
-    """Metrics of a run's best checkpoint on `validation` or `test`, from the run folder alone."""
-    best = load_best(path, device)
-    states = best.model.user_states(best.item_vectors, best.sequences.split(split).inputs)
-    return {
-        "method": best.config.model.method,
-        "best_epoch": best.epoch,
-        split: evaluate(states, best.item_vectors, best.sequences, split, evaluation),
-        "popularity": popularity_baseline(best.sequences, split, evaluation),
-    }
-
-
-class Best(NamedTuple):
-    """A run's best checkpoint, ready to rank."""
-
-    config: RunConfig
-    sequences: Sequences
-    epoch: int
-    model: Recommender  # without an item encoder: its vectors are below
-    item_vectors: Tensor  # [items, d]
-
-
-def load_best(path: Path, device: torch.device) -> Best:
-    """The best checkpoint of a run, from the run folder alone."""
-    folder = RunFolder.open(path)
-    config, sequences = folder.config, folder.sequences
-    tensors, state = load_checkpoint(folder.best)
-    vectors = tensors.pop("item_vectors").to(device)
-    model = Recommender(nn.Identity, config.model, sequences.max_inputs, sequences.popularity, config.train.seed)
-    load_weights(model, {name: each for name, each in tensors.items() if ITEM_ENCODER not in name}, folder.best)
-    return Best(config, sequences, state["epoch"], model.to(device).eval(), vectors)
 
 
 def precision(config: TrainConfig, device: torch.device) -> torch.dtype:

@@ -30,10 +30,11 @@ from iisan_fast.encoders.random_encoders import write_bert
 from iisan_fast.errors import InputError
 from iisan_fast.states.extraction import extract
 from iisan_fast.training import memory_budget as memory
+from iisan_fast.training.best_run import evaluate_run
 from iisan_fast.training.checkpoints import load_checkpoint
 from iisan_fast.training.item_sources import open_source
 from iisan_fast.training.run_folder import RunFolder
-from iisan_fast.training.trainer import Trainer, evaluate_run, resume, train
+from iisan_fast.training.trainer import Trainer, resume, train
 
 CPU = torch.device("cpu")
 RATES = {"encoders": 1e-3, "adapters": 3e-3, "gates": 3e-3, "heads": 3e-3, "sequence_encoder": 3e-3}

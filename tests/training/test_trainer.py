@@ -14,9 +14,10 @@ from iisan_fast.config import EvaluationConfig, ModelConfig, RunConfig, TrainCon
 from iisan_fast.data.batches import steps_per_epoch
 from iisan_fast.errors import InputError
 from iisan_fast.states.store import Store, content_digest
+from iisan_fast.training.best_run import evaluate_run
 from iisan_fast.training.checkpoints import load_checkpoint
 from iisan_fast.training.run_folder import RunFolder
-from iisan_fast.training.trainer import Progress, Trainer, evaluate_run, resume, train
+from iisan_fast.training.trainer import Progress, Trainer, resume, train
 from iisan_fast.training.training_step import CapturedStep
 
 CPU = torch.device("cpu")

@@ -1,0 +1,52 @@
+"""A finished run, ready to rank: its best checkpoint, read from the run folder alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import EvaluationConfig, RunConfig
+from ..data import Sequences
+from ..evaluation import evaluate, popularity_baseline
+from ..models import ITEM_ENCODER, Recommender
+from .checkpoints import load_checkpoint, load_weights
+from .run_folder import RunFolder
+
+
+class BestRun(NamedTuple):
+    """A run's best checkpoint in memory."""
+
+    config: RunConfig
+    sequences: Sequences
+    epoch: int  # counted from 1
+    model: Recommender  # without its item encoder: item_vectors holds the encoder's results
+    item_vectors: Tensor  # [items, d], item number i in row i - 1
+
+
+def load(path: Path, device: torch.device) -> BestRun:
+    """Load the best checkpoint of the run in the folder `path`.
+
+    Raises InputError where the folder holds no run, or a damaged one.
+    """
+    folder = RunFolder.open(path)
+    config, sequences = folder.config, folder.sequences
+    tensors, state = load_checkpoint(folder.best)
+    vectors = tensors.pop("item_vectors").to(device)
+    model = Recommender(nn.Identity, config.model, sequences.max_inputs, sequences.popularity, config.train.seed)
+    load_weights(model, {name: tensor for name, tensor in tensors.items() if ITEM_ENCODER not in name}, folder.best)
+    return BestRun(config, sequences, state["epoch"], model.to(device).eval(), vectors)
+
+
+def evaluate_run(path: Path, split: str, evaluation: EvaluationConfig, device: torch.device) -> dict[str, Any]:
+    """Return the metrics of a run's best checkpoint on `validation` or `test`, and those of the popularity baseline."""
+    best = load(path, device)
+    states = best.model.user_states(best.item_vectors, best.sequences.split(split).inputs)
+    return {
+        "method": best.config.model.method,
+        "best_epoch": best.epoch,
+        split: evaluate(states, best.item_vectors, best.sequences, split, evaluation),
+        "popularity": popularity_baseline(best.sequences, split, evaluation),
+    }
