@@ -1,13 +1,16 @@
-"""Fixtures that several test files share: real data where it is at hand, small stores and tables made on the spot."""
+"""Settings of the test process, and fixtures that several test files share. What tests import lies in helpers/."""
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the program does
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded in tests
+os.environ.setdefault(  # the C++ is compiled once a machine, not once a test run
+    "IISAN_FAST_COMPILED",
+    os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "iisan-fast", "compiled"),
+)
 
 from pathlib import Path
 
@@ -19,15 +22,20 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is made: they then run on CPU tensors
 
+from helpers.datasets import DATA, make_sequences, write_dataset_folder
+from helpers.stores import fill_store
+from helpers.tables import random_table
 from iisan_fast.config import ModelConfig, RunConfig, TrainConfig, ViewConfig
 from iisan_fast.data.sequences import Sequences, load_dataset
 from iisan_fast.kernels.cpu.step_memory import Memory
-from iisan_fast.models.recommender import Recommender
-from iisan_fast.models.side_network import SideItemEncoder
-from iisan_fast.states.feature_table import FeatureTable
-from iisan_fast.states.store import Store, content_digest
 
-DATA = Path(os.environ.get("IISAN_FAST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> Iterator[None]:
+    """Remember digests here, not among the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture
@@ -50,69 +58,6 @@ def scientific_folder() -> Path:
 @pytest.fixture(scope="session")
 def scientific(scientific_folder: Path) -> Sequences:
     return load_dataset(scientific_folder).sequences
-
-
-def random_table(shapes: list[tuple[int, int]], items: int, dtype=torch.float64, seed: int = 0) -> FeatureTable:
-    """A feature table of random states; row 0 is zeros, as in any table."""
-    generator = torch.Generator().manual_seed(seed)
-    views = [torch.randn(items + 1, *shape, generator=generator, dtype=dtype) for shape in shapes]
-    for view in views:
-        view[0] = 0
-    return FeatureTable(tuple(views))
-
-
-def side_recommender(
-    shapes: list[tuple[int, int]], config: ModelConfig, max_inputs: int, popularity: np.ndarray, seed: int
-) -> Recommender:
-    """IISAN over views of the given shapes (K, D)."""
-    return Recommender(functools.partial(SideItemEncoder, shapes, config), config, max_inputs, popularity, seed)
-
-
-def make_sequences(histories: list[list[int]], items: int | None = None, max_inputs: int = 10) -> Sequences:
-    """Sequences of hand-written histories of item numbers."""
-    flat = np.concatenate([np.array(history, dtype=np.int64) for history in histories])
-    offsets = np.cumsum([0, *map(len, histories)])
-    count = items or int(flat.max())
-    return Sequences(
-        [f"u{i}" for i in range(len(histories))], [f"i{i}" for i in range(1, count + 1)], offsets, flat, max_inputs
-    )
-
-
-def view_description(layers: int, width: int, /, **changes) -> dict:
-    """What a store's manifest says of a view, as extraction would write it."""
-    return {
-        "source": "title",
-        "unescaped": True,
-        "layers": list(range(layers)),
-        "depth": layers,
-        "width": width,
-        "dtype": "float32",
-        **changes,
-    }
-
-
-def fill_store(path: Path, item_ids: list[str], table: FeatureTable, names: tuple[str, ...], **changes) -> Path:
-    """A store holding the table's states under the given view names, in float32; `changes` to their description."""
-    with Store(path, writable=True) as store:
-        store.add_views({name: view_description(*shape, **changes) for name, shape in zip(names, table.shapes)})
-        for name, view in zip(names, table.views):
-            digests = [content_digest(f"title of {item_id}".encode()) for item_id in item_ids]
-            store.write(name, item_ids, digests, view[1:].float())
-    return path
-
-
-def write_dataset_folder(root: Path, sequences: Sequences) -> Path:
-    """items.tsv and users.tsv of made-up sequences."""
-    root.mkdir(parents=True, exist_ok=True)
-    titles = "".join(f"{item_id}\ttitle of {item_id}\n" for item_id in sequences.item_ids)
-    (root / "items.tsv").write_text(titles)
-    histories = np.split(sequences.items, sequences.offsets[1:-1])
-    lines = (
-        f"{user_id}\t{' '.join(sequences.item_ids[item - 1] for item in history)}\n"
-        for user_id, history in zip(sequences.user_ids, histories)
-    )
-    (root / "users.tsv").write_text("".join(lines))
-    return root
 
 
 @pytest.fixture
@@ -178,3 +123,22 @@ def two_threads_and_nan_in_new_memory(monkeypatch) -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Callable[[str, str], Path]:
+    """The folder of a family's tiny model, built once."""
+    from helpers import encoders  # imports transformers, which takes seconds
+
+    root, folders = tmp_path_factory.mktemp("encoders"), {}
+
+    def build(kind: str, family: str) -> Path:
+        if (kind, family) not in folders:
+            torch.manual_seed(len(folders))
+            build_model = (encoders.TEXT if kind == "title" else encoders.IMAGE)[family][0]
+            style = encoders.TEXT[family][1] if kind == "title" else None
+            processor = encoders.IMAGE[family][1] if kind == "image" else None
+            folders[kind, family] = encoders.save(build_model(), root / f"{kind}-{family}", processor, style)
+        return folders[kind, family]
+
+    return build

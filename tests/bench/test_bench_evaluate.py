@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_cli import iisan_fast, refused
 
+from helpers.command_line import iisan_fast, refused
 from iisan_fast.bench import evaluate as bench
 from iisan_fast.bench.dense import DenseModel
 from iisan_fast.bench.evaluate import Evaluated, EvaluateSettings

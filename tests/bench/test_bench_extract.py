@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import torch
-from test_cli import iisan_fast, refused
 
+from helpers.command_line import iisan_fast, refused
 from iisan_fast import demo
 from iisan_fast.bench import extract as bench
 from iisan_fast.bench.extract import ExtractSettings, Measured

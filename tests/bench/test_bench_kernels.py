@@ -8,10 +8,10 @@ import os
 
 import pytest
 import torch
-from conftest import make_sequences
 from PIL import Image
-from test_cli import iisan_fast, refused
 
+from helpers.command_line import iisan_fast, refused
+from helpers.datasets import make_sequences
 from iisan_fast import demo
 from iisan_fast.bench import ops, tuning
 from iisan_fast.bench.floors import H200, PASSES, device_rates, loss_costs, rank_costs, side_network_costs

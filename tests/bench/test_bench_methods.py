@@ -11,7 +11,6 @@ from itertools import product
 
 import numpy as np
 import pytest
-import test_base as tiny
 import torch
 from click.testing import CliRunner
 
@@ -27,7 +26,6 @@ from iisan_fast.evaluation.efficiency import tpme
 from iisan_fast.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
-built, own_cache = tiny.built, tiny.own_cache
 METHODS = ("full", "lora", "iisan-uncached", "iisan", "id")
 
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import make_sequences, write_dataset_folder
 
+from helpers.datasets import make_sequences, write_dataset_folder
 from iisan_fast.bench import growth, train
 from iisan_fast.bench.machine import NOT_MEASURED
 from iisan_fast.bench.train import FORMS, TrainSettings

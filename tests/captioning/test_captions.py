@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences, write_dataset_folder
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_cli import iisan_fast, refused
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertTokenizer,
@@ -32,6 +30,8 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from helpers.command_line import iisan_fast, refused
+from helpers.datasets import make_sequences, write_dataset_folder
 from iisan_fast import demo
 from iisan_fast.captioning import captions as captioning
 from iisan_fast.captioning.caption_images import Covers, Frames, natural, problems, spread

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import pytest
 
-from iisan_fast.cli import main
+from helpers.command_line import iisan_fast, refused
 from iisan_fast.cli.views import chosen_views, view_options
 from iisan_fast.config import ViewConfig
 from iisan_fast.errors import InputError
 from iisan_fast.states import placement
-
-
-@dataclass
-class Result:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def iisan_fast(*arguments: object) -> Result:
-    """The program in this process: starting Python and torch anew would take seconds each time."""
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return Result(end.value.code or 0, out.getvalue(), err.getvalue())
-
-
-def refused(*arguments: object) -> str:
-    """The one line that the command answers bad input with."""
-    result = iisan_fast(*arguments)
-    assert result.returncode == 2 and not result.stdout, result
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
-    return result.stderr
-
 
 FAST = ("--epochs", 2, "--batch-users", 16, "--embedding-dim", 16, "--bottleneck", 8)
 

@@ -7,10 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences, random_table, side_recommender
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.datasets import make_sequences
+from helpers.recommenders import side_recommender
+from helpers.tables import random_table
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.batches import Batch, Shape, epoch_batches, make_batch, steps_per_epoch
 from iisan_fast.kernels.reference import unpack_bits

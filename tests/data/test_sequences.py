@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.datasets import make_sequences
 from iisan_fast.config import ProtocolConfig
 from iisan_fast.data.sequences import load_dataset, load_sequences, statistics
 from iisan_fast.errors import InputError

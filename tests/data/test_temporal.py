@@ -12,11 +12,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from conftest import fill_store, make_sequences, random_table, write_dataset_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import iisan_fast, refused
 
+from helpers.command_line import iisan_fast, refused
+from helpers.datasets import make_sequences, write_dataset_folder
+from helpers.stores import fill_store
+from helpers.tables import random_table
 from iisan_fast.config import EvaluationConfig, ModelConfig, ProtocolConfig, RunConfig, TrainConfig
 from iisan_fast.data.batches import epoch_batches, steps_per_epoch
 from iisan_fast.data.sequences import load_dataset, load_sequences, statistics

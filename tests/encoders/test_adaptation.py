@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 import transformers as hf
-from conftest import DATA
-from test_base import BERT, IMAGE, LLM, SHAPE, TEXT, VISION
 from torch import Tensor, nn
 
+from helpers.datasets import DATA
+from helpers.encoders import BERT, IMAGE, LLM, SHAPE, TEXT, VISION
 from iisan_fast.config import ModelConfig
 from iisan_fast.encoders.adaptation import Adapter, adapt, blocks, checkpoint_blocks
 from iisan_fast.errors import InputError

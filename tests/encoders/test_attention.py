@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_base as tiny
 import torch
 import transformers as hf
-from conftest import make_sequences, write_dataset_folder
 from torch import Tensor
 from torch.nn import functional as F
 
+from helpers import encoders as tiny
+from helpers.datasets import make_sequences, write_dataset_folder
 from iisan_fast.encoders import attention
 from iisan_fast.encoders.attention import choose_attention, xformers_attention
 from iisan_fast.encoders.base import Backbone, load_backbone
@@ -25,7 +25,6 @@ from iisan_fast.errors import InputError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FAMILIES = [("title", name) for name in tiny.TEXT if name != "deberta-v3"] + [("image", name) for name in tiny.IMAGE]
-built, own_cache = tiny.built, tiny.own_cache
 
 
 class Xformers(types.ModuleType):

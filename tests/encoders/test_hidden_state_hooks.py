@@ -11,12 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import test_base as tiny
 import torch
 import transformers as hf
-from test_base import BERT, IMAGE, LLM, TEXT, TITLES, pictures, save, view
 from torch import Tensor, nn
 
+from helpers.encoders import BERT, IMAGE, LLM, TEXT, TITLES, pictures, save, view
 from iisan_fast.bench.encoders import encoder_parameters
 from iisan_fast.encoders import base as backbones
 from iisan_fast.encoders.adaptation import blocks
@@ -24,7 +23,6 @@ from iisan_fast.encoders.base import Backbone, load_backbone
 from iisan_fast.encoders.hidden_state_hooks import find_places, keeps_nothing, reading
 from iisan_fast.encoders.hugging_face import count_parameters
 
-built, own_cache = tiny.built, tiny.own_cache
 ALL = (0, 1, 2, 3, 4)
 FAMILIES = [("title", family) for family in TEXT] + [("image", family) for family in IMAGE]
 

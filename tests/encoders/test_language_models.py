@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import test_base as tiny
 import torch
 import transformers as hf
-from test_base import LLM, TEXT, TITLES, refusal, save, texts_one_by_one, tokenizer, view
 
+from helpers import encoders as tiny
+from helpers.encoders import LLM, TEXT, TITLES, refusal, save, texts_one_by_one, tokenizer, view
 from iisan_fast.config import ViewConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.encoders import hugging_face
@@ -20,7 +20,6 @@ from iisan_fast.errors import InputError
 from iisan_fast.states.extraction import extract
 from iisan_fast.states.store import Store
 
-built, own_cache = tiny.built, tiny.own_cache
 WINDOW = {"sliding_window": 3}  # of some layers
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 MORE = {  # families whose like `test_backbones` does not have, and their tokenizers' styles

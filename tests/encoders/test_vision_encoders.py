@@ -7,19 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import test_base as tiny
 import torch
 import transformers as hf
-from test_base import VISION, pictures, refusal, save, view
 from torch import Tensor
 
+from helpers import encoders as tiny
+from helpers.encoders import VISION, pictures, refusal, save, view
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.encoders.base import load_backbone
 from iisan_fast.errors import InputError
 from iisan_fast.states.extraction import extract
 from iisan_fast.states.feature_table import load_table
 
-own_cache = tiny.own_cache
 SIZES = {"image_size": 32, "patch_size": 4, "embed_dim": 8}
 STAGES = {**SIZES, "window_size": 2, "depths": [1, 1, 2], "num_heads": [2, 2, 2]}
 REGISTERS = {"num_register_tokens": 3}

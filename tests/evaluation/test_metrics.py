@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMRR, RetrievalNormalizedDCG
 
 import iisan_fast.evaluation.metrics as evaluation
+from helpers.datasets import make_sequences
 from iisan_fast.config import EvaluationConfig
 from iisan_fast.errors import InputError
 from iisan_fast.evaluation.metrics import evaluate, metrics, popularity_baseline

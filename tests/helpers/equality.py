@@ -15,10 +15,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from conftest import fill_store, random_table, side_recommender
-from reference_step import ReferenceSettings, reference_loss
 from torch import Tensor
 
+from helpers.recommenders import side_recommender
+from helpers.reference_step import ReferenceSettings, reference_loss
+from helpers.stores import fill_store
+from helpers.tables import random_table
 from iisan_fast import kernels
 from iisan_fast.bench.dense import DenseTrainer
 from iisan_fast.config import ModelConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_table
 
+from helpers.tables import random_table
 from iisan_fast.kernels import States
 from iisan_fast.models.item_encoders import FinalHeads, FrozenItemEncoder, IdItemEncoder
 from iisan_fast.training.item_sources import item_numbers

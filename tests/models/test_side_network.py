@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import side_recommender
 
+from helpers.recommenders import side_recommender
 from iisan_fast.config import TOWERS, ModelConfig
 from iisan_fast.errors import InputError
 from iisan_fast.kernels import States

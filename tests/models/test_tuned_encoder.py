@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_base import IMAGE, TEXT, TITLES, pictures, save, view
 from torch import Tensor
 
+from helpers.encoders import IMAGE, TEXT, TITLES, pictures, save, view
 from iisan_fast.encoders.base import Backbone, load_backbone
 from iisan_fast.errors import InputError
 from iisan_fast.models.tuned_encoder import TunedItemEncoder
@@ -19,14 +19,6 @@ ITEMS, D = 5, 8
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """Digests are remembered here, not among the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture

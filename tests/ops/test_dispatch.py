@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_triton_parity import DEVICE, LossCase, SideCase, rank_case
 
+from helpers.kernel_cases import DEVICE, LossCase, SideCase, rank_case
 from iisan_fast import kernels
 from iisan_fast.kernels import checks, dispatch, reference
 from iisan_fast.kernels.gpu import (

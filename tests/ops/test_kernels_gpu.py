@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences, random_table, side_recommender
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from helpers.datasets import make_sequences
+from helpers.recommenders import side_recommender
+from helpers.tables import random_table
 from iisan_fast import kernels
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.batches import epoch_batches

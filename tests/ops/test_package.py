@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.datasets import make_sequences
 from iisan_fast import kernels
 from iisan_fast.data.batches import make_batch
 from iisan_fast.kernels import reference

@@ -8,7 +8,7 @@ much cancels, as in a gate's gradient; wrong mathematics differs by a thousand t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,14 +16,22 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.kernel_cases import (
+    DEVICE,
+    INTRA_AND_INTER,
+    LossCase,
+    SideCase,
+    by_triton,
+    loss_by_triton,
+    rank_case,
+    relative_error,
+)
 from iisan_fast import kernels
 from iisan_fast.kernels import reference
 from iisan_fast.kernels.gpu import launch
 from iisan_fast.kernels.gpu import side_towers as side_network
 from iisan_fast.kernels.reference import States, Tower
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTRA_AND_INTER = ((0,), (1,), (0, 1))
 UNSHRUNK = [Phase.explicit, Phase.reuse, Phase.generate]  # the interpreter is too slow to shrink an example in
 SIDE_FORWARD = ("side_project", "side_recur", "side_expand")
 SIDE_BACKWARD = ("side_collect", "side_recur_backward", "side_weight_gradients", "side_mix_gradients")
@@ -35,92 +43,6 @@ def nan_in_new_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def relative_error(result: Tensor, exact: Tensor) -> float:
-    """||result - exact|| / ||exact||; NaN where the result has any."""
-    scale = exact.norm().item()
-    return (result.detach().double() - exact).norm().item() / (scale or 1.0)
-
-
-def assert_as_good(results: Sequence, ours: Sequence, exact: Sequence, dtype: torch.dtype, factor: float = 8) -> None:
-    """Every tensor of ours errs at most `factor` times as much as the reference's in the same precision."""
-    floor = 32 * torch.finfo(dtype).eps
-    for i, (theirs, mine, truth) in enumerate(zip(results, ours, exact, strict=True)):
-        assert mine.shape == truth.shape
-        error, allowed = relative_error(mine, truth), max(factor * relative_error(theirs, truth), floor)
-        assert error <= allowed, f"tensor {i}: error {error:.2e}, allowed {allowed:.2e}"
-
-
-class SideCase:
-    """Towers over random states, and the output gradients to pull back through them."""
-
-    def __init__(
-        self,
-        items: int = 21,
-        layers: int = 3,
-        width: int = 48,
-        bottleneck: int = 16,
-        kinds: Sequence[tuple[int, ...]] = INTRA_AND_INTER,
-        gated: bool = True,
-        activation: str = "relu",
-        dense: Sequence[int] = (),
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """dense: views that are read in order and take a gradient; the others are rows of a table."""
-        generator = torch.Generator().manual_seed(5)
-
-        def random(*shape: int, std: float = 1.0) -> Tensor:
-            return (std * torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
-
-        self.activation, self.dtype = activation, dtype
-        rows = torch.randint(0, items + 3, (items,), generator=generator).to(DEVICE)
-        self.states = [
-            States(random(items, layers, width)) if view in dense else States(random(items + 3, layers, width), rows)
-            for view in range(1 + max(map(max, kinds)))
-        ]
-        self.dense = dense
-        self.towers = [
-            Tower(
-                kind,
-                random(layers, std=0.1) if gated else None,
-                random(layers, bottleneck, width, std=width**-0.5),
-                random(layers, bottleneck, std=0.3),
-                random(layers, width, bottleneck, std=bottleneck**-0.5),
-                random(layers, width, std=0.3),
-            )
-            for kind in kinds
-        ]
-        self.gradients = [random(items, width) for _ in kinds]
-
-    def run(self, op: Callable, dtype: torch.dtype | None = None, wanted: Sequence[int] | None = None) -> list[Tensor]:
-        """Outputs, then the gradients of all parameters and dense views, or of those numbered in `wanted`."""
-        dtype = dtype or self.dtype
-
-        def leaf(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(dtype).clone()
-
-        towers = [Tower(t.views, *(None if p is None else leaf(p) for p in t[1:])) for t in self.towers]
-        states = [States(leaf(view.table), view.rows) for view in self.states]
-        leaves = [p for tower in towers for p in tower[1:] if p is not None] + [states[v].table for v in self.dense]
-        chosen = [leaves[i] for i in (range(len(leaves)) if wanted is None else wanted)]
-        for tensor in chosen:
-            tensor.requires_grad_()
-        outputs = op(states, towers, self.activation)
-        gradients = [gradient.to(dtype) for gradient in self.gradients]
-        return [*outputs, *torch.autograd.grad(outputs, chosen, gradients)]
-
-    def check(self, wanted: Sequence[int] | None = None) -> None:
-        """Triton against the reference in the case's precision and in fp64."""
-        self.assert_like_reference(self.run(by_triton, wanted=wanted), wanted)
-
-    def assert_like_reference(self, ours: list[Tensor], wanted: Sequence[int] | None = None) -> None:
-        theirs, exact = (self.run(reference.side_towers, dtype=dtype, wanted=wanted) for dtype in (None, torch.float64))
-        assert_as_good(theirs, ours, exact, self.dtype)
-
-
-def by_triton(*arguments) -> list[Tensor]:
-    return kernels.side_towers(*arguments, backend="triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -277,75 +199,6 @@ def test_kernels_run_for_every_width_and_bottleneck_claimed(width, bottleneck):
     assert launch.launches == dict.fromkeys((*SIDE_FORWARD, *SIDE_BACKWARD), 1)
 
 
-class LossCase:
-    """Queries, items and everything the loss takes, drawn at random with targets among the users' own items."""
-
-    def __init__(
-        self,
-        rows: int,
-        columns: int,
-        d: int = 32,
-        users: int = 3,
-        masked: bool = True,
-        counted: bool = True,
-        debiased: bool = True,
-        dtype: torch.dtype = torch.float32,
-        own: Tensor | None = None,
-    ) -> None:
-        """own: bool [users, columns] that replaces the random mask (targets are added to it)."""
-        generator = torch.Generator().manual_seed(7)
-        self.dtype = dtype
-        self.queries, self.items = (
-            torch.randn(n, d, generator=generator).to(dtype).to(DEVICE) for n in (rows, columns)
-        )
-        self.targets = torch.randint(0, max(columns, 1), (rows,), generator=generator)
-        row_users = torch.randint(0, users, (rows,), generator=generator)
-        own = torch.rand(users, columns, generator=generator) < 0.1 if own is None else own.clone()
-        own[row_users, self.targets] = True
-        self.keywords = {
-            "targets": self.targets.to(DEVICE),
-            "row_users": row_users.to(DEVICE) if masked else None,
-            "history_bits": pack(own).to(DEVICE) if masked else None,
-            "log_multiplicity": torch.randint(1, 6, (columns,), generator=generator).log().to(DEVICE)
-            if counted
-            else None,
-            "log_popularity": torch.rand(columns, generator=generator).log().to(DEVICE) if debiased else None,
-        }
-        self.gradient = torch.randn(rows, generator=generator).to(DEVICE)
-
-    def run(self, op: Callable, dtype: torch.dtype | None = None, wanted: Sequence[int] = (0, 1)) -> list[Tensor]:
-        """Row losses, then the gradients of queries and items, or of those that are wanted."""
-        dtype = dtype or self.dtype
-        leaves = [tensor.detach().to(dtype).clone() for tensor in (self.queries, self.items)]
-        chosen = [leaves[i].requires_grad_() for i in wanted]
-        keywords = {
-            name: value.to(dtype)
-            if value is not None and value.is_floating_point() and dtype == torch.float64
-            else value
-            for name, value in self.keywords.items()
-        }
-        losses = op(*leaves, **keywords)
-        return [losses, *torch.autograd.grad(losses, chosen, self.gradient.to(losses.dtype))]
-
-    def check(self, wanted: Sequence[int] = (0, 1)) -> None:
-        ours = self.run(loss_by_triton, wanted=wanted)
-        theirs, exact = (self.run(reference.row_losses, dtype, wanted) for dtype in (None, torch.float64))
-        assert_as_good(theirs, ours, exact, self.dtype)
-
-
-def loss_by_triton(*arguments, **keywords) -> Tensor:
-    return kernels.inbatch_cross_entropy(*arguments, **keywords, reduction="none", backend="triton")
-
-
-def pack(own: Tensor) -> Tensor:
-    """int32 [users, ceil(columns / 32)] with bit v % 32 of word v // 32 set where own is."""
-    users, columns = own.shape
-    padded = torch.zeros(users, -(-columns // 32) * 32, dtype=torch.int64)
-    padded[:, :columns] = own
-    words = (padded.view(users, -1, 32) << torch.arange(32)).sum(2)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("masked", "counted", "debiased"), list(itertools.product([True, False], repeat=3)))
 def test_loss_in_all_its_forms(masked, counted, debiased, dtype):
@@ -426,15 +279,6 @@ def test_queries_and_items_may_be_columns_of_wider_tensors():
     expected = reference.row_losses(*views, **case.keywords)
     for operands in (views, transposed):
         torch.testing.assert_close(loss_by_triton(*operands, **case.keywords), expected, rtol=1e-5, atol=1e-5)
-
-
-def rank_case(users: int, catalogue: int, d: int, excluded: int) -> tuple[Tensor, ...]:
-    """Small integers, so that every dtype and order of addition gives the same scores, many of them tied."""
-    generator = torch.Generator().manual_seed(users + catalogue)
-    queries, items = (torch.randint(-2, 3, (n, d), generator=generator).float() for n in (users, catalogue))
-    targets = torch.randint(0, catalogue, (users,), generator=generator)
-    history = torch.randint(-1, catalogue, (users, excluded), generator=generator)
-    return tuple(tensor.to(DEVICE) for tensor in (queries, items, targets, history))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -12,9 +12,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences, random_table, side_recommender
 from torch import Tensor
 
+from helpers.datasets import make_sequences
+from helpers.recommenders import side_recommender
+from helpers.tables import random_table
 from iisan_fast import kernels
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.batches import Batch, make_batch

@@ -16,11 +16,12 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences, write_dataset_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers.datasets import make_sequences, write_dataset_folder
+from helpers.fake_encoders import FakeBackbone
 from iisan_fast import demo, workers
 from iisan_fast.config import ViewConfig
 from iisan_fast.data.sequences import load_dataset
@@ -34,33 +35,6 @@ from iisan_fast.workers import calls_ahead, worker_count
 CPU = torch.device("cpu")
 TITLE = ViewConfig("title", "title", "an encoder")
 IMAGE = ViewConfig("image", "image", "an encoder")
-
-
-class FakeBackbone:
-    """Stands in for an encoder: a state is a few numbers that depend on the content alone."""
-
-    device = CPU
-
-    def __init__(self, view: ViewConfig, seen: list, delay: float = 0) -> None:
-        self.view, self.seen, self.delay = view, seen, delay
-
-    def describe(self) -> dict:
-        return {"encoder": self.view.encoder, "layers": [0, 1], "depth": 2, "width": 3, "pooling": self.view.pooling}
-
-    def preparation(self, images: list[Image.Image]) -> dict:
-        self.seen.extend(images)
-        return self.pad([image.tobytes() for image in images])
-
-    def tokenize(self, texts: list[str]) -> list[bytes]:
-        self.seen.extend(texts)
-        return [list(text.encode()) for text in texts]
-
-    def pad(self, rows: list) -> dict:
-        return {"sums": torch.tensor([sum(map(int, row)) for row in rows])}
-
-    def encode(self, inputs: dict) -> torch.Tensor:
-        time.sleep(self.delay)
-        return inputs["sums"][:, None, None] + torch.arange(6.0).view(1, 2, 3)
 
 
 @pytest.fixture
@@ -186,20 +160,23 @@ def test_other_library_versions_are_mentioned_and_borne(root, tmp_path, seen, mo
 KILLED = """
 import sys
 from pathlib import Path
-sys.path[:0] = sys.argv[3:]
-import test_extraction as t
-t.extraction.GROUP_ITEMS = 8
-t.extraction.load_backbones = lambda views, *_: [t.FakeBackbone(view, [], delay=0.02) for view in views]
+sys.path.insert(0, sys.argv[3])
+from helpers.fake_encoders import FakeBackbone
+from iisan_fast.config import ViewConfig
+from iisan_fast.data.sequences import load_dataset
+from iisan_fast.states import extraction
+extraction.GROUP_ITEMS = 8
+extraction.load_backbones = lambda views, *_: [FakeBackbone(view, [], delay=0.02) for view in views]
 print("ready", flush=True)
-dataset = t.load_dataset(Path(sys.argv[1]))
-t.extraction.extract(dataset, [t.TITLE], Path(sys.argv[2]), t.CPU, batch_size=1, dtype="float32")
+dataset, title = load_dataset(Path(sys.argv[1])), ViewConfig("title", "title", "an encoder")
+extraction.extract(dataset, [title], Path(sys.argv[2]), FakeBackbone.device, batch_size=1, dtype="float32")
 """
 
 
 def test_an_extraction_killed_at_any_moment_resumes(tmp_path, seen):
     count = 120
     root = write_dataset_folder(tmp_path / "d", make_sequences([list(range(1, count + 1))], max_inputs=count))
-    command = [sys.executable, "-c", KILLED, str(root), str(tmp_path / "c"), *map(str, Path(__file__).parents[:2])]
+    command = [sys.executable, "-c", KILLED, str(root), str(tmp_path / "c"), str(Path(__file__).parents[1])]
     (root / "users.tsv").write_text(
         "".join(f"u{n}\t{' '.join(f'i{i}' for i in range(n, n + 10))}\n" for n in range(1, count, 10))
     )

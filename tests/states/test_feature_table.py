@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import threading
 from collections.abc import Callable
@@ -11,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill_store, random_table, view_description
 from torch import Tensor
 
+from helpers.run_folders import untimed
+from helpers.stores import fill_store, view_description
+from helpers.tables import random_table
 from iisan_fast.errors import InputError
 from iisan_fast.kernels import States
 from iisan_fast.states import feature_table
@@ -189,12 +190,6 @@ def test_the_store_stays_open_for_a_mapped_table_alone(cache, closed, placement)
 
 
 # Training
-
-
-def untimed(run: Path) -> list[dict]:
-    timed = ("train_seconds", "validation_seconds", "items_per_second")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import side_recommender
 from PIL import Image
 from torch import Tensor
 
+from helpers.recommenders import side_recommender
 from iisan_fast.config import ModelConfig, ViewConfig
 from iisan_fast.data.batches import Shape, epoch_batches
 from iisan_fast.data.sequences import Dataset, load_dataset
@@ -148,11 +148,11 @@ def test_where_images_lie_is_said_and_of_texts_alone_nothing(dataset, views, mon
     monkeypatch.setattr("iisan_fast.states.placement.free_memory", lambda device: 1 << 30)
     with caplog.at_level(logging.INFO, logger="iisan_fast.states.placement"):
         open_contents(dataset, views[1:], CPU).close()
-        assert not said(caplog, "placement")
+        assert not said(caplog, "states.placement")
         open_contents(dataset, views, CPU).close()
         monkeypatch.setattr("iisan_fast.states.placement.free_memory", lambda device: 1000)
         open_contents(dataset, views, CPU).close()
-    assert said(caplog, "placement") == [
+    assert said(caplog, "states.placement") == [
         "image table: 1 MiB, on cpu (1.0 GiB free on cpu)",
         "image table: 1 MiB, in the dataset's files, decoded ahead (0 MiB free on cpu)",
     ]

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import fill_store, make_sequences, random_table
 from torch import Tensor
 
+from helpers.datasets import make_sequences
+from helpers.stores import fill_store
+from helpers.tables import random_table
 from iisan_fast.data.batches import Batch, Shape, epoch_batches
 from iisan_fast.errors import InputError
 from iisan_fast.kernels import States

@@ -8,8 +8,9 @@ from contextlib import closing
 
 import pytest
 import torch
-from conftest import fill_store, random_table, view_description
 
+from helpers.stores import fill_store, view_description
+from helpers.tables import random_table
 from iisan_fast.errors import InputError
 from iisan_fast.states import store as hidden_states
 from iisan_fast.states.feature_table import load_table

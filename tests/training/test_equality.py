@@ -6,9 +6,10 @@ import functools
 
 import numpy as np
 import pytest
-from conftest import make_sequences, random_table
-from equality import FORMS, Result, Step, from_reference, scientific_step
 
+from helpers.datasets import make_sequences
+from helpers.equality import FORMS, Result, Step, from_reference, scientific_step
+from helpers.tables import random_table
 from iisan_fast.config import ModelConfig
 
 IISAN = dict(embedding_dim=16, bottleneck=8)

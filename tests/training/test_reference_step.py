@@ -7,7 +7,9 @@ from itertools import product
 
 import pytest
 import torch
-from reference_step import (
+from torch import Tensor, nn
+
+from helpers.reference_step import (
     Dropout,
     Parameters,
     ReferenceSettings,
@@ -19,7 +21,6 @@ from reference_step import (
     reference_loss,
     sequence_states,
 )
-from torch import Tensor, nn
 
 Shape = tuple[int, int]
 

@@ -11,9 +11,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_sequences, random_table, side_recommender
 from torch import Tensor
 
+from helpers.datasets import make_sequences
+from helpers.recommenders import side_recommender
+from helpers.tables import random_table
+from helpers.training_steps import assert_identical, everything
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.batches import Batch, Shape, epoch_batches
 from iisan_fast.data.sequences import Sequences
@@ -50,21 +53,6 @@ def batches(sequences: Sequences, table, epochs: int = 1, padded: bool = False) 
         for epoch in range(epochs)
         for each in prepared(epoch_batches(sequences, BATCH_USERS, 0, epoch), table, CPU, pad)
     ]
-
-
-def everything(step: TrainingStep) -> dict[str, Tensor]:
-    """Copies of the weights and of all that Adam keeps."""
-    found = {name: parameter.detach().clone() for name, parameter in step.model.named_parameters()}
-    for name, parameter in step.model.named_parameters():
-        for kind, value in step.optimizer.state[parameter].items():
-            found[f"{kind} of {name}"] = value.clone()
-    return found
-
-
-def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
 
 
 def poison(step: TrainingStep, factors: dict[int, float], monkeypatch) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training_step_gpu import (
+from torch import Tensor
+
+from helpers.captured_steps import (
     check_a_capture_leaves_no_trace,
     check_a_loss_that_is_not_finite_stops_replayed_graphs,
     check_captured_equals_eager,
     new_trainer,
 )
-from torch import Tensor
-
 from iisan_fast.training.trainer import Trainer, deterministic
 from iisan_fast.training.training_step import CapturedStep
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import subprocess
 import sys
@@ -16,20 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.shared_calls import Number, Work, share_out
 from iisan_fast.kernels.cpu import library as native
 
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here")
-
-Work = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.POINTER(ctypes.c_int64))
-
-
-class Number(ctypes.Structure):
-    _fields_ = [("value", ctypes.c_int64)]
-
-
-def share_out(work: Callable[[int], int], count: int, threads: int) -> None:
-    call = Work(lambda pointer: work(pointer[0]))
-    native.share_out(call, [Number(i) for i in range(count)], torch.float32, threads)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
@@ -182,7 +171,7 @@ def test_a_fork_has_threads_of_its_own():
 import os, sys, threading, warnings
 warnings.simplefilter("ignore")
 sys.path.insert(0, "tests")
-from test_workers import share_out
+from helpers.shared_calls import share_out
 share_out(lambda number: 0, 4, 2)
 child = os.fork()
 together = threading.Barrier(2, timeout=20)
@@ -192,6 +181,6 @@ if not child:
 assert os.waitpid(child, 0)[1] == 0 and not together.broken
 print("both", flush=True)
 """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, timeout=120)
     assert (done.stdout, done.returncode) == ("both\n", 0), done.stderr

@@ -1,0 +1,12 @@
+"""What runs write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def untimed(run: Path) -> list[dict]:
+    timed = ("train_seconds", "validation_seconds", "items_per_second")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]

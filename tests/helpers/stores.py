@@ -1,0 +1,31 @@
+"""Stores that are filled without an encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from iisan_fast.states.feature_table import FeatureTable
+from iisan_fast.states.store import Store, content_digest
+
+
+def view_description(layers: int, width: int, /, **changes) -> dict:
+    """What a store's manifest says of a view, as extraction would write it."""
+    return {
+        "source": "title",
+        "unescaped": True,
+        "layers": list(range(layers)),
+        "depth": layers,
+        "width": width,
+        "dtype": "float32",
+        **changes,
+    }
+
+
+def fill_store(path: Path, item_ids: list[str], table: FeatureTable, names: tuple[str, ...], **changes) -> Path:
+    """A store holding the table's states under the given view names, in float32; `changes` to their description."""
+    with Store(path, writable=True) as store:
+        store.add_views({name: view_description(*shape, **changes) for name, shape in zip(names, table.shapes)})
+        for name, view in zip(names, table.views):
+            digests = [content_digest(f"title of {item_id}".encode()) for item_id in item_ids]
+            store.write(name, item_ids, digests, view[1:].float())
+    return path
