@@ -74,7 +74,7 @@ def read(chunks: Chunks) -> Tensor:
     return in_order(chunks, "input_ids", 32) if "input_ids" in chunks.parts[0] else in_order(chunks, "pixel_values")
 
 
-def said(caplog, module: str = "content_table") -> list[str]:
+def said(caplog, module: str = "states.input_table") -> list[str]:
     """What a module logged."""
     return [record.message for record in caplog.records if record.name == f"iisan_fast.{module}"]
 
