@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from iisan_fast.bench.memory import PeakMemory
+from iisan_fast.bench.peak_memory import PeakMemory
 from iisan_fast.data import import_csv
 
 RESULT = Path(__file__).parent / "results" / "import.json"

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..data import COLUMNS, FIELDS, MISSING_TITLES, Imported, ImportOptions, TableOptions
+from ..data import MISSING_TITLES, RECBOLE_FIELDS, TABLE_COLUMNS, Imported, ImportOptions, TableOptions
 from .options import FOLDER, json_option
 from .output import print_counts, print_json
 
@@ -66,7 +66,7 @@ def microlens(source: Path, destination: Path, as_json: bool, **options: Any) ->
 
 
 @import_.command()
-@_column_options("field", *FIELDS)
+@_column_options("field", *RECBOLE_FIELDS)
 @_import_command
 def recbole(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
     """Make DESTINATION of RecBole's files: SOURCE is a .inter file or its folder, a .item file stands beside it."""
@@ -76,7 +76,7 @@ def recbole(source: Path, destination: Path, as_json: bool, **options: Any) -> N
 
 
 @import_.command("csv")
-@_column_options("column", *COLUMNS)
+@_column_options("column", *TABLE_COLUMNS)
 @_import_command
 def csv_(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
     """Make DESTINATION of the CSV file SOURCE, which has a header and may be compressed by gzip."""
@@ -86,7 +86,7 @@ def csv_(source: Path, destination: Path, as_json: bool, **options: Any) -> None
 
 
 @import_.command()
-@_column_options("column", *COLUMNS)
+@_column_options("column", *TABLE_COLUMNS)
 @_import_command
 def parquet(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
     """Make DESTINATION of the Parquet file SOURCE."""

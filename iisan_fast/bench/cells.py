@@ -31,13 +31,13 @@ from ..config import (
 )
 from ..data import load_dataset
 from ..errors import InputError, first_few
-from ..evaluation import leading
+from ..evaluation import headline_metrics
 from ..files import write_atomically
 from ..progress import progress_bar
 from ..states import extract
 from ..training import RunFolder, Trainer, open_source, precision, refuse_missing_libraries, resume, train
 from .machine import NOT_MEASURED, in_a_process, on
-from .memory import PeakMemory
+from .peak_memory import PeakMemory
 from .profile import profile
 from .samples import sample_users, users_to_draw_from
 
@@ -233,7 +233,7 @@ def _train(config: RunConfig, folder: Path, table: str, device: torch.device) ->
         else:
             result = train(config, run, device, placement=table)
     lines = [json.loads(line) for line in RunFolder(run).metrics.read_text().splitlines()]
-    figures = leading(result["test"])
+    figures = headline_metrics(result["test"])
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.bytes
     trained = {
         "hr": figures[f"hr@{K}"],

@@ -18,13 +18,13 @@ from torch import Tensor
 from ..config import EvaluationConfig, RunConfig, TrainConfig
 from ..data import Sequences, Split
 from ..errors import InputError
-from ..evaluation import evaluate, metrics, target_ranks
+from ..evaluation import evaluate, ranking_metrics, target_ranks
 from ..models import Recommender, build_recommender
 from ..progress import progress_bar
 from ..states import FeatureTable
 from .dense import DenseModel
 from .machine import NOT_MEASURED, QUANTILES, in_a_process, named_sequences, on, origin
-from .memory import PeakMemory
+from .peak_memory import PeakMemory
 from .stopwatch import Stopwatch
 from .train import VIEWS, TrainSettings, random_states
 
@@ -148,7 +148,7 @@ def dense(work: Work) -> Evaluated:
     states = dense_states(form, vectors, torch.from_numpy(work.split.inputs).to(work.device))
     watch.lap("user_states")
     ranks = argsort_ranks(states, vectors, work.split, work.sample)
-    figures = metrics(ranks, (K,))
+    figures = ranking_metrics(ranks, (K,))
     watch.lap("ranking")
     return Evaluated(ranks, figures, watch.seconds)
 
@@ -217,7 +217,7 @@ def agreement(dense_run: Evaluated, fast_run: Evaluated, work: Work) -> dict[str
     allowed = max(1.0, RANK_TOLERANCE * len(work.sequences.item_ids))
     if not apart.max() <= allowed:
         raise InputError(f"the two forms' ranks differ by up to {apart.max():.0f}, expected at most {allowed:.0f}")
-    figures = {"dense": dense_run.metrics, "fast": metrics(fast_ranks, (K,))}
+    figures = {"dense": dense_run.metrics, "fast": ranking_metrics(fast_ranks, (K,))}
     tolerance = METRIC_TOLERANCE + 1 / len(work.sample)
     found = {name: {form: figures[form][name] for form in FORMS} for name in (f"hr@{K}", f"ndcg@{K}")}
     for name, values in found.items():

@@ -22,13 +22,13 @@ from torch import Tensor
 from .. import demo
 from ..config import ViewConfig
 from ..data import Dataset, ImageFolder, ImageLmdb, Sequences, load_dataset, open_images
-from ..encoders import Backbone, Inputs, load_backbone
+from ..encoders import Backbone, ModelInputs, load_backbone
 from ..errors import InputError
 from ..progress import progress_bar
-from ..states import GROUP_ITEMS, Store, batched, content_digest, extract, open_sources, view_contents
+from ..states import GROUP_ITEMS, Store, batched, content_digest, extract, open_sources, view_inputs
 from ..workers import worker_count
 from .machine import NOT_MEASURED, QUANTILES, in_a_process, on, origin
-from .memory import PeakMemory
+from .peak_memory import PeakMemory
 
 FROM_MEMORY = "from memory"
 NOTES = {
@@ -162,7 +162,7 @@ def fast(work: Work, cache: Path) -> None:
 
 
 FORMS: dict[str, Callable[[Work, Path], None]] = {"plain": plain, "fast": fast}
-PlainBatch = tuple[list[str], list[bytes], Inputs]  # item ids, digests, and what the encoder takes
+PlainBatch = tuple[list[str], list[bytes], ModelInputs]  # item ids, digests, and what the encoder takes
 
 
 def _title_batches(work: Work, backbone: Backbone) -> Iterator[PlainBatch]:
@@ -226,7 +226,7 @@ def run_from_memory(work: Work) -> Measured:
     backbone, dtype = load_backbone(work.view, work.device), getattr(torch, work.dtype)
     with ExitStack() as stack:
         images = stack.enter_context(open_sources(work.dataset, [work.view], "error"))
-        contents = view_contents(backbone, work.dataset, images, "error")
+        contents = view_inputs(backbone, work.dataset, images, "error")
         rows = contents.arrange(list(range(len(work.dataset.titles))))
         inputs, items, size = [], 0, 0
         for part in batched(rows, work.batch_size):

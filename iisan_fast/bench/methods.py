@@ -13,7 +13,7 @@ import torch
 
 from ..config import EvaluationConfig
 from ..errors import InputError
-from ..evaluation import TPME_WEIGHTS, check_weights, gains, paired_test, target_ranks, tpme
+from ..evaluation import TPME_WEIGHTS, check_weights, paired_test, target_ranks, tpme, user_gains
 from ..training import load
 from .cells import UNCACHED, Cell, K, SweepSettings, encoding_seconds, run_sweep
 from .machine import NOT_MEASURED, origin
@@ -127,5 +127,5 @@ def _user_gains(encoders: str, method: str, out: Path, settings: SweepSettings, 
         split = best.sequences.split("test")
         states = best.model.user_states(best.item_vectors, split.inputs)
         masked, _ = target_ranks(states, best.item_vectors, split, EvaluationConfig(ks=(K,)))
-        found.append(gains(masked, K)[f"ndcg@{K}"])
+        found.append(user_gains(masked, K)[f"ndcg@{K}"])
     return np.mean(found, axis=0)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..evaluation import memory_split, parameter_counts
 from ..models import activation_bytes
-from ..states import FeatureTable, Prepared
+from ..states import FeatureTable, PreparedBatch
 from ..training import Trainer, deterministic
 from .stopwatch import Stopwatch
 
@@ -31,7 +31,7 @@ def profile(trainer: Trainer, steps: int) -> dict[str, Any]:
     with deterministic():
         for prepared, watch in _watched(trainer, WARM_UP_STEPS + steps):
             kept = max(kept, _activations(trainer, prepared)) if len(laps) < WARM_UP_STEPS else kept
-            trainer.step(prepared.batch, prepared.states, watch.lap)
+            trainer.step(prepared.batch, prepared.item_inputs, watch.lap)
             laps.append(watch.seconds)
     modules = [trainer.model, *_frozen_encoders(trainer)]
     measured = laps[WARM_UP_STEPS:] or laps
@@ -42,7 +42,7 @@ def profile(trainer: Trainer, steps: int) -> dict[str, Any]:
     }
 
 
-def _watched(trainer: Trainer, steps: int) -> Iterator[tuple[Prepared, Stopwatch]]:
+def _watched(trainer: Trainer, steps: int) -> Iterator[tuple[PreparedBatch, Stopwatch]]:
     """Batches, each with a watch on which the time until it was there is taken; as many as asked for, or an epoch's."""
     with closing(trainer.batches(epoch=0)) as batches:
         for _ in range(steps):
@@ -54,14 +54,14 @@ def _watched(trainer: Trainer, steps: int) -> Iterator[tuple[Prepared, Stopwatch
             yield prepared, watch
 
 
-def _activations(trainer: Trainer, prepared: Prepared) -> int:
+def _activations(trainer: Trainer, prepared: PreparedBatch) -> int:
     """Bytes that a batch's loss keeps for its backward pass, beside weights and tables. Parts that are computed again
     there keep theirs one after the other: of them, the estimate by which they were made."""
     if trainer.demand.plan is not None and trainer.demand.plan.recompute:
         return trainer.demand.plan.estimate
     model, source = trainer.model, trainer.source
     held = [*model.parameters(), *model.buffers(), *(source.views if isinstance(source, FeatureTable) else ())]
-    return activation_bytes(lambda: model.loss(prepared.batch, prepared.states), held)
+    return activation_bytes(lambda: model.loss(prepared.batch, prepared.item_inputs), held)
 
 
 def _frozen_encoders(trainer: Trainer) -> list[nn.Module]:

@@ -56,7 +56,7 @@ def stand_ins(dataset: Path | None, folder: Path, size: str, seed: int) -> tuple
 def state_shape(size: str) -> ViewShape:
     """(kept layers, width) of what either encoder gives."""
     config = _configurations(size)[0]
-    return len(default_layers(1 + config.num_hidden_layers)), config.hidden_size
+    return ViewShape(len(default_layers(1 + config.num_hidden_layers)), config.hidden_size)
 
 
 def common_words(texts: Iterable[str], most: int) -> list[str]:

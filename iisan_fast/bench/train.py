@@ -30,7 +30,7 @@ from ..states import FeatureTable, Store, content_digest
 from ..training import Trainer, deterministic, train
 from .dense import DenseTrainer
 from .machine import NOT_MEASURED, QUANTILES, count_launches, in_a_process, named_sequences, on, origin, synchronise
-from .memory import PeakMemory
+from .peak_memory import PeakMemory
 
 VIEWS = ("first", "second")
 WARM_UP_STEPS = 3

@@ -23,7 +23,7 @@ from ..progress import progress_bar
 from ..training import Trainer, deterministic, open_source, precision
 from .cells import MEMORY_EVERY
 from .machine import NOT_MEASURED, in_a_process, named_sequences, on, origin
-from .memory import PeakMemory
+from .peak_memory import PeakMemory
 from .profile import profile
 from .stand_ins import stand_ins, state_shape
 from .stopwatch import Stopwatch

@@ -29,7 +29,7 @@ from ..states import CHECKED_AT_ONCE, batched, differences
 from ..workers import calls_ahead, worker_count
 from .caption_images import MISSING_PICTURES, Covers, Frames, Pictures, problems
 
-LOCK = ".captions.lock"
+LOCK_FILE = ".captions.lock"
 LOGGER = logging.getLogger(__name__)
 
 
@@ -71,7 +71,7 @@ def caption(
         raise InputError(f"missing_images: expected one of {', '.join(MISSING_PICTURES)}, found {missing_images!r}")
     if not (root / "items.tsv").is_file():  # before a lock is left where it is none of ours
         raise InputError(f"{root}: no such dataset; expected a folder with items.tsv and users.tsv")
-    with locked(root / LOCK, f"{root}: another process is captioning this dataset; wait for it to end"):
+    with locked(root / LOCK_FILE, f"{root}: another process is captioning this dataset; wait for it to end"):
         captions = _CaptionFile(root)
         dataset = load_dataset(root, protocol)
         present = sum(text is not None for text in dataset.captions)

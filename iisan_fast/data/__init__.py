@@ -8,16 +8,16 @@ if TYPE_CHECKING:
     from .batches import Batch, Shape, epoch_batches, steps_per_epoch
     from .imports.flat import import_csv, import_parquet
     from .imports.microlens import import_microlens
-    from .imports.options import COLUMNS, FIELDS, MISSING_TITLES, Imported, ImportOptions, TableOptions
+    from .imports.options import MISSING_TITLES, RECBOLE_FIELDS, TABLE_COLUMNS, Imported, ImportOptions, TableOptions
     from .imports.recbole import import_recbole
     from .items import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb, open_images, read_table, refuse_unfit_name
     from .sequences import Dataset, Sequences, Split, load_dataset, load_sequences, statistics
 
 __all__ = [
     "Batch",
-    "COLUMNS",
+    "TABLE_COLUMNS",
     "Dataset",
-    "FIELDS",
+    "RECBOLE_FIELDS",
     "IMAGE_SUFFIXES",
     "ImageError",
     "ImageFolder",

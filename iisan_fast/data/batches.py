@@ -104,7 +104,7 @@ class Batch:
         bits = self.history_bits.flatten()
         whole = [
             torch.tensor([self.step]),
-            *(getattr(self, name) for name in COLUMNS),
+            *(getattr(self, name) for name in PACKED_COLUMNS),
             self.weights.view(torch.int64),
             F.pad(bits, (0, len(bits) % 2)).view(torch.int64),
         ]
@@ -121,7 +121,7 @@ class Batch:
         return Batch(
             step=step[0],
             length=length,
-            **dict(zip(COLUMNS, columns)),
+            **dict(zip(PACKED_COLUMNS, columns)),
             weights=weights.view(torch.float64),
             history_bits=words.view(torch.int32)[:bits].view(users, shape.words),
             buffer=buffer,
@@ -134,7 +134,7 @@ class Batch:
         return Batch.unpacked(self.packed(pin=True).to(device, non_blocking=True), self.shape)
 
 
-COLUMNS = ("users", "distinct", "multiplicity", "inputs", "targets", "row_users", "row_slots")
+PACKED_COLUMNS = ("users", "distinct", "multiplicity", "inputs", "targets", "row_users", "row_slots")
 
 
 def epoch_batches(sequences: Sequences, batch_users: int, seed: int, epoch: int) -> Iterator[Batch]:

@@ -18,7 +18,7 @@ from ..errors import InputError
 from .items import read_table
 
 
-class Kept(NamedTuple):
+class SplitHistories(NamedTuple):
     """What the split leaves of a jagged array of histories; the last two point into what is left."""
 
     users: np.ndarray  # int64 [kept users]: which ones
@@ -50,7 +50,7 @@ def with_times(users: Iterable[tuple[str, np.ndarray]], path: Path) -> Iterator[
         yield *user, times
 
 
-def temporal_split(offsets: np.ndarray, times: np.ndarray, protocol: ProtocolConfig) -> Kept:
+def temporal_split(offsets: np.ndarray, times: np.ndarray, protocol: ProtocolConfig) -> SplitHistories:
     """Splits histories, jagged by `offsets`, at the moments that the protocol's shares of all times fall on.
 
     A target has everything before it as its history, and there is none without a history. A user keeps at most
@@ -74,7 +74,7 @@ def temporal_split(offsets: np.ndarray, times: np.ndarray, protocol: ProtocolCon
     lengths = (np.where(last >= 0, last + 1, first) - starts)[users]
     kept_offsets = np.concatenate([[0], np.cumsum(lengths)])
     moved = kept_offsets[:-1] - starts[users]
-    return Kept(
+    return SplitHistories(
         users=users,
         interactions=np.arange(kept_offsets[-1]) - np.repeat(moved, lengths),
         offsets=kept_offsets,

@@ -7,7 +7,7 @@ from ..doors import lazy_names
 if TYPE_CHECKING:
     from .adaptation import adapt, blocks, checkpoint_blocks
     from .attention import xformers_problem
-    from .base import Backbone, Inputs, TextBackbone, default_layers, load_backbone, load_backbones
+    from .base import Backbone, ModelInputs, TextBackbone, default_layers, load_backbone, load_backbones
     from .captioner import Captioner
     from .hugging_face import count_parameters, model_dtype, quiet
     from .image_bytes import ByteForm
@@ -17,7 +17,7 @@ __all__ = [
     "Backbone",
     "ByteForm",
     "Captioner",
-    "Inputs",
+    "ModelInputs",
     "SPECIAL_TOKENS",
     "TextBackbone",
     "adapt",

@@ -37,7 +37,7 @@ from .hugging_face import (
     model_folder,
     quiet,
 )
-from .image_bytes import ByteForm, Inputs, byte_form, pixel_values
+from .image_bytes import ByteForm, ModelInputs, byte_form, pixel_values
 
 LOGGER = getLogger(__name__)
 PLACED_BY = {"device_map", "quantization_config"}  # loading options with which Hugging Face says where a model lies
@@ -110,11 +110,11 @@ class Backbone(ABC):
         self.pooling = self._pooling()
 
     @abstractmethod
-    def prepare(self, contents: Sequence[Any]) -> Inputs:
+    def prepare(self, contents: Sequence[Any]) -> ModelInputs:
         """What the encoder reads, on the CPU, from texts or RGB images. Needs no model."""
 
     @torch.inference_mode()
-    def encode(self, inputs: Inputs) -> Tensor:
+    def encode(self, inputs: ModelInputs) -> Tensor:
         """Pooled states [N, kept layers K, width D] on the device, in the encoder's dtype.
 
         Each layer is pooled as it is made: memory does not grow with the number of layers. On a CPU the cores share
@@ -136,7 +136,7 @@ class Backbone(ABC):
             return states[0] if len(states) == 1 else torch.cat(states)
 
     @torch.inference_mode()
-    def encode_whole(self, inputs: Inputs) -> Tensor:
+    def encode_whole(self, inputs: ModelInputs) -> Tensor:
         """`encode` by one call of the encoder, which reports the hidden states of all layers together."""
         moved = self._moved(inputs)
         states = self._hidden_states(moved)
@@ -145,7 +145,7 @@ class Backbone(ABC):
     def _stacked(self, pooled: Sequence[Tensor]) -> Tensor:
         return torch.stack([state.to(self.device) for state in pooled], dim=1)
 
-    def final(self, inputs: Inputs) -> Tensor:
+    def final(self, inputs: ModelInputs) -> Tensor:
         """The pooled final state [N, width D] (Hugging Face's `last_hidden_state`), which gradients flow through."""
         moved = self._moved(inputs)
         return self._pool(self._run(moved).last_hidden_state, moved)
@@ -171,17 +171,17 @@ class Backbone(ABC):
     def _error(self, message: str) -> InputError:
         return InputError(f"{self.view.encoder}: {message}")
 
-    def _moved(self, inputs: Inputs) -> Inputs:
+    def _moved(self, inputs: ModelInputs) -> ModelInputs:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
 
-    def _taken(self, inputs: Inputs) -> Inputs:
+    def _taken(self, inputs: ModelInputs) -> ModelInputs:
         """What the encoder takes of its inputs."""
         return {name: inputs[name] for name in self.input_names}
 
-    def _run(self, inputs: Inputs, **options: bool) -> Any:
+    def _run(self, inputs: ModelInputs, **options: bool) -> Any:
         return self.model(**self._taken(inputs), **options)
 
-    def _hidden_states(self, inputs: Inputs) -> tuple[Tensor, ...]:
+    def _hidden_states(self, inputs: ModelInputs) -> tuple[Tensor, ...]:
         states = getattr(self._run(inputs, output_hidden_states=True), "hidden_states", None)
         if states is None:
             raise self._error(f"{type(self.model).__name__} reports no hidden states")
@@ -247,14 +247,14 @@ class Backbone(ABC):
     def _processor_content(self) -> Any: ...  # all that preprocessing depends on, as a JSON value
 
     @abstractmethod
-    def example(self) -> Inputs:
+    def example(self) -> ModelInputs:
         """Made-up contents of one batch, as the encoder takes them, on its device."""
 
     @abstractmethod
     def _poolings(self) -> tuple[str, ...]: ...  # what the encoder allows, its default first
 
     @abstractmethod
-    def _pool(self, states: Tensor, inputs: Inputs) -> Tensor: ...  # [N, tokens, D] -> [N, D]
+    def _pool(self, states: Tensor, inputs: ModelInputs) -> Tensor: ...  # [N, tokens, D] -> [N, D]
 
 
 class TextBackbone(Backbone):
@@ -273,7 +273,7 @@ class TextBackbone(Backbone):
         if not least <= view.max_tokens <= most:
             raise self._error(f"max_tokens: expected {least} to {most}, found {view.max_tokens}")
 
-    def prepare(self, contents: Sequence[str]) -> Inputs:
+    def prepare(self, contents: Sequence[str]) -> ModelInputs:
         """input_ids and attention_mask, int64 [N, tokens], at most max_tokens wide, special tokens included.
 
         Raises InputError for a text that gives no token at all.
@@ -297,7 +297,7 @@ class TextBackbone(Backbone):
                 raise self._error(f"the text {text!r} gives no tokens")
         return rows
 
-    def pad(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> Inputs:
+    def pad(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> ModelInputs:
         """input_ids and attention_mask, int64 [N, tokens], as wide as the longest of N token sequences."""
         ids = [torch.as_tensor(row, dtype=torch.int64) for row in tokens]
         return {
@@ -333,7 +333,7 @@ class TextBackbone(Backbone):
                 limits.append(module.num_embeddings - module.padding_idx - 1)  # positions count on from the padding's
         return min(limit or math.inf for limit in limits)
 
-    def example(self) -> Inputs:
+    def example(self) -> ModelInputs:
         ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]], device=self.device)
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
@@ -351,7 +351,7 @@ class TextBackbone(Backbone):
         second = self._hidden_states(inputs)
         return all(torch.equal(a[:, 0], b[:, 0]) for a, b in zip(first, second))
 
-    def _pool(self, states: Tensor, inputs: Inputs) -> Tensor:
+    def _pool(self, states: Tensor, inputs: ModelInputs) -> Tensor:
         if self.pooling == "cls":
             return states[:, 0]
         mask = inputs["attention_mask"].to(states.device)
@@ -369,12 +369,12 @@ class ImageBackbone(Backbone):
     rows_at_once = 16  # of some 200 tokens each
     input_names = ("pixel_values",)
 
-    def prepare(self, contents: Sequence[Image.Image]) -> Inputs:
+    def prepare(self, contents: Sequence[Image.Image]) -> ModelInputs:
         """pixel_values, float32 [N, 3, height, width], as the encoder's own processor makes them."""
         return pixel_values(self.processor, contents)
 
     @property
-    def preparation(self) -> Callable[[Sequence[Image.Image]], Inputs]:
+    def preparation(self) -> Callable[[Sequence[Image.Image]], ModelInputs]:
         """`prepare` without the model, to be sent to other processes."""
         return functools.partial(pixel_values, self.processor)
 
@@ -395,12 +395,12 @@ class ImageBackbone(Backbone):
         settings = {key: value for key, value in self.processor.to_dict().items() if not key.startswith("_")}
         return [type(self.processor).__name__, self.processor.backend, settings]
 
-    def example(self) -> Inputs:
+    def example(self) -> ModelInputs:
         noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         inputs = self.prepare([Image.fromarray(noise.numpy())])
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
-    def _taken(self, inputs: Inputs) -> Inputs:
+    def _taken(self, inputs: ModelInputs) -> ModelInputs:
         return {"pixel_values": inputs["pixel_values"].to(self.dtype)}
 
     def _check_states(self, states: Sequence[Tensor]) -> None:
@@ -427,7 +427,7 @@ class ImageBackbone(Backbone):
         # Where nothing stands before the patches, the class token is that of a head which pools them.
         return ("cls", "mean") if self.leading and self._has_class_token() else ("mean",)
 
-    def _pool(self, states: Tensor, inputs: Inputs) -> Tensor:
+    def _pool(self, states: Tensor, inputs: ModelInputs) -> Tensor:
         if self.pooling == "cls":
             return states[:, 0]
         return states[:, self.leading :].float().mean(dim=1).to(states.dtype)

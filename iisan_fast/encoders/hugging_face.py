@@ -16,8 +16,8 @@ from transformers.utils import cached_file, logging
 
 from ..errors import InputError
 
-READS = {"input_ids": "text", "pixel_values": "image"}  # an encoder's main input tells what it reads
-TOWERS = {"text": ("text_model", "language_model"), "image": ("vision_model",)}  # of a text-image model
+KINDS_BY_INPUT = {"input_ids": "text", "pixel_values": "image"}  # an encoder's main input tells what it reads
+TOWER_ATTRIBUTES = {"text": ("text_model", "language_model"), "image": ("vision_model",)}  # of a text-image model
 UNUSED_WEIGHTS = {"pooler", "head"}  # a checkpoint may lack what no hidden state comes from
 # What a checkpoint's configuration may ask for: all layers of all tokens would stay in memory, and nothing read them.
 OUTPUTS = {"use_cache": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
@@ -36,7 +36,11 @@ def load_config(encoder: str, kind: str) -> PretrainedConfig:
     config = cached_or_fetched(AutoConfig.from_pretrained, encoder, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise InputError(f"{encoder}: an encoder-decoder; expected an encoder or a decoder-only language model")
-    reads = kind if _has_towers(config) else READS.get(model_class(config).main_input_name, "neither text nor images")
+    reads = (
+        kind
+        if _has_towers(config)
+        else KINDS_BY_INPUT.get(model_class(config).main_input_name, "neither text nor images")
+    )
     if reads != kind:
         raise InputError(f"{encoder}: reads {reads}, expected an encoder that reads {kind}")
     return config
@@ -135,7 +139,7 @@ def _reader(model: PreTrainedModel, encoder: str, config: PretrainedConfig, kind
     """What of a model reads `kind`, and what its weights' names begin with."""
     if not _has_towers(config):
         return model, ""
-    name = next((name for name in TOWERS[kind] if hasattr(model, name)), None)
+    name = next((name for name in TOWER_ATTRIBUTES[kind] if hasattr(model, name)), None)
     if name is None:
         raise InputError(f"{encoder}: {type(model).__name__} has no tower that reads {kind} alone")
     return getattr(model, name), f"{name}."

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-Inputs = dict[str, Tensor]
+ModelInputs = dict[str, Tensor]
 
 
 class ByteForm(NamedTuple):
     """Images as bytes: resized and cropped, but not yet rescaled and normalised."""
 
-    prepare: Callable[[Sequence[Image.Image]], Inputs]  # pixel_values uint8 [N, 3, height, width] of RGB images
+    prepare: Callable[[Sequence[Image.Image]], ModelInputs]  # pixel_values uint8 [N, 3, height, width] of RGB images
     values: Tensor  # float32 [3, 256] on the encoder's device: what each byte of a channel becomes
 
     def pixel_values(self, pixels: Tensor) -> Tensor:
@@ -44,6 +44,6 @@ def byte_form(processor: Any, device: torch.device) -> ByteForm | None:
     return form if same else None
 
 
-def pixel_values(processor: Any, images: Sequence[Image.Image], **options: bool) -> Inputs:
+def pixel_values(processor: Any, images: Sequence[Image.Image], **options: bool) -> ModelInputs:
     """What a vision encoder reads of RGB images: float32 [N, 3, height, width]. Options are the processor's own."""
     return {"pixel_values": processor(images=list(images), return_tensors="pt", **options)["pixel_values"]}

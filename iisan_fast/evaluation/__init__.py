@@ -6,17 +6,17 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .efficiency import TPME_WEIGHTS, check_weights, memory_split, parameter_counts, tpme
-    from .metrics import evaluate, gains, leading, metrics, popularity_baseline, target_ranks
+    from .metrics import evaluate, headline_metrics, popularity_baseline, ranking_metrics, target_ranks, user_gains
     from .significance import paired_test
 
 __all__ = [
     "TPME_WEIGHTS",
     "check_weights",
     "evaluate",
-    "gains",
-    "leading",
+    "user_gains",
+    "headline_metrics",
     "memory_split",
-    "metrics",
+    "ranking_metrics",
     "paired_test",
     "parameter_counts",
     "popularity_baseline",

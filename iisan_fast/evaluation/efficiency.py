@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import InputError
 
 TPME_WEIGHTS = (0.45, 0.10, 0.45)  # of time, parameters and memory, as the paper sets them
-ROUNDING = 1e-9  # by which the weights' sum may miss 1
+WEIGHT_SUM_TOLERANCE = 1e-9  # by which the weights' sum may miss 1
 
 
 def tpme(
@@ -45,7 +45,11 @@ def tpme(
 
 def check_weights(weights: Sequence[float]) -> None:
     """Raises InputError for TPME weights that are not three numbers from 0 that sum to 1."""
-    if len(weights) != 3 or not all(weight >= 0 for weight in weights) or not abs(sum(weights) - 1) <= ROUNDING:
+    if (
+        len(weights) != 3
+        or not all(weight >= 0 for weight in weights)
+        or not abs(sum(weights) - 1) <= WEIGHT_SUM_TOLERANCE
+    ):
         raise InputError(f"TPME weights: expected three numbers from 0 that sum to 1, found {tuple(weights)}")
 
 

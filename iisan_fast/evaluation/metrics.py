@@ -36,9 +36,9 @@ def evaluate(
     }
     for name, ranks in zip(("masked", "unmasked"), target_ranks(queries, vectors, split, config)):
         report[name] = {
-            **metrics(ranks, config.ks),
-            "warm": {"users": int(warm.sum()), **metrics(ranks[warm], config.ks)},
-            "cold": {"users": int((~warm).sum()), **metrics(ranks[~warm], config.ks)},
+            **ranking_metrics(ranks, config.ks),
+            "warm": {"users": int(warm.sum()), **ranking_metrics(ranks[warm], config.ks)},
+            "cold": {"users": int((~warm).sum()), **ranking_metrics(ranks[~warm], config.ks)},
         }
     return report
 
@@ -77,7 +77,7 @@ def target_ranks(
     return masked.cpu().numpy(), unmasked.cpu().numpy()
 
 
-def gains(ranks: np.ndarray, k: int) -> dict[str, np.ndarray]:
+def user_gains(ranks: np.ndarray, k: int) -> dict[str, np.ndarray]:
     """What each user adds to HR@K and NDCG@K, which are the means: float64 [users] under `hr@k` and `ndcg@k`."""
     hit = ranks <= k
     return {f"hr@{k}": hit.astype(np.float64), f"ndcg@{k}": np.where(hit, 1 / np.log2(ranks + 1), 0)}
@@ -98,12 +98,12 @@ def _parts(split: Split) -> list[np.ndarray]:
     return parts
 
 
-def metrics(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, float | None]:
+def ranking_metrics(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, float | None]:
     """HR@K, NDCG@K for each K, and MRR, as means over ranks; None where there are none."""
-    users = {name: values for k in ks for name, values in gains(ranks, k).items()} | {"mrr": 1 / ranks}
+    users = {name: values for k in ks for name, values in user_gains(ranks, k).items()} | {"mrr": 1 / ranks}
     return {name: float(values.mean()) if len(ranks) else None for name, values in users.items()}
 
 
-def leading(report: dict[str, Any]) -> dict[str, Any]:
+def headline_metrics(report: dict[str, Any]) -> dict[str, Any]:
     """The figures that lead: masked ones, unless the evaluation was told to lift the mask."""
     return report["masked" if report["history_masked_by_default"] else "unmasked"]

@@ -10,7 +10,7 @@ from ..errors import InputError
 
 MOST_ENUMERATED = 12  # differences; all 4,096 ways to flip their signs are tried
 ELEMENTS_AT_ONCE = 1 << 21  # of draws x users: 16 MiB
-ROUNDING = 1e-12  # relative to the sum of magnitudes; within it two sums tie
+TIE_TOLERANCE = 1e-12  # relative to the sum of magnitudes; within it two sums tie
 
 
 def paired_test(a: np.ndarray, b: np.ndarray, draws: int = 10_000, seed: int = 0) -> float:
@@ -33,7 +33,7 @@ def paired_test(a: np.ndarray, b: np.ndarray, draws: int = 10_000, seed: int = 0
         raise InputError("paired test: expected finite figures")
     differences = differences[differences != 0]
     total = differences.sum()
-    observed = abs(total) - ROUNDING * abs(differences).sum()
+    observed = abs(total) - TIE_TOLERANCE * abs(differences).sum()
 
     def hits(flipped: np.ndarray) -> int:
         """flipped: 0 or 1 [ways, users]."""

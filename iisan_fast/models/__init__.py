@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ..doors import lazy_names
 
 if TYPE_CHECKING:
-    from .activation_memory import Plan, activation_bytes
+    from .activation_memory import EncodingPlan, activation_bytes
     from .recommender import ITEM_ENCODER, Recommender, build_recommender
     from .sasrec import SITES_PER_BLOCK, Block
     from .side_network import SideNetwork, check_views
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Block",
     "ITEM_ENCODER",
-    "Plan",
+    "EncodingPlan",
     "Recommender",
     "SITES_PER_BLOCK",
     "SideNetwork",

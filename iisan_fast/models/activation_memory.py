@@ -22,7 +22,7 @@ class Footprint(NamedTuple):
         return self.fixed + self.each * items
 
 
-class Plan(NamedTuple):
+class EncodingPlan(NamedTuple):
     """How a batch is encoded."""
 
     items_at_once: int
@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     estimate: int  # bytes of the activations alive at a time
 
 
-def plan_parts(views: list[Footprint], items: int, free: int, items_at_once: int | None = None) -> Plan:
+def plan_parts(views: list[Footprint], items: int, free: int, items_at_once: int | None = None) -> EncodingPlan:
     """All items at once where `free` bytes hold the activations of every view; else parts, one part's at a time. Or
     parts of `items_at_once`, whatever is free.
 
@@ -39,7 +39,7 @@ def plan_parts(views: list[Footprint], items: int, free: int, items_at_once: int
     whole = sum(view.of(items) for view in views)
     fits = whole <= free if items_at_once is None else items_at_once >= items
     if fits:
-        return Plan(items, False, whole)
+        return EncodingPlan(items, False, whole)
     fitting = items_at_once or min([items, *((free - view.fixed) // view.each for view in views if view.each)])
     if fitting < 1:
         needed = max(view.of(1) for view in views)
@@ -47,7 +47,7 @@ def plan_parts(views: list[Footprint], items: int, free: int, items_at_once: int
             f"memory: one item's activations take {needed / 2**30:.2f} GiB, {max(free, 0) / 2**30:.2f} GiB are free; "
             "choose gradient checkpointing, bfloat16, smaller encoders or a method that trains less"
         )
-    return Plan(fitting, True, max(view.of(fitting) for view in views))
+    return EncodingPlan(fitting, True, max(view.of(fitting) for view in views))
 
 
 def activation_bytes(function: Callable[[], Any], weights: Iterable[Tensor] = ()) -> int:

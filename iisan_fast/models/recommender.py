@@ -124,7 +124,7 @@ class Recommender(nn.Module):
         numbers = torch.arange(1, source.rows, device=source.index_device)
         # Equal parts: a last part of one item would take another matrix product and no longer tie with its equals.
         parts = numbers.tensor_split(-(-len(numbers) // source.items_at_once))
-        return torch.cat([self.item_encoder(source.states(part)) for part in parts])
+        return torch.cat([self.item_encoder(source.read(part)) for part in parts])
 
     @torch.inference_mode()
     def user_states(self, vectors: Tensor, inputs: np.ndarray) -> Tensor:

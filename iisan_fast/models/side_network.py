@@ -17,10 +17,10 @@ from ..config import PHM_TERMS as TERMS
 from ..config import ModelConfig
 from ..errors import InputError
 from ..kernels import States
+from ..states import ViewShape
 
-ViewShape = tuple[int, int]  # kept layers K, width D
 WEIGHT_STD = 0.01  # of a SANB's matrices at the start
-READS = {"first": (0,), "second": (1,), "inter": (0, 1)}  # the views of each tower
+TOWER_VIEWS = {"first": (0,), "second": (1,), "inter": (0, 1)}  # the views of each tower
 
 
 class KroneckerSum(nn.Module):
@@ -123,7 +123,7 @@ class SideNetwork(nn.Module):
         found = []
         if len({view.table.shape[1:] for view in states}) == 1:  # one call for all towers of one bottleneck
             for names in self.by_bottleneck.values():
-                found += outputs(states, {name: READS[name] for name in names})
+                found += outputs(states, {name: TOWER_VIEWS[name] for name in names})
             return functools.reduce(torch.add, found)
         for name, view in zip(("first", "second"), states):
             if name in self.towers:
@@ -137,7 +137,7 @@ class SideNetwork(nn.Module):
         towers = [getattr(self, name) for name in self.towers]
         if not self.alike or any(isinstance(tower.down_weight, nn.Module) for tower in towers):
             return None
-        return [tower.reading(*READS[name]) for name, tower in zip(self.towers, towers)]
+        return [tower.reading(*TOWER_VIEWS[name]) for name, tower in zip(self.towers, towers)]
 
     def _aligned(self, states: list[States]) -> list[States]:
         """The last paired layers of both views, the wider one brought to the narrower width."""

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..encoders import adapt, blocks, checkpoint_blocks
+from ..encoders import ModelInputs, adapt, blocks, checkpoint_blocks
 from ..states import Chunks
-from .activation_memory import Footprint, Plan, activation_bytes, plan_parts
+from .activation_memory import EncodingPlan, Footprint, activation_bytes, plan_parts
 from .item_encoders import FinalHeads
 
-Inputs = dict[str, Tensor]
 OPTIMIZER_COPIES = 3  # of what is trained: the gradient, and Adam's two moments
 WORKING_BLOCKS = 2  # whose insides the backward pass holds beside what was kept: one computed again, and its gradients
 
@@ -25,9 +24,9 @@ class Encoder(Protocol):
     model: nn.Module
     width: int
 
-    def final(self, inputs: Inputs) -> Tensor: ...  # [N, width], differentiable
+    def final(self, inputs: ModelInputs) -> Tensor: ...  # [N, width], differentiable
 
-    def example(self) -> Inputs: ...  # made-up contents
+    def example(self) -> ModelInputs: ...  # made-up contents
 
 
 class TunedItemEncoder(nn.Module):
@@ -82,8 +81,8 @@ class TunedItemEncoder(nn.Module):
         return self
 
     def plan(
-        self, largest: Callable[[int], list[Inputs]], items: int, free: int, items_at_once: int | None = None
-    ) -> Plan:
+        self, largest: Callable[[int], list[ModelInputs]], items: int, free: int, items_at_once: int | None = None
+    ) -> EncodingPlan:
         """How to encode `items` items a batch in `free` bytes, of which gradients and Adam's moments take their share;
         or `items_at_once` at a time, whatever is free. From here on the encoders do so.
 
@@ -102,7 +101,7 @@ class TunedItemEncoder(nn.Module):
         states = torch.cat([self._part(encoder, part) for part in chunks.parts])
         return states if chunks.order is None else states.index_select(0, chunks.order)
 
-    def _part(self, encoder: Encoder, inputs: Inputs) -> Tensor:
+    def _part(self, encoder: Encoder, inputs: ModelInputs) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(encoder.final, inputs, use_reentrant=False, preserve_rng_state=False)
         return encoder.final(inputs)
@@ -111,11 +110,11 @@ class TunedItemEncoder(nn.Module):
         """Once around all parts, so that they share the weights' copies in the products' dtype."""
         return torch.autocast(self.heads.fusion.weight.device.type, self.autocast, enabled=self.autocast is not None)
 
-    def _footprint(self, encoder: Encoder, one: Inputs, two: Inputs) -> Footprint:
+    def _footprint(self, encoder: Encoder, one: ModelInputs, two: ModelInputs) -> Footprint:
         """From one and two items: what does not grow with them, such as weights in another dtype, counts once."""
         model = encoder.model
 
-        def kept(inputs: Inputs) -> int:
+        def kept(inputs: ModelInputs) -> int:
             with self._products():
                 return activation_bytes(lambda: encoder.final(inputs), model.parameters())
 

@@ -6,14 +6,15 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .chunks import Chunks
-    from .encoder_inputs import CHECKED_AT_ONCE, batched, open_sources, view_contents
+    from .encoder_inputs import CHECKED_AT_ONCE, batched, open_sources, view_inputs
     from .extraction import GROUP_ITEMS, Extracted, extract
-    from .feature_table import FeatureTable, ViewShape, load_table
-    from .input_table import EncodedTable, open_contents
+    from .feature_table import FeatureTable, load_table
+    from .input_table import EncodedTable, open_inputs
     from .item_source import ItemSource
-    from .loader import Prepared, prepared
+    from .loader import PreparedBatch, prepared_batches
     from .placement import DEVICE_SHARE, HOST_SHARE, free_memory, size_text
     from .store import Store, content_digest, describes_view, differences, grouped_layers
+    from .view_shapes import ViewShape
 
 __all__ = [
     "CHECKED_AT_ONCE",
@@ -25,7 +26,7 @@ __all__ = [
     "GROUP_ITEMS",
     "HOST_SHARE",
     "ItemSource",
-    "Prepared",
+    "PreparedBatch",
     "Store",
     "ViewShape",
     "batched",
@@ -36,11 +37,11 @@ __all__ = [
     "free_memory",
     "grouped_layers",
     "load_table",
-    "open_contents",
+    "open_inputs",
     "open_sources",
-    "prepared",
+    "prepared_batches",
     "size_text",
-    "view_contents",
+    "view_inputs",
 ]
 
 __getattr__ = lazy_names(__name__, __file__)

@@ -23,7 +23,7 @@ from ..workers import calls_ahead
 from .store import DIGEST_BYTES, content_digest
 
 if TYPE_CHECKING:  # importing transformers takes seconds
-    from ..encoders import Backbone, Inputs, TextBackbone
+    from ..encoders import Backbone, ModelInputs, TextBackbone
 
 BLANK = Image.new("RGB", (224, 224), "white")
 CHECKED_AT_ONCE = 64  # rows
@@ -34,20 +34,20 @@ New = tuple[int, str]  # a row to encode, and what is wrong with its content, if
 
 
 @dataclass(frozen=True)
-class Batch:
+class EncoderBatch:
     """N items, ready for the encoder."""
 
     rows: Sequence[int]  # of the catalogue
     digests: list[bytes]
-    inputs: Inputs  # [N, …] each, on the CPU
+    inputs: ModelInputs  # [N, …] each, on the CPU
     blank: int  # how many of them are blank images
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> EncoderBatch:
         """The same in pinned memory, from where a GPU copies by itself."""
         return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
 
 
-class Contents(Protocol):
+class ViewInputs(Protocol):
     """One view's contents."""
 
     remedy: str  # for those that are missing, to end a message
@@ -58,7 +58,7 @@ class Contents(Protocol):
     def arrange(self, rows: list[int]) -> list[int]:
         """The rows in the order that suits the encoder best."""
 
-    def batch(self, rows: Sequence[int]) -> Batch:
+    def batch(self, rows: Sequence[int]) -> EncoderBatch:
         """Arranged rows, ready for the encoder."""
 
 
@@ -74,24 +74,24 @@ def open_sources(
     return open_images(dataset.root) if any(view.source == "image" for view in views) else nullcontext()
 
 
-def view_contents(
+def view_inputs(
     backbone: Backbone,
     dataset: Dataset,
     images: ImageFolder | ImageLmdb | None,
     missing_images: str,
-    prepare: Callable[[Sequence[Image.Image]], Inputs] | None = None,
-) -> Texts | Images:
+    prepare: Callable[[Sequence[Image.Image]], ModelInputs] | None = None,
+) -> TextInputs | ImageInputs:
     """What the view's encoder is to read of a dataset; `prepare` does for images in place of the encoder's own."""
     source = backbone.view.source
     if source == "image":
         fill_blank = missing_images == "blank"
-        return Images(images, dataset.sequences.item_ids, prepare or backbone.preparation, fill_blank)
+        return ImageInputs(images, dataset.sequences.item_ids, prepare or backbone.preparation, fill_blank)
     remedy = "; --missing-captions title lets titles stand in for them" if source == "caption" else ""
-    return Texts(dataset.texts(source), backbone, remedy)
+    return TextInputs(dataset.texts(source), backbone, remedy)
 
 
 def new_rows(
-    view: str, contents: Contents, stored: Sequence[bytes | None], item_ids: Sequence[str], workers: int = 0
+    view: str, contents: ViewInputs, stored: Sequence[bytes | None], item_ids: Sequence[str], workers: int = 0
 ) -> list[int]:
     """The rows whose `stored` digests do not stand for a view's contents (None never does), arranged for the encoder.
 
@@ -118,7 +118,7 @@ def batched(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-class Texts:
+class TextInputs:
     """Titles or captions. Arranging tokenizes them; only the token numbers are kept, 4 bytes each."""
 
     def __init__(self, texts: Sequence[str | None], backbone: TextBackbone, remedy: str = "") -> None:
@@ -148,11 +148,11 @@ class Texts:
         self._tokens = np.concatenate(tokens)
         return [rows[index] for index in np.argsort(-self._lengths[rows], kind="stable")]
 
-    def batch(self, rows: Sequence[int]) -> Batch:
+    def batch(self, rows: Sequence[int]) -> EncoderBatch:
         """Arranged rows, padded to the longest of them."""
         tokens = [self._tokens[self._starts[row] :][: self._lengths[row]] for row in rows]
         digests = [content_digest((self.texts[row] or "").encode()) for row in rows]
-        return Batch(rows, digests, self.backbone.pad(tokens), blank=0)
+        return EncoderBatch(rows, digests, self.backbone.pad(tokens), blank=0)
 
     @property
     def longest(self) -> int:
@@ -173,7 +173,7 @@ class Texts:
         return ids
 
 
-class Images:
+class ImageInputs:
     """A dataset's images, decoded and prepared as they are asked for. May be sent to another process."""
 
     remedy = "; --missing-images blank fills them"
@@ -182,7 +182,7 @@ class Images:
         self,
         images: ImageFolder | ImageLmdb,
         item_ids: list[str],
-        prepare: Callable[[Sequence[Image.Image]], Inputs],
+        prepare: Callable[[Sequence[Image.Image]], ModelInputs],
         fill_blank: bool,
     ) -> None:
         self.images, self.item_ids, self.prepare, self.fill_blank = images, item_ids, prepare, fill_blank
@@ -200,11 +200,11 @@ class Images:
         """As they come: all images are of one size to the encoder."""
         return rows
 
-    def batch(self, rows: Sequence[int]) -> Batch:
+    def batch(self, rows: Sequence[int]) -> EncoderBatch:
         """Rows, decoded one at a time. Raises InputError for an image that has gone or broken since it was checked."""
         digests, inputs, blanks = zip(*map(self._read, rows))
         merged = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
-        return Batch(rows, list(digests), merged, sum(blanks))
+        return EncoderBatch(rows, list(digests), merged, sum(blanks))
 
     def _accepted(self, content: bytes | None) -> tuple[bytes, ...]:
         """Digests with which stored states still stand."""
@@ -220,7 +220,7 @@ class Images:
             return str(error)
         return ""
 
-    def _read(self, row: int) -> tuple[bytes, Inputs, bool]:
+    def _read(self, row: int) -> tuple[bytes, ModelInputs, bool]:
         """Digest, what the encoder reads [1, …], and whether it is blank."""
         content = self.images.content(self.item_ids[row])
         try:

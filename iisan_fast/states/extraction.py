@@ -23,11 +23,11 @@ from ..encoders import Backbone, load_backbones
 from ..errors import InputError
 from ..progress import progress_bar
 from ..workers import calls_ahead, worker_count
-from .encoder_inputs import Batch, Contents, batched, new_rows, open_sources, view_contents
+from .encoder_inputs import EncoderBatch, ViewInputs, batched, new_rows, open_sources, view_inputs
 from .store import Store
 
 LOGGER = logging.getLogger(__name__)
-LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
+STATE_LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
 GROUP_ITEMS, GROUP_BYTES = 1024, 32 << 20  # a transaction takes as many states as reach either; a kill loses one group
 
 
@@ -66,7 +66,7 @@ def extract(
         images = stack.enter_context(open_sources(dataset, views, missing_images))
         jobs = []
         for view, backbone in zip(views, load_backbones(views, device, attention)):
-            contents = view_contents(backbone, dataset, images, missing_images)
+            contents = view_inputs(backbone, dataset, images, missing_images)
             description = _describe(backbone, view, dtype, dataset)
             jobs.append(_Job(view.name, contents, backbone, description, workers if view.source == "image" else 0))
         descriptions = {job.name: job.description for job in jobs}
@@ -79,7 +79,7 @@ def extract(
 @dataclass(frozen=True)
 class _Job:
     name: str
-    contents: Contents
+    contents: ViewInputs
     backbone: Backbone
     description: dict[str, Any]
     workers: int | None  # that read its contents; None: not decided
@@ -99,7 +99,7 @@ class _Writer:
     def __exit__(self, *_: object) -> None:
         self._flush()
 
-    def add(self, batch: Batch, states: Tensor) -> None:
+    def add(self, batch: EncoderBatch, states: Tensor) -> None:
         """Takes a batch's states [N, K, D], wherever they lie. Raises InputError for states that are not finite."""
         self.pending.append((batch.rows, batch.digests, states.to(self.dtype)))
         items = sum(len(states) for *_, states in self.pending)
@@ -124,7 +124,7 @@ class _Writer:
 
 def _describe(backbone: Backbone, view: ViewConfig, dtype: str, dataset: Dataset) -> dict[str, Any]:
     source = {"source": view.source} | ({} if view.source == "image" else dataset.how_read(view.source))
-    versions = {name: metadata.version(name) for name in LIBRARIES}
+    versions = {name: metadata.version(name) for name in STATE_LIBRARIES}
     return {**source, **backbone.describe(), "dtype": dtype, "versions": versions}
 
 

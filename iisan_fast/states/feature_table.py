@@ -20,11 +20,10 @@ from ..kernels import States
 from .item_source import Gathered
 from .placement import place
 from .store import Store, kept_positions
+from .view_shapes import ViewShape
 
 ITEMS_AT_ONCE = 4096  # read from the store
 STATES_AT_ONCE = 8192  # items whose states are read at a time when all are
-
-ViewShape = tuple[int, int]  # kept layers K, width D
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class FeatureTable:
     @property
     def shapes(self) -> list[ViewShape]:
         """(kept layers K, width D) of each view."""
-        return [(view.shape[1], view.shape[2]) for view in self.views]
+        return _shapes(self.views)
 
     @property
     def rows(self) -> int:
@@ -53,7 +52,7 @@ class FeatureTable:
         """What has to be copied ahead of reading: nothing."""
         return Gathered([])
 
-    def states(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
+    def read(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
         """The views, to be read at item numbers int64 [N] where they lie."""
         return [States(view, items) for view in self.views]
 
@@ -80,7 +79,7 @@ class GatheredTable(ABC):
             self._read(view, items, buffer)
         return Gathered(buffers)
 
-    def states(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
+    def read(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
         """The rows on the device, in the order asked for."""
         gathered = gathered or self.gather(items)
         return [States(rows.to(self.device, non_blocking=True)) for rows in gathered.tensors]
@@ -98,8 +97,7 @@ class PinnedTable(GatheredTable):
     """In host memory, pinned where the device is CUDA."""
 
     def __init__(self, views: tuple[Tensor, ...], device: torch.device) -> None:
-        shapes = [(view.shape[1], view.shape[2]) for view in views]
-        super().__init__(shapes, [view.dtype for view in views], len(views[0]), device)
+        super().__init__(_shapes(views), [view.dtype for view in views], len(views[0]), device)
         self.views = views
 
     def close(self) -> None:
@@ -143,9 +141,6 @@ class MappedTable(GatheredTable):
             into.copy_(own)
 
 
-Table = FeatureTable | PinnedTable | MappedTable
-
-
 def load_table(
     cache: Path,
     views: Iterable[str],
@@ -154,7 +149,7 @@ def load_table(
     placement: str = "auto",
     dtype: torch.dtype | None = None,
     layer_groups: int | None = None,
-) -> Table:
+) -> FeatureTable | PinnedTable | MappedTable:
     """The named views of a store, in `dtype` (the store's where None), placed where asked or where there is room.
 
     `layer_groups` keeps the embedding output and the last block of as many groups of the encoder's blocks. Raises
@@ -184,9 +179,14 @@ def load_table(
     return FeatureTable(tables) if where == "device" else PinnedTable(tables, device)
 
 
-def _shape(view: dict[str, Any], kept: list[int] | None) -> ViewShape:
-    """(kept layers, width) of a store's view."""
-    return len(view["layers"] if kept is None else kept), view["width"]
+def _shapes(views: tuple[Tensor, ...]) -> list[ViewShape]:
+    """Return the shapes of views [items, K, D]."""
+    return [ViewShape(view.shape[1], view.shape[2]) for view in views]
+
+
+def _shape(view: dict[str, Any], positions: list[int] | None) -> ViewShape:
+    """Return the shape of a stored view's layers at `positions` (None: of all its layers)."""
+    return ViewShape(len(view["layers"] if positions is None else positions), view["width"])
 
 
 def _load(store: Store, name: str, item_ids: list[str], kept: list[int] | None, table: Tensor) -> Tensor:

@@ -17,29 +17,29 @@ from torch import Tensor
 
 from ..config import ViewConfig
 from ..data import Dataset
-from ..encoders import Backbone, ByteForm, Inputs, load_backbones
+from ..encoders import Backbone, ByteForm, ModelInputs, load_backbones
 from ..errors import InputError
 from ..kernels import States
 from ..progress import progress_bar
 from ..workers import calls_ahead, usable_cpus, worker_count
 from .chunks import Chunks
-from .encoder_inputs import BLANK, Images, Texts, batched, new_rows, open_sources, view_contents
-from .feature_table import ViewShape
+from .encoder_inputs import BLANK, ImageInputs, TextInputs, batched, new_rows, open_sources, view_inputs
 from .item_source import Gathered
 from .placement import place
+from .view_shapes import ViewShape
 
 LOGGER = logging.getLogger(__name__)
-CONTENTS_AT_ONCE = 256  # items that are encoded at a time when all are
+INPUTS_AT_ONCE = 256  # items that are encoded at a time when all are
 PART_ITEMS = {"cpu": 64, "cuda": 256}  # near-equal lengths matter more to the one, large products to the other
 DECODED_AT_ONCE = 64  # images a call, while a table is filled
 MAX_DECODERS = 16  # threads
 
 
-class ContentTable:
+class InputTable:
     """The contents of a catalogue's items, for one or more views. Padding reads as some content or other."""
 
     index_device = torch.device("cpu")
-    items_at_once = CONTENTS_AT_ONCE
+    items_at_once = INPUTS_AT_ONCE
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class ContentTable:
         device: torch.device,
         opened: ExitStack,
     ) -> None:
-        """Made by `open_contents`; `opened` is what `close` gives back."""
+        """Made by `open_inputs`; `opened` is what `close` gives back."""
         self.backbones, self.rows, self.part_items, self.device = backbones, rows, part_items, device
         self._views, self._opened = views, opened
 
@@ -59,7 +59,7 @@ class ContentTable:
         found = [view.gather(items, self.part_items) for view in self._views]
         return Gathered([tensor for each in found for tensor in each.tensors], [each.layout for each in found])
 
-    def states(self, items: Tensor, gathered: Gathered | None = None) -> list[Chunks]:
+    def read(self, items: Tensor, gathered: Gathered | None = None) -> list[Chunks]:
         """What the encoder of each view reads of items int64 [N], on the device."""
         gathered = gathered or self.gather(items)
         items = items.to(self.device, non_blocking=True)
@@ -68,7 +68,7 @@ class ContentTable:
             view.chunks(items, tensors, layout, self.part_items) for view, layout in zip(self._views, gathered.layout)
         ]
 
-    def largest(self, count: int) -> list[Inputs]:
+    def largest(self, count: int) -> list[ModelInputs]:
         """What each view's encoder reads of so many items at once, all as large as the largest there is."""
         found = []
         for view in self._views:
@@ -90,16 +90,16 @@ class EncodedTable:
     """
 
     index_device = torch.device("cpu")
-    items_at_once = CONTENTS_AT_ONCE
+    items_at_once = INPUTS_AT_ONCE
 
-    def __init__(self, contents: ContentTable, stored: torch.dtype, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, contents: InputTable, stored: torch.dtype, dtype: torch.dtype | None = None) -> None:
         self.contents, self.stored, self.dtype = contents, stored, dtype or stored
         self.rows = contents.rows
 
     @property
     def shapes(self) -> list[ViewShape]:
         """(kept layers K, width D) of each view."""
-        return [(len(backbone.layers), backbone.width) for backbone in self.contents.backbones]
+        return [ViewShape(len(backbone.layers), backbone.width) for backbone in self.contents.backbones]
 
     def gather(self, items: Tensor) -> Gathered:
         """Contents of item numbers int64 [N] on the host; of padding, which stands last, none."""
@@ -107,11 +107,11 @@ class EncodedTable:
         gathered = self.contents.gather(items[:count])
         return gathered._replace(layout=(count, gathered.layout))
 
-    def states(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
+    def read(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
         """Each view's states [N, K, D] on the device; zeros for padding."""
         gathered = gathered or self.gather(items)
         count, layout = gathered.layout
-        contents = self.contents.states(items[:count], gathered._replace(layout=layout))
+        contents = self.contents.read(items[:count], gathered._replace(layout=layout))
         found = []
         for (layers, width), backbone, chunks in zip(self.shapes, self.contents.backbones, contents):
             # Encoders give inference tensors, which autograd cannot save: they are copied into ordinary ones.
@@ -126,7 +126,7 @@ class EncodedTable:
         self.contents.close()
 
 
-def open_contents(
+def open_inputs(
     dataset: Dataset,
     views: Sequence[ViewConfig],
     device: torch.device,
@@ -135,7 +135,7 @@ def open_contents(
     part_items: int | None = None,
     workers: int | None = None,
     attention: str = "auto",
-) -> ContentTable:
+) -> InputTable:
     """Views' encoders, frozen, with this attention, and what they read of every item: at most `part_items` at a time
     (None: as suits the device).
 
@@ -157,19 +157,19 @@ def open_contents(
         where = place("image table", placement, size, device, home) if size else "mapped"
         opened_views = []
         for backbone, form in zip(backbones, forms):
-            contents = view_contents(backbone, dataset, images, missing_images, form and form.prepare)
-            if isinstance(contents, Texts):
+            contents = view_inputs(backbone, dataset, images, missing_images, form and form.prepare)
+            if isinstance(contents, TextInputs):
                 new_rows(backbone.view.name, contents, [None] * len(item_ids), item_ids)
                 opened_views.append(_TextView(contents, device))
             else:
                 opened_views.append(_image_view(backbone, contents, form, where, workers, threads))
-        return ContentTable(backbones, opened_views, 1 + len(item_ids), part_items, device, opened.pop_all())
+        return InputTable(backbones, opened_views, 1 + len(item_ids), part_items, device, opened.pop_all())
 
 
 class _TextView:
     """Token numbers in host memory, from where a batch's cross to the device in one tensor."""
 
-    def __init__(self, texts: Texts, device: torch.device) -> None:
+    def __init__(self, texts: TextInputs, device: torch.device) -> None:
         self.texts, self.device = texts, device
         self.largest = 1 + texts.longest
 
@@ -239,7 +239,7 @@ class _GatheredImages:
 class _Decoder:
     """Reads images from a dataset's files, several at once: Pillow lets other threads run while it decodes."""
 
-    def __init__(self, images: Images, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, images: ImageInputs, threads: ThreadPoolExecutor) -> None:
         self.images, self.threads = images, threads
 
     def __call__(self, items: Tensor, into: Tensor) -> None:
@@ -254,7 +254,7 @@ class _Decoder:
 
 def _image_view(
     backbone: Backbone,
-    images: Images,
+    images: ImageInputs,
     form: ByteForm | None,
     where: str,
     workers: int | None,
@@ -285,7 +285,7 @@ def _image_view(
     return _GatheredImages(select, blank, form, device)
 
 
-def _fill(view: str, images: Images, table: Tensor, workers: int) -> None:
+def _fill(view: str, images: ImageInputs, table: Tensor, workers: int) -> None:
     """Puts the bytes of every image into rows 1 and on. Raises InputError that names those which cannot be read."""
     count, blank = len(images.item_ids), 0
     requests = batched(range(count), DECODED_AT_ONCE)

@@ -29,7 +29,7 @@ class ItemSource(Protocol):
     def gather(self, items: Tensor) -> Gathered:
         """The host's part for item numbers int64 [N] on the host, any padding last."""
 
-    def states(self, items: Tensor, gathered: Gathered | None = None) -> list[Any]:
+    def read(self, items: Tensor, gathered: Gathered | None = None) -> list[Any]:
         """What an item encoder reads of items, on the device, for each view; without `gathered`, gathers itself.
 
         items: int64 [N], the numbers that were gathered for; on the device then, else on `index_device`.

@@ -21,18 +21,18 @@ AHEAD = 2  # batches
 TOGETHER = 8  # batches are laid out one after the other: the first finds the caches full of a step's numbers
 
 
-class Prepared(NamedTuple):
+class PreparedBatch(NamedTuple):
     """A batch on the device, and what the item encoder reads of its distinct items."""
 
     batch: Batch
-    states: list[States] | list[Chunks]
-    rows: int  # that count
-    slots: int  # of histories in it
+    item_inputs: list[States] | list[Chunks]  # a view each
+    rows: int  # real ones, without padding
+    slots: int  # of the users' histories
 
 
-def prepared(
+def prepared_batches(
     batches: Iterator[Batch], source: ItemSource, device: torch.device, pad: Callable[[Shape], Shape] | None = None
-) -> Generator[Prepared, None, None]:
+) -> Generator[PreparedBatch, None, None]:
     """The batches in order, each made while the steps before it run: checked, padded as `pad` says, what the source
     has on the host of its items gathered, and all copied to the device on a stream of its own.
     """
@@ -56,9 +56,9 @@ class _Waiting(NamedTuple):
 
 
 def _checked(batches: Iterator[Batch], table_rows: int) -> Iterator[Batch]:
-    """The batches; one that cannot be laid out, or that the table does not hold, is told before those beside it."""
-    while some := [batch.checked(table_rows) for batch in itertools.islice(batches, TOGETHER)]:
-        yield from some
+    """Check the batches, several at a time, and yield them. A bad one raises before the others of its group."""
+    while checked := [batch.checked(table_rows) for batch in itertools.islice(batches, TOGETHER)]:
+        yield from checked
 
 
 @functools.cache
@@ -92,12 +92,12 @@ def _moved(waiting: _Waiting | None, device: torch.device, copies: torch.cuda.St
         return waiting._replace(batch=batch, packed=None, gathered=gathered, copied=copies.record_event())
 
 
-def _arrived(moved: _Waiting, source: ItemSource, device: torch.device) -> Prepared:
+def _arrived(moved: _Waiting, source: ItemSource, device: torch.device) -> PreparedBatch:
     """The copies waited for, by the device alone."""
     if moved.copied is not None:
         current = torch.cuda.current_stream(device)
         current.wait_event(moved.copied)
         for tensor in (moved.batch.buffer, *moved.gathered.tensors):
             tensor.record_stream(current)
-    states = source.states(moved.batch.distinct, moved.gathered)
-    return Prepared(moved.batch, states, moved.rows, moved.slots)
+    item_inputs = source.read(moved.batch.distinct, moved.gathered)
+    return PreparedBatch(moved.batch, item_inputs, moved.rows, moved.slots)

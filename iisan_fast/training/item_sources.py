@@ -16,7 +16,7 @@ from ..config import SIDE_METHODS, TUNING_METHODS, RunConfig, UncachedConfig, Vi
 from ..data import Dataset, Sequences, load_dataset
 from ..errors import InputError, first_few
 from ..models import check_views
-from ..states import FeatureTable, ItemSource, Store, content_digest, load_table
+from ..states import FeatureTable, ItemSource, Store, ViewShape, content_digest, load_table
 
 Descriptions = dict[str, dict[str, Any]]  # by view's name
 
@@ -113,7 +113,7 @@ def _open_cache(
 
 def _refuse_unfit_views(config: RunConfig, views: Descriptions) -> None:
     """Before states are read, views that the method cannot take."""
-    shapes = [(len(view["layers"]), view["width"]) for view in views.values()]
+    shapes = [ViewShape(len(view["layers"]), view["width"]) for view in views.values()]
     if config.model.method in SIDE_METHODS and config.model.layer_groups is None:
         check_views(shapes, config.model)
     if config.model.method == "frozen":
@@ -133,11 +133,11 @@ def _open_encoders(
     placement: str,
     dtype: torch.dtype | None,
 ) -> tuple[ItemSource, Descriptions]:
-    from ..states import EncodedTable, open_contents  # imports transformers, which takes seconds
+    from ..states import EncodedTable, open_inputs  # imports transformers, which takes seconds
 
     tuned = config.model.method in TUNING_METHODS
     views = [_resolved(view, config.model.layer_groups, tuned) for view in uncached.views]
-    contents = open_contents(dataset, views, device, placement, uncached.missing_images, attention=uncached.attention)
+    contents = open_inputs(dataset, views, device, placement, uncached.missing_images, attention=uncached.attention)
     descriptions = {
         view.name: {
             "source": view.source,

@@ -12,7 +12,7 @@ import torch
 from ..config import TUNING_METHODS, RunConfig
 from ..data import Sequences
 from ..errors import InputError
-from ..models import Plan, Recommender
+from ..models import EncodingPlan, Recommender
 from ..states import DEVICE_SHARE, HOST_SHARE, ItemSource, free_memory, size_text
 
 LOGGER = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Demand:
         """Decides how many items a trained encoder takes at a time, and says so."""
         self.device, self.users = device, config.train.batch_users
         self.items = min(self.users * (sequences.max_inputs + 1), source.rows - 1)
-        self.plan: Plan | None = None
+        self.plan: EncodingPlan | None = None
         self.tuned = config.model.method in TUNING_METHODS
         if self.tuned:
             self.plan = self._planned(config, source, model)
@@ -53,7 +53,7 @@ class Demand:
                 f"whose {kept} take up to {size_text(self.estimate)} by estimate; lower {lower}, or try --table pinned"
             ) from error
 
-    def _planned(self, config: RunConfig, source: ItemSource, model: Recommender) -> Plan:
+    def _planned(self, config: RunConfig, source: ItemSource, model: Recommender) -> EncodingPlan:
         free = free_memory(self.device)
         share = DEVICE_SHARE if self.device.type == "cuda" else HOST_SHARE
         room = sys.maxsize if free is None else int(share * free)

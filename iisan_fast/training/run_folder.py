@@ -24,7 +24,7 @@ from ..errors import InputError
 from ..files import write_atomically
 from ..states import describes_view
 
-LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")
+RUN_LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")
 DECIDES_ROUNDING = ("torch", "device", "kernels")  # of an environment
 ON_A_CPU = ("threads", "processor", "compiler")  # likewise
 
@@ -117,7 +117,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "iisan_fast": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,  # the build's tag included
-        **{name: metadata.version(name) for name in LIBRARIES},
+        **{name: metadata.version(name) for name in RUN_LIBRARIES},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
         "threads": torch.get_num_threads(),

@@ -18,10 +18,10 @@ from torch import Tensor
 from ..config import SIDE_METHODS, TUNING_METHODS, EvaluationConfig, RunConfig, TrainConfig, read_settings
 from ..data import Sequences, Shape, epoch_batches, load_dataset, steps_per_epoch
 from ..errors import InputError
-from ..evaluation import evaluate, leading, parameter_counts, popularity_baseline
+from ..evaluation import evaluate, headline_metrics, parameter_counts, popularity_baseline
 from ..models import build_recommender
 from ..progress import progress_bar
-from ..states import ItemSource, Prepared, differences, prepared
+from ..states import ItemSource, PreparedBatch, differences, prepared_batches
 from .checkpoints import adam_tensors, load_adam, load_checkpoint, load_weights, named_weights, save_checkpoint
 from .item_sources import dataset_again, open_source, refuse_changed_texts, refuse_missing_libraries
 from .memory_budget import Demand
@@ -143,7 +143,7 @@ class Trainer:
             kept = f"the checkpoint of epoch {progress.epoch} is kept" if progress.epoch else "no epoch was finished"
             raise InputError(f"{folder.path}: stopped in epoch {progress.epoch + 1}: {error}; {kept}") from None
         progress.epoch += 1
-        hr = leading(report)[f"hr@{SELECTED_BY}"]
+        hr = headline_metrics(report)[f"hr@{SELECTED_BY}"]
         improved = hr > progress.best_hr
         if improved:
             progress.best_epoch, progress.best_hr = progress.epoch, hr
@@ -184,19 +184,19 @@ class Trainer:
                 advance(prepared.slots, note=note)
         return total / rows
 
-    def batches(self, epoch: int) -> Generator[Prepared, None, None]:
+    def batches(self, epoch: int) -> Generator[PreparedBatch, None, None]:
         """An epoch's batches, prepared ahead."""
         config, pad = self.config.train, None
         if self.captured is not None:
             users = min(config.batch_users, len(self.sequences.training_users))
             pad = functools.partial(Shape.padded, users=users, length=self.sequences.max_inputs)
         batches = epoch_batches(self.sequences, config.batch_users, config.seed, epoch)
-        return prepared(batches, self.source, self.device, pad)
+        return prepared_batches(batches, self.source, self.device, pad)
 
-    def take(self, prepared: Prepared) -> Tensor:
+    def take(self, prepared: PreparedBatch) -> Tensor:
         """One optimizer step; returns the loss before it, a scalar on the device."""
         with self.demand.told():
-            return (self.captured or self.step)(prepared.batch, prepared.states)
+            return (self.captured or self.step)(prepared.batch, prepared.item_inputs)
 
     def _read(self) -> tuple[float, int]:
         """(sum of losses, rows) since the last reading. Raises InputError where a loss was not finite."""

@@ -17,7 +17,7 @@ from iisan_fast.bench.machine import NOT_MEASURED, demo_sequences
 from iisan_fast.config import EvaluationConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.errors import InputError
-from iisan_fast.evaluation.metrics import metrics, target_ranks
+from iisan_fast.evaluation.metrics import ranking_metrics, target_ranks
 from iisan_fast.states.feature_table import FeatureTable
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_the_forms_agree_and_name_their_stages(work):
     found = bench.agreement(dense, fast, work)["agreement"]
     assert found["users"] == 30 and found["largest_rank_difference"] <= found["rank_tolerance"]
     assert found["hr@10"]["dense"] == dense.metrics["hr@10"]
-    assert fast.metrics["hr@10"] == metrics(fast.ranks, (10,))["hr@10"]
+    assert fast.metrics["hr@10"] == ranking_metrics(fast.ranks, (10,))["hr@10"]
 
 
 def test_the_form_for_cuda_evaluates_the_states_as_a_run_holds_them(work):

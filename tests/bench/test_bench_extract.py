@@ -16,7 +16,7 @@ from iisan_fast import demo
 from iisan_fast.bench import extract as bench
 from iisan_fast.bench.extract import ExtractSettings, Measured
 from iisan_fast.bench.machine import NOT_MEASURED
-from iisan_fast.bench.memory import PeakMemory, descendants, proportional_set_size
+from iisan_fast.bench.peak_memory import PeakMemory, descendants, proportional_set_size
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.errors import InputError
 

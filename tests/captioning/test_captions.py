@@ -35,7 +35,7 @@ from helpers.datasets import make_sequences, write_dataset_folder
 from iisan_fast import demo
 from iisan_fast.captioning import captions as captioning
 from iisan_fast.captioning.caption_images import Covers, Frames, natural, problems, spread
-from iisan_fast.captioning.captions import LOCK, Captioned, caption
+from iisan_fast.captioning.captions import LOCK_FILE, Captioned, caption
 from iisan_fast.config import ProtocolConfig, ViewConfig
 from iisan_fast.data.items import open_images
 from iisan_fast.data.sequences import load_dataset
@@ -223,7 +223,10 @@ def test_captions_become_the_text_of_a_view(root, chat_model, tmp_path):
 
 
 def test_two_runs_do_not_write_at_once(root, fake):
-    with locked(root / LOCK, "busy"), pytest.raises(InputError, match="another process is captioning this dataset"):
+    with (
+        locked(root / LOCK_FILE, "busy"),
+        pytest.raises(InputError, match="another process is captioning this dataset"),
+    ):
         run(root)
     assert not (root / "captions.tsv").exists()
     assert run(root).captioned == ITEMS

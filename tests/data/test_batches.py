@@ -163,7 +163,7 @@ def test_padding_changes_neither_the_loss_nor_a_gradient(training, extra):
     found = []
     for each in (batch, batch.padded(shape), batch.padded(batch.shape.padded(len(training), 12))):
         model.zero_grad()
-        loss = model.loss(each, table.states(each.distinct))
+        loss = model.loss(each, table.read(each.distinct))
         loss.backward()
         found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
     for padded in found[1:]:

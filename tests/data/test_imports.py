@@ -361,8 +361,8 @@ def test_order_is_that_of_pythons_stable_sort(tmp_path_factory, rows, read, writ
         histories.setdefault(f"u{user}", []).append((time, f"i{item}"))
     content = HEADER + "".join(f"u{user},i{item},{time}\n" for user, item, time in rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "ROWS", read)
-        patch.setattr(dataset_module, "ROWS", written)
+        patch.setattr(tables, "READ_AT_ONCE", read)
+        patch.setattr(dataset_module, "WRITTEN_AT_ONCE", written)
         out = imported_csv(tmp_path, content)
     ordered = {user: sorted(history, key=lambda pair: pair[0]) for user, history in histories.items()}
     for name, column in (("times", 0), ("users", 1)):

@@ -11,7 +11,7 @@ import iisan_fast.evaluation.metrics as evaluation
 from helpers.datasets import make_sequences
 from iisan_fast.config import EvaluationConfig
 from iisan_fast.errors import InputError
-from iisan_fast.evaluation.metrics import evaluate, metrics, popularity_baseline
+from iisan_fast.evaluation.metrics import evaluate, popularity_baseline, ranking_metrics
 
 KS = (1, 5, 10, 50)
 
@@ -80,10 +80,10 @@ def test_an_unreachable_target_is_a_miss_when_masked():
 
 
 def test_ties_count_half():
-    values = metrics(np.array([1.5, 2.0]), (1, 2))
+    values = ranking_metrics(np.array([1.5, 2.0]), (1, 2))
     assert values["hr@1"] == 0 and values["hr@2"] == 1
     assert values["mrr"] == pytest.approx((1 / 1.5 + 1 / 2) / 2)
-    assert metrics(np.array([]), (1,)) == {"hr@1": None, "ndcg@1": None, "mrr": None}
+    assert ranking_metrics(np.array([]), (1,)) == {"hr@1": None, "ndcg@1": None, "mrr": None}
 
 
 def test_popularity_ranks_by_training_count():

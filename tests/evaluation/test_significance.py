@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from iisan_fast.errors import InputError
 from iisan_fast.evaluation import significance
-from iisan_fast.evaluation.metrics import gains, metrics
+from iisan_fast.evaluation.metrics import ranking_metrics, user_gains
 from iisan_fast.evaluation.significance import paired_test
 
 FEW = st.lists(st.integers(-9, 9), min_size=1, max_size=9)
@@ -124,7 +124,7 @@ def test_figures_that_are_no_pairs(a, b, message):
 
 
 def test_gains_by_hand():
-    found = gains(np.array([1, 3, 1.5, 4, np.inf]), 3)
+    found = user_gains(np.array([1, 3, 1.5, 4, np.inf]), 3)
     assert found["hr@3"].tolist() == [1, 1, 1, 0, 0]
     assert found["ndcg@3"].tolist() == pytest.approx([1, 0.5, 0.7564707973660301, 0, 0])
 
@@ -132,7 +132,7 @@ def test_gains_by_hand():
 @given(st.lists(st.integers(2, 100).map(lambda doubled: doubled / 2), min_size=1), st.integers(1, 50))
 def test_metrics_are_the_means_of_gains(ranks, k):
     ranks = np.array(ranks)
-    values = metrics(ranks, (k,))
+    values = ranking_metrics(ranks, (k,))
     assert {name: values[name] for name in (f"hr@{k}", f"ndcg@{k}")} == {
-        name: gain.mean() for name, gain in gains(ranks, k).items()
+        name: gain.mean() for name, gain in user_gains(ranks, k).items()
     }

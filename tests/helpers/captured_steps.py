@@ -18,7 +18,7 @@ from helpers.training_steps import assert_identical, everything
 from iisan_fast.config import ModelConfig, RunConfig, TrainConfig
 from iisan_fast.data.sequences import Sequences
 from iisan_fast.states.feature_table import load_table
-from iisan_fast.states.loader import Prepared
+from iisan_fast.states.loader import PreparedBatch
 from iisan_fast.training.trainer import Trainer
 
 USERS, ITEMS, SHAPES = 250, 600, [(3, 48), (3, 48)]
@@ -73,11 +73,11 @@ def check_captured_equals_eager(eager: Trainer, captured: Trainer) -> None:
     assert sums[0].loss == pytest.approx(sums[1].loss, rel=1e-4)
 
 
-def capture_without_trace(trainer: Trainer, each: Prepared) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
+def capture_without_trace(trainer: Trainer, each: PreparedBatch) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
     """(what replays a step on this batch, what Adam keeps that it did not before)."""
     before, record = everything(trainer.step), trainer.step.record.clone()
     packed = each.batch.packed() if each.batch.buffer is None else each.batch.buffer  # none on a CPU
-    *_, replay = trainer.captured._prepare(packed, each.batch.shape, each.states)
+    *_, replay = trainer.captured._prepare(packed, each.batch.shape, each.item_inputs)
     after = everything(trainer.step)
     new = {name: after.pop(name) for name in after.keys() - before.keys()}
     assert_identical(after, before)

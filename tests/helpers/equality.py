@@ -29,7 +29,7 @@ from iisan_fast.data.sequences import Sequences
 from iisan_fast.kernels.cpu import library as native
 from iisan_fast.models.recommender import Recommender
 from iisan_fast.states.feature_table import FeatureTable, PinnedTable, load_table
-from iisan_fast.states.loader import prepared
+from iisan_fast.states.loader import prepared_batches
 from iisan_fast.training.training_step import CapturedStep, TrainingStep
 
 
@@ -101,14 +101,14 @@ def from_recommender(step: Step) -> Result:
     """One op after the other, and autograd."""
     model = step.recommender()
     batch = make_batch(step.sequences, step.users, step.step)
-    return _differentiated(model, model.loss(batch, step.table.states(batch.distinct)))
+    return _differentiated(model, model.loss(batch, step.table.read(batch.distinct)))
 
 
 def from_trainer(step: Step) -> Result:
     """What the trainer runs: on a CPU all gradients from one op, where the model is one that it takes."""
     model = step.recommender()
     batch = make_batch(step.sequences, step.users, step.step)
-    loss = model.differentiate(batch, step.table.states(batch.distinct))
+    loss = model.differentiate(batch, step.table.read(batch.distinct))
     return Result(loss, {name: parameter.grad for name, parameter in _named(model)})
 
 
@@ -117,7 +117,7 @@ def from_bucketed(step: Step) -> Result:
     model = step.recommender()
     batch = make_batch(step.sequences, step.users, step.step)
     padded = batch.padded(batch.shape.padded(len(step.users) + 3, step.sequences.max_inputs))
-    return _differentiated(model, model.loss(padded, step.table.states(padded.distinct)))
+    return _differentiated(model, model.loss(padded, step.table.read(padded.distinct)))
 
 
 def from_packed(step: Step) -> Result:
@@ -126,14 +126,14 @@ def from_packed(step: Step) -> Result:
     batch = make_batch(step.sequences, step.users, step.step)
     padded = batch.padded(batch.shape.padded(len(step.users), step.sequences.max_inputs))
     static = Batch.unpacked(padded.packed(), padded.shape)
-    return _differentiated(model, model.loss(static, step.table.states(static.distinct)))
+    return _differentiated(model, model.loss(static, step.table.read(static.distinct)))
 
 
 def from_pinned(step: Step) -> Result:
     """The table in host memory, its rows gathered ahead."""
     model, table = step.recommender(), PinnedTable(step.table.views, torch.device("cpu"))
-    (found,) = prepared(iter([make_batch(step.sequences, step.users, step.step)]), table, torch.device("cpu"))
-    return _differentiated(model, model.loss(found.batch, found.states))
+    (found,) = prepared_batches(iter([make_batch(step.sequences, step.users, step.step)]), table, torch.device("cpu"))
+    return _differentiated(model, model.loss(found.batch, found.item_inputs))
 
 
 def from_mapped(step: Step) -> Result:
@@ -145,8 +145,8 @@ def from_mapped(step: Step) -> Result:
         table = load_table(cache, names, step.sequences.item_ids, cpu, "mapped", torch.float64)
         with closing(table):
             model = step.recommender()
-            (found,) = prepared(iter([make_batch(step.sequences, step.users, step.step)]), table, cpu)
-            return _differentiated(model, model.loss(found.batch, found.states))
+            (found,) = prepared_batches(iter([make_batch(step.sequences, step.users, step.step)]), table, cpu)
+            return _differentiated(model, model.loss(found.batch, found.item_inputs))
 
 
 def by_backend(name: str) -> Callable[[Step], Result]:
@@ -176,7 +176,7 @@ def from_triton(step: Step) -> Result:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(kernels.BACKEND_VARIABLE, "triton")
         batch = make_batch(step.sequences, step.users, step.step).to(torch.device(device))
-        return _differentiated(model, model.loss(batch, table.states(batch.distinct)))
+        return _differentiated(model, model.loss(batch, table.read(batch.distinct)))
 
 
 def from_captured(step: Step) -> Result:
@@ -206,7 +206,7 @@ def _captured(
     shape = sizes.padded(len(step.users), step.sequences.max_inputs)
     for each in (others, batch):
         moved = each.padded(shape).to(device)
-        loss = captured(moved, table.states(moved.distinct))
+        loss = captured(moved, table.read(moved.distinct))
     gradients = {name: parameter.grad.double().cpu() for name, parameter in _named(model)}
     return Result(loss.detach().double().cpu(), gradients)
 

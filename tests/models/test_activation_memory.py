@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from iisan_fast.errors import InputError
-from iisan_fast.models.activation_memory import Footprint, Plan, activation_bytes, plan_parts
+from iisan_fast.models.activation_memory import EncodingPlan, Footprint, activation_bytes, plan_parts
 
 FLOAT = 4
 
@@ -40,19 +40,19 @@ def test_without_a_device_the_bytes_are_the_same():
 
 def test_all_items_at_once_where_they_fit():
     views = [Footprint(10, 3), Footprint(0, 2)]
-    assert plan_parts(views, items=4, free=30) == Plan(4, False, 30)
+    assert plan_parts(views, items=4, free=30) == EncodingPlan(4, False, 30)
 
 
 def test_else_as_many_as_fit_of_the_view_that_takes_most():
     views = [Footprint(10, 3), Footprint(0, 2)]
-    assert plan_parts(views, items=4, free=29) == Plan(4, True, 22)
-    assert plan_parts(views, items=4, free=19) == Plan(3, True, 19)
-    assert plan_parts(views, items=4, free=13) == Plan(1, True, 13)
+    assert plan_parts(views, items=4, free=29) == EncodingPlan(4, True, 22)
+    assert plan_parts(views, items=4, free=19) == EncodingPlan(3, True, 19)
+    assert plan_parts(views, items=4, free=13) == EncodingPlan(1, True, 13)
 
 
 def test_frozen_views_take_nothing():
-    assert plan_parts([Footprint(0, 0), Footprint(0, 0)], items=7, free=0) == Plan(7, False, 0)
-    assert plan_parts([Footprint(0, 0), Footprint(0, 2)], items=7, free=6) == Plan(3, True, 6)
+    assert plan_parts([Footprint(0, 0), Footprint(0, 0)], items=7, free=0) == EncodingPlan(7, False, 0)
+    assert plan_parts([Footprint(0, 0), Footprint(0, 2)], items=7, free=6) == EncodingPlan(3, True, 6)
 
 
 def test_too_little_for_one_item_is_an_error():

@@ -26,14 +26,14 @@ def test_frozen_states_are_read_from_the_last_layer():
     encoder = FrozenItemEncoder([6, 4], D)
     numbers = torch.tensor([7, 2, 9])
     expected = encoder.heads([tables.views[0][numbers, 2], tables.views[1][numbers, 1]])
-    assert torch.equal(encoder(tables.states(numbers)), expected)
+    assert torch.equal(encoder(tables.read(numbers)), expected)
     assert list(encoder.parameter_groups()) == ["heads"]
 
 
 def test_item_numbers_have_vectors_of_their_own():
     encoder = IdItemEncoder(1000, D)
     source, numbers = item_numbers(1000, torch.device("cpu")), torch.tensor([3, 1, 1000, 0, 0])
-    read = source.states(numbers)
+    read = source.read(numbers)
     assert torch.equal(encoder(read), encoder.embedding.weight[numbers])
     assert torch.equal(encoder([States(read[0].table[numbers])]), encoder(read))  # as captured steps read it
     assert encoder.embedding.weight.std().item() == pytest.approx((2 / (1001 + D)) ** 0.5, rel=0.05)

@@ -872,7 +872,7 @@ def loss_curve(
                 return losses
             optimizer.zero_grad()
             batch = batch.to(torch.device(device))
-            loss = model.loss(batch, table.states(batch.distinct))
+            loss = model.loss(batch, table.read(batch.distinct))
             loss.backward()
             optimizer.step()
             losses.append(loss.item())

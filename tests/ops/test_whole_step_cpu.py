@@ -100,7 +100,7 @@ def by_single_ops(model: Recommender, own: Batch, states: list[kernels.States]) 
 
 def check(model: Recommender, own: Batch, table: FeatureTable, tolerance: float = 1e-10) -> None:
     """The loss and each gradient beside those of the single ops, which tests elsewhere compare with the reference."""
-    states = table.states(own.distinct)
+    states = table.read(own.distinct)
     found, expected = by_op(model, own, states), by_single_ops(model, own, states)
     for own, like, name in zip(found, expected, ["loss", *(name for name, _ in model.named_parameters())], strict=True):
         assert own.shape == like.shape and (own - like).norm() <= tolerance * like.norm(), name
@@ -165,16 +165,16 @@ def test_padded_batches():
 def test_states_that_were_gathered_ahead_or_have_numbers_of_their_own():
     model, table = made()
     own = batch()
-    ahead = [kernels.States(view.table[view.rows]) for view in table.states(own.distinct)]
-    numbered = [kernels.States(view.table, view.rows.clone()) for view in table.states(own.distinct)]
-    expected = by_op(model, own, table.states(own.distinct))
+    ahead = [kernels.States(view.table[view.rows]) for view in table.read(own.distinct)]
+    numbered = [kernels.States(view.table, view.rows.clone()) for view in table.read(own.distinct)]
+    expected = by_op(model, own, table.read(own.distinct))
     for states in (ahead, numbered):
         assert all(map(torch.equal, by_op(model, own, states), expected))
 
 
 def test_numbers_repeat_in_memory_that_was_used_before():
     model, table = made()
-    states = table.states(batch().distinct)
+    states = table.read(batch().distinct)
     first = by_op(model, batch(), states)
     check(model, batch(range(60)), table)
     assert all(map(torch.equal, by_op(model, batch(), states), first))
@@ -185,18 +185,18 @@ def test_gradients_take_the_place_of_those_before(backend, monkeypatch):
     model, table = made()
     monkeypatch.setenv(kernels.BACKEND_VARIABLE, backend)
     other, again = batch(range(30, 40)), batch()
-    model.differentiate(again, table.states(again.distinct))
+    model.differentiate(again, table.read(again.distinct))
     expected = [parameter.grad.clone() for parameter in model.parameters()]
-    model.differentiate(other, table.states(other.distinct))
+    model.differentiate(other, table.read(other.distinct))
     assert not any(torch.equal(parameter.grad, before) for parameter, before in zip(model.parameters(), expected))
-    loss = model.differentiate(again, table.states(again.distinct))
+    loss = model.differentiate(again, table.read(again.distinct))
     assert not loss.requires_grad
     assert all(torch.equal(parameter.grad, before) for parameter, before in zip(model.parameters(), expected))
 
 
 def test_gradients_that_someone_took_away_are_given_again():
     model, table = made()
-    states = table.states(batch().distinct)
+    states = table.read(batch().distinct)
     expected = by_op(model, batch(), states)[1:]
     gate, weight = model.item_encoder.side_network.first.gate, model.item_encoder.side_network.first.down_weight
     gate.grad, weight.grad = None, torch.zeros_like(weight)
@@ -206,7 +206,7 @@ def test_gradients_that_someone_took_away_are_given_again():
 
 def test_the_first_loss_is_told_before_there_are_gradients():
     told, (model, table) = [], made()
-    states = table.states(batch().distinct)
+    states = table.read(batch().distinct)
     loss = model.differentiate(
         batch(), states, lambda loss: told.append((loss.clone(), [each.grad for each in model.parameters()]))
     )
@@ -221,7 +221,7 @@ def test_what_is_raised_where_the_loss_is_told_comes_out_when_all_calls_have_end
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        model.differentiate(batch(), table.states(batch().distinct), told)
+        model.differentiate(batch(), table.read(batch().distinct), told)
     check(model, batch(), table)
 
 
@@ -246,7 +246,7 @@ def test_weights_that_moved_are_found(change):
 def test_frozen_weights_have_no_gradient(backend, monkeypatch):
     model, table = made()
     monkeypatch.setenv(kernels.BACKEND_VARIABLE, backend)
-    gate, states = model.item_encoder.side_network.first.gate, table.states(batch().distinct)
+    gate, states = model.item_encoder.side_network.first.gate, table.read(batch().distinct)
     for frozen in (False, True, False):
         gate.requires_grad_(not frozen)
         model.differentiate(batch(), states)
@@ -266,7 +266,7 @@ def test_copies_of_a_model_have_memory_of_their_own():
 def test_no_states_are_kept():
     model, table = made()
     own = batch()
-    states = [kernels.States(view.table[view.rows]) for view in table.states(own.distinct)]
+    states = [kernels.States(view.table[view.rows]) for view in table.read(own.distinct)]
     kept = weakref.ref(states[0].table)
     by_op(model, own, states)
     del states
@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_refused_by_the_single_ops(field, value, error):
     model, table = made()
     own = batch()
     with pytest.raises(error):
-        model.differentiate(changed(own, field, value), table.states(own.distinct))
+        model.differentiate(changed(own, field, value), table.read(own.distinct))
     check(model, own, table)
 
 
@@ -304,12 +304,12 @@ def test_sequence_weights_of_another_shape_are_refused_by_the_single_ops(name):
     module = getattr(model.sequence_encoder.blocks[1], name)
     module.weight = torch.nn.Parameter(module.weight[..., :-8].clone() if name != "feed_in" else module.weight[:-16])
     with pytest.raises(RuntimeError):
-        model.differentiate(batch(), table.states(batch().distinct))
+        model.differentiate(batch(), table.read(batch().distinct))
 
 
 def test_evaluation_gives_the_memory_back():
     model, table = made()
-    by_op(model, batch(), table.states(batch().distinct))
+    by_op(model, batch(), table.read(batch().distinct))
     kept = weakref.ref(model.gradients._plan)
     model.eval()
     gc.collect()
@@ -319,7 +319,7 @@ def test_evaluation_gives_the_memory_back():
 def test_numbers_out_of_a_views_range_are_refused_by_the_single_ops():
     model, table = made()
     own = batch()
-    short = [kernels.States(view.table[: int(own.distinct.max())], view.rows) for view in table.states(own.distinct)]
+    short = [kernels.States(view.table[: int(own.distinct.max())], view.rows) for view in table.read(own.distinct)]
     with pytest.raises(ValueError, match="expected indices from 0 to"):
         model.differentiate(own, short)
 
@@ -330,8 +330,8 @@ def test_numbers_that_do_not_stand_together_are_left_to_the_single_ops(field):
     own = batch()
     name = "weights" if field == "row_weights" else field
     apart = changed(own, name, lambda each: each.repeat_interleave(2, dim=-1)[..., ::2])
-    found, op = differentiated(model, apart, table.states(own.distinct))
-    assert not op and torch.equal(found[0], by_single_ops(model, apart, table.states(own.distinct))[0])
+    found, op = differentiated(model, apart, table.read(own.distinct))
+    assert not op and torch.equal(found[0], by_single_ops(model, apart, table.read(own.distinct))[0])
 
 
 @pytest.mark.parametrize(
@@ -342,14 +342,14 @@ def test_numbers_that_do_not_stand_together_are_left_to_the_single_ops(field):
 def test_other_models_take_the_single_ops(config):
     table = random_table(TWO, ITEMS, torch.float64)
     model, own = build(ModelConfig(**{**SMALL, **config}), table), batch()
-    found, op = differentiated(model, own, table.states(own.distinct))
-    expected = by_single_ops(model, own, table.states(own.distinct))
+    found, op = differentiated(model, own, table.read(own.distinct))
+    expected = by_single_ops(model, own, table.read(own.distinct))
     assert not op and all(map(torch.equal, found, expected))
 
 
 def test_states_of_unlike_views_take_the_single_ops():
     model, table = made()
-    first, second = table.states(batch().distinct)
+    first, second = table.read(batch().distinct)
     found, op = differentiated(model, batch(), [first, kernels.States(second.table.float(), second.rows)])
     assert not op and all(each is not None for each in found)
 
@@ -357,9 +357,9 @@ def test_states_of_unlike_views_take_the_single_ops():
 @pytest.mark.parametrize("backend", ["torch", "host"])
 def test_other_backends_take_the_single_ops(backend, monkeypatch):
     model, table = made()
-    expected = by_op(model, batch(), table.states(batch().distinct))
+    expected = by_op(model, batch(), table.read(batch().distinct))
     monkeypatch.setenv(kernels.BACKEND_VARIABLE, backend)
-    found, op = differentiated(model, batch(), table.states(batch().distinct))
+    found, op = differentiated(model, batch(), table.read(batch().distinct))
     assert not op
     for own, like in zip(found, expected, strict=True):
         assert (own - like).norm() <= 1e-10 * like.norm()

@@ -28,7 +28,7 @@ from iisan_fast.data.sequences import load_dataset
 from iisan_fast.encoders.base import load_backbone
 from iisan_fast.errors import InputError
 from iisan_fast.states import extraction
-from iisan_fast.states.encoder_inputs import Batch, Texts, batched
+from iisan_fast.states.encoder_inputs import EncoderBatch, TextInputs, batched
 from iisan_fast.states.feature_table import load_table
 from iisan_fast.workers import calls_ahead, worker_count
 
@@ -364,7 +364,7 @@ def test_batches_of_like_lengths_give_the_states_of_single_titles(large, tmp_pat
 def test_arranged_rows_come_once_and_by_length(lengths, size, data):
     """In one go or several, each with its own tokens."""
     titles = [chr(65 + row) * length for row, length in enumerate(lengths)]
-    contents = Texts(titles, FakeBackbone(TITLE, []))
+    contents = TextInputs(titles, FakeBackbone(TITLE, []))
     rows = data.draw(st.permutations(range(len(titles))))
     cut = data.draw(st.integers(0, len(rows)))
     for part in (rows[:cut], rows[cut:]):
@@ -389,7 +389,7 @@ def test_inputs_are_let_go_before_their_states_are_stored():
     """A thousand images' pixels would otherwise wait for their transaction."""
     job = extraction._Job("image", None, None, {"dtype": "float32"}, None)
     writer = extraction._Writer(None, job, ["a", "b"])
-    batch = Batch([0, 1], [b"1", b"2"], {"pixel_values": torch.zeros(2, 3)}, blank=0)
+    batch = EncoderBatch([0, 1], [b"1", b"2"], {"pixel_values": torch.zeros(2, 3)}, blank=0)
     pixels = weakref.ref(batch.inputs["pixel_values"])
     writer.add(batch, torch.ones(2, 1, 4))
     del batch

@@ -18,7 +18,8 @@ from helpers.tables import random_table
 from iisan_fast.errors import InputError
 from iisan_fast.kernels import States
 from iisan_fast.states import feature_table
-from iisan_fast.states.feature_table import FeatureTable, MappedTable, PinnedTable, Table, load_table
+from iisan_fast.states.feature_table import FeatureTable, MappedTable, PinnedTable, load_table
+from iisan_fast.states.item_source import ItemSource
 from iisan_fast.states.store import Store
 from iisan_fast.training.checkpoints import load_checkpoint
 from iisan_fast.training.trainer import Trainer, train
@@ -59,8 +60,8 @@ def rows(view: States) -> Tensor:
     return view.table if view.rows is None else view.table[view.rows]
 
 
-def read(table: Table, items: list[int]) -> list[Tensor]:
-    return [rows(view) for view in table.states(torch.tensor(items, dtype=torch.int64, device=table.index_device))]
+def read(table: ItemSource, items: list[int]) -> list[Tensor]:
+    return [rows(view) for view in table.read(torch.tensor(items, dtype=torch.int64, device=table.index_device))]
 
 
 # What it holds

@@ -23,9 +23,9 @@ from iisan_fast.errors import InputError
 from iisan_fast.states.chunks import Chunks
 from iisan_fast.states.extraction import extract
 from iisan_fast.states.feature_table import load_table
-from iisan_fast.states.input_table import EncodedTable, open_contents
+from iisan_fast.states.input_table import EncodedTable, open_inputs
 from iisan_fast.states.item_source import ItemSource
-from iisan_fast.states.loader import prepared
+from iisan_fast.states.loader import prepared_batches
 from iisan_fast.training.training_step import TrainingStep
 
 CPU = torch.device("cpu")
@@ -86,8 +86,8 @@ def said(caplog, module: str = "states.input_table") -> list[str]:
 @pytest.mark.parametrize("part_items", [1, 4, 100])
 def test_encoders_read_what_their_processors_make(dataset, views, placement, part_items):
     chosen = [7, 3, 60, 3, 70, 1, 22]
-    with closing(open_contents(dataset, views, CPU, placement, part_items=part_items)) as contents:
-        image, title = contents.states(numbers(*chosen))
+    with closing(open_inputs(dataset, views, CPU, placement, part_items=part_items)) as contents:
+        image, title = contents.read(numbers(*chosen))
         read = [backbone.prepare for backbone in contents.backbones]
     names = [dataset.sequences.item_ids[item - 1] for item in chosen]
     pictures = [Image.open(dataset.root / "images" / f"{name}.png") for name in names]
@@ -100,8 +100,8 @@ def test_encoders_read_what_their_processors_make(dataset, views, placement, par
 
 @pytest.mark.parametrize(("count", "sizes"), [(0, []), (1, [1]), (8, [4, 4]), (9, [3, 3, 3]), (10, [3, 3, 4])])
 def test_parts_are_as_few_and_as_equal_as_can_be_and_texts_fall_in_length(dataset, views, count, sizes):
-    with closing(open_contents(dataset, views, CPU, part_items=4)) as contents:
-        found = contents.states(torch.arange(1, count + 1))
+    with closing(open_inputs(dataset, views, CPU, part_items=4)) as contents:
+        found = contents.read(torch.arange(1, count + 1))
     for chunks in found:
         assert [len(next(iter(part.values()))) for part in chunks.parts] == sizes
     lengths = [part["attention_mask"].sum(dim=1) for part in found[1].parts]
@@ -113,8 +113,8 @@ def test_every_home_gives_identical_inputs(dataset, views):
     items = [numbers(5, 9, 1, 44, 0, 0), torch.arange(1, ITEMS + 1), numbers(0), numbers(2)]
     found = []
     for placement in HOMES:
-        with closing(open_contents(dataset, views, CPU, placement, part_items=8)) as contents:
-            found.append([contents.states(each) for each in items])
+        with closing(open_inputs(dataset, views, CPU, placement, part_items=8)) as contents:
+            found.append([contents.read(each) for each in items])
             gathered = contents.gather(numbers(5, 9))
             assert [tensor.dtype for tensor in gathered.tensors[:-1]] == [torch.uint8] * (placement != "device")
             assert gathered.tensors[-1].dtype == torch.int32
@@ -131,44 +131,44 @@ def test_every_home_gives_identical_inputs(dataset, views):
 def test_workers_fill_the_same_table(dataset, views, placement):
     found = []
     for workers in (0, 1):
-        with closing(open_contents(dataset, views[:1], CPU, placement, workers=workers)) as contents:
-            found.append(in_order(contents.states(torch.arange(1, ITEMS + 1))[0], "pixel_values"))
+        with closing(open_inputs(dataset, views[:1], CPU, placement, workers=workers)) as contents:
+            found.append(in_order(contents.read(torch.arange(1, ITEMS + 1))[0], "pixel_values"))
     assert torch.equal(*found)
 
 
 def test_captions_and_two_views_of_one_source_are_read_as_titles_are(root, views):
     (root / "captions.tsv").write_text("".join(f"i{n}\tcaption of {n}\n" for n in range(1, ITEMS + 1)))
     captioned = ViewConfig("caption", "caption", views[1].encoder)
-    with closing(open_contents(load_dataset(root), [captioned, views[1]], CPU)) as contents:
-        caption, title = contents.states(numbers(4, 2))
+    with closing(open_inputs(load_dataset(root), [captioned, views[1]], CPU)) as contents:
+        caption, title = contents.read(numbers(4, 2))
     assert caption.order is not None and title.parts[0]["input_ids"].shape[0] == 2
 
 
 def test_where_images_lie_is_said_and_of_texts_alone_nothing(dataset, views, monkeypatch, caplog):
     monkeypatch.setattr("iisan_fast.states.placement.free_memory", lambda device: 1 << 30)
     with caplog.at_level(logging.INFO, logger="iisan_fast.states.placement"):
-        open_contents(dataset, views[1:], CPU).close()
+        open_inputs(dataset, views[1:], CPU).close()
         assert not said(caplog, "states.placement")
-        open_contents(dataset, views, CPU).close()
+        open_inputs(dataset, views, CPU).close()
         monkeypatch.setattr("iisan_fast.states.placement.free_memory", lambda device: 1000)
-        open_contents(dataset, views, CPU).close()
+        open_inputs(dataset, views, CPU).close()
     assert said(caplog, "states.placement") == [
         "image table: 1 MiB, on cpu (1.0 GiB free on cpu)",
         "image table: 1 MiB, in the dataset's files, decoded ahead (0 MiB free on cpu)",
     ]
     with pytest.raises(InputError, match="table: pinned needs 1 MiB, found 0 MiB free"):
-        open_contents(dataset, views, CPU, "pinned")
+        open_inputs(dataset, views, CPU, "pinned")
 
 
 def test_images_without_a_byte_form_are_decoded_whenever_they_are_read(dataset, views, monkeypatch, caplog):
-    with closing(open_contents(dataset, views, CPU, "device")) as contents:
-        expected = in_order(contents.states(numbers(3, 8))[0], "pixel_values")
+    with closing(open_inputs(dataset, views, CPU, "device")) as contents:
+        expected = in_order(contents.read(numbers(3, 8))[0], "pixel_values")
     monkeypatch.setattr(ImageBackbone, "byte_form", lambda self: None)
     with caplog.at_level(logging.INFO, logger="iisan_fast.states.input_table"):
-        contents = open_contents(dataset, views, CPU, "device")
+        contents = open_inputs(dataset, views, CPU, "device")
     with closing(contents):
         assert contents.gather(numbers(3, 8)).tensors[0].dtype == torch.float32
-        assert torch.equal(in_order(contents.states(numbers(3, 8))[0], "pixel_values"), expected)
+        assert torch.equal(in_order(contents.read(numbers(3, 8))[0], "pixel_values"), expected)
     assert said(caplog) == ["view 'image': its images cannot be kept as bytes, and are decoded whenever they are read"]
 
 
@@ -184,7 +184,7 @@ def spoil(root: Path) -> None:
 def test_bad_images_are_all_named_before_anything_is_read(root, views, placement):
     spoil(root)
     with pytest.raises(InputError) as error:
-        open_contents(load_dataset(root), views[::-1], CPU, placement)
+        open_inputs(load_dataset(root), views[::-1], CPU, placement)
     assert str(error.value).startswith("view 'image': 2 of 70 items cannot be read: i3 (no image), i9 (not an image of")
     assert str(error.value).endswith("--missing-images blank fills them")
 
@@ -195,21 +195,21 @@ def test_blanks_fill_bad_images_in_every_home(root, views, caplog):
     for placement in HOMES:
         with (
             caplog.at_level(logging.INFO, logger="iisan_fast.states.input_table"),
-            closing(open_contents(dataset, views, CPU, placement, missing_images="blank")) as contents,
+            closing(open_inputs(dataset, views, CPU, placement, missing_images="blank")) as contents,
         ):
-            found.append(in_order(contents.states(numbers(3, 9))[0], "pixel_values"))
+            found.append(in_order(contents.read(numbers(3, 9))[0], "pixel_values"))
     assert found[0].eq(1).all() and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     assert said(caplog) == ["view 'image': 2 of 70 images are blank"] * 2
 
 
 def test_what_a_dataset_lacks_is_named(root, dataset, views):
     with pytest.raises(InputError, match="missing_images: expected one of error, blank, found 'skip'"):
-        open_contents(dataset, views, CPU, missing_images="skip")
+        open_inputs(dataset, views, CPU, missing_images="skip")
     with pytest.raises(InputError, match="captions.tsv: view 'caption' needs captions, found none"):
-        open_contents(dataset, [ViewConfig("caption", "caption", views[1].encoder)], CPU)
+        open_inputs(dataset, [ViewConfig("caption", "caption", views[1].encoder)], CPU)
     (root / "captions.tsv").write_text("i1\tone\n")
     with pytest.raises(InputError, match=r"view 'caption': 69 of 70 items cannot be read: i2 \(no text\)"):
-        open_contents(load_dataset(root), [ViewConfig("caption", "caption", views[1].encoder)], CPU)
+        open_inputs(load_dataset(root), [ViewConfig("caption", "caption", views[1].encoder)], CPU)
 
 
 # States
@@ -218,7 +218,7 @@ def test_what_a_dataset_lacks_is_named(root, dataset, views):
 def open_encoded(
     dataset: Dataset, views: list[ViewConfig], placement: str = "device", dtype: torch.dtype | None = None
 ) -> EncodedTable:
-    return EncodedTable(open_contents(dataset, views, CPU, placement, part_items=16), torch.bfloat16, dtype)
+    return EncodedTable(open_inputs(dataset, views, CPU, placement, part_items=16), torch.bfloat16, dtype)
 
 
 def in_ulps(found: Tensor, expected: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ def test_states_are_the_stores(dataset, views, tmp_path, placement):
     with closing(open_encoded(dataset, views, placement)) as encoded:
         assert encoded.shapes == stored.shapes and encoded.rows == stored.rows == ITEMS + 1
         for items in (torch.arange(1, ITEMS + 1), numbers(9, 2, 70, 2), numbers(5)):
-            for own, whole in zip(encoded.states(items), stored.views, strict=True):
+            for own, whole in zip(encoded.read(items), stored.views, strict=True):
                 assert own.rows is None and own.table.dtype == torch.bfloat16
                 apart = in_ulps(own.table, whole[items])
                 assert apart.max() <= 1 and apart.count_nonzero() <= 1e-3 * apart.numel()
@@ -248,7 +248,7 @@ def test_states_are_the_stores(dataset, views, tmp_path, placement):
 
 def test_states_are_rounded_to_the_stores_dtype_before_they_take_another(dataset, views):
     with closing(open_encoded(dataset, views, dtype=torch.float32)) as encoded:
-        for states, _ in encoded.states(numbers(1, 2, 3)):
+        for states, _ in encoded.read(numbers(1, 2, 3)):
             assert states.dtype == torch.float32 and torch.equal(states, states.bfloat16().float())
             assert not states.is_inference() and not states.requires_grad
 
@@ -261,14 +261,14 @@ def test_padding_is_zero_and_is_not_encoded(dataset, views, monkeypatch):
         return encode(self, inputs)
 
     with closing(open_encoded(dataset, views)) as encoded:
-        whole = encoded.states(numbers(8, 4, 6))
+        whole = encoded.read(numbers(8, 4, 6))
         monkeypatch.setattr(Backbone, "encode", counted)
-        padded = encoded.states(numbers(8, 4, 6, 0, 0))
+        padded = encoded.read(numbers(8, 4, 6, 0, 0))
         assert counts == [3, 3]
         for own, (states, _) in zip(whole, padded):
             assert torch.equal(states[:3], own.table) and states.shape[0] == 5 and not states[3:].any()
         for items in (numbers(0, 0), numbers()):
-            assert all(len(states) == len(items) and not states.any() for states, _ in encoded.states(items))
+            assert all(len(states) == len(items) and not states.any() for states, _ in encoded.read(items))
         assert counts == [3, 3]
 
 
@@ -276,7 +276,7 @@ def batches(source: ItemSource, dataset: Dataset, padded: bool = False):
     sequences = dataset.sequences
     pad = functools.partial(Shape.padded, users=16, length=sequences.max_inputs) if padded else None
     for epoch in range(2):
-        yield from prepared(epoch_batches(sequences, 16, 0, epoch), source, CPU, pad)
+        yield from prepared_batches(epoch_batches(sequences, 16, 0, epoch), source, CPU, pad)
 
 
 @each_home
@@ -284,17 +284,17 @@ def batches(source: ItemSource, dataset: Dataset, padded: bool = False):
 def test_the_loader_gives_a_batchs_states(dataset, views, placement, padded):
     with closing(open_encoded(dataset, views, placement)) as encoded:
         for count, own in enumerate(batches(encoded, dataset, padded), start=1):
-            for (states, rows), (expected, _) in zip(own.states, encoded.states(own.batch.distinct)):
+            for (states, rows), (expected, _) in zip(own.item_inputs, encoded.read(own.batch.distinct)):
                 assert rows is None and torch.equal(states, expected)
             if count == 3:
                 break
 
 
 def test_the_loader_gives_a_batchs_contents(dataset, views):
-    with closing(open_contents(dataset, views, CPU, "mapped", part_items=16)) as contents:
+    with closing(open_inputs(dataset, views, CPU, "mapped", part_items=16)) as contents:
         own = next(batches(contents, dataset))
-        again = contents.states(own.batch.distinct)
-    assert all(torch.equal(*both) for both in zip(map(read, own.states), map(read, again)))
+        again = contents.read(own.batch.distinct)
+    assert all(torch.equal(*both) for both in zip(map(read, own.item_inputs), map(read, again)))
 
 
 def test_uncached_training_follows_cached(dataset, views, tmp_path):
@@ -308,7 +308,7 @@ def test_uncached_training_follows_cached(dataset, views, tmp_path):
             popularity = np.maximum(sequences.popularity, 1e-4)
             model = side_recommender(source.shapes, config, sequences.max_inputs, popularity, seed=1).train()
             step = TrainingStep(model, dict.fromkeys(model.parameter_groups(), 1e-3), CPU)
-            losses.append([step(each.batch, each.states).item() for each in batches(source, dataset)])
+            losses.append([step(each.batch, each.item_inputs).item() for each in batches(source, dataset)])
             weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     cached, uncached = losses
     assert len(cached) == 20 and cached[-1] < cached[0] - 0.1
@@ -318,7 +318,7 @@ def test_uncached_training_follows_cached(dataset, views, tmp_path):
 
 def test_what_is_open_is_closed_with_the_table(dataset, views):
     encoded = open_encoded(dataset, views, "mapped")
-    encoded.states(numbers(1, 2))
+    encoded.read(numbers(1, 2))
     assert [thread for thread in threading.enumerate() if thread.name.startswith("images")]
     encoded.close()
     with pytest.raises(RuntimeError, match="after shutdown"):
@@ -335,8 +335,8 @@ def test_on_a_gpu_contents_are_read_without_waiting_and_states_are_near_a_cpus(d
     device, items = torch.device("cuda"), torch.arange(1, 60)
     whole = [ViewConfig(view.name, view.source, view.encoder, encoder_dtype="float32") for view in views]
     with closing(open_encoded(dataset, whole)) as encoded:
-        inputs, expected = encoded.contents.states(items), encoded.states(items)
-    contents = open_contents(dataset, whole, device, placement, part_items=16)
+        inputs, expected = encoded.contents.read(items), encoded.read(items)
+    contents = open_inputs(dataset, whole, device, placement, part_items=16)
     with closing(EncodedTable(contents, torch.bfloat16)) as encoded:
         gathered = contents.gather(items)
         assert all(tensor.is_pinned() for tensor in gathered.tensors)
@@ -344,9 +344,9 @@ def test_on_a_gpu_contents_are_read_without_waiting_and_states_are_near_a_cpus(d
         numbers_there = items.to(device)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            found = contents.states(numbers_there, moved)
+            found = contents.read(numbers_there, moved)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(own.cpu(), other) for own, other in zip(map(read, found), map(read, inputs)))
-        for own, other in zip(encoded.states(items), expected):
+        for own, other in zip(encoded.read(items), expected):
             torch.testing.assert_close(own.table.float().cpu(), other.table.float(), rtol=2e-2, atol=2e-2)

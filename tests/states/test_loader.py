@@ -19,7 +19,7 @@ from iisan_fast.kernels import States
 from iisan_fast.states import loader
 from iisan_fast.states.feature_table import FeatureTable, PinnedTable, load_table
 from iisan_fast.states.item_source import Gathered
-from iisan_fast.states.loader import AHEAD, prepared
+from iisan_fast.states.loader import AHEAD, prepared_batches
 
 CPU = torch.device("cpu")
 ITEMS = 30
@@ -51,17 +51,17 @@ def rows(view: States) -> Tensor:
 
 def test_the_batches_come_in_order_and_as_they_are():
     batches, resident = epoch(), table()
-    found = list(prepared(iter(batches), resident, CPU))
+    found = list(prepared_batches(iter(batches), resident, CPU))
     assert len(found) == 6 and all(own.batch is batch for own, batch in zip(found, batches, strict=True))
     for own in found:
         assert own.rows == len(own.batch.targets) and own.slots == own.batch.multiplicity.sum()
         assert own.slots == own.rows + len(own.batch.users)  # each history has one row less than items
-        assert [view.table is whole for view, whole in zip(own.states, resident.views)] == [True, True]
-        assert all(view.rows is own.batch.distinct for view in own.states)
+        assert [view.table is whole for view, whole in zip(own.item_inputs, resident.views)] == [True, True]
+        assert all(view.rows is own.batch.distinct for view in own.item_inputs)
 
 
 def test_an_empty_epoch_gives_nothing():
-    assert list(prepared(iter([]), table(), CPU)) == []
+    assert list(prepared_batches(iter([]), table(), CPU)) == []
 
 
 def test_batches_are_made_ahead_but_not_too_many(monkeypatch):
@@ -74,7 +74,7 @@ def test_batches_are_made_ahead_but_not_too_many(monkeypatch):
             arrivals.release()
             return super().gather(items)
 
-    stream = prepared((made.append(batch.step) or batch for batch in epoch()), Counted(table().views), CPU)
+    stream = prepared_batches((made.append(batch.step) or batch for batch in epoch()), Counted(table().views), CPU)
     assert not made and not threads()  # nothing before it is asked for
     for taken in range(1, 7):
         next(stream)
@@ -117,7 +117,7 @@ def broken_maker() -> Iterator[Batch]:
 def test_an_error_comes_out_as_itself_and_ends_the_thread(make: Callable, source: Callable, error: Exception):
     taken = []
     with pytest.raises(type(error)) as found:
-        for own in prepared(make(), source(), CPU):
+        for own in prepared_batches(make(), source(), CPU):
             taken.append(own.batch.step)
     assert type(found.value) is type(error) and str(found.value) == str(error)
     assert taken == [batch.step for batch in epoch()][: len(taken)] and len(taken) < 3
@@ -126,13 +126,13 @@ def test_an_error_comes_out_as_itself_and_ends_the_thread(make: Callable, source
 
 def test_an_error_of_padding_comes_out_too():
     with pytest.raises(ValueError, match="does not fit into"):
-        list(prepared(iter(epoch()), table(), CPU, lambda shape: shape))
+        list(prepared_batches(iter(epoch()), table(), CPU, lambda shape: shape))
 
 
 def test_leaving_early_ends_the_thread_and_makes_no_more(monkeypatch):
     monkeypatch.setattr(loader, "TOGETHER", 2)
     made = []
-    stream = prepared((made.append(batch.step) or batch for batch in epoch()), table(), CPU)
+    stream = prepared_batches((made.append(batch.step) or batch for batch in epoch()), table(), CPU)
     next(stream)
     assert len(threads()) == 1
     stream.close()
@@ -151,7 +151,7 @@ def test_leaving_waits_for_the_batch_at_hand():
             gathered.append(len(items))
             return Gathered([])
 
-    stream = prepared(iter(epoch()), Slow(table().views), CPU)
+    stream = prepared_batches(iter(epoch()), Slow(table().views), CPU)
     next(stream)
     assert entered.wait(20)
     leaving = threading.Thread(target=stream.close)
@@ -171,13 +171,13 @@ def test_gathered_states_are_the_tables_rows(tmp_path, placement, padded):
     away = load_table(cache, ["a", "b"], SEQUENCES.item_ids, CPU, placement)
     pad = functools.partial(Shape.padded, users=4, length=SEQUENCES.max_inputs) if padded else None
     try:
-        found = list(prepared(iter(epoch()), away, CPU, pad))
+        found = list(prepared_batches(iter(epoch()), away, CPU, pad))
     finally:
         away.close()
     assert len(found) == 6
     for own, batch in zip(found, epoch()):
-        assert all(view.rows is None for view in own.states)
-        for view, whole in zip(own.states, resident.views, strict=True):
+        assert all(view.rows is None for view in own.item_inputs)
+        for view, whole in zip(own.item_inputs, resident.views, strict=True):
             assert torch.equal(rows(view), whole[own.batch.distinct])
             assert not rows(view)[len(batch.distinct) :].any()
 
@@ -186,8 +186,8 @@ def test_batches_are_padded_and_counted_before():
     pad = functools.partial(Shape.padded, users=4, length=SEQUENCES.max_inputs)
     batches = epoch()
     for gathered in (table(), PinnedTable(table().views, CPU)):
-        found = list(prepared(iter(batches), gathered, CPU, pad))
+        found = list(prepared_batches(iter(batches), gathered, CPU, pad))
         assert [own.batch.shape for own in found] == [pad(batch.shape) for batch in batches]
         assert [own.rows for own in found] == [len(batch.targets) for batch in batches]
         assert [own.slots for own in found] == [batch.multiplicity.sum() for batch in batches]
-        assert all(len(rows(view)) == own.batch.shape.distinct for own in found for view in own.states)
+        assert all(len(rows(view)) == own.batch.shape.distinct for own in found for view in own.item_inputs)

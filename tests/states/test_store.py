@@ -37,7 +37,7 @@ def test_states_come_back_as_they_were(tmp_path, dtype):
     assert table.shapes == [(3, 5)] and table.views[0].dtype == dtype
     assert not table.views[0][0].any()
     assert torch.equal(table.views[0][1:], states.flip(0))
-    (view,) = table.states(torch.tensor([4, 1]))
+    (view,) = table.read(torch.tensor([4, 1]))
     assert torch.equal(view.table[view.rows], states[[0, 3]])
 
 
@@ -208,7 +208,7 @@ def test_a_table_keeps_the_layers_of_its_groups_alone(tmp_path, placement):
     cache = fill_store(tmp_path / "cache", item_ids, whole, ("title",))
     with closing(load_table(cache, ["title"], item_ids, torch.device("cpu"), placement, layer_groups=2)) as table:
         assert table.shapes == [(3, 3)]
-        (view,) = table.states(torch.tensor([3, 1]))
+        (view,) = table.read(torch.tensor([3, 1]))
         found = view.table if view.rows is None else view.table[view.rows]
         assert torch.equal(found, whole.views[0][[3, 1]][:, [0, 2, 4]])
 

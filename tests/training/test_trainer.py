@@ -89,7 +89,7 @@ def test_a_run_by_captured_steps_is_the_same_but_for_rounding(tmp_path, config, 
 
     def noted(self, prepared) -> torch.Tensor:
         shapes.append(prepared.batch.shape)
-        return self.captured(prepared.batch, prepared.states)
+        return self.captured(prepared.batch, prepared.item_inputs)
 
     monkeypatch.setattr(Trainer, "__init__", captured)
     monkeypatch.setattr(Trainer, "take", noted)

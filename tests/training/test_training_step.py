@@ -22,7 +22,7 @@ from iisan_fast.data.batches import Batch, Shape, epoch_batches
 from iisan_fast.data.sequences import Sequences
 from iisan_fast.kernels import States
 from iisan_fast.states.feature_table import FeatureTable, PinnedTable
-from iisan_fast.states.loader import Prepared, prepared
+from iisan_fast.states.loader import PreparedBatch, prepared_batches
 from iisan_fast.training.training_step import CapturedStep, Reading, TrainingStep
 
 CPU = torch.device("cpu")
@@ -46,12 +46,12 @@ def make_step(sequences: Sequences, table: FeatureTable) -> TrainingStep:
     return TrainingStep(model, dict.fromkeys(model.parameter_groups(), 1e-3), CPU)
 
 
-def batches(sequences: Sequences, table, epochs: int = 1, padded: bool = False) -> list[Prepared]:
+def batches(sequences: Sequences, table, epochs: int = 1, padded: bool = False) -> list[PreparedBatch]:
     pad = functools.partial(Shape.padded, users=BATCH_USERS, length=sequences.max_inputs) if padded else None
     return [
         each
         for epoch in range(epochs)
-        for each in prepared(epoch_batches(sequences, BATCH_USERS, 0, epoch), table, CPU, pad)
+        for each in prepared_batches(epoch_batches(sequences, BATCH_USERS, 0, epoch), table, CPU, pad)
     ]
 
 
@@ -76,7 +76,7 @@ def test_nothing_is_updated_from_a_loss_on_that_is_not_finite(first, factor, mon
     poison(step, {first: factor}, monkeypatch)
     before = everything(step)
     for done, each in enumerate(batches(sequences, table)):
-        loss = step(each.batch, each.states)
+        loss = step(each.batch, each.item_inputs)
         assert loss.isfinite() == (done != first)
         if done < first:
             before = everything(step)
@@ -99,7 +99,7 @@ def test_gradients_that_are_not_finite_do_not_pass_by_a_flag(monkeypatch):
     step = make_step(sequences, table)
     poison(step, {0: NAN}, monkeypatch)
     (each, *_) = batches(sequences, table)
-    step(each.batch, each.states)
+    step(each.batch, each.item_inputs)
     assert any(parameter.grad.isnan().any() for parameter in step.model.parameters())
     assert all(parameter.isfinite().all() for parameter in step.model.parameters())
 
@@ -109,11 +109,11 @@ def test_the_first_failing_step_is_the_one_that_is_told(monkeypatch):
     step = make_step(sequences, table)
     poison(step, {1: -INF, 2: NAN, 4: INF}, monkeypatch)
     for each in batches(sequences, table)[:3]:
-        step(each.batch, each.states)
+        step(each.batch, each.item_inputs)
     first = step.read()
     assert (first.failed_step, first.failed_loss) == (2, -INF)
     for each in batches(sequences, table)[3:]:
-        step(each.batch, each.states)
+        step(each.batch, each.item_inputs)
     assert step.read() == Reading(0.0, 0, 2, -INF)  # told again, nothing more added up
 
 
@@ -128,7 +128,7 @@ def test_the_sums_are_those_of_the_steps_since_the_last_reading(padded):
     for part in (slice(0, 3), slice(3, 4), slice(4, 5)):
         total, rows = 0.0, 0
         for each in batches(sequences, table, padded=padded)[part]:
-            total, rows = total + step(each.batch, each.states).item() * each.rows, rows + each.rows
+            total, rows = total + step(each.batch, each.item_inputs).item() * each.rows, rows + each.rows
         found = step.read()
         assert found.rows == rows > 0 and found.failed_step is None
         assert found.loss == pytest.approx(total, rel=1e-12)
@@ -139,7 +139,7 @@ def test_sums_end_before_the_step_that_fails(monkeypatch):
     step = make_step(sequences, table)
     poison(step, {2: NAN}, monkeypatch)
     taken = batches(sequences, table)
-    losses = [step(each.batch, each.states).item() for each in taken]
+    losses = [step(each.batch, each.item_inputs).item() for each in taken]
     found = step.read()
     assert found.rows == taken[0].rows + taken[1].rows
     assert found.loss == pytest.approx(losses[0] * taken[0].rows + losses[1] * taken[1].rows, rel=1e-12)
@@ -148,7 +148,7 @@ def test_sums_end_before_the_step_that_fails(monkeypatch):
 def test_the_returned_loss_carries_no_graph():
     sequences, table = make_data()
     (each, *_) = batches(sequences, table)
-    assert not make_step(sequences, table)(each.batch, each.states).requires_grad
+    assert not make_step(sequences, table)(each.batch, each.item_inputs).requires_grad
 
 
 # The captured form
@@ -163,8 +163,8 @@ def test_a_captured_step_trains_as_the_step_alone(gathered):
     captured = CapturedStep(taken, capture=lambda run: made.append(run) or run)
     shapes = []
     for own, padded in zip(batches(sequences, table, 3), batches(sequences, source, 3, padded=True), strict=True):
-        expected = alone(own.batch, own.states)
-        torch.testing.assert_close(captured(padded.batch, padded.states), expected, rtol=1e-10, atol=0)
+        expected = alone(own.batch, own.item_inputs)
+        torch.testing.assert_close(captured(padded.batch, padded.item_inputs), expected, rtol=1e-10, atol=0)
         shapes.append(padded.batch.shape)
     assert len(made) == len(set(shapes)) and 2 <= len(made) < len(shapes) == 15
     theirs = everything(alone)
@@ -192,10 +192,10 @@ def test_a_captured_step_runs_on_buffers_of_its_own(gathered, monkeypatch):
     (given, *_) = batches(sequences, source, padded=True)
     from_device = Batch.unpacked(given.batch.packed(), given.batch.shape)
     for batch in (given.batch, from_device, given.batch):
-        captured(batch, given.states)
+        captured(batch, given.item_inputs)
     assert len(addresses) == 3 and len(set(addresses)) == 1
     assert from_device.buffer.data_ptr() not in addresses[0]
-    assert all((view.table.data_ptr() in addresses[0]) == (not gathered) for view in given.states)
+    assert all((view.table.data_ptr() in addresses[0]) == (not gathered) for view in given.item_inputs)
 
 
 def test_a_flag_stops_the_captured_form_as_well(monkeypatch):
@@ -204,7 +204,7 @@ def test_a_flag_stops_the_captured_form_as_well(monkeypatch):
     poison(step, {2: NAN}, monkeypatch)
     captured = CapturedStep(step, capture=lambda run: run)
     for each in batches(sequences, table, padded=True):
-        captured(each.batch, each.states)
+        captured(each.batch, each.item_inputs)
         if each.batch.step == 1:
             before = everything(step)
     assert_identical(everything(step), before)

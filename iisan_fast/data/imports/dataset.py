@@ -17,7 +17,7 @@ from .frames import pl
 from .options import Imported, ImportOptions
 
 LOGGER = logging.getLogger(__name__)
-ROWS = 1_000_000  # interactions written at a time, and the rest of the last one's user
+WRITTEN_AT_ONCE = 1_000_000  # interactions written at a time, and the rest of the last one's user
 
 
 def write_dataset(
@@ -106,9 +106,9 @@ def _write_histories(folder: Path, interactions: pl.DataFrame) -> int:
 
 
 def _whole_users(ordered: pl.DataFrame) -> Iterator[pl.DataFrame]:
-    """Parts of about ROWS interactions, ordered by user, none of which ends within a user's."""
+    """Parts of about WRITTEN_AT_ONCE interactions, ordered by user, none of which ends within a user's."""
     users = ordered["user"].to_physical().to_numpy()
     ends = np.append(np.flatnonzero(users[1:] != users[:-1]) + 1, len(users))
-    cuts = ends[np.searchsorted(ends, np.arange(ROWS, len(users), ROWS))]
+    cuts = ends[np.searchsorted(ends, np.arange(WRITTEN_AT_ONCE, len(users), WRITTEN_AT_ONCE))]
     for start, end in pairwise(np.unique([0, *cuts, len(users)])):
         yield ordered[start:end]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...files import whole_folder
 from .dataset import write_dataset
-from .options import COLUMNS, Imported, TableOptions
+from .options import TABLE_COLUMNS, Imported, TableOptions
 from .tables import Table, csv_table, parquet_table, read_interactions, read_titles
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -27,7 +27,7 @@ def import_table(
     items: Table | None,
     destination: Path,
     options: TableOptions,
-    names: tuple[str, str] = COLUMNS,
+    names: tuple[str, str] = TABLE_COLUMNS,
 ) -> Imported:
     """Makes a dataset of two tables; `destination` appears when it is whole.
 

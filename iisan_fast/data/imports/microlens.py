@@ -14,7 +14,7 @@ from .frames import pl
 from .options import Imported, ImportOptions
 from .tables import csv_table, find, read_interactions, titles_of
 
-COLUMNS = ("user", "item", "timestamp")
+PAIR_COLUMNS = ("user", "item", "timestamp")
 
 
 def import_microlens(source: Path, destination: Path, options: ImportOptions = ImportOptions()) -> Imported:
@@ -35,12 +35,12 @@ def import_microlens(source: Path, destination: Path, options: ImportOptions = I
 
 
 def _read_csv(pairs: Path) -> pl.DataFrame:
-    form = {} if _has_header(pairs) else {"has_header": False, "schema": dict.fromkeys(COLUMNS, pl.String)}
-    return read_interactions(csv_table(pairs, **form), dict(zip(COLUMNS, COLUMNS)))
+    form = {} if _has_header(pairs) else {"has_header": False, "schema": dict.fromkeys(PAIR_COLUMNS, pl.String)}
+    return read_interactions(csv_table(pairs, **form), dict(zip(PAIR_COLUMNS, PAIR_COLUMNS)))
 
 
 def _read_tsv(pairs: Path) -> pl.DataFrame:
-    columns = COLUMNS[:2]
+    columns = PAIR_COLUMNS[:2]
     schema = dict.fromkeys(columns, pl.String)
     table = csv_table(pairs, has_header=False, separator="\t", quote_char=None, schema=schema)
     return read_interactions(table, dict(zip(columns, columns)), several_items=True)
@@ -49,7 +49,7 @@ def _read_tsv(pairs: Path) -> pl.DataFrame:
 def _has_header(pairs: Path) -> bool:
     """Whether the first line names the columns, rather than being an interaction."""
     first = next(_rows(pairs), [])
-    if {*COLUMNS} <= {*first}:
+    if {*PAIR_COLUMNS} <= {*first}:
         return True
     try:
         float(first[2])

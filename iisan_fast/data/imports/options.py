@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ...errors import InputError
 
-COLUMNS = ("user", "item")  # of CSV and Parquet files, unless named
-FIELDS = ("user_id", "item_id")  # of RecBole's files
+TABLE_COLUMNS = ("user", "item")  # of CSV and Parquet files, unless named
+RECBOLE_FIELDS = ("user_id", "item_id")  # of RecBole's files
 MISSING_TITLES = ("id", "drop", "error")
 
 
@@ -30,7 +30,7 @@ class ImportOptions:
 class TableOptions(ImportOptions):
     """Of imports from tables whose columns may have any name."""
 
-    user_column: str | None = None  # None: what the format calls it, COLUMNS or FIELDS
+    user_column: str | None = None  # None: what the format calls it, TABLE_COLUMNS or RECBOLE_FIELDS
     item_column: str | None = None  # of the interactions and of the titles
     timestamp_column: str = "timestamp"
     title_column: str = "title"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...errors import InputError
 from .flat import import_table
-from .options import FIELDS, Imported, TableOptions
+from .options import RECBOLE_FIELDS, Imported, TableOptions
 from .tables import Table, csv_table, find
 
 
@@ -20,7 +20,7 @@ def import_recbole(source: Path, destination: Path, options: TableOptions = Tabl
         raise InputError(f"{source}: expected a .inter file in it, found none")
     beside = inter.with_suffix(".item")
     items = options.items or (beside if beside.is_file() else None)
-    return import_table(_atomic(inter), _atomic(items) if items else None, destination, options, FIELDS)
+    return import_table(_atomic(inter), _atomic(items) if items else None, destination, options, RECBOLE_FIELDS)
 
 
 def _atomic(path: Path) -> Table:

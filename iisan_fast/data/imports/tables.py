@@ -11,7 +11,7 @@ from ...errors import InputError, first_few
 from ...progress import progress_bar
 from .frames import pl
 
-ROWS = 250_000  # read at a time
+READ_AT_ONCE = 250_000  # read at a time
 ID = "an id without spaces, tabs or line ends"
 READ_ERRORS = (pl.exceptions.PolarsError, OSError)  # the latter of gzip, without the file's name
 EXPECTED = {"user": ID, "item": ID, "timestamp": "a whole number"}
@@ -69,7 +69,7 @@ def read_interactions(table: Table, columns: Mapping[str, str], several_items: b
         frame = table.select(columns)
         total = frame.select(pl.len()).collect().item()
         with progress_bar(f"reading {table.path.name}", total, "rows") as advance:
-            for batch in frame.collect_batches(chunk_size=ROWS, lazy=True):
+            for batch in frame.collect_batches(chunk_size=READ_AT_ONCE, lazy=True):
                 rows = batch.with_row_index("row", offset=done + 1)
                 if several_items:
                     rows = rows.with_columns(_split(pl.col("item"))).explode("item")

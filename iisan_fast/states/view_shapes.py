@@ -1,0 +1,12 @@
+"""The shape of a view's states."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ViewShape(NamedTuple):
+    """The sizes of one item's states in a view."""
+
+    layers: int  # kept layers K
+    width: int  # D
