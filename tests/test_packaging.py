@@ -1,0 +1,113 @@
+"""Packaging: what the wheel and the editable install hold, and that an installed copy works outside the checkout."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+INSTALLED_AS = {"iisan_fast": "iisan_fast", "kernels": "iisan_fast/kernels", "cli": "iisan_fast/cli"}
+SOURCES = (*INSTALLED_AS, "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+def run(command: list[str | Path], folder: Path, **environment: str) -> str:
+    """Run a command in a folder, without this process's PYTHONPATH, and return its standard output."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    result = subprocess.run(command, cwd=folder, env={**inherited, **environment}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def build(hook: str, home: Path) -> Path:
+    """Build a wheel from a copy of the sources by setuptools' `build_wheel` or `build_editable`."""
+    copy = home / "sources"
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(source, copy / name)
+    script = f"import sys; from setuptools import build_meta; build_meta.{hook}(sys.argv[1])"
+    run([sys.executable, "-c", script, home / "dist"], copy)
+    (wheel,) = (home / "dist").glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("build_wheel", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a fresh environment: the wheel, and the packages of the surrounding environment."""
+    home = tmp_path_factory.mktemp("installed")
+    venv.create(home, symlinks=True)
+    python = home / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, "install", "-q"]
+    run([*install, "--no-index", "--no-deps", wheel], home)
+    (packages,) = (home / "lib").glob("python*/site-packages")
+    surrounding = [path for path in sys.path if Path(path).name == "site-packages"]
+    # A path added by a .pth file brings its packages, but not its own .pth files: no editable install of the checkout.
+    (packages / "surrounding.pth").write_text("\n".join(surrounding) + "\n")
+    return home / "bin"
+
+
+def files_of_the_package() -> Iterator[str]:
+    """The paths in the wheel of all modules, C++ sources and py.typed of the checkout."""
+    for folder, place in INSTALLED_AS.items():
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".h") or path.name == "py.typed":
+                yield str(place / path.relative_to(ROOT / folder))
+
+
+def test_the_wheel_holds_every_module_and_nothing_beside_the_package(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if ".dist-info/" not in name} == set(files_of_the_package())
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"iisan_fast"}
+
+
+def test_the_editable_install_adds_no_other_package(tmp_path):
+    with zipfile.ZipFile(build("build_editable", tmp_path)) as wheel:
+        (finder,) = (name for name in wheel.namelist() if name.endswith("_finder.py"))
+        tree = ast.parse(wheel.read(finder))
+        added = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" not in name}
+        (path_file,) = added - {finder}
+        assert "sources" not in wheel.read(path_file).decode()  # the checkout's root is on no path
+    values = {line.target.id: line.value for line in tree.body if isinstance(line, ast.AnnAssign)}
+    assert set(ast.literal_eval(values["MAPPING"])) == {"iisan_fast", "iisan_fast.kernels", "iisan_fast.cli"}
+    assert not ast.literal_eval(values["NAMESPACES"])
+
+
+def test_no_folder_on_the_path_of_the_tests_is_called_kernels(pytestconfig):
+    for folder in pytestconfig.getini("pythonpath"):
+        assert folder.name != "kernels" and not (folder / "kernels").exists(), folder
+
+
+def test_an_installed_copy_runs_the_demo(installed, tmp_path):
+    out = run([installed / "iisan-fast", "train", "--epochs", "1", "--out", "runs/demo", "--json"], tmp_path)
+    assert '"best_epoch": 1' in out
+    assert (tmp_path / "runs" / "demo" / "test.json").exists()
+
+
+def test_an_installed_copy_is_a_module_that_runs(installed, tmp_path):
+    script = "import iisan_fast.kernels, iisan_fast.cli; print(iisan_fast.kernels.__file__, *iisan_fast.__path__)"
+    files = run([installed / "python", "-c", script], tmp_path).split()
+    assert len(files) == 2 and all(Path(file).is_relative_to(installed.parent) for file in files), files
+    with pytest.raises(AssertionError, match="No module named 'kernels'"):
+        run([installed / "python", "-c", "import kernels"], tmp_path)
+
+
+def test_the_commit_hooks_need_no_network():
+    (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert hooks["repo"] == "local" and all(hook["language"] == "system" for hook in hooks["hooks"])
