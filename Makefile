@@ -4,14 +4,24 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: train test gpu clean
+.PHONY: train test lint gpu clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/iisan-fast train
 
-test: $(VENV)/.installed-dev
-	$(VENV)/bin/ruff check .
+test: lint
 	$(VENV)/bin/python -m pytest -q -n 2
+
+# mypy reads the package as it is installed, with kernels/ and cli/ inside: a folder of links looks like that.
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	rm -rf build/typed
+	mkdir -p build/typed/iisan_fast
+	ln -s $(CURDIR)/iisan_fast/* $(CURDIR)/kernels $(CURDIR)/cli build/typed/iisan_fast
+	ln -s $(CURDIR)/tests/typed_use.py build/typed
+	cd build/typed && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy \
+		typed_use.py iisan_fast/__init__.py iisan_fast/config.py iisan_fast/*/__init__.py
 
 gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -q -m gpu

@@ -9,9 +9,12 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 SOURCES = ("image", "title", "caption")
 POOLINGS = ("cls", "mean", "last")
@@ -50,7 +53,7 @@ LEARNING_RATES: dict[str, dict[str, float]] = {  # of each method's groups of pa
 METHODS = tuple(LEARNING_RATES)
 TOWERS = ("first", "second", "inter")  # over the first view, the second, and both
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -368,7 +371,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return None
         hint = next(option for option in typing.get_args(hint) if option is not type(None))
         return _convert(value, hint, where)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, _expect(value, Mapping, where), where)
     if origin is tuple:
         element = typing.get_args(hint)[0]

@@ -62,5 +62,5 @@ else:
     # Run from the repository root, transformers looks for the Hugging Face package `kernels`, imports this folder and
     # fails on an ImportError. A module without a version, a file or anything in it counts as absent, and the ops
     # cannot load a second time under the wrong name.
-    __file__ = None
+    __file__ = None  # type: ignore[assignment]
     __path__ = []
