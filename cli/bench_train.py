@@ -52,10 +52,12 @@ def _table(result: dict[str, Any]) -> Table:
         caption += f"; a whole run takes {mebibytes(run['peak_pss_bytes'])} MiB at its peak"
     if not on_cuda:
         caption += "; launches and CUDA memory: not measured"
-    table = Table(title=Text(title), caption=caption)
+    caption += "".join(f"; {row['form']}: {row['remark']}" for row in result["forms"] if "remark" in row)
+    table = Table(title=Text(title), caption=Text(caption))
     for column in ("", "step, p20 / p50 / p80 ms"):
         table.add_column(column, no_wrap=True)
-    for column in ("dense / this", "loss differs by", "epoch s", "peak MiB", *(("launches", "CUDA MiB") * on_cuda)):
+    on_cuda_alone = ("launches", "CUDA MiB", "captures s") * on_cuda
+    for column in ("dense / this", "loss differs by", "epoch s", "peak MiB", *on_cuda_alone):
         table.add_column(column, justify="right")
     for row in result["forms"]:
         cells = [
@@ -67,6 +69,7 @@ def _table(result: dict[str, Any]) -> Table:
             mebibytes(row.get("peak_pss_bytes", "not measured")),
         ]
         if on_cuda:
-            cells += [str(row["launches"]), mebibytes(row.get("peak_cuda_bytes", "not measured"))]
+            capture = row["capture_s"] if isinstance(row["capture_s"], str) else f"{row['capture_s']:.1f}"
+            cells += [str(row["launches"]), mebibytes(row.get("peak_cuda_bytes", "not measured")), capture]
         table.add_row(*cells)
     return table

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ..files import write_atomically
 from ..progress import progress_bar
 from ..states import FeatureTable
 from ..training import Trainer, deterministic
+from .captures import NO_CAPTURES, capture_shapes
 from .machine import on, origin, synchronise
 
 BLOCK = 20_000  # items whose states differ
@@ -56,7 +59,11 @@ def benchmark(settings: GrowthSettings, device: torch.device) -> dict[str, Any]:
             for users in settings.batch_users:
                 rows.append({"items": items, "batch_users": users, **measure(sequences, table, users, device)})
                 advance(1, f"{items:,} items, {users:,} users a batch")
-    notes = {"epoch_s": "one epoch's steps, after some to warm up", "evaluation_s": "one evaluation of all users"}
+    notes = {
+        "epoch_s": "one epoch's steps, after some to warm up",
+        "capture_s": "seconds to capture a CUDA graph of every padded shape of the epoch, before it is timed",
+        "evaluation_s": "one evaluation of all users; on CUDA the second one, the first compiles its kernels",
+    }
     return {**origin("synthetic", device), "settings": asdict(settings), "notes": notes, "rows": rows}
 
 
@@ -86,25 +93,33 @@ def states(items: int, settings: GrowthSettings, seed: int, device: torch.device
     return table
 
 
-def measure(sequences: Sequences, table: FeatureTable, users: int, device: torch.device) -> dict[str, float]:
-    """Seconds of an epoch's steps after some to warm up, and of one evaluation."""
+def measure(sequences: Sequences, table: FeatureTable, users: int, device: torch.device) -> dict[str, Any]:
+    """Time one epoch's steps, after its shapes are captured and some steps are taken, and one evaluation."""
     config = RunConfig("", "", ("first", "second"), train=TrainConfig(batch_users=users))
     trainer = Trainer(config, sequences, table, device)
     trainer.model.train()
-    for done, batch in enumerate(trainer.batches(0), start=1):
-        trainer.take(batch)
-        if done == WARM_UP_STEPS and device.type != "cuda":  # on CUDA a whole epoch: shapes are captured as they come
-            break
+    captures = capture_shapes(trainer, [0])
+    with closing(trainer.batches(0)) as batches:
+        for batch in islice(batches, WARM_UP_STEPS):
+            trainer.take(batch)
     started = now(device)
-    for batch in trainer.batches(1):
+    for batch in trainer.batches(0):
         trainer.take(batch)
     epoch = now(device) - started
     trainer.model.eval()
+    if device.type == "cuda":
+        evaluate_once(trainer, sequences, table)
     started = now(device)
+    evaluate_once(trainer, sequences, table)
+    figures = NO_CAPTURES if captures is None else captures.figures()
+    return {"epoch_s": epoch, **figures, "evaluation_s": now(device) - started}
+
+
+def evaluate_once(trainer: Trainer, sequences: Sequences, table: FeatureTable) -> None:
+    """Rank the validation targets of all users in the whole catalogue."""
     vectors = trainer.model.catalogue_vectors(table)
     queries = trainer.model.user_states(vectors, sequences.split("validation").inputs)
     evaluate(queries, vectors, sequences, "validation", EvaluationConfig())
-    return {"epoch_s": epoch, "evaluation_s": now(device) - started}
 
 
 def now(device: torch.device) -> float:

@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from .item_sources import open_source, refuse_missing_libraries
     from .run_folder import RunFolder, environment
     from .trainer import Trainer, deterministic, precision, resume, train
+    from .training_step import CapturedStep
 
 __all__ = [
     "BestRun",
+    "CapturedStep",
     "RunFolder",
     "Trainer",
     "deterministic",

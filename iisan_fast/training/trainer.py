@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import time
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import SIDE_METHODS, TUNING_METHODS, EvaluationConfig, RunConfig, TrainConfig, read_settings
-from ..data import Sequences, Shape, epoch_batches, load_dataset, steps_per_epoch
+from ..data import Batch, Sequences, Shape, epoch_batches, load_dataset, steps_per_epoch
 from ..errors import InputError
 from ..evaluation import evaluate, headline_metrics, parameter_counts, popularity_baseline
 from ..models import build_recommender
@@ -185,13 +184,18 @@ class Trainer:
         return total / rows
 
     def batches(self, epoch: int) -> Generator[PreparedBatch, None, None]:
-        """An epoch's batches, prepared ahead."""
-        config, pad = self.config.train, None
-        if self.captured is not None:
-            users = min(config.batch_users, len(self.sequences.training_users))
-            pad = functools.partial(Shape.padded, users=users, length=self.sequences.max_inputs)
-        batches = epoch_batches(self.sequences, config.batch_users, config.seed, epoch)
-        return prepared_batches(batches, self.source, self.device, pad)
+        """Prepare an epoch's batches ahead of their steps."""
+        config = self.config.train
+        return self.prepared(epoch_batches(self.sequences, config.batch_users, config.seed, epoch))
+
+    def prepared(self, batches: Iterator[Batch]) -> Generator[PreparedBatch, None, None]:
+        """Prepare batches ahead of their steps, padded to the shapes that are captured where steps are."""
+        return prepared_batches(batches, self.source, self.device, None if self.captured is None else self.padded_shape)
+
+    def padded_shape(self, shape: Shape) -> Shape:
+        """Return the shape that a batch of this run is padded to."""
+        users = min(self.config.train.batch_users, len(self.sequences.training_users))
+        return shape.padded(users, self.sequences.max_inputs)
 
     def take(self, prepared: PreparedBatch) -> Tensor:
         """One optimizer step; returns the loss before it, a scalar on the device."""

@@ -94,14 +94,18 @@ class CapturedStep:
 
     def __call__(self, batch: Batch, states: list[States]) -> Tensor:
         """`TrainingStep.__call__` for a padded batch; the loss is overwritten by the next step."""
-        packed = batch.packed() if batch.buffer is None else batch.buffer
-        if batch.shape not in self._captured:
-            self._captured[batch.shape] = self._prepare(packed, batch.shape, states)
+        self.capture_shape(batch, states)
         buffer, gathered, run = self._captured[batch.shape]
-        buffer.copy_(packed)
+        buffer.copy_(batch.packed() if batch.buffer is None else batch.buffer)
         for own, view in zip(gathered, states):
             own.copy_(view.table)
         return run()
+
+    def capture_shape(self, batch: Batch, states: list[States]) -> None:
+        """Capture the step for the shape of a padded batch, unless it is captured already. Nothing is trained."""
+        if batch.shape not in self._captured:
+            packed = batch.packed() if batch.buffer is None else batch.buffer
+            self._captured[batch.shape] = self._prepare(packed, batch.shape, states)
 
     def _prepare(
         self, packed: Tensor, shape: Shape, states: list[States]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from helpers.captured_steps import (
     check_a_capture_leaves_no_trace,
@@ -16,8 +15,8 @@ from helpers.captured_steps import (
     check_captured_equals_eager,
     new_trainer,
 )
+from iisan_fast.bench.captures import call_again_for_graphs
 from iisan_fast.training.trainer import Trainer, deterministic
-from iisan_fast.training.training_step import CapturedStep
 
 CPU = torch.device("cpu")
 
@@ -32,15 +31,7 @@ def exact() -> Iterator[None]:
 def stand_in(folder: Path, placement: str = "device") -> Iterator[Trainer]:
     """A trainer whose steps are "captured": warmed up once without a trace, then called again and again."""
     with new_trainer(folder, CPU, placement) as trainer:
-
-        def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-            record = trainer.step.record.clone()
-            trainer.step.record[2] = 1  # as before a graph's capture
-            run()
-            trainer.step.record.copy_(record)
-            return run
-
-        trainer.captured = CapturedStep(trainer.step, capture)
+        call_again_for_graphs(trainer)
         yield trainer
 
 
