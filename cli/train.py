@@ -72,7 +72,9 @@ GROUPS = dict.fromkeys(group for rates in LEARNING_RATES.values() for group in r
 @click.option("--inter/--no-inter", default=None, help="The inter-modal tower. [where there are two views]")
 @click.option("--seed", type=int, help="[0]")
 @click.option(
-    "--precision", type=click.Choice(PRECISIONS), help="Of the products that are trained. [auto: bfloat16 on CUDA]"
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Of the trained matrix products; bfloat16 on a CPU is for fine-tuned encoders. [auto: bfloat16 on CUDA]",
 )
 @click.option(
     "--table",
@@ -146,12 +148,11 @@ def _demo_config(out: Path, device, options: dict[str, Any]) -> RunConfig:
     """The embedded demo, written and, where the method reads states from a cache, encoded."""
     from .. import demo, states
     from ..data import load_dataset
-    from ..training import RunFolder
+    from ..training import check_new_run
 
     given = options["cache"] is not None or options["views"] is not None or options["encoded"]
     if given or options["split"] == "temporal":
         raise InputError("--cache, --views, encoders, --split temporal: they need a DATASET; the demo makes its own")
-    RunFolder(out).refuse_if_used()
     home = out.resolve() / "demo"
     dataset, views = demo.plan(home)
     if options["layer_groups"] is not None:
@@ -165,6 +166,7 @@ def _demo_config(out: Path, device, options: dict[str, Any]) -> RunConfig:
         views = [replace(view, layer_groups=options["layer_groups"]) for view in views]
         options |= {"cache": home / "states", "views": ",".join(view.name for view in views)}
     config = run_config(dataset, options, demo.settings(method))
+    check_new_run(config, out, device)
     click.echo("No dataset given: this is the embedded demo.", err=True)
     demo.write_demo(home)
     if config.cache is not None:

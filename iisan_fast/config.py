@@ -208,7 +208,7 @@ class TrainConfig:
     max_epochs: int = 100
     patience: int = 10  # stops at the first epoch after more than this many without a better one
     seed: int = 0
-    precision: str = "auto"  # of the side network's products: auto is bfloat16 on CUDA, float32 elsewhere
+    precision: str = "auto"  # of the trained matrix products: auto is bfloat16 on CUDA, float32 elsewhere
     learning_rates: Mapping[str, float] = field(default_factory=dict)  # of a group; a run fills in its method's others
 
     def __post_init__(self) -> None:

@@ -33,9 +33,10 @@ from ..data import load_dataset
 from ..errors import InputError, first_few
 from ..evaluation import headline_metrics
 from ..files import write_atomically
+from ..precision import resolve_precision
 from ..progress import progress_bar
 from ..states import extract
-from ..training import RunFolder, Trainer, open_source, precision, refuse_missing_libraries, resume, train
+from ..training import RunFolder, Trainer, open_source, refuse_missing_libraries, resume, train
 from .machine import NOT_MEASURED, in_a_process, on
 from .peak_memory import PeakMemory
 from .profile import profile
@@ -251,9 +252,9 @@ def _train(config: RunConfig, folder: Path, table: str, device: torch.device) ->
 
 def _profile(config: RunConfig, settings: SweepSettings, device: torch.device) -> dict[str, Any]:
     dataset = load_dataset(Path(config.dataset), config.protocol)
-    products = precision(config.train, device)
-    with open_source(config, dataset, device, settings.table, products) as (source, _):
-        return profile(Trainer(config, dataset.sequences, source, device), settings.profiled)
+    precision = resolve_precision(config, device)
+    with open_source(config, dataset, device, settings.table, precision) as (source, _):
+        return profile(Trainer(config, dataset.sequences, source, device, precision), settings.profiled)
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

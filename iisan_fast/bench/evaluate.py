@@ -20,6 +20,7 @@ from ..data import Sequences, Split
 from ..errors import InputError
 from ..evaluation import evaluate, ranking_metrics, target_ranks
 from ..models import Recommender, build_recommender
+from ..precision import resolve_precision
 from ..progress import progress_bar
 from ..states import FeatureTable
 from .dense import DenseModel
@@ -132,7 +133,7 @@ def make_work(sequences: Sequences, settings: EvaluateSettings, device: torch.de
     trained = FeatureTable(tuple(view.to(device) for view in random_states(sequences, shape)))
     table = FeatureTable(tuple(view.float() for view in trained.views)) if device.type == "cuda" else trained
     config = RunConfig(dataset="", cache="", views=VIEWS, train=TrainConfig(seed=settings.seed))
-    model = build_recommender(table, config, sequences.popularity).to(device).eval()
+    model = build_recommender(table, config, sequences.popularity, resolve_precision(config, device)).to(device).eval()
     users = len(sequences.user_ids)
     sample = np.linspace(0, users - 1, settings.argsort_users).round().astype(int)
     return Work(sequences, settings.split, sequences.split(settings.split), sample, table, trained, model, device)

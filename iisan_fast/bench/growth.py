@@ -22,6 +22,7 @@ from ..config import EvaluationConfig, RunConfig, TrainConfig
 from ..data import Sequences
 from ..evaluation import evaluate
 from ..files import write_atomically
+from ..precision import resolve_precision
 from ..progress import progress_bar
 from ..states import FeatureTable
 from ..training import Trainer, deterministic
@@ -96,7 +97,7 @@ def states(items: int, settings: GrowthSettings, seed: int, device: torch.device
 def measure(sequences: Sequences, table: FeatureTable, users: int, device: torch.device) -> dict[str, Any]:
     """Time one epoch's steps, after its shapes are captured and some steps are taken, and one evaluation."""
     config = RunConfig("", "", ("first", "second"), train=TrainConfig(batch_users=users))
-    trainer = Trainer(config, sequences, table, device)
+    trainer = Trainer(config, sequences, table, device, resolve_precision(config, device))
     trainer.model.train()
     captures = capture_shapes(trainer, [0])
     with closing(trainer.batches(0)) as batches:

@@ -25,6 +25,7 @@ from ..config import ModelConfig, RunConfig, TrainConfig
 from ..data import Dataset, Sequences, epoch_batches, load_dataset, steps_per_epoch
 from ..errors import InputError
 from ..models import build_recommender
+from ..precision import resolve_precision
 from ..progress import progress_bar
 from ..states import FeatureTable, Store, content_digest
 from ..training import Trainer, deterministic, train
@@ -43,7 +44,7 @@ NOTES = {
     "path's, so that the losses can be compared",
     "host ops": "the fast path by PyTorch alone, as where there is no C++ compiler (IISAN_FAST_BACKEND=host), float32",
     "float32": "iisan-fast train --precision float32",
-    "bfloat16": "iisan-fast train --precision bfloat16",
+    "bfloat16": "iisan-fast train --precision bfloat16, on CUDA",
     "reference ops": "the fast path with every op by its specification (IISAN_FAST_BACKEND=torch), float32",
     "eager": "the fast path without CUDA graphs, bfloat16",
     "step": "one step by the wall clock, its batch prepared ahead where the form does so; the forms take turns",
@@ -204,15 +205,16 @@ def start(
 ) -> Started:
     """Make a form's model and trainer. Its step takes one batch after the other, epoch after epoch."""
     config = run_config(form, settings)
+    precision = resolve_precision(config, device)
     if form.precision is None:
-        model = build_recommender(FeatureTable(tuple(tables)), config, sequences.popularity).to(device).train()
+        source = FeatureTable(tuple(tables))
+        model = build_recommender(source, config, sequences.popularity, precision).to(device).train()
         rates = config.train.learning_rates
         dense = DenseTrainer(model, [table.float().to(device) for table in tables], sequences, rates, settings.seed)
         users = dense_batches(sequences, config.train)
         return Started(lambda: dense.step(*next(users)), capture=lambda epochs: None)
-    dtype = torch.float32 if device.type == "cuda" and form.precision == "float32" else torch.bfloat16
-    table = FeatureTable(tuple(table.to(device, dtype) for table in tables))
-    trainer = Trainer(config, sequences, table, device)
+    table = FeatureTable(tuple(table.to(device, precision.table) for table in tables))
+    trainer = Trainer(config, sequences, table, device, precision)
     trainer.model.train()
     if not form.captured:
         trainer.captured = None

@@ -19,8 +19,9 @@ from ..config import RunConfig, TrainConfig, UncachedConfig
 from ..data import Dataset, load_dataset, steps_per_epoch
 from ..encoders import model_dtype, xformers_problem
 from ..errors import InputError
+from ..precision import resolve_precision
 from ..progress import progress_bar
-from ..training import Trainer, deterministic, open_source, precision
+from ..training import Trainer, deterministic, open_source
 from .cells import MEMORY_EVERY
 from .machine import NOT_MEASURED, in_a_process, named_sequences, on, origin
 from .peak_memory import PeakMemory
@@ -111,13 +112,13 @@ def fill_cache(dataset: Dataset, settings: UncachedSettings, cache: Path) -> Non
 def measure(config: RunConfig, steps: int, device: torch.device) -> dict[str, Any]:
     """What an epoch takes of time and memory, from so many of its steps, and a step taken apart."""
     dataset = load_dataset(Path(config.dataset), config.protocol)
-    placement, products = "pinned" if device.type == "cuda" else "auto", precision(config.train, device)
+    placement, precision = "pinned" if device.type == "cuda" else "auto", resolve_precision(config, device)
     with on(device), ExitStack() as opened:
         with PeakMemory(MEMORY_EVERY) as memory:
             watch = Stopwatch(device)
-            source, _ = opened.enter_context(open_source(config, dataset, device, placement, products))
+            source, _ = opened.enter_context(open_source(config, dataset, device, placement, precision))
             watch.lap("opening")
-            trainer = Trainer(config, dataset.sequences, source, device)
+            trainer = Trainer(config, dataset.sequences, source, device, precision)
             figures = timed_epoch(trainer, steps)
         cuda = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else NOT_MEASURED
         return {

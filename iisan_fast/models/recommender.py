@@ -14,6 +14,7 @@ from .. import kernels
 from ..config import SIDE_METHODS, ModelConfig, RunConfig
 from ..data import Batch
 from ..kernels.reference.dropout import StatelessDropout
+from ..precision import Precision
 from ..states import ItemSource
 from .item_encoders import FrozenItemEncoder, IdItemEncoder
 from .sasrec import Dropout, Rows, SASRec
@@ -155,15 +156,15 @@ class Recommender(nn.Module):
 
 
 def build_recommender(
-    source: ItemSource, config: RunConfig, popularity: np.ndarray, products: torch.dtype = torch.float32
+    source: ItemSource, config: RunConfig, popularity: np.ndarray, precision: Precision
 ) -> Recommender:
-    """The recommender of a run's configuration, for the items of a source; products: what trained ones take."""
-    make = functools.partial(make_item_encoder, source, config, products)
+    """Build the recommender of a run's configuration, for the items of a source."""
+    make = functools.partial(make_item_encoder, source, config, precision)
     return Recommender(make, config.model, config.protocol.max_inputs, popularity, config.train.seed)
 
 
-def make_item_encoder(source: ItemSource, config: RunConfig, products: torch.dtype) -> nn.Module:
-    """What turns that which a source reads of items into item vectors."""
+def make_item_encoder(source: ItemSource, config: RunConfig, precision: Precision) -> nn.Module:
+    """Build the item encoder of the configured method."""
     model = config.model
     if model.method in SIDE_METHODS:
         return SideItemEncoder(source.shapes, model)
@@ -180,5 +181,5 @@ def make_item_encoder(source: ItemSource, config: RunConfig, products: torch.dty
         model.bottleneck,
         model.activation,
         config.uncached.checkpointing,
-        torch.bfloat16 if products == torch.bfloat16 else None,
+        precision.products,
     )

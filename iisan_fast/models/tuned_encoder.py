@@ -46,14 +46,14 @@ class TunedItemEncoder(nn.Module):
         bottleneck: int = 64,
         activation: str = "relu",
         checkpointing: bool = False,
-        autocast: torch.dtype | None = None,
+        products: torch.dtype = torch.float32,
     ) -> None:
         """method, bottleneck, activation: as `adapt` takes them. checkpointing: of every block.
 
-        autocast: what the encoders' products take, torch.bfloat16 say; None: their weights' dtype.
+        products: of the encoders. bfloat16 by autocast; float32 leaves them in the weights' dtype.
         """
         super().__init__()
-        self.encoders, self.checkpointing, self.autocast = encoders, checkpointing, autocast
+        self.encoders, self.checkpointing, self.products = encoders, checkpointing, products
         self.recompute = False
         self.models = nn.ModuleList(encoder.model for encoder in encoders)
         self.tuned: dict[str, list[nn.Parameter]] = {}
@@ -107,8 +107,9 @@ class TunedItemEncoder(nn.Module):
         return encoder.final(inputs)
 
     def _products(self) -> torch.autocast:
-        """Once around all parts, so that they share the weights' copies in the products' dtype."""
-        return torch.autocast(self.heads.fusion.weight.device.type, self.autocast, enabled=self.autocast is not None)
+        """Set the products' dtype. Once around all parts, so that they share the weights' copies in it."""
+        device = self.heads.fusion.weight.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.products == torch.bfloat16)
 
     def _footprint(self, encoder: Encoder, one: ModelInputs, two: ModelInputs) -> Footprint:
         """From one and two items: what does not grow with them, such as weights in another dtype, counts once."""

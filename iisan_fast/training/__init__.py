@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .best_run import BestRun, evaluate_run, load
     from .item_sources import open_source, refuse_missing_libraries
     from .run_folder import RunFolder, environment
-    from .trainer import Trainer, deterministic, precision, resume, train
+    from .trainer import Trainer, check_new_run, deterministic, resume, train
     from .training_step import CapturedStep
 
 __all__ = [
@@ -16,12 +16,12 @@ __all__ = [
     "CapturedStep",
     "RunFolder",
     "Trainer",
+    "check_new_run",
     "deterministic",
     "environment",
     "evaluate_run",
     "load",
     "open_source",
-    "precision",
     "refuse_missing_libraries",
     "resume",
     "train",

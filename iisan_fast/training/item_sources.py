@@ -16,6 +16,7 @@ from ..config import SIDE_METHODS, TUNING_METHODS, RunConfig, UncachedConfig, Vi
 from ..data import Dataset, Sequences, load_dataset
 from ..errors import InputError, first_few
 from ..models import check_views
+from ..precision import Precision
 from ..states import FeatureTable, ItemSource, Store, ViewShape, content_digest, load_table
 
 Descriptions = dict[str, dict[str, Any]]  # by view's name
@@ -23,18 +24,16 @@ Descriptions = dict[str, dict[str, Any]]  # by view's name
 
 @contextmanager
 def open_source(
-    config: RunConfig, dataset: Dataset, device: torch.device, placement: str, products: torch.dtype
+    config: RunConfig, dataset: Dataset, device: torch.device, placement: str, precision: Precision
 ) -> Iterator[tuple[ItemSource, Descriptions]]:
-    """What the run reads of the dataset's items, and what its views are made with and from.
+    """Open what the run reads of the dataset's items, and describe what its views are made with and from.
 
-    products: what the trained products take. Raises InputError for states or contents that are missing.
+    Raises InputError for states or contents that are missing.
     """
-    # Kernels multiply in the table's dtype; a CPU keeps the table as stored and converts rows as it reads them.
-    dtype = products if device.type == "cuda" else None
     if config.cache is not None:
-        source, views = _open_cache(config, Path(config.cache), dataset.sequences, device, placement, dtype)
+        source, views = _open_cache(config, Path(config.cache), dataset.sequences, device, placement, precision.table)
     elif config.uncached is not None:
-        source, views = _open_encoders(config, config.uncached, dataset, device, placement, dtype)
+        source, views = _open_encoders(config, config.uncached, dataset, device, placement, precision.table)
     else:
         source, views = item_numbers(len(dataset.sequences.item_ids), device), {}
     with closing(source):

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import SIDE_METHODS, TUNING_METHODS, EvaluationConfig, RunConfig, TrainConfig, read_settings
+from ..config import TUNING_METHODS, EvaluationConfig, RunConfig, TrainConfig, read_settings
 from ..data import Batch, Sequences, Shape, epoch_batches, load_dataset, steps_per_epoch
 from ..errors import InputError
 from ..evaluation import evaluate, headline_metrics, parameter_counts, popularity_baseline
 from ..models import build_recommender
+from ..precision import Precision, resolve_precision
 from ..progress import progress_bar
 from ..states import ItemSource, PreparedBatch, differences, prepared_batches
 from .checkpoints import adam_tensors, load_adam, load_checkpoint, load_weights, named_weights, save_checkpoint
@@ -53,20 +54,30 @@ def train(
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
     placement: str = "auto",
 ) -> dict[str, Any]:
-    """Trains a new run into the folder `out` and returns its test figures.
+    """Train a new run into the folder `out` and return its test figures.
 
     `on_epoch` gets each finished epoch's line of metrics.jsonl; `placement` says where the feature table lies. Raises
     InputError for input that cannot be used, or when the loss stops being finite; nothing is written before the
     dataset, the states and the model are at hand.
     """
-    RunFolder(out).refuse_if_used()
-    refuse_missing_libraries(config)
+    precision = check_new_run(config, out, device)
     dataset = load_dataset(Path(config.dataset), config.protocol)
     refuse_changed_texts(config, dataset)
-    with open_source(config, dataset, device, placement, precision(config.train, device)) as (source, views):
-        trainer = Trainer(config, dataset.sequences, source, device)
+    with open_source(config, dataset, device, placement, precision) as (source, views):
+        trainer = Trainer(config, dataset.sequences, source, device, precision)
         folder = RunFolder.create(out, trainer.config, views, dataset.sequences, device)
         return trainer.run(folder, on_epoch)
+
+
+def check_new_run(config: RunConfig, out: Path, device: torch.device) -> Precision:
+    """Return the precision of a new run in the folder `out`.
+
+    Raises InputError, before anything is read or written, for a folder that is in use, a library that is missing, or a
+    precision that the device does not offer.
+    """
+    RunFolder(out).refuse_if_used()
+    refuse_missing_libraries(config)
+    return resolve_precision(config, device)
 
 
 def resume(
@@ -75,22 +86,27 @@ def resume(
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
     placement: str = "auto",
 ) -> dict[str, Any]:
-    """Continues a stopped run exactly as if it had not been stopped; a finished one only says its figures again."""
+    """Continue a stopped run as if it had not been stopped, and return its test figures.
+
+    A finished run returns the figures that it has. Raises InputError, before anything is written, where the run cannot
+    go on.
+    """
     folder = RunFolder.open(out)
     if folder.test.exists():
         LOGGER.info("%s is finished already", out)
         return read_settings(folder.test)
-    folder.remove_leftovers()
+    config, precision = folder.config, _precision_again(folder, device)
     if others := folder.other_rounding(device):
         LOGGER.warning(
             "%s: %s; results will differ in rounding from those of a run that was not stopped", out, "; ".join(others)
         )
-    config, dataset = folder.config, dataset_again(folder.config, folder.sequences)
-    with open_source(config, dataset, device, placement, precision(config.train, device)) as (source, views):
+    dataset = dataset_again(config, folder.sequences)
+    with open_source(config, dataset, device, placement, precision) as (source, views):
         for name, recorded in folder.views.items():
             if changed := differences(recorded, views[name]):
                 raise InputError(f"{out}: view {name!r} is not as it was: {'; '.join(changed)}; restore it")
-        trainer = Trainer(config, dataset.sequences, source, device)
+        trainer = Trainer(config, dataset.sequences, source, device, precision)
+        folder.remove_leftovers()
         if folder.last.exists():
             trainer.restore(folder)
         return trainer.run(folder, on_epoch)
@@ -99,12 +115,12 @@ def resume(
 class Trainer:
     """One run in memory: model, optimizer, data, and where it stands."""
 
-    def __init__(self, config: RunConfig, sequences: Sequences, source: ItemSource, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, sequences: Sequences, source: ItemSource, device: torch.device, precision: Precision
+    ) -> None:
         self.config, self.sequences, self.source, self.device = config, sequences, source, device
-        products, tuned = precision(config.train, device), config.model.method in TUNING_METHODS
-        self.model = build_recommender(source, config, sequences.popularity, products).to(device)
-        if products == torch.bfloat16 and device.type == "cpu" and config.model.method in SIDE_METHODS:
-            raise InputError("precision: bfloat16 products need a GPU; choose float32")
+        tuned = config.model.method in TUNING_METHODS
+        self.model = build_recommender(source, config, sequences.popularity, precision).to(device)
         self.step = TrainingStep(self.model, config.train.learning_rates, device)
         self.captured = CapturedStep(self.step) if device.type == "cuda" and not tuned else None
         self.demand = Demand(config, sequences, source, self.model, device)
@@ -234,11 +250,12 @@ class Trainer:
         return evaluate(states, vectors, self.sequences, split, config)
 
 
-def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """What the side network's products take."""
-    if config.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, config.precision)
+def _precision_again(folder: RunFolder, device: torch.device) -> Precision:
+    """Return the precision of a run that goes on. Raises InputError where the device does not offer it."""
+    try:
+        return resolve_precision(folder.config, device)
+    except InputError as error:
+        raise InputError(f"{folder.path}: {error}; or train a new run") from None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from iisan_fast.cli.views import chosen_views, view_options
 from iisan_fast.config import ViewConfig
 from iisan_fast.errors import InputError
 from iisan_fast.states import placement
+from iisan_fast.training import item_sources
 
 FAST = ("--epochs", 2, "--batch-users", 16, "--embedding-dim", 16, "--bottleneck", 8)
 
@@ -282,8 +283,15 @@ def test_bottlenecks_of_all_towers_and_of_some(toy_run, tmp_path):
 
 
 def test_a_demo_with_bad_settings_leaves_nothing(tmp_path):
-    for bad in (("--epochs", 0), ("--learning-rate", "heads=x"), ("--k", 0), ("--seed", 10**30)):
+    bfloat16 = ("--precision", "bfloat16", "--device", "cpu")
+    for bad in (("--epochs", 0), ("--learning-rate", "heads=x"), ("--k", 0), ("--seed", 10**30), bfloat16):
         refused("train", "--out", tmp_path / "run", *bad)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_demo_without_a_library_that_it_needs_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(item_sources, "find_spec", lambda name: None)
+    assert "lora needs peft" in refused("train", "--out", tmp_path / "run", "--method", "lora")
     assert not (tmp_path / "run").exists()
 
 
@@ -291,7 +299,10 @@ def test_bfloat16_products_on_a_cpu_get_one_line(toy_run, tmp_path):
     dataset, cache = toy_run
     arguments = ("--out", tmp_path / "run", "--precision", "bfloat16", "--device", "cpu")
     message = refused("train", dataset, "--cache", cache, *arguments)
-    assert message == "error: precision: bfloat16 products need a GPU; choose float32\n"
+    expected = (
+        "precision: expected auto or float32 for iisan on a CPU, found bfloat16; choose float32, or train on CUDA"
+    )
+    assert message == f"error: {expected} (--device cuda)\n"
     assert not (tmp_path / "run").exists()
 
 

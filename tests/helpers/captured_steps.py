@@ -17,6 +17,7 @@ from helpers.tables import random_table
 from helpers.training_steps import assert_identical, everything
 from iisan_fast.config import ModelConfig, RunConfig, TrainConfig
 from iisan_fast.data.sequences import Sequences
+from iisan_fast.precision import resolve_precision
 from iisan_fast.states.feature_table import load_table
 from iisan_fast.states.loader import PreparedBatch
 from iisan_fast.training.trainer import Trainer
@@ -38,7 +39,7 @@ def new_trainer(folder: Path, device: torch.device, placement: str = "device") -
     if not (cache := folder / "cache").exists():
         fill_store(cache, sequences.item_ids, random_table(SHAPES, ITEMS, torch.float32), CONFIG.views)
     with closing(load_table(cache, CONFIG.views, sequences.item_ids, device, placement, torch.float32)) as table:
-        trainer = Trainer(CONFIG, sequences, table, device)
+        trainer = Trainer(CONFIG, sequences, table, device, resolve_precision(CONFIG, device))
         trainer.model.train()
         yield trainer
 

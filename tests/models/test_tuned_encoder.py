@@ -121,7 +121,7 @@ def test_checkpointed_blocks_within_recomputed_parts(encoder):
 def test_bfloat16_products_with_weights_in_float32(encoder, method, checkpointing):
     """The parts share the weights' copies, which a part that is computed again makes anew."""
     encoders = [encoder("image", "vit"), encoder("title", "bert")]
-    settings = {"checkpointing": checkpointing, "autocast": torch.bfloat16}
+    settings = {"checkpointing": checkpointing, "products": torch.bfloat16}
     tuned = TunedItemEncoder(encoders, method, D, **settings)
     products = []
     encoders[0].model.get_submodule("layers.0.mlp.fc1").register_forward_hook(
@@ -129,9 +129,9 @@ def test_bfloat16_products_with_weights_in_float32(encoder, method, checkpointin
     )
     vectors = tuned(whole(encoders))
     assert vectors.dtype == torch.float32 and set(products) == {torch.bfloat16}
-    tuned.autocast = None
+    tuned.products = torch.float32
     exact, expected = gradients(tuned, whole(encoders))
-    tuned.autocast = torch.bfloat16
+    tuned.products = torch.bfloat16
     loss, first = gradients(tuned, split(encoders))
     tuned.recompute = True
     again, second = gradients(tuned, split(encoders))
@@ -166,10 +166,10 @@ def test_frozen_encoders_keep_no_activations(encoder):
     assert (plan.items_at_once, plan.recompute, plan.estimate) == (100, False, 0)
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_a_plan_keeps_to_the_memory(encoder, autocast):
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_a_plan_keeps_to_the_memory(encoder, products):
     encoders = [encoder("image", "vit"), encoder("title", "bert")]
-    tuned = TunedItemEncoder(encoders, "full", D, autocast=autocast)
+    tuned = TunedItemEncoder(encoders, "full", D, products=products)
     trained = 3 * sum(p.nbytes for p in tuned.parameters() if p.requires_grad)
 
     def largest(items: int) -> list[dict[str, Tensor]]:
@@ -182,5 +182,5 @@ def test_a_plan_keeps_to_the_memory(encoder, autocast):
     assert parts.recompute and 1 <= parts.items_at_once < 64 and parts.estimate <= whole.estimate // 10
     with pytest.raises(InputError, match="one item's activations take"):
         tuned.plan(largest, items=64, free=trained + 1000)
-    smaller = TunedItemEncoder(encoders, "full", D, checkpointing=True, autocast=autocast)
+    smaller = TunedItemEncoder(encoders, "full", D, checkpointing=True, products=products)
     assert smaller.plan(largest, items=64, free=2**40).estimate < 0.8 * whole.estimate

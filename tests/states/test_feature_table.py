@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 from collections.abc import Callable
@@ -193,9 +192,7 @@ def test_the_store_stays_open_for_a_mapped_table_alone(cache, closed, placement)
 # Training
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_training_is_the_same_wherever_the_table_lies(tmp_path, toy_config, precision, caplog):
-    toy_config = dataclasses.replace(toy_config, train=dataclasses.replace(toy_config.train, precision=precision))
+def test_training_is_the_same_wherever_the_table_lies(tmp_path, toy_config, caplog):
     homes = {"device": "on cpu", "pinned": "in host memory, rows gathered ahead", "mapped": "in the store's file"}
     runs, results = {}, []
     for placement, home in homes.items():

@@ -28,6 +28,7 @@ from iisan_fast.data.sequences import load_dataset
 from iisan_fast.encoders.base import Backbone
 from iisan_fast.encoders.random_encoders import write_bert
 from iisan_fast.errors import InputError
+from iisan_fast.precision import resolve_precision
 from iisan_fast.states.extraction import extract
 from iisan_fast.training import memory_budget as memory
 from iisan_fast.training.best_run import evaluate_run
@@ -86,8 +87,9 @@ def test_every_method_learns_and_is_evaluated_from_its_folder(method, count, enc
 @contextmanager
 def open_trainer(config: RunConfig):
     dataset = load_dataset(Path(config.dataset))
-    with open_source(config, dataset, CPU, "auto", torch.float32) as (source, _):
-        yield Trainer(config, dataset.sequences, source, CPU)
+    precision = resolve_precision(config, CPU)
+    with open_source(config, dataset, CPU, "auto", precision) as (source, _):
+        yield Trainer(config, dataset.sequences, source, CPU, precision)
 
 
 def take(trainer: Trainer, steps: int) -> list[float]:

@@ -1,0 +1,39 @@
+"""The precision of a run: one value, decided from its settings and its device, then handed down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .config import SIDE_METHODS, STATE_METHODS, TUNING_METHODS, RunConfig
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtypes of a run. Weights, gradients and sums are float32 in all of them."""
+
+    table: torch.dtype | None  # of the hidden states in memory; None: as the cache stores them
+    products: torch.dtype  # of the matrix products that are trained
+
+
+def resolve_precision(config: RunConfig, device: torch.device) -> Precision:
+    """Return the precision of a run on a device.
+
+    On CUDA the side network multiplies in its table's dtype. On a CPU it reads the states as stored and multiplies in
+    float32; trained encoders take bfloat16 products on both. Raises InputError for bfloat16 products of a side network
+    on a CPU, which are slower than float32 and less accurate.
+    """
+    method, asked, on_cuda = config.model.method, config.train.precision, device.type == "cuda"
+    if asked == "bfloat16" and method in SIDE_METHODS and not on_cuda:
+        raise InputError(
+            f"precision: expected auto or float32 for {method} on a CPU, found bfloat16; "
+            "choose float32, or train on CUDA (--device cuda)"
+        )
+    automatic = "bfloat16" if on_cuda else "float32"
+    chosen = getattr(torch, automatic if asked == "auto" else asked)
+    return Precision(
+        table=chosen if on_cuda and method in STATE_METHODS else None,
+        products=chosen if method in (*SIDE_METHODS, *TUNING_METHODS) else torch.float32,
+    )
