@@ -78,6 +78,9 @@ def _print_rows(result: dict[str, Any]) -> None:
     """A table for every op and batch."""
     for (op, users), rows in groupby(result["rows"], key=lambda row: (row["op"], row["users"])):
         print_table(_table(op, users, list(rows), result["notes"].get(op)))
+    for timed in dict.fromkeys(row["timed"] for row in result["rows"] if row["timed"]):
+        rows = [row for row in result["rows"] if row["timed"] == timed]
+        click.echo(f"{', '.join(dict.fromkeys(row['form'] for row in rows))}: {timed}")
     for batch, reason in result["not_measured"].items():
         click.echo(f"{batch} a batch: not measured ({reason})")
 

@@ -28,6 +28,7 @@ from ..kernels import States, Tower, reference
 from ..models import SideNetwork
 from ..progress import progress_bar
 from .floors import Cost, device_rates, loss_costs, rank_costs, side_network_costs
+from .gpu_timing import WALL_CLOCK, Timing, device_timing, on_capture_stream
 from .machine import NOT_INSTALLED, QUANTILES, count_launches, on, origin
 from .settings import USERS, KernelSettings
 
@@ -39,7 +40,6 @@ NOTES = {
 }
 MEASURED, NEEDS_CUDA = "measured", "not measured (needs CUDA)"
 WARM_UP_CALLS = 3
-CUDA_WARM_UP_MS, CUDA_MS = 25, 200  # of a row
 CPU_SECONDS = 0.2  # of a row, and at least three calls
 MOST_CPU_USERS = 512  # of a batch, where none was asked for
 EXACT_ITEMS = 2048  # items whose towers are computed in fp64 at a time
@@ -271,7 +271,7 @@ def blank_row(work: Work, form: str, direction: str, device: torch.device) -> di
         "form": form,
         "pass": direction,
         "status": MEASURED,
-        **dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "launches", "peak_bytes", "gradient_error")),
+        **dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "timed", "launches", "peak_bytes", "gradient_error")),
         "floor_ms": work.costs[direction].floor_ms(rates) if has_floor else None,
         "floor_share": None,
     }
@@ -304,19 +304,20 @@ def measure(
     work: Work, run: Run, direction: str, device: torch.device, truth: Callable[[], list[Tensor]] | None = None
 ) -> dict[str, Any]:
     """Times, launches, memory and gradient error of one pass of one form; on the CPU, no launches and no memory."""
-    call = timed_call(work, run, direction)
-    figures: dict[str, Any] = {}
-    if device.type == "cuda":
-        for _ in range(WARM_UP_CALLS):
-            call()
-        figures["peak_bytes"] = peak_bytes(call, device)
-        times = cuda_quantiles(call)
-        figures["launches"] = count_launches(call)
-    else:
-        times = cpu_quantiles(call)
-    figures |= zip(("p20_ms", "p50_ms", "p80_ms"), times)
-    if direction == "both" and truth is not None:
-        figures["gradient_error"] = gradient_error(call(), truth)
+    on_gpu, figures = device.type == "cuda", {}
+    with on_capture_stream(device) if on_gpu else nullcontext():
+        call = timed_call(work, run, direction)
+        if on_gpu:
+            for _ in range(WARM_UP_CALLS):
+                call()
+            figures["peak_bytes"] = peak_bytes(call, device)
+            figures["launches"] = count_launches(call)
+            timing = device_timing(call)
+        else:
+            timing = Timing(cpu_quantiles(call), WALL_CLOCK)
+        figures |= {**dict(zip(("p20_ms", "p50_ms", "p80_ms"), timing.quantiles)), "timed": timing.timed}
+        if direction == "both" and truth is not None:
+            figures["gradient_error"] = gradient_error(call(), truth)
     return figures
 
 
@@ -328,13 +329,6 @@ def timed_call(work: Work, run: Run, direction: str) -> Run:
         return lambda: torch.autograd.grad(run(), work.leaves, work.upstream)
     outputs = run()
     return lambda: torch.autograd.grad(outputs, work.leaves, work.upstream, retain_graph=True)
-
-
-def cuda_quantiles(call: Run) -> list[float]:
-    """p20, p50 and p80 of a call in milliseconds, by CUDA events, the L2 cache flushed before each."""
-    from triton.testing import do_bench
-
-    return do_bench(call, warmup=CUDA_WARM_UP_MS, rep=CUDA_MS, quantiles=list(QUANTILES))
 
 
 def cpu_quantiles(call: Run) -> list[float]:
