@@ -14,6 +14,7 @@ from iisan_fast.bench.train import FORMS, TrainSettings
 from iisan_fast.cli import main
 from iisan_fast.data import batches, epoch_batches
 from iisan_fast.errors import InputError
+from iisan_fast.precision import resolve_precision
 from iisan_fast.states import FeatureTable
 from iisan_fast.training import Trainer
 
@@ -81,7 +82,7 @@ def trainer_with_stand_in(sequences, monkeypatch) -> Trainer:
     monkeypatch.setattr(batches, "_bucket", lambda size: size)
     config = train.run_config(FORMS["float32"], SMALL)
     table = FeatureTable(tuple(train.random_states(sequences, SMALL)))
-    trainer = Trainer(config, sequences, table, CPU)
+    trainer = Trainer(config, sequences, table, CPU, resolve_precision(config, CPU))
     trainer.model.train()
     captures.call_again_for_graphs(trainer)
     return trainer
