@@ -29,6 +29,8 @@ from iisan_fast.config import ModelConfig, RunConfig, TrainConfig, ViewConfig
 from iisan_fast.data.sequences import Sequences, load_dataset
 from iisan_fast.kernels.cpu.step_memory import Memory
 
+pytest_plugins = ["helpers.durations"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory) -> Iterator[None]:
