@@ -1,16 +1,25 @@
-# Two commands for a fresh machine: `make train` runs the embedded demo, `make test` the whole test suite.
+# Two commands for a fresh machine: `make train` runs the embedded demo, `make test` the checks and the tests.
+# `make quick` runs the tests that take under a second each, `make test-long` every test, also those of many minutes.
 # On a machine with a CUDA GPU, `make gpu DATASET=…` runs the tests that need one and all benchmarks.
 PYTHON ?= python3
 VENV ?= .venv
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: train test lint gpu clean
+.PHONY: train test quick test-long lint gpu clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/iisan-fast train
 
+PYTEST = $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
+
 test: lint
-	$(VENV)/bin/python -m pytest -q -n 2
+	$(PYTEST) -m 'not long' --slowest 20
+
+quick: $(VENV)/.installed-dev
+	$(PYTEST) -m 'not long and not slow'
+
+test-long: $(VENV)/.installed-dev
+	$(PYTEST) --slowest 40 --results benchmarks/results/tests.json
 
 # mypy reads the package as it is installed, with kernels/ and cli/ inside: a folder of links looks like that.
 lint: $(VENV)/.installed-dev
