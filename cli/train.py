@@ -146,7 +146,7 @@ def train(
 
 def _demo_config(out: Path, device, options: dict[str, Any]) -> RunConfig:
     """The embedded demo, written and, where the method reads states from a cache, encoded."""
-    from .. import demo, states
+    from .. import demo, encoders, states
     from ..data import load_dataset
     from ..training import check_new_run
 
@@ -156,7 +156,7 @@ def _demo_config(out: Path, device, options: dict[str, Any]) -> RunConfig:
     home = out.resolve() / "demo"
     dataset, views = demo.plan(home)
     if options["layer_groups"] is not None:
-        states.grouped_layers(
+        encoders.grouped_layers(
             demo.ENCODER_SHAPE["num_hidden_layers"], options["layer_groups"]
         )  # before anything is written
     method = options["method"] or "iisan"

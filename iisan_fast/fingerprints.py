@@ -1,4 +1,4 @@
-"""Digests that say which weights and which preprocessing made a state, wherever their files lie.
+"""Digests that say which weights and which preprocessing made a state, and how two such descriptions differ.
 
 Hashing gigabytes of weights again at every start would be a nuisance, so a file's digest is remembered under its path,
 size and modification time.
@@ -16,6 +16,8 @@ from typing import Any
 from .files import write_atomically
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")  # the first that matches is what transformers loads
+NOT_COMPARED = ("encoder", "versions")  # the folder of the weights and the libraries' versions may change
+LONGEST_VALUE = 60  # characters of a value in a message
 
 
 def weights_digest(folder: Path) -> str:
@@ -41,6 +43,20 @@ def file_digest(path: Path) -> str:
     digest = _hash(path)
     _remember(str(path), [*stamp, digest])
     return digest
+
+
+def changed_settings(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Return one phrase for each setting whose value in `current` is not the recorded one."""
+    return [
+        f"{key} {_short(recorded.get(key))} there, {_short(current.get(key))} now"
+        for key in sorted({*recorded, *current} - set(NOT_COMPARED))
+        if recorded.get(key) != current.get(key)
+    ]
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 
 def _memory() -> Path:

@@ -22,8 +22,7 @@ from .errors import InputError
 
 MAX_WORKERS = 16  # that nobody asked for
 ITEMS_A_WORKER = 2000  # below that, starting one takes longer than it saves
-# Modules that a worker imports once, for all that it does.
-IMPORTED = ["iisan_fast.states.encoder_inputs", "iisan_fast.encoders.base", "transformers.image_processing_backends"]
+CHECKED_AT_ONCE = 64  # items a call, where a catalogue is looked through
 ONE_LINE = (InputError, OSError, MemoryError)  # what the program answers with a line and no traceback
 
 Argument = TypeVar("Argument")
@@ -44,13 +43,20 @@ def usable_cpus() -> int:
 
 
 def calls_ahead(
-    function: Callable[[Argument], Result], arguments: Sequence[Argument], workers: int, pin: bool = False
+    function: Callable[[Argument], Result],
+    arguments: Sequence[Argument],
+    workers: int,
+    pin: bool = False,
+    modules: Sequence[str] = (),
 ) -> Iterator[Result]:
-    """function(argument) for every argument, in order; `workers` processes work ahead, with 0 this one does it all.
+    """Yield function(argument) for every argument, in order.
 
-    Function, arguments and results must be picklable. `pin` puts results that have `pin_memory` into pinned memory.
-    Close the iterator to end the workers early. Raises the function's InputError, OSError or MemoryError as it was,
-    and InputError where a worker process ends or fails otherwise.
+    `workers` processes work ahead; with 0 this process does the work itself. Function, arguments and results must be
+    picklable. `pin` puts results that have `pin_memory` into pinned memory. `modules` are imported once for all worker
+    processes, by the server that the first of them are forked from. Close the iterator to end the workers early.
+
+    Raises the function's InputError, OSError or MemoryError unchanged, and InputError if a worker process fails
+    otherwise.
     """
     if not arguments:
         return
@@ -60,7 +66,7 @@ def calls_ahead(
         sampler=arguments,
         collate_fn=_unchanged,
         num_workers=workers,
-        multiprocessing_context=_context() if workers else None,
+        multiprocessing_context=_context(modules) if workers else None,
         worker_init_fn=_end_with_parent,
         pin_memory=pin,
         generator=torch.Generator(),  # it draws seeds for its workers, which the global generator must not feel
@@ -83,6 +89,11 @@ def calls_ahead(
     raise InputError(f"a worker process failed ({reason}); run again with fewer --workers, or 0")
 
 
+def batched(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Split rows into parts of `size`; the last one may be shorter."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 class _Calls(Dataset, Generic[Argument, Result]):
     """The calls as a dataset. An error that is one line is a result: DataLoader would put its traceback into it."""
 
@@ -100,9 +111,9 @@ def _unchanged(result: Any) -> Any:
     return result
 
 
-def _context() -> ForkServerContext:
+def _context(modules: Sequence[str]) -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context.set_forkserver_preload(list(modules))
     return context
 
 

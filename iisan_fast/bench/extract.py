@@ -25,8 +25,8 @@ from ..data import Dataset, ImageFolder, ImageLmdb, Sequences, load_dataset, ope
 from ..encoders import Backbone, ModelInputs, load_backbone
 from ..errors import InputError
 from ..progress import progress_bar
-from ..states import GROUP_ITEMS, Store, batched, content_digest, extract, open_sources, view_inputs
-from ..workers import worker_count
+from ..states import GROUP_ITEMS, Store, content_digest, extract, open_sources, view_inputs
+from ..workers import batched, worker_count
 from .machine import NOT_MEASURED, QUANTILES, in_a_process, on, origin
 from .peak_memory import PeakMemory
 

@@ -24,9 +24,9 @@ from ..data import ImageError, load_dataset, open_images
 from ..encoders import Captioner, quiet
 from ..errors import InputError, first_few
 from ..files import locked, write_atomically
+from ..fingerprints import changed_settings
 from ..progress import progress_bar
-from ..states import CHECKED_AT_ONCE, batched, differences
-from ..workers import calls_ahead, worker_count
+from ..workers import CHECKED_AT_ONCE, batched, calls_ahead, worker_count
 from .caption_images import MISSING_PICTURES, Covers, Frames, Pictures, problems
 
 LOCK_FILE = ".captions.lock"
@@ -108,7 +108,7 @@ class _CaptionFile:
         """Raises InputError where the captions that stand here were made with other settings, saying what differs."""
         if self.made_here:
             recorded = read_settings(self.record)
-            if different := differences(recorded.get("settings") or {}, settings):
+            if different := changed_settings(recorded.get("settings") or {}, settings):
                 raise InputError(
                     f"{self.path}: made otherwise, by {recorded.get('model')}: {'; '.join(different)}; restore the old "
                     f"settings, or remove the file to caption all items again"
@@ -148,11 +148,11 @@ class _CaptionFile:
 
 def _readable(pictures: Pictures, item_ids: list[str], missing_images: str, workers: int) -> list[str]:
     """The items whose pictures can be read. Raises InputError, naming some, for others that are not to be skipped."""
-    requests = batched(item_ids, CHECKED_AT_ONCE)
+    requests, check = batched(item_ids, CHECKED_AT_ONCE), partial(problems, pictures)
     found: list[str] = []
     with (
         progress_bar("reading images", len(item_ids), "items") as advance,
-        closing(calls_ahead(partial(problems, pictures), requests, workers)) as answers,
+        closing(calls_ahead(check, requests, workers, modules=(problems.__module__,))) as answers,
     ):
         for answer in answers:
             found += answer

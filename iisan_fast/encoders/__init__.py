@@ -7,11 +7,14 @@ from ..doors import lazy_names
 if TYPE_CHECKING:
     from .adaptation import adapt, blocks, checkpoint_blocks
     from .attention import xformers_problem
-    from .base import Backbone, ModelInputs, TextBackbone, default_layers, load_backbone, load_backbones
+    from .base import Backbone
     from .captioner import Captioner
     from .hugging_face import count_parameters, model_dtype, quiet
-    from .image_bytes import ByteForm
+    from .image_bytes import WORKER_MODULES, ByteForm, ModelInputs
+    from .layer_selection import default_layers, grouped_layers
+    from .loading import load_backbone, load_backbones
     from .random_encoders import SPECIAL_TOKENS, write_bert, write_vit
+    from .text import TextBackbone
 
 __all__ = [
     "Backbone",
@@ -20,11 +23,13 @@ __all__ = [
     "ModelInputs",
     "SPECIAL_TOKENS",
     "TextBackbone",
+    "WORKER_MODULES",
     "adapt",
     "blocks",
     "checkpoint_blocks",
     "count_parameters",
     "default_layers",
+    "grouped_layers",
     "load_backbone",
     "load_backbones",
     "model_dtype",

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-ModelInputs = dict[str, Tensor]
+ModelInputs = dict[str, Tensor]  # by the names that a Hugging Face model gives them
+WORKER_MODULES = (__name__, "transformers.image_processing_backends")  # a process that prepares images imports them
 
 
 class ByteForm(NamedTuple):

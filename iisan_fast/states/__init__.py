@@ -6,18 +6,17 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .chunks import Chunks
-    from .encoder_inputs import CHECKED_AT_ONCE, batched, open_sources, view_inputs
+    from .encoder_inputs import open_sources, view_inputs
     from .extraction import GROUP_ITEMS, Extracted, extract
     from .feature_table import FeatureTable, load_table
     from .input_table import EncodedTable, open_inputs
     from .item_source import ItemSource
     from .loader import PreparedBatch, prepared_batches
     from .placement import DEVICE_SHARE, HOST_SHARE, free_memory, size_text
-    from .store import Store, content_digest, describes_view, differences, grouped_layers
+    from .store import Store, content_digest, describes_view
     from .view_shapes import ViewShape
 
 __all__ = [
-    "CHECKED_AT_ONCE",
     "Chunks",
     "DEVICE_SHARE",
     "EncodedTable",
@@ -29,13 +28,10 @@ __all__ = [
     "PreparedBatch",
     "Store",
     "ViewShape",
-    "batched",
     "content_digest",
     "describes_view",
-    "differences",
     "extract",
     "free_memory",
-    "grouped_layers",
     "load_table",
     "open_inputs",
     "open_sources",

@@ -5,11 +5,11 @@ Nothing here knows an encoder's weights, so that all of it can happen in worker 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,20 +17,22 @@ from PIL import Image
 
 from ..config import MISSING_IMAGES, ViewConfig
 from ..data import Dataset, ImageError, ImageFolder, ImageLmdb, open_images
+from ..encoders import WORKER_MODULES
 from ..errors import InputError, first_few
 from ..progress import progress_bar
-from ..workers import calls_ahead
+from ..workers import CHECKED_AT_ONCE, batched, calls_ahead
 from .store import DIGEST_BYTES, content_digest
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from ..encoders import Backbone, ModelInputs, TextBackbone
 
 BLANK = Image.new("RGB", (224, 224), "white")
-CHECKED_AT_ONCE = 64  # rows
 TEXTS_AT_ONCE = 1024  # tokenized: a tokenizer's own results take a hundred times the room of the token numbers
 
 Stored = tuple[int, bytes | None]  # a row, and the digest that stands in the store
 New = tuple[int, str]  # a row to encode, and what is wrong with its content, if anything
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def new_rows(
     new = []
     with (
         progress_bar(f"reading {view}", len(stored), "items") as advance,
-        closing(calls_ahead(contents.check, requests, workers)) as checked,
+        closing(inputs_ahead(contents.check, requests, workers)) as checked,
     ):
         for request, found in zip(requests, checked):
             new += found
@@ -113,9 +115,11 @@ def new_rows(
     return contents.arrange([row for row, _ in new])
 
 
-def batched(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """Rows, `size` at a time."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def inputs_ahead(
+    function: Callable[[Argument], Result], arguments: Sequence[Argument], workers: int, pin: bool = False
+) -> Iterator[Result]:
+    """Yield function(argument) for every argument as `calls_ahead` does, in processes that can prepare images."""
+    return calls_ahead(function, arguments, workers, pin, modules=(__name__, *WORKER_MODULES))
 
 
 class TextInputs:

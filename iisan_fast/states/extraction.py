@@ -22,8 +22,8 @@ from ..data import Dataset
 from ..encoders import Backbone, load_backbones
 from ..errors import InputError
 from ..progress import progress_bar
-from ..workers import calls_ahead, worker_count
-from .encoder_inputs import EncoderBatch, ViewInputs, batched, new_rows, open_sources, view_inputs
+from ..workers import batched, worker_count
+from .encoder_inputs import EncoderBatch, ViewInputs, inputs_ahead, new_rows, open_sources, view_inputs
 from .store import Store
 
 LOGGER = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def _run(job: _Job, todo: list[int], store: Store, item_ids: list[str], batch_si
     blank = 0
     with (
         progress_bar(f"encoding {job.name}", len(todo), "items") as advance,
-        closing(calls_ahead(job.contents.batch, batched(todo, batch_size), workers, pin)) as batches,
+        closing(inputs_ahead(job.contents.batch, batched(todo, batch_size), workers, pin)) as batches,
         _Writer(store, job, item_ids) as writer,
     ):
         for batch in batches:

@@ -21,9 +21,9 @@ from ..encoders import Backbone, ByteForm, ModelInputs, load_backbones
 from ..errors import InputError
 from ..kernels import States
 from ..progress import progress_bar
-from ..workers import calls_ahead, usable_cpus, worker_count
+from ..workers import batched, usable_cpus, worker_count
 from .chunks import Chunks
-from .encoder_inputs import BLANK, ImageInputs, TextInputs, batched, new_rows, open_sources, view_inputs
+from .encoder_inputs import BLANK, ImageInputs, TextInputs, inputs_ahead, new_rows, open_sources, view_inputs
 from .item_source import Gathered
 from .placement import place
 from .view_shapes import ViewShape
@@ -292,7 +292,7 @@ def _fill(view: str, images: ImageInputs, table: Tensor, workers: int) -> None:
     try:
         with (
             progress_bar(f"decoding {view}", count, "items") as advance,
-            closing(calls_ahead(images.batch, requests, workers)) as batches,
+            closing(inputs_ahead(images.batch, requests, workers)) as batches,
         ):
             for batch in batches:
                 table[1 + batch.rows[0] : 2 + batch.rows[-1]] = batch.inputs["pixel_values"]

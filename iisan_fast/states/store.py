@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from ..config import read_settings
+from ..encoders import grouped_layers
 from ..errors import InputError, first_few
 from ..files import locked, refuse_truncated, write_atomically
+from ..fingerprints import changed_settings
 
 FORMAT_VERSION = 1
 DIGEST_BYTES = 16
 MAX_KEY_BYTES = 511  # LMDB's own limit
-NOT_COMPARED = ("encoder", "versions")  # where the weights lie and what read them may change; the rest may not
 
 
 class Store:
@@ -83,7 +84,7 @@ class Store:
     def check_views(self, descriptions: dict[str, dict[str, Any]]) -> None:
         """Raises InputError where a view stands here already and was made otherwise, saying what differs."""
         for name, description in descriptions.items():
-            if different := differences(self.views.get(name, description), description):
+            if different := changed_settings(self.views.get(name, description), description):
                 raise InputError(
                     f"{self.path}: view {name!r} was made otherwise: {'; '.join(different)}; "
                     f"restore the old settings or choose another --cache"
@@ -185,15 +186,6 @@ def content_digest(content: bytes) -> bytes:
     return blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
-def differences(recorded: dict[str, Any], description: dict[str, Any]) -> list[str]:
-    """In words, what about a view's states is not as it was recorded."""
-    return [
-        f"{key} {_short(recorded.get(key))} there, {_short(description.get(key))} now"
-        for key in sorted({*recorded, *description} - set(NOT_COMPARED))
-        if recorded.get(key) != description.get(key)
-    ]
-
-
 def kept_positions(name: str, view: dict[str, Any], layer_groups: int | None) -> list[int] | None:
     """Where a stored view's layers of so many groups stand among its layers; None for all of them.
 
@@ -210,17 +202,6 @@ def kept_positions(name: str, view: dict[str, Any], layer_groups: int | None) ->
             f"{', '.join(map(str, lacking))}; extract with --layer-groups {layer_groups} into another cache"
         )
     return [stored.index(layer) for layer in layers]
-
-
-def grouped_layers(blocks: int, groups: int, first: int = 0) -> tuple[int, ...]:
-    """LayerDrop: the embedding output, 0, and the last block of each of `groups` even groups of an encoder's blocks.
-
-    Of an encoder in stages, `first` takes the place of 0. Raises InputError for no group, or more groups than blocks.
-    """
-    blocks -= first
-    if not 1 <= groups <= blocks:
-        raise InputError(f"layer_groups: expected 1 to {blocks}, the encoder's blocks, found {groups}")
-    return (first, *(first + group * blocks // groups for group in range(1, groups + 1)))
 
 
 def describes_view(value: Any) -> bool:
@@ -251,8 +232,3 @@ def _as_bytes_array(states: Tensor) -> np.ndarray:
     """The tensor's memory as integers of the same width: numpy has no bfloat16."""
     integer = {2: torch.int16, 4: torch.int32}[states.element_size()]
     return states.contiguous().cpu().view(integer).numpy()
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -18,10 +18,11 @@ from ..config import TUNING_METHODS, EvaluationConfig, RunConfig, TrainConfig, r
 from ..data import Batch, Sequences, Shape, epoch_batches, load_dataset, steps_per_epoch
 from ..errors import InputError
 from ..evaluation import evaluate, headline_metrics, parameter_counts, popularity_baseline
+from ..fingerprints import changed_settings
 from ..models import build_recommender
 from ..precision import Precision, resolve_precision
 from ..progress import progress_bar
-from ..states import ItemSource, PreparedBatch, differences, prepared_batches
+from ..states import ItemSource, PreparedBatch, prepared_batches
 from .checkpoints import adam_tensors, load_adam, load_checkpoint, load_weights, named_weights, save_checkpoint
 from .item_sources import dataset_again, open_source, refuse_changed_texts, refuse_missing_libraries
 from .memory_budget import Demand
@@ -103,7 +104,7 @@ def resume(
     dataset = dataset_again(config, folder.sequences)
     with open_source(config, dataset, device, placement, precision) as (source, views):
         for name, recorded in folder.views.items():
-            if changed := differences(recorded, views[name]):
+            if changed := changed_settings(recorded, views[name]):
                 raise InputError(f"{out}: view {name!r} is not as it was: {'; '.join(changed)}; restore it")
         trainer = Trainer(config, dataset.sequences, source, device, precision)
         folder.remove_leftovers()

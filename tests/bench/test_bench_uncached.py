@@ -18,7 +18,7 @@ from iisan_fast.bench.uncached import UncachedSettings
 from iisan_fast.cli import cli
 from iisan_fast.data.items import open_images
 from iisan_fast.data.sequences import load_dataset
-from iisan_fast.encoders.base import load_backbone
+from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError
 
 CPU = torch.device("cpu")

@@ -20,7 +20,8 @@ from helpers import encoders as tiny
 from helpers.datasets import make_sequences, write_dataset_folder
 from iisan_fast.encoders import attention
 from iisan_fast.encoders.attention import choose_attention, xformers_attention
-from iisan_fast.encoders.base import Backbone, load_backbone
+from iisan_fast.encoders.base import Backbone
+from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from helpers.encoders import BERT, IMAGE, LLM, TEXT, TITLES, pictures, save, view
 from iisan_fast.bench.encoders import encoder_parameters
-from iisan_fast.encoders import base as backbones
+from iisan_fast.encoders import base
 from iisan_fast.encoders.adaptation import blocks
-from iisan_fast.encoders.base import Backbone, load_backbone
+from iisan_fast.encoders.base import Backbone
 from iisan_fast.encoders.hidden_state_hooks import find_places, keeps_nothing, reading
 from iisan_fast.encoders.hugging_face import count_parameters
+from iisan_fast.encoders.loading import load_backbone
 
 ALL = (0, 1, 2, 3, 4)
 FAMILIES = [("title", family) for family in TEXT] + [("image", family) for family in IMAGE]
@@ -118,7 +119,7 @@ def test_outputs_that_a_checkpoint_asks_for_are_not_made(built, tmp_path, source
 
 def test_states_made_out_of_reach_are_all_kept(built, monkeypatch, caplog):
     expected = load_backbone(view(built("title", "llama"))).encode
-    monkeypatch.setattr(backbones, "find_places", lambda *_: None)
+    monkeypatch.setattr(base, "find_places", lambda *_: None)
     with caplog.at_level(logging.WARNING):
         backbone = load_backbone(view(built("title", "llama")))
     assert "its hidden states cannot be read one by one; batches keep all" in caplog.text

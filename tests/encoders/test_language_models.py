@@ -15,7 +15,7 @@ from helpers.encoders import LLM, TEXT, TITLES, refusal, save, texts_one_by_one,
 from iisan_fast.config import ViewConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.encoders import hugging_face
-from iisan_fast.encoders.base import load_backbone
+from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError
 from iisan_fast.states.extraction import extract
 from iisan_fast.states.store import Store

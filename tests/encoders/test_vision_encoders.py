@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers import encoders as tiny
 from helpers.encoders import VISION, pictures, refusal, save, view
 from iisan_fast.data.sequences import load_dataset
-from iisan_fast.encoders.base import load_backbone
+from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError
 from iisan_fast.states.extraction import extract
 from iisan_fast.states.feature_table import load_table

@@ -13,7 +13,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from iisan_fast.config import ViewConfig
-from iisan_fast.encoders.base import load_backbone
+from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}

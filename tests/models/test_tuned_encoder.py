@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from helpers.encoders import IMAGE, TEXT, TITLES, pictures, save, view
-from iisan_fast.encoders.base import Backbone, load_backbone
+from iisan_fast.encoders.base import Backbone
+from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError
 from iisan_fast.models.tuned_encoder import TunedItemEncoder
 from iisan_fast.states.chunks import Chunks

@@ -25,12 +25,12 @@ from helpers.fake_encoders import FakeBackbone
 from iisan_fast import demo, workers
 from iisan_fast.config import ViewConfig
 from iisan_fast.data.sequences import load_dataset
-from iisan_fast.encoders.base import load_backbone
+from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError
 from iisan_fast.states import extraction
-from iisan_fast.states.encoder_inputs import EncoderBatch, TextInputs, batched
+from iisan_fast.states.encoder_inputs import EncoderBatch, TextInputs
 from iisan_fast.states.feature_table import load_table
-from iisan_fast.workers import calls_ahead, worker_count
+from iisan_fast.workers import batched, calls_ahead, worker_count
 
 CPU = torch.device("cpu")
 TITLE = ViewConfig("title", "title", "an encoder")

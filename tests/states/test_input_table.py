@@ -18,7 +18,8 @@ from helpers.recommenders import side_recommender
 from iisan_fast.config import ModelConfig, ViewConfig
 from iisan_fast.data.batches import Shape, epoch_batches
 from iisan_fast.data.sequences import Dataset, load_dataset
-from iisan_fast.encoders.base import Backbone, ImageBackbone
+from iisan_fast.encoders.base import Backbone
+from iisan_fast.encoders.image import ImageBackbone
 from iisan_fast.errors import InputError
 from iisan_fast.states.chunks import Chunks
 from iisan_fast.states.extraction import extract

@@ -14,7 +14,7 @@ from helpers.tables import random_table
 from iisan_fast.errors import InputError
 from iisan_fast.states import store as hidden_states
 from iisan_fast.states.feature_table import load_table
-from iisan_fast.states.store import Store, grouped_layers
+from iisan_fast.states.store import Store
 
 IDS = ["a", "b", "x" * 600, "é/\\ 1"]
 ADDS = """
@@ -187,18 +187,6 @@ def test_an_unknown_view_is_named(tmp_path):
     fill_store(tmp_path / "c", ["a"], random_table([(2, 4)], 1), ("v",))
     with pytest.raises(InputError, match="no view 'w'; it has v"):
         load_table(tmp_path / "c", ["w"], ["a"], torch.device("cpu"))
-
-
-def test_layer_groups_keep_the_last_block_of_each_and_the_embedding():
-    assert grouped_layers(12, 2) == (0, 6, 12) and grouped_layers(12, 3) == (0, 4, 8, 12)
-    assert grouped_layers(12, 4) == (0, 3, 6, 9, 12) and grouped_layers(12, 6) == (0, 2, 4, 6, 8, 10, 12)
-    assert grouped_layers(12, 12) == tuple(range(13)) and grouped_layers(5, 3) == (0, 1, 3, 5)
-
-
-@pytest.mark.parametrize("groups", [0, 13])
-def test_groups_beyond_the_blocks_are_refused(groups):
-    with pytest.raises(InputError, match=f"layer_groups: expected 1 to 12, the encoder's blocks, found {groups}"):
-        grouped_layers(12, groups)
 
 
 @pytest.mark.parametrize("placement", ["device", "pinned", "mapped"])

@@ -1,0 +1,120 @@
+"""Text encoders, bidirectional or causal: tokenizing, padding, and pooling over the tokens of a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from ..config import ViewConfig
+from .base import Backbone
+from .image_bytes import ModelInputs
+
+
+class TextBackbone(Backbone):
+    """A bidirectional or causal text encoder.
+
+    Texts are padded here, on the right and masked, so no padding token is needed and none reaches a pooled state.
+    """
+
+    kind = "text"
+    rows_at_once = 32
+    input_names = ("input_ids", "attention_mask")
+
+    def __init__(self, view: ViewConfig, device: torch.device, attention: str) -> None:
+        super().__init__(view, device, attention)
+        least, most = self.processor.num_special_tokens_to_add() + 1, self._positions()
+        if not least <= view.max_tokens <= most:
+            raise self._error(f"max_tokens: expected {least} to {most}, found {view.max_tokens}")
+
+    def prepare(self, contents: Sequence[str]) -> ModelInputs:
+        """input_ids and attention_mask, int64 [N, tokens], at most max_tokens wide, special tokens included.
+
+        Raises InputError for a text that gives no token at all.
+        """
+        return self.pad(self.tokenize(contents))
+
+    @property
+    def padding_token(self) -> int:
+        """What texts are padded with. Some encoders count positions by it, so that it matters even where masked."""
+        return self.processor.pad_token_id or 0
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's token numbers, at most max_tokens, special tokens included.
+
+        Raises InputError for a text that gives no token at all.
+        """
+        limit = self.view.max_tokens
+        rows = self.processor(list(texts), truncation=True, max_length=limit, padding=False).input_ids
+        for text, row in zip(texts, rows):
+            if not row:
+                raise self._error(f"the text {text!r} gives no tokens")
+        return rows
+
+    def pad(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> ModelInputs:
+        """input_ids and attention_mask, int64 [N, tokens], as wide as the longest of N token sequences."""
+        ids = [torch.as_tensor(row, dtype=torch.int64) for row in tokens]
+        return {
+            "input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.padding_token),
+            "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"max_tokens": self.view.max_tokens}
+
+    def _load_processor(self, encoder: str, local_files_only: bool) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=local_files_only, trust_remote_code=False)
+        # Where its files are missing, transformers may make a tokenizer up to which every word is unknown.
+        if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+            raise self._error("its tokenizer knows no word; expected tokenizer files beside the weights")
+        return tokenizer
+
+    def _processor_content(self) -> Any:
+        tokenizer = self.processor
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+            content = tokenizer.backend_tokenizer.to_str()
+        else:
+            content = tokenizer.get_vocab()
+        return [type(tokenizer).__name__, content, tokenizer.special_tokens_map]
+
+    def _positions(self) -> int:
+        """How many tokens the encoder has positions for."""
+        limits = [self.processor.model_max_length, getattr(self.model.config, "max_position_embeddings", None)]
+        for name, module in self.model.named_modules():
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                limits.append(module.num_embeddings - module.padding_idx - 1)  # positions count on from the padding's
+        return min(limit or math.inf for limit in limits)
+
+    def example(self) -> ModelInputs:
+        ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]], device=self.device)
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+    def _poolings(self) -> tuple[str, ...]:
+        cls = getattr(self.processor, "cls_token_id", None)
+        leads = cls is not None and self.processor("a text").input_ids[:1] == [cls]
+        return ("cls", "mean", "last") if leads and not self._is_causal() else ("mean", "last")
+
+    @torch.no_grad()
+    def _is_causal(self) -> bool:
+        """Found by trying: in a causal encoder another last token leaves the first token's states as they were."""
+        inputs = self.example()
+        first = self._hidden_states(inputs)
+        inputs["input_ids"][0, -1] += 1
+        second = self._hidden_states(inputs)
+        return all(torch.equal(a[:, 0], b[:, 0]) for a, b in zip(first, second))
+
+    def _pool(self, states: Tensor, inputs: ModelInputs) -> Tensor:
+        if self.pooling == "cls":
+            return states[:, 0]
+        mask = inputs["attention_mask"].to(states.device)
+        if self.pooling == "last":
+            return states[torch.arange(len(states), device=states.device), mask.sum(dim=1) - 1]
+        total = torch.where(mask[..., None] > 0, states, 0).float().sum(dim=1)
+        return (total / mask.sum(dim=1, keepdim=True)).to(states.dtype)

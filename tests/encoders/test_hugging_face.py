@@ -1,0 +1,86 @@
+"""Loading: the cache before the hub, silence, missing weights, and folders that hold no encoder."""
+
+from __future__ import annotations
+
+import shutil
+
+import transformers as hf
+from huggingface_hub import constants
+
+from helpers.encoders import (
+    BERT,
+    refusal,
+    save,
+    view,
+)
+from iisan_fast.encoders.hugging_face import cached_or_fetched
+from iisan_fast.encoders.loading import load_backbone
+
+
+def test_encoders_that_cannot_be_used_are_named(built, tmp_path):
+    assert "no such folder" in refusal(tmp_path / "nowhere")
+    assert "cannot be used as an encoder" in refusal(tmp_path)
+    assert "reads image, expected an encoder that reads text" in refusal(built("image", "vit"))
+    assert "reads text, expected an encoder that reads image" in refusal(built("title", "bert"), "image")
+    damaged = shutil.copytree(built("title", "bert"), tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:1000])
+    assert "cannot be used as an encoder" in refusal(damaged)
+    (damaged / "config.json").write_text('{"model_type": "bert", "hidden_size": "wide"}')
+    assert "cannot be used as an encoder" in refusal(damaged)
+    t5 = hf.T5Model(hf.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=40))
+    assert "encoder-decoder" in refusal(save(t5, tmp_path / "t5", None, "cls"))
+
+
+def test_a_hub_name_is_found_in_the_cache(built, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--owner--tiny" / "snapshots" / ("0" * 40)
+    shutil.copytree(built("title", "bert"), snapshot)
+    (tmp_path / "models--owner--tiny" / "refs").mkdir()
+    (tmp_path / "models--owner--tiny" / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    described = load_backbone(view("owner/tiny")).describe()
+    assert described == load_backbone(view(built("title", "bert"))).describe() | {"encoder": "owner/tiny"}
+
+
+def test_a_hub_name_that_is_not_cached_is_named():
+    message = refusal("no-such-owner/no-such-encoder")
+    assert message.startswith("no-such-owner/no-such-encoder: cannot be used as an encoder") and "offline" in message
+
+
+def test_the_cache_is_asked_before_the_hub(tmp_path):
+    """Without a network the hub answers after minutes of trying again."""
+    asked = []
+
+    def load(encoder: str, local_files_only: bool) -> str:
+        asked.append(local_files_only)
+        if local_files_only and encoder == "owner/new":
+            raise OSError("not in the cache")
+        return encoder
+
+    for encoder in ("owner/cached", "owner/new", str(tmp_path)):
+        assert cached_or_fetched(load, encoder) == encoder
+    assert asked == [True, True, False, False]
+
+
+def test_loading_says_nothing_and_leaves_logging_as_it_was(built, capfd):
+    hf.logging.set_verbosity_info()
+    hf.logging.enable_progress_bar()
+    try:
+        load_backbone(view(built("title", "bert")))
+        assert capfd.readouterr() == ("", "")
+        assert hf.logging.get_verbosity() == hf.logging.INFO and hf.logging.is_progress_bar_enabled()
+    finally:
+        hf.logging.set_verbosity_warning()
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(built, tmp_path):
+    """Four blocks in the checkpoint, five in the configuration: the fifth would be random."""
+    folder = shutil.copytree(built("title", "bert"), tmp_path / "bert")
+    config = hf.AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers = 5
+    config.save_pretrained(folder)
+    assert "its checkpoint lacks 16 weights" in refusal(folder)
+
+
+def test_a_checkpoint_may_lack_a_pooler(tmp_path):
+    folder = save(hf.BertModel(hf.BertConfig(**BERT), add_pooling_layer=False), tmp_path / "bert", None, "cls")
+    assert load_backbone(view(folder)).depth == 5
