@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -11,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import InputError
+from .errors import InputError, check_choice, check_range, nearest
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -71,20 +73,21 @@ class ViewConfig:
     options: Mapping[str, Any] = field(default_factory=dict)  # of `from_pretrained`, beside those set here
 
     def __post_init__(self) -> None:
-        _choice("source", self.source, SOURCES)
+        _convert_fields(self)
+        check_choice("source", self.source, SOURCES)
         if self.layer_groups is not None:
-            _within("layer_groups", self.layer_groups, 1, 1000)
+            check_range("layer_groups", self.layer_groups, 1, 1000)
             if self.layers is not None:
                 raise InputError("layers, layer_groups: expected one of them, found both")
-        _choice("encoder_dtype", self.encoder_dtype, ENCODER_DTYPES)
+        check_choice("encoder_dtype", self.encoder_dtype, ENCODER_DTYPES)
         if "dtype" in self.options:
             self._rename_dtype()
         for name in self.options:
             if name in RESERVED_OPTIONS:
                 raise InputError(f"options.{name}: is decided here; expected another option of from_pretrained")
         if self.pooling is not None:
-            _choice("pooling", self.pooling, POOLINGS)
-        _within("max_tokens", self.max_tokens, 1, 1_000_000)
+            check_choice("pooling", self.pooling, POOLINGS)
+        check_range("max_tokens", self.max_tokens, 1, 1_000_000)
         if not self.name or "\0" in self.name:
             raise InputError(f"name: expected a view's name, found {self.name!r}")
 
@@ -92,7 +95,7 @@ class ViewConfig:
         """An encoder_dtype that was given as Hugging Face calls it becomes one."""
         options = dict(self.options)
         dtype = options.pop("dtype")
-        _choice("options.dtype", dtype, ENCODER_DTYPES)
+        check_choice("options.dtype", dtype, ENCODER_DTYPES)
         if self.encoder_dtype not in ("auto", dtype):
             raise InputError(f"encoder_dtype, options.dtype: found {self.encoder_dtype} and {dtype}; give one of them")
         object.__setattr__(self, "encoder_dtype", dtype)
@@ -112,16 +115,17 @@ class ProtocolConfig:
     test_from: float = 0.9  # and before the second
 
     def __post_init__(self) -> None:
-        _choice("missing_captions", self.missing_captions, MISSING_CAPTIONS)
-        _choice("split", self.split, SPLITS)
+        _convert_fields(self)
+        check_choice("missing_captions", self.missing_captions, MISSING_CAPTIONS)
+        check_choice("split", self.split, SPLITS)
         shares = self.validation_from, self.test_from
         if not 0 < shares[0] < shares[1] < 1:
             raise InputError(f"validation_from, test_from: expected ascending shares between 0 and 1, found {shares}")
         if self.split != "temporal" and shares != (ProtocolConfig.validation_from, ProtocolConfig.test_from):
             raise InputError(f"validation_from, test_from: {self.split} takes no shares; they are for temporal")
         # Four: two to train on, one each to validate and to test.
-        _within("min_interactions", self.min_interactions, 4, 1_000_000)
-        _within("max_inputs", self.max_inputs, 1, 10_000)
+        check_range("min_interactions", self.min_interactions, 4, 1_000_000)
+        check_range("max_inputs", self.max_inputs, 1, 10_000)
 
     @property
     def max_history(self) -> int:
@@ -148,20 +152,21 @@ class ModelConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        _choice("method", self.method, METHODS)
-        _choice("activation", self.activation, ACTIVATIONS)
-        _choice("sanb", self.sanb, SANBS)
+        _convert_fields(self)
+        check_choice("method", self.method, METHODS)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("sanb", self.sanb, SANBS)
         if self.sanb == "phm":
             for tower, width in {"all": self.bottleneck, **self.bottlenecks}.items():
                 if width % PHM_TERMS:
                     raise InputError(f"sanb: phm needs bottlenecks that {PHM_TERMS} divides, found {width} ({tower})")
         if self.layer_groups is not None:
-            _within("layer_groups", self.layer_groups, 1, 1000)
+            check_range("layer_groups", self.layer_groups, 1, 1000)
         for name in ("embedding_dim", "bottleneck", "blocks", "attention_heads"):
-            _within(name, getattr(self, name), 1, 65_536)
+            check_range(name, getattr(self, name), 1, 65_536)
         for tower, width in self.bottlenecks.items():
-            _choice("bottlenecks", tower, TOWERS)
-            _within(f"bottlenecks.{tower}", width, 1, 65_536)
+            check_choice("bottlenecks", tower, TOWERS)
+            check_range(f"bottlenecks.{tower}", width, 1, 65_536)
         if self.embedding_dim % self.attention_heads:
             raise InputError(
                 f"embedding_dim: expected a multiple of attention_heads ({self.attention_heads}), "
@@ -212,11 +217,12 @@ class TrainConfig:
     learning_rates: Mapping[str, float] = field(default_factory=dict)  # of a group; a run fills in its method's others
 
     def __post_init__(self) -> None:
-        _within("batch_users", self.batch_users, 1, 10_000_000)
-        _within("max_epochs", self.max_epochs, 1, 1_000_000)
-        _within("patience", self.patience, 0, 1_000_000)
-        _within("seed", self.seed, 0, 2**63 - 1)
-        _choice("precision", self.precision, PRECISIONS)
+        _convert_fields(self)
+        check_range("batch_users", self.batch_users, 1, 10_000_000)
+        check_range("max_epochs", self.max_epochs, 1, 1_000_000)
+        check_range("patience", self.patience, 0, 1_000_000)
+        check_range("seed", self.seed, 0, 2**63 - 1)
+        check_choice("precision", self.precision, PRECISIONS)
         for group, rate in self.learning_rates.items():
             if not 0 <= rate < 1:
                 raise InputError(f"learning_rates.{group}: expected a rate from 0 to below 1, found {rate}")
@@ -232,10 +238,11 @@ class EvaluationConfig:
     chunk_mib: int = 64  # memory that the score chunks may take
 
     def __post_init__(self) -> None:
+        _convert_fields(self)
         if not self.ks or any(k < 1 for k in self.ks):
             raise InputError(f"ks: expected one or more cut-offs of at least 1, found {list(self.ks)}")
-        _choice("ties", self.ties, tuple(TIE_SHARES))
-        _within("chunk_mib", self.chunk_mib, 1, 1_000_000)
+        check_choice("ties", self.ties, tuple(TIE_SHARES))
+        check_range("chunk_mib", self.chunk_mib, 1, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -250,11 +257,12 @@ class UncachedConfig:
     checkpointing: bool = False  # a trained encoder's blocks keep their inputs alone and are computed twice
 
     def __post_init__(self) -> None:
-        _choice("dtype", self.dtype, STORE_DTYPES)
-        _choice("missing_images", self.missing_images, MISSING_IMAGES)
-        _choice("attention", self.attention, ATTENTIONS)
+        _convert_fields(self)
+        check_choice("dtype", self.dtype, STORE_DTYPES)
+        check_choice("missing_images", self.missing_images, MISSING_IMAGES)
+        check_choice("attention", self.attention, ATTENTIONS)
         if self.items_at_once is not None:
-            _within("items_at_once", self.items_at_once, 1, 1_000_000)
+            check_range("items_at_once", self.items_at_once, 1, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -271,6 +279,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        _convert_fields(self)
         method = self.model.method
         if self.uncached is not None:
             names = tuple(view.name for view in self.uncached.views)
@@ -331,7 +340,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in known:
-            raise InputError(f"{prefix}{key}: unknown setting; expected one of {', '.join(known)}")
+            raise InputError(f"{prefix}{key}: unknown setting; {nearest(key, known)}")
     hints = typing.get_type_hints(cls)
     for key, f in known.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -362,6 +371,17 @@ def read_settings(path: Path) -> dict[str, Any]:
     return values
 
 
+def _convert_fields(config: DataclassInstance) -> None:
+    """Turn each value into its declared type: a list into a tuple, a path into text, a number of numpy into Python's.
+
+    Raises InputError for a value of another type.
+    """
+    hints = typing.get_type_hints(type(config))
+    for setting in dataclasses.fields(config):
+        value = _convert(getattr(config, setting.name), hints[setting.name], setting.name)
+        object.__setattr__(config, setting.name, value)
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     if hint is Any:
         return value
@@ -372,30 +392,27 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         hint = next(option for option in typing.get_args(hint) if option is not type(None))
         return _convert(value, hint, where)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return from_dict(hint, _expect(value, Mapping, where), where)
+        return value if isinstance(value, hint) else from_dict(hint, _expect(value, Mapping, where), where)
     if origin is tuple:
         element = typing.get_args(hint)[0]
         return tuple(_convert(item, element, where) for item in _expect(value, (list, tuple), where))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         element = typing.get_args(hint)[1]
         return {key: _convert(item, element, f"{where}.{key}") for key, item in _expect(value, Mapping, where).items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return _expect(_plain(value, hint), hint, where)
+
+
+def _plain(value: Any, hint: type) -> Any:
+    """Return a number or a path in Python's own type, as JSON takes it."""
+    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
-    return _expect(value, hint, where)
+    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return os.fspath(value) if hint is str and isinstance(value, os.PathLike) else value
 
 
 def _expect(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         expected = getattr(kind, "__name__", "list")
-        raise InputError(f"{where}: expected {expected}, found {json.dumps(value)}")
+        raise InputError(f"{where}: expected {expected}, found {json.dumps(value, default=repr)}")
     return value
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
-
-
-def _within(name: str, value: int, minimum: int, maximum: int) -> None:
-    if not minimum <= value <= maximum:
-        raise InputError(f"{name}: expected {minimum} to {maximum}, found {value}")

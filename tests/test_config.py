@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from iisan_fast.config import (
     LEARNING_RATES,
+    EvaluationConfig,
     ModelConfig,
     RunConfig,
     TrainConfig,
@@ -46,7 +49,7 @@ def test_views_round_trip():
     ("change", "message"),
     [
         ({"modle": {}}, "modle: unknown setting"),
-        ({"model": {"bottleneckk": 3}}, "model.bottleneckk: unknown setting; expected one of method"),
+        ({"model": {"bottleneckk": 3}}, "model.bottleneckk: unknown setting; did you mean bottleneck or bottlenecks?"),
         ({"model": {"bottleneck": "64"}}, 'model.bottleneck: expected int, found "64"'),
         ({"model": {"bottleneck": True}}, "model.bottleneck: expected int, found true"),
         ({"model": {"bottlenecks": {"third": 8}}}, "bottlenecks: expected one of first, second, inter, found 'third'"),
@@ -144,3 +147,17 @@ def test_defaults_are_the_papers():
     assert TrainConfig().batch_users == 64 and TrainConfig().patience == 10
     rates = dict(RunConfig("d", "c", ("a",)).train.learning_rates)
     assert rates.pop("adapters") == 1e-4 and set(rates.values()) == {2e-4}
+
+
+def test_values_are_checked_and_turned_into_their_types():
+    config = RunConfig(Path("data"), views=["image"], cache="c", train=TrainConfig(seed=np.int64(3)))
+    assert config.dataset == "data" and config.views == ("image",) and type(config.train.seed) is int
+    assert EvaluationConfig(ks=[5, 10]) == EvaluationConfig(ks=(5, 10))
+    for settings, message in (
+        ({"embedding_dim": "64"}, 'embedding_dim: expected int, found "64"'),
+        ({"gates": 1}, "gates: expected bool, found 1"),
+        ({"bottlenecks": {"first": 1.5}}, "bottlenecks.first: expected int, found 1.5"),
+        ({"dropout": ModelConfig}, "dropout: expected float, found"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ModelConfig(**settings)

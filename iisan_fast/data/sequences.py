@@ -137,9 +137,8 @@ class Dataset:
     root: Path
     titles: list[str]
     captions: list[str | None]  # None where captions.tsv has no line for the item, and nothing stands in for it
-    unescaped: bool  # HTML entities in titles and captions
+    protocol: ProtocolConfig
     sequences: Sequences
-    missing_captions: str = "error"  # as the protocol has it
 
     def texts(self, source: str) -> list[str | None]:
         """Titles or captions."""
@@ -147,9 +146,9 @@ class Dataset:
 
     def how_read(self, source: str) -> dict[str, Any]:
         """What a description of a view of texts says of their reading."""
-        own = {"unescaped": self.unescaped}
-        filled = source == "caption" and self.missing_captions != "error"
-        return own | ({"missing_captions": self.missing_captions} if filled else {})
+        entities, stand_ins = self.protocol.unescape_titles, self.protocol.missing_captions
+        filled = source == "caption" and stand_ins != "error"
+        return {"unescaped": entities} | ({"missing_captions": stand_ins} if filled else {})
 
 
 def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dataset:
@@ -172,9 +171,8 @@ def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dat
         root=root,
         titles=titles,
         captions=[captions.get(item_id, stand_in) for item_id, stand_in in zip(item_ids, stand_ins)],
-        unescaped=protocol.unescape_titles,
+        protocol=protocol,
         sequences=replace(whole, item_ids=item_ids, items=number[whole.items]),
-        missing_captions=protocol.missing_captions,
     )
 
 

@@ -57,7 +57,7 @@ def dataset_again(config: RunConfig, sequences: Sequences) -> Dataset:
     Raises InputError where the items to be encoded are no longer those of the run.
     """
     if config.uncached is None:
-        return Dataset(Path(config.dataset), [], [], config.protocol.unescape_titles, sequences)
+        return Dataset(Path(config.dataset), [], [], config.protocol, sequences)
     dataset = load_dataset(Path(config.dataset), config.protocol)
     if dataset.sequences.item_ids != sequences.item_ids:
         raise InputError(f"{config.dataset}: its items are not those that the run was trained on; restore them")
@@ -78,7 +78,7 @@ def refuse_changed_texts(config: RunConfig, dataset: Dataset) -> None:
                 unescape_titles=view["unescaped"],
                 missing_captions=view.get("missing_captions", "error"),
             )
-            if (wanted.unescape_titles, wanted.missing_captions) != (dataset.unescaped, dataset.missing_captions):
+            if wanted != dataset.protocol:
                 dataset = load_dataset(dataset.root, wanted)
             texts = [text or "" for text in dataset.texts(view["source"])]
             item_ids = dataset.sequences.item_ids
