@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig, from_dict, read_settings, to_dict
+from ..config import RunConfig, from_dict, read_run_settings, to_dict
 from ..errors import InputError
 from .options import PROTOCOL_OPTIONS
 
@@ -30,7 +30,7 @@ def run_config(dataset: Path | None, options: dict[str, Any], base: dict[str, An
     """Defaults, then `base`, then the file's settings, then the command line's."""
     values = json.loads(json.dumps(base or {}))
     if options["config_path"] is not None:
-        values = read_settings(options["config_path"])
+        values, _ = read_run_settings(options["config_path"])
     for section, name, value in _given(dataset, options):
         target = values.setdefault(section, {}) if section else values
         if not isinstance(target, dict):

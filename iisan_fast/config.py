@@ -55,6 +55,8 @@ LEARNING_RATES: dict[str, dict[str, float]] = {  # of each method's groups of pa
 METHODS = tuple(LEARNING_RATES)
 TOWERS = ("first", "second", "inter")  # over the first view, the second, and both
 
+RUN_FORMAT = 2  # of run folders, recorded in their config.json; runs of format 1 record none
+
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
@@ -349,13 +351,35 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
     return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in values.items()})
 
 
-def read_json(cls: type[Config], path: Path) -> Config:
-    """A `cls` from a JSON file."""
-    values = read_settings(path)
+def read_run_config(path: Path) -> RunConfig:
+    """Return the configuration in a run's config.json. Raises InputError, naming the file, for any mistake in it."""
+    values, _ = read_run_settings(path)
     try:
-        return from_dict(cls, values)
+        return from_dict(RunConfig, values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def read_run_settings(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the settings in a run's config.json, or in a file like it, and the format of the run.
+
+    The settings are not checked yet. Raises InputError for a format that this version does not know.
+    """
+    values = read_settings(path)
+    remedy = "use the version of iisan-fast that made the run"
+    number = format_number(values, path, (1, RUN_FORMAT), remedy) if "format" in values else 1
+    values.pop("format", None)
+    return values, number
+
+
+def format_number(values: Mapping[str, Any], path: Path, known: tuple[int, ...], remedy: str) -> int:
+    """Return the format number that a JSON file holds. Raises InputError where it is none of the known ones."""
+    number = values.get("format")
+    if type(number) is int and number in known:  # not isinstance: True is an int, and equals 1
+        return number
+    expected = " or ".join(map(str, known))
+    found = json.dumps(number) if "format" in values else "nothing"
+    raise InputError(f"{path}: format: expected {expected}, found {found}; {remedy}")
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from iisan_fast.config import (
     UncachedConfig,
     ViewConfig,
     from_dict,
-    read_json,
+    read_run_config,
     to_dict,
 )
 from iisan_fast.errors import InputError
@@ -140,7 +140,7 @@ def test_a_file_that_is_no_settings_is_named(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_text(content)
     with pytest.raises(InputError, match="config.json"):
-        read_json(RunConfig, path)
+        read_run_config(path)
 
 
 def test_defaults_are_the_papers():

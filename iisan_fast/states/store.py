@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import read_settings
+from ..config import format_number, read_settings
 from ..encoders import grouped_layers
 from ..errors import InputError, first_few
 from ..files import locked, refuse_truncated, write_atomically
@@ -214,9 +214,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not file.exists():
         raise InputError(f"{path}: not a cache of hidden states (no manifest.json); run iisan-fast extract")
     manifest = read_settings(file)
-    if manifest.get("format") != FORMAT_VERSION:
-        found = manifest.get("format")
-        raise InputError(f"{file}: format {found}, expected {FORMAT_VERSION}; extract into a new --cache")
+    format_number(manifest, file, (FORMAT_VERSION,), "extract into a new --cache")
     views = manifest.get("views")
     if not isinstance(views, dict) or not all(map(describes_view, views.values())):
         raise InputError(f"{file}: not a manifest of hidden states; extract into a new --cache")

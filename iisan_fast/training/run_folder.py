@@ -1,8 +1,8 @@
 """The run folder: all that a run leaves behind, enough to resume it, evaluate it, and know how it was made.
 
-config.json (resolved), environment.json, views.json (what the hidden states were made with), sequences.npz (the data
-protocol's result), metrics.jsonl (one line an epoch), best.safetensors (weights and item vectors), last.safetensors
-(weights and optimizer), test.json.
+config.json (the folder's format, and the resolved settings), environment.json, views.json (how the hidden states were
+made), sequences.npz (the data protocol's result), metrics.jsonl (one line an epoch), best.safetensors (weights and item
+vectors), last.safetensors (weights and optimizer), test.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import __version__, kernels
-from ..config import RunConfig, read_json, read_settings, to_dict
+from ..config import RUN_FORMAT, RunConfig, read_run_config, read_run_settings, read_settings, to_dict
 from ..data import Sequences, load_sequences
 from ..errors import InputError
 from ..files import write_atomically
@@ -50,14 +50,19 @@ class RunFolder:
         sequences.save(path / "sequences.npz")
         _write_json(path / "views.json", views)
         _write_json(path / "environment.json", environment(device))
-        _write_json(path / "config.json", to_dict(config))  # last: its presence makes the folder a run
+        folder.write_config(config)  # last: its presence makes the folder a run
         return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """An existing run's folder."""
+        """Open an existing run's folder.
+
+        A run of format 1 is migrated whenever it is read, and stays on disk as it is. Raises InputError for a folder
+        that holds no run, or one of a format that this version does not know.
+        """
         if not (path / "config.json").exists():
             raise InputError(f"{path}: not a run folder (no config.json)")
+        read_run_settings(path / "config.json")
         return cls(path)
 
     def refuse_if_used(self) -> None:
@@ -70,7 +75,7 @@ class RunFolder:
     @property
     def config(self) -> RunConfig:
         """The run's resolved configuration."""
-        return read_json(RunConfig, self.path / "config.json")
+        return read_run_config(self.path / "config.json")
 
     @property
     def views(self) -> dict[str, Any]:
@@ -85,10 +90,15 @@ class RunFolder:
         """The histories that the run was trained on."""
         return load_sequences(self.path / "sequences.npz")
 
-    def other_rounding(self, device: torch.device) -> list[str]:
-        """What of the environment that the run began in is another now, so that results will differ in rounding."""
+    @property
+    def environment(self) -> dict[str, Any]:
+        """The machine and the versions that the run began with; empty where they were not recorded."""
         path = self.path / "environment.json"
-        began, now = read_settings(path) if path.exists() else {}, environment(device)
+        return read_settings(path) if path.exists() else {}
+
+    def other_rounding(self, device: torch.device) -> list[str]:
+        """Return the differences from the environment that the run began in, which make results differ in rounding."""
+        began, now = self.environment, environment(device)
         names = DECIDES_ROUNDING + (ON_A_CPU if device.type == "cpu" else ())
         return [
             f"{name} {began[name]} then, {now[name]} now"
@@ -100,6 +110,10 @@ class RunFolder:
         """Removes what a kill in the middle of a write left of a new file; the old file stands."""
         for leftover in self.path.glob(".*.*.*"):
             leftover.unlink()
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write config.json."""
+        _write_json(self.path / "config.json", {"format": RUN_FORMAT, **to_dict(config)})
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Replaces metrics.jsonl: one JSON object a line, one line an epoch."""

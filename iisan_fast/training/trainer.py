@@ -256,7 +256,7 @@ def _precision_again(folder: RunFolder, device: torch.device) -> Precision:
     try:
         return resolve_precision(folder.config, device)
     except InputError as error:
-        raise InputError(f"{folder.path}: {error}; or train a new run") from None
+        raise InputError(f"{folder.path}: {error}") from None
 
 
 @contextmanager

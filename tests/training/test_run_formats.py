@@ -1,0 +1,142 @@
+"""Runs and caches carry a format number; those that format 1 left still open, and are trained and evaluated alike.
+
+tests/format_1 holds what the version before the number wrote: a dataset, a cache, a run stopped after two of its three
+epochs, what `evaluate` printed of it, the test figures of the same run trained in one go, and the beginning of a run
+whose side network multiplied in bfloat16 on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.command_line import refused
+from helpers.run_folders import untimed
+from iisan_fast.config import RUN_FORMAT, EvaluationConfig, read_run_config, read_run_settings
+from iisan_fast.errors import InputError
+from iisan_fast.training.best_run import evaluate_run, load
+from iisan_fast.training.run_folder import RunFolder
+from iisan_fast.training.trainer import resume, train
+
+FORMAT_1 = Path(__file__).parents[1] / "format_1"
+CPU = torch.device("cpu")
+ONE_USER = 1 / 60  # of the dataset's users: where rounding moves a target over the cut-off
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    """A copy of all of it, whose runs name the copied dataset and cache."""
+    root = Path(shutil.copytree(FORMAT_1, tmp_path / "old"))
+    for name in ("run", "bfloat16-run"):
+        path = root / name / "config.json"
+        settings = json.loads(path.read_text())
+        assert "format" not in settings
+        path.write_text(json.dumps({**settings, "dataset": str(root / "dataset"), "cache": str(root / "cache")}))
+    return root
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def set_format(run: Path, number: Any) -> None:
+    """Write another format number into a run's config.json; "absent" takes it out."""
+    settings = json.loads((run / "config.json").read_text())
+    settings.pop("format", None)
+    (run / "config.json").write_text(json.dumps(settings if number == "absent" else {"format": number, **settings}))
+
+
+def assert_close(found: Any, expected: Any, tolerance: float) -> None:
+    """Two JSON values agree: numbers within an absolute tolerance, the rest exactly."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_close(found[name], value, tolerance)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=tolerance)
+    else:
+        assert found == expected
+
+
+# Of format 1
+
+
+def test_a_run_of_format_1_is_evaluated_to_the_same_figures_and_stays_as_it_is(old):
+    before = everything(old / "run")
+    found = evaluate_run(old / "run", "test", EvaluationConfig(), CPU)
+    assert_close(found, json.loads((old / "evaluated.json").read_text()), 1e-9)
+    assert load(old / "run", CPU).epoch == 2
+    assert everything(old / "run") == before
+
+
+def test_a_run_of_format_1_goes_on_to_the_figures_of_one_that_was_not_stopped(old):
+    begun = untimed(old / "run")
+    found = resume(old / "run", CPU)
+    # As it was trained on another processor, its third epoch may round otherwise.
+    assert_close(found, json.loads((old / "resumed-test.json").read_text()), 1.01 * ONE_USER)
+    assert len(begun) == 2 and untimed(old / "run")[:2] == begun
+    assert json.loads((old / "run" / "test.json").read_text()) == found
+
+
+def test_a_new_run_trains_on_a_cache_of_format_1_to_the_same_losses(old):
+    assert json.loads((old / "cache" / "manifest.json").read_text())["format"] == 1
+    train(read_run_config(old / "run" / "config.json"), old / "new", CPU)
+    expected = [line["loss"] for line in untimed(old / "run")]
+    assert [line["loss"] for line in untimed(old / "new")][:2] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_made_with_bfloat16_products_on_a_cpu_is_refused_on_resume_in_one_line(old):
+    before = everything(old)
+    assert refused("train", "--resume", old / "bfloat16-run", "--device", "cpu") == (
+        f"error: {old / 'bfloat16-run'}: precision: expected auto or float32 for iisan on a CPU, found bfloat16; "
+        "train a run in float32, or use CUDA (--device cuda)\n"
+    )
+    assert everything(old) == before
+
+
+# The number
+
+
+def test_a_run_records_its_format_and_a_file_of_its_settings_trains_another(old, tmp_path):
+    config = read_run_config(old / "run" / "config.json")
+    train(config, tmp_path / "first", CPU)
+    settings = json.loads((tmp_path / "first" / "config.json").read_text())
+    assert settings["format"] == RUN_FORMAT == 2
+    assert read_run_settings(tmp_path / "first" / "config.json")[1] == 2
+    assert RunFolder.open(tmp_path / "first").config == config
+
+
+@pytest.mark.parametrize("number", [3, 99, 0, -1, "2", 2.0, True, None, [2]])
+def test_another_format_is_refused_in_one_line_by_every_command_that_reads_runs(old, number):
+    set_format(old / "run", number)
+    before, path = everything(old), old / "run" / "config.json"
+    message = (
+        f"error: {path}: format: expected 1 or 2, found {json.dumps(number)}; "
+        "use the version of iisan-fast that made the run\n"
+    )
+    assert refused("evaluate", old / "run") == message
+    assert refused("train", "--resume", old / "run") == message
+    assert refused("train", "--config", path, "--out", old / "new") == message
+    assert everything(old) == before
+    with pytest.raises(InputError, match="format: expected 1 or 2"):
+        load(old / "run", CPU)
+
+
+@pytest.mark.parametrize("number", ["absent", 1, 2])
+def test_runs_of_known_formats_open(old, number):
+    set_format(old / "run", number)
+    assert RunFolder.open(old / "run").config.train.max_epochs == 3
+
+
+def test_a_cache_of_another_format_is_refused_in_one_line(old):
+    path = old / "cache" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    message = f"error: {path}: format: expected 1, found 2; extract into a new --cache\n"
+    assert refused("train", old / "dataset", "--cache", old / "cache", "--out", old / "new") == message
+    assert refused("train", "--resume", old / "run") == message
+    assert not (old / "new").exists()
