@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw
 
 from iisan_fast.config import EvaluationConfig, ModelConfig, ProtocolConfig, RunConfig, TrainConfig, ViewConfig, to_dict
 from iisan_fast.data import load_dataset
+from iisan_fast.encoders import write_resized_vit
 from iisan_fast.states import extract
 from iisan_fast.training import RunFolder, environment, evaluate_run, resume, train
 
@@ -101,15 +102,8 @@ def minilm() -> str:
 def build_vit(configuration: Path, folder: Path) -> Path:
     """google/vit-base-patch16-224's configuration at width 192, 3 heads and 32-pixel patches, seed 0."""
     if not folder.exists():
-        from transformers import ViTConfig, ViTModel
-
-        config = ViTConfig.from_pretrained(
-            configuration, hidden_size=192, intermediate_size=768, num_attention_heads=3, patch_size=32
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
-        shutil.copy(configuration / "preprocessor_config.json", folder)
+        sizes = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3, "patch_size": 32}
+        write_resized_vit(configuration, folder, sizes, seed=0)
     return folder
 
 

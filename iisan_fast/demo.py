@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from transformers import BertConfig, ViTConfig
 
 from .config import LEARNING_RATES, ViewConfig
-from .encoders import SPECIAL_TOKENS, write_bert, write_vit
+from .encoders import write_bert, write_vit
 
 ITEMS = 1920
 USERS = 1600
@@ -191,13 +190,12 @@ def draw(product: Product) -> Image.Image:
 def write_text_encoder(folder: Path, seed: int) -> None:
     """Writes a frozen BERT of random weights whose WordPiece vocabulary is the demo's words."""
     words = ["for", *BRANDS, *MATERIALS, *KINDS, *OCCASIONS]
-    size = len(SPECIAL_TOKENS) + len(words)
-    write_bert(folder, BertConfig(vocab_size=size, max_position_embeddings=32, **ENCODER_SHAPE), words, seed)
+    write_bert(folder, {"max_position_embeddings": 32, **ENCODER_SHAPE}, words, seed)
 
 
 def write_image_encoder(folder: Path, seed: int) -> None:
     """Writes a frozen ViT of random weights over 16 patches."""
-    write_vit(folder, ViTConfig(**IMAGE_ENCODER_SHAPE), seed)
+    write_vit(folder, IMAGE_ENCODER_SHAPE, seed)
 
 
 def _write_table(path: Path, keys: list[str], values: list[str]) -> None:

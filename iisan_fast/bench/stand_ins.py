@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import BertConfig, BertTokenizer, ViTConfig
 
 from .. import demo
 from ..config import ViewConfig, read_settings
 from ..data import load_dataset, refuse_unfit_name
-from ..encoders import SPECIAL_TOKENS, default_layers, write_bert, write_vit
+from ..encoders import common_words, default_layers, write_bert, write_vit
 from ..errors import InputError
 from ..files import whole_folder
 from ..progress import progress_bar
 from ..states import ViewShape
 
 NOISE_SIZE = 32  # pixels; encoders resize images anyway
-SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what a ViT and a BERT have of their own
-    "base": ({}, {}),  # transformers' defaults are ViT-B/16 at 224 pixels and BERT-base
+VOCABULARY = 30_522  # BERT's tokens
+BASE_SHAPE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+SHAPES: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # of a ViT and of a BERT
+    "base": ({"image_size": 224, "patch_size": 16, **BASE_SHAPE}, BASE_SHAPE),  # ViT-B/16 and BERT-base
     "demo": (demo.IMAGE_ENCODER_SHAPE, demo.ENCODER_SHAPE),
 }
 
@@ -45,32 +43,18 @@ def stand_ins(dataset: Path | None, folder: Path, size: str, seed: int) -> tuple
     with whole_folder(folder) as new:
         data, (image, text) = demo.plan(new)
         _write_dataset(dataset, data, seed)
-        vit, bert = _configurations(size)
+        vit, bert = SHAPES[size]
         write_vit(Path(image.encoder), vit, seed)
-        words = common_words(load_dataset(data).titles, bert.vocab_size - len(SPECIAL_TOKENS))
-        write_bert(Path(text.encoder), bert, words, seed)
+        words = common_words(load_dataset(data).titles, VOCABULARY)
+        write_bert(Path(text.encoder), {"vocab_size": VOCABULARY, **bert}, words, seed)
         (new / "made.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     return demo.plan(folder)
 
 
 def state_shape(size: str) -> ViewShape:
     """(kept layers, width) of what either encoder gives."""
-    config = _configurations(size)[0]
-    return ViewShape(len(default_layers(1 + config.num_hidden_layers)), config.hidden_size)
-
-
-def common_words(texts: Iterable[str], most: int) -> list[str]:
-    """The words of texts, split as BERT splits them, the most frequent first."""
-    rules = BertTokenizer(vocab={token: index for index, token in enumerate(SPECIAL_TOKENS)}).backend_tokenizer
-    counts = Counter(
-        word for text in texts for word, _ in rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(text))
-    )
-    return [word for word, _ in counts.most_common(most)]
-
-
-def _configurations(size: str) -> tuple[ViTConfig, BertConfig]:
-    vit, bert = SHAPES[size]
-    return ViTConfig(**vit), BertConfig(**bert)
+    image_shape, _ = SHAPES[size]
+    return ViewShape(len(default_layers(1 + image_shape["num_hidden_layers"])), image_shape["hidden_size"])
 
 
 def _write_dataset(dataset: Path | None, folder: Path, seed: int) -> None:

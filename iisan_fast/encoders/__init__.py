@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .image_bytes import WORKER_MODULES, ByteForm, ModelInputs
     from .layer_selection import default_layers, grouped_layers
     from .loading import load_backbone, load_backbones
-    from .random_encoders import SPECIAL_TOKENS, write_bert, write_vit
+    from .random_encoders import common_words, write_bert, write_resized_vit, write_vit
     from .text import TextBackbone
 
 __all__ = [
@@ -21,12 +21,12 @@ __all__ = [
     "ByteForm",
     "Captioner",
     "ModelInputs",
-    "SPECIAL_TOKENS",
     "TextBackbone",
     "WORKER_MODULES",
     "adapt",
     "blocks",
     "checkpoint_blocks",
+    "common_words",
     "count_parameters",
     "default_layers",
     "grouped_layers",
@@ -35,6 +35,7 @@ __all__ = [
     "model_dtype",
     "quiet",
     "write_bert",
+    "write_resized_vit",
     "write_vit",
     "xformers_problem",
 ]

@@ -1,9 +1,11 @@
-"""Encoders of random weights, written as Hugging Face folders from their configurations alone."""
+"""Encoders of random weights, written as Hugging Face folders from their sizes alone."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,15 +16,32 @@ from transformers import BertConfig, BertModel, BertTokenizer, PretrainedConfig,
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def write_bert(folder: Path, config: BertConfig, words: Sequence[str], seed: int) -> None:
-    """A BERT whose WordPiece vocabulary is the special tokens and some words, and its tokenizer."""
+def write_bert(folder: Path, sizes: Mapping[str, int], words: Sequence[str], seed: int) -> None:
+    """Write a BERT and its tokenizer, whose WordPiece vocabulary is the special tokens and the words.
+
+    sizes: fields of transformers.BertConfig; without `vocab_size`, the vocabulary decides it.
+    """
     vocabulary = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *words))}
+    config = BertConfig(**{"vocab_size": len(vocabulary), **sizes})
     _write_model(BertModel, config, folder, seed)
     BertTokenizer(vocab=vocabulary, model_max_length=config.max_position_embeddings).save_pretrained(folder)
 
 
-def write_vit(folder: Path, config: ViTConfig, seed: int) -> None:
-    """A ViT over square images, and its image processor's settings."""
+def common_words(texts: Iterable[str], vocabulary: int) -> list[str]:
+    """Return the words of texts, the most frequent first, that fit into a vocabulary beside the special tokens.
+
+    Texts are split as BERT splits them.
+    """
+    rules = BertTokenizer(vocab={token: index for index, token in enumerate(SPECIAL_TOKENS)}).backend_tokenizer
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(word for word, _ in rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(text)))
+    return [word for word, _ in counts.most_common(vocabulary - len(SPECIAL_TOKENS))]
+
+
+def write_vit(folder: Path, sizes: Mapping[str, int], seed: int) -> None:
+    """Write a ViT over square images, and its image processor's settings. sizes: fields of transformers.ViTConfig."""
+    config = ViTConfig(**sizes)
     _write_model(ViTModel, config, folder, seed)
     settings = {
         "image_processor_type": "ViTImageProcessor",
@@ -36,6 +55,15 @@ def write_vit(folder: Path, config: ViTConfig, seed: int) -> None:
         "image_std": [0.5, 0.5, 0.5],
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def write_resized_vit(source: Path, folder: Path, sizes: Mapping[str, int], seed: int) -> None:
+    """Write a ViT of the configuration in `source` with other sizes, its weights as transformers draws them."""
+    config = ViTConfig.from_pretrained(source, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    shutil.copy(source / "preprocessor_config.json", folder)
 
 
 def _write_model(kind: type[PreTrainedModel], config: PretrainedConfig, folder: Path, seed: int) -> None:

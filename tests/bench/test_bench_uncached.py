@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, ViTConfig
 
 from iisan_fast.bench import stand_ins, uncached
 from iisan_fast.bench.machine import NOT_MEASURED
@@ -19,6 +19,7 @@ from iisan_fast.cli import cli
 from iisan_fast.data.items import open_images
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.encoders.loading import load_backbone
+from iisan_fast.encoders.random_encoders import common_words
 from iisan_fast.errors import InputError
 
 CPU = torch.device("cpu")
@@ -98,14 +99,15 @@ def test_the_embedded_demo_stands_in_for_a_dataset(tmp_path):
 
 
 def test_base_is_the_published_encoders():
-    vit, bert = stand_ins._configurations("base")
-    assert (vit.image_size, vit.patch_size, vit.hidden_size, vit.num_hidden_layers) == (224, 16, 768, 12)
-    assert (bert.vocab_size, bert.hidden_size, bert.num_hidden_layers) == (30_522, 768, 12)
+    """transformers' defaults are ViT-B/16 at 224 pixels and BERT-base."""
+    for config, sizes in zip((ViTConfig(), BertConfig()), stand_ins.SHAPES["base"]):
+        assert {name: getattr(config, name) for name in sizes} == sizes
+    assert BertConfig().vocab_size == stand_ins.VOCABULARY
     assert stand_ins.state_shape("base") == (7, 768)
 
 
 def test_the_most_frequent_words_come_first():
-    assert stand_ins.common_words(["Oak, oak bench", "the Bench's oak"], 3) == ["oak", "bench", ","]
+    assert common_words(["Oak, oak bench", "the Bench's oak"], 5 + 3) == ["oak", "bench", ","]
 
 
 def test_what_cannot_be_measured_is_refused(catalogue, tmp_path):
