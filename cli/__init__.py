@@ -7,8 +7,7 @@ import sys
 
 import click
 
-from .. import __version__
-from .. import runtime as process
+from .. import __version__, runtime
 from ..errors import InputError
 from .bench import bench
 from .caption import caption
@@ -31,7 +30,7 @@ for command in (import_, stats, caption, extract, train, evaluate, bench):
 
 def main(arguments: list[str] | None = None) -> None:
     """The `iisan-fast` program. Leaves through SystemExit; bad input: code 2 and one line on standard error."""
-    process.prepare()
+    runtime.prepare_program()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # rather than at once: what is half written is removed
     try:
         sys.exit(cli.main(arguments, standalone_mode=False, prog_name="iisan-fast"))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import runtime as process
+from .. import runtime
 from ..config import ProtocolConfig
 from ..data import Sequences, load_dataset
 from ..errors import InputError
@@ -111,7 +111,7 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """A function's result, found in a process of its own, which ends when this one is told to. Raises what it raises,
     and InputError where it dies."""
     others = {*multiprocessing.active_children()}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=process.prepare) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=runtime.prepare_program) as pool:
         found = pool.submit(function, *arguments)
         try:
             return found.result()

@@ -26,6 +26,7 @@ from ..errors import InputError, first_few
 from ..files import locked, write_atomically
 from ..fingerprints import changed_settings
 from ..progress import progress_bar
+from ..runtime import fix_cublas_workspace
 from ..workers import CHECKED_AT_ONCE, batched, calls_ahead, worker_count
 from .caption_images import MISSING_PICTURES, Covers, Frames, Pictures, problems
 
@@ -67,6 +68,7 @@ def caption(
     Raises InputError, before a caption is made, for pictures that are missing or cannot be read (unless
     `missing_images` is "skip"), a model that cannot be used, or captions made with another model or other settings.
     """
+    fix_cublas_workspace()
     if missing_images not in MISSING_PICTURES:
         raise InputError(f"missing_images: expected one of {', '.join(MISSING_PICTURES)}, found {missing_images!r}")
     if not (root / "items.tsv").is_file():  # before a lock is left where it is none of ours

@@ -22,6 +22,7 @@ from ..data import Dataset
 from ..encoders import Backbone, load_backbones
 from ..errors import InputError
 from ..progress import progress_bar
+from ..runtime import fix_cublas_workspace
 from ..workers import batched, worker_count
 from .encoder_inputs import EncoderBatch, ViewInputs, inputs_ahead, new_rows, open_sources, view_inputs
 from .store import Store
@@ -60,6 +61,7 @@ def extract(
     Raises InputError, before anything is written, for content that is missing or cannot be read, an encoder that
     cannot be used, or a store made with other encoders or settings.
     """
+    fix_cublas_workspace()
     if dtype not in STORE_DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(STORE_DTYPES)}, found {dtype!r}")
     with ExitStack() as stack:

@@ -12,6 +12,7 @@ from ..config import EvaluationConfig, RunConfig
 from ..data import Sequences
 from ..evaluation import evaluate, popularity_baseline
 from ..models import ITEM_ENCODER, Recommender
+from ..runtime import fix_cublas_workspace
 from .checkpoints import load_checkpoint, load_weights
 from .run_folder import RunFolder
 
@@ -31,6 +32,7 @@ def load(path: Path, device: torch.device) -> BestRun:
 
     Raises InputError where the folder holds no run, or a damaged one.
     """
+    fix_cublas_workspace()
     folder = RunFolder.open(path)
     config, sequences = folder.config, folder.sequences
     tensors, state = load_checkpoint(folder.best)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
@@ -22,6 +21,7 @@ from ..fingerprints import changed_settings
 from ..models import build_recommender
 from ..precision import Precision, resolve_precision
 from ..progress import progress_bar
+from ..runtime import fix_cublas_workspace
 from ..states import ItemSource, PreparedBatch, prepared_batches
 from .checkpoints import adam_tensors, load_adam, load_checkpoint, load_weights, named_weights, save_checkpoint
 from .item_sources import dataset_again, open_source, refuse_changed_texts, refuse_missing_libraries
@@ -61,6 +61,7 @@ def train(
     InputError for input that cannot be used, or when the loss stops being finite; nothing is written before the
     dataset, the states and the model are at hand.
     """
+    fix_cublas_workspace()
     precision = check_new_run(config, out, device)
     dataset = load_dataset(Path(config.dataset), config.protocol)
     refuse_changed_texts(config, dataset)
@@ -92,6 +93,7 @@ def resume(
     A finished run returns the figures that it has. Raises InputError, before anything is written, where the run cannot
     go on.
     """
+    fix_cublas_workspace()
     folder = RunFolder.open(out)
     if folder.test.exists():
         LOGGER.info("%s is finished already", out)
@@ -263,7 +265,7 @@ def _precision_again(folder: RunFolder, device: torch.device) -> Precision:
 def deterministic() -> Iterator[None]:
     """Same seed, same machine: same numbers, bit for bit."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fix_cublas_workspace()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from functools import partial
@@ -42,6 +43,7 @@ from iisan_fast.data.sequences import load_dataset
 from iisan_fast.encoders.captioner import Captioner
 from iisan_fast.errors import InputError
 from iisan_fast.files import locked
+from iisan_fast.runtime import CUBLAS_VARIABLE
 from iisan_fast.states.extraction import extract
 
 CPU = torch.device("cpu")
@@ -166,6 +168,20 @@ def run(root: Path, model: str = "a model", **options) -> Captioned:
 
 def lines(root: Path) -> dict[str, str]:
     return dict(line.split("\t") for line in (root / "captions.tsv").read_text().splitlines())
+
+
+def test_the_workspace_of_cublas_is_set_before_the_model_is_loaded(root, fake, monkeypatch):
+    monkeypatch.setenv(CUBLAS_VARIABLE, "")
+    del os.environ[CUBLAS_VARIABLE]
+    settings, load = [], FakeCaptioner.__init__
+
+    def noting(self, *arguments) -> None:
+        settings.append(os.environ.get(CUBLAS_VARIABLE))
+        load(self, *arguments)
+
+    monkeypatch.setattr(FakeCaptioner, "__init__", noting)
+    run(root)
+    assert settings == [":4096:8"]
 
 
 def test_every_item_of_the_catalogue_gets_a_line(root, chat_model):
