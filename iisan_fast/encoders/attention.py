@@ -1,20 +1,24 @@
-"""Which attention an encoder computes with: xformers' memory-efficient one, torch's, or the encoder's own.
+"""Choose the attention of an encoder: xformers' memory-efficient one, PyTorch's, or the encoder's eager one.
 
-xformers takes part through Hugging Face's attention interface, under the name "xformers"; it is imported where it is
-chosen and nowhere else.
+xformers takes part through Hugging Face's attention interface, under the name "xformers". It is imported only where it
+is tried, on CUDA.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config import ATTENTIONS
 from ..errors import InputError
@@ -22,43 +26,73 @@ from ..errors import InputError
 LOGGER = logging.getLogger(__name__)
 MASKED = -30_000.0  # exp() of it is 0, yet it is finite in half precision: a row with every key masked gives no NaN
 ALIGNMENT = 8  # rows of a bias start at multiples of so many numbers
+REASON_LENGTH = 300  # characters of a notice's reason
+# Arguments that change no state: eager attention ignores them too. The mask holds the window and the causal pattern.
+WITHOUT_EFFECT = frozenset(
+    {
+        *("is_causal", "sliding_window", "position_ids", "deterministic"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_cache"),
+    }
+)
+Result = TypeVar("Result")
 
 
-def choose_attention(asked: str, model_class: type[PreTrainedModel], device: torch.device, dtype: torch.dtype) -> str:
-    """What `from_pretrained` takes as attn_implementation, for one of config.ATTENTIONS: xformers, sdpa or eager.
+def choose_attention(
+    wanted: str, model_classes: Iterable[type[PreTrainedModel]], device: torch.device, dtype: torch.dtype
+) -> str:
+    """Choose `from_pretrained`'s attn_implementation for one of config.ATTENTIONS: xformers, sdpa or eager.
 
-    What cannot be had gives way to the next of the three; that is said once. Raises InputError for any other name.
+    `model_classes` are the model's and its towers'. An attention that cannot be used gives way to the next of the
+    three, with one notice. Raises InputError for a name that is not in config.ATTENTIONS.
     """
-    if asked not in ATTENTIONS:
-        raise InputError(f"attention: expected one of {', '.join(ATTENTIONS)}, found {asked!r}")
-    if asked == "eager":
+    if wanted not in ATTENTIONS:
+        raise InputError(f"attention: expected one of {', '.join(ATTENTIONS)}, found {wanted!r}")
+    if wanted == "eager":
         return "eager"
-    if not model_class._supports_sdpa:  # its scores are no plain dot products: relative positions, caps, sinks
-        _say_once(f"{model_class.__name__} keeps its own attention")
-        return "eager"
-    wanted = asked == "xformers" or (asked == "auto" and device.type == "cuda")
-    if not (wanted and model_class._supports_attention_backend):
+    model_classes = list(model_classes)
+    for model_class in model_classes:
+        if not model_class._supports_sdpa:  # its scores are no plain dot products: relative positions, caps, sinks
+            _say_once(f"{model_class.__name__} keeps its own attention")
+            return "eager"
+    use_xformers = wanted == "xformers" or (wanted == "auto" and device.type == "cuda")
+    if not (use_xformers and all(model_class._supports_attention_backend for model_class in model_classes)):
         return "sdpa"
     problem = xformers_problem(device, dtype)
     if problem is None:
         return "xformers"
-    _say_once(f"xformers' attention cannot be used ({problem}); torch's takes its place")
+    _say_once(f"xformers' attention cannot be used ({problem}); PyTorch's takes its place")
     return "sdpa"
+
+
+def run_with_all_arguments(model: PreTrainedModel, attention: str, run: Callable[[], Result]) -> tuple[str, Result]:
+    """Run the model with its attention, or with eager attention if that one would drop an argument.
+
+    An attention logit cap or attention sinks are such arguments. transformers' flags do not name all models that pass
+    them (5.17 says that Gemma 2 can do with PyTorch's attention), so the arguments themselves are looked at. Returns
+    the attention that the model has from now on, and what `run` returned under it.
+    """
+    if attention == "eager":
+        return attention, run()
+    try:
+        with _dropping_nothing(attention):
+            return attention, run()
+    except DroppedArgumentError as error:
+        _say_once(f"{type(model).__name__} keeps its own attention: {error}")
+    model.set_attn_implementation("eager")
+    return "eager", run()
+
+
+class DroppedArgumentError(ValueError):
+    """A model passes its attention an argument that the attention does not know."""
 
 
 @functools.cache
 def xformers_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why xformers has no attention for such tensors, found by trying; None where it has."""
+    """Return why xformers has no attention for such tensors, in one line; None if it has."""
     if device.type != "cuda":
         return f"it needs CUDA, found {device.type}"
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # an extension that cannot be loaded takes it many lines
-    try:
-        attend = _kernel()
-        states = torch.zeros(1, ALIGNMENT, 1, 64, device=device, dtype=dtype)
-        attend(states, states, states, attn_bias=states.new_zeros(1, 1, ALIGNMENT, ALIGNMENT))
-    except Exception as error:  # not installed, built for another torch, no kernel for the GPU: each has its own type
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return None
+    return _failure_of_xformers(device, dtype)
 
 
 def xformers_attention(
@@ -69,12 +103,14 @@ def xformers_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of query [B, heads, queries, width] to key and value [B, heads or a divisor, keys, width].
 
-    Gives [B, queries, heads, width] and, as no weights are kept, None. The mask says all: no flag makes it causal.
+    Returns [B, queries, heads, width], and None in place of the weights. The mask says all: no flag makes it causal.
+    Raises DroppedArgumentError for any other argument that would change the result.
     """
+    _refuse_unknown("xformers", others, WITHOUT_EFFECT)
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, tokens, heads, width]
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotated ones may come out of autocast in float32
     batch, queries, heads, _ = query.shape
@@ -88,9 +124,9 @@ def xformers_attention(
 
 
 def xformers_mask(*, dtype: torch.dtype = torch.float32, **pattern: Any) -> Tensor | None:
-    """The bias [B, 1, queries, keys] of a pattern and its padding, made once for all layers.
+    """Make the bias [B, 1, queries, keys] of a pattern and its padding, once for all layers.
 
-    None where each query sees each key; a causal pattern is always spelt out, as eager attention has it.
+    None if each query sees each key; a causal pattern is always spelt out, as eager attention has it.
     """
     mask = sdpa_mask(**pattern | {"allow_is_causal_skip": False})
     return None if mask is None else _additive(mask, dtype)
@@ -100,8 +136,67 @@ AttentionInterface.register("xformers", xformers_attention)
 AttentionMaskInterface.register("xformers", xformers_mask)
 
 
+@contextmanager
+def _dropping_nothing(attention: str) -> Iterator[None]:
+    """Make the attention of this name raise DroppedArgumentError instead of dropping an argument."""
+    attend = ALL_ATTENTION_FUNCTIONS[attention]
+    parameters = inspect.signature(attend).parameters.values()
+    known = WITHOUT_EFFECT | {each.name for each in parameters if each.kind is not each.VAR_KEYWORD}
+
+    def attend_or_refuse(*tensors: Any, **arguments: Any) -> Any:
+        _refuse_unknown(attention, arguments, known)
+        return attend(*tensors, **arguments)
+
+    ALL_ATTENTION_FUNCTIONS[attention] = attend_or_refuse
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[attention] = attend
+
+
+def _refuse_unknown(attention: str, arguments: Mapping[str, Any], known: frozenset[str]) -> None:
+    unknown = sorted(name for name, value in arguments.items() if value is not None and name not in known)
+    if unknown:
+        raise DroppedArgumentError(f"{attention} attention would drop its argument {', '.join(unknown)}")
+
+
+def _failure_of_xformers(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Use xformers once; return the error and what xformers says of its extensions, in one line, or None."""
+    with _collecting("xformers") as messages:  # an extension that cannot be loaded takes it many lines
+        try:
+            attend = _kernel()
+            states = torch.zeros(1, ALIGNMENT, 1, 64, device=device, dtype=dtype)
+            attend(states, states, states, attn_bias=states.new_zeros(1, 1, ALIGNMENT, ALIGNMENT)).sum().item()
+        except Exception as error:  # not installed, built for another torch, no kernel for the GPU: any type
+            text = _one_line(f"{type(error).__name__}: {error}", REASON_LENGTH // 2)
+            return _one_line("; ".join([text, *messages]), REASON_LENGTH)
+    return None
+
+
+@contextmanager
+def _collecting(library: str) -> Iterator[list[str]]:
+    """Collect what a library logs, and all Python warnings, in place of printing them."""
+    messages: list[str] = []
+    logger, handler = logging.getLogger(library), logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = lambda message, *_, **__: messages.append(str(message))
+            yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
+
+
+def _one_line(text: str, length: int) -> str:
+    return " ".join(text.split())[:length]
+
+
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores, laid out as xformers reads it; the mask itself if it is that already."""
+    """Return what is added to the scores, laid out as xformers reads it; the mask itself if it is that already."""
     if mask.dtype == torch.bool:  # True: may be seen
         mask = torch.where(mask, 0.0, MASKED)
     mask, keys = mask.to(dtype), mask.shape[-1]

@@ -20,14 +20,14 @@ from .. import kernels
 from ..config import ViewConfig
 from ..errors import InputError
 from ..fingerprints import value_digest, weights_digest
-from .attention import choose_attention
+from .attention import choose_attention, run_with_all_arguments
 from .hidden_state_hooks import Place, find_places, keeps_nothing, reading
 from .hugging_face import (
     cached_or_fetched,
     clear_errors,
     load_config,
     load_model,
-    model_class,
+    model_classes,
     model_dtype,
     model_folder,
 )
@@ -58,15 +58,15 @@ class Backbone(ABC):
             config = checked_config(view)
             self.processor = cached_or_fetched(self._load_processor, view.encoder)
             self.processor_digest = value_digest(self._processor_content())
-            self.attention = choose_attention(attention, model_class(config), device, self.dtype)
-            options = {**view.options, "dtype": self.dtype, "attn_implementation": self.attention}
+            chosen = choose_attention(attention, model_classes(config), device, self.dtype)
+            options = {**view.options, "dtype": self.dtype, "attn_implementation": chosen}
             self.model = load_model(view.encoder, config, self.kind, options)
             self.model.eval().requires_grad_(False)
             if PLACED_BY & view.options.keys():
                 self.device = _first_device(self.model, device)
             else:
                 self.model.to(device)
-            states, normalised = self._probe()
+            self.attention, (states, normalised) = run_with_all_arguments(self.model, chosen, self._probe)
             self._check_states(states)
             self._places = self._find(states)
             self._shared = self._can_be_shared()

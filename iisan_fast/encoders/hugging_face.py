@@ -78,6 +78,12 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return mapped[0] if isinstance(mapped, tuple) else mapped
 
 
+def model_classes(config: PretrainedConfig) -> list[type[PreTrainedModel]]:
+    """Return the headless model's class, then its towers' if the automatic mapping knows them."""
+    towers = [config.text_config, config.vision_config] if _has_towers(config) else []
+    return [model_class(config), *(model_class(tower) for tower in towers if type(tower) in transformers.MODEL_MAPPING)]
+
+
 def refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
     """Raises InputError where there are any: transformers would draw them at random."""
     if lacking := sorted(missing):

@@ -1,12 +1,13 @@
-"""The attention of encoders: xformers' layout through a stand-in on the CPU, itself on a GPU, and how one is chosen."""
+"""The attention of encoders: xformers' layout by a stand-in on the CPU, xformers itself on a GPU, and the choice."""
 
 from __future__ import annotations
 
+import functools
 import logging
-import re
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from helpers import encoders as tiny
 from helpers.datasets import make_sequences, write_dataset_folder
 from iisan_fast.encoders import attention
-from iisan_fast.encoders.attention import choose_attention, xformers_attention
+from iisan_fast.encoders.attention import DroppedArgumentError, choose_attention, xformers_attention
 from iisan_fast.encoders.base import Backbone
 from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError
@@ -195,6 +196,79 @@ def test_any_mask_scale_and_dropout_reach_the_kernel(xformers, dtype, keys):
     ]
 
 
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+GEMMA2 = {**tiny.LLM, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 8}
+# Text encoders whose scores are capped or have sinks: the class of the configuration, and its settings.
+CAPPED = {
+    "Gemma2Config": {**GEMMA2, "sliding_window": 3},
+    "VaultGemmaConfig": {**GEMMA2, "sliding_window": 3},
+    "GptOssConfig": {**tiny.LLM, **EXPERTS, "sliding_window": 3},
+    "GraniteSWAConfig": tiny.LLM,
+    "GraniteMoeSWAConfig": {**tiny.LLM, **EXPERTS},
+    "FlintConfig": tiny.LLM,
+    "OpenAIPrivacyFilterConfig": {**tiny.LLM, **EXPERTS, "pad_token_id": 0},
+    "PaliGemmaConfig": {
+        "text_config": {**GEMMA2, "model_type": "gemma2"},
+        "vision_config": {**tiny.VISION, "model_type": "siglip_vision_model", "projection_dim": 32},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def built_capped(tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of a tiny model of a family in CAPPED, built once."""
+
+    @functools.cache
+    def build(name: str) -> Path:
+        torch.manual_seed(0)
+        model = hf.AutoModel.from_config(getattr(hf, name)(**CAPPED[name]))
+        return tiny.save(model, tmp_path_factory.mktemp(name), None, "bos")
+
+    return build
+
+
+@pytest.mark.parametrize("wanted", ["xformers", "sdpa"])
+@pytest.mark.parametrize("name", CAPPED)
+def test_capped_scores_and_sinks_are_kept(built_capped, xformers, caplog, name, wanted):
+    """transformers' flags differ by version: 5.17 says that PyTorch's attention will do for Gemma 2."""
+    if not hasattr(hf, name):
+        pytest.skip(f"transformers {hf.__version__} has no {name}")
+    caplog.set_level(logging.WARNING, "iisan_fast")
+    backbone, eager = (loaded(built_capped(name), "title", attention) for attention in (wanted, "eager"))
+    states, expected = (each.encode(each.prepare(tiny.TITLES)) for each in (backbone, eager))
+    assert backbone.attention == backbone.model.config._attn_implementation == "eager" and not xformers.calls
+    assert torch.equal(states, expected)
+    (notice,) = [record.message for record in caplog.records if record.name.startswith("iisan_fast")]
+    assert "keeps its own attention" in notice
+
+
+@pytest.mark.parametrize("name", ["Gemma2Config", "PaliGemmaConfig"])
+def test_the_cap_changes_the_states(built_capped, name):
+    """So the test above would see a cap that is dropped."""
+    backbone = loaded(built_capped(name), "title", "eager")
+    capped = backbone.encode(backbone.prepare(tiny.TITLES))
+    for module in backbone.model.modules():
+        if hasattr(module, "attn_logit_softcapping"):
+            module.attn_logit_softcapping = None
+    assert (backbone.encode(backbone.prepare(tiny.TITLES)) - capped).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("argument", ["softcap", "s_aux", "sinks", "indices", "anything_new"])
+def test_xformers_attention_refuses_an_argument_that_it_would_drop(xformers, argument):
+    tensors = [torch.zeros(1, 2, 3, 8)] * 3
+    module = torch.nn.Module()
+    xformers_attention(module, *tensors, None, sliding_window=3, position_ids=torch.zeros(1, 3), **{argument: None})
+    with pytest.raises(DroppedArgumentError, match=f"xformers attention would drop its argument {argument}$"):
+        xformers_attention(module, *tensors, None, **{argument: 30.0})
+
+
+def test_looking_at_arguments_leaves_no_trace(built):
+    interface = attention.ALL_ATTENTION_FUNCTIONS
+    before = {name: interface[name] for name in ("sdpa", "xformers")}
+    loaded(built("title", "bert"), "title", "sdpa")
+    assert before == {name: interface[name] for name in before}
+
+
 @pytest.mark.parametrize(
     ("asked", "device", "model_class", "expected"),
     [
@@ -205,52 +279,95 @@ def test_any_mask_scale_and_dropout_reach_the_kernel(xformers, dtype, keys):
         ("eager", CUDA, hf.BertModel, "eager"),
         ("auto", CUDA, hf.Data2VecVisionModel, "sdpa"),  # takes no part in the attention interface
         ("auto", CUDA, hf.DebertaV2Model, "eager"),
-        ("xformers", CUDA, hf.Gemma2Model, "eager"),  # takes part in it, but caps its scores
+        ("xformers", CUDA, hf.GptOssModel, "eager"),  # takes part in it, but has attention sinks
         ("sdpa", CPU, hf.DebertaV2Model, "eager"),
     ],
 )
 def test_what_is_asked_for_is_chosen_where_it_can_be_had(xformers, asked, device, model_class, expected, caplog):
-    assert choose_attention(asked, model_class, device, torch.float32) == expected
-    own = expected == "eager" and asked != "eager"
-    said = [record.message for record in caplog.records]
-    assert said == ([f"{model_class.__name__} keeps its own attention"] if own else [])
+    assert choose_attention(asked, [model_class], device, torch.float32) == expected
+    keeps_its_own = expected == "eager" and asked != "eager"
+    assert caplog.messages == ([f"{model_class.__name__} keeps its own attention"] if keeps_its_own else [])
 
 
 def test_other_names_are_refused():
     with pytest.raises(InputError, match="attention: expected one of auto, xformers, sdpa, eager, found 'flash'"):
-        choose_attention("flash", hf.BertModel, CPU, torch.float32)
+        choose_attention("flash", [hf.BertModel], CPU, torch.float32)
 
 
-class Broken(types.ModuleType):
-    """Stands in for an xformers whose extension cannot be loaded, which it has a lot to say about."""
+# Files of an xformers that is there but of no use, and what the notice says.
+LOGGED = 'import logging; logging.getLogger("xformers").warning("WARNING[XFORMERS]: built for\\nPyTorch 2.9.0+cu128")\n'
+WARNED = 'import warnings; warnings.warn("built for another PyTorch")\n'
+NO_OPERATOR = 'raise NotImplementedError("No operator found for\\n `memory_efficient_attention_forward`")'
+UNUSABLE = {
+    "no operator in use": (
+        LOGGED + f"def memory_efficient_attention(*_, **__): {NO_OPERATOR}\n",
+        "NotImplementedError: No operator found for `memory_efficient_attention_forward`; "
+        "WARNING[XFORMERS]: built for PyTorch 2.9.0+cu128",
+    ),
+    "a library is missing": (
+        'raise OSError("libcudart.so.12:\\nno such file")\n',
+        "OSError: libcudart.so.12: no such file",
+    ),
+    "a module is missing": ("import xformers.missing\n", "ModuleNotFoundError: No module named 'xformers.missing'"),
+    "an operator is missing": (
+        WARNED + "import torch; torch.ops.xformers_of_a_test.efficient_attention\n",
+        "AttributeError: '_OpNamespace' 'xformers_of_a_test' object has no attribute 'efficient_attention'; "
+        "built for another PyTorch",
+    ),
+    "no attention": ("", "ImportError: cannot import name 'memory_efficient_attention' from 'xformers.ops'"),
+    "an extension cannot be loaded": (
+        LOGGED + 'raise RuntimeError("undefined symbol: _ZN3c10")\n',
+        "RuntimeError: undefined symbol: _ZN3c10; WARNING[XFORMERS]: built for PyTorch 2.9.0+cu128",
+    ),
+}
 
-    def __getattr__(self, name: str):
-        logging.getLogger("xformers").warning("WARNING[XFORMERS]: built for\nanother torch")
-        raise OSError("libcudart.so:\nno such file")
+
+@pytest.fixture(params=UNUSABLE)
+def unusable(request, tmp_path, monkeypatch) -> str:
+    """An xformers on the path that cannot be used; gives the reason. A CPU stands in for the GPU."""
+    content, reason = UNUSABLE[request.param]
+    (tmp_path / "xformers").mkdir()
+    (tmp_path / "xformers" / "__init__.py").touch()
+    (tmp_path / "xformers" / "ops.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "xformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    failure = functools.cache(lambda _, dtype: attention._failure_of_xformers(CPU, dtype))
+    monkeypatch.setattr(attention, "xformers_problem", failure)
+    yield reason
+    for name in [name for name in sys.modules if name.split(".")[0] == "xformers"]:
+        del sys.modules[name]
 
 
-@pytest.mark.parametrize(
-    ("module", "reason"),
-    [(None, "ModuleNotFoundError: "), (Broken("xformers.ops"), r"OSError: libcudart\.so: no such file\)")],
-)
 @pytest.mark.parametrize("asked", ["auto", "xformers"])
-def test_a_missing_or_broken_xformers_is_one_notice(monkeypatch, caplog, module, reason, asked):
-    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+def test_an_unusable_xformers_is_one_notice(unusable, caplog, capfd, recwarn, asked):
     for model_class in (hf.BertModel, hf.ViTModel):
-        assert choose_attention(asked, model_class, CUDA, torch.bfloat16) == "sdpa"
-    (record,) = caplog.records
-    assert "\n" not in record.message and record.message.endswith("; torch's takes its place")
-    assert re.search(reason, record.message)
+        assert choose_attention(asked, [model_class], CUDA, torch.bfloat16) == "sdpa"
+    (message,) = caplog.messages
+    assert message.startswith(f"xformers' attention cannot be used ({unusable}")
+    assert message.endswith("); PyTorch's takes its place") and "\n" not in message
+    assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+@pytest.mark.parametrize("asked", ["auto", "xformers"])
+def test_a_missing_xformers_is_one_notice(monkeypatch, caplog, asked):
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    for model_class in (hf.BertModel, hf.ViTModel):
+        assert choose_attention(asked, [model_class], CUDA, torch.bfloat16) == "sdpa"
+    (message,) = caplog.messages
+    assert message.startswith("xformers' attention cannot be used (ModuleNotFoundError: ")
 
 
 def test_xformers_on_a_cpu_is_one_notice_and_imports_nothing(built, monkeypatch, caplog):
     caplog.set_level(logging.WARNING, "iisan_fast")  # the program sets it lower, in whichever test runs it first
-    monkeypatch.setitem(sys.modules, "xformers.ops", Broken("xformers.ops"))
+    imported = []
+    monkeypatch.setattr(attention, "_kernel", lambda: imported.append("xformers"))
     assert loaded(built("title", "bert"), "title", "xformers").attention == "sdpa"
     assert loaded(built("image", "vit"), "image", "xformers").attention == "sdpa"
     assert [record.message for record in caplog.records] == [
-        "xformers' attention cannot be used (it needs CUDA, found cpu); torch's takes its place"
+        "xformers' attention cannot be used (it needs CUDA, found cpu); PyTorch's takes its place"
     ]
+    assert not imported
 
 
 def test_deberta_keeps_its_own_and_says_so_once(built, caplog):
@@ -282,7 +399,8 @@ def test_extract_prints_the_choice(built, tmp_path):
 @pytest.mark.parametrize(("source", "family"), FAMILIES)
 def test_on_a_gpu_xformers_agrees_with_sdpa(built, source, family):
     """To bfloat16's rounding, by which several blocks of random weights are apart in any case."""
-    pytest.importorskip("xformers.ops")
+    if problem := attention.xformers_problem(CUDA, torch.bfloat16):
+        pytest.skip(f"xformers' attention cannot be used: {problem}")
     folder, contents = built(source, family), tiny.TITLES if source == "title" else tiny.pictures()
     results = []
     for name in ("xformers", "sdpa"):
