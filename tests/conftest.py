@@ -14,15 +14,20 @@ os.environ.setdefault(  # the C++ is compiled once a machine, not once a test ru
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is made: they then run on CPU tensors
 
-from helpers.datasets import DATA, make_sequences, write_dataset_folder
+from helpers.datasets import (
+    DATA,
+    histories_at_random,
+    histories_in_steps,
+    make_sequences,
+    write_catalogue,
+    write_dataset_folder,
+)
 from helpers.stores import fill_store
 from helpers.tables import random_table
 from iisan_fast.config import ModelConfig, RunConfig, TrainConfig, ViewConfig
@@ -74,10 +79,7 @@ def toy_config(toy_run) -> RunConfig:
 def toy_run(tmp_path_factory) -> tuple[Path, Path]:
     """(dataset folder, cache with views `image` and `title`): 60 users, 40 items, histories that go round in steps."""
     root = tmp_path_factory.mktemp("toy")
-    rng = np.random.default_rng(0)
-    starts, lengths = rng.integers(0, 40, 60), rng.integers(5, 14, 60)
-    histories = [[(start + 3 * i) % 40 + 1 for i in range(length)] for start, length in zip(starts, lengths)]
-    sequences = make_sequences(histories, items=40)
+    sequences = make_sequences(histories_in_steps(60, 40), items=40)
     dataset = write_dataset_folder(root / "toy", sequences)
     cache = fill_store(
         root / "cache", sequences.item_ids, random_table([(2, 16), (2, 16)], 40, torch.float32), ("image", "title")
@@ -98,21 +100,14 @@ def encoder_views(tmp_path_factory) -> list[ViewConfig]:
 
 @pytest.fixture
 def catalogue(tmp_path) -> Path:
-    """A dataset's folder: 70 items, titles of one to twenty words and images of noise in all sizes; 160 users."""
-    from iisan_fast import demo
+    """A dataset's folder that the test may change: 70 items, 160 users."""
+    return write_catalogue(tmp_path / "dataset", histories_at_random(160, 70), 70)
 
-    items, generator = 70, np.random.default_rng(0)
-    histories = [generator.integers(1, items + 1, length).tolist() for length in generator.integers(5, 14, 160)]
-    histories[0] = list(range(1, 14))
-    root = write_dataset_folder(tmp_path / "dataset", make_sequences(histories, items))
-    words = [*demo.BRANDS, *demo.MATERIALS]
-    titles = [" ".join(generator.choice(words, size=generator.integers(1, 21))) for _ in range(items)]
-    (root / "items.tsv").write_text("".join(f"i{n}\t{title}\n" for n, title in enumerate(titles, start=1)))
-    (root / "images").mkdir()
-    for n in range(1, items + 1):
-        size = int(generator.integers(9, 90)), int(generator.integers(9, 90)), 3
-        Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)).save(root / "images" / f"i{n}.png")
-    return root
+
+@pytest.fixture(scope="session")
+def small_catalogue(tmp_path_factory) -> Path:
+    """A dataset's folder that no test may change: 24 items, 64 users."""
+    return write_catalogue(tmp_path_factory.mktemp("small") / "dataset", histories_in_steps(64, 24), 24)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from iisan_fast.data.sequences import Sequences
 
@@ -33,4 +34,35 @@ def write_dataset_folder(root: Path, sequences: Sequences) -> Path:
         for user_id, history in zip(sequences.user_ids, histories)
     )
     (root / "users.tsv").write_text("".join(lines))
+    return root
+
+
+def histories_in_steps(users: int, items: int) -> list[list[int]]:
+    """Histories of 5 to 13 items, each item the third after the one before: they can be learned."""
+    rng = np.random.default_rng(0)
+    starts, lengths = rng.integers(0, items, users), rng.integers(5, 14, users)
+    return [[(start + 3 * i) % items + 1 for i in range(length)] for start, length in zip(starts, lengths)]
+
+
+def histories_at_random(users: int, items: int) -> list[list[int]]:
+    """Histories of 5 to 13 items, of which the first user's has 13."""
+    rng = np.random.default_rng(0)
+    histories = [rng.integers(1, items + 1, length).tolist() for length in rng.integers(5, 14, users)]
+    histories[0] = list(range(1, 14))
+    return histories
+
+
+def write_catalogue(root: Path, histories: list[list[int]], items: int) -> Path:
+    """A dataset's folder: titles of one to twenty words of the demo's encoder, images of noise in all sizes."""
+    from iisan_fast import demo  # imports transformers, which takes seconds
+
+    write_dataset_folder(root, make_sequences(histories, items))
+    generator = np.random.default_rng(0)
+    words = [*demo.BRANDS, *demo.MATERIALS]
+    titles = [" ".join(generator.choice(words, size=generator.integers(1, 21))) for _ in range(items)]
+    (root / "items.tsv").write_text("".join(f"i{n}\t{title}\n" for n, title in enumerate(titles, start=1)))
+    (root / "images").mkdir()
+    for n in range(1, items + 1):
+        size = int(generator.integers(9, 90)), int(generator.integers(9, 90)), 3
+        Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)).save(root / "images" / f"i{n}.png")
     return root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,11 +38,12 @@ from iisan_fast.training.run_folder import RunFolder
 from iisan_fast.training.trainer import Trainer, resume, train
 
 CPU = torch.device("cpu")
+ITEMS = 24  # of the small catalogue
 RATES = {"encoders": 1e-3, "adapters": 3e-3, "gates": 3e-3, "heads": 3e-3, "sequence_encoder": 3e-3}
 
 
 def run_config(
-    catalogue: Path, method: str, views: list[ViewConfig] | None, cache: Path | None = None, epochs: int = 3, **encoding
+    dataset: Path, method: str, views: list[ViewConfig] | None, cache: Path | None = None, epochs: int = 3, **encoding
 ) -> RunConfig:
     """A small model of any method, whose encoders run in every step unless there is a cache."""
     sizes = {"bottleneck": 8} if method in (*SIDE_METHODS, "adapter") else {}
@@ -50,7 +52,7 @@ def run_config(
     optimisation = TrainConfig(batch_users=40, max_epochs=epochs, learning_rates=rates)
     names = tuple(view.name for view in views or ())
     uncached = UncachedConfig(tuple(views), **encoding) if views and cache is None else None
-    return RunConfig(str(catalogue), cache and str(cache), names, uncached, model=model, train=optimisation)
+    return RunConfig(str(dataset), cache and str(cache), names, uncached, model=model, train=optimisation)
 
 
 def _groups(method: str) -> list[str]:
@@ -72,8 +74,8 @@ def views_of(method: str, encoder_views: list[ViewConfig], count: int) -> list[V
 
 @pytest.mark.parametrize("count", [1, 2], ids=["titles", "both views"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns_and_is_evaluated_from_its_folder(method, count, encoder_views, catalogue, tmp_path):
-    config = run_config(catalogue, method, views_of(method, encoder_views, count))
+def test_every_method_learns_and_is_evaluated_from_its_folder(method, count, encoder_views, small_catalogue, tmp_path):
+    config = run_config(small_catalogue, method, views_of(method, encoder_views, count), epochs=6)
     result = train(config, tmp_path / "run", CPU)
     found = losses(tmp_path / "run")
     assert found[-1] < found[0]
@@ -105,12 +107,12 @@ def take(trainer: Trainer, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "id"])
-def test_frozen_weights_stay_as_they_are_bit_for_bit(method, encoder_views, catalogue):
-    with open_trainer(run_config(catalogue, method, encoder_views)) as trainer:
+def test_frozen_weights_stay_as_they_are_bit_for_bit(method, encoder_views, small_catalogue):
+    with open_trainer(run_config(small_catalogue, method, encoder_views)) as trainer:
         contents = trainer.source if method in TUNING_METHODS else trainer.source.contents
         encoders = [backbone.model for backbone in contents.backbones]
         before = [{name: weight.clone() for name, weight in encoder.named_parameters()} for encoder in encoders]
-        take(trainer, 5)
+        take(trainer, 3)
         changed = 0
         for encoder, old in zip(encoders, before):
             for name, weight in encoder.named_parameters():
@@ -120,26 +122,26 @@ def test_frozen_weights_stay_as_they_are_bit_for_bit(method, encoder_views, cata
 
 
 @pytest.mark.parametrize("method", TUNING_METHODS)
-def test_parts_and_checkpointing_change_no_loss(method, encoder_views, catalogue):
-    whole = run_config(catalogue, method, encoder_views)
+def test_parts_and_checkpointing_change_no_loss(method, encoder_views, small_catalogue):
+    whole = run_config(small_catalogue, method, encoder_views)
     with open_trainer(whole) as trainer:
-        expected = take(trainer, 4)
-        assert trainer.demand.plan.items_at_once == 70 and not trainer.demand.plan.recompute
+        expected = take(trainer, 3)
+        assert trainer.demand.plan.items_at_once == ITEMS and not trainer.demand.plan.recompute
     for change in ({"items_at_once": 9}, {"items_at_once": 9, "checkpointing": True}):
         with open_trainer(replace(whole, uncached=replace(whole.uncached, **change))) as trainer:
             assert trainer.demand.plan.recompute and trainer.source.part_items == 9
-            assert take(trainer, 4) == pytest.approx(expected, rel=1e-4)
+            assert take(trainer, 3) == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_does_not_fit_is_split(encoder_views, catalogue, monkeypatch, caplog):
-    config = run_config(catalogue, "full", encoder_views)
+def test_what_does_not_fit_is_split(encoder_views, small_catalogue, monkeypatch, caplog):
+    config = run_config(small_catalogue, "full", encoder_views)
     caplog.set_level("INFO")
     with open_trainer(config) as trainer:
         whole = trainer.demand.plan
         trained = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
     monkeypatch.setattr(memory, "free_memory", lambda device: 2 * (3 * trained + whole.estimate // 3))
     with open_trainer(config) as trainer:
-        assert trainer.demand.plan.recompute and 1 <= trainer.demand.plan.items_at_once < 70
+        assert trainer.demand.plan.recompute and 1 <= trainer.demand.plan.items_at_once < ITEMS
         assert trainer.demand.plan.estimate < whole.estimate / 3 < trainer.demand.plan.estimate * 3
     assert "each part twice" in caplog.messages[-1]
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
@@ -148,10 +150,10 @@ def test_what_does_not_fit_is_split(encoder_views, catalogue, monkeypatch, caplo
 
 
 @pytest.mark.parametrize("method", STATE_METHODS)
-def test_uncached_training_is_the_cached_one(method, encoder_views, catalogue, tmp_path):
-    extract(load_dataset(catalogue), encoder_views, tmp_path / "cache", CPU)
-    cached = train(run_config(catalogue, method, encoder_views, tmp_path / "cache"), tmp_path / "cached", CPU)
-    uncached = train(run_config(catalogue, method, encoder_views), tmp_path / "uncached", CPU)
+def test_uncached_training_is_the_cached_one(method, encoder_views, small_catalogue, tmp_path):
+    extract(load_dataset(small_catalogue), encoder_views, tmp_path / "cache", CPU)
+    cached = train(run_config(small_catalogue, method, encoder_views, tmp_path / "cache"), tmp_path / "cached", CPU)
+    uncached = train(run_config(small_catalogue, method, encoder_views), tmp_path / "uncached", CPU)
     assert losses(tmp_path / "uncached") == pytest.approx(losses(tmp_path / "cached"), rel=1e-3)
     assert uncached["trainable_parameters"] == cached["trainable_parameters"]
 
@@ -172,16 +174,30 @@ def all_layers(encoder_views) -> list[ViewConfig]:
     return [replace(view, layers=tuple(range(7))) for view in encoder_views]
 
 
+@pytest.fixture(scope="module")
+def cache(all_layers, small_catalogue, tmp_path_factory) -> Path:
+    """The states of every layer."""
+    path = tmp_path_factory.mktemp("states") / "cache"
+    extract(load_dataset(small_catalogue), all_layers, path, CPU)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain_loss(all_layers, small_catalogue, cache, tmp_path_factory) -> float:
+    """The loss of the first epoch without an ablation."""
+    run = tmp_path_factory.mktemp("plain") / "run"
+    train(run_config(small_catalogue, "iisan", all_layers, cache, epochs=1), run, CPU)
+    return losses(run)[0]
+
+
 @pytest.mark.parametrize("change", ABLATIONS.values(), ids=ABLATIONS)
-def test_every_ablation_learns(change, all_layers, catalogue, tmp_path):
-    extract(load_dataset(catalogue), all_layers, tmp_path / "cache", CPU)
-    config = run_config(catalogue, "iisan", all_layers, tmp_path / "cache")
+def test_every_ablation_learns(change, all_layers, small_catalogue, cache, plain_loss, tmp_path):
+    config = run_config(small_catalogue, "iisan", all_layers, cache, epochs=6)
     config = replace(config, model=replace(config.model, **change))
-    whole = run_config(catalogue, "iisan", all_layers, tmp_path / "cache", epochs=1)
     result = train(config, tmp_path / "run", CPU)
-    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
-    train(whole, tmp_path / "whole", CPU)
-    assert losses(tmp_path / "run")[0] != losses(tmp_path / "whole")[0] or change == {"layer_groups": 6}
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0]
+    assert found[0] != plain_loss or change == {"layer_groups": 6}
     layers = change.get("layer_groups", 6) + 1
     if "layer_groups" in change:
         tower = layers * (2 * 64 * 8 + 8 + 64 + 1)
@@ -200,8 +216,8 @@ def twelve_blocks(tmp_path_factory) -> ViewConfig:
 
 
 @pytest.mark.parametrize("groups", [2, 3, 4, 6, 12])
-def test_every_layerdrop_set_of_twelve_blocks_learns(groups, twelve_blocks, catalogue, tmp_path):
-    config = run_config(catalogue, "iisan", [twelve_blocks])
+def test_every_layerdrop_set_of_twelve_blocks_learns(groups, twelve_blocks, small_catalogue, tmp_path):
+    config = run_config(small_catalogue, "iisan", [twelve_blocks], epochs=6)
     result = train(replace(config, model=replace(config.model, layer_groups=groups)), tmp_path / "run", CPU)
     found, views = losses(tmp_path / "run"), RunFolder(tmp_path / "run").views
     assert found[-1] < found[0]
@@ -213,8 +229,8 @@ def test_every_layerdrop_set_of_twelve_blocks_learns(groups, twelve_blocks, cata
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "iisan", "id"])
-def test_a_stopped_run_goes_on_exactly(method, encoder_views, catalogue, tmp_path):
-    config = run_config(catalogue, method, views_of(method, encoder_views, 2))
+def test_a_stopped_run_goes_on_exactly(method, encoder_views, small_catalogue, tmp_path):
+    config = run_config(small_catalogue, method, views_of(method, encoder_views, 2), epochs=2)
     whole = train(config, tmp_path / "whole", CPU)
 
     def stop(line):
@@ -226,21 +242,22 @@ def test_a_stopped_run_goes_on_exactly(method, encoder_views, catalogue, tmp_pat
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
-def test_a_run_does_not_go_on_with_other_titles(encoder_views, catalogue, tmp_path):
+def test_a_run_does_not_go_on_with_other_titles(encoder_views, small_catalogue, tmp_path):
     def stop(line):
         raise KeyboardInterrupt
 
+    dataset = shutil.copytree(small_catalogue, tmp_path / "dataset")
     with pytest.raises(KeyboardInterrupt):
-        train(run_config(catalogue, "iisan", encoder_views), tmp_path / "run", CPU, on_epoch=stop)
-    items = catalogue / "items.tsv"
+        train(run_config(dataset, "iisan", encoder_views), tmp_path / "run", CPU, on_epoch=stop)
+    items = dataset / "items.tsv"
     items.write_text(items.read_text().replace("\t", "\tother ", 1))
     with pytest.raises(InputError, match="view 'title' is not as it was: contents .* there, .* now; restore it"):
         resume(tmp_path / "run", CPU)
 
 
 @pytest.mark.parametrize("groups", [2, 6])
-def test_layer_groups_choose_the_layers_of_encoders_that_run(groups, encoder_views, catalogue):
-    config = run_config(catalogue, "iisan", encoder_views)
+def test_layer_groups_choose_the_layers_of_encoders_that_run(groups, encoder_views, small_catalogue):
+    config = run_config(small_catalogue, "iisan", encoder_views)
     config = replace(config, model=replace(config.model, layer_groups=groups))
     with open_trainer(config) as trainer:
         assert trainer.source.shapes == [(groups + 1, 64)] * 2
@@ -256,18 +273,18 @@ def test_layer_groups_choose_the_layers_of_encoders_that_run(groups, encoder_vie
     ],
 )
 def test_layers_that_an_encoder_has_not_are_refused_before_any_weights_are_read(
-    beyond, message, encoder_views, catalogue, tmp_path
+    beyond, message, encoder_views, small_catalogue, tmp_path
 ):
     """Those of the first view either, which could give what is asked for."""
     image, title = encoder_views
-    config = run_config(catalogue, "iisan-versa", [image, replace(title, **beyond)])
+    config = run_config(small_catalogue, "iisan-versa", [image, replace(title, **beyond)])
     weights = Path(image.encoder) / "model.safetensors"
     aside = weights.rename(tmp_path / "aside")
     try:
         with pytest.raises(InputError, match=message):
             train(config, tmp_path / "run", CPU)
         with pytest.raises(InputError, match=message):
-            extract(load_dataset(catalogue), [image, replace(title, **beyond)], tmp_path / "cache", CPU)
+            extract(load_dataset(small_catalogue), [image, replace(title, **beyond)], tmp_path / "cache", CPU)
     finally:
         aside.rename(weights)
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
@@ -282,21 +299,25 @@ def test_layers_that_an_encoder_has_not_are_refused_before_any_weights_are_read(
     ],
     ids=["CUDA", "CPU", "C++"],
 )
-def test_the_lack_of_memory_is_told_with_the_batch_and_what_to_lower(error, encoder_views, catalogue, monkeypatch):
-    with open_trainer(run_config(catalogue, "full", encoder_views)) as trainer:
+def test_the_lack_of_memory_is_told_with_the_batch_and_what_to_lower(
+    error, encoder_views, small_catalogue, monkeypatch
+):
+    with open_trainer(run_config(small_catalogue, "full", encoder_views)) as trainer:
 
         def fail(*_):
             raise error
 
         monkeypatch.setattr(trainer.model, "loss", fail)
-        message = "not enough memory on cpu for batches of 40 users and up to 70 items, whose activations take up to"
+        message = "not enough memory on cpu for batches of 40 users and up to 24 items, whose activations take up to"
         with pytest.raises(InputError, match=message) as caught:
             take(trainer, 1)
     assert "--items-at-once" in str(caught.value)
 
 
-@pytest.mark.parametrize("call", [1, 12], ids=["in a batch", "in validation"])
-def test_the_lack_of_memory_is_told_where_frozen_encoders_run(call, encoder_views, catalogue, tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", [1, 6], ids=["in a batch", "in validation"])
+def test_the_lack_of_memory_is_told_where_frozen_encoders_run(
+    call, encoder_views, small_catalogue, tmp_path, monkeypatch
+):
     calls, encode = [], Backbone.encode
 
     def fail(*arguments):
@@ -308,11 +329,11 @@ def test_the_lack_of_memory_is_told_where_frozen_encoders_run(call, encoder_view
     monkeypatch.setattr(Backbone, "encode", fail)
     message = "run: stopped in epoch 1: not enough memory on cpu for batches of 40 users .* whose states take up to"
     with pytest.raises(InputError, match=message):
-        train(run_config(catalogue, "iisan", encoder_views), tmp_path / "run", CPU)
+        train(run_config(small_catalogue, "iisan", encoder_views), tmp_path / "run", CPU)
 
 
-def test_a_run_goes_on_in_the_same_parts_whatever_memory_is_free(encoder_views, catalogue, tmp_path, monkeypatch):
-    config = run_config(catalogue, "lora", encoder_views)
+def test_a_run_goes_on_in_the_same_parts_whatever_memory_is_free(encoder_views, small_catalogue, tmp_path, monkeypatch):
+    config = run_config(small_catalogue, "lora", encoder_views, epochs=2)
     whole = train(config, tmp_path / "whole", CPU)
 
     def stop(line):
@@ -320,17 +341,17 @@ def test_a_run_goes_on_in_the_same_parts_whatever_memory_is_free(encoder_views, 
 
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "stopped", CPU, on_epoch=stop)
-    assert RunFolder(tmp_path / "stopped").config.uncached.items_at_once == 70
+    assert RunFolder(tmp_path / "stopped").config.uncached.items_at_once == ITEMS
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     assert resume(tmp_path / "stopped", CPU) == whole
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
-def test_frozen_encoders_give_their_final_state_or_are_refused(encoder_views, catalogue, tmp_path):
+def test_frozen_encoders_give_their_final_state_or_are_refused(encoder_views, small_catalogue, tmp_path):
     views = [replace(view, layers=(0, 2)) for view in encoder_views]
-    extract(load_dataset(catalogue), views, tmp_path / "cache", CPU)
+    extract(load_dataset(small_catalogue), views, tmp_path / "cache", CPU)
     with pytest.raises(InputError, match="frozen reads the encoder's final state, layer 6; view 'image' of the cache"):
-        train(run_config(catalogue, "frozen", views, tmp_path / "cache"), tmp_path / "run", CPU)
+        train(run_config(small_catalogue, "frozen", views, tmp_path / "cache"), tmp_path / "run", CPU)
 
 
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -338,9 +359,9 @@ on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), r
 
 @pytest.mark.parametrize("method", [pytest.param(method, marks=on_a_gpu) for method in METHODS])
 @pytest.mark.parametrize("precision", ["float32", "auto"])
-def test_every_method_trains_on_a_gpu_as_on_a_cpu(method, precision, encoder_views, catalogue, tmp_path):
+def test_every_method_trains_on_a_gpu_as_on_a_cpu(method, precision, encoder_views, small_catalogue, tmp_path):
     encoders = [replace(view, encoder_dtype="float32") for view in encoder_views]
-    config = run_config(catalogue, method, views_of(method, encoders, 2))
+    config = run_config(small_catalogue, method, views_of(method, encoders, 2))
     train(config, tmp_path / "cpu", CPU)
     config = replace(config, train=replace(config.train, precision=precision))
     train(config, tmp_path / "gpu", torch.device("cuda"))
@@ -349,8 +370,8 @@ def test_every_method_trains_on_a_gpu_as_on_a_cpu(method, precision, encoder_vie
 
 
 @pytest.mark.parametrize("method", [pytest.param(method, marks=on_a_gpu) for method in TUNING_METHODS])
-def test_parts_in_bfloat16_on_a_gpu_follow_the_whole(method, encoder_views, catalogue, tmp_path):
-    whole = run_config(catalogue, method, encoder_views)
+def test_parts_in_bfloat16_on_a_gpu_follow_the_whole(method, encoder_views, small_catalogue, tmp_path):
+    whole = run_config(small_catalogue, method, encoder_views)
     train(whole, tmp_path / "whole", torch.device("cuda"))
     parts = replace(whole, uncached=replace(whole.uncached, items_at_once=9, checkpointing=True))
     train(parts, tmp_path / "parts", torch.device("cuda"))
