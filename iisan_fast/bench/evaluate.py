@@ -65,7 +65,7 @@ class EvaluateSettings:
 
 
 @dataclass(frozen=True)
-class Work:
+class EvaluationWork:
     """What both forms evaluate."""
 
     sequences: Sequences
@@ -127,7 +127,7 @@ def argsort_users(settings: EvaluateSettings, name: str, users: int) -> int:
     return settings.argsort_users or users
 
 
-def make_work(sequences: Sequences, settings: EvaluateSettings, device: torch.device) -> Work:
+def make_work(sequences: Sequences, settings: EvaluateSettings, device: torch.device) -> EvaluationWork:
     """Random states and a model at its first weights, on the device."""
     shape = TrainSettings(width=settings.width, layers=settings.layers, seed=settings.seed)
     trained = FeatureTable(tuple(view.to(device) for view in random_states(sequences, shape)))
@@ -136,11 +136,13 @@ def make_work(sequences: Sequences, settings: EvaluateSettings, device: torch.de
     model = build_recommender(table, config, sequences.popularity, resolve_precision(config, device)).to(device).eval()
     users = len(sequences.user_ids)
     sample = np.linspace(0, users - 1, settings.argsort_users).round().astype(int)
-    return Work(sequences, settings.split, sequences.split(settings.split), sample, table, trained, model, device)
+    return EvaluationWork(
+        sequences, settings.split, sequences.split(settings.split), sample, table, trained, model, device
+    )
 
 
 @torch.no_grad()
-def dense(work: Work) -> Evaluated:
+def dense(work: EvaluationWork) -> Evaluated:
     """All items, all users' states, and the ranks of the sample, densely."""
     form, watch = DenseModel(work.model, list(work.table.views)), Stopwatch(work.device)
     numbers = torch.arange(1, work.table.rows, device=work.device)
@@ -178,7 +180,7 @@ def argsort_ranks(states: Tensor, vectors: Tensor, split: Split, users: np.ndarr
 
 
 @torch.inference_mode()
-def fast(work: Work) -> Evaluated:
+def fast(work: EvaluationWork) -> Evaluated:
     """All of it as a run is evaluated; the ranks are found once more, to be timed alone."""
     watch, config = Stopwatch(work.device), EvaluationConfig(ks=(K,))
     vectors = work.model.catalogue_vectors(work.table)
@@ -192,13 +194,13 @@ def fast(work: Work) -> Evaluated:
     return Evaluated(ranks, report["masked"], watch.seconds)
 
 
-def bfloat16(work: Work) -> Evaluated:
+def bfloat16(work: EvaluationWork) -> Evaluated:
     """The same from the states as a run holds them."""
     return fast(replace(work, table=work.trained_table))
 
 
-FORMS: dict[str, Callable[[Work], Evaluated]] = {"dense": dense, "fast": fast}  # which must agree
-ON_CUDA: dict[str, Callable[[Work], Evaluated]] = {"bfloat16": bfloat16}
+FORMS: dict[str, Callable[[EvaluationWork], Evaluated]] = {"dense": dense, "fast": fast}  # which must agree
+ON_CUDA: dict[str, Callable[[EvaluationWork], Evaluated]] = {"bfloat16": bfloat16}
 EVALUATION = {
     "dense": ("item_vectors", "user_states", "ranking"),
     "fast": ("item_vectors", "user_states", "ranking_and_metrics"),
@@ -206,7 +208,7 @@ EVALUATION = {
 }  # the stages that make up the whole
 
 
-def agreement(dense_run: Evaluated, fast_run: Evaluated, work: Work) -> dict[str, Any]:
+def agreement(dense_run: Evaluated, fast_run: Evaluated, work: EvaluationWork) -> dict[str, Any]:
     """HR and NDCG of the sample by both forms, and how far the ranks of one user lie apart at most.
 
     Scores that differ by rounding may change places, where argsort's order is arbitrary anyway. Raises InputError where
@@ -240,7 +242,7 @@ def agreement(dense_run: Evaluated, fast_run: Evaluated, work: Work) -> dict[str
 
 
 def measure(
-    forms: dict[str, Callable[[Work], Evaluated]], work: Work, rounds: int
+    forms: dict[str, Callable[[EvaluationWork], Evaluated]], work: EvaluationWork, rounds: int
 ) -> dict[str, list[dict[str, float]]]:
     """The seconds of every form's stages, once a round, in turns."""
     runs: dict[str, list[dict[str, float]]] = {form: [] for form in forms}
@@ -267,7 +269,7 @@ def peak(form: str, sequences: Sequences, settings: EvaluateSettings, device: to
     return {"peak_pss_bytes": NOT_MEASURED if memory.bytes is None else memory.bytes, "peak_cuda_bytes": allocated}
 
 
-def summary(form: str, runs: list[dict[str, float]], work: Work) -> dict[str, Any]:
+def summary(form: str, runs: list[dict[str, float]], work: EvaluationWork) -> dict[str, Any]:
     """A form's figures over its runs: its stages, the ranking alone, and the whole evaluation."""
     users = len(work.split.targets)
     ranked = len(work.sample) if form == "dense" else users

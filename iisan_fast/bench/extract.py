@@ -62,7 +62,7 @@ class ExtractSettings:
 
 
 @dataclass(frozen=True)
-class Work:
+class ExtractionWork:
     """What every form does with an empty cache."""
 
     dataset: Dataset
@@ -108,7 +108,7 @@ def benchmark(dataset: Path | None, settings: ExtractSettings, device: torch.dev
     }
 
 
-def make_work(dataset: Path | None, settings: ExtractSettings, device: torch.device, folder: Path) -> Work:
+def make_work(dataset: Path | None, settings: ExtractSettings, device: torch.device, folder: Path) -> ExtractionWork:
     """The items and the view to measure; what the demo has to give is written under the folder."""
     encoder = settings.encoder
     if dataset is None:
@@ -121,7 +121,7 @@ def make_work(dataset: Path | None, settings: ExtractSettings, device: torch.dev
     data = sample(load_dataset(dataset), settings.items)
     view = ViewConfig(settings.source, settings.source, encoder, max_tokens=settings.max_tokens)
     workers = worker_count(settings.workers, len(data.titles), device) if settings.source == "image" else 0
-    return Work(data, view, device, settings.dtype, settings.batch_size, workers)
+    return ExtractionWork(data, view, device, settings.dtype, settings.batch_size, workers)
 
 
 def sample(dataset: Dataset, items: int | None) -> Dataset:
@@ -144,7 +144,7 @@ def sample(dataset: Dataset, items: int | None) -> Dataset:
     )
 
 
-def plain(work: Work, cache: Path) -> None:
+def plain(work: ExtractionWork, cache: Path) -> None:
     """The same states without any of the fast path's means: see NOTES."""
     backbone = load_backbone(work.view, work.device)
     batches = (_image_batches if work.view.source == "image" else _title_batches)(work, backbone)
@@ -156,16 +156,16 @@ def plain(work: Work, cache: Path) -> None:
             store.write(work.view.name, item_ids, digests, states)
 
 
-def fast(work: Work, cache: Path) -> None:
+def fast(work: ExtractionWork, cache: Path) -> None:
     """The fast path."""
     extract(work.dataset, [work.view], cache, work.device, work.batch_size, work.dtype, workers=work.workers)
 
 
-FORMS: dict[str, Callable[[Work, Path], None]] = {"plain": plain, "fast": fast}
+FORMS: dict[str, Callable[[ExtractionWork, Path], None]] = {"plain": plain, "fast": fast}
 PlainBatch = tuple[list[str], list[bytes], ModelInputs]  # item ids, digests, and what the encoder takes
 
 
-def _title_batches(work: Work, backbone: Backbone) -> Iterator[PlainBatch]:
+def _title_batches(work: ExtractionWork, backbone: Backbone) -> Iterator[PlainBatch]:
     item_ids, titles, width = work.dataset.sequences.item_ids, work.dataset.titles, work.view.max_tokens
     for start in range(0, len(titles), work.batch_size):
         part = titles[start : start + work.batch_size]
@@ -179,7 +179,7 @@ def _title_batches(work: Work, backbone: Backbone) -> Iterator[PlainBatch]:
         yield item_ids[start : start + work.batch_size], digests, {"input_ids": ids, "attention_mask": mask}
 
 
-def _image_batches(work: Work, backbone: Backbone) -> Iterator[PlainBatch]:
+def _image_batches(work: ExtractionWork, backbone: Backbone) -> Iterator[PlainBatch]:
     item_ids = work.dataset.sequences.item_ids
     with open_images(work.dataset.root) as images:
         for item_id in item_ids:  # all are checked before one is encoded, as extraction does
@@ -198,7 +198,7 @@ def _content(images: ImageFolder | ImageLmdb, item_id: str) -> bytes:
     return content
 
 
-def measure(work: Work, caches: dict[str, Path], rounds: int) -> dict[str, list[Measured]]:
+def measure(work: ExtractionWork, caches: dict[str, Path], rounds: int) -> dict[str, list[Measured]]:
     """Every form once a round, in turns; each cache is left as the form's last run filled it.
 
     Raises what the forms raise, and InputError where a measured process ends by itself.
@@ -215,13 +215,13 @@ def measure(work: Work, caches: dict[str, Path], rounds: int) -> dict[str, list[
     return runs
 
 
-def run_once(form: str, work: Work, cache: Path) -> Measured:
+def run_once(form: str, work: ExtractionWork, cache: Path) -> Measured:
     """Runs a form in this process, once transformers has imported what the encoder's family needs."""
     load_backbone(work.view, work.device)
     return _measured(work.device, lambda: FORMS[form](work, cache), len(work.dataset.titles))
 
 
-def run_from_memory(work: Work) -> Measured:
+def run_from_memory(work: ExtractionWork) -> Measured:
     """Encodes in this process what was read before."""
     backbone, dtype = load_backbone(work.view, work.device), getattr(torch, work.dtype)
     with ExitStack() as stack:
@@ -289,7 +289,7 @@ def agreement(plain_states: Tensor, fast_states: Tensor, description: dict[str, 
     return {"largest_difference": difference, "tolerance": tolerance}
 
 
-def read_states(cache: Path, work: Work, description: dict[str, Any]) -> Tensor:
+def read_states(cache: Path, work: ExtractionWork, description: dict[str, Any]) -> Tensor:
     """Every item's states in a cache, float32 [N, K, D]."""
     item_ids = work.dataset.sequences.item_ids
     states = torch.empty(

@@ -71,7 +71,7 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
-class Form:
+class TrainingForm:
     """A way to train. `precision` None is the dense reference."""
 
     precision: str | None
@@ -94,12 +94,12 @@ class Form:
 
 
 FORMS = {
-    "dense": Form(None),
-    "reference ops": Form("float32", backend="torch"),
-    "host ops": Form("float32", backend="host", needs_cpu=True),
-    "float32": Form("float32"),
-    "bfloat16": Form("bfloat16", follows=False, needs_cuda=True),
-    "eager": Form("bfloat16", captured=False, follows=False, needs_cuda=True),
+    "dense": TrainingForm(None),
+    "reference ops": TrainingForm("float32", backend="torch"),
+    "host ops": TrainingForm("float32", backend="host", needs_cpu=True),
+    "float32": TrainingForm("float32"),
+    "bfloat16": TrainingForm("bfloat16", follows=False, needs_cuda=True),
+    "eager": TrainingForm("bfloat16", captured=False, follows=False, needs_cuda=True),
 }
 
 Step = Callable[[], Tensor]  # takes the next batch and returns its loss
@@ -146,7 +146,7 @@ def benchmark(dataset: Path | None, settings: TrainSettings, device: torch.devic
 
 
 def side_by_side(
-    forms: dict[str, Form], sequences: Sequences, settings: TrainSettings, device: torch.device
+    forms: dict[str, TrainingForm], sequences: Sequences, settings: TrainSettings, device: torch.device
 ) -> dict[str, dict[str, Any]]:
     """Losses, step times and launches of every form, in one process.
 
@@ -180,7 +180,7 @@ def side_by_side(
     }
 
 
-def remark(name: str, form: Form, difference: float, settings: TrainSettings) -> dict[str, str]:
+def remark(name: str, form: TrainingForm, difference: float, settings: TrainSettings) -> dict[str, str]:
     """Return the remark of a row whose losses lie further from the dense reference's than fp32 usually leaves them.
 
     Raises InputError above REFUSED_ABOVE, and where the difference is no number.
@@ -201,7 +201,7 @@ def capture_figures(captures: Captures | None) -> dict[str, Any]:
 
 
 def start(
-    form: Form, sequences: Sequences, tables: list[Tensor], settings: TrainSettings, device: torch.device
+    form: TrainingForm, sequences: Sequences, tables: list[Tensor], settings: TrainSettings, device: torch.device
 ) -> Started:
     """Make a form's model and trainer. Its step takes one batch after the other, epoch after epoch."""
     config = run_config(form, settings)
@@ -277,7 +277,7 @@ def fill_store(dataset: Dataset, settings: TrainSettings, cache: Path) -> None:
             store.write(name, item_ids, digests, table[1:])
 
 
-def run_config(form: Form, settings: TrainSettings) -> RunConfig:
+def run_config(form: TrainingForm, settings: TrainSettings) -> RunConfig:
     """IISAN at its published sizes."""
     train_config = TrainConfig(
         batch_users=settings.users, max_epochs=1_000_000, seed=settings.seed, precision=form.precision or "float32"

@@ -26,7 +26,7 @@ SMALL_OPTIONS = ("--width", 24, "--layers", 3, "--rounds", 2, "--device", "cpu")
 
 
 @pytest.fixture(scope="module", params=["test", "validation"])
-def work(request) -> bench.Work:
+def work(request) -> bench.EvaluationWork:
     return bench.make_work(demo_sequences(), dataclasses.replace(SMALL, split=request.param), CPU)
 
 

@@ -42,7 +42,7 @@ def test_every_form_follows_the_dense_reference(sequences):
     assert rows["float32"]["largest_loss_difference"] < 1e-5
 
 
-def drift_by(share: float, monkeypatch) -> dict[str, train.Form]:
+def drift_by(share: float, monkeypatch) -> dict[str, train.TrainingForm]:
     """Return three forms, the losses of the third, float32, off by a share."""
     follow, followed = train.follow, []
 
