@@ -30,7 +30,7 @@ lint: $(VENV)/.installed-dev
 	ln -s $(CURDIR)/iisan_fast/* $(CURDIR)/kernels $(CURDIR)/cli build/typed/iisan_fast
 	ln -s $(CURDIR)/tests/typed_use.py build/typed
 	cd build/typed && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy \
-		typed_use.py iisan_fast/__init__.py iisan_fast/config.py iisan_fast/*/__init__.py
+		typed_use.py $(addprefix iisan_fast/,__init__.py __main__.py api.py config.py settings.py) iisan_fast/*/__init__.py
 
 gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -q -m gpu

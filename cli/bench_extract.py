@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import STORE_DTYPES
-from .options import FOLDER, device_option, json_option, out_option, torch_device
+from ..devices import torch_device
+from .options import FOLDER, device_option, json_option, out_option
 from .output import command_line, mebibytes, print_result
 
 SIZE = click.IntRange(min=1)

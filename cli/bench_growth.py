@@ -11,8 +11,9 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from ..devices import torch_device
 from ..errors import InputError
-from .options import FOLDER, device_option, json_option, out_option, torch_device, writable_file
+from .options import FOLDER, device_option, json_option, out_option, writable_file
 from .output import command_line, print_result
 
 SIZE = click.IntRange(min=1)

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..bench.settings import OPS, USERS, KernelSettings
-from .options import FOLDER, device_option, json_option, out_option, torch_device
+from ..devices import torch_device
+from .options import FOLDER, device_option, json_option, out_option
 from .output import percent, print_json, print_table, write_result
 
 DEFAULTS = KernelSettings()

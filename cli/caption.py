@@ -10,7 +10,8 @@ import click
 
 from ..captioning import MISSING_PICTURES
 from ..config import ENCODER_DTYPES
-from .options import FOLDER, chosen_protocol, device_option, json_option, protocol_options, torch_device
+from ..devices import torch_device
+from .options import FOLDER, chosen_protocol, device_option, json_option, protocol_options
 from .output import print_counts, print_json
 
 SIZE = click.IntRange(min=1)

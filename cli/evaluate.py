@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from .. import api
 from ..config import TIE_SHARES, EvaluationConfig
-from .options import FOLDER, device_option, json_option, k_option, torch_device
+from .options import FOLDER, device_option, json_option, k_option
 from .output import print_json, print_metrics
 
 
@@ -26,11 +27,7 @@ from .output import print_json, print_metrics
 @json_option
 def evaluate(run: Path, split: str, ks: tuple[int, ...], ties: str, chunk_mib: int, device: str, as_json: bool) -> None:
     """Print the metrics of RUN's best checkpoint over the full catalogue, history masked and unmasked."""
-    from ..training import evaluate_run
-
-    result = evaluate_run(
-        run, split, EvaluationConfig(ks or (10,), ties=ties, chunk_mib=chunk_mib), torch_device(device)
-    )
+    result = api.evaluate(run, split=split, device=device, ks=ks or (10,), ties=ties, chunk_mib=chunk_mib)
     if as_json:
         print_json(result)
         return

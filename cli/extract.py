@@ -7,22 +7,20 @@ from pathlib import Path
 
 import click
 
+from .. import api
 from ..config import STORE_DTYPES
-from ..data import load_dataset
-from ..errors import InputError
 from .options import (
     FOLDER,
     attention_option,
-    chosen_protocol,
     device_option,
     json_option,
     missing_captions_option,
     missing_images_option,
     protocol_options,
-    torch_device,
+    protocol_settings,
 )
 from .output import print_counts, print_json
-from .views import chosen_views, view_options
+from .views import encoder_settings, view_options
 
 
 @click.command()
@@ -65,23 +63,22 @@ def extract(
 
     A stopped extraction goes on where it stopped; only new or changed items are encoded again.
     """
-    views = chosen_views(options, layer_groups)
-    if not views:
-        raise InputError("no view: give --text-encoder, --image-encoder or --view")
-    protocol = chosen_protocol(options, unescape_titles=not raw_titles, missing_captions=missing_captions or "error")
-    data = load_dataset(dataset, protocol)
-    from .. import states  # imports transformers, which takes seconds
-
-    results = states.extract(
-        data,
-        views,
+    settings, views = encoder_settings(options)
+    results = api.extract(
+        dataset,
         cache,
-        torch_device(device),
-        batch_size,
-        dtype,
-        missing_images or "error",
-        workers,
-        attention or "auto",
+        views=views,
+        layer_groups=layer_groups,
+        dtype=dtype,
+        missing_images=missing_images or "error",
+        batch_size=batch_size,
+        workers=workers,
+        attention=attention or "auto",
+        device=device,
+        unescape_titles=not raw_titles,
+        missing_captions=missing_captions or "error",
+        **settings,
+        **protocol_settings(options),
     )
     if as_json:
         print_json([dataclasses.asdict(result) for result in results])

@@ -9,6 +9,7 @@ import click
 
 from ..config import ATTENTIONS, MISSING_CAPTIONS, MISSING_IMAGES, SPLITS, ProtocolConfig
 from ..errors import InputError
+from ..settings import protocol_config
 
 FOLDER = click.Path(path_type=Path)
 
@@ -65,35 +66,12 @@ def protocol_options(command):
     return command
 
 
-def chosen_protocol(options: dict[str, Any], **settings: Any) -> ProtocolConfig:
-    """The protocol that a command's options ask for; takes them out of `options`."""
-    given = {name: options.pop(name) for name in PROTOCOL_OPTIONS}
-    return ProtocolConfig(**{name: value for name, value in given.items() if value is not None}, **settings)
+def protocol_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the protocol's options out of `options` and return those that are given."""
+    taken = {name: options.pop(name) for name in PROTOCOL_OPTIONS}
+    return {name: value for name, value in taken.items() if value is not None}
 
 
-def torch_device(name: str):
-    """The named torch device, or InputError where it, or the backend of the environment on it, is not to be had."""
-    from .. import kernels
-
-    device = _named_device(name)
-    try:
-        kernels.backend_on(device)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    return device
-
-
-def _named_device(name: str):
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device: expected auto, cpu, cuda or cuda:N, found {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device: expected auto, cpu, cuda or cuda:N, found {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+def chosen_protocol(options: dict[str, Any]) -> ProtocolConfig:
+    """Take the protocol's options out of `options` and return the protocol they describe."""
+    return protocol_config(None, protocol_settings(options))

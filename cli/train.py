@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from .. import api
 from ..config import (
     ACTIVATIONS,
     LEARNING_RATES,
@@ -16,8 +16,6 @@ from ..config import (
     PRECISIONS,
     SANBS,
     STORE_DTYPES,
-    TUNING_METHODS,
-    RunConfig,
 )
 from ..errors import InputError
 from .options import (
@@ -29,13 +27,11 @@ from .options import (
     missing_captions_option,
     missing_images_option,
     protocol_options,
-    torch_device,
 )
 from .output import percent, print_json, print_metrics
-from .run_config import run_config
-from .views import chosen_views, view_options
+from .run_config import flat_settings
+from .views import encoder_settings, view_options
 
-RUNS = Path("runs")
 GROUPS = dict.fromkeys(group for rates in LEARNING_RATES.values() for group in rates)
 
 
@@ -47,7 +43,7 @@ GROUPS = dict.fromkeys(group for rates in LEARNING_RATES.values() for group in r
 @click.option(
     "--views", help="One or two of the cache's views, as image,title; the first takes the image's role. [all]"
 )
-@click.option("--config", "config_path", type=FOLDER, help="A JSON file of settings, as a run's config.json.")
+@click.option("--config", type=FOLDER, help="A JSON file of settings, as a run's config.json.")
 @click.option(
     "--method",
     type=click.Choice(METHODS),
@@ -123,55 +119,19 @@ def train(
 
     With no arguments it makes a small dataset of its own, encodes it, trains on it and prints the figures.
     """
-    from .. import training  # imports torch, which takes seconds
-
-    where = torch_device(device)
     if resume_path is not None:
         _refuse_other_settings(context)
-        out, result = resume_path, training.resume(resume_path, where, _report_epoch, placement)
+        result = api.resume(resume_path, device=device, table=placement, on_epoch=_report_epoch)
     else:
-        out = options.pop("out") or _next_run(dataset.resolve().name if dataset else "demo")
-        options["encoded"] = chosen_views(options)
-        if dataset is None and options["config_path"] is None:
-            config = _demo_config(out, where, options)
-        else:
-            config = run_config(dataset, options)
-        result = training.train(config, out, where, _report_epoch, placement)
+        encoders, views = encoder_settings(options)
+        settings = {**encoders, **flat_settings(options)}
+        settings["views"] = [*settings.get("views", ()), *views]
+        result = api.train(dataset, **settings, device=device, table=placement, on_epoch=_report_epoch)
     if as_json:
-        print_json({"run": str(out), **result})
+        print_json(result)
         return
-    title = f"{out}: best epoch {result['best_epoch']} of {result['epochs']}"
+    title = f"{result['run']}: best epoch {result['best_epoch']} of {result['epochs']}"
     print_metrics(title, {result["method"]: result["test"], "popularity": result["popularity"]})
-
-
-def _demo_config(out: Path, device, options: dict[str, Any]) -> RunConfig:
-    """The embedded demo, written and, where the method reads states from a cache, encoded."""
-    from .. import demo, encoders, states
-    from ..data import load_dataset
-    from ..training import check_new_run
-
-    given = options["cache"] is not None or options["views"] is not None or options["encoded"]
-    if given or options["split"] == "temporal":
-        raise InputError("--cache, --views, encoders, --split temporal: they need a DATASET; the demo makes its own")
-    home = out.resolve() / "demo"
-    dataset, views = demo.plan(home)
-    if options["layer_groups"] is not None:
-        encoders.grouped_layers(
-            demo.ENCODER_SHAPE["num_hidden_layers"], options["layer_groups"]
-        )  # before anything is written
-    method = options["method"] or "iisan"
-    if options["uncached"] or method in TUNING_METHODS:
-        options["encoded"] = views
-    elif method != "id":
-        views = [replace(view, layer_groups=options["layer_groups"]) for view in views]
-        options |= {"cache": home / "states", "views": ",".join(view.name for view in views)}
-    config = run_config(dataset, options, demo.settings(method))
-    check_new_run(config, out, device)
-    click.echo("No dataset given: this is the embedded demo.", err=True)
-    demo.write_demo(home)
-    if config.cache is not None:
-        states.extract(load_dataset(dataset, config.protocol), views, Path(config.cache), device)
-    return config
 
 
 def _refuse_other_settings(context: click.Context) -> None:
@@ -184,13 +144,6 @@ def _refuse_other_settings(context: click.Context) -> None:
     ]
     if given:
         raise InputError(f"--resume: takes its settings from the run; leave out {', '.join(sorted(given))}")
-
-
-def _next_run(name: str) -> Path:
-    number = 1
-    while (out := RUNS / f"{name}-{number}").exists():
-        number += 1
-    return out
 
 
 def _report_epoch(line: dict[str, Any]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import click
 
 from ..config import ENCODER_DTYPES, POOLINGS, ViewConfig, from_dict
 from ..errors import InputError
+from ..settings import take_views
 
 VIEW_HELP = """A view as "source=title encoder=E", optionally with name=, pooling=, layers=0,2,4, layer_groups=,
 max_tokens=, encoder_dtype= and option.NAME=; may be repeated. The first view takes the image's role."""
@@ -31,6 +31,10 @@ OPTIONS = (
     click.option("--encoder-option", "encoder_options", multiple=True, help=OPTION_HELP),
     click.option("--view", "view_texts", multiple=True, help=VIEW_HELP),
 )
+SETTINGS = (
+    *("image_encoder", "image_pooling", "image_layers", "text_encoder", "text_source", "text_pooling", "text_layers"),
+    *("max_tokens", "encoder_dtype"),
+)
 INTEGERS = ("max_tokens", "layer_groups")
 OPTION = "option."
 
@@ -42,34 +46,21 @@ def view_options(command):
     return command
 
 
+def encoder_settings(options: dict[str, Any]) -> tuple[dict[str, Any], list[ViewConfig]]:
+    """Take the options of encoders out of `options`; return them as flat settings, and the views of --view."""
+    views = [parsed_view(text) for text in options.pop("view_texts")]
+    settings = {name: value for name in SETTINGS if (value := options.pop(name)) is not None}
+    for name in ("image_layers", "text_layers"):
+        if name in settings:
+            settings[name] = _layers(settings[name], f"--{name.replace('_', '-')}")
+    settings |= _loading_options(options.pop("encoder_options"))
+    return settings, views
+
+
 def chosen_views(options: dict[str, Any], layer_groups: int | None = None) -> list[ViewConfig]:
-    """The views that a command's options ask for; takes them out of `options`. layer_groups: of all views, which then
-    may have no layers of their own."""
-    texts, loading = options.pop("view_texts"), _loading_options(options.pop("encoder_options"))
-    common = {name: options.pop(name) for name in ("max_tokens", "encoder_dtype")}
-    common = {name: value for name, value in common.items() if value is not None}
-    source = options.pop("text_source")
-    views = []
-    for kind, name in (("image", "image"), ("text", source or "title")):
-        encoder, pooling, layers = (options.pop(f"{kind}_{part}") for part in ("encoder", "pooling", "layers"))
-        if encoder:
-            kept = None if layers is None else _layers(layers, f"--{kind}-layers")
-            own = {**loading.get("", {}), **loading.get(kind, {})}
-            views.append(ViewConfig(name, name, encoder, pooling, kept, options=own, **common))
-        elif pooling or layers is not None or kind in loading:
-            settings = f"--{kind}-pooling, --{kind}-layers, --encoder-option {kind}:NAME=VALUE"
-            raise InputError(f"{settings}: they need --{kind}-encoder")
-    if (common or source) and not views:
-        raise InputError("--max-tokens, --encoder-dtype, --text-source: need --image-encoder or --text-encoder")
-    if loading and not views:
-        raise InputError("--encoder-option: needs --image-encoder or --text-encoder; --view has option.NAME=VALUE")
-    views += map(parsed_view, texts)
-    if layer_groups is not None:
-        views = [_grouped(view, layer_groups) for view in views]
-    names = [view.name for view in views]
-    if len(set(names)) < len(names):
-        raise InputError(f"two views of one name ({', '.join(names)}): give each --view its own name=")
-    return views
+    """Take the options of encoders out of `options` and return the views they describe, as `take_views` does."""
+    settings, views = encoder_settings(options)
+    return take_views(settings, views, layer_groups)
 
 
 def parsed_view(text: str) -> ViewConfig:
@@ -101,15 +92,15 @@ def parsed_view(text: str) -> ViewConfig:
 
 
 def _loading_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """{"image", "text" or "" for both: {name: value}}."""
-    found: dict[str, dict[str, Any]] = {}
+    """Return image_options, text_options and encoder_options, those of both, from the texts of --encoder-option."""
+    settings: dict[str, dict[str, Any]] = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        kind, _, own = name.rpartition(":")
-        if not (own and equals and kind in ("", "image", "text")):
+        kind, _, option = name.rpartition(":")
+        if not (option and equals and kind in ("", "image", "text")):
             raise InputError(f"--encoder-option: expected NAME=VALUE, or that after image: or text:, found {text!r}")
-        found.setdefault(kind, {})[own] = _json_or_text(value)
-    return found
+        settings.setdefault(f"{kind or 'encoder'}_options", {})[option] = _json_or_text(value)
+    return settings
 
 
 def _json_or_text(text: str) -> Any:
@@ -117,12 +108,6 @@ def _json_or_text(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _grouped(view: ViewConfig, groups: int) -> ViewConfig:
-    if view.layers is not None or view.layer_groups is not None:
-        raise InputError(f"--layer-groups: view {view.name!r} has layers of its own; give one or the other")
-    return replace(view, layer_groups=groups)
 
 
 def _layers(text: str, where: str) -> tuple[int, ...]:

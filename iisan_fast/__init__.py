@@ -1,10 +1,54 @@
 """iisan-fast: IISAN, a side network on frozen encoders' hidden states, for multimodal sequential recommendation."""
 
 import os
+from typing import TYPE_CHECKING
+
+from .doors import lazy_names
+
+if TYPE_CHECKING:
+    from .api import evaluate, extract, load, load_dataset, resume, train
+    from .config import (
+        EvaluationConfig,
+        ModelConfig,
+        ProtocolConfig,
+        RunConfig,
+        TrainConfig,
+        UncachedConfig,
+        ViewConfig,
+    )
+    from .errors import InputError
+    from .runtime import prepare
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "EvaluationConfig",
+    "InputError",
+    "ModelConfig",
+    "ProtocolConfig",
+    "RunConfig",
+    "TrainConfig",
+    "UncachedConfig",
+    "ViewConfig",
+    "__version__",
+    "evaluate",
+    "extract",
+    "load",
+    "load_dataset",
+    "prepare",
+    "resume",
+    "train",
+]
 
 # Installed, this folder holds kernels/ and cli/. In a checkout they stand beside it, and are found there.
 _folder = os.path.dirname(os.path.abspath(__file__))
 if not all(os.path.isdir(os.path.join(_folder, name)) for name in ("kernels", "cli")):
     __path__.append(os.path.dirname(_folder))
+
+if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name
+    __getattr__ = lazy_names(__name__, __file__)
+
+
+def __dir__() -> list[str]:
+    """List the public names, for completion in notebooks."""
+    return sorted(__all__)

@@ -7,16 +7,28 @@ single item is bought too rarely for anything else to help. The same seed writes
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .config import LEARNING_RATES, ViewConfig
-from .encoders import write_bert, write_vit
+from .config import LEARNING_RATES, METHODS, TUNING_METHODS, ModelConfig, RunConfig, ViewConfig, to_dict
+from .data import load_dataset
+from .encoders import grouped_layers, write_bert, write_vit
+from .errors import InputError, check_choice
+from .settings import run_config
+from .states import extract
+from .training import check_new_run
+
+if TYPE_CHECKING:
+    import torch
+
+LOGGER = logging.getLogger(__name__)
 
 ITEMS = 1920
 USERS = 1600
@@ -41,6 +53,8 @@ BRANDS = ("velora", "nordhus", "kestrel", "amberly", "tidewell", "foxglove", "qu
 OCCASIONS = ("camping", "travel", "garden", "office", "kitchen", "beach", "winter", "party")
 ENCODER_SHAPE = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 128}
 IMAGE_ENCODER_SHAPE = {"image_size": IMAGE_SIZE, "patch_size": IMAGE_SIZE // 4, **ENCODER_SHAPE}
+
+NOT_OF_THE_DEMO = "dataset: none given, and the demo takes no cache, views, encoders or temporal split; give a dataset"
 
 Outline = list[tuple[float, float]]
 
@@ -97,6 +111,36 @@ def plan(root: Path) -> tuple[Path, list[ViewConfig]]:
         ViewConfig("title", "title", str(encoders / "text")),
     ]
     return root / "dataset", views
+
+
+def configure(out: Path, options: Mapping[str, Any], uncached: bool, device: torch.device) -> RunConfig:
+    """Write the demo into `out`/demo, encode it where the method reads a cache, and return the run's configuration.
+
+    options: flat settings as `run_config` takes them. uncached: run the encoders in every step.
+    Raises InputError, before anything is written, for settings that cannot be used.
+    """
+    temporal = getattr(options.get("protocol"), "split", options.get("split")) == "temporal"
+    if temporal or {"cache", "views", "uncached"} & options.keys():
+        raise InputError(NOT_OF_THE_DEMO)
+    home = out.resolve() / "demo"
+    dataset, views = plan(home)
+    model = {**to_dict(options.get("model", ModelConfig())), **options}
+    method, groups = model["method"], model["layer_groups"]
+    check_choice("method", method, METHODS)
+    if groups is not None:
+        grouped_layers(ENCODER_SHAPE["num_hidden_layers"], groups)  # before anything is written
+    read: dict[str, Any] = {"dataset": dataset}
+    runs = uncached or method in TUNING_METHODS
+    if not runs and method != "id":
+        views = [replace(view, layer_groups=groups) for view in views]
+        read |= {"cache": home / "states", "views": [view.name for view in views]}
+    config = run_config({**read, **options}, settings(method), encoders=views if runs else ())
+    check_new_run(config, out, device)
+    LOGGER.info("No dataset given: this is the embedded demo.")
+    write_demo(home)
+    if config.cache is not None:
+        extract(load_dataset(dataset, config.protocol), views, Path(config.cache), device)
+    return config
 
 
 def write_demo(root: Path, seed: int = 0, shuffle_content: bool = False) -> tuple[Path, list[ViewConfig]]:

@@ -6,6 +6,8 @@ import ctypes
 import logging
 import os
 import platform
+import sys
+import warnings
 
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_WORKSPACE = ":4096:8"  # eight buffers of 4 MiB, with which cuBLAS repeats its results
@@ -15,14 +17,18 @@ LARGEST_THRESHOLD = (1 << 31) - 1  # bytes
 
 
 def prepare() -> None:
-    """Set OpenMP, the memory allocator and cuBLAS up for training. Call it before torch is imported.
+    """Set OpenMP, the memory allocator and cuBLAS up for training, as the command does.
 
-    Variables that the environment holds already stay as they are.
+    Call it before torch is imported; later it warns that OpenMP's threads wait as before. Variables that are set in the
+    environment stay as they are.
     """
     # OpenMP's threads spin while they wait: by default so long that steps become many times slower where other programs
     # want the cores too; without spinning each small product waits for a thread to be woken.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+        if "torch" in sys.modules:
+            message = "prepare: torch is imported already, so its threads wait as before; call prepare first"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
     fix_cublas_workspace()
     # Memory freed by one step is kept for the next. Given back, its pages have to be cleared and mapped again.
     if platform.libc_ver()[0] == "glibc":

@@ -7,18 +7,33 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from iisan_fast.config import ModelConfig, ProtocolConfig, RunConfig, from_dict
-from iisan_fast.data import Dataset, load_dataset
+import iisan_fast
+from iisan_fast import ModelConfig, ProtocolConfig, RunConfig, ViewConfig
+from iisan_fast.config import from_dict
+from iisan_fast.data import Dataset
+from iisan_fast.kernels import backend_on
 
 
-def right(folder: Path) -> int:
-    dataset: Dataset = load_dataset(folder, ProtocolConfig(min_interactions=5))
+def right(folder: Path) -> list[str]:
+    iisan_fast.prepare()
+    dataset: Dataset = iisan_fast.load_dataset(folder, ProtocolConfig(max_inputs=10), min_interactions=5)
+    view = ViewConfig("title", "title", "encoder", layers=(0, 2))
+    results = iisan_fast.extract(dataset, "states", views=[view], image_encoder=folder, device="cpu")
     config: RunConfig = from_dict(RunConfig, {"dataset": str(folder), "model": {"method": "id"}})
-    return config.train.batch_users + len(dataset.titles)
+    iisan_fast.train(config, out="runs/first", on_epoch=print)
+    run = iisan_fast.train("DATASET", cache="states", model=ModelConfig(), epochs=20, ks=(5, 10))["run"]
+    iisan_fast.evaluate(run, split="validation", ks=[5])
+    return iisan_fast.load(run).item_ids + [result.view for result in results]
 
 
 def wrong(folder: Path) -> None:
     ModelConfig(embedding_dim="64")  # type: ignore[arg-type]
-    load_dataset(folder, ModelConfig())  # type: ignore[arg-type]
-    dataset: Dataset = load_dataset(folder)
-    dataset.tittles  # type: ignore[attr-defined]  # noqa: B018
+    iisan_fast.load_dataset(folder, protocol=ModelConfig())  # type: ignore[arg-type]
+    iisan_fast.load_dataset(folder, min_interaction=5)  # type: ignore[call-arg]
+    iisan_fast.train("DATASET", epochs="20")  # type: ignore[arg-type]
+    iisan_fast.train("DATASET", epoch=20)  # type: ignore[call-arg]
+    iisan_fast.extract("DATASET")  # type: ignore[call-arg]
+    iisan_fast.extract("DATASET", "states", views=["title"])  # type: ignore[list-item]
+    iisan_fast.load(folder).item_vector  # type: ignore[attr-defined]  # noqa: B018
+    iisan_fast.trian  # type: ignore[attr-defined]  # noqa: B018
+    backend_on("cpu", "gpu", 3)  # type: ignore[call-arg]

@@ -13,4 +13,5 @@ __all__ = [
     "caption",
 ]
 
-__getattr__ = lazy_names(__name__, __file__)
+if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name
+    __getattr__ = lazy_names(__name__, __file__)

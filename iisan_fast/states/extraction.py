@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import STORE_DTYPES, ViewConfig
+from ..config import ATTENTIONS, MISSING_IMAGES, STORE_DTYPES, ViewConfig
 from ..data import Dataset
 from ..encoders import Backbone, load_backbones
-from ..errors import InputError
+from ..errors import InputError, check_choice, check_range
 from ..progress import progress_bar
 from ..runtime import fix_cublas_workspace
 from ..workers import batched, worker_count
@@ -62,8 +62,12 @@ def extract(
     cannot be used, or a store made with other encoders or settings.
     """
     fix_cublas_workspace()
-    if dtype not in STORE_DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(STORE_DTYPES)}, found {dtype!r}")
+    check_choice("dtype", dtype, STORE_DTYPES)
+    check_choice("missing_images", missing_images, MISSING_IMAGES)
+    check_choice("attention", attention, ATTENTIONS)
+    check_range("batch_size", batch_size, 1)
+    if workers is not None:
+        check_range("workers", workers, 0)
     with ExitStack() as stack:
         images = stack.enter_context(open_sources(dataset, views, missing_images))
         jobs = []

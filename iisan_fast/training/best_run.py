@@ -26,6 +26,15 @@ class BestRun(NamedTuple):
     model: Recommender  # without its item encoder: item_vectors holds the encoder's results
     item_vectors: Tensor  # [items, d], item number i in row i - 1
 
+    @property
+    def item_ids(self) -> list[str]:
+        """Return the dataset's item ids, in the order of item_vectors."""
+        return self.sequences.item_ids
+
+    def user_states(self, split: str = "test") -> Tensor:
+        """Return [users, d]: the states of all users who have a target in the split, from their inputs before it."""
+        return self.model.user_states(self.item_vectors, self.sequences.split(split).inputs)
+
 
 def load(path: Path, device: torch.device) -> BestRun:
     """Load the best checkpoint of the run in the folder `path`.
@@ -45,10 +54,9 @@ def load(path: Path, device: torch.device) -> BestRun:
 def evaluate_run(path: Path, split: str, evaluation: EvaluationConfig, device: torch.device) -> dict[str, Any]:
     """Return the metrics of a run's best checkpoint on `validation` or `test`, and those of the popularity baseline."""
     best = load(path, device)
-    states = best.model.user_states(best.item_vectors, best.sequences.split(split).inputs)
     return {
         "method": best.config.model.method,
         "best_epoch": best.epoch,
-        split: evaluate(states, best.item_vectors, best.sequences, split, evaluation),
+        split: evaluate(best.user_states(split), best.item_vectors, best.sequences, split, evaluation),
         "popularity": popularity_baseline(best.sequences, split, evaluation),
     }

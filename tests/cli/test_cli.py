@@ -140,26 +140,26 @@ def test_bad_input_gets_one_line_and_exit_code_2(toy_run, finished_run, tmp_path
     assert "--table" in refused("train", dataset, "--cache", cache, "--table", "disk", *out)
     assert "--precision" in refused("train", dataset, "--cache", cache, "--precision", "float16", *out)
     assert "leave out --precision" in refused("train", "--resume", finished_run, "--precision", "float32")
-    assert "--device" in refused("train", dataset, "--cache", cache, "--device", "tpu9", *out)
+    assert "device: expected auto, cpu" in refused("train", dataset, "--cache", cache, "--device", "tpu9", *out)
     assert "CUDA devices" in refused("train", dataset, "--cache", cache, "--device", "cuda:77", *out)
     assert "No such file" in refused("train", dataset, "--cache", cache, "--config", tmp_path / "no.json", *out)
     assert "ks: expected" in refused("evaluate", finished_run, "--k", 0)
     assert "not a run folder" in refused("evaluate", tmp_path)
-    assert "they need a DATASET" in refused("train", "--cache", cache, *out)
+    assert "dataset: none given, and the demo takes no cache" in refused("train", "--cache", cache, *out)
     assert not (tmp_path / "run").exists()
 
 
 def test_bad_views_get_one_line(toy_run, tmp_path):
     dataset, _ = toy_run
     cache = ("--cache", tmp_path / "cache")
-    assert "no view: give --text-encoder" in refused("extract", dataset, *cache)
+    assert "views: none to encode" in refused("extract", dataset, *cache)
     assert "expected key=value, found 'title'" in refused("extract", dataset, *cache, "--view", "title")
     assert "encoder: missing setting" in refused("extract", dataset, *cache, "--view", "source=title")
     assert "expected whole numbers, found 'a'" in refused(
         "extract", dataset, *cache, "--text-encoder", "x", "--text-layers", "a"
     )
     two = ("--view", "source=title encoder=x", "--view", "source=title encoder=y")
-    assert "two views of one name" in refused("extract", dataset, *cache, *two)
+    assert "views: two have one name (title, title)" in refused("extract", dataset, *cache, *two)
     assert "source: expected one of" in refused("extract", dataset, *cache, "--view", "source=video encoder=x")
     assert "expected a folder images" in refused("extract", dataset, *cache, "--image-encoder", tmp_path)
     assert str(tmp_path / "none") in refused("extract", dataset, *cache, "--text-encoder", tmp_path / "none")
@@ -183,7 +183,7 @@ def test_settings_of_encoders_need_encoders(toy_run, tmp_path):
     dataset, cache = toy_run
     for setting in (("--max-tokens", 5), ("--encoder-dtype", "float32"), ("--text-source", "caption")):
         message = refused("train", dataset, "--cache", cache, "--out", tmp_path / "run", *setting)
-        assert "--max-tokens, --encoder-dtype, --text-source: need --image-encoder or --text-encoder" in message
+        assert "max_tokens, encoder_dtype, text_source, encoder_options: need image_encoder or text_encoder" in message
     (view,) = views_given("--text-encoder", "t")
     assert (view.name, view.source, view.max_tokens, view.encoder_dtype) == ("title", "title", 30, "auto")
 
@@ -193,8 +193,8 @@ def test_what_methods_do_not_take_gets_one_line(toy_run, tmp_path):
     train = ("train", dataset, "--out", tmp_path / "run")
     assert "cache: id reads no states" in refused(*train, "--method", "id", "--cache", cache)
     assert "method: lora trains encoders, so they have to run" in refused(*train, "--method", "lora", "--cache", cache)
-    assert "--uncached: say what runs" in refused(*train, "--uncached")
-    assert "--items-at-once: needs encoders that run" in refused(*train, "--cache", cache, "--items-at-once", 4)
+    assert "uncached: no encoders to run" in refused(*train, "--uncached")
+    assert "items_at_once: needs encoders that run" in refused(*train, "--cache", cache, "--items-at-once", 4)
     assert "inter: the inter tower joins two views" in refused(*train, "--cache", cache, "--views", "image", "--inter")
     demo = ("train", "--out", tmp_path / "demo", "--layer-groups", 9)
     assert "layer_groups: expected 1 to 6" in refused(*demo)
@@ -205,7 +205,7 @@ def test_layer_groups_are_those_of_every_view():
     views = ("--image-encoder", "i", "--text-encoder", "t", "--view", "source=title encoder=e name=other")
     assert [view.layer_groups for view in views_given(*views, layer_groups=3)] == [3, 3, 3]
     for own in (("--text-encoder", "t", "--text-layers", "0,2"), ("--view", "source=title encoder=e layers=0,1")):
-        with pytest.raises(InputError, match="--layer-groups: view 'title' has layers of its own"):
+        with pytest.raises(InputError, match="layer_groups: view 'title' has layers of its own"):
             views_given(*own, layer_groups=3)
     with pytest.raises(InputError, match="--text-layers: layers: expected whole numbers, found ''|--text-layers"):
         views_given("--text-encoder", "t", "--text-layers", "")
@@ -261,9 +261,9 @@ def test_bad_encoder_options_get_one_line(toy_run, tmp_path):
         message = "--encoder-option: expected NAME=VALUE, or that after image: or text:"
         assert f"{message}, found {bad!r}" in refused(*text, "--encoder-option", bad)
     assert "options.trust_remote_code: is decided here" in refused(*text, "--encoder-option", "trust_remote_code=true")
-    assert "image:NAME=VALUE: they need --image-encoder" in refused(*text, "--encoder-option", "image:a=1")
+    assert "image_options: needs image_encoder" in refused(*text, "--encoder-option", "image:a=1")
     view = ("--view", "source=title encoder=e")
-    assert "--encoder-option: needs --image-encoder or" in refused(*extract, *view, "--encoder-option", "a=1")
+    assert "encoder_options: need image_encoder or text_encoder" in refused(*extract, *view, "--encoder-option", "a=1")
     view = ("--view", "source=title encoder=e option.dtype=int3")
     assert "options.dtype: expected one of auto, float32" in refused(*extract, *view)
 

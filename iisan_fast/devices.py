@@ -1,0 +1,42 @@
+"""The device that a call computes on, from its name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def torch_device(name: str | torch.device) -> torch.device:
+    """Return a named device: auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N.
+
+    Raises InputError for another name, for a device that this machine lacks, and for a backend named by the environment
+    that cannot run there.
+    """
+    from . import kernels  # imports torch, which takes seconds
+
+    device = _named_device(name)
+    try:
+        kernels.backend_on(device)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return device
+
+
+def _named_device(name: str | torch.device) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: this machine has {torch.cuda.device_count()} CUDA devices, found {name!r}")
+    return device
