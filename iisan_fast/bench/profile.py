@@ -57,8 +57,8 @@ def _watched(trainer: Trainer, steps: int) -> Iterator[tuple[PreparedBatch, Stop
 def _activations(trainer: Trainer, prepared: PreparedBatch) -> int:
     """Bytes that a batch's loss keeps for its backward pass, beside weights and tables. Parts that are computed again
     there keep theirs one after the other: of them, the estimate by which they were made."""
-    if trainer.demand.plan is not None and trainer.demand.plan.recompute:
-        return trainer.demand.plan.estimate
+    if trainer.memory.encoding is not None and trainer.memory.encoding.recompute:
+        return trainer.memory.encoding.estimate
     model, source = trainer.model, trainer.source
     held = [*model.parameters(), *model.buffers(), *(source.views if isinstance(source, FeatureTable) else ())]
     return activation_bytes(lambda: model.loss(prepared.batch, prepared.item_inputs), held)

@@ -68,20 +68,22 @@ class Recommender(nn.Module):
         )
         return losses @ batch.weights.to(losses.dtype)
 
-    def differentiate(self, batch: Batch, contents: Any, told: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
+    def differentiate(
+        self, batch: Batch, contents: Any, on_loss: Callable[[Tensor], None] = lambda loss: None
+    ) -> Tensor:
         """`loss`, without a graph, its gradients left in the parameters in place of those before. Where one op gives
         all of them (C++, on a CPU), no hooks are called, and they are parts of one block of memory, which the next call
         overwrites. Where it raises, they are of no use.
 
-        `told` is called with the loss; the gradients may be under way.
+        `on_loss` is called with the loss; the gradients may be under way.
         """
         operands, any_weight = functools.partial(self._operands, batch, contents), self.sequence_encoder.position
-        found = kernels.recommender_gradients(self.gradients, operands, any_weight, told)
+        found = kernels.recommender_gradients(self.gradients, operands, any_weight, on_loss)
         if found is None:
             for parameter in self.parameters():
                 parameter.grad = None
             loss = self.loss(batch, contents)
-            told(loss.detach())
+            on_loss(loss.detach())
             loss.backward()
             return loss.detach()
         loss, gradients = found

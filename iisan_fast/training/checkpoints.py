@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -15,30 +16,34 @@ from ..errors import InputError
 from ..files import whole_file
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+ITEM_VECTORS = "item_vectors"  # the catalogue's, in the best checkpoint
 
 
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Writes tensors, and state as JSON in the file's metadata; an older file is replaced at once or not at all."""
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    """Write tensors, and state as JSON in the file's metadata; an older file is replaced at once or not at all."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:  # not through memory, where it would stand twice more
         safetensors.torch.save_file(contiguous, temporary, metadata={"state": json.dumps(state)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the CPU, state) of a checkpoint. Raises InputError if it is missing or damaged."""
+    """Return a checkpoint's tensors, on the CPU, and its state. Raises InputError if it is missing or damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
             names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, state
+            tensors = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except (safetensors.SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a checkpoint of this program, or damaged ({error})") from None
+    if not isinstance(state, dict) or type(state.get("epoch")) is not int:
+        raise InputError(f"{path}: expected the state of a checkpoint with its epoch, found {json.dumps(state)[:60]}")
+    return tensors, state
 
 
 def adam_tensors(model: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
-    """Adam's state of what is trained, as named tensors: adam.<kind>.<parameter's name>."""
+    """Return Adam's state of what is trained, as named tensors: adam.<kind>.<parameter's name>."""
     return {
         f"adam.{kind}.{name}": optimizer.state[parameter][kind]
         for name, parameter in _trained(model).items()
@@ -46,32 +51,68 @@ def adam_tensors(model: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Ten
     }
 
 
-def load_adam(model: nn.Module, optimizer: torch.optim.Adam, tensors: dict[str, Tensor]) -> None:
-    """Puts `adam_tensors` back."""
-    for name, parameter in _trained(model).items():
+def load_adam(model: nn.Module, optimizer: torch.optim.Adam, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Put `adam_tensors` back. Raises InputError, naming the file, where they are those of another model.
+
+    Nothing is put back then: an update would read and write beyond a moment that is smaller than its parameter.
+    """
+    parameters = _trained(model)
+    expected = {
+        f"adam.{kind}.{name}": _Form((), torch.float32) if kind == "step" else _form(parameter)
+        for name, parameter in parameters.items()
+        for kind in ADAM_STATE
+    }
+    _refuse_other_tensors(expected, tensors, "adam.", path, "the optimizer's state")
+    for name, parameter in parameters.items():
         for kind in ADAM_STATE:
             optimizer.state[parameter][kind] = tensors[f"adam.{kind}.{name}"].to(parameter.device)
 
 
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Puts `named_weights` back. Raises InputError, naming the file, where they are those of another model."""
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Put `named_weights` back. Raises InputError, naming the file, where they are those of another model."""
     weights = named_weights(model)
-    expected = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("model.")}
-    for name in sorted(expected | found):
-        if expected.get(name) != found.get(name):
-            raise InputError(
-                f"{path}: the weights of another model ({name}: expected {expected.get(name, 'nothing')}, "
-                f"found {found.get(name, 'nothing')})"
-            )
+    expected = {name: _form(weight) for name, weight in weights.items()}
+    _refuse_other_tensors(expected, tensors, "model.", path, "the weights")
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors[name])
 
 
+def item_vectors(tensors: Mapping[str, Tensor], items: int, width: int, path: Path) -> Tensor:
+    """Return the item vectors [items, width] of the best checkpoint. Raises InputError where it holds no such."""
+    expected = {ITEM_VECTORS: _Form((items, width), torch.float32)}
+    _refuse_other_tensors(expected, tensors, ITEM_VECTORS, path, "the item vectors")
+    return tensors[ITEM_VECTORS]
+
+
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What of the model is trained, under the names that checkpoints use; the rest comes from the encoders' files."""
+    """Return the trained parameters under the names that checkpoints use; the rest comes from the encoders' files."""
     return {f"model.{name}": parameter for name, parameter in _trained(model).items()}
+
+
+class _Form(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.shape} of {str(self.dtype).removeprefix('torch.')}"
+
+
+def _form(tensor: Tensor) -> _Form:
+    return _Form(tuple(tensor.shape), tensor.dtype)
+
+
+def _refuse_other_tensors(
+    expected: Mapping[str, _Form], tensors: Mapping[str, Tensor], prefix: str, path: Path, content: str
+) -> None:
+    """Raise InputError unless the tensors whose names begin with the prefix are those expected, in shape and dtype."""
+    stored = {name: _form(tensor) for name, tensor in tensors.items() if name.startswith(prefix)}
+    for name in sorted(expected.keys() | stored):
+        if expected.get(name) != stored.get(name):
+            raise InputError(
+                f"{path}: {content} of another model ({name}: expected {expected.get(name, 'nothing')}, "
+                f"found {stored.get(name, 'nothing')}); restore the file"
+            )
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,4 +1,4 @@
-"""What a run's batches ask of the memory: planned before the first, and told where it does not suffice."""
+"""The memory that a run's batches take: planned before the first one, and named where it does not suffice."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ LOGGER = logging.getLogger(__name__)
 STATE_COPIES = 3  # of a batch's states, in four bytes an element: as read, and what the towers make of them
 
 
-class Demand:
-    """A run's largest batches: how trained encoders take them, and what else is estimated of them."""
+class MemoryBudget:
+    """An estimate of a run's largest batches, and the plan by which trained encoders take them."""
 
     def __init__(
         self, config: RunConfig, sequences: Sequences, source: ItemSource, model: Recommender, device: torch.device
     ) -> None:
-        """Decides how many items a trained encoder takes at a time, and says so."""
+        """Decide how many items a trained encoder takes at a time, and log it."""
         self.device, self.users = device, config.train.batch_users
         self.items = min(self.users * (sequences.max_inputs + 1), source.rows - 1)
-        self.plan: EncodingPlan | None = None
-        self.tuned = config.model.method in TUNING_METHODS
-        if self.tuned:
-            self.plan = self._planned(config, source, model)
-            self.estimate = self.plan.estimate
+        self.encoding: EncodingPlan | None = None
+        if config.model.method in TUNING_METHODS:
+            self.encoding = self._plan_encoding(config, source, model)
+            self.estimate = self.encoding.estimate
         else:
             self.estimate = 4 * STATE_COPIES * self.items * sum(layers * width for layers, width in source.shapes)
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """Turns the lack of memory into one line (InputError) that says for what, and what to lower."""
+    def refuse_lack_of_memory(self) -> Iterator[None]:
+        """Turn a lack of memory into one line (InputError): what takes it, and what to lower."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:  # torch's own type is for CUDA alone
             known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
             if not known:
                 raise
-            kept, lower = "states", "--batch-users"
-            if self.tuned:
-                kept, lower = "activations", "--items-at-once or --batch-users, or give --checkpointing"
+            largest, lower = "states", "--batch-users"
+            if self.encoding is not None:
+                largest, lower = "activations", "--items-at-once or --batch-users, or give --checkpointing"
             raise InputError(
                 f"not enough memory on {self.device} for batches of {self.users} users and up to {self.items} items, "
-                f"whose {kept} take up to {size_text(self.estimate)} by estimate; lower {lower}, or try --table pinned"
+                f"whose {largest} take up to {size_text(self.estimate)} by estimate; lower {lower}, or try "
+                "--table pinned"
             ) from error
 
-    def _planned(self, config: RunConfig, source: ItemSource, model: Recommender) -> EncodingPlan:
+    def _plan_encoding(self, config: RunConfig, source: ItemSource, model: Recommender) -> EncodingPlan:
         free = free_memory(self.device)
         share = DEVICE_SHARE if self.device.type == "cuda" else HOST_SHARE
         room = sys.maxsize if free is None else int(share * free)

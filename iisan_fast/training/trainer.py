@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,18 @@ from ..precision import Precision, resolve_precision
 from ..progress import progress_bar
 from ..runtime import fix_cublas_workspace
 from ..states import ItemSource, PreparedBatch, prepared_batches
-from .checkpoints import adam_tensors, load_adam, load_checkpoint, load_weights, named_weights, save_checkpoint
+from .checkpoints import (
+    ITEM_VECTORS,
+    adam_tensors,
+    item_vectors,
+    load_adam,
+    load_checkpoint,
+    load_weights,
+    named_weights,
+    save_checkpoint,
+)
 from .item_sources import dataset_again, open_source, refuse_changed_texts, refuse_missing_libraries
-from .memory_budget import Demand
+from .memory_budget import MemoryBudget
 from .run_folder import RunFolder
 from .training_step import CapturedStep, TrainingStep
 
@@ -43,8 +52,17 @@ class Progress:
     best_hr: float = -1.0
     lines: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
 
+    @classmethod
+    def of(cls, state: dict[str, Any], path: Path) -> Progress:
+        """Return the progress that the state of a checkpoint holds. Raises InputError where it holds none."""
+        expected = {field.name for field in fields(cls)}
+        if state.keys() != expected:
+            stored = ", ".join(map(str, state))
+            raise InputError(f"{path}: expected the state {', '.join(sorted(expected))}, found {stored}; restore it")
+        return cls(**state)
+
     def finished(self, config: TrainConfig) -> bool:
-        """Early stop: the first epoch after more than `patience` without a better one."""
+        """Return True at the early stop: the first epoch after more than `patience` without a better one."""
         return self.epoch >= config.max_epochs or self.epoch - self.best_epoch > config.patience
 
 
@@ -126,14 +144,14 @@ class Trainer:
         self.model = build_recommender(source, config, sequences.popularity, precision).to(device)
         self.step = TrainingStep(self.model, config.train.learning_rates, device)
         self.captured = CapturedStep(self.step) if device.type == "cuda" and not tuned else None
-        self.demand = Demand(config, sequences, source, self.model, device)
+        self.memory = MemoryBudget(config, sequences, source, self.model, device)
         if tuned:  # recorded, so that a run that goes on encodes in the same parts, whatever is free then
-            uncached = replace(config.uncached, items_at_once=self.demand.plan.items_at_once)
+            uncached = replace(config.uncached, items_at_once=self.memory.encoding.items_at_once)
             self.config = replace(config, uncached=uncached)
         self.progress = Progress()
 
     def run(self, folder: RunFolder, on_epoch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Trains until the early stop or the last epoch, then tests the best checkpoint."""
+        """Train until the early stop or the last epoch, then test the best checkpoint."""
         with deterministic():
             while not self.progress.finished(self.config.train):
                 self._epoch(folder)
@@ -143,23 +161,23 @@ class Trainer:
         return result
 
     def restore(self, folder: RunFolder) -> None:
-        """Goes back to the end of the run's last finished epoch."""
+        """Go back to the end of the run's last finished epoch. Raises InputError where its checkpoint does not fit."""
         tensors, state = load_checkpoint(folder.last)
         load_weights(self.model, tensors, folder.last)
-        load_adam(self.model, self.step.optimizer, tensors)
-        self.progress = Progress(**state)
+        load_adam(self.model, self.step.optimizer, tensors, folder.last)
+        self.progress = Progress.of(state, folder.last)
         folder.write_metrics(self.progress.lines)  # a crash may have come between the checkpoint and its line
 
     def _epoch(self, folder: RunFolder) -> None:
         progress, started = self.progress, time.perf_counter()
         try:
-            with self.demand.told():
+            with self.memory.refuse_lack_of_memory():
                 loss = self._train_epoch()
                 trained = time.perf_counter()
                 vectors, report = self._validate()
         except InputError as error:
-            kept = f"the checkpoint of epoch {progress.epoch} is kept" if progress.epoch else "no epoch was finished"
-            raise InputError(f"{folder.path}: stopped in epoch {progress.epoch + 1}: {error}; {kept}") from None
+            left = f"the checkpoint of epoch {progress.epoch} is kept" if progress.epoch else "no epoch was finished"
+            raise InputError(f"{folder.path}: stopped in epoch {progress.epoch + 1}: {error}; {left}") from None
         progress.epoch += 1
         hr = headline_metrics(report)[f"hr@{SELECTED_BY}"]
         improved = hr > progress.best_hr
@@ -177,7 +195,7 @@ class Trainer:
             }
         )
         if improved:
-            tensors = {**named_weights(self.model), "item_vectors": vectors}
+            tensors = {**named_weights(self.model), ITEM_VECTORS: vectors}
             save_checkpoint(folder.best, tensors, {"epoch": progress.epoch})
         # The last checkpoint carries the metrics, so that the two can never disagree after a crash.
         tensors = {**named_weights(self.model), **adam_tensors(self.model, self.step.optimizer)}
@@ -185,7 +203,7 @@ class Trainer:
         folder.write_metrics(progress.lines)
 
     def _train_epoch(self) -> float:
-        """The mean loss over the epoch's rows."""
+        """Take an epoch's steps and return the mean loss over its rows."""
         self.model.train()
         total, rows, steps = 0.0, 0, steps_per_epoch(self.sequences, self.config.train.batch_users)
         with (
@@ -217,16 +235,16 @@ class Trainer:
         return shape.padded(users, self.sequences.max_inputs)
 
     def take(self, prepared: PreparedBatch) -> Tensor:
-        """One optimizer step; returns the loss before it, a scalar on the device."""
-        with self.demand.told():
+        """Take one optimizer step and return the loss before it, a scalar on the device."""
+        with self.memory.refuse_lack_of_memory():
             return (self.captured or self.step)(prepared.batch, prepared.item_inputs)
 
     def _read(self) -> tuple[float, int]:
-        """(sum of losses, rows) since the last reading. Raises InputError where a loss was not finite."""
-        found = self.step.read()
-        if found.failed_step is not None:
-            raise InputError(f"step {found.failed_step}: the loss is {found.failed_loss}; lower the learning rates")
-        return found.loss, found.rows
+        """Return the sum of losses and the rows since the last reading. Raises InputError for a loss not finite."""
+        reading = self.step.read()
+        if reading.failed_step is not None:
+            raise InputError(f"step {reading.failed_step}: the loss is {reading.failed_loss}; lower the learning rates")
+        return reading.loss, reading.rows
 
     def _validate(self) -> tuple[Tensor, dict[str, Any]]:
         self.model.eval()
@@ -238,13 +256,16 @@ class Trainer:
     def _test(self, folder: RunFolder) -> dict[str, Any]:
         tensors, state = load_checkpoint(folder.best)
         load_weights(self.model, tensors, folder.best)
+        vectors = item_vectors(tensors, len(self.sequences.item_ids), self.config.model.embedding_dim, folder.best).to(
+            self.device
+        )
         self.model.eval()
         return {
             "method": self.config.model.method,
             "best_epoch": state["epoch"],
             "epochs": self.progress.epoch,
             "trainable_parameters": parameter_counts(self.model)["trainable"],
-            "test": self._report(tensors["item_vectors"].to(self.device), "test", self.config.evaluation),
+            "test": self._report(vectors, "test", self.config.evaluation),
             "popularity": popularity_baseline(self.sequences, "test", self.config.evaluation),
         }
 

@@ -20,12 +20,11 @@ from .optimizer import Adam
 SMALL_ROWS = 1024  # of a batch, up to which threads cost a CPU's small operators more than they give
 WARM_UP_CALLS = 3  # before a capture: kernels are compiled, libraries make their workspaces
 
-
-Contents = list[States] | list[Chunks]  # of a batch's distinct items, a view each
+ItemInputs = list[States] | list[Chunks]  # what the item encoder reads of a batch's distinct items, a view each
 
 
 class Reading(NamedTuple):
-    """What the steps since the last reading came to."""
+    """The outcome of the steps since the last reading."""
 
     loss: float  # the sum over rows
     rows: int
@@ -48,34 +47,34 @@ class TrainingStep:
         # Sum of losses, rows, first failed step (0: none), its loss.
         self.record = torch.zeros(4, dtype=torch.float64, device=device)
 
-    def __call__(self, batch: Batch, contents: Contents, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
-        """One step; returns the loss before it, a scalar on the device. `mark` is called as each phase ends."""
+    def __call__(self, batch: Batch, inputs: ItemInputs, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
+        """Take one step and return the loss before it, a scalar on the device. `mark` is called as each phase ends."""
         small = self.record.is_cpu and len(batch.targets) <= SMALL_ROWS and self.model.item_encoder.small_operators
         with kernels.in_large_pieces() if small else nullcontext():
-            return self._take(batch, contents, mark)
+            return self._take(batch, inputs, mark)
 
-    def _take(self, batch: Batch, contents: Contents, mark: Callable[[str], None]) -> Tensor:
-        def told(loss: Tensor) -> None:
+    def _take(self, batch: Batch, inputs: ItemInputs, mark: Callable[[str], None]) -> Tensor:
+        def on_loss(loss: Tensor) -> None:
             mark("forward")
             self._note(loss, batch)
 
-        loss = self.model.differentiate(batch, contents, told)
+        loss = self.model.differentiate(batch, inputs, on_loss)
         mark("backward")
         self.optimizer.update()
         mark("update")
         return loss
 
     def _note(self, loss: Tensor, batch: Batch) -> None:
-        """Adds a step's loss to the record. From the first that is not finite on nothing counts or is updated."""
+        """Add a step's loss to the record. From the first that is not finite on nothing counts or is updated."""
         value, rows = loss.double(), (batch.weights > 0).sum()
         finite = value.isfinite()
-        told = [torch.where(finite, value, 0) * rows, rows * finite]
-        told += [(batch.step + 1) * ~finite, torch.where(finite, 0, value)]
-        self.record += torch.where(self.record[2] == 0, torch.stack(told), 0)
+        addends = [torch.where(finite, value, 0) * rows, rows * finite]
+        addends += [(batch.step + 1) * ~finite, torch.where(finite, 0, value)]
+        self.record += torch.where(self.record[2] == 0, torch.stack(addends), 0)
         self.optimizer.found_inf = (self.record[2] > 0).float()  # the fused optimizer leaves everything as it is then
 
     def read(self) -> Reading:
-        """What came since the last reading. Waits for the device."""
+        """Return the outcome since the last reading. Waits for the device."""
         loss, rows, step, failed_loss = self.record.tolist()
         self.record[:2] = 0
         return Reading(loss, int(rows), int(step) or None, failed_loss)

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from iisan_fast.errors import InputError
-from iisan_fast.training.checkpoints import adam_tensors, load_adam, load_weights, named_weights
+from iisan_fast.training.checkpoints import (
+    adam_tensors,
+    item_vectors,
+    load_adam,
+    load_checkpoint,
+    load_weights,
+    named_weights,
+    save_checkpoint,
+)
 
 PATH = Path("best.safetensors")
 
@@ -45,7 +53,7 @@ def test_adams_state_of_what_is_trained_comes_back():
     assert set(tensors) == {
         f"adam.{kind}.1.{name}" for kind in ("exp_avg", "exp_avg_sq", "step") for name in ("weight", "bias")
     }
-    load_adam(other, optimizers[1], tensors)
+    load_adam(other, optimizers[1], tensors, PATH)
     again = adam_tensors(other, optimizers[1])
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
@@ -53,9 +61,13 @@ def test_adams_state_of_what_is_trained_comes_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model.1.bias": None}, r"model\.1\.bias: expected \(2,\), found nothing"),
-        ({"model.0.bias": torch.zeros(4)}, r"model\.0\.bias: expected nothing, found \(4,\)"),
-        ({"model.1.weight": torch.zeros(2, 5)}, r"model\.1\.weight: expected \(2, 4\), found \(2, 5\)"),
+        ({"model.1.bias": None}, r"model\.1\.bias: expected \(2,\) of float32, found nothing"),
+        ({"model.0.bias": torch.zeros(4)}, r"model\.0\.bias: expected nothing, found \(4,\) of float32"),
+        (
+            {"model.1.weight": torch.zeros(2, 5)},
+            r"model\.1\.weight: expected \(2, 4\) of float32, found \(2, 5\) of float32",
+        ),
+        ({"model.1.bias": torch.zeros(2).double()}, r"model\.1\.bias: expected \(2,\) of float32, found .* float64"),
     ],
 )
 def test_the_weights_of_another_model_are_refused(change, message):
@@ -65,3 +77,48 @@ def test_the_weights_of_another_model_are_refused(change, message):
     with pytest.raises(InputError, match=rf"best\.safetensors: the weights of another model \({message}\)"):
         load_weights(model, weights, PATH)
     assert all(torch.equal(tensor, before[name]) for name, tensor in saved(model).items())
+
+
+def stepped() -> tuple[nn.Sequential, torch.optim.Adam]:
+    """A model, and its optimizer after one step."""
+    model = partly_frozen()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("adam.exp_avg.1.weight", torch.zeros(1), r"expected \(2, 4\) of float32, found \(1,\) of float32"),
+        ("adam.exp_avg_sq.1.bias", torch.zeros(4)[:3], r"expected \(2,\) of float32, found \(3,\) of float32"),
+        ("adam.step.1.bias", torch.zeros(2), r"expected \(\) of float32, found \(2,\) of float32"),
+        ("adam.exp_avg.1.bias", torch.zeros(2).double(), r"expected \(2,\) of float32, found \(2,\) of float64"),
+        ("adam.exp_avg.1.bias", None, r"expected \(2,\) of float32, found nothing"),
+        ("adam.exp_avg.0.bias", torch.zeros(4), r"expected nothing, found \(4,\) of float32"),
+    ],
+)
+def test_a_state_of_adam_that_does_not_fit_is_refused_and_changes_nothing(name, change, message):
+    model, optimizer = stepped()
+    tensors = {key: tensor.clone() for key, tensor in adam_tensors(model, optimizer).items()}
+    changed = {key: tensor for key, tensor in {**tensors, name: change}.items() if tensor is not None}
+    with pytest.raises(
+        InputError, match=rf"best\.safetensors: the optimizer's state of another model \({name}: {message}"
+    ):
+        load_adam(model, optimizer, changed, PATH)
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in adam_tensors(model, optimizer).items())
+
+
+@pytest.mark.parametrize("vectors", [None, torch.zeros(3, 5), torch.zeros(4, 5).double()])
+def test_item_vectors_of_another_shape_are_refused(vectors):
+    tensors = {} if vectors is None else {"item_vectors": vectors}
+    with pytest.raises(InputError, match=r"item_vectors: expected \(4, 5\) of float32, found"):
+        item_vectors(tensors, 4, 5, PATH)
+
+
+@pytest.mark.parametrize("state", [[], {}, {"epoch": "2"}, 3, None])
+def test_a_checkpoint_without_an_epoch_is_named(tmp_path, state):
+    save_checkpoint(tmp_path / "last.safetensors", {"weight": torch.zeros(2)}, state)
+    with pytest.raises(InputError, match=r"last\.safetensors: expected the state of a checkpoint with its epoch"):
+        load_checkpoint(tmp_path / "last.safetensors")

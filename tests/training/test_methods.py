@@ -126,10 +126,10 @@ def test_parts_and_checkpointing_change_no_loss(method, encoder_views, small_cat
     whole = run_config(small_catalogue, method, encoder_views)
     with open_trainer(whole) as trainer:
         expected = take(trainer, 3)
-        assert trainer.demand.plan.items_at_once == ITEMS and not trainer.demand.plan.recompute
+        assert trainer.memory.encoding.items_at_once == ITEMS and not trainer.memory.encoding.recompute
     for change in ({"items_at_once": 9}, {"items_at_once": 9, "checkpointing": True}):
         with open_trainer(replace(whole, uncached=replace(whole.uncached, **change))) as trainer:
-            assert trainer.demand.plan.recompute and trainer.source.part_items == 9
+            assert trainer.memory.encoding.recompute and trainer.source.part_items == 9
             assert take(trainer, 3) == pytest.approx(expected, rel=1e-4)
 
 
@@ -137,12 +137,12 @@ def test_what_does_not_fit_is_split(encoder_views, small_catalogue, monkeypatch,
     config = run_config(small_catalogue, "full", encoder_views)
     caplog.set_level("INFO")
     with open_trainer(config) as trainer:
-        whole = trainer.demand.plan
+        whole = trainer.memory.encoding
         trained = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
     monkeypatch.setattr(memory, "free_memory", lambda device: 2 * (3 * trained + whole.estimate // 3))
     with open_trainer(config) as trainer:
-        assert trainer.demand.plan.recompute and 1 <= trainer.demand.plan.items_at_once < ITEMS
-        assert trainer.demand.plan.estimate < whole.estimate / 3 < trainer.demand.plan.estimate * 3
+        assert trainer.memory.encoding.recompute and 1 <= trainer.memory.encoding.items_at_once < ITEMS
+        assert trainer.memory.encoding.estimate < whole.estimate / 3 < trainer.memory.encoding.estimate * 3
     assert "each part twice" in caplog.messages[-1]
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     with pytest.raises(InputError, match="one item's activations take"), open_trainer(config):

@@ -15,7 +15,7 @@ from iisan_fast.data.batches import steps_per_epoch
 from iisan_fast.errors import InputError
 from iisan_fast.states.store import Store, content_digest
 from iisan_fast.training.best_run import evaluate_run
-from iisan_fast.training.checkpoints import load_checkpoint
+from iisan_fast.training.checkpoints import load_checkpoint, save_checkpoint
 from iisan_fast.training.run_folder import RunFolder
 from iisan_fast.training.trainer import Progress, Trainer, resume, train
 from iisan_fast.training.training_step import CapturedStep
@@ -297,6 +297,33 @@ def test_the_weights_of_another_model_are_refused(tmp_path, config):
     shutil.copy(tmp_path / "b" / "best.safetensors", tmp_path / "a")
     with pytest.raises(InputError, match="best.safetensors: the weights of another model"):
         evaluate_run(tmp_path / "a", "test", EvaluationConfig(), CPU)
+
+
+@pytest.mark.parametrize("damage", ["moments of one number", "the best checkpoint in its place"])
+def test_a_last_checkpoint_that_does_not_fit_is_refused_on_resume(tmp_path, config, damage, monkeypatch):
+    kill_in_epoch(monkeypatch, 2, "between epochs")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "run", CPU)
+    monkeypatch.undo()
+    last = tmp_path / "run" / "last.safetensors"
+    tensors, state = load_checkpoint(last)
+    if damage == "moments of one number":
+        shortened = {name: torch.zeros(1) for name in tensors if name.startswith("adam.exp_avg")}
+        save_checkpoint(last, tensors | shortened, state)
+    else:
+        shutil.copy(tmp_path / "run" / "best.safetensors", last)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(InputError, match=r"last\.safetensors: the optimizer's state of another model"):
+        resume(tmp_path / "run", CPU)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_the_state_of_a_checkpoint_is_a_runs_progress_or_refused():
+    state = {"epoch": 2, "best_epoch": 1, "best_hr": 0.5, "lines": [{}, {}]}
+    assert Progress.of(state, Path("last.safetensors")) == Progress(2, 1, 0.5, [{}, {}])
+    for other in ({"epoch": 2}, {**state, "seen": 3}):
+        with pytest.raises(InputError, match=r"last\.safetensors: expected the state best_epoch, .*, found epoch"):
+            Progress.of(other, Path("last.safetensors"))
 
 
 def test_what_a_kill_left_of_a_new_file_is_removed(tmp_path, config, monkeypatch):
