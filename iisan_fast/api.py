@@ -29,7 +29,7 @@ from .devices import torch_device
 from .errors import InputError, check_choice
 from .settings import (
     EvaluationSettings,
-    ExtractSettings,
+    ExtractionSettings,
     PathLike,
     ProtocolSettings,
     RunSettings,
@@ -90,7 +90,7 @@ def load_dataset(
     return data.load_dataset(as_path("folder", folder), protocol_config(protocol, settings))
 
 
-@_checks_names(ExtractSettings)
+@_checks_names(ExtractionSettings)
 def extract(
     dataset: PathLike | Dataset,
     cache: PathLike,
@@ -104,7 +104,7 @@ def extract(
     attention: str = "auto",
     device: str | torch.device = "auto",
     protocol: ProtocolConfig | None = None,
-    **settings: Unpack[ExtractSettings],
+    **settings: Unpack[ExtractionSettings],
 ) -> list[Extracted]:
     """Run a dataset's items through frozen encoders and store their pooled hidden states in the folder `cache`.
 

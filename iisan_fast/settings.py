@@ -83,7 +83,7 @@ class EncoderSettings(TypedDict, total=False):
     encoder_options: Mapping[str, Any]
 
 
-class ExtractSettings(ProtocolSettings, EncoderSettings, total=False):
+class ExtractionSettings(ProtocolSettings, EncoderSettings, total=False):
     """Flat settings of `extract`."""
 
 
