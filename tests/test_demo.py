@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -34,15 +35,17 @@ def tree(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
+@functools.cache
 def contents(folder: Path) -> list[tuple[int, int]]:
     """(material, colour) of every item of the catalogue, as its title says and its picture shows."""
-    dataset, colours = load_dataset(folder), np.array(list(demo.COLOURS.values()))
+    dataset, base = load_dataset(folder), np.array([65536, 256, 1])
+    colours = np.array(list(demo.COLOURS.values())) @ base
     found = []
     with open_images(folder) as images:
         for item_id, title in zip(dataset.sequences.item_ids, dataset.titles):
-            pixels = np.asarray(images.decode(images.content(item_id))).reshape(-1, 1, 3)
-            shown = (pixels == colours).all(axis=2).sum(axis=0)
-            found.append((demo.MATERIALS.index(title.split()[1]), int(shown.argmax())))
+            pixels = np.asarray(images.decode(images.content(item_id))) @ base
+            shown = [np.count_nonzero(pixels == colour) for colour in colours]
+            found.append((demo.MATERIALS.index(title.split()[1]), int(np.argmax(shown))))
     return found
 
 
@@ -184,16 +187,20 @@ def hit_rates(result: dict) -> tuple[float, float]:
     return result["test"]["masked"]["hr@10"], result["popularity"]["masked"]["hr@10"]
 
 
-def test_the_demo_is_learned_from_nothing_but_its_content(
-    shuffled: Path, written: tuple[Path, list[ViewConfig]], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    """`iisan-fast train` alone beats popularity fivefold; with the content dealt out at random it cannot."""
+def test_the_demo_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """`iisan-fast train` alone beats popularity fivefold."""
     with pytest.raises(SystemExit) as end:
         main(["train", "--out", str(tmp_path / "run"), "--json"])
     assert not end.value.code
     model, popularity = hit_rates(json.loads(capsys.readouterr().out))
     assert model >= 5 * popularity > 0
 
+
+@pytest.mark.long
+def test_the_demo_is_learned_from_nothing_but_its_content(
+    shuffled: Path, written: tuple[Path, list[ViewConfig]], tmp_path: Path
+) -> None:
+    """With the content dealt out at random, the same training stays about as good as popularity."""
     _, views = written
     extract(load_dataset(shuffled), views, tmp_path / "states", torch.device("cpu"))
     settings = {
