@@ -30,12 +30,6 @@ def work(request) -> bench.EvaluationWork:
     return bench.make_work(demo_sequences(), dataclasses.replace(SMALL, split=request.param), CPU)
 
 
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Memory is then the tests' own; a process for each form takes seconds."""
-    monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
-
-
 def test_both_forms_find_the_same_vectors_and_states(work):
     form = DenseModel(work.model, list(work.table.views))
     with torch.no_grad():
@@ -166,8 +160,7 @@ def test_all_users_may_be_sorted(toy_run, in_this_process):
     assert not figures["forms"][0]["evaluation"]["all_users"]["scaled"]
 
 
-def test_the_command_prints_a_table(toy_run):
-    """The memory of each form, from a process of its own."""
+def test_the_command_prints_a_table(toy_run, in_either_place):
     result = iisan_fast("bench", "evaluate", toy_run[0], *SMALL_OPTIONS, "--argsort-users", 20)
     assert result.returncode == 0, result.stderr
     assert "60 users of toy, 40 items" in result.stdout and "(scaled)" in result.stdout

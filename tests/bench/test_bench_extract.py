@@ -108,7 +108,7 @@ def test_memory_counts_the_process_and_what_it_started():
     assert memory.bytes >= without + (60 << 20)
 
 
-def test_the_command_writes_figures_of_both_forms(dataset, tmp_path):
+def test_the_command_writes_figures_of_both_forms(dataset, tmp_path, in_either_place):
     out = tmp_path / "extract.json"
     options = ("--items", 20, "--rounds", 1, "--batch-size", 8, "--device", "cpu")
     result = iisan_fast("bench", "extract", dataset, *options, "--json", "--out", out)

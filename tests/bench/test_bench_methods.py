@@ -31,7 +31,7 @@ METHODS = ("full", "lora", "iisan-uncached", "iisan", "id")
 
 @pytest.fixture
 def settings(encoder_views) -> SweepSettings:
-    return SweepSettings(METHODS, {"titles": (encoder_views[1],)}, seeds=(0, 1), epochs=2, batch_users=40, profiled=2)
+    return SweepSettings(METHODS, {"titles": (encoder_views[1],)}, seeds=(0, 1), epochs=2, batch_users=16, profiled=2)
 
 
 def run(dataset, out, settings: SweepSettings, device) -> dict:
@@ -39,14 +39,8 @@ def run(dataset, out, settings: SweepSettings, device) -> dict:
     return benchmark(dataset, out, settings, Comparison(settings.methods[-1]), device)
 
 
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Tests do not wait for a process a cell."""
-    monkeypatch.setattr(cells, "in_a_process", lambda function, *arguments: function(*arguments))
-
-
-def test_a_sweep_gives_a_row_for_every_method(settings, catalogue, tmp_path, in_this_process):
-    result = run(catalogue, tmp_path / "sweep", settings, CPU)
+def test_a_sweep_gives_a_row_for_every_method(settings, small_catalogue, tmp_path, in_this_process):
+    result = run(small_catalogue, tmp_path / "sweep", settings, CPU)
     rows = result["encoders"]["titles"]["methods"]
     assert tuple(rows) == METHODS and result["encoders"]["titles"]["encoding_s"] > 0
     for method, row in rows.items():
@@ -69,7 +63,7 @@ def test_a_sweep_gives_a_row_for_every_method(settings, catalogue, tmp_path, in_
     assert rows["id"]["ndcg"] == pytest.approx(np.mean([each["ndcg"] for each in figures]))
 
 
-def test_iisan_beside_full_fine_tuning_over_pairs_of_encoders(built, catalogue, tmp_path, in_this_process):
+def test_iisan_beside_full_fine_tuning_over_pairs_of_encoders(built, small_catalogue, tmp_path, in_this_process):
     """The paper's figure 4, of tiny encoders: BERT and DeBERTa by ViT and CLIP."""
     pairs = {
         f"{text} {image}": (
@@ -78,8 +72,8 @@ def test_iisan_beside_full_fine_tuning_over_pairs_of_encoders(built, catalogue, 
         )
         for text, image in product(("bert", "deberta-v3"), ("vit", "clip"))
     }
-    settings = SweepSettings(("full", "iisan"), pairs, epochs=2, batch_users=40, profiled=1)
-    result = run(catalogue, tmp_path / "sweep", settings, CPU)
+    settings = SweepSettings(("full", "iisan"), pairs, epochs=2, batch_users=16, profiled=1)
+    result = run(small_catalogue, tmp_path / "sweep", settings, CPU)
     assert list(result["encoders"]) == list(pairs)
     for name, one in result["encoders"].items():
         full, side = one["methods"]["full"], one["methods"]["iisan"]
@@ -90,7 +84,7 @@ def test_iisan_beside_full_fine_tuning_over_pairs_of_encoders(built, catalogue, 
     assert len({*trained.values()}) == len(pairs)  # each its own encoders
 
 
-def test_a_stopped_sweep_goes_on_where_it_stopped(settings, catalogue, tmp_path, in_this_process, monkeypatch):
+def test_a_stopped_sweep_goes_on_where_it_stopped(settings, small_catalogue, tmp_path, in_this_process, monkeypatch):
     settings = replace(settings, methods=("iisan", "id"))
     out, real = tmp_path / "sweep", cells._train
     trained: list[tuple[str, int, bool]] = []
@@ -115,49 +109,49 @@ def test_a_stopped_sweep_goes_on_where_it_stopped(settings, catalogue, tmp_path,
         monkeypatch.setattr(cells, "in_a_process", lambda function, *arguments: function(*arguments))
         monkeypatch.setattr(cells, "_train", train)
         with pytest.raises(KeyboardInterrupt):
-            run(catalogue, out, settings, CPU)
+            run(small_catalogue, out, settings, CPU)
     assert (Cell("titles", "iisan", 0).folder(out) / "figures.json").exists()
     lines = RunFolder(Cell("titles", "iisan", 1).folder(out) / "run").metrics
     monkeypatch.setattr(cells, "in_a_process", lambda function, *arguments: function(*arguments))
     first = json.loads((Cell("titles", "iisan", 0).folder(out) / "figures.json").read_text())
-    result = run(catalogue, out, settings, CPU)
+    result = run(small_catalogue, out, settings, CPU)
     assert len(lines.read_text().splitlines()) == 2
     assert json.loads((Cell("titles", "iisan", 0).folder(out) / "figures.json").read_text()) == first
     shutil.rmtree(out)
-    whole = run(catalogue, out, settings, CPU)
+    whole = run(small_catalogue, out, settings, CPU)
     for method in ("iisan", "id"):
         found, expected = (each["encoders"]["titles"]["methods"][method] for each in (result, whole))
         assert found["ndcg"] == expected["ndcg"] and found["losses"] == expected["losses"]
 
 
-def test_a_sweep_takes_more_cells_but_no_other_settings(settings, catalogue, tmp_path, in_this_process):
+def test_a_sweep_takes_more_cells_but_no_other_settings(settings, small_catalogue, tmp_path, in_this_process):
     few = replace(settings, methods=("frozen", "id"), seeds=(0,), epochs=1)
-    run(catalogue, tmp_path / "sweep", few, CPU)
+    run(small_catalogue, tmp_path / "sweep", few, CPU)
     more = replace(few, methods=("frozen", "id", "iisan"), seeds=(0, 1))
-    assert set(run(catalogue, tmp_path / "sweep", more, CPU)["encoders"]["titles"]["methods"]) == {
+    assert set(run(small_catalogue, tmp_path / "sweep", more, CPU)["encoders"]["titles"]["methods"]) == {
         *("frozen", "id", "iisan")
     }
     with pytest.raises(InputError, match="sweep.json: epochs is 1 there, 3 now"):
-        run(catalogue, tmp_path / "sweep", replace(few, epochs=3), CPU)
+        run(small_catalogue, tmp_path / "sweep", replace(few, epochs=3), CPU)
     other = {"titles": (replace(settings.encoders["titles"][0], max_tokens=5),)}
     with pytest.raises(InputError, match="the encoders 'titles' are others there"):
-        run(catalogue, tmp_path / "sweep", replace(few, encoders=other), CPU)
+        run(small_catalogue, tmp_path / "sweep", replace(few, encoders=other), CPU)
     with pytest.raises(InputError, match="expected an empty folder or a sweep"):
-        run(catalogue, tmp_path, few, CPU)
+        run(small_catalogue, tmp_path, few, CPU)
 
 
-def test_a_refused_start_leaves_nothing_in_the_way(settings, catalogue, tmp_path, in_this_process):
+def test_a_refused_start_leaves_nothing_in_the_way(settings, small_catalogue, tmp_path, in_this_process):
     few, out = replace(settings, methods=("frozen", "id"), seeds=(0,), epochs=1), tmp_path / "sweep"
     wrong = {"titles": (replace(settings.encoders["titles"][0], encoder=str(tmp_path / "nowhere")),)}
     with pytest.raises(InputError, match="1 of 2 cells failed .*frozen/seed-0.*mend them"):
-        run(catalogue, out, replace(few, encoders=wrong), CPU)
+        run(small_catalogue, out, replace(few, encoders=wrong), CPU)
     with pytest.raises(InputError, match="sweep.json: the encoders 'titles' are others there"):
-        run(catalogue, out, few, CPU)  # the cell of item numbers was trained
+        run(small_catalogue, out, few, CPU)  # the cell of item numbers was trained
     shutil.rmtree(out / "titles")
-    assert set(run(catalogue, out, few, CPU)["encoders"]["titles"]["methods"]) == {"frozen", "id"}
+    assert set(run(small_catalogue, out, few, CPU)["encoders"]["titles"]["methods"]) == {"frozen", "id"}
 
 
-def test_other_cells_go_on_where_one_fails(settings, catalogue, tmp_path, in_this_process, monkeypatch):
+def test_other_cells_go_on_where_one_fails(settings, small_catalogue, tmp_path, in_this_process, monkeypatch):
     few, real = replace(settings, methods=("frozen", "id"), seeds=(0, 1), epochs=1), cells._train
 
     def fail(config, folder, *others):
@@ -167,7 +161,7 @@ def test_other_cells_go_on_where_one_fails(settings, catalogue, tmp_path, in_thi
 
     monkeypatch.setattr(cells, "_train", fail)
     with pytest.raises(InputError, match="1 of 4 cells failed"):
-        run(catalogue, tmp_path / "sweep", few, CPU)
+        run(small_catalogue, tmp_path / "sweep", few, CPU)
     done = sorted(str(path.relative_to(tmp_path / "sweep")) for path in (tmp_path / "sweep").rglob("figures.json"))
     assert done == [f"titles/{cell}/figures.json" for cell in ("frozen/seed-1", "id/seed-0", "id/seed-1")]
 
@@ -188,28 +182,30 @@ def test_a_program_that_is_told_to_end_does_not_wait_for_its_cell():
         assert not program.stdout.read()  # its cell has ended too, and closed this
 
 
-def test_memory_of_a_run_that_another_process_finished_is_not_measured(settings, catalogue, tmp_path, in_this_process):
+def test_memory_of_a_run_that_another_process_finished_is_not_measured(
+    settings, small_catalogue, tmp_path, in_this_process
+):
     few, out = replace(settings, methods=("frozen", "id"), seeds=(0,), epochs=1), tmp_path / "sweep"
-    run(catalogue, out, few, CPU)
+    run(small_catalogue, out, few, CPU)
     folder = Cell("titles", "id", 0).folder(out)
     for name in ("trained.json", "figures.json"):
         (folder / name).unlink()
-    rows = run(catalogue, out, few, CPU)["encoders"]["titles"]["methods"]
+    rows = run(small_catalogue, out, few, CPU)["encoders"]["titles"]["methods"]
     assert rows["id"]["peak_bytes"] == "not measured" and "tpme" not in rows["id"] and rows["frozen"]["peak_bytes"] > 0
 
 
-def test_cells_that_cannot_be_are_refused_before_anything_is_trained(settings, catalogue, tmp_path):
+def test_cells_that_cannot_be_are_refused_before_anything_is_trained(settings, small_catalogue, tmp_path):
     four = {"four": settings.encoders["titles"] * 4}
     with pytest.raises(InputError, match="views"):
-        run(catalogue, tmp_path / "sweep", replace(settings, encoders=four), CPU)
+        run(small_catalogue, tmp_path / "sweep", replace(settings, encoders=four), CPU)
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_dataset_that_cannot_be_used_is_refused_before_anything_is_written(settings, catalogue, tmp_path):
+def test_a_dataset_that_cannot_be_used_is_refused_before_anything_is_written(settings, small_catalogue, tmp_path):
     with pytest.raises(InputError, match="nowhere: no such folder; expected a dataset"):
         run(tmp_path / "nowhere", tmp_path / "sweep", settings, CPU)
-    with pytest.raises(InputError, match="users: expected 1 to 160, those of .*, found 161"):
-        run(catalogue, tmp_path / "sweep", replace(settings, users=161), CPU)
+    with pytest.raises(InputError, match="users: expected 1 to 64, those of .*, found 65"):
+        run(small_catalogue, tmp_path / "sweep", replace(settings, users=65), CPU)
     assert not (tmp_path / "sweep").exists()
 
 
@@ -229,13 +225,13 @@ def test_settings_name_what_is_wrong(settings, change, message):
         replace(settings, **change)
 
 
-def test_a_comparison_takes_two_methods_and_one_of_them_to_compare_with(settings, catalogue, tmp_path):
+def test_a_comparison_takes_two_methods_and_one_of_them_to_compare_with(settings, small_catalogue, tmp_path):
     with pytest.raises(InputError, match="methods: expected two or more, found id"):
-        run(catalogue, tmp_path / "sweep", replace(settings, methods=("id",)), CPU)
+        run(small_catalogue, tmp_path / "sweep", replace(settings, methods=("id",)), CPU)
     with pytest.raises(InputError, match="TPME weights: expected three numbers from 0 that sum to 1"):
         Comparison("full", (1.0, 1.0, 1.0))
     with pytest.raises(InputError, match="against: expected one of full, .*, found 'frozen'"):
-        benchmark(catalogue, tmp_path / "sweep", settings, Comparison("frozen"), CPU)
+        benchmark(small_catalogue, tmp_path / "sweep", settings, Comparison("frozen"), CPU)
     assert not (tmp_path / "sweep").exists()
 
 
@@ -250,18 +246,26 @@ def test_the_order_of_costs_is_checked():
     assert not found["holds"] and found["violations"] == ["iisan-uncached takes 4.00 s, lora 3.00 s"]
 
 
-def test_a_sample_of_users_keeps_the_rest_of_the_dataset(catalogue, tmp_path):
-    folder = sample_users(catalogue, tmp_path / "few", 20)
-    whole, few = load_dataset(catalogue).sequences, load_dataset(folder).sequences
+def test_a_sample_of_users_keeps_the_rest_of_the_dataset(small_catalogue, tmp_path):
+    folder = sample_users(small_catalogue, tmp_path / "few", 20)
+    whole, few = load_dataset(small_catalogue).sequences, load_dataset(folder).sequences
     assert len(few.user_ids) == 20 and set(few.user_ids) < set(whole.user_ids)
-    assert (folder / "images").is_symlink() and sample_users(catalogue, folder, 7) == folder
-    with pytest.raises(InputError, match="users: expected 1 to 160"):
-        sample_users(catalogue, tmp_path / "many", 161)
+    assert (folder / "images").is_symlink() and sample_users(small_catalogue, folder, 7) == folder
+    with pytest.raises(InputError, match="users: expected 1 to 64"):
+        sample_users(small_catalogue, tmp_path / "many", 65)
 
 
-def test_the_command_prints_the_table(catalogue, encoder_views, tmp_path, in_this_process):
+def test_the_command_prints_the_table(small_catalogue, encoder_views, tmp_path, in_this_process):
     out = tmp_path / "result.json"
-    arguments = ["bench", "methods", str(catalogue), "--folder", str(tmp_path / "sweep"), "--methods", "frozen, id"]
+    arguments = [
+        "bench",
+        "methods",
+        str(small_catalogue),
+        "--folder",
+        str(tmp_path / "sweep"),
+        "--methods",
+        "frozen, id",
+    ]
     pair = f"demo: source=title encoder={encoder_views[1].encoder}"
     found = CliRunner().invoke(
         cli, [*arguments, "--epochs", "1", "--users", "40", "--pair", pair, "--out", str(out)], catch_exceptions=False
@@ -282,7 +286,7 @@ def test_the_command_prints_the_table(catalogue, encoder_views, tmp_path, in_thi
         (["--text-encoder", "e", "--seeds", "x"], "--seeds: expected numbers"),
     ],
 )
-def test_the_command_names_what_is_wrong(arguments, message, catalogue, tmp_path):
+def test_the_command_names_what_is_wrong(arguments, message, small_catalogue, tmp_path):
     with pytest.raises(InputError, match=message):
-        command = ["bench", "methods", str(catalogue), "--folder", str(tmp_path / "s"), *arguments]
+        command = ["bench", "methods", str(small_catalogue), "--folder", str(tmp_path / "s"), *arguments]
         CliRunner().invoke(cli, command, catch_exceptions=False)

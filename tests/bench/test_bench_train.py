@@ -133,7 +133,7 @@ def test_the_backend_of_a_form_is_given_back(monkeypatch):
     assert train.os.environ["IISAN_FAST_BACKEND"] == "host"
 
 
-def test_the_command_writes_what_it_prints(dataset, tmp_path, capsys):
+def test_the_command_writes_what_it_prints(dataset, tmp_path, capsys, in_either_place):
     out = tmp_path / "train.json"
     options = "--users=8 --width=16 --layers=2 --followed=3 --rounds=1 --steps=1 --json --device=cpu"
     with pytest.raises(SystemExit) as left:

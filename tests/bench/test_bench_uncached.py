@@ -22,14 +22,10 @@ from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.encoders.random_encoders import common_words
 from iisan_fast.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 CPU = torch.device("cpu")
 SETTINGS = UncachedSettings(users=40, encoder_size="demo", steps=2)
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """Tests do not wait for a process a form."""
-    monkeypatch.setattr(uncached, "in_a_process", lambda function, *arguments: function(*arguments))
 
 
 def test_every_form_says_what_an_epoch_costs(catalogue, monkeypatch):

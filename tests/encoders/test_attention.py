@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helpers import encoders as tiny
+from helpers.command_line import iisan_fast
 from helpers.datasets import make_sequences, write_dataset_folder
 from iisan_fast.encoders import attention
 from iisan_fast.encoders.attention import DroppedArgumentError, choose_attention, xformers_attention
@@ -386,12 +386,12 @@ def test_towers_of_text_image_models_take_it_as_well(built, name):
         assert backbone.attention == backbone.model.config._attn_implementation == name
 
 
-def test_extract_prints_the_choice(built, tmp_path):
-    dataset = write_dataset_folder(tmp_path / "d", make_sequences([[1, 2, 3, 4, 5]]))
-    folder, program = built("title", "bert"), Path(sys.executable).with_name("iisan-fast")
-    arguments = ["--cache", tmp_path / "c", "--text-encoder", folder, "--attention", "eager", "--device", "cpu"]
-    result = subprocess.run([program, "extract", dataset, *arguments], capture_output=True, text=True)
-    assert result.returncode == 0 and f"{folder}: attention by eager\n" in result.stderr, result
+def test_extract_reports_the_choice(built, tmp_path, caplog):
+    dataset, folder = write_dataset_folder(tmp_path / "d", make_sequences([[1, 2, 3, 4, 5]])), built("title", "bert")
+    arguments = ("--cache", tmp_path / "c", "--text-encoder", folder, "--attention", "eager", "--device", "cpu")
+    result = iisan_fast("extract", dataset, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert f"{folder}: attention by eager" in caplog.messages
 
 
 @pytest.mark.gpu
