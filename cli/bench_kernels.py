@@ -24,6 +24,7 @@ SIZE = click.IntRange(min=1)
 @click.argument("dataset", type=FOLDER, required=False)
 @click.option("--users", type=SIZE, multiple=True, help=f"Users a batch; may be repeated. {list(USERS)}")
 @click.option("--op", "ops", type=click.Choice(OPS), multiple=True, help="An op; may be repeated. [all]")
+@click.option("--form", "forms", multiple=True, help="A form of the ops, as its row names it; may be repeated. [all]")
 @click.option("--width", type=SIZE, default=DEFAULTS.width, help="Width of the hidden states.")
 @click.option("--layers", type=SIZE, default=DEFAULTS.layers, help="Kept layers of a view.")
 @click.option("--bottleneck", type=SIZE, default=DEFAULTS.bottleneck, help="Width inside the SANBs.")
@@ -70,6 +71,7 @@ def _command(dataset: Path | None, settings: KernelSettings, tune: bool) -> str:
     """How to get these figures again, the dataset's folder left out."""
     words = ["iisan-fast", "bench", "kernels"] + (["DATASET"] if dataset else []) + (["--tune"] if tune else [])
     words += [f"--users={count}" for count in settings.users] + [f"--op={op}" for op in settings.ops]
+    words += [f"--form={form}" for form in settings.forms]
     for name in ("width", "layers", "bottleneck", "embedding_dim", "exact_users"):
         words.append(f"--{name.replace('_', '-')}={getattr(settings, name)}")
     return shlex.join(words)

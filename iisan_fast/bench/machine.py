@@ -64,7 +64,9 @@ def versions(device: torch.device) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             found[library] = NOT_INSTALLED
     found |= {"cuda": torch.version.cuda, "float32_matmul_precision": torch.get_float32_matmul_precision()}
-    return environment(device) | found | {"native": native.why_not() or native.compiler_version()}
+    if device.type == "cpu":  # finding out compiles the C++, which no figure of a GPU needs
+        found["native"] = native.why_not() or native.compiler_version()
+    return environment(device) | found
 
 
 def commit() -> str | None:

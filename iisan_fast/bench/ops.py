@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,7 @@ def benchmark(sequences: Sequences, name: str, settings: KernelSettings, device:
         tables = random_tables(sequences, settings, device)
         for count in users:
             for work in make_works(sequences, count, tables, settings, device):
-                measured += measure_work(work, device, exact=count <= settings.exact_users)
+                measured += measure_work(chosen_forms(work, settings), device, exact=count <= settings.exact_users)
                 advance(1, f"{work.op}, {count:,} users")
     return {
         **origin(name, device),
@@ -98,6 +98,14 @@ def benchmark(sequences: Sequences, name: str, settings: KernelSettings, device:
         "not_measured": left_out,
         "rows": measured,
     }
+
+
+def chosen_forms(work: Work, settings: KernelSettings) -> Work:
+    """Return the work with the forms that were asked for. Raises InputError where it has none of that name."""
+    if unknown := [name for name in settings.forms if name not in work.forms]:
+        raise InputError(f"--form {unknown[0]}: expected one of {', '.join(work.forms)}, the forms of {work.op}")
+    chosen = {name: form for name, form in work.forms.items() if not settings.forms or name in settings.forms}
+    return replace(work, forms=chosen)
 
 
 def batch_sizes(

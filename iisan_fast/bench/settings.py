@@ -14,6 +14,7 @@ class KernelSettings:
 
     users: tuple[int, ...] = ()
     ops: tuple[str, ...] = OPS
+    forms: tuple[str, ...] = ()  # none stands for all
     width: int = 768
     layers: int = 7
     bottleneck: int = 64

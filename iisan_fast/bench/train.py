@@ -213,11 +213,7 @@ def start(
         dense = DenseTrainer(model, [table.float().to(device) for table in tables], sequences, rates, settings.seed)
         users = dense_batches(sequences, config.train)
         return Started(lambda: dense.step(*next(users)), capture=lambda epochs: None)
-    table = FeatureTable(tuple(table.to(device, precision.table) for table in tables))
-    trainer = Trainer(config, sequences, table, device, precision)
-    trainer.model.train()
-    if not form.captured:
-        trainer.captured = None
+    trainer = new_trainer(form, sequences, tables, settings, device)
     batches = (prepared for epoch in range(config.train.max_epochs) for prepared in trainer.batches(epoch))
 
     def step() -> Tensor:
@@ -229,6 +225,20 @@ def start(
             return capture_shapes(trainer, epochs)
 
     return Started(step, capture)
+
+
+def new_trainer(
+    form: TrainingForm, sequences: Sequences, tables: list[Tensor], settings: TrainSettings, device: torch.device
+) -> Trainer:
+    """Make the trainer of a form of the fast path, at its first weights."""
+    config = run_config(form, settings)
+    precision = resolve_precision(config, device)
+    table = FeatureTable(tuple(table.to(device, precision.table) for table in tables))
+    trainer = Trainer(config, sequences, table, device, precision)
+    trainer.model.train()
+    if not form.captured:
+        trainer.captured = None
+    return trainer
 
 
 def epoch(name: str, sequences: Sequences, settings: TrainSettings, device: torch.device) -> dict[str, Any]:

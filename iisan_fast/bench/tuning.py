@@ -58,6 +58,8 @@ def check_tunable(settings: KernelSettings, device: torch.device) -> None:
     """Raises InputError without a CUDA GPU, and for settings that tuning does not know."""
     if device.type != "cuda":
         raise InputError("--tune needs a CUDA GPU")
+    if settings.forms:
+        raise InputError("--tune: takes no --form; it tunes Triton's")
     if settings.users:
         raise InputError(f"--tune: takes no --users; it uses batches of {' and '.join(map(str, SIZES.values()))}")
     if other := set(settings.ops) - set(OPS):

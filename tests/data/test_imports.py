@@ -1,5 +1,7 @@
 """Imports: small files of every format by hand, what is odd in them, and what is refused without a trace."""
 
+# ruff: noqa: E402 - what needs polars is imported once it is known to be there
+
 from __future__ import annotations
 
 import gzip
@@ -12,10 +14,11 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pl = pytest.importorskip("polars")
 
 from iisan_fast.cli import main
 from iisan_fast.config import ProtocolConfig
