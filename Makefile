@@ -1,11 +1,13 @@
 # Two commands for a fresh machine: `make train` runs the embedded demo, `make test` the checks and the tests.
 # `make quick` runs the tests that take under a second each, `make test-long` every test, also those of many minutes.
-# On a machine with a CUDA GPU, `make gpu DATASET=…` runs the tests that need one and all benchmarks.
+# On a machine with a CUDA GPU, `make gpu DATASET=…` measures the project in eight minutes.
 PYTHON ?= python3
 VENV ?= .venv
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
+OUT ?= benchmarks/results/gpu
+BENCH = $(PYTHON) -m iisan_fast bench
 
-.PHONY: train test quick test-long lint gpu clean
+.PHONY: train test quick test-long lint gpu gpu-benchmarks clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/iisan-fast train
@@ -32,22 +34,24 @@ lint: $(VENV)/.installed-dev
 	cd build/typed && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy \
 		typed_use.py $(addprefix iisan_fast/,__init__.py __main__.py api.py config.py settings.py) iisan_fast/*/__init__.py
 
-gpu: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -q -m gpu
-	$(VENV)/bin/python -m pytest -q tests/training/test_equality.py -k 'captured or triton'
-	$(VENV)/bin/iisan-fast bench kernels $(DATASET) --out benchmarks/results/kernels.json
-	$(VENV)/bin/iisan-fast bench train $(DATASET) --out benchmarks/results/train-gpu.json
-	$(VENV)/bin/iisan-fast bench evaluate $(DATASET) --out benchmarks/results/evaluate-gpu.json
-	$(VENV)/bin/iisan-fast bench growth --out benchmarks/results/growth-gpu.json
-	mkdir -p runs
-	$(VENV)/bin/iisan-fast bench uncached $(DATASET) --keep runs/gpu --out benchmarks/results/uncached-gpu.json
-	$(VENV)/bin/iisan-fast bench extract runs/gpu/dataset --source image --encoder runs/gpu/encoders/image \
-		--out benchmarks/results/extract-images-gpu.json
-	$(VENV)/bin/iisan-fast bench extract runs/gpu/dataset --source title --encoder runs/gpu/encoders/text \
-		--out benchmarks/results/extract-titles-gpu.json
-	$(VENV)/bin/iisan-fast bench methods runs/gpu/dataset --folder runs/gpu-methods --epochs 2 --table pinned \
-		--image-encoder runs/gpu/encoders/image --text-encoder runs/gpu/encoders/text \
-		--out benchmarks/results/methods-gpu.json
+# These two install nothing from a registry: they take the Python that is there, as PYTHON=…, with the machine's torch.
+gpu:
+	PYTHON=$(PYTHON) benchmarks/on_gpu.sh $(DATASET) $(OUT)
+
+# All GPU tests and benchmarks, for hours; the project has to be installed.
+gpu-benchmarks:
+	mkdir -p runs $(OUT)
+	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) -m pytest -q tests/training/test_equality.py -k 'captured or triton'
+	$(BENCH) kernels $(DATASET) --out $(OUT)/kernels.json
+	$(BENCH) train $(DATASET) --out $(OUT)/train.json
+	$(BENCH) evaluate $(DATASET) --out $(OUT)/evaluate.json
+	$(BENCH) growth --out $(OUT)/growth.json
+	$(BENCH) uncached $(DATASET) --keep runs/gpu --out $(OUT)/uncached.json
+	$(BENCH) extract runs/gpu/dataset --source image --encoder runs/gpu/encoders/image --out $(OUT)/extract-images.json
+	$(BENCH) extract runs/gpu/dataset --source title --encoder runs/gpu/encoders/text --out $(OUT)/extract-titles.json
+	$(BENCH) methods runs/gpu/dataset --folder runs/gpu-methods --epochs 2 --table pinned \
+		--image-encoder runs/gpu/encoders/image --text-encoder runs/gpu/encoders/text --out $(OUT)/methods.json
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

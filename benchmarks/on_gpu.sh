@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Measure the project on a GPU in at most eight minutes: benchmarks/on_gpu.sh DATASET OUT [options]
+#
+# DATASET is a dataset folder (items.tsv and users.tsv are enough), OUT the folder for results.json, log.txt and the
+# profiles. The stages and what each one takes are listed by --help. Each stage is a process with a time limit, and
+# results.json is written again as each ends, so that what was measured stays if the machine goes away.
+#
+#   --stages step,epochs   run these stages alone            --budget 480   start no stage beyond this many seconds
+#   --commit ID            of a copy without .git            --dry-run      small sizes on a CPU, no GPU needed
+#
+# The machine needs a Python (PYTHON, by default python3) with torch, triton, transformers, numpy, pillow, rich, click,
+# safetensors, pytest, hypothesis, pip and setuptools; no network and no package registry. Only the project itself is
+# installed, unless it is already. Bring along what else is missing there, lmdb above all: where registries can be
+# reached, `pip download` its wheels for the machine's Python; on the machine unpack them with
+# `pip install --no-index --no-deps --target site wheels/*.whl`, and set PYTHONPATH=$PWD/site.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$here")
+python=${PYTHON:-python3}
+
+if [[ $# -lt 2 || $1 == -* || $2 == -* ]]; then
+    [[ ${1:-} == -h || ${1:-} == --help ]] && { cd "$here" && exec "$python" -m on_gpu --help; }
+    echo "usage: on_gpu.sh DATASET OUT [--stages a,b] [--budget SECONDS] [--commit ID] [--dry-run]" >&2
+    exit 2
+fi
+[[ -d $1 ]] || { echo "on_gpu.sh: expected a dataset folder, found nothing at $1" >&2; exit 2; }
+dataset=$(cd "$1" && pwd)
+mkdir -p "$2"
+out=$(cd "$2" && pwd)
+shift 2
+
+# From here on `python -m` puts this folder on the path, not the checkout with its folder called kernels.
+cd "$here"
+installed="import importlib.util as u, sys; import iisan_fast
+sys.exit(not iisan_fast.__file__.startswith(sys.argv[1]) or u.find_spec('iisan_fast.kernels') is None)"
+if ! "$python" -c "$installed" "$root/" 2>/dev/null; then
+    "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-build-isolation -e "$root"
+fi
+exec "$python" -m on_gpu "$dataset" "$out" --spent "$SECONDS" "$@"

@@ -1,0 +1,61 @@
+"""One stage in this process: `python -m on_gpu.stages NAME …` saves its result again and again while it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from .common import origin_of
+from .settings import DRY_RUN, Save, Settings
+
+MODULES = {
+    "versions": "versions",
+    "step": "step",
+    "epochs": "epochs",
+    "ops": "ops",
+    "evaluation": "evaluation",
+    "step-tests": "gpu_tests",
+    "kernel-tests": "gpu_tests",
+    "dense": "dense",
+}  # by stage: the module here whose `measure` runs it
+
+
+def main() -> None:
+    """Run the stage that the command line names."""
+    options = argparse.ArgumentParser()
+    options.add_argument("stage", choices=MODULES)
+    for name in ("dataset", "out", "result"):
+        options.add_argument(f"--{name}", type=Path, required=True)
+    options.add_argument("--commit")
+    options.add_argument("--dry-run", action="store_true")
+    chosen = options.parse_args()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("iisan_fast").setLevel(logging.INFO)  # says which form of an op ran
+    sizes: dict[str, Any] = DRY_RUN if chosen.dry_run else {}
+    settings = Settings(chosen.stage, chosen.dataset, chosen.out, chosen.commit, **sizes)
+    measure(settings, chosen.result)
+
+
+def measure(settings: Settings, path: Path) -> None:
+    """Run a stage, which saves its result to a file as it goes. Raises what the stage raises."""
+    save = saver(path, origin_of(settings))
+    importlib.import_module(f".{MODULES[settings.stage]}", __package__).measure(settings, save)
+
+
+def saver(path: Path, origin: dict[str, Any]) -> Save:
+    """Return what writes a result and its origin to a file; a process that is stopped leaves the result before it."""
+
+    def save(result: dict[str, Any]) -> None:
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(result | {"origin": origin}))
+        temporary.replace(path)
+
+    return save
+
+
+if __name__ == "__main__":
+    main()
