@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -94,18 +95,23 @@ def test_no_folder_on_the_path_of_the_tests_is_called_kernels(pytestconfig):
         assert folder.name != "kernels" and not (folder / "kernels").exists(), folder
 
 
-def test_an_installed_copy_runs_the_demo(installed, tmp_path):
+def test_an_installed_copy_runs_the_demo_and_is_used_from_python(installed, tmp_path):
     out = run([installed / "iisan-fast", "train", "--epochs", "1", "--out", "runs/demo", "--json"], tmp_path)
-    assert '"best_epoch": 1' in out
-    assert (tmp_path / "runs" / "demo" / "test.json").exists()
+    assert json.loads(out)["best_epoch"] == 1
+    script = """
+import iisan_fast, iisan_fast.kernels, iisan_fast.cli
+best, figures = iisan_fast.load("runs/demo"), iisan_fast.evaluate("runs/demo", ks=(10,))
+assert figures["best_epoch"] == best.epoch == 1 and len(best.item_ids) == len(best.item_vectors)
+print(iisan_fast.kernels.__file__, *iisan_fast.__path__, *iisan_fast.cli.__path__, sep="\\n")
+"""
+    files = run([installed / "python", "-c", script], tmp_path).splitlines()
+    assert len(files) == 3 and all(Path(file).is_relative_to(installed.parent) for file in files), files
 
 
 def test_an_installed_copy_is_a_module_that_runs(installed, tmp_path):
-    script = "import iisan_fast.kernels, iisan_fast.cli; print(iisan_fast.kernels.__file__, *iisan_fast.__path__)"
-    files = run([installed / "python", "-c", script], tmp_path).split()
-    assert len(files) == 2 and all(Path(file).is_relative_to(installed.parent) for file in files), files
-    with pytest.raises(AssertionError, match="No module named 'kernels'"):
-        run([installed / "python", "-c", "import kernels"], tmp_path)
+    assert run([installed / "python", "-m", "iisan_fast", "--version"], tmp_path).startswith("iisan-fast, version ")
+    script = "from importlib.util import find_spec; print(find_spec('kernels'), find_spec('cli'))"
+    assert run([installed / "python", "-c", script], tmp_path) == "None None\n"
 
 
 def test_the_commit_hooks_need_no_network():
