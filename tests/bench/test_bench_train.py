@@ -145,7 +145,8 @@ def test_the_command_writes_what_it_prints(dataset, tmp_path, capsys, in_either_
     assert result["steps_an_epoch"] == 3 and result["dataset"] == "toy" and result["catalogue"] == 40
     for row in result["forms"]:
         assert row["epoch_s"] > 0 and row["peak_pss_bytes"] > 1 << 20 and row["peak_cuda_bytes"] == NOT_MEASURED
-    assert result["run"]["peak_pss_bytes"] > 1 << 20
+    run = result["run"]
+    assert run["peak_pss_bytes"] > 1 << 20 and 0 < run["train_s"] + run["validation_s"] < run["seconds"]
     assert set(result["notes"]) == {row["form"] for row in result["forms"]} | {"step", "epoch", "capture", "run"}
 
 
