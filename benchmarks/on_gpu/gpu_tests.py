@@ -25,6 +25,7 @@ def measure(settings: Settings, save: Save) -> None:
     """Save how many tests passed, and why others did not. Raises SystemExit where one fails, or none is collected."""
     result: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": {}, "headline": ""}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["COLUMNS"] = "250"  # in narrow lines pytest leaves reasons out
     words = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "--color=no", "-p", "no:cacheprovider"]
     words += [f"--maxfail={MOST_FAILURES}", *selection(settings)]
     process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
