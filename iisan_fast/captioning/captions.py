@@ -151,21 +151,21 @@ class _CaptionFile:
 def _readable(pictures: Pictures, item_ids: list[str], missing_images: str, workers: int) -> list[str]:
     """The items whose pictures can be read. Raises InputError, naming some, for others that are not to be skipped."""
     requests, check = batched(item_ids, CHECKED_AT_ONCE), partial(problems, pictures)
-    found: list[str] = []
+    all_problems: list[str] = []
     with (
         progress_bar("reading images", len(item_ids), "items") as advance,
         closing(calls_ahead(check, requests, workers, modules=(problems.__module__,))) as answers,
     ):
         for answer in answers:
-            found += answer
+            all_problems += answer
             advance(len(answer))
-    unreadable = [f"{item_id} ({problem})" for item_id, problem in zip(item_ids, found) if problem]
+    unreadable = [f"{item_id} ({problem})" for item_id, problem in zip(item_ids, all_problems) if problem]
     if unreadable:
         message = f"{len(unreadable)} of {len(item_ids)} items to caption: {first_few(unreadable, len(unreadable))}"
         if missing_images == "error":
             raise InputError(f"{message}; --missing-images skip leaves them without a caption")
         LOGGER.warning("no caption for %s", message)
-    return [item_id for item_id, problem in zip(item_ids, found) if not problem]
+    return [item_id for item_id, problem in zip(item_ids, all_problems) if not problem]
 
 
 def _fill(
@@ -177,8 +177,8 @@ def _fill(
         for batch in batched(item_ids, batch_size):
             texts = dict(zip(batch, _captions(captioner, pictures, batch)))
             silent += [item_id for item_id in batch if not texts[item_id]]
-            if told := {item_id: text for item_id, text in texts.items() if text}:
-                captions.add(told)
+            if written := {item_id: text for item_id, text in texts.items() if text}:
+                captions.add(written)
             advance(len(batch))
     if silent:
         LOGGER.warning("an empty caption, left out, for %d items: %s", len(silent), first_few(silent, len(silent)))

@@ -185,9 +185,9 @@ def _bucket(size: int) -> int:
 
 
 def _history_bits(slot_user: np.ndarray, slots: np.ndarray, users: int, distinct: int) -> np.ndarray:
-    own = np.zeros((users, -(-distinct // 32) * 32), dtype=bool)
-    own[slot_user, slots] = True
-    return np.packbits(own, axis=1, bitorder="little").view("<i4")
+    in_history = np.zeros((users, -(-distinct // 32) * 32), dtype=bool)
+    in_history[slot_user, slots] = True
+    return np.packbits(in_history, axis=1, bitorder="little").view("<i4")
 
 
 def _tensor(array: np.ndarray) -> Tensor:

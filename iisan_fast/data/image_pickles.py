@@ -32,8 +32,8 @@ class StoredImage:
     id: str
 
     def __setstate__(self, state: Any) -> None:
-        found = {name: type(value) for name, value in state.items()} if type(state) is dict else type(state)
-        if found != self.TYPES or [type(length) for length in state["size"]] != [int, int]:
+        types = {name: type(value) for name, value in state.items()} if type(state) is dict else type(state)
+        if types != self.TYPES or [type(length) for length in state["size"]] != [int, int]:
             raise pickle.UnpicklingError("its attributes are not channels, size, image and id of the right types")
         vars(self).update(state)
 

@@ -62,7 +62,7 @@ def read_table(path: Path, columns: int) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_items(root: Path, unescape: bool = True) -> ItemTable:
-    """Reads root/items.tsv and, where there is one, root/captions.tsv; HTML entities are unescaped unless told not to.
+    """Read root/items.tsv and, where there is one, root/captions.tsv; `unescape` their HTML entities.
 
     Raises InputError, with file and line, for a malformed line, an item that comes twice, or a caption of no item.
     """
@@ -81,8 +81,8 @@ def open_images(root: Path) -> ImageFolder | ImageLmdb:
     databases = sorted(root.glob("*.lmdb"))
     sources = [folder, *databases] if folder.is_dir() else databases
     if len(sources) != 1:
-        found = first_few((source.name for source in sources), len(sources)) or "neither"
-        raise InputError(f"{root}: expected a folder images or exactly one *.lmdb, found {found}")
+        names = first_few((source.name for source in sources), len(sources)) or "neither"
+        raise InputError(f"{root}: expected a folder images or exactly one *.lmdb, found {names}")
     return ImageLmdb(databases[0]) if databases else ImageFolder(folder)
 
 
@@ -210,8 +210,8 @@ class ImageLmdb:
         # The project's writer lists the images it failed to read, too: fewer entries are well, more are not.
         entries = self._environment().stat()["entries"] - 2
         if length != len(keys) or entries > length:
-            found = f"'__keys__' lists {len(keys)}, {entries} stand there"
-            raise InputError(f"{self.path}: '__len__' says {length} images, but {found}; the database is not whole")
+            counts = f"'__keys__' lists {len(keys)}, {entries} stand there"
+            raise InputError(f"{self.path}: '__len__' says {length} images, but {counts}; the database is not whole")
 
     def _plain(self, key: str) -> Any:
         value = self._get(key)

@@ -46,8 +46,8 @@ class Sequences:
     def training(self) -> tuple[np.ndarray, np.ndarray]:
         """(offsets [users + 1], items): every history up to where its training ends."""
         lengths = self.training_ends - self.offsets[:-1]
-        kept = np.arange(len(self.items)) < np.repeat(self.training_ends, np.diff(self.offsets))
-        return np.concatenate([[0], np.cumsum(lengths)]), self.items[kept]
+        in_training = np.arange(len(self.items)) < np.repeat(self.training_ends, np.diff(self.offsets))
+        return np.concatenate([[0], np.cumsum(lengths)]), self.items[in_training]
 
     @cached_property
     def training_users(self) -> np.ndarray:
@@ -126,8 +126,8 @@ class Split:
         """bool [R]: the target does not stand in the user's own history."""
         rows = np.repeat(np.arange(len(self.targets)), self.lengths)
         before = np.cumsum(self.lengths) - self.lengths
-        own = self.items[np.arange(len(rows)) + np.repeat(self.ends - self.lengths - before, self.lengths)]
-        return np.bincount(rows[own == self.targets[rows]], minlength=len(self.targets)) == 0
+        history = self.items[np.arange(len(rows)) + np.repeat(self.ends - self.lengths - before, self.lengths)]
+        return np.bincount(rows[history == self.targets[rows]], minlength=len(self.targets)) == 0
 
 
 @dataclass(frozen=True)
@@ -226,15 +226,15 @@ def _read_sequences(root: Path, item_ids: list[str], protocol: ProtocolConfig) -
     timed = with_times(users, root / "times.tsv")
     user_ids, histories, times = zip(*_counting(timed, path, protocol.min_interactions))
     offsets, items = _jagged(histories)
-    kept = temporal_split(offsets, np.concatenate(times), protocol)
+    split = temporal_split(offsets, np.concatenate(times), protocol)
     return Sequences(
-        user_ids=[user_ids[user] for user in kept.users],
+        user_ids=[user_ids[user] for user in split.users],
         item_ids=item_ids,
-        offsets=kept.offsets,
-        items=items[kept.interactions],
+        offsets=split.offsets,
+        items=items[split.interactions],
         max_inputs=protocol.max_inputs,
-        training_ends=kept.training_ends,
-        targets=kept.targets,
+        training_ends=split.training_ends,
+        targets=split.targets,
     )
 
 
@@ -257,13 +257,13 @@ def _read_users(path: Path, item_ids: list[str]) -> Iterator[tuple[str, np.ndarr
 
 def _counting(users: Iterable[tuple[Any, ...]], path: Path, least: int) -> Iterator[tuple[Any, ...]]:
     """Those with at least so many interactions. Raises InputError where there are none."""
-    count = kept = 0
+    count = counting = 0
     for user in users:
         count += 1
         if len(user[1]) >= least:
-            kept += 1
+            counting += 1
             yield user
-    if not kept:
+    if not counting:
         raise InputError(f"{path}: none of {count} users has the {least} interactions that count")
 
 

@@ -67,8 +67,8 @@ def temporal_split(offsets: np.ndarray, times: np.ndarray, protocol: ProtocolCon
     last = np.maximum(targets["validation"], targets["test"])
     starts = np.maximum(starts, first - (protocol.max_inputs + 1))
     trained = first - starts >= 2
-    for name, found in {"training": trained, **{name: ends >= 0 for name, ends in targets.items()}}.items():
-        if not found.any():
+    for name, users in {"training": trained, **{name: ends >= 0 for name, ends in targets.items()}}.items():
+        if not users.any():
             raise InputError(f"{where}, which leaves nothing for {name}; choose other shares")
     users = np.flatnonzero(trained | (last >= 0))
     lengths = (np.where(last >= 0, last + 1, first) - starts)[users]
@@ -79,7 +79,7 @@ def temporal_split(offsets: np.ndarray, times: np.ndarray, protocol: ProtocolCon
         interactions=np.arange(kept_offsets[-1]) - np.repeat(moved, lengths),
         offsets=kept_offsets,
         training_ends=first[users] + moved,
-        targets={name: np.where(found[users] >= 0, found[users] + moved, -1) for name, found in targets.items()},
+        targets={name: np.where(places[users] >= 0, places[users] + moved, -1) for name, places in targets.items()},
     )
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ..doors import lazy_names
 
 if TYPE_CHECKING:
-    from .adaptation import adapt, blocks, checkpoint_blocks
+    from .adaptation import adapt, checkpoint_blocks, transformer_blocks
     from .attention import xformers_problem
     from .base import Backbone
     from .captioner import Captioner
@@ -24,7 +24,6 @@ __all__ = [
     "TextBackbone",
     "WORKER_MODULES",
     "adapt",
-    "blocks",
     "checkpoint_blocks",
     "common_words",
     "count_parameters",
@@ -34,6 +33,7 @@ __all__ = [
     "load_backbones",
     "model_dtype",
     "quiet",
+    "transformer_blocks",
     "write_bert",
     "write_resized_vit",
     "write_vit",

@@ -82,18 +82,20 @@ def adapt(
 
 def checkpoint_blocks(model: PreTrainedModel, on: bool = True) -> None:
     """Lets each block keep its input alone and compute its inside again in the backward pass, or undoes that."""
-    for block in blocks(model).values():
+    for block in transformer_blocks(model).values():
         vars(block).pop("forward", None)
         if on:  # Hugging Face's own switch wants training mode, in which dropout would act
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+def transformer_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     """An encoder's transformer blocks, by name, in order. Raises InputError where it has none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
-    if not found:
+    named_blocks = {
+        name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)
+    }
+    if not named_blocks:
         raise InputError(f"{type(model).__name__}: no transformer blocks found in it")
-    return found
+    return named_blocks
 
 
 class Adapter(nn.Sequential):
@@ -113,7 +115,7 @@ class Adapter(nn.Sequential):
 
 def _add_adapters(model: PreTrainedModel, bottleneck: int, activation: str) -> None:
     """Adapters on what ends the attention and the feed-forward of every block, before the residual is added."""
-    for block in blocks(model).values():
+    for block in transformer_blocks(model).values():
         for role in ("end of attention", "end of feed-forward"):
             name = _linear(model, block, role)
             linear = block.get_submodule(name)
@@ -129,7 +131,9 @@ def _add_lora(model: PreTrainedModel) -> None:
     except ImportError:
         raise InputError("method: lora needs peft; pip install 'iisan-fast[lora]'") from None
     targets = [
-        f"{path}.{_linear(model, block, role)}" for path, block in blocks(model).items() for role in ("query", "value")
+        f"{path}.{_linear(model, block, role)}"
+        for path, block in transformer_blocks(model).items()
+        for role in ("query", "value")
     ]
     # With alpha equal to the rank the update is B A itself, and the learning rate alone scales it.
     config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, lora_dropout=0.0, bias="none", target_modules=targets)
@@ -139,20 +143,20 @@ def _add_lora(model: PreTrainedModel) -> None:
 def _linear(model: PreTrainedModel, block: nn.Module, role: str) -> str:
     """The name within the block of the one linear layer that has the role."""
     modules = dict(block.named_modules())
-    found = [name for name in ROLES[role] if isinstance(modules.get(name), nn.Linear)]
-    if len(found) != 1:
+    names = [name for name in ROLES[role] if isinstance(modules.get(name), nn.Linear)]
+    if len(names) != 1:
         raise InputError(
             f"{type(model).__name__}: expected one of {', '.join(ROLES[role])} as the {role} of a "
-            f"{type(block).__name__}, found {' and '.join(found) or 'none'}"
+            f"{type(block).__name__}, found {' and '.join(names) or 'none'}"
         )
-    return found[0]
+    return names[0]
 
 
 def _biases(model: PreTrainedModel) -> list[nn.Parameter]:
-    found = [module.bias for module in model.modules() if isinstance(getattr(module, "bias", None), nn.Parameter)]
-    if not found:
+    biases = [module.bias for module in model.modules() if isinstance(getattr(module, "bias", None), nn.Parameter)]
+    if not biases:
         raise InputError(f"method: bitfit trains biases, {type(model).__name__} has none; choose lora or adapter")
-    return found
+    return biases
 
 
 def _free(model: PreTrainedModel, parameters: Iterable[nn.Parameter], example: dict[str, Tensor] | None) -> None:
@@ -172,7 +176,7 @@ def _free(model: PreTrainedModel, parameters: Iterable[nn.Parameter], example: d
 
 def _resized(output: Tensor) -> set[int]:
     """The ids of the parameters that an output depends on through a bicubic interpolation."""
-    found, seen, waiting = set(), set(), [(output.grad_fn, False)]
+    resized, seen, waiting = set(), set(), [(output.grad_fn, False)]
     while waiting:
         node, behind = waiting.pop()
         if node is None or (node, behind) in seen:
@@ -180,9 +184,9 @@ def _resized(output: Tensor) -> set[int]:
         seen.add((node, behind))
         behind = behind or node.name().startswith("UpsampleBicubic")
         if behind and hasattr(node, "variable"):
-            found.add(id(node.variable))
+            resized.add(id(node.variable))
         waiting += [(following, behind) for following, _ in node.next_functions]
-    return found
+    return resized
 
 
 def _made_up_inputs(model: PreTrainedModel) -> dict[str, Tensor]:

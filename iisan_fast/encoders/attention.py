@@ -141,7 +141,7 @@ def _dropping_nothing(attention: str) -> Iterator[None]:
     """Make the attention of this name raise DroppedArgumentError instead of dropping an argument."""
     attend = ALL_ATTENTION_FUNCTIONS[attention]
     parameters = inspect.signature(attend).parameters.values()
-    known = WITHOUT_EFFECT | {each.name for each in parameters if each.kind is not each.VAR_KEYWORD}
+    known = WITHOUT_EFFECT | {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
 
     def attend_or_refuse(*tensors: Any, **arguments: Any) -> Any:
         _refuse_unknown(attention, arguments, known)

@@ -94,8 +94,8 @@ class Backbone(ABC):
 
             @torch.inference_mode()
             def part(rows: slice) -> Tensor:
-                own = {name: tensor[rows] for name, tensor in moved.items()}
-                return self._stacked(read(lambda: self._run(own), functools.partial(self._pool, inputs=own)))
+                shared = {name: tensor[rows] for name, tensor in moved.items()}
+                return self._stacked(read(lambda: self._run(shared), functools.partial(self._pool, inputs=shared)))
 
             rows = len(next(iter(moved.values())))
             parts = kernels.equal_parts(rows, self.rows_at_once) if self._shared else [slice(None)]

@@ -13,44 +13,47 @@ from torch import Tensor, nn
 
 
 class Place(NamedTuple):
-    """What a module is given, or what it gives, at one of its calls: some encoders call one block for all layers."""
+    """A module's input or output at one of its calls: some encoders call one block for all layers."""
 
     module: nn.Module
     call: int
-    given: bool
+    is_input: bool
 
 
 def find_places(model: nn.Module, run: Callable[[], Any], states: Sequence[Tensor]) -> list[Place] | None:
-    """Where within the model `run`, which calls it, makes all these states, in order and bit for bit; None if it does
-    not.
+    """Return the places in the model where `run`, which calls it, makes these states, in order and bit for bit.
+
+    Return None if one of them is made nowhere.
     """
-    found: list[Place] = []
+    places: list[Place] = []
 
     def see(place: Place, state: Tensor) -> None:
-        if len(found) < len(states) and _same(state, states[len(found)]):
-            found.append(place)
+        if len(places) < len(states) and _same(state, states[len(places)]):
+            places.append(place)
 
-    with _watched(model.modules(), see, _OfThread()):
+    with _watched(model.modules(), see, _Seen()):
         run()
-    return found if len(found) == len(states) else None
+    return places if len(places) == len(states) else None
 
 
 def keeps_nothing(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> bool:
-    """Whether none of the runs, of unlike batches, leaves in the modules what another did not: if so, threads may run
-    the model at once. Recurrent encoders, for one, leave the states of a batch in it."""
+    """Return True if the modules keep no state of a batch, so that threads may share the model.
+
+    runs: calls with different batches. Recurrent encoders, for one, keep the states of the last batch.
+    """
     left = []
     for run in runs:
         run()
         left.append([{**vars(module), **module._buffers} for module in model.modules()])
     return all(
-        own.keys() == other.keys() and all(_alike(value, other[name]) for name, value in own.items())
+        first.keys() == later.keys() and all(_alike(value, later[name]) for name, value in first.items())
         for others in left[1:]
-        for own, other in zip(left[0], others, strict=True)
+        for first, later in zip(left[0], others, strict=True)
     )
 
 
 def _alike(value: Any, other: Any) -> bool:
-    """Whether a module's attribute is as it was: the same object, or an equal number or text."""
+    """Return True if a module's attribute has not changed: one object, or an equal number or text."""
     return value is other or (isinstance(value, int | float | str) and type(value) is type(other) and value == other)
 
 
@@ -60,25 +63,27 @@ Read = Callable[[Callable[[], Any], Take], list[Tensor]]
 
 @contextmanager
 def reading(places: Sequence[Place]) -> Iterator[Read]:
-    """Gives what reads the states at all places: `read(run, take)` is what `take` makes of each, the moment that `run`
-    has made it. Several threads may read at once, each what it runs itself."""
-    own = _OfThread()
+    """Yield `read(run, take)`, which calls `run` and returns take(state) for the state at each place.
+
+    `take` is called the moment that the state is made. Several threads may read at once, each its own run.
+    """
+    seen = _Seen()
 
     def see(place: Place, state: Tensor) -> None:
         if place in places:
-            own.taken[place] = own.take(state)
+            seen.taken[place] = seen.take(state)
 
     def read(run: Callable[[], Any], take: Take) -> list[Tensor]:
-        own.calls, own.taken, own.take = Counter(), {}, take
+        seen.calls, seen.taken, seen.take = Counter(), {}, take
         run()
-        return [own.taken[place] for place in places]
+        return [seen.taken[place] for place in places]
 
-    with _watched(dict.fromkeys(place.module for place in places), see, own):
+    with _watched(dict.fromkeys(place.module for place in places), see, seen):
         yield read
 
 
-class _OfThread(threading.local):
-    """What a thread has seen of its own run."""
+class _Seen(threading.local):
+    """The calls and states that one thread has seen in its run."""
 
     def __init__(self) -> None:
         self.calls: Counter[nn.Module] = Counter()
@@ -87,20 +92,20 @@ class _OfThread(threading.local):
 
 
 @contextmanager
-def _watched(modules: Iterable[nn.Module], see: Callable[[Place, Tensor], None], own: _OfThread) -> Iterator[None]:
-    """Shows the first tensor that each module is given, and that it gives, as it happens; `own` counts its calls."""
+def _watched(modules: Iterable[nn.Module], see: Callable[[Place, Tensor], None], seen: _Seen) -> Iterator[None]:
+    """Pass `see` the first input and the first output of each module at each call, which `seen` counts."""
 
-    def show(module: nn.Module, given: bool, values: Iterable[Any]) -> None:
+    def show(module: nn.Module, is_input: bool, values: Iterable[Any]) -> None:
         state = next((value for value in values if isinstance(value, Tensor)), None)
         if state is not None:
-            see(Place(module, own.calls[module], given), state)
+            see(Place(module, seen.calls[module], is_input), state)
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         show(module, True, (*args, *kwargs.values()))
 
     def after(module: nn.Module, _args: tuple, output: Any) -> None:
         show(module, False, output if isinstance(output, tuple) else (output,))
-        own.calls[module] += 1
+        seen.calls[module] += 1
 
     hooks = []
     try:

@@ -38,8 +38,8 @@ def byte_form(processor: Any, device: torch.device) -> ByteForm | None:
         mapped = pixel_values(processor, [Image.fromarray(every)], **unshaped)["pixel_values"]
         form = ByteForm(prepare, mapped.reshape(3, 256).to(device))
         pixels = prepare(probes)["pixel_values"]
-        found = form.pixel_values(pixels.to(device)).cpu()
-        same = pixels.dtype == torch.uint8 and torch.equal(found, pixel_values(processor, probes)["pixel_values"])
+        restored = form.pixel_values(pixels.to(device)).cpu()
+        same = pixels.dtype == torch.uint8 and torch.equal(restored, pixel_values(processor, probes)["pixel_values"])
     except Exception:  # a processor whose steps cannot be left out, or that is fussy about sizes, raises anything
         return None
     return form if same else None

@@ -54,7 +54,7 @@ def target_ranks(
     queries: Tensor, vectors: Tensor, split: Split, config: EvaluationConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """float64 [users] twice: each target's rank from 1, history masked (infinite where unreachable) and not."""
-    found = torch.empty(2, len(split.targets), dtype=torch.float64, device=queries.device)
+    all_ranks = torch.empty(2, len(split.targets), dtype=torch.float64, device=queries.device)
     for rows in _parts(split):
         chosen = torch.from_numpy(rows).to(queries.device)
         ranks = kernels.target_rank(
@@ -65,9 +65,9 @@ def target_ranks(
             tie_share=TIE_SHARES[config.ties],
             chunk_elements=config.chunk_mib * 2**20 // BYTES_PER_SCORE,
         )
-        for into, own in zip(found, ranks):
-            into[chosen] = own.double()
-    masked, unmasked = found
+        for into, part in zip(all_ranks, ranks):
+            into[chosen] = part.double()
+    masked, unmasked = all_ranks
     broken = unmasked.isnan()
     if broken.any():
         raise InputError(
@@ -78,7 +78,7 @@ def target_ranks(
 
 
 def user_gains(ranks: np.ndarray, k: int) -> dict[str, np.ndarray]:
-    """What each user adds to HR@K and NDCG@K, which are the means: float64 [users] under `hr@k` and `ndcg@k`."""
+    """Return each user's share of HR@K and NDCG@K, float64 [users] under `hr@k` and `ndcg@k`; their means are those."""
     hit = ranks <= k
     return {f"hr@{k}": hit.astype(np.float64), f"ndcg@{k}": np.where(hit, 1 / np.log2(ranks + 1), 0)}
 
@@ -105,5 +105,5 @@ def ranking_metrics(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, float |
 
 
 def headline_metrics(report: dict[str, Any]) -> dict[str, Any]:
-    """The figures that lead: masked ones, unless the evaluation was told to lift the mask."""
+    """Return the masked metrics of a report, or the unmasked ones if the evaluation does not mask the history."""
     return report["masked" if report["history_masked_by_default"] else "unmasked"]

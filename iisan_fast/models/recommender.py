@@ -133,13 +133,13 @@ class Recommender(nn.Module):
     def user_states(self, vectors: Tensor, inputs: np.ndarray) -> Tensor:
         """[users, d] after each user's inputs (int64 [users, max_inputs], right-aligned, 0 for padding)."""
 
-        def some(part: np.ndarray) -> Tensor:
+        def states_after(part: np.ndarray) -> Tensor:
             slots = np.flatnonzero(part)
             rows = Rows(torch.from_numpy(slots).to(vectors.device), len(part), part.shape[1])
             return self.sequence_encoder.last(vectors[torch.from_numpy(part.flat[slots] - 1).to(vectors.device)], rows)
 
         parts = [inputs[start : start + USERS_AT_ONCE] for start in range(0, len(inputs), USERS_AT_ONCE)]
-        return torch.cat(kernels.at_once(some, parts, USER_WORKERS if vectors.is_cpu else 1))
+        return torch.cat(kernels.at_once(states_after, parts, USER_WORKERS if vectors.is_cpu else 1))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every trainable parameter under the name of its learning rate, once."""

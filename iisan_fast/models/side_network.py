@@ -120,17 +120,17 @@ class SideNetwork(nn.Module):
             chosen = [projections[name] for name in reads]
             return kernels.side_towers(states, towers, self.activation, chosen)
 
-        found = []
+        summands = []
         if len({view.table.shape[1:] for view in states}) == 1:  # one call for all towers of one bottleneck
             for names in self.by_bottleneck.values():
-                found += outputs(states, {name: TOWER_VIEWS[name] for name in names})
-            return functools.reduce(torch.add, found)
+                summands += outputs(states, {name: TOWER_VIEWS[name] for name in names})
+            return functools.reduce(torch.add, summands)
         for name, view in zip(("first", "second"), states):
             if name in self.towers:
-                found += outputs([view], {name: (0,)})
+                summands += outputs([view], {name: (0,)})
         if "inter" in self.towers:
-            found += outputs(self._aligned(states), {"inter": (0, 1)})
-        return functools.reduce(torch.add, found)
+            summands += outputs(self._aligned(states), {"inter": (0, 1)})
+        return functools.reduce(torch.add, summands)
 
     def weights(self) -> list[kernels.Tower] | None:
         """The towers' parameters, or None where one call of the op does not take them all, or not as they are."""

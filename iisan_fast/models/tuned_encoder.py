@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..encoders import ModelInputs, adapt, blocks, checkpoint_blocks
+from ..encoders import ModelInputs, adapt, checkpoint_blocks, transformer_blocks
 from ..states import Chunks
 from .activation_memory import EncodingPlan, Footprint, activation_bytes, plan_parts
 from .item_encoders import FinalHeads
@@ -19,7 +19,7 @@ WORKING_BLOCKS = 2  # whose insides the backward pass holds beside what was kept
 
 
 class Encoder(Protocol):
-    """What `backbones.Backbone` offers here."""
+    """What `encoders.Backbone` offers here."""
 
     model: nn.Module
     width: int
@@ -120,7 +120,7 @@ class TunedItemEncoder(nn.Module):
                 return activation_bytes(lambda: encoder.final(inputs), model.parameters())
 
         checkpoint_blocks(model, False)
-        inside = (kept(two) - kept(one)) // len(blocks(model))
+        inside = (kept(two) - kept(one)) // len(transformer_blocks(model))
         checkpoint_blocks(model, self.checkpointing)
         first, second = kept(one), kept(two)
         return Footprint(2 * first - second, second - first + WORKING_BLOCKS * inside)

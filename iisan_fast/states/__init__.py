@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING
 from ..doors import lazy_names
 
 if TYPE_CHECKING:
-    from .chunks import Chunks
     from .encoder_inputs import open_sources, view_inputs
     from .extraction import GROUP_ITEMS, Extracted, extract
     from .feature_table import FeatureTable, load_table
     from .input_table import EncodedTable, open_inputs
-    from .item_source import ItemSource
+    from .item_source import Chunks, ItemInputs, ItemSource
     from .loader import PreparedBatch, prepared_batches
     from .placement import DEVICE_SHARE, HOST_SHARE, free_memory, size_text
     from .store import Store, content_digest, describes_view
@@ -24,6 +23,7 @@ __all__ = [
     "FeatureTable",
     "GROUP_ITEMS",
     "HOST_SHARE",
+    "ItemInputs",
     "ItemSource",
     "PreparedBatch",
     "Store",

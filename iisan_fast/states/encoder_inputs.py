@@ -105,8 +105,8 @@ def new_rows(
         progress_bar(f"reading {view}", len(stored), "items") as advance,
         closing(inputs_ahead(contents.check, requests, workers)) as checked,
     ):
-        for request, found in zip(requests, checked):
-            new += found
+        for request, new_in_request in zip(requests, checked):
+            new += new_in_request
             advance(len(request))
     problems = [f"{item_ids[row]} ({problem})" for row, problem in new if problem]
     if problems:
@@ -145,9 +145,9 @@ class TextInputs:
         """
         tokens = [self._tokens]
         for part in batched(rows, TEXTS_AT_ONCE):
-            found = self.backbone.tokenize([self.texts[row] or "" for row in part])
-            self._lengths[part] = [len(ids) for ids in found]
-            tokens += [np.array(ids, dtype=np.int32) for ids in found]
+            token_rows = self.backbone.tokenize([self.texts[row] or "" for row in part])
+            self._lengths[part] = [len(ids) for ids in token_rows]
+            tokens += [np.array(ids, dtype=np.int32) for ids in token_rows]
         self._starts[rows] = len(self._tokens) + np.cumsum(self._lengths[rows]) - self._lengths[rows]
         self._tokens = np.concatenate(tokens)
         return [rows[index] for index in np.argsort(-self._lengths[rows], kind="stable")]
@@ -171,9 +171,9 @@ class TextInputs:
         """int32 [N, longest]: token numbers of one or more arranged rows int64 [N], padded on the right."""
         lengths = self._lengths[rows, None]
         places = np.arange(lengths.max())
-        own = places < lengths
-        ids = np.full(own.shape, self.backbone.padding_token, dtype=np.int32)
-        ids[own] = self._tokens[(self._starts[rows, None] + places)[own]]
+        in_text = places < lengths
+        ids = np.full(in_text.shape, self.backbone.padding_token, dtype=np.int32)
+        ids[in_text] = self._tokens[(self._starts[rows, None] + places)[in_text]]
         return ids
 
 
@@ -207,7 +207,7 @@ class ImageInputs:
     def batch(self, rows: Sequence[int]) -> EncoderBatch:
         """Rows, decoded one at a time. Raises InputError for an image that has gone or broken since it was checked."""
         digests, inputs, blanks = zip(*map(self._read, rows))
-        merged = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
+        merged = {name: torch.cat([image[name] for image in inputs]) for name in inputs[0]}
         return EncoderBatch(rows, list(digests), merged, sum(blanks))
 
     def _accepted(self, content: bytes | None) -> tuple[bytes, ...]:

@@ -116,7 +116,7 @@ class _Writer:
         if not self.pending:
             return
         ids = [self.item_ids[row] for rows, *_ in self.pending for row in rows]
-        digests = [digest for _, own, _ in self.pending for digest in own]
+        digests = [digest for _, batch_digests, _ in self.pending for digest in batch_digests]
         states = torch.cat([states for *_, states in self.pending])
         finite = states.isfinite().flatten(1).all(dim=1).tolist()
         good = [index for index, ok in enumerate(finite) if ok]

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels import States
 from .item_source import Gathered
 from .placement import place
-from .store import Store, kept_positions
+from .store import Store, group_positions
 from .view_shapes import ViewShape
 
 ITEMS_AT_ONCE = 4096  # read from the store
@@ -115,15 +115,15 @@ class MappedTable(GatheredTable):
         store: Store,
         names: list[str],
         item_ids: list[str],
-        kept: list[list[int] | None],
+        positions: list[list[int] | None],
         dtypes: list[torch.dtype],
         device: torch.device,
     ) -> None:
-        """kept: positions among each view's layers; None for all."""
-        made = [store.view(name) for name in names]
-        super().__init__(list(map(_shape, made, kept)), dtypes, len(item_ids) + 1, device)
-        self.store, self.names, self.item_ids, self.kept = store, names, item_ids, kept
-        self.stored = [getattr(torch, view["dtype"]) for view in made]
+        """positions: among each view's stored layers, the layers to read; None for all."""
+        descriptions = [store.view(name) for name in names]
+        super().__init__(list(map(_shape, descriptions, positions)), dtypes, len(item_ids) + 1, device)
+        self.store, self.names, self.item_ids, self.positions = store, names, item_ids, positions
+        self.stored = [getattr(torch, view["dtype"]) for view in descriptions]
         for name in names:
             store.check(name, item_ids)
 
@@ -132,13 +132,13 @@ class MappedTable(GatheredTable):
         self.store.close()
 
     def _read(self, view: int, items: Tensor, into: Tensor) -> None:
-        own = into if self.stored[view] == into.dtype else torch.empty_like(into, dtype=self.stored[view])
+        stored = into if self.stored[view] == into.dtype else torch.empty_like(into, dtype=self.stored[view])
         padding = int((items == 0).sum())  # at the end: a padded batch's
-        own[len(items) - padding :] = 0
+        stored[len(items) - padding :] = 0
         ids = [self.item_ids[item - 1] for item in items[: len(items) - padding].tolist()]
-        self.store.read(self.names[view], ids, own[: len(ids)], self.kept[view])
-        if own is not into:
-            into.copy_(own)
+        self.store.read(self.names[view], ids, stored[: len(ids)], self.positions[view])
+        if stored is not into:
+            into.copy_(stored)
 
 
 def load_table(
@@ -158,19 +158,19 @@ def load_table(
     store = Store(cache)
     try:
         names = list(views)
-        made = [store.view(name) for name in names]
-        dtypes = [dtype or getattr(torch, view["dtype"]) for view in made]
-        kept = [kept_positions(name, view, layer_groups) for name, view in zip(names, made)]
-        shapes = [(len(item_ids) + 1, *_shape(view, positions)) for view, positions in zip(made, kept)]
+        descriptions = [store.view(name) for name in names]
+        dtypes = [dtype or getattr(torch, view["dtype"]) for view in descriptions]
+        positions = [group_positions(name, view, layer_groups) for name, view in zip(names, descriptions)]
+        shapes = [(len(item_ids) + 1, *_shape(view, layers)) for view, layers in zip(descriptions, positions)]
         size = sum(math.prod(shape) * kind.itemsize for shape, kind in zip(shapes, dtypes))
         where = place("feature table", placement, size, device, mapped="in the store's file")
         if where == "mapped":
-            return MappedTable(store, names, item_ids, kept, dtypes, device)
+            return MappedTable(store, names, item_ids, positions, dtypes, device)
         target = device if where == "device" else torch.device("cpu")
         pinned = where == "pinned" and device.type == "cuda"
         tables = tuple(
-            _load(store, name, item_ids, positions, torch.zeros(shape, dtype=kind, device=target, pin_memory=pinned))
-            for name, positions, shape, kind in zip(names, kept, shapes, dtypes)
+            _load(store, name, item_ids, layers, torch.zeros(shape, dtype=kind, device=target, pin_memory=pinned))
+            for name, layers, shape, kind in zip(names, positions, shapes, dtypes)
         )
     except BaseException:
         store.close()
@@ -189,12 +189,12 @@ def _shape(view: dict[str, Any], positions: list[int] | None) -> ViewShape:
     return ViewShape(len(view["layers"] if positions is None else positions), view["width"])
 
 
-def _load(store: Store, name: str, item_ids: list[str], kept: list[int] | None, table: Tensor) -> Tensor:
+def _load(store: Store, name: str, item_ids: list[str], positions: list[int] | None, table: Tensor) -> Tensor:
     """Fills rows 1 and on from the store, a part at a time."""
     stored = getattr(torch, store.view(name)["dtype"])
     staging = torch.empty((min(ITEMS_AT_ONCE, len(item_ids)), *table.shape[1:]), dtype=stored)
     for start in range(0, len(item_ids), ITEMS_AT_ONCE):
         part = item_ids[start : start + ITEMS_AT_ONCE]
-        store.read(name, part, staging[: len(part)], kept)
+        store.read(name, part, staging[: len(part)], positions)
         table[1 + start : 1 + start + len(part)] = staging[: len(part)]
     return table

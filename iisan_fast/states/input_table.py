@@ -22,9 +22,8 @@ from ..errors import InputError
 from ..kernels import States
 from ..progress import progress_bar
 from ..workers import batched, usable_cpus, worker_count
-from .chunks import Chunks
 from .encoder_inputs import BLANK, ImageInputs, TextInputs, inputs_ahead, new_rows, open_sources, view_inputs
-from .item_source import Gathered
+from .item_source import Chunks, Gathered
 from .placement import place
 from .view_shapes import ViewShape
 
@@ -56,8 +55,9 @@ class InputTable:
 
     def gather(self, items: Tensor) -> Gathered:
         """What the device does not hold of item numbers int64 [N] on the host: tokens and images, a tensor a view."""
-        found = [view.gather(items, self.part_items) for view in self._views]
-        return Gathered([tensor for each in found for tensor in each.tensors], [each.layout for each in found])
+        by_view = [view.gather(items, self.part_items) for view in self._views]
+        tensors = [tensor for gathered in by_view for tensor in gathered.tensors]
+        return Gathered(tensors, [gathered.layout for gathered in by_view])
 
     def read(self, items: Tensor, gathered: Gathered | None = None) -> list[Chunks]:
         """What the encoder of each view reads of items int64 [N], on the device."""
@@ -70,13 +70,13 @@ class InputTable:
 
     def largest(self, count: int) -> list[ModelInputs]:
         """What each view's encoder reads of so many items at once, all as large as the largest there is."""
-        found = []
+        largest = []
         for view in self._views:
             items = torch.full((count,), view.largest)
             tensors, layout = view.gather(items, count)
             moved = (tensor.to(self.device) for tensor in tensors)
-            found += view.chunks(items.to(self.device), moved, layout, count).parts
-        return found
+            largest += view.chunks(items.to(self.device), moved, layout, count).parts
+        return largest
 
     def close(self) -> None:
         """Gives back the dataset's images and the threads that decode them."""
@@ -112,14 +112,14 @@ class EncodedTable:
         gathered = gathered or self.gather(items)
         count, layout = gathered.layout
         contents = self.contents.read(items[:count], gathered._replace(layout=layout))
-        found = []
+        by_view = []
         for (layers, width), backbone, chunks in zip(self.shapes, self.contents.backbones, contents):
             # Encoders give inference tensors, which autograd cannot save: they are copied into ordinary ones.
             states = torch.zeros((len(items), layers, width), dtype=self.dtype, device=self.contents.device)
             if chunks.parts:
                 states[:count] = _encoded(backbone, chunks).to(self.stored)
-            found.append(States(states))
-        return found
+            by_view.append(States(states))
+        return by_view
 
     def close(self) -> None:
         """Closes the contents."""
@@ -189,8 +189,8 @@ class _TextView:
         """The parts unpacked."""
         *ids, lengths, order = next(tensors).split([*(count * width for count, width in shapes), *[len(items)] * 2])
         parts = []
-        for flat, own, shape in zip(ids, lengths.split([count for count, _ in shapes]), shapes):
-            mask = torch.arange(shape[1], device=flat.device) < own[:, None]
+        for flat, part_lengths, shape in zip(ids, lengths.split([count for count, _ in shapes]), shapes):
+            mask = torch.arange(shape[1], device=flat.device) < part_lengths[:, None]
             parts.append({"input_ids": flat.view(shape).long(), "attention_mask": mask.long()})
         return Chunks(parts, order.long())
 

@@ -1,7 +1,7 @@
-"""What training reads items from: states that lie in a table, states made as they are read, or the contents themselves.
+"""What training reads items from: states in a table, states computed at each reading, or the encoders' inputs.
 
-A source's part that runs on the host is taken ahead of the step, in the loader's thread; its part that runs on the
-device is taken in the step's own order and never waits.
+A source has two parts. `gather` runs on the host, ahead of the step, in the loader's thread. `read` runs on the device,
+in the step's order, and never waits.
 """
 
 from __future__ import annotations
@@ -11,29 +11,45 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..kernels import States
+
+
+class Chunks(NamedTuple):
+    """The inputs of one view's encoder for N items, on the device, in parts.
+
+    With `order`, int64 [N], `torch.cat(results).index_select(0, order)` puts the parts' results into the items' order.
+    Without it they are in that order already.
+    """
+
+    parts: list[dict[str, Tensor]]  # of nearly equal size; texts of near-equal length together, the longest first
+    order: Tensor | None = None
+
+
+ItemInputs = list[States] | list[Chunks]  # what an item encoder takes of N items, one entry a view
+
 
 class Gathered(NamedTuple):
-    """What has to be on the device before items can be read there."""
+    """Tensors that must be on the device before items can be read there."""
 
     tensors: list[Tensor]  # in host memory, pinned for CUDA, until the loader has copied them
-    layout: Any = None  # what the host alone has to know of them, such as the sizes of parts
+    layout: Any = None  # facts about them that the host alone needs, such as the sizes of parts
 
 
 class ItemSource(Protocol):
     """A catalogue's items, by number; 0 is padding."""
 
     rows: int  # items and the padding
-    index_device: torch.device  # where item numbers have to lie that nothing was gathered for
-    items_at_once: int  # how many may be read at a time when all are
+    index_device: torch.device  # of the item numbers that `read` takes when nothing was gathered
+    items_at_once: int  # how many items to read at a time when the whole catalogue is read
 
     def gather(self, items: Tensor) -> Gathered:
-        """The host's part for item numbers int64 [N] on the host, any padding last."""
+        """Do the host's part for item numbers int64 [N] on the host, any padding last."""
 
-    def read(self, items: Tensor, gathered: Gathered | None = None) -> list[Any]:
-        """What an item encoder reads of items, on the device, for each view; without `gathered`, gathers itself.
+    def read(self, items: Tensor, gathered: Gathered | None = None) -> ItemInputs:
+        """Return the items' inputs on the device. Without `gathered`, gather first.
 
-        items: int64 [N], the numbers that were gathered for; on the device then, else on `index_device`.
+        items: int64 [N], the numbers that were gathered, on the device; without `gathered`, on `index_device`.
         """
 
     def close(self) -> None:
-        """Gives back what is open."""
+        """Close what is open."""

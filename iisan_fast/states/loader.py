@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data import Batch, Shape
-from ..kernels import States
-from .chunks import Chunks
-from .item_source import Gathered, ItemSource
+from .item_source import Gathered, ItemInputs, ItemSource
 
 AHEAD = 2  # batches
 TOGETHER = 8  # batches are laid out one after the other: the first finds the caches full of a step's numbers
@@ -25,7 +23,7 @@ class PreparedBatch(NamedTuple):
     """A batch on the device, and what the item encoder reads of its distinct items."""
 
     batch: Batch
-    item_inputs: list[States] | list[Chunks]  # a view each
+    item_inputs: ItemInputs
     rows: int  # real ones, without padding
     slots: int  # of the users' histories
 

@@ -123,15 +123,16 @@ class Store:
             except lmdb.MapFullError:
                 self._env.set_mapsize(2 * self._env.info()["map_size"])
 
-    def read(self, view: str, item_ids: list[str], into: Tensor, kept: list[int] | None = None) -> None:
-        """Fills into [N, K, D], of the store's dtype, with the items' states, of all stored layers or of those at the
-        positions `kept`. Raises InputError if any is missing.
+    def read(self, view: str, item_ids: list[str], into: Tensor, positions: list[int] | None = None) -> None:
+        """Fill into [N, K, D], of the store's dtype, with the items' states. Raises InputError if any is missing.
+
+        positions: among the stored layers, the layers to read; None for all.
         """
-        made, target = self.view(view), _as_bytes_array(into)
-        shape = len(made["layers"]), made["width"]
+        description, target = self.view(view), _as_bytes_array(into)
+        shape = len(description["layers"]), description["width"]
         for row, value in self._values(view, item_ids):
             states = np.frombuffer(value, dtype=target.dtype, offset=DIGEST_BYTES).reshape(shape)
-            target[row] = states if kept is None else states[kept]
+            target[row] = states if positions is None else states[positions]
 
     def check(self, view: str, item_ids: list[str]) -> None:
         """Raises InputError if any item's states are missing or of another size, without reading them."""
@@ -140,8 +141,8 @@ class Store:
 
     def _values(self, view: str, item_ids: list[str]) -> Iterator[tuple[int, memoryview]]:
         """(row, digest and states) of each item."""
-        made, missing = self.view(view), []
-        size = len(made["layers"]) * made["width"] * getattr(torch, made["dtype"]).itemsize
+        description, missing = self.view(view), []
+        size = len(description["layers"]) * description["width"] * getattr(torch, description["dtype"]).itemsize
         with self._clear_errors(), self._reading() as transaction:
             for row, item_id in enumerate(item_ids):
                 value = transaction.get(_key(view, item_id))
@@ -186,10 +187,10 @@ def content_digest(content: bytes) -> bytes:
     return blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
-def kept_positions(name: str, view: dict[str, Any], layer_groups: int | None) -> list[int] | None:
-    """Where a stored view's layers of so many groups stand among its layers; None for all of them.
+def group_positions(name: str, view: dict[str, Any], layer_groups: int | None) -> list[int] | None:
+    """Return the positions, among a stored view's layers, of the last block of each group; None for all layers.
 
-    Raises InputError where the view lacks one.
+    Raises InputError if the view lacks one of those blocks.
     """
     if layer_groups is None:
         return None
@@ -205,7 +206,7 @@ def kept_positions(name: str, view: dict[str, Any], layer_groups: int | None) ->
 
 
 def describes_view(value: Any) -> bool:
-    """Whether a JSON value says what reading a view needs to know."""
+    """Return True if a JSON value says all that reading a view needs."""
     return isinstance(value, dict) and value.keys() >= {"source", "layers", "depth", "width", "dtype"}
 
 

@@ -14,13 +14,11 @@ from .. import kernels
 from ..data import Batch, Shape
 from ..kernels import States
 from ..models import Recommender
-from ..states import Chunks
+from ..states import ItemInputs
 from .optimizer import Adam
 
 SMALL_ROWS = 1024  # of a batch, up to which threads cost a CPU's small operators more than they give
 WARM_UP_CALLS = 3  # before a capture: kernels are compiled, libraries make their workspaces
-
-ItemInputs = list[States] | list[Chunks]  # what the item encoder reads of a batch's distinct items, a view each
 
 
 class Reading(NamedTuple):

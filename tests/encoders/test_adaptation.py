@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from helpers.datasets import DATA
 from helpers.encoders import BERT, IMAGE, LLM, SHAPE, TEXT, VISION
 from iisan_fast.config import ModelConfig
-from iisan_fast.encoders.adaptation import Adapter, adapt, blocks, checkpoint_blocks
+from iisan_fast.encoders.adaptation import Adapter, adapt, checkpoint_blocks, transformer_blocks
 from iisan_fast.errors import InputError
 from iisan_fast.models.item_encoders import FinalHeads
 from iisan_fast.models.sasrec import SASRec
@@ -108,7 +108,9 @@ def test_lora_starts_at_the_pretrained_encoder(kind, family):
 def test_every_block_holds_the_same(kind, family, method):
     model = build(kind, family)
     adapt(model, method, bottleneck=5)
-    added = [{n for n, p in block.named_parameters() if p.requires_grad} for block in blocks(model).values()]
+    added = [
+        {n for n, p in block.named_parameters() if p.requires_grad} for block in transformer_blocks(model).values()
+    ]
     assert len(added) == BLOCKS and all(names == added[0] for names in added)
     assert len(added[0]) == (8 if method == "adapter" else 4)
     assert sum(p.requires_grad for p in model.parameters()) == BLOCKS * len(added[0])
@@ -200,7 +202,7 @@ def adapted(linear: nn.Module, x: Tensor) -> Tensor:
 def adapters_far_from_the_identity(model: hf.PreTrainedModel) -> nn.Module:
     for parameter in adapt(model, "adapter", bottleneck=5)["adapters"]:
         nn.init.normal_(parameter, std=0.3)
-    return next(iter(blocks(model).values())).double()
+    return next(iter(transformer_blocks(model).values())).double()
 
 
 def test_adapters_stand_before_the_residual_in_a_block_of_bert():
@@ -242,7 +244,7 @@ def test_checkpointed_blocks_give_the_same_gradients(kind, family, method):
     parameters = [p for group in adapt(model, method).values() for p in group]
     inputs = inputs_for(model)
     calls = []
-    for block in blocks(model).values():
+    for block in transformer_blocks(model).values():
         named_children = [child for child in block.modules() if isinstance(child, nn.Linear)]
         named_children[0].register_forward_hook(lambda *_: calls.append(1))
 
@@ -272,7 +274,7 @@ def test_encoders_that_a_method_cannot_take_are_named():
 
 def test_a_block_with_two_candidates_is_named():
     model = build("text", "bert")
-    block = next(iter(blocks(model).values()))
+    block = next(iter(transformer_blocks(model).values()))
     block.attention.q_proj = nn.Linear(WIDTH, WIDTH)
     with pytest.raises(InputError, match="found attention.self.query and attention.q_proj"):
         adapt(model, "lora")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from helpers.encoders import BERT, IMAGE, LLM, TEXT, TITLES, pictures, save, view
 from iisan_fast.bench.encoders import encoder_parameters
 from iisan_fast.encoders import base
-from iisan_fast.encoders.adaptation import blocks
+from iisan_fast.encoders.adaptation import transformer_blocks
 from iisan_fast.encoders.base import Backbone
 from iisan_fast.encoders.hidden_state_hooks import find_places, keeps_nothing, reading
 from iisan_fast.encoders.hugging_face import count_parameters
@@ -83,7 +83,7 @@ def most_alive(backbone: Backbone, encode) -> int:
     def ends(_block: nn.Module, _args: tuple, state: Tensor) -> None:
         alive.append(weakref.ref(state))
 
-    for block in blocks(backbone.model).values():
+    for block in transformer_blocks(backbone.model).values():
         block.register_forward_pre_hook(begins)
         block.register_forward_hook(ends)
     encode(backbone.prepare(TITLES))
@@ -151,7 +151,7 @@ def test_places_are_before_and_behind_modules():
     inside = [3 * x, model.block(3 * x)]
     places = find_places(model, lambda: model(x), [*inside, inside[1] + 1])
     assert [place.module for place in places] == [model.block, model.block, model]
-    assert [place.given for place in places] == [True, False, False]
+    assert [place.is_input for place in places] == [True, False, False]
     with reading(places[:2]) as read:
         taken = read(lambda: model(x), lambda state: state.sum(dim=1))
     assert all(torch.equal(found, state.sum(dim=1)) for found, state in zip(taken, inside))

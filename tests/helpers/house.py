@@ -51,6 +51,7 @@ class Import(NamedTuple):
     module: str
     name: str | None
     bound: str  # the name that the import binds
+    for_types: bool  # under `if TYPE_CHECKING:`
 
 
 class Tree:
@@ -85,15 +86,16 @@ class Tree:
 
     def _imports(self) -> Iterator[Import]:
         for path, tree in self.trees.items():
+            for_types = _nodes_for_types(tree)
             for node in ast.walk(tree):
                 if isinstance(node, ast.Import):
                     for alias in node.names:
                         bound = alias.asname or alias.name.partition(".")[0]
-                        yield Import(path, node.lineno, self.modules[path], alias.name, None, bound)
+                        yield Import(path, node.lineno, self.modules[path], alias.name, None, bound, node in for_types)
                 elif isinstance(node, ast.ImportFrom):
-                    yield from self._from(path, node)
+                    yield from self._from(path, node, node in for_types)
 
-    def _from(self, path: str, node: ast.ImportFrom) -> Iterator[Import]:
+    def _from(self, path: str, node: ast.ImportFrom, for_types: bool) -> Iterator[Import]:
         importer, source = self.modules[path], node.module or ""
         if node.level:
             drop = node.level - path.endswith("/__init__.py")
@@ -102,7 +104,7 @@ class Tree:
         for alias in node.names:
             whole = f"{source}.{alias.name}" in self.paths and alias.name not in self.exports(source)
             target = (f"{source}.{alias.name}", None) if whole else (source, alias.name)
-            yield Import(path, node.lineno, importer, *target, alias.asname or alias.name)
+            yield Import(path, node.lineno, importer, *target, alias.asname or alias.name, for_types)
 
 
 def violations(sources: Sources) -> list[str]:
@@ -168,15 +170,15 @@ def doors_that_disagree(tree: Tree) -> list[str]:
     for path, module in tree.doors():
         if "lazy_names(" not in tree.sources[path]:
             continue
-        exported = [name for name in tree.exports(module) if name != "__version__"]
-        homes = {each.name: each for each in tree.imports if each.path == path and each.bound == each.name}
-        homes.pop("lazy_names", None)  # of the door itself, in the same folder as the public API
-        homes = {name: each for name, each in homes.items() if each.module.startswith(f"{module}.")}
-        lines += [f"{path}:1: {name} is imported or exported, but not both" for name in sorted({*exported} ^ {*homes})]
+        exported = tree.exports(module)
+        homes = {each.name: each for each in tree.imports if each.path == path and each.for_types}
+        defined = {name for name in exported if _defines(tree, module, name)}
+        differing = sorted({*exported} ^ {*homes, *defined})
+        lines += [f"{path}:1: {name} is imported or exported, but not both" for name in differing]
         if len({*exported}) < len(exported):
             lines.append(f"{path}:1: __all__ names something twice")
         for name, each in homes.items():
-            if room_of(each.module) == room_of(module) and not _defines(tree, each.module, name):
+            if not _defines(tree, each.module, name):
                 lines.append(f"{path}:{each.line}: {each.module} defines no {name}")
     return lines
 
@@ -220,7 +222,7 @@ def cycles(tree: Tree) -> list[str]:
         (module, each.name): each.module
         for path, module in tree.doors()
         for each in tree.imports
-        if each.path == path and each.name
+        if each.path == path and each.name and each.for_types
     }
     doors = {module for _, module in tree.doors()}
     edges = defaultdict(set)
@@ -270,6 +272,16 @@ def _all(tree: ast.Module) -> list[str]:
         if isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == "__all__" for to in node.targets):
             return list(ast.literal_eval(node.value))
     return []
+
+
+def _nodes_for_types(tree: ast.Module) -> set[ast.AST]:
+    """Return the nodes under `if TYPE_CHECKING:`."""
+    blocks = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    ]
+    return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
 
 
 def _defines(tree: Tree, module: str, name: str) -> bool:

@@ -11,7 +11,7 @@ from iisan_fast.encoders.base import Backbone
 from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError
 from iisan_fast.models.tuned_encoder import TunedItemEncoder
-from iisan_fast.states.chunks import Chunks
+from iisan_fast.states.item_source import Chunks
 
 METHODS = ("full", "adapter", "lora", "bitfit", "frozen")
 ITEMS, D = 5, 8

@@ -21,11 +21,10 @@ from iisan_fast.data.sequences import Dataset, load_dataset
 from iisan_fast.encoders.base import Backbone
 from iisan_fast.encoders.image import ImageBackbone
 from iisan_fast.errors import InputError
-from iisan_fast.states.chunks import Chunks
 from iisan_fast.states.extraction import extract
 from iisan_fast.states.feature_table import load_table
 from iisan_fast.states.input_table import EncodedTable, open_inputs
-from iisan_fast.states.item_source import ItemSource
+from iisan_fast.states.item_source import Chunks, ItemSource
 from iisan_fast.states.loader import prepared_batches
 from iisan_fast.training.training_step import TrainingStep
 

@@ -32,11 +32,11 @@ def write_dataset(
     item_ids = interactions["item"].unique(maintain_order=True)
     titled = pl.Series([item_id in titles for item_id in item_ids], dtype=pl.Boolean)
     untitled = item_ids.filter(~titled)
-    kept = interactions
+    titled_interactions = interactions
     if len(untitled):
         _report_untitled(untitled, len(item_ids), options.missing_titles)
         if options.missing_titles == "drop":
-            kept = interactions.filter(titled.gather(interactions["item"].to_physical()))
+            titled_interactions = interactions.filter(titled.gather(interactions["item"].to_physical()))
             item_ids = item_ids.filter(titled)
     if not len(item_ids):
         raise InputError("nothing is left: no item has a title; give --missing-titles id, or the file of titles")
@@ -44,20 +44,20 @@ def write_dataset(
         file.writelines(f"{item_id}\t{titles.get(item_id, item_id)}\n" for item_id in item_ids)
     without_cover = None if covers is None else _write_covers(folder, covers, item_ids, options.copy_covers)
     return Imported(
-        users=_write_histories(folder, kept),
+        users=_write_histories(folder, titled_interactions),
         items=len(item_ids),
-        interactions=len(kept),
-        dropped_interactions=len(interactions) - len(kept),
+        interactions=len(titled_interactions),
+        dropped_interactions=len(interactions) - len(titled_interactions),
         items_without_title=len(untitled),
         items_without_cover=without_cover,
     )
 
 
 def _report_untitled(untitled: pl.Series, total: int, policy: str) -> None:
-    found = f"no title for {len(untitled):,} of {total:,} items ({first_few(untitled, len(untitled))})"
+    message = f"no title for {len(untitled):,} of {total:,} items ({first_few(untitled, len(untitled))})"
     if policy == "error":
-        raise InputError(f"{found}; give --missing-titles id or drop")
-    LOGGER.warning("%s: %s", found, "they are dropped" if policy == "drop" else "their ids stand for it")
+        raise InputError(f"{message}; give --missing-titles id or drop")
+    LOGGER.warning("%s: %s", message, "they are dropped" if policy == "drop" else "their ids stand for it")
 
 
 def _write_covers(folder: Path, covers: Path, item_ids: pl.Series, copy: bool) -> int:

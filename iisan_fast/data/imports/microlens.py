@@ -54,8 +54,8 @@ def _has_header(pairs: Path) -> bool:
     try:
         float(first[2])
     except (IndexError, ValueError):
-        found = ",".join(first)[:100]
-        raise InputError(f"{pairs} line 1: expected user,item,timestamp, found {found!r}") from None
+        line = ",".join(first)[:100]
+        raise InputError(f"{pairs} line 1: expected user,item,timestamp, found {line!r}") from None
     return False
 
 

@@ -1,4 +1,4 @@
-"""What an import can be told, and what it tells; apart from the rest, which needs polars."""
+"""Options and results of imports, apart from the imports themselves, which need polars."""
 
 from __future__ import annotations
 

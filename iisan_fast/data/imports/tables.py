@@ -31,8 +31,8 @@ class Table:
             if column not in schema:
                 if not "".join(schema).isprintable():
                     raise InputError(f"{self.path}: no header of names in its first line; is it in another format?")
-                found = first_few(schema, len(schema), limit=10)
-                raise InputError(f"{self.path}: no column {column!r}, only {found}; rename one or name it by an option")
+                names = first_few(schema, len(schema), limit=10)
+                raise InputError(f"{self.path}: no column {column!r}, only {names}; rename one or name it by an option")
         for name in ("user", "item"):
             kind = schema.get(columns.get(name), pl.String)
             if not (kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Enum)):
@@ -158,8 +158,8 @@ def _refuse(rows: pl.DataFrame, bad: pl.Series, name: str, path: Path) -> None:
         return
     first = bad.arg_max()
     value = rows[name][first]
-    found = "nothing" if value is None else repr(value)
-    raise InputError(f"{path} row {rows['row'][first]}: {name}: expected {EXPECTED[name]}, found {found}")
+    shown = "nothing" if value is None else repr(value)
+    raise InputError(f"{path} row {rows['row'][first]}: {name}: expected {EXPECTED[name]}, found {shown}")
 
 
 def _unreadable(path: Path, error: Exception, done: int = 0) -> InputError:
