@@ -1,4 +1,4 @@
-"""What a run reads its items from: a cache's table, encoders that run in every step, or item numbers alone."""
+"""The source that a run reads its items from: a cache's table, encoders that run in every step, or item numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Descriptions = dict[str, dict[str, Any]]  # by view's name
 def open_source(
     config: RunConfig, dataset: Dataset, device: torch.device, placement: str, precision: Precision
 ) -> Iterator[tuple[ItemSource, Descriptions]]:
-    """Open what the run reads of the dataset's items, and describe what its views are made with and from.
+    """Open the source of a run's items, and describe how each of its views is made.
 
     Raises InputError for states or contents that are missing.
     """
@@ -41,20 +41,20 @@ def open_source(
 
 
 def refuse_missing_libraries(config: RunConfig) -> None:
-    """Raises InputError, before anything is loaded, where the run's method needs a library that is not installed."""
+    """Raise InputError, before anything is loaded, where the run's method needs a library that is not installed."""
     if config.model.method == "lora" and find_spec("peft") is None:
         raise InputError("method: lora needs peft; pip install 'iisan-fast[lora]'")
 
 
 def item_numbers(items: int, device: torch.device) -> FeatureTable:
-    """A table whose one feature is the item's own number: int64 [items + 1, 1, 1]."""
+    """Return a table whose one feature is the item's number: int64 [items + 1, 1, 1]."""
     return FeatureTable((torch.arange(items + 1, device=device).view(-1, 1, 1),))
 
 
 def dataset_again(config: RunConfig, sequences: Sequences) -> Dataset:
-    """The dataset of a run that goes on: with the run's own histories, its contents read only where encoders run.
+    """Return the dataset of a run that goes on, with the histories of its folder. Contents are read for encoders alone.
 
-    Raises InputError where the items to be encoded are no longer those of the run.
+    Raises InputError where the dataset's items have changed since.
     """
     if config.uncached is None:
         return Dataset(Path(config.dataset), [], [], config.protocol, sequences)
@@ -65,7 +65,7 @@ def dataset_again(config: RunConfig, sequences: Sequences) -> Dataset:
 
 
 def refuse_changed_texts(config: RunConfig, dataset: Dataset) -> None:
-    """Raises InputError where titles or captions are not those that the cache's states were made from."""
+    """Raise InputError where titles or captions have changed since the cache's states were made from them."""
     if config.cache is None:
         return
     with Store(Path(config.cache)) as store:
@@ -111,7 +111,7 @@ def _open_cache(
 
 
 def _refuse_unfit_views(config: RunConfig, views: Descriptions) -> None:
-    """Before states are read, views that the method cannot take."""
+    """Raise InputError, before states are read, for views that the method cannot take."""
     shapes = [ViewShape(len(view["layers"]), view["width"]) for view in views.values()]
     if config.model.method in SIDE_METHODS and config.model.layer_groups is None:
         check_views(shapes, config.model)
@@ -152,7 +152,7 @@ def _open_encoders(
 
 
 def _resolved(view: ViewConfig, layer_groups: int | None, tuned: bool) -> ViewConfig:
-    """The view as a run needs it: with the ablation's layers, and with weights in which small updates are not lost."""
+    """Return the view with the layers of the run's ablation; an encoder that is trained gets float32 weights."""
     if layer_groups is not None and view.layers is None:
         view = replace(view, layer_groups=layer_groups)
     if tuned and view.encoder_dtype == "auto":
@@ -161,6 +161,6 @@ def _resolved(view: ViewConfig, layer_groups: int | None, tuned: bool) -> ViewCo
 
 
 def _text_description(dataset: Dataset, source: str) -> dict[str, Any]:
-    """How texts were read, and a digest of all of them."""
+    """Describe how texts were read, with a digest of all of them."""
     digests = (content_digest((text or "").encode()) for text in dataset.texts(source))
     return {**dataset.how_read(source), "contents": sha256(b"".join(digests)).hexdigest()}

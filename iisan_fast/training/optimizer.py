@@ -16,7 +16,7 @@ RULES = itemgetter("betas", "eps", "weight_decay", "amsgrad", "maximize")  # C++
 
 
 class Adam(torch.optim.Adam):
-    """PyTorch's, fused, with its states and checkpoints; on a CPU updated in C++ where that runs the ops."""
+    """PyTorch's fused Adam, with its states and checkpoints; on a CPU, C++ takes the updates where it runs the ops."""
 
     # Of the class: PyTorch's copies of an optimizer are made without __init__.
     found_inf: Tensor | None = None  # not 0: nothing is updated
@@ -29,23 +29,27 @@ class Adam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. PyTorch's takes the first, which makes the states, and any that C++ does not know."""
+        """Update the parameters: by PyTorch at first, which makes the states, and where C++ does not know them."""
         return None if closure is None and self._updated() else super().step(closure)
 
     def update(self) -> None:
-        """`step` without hooks where C++ takes it."""
+        """Update the parameters as `step` does, without hooks where C++ does it."""
         if not self._updated():
             super().step()
 
     def _updated(self) -> bool:
-        """Updates by C++, and says whether: it has to know all parameters, their gradients and states as they are."""
-        rules, parameters = RULES(self.defaults), [each for group in self.param_groups for each in group["params"]]
+        """Update by C++ and return True, or return False where it does not know the parameters, gradients or states."""
+        rules, parameters = RULES(self.defaults), [weight for group in self.param_groups for weight in group["params"]]
         if any(RULES(group) != rules for group in self.param_groups) or any(rules[2:]) or self.grad_scale is not None:
             return False
-        kept, gradients = list(map(self.state.get, parameters)), [each.grad for each in parameters]
-        if not all(kept) or not all(each.is_cpu and own is not None for each, own in zip(parameters, gradients)):
+        moments, gradients = list(map(self.state.get, parameters)), [weight.grad for weight in parameters]
+        if (
+            not all(moments)
+            or any(not weight.is_cpu for weight in parameters)
+            or any(grad is None for grad in gradients)
+        ):
             return False
-        states = [(each, *map(state.__getitem__, ADAM_STATE)) for each, state in zip(parameters, kept)]
+        states = [(weight, *map(state.__getitem__, ADAM_STATE)) for weight, state in zip(parameters, moments)]
         if self._update is None or not self._update.is_of(states):
             self._update = kernels.adam_update([kernels.AdamState(*state) for state in states])
         if self._update is None:

@@ -1,4 +1,4 @@
-"""The run folder: all that a run leaves behind, enough to resume it, evaluate it, and know how it was made.
+"""The run folder: all that is needed to resume a run, evaluate it, and know how it was made.
 
 config.json (the folder's format, and the resolved settings), environment.json, views.json (how the hidden states were
 made), sequences.npz (the data protocol's result), metrics.jsonl (one line an epoch), best.safetensors (weights and item
@@ -43,7 +43,7 @@ class RunFolder:
     def create(
         cls, path: Path, config: RunConfig, views: Mapping[str, Any], sequences: Sequences, device: torch.device
     ) -> RunFolder:
-        """Starts a run in a folder that holds none yet."""
+        """Start a run in a folder that holds none yet."""
         folder = cls(path)
         folder.refuse_if_used()
         path.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ class RunFolder:
         return cls(path)
 
     def refuse_if_used(self) -> None:
-        """Raises InputError where a run stands already, or something that is not a folder."""
+        """Raise InputError where the folder holds a run already, or is a file."""
         if (self.path / "config.json").exists():
             raise InputError(f"{self.path}: already holds a run; continue it with --resume or choose another --out")
         if self.path.exists() and not self.path.is_dir():
@@ -79,10 +79,12 @@ class RunFolder:
 
     @property
     def views(self) -> dict[str, Any]:
-        """What each of the run's views was made with, as the store's manifest said."""
+        """The description of each of the run's views, as the store's manifest held it."""
         views = read_settings(self.path / "views.json")
         if not all(map(describes_view, views.values())):
-            raise InputError(f"{self.path / 'views.json'}: not what a run's views were made with")
+            raise InputError(
+                f"{self.path / 'views.json'}: expected descriptions of views, found something else; restore it"
+            )
         return views
 
     @property
@@ -107,7 +109,7 @@ class RunFolder:
         ]
 
     def remove_leftovers(self) -> None:
-        """Removes what a kill in the middle of a write left of a new file; the old file stands."""
+        """Remove the half-written files that a kill in the middle of a write left; the old files stand."""
         for leftover in self.path.glob(".*.*.*"):
             leftover.unlink()
 
@@ -116,16 +118,16 @@ class RunFolder:
         _write_json(self.path / "config.json", {"format": RUN_FORMAT, **to_dict(config)})
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
-        """Replaces metrics.jsonl: one JSON object a line, one line an epoch."""
+        """Replace metrics.jsonl: one JSON object a line, one line an epoch."""
         write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def write_test(self, result: dict[str, Any]) -> None:
-        """Writes the test set's figures."""
+        """Write the test set's figures."""
         _write_json(self.test, result)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions that a result was made with."""
+    """Describe the machine and the versions that a result is made with."""
     on_gpu, backend = device.type == "cuda", kernels.backend_on(device)
     return {
         "iisan_fast": __version__,
@@ -143,10 +145,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _processor_name() -> str:
-    """As the system says it."""
+    """Return the processor's name as the system says it."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.M) if info.exists() else None
-    return found[1] if found else platform.processor()
+    name = re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.M) if info.exists() else None
+    return name[1] if name else platform.processor()
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Training: the loop over epochs, validation after each, the best checkpoint, and the test set once with it."""
+"""A run from its first epoch to its test: train, validate after each epoch, keep the best checkpoint, test it once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .training_step import CapturedStep, TrainingStep
 
 LOGGER = logging.getLogger(__name__)
 SELECTED_BY = 10  # HR@10 on validation chooses the best epoch
-READ_EVERY = 50  # steps between two looks at the loss, for which the host waits
+READ_EVERY = 50  # steps between two readings of the loss, for which the host waits
 
 
 @dataclass
@@ -284,7 +284,7 @@ def _precision_again(folder: RunFolder, device: torch.device) -> Precision:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Same seed, same machine: same numbers, bit for bit."""
+    """Repeat the same numbers bit for bit, given the same seed and machine."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     fix_cublas_workspace()
     torch.use_deterministic_algorithms(True)

@@ -84,18 +84,18 @@ class CapturedStep:
     def __init__(
         self, step: TrainingStep, capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None
     ) -> None:
-        """capture: makes something to call again and again of a function without arguments; None: a CUDA graph."""
+        """capture: turns a function without arguments into one that is called at every step; None: a CUDA graph."""
         self.step, self.capture = step, capture or self._graph
         self._captured: dict[Shape, tuple[Tensor, list[Tensor], Callable[[], Tensor]]] = {}
         self._pool = self._stream = None
 
     def __call__(self, batch: Batch, states: list[States]) -> Tensor:
-        """`TrainingStep.__call__` for a padded batch; the loss is overwritten by the next step."""
+        """Take `TrainingStep`'s step for a padded batch. The next step overwrites the loss that is returned."""
         self.capture_shape(batch, states)
         buffer, gathered, run = self._captured[batch.shape]
         buffer.copy_(batch.packed() if batch.buffer is None else batch.buffer)
-        for own, view in zip(gathered, states):
-            own.copy_(view.table)
+        for rows, view in zip(gathered, states):
+            rows.copy_(view.table)
         return run()
 
     def capture_shape(self, batch: Batch, states: list[States]) -> None:
@@ -107,15 +107,15 @@ class CapturedStep:
     def _prepare(
         self, packed: Tensor, shape: Shape, states: list[States]
     ) -> tuple[Tensor, list[Tensor], Callable[[], Tensor]]:
-        """(the buffers that every batch of a shape is copied into, what runs the step on them)."""
+        """Return the buffers that every batch of a shape is copied into, and the call that runs the step on them."""
         buffer = packed.to(self.step.record.device, copy=True)
         batch = Batch.unpacked(buffer, shape)
         gathered = [view.table.clone() for view in states if view.rows is None]
-        own = [States(rows) for rows in gathered] or [States(view.table, batch.distinct) for view in states]
-        return buffer, gathered, self.capture(lambda: self.step(batch, own))
+        views = [States(rows) for rows in gathered] or [States(view.table, batch.distinct) for view in states]
+        return buffer, gathered, self.capture(lambda: self.step(batch, views))
 
     def _graph(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """A CUDA graph of a function; the calls that warm it up find the failure flag set and update nothing."""
+        """Capture a function in a CUDA graph. Calls that warm it up find the failure flag set: nothing is updated."""
         record = self.step.record.clone()
         self.step.record[2] = 1
         with torch.cuda.device(record.device):
