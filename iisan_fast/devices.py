@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 def torch_device(name: str | torch.device) -> torch.device:
     """Return a named device: auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N.
 
-    Raises InputError for another name, for a device that this machine lacks, and for a backend named by the environment
-    that cannot run there.
+    Raises InputError for another name, for a device that this machine lacks, and if the environment names a form of the
+    ops that cannot run there.
     """
     from . import kernels  # imports torch, which takes seconds
 
     device = _named_device(name)
     try:
-        kernels.backend_on(device)
+        kernels.check_form(device)
     except ValueError as error:
         raise InputError(str(error)) from None
     return device

@@ -1,25 +1,20 @@
-"""The project's numerical ops, and the one rule that decides what runs them.
+"""The project's numerical ops, and the one rule that decides which form runs them.
 
-The side network, the loss and the target rank have a plain PyTorch form in `reference`, their specification, and a
-Triton form. On a CPU there are host forms in PyTorch for the side network, the rank and the folding of weights, and
-native ones in C++, compiled when they are first used: the folding, the side network, the sequence encoder, the loss,
-all of these and their gradients at once, and Adam's update. `backend="auto"` takes Triton for CUDA tensors, C++
-elsewhere, or the host forms where there is no compiler; the environment variable IISAN_FAST_BACKEND decides in its
-place.
+Every op has a plain PyTorch form, its specification: `reference`. Beside it there are forms in Triton for CUDA GPUs
+(`gpu`), in C++ for CPUs (`cpu`, compiled when first used), and for two ops in PyTorch for a CPU without a compiler
+(`cpu-torch`). `dispatch.py` has the table. `form="auto"` takes the fastest form that can run; the environment variable
+IISAN_FAST_FORM decides in its place.
 """
 
 if __name__ == "iisan_fast.kernels":
     from .checks import check_indices
-    from .cpu.adam import AdamState, AdamUpdate
-    from .cpu.library import compiler_version
-    from .cpu.sequence_encoder import SequenceDropout, SequenceGrid, SequenceWeights
+    from .cpu.adam import AdamUpdate
+    from .cpu.library import compiler_version, why_no_library
     from .cpu.whole_step import RecommenderGradients
-    from .cpu.whole_step_plan import RecommenderBatch, RecommenderWeights
-    from .dispatch import (
-        BACKEND_VARIABLE,
-        adam_update,
-        backend_on,
-        fold,
+    from .dispatch import FORM_VARIABLE, check_form, form_on
+    from .ops import (
+        adam,
+        fold_heads,
         inbatch_cross_entropy,
         last_states,
         recommender_gradients,
@@ -27,11 +22,24 @@ if __name__ == "iisan_fast.kernels":
         side_towers,
         target_rank,
     )
-    from .reference import Chain, States, Tower
+    from .reference.dropout import drop_factors, sequence_dropout
     from .threads import at_once, equal_parts, in_large_pieces
+    from .types import (
+        SITES_PER_BLOCK,
+        AdamState,
+        Chain,
+        RecommenderBatch,
+        RecommenderWeights,
+        SequenceDropout,
+        SequenceGrid,
+        SequenceWeights,
+        States,
+        Tower,
+    )
 
     __all__ = [
-        "BACKEND_VARIABLE",
+        "FORM_VARIABLE",
+        "SITES_PER_BLOCK",
         "AdamState",
         "AdamUpdate",
         "Chain",
@@ -43,20 +51,24 @@ if __name__ == "iisan_fast.kernels":
         "SequenceWeights",
         "States",
         "Tower",
-        "adam_update",
+        "adam",
         "at_once",
-        "backend_on",
+        "check_form",
         "check_indices",
         "compiler_version",
+        "drop_factors",
         "equal_parts",
-        "fold",
+        "fold_heads",
+        "form_on",
         "in_large_pieces",
         "inbatch_cross_entropy",
         "last_states",
         "recommender_gradients",
+        "sequence_dropout",
         "sequence_encoder",
         "side_towers",
         "target_rank",
+        "why_no_library",
     ]
 else:
     # Run from the repository root, transformers looks for the Hugging Face package `kernels`, imports this folder and

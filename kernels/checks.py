@@ -1,4 +1,4 @@
-"""What the ops refuse: one line that names the argument, what was expected and what came.
+"""Refuse bad arguments of the ops in one line that names the argument, what was expected and what was found.
 
 Values of tensors on a GPU are not looked at, since that would wait for it: indices are checked where they are still on
 the host, once a batch.
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cpu.sequence_encoder import SequenceGrid, SequenceWeights
-from .reference import ACTIVATIONS, Chain, States, Tower
+from .reference.side_towers import ACTIVATION_FUNCTIONS
+from .types import AdamState, Chain, SequenceGrid, SequenceWeights, States, Tower
 
 MOST_TOWERS = 32
 
@@ -20,9 +20,9 @@ MOST_TOWERS = 32
 def check_towers(
     states: Sequence[States], towers: Sequence[Tower], activation: str, projections: Sequence[Tensor] | None
 ) -> None:
-    """Arguments of `side_towers`."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected {' or '.join(ACTIVATIONS)}, found {activation!r}")
+    """Check the arguments of `side_towers`."""
+    if activation not in ACTIVATION_FUNCTIONS:
+        raise ValueError(f"activation: expected {' or '.join(ACTIVATION_FUNCTIONS)}, found {activation!r}")
     if len(states) not in (1, 2):
         raise ValueError(f"states: expected one or two views, found {len(states)}")
     if not 1 <= len(towers) <= MOST_TOWERS:
@@ -81,7 +81,7 @@ def check_towers(
 
 
 def check_chains(chains: Sequence[Chain]) -> None:
-    """Arguments of `fold`."""
+    """Check the arguments of `fold_heads`."""
     for i, chain in enumerate(chains):
         shapes = [list(weight.shape) for weight in (chain.outer, chain.middle, chain.inner)]
         if any(len(shape) != 2 for shape in shapes) or any(a[1] != b[0] for a, b in zip(shapes, shapes[1:])):
@@ -93,7 +93,7 @@ def check_chains(chains: Sequence[Chain]) -> None:
 
 
 def check_sequences(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> None:
-    """Arguments of `sequence_encoder`."""
+    """Check the arguments of `sequence_encoder` and `last_states`."""
     positions, width = _dimensions("weights.tensors[0]", weights.tensors[0], 2)
     if x.dim() != 2 or tuple(x.shape) != (len(grid.slots), width):
         raise ValueError(f"x: expected {[len(grid.slots), width]}, found {list(x.shape)}")
@@ -101,8 +101,17 @@ def check_sequences(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> 
         raise ValueError(f"weights.heads: expected a divisor of {width}, found {weights.heads}")
     if not 1 <= grid.length <= positions:
         raise ValueError(f"grid.length: expected 1 to {positions}, found {grid.length}")
-    if any(each.dtype != x.dtype for each in weights.tensors):
-        raise ValueError(f"weights: expected {x.dtype} like x, found {sorted({str(e.dtype) for e in weights.tensors})}")
+    if others := {_name(weight.dtype) for weight in weights.tensors} - {_name(x.dtype)}:
+        raise ValueError(f"weights: expected {_name(x.dtype)} like x, found {', '.join(sorted(others))}")
+
+
+def check_moments(states: Sequence[AdamState]) -> None:
+    """Check the arguments of `adam`: moments are as large as their parameter, a step count is one number."""
+    for i, state in enumerate(states):
+        for name in ("mean", "square"):
+            _shaped(f"states[{i}].{name}", getattr(state, name), tuple(state.parameter.shape))
+        if state.steps.numel() != 1:
+            raise ValueError(f"states[{i}].steps: expected one number, found {list(state.steps.shape)}")
 
 
 def check_loss(
@@ -114,7 +123,7 @@ def check_loss(
     log_multiplicity: Tensor | None,
     log_popularity: Tensor | None,
 ) -> None:
-    """Arguments of `inbatch_cross_entropy`."""
+    """Check the arguments of `inbatch_cross_entropy`."""
     columns, rows = _matrices(queries, items)
     check_indices("targets", targets, rows, columns, items.device)
     for name, values in (("log_multiplicity", log_multiplicity), ("log_popularity", log_popularity)):
@@ -137,7 +146,7 @@ def check_loss(
 
 
 def check_ranks(queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor) -> None:
-    """Arguments of `target_rank`."""
+    """Check the arguments of `target_rank`."""
     catalogue, users = _matrices(queries, items)
     check_indices("targets", targets, users, catalogue, items.device)
     if _dimensions("excluded", excluded, 2)[0] != users:
@@ -148,7 +157,7 @@ def check_ranks(queries: Tensor, items: Tensor, targets: Tensor, excluded: Tenso
 def check_indices(
     name: str, indices: Tensor, count: int | None, limit: int, device: torch.device, lowest: int = 0
 ) -> None:
-    """int64 on the device, `count` of them if given; those on the host lie from `lowest` to below `limit`."""
+    """Check int64 indices on a device, `count` of them; those on the host lie from `lowest` to below `limit`."""
     if indices.dtype != torch.int64:
         raise ValueError(f"{name}: expected int64, found {_name(indices.dtype)}")
     if count is not None:
@@ -162,7 +171,7 @@ def check_indices(
 
 
 def _matrices(queries: Tensor, items: Tensor) -> tuple[int, int]:
-    """(rows of items, rows of queries), two matrices of one width, dtype and device."""
+    """Return (rows of items, rows of queries) of two matrices of one width, dtype and device."""
     count, width = _dimensions("items", items, 2)
     rows, found = _dimensions("queries", queries, 2)
     if not width:

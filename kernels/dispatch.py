@@ -1,7 +1,8 @@
-"""The public ops: arguments checked, a backend chosen: the reference ("torch"), its CPU forms in PyTorch ("host") or
-in C++ ("native"), or Triton.
+"""Choose the form that runs an op: one table of forms, one rule, one report.
 
-Importing this needs no Triton and no compiler; the first op that they run asks for them.
+`auto` takes the first form of the table that can run, else the reference. A form that is named, by the argument `form`
+or the environment variable IISAN_FAST_FORM, runs, or is refused with a ValueError; an op without a form of that name
+takes the reference.
 """
 
 from __future__ import annotations
@@ -10,282 +11,142 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .checks import check_chains, check_loss, check_ranks, check_sequences, check_towers
-from .cpu import (
-    adam as adam_native,
-)
-from .cpu import (
-    fold_heads as fold_native,
-)
-from .cpu import (
-    fold_heads_torch as fold_host,
-)
-from .cpu import (
-    inbatch_cross_entropy as cross_entropy_native,
-)
-from .cpu import (
-    sequence_encoder as sequence_encoder_native,
-)
-from .cpu import (
-    side_towers as side_network_native,
-)
-from .cpu import (
-    side_towers_torch as side_network_host,
-)
-from .cpu import (
-    target_rank as rank_host,
-)
-from .cpu.adam import AdamState, AdamUpdate
-from .cpu.library import why_not
-from .cpu.sequence_encoder import SequenceDropout, SequenceGrid, SequenceWeights
-from .cpu.whole_step import RecommenderGradients
-from .cpu.whole_step_plan import RecommenderBatch, RecommenderWeights
-from .reference import Chain, States, Tower
+from .cpu.library import why_no_compiler, why_no_library
 
-BACKEND_VARIABLE = "IISAN_FAST_BACKEND"
-BACKENDS = ("auto", "torch", "host", "native", "triton")
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORM_VARIABLE = "IISAN_FAST_FORM"
+REFERENCE, GPU, CPU, CPU_TORCH = "reference", "gpu", "cpu", "cpu-torch"
+FORMS = {  # beside the reference, the fastest first
+    "fold_heads": (CPU, CPU_TORCH),
+    "side_towers": (GPU, CPU, CPU_TORCH),
+    "sequence_encoder": (CPU,),
+    "last_states": (CPU,),
+    "inbatch_cross_entropy": (GPU, CPU),
+    "target_rank": (GPU, CPU),
+    "adam": (CPU,),
+}
+WITHOUT_COMPILER = ("target_rank",)  # PyTorch is its form for a CPU
+NAMES = ("auto", REFERENCE, GPU, CPU, CPU_TORCH)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Refusals = Mapping[str, Callable[[], str]]  # by form: why it does not take an op's arguments, or ""
 
 log = logging.getLogger("iisan_fast.kernels")
+reported: set[tuple[str, str]] = set()  # (op, form)
 
 
-def side_towers(
-    states: Sequence[States],
-    towers: Sequence[Tower],
-    activation: str = "relu",
-    projections: Sequence[Tensor] | None = None,
-    backend: str = "auto",
-) -> list[Tensor]:
-    """The towers of a side network, all of one shape (K, R, D), each over one or both of the views.
+def choose(
+    op: str, form: str, tensors: Sequence[Tensor], refusals: Refusals, candidates: Sequence[str] | None = None
+) -> str:
+    """Return the form that runs an op on these tensors, and report it once.
 
-    SANB(x) = x + W_up act(W_down x + b_down) + b_up and g = sigmoid(gate / 0.1), from s = 0 (IISAN, equations 2-4):
-    one view: s = SANB_k(g_k h_k + (1 - g_k) s); both: s = SANB_k(s + g_k first_k + (1 - g_k) second_k).
-
-    Args: states: one or two views, tables [M, K, D] read by row; towers: their parameters, shaped as
-    `reference.side_tower` says; activation "relu" or "gelu". By Triton, tables of bf16 or fp16 are multiplied in their
-    dtype and added up in fp32; fp32 as torch.set_float32_matmul_precision says. Elsewhere all is computed in the
-    weights' dtype. Returns [N, D] a tower, or [N, d] by projections [d, D], one a tower; in the weights' dtype,
-    differentiable in the parameters and in views read in order.
-    Raises ValueError for bad arguments.
+    Args: refusals: why a form does not take the op's arguments; candidates: the forms that `auto` may take, all of the
+    op's where None. Raises ValueError if a form is named that cannot run.
     """
-    check_towers(states, towers, activation, projections)
-    tensors = [view.table for view in states] + [towers[0].down_weight]
-    chosen = _backend("side_towers", backend, tensors)
-    parameters = [*tensors, *(each for tower in towers for each in tower[1:]), *(projections or ())]
-    trained = _trained(parameters)
-    if chosen == "native" and side_network_native.takes(towers[0], projections, trained):
-        form = side_network_native.side_towers if trained else side_network_native.encode
-        return form(states, towers, activation, projections=projections)
-    if chosen in ("host", "native"):
-        return side_network_host.side_towers(states, towers, activation, projections)
-    if chosen == "triton":
-        from .gpu import side_towers as side_network
-
-        outputs = side_network.side_towers(states, towers, activation)
-        return outputs if projections is None else list(map(F.linear, outputs, projections))
-    return reference.side_towers(states, towers, activation, projections)
-
-
-def fold(chains: Sequence[Chain], backend: str = "auto") -> list[tuple[Tensor, Tensor]]:
-    """The weight [d, D] and the bias [d] of the one map that each chain of three comes to.
-
-    Plain products but for the CPU's forms, which are differentiable once. Raises ValueError where maps do not fit.
-    """
-    check_chains(chains)
-    weights = [weight for chain in chains for weight in chain]
-    chosen, trained = _choice("fold", backend, weights)[0], _trained(weights)
-    if chosen == "native" and trained and fold_native.takes(chains):
-        return fold_native.fold(chains)
-    if chosen in ("host", "native") and trained:
-        return fold_host.fold(chains)
-    return list(map(reference.fold, chains))
-
-
-def inbatch_cross_entropy(
-    queries: Tensor,
-    items: Tensor,
-    targets: Tensor,
-    row_users: Tensor | None = None,
-    history_bits: Tensor | None = None,
-    log_multiplicity: Tensor | None = None,
-    log_popularity: Tensor | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
-) -> Tensor:
-    """Debiased in-batch cross-entropy over the distinct items of a batch (IISAN, equation 5, duplicates merged).
-
-    Arguments and formula as `reference.row_losses`; without row_users and history_bits nothing is masked, without
-    log_popularity nothing is debiased. reduction "mean" gives a scalar, "none" the loss of each row [R]. By Triton
-    the losses are fp32 and no logit is stored. Raises ValueError for bad arguments.
-    """
-    check_loss(queries, items, targets, row_users, history_bits, log_multiplicity, log_popularity)
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction: expected mean or none, found {reduction!r}")
-    arguments = (queries, items, targets, row_users, history_bits, log_multiplicity, log_popularity)
-    chosen = _backend("inbatch_cross_entropy", backend, [queries, items])
-    constants = (log_multiplicity, log_popularity)
-    if chosen == "native" and _trained([queries, items]) and cross_entropy_native.takes(queries, items, *constants):
-        losses = cross_entropy_native.row_losses(*arguments)
-    elif chosen == "triton":
-        from .gpu import inbatch_cross_entropy as cross_entropy
-
-        losses = cross_entropy.row_losses(*arguments)
+    source, name = named_form(form)
+    candidates = FORMS[op] if candidates is None else candidates
+    if name == "auto":
+        if tensors[0].device.type == "cpu" and torch.compiler.is_compiling():
+            return REFERENCE  # a compiler sees into the reference alone
+        chosen = _first_able(op, candidates, tensors, refusals)
+    elif name not in FORMS[op]:
+        chosen = REFERENCE
     else:
-        losses = reference.row_losses(*arguments)
-    return losses.mean() if reduction == "mean" else losses
-
-
-def sequence_encoder(
-    specification: Callable[[], Tensor],
-    x: Tensor,
-    weights: SequenceWeights,
-    grid: SequenceGrid,
-    dropout: Callable[[], SequenceDropout | None],
-    backend: str = "auto",
-) -> Tensor:
-    """SASRec's states [R, d] after each of the rows x [R, d] of right-aligned histories.
-
-    specification: the caller's own PyTorch, which computes the same; C++ takes its place where it is trained on a CPU,
-    in fp32 or fp64 and in widths that are multiples of 16.
-    """
-    check_sequences(x, weights, grid)
-    chosen = _backend("sequence_encoder", backend, [x])
-    if chosen == "native" and _trained([x, *weights.tensors]) and sequence_encoder_native.takes(weights):
-        return sequence_encoder_native.sequence_encoder(x, weights, grid, dropout())
-    return specification()
-
-
-def last_states(
-    specification: Callable[[], Tensor], x: Tensor, weights: SequenceWeights, grid: SequenceGrid, backend: str = "auto"
-) -> Tensor:
-    """SASRec's states [users, d] after whole histories, each of which holds an item, without dropout.
-
-    specification: as `sequence_encoder` takes it; C++ takes its place where no backward follows.
-    """
-    check_sequences(x, weights, grid)
-    chosen = _backend("last_states", backend, [x])
-    if chosen == "native" and not _trained([x, *weights.tensors]) and sequence_encoder_native.takes(weights):
-        return sequence_encoder_native.last_states(x, weights, grid)
-    return specification()
-
-
-def recommender_gradients(
-    op: RecommenderGradients,
-    operands: Callable[[], tuple[RecommenderWeights, RecommenderBatch] | None],
-    weight: Tensor,
-    told: Callable[[Tensor], None] = lambda loss: None,
-    backend: str = "auto",
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
-    """A side-network recommender's mean loss over a batch's rows, a scalar, and its weights with their gradients, by
-    C++ on a CPU; None where the ops above and autograd are what there is.
-
-    op: the model's own, which keeps memory; operands: what it takes, or None where the model has other parts; weight:
-    any of the weights; `told` is called with the loss, the gradients being under way.
-    """
-    if _backend("recommender_gradients", backend, [weight]) != "native":
-        return None
-    found = operands()
-    if found is None or not op.takes(*found):
-        return None
-    loss, gradients = op(*found, told)
-    return loss, list(zip(found[0].tensors(), gradients))
-
-
-def target_rank(
-    queries: Tensor,
-    items: Tensor,
-    targets: Tensor,
-    excluded: Tensor,
-    tie_share: float = 0.5,
-    chunk_elements: int = 1 << 24,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Rank of each target in the full catalogue: 1 + items that score higher + tie_share of the others that tie.
-
-    Arguments and results as `reference.target_rank`; Triton holds no scores, so chunk_elements bounds nothing there.
-    Raises ValueError for bad arguments.
-    """
-    check_ranks(queries, items, targets, excluded)
-    chosen = _backend("target_rank", backend, [queries, items])
-    if chosen == "triton":
-        from .gpu import target_rank as rank
-
-        return rank.target_rank(queries, items, targets, excluded, tie_share)
-    form = rank_host if chosen in ("host", "native") else reference
-    return form.target_rank(queries, items, targets, excluded, tie_share, chunk_elements)
-
-
-def adam_update(states: Sequence[AdamState], backend: str = "auto") -> AdamUpdate | None:
-    """Adam's update of these parameters in C++, or None where PyTorch's own is what there is."""
-    native = states and _choice("Adam", backend, [states[0].parameter])[0] == "native"
-    return AdamUpdate(states) if native and adam_native.takes(states) else None
-
-
-def backend_on(device: torch.device) -> str:
-    """What runs the ops on a device. Raises ValueError where the backend that the environment names cannot."""
-    return _choice("the kernels", "auto", [torch.empty(0, device=device)])[0]
-
-
-def _trained(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a backward may come."""
-    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
-
-
-def _backend(op: str, backend: str, tensors: Sequence[Tensor]) -> str:
-    """What runs this op: torch, host, native or triton; says so once."""
-    chosen, reason = _choice(op, backend, tensors)
-    if not torch.compiler.is_compiling():
-        _report(chosen, tensors[0].device.type, reason)
+        if reason := _why_unable(op, name, tensors, refusals):
+            other = _first_able(op, [each for each in FORMS[op] if each != name], tensors, refusals)
+            raise ValueError(f"{source}: {name} cannot run {op}: {reason}; use {other}")
+        chosen = name
+    if not torch.compiler.is_compiling() and (op, chosen) not in reported:
+        report(op, chosen, _explanation(op, chosen, candidates, tensors, refusals))
     return chosen
 
 
-def _choice(op: str, backend: str, tensors: Sequence[Tensor]) -> tuple[str, str]:
-    """What runs this op, and why what is fastest there cannot. What was asked for by name is refused where it cannot
-    run; "native" takes the forms in PyTorch for what has none in C++."""
-    source = "backend"
-    if backend == "auto" and (named := os.environ.get(BACKEND_VARIABLE)):
-        source, backend = BACKEND_VARIABLE, named
-    if backend not in BACKENDS:
-        raise ValueError(f"{source}: expected {', '.join(BACKENDS)}, found {backend!r}")
+def report(op: str, form: str, explanation: str = "") -> None:
+    """Log the form that runs an op, once a process."""
+    if (op, form) not in reported:
+        reported.add((op, form))
+        log.info("kernels: %s by %s%s", op, form, explanation)
+
+
+def form_on(device: torch.device) -> str:
+    """Return the fastest form on a device, or the named one. Raises ValueError if the named one cannot run there."""
+    check_form(device)
+    _, name = named_form("auto")
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return CPU_TORCH if why_no_library() else CPU
+    return REFERENCE if device.type != "cuda" or _why_not_by_triton(device.type, ()) else GPU
+
+
+def check_form(device: torch.device) -> None:
+    """Raise ValueError if the environment names a form that cannot run on a device. Compiles nothing."""
+    source, name = named_form("auto")
+    if name in ("auto", REFERENCE):
+        return
+    reason = _why_not_by_triton(device.type, ()) if name == GPU else _why_not_on_a_cpu(device.type)
+    if name == CPU and not reason:
+        reason = why_no_compiler()
+    if reason:
+        raise ValueError(f"{source}: {name} cannot run on {device.type}: {reason}; use auto")
+
+
+def named_form(form: str) -> tuple[str, str]:
+    """Return (what names the form, its name): the argument, or the environment variable in place of "auto"."""
+    source = "form"
+    if form == "auto" and (variable := os.environ.get(FORM_VARIABLE)):
+        source, form = FORM_VARIABLE, variable
+    if form not in NAMES:
+        raise ValueError(f"{source}: expected {', '.join(NAMES)}, found {form!r}")
+    return source, form
+
+
+def _first_able(op: str, forms: Sequence[str], tensors: Sequence[Tensor], refusals: Refusals) -> str:
+    """Return the first form that can run, the interpreted gpu form aside, else the reference."""
+    for form in forms:
+        if form == GPU and tensors[0].device.type != "cuda":
+            continue
+        if not _why_unable(op, form, tensors, refusals):
+            return form
+    return REFERENCE
+
+
+def _why_unable(op: str, form: str, tensors: Sequence[Tensor], refusals: Refusals) -> str:
+    """Return why a form cannot run an op, or "". A compiler starts only if nothing else is in the way."""
     device = tensors[0].device.type
-    if backend in ("host", "native") and device != "cpu":
-        raise ValueError(f"{source}: {backend} needs CPU tensors, found {device}; use torch or triton")
-    if backend == "native" and (reason := why_not()):
-        raise ValueError(f"{source}: native cannot run {op}: {reason}; use host")
-    if backend in ("torch", "host", "native"):
-        return backend, ""
-    if backend == "auto" and device == "cpu":
-        if torch.compiler.is_compiling():
-            return "torch", ""  # a compiler sees into the reference alone
-        return ("host", reason) if (reason := why_not()) else ("native", "")
-    unable = _why_not(device, tuple(tensor.dtype for tensor in tensors))
-    if backend == "triton":
-        if unable:
-            raise ValueError(f"{source}: triton cannot run {op}: {unable}; use torch")
-        return "triton", ""
-    return ("triton", "") if device == "cuda" and not unable else ("torch", unable)
+    if form == GPU:
+        return _why_not_by_triton(device, tuple(tensor.dtype for tensor in tensors))
+    if reason := _why_not_on_a_cpu(device):
+        return reason
+    if form in refusals and (reason := refusals[form]()):
+        return reason
+    return why_no_library() if form == CPU and op not in WITHOUT_COMPILER else ""
+
+
+def _why_not_on_a_cpu(device: str) -> str:
+    return "" if device == "cpu" else f"it needs CPU tensors, found {device}"
 
 
 @functools.cache
-def _why_not(device: str, dtypes: tuple[torch.dtype, ...]) -> str:
-    """What keeps Triton from running an op on these tensors, or nothing."""
+def _why_not_by_triton(device: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    """Return why Triton cannot run an op on tensors of a device and these dtypes, or ""."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs CUDA tensors (or TRITON_INTERPRET=1), found {device}"
-    if wrong := [dtype for dtype in dtypes if dtype not in TRITON_DTYPES]:
-        return f"it needs float32, bfloat16 or float16, found {wrong[0]}".replace("torch.", "")
+    if others := [dtype for dtype in dtypes if dtype not in GPU_DTYPES]:
+        return f"it needs float32, bfloat16 or float16, found {others[0]}".replace("torch.", "")
     return ""
 
 
-@functools.cache
-def _report(chosen: str, device: str, reason: str) -> None:
-    """Says once what runs the ops."""
-    log.info("kernels: %s on %s%s", chosen, device, f" ({reason})" if reason else "")
+def _explanation(op: str, chosen: str, candidates: Sequence[str], tensors: Sequence[Tensor], refusals: Refusals) -> str:
+    """Return why the fastest form for the tensors' device does not run, in brackets, or ""."""
+    fastest = {"cuda": GPU, "cpu": CPU}.get(tensors[0].device.type, "")
+    if fastest == chosen or fastest not in candidates:
+        return ""
+    reason = _why_unable(op, fastest, tensors, refusals)
+    return f" ({fastest}: {reason})" if reason else ""

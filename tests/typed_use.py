@@ -11,7 +11,7 @@ import iisan_fast
 from iisan_fast import ModelConfig, ProtocolConfig, RunConfig, ViewConfig
 from iisan_fast.config import from_dict
 from iisan_fast.data import Dataset
-from iisan_fast.kernels import backend_on
+from iisan_fast.kernels import form_on
 
 
 def right(folder: Path) -> list[str]:
@@ -36,4 +36,4 @@ def wrong(folder: Path) -> None:
     iisan_fast.extract("DATASET", "states", views=["title"])  # type: ignore[list-item]
     iisan_fast.load(folder).item_vector  # type: ignore[attr-defined]  # noqa: B018
     iisan_fast.trian  # type: ignore[attr-defined]  # noqa: B018
-    backend_on("cpu", "gpu", 3)  # type: ignore[call-arg]
+    form_on("cpu", "gpu", 3)  # type: ignore[call-arg]

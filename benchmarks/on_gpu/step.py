@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from iisan_fast.bench.machine import synchronise
-from iisan_fast.bench.train import FORMS, TrainingForm, backend, run_config
+from iisan_fast.bench.train import FORMS, TrainingForm, form_of_ops, run_config
 from iisan_fast.data import Sequences, epoch_batches
 from iisan_fast.models import Recommender, build_recommender
 from iisan_fast.precision import Precision
@@ -72,7 +72,7 @@ def reference_step(sequences: Sequences, tables: list[Tensor], settings: Setting
     model = build_recommender(table, config, sequences.popularity, precision).to(device).double().train()
     perturb(model)
     batch = next(epoch_batches(sequences, settings.users, config.train.seed, 0)).to(device)
-    with backend(FORMS["reference ops"].backend):
+    with form_of_ops(FORMS["reference ops"].ops):
         loss = model.loss(batch, table.read(batch.distinct))
     loss.backward()
     return differentiated(model, loss)
@@ -99,7 +99,7 @@ def row_of(
     """Run a form's first steps and compare the first with the reference; a form that fails says why."""
     row: dict[str, Any] = {"form": name}
     try:
-        with backend(form.backend):
+        with form_of_ops(form.ops):
             trainer = trainer_of(form, sequences, tables, settings)
             perturb(trainer.model)
             with closing(trainer.batches(0)) as batches:

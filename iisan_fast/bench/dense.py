@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import kernels
 from ..data import Sequences
-from ..kernels.reference import side_tower
-from ..kernels.reference.dropout import StatelessDropout
-from ..models import SITES_PER_BLOCK, Block, Recommender
+from ..kernels import SITES_PER_BLOCK, States
+from ..models import Block, Recommender
 
 Drop = Callable[[Tensor, int], Tensor]  # of a value [B, L, channels] and its site
 
@@ -38,11 +38,14 @@ class DenseModel:
         """Item numbers int64 [N] -> [N, d]: gathered states, towers, and their linear maps one after the other."""
         side, heads = self.model.item_encoder.side_network, self.model.item_encoder.heads
         first, second = (table[items] for table in self.tables)
-        activation = side.activation
+        read = {
+            "first": ([States(first)], side.first.reading(0)),
+            "second": ([States(second)], side.second.reading(0)),
+            "inter": ([States(first), States(second)], side.inter.reading(0, 1)),
+        }
         outputs = {
-            "first": side_tower(first, None, *side.first.reading(0)[1:], activation),
-            "second": side_tower(second, None, *side.second.reading(1)[1:], activation),
-            "inter": side_tower(first, second, *side.inter.reading(0, 1)[1:], activation),
+            name: kernels.side_towers(states, [tower], side.activation, form="reference")[0]
+            for name, (states, tower) in read.items()
         }
         return heads.fusion(torch.cat([getattr(heads, name)(outputs[name]) for name in heads.towers], dim=1))
 
@@ -102,12 +105,15 @@ class DenseTrainer(DenseModel):
 
     def dropout(self, users: np.ndarray, step: int) -> Drop:
         """A step's masks over the slots of the users int64 [B]."""
-        masks = StatelessDropout(self.model.config.dropout, self.seed, step)
         numbers = torch.from_numpy(users).to(self.tables[0].device)
+        masks = kernels.sequence_dropout(self.model.config.dropout, self.seed, step, numbers)
+        if masks is None:
+            return keep_all
 
         def drop(value: Tensor, site: int) -> Tensor:
             batch, length, channels = value.shape
-            factors = masks.factors(
+            factors = kernels.drop_factors(
+                masks,
                 torch.tensor([site], device=value.device),
                 numbers.repeat_interleave(length),
                 torch.arange(length, device=value.device).repeat(batch),

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import runtime
+from .. import kernels, runtime
 from ..config import ProtocolConfig
 from ..data import Sequences, load_dataset
 from ..errors import InputError
-from ..kernels.cpu import library as native
 from ..training import environment
 
 LIBRARIES = ("triton", "liger-kernel", "cut-cross-entropy")
@@ -65,7 +64,7 @@ def versions(device: torch.device) -> dict[str, Any]:
             found[library] = NOT_INSTALLED
     found |= {"cuda": torch.version.cuda, "float32_matmul_precision": torch.get_float32_matmul_precision()}
     if device.type == "cpu":  # finding out compiles the C++, which no figure of a GPU needs
-        found["native"] = native.why_not() or native.compiler_version()
+        found["native"] = kernels.why_no_library() or kernels.compiler_version()
     return environment(device) | found
 
 

@@ -24,7 +24,7 @@ from .. import kernels
 from ..config import ModelConfig
 from ..data import Batch, Sequences, epoch_batches
 from ..errors import InputError
-from ..kernels import States, Tower, reference
+from ..kernels import States, Tower
 from ..models import SideNetwork
 from ..progress import progress_bar
 from .floors import Cost, device_rates, loss_costs, rank_costs, side_network_costs
@@ -47,6 +47,10 @@ EXACT_LOGITS = 1 << 26  # logits held in fp64 at a time
 REASON_LENGTH = 200  # characters of why a form failed
 
 Run = Callable[[], Sequence[Tensor]]
+
+side_towers_reference = functools.partial(kernels.side_towers, form="reference")
+target_rank_reference = functools.partial(kernels.target_rank, form="reference")
+row_losses_reference = functools.partial(kernels.inbatch_cross_entropy, reduction="none", form="reference")
 
 
 @dataclass(frozen=True)
@@ -160,10 +164,10 @@ def side_network_work(batch: Batch, tables: list[Tensor], settings: KernelSettin
     upstream = random_tensors(tables[0].device, torch.float32, settings.seed, *[(items, settings.width)] * 3)
 
     def eager() -> list[Tensor]:
-        return reference.side_towers(states, towers)
+        return side_towers_reference(states, towers)
 
     def compiled() -> Run:
-        function = torch.compile(reference.side_towers, dynamic=False)
+        function = torch.compile(side_towers_reference, dynamic=False)
         return lambda: function(states, towers)
 
     return Work(
@@ -175,7 +179,7 @@ def side_network_work(batch: Batch, tables: list[Tensor], settings: KernelSettin
             "eager, bf16": Form(lambda: _autocast(eager)),
             "torch.compile": Form(compiled, compiled=True),
             "torch.compile, bf16": Form(lambda: _autocast(compiled()), compiled=True),
-            "triton": Form(lambda: functools.partial(kernels.side_towers, states, towers, backend="triton")),
+            "triton": Form(lambda: functools.partial(kernels.side_towers, states, towers, form="gpu")),
         },
         costs=side_network_costs(items, settings.layers, settings.width, settings.bottleneck),
         leaves=tuple(parameter for tower in towers for parameter in tower[1:]),
@@ -209,7 +213,7 @@ def loss_work(op: str, batch: Batch, sequences: Sequences, settings: KernelSetti
     forms = {
         "eager": Form(lambda: functools.partial(_mean_loss, *arguments, **corrections), needs_cuda=False),
         "torch.compile": Form(compiled, compiled=True),
-        "triton": Form(lambda: lambda: [kernels.inbatch_cross_entropy(*arguments, **corrections, backend="triton")]),
+        "triton": Form(lambda: lambda: [kernels.inbatch_cross_entropy(*arguments, **corrections, form="gpu")]),
     }
     if op == "loss-unmasked":
         forms["liger-kernel"] = Form(lambda: _liger(*arguments), "liger_kernel")
@@ -236,7 +240,7 @@ def rank_work(op: str, batch: Batch, sequences: Sequences, settings: KernelSetti
     arguments = (queries, vectors, targets, history)
 
     def compiled() -> Run:
-        function = torch.compile(reference.target_rank, dynamic=False)
+        function = torch.compile(target_rank_reference, dynamic=False)
         return lambda: function(*arguments)
 
     return Work(
@@ -244,9 +248,9 @@ def rank_work(op: str, batch: Batch, sequences: Sequences, settings: KernelSetti
         dtype=dtype,
         sizes={"users": len(users), "items": catalogue},
         forms={
-            "eager": Form(lambda: functools.partial(reference.target_rank, *arguments), needs_cuda=False),
+            "eager": Form(lambda: functools.partial(target_rank_reference, *arguments), needs_cuda=False),
             "torch.compile": Form(compiled, compiled=True),
-            "triton": Form(lambda: functools.partial(kernels.target_rank, *arguments, backend="triton")),
+            "triton": Form(lambda: functools.partial(kernels.target_rank, *arguments, form="gpu")),
         },
         costs=rank_costs(len(users), catalogue, settings.embedding_dim),
     )
@@ -379,7 +383,7 @@ def exact_side_network(states: list[States], towers: list[Tower], upstream: tupl
     total = [torch.zeros_like(leaf) for leaf in leaves]
     for part in torch.arange(len(upstream[0]), device=upstream[0].device).split(EXACT_ITEMS):
         views = [States(view.table[view.rows[part]].double()) for view in states]
-        outputs = reference.side_towers(views, doubles)
+        outputs = side_towers_reference(views, doubles)
         for sum_, gradient in zip(total, torch.autograd.grad(outputs, leaves, [g[part].double() for g in upstream])):
             sum_ += gradient
     return total
@@ -394,7 +398,7 @@ def exact_loss(queries: Tensor, items: Tensor, targets: Tensor, **corrections: T
     for part in torch.arange(len(queries), device=queries.device).split(max(1, EXACT_LOGITS // len(items))):
         some = queries.detach()[part].double().requires_grad_()
         users = None if row_users is None else row_users[part]
-        loss = reference.row_losses(some, vectors, targets[part], users, **corrections).sum() / len(queries)
+        loss = row_losses_reference(some, vectors, targets[part], users, **corrections).sum() / len(queries)
         gradients = torch.autograd.grad(loss, (some, vectors))
         of_queries.append(gradients[0])
         of_items += gradients[1]
@@ -408,7 +412,7 @@ def random_tensors(device: torch.device, dtype: torch.dtype, seed: int, *shapes:
 
 
 def _mean_loss(queries: Tensor, items: Tensor, targets: Tensor, **corrections: Tensor) -> list[Tensor]:
-    return [reference.row_losses(queries, items, targets, **corrections).mean()]
+    return [row_losses_reference(queries, items, targets, **corrections).mean()]
 
 
 def _liger(queries: Tensor, items: Tensor, targets: Tensor) -> Run:

@@ -42,10 +42,10 @@ NOTES = {
     "dense": "padded slots, every slot encoded, the kept layers alone, heads one map after the other, a loop over "
     "users and positions in the loss, fp32 features in memory, PyTorch's Adam; its dropout is hashed as the fast "
     "path's, so that the losses can be compared",
-    "host ops": "the fast path by PyTorch alone, as where there is no C++ compiler (IISAN_FAST_BACKEND=host), float32",
+    "host ops": "the fast path by PyTorch alone, as without a C++ compiler (IISAN_FAST_FORM=cpu-torch), float32",
     "float32": "iisan-fast train --precision float32",
     "bfloat16": "iisan-fast train --precision bfloat16, on CUDA",
-    "reference ops": "the fast path with every op by its specification (IISAN_FAST_BACKEND=torch), float32",
+    "reference ops": "the fast path with every op by its specification (IISAN_FAST_FORM=reference), float32",
     "eager": "the fast path without CUDA graphs, bfloat16",
     "step": "one step by the wall clock, its batch prepared ahead where the form does so; the forms take turns",
     "epoch": "as many steps as an epoch has, after some to warm up (an epoch of them for eager forms on CUDA), in a "
@@ -77,7 +77,7 @@ class TrainingForm:
     """A way to train. `precision` None is the dense reference."""
 
     precision: str | None
-    backend: str | None = None  # in place of the choice by device
+    ops: str | None = None  # the form of the ops, in place of the choice by device
     captured: bool = True  # in CUDA graphs, on CUDA
     follows: bool = True  # its losses must be the dense reference's; False: their difference is reported alone
     needs_cuda: bool = False
@@ -97,8 +97,8 @@ class TrainingForm:
 
 FORMS = {
     "dense": TrainingForm(None),
-    "reference ops": TrainingForm("float32", backend="torch"),
-    "host ops": TrainingForm("float32", backend="host", needs_cpu=True),
+    "reference ops": TrainingForm("float32", ops="reference"),
+    "host ops": TrainingForm("float32", ops="cpu-torch", needs_cpu=True),
     "float32": TrainingForm("float32"),
     "bfloat16": TrainingForm("bfloat16", follows=False, needs_cuda=True),
     "eager": TrainingForm("bfloat16", captured=False, follows=False, needs_cuda=True),
@@ -219,11 +219,11 @@ def start(
     batches = (prepared for epoch in range(config.train.max_epochs) for prepared in trainer.batches(epoch))
 
     def step() -> Tensor:
-        with backend(form.backend), deterministic():
+        with form_of_ops(form.ops), deterministic():
             return trainer.take(next(batches))
 
     def capture(epochs: Iterable[int]) -> Captures | None:
-        with backend(form.backend), deterministic():
+        with form_of_ops(form.ops), deterministic():
             return capture_shapes(trainer, epochs)
 
     return Started(step, capture)
@@ -271,7 +271,7 @@ def whole_run(dataset: Dataset, settings: TrainSettings, device: torch.device) -
         config = replace(
             form, dataset=str(dataset.root), cache=str(cache), train=replace(form.train, max_epochs=1, precision="auto")
         )
-        kernels.backend_on(torch.device("cpu"))  # compiles what runs on the CPU, if it is not there yet
+        kernels.form_on(torch.device("cpu"))  # compiles what runs on the CPU, if it is not there yet
         lines: list[dict[str, Any]] = []
         started = time.perf_counter()
         with PeakMemory() as memory:
@@ -358,15 +358,15 @@ def quantiles(times: list[float]) -> dict[str, float]:
 
 
 @contextmanager
-def backend(name: str | None) -> Iterator[None]:
-    """The environment's choice of backend, for a while."""
-    before = os.environ.get(kernels.BACKEND_VARIABLE)
+def form_of_ops(name: str | None) -> Iterator[None]:
+    """Let the environment name the form of the ops, for a while."""
+    before = os.environ.get(kernels.FORM_VARIABLE)
     if name is not None:
-        os.environ[kernels.BACKEND_VARIABLE] = name
+        os.environ[kernels.FORM_VARIABLE] = name
     try:
         yield
     finally:
         if name is not None:
-            os.environ.pop(kernels.BACKEND_VARIABLE)
+            os.environ.pop(kernels.FORM_VARIABLE)
             if before is not None:
-                os.environ[kernels.BACKEND_VARIABLE] = before
+                os.environ[kernels.FORM_VARIABLE] = before

@@ -1,4 +1,4 @@
-"""Searches launch configurations on the GPU at hand and prints entries for the table in kernels/launch.py.
+"""Searches launch configurations on the GPU at hand and prints entries for the table in kernels/gpu/configurations.py.
 
 Nothing is tuned while training: the table alone decides, so that equal calls run equal code.
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..data import Sequences
 from ..errors import InputError
-from ..kernels.gpu import launch
-from ..kernels.gpu.launch import Configuration
+from ..kernels.gpu import configurations, launch
+from ..kernels.gpu.configurations import Configuration
 from ..progress import progress_bar
 from .ops import Run, Work, make_works, on, random_tables, timed_call
 from .settings import KernelSettings
@@ -92,7 +92,7 @@ def tunable(work: Work) -> Iterator[tuple[str, Run]]:
         if direction in work.costs:
             call = timed_call(work, run, direction)
             for kernel in launched(call):
-                if kernel in launch.CONFIGURATIONS and kernel not in seen:
+                if kernel in configurations.CONFIGURATIONS and kernel not in seen:
                     seen.add(kernel)
                     yield kernel, call
 
@@ -107,7 +107,7 @@ def launched(call: Run) -> list[str]:
 def tune_kernel(kernel: str, size: str, call: Run, device: torch.device) -> Found:
     """The fastest configuration of one kernel that computes what the shipped one does."""
     name = architecture(device)
-    shipped = launch.table_entry(kernel, name, size)
+    shipped = configurations.table_entry(kernel, name, size)
     expected = comparable(call())
 
     def time_of(candidate: Configuration) -> float:
@@ -172,7 +172,7 @@ def neighbours(configuration: Configuration) -> Iterator[Configuration]:
 @contextmanager
 def configured(kernel: str, architecture: str, size: str, chosen: Configuration) -> Iterator[None]:
     """The table with another entry for a kernel, an architecture and a size."""
-    entries, key = launch.CONFIGURATIONS[kernel], (architecture, size)
+    entries, key = configurations.CONFIGURATIONS[kernel], (architecture, size)
     shipped = entries.get(key)
     entries[key] = chosen
     try:

@@ -7,7 +7,7 @@ from ..doors import lazy_names
 if TYPE_CHECKING:
     from .activation_memory import EncodingPlan, activation_bytes
     from .recommender import ITEM_ENCODER, Recommender, build_recommender
-    from .sasrec import SITES_PER_BLOCK, Block
+    from .sasrec import Block
     from .side_network import SideNetwork, check_views
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "ITEM_ENCODER",
     "EncodingPlan",
     "Recommender",
-    "SITES_PER_BLOCK",
     "SideNetwork",
     "activation_bytes",
     "build_recommender",

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from .. import kernels
 from ..config import SIDE_METHODS, ModelConfig, RunConfig
 from ..data import Batch
-from ..kernels.reference.dropout import StatelessDropout
 from ..precision import Precision
 from ..states import ItemSource
 from .item_encoders import FrozenItemEncoder, IdItemEncoder
-from .sasrec import Dropout, Rows, SASRec
+from .sasrec import SASRec
 from .side_network import SideItemEncoder
 
 ITEM_ENCODER = "item_encoder."  # before its parameters' names
@@ -55,9 +54,9 @@ class Recommender(nn.Module):
         contents: what the item encoder reads of batch.distinct.
         """
         vectors = self.item_encoder(contents)
-        rows = Rows(batch.row_slots, len(batch.users), batch.length)
+        grid = kernels.SequenceGrid(batch.row_slots, len(batch.users), batch.length)
         losses = kernels.inbatch_cross_entropy(
-            queries=self.sequence_encoder(vectors[batch.inputs], rows, self._dropout(batch)),
+            queries=self.sequence_encoder(vectors[batch.inputs], grid, self._dropout(batch)),
             items=vectors,
             targets=batch.targets,
             row_users=batch.row_users,
@@ -71,26 +70,26 @@ class Recommender(nn.Module):
     def differentiate(
         self, batch: Batch, contents: Any, on_loss: Callable[[Tensor], None] = lambda loss: None
     ) -> Tensor:
-        """`loss`, without a graph, its gradients left in the parameters in place of those before. Where one op gives
-        all of them (C++, on a CPU), no hooks are called, and they are parts of one block of memory, which the next call
-        overwrites. Where it raises, they are of no use.
+        """Return `loss` without a graph, and leave its gradients in the parameters in place of those before.
+
+        Where one op gives all gradients (C++, on a CPU), no hooks are called, and gradients are parts of one block of
+        memory, which the next call overwrites. If this raises, the gradients are of no use.
 
         `on_loss` is called with the loss; the gradients may be under way.
         """
-        operands, any_weight = functools.partial(self._operands, batch, contents), self.sequence_encoder.position
-        found = kernels.recommender_gradients(self.gradients, operands, any_weight, on_loss)
-        if found is None:
+        differentiated = self._differentiated_by_one_op(batch, contents, on_loss)
+        if differentiated is None:
             for parameter in self.parameters():
                 parameter.grad = None
             loss = self.loss(batch, contents)
             on_loss(loss.detach())
             loss.backward()
             return loss.detach()
-        loss, gradients = found
+        loss, gradients = differentiated
         for parameter, gradient in gradients:
-            own = gradient if parameter.requires_grad else None
-            if parameter.grad is not own:
-                parameter.grad = own
+            wanted = gradient if parameter.requires_grad else None
+            if parameter.grad is not wanted:
+                parameter.grad = wanted
         return loss
 
     def train(self, mode: bool = True) -> Recommender:
@@ -98,16 +97,16 @@ class Recommender(nn.Module):
         self.gradients.forget()
         return super().train(mode)
 
-    def _operands(
-        self, batch: Batch, contents: Any
-    ) -> tuple[kernels.RecommenderWeights, kernels.RecommenderBatch] | None:
-        """What the op takes that gives all gradients, or None where none does."""
-        if not isinstance(self.item_encoder, SideItemEncoder):
+    def _differentiated_by_one_op(
+        self, batch: Batch, contents: Any, on_loss: Callable[[Tensor], None]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
+        """Return the loss, and each parameter with its gradient, or None where no single op gives them."""
+        if not self.log_popularity.is_cpu or not isinstance(self.item_encoder, SideItemEncoder):
             return None
-        weights, dropout = self.item_encoder.weights(self.sequence_encoder.weights()), self._dropout(batch)
+        weights = self.item_encoder.weights(self.sequence_encoder.weights())
         if weights is None:
             return None
-        return weights, kernels.RecommenderBatch(
+        operands = kernels.RecommenderBatch(
             states=contents,
             distinct=batch.distinct,
             multiplicity=batch.multiplicity,
@@ -117,9 +116,10 @@ class Recommender(nn.Module):
             history_bits=batch.history_bits,
             row_weights=batch.weights,
             log_popularity=self.log_popularity.double(),
-            grid=kernels.SequenceGrid(batch.row_slots, batch.length),
-            dropout=None if dropout is None else dropout.hashed(),
+            grid=kernels.SequenceGrid(batch.row_slots, len(batch.users), batch.length),
+            dropout=self._dropout(batch),
         )
+        return kernels.recommender_gradients(self.gradients, weights, operands, on_loss)
 
     @torch.inference_mode()
     def catalogue_vectors(self, source: ItemSource) -> Tensor:
@@ -135,8 +135,8 @@ class Recommender(nn.Module):
 
         def states_after(part: np.ndarray) -> Tensor:
             slots = np.flatnonzero(part)
-            rows = Rows(torch.from_numpy(slots).to(vectors.device), len(part), part.shape[1])
-            return self.sequence_encoder.last(vectors[torch.from_numpy(part.flat[slots] - 1).to(vectors.device)], rows)
+            grid = kernels.SequenceGrid(torch.from_numpy(slots).to(vectors.device), len(part), part.shape[1])
+            return self.sequence_encoder.last(vectors[torch.from_numpy(part.flat[slots] - 1).to(vectors.device)], grid)
 
         parts = [inputs[start : start + USERS_AT_ONCE] for start in range(0, len(inputs), USERS_AT_ONCE)]
         return torch.cat(kernels.at_once(states_after, parts, USER_WORKERS if vectors.is_cpu else 1))
@@ -151,10 +151,10 @@ class Recommender(nn.Module):
         assert sorted(grouped) == sorted(id(parameter) for parameter in self.parameters() if parameter.requires_grad)
         return groups
 
-    def _dropout(self, batch: Batch) -> Dropout | None:
+    def _dropout(self, batch: Batch) -> kernels.SequenceDropout | None:
         if not self.training:
             return None
-        return Dropout(StatelessDropout(self.config.dropout, self.seed, batch.step), batch.users)
+        return kernels.sequence_dropout(self.config.dropout, self.seed, batch.step, batch.users)
 
 
 def build_recommender(

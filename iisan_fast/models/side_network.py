@@ -173,7 +173,7 @@ class Heads(nn.Module):
         """({tower's name: projection [d, D]}, bias [d]): item vectors are the projected outputs' sum, and the bias."""
         parts = self.fusion.weight.chunk(len(self.towers), dim=1)
         chains = [kernels.Chain(part, *own) for part, own in zip(parts, self.weights())]
-        weights, biases = zip(*kernels.fold(chains))
+        weights, biases = zip(*kernels.fold_heads(chains))
         return dict(zip(self.towers, weights)), sum(biases, self.fusion.bias)
 
     def weights(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:

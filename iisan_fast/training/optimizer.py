@@ -51,7 +51,7 @@ class Adam(torch.optim.Adam):
             return False
         states = [(weight, *map(state.__getitem__, ADAM_STATE)) for weight, state in zip(parameters, moments)]
         if self._update is None or not self._update.is_of(states):
-            self._update = kernels.adam_update([kernels.AdamState(*state) for state in states])
+            self._update = kernels.adam([kernels.AdamState(*state) for state in states])
         if self._update is None:
             return False
         if self.found_inf is None or not self.found_inf:

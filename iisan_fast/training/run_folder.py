@@ -128,7 +128,7 @@ class RunFolder:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Describe the machine and the versions that a result is made with."""
-    on_gpu, backend = device.type == "cuda", kernels.backend_on(device)
+    on_gpu, form = device.type == "cuda", kernels.form_on(device)
     return {
         "iisan_fast": __version__,
         "python": platform.python_version(),
@@ -139,8 +139,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processor": torch.backends.cpu.get_cpu_capability(),  # its widest instructions that torch uses
         "processor_name": _processor_name(),
-        "kernels": backend,
-        "compiler": kernels.compiler_version() if backend == "native" else None,
+        "kernels": form,
+        "compiler": kernels.compiler_version() if form == "cpu" else None,
     }
 
 

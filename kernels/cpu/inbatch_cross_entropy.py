@@ -1,4 +1,4 @@
-"""The debiased in-batch cross-entropy on a CPU by C++: `cpp/cross_entropy.cpp`, a share of the rows a core."""
+"""The debiased in-batch cross-entropy on a CPU by C++ (`cpp/cross_entropy.cpp`), a share of the rows a core."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .sums import add_up
 MOST_WORKERS = 4  # each has a gradient of all items, which are added up
 
 
-def row_losses(
+def inbatch_cross_entropy(
     queries: Tensor,
     items: Tensor,
     targets: Tensor,
@@ -25,24 +25,31 @@ def row_losses(
     log_multiplicity: Tensor | None,
     log_popularity: Tensor | None,
 ) -> Tensor:
-    """`reference.row_losses` for queries and items that `takes` accepts; no gradient flows to the last two. Not
-    differentiable twice."""
+    """Return the reference's losses, differentiable once in queries and items, of tensors that `refusal` lets pass."""
     column = log_multiplicity
     if log_popularity is not None:
         column = -log_popularity if column is None else column - log_popularity
-    constants = Constants(targets, row_users, history_bits, column, log_multiplicity)
-    kept = Constants(*(None if each is None else each.contiguous() for each in constants))
-    return _RowLosses.apply(kept, queries, items)
+    constants = (targets, row_users, history_bits, column, log_multiplicity)
+    constants = LossConstants(*(None if tensor is None else tensor.contiguous() for tensor in constants))
+    return RowLossesFunction.apply(constants, queries, items)
 
 
-def takes(queries: Tensor, items: Tensor, *constants: Tensor | None) -> bool:
-    """Whether the C++ knows these tensors: of one dtype, and a width in whole panels."""
-    same = {each.dtype for each in (queries, items, *constants) if each is not None}
-    fixed = not any(each is not None and each.requires_grad for each in constants)
-    return same <= {queries.dtype} and queries.dtype in DTYPES and queries.shape[1] % PANEL == 0 and fixed
+def refusal(queries: Tensor, items: Tensor, *constants: Tensor | None) -> str:
+    """Return why C++ does not take these tensors, or ""; constants: log multiplicity and log popularity."""
+    constants = tuple(tensor for tensor in constants if tensor is not None)
+    dtypes = {tensor.dtype for tensor in (queries, items, *constants)}
+    if len(dtypes) != 1 or queries.dtype not in DTYPES:
+        return "it needs tensors of one dtype, float32 or float64"
+    if queries.shape[1] % PANEL:
+        return f"it needs a width that is a multiple of {PANEL}, found {queries.shape[1]}"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in constants):
+        return "it has no gradient for log_multiplicity and log_popularity"
+    return ""
 
 
-class Constants(NamedTuple):
+class LossConstants(NamedTuple):
+    """What a loss depends on beside queries and items."""
+
     targets: Tensor
     row_users: Tensor | None
     history_bits: Tensor | None
@@ -50,7 +57,7 @@ class Constants(NamedTuple):
     multiplicity: Tensor | None  # [V]: log m
 
 
-class _Arguments(ctypes.Structure):
+class LossStruct(ctypes.Structure):
     """`Loss` of cpp/cross_entropy.cpp."""
 
     _fields_ = [
@@ -61,17 +68,17 @@ class _Arguments(ctypes.Structure):
     ]
 
 
-class _RowLosses(torch.autograd.Function):
+class RowLossesFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, constants: Constants, queries: Tensor, items: Tensor) -> Tensor:
+    def forward(ctx, constants: LossConstants, queries: Tensor, items: Tensor) -> Tensor:
         queries, items, memory = queries.contiguous(), items.contiguous(), Memory()
         losses = queries.new_empty(len(queries))
         wide = -(-len(items) // PANEL) * PANEL
         probabilities = memory.empty(queries.dtype, len(queries), wide)
-        forward, own_rows = library(queries.dtype).loss_forward, shares(len(queries), MOST_WORKERS)
-        parts = [arguments(constants, queries, items, probabilities, losses, rows) for rows in own_rows]
-        share_out(forward, parts, queries.dtype)
-        ctx.constants, ctx.memory, ctx.shares, ctx.parts = constants, memory, own_rows, parts
+        row_shares = shares(len(queries), MOST_WORKERS)
+        parts = [loss_struct(constants, queries, items, probabilities, losses, rows) for rows in row_shares]
+        share_out(library(queries.dtype).loss_forward, parts, queries.dtype)
+        ctx.constants, ctx.memory, ctx.shares, ctx.parts = constants, memory, row_shares, parts
         ctx.save_for_backward(queries, items)
         return losses
 
@@ -81,21 +88,26 @@ class _RowLosses(torch.autograd.Function):
         queries, items = ctx.saved_tensors
         upstream, of_queries = upstream.contiguous(), torch.empty_like(queries)
         of_items = [torch.empty_like(items) for _ in ctx.parts]
-        parts = [_Arguments.from_buffer_copy(part) for part in ctx.parts]
-        for (start, _), part, own in zip(ctx.shares, parts, of_items, strict=True):
+        parts = [LossStruct.from_buffer_copy(part) for part in ctx.parts]
+        for (start, _), part, of_vectors in zip(ctx.shares, parts, of_items, strict=True):
             part.upstream, part.of_queries = upstream[start:].data_ptr(), of_queries[start:].data_ptr()
-            part.of_vectors = own.data_ptr()
-        backward = library(queries.dtype).loss_backward
-        share_out(backward, parts, queries.dtype)
+            part.of_vectors = of_vectors.data_ptr()
+        share_out(library(queries.dtype).loss_backward, parts, queries.dtype)
         return None, of_queries, *add_up([of_items])
 
 
-def arguments(
-    constants: Constants, queries: Tensor, items: Tensor, probabilities: Tensor, losses: Tensor, part: tuple[int, int]
-) -> _Arguments:
+def loss_struct(
+    constants: LossConstants,
+    queries: Tensor,
+    items: Tensor,
+    probabilities: Tensor,
+    losses: Tensor,
+    part: tuple[int, int],
+) -> LossStruct:
+    """Return the arguments of the C++ for a part of the rows."""
     start, count = part
     users, bits = constants.row_users, constants.history_bits
-    return _Arguments(
+    return LossStruct(
         rows=count,
         items=len(items),
         width=items.shape[1],

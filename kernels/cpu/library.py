@@ -1,4 +1,4 @@
-"""The C++ of `cpp/`, compiled once a machine by the compiler at hand and kept in the user's cache.
+"""Compile the C++ of `cpp/` once a machine, by the compiler at hand, into the user's cache; load and call it.
 
 Like Triton's kernels it is compiled for the processor that it runs on, so nothing compiled is shipped. Without a
 compiler the forms in PyTorch do the same work.
@@ -38,15 +38,15 @@ log = logging.getLogger("iisan_fast.kernels")
 
 
 class NoLibrary(Exception):
-    """Why there is none, in one line."""
+    """The library cannot be compiled or loaded; the message says why in one line."""
 
 
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The compiled functions for numbers of a dtype. Raises NoLibrary where they cannot be compiled or loaded."""
-    found = _library(dtype)
-    if isinstance(found, str):
-        raise NoLibrary(found)
-    return found
+    """Return the compiled functions for numbers of a dtype. Raises NoLibrary if they cannot be compiled or loaded."""
+    loaded = _library(dtype)
+    if isinstance(loaded, str):
+        raise NoLibrary(loaded)
+    return loaded
 
 
 def run(function: Callable[..., int], arguments: ctypes.Structure) -> None:
@@ -54,7 +54,7 @@ def run(function: Callable[..., int], arguments: ctypes.Structure) -> None:
     _refuse_lack(function(ctypes.byref(arguments)))
 
 
-class _Call(ctypes.Structure):
+class CallStruct(ctypes.Structure):
     """`Call` of cpp/workers.cpp."""
 
     _fields_ = [
@@ -94,7 +94,7 @@ class Schedule:
         """The calls, by as many threads as there are cores, or as told; which takes which is left to how fast they are,
         but they are taken in order. The other threads begin before `meanwhile` is called, this one after it. Raises
         MemoryError where a call lacked memory."""
-        own, calls = library(self._dtype), (_Call * len(self._calls))(*self._calls)
+        own, calls = library(self._dtype), (CallStruct * len(self._calls))(*self._calls)
         running = ctypes.c_void_p()
         try:
             _refuse_lack(own.begin(calls, len(calls), threads or cores(), ctypes.byref(running)))
@@ -118,20 +118,29 @@ def _refuse_lack(failed: int) -> None:
         raise MemoryError("the C++ kernels lack memory for this batch")
 
 
-def why_not() -> str:
-    """What keeps the library from this machine, or nothing."""
-    found = _library(torch.float32)
-    return found if isinstance(found, str) else ""
+def why_no_library() -> str:
+    """Return why there is no library on this machine, or "". Compiles it if need be."""
+    loaded = _library(torch.float32)
+    return loaded if isinstance(loaded, str) else ""
+
+
+def why_no_compiler() -> str:
+    """Return why there is no compiler on this machine, or "". Compiles nothing."""
+    try:
+        _compiler()
+    except NoLibrary as error:
+        return str(error)
+    return ""
 
 
 def compiler_version() -> str:
-    """The first line that the compiler says of itself."""
+    """Return the first line that the compiler says of itself."""
     return next(iter(_version(_compiler()).decode(errors="replace").splitlines()), "a compiler without a version")
 
 
 @functools.cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
-    """The library, or why there is none; asked once, since a compiler takes seconds."""
+    """Return the library, or why there is none; once, since a compiler takes seconds."""
     try:
         compiler = [*_compiler(), *FLAGS, f"-DSCALAR={SCALARS[dtype]}"]
         path = _folder() / f"iisan-fast-{_key(compiler)}.so"
@@ -160,7 +169,7 @@ def _compiler() -> list[str]:
 
 
 def _folder() -> Path:
-    """Where compiled libraries are kept: nobody else may write there, since what lies there is run."""
+    """Return the folder of compiled libraries. Nobody else may write there, since its files are run."""
     named, base = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
     folder = Path(named or Path(base or Path.home() / ".cache") / "iisan-fast" / "compiled").resolve()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -171,7 +180,7 @@ def _folder() -> Path:
 
 
 def _key(compiler: list[str]) -> str:
-    """What the library depends on: its sources, how they are compiled, and the processor."""
+    """Return a digest of the sources, of how they are compiled, and of the processor."""
     parts = [path.name.encode() + path.read_bytes() for path in sorted(SOURCES.iterdir())]
     parts += [shlex.join(compiler).encode(), _version(compiler), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
@@ -182,28 +191,28 @@ def _version(compiler: list[str]) -> bytes:
 
 
 def _processor() -> str:
-    """The instructions that it has, where the system tells; else its name."""
+    """Return the processor's instructions, if the system lists them, else its name."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^(?:flags|Features)\s*:.*$", info.read_text(), re.M) if info.exists() else None
-    return found[0] if found else f"{sys.platform} {platform.machine()} {platform.processor()}"
+    flags = re.search(r"^(?:flags|Features)\s*:.*$", info.read_text(), re.M) if info.exists() else None
+    return flags[0] if flags else f"{sys.platform} {platform.machine()} {platform.processor()}"
 
 
 def _compile(compiler: list[str], path: Path) -> None:
-    """Into a folder of its own first: another process may be compiling the same, and either may be ended."""
+    """Compile into a temporary folder first: another process may compile the same, and either may be ended."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         sources = sorted(SOURCES.glob("*.cpp"))
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
-        _run([[*compiler, "-c", str(source), "-o", str(made)] for source, made in zip(sources, objects)])
-        made = Path(folder) / path.name
-        _run([[*compiler, "-shared", *map(str, objects), "-o", str(made)]])
-        os.replace(made, path)
+        _run([[*compiler, "-c", str(source), "-o", str(to)] for source, to in zip(sources, objects)])
+        linked = Path(folder) / path.name
+        _run([[*compiler, "-shared", *map(str, objects), "-o", str(linked)]])
+        os.replace(linked, path)
 
 
 def _run(commands: list[list[str]]) -> None:
-    """All at once. Raises NoLibrary with the first error that one of them tells."""
+    """Run all commands at once. Raises NoLibrary with the first error that one of them prints."""
     running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    told = [each.communicate()[1].splitlines() for each in running]
-    for process, lines in zip(running, told):
+    messages = [process.communicate()[1].splitlines() for process in running]
+    for process, lines in zip(running, messages):
         if process.returncode:
             first = next((line for line in lines if "error" in line), lines[0] if lines else "nothing said")
             raise NoLibrary(f"{process.args[0]} exits with {process.returncode}: {first.strip()}")

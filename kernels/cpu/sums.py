@@ -1,4 +1,4 @@
-"""What workers found apart, added up by C++: `cpp/sums.cpp`, shared out among the cores."""
+"""Add up the partial sums of several workers by C++ (`cpp/sums.cpp`), shared out among the cores."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .library import AT_ONCE, Schedule, Span, library
 MOST_NUMBERS = 1 << 16  # of a call
 
 
-class _Sum(ctypes.Structure):
+class SumStruct(ctypes.Structure):
     """`Sum` of cpp/sums.cpp."""
 
     _fields_ = [("total", ctypes.c_void_p), ("part", ctypes.c_void_p), ("count", ctypes.c_int64)]
 
 
 def add_up(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Adds the tensors of each list to its first, in order; returns the firsts.
+    """Add the tensors of each list to its first, in order; return the first ones.
 
     All are contiguous and of one dtype, fp32 or fp64.
     """
-    totals = [own[0] for own in parts]
+    totals = [tensors[0] for tensors in parts]
     schedule = Schedule(totals[0].dtype)
-    for own in parts:
-        add_sums(schedule, [each.data_ptr() for each in own], own[0].numel(), totals[0].dtype)
+    for tensors in parts:
+        add_sums(schedule, [tensor.data_ptr() for tensor in tensors], tensors[0].numel(), totals[0].dtype)
     schedule.run()
     return totals
 
@@ -35,11 +35,13 @@ def add_up(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 def add_sums(
     schedule: Schedule, addresses: Sequence[int], count: int, dtype: torch.dtype, after: Span = AT_ONCE
 ) -> Span:
-    """The calls that add `count` numbers at each of the addresses to those at the first, in order; the last of them, or
-    `after` where there is but one address."""
+    """Schedule the calls that add `count` numbers at each address to those at the first, in order.
+
+    Returns the last calls, or `after` if there is only one address.
+    """
     total, size = addresses[0], dtype.itemsize
     for part in addresses[1:]:
         pieces = [(i * size, min(MOST_NUMBERS, count - i)) for i in range(0, count, MOST_NUMBERS)]
-        calls = [_Sum(total + start, part + start, length) for start, length in pieces]
+        calls = [SumStruct(total + start, part + start, length) for start, length in pieces]
         after = schedule.add(library(dtype).add_up, calls, after)
     return after

@@ -1,4 +1,4 @@
-"""Target rank on a CPU: tiles of scores that stay in a core's cache, counted as they come and never kept."""
+"""The rank of a target on a CPU by PyTorch: tiles of scores that stay in a core's cache are counted and let go."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def target_rank(
     tie_share: float = 0.5,
     chunk_elements: int = 1 << 24,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.target_rank`; the caller has checked the arguments.
+    """Return the reference's ranks; the caller has checked the arguments.
 
     Every thread takes a few users at a time, and chunk_elements bounds the tiles of all, from 48 x 48 each. All
     products have one shape, the targets' own included, so that equal vectors score alike to the last bit.

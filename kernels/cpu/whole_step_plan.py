@@ -1,7 +1,7 @@
-"""The memory and the calls of `recommender_native.py`: the single ops' own, one after the other, with nothing between
-them but `cpp/recommender.cpp`.
+"""The memory and the calls of `whole_step.py`: those of the single ops, one after the other, joined by
+`cpp/recommender.cpp`.
 
-The parts are those of the single ops: what they compute, and how they are cut, is said there.
+The modules of the single ops say what the parts compute and how they are cut.
 """
 
 from __future__ import annotations
@@ -10,69 +10,19 @@ import ctypes
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..reference import Chain, States, Tower
 from ..threads import cores, shares
-from . import (
-    fold_heads as fold_native,
-)
-from . import (
-    inbatch_cross_entropy as cross_entropy_native,
-)
-from . import (
-    sequence_encoder as sequence_encoder_native,
-)
-from . import (
-    side_towers as side_network_native,
-)
+from ..types import Chain, RecommenderBatch, RecommenderWeights, Tower
+from . import fold_heads, inbatch_cross_entropy, sequence_encoder, side_towers
 from .library import PANEL, Schedule, Span, library
-from .sequence_encoder import SequenceDropout, SequenceGrid, SequenceWeights
 from .side_towers import panels_of
 from .sums import add_sums
 
 
-class RecommenderWeights(NamedTuple):
-    """All that is trained, of towers of one shape."""
-
-    towers: list[Tower]
-    activation: str
-    heads: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # of each tower: a `Chain` without its outer map
-    fusion: Tensor  # [d, towers d']: the outer maps side by side
-    fusion_bias: Tensor  # [d]
-    sequence: SequenceWeights
-
-    def tensors(self) -> list[Tensor]:
-        """All of them in one row."""
-        towers = [each for tower in self.towers for each in tower[1:] if each is not None]
-        return [*towers, *itertools.chain(*self.heads), self.fusion, self.fusion_bias, *self.sequence.tensors]
-
-    def chains(self) -> list[Chain]:
-        """The maps that follow each tower."""
-        parts = self.fusion.detach().chunk(len(self.heads), dim=1)
-        return [Chain(part, *head) for part, head in zip(parts, self.heads)]
-
-
-class RecommenderBatch(NamedTuple):
-    """A batch of V distinct items and R rows."""
-
-    states: list[States]  # of the items, a view each
-    distinct: Tensor  # int64 [V]: numbers of the items
-    multiplicity: Tensor  # int64 [V]
-    inputs: Tensor  # int64 [R]: each row's own item, an index into the distinct
-    targets: Tensor  # int64 [R]: its next
-    row_users: Tensor  # int64 [R]
-    history_bits: Tensor  # int32 [users, words]
-    row_weights: Tensor  # float64 [R]: each row's part in the loss
-    log_popularity: Tensor  # float64 [items of the catalogue + 1]
-    grid: SequenceGrid  # where the rows stand
-    dropout: SequenceDropout | None
-
-
-class _Joint(ctypes.Structure):
+class JointStruct(ctypes.Structure):
     """`Joint` of cpp/recommender.cpp."""
 
     BATCH = ("distinct", "multiplicity", "inputs", "row_weights", "log_popularity")  # of `RecommenderBatch`
@@ -85,9 +35,12 @@ class _Joint(ctypes.Structure):
     ]
 
 
-class _Layout:
-    """Where the gradients lie in one block of memory, a cache line's beginning each: those of the weights, in their
-    order, and after those of a tower the gradient of its projection, which folding takes further."""
+class GradientLayout:
+    """Where the gradients lie in one block of memory, each at the beginning of a cache line.
+
+    Those of the weights stand in their order; after those of a tower the gradient of its projection, which folding
+    takes further.
+    """
 
     def __init__(self, weights: RecommenderWeights) -> None:
         d, (_, _, width) = len(weights.fusion), weights.towers[0].down_weight.shape
@@ -107,23 +60,23 @@ class _Layout:
         self.fusion, self.fusion_bias, self.sequence = self.starts[after + 4 * len(towers) :][:3]
 
     def gradients(self, block: Tensor) -> list[Tensor]:
-        """Of the weights."""
+        """Return the gradients of the weights as views of a block."""
         return [block.as_strided(*place) for place in self.places]
 
 
-class Plan:
-    """The memory and the calls of batches up to a size. What the calls point to is fixed but for the batch's own."""
+class StepPlan:
+    """The memory and the calls of batches up to a size. The calls point to fixed memory, but for a batch's tensors."""
 
     def __init__(
         self, weights: RecommenderWeights, batch: RecommenderBatch, marks: list[list], least: tuple[int, int] = (0, 0)
     ) -> None:
-        """least: items and rows that there must be room for at least."""
+        """least: the least items and rows that there must be room for."""
         self.weights, self.marks, self.cores, self.shape = weights, marks, cores(), _shape(batch)
         # Some more than now, and odd: panels a whole number of pages apart would share the cache's sets.
         sizes = len(batch.distinct), len(batch.targets)
         self.items, self.rows = (max(size + size // 8 | 1, before) for size, before in zip(sizes, least))
         self.dtype, self.library = weights.fusion.dtype, library(weights.fusion.dtype)
-        self.layout = _Layout(weights)
+        self.layout = GradientLayout(weights)
         block = self._empty(self.layout.starts[-1])
         self.gradients, self.first_gradient = self.layout.gradients(block), block.data_ptr()
         self._plan_towers()
@@ -131,15 +84,15 @@ class Plan:
         self._plan_rest()
 
     def is_of(self, marks: list[list], batch: RecommenderBatch) -> bool:
-        """Whether it was made for these weights, views and threads."""
+        """Return True if the plan is of these weights, views and threads."""
         return marks == self.marks and cores() == self.cores and _shape(batch) == self.shape
 
     def has_room(self, batch: RecommenderBatch) -> bool:
-        """For all of the batch."""
+        """Return True if the memory holds all of the batch."""
         return len(batch.distinct) <= self.items and len(batch.targets) <= self.rows
 
-    def run(self, batch: RecommenderBatch, told: Callable[[Tensor], None]) -> Tensor:
-        """The loss; leaves `gradients`, those of the weights in their order."""
+    def run(self, batch: RecommenderBatch, on_loss: Callable[[Tensor], None]) -> Tensor:
+        """Return the loss; leave the gradients of the weights, in their order, in `gradients`."""
         loss, states, forward, backward = self._empty(), *(Schedule(self.dtype) for _ in range(3))
         self._add_weights_and_states(states, batch)
 
@@ -150,52 +103,52 @@ class Plan:
         # What Python has to do it does while the others work, each time for what comes next.
         states.run(meanwhile=lay_out)
         forward.run(meanwhile=lambda: self._add_backward(backward))
-        backward.run(meanwhile=lambda: told(loss))
+        backward.run(meanwhile=lambda: on_loss(loss))
         return loss
 
     def _point_to(self, batch: RecommenderBatch, loss: Tensor) -> None:
-        """The calls' arguments that are the batch's own."""
+        """Point the calls to the batch's tensors."""
         joint = self.joint
         joint.items, joint.rows, joint.loss = len(batch.distinct), len(batch.targets), loss.data_ptr()
-        for name in _Joint.BATCH:
+        for name in JointStruct.BATCH:
             setattr(joint, name, getattr(batch, name).data_ptr())
         self._cut_towers(joint.items)
         self._cut_rows(batch)
 
     def _add_weights_and_states(self, run: Schedule, batch: RecommenderBatch) -> None:
-        """What nothing of the batch but its states is asked for: these gathered, and the heads folded."""
-        own, parts = self.library, shares(len(batch.distinct))
-        run.add(own.gather_panels, side_network_native.gathers(batch.states, self.panels, parts))
+        """Schedule what needs only the batch's states: they are gathered, and the heads folded."""
+        parts = shares(len(batch.distinct))
+        run.add(self.library.gather_panels, side_towers.gathers(batch.states, self.panels, parts))
         for calls, products in zip(self.folds, self.products):
-            folded = run.add(own.fold_forward, calls)
+            folded = run.add(self.library.fold_forward, calls)
             add_sums(run, _addresses(products), products[0].numel(), self.dtype, folded)
 
     def _add_forward(self, run: Schedule) -> None:
-        own, joint = self.library, self.joint
-        outputs = run.add(own.side_forward, self.pieces)
-        constants = run.add(own.joint_constants, [joint])
-        vectors = run.add(own.joint_vectors, [joint], outputs.to(constants))
-        states = run.add(own.sequence_forward, self.sequences, vectors)
-        losses = run.add(own.loss_forward, self.losses, states)
-        run.add(own.joint_loss, [joint], losses)
+        compiled, joint = self.library, self.joint
+        outputs = run.add(compiled.side_forward, self.pieces)
+        constants = run.add(compiled.joint_constants, [joint])
+        vectors = run.add(compiled.joint_vectors, [joint], outputs.to(constants))
+        states = run.add(compiled.sequence_forward, self.sequences, vectors)
+        losses = run.add(compiled.loss_forward, self.losses, states)
+        run.add(compiled.joint_loss, [joint], losses)
 
     def _add_backward(self, run: Schedule) -> None:
-        """The forward may be at work: nothing that its calls read is changed."""
-        own, joint = self.library, self.joint
+        """Schedule the backward. The forward may be at work: nothing that its calls read is changed."""
+        compiled, joint = self.library, self.joint
         sequence = [self._place(self.layout.sequence), *_addresses(self.more_of_sequence)][: len(self.sequences)]
-        of_rows = run.add(own.loss_backward, self.losses)
-        of_states = run.add(own.sequence_backward, self.sequences, of_rows)
+        of_rows = run.add(compiled.loss_backward, self.losses)
+        of_states = run.add(compiled.sequence_backward, self.sequences, of_rows)
         of_vectors = _addresses(self.of_vectors[: len(self.losses)])
         of_items = add_sums(run, of_vectors, joint.items * joint.width, self.dtype, of_rows)
-        joined = run.add(own.joint_backward, [joint], of_states.to(of_items))
-        pieces = run.add(own.side_backward, self.pieces, joined)
+        joined = run.add(compiled.joint_backward, [joint], of_states.to(of_items))
+        pieces = run.add(compiled.side_backward, self.pieces, joined)
         add_sums(run, sequence, sum(self.sequence_sizes), self.dtype, of_states)
         folded = pieces
         for tower, ended in self._tower_spans(pieces.first):
             start, end = self.layout.towers[tower][0], self.layout.towers[tower][-1]
             parts = [self._place(start), *_addresses(self.more_of_towers[tower])][: self.cut.count(tower)]
             summed = add_sums(run, parts, end - start, self.dtype, ended)
-            folded = folded.to(run.add(own.fold_backward, self.folds[tower], summed))
+            folded = folded.to(run.add(compiled.fold_backward, self.folds[tower], summed))
         fusion = [self._place(self.layout.fusion), *_addresses(self.more_of_fusion)]
         add_sums(run, fusion, self.weights.fusion.numel(), self.dtype, folded)
 
@@ -203,11 +156,11 @@ class Plan:
         return torch.empty(shape, dtype=self.dtype, device="cpu")
 
     def _place(self, start: int) -> int:
-        """The address of a gradient."""
+        """Return the address of a gradient."""
         return self.first_gradient + start * self.dtype.itemsize
 
     def _plan_towers(self) -> None:
-        """Memory for the towers; their calls are made as a batch is cut in them."""
+        """Allocate the towers' memory; a batch is cut into their calls later."""
         views, kind = self.shape
         first, towers = self.weights.towers[0].down_weight, len(self.weights.towers)
         layers, bottleneck, width = first.shape
@@ -221,8 +174,8 @@ class Plan:
         self.more_of_towers: list[list[Tensor]] = [[] for _ in self.weights.towers]
 
     def _cut_towers(self, items: int) -> None:
-        """The calls of the towers' pieces, the largest first, and the tower of each."""
-        (pieces,) = side_network_native.rounds(len(self.tower_calls), items, split=False)
+        """Set the calls of the towers' pieces, the largest first, and the tower of each."""
+        (pieces,) = side_towers.rounds(len(self.tower_calls), items, split=False)
         self.pieces, self.cut = [], []
         for tower, start, count in pieces:
             number = self.cut.count(tower)
@@ -234,14 +187,14 @@ class Plan:
             self.cut.append(tower)
 
     def _tower_spans(self, first: int) -> list[tuple[int, Span]]:
-        """Each tower, in the order in which their pieces begin to end, and where its pieces are from the first on."""
+        """Return each tower, in the order in which their pieces begin to end, and the span of its pieces."""
         ends = {tower: i + 1 for i, tower in enumerate(self.cut)}
         return [(tower, Span(first + self.cut.index(tower), first + end)) for tower, end in ends.items()]
 
     def _tower_call(self, number: int) -> ctypes.Structure:
-        """One more: the first of a tower gives the gradients themselves, others what is added to them."""
+        """Return one more call of a tower: the first gives the gradients themselves, others what is added to them."""
         tower = self.weights.towers[number]
-        call = side_network_native.arguments(
+        call = side_towers.tower_struct(
             self.weights.activation == "gelu",
             *tower[1:],
             self.products[number][0],
@@ -261,11 +214,11 @@ class Plan:
         return call
 
     def _plan_folding(self) -> None:
-        """Memory and calls of the chains; the first part of each gives what others are added to."""
+        """Allocate the chains' memory and calls; the first part of each gives what others are added to."""
         chains, d, layout = self.weights.chains(), len(self.weights.fusion), self.layout
-        parts = [shares(len(chain.inner), fold_native.MOST_PARTS) for chain in chains]
-        self.kept = [
-            fold_native.Kept(self._empty(len(each.inner), d), self._empty(len(each.middle))) for each in chains
+        parts = [shares(len(chain.inner), fold_heads.MOST_PARTS) for chain in chains]
+        self.fold_memory = [
+            fold_heads.FoldMemory(self._empty(len(each.inner), d), self._empty(len(each.middle))) for each in chains
         ]
         self.products = [[self._empty(d, each.inner.shape[1]) for _ in own] for each, own in zip(chains, parts)]
         # Zero where a chain has fewer parts.
@@ -278,7 +231,7 @@ class Plan:
         for i, (chain, own) in enumerate(zip(chains, parts)):
             for number, part in enumerate(own):
                 results = {"product": self.products[i][number], "bias": self.biases[i]}
-                call = fold_native.arguments(chain, self.kept[i], part, **results)
+                call = fold_heads.fold_struct(chain, self.fold_memory[i], part, **results)
                 call.upstream, call.of_bias = self._place(layout.towers[i][-2]), self._place(layout.fusion_bias)
                 for name, place in zip(Chain._fields[1:], layout.heads[i]):
                     setattr(call, f"of_{name}", self._place(place))
@@ -288,69 +241,69 @@ class Plan:
             column += chain.outer.shape[1]
 
     def _plan_rest(self) -> None:
-        """Memory for item vectors, rows and their losses."""
+        """Allocate memory for item vectors, rows and their losses."""
         d, sequence = len(self.weights.fusion), self.weights.sequence.tensors
         self.log_multiplicity, self.column = self._empty(self.items), self._empty(self.items)
         self.vectors = self._empty(self.items, d)
         self.x, self.states, self.of_states, self.of_x = self._empty(4, self.rows, d)
         self.probabilities = self._empty(self.rows * PANEL * panels_of(self.items))
         self.row_losses, self.of_row_losses = self._empty(2, self.rows)
-        self.of_vectors = self._empty(cross_entropy_native.MOST_WORKERS, self.items, d)
+        self.of_vectors = self._empty(inbatch_cross_entropy.MOST_WORKERS, self.items, d)
         self.sequence_sizes = [each.numel() for each in sequence]
-        self.more_of_sequence = self._empty(sequence_encoder_native.MOST_WORKERS - 1, sum(self.sequence_sizes))
-        self.sequence_memory = [self._empty(0)] * sequence_encoder_native.MOST_WORKERS
+        self.more_of_sequence = self._empty(sequence_encoder.MOST_WORKERS - 1, sum(self.sequence_sizes))
+        self.sequence_memory = [self._empty(0)] * sequence_encoder.MOST_WORKERS
         rows = {"x": self.x, "states": self.states, "upstream": self.of_states, "of_x": self.of_x}
         self.of_rows = {name: tensor.data_ptr() for name, tensor in rows.items()}  # of the sequence encoder's calls
         self._plan_sequences()
-        self.joint = _Joint(width=d, towers=len(self.weights.towers), room=self.items)
+        self.joint = JointStruct(width=d, towers=len(self.weights.towers), room=self.items)
         self.joint.bias = self.weights.fusion_bias.data_ptr()
-        for name in (*_Joint.OWN, *_Joint.OWN_GRADIENTS):
+        for name in (*JointStruct.OWN, *JointStruct.OWN_GRADIENTS):
             setattr(self.joint, name, getattr(self, name).data_ptr())
         self.joint.of_bias = self._place(self.layout.fusion_bias)
 
     def _cut_rows(self, batch: RecommenderBatch) -> None:
-        """The calls of the sequence encoder and of the loss."""
+        """Set the calls of the sequence encoder and of the loss."""
         items, rows = self.joint.items, self.joint.rows
-        starts = [start for start, _ in shares(rows, sequence_encoder_native.MOST_WORKERS)]
-        users = sequence_encoder_native.of_whole_users(batch.grid, starts)
+        starts = [start for start, _ in shares(rows, sequence_encoder.MOST_WORKERS)]
+        users = sequence_encoder.of_whole_users(batch.grid, starts)
         self.sequences, self.losses = self.sequence_calls[: len(users)], []
         size = self.vectors.stride(0) * self.dtype.itemsize  # of a row
         for i, (call, (start, end)) in enumerate(zip(self.sequences, users)):
-            sequence_encoder_native.set_rows(call, batch.grid, batch.dropout, start, end)
+            sequence_encoder.set_rows(call, batch.grid, batch.dropout, start, end)
             for name, first in self.of_rows.items():
                 setattr(call, name, first + start * size)
             call.memory = self._memory(i, call)
         constants = (batch.targets, batch.row_users, batch.history_bits, self.column, self.log_multiplicity)
-        constants = cross_entropy_native.Constants(*constants)
+        constants = inbatch_cross_entropy.LossConstants(*constants)
         probabilities = self.probabilities[: rows * PANEL * panels_of(items)].view(rows, -1)
         queries, vectors = self.states[:rows], self.vectors[:items]
-        for i, part in enumerate(shares(rows, cross_entropy_native.MOST_WORKERS)):
-            call = cross_entropy_native.arguments(constants, queries, vectors, probabilities, self.row_losses, part)
+        for i, part in enumerate(shares(rows, inbatch_cross_entropy.MOST_WORKERS)):
+            call = inbatch_cross_entropy.loss_struct(constants, queries, vectors, probabilities, self.row_losses, part)
             call.upstream, call.of_vectors = self.of_row_losses[part[0] :].data_ptr(), self.of_vectors[i].data_ptr()
             call.of_queries = self.of_states[part[0] :].data_ptr()
             self.losses.append(call)
 
     def _memory(self, i: int, call: ctypes.Structure) -> int:
-        """Where the i-th call of the sequence encoder keeps what its backward takes."""
-        needed = sequence_encoder_native.memory_of(call, self.dtype)
+        """Return the address of what the i-th call of the sequence encoder leaves for its backward."""
+        needed = sequence_encoder.memory_of(call, self.dtype)
         if self.sequence_memory[i].numel() < needed:
             self.sequence_memory[i] = self._empty(needed + needed // 8)
         return self.sequence_memory[i].data_ptr()
 
     def _plan_sequences(self) -> None:
-        """The sequence encoder's calls: the first leaves the gradients themselves, others what is added to them."""
-        own, sequence = sequence_encoder_native, self.weights.sequence
-        blocks, sizes = own.blocks_at(_addresses(sequence.tensors)), self.sequence_sizes
+        """Make the sequence encoder's calls: the first leaves the gradients, the others what is added to them."""
+        sequence, sizes = self.weights.sequence, self.sequence_sizes
+        blocks = sequence_encoder.blocks_at(_addresses(sequence.tensors))
         common = sequence.tensors, sequence.heads, sequence.epsilon, blocks
-        calls = [own.of_weights(*common) for _ in range(own.MOST_WORKERS)]
+        calls = [sequence_encoder.weights_struct(*common) for _ in range(sequence_encoder.MOST_WORKERS)]
         # Whole panels each, so none is padded in the layout.
         for call, first in zip(calls, [self._place(self.layout.sequence), *_addresses(self.more_of_sequence)]):
-            own.set_gradients(call, own.places_of(first, sizes, self.dtype))
+            sequence_encoder.set_gradients(call, sequence_encoder.places_of(first, sizes, self.dtype))
         self.sequence_calls = calls
 
 
 def _shape(batch: RecommenderBatch) -> tuple[list[torch.Size], torch.dtype]:
-    """(layers and width of each view, dtype of all)."""
+    """Return layers and width of each view, and the dtype of all."""
     tables = [view.table for view in batch.states]
     return [table.shape[1:] for table in tables], tables[0].dtype
 

@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block, configuration, fit_range, launch, precision
+from .configurations import configuration
+from .launch import block, fit_range, launch, precision
 
 
-def row_losses(
+def inbatch_cross_entropy(
     queries: Tensor,
     items: Tensor,
     targets: Tensor,
@@ -26,7 +27,7 @@ def row_losses(
     log_multiplicity: Tensor | None,
     log_popularity: Tensor | None,
 ) -> Tensor:
-    """`reference.row_losses` by Triton kernels; the caller has checked the arguments. fp32 [R]."""
+    """Return the reference's losses in fp32 [R]; the caller has checked the arguments."""
     queries, items = (operand if operand.stride(1) == 1 else operand.contiguous() for operand in (queries, items))
     others = (targets, row_users, history_bits, log_multiplicity, log_popularity)
     losses, _ = _row_losses(queries, items, *(value if value is None else value.contiguous() for value in others))

@@ -6,7 +6,7 @@ A tower is linear in the frozen states but for its bottlenecks. With c[k, j] the
     z_k = W_down,k p_k + sum over j < k of c[k, j] W_down,k W_up,j a_j + bias           width R; a_k = act(z_k)
     out = p_{K-1} + sum over j of c[K-1, j] (W_up,j a_j + b_up,j)                       width D
 
-is `reference.side_tower` with its sums in another order. All that happens at width D is the mix and three matrix
+is the reference's tower with its sums in another order. All that happens at width D is the mix and three matrix
 products: the states are read where they lie, nothing of size [items, layers, width] is written but the gradient of a
 view that takes one, and no gradient passes through a chain of D-wide layers. The composites W_down,k W_up,j are as
 small as weights; `_prepare` makes them with plain differentiable operations, and the op takes them as an input.
@@ -23,13 +23,20 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..reference import GATE_TEMPERATURE, States, Tower
+from ..reference.side_towers import GATE_TEMPERATURE
+from ..types import States, Tower
 from . import side_towers_kernels as device
-from .launch import Configuration, block, configuration, fit_range, launch, precision
+from .configurations import Configuration, configuration
+from .launch import block, fit_range, launch, precision
 
 
-def side_towers(states: Sequence[States], towers: Sequence[Tower], activation: str = "relu") -> list[Tensor]:
-    """`reference.side_towers` by Triton kernels; the caller has checked the arguments."""
+def side_towers(
+    states: Sequence[States],
+    towers: Sequence[Tower],
+    activation: str = "relu",
+    projections: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Return the reference's outputs; the caller has checked the arguments."""
     first_towers, second_towers = (sum(1 << i for i, tower in enumerate(towers) if v in tower.views) for v in (0, 1))
     read = states if second_towers else [states[0], States(states[0].table.detach(), states[0].rows)]
     dtype = _operand_dtype(*(view.table for view in read))
@@ -41,7 +48,8 @@ def side_towers(states: Sequence[States], towers: Sequence[Tower], activation: s
     ]
     weights = _prepare(towers, first_towers, second_towers, dtype)
     out, _, _ = _side_towers(tables[0], rows[0], tables[1], rows[1], *weights, first_towers, second_towers, activation)
-    return list(out.to(towers[0].down_weight.dtype).unbind(0))
+    outputs = list(out.to(towers[0].down_weight.dtype).unbind(0))
+    return outputs if projections is None else list(map(F.linear, outputs, projections))
 
 
 def _prepare(towers: Sequence[Tower], first_towers: int, second_towers: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -127,7 +135,7 @@ def _side_towers(
     coefficients, down, bias, composites, up, up_bias = _contiguous(coefficients, down, bias, composites, up, up_bias)
     dtype = _operand_dtype(first, second)
     first, second = first.to(dtype), second.to(dtype)  # tiles of two dtypes would not fit in shared memory
-    call = _Call(first, first_rows, second, second_rows, down, first_towers, second_towers)
+    call = TowersCall(first, first_rows, second, second_rows, down, first_towers, second_towers)
     out = call.empty(call.width, dtype=torch.float32)
     projected = call.empty(call.layers, call.bottleneck, dtype=torch.float32)
     inputs, activated = (call.empty(call.layers, call.bottleneck) for _ in range(2))
@@ -222,7 +230,7 @@ def _side_towers_backward(
     coefficients, down, composites, up = _contiguous(coefficients, down, composites, up)
     dtype = _operand_dtype(first, second)
     first, second = first.to(dtype), second.to(dtype)  # tiles of two dtypes would not fit in shared memory
-    call = _Call(first, first_rows, second, second_rows, down, first_towers, second_towers)
+    call = TowersCall(first, first_rows, second, second_rows, down, first_towers, second_towers)
     gradient, scale = fit_range(gradient, call.dtype)
     shape = call.shape
     gradients = [gradient.new_empty(0, dtype=torch.float32) for _ in range(8)]
@@ -282,7 +290,9 @@ def _side_towers_backward(
     return gradients if scale is None else [value / scale for value in gradients]
 
 
-def _weight_gradients(call: _Call, chained: tuple, activated: Tensor, down: bool, up: bool) -> tuple[Tensor, Tensor]:
+def _weight_gradients(
+    call: TowersCall, chained: tuple, activated: Tensor, down: bool, up: bool
+) -> tuple[Tensor, Tensor]:
     """Gradients of down and up [T, K, R, D], or empty tensors; items in splits whose parts are added in order."""
     chosen = call.configuration("side_weight_gradients")
     groups = _groups(call.layers, chosen.blocks["GROUP"])
@@ -314,7 +324,7 @@ def _weight_gradients(call: _Call, chained: tuple, activated: Tensor, down: bool
 
 
 def _mix_gradients(
-    call: _Call, chained: tuple, down: Tensor, first: bool, second: bool
+    call: TowersCall, chained: tuple, down: Tensor, first: bool, second: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the coefficients [T, K, 3], and of the views [N, K, D] or empty tensors."""
     chosen = call.configuration("side_mix_gradients")
@@ -389,7 +399,7 @@ def _backward(ctx: Any, gradient: Tensor, _z: None, _activated: None) -> tuple:
 _side_towers.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Call:
+class TowersCall:
     """The shapes of one call, and the arguments that several kernels share."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Target rank in Triton: counts what scores above each target, tile by tile, and keeps no score."""
+"""The rank of a target in Triton: scores above it are counted tile by tile, and no score is stored."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block, configuration, launch
+from .configurations import configuration
+from .launch import block, launch
 
 
 def target_rank(
     queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor, tie_share: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """`reference.target_rank` by a Triton kernel; the caller has checked the arguments. There is nothing to chunk."""
+    """Return the reference's ranks; the caller has checked the arguments. There is nothing to chunk."""
     queries, items, excluded = (x if x.stride(1) == 1 else x.contiguous() for x in (queries, items, excluded))
     higher, ties, own_higher, own_ties, broken = _counts(queries, items, targets.contiguous(), excluded).unbind(1)
     is_broken = broken > 0

@@ -9,34 +9,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..types import SequenceDropout
+
 MASK32 = 0xFFFFFFFF
 GOLDEN = 0x9E3779B1
 
 
-class StatelessDropout:
-    """The masks of one step."""
+def sequence_dropout(probability: float, seed: int, step: int | Tensor, users: Tensor) -> SequenceDropout | None:
+    """Return one step's dropout, or None if nothing drops.
 
-    def __init__(self, probability: float, seed: int, step: int | Tensor) -> None:
-        """step: the run's step number, an int or an int64 scalar, on the host or the masks' device."""
-        self.threshold = round(probability * 2**32)
-        self.scale = 1 / (1 - probability)
-        if isinstance(step, Tensor) and step.is_cpu:
-            step = int(step)  # spares a dozen operators on one number
-        self.prefix = _absorb(_mix(seed & MASK32), step)
+    Args: step: the run's step number, an int or an int64 scalar, on the host or the masks' device; users int64 [users]:
+    the numbers of the grid's users.
+    """
+    threshold = round(probability * 2**32)
+    if not threshold:
+        return None
+    if isinstance(step, Tensor) and step.is_cpu:
+        step = int(step)  # spares a dozen operators on one number
+    return SequenceDropout(_absorb(_mix(seed & MASK32), step), threshold, 1 / (1 - probability), users)
 
-    def factors(self, sites: Tensor, users: Tensor, positions: Tensor, channels: Tensor, dtype: torch.dtype) -> Tensor:
-        """What to multiply with, 0 or 1 / (1 - probability), in `dtype`: [S, N, C].
 
-        sites int64 [S] tell apart the places in the model that drop; users, positions int64 [N]; channels int64 [C].
-        """
-        site = _absorb(self.prefix, sites[:, None])
-        position = _absorb(_absorb(site, users), positions)  # [sites, N]
-        keep = _absorb(position[..., None], channels) >= self.threshold
-        return keep.to(dtype) * self.scale
+def drop_factors(
+    dropout: SequenceDropout, sites: Tensor, users: Tensor, positions: Tensor, channels: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return the factors of the values, 0 or 1 / (1 - probability), in `dtype`: [S, N, C].
+
+    Args: sites int64 [S] tell apart the places in the model that drop; users, positions int64 [N]; channels int64 [C].
+    """
+    site = _absorb(dropout.prefix, sites[:, None])
+    position = _absorb(_absorb(site, users), positions)  # [sites, N]
+    stays = _absorb(position[..., None], channels) >= dropout.threshold
+    return stays.to(dtype) * dropout.scale
 
 
 def _mix(h):
-    """A 32-bit finaliser (xor-shift, multiply) of an int or an int64 tensor holding unsigned 32-bit values."""
+    """Return a 32-bit finaliser (xor-shift, multiply) of an int or an int64 tensor holding unsigned 32-bit values."""
     h = (h ^ (h >> 16)) * 0x7FEB352D & MASK32
     h = (h ^ (h >> 15)) * 0x846CA68B & MASK32
     return h ^ (h >> 16)

@@ -20,8 +20,8 @@ from iisan_fast.bench.ops import MEASURED, NEEDS_CUDA, Form, make_works, random_
 from iisan_fast.bench.settings import OPS, KernelSettings
 from iisan_fast.data.sequences import Sequences, load_dataset
 from iisan_fast.errors import InputError
-from iisan_fast.kernels.gpu import launch
-from iisan_fast.kernels.gpu.launch import Configuration
+from iisan_fast.kernels.gpu import configurations
+from iisan_fast.kernels.gpu.configurations import Configuration
 
 CPU = torch.device("cpu")
 SMALL = KernelSettings(users=(8,), width=24, layers=3, bottleneck=8, embedding_dim=8)
@@ -221,18 +221,18 @@ def test_neighbours_differ_by_a_step_and_tiles_may_move_together():
 
 
 def test_every_tile_of_the_table_has_a_ladder():
-    shipped = [entry for entries in launch.CONFIGURATIONS.values() for entry in entries.values()]
+    shipped = [entry for entries in configurations.CONFIGURATIONS.values() for entry in entries.values()]
     assert {name for entry in shipped for name in entry.blocks} <= tuning.LADDERS.keys()
 
 
 def test_configured_restores_the_table():
-    before = dict(launch.CONFIGURATIONS["target_rank"])
+    before = dict(configurations.CONFIGURATIONS["target_rank"])
     other = Configuration({"BM": 32, "BN": 32, "PROGRAMS": 132})
     with tuning.configured("target_rank", "sm_90", "small", other):
-        assert launch.table_entry("target_rank", "sm_90", "small") == other
+        assert configurations.table_entry("target_rank", "sm_90", "small") == other
     with pytest.raises(KeyError), tuning.configured("target_rank", "default", "small", other):
         raise KeyError
-    assert launch.CONFIGURATIONS["target_rank"] == before
+    assert configurations.CONFIGURATIONS["target_rank"] == before
 
 
 def test_entries_are_printed_as_the_table_writes_them(monkeypatch):
@@ -250,7 +250,7 @@ def test_tuning_a_kernel_takes_the_fastest_that_agrees(monkeypatch):
     """Interpreted, with made-up times: tiles of unequal sides do not compile, and one candidate computes nonsense."""
     monkeypatch.setattr(tuning, "architecture", lambda device: "default")
     monkeypatch.setattr(tuning, "LADDERS", {"BM": (16, 32, 64), "BN": (16, 32, 64)})
-    now = launch.CONFIGURATIONS["target_rank"]
+    now = configurations.CONFIGURATIONS["target_rank"]
     monkeypatch.setattr(tuning, "cuda_graph_ms", lambda call: 1 / now["default", "fp32"].blocks["BM"])
     toy = make_sequences([[item, item + 1, item + 2, item + 3, item + 4] for item in range(1, 16)])
     (work,) = make_works(toy, 15, [], dataclasses.replace(SMALL, ops=("target-rank-float32",)), CPU)

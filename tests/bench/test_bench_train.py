@@ -126,11 +126,11 @@ def test_forms_are_warmed_up_as_long_as_they_need():
     assert FORMS["float32"].warm_up_steps(189, CPU) == train.WARM_UP_STEPS
 
 
-def test_the_backend_of_a_form_is_given_back(monkeypatch):
-    monkeypatch.setenv("IISAN_FAST_BACKEND", "host")
-    with train.backend("torch"):
-        assert train.os.environ["IISAN_FAST_BACKEND"] == "torch"
-    assert train.os.environ["IISAN_FAST_BACKEND"] == "host"
+def test_the_ops_of_a_form_are_given_back(monkeypatch):
+    monkeypatch.setenv("IISAN_FAST_FORM", "cpu-torch")
+    with train.form_of_ops("reference"):
+        assert train.os.environ["IISAN_FAST_FORM"] == "reference"
+    assert train.os.environ["IISAN_FAST_FORM"] == "cpu-torch"
 
 
 def test_the_command_writes_what_it_prints(dataset, tmp_path, capsys, in_either_place):

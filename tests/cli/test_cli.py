@@ -355,9 +355,9 @@ def test_many_cut_offs_are_printed_whole(finished_run):
     assert all(f"{metric}@{k}" in table for metric in ("HR", "NDCG") for k in (1, 5, 10, 20, 50)) and "…" not in table
 
 
-def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_written(toy_run, tmp_path, monkeypatch):
+def test_a_form_that_cannot_run_here_is_refused_before_anything_is_written(toy_run, tmp_path, monkeypatch):
     dataset, cache = toy_run
-    monkeypatch.setenv("IISAN_FAST_BACKEND", "cuda")
+    monkeypatch.setenv("IISAN_FAST_FORM", "cuda")
     message = refused("train", dataset, "--cache", cache, "--out", tmp_path / "run", "--device", "cpu")
-    assert "IISAN_FAST_BACKEND: expected auto, torch, host, native, triton, found 'cuda'" in message
+    assert "IISAN_FAST_FORM: expected auto, reference, gpu, cpu, cpu-torch, found 'cuda'" in message
     assert not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ from helpers.recommenders import side_recommender
 from helpers.tables import random_table
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.batches import Batch, Shape, epoch_batches, make_batch, steps_per_epoch
-from iisan_fast.kernels.reference import unpack_bits
+from iisan_fast.kernels.reference.inbatch_cross_entropy import unpack_bits
 
 
 @settings(max_examples=60, deadline=None)

@@ -21,21 +21,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from iisan_fast.kernels.gpu import (
-    inbatch_cross_entropy as cross_entropy,
-)
-from iisan_fast.kernels.gpu import (
-    launch,
-)
-from iisan_fast.kernels.gpu import (
-    side_towers as side_network,
-)
-from iisan_fast.kernels.gpu import (
-    target_rank as rank,
-)
-from iisan_fast.kernels.reference import States, Tower
+from iisan_fast.kernels import States, Tower
+from iisan_fast.kernels.gpu import configurations, inbatch_cross_entropy, side_towers, target_rank
+from iisan_fast.kernels.gpu.configurations import Configuration
 
-MODULES = (side_network, cross_entropy, rank)
+MODULES = (side_towers, inbatch_cross_entropy, target_rank)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 
@@ -68,10 +58,10 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
 
     def configuration(kernel: str, rows: int, dtype: torch.dtype, _: torch.device, embedding_dim: int = 0):
         nonlocal size
-        size = launch.size_of(rows, dtype, embedding_dim)
-        return launch.table_entry(kernel, device, size)
+        size = configurations.size_of(rows, dtype, embedding_dim)
+        return configurations.table_entry(kernel, device, size)
 
-    def compile_instead(kernel: Any, name: str, grid: Any, chosen: launch.Configuration, *values: Any, **meta: Any):
+    def compile_instead(kernel: Any, name: str, grid: Any, chosen: Configuration, *values: Any, **meta: Any):
         if (name, size) in compiled or arguments.kernel not in name:
             return
         compiled.add((name, size))
@@ -113,7 +103,7 @@ def call_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -
         )
         for reads in ([(0, 1)] if arguments.other_forms else [(0,), (1,), (0, 1)])
     ]
-    outputs = side_network.side_towers(views, towers, "gelu" if arguments.other_forms else "relu")
+    outputs = side_towers.side_towers(views, towers, "gelu" if arguments.other_forms else "relu")
     torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
 
 
@@ -125,13 +115,13 @@ def call_loss_and_rank(users: int, rows: int, items: int, embedding_dim: int, dt
     bits = torch.zeros(16, -(-items // 32), dtype=torch.int32)
     log_values = torch.zeros(items)
     corrections = (None,) * 4 if plain else (zeros, bits, log_values, log_values)
-    cross_entropy.row_losses(queries, vectors, zeros, *corrections).sum().backward()
+    inbatch_cross_entropy.inbatch_cross_entropy(queries, vectors, zeros, *corrections).sum().backward()
     history = torch.zeros(users, 12, dtype=torch.int64)
-    rank.target_rank(queries[:users].detach(), vectors.detach(), zeros[:users], history)
+    target_rank.target_rank(queries[:users].detach(), vectors.detach(), zeros[:users], history)
 
 
 def compile_one(
-    kernel: Any, architecture: int, chosen: launch.Configuration, values: tuple, meta: dict[str, Any]
+    kernel: Any, architecture: int, chosen: Configuration, values: tuple, meta: dict[str, Any]
 ) -> dict[str, Any]:
     """Compiles as the launcher would specialise: aligned pointers, integers known to be 1 or multiples of 16."""
     names = kernel.arg_names[: len(values)]

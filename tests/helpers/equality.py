@@ -26,7 +26,7 @@ from iisan_fast.bench.dense import DenseTrainer
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.batches import Batch, Shape, make_batch
 from iisan_fast.data.sequences import Sequences
-from iisan_fast.kernels.cpu import library as native
+from iisan_fast.kernels.cpu import library
 from iisan_fast.models.recommender import Recommender
 from iisan_fast.states.feature_table import FeatureTable, PinnedTable, load_table
 from iisan_fast.states.loader import prepared_batches
@@ -149,12 +149,12 @@ def from_mapped(step: Step) -> Result:
             return _differentiated(model, model.loss(found.batch, found.item_inputs))
 
 
-def by_backend(name: str) -> Callable[[Step], Result]:
-    """The step with what the name of a backend stands for."""
+def by_form(name: str) -> Callable[[Step], Result]:
+    """Return the step with every op by a named form."""
 
     def run(step: Step) -> Result:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(kernels.BACKEND_VARIABLE, name)
+            patch.setenv(kernels.FORM_VARIABLE, name)
             return from_recommender(step)
 
     return run
@@ -168,13 +168,13 @@ def from_dense(step: Step) -> Result:
     return _differentiated(model, dense.loss(step.users, step.step))
 
 
-def from_triton(step: Step) -> Result:
+def from_gpu(step: Step) -> Result:
     """The same in fp32 by Triton's kernels, which have no fp64."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = step.recommender().float().to(device)
     table = FeatureTable(tuple(view.float().to(device) for view in step.table.views))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(kernels.BACKEND_VARIABLE, "triton")
+        patch.setenv(kernels.FORM_VARIABLE, "gpu")
         batch = make_batch(step.sequences, step.users, step.step).to(torch.device(device))
         return _differentiated(model, model.loss(batch, table.read(batch.distinct)))
 
@@ -249,18 +249,24 @@ def _has_all_towers_of_one_shape(step: Step) -> bool:
     )
 
 
+def _has_whole_panels(step: Step) -> bool:
+    return not library.why_no_library() and all(
+        width % 16 == 0 for width in (step.model.embedding_dim, *(width for _, width in step.table.shapes))
+    )
+
+
 FORMS: dict[str, Form] = {
     "jagged": Form(from_recommender),
     "as trained": Form(from_trainer),
-    "reference ops": Form(by_backend("torch")),
-    "host": Form(by_backend("host")),
-    "native": Form(by_backend("native"), takes=lambda step: not native.why_not()),
+    "reference ops": Form(by_form("reference")),
+    "cpu-torch": Form(by_form("cpu-torch")),
+    "cpu": Form(by_form("cpu"), takes=_has_whole_panels),
     "bucketed": Form(from_bucketed),
     "packed": Form(from_packed),
     "pinned": Form(from_pinned),
     "mapped": Form(from_mapped, rtol=1e-5),
     "dense": Form(from_dense, takes=_has_all_towers_of_one_shape),
-    "triton": Form(from_triton, rtol=1e-4, users=64 if torch.cuda.is_available() else 3),  # the interpreter is slow
+    "gpu": Form(from_gpu, rtol=1e-4, users=64 if torch.cuda.is_available() else 3),  # the interpreter is slow
     "captured": Form(from_captured, rtol=1e-4, needs_cuda=True),
     "captured, a stand-in for the graph": Form(from_stand_in),
 }

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from hypothesis import Phase
 from torch import Tensor
 
 from iisan_fast import kernels
-from iisan_fast.kernels import reference
-from iisan_fast.kernels.reference import States, Tower
+from iisan_fast.kernels import States, Tower
+from iisan_fast.kernels.reference import inbatch_cross_entropy as loss_reference
+from iisan_fast.kernels.reference import side_towers as towers_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTRA_AND_INTER = ((0,), (1,), (0, 1))
+UNSHRUNK = [Phase.explicit, Phase.reuse, Phase.generate]  # the interpreter is too slow to shrink an example in
 
 
 class SideCase:
@@ -75,10 +78,12 @@ class SideCase:
 
     def check(self, wanted: Sequence[int] | None = None) -> None:
         """Triton against the reference in the case's precision and in fp64."""
-        self.assert_like_reference(self.run(by_triton, wanted=wanted), wanted)
+        self.assert_like_reference(self.run(by_gpu, wanted=wanted), wanted)
 
     def assert_like_reference(self, ours: list[Tensor], wanted: Sequence[int] | None = None) -> None:
-        theirs, exact = (self.run(reference.side_towers, dtype=dtype, wanted=wanted) for dtype in (None, torch.float64))
+        theirs, exact = (
+            self.run(towers_reference.side_towers, dtype=dtype, wanted=wanted) for dtype in (None, torch.float64)
+        )
         assert_as_good(theirs, ours, exact, self.dtype)
 
 
@@ -133,8 +138,10 @@ class LossCase:
         return [losses, *torch.autograd.grad(losses, chosen, self.gradient.to(losses.dtype))]
 
     def check(self, wanted: Sequence[int] = (0, 1)) -> None:
-        ours = self.run(loss_by_triton, wanted=wanted)
-        theirs, exact = (self.run(reference.row_losses, dtype, wanted) for dtype in (None, torch.float64))
+        ours = self.run(loss_by_gpu, wanted=wanted)
+        theirs, exact = (
+            self.run(loss_reference.inbatch_cross_entropy, dtype, wanted) for dtype in (None, torch.float64)
+        )
         assert_as_good(theirs, ours, exact, self.dtype)
 
 
@@ -147,12 +154,12 @@ def rank_case(users: int, catalogue: int, d: int, excluded: int) -> tuple[Tensor
     return tuple(tensor.to(DEVICE) for tensor in (queries, items, targets, history))
 
 
-def by_triton(*arguments) -> list[Tensor]:
-    return kernels.side_towers(*arguments, backend="triton")
+def by_gpu(*arguments) -> list[Tensor]:
+    return kernels.side_towers(*arguments, form="gpu")
 
 
-def loss_by_triton(*arguments, **keywords) -> Tensor:
-    return kernels.inbatch_cross_entropy(*arguments, **keywords, reduction="none", backend="triton")
+def loss_by_gpu(*arguments, **keywords) -> Tensor:
+    return kernels.inbatch_cross_entropy(*arguments, **keywords, reduction="none", form="gpu")
 
 
 def assert_as_good(results: Sequence, ours: Sequence, exact: Sequence, dtype: torch.dtype, factor: float = 8) -> None:
@@ -177,3 +184,8 @@ def pack(own: Tensor) -> Tensor:
     padded[:, :columns] = own
     words = (padded.view(users, -1, 32) << torch.arange(32)).sum(2)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """Equal to the tensor, and every dimension strided."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]

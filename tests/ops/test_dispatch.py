@@ -1,35 +1,38 @@
-"""The public ops: which backend runs, what is refused, and that they work as PyTorch operators."""
+"""The public ops: which form runs and is reported, and what is refused."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from helpers.kernel_cases import DEVICE, LossCase, SideCase, rank_case
 from iisan_fast import kernels
-from iisan_fast.kernels import checks, dispatch, reference
-from iisan_fast.kernels.gpu import (
-    inbatch_cross_entropy as cross_entropy,
-)
-from iisan_fast.kernels.gpu import (
-    launch,
-)
-from iisan_fast.kernels.gpu import (
-    side_towers as side_network,
-)
-from iisan_fast.kernels.gpu import (
-    target_rank as rank,
-)
-from iisan_fast.kernels.reference import States
+from iisan_fast.kernels import States, checks, dispatch
+from iisan_fast.kernels.cpu import library
+from iisan_fast.kernels.gpu import inbatch_cross_entropy as loss_gpu
+from iisan_fast.kernels.gpu import launch
+from iisan_fast.kernels.reference import inbatch_cross_entropy as loss_reference
 
-ROOT = Path(__file__).parents[2]
+needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="looks at CPU tensors")
+needs_compiler = pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "there is one")
+
+
+@pytest.fixture(autouse=True)
+def nothing_reported_or_named(monkeypatch) -> None:
+    monkeypatch.delenv(kernels.FORM_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "reported", set())
+
+
+@pytest.fixture
+def no_compiler(monkeypatch) -> str:
+    """The library cannot be had; the reason."""
+    monkeypatch.setattr(dispatch, "why_no_library", lambda: "no compiler")
+    return "no compiler"
 
 
 @pytest.fixture
@@ -38,53 +41,137 @@ def loss() -> dict:
     return {"queries": case.queries, "items": case.items, **case.keywords}
 
 
+class OnDevice:
+    """What a choice looks at of a tensor."""
+
+    def __init__(self, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+
+
+def chosen(op: str, device: str, form: str = "auto", dtype: torch.dtype = torch.float32, **refusals: str) -> str:
+    reasons = {name.replace("_", "-"): lambda reason=reason: reason for name, reason in refusals.items()}
+    return dispatch.choose(op, form, [OnDevice(device, dtype)], reasons)
+
+
+@needs_compiler
 @pytest.mark.parametrize(
-    ("device", "reason", "expected"), [("cpu", "", "native"), ("cpu", "no compiler", "host"), ("cuda", "", "triton")]
+    ("op", "on_cuda", "on_cpu", "without_compiler"),
+    [
+        ("fold_heads", "reference", "cpu", "cpu-torch"),
+        ("side_towers", "gpu", "cpu", "cpu-torch"),
+        ("sequence_encoder", "reference", "cpu", "reference"),
+        ("last_states", "reference", "cpu", "reference"),
+        ("inbatch_cross_entropy", "gpu", "cpu", "reference"),
+        ("target_rank", "gpu", "cpu", "cpu"),
+        ("adam", "reference", "cpu", "reference"),
+    ],
 )
-def test_auto_takes_triton_on_cuda_and_the_forms_for_a_cpu_elsewhere(device, reason, expected, monkeypatch):
-    monkeypatch.delenv(kernels.BACKEND_VARIABLE, raising=False)
-    monkeypatch.setattr(dispatch, "why_not", lambda: reason)
+def test_auto_takes_the_fastest_form_that_can_run(op, on_cuda, on_cpu, without_compiler, monkeypatch):
+    assert (chosen(op, "cuda"), chosen(op, "cpu"), chosen(op, "meta")) == (on_cuda, on_cpu, "reference")
+    monkeypatch.setattr(dispatch, "why_no_library", lambda: "no compiler")
+    assert chosen(op, "cpu") == without_compiler
 
-    class StandIn:
-        dtype = torch.bfloat16
-        device = torch.device("cpu")
 
-    StandIn.device = torch.device(device)
-    assert dispatch._backend("op", "auto", [StandIn()]) == expected
+def test_auto_goes_around_what_a_form_refuses(no_compiler):
+    assert chosen("side_towers", "cpu", cpu="odd shapes") == "cpu-torch"
+    assert chosen("side_towers", "cpu", cpu="odd shapes", cpu_torch="odder ones") == "reference"
+    assert chosen("side_towers", "cuda", dtype=torch.float64) == "reference"
+
+
+@pytest.mark.parametrize("op", dispatch.FORMS)
+def test_an_op_without_a_form_of_a_name_takes_the_reference(op):
+    for form in ("gpu", "cpu", "cpu-torch"):
+        if form not in dispatch.FORMS[op]:
+            assert chosen(op, "cpu", form) == chosen(op, "cuda", form) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("form", "device", "dtype", "refused", "message"),
+    [
+        (
+            "cpu",
+            "cuda",
+            torch.float32,
+            "",
+            "form: cpu cannot run side_towers: it needs CPU tensors, found cuda; use gpu",
+        ),
+        ("cpu-torch", "meta", torch.float32, "", "it needs CPU tensors, found meta; use reference"),
+        ("cpu", "cpu", torch.float32, "", "form: cpu cannot run side_towers: no compiler; use cpu-torch"),
+        ("cpu", "cpu", torch.float32, "odd shapes", "form: cpu cannot run side_towers: odd shapes; use cpu-torch"),
+        ("gpu", "cuda", torch.float64, "", "it needs float32, bfloat16 or float16, found float64; use reference"),
+    ],
+)
+def test_a_form_named_that_cannot_run_is_refused(form, device, dtype, refused, message, no_compiler):
+    with pytest.raises(ValueError) as error:
+        chosen("side_towers", device, form, dtype, cpu=refused)
+    assert str(error.value).endswith(message) and "\n" not in str(error.value)
+    assert not dispatch.reported
+
+
+def test_a_refusal_of_shapes_starts_no_compiler(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_no_library", lambda: pytest.fail("compiled"))
+    with pytest.raises(ValueError, match="cpu cannot run fold_heads: odd shapes; use cpu-torch"):
+        chosen("fold_heads", "cpu", "cpu", cpu="odd shapes")
+
+
+@needs_cpu
+def test_ranking_needs_no_compiler(monkeypatch):
+    """As the popularity baseline ranks: C++ is neither compiled nor loaded for it."""
+    monkeypatch.setattr(library, "_library", lambda dtype: pytest.fail("compiled"))
+    for form in ("auto", "cpu"):
+        masked, _ = kernels.target_rank(*rank_case(4, 9, 8, 2), form=form)
+        assert masked.shape == (4,)
+    assert dispatch.reported == {("target_rank", "cpu")}
+    kernels.check_form(torch.device("cpu"))
+    monkeypatch.setenv(kernels.FORM_VARIABLE, "cpu")
+    kernels.check_form(torch.device("cpu"))
+
+
+def test_the_form_of_a_device_is_the_fastest_or_the_one_named(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_no_library", lambda: "")
+    assert (kernels.form_on(torch.device("cpu")), kernels.form_on(torch.device("cuda"))) == ("cpu", "gpu")
+    monkeypatch.setattr(dispatch, "why_no_library", lambda: "no compiler")
+    assert kernels.form_on(torch.device("cpu")) == "cpu-torch"
+    monkeypatch.setenv(kernels.FORM_VARIABLE, "reference")
+    assert kernels.form_on(torch.device("cpu")) == kernels.form_on(torch.device("cuda")) == "reference"
+    monkeypatch.setenv(kernels.FORM_VARIABLE, "cpu-torch")
+    message = "IISAN_FAST_FORM: cpu-torch cannot run on cuda: it needs CPU tensors, found cuda; use auto"
+    with pytest.raises(ValueError, match=message):
+        kernels.form_on(torch.device("cuda"))
 
 
 def test_the_environment_variable_decides_for_auto_and_for_nothing_else(loss, monkeypatch):
-    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "triton")
+    monkeypatch.setenv(kernels.FORM_VARIABLE, "gpu")
     launch.launches.clear()
     kernels.inbatch_cross_entropy(**loss)
     assert launch.launches == {"loss_forward": 1}
-    kernels.inbatch_cross_entropy(**loss, backend="torch")
+    kernels.inbatch_cross_entropy(**loss, form="reference")
     assert launch.launches == {"loss_forward": 1}
-    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "cuda")
-    message = "IISAN_FAST_BACKEND: expected auto, torch, host, native, triton, found 'cuda'"
+    monkeypatch.setenv(kernels.FORM_VARIABLE, "cuda")
+    message = "IISAN_FAST_FORM: expected auto, reference, gpu, cpu, cpu-torch, found 'cuda'"
     with pytest.raises(ValueError, match=message):
         kernels.inbatch_cross_entropy(**loss)
 
 
-def test_triton_asked_for_by_name_is_never_replaced(loss, monkeypatch):
+def test_a_form_that_is_named_is_never_replaced(loss, monkeypatch):
     doubles = {k: v.double() if v.is_floating_point() else v for k, v in loss.items()}
-    with pytest.raises(ValueError, match="backend: triton cannot run inbatch_cross_entropy: .* found float64"):
-        kernels.inbatch_cross_entropy(**doubles, backend="triton")
-    monkeypatch.setattr(cross_entropy, "launch", lambda *_, **__: None)  # as if the kernels did not run
+    with pytest.raises(ValueError, match="form: gpu cannot run inbatch_cross_entropy: .* found float64"):
+        kernels.inbatch_cross_entropy(**doubles, form="gpu")
+    monkeypatch.setattr(loss_gpu, "launch", lambda *_, **__: None)  # as if the kernels did not run
     launch.launches.clear()
-    losses = kernels.inbatch_cross_entropy(**loss, reduction="none", backend="triton")
-    assert not launch.launches and not torch.allclose(losses, reference.row_losses(**loss))
+    losses = kernels.inbatch_cross_entropy(**loss, reduction="none", form="gpu")
+    assert not launch.launches and not torch.allclose(losses, loss_reference.inbatch_cross_entropy(**loss))
 
 
-def test_triton_on_cpu_tensors_needs_the_interpreter():
+def test_the_gpu_form_on_cpu_tensors_needs_the_interpreter():
     program = (
         "import torch; from iisan_fast import kernels\n"
         "kernels.target_rank(torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, dtype=torch.int64),"
-        " torch.zeros(1, 0, dtype=torch.int64), backend='triton')"
+        " torch.zeros(1, 0, dtype=torch.int64), form='gpu')"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert "ValueError: backend: triton cannot run target_rank: it needs CUDA tensors" in result.stderr
+    assert "ValueError: form: gpu cannot run target_rank: it needs CUDA tensors" in result.stderr
 
 
 def test_importing_the_package_imports_no_triton():
@@ -97,12 +184,34 @@ def test_importing_the_package_imports_no_triton():
     assert result.stdout.strip() == "0.0", result.stderr
 
 
-def test_the_choice_is_logged_once(loss, caplog, monkeypatch):
-    dispatch._report.cache_clear()
+def test_the_form_that_runs_is_logged_once_an_op(loss, caplog):
     with caplog.at_level(logging.INFO, logger="iisan_fast.kernels"):
         for _ in range(3):
-            kernels.inbatch_cross_entropy(**loss, backend="triton")
-    assert caplog.messages == [f"kernels: triton on {DEVICE}"]
+            kernels.inbatch_cross_entropy(**loss, form="gpu")
+            kernels.target_rank(*rank_case(4, 9, 8, 2), form="gpu")
+    assert caplog.messages == ["kernels: inbatch_cross_entropy by gpu", "kernels: target_rank by gpu"]
+
+
+@needs_cpu
+@needs_compiler
+def test_what_is_logged_is_the_form_that_ran_and_why_not_the_fastest(caplog):
+    case = LossCase(6, 40, d=5)
+    with caplog.at_level(logging.INFO, logger="iisan_fast.kernels"):
+        kernels.inbatch_cross_entropy(case.queries, case.items, **case.keywords)
+    reason = "cpu: it needs a width that is a multiple of 16, found 5"
+    assert caplog.messages == [f"kernels: inbatch_cross_entropy by reference ({reason})"]
+
+
+@needs_cpu
+@needs_compiler
+def test_towers_without_gradients_are_refused_by_name_where_c_does_not_encode_them():
+    case = SideCase(items=4, bottleneck=8)
+    projections = [torch.eye(48) for _ in case.towers]
+    with pytest.raises(ValueError, match="cpu cannot run side_towers: it needs projections; use cpu-torch"):
+        kernels.side_towers(case.states, case.towers, form="cpu")
+    message = "without gradients it needs a bottleneck that is a multiple of 16, found 8; use cpu-torch"
+    with pytest.raises(ValueError, match=message):
+        kernels.side_towers(case.states, case.towers, "relu", projections, form="cpu")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +236,7 @@ def test_the_choice_is_logged_once(loss, caplog, monkeypatch):
         ({"log_multiplicity": torch.ones(40).long()}, "log_multiplicity: expected a floating-point dtype, found int64"),
         ({"items": torch.ones(40, 32, device="meta")}, "queries: expected device meta, found cpu"),
         ({"reduction": "sum"}, "reduction: expected mean or none, found 'sum'"),
-        ({"backend": "cuda"}, "backend: expected auto, torch, host, native, triton, found 'cuda'"),
+        ({"form": "cuda"}, "form: expected auto, reference, gpu, cpu, cpu-torch, found 'cuda'"),
     ],
 )
 @pytest.mark.skipif(DEVICE != "cpu", reason="mixes devices by hand")
@@ -180,81 +289,6 @@ def test_the_towers_refuse():
         last = torch.full((4,), len(first) - 1)  # one tensor for both views, of which the second has fewer rows
         views = [States(first, last), States(first[1:], last)]
         refused(r"states\[1\].rows: expected indices from 0 to 5, found 6", states=views)
-
-
-def test_the_ops_are_sound_operators():
-    """Schema, fake tensors, autograd registration and ahead-of-time dispatch agree with what the kernels do."""
-    side, loss = SideCase(items=5, layers=2, dense=[1]), LossCase(5, 40)
-    captured: list[tuple] = []
-    for module, name in ((side_network, "_side_towers"), (cross_entropy, "_row_losses"), (rank, "_counts")):
-        operator = getattr(module, name)
-
-        def record(*arguments, operator=operator):
-            captured.append((operator, arguments))
-            return operator(*arguments)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, name, record)
-            side.run(lambda *a: kernels.side_towers(*a, backend="triton"))
-            loss.run(lambda *a, **k: kernels.inbatch_cross_entropy(*a, **k, reduction="none", backend="triton"))
-            kernels.target_rank(*rank_case(4, 9, 8, 2), backend="triton")
-    assert len(captured) == 3
-    for operator, arguments in captured:
-        detached = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments]
-        torch.library.opcheck(operator, detached)
-
-
-@pytest.mark.parametrize("kinds", [((0,), (1,), (0, 1)), ((0,),)])
-def test_the_ops_compile_as_one_graph(kinds):
-    side, loss = SideCase(items=5, layers=2, kinds=kinds), LossCase(5, 40)
-    names = [name for name, value in loss.keywords.items() if value is not None]
-
-    def both(outputs_of: list, queries: torch.Tensor, items: torch.Tensor, values: list) -> torch.Tensor:
-        towers = kernels.side_towers(side.states, outputs_of, backend="triton")
-        keywords = dict(zip(names, values, strict=True))
-        return sum(t.sum() for t in towers) + kernels.inbatch_cross_entropy(
-            queries, items, **keywords, backend="triton"
-        )
-
-    leaves = [p.requires_grad_() for tower in side.towers for p in tower[1:]]
-    leaves += [tensor.requires_grad_() for tensor in (loss.queries, loss.items)]
-    arguments = (side.towers, loss.queries, loss.items, [loss.keywords[name] for name in names])
-    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
-    for ours, eager in zip(
-        torch.autograd.grad(compiled(*arguments), leaves), torch.autograd.grad(both(*arguments), leaves), strict=True
-    ):
-        torch.testing.assert_close(ours, eager)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "architectures", "options"),
-    [("bfloat16", (80, 89, 90), []), ("float32", (80, 89, 90), []), ("bfloat16", (90,), ["--other-forms"])],
-)
-def test_every_kernel_compiles_ahead_of_time_within_a_gpus_means(dtype, architectures, options):
-    """At every shipped configuration: shared memory fits, and no register is spilled. sm_89 stands for the default."""
-    kilobytes = {80: 163, 89: 99, 90: 227}
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "tests" / "helpers" / "ahead_of_time.py"), "--dtype", dtype]
-    command += [*options, "--architecture", *map(str, architectures)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
-    seen = {(line["kernel"], line["architecture"], line["size"]) for line in lines}
-    sizes = {name: {size for _, size in entries} for name, entries in launch.CONFIGURATIONS.items()}
-    of_dtype = {"fp32"} if dtype == "float32" else {"small", "large", "wide"}
-    assert seen == {(name, a, size) for name in sizes for a in architectures for size in sizes[name] & of_dtype}
-    for line in lines:
-        print(line)
-        assert line["shared"] <= kilobytes[line["architecture"]] * 1024, line
-        assert line["spilled"] == 0, line
-
-
-def test_the_table_of_configurations_is_whole():
-    for name, entries in launch.CONFIGURATIONS.items():
-        sizes = launch.SIZES if name.startswith("side_") else launch.ROW_SIZES
-        assert {("default", size) for size in sizes} <= entries.keys(), name
-        tiles = {frozenset(entry.blocks) for entry in entries.values()}
-        assert len(tiles) == 1, f"{name}: entries name different tiles"
 
 
 def test_a_view_on_the_host_is_checked_and_one_elsewhere_is_not():

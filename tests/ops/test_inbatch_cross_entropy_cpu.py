@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iisan_fast import kernels
-from iisan_fast.kernels import reference
-from iisan_fast.kernels.cpu import inbatch_cross_entropy as cross_entropy_native
-from iisan_fast.kernels.cpu import library as native
+from iisan_fast.kernels.cpu import inbatch_cross_entropy as loss_cpu
+from iisan_fast.kernels.cpu import library
+from iisan_fast.kernels.reference import inbatch_cross_entropy as loss_reference
 
 pytestmark = [
-    pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here"),
+    pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "C++ is here"),
     pytest.mark.usefixtures("two_threads_and_nan_in_new_memory"),
 ]
 
@@ -49,17 +49,17 @@ class Case:
         return [losses.detach(), *torch.autograd.grad(losses, (queries, items), self.upstream.to(dtype))]
 
     def check(self) -> None:
-        exact = self.run(reference.row_losses, torch.float64)
-        for found, truth in zip(self.run(by_native, torch.float64), exact):
+        exact = self.run(loss_reference.inbatch_cross_entropy, torch.float64)
+        for found, truth in zip(self.run(by_cpu, torch.float64), exact):
             torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-12)
-        ours, theirs = (self.run(op, torch.float32) for op in (by_native, reference.row_losses))
+        ours, theirs = (self.run(op, torch.float32) for op in (by_cpu, loss_reference.inbatch_cross_entropy))
         for own, other, truth in zip(ours, theirs, exact):
             error, allowed = (own - truth).norm().item(), 8 * (other - truth).norm().item()
             assert error <= max(allowed, 4e-6 * max(1, truth.norm().item()))
 
 
-def by_native(*arguments, **keywords) -> Tensor:
-    return kernels.inbatch_cross_entropy(*arguments, **keywords, reduction="none", backend="native")
+def by_cpu(*arguments, **keywords) -> Tensor:
+    return kernels.inbatch_cross_entropy(*arguments, **keywords, reduction="none", form="cpu")
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,21 +85,21 @@ def test_real_sizes():
 def test_gradients_are_those_of_finite_differences():
     case = Case(5, 7)
     leaves = [each.clone().requires_grad_() for each in (case.queries, case.items)]
-    assert torch.autograd.gradcheck(lambda *tensors: by_native(*tensors, case.targets, **case.keywords), leaves)
+    assert torch.autograd.gradcheck(lambda *tensors: by_cpu(*tensors, case.targets, **case.keywords), leaves)
 
 
 def test_it_repeats_to_the_last_bit():
     case = Case(70, 90)
-    first, second = (case.run(by_native, torch.float32) for _ in range(2))
+    first, second = (case.run(by_cpu, torch.float32) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
 def test_an_expanded_gradient_and_one_side_alone():
     case = Case(40, 50)
     queries = case.queries.clone().requires_grad_()
-    by_native(queries, case.items, case.targets, **case.keywords).sum().backward()
+    by_cpu(queries, case.items, case.targets, **case.keywords).sum().backward()
     other = case.queries.clone().requires_grad_()
-    reference.row_losses(other, case.items, case.targets, **case.keywords).sum().backward()
+    loss_reference.inbatch_cross_entropy(other, case.items, case.targets, **case.keywords).sum().backward()
     torch.testing.assert_close(queries.grad, other.grad, rtol=1e-11, atol=1e-12)
 
 
@@ -107,28 +107,42 @@ def test_an_expanded_gradient_and_one_side_alone():
 def test_a_loss_that_is_not_finite_is_not_lost(value):
     case = Case(40, 50, masked=False)
     case.queries[3, 2] = value
-    losses = case.run(by_native, torch.float32)[0]
+    losses = case.run(by_cpu, torch.float32)[0]
     assert not losses[3].isfinite() and losses[4:].isfinite().all()
 
 
-def test_what_it_does_not_know_goes_through_the_reference(monkeypatch):
-    monkeypatch.setattr(cross_entropy_native, "row_losses", lambda *_: pytest.fail("C++ ran"))
-    Case(9, 8, width=5).check()  # no whole panels
-    case = Case(9, 8)
-    case.keywords["log_popularity"] = case.keywords["log_popularity"].float().requires_grad_()
-    arguments = (case.queries.float().requires_grad_(), case.items.float(), case.targets)
-    keywords = {k: v.float() if v.is_floating_point() and not v.requires_grad else v for k, v in case.keywords.items()}
-    by_native(*arguments, **keywords).sum().backward()
-    assert keywords["log_popularity"].grad is not None
+def test_what_it_does_not_take_goes_through_the_reference(monkeypatch):
+    monkeypatch.delenv(kernels.FORM_VARIABLE, raising=False)
+    monkeypatch.setattr(loss_cpu, "inbatch_cross_entropy", lambda *_: pytest.fail("C++ ran"))
+    narrow, case = Case(9, 8, width=5), Case(9, 8)
+    losses = kernels.inbatch_cross_entropy(narrow.queries, narrow.items, narrow.targets, reduction="none")
+    assert torch.equal(losses, loss_reference.inbatch_cross_entropy(narrow.queries, narrow.items, narrow.targets))
+    popularity = case.keywords["log_popularity"].requires_grad_()
+    kernels.inbatch_cross_entropy(case.queries, case.items, case.targets, **case.keywords).backward()
+    assert popularity.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("width", "trained", "reason"),
+    [
+        (5, False, "it needs a width that is a multiple of 16, found 5"),
+        (16, True, "it has no gradient for log_multiplicity and log_popularity"),
+    ],
+)
+def test_what_it_does_not_take_is_refused_by_name(width, trained, reason):
+    case = Case(9, 8, width=width)
+    case.keywords["log_popularity"].requires_grad_(trained)
+    with pytest.raises(ValueError, match=f"form: cpu cannot run inbatch_cross_entropy: {reason}; use reference"):
+        by_cpu(case.queries, case.items, case.targets, **case.keywords)
 
 
 @pytest.mark.parametrize(("forward", "backward"), [(1, 2), (2, 1)])
 def test_threads_may_change_before_the_backward_and_it_may_come_twice(forward, backward):
     case = Case(70, 90)
-    exact = case.run(reference.row_losses, torch.float64)
+    exact = case.run(loss_reference.inbatch_cross_entropy, torch.float64)
     leaves = [each.clone().requires_grad_() for each in (case.queries, case.items)]
     torch.set_num_threads(forward)
-    losses = by_native(*leaves, case.targets, **case.keywords)
+    losses = by_cpu(*leaves, case.targets, **case.keywords)
     torch.set_num_threads(backward)
     for last in (False, True):
         found = torch.autograd.grad(losses, leaves, case.upstream, retain_graph=not last)

@@ -14,34 +14,34 @@ import pytest
 import torch
 
 from iisan_fast import kernels
-from iisan_fast.kernels import dispatch, reference
-from iisan_fast.kernels.cpu import library as native
+from iisan_fast.kernels import States, Tower, dispatch
+from iisan_fast.kernels.cpu import library
 from iisan_fast.kernels.cpu import step_memory as memory
 from iisan_fast.kernels.cpu.step_memory import Memory
-from iisan_fast.kernels.reference import States, Tower
+from iisan_fast.kernels.reference import inbatch_cross_entropy as loss_reference
 
-QUICK = tuple("-O0" if flag == "-O3" else flag for flag in native.FLAGS)  # where nothing that was made is run
-needs_compiler = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "there is one")
+QUICK = tuple("-O0" if flag == "-O3" else flag for flag in library.FLAGS)  # where nothing that was made is run
+needs_compiler = pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "there is one")
 
 
 @pytest.fixture
 def anew(monkeypatch, tmp_path):
     """Nothing compiled, nothing remembered."""
-    native._library.cache_clear()
-    monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path / "compiled"))
+    library._library.cache_clear()
+    monkeypatch.setenv(library.CACHE_VARIABLE, str(tmp_path / "compiled"))
     yield tmp_path / "compiled"
-    native._library.cache_clear()
+    library._library.cache_clear()
 
 
 @needs_compiler
 def test_it_is_compiled_once_for_the_user_alone(anew, monkeypatch):
-    monkeypatch.setattr(native, "FLAGS", QUICK)
-    assert native.why_not() == ""
+    monkeypatch.setattr(library, "FLAGS", QUICK)
+    assert library.why_no_library() == ""
     (made,) = anew.iterdir()
     assert made.suffix == ".so" and anew.stat().st_mode & 0o077 == 0
-    native._library.cache_clear()
-    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
-    assert native.library(torch.float32).side_forward
+    library._library.cache_clear()
+    monkeypatch.setattr(library, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert library.library(torch.float32).side_forward
 
 
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
@@ -52,8 +52,8 @@ def test_what_each_compiler_makes_computes_the_same(compiler, anew, monkeypatch)
     towers, states, projections = small_side_network()
     parameters = [each for tower in towers for each in tower[1:]] + projections
     results = []
-    for backend in ("native", "torch"):
-        outputs = kernels.side_towers(states, towers, projections=projections, backend=backend)
+    for form in ("cpu", "reference"):
+        outputs = kernels.side_towers(states, towers, projections=projections, form=form)
         results.append([*outputs, *torch.autograd.grad(sum(each.square().sum() for each in outputs), parameters)])
     assert len(list(anew.iterdir())) == 1
     for found, expected in zip(*results, strict=True):
@@ -73,15 +73,15 @@ def small_side_network() -> tuple[list[Tower], list[States], list[torch.Tensor]]
 
 @needs_compiler
 def test_other_sources_are_compiled_anew(anew, monkeypatch, tmp_path):
-    before = native._key(native._compiler())
+    before = library._key(library._compiler())
     sources = tmp_path / "sources"
     sources.mkdir()
-    for path in native.SOURCES.iterdir():
+    for path in library.SOURCES.iterdir():
         (sources / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(native, "SOURCES", sources)
-    assert native._key(native._compiler()) == before
+    monkeypatch.setattr(library, "SOURCES", sources)
+    assert library._key(library._compiler()) == before
     (sources / "panels.h").write_text("// changed\n")
-    assert native._key(native._compiler()) != before
+    assert library._key(library._compiler()) != before
 
 
 @needs_compiler
@@ -89,46 +89,45 @@ def test_an_error_of_the_compiler_is_one_line_and_leaves_nothing(anew, monkeypat
     sources = tmp_path / "sources"
     sources.mkdir()
     (sources / "broken.cpp").write_text("int broken( {")
-    monkeypatch.setattr(native, "SOURCES", sources)
-    reason = native.why_not()
+    monkeypatch.setattr(library, "SOURCES", sources)
+    reason = library.why_no_library()
     assert "exits with 1" in reason and "broken.cpp" in reason and "\n" not in reason
     assert not list(anew.iterdir())
-    with pytest.raises(native.NoLibrary, match="exits with 1"):
-        native.library(torch.float32)
+    with pytest.raises(library.NoLibrary, match="exits with 1"):
+        library.library(torch.float32)
 
 
-def test_without_a_compiler_the_forms_in_pytorch_run_and_say_why(anew, monkeypatch, caplog):
+def test_without_a_compiler_pytorch_runs_and_the_log_says_why(anew, monkeypatch, caplog):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.delenv(kernels.BACKEND_VARIABLE, raising=False)
-    dispatch._report.cache_clear()
+    monkeypatch.delenv(kernels.FORM_VARIABLE, raising=False)
+    dispatch.reported.clear()
     queries, items, targets = torch.randn(3, 16, requires_grad=True), torch.randn(5, 16), torch.tensor([0, 4, 2])
     with caplog.at_level(logging.INFO, logger="iisan_fast.kernels"):
         found = kernels.inbatch_cross_entropy(queries, items, targets, reduction="none")
-    assert torch.equal(found, reference.row_losses(queries, items, targets))
+    assert torch.equal(found, loss_reference.inbatch_cross_entropy(queries, items, targets))
     reason = "no C++ compiler is here (c++, g++, clang++)"
-    assert caplog.messages == [f"kernels: host on cpu ({reason})"]
+    assert caplog.messages == [f"kernels: inbatch_cross_entropy by reference (cpu: {reason})"]
     with pytest.raises(ValueError) as refused:
-        kernels.inbatch_cross_entropy(queries, items, targets, backend="native")
-    assert str(refused.value) == f"backend: native cannot run inbatch_cross_entropy: {reason}; use host"
+        kernels.inbatch_cross_entropy(queries, items, targets, form="cpu")
+    assert str(refused.value) == f"form: cpu cannot run inbatch_cross_entropy: {reason}; use reference"
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
-    native._library.cache_clear()
-    assert native.why_not() == "CXX names no program: 'no-such-compiler -O2'"
+    library._library.cache_clear()
+    assert library.why_no_library() == "CXX names no program: 'no-such-compiler -O2'"
 
 
 @needs_compiler
 def test_a_cache_that_cannot_be_written_is_a_reason(anew, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path / "file" / "below"))
-    assert native.why_not().startswith("the compiled library cannot be kept or loaded: ")
+    monkeypatch.setenv(library.CACHE_VARIABLE, str(tmp_path / "file" / "below"))
+    assert library.why_no_library().startswith("the compiled library cannot be kept or loaded: ")
 
 
 @needs_compiler
 def test_processes_that_compile_at_once_do_not_disturb_one_another(tmp_path):
-    program = (
-        f"from iisan_fast.kernels.cpu import library; library.FLAGS = {QUICK}; print(library.why_not() or 'compiled')"
-    )
-    environment = {**os.environ, native.CACHE_VARIABLE: str(tmp_path)}
+    program = "from iisan_fast.kernels.cpu import library\n"
+    program += f"library.FLAGS = {QUICK}; print(library.why_no_library() or 'compiled')"
+    environment = {**os.environ, library.CACHE_VARIABLE: str(tmp_path)}
     both = [
         subprocess.Popen(
             [sys.executable, "-c", program],
@@ -168,7 +167,9 @@ def test_memory_that_nobody_wants_any_more_goes(monkeypatch):
 def test_a_folder_that_others_may_write_to_is_not_trusted(anew):
     anew.mkdir()
     anew.chmod(0o777)
-    assert native.why_not() == f"{anew}: others may write there; set IISAN_FAST_COMPILED to a folder of your own"
+    assert (
+        library.why_no_library() == f"{anew}: others may write there; set IISAN_FAST_COMPILED to a folder of your own"
+    )
     assert not list(anew.iterdir())
 
 
@@ -177,4 +178,4 @@ def test_memory_that_lacks_is_an_error():
         _fields_ = [("rows", ctypes.c_int32)]
 
     with pytest.raises(MemoryError, match="lack memory"):
-        native.run(lambda arguments: 1, Arguments())
+        library.run(lambda arguments: 1, Arguments())

@@ -1,4 +1,4 @@
-"""SASRec by C++ against its PyTorch, states and all gradients, in fp64 and fp32."""
+"""SASRec by C++ against the reference, states and all gradients, in fp64 and fp32."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from torch import Tensor
 
 from iisan_fast import kernels
 from iisan_fast.config import ModelConfig
-from iisan_fast.kernels.cpu import library as native
-from iisan_fast.kernels.cpu import sequence_encoder as sequence_encoder_native
+from iisan_fast.kernels import SequenceGrid, sequence_dropout
+from iisan_fast.kernels.cpu import library
+from iisan_fast.kernels.cpu import sequence_encoder as sequence_encoder_cpu
 from iisan_fast.kernels.cpu.step_memory import Memory
-from iisan_fast.kernels.reference.dropout import StatelessDropout
-from iisan_fast.models.sasrec import Dropout, Rows, SASRec
+from iisan_fast.kernels.reference import sequence_encoder as sequence_encoder_reference
+from iisan_fast.models.sasrec import SASRec
 
 pytestmark = [
-    pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here"),
+    pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "C++ is here"),
     pytest.mark.usefixtures("two_threads_and_nan_in_new_memory"),
 ]
 
 
 @pytest.fixture(autouse=True)
-def by_native(monkeypatch) -> None:
+def by_cpu(monkeypatch) -> None:
     """C++ runs or is an error."""
-    monkeypatch.setenv(kernels.BACKEND_VARIABLE, "native")
+    monkeypatch.setenv(kernels.FORM_VARIABLE, "cpu")
 
 
 class Case:
@@ -42,18 +43,23 @@ class Case:
             for parameter in self.model.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
         slots = [length * (user + 1) - own + i for user, own in enumerate(lengths) for i in range(own)]
-        self.rows = Rows(torch.tensor(slots, dtype=torch.int64), len(lengths), length)
+        self.grid = SequenceGrid(torch.tensor(slots, dtype=torch.int64), len(lengths), length)
         users = torch.randint(0, 2**31, (len(lengths),), generator=generator)
-        self.dropout = Dropout(StatelessDropout(dropout, 3, 17), users)
+        self.dropout = sequence_dropout(dropout, 3, 17, users)
         self.x = torch.randn(len(slots), d, generator=generator)
         self.upstream = torch.randn(len(slots), d, generator=generator)
 
     def run(self, specification: bool, dtype: torch.dtype) -> dict[str, Tensor]:
         model, x = self.model.to(dtype), self.x.to(dtype, copy=True).requires_grad_()
-        states = (model._states if specification else model)(x, self.rows, self.dropout)
+        op = sequence_encoder_reference.sequence_encoder if specification else kernels.sequence_encoder
+        states = op(x, model.weights(), self.grid, self.dropout)
         gradients = torch.autograd.grad(states, [x, *model.parameters()], self.upstream.to(dtype))
         names = ["x", *(name for name, _ in model.named_parameters())]
         return {"states": states.detach(), **dict(zip(names, gradients))}
+
+    def last(self, x: Tensor) -> Tensor:
+        """Return the reference's states after whole histories."""
+        return sequence_encoder_reference.last_states(x, self.model.weights(), self.grid)
 
     def check(self) -> None:
         exact = self.run(True, torch.float64)
@@ -90,9 +96,9 @@ def test_users_of_every_share_of_the_rows(lengths):
 def test_states_after_whole_histories(lengths, shape):
     case = Case(lengths, *shape, spare=2)
     with torch.inference_mode():
-        exact = case.model._last(case.x.double(), case.rows)
-        torch.testing.assert_close(case.model.last(case.x.double(), case.rows), exact, rtol=1e-10, atol=1e-11)
-        found = case.model.float().last(case.x, case.rows)
+        exact = case.last(case.x.double())
+        torch.testing.assert_close(case.model.last(case.x.double(), case.grid), exact, rtol=1e-10, atol=1e-11)
+        found = case.model.float().last(case.x, case.grid)
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
 
 
@@ -100,7 +106,7 @@ def test_states_after_whole_histories(lengths, shape):
 def test_states_of_more_rows_than_are_computed_at_a_time(lengths):
     case = Case(lengths, d=16)
     with torch.inference_mode():
-        found, exact = (last(case.x.double(), case.rows) for last in (case.model.last, case.model._last))
+        found, exact = case.model.last(case.x.double(), case.grid), case.last(case.x.double())
     torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-11)
 
 
@@ -110,17 +116,20 @@ def test_many_users_take_the_memory_of_few(monkeypatch):
     for users in (100, 400):
         case = Case([12] * users, d=16)
         with torch.inference_mode():
-            case.model.last(case.x.double(), case.rows)
+            case.model.last(case.x.double(), case.grid)
     assert len(taken) == 2 and taken[0] == taken[1]
 
 
 def test_states_after_whole_histories_are_by_c_where_no_backward_follows(monkeypatch):
     case, calls = Case([3, 5]), []
-    own = sequence_encoder_native.last_states
-    monkeypatch.setattr(sequence_encoder_native, "last_states", lambda *args: calls.append(len(args[0])) or own(*args))
-    assert case.model.last(case.x.double(), case.rows).requires_grad and not calls
+    last_states = sequence_encoder_cpu.last_states
+    monkeypatch.delenv(kernels.FORM_VARIABLE)
+    monkeypatch.setattr(
+        sequence_encoder_cpu, "last_states", lambda *args: calls.append(len(args[0])) or last_states(*args)
+    )
+    assert case.model.last(case.x.double(), case.grid).requires_grad and not calls
     with torch.no_grad():
-        case.model.last(case.x.double(), case.rows)
+        case.model.last(case.x.double(), case.grid)
     assert calls == [8]
 
 
@@ -129,9 +138,10 @@ def test_rows_that_share_a_slot_disturb_nobody_else():
     case, padding = Case([3, 5, 4]), 50
     expected = case.run(True, torch.float64)
     count = len(case.x)
-    last = torch.full((padding,), 4 * case.rows.length - 1)
-    case.rows = Rows(torch.cat([case.rows.slots, last]), 4, case.rows.length)
-    case.dropout = Dropout(case.dropout.masks, torch.cat([case.dropout.users, torch.zeros(1, dtype=torch.int64)]))
+    last = torch.full((padding,), 4 * case.grid.length - 1)
+    case.grid = SequenceGrid(torch.cat([case.grid.slots, last]), 4, case.grid.length)
+    users = torch.cat([case.dropout.users, torch.zeros(1, dtype=torch.int64)])
+    case.dropout = case.dropout._replace(users=users)
     case.x = torch.cat([case.x, torch.ones(padding, case.x.shape[1])])
     case.upstream = torch.cat([case.upstream, torch.zeros(padding, case.x.shape[1])])
     found = case.run(False, torch.float64)
@@ -153,25 +163,37 @@ def test_it_repeats_to_the_last_bit_and_hardly_depends_on_threads():
 @pytest.mark.parametrize("changed", [{"d": 24, "heads": 2}, {"d": 8, "heads": 2}])
 def test_other_widths_go_through_pytorch(changed, monkeypatch):
     case = Case([3, 4], **changed)
-    assert not sequence_encoder_native.takes(case.model.weights())
-    monkeypatch.setattr(sequence_encoder_native, "sequence_encoder", lambda *_: pytest.fail("C++ ran"))
+    reason = f"it needs widths that are multiples of 16, found {changed['d']}"
+    with pytest.raises(ValueError, match=f"{kernels.FORM_VARIABLE}: cpu cannot run sequence_encoder: {reason}"):
+        case.run(False, torch.float64)
+    monkeypatch.delenv(kernels.FORM_VARIABLE)
+    monkeypatch.setattr(sequence_encoder_cpu, "sequence_encoder", lambda *_: pytest.fail("C++ ran"))
     case.check()
 
 
-def test_without_gradients_pytorch_runs(monkeypatch):
+@pytest.mark.parametrize("quietly", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_states_are_the_same(quietly):
     case = Case([3, 4])
-    monkeypatch.setattr(sequence_encoder_native, "sequence_encoder", lambda *_: pytest.fail("C++ ran"))
-    with torch.no_grad():
-        case.model(case.x.double(), case.rows)
+    x = case.x.double()
+    with quietly():
+        states = case.model(x, case.grid, case.dropout)
+    assert not states.requires_grad and torch.equal(states, case.model(x, case.grid, case.dropout))
+
+
+def test_last_states_have_no_gradients():
+    case = Case([3, 4])
+    message = f"{kernels.FORM_VARIABLE}: cpu cannot run last_states: it has no gradients; use reference"
+    with pytest.raises(ValueError, match=message):
+        case.model.last(case.x.double(), case.grid)
 
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_the_backward_has_all_that_it_reads_whoever_lets_go_of_it(step):
     case = Case([3, 7, 1, 5] * 8)
     expected, model = case.run(False, torch.float64), case.model
-    slots = case.rows.slots.repeat_interleave(step)[::step]
-    states = model(case.x.double(), Rows(slots, case.rows.users, case.rows.length), case.dropout)
-    case.rows = case.dropout = slots = None
+    slots = case.grid.slots.repeat_interleave(step)[::step]
+    states = model(case.x.double(), SequenceGrid(slots, case.grid.users, case.grid.length), case.dropout)
+    case.grid = case.dropout = slots = None
     others = [torch.full((len(case.x),), 1 << 40) for _ in range(64)]  # where the slots were
     gradients = torch.autograd.grad(states, list(model.parameters()), case.upstream.double())
     assert len(others) == 64
@@ -181,7 +203,7 @@ def test_the_backward_has_all_that_it_reads_whoever_lets_go_of_it(step):
 
 def test_weights_changed_before_the_backward_are_refused():
     case = Case([3, 4])
-    states = case.model(case.x.double(), case.rows)
+    states = case.model(case.x.double(), case.grid)
     with torch.no_grad():
         case.model.blocks[0].query.weight += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -200,7 +222,7 @@ def test_threads_may_change_before_the_backward_and_it_may_come_twice(forward, b
     case = Case([4, 9, 2, 7] * 6)
     expected, x = case.run(False, torch.float64), case.x.double().requires_grad_()
     torch.set_num_threads(forward)
-    states = case.model(x, case.rows, case.dropout)
+    states = case.model(x, case.grid, case.dropout)
     torch.set_num_threads(backward)
     for last in (False, True):
         (found,) = torch.autograd.grad(states, x, case.upstream.double(), retain_graph=not last)
@@ -209,14 +231,13 @@ def test_threads_may_change_before_the_backward_and_it_may_come_twice(forward, b
 
 def test_arguments_that_do_not_fit_are_refused():
     case = Case([3, 4])
-    weights, grid = case.model.weights(), kernels.SequenceGrid(case.rows.slots, case.rows.length)
-    x = case.x.double()
+    weights, grid, x = case.model.weights(), case.grid, case.x.double()
     for changed, message in (
         ({"x": x[:-1]}, r"x: expected \[7, 32\], found \[6, 32\]"),
-        ({"x": x.float()}, "weights: expected torch.float32 like x"),
+        ({"x": x.float()}, "weights: expected float32 like x, found float64"),
         ({"grid": grid._replace(length=9)}, "grid.length: expected 1 to 4, found 9"),
         ({"weights": weights._replace(heads=3)}, "weights.heads: expected a divisor of 32, found 3"),
     ):
         arguments = {"x": x, "weights": weights, "grid": grid} | changed
         with pytest.raises(ValueError, match=message):
-            kernels.sequence_encoder(lambda: None, dropout=lambda: None, **arguments)
+            kernels.sequence_encoder(**arguments)

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iisan_fast import kernels
-from iisan_fast.kernels import States, Tower, reference
-from iisan_fast.kernels import threads as host
-from iisan_fast.kernels.cpu import library as native
-from iisan_fast.kernels.cpu import side_towers_torch as side_network_host
+from iisan_fast.kernels import States, Tower
+from iisan_fast.kernels.cpu import library, side_towers_torch
+from iisan_fast.kernels.cpu import side_towers as side_towers_cpu
+from iisan_fast.kernels.reference.side_towers import GATE_TEMPERATURE
+from iisan_fast.kernels.reference.side_towers import side_towers as towers_reference
+from iisan_fast.kernels.threads import equal_parts
 
 NAMES = ("gate", "down_weight", "down_bias", "up_weight", "up_bias")
 INTRA_AND_INTER = ((0,), (1,), (0, 1))
@@ -30,17 +32,20 @@ SATURATED = (20.0, -20.0, 20.0, 0.0, -20.0)  # sigmoid(200) is 1 and sigmoid(-20
 pytestmark = pytest.mark.usefixtures("two_threads_and_nan_in_new_memory")
 
 
-@pytest.fixture(autouse=True, scope="module", params=["host", "native"])
-def backend(request) -> Iterator[str]:
+@pytest.fixture(autouse=True, scope="module", params=["cpu-torch", "cpu"])
+def form(request) -> Iterator[str]:
     """Both forms, one after the other."""
-    if request.param == "native" and native.why_not():
-        pytest.skip(native.why_not())
-    by_cpu.backend = request.param
+    if request.param == "cpu" and library.why_no_library():
+        pytest.skip(library.why_no_library())
+    by_cpu.form = request.param
     yield request.param
 
 
-def by_cpu(*arguments, **keywords) -> list[Tensor]:
-    return kernels.side_towers(*arguments, **keywords, backend=by_cpu.backend)
+def by_cpu(states, towers, activation, projections=None) -> list[Tensor]:
+    """Run the form; C++ takes projections alone, so that identities stand in for none."""
+    if by_cpu.form == "cpu" and projections is None:
+        projections = [torch.eye(tower.down_weight.shape[2], dtype=tower.down_weight.dtype) for tower in towers]
+    return kernels.side_towers(states, towers, activation, projections, form=by_cpu.form)
 
 
 class Case:
@@ -140,10 +145,10 @@ class Case:
 
     def check(self, in_fp32: bool = True) -> None:
         """The CPU form against the reference, in fp64 and in fp32."""
-        exact = self.run(reference.side_towers, torch.float64)
+        exact = self.run(towers_reference, torch.float64)
         assert_equal(self.run(by_cpu, torch.float64), exact, rtol=1e-12)
         if in_fp32:
-            assert_as_good(self.run(by_cpu), self.run(reference.side_towers), exact)
+            assert_as_good(self.run(by_cpu), self.run(towers_reference), exact)
 
 
 def error(value: Tensor, exact: Tensor) -> float:
@@ -206,7 +211,7 @@ def test_any_towers_without_gradients(data):
     case = Case(
         items=data.draw(st.sampled_from([0, 1, 7, 33, 65])),
         layers=data.draw(st.integers(1, 4)),
-        bottleneck=data.draw(st.sampled_from([3, 16, 32])),
+        bottleneck=data.draw(st.sampled_from([16, 32] if by_cpu.form == "cpu" else [3, 16, 32])),
         width=data.draw(st.sampled_from([1, 5, 24, 33, 112])),
         kinds=kinds,
         gated=data.draw(st.booleans()),
@@ -219,7 +224,7 @@ def test_any_towers_without_gradients(data):
     names = [f"output {i}" for i in range(len(kinds))]
     found, exact = (
         dict(zip(names, case.forward(op, torch.float64, wanted=())[0], strict=True))
-        for op in (by_cpu, reference.side_towers)
+        for op in (by_cpu, towers_reference)
     )
     assert_equal(found, exact, rtol=1e-12)
 
@@ -240,7 +245,7 @@ def test_gradients_of_any_stride(upstream, projected):
 @pytest.mark.parametrize("items", [5, 33])
 def test_every_subset_of_gradients(kind, items):
     case = Case(items=items, layers=2, width=4, bottleneck=3, kinds=[kind], in_order=[0], projected=2)
-    exact = case.run(reference.side_towers, torch.float64)
+    exact = case.run(towers_reference, torch.float64)
     for count in range(1, 1 + len(case.leaves)):
         for wanted in itertools.combinations(case.leaves, count):
             names = ["output 0", *(f"gradient of {name}" for name in wanted)]
@@ -251,7 +256,7 @@ def test_every_subset_of_gradients(kind, items):
 def test_an_output_that_nobody_uses_has_no_part_in_the_gradients():
     case = Case(kinds=[(0,), (0, 1)], in_order=[0])
     results = []
-    for op in (by_cpu, reference.side_towers):
+    for op in (by_cpu, towers_reference):
         outputs, leaves = case.forward(op, torch.float64)
         gradients = torch.autograd.grad(outputs[1].sum(), leaves.values(), allow_unused=True)
         results.append(
@@ -269,14 +274,14 @@ def test_saturated_gates(kind, items):
     """Gates of exactly 0 and 1: what they shut off has a gradient of exactly 0, and nothing becomes NaN."""
     case = Case(items=items, layers=len(SATURATED), kinds=[kind], in_order=[kind[0]])
     case.parameters["gate 0"] = torch.tensor(SATURATED)
-    weights = torch.sigmoid(case.parameters["gate 0"] / reference.GATE_TEMPERATURE).tolist()
+    weights = torch.sigmoid(case.parameters["gate 0"] / GATE_TEMPERATURE).tolist()
     assert set(weights) == {0.0, 0.5, 1.0}
-    ours, theirs = (case.run(op) for op in (by_cpu, reference.side_towers))
+    ours, theirs = (case.run(op) for op in (by_cpu, towers_reference))
     assert all(value.isfinite().all() for value in ours.values())
     assert_equal(ours, theirs, rtol=1e-5)
     gates = ours["gradient of gate 0"]
     assert [bool(gate) for gate in gates] == [weight == 0.5 for weight in weights]
-    assert_as_good(ours, theirs, case.run(reference.side_towers, torch.float64))
+    assert_as_good(ours, theirs, case.run(towers_reference, torch.float64))
 
 
 @pytest.mark.parametrize("items", [6, 48])
@@ -296,7 +301,7 @@ def test_tables_of_other_dtypes_than_the_weights(dtypes):
 
 def test_a_gradient_has_the_dtype_of_its_view():
     case = Case(table_dtypes=(torch.bfloat16, None), in_order=[0])
-    ours, theirs = (case.run(op) for op in (by_cpu, reference.side_towers))
+    ours, theirs = (case.run(op) for op in (by_cpu, towers_reference))
     assert ours["gradient of view 0"].dtype == torch.bfloat16
     assert_equal(ours, theirs, rtol=2**-7)
 
@@ -304,10 +309,10 @@ def test_a_gradient_has_the_dtype_of_its_view():
 @pytest.mark.parametrize("projected", [None, 4])
 @pytest.mark.parametrize("items", [0, 7, 40])
 @pytest.mark.parametrize("quietly", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_the_outputs_are_the_same(quietly, items, projected, backend):
+def test_without_gradients_the_outputs_are_the_same(quietly, items, projected, form):
     """To the last bit by PyTorch, but for projected ones: those are added up in another order, without the width
-    between. C++ takes no part in a bottleneck that is no whole panels."""
-    case = Case(items=items, projected=projected)
+    between, as by C++."""
+    case = Case(items=items, projected=projected, bottleneck=16)
     trained, _ = case.forward(by_cpu, torch.float64)
     with quietly():
         outputs, _ = case.forward(by_cpu, torch.float64)
@@ -316,7 +321,7 @@ def test_without_gradients_the_outputs_are_the_same(quietly, items, projected, b
         assert expected.requires_grad
         for output in others:
             torch.testing.assert_close(output, expected.detach(), rtol=1e-12, atol=1e-13)
-            assert not output.requires_grad and (projected or backend == "native" or torch.equal(output, expected))
+            assert not output.requires_grad and (projected or form == "cpu" or torch.equal(output, expected))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -324,7 +329,7 @@ def test_without_gradients_the_outputs_are_the_same(quietly, items, projected, b
 def test_many_items_without_gradients_go_through_in_equal_parts(items, threads):
     """The same item then has the same output to the last bit, wherever it stands."""
     torch.set_num_threads(threads)
-    sizes = [part.stop - part.start for part in host.equal_parts(items, 512)]
+    sizes = [part.stop - part.start for part in equal_parts(items, 512)]
     assert sum(sizes) == items and max(sizes) <= 512 and max(sizes) - min(sizes) <= 1
     assert len(sizes) % threads == 0
     case = Case(items=items, layers=2, bottleneck=16, width=64, projected=16)
@@ -338,12 +343,12 @@ def test_many_items_without_gradients_go_through_in_equal_parts(items, threads):
 
 
 def test_training_may_follow_inference_over_its_tables():
-    case = Case()
-    exact = case.run(reference.side_towers, torch.float64)
+    case = Case(bottleneck=16)
+    exact = case.run(towers_reference, torch.float64)
     with torch.inference_mode():
         case.tables = {name: table.clone() for name, table in case.tables.items()}
         case.forward(by_cpu, wanted=())
-    assert_as_good(case.run(by_cpu), case.run(reference.side_towers), exact)
+    assert_as_good(case.run(by_cpu), case.run(towers_reference), exact)
 
 
 @pytest.mark.parametrize("items", [1, 31, 32, 77])
@@ -366,7 +371,7 @@ def test_threads_may_change_between_forward_and_backward(forward, backward):
     torch.set_num_threads(forward)
     outputs, leaves = case.forward(by_cpu, torch.float64)
     torch.set_num_threads(backward)
-    assert_equal(case.backward(outputs, leaves), case.run(reference.side_towers, torch.float64), rtol=1e-12)
+    assert_equal(case.backward(outputs, leaves), case.run(towers_reference, torch.float64), rtol=1e-12)
 
 
 def test_a_backward_in_another_thread():
@@ -375,12 +380,12 @@ def test_a_backward_in_another_thread():
     thread = threading.Thread(target=lambda: found.update(case.backward(outputs, leaves)))
     thread.start()
     thread.join()
-    assert_equal(found, case.run(reference.side_towers, torch.float64), rtol=1e-12)
+    assert_equal(found, case.run(towers_reference, torch.float64), rtol=1e-12)
 
 
 def test_forwards_that_no_backward_follows_and_backwards_in_any_order():
     case, other = Case(seed=1), Case(items=35, seed=2)
-    exact = [each.run(reference.side_towers, torch.float64) for each in (case, other)]
+    exact = [each.run(towers_reference, torch.float64) for each in (case, other)]
     case.forward(by_cpu, torch.float64)
     first, second = (each.forward(by_cpu, torch.float64) for each in (case, other))
     other.forward(by_cpu, torch.float64)
@@ -391,13 +396,13 @@ def test_forwards_that_no_backward_follows_and_backwards_in_any_order():
 
 @pytest.mark.parametrize("name", ["_forward", "_backward"])
 @pytest.mark.parametrize("half", [0, 1])
-def test_an_error_in_a_half_comes_out(name, half, backend, monkeypatch):
+def test_an_error_in_a_half_comes_out(name, half, form, monkeypatch):
     """The half that holds the marked item fails; the next step is none the worse for it."""
-    if backend == "native":
+    if form == "cpu":
         pytest.skip("C++ raises nothing")
     case = Case(items=40, kinds=[(0,)], in_order=[0])
     case.tables["view 0"][20 * half] = 77
-    original = getattr(side_network_host, name)
+    original = getattr(side_towers_torch, name)
 
     def failing(*arguments):
         views = arguments[0] if name == "_forward" else arguments[2]
@@ -405,7 +410,7 @@ def test_an_error_in_a_half_comes_out(name, half, backend, monkeypatch):
             raise ArithmeticError("the marked item")
         return original(*arguments)
 
-    monkeypatch.setattr(side_network_host, name, failing)
+    monkeypatch.setattr(side_towers_torch, name, failing)
     with pytest.raises(ArithmeticError, match="the marked item"):
         case.run(by_cpu)
     monkeypatch.undo()
@@ -453,3 +458,24 @@ def test_gradients_are_those_of_finite_differences(kind, activation, gated, item
         return tuple(by_cpu(*case.arguments(parameters, dict(zip(case.tables, tensors[count:])))))
 
     assert torch.autograd.gradcheck(towers, leaves, fast_mode=items > 2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize(("towers", "items"), [(3, 276), (3, 33), (1, 200), (2, 77), (3, 1), (3, 0)])
+@pytest.mark.parametrize("split", [False, True])
+def test_every_item_of_every_tower_is_one_pieces(threads, towers, items, split):
+    torch.set_num_threads(threads)
+    rounds = side_towers_cpu.rounds(towers, items, split)
+    assert len(rounds) == (towers if split or not items else 1) and all(rounds)
+    pieces = [piece for one in rounds for piece in one]
+    for tower in range(towers):
+        own = sorted((each.start, each.count) for each in pieces if each.tower == tower)
+        assert [start for start, _ in own] == [sum(count for _, count in own[:i]) for i in range(len(own))]
+        assert sum(count for _, count in own) == items
+    if split:
+        assert all(len({each.tower for each in one}) == 1 for one in rounds)
+    elif items:
+        sizes, most = [each.count for each in pieces], side_towers_cpu.MOST_WORKERS
+        workers = max(1, min(threads, most, towers * items // side_towers_cpu.LEAST_ROWS))
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] <= -(-towers * items // workers)
+        assert len(pieces) < workers + towers

@@ -5,20 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iisan_fast.kernels.cpu import library as native
-from iisan_fast.kernels.cpu import sums as sums_native
+from iisan_fast.kernels.cpu import library, sums
 
-pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here")
+pytestmark = pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "C++ is here")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("limit", [1, 7, 64, 1 << 16])
 def test_each_total_is_the_first_part_and_the_sum_of_all_in_their_order(dtype, limit, monkeypatch):
-    monkeypatch.setattr(sums_native, "MOST_NUMBERS", limit)
+    monkeypatch.setattr(sums, "MOST_NUMBERS", limit)
     generator = torch.Generator().manual_seed(0)
     shapes = [((3, 5), 3), ((64,), 1), ((), 2), ((0, 4), 2), ((2, 3, 4), 4)]
     parts = [[torch.randn(shape, generator=generator, dtype=dtype) for _ in range(count)] for shape, count in shapes]
     expected = [sum(own[1:], own[0].clone()) for own in parts]
-    found = sums_native.add_up(parts)
+    found = sums.add_up(parts)
     assert all(total is own[0] for total, own in zip(found, parts, strict=True))
     assert all(map(torch.equal, found, expected))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from iisan_fast import kernels
-from iisan_fast.kernels import reference
-from iisan_fast.kernels.cpu import target_rank as rank_host
+from iisan_fast.kernels.cpu import target_rank as target_rank_cpu
+from iisan_fast.kernels.reference import target_rank as target_rank_reference
 
 pytestmark = pytest.mark.usefixtures("two_threads_and_nan_in_new_memory")
 
@@ -41,7 +41,7 @@ class Ranking:
 
     def ranks(self, tie_share: float = 0.5, chunk_elements: int = 1 << 24) -> tuple[Tensor, Tensor]:
         return kernels.target_rank(
-            self.queries, self.items, self.targets, self.excluded, tie_share, chunk_elements, backend="host"
+            self.queries, self.items, self.targets, self.excluded, tie_share, chunk_elements, form="cpu"
         )
 
     def counted(self, tie_share: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +83,7 @@ def test_ranks_are_those_of_counting(users, catalogue, d):
 @pytest.mark.parametrize("users", [767, 768, 769, 1537])
 @pytest.mark.parametrize("catalogue", [767, 768, 769])
 def test_ranks_at_the_edges_of_tiles(users, catalogue):
-    assert rank_host.USERS == rank_host.ITEMS == 768
+    assert target_rank_cpu.USERS == target_rank_cpu.ITEMS == 768
     Ranking(users, catalogue, 5, torch.float32).check()
 
 
@@ -106,7 +106,7 @@ def test_ranks_do_not_depend_on_the_tiles(chunk_elements, threads):
 
 def test_equal_parts_are_whole_steps_within_their_bound():
     for count, most, multiple in itertools.product([0, 1, 48, 49, 767, 12_076], [1, 48, 100, 768], [1, 2, 3]):
-        size = rank_host._equal_parts(count, most, multiple)
+        size = target_rank_cpu._equal_parts(count, most, multiple)
         assert size % 48 == 0 and 48 <= size <= max(48, most)
         assert size == 48 or -(-count // size) % multiple == 0 or -(-count // (size - 48)) > -(-count // size)
 
@@ -134,8 +134,8 @@ def test_counts_are_exact_in_every_dtype(dtype):
     queries, items = (torch.randint(-2, 3, (n, 8), generator=generator) for n in (60, 4097))
     targets = torch.randint(0, 4097, (60,), generator=generator)
     excluded = torch.randint(-1, 4097, (60, 7), generator=generator)
-    ours = kernels.target_rank(queries.to(dtype), items.to(dtype), targets, excluded, backend="host")
-    exact = reference.target_rank(queries.double(), items.double(), targets, excluded)
+    ours = kernels.target_rank(queries.to(dtype), items.to(dtype), targets, excluded, form="cpu")
+    exact = target_rank_reference.target_rank(queries.double(), items.double(), targets, excluded)
     for rank, truth in zip(ours, exact, strict=True):
         assert torch.equal(rank, truth)
 
@@ -143,7 +143,7 @@ def test_counts_are_exact_in_every_dtype(dtype):
 def assert_broken_alone(case: Ranking, broken: Sequence[int]) -> None:
     """NaN in these rows, as in the reference; the ranks of the others are untouched."""
     ours = case.ranks()
-    theirs = reference.target_rank(case.queries, case.items, case.targets, case.excluded)
+    theirs = target_rank_reference.target_rank(case.queries, case.items, case.targets, case.excluded)
     for rank, expected in zip(ours, theirs, strict=True):
         assert rank.isnan().nonzero()[:, 0].tolist() == expected.isnan().nonzero()[:, 0].tolist() == list(broken)
         whole = ~rank.isnan()

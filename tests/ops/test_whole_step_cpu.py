@@ -21,13 +21,12 @@ from iisan_fast import kernels
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.batches import Batch, make_batch
 from iisan_fast.data.sequences import Sequences
-from iisan_fast.kernels.cpu import library as native
-from iisan_fast.kernels.cpu import whole_step as recommender_native
+from iisan_fast.kernels.cpu import library, whole_step
 from iisan_fast.models.recommender import Recommender
 from iisan_fast.states.feature_table import FeatureTable
 
 pytestmark = [
-    pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here"),
+    pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "C++ is here"),
     pytest.mark.usefixtures("threads_given_back"),
 ]
 
@@ -77,10 +76,10 @@ def batch(users: slice | range = range(24), step: int = 3) -> Batch:
 
 def differentiated(model: Recommender, own: Batch, states: list[kernels.States]) -> tuple[list[Tensor], bool]:
     """(the loss and copies of the gradients that it leaves, whether the op found them)."""
-    calls, op = [], recommender_native.RecommenderGradients.__call__
+    calls, op = [], whole_step.RecommenderGradients.__call__
     model.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recommender_native.RecommenderGradients, "__call__", lambda *all: calls.append(all) or op(*all))
+        patch.setattr(whole_step.RecommenderGradients, "__call__", lambda *all: calls.append(all) or op(*all))
         loss = model.differentiate(own, states)
     assert not loss.requires_grad
     gradients = [parameter.grad for parameter in model.parameters()]
@@ -126,8 +125,8 @@ def test_states_of_single_or_half_precision(kind):
 def test_batches_of_all_sizes_by_all_threads_in_turn(monkeypatch):
     """Memory grows with them, and is used for smaller ones again."""
     model, table = made()
-    plans, plan = [], recommender_native.Plan
-    monkeypatch.setattr(recommender_native, "Plan", lambda *all: plans.append(all) or plan(*all))
+    plans, plan = [], whole_step.StepPlan
+    monkeypatch.setattr(whole_step, "StepPlan", lambda *all: plans.append(all) or plan(*all))
     sizes = (range(24), range(20, 23), range(60), range(2), range(30, 60), range(3))
     for threads in (2, 3, 1):
         torch.set_num_threads(threads)
@@ -138,15 +137,15 @@ def test_batches_of_all_sizes_by_all_threads_in_turn(monkeypatch):
 
 def test_memory_for_many_items_and_few_rows_is_that_for_the_reverse(monkeypatch):
     model, table = made()
-    plans, plan = [], recommender_native.Plan
+    plans, plan = [], whole_step.StepPlan
 
-    def alone(*all) -> recommender_native.Plan:
+    def alone(*all) -> whole_step.StepPlan:
         assert not any(before() for before in plans)  # its memory went before there is more
         made = plan(*all)
         plans.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(recommender_native, "Plan", alone)
+    monkeypatch.setattr(whole_step, "StepPlan", alone)
     own = batch(range(9))
     wide, long = (
         own.padded(own.shape.padded(12, 10)._replace(**more)) for more in (dict(distinct=180), dict(rows=200))
@@ -180,10 +179,10 @@ def test_numbers_repeat_in_memory_that_was_used_before():
     assert all(map(torch.equal, by_op(model, batch(), states), first))
 
 
-@pytest.mark.parametrize("backend", ["auto", "host"])
-def test_gradients_take_the_place_of_those_before(backend, monkeypatch):
+@pytest.mark.parametrize("form", ["auto", "cpu-torch"])
+def test_gradients_take_the_place_of_those_before(form, monkeypatch):
     model, table = made()
-    monkeypatch.setenv(kernels.BACKEND_VARIABLE, backend)
+    monkeypatch.setenv(kernels.FORM_VARIABLE, form)
     other, again = batch(range(30, 40)), batch()
     model.differentiate(again, table.read(again.distinct))
     expected = [parameter.grad.clone() for parameter in model.parameters()]
@@ -242,10 +241,10 @@ def test_weights_that_moved_are_found(change):
     check(model, batch(), table, tolerance=2e-6 if change == "other dtype" else 1e-10)
 
 
-@pytest.mark.parametrize("backend", ["auto", "host"])
-def test_frozen_weights_have_no_gradient(backend, monkeypatch):
+@pytest.mark.parametrize("form", ["auto", "cpu-torch"])
+def test_frozen_weights_have_no_gradient(form, monkeypatch):
     model, table = made()
-    monkeypatch.setenv(kernels.BACKEND_VARIABLE, backend)
+    monkeypatch.setenv(kernels.FORM_VARIABLE, form)
     gate, states = model.item_encoder.side_network.first.gate, table.read(batch().distinct)
     for frozen in (False, True, False):
         gate.requires_grad_(not frozen)
@@ -354,11 +353,11 @@ def test_states_of_unlike_views_take_the_single_ops():
     assert not op and all(each is not None for each in found)
 
 
-@pytest.mark.parametrize("backend", ["torch", "host"])
-def test_other_backends_take_the_single_ops(backend, monkeypatch):
+@pytest.mark.parametrize("form", ["reference", "cpu-torch"])
+def test_other_forms_take_the_single_ops(form, monkeypatch):
     model, table = made()
     expected = by_op(model, batch(), table.read(batch().distinct))
-    monkeypatch.setenv(kernels.BACKEND_VARIABLE, backend)
+    monkeypatch.setenv(kernels.FORM_VARIABLE, form)
     found, op = differentiated(model, batch(), table.read(batch().distinct))
     assert not op
     for own, like in zip(found, expected, strict=True):

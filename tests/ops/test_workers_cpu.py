@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from helpers.shared_calls import Number, Work, share_out
-from iisan_fast.kernels.cpu import library as native
+from iisan_fast.kernels.cpu import library
 
-pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "C++ is here")
+pytestmark = pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "C++ is here")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
@@ -53,11 +53,11 @@ def test_a_call_that_fails_is_told_when_all_are_made():
 
 def scheduled(work: Callable[[int], int], groups: list[tuple[int, list[int]]], threads: int) -> None:
     """Groups of so many calls, each after the groups of these numbers; the calls are counted through."""
-    call, schedule, spans, count = Work(lambda pointer: work(pointer[0])), native.Schedule(torch.float32), [], 0
+    call, schedule, spans, count = Work(lambda pointer: work(pointer[0])), library.Schedule(torch.float32), [], 0
     for size, after in groups:
-        before = [spans[number] for number in after] or [native.AT_ONCE]
+        before = [spans[number] for number in after] or [library.AT_ONCE]
         own = [Number(count + i) for i in range(size)]
-        spans.append(schedule.add(call, own, functools.reduce(native.Span.to, before)))
+        spans.append(schedule.add(call, own, functools.reduce(library.Span.to, before)))
         count += size
     schedule.run(threads)
 
@@ -118,7 +118,7 @@ def test_what_is_done_meanwhile_may_fail_or_share_out_itself(threads):
 
     for _ in range(3):
         began.clear(), made.clear()
-        schedule = native.Schedule(torch.float32)
+        schedule = library.Schedule(torch.float32)
         schedule.add(call, own)
         with pytest.raises(ZeroDivisionError):
             schedule.run(threads, meanwhile)
@@ -127,14 +127,14 @@ def test_what_is_done_meanwhile_may_fail_or_share_out_itself(threads):
 
 
 def test_an_interrupt_as_calls_begin_lets_them_end(monkeypatch):
-    made, library = [], native.library(torch.float32)
+    made, compiled = [], library.library(torch.float32)
 
     class Interrupted:
-        end = library.end
+        end = compiled.end
 
         @staticmethod
         def begin(*arguments) -> int:
-            assert not library.begin(*arguments)
+            assert not compiled.begin(*arguments)
             raise KeyboardInterrupt
 
     def work(pointer) -> int:
@@ -142,10 +142,10 @@ def test_an_interrupt_as_calls_begin_lets_them_end(monkeypatch):
         made.append(pointer[0])
         return 0
 
-    schedule = native.Schedule(torch.float32)
+    schedule = library.Schedule(torch.float32)
     schedule.add(Work(work), [Number(i) for i in range(6)])
     with monkeypatch.context() as patch:
-        patch.setattr(native, "library", lambda dtype: Interrupted)
+        patch.setattr(library, "library", lambda dtype: Interrupted)
         with pytest.raises(KeyboardInterrupt):
             schedule.run(2)
     assert sorted(made) == list(range(6))

@@ -15,14 +15,14 @@ from iisan_fast.config import ModelConfig
 IISAN = dict(embedding_dim=16, bottleneck=8)
 VERSA = dict(IISAN, method="iisan-versa")
 CASES = {
-    "iisan": (ModelConfig(**IISAN), [(4, 24), (4, 24)]),
+    "iisan": (ModelConfig(**IISAN), [(4, 32), (4, 32)]),
     "iisan, published sizes, narrow states": (ModelConfig(), [(7, 48), (7, 48)]),
-    "iisan without gates, GELU": (ModelConfig(**IISAN, gates=False, activation="gelu"), [(3, 24), (3, 24)]),
-    "iisan without inter": (ModelConfig(**IISAN, inter=False), [(3, 24), (3, 24)]),
-    "iisan without intra": (ModelConfig(**IISAN, intra=False), [(3, 24), (3, 24)]),
-    "one view": (ModelConfig(**IISAN), [(3, 24)]),
-    "towers of two bottlenecks": (ModelConfig(**IISAN, bottlenecks={"first": 12, "inter": 12}), [(4, 24), (4, 24)]),
-    "versa, equal": (ModelConfig(**VERSA), [(4, 24), (4, 24)]),
+    "iisan without gates, GELU": (ModelConfig(**IISAN, gates=False, activation="gelu"), [(3, 32), (3, 32)]),
+    "iisan without inter": (ModelConfig(**IISAN, inter=False), [(3, 32), (3, 32)]),
+    "iisan without intra": (ModelConfig(**IISAN, intra=False), [(3, 32), (3, 32)]),
+    "one view": (ModelConfig(**IISAN), [(3, 32)]),
+    "towers of two bottlenecks": (ModelConfig(**IISAN, bottlenecks={"first": 12, "inter": 12}), [(4, 32), (4, 32)]),
+    "versa, equal": (ModelConfig(**VERSA), [(4, 32), (4, 32)]),
     "versa, first wider and deeper": (ModelConfig(**VERSA), [(5, 32), (3, 20)]),
     "versa, second wider, first deeper": (ModelConfig(**VERSA), [(6, 20), (2, 32)]),
     "versa, every tower of its own bottleneck": (
@@ -30,7 +30,7 @@ CASES = {
         [(3, 20), (5, 32)],
     ),
     "versa, equal widths, second deeper": (ModelConfig(**VERSA), [(2, 24), (6, 24)]),
-    "one block, four heads, no dropout": (ModelConfig(**IISAN, blocks=1, attention_heads=4, dropout=0), [(2, 24)]),
+    "one block, four heads, no dropout": (ModelConfig(**IISAN, blocks=1, attention_heads=4, dropout=0), [(2, 32)]),
 }
 
 
@@ -66,8 +66,8 @@ def test_step_equals_reference_on_scientific(form, case, expected):
 )
 def test_step_equals_reference_on_corner_cases(form, histories):
     sequences = make_sequences(histories)
-    table = random_table([(3, 12), (3, 12)], 9)
-    step = Step(ModelConfig(embedding_dim=8, bottleneck=4), table, sequences, np.arange(len(histories)), step=0)
+    table = random_table([(3, 16), (3, 16)], 9)
+    step = Step(ModelConfig(embedding_dim=16, bottleneck=4), table, sequences, np.arange(len(histories)), step=0)
     FORMS[form].check(step, from_reference(step))
 
 

@@ -9,25 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from iisan_fast import kernels
-from iisan_fast.kernels.cpu import adam as adam_native
-from iisan_fast.kernels.cpu import library as native
+from iisan_fast.kernels.cpu import library
+from iisan_fast.kernels.cpu.adam import AdamUpdate
 from iisan_fast.training.optimizer import Adam
 
 CPU = torch.device("cpu")
 SHAPES = [(3, 5), (40, 17), (), (1,), (2, 3, 4), (0, 3)]
 STEPS = 12
 pytestmark = pytest.mark.usefixtures("threads_given_back")
-needs_compiler = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "there is one")
+needs_compiler = pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "there is one")
 
 
 @pytest.fixture
 def counted(monkeypatch) -> list[int]:
     """The parameters of each update by C++."""
     found: list[int] = []
-    own = adam_native.AdamUpdate.__call__
-    monkeypatch.setattr(
-        adam_native.AdamUpdate, "__call__", lambda self, *rest: found.append(len(self.states)) or own(self, *rest)
-    )
+    own = AdamUpdate.__call__
+    monkeypatch.setattr(AdamUpdate, "__call__", lambda self, *rest: found.append(len(self.states)) or own(self, *rest))
     return found
 
 
@@ -175,7 +173,7 @@ def test_parameters_may_have_taken_other_numbers_of_steps(counted):
 @needs_compiler
 def test_an_update_refuses_too_few_or_too_many_of_anything():
     own = parameters(torch.float32)
-    update = kernels.adam_update(
+    update = kernels.adam(
         [kernels.AdamState(each, *map(torch.zeros_like, (each, each)), torch.tensor(0.0)) for each in own]
     )
     for gradients, rates in ((own[:5], [0.1] * 6), (own, [0.1] * 5), ([*own, own[0]], [0.1] * 6)):
@@ -203,11 +201,11 @@ def test_a_copy_goes_on_by_itself(counted):
 RULES = [{"weight_decay": 0.5}, {"betas": (0.5, 0.5)}, {"eps": 0.1}, {"amsgrad": True}, {"maximize": True}]
 
 
-@pytest.mark.parametrize("case", ["host", "torch", "no gradient", "half", "strided", *RULES])
+@pytest.mark.parametrize("case", ["cpu-torch", "reference", "no gradient", "half", "strided", *RULES])
 def test_pytorchs_own_updates_what_c_does_not(case, counted, monkeypatch):
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
-    if case in ("host", "torch"):
-        monkeypatch.setenv(kernels.BACKEND_VARIABLE, case)
+    if case in ("cpu-torch", "reference"):
+        monkeypatch.setenv(kernels.FORM_VARIABLE, case)
     if case == "half":
         ours, theirs = ([nn.Parameter(each.data.bfloat16()) for each in own] for own in (ours, theirs))
     if case == "strided":

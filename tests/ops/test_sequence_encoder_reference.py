@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from iisan_fast.config import ModelConfig
-from iisan_fast.kernels.reference.dropout import MASK32, StatelessDropout, _absorb, _mix
-from iisan_fast.models.sasrec import Dropout, Rows, SASRec
+from iisan_fast.kernels import SequenceDropout, SequenceGrid, drop_factors, sequence_dropout
+from iisan_fast.kernels.reference.dropout import MASK32, _absorb, _mix
+from iisan_fast.kernels.reference.sequence_encoder import _Collect, _on_grid
+from iisan_fast.models.sasrec import SASRec
 
 CONFIG = ModelConfig(embedding_dim=8, dropout=0.25)
 LENGTHS = (4, 6, 1)
@@ -18,13 +20,13 @@ def encoder() -> SASRec:
     return SASRec(CONFIG, max_inputs=6).double()
 
 
-def rows(lengths=LENGTHS, length=6) -> Rows:
+def rows(lengths=LENGTHS, length=6) -> SequenceGrid:
     slots = [length * (user + 1) - own + i for user, own in enumerate(lengths) for i in range(own)]
-    return Rows(torch.tensor(slots), len(lengths), length)
+    return SequenceGrid(torch.tensor(slots), len(lengths), length)
 
 
-def dropout(users, step=3, seed=1) -> Dropout:
-    return Dropout(StatelessDropout(CONFIG.dropout, seed, step), torch.tensor(users))
+def dropout(users, step=3, seed=1) -> SequenceDropout:
+    return sequence_dropout(CONFIG.dropout, seed, step, torch.tensor(users))
 
 
 def vectors(count: int = sum(LENGTHS)) -> torch.Tensor:
@@ -57,16 +59,21 @@ def test_a_users_masks_do_not_depend_on_the_batch():
 
 def test_rows_on_the_grid_and_off_it_again():
     x = vectors().requires_grad_()
-    grid = rows().on_grid(x)
+    grid = _on_grid(x, rows())
     assert grid.shape == (3, 6, 8) and not grid[2, :5].any() and torch.equal(grid[0, 2:], x[:4])
-    assert torch.equal(rows().off_grid(grid), x)
-    assert torch.autograd.gradcheck(lambda x: rows().off_grid(rows().on_grid(x) ** 2), x)
+
+    def off_grid(x: torch.Tensor) -> torch.Tensor:
+        return _Collect.apply(x.flatten(0, 1), rows().slots)
+
+    assert torch.equal(off_grid(grid), x)
+    assert torch.autograd.gradcheck(lambda x: off_grid(_on_grid(x, rows()) ** 2), x)
 
 
 def factors(users=(7,), positions=range(6), step=3, seed=1, site=1) -> torch.Tensor:
     where = torch.tensor([site]), torch.tensor(users).repeat_interleave(len(positions))
-    masks = StatelessDropout(CONFIG.dropout, seed, step)
-    return masks.factors(*where, torch.tensor(list(positions) * len(users)), torch.arange(64), torch.float64)[0]
+    return drop_factors(
+        dropout(users, step, seed), *where, torch.tensor(list(positions) * len(users)), torch.arange(64), torch.float64
+    )[0]
 
 
 @pytest.mark.parametrize("field", ["users", "positions", "step", "seed", "site"])
@@ -90,11 +97,12 @@ def test_a_step_number_on_the_device_gives_the_same_masks():
 @pytest.mark.parametrize("step", [0, 1, 2**31, 2**40 + 7, 2**63 - 1])
 def test_a_hash_by_integers_is_that_by_tensors(seed, step):
     by_tensors = _absorb(torch.tensor(_mix(seed & MASK32)), torch.tensor(step))
-    assert StatelessDropout(0.1, seed, step).prefix == by_tensors
-    assert StatelessDropout(0.1, seed, torch.tensor(step)).prefix == by_tensors
+    users = torch.arange(3)
+    assert sequence_dropout(0.1, seed, step, users).prefix == by_tensors
+    assert sequence_dropout(0.1, seed, torch.tensor(step), users).prefix == by_tensors
 
 
 def test_no_dropout_leaves_the_states_as_they_are():
     model, x = encoder(), vectors()
-    none = Dropout(StatelessDropout(0.0, 0, 0), torch.arange(3))
-    assert torch.equal(model(x, rows(), none), model(x, rows()))
+    assert sequence_dropout(0.0, 0, 0, torch.arange(3)) is None
+    assert torch.equal(model(x, rows(), None), model(x, rows()))

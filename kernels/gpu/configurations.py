@@ -1,0 +1,122 @@
+"""The static launch configurations of the Triton kernels: one table for every architecture.
+
+A configuration is chosen by kernel, architecture and size alone, so equal calls run equal code and repeat bit for bit.
+`iisan-fast bench kernels --tune` searches for better ones and prints entries for this table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+# Up to this many rows a launch cannot fill the device, and small tiles spread it wider.
+SMALL_ROWS = 2048
+# Above this embedding dimension the kernels that hold whole rows, of the loss and the rank, take smaller tiles.
+WIDE = 64
+# The fp32 entries serve fp32 operands at any number of rows: not pipelined, in tiles that IEEE products fit.
+SIZES = ("small", "large", "fp32")
+ROW_SIZES = (*SIZES, "wide")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Tile sizes by their names in the kernel, warps of a program, and stages of its software pipeline."""
+
+    blocks: dict[str, int] = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 2
+
+
+# kernel -> (architecture, size) -> configuration. "default" serves every architecture without an entry of its own, and
+# fits in the 99 KB of shared memory of the smaller GPUs. None spills registers at the published sizes.
+CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
+    "side_project": {
+        ("default", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 2}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 32, "BD": 32, "GROUP": 7}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BM": 16, "BD": 16, "GROUP": 2}, warps=4, stages=1),
+        ("sm_80", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 7}, warps=8, stages=2),
+        ("sm_90", "large"): Configuration({"BM": 64, "BD": 32, "GROUP": 7}, warps=8, stages=3),
+    },
+    "side_recur": {
+        ("default", "small"): Configuration({"BM": 16}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 64}, warps=4, stages=2),
+        ("default", "fp32"): Configuration({"BM": 16}, warps=4, stages=1),
+    },
+    "side_expand": {
+        ("default", "small"): Configuration({"BM": 32, "BD": 64, "BQ": 64}, warps=4, stages=3),
+        ("default", "large"): Configuration({"BM": 128, "BD": 128, "BQ": 32}, warps=8, stages=3),
+        ("default", "fp32"): Configuration({"BM": 32, "BD": 64, "BQ": 32}, warps=4, stages=1),
+    },
+    "side_collect": {
+        ("default", "small"): Configuration({"BM": 32, "BD": 64, "BQ": 64}, warps=4, stages=3),
+        ("default", "large"): Configuration({"BM": 128, "BD": 32, "BQ": 64}, warps=8, stages=3),
+        ("default", "fp32"): Configuration({"BM": 32, "BD": 32, "BQ": 32}, warps=4, stages=1),
+    },
+    "side_recur_backward": {
+        ("default", "small"): Configuration({"BM": 16}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 64}, warps=4, stages=2),
+        ("default", "fp32"): Configuration({"BM": 16}, warps=4, stages=1),
+    },
+    "side_weight_gradients": {
+        ("default", "small"): Configuration({"BM": 32, "BD": 32, "GROUP": 2, "PROGRAMS": 256}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 2, "PROGRAMS": 528}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BM": 16, "BD": 32, "GROUP": 1, "PROGRAMS": 256}, warps=4, stages=1),
+        ("sm_90", "large"): Configuration({"BM": 32, "BD": 32, "GROUP": 7, "PROGRAMS": 528}, warps=8, stages=2),
+    },
+    "side_mix_gradients": {
+        ("default", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 7}, warps=4, stages=1),
+        ("default", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 7}, warps=8, stages=1),
+        ("default", "fp32"): Configuration({"BM": 16, "BD": 32, "GROUP": 4}, warps=4, stages=1),
+    },
+    "loss_forward": {
+        ("default", "small"): Configuration({"BM": 16, "BN": 64}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 128, "BN": 64}, warps=8, stages=2),
+        ("default", "wide"): Configuration({"BM": 64, "BN": 64}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BM": 32, "BN": 32}, warps=4, stages=1),
+    },
+    "loss_query_gradients": {
+        ("default", "small"): Configuration({"BM": 16, "BN": 64}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 128, "BN": 64}, warps=8, stages=2),
+        ("default", "wide"): Configuration({"BM": 64, "BN": 64}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BM": 32, "BN": 32}, warps=4, stages=1),
+    },
+    "loss_item_gradients": {
+        ("default", "small"): Configuration({"BM": 64, "BN": 16, "PROGRAMS": 256}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 64, "BN": 64, "PROGRAMS": 528}, warps=8, stages=2),
+        ("default", "wide"): Configuration({"BM": 32, "BN": 64, "PROGRAMS": 528}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BM": 32, "BN": 32, "PROGRAMS": 528}, warps=8, stages=1),
+    },
+    "target_rank": {
+        ("default", "small"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 528}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 64, "BN": 64, "PROGRAMS": 1056}, warps=4, stages=2),
+        ("default", "wide"): Configuration({"BM": 32, "BN": 32, "PROGRAMS": 1056}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 1056}, warps=4, stages=1),
+    },
+}
+
+
+def configuration(
+    kernel: str, rows: int, dtype: torch.dtype, device: torch.device, embedding_dim: int = 0
+) -> Configuration:
+    """Return the entry for a kernel, device, number of rows, dtype of the products, and columns of rows held whole."""
+    architecture = "default"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        architecture = f"sm_{major}{minor}"
+    return table_entry(kernel, architecture, size_of(rows, dtype, embedding_dim))
+
+
+def size_of(rows: int, dtype: torch.dtype, embedding_dim: int = 0) -> str:
+    """Return the name in SIZES or ROW_SIZES that a call belongs to."""
+    if dtype == torch.float32:
+        return "fp32"
+    if rows <= SMALL_ROWS:
+        return "small"
+    return "wide" if embedding_dim > WIDE else "large"
+
+
+def table_entry(kernel: str, architecture: str, size: str) -> Configuration:
+    """Return the table's entry for an architecture ("sm_90") and a name in SIZES or ROW_SIZES."""
+    entries = CONFIGURATIONS[kernel]
+    return entries.get((architecture, size), entries["default", size])

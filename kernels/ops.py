@@ -1,0 +1,224 @@
+"""The public ops: arguments checked, a form chosen (`dispatch.py`), and run.
+
+Importing this needs no Triton and no compiler; the first op that they run asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import check_chains, check_loss, check_moments, check_ranks, check_sequences, check_towers
+from .cpu import adam as adam_cpu
+from .cpu import fold_heads as fold_heads_cpu
+from .cpu import fold_heads_torch, side_towers_torch
+from .cpu import inbatch_cross_entropy as inbatch_cross_entropy_cpu
+from .cpu import sequence_encoder as sequence_encoder_cpu
+from .cpu import side_towers as side_towers_cpu
+from .cpu import target_rank as target_rank_cpu
+from .cpu.adam import AdamUpdate
+from .cpu.library import why_no_library
+from .cpu.whole_step import RecommenderGradients
+from .dispatch import CPU, CPU_TORCH, GPU, REFERENCE, choose, named_form, report
+from .reference import fold_heads as fold_heads_reference
+from .reference import inbatch_cross_entropy as inbatch_cross_entropy_reference
+from .reference import sequence_encoder as sequence_encoder_reference
+from .reference import side_towers as side_towers_reference
+from .reference import target_rank as target_rank_reference
+from .types import (
+    AdamState,
+    Chain,
+    RecommenderBatch,
+    RecommenderWeights,
+    SequenceDropout,
+    SequenceGrid,
+    SequenceWeights,
+    States,
+    Tower,
+)
+
+
+def side_towers(
+    states: Sequence[States],
+    towers: Sequence[Tower],
+    activation: str = "relu",
+    projections: Sequence[Tensor] | None = None,
+    form: str = "auto",
+) -> list[Tensor]:
+    """Return the outputs of a side network's towers, all of one shape (K, R, D), each over one or both of the views.
+
+    SANB(x) = x + W_up act(W_down x + b_down) + b_up and g = sigmoid(gate / 0.1), from s = 0 (IISAN, equations 2-4):
+    one view: s = SANB_k(g_k h_k + (1 - g_k) s); both: s = SANB_k(s + g_k first_k + (1 - g_k) second_k).
+
+    Args: states: one or two views, tables [M, K, D] read by row; towers: their parameters; activation "relu" or "gelu".
+    By gpu, tables of bf16 or fp16 are multiplied in their dtype and added up in fp32; fp32 as
+    torch.set_float32_matmul_precision says. Elsewhere all is computed in the weights' dtype. Returns [N, D] a tower, or
+    [N, d] by projections [d, D], one a tower; in the weights' dtype, differentiable in the parameters and in views read
+    in order. Raises ValueError for bad arguments.
+    """
+    check_towers(states, towers, activation, projections)
+    tensors = [view.table for view in states] + [towers[0].down_weight]
+    trained = _trained([*tensors, *(weight for tower in towers for weight in tower[1:]), *(projections or ())])
+    refusals = {CPU: lambda: side_towers_cpu.refusal(towers[0], projections, trained)}
+    chosen = choose("side_towers", form, tensors, refusals)
+    if chosen == GPU:
+        from .gpu import side_towers as side_towers_gpu
+
+        return side_towers_gpu.side_towers(states, towers, activation, projections)
+    if chosen == CPU:
+        run = side_towers_cpu.side_towers if trained else side_towers_cpu.encode
+        return run(states, towers, activation, projections)
+    module = side_towers_torch if chosen == CPU_TORCH else side_towers_reference
+    return module.side_towers(states, towers, activation, projections)
+
+
+def fold_heads(chains: Sequence[Chain], form: str = "auto") -> list[tuple[Tensor, Tensor]]:
+    """Return the weight [d, D] and the bias [d] of the one map that equals each chain of three.
+
+    The forms for a CPU are differentiable once; `auto` takes them only if a backward may follow. Raises ValueError if
+    maps do not fit.
+    """
+    check_chains(chains)
+    if not chains:
+        return []
+    weights = [weight for chain in chains for weight in chain]
+    refusals = {CPU: lambda: fold_heads_cpu.refusal(chains)}
+    chosen = choose("fold_heads", form, weights, refusals, candidates=None if _trained(weights) else ())
+    modules = {CPU: fold_heads_cpu, CPU_TORCH: fold_heads_torch, REFERENCE: fold_heads_reference}
+    return modules[chosen].fold_heads(chains)
+
+
+def inbatch_cross_entropy(
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    row_users: Tensor | None = None,
+    history_bits: Tensor | None = None,
+    log_multiplicity: Tensor | None = None,
+    log_popularity: Tensor | None = None,
+    reduction: str = "mean",
+    form: str = "auto",
+) -> Tensor:
+    """Return the debiased in-batch cross-entropy over the distinct items of a batch (IISAN, equation 5).
+
+    t = <q, e_target> - log p_target; Z(row) = exp(t) + sum over v not in the user's items of
+    exp(<q, e_v> + log m_v - log p_v); the loss of a row is log Z - t.
+
+    Args: queries [R, d]; items [V, d]; targets int64 [R], indices of items; row_users int64 [R], rows of history_bits;
+    history_bits int32 [B, ceil(V / 32)], bit v set where item v is in the user's history (without these two nothing is
+    masked); log_multiplicity, log_popularity [V], zero where None; reduction "mean" gives a scalar, "none" the loss of
+    each row [R]. By gpu the losses are fp32 and no logit is stored. Raises ValueError for bad arguments.
+    """
+    check_loss(queries, items, targets, row_users, history_bits, log_multiplicity, log_popularity)
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: expected mean or none, found {reduction!r}")
+    refusals = {CPU: lambda: inbatch_cross_entropy_cpu.refusal(queries, items, log_multiplicity, log_popularity)}
+    chosen = choose("inbatch_cross_entropy", form, [queries, items], refusals)
+    if chosen == GPU:
+        from .gpu import inbatch_cross_entropy as module
+    else:
+        module = inbatch_cross_entropy_cpu if chosen == CPU else inbatch_cross_entropy_reference
+    losses = module.inbatch_cross_entropy(
+        queries, items, targets, row_users, history_bits, log_multiplicity, log_popularity
+    )
+    return losses.mean() if reduction == "mean" else losses
+
+
+def sequence_encoder(
+    x: Tensor,
+    weights: SequenceWeights,
+    grid: SequenceGrid,
+    dropout: SequenceDropout | None = None,
+    form: str = "auto",
+) -> Tensor:
+    """Return SASRec's states [R, d] after each of the rows x [R, d] of right-aligned histories.
+
+    The form for a CPU is differentiable once. Raises ValueError for bad arguments.
+    """
+    check_sequences(x, weights, grid)
+    refusals = {CPU: lambda: sequence_encoder_cpu.refusal(weights)}
+    chosen = choose("sequence_encoder", form, [x], refusals)
+    module = sequence_encoder_cpu if chosen == CPU else sequence_encoder_reference
+    return module.sequence_encoder(x, weights, grid, dropout)
+
+
+def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid, form: str = "auto") -> Tensor:
+    """Return SASRec's state after each user's whole history, [users, d], without dropout.
+
+    Every history holds an item. The form for a CPU has no gradients. Raises ValueError for bad arguments.
+    """
+    check_sequences(x, weights, grid)
+    trained = _trained([x, *weights.tensors])
+    refusals = {CPU: lambda: "it has no gradients" if trained else sequence_encoder_cpu.refusal(weights)}
+    chosen = choose("last_states", form, [x], refusals)
+    module = sequence_encoder_cpu if chosen == CPU else sequence_encoder_reference
+    return module.last_states(x, weights, grid)
+
+
+def recommender_gradients(
+    op: RecommenderGradients,
+    weights: RecommenderWeights,
+    batch: RecommenderBatch,
+    on_loss: Callable[[Tensor], None] = lambda loss: None,
+    form: str = "auto",
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
+    """Return a side-network recommender's mean loss over a batch's rows, a scalar, and each weight with its gradient.
+
+    This is a short cut on a CPU: None is returned where the other ops and autograd have to do it.
+
+    Args: op: the model's, which keeps memory; on_loss is called with the loss, while gradients are under way.
+    """
+    if named_form(form)[1] not in ("auto", CPU) or not weights.fusion.is_cpu:
+        return None
+    if not op.takes(weights, batch) or why_no_library():
+        return None
+    report("recommender_gradients", CPU)
+    loss, gradients = op(weights, batch, on_loss)
+    return loss, list(zip(weights.tensors(), gradients))
+
+
+def target_rank(
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    excluded: Tensor,
+    tie_share: float = 0.5,
+    chunk_elements: int = 1 << 24,
+    form: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return the rank of each target: 1 + items that score higher + tie_share of the others that tie.
+
+    The result is float64 [U] twice: among the items that are not excluded (infinity for a target that is itself
+    excluded), and among all items. A row with any non-finite score has rank NaN in both.
+
+    Args: queries [U, d]; items [N, d]; targets int64 [U], row numbers of items; excluded int64 [U, H], items left
+    out of each ranking, -1 for none; chunk_elements bounds the scores held at a time (by gpu none are). Raises
+    ValueError for bad arguments.
+    """
+    check_ranks(queries, items, targets, excluded)
+    chosen = choose("target_rank", form, [queries, items], {})
+    if chosen == GPU:
+        from .gpu import target_rank as target_rank_gpu
+
+        return target_rank_gpu.target_rank(queries, items, targets, excluded, tie_share)
+    module = target_rank_cpu if chosen == CPU else target_rank_reference
+    return module.target_rank(queries, items, targets, excluded, tie_share, chunk_elements)
+
+
+def adam(states: Sequence[AdamState], form: str = "auto") -> AdamUpdate | None:
+    """Return Adam's update of these parameters, or None where PyTorch's own has to do it.
+
+    Raises ValueError for moments that are not shaped as their parameter.
+    """
+    check_moments(states)
+    if not states:
+        return None
+    chosen = choose("adam", form, [states[0].parameter], {CPU: lambda: adam_cpu.refusal(states)})
+    return adam_cpu.adam(states) if chosen == CPU else None
+
+
+def _trained(tensors: Sequence[Tensor | None]) -> bool:
+    """Return True if a backward may follow."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -1,0 +1,64 @@
+"""The towers of a side network: the specification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..types import States, Tower
+
+ACTIVATION_FUNCTIONS = {"relu": F.relu, "gelu": F.gelu}
+GATE_TEMPERATURE = 0.1
+
+
+def side_towers(
+    states: Sequence[States],
+    towers: Sequence[Tower],
+    activation: str = "relu",
+    projections: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Return the outputs of towers of one shape (K, R, D), each over one or both of the views.
+
+    An output is [N, D] in the weights' dtype, or [N, d] by projections [d, D], one a tower; differentiable in the
+    parameters and projections, and in states read in order.
+    """
+    views = [view.table if view.rows is None else view.table[view.rows] for view in states]
+    outputs = [
+        side_tower(views[tower.views[0]], views[1] if len(tower.views) == 2 else None, *tower[1:], activation)
+        for tower in towers
+    ]
+    return outputs if projections is None else list(map(F.linear, outputs, projections))
+
+
+def side_tower(
+    first: Tensor,
+    second: Tensor | None,
+    gate: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    activation: str = "relu",
+) -> Tensor:
+    """Return one tower's output over K kept layers (IISAN, equations 2-4, in the released code's form).
+
+    SANB(x) = x + W_up act(W_down x + b_down) + b_up and g = sigmoid(gate / 0.1), from s = 0:
+    intra (second is None): s = SANB_i(g_i first_i + (1 - g_i) s);
+    inter: s = SANB_i(s + g_i first_i + (1 - g_i) second_i). Without gates every weight is 1.
+
+    Args: first, second [N, K, D] hidden states; gate [K]; down_weight [K, R, D]; down_bias [K, R];
+    up_weight [K, D, R]; up_bias [K, D]. Returns [N, D] in the weights' dtype.
+    """
+    act = ACTIVATION_FUNCTIONS[activation]
+    state = down_weight.new_zeros(first.shape[0], first.shape[2])
+    weights = None if gate is None else torch.sigmoid(gate / GATE_TEMPERATURE)
+    for i in range(down_weight.shape[0]):
+        h = first[:, i].to(state.dtype)
+        other = state if second is None else second[:, i].to(state.dtype)
+        mixed = h + other if weights is None else weights[i] * h + (1 - weights[i]) * other
+        x = mixed if second is None else state + mixed
+        state = x + F.linear(act(F.linear(x, down_weight[i], down_bias[i])), up_weight[i], up_bias[i])
+    return state

@@ -1,0 +1,54 @@
+"""The rank of a target in the catalogue: the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def target_rank(
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    excluded: Tensor,
+    tie_share: float = 0.5,
+    chunk_elements: int = 1 << 24,
+) -> tuple[Tensor, Tensor]:
+    """Return the rank of each target: 1 + items that score higher + tie_share of the others that tie.
+
+    The result is float64 [U] twice: among the items that are not excluded (infinity for a target that is itself
+    excluded), and among all items. A row with any non-finite score has rank NaN in both.
+
+    Args: queries [U, d]; items [N, d]; targets int64 [U], row numbers of items; excluded int64 [U, H], items left
+    out of each ranking, -1 for none; chunk_elements bounds the scores held at a time.
+    """
+    users_at_once = max(1, chunk_elements // max(1, len(items)))
+    # Equal parts: equal items tie only within one kind of matrix product.
+    parts = max(1, -(-len(queries) // users_at_once))
+    masked, unmasked = zip(
+        *(
+            _rank_chunk(part @ items.T, target[:, None], left_out, tie_share)
+            for part, target, left_out in zip(
+                queries.tensor_split(parts), targets.tensor_split(parts), excluded.tensor_split(parts)
+            )
+        )
+    )
+    return torch.cat(masked), torch.cat(unmasked)
+
+
+def _rank_chunk(scores: Tensor, targets: Tensor, excluded: Tensor, tie_share: float) -> tuple[Tensor, Tensor]:
+    target = scores.gather(1, targets)
+    higher = (scores > target).sum(dim=1)
+    ties = (scores == target).sum(dim=1) - 1
+    # An excluded item is counted once however often the history repeats it.
+    listed, _ = excluded.sort(dim=1)
+    counted = (listed >= 0) & (listed != targets)
+    counted[:, 1:] &= listed[:, 1:] != listed[:, :-1]
+    excluded_scores = scores.gather(1, listed.clamp(min=0))
+    excluded_higher = (counted & (excluded_scores > target)).sum(dim=1)
+    excluded_ties = (counted & (excluded_scores == target)).sum(dim=1)
+    broken = ~scores.isfinite().all(dim=1)
+    unmasked = (1 + higher + tie_share * ties.double()).masked_fill(broken, float("nan"))
+    masked = unmasked - excluded_higher - tie_share * excluded_ties.double()
+    unreachable = (excluded == targets).any(dim=1) & ~broken
+    return masked.masked_fill(unreachable, float("inf")), unmasked

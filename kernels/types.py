@@ -1,0 +1,133 @@
+"""The tensors that cross the kernels' door, under names: states, towers, sequences, and a recommender's whole step."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+from torch import Tensor
+
+OUTER_WEIGHTS = 3  # of a sequence encoder, before those of its blocks
+BLOCK_WEIGHTS = 12  # of each block
+SITES_PER_BLOCK = 3  # of dropout: attention weights, after attention, after the feed-forward; site 0 is the input
+
+
+class States(NamedTuple):
+    """One view's hidden states [M, K, D] and which of them to read: row numbers int64 [N], or None for all in order."""
+
+    table: Tensor
+    rows: Tensor | None = None
+
+
+class Tower(NamedTuple):
+    """A side tower over K kept layers of width D, bottleneck R, and the numbers of the views that it reads."""
+
+    views: tuple[int, ...]  # one view, or (0, 1)
+    gate: Tensor | None  # [K]
+    down_weight: Tensor  # [K, R, D]
+    down_bias: Tensor  # [K, R]
+    up_weight: Tensor  # [K, D, R]
+    up_bias: Tensor  # [K, D]
+
+
+class Chain(NamedTuple):
+    """Three linear maps that follow one another, [D] to [H] to [d'] to [d]; the last has no bias."""
+
+    outer: Tensor  # [d, d']
+    middle: Tensor  # [d', H]
+    middle_bias: Tensor  # [d']
+    inner: Tensor  # [H, D]
+    inner_bias: Tensor  # [H]
+
+
+class SequenceGrid(NamedTuple):
+    """Where R packed rows stand: right-aligned histories on a grid of users and positions."""
+
+    slots: Tensor  # int64 [R], ascending: user * length + position; padding rows of a batch may share one
+    users: int  # of the grid
+    length: int  # positions of the grid, at most the encoder's
+
+
+class SequenceDropout(NamedTuple):
+    """One step's stateless dropout, as `sequence_dropout` makes it: every mask bit is a hash."""
+
+    prefix: int | Tensor  # the hash of seed and step
+    threshold: int  # of 2^32: hashes below it drop
+    scale: float  # of a number that stays
+    users: Tensor  # int64 [users]: the numbers of the grid's users
+
+
+class EncoderBlock(NamedTuple):
+    """A transformer block's weights: attention without biases, then a feed-forward of width f; both with a norm."""
+
+    query: Tensor  # [d, d], as the next three
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    attention_scale: Tensor  # [d]
+    attention_shift: Tensor  # [d]
+    feed_in: Tensor  # [f, d]
+    feed_in_bias: Tensor  # [f]
+    feed_out: Tensor  # [d, f]
+    feed_out_bias: Tensor  # [d]
+    feed_scale: Tensor  # [d]
+    feed_shift: Tensor  # [d]
+
+
+class SequenceWeights(NamedTuple):
+    """SASRec's weights: position [P, d], scale and shift [d] of the first norm, then each block's as `EncoderBlock`."""
+
+    tensors: list[Tensor]
+    heads: int
+    epsilon: float  # of the norms
+
+    def blocks(self) -> list[EncoderBlock]:
+        """Return the weights of each block."""
+        starts = range(OUTER_WEIGHTS, len(self.tensors), BLOCK_WEIGHTS)
+        return [EncoderBlock(*self.tensors[start : start + BLOCK_WEIGHTS]) for start in starts]
+
+
+class RecommenderWeights(NamedTuple):
+    """All trained weights of a side-network recommender whose towers have one shape."""
+
+    towers: list[Tower]
+    activation: str
+    heads: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # by tower: a `Chain` without its outer map
+    fusion: Tensor  # [d, towers d']: the outer maps side by side
+    fusion_bias: Tensor  # [d]
+    sequence: SequenceWeights
+
+    def tensors(self) -> list[Tensor]:
+        """Return all weights in one list."""
+        towers = [weight for tower in self.towers for weight in tower[1:] if weight is not None]
+        return [*towers, *itertools.chain(*self.heads), self.fusion, self.fusion_bias, *self.sequence.tensors]
+
+    def chains(self) -> list[Chain]:
+        """Return the three maps that follow each tower."""
+        parts = self.fusion.detach().chunk(len(self.heads), dim=1)
+        return [Chain(part, *head) for part, head in zip(parts, self.heads)]
+
+
+class RecommenderBatch(NamedTuple):
+    """A batch of V distinct items and R rows."""
+
+    states: list[States]  # of the items, by view
+    distinct: Tensor  # int64 [V]: numbers of the items
+    multiplicity: Tensor  # int64 [V]
+    inputs: Tensor  # int64 [R]: the row's item, an index into the distinct ones
+    targets: Tensor  # int64 [R]: the next item
+    row_users: Tensor  # int64 [R]
+    history_bits: Tensor  # int32 [users, words]
+    row_weights: Tensor  # float64 [R]: the row's part in the loss
+    log_popularity: Tensor  # float64 [items of the catalogue + 1]
+    grid: SequenceGrid  # where the rows stand
+    dropout: SequenceDropout | None
+
+
+class AdamState(NamedTuple):
+    """A parameter and what Adam keeps of it."""
+
+    parameter: Tensor
+    mean: Tensor  # exp_avg
+    square: Tensor  # exp_avg_sq
+    steps: Tensor  # taken so far: fp32 scalar

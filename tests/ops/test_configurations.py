@@ -1,0 +1,46 @@
+"""The table of launch configurations: whole, and every entry compiles within the means of the GPUs that it is for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from iisan_fast.kernels.gpu import configurations
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "architectures", "options"),
+    [("bfloat16", (80, 89, 90), []), ("float32", (80, 89, 90), []), ("bfloat16", (90,), ["--other-forms"])],
+)
+def test_every_kernel_compiles_ahead_of_time_within_a_gpus_means(dtype, architectures, options):
+    """At every shipped configuration: shared memory fits, and no register is spilled. sm_89 stands for the default."""
+    kilobytes = {80: 163, 89: 99, 90: 227}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "ahead_of_time.py"), "--dtype", dtype]
+    command += [*options, "--architecture", *map(str, architectures)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    seen = {(line["kernel"], line["architecture"], line["size"]) for line in lines}
+    sizes = {name: {size for _, size in entries} for name, entries in configurations.CONFIGURATIONS.items()}
+    of_dtype = {"fp32"} if dtype == "float32" else {"small", "large", "wide"}
+    assert seen == {(name, a, size) for name in sizes for a in architectures for size in sizes[name] & of_dtype}
+    for line in lines:
+        print(line)
+        assert line["shared"] <= kilobytes[line["architecture"]] * 1024, line
+        assert line["spilled"] == 0, line
+
+
+def test_the_table_of_configurations_is_whole():
+    for name, entries in configurations.CONFIGURATIONS.items():
+        sizes = configurations.SIZES if name.startswith("side_") else configurations.ROW_SIZES
+        assert {("default", size) for size in sizes} <= entries.keys(), name
+        tiles = {frozenset(entry.blocks) for entry in entries.values()}
+        assert len(tiles) == 1, f"{name}: entries name different tiles"

@@ -1,0 +1,56 @@
+"""The ops in Triton as PyTorch operators: registered as they behave, and compiled as one graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers.kernel_cases import LossCase, SideCase, rank_case
+from iisan_fast import kernels
+from iisan_fast.kernels.gpu import inbatch_cross_entropy, side_towers, target_rank
+
+
+def test_the_ops_are_sound_operators():
+    """Schema, fake tensors, autograd registration and ahead-of-time dispatch agree with what the kernels do."""
+    side, loss = SideCase(items=5, layers=2, dense=[1]), LossCase(5, 40)
+    captured: list[tuple] = []
+    for module, name in (
+        (side_towers, "_side_towers"),
+        (inbatch_cross_entropy, "_row_losses"),
+        (target_rank, "_counts"),
+    ):
+        operator = getattr(module, name)
+
+        def record(*arguments, operator=operator):
+            captured.append((operator, arguments))
+            return operator(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, name, record)
+            side.run(lambda *a: kernels.side_towers(*a, form="gpu"))
+            loss.run(lambda *a, **k: kernels.inbatch_cross_entropy(*a, **k, reduction="none", form="gpu"))
+            kernels.target_rank(*rank_case(4, 9, 8, 2), form="gpu")
+    assert len(captured) == 3
+    for operator, arguments in captured:
+        detached = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments]
+        torch.library.opcheck(operator, detached)
+
+
+@pytest.mark.parametrize("kinds", [((0,), (1,), (0, 1)), ((0,),)])
+def test_the_ops_compile_as_one_graph(kinds):
+    side, loss = SideCase(items=5, layers=2, kinds=kinds), LossCase(5, 40)
+    names = [name for name, value in loss.keywords.items() if value is not None]
+
+    def both(outputs_of: list, queries: torch.Tensor, items: torch.Tensor, values: list) -> torch.Tensor:
+        towers = kernels.side_towers(side.states, outputs_of, form="gpu")
+        keywords = dict(zip(names, values, strict=True))
+        return sum(t.sum() for t in towers) + kernels.inbatch_cross_entropy(queries, items, **keywords, form="gpu")
+
+    leaves = [p.requires_grad_() for tower in side.towers for p in tower[1:]]
+    leaves += [tensor.requires_grad_() for tensor in (loss.queries, loss.items)]
+    arguments = (side.towers, loss.queries, loss.items, [loss.keywords[name] for name in names])
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    for ours, eager in zip(
+        torch.autograd.grad(compiled(*arguments), leaves), torch.autograd.grad(both(*arguments), leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, eager)
