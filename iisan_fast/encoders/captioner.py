@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from ..errors import InputError
 from ..fingerprints import weights_digest
+from .attention import run_with_all_arguments
 from .hugging_face import cached_or_fetched, clear_errors, model_dtype, model_folder, refuse_missing_weights
 
 KIND = "an image-text-to-text model"
@@ -46,7 +47,8 @@ class Captioner:
                 raise InputError(f"{name}: has no chat template, so it reads one picture; give --frames-per-item 1")
             self.prompt = (INSTRUCTION if self.chats else "") if prompt is None else prompt
             self.model = self._load_model()
-            self._generate([[PROBE] * pictures], max_tokens=1)
+            attention, probes = self.model.config._attn_implementation, [[PROBE] * pictures]
+            run_with_all_arguments(self.model, attention, lambda: self._generate(probes, max_tokens=1))
 
     def captions(self, items: Sequence[Sequence[Image.Image]]) -> list[str]:
         """One line for each item's pictures, empty where the model has nothing to say."""

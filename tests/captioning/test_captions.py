@@ -21,10 +21,12 @@ from transformers import (
     BlipForConditionalGeneration,
     BlipProcessor,
     CLIPVisionConfig,
+    Gemma2Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PretrainedConfig,
     PreTrainedModel,
     TokenizersBackend,
 )
@@ -60,6 +62,11 @@ TEMPLATE = (
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory) -> str:
     """A random LLaVA, which chats about any number of pictures."""
+    return write_llava(tmp_path_factory.mktemp("chat"), LlamaConfig)
+
+
+def write_llava(folder: Path, language: type[PretrainedConfig], **settings) -> str:
+    """Write a random LLaVA around a language model of this configuration class."""
     words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "user", "assistant", *WORDS]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -75,11 +82,13 @@ def chat_model(tmp_path_factory) -> str:
     )
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**SHAPE, image_size=16, patch_size=8),
-        text_config=LlamaConfig(**SHAPE, vocab_size=len(words), pad_token_id=0, bos_token_id=2, eos_token_id=3),
+        text_config=language(
+            **SHAPE, **settings, vocab_size=len(words), pad_token_id=0, bos_token_id=2, eos_token_id=3
+        ),
         image_token_index=4,
         image_seq_length=4,
     )
-    return write_model(tmp_path_factory.mktemp("chat"), LlavaForConditionalGeneration, config, processor)
+    return write_model(folder, LlavaForConditionalGeneration, config, processor)
 
 
 @pytest.fixture(scope="session")
@@ -362,6 +371,18 @@ def test_a_caption_is_one_line(chat_model, monkeypatch):
     monkeypatch.setattr(captioner, "_inputs", lambda items: {})
     monkeypatch.setattr(captioner.model, "generate", lambda **_: None)
     assert captioner.captions([[draw(1)]]) == ["a cup of tea"]
+
+
+def test_a_language_model_with_capped_scores_keeps_its_cap(tmp_path):
+    """transformers 5.17 would let PyTorch's attention drop it."""
+    settings = {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 0.5}
+    folder = write_llava(tmp_path / "capped", Gemma2Config, **settings)
+    captioner = Captioner(folder, CPU, None, 8, 1, "float32")
+    assert captioner.model.model.language_model.config._attn_implementation == "eager"
+    pictures = [[draw(seed)] for seed in range(4)]
+    captions = captioner.captions(pictures)
+    captioner.model.set_attn_implementation("eager")
+    assert captioner.captions(pictures) == captions
 
 
 def test_frames_are_spread_evenly_in_natural_order(frames):
