@@ -157,8 +157,8 @@ def test_other_library_versions_are_mentioned_and_borne(root, tmp_path, seen, mo
     assert "begun with other versions" in caplog.text
 
 
-KILLED = """
-import sys
+EXTRACTIONS = """
+import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from helpers.fake_encoders import FakeBackbone
@@ -167,29 +167,37 @@ from iisan_fast.data.sequences import load_dataset
 from iisan_fast.states import extraction
 extraction.GROUP_ITEMS = 8
 extraction.load_backbones = lambda views, *_: [FakeBackbone(view, [], delay=0.02) for view in views]
-print("ready", flush=True)
 dataset, title = load_dataset(Path(sys.argv[1])), ViewConfig("title", "title", "an encoder")
-extraction.extract(dataset, [title], Path(sys.argv[2]), FakeBackbone.device, batch_size=1, dtype="float32")
+for _ in sys.stdin:  # an extraction for each line, in a process that has all its imports
+    child = os.fork()
+    if not child:
+        extraction.extract(dataset, [title], Path(sys.argv[2]), FakeBackbone.device, batch_size=1, dtype="float32")
+        os._exit(0)
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("ended", flush=True)
 """
 
 
 def test_an_extraction_killed_at_any_moment_resumes(tmp_path, seen):
     count = 120
     root = write_dataset_folder(tmp_path / "d", make_sequences([list(range(1, count + 1))], max_inputs=count))
-    command = [sys.executable, "-c", KILLED, str(root), str(tmp_path / "c"), str(Path(__file__).parents[1])]
     (root / "users.tsv").write_text(
         "".join(f"u{n}\t{' '.join(f'i{i}' for i in range(n, n + 10))}\n" for n in range(1, count, 10))
     )
     kept = []
-    for moment in (0.0, 0.3, 0.5, 0.7):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout.readline() == "ready\n"
+    command = [sys.executable, "-c", EXTRACTIONS, str(root), str(tmp_path / "c"), str(Path(__file__).parents[1])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as program:
+        for moment in (0.0, 0.3, 0.5, 0.7):
+            program.stdin.write("again\n")
+            child = int(program.stdout.readline())
             time.sleep(moment)
-            os.kill(process.pid, signal.SIGKILL)
-        if (tmp_path / "c" / "manifest.json").exists():
-            with extraction.Store(tmp_path / "c") as store:
-                digests = list(store.digests("title", load_dataset(root).sequences.item_ids))
-            kept.append(sum(digest is not None for digest in digests))
+            os.kill(child, signal.SIGKILL)
+            assert program.stdout.readline() == "ended\n"
+            if (tmp_path / "c" / "manifest.json").exists():
+                with extraction.Store(tmp_path / "c") as store:
+                    digests = list(store.digests("title", load_dataset(root).sequences.item_ids))
+                kept.append(sum(digest is not None for digest in digests))
     assert kept == sorted(kept) and kept[-1] > 0
     assert not any(count % 8 for count in kept)  # of a group all or nothing
     assert run(root, tmp_path / "c", TITLE) == [(count - kept[-1], 0)]
