@@ -36,8 +36,8 @@ class Stage:
 
 
 STAGES = (
-    Stage("versions", 40, "driver, GPU, torch, triton, transformers, Python, commit"),
-    Stage("step", 80, "a training step, eager and captured: its loss and gradients against the reference in fp64"),
+    Stage("versions", 30, "driver, GPU, torch, triton, transformers, Python, commit"),
+    Stage("step", 90, "a training step, eager and captured: its loss and gradients against the reference in fp64"),
     Stage("epochs", 120, "captured epochs, captures apart, peak memory, a profile by kernel"),
     Stage("ops", 90, "loss and side network at 8,192 users, by replays of a graph"),
     Stage("evaluation", 60, "all users over the whole catalogue"),

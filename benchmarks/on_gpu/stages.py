@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
-from .common import origin_of
+from iisan_fast.runtime import prepare_program
+
 from .settings import DRY_RUN, Save, Settings
 
 MODULES = {
@@ -33,8 +33,7 @@ def main() -> None:
     options.add_argument("--commit")
     options.add_argument("--dry-run", action="store_true")
     chosen = options.parse_args()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("iisan_fast").setLevel(logging.INFO)  # says which form of an op ran
+    prepare_program()  # before torch is imported; the log then says which form of each op ran
     sizes: dict[str, Any] = DRY_RUN if chosen.dry_run else {}
     settings = Settings(chosen.stage, chosen.dataset, chosen.out, chosen.commit, **sizes)
     measure(settings, chosen.result)
@@ -42,6 +41,8 @@ def main() -> None:
 
 def measure(settings: Settings, path: Path) -> None:
     """Run a stage, which saves its result to a file as it goes. Raises what the stage raises."""
+    from .common import origin_of  # imports torch
+
     save = saver(path, origin_of(settings))
     importlib.import_module(f".{MODULES[settings.stage]}", __package__).measure(settings, save)
 
