@@ -293,11 +293,11 @@ class RunConfig:
         if self.cache is not None and self.uncached is not None:
             raise InputError("cache, uncached: expected one of them, found both")
         if method in TUNING_METHODS and self.uncached is None:
-            raise InputError(f"method: {method} trains encoders, so they have to run: give --uncached and encoders")
+            raise InputError(f"method: {method} trains encoders, so they have to run; name encoders, not a cache")
         if method in STATE_METHODS and self.cache is None and self.uncached is None:
-            raise InputError(f"cache: {method} needs hidden states: give --cache, or --uncached and encoders")
+            raise InputError(f"cache: {method} needs hidden states; give a cache, or encoders that run")
         if method == "id" and self.cache is not None:
-            raise InputError("cache: id reads no states; leave --cache out")
+            raise InputError("cache: id reads no states; leave it out")
         self.model.check_views(len(self.views))
         self._refuse_what_has_no_effect()
         rates = LEARNING_RATES[method]
@@ -327,7 +327,7 @@ class RunConfig:
             if method in TUNING_METHODS and view.encoder_dtype not in ("auto", "float32"):
                 raise InputError(
                     f"encoder_dtype: {method} trains view {view.name!r}'s encoder in float32, found "
-                    f"{view.encoder_dtype}; --precision bfloat16 is for its products"
+                    f"{view.encoder_dtype}; the setting precision is for its products"
                 )
 
 

@@ -29,7 +29,7 @@ def resolve_precision(config: RunConfig, device: torch.device) -> Precision:
     if asked == "bfloat16" and method in SIDE_METHODS and not on_cuda:
         raise InputError(
             f"precision: expected auto or float32 for {method} on a CPU, found bfloat16; "
-            "train a run in float32, or use CUDA (--device cuda)"
+            "train a run in float32, or choose the device cuda"
         )
     automatic = "bfloat16" if on_cuda else "float32"
     chosen = getattr(torch, automatic if asked == "auto" else asked)

@@ -86,7 +86,7 @@ def calls_ahead(
         return
     finally:
         del results  # which ends the workers; an error would keep it, with this frame, for as long as it is looked at
-    raise InputError(f"a worker process failed ({reason}); run again with fewer --workers, or 0")
+    raise InputError(f"a worker process failed ({reason}); run again with fewer workers, or 0")
 
 
 def batched(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -76,7 +76,7 @@ def test_views_round_trip():
         ({"views": ["a", "a"]}, "views: expected different names, found a, a"),
         ({"views": ["a", "b", "c"]}, "views: iisan takes 1 or 2, found 3"),
         ({"views": []}, "views: iisan takes 1 or 2, found 0"),
-        ({"cache": None}, "cache: iisan needs hidden states: give --cache, or --uncached and encoders"),
+        ({"cache": None}, "cache: iisan needs hidden states; give a cache, or encoders that run"),
         ({"uncached": UNCACHED}, "cache, uncached: expected one of them, found both"),
         ({"cache": None, "uncached": UNCACHED, "views": ["other"]}, "views: expected those that are encoded (image)"),
         ({"cache": None, "uncached": {**UNCACHED, "attention": "flash"}}, "attention: expected one of auto"),
@@ -85,7 +85,7 @@ def test_views_round_trip():
         ({"model": {"intra": False}}, "intra: one view has no inter tower"),
         ({"model": {"sanb": "mlp"}}, "sanb: expected one of adapter, phm, low-rank"),
         ({"model": {"layer_groups": 0}}, "layer_groups: expected 1 to"),
-        ({"model": {"method": "full"}}, "method: full trains encoders, so they have to run: give --uncached"),
+        ({"model": {"method": "full"}}, "method: full trains encoders, so they have to run; name encoders"),
         (
             {"model": {"method": "lora", "gates": False}},
             "gates: lora has no towers; false is for iisan and iisan-versa",

@@ -80,7 +80,7 @@ def test_bfloat16_products_of_a_side_network_on_a_cpu_are_refused_in_one_line(me
         resolve_precision(run_config(method, "bfloat16"), CPU)
     assert str(refused.value) == (
         f"precision: expected auto or float32 for {method} on a CPU, found bfloat16; "
-        "train a run in float32, or use CUDA (--device cuda)"
+        "train a run in float32, or choose the device cuda"
     )
 
 

@@ -163,7 +163,7 @@ def _readable(pictures: Pictures, item_ids: list[str], missing_images: str, work
     if unreadable:
         message = f"{len(unreadable)} of {len(item_ids)} items to caption: {first_few(unreadable, len(unreadable))}"
         if missing_images == "error":
-            raise InputError(f"{message}; --missing-images skip leaves them without a caption")
+            raise InputError(f"{message}; missing_images: skip leaves them without a caption")
         LOGGER.warning("no caption for %s", message)
     return [item_id for item_id, problem in zip(item_ids, all_problems) if not problem]
 
@@ -190,7 +190,7 @@ def _captions(captioner: Captioner, pictures: Pictures, item_ids: Sequence[str])
     try:
         return captioner.captions(shown)
     except torch.OutOfMemoryError:
-        lower = "lower --batch-size, --frames-per-item or --max-tokens"
+        lower = "lower batch_size, frames_per_item or max_tokens"
         raise InputError(f"not enough GPU memory for {len(shown)} items at a time; {lower}") from None
 
 

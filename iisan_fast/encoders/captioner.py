@@ -44,7 +44,7 @@ class Captioner:
             self.processor = self._load_processor(config.is_encoder_decoder)
             self.chats = self.processor.chat_template is not None
             if pictures > 1 and not self.chats:
-                raise InputError(f"{name}: has no chat template, so it reads one picture; give --frames-per-item 1")
+                raise InputError(f"{name}: has no chat template, so it reads one picture; choose frames_per_item: 1")
             self.prompt = (INSTRUCTION if self.chats else "") if prompt is None else prompt
             self.model = self._load_model()
             attention, probes = self.model.config._attn_implementation, [[PROBE] * pictures]

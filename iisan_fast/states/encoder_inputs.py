@@ -88,7 +88,7 @@ def view_inputs(
     if source == "image":
         fill_blank = missing_images == "blank"
         return ImageInputs(images, dataset.sequences.item_ids, prepare or backbone.preparation, fill_blank)
-    remedy = "; --missing-captions title lets titles stand in for them" if source == "caption" else ""
+    remedy = "; missing_captions: title lets titles stand in for them" if source == "caption" else ""
     return TextInputs(dataset.texts(source), backbone, remedy)
 
 
@@ -180,7 +180,7 @@ class TextInputs:
 class ImageInputs:
     """A dataset's images, decoded and prepared as they are asked for. May be sent to another process."""
 
-    remedy = "; --missing-images blank fills them"
+    remedy = "; missing_images: blank fills them"
 
     def __init__(
         self,

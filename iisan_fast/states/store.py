@@ -87,7 +87,7 @@ class Store:
             if different := changed_settings(self.views.get(name, description), description):
                 raise InputError(
                     f"{self.path}: view {name!r} was made otherwise: {'; '.join(different)}; "
-                    f"restore the old settings or choose another --cache"
+                    f"restore the old settings or choose another cache"
                 )
 
     def add_views(self, descriptions: dict[str, dict[str, Any]]) -> None:
@@ -151,15 +151,15 @@ class Store:
                 elif len(value) != DIGEST_BYTES + size:
                     raise InputError(
                         f"{self.path}: view {view!r}, item {item_id!r}: expected {size} bytes of states, "
-                        f"found {len(value) - DIGEST_BYTES}; extract into a new --cache"
+                        f"found {len(value) - DIGEST_BYTES}; extract into a new cache"
                     )
                 else:
                     yield row, value
         if missing:
             raise InputError(
                 f"{self.path}: view {view!r} lacks {len(missing)} of {len(item_ids)} items "
-                f"({first_few(missing, len(missing))}); run iisan-fast extract with the same --split, "
-                "--min-interactions and --max-inputs"
+                f"({first_few(missing, len(missing))}); run iisan-fast extract with the same split, "
+                "min_interactions and max_inputs"
             )
 
     def _reading(self) -> lmdb.Transaction:
@@ -200,7 +200,7 @@ def group_positions(name: str, view: dict[str, Any], layer_groups: int | None) -
         raise InputError(
             f"layer_groups: {layer_groups} of the encoder's {view['depth'] - 1} blocks are layers "
             f"{', '.join(map(str, layers))}; view {name!r} of the cache has {', '.join(map(str, stored))} and lacks "
-            f"{', '.join(map(str, lacking))}; extract with --layer-groups {layer_groups} into another cache"
+            f"{', '.join(map(str, lacking))}; extract with layer_groups {layer_groups} into another cache"
         )
     return [stored.index(layer) for layer in layers]
 
@@ -215,10 +215,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not file.exists():
         raise InputError(f"{path}: not a cache of hidden states (no manifest.json); run iisan-fast extract")
     manifest = read_settings(file)
-    format_number(manifest, file, (FORMAT_VERSION,), "extract into a new --cache")
+    format_number(manifest, file, (FORMAT_VERSION,), "extract into a new cache")
     views = manifest.get("views")
     if not isinstance(views, dict) or not all(map(describes_view, views.values())):
-        raise InputError(f"{file}: not a manifest of hidden states; extract into a new --cache")
+        raise InputError(f"{file}: not a manifest of hidden states; extract into a new cache")
     return manifest
 
 

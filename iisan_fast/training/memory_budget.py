@@ -44,13 +44,13 @@ class MemoryBudget:
             known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
             if not known:
                 raise
-            largest, lower = "states", "--batch-users"
+            largest, lower = "states", "batch_users"
             if self.encoding is not None:
-                largest, lower = "activations", "--items-at-once or --batch-users, or give --checkpointing"
+                largest, lower = "activations", "items_at_once or batch_users, or set checkpointing"
             raise InputError(
                 f"not enough memory on {self.device} for batches of {self.users} users and up to {self.items} items, "
                 f"whose {largest} take up to {size_text(self.estimate)} by estimate; lower {lower}, or try "
-                "--table pinned"
+                "table: pinned"
             ) from error
 
     def _plan_encoding(self, config: RunConfig, source: ItemSource, model: Recommender) -> EncodingPlan:

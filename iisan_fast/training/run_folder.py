@@ -68,7 +68,7 @@ class RunFolder:
     def refuse_if_used(self) -> None:
         """Raise InputError where the folder holds a run already, or is a file."""
         if (self.path / "config.json").exists():
-            raise InputError(f"{self.path}: already holds a run; continue it with --resume or choose another --out")
+            raise InputError(f"{self.path}: already holds a run; resume it, or choose another folder for the run")
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: expected a folder for the run, found a file")
 

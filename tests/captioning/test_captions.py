@@ -233,7 +233,7 @@ def test_a_model_without_a_chat_template_continues_the_prompt(root, frames, plai
     (root / "captions.tsv").unlink()
     run(root, plain_model, max_tokens=8, prompt="word1 word2")
     assert lines(root) != unprompted and not any(text.startswith("word1 word2") for text in lines(root).values())
-    with pytest.raises(InputError, match="no chat template, so it reads one picture; give --frames-per-item 1"):
+    with pytest.raises(InputError, match="no chat template, so it reads one picture; choose frames_per_item: 1"):
         run(root, plain_model, frames=frames)
 
 
@@ -329,7 +329,7 @@ def test_bad_images_are_named_before_a_caption_is_made_or_skipped(root, fake, ca
     with pytest.raises(InputError) as error:
         run(root)
     assert "2 of 7 items to caption: i2 (no image), i6 (not an image" in str(error.value)
-    assert "--missing-images skip" in str(error.value) and not (root / "captions.tsv").exists() and not fake.said
+    assert "missing_images: skip" in str(error.value) and not (root / "captions.tsv").exists() and not fake.said
     assert run(root, missing_images="skip") == Captioned(ITEMS, present=0, captioned=5, skipped=2, empty=0)
     assert "i2 (no image)" in caplog.text and "i2" not in lines(root)
     draw(2).save(root / "images" / "i2.png")
@@ -361,7 +361,7 @@ def test_memory_that_does_not_suffice_says_what_to_lower(root, fake, monkeypatch
         raise torch.OutOfMemoryError("too much")
 
     monkeypatch.setattr(fake, "captions", fail)
-    with pytest.raises(InputError, match="not enough GPU memory for 3 items at a time; lower --batch-size"):
+    with pytest.raises(InputError, match="not enough GPU memory for 3 items at a time; lower batch_size"):
         run(root)
 
 

@@ -124,9 +124,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(toy_run, finished_run, tmp_path
     assert "no such folder" in refused("stats", tmp_path / "nowhere")
     assert "Missing argument 'DATASET'" in refused("stats")
     assert "No such option" in refused("stats", dataset, "--wrong")
-    assert "cache: iisan needs hidden states: give --cache, or --uncached and encoders" in refused(
-        "train", dataset, *out
-    )
+    assert "cache: iisan needs hidden states; give a cache, or encoders that run" in refused("train", dataset, *out)
     assert "not a cache of hidden states" in refused("train", dataset, "--cache", tmp_path, *out)
     assert "no view 'video'; it has image, title" in refused(
         "train", dataset, "--cache", cache, "--views", "video", *out
@@ -233,7 +231,7 @@ def test_titles_stand_in_for_missing_captions_where_asked(catalogue, encoder_vie
     (catalogue / "captions.tsv").write_text("".join(f"i{number}\tsteel oak {number}\n" for number in range(1, 61)))
     encoder = encoder_views[1].encoder
     extract = ("extract", catalogue, "--cache", tmp_path / "c", "--text-source", "caption", "--text-encoder", encoder)
-    assert "(no text), i62" in (message := refused(*extract)) and "--missing-captions title" in message
+    assert "(no text), i62" in (message := refused(*extract)) and "missing_captions: title" in message
     assert iisan_fast(*extract, "--missing-captions", "title").returncode == 0
     train = ("train", catalogue, "--cache", tmp_path / "c", "--epochs", 1, "--out", tmp_path / "run")
     assert iisan_fast(*train).returncode == 0  # reads the captions as the cache was made from them
@@ -301,7 +299,7 @@ def test_bfloat16_products_on_a_cpu_get_one_line(toy_run, tmp_path):
     message = refused("train", dataset, "--cache", cache, *arguments)
     assert message == (
         "error: precision: expected auto or float32 for iisan on a CPU, found bfloat16; "
-        "train a run in float32, or use CUDA (--device cuda)\n"
+        "train a run in float32, or choose the device cuda\n"
     )
     assert not (tmp_path / "run").exists()
 

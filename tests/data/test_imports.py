@@ -152,7 +152,7 @@ def test_microlens_covers_are_linked_or_copied(tmp_path, caplog):
         with open_images(out) as images:
             assert [images.content(item) for item in "abc"] == [b"a.jpg", b"b.PNG", None]
         assert (out / "images" / "z.jpg").exists() != copy
-    assert "no cover for 1 of 3 items (c): extract --missing-images blank fills them" in caplog.messages
+    assert "no cover for 1 of 3 items (c): extract with missing_images: blank fills them" in caplog.messages
     write(covers / "a.png", "")
     refused(lambda: import_microlens(source, tmp_path / "new"), tmp_path, "two images of item 'a'")
 

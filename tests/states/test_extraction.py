@@ -115,7 +115,7 @@ def test_bad_images_are_named_and_counted_before_anything_is_written(root, tmp_p
         run(root, tmp_path / "c", TITLE, IMAGE)
     message = str(error.value)
     assert "4 of 6 items cannot be read" in message and "i2 (no image)" in message and "and 1 more" in message
-    assert "--missing-images blank" in message and "\n" not in message
+    assert "missing_images: blank" in message and "\n" not in message
     assert not (tmp_path / "c").exists()
 
 
@@ -248,7 +248,7 @@ def test_what_workers_find_is_one_line(large, tmp_path, encoders):
     with pytest.raises(InputError) as error:
         run(large, tmp_path / "c", encoders[0], workers=2)
     assert re.fullmatch(
-        r"view 'image': 2 of 40 items cannot be read: i1 \(no image\), i9 \(not an image of .*\); --missing.*",
+        r"view 'image': 2 of 40 items cannot be read: i1 \(no image\), i9 \(not an image of .*\); missing_images.*",
         str(error.value),
     )
     assert not (tmp_path / "c").exists()

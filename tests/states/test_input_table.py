@@ -186,7 +186,7 @@ def test_bad_images_are_all_named_before_anything_is_read(root, views, placement
     with pytest.raises(InputError) as error:
         open_inputs(load_dataset(root), views[::-1], CPU, placement)
     assert str(error.value).startswith("view 'image': 2 of 70 items cannot be read: i3 (no image), i9 (not an image of")
-    assert str(error.value).endswith("--missing-images blank fills them")
+    assert str(error.value).endswith("missing_images: blank fills them")
 
 
 def test_blanks_fill_bad_images_in_every_home(root, views, caplog):

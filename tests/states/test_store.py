@@ -140,7 +140,7 @@ def test_what_is_no_store_is_said_so(tmp_path):
     [
         ("{", "not valid JSON"),
         ("[]", "expected a JSON object"),
-        ('{"format": 99, "views": {}}', "format: expected 1, found 99; extract into a new --cache"),
+        ('{"format": 99, "views": {}}', "format: expected 1, found 99; extract into a new cache"),
         ('{"format": 0, "views": {}}', "format: expected 1, found 0;"),
         ('{"format": "1", "views": {}}', 'format: expected 1, found "1";'),
         ('{"format": 1.0, "views": {}}', "format: expected 1, found 1.0;"),

@@ -311,7 +311,7 @@ def test_the_lack_of_memory_is_told_with_the_batch_and_what_to_lower(
         message = "not enough memory on cpu for batches of 40 users and up to 24 items, whose activations take up to"
         with pytest.raises(InputError, match=message) as caught:
             take(trainer, 1)
-    assert "--items-at-once" in str(caught.value)
+    assert "items_at_once" in str(caught.value)
 
 
 @pytest.mark.parametrize("call", [1, 6], ids=["in a batch", "in validation"])

@@ -94,7 +94,7 @@ def test_a_run_made_with_bfloat16_products_on_a_cpu_is_refused_on_resume_in_one_
     before = everything(old)
     assert refused("train", "--resume", old / "bfloat16-run", "--device", "cpu") == (
         f"error: {old / 'bfloat16-run'}: precision: expected auto or float32 for iisan on a CPU, found bfloat16; "
-        "train a run in float32, or use CUDA (--device cuda)\n"
+        "train a run in float32, or choose the device cuda\n"
     )
     assert everything(old) == before
 
@@ -136,7 +136,7 @@ def test_runs_of_known_formats_open(old, number):
 def test_a_cache_of_another_format_is_refused_in_one_line(old):
     path = old / "cache" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
-    message = f"error: {path}: format: expected 1, found 2; extract into a new --cache\n"
+    message = f"error: {path}: format: expected 1, found 2; extract into a new cache\n"
     assert refused("train", old / "dataset", "--cache", old / "cache", "--out", old / "new") == message
     assert refused("train", "--resume", old / "run") == message
     assert not (old / "new").exists()

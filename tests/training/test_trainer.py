@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 def test_a_folder_that_holds_a_run_is_refused_untouched(tmp_path, config):
     train(config, tmp_path / "run", CPU)
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
+    with pytest.raises(InputError, match="already holds a run; resume it"):
         train(config, tmp_path / "run", CPU)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 

@@ -39,7 +39,7 @@ def write_dataset(
             titled_interactions = interactions.filter(titled.gather(interactions["item"].to_physical()))
             item_ids = item_ids.filter(titled)
     if not len(item_ids):
-        raise InputError("nothing is left: no item has a title; give --missing-titles id, or the file of titles")
+        raise InputError("nothing is left: no item has a title; choose missing_titles: id, or the file of titles")
     with (folder / "items.tsv").open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{item_id}\t{titles.get(item_id, item_id)}\n" for item_id in item_ids)
     without_cover = None if covers is None else _write_covers(folder, covers, item_ids, options.copy_covers)
@@ -56,7 +56,7 @@ def write_dataset(
 def _report_untitled(untitled: pl.Series, total: int, policy: str) -> None:
     message = f"no title for {len(untitled):,} of {total:,} items ({first_few(untitled, len(untitled))})"
     if policy == "error":
-        raise InputError(f"{message}; give --missing-titles id or drop")
+        raise InputError(f"{message}; choose missing_titles: id or drop")
     LOGGER.warning("%s: %s", message, "they are dropped" if policy == "drop" else "their ids stand for it")
 
 
@@ -67,7 +67,7 @@ def _write_covers(folder: Path, covers: Path, item_ids: pl.Series, copy: bool) -
     names = list_images(covers)
     without = [item_id for item_id in item_ids if item_id not in names]
     if without:
-        hint = "extract --missing-images blank fills them"
+        hint = "extract with missing_images: blank fills them"
         few = first_few(without, len(without))
         LOGGER.warning("no cover for %s of %s items (%s): %s", f"{len(without):,}", f"{len(item_ids):,}", few, hint)
     images = folder / "images"
