@@ -26,6 +26,7 @@ from ..states import describes_view
 
 RUN_LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")
 DECIDES_ROUNDING = ("torch", "device", "kernels")  # of an environment
+FORMS_IN_FORMAT_1 = {"torch": "reference", "host": "cpu-torch", "native": "cpu", "triton": "gpu"}  # -> their names today
 ON_A_CPU = ("threads", "processor", "compiler")  # likewise
 
 
@@ -96,7 +97,12 @@ class RunFolder:
     def environment(self) -> dict[str, Any]:
         """The machine and the versions that the run began with; empty where they were not recorded."""
         path = self.path / "environment.json"
-        return read_settings(path) if path.exists() else {}
+        recorded = read_settings(path) if path.exists() else {}
+        _, number = read_run_settings(self.path / "config.json")
+        form = str(recorded.get("kernels"))
+        if number == 1 and form in FORMS_IN_FORMAT_1:
+            recorded["kernels"] = FORMS_IN_FORMAT_1[form]
+        return recorded
 
     def other_rounding(self, device: torch.device) -> list[str]:
         """Return the differences from the environment that the run began in, which make results differ in rounding."""

@@ -8,6 +8,7 @@ whose side network multiplied in bfloat16 on a CPU.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from helpers.run_folders import untimed
 from iisan_fast.config import RUN_FORMAT, EvaluationConfig, read_run_config, read_run_settings
 from iisan_fast.errors import InputError
 from iisan_fast.training.best_run import evaluate_run, load
-from iisan_fast.training.run_folder import RunFolder
+from iisan_fast.training.run_folder import RunFolder, environment
 from iisan_fast.training.trainer import resume, train
 
 FORMAT_1 = Path(__file__).parents[1] / "format_1"
@@ -97,6 +98,27 @@ def test_a_run_made_with_bfloat16_products_on_a_cpu_is_refused_on_resume_in_one_
         "train a run in float32, or choose the device cuda\n"
     )
     assert everything(old) == before
+
+
+@pytest.mark.parametrize(
+    ("recorded", "today"), [("torch", "reference"), ("host", "cpu-torch"), ("native", "cpu"), ("triton", "gpu")]
+)
+def test_the_forms_that_a_run_of_format_1_records_have_their_names_of_today(old, recorded, today):
+    path = old / "run" / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kernels": recorded}))
+    assert RunFolder.open(old / "run").environment["kernels"] == today
+    assert json.loads(path.read_text())["kernels"] == recorded
+    set_format(old / "run", 2)
+    assert RunFolder.open(old / "run").environment["kernels"] == recorded
+
+
+def test_a_run_of_format_1_goes_on_without_a_warning_where_the_same_form_runs(old, caplog):
+    names = {"reference": "torch", "cpu-torch": "host", "cpu": "native", "gpu": "triton"}
+    now = environment(CPU)
+    (old / "run" / "environment.json").write_text(json.dumps({**now, "kernels": names[now["kernels"]]}))
+    with caplog.at_level(logging.WARNING):
+        resume(old / "run", CPU)
+    assert not caplog.records
 
 
 # The number
