@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,21 @@ def measure(settings: Settings, save: Save) -> None:
     words += [f"--maxfail={MOST_FAILURES}", *selection(settings)]
     process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    for _ in counted(process.stdout, result):
-        save(result)
+    with interrupts_ignored():  # pytest, interrupted with this process, then says why tests failed
+        for _ in counted(process.stdout, result):
+            save(result)
     if code := process.wait():
         raise SystemExit(f"pytest: exit code {code}: {result['headline']}")
+
+
+@contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Let this process go on when its group is interrupted."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def selection(settings: Settings) -> list[str]:
@@ -50,15 +63,15 @@ def counted(lines: Iterable[str], result: dict[str, Any]) -> Iterable[None]:
     """Print pytest's lines and count them in the result; yield whenever it changed."""
     for line in lines:
         print(line, end="", flush=True)
-        if found := OUTCOME.match(line):
-            outcome = {"PASSED": "passed", "SKIPPED": "skipped", "XFAIL": "skipped"}.get(found["outcome"], "failed")
+        if match := OUTCOME.match(line):
+            outcome = {"PASSED": "passed", "SKIPPED": "skipped", "XFAIL": "skipped"}.get(match["outcome"], "failed")
             result[outcome] += 1
             if outcome == "failed":
-                result["failures"][found["test"]] = ""
-        elif found := REASON.match(line):
-            result["failures"][found["test"]] = found["reason"]
-        elif found := COLLECTED.match(line):
-            result["collected"] = int(found["selected"] or found["all"])
+                result["failures"][match["test"]] = ""
+        elif match := REASON.match(line):
+            result["failures"][match["test"]] = match["reason"]
+        elif match := COLLECTED.match(line):
+            result["collected"] = int(match["selected"] or match["all"])
         else:
             continue
         counts = [name for name in ("passed", "failed", "skipped", "collected") if result.get(name)]

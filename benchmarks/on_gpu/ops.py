@@ -17,10 +17,11 @@ def measure(settings: Settings, save: Save) -> None:
     """Save the kernels' rows, then those of the eager references."""
     sequences, device = histories(settings), device_of(settings)
     rows: list[dict[str, Any]] = []
-    ours = "eager" if settings.dry_run else "triton"
-    for form, users in ((ours, settings.many_users), (ours, settings.users), ("eager", settings.many_users)):
+    many_users = min(settings.many_users, len(sequences.user_ids))
+    kernels = "eager" if settings.dry_run else "triton"
+    for form, users in ((kernels, many_users), (kernels, settings.users), ("eager", many_users)):
         sizes = {"width": settings.width, "layers": settings.layers}
-        chosen = KernelSettings(users=(users,), ops=OPS, forms=(form,), exact_users=settings.many_users, **sizes)
+        chosen = KernelSettings(users=(users,), ops=OPS, forms=(form,), exact_users=many_users, **sizes)
         result = benchmark(sequences, settings.dataset.name, chosen, device)
         rows += result["rows"]
         save({"rates_of_the_floors": result["rates_of_the_floors"], "rows": rows, "headline": headline(rows)})

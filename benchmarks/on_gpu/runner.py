@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 
 BUDGET = 480.0  # seconds for all stages together
 LEAST_TIME = 10.0  # seconds; with less of the budget left no stage is started
+LAST_WORDS = 5.0  # seconds of a stage's limit: it is interrupted then, so that pytest says why tests failed
 FILE_LIMIT = 16 << 20  # bytes; every result file is smaller
 RESULTS, LOG = "results.json", "log.txt"
 OTHER_FILES = ("profile.txt", "trace-captured.json.gz", "trace-eager.json.gz")  # of the stage "epochs"
@@ -114,20 +116,23 @@ def command(stage: Stage, measurement: Measurement, result: Path) -> list[str]:
 def wait_for(words: list[str], log: TextIO, limit: float) -> int | None:
     """Run a command into the log and return its exit code; None where it was stopped at its limit.
 
-    All that it started is stopped with it, also where this process is interrupted.
+    All that it started and left running is stopped with it, also where this process is interrupted.
     """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         words, cwd=HERE, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
-        return process.wait(limit)
+        return process.wait(limit - LAST_WORDS)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LAST_WORDS)
         return None
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # where all of the group have ended
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def write_results(measurement: Measurement, rows: list[dict[str, Any]]) -> None:

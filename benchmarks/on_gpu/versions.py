@@ -43,14 +43,14 @@ def version(package: str) -> str:
 
 def properties(device: torch.device) -> dict[str, Any]:
     """Return what torch says of a GPU."""
-    found = torch.cuda.get_device_properties(device)
+    gpu = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
     return {
-        "capability": f"{found.major}.{found.minor}",
-        "multiprocessors": found.multi_processor_count,
+        "capability": f"{gpu.major}.{gpu.minor}",
+        "multiprocessors": gpu.multi_processor_count,
         "memory_bytes": total,
         "free_bytes": free,
-        "l2_bytes": getattr(found, "L2_cache_size", NOT_MEASURED),
+        "l2_bytes": getattr(gpu, "L2_cache_size", NOT_MEASURED),
         "cudnn": torch.backends.cudnn.version(),
     }
 

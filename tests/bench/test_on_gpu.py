@@ -45,7 +45,7 @@ def run_lines(tmp_path, monkeypatch):
     def run(lines: dict[str, str], limit: float = 60, budget: float = 480) -> tuple[int, dict[str, dict[str, Any]]]:
         def command(stage: Stage, measurement: Measurement, result: Path) -> list[str]:
             names = f"result, out = {str(result)!r}, {str(measurement.out)!r}"
-            return [sys.executable, "-c", f"import json, os, sys, time; {names}; {lines[stage.name]}"]
+            return [sys.executable, "-c", f"import json, os, sys, time; {names}\n{lines[stage.name]}"]
 
         monkeypatch.setattr(runner, "command", command)
         chosen = tuple(Stage(name, limit, "something") for name in lines)
@@ -74,19 +74,29 @@ def test_a_stage_that_fails_says_why_and_the_next_goes_on(run_lines, capsys):
 
 def test_results_are_there_as_each_stage_ends(run_lines):
     """The second stage copies what it finds into its own result."""
-    copies = "found = open(out + '/results.json').read(); open(result, 'w').write(found)"
+    copies = "open(result, 'w').write(open(out + '/results.json').read())"
     _, rows = run_lines({"first": SAVES, "second": copies})
     first, second = rows["second"]["result"]["stages"]
     assert first["status"] == "done" and first["result"] == {"figure": 7}
     assert second["status"] == NOT_MEASURED
 
 
-def test_a_stage_beyond_its_limit_is_stopped_with_what_it_started_and_leaves_what_it_saved(run_lines, tmp_path):
+def test_a_stage_is_interrupted_before_it_is_stopped(run_lines, monkeypatch):
+    monkeypatch.setattr(runner, "LAST_WORDS", 20.0)
+    _, rows = run_lines({"slow": f"try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    {SAVES}"}, limit=22)
+    assert rows["slow"]["status"] == "stopped" and rows["slow"]["result"] == {"figure": 7}
+
+
+def test_a_stage_beyond_its_limit_is_stopped_with_what_it_started_and_leaves_what_it_saved(
+    run_lines, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runner, "LAST_WORDS", 0.5)
     child = "import subprocess; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
     tells = "open(out + '/child', 'w').write(str(child.pid))"
-    code, rows = run_lines({"slow": f"{SAVES}; {child}; {tells}; time.sleep(600)", "next": SAVES}, limit=2)
+    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    code, rows = run_lines({"slow": f"{deaf}; {SAVES}; {child}; {tells}; time.sleep(600)", "next": SAVES}, limit=3)
     assert code == 1 and rows["slow"]["status"] == "stopped" and rows["slow"]["result"] == {"figure": 7}
-    assert "its time limit of 2 s" in rows["slow"]["reason"] and rows["next"]["status"] == "done"
+    assert "its time limit of 3 s" in rows["slow"]["reason"] and rows["next"]["status"] == "done"
     assert not is_running(int((tmp_path / "child").read_text()))
 
 
@@ -102,6 +112,7 @@ def is_running(process: int) -> bool:
 
 def test_no_stage_starts_once_the_budget_is_spent(run_lines, monkeypatch):
     monkeypatch.setattr(runner, "LEAST_TIME", 1.0)
+    monkeypatch.setattr(runner, "LAST_WORDS", 0.5)
     code, rows = run_lines({"first": f"{SAVES}; time.sleep(600)", "second": SAVES}, budget=2)
     assert code == 1 and rows["first"]["status"] == "stopped" and rows["first"]["limit_s"] <= 2
     assert rows["second"] == {
@@ -136,9 +147,9 @@ def test_the_whole_fits_eight_minutes_and_the_first_two_stages_two():
 # The stages, on a CPU
 
 
-def measure(stage: str, dataset: Path, tmp_path: Path) -> dict[str, Any]:
+def measure(stage: str, dataset: Path, tmp_path: Path, **changes: Any) -> dict[str, Any]:
     """Run one stage's dry run in this process and return its result."""
-    settings = Settings(stage, dataset, tmp_path, "abc", **DRY_RUN)
+    settings = Settings(stage, dataset, tmp_path, "abc", **DRY_RUN | changes)
     stages.measure(settings, tmp_path / "result.json")
     return json.loads((tmp_path / "result.json").read_text())
 
@@ -161,10 +172,9 @@ def test_a_step_that_leaves_the_reference_or_does_not_run_fails_the_stage(datase
         seen.append(loss)
         if len(seen) == 4:
             raise RuntimeError("no such device")
-        found = differentiated(model, loss)
-        name = "sequence_encoder.position"
-        found.gradients[name] *= 1.1 if len(seen) == 3 else 1
-        return found
+        result = differentiated(model, loss)
+        result.gradients["sequence_encoder.position"] *= 1.1 if len(seen) == 3 else 1
+        return result
 
     monkeypatch.setattr(step, "differentiated", second_is_off_and_third_raises)
     with pytest.raises(SystemExit, match="captured float32, reference ops, float32"):
@@ -190,9 +200,9 @@ def test_epochs_are_timed_once_their_shapes_are_captured_and_profiled(dataset, t
 
 def test_ops_evaluation_and_the_dense_form_are_measured(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(ops, "CPU_SECONDS", 0.001)
-    rows = measure("ops", dataset, tmp_path)["rows"]
+    rows = measure("ops", dataset, tmp_path, many_users=8192)["rows"]  # more than there are
     assert {(row["op"], row["users"]) for row in rows} == {
-        (op, users) for op in ("loss", "side-network", "target-rank") for users in (16, 8)
+        (op, users) for op in ("loss", "side-network", "target-rank") for users in (24, 8)
     }
     assert all(row["status"] == ops.MEASURED and row["timed"] for row in rows)
     evaluation = measure("evaluation", dataset, tmp_path)
