@@ -148,8 +148,8 @@ def extract(
 @_checks_names(RunSettings)
 def train(
     dataset: PathLike | Dataset | RunConfig | None = None,
-    *,
     cache: PathLike | None = None,
+    *,
     views: str | ViewConfig | Sequence[str] | Sequence[ViewConfig] = (),
     uncached: bool | UncachedConfig = False,
     config: RunConfig | PathLike | Mapping[str, Any] | None = None,
@@ -185,7 +185,7 @@ def train(
     stops being finite.
     """
     check_choice("table", table, PLACEMENTS)
-    where = torch_device(device)
+    report, where = _on_epoch(on_epoch), torch_device(device)
     if isinstance(dataset, RunConfig):
         if config is not None:
             raise InputError("config: the first argument is a configuration already; give one of them")
@@ -211,7 +211,7 @@ def train(
     else:
         run = run_config(chosen, base_settings(config or {}), encoders, bool(uncached))
         folder = next_run_folder(Path(run.dataset).name) if out is None else as_path("out", out)
-    result = training.train(run, folder, where, on_epoch or _ignore, table)
+    result = training.train(run, folder, where, report, table)
     return {"run": str(folder), **result}
 
 
@@ -229,14 +229,14 @@ def resume(
     from . import training
 
     folder = as_path("run", run)
-    return {"run": str(folder), **training.resume(folder, torch_device(device), on_epoch or _ignore, table)}
+    return {"run": str(folder), **training.resume(folder, torch_device(device), _on_epoch(on_epoch), table)}
 
 
 @_checks_names(EvaluationSettings)
 def evaluate(
     run: PathLike,
-    *,
     split: str = "test",
+    *,
     device: str | torch.device = "auto",
     evaluation: EvaluationConfig | None = None,
     **settings: Unpack[EvaluationSettings],
@@ -251,7 +251,6 @@ def evaluate(
     NDCG@K as fractions, history masked and unmasked.
     Raises InputError where the folder holds no finished epoch.
     """
-    check_choice("split", split, ("test", "validation"))
     from . import training
 
     resolved = from_dict(EvaluationConfig, {**to_dict(evaluation or EvaluationConfig()), **settings})
@@ -306,5 +305,10 @@ def _listed(views: Any) -> list[Any]:
     return list(views)
 
 
-def _ignore(line: dict[str, Any]) -> None:
-    """Take an epoch's figures and do nothing."""
+def _on_epoch(function: OnEpoch | None) -> OnEpoch:
+    """Return the function that gets each epoch's figures, or one that does nothing."""
+    if function is None:
+        return lambda line: None
+    if not callable(function):
+        raise InputError(f"on_epoch: expected a function, found {function!r}")
+    return function

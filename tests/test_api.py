@@ -242,6 +242,7 @@ MISTAKES = {
     },
     "uncached: no encoders to run": {"uncached": True},
     "config: expected a path, found 3": {"config": 3},
+    "on_epoch: expected a function, found 3": {"on_epoch": 3},
 }
 
 
@@ -282,7 +283,8 @@ def test_mistakes_in_the_other_functions_get_one_line(toy_run, toy_config, run, 
         ("not a run folder", lambda: iisan_fast.resume(tmp_path)),
         ("resume: unknown setting epochs", lambda: iisan_fast.resume(run["run"], epochs=3)),
         ("not a run folder", lambda: iisan_fast.load(tmp_path)),
-        ("split: expected one of test, validation", lambda: iisan_fast.evaluate(run["run"], split="train")),
+        ("split: expected one of validation, test", lambda: iisan_fast.evaluate(run["run"], "train")),
+        ("split: expected one of validation, test", lambda: iisan_fast.load(run["run"]).user_states("train")),
         ("ks: expected one or more cut-offs", lambda: iisan_fast.evaluate(run["run"], ks=[])),
         ("did you mean ks", lambda: iisan_fast.evaluate(run["run"], k=5)),
     ):

@@ -17,7 +17,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from ..config import ProtocolConfig
-from ..errors import InputError
+from ..errors import InputError, check_choice
 from .items import read_items, read_table
 from .temporal import temporal_split, with_times
 
@@ -70,7 +70,8 @@ class Sequences:
         return self.training_counts / self.training_counts.sum()
 
     def split(self, name: str) -> Split:
-        """The `validation` or `test` task of every user who has one."""
+        """Return the `validation` or `test` task of every user who has one. Raises InputError for another name."""
+        check_choice("split", name, LEAVE_ONE_OUT)
         users = np.flatnonzero(self.targets[name] >= 0)
         ends = self.targets[name][users]
         lengths = ends - self.offsets[users]
