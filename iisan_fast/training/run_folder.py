@@ -28,6 +28,11 @@ RUN_LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")
 DECIDES_ROUNDING = ("torch", "device", "kernels")  # of an environment
 FORMS_IN_FORMAT_1 = {"torch": "reference", "host": "cpu-torch", "native": "cpu", "triton": "gpu"}  # names today
 ON_A_CPU = ("threads", "processor", "compiler")  # likewise
+RUN_FILES = (
+    *("config.json", "environment.json", "views.json", "sequences.npz", "metrics.jsonl"),
+    *("best.safetensors", "last.safetensors", "test.json"),
+)
+HALF_WRITTEN = re.compile(rf"\.(?:{'|'.join(map(re.escape, RUN_FILES))})\.[a-z0-9_]{{8}}")  # as `whole_file` names them
 
 
 class RunFolder:
@@ -116,8 +121,9 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Remove the half-written files that a kill in the middle of a write left; the old files stand."""
-        for leftover in self.path.glob(".*.*.*"):
-            leftover.unlink()
+        for path in self.path.iterdir():
+            if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
+                path.unlink()
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.json."""

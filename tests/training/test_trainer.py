@@ -13,6 +13,7 @@ import torch
 from iisan_fast.config import EvaluationConfig, ModelConfig, RunConfig, TrainConfig
 from iisan_fast.data.batches import steps_per_epoch
 from iisan_fast.errors import InputError
+from iisan_fast.files import whole_file
 from iisan_fast.states.store import Store, content_digest
 from iisan_fast.training.best_run import evaluate_run
 from iisan_fast.training.checkpoints import load_checkpoint, save_checkpoint
@@ -331,6 +332,14 @@ def test_what_a_kill_left_of_a_new_file_is_removed(tmp_path, config, monkeypatch
     with pytest.raises(Killed):
         train(config, tmp_path / "run", CPU)
     monkeypatch.undo()
-    (tmp_path / "run" / ".last.safetensors.k2j3").write_bytes(b"half")
-    resume(tmp_path / "run", CPU)
-    assert not list((tmp_path / "run").glob(".*"))
+    run, names = tmp_path / "run", {".env.local.backup", ".last.safetensors.backup-2", ".last.safetensors.folder_1"}
+    with pytest.raises(Killed), whole_file(run / "last.safetensors") as half:
+        shutil.copy(half, run / ".metrics.jsonl.k2j3_0ab")
+        shutil.copy(half, run / half.name.replace(".last.", ".best."))
+        raise Killed
+    assert len(list(run.glob(".*"))) == 2
+    for name in names - {".last.safetensors.folder_1"}:
+        (run / name).write_text("a user's")
+    (run / ".last.safetensors.folder_1").mkdir()
+    resume(run, CPU)
+    assert {path.name for path in run.glob(".*")} == names
