@@ -116,6 +116,13 @@ def test_what_reaches_past_a_door_is_found(text, expected):
     _assert_found(house.reaches_past_doors, {**STATES, "iisan_fast/models/recommender.py": text}, expected)
 
 
+def test_the_kernels_door_is_a_door():
+    files = {"kernels/__init__.py": "if __name__ == 'iisan_fast.kernels':\n    __all__ = ['fold_heads']\n"}
+    files["kernels/gpu/launch.py"] = "SIZES = ()\n"
+    files["iisan_fast/bench/tuning.py"] = "from ..kernels.gpu import launch\n"
+    _assert_found(house.reaches_past_doors, files, "reaches past the door of kernels: iisan_fast.kernels.gpu.launch")
+
+
 def test_a_module_named_like_an_export_is_found():
     files = {
         "iisan_fast/evaluation/__init__.py": DOOR.format(module="metrics", name="metrics"),

@@ -66,5 +66,5 @@ def _activations(trainer: Trainer, prepared: PreparedBatch) -> int:
 
 def _frozen_encoders(trainer: Trainer) -> list[nn.Module]:
     """Encoders that run but are no part of the model."""
-    contents = getattr(trainer.source, "contents", None)
-    return [] if contents is None else [backbone.model for backbone in contents.backbones]
+    inputs = getattr(trainer.source, "inputs", None)
+    return [] if inputs is None else [backbone.model for backbone in inputs.backbones]

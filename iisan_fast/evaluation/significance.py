@@ -21,7 +21,7 @@ def paired_test(a: np.ndarray, b: np.ndarray, draws: int = 10_000, seed: int = 0
     sign. p is the share of ways to flip signs whose sum is at least as far from 0 as the one observed, over all ways
     where at most 12 differences are not 0, else (1 + hits) / (1 + draws) over random ones.
 
-    Args: a, b float64 [users], such as `evaluate.gains` of two runs, user by user. Raises InputError for lengths that
+    Args: a, b float64 [users], such as `user_gains` of two runs, user by user. Raises InputError for lengths that
     differ, no users, and figures that are not finite.
     """
     if a.shape != b.shape or a.ndim != 1:

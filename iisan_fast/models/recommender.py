@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from .. import kernels
 from ..config import SIDE_METHODS, ModelConfig, RunConfig
 from ..data import Batch
 from ..precision import Precision
-from ..states import ItemSource
+from ..states import ItemInputs, ItemSource
 from .item_encoders import FrozenItemEncoder, IdItemEncoder
 from .sasrec import SASRec
 from .side_network import SideItemEncoder
@@ -48,12 +47,12 @@ class Recommender(nn.Module):
         log_popularity[0] = 0  # padding has none, and minus infinity would meet that of its multiplicity
         self.register_buffer("log_popularity", log_popularity, persistent=False)
 
-    def loss(self, batch: Batch, contents: Any) -> Tensor:
+    def loss(self, batch: Batch, inputs: ItemInputs) -> Tensor:
         """Mean debiased in-batch cross-entropy over the batch's rows (IISAN, equation 5).
 
-        contents: what the item encoder reads of batch.distinct.
+        inputs: of batch.distinct, as an item source reads them.
         """
-        vectors = self.item_encoder(contents)
+        vectors = self.item_encoder(inputs)
         grid = kernels.SequenceGrid(batch.row_slots, len(batch.users), batch.length)
         losses = kernels.inbatch_cross_entropy(
             queries=self.sequence_encoder(vectors[batch.inputs], grid, self._dropout(batch)),
@@ -68,7 +67,7 @@ class Recommender(nn.Module):
         return losses @ batch.weights.to(losses.dtype)
 
     def differentiate(
-        self, batch: Batch, contents: Any, on_loss: Callable[[Tensor], None] = lambda loss: None
+        self, batch: Batch, inputs: ItemInputs, on_loss: Callable[[Tensor], None] = lambda loss: None
     ) -> Tensor:
         """Return `loss` without a graph, and leave its gradients in the parameters in place of those before.
 
@@ -77,11 +76,11 @@ class Recommender(nn.Module):
 
         `on_loss` is called with the loss; the gradients may be under way.
         """
-        differentiated = self._differentiated_by_one_op(batch, contents, on_loss)
+        differentiated = self._differentiated_by_one_op(batch, inputs, on_loss)
         if differentiated is None:
             for parameter in self.parameters():
                 parameter.grad = None
-            loss = self.loss(batch, contents)
+            loss = self.loss(batch, inputs)
             on_loss(loss.detach())
             loss.backward()
             return loss.detach()
@@ -98,7 +97,7 @@ class Recommender(nn.Module):
         return super().train(mode)
 
     def _differentiated_by_one_op(
-        self, batch: Batch, contents: Any, on_loss: Callable[[Tensor], None]
+        self, batch: Batch, inputs: ItemInputs, on_loss: Callable[[Tensor], None]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
         """Return the loss, and each parameter with its gradient, or None where no single op gives them."""
         if not self.log_popularity.is_cpu or not isinstance(self.item_encoder, SideItemEncoder):
@@ -107,7 +106,7 @@ class Recommender(nn.Module):
         if weights is None:
             return None
         operands = kernels.RecommenderBatch(
-            states=contents,
+            states=inputs,
             distinct=batch.distinct,
             multiplicity=batch.multiplicity,
             inputs=batch.inputs,

@@ -26,11 +26,11 @@ class Encoder(Protocol):
 
     def final(self, inputs: ModelInputs) -> Tensor: ...  # [N, width], differentiable
 
-    def example(self) -> ModelInputs: ...  # made-up contents
+    def example(self) -> ModelInputs: ...  # of made-up items
 
 
 class TunedItemEncoder(nn.Module):
-    """Item vectors from contents: encoders that run in every step, adapted by a method, and heads on their states.
+    """Item vectors by encoders that run in every step, adapted by a method, with heads on their final states.
 
     With `recompute`, encoding a part of the items keeps nothing and is done again in the backward pass, so that one
     part's activations live at a time. The gradients are those of all items together.
@@ -64,10 +64,10 @@ class TunedItemEncoder(nn.Module):
             checkpoint_blocks(model, checkpointing)
         self.heads = FinalHeads([encoder.width for encoder in encoders], embedding_dim)
 
-    def forward(self, contents: list[Chunks]) -> Tensor:
-        """Each view's contents of N items -> [N, d]."""
+    def forward(self, inputs: list[Chunks]) -> Tensor:
+        """Each view's inputs for N items -> [N, d]."""
         with self._products():
-            states = [self._states(encoder, view) for encoder, view in zip(self.encoders, contents)]
+            states = [self._states(encoder, view) for encoder, view in zip(self.encoders, inputs)]
         return self.heads(states)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:

@@ -1,6 +1,6 @@
-"""What a view's encoder is to read, by row of the catalogue: which rows are new, what is wrong with them, batches.
+"""The inputs of a view's encoder, by row of the catalogue: rows to encode, content that cannot be read, batches.
 
-Nothing here knows an encoder's weights, so that all of it can happen in worker processes.
+Nothing here knows an encoder's weights, so worker processes can do all of it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 BLANK = Image.new("RGB", (224, 224), "white")
 TEXTS_AT_ONCE = 1024  # tokenized: a tokenizer's own results take a hundred times the room of the token numbers
 
-Stored = tuple[int, bytes | None]  # a row, and the digest that stands in the store
-New = tuple[int, str]  # a row to encode, and what is wrong with its content, if anything
+Stored = tuple[int, bytes | None]  # a row, and its digest in the store
+New = tuple[int, str]  # a row to encode, and the reason why its content cannot be read, or ""
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
@@ -42,32 +42,32 @@ class EncoderBatch:
     rows: Sequence[int]  # of the catalogue
     digests: list[bytes]
     inputs: ModelInputs  # [N, …] each, on the CPU
-    blank: int  # how many of them are blank images
+    blank: int  # number of blank images among them
 
     def pin_memory(self) -> EncoderBatch:
-        """The same in pinned memory, from where a GPU copies by itself."""
+        """Copy into pinned memory, from where a GPU copies by itself."""
         return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
 
 
 class ViewInputs(Protocol):
-    """One view's contents."""
+    """The inputs of one view's encoder, by row of the catalogue."""
 
-    remedy: str  # for those that are missing, to end a message
+    remedy: str  # ends the message about content that is missing
 
     def check(self, stored: Sequence[Stored]) -> list[New]:
-        """Those whose stored states no longer stand."""
+        """Return the rows whose stored states are out of date."""
 
     def arrange(self, rows: list[int]) -> list[int]:
-        """The rows in the order that suits the encoder best."""
+        """Return the rows in the order that suits the encoder best."""
 
     def batch(self, rows: Sequence[int]) -> EncoderBatch:
-        """Arranged rows, ready for the encoder."""
+        """Prepare arranged rows for the encoder."""
 
 
 def open_sources(
     dataset: Dataset, views: Sequence[ViewConfig], missing_images: str
 ) -> AbstractContextManager[ImageFolder | ImageLmdb | None]:
-    """The dataset's images, where a view reads them. Raises InputError where it lacks what the views read."""
+    """Open the dataset's images if a view reads them. Raises InputError if the dataset lacks what the views read."""
     if missing_images not in MISSING_IMAGES:
         raise InputError(f"missing_images: expected one of {', '.join(MISSING_IMAGES)}, found {missing_images!r}")
     for view in views:
@@ -83,7 +83,7 @@ def view_inputs(
     missing_images: str,
     prepare: Callable[[Sequence[Image.Image]], ModelInputs] | None = None,
 ) -> TextInputs | ImageInputs:
-    """What the view's encoder is to read of a dataset; `prepare` does for images in place of the encoder's own."""
+    """Return the inputs of the view's encoder. `prepare` replaces the encoder's own preparation of images."""
     source = backbone.view.source
     if source == "image":
         fill_blank = missing_images == "blank"
@@ -93,17 +93,18 @@ def view_inputs(
 
 
 def new_rows(
-    view: str, contents: ViewInputs, stored: Sequence[bytes | None], item_ids: Sequence[str], workers: int = 0
+    view: str, inputs: ViewInputs, stored: Sequence[bytes | None], item_ids: Sequence[str], workers: int = 0
 ) -> list[int]:
-    """The rows whose `stored` digests do not stand for a view's contents (None never does), arranged for the encoder.
+    """Return the rows whose content is not the one that `stored` has a digest of, arranged for the encoder.
 
-    All of them are looked at, by so many processes. Raises InputError, naming some, where any cannot be read.
+    stored: a digest, or None, a row. `workers` processes check all rows. Raises InputError, which names the first few,
+    if any content cannot be read.
     """
     requests = batched(list(enumerate(stored)), CHECKED_AT_ONCE)
     new = []
     with (
         progress_bar(f"reading {view}", len(stored), "items") as advance,
-        closing(inputs_ahead(contents.check, requests, workers)) as checked,
+        closing(inputs_ahead(inputs.check, requests, workers)) as checked,
     ):
         for request, new_in_request in zip(requests, checked):
             new += new_in_request
@@ -111,8 +112,8 @@ def new_rows(
     problems = [f"{item_ids[row]} ({problem})" for row, problem in new if problem]
     if problems:
         count = f"{len(problems)} of {len(item_ids)} items cannot be read"
-        raise InputError(f"view {view!r}: {count}: {first_few(problems, len(problems))}{contents.remedy}")
-    return contents.arrange([row for row, _ in new])
+        raise InputError(f"view {view!r}: {count}: {first_few(problems, len(problems))}{inputs.remedy}")
+    return inputs.arrange([row for row, _ in new])
 
 
 def inputs_ahead(
@@ -131,7 +132,7 @@ class TextInputs:
         self._starts, self._lengths = np.zeros((2, len(texts)), dtype=np.int64)  # where each row's tokens stand
 
     def check(self, stored: Sequence[Stored]) -> list[New]:
-        """Those without a state, or with one of another text. One of no text at all is wrong."""
+        """Return the rows without a state or with the state of another text. A row without text is an error."""
         return [
             (row, "" if (self.texts[row] or "").strip() else "no text")
             for row, digest in stored
@@ -139,7 +140,7 @@ class TextInputs:
         ]
 
     def arrange(self, rows: list[int]) -> list[int]:
-        """The rows by falling number of tokens: a batch then holds hardly any padding, and the largest comes first.
+        """Return the rows by falling number of tokens, so that batches need little padding and the largest comes first.
 
         Raises InputError for a text that gives no token.
         """
@@ -153,22 +154,22 @@ class TextInputs:
         return [rows[index] for index in np.argsort(-self._lengths[rows], kind="stable")]
 
     def batch(self, rows: Sequence[int]) -> EncoderBatch:
-        """Arranged rows, padded to the longest of them."""
+        """Pad arranged rows to the longest of them."""
         tokens = [self._tokens[self._starts[row] :][: self._lengths[row]] for row in rows]
         digests = [content_digest((self.texts[row] or "").encode()) for row in rows]
         return EncoderBatch(rows, digests, self.backbone.pad(tokens), blank=0)
 
     @property
     def longest(self) -> int:
-        """The arranged row of most tokens."""
+        """Return the arranged row that has most tokens."""
         return int(self._lengths.argmax())
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
-        """int64 [N]: how many tokens arranged rows int64 [N] have."""
+        """Return the numbers of tokens, int64 [N], of arranged rows int64 [N]."""
         return self._lengths[rows]
 
     def padded(self, rows: np.ndarray) -> np.ndarray:
-        """int32 [N, longest]: token numbers of one or more arranged rows int64 [N], padded on the right."""
+        """Return the tokens, int32 [N, longest], of one or more arranged rows int64 [N], padded on the right."""
         lengths = self._lengths[rows, None]
         places = np.arange(lengths.max())
         in_text = places < lengths
@@ -192,7 +193,10 @@ class ImageInputs:
         self.images, self.item_ids, self.prepare, self.fill_blank = images, item_ids, prepare, fill_blank
 
     def check(self, stored: Sequence[Stored]) -> list[New]:
-        """Those without a state, or with one of another image. Each is decoded, unless a blank would fill its place."""
+        """Return the rows without a state or with the state of another image.
+
+        Each of these images is decoded, unless a blank would fill its place.
+        """
         new = []
         for row, digest in stored:
             content = self.images.content(self.item_ids[row])
@@ -201,17 +205,17 @@ class ImageInputs:
         return new
 
     def arrange(self, rows: list[int]) -> list[int]:
-        """As they come: all images are of one size to the encoder."""
+        """Return the rows unchanged: to the encoder all images have one size."""
         return rows
 
     def batch(self, rows: Sequence[int]) -> EncoderBatch:
-        """Rows, decoded one at a time. Raises InputError for an image that has gone or broken since it was checked."""
+        """Decode the rows, one at a time. Raises InputError for an image that was lost or damaged since its check."""
         digests, inputs, blanks = zip(*map(self._read, rows))
         merged = {name: torch.cat([image[name] for image in inputs]) for name in inputs[0]}
         return EncoderBatch(rows, list(digests), merged, sum(blanks))
 
     def _accepted(self, content: bytes | None) -> tuple[bytes, ...]:
-        """Digests with which stored states still stand."""
+        """Return the digests of states that are up to date."""
         blank = (_blank_digest(content),) if self.fill_blank else ()
         return blank if content is None else (content_digest(content), *blank)
 
@@ -225,7 +229,7 @@ class ImageInputs:
         return ""
 
     def _read(self, row: int) -> tuple[bytes, ModelInputs, bool]:
-        """Digest, what the encoder reads [1, …], and whether it is blank."""
+        """Return the digest, the encoder's input [1, …], and True if it is a blank image."""
         content = self.images.content(self.item_ids[row])
         try:
             if content is None:
@@ -238,5 +242,5 @@ class ImageInputs:
 
 
 def _blank_digest(content: bytes | None) -> bytes:
-    """Differs from the content's own digest, so that the blank is redone once the image can be read."""
+    """Return a digest that is not the content's, so that the blank is replaced once the image can be read."""
     return blake2b(content or b"", digest_size=DIGEST_BYTES, person=b"blank").digest()

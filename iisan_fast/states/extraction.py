@@ -34,7 +34,7 @@ GROUP_ITEMS, GROUP_BYTES = 1024, 32 << 20  # a transaction takes as many states 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What extraction did for one view."""
+    """The result of extraction for one view."""
 
     view: str
     items: int  # in the catalogue
@@ -53,13 +53,13 @@ def extract(
     workers: int | None = None,
     attention: str = "auto",
 ) -> list[Extracted]:
-    """Puts the hidden states of every item into the store at `cache`, one entry per item and view.
+    """Put the hidden states of every item into the store at `cache`, one entry an item and view.
 
-    `workers` processes read images ahead (0: this one does; None: as idle CPUs and the catalogue suggest). They import
-    the main module, so a script that calls this does it under `if __name__ == "__main__"`.
+    `workers` processes read images ahead (0: this process reads them; None: as idle CPUs and the catalogue suggest).
+    They import the main module, so a script calls this under `if __name__ == "__main__"`.
 
     Raises InputError, before anything is written, for content that is missing or cannot be read, an encoder that
-    cannot be used, or a store made with other encoders or settings.
+    cannot be used, or a store that was made with other encoders or settings.
     """
     fix_cublas_workspace()
     check_choice("dtype", dtype, STORE_DTYPES)
@@ -72,9 +72,9 @@ def extract(
         images = stack.enter_context(open_sources(dataset, views, missing_images))
         jobs = []
         for view, backbone in zip(views, load_backbones(views, device, attention)):
-            contents = view_inputs(backbone, dataset, images, missing_images)
+            inputs = view_inputs(backbone, dataset, images, missing_images)
             description = _describe(backbone, view, dtype, dataset)
-            jobs.append(_Job(view.name, contents, backbone, description, workers if view.source == "image" else 0))
+            jobs.append(_Job(view.name, inputs, backbone, description, workers if view.source == "image" else 0))
         descriptions = {job.name: job.description for job in jobs}
         todo = _plan_all(jobs, descriptions, cache, dataset.sequences.item_ids)
         store = stack.enter_context(Store(cache, writable=True))
@@ -85,14 +85,14 @@ def extract(
 @dataclass(frozen=True)
 class _Job:
     name: str
-    contents: ViewInputs
+    inputs: ViewInputs
     backbone: Backbone
     description: dict[str, Any]
-    workers: int | None  # that read its contents; None: not decided
+    workers: int | None  # that read its content; None: not decided
 
 
 class _Writer:
-    """Stores one view's states, several batches in a transaction. Its end stores the rest, come what may."""
+    """Stores one view's states, several batches in a transaction; leaving the context stores the rest."""
 
     def __init__(self, store: Store, job: _Job, item_ids: list[str]) -> None:
         self.store, self.job, self.item_ids = store, job, item_ids
@@ -106,7 +106,7 @@ class _Writer:
         self._flush()
 
     def add(self, batch: EncoderBatch, states: Tensor) -> None:
-        """Takes a batch's states [N, K, D], wherever they lie. Raises InputError for states that are not finite."""
+        """Take a batch's states [N, K, D], on any device. Raises InputError for states that are not finite."""
         self.pending.append((batch.rows, batch.digests, states.to(self.dtype)))
         items = sum(len(states) for *_, states in self.pending)
         if items >= GROUP_ITEMS or sum(states.nbytes for *_, states in self.pending) >= GROUP_BYTES:
@@ -137,7 +137,7 @@ def _describe(backbone: Backbone, view: ViewConfig, dtype: str, dataset: Dataset
 def _plan_all(
     jobs: list[_Job], descriptions: dict[str, dict[str, Any]], cache: Path, item_ids: list[str]
 ) -> dict[str, list[int]]:
-    """{view: the rows to encode, in order}, every one of them readable and the store fit to take them."""
+    """Return {view: the rows to encode, in order}, once all of them can be read and the store can take them."""
     with ExitStack() as stack:
         begun = (cache / "manifest.json").exists()
         store = stack.enter_context(Store(cache, writable=True)) if begun else None
@@ -147,7 +147,7 @@ def _plan_all(
         for job in jobs:
             stored = [None] * len(item_ids) if store is None else list(store.digests(job.name, item_ids))
             workers = worker_count(job.workers, len(stored), job.backbone.device)
-            todo[job.name] = new_rows(job.name, job.contents, stored, item_ids, workers)
+            todo[job.name] = new_rows(job.name, job.inputs, stored, item_ids, workers)
         return todo
 
 
@@ -158,7 +158,7 @@ def _run(job: _Job, todo: list[int], store: Store, item_ids: list[str], batch_si
     blank = 0
     with (
         progress_bar(f"encoding {job.name}", len(todo), "items") as advance,
-        closing(inputs_ahead(job.contents.batch, batched(todo, batch_size), workers, pin)) as batches,
+        closing(inputs_ahead(job.inputs.batch, batched(todo, batch_size), workers, pin)) as batches,
         _Writer(store, job, item_ids) as writer,
     ):
         for batch in batches:

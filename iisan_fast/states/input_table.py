@@ -35,7 +35,7 @@ MAX_DECODERS = 16  # threads
 
 
 class InputTable:
-    """The contents of a catalogue's items, for one or more views. Padding reads as some content or other."""
+    """The encoders' inputs for a catalogue's items, for one or more views. Padding reads as any item's inputs."""
 
     index_device = torch.device("cpu")
     items_at_once = INPUTS_AT_ONCE
@@ -92,38 +92,38 @@ class EncodedTable:
     index_device = torch.device("cpu")
     items_at_once = INPUTS_AT_ONCE
 
-    def __init__(self, contents: InputTable, stored: torch.dtype, dtype: torch.dtype | None = None) -> None:
-        self.contents, self.stored, self.dtype = contents, stored, dtype or stored
-        self.rows = contents.rows
+    def __init__(self, inputs: InputTable, stored: torch.dtype, dtype: torch.dtype | None = None) -> None:
+        self.inputs, self.stored, self.dtype = inputs, stored, dtype or stored
+        self.rows = inputs.rows
 
     @property
     def shapes(self) -> list[ViewShape]:
         """(kept layers K, width D) of each view."""
-        return [ViewShape(len(backbone.layers), backbone.width) for backbone in self.contents.backbones]
+        return [ViewShape(len(backbone.layers), backbone.width) for backbone in self.inputs.backbones]
 
     def gather(self, items: Tensor) -> Gathered:
         """Contents of item numbers int64 [N] on the host; of padding, which stands last, none."""
         count = int((items > 0).sum())
-        gathered = self.contents.gather(items[:count])
+        gathered = self.inputs.gather(items[:count])
         return gathered._replace(layout=(count, gathered.layout))
 
     def read(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
         """Each view's states [N, K, D] on the device; zeros for padding."""
         gathered = gathered or self.gather(items)
         count, layout = gathered.layout
-        contents = self.contents.read(items[:count], gathered._replace(layout=layout))
+        chunks_by_view = self.inputs.read(items[:count], gathered._replace(layout=layout))
         by_view = []
-        for (layers, width), backbone, chunks in zip(self.shapes, self.contents.backbones, contents):
+        for (layers, width), backbone, chunks in zip(self.shapes, self.inputs.backbones, chunks_by_view):
             # Encoders give inference tensors, which autograd cannot save: they are copied into ordinary ones.
-            states = torch.zeros((len(items), layers, width), dtype=self.dtype, device=self.contents.device)
+            states = torch.zeros((len(items), layers, width), dtype=self.dtype, device=self.inputs.device)
             if chunks.parts:
                 states[:count] = _encoded(backbone, chunks).to(self.stored)
             by_view.append(States(states))
         return by_view
 
     def close(self) -> None:
-        """Closes the contents."""
-        self.contents.close()
+        """Close the input table."""
+        self.inputs.close()
 
 
 def open_inputs(
@@ -157,12 +157,12 @@ def open_inputs(
         where = place("image table", placement, size, device, home) if size else "mapped"
         opened_views = []
         for backbone, form in zip(backbones, forms):
-            contents = view_inputs(backbone, dataset, images, missing_images, form and form.prepare)
-            if isinstance(contents, TextInputs):
-                new_rows(backbone.view.name, contents, [None] * len(item_ids), item_ids)
-                opened_views.append(_TextView(contents, device))
+            inputs = view_inputs(backbone, dataset, images, missing_images, form and form.prepare)
+            if isinstance(inputs, TextInputs):
+                new_rows(backbone.view.name, inputs, [None] * len(item_ids), item_ids)
+                opened_views.append(_TextView(inputs, device))
             else:
-                opened_views.append(_image_view(backbone, contents, form, where, workers, threads))
+                opened_views.append(_image_view(backbone, inputs, form, where, workers, threads))
         return InputTable(backbones, opened_views, 1 + len(item_ids), part_items, device, opened.pop_all())
 
 

@@ -136,7 +136,7 @@ def _open_encoders(
 
     tuned = config.model.method in TUNING_METHODS
     views = [_resolved(view, config.model.layer_groups, tuned) for view in uncached.views]
-    contents = open_inputs(dataset, views, device, placement, uncached.missing_images, attention=uncached.attention)
+    inputs = open_inputs(dataset, views, device, placement, uncached.missing_images, attention=uncached.attention)
     descriptions = {
         view.name: {
             "source": view.source,
@@ -144,11 +144,11 @@ def _open_encoders(
             **backbone.describe(),
             "dtype": uncached.dtype,
         }
-        for view, backbone in zip(views, contents.backbones)
+        for view, backbone in zip(views, inputs.backbones)
     }
     if tuned:
-        return contents, descriptions
-    return EncodedTable(contents, getattr(torch, uncached.dtype), dtype), descriptions
+        return inputs, descriptions
+    return EncodedTable(inputs, getattr(torch, uncached.dtype), dtype), descriptions
 
 
 def _resolved(view: ViewConfig, layer_groups: int | None, tuned: bool) -> ViewConfig:

@@ -300,7 +300,7 @@ def test_the_command_line_refuses(timed, tmp_path):
     fill_store(cache, items, random_table([(2, 16)], len(items), torch.float32), ("title",))
     message = refused("train", timed, "--cache", cache, "--split", "temporal", "--out", tmp_path / "run")
     assert "lacks 2 of 40 items (i39, i40); run iisan-fast extract with the same --split" in message
-    assert "they need a DATASET" in refused("train", "--split", "temporal", "--out", tmp_path / "run")
+    assert "temporal split; give a dataset" in refused("train", "--split", "temporal", "--out", tmp_path / "run")
     assert "leave-one-out takes no shares" in refused("stats", timed, "--test-from", 0.95)
     for shares in ((0.9, 0.8), (0, 0.5), (0.5, 1), (float("nan"), 0.5)):
         given = ("--split", "temporal", "--validation-from", shares[0], "--test-from", shares[1])

@@ -29,7 +29,9 @@ FLOORS = (  # from the ground up; a room imports from lower floors alone
     frozenset(("benchmarks",)),
     frozenset(("cli",)),
 )
-WITH_DOORS = frozenset(("data", "encoders", "states", "captioning", "evaluation", "models", "training", "serving"))
+WITH_DOORS = frozenset(
+    ("data", "encoders", "states", "captioning", "evaluation", "models", "training", "serving", "kernels")
+)
 LIBRARIES = {  # library: the rooms and modules that may import it
     "transformers": frozenset(("encoders", "captioning", "iisan_fast.models.tuned_encoder")),
     "lmdb": frozenset(("data", "states")),

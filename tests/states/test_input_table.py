@@ -335,7 +335,7 @@ def test_on_a_gpu_contents_are_read_without_waiting_and_states_are_near_a_cpus(d
     device, items = torch.device("cuda"), torch.arange(1, 60)
     whole = [ViewConfig(view.name, view.source, view.encoder, encoder_dtype="float32") for view in views]
     with closing(open_encoded(dataset, whole)) as encoded:
-        inputs, expected = encoded.contents.read(items), encoded.read(items)
+        inputs, expected = encoded.inputs.read(items), encoded.read(items)
     contents = open_inputs(dataset, whole, device, placement, part_items=16)
     with closing(EncodedTable(contents, torch.bfloat16)) as encoded:
         gathered = contents.gather(items)

@@ -109,7 +109,7 @@ def take(trainer: Trainer, steps: int) -> list[float]:
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "id"])
 def test_frozen_weights_stay_as_they_are_bit_for_bit(method, encoder_views, small_catalogue):
     with open_trainer(run_config(small_catalogue, method, encoder_views)) as trainer:
-        contents = trainer.source if method in TUNING_METHODS else trainer.source.contents
+        contents = trainer.source if method in TUNING_METHODS else trainer.source.inputs
         encoders = [backbone.model for backbone in contents.backbones]
         before = [{name: weight.clone() for name, weight in encoder.named_parameters()} for encoder in encoders]
         take(trainer, 3)
