@@ -12,6 +12,8 @@ if __name__ == "iisan_fast.kernels":
     from .cpu.library import compiler_version, why_no_library
     from .cpu.whole_step import RecommenderGradients
     from .dispatch import FORM_VARIABLE, check_form, form_on
+    from .gpu.configurations import CONFIGURATIONS, Configuration, table_entry
+    from .gpu.launch import launches
     from .ops import (
         adam,
         fold_heads,
@@ -38,11 +40,13 @@ if __name__ == "iisan_fast.kernels":
     )
 
     __all__ = [
+        "CONFIGURATIONS",
         "FORM_VARIABLE",
         "SITES_PER_BLOCK",
         "AdamState",
         "AdamUpdate",
         "Chain",
+        "Configuration",
         "RecommenderBatch",
         "RecommenderGradients",
         "RecommenderWeights",
@@ -63,10 +67,12 @@ if __name__ == "iisan_fast.kernels":
         "in_large_pieces",
         "inbatch_cross_entropy",
         "last_states",
+        "launches",
         "recommender_gradients",
         "sequence_dropout",
         "sequence_encoder",
         "side_towers",
+        "table_entry",
         "target_rank",
         "why_no_library",
     ]

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..data import Sequences
 from ..errors import InputError
-from ..kernels.gpu import configurations, launch
-from ..kernels.gpu.configurations import Configuration
+from ..kernels import CONFIGURATIONS, Configuration, launches, table_entry
 from ..progress import progress_bar
 from .ops import Run, Work, make_works, on, random_tables, timed_call
 from .settings import KernelSettings
@@ -92,22 +91,22 @@ def tunable(work: Work) -> Iterator[tuple[str, Run]]:
         if direction in work.costs:
             call = timed_call(work, run, direction)
             for kernel in launched(call):
-                if kernel in configurations.CONFIGURATIONS and kernel not in seen:
+                if kernel in CONFIGURATIONS and kernel not in seen:
                     seen.add(kernel)
                     yield kernel, call
 
 
 def launched(call: Run) -> list[str]:
     """Names of the kernels that a call launches."""
-    before = launch.launches.copy()
+    before = launches.copy()
     call()
-    return list(launch.launches - before)
+    return list(launches - before)
 
 
 def tune_kernel(kernel: str, size: str, call: Run, device: torch.device) -> Found:
     """The fastest configuration of one kernel that computes what the shipped one does."""
     name = architecture(device)
-    shipped = configurations.table_entry(kernel, name, size)
+    shipped = table_entry(kernel, name, size)
     expected = comparable(call())
 
     def time_of(candidate: Configuration) -> float:
@@ -172,7 +171,7 @@ def neighbours(configuration: Configuration) -> Iterator[Configuration]:
 @contextmanager
 def configured(kernel: str, architecture: str, size: str, chosen: Configuration) -> Iterator[None]:
     """The table with another entry for a kernel, an architecture and a size."""
-    entries, key = configurations.CONFIGURATIONS[kernel], (architecture, size)
+    entries, key = CONFIGURATIONS[kernel], (architecture, size)
     shipped = entries.get(key)
     entries[key] = chosen
     try:
