@@ -42,7 +42,7 @@ gpu:
 gpu-benchmarks:
 	mkdir -p runs $(OUT)
 	$(PYTHON) -m pytest -q -m gpu
-	$(PYTHON) -m pytest -q tests/training/test_equality.py -k 'captured or triton'
+	$(PYTHON) -m pytest -q tests/training/test_equality.py -k 'captured or gpu'
 	$(BENCH) kernels $(DATASET) --out $(OUT)/kernels.json
 	$(BENCH) train $(DATASET) --out $(OUT)/train.json
 	$(BENCH) evaluate $(DATASET) --out $(OUT)/evaluate.json

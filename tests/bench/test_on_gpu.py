@@ -81,12 +81,14 @@ def test_results_are_there_as_each_stage_ends(run_lines):
     assert second["status"] == NOT_MEASURED
 
 
+@pytest.mark.slow
 def test_a_stage_is_interrupted_before_it_is_stopped(run_lines, monkeypatch):
     monkeypatch.setattr(runner, "LAST_WORDS", 20.0)
     _, rows = run_lines({"slow": f"try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    {SAVES}"}, limit=22)
     assert rows["slow"]["status"] == "stopped" and rows["slow"]["result"] == {"figure": 7}
 
 
+@pytest.mark.slow
 def test_a_stage_beyond_its_limit_is_stopped_with_what_it_started_and_leaves_what_it_saved(
     run_lines, tmp_path, monkeypatch
 ):
@@ -110,6 +112,7 @@ def is_running(process: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_no_stage_starts_once_the_budget_is_spent(run_lines, monkeypatch):
     monkeypatch.setattr(runner, "LEAST_TIME", 1.0)
     monkeypatch.setattr(runner, "LAST_WORDS", 0.5)
@@ -154,6 +157,7 @@ def measure(stage: str, dataset: Path, tmp_path: Path, **changes: Any) -> dict[s
     return json.loads((tmp_path / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_step_agrees_with_the_reference(dataset, tmp_path):
     result = measure("step", dataset, tmp_path)
     assert [row["form"] for row in result["forms"]] == ["eager float32", "captured float32", "reference ops, float32"]
@@ -198,6 +202,7 @@ def test_epochs_are_timed_once_their_shapes_are_captured_and_profiled(dataset, t
     assert "captured, 2 steps" in table and "eager, 3 steps" in table and "aten::" in table
 
 
+@pytest.mark.slow
 def test_ops_evaluation_and_the_dense_form_are_measured(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(ops, "CPU_SECONDS", 0.001)
     rows = measure("ops", dataset, tmp_path, many_users=8192)["rows"]  # more than there are
@@ -256,6 +261,7 @@ def test_pytests_lines_are_counted_as_they_come():
     assert result["headline"] == "1 passed, 2 failed, 1 skipped, 5 collected"
 
 
+@pytest.mark.slow
 def test_a_stage_of_tests_runs_pytest_and_fails_with_it(dataset, tmp_path, monkeypatch):
     file = tmp_path / "test_of_two.py"
     file.write_text("def test_good():\n    pass\n\ndef test_bad():\n    assert 3 == 4\n")
@@ -298,15 +304,26 @@ def test_collecting_the_tests_needs_only_what_a_gpu_machine_has():
 def script(*arguments: object) -> subprocess.CompletedProcess[str]:
     words = [str(SCRIPT), *map(str, arguments)]
     environment = os.environ | {"PYTHON": sys.executable}
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(words, capture_output=True, text=True, timeout=runner.BUDGET + 60, env=environment)
 
 
+@pytest.mark.slow
 def test_the_script_runs_the_chosen_stages(dataset, tmp_path):
     ended = script(dataset, tmp_path / "out", "--dry-run", "--stages", "versions")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     (row,) = results(tmp_path / "out")["stages"]
     assert row["stage"] == "versions" and row["status"] == "done" and "versions: done" in ended.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {runner.RESULTS, runner.LOG}
+
+
+@pytest.mark.long
+def test_a_dry_run_goes_through_all_stages(dataset, tmp_path):
+    ended = script(dataset, tmp_path / "out", "--dry-run")
+    rows = results(tmp_path / "out")["stages"]
+    assert [row["stage"] for row in rows] == [*STAGES]
+    assert ended.returncode == 0 and {row["status"] for row in rows} == {"done"}, ended.stdout + ended.stderr
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {runner.RESULTS, runner.LOG, *runner.OTHER_FILES} and len(written) <= 8
 
 
 def test_bad_input_gets_one_line(dataset, tmp_path):
