@@ -172,6 +172,7 @@ def test_the_other_functions_on_a_run(toy_run, run):
     assert scores.shape == (users, items) and best.config.train.max_epochs == 2
 
 
+@pytest.mark.slow
 def test_extract_then_train_from_python(catalogue, encoder_views, tmp_path):
     image, title = encoder_views
     dataset = iisan_fast.load_dataset(catalogue, min_interactions=5)
@@ -187,6 +188,7 @@ def test_extract_then_train_from_python(catalogue, encoder_views, tmp_path):
     assert 0 <= result["test"]["masked"]["hr@10"] <= 1
 
 
+@pytest.mark.slow
 def test_encoders_that_run_are_named_in_any_form(catalogue, encoder_views, tmp_path):
     image, title = encoder_views
     forms = {
@@ -199,6 +201,7 @@ def test_encoders_that_run_are_named_in_any_form(catalogue, encoder_views, tmp_p
         assert (tmp_path / name / "config.json").read_text() == (tmp_path / "flat" / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_the_demo_by_its_settings(tmp_path):
     with pytest.raises(InputError, match="layer_groups: expected 1 to 6"):
         iisan_fast.train(out=tmp_path / "run", model=ModelConfig(layer_groups=9))

@@ -95,6 +95,7 @@ def test_no_folder_on_the_path_of_the_tests_is_called_kernels(pytestconfig):
         assert folder.name != "kernels" and not (folder / "kernels").exists(), folder
 
 
+@pytest.mark.slow
 def test_an_installed_copy_runs_the_demo_and_is_used_from_python(installed, tmp_path):
     out = run([installed / "iisan-fast", "train", "--epochs", "1", "--out", "runs/demo", "--json"], tmp_path)
     assert json.loads(out)["best_epoch"] == 1

@@ -23,6 +23,7 @@ def as_in_the_readme(catalogue, encoder_views, tmp_path, monkeypatch) -> None:
     catalogue.rename("DATASET")
 
 
+@pytest.mark.slow
 def test_the_python_example(as_in_the_readme, capsys):
     (example,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     names: dict = {}
@@ -32,6 +33,7 @@ def test_the_python_example(as_in_the_readme, capsys):
     assert "'hr@5'" in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_first_commands(as_in_the_readme):
     (block,) = re.findall(r"^```\n(iisan-fast stats .*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     commands = [line.split() for line in block.splitlines()]
