@@ -20,6 +20,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is made: they then run on CPU tensors
 
+from helpers.compiler import compile_library
 from helpers.datasets import (
     DATA,
     histories_at_random,
@@ -35,6 +36,12 @@ from iisan_fast.data.sequences import Sequences, load_dataset
 from iisan_fast.kernels.cpu.step_memory import Memory
 
 pytest_plugins = ["helpers.durations"]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile the C++ before pytest-xdist starts its workers, each of which would compile it."""
+    if session.config.getoption("numprocesses", None) and not session.config.option.collectonly:
+        compile_library()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,7 +17,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("dtype", "architectures", "options"),
-    [("bfloat16", (80, 89, 90), []), ("float32", (80, 89, 90), []), ("bfloat16", (90,), ["--other-forms"])],
+    [
+        ("bfloat16", (90,), []),
+        pytest.param("bfloat16", (80, 89), [], marks=pytest.mark.long),
+        pytest.param("float32", (80, 89, 90), [], marks=pytest.mark.long),
+        pytest.param("bfloat16", (90,), ["--other-forms"], marks=pytest.mark.long),
+    ],
 )
 def test_every_kernel_compiles_ahead_of_time_within_a_gpus_means(dtype, architectures, options):
     """At every shipped configuration: shared memory fits, and no register is spilled. sm_89 stands for the default."""

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from helpers.compiler import needs_compiler
 from helpers.kernel_cases import DEVICE, LossCase, SideCase, rank_case
 from iisan_fast import kernels
 from iisan_fast.kernels import States, checks, dispatch
@@ -19,7 +20,6 @@ from iisan_fast.kernels.gpu import launch
 from iisan_fast.kernels.reference import inbatch_cross_entropy as loss_reference
 
 needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="looks at CPU tensors")
-needs_compiler = pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "there is one")
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.compiler import needs_compiler
 from iisan_fast import kernels
 from iisan_fast.kernels.cpu import fold_heads as fold_heads_cpu
-from iisan_fast.kernels.cpu import library
 from iisan_fast.kernels.reference import fold_heads as fold_heads_reference
-
-needs_compiler = pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "there is one")
 
 
 @pytest.fixture(autouse=True)

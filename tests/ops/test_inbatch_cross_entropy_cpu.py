@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.compiler import needs_compiler
 from iisan_fast import kernels
 from iisan_fast.kernels.cpu import inbatch_cross_entropy as loss_cpu
-from iisan_fast.kernels.cpu import library
 from iisan_fast.kernels.reference import inbatch_cross_entropy as loss_reference
 
 pytestmark = [
-    pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "C++ is here"),
+    needs_compiler,
     pytest.mark.usefixtures("two_threads_and_nan_in_new_memory"),
 ]
 

@@ -85,9 +85,24 @@ def test_loss_gradients_of_any_stride(gradient):
             torch.testing.assert_close(ours, theirs)
 
 
-@settings(max_examples=15, deadline=None, phases=UNSHRUNK)
-@given(rows=st.integers(1, 90), columns=st.integers(1, 150), d=st.sampled_from([1, 16, 33]), users=st.integers(1, 9))
+ANY_SHAPE = {
+    "rows": st.integers(1, 90),
+    "columns": st.integers(1, 150),
+    "d": st.sampled_from([1, 16, 33]),
+    "users": st.integers(1, 9),
+}
+
+
+@settings(max_examples=5, deadline=None, phases=UNSHRUNK)
+@given(**ANY_SHAPE)
 def test_loss_of_any_shape(rows, columns, d, users):
+    LossCase(rows, columns, d, users).check()
+
+
+@pytest.mark.long
+@settings(max_examples=60, deadline=None, phases=UNSHRUNK)
+@given(**ANY_SHAPE)
+def test_loss_of_many_more_shapes(rows, columns, d, users):
     LossCase(rows, columns, d, users).check()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.compiler import needs_compiler
 from iisan_fast import kernels
 from iisan_fast.kernels import States, Tower, dispatch
 from iisan_fast.kernels.cpu import library
@@ -21,7 +22,6 @@ from iisan_fast.kernels.cpu.step_memory import Memory
 from iisan_fast.kernels.reference import inbatch_cross_entropy as loss_reference
 
 QUICK = tuple("-O0" if flag == "-O3" else flag for flag in library.FLAGS)  # where nothing that was made is run
-needs_compiler = pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "there is one")
 
 
 @pytest.fixture
@@ -44,6 +44,7 @@ def test_it_is_compiled_once_for_the_user_alone(anew, monkeypatch):
     assert library.library(torch.float32).side_forward
 
 
+@pytest.mark.long  # the compiler at hand makes what all other tests of C++ run
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
 def test_what_each_compiler_makes_computes_the_same(compiler, anew, monkeypatch):
     if shutil.which(compiler) is None:
@@ -123,6 +124,7 @@ def test_a_cache_that_cannot_be_written_is_a_reason(anew, monkeypatch, tmp_path)
     assert library.why_no_library().startswith("the compiled library cannot be kept or loaded: ")
 
 
+@pytest.mark.long
 @needs_compiler
 def test_processes_that_compile_at_once_do_not_disturb_one_another(tmp_path):
     program = "from iisan_fast.kernels.cpu import library\n"

@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.compiler import needs_compiler
 from iisan_fast import kernels
 from iisan_fast.config import ModelConfig
 from iisan_fast.kernels import SequenceGrid, sequence_dropout
-from iisan_fast.kernels.cpu import library
 from iisan_fast.kernels.cpu import sequence_encoder as sequence_encoder_cpu
 from iisan_fast.kernels.cpu.step_memory import Memory
 from iisan_fast.kernels.reference import sequence_encoder as sequence_encoder_reference
 from iisan_fast.models.sasrec import SASRec
 
 pytestmark = [
-    pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "C++ is here"),
+    needs_compiler,
     pytest.mark.usefixtures("two_threads_and_nan_in_new_memory"),
 ]
 

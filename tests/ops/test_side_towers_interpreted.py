@@ -56,16 +56,16 @@ def test_three_towers(gated, activation, dtype):
         {"items": 7, "layers": 5, "kinds": [(0, 1), (0,)], "dense": [0, 1], "gated": False},
         {"items": 6, "kinds": [(0,), (0,)], "dense": [0]},  # one view, and no second to take a gradient
         {"items": 6, "kinds": [(1,)], "dense": [1]},
-        {"items": 5, "layers": 7, "width": 768, "bottleneck": 64, "dtype": torch.float16},
+        pytest.param(
+            {"items": 5, "layers": 7, "width": 768, "bottleneck": 64, "dtype": torch.float16}, marks=pytest.mark.long
+        ),
     ],
 )
 def test_other_shapes(case):
     SideCase(**case).check()
 
 
-@settings(max_examples=8, deadline=None, phases=UNSHRUNK)
-@given(st.data())
-def test_any_shape(data):
+def check_any_shape(data: st.DataObject) -> None:
     kinds = data.draw(st.lists(st.sampled_from(INTRA_AND_INTER), min_size=1, max_size=3))
     SideCase(
         items=data.draw(st.integers(1, 40)),
@@ -76,6 +76,19 @@ def test_any_shape(data):
         gated=data.draw(st.booleans()),
         dense=data.draw(st.lists(st.sampled_from(sorted({view for kind in kinds for view in kind})), unique=True)),
     ).check()
+
+
+@settings(max_examples=2, deadline=None, phases=UNSHRUNK)
+@given(st.data())
+def test_any_shape(data):
+    check_any_shape(data)
+
+
+@pytest.mark.long
+@settings(max_examples=40, deadline=None, phases=UNSHRUNK)
+@given(st.data())
+def test_many_more_shapes(data):
+    check_any_shape(data)
 
 
 def test_every_subset_of_gradients():
@@ -107,7 +120,7 @@ def test_no_items():
 
 def test_saturated_gates():
     """Gates of 0 and 1 to the last bit; what they close off takes no gradient and does not become NaN."""
-    case = SideCase(layers=4)
+    case = SideCase(items=5, layers=4)
     for tower in case.towers:
         tower.gate.copy_(torch.tensor([30.0, -30.0, 8.0, -8.0]))
     for mine, exact in zip(case.run(by_gpu), case.run(towers_reference.side_towers, torch.float64), strict=True):
@@ -169,7 +182,13 @@ def test_views_of_two_dtypes():
 
 
 @pytest.mark.parametrize(
-    ("width", "bottleneck"), [(384, 512), (768, 8), (768, 64), (1024, 8), (1152, 100), (4096, 8), (4096, 64)]
+    ("width", "bottleneck"),
+    [
+        (768, 8),
+        (768, 64),
+        (1024, 8),
+        *(pytest.param(*sizes, marks=pytest.mark.long) for sizes in [(384, 512), (1152, 100), (4096, 8), (4096, 64)]),
+    ],
 )
 def test_kernels_run_for_every_width_and_bottleneck_claimed(width, bottleneck):
     launch.launches.clear()
@@ -206,6 +225,6 @@ def test_tower_inputs_of_any_stride(part):
 
 
 def test_equal_calls_give_equal_bits():
-    case = SideCase()
+    case = SideCase(items=17, layers=2)  # more than one tile of items
     for first, second in zip(case.run(by_gpu), case.run(by_gpu), strict=True):
         assert torch.equal(first, second)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iisan_fast.kernels.cpu import library, sums
+from helpers.compiler import needs_compiler
+from iisan_fast.kernels.cpu import sums
 
-pytestmark = pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "C++ is here")
+pytestmark = needs_compiler
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -9,9 +9,6 @@ import torch
 
 from iisan_fast import kernels
 from iisan_fast.kernels import threads as cpu_threads
-from iisan_fast.kernels.cpu import library
-
-needs_compiler = pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "there is one")
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.compiler import needs_compiler
 from helpers.datasets import make_sequences
 from helpers.recommenders import side_recommender
 from helpers.tables import random_table
@@ -21,12 +22,12 @@ from iisan_fast import kernels
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.batches import Batch, make_batch
 from iisan_fast.data.sequences import Sequences
-from iisan_fast.kernels.cpu import library, whole_step
+from iisan_fast.kernels.cpu import whole_step
 from iisan_fast.models.recommender import Recommender
 from iisan_fast.states.feature_table import FeatureTable
 
 pytestmark = [
-    pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "C++ is here"),
+    needs_compiler,
     pytest.mark.usefixtures("threads_given_back"),
 ]
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.compiler import needs_compiler
 from helpers.shared_calls import Number, Work, share_out
 from iisan_fast.kernels.cpu import library
 
-pytestmark = pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "C++ is here")
+pytestmark = needs_compiler
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])

@@ -71,7 +71,10 @@ def test_step_equals_reference_on_corner_cases(form, histories):
     FORMS[form].check(step, from_reference(step))
 
 
-@pytest.mark.parametrize("form", FORMS)
+# Triton's interpreter takes half a minute for this.
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.long) if form == "gpu" else form for form in FORMS]
+)
 def test_step_at_published_sizes_on_one_real_batch(form, scientific):
     """Width 768, seven layers, three towers: the 4,113,877 parameters of the paper, over the batch's own items."""
     users = np.random.default_rng(5).permutation(len(scientific.user_ids))[: min(8, FORMS[form].users)]

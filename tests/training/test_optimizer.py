@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.compiler import needs_compiler
 from iisan_fast import kernels
-from iisan_fast.kernels.cpu import library
 from iisan_fast.kernels.cpu.adam import AdamUpdate
 from iisan_fast.training.optimizer import Adam
 
@@ -17,7 +17,6 @@ CPU = torch.device("cpu")
 SHAPES = [(3, 5), (40, 17), (), (1,), (2, 3, 4), (0, 3)]
 STEPS = 12
 pytestmark = pytest.mark.usefixtures("threads_given_back")
-needs_compiler = pytest.mark.skipif(bool(library.why_no_library()), reason=library.why_no_library() or "there is one")
 
 
 @pytest.fixture
