@@ -14,13 +14,15 @@ from .options import FOLDER, device_option, json_option, out_option
 from .output import command_line, mebibytes, percent, print_result, with_deviation, write_result
 from .sweeps import numbers, said, sweep_options, sweep_settings
 
-METHODS = "full,adapter,lora,bitfit,iisan-uncached,iisan"
+DEFAULT_METHODS = "full,adapter,lora,bitfit,iisan-uncached,iisan"
 
 
 @click.command()
 @click.argument("dataset", type=FOLDER)
 @click.option(
-    "--methods", default=METHODS, help="Names that train --method knows; with -uncached, encoders run in every step."
+    "--methods",
+    default=DEFAULT_METHODS,
+    help="Names that train --method knows; with -uncached, encoders run in every step.",
 )
 @click.option("--against", help="The method that the others are tested against. [the last of --methods]")
 @click.option("--weights", default="0.45,0.1,0.45", help="Of time, parameters and memory in TPME.")

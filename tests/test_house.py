@@ -123,6 +123,15 @@ def test_the_kernels_door_is_a_door():
     _assert_found(house.reaches_past_doors, files, "reaches past the door of kernels: iisan_fast.kernels.gpu.launch")
 
 
+def test_an_export_that_nothing_uses_is_found():
+    user = {"iisan_fast/models/recommender.py": "from ..states import Store\n"}
+    whole = {"iisan_fast/models/recommender.py": "from .. import states\n\nstates.Store()\n"}
+    for used in (user, whole):
+        assert house.exports_without_use(house.Tree({**STATES, **used})) == []
+    inside = {"iisan_fast/states/loader.py": "from ..states import Store\n"}
+    _assert_found(house.exports_without_use, {**STATES, **inside}, "nothing outside states uses Store")
+
+
 def test_a_module_named_like_an_export_is_found():
     files = {
         "iisan_fast/evaluation/__init__.py": DOOR.format(module="metrics", name="metrics"),

@@ -30,7 +30,7 @@ from .stand_ins import stand_ins, state_shape
 from .stopwatch import Stopwatch
 from .train import VIEWS, WARM_UP_STEPS, TrainSettings, fill_store
 
-ATTENTIONS = ("xformers", "sdpa", "eager")
+MEASURED_ATTENTIONS = ("xformers", "sdpa", "eager")
 PROFILED = 10  # steps
 NOTES = {
     "uncached": "iisan-fast train --uncached: IISAN over a ViT and a BERT of random weights, the vocabulary being the "
@@ -73,8 +73,8 @@ def benchmark(
         folder, views = stand_ins(dataset, keep or Path(scratch) / "stand-ins", settings.encoder_size, settings.seed)
         train = TrainConfig(settings.users, seed=settings.seed)
         rows = []
-        with progress_bar("uncached", len(ATTENTIONS) + 1, "epochs") as advance:
-            for attention in ATTENTIONS:
+        with progress_bar("uncached", len(MEASURED_ATTENTIONS) + 1, "epochs") as advance:
+            for attention in MEASURED_ATTENTIONS:
                 uncached = UncachedConfig(tuple(views), attention=attention)
                 config = RunConfig(str(folder), uncached=uncached, train=train)
                 row = unavailable(attention, device) or in_a_process(measure, config, count, device)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..config import ProtocolConfig, read_settings
 from ..data import ImageError, load_dataset, open_images
-from ..encoders import Captioner, quiet
+from ..encoders import Captioner, quiet_hugging_face
 from ..errors import InputError, first_few
 from ..files import locked, write_atomically
 from ..fingerprints import changed_settings
@@ -78,7 +78,7 @@ def caption(
         dataset = load_dataset(root, protocol)
         present = sum(text is not None for text in dataset.captions)
         todo = [item_id for item_id, text in zip(dataset.sequences.item_ids, dataset.captions) if text is None]
-        with quiet(), nullcontext() if frames else open_images(root) as images:
+        with quiet_hugging_face(), nullcontext() if frames else open_images(root) as images:
             pictures = Frames(frames, frames_per_item) if frames else Covers(images)
             captioner = Captioner(model, device, prompt, max_tokens, pictures.at_most, dtype)
             settings = captioner.describe() | {"frames_per_item": frames_per_item if frames else None}

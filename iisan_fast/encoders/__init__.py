@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .attention import xformers_problem
     from .base import Backbone
     from .captioner import Captioner
-    from .hugging_face import count_parameters, model_dtype, quiet
+    from .hugging_face import count_parameters, model_dtype, quiet_hugging_face
     from .image_bytes import WORKER_MODULES, ByteForm, ModelInputs
     from .layer_selection import default_layers, grouped_layers
     from .loading import load_backbone, load_backbones
@@ -32,7 +32,7 @@ __all__ = [
     "load_backbone",
     "load_backbones",
     "model_dtype",
-    "quiet",
+    "quiet_hugging_face",
     "transformer_blocks",
     "write_bert",
     "write_resized_vit",

@@ -62,7 +62,7 @@ def load_model(encoder: str, config: PretrainedConfig, kind: str, options: Mappi
 
 def count_parameters(encoder: str, kind: str) -> int:
     """Of what `load_model` would give, by its configuration alone: no weight is read, so that any size will do."""
-    with quiet(), clear_errors(encoder, "an encoder"):
+    with quiet_hugging_face(), clear_errors(encoder, "an encoder"):
         config = load_config(encoder, kind)
         with torch.device("meta"):
             model = model_class(config)(config)
@@ -104,7 +104,7 @@ def model_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_hugging_face() -> Iterator[None]:
     """Hugging Face's own bars and notes would break into ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

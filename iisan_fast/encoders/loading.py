@@ -8,7 +8,7 @@ import torch
 
 from ..config import ViewConfig
 from .base import Backbone, checked_config
-from .hugging_face import clear_errors, quiet
+from .hugging_face import clear_errors, quiet_hugging_face
 from .image import ImageBackbone
 from .text import TextBackbone
 
@@ -20,7 +20,7 @@ def load_backbone(view: ViewConfig, device: torch.device | str = "cpu", attentio
     cannot give the view's layers and pooling.
     """
     reader = ImageBackbone if view.source == "image" else TextBackbone
-    with quiet():
+    with quiet_hugging_face():
         return reader(view, torch.device(device), attention)
 
 
@@ -28,7 +28,7 @@ def load_backbones(
     views: Sequence[ViewConfig], device: torch.device | str = "cpu", attention: str = "auto"
 ) -> list[Backbone]:
     """Return `load_backbone` of each view. All configurations are checked before any weight is read."""
-    with quiet():
+    with quiet_hugging_face():
         for view in views:
             with clear_errors(view.encoder, "an encoder"):
                 checked_config(view)

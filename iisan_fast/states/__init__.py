@@ -11,18 +11,16 @@ if TYPE_CHECKING:
     from .input_table import EncodedTable, open_inputs
     from .item_source import Chunks, ItemInputs, ItemSource
     from .loader import PreparedBatch, prepared_batches
-    from .placement import DEVICE_SHARE, HOST_SHARE, free_memory, size_text
+    from .placement import size_text, usable_memory
     from .store import Store, content_digest, describes_view
     from .view_shapes import ViewShape
 
 __all__ = [
     "Chunks",
-    "DEVICE_SHARE",
     "EncodedTable",
     "Extracted",
     "FeatureTable",
     "GROUP_ITEMS",
-    "HOST_SHARE",
     "ItemInputs",
     "ItemSource",
     "PreparedBatch",
@@ -31,12 +29,12 @@ __all__ = [
     "content_digest",
     "describes_view",
     "extract",
-    "free_memory",
     "load_table",
     "open_inputs",
     "open_sources",
     "prepared_batches",
     "size_text",
+    "usable_memory",
     "view_inputs",
 ]
 

@@ -52,6 +52,13 @@ def free_memory(device: torch.device) -> int | None:
     return min(known, default=None)
 
 
+def usable_memory(device: torch.device) -> int | None:
+    """Return the share of a device's free memory, in bytes, that one use may take; None if the system does not say."""
+    free = free_memory(device)
+    share = DEVICE_SHARE if device.type == "cuda" else HOST_SHARE
+    return None if free is None else int(share * free)
+
+
 def _available() -> int | None:
     if not MEMINFO.exists():
         return None

@@ -13,7 +13,7 @@ from ..config import TUNING_METHODS, RunConfig
 from ..data import Sequences
 from ..errors import InputError
 from ..models import EncodingPlan, Recommender
-from ..states import DEVICE_SHARE, HOST_SHARE, ItemSource, free_memory, size_text
+from ..states import ItemSource, size_text, usable_memory
 
 LOGGER = logging.getLogger(__name__)
 STATE_COPIES = 3  # of a batch's states, in four bytes an element: as read, and what the towers make of them
@@ -54,9 +54,8 @@ class MemoryBudget:
             ) from error
 
     def _plan_encoding(self, config: RunConfig, source: ItemSource, model: Recommender) -> EncodingPlan:
-        free = free_memory(self.device)
-        share = DEVICE_SHARE if self.device.type == "cuda" else HOST_SHARE
-        room = sys.maxsize if free is None else int(share * free)
+        usable = usable_memory(self.device)
+        room = sys.maxsize if usable is None else usable
         plan = model.item_encoder.plan(source.largest, self.items, room, config.uncached.items_at_once)
         source.part_items = min(source.part_items, plan.items_at_once)
         again = ", each part twice" if plan.recompute else ""

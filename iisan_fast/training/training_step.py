@@ -17,7 +17,7 @@ from ..models import Recommender
 from ..states import ItemInputs
 from .optimizer import Adam
 
-SMALL_ROWS = 1024  # of a batch, up to which threads cost a CPU's small operators more than they give
+SMALL_BATCH_ROWS = 1024  # of a batch, up to which threads cost a CPU's small operators more than they give
 WARM_UP_CALLS = 3  # before a capture: kernels are compiled, libraries make their workspaces
 
 
@@ -47,7 +47,9 @@ class TrainingStep:
 
     def __call__(self, batch: Batch, inputs: ItemInputs, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
         """Take one step and return the loss before it, a scalar on the device. `mark` is called as each phase ends."""
-        small = self.record.is_cpu and len(batch.targets) <= SMALL_ROWS and self.model.item_encoder.small_operators
+        small = (
+            self.record.is_cpu and len(batch.targets) <= SMALL_BATCH_ROWS and self.model.item_encoder.small_operators
+        )
         with kernels.in_large_pieces() if small else nullcontext():
             return self._take(batch, inputs, mark)
 

@@ -26,7 +26,7 @@ import torch
 
 from ..threads import cores
 
-SOURCES = Path(__file__).parent / "cpp"
+CPP_FOLDER = Path(__file__).parent / "cpp"
 FLAGS = ("-std=c++17", "-pthread", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("c++", "g++", "clang++")
 SCALARS = {torch.float32: "float", torch.float64: "double"}  # a library each
@@ -181,7 +181,7 @@ def _folder() -> Path:
 
 def _key(compiler: list[str]) -> str:
     """Return a digest of the sources, of how they are compiled, and of the processor."""
-    parts = [path.name.encode() + path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    parts = [path.name.encode() + path.read_bytes() for path in sorted(CPP_FOLDER.iterdir())]
     parts += [shlex.join(compiler).encode(), _version(compiler), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
@@ -200,7 +200,7 @@ def _processor() -> str:
 def _compile(compiler: list[str], path: Path) -> None:
     """Compile into a temporary folder first: another process may compile the same, and either may be ended."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        sources = sorted(SOURCES.glob("*.cpp"))
+        sources = sorted(CPP_FOLDER.glob("*.cpp"))
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
         _run([[*compiler, "-c", str(source), "-o", str(to)] for source, to in zip(sources, objects)])
         linked = Path(folder) / path.name

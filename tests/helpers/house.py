@@ -156,6 +156,24 @@ def reaches_past_doors(tree: Tree) -> list[str]:
     return lines + _modules_in_strings(tree)
 
 
+def exports_without_use(tree: Tree) -> list[str]:
+    """Return the exports of rooms' doors that nothing outside the room uses."""
+    used = set()
+    for each in tree.imports:
+        room = room_of(each.module)
+        if room == room_of(each.importer):
+            continue
+        used.add((room, each.name))
+        if each.name is None:
+            used |= {(room, name) for name in _attributes(tree.trees[each.path], each.bound)}
+    return [
+        f"{tree.paths[f'{PACKAGE}.{room}']}:1: nothing outside {room} uses {name}"
+        for room in sorted(WITH_DOORS)
+        for name in tree.exports(f"{PACKAGE}.{room}")
+        if (room, name) not in used
+    ]
+
+
 def modules_named_like_exports(tree: Tree) -> list[str]:
     """Return the modules that bear the name of something that their package's door exports."""
     lines = []
@@ -238,6 +256,7 @@ def cycles(tree: Tree) -> list[str]:
 RULES = (
     arrows_up,
     reaches_past_doors,
+    exports_without_use,
     modules_named_like_exports,
     doors_that_disagree,
     libraries_out_of_place,
@@ -296,6 +315,15 @@ def _defines(tree: Tree, module: str, name: str) -> bool:
         if any(isinstance(each, ast.Name) and each.id == name for target in targets for each in ast.walk(target)):
             return True
     return False
+
+
+def _attributes(tree: ast.Module, name: str) -> set[str]:
+    """Return the attributes that are read from a name."""
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == name
+    }
 
 
 def _modules_in_strings(tree: Tree) -> list[str]:

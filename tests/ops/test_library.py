@@ -77,9 +77,9 @@ def test_other_sources_are_compiled_anew(anew, monkeypatch, tmp_path):
     before = library._key(library._compiler())
     sources = tmp_path / "sources"
     sources.mkdir()
-    for path in library.SOURCES.iterdir():
+    for path in library.CPP_FOLDER.iterdir():
         (sources / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(library, "SOURCES", sources)
+    monkeypatch.setattr(library, "CPP_FOLDER", sources)
     assert library._key(library._compiler()) == before
     (sources / "panels.h").write_text("// changed\n")
     assert library._key(library._compiler()) != before
@@ -90,7 +90,7 @@ def test_an_error_of_the_compiler_is_one_line_and_leaves_nothing(anew, monkeypat
     sources = tmp_path / "sources"
     sources.mkdir()
     (sources / "broken.cpp").write_text("int broken( {")
-    monkeypatch.setattr(library, "SOURCES", sources)
+    monkeypatch.setattr(library, "CPP_FOLDER", sources)
     reason = library.why_no_library()
     assert "exits with 1" in reason and "broken.cpp" in reason and "\n" not in reason
     assert not list(anew.iterdir())

@@ -9,7 +9,7 @@ import torch
 
 from iisan_fast.errors import InputError
 from iisan_fast.states import placement
-from iisan_fast.states.placement import free_memory, place
+from iisan_fast.states.placement import free_memory, place, usable_memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MIB, GIB = 1 << 20, 1 << 30
@@ -104,3 +104,10 @@ def test_free_memory_is_unknown_where_the_system_says_nothing(tmp_path, monkeypa
     (tmp_path / "memory.max").write_text("5000")
     (tmp_path / "memory.current").write_text("2000")
     assert free_memory(CPU) == 3000
+
+
+def test_a_share_of_the_free_memory_is_usable(monkeypatch):
+    monkeypatch.setattr(placement, "free_memory", lambda device: 1000)
+    assert (usable_memory(torch.device("cuda")), usable_memory(CPU)) == (700, 500)
+    monkeypatch.setattr(placement, "free_memory", lambda device: None)
+    assert usable_memory(CPU) is None

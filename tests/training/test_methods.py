@@ -139,12 +139,12 @@ def test_what_does_not_fit_is_split(encoder_views, small_catalogue, monkeypatch,
     with open_trainer(config) as trainer:
         whole = trainer.memory.encoding
         trained = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
-    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * (3 * trained + whole.estimate // 3))
+    monkeypatch.setattr(memory, "usable_memory", lambda device: 3 * trained + whole.estimate // 3)
     with open_trainer(config) as trainer:
         assert trainer.memory.encoding.recompute and 1 <= trainer.memory.encoding.items_at_once < ITEMS
         assert trainer.memory.encoding.estimate < whole.estimate / 3 < trainer.memory.encoding.estimate * 3
     assert "each part twice" in caplog.messages[-1]
-    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "usable_memory", lambda device: 500)
     with pytest.raises(InputError, match="one item's activations take"), open_trainer(config):
         pass
 
@@ -342,7 +342,7 @@ def test_a_run_goes_on_in_the_same_parts_whatever_memory_is_free(encoder_views, 
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "stopped", CPU, on_epoch=stop)
     assert RunFolder(tmp_path / "stopped").config.uncached.items_at_once == ITEMS
-    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "usable_memory", lambda device: 500)
     assert resume(tmp_path / "stopped", CPU) == whole
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
