@@ -12,7 +12,8 @@ from torch.autograd.graph import increment_version
 
 from ..threads import cores, cut
 from ..types import AdamState
-from .library import DTYPES, Schedule, library
+from .library import DTYPES, Schedule, library, run
+from .structs import AdamParameterStruct, AdamStruct
 
 PARTS = 4  # a core
 
@@ -29,7 +30,7 @@ class AdamUpdate:
         self.states, self._places = states, _places(states)
         self._values = [state.parameter for state in states]
         self._parameters = (AdamParameterStruct * len(states))(
-            *((*(tensor.data_ptr() for tensor in state), state.parameter.numel()) for state in states)
+            *((*map(Tensor.data_ptr, state), *map(Tensor.numel, state[:3])) for state in states)
         )
         self._total = sum(parameter.numel() for parameter in self._values)
         self._dtype = states[0].parameter.dtype
@@ -46,16 +47,20 @@ class AdamUpdate:
         count = len(self.states)
         if not len(gradients) == len(rates) == count:
             raise ValueError(f"gradients, rates: expected {count} of each, found {len(gradients)} and {len(rates)}")
+        for i, (gradient, value) in enumerate(zip(gradients, self._values)):
+            if gradient.shape != value.shape:
+                raise ValueError(f"gradients[{i}]: expected {list(value.shape)}, found {list(gradient.shape)}")
         gradients = [gradient.contiguous() for gradient in gradients]
-        pointers = (ctypes.c_void_p * count)(*(gradient.data_ptr() for gradient in gradients))
-        arrays = self._parameters, pointers, (ctypes.c_double * count)(*rates)
+        pointers = (ctypes.c_void_p * count)(*map(Tensor.data_ptr, gradients))
+        counts = (ctypes.c_int64 * count)(*map(Tensor.numel, gradients))
+        arrays = self._parameters, pointers, (ctypes.c_double * count)(*rates), counts
         common = [*map(ctypes.addressof, arrays), count]
         parts = [AdamStruct(*common, *share, *betas, epsilon) for share in cut(self._total, PARTS * cores())]
         update = Schedule(self._dtype)
         update.add(self._library.adam_update, parts)
         # So that a graph that saved one of them refuses to go back.
         update.run(meanwhile=lambda: increment_version(self._values))
-        self._library.adam_advance(ctypes.byref(parts[0]))
+        run(self._library.adam_advance, parts[0])
 
 
 def _places(states: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[list[int], list[torch.dtype]]:
@@ -75,22 +80,3 @@ def refusal(states: Sequence[AdamState]) -> str:
     if not all(state.steps.is_cpu and state.steps.dtype == torch.float32 for state in states):
         return "it needs step counts of float32 on a CPU"
     return ""
-
-
-class AdamParameterStruct(ctypes.Structure):
-    """`Parameter` of cpp/adam.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("values", "mean", "square", "steps")),
-        ("count", ctypes.c_int64),
-    ]
-
-
-class AdamStruct(ctypes.Structure):
-    """`Adam` of cpp/adam.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("parameters", "gradients", "rates")),
-        *((name, ctypes.c_int64) for name in ("count", "start", "length")),
-        *((name, ctypes.c_double) for name in ("beta1", "beta2", "epsilon")),
-    ]

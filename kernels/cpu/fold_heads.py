@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..threads import shares
 from ..types import Chain
 from .library import DTYPES, PANEL, library, share_out
+from .structs import FoldStruct
 from .sums import add_up
 
 MOST_PARTS = 8  # of a chain: each has a product of its own, which are added up
@@ -32,17 +32,6 @@ def refusal(chains: Sequence[Chain]) -> str:
     if any(len(chain.outer) % PANEL or chain.inner.shape[1] % PANEL for chain in chains):
         return f"it needs chains from and to widths that are multiples of {PANEL}"
     return ""
-
-
-class FoldStruct(ctypes.Structure):
-    """`Fold` of cpp/fold.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in ("start", "count", "outputs", "between", "rows", "width", "stride")),
-        *((name, ctypes.c_void_p) for name in Chain._fields),
-        *((name, ctypes.c_void_p) for name in ("pair", "constant", "product", "bias", "upstream", "of_bias")),
-        *((f"of_{name}", ctypes.c_void_p) for name in Chain._fields),
-    ]
 
 
 class FoldMemory(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from ..threads import shares
 from .library import DTYPES, PANEL, library, share_out
 from .step_memory import Memory
+from .structs import LossStruct
 from .sums import add_up
 
 MOST_WORKERS = 4  # each has a gradient of all items, which are added up
@@ -55,17 +55,6 @@ class LossConstants(NamedTuple):
     history_bits: Tensor | None
     column: Tensor | None  # [V]: log m - log p
     multiplicity: Tensor | None  # [V]: log m
-
-
-class LossStruct(ctypes.Structure):
-    """`Loss` of cpp/cross_entropy.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in ("rows", "items", "width", "words")),
-        *((name, ctypes.c_void_p) for name in ("queries", "vectors", "targets", "row_users", "history_bits")),
-        *((name, ctypes.c_void_p) for name in ("column", "multiplicity", "probabilities", "losses", "upstream")),
-        *((name, ctypes.c_void_p) for name in ("of_queries", "of_vectors")),
-    ]
 
 
 class RowLossesFunction(torch.autograd.Function):

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from ..threads import cores
+from .structs import STRUCTS, CallStruct
 
 CPP_FOLDER = Path(__file__).parent / "cpp"
 FLAGS = ("-std=c++17", "-pthread", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
@@ -33,6 +34,7 @@ SCALARS = {torch.float32: "float", torch.float64: "double"}  # a library each
 DTYPES = tuple(SCALARS)
 PANEL = 16  # columns, as in cpp/panels.h
 CACHE_VARIABLE = "IISAN_FAST_COMPILED"
+NO_MEMORY, WRONG_SIZES = 1, 2  # codes, as in cpp/entry.h
 
 log = logging.getLogger("iisan_fast.kernels")
 
@@ -50,17 +52,16 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def run(function: Callable[..., int], arguments: ctypes.Structure) -> None:
-    """One call. Raises MemoryError where it lacked memory."""
-    _refuse_lack(function(ctypes.byref(arguments)))
+    """Call a function of the library. Raises MemoryError if it lacks memory, ValueError if it refuses the sizes."""
+    if code := function(ctypes.byref(arguments)):
+        raise _failure(code, _name(function), arguments)
 
 
-class CallStruct(ctypes.Structure):
-    """`Call` of cpp/workers.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("work", "arguments")),
-        *((name, ctypes.c_int32) for name in ("first", "last")),
-    ]
+def wrong_sizes(name: str, arguments: ctypes.Structure) -> ValueError:
+    """Return the error of a call of the library that refuses the sizes of its arguments."""
+    whole = (ctypes.c_int32, ctypes.c_int64)
+    sizes = [f"{field} {getattr(arguments, field)}" for field, kind in arguments._fields_ if kind in whole]
+    return ValueError(f"{name} in C++: expected sizes that fit, found {', '.join(sizes)}")
 
 
 class Span(NamedTuple):
@@ -82,40 +83,53 @@ class Schedule:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype, self._calls, self._arguments = dtype, [], []
+        self._names: list[str] = []
 
     def add(self, function: Callable[..., int], arguments: Sequence[ctypes.Structure], after: Span = AT_ONCE) -> Span:
-        """A call for each of the arguments, which are not made before those of `after` have ended."""
+        """Add a call for each of the arguments, to be made when those of `after` have ended."""
         work, before = ctypes.cast(function, ctypes.c_void_p).value, len(self._calls)
-        self._calls += [(work, ctypes.addressof(each), *after) for each in arguments]
-        self._arguments.append(arguments)  # whoever made them may let them go
+        self._calls += [(work, ctypes.addressof(struct), *after) for struct in arguments]
+        self._arguments += arguments  # whoever made them may let them go
+        self._names += [_name(function)] * len(arguments)
         return Span(before, before + len(arguments))
 
     def run(self, threads: int | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """The calls, by as many threads as there are cores, or as told; which takes which is left to how fast they are,
-        but they are taken in order. The other threads begin before `meanwhile` is called, this one after it. Raises
-        MemoryError where a call lacked memory."""
-        own, calls = library(self._dtype), (CallStruct * len(self._calls))(*self._calls)
+        """Make the calls by as many threads as there are cores, or by `threads` of them.
+
+        Threads take the calls in order, each as fast as it is. The other threads begin before `meanwhile` is called,
+        the calling one after it. Raises MemoryError if a call lacks memory, ValueError if one refuses its sizes.
+        """
+        compiled, calls = library(self._dtype), (CallStruct * len(self._calls))(*self._calls)
         running = ctypes.c_void_p()
         try:
-            _refuse_lack(own.begin(calls, len(calls), threads or cores(), ctypes.byref(running)))
+            if code := compiled.begin(calls, len(calls), threads or cores(), ctypes.byref(running)):
+                raise _failure(code, "begin", calls[0] if len(calls) else CallStruct())
             meanwhile()
         finally:  # the others may be at work, on what would be freed
-            failed = own.end(running)
-        _refuse_lack(failed)
+            failure = compiled.end(running)
+        if failure:
+            number, code = failure >> 8, failure & 0xFF
+            raise _failure(code, self._names[number], self._arguments[number])
 
 
 def share_out(
     function: Callable[..., int], calls: Sequence[ctypes.Structure], dtype: torch.dtype, threads: int | None = None
 ) -> None:
-    """Calls of one function that wait for none, as `Schedule.run` makes them."""
+    """Make calls of one function that wait for no other, as `Schedule.run` does."""
     schedule = Schedule(dtype)
     schedule.add(function, calls)
     schedule.run(threads)
 
 
-def _refuse_lack(failed: int) -> None:
-    if failed:
-        raise MemoryError("the C++ kernels lack memory for this batch")
+def _failure(code: int, name: str, arguments: ctypes.Structure) -> Exception:
+    """Return the error that a code of the library stands for."""
+    if code == WRONG_SIZES:
+        return wrong_sizes(name, arguments)
+    return MemoryError(f"{name} in C++ lacks memory for this batch")
+
+
+def _name(function: Callable[..., int]) -> str:
+    return getattr(function, "__name__", "a function")
 
 
 def why_no_library() -> str:
@@ -147,11 +161,24 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
         if not path.exists():
             log.info("kernels: compiling C++ for this processor, once")
             _compile(compiler, path)
-        return ctypes.CDLL(str(path))
+        return _with_equal_structs(ctypes.CDLL(str(path)))
     except NoLibrary as error:
         return str(error)
     except (OSError, RuntimeError) as error:  # a user without a home is a RuntimeError
         return f"the compiled library cannot be kept or loaded: {error}"
+
+
+def _with_equal_structs(compiled: ctypes.CDLL) -> ctypes.CDLL:
+    """Return the library. Raises NoLibrary if a struct of Python's has another size than the one it mirrors."""
+    for name, struct in STRUCTS.items():
+        measure = getattr(compiled, f"size_of_{name}", None)
+        if measure is None:
+            raise NoLibrary(f"the compiled library does not say how large its {name} is; remove it")
+        measure.restype = ctypes.c_int64
+        if measure() != ctypes.sizeof(struct):
+            sizes = f"{measure()} bytes in the compiled library, {ctypes.sizeof(struct)} in Python"
+            raise NoLibrary(f"the struct {name} has {sizes}; structs.py does not mirror it")
+    return compiled
 
 
 def _compiler() -> list[str]:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ..threads import shares
 from ..types import BLOCK_WEIGHTS, OUTER_WEIGHTS, EncoderBlock, SequenceDropout, SequenceGrid, SequenceWeights
-from .library import DTYPES, PANEL, library, share_out
+from .library import DTYPES, PANEL, library, share_out, wrong_sizes
 from .step_memory import Memory
+from .structs import EncoderBlockStruct, EncoderStruct
 from .sums import add_up
 
 MOST_BLOCKS = 64
 MOST_WORKERS = 4  # each has gradients of all weights, which are added up
 MOST_UNTRAINED = 512  # rows at a time where no backward follows, or one user's: each takes some 10 KB
-GRADIENTS = ("of_position", "of_scale", "of_shift")  # of the outer weights
 FEED_IN = EncoderBlock._fields.index("feed_in")
 
 
@@ -73,29 +73,6 @@ class SequenceSettings(NamedTuple):
     dropout: SequenceDropout | None
     heads: int
     epsilon: float
-
-
-class BlockStruct(ctypes.Structure):
-    """`Block` of cpp/sequence_encoder.cpp."""
-
-    _fields_ = [(f"weight_{i}", ctypes.c_void_p) for i in range(BLOCK_WEIGHTS)]
-
-
-class EncoderStruct(ctypes.Structure):
-    """`Encoder` of cpp/sequence_encoder.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in ("rows", "width", "hidden", "heads")),
-        *((name, ctypes.c_int32) for name in ("blocks", "length", "positions", "drops")),
-        *((name, ctypes.c_void_p) for name in ("slots", "users")),
-        *((name, ctypes.c_uint32) for name in ("prefix", "threshold")),
-        *((name, ctypes.c_double) for name in ("keep_scale", "epsilon")),
-        *((name, ctypes.c_void_p) for name in ("x", "position", "scale", "shift")),
-        ("weights", ctypes.POINTER(BlockStruct)),
-        *((name, ctypes.c_void_p) for name in ("states", "memory", "upstream")),
-        *((name, ctypes.c_void_p) for name in ("of_x", *GRADIENTS)),
-        ("of_weights", ctypes.POINTER(BlockStruct)),
-    ]
 
 
 class EncoderFunction(torch.autograd.Function):
@@ -151,6 +128,7 @@ def _forward(
         places = [memory.empty(x.dtype, size) for size in sizes]
     for (start, _), part, block in zip(users, parts, places):
         part.x, part.memory, part.states = x[start:].data_ptr(), block.data_ptr(), states[start:].data_ptr()
+        part.memory_size = block.numel()
     share_out(library(x.dtype).sequence_forward, parts, x.dtype, 1 if one_by_one else None)
     return states, parts
 
@@ -173,7 +151,7 @@ def weights_struct(weights: Sequence[Tensor], heads: int, epsilon: float, blocks
 
 def set_rows(part: EncoderStruct, grid: SequenceGrid, dropout: SequenceDropout | None, start: int, end: int) -> None:
     """Let a call work on the rows from `start` to before `end`."""
-    part.rows, part.length = end - start, grid.length
+    part.rows, part.length, part.user_count = end - start, grid.length, grid.users
     part.slots = grid.slots.data_ptr() + start * grid.slots.element_size()
     part.drops = dropout is not None
     if dropout is not None:
@@ -191,13 +169,16 @@ def memory_of(part: EncoderStruct, dtype: torch.dtype) -> int:
     """Return how many numbers a part's forward and backward need to work in."""
     measure = library(dtype).sequence_memory
     measure.restype = ctypes.c_int64
-    return measure(ctypes.byref(part))
+    numbers = measure(ctypes.byref(part))
+    if numbers < 0:
+        raise wrong_sizes("sequence_memory", part)
+    return numbers
 
 
 def blocks_at(places: Sequence[int]) -> ctypes.Array:
     """Return pointers to the blocks' weights, given the addresses of all weights."""
     blocks = [places[i : i + BLOCK_WEIGHTS] for i in range(OUTER_WEIGHTS, len(places), BLOCK_WEIGHTS)]
-    return (BlockStruct * len(blocks))(*(BlockStruct(*block) for block in blocks))
+    return (EncoderBlockStruct * len(blocks))(*(EncoderBlockStruct(*block) for block in blocks))
 
 
 def places_of(first: int, sizes: Sequence[int], dtype: torch.dtype) -> list[int]:

@@ -18,6 +18,7 @@ from ..types import States, Tower
 from .library import DTYPES, PANEL, library, run, share_out
 from .side_towers_torch import PARAMETERS, TowerWeights, composites, mixes
 from .step_memory import Memory
+from .structs import GatherStruct, TowerStruct
 from .sums import add_up
 
 MOST_WORKERS = 16
@@ -93,35 +94,6 @@ class TowerPiece(NamedTuple):
     tower: int
     start: int
     count: int
-
-
-class TowerStruct(ctypes.Structure):
-    """`Tower` of cpp/side_network.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in ("layers", "bottleneck", "width", "embedding")),
-        *((name, ctypes.c_int32) for name in ("total", "start", "count", "views", "gelu", "half")),
-        *((name, ctypes.c_void_p) for name in Tower._fields[1:]),
-        ("projection", ctypes.c_void_p),
-        ("hidden", ctypes.c_void_p * 2),
-        *((name, ctypes.c_void_p) for name in ("inputs", "before", "after", "projected", "upstream", "of_gate")),
-        *((name, ctypes.c_void_p) for name in ("of_down_weight", "of_down_bias", "of_up_weight", "of_up_bias")),
-        ("of_projection", ctypes.c_void_p),
-        ("of_hidden", ctypes.c_void_p * 2),
-        ("temperature", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("joined", "joined_bias")),
-        *((name, ctypes.c_void_p) for name in ("joined_projection", "joined_projection_bias")),
-    ]
-
-
-class GatherStruct(ctypes.Structure):
-    """`Gather` of cpp/side_network.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("table", "rows", "panels")),
-        *((name, ctypes.c_int64) for name in ("item", "layer")),
-        *((name, ctypes.c_int32) for name in ("bytes", "layers", "width", "total", "start", "count")),
-    ]
 
 
 class TowerMemory(NamedTuple):

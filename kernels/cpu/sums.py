@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .library import AT_ONCE, Schedule, Span, library
+from .structs import SumStruct
 
 MOST_NUMBERS = 1 << 16  # of a call
-
-
-class SumStruct(ctypes.Structure):
-    """`Sum` of cpp/sums.cpp."""
-
-    _fields_ = [("total", ctypes.c_void_p), ("part", ctypes.c_void_p), ("count", ctypes.c_int64)]
 
 
 def add_up(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -19,20 +19,8 @@ from ..types import Chain, RecommenderBatch, RecommenderWeights, Tower
 from . import fold_heads, inbatch_cross_entropy, sequence_encoder, side_towers
 from .library import PANEL, Schedule, Span, library
 from .side_towers import panels_of
+from .structs import JointStruct
 from .sums import add_sums
-
-
-class JointStruct(ctypes.Structure):
-    """`Joint` of cpp/recommender.cpp."""
-
-    BATCH = ("distinct", "multiplicity", "inputs", "row_weights", "log_popularity")  # of `RecommenderBatch`
-    OWN = ("projected", "biases", "log_multiplicity", "column", "vectors", "x", "row_losses")  # of the plan
-    OWN_GRADIENTS = ("of_row_losses", "of_x", "of_vectors")
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in ("items", "rows", "width", "towers", "room")),
-        *((name, ctypes.c_void_p) for name in (*BATCH, *OWN, "bias", "loss")),
-        *((name, ctypes.c_void_p) for name in (*OWN_GRADIENTS, "of_bias")),
-    ]
 
 
 class GradientLayout:
@@ -110,7 +98,7 @@ class StepPlan:
         """Point the calls to the batch's tensors."""
         joint = self.joint
         joint.items, joint.rows, joint.loss = len(batch.distinct), len(batch.targets), loss.data_ptr()
-        for name in JointStruct.BATCH:
+        for name in JointStruct.OF_BATCH:
             setattr(joint, name, getattr(batch, name).data_ptr())
         self._cut_towers(joint.items)
         self._cut_rows(batch)
@@ -257,7 +245,7 @@ class StepPlan:
         self._plan_sequences()
         self.joint = JointStruct(width=d, towers=len(self.weights.towers), room=self.items)
         self.joint.bias = self.weights.fusion_bias.data_ptr()
-        for name in (*JointStruct.OWN, *JointStruct.OWN_GRADIENTS):
+        for name in (*JointStruct.OF_PLAN, *JointStruct.GRADIENTS_OF_PLAN):
             setattr(self.joint, name, getattr(self, name).data_ptr())
         self.joint.of_bias = self._place(self.layout.fusion_bias)
 
@@ -272,7 +260,7 @@ class StepPlan:
             sequence_encoder.set_rows(call, batch.grid, batch.dropout, start, end)
             for name, first in self.of_rows.items():
                 setattr(call, name, first + start * size)
-            call.memory = self._memory(i, call)
+            self._set_memory(i, call)
         constants = (batch.targets, batch.row_users, batch.history_bits, self.column, self.log_multiplicity)
         constants = inbatch_cross_entropy.LossConstants(*constants)
         probabilities = self.probabilities[: rows * PANEL * panels_of(items)].view(rows, -1)
@@ -283,12 +271,12 @@ class StepPlan:
             call.of_queries = self.of_states[part[0] :].data_ptr()
             self.losses.append(call)
 
-    def _memory(self, i: int, call: ctypes.Structure) -> int:
-        """Return the address of what the i-th call of the sequence encoder leaves for its backward."""
+    def _set_memory(self, i: int, call: ctypes.Structure) -> None:
+        """Give the i-th call of the sequence encoder memory for what it leaves for its backward."""
         needed = sequence_encoder.memory_of(call, self.dtype)
         if self.sequence_memory[i].numel() < needed:
             self.sequence_memory[i] = self._empty(needed + needed // 8)
-        return self.sequence_memory[i].data_ptr()
+        call.memory, call.memory_size = self.sequence_memory[i].data_ptr(), self.sequence_memory[i].numel()
 
     def _plan_sequences(self) -> None:
         """Make the sequence encoder's calls: the first leaves the gradients, the others what is added to them."""

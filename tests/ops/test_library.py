@@ -179,5 +179,5 @@ def test_memory_that_lacks_is_an_error():
     class Arguments(ctypes.Structure):
         _fields_ = [("rows", ctypes.c_int32)]
 
-    with pytest.raises(MemoryError, match="lack memory"):
+    with pytest.raises(MemoryError, match="lacks memory"):
         library.run(lambda arguments: 1, Arguments())

@@ -47,7 +47,7 @@ def test_one_thread_is_the_callers():
 
 def test_a_call_that_fails_is_told_when_all_are_made():
     made = []
-    with pytest.raises(MemoryError, match="lack memory for this batch"):
+    with pytest.raises(MemoryError, match="lacks memory for this batch"):
         share_out(lambda number: made.append(number) or number == 3, 9, 2)
     assert sorted(made) == list(range(9))
 

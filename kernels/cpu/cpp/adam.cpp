@@ -5,19 +5,22 @@
 #include <cmath>
 #include <cstdint>
 
+#include "entry.h"
+
 namespace {
 
 template <class T> struct Parameter {
     T *values;
     T *mean, *square;  // the moments
     float *steps;      // taken before this one
-    int64_t count;
+    int64_t count, mean_count, square_count;
 };
 
 template <class T> struct Adam {
     const Parameter<T> *parameters;
     const T *const *gradients;
     const double *rates;
+    const int64_t *gradient_counts;
     int64_t count, start, length;
     double beta1, beta2, epsilon;
 };
@@ -38,23 +41,44 @@ template <class T> void update(const Adam<T> &adam, int64_t i, int64_t from, int
     }
 }
 
+// Moments and gradients are as long as their parameter, and the range lies in the row of all numbers.
+template <class T> bool fits(const Adam<T> &adam) {
+    if (adam.count < 0) return false;
+    int64_t total = 0;
+    for (int64_t i = 0; i < adam.count; i++) {
+        const Parameter<T> &p = adam.parameters[i];
+        const bool alike = p.mean_count == p.count && p.square_count == p.count && adam.gradient_counts[i] == p.count;
+        if (p.count < 0 || !alike || !p.steps) return false;
+        total += p.count;
+    }
+    return is_part(adam.start, adam.length, total);
+}
+
+template <class T> void update_range(const Adam<T> &adam) {
+    int64_t begin = 0;
+    for (int64_t i = 0; i < adam.count; i++) {
+        const int64_t size = adam.parameters[i].count;
+        const int64_t from = std::max<int64_t>(adam.start - begin, 0);
+        const int64_t to = std::min(adam.start + adam.length - begin, size);
+        if (from < to) update(adam, i, from, to);
+        begin += size;
+    }
+}
+
 }  // namespace
+
+EXPORT_SIZE(AdamParameter, Parameter<SCALAR>)
+EXPORT_SIZE(Adam, Adam<SCALAR>)
 
 extern "C" {
 int32_t adam_update(const Adam<SCALAR> *adam) {
-    int64_t begin = 0;
-    for (int64_t i = 0; i < adam->count; i++) {
-        const int64_t own = adam->parameters[i].count;
-        const int64_t from = std::max<int64_t>(adam->start - begin, 0);
-        const int64_t to = std::min(adam->start + adam->length - begin, own);
-        if (from < to) update(*adam, i, from, to);
-        begin += own;
-    }
-    return 0;
+    return guarded(fits(*adam), [&] { update_range(*adam); });
 }
 
 // When every range has been updated.
-void adam_advance(const Adam<SCALAR> *adam) {
-    for (int64_t i = 0; i < adam->count; i++) *adam->parameters[i].steps += 1;
+int32_t adam_advance(const Adam<SCALAR> *adam) {
+    return guarded(fits(*adam), [&] {
+        for (int64_t i = 0; i < adam->count; i++) *adam->parameters[i].steps += 1;
+    });
 }
 }

@@ -1,4 +1,4 @@
-// The debiased in-batch cross-entropy of some rows, forward and backward; `reference.row_losses` is its specification.
+// The debiased in-batch cross-entropy of some rows, forward and backward; `kernels/reference/inbatch_cross_entropy.py` is its specification.
 #include <cmath>
 #include <vector>
 
@@ -83,13 +83,22 @@ template <class T> void backward(const Loss<T> &l) {
     }
 }
 
+// Every row has an item to be its target, and history bits, if there are any, for all items.
+template <class T> bool fits(const Loss<T> &l) {
+    const bool masked = l.history_bits != nullptr;
+    return are_panels(l.width) && l.rows >= 0 && l.items >= (l.rows > 0) &&
+           (masked ? l.words >= (l.items + 31) / 32 && (!l.rows || l.row_users) : l.words == 0);
+}
+
 }  // namespace
+
+EXPORT_SIZE(Loss, Loss<SCALAR>)
 
 extern "C" {
 int32_t loss_forward(const Loss<SCALAR> *loss) {
-    return guarded([&] { forward(*loss); });
+    return guarded(fits(*loss), [&] { forward(*loss); });
 }
 int32_t loss_backward(const Loss<SCALAR> *loss) {
-    return guarded([&] { backward(*loss); });
+    return guarded(fits(*loss) && (!loss->rows || loss->upstream), [&] { backward(*loss); });
 }
 }

@@ -112,13 +112,20 @@ template <class T> void backward(const Fold<T> &f) {
     }
 }
 
+template <class T> bool fits(const Fold<T> &f) {
+    return are_panels(f.outputs) && are_panels(f.width) && f.between > 0 && f.rows > 0 && f.stride >= f.between &&
+           is_part(f.start, f.count, f.rows);
+}
+
 }  // namespace
+
+EXPORT_SIZE(Fold, Fold<SCALAR>)
 
 extern "C" {
 int32_t fold_forward(const Fold<SCALAR> *fold) {
-    return guarded([&] { forward(*fold); });
+    return guarded(fits(*fold) && fold->product && fold->bias, [&] { forward(*fold); });
 }
 int32_t fold_backward(const Fold<SCALAR> *fold) {
-    return guarded([&] { backward(*fold); });
+    return guarded(fits(*fold) && fold->upstream && fold->of_bias, [&] { backward(*fold); });
 }
 }

@@ -9,6 +9,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "entry.h"
+
 namespace {
 
 // Functions and lambdas of the innermost loops: a call among them would keep their sums in memory.
@@ -89,6 +91,9 @@ template <class T> inline Row<T> column_sums(const T *panel, int count) {
     add(run[0], run[2]);
     return run[0];
 }
+
+// A positive number of whole panels.
+inline bool are_panels(int columns) { return columns > 0 && columns % PANEL == 0; }
 
 inline int panels(int columns) { return (columns + PANEL - 1) / PANEL; }
 inline int smaller(int a, int b) { return a < b ? a : b; }
@@ -262,16 +267,6 @@ template <class T> inline Row<T> get(const T *p, int columns) {
 // out [steps][16] from up to 16 columns of a matrix's rows.
 template <class T> inline void pack(T *out, const T *matrix, long stride, int columns, int steps) {
     for (int k = 0; k < steps; k++) store(out + k * PANEL, get(matrix + k * stride, columns));
-}
-
-// What every entry does: 0, or 1 where memory lacked. No exception may leave it.
-template <class F> inline int32_t guarded(F f) noexcept {
-    try {
-        f();
-        return 0;
-    } catch (...) {
-        return 1;
-    }
 }
 
 }  // namespace

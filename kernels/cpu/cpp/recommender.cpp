@@ -2,7 +2,8 @@
 // batch's loss out of the rows' losses; and the way back. `Recommender.loss` is the specification. Little work, by one
 // thread each.
 #include <cmath>
-#include <cstdint>
+
+#include "entry.h"
 
 namespace {
 
@@ -59,11 +60,25 @@ template <class T> void backward(const Joint<T> &j) {
         for (long c = 0; c < d; c++) j.of_bias[c] += j.of_vectors[v * d + c];
 }
 
+template <class T> bool fits(const Joint<T> &j) {
+    return j.items > 0 && j.rows > 0 && j.width > 0 && j.towers > 0 && j.room >= j.items;
+}
+
 }  // namespace
 
+EXPORT_SIZE(Joint, Joint<SCALAR>)
+
 extern "C" {
-int32_t joint_constants(const Joint<SCALAR> *joint) { return constants(*joint), 0; }
-int32_t joint_vectors(const Joint<SCALAR> *joint) { return vectors(*joint), 0; }
-int32_t joint_loss(const Joint<SCALAR> *joint) { return loss(*joint), 0; }
-int32_t joint_backward(const Joint<SCALAR> *joint) { return backward(*joint), 0; }
+int32_t joint_constants(const Joint<SCALAR> *joint) {
+    return guarded(fits(*joint), [&] { constants(*joint); });
+}
+int32_t joint_vectors(const Joint<SCALAR> *joint) {
+    return guarded(fits(*joint), [&] { vectors(*joint); });
+}
+int32_t joint_loss(const Joint<SCALAR> *joint) {
+    return guarded(fits(*joint), [&] { loss(*joint); });
+}
+int32_t joint_backward(const Joint<SCALAR> *joint) {
+    return guarded(fits(*joint), [&] { backward(*joint); });
+}
 }

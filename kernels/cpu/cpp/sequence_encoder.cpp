@@ -1,11 +1,11 @@
-// SASRec over packed rows, forward and backward; `SASRec._states` is its specification. A part is the rows of some users.
+// SASRec over packed rows, forward and backward; `kernels/reference/sequence_encoder.py` is its specification. A part is the rows of some users.
 #include <cmath>
 
 #include "matrices.h"
 
 namespace {
 
-// Weights of a block, or their gradients, in the order that `SequenceWeights` of sequence_encoder_native.py says.
+// Weights of a block, or their gradients, in the order of `EncoderBlock` in types.py.
 template <class T> struct Block {
     T *query, *key, *value, *output;              // [d, d]
     T *attention_scale, *attention_shift;         // [d]
@@ -16,9 +16,10 @@ template <class T> struct Block {
 
 // What the caller fills in: row-major matrices of `rows` rows, all of one part.
 template <class T> struct Encoder {
-    int32_t rows, width, hidden, heads, blocks, length, positions, drops;  // R, d, f; drops: whether there is dropout
+    int32_t rows, width, hidden, heads, blocks, length, positions, drops;  // R, d, f; drops: there is dropout
+    int64_t user_count, memory_size;  // of the grid; numbers that `memory` holds
     const int64_t *slots;    // [R] ascending: user * length + position
-    const int64_t *users;    // numbers of the grid's users
+    const int64_t *users;    // [user_count]: numbers of the grid's users
     uint32_t prefix, threshold;
     double keep_scale, epsilon;
     const T *x;              // [R, d]
@@ -32,6 +33,7 @@ template <class T> struct Encoder {
 };
 
 constexpr int SITES_PER_BLOCK = 3;
+constexpr int MOST_BLOCKS = 64;  // as in sequence_encoder.py
 
 inline uint32_t mixed(uint32_t h) {
     h = (h ^ (h >> 16)) * 0x7FEB352Du;
@@ -140,7 +142,6 @@ template <class T> class Sequences {
     }
 
   private:
-    static constexpr int MOST_BLOCKS = 64;
     const Encoder<T> &e;
     const long d;
     long pairs;    // of a row and one that it attends to
@@ -320,14 +321,38 @@ template <class T> class Sequences {
     }
 };
 
+// Rows stand on the grid, one user's after the other's.
+template <class T> bool fits(const Encoder<T> &e) {
+    if (!are_panels(e.width) || !are_panels(e.hidden) || e.rows < 0 || e.heads < 1 || e.width % e.heads) return false;
+    if (e.blocks < 1 || e.blocks > MOST_BLOCKS || e.length < 1 || e.length > e.positions) return false;
+    if (e.user_count < 0 || (e.drops && e.rows && !e.users)) return false;
+    int64_t least = 0;
+    for (int row = 0; row < e.rows; row++) {
+        if (e.slots[row] < least) return false;
+        least = e.slots[row];
+    }
+    return !e.rows || least < e.user_count * e.length;
+}
+
+template <class T> bool fits_memory(const Encoder<T> &e) {
+    return fits(e) && Sequences<T>(e).memory() <= e.memory_size;
+}
+
 }  // namespace
 
+EXPORT_SIZE(EncoderBlock, Block<SCALAR>)
+EXPORT_SIZE(Encoder, Encoder<SCALAR>)
+
 extern "C" {
-int64_t sequence_memory(const Encoder<SCALAR> *encoder) { return Sequences<SCALAR>(*encoder).memory(); }
+// The numbers that `memory` has to hold, or -1 for sizes that do not fit.
+int64_t sequence_memory(const Encoder<SCALAR> *encoder) {
+    return fits(*encoder) ? Sequences<SCALAR>(*encoder).memory() : -1;
+}
 int32_t sequence_forward(const Encoder<SCALAR> *encoder) {
-    return guarded([&] { Sequences<SCALAR>(*encoder).forward(); });
+    return guarded(fits_memory(*encoder), [&] { Sequences<SCALAR>(*encoder).forward(); });
 }
 int32_t sequence_backward(const Encoder<SCALAR> *encoder) {
-    return guarded([&] { Sequences<SCALAR>(*encoder).backward(); });
+    return guarded(fits_memory(*encoder) && (!encoder->rows || encoder->upstream),
+                   [&] { Sequences<SCALAR>(*encoder).backward(); });
 }
 }

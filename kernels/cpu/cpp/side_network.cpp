@@ -4,68 +4,13 @@
 // bottleneck; backward, they give the gradients of the weights that touch them. So each layer's state is read once and
 // written once. The last layer's up-projection meets the items only through the projection that follows it, H (x + U a +
 // b) = H x + (H U) a + H b, so the two are multiplied first, and the output's full width is never formed.
-// `reference.side_towers` is the specification; names are its.
+// `kernels/reference/side_towers.py` is the specification; names are its.
 #include <cmath>
 #include <memory>
 
-#include "panels.h"
+#include "tower.h"
 
 namespace {
-
-// What the caller fills in; all matrices are contiguous. Panel matrices have `total` rows, of which this call works on
-// `count` from `start` on.
-template <class T> struct Tower {
-    int32_t layers, bottleneck, width, embedding;  // K, R, D, d
-    int32_t total, start, count, views;
-    int32_t gelu, half;             // half: the hidden states are bf16
-    const T *gate;                  // [K], or null
-    const T *down_weight, *down_bias, *up_weight, *up_bias, *projection;
-    const void *hidden[2];          // of each view: panel matrices [K][total, D]
-    T *inputs;                      // panel matrices [K][total, D]
-    T *before, *after;              // panel matrices [K][total, R]; one and the same for ReLU
-    T *projected;                   // [total][d]
-    const T *upstream;              // the gradient of `projected`: [total][d]
-    T *of_gate;                     // [K], or null; already divided by the temperature
-    T *of_down_weight, *of_down_bias, *of_up_weight, *of_up_bias, *of_projection;
-    T *of_hidden[2];                // [total][K][D] or null: added to
-    double temperature;
-    // For `encode` alone: what the bottlenecks below add to each layer's and all of them to the item vectors.
-    const T *joined, *joined_bias;                        // [K][R][K R], [K][R]
-    const T *joined_projection, *joined_projection_bias;  // [d][K R], [d]
-};
-
-// Mixes a panel of the hidden states, H (T or bf16), of 1 or 2 views into the state.
-template <class T, class H, int VIEWS> struct Mix {
-    const H *h, *other;
-    Vector<T> carry, first, second;
-
-    static Row<T> read(const H *row) {
-        if constexpr (std::is_same_v<H, T>) return load(row);
-        else return widened<T>(row);
-    }
-
-    // Row n of the layer's input, from the state before it.
-    Row<T> operator()(Row<T> state, int n) const {
-        const Row<T> own = read(h + n * PANEL);
-        for (int p = 0; p < PARTS<T>; p++) state.part[p] = state.part[p] * carry + own.part[p] * first;
-        if constexpr (VIEWS == 2) {
-            const Row<T> more = read(other + n * PANEL);
-            for (int p = 0; p < PARTS<T>; p++) state.part[p] += more.part[p] * second;
-        }
-        return state;
-    }
-
-    // What the input's gradient meets in the gate's, but for `gate_scale`; x: the input's row n. By one view
-    // x = g h + (1 - g) s, and g (1 - g) (h - s) = g (h - x); by two the gate stands between the views.
-    Row<T> gate_slope(const T *x, int n) const {
-        Row<T> found = read(h + n * PANEL), from;
-        if constexpr (VIEWS == 2) from = read(other + n * PANEL);
-        else from = load(x);
-        for (int p = 0; p < PARTS<T>; p++) found.part[p] -= from.part[p];
-        return found;
-    }
-    T gate_scale() const { return VIEWS == 2 ? first[0] * second[0] : first[0]; }
-};
 
 template <class T> class Pass {
   public:
@@ -448,49 +393,18 @@ template <class T> class Pass {
     }
 };
 
-// Rows of a table [., K, D], whose items and layers are so many numbers apart, as panel matrices [K][total, D]: items
-// `start` to `start + count` of them.
-struct Gather {
-    const void *table;
-    const int64_t *rows;  // of each item; null: its own number
-    void *panels;
-    int64_t item, layer;
-    int32_t bytes, layers, width, total, start, count;  // bytes: 2, 4 or 8 a number
-};
-
-template <class S> void gather(const Gather &g) {
-    const int wide = panels(g.width);
-    for (int n = g.start; n < g.start + g.count; n++) {
-        const S *own = (const S *)g.table + (g.rows ? g.rows[n] : n) * g.item;
-        for (int k = 0; k < g.layers; k++)
-            for (int j = 0; j < wide; j++) {
-                S *to = (S *)g.panels + (((long)k * wide + j) * g.total + n) * PANEL;
-                const S *from = own + k * g.layer + j * PANEL;
-                const int here = smaller(PANEL, g.width - j * PANEL);
-                if (here == PANEL) std::memcpy(to, from, sizeof(S) * PANEL);  // of a fixed size: two instructions
-                else
-                    for (int c = 0; c < PANEL; c++) to[c] = c < here ? from[c] : S(0);
-            }
-    }
-}
-
 }  // namespace
+
+EXPORT_SIZE(Tower, Tower<SCALAR>)
 
 extern "C" {
 int32_t side_forward(const Tower<SCALAR> *tower) {
-    return guarded([&] { Pass<SCALAR>(*tower).forward(); });
+    return guarded(fits(*tower), [&] { Pass<SCALAR>(*tower).forward(); });
 }
 int32_t side_encode(const Tower<SCALAR> *tower) {
-    return guarded([&] { Pass<SCALAR>(*tower).encode(); });
+    return guarded(fits(*tower) && can_encode(*tower), [&] { Pass<SCALAR>(*tower).encode(); });
 }
 int32_t side_backward(const Tower<SCALAR> *tower) {
-    return guarded([&] { Pass<SCALAR>(*tower).backward(); });
-}
-
-int32_t gather_panels(const Gather *rows) {
-    if (rows->bytes == 2) gather<uint16_t>(*rows);
-    if (rows->bytes == 4) gather<uint32_t>(*rows);
-    if (rows->bytes == 8) gather<uint64_t>(*rows);
-    return 0;
+    return guarded(fits(*tower) && (!tower->count || tower->upstream), [&] { Pass<SCALAR>(*tower).backward(); });
 }
 }

@@ -1,5 +1,5 @@
 // What workers found apart, added up.
-#include <cstdint>
+#include "entry.h"
 
 namespace {
 
@@ -11,7 +11,10 @@ template <class T> struct Sum {
 
 }  // namespace
 
+EXPORT_SIZE(Sum, Sum<SCALAR>)
+
 extern "C" int32_t add_up(const Sum<SCALAR> *sum) {
-    for (int64_t i = 0; i < sum->count; i++) sum->total[i] += sum->part[i];
-    return 0;
+    return guarded(sum->count == 0 || (sum->count > 0 && sum->total && sum->part), [&] {
+        for (int64_t i = 0; i < sum->count; i++) sum->total[i] += sum->part[i];
+    });
 }

@@ -14,6 +14,8 @@
 #include <thread>
 #include <unistd.h>
 
+#include "entry.h"
+
 namespace {
 
 constexpr auto AWAKE = std::chrono::milliseconds(2);
@@ -35,20 +37,34 @@ class List {
             for (int32_t before = call.first; before < call.last; before++)
                 while (!ended[before]) std::this_thread::yield();
             const bool vain = failed && call.first < call.last;  // what it needs may be missing
-            if (!vain && call.work(call.arguments)) failed = true;
+            if (!vain) note(i, call.work(call.arguments));
             ended[i] = true;
         }
     }
 
-    bool has_failed() const { return failed; }
+    // 0, or the code of a call that failed first, and above it (from bit 8 on) its number.
+    int32_t failure() const { return failed; }
 
   private:
     const Call *calls;
     const int32_t count;
     const std::unique_ptr<std::atomic<bool>[]> ended;
     std::atomic<int32_t> next{0};
-    std::atomic<bool> failed{false};
+    std::atomic<int32_t> failed{0};
+
+    void note(int32_t i, int32_t code) {
+        int32_t none = 0;
+        if (code) failed.compare_exchange_strong(none, i << 8 | code);
+    }
 };
+
+// Each call waits for calls before it alone.
+bool fits(const Call *calls, int32_t count, int32_t threads) {
+    if (count < 0 || threads < 1) return false;
+    for (int32_t i = 0; i < count; i++)
+        if (!calls[i].work || calls[i].first < 0 || calls[i].last > i || calls[i].first > calls[i].last) return false;
+    return true;
+}
 
 class Worker {
   public:
@@ -133,12 +149,12 @@ class Running {
         for (size_t i = 0; i < helping; i++) own.all[i].offer(&list);
     }
 
-    // What is left of it. Returns whether a call failed.
-    bool end() {
+    // What is left of it. Returns its failure.
+    int32_t end() {
         list.take_all();
         for (size_t i = 0; i < helping; i++) own.all[i].withdraw(&list);
         if (held) own.busy = false;
-        return list.has_failed();
+        return list.failure();
     }
 
   private:
@@ -150,21 +166,17 @@ class Running {
 
 }  // namespace
 
+EXPORT_SIZE(Call, Call)
+
 extern "C" {
-// Begins the calls. What `running` then points to is for `end`, whatever happens meanwhile, and in this process. Returns
-// 0, or 1 where memory lacks.
+// Begins the calls. What `running` then points to is for `end`, whatever happens meanwhile, and in this process.
 int32_t begin(const Call *calls, int32_t count, int32_t threads, Running **running) noexcept {
-    try {
-        *running = new Running(calls, count, threads);
-        return 0;
-    } catch (...) {
-        return 1;
-    }
+    return guarded(fits(calls, count, threads), [&] { *running = new Running(calls, count, threads); });
 }
 
-// Returns 0, or 1 where one of the calls does.
+// Returns 0, or the failure of one of the calls.
 int32_t end(Running *running) noexcept {
     const std::unique_ptr<Running> own(running);
-    return own && own->end();
+    return own ? own->end() : DONE;
 }
 }

@@ -1,0 +1,47 @@
+// Rows of the feature table, brought into panels.
+#include "panels.h"
+
+namespace {
+
+// Rows of a table [., K, D], whose items and layers are so many numbers apart, as panel matrices [K][total, D]: items
+// `start` to `start + count` of them.
+struct Gather {
+    const void *table;
+    const int64_t *rows;  // of each item; null: its own number
+    void *panels;
+    int64_t item, layer;
+    int32_t bytes, layers, width, total, start, count;  // bytes: 2, 4 or 8 a number
+};
+
+template <class S> void gather(const Gather &g) {
+    const int wide = panels(g.width);
+    for (int n = g.start; n < g.start + g.count; n++) {
+        const S *own = (const S *)g.table + (g.rows ? g.rows[n] : n) * g.item;
+        for (int k = 0; k < g.layers; k++)
+            for (int j = 0; j < wide; j++) {
+                S *to = (S *)g.panels + (((long)k * wide + j) * g.total + n) * PANEL;
+                const S *from = own + k * g.layer + j * PANEL;
+                const int here = smaller(PANEL, g.width - j * PANEL);
+                if (here == PANEL) std::memcpy(to, from, sizeof(S) * PANEL);  // of a fixed size: two instructions
+                else
+                    for (int c = 0; c < PANEL; c++) to[c] = c < here ? from[c] : S(0);
+            }
+    }
+}
+
+bool fits(const Gather &g) {
+    const bool known = g.bytes == 2 || g.bytes == 4 || g.bytes == 8;
+    return known && g.layers > 0 && g.width > 0 && is_part(g.start, g.count, g.total) && (!g.count || (g.table && g.panels));
+}
+
+}  // namespace
+
+EXPORT_SIZE(Gather, Gather)
+
+extern "C" int32_t gather_panels(const Gather *rows) {
+    return guarded(fits(*rows), [&] {
+        if (rows->bytes == 2) gather<uint16_t>(*rows);
+        if (rows->bytes == 4) gather<uint32_t>(*rows);
+        if (rows->bytes == 8) gather<uint64_t>(*rows);
+    });
+}

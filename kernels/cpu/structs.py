@@ -1,0 +1,146 @@
+"""The structs of `cpp/`, mirrored: what a call of the C++ takes.
+
+Each class XStruct mirrors the struct whose size the library exports as `size_of_X`. Sizes are compared when the library
+is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from ..types import BLOCK_WEIGHTS, Chain, Tower
+
+
+def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names]
+
+
+class CallStruct(ctypes.Structure):
+    """`Call` of cpp/workers.cpp."""
+
+    _fields_ = [*_fields(ctypes.c_void_p, "work", "arguments"), *_fields(ctypes.c_int32, "first", "last")]
+
+
+class SumStruct(ctypes.Structure):
+    """`Sum` of cpp/sums.cpp."""
+
+    _fields_ = [*_fields(ctypes.c_void_p, "total", "part"), ("count", ctypes.c_int64)]
+
+
+class AdamParameterStruct(ctypes.Structure):
+    """`Parameter` of cpp/adam.cpp."""
+
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "values", "mean", "square", "steps"),
+        *_fields(ctypes.c_int64, "count", "mean_count", "square_count"),
+    ]
+
+
+class AdamStruct(ctypes.Structure):
+    """`Adam` of cpp/adam.cpp."""
+
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "parameters", "gradients", "rates", "gradient_counts"),
+        *_fields(ctypes.c_int64, "count", "start", "length"),
+        *_fields(ctypes.c_double, "beta1", "beta2", "epsilon"),
+    ]
+
+
+class FoldStruct(ctypes.Structure):
+    """`Fold` of cpp/fold.cpp."""
+
+    _fields_ = [
+        *_fields(ctypes.c_int32, "start", "count", "outputs", "between", "rows", "width", "stride"),
+        *_fields(ctypes.c_void_p, *Chain._fields, "pair", "constant", "product", "bias", "upstream", "of_bias"),
+        *_fields(ctypes.c_void_p, *(f"of_{name}" for name in Chain._fields)),
+    ]
+
+
+class LossStruct(ctypes.Structure):
+    """`Loss` of cpp/cross_entropy.cpp."""
+
+    _fields_ = [
+        *_fields(ctypes.c_int32, "rows", "items", "width", "words"),
+        *_fields(ctypes.c_void_p, "queries", "vectors", "targets", "row_users", "history_bits"),
+        *_fields(ctypes.c_void_p, "column", "multiplicity", "probabilities", "losses", "upstream"),
+        *_fields(ctypes.c_void_p, "of_queries", "of_vectors"),
+    ]
+
+
+class EncoderBlockStruct(ctypes.Structure):
+    """`Block` of cpp/sequence_encoder.cpp."""
+
+    _fields_ = _fields(ctypes.c_void_p, *(f"weight_{i}" for i in range(BLOCK_WEIGHTS)))
+
+
+class EncoderStruct(ctypes.Structure):
+    """`Encoder` of cpp/sequence_encoder.cpp."""
+
+    GRADIENTS = ("of_position", "of_scale", "of_shift")  # of the weights before those of the blocks
+    _fields_ = [
+        *_fields(ctypes.c_int32, "rows", "width", "hidden", "heads", "blocks", "length", "positions", "drops"),
+        *_fields(ctypes.c_int64, "user_count", "memory_size"),
+        *_fields(ctypes.c_void_p, "slots", "users"),
+        *_fields(ctypes.c_uint32, "prefix", "threshold"),
+        *_fields(ctypes.c_double, "keep_scale", "epsilon"),
+        *_fields(ctypes.c_void_p, "x", "position", "scale", "shift"),
+        ("weights", ctypes.POINTER(EncoderBlockStruct)),
+        *_fields(ctypes.c_void_p, "states", "memory", "upstream", "of_x", *GRADIENTS),
+        ("of_weights", ctypes.POINTER(EncoderBlockStruct)),
+    ]
+
+
+class TowerStruct(ctypes.Structure):
+    """`Tower` of cpp/tower.h."""
+
+    _fields_ = [
+        *_fields(ctypes.c_int32, "layers", "bottleneck", "width", "embedding"),
+        *_fields(ctypes.c_int32, "total", "start", "count", "views", "gelu", "half"),
+        *_fields(ctypes.c_void_p, *Tower._fields[1:], "projection"),
+        ("hidden", ctypes.c_void_p * 2),
+        *_fields(ctypes.c_void_p, "inputs", "before", "after", "projected", "upstream"),
+        *_fields(ctypes.c_void_p, *(f"of_{name}" for name in Tower._fields[1:]), "of_projection"),
+        ("of_hidden", ctypes.c_void_p * 2),
+        ("temperature", ctypes.c_double),
+        *_fields(ctypes.c_void_p, "joined", "joined_bias", "joined_projection", "joined_projection_bias"),
+    ]
+
+
+class GatherStruct(ctypes.Structure):
+    """`Gather` of cpp/gather.cpp."""
+
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "table", "rows", "panels"),
+        *_fields(ctypes.c_int64, "item", "layer"),
+        *_fields(ctypes.c_int32, "bytes", "layers", "width", "total", "start", "count"),
+    ]
+
+
+class JointStruct(ctypes.Structure):
+    """`Joint` of cpp/recommender.cpp."""
+
+    OF_BATCH = ("distinct", "multiplicity", "inputs", "row_weights", "log_popularity")  # of `RecommenderBatch`
+    OF_PLAN = ("projected", "biases", "log_multiplicity", "column", "vectors", "x", "row_losses")
+    GRADIENTS_OF_PLAN = ("of_row_losses", "of_x", "of_vectors")
+    _fields_ = [
+        *_fields(ctypes.c_int32, "items", "rows", "width", "towers", "room"),
+        *_fields(ctypes.c_void_p, *OF_BATCH, *OF_PLAN, "bias", "loss", *GRADIENTS_OF_PLAN, "of_bias"),
+    ]
+
+
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    struct.__name__.removesuffix("Struct"): struct
+    for struct in (
+        CallStruct,
+        SumStruct,
+        AdamParameterStruct,
+        AdamStruct,
+        FoldStruct,
+        LossStruct,
+        EncoderBlockStruct,
+        EncoderStruct,
+        TowerStruct,
+        GatherStruct,
+        JointStruct,
+    )
+}
