@@ -1,5 +1,6 @@
-"""What an item is captioned from: its image, or some frames of its video. Nothing here knows a model, so that worker
-processes can look through all of it.
+"""The pictures that an item is captioned from: its image, or frames of its video.
+
+Nothing here knows a model, so worker processes can check all pictures.
 """
 
 from __future__ import annotations

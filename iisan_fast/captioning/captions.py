@@ -36,7 +36,7 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Captioned:
-    """What captioning did."""
+    """Counts of a captioning run."""
 
     items: int  # in the catalogue
     present: int  # of them that had a caption already

@@ -100,7 +100,7 @@ class Batch:
         )
 
     def packed(self, pin: bool = False) -> Tensor:
-        """All of it in one int64 [count] tensor on the host, pinned if asked: what crosses to a device in one copy."""
+        """Pack the batch into one int64 [count] tensor on the host, pinned if asked: one copy takes it to a device."""
         bits = self.history_bits.flatten()
         whole = [
             torch.tensor([self.step]),
@@ -128,7 +128,7 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device, by one copy."""
+        """Copy the batch to another device, in one copy."""
         if device.type == "cpu":
             return self
         return Batch.unpacked(self.packed(pin=True).to(device, non_blocking=True), self.shape)

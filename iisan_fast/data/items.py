@@ -119,7 +119,7 @@ class ImageFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing stays open between reads."""
+        """Do nothing: no file stays open between reads."""
 
     def content(self, item_id: str) -> bytes | None:
         """The file's bytes, None where the item has no image. Raises InputError if they cannot be read."""

@@ -119,7 +119,7 @@ class Split:
 
     @cached_property
     def history(self) -> np.ndarray:
-        """All of them [R, width]; under a temporal split a single long one makes that large."""
+        """All histories, padded: [R, width]. Under a temporal split one long history makes it large."""
         return self.padded(np.arange(len(self.targets)))
 
     @cached_property
@@ -146,7 +146,7 @@ class Dataset:
         return self.titles if source == "title" else self.captions
 
     def how_read(self, source: str) -> dict[str, Any]:
-        """What a description of a view of texts says of their reading."""
+        """Describe how the texts of a view were read, for the view's description."""
         entities, stand_ins = self.protocol.unescape_titles, self.protocol.missing_captions
         filled = source == "caption" and stand_ins != "error"
         return {"unescaped": entities} | ({"missing_captions": stand_ins} if filled else {})
@@ -257,7 +257,7 @@ def _read_users(path: Path, item_ids: list[str]) -> Iterator[tuple[str, np.ndarr
 
 
 def _counting(users: Iterable[tuple[Any, ...]], path: Path, least: int) -> Iterator[tuple[Any, ...]]:
-    """Those with at least so many interactions. Raises InputError where there are none."""
+    """Yield the users with at least `least` interactions. Raises InputError if there is none."""
     count = counting = 0
     for user in users:
         count += 1

@@ -19,7 +19,7 @@ from .items import read_table
 
 
 class SplitHistories(NamedTuple):
-    """What the split leaves of a jagged array of histories; the last two point into what is left."""
+    """The part of a jagged array of histories that the split keeps; the last two fields index into that part."""
 
     users: np.ndarray  # int64 [kept users]: which ones
     interactions: np.ndarray  # int64 [kept interactions]: which ones

@@ -1,4 +1,4 @@
-"""What of a pretrained encoder is trained: all of it, its biases, adapters put into it, LoRA, or nothing.
+"""Prepare a pretrained encoder for training: all of it, its biases, adapters, LoRA, or nothing.
 
 Whatever the method, encoders compute without dropout, so that a batch encoded in parts, or computed a second time for
 the backward pass, has the very gradients of the whole one.

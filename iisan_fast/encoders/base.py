@@ -78,7 +78,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def prepare(self, contents: Sequence[Any]) -> ModelInputs:
-        """What the encoder reads, on the CPU, from texts or RGB images. Needs no model."""
+        """Return the encoder's inputs, on the CPU, for texts or RGB images. The model is not used."""
 
     @torch.inference_mode()
     def encode(self, inputs: ModelInputs) -> Tensor:
@@ -118,7 +118,7 @@ class Backbone(ABC):
         return self._pool(self._run(moved).last_hidden_state, moved)
 
     def describe(self) -> dict[str, Any]:
-        """What a store's manifest records, as plain JSON values."""
+        """Describe the encoder for a store's manifest, as plain JSON values."""
         options = {name: value for name, value in self.view.options.items() if name not in UNRECORDED}
         return {
             "encoder": self.view.encoder,
@@ -142,7 +142,7 @@ class Backbone(ABC):
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
 
     def _taken(self, inputs: ModelInputs) -> ModelInputs:
-        """What the encoder takes of its inputs."""
+        """Return the inputs that the encoder takes."""
         return {name: inputs[name] for name in self.input_names}
 
     def _run(self, inputs: ModelInputs, **options: bool) -> Any:
@@ -156,7 +156,7 @@ class Backbone(ABC):
 
     @torch.no_grad()
     def _probe(self) -> tuple[tuple[Tensor, ...], bool]:
-        """The states of one made-up input, and whether the last one comes out of a norm layer."""
+        """Return the states of the example, and True if the last one comes out of a norm layer."""
         norms: list[Tensor] = []
         hooks = [
             module.register_forward_hook(lambda _module, _inputs, output: norms.append(output))
@@ -172,7 +172,7 @@ class Backbone(ABC):
 
     @torch.no_grad()
     def _find(self, states: tuple[Tensor, ...]) -> list[Place] | None:
-        """Where the encoder makes the states of the made-up input."""
+        """Return the places where the encoder makes the states of the example."""
         places = find_places(self.model, lambda: self._run(self.example()), states)
         if places is None:
             LOGGER.warning("%s: its hidden states cannot be read one by one; batches keep all", self.view.encoder)
@@ -180,8 +180,7 @@ class Backbone(ABC):
 
     @torch.no_grad()
     def _can_be_shared(self) -> bool:
-        """Whether a CPU's cores can take rows of their own, which they are done with sooner than with a share of every
-        operator."""
+        """Return True if a CPU's cores may encode separate rows, which is faster than a share of every operator."""
         if self.device.type != "cpu" or PLACED_BY & self.view.options.keys() or self._places is None:
             return False
         once = self.example()
@@ -208,7 +207,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def example(self) -> ModelInputs:
-        """Made-up contents of one batch, as the encoder takes them, on its device."""
+        """Return the inputs of one invented batch, on the encoder's device."""
 
     @abstractmethod
     def _poolings(self) -> tuple[str, ...]: ...  # what the encoder allows, its default first

@@ -55,7 +55,7 @@ class Captioner:
         return self._generate(items, self.max_tokens)
 
     def describe(self) -> dict[str, Any]:
-        """What the captions depend on, as plain JSON values; the model's name does not count."""
+        """Describe everything that captions depend on, as plain JSON values; the model's name does not count."""
         return {
             "weights": weights_digest(model_folder(self.name)),
             "prompt": self.prompt,

@@ -1,4 +1,4 @@
-"""How every Hugging Face model is loaded: the local cache first, none of its bars and notes, errors in one line."""
+"""Load Hugging Face models: from the local cache first, without bars and notes, with errors in one line."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def load_model(encoder: str, config: PretrainedConfig, kind: str, options: Mappi
 
 
 def count_parameters(encoder: str, kind: str) -> int:
-    """Of what `load_model` would give, by its configuration alone: no weight is read, so that any size will do."""
+    """Count the parameters of `load_model`'s result from the configuration alone, without reading weights."""
     with quiet_hugging_face(), clear_errors(encoder, "an encoder"):
         config = load_config(encoder, kind)
         with torch.device("meta"):
@@ -91,7 +91,7 @@ def refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
 
 
 def model_folder(name: str) -> Path:
-    """Where the files of a loaded model lie: its own folder, or the snapshot of a hub name."""
+    """Return the folder of a loaded model's files: the folder itself, or the snapshot of a hub name."""
     path = Path(name)
     return path if path.is_dir() else Path(cached_file(name, "config.json", local_files_only=True)).parent
 
@@ -142,7 +142,7 @@ def _has_towers(config: PretrainedConfig) -> bool:
 
 
 def _reader(model: PreTrainedModel, encoder: str, config: PretrainedConfig, kind: str) -> tuple[PreTrainedModel, str]:
-    """What of a model reads `kind`, and what its weights' names begin with."""
+    """Return the part of a model that reads `kind`, and the prefix of its weights' names."""
     if not _has_towers(config):
         return model, ""
     name = next((name for name in TOWER_ATTRIBUTES[kind] if hasattr(model, name)), None)

@@ -35,7 +35,7 @@ class ImageBackbone(Backbone):
         return functools.partial(pixel_values, self.processor)
 
     def byte_form(self) -> ByteForm | None:
-        """How to keep images as bytes; None where the processor does more than map each byte to a value, at the end."""
+        """Return the way to keep images as bytes; None if the processor does not end with a map of bytes to values."""
         return byte_form(self.processor, self.device)
 
     def describe(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class ByteForm(NamedTuple):
 
 
 def byte_form(processor: Any, device: torch.device) -> ByteForm | None:
-    """How to keep images as bytes; None where the processor does more than map each byte to a value, at the end."""
+    """Return the way to keep images as bytes; None if the processor does not end with a map of bytes to values."""
     prepare = functools.partial(pixel_values, processor, do_rescale=False, do_normalize=False)
     every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     unshaped = {"do_resize": False, "do_center_crop": False, "do_pad": False}
@@ -46,5 +46,5 @@ def byte_form(processor: Any, device: torch.device) -> ByteForm | None:
 
 
 def pixel_values(processor: Any, images: Sequence[Image.Image], **options: bool) -> ModelInputs:
-    """What a vision encoder reads of RGB images: float32 [N, 3, height, width]. Options are the processor's own."""
+    """Return a vision encoder's inputs for RGB images: float32 [N, 3, height, width]. Options are the processor's."""
     return {"pixel_values": processor(images=list(images), return_tensors="pt", **options)["pixel_values"]}

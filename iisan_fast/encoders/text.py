@@ -41,7 +41,7 @@ class TextBackbone(Backbone):
 
     @property
     def padding_token(self) -> int:
-        """What texts are padded with. Some encoders count positions by it, so that it matters even where masked."""
+        """The token that pads texts. Some encoders count positions by it, so it matters even where it is masked."""
         return self.processor.pad_token_id or 0
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -85,7 +85,7 @@ class TextBackbone(Backbone):
         return [type(tokenizer).__name__, content, tokenizer.special_tokens_map]
 
     def _positions(self) -> int:
-        """How many tokens the encoder has positions for."""
+        """Return the number of tokens that the encoder has positions for."""
         limits = [self.processor.model_max_length, getattr(self.model.config, "max_position_embeddings", None)]
         for name, module in self.model.named_modules():
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

@@ -1,4 +1,4 @@
-"""What training costs: TPME over time, parameters and memory, and what the memory holds."""
+"""The cost of training: TPME over time, parameters and memory, and memory by purpose."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_weights(weights: Sequence[float]) -> None:
 
 
 def parameter_counts(module: nn.Module) -> dict[str, int]:
-    """How many parameters are `trainable`, and how many there are in `total`; shared ones count once."""
+    """Count the `trainable` and the `total` parameters; shared ones count once."""
     counts = [(parameter.requires_grad, parameter.numel()) for parameter in module.parameters()]
     return {"trainable": sum(size for trained, size in counts if trained), "total": sum(size for _, size in counts)}
 

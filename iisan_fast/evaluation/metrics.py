@@ -44,7 +44,7 @@ def evaluate(
 
 
 def popularity_baseline(sequences: Sequences, split_name: str, config: EvaluationConfig) -> dict[str, Any]:
-    """The same metrics for ranking every user's catalogue by training count."""
+    """Evaluate a ranking of the catalogue by training counts, the same for every user."""
     counts = torch.from_numpy(sequences.training_counts[1:, None]).double()
     queries = torch.ones(len(sequences.split(split_name).targets), 1, dtype=torch.float64)
     return evaluate(queries, counts, sequences, split_name, config)

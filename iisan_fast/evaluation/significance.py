@@ -1,4 +1,4 @@
-"""Whether two methods differ by more than chance would have it, from the figures of the same users under both."""
+"""A test of the difference between two methods, from the figures of the same users under both."""
 
 from __future__ import annotations
 

@@ -45,11 +45,11 @@ class FeatureTable:
 
     @property
     def index_device(self) -> torch.device:
-        """Where item numbers have to lie."""
+        """The device of the item numbers that `read` takes."""
         return self.views[0].device
 
     def gather(self, items: Tensor) -> Gathered:
-        """What has to be copied ahead of reading: nothing."""
+        """Gather nothing: the device holds all rows."""
         return Gathered([])
 
     def read(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
@@ -101,7 +101,7 @@ class PinnedTable(GatheredTable):
         self.views = views
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
     def _read(self, view: int, items: Tensor, into: Tensor) -> None:
         torch.index_select(self.views[view], 0, items, out=into)

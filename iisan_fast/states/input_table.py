@@ -1,4 +1,4 @@
-"""What uncached training reads: every item's tokens and image as its encoders take them, or their states made anew.
+"""Items for uncached training: the encoders' inputs, or states encoded at each reading.
 
 Token numbers lie in host memory. Images lie, as bytes, on the device or in (pinned) host memory where there is room,
 and are otherwise decoded from the dataset's files ahead of the step. What the encoders read is the same.
@@ -54,13 +54,13 @@ class InputTable:
         self._views, self._opened = views, opened
 
     def gather(self, items: Tensor) -> Gathered:
-        """What the device does not hold of item numbers int64 [N] on the host: tokens and images, a tensor a view."""
+        """Gather the tokens and images that the device lacks, a tensor a view. items: int64 [N] on the host."""
         by_view = [view.gather(items, self.part_items) for view in self._views]
         tensors = [tensor for gathered in by_view for tensor in gathered.tensors]
         return Gathered(tensors, [gathered.layout for gathered in by_view])
 
     def read(self, items: Tensor, gathered: Gathered | None = None) -> list[Chunks]:
-        """What the encoder of each view reads of items int64 [N], on the device."""
+        """Return each view's encoder inputs for items int64 [N], on the device."""
         gathered = gathered or self.gather(items)
         items = items.to(self.device, non_blocking=True)
         tensors = (tensor.to(self.device, non_blocking=True) for tensor in gathered.tensors)
@@ -69,7 +69,7 @@ class InputTable:
         ]
 
     def largest(self, count: int) -> list[ModelInputs]:
-        """What each view's encoder reads of so many items at once, all as large as the largest there is."""
+        """Return each view's encoder inputs for `count` items, all as large as the largest one."""
         largest = []
         for view in self._views:
             items = torch.full((count,), view.largest)
@@ -204,7 +204,7 @@ class _ResidentImages:
         self.table, self.form = table, form
 
     def gather(self, items: Tensor, part_items: int) -> Gathered:
-        """Nothing."""
+        """Gather nothing: the device holds all images."""
         return Gathered([])
 
     def chunks(self, items: Tensor, tensors: Iterator[Tensor], layout: None, part_items: int) -> Chunks:
@@ -312,6 +312,6 @@ def _encoded(backbone: Backbone, chunks: Chunks) -> Tensor:
 
 
 def _part_sizes(count: int, most: int) -> list[int]:
-    """Of as few parts as there can be, which are as equal as they can be: a part of one item is worse multiplied."""
+    """Return the sizes of as few, nearly equal parts as `most` allows: a part of one item is slow to multiply."""
     parts = -(-count // most)
     return [(count + part) // parts for part in range(parts)]

@@ -1,4 +1,4 @@
-"""What training reads items from: states in a table, states computed at each reading, or the encoders' inputs.
+"""The source of a run's items: states in a table, states computed at each reading, or the encoders' inputs.
 
 A source has two parts. `gather` runs on the host, ahead of the step, in the loader's thread. `read` runs on the device,
 in the step's order, and never waits.

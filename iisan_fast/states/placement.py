@@ -1,4 +1,4 @@
-"""Where a table goes: on the device, into host memory, or nowhere; chosen by the room there is."""
+"""Place a table on the device, in host memory or nowhere, as free memory allows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def place(table: str, placement: str, size: int, device: torch.device, mapped: str) -> str:
-    """Where a table of so many bytes goes: "device", "pinned" or "mapped". Says so, under the table's name.
+    """Return the place of a table of `size` bytes: "device", "pinned" or "mapped". Log it under the table's name.
 
     mapped: in words, where its rows are when no memory holds them. Raises InputError for a placement that does not
     exist, or that was asked for and does not fit.
@@ -67,7 +67,7 @@ def _available() -> int | None:
 
 
 def _granted() -> int | None:
-    """What the process's control group leaves of its limit, where there is one (version 2). Cached files can go."""
+    """Return the bytes left under the limit of the process's control group (version 2). Cached files count as free."""
     limit, used, stat = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
         return None

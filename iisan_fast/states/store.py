@@ -76,7 +76,7 @@ class Store:
         return self.manifest["views"]
 
     def view(self, name: str) -> dict[str, Any]:
-        """What a view was made with. Raises InputError if there is none of that name."""
+        """Return the description of a view. Raises InputError if there is none of that name."""
         if name not in self.views:
             raise InputError(f"{self.path}: no view {name!r}; it has {', '.join(self.views) or 'none'}")
         return self.views[name]
@@ -183,7 +183,7 @@ class Store:
 
 
 def content_digest(content: bytes) -> bytes:
-    """What a store keeps beside an item's states to know its content again: BLAKE2b, 16 bytes."""
+    """Return the digest of an item's content that a store keeps beside its states: BLAKE2b, 16 bytes."""
     return blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 

@@ -61,7 +61,7 @@ def _report_untitled(untitled: pl.Series, total: int, policy: str) -> None:
 
 
 def _write_covers(folder: Path, covers: Path, item_ids: pl.Series, copy: bool) -> int:
-    """How many items have none."""
+    """Link or copy the covers, and return the number of items without one."""
     if not covers.is_dir():
         raise InputError(f"{covers}: no such folder; expected images named by item id")
     names = list_images(covers)
@@ -84,7 +84,7 @@ def _write_covers(folder: Path, covers: Path, item_ids: pl.Series, copy: bool) -
 
 
 def _write_histories(folder: Path, interactions: pl.DataFrame) -> int:
-    """How many users there are."""
+    """Write users.tsv and, with timestamps, times.tsv; return the number of users."""
     files = {"item": folder / "users.tsv"}
     order = [pl.col("user").to_physical()]
     if "timestamp" in interactions.columns:

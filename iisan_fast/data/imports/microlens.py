@@ -47,7 +47,7 @@ def _read_tsv(pairs: Path) -> pl.DataFrame:
 
 
 def _has_header(pairs: Path) -> bool:
-    """Whether the first line names the columns, rather than being an interaction."""
+    """Return True if the first line names the columns, False if it is an interaction."""
     first = next(_rows(pairs), [])
     if {*PAIR_COLUMNS} <= {*first}:
         return True

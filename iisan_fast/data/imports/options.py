@@ -14,7 +14,7 @@ MISSING_TITLES = ("id", "drop", "error")
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Of every import."""
+    """Options of every import."""
 
     # Items without a title: their id stands for it, so that interactions stay as published; or they are dropped.
     missing_titles: str = "id"
@@ -28,7 +28,7 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class TableOptions(ImportOptions):
-    """Of imports from tables whose columns may have any name."""
+    """Options of imports from tables whose columns may have any name."""
 
     user_column: str | None = None  # None: what the format calls it, TABLE_COLUMNS or RECBOLE_FIELDS
     item_column: str | None = None  # of the interactions and of the titles
@@ -40,7 +40,7 @@ class TableOptions(ImportOptions):
 
 @dataclass(frozen=True)
 class Imported:
-    """What stands in the dataset now, and what does not."""
+    """Counts of an import: what the dataset holds, and what was left out."""
 
     users: int
     items: int

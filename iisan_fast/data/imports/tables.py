@@ -105,7 +105,7 @@ def titles_of(path: Path, rows: Iterable[tuple[str, str | None]]) -> dict[str, s
 
 
 def find(folder: Path, *patterns: str) -> Path | None:
-    """What a folder holds by the first of these patterns that matches. Raises InputError where several match it."""
+    """Return the file that matches the first pattern with a match. Raises InputError if several files match it."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     for pattern in patterns:
