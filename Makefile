@@ -1,4 +1,5 @@
 # Two commands for a fresh machine: `make train` runs the embedded demo, `make test` the checks and the tests.
+# `make test-gpu-versions` runs the tests that depend on versions with those of the machines with GPUs, on a CPU.
 # `make quick` runs the tests that take under a second each, `make test-long` every test, also those of many minutes.
 # On a machine with a CUDA GPU, `make gpu DATASET=…` measures the project in eight minutes.
 PYTHON ?= python3
@@ -7,7 +8,7 @@ INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c co
 OUT ?= benchmarks/results/gpu
 BENCH = $(PYTHON) -m iisan_fast bench
 
-.PHONY: train test quick test-long lint gpu gpu-benchmarks clean
+.PHONY: train test quick test-long test-gpu-versions lint gpu gpu-benchmarks clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/iisan-fast train
@@ -22,6 +23,20 @@ quick: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	$(PYTEST) --slowest 40 --results benchmarks/results/tests.json
+
+# On a CPU, in an environment of its own: a GPU is not needed to import, to compile ahead of time, or to interpret kernels.
+GPU_VERSIONS = .venv-gpu-versions
+
+test-gpu-versions: $(GPU_VERSIONS)/.installed
+	$(GPU_VERSIONS)/bin/python -m pytest -q --slowest 20 --results benchmarks/results/gpu-versions.json \
+		tests/test_modules.py tests/ops/test_configurations.py tests/ops/test_operators.py \
+		tests/ops/test_dispatch.py tests/ops/test_package.py $(wildcard tests/ops/test_*_interpreted.py) tests/encoders/test_attention.py \
+		tests/captioning tests/training/test_training_step_stand_in.py
+
+$(GPU_VERSIONS)/.installed: setup.py constraints-gpu-versions.txt
+	$(PYTHON) -m venv $(GPU_VERSIONS)
+	$(GPU_VERSIONS)/bin/python -m pip install --disable-pip-version-check -q -c constraints-gpu-versions.txt -e '.[dev]'
+	touch $@
 
 # mypy reads the package as it is installed, with kernels/ and cli/ inside: a folder of links looks like that.
 lint: $(VENV)/.installed-dev
@@ -65,4 +80,4 @@ $(VENV)/.installed-dev: setup.py constraints.txt | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(GPU_VERSIONS) build dist *.egg-info

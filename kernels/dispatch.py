@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .cpu.library import why_no_compiler, why_no_library
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up here: torch.compile cannot trace the look-up
 FORM_VARIABLE = "IISAN_FAST_FORM"
 REFERENCE, GPU, CPU, CPU_TORCH = "reference", "gpu", "cpu", "cpu-torch"
 FORMS = {  # beside the reference, the fastest first
@@ -134,7 +135,7 @@ def _why_not_on_a_cpu(device: str) -> str:
 @functools.cache
 def _why_not_by_triton(device: str, dtypes: tuple[torch.dtype, ...]) -> str:
     """Return why Triton cannot run an op on tensors of a device and these dtypes, or ""."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "the package triton is not installed"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs CUDA tensors (or TRITON_INTERPRET=1), found {device}"

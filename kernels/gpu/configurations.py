@@ -32,10 +32,12 @@ class Configuration:
 # fits in the 99 KB of shared memory of the smaller GPUs. None spills registers at the published sizes.
 CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
     "side_project": {
-        ("default", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 2}, warps=4, stages=2),
+        ("default", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 1}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 32, "BD": 32, "GROUP": 7}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BM": 16, "BD": 16, "GROUP": 2}, warps=4, stages=1),
+        ("sm_80", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 2}, warps=4, stages=2),
         ("sm_80", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 7}, warps=8, stages=2),
+        ("sm_90", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 2}, warps=4, stages=2),
         ("sm_90", "large"): Configuration({"BM": 64, "BD": 32, "GROUP": 7}, warps=8, stages=3),
     },
     "side_recur": {
@@ -61,7 +63,7 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
     "side_weight_gradients": {
         ("default", "small"): Configuration({"BM": 32, "BD": 32, "GROUP": 2, "PROGRAMS": 256}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 2, "PROGRAMS": 528}, warps=8, stages=2),
-        ("default", "fp32"): Configuration({"BM": 16, "BD": 32, "GROUP": 1, "PROGRAMS": 256}, warps=4, stages=1),
+        ("default", "fp32"): Configuration({"BM": 16, "BD": 32, "GROUP": 1, "PROGRAMS": 256}, warps=8, stages=1),
         ("sm_90", "large"): Configuration({"BM": 32, "BD": 32, "GROUP": 7, "PROGRAMS": 528}, warps=8, stages=2),
     },
     "side_mix_gradients": {
@@ -85,13 +87,13 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
         ("default", "small"): Configuration({"BM": 64, "BN": 16, "PROGRAMS": 256}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 64, "BN": 64, "PROGRAMS": 528}, warps=8, stages=2),
         ("default", "wide"): Configuration({"BM": 32, "BN": 64, "PROGRAMS": 528}, warps=8, stages=2),
-        ("default", "fp32"): Configuration({"BM": 32, "BN": 32, "PROGRAMS": 528}, warps=8, stages=1),
+        ("default", "fp32"): Configuration({"BM": 32, "BN": 16, "PROGRAMS": 528}, warps=8, stages=1),
     },
     "target_rank": {
         ("default", "small"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 528}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 64, "BN": 64, "PROGRAMS": 1056}, warps=4, stages=2),
         ("default", "wide"): Configuration({"BM": 32, "BN": 32, "PROGRAMS": 1056}, warps=8, stages=2),
-        ("default", "fp32"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 1056}, warps=4, stages=1),
+        ("default", "fp32"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 1056}, warps=8, stages=1),
     },
 }
 
