@@ -34,9 +34,8 @@ def check_towers(
     for i, (table, rows) in enumerate(states):
         _floating(f"states[{i}].table", table)
         _same_device(f"states[{i}].table", table, device)
-        found = _dimensions(f"states[{i}].table", table, 3)
-        if found[1:] != (layers, width):
-            raise ValueError(f"states[{i}].table: expected [rows, {layers}, {width}], found {list(found)}")
+        if _dimensions(f"states[{i}].table", table, 3)[1:] != (layers, width):
+            raise ValueError(f"states[{i}].table: expected [rows, {layers}, {width}], found {list(table.shape)}")
         if rows is not None:
             if i == 0 or rows is not states[0].rows or len(table) != len(states[0].table):  # looked at once
                 check_indices(f"states[{i}].rows", rows, None, len(table), device)
@@ -166,17 +165,17 @@ def check_indices(
     if indices.is_cpu and indices.numel() and not torch.compiler.is_compiling():
         least, most = (bound.item() for bound in indices.aminmax())
         if least < lowest or most >= limit:
-            found = least if least < lowest else most
-            raise ValueError(f"{name}: expected indices from {lowest} to {limit - 1}, found {found}")
+            outside = least if least < lowest else most
+            raise ValueError(f"{name}: expected indices from {lowest} to {limit - 1}, found {outside}")
 
 
 def _matrices(queries: Tensor, items: Tensor) -> tuple[int, int]:
     """Return (rows of items, rows of queries) of two matrices of one width, dtype and device."""
     count, width = _dimensions("items", items, 2)
-    rows, found = _dimensions("queries", queries, 2)
+    rows, query_width = _dimensions("queries", queries, 2)
     if not width:
         raise ValueError(f"items: expected vectors of at least one number, found {list(items.shape)}")
-    if found != width:
+    if query_width != width:
         raise ValueError(f"queries: expected [rows, {width}] as items are wide, found {list(queries.shape)}")
     _floating("items", items)
     if queries.dtype != items.dtype:

@@ -58,8 +58,9 @@ def choose(
         chosen = REFERENCE
     else:
         if reason := _why_unable(op, name, tensors, refusals):
-            other = _first_able(op, [each for each in FORMS[op] if each != name], tensors, refusals)
-            raise ValueError(f"{source}: {name} cannot run {op}: {reason}; use {other}")
+            others = [other for other in FORMS[op] if other != name]
+            able = _first_able(op, others, tensors, refusals)
+            raise ValueError(f"{source}: {name} cannot run {op}: {reason}; use {able}")
         chosen = name
     if not torch.compiler.is_compiling() and (op, chosen) not in reported:
         report(op, chosen, _explanation(op, chosen, candidates, tensors, refusals))

@@ -22,8 +22,8 @@ def target_rank(
 ) -> tuple[Tensor, Tensor]:
     """Return the reference's ranks; the caller has checked the arguments.
 
-    Every thread takes a few users at a time, and chunk_elements bounds the tiles of all, from 48 x 48 each. All
-    products have one shape, the targets' own included, so that equal vectors score alike to the last bit.
+    Every thread takes a part of the users at a time, and chunk_elements bounds the tiles of all, from 48 x 48 each.
+    All products have one shape, those of the targets too, so that equal vectors score alike to the last bit.
     """
     threads, users, catalogue = cores(), len(queries), len(items)
     most = max(STEP**2, chunk_elements // threads)  # scores of a tile
@@ -44,7 +44,7 @@ def target_rank(
 
 
 class _Tile:
-    """A few users against the catalogue, tile by tile."""
+    """A part of the users against the catalogue, tile by tile."""
 
     def __init__(
         self, queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor, height: int, width: int
@@ -54,24 +54,24 @@ class _Tile:
         self.scores = queries.new_empty(height, width)
         # Flags are numbers, since adding up booleans takes longer than the product; a half's would not add up exactly.
         self.flags = self.scores.new_empty(height, width, dtype=torch.promote_types(queries.dtype, torch.float32))
-        own = F.pad(items[targets], (0, 0, 0, width - self.users))
-        self.target = torch.mm(self.queries, own.T, out=self.scores)[: self.users].diagonal()[:, None].clone()
+        target_items = F.pad(items[targets], (0, 0, 0, width - self.users))
+        self.target = torch.mm(self.queries, target_items.T, out=self.scores)[: self.users].diagonal()[:, None].clone()
         self.higher, self.not_lower = torch.zeros(2, self.users, dtype=torch.float64)
         self.broken = torch.zeros(self.users, dtype=torch.bool)
         self.unreachable = (excluded == targets[:, None]).any(dim=1)
         self._list(excluded)
 
     def _list(self, excluded: Tensor) -> None:
-        """Whose excluded items have to be looked up where, tile after tile, each once however often it repeats."""
+        """List where to look up the scores of excluded items, tile after tile, each item once."""
         listed, _ = excluded.sort(dim=1)
         counted = listed >= 0
         counted[:, 1:] &= listed[:, 1:] != listed[:, :-1]
         users, items = counted.nonzero()[:, 0], listed[counted]
         tiles, order = (items // self.width).sort()
-        self.own_users = users[order]
-        self.own_places = self.own_users * self.width + items[order] % self.width  # in a tile's memory
-        self.own_ends = tiles.bincount(minlength=len(self.items) // self.width).cumsum(0).tolist()
-        self.own_scores = self.scores.new_empty(len(order))
+        self.excluded_users = users[order]
+        self.excluded_places = self.excluded_users * self.width + items[order] % self.width  # in a tile's memory
+        self.excluded_ends = tiles.bincount(minlength=len(self.items) // self.width).cumsum(0).tolist()
+        self.excluded_scores = self.scores.new_empty(len(order))
 
     def count(self, first: int, columns: int, finite: bool) -> None:
         """Adds up the items from number `first` on, `columns` of them."""
@@ -80,8 +80,8 @@ class _Tile:
         self.higher += torch.gt(scores, self.target, out=flags).sum(dim=1)
         self.not_lower += torch.ge(scores, self.target, out=flags).sum(dim=1)
         tile = first // self.width
-        here = slice(self.own_ends[tile - 1] if tile else 0, self.own_ends[tile])
-        self.own_scores[here] = self.scores.flatten()[self.own_places[here]]
+        here = slice(self.excluded_ends[tile - 1] if tile else 0, self.excluded_ends[tile])
+        self.excluded_scores[here] = self.scores.flatten()[self.excluded_places[here]]
         if not finite:
             self.broken |= ~scores.isfinite().all(dim=1)
 
@@ -89,9 +89,9 @@ class _Tile:
         """float64 [2, users]: without the excluded items, and among all."""
         ties = self.not_lower - self.higher - 1
         unmasked = (1 + self.higher + tie_share * ties).masked_fill(self.broken, float("nan"))
-        target = self.target[self.own_users, 0]
-        own = (self.own_scores > target) + tie_share * (self.own_scores == target)
-        masked = unmasked.index_add(0, self.own_users, own.double(), alpha=-1)
+        target = self.target[self.excluded_users, 0]
+        above = (self.excluded_scores > target) + tie_share * (self.excluded_scores == target)
+        masked = unmasked.index_add(0, self.excluded_users, above.double(), alpha=-1)
         return torch.stack([masked.masked_fill(self.unreachable & ~self.broken, float("inf")), unmasked])
 
 

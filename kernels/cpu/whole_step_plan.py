@@ -32,18 +32,19 @@ class GradientLayout:
 
     def __init__(self, weights: RecommenderWeights) -> None:
         d, (_, _, width) = len(weights.fusion), weights.towers[0].down_weight.shape
-        towers = [[each.shape for each in tower[1:] if each is not None] for tower in weights.towers]
-        rest = [each.shape for each in (*itertools.chain(*weights.heads), weights.fusion, weights.fusion_bias)]
-        sequence = [each.shape for each in weights.sequence.tensors]
-        self.shapes = [*itertools.chain(*([*own, None] for own in towers)), *rest, *sequence]
+        towers = [[weight.shape for weight in tower[1:] if weight is not None] for tower in weights.towers]
+        rest = [weight.shape for weight in (*itertools.chain(*weights.heads), weights.fusion, weights.fusion_bias)]
+        sequence = [weight.shape for weight in weights.sequence.tensors]
+        self.shapes = [*itertools.chain(*([*shapes, None] for shapes in towers)), *rest, *sequence]
         counts = [d * width if shape is None else math.prod(shape) for shape in self.shapes]
         self.sizes = [-(-count // PANEL) * PANEL for count in counts]
         self.starts = list(itertools.accumulate(self.sizes, initial=0))
-        own = [start for shape, start in zip(self.shapes, self.starts) if shape is not None]
-        self.places = [(each.shape, each.stride(), start) for each, start in zip(weights.tensors(), own, strict=True)]
-        each = len(towers[0]) + 1
-        self.towers = [self.starts[i * each : (i + 1) * each + 1] for i in range(len(towers))]  # with where it ends
-        after = len(towers) * each
+        starts = [start for shape, start in zip(self.shapes, self.starts) if shape is not None]
+        tensors = zip(weights.tensors(), starts, strict=True)
+        self.places = [(weight.shape, weight.stride(), start) for weight, start in tensors]
+        size = len(towers[0]) + 1  # of a tower: its weights, and its projection
+        self.towers = [self.starts[i * size : (i + 1) * size + 1] for i in range(len(towers))]  # with where it ends
+        after = len(towers) * size
         self.heads = [self.starts[after + 4 * i : after + 4 * i + 4] for i in range(len(towers))]
         self.fusion, self.fusion_bias, self.sequence = self.starts[after + 4 * len(towers) :][:3]
 
@@ -187,10 +188,10 @@ class StepPlan:
             *tower[1:],
             self.products[number][0],
             [self.panels[view] for view in tower.views],
-            *(each[number] for each in (self.inputs, self.before, self.after)),
+            *(tensor[number] for tensor in (self.inputs, self.before, self.after)),
         )
         call.projected, call.upstream = self.projected[number].data_ptr(), self.of_vectors[0].data_ptr()
-        names = [f"of_{name}" for name, each in zip(Tower._fields[1:], tower[1:]) if each is not None]
+        names = [f"of_{name}" for name, weight in zip(Tower._fields[1:], tower[1:]) if weight is not None]
         *places, end = self.layout.towers[number]
         addresses = [self._place(place) for place in places]
         if self.tower_calls[number]:
@@ -206,9 +207,9 @@ class StepPlan:
         chains, d, layout = self.weights.chains(), len(self.weights.fusion), self.layout
         parts = [shares(len(chain.inner), fold_heads.MOST_PARTS) for chain in chains]
         self.fold_memory = [
-            fold_heads.FoldMemory(self._empty(len(each.inner), d), self._empty(len(each.middle))) for each in chains
+            fold_heads.FoldMemory(self._empty(len(chain.inner), d), self._empty(len(chain.middle))) for chain in chains
         ]
-        self.products = [[self._empty(d, each.inner.shape[1]) for _ in own] for each, own in zip(chains, parts)]
+        self.products = [[self._empty(d, chain.inner.shape[1]) for _ in cuts] for chain, cuts in zip(chains, parts)]
         # Zero where a chain has fewer parts.
         self.more_of_fusion = torch.zeros(
             max(map(len, parts)) - 1, *self.weights.fusion.shape, dtype=self.dtype, device="cpu"
@@ -216,8 +217,8 @@ class StepPlan:
         self.biases = self._empty(len(chains), d)
         self.folds: list[list[ctypes.Structure]] = [[] for _ in chains]
         column = 0
-        for i, (chain, own) in enumerate(zip(chains, parts)):
-            for number, part in enumerate(own):
+        for i, (chain, cuts) in enumerate(zip(chains, parts)):
+            for number, part in enumerate(cuts):
                 results = {"product": self.products[i][number], "bias": self.biases[i]}
                 call = fold_heads.fold_struct(chain, self.fold_memory[i], part, **results)
                 call.upstream, call.of_bias = self._place(layout.towers[i][-2]), self._place(layout.fusion_bias)
@@ -237,7 +238,7 @@ class StepPlan:
         self.probabilities = self._empty(self.rows * PANEL * panels_of(self.items))
         self.row_losses, self.of_row_losses = self._empty(2, self.rows)
         self.of_vectors = self._empty(inbatch_cross_entropy.MOST_WORKERS, self.items, d)
-        self.sequence_sizes = [each.numel() for each in sequence]
+        self.sequence_sizes = [weight.numel() for weight in sequence]
         self.more_of_sequence = self._empty(sequence_encoder.MOST_WORKERS - 1, sum(self.sequence_sizes))
         self.sequence_memory = [self._empty(0)] * sequence_encoder.MOST_WORKERS
         rows = {"x": self.x, "states": self.states, "upstream": self.of_states, "of_x": self.of_x}
@@ -297,4 +298,4 @@ def _shape(batch: RecommenderBatch) -> tuple[list[torch.Size], torch.dtype]:
 
 
 def _addresses(tensors: Iterable[Tensor]) -> list[int]:
-    return [each.data_ptr() for each in tensors]
+    return [tensor.data_ptr() for tensor in tensors]

@@ -9,12 +9,11 @@ A tower is linear in the frozen states but for its bottlenecks. With c[k, j] the
 is the reference's tower with its sums in another order. All that happens at width D is the mix and three matrix
 products: the states are read where they lie, nothing of size [items, layers, width] is written but the gradient of a
 view that takes one, and no gradient passes through a chain of D-wide layers. The composites W_down,k W_up,j are as
-small as weights; `_prepare` makes them with plain differentiable operations, and the op takes them as an input.
+small as weights; `tower_operands` makes them with plain differentiable operations, and the op takes them as an input.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +22,12 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..reference.side_towers import GATE_TEMPERATURE
 from ..types import States, Tower
-from . import side_towers_kernels as device
+from . import side_towers_backward_kernels as backward
+from . import side_towers_kernels as forward
 from .configurations import Configuration, configuration
 from .launch import block, fit_range, launch, precision
+from .tower_operands import tower_operands
 
 
 def side_towers(
@@ -46,70 +46,10 @@ def side_towers(
         torch.arange(len(view.table), device=view.table.device) if view.rows is None else view.rows.contiguous()
         for view in read
     ]
-    weights = _prepare(towers, first_towers, second_towers, dtype)
+    weights = tower_operands(towers, first_towers, second_towers, dtype)
     out, _, _ = _side_towers(tables[0], rows[0], tables[1], rows[1], *weights, first_towers, second_towers, activation)
     outputs = list(out.to(towers[0].down_weight.dtype).unbind(0))
     return outputs if projections is None else list(map(F.linear, outputs, projections))
-
-
-def _prepare(towers: Sequence[Tower], first_towers: int, second_towers: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What the kernels read, from the towers' parameters, differentiably.
-
-    Returns in fp32: coefficients [T, K, 3] (carry, first's and second's weight), down [T, K, R, D], bias [T, K, R],
-    composites [T, K, R, K, R] (zero unless the second layer lies below the first), up [T, K, R, D], up_bias [T, D].
-    """
-    down = torch.stack([tower.down_weight for tower in towers]).float()
-    up = torch.stack([tower.up_weight.mT for tower in towers]).float().contiguous()
-    down_bias = torch.stack([tower.down_bias for tower in towers]).float()
-    up_bias = torch.stack([tower.up_bias for tower in towers]).float()
-    count, layers, bottleneck, width = down.shape
-    constant = _constants(count, first_towers, second_towers, layers, down.device)
-    if towers[0].gate is None:
-        coefficients, carry = constant.plain, constant.at_or_below.expand(count, -1, -1)
-    else:
-        logits = torch.stack([tower.gate for tower in towers]).float() / GATE_TEMPERATURE
-        coefficients = constant.base + constant.slope * torch.sigmoid(logits)[..., None]
-        log_carry = constant.is_intra * F.logsigmoid(-logits)
-        carry = (constant.between * log_carry[:, None, None, :]).sum(3).exp() * constant.at_or_below
-    below = carry * constant.below
-    flat = (count, layers * bottleneck, width)
-    product_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # fp16 gradients would underflow here
-    composites = torch.matmul(down.to(product_dtype).view(flat), up.to(product_dtype).view(flat).mT)
-    composites = composites.view(count, layers, bottleneck, layers, bottleneck) * below[:, :, None, :, None]
-    through_bias = torch.matmul(down.view(flat), up_bias.mT).view(count, layers, bottleneck, layers)
-    final = carry[:, -1, :, None]
-    return (
-        coefficients,
-        down,
-        down_bias + (through_bias * below[:, :, None, :]).sum(3),
-        composites,
-        up * final[..., None],
-        (up_bias * final).sum(1),
-    )
-
-
-class _Constants:
-    """What depends on the towers' kinds and depth alone, made on the device (nothing is copied from the host)."""
-
-    def __init__(self, towers: int, first_towers: int, second_towers: int, layers: int, device: torch.device) -> None:
-        tower, k = torch.arange(towers, device=device), torch.arange(layers, device=device)
-        first, second = (((readers >> tower) & 1).float()[:, None] for readers in (first_towers, second_towers))
-        both, one = first * second, torch.ones_like(first)
-        self.is_intra = one - both
-        # alone: carry 1 - g, weight g; both: carry 1, first g, second 1 - g
-        self.base = torch.stack([one, 0 * one, both], dim=2)
-        self.slope = torch.stack([-self.is_intra, first, self.is_intra * second - both], dim=2)
-        self.plain = torch.stack([one, first, second], dim=2).expand(-1, layers, -1)
-        self.below = (k[:, None] > k).float()  # [k, j]: layer j lies below layer k
-        self.at_or_below = (k[:, None] >= k).float()
-        i = k[None, None, :]
-        self.between = ((i > k[None, :, None]) & (i <= k[:, None, None])).float()  # [k, j, i]: j < i <= k
-
-
-@functools.lru_cache(maxsize=32)
-def _constants(towers: int, first_towers: int, second_towers: int, layers: int, device: torch.device) -> _Constants:
-    with torch.inference_mode(False):  # a first call in inference must not keep later ones from being trained
-        return _Constants(towers, first_towers, second_towers, layers, device)
 
 
 @torch.library.custom_op("iisan_fast::side_towers", mutates_args=())
@@ -144,7 +84,7 @@ def _side_towers(
     chosen = call.configuration("side_project")
     groups = _groups(call.layers, chosen.blocks["GROUP"])
     launch(
-        device.project,
+        forward.project,
         "side_project",
         (call.tiles(chosen) * call.count, groups * triton.cdiv(call.bottleneck, call.r_block)),
         chosen,
@@ -162,7 +102,7 @@ def _side_towers(
     # recur: the bottlenecks of each layer from those below it
     chosen = call.configuration("side_recur")
     launch(
-        device.recur,
+        forward.recur,
         "side_recur",
         (call.tiles(chosen) * call.count,),
         chosen,
@@ -179,7 +119,7 @@ def _side_towers(
     # expand: out += a W_up
     chosen = call.configuration("side_expand")
     launch(
-        device.expand,
+        forward.expand,
         "side_expand",
         (call.tiles(chosen), triton.cdiv(call.width, chosen.blocks["BD"]), call.count),
         chosen,
@@ -241,7 +181,7 @@ def _side_towers_backward(
     collected = call.empty(call.layers, call.bottleneck, dtype=torch.float32)
     chosen = call.configuration("side_collect")
     launch(
-        device.collect,
+        backward.collect,
         "side_collect",
         (call.tiles(chosen), triton.cdiv(call.layers * call.bottleneck, chosen.blocks["BQ"]), call.count),
         chosen,
@@ -259,7 +199,7 @@ def _side_towers_backward(
     bottlenecks = call.empty(call.layers, call.bottleneck)
     chosen = call.configuration("side_recur_backward")
     launch(
-        device.recur_backward,
+        backward.recur_backward,
         "side_recur_backward",
         (call.tiles(chosen) * call.count,),
         chosen,
@@ -302,7 +242,7 @@ def _weight_gradients(
     shape = (splits, call.count, call.layers, call.bottleneck, call.width)
     down_parts, up_parts = (call.fp32(*(shape if wanted else (1, 0))) for wanted in (down, up))
     launch(
-        device.weight_gradients,
+        backward.weight_gradients,
         "side_weight_gradients",
         (columns, others, splits),
         chosen,
@@ -334,7 +274,7 @@ def _mix_gradients(
     shape = (call.count, call.items, call.layers, call.width)
     first_parts, second_parts = (call.fp32(*(shape if wanted else (1, 0))) for wanted in (first, second))
     launch(
-        device.mix_gradients,
+        backward.mix_gradients,
         "side_mix_gradients",
         (call.tiles(chosen) * call.count, columns),
         chosen,

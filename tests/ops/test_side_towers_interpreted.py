@@ -24,7 +24,7 @@ from helpers.kernel_cases import (
     strided,
 )
 from iisan_fast.kernels import States, Tower
-from iisan_fast.kernels.gpu import launch, side_towers
+from iisan_fast.kernels.gpu import launch, tower_operands
 from iisan_fast.kernels.reference import side_towers as towers_reference
 
 pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
@@ -204,7 +204,7 @@ def test_the_layers_of_a_table_may_lie_far_apart():
 
 
 def test_training_may_follow_inference():
-    side_towers._constants.cache_clear()
+    tower_operands._constants.cache_clear()
     case = SideCase(items=3, layers=2)
     with torch.inference_mode():
         by_gpu(case.states, case.towers)
