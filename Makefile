@@ -14,12 +14,13 @@ train: $(VENV)/.installed
 	$(VENV)/bin/iisan-fast train
 
 PYTEST = $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
+QUICK = $(wildcard tests/test_*.py) $(addprefix tests/,cli data evaluation models ops states training)
 
 test: lint
 	$(PYTEST) -m 'not long' --slowest 20
 
 quick: $(VENV)/.installed-dev
-	$(PYTEST) -m 'not long and not slow'
+	$(PYTEST) -m 'not long and not slow' $(QUICK)
 
 test-long: $(VENV)/.installed-dev
 	$(PYTEST) --slowest 40 --results benchmarks/results/tests.json

@@ -59,6 +59,7 @@ def followed(folder: Path) -> float:
     return float((steps[within] == 1).all(axis=1).mean())
 
 
+@pytest.mark.slow
 def test_the_same_seed_writes_the_same_bytes(written: tuple[Path, list[ViewConfig]], tmp_path: Path) -> None:
     state = torch.random.get_rng_state()
     demo.write_demo(tmp_path)
@@ -66,6 +67,7 @@ def test_the_same_seed_writes_the_same_bytes(written: tuple[Path, list[ViewConfi
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_another_seed_writes_another_demo(written: tuple[Path, list[ViewConfig]], tmp_path: Path) -> None:
     demo.write_demo(tmp_path, seed=1)
     here, there = tree(tmp_path), tree(written[0].parent)
@@ -161,6 +163,7 @@ def _pictures(dataset: Dataset, encoder: str) -> torch.Tensor:
     return model(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).last_hidden_state[:, 0]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_each_view_tells_its_own_attribute_only(written: tuple[Path, list[ViewConfig]]) -> None:
     """A linear probe, fitted on one half of the catalogue, reads material off titles and colour off pictures."""
@@ -187,6 +190,7 @@ def hit_rates(result: dict) -> tuple[float, float]:
     return result["test"]["masked"]["hr@10"], result["popularity"]["masked"]["hr@10"]
 
 
+@pytest.mark.slow
 def test_the_demo_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """`iisan-fast train` alone beats popularity fivefold."""
     with pytest.raises(SystemExit) as end:

@@ -34,7 +34,7 @@ def test_each_test_counts_once_with_all_its_phases(pytestconfig, tmp_path):
     durations = Durations(SimpleNamespace(getoption={"slowest": 0, "results": tmp_path / "tests.json"}.get))
     durations.config.invocation_params = pytestconfig.invocation_params
     for when, seconds in (("setup", 1.0), ("call", 2.0), ("teardown", 0.25)):
-        durations.pytest_runtest_logreport(report("one", when, "passed", seconds))
+        durations.pytest_runtest_logreport(report("tests/a/test_one.py::one", when, "passed", seconds))
     durations.pytest_runtest_logreport(report("two", "setup", "skipped", 0.0, "needs a CUDA GPU"))
     durations.pytest_runtest_logreport(report("two", "teardown", "passed", 0.0))
     durations.pytest_runtest_logreport(report("three", "setup", "passed", 0.0))
@@ -43,6 +43,7 @@ def test_each_test_counts_once_with_all_its_phases(pytestconfig, tmp_path):
     results = json.loads((tmp_path / "tests.json").read_text())
     assert results["tests"] == {"failed": 1, "passed": 1, "skipped": 1}
     assert results["skipped_because"] == {"needs a CUDA GPU": 1}
-    assert results["slowest"] == {"one": 3.25, "three": 0.5, "two": 0.0}
+    assert results["slowest"] == {"tests/a/test_one.py::one": 3.25, "three": 0.5, "two": 0.0}
+    assert results["seconds_by_folder"] == {"tests/a": 3.2, ".": 0.5}
     assert results["processor_seconds"] == pytest.approx(3.8, abs=0.06)
     assert {"commit", "environment", "command", "wall_seconds"} <= results.keys()

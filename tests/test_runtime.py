@@ -96,6 +96,7 @@ def test_what_the_environment_holds_already_stays(unset, monkeypatch):
     assert os.environ[CUBLAS_VARIABLE] == ":16:8"
 
 
+@pytest.mark.slow
 def test_an_import_sets_nothing_and_prepare_sets_openmp_and_cublas():
     program = (
         "import os; before = dict(os.environ)\n"

@@ -35,6 +35,7 @@ def test_its_configuration_is_that_of_the_committed_run(scientific, tmp_path):
         assert {name: config[part][name] for name in committed[part]} == committed[part]
 
 
+@pytest.mark.slow
 def test_a_seed_is_trained_to_its_last_epoch_then_to_the_stop(scientific, toy_run, tmp_path, monkeypatch):
     dataset, cache = toy_run
     monkeypatch.setattr(scientific, "EPOCHS", 2)

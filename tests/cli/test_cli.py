@@ -93,6 +93,7 @@ def test_train_says_where_the_table_lies(toy_run, tmp_path, placement, home, cap
     assert json.loads(resumed.stdout)["epochs"] == 1  # the place is none of a run's settings
 
 
+@pytest.mark.slow
 def test_the_line_about_the_table_is_printed(toy_run, tmp_path):
     dataset, cache = toy_run
     program = Path(sys.executable).with_name("iisan-fast")

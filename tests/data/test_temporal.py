@@ -299,7 +299,7 @@ def test_the_command_line_refuses(timed, tmp_path):
     cache, items = tmp_path / "cache", [f"i{number}" for number in range(1, 39)]
     fill_store(cache, items, random_table([(2, 16)], len(items), torch.float32), ("title",))
     message = refused("train", timed, "--cache", cache, "--split", "temporal", "--out", tmp_path / "run")
-    assert "lacks 2 of 40 items (i39, i40); run iisan-fast extract with the same --split" in message
+    assert "lacks 2 of 40 items (i39, i40); run iisan-fast extract with the same split" in message
     assert "temporal split; give a dataset" in refused("train", "--split", "temporal", "--out", tmp_path / "run")
     assert "leave-one-out takes no shares" in refused("stats", timed, "--test-from", 0.95)
     for shares in ((0.9, 0.8), (0, 0.5), (0.5, 1), (float("nan"), 0.5)):

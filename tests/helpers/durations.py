@@ -99,5 +99,13 @@ class Durations:
             "processor_seconds": round(sum(self.seconds.values()), 1),
             "tests": dict(sorted(self.counts.items())),
             "skipped_because": dict(self.reasons.most_common()),
+            "seconds_by_folder": self.seconds_by_folder(),
             "slowest": {name: round(seconds, 2) for name, seconds in self.seconds.most_common(LISTED)},
         }
+
+    def seconds_by_folder(self) -> dict[str, float]:
+        """Return the processor time of each folder's tests, those of the most first."""
+        folders: Counter[str] = Counter()
+        for name, seconds in self.seconds.items():
+            folders[str(Path(name.split("::")[0]).parent)] += seconds
+        return {folder: round(seconds, 1) for folder, seconds in folders.most_common()}

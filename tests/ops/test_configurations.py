@@ -24,7 +24,7 @@ SPILLED_BYTES = 0 if triton.__version__.startswith("3.6.") else 32
 @pytest.mark.parametrize(
     ("dtype", "architectures", "options"),
     [
-        ("bfloat16", (90,), []),
+        pytest.param("bfloat16", (90,), [], marks=pytest.mark.slow),
         pytest.param("bfloat16", (80, 89), [], marks=pytest.mark.long),
         pytest.param("float32", (80, 89, 90), [], marks=pytest.mark.long),
         pytest.param("bfloat16", (90,), ["--other-forms"], marks=pytest.mark.long),

@@ -163,6 +163,7 @@ def test_a_form_that_is_named_is_never_replaced(loss, monkeypatch):
     assert not launch.launches and not torch.allclose(losses, loss_reference.inbatch_cross_entropy(**loss))
 
 
+@pytest.mark.slow
 def test_the_gpu_form_on_cpu_tensors_needs_the_interpreter():
     program = (
         "import torch; from iisan_fast import kernels\n"
@@ -174,6 +175,7 @@ def test_the_gpu_form_on_cpu_tensors_needs_the_interpreter():
     assert "ValueError: form: gpu cannot run target_rank: it needs CUDA tensors" in result.stderr
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_triton():
     program = (
         "import sys; sys.modules['triton'] = None; import torch\n"

@@ -21,7 +21,7 @@ from iisan_fast import kernels
 from iisan_fast.kernels.gpu import launch
 from iisan_fast.kernels.reference import inbatch_cross_entropy as loss_reference
 
-pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nan_in_new_memory")]
 
 
 def test_small_gradients_of_the_loss_do_not_underflow_in_fp16():

@@ -9,6 +9,8 @@ from helpers.kernel_cases import LossCase, SideCase, rank_case
 from iisan_fast import kernels
 from iisan_fast.kernels.gpu import inbatch_cross_entropy, side_towers, target_rank
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_ops_are_sound_operators():
     """Schema, fake tensors, autograd registration and ahead-of-time dispatch agree with what the kernels do."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -26,12 +27,14 @@ assert iisan_fast.kernels.side_tower
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_folder_is_no_package_of_its_own():
     """From the repository root `import kernels` finds our folder; transformers must load and think it absent."""
     result = subprocess.run([sys.executable, "-c", FROM_THE_ROOT], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "absent", result.stderr
 
 
+@pytest.mark.slow
 def test_a_checkout_is_whole_whatever_is_installed():
     """Python started in the repository root, without the editable install's hooks, finds kernels and cli."""
     environment = {**os.environ, "PYTHONPATH": str(Path(torch.__file__).parents[1])}

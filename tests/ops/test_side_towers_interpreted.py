@@ -27,7 +27,7 @@ from iisan_fast.kernels import States, Tower
 from iisan_fast.kernels.gpu import launch, tower_operands
 from iisan_fast.kernels.reference import side_towers as towers_reference
 
-pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nan_in_new_memory")]
 
 SIDE_FORWARD = ("side_project", "side_recur", "side_expand")
 SIDE_BACKWARD = ("side_collect", "side_recur_backward", "side_weight_gradients", "side_mix_gradients")

@@ -14,7 +14,7 @@ from iisan_fast import kernels
 from iisan_fast.kernels.gpu import launch
 from iisan_fast.kernels.reference import target_rank as rank_reference
 
-pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nan_in_new_memory")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -167,6 +167,7 @@ def test_two_that_share_out_at_once_both_get_all_their_calls():
     assert made == Counter({number: 40 for number in range(20)})
 
 
+@pytest.mark.slow
 def test_a_fork_has_threads_of_its_own():
     program = """
 import os, sys, threading, warnings

@@ -179,6 +179,7 @@ for _ in sys.stdin:  # an extraction for each line, in a process that has all it
 """
 
 
+@pytest.mark.slow
 def test_an_extraction_killed_at_any_moment_resumes(tmp_path, seen):
     count = 120
     root = write_dataset_folder(tmp_path / "d", make_sequences([list(range(1, count + 1))], max_inputs=count))

@@ -297,6 +297,7 @@ def test_the_loader_gives_a_batchs_contents(dataset, views):
     assert all(torch.equal(*both) for both in zip(map(read, own.item_inputs), map(read, again)))
 
 
+@pytest.mark.slow
 def test_uncached_training_follows_cached(dataset, views, tmp_path):
     extract(dataset, views, tmp_path / "cache", CPU)
     names, sequences = [view.name for view in views], dataset.sequences

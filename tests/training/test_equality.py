@@ -46,7 +46,9 @@ def expected(scientific):
     return of
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.slow) if form == "gpu" else form for form in FORMS]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_step_equals_reference_on_scientific(form, case, expected):
     step, result = expected(case, FORMS[form].users)
@@ -72,6 +74,7 @@ def test_step_equals_reference_on_corner_cases(form, histories):
 
 
 # Triton's interpreter takes half a minute for this.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form", [pytest.param(form, marks=pytest.mark.long) if form == "gpu" else form for form in FORMS]
 )

@@ -37,6 +37,8 @@ from iisan_fast.training.item_sources import open_source
 from iisan_fast.training.run_folder import RunFolder
 from iisan_fast.training.trainer import Trainer, resume, train
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ITEMS = 24  # of the small catalogue
 RATES = {"encoders": 1e-3, "adapters": 3e-3, "gates": 3e-3, "heads": 3e-3, "sequence_encoder": 3e-3}
