@@ -11,6 +11,7 @@ from helpers.datasets import make_sequences
 from iisan_fast.config import EvaluationConfig
 from iisan_fast.errors import InputError
 from iisan_fast.evaluation.metrics import evaluate, popularity_baseline, ranking_metrics
+from iisan_fast.kernels.cpu import library as compiled_library
 
 KS = (1, 5, 10, 50)
 
@@ -84,6 +85,12 @@ def test_ties_count_half():
     assert values["hr@1"] == 0 and values["hr@2"] == 1
     assert values["mrr"] == pytest.approx((1 / 1.5 + 1 / 2) / 2)
     assert ranking_metrics(np.array([]), (1,)) == {"hr@1": None, "ndcg@1": None, "mrr": None}
+
+
+def test_the_popularity_baseline_on_a_cpu_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(compiled_library, "_library", lambda dtype: pytest.fail("the C++ library was asked for"))
+    sequences, _, _ = random_case()
+    assert popularity_baseline(sequences, "test", EvaluationConfig((10,)))["users"] == 40
 
 
 def test_popularity_ranks_by_training_count():
