@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from .reference.side_towers import ACTIVATION_FUNCTIONS
-from .types import AdamState, Chain, SequenceGrid, SequenceWeights, States, Tower
+from .types import (
+    BLOCK_WEIGHTS,
+    OUTER_WEIGHTS,
+    AdamState,
+    Chain,
+    SequenceDropout,
+    SequenceGrid,
+    SequenceWeights,
+    States,
+    Tower,
+)
 
 MOST_TOWERS = 32
 
@@ -91,8 +101,15 @@ def check_chains(chains: Sequence[Chain]) -> None:
             _same_device(f"chains[{i}].{name}", weight, chains[0].outer.device)
 
 
-def check_sequences(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> None:
+def check_sequences(
+    x: Tensor, weights: SequenceWeights, grid: SequenceGrid, dropout: SequenceDropout | None = None
+) -> None:
     """Check the arguments of `sequence_encoder` and `last_states`."""
+    count = len(weights.tensors)
+    if count < OUTER_WEIGHTS or (count - OUTER_WEIGHTS) % BLOCK_WEIGHTS:
+        raise ValueError(
+            f"weights.tensors: expected {OUTER_WEIGHTS} tensors and {BLOCK_WEIGHTS} more a block, found {count}"
+        )
     positions, width = _dimensions("weights.tensors[0]", weights.tensors[0], 2)
     if x.dim() != 2 or tuple(x.shape) != (len(grid.slots), width):
         raise ValueError(f"x: expected {[len(grid.slots), width]}, found {list(x.shape)}")
@@ -102,6 +119,14 @@ def check_sequences(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> 
         raise ValueError(f"grid.length: expected 1 to {positions}, found {grid.length}")
     if others := {_name(weight.dtype) for weight in weights.tensors} - {_name(x.dtype)}:
         raise ValueError(f"weights: expected {_name(x.dtype)} like x, found {', '.join(sorted(others))}")
+    for i, weight in enumerate(weights.tensors):
+        _same_device(f"weights.tensors[{i}]", weight, x.device)
+    check_indices("grid.slots", grid.slots, len(x), grid.users * grid.length, x.device)
+    if dropout is not None:
+        if dropout.users.dtype != torch.int64:
+            raise ValueError(f"dropout.users: expected int64, found {_name(dropout.users.dtype)}")
+        _shaped("dropout.users", dropout.users, (grid.users,))
+        _same_device("dropout.users", dropout.users, x.device)
 
 
 def check_moments(states: Sequence[AdamState]) -> None:

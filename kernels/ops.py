@@ -137,7 +137,7 @@ def sequence_encoder(
 
     The form for a CPU is differentiable once. Raises ValueError for bad arguments.
     """
-    check_sequences(x, weights, grid)
+    check_sequences(x, weights, grid, dropout)
     refusals = {CPU: lambda: sequence_encoder_cpu.refusal(weights)}
     chosen = choose("sequence_encoder", form, [x], refusals)
     module = sequence_encoder_cpu if chosen == CPU else sequence_encoder_reference

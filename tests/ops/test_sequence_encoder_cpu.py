@@ -231,13 +231,25 @@ def test_threads_may_change_before_the_backward_and_it_may_come_twice(forward, b
 
 def test_arguments_that_do_not_fit_are_refused():
     case = Case([3, 4])
-    weights, grid, x = case.model.weights(), case.grid, case.x.double()
+    weights, grid, dropout, x = case.model.weights(), case.grid, case.dropout, case.x.double()
     for changed, message in (
         ({"x": x[:-1]}, r"x: expected \[7, 32\], found \[6, 32\]"),
         ({"x": x.float()}, "weights: expected float32 like x, found float64"),
         ({"grid": grid._replace(length=9)}, "grid.length: expected 1 to 4, found 9"),
         ({"weights": weights._replace(heads=3)}, "weights.heads: expected a divisor of 32, found 3"),
+        (
+            {"weights": weights._replace(tensors=weights.tensors[:-1])},
+            "weights.tensors: expected 3 tensors and 12 more a block, found 26",
+        ),
+        (
+            {"weights": weights._replace(tensors=[tensor.to("meta") for tensor in weights.tensors])},
+            r"weights.tensors\[0\]: expected device cpu, found meta",
+        ),
+        ({"grid": grid._replace(slots=grid.slots.int())}, "grid.slots: expected int64, found int32"),
+        ({"grid": grid._replace(slots=grid.slots + 1)}, "grid.slots: expected indices from 0 to 7, found 8"),
+        ({"dropout": dropout._replace(users=dropout.users[:1])}, r"dropout.users: expected \[2\], found \[1\]"),
+        ({"dropout": dropout._replace(users=dropout.users.int())}, "dropout.users: expected int64, found int32"),
     ):
-        arguments = {"x": x, "weights": weights, "grid": grid} | changed
+        arguments = {"x": x, "weights": weights, "grid": grid, "dropout": dropout} | changed
         with pytest.raises(ValueError, match=message):
             kernels.sequence_encoder(**arguments)
