@@ -43,13 +43,16 @@ class AdamUpdate:
     def __call__(
         self, gradients: Sequence[Tensor], rates: Sequence[float], betas: tuple[float, float], epsilon: float
     ) -> None:
-        """Take one step by each parameter's gradient and rate. Raises ValueError if one has none."""
+        """Take one step by each parameter's gradient and rate. Raises ValueError for gradients that do not fit."""
         count = len(self.states)
         if not len(gradients) == len(rates) == count:
             raise ValueError(f"gradients, rates: expected {count} of each, found {len(gradients)} and {len(rates)}")
         for i, (gradient, value) in enumerate(zip(gradients, self._values)):
             if gradient.shape != value.shape:
                 raise ValueError(f"gradients[{i}]: expected {list(value.shape)}, found {list(gradient.shape)}")
+            if gradient.dtype != self._dtype or not gradient.is_cpu:
+                message = f"gradients[{i}]: expected {self._dtype} on cpu, found {gradient.dtype} on {gradient.device}"
+                raise ValueError(message.replace("torch.", ""))
         gradients = [gradient.contiguous() for gradient in gradients]
         pointers = (ctypes.c_void_p * count)(*map(Tensor.data_ptr, gradients))
         counts = (ctypes.c_int64 * count)(*map(Tensor.numel, gradients))

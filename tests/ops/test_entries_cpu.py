@@ -188,6 +188,17 @@ def test_a_gradient_of_another_size_than_its_parameter_is_refused():
     assert torch.equal(state.parameter, torch.ones(1000)) and not state.steps
 
 
+@pytest.mark.parametrize(
+    ("gradient", "found"),
+    [(torch.ones(8, dtype=torch.bfloat16), "bfloat16 on cpu"), (torch.ones(8, device="meta"), "float32 on meta")],
+)
+def test_a_gradient_that_c_cannot_read_is_refused(gradient, found):
+    state = adam_state(numbers=8, moment=8)
+    with pytest.raises(ValueError, match=rf"gradients\[0\]: expected float32 on cpu, found {found}"):
+        kernels.adam([state])([gradient], [0.1], (0.9, 0.999), 1e-8)
+    assert torch.equal(state.parameter, torch.ones(8)) and not state.steps
+
+
 def test_a_step_count_is_one_number():
     state = adam_state(8, 8)._replace(steps=torch.zeros(2))
     with pytest.raises(ValueError, match=r"states\[0\].steps: expected one number, found \[2\]"):
