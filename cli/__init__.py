@@ -41,6 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0)
     except OSError as error:  # no permission, no space, not a folder: the message names the file
         _fail(str(error))
+    except ValueError as error:
+        if type(error).__name__ != "FormError":  # of the kernels, which import torch
+            raise
+        _fail(str(error))
     except MemoryError as error:
         _fail(f"not enough memory ({error})")
     except RuntimeError as error:

@@ -21,7 +21,7 @@ def torch_device(name: str | torch.device) -> torch.device:
     device = _named_device(name)
     try:
         kernels.check_form(device)
-    except ValueError as error:
+    except kernels.FormError as error:
         raise InputError(str(error)) from None
     return device
 

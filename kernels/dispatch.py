@@ -1,7 +1,7 @@
 """Choose the form that runs an op: one table of forms, one rule, one report.
 
 `auto` takes the first form of the table that can run, else the reference. A form that is named, by the argument `form`
-or the environment variable IISAN_FAST_FORM, runs, or is refused with a ValueError; an op without a form of that name
+or the environment variable IISAN_FAST_FORM, runs, or is refused with a FormError; an op without a form of that name
 takes the reference.
 """
 
@@ -40,13 +40,17 @@ log = logging.getLogger("iisan_fast.kernels")
 reported: set[tuple[str, str]] = set()  # (op, form)
 
 
+class FormError(ValueError):
+    """A form is named that cannot run; the message says why, and what to name, in one line."""
+
+
 def choose(
     op: str, form: str, tensors: Sequence[Tensor], refusals: Refusals, candidates: Sequence[str] | None = None
 ) -> str:
     """Return the form that runs an op on these tensors, and report it once.
 
     Args: refusals: why a form does not take the op's arguments; candidates: the forms that `auto` may take, all of the
-    op's where None. Raises ValueError if a form is named that cannot run.
+    op's where None. Raises FormError if a form is named that cannot run.
     """
     source, name = named_form(form)
     candidates = FORMS[op] if candidates is None else candidates
@@ -60,7 +64,7 @@ def choose(
         if reason := _why_unable(op, name, tensors, refusals):
             others = [other for other in FORMS[op] if other != name]
             able = _first_able(op, others, tensors, refusals)
-            raise ValueError(f"{source}: {name} cannot run {op}: {reason}; use {able}")
+            raise FormError(f"{source}: {name} cannot run {op}: {reason}; use {able}")
         chosen = name
     if not torch.compiler.is_compiling() and (op, chosen) not in reported:
         report(op, chosen, _explanation(op, chosen, candidates, tensors, refusals))
@@ -75,7 +79,7 @@ def report(op: str, form: str, explanation: str = "") -> None:
 
 
 def form_on(device: torch.device) -> str:
-    """Return the fastest form on a device, or the named one. Raises ValueError if the named one cannot run there."""
+    """Return the fastest form on a device, or the named one. Raises FormError if the named one cannot run there."""
     check_form(device)
     _, name = named_form("auto")
     if name != "auto":
@@ -86,7 +90,7 @@ def form_on(device: torch.device) -> str:
 
 
 def check_form(device: torch.device) -> None:
-    """Raise ValueError if the environment names a form that cannot run on a device. Compiles nothing."""
+    """Raise FormError if the environment names a form that cannot run on a device. Compiles nothing."""
     source, name = named_form("auto")
     if name in ("auto", REFERENCE):
         return
@@ -94,7 +98,7 @@ def check_form(device: torch.device) -> None:
     if name == CPU and not reason:
         reason = why_no_compiler()
     if reason:
-        raise ValueError(f"{source}: {name} cannot run on {device.type}: {reason}; use auto")
+        raise FormError(f"{source}: {name} cannot run on {device.type}: {reason}; use auto")
 
 
 def named_form(form: str) -> tuple[str, str]:
@@ -103,7 +107,7 @@ def named_form(form: str) -> tuple[str, str]:
     if form == "auto" and (variable := os.environ.get(FORM_VARIABLE)):
         source, form = FORM_VARIABLE, variable
     if form not in NAMES:
-        raise ValueError(f"{source}: expected {', '.join(NAMES)}, found {form!r}")
+        raise FormError(f"{source}: expected {', '.join(NAMES)}, found {form!r}")
     return source, form
 
 

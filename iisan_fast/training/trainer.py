@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..config import TUNING_METHODS, EvaluationConfig, RunConfig, TrainConfig, read_settings
 from ..data import Batch, Sequences, Shape, epoch_batches, load_dataset, steps_per_epoch
 from ..errors import InputError
@@ -175,7 +176,7 @@ class Trainer:
                 loss = self._train_epoch()
                 trained = time.perf_counter()
                 vectors, report = self._validate()
-        except InputError as error:
+        except (InputError, kernels.FormError) as error:
             left = f"the checkpoint of epoch {progress.epoch} is kept" if progress.epoch else "no epoch was finished"
             raise InputError(f"{folder.path}: stopped in epoch {progress.epoch + 1}: {error}; {left}") from None
         progress.epoch += 1

@@ -12,6 +12,7 @@ import click
 import pytest
 
 from helpers.command_line import iisan_fast, refused
+from helpers.compiler import needs_compiler
 from iisan_fast.cli.views import chosen_views, view_options
 from iisan_fast.config import ViewConfig
 from iisan_fast.errors import InputError
@@ -360,3 +361,22 @@ def test_a_form_that_cannot_run_here_is_refused_before_anything_is_written(toy_r
     message = refused("train", dataset, "--cache", cache, "--out", tmp_path / "run", "--device", "cpu")
     assert "IISAN_FAST_FORM: expected auto, reference, gpu, cpu, cpu-torch, found 'cuda'" in message
     assert not (tmp_path / "run").exists()
+
+
+@needs_compiler
+def test_a_form_that_refuses_the_shapes_of_a_run_gets_one_line(toy_run, tmp_path, monkeypatch):
+    dataset, cache = toy_run
+    out, settings = tmp_path / "run", ("--cache", cache, "--epochs", 1, "--bottleneck", 8, "--device", "cpu")
+    monkeypatch.setenv("IISAN_FAST_FORM", "cpu")
+    assert refused("train", dataset, *settings, "--out", out) == (
+        f"error: {out}: stopped in epoch 1: IISAN_FAST_FORM: cpu cannot run side_towers: without gradients it needs a "
+        "bottleneck that is a multiple of 16, found 8; use cpu-torch; no epoch was finished\n"
+    )
+    narrow = tmp_path / "narrow"
+    monkeypatch.delenv("IISAN_FAST_FORM")
+    assert iisan_fast("train", dataset, *settings, "--embedding-dim", 8, "--out", narrow).returncode == 0
+    monkeypatch.setenv("IISAN_FAST_FORM", "cpu")
+    assert refused("evaluate", narrow, "--device", "cpu") == (
+        "error: IISAN_FAST_FORM: cpu cannot run last_states: it needs widths that are multiples of 16, "
+        "found 8 and 32; use reference\n"
+    )

@@ -172,7 +172,7 @@ def test_the_gpu_form_on_cpu_tensors_needs_the_interpreter():
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert "ValueError: form: gpu cannot run target_rank: it needs CUDA tensors" in result.stderr
+    assert "FormError: form: gpu cannot run target_rank: it needs CUDA tensors" in result.stderr
 
 
 @pytest.mark.slow
