@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 FILES = sorted(path for path in TESTS.rglob("*.py") if path != Path(__file__))
 IMPORT = re.compile(r"^\s*(?:from|import)\s+([\w.]+)", re.MULTILINE)  # in programs that are strings, too
 
@@ -29,6 +30,11 @@ def test_no_test_imports_from_conftest_or_from_another_test():
         if found := sorted(name for name in names if name == "conftest" or name.startswith("test_")):
             wrong[str(path.relative_to(TESTS))] = found
     assert not wrong, "what tests share belongs in tests/helpers"
+
+
+def test_each_folder_of_tests_is_named_after_a_room():
+    rooms = {path.parent.name for path in (ROOT / "iisan_fast").glob("*/__init__.py")} | {"cli", "ops"}
+    assert {path.parent.name for path in TESTS.glob("*/test_*.py")} <= rooms
 
 
 def test_helpers_are_found_through_one_folder(pytestconfig):

@@ -73,18 +73,30 @@ def test_step_equals_reference_on_corner_cases(form, histories):
     FORMS[form].check(step, from_reference(step))
 
 
+@pytest.fixture(scope="module")
+def published(scientific):
+    """(step, the reference's result) at published sizes, computed once for all forms of as many users."""
+
+    @functools.cache
+    def of(count: int) -> tuple[Step, Result]:
+        users = np.random.default_rng(5).permutation(len(scientific.user_ids))[:count]
+        offsets, items = scientific.training
+        histories = [items[offsets[user] : offsets[user + 1]] for user in users]
+        numbers = np.unique(np.concatenate(histories))
+        renumbered = [[*(np.searchsorted(numbers, history) + 1).tolist(), 1, 1] for history in histories]
+        sequences = make_sequences(renumbered, items=len(numbers))
+        step = Step(ModelConfig(), random_table([(7, 768)] * 2, len(numbers)), sequences, np.arange(count), step=7)
+        return step, from_reference(step)
+
+    return of
+
+
 # Triton's interpreter takes half a minute for this.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "form", [pytest.param(form, marks=pytest.mark.long) if form == "gpu" else form for form in FORMS]
 )
-def test_step_at_published_sizes_on_one_real_batch(form, scientific):
+def test_step_at_published_sizes_on_one_real_batch(form, published):
     """Width 768, seven layers, three towers: the 4,113,877 parameters of the paper, over the batch's own items."""
-    users = np.random.default_rng(5).permutation(len(scientific.user_ids))[: min(8, FORMS[form].users)]
-    offsets, items = scientific.training
-    histories = [items[offsets[user] : offsets[user + 1]] for user in users]
-    numbers = np.unique(np.concatenate(histories))
-    renumbered = [[*(np.searchsorted(numbers, history) + 1).tolist(), 1, 1] for history in histories]
-    sequences = make_sequences(renumbered, items=len(numbers))
-    step = Step(ModelConfig(), random_table([(7, 768)] * 2, len(numbers)), sequences, np.arange(len(users)), step=7)
-    FORMS[form].check(step, from_reference(step))
+    step, result = published(min(8, FORMS[form].users))
+    FORMS[form].check(step, result)
