@@ -74,8 +74,15 @@ def views_of(method: str, encoder_views: list[ViewConfig], count: int) -> list[V
     return None if method == "id" else encoder_views[2 - count :]
 
 
-@pytest.mark.parametrize("count", [1, 2], ids=["titles", "both views"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        *(pytest.param(method, 2, id=f"{method}-both views") for method in METHODS),
+        *(pytest.param(method, 1, id=f"{method}-titles") for method in SIDE_METHODS),
+        *(pytest.param(method, 1, id=f"{method}-titles", marks=pytest.mark.long) for method in TUNING_METHODS),
+        pytest.param("frozen", 1, id="frozen-titles", marks=pytest.mark.long),
+    ],
+)
 def test_every_method_learns_and_is_evaluated_from_its_folder(method, count, encoder_views, small_catalogue, tmp_path):
     config = run_config(small_catalogue, method, views_of(method, encoder_views, count), epochs=6)
     result = train(config, tmp_path / "run", CPU)
