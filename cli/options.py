@@ -9,7 +9,7 @@ import click
 
 from ..config import ATTENTIONS, MISSING_CAPTIONS, MISSING_IMAGES, SPLITS, ProtocolConfig
 from ..errors import InputError
-from ..settings import protocol_config
+from ..settings import changed_section
 
 FOLDER = click.Path(path_type=Path)
 
@@ -74,4 +74,4 @@ def protocol_settings(options: dict[str, Any]) -> dict[str, Any]:
 
 def chosen_protocol(options: dict[str, Any]) -> ProtocolConfig:
     """Take the protocol's options out of `options` and return the protocol they describe."""
-    return protocol_config(None, protocol_settings(options))
+    return changed_section("protocol", ProtocolConfig, None, protocol_settings(options))

@@ -51,7 +51,7 @@ GROUPS = dict.fromkeys(group for rates in LEARNING_RATES.values() for group in r
     "encoders; SASRec on item ids. [iisan]",
 )
 @click.option("--epochs", type=int, help="At most. [100]")
-@click.option("--patience", type=int, help="Epochs without a better validation HR@10 that are borne. [10]")
+@click.option("--patience", type=int, help="Stop after this many epochs without a better validation HR@10. [10]")
 @click.option("--batch-users", type=int, help="Users a step. [64]")
 @click.option(
     "--bottleneck",
@@ -70,7 +70,8 @@ GROUPS = dict.fromkeys(group for rates in LEARNING_RATES.values() for group in r
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
-    help="Of the trained matrix products; bfloat16 on a CPU is for fine-tuned encoders. [auto: bfloat16 on CUDA]",
+    help="Precision of the trained matrix products; bfloat16 on a CPU is for fine-tuned encoders. [auto: bfloat16 on "
+    "CUDA]",
 )
 @click.option(
     "--table",

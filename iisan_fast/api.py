@@ -21,8 +21,6 @@ from .config import (
     TrainConfig,
     UncachedConfig,
     ViewConfig,
-    from_dict,
-    to_dict,
 )
 from .data import Dataset
 from .devices import torch_device
@@ -35,8 +33,8 @@ from .settings import (
     RunSettings,
     as_path,
     base_settings,
+    changed_section,
     next_run_folder,
-    protocol_config,
     refuse_unknown,
     run_config,
     take_views,
@@ -56,16 +54,21 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def _checks_names(settings: Any = None) -> Callable[[Function], Function]:
     """Make a function refuse keyword arguments that are neither its parameters nor keys of `settings`, a TypedDict.
 
-    The InputError names the nearest that there are.
+    The InputError names the nearest that there are. Arguments that are missing or too many are an InputError too.
     """
 
     def decorate(function: Function) -> Function:
-        parameters = [name for name in inspect.signature(function).parameters if name != "settings"]
+        signature = inspect.signature(function)
+        parameters = [name for name in signature.parameters if name != "settings"]
         known = [*parameters, *(settings.__annotations__ if settings else ())]
 
         @functools.wraps(function)
         def checked(*arguments: Any, **named: Any) -> Any:
             refuse_unknown(function.__name__, named, known)
+            try:
+                signature.bind(*arguments, **named)
+            except TypeError as error:
+                raise InputError(f"{function.__name__}: {error}") from None
             return function(*arguments, **named)
 
         return cast(Function, checked)
@@ -87,7 +90,7 @@ def load_dataset(
     """
     from . import data
 
-    return data.load_dataset(as_path("folder", folder), protocol_config(protocol, settings))
+    return data.load_dataset(as_path("folder", folder), changed_section("protocol", ProtocolConfig, protocol, settings))
 
 
 @_checks_names(ExtractionSettings)
@@ -116,8 +119,7 @@ def extract(
     dtype: of the stored states: bfloat16, float16 or float32.
     missing_images: "error", or "blank" to encode a blank image where one is missing.
     batch_size: items encoded at a time.
-    workers: processes that read images ahead; 0: none, None: as idle CPUs and images suggest. They import the main
-        module, so a script calls this under `if __name__ == "__main__":`.
+    workers: processes that read images ahead; 0: none, None: as idle CPUs and images suggest.
     settings: image_encoder and text_encoder (hub names or folders), how they are read (image_pooling, text_layers, …),
         and settings of ProtocolConfig.
 
@@ -186,6 +188,8 @@ def train(
     """
     check_choice("table", table, PLACEMENTS)
     report, where = _on_epoch(on_epoch), torch_device(device)
+    if not isinstance(uncached, (bool, UncachedConfig)):
+        raise InputError(f"uncached: expected True, False or an UncachedConfig, found {uncached!r}")
     if isinstance(dataset, RunConfig):
         if config is not None:
             raise InputError("config: the first argument is a configuration already; give one of them")
@@ -253,7 +257,7 @@ def evaluate(
     """
     from . import training
 
-    resolved = from_dict(EvaluationConfig, {**to_dict(evaluation or EvaluationConfig()), **settings})
+    resolved = changed_section("evaluation", EvaluationConfig, evaluation, settings)
     return training.evaluate_run(as_path("run", run), split, resolved, torch_device(device))
 
 

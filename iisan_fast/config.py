@@ -437,6 +437,6 @@ def _plain(value: Any, hint: type) -> Any:
 
 def _expect(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        expected = getattr(kind, "__name__", "list")
+        expected = "names and values" if kind is Mapping else getattr(kind, "__name__", "list")
         raise InputError(f"{where}: expected {expected}, found {json.dumps(value, default=repr)}")
     return value

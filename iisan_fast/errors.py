@@ -23,12 +23,13 @@ def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
         raise InputError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
 
 
-def check_range(name: str, value: object, minimum: int, maximum: int = 2**63 - 1) -> None:
-    """Raise InputError unless a setting's value is a whole number from `minimum` to `maximum`."""
+def check_range(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+    """Raise InputError unless a setting's value is a whole number from `minimum` to `maximum`; None: without an end."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise InputError(f"{name}: expected a whole number, found {value!r}")
-    if not minimum <= value <= maximum:
-        raise InputError(f"{name}: expected {minimum} to {maximum}, found {value}")
+    if value < minimum or (maximum is not None and value > maximum):
+        expected = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
+        raise InputError(f"{name}: expected {expected}, found {value}")
 
 
 def nearest(name: str, names: Collection[str]) -> str:

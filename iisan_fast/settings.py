@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Union
+from typing import Any, TypedDict, TypeVar, Union
 
 from .config import (
     EvaluationConfig,
@@ -29,6 +29,7 @@ from .config import (
 from .errors import InputError, check_choice, nearest
 
 PathLike = Union[str, "os.PathLike[str]"]
+Section = TypeVar("Section", ProtocolConfig, EvaluationConfig)
 SECTIONS = {
     "protocol": ProtocolConfig,
     "model": ModelConfig,
@@ -125,8 +126,8 @@ def refuse_unknown(function: str, names: Collection[str], known: Collection[str]
 
 
 def as_path(name: str, path: PathLike) -> Path:
-    """Return an argument as a path, ~ replaced by the home folder. Raises InputError for another type."""
-    if not isinstance(path, (str, os.PathLike)):
+    """Return an argument as a path, ~ replaced by the home folder. Raises InputError for another type and for ""."""
+    if not isinstance(path, (str, os.PathLike)) or path == "":
         raise InputError(f"{name}: expected a path, found {path!r}")
     return Path(path).expanduser()
 
@@ -206,9 +207,14 @@ def base_settings(config: RunConfig | PathLike | Mapping[str, Any]) -> dict[str,
     return values
 
 
-def protocol_config(protocol: ProtocolConfig | None, settings: Mapping[str, Any]) -> ProtocolConfig:
-    """Return a protocol with `settings` of it changed."""
-    return from_dict(ProtocolConfig, {**to_dict(protocol or ProtocolConfig()), **settings})
+def changed_section(name: str, kind: type[Section], section: Section | None, settings: Mapping[str, Any]) -> Section:
+    """Return a section of the configuration, by default `kind()`, with `settings` of it changed.
+
+    name: the argument that held the section. Raises InputError where it is of another kind.
+    """
+    if section is not None and not isinstance(section, kind):
+        raise InputError(f"{name}: expected {kind.__name__}, found {section!r}")
+    return from_dict(kind, {**to_dict(section or kind()), **settings})
 
 
 def next_run_folder(name: str) -> Path:

@@ -1,7 +1,8 @@
 """Calls in worker processes, made ahead of their use: what is read and decoded while an encoder computes.
 
 Workers are forked from a fork server, never from this process: its threads (torch's, a tokenizer's) and its open
-databases would not survive that. They compute with one thread each.
+databases would not survive that. They compute with one thread each, and do not import the main module: a script would
+begin again in each of them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext
 from threading import Thread
@@ -122,9 +125,25 @@ def _start(loader: DataLoader) -> Iterator[Any]:
     resource_tracker.ensure_running()  # which would be started here, and unblock them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return iter(loader)
+        with _main_module_hidden():
+            return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Hide where the main module comes from, so that processes started meanwhile do not import it.
+
+    No function that they call is of that module.
+    """
+    main = vars(sys.modules["__main__"])
+    origin = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main.update(dict.fromkeys(origin))
+    try:
+        yield
+    finally:
+        main.update(origin)
 
 
 def _end_with_parent(_worker: int) -> None:

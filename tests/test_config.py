@@ -64,7 +64,7 @@ def test_views_round_trip():
         ({"model": {"embedding_dim": 65}}, "embedding_dim: expected a multiple of attention_heads"),
         ({"model": {"dropout": 1}}, "dropout: expected a probability"),
         ({"model": {"intra": False, "inter": False}}, "found neither"),
-        ({"model": []}, "model: expected Mapping"),
+        ({"model": []}, "model: expected names and values"),
         ({"train": {"batch_users": 0}}, "batch_users: expected 1 to"),
         (
             {"train": {"learning_rates": {"encoders": 1e-4}}},

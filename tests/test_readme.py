@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,15 @@ def test_the_python_example(as_in_the_readme, capsys):
     best = names["best"]
     assert best.item_vectors.shape == (len(best.item_ids), 64) and best.user_states().shape[1] == 64
     assert "'hr@5'" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_python_example_as_a_script_with_worker_processes(as_in_the_readme):
+    """The workers do not begin the script again."""
+    (example,) = re.findall(r"^```python\n(.*?^iisan_fast\.extract.*?)\n", README, flags=re.MULTILINE | re.DOTALL)
+    Path("script.py").write_text(example.replace('"STATES",', '"STATES", workers=1,') + "\nprint('once')\n")
+    result = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == "once\n", result.stdout + result.stderr
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def benchmark(sequences: Sequences, name: str, settings: KernelSettings, device:
 def chosen_forms(work: Work, settings: KernelSettings) -> Work:
     """Return the work with the forms that were asked for. Raises InputError where it has none of that name."""
     if unknown := [name for name in settings.forms if name not in work.forms]:
-        raise InputError(f"--form {unknown[0]}: expected one of {', '.join(work.forms)}, the forms of {work.op}")
+        raise InputError(f"--form {unknown[0]!r}: expected one of {'; '.join(work.forms)}, the forms of {work.op}")
     chosen = {name: form for name, form in work.forms.items() if not settings.forms or name in settings.forms}
     return replace(work, forms=chosen)
 
