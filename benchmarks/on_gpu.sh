@@ -25,9 +25,10 @@ if [[ $# -lt 2 || $1 == -* || $2 == -* ]]; then
     exit 2
 fi
 [[ -d $1 ]] || { echo "on_gpu.sh: expected a dataset folder, found nothing at $1" >&2; exit 2; }
+[[ -f $1/items.tsv && -f $1/users.tsv ]] || { echo "on_gpu.sh: expected items.tsv and users.tsv in $1" >&2; exit 2; }
 dataset=$(cd "$1" && pwd)
-mkdir -p "$2"
-out=$(cd "$2" && pwd)
+out=$2
+[[ $out == /* ]] || out=$PWD/$out
 shift 2
 
 # From here on `python -m` puts this folder on the path, not the checkout with its folder called kernels.

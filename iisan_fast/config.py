@@ -106,7 +106,7 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class ProtocolConfig:
-    """Which users and interactions count (DESIGN: at least 5 interactions, at most 10 inputs), and what is held out."""
+    """Which users and interactions count (in the papers at least 5, and 10 inputs at most), and which are held out."""
 
     min_interactions: int = 5
     max_inputs: int = 10

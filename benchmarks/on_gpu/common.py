@@ -11,14 +11,16 @@ from iisan_fast.bench import machine
 from iisan_fast.bench.captures import call_again_for_graphs
 from iisan_fast.bench.train import FORMS, TrainingForm, TrainSettings, new_trainer
 from iisan_fast.data import Sequences, load_dataset
+from iisan_fast.devices import torch_device
 from iisan_fast.training import Trainer
 
 from .settings import Settings
 
 
 def device_of(settings: Settings) -> torch.device:
-    """Return the device, the current one of its kind."""
-    return torch.device(settings.device, torch.cuda.current_device() if settings.device == "cuda" else None)
+    """Return the device, the current one of its kind. Raises InputError for a GPU that is not there."""
+    device = torch_device(settings.device)
+    return torch.device(device.type, torch.cuda.current_device() if device.type == "cuda" else None)
 
 
 def origin_of(settings: Settings) -> dict[str, Any]:

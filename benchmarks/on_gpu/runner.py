@@ -63,6 +63,7 @@ class Measurement:
 
 def run(measurement: Measurement) -> int:
     """Run the stages of a measurement and return the exit code: 0 where all of them are done, else 1."""
+    measurement.out.mkdir(parents=True, exist_ok=True)
     for name in (LOG, *OTHER_FILES):
         (measurement.out / name).unlink(missing_ok=True)
     rows: list[dict[str, Any]] = [

@@ -13,12 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from on_gpu import gpu_tests, profiles, runner, stages
+import torch
+from on_gpu import common, gpu_tests, profiles, runner, stages
 from on_gpu.runner import NOT_MEASURED, Measurement, Stage
 from on_gpu.settings import DRY_RUN, Settings
 
 from helpers.datasets import make_sequences, write_dataset_folder
 from iisan_fast.bench import machine, ops
+from iisan_fast.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
@@ -329,11 +331,19 @@ def test_a_dry_run_goes_through_all_stages(dataset, tmp_path):
 def test_bad_input_gets_one_line(dataset, tmp_path):
     for arguments, message in (
         ((dataset,), "usage: on_gpu.sh DATASET OUT"),
-        ((tmp_path / "nowhere", tmp_path), "expected a dataset folder, found nothing at"),
-        ((dataset, tmp_path, "--stages", "step,stop"), "--stages: expected some of versions,step,"),
+        ((tmp_path / "nowhere", tmp_path / "out"), "expected a dataset folder, found nothing at"),
+        ((tmp_path, tmp_path / "out"), f"expected items.tsv and users.tsv in {tmp_path}"),
+        ((dataset, tmp_path / "out", "--stages", "step,stop"), "--stages: expected some of versions,step,"),
     ):
         ended = script(*arguments)
+        assert not (tmp_path / "out").exists()
         assert ended.returncode == 2 and message in ended.stderr and ended.stderr.count("\n") == 1, ended
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_a_machine_without_a_gpu_is_named(dataset, tmp_path):
+    with pytest.raises(InputError, match="device: this machine has 0 CUDA devices"):
+        common.device_of(Settings("step", dataset, tmp_path, None))
 
 
 @pytest.mark.parametrize("target", ["gpu", "gpu-benchmarks"])
