@@ -75,8 +75,9 @@ class SideTower(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(layers, width))
 
     def reading(self, *views: int) -> kernels.Tower:
-        """What the op takes: the numbers of the views that the tower reads, and its matrices and biases."""
-        down, up = (each() if isinstance(each, nn.Module) else each for each in (self.down_weight, self.up_weight))
+        """Return the tower as the op takes it, over views of these numbers."""
+        matrices = (self.down_weight, self.up_weight)
+        down, up = (matrix() if isinstance(matrix, nn.Module) else matrix for matrix in matrices)
         return kernels.Tower(views, self.gate, down, self.down_bias, up, self.up_bias)
 
 
@@ -133,7 +134,7 @@ class SideNetwork(nn.Module):
         return functools.reduce(torch.add, summands)
 
     def weights(self) -> list[kernels.Tower] | None:
-        """The towers' parameters, or None where one call of the op does not take them all, or not as they are."""
+        """Return the towers' parameters, or None if one call of the op does not take them all as they are."""
         towers = [getattr(self, name) for name in self.towers]
         if not self.alike or any(isinstance(tower.down_weight, nn.Module) for tower in towers):
             return None
@@ -170,14 +171,14 @@ class Heads(nn.Module):
         self.fusion = nn.Linear(len(widths) * d, d)
 
     def folded(self) -> tuple[dict[str, Tensor], Tensor]:
-        """({tower's name: projection [d, D]}, bias [d]): item vectors are the projected outputs' sum, and the bias."""
+        """Return ({tower's name: projection [d, D]}, bias [d]): projected outputs and bias add up to item vectors."""
         parts = self.fusion.weight.chunk(len(self.towers), dim=1)
-        chains = [kernels.Chain(part, *own) for part, own in zip(parts, self.weights())]
+        chains = [kernels.Chain(part, *head) for part, head in zip(parts, self.weights())]
         weights, biases = zip(*kernels.fold_heads(chains))
         return dict(zip(self.towers, weights)), sum(biases, self.fusion.bias)
 
     def weights(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Each tower's own maps: weight and bias of the second, then of the first."""
+        """Return each tower's two maps: weight and bias of the second, then of the first."""
         maps = [getattr(self, name) for name in self.towers]
         return [(second.weight, second.bias, first.weight, first.bias) for first, second in maps]
 
@@ -198,7 +199,7 @@ class SideItemEncoder(nn.Module):
         return self.side_network(states, projections) + bias
 
     def weights(self, sequence: kernels.SequenceWeights) -> kernels.RecommenderWeights | None:
-        """All that is trained, with a sequence encoder's, or None where one op does not take this encoder."""
+        """Return all trained weights, with a sequence encoder's, or None if one op does not take this encoder."""
         towers, heads = self.side_network.weights(), self.heads
         if towers is None:
             return None

@@ -22,6 +22,7 @@ from iisan_fast import kernels
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.batches import Batch, make_batch
 from iisan_fast.data.sequences import Sequences
+from iisan_fast.kernels import dispatch
 from iisan_fast.kernels.cpu import whole_step
 from iisan_fast.models.recommender import Recommender
 from iisan_fast.states.feature_table import FeatureTable
@@ -192,6 +193,13 @@ def test_gradients_take_the_place_of_those_before(form, monkeypatch):
     loss = model.differentiate(again, table.read(again.distinct))
     assert not loss.requires_grad
     assert all(torch.equal(parameter.grad, before) for parameter, before in zip(model.parameters(), expected))
+
+
+def test_it_is_reported_as_the_op_that_ran(monkeypatch):
+    model, table = made()
+    monkeypatch.setattr(dispatch, "reported", set())
+    model.differentiate(batch(), table.read(batch().distinct))
+    assert dispatch.reported == {("recommender_gradients", "cpu")}
 
 
 def test_gradients_that_someone_took_away_are_given_again():
