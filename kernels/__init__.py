@@ -11,7 +11,7 @@ if __name__ == "iisan_fast.kernels":
     from .cpu.adam import AdamUpdate
     from .cpu.library import compiler_version, why_no_library
     from .cpu.whole_step import RecommenderGradients
-    from .dispatch import FORM_VARIABLE, FormError, check_form, form_on
+    from .dispatch import FORM_VARIABLE, FormError, check_form, form_on, named_form
     from .gpu.configurations import CONFIGURATIONS, Configuration, table_entry
     from .gpu.launch import launches
     from .ops import (
@@ -68,6 +68,7 @@ if __name__ == "iisan_fast.kernels":
         "in_large_pieces",
         "inbatch_cross_entropy",
         "last_states",
+        "named_form",
         "launches",
         "recommender_gradients",
         "sequence_dropout",

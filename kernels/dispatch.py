@@ -27,10 +27,10 @@ FORMS = {  # beside the reference, the fastest first
     "sequence_encoder": (CPU,),
     "last_states": (CPU,),
     "inbatch_cross_entropy": (GPU, CPU),
-    "target_rank": (GPU, CPU),
+    "target_rank": (GPU, CPU, CPU_TORCH),
     "adam": (CPU,),
 }
-WITHOUT_COMPILER = ("target_rank",)  # PyTorch is its form for a CPU
+WITHOUT_COMPILER = ("target_rank",)  # its form for a CPU is PyTorch under both names
 NAMES = ("auto", REFERENCE, GPU, CPU, CPU_TORCH)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -81,7 +81,7 @@ def report(op: str, form: str, explanation: str = "") -> None:
 def form_on(device: torch.device) -> str:
     """Return the fastest form on a device, or the named one. Raises FormError if the named one cannot run there."""
     check_form(device)
-    _, name = named_form("auto")
+    _, name = named_form()
     if name != "auto":
         return name
     if device.type == "cpu":
@@ -91,7 +91,7 @@ def form_on(device: torch.device) -> str:
 
 def check_form(device: torch.device) -> None:
     """Raise FormError if the environment names a form that cannot run on a device. Compiles nothing."""
-    source, name = named_form("auto")
+    source, name = named_form()
     if name in ("auto", REFERENCE):
         return
     reason = _why_not_by_triton(device.type, ()) if name == GPU else _why_not_on_a_cpu(device.type)
@@ -101,7 +101,7 @@ def check_form(device: torch.device) -> None:
         raise FormError(f"{source}: {name} cannot run on {device.type}: {reason}; use auto")
 
 
-def named_form(form: str) -> tuple[str, str]:
+def named_form(form: str = "auto") -> tuple[str, str]:
     """Return (what names the form, its name): the argument, or the environment variable in place of "auto"."""
     source = "form"
     if form == "auto" and (variable := os.environ.get(FORM_VARIABLE)):

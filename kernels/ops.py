@@ -172,7 +172,7 @@ def recommender_gradients(
     """
     if named_form(form)[1] not in ("auto", CPU) or not weights.fusion.is_cpu:
         return None
-    if not op.takes(weights, batch) or why_no_library():
+    if why_no_library() or not op.takes(weights, batch):
         return None
     report("recommender_gradients", CPU)
     loss, gradients = op(weights, batch, on_loss)
@@ -203,7 +203,7 @@ def target_rank(
         from .gpu import target_rank as target_rank_gpu
 
         return target_rank_gpu.target_rank(queries, items, targets, excluded, tie_share)
-    module = target_rank_cpu if chosen == CPU else target_rank_reference
+    module = target_rank_reference if chosen == REFERENCE else target_rank_cpu
     return module.target_rank(queries, items, targets, excluded, tie_share, chunk_elements)
 
 

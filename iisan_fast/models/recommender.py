@@ -121,16 +121,20 @@ class Recommender(nn.Module):
         return kernels.recommender_gradients(self.gradients, weights, operands, on_loss)
 
     @torch.inference_mode()
+    def item_vectors(self, source: ItemSource, items: Tensor) -> Tensor:
+        """Return the vectors [N, d] of item numbers int64 [N], which lie on the source's index device."""
+        return self.item_encoder(source.read(items))
+
     def catalogue_vectors(self, source: ItemSource) -> Tensor:
-        """[items, d]: every item's vector, item number i in row i - 1."""
+        """Return every item's vector [items, d], item number i in row i - 1."""
         numbers = torch.arange(1, source.rows, device=source.index_device)
         # Equal parts: a last part of one item would take another matrix product and no longer tie with its equals.
         parts = numbers.tensor_split(-(-len(numbers) // source.items_at_once))
-        return torch.cat([self.item_encoder(source.read(part)) for part in parts])
+        return torch.cat([self.item_vectors(source, part) for part in parts])
 
     @torch.inference_mode()
     def user_states(self, vectors: Tensor, inputs: np.ndarray) -> Tensor:
-        """[users, d] after each user's inputs (int64 [users, max_inputs], right-aligned, 0 for padding)."""
+        """Return the state [d] after each user's inputs (int64 [users, max_inputs], right-aligned, 0 for padding)."""
 
         def states_after(part: np.ndarray) -> Tensor:
             slots = np.flatnonzero(part)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,6 +87,7 @@ def train(
     refuse_changed_texts(config, dataset)
     with open_source(config, dataset, device, placement, precision) as (source, views):
         trainer = Trainer(config, dataset.sequences, source, device, precision)
+        trainer.refuse_unfit_form()
         folder = RunFolder.create(out, trainer.config, views, dataset.sequences, device)
         return trainer.run(folder, on_epoch)
 
@@ -150,6 +152,23 @@ class Trainer:
             uncached = replace(config.uncached, items_at_once=self.memory.encoding.items_at_once)
             self.config = replace(config, uncached=uncached)
         self.progress = Progress()
+
+    def refuse_unfit_form(self) -> None:
+        """Encode one item and one history, so that a named form that does not take the model is refused at once.
+
+        Without it the refusal would come in the first validation, after an epoch. Raises InputError.
+        """
+        _, form = kernels.named_form()
+        if form == "auto":
+            return
+        self.model.eval()
+        inputs = np.zeros((1, self.sequences.max_inputs), dtype=np.int64)
+        inputs[0, -1] = 1
+        item = torch.ones(1, dtype=torch.int64, device=self.source.index_device)
+        try:
+            self.model.user_states(self.model.item_vectors(self.source, item), inputs)
+        except kernels.FormError as error:
+            raise InputError(str(error)) from None
 
     def run(self, folder: RunFolder, on_epoch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Train until the early stop or the last epoch, then test the best checkpoint."""

@@ -118,10 +118,12 @@ def test_a_refusal_of_shapes_starts_no_compiler(monkeypatch):
 def test_ranking_needs_no_compiler(monkeypatch):
     """As the popularity baseline ranks: C++ is neither compiled nor loaded for it."""
     monkeypatch.setattr(library, "_library", lambda dtype: pytest.fail("compiled"))
-    for form in ("auto", "cpu"):
-        masked, _ = kernels.target_rank(*rank_case(4, 9, 8, 2), form=form)
-        assert masked.shape == (4,)
-    assert dispatch.reported == {("target_rank", "cpu")}
+    case = rank_case(4, 9, 8, 2)
+    expected, _ = kernels.target_rank(*case, form="reference")
+    for form in ("auto", "cpu", "cpu-torch"):
+        masked, _ = kernels.target_rank(*case, form=form)
+        assert torch.equal(masked, expected)
+    assert dispatch.reported == {("target_rank", form) for form in ("reference", "cpu", "cpu-torch")}
     kernels.check_form(torch.device("cpu"))
     monkeypatch.setenv(kernels.FORM_VARIABLE, "cpu")
     kernels.check_form(torch.device("cpu"))
