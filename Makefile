@@ -17,19 +17,19 @@ PYTEST = $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 QUICK = $(wildcard tests/test_*.py) $(addprefix tests/,cli data evaluation models ops states training)
 
 test: lint
-	$(PYTEST) -m 'not long' --slowest 20
+	$(PYTEST) -m 'not long' --slowest=20
 
 quick: $(VENV)/.installed-dev
 	$(PYTEST) -m 'not long and not slow' $(QUICK)
 
 test-long: $(VENV)/.installed-dev
-	$(PYTEST) --slowest 40 --results benchmarks/results/tests.json
+	$(PYTEST) --slowest=40 --results=benchmarks/results/tests.json
 
 # On a CPU, in an environment of its own: a GPU is not needed to import, to compile ahead of time, or to interpret kernels.
 GPU_VERSIONS = .venv-gpu-versions
 
 test-gpu-versions: $(GPU_VERSIONS)/.installed
-	$(GPU_VERSIONS)/bin/python -m pytest -q --slowest 20 --results benchmarks/results/gpu-versions.json \
+	$(GPU_VERSIONS)/bin/python -m pytest -q --slowest=20 --results benchmarks/results/gpu-versions.json \
 		tests/test_modules.py tests/ops/test_configurations.py tests/ops/test_operators.py \
 		tests/ops/test_dispatch.py tests/ops/test_package.py $(wildcard tests/ops/test_*_interpreted.py) tests/encoders/test_attention.py \
 		tests/captioning tests/training/test_training_step_stand_in.py

@@ -1,10 +1,10 @@
 """A plugin of pytest: the processor time of each test, and a file of results of a whole run.
 
-    pytest --results FILE        write counts, times, versions and the commit to FILE
-    pytest --slowest N           list the N tests that took the most processor time
+    pytest --results=FILE        write counts, times, versions and the commit to FILE
+    pytest --slowest=N           list the N tests that took the most processor time
 
 Processor time counts every core and every child process that has ended, so it says what a test costs even on a machine
-that does other work.
+that does other work. With a space in place of "=", pytest would take an existing FILE for tests.
 """
 
 from __future__ import annotations
