@@ -29,7 +29,7 @@ test-long: $(VENV)/.installed-dev
 GPU_VERSIONS = .venv-gpu-versions
 
 test-gpu-versions: $(GPU_VERSIONS)/.installed
-	$(GPU_VERSIONS)/bin/python -m pytest -q --slowest=20 --results benchmarks/results/gpu-versions.json \
+	$(GPU_VERSIONS)/bin/python -m pytest -q --slowest=20 --results=benchmarks/results/gpu-versions.json \
 		tests/test_modules.py tests/ops/test_configurations.py tests/ops/test_operators.py \
 		tests/ops/test_dispatch.py tests/ops/test_package.py $(wildcard tests/ops/test_*_interpreted.py) tests/encoders/test_attention.py \
 		tests/captioning tests/training/test_training_step_stand_in.py
