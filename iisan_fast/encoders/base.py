@@ -6,7 +6,9 @@ one: some report it after the final norm, some before. So each encoder is tried 
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from logging import getLogger
@@ -73,8 +75,17 @@ class Backbone(ABC):
         LOGGER.info("%s: attention by %s", view.encoder, self.attention)
         self.final_state = "normalised" if normalised else "unnormalised"
         self.depth, self.width = len(states), states[-1].shape[-1]
-        self.layers = selected_layers(view, self.depth, self.first_layer)
-        self.pooling = self._pooling()
+        self._select(view)
+
+    def for_view(self, view: ViewConfig) -> Backbone:
+        """Return an encoder of another view that shares this one's model.
+
+        view: differs from this one's view in name, pooling and layers alone. Raises InputError for layers and pooling
+        that the encoder cannot give.
+        """
+        other = copy.copy(self)
+        other._select(view)
+        return other
 
     @abstractmethod
     def prepare(self, contents: Sequence[Any]) -> ModelInputs:
@@ -87,30 +98,43 @@ class Backbone(ABC):
         Each layer is pooled as it is made: memory does not grow with the number of layers. On a CPU the cores share
         the rows.
         """
+        return self.encode_views([self], inputs)[0]
+
+    @torch.inference_mode()
+    def encode_views(self, backbones: Sequence[Backbone], inputs: ModelInputs) -> list[Tensor]:
+        """Return `encode(inputs)` of each backbone by one forward of the model. All of them share it with this one."""
         if self._places is None:
-            return self.encode_whole(inputs)
+            return self._encode_views_whole(backbones, inputs)
         moved = self._moved(inputs)
-        with reading([self._places[layer] for layer in self.layers]) as read:
+        wanted = [(backbone, layer) for backbone in backbones for layer in backbone.layers]
+        with reading([self._places[layer] for _, layer in wanted]) as read:
 
             @torch.inference_mode()
-            def part(rows: slice) -> Tensor:
+            def part(rows: slice) -> list[Tensor]:
                 shared = {name: tensor[rows] for name, tensor in moved.items()}
-                return self._stacked(read(lambda: self._run(shared), functools.partial(self._pool, inputs=shared)))
+                pools = [functools.partial(backbone._pool, inputs=shared) for backbone, _ in wanted]
+                return self._stacked(backbones, read(lambda: self._run(shared), pools))
 
             rows = len(next(iter(moved.values())))
             parts = kernels.equal_parts(rows, self.rows_at_once) if self._shared else [slice(None)]
             states = kernels.at_once(part, parts)
-            return states[0] if len(states) == 1 else torch.cat(states)
+            return states[0] if len(states) == 1 else [torch.cat(by_part) for by_part in zip(*states)]
 
     @torch.inference_mode()
     def encode_whole(self, inputs: ModelInputs) -> Tensor:
         """`encode` by one call of the encoder, which reports the hidden states of all layers together."""
+        return self._encode_views_whole([self], inputs)[0]
+
+    def _encode_views_whole(self, backbones: Sequence[Backbone], inputs: ModelInputs) -> list[Tensor]:
         moved = self._moved(inputs)
         states = self._hidden_states(moved)
-        return self._stacked([self._pool(states[layer], moved) for layer in self.layers])
+        pooled = [backbone._pool(states[layer], moved) for backbone in backbones for layer in backbone.layers]
+        return self._stacked(backbones, pooled)
 
-    def _stacked(self, pooled: Sequence[Tensor]) -> Tensor:
-        return torch.stack([state.to(self.device) for state in pooled], dim=1)
+    def _stacked(self, backbones: Sequence[Backbone], pooled: Sequence[Tensor]) -> list[Tensor]:
+        """Stack the backbones' layers, each [N, D], one backbone's after the other's, into [N, K, D] a backbone."""
+        states = (state.to(self.device) for state in pooled)
+        return [torch.stack([*itertools.islice(states, len(backbone.layers))], dim=1) for backbone in backbones]
 
     def final(self, inputs: ModelInputs) -> Tensor:
         """The pooled final state [N, width D] (Hugging Face's `last_hidden_state`), which gradients flow through."""
@@ -191,6 +215,12 @@ class Backbone(ABC):
         shapes = sorted({tuple(state.shape) for state in states})
         if len(shapes) > 1 or len(shapes[0]) != 3:
             raise self._error(f"hidden states: expected one shape (items, tokens, width), found {shapes}")
+
+    def _select(self, view: ViewConfig) -> None:
+        """Take the view's layers and pooling."""
+        self.view = view
+        self.layers = selected_layers(view, self.depth, self.first_layer)
+        self.pooling = self._pooling()
 
     def _pooling(self) -> str:
         allowed = self._poolings()

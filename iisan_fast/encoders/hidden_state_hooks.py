@@ -58,25 +58,29 @@ def _alike(value: Any, other: Any) -> bool:
 
 
 Take = Callable[[Tensor], Tensor]
-Read = Callable[[Callable[[], Any], Take], list[Tensor]]
+Read = Callable[[Callable[[], Any], Sequence[Take]], list[Tensor]]
 
 
 @contextmanager
 def reading(places: Sequence[Place]) -> Iterator[Read]:
-    """Yield `read(run, take)`, which calls `run` and returns take(state) for the state at each place.
+    """Yield `read(run, takes)`, which calls `run` and returns takes[i](state) for the state at places[i].
 
-    `take` is called the moment that the state is made. Several threads may read at once, each its own run.
+    A state is taken the moment that it is made. A place may be named several times, to be taken in several ways.
+    Several threads may read at once, each its own run.
     """
     seen = _Seen()
+    positions: dict[Place, list[int]] = {}
+    for position, place in enumerate(places):
+        positions.setdefault(place, []).append(position)
 
     def see(place: Place, state: Tensor) -> None:
-        if place in places:
-            seen.taken[place] = seen.take(state)
+        for position in positions.get(place, ()):
+            seen.taken[position] = seen.takes[position](state)
 
-    def read(run: Callable[[], Any], take: Take) -> list[Tensor]:
-        seen.calls, seen.taken, seen.take = Counter(), {}, take
+    def read(run: Callable[[], Any], takes: Sequence[Take]) -> list[Tensor]:
+        seen.calls, seen.taken, seen.takes = Counter(), {}, takes
         run()
-        return [seen.taken[place] for place in places]
+        return [seen.taken[position] for position in range(len(places))]
 
     with _watched(dict.fromkeys(place.module for place in places), see, seen):
         yield read
@@ -87,8 +91,8 @@ class _Seen(threading.local):
 
     def __init__(self) -> None:
         self.calls: Counter[nn.Module] = Counter()
-        self.taken: dict[Place, Tensor] = {}
-        self.take: Take = torch.clone
+        self.taken: dict[int, Tensor] = {}  # by the position of its place
+        self.takes: Sequence[Take] = ()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -25,11 +26,33 @@ def load_backbone(view: ViewConfig, device: torch.device | str = "cpu", attentio
 
 
 def load_backbones(
-    views: Sequence[ViewConfig], device: torch.device | str = "cpu", attention: str = "auto"
+    views: Sequence[ViewConfig], device: torch.device | str = "cpu", attention: str = "auto", shared: bool = False
 ) -> list[Backbone]:
-    """Return `load_backbone` of each view. All configurations are checked before any weight is read."""
+    """Return `load_backbone` of each view. All configurations are checked before any weight is read.
+
+    shared: views that differ in name, pooling and layers alone share one model, which is loaded once.
+    """
     with quiet_hugging_face():
         for view in views:
             with clear_errors(view.encoder, "an encoder"):
                 checked_config(view)
-    return [load_backbone(view, device, attention) for view in views]
+    backbones: list[Backbone] = []
+    for view in views:
+        alike = (backbone for backbone in backbones if shared and _computed_alike(backbone.view, view))
+        first = next(alike, None)
+        backbones.append(load_backbone(view, device, attention) if first is None else first.for_view(view))
+    return backbones
+
+
+def views_by_model(backbones: Sequence[Backbone]) -> list[list[int]]:
+    """Return the positions of the backbones that share a model, a list for each model."""
+    positions: dict[int, list[int]] = {}
+    for position, backbone in enumerate(backbones):
+        positions.setdefault(id(backbone.model), []).append(position)
+    return list(positions.values())
+
+
+def _computed_alike(view: ViewConfig, other: ViewConfig) -> bool:
+    """Return True if one forward of an encoder gives the hidden states of both views."""
+    one, two = (replace(each, name="view", pooling=None, layers=None, layer_groups=None) for each in (view, other))
+    return one == two

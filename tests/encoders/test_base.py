@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from helpers.encoders import (
     tokenizer,
     view,
 )
-from iisan_fast.encoders.loading import load_backbone
+from iisan_fast.encoders.loading import load_backbone, load_backbones, views_by_model
+from iisan_fast.errors import InputError
 
 
 @pytest.mark.parametrize("reported", [{"hidden_states": None}, {}], ids=["none", "no such output"])
@@ -64,6 +66,46 @@ def test_kept_layers_are_the_ones_asked_for(built):
     part = load_backbone(view(folder, layers=(1, 4)))
     inputs = whole.prepare(TITLES)
     assert torch.equal(part.encode(inputs), whole.encode(inputs)[:, [1, 4]])
+
+
+@pytest.mark.parametrize(("source", "family"), [("title", "bert"), ("image", "vit")])
+def test_views_of_one_encoder_share_a_forward_and_describe_themselves_as_alone(built, source, family):
+    first = view(built(source, family), source, pooling="cls", layers=(0, 1, 4))
+    views = [first, replace(first, name="w", pooling="mean"), replace(first, name="x", layers=None, layer_groups=2)]
+    shared, alone = load_backbones(views, shared=True), load_backbones(views)
+    assert views_by_model(shared) == [[0, 1, 2]] and views_by_model(alone) == [[0], [1], [2]]
+    assert [backbone.describe() for backbone in shared] == [backbone.describe() for backbone in alone]
+    assert [backbone.view for backbone in shared] == views
+    inputs = shared[0].prepare(TITLES if source == "title" else pictures())
+    expected = [backbone.encode(inputs) for backbone in alone]
+    calls: list[object] = []
+    shared[0].model.register_forward_pre_hook(lambda *_: calls.append(1))
+    for backbones in (shared, shared[::-1], shared[1:]):
+        found = shared[0].encode_views(backbones, inputs)
+        positions = [shared.index(backbone) for backbone in backbones]
+        assert all(torch.equal(states, expected[position]) for states, position in zip(found, positions, strict=True))
+    assert len(calls) == 3
+    assert all(torch.equal(backbone.encode(inputs), states) for backbone, states in zip(shared, expected))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_tokens": 9}, {"encoder_dtype": "bfloat16"}, {"source": "caption"}, {"options": {"use_safetensors": True}}],
+)
+def test_views_that_read_or_compute_otherwise_have_a_model_each(built, change):
+    first = view(built("title", "bert"))
+    assert views_by_model(load_backbones([first, replace(first, **change), first], shared=True)) == [[0, 2], [1]]
+
+
+def test_a_view_of_a_shared_encoder_is_refused_as_alone(built):
+    first = view(built("image", "siglip"), "image")
+    for change in ({"pooling": "cls"}, {"layers": (0, 9)}):
+        refused = replace(first, **change)
+        with pytest.raises(InputError) as alone:
+            load_backbone(refused)
+        with pytest.raises(InputError) as shared:
+            load_backbone(first).for_view(refused)
+        assert str(shared.value) == str(alone.value)
 
 
 def test_heads_of_a_checkpoint_are_left_aside(built, tmp_path):

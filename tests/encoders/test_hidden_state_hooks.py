@@ -22,7 +22,7 @@ from iisan_fast.encoders.adaptation import transformer_blocks
 from iisan_fast.encoders.base import Backbone
 from iisan_fast.encoders.hidden_state_hooks import find_places, keeps_nothing, reading
 from iisan_fast.encoders.hugging_face import count_parameters
-from iisan_fast.encoders.loading import load_backbone
+from iisan_fast.encoders.loading import load_backbone, load_backbones
 
 ALL = (0, 1, 2, 3, 4)
 FAMILIES = [("title", family) for family in TEXT] + [("image", family) for family in IMAGE]
@@ -95,6 +95,8 @@ def test_no_state_outlives_the_block_that_reads_it(tmp_path):
     folder = save(hf.LlamaModel(hf.LlamaConfig(**LLM | {"num_hidden_layers": 12})), tmp_path / "llama", None, "bare")
     backbone = load_backbone(view(folder, layers=tuple(range(13))))
     assert most_alive(backbone, backbone.encode) == 1
+    both = load_backbones([view(folder), view(folder, pooling="last")], shared=True)
+    assert most_alive(both[0], lambda inputs: both[0].encode_views(both, inputs)) == 1
     backbone = load_backbone(view(folder))
     assert most_alive(backbone, backbone._hidden_states) == 11  # as they are reported: all of them
 
@@ -125,6 +127,9 @@ def test_states_made_out_of_reach_are_all_kept(built, monkeypatch, caplog):
     assert "its hidden states cannot be read one by one; batches keep all" in caplog.text
     inputs = backbone.prepare(TITLES)
     assert torch.equal(backbone.encode(inputs), expected(inputs))
+    last = backbone.for_view(view(built("title", "llama"), layers=(4,)))
+    both = backbone.encode_views([last, backbone], inputs)
+    assert torch.equal(both[0], expected(inputs)[:, -1:]) and torch.equal(both[1], expected(inputs))
 
 
 def test_encoding_leaves_no_hooks(built):
@@ -153,8 +158,11 @@ def test_places_are_before_and_behind_modules():
     assert [place.module for place in places] == [model.block, model.block, model]
     assert [place.is_input for place in places] == [True, False, False]
     with reading(places[:2]) as read:
-        taken = read(lambda: model(x), lambda state: state.sum(dim=1))
-    assert all(torch.equal(found, state.sum(dim=1)) for found, state in zip(taken, inside))
+        taken = read(lambda: model(x), [lambda state: state.sum(dim=1), lambda state: state[0]])
+    assert torch.equal(taken[0], inside[0].sum(dim=1)) and torch.equal(taken[1], inside[1][0])
+    with reading([places[1], places[0], places[1]]) as read:
+        taken = read(lambda: model(x), [torch.clone, torch.clone, lambda state: -state])
+    assert torch.equal(taken[0], inside[1]) and torch.equal(taken[1], inside[0]) and torch.equal(taken[2], -inside[1])
     assert not model.block._forward_hooks and not model.block._forward_pre_hooks
     assert find_places(model, lambda: model(x), [inside[1] + 2]) is None
     assert find_places(model, lambda: model(x), inside[::-1]) is None
@@ -214,7 +222,7 @@ def test_threads_read_what_they_run_themselves():
     model.block.register_forward_pre_hook(meet)
 
     def states(number: int) -> list[list[torch.Tensor]]:
-        return [read(lambda: model(number * x), lambda state: state + number) for _ in range(2)]
+        return [read(lambda: model(number * x), [lambda state: state + number] * 2) for _ in range(2)]
 
     with reading(places) as read, ThreadPoolExecutor(4) as pool:
         found = list(pool.map(states, range(4)))
