@@ -2,6 +2,9 @@
 
 Everything is checked before the first state is written. A killed extraction resumes with what it had not yet written,
 and a later one adds or redoes only the items whose content is new or has changed.
+
+Views that differ in pooling and layers alone, and lack the same items, are made together by one forward a batch. Each
+gets the states that it would get alone.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from ..config import ATTENTIONS, MISSING_IMAGES, STORE_DTYPES, ViewConfig
 from ..data import Dataset
-from ..encoders import Backbone, load_backbones
+from ..encoders import Backbone, load_backbones, views_by_model
 from ..errors import InputError, check_choice, check_range
 from ..progress import progress_bar
 from ..runtime import fix_cublas_workspace
@@ -70,34 +73,55 @@ def extract(
         check_range("workers", workers, 0)
     with ExitStack() as stack:
         images = stack.enter_context(open_sources(dataset, views, missing_images))
+        backbones = load_backbones(views, device, attention, shared=True)
         jobs = []
-        for view, backbone in zip(views, load_backbones(views, device, attention)):
-            inputs = view_inputs(backbone, dataset, images, missing_images)
-            description = _describe(backbone, view, dtype, dataset)
-            jobs.append(_Job(view.name, inputs, backbone, description, workers if view.source == "image" else 0))
-        descriptions = {job.name: job.description for job in jobs}
-        todo = _plan_all(jobs, descriptions, cache, dataset.sequences.item_ids)
+        for positions in views_by_model(backbones):
+            sharing = [backbones[position] for position in positions]
+            inputs = view_inputs(sharing[0], dataset, images, missing_images)
+            jobs.append(_Job(sharing, inputs, workers if sharing[0].view.source == "image" else 0))
+        descriptions = {backbone.view.name: _describe(backbone, dtype, dataset) for backbone in backbones}
+        planned = _plan_all(jobs, descriptions, cache, dataset.sequences.item_ids)
         store = stack.enter_context(Store(cache, writable=True))
         store.add_views(descriptions)
-        return [_run(job, todo[job.name], store, dataset.sequences.item_ids, batch_size) for job in jobs]
+        _mention_other_versions(descriptions, store)
+        results: dict[str, Extracted] = {}
+        for job, rows in planned:
+            writer = _Writer(store, job.views, getattr(torch, dtype), dataset.sequences.item_ids)
+            blank = _run(job, rows, writer, batch_size)
+            for name in job.views:
+                results[name] = Extracted(name, len(dataset.sequences.item_ids), len(rows), blank)
+        return [results[view.name] for view in views]
 
 
 @dataclass(frozen=True)
 class _Job:
-    name: str
+    """Views that one model makes of one source."""
+
+    backbones: list[Backbone]  # one a view; they share the model
     inputs: ViewInputs
-    backbone: Backbone
-    description: dict[str, Any]
-    workers: int | None  # that read its content; None: not decided
+    workers: int | None  # that read the content; None: not decided
+
+    @property
+    def views(self) -> list[str]:
+        """Return the views' names."""
+        return [backbone.view.name for backbone in self.backbones]
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device that takes the model's inputs."""
+        return self.backbones[0].device
 
 
 class _Writer:
-    """Stores one view's states, several batches in a transaction; leaving the context stores the rest."""
+    """Stores a job's states, several batches in a transaction; leaving the context stores the rest.
 
-    def __init__(self, store: Store, job: _Job, item_ids: list[str]) -> None:
-        self.store, self.job, self.item_ids = store, job, item_ids
-        self.dtype = getattr(torch, job.description["dtype"])
-        self.pending: list[tuple[Sequence[int], list[bytes], Tensor]] = []  # rows, digests, states; never the inputs
+    A transaction takes all views' states of an item. So the views of a killed extraction go on together.
+    """
+
+    def __init__(self, store: Store, views: list[str], dtype: torch.dtype, item_ids: list[str]) -> None:
+        self.store, self.views, self.dtype, self.item_ids = store, views, dtype, item_ids
+        # Rows, digests and each view's states; never the inputs.
+        self.pending: list[tuple[Sequence[int], list[bytes], list[Tensor]]] = []
 
     def __enter__(self) -> _Writer:
         return self
@@ -105,11 +129,12 @@ class _Writer:
     def __exit__(self, *_: object) -> None:
         self._flush()
 
-    def add(self, batch: EncoderBatch, states: Tensor) -> None:
-        """Take a batch's states [N, K, D], on any device. Raises InputError for states that are not finite."""
-        self.pending.append((batch.rows, batch.digests, states.to(self.dtype)))
-        items = sum(len(states) for *_, states in self.pending)
-        if items >= GROUP_ITEMS or sum(states.nbytes for *_, states in self.pending) >= GROUP_BYTES:
+    def add(self, batch: EncoderBatch, states_by_view: Sequence[Tensor]) -> None:
+        """Take a batch's states [N, K, D] of each view, on any device. Raises InputError if any is not finite."""
+        self.pending.append((batch.rows, batch.digests, [states.to(self.dtype) for states in states_by_view]))
+        items = sum(len(rows) for rows, *_ in self.pending)
+        size = sum(states.nbytes for *_, by_view in self.pending for states in by_view)
+        if items >= GROUP_ITEMS or size >= GROUP_BYTES:
             self._flush()
 
     def _flush(self) -> None:
@@ -117,63 +142,79 @@ class _Writer:
             return
         ids = [self.item_ids[row] for rows, *_ in self.pending for row in rows]
         digests = [digest for _, batch_digests, _ in self.pending for digest in batch_digests]
-        states = torch.cat([states for *_, states in self.pending])
-        finite = states.isfinite().flatten(1).all(dim=1).tolist()
-        good = [index for index, ok in enumerate(finite) if ok]
+        parts_by_view = zip(*(by_view for *_, by_view in self.pending))
+        states_by_view = {view: torch.cat(parts) for view, parts in zip(self.views, parts_by_view)}
+        finite = {view: states.isfinite().flatten(1).all(dim=1).tolist() for view, states in states_by_view.items()}
+        good = [index for index, in_views in enumerate(zip(*finite.values())) if all(in_views)]
         if good:
-            self.store.write(self.job.name, [ids[i] for i in good], [digests[i] for i in good], states[good])
+            good_states = {view: states[good] for view, states in states_by_view.items()}
+            self.store.write_views([ids[i] for i in good], [digests[i] for i in good], good_states)
         self.pending.clear()
-        if len(good) < len(ids):
-            bad = ids[finite.index(False)]
-            raise InputError(f"view {self.job.name!r}, item {bad!r}: hidden states are not finite in {self.dtype}")
+        for view, in_items in finite.items():
+            if not all(in_items):
+                item_id = ids[in_items.index(False)]
+                raise InputError(f"view {view!r}, item {item_id!r}: hidden states are not finite in {self.dtype}")
 
 
-def _describe(backbone: Backbone, view: ViewConfig, dtype: str, dataset: Dataset) -> dict[str, Any]:
-    source = {"source": view.source} | ({} if view.source == "image" else dataset.how_read(view.source))
+def _describe(backbone: Backbone, dtype: str, dataset: Dataset) -> dict[str, Any]:
+    name = backbone.view.source
+    source = {"source": name} | ({} if name == "image" else dataset.how_read(name))
     versions = {name: metadata.version(name) for name in STATE_LIBRARIES}
     return {**source, **backbone.describe(), "dtype": dtype, "versions": versions}
 
 
 def _plan_all(
     jobs: list[_Job], descriptions: dict[str, dict[str, Any]], cache: Path, item_ids: list[str]
-) -> dict[str, list[int]]:
-    """Return {view: the rows to encode, in order}, once all of them can be read and the store can take them."""
+) -> list[tuple[_Job, list[int]]]:
+    """Return the jobs with the rows to encode, in order, once all of them can be read and the store can take them.
+
+    A job whose views lack different rows becomes several jobs: in other batches, the last bits of a state may differ.
+    """
     with ExitStack() as stack:
         begun = (cache / "manifest.json").exists()
         store = stack.enter_context(Store(cache, writable=True)) if begun else None
         if store is not None:
             store.check_views(descriptions)
-        todo = {}
+        planned = []
         for job in jobs:
-            stored = [None] * len(item_ids) if store is None else list(store.digests(job.name, item_ids))
-            workers = worker_count(job.workers, len(stored), job.backbone.device)
-            todo[job.name] = new_rows(job.name, job.inputs, stored, item_ids, workers)
-        return todo
+            for stored, part in _by_stored(job, store, item_ids).items():
+                workers = worker_count(part.workers, len(stored), part.device)
+                planned.append((part, new_rows(part.views[0], part.inputs, stored, item_ids, workers)))
+        return planned
 
 
-def _run(job: _Job, todo: list[int], store: Store, item_ids: list[str], batch_size: int) -> Extracted:
-    _mention_other_versions(job, store)
-    device = job.backbone.device
-    workers, pin = worker_count(job.workers, len(todo), device), device.type == "cuda"
+def _by_stored(job: _Job, store: Store | None, item_ids: list[str]) -> dict[tuple[bytes | None, ...], _Job]:
+    """Split the job into jobs of views that have the same digests, or None, stored for the items."""
+    parts: dict[tuple[bytes | None, ...], list[Backbone]] = {}
+    for name, backbone in zip(job.views, job.backbones):
+        stored = (None,) * len(item_ids) if store is None else tuple(store.digests(name, item_ids))
+        parts.setdefault(stored, []).append(backbone)
+    return {stored: replace(job, backbones=backbones) for stored, backbones in parts.items()}
+
+
+def _run(job: _Job, todo: list[int], writer: _Writer, batch_size: int) -> int:
+    """Encode the rows into the writer's store, and return the number of blank images among them."""
+    workers, pin = worker_count(job.workers, len(todo), job.device), job.device.type == "cuda"
     blank = 0
     with (
-        progress_bar(f"encoding {job.name}", len(todo), "items") as advance,
+        progress_bar(f"encoding {', '.join(job.views)}", len(todo), "items") as advance,
         closing(inputs_ahead(job.inputs.batch, batched(todo, batch_size), workers, pin)) as batches,
-        _Writer(store, job, item_ids) as writer,
+        writer,
     ):
         for batch in batches:
-            writer.add(batch, job.backbone.encode(batch.inputs))
+            writer.add(batch, job.backbones[0].encode_views(job.backbones, batch.inputs))
             blank += batch.blank
             advance(len(batch.rows))
-    return Extracted(job.name, len(item_ids), len(todo), blank)
+    return blank
 
 
-def _mention_other_versions(job: _Job, store: Store) -> None:
-    recorded = store.views[job.name].get("versions", {})
-    changed = [
-        f"{name} {recorded.get(name)} there, {version} now"
-        for name, version in job.description["versions"].items()
-        if recorded.get(name) != version
-    ]
-    if changed:
-        LOGGER.warning("view %r was begun with other versions: %s", job.name, ", ".join(changed))
+def _mention_other_versions(descriptions: dict[str, dict[str, Any]], store: Store) -> None:
+    for name, description in descriptions.items():
+        recorded = store.views[name].get("versions", {})
+        changed = [
+            f"{library} {recorded.get(library)} there, {version} now"
+            for library, version in description["versions"].items()
+            if recorded.get(library) != version
+        ]
+        if changed:
+            LOGGER.warning("view %r was begun with other versions: %s", name, ", ".join(changed))

@@ -109,10 +109,15 @@ class Store:
         return sha256(b"".join(digest or b"" for digest in self.digests(view, item_ids))).hexdigest()
 
     def write(self, view: str, item_ids: list[str], digests: list[bytes], states: Tensor) -> None:
-        """Stores states [N, K, D], already in the store's dtype, in one transaction: all of them or none."""
-        arrays = _as_bytes_array(states)
+        """Store states [N, K, D], already in the store's dtype, in one transaction: all of them or none."""
+        self.write_views(item_ids, digests, {view: states})
+
+    def write_views(self, item_ids: list[str], digests: list[bytes], states_by_view: dict[str, Tensor]) -> None:
+        """Store several views' states of the same contents, as `write` does, all in one transaction."""
         entries = [
-            (_key(view, item_id), digest + array.tobytes()) for item_id, digest, array in zip(item_ids, digests, arrays)
+            (_key(view, item_id), digest + array.tobytes())
+            for view, states in states_by_view.items()
+            for item_id, digest, array in zip(item_ids, digests, _as_bytes_array(states))
         ]
         while True:
             try:

@@ -15,8 +15,8 @@ class FakeBackbone:
 
     device = torch.device("cpu")
 
-    def __init__(self, view: ViewConfig, seen: list, delay: float = 0) -> None:
-        self.view, self.seen, self.delay = view, seen, delay
+    def __init__(self, view: ViewConfig, seen: list, delay: float = 0, model: object = None) -> None:
+        self.view, self.seen, self.delay, self.model = view, seen, delay, model or object()
 
     def describe(self) -> dict:
         return {"encoder": self.view.encoder, "layers": [0, 1], "depth": 2, "width": 3, "pooling": self.view.pooling}
@@ -31,6 +31,9 @@ class FakeBackbone:
 
     def pad(self, rows: list) -> dict:
         return {"sums": torch.tensor([sum(map(int, row)) for row in rows])}
+
+    def encode_views(self, backbones: list[FakeBackbone], inputs: dict) -> list[torch.Tensor]:
+        return [backbone.encode(inputs) for backbone in backbones]
 
     def encode(self, inputs: dict) -> torch.Tensor:
         time.sleep(self.delay)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import signal
@@ -13,7 +12,6 @@ import weakref
 from pathlib import Path
 
 import lmdb
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from helpers.datasets import make_sequences, write_dataset_folder
+from helpers.extractions import entries, interrupt, run, write_varied_items
 from helpers.fake_encoders import FakeBackbone
 from iisan_fast import demo, workers
 from iisan_fast.config import ViewConfig
@@ -41,7 +40,9 @@ IMAGE = ViewConfig("image", "image", "an encoder")
 def seen(monkeypatch) -> list:
     """Everything that was made ready to be encoded."""
     seen: list = []
-    monkeypatch.setattr(extraction, "load_backbones", lambda views, *_: [FakeBackbone(view, seen) for view in views])
+    monkeypatch.setattr(
+        extraction, "load_backbones", lambda views, *_, shared: [FakeBackbone(view, seen) for view in views]
+    )
     return seen
 
 
@@ -53,12 +54,6 @@ def root(tmp_path) -> Path:
     for i in range(1, 7):
         Image.new("RGB", (2, 2), (i, 0, 0)).save(root / "images" / f"i{i}.png")
     return root
-
-
-def run(root: Path, cache: Path, *views: ViewConfig, **options) -> list[tuple[int, int]]:
-    """(encoded, blank) of each view."""
-    results = extraction.extract(load_dataset(root), list(views), cache, CPU, batch_size=4, dtype="float32", **options)
-    return [(result.encoded, result.blank) for result in results]
 
 
 def states(root: Path, cache: Path, view: str) -> list[float]:
@@ -166,12 +161,14 @@ from iisan_fast.config import ViewConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.states import extraction
 extraction.GROUP_ITEMS = 8
-extraction.load_backbones = lambda views, *_: [FakeBackbone(view, [], delay=0.02) for view in views]
-dataset, title = load_dataset(Path(sys.argv[1])), ViewConfig("title", "title", "an encoder")
+model = object()
+extraction.load_backbones = lambda views, *_, shared: [FakeBackbone(view, [], 0.02, model) for view in views]
+dataset = load_dataset(Path(sys.argv[1]))
+views = [ViewConfig(name, "title", "an encoder") for name in ("title", "again")]
 for _ in sys.stdin:  # an extraction for each line, in a process that has all its imports
     child = os.fork()
     if not child:
-        extraction.extract(dataset, [title], Path(sys.argv[2]), FakeBackbone.device, batch_size=1, dtype="float32")
+        extraction.extract(dataset, views, Path(sys.argv[2]), FakeBackbone.device, batch_size=1, dtype="float32")
         os._exit(0)
     print(child, flush=True)
     os.waitpid(child, 0)
@@ -186,7 +183,7 @@ def test_an_extraction_killed_at_any_moment_resumes(tmp_path, seen):
     (root / "users.tsv").write_text(
         "".join(f"u{n}\t{' '.join(f'i{i}' for i in range(n, n + 10))}\n" for n in range(1, count, 10))
     )
-    kept = []
+    kept, item_ids = [], load_dataset(root).sequences.item_ids
     command = [sys.executable, "-c", EXTRACTIONS, str(root), str(tmp_path / "c"), str(Path(__file__).parents[1])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as program:
         for moment in (0.0, 0.3, 0.5, 0.7):
@@ -197,7 +194,8 @@ def test_an_extraction_killed_at_any_moment_resumes(tmp_path, seen):
             assert program.stdout.readline() == "ended\n"
             if (tmp_path / "c" / "manifest.json").exists():
                 with extraction.Store(tmp_path / "c") as store:
-                    digests = list(store.digests("title", load_dataset(root).sequences.item_ids))
+                    digests, others = (list(store.digests(name, item_ids)) for name in ("title", "again"))
+                assert digests == others
                 kept.append(sum(digest is not None for digest in digests))
     assert kept == sorted(kept) and kept[-1] > 0
     assert not any(count % 8 for count in kept)  # of a group all or nothing
@@ -217,24 +215,7 @@ def encoders(tmp_path_factory) -> list[ViewConfig]:
 @pytest.fixture
 def large(tmp_path) -> Path:
     """A dataset of forty items: titles of one to twenty words, images of noise, one of them missing, one damaged."""
-    count, generator = 40, np.random.default_rng(0)
-    root = write_dataset_folder(tmp_path / "large", make_sequences([list(range(1, count + 1))], max_inputs=count))
-    (root / "users.tsv").write_text("".join(f"u{n}\t{' '.join(f'i{n + k}' for k in range(8))}\n" for n in range(1, 34)))
-    words = [*demo.BRANDS, *demo.MATERIALS]
-    titles = [" ".join(generator.choice(words, size=generator.integers(1, 21))) for _ in range(count)]
-    (root / "items.tsv").write_text("".join(f"i{n + 1}\t{title}\n" for n, title in enumerate(titles)))
-    (root / "images").mkdir()
-    for n in range(2, count + 1):
-        noise = generator.integers(0, 256, (int(generator.integers(9, 90)), 40, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(root / "images" / f"i{n}.png")
-    (root / "images" / "i9.png").write_bytes(b"damaged")
-    return root
-
-
-def entries(cache: Path) -> dict[bytes, bytes]:
-    """The store's keys and values."""
-    with lmdb.open(str(cache / "states.lmdb"), readonly=True) as env, env.begin() as transaction:
-        return dict(transaction.cursor())
+    return write_varied_items(tmp_path / "large")
 
 
 def test_workers_leave_the_very_same_store(large, tmp_path, encoders):
@@ -293,20 +274,14 @@ def test_calls_come_in_order_and_leave_the_random_state_as_it_was(count):
 
 
 def test_an_interrupt_stores_what_is_encoded_and_ends_the_workers(large, tmp_path, encoders, monkeypatch):
-    loads, start, encode = [], workers._start, extraction.Backbone.encode
+    loads, start = [], workers._start
 
     def started(loader):
         loads.append(start(loader))
         return loads[-1]
 
-    def interrupted(self, inputs):
-        if next(calls) == 3:
-            raise KeyboardInterrupt
-        return encode(self, inputs)
-
-    calls = itertools.count()
     monkeypatch.setattr(workers, "_start", started)
-    monkeypatch.setattr(extraction.Backbone, "encode", interrupted)
+    interrupt(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(large, tmp_path / "c", encoders[0], workers=1, missing_images="blank")
     assert len(entries(tmp_path / "c")) == 12
@@ -396,10 +371,9 @@ def test_texts_without_tokens_are_refused_before_anything_is_written(root, tmp_p
 
 def test_inputs_are_let_go_before_their_states_are_stored():
     """A thousand images' pixels would otherwise wait for their transaction."""
-    job = extraction._Job("image", None, None, {"dtype": "float32"}, None)
-    writer = extraction._Writer(None, job, ["a", "b"])
+    writer = extraction._Writer(None, ["image"], torch.float32, ["a", "b"])
     batch = EncoderBatch([0, 1], [b"1", b"2"], {"pixel_values": torch.zeros(2, 3)}, blank=0)
     pixels = weakref.ref(batch.inputs["pixel_values"])
-    writer.add(batch, torch.ones(2, 1, 4))
+    writer.add(batch, [torch.ones(2, 1, 4)])
     del batch
     assert pixels() is None and len(writer.pending) == 1

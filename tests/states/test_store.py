@@ -41,6 +41,17 @@ def test_states_come_back_as_they_were(tmp_path, dtype):
     assert torch.equal(view.table[view.rows], states[[0, 3]])
 
 
+def test_several_views_are_written_in_one_transaction(tmp_path):
+    first, second = torch.randn(2, 3, 5), torch.randn(2, 1, 4)
+    with Store(tmp_path / "c", writable=True) as store:
+        store.add_views({"v": view_description(3, 5), "w": view_description(1, 4)})
+        store.write_views(["a", "b"], [b"1" * 16, b"2" * 16], {"v": first, "w": second})
+        assert store._env.info()["last_txnid"] == 1
+        assert list(store.digests("w", ["b", "a"])) == [b"2" * 16, b"1" * 16]
+    table = load_table(tmp_path / "c", ["v", "w"], ["a", "b"], torch.device("cpu"))
+    assert torch.equal(table.views[0][1:], first) and torch.equal(table.views[1][1:], second)
+
+
 def test_the_map_grows_with_what_is_written(tmp_path):
     states = torch.randn(64, 12, 1024)
     with Store(tmp_path / "c", writable=True) as store:
