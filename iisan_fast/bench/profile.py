@@ -65,6 +65,6 @@ def _activations(trainer: Trainer, prepared: PreparedBatch) -> int:
 
 
 def _frozen_encoders(trainer: Trainer) -> list[nn.Module]:
-    """Encoders that run but are no part of the model."""
+    """Return the encoders, each once, that run but are no part of the model."""
     inputs = getattr(trainer.source, "inputs", None)
-    return [] if inputs is None else [backbone.model for backbone in inputs.backbones]
+    return [] if inputs is None else list(dict.fromkeys(backbone.model for backbone in inputs.backbones))

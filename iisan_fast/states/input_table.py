@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..config import ViewConfig
 from ..data import Dataset
-from ..encoders import Backbone, ByteForm, ModelInputs, load_backbones
+from ..encoders import Backbone, ByteForm, ModelInputs, load_backbones, views_by_model
 from ..errors import InputError
 from ..kernels import States
 from ..progress import progress_bar
@@ -33,9 +34,14 @@ PART_ITEMS = {"cpu": 64, "cuda": 256}  # near-equal lengths matter more to the o
 DECODED_AT_ONCE = 64  # images a call, while a table is filled
 MAX_DECODERS = 16  # threads
 
+Inputs = TypeVar("Inputs")
+
 
 class InputTable:
-    """The encoders' inputs for a catalogue's items, for one or more views. Padding reads as any item's inputs."""
+    """The encoders' inputs for a catalogue's items, for one or more views. Padding reads as any item's inputs.
+
+    Views that share a model read the same inputs, which are gathered once.
+    """
 
     index_device = torch.device("cpu")
     items_at_once = INPUTS_AT_ONCE
@@ -49,38 +55,45 @@ class InputTable:
         device: torch.device,
         opened: ExitStack,
     ) -> None:
-        """Made by `open_inputs`; `opened` is what `close` gives back."""
+        """Made by `open_inputs`: `views` are the first view of each model, `opened` is what `close` gives back."""
         self.backbones, self.rows, self.part_items, self.device = backbones, rows, part_items, device
+        self.views_by_model = views_by_model(backbones)
         self._views, self._opened = views, opened
 
     def gather(self, items: Tensor) -> Gathered:
-        """Gather the tokens and images that the device lacks, a tensor a view. items: int64 [N] on the host."""
-        by_view = [view.gather(items, self.part_items) for view in self._views]
-        tensors = [tensor for gathered in by_view for tensor in gathered.tensors]
-        return Gathered(tensors, [gathered.layout for gathered in by_view])
+        """Gather the tokens and images that the device lacks, a tensor a model. items: int64 [N] on the host."""
+        by_model = [view.gather(items, self.part_items) for view in self._views]
+        tensors = [tensor for gathered in by_model for tensor in gathered.tensors]
+        return Gathered(tensors, [gathered.layout for gathered in by_model])
 
     def read(self, items: Tensor, gathered: Gathered | None = None) -> list[Chunks]:
         """Return each view's encoder inputs for items int64 [N], on the device."""
         gathered = gathered or self.gather(items)
         items = items.to(self.device, non_blocking=True)
         tensors = (tensor.to(self.device, non_blocking=True) for tensor in gathered.tensors)
-        return [
+        by_model = [
             view.chunks(items, tensors, layout, self.part_items) for view, layout in zip(self._views, gathered.layout)
         ]
+        return self._by_view(by_model)
 
     def largest(self, count: int) -> list[ModelInputs]:
         """Return each view's encoder inputs for `count` items, all as large as the largest one."""
-        largest = []
+        by_model: list[ModelInputs] = []
         for view in self._views:
             items = torch.full((count,), view.largest)
             tensors, layout = view.gather(items, count)
             moved = (tensor.to(self.device) for tensor in tensors)
-            largest += view.chunks(items.to(self.device), moved, layout, count).parts
-        return largest
+            by_model += view.chunks(items.to(self.device), moved, layout, count).parts
+        return self._by_view(by_model)
 
     def close(self) -> None:
         """Gives back the dataset's images and the threads that decode them."""
         self._opened.close()
+
+    def _by_view(self, by_model: Sequence[Inputs]) -> list[Inputs]:
+        """Return the inputs of each view, in the views' order."""
+        by_view = {view: inputs for views, inputs in zip(self.views_by_model, by_model) for view in views}
+        return [by_view[view] for view in range(len(self.backbones))]
 
 
 class EncodedTable:
@@ -112,14 +125,15 @@ class EncodedTable:
         gathered = gathered or self.gather(items)
         count, layout = gathered.layout
         chunks_by_view = self.inputs.read(items[:count], gathered._replace(layout=layout))
-        by_view = []
-        for (layers, width), backbone, chunks in zip(self.shapes, self.inputs.backbones, chunks_by_view):
-            # Encoders give inference tensors, which autograd cannot save: they are copied into ordinary ones.
-            states = torch.zeros((len(items), layers, width), dtype=self.dtype, device=self.inputs.device)
-            if chunks.parts:
-                states[:count] = _encoded(backbone, chunks).to(self.stored)
-            by_view.append(States(states))
-        return by_view
+        # Encoders give inference tensors, which autograd cannot save: they are copied into ordinary ones.
+        by_view = [
+            torch.zeros((len(items), *shape), dtype=self.dtype, device=self.inputs.device) for shape in self.shapes
+        ]
+        for views in self.inputs.views_by_model if count else []:
+            encoded = _encoded([self.inputs.backbones[view] for view in views], chunks_by_view[views[0]])
+            for view, states in zip(views, encoded):
+                by_view[view][:count] = states.to(self.stored)
+        return [States(states) for states in by_view]
 
     def close(self) -> None:
         """Close the input table."""
@@ -135,12 +149,15 @@ def open_inputs(
     part_items: int | None = None,
     workers: int | None = None,
     attention: str = "auto",
+    trained: bool = False,
 ) -> InputTable:
     """Views' encoders, frozen, with this attention, and what they read of every item: at most `part_items` at a time
     (None: as suits the device).
 
     `placement` says where images lie (as bytes); "mapped" means in the dataset's files, from where threads decode them
     ahead of the step. Otherwise `workers` processes decode each of them once, now, as `extract` does.
+
+    Views that differ in name, pooling and layers alone share one model, unless the encoders are to be `trained`.
 
     Raises InputError, before anything is kept, for content that is missing or cannot be read, an encoder that cannot be
     used, or a placement that does not fit.
@@ -150,13 +167,14 @@ def open_inputs(
     with ExitStack() as opened:
         images = opened.enter_context(open_sources(dataset, views, missing_images))
         threads = opened.enter_context(ThreadPoolExecutor(min(MAX_DECODERS, usable_cpus()), "images"))
-        backbones = load_backbones(views, device, attention)
-        forms = [backbone.byte_form() if backbone.view.source == "image" else None for backbone in backbones]
+        backbones = load_backbones(views, device, attention, shared=not trained)
+        readers = [backbones[positions[0]] for positions in views_by_model(backbones)]
+        forms = [backbone.byte_form() if backbone.view.source == "image" else None for backbone in readers]
         size = (1 + len(item_ids)) * sum(form.prepare([BLANK])["pixel_values"].nbytes for form in forms if form)
         home = "in the dataset's files, decoded ahead"
         where = place("image table", placement, size, device, home) if size else "mapped"
         opened_views = []
-        for backbone, form in zip(backbones, forms):
+        for backbone, form in zip(readers, forms):
             inputs = view_inputs(backbone, dataset, images, missing_images, form and form.prepare)
             if isinstance(inputs, TextInputs):
                 new_rows(backbone.view.name, inputs, [None] * len(item_ids), item_ids)
@@ -305,10 +323,11 @@ def _fill(view: str, images: ImageInputs, table: Tensor, workers: int) -> None:
         LOGGER.info("view %r: %d of %d images are blank", view, blank, count)
 
 
-def _encoded(backbone: Backbone, chunks: Chunks) -> Tensor:
-    """[N, K, D] in the encoder's dtype."""
-    states = torch.cat([backbone.encode(part) for part in chunks.parts])
-    return states if chunks.order is None else states.index_select(0, chunks.order)
+def _encoded(backbones: list[Backbone], chunks: Chunks) -> list[Tensor]:
+    """Return states [N, K, D], in the encoder's dtype, of each of the backbones, which share a model."""
+    by_part = [backbones[0].encode_views(backbones, part) for part in chunks.parts]
+    by_view = [torch.cat(states) for states in zip(*by_part)]
+    return by_view if chunks.order is None else [states.index_select(0, chunks.order) for states in by_view]
 
 
 def _part_sizes(count: int, most: int) -> list[int]:

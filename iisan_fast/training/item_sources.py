@@ -136,7 +136,9 @@ def _open_encoders(
 
     tuned = config.model.method in TUNING_METHODS
     views = [_resolved(view, config.model.layer_groups, tuned) for view in uncached.views]
-    inputs = open_inputs(dataset, views, device, placement, uncached.missing_images, attention=uncached.attention)
+    inputs = open_inputs(
+        dataset, views, device, placement, uncached.missing_images, attention=uncached.attention, trained=tuned
+    )
     descriptions = {
         view.name: {
             "source": view.source,

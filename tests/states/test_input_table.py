@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -254,15 +255,15 @@ def test_states_are_rounded_to_the_stores_dtype_before_they_take_another(dataset
 
 
 def test_padding_is_zero_and_is_not_encoded(dataset, views, monkeypatch):
-    counts, encode = [], Backbone.encode
+    counts, encode = [], Backbone.encode_views
 
-    def counted(self, inputs) -> Tensor:
+    def counted(self, backbones, inputs) -> list[Tensor]:
         counts.append(len(next(iter(inputs.values()))))
-        return encode(self, inputs)
+        return encode(self, backbones, inputs)
 
     with closing(open_encoded(dataset, views)) as encoded:
         whole = encoded.read(numbers(8, 4, 6))
-        monkeypatch.setattr(Backbone, "encode", counted)
+        monkeypatch.setattr(Backbone, "encode_views", counted)
         padded = encoded.read(numbers(8, 4, 6, 0, 0))
         assert counts == [3, 3]
         for own, (states, _) in zip(whole, padded):
@@ -270,6 +271,35 @@ def test_padding_is_zero_and_is_not_encoded(dataset, views, monkeypatch):
         for items in (numbers(0, 0), numbers()):
             assert all(len(states) == len(items) and not states.any() for states, _ in encoded.read(items))
         assert counts == [3, 3]
+
+
+def test_views_of_one_encoder_share_its_inputs_and_its_forward(dataset, views):
+    image, title = views
+    pooled = [title, image, replace(title, name="mean", pooling="mean", layers=(1, 2))]
+    items, expected = numbers(8, 4, 66, 0), []
+    for own in pooled:
+        with closing(open_encoded(dataset, [own])) as encoded:
+            expected += encoded.read(items)
+    classes: list[str] = []
+    with closing(open_encoded(dataset, pooled)) as encoded:
+        title_model, image_model, mean_model = (backbone.model for backbone in encoded.inputs.backbones)
+        assert title_model is mean_model
+        for model in (title_model, image_model):
+            model.register_forward_pre_hook(lambda model, _inputs: classes.append(type(model).__name__))
+        assert len(encoded.gather(items).tensors) == 1  # the titles; the device holds the images
+        states = encoded.read(items)
+        assert classes == ["BertModel", "ViTModel"]
+        assert [len(inputs) for inputs in encoded.inputs.largest(2)] == [2, 1, 2]
+    for (found, _), (alone, _) in zip(states, expected, strict=True):
+        assert torch.equal(found, alone) and found[:3].any()
+
+
+def test_encoders_to_be_trained_share_nothing(dataset, views):
+    both = [views[1], replace(views[1], name="mean", pooling="mean")]
+    with closing(open_inputs(dataset, both, CPU, trained=True)) as contents:
+        first, second = (backbone.model for backbone in contents.backbones)
+        assert not {*first.parameters()} & {*second.parameters()}
+        assert len(contents.gather(numbers(1, 2)).tensors) == 2
 
 
 def batches(source: ItemSource, dataset: Dataset, padded: bool = False):

@@ -327,7 +327,7 @@ def test_the_lack_of_memory_is_told_with_the_batch_and_what_to_lower(
 def test_the_lack_of_memory_is_told_where_frozen_encoders_run(
     call, encoder_views, small_catalogue, tmp_path, monkeypatch
 ):
-    calls, encode = [], Backbone.encode
+    calls, encode = [], Backbone.encode_views
 
     def fail(*arguments):
         calls.append(1)
@@ -335,7 +335,7 @@ def test_the_lack_of_memory_is_told_where_frozen_encoders_run(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return encode(*arguments)
 
-    monkeypatch.setattr(Backbone, "encode", fail)
+    monkeypatch.setattr(Backbone, "encode_views", fail)
     message = "run: stopped in epoch 1: not enough memory on cpu for batches of 40 users .* whose states take up to"
     with pytest.raises(InputError, match=message):
         train(run_config(small_catalogue, "iisan", encoder_views), tmp_path / "run", CPU)
