@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ class Durations:
         return {
             "command": " ".join(["pytest", *self.config.invocation_params.args]),
             "commit": commit(),
-            "environment": environment(torch.device("cpu")),
+            "environment": environment(torch.device("cpu")) | {"triton": version("triton")},
             "wall_seconds": round(time.time() - self.begun, 1),
             "processor_seconds": round(sum(self.seconds.values()), 1),
             "tests": dict(sorted(self.counts.items())),
