@@ -189,7 +189,7 @@ def test_extract_then_train_from_python(catalogue, encoder_views, tmp_path):
 
 
 @pytest.mark.slow
-def test_encoders_that_run_are_named_in_any_form(catalogue, encoder_views, tmp_path):
+def test_encoders_that_run_are_named_in_any_form(small_catalogue, encoder_views, tmp_path):
     image, title = encoder_views
     forms = {
         "flat": {"image_encoder": image.encoder, "text_encoder": title.encoder},
@@ -197,7 +197,7 @@ def test_encoders_that_run_are_named_in_any_form(catalogue, encoder_views, tmp_p
         "section": {"uncached": UncachedConfig(encoder_views)},
     }
     for name, form in forms.items():
-        iisan_fast.train(catalogue, out=tmp_path / name, dtype="float32", **form, **SMALL)
+        iisan_fast.train(small_catalogue, out=tmp_path / name, dtype="float32", **form, **SMALL)
         assert (tmp_path / name / "config.json").read_text() == (tmp_path / "flat" / "config.json").read_text()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from helpers.run_folders import hit_rates
 from iisan_fast import demo
-from iisan_fast.cli import main
 from iisan_fast.config import RunConfig, ViewConfig, from_dict
 from iisan_fast.data.items import open_images
 from iisan_fast.data.sequences import Dataset, load_dataset, statistics
@@ -185,26 +184,11 @@ def test_each_view_tells_its_own_attribute_only(written: tuple[Path, list[ViewCo
     assert readable(pictures, material) < 0.15
 
 
-def hit_rates(result: dict) -> tuple[float, float]:
-    """(the model's, the popularity baseline's) test HR@10, history masked."""
-    return result["test"]["masked"]["hr@10"], result["popularity"]["masked"]["hr@10"]
-
-
-@pytest.mark.slow
-def test_the_demo_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """`iisan-fast train` alone beats popularity fivefold."""
-    with pytest.raises(SystemExit) as end:
-        main(["train", "--out", str(tmp_path / "run"), "--json"])
-    assert not end.value.code
-    model, popularity = hit_rates(json.loads(capsys.readouterr().out))
-    assert model >= 5 * popularity > 0
-
-
 @pytest.mark.long
 def test_the_demo_is_learned_from_nothing_but_its_content(
     shuffled: Path, written: tuple[Path, list[ViewConfig]], tmp_path: Path
 ) -> None:
-    """With the content dealt out at random, the same training stays about as good as popularity."""
+    """With the content dealt out at random, the training of test_packaging.py stays about as good as popularity."""
     _, views = written
     extract(load_dataset(shuffled), views, tmp_path / "states", torch.device("cpu"))
     settings = {

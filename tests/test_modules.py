@@ -43,7 +43,7 @@ def module_names() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("missing", ["nothing", ",".join(OPTIONAL)])
+@pytest.mark.parametrize("missing", [pytest.param("nothing", marks=pytest.mark.long), ",".join(OPTIONAL)])
 def test_every_module_and_all_that_doors_export_can_be_imported(missing):
     """With the packages of the extras and without: a machine with a GPU may lack polars and xformers."""
     names = module_names()

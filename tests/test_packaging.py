@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers.run_folders import hit_rates
+
 ROOT = Path(__file__).parents[1]
 INSTALLED_AS = {"iisan_fast": "iisan_fast", "kernels": "iisan_fast/kernels", "cli": "iisan_fast/cli"}
 SOURCES = (*INSTALLED_AS, "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -97,12 +99,14 @@ def test_no_folder_on_the_path_of_the_tests_is_called_kernels(pytestconfig):
 
 @pytest.mark.slow
 def test_an_installed_copy_runs_the_demo_and_is_used_from_python(installed, tmp_path):
-    out = run([installed / "iisan-fast", "train", "--epochs", "1", "--out", "runs/demo", "--json"], tmp_path)
-    assert json.loads(out)["best_epoch"] == 1
+    """`iisan-fast train` alone beats popularity fivefold."""
+    out = json.loads(run([installed / "iisan-fast", "train", "--out", "runs/demo", "--json"], tmp_path))
+    model, popularity = hit_rates(out)
+    assert model >= 5 * popularity > 0
     script = """
 import iisan_fast, iisan_fast.kernels, iisan_fast.cli
 best, figures = iisan_fast.load("runs/demo"), iisan_fast.evaluate("runs/demo", ks=(10,))
-assert figures["best_epoch"] == best.epoch == 1 and len(best.item_ids) == len(best.item_vectors)
+assert figures["best_epoch"] == best.epoch and len(best.item_ids) == len(best.item_vectors)
 print(iisan_fast.kernels.__file__, *iisan_fast.__path__, *iisan_fast.cli.__path__, sep="\\n")
 """
     files = run([installed / "python", "-c", script], tmp_path).splitlines()

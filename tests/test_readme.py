@@ -35,7 +35,7 @@ def test_the_python_example(as_in_the_readme, capsys):
     assert "'hr@5'" in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_python_example_as_a_script_with_worker_processes(as_in_the_readme):
     """The workers do not begin the script again."""
     (example,) = re.findall(r"^```python\n(.*?^iisan_fast\.extract.*?)\n", README, flags=re.MULTILINE | re.DOTALL)

@@ -63,14 +63,20 @@ def test_a_sweep_gives_a_row_for_every_method(settings, small_catalogue, tmp_pat
     assert rows["id"]["ndcg"] == pytest.approx(np.mean([each["ndcg"] for each in figures]))
 
 
-def test_iisan_beside_full_fine_tuning_over_pairs_of_encoders(built, small_catalogue, tmp_path, in_this_process):
+TEXT_BY_IMAGE = list(product(("bert", "deberta-v3"), ("vit", "clip")))
+
+
+@pytest.mark.parametrize("chosen", [TEXT_BY_IMAGE[::3], pytest.param(TEXT_BY_IMAGE, marks=pytest.mark.long)])
+def test_iisan_beside_full_fine_tuning_over_pairs_of_encoders(
+    chosen, built, small_catalogue, tmp_path, in_this_process
+):
     """The paper's figure 4, of tiny encoders: BERT and DeBERTa by ViT and CLIP."""
     pairs = {
         f"{text} {image}": (
             ViewConfig("image", "image", str(built("image", image))),
             ViewConfig("title", "title", str(built("title", text)), max_tokens=12),
         )
-        for text, image in product(("bert", "deberta-v3"), ("vit", "clip"))
+        for text, image in chosen
     }
     settings = SweepSettings(("full", "iisan"), pairs, epochs=2, batch_users=16, profiled=1)
     result = run(small_catalogue, tmp_path / "sweep", settings, CPU)

@@ -33,7 +33,7 @@ def anew(monkeypatch, tmp_path):
     library._library.cache_clear()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_compiler
 def test_it_is_compiled_once_for_the_user_alone(anew, monkeypatch):
     monkeypatch.setattr(library, "FLAGS", QUICK)

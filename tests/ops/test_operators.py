@@ -14,7 +14,8 @@ pytestmark = pytest.mark.slow
 
 def test_the_ops_are_sound_operators():
     """Schema, fake tensors, autograd registration and ahead-of-time dispatch agree with what the kernels do."""
-    side, loss = SideCase(items=5, layers=2, dense=[1]), LossCase(5, 40)
+    side = SideCase(items=3, layers=2, width=16, bottleneck=8, kinds=[(0,), (0, 1)], dense=[1])
+    loss = LossCase(5, 40)
     captured: list[tuple] = []
     for module, name in (
         (side_towers, "_side_towers"),
