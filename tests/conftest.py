@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the program does
@@ -105,10 +106,16 @@ def encoder_views(tmp_path_factory) -> list[ViewConfig]:
     return [ViewConfig("image", "image", str(home / "image")), ViewConfig("title", "title", str(home / "text"))]
 
 
+@pytest.fixture(scope="session")
+def catalogue_to_copy(tmp_path_factory) -> Path:
+    """A dataset's folder that no test may change: 70 items, 160 users."""
+    return write_catalogue(tmp_path_factory.mktemp("catalogue") / "dataset", histories_at_random(160, 70), 70)
+
+
 @pytest.fixture
-def catalogue(tmp_path) -> Path:
+def catalogue(catalogue_to_copy, tmp_path) -> Path:
     """A dataset's folder that the test may change: 70 items, 160 users."""
-    return write_catalogue(tmp_path / "dataset", histories_at_random(160, 70), 70)
+    return shutil.copytree(catalogue_to_copy, tmp_path / "dataset")
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def test_folding_in_cpp_passes_gradcheck():
     assert torch.autograd.gradcheck(fold, weights)
 
 
-@pytest.mark.parametrize("columns", [1, 2, 7, 64])
+@pytest.mark.parametrize("columns", [1, 2, 7, 17, pytest.param(64, marks=pytest.mark.long)])
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("form", ["auto", "cpu-torch", "reference"])
 def test_fold_is_the_product_and_its_gradients_are_right(columns, count, form):

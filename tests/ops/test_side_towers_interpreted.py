@@ -194,14 +194,12 @@ def test_views_of_two_dtypes():
             assert relative_error(mine, exact.double()) < 4 * torch.finfo(torch.float16).eps
 
 
+WIDER = [(384, 512), (1024, 8), (1152, 100), (4096, 8), (4096, 64)]
+
+
 @pytest.mark.parametrize(
     ("width", "bottleneck"),
-    [
-        (768, 8),
-        (768, 64),
-        (1024, 8),
-        *(pytest.param(*sizes, marks=pytest.mark.long) for sizes in [(384, 512), (1152, 100), (4096, 8), (4096, 64)]),
-    ],
+    [(768, 8), (768, 64), *(pytest.param(*sizes, marks=pytest.mark.long) for sizes in WIDER)],
 )
 def test_kernels_run_for_every_width_and_bottleneck_claimed(width, bottleneck):
     launch.launches.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -46,12 +47,22 @@ def expected(scientific):
     return of
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=pytest.mark.slow) if form == "gpu" else form for form in FORMS]
-)
-@pytest.mark.parametrize("case", CASES)
-def test_step_equals_reference_on_scientific(form, case, expected):
-    step, result = expected(case, FORMS[form].users)
+def scientific_cases() -> list:
+    """Every form of every case at 64 users; `make test` takes some at 24 users, and few in Triton's interpreter."""
+    at_64_users = ("iisan", "iisan, published sizes, narrow states", "versa, first wider and deeper")
+    cases = []
+    for case, form in itertools.product(CASES, FORMS):
+        interpreted = form == "gpu"
+        marks = [pytest.mark.slow] if interpreted else []
+        cases.append(pytest.param(case, form, 64, marks=marks if case in at_64_users else pytest.mark.long))
+        if case not in at_64_users and not interpreted:
+            cases.append(pytest.param(case, form, 24))
+    return cases
+
+
+@pytest.mark.parametrize(("case", "form", "users"), scientific_cases())
+def test_step_equals_reference_on_scientific(case, form, users, expected):
+    step, result = expected(case, min(users, FORMS[form].users))
     assert all(gradient.any() for gradient in result.gradients.values())
     FORMS[form].check(step, result)
 
