@@ -13,6 +13,8 @@ from iisan_fast.errors import InputError
 from iisan_fast.models.tuned_encoder import TunedItemEncoder
 from iisan_fast.states.item_source import Chunks
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("full", "adapter", "lora", "bitfit", "frozen")
 ITEMS, D = 5, 8
 

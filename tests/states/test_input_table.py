@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
 ITEMS = 70
 HOMES = ("device", "pinned", "mapped")
 
+pytestmark = pytest.mark.slow
 each_home = pytest.mark.parametrize("placement", HOMES)
 
 
@@ -327,7 +328,6 @@ def test_the_loader_gives_a_batchs_contents(dataset, views):
     assert all(torch.equal(*both) for both in zip(map(read, own.item_inputs), map(read, again)))
 
 
-@pytest.mark.slow
 def test_uncached_training_follows_cached(dataset, views, tmp_path):
     extract(dataset, views, tmp_path / "cache", CPU)
     names, sequences = [view.name for view in views], dataset.sequences
