@@ -54,21 +54,21 @@ def kernels(dataset: Path | None, tune: bool, out: Path | None, device: str, as_
     name, sequences = machine.named_sequences(dataset)
     result: dict[str, Any] = {"command": _command(dataset, settings, tune)}
     if tune:
-        found = tuning.tune(sequences, name, settings, where)
-        result |= machine.origin(name, where) | {"entries": tuning.as_json(found, where)}
+        configurations = tuning.tune(sequences, name, settings, where)
+        result |= machine.origin(name, where) | {"entries": tuning.as_json(configurations, where)}
     else:
         result |= ops.benchmark(sequences, name, settings, where)
     write_result(out, result)
     if as_json:
         print_json(result)
     elif tune:
-        click.echo(tuning.table_text(found, where))
+        click.echo(tuning.table_text(configurations, where))
     else:
         _print_rows(result)
 
 
 def _command(dataset: Path | None, settings: KernelSettings, tune: bool) -> str:
-    """How to get these figures again, the dataset's folder left out."""
+    """Return the command that gives these figures again, the dataset's folder left out."""
     words = ["iisan-fast", "bench", "kernels"] + (["DATASET"] if dataset else []) + (["--tune"] if tune else [])
     words += [f"--users={count}" for count in settings.users] + [f"--op={op}" for op in settings.ops]
     words += [f"--form={form}" for form in settings.forms]
@@ -97,8 +97,8 @@ def _table(op: str, users: int, rows: list[dict[str, Any]], note: str | None) ->
     for column in ("launches", "peak MiB", "gradient\nerror", "floor ms", "of floor"):
         table.add_column(column, justify="right")
     for form, passes in groupby(rows, key=lambda row: row["form"]):
-        for _, some in groupby(passes, key=lambda row: row["status"] if row["p50_ms"] is None else row["pass"]):
-            alike = list(some)  # one pass, or all that were not measured for one reason
+        for _, group in groupby(passes, key=lambda row: row["status"] if row["p50_ms"] is None else row["pass"]):
+            alike = list(group)  # one pass, or all that were not measured for one reason
             table.add_row(Text(form), alike[0]["pass"] if len(alike) == 1 else "all", *_cells(alike[0]))
         table.add_section()
     return table

@@ -60,7 +60,7 @@ PROTOCOL_OPTIONS = {
 
 
 def protocol_options(command):
-    """Those that say which interactions count, and for what."""
+    """Add the options of the data protocol: which interactions count, and what is held out."""
     for option in reversed(PROTOCOL_OPTIONS.values()):
         command = option(command)
     return command

@@ -138,13 +138,13 @@ def train(
 def _refuse_other_settings(context: click.Context) -> None:
     allowed = {"resume_path", "placement", "device", "as_json"}
     options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    given = [
+    forbidden = [
         options[name]
         for name in context.params
         if name not in allowed and context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
     ]
-    if given:
-        raise InputError(f"--resume: takes its settings from the run; leave out {', '.join(sorted(given))}")
+    if forbidden:
+        raise InputError(f"--resume: takes its settings from the run; leave out {', '.join(sorted(forbidden))}")
 
 
 def _report_epoch(line: dict[str, Any]) -> None:

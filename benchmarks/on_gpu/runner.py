@@ -51,7 +51,7 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Measurement:
-    """What to measure, and where the results go."""
+    """A call of the script: the stages, their dataset, and the folder of their results."""
 
     dataset: Path
     out: Path
