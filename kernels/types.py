@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -131,3 +132,78 @@ class AdamState(NamedTuple):
     mean: Tensor  # exp_avg
     square: Tensor  # exp_avg_sq
     steps: Tensor  # taken so far: fp32 scalar
+
+
+HEADER = ("distinct", "rows", "tiles", "users", "step", "prefix", "occurrences")  # a batch's true counts and step
+HEADER_WORDS = 8
+FIELD_ALIGNMENT = 32  # int32 words: 128 bytes
+
+
+class StepShape(NamedTuple):
+    """The sizes of a run's batches on a GPU: bounds that no batch of the run passes."""
+
+    users: int  # U
+    distinct: int  # V, a multiple of 32
+    tiles: int  # T: of rows; a user's rows stand in one tile
+    tile_rows: int  # 16, 32 or 64
+    positions: int  # P: the most inputs of a history, at most tile_rows
+
+    @property
+    def rows(self) -> int:
+        """Rows of all tiles, M."""
+        return self.tiles * self.tile_rows
+
+    @property
+    def words(self) -> int:
+        """Words of 32 history bits a user, W."""
+        return self.distinct // 32
+
+    @property
+    def occurrences(self) -> int:
+        """The most slots that the users' histories have."""
+        return self.rows + self.users
+
+    def fields(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each field of a `StepBatch`, in their order in a packed batch."""
+        rows = ("inputs", "targets", "row_users", "positions")
+        return {
+            "header": (HEADER_WORDS,),
+            "users": (self.users,),
+            "distinct": (self.distinct,),
+            "offsets": (self.distinct + 1,),
+            **{name: (self.rows,) for name in rows},
+            "occurrences": (self.occurrences,),
+            "history_bits": (self.words, self.users + 1),
+        }
+
+    def starts(self) -> list[int]:
+        """Return where each field of a packed batch starts, then where the batch ends, in int32 words."""
+        sizes = [-(-math.prod(shape) // FIELD_ALIGNMENT) * FIELD_ALIGNMENT for shape in self.fields().values()]
+        return list(itertools.accumulate(sizes, initial=0))
+
+
+class StepBatch(NamedTuple):
+    """A batch as the GPU's step reads it: int32 views of one buffer, each as large as the run's `StepShape` says.
+
+    Beyond the true counts of the header, users are -1, distinct and targets 0, inputs -1, row_users U, positions 0, and
+    offsets repeat the last. A user's rows stand in one tile, one after the other, in the order of the history; between
+    and after users a tile may have rows that are none: their input is -1.
+    """
+
+    header: Tensor  # [HEADER_WORDS]: in the order of HEADER; prefix is the dropout's hash of seed and step, as uint32
+    users: Tensor  # [U]: user numbers, which the dropout hashes
+    distinct: Tensor  # [V]: ascending item numbers
+    offsets: Tensor  # [V + 1]: the occurrences of distinct item v are offsets[v] .. offsets[v + 1] - 1
+    inputs: Tensor  # [M]: each row's own item, an index into distinct
+    targets: Tensor  # [M]: its next item, likewise
+    row_users: Tensor  # [M]: the row's user within the batch, 0 .. U - 1
+    positions: Tensor  # [M]: 0 .. P - 1: histories are right-aligned
+    occurrences: Tensor  # [M + U]: 4 * row + 1 (the item is input of row) + 2 (it is the target of row - 1)
+    history_bits: Tensor  # [W, U + 1]: bit v % 32 of word [v // 32, user]: distinct item v is in the user's history
+
+    @classmethod
+    def of(cls, buffer: Tensor, shape: StepShape) -> StepBatch:
+        """Return the batch that lies in a packed buffer, int32 [shape.starts()[-1]]; nothing is copied."""
+        starts = shape.starts()
+        parts = zip(starts, shape.fields().values())
+        return cls(*(buffer[start : start + math.prod(size)].view(size) for start, size in parts))

@@ -6,6 +6,8 @@ A configuration is chosen by kernel, architecture and size alone, so equal calls
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -98,15 +100,33 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
 }
 
 
+_architectures: list[str] = []  # named by `as_architecture`
+
+
 def configuration(
     kernel: str, rows: int, dtype: torch.dtype, device: torch.device, embedding_dim: int = 0
 ) -> Configuration:
     """Return the entry for a kernel, device, number of rows, dtype of the products, and columns of rows held whole."""
-    architecture = "default"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        architecture = f"sm_{major}{minor}"
-    return table_entry(kernel, architecture, size_of(rows, dtype, embedding_dim))
+    return table_entry(kernel, _architecture(device), size_of(rows, dtype, embedding_dim))
+
+
+@contextmanager
+def as_architecture(name: str) -> Iterator[None]:
+    """Choose configurations for an architecture ("sm_90", "default"), whatever the device."""
+    _architectures.append(name)
+    try:
+        yield
+    finally:
+        _architectures.pop()
+
+
+def _architecture(device: torch.device) -> str:
+    if _architectures:
+        return _architectures[-1]
+    if device.type != "cuda":
+        return "default"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def size_of(rows: int, dtype: torch.dtype, embedding_dim: int = 0) -> str:

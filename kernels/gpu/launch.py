@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +13,28 @@ from torch import Tensor
 from .configurations import Configuration
 
 launches: Counter[str] = Counter()  # by kernel, since the process began or the last clear()
+_recorders: list[Callable[[Launch], None]] = []
+
+
+class Launch(NamedTuple):
+    """One launch of a Triton kernel, with all that is needed to compile the kernel as it would run."""
+
+    kernel: Any
+    name: str
+    grid: tuple[int, ...]
+    configuration: Configuration
+    arguments: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+@contextmanager
+def recording(record: Callable[[Launch], None]) -> Iterator[None]:
+    """Give every launch to `record` and run none of them, so that tensors without values (meta) will do."""
+    _recorders.append(record)
+    try:
+        yield
+    finally:
+        _recorders.pop()
 
 
 def launch(kernel: Any, name: str, grid: tuple[int, ...], chosen: Configuration, *arguments: Any, **meta: Any) -> None:
@@ -18,6 +42,9 @@ def launch(kernel: Any, name: str, grid: tuple[int, ...], chosen: Configuration,
     if 0 in grid:
         return
     launches[name] += 1
+    if _recorders:
+        _recorders[-1](Launch(kernel, name, grid, chosen, arguments, meta))
+        return
     with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
         kernel[grid](*arguments, **meta, num_warps=chosen.warps, num_stages=chosen.stages)
 
