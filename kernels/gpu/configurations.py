@@ -19,6 +19,8 @@ WIDE = 64
 # The fp32 entries serve fp32 operands at any number of rows: not pipelined, in tiles that IEEE products fit.
 SIZES = ("small", "large", "fp32")
 ROW_SIZES = (*SIZES, "wide")
+# The one entry of a kernel that goes over its elements once: it serves any number and dtype of them.
+ANY_SIZE = "any"
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
         ("default", "wide"): Configuration({"BM": 32, "BN": 64, "PROGRAMS": 528}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BM": 32, "BN": 16, "PROGRAMS": 528}, warps=8, stages=1),
     },
+    "sum_parts": {("default", ANY_SIZE): Configuration({"BLOCK": 512}, warps=4, stages=1)},
     "target_rank": {
         ("default", "small"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 528}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 64, "BN": 64, "PROGRAMS": 1056}, warps=4, stages=2),
@@ -108,6 +111,11 @@ def configuration(
 ) -> Configuration:
     """Return the entry for a kernel, device, number of rows, dtype of the products, and columns of rows held whole."""
     return table_entry(kernel, _architecture(device), size_of(rows, dtype, embedding_dim))
+
+
+def only_configuration(kernel: str, device: torch.device) -> Configuration:
+    """Return the entry for a kernel that has one for all sizes."""
+    return table_entry(kernel, _architecture(device), ANY_SIZE)
 
 
 @contextmanager
@@ -139,6 +147,6 @@ def size_of(rows: int, dtype: torch.dtype, embedding_dim: int = 0) -> str:
 
 
 def table_entry(kernel: str, architecture: str, size: str) -> Configuration:
-    """Return the table's entry for an architecture ("sm_90") and a name in SIZES or ROW_SIZES."""
+    """Return the table's entry for an architecture ("sm_90") and a name in SIZES or ROW_SIZES, or ANY_SIZE."""
     entries = CONFIGURATIONS[kernel]
     return entries.get((architecture, size), entries["default", size])
