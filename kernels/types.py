@@ -134,6 +134,18 @@ class AdamState(NamedTuple):
     steps: Tensor  # taken so far: fp32 scalar
 
 
+class TowerGradients(NamedTuple):
+    """Gradients that flow back from T towers into what was folded and prepared for them; all fp32."""
+
+    of_coefficients: Tensor  # [T, K, 3]
+    of_down: Tensor  # [T, K, R, D]: from the products with the states alone
+    of_bias: Tensor  # [T, K, R]
+    of_composites: Tensor  # [T, K, R, K, R]: read where the second layer lies below the first
+    of_projected_up: Tensor  # [T, K, R, d]
+    of_projections: Tensor  # [T, d, D]: from the products with the states alone
+    of_vector_bias: Tensor  # [d]
+
+
 HEADER = ("distinct", "rows", "tiles", "users", "step", "prefix", "occurrences")  # a batch's true counts and step
 HEADER_WORDS = 8
 FIELD_ALIGNMENT = 32  # int32 words: 128 bytes
