@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -102,6 +103,20 @@ class RecommenderWeights(NamedTuple):
         """Return all weights in one list."""
         towers = [weight for tower in self.towers for weight in tower[1:] if weight is not None]
         return [*towers, *itertools.chain(*self.heads), self.fusion, self.fusion_bias, *self.sequence.tensors]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> RecommenderWeights:
+        """Return the same roles, each played by what `change` makes of the weight."""
+        return RecommenderWeights(
+            [
+                Tower(tower.views, *(None if weight is None else change(weight) for weight in tower[1:]))
+                for tower in self.towers
+            ],
+            self.activation,
+            [tuple(map(change, head)) for head in self.heads],
+            change(self.fusion),
+            change(self.fusion_bias),
+            self.sequence._replace(tensors=list(map(change, self.sequence.tensors))),
+        )
 
     def chains(self) -> list[Chain]:
         """Return the three maps that follow each tower."""

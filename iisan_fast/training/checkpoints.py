@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import safetensors
 import safetensors.torch
@@ -42,19 +42,29 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, state
 
 
-def adam_tensors(model: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
+class HasState(Protocol):
+    """An optimizer, or what else keeps Adam's state of each parameter."""
+
+    state: Mapping[nn.Parameter, dict[str, Tensor]]
+
+
+def adam_tensors(model: nn.Module, optimizer: HasState) -> dict[str, Tensor]:
     """Return Adam's state of what is trained, as named tensors: adam.<kind>.<parameter's name>."""
-    return {
-        f"adam.{kind}.{name}": optimizer.state[parameter][kind]
-        for name, parameter in _trained(model).items()
-        for kind in ADAM_STATE
-    }
+    tensors = {}
+    for name, parameter in _trained(model).items():
+        state = optimizer.state[parameter]
+        # Parameters may share their number of steps, and a file takes no tensor twice.
+        tensors |= {
+            f"adam.{kind}.{name}": state[kind].clone() if kind == "step" else state[kind] for kind in ADAM_STATE
+        }
+    return tensors
 
 
-def load_adam(model: nn.Module, optimizer: torch.optim.Adam, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Put `adam_tensors` back. Raises InputError, naming the file, where they are those of another model.
+def load_adam(model: nn.Module, optimizer: HasState, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Put `adam_tensors` back, into the tensors of a state that stands.
 
-    Nothing is put back then: an update would read and write beyond a moment that is smaller than its parameter.
+    Raises InputError, naming the file, where they are those of another model. Nothing is put back then: an update would
+    read and write beyond a moment that is smaller than its parameter.
     """
     parameters = _trained(model)
     expected = {
@@ -63,9 +73,17 @@ def load_adam(model: nn.Module, optimizer: torch.optim.Adam, tensors: Mapping[st
         for kind in ADAM_STATE
     }
     _refuse_other_tensors(expected, tensors, "adam.", path, "the optimizer's state")
+    steps = {float(tensors[f"adam.step.{name}"]) for name in parameters}
+    if len(steps) > 1:
+        raise InputError(f"{path}: the optimizer's state has parameters after {sorted(steps)} steps; restore the file")
     for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
         for kind in ADAM_STATE:
-            optimizer.state[parameter][kind] = tensors[f"adam.{kind}.{name}"].to(parameter.device)
+            stored = tensors[f"adam.{kind}.{name}"]
+            if kind in state:
+                state[kind].copy_(stored)
+            else:
+                state[kind] = stored.to(parameter.device)
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
