@@ -22,12 +22,31 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from iisan_fast.kernels import States, Tower
-from iisan_fast.kernels.gpu import configurations, inbatch_cross_entropy, side_towers, target_rank
-from iisan_fast.kernels.gpu.configurations import Configuration
+from iisan_fast.kernels.gpu import (
+    adam,
+    batch_selection,
+    configurations,
+    inbatch_cross_entropy,
+    loss_record,
+    part_sums,
+    side_towers,
+    target_rank,
+)
+from iisan_fast.kernels.gpu.configurations import ANY_SIZE, Configuration
+from iisan_fast.kernels.types import HEADER_WORDS, StepShape
 
 MODULES = (side_towers, inbatch_cross_entropy, target_rank)
+ONE_ENTRY = (batch_selection, loss_record, adam, part_sums)  # modules whose kernels have one entry for all sizes
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
 
 
 def main() -> None:
@@ -69,10 +88,15 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
         line = {"kernel": name, "architecture": architecture, "size": size, "dtype": arguments.dtype}
         print(json.dumps(line | report), flush=True)
 
-    size = ""
+    for module in (*MODULES, *ONE_ENTRY):
+        module.launch = compile_instead
     for module in MODULES:
-        module.launch, module.configuration = compile_instead, configuration
+        module.configuration = configuration
+    for module in ONE_ENTRY:
+        module.only_configuration = lambda kernel, _: configurations.table_entry(kernel, device, ANY_SIZE)
     dtype = getattr(torch, arguments.dtype)
+    size = ANY_SIZE
+    call_pairs_of_one_entry(dtype)
     # As 64 and 8,192 users of Scientific give them; none a multiple of 16, which would be a special case.
     batches = [(65, 245, 277), (8191, 30803, 12901)]
     for users, rows, items in batches[:1] if dtype == torch.float32 else batches:
@@ -118,6 +142,26 @@ def call_loss_and_rank(users: int, rows: int, items: int, embedding_dim: int, dt
     inbatch_cross_entropy.inbatch_cross_entropy(queries, vectors, zeros, *corrections).sum().backward()
     history = torch.zeros(users, 12, dtype=torch.int64)
     target_rank.target_rank(queries[:users].detach(), vectors.detach(), zeros[:users], history)
+
+
+def call_pairs_of_one_entry(dtype: torch.dtype) -> None:
+    """The selection of a batch, the record of losses, Adam and a sum of parts, on tensors without values."""
+    shape = StepShape(users=64, distinct=704, tiles=64, tile_rows=16, positions=10)
+
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    words, counter = shape.starts()[-1], empty(1, dtype=torch.int32)
+    window, buffer = empty(4, words, dtype=torch.int32), empty(words, dtype=torch.int32)
+    batch_selection.SelectBatch(window, counter, buffer, shape, empty(20315)).forward()
+    record, steps = empty(4, dtype=torch.float64), empty()
+    header = empty(HEADER_WORDS, dtype=torch.int32)
+    loss_record.LossRecord(empty(shape.rows), header, shape.tile_rows, record, empty(1), steps, counter).forward()
+    part_sums.sum_parts(empty(8, 1000), empty(1000))
+    flat = [empty(4_114_272) for _ in range(4)]
+    groups, values = empty(len(flat[0]) // 32, dtype=torch.uint8), empty(2)
+    operands = None if dtype == torch.float32 else empty(len(flat[0]), dtype=dtype)
+    adam.FlatAdam(*flat, operands, groups, values, values, (0.9, 0.999), 1e-8, steps, record).update()
 
 
 def compile_one(

@@ -40,7 +40,7 @@ def test_every_kernel_compiles_ahead_of_time_within_a_gpus_means(dtype, architec
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     seen = {(line["kernel"], line["architecture"], line["size"]) for line in lines}
     sizes = {name: {size for _, size in entries} for name, entries in configurations.CONFIGURATIONS.items()}
-    of_dtype = {"fp32"} if dtype == "float32" else {"small", "large", "wide"}
+    of_dtype = {configurations.ANY_SIZE} | ({"fp32"} if dtype == "float32" else {"small", "large", "wide"})
     assert seen == {(name, a, size) for name in sizes for a in architectures for size in sizes[name] & of_dtype}
     for line in lines:
         if line["spilled"]:
@@ -54,6 +54,7 @@ def test_the_table_of_configurations_is_whole():
         sizes = configurations.SIZES if name.startswith("side_") else configurations.ROW_SIZES
         if ("default", configurations.ANY_SIZE) in entries:
             sizes = (configurations.ANY_SIZE,)
+            assert {size for _, size in entries} == {*sizes}, name
         assert {("default", size) for size in sizes} <= entries.keys(), name
         tiles = {frozenset(entry.blocks) for entry in entries.values()}
         assert len(tiles) == 1, f"{name}: entries name different tiles"

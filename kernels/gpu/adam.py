@@ -1,0 +1,128 @@
+"""Adam in Triton: all trained parameters, which lie in one buffer, in one launch."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configurations import only_configuration
+from .launch import launch
+
+LINE = 32  # parameters: 128 bytes of fp32, which belong to one group
+
+
+class FlatAdam:
+    """Update the parameters as `torch.optim.Adam` does, unless a loss was not finite.
+
+    The operands, a copy of the parameters in the products' dtype, are kept up to date.
+    """
+
+    def __init__(
+        self,
+        parameters: Tensor,
+        gradients: Tensor,
+        means: Tensor,
+        squares: Tensor,
+        operands: Tensor | None,
+        line_groups: Tensor,
+        rates: Tensor,
+        decays: Tensor,
+        betas: tuple[float, float],
+        epsilon: float,
+        steps: Tensor,
+        record: Tensor,
+    ) -> None:
+        """Args: parameters, gradients, means, squares fp32 [n], operands [n], n a multiple of 32; line_groups uint8
+        [n / 32]: the group of 32 parameters; rates, decays fp32 [groups], decay being Adam's weight decay; steps fp32
+        scalar, this step counted; record fp64 [4]: nothing is done if its third element is above 0.
+        """
+        if len(parameters) != LINE * len(line_groups):
+            raise ValueError(f"parameters: expected {LINE} for each of {len(line_groups)} lines, got {len(parameters)}")
+        self._operands = (parameters, gradients, means, squares, operands, line_groups, rates, decays, steps, record)
+        self._betas, self._epsilon = betas, epsilon
+
+    def update(self) -> None:
+        """Take one step for all parameters."""
+        parameters, gradients, means, squares, operands, line_groups, *scalars = self._operands
+        lines = len(line_groups)
+        chosen = only_configuration("adam", parameters.device)
+        launch(
+            _update,
+            "adam",
+            (triton.cdiv(lines, chosen.blocks["LINES"]),),
+            chosen,
+            parameters,
+            gradients,
+            means,
+            squares,
+            parameters if operands is None else operands,
+            line_groups,
+            *scalars,
+            lines,
+            *self._betas,
+            *(1 - beta for beta in self._betas),
+            *map(math.log, self._betas),
+            self._epsilon,
+            WRITES_OPERANDS=operands is not None,
+            LINE=LINE,
+            **chosen.blocks,
+        )
+
+
+@triton.jit
+def _one_minus_exp(x):
+    """1 - exp(x) for a number that is not positive, by a series where the subtraction would cost digits."""
+    series = x * 0 + 1
+    for i in tl.static_range(9, 1, -1):
+        series = 1 + x / i * series
+    return tl.where(x > -0.5, -x * series, 1 - tl.exp(x))
+
+
+@triton.jit
+def _update(
+    parameters_ptr,  # [n], as the next four
+    gradients_ptr,
+    means_ptr,
+    squares_ptr,
+    operands_ptr,
+    line_groups_ptr,  # [n / LINE]
+    rates_ptr,  # [groups]
+    decays_ptr,  # [groups]
+    steps_ptr,  # [1]
+    record_ptr,  # [4]
+    lines,
+    mean_beta,
+    square_beta,
+    mean_share,  # 1 - beta
+    square_share,
+    mean_log,  # log beta
+    square_log,
+    epsilon,
+    WRITES_OPERANDS: tl.constexpr,
+    LINE: tl.constexpr,
+    LINES: tl.constexpr,
+):
+    """LINES lines of parameters."""
+    if tl.load(record_ptr + 2) == 0:
+        o_l = tl.program_id(0) * LINES + tl.arange(0, LINES)
+        m_l = o_l < lines
+        group = tl.load(line_groups_ptr + o_l, mask=m_l, other=0).to(tl.int32)
+        steps = tl.load(steps_ptr)
+        step_size = tl.load(rates_ptr + group) / _one_minus_exp(steps * mean_log)
+        decay = tl.load(decays_ptr + group)
+        square_root = tl.sqrt(_one_minus_exp(steps * square_log))
+        o_p = o_l.to(tl.int64)[:, None] * LINE + tl.arange(0, LINE)[None, :]
+        m_p = m_l[:, None]
+        parameter = tl.load(parameters_ptr + o_p, mask=m_p, other=0.0)
+        gradient = tl.load(gradients_ptr + o_p, mask=m_p, other=0.0) + decay[:, None] * parameter
+        mean = mean_beta * tl.load(means_ptr + o_p, mask=m_p, other=0.0) + mean_share * gradient
+        square = square_beta * tl.load(squares_ptr + o_p, mask=m_p, other=0.0) + square_share * gradient * gradient
+        parameter -= step_size[:, None] * mean / (tl.sqrt(square) / square_root + epsilon)
+        tl.store(parameters_ptr + o_p, parameter, mask=m_p)
+        tl.store(means_ptr + o_p, mean, mask=m_p)
+        tl.store(squares_ptr + o_p, square, mask=m_p)
+        if WRITES_OPERANDS:
+            tl.store(operands_ptr + o_p, parameter.to(operands_ptr.dtype.element_ty), mask=m_p)

@@ -1,0 +1,85 @@
+"""The record of losses in Triton: one program adds up a step's losses and notes the first that is not finite."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import HEADER
+from .configurations import only_configuration
+from .launch import launch
+
+
+class LossRecord:
+    """Note a step's mean loss, and count the step.
+
+    Writes the mean into `loss`. Adds to `record` until a loss is not finite: the sum of losses, rows; then the step,
+    counted from 1, and its loss. `steps` counts the steps until then; `counter` counts all, to select the next batch.
+    """
+
+    def __init__(
+        self,
+        losses: Tensor,
+        header: Tensor,
+        tile_rows: int,
+        record: Tensor,
+        loss: Tensor,
+        steps: Tensor,
+        counter: Tensor,
+    ) -> None:
+        """Args: losses fp32 [M], 0 where a tile has no row, not read beyond the true tiles; header int32, a batch's;
+        record fp64 [4]; loss fp32 [1]; steps fp32 scalar; counter int32 [1].
+        """
+        self._operands = (losses, header, record, loss, steps, counter)
+        self._tile_rows = tile_rows
+
+    def forward(self) -> None:
+        """Note the step. `TrainingStep` says the same in PyTorch."""
+        chosen = only_configuration("loss_record", self._operands[0].device)
+        launch(
+            _record,
+            "loss_record",
+            (1,),
+            chosen,
+            *self._operands,
+            self._tile_rows,
+            ROWS=HEADER.index("rows"),
+            TILES=HEADER.index("tiles"),
+            STEP=HEADER.index("step"),
+            **chosen.blocks,
+        )
+
+
+@triton.jit
+def _record(
+    losses_ptr,  # [M]
+    header_ptr,
+    record_ptr,  # [4]
+    loss_ptr,  # [1]
+    steps_ptr,  # [1]
+    counter_ptr,  # [1]
+    tile_rows,
+    ROWS: tl.constexpr,  # places in the header
+    TILES: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    places = tl.load(header_ptr + TILES) * tile_rows
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, places, BLOCK):
+        o_r = first + tl.arange(0, BLOCK)
+        total += tl.load(losses_ptr + o_r, mask=o_r < places, other=0.0).to(tl.float64)
+    rows = tl.load(header_ptr + ROWS).to(tl.float64)
+    mean = (tl.sum(total, 0) / rows).to(tl.float32)
+    tl.store(loss_ptr, mean)
+    tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+    if tl.load(record_ptr + 2) == 0:
+        value = mean.to(tl.float64)
+        if tl.abs(mean) < float("inf"):
+            tl.store(record_ptr, tl.load(record_ptr) + value * rows)
+            tl.store(record_ptr + 1, tl.load(record_ptr + 1) + rows)
+            tl.store(steps_ptr, tl.load(steps_ptr) + 1)
+        else:
+            tl.store(record_ptr + 2, tl.load(header_ptr + STEP).to(tl.float64) + 1)
+            tl.store(record_ptr + 3, value)
