@@ -55,10 +55,12 @@ def side_tower(
     act = ACTIVATION_FUNCTIONS[activation]
     state = down_weight.new_zeros(first.shape[0], first.shape[2])
     weights = None if gate is None else torch.sigmoid(gate / GATE_TEMPERATURE)
-    for i in range(down_weight.shape[0]):
+    # Unbound, weights gather their gradients in one go; an index would fill zeros around each layer's.
+    layers = zip(down_weight.unbind(), down_bias.unbind(), up_weight.unbind(), up_bias.unbind())
+    for i, (down, bias, up, constant) in enumerate(layers):
         h = first[:, i].to(state.dtype)
         other = state if second is None else second[:, i].to(state.dtype)
-        mixed = h + other if weights is None else weights[i] * h + (1 - weights[i]) * other
+        mixed = h + other if weights is None else torch.lerp(other, h, weights[i])
         x = mixed if second is None else state + mixed
-        state = x + F.linear(act(F.linear(x, down_weight[i], down_bias[i])), up_weight[i], up_bias[i])
+        state = x + F.linear(act(F.linear(x, down, bias)), up, constant)
     return state
