@@ -1,9 +1,8 @@
 """The project's numerical ops, and the one rule that decides which form runs them.
 
 Every op has a plain PyTorch form, its specification: `reference`. Beside it there are forms in Triton for CUDA GPUs
-(`gpu`), in C++ for CPUs (`cpu`, compiled when first used), and for three ops in PyTorch for a CPU without a compiler
-(`cpu-torch`). `dispatch.py` has the table. `form="auto"` takes the fastest form that can run; the environment variable
-IISAN_FAST_FORM decides in its place.
+(`gpu`), and in C++ for CPUs (`cpu`, compiled when first used; the rank's is PyTorch). `dispatch.py` has the table.
+`form="auto"` takes the fastest form that can run; the environment variable IISAN_FAST_FORM decides in its place.
 """
 
 if __name__ == "iisan_fast.kernels":

@@ -20,18 +20,18 @@ from .cpu.library import why_no_compiler, why_no_library
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up here: torch.compile cannot trace the look-up
 FORM_VARIABLE = "IISAN_FAST_FORM"
-REFERENCE, GPU, CPU, CPU_TORCH = "reference", "gpu", "cpu", "cpu-torch"
+REFERENCE, GPU, CPU = "reference", "gpu", "cpu"
 FORMS = {  # beside the reference, the fastest first
-    "fold_heads": (CPU, CPU_TORCH),
-    "side_towers": (GPU, CPU, CPU_TORCH),
+    "fold_heads": (CPU,),
+    "side_towers": (GPU, CPU),
     "sequence_encoder": (CPU,),
     "last_states": (CPU,),
     "inbatch_cross_entropy": (GPU, CPU),
-    "target_rank": (GPU, CPU, CPU_TORCH),
+    "target_rank": (GPU, CPU),
     "adam": (CPU,),
 }
-WITHOUT_COMPILER = ("target_rank",)  # its form for a CPU is PyTorch under both names
-NAMES = ("auto", REFERENCE, GPU, CPU, CPU_TORCH)
+WITHOUT_COMPILER = ("target_rank",)  # its form for a CPU is PyTorch
+NAMES = ("auto", REFERENCE, GPU, CPU)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Refusals = Mapping[str, Callable[[], str]]  # by form: why it does not take an op's arguments, or ""
@@ -85,7 +85,7 @@ def form_on(device: torch.device) -> str:
     if name != "auto":
         return name
     if device.type == "cpu":
-        return CPU_TORCH if why_no_library() else CPU
+        return REFERENCE if why_no_library() else CPU
     return REFERENCE if device.type != "cuda" or _why_not_by_triton(device.type, ()) else GPU
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from .checks import check_chains, check_loss, check_moments, check_ranks, check_sequences, check_towers
 from .cpu import adam as adam_cpu
 from .cpu import fold_heads as fold_heads_cpu
-from .cpu import fold_heads_torch, side_towers_torch
 from .cpu import inbatch_cross_entropy as inbatch_cross_entropy_cpu
 from .cpu import sequence_encoder as sequence_encoder_cpu
 from .cpu import side_towers as side_towers_cpu
@@ -21,7 +20,7 @@ from .cpu import target_rank as target_rank_cpu
 from .cpu.adam import AdamUpdate
 from .cpu.library import why_no_library
 from .cpu.whole_step import RecommenderGradients
-from .dispatch import CPU, CPU_TORCH, GPU, REFERENCE, choose, named_form, report
+from .dispatch import CPU, GPU, REFERENCE, choose, named_form, report
 from .reference import fold_heads as fold_heads_reference
 from .reference import inbatch_cross_entropy as inbatch_cross_entropy_reference
 from .reference import sequence_encoder as sequence_encoder_reference
@@ -70,15 +69,14 @@ def side_towers(
     if chosen == CPU:
         run = side_towers_cpu.side_towers if trained else side_towers_cpu.encode
         return run(states, towers, activation, projections)
-    module = side_towers_torch if chosen == CPU_TORCH else side_towers_reference
-    return module.side_towers(states, towers, activation, projections)
+    return side_towers_reference.side_towers(states, towers, activation, projections)
 
 
 def fold_heads(chains: Sequence[Chain], form: str = "auto") -> list[tuple[Tensor, Tensor]]:
     """Return the weight [d, D] and the bias [d] of the one map that equals each chain of three.
 
-    The forms for a CPU are differentiable once; `auto` takes them only if a backward may follow. Raises ValueError if
-    maps do not fit.
+    The form for a CPU is differentiable once; `auto` takes it only if a backward may follow. Raises ValueError if maps
+    do not fit.
     """
     check_chains(chains)
     if not chains:
@@ -86,8 +84,8 @@ def fold_heads(chains: Sequence[Chain], form: str = "auto") -> list[tuple[Tensor
     weights = [weight for chain in chains for weight in chain]
     refusals = {CPU: lambda: fold_heads_cpu.refusal(chains)}
     chosen = choose("fold_heads", form, weights, refusals, candidates=None if _trained(weights) else ())
-    modules = {CPU: fold_heads_cpu, CPU_TORCH: fold_heads_torch, REFERENCE: fold_heads_reference}
-    return modules[chosen].fold_heads(chains)
+    module = fold_heads_cpu if chosen == CPU else fold_heads_reference
+    return module.fold_heads(chains)
 
 
 def inbatch_cross_entropy(

@@ -42,7 +42,6 @@ NOTES = {
     "dense": "padded slots, every slot encoded, the kept layers alone, heads one map after the other, a loop over "
     "users and positions in the loss, fp32 features in memory, PyTorch's Adam; its dropout is hashed as the fast "
     "path's, so that the losses can be compared",
-    "host ops": "the fast path by PyTorch alone, as without a C++ compiler (IISAN_FAST_FORM=cpu-torch), float32",
     "float32": "iisan-fast train --precision float32",
     "bfloat16": "iisan-fast train --precision bfloat16, on CUDA",
     "reference ops": "the fast path with every op by its specification (IISAN_FAST_FORM=reference), float32",
@@ -81,10 +80,9 @@ class TrainingForm:
     captured: bool = True  # in CUDA graphs, on CUDA
     follows: bool = True  # its losses must be the dense reference's; False: their difference is reported alone
     needs_cuda: bool = False
-    needs_cpu: bool = False
 
     def runs_on(self, device: torch.device) -> bool:
-        return not (self.needs_cpu if device.type == "cuda" else self.needs_cuda)
+        return device.type == "cuda" or not self.needs_cuda
 
     def warm_up_steps(self, epoch_steps: int, device: torch.device) -> int:
         """Return how many steps go before those of an epoch that is timed.
@@ -98,7 +96,6 @@ class TrainingForm:
 FORMS = {
     "dense": TrainingForm(None),
     "reference ops": TrainingForm("float32", ops="reference"),
-    "host ops": TrainingForm("float32", ops="cpu-torch", needs_cpu=True),
     "float32": TrainingForm("float32"),
     "bfloat16": TrainingForm("bfloat16", follows=False, needs_cuda=True),
     "eager": TrainingForm("bfloat16", captured=False, follows=False, needs_cuda=True),

@@ -186,12 +186,15 @@ class Heads(nn.Module):
 class SideItemEncoder(nn.Module):
     """Item vectors from hidden states: IISAN, or IISAN-Versa."""
 
-    small_operators = True  # but for the towers, which share their work out among a CPU's cores themselves
-
     def __init__(self, views: list[ViewShape], config: ModelConfig) -> None:
         super().__init__()
         self.side_network = SideNetwork(views, config)
         self.heads = Heads(self.side_network.output_widths, config)
+
+    @property
+    def small_operators(self) -> bool:
+        """Return True if C++ shares the towers' work out among a CPU's cores; the reference's products need threads."""
+        return kernels.form_on(torch.device("cpu")) == "cpu"
 
     def forward(self, states: list[States]) -> Tensor:
         """[N, d] for the hidden states of N items."""

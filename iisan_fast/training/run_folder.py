@@ -26,7 +26,7 @@ from ..states import describes_view
 
 RUN_LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")
 DECIDES_ROUNDING = ("torch", "device", "kernels")  # of an environment
-FORMS_IN_FORMAT_1 = {"torch": "reference", "host": "cpu-torch", "native": "cpu", "triton": "gpu"}  # names today
+FORMS_IN_FORMAT_1 = {"torch": "reference", "native": "cpu", "triton": "gpu"}  # names today
 ON_A_CPU = ("threads", "processor", "compiler")  # likewise
 RUN_FILES = (
     *("config.json", "environment.json", "views.json", "sequences.npz", "metrics.jsonl"),

@@ -1,1 +1,1 @@
-"""The ops on a CPU: in C++, compiled for the machine at hand, and in PyTorch."""
+"""The ops on a CPU: in C++, compiled for the machine at hand; the rank in PyTorch."""

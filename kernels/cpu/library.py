@@ -1,7 +1,7 @@
 """Compile the C++ of `cpp/` once a machine, by the compiler at hand, into the user's cache; load and call it.
 
 Like Triton's kernels it is compiled for the processor that it runs on, so nothing compiled is shipped. Without a
-compiler the forms in PyTorch do the same work.
+compiler the reference does the same work.
 """
 
 from __future__ import annotations

@@ -15,12 +15,13 @@ from torch import Tensor
 from ..reference.side_towers import GATE_TEMPERATURE
 from ..threads import at_once, cores, cut, equal_parts, shares
 from ..types import States, Tower
+from .composites import composites
 from .library import DTYPES, PANEL, library, run, share_out
-from .side_towers_torch import PARAMETERS, TowerWeights, composites, mixes
 from .step_memory import Memory
 from .structs import GatherStruct, TowerStruct
 from .sums import add_up
 
+PARAMETERS = len(Tower._fields) - 1  # of a tower: all but its views
 MOST_WORKERS = 16
 LEAST_ROWS = 48  # of a worker: it reads all the weights of a tower, and writes as many gradients
 MOST_UNTRAINED = 384  # items at a time where no backward follows, so that their states stay in the cache
@@ -63,7 +64,7 @@ def encode(
     parameters = [*(parameter for tower in towers for parameter in tower[1:]), *projections]
     items = len(tables[0]) if settings.rows[0] is None else len(settings.rows[0])
     outputs = [projection.new_empty(items, len(projection)) for projection in projections]
-    joined = [_joined(tower, projection) for tower, projection in zip(towers, projections)]
+    joined = list(map(composites, towers, projections))
     encode_towers = library(parameters[1].dtype).side_encode
 
     def work(part: slice) -> None:
@@ -72,7 +73,7 @@ def encode(
         memory = Memory()  # until the calls have ended
         part_towers = _tower_memory(settings._replace(rows=part_rows), part_tables, parameters, memory, trained=False)
         for tower, weights, output in zip(part_towers, joined, outputs):
-            more = {name: pointer(weight) for name, weight in weights.items()}
+            more = {name: pointer(weight) for name, weight in weights._asdict().items()}
             piece = TowerPiece(0, 0, tower.inputs.shape[2])
             run(encode_towers, tower.call(piece, projected=pointer(output[part]), **more))
 
@@ -279,23 +280,6 @@ def _empty_gradients(tower: TowerMemory, gated: bool) -> dict[str, Tensor]:
     if gated:
         gradients["gate"] = tower.down_weight.new_empty(len(tower.down_weight))
     return gradients
-
-
-def _joined(tower: Tower, projection: Tensor) -> dict[str, Tensor]:
-    """Return what the bottlenecks below add, as `encode` in C++ takes it."""
-    gate, *matrices = tower[1:]
-    weighted = TowerWeights(tower.views, mixes(gate, len(tower.views), len(matrices[0])), *matrices, projection)
-    weights = composites(weighted)
-    layers, bottleneck, _ = tower.down_weight.shape
-    joined = projection.new_zeros(layers, bottleneck, layers * bottleneck)
-    for layer, weight in zip(joined, weights.weights):
-        layer[:, : weight.shape[1]] = weight
-    return {
-        "joined": joined,
-        "joined_bias": torch.stack(weights.biases),
-        "joined_projection": weights.projection.contiguous(),
-        "joined_projection_bias": weights.bias,
-    }
 
 
 def panels_of(columns: int) -> int:

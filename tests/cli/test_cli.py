@@ -359,7 +359,7 @@ def test_a_form_that_cannot_run_here_is_refused_before_anything_is_written(toy_r
     dataset, cache = toy_run
     monkeypatch.setenv("IISAN_FAST_FORM", "cuda")
     message = refused("train", dataset, "--cache", cache, "--out", tmp_path / "run", "--device", "cpu")
-    assert "IISAN_FAST_FORM: expected auto, reference, gpu, cpu, cpu-torch, found 'cuda'" in message
+    assert "IISAN_FAST_FORM: expected auto, reference, gpu, cpu, found 'cuda'" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -370,7 +370,7 @@ def test_a_form_that_refuses_the_shapes_of_a_run_gets_one_line(toy_run, tmp_path
     monkeypatch.setenv("IISAN_FAST_FORM", "cpu")
     assert refused("train", dataset, *settings, "--out", out) == (
         "error: IISAN_FAST_FORM: cpu cannot run side_towers: without gradients it needs a bottleneck that is a "
-        "multiple of 16, found 8; use cpu-torch\n"
+        "multiple of 16, found 8; use reference\n"
     )
     assert not out.exists()
     narrow = tmp_path / "narrow"

@@ -259,7 +259,6 @@ FORMS: dict[str, Form] = {
     "jagged": Form(from_recommender),
     "as trained": Form(from_trainer),
     "reference ops": Form(by_form("reference")),
-    "cpu-torch": Form(by_form("cpu-torch")),
     "cpu": Form(by_form("cpu"), takes=_has_whole_panels),
     "bucketed": Form(from_bucketed),
     "packed": Form(from_packed),

@@ -49,7 +49,7 @@ class OnDevice:
 
 
 def chosen(op: str, device: str, form: str = "auto", dtype: torch.dtype = torch.float32, **refusals: str) -> str:
-    reasons = {name.replace("_", "-"): lambda reason=reason: reason for name, reason in refusals.items()}
+    reasons = {name: lambda reason=reason: reason for name, reason in refusals.items()}
     return dispatch.choose(op, form, [OnDevice(device, dtype)], reasons)
 
 
@@ -57,8 +57,8 @@ def chosen(op: str, device: str, form: str = "auto", dtype: torch.dtype = torch.
 @pytest.mark.parametrize(
     ("op", "on_cuda", "on_cpu", "without_compiler"),
     [
-        ("fold_heads", "reference", "cpu", "cpu-torch"),
-        ("side_towers", "gpu", "cpu", "cpu-torch"),
+        ("fold_heads", "reference", "cpu", "reference"),
+        ("side_towers", "gpu", "cpu", "reference"),
         ("sequence_encoder", "reference", "cpu", "reference"),
         ("last_states", "reference", "cpu", "reference"),
         ("inbatch_cross_entropy", "gpu", "cpu", "reference"),
@@ -72,15 +72,15 @@ def test_auto_takes_the_fastest_form_that_can_run(op, on_cuda, on_cpu, without_c
     assert chosen(op, "cpu") == without_compiler
 
 
-def test_auto_goes_around_what_a_form_refuses(no_compiler):
-    assert chosen("side_towers", "cpu", cpu="odd shapes") == "cpu-torch"
-    assert chosen("side_towers", "cpu", cpu="odd shapes", cpu_torch="odder ones") == "reference"
+def test_auto_goes_around_what_a_form_refuses(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_no_library", lambda: "")
+    assert chosen("side_towers", "cpu", cpu="odd shapes") == "reference"
     assert chosen("side_towers", "cuda", dtype=torch.float64) == "reference"
 
 
 @pytest.mark.parametrize("op", dispatch.FORMS)
 def test_an_op_without_a_form_of_a_name_takes_the_reference(op):
-    for form in ("gpu", "cpu", "cpu-torch"):
+    for form in ("gpu", "cpu"):
         if form not in dispatch.FORMS[op]:
             assert chosen(op, "cpu", form) == chosen(op, "cuda", form) == "reference"
 
@@ -95,9 +95,9 @@ def test_an_op_without_a_form_of_a_name_takes_the_reference(op):
             "",
             "form: cpu cannot run side_towers: it needs CPU tensors, found cuda; use gpu",
         ),
-        ("cpu-torch", "meta", torch.float32, "", "it needs CPU tensors, found meta; use reference"),
-        ("cpu", "cpu", torch.float32, "", "form: cpu cannot run side_towers: no compiler; use cpu-torch"),
-        ("cpu", "cpu", torch.float32, "odd shapes", "form: cpu cannot run side_towers: odd shapes; use cpu-torch"),
+        ("cpu", "meta", torch.float32, "", "it needs CPU tensors, found meta; use reference"),
+        ("cpu", "cpu", torch.float32, "", "form: cpu cannot run side_towers: no compiler; use reference"),
+        ("cpu", "cpu", torch.float32, "odd shapes", "form: cpu cannot run side_towers: odd shapes; use reference"),
         ("gpu", "cuda", torch.float64, "", "it needs float32, bfloat16 or float16, found float64; use reference"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_form_named_that_cannot_run_is_refused(form, device, dtype, refused, m
 
 def test_a_refusal_of_shapes_starts_no_compiler(monkeypatch):
     monkeypatch.setattr(dispatch, "why_no_library", lambda: pytest.fail("compiled"))
-    with pytest.raises(ValueError, match="cpu cannot run fold_heads: odd shapes; use cpu-torch"):
+    with pytest.raises(ValueError, match="cpu cannot run fold_heads: odd shapes; use reference"):
         chosen("fold_heads", "cpu", "cpu", cpu="odd shapes")
 
 
@@ -120,10 +120,10 @@ def test_ranking_needs_no_compiler(monkeypatch):
     monkeypatch.setattr(library, "_library", lambda dtype: pytest.fail("compiled"))
     case = rank_case(4, 9, 8, 2)
     expected, _ = kernels.target_rank(*case, form="reference")
-    for form in ("auto", "cpu", "cpu-torch"):
+    for form in ("auto", "cpu"):
         masked, _ = kernels.target_rank(*case, form=form)
         assert torch.equal(masked, expected)
-    assert dispatch.reported == {("target_rank", form) for form in ("reference", "cpu", "cpu-torch")}
+    assert dispatch.reported == {("target_rank", form) for form in ("reference", "cpu")}
     kernels.check_form(torch.device("cpu"))
     monkeypatch.setenv(kernels.FORM_VARIABLE, "cpu")
     kernels.check_form(torch.device("cpu"))
@@ -133,11 +133,11 @@ def test_the_form_of_a_device_is_the_fastest_or_the_one_named(monkeypatch):
     monkeypatch.setattr(dispatch, "why_no_library", lambda: "")
     assert (kernels.form_on(torch.device("cpu")), kernels.form_on(torch.device("cuda"))) == ("cpu", "gpu")
     monkeypatch.setattr(dispatch, "why_no_library", lambda: "no compiler")
-    assert kernels.form_on(torch.device("cpu")) == "cpu-torch"
+    assert kernels.form_on(torch.device("cpu")) == "reference"
     monkeypatch.setenv(kernels.FORM_VARIABLE, "reference")
     assert kernels.form_on(torch.device("cpu")) == kernels.form_on(torch.device("cuda")) == "reference"
-    monkeypatch.setenv(kernels.FORM_VARIABLE, "cpu-torch")
-    message = "IISAN_FAST_FORM: cpu-torch cannot run on cuda: it needs CPU tensors, found cuda; use auto"
+    monkeypatch.setenv(kernels.FORM_VARIABLE, "cpu")
+    message = "IISAN_FAST_FORM: cpu cannot run on cuda: it needs CPU tensors, found cuda; use auto"
     with pytest.raises(ValueError, match=message):
         kernels.form_on(torch.device("cuda"))
 
@@ -150,7 +150,7 @@ def test_the_environment_variable_decides_for_auto_and_for_nothing_else(loss, mo
     kernels.inbatch_cross_entropy(**loss, form="reference")
     assert launch.launches == {"loss_forward": 1}
     monkeypatch.setenv(kernels.FORM_VARIABLE, "cuda")
-    message = "IISAN_FAST_FORM: expected auto, reference, gpu, cpu, cpu-torch, found 'cuda'"
+    message = "IISAN_FAST_FORM: expected auto, reference, gpu, cpu, found 'cuda'"
     with pytest.raises(ValueError, match=message):
         kernels.inbatch_cross_entropy(**loss)
 
@@ -211,9 +211,9 @@ def test_what_is_logged_is_the_form_that_ran_and_why_not_the_fastest(caplog):
 def test_towers_without_gradients_are_refused_by_name_where_c_does_not_encode_them():
     case = SideCase(items=4, bottleneck=8)
     projections = [torch.eye(48) for _ in case.towers]
-    with pytest.raises(ValueError, match="cpu cannot run side_towers: it needs projections; use cpu-torch"):
+    with pytest.raises(ValueError, match="cpu cannot run side_towers: it needs projections; use reference"):
         kernels.side_towers(case.states, case.towers, form="cpu")
-    message = "without gradients it needs a bottleneck that is a multiple of 16, found 8; use cpu-torch"
+    message = "without gradients it needs a bottleneck that is a multiple of 16, found 8; use reference"
     with pytest.raises(ValueError, match=message):
         kernels.side_towers(case.states, case.towers, "relu", projections, form="cpu")
 
@@ -240,7 +240,7 @@ def test_towers_without_gradients_are_refused_by_name_where_c_does_not_encode_th
         ({"log_multiplicity": torch.ones(40).long()}, "log_multiplicity: expected a floating-point dtype, found int64"),
         ({"items": torch.ones(40, 32, device="meta")}, "queries: expected device meta, found cpu"),
         ({"reduction": "sum"}, "reduction: expected mean or none, found 'sum'"),
-        ({"form": "cuda"}, "form: expected auto, reference, gpu, cpu, cpu-torch, found 'cuda'"),
+        ({"form": "cpu-torch"}, "form: expected auto, reference, gpu, cpu, found 'cpu-torch'"),
     ],
 )
 @pytest.mark.skipif(DEVICE != "cpu", reason="mixes devices by hand")

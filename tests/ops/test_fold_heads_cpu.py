@@ -1,4 +1,4 @@
-"""Heads folded into one map on a CPU, by C++ and by PyTorch: products, gradients, and what is refused."""
+"""Heads folded into one map on a CPU, by C++ and by the reference: products, gradients, and what is refused."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_folding_in_cpp_passes_gradcheck():
 
 @pytest.mark.parametrize("columns", [1, 2, 7, 17, pytest.param(64, marks=pytest.mark.long)])
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("form", ["auto", "cpu-torch", "reference"])
+@pytest.mark.parametrize("form", ["auto", "reference"])
 def test_fold_is_the_product_and_its_gradients_are_right(columns, count, form):
     generator = torch.Generator().manual_seed(0)
     weights = [

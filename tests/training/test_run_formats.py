@@ -101,7 +101,7 @@ def test_a_run_made_with_bfloat16_products_on_a_cpu_is_refused_on_resume_in_one_
 
 
 @pytest.mark.parametrize(
-    ("recorded", "today"), [("torch", "reference"), ("host", "cpu-torch"), ("native", "cpu"), ("triton", "gpu")]
+    ("recorded", "today"), [("torch", "reference"), ("host", "host"), ("native", "cpu"), ("triton", "gpu")]
 )
 def test_the_forms_that_a_run_of_format_1_records_have_their_names_of_today(old, recorded, today):
     path = old / "run" / "environment.json"
@@ -113,7 +113,7 @@ def test_the_forms_that_a_run_of_format_1_records_have_their_names_of_today(old,
 
 
 def test_a_run_of_format_1_goes_on_without_a_warning_where_the_same_form_runs(old, caplog):
-    names = {"reference": "torch", "cpu-torch": "host", "cpu": "native", "gpu": "triton"}
+    names = {"reference": "torch", "cpu": "native", "gpu": "triton"}
     now = environment(CPU)
     (old / "run" / "environment.json").write_text(json.dumps({**now, "kernels": names[now["kernels"]]}))
     with caplog.at_level(logging.WARNING):
