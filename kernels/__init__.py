@@ -23,9 +23,10 @@ if __name__ == "iisan_fast.kernels":
         side_towers,
         target_rank,
     )
-    from .reference.dropout import drop_factors, sequence_dropout
+    from .reference.dropout import drop_factors, dropout_prefix, sequence_dropout
     from .threads import at_once, equal_parts, in_large_pieces
     from .types import (
+        HEADER,
         SITES_PER_BLOCK,
         AdamState,
         Chain,
@@ -35,12 +36,14 @@ if __name__ == "iisan_fast.kernels":
         SequenceGrid,
         SequenceWeights,
         States,
+        StepShape,
         Tower,
     )
 
     __all__ = [
         "CONFIGURATIONS",
         "FORM_VARIABLE",
+        "HEADER",
         "SITES_PER_BLOCK",
         "AdamState",
         "AdamUpdate",
@@ -54,6 +57,7 @@ if __name__ == "iisan_fast.kernels":
         "SequenceGrid",
         "SequenceWeights",
         "States",
+        "StepShape",
         "Tower",
         "adam",
         "at_once",
@@ -61,6 +65,7 @@ if __name__ == "iisan_fast.kernels":
         "check_indices",
         "compiler_version",
         "drop_factors",
+        "dropout_prefix",
         "equal_parts",
         "fold_heads",
         "form_on",

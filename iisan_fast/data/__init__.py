@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from ..doors import lazy_names
 
 if TYPE_CHECKING:
-    from .batches import Batch, Shape, epoch_batches, steps_per_epoch
+    from .batches import Batch, Shape, epoch_batches
+    from .epoch_plan import steps_per_epoch
     from .imports.flat import import_csv, import_parquet
     from .imports.microlens import import_microlens
     from .imports.options import MISSING_TITLES, RECBOLE_FIELDS, TABLE_COLUMNS, Imported, ImportOptions, TableOptions

@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
+from .epoch_plan import Layout, epoch_windows, lay_out, steps_per_epoch
 from .sequences import Sequences
+
+WINDOW_SLOTS = 1 << 18  # of the batches laid out at a time, each of some 250 bytes
 
 
 class Shape(NamedTuple):
@@ -137,58 +140,62 @@ class Batch:
 PACKED_COLUMNS = ("users", "distinct", "multiplicity", "inputs", "targets", "row_users", "row_slots")
 
 
-def epoch_batches(sequences: Sequences, batch_users: int, seed: int, epoch: int) -> Iterator[Batch]:
-    """All training users once, shuffled by (seed, epoch), `batch_users` at a time; the last batch may be smaller."""
-    order = np.random.default_rng((seed, epoch)).permutation(sequences.training_users)
-    first_step = epoch * steps_per_epoch(sequences, batch_users)
-    for index, start in enumerate(range(0, len(order), batch_users)):
-        yield make_batch(sequences, order[start : start + batch_users], first_step + index)
+def epoch_batches(
+    sequences: Sequences, batch_users: int, seed: int, epoch: int, window_batches: int | None = None
+) -> Iterator[Batch]:
+    """All training users once, shuffled by (seed, epoch), `batch_users` at a time; the last batch may be smaller.
 
-
-def steps_per_epoch(sequences: Sequences, batch_users: int) -> int:
-    """Batches in an epoch."""
-    return -(-len(sequences.training_users) // batch_users)
+    Args: window_batches: how many batches are laid out at a time; None: as many as take 64 MB.
+    """
+    if window_batches is None:
+        steps = steps_per_epoch(sequences, batch_users)
+        window_batches = max(1, WINDOW_SLOTS * steps // max(1, sequences.epoch_interactions))
+    for window in epoch_windows(sequences, batch_users, seed, epoch, window_batches):
+        yield from _batches(lay_out(sequences, window.users, batch_users), window.first_step)
 
 
 def make_batch(sequences: Sequences, users: np.ndarray, step: int) -> Batch:
     """The batch of the given users (int64 [B]); each has at least two training interactions or gives no row."""
-    offsets, items = sequences.training
-    starts, lengths = offsets[users], offsets[users + 1] - offsets[users]
-    slot_user = np.repeat(np.arange(len(users)), lengths)
-    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    distinct, slots, multiplicity = np.unique(
-        items[np.repeat(starts, lengths) + position], return_inverse=True, return_counts=True
-    )
-    length = int(lengths.max()) - 1
-    is_input = position < np.repeat(lengths, lengths) - 1
-    row_users, rows = slot_user[is_input], int(is_input.sum())
-    column = position[is_input] + length - (lengths[row_users] - 1)
-    return Batch(
-        step=step,
-        length=length,
-        users=_tensor(users),
-        distinct=_tensor(distinct),
-        multiplicity=_tensor(multiplicity),
-        inputs=_tensor(slots[is_input]),
-        targets=_tensor(slots[position > 0]),
-        row_users=_tensor(row_users),
-        row_slots=_tensor(row_users * length + column),
-        weights=torch.full((rows,), 1 / rows, dtype=torch.float64),
-        history_bits=torch.from_numpy(_history_bits(slot_user, slots, len(users), len(distinct))),
-    )
+    (batch,) = _batches(lay_out(sequences, users, len(users)), step)
+    return batch
+
+
+def _batches(layout: Layout, first_step: int) -> Iterator[Batch]:
+    """The batches of a layout: views of arrays that hold all of them."""
+    rows = np.diff(layout.row_bounds)
+    lengths = np.maximum.reduceat(np.diff(layout.user_rows), layout.user_bounds[:-1])
+    row_users = layout.row_user - layout.by_batch(layout.user_bounds[:-1], layout.row_bounds)
+    row_lengths = layout.by_batch(lengths, layout.row_bounds)
+    columns = np.arange(len(row_users)) + row_lengths - layout.user_rows[1:][layout.row_user]
+    whole = {
+        "users": (layout.users, layout.user_bounds),
+        "distinct": (layout.distinct, layout.distinct_bounds),
+        "multiplicity": (np.diff(layout.occurrences), layout.distinct_bounds),
+        "inputs": (layout.slot_distinct[layout.row_slot], layout.row_bounds),
+        "targets": (layout.slot_distinct[layout.row_slot + 1], layout.row_bounds),
+        "row_users": (row_users, layout.row_bounds),
+        "row_slots": (row_users * row_lengths + columns, layout.row_bounds),
+        "weights": (layout.by_batch(1 / rows, layout.row_bounds), layout.row_bounds),
+    }
+    parts = [torch.from_numpy(array).split(np.diff(bounds).tolist()) for array, bounds in whole.values()]
+    for index, (length, bits, *fields) in enumerate(zip(lengths.tolist(), _history_bits(layout), *parts, strict=True)):
+        yield Batch(step=first_step + index, length=length, history_bits=bits, **dict(zip(whole, fields)))
+
+
+def _history_bits(layout: Layout) -> list[Tensor]:
+    """The history bits of each batch: int32 [users, words], as many words as its distinct items take."""
+    users, words = np.diff(layout.user_bounds), -(-np.diff(layout.distinct_bounds) // 32)
+    bounds = np.concatenate([[0], np.cumsum(users * words)])
+    first_words = layout.by_batch(bounds[:-1] - layout.user_bounds[:-1] * words, layout.user_bounds)
+    user_words = first_words + np.arange(len(layout.users)) * layout.by_batch(words, layout.user_bounds)
+    bits = np.zeros(bounds[-1], dtype=np.uint32)
+    index = layout.slot_distinct
+    np.bitwise_or.at(bits, user_words[layout.slot_user] + (index >> 5), np.uint32(1) << (index & 31).astype(np.uint32))
+    parts = torch.from_numpy(bits.view(np.int32)).split((users * words).tolist())
+    return [part.view(*size) for part, size in zip(parts, zip(users.tolist(), words.tolist()))]
 
 
 def _bucket(size: int) -> int:
     """The next size on a ladder of eight steps to each doubling, from 64 on."""
     step = max(8, 1 << max(0, (size - 1).bit_length() - 4))
     return max(64, -(-size // step) * step)
-
-
-def _history_bits(slot_user: np.ndarray, slots: np.ndarray, users: int, distinct: int) -> np.ndarray:
-    in_history = np.zeros((users, -(-distinct // 32) * 32), dtype=bool)
-    in_history[slot_user, slots] = True
-    return np.packbits(in_history, axis=1, bitorder="little").view("<i4")
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64, copy=False))

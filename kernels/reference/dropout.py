@@ -6,6 +6,7 @@ draw the same masks.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,12 @@ def sequence_dropout(probability: float, seed: int, step: int | Tensor, users: T
         return None
     if isinstance(step, Tensor) and step.is_cpu:
         step = int(step)  # spares a dozen operators on one number
-    return SequenceDropout(_absorb(_mix(seed & MASK32), step), threshold, 1 / (1 - probability), users)
+    return SequenceDropout(dropout_prefix(seed, step), threshold, 1 / (1 - probability), users)
+
+
+def dropout_prefix(seed: int, step: int | Tensor | np.ndarray) -> int | Tensor | np.ndarray:
+    """Return the hash of seed and step that a step's mask bits start from, 0 to 2^32 - 1; int64 arrays for int64."""
+    return _absorb(_mix(seed & MASK32), step)
 
 
 def drop_factors(

@@ -14,7 +14,8 @@ from helpers.datasets import make_sequences
 from helpers.recommenders import side_recommender
 from helpers.tables import random_table
 from iisan_fast.config import ModelConfig
-from iisan_fast.data.batches import Batch, Shape, epoch_batches, make_batch, steps_per_epoch
+from iisan_fast.data.batches import Batch, Shape, epoch_batches, make_batch
+from iisan_fast.data.epoch_plan import steps_per_epoch
 from iisan_fast.kernels.reference.inbatch_cross_entropy import unpack_bits
 
 

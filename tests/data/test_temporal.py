@@ -20,7 +20,8 @@ from helpers.datasets import make_sequences, write_dataset_folder
 from helpers.stores import fill_store
 from helpers.tables import random_table
 from iisan_fast.config import EvaluationConfig, ModelConfig, ProtocolConfig, RunConfig, TrainConfig
-from iisan_fast.data.batches import epoch_batches, steps_per_epoch
+from iisan_fast.data.batches import epoch_batches
+from iisan_fast.data.epoch_plan import steps_per_epoch
 from iisan_fast.data.sequences import load_dataset, load_sequences, statistics
 from iisan_fast.errors import InputError
 from iisan_fast.evaluation.metrics import evaluate, popularity_baseline

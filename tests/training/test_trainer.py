@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from iisan_fast.config import EvaluationConfig, ModelConfig, RunConfig, TrainConfig
-from iisan_fast.data.batches import steps_per_epoch
+from iisan_fast.data.epoch_plan import steps_per_epoch
 from iisan_fast.errors import InputError
 from iisan_fast.files import whole_file
 from iisan_fast.states.store import Store, content_digest

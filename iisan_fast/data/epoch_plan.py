@@ -1,0 +1,144 @@
+"""An epoch's batches, laid out in windows of many batches at a time: one vectorised pass over a window's histories.
+
+The order of an epoch depends on the seed and the epoch alone, so all its batches are known before its first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .sequences import Sequences
+
+
+class Window(NamedTuple):
+    """Batches of an epoch that follow one another."""
+
+    users: np.ndarray  # int64: of all its batches, in order
+    first_step: int  # the run's step number of its first batch
+
+
+def steps_per_epoch(sequences: Sequences, batch_users: int) -> int:
+    """Batches in an epoch."""
+    return -(-len(sequences.training_users) // batch_users)
+
+
+def epoch_windows(
+    sequences: Sequences, batch_users: int, seed: int, epoch: int, batches: int, first_batches: int | None = None
+) -> Iterator[Window]:
+    """All training users once, shuffled by (seed, epoch), in windows of at most `batches` batches.
+
+    Args: first_batches: at most as many in the first window, so that an epoch's first step need not wait long.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(sequences.training_users)
+    step = epoch * steps_per_epoch(sequences, batch_users)
+    size = min(batches, first_batches or batches)
+    start = 0
+    while start < len(order):
+        users = order[start : start + size * batch_users]
+        yield Window(users, step)
+        step += size
+        start += len(users)
+        size = batches
+
+
+@dataclass(frozen=True)
+class Layout:
+    """N users' training histories in B batches with R rows, S slots, and V distinct items, counted batch by batch.
+
+    A slot is a place in a history, a row a slot that has a next one. Bounds say where each batch starts, then the end.
+    """
+
+    users: np.ndarray  # int64 [N]
+    user_bounds: np.ndarray  # [B + 1]
+    slot_bounds: np.ndarray  # [B + 1]
+    row_bounds: np.ndarray  # [B + 1]
+    distinct_bounds: np.ndarray  # [B + 1]
+    user_slots: np.ndarray  # [N]: where the slots of each user start
+    user_rows: np.ndarray  # [N + 1]: where the rows of each user start, then R
+    row_user: np.ndarray  # [R]: 0 .. N - 1
+    row_slot: np.ndarray  # [R]: 0 .. S - 1
+    slot_user: np.ndarray  # [S]
+    slot_distinct: np.ndarray  # [S]: the item of each slot, an index into its batch's distinct items
+    sorted_slots: np.ndarray  # [S]: by batch, by item, then in order
+    distinct: np.ndarray  # [V]: item numbers, ascending in each batch
+    occurrences: np.ndarray  # [V + 1]: where the sorted slots of each distinct item start, then S
+
+    @property
+    def batches(self) -> int:
+        """The number of batches."""
+        return len(self.user_bounds) - 1
+
+    def by_batch(self, values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+        """Repeat a value a batch for all that stands between the batch's bounds."""
+        return np.repeat(values, np.diff(bounds))
+
+
+def lay_out(sequences: Sequences, users: np.ndarray, batch_users: int) -> Layout:
+    """Lay out users (int64 [N], at least one) in batches of `batch_users`; the last batch may be smaller."""
+    offsets, items = sequences.training
+    starts = offsets[users]
+    lengths = offsets[users + 1] - starts
+    user_bounds = np.minimum(np.arange(0, len(users) + batch_users, batch_users), len(users))
+    user_slots = _starts(lengths)
+    user_rows = _starts(np.maximum(lengths - 1, 0))
+    slot_user = np.repeat(np.arange(len(users)), lengths)
+    row_user = np.repeat(np.arange(len(users)), np.diff(user_rows))
+    slot_items = items[(starts - user_slots[:-1])[slot_user] + np.arange(user_slots[-1])]
+    slot_bounds = user_slots[user_bounds]
+    sorted_slots, distinct, occurrences, distinct_bounds = _sort(slot_items, slot_bounds, len(sequences.item_ids))
+    index = np.arange(len(distinct)) - np.repeat(distinct_bounds[:-1], np.diff(distinct_bounds))
+    slot_distinct = np.empty_like(slot_items)
+    slot_distinct[sorted_slots] = np.repeat(index, np.diff(occurrences))
+    return Layout(
+        users=users,
+        user_bounds=user_bounds,
+        slot_bounds=slot_bounds,
+        row_bounds=user_rows[user_bounds],
+        distinct_bounds=distinct_bounds,
+        user_slots=user_slots[:-1],
+        user_rows=user_rows,
+        row_user=row_user,
+        row_slot=(user_slots - user_rows)[row_user] + np.arange(user_rows[-1]),
+        slot_user=slot_user,
+        slot_distinct=slot_distinct,
+        sorted_slots=sorted_slots,
+        distinct=distinct,
+        occurrences=occurrences,
+    )
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    """Return where each of several runs starts, then where the last ends."""
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+def _sort(
+    slot_items: np.ndarray, slot_bounds: np.ndarray, items: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the slots sorted by batch and item, the distinct items, where the slots of each start, and their bounds.
+
+    Item and slot are packed into one integer, so that values are sorted and no indices; one line of a table a batch.
+    """
+    counts = np.diff(slot_bounds)
+    width = int(counts.max())
+    bits = width.bit_length()
+    if bits + items.bit_length() > 63:
+        raise ValueError(f"a batch of {width} slots of {items} items is too large to be sorted")
+    in_batch = np.arange(width) < counts[:, None]
+    keys = np.full(in_batch.shape, np.iinfo(np.int64).max)
+    first_slots = np.repeat(slot_bounds[:-1], counts)
+    keys[in_batch] = (slot_items << bits) | (np.arange(len(slot_items)) - first_slots)
+    keys.sort(axis=1)
+    sorted_keys = keys[in_batch]
+    sorted_items = sorted_keys >> bits
+    is_first = np.empty(len(slot_items), dtype=bool)
+    np.not_equal(sorted_items[1:], sorted_items[:-1], out=is_first[1:])
+    is_first[slot_bounds[:-1]] = True
+    occurrences = np.flatnonzero(is_first)
+    bounds = np.searchsorted(occurrences, slot_bounds)
+    sorted_slots = (sorted_keys & ((1 << bits) - 1)) + first_slots
+    return sorted_slots, sorted_items[occurrences], np.append(occurrences, len(slot_items)), bounds

@@ -1,0 +1,162 @@
+"""Batches as a GPU's step reads them: windows of int32 words, each batch in the one shape of the run.
+
+The layout is `kernels.StepBatch`'s. Histories stand in tiles of rows, next fit: a user whose rows do not fit into the
+tile at hand begins the next one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..kernels import HEADER, StepShape, dropout_prefix
+from .epoch_plan import Layout
+from .sequences import Sequences
+
+WINDOW_BYTES = 64 << 20  # the most that a window has, but for one of a single batch
+TILE_ROWS = (16, 32, 64)
+MANY_USERS = 512  # of a batch, above which tiles have at least 32 rows
+
+
+def step_shape(sequences: Sequences, batch_users: int, tile_rows: int | None = None) -> StepShape | None:
+    """Return sizes that no batch of a run passes, or None if a history is too long for a tile.
+
+    Args: tile_rows: 16, 32 or 64; None: the smallest that suits the run.
+    """
+    lengths = np.diff(sequences.training[0])[sequences.training_users]
+    positions = max(sequences.max_inputs, int(lengths.max(initial=2)) - 1)
+    if tile_rows is None:
+        least = max(positions, 32 if batch_users > MANY_USERS else 16)
+        tile_rows = next((rows for rows in TILE_ROWS if rows >= least), 0)
+    if positions > tile_rows:
+        return None
+    users = min(batch_users, len(lengths))
+    longest = np.partition(lengths, len(lengths) - users)[len(lengths) - users :]
+    slots = int(longest.sum())
+    distinct = min(slots, len(sequences.item_ids))
+    # Next fit: the rows of two tiles that follow one another are more than one tile's.
+    tiles = min(users, 2 * (slots - users) // tile_rows + 1)
+    return StepShape(users, -(-distinct // 32) * 32, tiles, tile_rows, positions)
+
+
+def window_batches(shape: StepShape) -> int:
+    """Return how many batches a window has."""
+    return max(1, WINDOW_BYTES // (4 * shape.starts()[-1]))
+
+
+def pack_window(layout: Layout, shape: StepShape, first_step: int, seed: int, out: np.ndarray) -> None:
+    """Pack batches into `out`, int32 [batches, words]: `StepBatch`es of the shape. All words are written.
+
+    Args: first_step: the run's step number of the first batch; seed: of the dropout. Raises ValueError for a batch that
+    passes the shape.
+    """
+    first_rows, tiles = _tiles(layout, shape.tile_rows)
+    counts = _headers(layout, tiles, first_step, seed)
+    _check(layout, shape, counts)
+    places = dict(zip(shape.fields(), shape.starts()))
+    words = out.shape[1]
+    flat = out.reshape(-1)
+    out.fill(0)
+    fillers = {"users": -1, "inputs": -1, "row_users": shape.users, "offsets": counts["occurrences"][:, None]}
+    for name, filler in fillers.items():
+        (size,) = shape.fields()[name]
+        out[:, places[name] : places[name] + size] = filler
+    out[:, : len(HEADER)] = np.stack([counts[name] for name in HEADER], axis=1)
+    starts = np.arange(layout.batches) * words  # of the batches, in words
+    user_places = np.arange(len(layout.users)) + layout.by_batch(starts - layout.user_bounds[:-1], layout.user_bounds)
+    flat[places["users"] :][user_places] = layout.users
+    _pack_items(layout, places, flat, starts)
+    _pack_rows(layout, shape, places, flat, starts, first_rows)
+    _pack_occurrences(layout, places, flat, starts, first_rows)
+    _pack_history_bits(layout, shape, places, flat, starts)
+
+
+def _tiles(layout: Layout, tile_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return each user's first row within the batch [N], and the tiles of each batch [B]."""
+    rows, users = layout.user_rows, len(layout.users)
+    row_users = np.append(layout.row_user, users)
+    following = row_users[np.minimum(rows[:-1] + tile_rows, rows[-1])]  # the first user beyond a tile that begins here
+    following = np.minimum(following, layout.by_batch(layout.user_bounds[1:], layout.user_bounds)).tolist()
+    first_users, user = [], 0
+    while user < users:
+        first_users.append(user)
+        user = following[user]
+    first_users = np.array(first_users)
+    bounds = np.searchsorted(first_users, layout.user_bounds)
+    in_batch = np.arange(len(first_users)) - np.repeat(bounds[:-1], np.diff(bounds))
+    shifts = np.repeat(in_batch * tile_rows - rows[first_users], np.diff(first_users, append=users))
+    return rows[:-1] + shifts, np.diff(bounds)
+
+
+def _headers(layout: Layout, tiles: np.ndarray, first_step: int, seed: int) -> dict[str, np.ndarray]:
+    """Return the fields of the batches' headers, by their names in HEADER: [B] each."""
+    steps = first_step + np.arange(layout.batches)
+    return {
+        "distinct": np.diff(layout.distinct_bounds),
+        "rows": np.diff(layout.row_bounds),
+        "tiles": tiles,
+        "users": np.diff(layout.user_bounds),
+        "step": steps,
+        "prefix": dropout_prefix(seed, steps).astype(np.uint32).view(np.int32),
+        "occurrences": np.diff(layout.slot_bounds),
+    }
+
+
+def _check(layout: Layout, shape: StepShape, counts: dict[str, np.ndarray]) -> None:
+    """Raise ValueError if a batch passes the shape."""
+    limits = {"distinct": shape.distinct, "tiles": shape.tiles, "users": shape.users, "step": (1 << 31) - 2}
+    for name, limit in limits.items():
+        if (most := int(counts[name].max())) > limit:
+            raise ValueError(f"batch.{name}: expected at most {limit}, found {most}")
+    if (most := int(np.diff(layout.user_rows).max())) > shape.positions:
+        raise ValueError(f"batch.positions: expected at most {shape.positions}, found {most}")
+
+
+def _pack_items(layout: Layout, places: dict[str, int], flat: np.ndarray, starts: np.ndarray) -> None:
+    bounds = layout.distinct_bounds
+    item_places = np.arange(len(layout.distinct)) + layout.by_batch(starts - bounds[:-1], bounds)
+    flat[places["distinct"] :][item_places] = layout.distinct.astype(np.int32)
+    first_slots = layout.by_batch(layout.slot_bounds[:-1], bounds)
+    flat[places["offsets"] :][item_places] = (layout.occurrences[:-1] - first_slots).astype(np.int32)
+
+
+def _pack_rows(
+    layout: Layout,
+    shape: StepShape,
+    places: dict[str, int],
+    flat: np.ndarray,
+    starts: np.ndarray,
+    first_rows: np.ndarray,
+) -> None:
+    user, slot, rows = layout.row_user, layout.row_slot, np.arange(len(layout.row_user))
+    users_starts = layout.by_batch(starts, layout.user_bounds)
+    row_places = rows + (users_starts + first_rows - layout.user_rows[:-1])[user]
+    values = {
+        "inputs": layout.slot_distinct[slot],
+        "targets": layout.slot_distinct[slot + 1],
+        "row_users": user - layout.by_batch(layout.user_bounds[:-1], layout.row_bounds),
+        "positions": rows + (shape.positions - layout.user_rows[1:])[user],
+    }
+    for name, field in values.items():
+        flat[places[name] :][row_places] = field.astype(np.int32)
+
+
+def _pack_occurrences(
+    layout: Layout, places: dict[str, int], flat: np.ndarray, starts: np.ndarray, first_rows: np.ndarray
+) -> None:
+    codes = 4 * (np.arange(len(layout.slot_user)) + (first_rows - layout.user_slots)[layout.slot_user]) + 3
+    codes[layout.user_slots] -= 2  # no target of a row before it
+    codes[layout.user_slots[1:] - 1] -= 1  # no input
+    codes[-1] -= 1
+    bounds = layout.slot_bounds
+    slot_places = np.arange(len(codes)) + layout.by_batch(starts - bounds[:-1], bounds)
+    flat[places["occurrences"] :][slot_places] = codes.astype(np.int32)[layout.sorted_slots]
+
+
+def _pack_history_bits(
+    layout: Layout, shape: StepShape, places: dict[str, int], flat: np.ndarray, starts: np.ndarray
+) -> None:
+    index, width = layout.slot_distinct, shape.users + 1
+    first_words = layout.by_batch(starts - layout.user_bounds[:-1] + places["history_bits"], layout.slot_bounds)
+    words = (index >> 5) * width + (layout.slot_user + first_words)
+    bits = np.left_shift(np.uint32(1), (index & 31).astype(np.uint32))
+    np.bitwise_or.at(flat.view(np.uint32), words, bits)
