@@ -12,7 +12,7 @@ if __name__ == "iisan_fast.kernels":
     from .cpu.whole_step import RecommenderGradients
     from .dispatch import FORM_VARIABLE, FormError, check_form, form_on, named_form
     from .gpu.configurations import CONFIGURATIONS, Configuration, table_entry
-    from .gpu.launch import launches
+    from .gpu.launch import Launch, launches, recording
     from .ops import (
         adam,
         fold_heads,
@@ -50,6 +50,7 @@ if __name__ == "iisan_fast.kernels":
         "Chain",
         "Configuration",
         "FormError",
+        "Launch",
         "RecommenderBatch",
         "RecommenderGradients",
         "RecommenderWeights",
@@ -75,6 +76,7 @@ if __name__ == "iisan_fast.kernels":
         "named_form",
         "launches",
         "recommender_gradients",
+        "recording",
         "sequence_dropout",
         "sequence_encoder",
         "side_towers",

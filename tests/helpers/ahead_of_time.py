@@ -10,18 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from iisan_fast.kernels import States, Tower
+from iisan_fast.bench import machine_code
+from iisan_fast.kernels import Launch, States, Tower
 from iisan_fast.kernels.gpu import (
     adam,
     batch_selection,
@@ -37,16 +31,6 @@ from iisan_fast.kernels.types import HEADER_WORDS, StepShape
 
 MODULES = (side_towers, inbatch_cross_entropy, target_rank)
 ONE_ENTRY = (batch_selection, loss_record, adam, part_sums)  # modules whose kernels have one entry for all sizes
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.uint8: "u8",
-}
 
 
 def main() -> None:
@@ -167,38 +151,11 @@ def call_pairs_of_one_entry(dtype: torch.dtype) -> None:
 def compile_one(
     kernel: Any, architecture: int, chosen: Configuration, values: tuple, meta: dict[str, Any]
 ) -> dict[str, Any]:
-    """Compiles as the launcher would specialise: aligned pointers, integers known to be 1 or multiples of 16."""
-    names = kernel.arg_names[: len(values)]
-    signature, constants, attributes = {}, dict(meta), {}
-    for index, (name, value) in enumerate(zip(names, values)):
-        if isinstance(value, torch.Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif name in kernel.do_not_specialize:
-            signature[name] = "i32"
-        elif value == 1:
-            signature[name], constants[name] = "constexpr", 1
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    signature |= {name: "constexpr" for name in meta}
-    source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    return {"shared": binary.metadata.shared, **resources(binary.asm["cubin"]), "warps": chosen.warps}
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread and bytes of stack (what spills live in) a thread, as the cubin states them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    (found,) = re.findall(r"REG:(\d+) STACK:(\d+)", text)
-    return {"registers": int(found[0]), "spilled": int(found[1])}
+    """Compile a kernel for a launch's values and return what it takes of a GPU."""
+    launch = Launch(kernel, kernel.fn.__name__, (1,), chosen, values, meta)
+    wanted = machine_code.specialization(launch, architecture)
+    binary = machine_code.compile_kernel(kernel, architecture, wanted.values, meta, chosen)
+    return {**machine_code.resources(binary), "warps": chosen.warps}
 
 
 if __name__ == "__main__":
