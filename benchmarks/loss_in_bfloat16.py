@@ -1,0 +1,179 @@
+"""Compare the losses of training with products in bfloat16 to those in float32, step by step.
+
+    python benchmarks/loss_in_bfloat16.py DATASET --work FOLDER
+
+Three models train side by side on a CPU, from the same weights, on the same batches of 64 users with the same dropout,
+over one view: the titles through the pretrained MiniLM, masked mean. Their matrix products differ, backward included:
+in float32; in bf16 except the loss's; all in bf16. A product in bf16 is one of operands rounded to bf16, added up in
+float32, as matrix instructions of a GPU do it. In the loss's backward the operands are the probabilities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from scientific import CPU, LAYERS, PROTOCOL, encode, minilm
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from iisan_fast import kernels
+from iisan_fast.bench.machine import origin
+from iisan_fast.config import RunConfig, TrainConfig, ViewConfig
+from iisan_fast.data import Batch, Dataset, epoch_batches, load_dataset
+from iisan_fast.models import Recommender, build_recommender
+from iisan_fast.precision import resolve_precision
+from iisan_fast.states import ItemSource
+from iisan_fast.training import open_source
+
+RESULT = Path(__file__).parent / "results" / "loss-in-bfloat16.json"
+VIEW = "title-mean"
+LIMIT = 0.01  # of the float32 run's loss at the same step
+FLOAT32, EXCEPT_LOSS, BFLOAT16 = "float32", "bfloat16 except the loss", "bfloat16"
+PRODUCTS = {  # the place of their first factor; the second follows
+    torch.ops.aten.mm.default: 0,
+    torch.ops.aten.bmm.default: 0,
+    torch.ops.aten.addmm.default: 1,
+    torch.ops.aten.baddbmm.default: 1,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--work", type=Path, help="keeps the states here; a repeated call reads them again")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    os.environ[kernels.FORM_VARIABLE] = "reference"  # its products are PyTorch's, which can be rounded
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="iisan-fast-"))
+    view = ViewConfig(VIEW, source="title", encoder=minilm(), pooling="mean", layers=LAYERS)
+    encode(arguments.dataset, [view], work / "states")
+    result = {
+        "command": shlex.join(["python", "benchmarks/loss_in_bfloat16.py", "DATASET", *sys.argv[2:]]),
+        **origin(arguments.dataset.resolve().name, CPU),
+        "limit": LIMIT,
+        **compare(arguments.dataset, work / "states", arguments.seeds, arguments.steps),
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["largest_difference"], indent=1))
+
+
+def compare(folder: Path, cache: Path, seeds: list[int], steps: int) -> dict[str, Any]:
+    """Return each seed's figures, and the largest difference of each form from float32 over all seeds."""
+    dataset = load_dataset(folder, PROTOCOL)
+    seeds_figures = []
+    for seed in seeds:
+        train = TrainConfig(seed=seed, precision="float32")
+        config = RunConfig(str(folder), cache=str(cache), views=(VIEW,), protocol=PROTOCOL, train=train)
+        with open_source(config, dataset, CPU, "auto", resolve_precision(config, CPU)) as (source, _):
+            losses = train_side_by_side(config, dataset, source, steps)
+        seeds_figures.append({"seed": seed, "float32_losses": losses[FLOAT32], "differences": differences(losses)})
+        print(json.dumps({name: figures["largest"] for name, figures in seeds_figures[-1]["differences"].items()}))
+    largest = {
+        name: max(figures["differences"][name]["largest"] for figures in seeds_figures)
+        for name in (EXCEPT_LOSS, BFLOAT16)
+    }
+    return {"steps": steps, "largest_difference": largest, "seeds": seeds_figures}
+
+
+def train_side_by_side(config: RunConfig, dataset: Dataset, source: ItemSource, steps: int) -> dict[str, list[float]]:
+    """Return the losses of all steps by form."""
+    precision = resolve_precision(config, CPU)
+    popularity = dataset.sequences.popularity
+    forms = (FLOAT32, EXCEPT_LOSS, BFLOAT16)
+    takers = {name: step_of(name, build_recommender(source, config, popularity, precision), config) for name in forms}
+    losses: dict[str, list[float]] = {name: [] for name in forms}
+    for _, batch in zip(range(steps), batches(dataset, config.train)):
+        for name, take in takers.items():
+            losses[name].append(take(batch, source))
+    return losses
+
+
+def batches(dataset: Dataset, config: TrainConfig) -> Iterator[Batch]:
+    """Yield the batches of all epochs, in the order that training takes them."""
+    for epoch in range(config.max_epochs):
+        yield from epoch_batches(dataset.sequences, config.batch_users, config.seed, epoch)
+
+
+def step_of(form: str, model: Recommender, config: RunConfig) -> Callable[[Batch, ItemSource], float]:
+    """Return the function that takes a training step of a form and returns the loss before it."""
+    groups, rates = model.train().parameter_groups(), config.train.learning_rates
+    optimizer = torch.optim.Adam([{"params": group, "lr": rates[name]} for name, group in groups.items() if group])
+
+    def take(batch: Batch, source: ItemSource) -> float:
+        optimizer.zero_grad()
+        with products_of(form):
+            loss = model.loss(batch, source.read(batch.distinct))
+            loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return take
+
+
+def products_of(form: str) -> AbstractContextManager[Any]:
+    """Return the context in which matrix products are those of a form."""
+    if form == FLOAT32:
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(RoundedProducts())
+    if form == EXCEPT_LOSS:
+        loss = kernels.inbatch_cross_entropy
+        stack.enter_context(mock.patch.object(kernels, "inbatch_cross_entropy", lambda **rest: in_double(loss, rest)))
+    return stack
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Round float32 factors of matrix products to bf16, in forward and backward; products add up in float32."""
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        if operator in PRODUCTS:
+            place = PRODUCTS[operator]
+            factors = map(rounded, arguments[place : place + 2])
+            arguments = (*arguments[:place], *factors, *arguments[place + 2 :])
+        return operator(*arguments, **(keywords or {}))
+
+
+def rounded(factor: Tensor) -> Tensor:
+    """Return a float32 factor rounded to bf16; doubles stay as they are."""
+    return factor.bfloat16().float() if factor.dtype == torch.float32 else factor
+
+
+def in_double(loss: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+    """Return the loss in double precision, whose products are not rounded."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            arguments[name] = value.double()
+    return loss(**arguments)
+
+
+def differences(losses: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Return each form's relative differences from the float32 loss at the same step."""
+    expected = np.array(losses[FLOAT32])
+    figures = {}
+    for name in (EXCEPT_LOSS, BFLOAT16):
+        relative = np.abs(np.array(losses[name]) - expected) / expected
+        figures[name] = {
+            "largest": float(relative.max()),
+            "at_step": int(relative.argmax()) + 1,
+            "median": float(np.median(relative)),
+            "steps_within_the_limit": int((relative <= LIMIT).sum()),
+            "by_step": [float(f"{value:.2e}") for value in relative],
+        }
+    return figures
+
+
+if __name__ == "__main__":
+    main()
