@@ -55,7 +55,7 @@ class Operation:
         return re.findall(r"%[\w.$#-]+", self.text)
 
 
-class Kernel(NamedTuple):
+class KernelFunction(NamedTuple):
     """A kernel's function: its operations, its arguments' names, and where its locations lie in the source."""
 
     arguments: list[str]
@@ -121,7 +121,7 @@ def products(ir: str) -> dict[Lines, int]:
 class ProgramRun:
     """The scalars of one program."""
 
-    def __init__(self, kernel: Kernel, memory: Memory, place: Sequence[int], sizes: Sequence[int]) -> None:
+    def __init__(self, kernel: KernelFunction, memory: Memory, place: Sequence[int], sizes: Sequence[int]) -> None:
         self.kernel, self.memory, self.place, self.sizes = kernel, memory, place, sizes
         self.trips: Counter[Lines] = Counter()
         self.unknown: set[Lines] = set()
@@ -287,14 +287,14 @@ LINE = re.compile(r"\s*(?:(%.*?) = )?\"?([\w.]+)\"?(.*)$")
 LOCATION = re.compile(r" ?loc\((#loc\d*|unknown)\)$")
 
 
-def parse(ir: str) -> Kernel:
+def parse(ir: str) -> KernelFunction:
     """Read the public function of a module."""
     lines = ir.splitlines()
     locations = dict(match for line in lines for match in re.findall(r"^(#loc\d*) = loc\((.*)\)$", line))
     start = next(index for index, line in enumerate(lines) if "tt.func public" in line)
     arguments = re.findall(r"%(\w+): ", lines[start])
     body, _ = _block(lines, start + 1)
-    return Kernel(arguments, body, locations)
+    return KernelFunction(arguments, body, locations)
 
 
 def _block(lines: list[str], index: int) -> tuple[list[Operation], int]:
