@@ -6,16 +6,18 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .batches import Batch, Shape, epoch_batches
-    from .epoch_plan import steps_per_epoch
+    from .epoch_plan import Window, steps_per_epoch
     from .imports.flat import import_csv, import_parquet
     from .imports.microlens import import_microlens
     from .imports.options import MISSING_TITLES, RECBOLE_FIELDS, TABLE_COLUMNS, Imported, ImportOptions, TableOptions
     from .imports.recbole import import_recbole
     from .items import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb, open_images, read_table, refuse_unfit_name
+    from .packed_batches import BatchSize, PackedWindow, RunPlan
     from .sequences import Dataset, Sequences, Split, load_dataset, load_sequences, statistics
 
 __all__ = [
     "Batch",
+    "BatchSize",
     "TABLE_COLUMNS",
     "Dataset",
     "RECBOLE_FIELDS",
@@ -26,10 +28,13 @@ __all__ = [
     "ImportOptions",
     "Imported",
     "MISSING_TITLES",
+    "PackedWindow",
     "Sequences",
     "Shape",
     "Split",
+    "RunPlan",
     "TableOptions",
+    "Window",
     "epoch_batches",
     "import_csv",
     "import_microlens",

@@ -6,15 +6,73 @@ tile at hand begins the next one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..kernels import HEADER, StepShape, dropout_prefix
-from .epoch_plan import Layout
+from .epoch_plan import Layout, Window, epoch_windows, lay_out, steps_per_epoch
 from .sequences import Sequences
 
 WINDOW_BYTES = 64 << 20  # the most that a window has, but for one of a single batch
+FIRST_BATCHES = 32  # of an epoch's first window: its steps run while the next window is packed
 TILE_ROWS = (16, 32, 64)
 MANY_USERS = 512  # of a batch, above which tiles have at least 32 rows
+
+
+class BatchSize(NamedTuple):
+    """The true size of a batch."""
+
+    rows: int
+    slots: int  # of the users' histories
+
+
+class PackedWindow(NamedTuple):
+    """Packed batches that follow one another, on the host."""
+
+    words: Tensor  # int32 [batches, words]
+    sizes: list[BatchSize]  # of each batch
+    items: tuple[Tensor, ...]  # int64: each batch's distinct items
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run's batches, packed in windows."""
+
+    sequences: Sequences
+    batch_users: int
+    seed: int  # of the order and of the dropout
+    shape: StepShape
+    window_batches: int  # the most that a window has
+    first_batches: int = FIRST_BATCHES  # likewise, an epoch's first
+
+    @classmethod
+    def of(cls, sequences: Sequences, batch_users: int, seed: int) -> RunPlan | None:
+        """Plan a run, or return None if a history is too long for a tile."""
+        shape = step_shape(sequences, batch_users)
+        if shape is None:
+            return None
+        batches = min(window_batches(shape), steps_per_epoch(sequences, batch_users))
+        return cls(sequences, batch_users, seed, shape, batches)
+
+    def windows(self, epoch: int) -> Iterator[Window]:
+        """Yield an epoch's windows, to be packed."""
+        sizes = self.window_batches, min(self.first_batches, self.window_batches)
+        return epoch_windows(self.sequences, self.batch_users, self.seed, epoch, *sizes)
+
+    def pack(self, window: Window, pin: bool = False) -> PackedWindow:
+        """Pack a window into new memory of the host, pinned if asked."""
+        layout = lay_out(self.sequences, window.users, self.batch_users)
+        size = (layout.batches, self.shape.starts()[-1])
+        words = torch.empty(size, dtype=torch.int32, pin_memory=pin)
+        pack_window(layout, self.shape, window.first_step, self.seed, words.numpy())
+        counts = (np.diff(bounds).tolist() for bounds in (layout.row_bounds, layout.slot_bounds))
+        items = torch.from_numpy(layout.distinct).split(np.diff(layout.distinct_bounds).tolist())
+        return PackedWindow(words, list(map(BatchSize, *counts)), items)
 
 
 def step_shape(sequences: Sequences, batch_users: int, tile_rows: int | None = None) -> StepShape | None:

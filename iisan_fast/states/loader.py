@@ -5,15 +5,19 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..data import Batch, Shape
+from .. import kernels
+from ..data import Batch, BatchSize, PackedWindow, RunPlan, Shape, Window
+from .feature_table import FeatureTable
 from .item_source import Gathered, ItemInputs, ItemSource
+
+Argument, Result = TypeVar("Argument"), TypeVar("Result")
 
 AHEAD = 2  # batches
 TOGETHER = 8  # batches are laid out one after the other: the first finds the caches full of a step's numbers
@@ -26,6 +30,56 @@ class PreparedBatch(NamedTuple):
     item_inputs: ItemInputs
     rows: int  # real ones, without padding
     slots: int  # of the users' histories
+
+
+class PlannedWindow(NamedTuple):
+    """Batches that follow one another, packed and on the device."""
+
+    window: Tensor  # int32 [batches, words]: `kernels.StepBatch`es of the plan's shape
+    batches: list[BatchSize]  # their true sizes
+    gathered: Iterator[ItemInputs | None]  # for each batch its distinct items' inputs; None if the device has all
+
+
+def planned_windows(
+    plan: RunPlan, epoch: int, source: ItemSource, device: torch.device
+) -> Generator[PlannedWindow, None, None]:
+    """An epoch's windows in order, each packed, checked and copied to the device while the steps before it run.
+
+    What the source has on the host of a batch's items is gathered ahead, and has to be taken with the batch.
+    """
+
+    def pack(window: Window) -> tuple[PackedWindow, _Copied]:
+        packed = plan.pack(window, pin=device.type == "cuda")
+        items = torch.cat(packed.items)
+        kernels.check_indices("batch.distinct", items, None, source.rows, items.device, 1)
+        return packed, _copied([packed.words], device)
+
+    # Both are waited for at the end: the source may be closed after.
+    with ThreadPoolExecutor(1, "batches: windows") as packing, ThreadPoolExecutor(1, "batches: items") as gathering:
+        windows, lists = itertools.tee(_ahead(packing, pack, plan.windows(epoch), 1))
+        if isinstance(source, FeatureTable):
+            gathered: Iterator[ItemInputs | None] = itertools.repeat(None)
+        else:
+            items = itertools.chain.from_iterable(packed.items for packed, _ in lists)
+            gathered = _gathered(gathering, items, source, device)
+        for packed, copied in windows:
+            (window,) = _waited(copied, device)
+            yield PlannedWindow(window, packed.sizes, itertools.islice(gathered, len(packed.sizes)))
+
+
+def _gathered(
+    thread: ThreadPoolExecutor, lists: Iterator[Tensor], source: ItemSource, device: torch.device
+) -> Iterator[ItemInputs]:
+    """What the item encoder reads of each list of item numbers, gathered in the thread ahead of it."""
+
+    def gather(items: Tensor) -> tuple[Gathered, _Copied]:
+        gathered = source.gather(items)
+        numbers = items.pin_memory() if device.type == "cuda" else items
+        return gathered, _copied([numbers, *gathered.tensors], device)
+
+    for gathered, copied in _ahead(thread, gather, lists, AHEAD):
+        items, *tensors = _waited(copied, device)
+        yield source.read(items, gathered._replace(tensors=tensors))
 
 
 def prepared_batches(
@@ -51,6 +105,43 @@ class _Waiting(NamedTuple):
     rows: int
     slots: int
     copied: torch.cuda.Event | None = None  # when all of it is on the device
+
+
+class _Copied(NamedTuple):
+    tensors: list[Tensor]
+    copied: torch.cuda.Event | None  # when all of them are on the device
+
+
+def _ahead(
+    thread: ThreadPoolExecutor, function: Callable[[Argument], Result], arguments: Iterable[Argument], count: int
+) -> Iterator[Result]:
+    """The results of a function in order, `count` of them computed in the thread before they are asked for."""
+    waiting: deque[Future[Result]] = deque()
+    for argument in arguments:
+        waiting.append(thread.submit(function, argument))
+        if len(waiting) > count:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _copied(tensors: list[Tensor], device: torch.device) -> _Copied:
+    """Begin the copies of host tensors, pinned for CUDA, to the device."""
+    if device.type != "cuda":
+        return _Copied(tensors, None)
+    copies = _copy_stream(device)
+    with torch.cuda.stream(copies):
+        return _Copied([tensor.to(device, non_blocking=True) for tensor in tensors], copies.record_event())
+
+
+def _waited(moved: _Copied, device: torch.device) -> list[Tensor]:
+    """The tensors once their copies are waited for, by the device alone."""
+    if moved.copied is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_event(moved.copied)
+        for tensor in moved.tensors:
+            tensor.record_stream(current)
+    return moved.tensors
 
 
 def _checked(batches: Iterator[Batch], table_rows: int) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import TUNING_METHODS, EvaluationConfig, RunConfig, TrainConfig, read_settings
-from ..data import Batch, Sequences, Shape, epoch_batches, load_dataset, steps_per_epoch
+from ..data import Batch, RunPlan, Sequences, Shape, epoch_batches, load_dataset, steps_per_epoch
 from ..errors import InputError
 from ..evaluation import evaluate, headline_metrics, parameter_counts, popularity_baseline
 from ..fingerprints import changed_settings
@@ -24,7 +24,7 @@ from ..models import build_recommender
 from ..precision import Precision, resolve_precision
 from ..progress import progress_bar
 from ..runtime import fix_cublas_workspace
-from ..states import ItemSource, PreparedBatch, prepared_batches
+from ..states import ItemSource, PlannedWindow, PreparedBatch, planned_windows, prepared_batches
 from .checkpoints import (
     ITEM_VECTORS,
     adam_tensors,
@@ -244,6 +244,10 @@ class Trainer:
         """Prepare an epoch's batches ahead of their steps."""
         config = self.config.train
         return self.prepared(epoch_batches(self.sequences, config.batch_users, config.seed, epoch))
+
+    def windows(self, plan: RunPlan, epoch: int) -> Generator[PlannedWindow, None, None]:
+        """Pack an epoch's batches ahead of their steps, for the step that selects them on a GPU."""
+        return planned_windows(plan, epoch, self.source, self.device)
 
     def prepared(self, batches: Iterator[Batch]) -> Generator[PreparedBatch, None, None]:
         """Prepare batches ahead of their steps, padded to the shapes that are captured where steps are."""

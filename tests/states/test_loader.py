@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -14,12 +15,14 @@ from helpers.datasets import make_sequences
 from helpers.stores import fill_store
 from helpers.tables import random_table
 from iisan_fast.data.batches import Batch, Shape, epoch_batches
+from iisan_fast.data.packed_batches import RunPlan
 from iisan_fast.errors import InputError
 from iisan_fast.kernels import States
+from iisan_fast.kernels.types import HEADER, StepBatch
 from iisan_fast.states import loader
 from iisan_fast.states.feature_table import FeatureTable, PinnedTable, load_table
 from iisan_fast.states.item_source import Gathered
-from iisan_fast.states.loader import AHEAD, prepared_batches
+from iisan_fast.states.loader import AHEAD, planned_windows, prepared_batches
 
 CPU = torch.device("cpu")
 ITEMS = 30
@@ -191,3 +194,81 @@ def test_batches_are_padded_and_counted_before():
         assert [own.rows for own in found] == [len(batch.targets) for batch in batches]
         assert [own.slots for own in found] == [batch.multiplicity.sum() for batch in batches]
         assert all(len(rows(view)) == own.batch.shape.distinct for own in found for view in own.item_inputs)
+
+
+# Windows of packed batches
+
+
+def plan(window_batches: int = 4, first_batches: int = 2) -> RunPlan:
+    """Return a plan of six batches of four users an epoch, in windows of two and four batches unless said otherwise."""
+    return dataclasses.replace(
+        RunPlan.of(SEQUENCES, 4, seed=0), window_batches=window_batches, first_batches=first_batches
+    )
+
+
+def test_windows_hold_an_epochs_batches_in_order():
+    planned = list(planned_windows(plan(), 1, table(), CPU))
+    assert [len(each.batches) for each in planned] == [2, 4]
+    (whole,) = planned_windows(plan(6, 6), 1, table(), CPU)
+    assert torch.equal(torch.cat([each.window for each in planned]), whole.window) and len(whole.window) == 6
+    assert planned[0].batches + planned[1].batches == whole.batches
+    for words, size, batch in zip(whole.window, whole.batches, epoch(), strict=True):
+        packed = StepBatch.of(words, plan().shape)
+        assert packed.distinct[: len(batch.distinct)].tolist() == batch.distinct.tolist()
+        assert packed.header[HEADER.index("step")] == batch.step
+        assert size == (len(batch.targets), batch.multiplicity.sum())
+    assert all(next(each.gathered) is None for each in planned)
+
+
+@pytest.mark.parametrize("windows", [(4, 2), (1, 1), (6, 6)])
+def test_gathered_rows_come_with_their_batches(windows):
+    source, batches = PinnedTable(table().views, CPU), epoch()
+    count = 0
+    for planned in planned_windows(plan(*windows), 1, source, CPU):
+        for size, states in zip(planned.batches, planned.gathered, strict=True):
+            batch = batches[count]
+            assert size.rows == len(batch.targets) and all(view.rows is None for view in states)
+            for view, whole in zip(states, source.views, strict=True):
+                assert torch.equal(view.table, whole[batch.distinct])
+            count += 1
+    assert count == 6
+
+
+def test_one_window_and_two_batches_of_rows_are_made_ahead(monkeypatch):
+    packed, gathered = [], []
+
+    class Counted(PinnedTable):
+        def gather(self, items: Tensor) -> Gathered:
+            gathered.append(items)
+            return super().gather(items)
+
+    pack = RunPlan.pack
+    monkeypatch.setattr(RunPlan, "pack", lambda *args, **kwargs: packed.append(1) or pack(*args, **kwargs))
+    stream = planned_windows(plan(3, 3), 1, Counted(table().views, CPU), CPU)
+    assert not threads()
+    first = next(stream)
+    next(first.gathered)
+    assert len(packed) == 2
+    assert len(gathered) <= 1 + AHEAD and len(threads()) == 2
+    stream.close()
+    assert not threads() and len(packed) == 2 and len(gathered) == 1 + AHEAD
+
+
+def test_an_item_that_the_table_lacks_is_found_in_its_window():
+    short = FeatureTable(tuple(view[:ITEMS] for view in table().views))
+    with pytest.raises(ValueError, match=f"batch.distinct: expected indices from 1 to {ITEMS - 1}, found {ITEMS}"):
+        list(planned_windows(plan(), 1, short, CPU))
+
+
+def test_an_error_of_gathering_comes_out_with_its_batch():
+    class Failing(PinnedTable):
+        def gather(self, items: Tensor) -> Gathered:
+            if torch.equal(items, epoch()[3].distinct):
+                raise InputError("the disk is gone")
+            return super().gather(items)
+
+    taken = []
+    with pytest.raises(InputError, match="the disk is gone"):
+        for planned in planned_windows(plan(), 1, Failing(table().views, CPU), CPU):
+            taken += list(zip(planned.batches, planned.gathered))
+    assert len(taken) <= 3 and not threads()
