@@ -127,8 +127,8 @@ def test_states_of_single_or_half_precision(kind):
 def test_batches_of_all_sizes_by_all_threads_in_turn(monkeypatch):
     """Memory grows with them, and is used for smaller ones again."""
     model, table = made()
-    plans, plan = [], whole_step.RunPlan
-    monkeypatch.setattr(whole_step, "RunPlan", lambda *all: plans.append(all) or plan(*all))
+    plans, plan = [], whole_step.StepPlan
+    monkeypatch.setattr(whole_step, "StepPlan", lambda *all: plans.append(all) or plan(*all))
     sizes = (range(24), range(20, 23), range(60), range(2), range(30, 60), range(3))
     for threads in (2, 3, 1):
         torch.set_num_threads(threads)
@@ -139,15 +139,15 @@ def test_batches_of_all_sizes_by_all_threads_in_turn(monkeypatch):
 
 def test_memory_for_many_items_and_few_rows_is_that_for_the_reverse(monkeypatch):
     model, table = made()
-    plans, plan = [], whole_step.RunPlan
+    plans, plan = [], whole_step.StepPlan
 
-    def alone(*all) -> whole_step.RunPlan:
+    def alone(*all) -> whole_step.StepPlan:
         assert not any(before() for before in plans)  # its memory went before there is more
         made = plan(*all)
         plans.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(whole_step, "RunPlan", alone)
+    monkeypatch.setattr(whole_step, "StepPlan", alone)
     own = batch(range(9))
     wide, long = (
         own.padded(own.shape.padded(12, 10)._replace(**more)) for more in (dict(distinct=180), dict(rows=200))
