@@ -93,6 +93,24 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
         ("default", "wide"): Configuration({"BM": 32, "BN": 64, "PROGRAMS": 528}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BM": 32, "BN": 16, "PROGRAMS": 528}, warps=8, stages=1),
     },
+    "sequence_forward": {
+        ("default", "small"): Configuration({"STACK": 32, "FC": 64, "HALVES": 0}, warps=8, stages=2),
+        ("default", "large"): Configuration({"STACK": 64, "FC": 64, "HALVES": 0}, warps=8, stages=2),
+        ("default", "wide"): Configuration({"STACK": 32, "FC": 64, "HALVES": 0}, warps=8, stages=1),
+        ("default", "fp32"): Configuration({"STACK": 32, "FC": 32, "HALVES": 1}, warps=8, stages=1),
+    },
+    "sequence_backward": {
+        ("default", "small"): Configuration({"STACK": 32, "FC": 64, "HALVES": 0}, warps=8, stages=2),
+        ("default", "large"): Configuration({"STACK": 64, "FC": 64, "HALVES": 0}, warps=8, stages=2),
+        ("default", "wide"): Configuration({"STACK": 32, "FC": 64, "HALVES": 0}, warps=8, stages=1),
+        ("default", "fp32"): Configuration({"STACK": 32, "FC": 32, "HALVES": 1}, warps=8, stages=1),
+    },
+    "sequence_weight_gradients": {
+        ("default", "small"): Configuration({"BN": 64, "BK": 32, "SPLITS": 4}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BN": 64, "BK": 32, "SPLITS": 16}, warps=4, stages=2),
+        ("default", "wide"): Configuration({"BN": 64, "BK": 32, "SPLITS": 16}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BN": 32, "BK": 32, "SPLITS": 4}, warps=4, stages=1),
+    },
     "sum_parts": {("default", ANY_SIZE): Configuration({"BLOCK": 512}, warps=4, stages=1)},
     "target_rank": {
         ("default", "small"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 528}, warps=4, stages=2),
