@@ -45,6 +45,7 @@ STAGES = (
     Stage("evaluation", 60, "all users over the whole catalogue"),
     Stage("step-tests", 120, "the GPU tests of the training step"),
     Stage("kernel-tests", 90, "a part of the kernels' GPU tests"),
+    Stage("extraction", 90, "ViT-B/16 and BERT-base of random weights over the catalogue: items a second"),
     Stage("dense", 60, "the released code's step beside the captured one"),
 )
 

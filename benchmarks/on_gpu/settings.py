@@ -24,6 +24,8 @@ class Settings:
     epochs: int = 3  # timed
     steps: int = 20  # profiled, or timed one by one
     rounds: int = 5
+    encoders: str = "base"  # sizes of the encoders whose states are extracted: ViT-B/16 and BERT-base, or "demo"
+    items: int = 2048  # that are encoded from memory
 
     @property
     def dry_run(self) -> bool:
@@ -40,6 +42,8 @@ DRY_RUN = {
     "epochs": 1,
     "steps": 2,
     "rounds": 1,
+    "encoders": "demo",
+    "items": 8,
 }
 
 Save = Callable[[dict[str, Any]], None]  # takes the result as far as it is

@@ -20,6 +20,7 @@ MODULES = {
     "evaluation": "evaluation",
     "step-tests": "gpu_tests",
     "kernel-tests": "gpu_tests",
+    "extraction": "extraction",
     "dense": "dense",
 }  # by stage: the module here whose `measure` runs it
 

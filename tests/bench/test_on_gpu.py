@@ -220,6 +220,27 @@ def test_ops_evaluation_and_the_dense_form_are_measured(dataset, tmp_path, monke
     assert captured["largest_loss_difference"] < 1e-5
 
 
+@pytest.mark.slow
+def test_extraction_is_measured_from_memory_and_whole(dataset, tmp_path):
+    rows = measure("extraction", dataset, tmp_path)["rows"]
+    assert [(row["form"], row["source"]) for row in rows] == [
+        (form, source) for form in ("from memory", "fast") for source in ("image", "title")
+    ]
+    assert [row["items"] for row in rows] == [8, 8, 40, 40]
+    assert all(row["items_per_second"] == row["items"] / row["seconds"] > 0 for row in rows)
+    assert {row["peak_cuda_bytes"] for row in rows} == {NOT_MEASURED}
+
+
+def test_the_headline_adds_up_the_times_of_both_encoders():
+    from on_gpu import extraction
+
+    rows = [
+        extraction.row_of("fast", "image", extraction.Measured(2.0, None, 7, items=100)),
+        extraction.row_of("fast", "title", extraction.Measured(1.0, None, 7, items=100)),
+    ]
+    assert extraction.headline(rows) == "fast: 33 items a second, image and title"
+
+
 def test_versions_say_what_is_not_measured(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "commit", lambda: None)  # as in a copy without .git
     result = measure("versions", dataset, tmp_path)
