@@ -6,7 +6,6 @@ from statistics import median
 from typing import Any
 
 from iisan_fast.bench.train import FORMS, follow, largest_difference, quantiles, start, timed
-from iisan_fast.data import steps_per_epoch
 
 from .common import captured_forms, device_of, histories, random_states, train_settings
 from .settings import Save, Settings
@@ -20,10 +19,8 @@ def measure(settings: Settings, save: Save) -> None:
     tables = random_states(sequences, settings)
     forms = {"dense": FORMS["dense"], **captured_forms(settings)}
     started = {name: start(form, sequences, tables, sizes, device) for name, form in forms.items()}
-    taken = settings.steps + settings.rounds * STEPS
-    epochs = range(-(-taken // steps_per_epoch(sequences, settings.users)))
     for form in started.values():
-        form.capture(epochs)
+        form.capture()
     losses = {name: follow(form.step, settings.steps) for name, form in started.items()}
     times: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(settings.rounds):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from iisan_fast.bench.captures import capture_shapes
+from iisan_fast.bench.captures import capture_step
 from iisan_fast.bench.machine import NOT_MEASURED, synchronise
 from iisan_fast.bench.train import FORMS, TrainingForm
 from iisan_fast.data import Sequences, steps_per_epoch
@@ -54,7 +54,7 @@ def epoch_figures(
         torch.cuda.reset_peak_memory_stats(device)
     trainer = trainer_of(form, sequences, tables, settings)
     trainer.model.train()
-    captures = capture_shapes(trainer, range(settings.epochs))
+    captures = capture_step(trainer)
     yield captures.figures()
     epoch(trainer, 0)  # warms up what is left: the allocator, the host's threads
     yield {"epoch_s": [epoch(trainer, number) for number in range(settings.epochs)]}

@@ -1,15 +1,15 @@
-"""CUDA graphs before an epoch is timed: capture every shape that its batches have, and time the captures apart."""
+"""A CUDA graph before an epoch is timed: capture the step, and time the capture apart."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
+from itertools import islice
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ..data import Batch, Shape, epoch_batches
 from ..training import CapturedStep, Trainer
 from .machine import NOT_MEASURED, synchronise
 
@@ -28,31 +28,20 @@ class Captures(NamedTuple):
 NO_CAPTURES = {"captured_shapes": 0, "capture_s": NOT_MEASURED}  # the columns of a row without graphs
 
 
-def capture_shapes(trainer: Trainer, epochs: Iterable[int]) -> Captures | None:
-    """Capture every padded shape of these epochs, from one batch of each; None where the trainer captures nothing.
+def capture_step(trainer: Trainer) -> Captures | None:
+    """Capture the step on the first batch, in the one shape of the run; None where the trainer captures nothing.
 
-    An epoch's batches depend on its number and the seed alone, so they are known beforehand. Nothing is trained.
+    Nothing is trained.
     """
     if trainer.captured is None:
         return None
-    batches = one_batch_of_each_shape(trainer, epochs)
-    synchronise(trainer.device)
-    started = time.perf_counter()
-    with closing(trainer.prepared(iter(batches.values()))) as prepared:
-        for padded in prepared:
-            trainer.captured.capture_shape(padded.batch, padded.item_inputs)
-    synchronise(trainer.device)
-    return Captures(len(batches), time.perf_counter() - started)
-
-
-def one_batch_of_each_shape(trainer: Trainer, epochs: Iterable[int]) -> dict[Shape, Batch]:
-    """Return the first batch, not padded yet, of each padded shape that these epochs have."""
-    config = trainer.config.train
-    batches: dict[Shape, Batch] = {}
-    for epoch in epochs:
-        for batch in epoch_batches(trainer.sequences, config.batch_users, config.seed, epoch):
-            batches.setdefault(trainer.padded_shape(batch.shape), batch)
-    return batches
+    with closing(trainer.batches(0)) as batches:
+        (padded,) = islice(batches, 1)
+        synchronise(trainer.device)
+        started = time.perf_counter()
+        trainer.captured.prepare(padded.batch, padded.item_inputs)
+        synchronise(trainer.device)
+    return Captures(1, time.perf_counter() - started)
 
 
 def call_again_for_graphs(trainer: Trainer) -> None:

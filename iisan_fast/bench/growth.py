@@ -26,7 +26,7 @@ from ..precision import resolve_precision
 from ..progress import progress_bar
 from ..states import FeatureTable
 from ..training import Trainer, deterministic
-from .captures import NO_CAPTURES, capture_shapes
+from .captures import NO_CAPTURES, capture_step
 from .machine import on, origin, synchronise
 
 BLOCK = 20_000  # items whose states differ
@@ -95,11 +95,11 @@ def states(items: int, settings: GrowthSettings, seed: int, device: torch.device
 
 
 def measure(sequences: Sequences, table: FeatureTable, users: int, device: torch.device) -> dict[str, Any]:
-    """Time one epoch's steps, after its shapes are captured and some steps are taken, and one evaluation."""
+    """Time one epoch's steps, after the step is captured and some steps are taken, and one evaluation."""
     config = RunConfig("", "", ("first", "second"), train=TrainConfig(batch_users=users))
     trainer = Trainer(config, sequences, table, device, resolve_precision(config, device))
     trainer.model.train()
-    captures = capture_shapes(trainer, [0])
+    captures = capture_step(trainer)
     with closing(trainer.batches(0)) as batches:
         for batch in islice(batches, WARM_UP_STEPS):
             trainer.take(batch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..precision import resolve_precision
 from ..progress import progress_bar
 from ..states import FeatureTable, Store, content_digest
 from ..training import Trainer, deterministic, train
-from .captures import NO_CAPTURES, Captures, capture_shapes
+from .captures import NO_CAPTURES, Captures, capture_step
 from .dense import DenseTrainer
 from .machine import NOT_MEASURED, QUANTILES, count_launches, in_a_process, named_sequences, on, origin, synchronise
 from .peak_memory import PeakMemory
@@ -49,8 +49,7 @@ NOTES = {
     "step": "one step by the wall clock, its batch prepared ahead where the form does so; the forms take turns",
     "epoch": "as many steps as an epoch has, after some to warm up (an epoch of them for eager forms on CUDA), in a "
     "process of its own; its peak is the largest sum of proportional set sizes, the features and the imports included",
-    "capture": "seconds to capture, before any step is timed, a CUDA graph of every padded shape of the epochs that "
-    "the timed steps belong to",
+    "capture": "seconds to capture the step in a CUDA graph, before any step is timed",
     "run": "iisan-fast train: one epoch, validation and test, from a store of the same states. seconds: all of it, "
     "from reading the dataset and the store to the test, captures on CUDA included; C++ is compiled before. train_s, "
     "validation_s: of the epoch's steps, and of its validation",
@@ -109,7 +108,7 @@ class Started:
     """A form at its first weights, before its first batch."""
 
     step: Step
-    capture: Callable[[Iterable[int]], Captures | None]  # the shapes of these epochs; trains nothing
+    capture: Callable[[], Captures | None]  # trains nothing
 
 
 def benchmark(dataset: Path | None, settings: TrainSettings, device: torch.device) -> dict[str, Any]:
@@ -153,9 +152,7 @@ def side_by_side(
     """
     tables = random_states(sequences, settings)
     started = {name: start(form, sequences, tables, settings, device) for name, form in forms.items()}
-    taken = settings.followed + settings.rounds * settings.steps + 1  # one step is counted by its launches
-    epochs = range(-(-taken // steps_per_epoch(sequences, settings.users)))
-    captures = {name: form.capture(epochs) for name, form in started.items()}
+    captures = {name: form.capture() for name, form in started.items()}
     steps = {name: form.step for name, form in started.items()}
     losses = {name: follow(step, settings.followed) for name, step in steps.items()}
     differences = {name: largest_difference(values, losses["dense"]) for name, values in losses.items()}
@@ -211,7 +208,7 @@ def start(
         rates = config.train.learning_rates
         dense = DenseTrainer(model, [table.float().to(device) for table in tables], sequences, rates, settings.seed)
         users = dense_batches(sequences, config.train)
-        return Started(lambda: dense.step(*next(users)), capture=lambda epochs: None)
+        return Started(lambda: dense.step(*next(users)), capture=lambda: None)
     trainer = new_trainer(form, sequences, tables, settings, device)
     batches = (prepared for epoch in range(config.train.max_epochs) for prepared in trainer.batches(epoch))
 
@@ -219,9 +216,9 @@ def start(
         with form_of_ops(form.ops), deterministic():
             return trainer.take(next(batches))
 
-    def capture(epochs: Iterable[int]) -> Captures | None:
+    def capture() -> Captures | None:
         with form_of_ops(form.ops), deterministic():
-            return capture_shapes(trainer, epochs)
+            return capture_step(trainer)
 
     return Started(step, capture)
 
@@ -247,7 +244,7 @@ def epoch(name: str, sequences: Sequences, settings: TrainSettings, device: torc
         form = start(FORMS[name], sequences, random_states(sequences, settings), settings, device)
         gc.collect()
         with PeakMemory() as memory:
-            captures = form.capture(range(2))  # the steps to warm up push those that are timed into a second epoch
+            captures = form.capture()
             timed(form.step, FORMS[name].warm_up_steps(count, device), device)
             started = time.perf_counter()
             for _ in range(count):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ..doors import lazy_names
 
 if TYPE_CHECKING:
-    from .batches import Batch, Shape, epoch_batches
+    from .batches import Batch, Shape, epoch_batches, padded_shape
     from .epoch_plan import Window, steps_per_epoch
     from .imports.flat import import_csv, import_parquet
     from .imports.microlens import import_microlens
@@ -43,6 +43,7 @@ __all__ = [
     "load_dataset",
     "load_sequences",
     "open_images",
+    "padded_shape",
     "read_table",
     "refuse_unfit_name",
     "statistics",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
-from .epoch_plan import Layout, epoch_windows, lay_out, steps_per_epoch
+from .epoch_plan import Layout, batch_bounds, epoch_windows, lay_out, steps_per_epoch
 from .sequences import Sequences
 
 WINDOW_SLOTS = 1 << 18  # of the batches laid out at a time, each of some 250 bytes
@@ -33,13 +33,6 @@ class Shape(NamedTuple):
     def words(self) -> int:
         """Words of 32 history bits a user."""
         return -(-self.distinct // 32)
-
-    def padded(self, users: int, length: int) -> Shape:
-        """The bucket that takes this batch: few enough buckets that each can be captured, little enough padding.
-
-        users, length: the most that any batch has; one user is added, whom the padding rows belong to.
-        """
-        return Shape(users + 1, _bucket(self.distinct), _bucket(self.rows), length)
 
 
 @dataclass(frozen=True)
@@ -140,6 +133,12 @@ class Batch:
 PACKED_COLUMNS = ("users", "distinct", "multiplicity", "inputs", "targets", "row_users", "row_slots")
 
 
+def padded_shape(sequences: Sequences, batch_users: int) -> Shape:
+    """Return the one shape that all batches of a run are padded to: a user more than any has, for the padding rows."""
+    bounds = batch_bounds(sequences, batch_users)
+    return Shape(bounds.users + 1, bounds.distinct, bounds.rows, bounds.inputs)
+
+
 def epoch_batches(
     sequences: Sequences, batch_users: int, seed: int, epoch: int, window_batches: int | None = None
 ) -> Iterator[Batch]:
@@ -193,9 +192,3 @@ def _history_bits(layout: Layout) -> list[Tensor]:
     np.bitwise_or.at(bits, user_words[layout.slot_user] + (index >> 5), np.uint32(1) << (index & 31).astype(np.uint32))
     parts = torch.from_numpy(bits.view(np.int32)).split((users * words).tolist())
     return [part.view(*size) for part, size in zip(parts, zip(users.tolist(), words.tolist()))]
-
-
-def _bucket(size: int) -> int:
-    """The next size on a ladder of eight steps to each doubling, from 64 on."""
-    step = max(8, 1 << max(0, (size - 1).bit_length() - 4))
-    return max(64, -(-size // step) * step)

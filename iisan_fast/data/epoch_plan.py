@@ -21,6 +21,25 @@ class Window(NamedTuple):
     first_step: int  # the run's step number of its first batch
 
 
+class Bounds(NamedTuple):
+    """Sizes that no batch of a run passes."""
+
+    users: int
+    distinct: int  # a multiple of 32
+    rows: int
+    inputs: int  # of a history
+
+
+def batch_bounds(sequences: Sequences, batch_users: int) -> Bounds:
+    """Return the sizes of the batch that the users with the longest training histories would make."""
+    lengths = np.diff(sequences.training[0])[sequences.training_users]
+    users = min(batch_users, len(lengths))
+    slots = int(np.sort(lengths)[len(lengths) - users :].sum())
+    distinct = min(slots, len(sequences.item_ids))
+    inputs = max(sequences.max_inputs, int(lengths.max(initial=2)) - 1)
+    return Bounds(users, -(-distinct // 32) * 32, slots - users, inputs)
+
+
 def steps_per_epoch(sequences: Sequences, batch_users: int) -> int:
     """Batches in an epoch."""
     return -(-len(sequences.training_users) // batch_users)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import HEADER, StepShape, dropout_prefix
-from .epoch_plan import Layout, Window, epoch_windows, lay_out, steps_per_epoch
+from .epoch_plan import Layout, Window, batch_bounds, epoch_windows, lay_out, steps_per_epoch
 from .sequences import Sequences
 
 WINDOW_BYTES = 64 << 20  # the most that a window has, but for one of a single batch
@@ -80,20 +80,15 @@ def step_shape(sequences: Sequences, batch_users: int, tile_rows: int | None = N
 
     Args: tile_rows: 16, 32 or 64; None: the smallest that suits the run.
     """
-    lengths = np.diff(sequences.training[0])[sequences.training_users]
-    positions = max(sequences.max_inputs, int(lengths.max(initial=2)) - 1)
+    bounds = batch_bounds(sequences, batch_users)
     if tile_rows is None:
-        least = max(positions, 32 if batch_users > MANY_USERS else 16)
+        least = max(bounds.inputs, 32 if batch_users > MANY_USERS else 16)
         tile_rows = next((rows for rows in TILE_ROWS if rows >= least), 0)
-    if positions > tile_rows:
+    if bounds.inputs > tile_rows:
         return None
-    users = min(batch_users, len(lengths))
-    longest = np.partition(lengths, len(lengths) - users)[len(lengths) - users :]
-    slots = int(longest.sum())
-    distinct = min(slots, len(sequences.item_ids))
     # Next fit: the rows of two tiles that follow one another are more than one tile's.
-    tiles = min(users, 2 * (slots - users) // tile_rows + 1)
-    return StepShape(users, -(-distinct // 32) * 32, tiles, tile_rows, positions)
+    tiles = min(bounds.users, 2 * bounds.rows // tile_rows + 1)
+    return StepShape(bounds.users, bounds.distinct, tiles, tile_rows, bounds.inputs)
 
 
 def window_batches(shape: StepShape) -> int:

@@ -83,17 +83,17 @@ def _gathered(
 
 
 def prepared_batches(
-    batches: Iterator[Batch], source: ItemSource, device: torch.device, pad: Callable[[Shape], Shape] | None = None
+    batches: Iterator[Batch], source: ItemSource, device: torch.device, shape: Shape | None = None
 ) -> Generator[PreparedBatch, None, None]:
-    """The batches in order, each made while the steps before it run: checked, padded as `pad` says, what the source
-    has on the host of its items gathered, and all copied to the device on a stream of its own.
+    """The batches in order, each made while the steps before it run: checked, padded to the shape if one is asked for,
+    what the source has on the host of its items gathered, and all copied to the device on a stream of its own.
     """
     copies, batches = _copy_stream(device) if device.type == "cuda" else None, _checked(batches, source.rows)
     with ThreadPoolExecutor(1, "batches") as thread:  # waited for at the end: the source may be closed after
-        waiting = deque(thread.submit(_on_host, batches, source, device, pad) for _ in range(AHEAD))
+        waiting = deque(thread.submit(_on_host, batches, source, device, shape) for _ in range(AHEAD))
         moved = deque([_moved(waiting.popleft().result(), device, copies)])
         while moved[0] is not None:
-            waiting.append(thread.submit(_on_host, batches, source, device, pad))
+            waiting.append(thread.submit(_on_host, batches, source, device, shape))
             moved.append(_moved(waiting.popleft().result(), device, copies))
             yield _arrived(moved.popleft(), source, device)
 
@@ -157,15 +157,15 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _on_host(
-    batches: Iterator[Batch], source: ItemSource, device: torch.device, pad: Callable[[Shape], Shape] | None
+    batches: Iterator[Batch], source: ItemSource, device: torch.device, shape: Shape | None
 ) -> _Waiting | None:
     """The next batch, or None at the end."""
     batch = next(batches, None)
     if batch is None:
         return None
     rows, slots = len(batch.targets), int(batch.multiplicity.sum())
-    if pad is not None:
-        batch = batch.padded(pad(batch.shape))
+    if shape is not None:
+        batch = batch.padded(shape)
     packed = batch.packed(pin=True) if device.type == "cuda" else None
     return _Waiting(batch, packed, source.gather(batch.distinct), rows, slots)
 

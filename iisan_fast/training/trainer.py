@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import TUNING_METHODS, EvaluationConfig, RunConfig, TrainConfig, read_settings
-from ..data import Batch, RunPlan, Sequences, Shape, epoch_batches, load_dataset, steps_per_epoch
+from ..data import Batch, RunPlan, Sequences, Shape, epoch_batches, load_dataset, padded_shape, steps_per_epoch
 from ..errors import InputError
 from ..evaluation import evaluate, headline_metrics, parameter_counts, popularity_baseline
 from ..fingerprints import changed_settings
@@ -250,13 +251,14 @@ class Trainer:
         return planned_windows(plan, epoch, self.source, self.device)
 
     def prepared(self, batches: Iterator[Batch]) -> Generator[PreparedBatch, None, None]:
-        """Prepare batches ahead of their steps, padded to the shapes that are captured where steps are."""
-        return prepared_batches(batches, self.source, self.device, None if self.captured is None else self.padded_shape)
+        """Prepare batches ahead of their steps, padded to one shape if the step is captured."""
+        shape = self.padded_shape if self.captured is not None else None
+        return prepared_batches(batches, self.source, self.device, shape)
 
-    def padded_shape(self, shape: Shape) -> Shape:
-        """Return the shape that a batch of this run is padded to."""
-        users = min(self.config.train.batch_users, len(self.sequences.training_users))
-        return shape.padded(users, self.sequences.max_inputs)
+    @cached_property
+    def padded_shape(self) -> Shape:
+        """Return the shape that all batches of this run are padded to."""
+        return padded_shape(self.sequences, self.config.train.batch_users)
 
     def take(self, prepared: PreparedBatch) -> Tensor:
         """Take one optimizer step and return the loss before it, a scalar on the device."""

@@ -81,63 +81,69 @@ class TrainingStep:
 
 
 class CapturedStep:
-    """The step as CUDA graphs, one for each shape of padded batches, each captured when it is first met."""
+    """The step as a CUDA graph, captured once: all batches are padded to one shape."""
 
     def __init__(
         self, step: TrainingStep, capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None
     ) -> None:
         """capture: turns a function without arguments into one that is called at every step; None: a CUDA graph."""
         self.step, self.capture = step, capture or self._graph
-        self._captured: dict[Shape, tuple[Tensor, list[Tensor], Callable[[], Tensor]]] = {}
-        self._pool = self._stream = None
+        self._captured: _Captured | None = None
 
     def __call__(self, batch: Batch, states: list[States]) -> Tensor:
-        """Take `TrainingStep`'s step for a padded batch. The next step overwrites the loss that is returned."""
-        self.capture_shape(batch, states)
-        buffer, gathered, run = self._captured[batch.shape]
-        buffer.copy_(batch.packed() if batch.buffer is None else batch.buffer)
-        for rows, view in zip(gathered, states):
+        """Take `TrainingStep`'s step for a padded batch. The next step overwrites the loss that is returned.
+
+        Raises ValueError for a batch of another shape than the first.
+        """
+        self.prepare(batch, states)
+        captured = self._captured
+        if batch.shape != captured.shape:
+            raise ValueError(f"batch: expected the captured {captured.shape}, found {batch.shape}")
+        captured.buffer.copy_(batch.packed() if batch.buffer is None else batch.buffer)
+        for rows, view in zip(captured.gathered, states):
             rows.copy_(view.table)
-        return run()
+        return captured.run()
 
-    def capture_shape(self, batch: Batch, states: list[States]) -> None:
-        """Capture the step for the shape of a padded batch, unless it is captured already. Nothing is trained."""
-        if batch.shape not in self._captured:
+    def prepare(self, batch: Batch, states: list[States]) -> None:
+        """Capture the step for the shape of a padded batch, unless one is captured already. Nothing is trained."""
+        if self._captured is None:
             packed = batch.packed() if batch.buffer is None else batch.buffer
-            self._captured[batch.shape] = self._prepare(packed, batch.shape, states)
+            self._captured = self._capture_on_buffers(packed, batch.shape, states)
 
-    def _prepare(
-        self, packed: Tensor, shape: Shape, states: list[States]
-    ) -> tuple[Tensor, list[Tensor], Callable[[], Tensor]]:
-        """Return the buffers that every batch of a shape is copied into, and the call that runs the step on them."""
+    def _capture_on_buffers(self, packed: Tensor, shape: Shape, states: list[States]) -> _Captured:
         buffer = packed.to(self.step.record.device, copy=True)
         batch = Batch.unpacked(buffer, shape)
         gathered = [view.table.clone() for view in states if view.rows is None]
         views = [States(rows) for rows in gathered] or [States(view.table, batch.distinct) for view in states]
-        return buffer, gathered, self.capture(lambda: self.step(batch, views))
+        return _Captured(shape, buffer, gathered, self.capture(lambda: self.step(batch, views)))
 
     def _graph(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Capture a function in a CUDA graph. Calls that warm it up find the failure flag set: nothing is updated."""
         record = self.step.record.clone()
         self.step.record[2] = 1
         with torch.cuda.device(record.device):
-            self._stream = self._stream or torch.cuda.Stream()  # one for all: libraries keep a workspace a stream
-            current = torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream), warnings.catch_warnings():
+            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*capturable=True")  # so it is, but for these calls
                 for _ in range(WARM_UP_CALLS):
                     run()
-            current.wait_stream(self._stream)
+            current.wait_stream(stream)
             self.step.record.copy_(record)
             graph = torch.cuda.CUDAGraph()
             # The thread that prepares batches may pin memory meanwhile, which breaks a capture in the default mode.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 loss = run()
-        self._pool = graph.pool()
 
         def replay() -> Tensor:
             graph.replay()
             return loss
 
         return replay
+
+
+class _Captured(NamedTuple):
+    shape: Shape
+    buffer: Tensor  # every batch is copied into it
+    gathered: list[Tensor]  # likewise its items' states by view; none where the device holds the table
+    run: Callable[[], Tensor]

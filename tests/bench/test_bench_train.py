@@ -12,7 +12,7 @@ from iisan_fast.bench import captures, growth, train
 from iisan_fast.bench.machine import NOT_MEASURED
 from iisan_fast.bench.train import FORMS, TrainSettings
 from iisan_fast.cli import main
-from iisan_fast.data import batches, epoch_batches
+from iisan_fast.data import epoch_batches
 from iisan_fast.errors import InputError
 from iisan_fast.precision import resolve_precision
 from iisan_fast.states import FeatureTable
@@ -77,9 +77,8 @@ def test_losses_fall_and_differ_between_steps(sequences):
 
 
 @pytest.fixture
-def trainer_with_stand_in(sequences, monkeypatch) -> Trainer:
-    """A trainer whose padded steps are called again where CUDA would replay a graph; many shapes."""
-    monkeypatch.setattr(batches, "_bucket", lambda size: size)
+def trainer_with_stand_in(sequences) -> Trainer:
+    """A trainer whose padded steps are called again where CUDA would replay a graph."""
     config = train.run_config(FORMS["float32"], SMALL)
     table = FeatureTable(tuple(train.random_states(sequences, SMALL)))
     trainer = Trainer(config, sequences, table, CPU, resolve_precision(config, CPU))
@@ -88,35 +87,34 @@ def trainer_with_stand_in(sequences, monkeypatch) -> Trainer:
     return trainer
 
 
-def test_no_shape_is_captured_once_those_of_the_epochs_are(trainer_with_stand_in):
+def test_nothing_is_captured_once_the_step_is(trainer_with_stand_in):
     trainer = trainer_with_stand_in
     weights = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
-    captured = captures.capture_shapes(trainer, range(2))
-    assert captured.shapes == len(trainer.captured._captured) > 3 and captured.seconds > 0
+    figures = captures.capture_step(trainer)
+    captured = trainer.captured._captured
+    assert figures.shapes == 1 and figures.seconds > 0 and captured is not None
     assert all(torch.equal(weight, weights[name]) for name, weight in trainer.model.state_dict().items())
     assert not trainer.step.record.any()
     for epoch in range(2):
         for batch in trainer.batches(epoch):
             trainer.take(batch)
-    assert len(trainer.captured._captured) == captured.shapes  # and so nothing was captured within the epochs
+    assert trainer.captured._captured is captured
     assert trainer.step.read().rows == 2 * sum(len(each.targets) for each in epoch_batches(trainer.sequences, 8, 0, 0))
 
 
 def test_captures_are_figures_of_their_own(sequences, monkeypatch):
-    """The step and the epoch are timed once the shapes of their epochs are captured."""
+    """The step and the epoch are timed once the step is captured."""
     events = []
-    monkeypatch.setattr(
-        train, "capture_shapes", lambda trainer, epochs: events.append([*epochs]) or captures.Captures(5, 2.5)
-    )
+    monkeypatch.setattr(train, "capture_step", lambda trainer: events.append("captured") or captures.Captures(1, 2.5))
     original = train.timed
     monkeypatch.setattr(train, "timed", lambda *arguments: events.append("timed") or original(*arguments))
     rows = train.side_by_side({name: FORMS[name] for name in ("dense", "float32")}, sequences, SMALL, CPU)
-    assert events[0] == [0, 1, 2] and events[1:] == ["timed"] * 4  # nine steps, three an epoch
-    assert rows["float32"]["captured_shapes"] == 5 and rows["float32"]["capture_s"] == 2.5
+    assert events == ["captured"] + ["timed"] * 4
+    assert rows["float32"]["captured_shapes"] == 1 and rows["float32"]["capture_s"] == 2.5
     assert rows["dense"]["captured_shapes"] == 0 and rows["dense"]["capture_s"] == NOT_MEASURED
     events.clear()
     figures = train.epoch("float32", sequences, SMALL, CPU)
-    assert events == [[0, 1], "timed"] and figures["capture_s"] == 2.5 and figures["epoch_s"] > 0
+    assert events == ["captured", "timed"] and figures["capture_s"] == 2.5 and figures["epoch_s"] > 0
 
 
 def test_forms_are_warmed_up_as_long_as_they_need():
@@ -177,14 +175,14 @@ def test_growth_measures_every_catalogue_and_batch():
 def test_growth_captures_before_it_times(monkeypatch):
     seen = []
 
-    def capture(trainer, epochs):
-        seen.append(([*epochs], int(trainer.step.record[1])))
-        return captures.Captures(7, 1.5)
+    def capture(trainer):
+        seen.append(int(trainer.step.record[1]))
+        return captures.Captures(1, 1.5)
 
-    monkeypatch.setattr(growth, "capture_shapes", capture)
+    monkeypatch.setattr(growth, "capture_step", capture)
     settings = growth.GrowthSettings(items=(50,), batch_users=(16,), users=30, layers=2, width=16)
     (row,) = growth.benchmark(settings, CPU)["rows"]
-    assert seen == [([0], 0)] and row["captured_shapes"] == 7 and row["capture_s"] == 1.5
+    assert seen == [0] and row["captured_shapes"] == 1 and row["capture_s"] == 1.5
 
 
 def test_growths_synthetic_data_hold_what_they_should(monkeypatch):

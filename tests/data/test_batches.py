@@ -1,4 +1,4 @@
-"""Batches: what they hold, an order that depends on seed and epoch alone, buckets, and one buffer for all of it."""
+"""Batches: what they hold, an order that depends on seed and epoch alone, padding, and one buffer for all of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers.datasets import make_sequences
 from helpers.recommenders import side_recommender
 from helpers.tables import random_table
 from iisan_fast.config import ModelConfig
-from iisan_fast.data.batches import Batch, Shape, epoch_batches, make_batch
+from iisan_fast.data.batches import Batch, Shape, epoch_batches, make_batch, padded_shape
 from iisan_fast.data.epoch_plan import steps_per_epoch
 from iisan_fast.kernels.reference.inbatch_cross_entropy import unpack_bits
 
@@ -71,7 +71,7 @@ def test_an_index_out_of_range_is_found_on_the_host():
         dataclasses.replace(batch, targets=batch.targets + 2).checked(10)
 
 
-# Padded to buckets
+# Padded to one shape
 
 
 histories = st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=11), min_size=1, max_size=6)
@@ -83,6 +83,11 @@ def batch_of(training: list[list[int]], step: int = 5) -> Batch:
     return make_batch(
         make_sequences([[*history, 1, 1] for history in training], items=40), np.arange(len(training)), step
     )
+
+
+def shape_of(training: list[list[int]]) -> Shape:
+    """The shape that the batch of these users is padded to in a run."""
+    return padded_shape(make_sequences([[*history, 1, 1] for history in training], items=40), len(training))
 
 
 @settings(max_examples=40, deadline=None)
@@ -127,27 +132,26 @@ def test_a_shape_too_small_for_a_batch_is_refused(change):
     assert str(error.value) == f"batch: {batch.shape} does not fit into {small}"
 
 
-def test_the_buckets_are_a_ladder_of_small_steps():
-    buckets = [Shape(3, size, 1, 4).padded(64, 10).distinct for size in range(1, 5000)]
-    assert buckets == [Shape(3, 1, size, 4).padded(64, 10).rows for size in range(1, 5000)]
-    assert buckets == sorted(buckets)
-    assert all(size <= bucket <= max(64, size * 1.125) for size, bucket in enumerate(buckets, start=1))
-    assert all(Shape(3, bucket, 1, 4).padded(64, 10).distinct == bucket for bucket in set(buckets))
-    steps = sorted(set(buckets))
-    assert [steps.index(2 * bucket) - steps.index(bucket) for bucket in (64, 128, 256, 512, 1024, 2048)] == [8] * 6
+@settings(max_examples=40, deadline=None)
+@given(histories, st.integers(1, 8))
+def test_every_batch_of_ten_epochs_is_padded_to_one_shape(training, batch_users):
+    sequences = make_sequences([[*history, 1, 1] for history in training], items=40)
+    shape = padded_shape(sequences, batch_users)
+    longest = sorted(map(len, training))[-batch_users:]
+    slots = sum(longest)
+    assert shape == (len(longest) + 1, -(-min(slots, 40) // 32) * 32, slots - len(longest), 10)
+    for epoch in range(10):
+        for batch in epoch_batches(sequences, batch_users, 0, epoch):
+            assert batch.padded(shape).shape == shape
 
 
-def test_an_epoch_takes_few_buckets():
-    """As many users an item, and inputs a user, as Scientific has; batches of 64."""
-    rng = np.random.default_rng(0)
-    popularity = 1 / np.arange(5, 5005)
-    lengths = np.minimum(5 + rng.geometric(0.4, 3000), 13)
-    drawn = rng.choice(5000, lengths.sum(), p=popularity / popularity.sum()) + 1
-    sequences = make_sequences(np.split(drawn, np.cumsum(lengths)[:-1]), items=5000)
-    shapes = [batch.shape for epoch in range(3) for batch in epoch_batches(sequences, 64, seed=0, epoch=epoch)]
-    buckets = {shape.padded(64, sequences.max_inputs) for shape in shapes}
-    assert len(set(shapes)) > 100 and len(buckets) <= 12, buckets
-    assert {(bucket.users, bucket.length) for bucket in buckets} == {(65, sequences.max_inputs)}
+def test_every_batch_of_ten_real_epochs_is_padded_to_one_shape(scientific):
+    shape = padded_shape(scientific, 64)
+    assert shape == Shape(users=65, distinct=704, rows=640, length=10)
+    batches = [batch for epoch in range(10) for batch in epoch_batches(scientific, 64, 0, epoch)]
+    assert len({batch.shape for batch in batches}) > 100
+    assert all(batch.padded(shape).shape == shape for batch in batches[::10])
+    assert all(size <= room for batch in batches for size, room in zip(batch.shape, shape))
 
 
 @settings(max_examples=20, deadline=None)
@@ -162,7 +166,7 @@ def test_padding_changes_neither_the_loss_nor_a_gradient(training, extra):
     )
     table = random_table([(2, 6)], 40)
     found = []
-    for each in (batch, batch.padded(shape), batch.padded(batch.shape.padded(len(training), 12))):
+    for each in (batch, batch.padded(shape), batch.padded(padded_shape(sequences, len(training)))):
         model.zero_grad()
         loss = model.loss(each, table.read(each.distinct))
         loss.backward()
@@ -187,7 +191,7 @@ def assert_same_batch(batch: Batch, expected: Batch) -> None:
 @given(histories, st.booleans())
 def test_a_packed_batch_comes_back(training, pad):
     batch = batch_of(training, step=2**40)
-    batch = batch.padded(batch.shape.padded(len(training), 10)) if pad else batch
+    batch = batch.padded(shape_of(training)) if pad else batch
     buffer = batch.packed()
     assert buffer.dtype == torch.int64 and buffer.dim() == 1
     unpacked = Batch.unpacked(buffer, batch.shape)

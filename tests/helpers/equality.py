@@ -24,7 +24,7 @@ from helpers.tables import random_table
 from iisan_fast import kernels
 from iisan_fast.bench.dense import DenseTrainer
 from iisan_fast.config import ModelConfig
-from iisan_fast.data.batches import Batch, Shape, make_batch
+from iisan_fast.data.batches import Batch, make_batch, padded_shape
 from iisan_fast.data.sequences import Sequences
 from iisan_fast.kernels.cpu import library
 from iisan_fast.models.recommender import Recommender
@@ -112,11 +112,11 @@ def from_trainer(step: Step) -> Result:
     return Result(loss, {name: parameter.grad for name, parameter in _named(model)})
 
 
-def from_bucketed(step: Step) -> Result:
-    """The batch padded to its bucket, as it is captured in a CUDA graph."""
+def from_padded(step: Step) -> Result:
+    """The batch padded to the shape of a run of larger batches, as it is captured in a CUDA graph."""
     model = step.recommender()
     batch = make_batch(step.sequences, step.users, step.step)
-    padded = batch.padded(batch.shape.padded(len(step.users) + 3, step.sequences.max_inputs))
+    padded = batch.padded(padded_shape(step.sequences, len(step.users) + 3))
     return _differentiated(model, model.loss(padded, step.table.read(padded.distinct)))
 
 
@@ -124,7 +124,7 @@ def from_packed(step: Step) -> Result:
     """A padded batch read from one buffer, its step number a tensor, as a CUDA graph reads it."""
     model = step.recommender()
     batch = make_batch(step.sequences, step.users, step.step)
-    padded = batch.padded(batch.shape.padded(len(step.users), step.sequences.max_inputs))
+    padded = batch.padded(padded_shape(step.sequences, len(step.users)))
     static = Batch.unpacked(padded.packed(), padded.shape)
     return _differentiated(model, model.loss(static, step.table.read(static.distinct)))
 
@@ -180,7 +180,7 @@ def from_gpu(step: Step) -> Result:
 
 
 def from_captured(step: Step) -> Result:
-    """Loss and gradients replayed from a CUDA graph that was captured on another batch of the same bucket; in fp32."""
+    """Loss and gradients replayed from a CUDA graph that was captured on another batch; in fp32."""
     return _captured(step, torch.device("cuda"), torch.float32)
 
 
@@ -202,8 +202,7 @@ def _captured(
     batch = make_batch(step.sequences, step.users, step.step)
     strangers = np.setdiff1d(np.arange(len(step.sequences.user_ids)), step.users)[: len(step.users)]
     others = make_batch(step.sequences, strangers if len(strangers) else step.users[:1], step.step + 1)
-    sizes = Shape(*map(max, batch.shape, others.shape))
-    shape = sizes.padded(len(step.users), step.sequences.max_inputs)
+    shape = padded_shape(step.sequences, len(step.users))
     for each in (others, batch):
         moved = each.padded(shape).to(device)
         loss = captured(moved, table.read(moved.distinct))
@@ -260,7 +259,7 @@ FORMS: dict[str, Form] = {
     "as trained": Form(from_trainer),
     "reference ops": Form(by_form("reference")),
     "cpu": Form(by_form("cpu"), takes=_has_whole_panels),
-    "bucketed": Form(from_bucketed),
+    "padded": Form(from_padded),
     "packed": Form(from_packed),
     "pinned": Form(from_pinned),
     "mapped": Form(from_mapped, rtol=1e-5),

@@ -1,7 +1,7 @@
 """The whole training step a second time, in the most literal form: padded slots, each encoded alone; loops.
 
 It shares no code with the library: parameters come as a dictionary of named tensors, sequences as lists of
-item numbers. Whatever form the library gives the step (jagged, deduplicated, bucketed, fused, on several
+item numbers. Whatever form the library gives the step (jagged, deduplicated, padded, fused, on several
 ranks), its loss and its gradients must be those of `reference_loss`.
 """
 

@@ -20,7 +20,7 @@ from helpers.recommenders import side_recommender
 from helpers.tables import random_table
 from iisan_fast import kernels
 from iisan_fast.config import ModelConfig
-from iisan_fast.data.batches import Batch, make_batch
+from iisan_fast.data.batches import Batch, make_batch, padded_shape
 from iisan_fast.data.sequences import Sequences
 from iisan_fast.kernels import dispatch
 from iisan_fast.kernels.cpu import whole_step
@@ -149,9 +149,8 @@ def test_memory_for_many_items_and_few_rows_is_that_for_the_reverse(monkeypatch)
 
     monkeypatch.setattr(whole_step, "StepPlan", alone)
     own = batch(range(9))
-    wide, long = (
-        own.padded(own.shape.padded(12, 10)._replace(**more)) for more in (dict(distinct=180), dict(rows=200))
-    )
+    shape = own.shape._replace(users=13, length=10)
+    wide, long = (own.padded(shape._replace(**more)) for more in (dict(distinct=180), dict(rows=200)))
     for each in (wide, long, wide, long):
         check(model, each, table)
     assert len(plans) == 2
@@ -160,7 +159,7 @@ def test_memory_for_many_items_and_few_rows_is_that_for_the_reverse(monkeypatch)
 def test_padded_batches():
     model, table = made()
     own = batch(range(9))
-    check(model, own.padded(own.shape.padded(12, SEQUENCES.max_inputs)), table)
+    check(model, own.padded(padded_shape(SEQUENCES, 12)), table)
 
 
 def test_states_that_were_gathered_ahead_or_have_numbers_of_their_own():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from contextlib import closing
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from helpers.recommenders import side_recommender
 from iisan_fast.config import ModelConfig, ViewConfig
-from iisan_fast.data.batches import Shape, epoch_batches
+from iisan_fast.data.batches import epoch_batches, padded_shape
 from iisan_fast.data.sequences import Dataset, load_dataset
 from iisan_fast.encoders.base import Backbone
 from iisan_fast.encoders.image import ImageBackbone
@@ -305,9 +304,9 @@ def test_encoders_to_be_trained_share_nothing(dataset, views):
 
 def batches(source: ItemSource, dataset: Dataset, padded: bool = False):
     sequences = dataset.sequences
-    pad = functools.partial(Shape.padded, users=16, length=sequences.max_inputs) if padded else None
+    shape = padded_shape(sequences, 16) if padded else None
     for epoch in range(2):
-        yield from prepared_batches(epoch_batches(sequences, 16, 0, epoch), source, CPU, pad)
+        yield from prepared_batches(epoch_batches(sequences, 16, 0, epoch), source, CPU, shape)
 
 
 @each_home

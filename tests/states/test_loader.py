@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
 from collections.abc import Callable, Iterator
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from helpers.datasets import make_sequences
 from helpers.stores import fill_store
 from helpers.tables import random_table
-from iisan_fast.data.batches import Batch, Shape, epoch_batches
+from iisan_fast.data.batches import Batch, epoch_batches, padded_shape
 from iisan_fast.data.packed_batches import RunPlan
 from iisan_fast.errors import InputError
 from iisan_fast.kernels import States
@@ -27,6 +26,7 @@ from iisan_fast.states.loader import AHEAD, planned_windows, prepared_batches
 CPU = torch.device("cpu")
 ITEMS = 30
 SEQUENCES = make_sequences([[(user + 2 * i) % ITEMS + 1 for i in range(5 + user % 7)] for user in range(23)], ITEMS)
+SHAPE = padded_shape(SEQUENCES, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,7 @@ def test_an_error_comes_out_as_itself_and_ends_the_thread(make: Callable, source
 
 def test_an_error_of_padding_comes_out_too():
     with pytest.raises(ValueError, match="does not fit into"):
-        list(prepared_batches(iter(epoch()), table(), CPU, lambda shape: shape))
+        list(prepared_batches(iter(epoch()), table(), CPU, epoch()[0].shape))
 
 
 def test_leaving_early_ends_the_thread_and_makes_no_more(monkeypatch):
@@ -172,9 +172,8 @@ def test_gathered_states_are_the_tables_rows(tmp_path, placement, padded):
     resident = table()
     cache = fill_store(tmp_path / "cache", SEQUENCES.item_ids, resident, ("a", "b"))
     away = load_table(cache, ["a", "b"], SEQUENCES.item_ids, CPU, placement)
-    pad = functools.partial(Shape.padded, users=4, length=SEQUENCES.max_inputs) if padded else None
     try:
-        found = list(prepared_batches(iter(epoch()), away, CPU, pad))
+        found = list(prepared_batches(iter(epoch()), away, CPU, SHAPE if padded else None))
     finally:
         away.close()
     assert len(found) == 6
@@ -186,11 +185,10 @@ def test_gathered_states_are_the_tables_rows(tmp_path, placement, padded):
 
 
 def test_batches_are_padded_and_counted_before():
-    pad = functools.partial(Shape.padded, users=4, length=SEQUENCES.max_inputs)
     batches = epoch()
     for gathered in (table(), PinnedTable(table().views, CPU)):
-        found = list(prepared_batches(iter(batches), gathered, CPU, pad))
-        assert [own.batch.shape for own in found] == [pad(batch.shape) for batch in batches]
+        found = list(prepared_batches(iter(batches), gathered, CPU, SHAPE))
+        assert {own.batch.shape for own in found} == {SHAPE} and len(found) == 6
         assert [own.rows for own in found] == [len(batch.targets) for batch in batches]
         assert [own.slots for own in found] == [batch.multiplicity.sum() for batch in batches]
         assert all(len(rows(view)) == own.batch.shape.distinct for own in found for view in own.item_inputs)

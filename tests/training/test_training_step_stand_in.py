@@ -11,14 +11,11 @@ import pytest
 import torch
 
 from helpers.captured_steps import (
-    WARM_UP_EPOCHS,
     check_a_capture_leaves_no_trace,
     check_a_loss_that_is_not_finite_stops_replayed_graphs,
     check_captured_equals_eager,
     check_memory_does_not_grow,
-    epochs_to_compare,
     new_trainer,
-    shapes_of,
 )
 from iisan_fast.bench.captures import call_again_for_graphs
 from iisan_fast.training.trainer import Trainer, deterministic
@@ -88,14 +85,3 @@ def test_memory_that_grows_is_seen(tmp_path, monkeypatch):
         monkeypatch.setattr(trainer, "take", lambda each: kept.append(take(each).clone()) or kept[-1])
         with pytest.raises(AssertionError):
             check_memory_does_not_grow(trainer, lambda: None, live_bytes)
-
-
-def test_the_epochs_whose_memory_is_compared_bring_no_new_shape(tmp_path):
-    """Epochs 1 and 3 of this data do bring one: a comparison from a fixed epoch on would count its graph as growth."""
-    with stand_in(tmp_path) as trainer:
-        shapes = [set(shapes_of(trainer, epoch)) for epoch in range(WARM_UP_EPOCHS)]
-        new = [epoch for epoch in range(1, WARM_UP_EPOCHS) if not shapes[epoch] <= set().union(*shapes[:epoch])]
-        assert new == [1, 3]
-        compared = [shapes_of(trainer, epoch) for epoch in epochs_to_compare(trainer)]
-        assert set().union(*compared) <= set().union(*shapes)
-        assert all(each == compared[0] for each in compared)
