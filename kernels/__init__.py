@@ -9,18 +9,20 @@ if __name__ == "iisan_fast.kernels":
     from .checks import check_indices
     from .cpu.adam import AdamUpdate
     from .cpu.library import compiler_version, why_no_library
-    from .cpu.whole_step import RecommenderGradients
+    from .cpu.step import CpuStep
+    from .cpu.step_batch import check_step_batch
     from .dispatch import FORM_VARIABLE, FormError, check_form, form_on, named_form
     from .gpu.configurations import CONFIGURATIONS, Configuration, table_entry
     from .gpu.launch import Launch, launches, recording
     from .ops import (
         adam,
+        cpu_step,
         fold_heads,
         inbatch_cross_entropy,
         last_states,
-        recommender_gradients,
         sequence_encoder,
         side_towers,
+        step_refusal,
         target_rank,
     )
     from .reference.dropout import drop_factors, dropout_prefix, sequence_dropout
@@ -30,13 +32,16 @@ if __name__ == "iisan_fast.kernels":
         SITES_PER_BLOCK,
         AdamState,
         Chain,
+        FlatAdamState,
         RecommenderBatch,
         RecommenderWeights,
         SequenceDropout,
         SequenceGrid,
         SequenceWeights,
         States,
+        StepOps,
         StepShape,
+        StepTensors,
         Tower,
     )
 
@@ -49,22 +54,27 @@ if __name__ == "iisan_fast.kernels":
         "AdamUpdate",
         "Chain",
         "Configuration",
+        "CpuStep",
+        "FlatAdamState",
         "FormError",
         "Launch",
         "RecommenderBatch",
-        "RecommenderGradients",
         "RecommenderWeights",
         "SequenceDropout",
         "SequenceGrid",
         "SequenceWeights",
         "States",
         "StepShape",
+        "StepOps",
+        "StepTensors",
         "Tower",
         "adam",
         "at_once",
         "check_form",
         "check_indices",
+        "check_step_batch",
         "compiler_version",
+        "cpu_step",
         "drop_factors",
         "dropout_prefix",
         "equal_parts",
@@ -75,9 +85,9 @@ if __name__ == "iisan_fast.kernels":
         "last_states",
         "named_form",
         "launches",
-        "recommender_gradients",
         "recording",
         "sequence_dropout",
+        "step_refusal",
         "sequence_encoder",
         "side_towers",
         "table_entry",

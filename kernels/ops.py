@@ -5,7 +5,7 @@ Importing this needs no Triton and no compiler; the first op that they run asks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,10 +16,12 @@ from .cpu import fold_heads as fold_heads_cpu
 from .cpu import inbatch_cross_entropy as inbatch_cross_entropy_cpu
 from .cpu import sequence_encoder as sequence_encoder_cpu
 from .cpu import side_towers as side_towers_cpu
+from .cpu import step as step_cpu
 from .cpu import target_rank as target_rank_cpu
 from .cpu.adam import AdamUpdate
 from .cpu.library import why_no_library
-from .cpu.whole_step import RecommenderGradients
+from .cpu.step import CpuStep
+from .cpu.step_batch import check_step_batch
 from .dispatch import CPU, GPU, REFERENCE, choose, named_form, report
 from .reference import fold_heads as fold_heads_reference
 from .reference import inbatch_cross_entropy as inbatch_cross_entropy_reference
@@ -35,6 +37,7 @@ from .types import (
     SequenceGrid,
     SequenceWeights,
     States,
+    StepTensors,
     Tower,
 )
 
@@ -155,26 +158,24 @@ def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid, form: s
     return module.last_states(x, weights, grid)
 
 
-def recommender_gradients(
-    op: RecommenderGradients,
-    weights: RecommenderWeights,
-    batch: RecommenderBatch,
-    on_loss: Callable[[Tensor], None] = lambda loss: None,
-    form: str = "auto",
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
-    """Return a side-network recommender's mean loss over a batch's rows, a scalar, and each weight with its gradient.
+def step_refusal(weights: RecommenderWeights, form: str = "auto") -> str:
+    """Return why `cpu_step` does not take a recommender's weights, or "". Compiles the C++ if need be."""
+    source, name = named_form(form)
+    if name not in ("auto", CPU):
+        return f"{source} names {name}"
+    return step_cpu.refusal(weights) or why_no_library()
 
-    This is a short cut on a CPU: None is returned where the other ops and autograd have to do it.
 
-    Args: op: the model's, which keeps memory; on_loss is called with the loss, while gradients are under way.
+def cpu_step(tensors: StepTensors, batch: RecommenderBatch, least: tuple[int, int] = (0, 0)) -> CpuStep:
+    """Return a training step's ops by C++, with memory for batches up to the size of this one and a little more.
+
+    least: items and rows that there must be memory for. Raises ValueError for a batch that does not fit the weights,
+    which `step_refusal` does not refuse.
     """
-    if named_form(form)[1] not in ("auto", CPU) or not weights.fusion.is_cpu:
-        return None
-    if why_no_library() or not op.takes(weights, batch):
-        return None
-    report("recommender_gradients", CPU)
-    loss, gradients = op(weights, batch, on_loss)
-    return loss, list(zip(weights.tensors(), gradients))
+    check_step_batch(batch, tensors.weights)
+    for op in ("fold_heads", "side_towers", "sequence_encoder", "inbatch_cross_entropy", "adam"):
+        report(op, CPU)
+    return CpuStep(tensors, batch, least)
 
 
 def target_rank(

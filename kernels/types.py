@@ -1,17 +1,39 @@
-"""The tensors that cross the kernels' door, under names: states, towers, sequences, and a recommender's whole step."""
+"""The tensors that cross the kernels' door, under names: states, towers, sequences, and a training step."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 OUTER_WEIGHTS = 3  # of a sequence encoder, before those of its blocks
 BLOCK_WEIGHTS = 12  # of each block
 SITES_PER_BLOCK = 3  # of dropout: attention weights, after attention, after the feed-forward; site 0 is the input
+
+
+class Forward(Protocol):
+    """An op of a step that has no gradient."""
+
+    def forward(self) -> None: ...
+
+
+class Backward(Protocol):
+    """An op of a step that only passes gradients on."""
+
+    def backward(self) -> None: ...
+
+
+class Pair(Forward, Backward, Protocol):
+    """An op of a step, and its gradients."""
+
+
+class Update(Protocol):
+    """The optimizer of a step."""
+
+    def update(self) -> None: ...
 
 
 class States(NamedTuple):
@@ -135,6 +157,7 @@ class RecommenderBatch(NamedTuple):
     row_users: Tensor  # int64 [R]
     history_bits: Tensor  # int32 [users, words]
     row_weights: Tensor  # float64 [R]: the row's part in the loss
+    step: int  # of the run
     log_popularity: Tensor  # float64 [items of the catalogue + 1]
     grid: SequenceGrid  # where the rows stand
     dropout: SequenceDropout | None
@@ -149,6 +172,21 @@ class AdamState(NamedTuple):
     steps: Tensor  # taken so far: fp32 scalar
 
 
+class FlatAdamState(NamedTuple):
+    """Flat buffers of n numbers in lines of 32, each line of one group of rates, and what Adam keeps of them."""
+
+    parameters: Tensor  # [n]
+    gradients: Tensor  # [n]
+    means: Tensor  # [n]
+    squares: Tensor  # [n]
+    line_groups: Tensor  # uint8 [n / 32]
+    rates: Tensor  # of each group: float64 on a CPU, fp32 on a GPU
+    decays: Tensor  # likewise
+    steps: Tensor  # taken, the one at hand included: fp32 scalar
+    betas: tuple[float, float]
+    epsilon: float
+
+
 class TowerGradients(NamedTuple):
     """Gradients that flow back from T towers into what was folded and prepared for them; all fp32."""
 
@@ -159,6 +197,35 @@ class TowerGradients(NamedTuple):
     of_projected_up: Tensor  # [T, K, R, d]
     of_projections: Tensor  # [T, d, D]: from the products with the states alone
     of_vector_bias: Tensor  # [d]
+
+
+class StepTensors(NamedTuple):
+    """What a training step reads and writes beside its batch."""
+
+    weights: RecommenderWeights
+    operands: RecommenderWeights  # the weights themselves, or in the products' dtype
+    gradients: RecommenderWeights  # overwritten, not added to
+    adam: FlatAdamState
+    operand_buffer: Tensor  # of all operands, in the layout of the parameters
+    record: Tensor  # float64 [4]: the sum of losses over rows, rows, the first failed step from 1 or 0, its loss
+    loss: Tensor  # of the batch, a scalar
+
+
+class StepOps(NamedTuple):
+    """The ops of a training step, each with memory of its own: what `FusedStep` puts together on either device.
+
+    Forward and backward take no arguments and wait for nothing. On a GPU they launch kernels; on a CPU they add calls
+    to a schedule that the pairs share.
+    """
+
+    batch: Forward
+    fold: Pair
+    towers: Pair
+    sequence: Pair
+    loss: Pair
+    record: Forward
+    collect: Backward
+    adam: Update
 
 
 HEADER = ("distinct", "rows", "tiles", "users", "step", "prefix", "occurrences")  # a batch's true counts and step

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..training import CapturedStep, Trainer
+from ..training import CapturedStep, Trainer, TrainingStep
 from .machine import NOT_MEASURED, synchronise
 
 
@@ -47,8 +47,10 @@ def capture_step(trainer: Trainer) -> Captures | None:
 def call_again_for_graphs(trainer: Trainer) -> None:
     """Give a trainer on a CPU a stand-in for CUDA graphs: a step is "replayed" by calling it again.
 
-    As before a graph's capture, one call warms the step up with the failure flag set, so that it updates nothing.
+    It is the step by autograd, which graphs capture. As before a capture, one call warms the step up with the failure
+    flag set, so that it updates nothing.
     """
+    trainer.step = TrainingStep(trainer.model, trainer.config.train.learning_rates, trainer.device)
 
     def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         record = trainer.step.record.clone()

@@ -209,7 +209,8 @@ def start(
         dense = DenseTrainer(model, [table.float().to(device) for table in tables], sequences, rates, settings.seed)
         users = dense_batches(sequences, config.train)
         return Started(lambda: dense.step(*next(users)), capture=lambda: None)
-    trainer = new_trainer(form, sequences, tables, settings, device)
+    with form_of_ops(form.ops):  # a trainer chooses its step by it
+        trainer = new_trainer(form, sequences, tables, settings, device)
     batches = (prepared for epoch in range(config.train.max_epochs) for prepared in trainer.batches(epoch))
 
     def step() -> Tensor:

@@ -38,7 +38,6 @@ class Recommender(nn.Module):
         since `seed` draws all weights, and the dropout. popularity float64 [items + 1]."""
         super().__init__()
         self.config, self.seed = config, seed
-        self.gradients = kernels.RecommenderGradients()
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # encoders may lie there already
             torch.manual_seed(seed)
             self.item_encoder = make_item_encoder()
@@ -66,46 +65,9 @@ class Recommender(nn.Module):
         )
         return losses @ batch.weights.to(losses.dtype)
 
-    def differentiate(
-        self, batch: Batch, inputs: ItemInputs, on_loss: Callable[[Tensor], None] = lambda loss: None
-    ) -> Tensor:
-        """Return `loss` without a graph, and leave its gradients in the parameters in place of those before.
-
-        Where one op gives all gradients (C++, on a CPU), no hooks are called, and gradients are parts of one block of
-        memory, which the next call overwrites. If this raises, the gradients are of no use.
-
-        `on_loss` is called with the loss; the gradients may be under way.
-        """
-        differentiated = self._differentiated_by_one_op(batch, inputs, on_loss)
-        if differentiated is None:
-            for parameter in self.parameters():
-                parameter.grad = None
-            loss = self.loss(batch, inputs)
-            on_loss(loss.detach())
-            loss.backward()
-            return loss.detach()
-        loss, gradients = differentiated
-        for parameter, gradient in gradients:
-            wanted = gradient if parameter.requires_grad else None
-            if parameter.grad is not wanted:
-                parameter.grad = wanted
-        return loss
-
-    def train(self, mode: bool = True) -> Recommender:
-        """Between training and evaluation the memory of the one is not kept for the other."""
-        self.gradients.forget()
-        return super().train(mode)
-
-    def _differentiated_by_one_op(
-        self, batch: Batch, inputs: ItemInputs, on_loss: Callable[[Tensor], None]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
-        """Return the loss, and each parameter with its gradient, or None where no single op gives them."""
-        if not self.log_popularity.is_cpu or not isinstance(self.item_encoder, SideItemEncoder):
-            return None
-        weights = self.item_encoder.weights(self.sequence_encoder.weights())
-        if weights is None:
-            return None
-        operands = kernels.RecommenderBatch(
+    def step_operands(self, batch: Batch, inputs: list[kernels.States]) -> kernels.RecommenderBatch:
+        """Return a batch, and the hidden states of its distinct items, as a fused step takes them."""
+        return kernels.RecommenderBatch(
             states=inputs,
             distinct=batch.distinct,
             multiplicity=batch.multiplicity,
@@ -114,11 +76,25 @@ class Recommender(nn.Module):
             row_users=batch.row_users,
             history_bits=batch.history_bits,
             row_weights=batch.weights,
+            step=int(batch.step),
             log_popularity=self.log_popularity.double(),
             grid=kernels.SequenceGrid(batch.row_slots, len(batch.users), batch.length),
             dropout=self._dropout(batch),
         )
-        return kernels.recommender_gradients(self.gradients, weights, operands, on_loss)
+
+    def step_weights(self) -> kernels.RecommenderWeights:
+        """Return all trained weights by their roles. Raises ValueError where a fused step has no such roles."""
+        if reason := self.step_refusal():
+            raise ValueError(f"model: expected one for a fused step, found that {reason}")
+        return self.item_encoder.weights(self.sequence_encoder.weights())
+
+    def step_refusal(self) -> str:
+        """Return why the weights have no roles in a fused step, or ""."""
+        if not isinstance(self.item_encoder, SideItemEncoder):
+            return "its item encoder is no side network"
+        if frozen := next((name for name, weight in self.named_parameters() if not weight.requires_grad), ""):
+            return f"{frozen} is not trained"
+        return self.item_encoder.step_refusal()
 
     @torch.inference_mode()
     def item_vectors(self, source: ItemSource, items: Tensor) -> Tensor:

@@ -133,12 +133,17 @@ class SideNetwork(nn.Module):
             summands += outputs(self._aligned(states), {"inter": (0, 1)})
         return functools.reduce(torch.add, summands)
 
-    def weights(self) -> list[kernels.Tower] | None:
-        """Return the towers' parameters, or None if one call of the op does not take them all as they are."""
-        towers = [getattr(self, name) for name in self.towers]
-        if not self.alike or any(isinstance(tower.down_weight, nn.Module) for tower in towers):
-            return None
-        return [tower.reading(*TOWER_VIEWS[name]) for name, tower in zip(self.towers, towers)]
+    def weights(self) -> list[kernels.Tower]:
+        """Return the towers' parameters; of towers that `step_refusal` does not refuse."""
+        return [getattr(self, name).reading(*TOWER_VIEWS[name]) for name in self.towers]
+
+    def step_refusal(self) -> str:
+        """Return why one call of the op does not take all towers' parameters as they are, or ""."""
+        if not self.alike:
+            return "its towers differ in shape"
+        if any(isinstance(getattr(self, name).down_weight, nn.Module) for name in self.towers):
+            return "its towers' weights are products of others"
+        return ""
 
     def _aligned(self, states: list[States]) -> list[States]:
         """The last paired layers of both views, the wider one brought to the narrower width."""
@@ -201,13 +206,20 @@ class SideItemEncoder(nn.Module):
         projections, bias = self.heads.folded()
         return self.side_network(states, projections) + bias
 
-    def weights(self, sequence: kernels.SequenceWeights) -> kernels.RecommenderWeights | None:
-        """Return all trained weights, with a sequence encoder's, or None if one op does not take this encoder."""
-        towers, heads = self.side_network.weights(), self.heads
-        if towers is None:
-            return None
-        fusion = heads.fusion.weight, heads.fusion.bias
-        return kernels.RecommenderWeights(towers, self.side_network.activation, heads.weights(), *fusion, sequence)
+    def weights(self, sequence: kernels.SequenceWeights) -> kernels.RecommenderWeights:
+        """Return all trained weights by their roles, with a sequence encoder's.
+
+        Of towers that `step_refusal` does not refuse.
+        """
+        fusion, towers = self.heads.fusion, self.side_network.weights()
+        heads = self.heads.weights()
+        return kernels.RecommenderWeights(
+            towers, self.side_network.activation, heads, fusion.weight, fusion.bias, sequence
+        )
+
+    def step_refusal(self) -> str:
+        """Return why the weights have no roles in a fused step, or ""."""
+        return self.side_network.step_refusal()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every trainable parameter under the name of its learning rate, once."""

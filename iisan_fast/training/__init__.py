@@ -9,13 +9,14 @@ if TYPE_CHECKING:
     from .item_sources import open_source, refuse_missing_libraries
     from .run_folder import RunFolder, environment
     from .trainer import Trainer, check_new_run, deterministic, resume, train
-    from .training_step import CapturedStep
+    from .training_step import CapturedStep, TrainingStep
 
 __all__ = [
     "BestRun",
     "CapturedStep",
     "RunFolder",
     "Trainer",
+    "TrainingStep",
     "check_new_run",
     "deterministic",
     "environment",

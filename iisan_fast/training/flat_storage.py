@@ -11,10 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..kernels import RecommenderWeights
+from ..kernels import FlatAdamState, RecommenderWeights
 from ..models import Recommender
 
 LINE = 32  # numbers, all of one group of learning rates
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's, as torch.optim has them
 ALIGNMENT = 2 * LINE  # numbers before which a view starts: 128 bytes even in bfloat16
 
 
@@ -88,6 +89,13 @@ class FlatStorage:
         if [parameter.data_ptr() for parameter in self._trained] != self._addresses:
             raise RuntimeError("the model's parameters left their flat storage, as after model.to; make the step anew")
 
+    def adam(self) -> FlatAdamState:
+        """Return what Adam's kernel reads and writes."""
+        buffers = self.parameters, self.gradient, self.mean, self.square
+        return FlatAdamState(
+            *buffers, self.line_groups, self.rates, self.decays, self.steps, betas=BETAS, epsilon=EPSILON
+        )
+
     def weights(self) -> RecommenderWeights:
         """Return the parameters by their roles in a step, without graphs."""
         return self._roles(self.parameters)
@@ -101,12 +109,9 @@ class FlatStorage:
         return self._roles(self.gradient)
 
     def _roles(self, buffer: Tensor) -> RecommenderWeights:
-        """Return a buffer's views by the roles of the parameters. Raises ValueError for other item encoders."""
+        """Return a buffer's views by the roles of the parameters. Raises ValueError for a model without such roles."""
         numbers = {id(parameter): i for i, parameter in enumerate(self._trained)}
-        roles = self.model.item_encoder.weights(self.model.sequence_encoder.weights())
-        if roles is None:
-            raise ValueError("item_encoder: expected towers of one shape whose weights are parameters")
-        return roles.mapped(lambda parameter: self._view(buffer, numbers[id(parameter)]))
+        return self.model.step_weights().mapped(lambda parameter: self._view(buffer, numbers[id(parameter)]))
 
     def _view(self, buffer: Tensor, number: int) -> Tensor:
         """Return the part of a buffer for the parameter of this number, in its shape."""

@@ -36,6 +36,7 @@ from .checkpoints import (
     named_weights,
     save_checkpoint,
 )
+from .fused_step import CpuFusedStep, fused_step_refusal
 from .item_sources import dataset_again, open_source, refuse_changed_texts, refuse_missing_libraries
 from .memory_budget import MemoryBudget
 from .run_folder import RunFolder
@@ -146,13 +147,21 @@ class Trainer:
         self.config, self.sequences, self.source, self.device = config, sequences, source, device
         tuned = config.model.method in TUNING_METHODS
         self.model = build_recommender(source, config, sequences.popularity, precision).to(device)
-        self.step = TrainingStep(self.model, config.train.learning_rates, device)
+        self.step = self._new_step()
         self.captured = CapturedStep(self.step) if device.type == "cuda" and not tuned else None
         self.memory = MemoryBudget(config, sequences, source, self.model, device)
         if tuned:  # recorded, so that a run that goes on encodes in the same parts, whatever is free then
             uncached = replace(config.uncached, items_at_once=self.memory.encoding.items_at_once)
             self.config = replace(config, uncached=uncached)
         self.progress = Progress()
+
+    def _new_step(self) -> CpuFusedStep | TrainingStep:
+        """Return the fused step, or the one by autograd where a fused one does not take the model; the log says why."""
+        rates = self.config.train.learning_rates
+        if reason := fused_step_refusal(self.model, self.device):
+            LOGGER.info("training by autograd: %s", reason)
+            return TrainingStep(self.model, rates, self.device)
+        return CpuFusedStep(self.model, rates)
 
     def refuse_unfit_form(self) -> None:
         """Encode one item and one history, so that a named form that does not take the model is refused at once.
@@ -239,6 +248,8 @@ class Trainer:
                     total, rows = total + loss, rows + count
                     note = f"loss {total / rows:.4f}, step {done} of {steps}"
                 advance(prepared.slots, note=note)
+        if isinstance(self.step, CpuFusedStep):
+            self.step.release()  # memory that validation may need
         return total / rows
 
     def batches(self, epoch: int) -> Generator[PreparedBatch, None, None]:

@@ -1,4 +1,5 @@
-"""One optimizer step: loss, gradients, update. Nothing in it waits for the device; on CUDA it is captured in graphs."""
+"""One optimizer step by autograd: loss, gradients, update. Nothing in it waits for the device; on CUDA it is
+captured."""
 
 from __future__ import annotations
 
@@ -29,6 +30,13 @@ class Reading(NamedTuple):
     failed_step: int | None  # the first step whose loss was not finite, counted from 1; nothing was updated since
     failed_loss: float
 
+    @classmethod
+    def of(cls, record: Tensor) -> Reading:
+        """Read a step's record and begin its sums anew: sum of losses, rows, first failed step (0: none), its loss."""
+        loss, rows, step, failed_loss = record.tolist()
+        record[:2] = 0
+        return cls(loss, int(rows), int(step) or None, failed_loss)
+
 
 class TrainingStep:
     """The model and its optimizer.
@@ -54,15 +62,15 @@ class TrainingStep:
             return self._take(batch, inputs, mark)
 
     def _take(self, batch: Batch, inputs: ItemInputs, mark: Callable[[str], None]) -> Tensor:
-        def on_loss(loss: Tensor) -> None:
-            mark("forward")
-            self._note(loss, batch)
-
-        loss = self.model.differentiate(batch, inputs, on_loss)
+        self.model.zero_grad()
+        loss = self.model.loss(batch, inputs)
+        mark("forward")
+        self._note(loss.detach(), batch)
+        loss.backward()
         mark("backward")
         self.optimizer.update()
         mark("update")
-        return loss
+        return loss.detach()
 
     def _note(self, loss: Tensor, batch: Batch) -> None:
         """Add a step's loss to the record. From the first that is not finite on nothing counts or is updated."""
@@ -75,9 +83,7 @@ class TrainingStep:
 
     def read(self) -> Reading:
         """Return the outcome since the last reading. Waits for the device."""
-        loss, rows, step, failed_loss = self.record.tolist()
-        self.record[:2] = 0
-        return Reading(loss, int(rows), int(step) or None, failed_loss)
+        return Reading.of(self.record)
 
 
 class CapturedStep:

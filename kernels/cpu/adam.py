@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..threads import cores, cut
-from ..types import AdamState
+from ..types import AdamState, FlatAdamState
 from .library import DTYPES, Schedule, library, run
-from .structs import AdamParameterStruct, AdamStruct
+from .step_calls import StepCalls, addresses
+from .structs import AdamParameterStruct, AdamStruct, FlatAdamStruct
 
 PARTS = 4  # a core
 
@@ -83,3 +84,25 @@ def refusal(states: Sequence[AdamState]) -> str:
     if not all(state.steps.is_cpu and state.steps.dtype == torch.float32 for state in states):
         return "it needs step counts of float32 on a CPU"
     return ""
+
+
+class FlatAdamCalls:
+    """Adam's step on flat buffers, as torch.optim.Adam takes it, in lines of 32 numbers of one group each.
+
+    It takes the gradients as they are, and updates nothing once record[2] is not 0.
+    """
+
+    def __init__(self, calls: StepCalls, state: FlatAdamState, record: Tensor) -> None:
+        self._calls, lines = calls, len(state.line_groups)
+        names = "values", "gradient", "mean", "square", "groups", "rates", "decays", "steps"
+        places = dict(zip(names, addresses(state[: len(names)])), record=record.data_ptr())
+        beta1, beta2 = state.betas
+        more = dict(lines=lines, group_count=len(state.rates), beta1=beta1, beta2=beta2, epsilon=state.epsilon)
+        self._structs = [
+            FlatAdamStruct(**places, **more, start=start, length=length)
+            for start, length in cut(lines, PARTS * cores())
+        ]
+
+    def update(self) -> None:
+        """Update the parameters and the moments."""
+        self._calls.add("adam_update_lines", self._structs)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..threads import shares
-from ..types import Chain
-from .library import DTYPES, PANEL, library, share_out
+from ..types import Chain, RecommenderWeights
+from .library import AT_ONCE, DTYPES, PANEL, Span, library, share_out
+from .step_calls import StepCalls, addresses
 from .structs import FoldStruct
 from .sums import add_up
 
@@ -88,3 +89,65 @@ def fold_struct(chain: Chain, memory: FoldMemory, part: tuple[int, int], **more:
     """Return the arguments of the C++ for rows of the inner weight; more: what one direction alone takes."""
     addresses = {name: tensor.data_ptr() for name, tensor in (chain._asdict() | memory._asdict() | more).items()}
     return FoldStruct(*part, *chain.outer.shape, *chain.inner.shape, chain.outer.stride(0), **addresses)
+
+
+class FoldHeadsCalls:
+    """The op as a pair of a step: the heads' and the fusion's maps folded into a projection for each tower."""
+
+    def __init__(self, calls: StepCalls, weights: RecommenderWeights, gradients: RecommenderWeights) -> None:
+        chains, d = weights.chains(), len(weights.fusion)
+        parts = [shares(len(chain.inner), MOST_PARTS) for chain in chains]
+        self._calls, self.done = calls, AT_ONCE
+        self._memory = [
+            FoldMemory(calls.empty(len(chain.inner), d), calls.empty(len(chain.middle))) for chain in chains
+        ]
+        self._products = [[calls.empty(d, chain.inner.shape[1]) for _ in cuts] for chain, cuts in zip(chains, parts)]
+        self.biases = calls.empty(len(chains), d)
+        # Zero where a chain has fewer parts than another.
+        more = torch.zeros(max(map(len, parts)) - 1, *weights.fusion.shape, dtype=calls.dtype, device="cpu")
+        self._of_fusion = [gradients.fusion, *more]
+        outer = list(zip(*(part.chunk(len(chains), dim=1) for part in self._of_fusion)))  # by tower, of each part
+        self._folds = [
+            [self._fold(i, chain, part, number, outer[i][number], gradients) for number, part in enumerate(parts[i])]
+            for i, chain in enumerate(chains)
+        ]
+
+    @property
+    def projections(self) -> list[Tensor]:
+        """Return each tower's projection [d, D]."""
+        return [products[0] for products in self._products]
+
+    def connect(self, of_projections: Sequence[Tensor], add_up: Callable[[], Iterator[tuple[int, Span]]]) -> None:
+        """Take the projections' gradients from the towers; add_up: schedules their sums, a tower at a time."""
+        self._add_up = add_up
+        for folds, upstream in zip(self._folds, of_projections, strict=True):
+            for fold in folds:
+                fold.upstream = upstream.data_ptr()
+
+    def forward(self) -> None:
+        """Fold each tower's chain."""
+        spans = []
+        for folds, products in zip(self._folds, self._products):
+            spans.append(self._calls.add("fold_forward", folds))
+            spans.append(self._calls.add_sums(addresses(products), products[0].numel(), spans[-1]))
+        self.done = spans[0].to(spans[-1])
+
+    def backward(self) -> None:
+        """Give the gradients of the heads and of the fusion, of one tower after the other as they are ready."""
+        spans = [self._calls.add("fold_backward", self._folds[tower], summed) for tower, summed in self._add_up()]
+        self._calls.add_sums(addresses(self._of_fusion), self._of_fusion[0].numel(), spans[0].to(spans[-1]))
+
+    def _fold(
+        self,
+        tower: int,
+        chain: Chain,
+        part: tuple[int, int],
+        number: int,
+        of_outer: Tensor,
+        gradients: RecommenderWeights,
+    ) -> FoldStruct:
+        """Return a call for a part of a chain: the first leaves the outer map's gradient, others parts of it."""
+        results = {"product": self._products[tower][number], "bias": self.biases[tower]}
+        of_inner = dict(zip((f"of_{name}" for name in Chain._fields[1:]), gradients.heads[tower]))
+        more = {**results, **of_inner, "of_outer": of_outer, "of_bias": gradients.fusion_bias}
+        return fold_struct(chain, self._memory[tower], part, **more)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..threads import shares
+from .batch_panels import BatchCalls
 from .library import DTYPES, PANEL, library, share_out
+from .step_calls import Output, StepCalls
 from .step_memory import Memory
 from .structs import LossStruct
 from .sums import add_up
@@ -111,3 +113,46 @@ def loss_struct(
         probabilities=probabilities[start:].data_ptr(),
         losses=losses[start:].data_ptr(),
     )
+
+
+class InbatchCrossEntropyCalls:
+    """The op as a pair of a step; each worker takes some rows, and leaves its part of the items' gradient."""
+
+    def __init__(self, calls: StepCalls, batch: BatchCalls, states: Output, vectors: Output) -> None:
+        self._calls, self._batch, self._states, self._vectors = calls, batch, states, vectors
+        d, wide = vectors.tensor.shape[1], -(-calls.items // PANEL) * PANEL
+        self._probabilities = calls.empty(calls.rows * wide)
+        self.losses, self.of_states = Output(calls.empty(calls.rows)), Output(calls.empty(calls.rows, d))
+        self.of_vectors = calls.empty(MOST_WORKERS, calls.items, d).unbind()  # of each worker
+        self._working: list[LossStruct] = []
+
+    @property
+    def workers(self) -> int:
+        """Return how many workers this step has."""
+        return len(self._working)
+
+    def forward(self) -> None:
+        """Compute each row's loss."""
+        self._cut()
+        ready = self._states.done.to(self._vectors.done).to(self._batch.done)
+        self.losses.done = self._calls.add("loss_forward", self._working, ready)
+
+    def backward(self) -> None:
+        """Give the gradients of the states and of the item vectors."""
+        self.of_states.done = self._calls.add("loss_backward", self._working, self.losses.done)
+
+    def _cut(self) -> None:
+        """Set the workers' calls for a batch."""
+        batch, constants = self._calls.batch, self._batch
+        items, rows = len(batch.distinct), len(batch.targets)
+        of_rows = batch.targets, batch.row_users, batch.history_bits
+        loss_constants = LossConstants(*of_rows, constants.column, constants.log_multiplicity)
+        probabilities = self._probabilities[: rows * (-(-items // PANEL) * PANEL)].view(rows, -1)
+        queries, vectors = self._states.tensor[:rows], self._vectors.tensor[:items]
+        self._working = []
+        for worker, part in enumerate(shares(rows, MOST_WORKERS)):
+            struct = loss_struct(loss_constants, queries, vectors, probabilities, self.losses.tensor, part)
+            struct.upstream = constants.of_row_losses[part[0] :].data_ptr()
+            struct.of_queries = self.of_states.tensor[part[0] :].data_ptr()
+            struct.of_vectors = self.of_vectors[worker].data_ptr()
+            self._working.append(struct)

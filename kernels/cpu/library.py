@@ -79,27 +79,38 @@ AT_ONCE = Span(0, 0)  # what waits for no other call
 
 
 class Schedule:
-    """Calls of the library, each of which may wait for some before it."""
+    """Calls of the library, each of which may wait for some before it. Calls are numbered on from run to run."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype, self._calls, self._arguments = dtype, [], []
-        self._names: list[str] = []
+        self._dtype, self._ended = dtype, 0  # calls of the runs before
+        self.drop()
 
     def add(self, function: Callable[..., int], arguments: Sequence[ctypes.Structure], after: Span = AT_ONCE) -> Span:
         """Add a call for each of the arguments, to be made when those of `after` have ended."""
         work, before = ctypes.cast(function, ctypes.c_void_p).value, len(self._calls)
-        self._calls += [(work, ctypes.addressof(struct), *after) for struct in arguments]
+        first, last = (max(0, number - self._ended) for number in after)  # a run before has ended its calls
+        self._calls += [(work, ctypes.addressof(struct), first, last) for struct in arguments]
         self._arguments += arguments  # whoever made them may let them go
         self._names += [_name(function)] * len(arguments)
-        return Span(before, before + len(arguments))
+        return Span(self._ended + before, self._ended + before + len(arguments))
+
+    def drop(self) -> None:
+        """Forget the calls that were added since the last run."""
+        self._calls: list[tuple[int | None, int, int, int]] = []
+        self._arguments: list[ctypes.Structure] = []
+        self._names: list[str] = []
 
     def run(self, threads: int | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Make the calls by as many threads as there are cores, or by `threads` of them.
 
         Threads take the calls in order, each as fast as it is. The other threads begin before `meanwhile` is called,
-        the calling one after it. Raises MemoryError if a call lacks memory, ValueError if one refuses its sizes.
+        the calling one after it; calls that `meanwhile` adds are for the next run. Raises MemoryError if a call lacks
+        memory, ValueError if one refuses its sizes.
         """
         compiled, calls = library(self._dtype), (CallStruct * len(self._calls))(*self._calls)
+        arguments, names = self._arguments, self._names
+        self._ended += len(calls)
+        self.drop()
         running = ctypes.c_void_p()
         try:
             if code := compiled.begin(calls, len(calls), threads or cores(), ctypes.byref(running)):
@@ -109,7 +120,7 @@ class Schedule:
             failure = compiled.end(running)
         if failure:
             number, code = failure >> 8, failure & 0xFF
-            raise _failure(code, self._names[number], self._arguments[number])
+            raise _failure(code, names[number], arguments[number])
 
 
 def share_out(

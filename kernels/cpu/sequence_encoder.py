@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 
 from ..threads import shares
-from ..types import BLOCK_WEIGHTS, OUTER_WEIGHTS, EncoderBlock, SequenceDropout, SequenceGrid, SequenceWeights
+from ..types import (
+    BLOCK_WEIGHTS,
+    OUTER_WEIGHTS,
+    EncoderBlock,
+    RecommenderWeights,
+    SequenceDropout,
+    SequenceGrid,
+    SequenceWeights,
+)
 from .library import DTYPES, PANEL, library, share_out, wrong_sizes
+from .step_calls import GradientParts, Output, StepCalls, addresses
 from .step_memory import Memory
-from .structs import EncoderBlockStruct, EncoderStruct
+from .structs import EncoderBlockStruct, EncoderStruct, RowsStruct
 from .sums import add_up
 
 MOST_BLOCKS = 64
@@ -191,3 +200,56 @@ def of_whole_users(grid: SequenceGrid, starts: Iterable[int]) -> list[tuple[int,
     slots, length = grid.slots.numpy(), grid.length
     cuts = sorted({0, *(bisect_left(slots, slots[start] // length * length) for start in starts if start), len(slots)})
     return list(zip(cuts, cuts[1:])) or [(0, 0)]
+
+
+class SequenceEncoderCalls:
+    """The op as a pair of a step; each worker takes the rows of some users, and leaves its part of the gradients."""
+
+    def __init__(
+        self, calls: StepCalls, weights: RecommenderWeights, gradients: RecommenderWeights, vectors: Output
+    ) -> None:
+        sequence, d = weights.sequence, vectors.tensor.shape[1]
+        self._calls, self._vectors, self._of_states = calls, vectors, vectors
+        self._x = calls.empty(calls.rows, d)
+        self.states, self.of_inputs = Output(calls.empty(calls.rows, d)), Output(calls.empty(calls.rows, d))
+        self._rows = RowsStruct(width=d)
+        self._rows.vectors, self._rows.x = addresses([vectors.tensor, self._x])
+        self._parts = GradientParts(gradients.sequence.tensors)
+        self._memory = [calls.empty(0)] * MOST_WORKERS
+        common = sequence.tensors, sequence.heads, sequence.epsilon, blocks_at(addresses(sequence.tensors))
+        self._structs = [weights_struct(*common) for _ in range(MOST_WORKERS)]
+        for worker, struct in enumerate(self._structs):
+            set_gradients(struct, self._parts.places(worker))
+
+    def connect(self, of_states: Output) -> None:
+        """Take the states' gradient from the loss."""
+        self._of_states = of_states
+
+    def forward(self) -> None:
+        """Compute the state after each row of the batch."""
+        batch, rows = self._calls.batch, self._rows
+        rows.rows, rows.items, rows.inputs = len(batch.inputs), len(batch.distinct), batch.inputs.data_ptr()
+        self._cut(batch.grid, batch.dropout)
+        gathered = self._calls.add("gather_rows", [rows], self._vectors.done)
+        self.states.done = self._calls.add("sequence_forward", self._working, gathered)
+
+    def backward(self) -> None:
+        """Give the gradients of the encoder's weights, and of each row's item vector."""
+        self.of_inputs.done = self._calls.add("sequence_backward", self._working, self._of_states.done)
+        self._parts.add_up(self._calls, len(self._working), self.of_inputs.done)
+
+    def _cut(self, grid: SequenceGrid, dropout: SequenceDropout | None) -> None:
+        """Set the workers' calls for a batch."""
+        users = of_whole_users(grid, [start for start, _ in shares(len(grid.slots), MOST_WORKERS)])
+        self._working = self._structs[: len(users)]
+        size = self._x.stride(0) * self._x.element_size()  # of a row
+        places = {"x": self._x, "states": self.states.tensor}
+        places |= {"upstream": self._of_states.tensor, "of_x": self.of_inputs.tensor}
+        for worker, (struct, (start, end)) in enumerate(zip(self._working, users)):
+            set_rows(struct, grid, dropout, start, end)
+            for name, tensor in places.items():
+                setattr(struct, name, tensor.data_ptr() + start * size)
+            needed = memory_of(struct, self._calls.dtype)
+            if self._memory[worker].numel() < needed:
+                self._memory[worker] = self._calls.empty(needed + needed // 8)
+            struct.memory, struct.memory_size = self._memory[worker].data_ptr(), self._memory[worker].numel()

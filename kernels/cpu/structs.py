@@ -46,6 +46,19 @@ class AdamStruct(ctypes.Structure):
     ]
 
 
+class FlatAdamStruct(ctypes.Structure):
+    """`FlatAdam` of cpp/adam.cpp."""
+
+    _fields_ = [
+        *_fields(
+            ctypes.c_void_p, "values", "gradient", "mean", "square", "groups", "rates", "decays", "steps", "record"
+        ),
+        *_fields(ctypes.c_int64, "lines", "start", "length"),
+        ("group_count", ctypes.c_int32),
+        *_fields(ctypes.c_double, "beta1", "beta2", "epsilon"),
+    ]
+
+
 class FoldStruct(ctypes.Structure):
     """`Fold` of cpp/fold.cpp."""
 
@@ -64,6 +77,16 @@ class LossStruct(ctypes.Structure):
         *_fields(ctypes.c_void_p, "queries", "vectors", "targets", "row_users", "history_bits"),
         *_fields(ctypes.c_void_p, "column", "multiplicity", "probabilities", "losses", "upstream"),
         *_fields(ctypes.c_void_p, "of_queries", "of_vectors"),
+    ]
+
+
+class ColumnsStruct(ctypes.Structure):
+    """`Columns` of cpp/cross_entropy.cpp."""
+
+    OF_BATCH = ("distinct", "multiplicity", "log_popularity", "row_weights")  # of `RecommenderBatch`
+    _fields_ = [
+        *_fields(ctypes.c_int32, "rows", "items"),
+        *_fields(ctypes.c_void_p, *OF_BATCH, "log_multiplicity", "column", "of_row_losses"),
     ]
 
 
@@ -116,15 +139,31 @@ class GatherStruct(ctypes.Structure):
     ]
 
 
-class JointStruct(ctypes.Structure):
-    """`Joint` of cpp/recommender.cpp."""
+class ItemVectorsStruct(ctypes.Structure):
+    """`ItemVectors` of cpp/item_vectors.cpp."""
 
-    OF_BATCH = ("distinct", "multiplicity", "inputs", "row_weights", "log_popularity")  # of `RecommenderBatch`
-    OF_PLAN = ("projected", "biases", "log_multiplicity", "column", "vectors", "x", "row_losses")
-    GRADIENTS_OF_PLAN = ("of_row_losses", "of_x", "of_vectors")
     _fields_ = [
-        *_fields(ctypes.c_int32, "items", "rows", "width", "towers", "room"),
-        *_fields(ctypes.c_void_p, *OF_BATCH, *OF_PLAN, "bias", "loss", *GRADIENTS_OF_PLAN, "of_bias"),
+        *_fields(ctypes.c_int32, "items", "width", "towers", "room"),
+        *_fields(ctypes.c_void_p, "projected", "biases", "bias", "vectors", "of_vectors", "of_bias"),
+    ]
+
+
+class RowsStruct(ctypes.Structure):
+    """`Rows` of cpp/rows.cpp."""
+
+    _fields_ = [
+        *_fields(ctypes.c_int32, "rows", "items", "width"),
+        *_fields(ctypes.c_void_p, "inputs", "vectors", "x"),
+    ]
+
+
+class RecordStruct(ctypes.Structure):
+    """`Record` of cpp/loss_record.cpp."""
+
+    _fields_ = [
+        ("rows", ctypes.c_int32),
+        ("step", ctypes.c_int64),
+        *_fields(ctypes.c_void_p, "row_losses", "row_weights", "loss", "sums", "steps"),
     ]
 
 
@@ -135,12 +174,16 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
         SumStruct,
         AdamParameterStruct,
         AdamStruct,
+        FlatAdamStruct,
         FoldStruct,
         LossStruct,
+        ColumnsStruct,
         EncoderBlockStruct,
         EncoderStruct,
         TowerStruct,
         GatherStruct,
-        JointStruct,
+        ItemVectorsStruct,
+        RowsStruct,
+        RecordStruct,
     )
 }

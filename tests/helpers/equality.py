@@ -6,8 +6,8 @@ the independently written reference (padded, one user at a time) for every case,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,9 @@ from iisan_fast.data.sequences import Sequences
 from iisan_fast.kernels.cpu import library
 from iisan_fast.models.recommender import Recommender
 from iisan_fast.states.feature_table import FeatureTable, PinnedTable, load_table
+from iisan_fast.states.item_source import ItemSource
 from iisan_fast.states.loader import prepared_batches
+from iisan_fast.training.fused_step import CpuFusedStep, fused_step_refusal
 from iisan_fast.training.training_step import CapturedStep, TrainingStep
 
 
@@ -104,12 +106,34 @@ def from_recommender(step: Step) -> Result:
     return _differentiated(model, model.loss(batch, step.table.read(batch.distinct)))
 
 
-def from_trainer(step: Step) -> Result:
-    """What the trainer runs: on a CPU all gradients from one op, where the model is one that it takes."""
+def from_autograd(step: Step) -> Result:
+    """The step by autograd, as the trainer takes it; its rates are zero."""
     model = step.recommender()
     batch = make_batch(step.sequences, step.users, step.step)
-    loss = model.differentiate(batch, step.table.read(batch.distinct))
-    return Result(loss, {name: parameter.grad for name, parameter in _named(model)})
+    taken = TrainingStep(model, dict.fromkeys(model.parameter_groups(), 0.0), torch.device("cpu"))
+    return _result(model, taken(batch, step.table.read(batch.distinct)))
+
+
+def from_fused_step(step: Step, table: ItemSource | None = None) -> Result:
+    """The fused step, after one of other users whose memory it uses again; of a table, or of the step's own."""
+    model = step.recommender()
+    cpu, source = torch.device("cpu"), step.table if table is None else table
+    taken = CpuFusedStep(model, dict.fromkeys(model.parameter_groups(), 0.0))
+    batches = [make_batch(step.sequences, users, number) for users, number in _two_batches(step)]
+    for prepared in prepared_batches(iter(batches), source, cpu):
+        loss = taken(prepared.batch, prepared.item_inputs)
+    return _result(model, loss.clone())
+
+
+def from_fused_pinned(step: Step) -> Result:
+    """The fused step with the table in host memory, its rows gathered ahead."""
+    return from_fused_step(step, PinnedTable(step.table.views, torch.device("cpu")))
+
+
+def from_fused_mapped(step: Step) -> Result:
+    """The fused step with the table in the store's file."""
+    with mapped_table(step) as table:
+        return from_fused_step(step, table)
 
 
 def from_padded(step: Step) -> Result:
@@ -137,16 +161,22 @@ def from_pinned(step: Step) -> Result:
 
 
 def from_mapped(step: Step) -> Result:
-    """The table in the store's file. The store holds fp32 at most."""
+    """The table in the store's file."""
+    with mapped_table(step) as table:
+        model, cpu = step.recommender(), torch.device("cpu")
+        (found,) = prepared_batches(iter([make_batch(step.sequences, step.users, step.step)]), table, cpu)
+        return _differentiated(model, model.loss(found.batch, found.item_inputs))
+
+
+@contextmanager
+def mapped_table(step: Step) -> Iterator[ItemSource]:
+    """Write a step's table into a store, which holds fp32 at most, and map it."""
     with TemporaryDirectory() as folder:
         names = ["one", "two"][: len(step.table.views)]
         cache = fill_store(Path(folder) / "cache", step.sequences.item_ids, step.table, tuple(names))
-        cpu = torch.device("cpu")
-        table = load_table(cache, names, step.sequences.item_ids, cpu, "mapped", torch.float64)
-        with closing(table):
-            model = step.recommender()
-            (found,) = prepared_batches(iter([make_batch(step.sequences, step.users, step.step)]), table, cpu)
-            return _differentiated(model, model.loss(found.batch, found.item_inputs))
+        item_ids, cpu = step.sequences.item_ids, torch.device("cpu")
+        with closing(load_table(cache, names, item_ids, cpu, "mapped", torch.float64)) as table:
+            yield table
 
 
 def by_form(name: str) -> Callable[[Step], Result]:
@@ -199,15 +229,18 @@ def _captured(
     table = FeatureTable(tuple(view.to(device, dtype) for view in step.table.views))
     taken = TrainingStep(model, dict.fromkeys(model.parameter_groups(), 0.0), device)
     captured = CapturedStep(taken, capture)
-    batch = make_batch(step.sequences, step.users, step.step)
-    strangers = np.setdiff1d(np.arange(len(step.sequences.user_ids)), step.users)[: len(step.users)]
-    others = make_batch(step.sequences, strangers if len(strangers) else step.users[:1], step.step + 1)
+    others, batch = (make_batch(step.sequences, users, number) for users, number in _two_batches(step))
     shape = padded_shape(step.sequences, len(step.users))
     for each in (others, batch):
         moved = each.padded(shape).to(device)
         loss = captured(moved, table.read(moved.distinct))
-    gradients = {name: parameter.grad.double().cpu() for name, parameter in _named(model)}
-    return Result(loss.detach().double().cpu(), gradients)
+    return _result(model, loss)
+
+
+def _two_batches(step: Step) -> list[tuple[np.ndarray, int]]:
+    """Return users and number of a step before a step, of other users if there are, and of the step itself."""
+    strangers = np.setdiff1d(np.arange(len(step.sequences.user_ids)), step.users)[: len(step.users)]
+    return [(strangers if len(strangers) else step.users[:1], step.step + 1), (step.users, step.step)]
 
 
 def _named(model: Recommender) -> list[tuple[str, Tensor]]:
@@ -217,6 +250,11 @@ def _named(model: Recommender) -> list[tuple[str, Tensor]]:
 
 def _differentiated(model: Recommender, loss: Tensor) -> Result:
     loss.backward()
+    return _result(model, loss)
+
+
+def _result(model: Recommender, loss: Tensor) -> Result:
+    """Return a loss and the gradients that it left in the model."""
     gradients = {name: parameter.grad.double().cpu() for name, parameter in _named(model)}
     return Result(loss.detach().double().cpu(), gradients)
 
@@ -248,6 +286,10 @@ def _has_all_towers_of_one_shape(step: Step) -> bool:
     )
 
 
+def _is_fused(step: Step) -> bool:
+    return not fused_step_refusal(step.recommender(), torch.device("cpu"))
+
+
 def _has_whole_panels(step: Step) -> bool:
     return not library.why_no_library() and all(
         width % 16 == 0 for width in (step.model.embedding_dim, *(width for _, width in step.table.shapes))
@@ -256,7 +298,10 @@ def _has_whole_panels(step: Step) -> bool:
 
 FORMS: dict[str, Form] = {
     "jagged": Form(from_recommender),
-    "as trained": Form(from_trainer),
+    "by autograd": Form(from_autograd),
+    "fused": Form(from_fused_step, takes=_is_fused),
+    "fused, pinned": Form(from_fused_pinned, takes=_is_fused),
+    "fused, mapped": Form(from_fused_mapped, rtol=1e-5, takes=_is_fused),
     "reference ops": Form(by_form("reference")),
     "cpu": Form(by_form("cpu"), takes=_has_whole_panels),
     "padded": Form(from_padded),

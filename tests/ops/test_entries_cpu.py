@@ -16,12 +16,16 @@ from iisan_fast.kernels.cpu.structs import (
     STRUCTS,
     AdamStruct,
     CallStruct,
+    ColumnsStruct,
     EncoderBlockStruct,
     EncoderStruct,
+    FlatAdamStruct,
     FoldStruct,
     GatherStruct,
-    JointStruct,
+    ItemVectorsStruct,
     LossStruct,
+    RecordStruct,
+    RowsStruct,
     SumStruct,
     TowerStruct,
 )
@@ -45,7 +49,12 @@ ENCODER = dict(
 )
 TOWER = dict(layers=1, bottleneck=16, width=16, embedding=16, total=3, start=1, count=2, views=1, temperature=0.1)
 GATHER = dict(bytes=4, layers=2, width=16, total=4, start=1, count=3, item=32, layer=16)
-JOINT = dict(items=2, rows=3, width=16, towers=1, room=2)
+COLUMNS = dict(rows=3, items=2)
+VECTORS = dict(items=2, width=16, towers=1, room=2)
+ROWS = dict(rows=3, items=2, width=16)
+RECORD = dict(rows=3, step=5)
+ONE_STEP = torch.ones(())
+LINES = dict(lines=4, start=1, length=2, group_count=1, beta1=0.9, beta2=0.999, epsilon=1e-8, steps=ONE_STEP.data_ptr())
 EMPTY_ADAM = dict(count=0, start=0, length=0, beta1=0.9, beta2=0.999, epsilon=1e-8)
 
 WRONG_ADAM = [("count", -1), ("start", -1), ("start", 1), ("length", 1), ("length", -1)]
@@ -57,7 +66,9 @@ WRONG_ENCODER += [("rows", -1), ("length", 0), ("length", 5), ("positions", 3), 
 WRONG_TOWER = [(name, 0) for name in ("layers", "bottleneck", "width", "embedding", "views", "temperature")]
 WRONG_TOWER += [("views", 3), ("start", -1), ("start", 2), ("count", -1), ("count", 3), ("total", 2), ("gelu", 1)]
 WRONG_GATHER = [("bytes", 3), ("layers", 0), ("width", 0), ("start", -1), ("start", 2), ("count", 4), ("table", None)]
-WRONG_JOINT = [(name, 0) for name in ("items", "rows", "width", "towers")] + [("room", 1), ("items", 3)]
+WRONG_VECTORS = [(name, 0) for name in ("items", "width", "towers")] + [("room", 1), ("items", 3)]
+WRONG_ROWS = [("rows", -1), ("items", 0), ("width", 0)]
+WRONG_LINES = [("lines", 2), ("start", -1), ("start", 3), ("length", -1), ("group_count", 0), ("steps", None)]
 
 ENTRIES = {
     "add_up": (SumStruct, SUM, [("count", -1), ("total", None), ("part", None)]),
@@ -73,10 +84,13 @@ ENTRIES = {
     "side_backward": (TowerStruct, TOWER, [*WRONG_TOWER, ("upstream", None)]),
     "side_encode": (TowerStruct, TOWER, [*WRONG_TOWER, ("bottleneck", 8), ("joined", None)]),
     "gather_panels": (GatherStruct, GATHER, WRONG_GATHER),
-    "joint_constants": (JointStruct, JOINT, WRONG_JOINT),
-    "joint_vectors": (JointStruct, JOINT, WRONG_JOINT),
-    "joint_loss": (JointStruct, JOINT, WRONG_JOINT),
-    "joint_backward": (JointStruct, JOINT, WRONG_JOINT),
+    "adam_update_lines": (FlatAdamStruct, LINES, WRONG_LINES),
+    "loss_columns": (ColumnsStruct, COLUMNS, [("rows", 0), ("items", 0)]),
+    "item_vectors": (ItemVectorsStruct, VECTORS, WRONG_VECTORS),
+    "item_vectors_backward": (ItemVectorsStruct, VECTORS, [*WRONG_VECTORS, ("of_vectors", None)]),
+    "gather_rows": (RowsStruct, ROWS, WRONG_ROWS),
+    "add_rows": (RowsStruct, ROWS, WRONG_ROWS),
+    "record_loss": (RecordStruct, RECORD, [("rows", 0), ("step", -1)]),
 }
 
 
@@ -113,7 +127,7 @@ def test_sizes_that_fit_are_computed(name):
     struct, values, _ = ENTRIES[name]
     call, memory = filled(struct, values)
     library.run(getattr(library.library(torch.float32), name), call)
-    assert all(tensor.isfinite().all() for tensor in memory) or name == "joint_constants"  # the logarithm of 0
+    assert all(tensor.isfinite().all() for tensor in memory) or name == "loss_columns"  # the logarithm of 0
 
 
 @pytest.mark.parametrize(
@@ -222,3 +236,20 @@ def test_a_struct_that_python_mirrors_wrongly_keeps_the_library_out(name, monkey
         assert dispatch.choose("adam", "auto", [torch.ones(1)], {}) == "reference"
     finally:
         library._library.cache_clear()
+
+
+@pytest.mark.parametrize("inputs", [[0, 2, 0], [-1, 0, 0]])
+@pytest.mark.parametrize("name", ["gather_rows", "add_rows"])
+def test_rows_of_items_out_of_range_are_refused(name, inputs):
+    indices = torch.tensor(inputs)
+    rows = filled(RowsStruct, {**ROWS, "inputs": indices.data_ptr()})
+    with pytest.raises(ValueError, match=f"{name} in C"):
+        library.run(getattr(library.library(torch.float32), name), rows.call)
+
+
+def test_lines_of_a_group_without_a_rate_and_a_step_before_the_first_are_refused():
+    groups, none = torch.ones(4, dtype=torch.uint8), torch.zeros(())
+    for change in ({"groups": groups.data_ptr()}, {"steps": none.data_ptr()}):
+        lines = filled(FlatAdamStruct, {**LINES, **change})
+        with pytest.raises(ValueError, match="adam_update_lines in C"):
+            library.run(library.library(torch.float32).adam_update_lines, lines.call)

@@ -191,5 +191,7 @@ def test_parameters_that_are_not_trained_or_of_other_dtypes_are_refused():
     with pytest.raises(ValueError, match=r"heads\.fusion\.weight: expected a trained parameter of float32"):
         FlatStorage(model, RATES)
     storage = FlatStorage(build(ModelConfig(embedding_dim=16, bottleneck=4, sanb="phm")), RATES)
-    with pytest.raises(ValueError, match="expected towers of one shape"):
+    with pytest.raises(
+        ValueError, match="expected one for a fused step, found that its towers' weights are products of others"
+    ):
         storage.weights()

@@ -1,6 +1,7 @@
 // Adam's update of many parameters in one pass over what it reads and writes (Kingma and Ba 2015, algorithm 1).
 //
-// The numbers of all parameters stand in one row, of which each call takes a range.
+// The numbers of all parameters stand in one row, of which each call takes a range: parameter by parameter, or in lines of
+// one buffer.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -25,20 +26,48 @@ template <class T> struct Adam {
     double beta1, beta2, epsilon;
 };
 
+template <class T> struct FlatAdam {
+    T *values;
+    const T *gradient;
+    T *mean, *square;
+    const uint8_t *groups;  // of each line
+    const double *rates, *decays;  // of each group
+    const float *steps;     // this one included
+    const double *record;   // [4]: nothing is updated where the third is not 0
+    int64_t lines, start, length;  // of LINE numbers; this call's
+    int32_t group_count;
+    double beta1, beta2, epsilon;
+};
+
+constexpr int64_t LINE = 32;  // numbers of one group, as in flat_storage.py
+
+// What an update takes beside numbers.
+template <class T> struct Rule {
+    T kept, fresh, share, epsilon, rate, scale, decay;
+
+    Rule(double beta1, double beta2, double epsilon, double rate, double decay, double steps)
+        : kept(beta2), fresh(1 - beta2), share(1 - beta1), epsilon(epsilon), rate(rate / (1 - std::pow(beta1, steps))),
+          scale(1 / std::sqrt(1 - std::pow(beta2, steps))), decay(decay) {}
+};
+
+template <class T>
+void update(const Rule<T> &rule, T *__restrict values, const T *__restrict gradient, T *__restrict mean,
+            T *__restrict square, int64_t count) {
+    const T kept = rule.kept, fresh = rule.fresh, share = rule.share, epsilon = rule.epsilon;
+    const T rate = rule.rate, scale = rule.scale, decay = rule.decay;
+    for (int64_t n = 0; n < count; n++) {
+        const T slope = gradient[n] + decay * values[n];
+        mean[n] += share * (slope - mean[n]);
+        square[n] = kept * square[n] + fresh * slope * slope;
+        values[n] -= rate * mean[n] / (std::sqrt(square[n]) * scale + epsilon);
+    }
+}
+
 // Of parameter i, its numbers `from` to `to`.
 template <class T> void update(const Adam<T> &adam, int64_t i, int64_t from, int64_t to) {
     const Parameter<T> &parameter = adam.parameters[i];
-    const double steps = *parameter.steps + 1.0;
-    const T kept = adam.beta2, fresh = 1 - adam.beta2, share = 1 - adam.beta1, epsilon = adam.epsilon;
-    const T rate = adam.rates[i] / (1 - std::pow(adam.beta1, steps));
-    const T scale = 1 / std::sqrt(1 - std::pow(adam.beta2, steps));
-    T *__restrict values = parameter.values, *__restrict mean = parameter.mean, *__restrict square = parameter.square;
-    const T *__restrict gradient = adam.gradients[i];
-    for (int64_t n = from; n < to; n++) {
-        mean[n] += share * (gradient[n] - mean[n]);
-        square[n] = kept * square[n] + fresh * gradient[n] * gradient[n];
-        values[n] -= rate * mean[n] / (std::sqrt(square[n]) * scale + epsilon);
-    }
+    const Rule<T> rule(adam.beta1, adam.beta2, adam.epsilon, adam.rates[i], 0, *parameter.steps + 1.0);
+    update(rule, parameter.values + from, adam.gradients[i] + from, parameter.mean + from, parameter.square + from, to - from);
 }
 
 // Moments and gradients are as long as their parameter, and the range lies in the row of all numbers.
@@ -65,14 +94,40 @@ template <class T> void update_range(const Adam<T> &adam) {
     }
 }
 
+// Lines of one group that follow one another are updated at once.
+template <class T> void update_lines(const FlatAdam<T> &adam) {
+    for (int64_t line = adam.start, next; line < adam.start + adam.length; line = next) {
+        const uint8_t group = adam.groups[line];
+        for (next = line + 1; next < adam.start + adam.length && adam.groups[next] == group; next++) {}
+        const Rule<T> rule(adam.beta1, adam.beta2, adam.epsilon, adam.rates[group], adam.decays[group], *adam.steps);
+        const int64_t first = line * LINE;
+        update(rule, adam.values + first, adam.gradient + first, adam.mean + first, adam.square + first,
+               (next - line) * LINE);
+    }
+}
+
+template <class T> bool fits(const FlatAdam<T> &adam) {
+    if (!is_part(adam.start, adam.length, adam.lines) || !adam.steps) return false;
+    for (int64_t line = adam.start; line < adam.start + adam.length; line++)
+        if (adam.groups[line] >= adam.group_count) return false;
+    return adam.record[2] != 0 || *adam.steps > 0;
+}
+
 }  // namespace
 
 EXPORT_SIZE(AdamParameter, Parameter<SCALAR>)
 EXPORT_SIZE(Adam, Adam<SCALAR>)
+EXPORT_SIZE(FlatAdam, FlatAdam<SCALAR>)
 
 extern "C" {
 int32_t adam_update(const Adam<SCALAR> *adam) {
     return guarded(fits(*adam), [&] { update_range(*adam); });
+}
+
+int32_t adam_update_lines(const FlatAdam<SCALAR> *adam) {
+    return guarded(fits(*adam), [&] {
+        if (adam->record[2] == 0) update_lines(*adam);
+    });
 }
 
 // When every range has been updated.

@@ -83,6 +83,24 @@ template <class T> void backward(const Loss<T> &l) {
     }
 }
 
+// A batch's constants: each item's multiplicity and popularity, and each row's part in the batch's loss.
+template <class T> struct Columns {
+    int32_t rows, items;                      // R, V
+    const int64_t *distinct, *multiplicity;   // [V]: numbers of the items in the catalogue, and m
+    const double *log_popularity;             // [items of the catalogue + 1]
+    const double *row_weights;                // [R]
+    T *log_multiplicity, *column;             // [V]: log m, and log m - log p
+    T *of_row_losses;                         // [R]: the row losses' gradient
+};
+
+template <class T> void columns(const Columns<T> &c) {
+    for (int row = 0; row < c.rows; row++) c.of_row_losses[row] = c.row_weights[row];
+    for (int v = 0; v < c.items; v++) {
+        c.log_multiplicity[v] = std::log(T(c.multiplicity[v]));
+        c.column[v] = c.log_multiplicity[v] - T(c.log_popularity[c.distinct[v]]);
+    }
+}
+
 // Every row has an item to be its target, and history bits, if there are any, for all items.
 template <class T> bool fits(const Loss<T> &l) {
     const bool masked = l.history_bits != nullptr;
@@ -93,8 +111,12 @@ template <class T> bool fits(const Loss<T> &l) {
 }  // namespace
 
 EXPORT_SIZE(Loss, Loss<SCALAR>)
+EXPORT_SIZE(Columns, Columns<SCALAR>)
 
 extern "C" {
+int32_t loss_columns(const Columns<SCALAR> *columns_of) {
+    return guarded(columns_of->rows > 0 && columns_of->items > 0, [&] { columns(*columns_of); });
+}
 int32_t loss_forward(const Loss<SCALAR> *loss) {
     return guarded(fits(*loss), [&] { forward(*loss); });
 }

@@ -1,0 +1,38 @@
+"""What a training step on a CPU takes from its batch: the items' hidden states in panels, and the loss's constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..threads import shares
+from ..types import States
+from .library import AT_ONCE, PANEL
+from .side_towers import gathers, panels_of
+from .step_calls import StepCalls
+from .structs import ColumnsStruct
+
+
+class BatchCalls:
+    """The calls that bring a batch into a step's memory."""
+
+    def __init__(self, calls: StepCalls, states: Sequence[States]) -> None:
+        """states: views like those of every batch."""
+        self._calls, self.done = calls, AT_ONCE
+        _, layers, width = states[0].table.shape
+        shape = len(states), layers, panels_of(width), calls.items, PANEL
+        self.panels = torch.empty(shape, dtype=states[0].table.dtype, device="cpu").unbind()
+        self.log_multiplicity, self.column = calls.empty(2, calls.items)
+        self.of_row_losses = calls.empty(calls.rows)
+
+    def forward(self) -> None:
+        """Gather the states; compute the loss's constants and the gradient of each row's loss."""
+        batch = self._calls.batch
+        constants = ColumnsStruct(rows=len(batch.targets), items=len(batch.distinct))
+        for name in ColumnsStruct.OF_BATCH:
+            setattr(constants, name, getattr(batch, name).data_ptr())
+        for name in ("log_multiplicity", "column", "of_row_losses"):
+            setattr(constants, name, getattr(self, name).data_ptr())
+        gathered = self._calls.add("gather_panels", gathers(batch.states, self.panels, shares(len(batch.distinct))))
+        self.done = gathered.to(self._calls.add("loss_columns", [constants]))

@@ -1,0 +1,115 @@
+"""The side network as a pair of a training step on a CPU: from hidden states in panels to item vectors, and back.
+
+The work of all towers is cut once a core (`side_towers.py`); a tower that two workers share has gradients of two parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..types import RecommenderWeights, Tower
+from .batch_panels import BatchCalls
+from .fold_heads import FoldHeadsCalls
+from .library import AT_ONCE, PANEL, Span
+from .side_towers import panels_of, rounds, tower_struct
+from .step_calls import GradientParts, Output, StepCalls, addresses
+from .structs import ItemVectorsStruct, TowerStruct
+
+
+class SideTowersCalls:
+    """The towers with their projections, and the sum of their outputs."""
+
+    def __init__(
+        self,
+        calls: StepCalls,
+        weights: RecommenderWeights,
+        gradients: RecommenderWeights,
+        batch: BatchCalls,
+        fold: FoldHeadsCalls,
+    ) -> None:
+        self._calls, self._weights, self._batch, self._fold = calls, weights, batch, fold
+        towers, d = len(weights.towers), len(weights.fusion)
+        layers, bottleneck, width = weights.towers[0].down_weight.shape
+        wide, narrow = panels_of(width), panels_of(bottleneck)
+        self._inputs = calls.empty(towers, layers, wide, calls.items, PANEL)
+        self._before = calls.empty(towers, layers, narrow, calls.items, PANEL)
+        self._after = torch.empty_like(self._before) if weights.activation == "gelu" else self._before
+        self._projected = calls.empty(towers, calls.items, d)
+        self.vectors = self._of_vectors = Output(calls.empty(calls.items, d))
+        self._parts = [
+            GradientParts([weight for weight in tower[1:] if weight is not None]) for tower in gradients.towers
+        ]
+        self._of_projections = [[calls.empty(d, width)] for _ in weights.towers]  # of each worker of a tower
+        self._structs: list[list[TowerStruct]] = [[] for _ in weights.towers]  # likewise
+        self._sum = ItemVectorsStruct(width=d, towers=towers, room=calls.items)
+        self._sum.projected, self._sum.biases = addresses([self._projected, fold.biases])
+        self._sum.bias, self._sum.vectors = addresses([weights.fusion_bias, self.vectors.tensor])
+        self._sum.of_bias = gradients.fusion_bias.data_ptr()
+        self._ended = AT_ONCE
+        fold.connect([parts[0] for parts in self._of_projections], self._add_up)
+
+    def connect(self, of_vectors: Output) -> None:
+        """Take the item vectors' gradient from where it is collected."""
+        self._of_vectors, self._sum.of_vectors = of_vectors, of_vectors.tensor.data_ptr()
+
+    def forward(self) -> None:
+        """Compute the item vectors of the batch."""
+        self._cut()
+        ready = self._batch.done.to(self._fold.done)
+        outputs = self._calls.add("side_forward", self._pieces, ready)
+        self.vectors.done = self._calls.add("item_vectors", [self._sum], outputs)
+
+    def backward(self) -> None:
+        """Give the gradients of the biases and of the towers; `_add_up` adds what workers of one tower leave apart."""
+        biases = self._calls.add("item_vectors_backward", [self._sum], self._of_vectors.done)
+        self._ended = self._calls.add("side_backward", self._pieces, self._of_vectors.done.to(biases))
+
+    def _add_up(self) -> Iterator[tuple[int, Span]]:
+        """Schedule the sums of the workers' gradients, of the tower first whose pieces begin to end first.
+
+        Yields each tower, and the calls after which its projection's gradient is complete.
+        """
+        last = {tower: number + 1 for number, tower in enumerate(self._towers)}
+        for tower, end in last.items():
+            start, workers = self._towers.index(tower), self._towers.count(tower)
+            ended = Span(self._ended.first + start, self._ended.first + end)
+            of_projections = self._of_projections[tower][:workers]
+            summed = self._calls.add_sums(addresses(of_projections), of_projections[0].numel(), ended)
+            self._parts[tower].add_up(self._calls, workers, ended)
+            yield tower, summed
+
+    def _cut(self) -> None:
+        """Set the calls of the towers' pieces for this batch, the largest first, and the tower of each."""
+        items = self._sum.items = len(self._calls.batch.distinct)
+        (pieces,) = rounds(len(self._structs), items, split=False)
+        self._pieces: list[TowerStruct] = []
+        self._towers: list[int] = []
+        for tower, start, count in pieces:
+            number, structs = self._towers.count(tower), self._structs[tower]
+            if len(structs) == number:
+                structs.append(self._struct(tower, number))
+            struct = structs[number]
+            struct.start, struct.count = start, count
+            self._pieces.append(struct)
+            self._towers.append(tower)
+
+    def _struct(self, number: int, worker: int) -> TowerStruct:
+        """Return the call of one more worker of a tower: the first leaves the gradients, others parts of them."""
+        tower, of_projections = self._weights.towers[number], self._of_projections[number]
+        if len(of_projections) == worker:
+            of_projections.append(torch.empty_like(of_projections[0]))
+        struct = tower_struct(
+            self._weights.activation == "gelu",
+            *tower[1:],
+            self._fold.projections[number],
+            [self._batch.panels[view] for view in tower.views],
+            *(memory[number] for memory in (self._inputs, self._before, self._after)),
+        )
+        struct.projected, struct.upstream = self._projected[number].data_ptr(), self._sum.of_vectors
+        names = [name for name, weight in zip(Tower._fields[1:], tower[1:]) if weight is not None]
+        for name, place in zip(names, self._parts[number].places(worker), strict=True):
+            setattr(struct, f"of_{name}", place)
+        struct.of_projection = of_projections[worker].data_ptr()
+        return struct

@@ -1,0 +1,107 @@
+"""A side-network recommender's training step on a CPU: the pairs by C++, and what runs them.
+
+The pairs add calls to one schedule. While the calls of a stage are made, Python lays out those of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..threads import cores
+from ..types import RecommenderBatch, RecommenderWeights, StepOps, StepTensors
+from . import fold_heads, sequence_encoder
+from .adam import FlatAdamCalls
+from .batch_panels import BatchCalls
+from .fold_heads import FoldHeadsCalls
+from .inbatch_cross_entropy import InbatchCrossEntropyCalls
+from .item_vectors import ItemVectorGradientCalls
+from .library import DTYPES
+from .loss_record import LossRecordCalls
+from .projected_towers import SideTowersCalls
+from .sequence_encoder import SequenceEncoderCalls
+from .step_calls import StepCalls
+
+
+class CpuStep:
+    """The ops of a step, with memory for batches up to a size."""
+
+    def __init__(self, tensors: StepTensors, batch: RecommenderBatch, least: tuple[int, int] = (0, 0)) -> None:
+        """batch: the first one, which `check_step_batch` lets pass; least: least items and rows to have room for."""
+        # Some more than now, and odd: panels a whole number of pages apart would share the cache's sets.
+        sizes = len(batch.distinct), len(batch.targets)
+        items, rows = (max(size + size // 8 | 1, before) for size, before in zip(sizes, least))
+        self.room, self._kind = (items, rows), _kind(batch)
+        calls = self._calls = StepCalls(tensors.weights.fusion.dtype, items, rows)
+        weights, gradients = tensors.weights, tensors.gradients
+        selected = BatchCalls(calls, batch.states)
+        fold = FoldHeadsCalls(calls, weights, gradients)
+        towers = SideTowersCalls(calls, weights, gradients, selected, fold)
+        sequence = SequenceEncoderCalls(calls, weights, gradients, towers.vectors)
+        loss = InbatchCrossEntropyCalls(calls, selected, sequence.states, towers.vectors)
+        record = LossRecordCalls(calls, loss.losses, tensors.record, tensors.loss, tensors.adam.steps)
+        collect = ItemVectorGradientCalls(calls, loss, sequence.of_inputs)
+        towers.connect(collect.of_vectors)
+        sequence.connect(loss.of_states)
+        adam = FlatAdamCalls(calls, tensors.adam, tensors.record)
+        self.ops = StepOps(selected, fold, towers, sequence, loss, record, collect, adam)
+
+    def takes(self, batch: RecommenderBatch) -> bool:
+        """Return True if there is memory for a batch, for views like its own and for as many threads."""
+        items, rows = self.room
+        return len(batch.distinct) <= items and len(batch.targets) <= rows and _kind(batch) == self._kind
+
+    def run(
+        self,
+        batch: RecommenderBatch,
+        stages: Sequence[Sequence[Callable[[], None]]],
+        on_end: Callable[[int], None] = lambda number: None,
+    ) -> None:
+        """Run stages of the ops' methods for a batch, one thread at a time; on_end gets each stage's number."""
+        schedule = self._calls.schedule
+        self._calls.batch = batch
+
+        def lay_out(number: int) -> None:
+            for method in stages[number] if number < len(stages) else ():
+                method()
+
+        try:
+            lay_out(0)
+            for number in range(len(stages)):
+                schedule.run(meanwhile=lambda following=number + 1: lay_out(following))
+                on_end(number)
+        finally:
+            schedule.drop()  # what a failure left
+            del self._calls.batch
+
+
+def _kind(batch: RecommenderBatch) -> tuple[list[torch.Size], torch.dtype, int]:
+    """Return what memory depends on beside sizes: layers and width of each view, the dtype of all, and the cores."""
+    tables = [view.table for view in batch.states]
+    return [table.shape[1:] for table in tables], tables[0].dtype, cores()
+
+
+def refusal(weights: RecommenderWeights) -> str:
+    """Return why C++ does not take these weights in a step, or ""."""
+    dtype, d = weights.fusion.dtype, len(weights.fusion)
+    towers, chains = weights.towers, weights.chains()
+    layers, bottleneck, width = towers[0].down_weight.shape
+    gate = [] if towers[0].gate is None else [(layers,)]
+    of_tower = [*gate, (layers, bottleneck, width), (layers, bottleneck), (layers, width, bottleneck), (layers, width)]
+    position, outputs = weights.sequence.tensors[0], weights.fusion.shape[1] // len(towers)
+    if dtype not in DTYPES or any(tensor.dtype != dtype for tensor in weights.tensors()):
+        return "it needs weights of one dtype, float32 or float64"
+    if not all(tensor.is_cpu and tensor.is_contiguous() for tensor in weights.tensors()):
+        return "it needs contiguous weights on a CPU"
+    if any([weight.shape for weight in tower[1:] if weight is not None] != of_tower for tower in towers):
+        return "it needs towers of one shape"
+    if weights.fusion.shape[1] != outputs * len(towers) or any(
+        (*chain.middle.shape, chain.inner.shape[1], len(chain.middle_bias), len(chain.inner_bias))
+        != (outputs, len(chain.inner), width, outputs, len(chain.inner))
+        for chain in chains
+    ):
+        return "it needs heads and a fusion that fit the towers"
+    if len(weights.fusion_bias) != d or position.shape[1] != d or d % weights.sequence.heads:
+        return "it needs a sequence encoder as wide as the item vectors, and a width that its heads divide"
+    return fold_heads.refusal(chains) or sequence_encoder.refusal(weights.sequence)

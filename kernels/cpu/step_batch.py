@@ -1,0 +1,80 @@
+"""Refuse a batch that a training step by C++ could not read, in one line: its calls look at no index again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..types import RecommenderBatch, RecommenderWeights
+
+
+def check_step_batch(batch: RecommenderBatch, weights: RecommenderWeights) -> None:
+    """Raise ValueError unless a batch fits the weights, and its indices are in their ranges."""
+    items, rows, users = len(batch.distinct), len(batch.targets), len(batch.history_bits)
+    if not rows:
+        raise ValueError("batch.targets: expected at least one row, found none")
+    _check_states(batch, weights)
+    length, positions = batch.grid.length, len(weights.sequence.tensors[0])
+    if not 1 <= length <= positions:
+        raise ValueError(f"batch.grid.length: expected 1 to {positions}, found {length}")
+    words = max(batch.history_bits.shape[1], -(-items // 32))
+    _check("multiplicity", batch.multiplicity, torch.int64, (items,))
+    _check("row_weights", batch.row_weights, torch.float64, (rows,))
+    _check("log_popularity", batch.log_popularity, torch.float64, (len(batch.log_popularity),))
+    _check("history_bits", batch.history_bits, torch.int32, (users, words))
+    if batch.dropout is not None:
+        _check("dropout.users", batch.dropout.users, torch.int64, (users,))
+    for name, indices, count, limit in (
+        ("distinct", batch.distinct, items, len(batch.log_popularity)),
+        ("inputs", batch.inputs, rows, items),
+        ("targets", batch.targets, rows, items),
+        ("row_users", batch.row_users, rows, users),
+        ("grid.slots", batch.grid.slots, rows, users * length),
+    ):
+        _check_indices(name, indices, count, limit)
+
+
+def _check_states(batch: RecommenderBatch, weights: RecommenderWeights) -> None:
+    """Raise ValueError for states that do not fit the towers, or whose rows are not in the table."""
+    (layers, _, width), items = weights.towers[0].down_weight.shape, len(batch.distinct)
+    kind, views = batch.states[0].table.dtype, 1 + max(max(tower.views) for tower in weights.towers)
+    if len(batch.states) < views:
+        raise ValueError(f"batch.states: expected {views} views, found {len(batch.states)}")
+    if kind not in (weights.fusion.dtype, torch.bfloat16):
+        expected = f"{_name(weights.fusion.dtype)} or bfloat16"
+        raise ValueError(f"batch.states: expected {expected}, found {_name(kind)}")
+    for i, (table, rows) in enumerate(batch.states):
+        if table.dtype != kind or table.shape[1:] != (layers, width):
+            expected = f"[., {layers}, {width}] of {_name(kind)}"
+            raise ValueError(
+                f"batch.states[{i}]: expected {expected}, found {list(table.shape)} of {_name(table.dtype)}"
+            )
+        if not table.is_cpu or table.stride(2) != 1 or table.requires_grad:
+            raise ValueError(f"batch.states[{i}]: expected rows in one piece on a CPU, without a gradient")
+        if rows is not None:
+            _check_indices(f"states[{i}].rows", rows, items, len(table))
+        elif len(table) != items:
+            raise ValueError(f"batch.states[{i}]: expected the {items} items of the batch, found {len(table)}")
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
+    """Raise ValueError unless C++ may read such numbers at the tensor's address."""
+    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu or not tensor.is_contiguous():
+        form = "" if tensor.is_contiguous() else ", not contiguous"
+        expected = f"contiguous {_name(dtype)} {list(shape)} on cpu"
+        found = f"{_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}{form}"
+        raise ValueError(f"batch.{name}: expected {expected}, found {found}")
+
+
+def _check_indices(name: str, indices: Tensor, count: int, limit: int) -> None:
+    """Raise ValueError unless there are `count` int64 from 0 to below a limit."""
+    _check(name, indices, torch.int64, (count,))
+    least, most = map(int, indices.aminmax())
+    if least < 0 or most >= limit:
+        raise ValueError(f"batch.{name}: expected indices from 0 to {limit - 1}, found {least if least < 0 else most}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
