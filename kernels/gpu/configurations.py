@@ -19,6 +19,8 @@ WIDE = 64
 # The fp32 entries serve fp32 operands at any number of rows: not pipelined, in tiles that IEEE products fit.
 SIZES = ("small", "large", "fp32")
 ROW_SIZES = (*SIZES, "wide")
+# The fold goes over weights alone, whatever the rows of a batch.
+WEIGHT_SIZES = ("small", "fp32")
 # The one entry of a kernel that goes over its elements once: it serves any number and dtype of them.
 ANY_SIZE = "any"
 
@@ -110,6 +112,26 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
         ("default", "large"): Configuration({"BN": 64, "BK": 32, "SPLITS": 16}, warps=4, stages=2),
         ("default", "wide"): Configuration({"BN": 64, "BK": 32, "SPLITS": 16}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BN": 32, "BK": 32, "SPLITS": 4}, warps=4, stages=1),
+    },
+    "fold_chains": {
+        ("default", "small"): Configuration({"BD": 16, "BH": 64, "ROWS": 16, "COLUMNS": 256}, warps=4, stages=4),
+        ("default", "fp32"): Configuration({"BD": 16, "BH": 16, "ROWS": 16, "COLUMNS": 256}, warps=8, stages=1),
+    },
+    "fold_prepare": {
+        ("default", "small"): Configuration(
+            {"BR": 64, "BC": 32, "BD": 64, "ROWS": 16, "COLUMNS": 512}, warps=4, stages=4
+        ),
+        ("default", "fp32"): Configuration(
+            {"BR": 32, "BC": 32, "BD": 16, "ROWS": 16, "COLUMNS": 512}, warps=4, stages=1
+        ),
+    },
+    "fold_backward": {
+        ("default", "small"): Configuration({"BR": 64, "BD": 128}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BR": 16, "BD": 32}, warps=4, stages=1),
+    },
+    "fold_chains_backward": {
+        ("default", "small"): Configuration({"BM": 64, "BN": 16, "BH": 64, "BD": 128}, warps=4, stages=3),
+        ("default", "fp32"): Configuration({"BM": 16, "BN": 16, "BH": 32, "BD": 32}, warps=4, stages=1),
     },
     "sum_parts": {("default", ANY_SIZE): Configuration({"BLOCK": 512}, warps=4, stages=1)},
     "target_rank": {

@@ -13,13 +13,15 @@ import json
 from typing import Any
 
 import torch
+from flat_weights import flat_size, in_buffer, side_weights
 
 from iisan_fast.bench import machine_code
-from iisan_fast.kernels import Launch, States, Tower
+from iisan_fast.kernels import Launch, RecommenderWeights, States, Tower
 from iisan_fast.kernels.gpu import (
     adam,
     batch_selection,
     configurations,
+    fold_heads,
     inbatch_cross_entropy,
     loss_record,
     part_sums,
@@ -27,9 +29,9 @@ from iisan_fast.kernels.gpu import (
     target_rank,
 )
 from iisan_fast.kernels.gpu.configurations import ANY_SIZE, Configuration
-from iisan_fast.kernels.types import HEADER_WORDS, StepShape
+from iisan_fast.kernels.types import HEADER_WORDS, StepShape, TowerGradients
 
-MODULES = (side_towers, inbatch_cross_entropy, target_rank)
+MODULES = (side_towers, inbatch_cross_entropy, target_rank, fold_heads)
 ONE_ENTRY = (batch_selection, loss_record, adam, part_sums)  # modules whose kernels have one entry for all sizes
 
 
@@ -81,6 +83,8 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
     dtype = getattr(torch, arguments.dtype)
     size = ANY_SIZE
     call_pairs_of_one_entry(dtype)
+    for embedding_dim in arguments.embedding_dim:
+        call_fold(arguments, embedding_dim, dtype)
     # As 64 and 8,192 users of Scientific give them; none a multiple of 16, which would be a special case.
     batches = [(65, 245, 277), (8191, 30803, 12901)]
     for users, rows, items in batches[:1] if dtype == torch.float32 else batches:
@@ -146,6 +150,26 @@ def call_pairs_of_one_entry(dtype: torch.dtype) -> None:
     groups, values = empty(len(flat[0]) // 32, dtype=torch.uint8), empty(2)
     operands = None if dtype == torch.float32 else empty(len(flat[0]), dtype=dtype)
     adam.FlatAdam(*flat, operands, groups, values, values, (0.9, 0.999), 1e-8, steps, record).update()
+
+
+def call_fold(arguments: argparse.Namespace, embedding_dim: int, dtype: torch.dtype) -> None:
+    """The fold, forward and backward, on tensors without values."""
+    kinds = [(0, 1)] if arguments.other_forms else [(0,), (1,), (0, 1)]
+    sizes = arguments.layers, arguments.width, arguments.bottleneck, embedding_dim
+    shapes = side_weights(kinds, *sizes, gated=not arguments.other_forms)
+
+    def views(of: torch.dtype) -> RecommenderWeights:
+        return in_buffer(shapes, torch.empty(flat_size(shapes), dtype=of, device="meta"))
+
+    weights = views(torch.float32)
+    operands = weights if dtype == torch.float32 else views(dtype)
+    pair = fold_heads.FoldHeads(weights, operands, views(torch.float32), dtype)
+    of_down = torch.stack([tower.down_weight for tower in weights.towers])
+    shaped = (pair.coefficients, of_down, pair.bias, pair.composites, pair.projected_up, pair.projections)
+    gradients = [torch.empty_like(tensor, dtype=torch.float32) for tensor in (*shaped, pair.vector_bias)]
+    pair.connect(TowerGradients(*gradients))
+    pair.forward()
+    pair.backward()
 
 
 def compile_one(

@@ -52,6 +52,8 @@ def test_every_kernel_compiles_ahead_of_time_within_a_gpus_means(dtype, architec
 def test_the_table_of_configurations_is_whole():
     for name, entries in configurations.CONFIGURATIONS.items():
         sizes = configurations.SIZES if name.startswith("side_") else configurations.ROW_SIZES
+        if name.startswith("fold_"):
+            sizes = configurations.WEIGHT_SIZES
         if ("default", configurations.ANY_SIZE) in entries:
             sizes = (configurations.ANY_SIZE,)
             assert {size for _, size in entries} == {*sizes}, name
