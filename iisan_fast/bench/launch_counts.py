@@ -60,15 +60,15 @@ class LaunchCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
-        if any(tag in func.tags for tag in HOST_READS):
+        if any(tag in func.tags for tag in HOST_READS) and _on_device((args, kwargs)):
             self.host_reads.append((self._part, name))
             if torch.Tag.data_dependent_output in func.tags:
                 return _stand_in(func)
         result = func(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        for tensor in tensors:
+        made = _on_device(result)
+        for tensor in made:
             self._follow(tensor)
-        if launches := _launches_of(func, name, args, bool(tensors)):
+        if launches := _launches_of(func, name, args, bool(made)):
             self.operators[self._part][name] += launches
         return result
 
@@ -118,18 +118,23 @@ class LaunchCounter(TorchDispatchMode):
         self.allocated -= self._sizes.pop(address)
 
 
+def _on_device(value: Any) -> list[Tensor]:
+    """Return the meta tensors in a value; those on the CPU are the host's."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_meta]
+
+
 def _stand_in(func: Any) -> Any:
     """Return a value for what the host would read: meta tensors hold none."""
     return False if str(func._schema.returns[0].type) == "bool" else 0
 
 
-def _launches_of(func: Any, name: str, args: tuple, makes_tensors: bool) -> int:
+def _launches_of(func: Any, name: str, args: tuple, on_device: bool) -> int:
     """Return how many kernels an operator launches on CUDA."""
     if name.startswith("_fused_"):
         return _launches_over_lists(args[0])
     if name.startswith("_foreach_"):
         return -(-len(args[0]) // TENSORS_A_LAUNCH)
-    if not makes_tensors or func.is_view or name in WITHOUT_LAUNCH:
+    if not on_device or func.is_view or name in WITHOUT_LAUNCH:
         return 0
     return SEVERAL_LAUNCHES.get(name, 1)
 

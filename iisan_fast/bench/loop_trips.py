@@ -12,12 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .machine_code import Lines
 
-MOST_PROGRAMS = 509  # of a launch that are computed, a prime: a stride through the grid meets every kind of program
+MOST_PROGRAMS = 127  # of a launch that are computed, a prime: a stride through the grid meets every kind of program
 MOST_TRIPS = 1 << 20  # of a loop with a condition
 
 Memory = Callable[[str, int], int | None]  # the element of an argument's memory at an offset, where it is known
@@ -50,6 +51,7 @@ class Operation:
     regions: list[list[Operation]] = field(default_factory=lambda: [])
     has_loop: bool = False  # inside
 
+    @cached_property
     def operands(self) -> list[str]:
         """Return the names of the values that it reads."""
         return re.findall(r"%[\w.$#-]+", self.text)
@@ -107,7 +109,7 @@ def products(ir: str) -> dict[Lines, int]:
                 elements = 1
                 for length in shape[1].split("x"):
                     elements *= int(length)
-                sizes[one.operands()[2] in fresh] += elements
+                sizes[one.operands[2] in fresh] += elements
             for region in one.regions:
                 visit(region, fresh, one if one.name in LOOPS else loop)
         if loop is not None and (elements := sizes[True] or sizes[False]):
@@ -116,6 +118,31 @@ def products(ir: str) -> dict[Lines, int]:
 
     visit(kernel.body, frozenset(), None)
     return made
+
+
+def memory_uses(ir: str) -> dict[str, int]:
+    """Return, for each argument that is a pointer, 1 if its memory is read or written, 2 if both."""
+    kernel = parse(ir)
+    reads: set[str] = set()
+    writes: set[str] = set()
+    bases = {f"%{name}": name for name in kernel.arguments}
+
+    def visit(operations: list[Operation]) -> None:
+        for one in operations:
+            operands = [name for name in one.operands if name in bases]
+            if one.name == "scf.for":
+                bases.update({name: bases[start] for name, start in _carried(one) if start in bases})
+            for region in one.regions:
+                visit(region)
+            if one.name == "tt.load":
+                reads.add(bases[operands[0]])
+            elif one.name == "tt.store":
+                writes.add(bases[operands[0]])
+            elif operands and "!tt.ptr" in one.text:
+                bases.update(dict.fromkeys(one.results, bases[operands[0]]))
+
+    visit(kernel.body)
+    return {name: (name in reads) + (name in writes) for name in kernel.arguments if name in reads | writes}
 
 
 class ProgramRun:
@@ -138,7 +165,7 @@ class ProgramRun:
             if one.name == "tt.return":
                 break
             if one.name in ("cf.br", "cf.cond_br"):
-                condition = 1 if one.name == "cf.br" else values.get(one.operands()[0])
+                condition = 1 if one.name == "cf.br" else values.get(one.operands[0])
                 targets = re.findall(r"\^\w+", one.text)
                 index = labels[targets[0] if condition or condition is None and len(targets) == 1 else targets[-1]]
                 continue
@@ -150,7 +177,7 @@ class ProgramRun:
         """Run a region and return what it yields."""
         for one in operations:
             if one.name in ("scf.yield", "scf.condition"):
-                return [values.get(name) for name in one.operands()]
+                return [values.get(name) for name in one.operands]
             self.operation(one, values)
         return []
 
@@ -172,7 +199,7 @@ class ProgramRun:
         assert header is not None, one.text
         variable, *bounds = header.groups()
         begin, end, step = (values.get(name) for name in bounds)
-        carried = re.findall(r"(%\S+) = (%[^\s,)]+)", one.text.partition("iter_args")[2])
+        carried = _carried(one)
         lines = resolve(one.location, self.kernel.locations)
         if None in (begin, end, step):
             self.unknown.add(lines)
@@ -197,7 +224,7 @@ class ProgramRun:
         carried = re.findall(r"(%\S+) = (%[^\s,)]+)", one.text)
         state = [values.get(initial) for _, initial in carried]
         names = [name for name, _ in carried]
-        passed = one.regions[1][0].operands() if one.regions[1] and one.regions[1][0].name == "label" else names
+        passed = one.regions[1][0].operands if one.regions[1] and one.regions[1][0].name == "label" else names
         for _ in range(MOST_TRIPS):
             inside = {**values, **_known(names, state)}
             condition, *state = self.region(one.regions[0], inside)
@@ -213,7 +240,7 @@ class ProgramRun:
 
     def branch(self, one: Operation, values: Environment) -> list[Any]:
         """Run the side of an `if` that is taken; where that is not known, the first one, whose results are not."""
-        condition = values.get(one.operands()[0])
+        condition = values.get(one.operands[0])
         if condition is None:
             self.region(one.regions[0], dict(values))
             return []
@@ -228,7 +255,7 @@ class ProgramRun:
         if one.name in ("tt.get_program_id", "tt.get_num_programs"):
             of = self.place if one.name == "tt.get_program_id" else self.sizes
             return of["xyz".index(one.text.split()[0])]
-        operands = [values.get(name) for name in one.operands()]
+        operands = [values.get(name) for name in one.operands]
         if one.name == "arith.select":
             return None if operands[0] is None else operands[1 if operands[0] else 2]
         if not operands or operands[0] is None:
@@ -247,6 +274,11 @@ class ProgramRun:
         if one.name in ("arith.extsi", "arith.extui", "arith.trunci", "arith.index_cast"):
             return operands[0]
         return ARITHMETIC[one.name](*operands) if one.name in ARITHMETIC else None
+
+
+def _carried(one: Operation) -> list[tuple[str, str]]:
+    """Return the values that the trips of a `for` hand on: their names inside, and what they start from."""
+    return re.findall(r"(%\S+) = (%[^\s,)]+)", one.text.partition("iter_args")[2])
 
 
 def _known(names: Sequence[str], state: Sequence[Any]) -> Environment:
