@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -57,11 +55,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     os.environ[kernels.FORM_VARIABLE] = "reference"  # its products are PyTorch's, which can be rounded
+    torch.set_num_threads(1)  # its operators are small
     work = arguments.work or Path(tempfile.mkdtemp(prefix="iisan-fast-"))
     view = ViewConfig(VIEW, source="title", encoder=minilm(), pooling="mean", layers=LAYERS)
     encode(arguments.dataset, [view], work / "states")
+    options = ["--steps", arguments.steps, "--seeds", *arguments.seeds]
     result = {
-        "command": shlex.join(["python", "benchmarks/loss_in_bfloat16.py", "DATASET", *sys.argv[2:]]),
+        "command": " ".join(map(str, ["python benchmarks/loss_in_bfloat16.py DATASET", *options])),
         **origin(arguments.dataset.resolve().name, CPU),
         "limit": LIMIT,
         **compare(arguments.dataset, work / "states", arguments.seeds, arguments.steps),
@@ -79,8 +79,9 @@ def compare(folder: Path, cache: Path, seeds: list[int], steps: int) -> dict[str
         config = RunConfig(str(folder), cache=str(cache), views=(VIEW,), protocol=PROTOCOL, train=train)
         with open_source(config, dataset, CPU, "auto", resolve_precision(config, CPU)) as (source, _):
             losses = train_side_by_side(config, dataset, source, steps)
-        seeds_figures.append({"seed": seed, "float32_losses": losses[FLOAT32], "differences": differences(losses)})
-        print(json.dumps({name: figures["largest"] for name, figures in seeds_figures[-1]["differences"].items()}))
+        figures = differences(losses)
+        seeds_figures.append({"seed": seed, "float32_losses": losses[FLOAT32], "differences": figures})
+        print(f"seed {seed}:", {name: of_form["largest"] for name, of_form in figures.items()}, flush=True)
     largest = {
         name: max(figures["differences"][name]["largest"] for figures in seeds_figures)
         for name in (EXCEPT_LOSS, BFLOAT16)
