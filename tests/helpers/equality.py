@@ -6,7 +6,7 @@ the independently written reference (padded, one user at a time) for every case,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,21 @@ class Result:
 
 def from_reference(step: Step) -> Result:
     """The specification: tests/reference_step.py on plain lists and tensors."""
-    parameters = {name: parameter.detach().clone().requires_grad_() for name, parameter in _named(step.recommender())}
+    parameters = first_parameters(step)
+    loss = reference_loss_of(step, parameters)
+    loss.backward()
+    return Result(loss.detach(), {name: parameter.grad for name, parameter in parameters.items()})
+
+
+def first_parameters(step: Step) -> dict[str, Tensor]:
+    """Return copies of a step's weights, to be trained, under the reference's names."""
+    return {
+        name: parameter.detach().clone().requires_grad_() for name, parameter in named_by_reference(step.recommender())
+    }
+
+
+def reference_loss_of(step: Step, parameters: dict[str, Tensor]) -> Tensor:
+    """Return the loss of a step by the specification, of these parameters."""
     offsets, items = step.sequences.training
     model = step.model
     settings = ReferenceSettings(
@@ -85,7 +99,7 @@ def from_reference(step: Step) -> Result:
         inter=model.inter is not False,
     )
     views = step.table.views
-    loss = reference_loss(
+    return reference_loss(
         parameters,
         settings,
         views[0],
@@ -95,8 +109,13 @@ def from_reference(step: Step) -> Result:
         torch.from_numpy(step.sequences.popularity),
         step.step,
     )
-    loss.backward()
-    return Result(loss.detach(), {name: parameter.grad for name, parameter in parameters.items()})
+
+
+def rates_by_name(step: Step, rates: Mapping[str, float]) -> dict[str, float]:
+    """Return the learning rate of each parameter, under the reference's names."""
+    model = step.recommender()
+    rate_of = {id(weight): rates[group] for group, weights in model.parameter_groups().items() for weight in weights}
+    return {name: rate_of[id(parameter)] for name, parameter in named_by_reference(model)}
 
 
 def from_recommender(step: Step) -> Result:
@@ -243,7 +262,7 @@ def _two_batches(step: Step) -> list[tuple[np.ndarray, int]]:
     return [(strangers if len(strangers) else step.users[:1], step.step + 1), (step.users, step.step)]
 
 
-def _named(model: Recommender) -> list[tuple[str, Tensor]]:
+def named_by_reference(model: Recommender) -> list[tuple[str, Tensor]]:
     """The parameters under the reference's names."""
     return [(name.removeprefix("item_encoder."), parameter) for name, parameter in model.named_parameters()]
 
@@ -255,7 +274,7 @@ def _differentiated(model: Recommender, loss: Tensor) -> Result:
 
 def _result(model: Recommender, loss: Tensor) -> Result:
     """Return a loss and the gradients that it left in the model."""
-    gradients = {name: parameter.grad.double().cpu() for name, parameter in _named(model)}
+    gradients = {name: parameter.grad.double().cpu() for name, parameter in named_by_reference(model)}
     return Result(loss.detach().double().cpu(), gradients)
 
 

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from helpers.compiler import needs_compiler
 from helpers.datasets import make_sequences
-from helpers.equality import FORMS, Result, Step, from_reference, scientific_step
+from helpers.equality import (
+    FORMS,
+    Result,
+    Step,
+    first_parameters,
+    from_reference,
+    named_by_reference,
+    rates_by_name,
+    reference_loss_of,
+    scientific_step,
+)
 from helpers.tables import random_table
 from iisan_fast.config import ModelConfig
+from iisan_fast.data.batches import Batch, epoch_batches
+from iisan_fast.data.sequences import Sequences
+from iisan_fast.states.loader import prepared_batches
+from iisan_fast.training.checkpoints import (
+    adam_tensors,
+    load_adam,
+    load_checkpoint,
+    load_weights,
+    named_weights,
+    save_checkpoint,
+)
+from iisan_fast.training.fused_step import CpuFusedStep
 
 IISAN = dict(embedding_dim=16, bottleneck=8)
 VERSA = dict(IISAN, method="iisan-versa")
@@ -111,3 +137,56 @@ def test_step_at_published_sizes_on_one_real_batch(form, published):
     """Width 768, seven layers, three towers: the 4,113,877 parameters of the paper, over the batch's own items."""
     step, result = published(min(8, FORMS[form].users))
     FORMS[form].check(step, result)
+
+
+RATES = {"adapters": 1e-3, "gates": 2e-3, "heads": 3e-3, "sequence_encoder": 4e-3}
+
+
+def two_epochs(sequences: Sequences) -> list[list[Batch]]:
+    """Batches of five users; the last of an epoch is ragged."""
+    return [list(epoch_batches(sequences, 5, 3, epoch)) for epoch in range(2)]
+
+
+def trained_by_reference(step: Step) -> dict[str, torch.Tensor]:
+    """The weights after both epochs, by the specification and PyTorch's Adam."""
+    parameters, rates = first_parameters(step), rates_by_name(step, RATES)
+    adam = torch.optim.Adam([{"params": [weight], "lr": rates[name]} for name, weight in parameters.items()])
+    for batch in itertools.chain(*two_epochs(step.sequences)):
+        adam.zero_grad()
+        taken = dataclasses.replace(step, users=batch.users.numpy(), step=batch.step)
+        reference_loss_of(taken, parameters).backward()
+        adam.step()
+    return {name: weight.detach() for name, weight in parameters.items()}
+
+
+def saved_and_loaded(fused: CpuFusedStep, step: Step, path: Path) -> CpuFusedStep:
+    """The step of a run that was stopped and goes on from its checkpoint."""
+    model = fused.model
+    save_checkpoint(path, {**named_weights(model), **adam_tensors(model, fused.optimizer)}, {"epoch": 1})
+    again, (tensors, _) = CpuFusedStep(step.recommender(), RATES), load_checkpoint(path)
+    load_weights(again.model, tensors, path)
+    load_adam(again.model, again.optimizer, tensors, path)
+    return again
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", ["iisan", "iisan without gates, GELU", "one view"])
+def test_fused_steps_in_a_row_follow_the_reference_and_resume_exactly(case, tmp_path):
+    rng = np.random.default_rng(2)
+    sequences = make_sequences([rng.integers(1, 31, length).tolist() for length in rng.integers(4, 14, 13)], items=30)
+    model, shapes = CASES[case]
+    step = Step(model, random_table(shapes, 30), sequences, np.arange(13), step=0)
+    expected, results = trained_by_reference(step), []
+    for resumed in (False, True):
+        fused = CpuFusedStep(step.recommender(), RATES)
+        for number, batches in enumerate(two_epochs(sequences)):
+            if number and resumed:
+                fused = saved_and_loaded(fused, step, tmp_path / "last.safetensors")
+            for prepared in prepared_batches(iter(batches), step.table, torch.device("cpu")):
+                fused(prepared.batch, prepared.item_inputs)
+        assert fused.storage.steps == 6
+        results.append({name: weight.detach() for name, weight in named_by_reference(fused.model)})
+    assert results[0].keys() == expected.keys()
+    for name, weight in expected.items():
+        assert (results[0][name] - weight).abs().max() <= 1e-9 * weight.abs().max(), name
+        assert torch.equal(results[1][name], results[0][name]), name

@@ -1,4 +1,4 @@
-"""The fused step: its composition, its form on a CPU beside autograd, and the models and batches that it refuses."""
+"""The fused step on a CPU beside autograd, and the models and batches that it refuses."""
 
 from __future__ import annotations
 
@@ -27,12 +27,7 @@ from iisan_fast.kernels.cpu.step import CpuStep
 from iisan_fast.kernels.cpu.step_calls import StepCalls
 from iisan_fast.models.recommender import Recommender
 from iisan_fast.states.feature_table import FeatureTable
-from iisan_fast.training.fused_step import (
-    CapturedFusedStep,
-    CpuFusedStep,
-    fused_step_refusal,
-    step_stages,
-)
+from iisan_fast.training.fused_step import CpuFusedStep, fused_step_refusal
 from iisan_fast.training.training_step import Reading, TrainingStep
 
 pytestmark = [
@@ -296,59 +291,6 @@ def test_what_a_mark_raises_comes_out_when_all_calls_have_ended():
     with pytest.raises(ZeroDivisionError):
         step(batch(), table.read(batch().distinct), fail)
     check(step, batch(), table)
-
-
-# The composition
-
-
-class Logged:
-    """An op whose methods write their names down."""
-
-    def __init__(self, name: str, calls: list[str]) -> None:
-        for method in ("forward", "backward", "update"):
-            setattr(self, method, lambda method=method: calls.append(f"{name}.{method}"))
-
-
-ORDER = (
-    "batch.forward fold.forward | towers.forward | sequence.forward loss.forward record.forward | loss.backward "
-    "sequence.backward collect.backward towers.backward fold.backward | adam.update"
-)
-
-
-def test_a_captured_step_runs_all_ops_in_order_and_is_captured_once():
-    calls, captured = [], []
-
-    def capture(run: Callable[[], None]) -> Callable[[], None]:
-        captured.append(run)
-        return run
-
-    model = build(*CASES["three towers"], dtype=torch.float32)
-    made_from = []
-
-    def make_ops(tensors: kernels.StepTensors) -> kernels.StepOps:
-        made_from.append(tensors)
-        return kernels.StepOps(*(Logged(name, calls) for name in kernels.StepOps._fields))
-
-    step = CapturedFusedStep(model, RATES, CPU, torch.bfloat16, make_ops, capture)
-    assert len(captured) == 1 and not calls
-    for _ in range(2):
-        assert step() is step.loss
-    assert calls == 2 * ORDER.replace("| ", "").split()
-    (tensors,) = made_from
-    assert tensors.operands.fusion.dtype == torch.bfloat16 and tensors.operand_buffer is step.storage.operand
-    assert tensors.record is step.record and tensors.loss is step.loss and tensors.adam.steps is step.storage.steps
-    assert step.optimizer.state.keys() == set(model.parameters())
-
-
-def test_stages_end_where_collectives_go():
-    """After the item vectors, and after the gradients."""
-    calls: list[str] = []
-    ops = kernels.StepOps(*(Logged(name, calls) for name in kernels.StepOps._fields))
-    for stage in step_stages(ops):
-        for method in stage.methods:
-            method()
-        calls.append("|")
-    assert " ".join(calls[:-1]) == ORDER
 
 
 # What is refused

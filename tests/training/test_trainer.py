@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.compiler import needs_compiler
 from iisan_fast.config import EvaluationConfig, ModelConfig, RunConfig, TrainConfig
 from iisan_fast.data.epoch_plan import steps_per_epoch
 from iisan_fast.errors import InputError
 from iisan_fast.files import whole_file
+from iisan_fast.kernels import FORM_VARIABLE
 from iisan_fast.states.store import Store, content_digest
 from iisan_fast.training.best_run import evaluate_run
 from iisan_fast.training.checkpoints import load_checkpoint, save_checkpoint
@@ -55,6 +57,26 @@ def test_a_run_learns_and_leaves_a_self_sufficient_folder(tmp_path, config):
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["torch"] == torch.__version__
     again = evaluate_run(tmp_path / "run", "test", EvaluationConfig(), CPU)
     assert again["test"] == result["test"] and again["popularity"] == result["popularity"]
+
+
+@needs_compiler
+def test_a_side_network_trains_fused_and_another_model_says_why_not(tmp_path, config, caplog, monkeypatch):
+    config = with_train(config, max_epochs=1)
+    caplog.set_level("INFO")
+    train(config, tmp_path / "fused", CPU)
+    assert "training by autograd" not in caplog.text
+    monkeypatch.setenv(FORM_VARIABLE, "reference")
+    train(config, tmp_path / "reference", CPU)
+    monkeypatch.delenv(FORM_VARIABLE)
+    phm = dataclasses.replace(config, model=dataclasses.replace(config.model, sanb="phm"))
+    train(phm, tmp_path / "phm", CPU)
+    reasons = [record.message for record in caplog.records if record.message.startswith("training by autograd: ")]
+    assert [reason.removeprefix("training by autograd: ") for reason in reasons] == [
+        "IISAN_FAST_FORM names reference",
+        "its towers' weights are products of others",
+    ]
+    fused, reference = (lines(tmp_path / name)[0]["loss"] for name in ("fused", "reference"))
+    assert fused == pytest.approx(reference, rel=1e-5)
 
 
 def test_evaluation_needs_nothing_but_the_run_folder(tmp_path, config):
