@@ -7,6 +7,7 @@ import torch
 
 from iisan_fast.bench import gpu_timing, ops
 from iisan_fast.bench.gpu_timing import EAGER, GRAPH, WALL_CLOCK, device_timing
+from iisan_fast.bench.graph_nodes import captured_nodes
 
 CUDA = torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -80,3 +81,19 @@ def test_a_call_that_waits_for_the_device_is_timed_eagerly():
         timing = device_timing(value.item)
         assert timing.timed.startswith(EAGER + "RuntimeError: ")
         assert device_timing(lambda: value + 1).timed == GRAPH  # and the next one is captured again
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_captured_graph_has_a_node_for_each_launch():
+    device = torch.device("cuda", torch.cuda.current_device())
+    x, y = (torch.zeros(8, device=device) for _ in range(2))
+
+    def run() -> None:
+        torch.add(x, 1, out=y)
+        y.mul_(2)
+        x.copy_(y)
+
+    run()
+    nodes = captured_nodes(run, device)
+    assert nodes["kernel"] == 2 and nodes.total() == 3
