@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .fold_heads_kernels import at, mixed_up_bias, pair_of_layers
+from .fold_heads_kernels import at, pair_of_layers
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def down_gradients(
     """Rows of one layer's W_down: of_down + sum over j < k of c[k, j] (of_composites W_up,j^T + of_bias b_up,j^T)."""
     m_r, m_d = o_r < R, o_d < D
     total = tl.zeros((BR, BD), tl.float32)
+    up_biases = tl.zeros((BD,), tl.float32)  # the sum over j < k of c[k, j] b_up,j
     for step in range(0, k * tl.cdiv(R, BR)):
         j = step // tl.cdiv(R, BR)
         o_c = step % tl.cdiv(R, BR) * BR + tl.arange(0, BR)
@@ -42,10 +43,12 @@ def down_gradients(
         b_gradient = tl.load(p_gradient, mask=m_r[:, None] & m_c[None, :], other=0.0)
         p_up = operands_ptr + up + (j * D + o_d[:, None]) * R + o_c[None, :]
         b_up = tl.load(p_up, mask=m_d[:, None] & m_c[None, :], other=0.0)
-        b_gradient *= tl.load(carries_ptr + k * BK + j)
+        carry = tl.load(carries_ptr + k * BK + j)
+        b_gradient *= carry
         total = tl.dot(b_gradient.to(b_up.dtype), b_up.T, total, input_precision=PRECISION)
-    b_up_bias = mixed_up_bias(weights_ptr, up_bias, carries_ptr + k * BK, o_d, K, D)
-    total += tl.load(of_bias_ptr + k * R + o_r, mask=m_r, other=0.0)[:, None] * b_up_bias[None, :]
+        b_up_bias = tl.load(weights_ptr + up_bias + j * D + o_d, mask=m_d, other=0.0)
+        up_biases += tl.where(step % tl.cdiv(R, BR) == 0, carry, 0.0) * b_up_bias
+    total += tl.load(of_bias_ptr + k * R + o_r, mask=m_r, other=0.0)[:, None] * up_biases[None, :]
     o_down = (k * R + o_r[:, None]) * D + o_d[None, :]
     mask = m_r[:, None] & m_d[None, :]
     total += tl.load(of_down_ptr + o_down, mask=mask, other=0.0)
@@ -80,12 +83,12 @@ def projection_gradients(
     """Columns of a tower's projection, as `down_gradients`, and of what they give to middle inner: outer^T times it."""
     o_f = tl.arange(0, BPART)
     m_f, m_d = o_f < PART, o_d < D
-    b_up_bias = mixed_up_bias(weights_ptr, up_bias, carries_ptr, o_d, K, D)
     of_folded = tl.zeros((BPART, BD), tl.float32)
     for i_e in range(0, DIM, BR):
         o_e = i_e + tl.arange(0, BR)
         m_e = o_e < DIM
         total = tl.zeros((BR, BD), tl.float32)
+        up_biases = tl.zeros((BD,), tl.float32)
         for step in range(0, K * tl.cdiv(R, BR)):
             j = step // tl.cdiv(R, BR)
             o_c = step % tl.cdiv(R, BR) * BR + tl.arange(0, BR)
@@ -94,9 +97,12 @@ def projection_gradients(
             b_gradient = tl.load(p_gradient, mask=m_c[:, None] & m_e[None, :], other=0.0)
             p_up = operands_ptr + up + (j * D + o_d[:, None]) * R + o_c[None, :]
             b_up = tl.load(p_up, mask=m_d[:, None] & m_c[None, :], other=0.0)
-            b_gradient *= tl.load(carries_ptr + j)
+            carry = tl.load(carries_ptr + j)
+            b_gradient *= carry
             total = tl.dot(b_gradient.to(b_up.dtype).T, b_up.T, total, input_precision=PRECISION)
-        total += tl.load(of_vector_bias_ptr + o_e, mask=m_e, other=0.0)[:, None] * b_up_bias[None, :]
+            b_up_bias = tl.load(weights_ptr + up_bias + j * D + o_d, mask=m_d, other=0.0)
+            up_biases += tl.where(step % tl.cdiv(R, BR) == 0, carry, 0.0) * b_up_bias
+        total += tl.load(of_vector_bias_ptr + o_e, mask=m_e, other=0.0)[:, None] * up_biases[None, :]
         o_total = o_e[:, None] * D + o_d[None, :]
         mask = m_e[:, None] & m_d[None, :]
         total += tl.load(of_projections_ptr + o_total, mask=mask, other=0.0)

@@ -120,8 +120,8 @@ def plainly_folded(weights: RecommenderWeights) -> list[Tensor]:
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            {"kinds": INTRA_AND_INTER, "width": 160, "bottleneck": 80, "dim": 72, "hidden": [72, 72, 160]},
-            id="Versa, several tiles a side",
+            {"kinds": [(0,), (0, 1)], "width": 96, "dim": 16, "hidden": [16, 96], "layers": 2},
+            id="several tiles of the width",
             marks=pytest.mark.slow,
         ),
     ],
