@@ -2,20 +2,131 @@
 
 The forward is row-stationary with a running maximum. The gradient of the queries is row-stationary too, that of the
 items column-stationary; each makes the logits again, so there are no atomics and results repeat bit for bit.
-Everything but the operands of the products is fp32.
+Everything but the operands of the products is fp32. The pair of a training step and the public op run the same kernels.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from ..types import StepBatch, StepShape
 from . import inbatch_cross_entropy_kernels as device
-from .configurations import configuration
+from .configurations import Configuration, configuration
 from .launch import block, fit_range, launch, precision
+
+EMBEDDING_DIMS = (32, 64, 128)  # of the pair; the op pads others
+ROW_BLOCK = 128  # a multiple of every BM: row results are allocated in such blocks
+
+
+class LossOperands(NamedTuple):
+    """The kernels' operands, contiguous. An operand that is not read is any tensor."""
+
+    queries: Tensor  # [R, d]
+    items: Tensor  # [V, d]
+    targets: Tensor  # int32 [R]
+    inputs: Tensor  # int32 [R]: -1 where the row is none; read with tile_rows
+    row_users: Tensor  # int32 [R]; read where there is a mask
+    bits: Tensor  # int32 [words, users]; read where there is a mask
+    bias: Tensor  # [V rounded up to 32]: log2 m - log2 p, minus infinity beyond the columns
+    log2_p: Tensor  # [V]
+    header: Tensor  # int32, of a `StepBatch`; read with tile_rows
+    tile_rows: int  # 0 where there is no header: all rows and columns count
+    is_masked: bool
+
+    def configuration(self, kernel: str) -> Configuration:
+        """Return a kernel's configuration for these operands."""
+        rows, d = self.queries.shape
+        return configuration(kernel, rows, self.queries.dtype, self.queries.device, d)
+
+    def meta(self) -> dict[str, Any]:
+        """Return the constants that all kernels take."""
+        return {
+            "TILE_ROWS": self.tile_rows,
+            "MASKED": self.is_masked,
+            "PRECISION": precision(self.queries.dtype),
+            "BD": self.queries.shape[1],
+        }
+
+
+class RowResults(NamedTuple):
+    """The forward's results, fp32: losses [R], and two of whole blocks of rows, which the backward reads."""
+
+    losses: Tensor
+    log2_z: Tensor  # infinite where the row is none
+    target_weights: Tensor  # probability of the target minus 1
+
+    @classmethod
+    def empty(cls, rows: int, like: Tensor) -> RowResults:
+        """Return uninitialised results on the device of a tensor."""
+        sizes = (rows, *2 * (padded_rows(rows),))
+        return cls(*(like.new_empty(size, dtype=torch.float32) for size in sizes))
+
+
+class InbatchCrossEntropy:
+    """The loss of a training step's packed batch, forward and backward; the gradient is that of the mean over its rows.
+
+    `losses` [M] are in nats, 0 where a row is none; `of_states` [M, d] is the states' gradient, 0 there in the batch's
+    tiles and not written beyond them. `ItemVectorGradients` completes the gradient of the items. Vectors beyond the
+    batch's items are not used; states of rows that are none, within the batch's tiles, must be finite.
+    """
+
+    def __init__(
+        self,
+        state_operands: Tensor,
+        vector_operands: Tensor,
+        batch: StepBatch,
+        column_bias: Tensor,
+        column_log2_popularity: Tensor,
+        shape: StepShape,
+        dtype: torch.dtype,
+    ) -> None:
+        """Allocate all memory. Raises ValueError for an embedding dimension that has no kernel, and other dtypes.
+
+        Args: state_operands [M, d] and vector_operands [V, d] in `dtype`; column_bias and column_log2_popularity as
+        `SelectBatch` writes them.
+        """
+        rows, d = state_operands.shape
+        if d not in EMBEDDING_DIMS:
+            raise ValueError(f"embedding dimension: expected one of {EMBEDDING_DIMS}, found {d}")
+        if (state_operands.dtype, vector_operands.dtype) != (dtype, dtype):
+            raise ValueError(
+                f"operands: expected {dtype}, found states of {state_operands.dtype} and vectors of "
+                f"{vector_operands.dtype}"
+            )
+        self.batch, self.shape = batch, shape
+        self.operands = LossOperands(
+            state_operands,
+            vector_operands,
+            batch.targets,
+            batch.inputs,
+            batch.row_users,
+            batch.history_bits,
+            column_bias,
+            column_log2_popularity,
+            batch.header,
+            shape.tile_rows,
+            is_masked=True,
+        )
+        self.results = RowResults.empty(rows, like=state_operands)
+        self.losses = self.results.losses
+        self.of_states = torch.empty_like(state_operands, dtype=torch.float32)
+        self.item_parts = new_item_parts(self.operands)
+
+    def forward(self) -> None:
+        """Write the losses."""
+        row_losses(self.operands, self.results)
+
+    def backward(self) -> None:
+        """Write the gradient of the states, and the parts of the items' gradient."""
+        no_gradient = self.losses  # the mean's is in the kernels
+        query_gradients(self.operands, self.results, no_gradient, self.of_states)
+        item_gradients(self.operands, self.results, no_gradient, self.item_parts)
 
 
 def inbatch_cross_entropy(
@@ -28,9 +139,19 @@ def inbatch_cross_entropy(
     log_popularity: Tensor | None,
 ) -> Tensor:
     """Return the reference's losses in fp32 [R]; the caller has checked the arguments."""
-    queries, items = (operand if operand.stride(1) == 1 else operand.contiguous() for operand in (queries, items))
-    others = (targets, row_users, history_bits, log_multiplicity, log_popularity)
-    losses, _ = _row_losses(queries, items, *(value if value is None else value.contiguous() for value in others))
+    columns = len(items)
+    zeros = torch.zeros(columns, dtype=torch.float32, device=items.device)
+    log2_p = zeros if log_popularity is None else log_popularity.float() / math.log(2)
+    log2_m = zeros if log_multiplicity is None else log_multiplicity.float() / math.log(2)
+    losses, _, _ = _row_losses(
+        _whole(queries),
+        _whole(items),
+        targets.to(torch.int32),
+        None if row_users is None else row_users.to(torch.int32),
+        None if history_bits is None else history_bits.T.contiguous(),
+        F.pad(log2_m - log2_p, (0, -columns % 32), value=-math.inf),
+        log2_p,
+    )
     return losses
 
 
@@ -40,40 +161,19 @@ def _row_losses(
     items: Tensor,
     targets: Tensor,
     row_users: Tensor | None,
-    history_bits: Tensor | None,
-    log_multiplicity: Tensor | None,
-    log_popularity: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(loss, log Z), both fp32 [R]."""
-    (rows, d), columns = queries.shape, len(items)
-    losses, log_z = (torch.empty(rows, dtype=torch.float32, device=queries.device) for _ in range(2))
-    chosen = configuration("loss_forward", rows, queries.dtype, queries.device, d)
-    launch(
-        device.forward,
-        "loss_forward",
-        (triton.cdiv(rows, chosen.blocks["BM"]),),
-        chosen,
-        queries,
-        queries.stride(0),
-        items,
-        items.stride(0),
-        targets,
-        *_columns(items, row_users, history_bits, log_multiplicity, log_popularity),
-        losses,
-        log_z,
-        rows,
-        columns,
-        d,
-        **_meta(queries, history_bits, log_multiplicity, log_popularity),
-        **chosen.blocks,
-    )
-    return losses, log_z
+    bits: Tensor | None,
+    bias: Tensor,
+    log2_p: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `RowResults` of operands that are laid out for the kernels."""
+    results = RowResults.empty(len(queries), like=queries)
+    row_losses(_operands(queries, items, targets, row_users, bits, bias, log2_p), results)
+    return tuple(results)
 
 
 @_row_losses.register_fake
-def _(queries, items, targets, row_users, history_bits, log_multiplicity, log_popularity):
-    losses = queries.new_empty(queries.shape[0], dtype=torch.float32)
-    return losses, torch.empty_like(losses)
+def _(queries, items, targets, row_users, bits, bias, log2_p):
+    return tuple(RowResults.empty(queries.shape[0], like=queries))
 
 
 @torch.library.custom_op("iisan_fast::row_losses_backward", mutates_args=())
@@ -83,63 +183,30 @@ def _row_losses_backward(
     items: Tensor,
     targets: Tensor,
     row_users: Tensor | None,
-    history_bits: Tensor | None,
-    log_multiplicity: Tensor | None,
-    log_popularity: Tensor | None,
-    log_z: Tensor,
+    bits: Tensor | None,
+    bias: Tensor,
+    log2_p: Tensor,
+    log2_z: Tensor,
+    target_weights: Tensor,
     of_queries: bool,
     of_items: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of queries and items in their dtypes; one that is not wanted is an empty tensor."""
-    rows, columns, d = len(queries), len(items), queries.shape[1]
-    column_data = _columns(items, row_users, history_bits, log_multiplicity, log_popularity)
-    shared = (queries, queries.stride(0), items, items.stride(0), targets, *column_data, log_z)
-    meta = _meta(queries, history_bits, log_multiplicity, log_popularity)
-    query_gradients = torch.empty((rows, d) if of_queries else 0, dtype=queries.dtype, device=queries.device)
-    item_gradients = torch.empty(0, dtype=items.dtype, device=items.device)
+    """Return the gradients of queries and items in their dtypes; one that is not wanted is an empty tensor."""
+    operands = _operands(queries, items, targets, row_users, bits, bias, log2_p)
+    results = RowResults(gradient, log2_z, target_weights)
+    gradient = gradient.float().contiguous()
+    query_gradient = queries.new_empty(queries.shape if of_queries else 0)
+    item_gradient = items.new_zeros(items.shape if of_items else 0)
     if of_queries:
-        chosen = configuration("loss_query_gradients", rows, queries.dtype, queries.device, d)
-        launch(
-            device.query_gradients,
-            "loss_query_gradients",
-            (triton.cdiv(rows, chosen.blocks["BM"]),),
-            chosen,
-            *shared,
-            gradient,
-            gradient.stride(0),
-            query_gradients,
-            rows,
-            columns,
-            d,
-            **meta,
-            **chosen.blocks,
-        )
-    if of_items:
-        chosen = configuration("loss_item_gradients", rows, queries.dtype, queries.device, d)
-        blocks = {name: chosen.blocks[name] for name in ("BM", "BN")}
-        tiles, column_tiles = triton.cdiv(rows, blocks["BM"]), triton.cdiv(columns, blocks["BN"])
-        splits = max(1, min(tiles, chosen.blocks["PROGRAMS"] // max(1, column_tiles)))
+        query_gradients(operands, results, gradient, query_gradient)
+    if of_items and len(queries):
         gradient, factor = fit_range(gradient, items.dtype)
-        parts = torch.empty((splits, columns, d), dtype=torch.float32, device=items.device)
-        launch(
-            device.item_gradients,
-            "loss_item_gradients",
-            (column_tiles, splits),
-            chosen,
-            *shared,
-            gradient,
-            gradient.stride(0),
-            parts,
-            rows,
-            columns,
-            d,
-            triton.cdiv(tiles, splits),
-            **meta,
-            **blocks,
-        )
-        total = parts.sum(0)
-        item_gradients = (total if factor is None else total / factor).to(items.dtype)
-    return query_gradients, item_gradients
+        parts = new_item_parts(operands)
+        item_gradients(operands, results, gradient, parts)
+        columns = triton.cdiv(len(items), parts.shape[1]) * parts.shape[1]
+        total = parts.view(-1, columns, items.shape[1]).sum(0)[: len(items)]
+        item_gradient = (total if factor is None else total / factor).to(items.dtype)
+    return query_gradient, item_gradient
 
 
 @_row_losses_backward.register_fake
@@ -149,10 +216,11 @@ def _(
     items,
     targets,
     row_users,
-    history_bits,
-    log_multiplicity,
-    log_popularity,
-    log_z,
+    bits,
+    bias,
+    log2_p,
+    log2_z,
+    target_weights,
     of_queries,
     of_items,
 ):
@@ -160,11 +228,11 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs, *output[1:])
 
 
-def _backward(ctx: Any, gradient: Tensor, _log_z: None) -> tuple:
+def _backward(ctx: Any, gradient: Tensor, *_others: None) -> tuple:
     needs = ctx.needs_input_grad[:2]
     gradients = _row_losses_backward(gradient, *ctx.saved_tensors, *needs)
     return *(value if need else None for value, need in zip(gradients, needs)), None, None, None, None, None
@@ -173,25 +241,125 @@ def _backward(ctx: Any, gradient: Tensor, _log_z: None) -> tuple:
 _row_losses.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _columns(
+def _whole(operand: Tensor) -> Tensor:
+    """Return rows that are contiguous and as wide as the kernels' tiles: a power of two, zeros at the end."""
+    d = operand.shape[1]
+    return F.pad(operand, (0, block(d, most=1 << 20) - d)).contiguous()
+
+
+def _operands(
+    queries: Tensor,
     items: Tensor,
+    targets: Tensor,
     row_users: Tensor | None,
-    history_bits: Tensor | None,
-    log_multiplicity: Tensor | None,
-    log_popularity: Tensor | None,
-) -> tuple[Any, ...]:
-    """The kernels' arguments for the mask and the two corrections; where there is none, a pointer that is not read."""
-    own = (items, items, 0) if history_bits is None else (row_users, history_bits, history_bits.stride(0))
-    return (*own, *(items if values is None else values for values in (log_multiplicity, log_popularity)))
+    bits: Tensor | None,
+    bias: Tensor,
+    log2_p: Tensor,
+) -> LossOperands:
+    """Return the operands of the op: no header, and no mask where there are no bits."""
+    is_masked = row_users is not None and bits is not None
+    mask = (row_users, bits) if is_masked else (targets, targets)
+    return LossOperands(
+        queries, items, targets, targets, *mask, bias, log2_p, header=targets, tile_rows=0, is_masked=is_masked
+    )
 
 
-def _meta(
-    queries: Tensor, history_bits: Tensor | None, log_multiplicity: Tensor | None, log_popularity: Tensor | None
-) -> dict[str, Any]:
-    return {
-        "BD": block(queries.shape[1], most=1 << 20),
-        "MASKED": history_bits is not None,
-        "COUNTED": log_multiplicity is not None,
-        "DEBIASED": log_popularity is not None,
-        "PRECISION": precision(queries.dtype),
-    }
+def padded_rows(rows: int) -> int:
+    """Return a number of rows in whole blocks."""
+    return -(-rows // ROW_BLOCK) * ROW_BLOCK
+
+
+def new_item_parts(operands: LossOperands) -> Tensor:
+    """Return uninitialised memory for the parts of the items' gradient: fp32 [programs, columns of a program, d].
+
+    A program takes a block of columns and a split of the rows. With a header, whose counts are not known here, there
+    are as many programs as any counts may need.
+    """
+    sizes = operands.configuration("loss_item_gradients").blocks
+    (rows, d), columns = operands.queries.shape, sizes["BN"] * sizes["SUB"]
+    blocks, tiles = triton.cdiv(len(operands.items), columns), triton.cdiv(rows, sizes["BM"])
+    if operands.tile_rows:
+        programs = max(blocks, min(sizes["PROGRAMS"], blocks * tiles))
+    else:
+        programs = blocks * max(1, min(sizes["PROGRAMS"] // blocks, tiles))
+    return operands.items.new_empty((programs, columns, d), dtype=torch.float32)
+
+
+def row_losses(operands: LossOperands, results: RowResults) -> None:
+    """Launch the forward."""
+    rows = len(operands.queries)
+    chosen = operands.configuration("loss_forward")
+    launch(
+        device.forward,
+        "loss_forward",
+        (padded_rows(rows) // chosen.blocks["BM"],),
+        chosen,
+        operands.queries,
+        operands.items,
+        operands.targets,
+        operands.inputs,
+        operands.row_users,
+        operands.bits,
+        operands.bits.stride(0),
+        operands.bias,
+        operands.log2_p,
+        operands.header,
+        *results,
+        rows,
+        len(operands.items),
+        **operands.meta(),
+        **chosen.blocks,
+    )
+
+
+def query_gradients(operands: LossOperands, results: RowResults, gradient: Tensor, out: Tensor) -> None:
+    """Launch the gradient of the queries; gradient [R] fp32 is read without a header."""
+    rows = len(operands.queries)
+    chosen = operands.configuration("loss_query_gradients")
+    launch(
+        device.query_gradients,
+        "loss_query_gradients",
+        (triton.cdiv(rows, chosen.blocks["BM"]),),
+        chosen,
+        operands.queries,
+        operands.items,
+        operands.targets,
+        operands.row_users,
+        operands.bits,
+        operands.bits.stride(0),
+        operands.bias,
+        operands.header,
+        *results[1:],
+        gradient,
+        out,
+        rows,
+        len(operands.items),
+        **operands.meta(),
+        **chosen.blocks,
+    )
+
+
+def item_gradients(operands: LossOperands, results: RowResults, gradient: Tensor, parts: Tensor) -> None:
+    """Launch the parts of the items' gradient; gradient [R] fp32 is read without a header."""
+    chosen = operands.configuration("loss_item_gradients")
+    launch(
+        device.item_gradients,
+        "loss_item_gradients",
+        (len(parts),),
+        chosen,
+        operands.queries,
+        operands.items,
+        operands.targets,
+        operands.row_users,
+        operands.bits,
+        operands.bits.stride(0),
+        operands.bias,
+        operands.header,
+        *results[1:],
+        gradient,
+        parts,
+        len(operands.queries),
+        len(operands.items),
+        **operands.meta(),
+        **chosen.blocks,
+    )

@@ -1,264 +1,342 @@
-"""The Triton kernels of the in-batch cross-entropy; inbatch_cross_entropy.py launches them."""
+"""The Triton kernels of the in-batch cross-entropy; inbatch_cross_entropy.py launches them.
+
+Logarithms are to base 2. A column's logit is s = <q, e> / ln 2 + bias, where bias = log2 m - log2 p. Columns go 32 at a
+time, so that one word of history bits says which of them are a row's own. Own columns, the target among them, are left
+out; the target's logit t is a dot product of its own, and Z starts with its part.
+
+TILE_ROWS tells two layouts of rows apart. Above 0, rows stand in tiles of so many, with gaps: the true counts are in a
+header, a row is none where its input is -1, and the gradient is that of the mean. At 0, all R rows count, and each has
+a gradient. Where a row is none, log2 Z is infinite, so that every probability is 0.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from ..types import HEADER
 
-@triton.jit
-def _rows(ptr, stride, o_r, o_d, R, D):
-    """A tile of rows, zero outside."""
-    return tl.load(
-        ptr + o_r.to(tl.int64)[:, None] * stride + o_d[None, :], mask=(o_r < R)[:, None] & (o_d < D)[None, :], other=0.0
-    )
-
-
-@triton.jit
-def _logits(
-    b_q,  # [BM, BD]
-    b_e,  # [BN, BD]
-    target,  # [BM]
-    user,  # [BM]
-    o_r,
-    o_v,
-    R,
-    V,
-    bits_ptr,
-    bits_stride,
-    log_m_ptr,
-    log_p_ptr,
-    MASKED: tl.constexpr,
-    COUNTED: tl.constexpr,
-    DEBIASED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """(logits [BM, BN], is_target [BM, BN]): <q, e> - log p + log m, minus infinity for the user's own other items.
-
-    The target, which is the user's own too, counts once: without log m.
-    """
-    m_v = o_v < V
-    logits = tl.dot(b_q, b_e.T, input_precision=PRECISION)
-    is_target = target[:, None] == o_v[None, :]
-    if DEBIASED:
-        logits -= tl.load(log_p_ptr + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
-    if COUNTED:
-        log_m = tl.load(log_m_ptr + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
-    if MASKED:
-        p_bits = bits_ptr + user.to(tl.int64)[:, None] * bits_stride + (o_v // 32)[None, :]
-        words = tl.load(p_bits, mask=(o_r < R)[:, None] & m_v[None, :], other=0)
-        is_own = ((words >> (o_v % 32)[None, :]) & 1) == 1
-        if COUNTED:
-            logits += tl.where(is_own | is_target, 0.0, log_m)
-        logits = tl.where(is_own & (is_target == 0), float("-inf"), logits)
-    elif COUNTED:
-        logits += log_m
-    return tl.where(m_v[None, :], logits, float("-inf")), is_target
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+DISTINCT = tl.constexpr(HEADER.index("distinct"))
+ROWS = tl.constexpr(HEADER.index("rows"))
+TILES = tl.constexpr(HEADER.index("tiles"))
 
 
 @triton.jit
-def _users(row_users_ptr, o_r, R, MASKED: tl.constexpr):
-    """Each row's user where there is a mask to look up."""
-    if MASKED:
-        return tl.load(row_users_ptr + o_r, mask=o_r < R, other=0)
+def true_counts(header_ptr, R, V, TILE_ROWS: tl.constexpr):
+    """Return how many rows and columns there are."""
+    if TILE_ROWS > 0:
+        return tl.load(header_ptr + TILES) * TILE_ROWS, tl.load(header_ptr + DISTINCT)
     else:
-        return o_r
+        return R, V
+
+
+@triton.jit
+def row_splits(rows, columns, BM: tl.constexpr, BC: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Return the tiles of BM rows, the blocks of BC columns, and in how many splits of the rows each block is done."""
+    tiles = tl.cdiv(rows, BM)
+    blocks = tl.maximum(tl.cdiv(columns, BC), 1)
+    return tiles, blocks, tl.maximum(tl.minimum(tiles, PROGRAMS // blocks), 1)
+
+
+@triton.jit
+def _whole_rows(ptr, o_r, BD: tl.constexpr):
+    """Load rows [BM, BD]."""
+    return tl.load(ptr + o_r[:, None] * BD + tl.arange(0, BD)[None, :])
+
+
+@triton.jit
+def _own_columns(word, target, i_tile, is_beyond, MASKED: tl.constexpr):
+    """Return which of a tile's 32 columns to leave out of Z, [BM, 32]: the user's own items, or the target alone."""
+    o_c = tl.arange(0, 32)
+    if MASKED:
+        return (tl.where(is_beyond, -1, word)[:, None] & (1 << o_c)[None, :]) != 0
+    else:
+        return ((target - i_tile * 32)[:, None] == o_c[None, :]) | is_beyond
+
+
+@triton.jit
+def _first_words(bits_ptr, row_users_ptr, o_r, MASKED: tl.constexpr):
+    """Return pointers to the rows' history bits of the first tile; without a mask, to a word that is not looked at."""
+    if MASKED:
+        return bits_ptr + tl.load(row_users_ptr + o_r)
+    else:
+        return bits_ptr
+
+
+@triton.jit
+def _next_words(p_word, i_tile, last, bits_stride, MASKED: tl.constexpr):
+    """Return pointers to the rows' history bits of the tile after `i_tile`, or of the last."""
+    if MASKED:
+        return p_word + tl.where(i_tile < last, bits_stride, 0)
+    else:
+        return p_word
 
 
 @triton.jit(do_not_specialize=["R", "V", "bits_stride"])
 def forward(
-    queries_ptr,  # [R, D]
-    queries_stride,
-    items_ptr,  # [V, D]
-    items_stride,
-    targets_ptr,  # [R]
-    row_users_ptr,  # [R]
-    bits_ptr,  # [B, words]
+    queries_ptr,  # [R, BD]
+    items_ptr,  # [V, BD]
+    targets_ptr,  # int32 [R]
+    inputs_ptr,  # int32 [R]: -1 where the row is none; not read without TILE_ROWS
+    row_users_ptr,  # int32 [R]; not read without MASKED, as the next
+    bits_ptr,  # int32 [words, users]
     bits_stride,
-    log_m_ptr,  # [V]
-    log_p_ptr,  # [V]
+    bias_ptr,  # [V rounded up to 32]: minus infinity beyond the last column
+    log2_p_ptr,  # [V]
+    header_ptr,  # int32
     losses_ptr,  # [R]
-    log_z_ptr,  # [R]
+    log2_z_ptr,  # [R rounded up], as the next
+    target_weights_ptr,
     R,
     V,
-    D,
-    BD: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     MASKED: tl.constexpr,
-    COUNTED: tl.constexpr,
-    DEBIASED: tl.constexpr,
     PRECISION: tl.constexpr,
+    BD: tl.constexpr,
     BM: tl.constexpr,
-    BN: tl.constexpr,
+    SUB: tl.constexpr,
 ):
-    """Loss and log Z of a tile of rows."""
-    o_r = tl.program_id(0) * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, BD)
-    b_q = _rows(queries_ptr, queries_stride, o_r, o_d, R, D)
-    target = tl.load(targets_ptr + o_r, mask=o_r < R, other=-1)
-    user = _users(row_users_ptr, o_r, R, MASKED)
-    highest = tl.full((BM,), float("-inf"), tl.float32)
-    z = tl.zeros((BM,), tl.float32)
-    t = tl.zeros((BM,), tl.float32)
-    for i_v in range(0, V, BN):
-        o_v = i_v + tl.arange(0, BN)
-        b_e = _rows(items_ptr, items_stride, o_v, o_d, V, D)
-        logits, is_target = _logits(
-            b_q,
-            b_e,
-            target,
-            user,
-            o_r,
-            o_v,
-            R,
-            V,
-            bits_ptr,
-            bits_stride,
-            log_m_ptr,
-            log_p_ptr,
-            MASKED,
-            COUNTED,
-            DEBIASED,
-            PRECISION,
-        )
-        t += tl.sum(tl.where(is_target, logits, 0.0), 1)
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        base = tl.where(
-            higher == float("-inf"), 0.0, higher
-        )  # a tile may be masked as a whole: -inf - -inf is no number
-        z = z * tl.exp(highest - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
-        highest = higher
-    log_z = highest + tl.log(z)
-    if COUNTED and not MASKED:
-        t -= tl.load(log_m_ptr + target, mask=o_r < R, other=0.0).to(tl.float32)
-    tl.store(losses_ptr + o_r, log_z - t, mask=o_r < R)
-    tl.store(log_z_ptr + o_r, log_z, mask=o_r < R)
+    """Loss, log2 Z and the target's gradient, its probability minus 1, of a tile of rows."""
+    rows, columns = true_counts(header_ptr, R, V, TILE_ROWS)
+    i_row = tl.program_id(0) * BM
+    o_r = i_row + tl.arange(0, BM)
+    if i_row >= rows:
+        tl.store(losses_ptr + o_r, tl.zeros((BM,), tl.float32), mask=o_r < R)
+        tl.store(log2_z_ptr + o_r, tl.full((BM,), float("inf"), tl.float32))
+        tl.store(target_weights_ptr + o_r, tl.zeros((BM,), tl.float32))
+        return
+    o_q = tl.minimum(o_r, rows - 1)
+    last = tl.cdiv(columns, 32) - 1
+    q = _whole_rows(queries_ptr, o_q, BD)
+    target = tl.load(targets_ptr + o_q)
+    log2_p = tl.load(log2_p_ptr + target)
+    t = tl.sum(q.to(tl.float32) * _whole_rows(items_ptr, target, BD).to(tl.float32), 1) * LOG2_E - log2_p
+    multiplicity = tl.exp2(tl.load(bias_ptr + target) + log2_p)
+    is_row = o_r < rows
+    if TILE_ROWS > 0:
+        is_row &= tl.load(inputs_ptr + o_q) >= 0
+    p_word = _first_words(bits_ptr, row_users_ptr, o_q, MASKED)
+    word = tl.load(p_word)
+    if MASKED:
+        own_bits = tl.load(p_word + (target // 32).to(tl.int64) * bits_stride) >> (target % 32)
+        starts = tl.where((own_bits & 1) == 1, 1.0, 1.0 - multiplicity)  # a target that the bits lack is a column too
+    else:
+        starts = multiplicity
+    highest = t
+    z = starts
+    for i_first in range(0, last + 1, SUB):
+        for j in tl.static_range(SUB):
+            i_tile = tl.minimum(i_first + j, last)
+            o_v = i_tile * 32 + tl.arange(0, 32)
+            e = _whole_rows(items_ptr, tl.minimum(o_v, columns - 1), BD)
+            bias = tl.load(bias_ptr + o_v)
+            is_own = _own_columns(word, target, i_tile, i_first + j > last, MASKED)
+            p_word = _next_words(p_word, i_tile, last, bits_stride, MASKED)
+            word = tl.load(p_word)
+            s = tl.dot(q, e.T, input_precision=PRECISION) * LOG2_E + bias[None, :]
+            s = tl.where(is_own, float("-inf"), s)
+            higher = tl.maximum(highest, tl.max(s, 1))
+            z = z * tl.exp2(highest - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
+            highest = higher
+    log2_z = highest + tl.log2(z)
+    tl.store(losses_ptr + o_r, tl.where(is_row, (log2_z - t) * LN_2, 0.0), mask=o_r < R)
+    tl.store(log2_z_ptr + o_r, tl.where(is_row, log2_z, float("inf")))
+    tl.store(target_weights_ptr + o_r, tl.where(is_row, tl.exp2(t - log2_z) * starts - 1, 0.0))
 
 
 @triton.jit(do_not_specialize=["R", "V", "bits_stride"])
 def query_gradients(
-    queries_ptr,  # [R, D]
-    queries_stride,
-    items_ptr,  # [V, D]
-    items_stride,
-    targets_ptr,  # [R]
-    row_users_ptr,  # [R]
-    bits_ptr,  # [B, words]
+    queries_ptr,  # [R, BD]
+    items_ptr,  # [V, BD]
+    targets_ptr,  # int32 [R]
+    row_users_ptr,  # int32 [R]; not read without MASKED, as the next
+    bits_ptr,  # int32 [words, users]
     bits_stride,
-    log_m_ptr,  # [V]
-    log_p_ptr,  # [V]
-    log_z_ptr,  # [R]
-    gradient_ptr,  # [R], any stride
-    gradient_stride,
-    query_gradients_ptr,  # [R, D]
+    bias_ptr,  # [V rounded up to 32]
+    header_ptr,  # int32
+    log2_z_ptr,  # [R rounded up], as the next
+    target_weights_ptr,
+    gradient_ptr,  # [R]; not read with TILE_ROWS
+    query_gradients_ptr,  # [R, BD]
     R,
     V,
-    D,
-    BD: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     MASKED: tl.constexpr,
-    COUNTED: tl.constexpr,
-    DEBIASED: tl.constexpr,
     PRECISION: tl.constexpr,
+    BD: tl.constexpr,
     BM: tl.constexpr,
-    BN: tl.constexpr,
+    SUB: tl.constexpr,
 ):
     """Sum over the columns of (probability - is_target) e, times the row's gradient."""
-    o_r = tl.program_id(0) * BM + tl.arange(0, BM)
-    o_d = tl.arange(0, BD)
-    m_r = o_r < R
-    b_q = _rows(queries_ptr, queries_stride, o_r, o_d, R, D)
-    target = tl.load(targets_ptr + o_r, mask=m_r, other=-1)
-    user = _users(row_users_ptr, o_r, R, MASKED)
-    log_z = tl.load(log_z_ptr + o_r, mask=m_r, other=0.0)
+    rows, columns = true_counts(header_ptr, R, V, TILE_ROWS)
+    i_row = tl.program_id(0) * BM
+    if i_row >= rows:
+        return
+    o_r = i_row + tl.arange(0, BM)
+    o_q = tl.minimum(o_r, rows - 1)
+    last = tl.cdiv(columns, 32) - 1
+    q = _whole_rows(queries_ptr, o_q, BD)
+    target = tl.load(targets_ptr + o_q)
+    log2_z = tl.load(log2_z_ptr + o_q)
+    p_word = _first_words(bits_ptr, row_users_ptr, o_q, MASKED)
+    word = tl.load(p_word)
     total = tl.zeros((BM, BD), tl.float32)
-    for i_v in range(0, V, BN):
-        o_v = i_v + tl.arange(0, BN)
-        b_e = _rows(items_ptr, items_stride, o_v, o_d, V, D)
-        logits, is_target = _logits(
-            b_q,
-            b_e,
-            target,
-            user,
-            o_r,
-            o_v,
-            R,
-            V,
-            bits_ptr,
-            bits_stride,
-            log_m_ptr,
-            log_p_ptr,
-            MASKED,
-            COUNTED,
-            DEBIASED,
-            PRECISION,
-        )
-        weight = tl.exp(logits - log_z[:, None]) - tl.where(is_target, 1.0, 0.0)
-        total = tl.dot(weight.to(b_e.dtype), b_e, total, input_precision=PRECISION)
-    total *= tl.load(gradient_ptr + o_r.to(tl.int64) * gradient_stride, mask=m_r, other=0.0).to(tl.float32)[:, None]
-    p_out = query_gradients_ptr + o_r.to(tl.int64)[:, None] * D + o_d[None, :]
-    tl.store(p_out, total, mask=m_r[:, None] & (o_d < D)[None, :])
+    for i_first in range(0, last + 1, SUB):
+        for j in tl.static_range(SUB):
+            i_tile = tl.minimum(i_first + j, last)
+            o_v = i_tile * 32 + tl.arange(0, 32)
+            e = _whole_rows(items_ptr, tl.minimum(o_v, columns - 1), BD)
+            bias = tl.load(bias_ptr + o_v)
+            is_own = _own_columns(word, target, i_tile, i_first + j > last, MASKED)
+            p_word = _next_words(p_word, i_tile, last, bits_stride, MASKED)
+            word = tl.load(p_word)
+            s = tl.dot(q, e.T, input_precision=PRECISION) * LOG2_E + bias[None, :] - log2_z[:, None]
+            weight = tl.exp2(tl.where(is_own, float("-inf"), s))
+            total = tl.dot(weight.to(e.dtype), e, total, input_precision=PRECISION)
+    total += tl.load(target_weights_ptr + o_q)[:, None] * _whole_rows(items_ptr, target, BD).to(tl.float32)
+    if TILE_ROWS > 0:
+        total *= 1.0 / tl.load(header_ptr + ROWS).to(tl.float32)
+    else:
+        total *= tl.load(gradient_ptr + o_q)[:, None]
+    p_out = query_gradients_ptr + o_r[:, None] * BD + tl.arange(0, BD)[None, :]
+    tl.store(p_out, total, mask=(o_r < rows)[:, None])
 
 
-@triton.jit(do_not_specialize=["R", "V", "bits_stride", "tiles"])
+@triton.jit(do_not_specialize=["R", "V", "bits_stride"])
 def item_gradients(
-    queries_ptr,  # [R, D]
-    queries_stride,
-    items_ptr,  # [V, D]
-    items_stride,
-    targets_ptr,  # [R]
-    row_users_ptr,  # [R]
-    bits_ptr,  # [B, words]
+    queries_ptr,  # [R, BD]
+    items_ptr,  # [V, BD]
+    targets_ptr,  # int32 [R]; not read with TILE_ROWS
+    row_users_ptr,  # int32 [R]; not read without MASKED, as the next
+    bits_ptr,  # int32 [words, users]
     bits_stride,
-    log_m_ptr,  # [V]
-    log_p_ptr,  # [V]
-    log_z_ptr,  # [R]
-    gradient_ptr,  # [R], any stride
-    gradient_stride,
-    parts_ptr,  # [S, V, D]
+    bias_ptr,  # [V rounded up to 32]
+    header_ptr,  # int32
+    log2_z_ptr,  # [R rounded up], as the next
+    target_weights_ptr,
+    gradient_ptr,  # [R]; not read with TILE_ROWS
+    parts_ptr,  # [programs, SUB * BN, BD]
     R,
     V,
-    D,
-    tiles,  # of each split
-    BD: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     MASKED: tl.constexpr,
-    COUNTED: tl.constexpr,
-    DEBIASED: tl.constexpr,
     PRECISION: tl.constexpr,
+    BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    SUB: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
-    """Sum over one split of the rows of (probability - is_target) q, times each row's gradient."""
-    o_v = tl.program_id(0) * BN + tl.arange(0, BN)
-    o_d = tl.arange(0, BD)
-    i_split = tl.program_id(1)
-    b_e = _rows(items_ptr, items_stride, o_v, o_d, V, D)
-    total = tl.zeros((BN, BD), tl.float32)
-    for i_tile in range(i_split * tiles, (i_split + 1) * tiles):
+    """Sum over one split of the rows of (probability - is_target) q, times each row's gradient; by program.
+
+    With TILE_ROWS the targets and the factor of the mean are left to `item_vector_gradients`.
+    """
+    WORDS: tl.constexpr = BN // 32
+    rows, columns = true_counts(header_ptr, R, V, TILE_ROWS)
+    tiles, blocks, splits = row_splits(rows, columns, BM, SUB * BN, PROGRAMS)
+    i_program = tl.program_id(0)
+    if i_program >= blocks * splits:
+        return
+    i_split = i_program // blocks
+    i_column = (i_program % blocks) * (SUB * BN)
+    last = tl.cdiv(columns, 32) - 1
+    bit = (1 << tl.arange(0, 32))[None, :, None]
+    es = ()
+    biases = ()
+    totals = ()
+    for j in tl.static_range(SUB):
+        o_v = tl.minimum(i_column + j * BN + tl.arange(0, BN), columns - 1)
+        es = es + (_whole_rows(items_ptr, o_v, BD),)
+        biases = biases + (tl.load(bias_ptr + o_v),)
+        totals = totals + (tl.zeros((BN, BD), tl.float32),)
+    for i_tile in range(i_split * tiles // splits, (i_split + 1) * tiles // splits):
         o_r = i_tile * BM + tl.arange(0, BM)
-        m_r = o_r < R
-        b_q = _rows(queries_ptr, queries_stride, o_r, o_d, R, D)
-        target = tl.load(targets_ptr + o_r, mask=m_r, other=-1)
-        user = _users(row_users_ptr, o_r, R, MASKED)
-        logits, is_target = _logits(
-            b_q,
-            b_e,
-            target,
-            user,
-            o_r,
-            o_v,
-            R,
-            V,
-            bits_ptr,
-            bits_stride,
-            log_m_ptr,
-            log_p_ptr,
-            MASKED,
-            COUNTED,
-            DEBIASED,
-            PRECISION,
-        )
-        log_z = tl.load(log_z_ptr + o_r, mask=m_r, other=float("inf"))  # beyond the last row every probability is 0
-        scale = tl.load(gradient_ptr + o_r.to(tl.int64) * gradient_stride, mask=m_r, other=0.0).to(tl.float32)
-        weight = (tl.exp(logits - log_z[:, None]) - tl.where(is_target, 1.0, 0.0)) * scale[:, None]
-        total = tl.dot(weight.to(b_q.dtype).T, b_q, total, input_precision=PRECISION)
-    p_out = parts_ptr + (i_split.to(tl.int64) * V + o_v)[:, None] * D + o_d[None, :]
-    tl.store(p_out, total, mask=(o_v < V)[:, None] & (o_d < D)[None, :])
+        o_q = tl.minimum(o_r, rows - 1)
+        q = _whole_rows(queries_ptr, o_q, BD)
+        log2_z = tl.load(log2_z_ptr + o_r)
+        if MASKED:
+            user = tl.load(row_users_ptr + o_q)
+        if TILE_ROWS == 0:
+            target = tl.load(targets_ptr + o_q) - i_column
+            target_weight = tl.load(target_weights_ptr + o_r)
+            gradient = tl.load(gradient_ptr + o_q)
+        sums = ()
+        for j in tl.static_range(SUB):
+            s = tl.dot(es[j], q.T, input_precision=PRECISION) * LOG2_E + biases[j][:, None] - log2_z[None, :]
+            if MASKED:
+                o_w = tl.minimum(i_column // 32 + j * WORDS + tl.arange(0, WORDS), last).to(tl.int64)
+                word = tl.load(bits_ptr + (o_w * bits_stride)[:, None] + user[None, :])
+                is_own = (word[:, None, :] & bit) != 0
+                s = tl.reshape(tl.where(is_own, float("-inf"), tl.reshape(s, (WORDS, 32, BM))), (BN, BM))
+            weight = tl.exp2(s)
+            if TILE_ROWS == 0:
+                is_target = (j * BN + tl.arange(0, BN))[:, None] == target[None, :]
+                rest = weight if MASKED else 0.0
+                weight = tl.where(is_target, rest + target_weight[None, :], weight) * gradient[None, :]
+            sums = sums + (tl.dot(weight.to(q.dtype), q, totals[j], input_precision=PRECISION),)
+        totals = sums
+    p_parts = parts_ptr + i_program.to(tl.int64) * (SUB * BN * BD)
+    for j in tl.static_range(SUB):
+        o_v = j * BN + tl.arange(0, BN)
+        tl.store(p_parts + o_v[:, None] * BD + tl.arange(0, BD)[None, :], totals[j])
+
+
+@triton.jit(do_not_specialize=["V"])
+def item_vector_gradients(
+    parts_ptr,  # [programs, BC, BD]: of `item_gradients`, BC its columns of a program
+    target_weights_ptr,  # [R]
+    queries_ptr,  # [R, BD]
+    of_inputs_ptr,  # fp32 [R, BD]: gradients of the rows' input vectors
+    offsets_ptr,  # int32 [V + 1]
+    occurrences_ptr,  # int32
+    header_ptr,  # int32
+    of_vectors_ptr,  # fp32 [V, BD]
+    V,
+    TILE_ROWS: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BV: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Gradient of BV item vectors: the parts' sum, and what every occurrence of an item as input and target gives.
+
+    Occurrences are sorted by item, so those of a tile of items are one span. Which item an occurrence is of is a
+    one-hot matrix; its product with the occurrences' gradients is exact but for the order of the sum.
+    """
+    rows, columns = true_counts(header_ptr, V, V, TILE_ROWS)
+    tiles, blocks, splits = row_splits(rows, columns, BM, BC, PROGRAMS)
+    mean = 1.0 / tl.load(header_ptr + ROWS).to(tl.float32)
+    i_column = tl.program_id(0) * BV
+    o_v = i_column + tl.arange(0, BV)
+    o_d = tl.arange(0, BD)
+    p_out = of_vectors_ptr + o_v[:, None] * BD + o_d[None, :]
+    total = tl.zeros((BV, BD), tl.float32)
+    if i_column >= columns:
+        tl.store(p_out, total, mask=(o_v < V)[:, None])
+        return
+    p_parts = parts_ptr + ((i_column // BC) * BC + o_v % BC)[:, None] * BD + o_d[None, :]
+    for i_split in range(0, splits):
+        total += tl.load(p_parts + tl.cast(i_split * blocks, tl.int64) * (BC * BD))
+    total *= mean
+    starts = tl.load(offsets_ptr + tl.minimum(o_v, columns))
+    ends = tl.load(offsets_ptr + tl.minimum(o_v + 1, columns))
+    first = tl.load(offsets_ptr + i_column)
+    end = tl.load(offsets_ptr + tl.minimum(i_column + BV, columns))
+    for i_k in range(first, end, BK):
+        o_k = i_k + tl.arange(0, BK)
+        code = tl.load(occurrences_ptr + o_k, mask=o_k < end, other=0)
+        row = code >> 2
+        is_input = (code & 1) != 0
+        is_target = (code & 2) != 0
+        weight = tl.load(target_weights_ptr + row - 1, mask=is_target, other=0.0) * mean
+        p_input = of_inputs_ptr + row[:, None] * BD + o_d[None, :]
+        p_query = queries_ptr + (row - 1)[:, None] * BD + o_d[None, :]
+        query = tl.load(p_query, mask=is_target[:, None], other=0.0).to(tl.float32)
+        gradient = tl.load(p_input, mask=is_input[:, None], other=0.0) + weight[:, None] * query
+        is_of = (starts[:, None] <= o_k[None, :]) & (o_k[None, :] < ends[:, None])
+        total = tl.dot(is_of.to(tl.float32), gradient, total, input_precision="ieee")
+    tl.store(p_out, tl.where((o_v < columns)[:, None], total, 0.0), mask=(o_v < V)[:, None])

@@ -23,15 +23,16 @@ from iisan_fast.kernels.gpu import (
     configurations,
     fold_heads,
     inbatch_cross_entropy,
+    item_vector_gradients,
     loss_record,
     part_sums,
     side_towers,
     target_rank,
 )
 from iisan_fast.kernels.gpu.configurations import ANY_SIZE, Configuration
-from iisan_fast.kernels.types import HEADER_WORDS, StepShape, TowerGradients
+from iisan_fast.kernels.types import HEADER_WORDS, StepBatch, StepShape, TowerGradients
 
-MODULES = (side_towers, inbatch_cross_entropy, target_rank, fold_heads)
+MODULES = (side_towers, inbatch_cross_entropy, item_vector_gradients, target_rank, fold_heads)
 ONE_ENTRY = (batch_selection, loss_record, adam, part_sums)  # modules whose kernels have one entry for all sizes
 
 
@@ -58,7 +59,7 @@ def main() -> None:
 
 def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
     """Calls the ops with a launcher that compiles for the architecture where it would launch."""
-    compiled: set[tuple[str, str]] = set()
+    compiled: set[tuple[str, str, bool]] = set()
     device = f"sm_{architecture}"
 
     def configuration(kernel: str, rows: int, dtype: torch.dtype, _: torch.device, embedding_dim: int = 0):
@@ -67,9 +68,10 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
         return configurations.table_entry(kernel, device, size)
 
     def compile_instead(kernel: Any, name: str, grid: Any, chosen: Configuration, *values: Any, **meta: Any):
-        if (name, size) in compiled or arguments.kernel not in name:
+        key = (name, size, bool(meta.get("TILE_ROWS")))  # the loss has two layouts of rows
+        if key in compiled or arguments.kernel not in name:
             return
-        compiled.add((name, size))
+        compiled.add(key)
         report = compile_one(kernel, architecture, chosen, values, meta)
         line = {"kernel": name, "architecture": architecture, "size": size, "dtype": arguments.dtype}
         print(json.dumps(line | report), flush=True)
@@ -91,6 +93,7 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
         call_towers(arguments, items, dtype)
         for embedding_dim in arguments.embedding_dim:
             call_loss_and_rank(users, rows, items, embedding_dim, dtype, plain=arguments.other_forms)
+            call_loss_pairs(users, rows, items, embedding_dim, dtype)
 
 
 def call_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -> None:
@@ -130,6 +133,23 @@ def call_loss_and_rank(users: int, rows: int, items: int, embedding_dim: int, dt
     inbatch_cross_entropy.inbatch_cross_entropy(queries, vectors, zeros, *corrections).sum().backward()
     history = torch.zeros(users, 12, dtype=torch.int64)
     target_rank.target_rank(queries[:users].detach(), vectors.detach(), zeros[:users], history)
+
+
+def call_loss_pairs(users: int, rows: int, items: int, embedding_dim: int, dtype: torch.dtype) -> None:
+    """The loss of a packed batch and the gradient of its item vectors, on tensors without values."""
+    tile_rows = 16
+    shape = StepShape(users, -(-items // 32) * 32, -(-rows // tile_rows), tile_rows, positions=10)
+
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    batch = StepBatch.of(empty(shape.starts()[-1], dtype=torch.int32), shape)
+    states, vectors = (empty(size, embedding_dim, dtype=dtype) for size in (shape.rows, shape.distinct))
+    columns = empty(shape.distinct), empty(shape.distinct)
+    loss = inbatch_cross_entropy.InbatchCrossEntropy(states, vectors, batch, *columns, shape, dtype)
+    loss.forward()
+    loss.backward()
+    item_vector_gradients.ItemVectorGradients(loss, empty(shape.rows, embedding_dim)).backward()
 
 
 def call_pairs_of_one_entry(dtype: torch.dtype) -> None:
