@@ -24,8 +24,8 @@ REFERENCE, GPU, CPU = "reference", "gpu", "cpu"
 FORMS = {  # beside the reference, the fastest first
     "fold_heads": (CPU,),
     "side_towers": (GPU, CPU),
-    "sequence_encoder": (CPU,),
-    "last_states": (CPU,),
+    "sequence_encoder": (GPU, CPU),
+    "last_states": (GPU, CPU),
     "inbatch_cross_entropy": (GPU, CPU),
     "target_rank": (GPU, CPU),
     "adam": (CPU,),
@@ -125,8 +125,10 @@ def _why_unable(op: str, form: str, tensors: Sequence[Tensor], refusals: Refusal
     """Return why a form cannot run an op, or "". A compiler starts only if nothing else is in the way."""
     device = tensors[0].device.type
     if form == GPU:
-        return _why_not_by_triton(device, tuple(tensor.dtype for tensor in tensors))
-    if reason := _why_not_on_a_cpu(device):
+        reason = _why_not_by_triton(device, tuple(tensor.dtype for tensor in tensors))
+    else:
+        reason = _why_not_on_a_cpu(device)
+    if reason:
         return reason
     if form in refusals and (reason := refusals[form]()):
         return reason

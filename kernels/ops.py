@@ -6,6 +6,7 @@ Importing this needs no Triton and no compiler; the first op that they run asks 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -136,26 +137,28 @@ def sequence_encoder(
 ) -> Tensor:
     """Return SASRec's states [R, d] after each of the rows x [R, d] of right-aligned histories.
 
-    The form for a CPU is differentiable once. Raises ValueError for bad arguments.
+    The forms for a CPU and a GPU are differentiable once. By gpu, products are in the dtype of x and added up in fp32.
+    Raises ValueError for bad arguments.
     """
     check_sequences(x, weights, grid, dropout)
-    refusals = {CPU: lambda: sequence_encoder_cpu.refusal(weights)}
+    refusals = {CPU: lambda: sequence_encoder_cpu.refusal(weights), GPU: lambda: _gpu_sequence_refusal(weights)}
     chosen = choose("sequence_encoder", form, [x], refusals)
-    module = sequence_encoder_cpu if chosen == CPU else sequence_encoder_reference
-    return module.sequence_encoder(x, weights, grid, dropout)
+    return _sequence_module(chosen).sequence_encoder(x, weights, grid, dropout)
 
 
 def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid, form: str = "auto") -> Tensor:
     """Return SASRec's state after each user's whole history, [users, d], without dropout.
 
-    Every history holds an item. The form for a CPU has no gradients. Raises ValueError for bad arguments.
+    Every history holds an item. The forms for a CPU and a GPU have no gradients. Raises ValueError for bad arguments.
     """
     check_sequences(x, weights, grid)
-    trained = _trained([x, *weights.tensors])
-    refusals = {CPU: lambda: "it has no gradients" if trained else sequence_encoder_cpu.refusal(weights)}
+    trained = "it has no gradients" if _trained([x, *weights.tensors]) else ""
+    refusals = {
+        CPU: lambda: trained or sequence_encoder_cpu.refusal(weights),
+        GPU: lambda: trained or _gpu_sequence_refusal(weights),
+    }
     chosen = choose("last_states", form, [x], refusals)
-    module = sequence_encoder_cpu if chosen == CPU else sequence_encoder_reference
-    return module.last_states(x, weights, grid)
+    return _sequence_module(chosen).last_states(x, weights, grid)
 
 
 def step_refusal(weights: RecommenderWeights, form: str = "auto") -> str:
@@ -221,3 +224,18 @@ def adam(states: Sequence[AdamState], form: str = "auto") -> AdamUpdate | None:
 def _trained(tensors: Sequence[Tensor | None]) -> bool:
     """Return True if a backward may follow."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _gpu_sequence_refusal(weights: SequenceWeights) -> str:
+    from .gpu import sequence_encoder as sequence_encoder_gpu
+
+    return sequence_encoder_gpu.refusal(weights, len(weights.tensors[0]))
+
+
+def _sequence_module(form: str) -> ModuleType:
+    """Return the module of a form of SASRec."""
+    if form == GPU:
+        from .gpu import sequence_encoder_grids
+
+        return sequence_encoder_grids
+    return sequence_encoder_cpu if form == CPU else sequence_encoder_reference

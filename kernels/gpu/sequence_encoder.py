@@ -17,14 +17,15 @@ from torch import Tensor
 from ..types import OUTER_WEIGHTS, SequenceWeights, StepBatch, StepShape
 from . import sequence_encoder_backward_kernels as backward_kernels
 from . import sequence_encoder_kernels as forward_kernels
-from .configurations import Configuration, configuration
+from .configurations import SMALL_ROWS, WIDE, Configuration, configuration
 from .launch import launch, precision
 from .part_sums import sum_parts
 
 WIDTHS = (32, 64, 128)
 MOST_HEADS, LEAST_HEAD_WIDTH = 8, 8
 TILE_ROWS = (16, 32, 64)
-FACTORS = 16  # widths d of the factors of the weights' gradients, a row and block
+ALIGNMENT = 64  # numbers: each weight starts at a multiple of these, as flat storage has them
+FACTORS, PRODUCTS, ATTENDED = 7, 9, 3  # widths d of the activations and gradients of a row and block
 
 
 def refusal(weights: SequenceWeights, positions: int) -> str:
@@ -73,9 +74,9 @@ class SequenceEncoder:
         self._launches = EncoderLaunches(sizes, rows, flat_view(operands.tensors), flat_view(weights.tensors))
         self._vectors, self._of_weights = vectors, flat_view(gradients.tensors)
         self._activations = self._launches.activations()
-        self._sums, self._parts = self._launches.sums(), self._launches.parts()
+        self._cotangents, self._parts = self._launches.cotangents(), self._launches.parts()
         self._of_states: Tensor | None = None
-        self.states, self.of_inputs = (self._launches.empty(shape.rows, sizes.d) for _ in range(2))
+        self.states, self.of_inputs = self._launches.empty(shape.rows, sizes.d), self._cotangents.of_inputs
         is_cast = dtype != torch.float32
         self.state_operands = self._launches.empty(shape.rows, sizes.d, dtype=dtype) if is_cast else self.states
 
@@ -89,8 +90,8 @@ class SequenceEncoder:
 
     def backward(self) -> None:
         """Write the gradients of the gathered vectors and of the weights."""
-        memory = (self._activations, self._sums, self._parts)
-        self._launches.backward(self._of_states, *memory, self.of_inputs, self._of_weights)
+        self._launches.backward(self._of_states, self._activations, self._cotangents)
+        self._launches.weight_gradients(self._activations, self._cotangents, self._parts, self._of_weights)
 
 
 class DropoutRate(NamedTuple):
@@ -131,9 +132,19 @@ class EncoderSizes(NamedTuple):
         return cls(*weights.tensors[0].shape, weights.heads, blocks, weights.epsilon, tile_rows, dropout, dtype)
 
     @property
+    def vector(self) -> int:
+        """Numbers that a vector [d] takes among the weights."""
+        return _aligned(self.d)
+
+    @property
+    def outer(self) -> int:
+        """Numbers of the positions and the first norm."""
+        return _aligned(self.positions * self.d) + 2 * self.vector
+
+    @property
     def weights(self) -> int:
         """Numbers of all weights."""
-        return (self.positions + 2 + self.blocks * (12 * self.d + 9)) * self.d
+        return self.outer + self.blocks * (12 * self.d**2 + 4 * self.d + 5 * self.vector)
 
     @property
     def norms(self) -> int:
@@ -146,15 +157,23 @@ class Activations(NamedTuple):
 
     normed: Tensor  # fp32 [M, norms, d]: before the scales of the norms
     rstd: Tensor  # fp32 [norms, M]
-    factors: Tensor  # [blocks, M, 16 d], in part written by the backward
+    factors: Tensor  # [blocks, M, 7 d]: what the matrices multiply
     attended: Tensor  # [blocks, M, 3 d]: queries, keys, values
 
 
+class Cotangents(NamedTuple):
+    """What the backward of the rows leaves for the gradients of the weights."""
+
+    of_inputs: Tensor  # fp32 [M, d]: gradient of the gathered vectors
+    products: Tensor  # [blocks, M, 9 d]: gradients of the products with the matrices
+    sums: Tensor  # fp32 [tiles, 2 norms, d]: each tile's part of the gradients of the norms
+
+
 class BlockRange(NamedTuple):
-    """What one launch computes: blocks in the order of its direction, or halves of one."""
+    """What one launch computes: blocks in the order of its direction, or a half of one."""
 
     first: int
-    last: int  # the one after
+    count: int
     attends: bool
     feeds: bool
     starts: bool  # nothing comes before
@@ -176,6 +195,8 @@ class EncoderLaunches:
         self._threshold = threshold - (threshold >> 31 << 32)  # a uint32's bits as an int32
         self._meta = {
             "P": sizes.positions,
+            "OUTER": sizes.outer,
+            "V": sizes.vector,
             "D": sizes.d,
             "BLOCKS": sizes.blocks,
             "BM": sizes.tile_rows,
@@ -188,22 +209,27 @@ class EncoderLaunches:
 
     def activations(self) -> Activations:
         """Return new memory for what the forward leaves."""
-        count, d, norms, blocks = self._count, self._sizes.d, self._sizes.norms, self._sizes.blocks
+        sizes = self._sizes
         return Activations(
-            self.empty(count, norms, d),
-            self.empty(norms, count),
-            self.empty(blocks, count, FACTORS * d, dtype=self._sizes.dtype),
-            self.empty(blocks, count, 3 * d, dtype=self._sizes.dtype),
+            self.empty(self._count, sizes.norms, sizes.d),
+            self.empty(sizes.norms, self._count),
+            self.empty(sizes.blocks, self._count, FACTORS * sizes.d, dtype=sizes.dtype),
+            self.empty(sizes.blocks, self._count, ATTENDED * sizes.d, dtype=sizes.dtype),
         )
 
-    def sums(self) -> Tensor:
-        """Return new memory for the tiles' parts of the gradients of positions and norms."""
-        return self.empty(self._tiles, (self._sizes.positions + 2 * self._sizes.norms) * self._sizes.d)
+    def cotangents(self) -> Cotangents:
+        """Return new memory for what the backward of the rows leaves."""
+        sizes = self._sizes
+        return Cotangents(
+            self.empty(self._count, sizes.d),
+            self.empty(sizes.blocks, self._count, PRODUCTS * sizes.d, dtype=sizes.dtype),
+            self.empty(self._tiles, 2 * sizes.norms, sizes.d),
+        )
 
     def parts(self) -> Tensor:
-        """Return new memory for the splits' parts of the weights' gradients."""
+        """Return new memory for the splits' parts of the weights' gradients, zero between the weights."""
         chosen = self._configuration("sequence_weight_gradients")
-        return self.empty(chosen.blocks["SPLITS"], self._sizes.weights)
+        return torch.zeros(chosen.blocks["SPLITS"], self._sizes.weights, device=self._device)
 
     def forward(self, vectors: Tensor, states: Tensor, state_operands: Tensor, activations: Activations | None) -> None:
         """Write the states of all rows, and the activations if there may be a backward.
@@ -225,7 +251,6 @@ class EncoderLaunches:
                 *(activations or (states,) * len(Activations._fields)),
                 self._count,
                 blocks.first,
-                blocks.last,
                 self._threshold,
                 self._scale,
                 EPSILON=self._sizes.epsilon,
@@ -235,16 +260,11 @@ class EncoderLaunches:
                 **self._meta_of_rows(blocks, chosen),
             )
 
-    def backward(
-        self,
-        of_states: Tensor,
-        activations: Activations,
-        sums: Tensor,
-        parts: Tensor,
-        of_inputs: Tensor,
-        of_weights: Tensor,
-    ) -> None:
-        """Write the gradients of the gathered vectors, fp32 [M, d], and of all weights, fp32, one after the other."""
+    def backward(self, of_states: Tensor, activations: Activations, cotangents: Cotangents) -> None:
+        """Write the gradient of the gathered vectors, and what the weights' gradients are computed from.
+
+        Args: of_states fp32 [M, d]; it is not read where no row stands.
+        """
         chosen = self._configuration("sequence_backward")
         for blocks in _block_ranges(self._sizes.blocks, chosen.blocks["HALVES"], attends_first=False):
             launch(
@@ -252,45 +272,53 @@ class EncoderLaunches:
                 "sequence_backward",
                 (self._tiles,),
                 chosen,
-                of_states if blocks.starts else of_inputs,
+                of_states if blocks.starts else cotangents.of_inputs,
                 *self._rows,
                 *self._weights,
                 *activations,
-                of_inputs,
-                sums,
+                cotangents.products,
+                cotangents.of_inputs,
+                cotangents.sums,
                 self._count,
                 blocks.first,
-                blocks.last,
                 self._threshold,
                 self._scale,
-                BP=max(16, triton.next_power_of_2(self._sizes.positions)),
                 END=blocks.ends,
                 **self._meta_of_rows(blocks, chosen),
             )
-        self._weight_gradients(activations.factors, sums, parts)
-        sum_parts(parts, of_weights)
 
-    def _weight_gradients(self, factors: Tensor, sums: Tensor, parts: Tensor) -> None:
+    def weight_gradients(
+        self, activations: Activations, cotangents: Cotangents, parts: Tensor, of_weights: Tensor
+    ) -> None:
+        """Write the gradients of all weights, fp32, one after the other."""
         chosen = self._configuration("sequence_weight_gradients")
-        d, columns = self._sizes.d, chosen.blocks["BN"]
-        products = 12 * triton.cdiv(d, columns) * self._sizes.blocks
+        columns = min(self._sizes.d, chosen.blocks["BN"])
+        products = 12 * (self._sizes.d // columns) * self._sizes.blocks
         launch(
             backward_kernels.weight_gradients,
             "sequence_weight_gradients",
-            (products + sums.shape[1] // d, len(parts)),
+            (products + 1 + 2 * self._sizes.norms, len(parts)),
             chosen,
             self._rows.header,
-            factors,
-            sums,
+            self._rows.positions,
+            cotangents.of_inputs,
+            activations.factors,
+            cotangents.products,
+            cotangents.sums,
             parts,
             self._count,
-            BN=min(d, columns),
+            BP=max(16, triton.next_power_of_2(self._sizes.positions)),
+            BN=columns,
             BK=chosen.blocks["BK"],
             **self._meta,
         )
+        sum_parts(parts, of_weights)
 
     def _configuration(self, kernel: str) -> Configuration:
-        return configuration(kernel, self._count, self._sizes.dtype, self._device, self._sizes.d)
+        rows, width = self._count, self._sizes.d
+        if width > WIDE or self._sizes.tile_rows > TILE_ROWS[1]:  # no room to load ahead
+            rows, width = max(self._count, SMALL_ROWS + 1), WIDE + 1
+        return configuration(kernel, rows, self._sizes.dtype, self._device, width)
 
     def _meta_of_rows(self, blocks: BlockRange, chosen: Configuration) -> dict[str, int | bool | str]:
         heads = self._sizes.heads
@@ -298,6 +326,7 @@ class EncoderLaunches:
             **self._meta,
             "HEADS": heads,
             "DROP": self._sizes.dropout is not None,
+            "COUNT": blocks.count,
             "ATTEND": blocks.attends,
             "FEED": blocks.feeds,
             "GROUP": min(heads, max(1, chosen.blocks["STACK"] // self._sizes.tile_rows)),
@@ -306,23 +335,25 @@ class EncoderLaunches:
 
 
 def flat_view(tensors: list[Tensor]) -> Tensor:
-    """Return tensors that are views of one buffer, one after the other, as one view [elements of all]."""
-    start = tensors[0].storage_offset()
-    at, buffer = start, tensors[0].untyped_storage().data_ptr()
+    """Return tensors that are views of one buffer, one after the other, as one view with what lies between them."""
+    at = start = tensors[0].storage_offset()
+    buffer = tensors[0].untyped_storage().data_ptr()
     for i, tensor in enumerate(tensors):
         if tensor.storage_offset() != at or tensor.untyped_storage().data_ptr() != buffer or not tensor.is_contiguous():
             raise ValueError(f"weights of a sequence encoder: expected views one after the other, tensor {i} is not")
-        at += tensor.numel()
+        at += _aligned(tensor.numel())
     return tensors[0].detach().as_strided((at - start,), (1,))
 
 
-def _block_ranges(blocks: int, halves: int, attends_first: bool) -> Iterator[BlockRange]:
-    """Yield what each launch computes: so many halves of blocks at once, or all of them where `halves` is 0."""
-    if not halves:
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
+def _block_ranges(blocks: int, by_halves: int, attends_first: bool) -> Iterator[BlockRange]:
+    """Yield what each launch computes: all blocks, or a half of one."""
+    if not by_halves:
         yield BlockRange(0, blocks, True, True, True, True)
         return
-    for half in range(0, 2 * blocks, halves):
-        is_second = bool(half % 2)
-        attends = halves == 2 or is_second != attends_first
-        feeds = halves == 2 or is_second == attends_first
-        yield BlockRange(half // 2, half // 2 + 1, attends, feeds, half == 0, half + halves == 2 * blocks)
+    for half in range(2 * blocks):
+        attends = (half % 2 == 0) == attends_first
+        yield BlockRange(half // 2, 1, attends, not attends, half == 0, half == 2 * blocks - 1)

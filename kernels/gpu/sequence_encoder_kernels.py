@@ -3,6 +3,9 @@
 A tile holds the rows of several users, each user's in order; a row attends to the rows of its own user that are not
 later. Heads are stacked along the rows: GROUP copies of the queries, each zero outside of one head's columns, meet the
 keys of all heads in one product.
+
+Weights come one after the other in the order of `SequenceWeights`: OUTER numbers of positions and first norm, then each
+block's. A vector [D] takes V numbers.
 """
 
 from __future__ import annotations
@@ -102,7 +105,9 @@ def matrix(ptr, stride: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _layer_norm(x, p_scale, p_normed, p_rstd, EPSILON: tl.constexpr, D: tl.constexpr, STORE: tl.constexpr):
+def _layer_norm(
+    x, p_scale, p_normed, p_rstd, EPSILON: tl.constexpr, D: tl.constexpr, V: tl.constexpr, STORE: tl.constexpr
+):
     """Return the layer norm of x [BM, D]; its shift follows its scale in memory. Stores what the backward reads."""
     o_c = tl.arange(0, D)
     centred = x - (tl.sum(x, 1) * (1.0 / D))[:, None]
@@ -111,14 +116,14 @@ def _layer_norm(x, p_scale, p_normed, p_rstd, EPSILON: tl.constexpr, D: tl.const
     if STORE:
         tl.store(p_normed, normed)
         tl.store(p_rstd, rstd)
-    return normed * tl.load(p_scale + o_c)[None, :] + tl.load(p_scale + D + o_c)[None, :]
+    return normed * tl.load(p_scale + o_c)[None, :] + tl.load(p_scale + V + o_c)[None, :]
 
 
 @triton.jit
 def _attention(
     x,  # [BM, D] in the products' dtype
     p_operands,  # the block's weights
-    p_factors,  # [BM, 1]: the rows' factors of the weights' gradients
+    p_factors,  # [BM, 1]: the rows' inputs of the block's matrices
     p_attended,  # [BM, 1]: the rows' queries, keys and values
     visible,  # bool [GROUP * BM, BM]
     hashed,  # [BM]: the rows at the site of the attention weights
@@ -153,7 +158,7 @@ def _attention(
         a += unstack_heads(tl.dot(p.to(x.dtype), v, input_precision=PRECISION), columns, GROUP, BM, D)
     a = a.to(x.dtype)
     if STORE:
-        tl.store(p_factors + 4 * D + o_c, a)
+        tl.store(p_factors + D + o_c, a)
     return tl.dot(a, matrix(p_operands + 3 * D * D, D, D, D).T, input_precision=PRECISION)
 
 
@@ -162,8 +167,9 @@ def _feed_forward(
     x,  # [BM, D] in the products' dtype
     p_operands,  # the block's weights in the products' dtype and in fp32
     p_weights,
-    p_factors,  # [BM, 1]: the rows' factors of the weights' gradients
+    p_factors,  # [BM, 1]: the rows' inputs of the block's matrices
     D: tl.constexpr,
+    V: tl.constexpr,
     PRECISION: tl.constexpr,
     STORE: tl.constexpr,
     FC: tl.constexpr,
@@ -171,22 +177,22 @@ def _feed_forward(
     """Return the output of a block's feed-forward [BM, D], computed in chunks of FC hidden numbers."""
     o_c = tl.arange(0, D)[None, :]
     if STORE:
-        tl.store(p_factors + 6 * D + o_c, x)
-    out = tl.zeros(x.shape, tl.float32) + tl.load(p_weights + 12 * D * D + 6 * D + o_c)
+        tl.store(p_factors + 2 * D + o_c, x)
+    out = tl.zeros(x.shape, tl.float32) + tl.load(p_weights + 12 * D * D + 4 * D + 2 * V + o_c)
     for c in tl.static_range(0, 4 * D, FC):
         o_f = c + tl.arange(0, FC)
-        w = matrix(p_operands + 4 * D * D + 2 * D + c * D, D, FC, D)
+        w = matrix(p_operands + 4 * D * D + 2 * V + c * D, D, FC, D)
         hidden = tl.dot(x, w.T, input_precision=PRECISION)
-        hidden += tl.load(p_weights + 8 * D * D + 2 * D + o_f)[None, :]
+        hidden += tl.load(p_weights + 8 * D * D + 2 * V + o_f)[None, :]
         hidden = tl.maximum(hidden, 0.0).to(x.dtype)
-        w = matrix(p_operands + 8 * D * D + 6 * D + c, 4 * D, D, FC)
+        w = matrix(p_operands + 8 * D * D + 4 * D + 2 * V + c, 4 * D, D, FC)
         out = tl.dot(hidden, w.T, out, input_precision=PRECISION)
         if STORE:
-            tl.store(p_factors + 11 * D + o_f[None, :], hidden)
+            tl.store(p_factors + 3 * D + o_f[None, :], hidden)
     return out
 
 
-@triton.jit(do_not_specialize=["M", "first", "last", "threshold"])
+@triton.jit(do_not_specialize=["M", "first", "threshold"])
 def forward(
     vectors_ptr,  # fp32 [V, D]
     header_ptr,  # int32 [8]
@@ -200,18 +206,20 @@ def forward(
     state_operands_ptr,  # [M, D], or states
     normed_ptr,  # fp32 [M, 1 + 2 BLOCKS, D]
     rstd_ptr,  # fp32 [1 + 2 BLOCKS, M]
-    factors_ptr,  # [BLOCKS, M, 16 D]: see `weight_gradients`
+    factors_ptr,  # [BLOCKS, M, 7 D]: what the matrices multiply: X, A, X1, H [4 D]
     attended_ptr,  # [BLOCKS, M, 3 D]: queries, keys, values
     M,
-    first,  # block, and the one after the last
-    last,
+    first,  # block
     threshold,  # of dropout: a uint32 as int32
     scale,
     EPSILON: tl.constexpr,
     P: tl.constexpr,
+    OUTER: tl.constexpr,
     D: tl.constexpr,
+    V: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    COUNT: tl.constexpr,
     BM: tl.constexpr,
     PRECISION: tl.constexpr,
     STORE: tl.constexpr,
@@ -225,9 +233,8 @@ def forward(
 ):
     """Write the states of a tile's rows, and what the backward reads.
 
-    A launch computes the blocks from `first` to before `last`, or their halves ATTEND or FEED; the first launch
-    (START) gathers the vectors, the others go on from the states. Tiles beyond the true count, and rows that are none,
-    have states of zero.
+    A launch computes COUNT blocks from `first` on, or their halves ATTEND or FEED; the first launch (START) gathers the
+    vectors, the others go on from the states. Tiles beyond the true count, and rows that are none, have states of zero.
     """
     DTYPE: tl.constexpr = operands_ptr.dtype.element_ty
     o_c = tl.arange(0, D)
@@ -248,17 +255,17 @@ def forward(
         p_vector = vectors_ptr + item.to(tl.int64)[:, None] * D + o_c[None, :]
         x = tl.load(p_vector, mask=is_row[:, None], other=0.0).to(tl.float32)
         x += tl.load(weights_ptr + position[:, None] * D + o_c[None, :])
-        x = _layer_norm(x, weights_ptr + P * D, p_normed, p_rstd, EPSILON, D, STORE)
+        x = _layer_norm(x, weights_ptr + OUTER - 2 * V, p_normed, p_rstd, EPSILON, D, V, STORE)
         if DROP:
             x *= drop_factors(row_hash(prefix, 0, number, position), o_c[None, :], threshold, scale)
     else:
         x = tl.load(states_ptr + p_state)
     visible = visible_keys(user, position, GROUP, BM)
-    for b in tl.range(first, last, loop_unroll_factor=1):
-        at = (P + 2) * D + b * (12 * D * D + 9 * D)  # of the block's weights
+    for b in tl.range(first, first + COUNT, loop_unroll_factor=1):
+        at = OUTER + b * (12 * D * D + 4 * D + 5 * V)  # of the block's weights
         p_operands, p_weights = operands_ptr + at, weights_ptr + at
         row = tl.cast(b, tl.int64) * M + o_m
-        p_factors = factors_ptr + row[:, None] * (16 * D)
+        p_factors = factors_ptr + row[:, None] * (7 * D)
         if ATTEND:
             p_attended = attended_ptr + row[:, None] * (3 * D)
             h = row_hash(prefix, 1 + 3 * b, number, position)
@@ -285,14 +292,14 @@ def forward(
                 a *= drop_factors(row_hash(prefix, 2 + 3 * b, number, position), o_c[None, :], threshold, scale)
             at_norm = 1 + 2 * b
             p_scale = p_weights + 4 * D * D
-            x = _layer_norm(x + a, p_scale, p_normed + at_norm * D, p_rstd + at_norm * M, EPSILON, D, STORE)
+            x = _layer_norm(x + a, p_scale, p_normed + at_norm * D, p_rstd + at_norm * M, EPSILON, D, V, STORE)
         if FEED:
-            f = _feed_forward(x.to(DTYPE), p_operands, p_weights, p_factors, D, PRECISION, STORE, FC)
+            f = _feed_forward(x.to(DTYPE), p_operands, p_weights, p_factors, D, V, PRECISION, STORE, FC)
             if DROP:
                 f *= drop_factors(row_hash(prefix, 3 + 3 * b, number, position), o_c[None, :], threshold, scale)
             at_norm = 2 + 2 * b
-            p_scale = p_weights + 12 * D * D + 7 * D
-            x = _layer_norm(x + f, p_scale, p_normed + at_norm * D, p_rstd + at_norm * M, EPSILON, D, STORE)
+            p_scale = p_weights + 12 * D * D + 4 * D + 3 * V
+            x = _layer_norm(x + f, p_scale, p_normed + at_norm * D, p_rstd + at_norm * M, EPSILON, D, V, STORE)
     x = tl.where(is_row[:, None], x, 0.0)
     tl.store(states_ptr + p_state, x)
     if CAST:

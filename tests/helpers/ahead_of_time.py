@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from typing import Any
 
 import torch
@@ -26,13 +27,14 @@ from iisan_fast.kernels.gpu import (
     item_vector_gradients,
     loss_record,
     part_sums,
+    sequence_encoder,
     side_towers,
     target_rank,
 )
 from iisan_fast.kernels.gpu.configurations import ANY_SIZE, Configuration
-from iisan_fast.kernels.types import HEADER_WORDS, StepBatch, StepShape, TowerGradients
+from iisan_fast.kernels.types import HEADER_WORDS, SequenceWeights, StepBatch, StepShape, TowerGradients
 
-MODULES = (side_towers, inbatch_cross_entropy, item_vector_gradients, target_rank, fold_heads)
+MODULES = (side_towers, inbatch_cross_entropy, item_vector_gradients, target_rank, fold_heads, sequence_encoder)
 ONE_ENTRY = (batch_selection, loss_record, adam, part_sums)  # modules whose kernels have one entry for all sizes
 
 
@@ -59,7 +61,7 @@ def main() -> None:
 
 def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
     """Calls the ops with a launcher that compiles for the architecture where it would launch."""
-    compiled: set[tuple[str, str, bool]] = set()
+    compiled: set[tuple[Any, ...]] = set()
     device = f"sm_{architecture}"
 
     def configuration(kernel: str, rows: int, dtype: torch.dtype, _: torch.device, embedding_dim: int = 0):
@@ -68,7 +70,8 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
         return configurations.table_entry(kernel, device, size)
 
     def compile_instead(kernel: Any, name: str, grid: Any, chosen: Configuration, *values: Any, **meta: Any):
-        key = (name, size, bool(meta.get("TILE_ROWS")))  # the loss has two layouts of rows
+        variant = [meta.get(flag) for flag in ("ATTEND", "FEED", "END")]  # the sequence encoder's, by halves of blocks
+        key = (name, size, bool(meta.get("TILE_ROWS")), *variant)  # the loss has two layouts of rows
         if key in compiled or arguments.kernel not in name:
             return
         compiled.add(key)
@@ -76,12 +79,17 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
         line = {"kernel": name, "architecture": architecture, "size": size, "dtype": arguments.dtype}
         print(json.dumps(line | report), flush=True)
 
+    def only_configuration(kernel: str, _: torch.device):
+        nonlocal size
+        size = ANY_SIZE
+        return configurations.table_entry(kernel, device, size)
+
     for module in (*MODULES, *ONE_ENTRY):
         module.launch = compile_instead
     for module in MODULES:
         module.configuration = configuration
     for module in ONE_ENTRY:
-        module.only_configuration = lambda kernel, _: configurations.table_entry(kernel, device, ANY_SIZE)
+        module.only_configuration = only_configuration
     dtype = getattr(torch, arguments.dtype)
     size = ANY_SIZE
     call_pairs_of_one_entry(dtype)
@@ -94,6 +102,7 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
         for embedding_dim in arguments.embedding_dim:
             call_loss_and_rank(users, rows, items, embedding_dim, dtype, plain=arguments.other_forms)
             call_loss_pairs(users, rows, items, embedding_dim, dtype)
+            call_sequence_encoder(users, rows, embedding_dim, dtype)
 
 
 def call_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -> None:
@@ -150,6 +159,30 @@ def call_loss_pairs(users: int, rows: int, items: int, embedding_dim: int, dtype
     loss.forward()
     loss.backward()
     item_vector_gradients.ItemVectorGradients(loss, empty(shape.rows, embedding_dim)).backward()
+
+
+def call_sequence_encoder(users: int, rows: int, embedding_dim: int, dtype: torch.dtype) -> None:
+    """The sequence encoder's pair, two blocks of two heads over 16-row tiles or, of many narrow rows, 32-row ones."""
+    tile_rows = 32 if rows > configurations.SMALL_ROWS and embedding_dim <= configurations.WIDE else 16
+    shape = StepShape(users, distinct=704, tiles=-(-rows // tile_rows), tile_rows=tile_rows, positions=10)
+    batch = StepBatch.of(torch.empty(shape.starts()[-1], dtype=torch.int32, device="meta"), shape)
+    d = embedding_dim
+    norm, feed_forward = [(d,), (d,)], [(4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    shapes = [(shape.positions, d), *norm, *([(d, d)] * 4 + norm + feed_forward + norm) * 2]
+
+    def weights(dtype: torch.dtype) -> SequenceWeights:
+        buffer, start, tensors = torch.empty(1 << 20, dtype=dtype, device="meta"), 0, []
+        for sizes in shapes:
+            tensors.append(buffer[start : start + math.prod(sizes)].view(sizes))
+            start += -(-math.prod(sizes) // sequence_encoder.ALIGNMENT) * sequence_encoder.ALIGNMENT
+        return SequenceWeights(tensors, heads=2, epsilon=1e-6)
+
+    vectors, rate = torch.empty(shape.distinct, d, device="meta"), sequence_encoder.DropoutRate(1 << 29, 1.125)
+    weights_of = [weights(each) for each in (torch.float32, dtype, torch.float32)]
+    pair = sequence_encoder.SequenceEncoder(*weights_of, vectors, batch, shape, rate, dtype)
+    pair.connect(torch.empty_like(pair.states))
+    pair.forward()
+    pair.backward()
 
 
 def call_pairs_of_one_entry(dtype: torch.dtype) -> None:

@@ -1,14 +1,17 @@
-"""A sequence encoder with random weights over a packed batch: the pair of the GPU's step beside the reference."""
+"""A sequence encoder with random weights: the pair of the GPU's step and the public op beside the reference."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from helpers.kernel_cases import DEVICE
+from helpers.kernel_cases import DEVICE, assert_as_good
 from helpers.step_batches import pack_batch, step_shape
+from iisan_fast import kernels
 from iisan_fast.kernels import SequenceGrid, SequenceWeights, sequence_dropout
 from iisan_fast.kernels.gpu.sequence_encoder import DropoutRate, SequenceEncoder
 from iisan_fast.kernels.reference import sequence_encoder as sequence_encoder_reference
@@ -24,11 +27,16 @@ def weight_shapes(positions: int, d: int, blocks: int) -> list[tuple[int, ...]]:
     return [(positions, d), *norm, *block * blocks]
 
 
+def flat_size(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Return the numbers of weights that each start at a multiple of 64."""
+    return sum(-(-math.prod(shape) // 64) * 64 for shape in shapes)
+
+
 def views(flat: Tensor, shapes: Sequence[tuple[int, ...]], heads: int) -> SequenceWeights:
-    """Return a buffer's numbers as weights, one after the other."""
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    parts = flat[: sum(sizes)].split(sizes)
-    return SequenceWeights([part.view(shape) for part, shape in zip(parts, shapes)], heads, EPSILON)
+    """Return a buffer's numbers as weights, one after the other, each from a multiple of 64 numbers on."""
+    starts = [flat_size(shapes[:i]) for i in range(len(shapes))]
+    tensors = [flat[start : start + math.prod(shape)].view(shape) for start, shape in zip(starts, shapes)]
+    return SequenceWeights(tensors, heads, EPSILON)
 
 
 class PairCase:
@@ -59,7 +67,7 @@ class PairCase:
         buffer = pack_batch(histories, self.shape, numbers.tolist(), step=5, prefix=prefix)
         self.batch = StepBatch.of(buffer.to(DEVICE), self.shape)
         self.heads, self.shapes = heads, weight_shapes(self.shape.positions, d, blocks)
-        self.flat = torch.cat([random(*shape, std=0.3).flatten() for shape in self.shapes])
+        self.flat = random(flat_size(self.shapes), std=0.3)
         self.distinct = len({item for history in histories for item in history})
         self.vectors = random(self.shape.distinct, d)
         self.vectors[self.distinct :] = float("nan")
@@ -117,3 +125,53 @@ class PairCase:
             error, other = ((values.cpu().double() - truth).norm() for values in (result, theirs[name]))
             assert error <= max(8 * other, 4e-6 * truth.norm()), f"{name}: {error:.2e}, {other:.2e} by the reference"
         assert not result.isnan().any()
+
+
+class GridCase:
+    """The op on a grid of users and positions: histories of these lengths, weights, and the gradient of the states."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        d: int = 32,
+        heads: int = 2,
+        blocks: int = 1,
+        dropout: float = 0.25,
+        spare: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """spare: positions of the encoder that the grid lacks."""
+        generator = torch.Generator().manual_seed(9)
+
+        def random(*shape: int, std: float = 1.0) -> Tensor:
+            return (std * torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
+
+        length = max(lengths, default=1)
+        slots = [length * (user + 1) - own + i for user, own in enumerate(lengths) for i in range(own)]
+        self.grid = SequenceGrid(torch.tensor(slots, dtype=torch.int64, device=DEVICE), len(lengths), length)
+        self.heads, self.dtype = heads, dtype
+        self.tensors = [random(*shape, std=0.3) for shape in weight_shapes(length + spare, d, blocks)]
+        self.x, self.gradient = random(len(slots), d), random(len(slots), d)
+        users = torch.randint(0, 2**31, (len(lengths),), generator=generator).to(DEVICE)
+        self.dropout = sequence_dropout(dropout, 3, 17, users)
+
+    def run(self, op: Callable, dtype: torch.dtype | None = None, wanted: Sequence[int] | None = None) -> list[Tensor]:
+        """Return the states, then the gradients of x and the weights, or of those numbered in `wanted`."""
+        dtype = dtype or self.dtype
+        leaves = [tensor.detach().to(dtype).clone() for tensor in (self.x, *self.tensors)]
+        chosen = [leaves[i].requires_grad_() for i in (range(len(leaves)) if wanted is None else wanted)]
+        x, *tensors = leaves
+        states = op(x, SequenceWeights(tensors, self.heads, EPSILON), self.grid, self.dropout)
+        return [states.detach(), *torch.autograd.grad(states, chosen, self.gradient.to(dtype))]
+
+    def check(self, wanted: Sequence[int] | None = None) -> None:
+        """Compare Triton with the reference in the case's precision and in fp64."""
+        ours = self.run(sequence_by_gpu, wanted=wanted)
+        reference = sequence_encoder_reference.sequence_encoder
+        theirs, exact = (self.run(reference, dtype, wanted) for dtype in (None, torch.float64))
+        assert_as_good(theirs, ours, exact, self.dtype)
+
+
+def sequence_by_gpu(*arguments: Any) -> Tensor:
+    """Return the states by Triton."""
+    return kernels.sequence_encoder(*arguments, form="gpu")

@@ -59,8 +59,8 @@ def chosen(op: str, device: str, form: str = "auto", dtype: torch.dtype = torch.
     [
         ("fold_heads", "reference", "cpu", "reference"),
         ("side_towers", "gpu", "cpu", "reference"),
-        ("sequence_encoder", "reference", "cpu", "reference"),
-        ("last_states", "reference", "cpu", "reference"),
+        ("sequence_encoder", "gpu", "cpu", "reference"),
+        ("last_states", "gpu", "cpu", "reference"),
         ("inbatch_cross_entropy", "gpu", "cpu", "reference"),
         ("target_rank", "gpu", "cpu", "cpu"),
         ("adam", "reference", "cpu", "reference"),
