@@ -4,105 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from helpers.flat_weights import flat_size, in_buffer, side_weights
+from helpers.folds import Fold, towers_gradients
 from helpers.kernel_cases import DEVICE, INTRA_AND_INTER
-from iisan_fast.kernels import RecommenderWeights
 from iisan_fast.kernels.gpu.fold_heads import FoldHeads, refusal
 from iisan_fast.kernels.gpu.launch import Launch, launches, recording
-from iisan_fast.kernels.types import TowerGradients
 
 pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
-OUTPUTS = ("coefficients", "bias", "composites", "projected_up", "projections", "vector_bias")
-TOLERANCE = 3e-6  # of the largest element: fp32 sums of up to some thousand products
-
-
-class Fold:
-    """A pair on random weights, with random gradients from the towers."""
-
-    def __init__(self, seed: int = 3, **shape) -> None:
-        torch.manual_seed(seed)
-        self.shapes = side_weights(**shape)
-        size = flat_size(self.shapes)
-        self.buffer = torch.randn(size, device=DEVICE) / 4
-        self.gradient = torch.full((size,), float("nan"), device=DEVICE)
-        self.weights, gradients = in_buffer(self.shapes, self.buffer), in_buffer(self.shapes, self.gradient)
-        self.pair = FoldHeads(self.weights, self.weights, gradients, torch.float32)
-        self.towers = towers_gradients(self.pair, self.weights)
-        self.pair.connect(self.towers)
-
-    def run(self) -> list[Tensor]:
-        """Return copies of the outputs, then of the gradients of all weights."""
-        self.gradient.fill_(float("nan"))
-        self.pair.forward()
-        self.pair.backward()
-        outputs = [getattr(self.pair, name).clone() for name in OUTPUTS]
-        return [*outputs, *(gradient.clone() for gradient in in_buffer(self.shapes, self.gradient).tensors())]
-
-    def expected(self) -> list[Tensor]:
-        """Return the same in fp64, by autograd."""
-        weights = self.weights.mapped(lambda weight: weight.double().requires_grad_())
-        outputs = plainly_folded(weights)
-        names = ("of_coefficients", "of_bias", "of_composites", "of_projected_up", "of_projections", "of_vector_bias")
-        gradients = [getattr(self.towers, name).double().nan_to_num() for name in names]
-        trained = [pair for pair in zip(outputs, gradients) if pair[0].requires_grad]  # all but constant coefficients
-        torch.autograd.backward(*zip(*trained))
-        for tower, of_down in zip(weights.towers, self.towers.of_down):
-            tower.down_weight.grad += of_down
-        return [*(output.detach() for output in outputs), *(weight.grad for weight in weights.tensors())]
-
-    def check(self) -> None:
-        """The pair against autograd."""
-        for number, (actual, expected) in enumerate(zip(self.run(), self.expected(), strict=True)):
-            error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
-            assert error < TOLERANCE, (number, tuple(expected.shape), error.item())
-
-
-def towers_gradients(pair: FoldHeads, weights: RecommenderWeights) -> TowerGradients:
-    """Return random gradients, as the towers' backward gives them: those of pairs that are not read are NaN."""
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=pair.bias.device)
-
-    of_down = random(len(weights.towers), *weights.towers[0].down_weight.shape)
-    of_composites = random(*pair.composites.shape)
-    for k in range(pair.composites.shape[1]):
-        of_composites[:, k, :, k:] = float("nan")
-    shapes = (pair.projected_up.shape, pair.projections.shape, pair.vector_bias.shape)
-    rest = (random(*shape) for shape in shapes)
-    return TowerGradients(random(*pair.coefficients.shape), of_down, random(*pair.bias.shape), of_composites, *rest)
-
-
-def plainly_folded(weights: RecommenderWeights) -> list[Tensor]:
-    """Return the outputs by loops over towers and layers, in the order of OUTPUTS."""
-    dim = len(weights.fusion_bias)
-    by_tower = []
-    vector_bias = weights.fusion_bias
-    for tower, outer, head in zip(weights.towers, weights.fusion.split(dim, dim=1), weights.heads):
-        middle, middle_bias, inner, inner_bias = head
-        projection = outer @ middle @ inner
-        layers = len(tower.up_bias)
-        gate = torch.ones(layers).double() if tower.gate is None else torch.sigmoid(tower.gate / 0.1)
-        rest = gate if tower.gate is None else 1 - gate
-        one, zero = torch.ones_like(gate), torch.zeros_like(gate)
-        mixed = {(0,): (rest, gate, zero), (1,): (rest, zero, gate), (0, 1): (one, gate, rest)}[tower.views]
-        carry = mixed[0]
-        biases, projected, composites = [], [], []
-        for k in range(layers):
-            bias, blocks = tower.down_bias[k], []
-            for j in range(layers):
-                below = carry[j + 1 : k + 1].prod() if j < k else 0.0
-                blocks.append(below * (tower.down_weight[k] @ tower.up_weight[j]))
-                bias = bias + below * (tower.down_weight[k] @ tower.up_bias[j])
-            biases.append(bias)
-            composites.append(torch.stack(blocks, dim=1))
-            final = carry[k + 1 :].prod()
-            projected.append(final * (projection @ tower.up_weight[k]).mT)
-            vector_bias = vector_bias + final * (projection @ tower.up_bias[k])
-        vector_bias = vector_bias + outer @ (middle @ inner_bias + middle_bias)
-        by_tower.append((torch.stack(mixed, 1), *map(torch.stack, (biases, composites, projected)), projection))
-    return [*map(torch.stack, zip(*by_tower)), vector_bias]
 
 
 @pytest.mark.parametrize(
