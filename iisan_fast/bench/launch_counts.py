@@ -44,6 +44,7 @@ class LaunchCounter(TorchDispatchMode):
         self.launches: list[tuple[str, Launch]] = []  # (part, launch) of every Triton kernel, in their order
         self.host_reads: list[tuple[str, str]] = []  # (part, operator)
         self.allocated = self.peak = 0  # bytes
+        self.allocations = 0  # of any size
         self._part = ""
         self._sizes: dict[int, int] = {}  # bytes of the storages that live, by their address
         self._recording: Any = None
@@ -95,7 +96,8 @@ class LaunchCounter(TorchDispatchMode):
         return sum(self.by_part().values())
 
     def forget_launches(self) -> None:
-        """Begin to count again; the memory goes on being followed."""
+        """Begin to count again; the memory that is allocated goes on being followed."""
+        self.allocations = 0
         self.operators.clear()
         self.launches.clear()
         self.host_reads.clear()
@@ -111,6 +113,7 @@ class LaunchCounter(TorchDispatchMode):
         size = -(-storage.nbytes() // ALLOCATION_UNIT) * ALLOCATION_UNIT
         self._sizes[address] = size
         self.allocated += size
+        self.allocations += 1
         self.peak = max(self.peak, self.allocated)
         weakref.finalize(storage, self._free, address)
 

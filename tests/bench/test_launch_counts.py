@@ -85,4 +85,6 @@ def test_allocations_are_followed_to_their_peak():
         del view, passing
         assert counter.allocated == 0
         torch.empty(256, device="meta")
-        assert counter.peak == 4096 + 512
+        assert counter.peak == 4096 + 512 and counter.allocations == 3
+        counter.forget_launches()
+        assert counter.peak == 4096 + 512 and counter.allocations == 0
