@@ -4,7 +4,8 @@
     python benchmarks/two_checkouts.py DATASET BEFORE --without-compiler --out FILE
 
 BEFORE is the folder of another checkout, whose package the second process imports. Both train IISAN at its published
-sizes with random states and the dataset's histories, from the same weights, 64 users a batch, float32, on a CPU.
+sizes with random states and the dataset's histories, from the same weights, 64 users a batch, float32, on a CPU. The
+time that threads spend on a step depends less than the wall clock on what else the machine does.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +63,14 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         more = {"CXX": "/nonexistent", "IISAN_FAST_COMPILED": empty} if arguments.without_compiler else {}
         workers = [start(folder, arguments, more) for folder in (arguments.before, HERE)]
         origins = [answer(worker) for worker in workers]
-        times: list[list[float]] = [[], []]
+        times: list[list[list[float]]] = [[], []]
         for _ in range(arguments.rounds):
             for worker, of_worker in zip(workers, times):
                 of_worker += answer(worker, "step")
         for worker in workers:
             worker.communicate()
     losses = [origin.pop("losses") for origin in origins]
-    before, after = ({**origin, **bench.quantiles(of_worker)} for origin, of_worker in zip(origins, times))
+    before, after = ({**origin, **figures(of_worker)} for origin, of_worker in zip(origins, times))
     return {
         "command": "python benchmarks/two_checkouts.py DATASET BEFORE"
         + " --without-compiler" * arguments.without_compiler
@@ -75,6 +79,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "before": before,
         "after": after,
         "ratio": after["p50_ms"] / before["p50_ms"],
+        "cpu_ratio": after["p50_cpu_ms"] / before["p50_cpu_ms"],
         "largest_loss_difference": bench.largest_difference(losses[1], losses[0]),
     }
 
@@ -104,7 +109,21 @@ def work(dataset: Path) -> None:
     losses = bench.follow(step, FOLLOWED_STEPS)
     print(json.dumps({**machine.origin(name, device), "losses": losses}), flush=True)
     for _ in sys.stdin:
-        print(json.dumps(bench.timed(step, STEPS, device)), flush=True)
+        print(json.dumps([timed(step) for _ in range(STEPS)]), flush=True)
+
+
+def timed(step: Callable[[], Any]) -> list[float]:
+    """Return the milliseconds of a step by the wall clock, and those that all threads spent on it."""
+    clocks = time.perf_counter, time.process_time
+    started = [clock() for clock in clocks]
+    step()
+    return [1000 * (clock() - start) for clock, start in zip(clocks, started)]
+
+
+def figures(times: list[list[float]]) -> dict[str, float]:
+    """Return the quantiles of a checkout's steps, and the median of the time that threads spent on one."""
+    wall, cpu = zip(*times)
+    return {**bench.quantiles(list(wall)), "p50_cpu_ms": statistics.median(cpu)}
 
 
 if __name__ == "__main__":
