@@ -22,7 +22,7 @@ from iisan_fast import kernels
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.batches import Batch, make_batch, padded_shape
 from iisan_fast.data.sequences import Sequences
-from iisan_fast.kernels import dispatch
+from iisan_fast.kernels import dispatch, ops
 from iisan_fast.kernels.cpu.step import CpuStep
 from iisan_fast.kernels.cpu.step_calls import StepCalls
 from iisan_fast.models.recommender import Recommender
@@ -385,6 +385,9 @@ def test_frozen_weights_other_devices_and_named_forms_are_refused(monkeypatch):
     monkeypatch.setenv(kernels.FORM_VARIABLE, "reference")
     assert fused_step_refusal(model, CPU) == "IISAN_FAST_FORM names reference"
     monkeypatch.delenv(kernels.FORM_VARIABLE)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "why_no_library", lambda: "no C++ compiler is here")
+        assert fused_step_refusal(model, CPU) == "no C++ compiler is here"
     model.item_encoder.side_network.first.gate.requires_grad_(False)
     assert fused_step_refusal(model, CPU) == "item_encoder.side_network.first.gate is not trained"
 
@@ -403,6 +406,6 @@ def test_the_forms_are_reported_as_those_that_ran(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "reported", set())
     with caplog.at_level(logging.INFO):
         step(batch(), table.read(batch().distinct))
-    ops = {"fold_heads", "side_towers", "sequence_encoder", "inbatch_cross_entropy", "adam"}
-    assert dispatch.reported == {(op, "cpu") for op in ops}
-    assert len(caplog.records) == len(ops)
+    names = {"fold_heads", "side_towers", "sequence_encoder", "inbatch_cross_entropy", "adam"}
+    assert dispatch.reported == {(name, "cpu") for name in names}
+    assert len(caplog.records) == len(names)
