@@ -121,28 +121,37 @@ def products(ir: str) -> dict[Lines, int]:
 
 
 def memory_uses(ir: str) -> dict[str, int]:
-    """Return, for each argument that is a pointer, 1 if its memory is read or written, 2 if both."""
+    """Return, for each argument that is a pointer, 1 if its memory is read or written, 2 if both.
+
+    A pointer that is chosen among several counts as each of them.
+    """
     kernel = parse(ir)
-    reads: set[str] = set()
-    writes: set[str] = set()
-    bases = {f"%{name}": name for name in kernel.arguments}
+    uses: dict[str, set[str]] = {"tt.load": set(), "tt.store": set()}
+    bases = {f"%{name}": {name} for name in kernel.arguments}
 
     def visit(operations: list[Operation]) -> None:
         for one in operations:
-            operands = [name for name in one.operands if name in bases]
             if one.name == "scf.for":
-                bases.update({name: bases[start] for name, start in _carried(one) if start in bases})
+                for name, start in _carried(one):
+                    bases[name] = bases.get(start, set())
             for region in one.regions:
                 visit(region)
-            if one.name == "tt.load":
-                reads.add(bases[operands[0]])
-            elif one.name == "tt.store":
-                writes.add(bases[operands[0]])
-            elif operands and "!tt.ptr" in one.text:
-                bases.update(dict.fromkeys(one.results, bases[operands[0]]))
+            if one.name in uses:
+                uses[one.name] |= bases[one.operands[0]]
+            elif one.regions:
+                yielded = [region[-1].operands for region in one.regions if region and region[-1].name == "scf.yield"]
+                for name, *choices in zip(one.results, *yielded):
+                    bases[name] = set().union(*(bases.get(choice, set()) for choice in choices))
+            elif "!tt.ptr" in one.text:
+                sources = [bases[name] for name in one.operands if name in bases]
+                bases.update(dict.fromkeys(one.results, set().union(*sources)))
 
     visit(kernel.body)
-    return {name: (name in reads) + (name in writes) for name in kernel.arguments if name in reads | writes}
+    return {
+        name: sum(name in used for used in uses.values())
+        for name in kernel.arguments
+        if name in set().union(*uses.values())
+    }
 
 
 class ProgramRun:

@@ -8,7 +8,7 @@ import torch
 
 from helpers import small_kernels
 from iisan_fast.bench.kernel_costs import SLOTS_PER_S, KnownBatch, kernel_cost, loop_trips
-from iisan_fast.bench.loop_trips import TripCounts
+from iisan_fast.bench.loop_trips import TripCounts, memory_uses
 from iisan_fast.bench.machine_code import KernelReading, MachineLoop
 from iisan_fast.kernels import Configuration, Launch, StepShape
 
@@ -84,3 +84,30 @@ def test_loops_of_one_statement_share_its_trips():
     trips = loop_trips(reading(rest, inside, unrolled), counts)
     assert trips == {unrolled: 20.0, rest: 0.0, inside: 20.0}
     assert loop_trips(reading(inside), counts) == {inside: 5}
+
+
+CHOSEN = """
+  tt.func public @chosen(%a: !tt.ptr<f32>, %b: !tt.ptr<f32>, %c: !tt.ptr<f32>, %d: !tt.ptr<f32>) {
+    %zero = arith.constant 0 : i32
+    %first = arith.constant true
+    %either = scf.if %first -> (!tt.ptr<f32>) {
+      scf.yield %a : !tt.ptr<f32>
+    } else {
+      %next = tt.addptr %b, %zero : !tt.ptr<f32>, i32
+      scf.yield %next : !tt.ptr<f32>
+    }
+    %value = tt.load %either : !tt.ptr<f32>
+    %last = scf.for %i = %zero to %zero step %zero iter_args(%p = %b) -> (!tt.ptr<f32>)  : i32 {
+      tt.store %p, %value : !tt.ptr<f32>
+      %on = tt.addptr %p, %i : !tt.ptr<f32>, i32
+      scf.yield %on : !tt.ptr<f32>
+    }
+    %one = arith.select %first, %c, %last : !tt.ptr<f32>
+    tt.store %one, %value : !tt.ptr<f32>
+    tt.return
+  }
+"""
+
+
+def test_a_pointer_that_is_chosen_counts_as_each_of_its_choices():
+    assert memory_uses(CHOSEN) == {"a": 1, "b": 2, "c": 1}
