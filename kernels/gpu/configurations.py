@@ -107,7 +107,7 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
     "sequence_forward": {
         ("default", "small"): Configuration({"STACK": 64, "FC": 64, "HALVES": 0}, warps=8, stages=1),
         ("default", "large"): Configuration({"STACK": 64, "FC": 64, "HALVES": 1}, warps=8, stages=1),
-        ("default", "wide"): Configuration({"STACK": 64, "FC": 64, "HALVES": 0}, warps=8, stages=1),
+        ("default", "wide"): Configuration({"STACK": 64, "FC": 64, "HALVES": 1}, warps=8, stages=1),
         ("default", "fp32"): Configuration({"STACK": 32, "FC": 16, "HALVES": 1}, warps=8, stages=1),
         ("sm_90", "small"): Configuration({"STACK": 64, "FC": 64, "HALVES": 0}, warps=8, stages=2),
         ("sm_90", "large"): Configuration({"STACK": 64, "FC": 64, "HALVES": 0}, warps=8, stages=2),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers.gpu_checks import OpRecorder, check_registrations
 from helpers.kernel_cases import LossCase, SideCase, rank_case
+from helpers.sequence_cases import EPSILON, GridCase, sequence_by_gpu
 from iisan_fast import kernels
+from iisan_fast.kernels import CONFIGURATIONS, Configuration, SequenceWeights
 from iisan_fast.kernels.gpu import inbatch_cross_entropy, side_towers, target_rank
 
 pytestmark = pytest.mark.slow
@@ -56,4 +59,33 @@ def test_the_ops_compile_as_one_graph(kinds):
     for ours, eager in zip(
         torch.autograd.grad(compiled(*arguments), leaves), torch.autograd.grad(both(*arguments), leaves), strict=True
     ):
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.fixture
+def one_split(monkeypatch) -> None:
+    """The interpreter computes the sequence encoder's gradients of weights in a quarter of the programs."""
+    chosen = Configuration({"BN": 64, "BK": 32, "SPLITS": 1}, warps=4, stages=1)
+    monkeypatch.setitem(CONFIGURATIONS["sequence_weight_gradients"], ("default", "fp32"), chosen)
+
+
+def test_the_operators_of_the_sequence_encoder_are_sound(one_split):
+    case = GridCase([2, 1])
+
+    def run() -> None:
+        weights = SequenceWeights(case.tensors, case.heads, EPSILON)
+        kernels.last_states(case.x, weights, case.grid, form="gpu")
+        case.run(sequence_by_gpu)
+
+    with OpRecorder() as recorder:
+        run()
+    names = {func.name() for func, _ in recorder.calls}
+    assert names == {f"iisan_fast::{op}" for op in ("last_states", "sequence_states", "sequence_states_backward")}
+    check_registrations(run, "sequence_states")
+
+
+def test_the_sequence_encoder_compiles_as_one_graph(one_split):
+    case = GridCase([2, 1])
+    compiled = torch.compile(sequence_by_gpu, backend="aot_eager", fullgraph=True)
+    for ours, eager in zip(case.run(compiled), case.run(sequence_by_gpu), strict=True):
         torch.testing.assert_close(ours, eager)
