@@ -78,18 +78,20 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
         ("default", "fp32"): Configuration({"BM": 16, "BD": 32, "GROUP": 4}, warps=4, stages=1),
     },
     "loss_forward": {
-        ("default", "small"): Configuration({"BM": 16, "SUB": 2}, warps=4, stages=2),
+        ("default", "small"): Configuration({"BM": 16, "SUB": 2}, warps=4, stages=3),
         ("default", "large"): Configuration({"BM": 128, "SUB": 2}, warps=8, stages=2),
-        ("default", "wide"): Configuration({"BM": 64, "SUB": 2}, warps=8, stages=2),
+        ("default", "wide"): Configuration({"BM": 64, "SUB": 1}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BM": 16, "SUB": 1}, warps=8, stages=1),
         ("sm_90", "large"): Configuration({"BM": 128, "SUB": 4}, warps=8, stages=2),
+        ("sm_90", "wide"): Configuration({"BM": 128, "SUB": 2}, warps=8, stages=2),
     },
     "loss_query_gradients": {
-        ("default", "small"): Configuration({"BM": 16, "SUB": 2}, warps=4, stages=2),
+        ("default", "small"): Configuration({"BM": 16, "SUB": 2}, warps=4, stages=3),
         ("default", "large"): Configuration({"BM": 128, "SUB": 2}, warps=8, stages=2),
-        ("default", "wide"): Configuration({"BM": 64, "SUB": 2}, warps=8, stages=2),
+        ("default", "wide"): Configuration({"BM": 64, "SUB": 1}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BM": 16, "SUB": 1}, warps=8, stages=1),
         ("sm_90", "large"): Configuration({"BM": 128, "SUB": 4}, warps=8, stages=2),
+        ("sm_90", "wide"): Configuration({"BM": 128, "SUB": 2}, warps=8, stages=2),
     },
     "loss_item_gradients": {
         ("default", "small"): Configuration({"BM": 32, "BN": 32, "SUB": 1, "PROGRAMS": 128}, warps=4, stages=2),
@@ -97,6 +99,7 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
         ("default", "wide"): Configuration({"BM": 32, "BN": 64, "SUB": 1, "PROGRAMS": 528}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BM": 16, "BN": 32, "SUB": 1, "PROGRAMS": 528}, warps=8, stages=1),
         ("sm_90", "large"): Configuration({"BM": 32, "BN": 128, "SUB": 2, "PROGRAMS": 264}, warps=8, stages=2),
+        ("sm_90", "wide"): Configuration({"BM": 32, "BN": 128, "SUB": 1, "PROGRAMS": 264}, warps=8, stages=2),
     },
     "item_vector_gradients": {
         ("default", "small"): Configuration({"BV": 16, "BK": 32}, warps=4, stages=1),
