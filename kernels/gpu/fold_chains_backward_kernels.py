@@ -158,13 +158,14 @@ def fold_chains_backward(
                 BD,
             )
     elif i_part < end_of_up_bias:
-        o_d = (i_part - 1) * BD + tl.arange(0, BD)
-        for j in tl.static_range(K):
-            total = tl.zeros((BD,), tl.float32)
-            for k in tl.static_range(j + 1, K + 1):
-                b_through = tl.load(through_ptr + (i_tower * BK + k) * D + o_d, mask=o_d < D, other=0.0)
-                total += tl.load(c_ptr + k * BK + j) * b_through
-            tl.store(gradients_ptr + up_bias + j * D + o_d, total, mask=o_d < D)
+        o_c = (i_part - 1) * BD + tl.arange(0, BD)
+        o_k = tl.arange(0, BK)
+        b_carries = tl.load(c_ptr + o_k[:, None] * BK + o_k[None, :])
+        p_through = through_ptr + (i_tower * BK + o_k[:, None]) * D + o_c[None, :]
+        b_through = tl.load(p_through, mask=(o_k <= K)[:, None] & (o_c < D)[None, :], other=0.0)
+        of_up_bias = tl.dot(b_carries.T, b_through, input_precision="ieee")
+        p_up_bias = gradients_ptr + up_bias + o_k[:, None] * D + o_c[None, :]
+        tl.store(p_up_bias, of_up_bias, mask=(o_k < K)[:, None] & (o_c < D)[None, :])
     elif i_part < end_of_middle:
         i_tile = i_part - end_of_up_bias
         o_f = i_tile % tl.cdiv(PART, BM) * BM + tl.arange(0, BM)

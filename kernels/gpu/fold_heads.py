@@ -33,6 +33,7 @@ from .fold_heads_backward_kernels import fold_backward
 from .fold_heads_kernels import fold_chains, fold_prepare
 from .launch import Launch, block, launch, precision
 
+MOST_LAYERS = 31
 MOST_DIMENSIONS = 128  # of an item vector: a program holds whole columns of a projection
 
 
@@ -60,6 +61,9 @@ class FoldHeads:
         """
         if reason := refusal(weights):
             raise ValueError(f"fold_heads by gpu: {reason}")
+        if dtype not in (torch.float32, torch.bfloat16) or operands.fusion.dtype != dtype:
+            found = f"{dtype} with operands of {operands.fusion.dtype}".replace("torch.", "")
+            raise ValueError(f"fold_heads by gpu: expected products in float32 or bfloat16, found {found}")
         buffers = {"weights": weights, "operands": operands, "gradients": gradients}
         self._tensors = {f"{name}_ptr": flat_buffer(views) for name, views in buffers.items()}
         self._places = places(weights)
@@ -148,6 +152,10 @@ def refusal(weights: RecommenderWeights) -> str:
     shapes = {(tower.gate is None, tower.down_weight.shape) for tower in weights.towers}
     if len(shapes) > 1:
         return "towers have unlike shapes, or gates in part"
+    if len(weights.towers[0].down_weight) > MOST_LAYERS:
+        return f"it takes at most {MOST_LAYERS} layers, found {len(weights.towers[0].down_weight)}"
+    if weights.fusion.dtype != torch.float32:
+        return f"it takes weights of float32, found {weights.fusion.dtype}".replace("torch.", "")
     dimensions = max(weights.fusion.shape[0], weights.fusion.shape[1] // len(weights.towers))
     if dimensions > MOST_DIMENSIONS:
         return f"it takes at most {MOST_DIMENSIONS} dimensions of an item vector, found {dimensions}"

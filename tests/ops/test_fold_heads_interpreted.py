@@ -20,9 +20,13 @@ pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
         pytest.param({"kinds": INTRA_AND_INTER, "layers": 2, "width": 32}, id="three towers"),
         pytest.param({"kinds": INTRA_AND_INTER[1:], "gated": False, "layers": 3, "width": 16}, id="no gates"),
         pytest.param({"kinds": [(0,)], "layers": 1}, id="one layer of one tower"),
-        pytest.param({"kinds": [(1,), (0, 1)], "hidden": [32, 48], "width": 48}, id="Versa's heads"),
-        pytest.param({"kinds": [(0, 1)], "width": 37, "bottleneck": 9, "dim": 20, "layers": 4}, id="odd sizes"),
-        pytest.param({"kinds": [(0,)], "bottleneck": 40, "dim": 36, "layers": 2}, id="several tiles a side"),
+        pytest.param(
+            {"kinds": [(1,), (0, 1)], "layers": 2, "hidden": [20, 32], "width": 32, "dim": 20}, id="Versa's heads"
+        ),
+        pytest.param({"kinds": [(0, 1)], "width": 37, "bottleneck": 9, "dim": 11}, id="odd sizes"),
+        pytest.param(
+            {"kinds": [(0,)], "bottleneck": 24, "dim": 36, "layers": 2, "width": 32}, id="several tiles a side"
+        ),
         pytest.param(
             {"kinds": [(0,)], "width": 20, "bottleneck": 8, "dim": 16, "layers": 13},
             id="thirteen layers",
@@ -39,15 +43,10 @@ def test_every_output_and_gradient(shape):
     Fold(**shape).check()
 
 
-def test_steps_repeat_bit_for_bit():
-    fold = Fold(kinds=[(1,)], layers=2, width=16)
+def test_steps_repeat_bit_for_bit_and_write_nothing_between_the_weights():
+    fold = Fold(kinds=[(0,)], layers=2, width=20)
     for first, second in zip(fold.run(), fold.run()):
         assert torch.equal(first, second)
-
-
-def test_nothing_is_written_between_the_weights():
-    fold = Fold(kinds=[(0,)], layers=1, width=20)
-    fold.run()
     is_weight = torch.zeros(len(fold.gradient), dtype=torch.bool, device=DEVICE)
     for view in in_buffer(fold.shapes, is_weight).tensors():
         view.fill_(True)
@@ -80,10 +79,14 @@ def test_refusals():
     assert refusal(flat) == ""
     assert refusal(flat.mapped(torch.clone)) == "the weights are no views of one flat buffer"
     assert refusal(side_weights([(0,)], dim=160)) == "it takes at most 128 dimensions of an item vector, found 160"
+    assert refusal(side_weights([(0,)], layers=32)) == "it takes at most 31 layers, found 32"
+    assert refusal(flat.mapped(torch.Tensor.double)) == "it takes weights of float32, found float64"
     unlike = meta._replace(towers=[meta.towers[0], side_weights([(1,)], gated=False).towers[0]])
     assert refusal(unlike) == "towers have unlike shapes, or gates in part"
     with pytest.raises(ValueError, match="unlike shapes"):
         FoldHeads(unlike, unlike, unlike, torch.float32)
+    with pytest.raises(ValueError, match="found bfloat16 with operands of float32"):
+        FoldHeads(flat, flat, flat, torch.bfloat16)
     other = in_buffer(meta, torch.empty(flat_size(meta) + 64)[64:])
     FoldHeads(flat, flat, other, torch.float32)  # a layout is relative to the first weight
     with pytest.raises(ValueError, match="expected gradients laid out as the weights are"):
