@@ -15,7 +15,7 @@ from .machine import NOT_MEASURED, synchronise
 
 
 class Captures(NamedTuple):
-    """The graphs captured before timing began."""
+    """The graph captured before timing began."""
 
     shapes: int
     seconds: float

@@ -62,7 +62,7 @@ def benchmark(settings: GrowthSettings, device: torch.device) -> dict[str, Any]:
                 advance(1, f"{items:,} items, {users:,} users a batch")
     notes = {
         "epoch_s": "one epoch's steps, after some to warm up",
-        "capture_s": "seconds to capture a CUDA graph of every padded shape of the epoch, before it is timed",
+        "capture_s": "seconds to capture the step in a CUDA graph, before the epoch is timed",
         "evaluation_s": "one evaluation of all users; on CUDA the second one, the first compiles its kernels",
     }
     return {**origin("synthetic", device), "settings": asdict(settings), "notes": notes, "rows": rows}

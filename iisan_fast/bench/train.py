@@ -45,7 +45,7 @@ NOTES = {
     "float32": "iisan-fast train --precision float32",
     "bfloat16": "iisan-fast train --precision bfloat16, on CUDA",
     "reference ops": "the fast path with every op by its specification (IISAN_FAST_FORM=reference), float32",
-    "eager": "the fast path without CUDA graphs, bfloat16",
+    "eager": "the fast path without a CUDA graph, bfloat16",
     "step": "one step by the wall clock, its batch prepared ahead where the form does so; the forms take turns",
     "epoch": "as many steps as an epoch has, after some to warm up (an epoch of them for eager forms on CUDA), in a "
     "process of its own; its peak is the largest sum of proportional set sizes, the features and the imports included",
@@ -76,7 +76,7 @@ class TrainingForm:
 
     precision: str | None
     ops: str | None = None  # the form of the ops, in place of the choice by device
-    captured: bool = True  # in CUDA graphs, on CUDA
+    captured: bool = True  # in a CUDA graph, on CUDA
     follows: bool = True  # its losses must be the dense reference's; False: their difference is reported alone
     needs_cuda: bool = False
 

@@ -38,10 +38,10 @@ NOTES = {
     "cached": "iisan-fast train --cache, on random states of the same shape; on CUDA --table pinned",
     "opening": "encoders loaded, titles split into tokens, each image decoded once into the table; or states read",
     "epoch": "the steps of an epoch, batches made and copied included; the same steps warm up before (on CUDA all, so "
-    "that their graphs are captured; else the first few)",
+    "that the step is captured; else the first few)",
     "scaled": "steps_timed steps, multiplied by steps_an_epoch / steps_timed",
     "peak": "of opening and epoch: the largest sum of proportional set sizes, and of what torch holds on CUDA",
-    "phases": "milliseconds of a step that waits after each of them, without graphs: longer than the epoch's",
+    "phases": "milliseconds of a step that waits after each of them, without a graph: longer than the epoch's",
     "paper": "an A6000, Scientific, 64 users a batch: uncached 179 s an epoch and 8.32 GB, cached 22 s and 3.11 GB",
     "aim": "an H200, Scientific, 64 users a batch: uncached within 8 s an epoch and under 3 GB of device memory",
 }
