@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from helpers.flat_weights import flat_size, in_buffer, side_weights
-from helpers.folds import Fold, towers_gradients
+from helpers.folds import OUTPUTS, Fold, towers_gradients
 from helpers.kernel_cases import DEVICE, INTRA_AND_INTER
+from helpers.recommenders import side_recommender
+from iisan_fast.config import ModelConfig
 from iisan_fast.kernels.gpu.fold_heads import FoldHeads, refusal
 from iisan_fast.kernels.gpu.launch import Launch, launches, recording
+from iisan_fast.kernels.gpu.tower_operands import tower_operands
+from iisan_fast.training.flat_storage import FlatStorage
 
 pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 
@@ -91,3 +96,24 @@ def test_refusals():
     FoldHeads(flat, flat, other, torch.float32)  # a layout is relative to the first weight
     with pytest.raises(ValueError, match="expected gradients laid out as the weights are"):
         FoldHeads(flat, flat, other._replace(heads=other.heads[::-1]), torch.float32)
+
+
+@pytest.mark.parametrize("method", ["iisan", "iisan-versa"])
+def test_a_models_weights_in_flat_storage(method):
+    """The outputs are those of the towers' differentiable operands and of the heads' own folding."""
+    config = ModelConfig(method=method, embedding_dim=16, bottleneck=5)
+    model = side_recommender([(2, 20), (2, 20)], config, 10, np.full(9, 0.1), seed=1).to(DEVICE)
+    storage = FlatStorage(model, dict.fromkeys(model.parameter_groups(), 1e-3))
+    storage.parameters += torch.randn_like(storage.parameters) / 8
+    weights = storage.weights()
+    pair = FoldHeads(weights, storage.operands(), storage.gradients(), torch.float32)
+    pair.forward()
+    views = [sum(1 << i for i, tower in enumerate(weights.towers) if view in tower.views) for view in (0, 1)]
+    coefficients, _, bias, composites, up, up_bias = tower_operands(weights.towers, *views, torch.float32)
+    folded, heads_bias = model.item_encoder.heads.folded()
+    projections = torch.stack(list(folded.values()))
+    projected_up = torch.einsum("tkrd,ted->tkre", up, projections)
+    vector_bias = heads_bias + torch.einsum("td,ted->e", up_bias, projections)
+    expected = (coefficients, bias, composites, projected_up, projections, vector_bias)
+    for name, tensor in zip(OUTPUTS, expected):
+        torch.testing.assert_close(getattr(pair, name), tensor.detach(), rtol=1e-4, atol=1e-5, msg=name)
