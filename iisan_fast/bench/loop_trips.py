@@ -61,6 +61,7 @@ class KernelFunction(NamedTuple):
     """A kernel's function: its operations, its arguments' names, and where its locations lie in the source."""
 
     arguments: list[str]
+    pointers: list[str]  # of them
     body: list[Operation]
     locations: dict[str, str]
 
@@ -127,7 +128,7 @@ def memory_uses(ir: str) -> dict[str, int]:
     """
     kernel = parse(ir)
     uses: dict[str, set[str]] = {"tt.load": set(), "tt.store": set()}
-    bases = {f"%{name}": {name} for name in kernel.arguments}
+    bases = {f"%{name}": {name} for name in kernel.pointers}
 
     def visit(operations: list[Operation]) -> None:
         for one in operations:
@@ -147,11 +148,8 @@ def memory_uses(ir: str) -> dict[str, int]:
                 bases.update(dict.fromkeys(one.results, set().union(*sources)))
 
     visit(kernel.body)
-    return {
-        name: sum(name in used for used in uses.values())
-        for name in kernel.arguments
-        if name in set().union(*uses.values())
-    }
+    used = {name: sum(name in names for names in uses.values()) for name in kernel.pointers}
+    return {name: count for name, count in used.items() if count}
 
 
 class ProgramRun:
@@ -333,9 +331,10 @@ def parse(ir: str) -> KernelFunction:
     lines = ir.splitlines()
     locations = dict(match for line in lines for match in re.findall(r"^(#loc\d*) = loc\((.*)\)$", line))
     start = next(index for index, line in enumerate(lines) if "tt.func public" in line)
-    arguments = re.findall(r"%(\w+): ", lines[start])
+    arguments = re.findall(r"%(\w+): (\S+)", lines[start])
+    pointers = [name for name, kind in arguments if kind.startswith("!tt.ptr")]
     body, _ = _block(lines, start + 1)
-    return KernelFunction(arguments, body, locations)
+    return KernelFunction([name for name, _ in arguments], pointers, body, locations)
 
 
 def _block(lines: list[str], index: int) -> tuple[list[Operation], int]:

@@ -87,13 +87,13 @@ def test_loops_of_one_statement_share_its_trips():
 
 
 CHOSEN = """
-  tt.func public @chosen(%a: !tt.ptr<f32>, %b: !tt.ptr<f32>, %c: !tt.ptr<f32>, %d: !tt.ptr<f32>) {
+  tt.func public @chosen(%a: !tt.ptr<f32>, %b: !tt.ptr<f32>, %c: !tt.ptr<f32>, %d: !tt.ptr<f32>, %n: i32) {
     %zero = arith.constant 0 : i32
     %first = arith.constant true
     %either = scf.if %first -> (!tt.ptr<f32>) {
       scf.yield %a : !tt.ptr<f32>
     } else {
-      %next = tt.addptr %b, %zero : !tt.ptr<f32>, i32
+      %next = tt.addptr %b, %n : !tt.ptr<f32>, i32
       scf.yield %next : !tt.ptr<f32>
     }
     %value = tt.load %either : !tt.ptr<f32>
