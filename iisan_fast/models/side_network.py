@@ -191,15 +191,12 @@ class Heads(nn.Module):
 class SideItemEncoder(nn.Module):
     """Item vectors from hidden states: IISAN, or IISAN-Versa."""
 
+    small_operators = True  # C++ shares the towers' work out itself; the reference waits for no other core
+
     def __init__(self, views: list[ViewShape], config: ModelConfig) -> None:
         super().__init__()
         self.side_network = SideNetwork(views, config)
         self.heads = Heads(self.side_network.output_widths, config)
-
-    @property
-    def small_operators(self) -> bool:
-        """Return True if C++ shares the towers' work out among a CPU's cores; the reference's products need threads."""
-        return kernels.form_on(torch.device("cpu")) == "cpu"
 
     def forward(self, states: list[States]) -> Tensor:
         """[N, d] for the hidden states of N items."""

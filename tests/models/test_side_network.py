@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.compiler import needs_compiler
 from helpers.recommenders import side_recommender
-from iisan_fast import kernels
 from iisan_fast.config import TOWERS, ModelConfig
 from iisan_fast.errors import InputError
 from iisan_fast.kernels import States
@@ -175,13 +173,3 @@ def test_initial_weights_depend_on_the_seed_alone():
     assert all(torch.equal(first[name], second[name]) for name in first)
     down = first["item_encoder.side_network.first.down_weight"]
     assert 0.008 < down.std() < 0.012 and not first["item_encoder.side_network.first.down_bias"].any()
-
-
-@needs_compiler
-def test_only_towers_in_cpp_leave_small_operators(monkeypatch):
-    """The reference's large products need a CPU's threads."""
-    encoder = build([(1, 16)]).item_encoder
-    monkeypatch.delenv(kernels.FORM_VARIABLE, raising=False)
-    assert encoder.small_operators
-    monkeypatch.setenv(kernels.FORM_VARIABLE, "reference")
-    assert not encoder.small_operators
