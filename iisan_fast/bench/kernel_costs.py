@@ -7,7 +7,7 @@ which memory is copied. A kernel takes longer than either.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..kernels import HEADER, Launch, StepShape
 from .floors import H200_BYTES_PER_S, H200_CLOCK_HZ, H200_SMS
 from .loop_trips import TripCounts, count_trips, memory_uses, products
-from .machine_code import KernelReading, MachineLoop
+from .machine_code import KernelReading, Lines, MachineLoop
 
 LANES = 32  # of a warp
 SLOTS_PER_S = 4 * H200_SMS * H200_CLOCK_HZ  # a multiprocessor issues at most 4 instructions of warps a clock
@@ -116,10 +116,11 @@ def loop_trips(reading: KernelReading, counts: TripCounts) -> dict[MachineLoop, 
     compiler made for itself runs as often as the one that holds it.
     """
     by_lines: defaultdict[tuple, list[MachineLoop]] = defaultdict(list)
-    for loop in reading.loops:
+    loops = [loop._replace(lines=lines) for loop, lines in zip(reading.loops, _whole_lines(reading.loops, counts))]
+    for loop in loops:
         by_lines[loop.lines].append(loop)
     trips: dict[MachineLoop, float] = {}
-    for loop in reversed(reading.loops):  # outer ones first
+    for loop in reversed(loops):  # outer ones first
         if loop.lines in counts.trips:
             alike = by_lines[loop.lines]
             longest = max(alike, key=lambda one: one.instructions)
@@ -129,6 +130,20 @@ def loop_trips(reading: KernelReading, counts: TripCounts) -> dict[MachineLoop, 
             around = [one for one in trips if one.first <= loop.first and loop.last <= one.last]
             trips[loop] = trips[around[-1]] if around else counts.programs
     return trips
+
+
+def _whole_lines(loops: Sequence[MachineLoop], counts: TripCounts) -> list[Lines]:
+    """Return each loop's lines, with those of the calls that lead to it.
+
+    The machine code of some versions leaves the calls out. Loops of one statement, called from several places, are then
+    taken in the order of the calls.
+    """
+    whole = {loop: loop.lines for loop in loops}
+    for statement in {loop.lines for loop in loops} - counts.trips.keys():
+        called = sorted((lines for lines in counts.trips if lines[:1] == statement), key=lambda lines: lines[::-1])
+        alike = sorted((loop for loop in loops if loop.lines == statement), key=lambda loop: loop.first)
+        whole |= dict(zip(alike, called if len(called) > 1 else called * len(alike)))
+    return [whole[loop] for loop in loops]
 
 
 def moved_bytes(reading: KernelReading, arguments: Mapping[str, object], lengths: Mapping[int, int]) -> int:
