@@ -38,18 +38,16 @@ class Configuration:
 # fits in the 99 KB of shared memory of the smaller GPUs. None spills registers at the published sizes.
 CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
     "side_project": {
-        ("default", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 1}, warps=4, stages=2),
-        ("default", "large"): Configuration({"BM": 32, "BD": 32, "GROUP": 7}, warps=8, stages=2),
+        ("default", "small"): Configuration({"BM": 16, "BD": 32, "GROUP": 7}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 32, "BD": 32, "GROUP": 4}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BM": 16, "BD": 16, "GROUP": 2}, warps=4, stages=1),
-        ("sm_80", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 2}, warps=4, stages=2),
-        ("sm_80", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 7}, warps=8, stages=2),
-        ("sm_90", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 2}, warps=4, stages=2),
+        ("sm_90", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 7}, warps=4, stages=2),
         ("sm_90", "large"): Configuration({"BM": 64, "BD": 32, "GROUP": 7}, warps=8, stages=3),
     },
     "side_recur": {
         ("default", "small"): Configuration({"BM": 16}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 64}, warps=4, stages=2),
-        ("default", "fp32"): Configuration({"BM": 16}, warps=4, stages=1),
+        ("default", "fp32"): Configuration({"BM": 16}, warps=8, stages=1),
     },
     "side_expand": {
         ("default", "small"): Configuration({"BM": 32, "BD": 64, "BQ": 64}, warps=4, stages=3),
@@ -64,19 +62,31 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
     "side_recur_backward": {
         ("default", "small"): Configuration({"BM": 16}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 64}, warps=4, stages=2),
-        ("default", "fp32"): Configuration({"BM": 16}, warps=4, stages=1),
+        ("default", "fp32"): Configuration({"BM": 16}, warps=8, stages=1),
     },
     "side_weight_gradients": {
         ("default", "small"): Configuration({"BM": 32, "BD": 32, "GROUP": 2, "PROGRAMS": 256}, warps=4, stages=2),
         ("default", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 2, "PROGRAMS": 528}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BM": 16, "BD": 32, "GROUP": 1, "PROGRAMS": 256}, warps=8, stages=1),
-        ("sm_90", "large"): Configuration({"BM": 32, "BD": 32, "GROUP": 7, "PROGRAMS": 528}, warps=8, stages=2),
+        ("sm_90", "small"): Configuration({"BM": 32, "BD": 32, "GROUP": 7, "PROGRAMS": 256}, warps=4, stages=2),
+        ("sm_90", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 7, "PROGRAMS": 264}, warps=8, stages=2),
     },
     "side_mix_gradients": {
-        ("default", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 7}, warps=4, stages=1),
-        ("default", "large"): Configuration({"BM": 32, "BD": 64, "GROUP": 7}, warps=8, stages=1),
-        ("default", "fp32"): Configuration({"BM": 16, "BD": 32, "GROUP": 4}, warps=4, stages=1),
+        ("default", "small"): Configuration({"BM": 16, "BD": 64, "GROUP": 7, "CHUNKS": 3}, warps=4, stages=1),
+        ("default", "large"): Configuration({"BM": 64, "BD": 16, "GROUP": 4, "CHUNKS": 1024}, warps=4, stages=1),
+        ("default", "fp32"): Configuration({"BM": 16, "BD": 32, "GROUP": 4, "CHUNKS": 4}, warps=4, stages=1),
+        ("sm_90", "small"): Configuration({"BM": 16, "BD": 32, "GROUP": 7, "CHUNKS": 4}, warps=4, stages=2),
+        ("sm_90", "large"): Configuration({"BM": 64, "BD": 32, "GROUP": 4, "CHUNKS": 1024}, warps=4, stages=2),
     },
+    "side_join": {("default", ANY_SIZE): Configuration({"BM": 32}, warps=4, stages=1)},
+    "side_hidden_gradients": {
+        ("default", "small"): Configuration({"BM": 32}, warps=4, stages=3),
+        ("default", "large"): Configuration({"BM": 32}, warps=4, stages=3),
+        ("default", "fp32"): Configuration({"BM": 16}, warps=4, stages=1),
+        ("sm_90", "small"): Configuration({"BM": 64}, warps=4, stages=3),
+        ("sm_90", "large"): Configuration({"BM": 64}, warps=4, stages=3),
+    },
+    "side_sum_gradients": {("default", ANY_SIZE): Configuration({"BLOCK": 1024, "BP": 32}, warps=4, stages=1)},
     "loss_forward": {
         ("default", "small"): Configuration({"BM": 16, "SUB": 2}, warps=4, stages=3),
         ("default", "large"): Configuration({"BM": 128, "SUB": 2}, warps=8, stages=2),

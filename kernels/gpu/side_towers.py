@@ -27,6 +27,7 @@ from . import side_towers_backward_kernels as backward
 from . import side_towers_kernels as forward
 from .configurations import Configuration, configuration
 from .launch import block, fit_range, launch, precision
+from .projected_towers import groups_of
 from .tower_operands import tower_operands
 
 
@@ -68,7 +69,7 @@ def _side_towers(
     second_towers: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out fp32 [T, N, D], bottleneck inputs z and outputs a [T, N, K, R] in the operands' dtype).
+    """(out fp32 [T, N, D], bottleneck inputs z and outputs a [T, N, K, R] in the operands' dtype; z empty by relu).
 
     first, second [M, K, D] with rows int64 [N]; first_towers, second_towers: bit t set where tower t reads that view.
     """
@@ -78,11 +79,12 @@ def _side_towers(
     call = TowersCall(first, first_rows, second, second_rows, down, first_towers, second_towers)
     out = call.empty(call.width, dtype=torch.float32)
     projected = call.empty(call.layers, call.bottleneck, dtype=torch.float32)
-    inputs, activated = (call.empty(call.layers, call.bottleneck) for _ in range(2))
+    activated = call.empty(call.layers, call.bottleneck)
+    inputs = torch.empty_like(activated) if activation == "gelu" else activated.new_empty(0)
     shape = call.shape
     # project: p mixed on the fly, W_down p for every layer, and p of the last layer into out
     chosen = call.configuration("side_project")
-    groups = _groups(call.layers, chosen.blocks["GROUP"])
+    groups = groups_of(call.layers, chosen.blocks["GROUP"])
     launch(
         forward.project,
         "side_project",
@@ -91,12 +93,14 @@ def _side_towers(
         *call.views,
         coefficients,
         down.to(call.dtype),
+        down,  # no heads
         projected,
         out,
-        call.items,
-        call.width,
+        *call.count_of_items,
+        **call.uncounted,
         **shape,
         **call.flags,
+        DOWN_PLACES=call.down_places,
         **_blocks(chosen, GROUP=triton.cdiv(call.layers, groups)),
     )
     # recur: the bottlenecks of each layer from those below it
@@ -109,9 +113,12 @@ def _side_towers(
         projected,
         bias,
         composites.to(call.dtype),
-        inputs,
+        up,  # no projected up
+        inputs if activation == "gelu" else activated,
         activated,
-        call.items,
+        out,
+        *call.count_of_items,
+        **call.uncounted,
         **shape,
         GELU=activation == "gelu",
         **_blocks(chosen),
@@ -142,7 +149,7 @@ def _(first, first_rows, second, second_rows, coefficients, down, bias, composit
     items = first_rows.shape[0]
     out = down.new_empty((count, items, width), dtype=torch.float32)
     hidden = down.new_empty((count, items, layers, bottleneck), dtype=_operand_dtype(first, second))
-    return out, hidden, torch.empty_like(hidden)
+    return out, torch.empty_like(hidden) if activation == "gelu" else hidden.new_empty(0), hidden
 
 
 @torch.library.custom_op("iisan_fast::side_towers_backward", mutates_args=())
@@ -204,10 +211,13 @@ def _side_towers_backward(
         (call.tiles(chosen) * call.count,),
         chosen,
         collected,
+        collected,  # no operands
+        up,  # no projected up
         composites.to(call.dtype),
-        inputs,
+        inputs if activation == "gelu" else activated,
         bottlenecks,
-        call.items,
+        *call.count_of_items,
+        **call.uncounted,
         **shape,
         GELU=activation == "gelu",
         **_blocks(chosen),
@@ -221,26 +231,25 @@ def _side_towers_backward(
         products = torch.matmul(bottlenecks.to(dtype).view(flat).mT, activated.to(dtype).view(flat))
         gradients[of_composites] = products.float().view(composites.shape)
     chained = (coefficients, gradient, *gradient.stride(), bottlenecks)
-    if wants[of_down] or wants[of_up]:
-        of_weights = _weight_gradients(call, chained, activated, wants[of_down], wants[of_up])
-        gradients[of_down], gradients[of_up] = of_weights
+    for of_weight in (of_down, of_up):
+        if wants[of_weight]:
+            gradients[of_weight] = _weight_gradients(call, chained, activated, of_weight == of_down)
     if wants[of_first] or wants[of_second] or wants[of_coefficients]:
-        of_mix = _mix_gradients(call, chained, down.to(call.dtype), wants[of_first], wants[of_second])
+        of_mix = _mix_gradients(
+            call, chained, down.to(call.dtype), wants[of_first], wants[of_second], wants[of_coefficients]
+        )
         gradients[of_coefficients], gradients[of_first], gradients[of_second] = of_mix
     return gradients if scale is None else [value / scale for value in gradients]
 
 
-def _weight_gradients(
-    call: TowersCall, chained: tuple, activated: Tensor, down: bool, up: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of down and up [T, K, R, D], or empty tensors; items in splits whose parts are added in order."""
+def _weight_gradients(call: TowersCall, chained: tuple, activated: Tensor, of_down: bool) -> Tensor:
+    """Gradient of down [T, K, R, D], or of up; items in splits whose parts are added in order."""
     chosen = call.configuration("side_weight_gradients")
-    groups = _groups(call.layers, chosen.blocks["GROUP"])
+    groups = groups_of(call.layers, chosen.blocks["GROUP"])
     columns = triton.cdiv(call.width, chosen.blocks["BD"]) * call.count
     others = groups * triton.cdiv(call.bottleneck, call.r_block)
     splits = max(1, min(call.tiles(chosen), chosen.blocks["PROGRAMS"] // (columns * others)))
-    shape = (splits, call.count, call.layers, call.bottleneck, call.width)
-    down_parts, up_parts = (call.fp32(*(shape if wanted else (1, 0))) for wanted in (down, up))
+    parts = call.fp32(splits, call.count, call.layers, call.bottleneck, call.width)
     launch(
         backward.weight_gradients,
         "side_weight_gradients",
@@ -249,27 +258,27 @@ def _weight_gradients(
         *call.views,
         *chained,
         activated,
-        down_parts,
-        up_parts,
-        call.items,
-        call.width,
-        triton.cdiv(call.tiles(chosen), splits),
+        parts,
+        parts,
+        parts[0].numel(),
+        *call.count_of_items,
+        **call.uncounted,
         **call.shape,
         **call.flags,
-        DOWN=down,
-        UP=up,
+        DOWN=of_down,
+        UP=not of_down,
         **_blocks(chosen, without=("PROGRAMS",), GROUP=triton.cdiv(call.layers, groups)),
     )
-    return down_parts.sum(0), up_parts.sum(0)
+    return parts.sum(0)
 
 
 def _mix_gradients(
-    call: TowersCall, chained: tuple, down: Tensor, first: bool, second: bool
+    call: TowersCall, chained: tuple, down: Tensor, first: bool, second: bool, gates: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the coefficients [T, K, 3], and of the views [N, K, D] or empty tensors."""
+    """Gradients of the coefficients [T, K, 3] if `gates`, and of the views [N, K, D] or empty tensors."""
     chosen = call.configuration("side_mix_gradients")
-    groups = _groups(call.layers, chosen.blocks["GROUP"])
-    columns = triton.cdiv(call.width, chosen.blocks["BD"])
+    groups = groups_of(call.layers, chosen.blocks["GROUP"])
+    columns = triton.cdiv(triton.cdiv(call.width, chosen.blocks["BD"]), chosen.blocks["CHUNKS"])
     parts = call.fp32(call.tiles(chosen), columns, call.count, call.layers, 3)
     shape = (call.count, call.items, call.layers, call.width)
     first_parts, second_parts = (call.fp32(*(shape if wanted else (1, 0))) for wanted in (first, second))
@@ -279,21 +288,24 @@ def _mix_gradients(
         (call.tiles(chosen) * call.count, columns),
         chosen,
         *call.views,
-        *chained,
+        *chained[:-1],
+        down,  # no heads
+        chained[-1],
         down,
         parts,
         first_parts,
         second_parts,
-        call.items,
-        call.width,
+        *call.count_of_items,
+        **call.uncounted,
         **call.shape,
         **call.flags,
+        DOWN_PLACES=call.down_places,
+        GATED=gates,
         OF_FIRST=first,
         OF_SECOND=second,
-        GROUPS=groups,
         **_blocks(chosen, GROUP=triton.cdiv(call.layers, groups)),
     )
-    return parts.sum((0, 1)), first_parts.sum(0), second_parts.sum(0)
+    return parts.sum((0, 1)) if gates else call.fp32(0), first_parts.sum(0), second_parts.sum(0)
 
 
 @_side_towers_backward.register_fake
@@ -317,8 +329,7 @@ def _(
     count, layers, bottleneck, width = down.shape
     dense = (first_rows.shape[0], layers, width)
     shapes = [dense, dense, coefficients.shape, down.shape, down.shape[:3], composites.shape, up.shape, (count, width)]
-    mixes = wants[0] or wants[1] or wants[2]
-    wanted = [*wants[:2], mixes, *wants[3:]]
+    wanted = list(wants)
     return [gradient.new_empty(shape if want else 0, dtype=torch.float32) for shape, want in zip(shapes, wanted)]
 
 
@@ -364,7 +375,15 @@ class TowersCall:
             "BR": self.r_block,
             "PRECISION": precision(self.dtype),
         }
-        self.flags = {"FIRST_TOWERS": first_towers, "SECOND_TOWERS": second_towers}
+        self.flags = {
+            "D": self.width,
+            "PACKED": {first.stride(1), second.stride(1)} == {self.width},
+            "FIRST_TOWERS": first_towers,
+            "SECOND_TOWERS": second_towers,
+        }
+        self.uncounted = {"COUNTED": False, "HEADS": 0}
+        self.count_of_items = (first_rows, self.items)  # all of them are there: no count is read
+        self.down_places = tuple(range(0, down.numel(), down[0].numel()))
 
     def configuration(self, kernel: str) -> Configuration:
         return configuration(kernel, self.items, self.dtype, self.device)
@@ -395,11 +414,6 @@ def _gathered(view: States) -> States:
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
     """What the kernels take to be packed, packed."""
     return [tensor.contiguous() for tensor in tensors]
-
-
-def _groups(layers: int, most: int) -> int:
-    """Into how many groups of at most `most` layers a kernel that holds a group at once divides them."""
-    return -(-layers // most)
 
 
 def _blocks(chosen: Configuration, without: tuple[str, ...] = (), **replaced: int) -> dict[str, int]:

@@ -1,11 +1,22 @@
-"""The Triton kernels of the towers' backward; side_towers.py says what they compute together, and launches them."""
+"""The Triton kernels of the towers' backward; side_towers.py says what they compute together.
+
+side_towers.py launches them for outputs [T, N, D], projected_towers.py for vectors [N, d] (HEADS is d, else 0).
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .side_towers_kernels import mixed_state
+from .side_towers_kernels import (
+    coefficient,
+    coefficients_of,
+    load_tile,
+    mixed_state,
+    state_below,
+    tower_place,
+    true_count,
+)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -45,11 +56,16 @@ def collect(
 
 @triton.jit(do_not_specialize=["N"])
 def recur_backward(
-    collected_ptr,  # [T, N, K, R]
+    start_ptr,  # collected [T, N, K, R], or the gradient of the vectors [N, HEADS]
+    operands_ptr,  # [N, HEADS]: the gradient of the vectors in the products' dtype, written unless that is fp32
+    projected_up_ptr,  # [T, K, R, HEADS]
     composites_ptr,  # [T, K, R, K, R]
-    inputs_ptr,  # [T, N, K, R]
+    inputs_ptr,  # [T, N, K, R]: z with GELU; else a, which is positive where z is
     bottlenecks_ptr,  # [T, N, K, R]
+    count_ptr,
     N,
+    COUNTED: tl.constexpr,
+    HEADS: tl.constexpr,
     TOWERS: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
@@ -58,11 +74,24 @@ def recur_backward(
     GELU: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """dz_k = act'(z_k) (collected_k + sum over j > k of composites_jk^T dz_j), layer before layer."""
+    """dz_k = act'(z_k) (da_k + sum over j > k of composites_jk^T dz_j), layer before layer.
+
+    da_k is collected_k, or with HEADS the gradient of the vectors times projected_up_k^T.
+    """
     i_tower = tl.program_id(0) % TOWERS
-    o_n = (tl.program_id(0) // TOWERS) * BM + tl.arange(0, BM)
-    m_n = o_n < N
+    count = true_count(count_ptr, N, COUNTED)
+    start = (tl.program_id(0) // TOWERS) * BM
+    if start >= count:
+        return
+    o_n = start + tl.arange(0, BM)
+    m_n = o_n < count
     o_item = (i_tower.to(tl.int64) * N + o_n) * K * R
+    if HEADS > 0:
+        o_e = tl.arange(0, HEADS)
+        o_dy = o_n.to(tl.int64)[:, None] * HEADS + o_e[None, :]
+        b_dy = tl.load(start_ptr + o_dy, mask=m_n[:, None], other=0.0).to(composites_ptr.dtype.element_ty)
+        if operands_ptr.dtype.element_ty != tl.float32:
+            tl.store(operands_ptr + o_dy, b_dy, mask=(o_n < tl.where(i_tower == 0, count, 0))[:, None])
     for step in range(K):
         k = K - 1 - step
         for i_r in range(0, R, BR):
@@ -70,7 +99,12 @@ def recur_backward(
             m_r = o_r < R
             m_z = m_n[:, None] & m_r[None, :]
             o_z = o_item[:, None] + k * R + o_r[None, :]
-            da = tl.load(collected_ptr + o_z, mask=m_z, other=0.0)
+            if HEADS > 0:
+                p_up = projected_up_ptr + ((i_tower * K + k) * R + o_r).to(tl.int64)[:, None] * HEADS + o_e[None, :]
+                b_up = tl.load(p_up, mask=m_r[:, None], other=0.0)
+                da = tl.dot(b_dy, b_up.T, input_precision=PRECISION)
+            else:
+                da = tl.load(start_ptr + o_z, mask=m_z, other=0.0)
             for j in range(k + 1, K):
                 for j_r in range(0, R, BR):
                     o_j = j_r + tl.arange(0, BR)
@@ -93,7 +127,79 @@ def recur_backward(
         tl.debug_barrier()  # the next layer reads what all threads of this program stored
 
 
-@triton.jit(do_not_specialize=["N", "tiles"])
+@triton.jit
+def weight_gradients_of_tower(
+    x_ptr, x_rows_ptr, x_stride_n, x_stride_k, x_which, y_ptr, y_rows_ptr, y_stride_n, y_stride_k,
+    c_ptr, gradient_ptr, gradient_stride_n, gradient_stride_d, bottlenecks_ptr, activated_ptr,
+    down_parts_ptr, last_parts_ptr, i_k, own_k, o_r, o_d, first_tile, last_tile, count, is_first_block,
+    BOTH: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Add up one tower's weight gradients over tiles first_tile .. last_tile - 1. Pointers are the tower's."""
+    MASKED: tl.constexpr = D % BD != 0
+    m_d, m_r = o_d < D, o_r < R
+    carries = coefficients_of(c_ptr, i_k, 0, GROUP)
+    x_weights, y_weights = coefficients_of(c_ptr, i_k, x_which, GROUP), coefficients_of(c_ptr, i_k, 2, GROUP)
+    downs = (tl.zeros((BR, BD), tl.float32),) * GROUP
+    ups = (tl.zeros((BR, BD), tl.float32),) * GROUP
+    if HEADS > 0:
+        o_e = tl.arange(0, HEADS)
+        heads = tl.zeros((HEADS, BD), tl.float32)
+    for i_tile in range(first_tile, last_tile):
+        o_n = i_tile * BM + tl.arange(0, BM)
+        m_n = o_n < count
+        o_hidden = o_n.to(tl.int64)[:, None] * (K * R) + i_k * R + o_r[None, :]
+        m_hidden = m_n[:, None] & m_r[None, :]
+        if DOWN:
+            o_row = tl.minimum(o_n, count - 1)
+            p_x = x_ptr + tl.load(x_rows_ptr + o_row).to(tl.int64)[:, None] * x_stride_n + o_d[None, :]
+            p_y = p_x
+            if BOTH:
+                p_y = y_ptr + tl.load(y_rows_ptr + o_row).to(tl.int64)[:, None] * y_stride_n + o_d[None, :]
+            state = tl.zeros((BM, BD), tl.float32)
+            if GROUP < K:
+                state = state_below(i_k, c_ptr, x_which, p_x, x_stride_k, p_y, y_stride_k, m_d, BOTH, MASKED, BM, BD)
+            sums = ()
+            for i in tl.static_range(GROUP):
+                o_k = tl.cast(i_k + i, tl.int64)
+                x = load_tile(p_x + o_k * x_stride_k, m_d[None, :], MASKED)
+                y = x
+                if BOTH:
+                    y = load_tile(p_y + o_k * y_stride_k, m_d[None, :], MASKED)
+                state = mixed_state(state, carries[i], x_weights[i], x, y_weights[i], y, BOTH)
+                b_dz = tl.load(bottlenecks_ptr + o_hidden + i * R, mask=m_hidden, other=0.0)
+                sums = sums + (tl.dot(b_dz.T, state.to(b_dz.dtype), downs[i], input_precision=PRECISION),)
+            downs = sums
+            if HEADS > 0:
+                p_dy = gradient_ptr + o_n.to(tl.int64)[:, None] * HEADS + o_e[None, :]
+                b_dy = tl.load(p_dy, mask=m_n[:, None], other=0.0)
+                heads = tl.dot(b_dy.T, state.to(b_dy.dtype), heads, input_precision=PRECISION)
+        if UP:
+            p_gradient = gradient_ptr + o_n.to(tl.int64)[:, None] * gradient_stride_n
+            p_gradient += o_d.to(tl.int64)[None, :] * gradient_stride_d
+            b_gradient = tl.load(p_gradient, mask=m_n[:, None] & m_d[None, :], other=0.0)
+            b_gradient = b_gradient.to(activated_ptr.dtype.element_ty)
+            sums = ()
+            for i in tl.static_range(GROUP):
+                b_a = tl.load(activated_ptr + o_hidden + i * R, mask=m_hidden, other=0.0)
+                sums = sums + (tl.dot(b_a.T, b_gradient, ups[i], input_precision=PRECISION),)
+            ups = sums
+    for i in tl.static_range(GROUP):
+        k = i_k + i
+        o_part = (k * R + o_r).to(tl.int64)[:, None] * D + o_d[None, :]
+        m_part = (o_r < tl.where(k >= own_k, R, 0))[:, None] & m_d[None, :]
+        if DOWN:
+            tl.store(down_parts_ptr + o_part, downs[i], mask=m_part)
+        if UP:
+            tl.store(last_parts_ptr + o_part, ups[i], mask=m_part)
+    if HEADS > 0:
+        is_last = (i_k + GROUP == K) & is_first_block
+        m_heads = (o_e < tl.where(is_last, HEADS, 0))[:, None] & m_d[None, :]
+        tl.store(last_parts_ptr + o_e[:, None] * D + o_d[None, :], heads, mask=m_heads)
+
+
+@triton.jit(do_not_specialize=["N"])
 def weight_gradients(
     first_ptr,  # [M, K, D]
     first_rows_ptr,  # [N]
@@ -104,22 +210,26 @@ def weight_gradients(
     second_stride_n,
     second_stride_k,
     coefficients_ptr,  # [T, K, 3]
-    gradient_ptr,  # [T, N, D], any strides
+    gradient_ptr,  # [T, N, D], any strides, or of the vectors [N, HEADS]
     gradient_stride_t,
     gradient_stride_n,
     gradient_stride_d,
     bottlenecks_ptr,  # [T, N, K, R]: dz
     activated_ptr,  # [T, N, K, R]: a
     down_parts_ptr,  # [S, T, K, R, D]
-    up_parts_ptr,  # [S, T, K, R, D]
+    last_parts_ptr,  # [S, T, HEADS, D], or of up [S, T, K, R, D]
+    part_stride,  # from split to split
+    count_ptr,
     N,
-    D,
-    tiles,  # of each split
+    COUNTED: tl.constexpr,
+    HEADS: tl.constexpr,
     TOWERS: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     BR: tl.constexpr,
+    D: tl.constexpr,
     PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
     FIRST_TOWERS: tl.constexpr,
     SECOND_TOWERS: tl.constexpr,
     DOWN: tl.constexpr,
@@ -128,66 +238,163 @@ def weight_gradients(
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """dz_k^T p_k and a_k^T gradient over one split of the items, for a group of layers and a chunk of the width."""
+    """dz_k^T p_k, with a_k^T gradient or dy^T p_{K-1}: over a split of the items, for a group of layers, a chunk of D.
+
+    The number of splits is that of programs on the third axis; the items that are there are divided among them.
+    """
     i_tower = tl.program_id(0) % TOWERS
+    o_tower = i_tower.to(tl.int64)
     o_d = (tl.program_id(0) // TOWERS) * BD + tl.arange(0, BD)
-    o_r = (tl.program_id(1) % tl.cdiv(R, BR)) * BR + tl.arange(0, BR)
+    i_block = tl.program_id(1) % tl.cdiv(R, BR)
+    o_r = i_block * BR + tl.arange(0, BR)
     own_k = (tl.program_id(1) // tl.cdiv(R, BR)) * GROUP
     i_k = tl.minimum(own_k, K - GROUP)  # the last group may begin with layers of the one before, and leaves them to it
-    i_split = tl.program_id(2)
-    m_d, m_r = o_d < D, o_r < R
-    n_first = tl.where(((FIRST_TOWERS >> i_tower) & 1) == 1, N, 0)
-    n_second = tl.where(((SECOND_TOWERS >> i_tower) & 1) == 1, N, 0)
+    count = true_count(count_ptr, N, COUNTED)
+    tiles = tl.cdiv(count, BM)
+    of_split = tl.cdiv(tiles, tl.num_programs(2))
+    first_tile = tl.program_id(2) * of_split
+    last_tile = tl.minimum(first_tile + of_split, tiles)
+    first_stride, second_stride = first_stride_k, second_stride_k
+    if PACKED:
+        first_stride, second_stride = D, D
     c_ptr = coefficients_ptr + i_tower * K * 3
-    downs = (tl.zeros((BR, BD), tl.float32),) * GROUP
-    ups = (tl.zeros((BR, BD), tl.float32),) * GROUP
-    for i_tile in range(i_split * tiles, (i_split + 1) * tiles):
-        o_n = i_tile * BM + tl.arange(0, BM)
-        m_n = o_n < N
-        o_hidden = (i_tower.to(tl.int64) * N + o_n) * K * R
-        m_hidden = m_n[:, None] & m_r[None, :]
-        if DOWN:
-            p_first = first_ptr + tl.load(first_rows_ptr + o_n, mask=m_n, other=0) * first_stride_n
-            p_second = second_ptr + tl.load(second_rows_ptr + o_n, mask=m_n, other=0) * second_stride_n
-            f_ptr, s_ptr = p_first[:, None] + o_d[None, :], p_second[:, None] + o_d[None, :]
-            m_f = (o_n < n_first)[:, None] & m_d[None, :]
-            m_s = (o_n < n_second)[:, None] & m_d[None, :]
-            state = tl.zeros((BM, BD), tl.float32)
-            if GROUP < K:
-                for k in range(0, i_k):
-                    state = mixed_state(
-                        state, k, c_ptr, f_ptr, first_stride_k, m_f, s_ptr, second_stride_k, m_s, SECOND_TOWERS != 0
-                    )
-            sums = ()
-            for i in tl.static_range(GROUP):
-                k = i_k + i
-                state = mixed_state(
-                    state, k, c_ptr, f_ptr, first_stride_k, m_f, s_ptr, second_stride_k, m_s, SECOND_TOWERS != 0
-                )
-                p_dz = bottlenecks_ptr + o_hidden[:, None] + k * R + o_r[None, :]
-                b_dz = tl.load(p_dz, mask=m_hidden, other=0.0)
-                sums = sums + (tl.dot(b_dz.T, state.to(b_dz.dtype), downs[i], input_precision=PRECISION),)
-            downs = sums
-        if UP:
-            p_gradient = gradient_ptr + i_tower.to(tl.int64) * gradient_stride_t
-            p_gradient += o_n.to(tl.int64)[:, None] * gradient_stride_n + o_d.to(tl.int64)[None, :] * gradient_stride_d
-            b_gradient = tl.load(p_gradient, mask=m_n[:, None] & m_d[None, :], other=0.0)
-            b_gradient = b_gradient.to(activated_ptr.dtype.element_ty)
-            sums = ()
-            for i in tl.static_range(GROUP):
-                k = i_k + i
-                p_a = activated_ptr + o_hidden[:, None] + k * R + o_r[None, :]
-                b_a = tl.load(p_a, mask=m_hidden, other=0.0)
-                sums = sums + (tl.dot(b_a.T, b_gradient, ups[i], input_precision=PRECISION),)
-            ups = sums
-    for i in tl.static_range(GROUP):
-        k = i_k + i
-        o_part = (((i_split * TOWERS + i_tower) * K + k) * R + o_r).to(tl.int64)[:, None] * D + o_d[None, :]
-        m_part = (o_r < tl.where(k >= own_k, R, 0))[:, None] & m_d[None, :]
-        if DOWN:
-            tl.store(down_parts_ptr + o_part, downs[i], mask=m_part)
-        if UP:
-            tl.store(up_parts_ptr + o_part, ups[i], mask=m_part)
+    p_gradient = gradient_ptr + o_tower * gradient_stride_t
+    p_dz = bottlenecks_ptr + o_tower * N * K * R
+    p_a = activated_ptr + o_tower * N * K * R
+    o_split = tl.program_id(2).to(tl.int64) * part_stride
+    p_down = down_parts_ptr + o_split + o_tower * K * R * D
+    p_last = last_parts_ptr + o_split + o_tower * (HEADS if HEADS > 0 else K * R) * D
+    reads_first, reads_second = (FIRST_TOWERS >> i_tower) & 1, (SECOND_TOWERS >> i_tower) & 1
+    if reads_first & reads_second:
+        weight_gradients_of_tower(
+            first_ptr, first_rows_ptr, first_stride_n, first_stride, 1,
+            second_ptr, second_rows_ptr, second_stride_n, second_stride,
+            c_ptr, p_gradient, gradient_stride_n, gradient_stride_d, p_dz, p_a,
+            p_down, p_last, i_k, own_k, o_r, o_d, first_tile, last_tile, count, i_block == 0,
+            True, HEADS, D, K, R, BR, PRECISION, DOWN, UP, GROUP, BM, BD,
+        )  # fmt: skip
+    else:
+        x_ptr = tl.where(reads_first == 1, first_ptr, second_ptr)
+        x_rows_ptr = tl.where(reads_first == 1, first_rows_ptr, second_rows_ptr)
+        x_stride_n = tl.where(reads_first == 1, first_stride_n, second_stride_n)
+        x_stride = first_stride
+        if not PACKED:
+            x_stride = tl.where(reads_first == 1, first_stride, second_stride)
+        weight_gradients_of_tower(
+            x_ptr, x_rows_ptr, x_stride_n, x_stride, 2 - reads_first, x_ptr, x_rows_ptr, x_stride_n, x_stride,
+            c_ptr, p_gradient, gradient_stride_n, gradient_stride_d, p_dz, p_a,
+            p_down, p_last, i_k, own_k, o_r, o_d, first_tile, last_tile, count, i_block == 0,
+            False, HEADS, D, K, R, BR, PRECISION, DOWN, UP, GROUP, BM, BD,
+        )  # fmt: skip
+
+
+@triton.jit
+def sums_in_threads(products):
+    """[BM, BD] summed to [BM, 4]. In a matrix product's layout that adds up what a thread holds, without a shuffle."""
+    BM: tl.constexpr = products.shape[0]
+    BD: tl.constexpr = products.shape[1]
+    return tl.sum(tl.sum(tl.reshape(products, (BM, BD // 8, 4, 2)), 3), 1)
+
+
+@triton.jit
+def gate_slopes(
+    state, x_ptr, x_stride, y_ptr, y_stride, x_weights, m_d, LOW: tl.constexpr, TOP: tl.constexpr,
+    BOTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dp_k / dg_k of layers LOW .. TOP - 1, from p_{LOW-1}: x - p_{k-1} of a tower over one view, x - y over both."""
+    slopes = ()
+    for k in tl.static_range(LOW, TOP):
+        x = load_tile(x_ptr + tl.cast(k, tl.int64) * x_stride, m_d[None, :], MASKED).to(tl.float32)
+        if BOTH:
+            y = load_tile(y_ptr + tl.cast(k, tl.int64) * y_stride, m_d[None, :], MASKED).to(tl.float32)
+            slope = x - y
+            state = state + y + x_weights[k] * slope
+        else:
+            slope = x - state
+            state += x_weights[k] * slope
+        slopes = slopes + (slope,)
+    return slopes
+
+
+@triton.jit
+def mix_gradients_of_layers(
+    dp, sums, carries, x_weights, x_ptr, x_stride, x_which, y_ptr, y_stride, c_ptr, bottlenecks_ptr, down_ptr,
+    first_parts_ptr, second_parts_ptr, o_n, m_n, o_d, m_d, LOW: tl.constexpr, TOP: tl.constexpr,
+    BOTH: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, OF_FIRST: tl.constexpr, OF_SECOND: tl.constexpr, MASKED: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Take dp from layer TOP to below layer LOW. Returns it, and the gates' sums of these layers."""
+    if GATED:
+        state = tl.zeros((BM, BD), tl.float32)
+        if LOW > 0:
+            state = state_below(LOW, c_ptr, x_which, x_ptr, x_stride, y_ptr, y_stride, m_d, BOTH, MASKED, BM, BD)
+        slopes = gate_slopes(state, x_ptr, x_stride, y_ptr, y_stride, x_weights, m_d, LOW, TOP, BOTH, MASKED)
+    new_sums = ()
+    for k in tl.static_range(TOP - 1, LOW - 1, -1):
+        for i_r in range(0, R, BR):
+            o_r = i_r + tl.arange(0, BR)
+            m_r = o_r < R
+            p_dz = bottlenecks_ptr + o_n.to(tl.int64)[:, None] * (K * R) + k * R + o_r[None, :]
+            b_dz = tl.load(p_dz, mask=m_n[:, None] & m_r[None, :], other=0.0)
+            p_down = down_ptr + (k * R + o_r).to(tl.int64)[:, None] * D + o_d[None, :]
+            b_down = load_tile(p_down, m_r[:, None] & m_d[None, :], MASKED or R % BR != 0)
+            dp = tl.dot(b_dz, b_down, dp, input_precision=PRECISION)
+        if GATED:
+            new_sums = (sums[k] + sums_in_threads(dp * slopes[k - LOW]),) + new_sums
+        o_dense = o_n.to(tl.int64)[:, None] * (K * D) + k * D + o_d[None, :]
+        m_dense = m_n[:, None] & m_d[None, :]
+        if OF_FIRST:
+            tl.store(first_parts_ptr + o_dense, coefficient(c_ptr, k, 1) * dp, mask=m_dense)
+        if OF_SECOND:
+            tl.store(second_parts_ptr + o_dense, coefficient(c_ptr, k, 2) * dp, mask=m_dense)
+        if not BOTH:
+            dp *= carries[k]
+    return dp, new_sums
+
+
+@triton.jit
+def mix_gradients_of_tower(
+    x_ptr, x_stride, x_which, y_ptr, y_stride, c_ptr, gradient_ptr, gradient_stride_n, gradient_stride_d, heads_ptr,
+    bottlenecks_ptr, down_ptr, parts_ptr, first_parts_ptr, second_parts_ptr, o_n, m_n, first_chunk, last_chunk,
+    BOTH: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr, GATED: tl.constexpr, OF_FIRST: tl.constexpr, OF_SECOND: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One tower's mix gradients of a tile of items, over chunks first_chunk .. last_chunk - 1 of the width."""
+    MASKED: tl.constexpr = D % BD != 0
+    carries, x_weights = coefficients_of(c_ptr, 0, 0, K), coefficients_of(c_ptr, 0, x_which, K)
+    if HEADS > 0:
+        o_e = tl.arange(0, HEADS)
+        b_dy = tl.load(gradient_ptr + o_n.to(tl.int64)[:, None] * HEADS + o_e[None, :], mask=m_n[:, None], other=0.0)
+    sums = (tl.zeros((BM, 4), tl.float32),) * K
+    for i_chunk in range(first_chunk, last_chunk):
+        o_d = i_chunk * BD + tl.arange(0, BD)
+        m_d = o_d < D
+        p_x, p_y = x_ptr[:, None] + o_d[None, :], y_ptr[:, None] + o_d[None, :]
+        if HEADS > 0:
+            b_heads = load_tile(heads_ptr + o_e[:, None] * D + o_d[None, :], m_d[None, :], MASKED)
+            dp = tl.dot(b_dy, b_heads, input_precision=PRECISION)
+        else:
+            p_gradient = gradient_ptr + o_n.to(tl.int64)[:, None] * gradient_stride_n
+            p_gradient += o_d.to(tl.int64)[None, :] * gradient_stride_d
+            dp = tl.load(p_gradient, mask=m_n[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        new_sums = ()
+        for step in tl.static_range((K + GROUP - 1) // GROUP):
+            dp, group_sums = mix_gradients_of_layers(
+                dp, sums, carries, x_weights, p_x, x_stride, x_which, p_y, y_stride, c_ptr, bottlenecks_ptr, down_ptr,
+                first_parts_ptr, second_parts_ptr, o_n, m_n, o_d, m_d,
+                K - GROUP * step - GROUP if GROUP * step + GROUP < K else 0, K - GROUP * step,
+                BOTH, D, K, R, BR, PRECISION, GATED, OF_FIRST, OF_SECOND, MASKED, BM, BD,
+            )  # fmt: skip
+            new_sums = group_sums + new_sums
+        if GATED:
+            sums = new_sums
+    if GATED:
+        for k in tl.static_range(K):
+            tl.store(parts_ptr + 3 * k, 0.0)
+            tl.store(parts_ptr + 3 * k + x_which, tl.sum(sums[k]))
+            tl.store(parts_ptr + 3 * k + 3 - x_which, 0.0)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -201,91 +408,84 @@ def mix_gradients(
     second_stride_n,
     second_stride_k,
     coefficients_ptr,  # [T, K, 3]
-    gradient_ptr,  # [T, N, D], any strides
+    gradient_ptr,  # [T, N, D], any strides, or of the vectors [N, HEADS]
     gradient_stride_t,
     gradient_stride_n,
     gradient_stride_d,
+    heads_ptr,  # [T, HEADS, D]
     bottlenecks_ptr,  # [T, N, K, R]: dz
-    down_ptr,  # [T, K, R, D]
-    parts_ptr,  # [tiles, chunks, T, K, 3]
+    down_ptr,  # [K, R, D] of each tower, from the first tower's on
+    parts_ptr,  # [tiles, programs of the width, T, K, 3]
     first_parts_ptr,  # [T, N, K, D]
     second_parts_ptr,  # [T, N, K, D]
+    count_ptr,
     N,
-    D,
+    COUNTED: tl.constexpr,
+    HEADS: tl.constexpr,
     TOWERS: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     BR: tl.constexpr,
+    D: tl.constexpr,
     PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
+    DOWN_PLACES: tl.constexpr,  # how far the towers' down-projections lie from the first one
     FIRST_TOWERS: tl.constexpr,
     SECOND_TOWERS: tl.constexpr,
+    GATED: tl.constexpr,
     OF_FIRST: tl.constexpr,
     OF_SECOND: tl.constexpr,
-    GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
-    """dp_k from the last layer down, and with it the gradients of the coefficients and of the states themselves."""
+    """dp_k from the last layer down, and with it the gradients of the gates and of the states themselves.
+
+    A gate's gradient stands in the place of the weight that grows with the gate, of the tower's view or of the first;
+    the other two coefficients have 0. So what follows the chain from coefficients to gates gets the gates' gradients.
+    Without gates (GATED is False) there are no parts. A program goes over CHUNKS chunks of the width; programs beyond
+    the true count write no part.
+    """
     i_tower = tl.program_id(0) % TOWERS
+    o_tower = i_tower.to(tl.int64)
     i_tile = tl.program_id(0) // TOWERS
+    count = true_count(count_ptr, N, COUNTED)
+    if i_tile * BM >= count:
+        return
     o_n = i_tile * BM + tl.arange(0, BM)
-    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
-    m_n, m_d = o_n < N, o_d < D
-    m_nd = m_n[:, None] & m_d[None, :]
-    p_first = first_ptr + tl.load(first_rows_ptr + o_n, mask=m_n, other=0) * first_stride_n
-    p_second = second_ptr + tl.load(second_rows_ptr + o_n, mask=m_n, other=0) * second_stride_n
-    f_ptr, s_ptr = p_first[:, None] + o_d[None, :], p_second[:, None] + o_d[None, :]
-    m_f = (o_n < tl.where(((FIRST_TOWERS >> i_tower) & 1) == 1, N, 0))[:, None] & m_d[None, :]
-    m_s = (o_n < tl.where(((SECOND_TOWERS >> i_tower) & 1) == 1, N, 0))[:, None] & m_d[None, :]
+    m_n = o_n < count
+    o_row = tl.minimum(o_n, count - 1)
+    p_first = first_ptr + tl.load(first_rows_ptr + o_row).to(tl.int64) * first_stride_n
+    p_second = second_ptr + tl.load(second_rows_ptr + o_row).to(tl.int64) * second_stride_n
+    first_stride, second_stride = first_stride_k, second_stride_k
+    if PACKED:
+        first_stride, second_stride = D, D
+    first_chunk = tl.program_id(1) * CHUNKS
+    last_chunk = tl.minimum(first_chunk + CHUNKS, tl.cdiv(D, BD))
     c_ptr = coefficients_ptr + i_tower * K * 3
-    o_item = i_tower.to(tl.int64) * N + o_n
-    p_part = parts_ptr + ((i_tile * tl.num_programs(1) + tl.program_id(1)) * TOWERS + i_tower).to(tl.int64) * K * 3
-    p_gradient = gradient_ptr + i_tower.to(tl.int64) * gradient_stride_t
-    p_gradient += o_n.to(tl.int64)[:, None] * gradient_stride_n + o_d.to(tl.int64)[None, :] * gradient_stride_d
-    dp = tl.load(p_gradient, mask=m_nd, other=0.0).to(tl.float32)
-    for step in range(GROUPS):
-        i_k = tl.maximum(K - GROUP * (step + 1), 0)  # the lowest group may overlap the one above it
-        done = K - GROUP * step
-        state = tl.zeros((BM, BD), tl.float32)
-        if GROUP < K:
-            for k in range(0, i_k):
-                state = mixed_state(
-                    state, k, c_ptr, f_ptr, first_stride_k, m_f, s_ptr, second_stride_k, m_s, SECOND_TOWERS != 0
-                )
-        below = ()  # p_{k-1} of each layer of the group
-        for i in tl.static_range(GROUP):
-            below = below + (state,)
-            state = mixed_state(
-                state, i_k + i, c_ptr, f_ptr, first_stride_k, m_f, s_ptr, second_stride_k, m_s, SECOND_TOWERS != 0
-            )
-        for i in tl.static_range(GROUP - 1, -1, -1):
-            k = i_k + i
-            is_new = k < done
-            n_r = tl.where(is_new, R, 0)
-            for i_r in range(0, R, BR):
-                o_r = i_r + tl.arange(0, BR)
-                m_r = o_r < n_r
-                p_dz = bottlenecks_ptr + (o_item[:, None] * K + k) * R + o_r[None, :]
-                b_dz = tl.load(p_dz, mask=m_n[:, None] & m_r[None, :], other=0.0)
-                p_down = down_ptr + ((i_tower * K + k) * R + o_r).to(tl.int64)[:, None] * D + o_d[None, :]
-                b_down = tl.load(p_down, mask=m_r[:, None] & m_d[None, :], other=0.0)
-                dp = tl.dot(b_dz, b_down, dp, input_precision=PRECISION)
-            o_k = k.to(tl.int64)
-            first = tl.load(f_ptr + o_k * first_stride_k, mask=m_f, other=0.0).to(tl.float32)
-            tl.store(p_part + 3 * k, tl.sum(dp * below[i]), mask=is_new)
-            tl.store(p_part + 3 * k + 1, tl.sum(dp * first), mask=is_new)
-            m_nd_new = m_n[:, None] & (o_d < tl.where(is_new, D, 0))[None, :]
-            o_dense = (o_item[:, None] * K + k) * D + o_d[None, :]
-            if OF_FIRST:
-                weight = tl.load(c_ptr + 3 * k + 1)
-                tl.store(first_parts_ptr + o_dense, weight * dp, mask=m_nd_new)
-            if SECOND_TOWERS != 0:
-                second = tl.load(s_ptr + o_k * second_stride_k, mask=m_s, other=0.0).to(tl.float32)
-                tl.store(p_part + 3 * k + 2, tl.sum(dp * second), mask=is_new)
-                if OF_SECOND:
-                    weight = tl.load(c_ptr + 3 * k + 2)
-                    tl.store(second_parts_ptr + o_dense, weight * dp, mask=m_nd_new)
-            else:
-                tl.store(p_part + 3 * k + 2, 0.0, mask=is_new)
-            dp *= tl.load(c_ptr + 3 * k, mask=is_new, other=1.0)
+    p_gradient = gradient_ptr + o_tower * gradient_stride_t
+    p_heads = heads_ptr + o_tower * HEADS * D
+    p_dz = bottlenecks_ptr + o_tower * N * K * R
+    p_down = down_ptr + tower_place(i_tower, DOWN_PLACES, TOWERS)
+    p_parts = parts_ptr + ((i_tile * tl.num_programs(1) + tl.program_id(1)) * TOWERS + i_tower).to(tl.int64) * K * 3
+    o_dense = o_tower * N * K * D
+    reads_first, reads_second = (FIRST_TOWERS >> i_tower) & 1, (SECOND_TOWERS >> i_tower) & 1
+    if reads_first & reads_second:
+        mix_gradients_of_tower(
+            p_first, first_stride, 1, p_second, second_stride,
+            c_ptr, p_gradient, gradient_stride_n, gradient_stride_d, p_heads, p_dz, p_down,
+            p_parts, first_parts_ptr + o_dense, second_parts_ptr + o_dense, o_n, m_n, first_chunk, last_chunk,
+            True, HEADS, D, K, R, BR, PRECISION, GATED, OF_FIRST, OF_SECOND, GROUP, BM, BD,
+        )  # fmt: skip
+    else:
+        p_x = tl.where(reads_first == 1, p_first, p_second)
+        x_stride = first_stride
+        if not PACKED:
+            x_stride = tl.where(reads_first == 1, first_stride, second_stride)
+        mix_gradients_of_tower(
+            p_x, x_stride, 2 - reads_first, p_x, x_stride,
+            c_ptr, p_gradient, gradient_stride_n, gradient_stride_d, p_heads, p_dz, p_down,
+            p_parts, first_parts_ptr + o_dense, second_parts_ptr + o_dense, o_n, m_n, first_chunk, last_chunk,
+            False, HEADS, D, K, R, BR, PRECISION, GATED, OF_FIRST, OF_SECOND, GROUP, BM, BD,
+        )  # fmt: skip

@@ -1,4 +1,7 @@
-"""The Triton kernels of the towers' forward; side_towers.py says what they compute together, and launches them."""
+"""The Triton kernels of the towers' forward; side_towers.py says what they compute together.
+
+side_towers.py launches them for outputs [T, N, D], projected_towers.py for vectors [N, d] (HEADS is d, else 0).
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,122 @@ import triton.language as tl
 
 
 @triton.jit
-def mixed_state(
-    state, k, c_ptr, first_ptr, first_stride_k, m_first, second_ptr, second_stride_k, m_second, SECOND: tl.constexpr
-):
-    """p_k from p_{k-1}."""
-    o_k = tl.cast(k, tl.int64)  # a layer may lie further than 2^31 elements away
-    first = tl.load(first_ptr + o_k * first_stride_k, mask=m_first, other=0.0).to(tl.float32)
-    state = tl.load(c_ptr + 3 * k) * state + tl.load(c_ptr + 3 * k + 1) * first
-    if SECOND:
-        second = tl.load(second_ptr + o_k * second_stride_k, mask=m_second, other=0.0).to(tl.float32)
-        state += tl.load(c_ptr + 3 * k + 2) * second
+def true_count(count_ptr, N, COUNTED: tl.constexpr):
+    """Return how many of the N items a buffer has room for are there: count_ptr says it, unless all are."""
+    count = N
+    if COUNTED:
+        count = tl.minimum(tl.load(count_ptr), N)
+    return count
+
+
+@triton.jit
+def tower_place(i_tower, PLACES: tl.constexpr, TOWERS: tl.constexpr):
+    """Return where a tower's weights start."""
+    place = tl.zeros((), tl.int64)
+    for i in tl.static_range(1, TOWERS):
+        place = tl.where(i_tower == i, PLACES[i], place)
+    return place
+
+
+@triton.jit
+def load_tile(pointers, mask, MASKED: tl.constexpr):
+    """Load a tile. Without a mask an asynchronous copy takes fewer instructions."""
+    return tl.load(pointers, mask=mask, other=0.0) if MASKED else tl.load(pointers)
+
+
+@triton.jit
+def coefficient(c_ptr, k, which):
+    """Load a layer's coefficient: its carry (0), or its weight of the first view (1) or of the second (2)."""
+    return tl.load(c_ptr + 3 * k + which)
+
+
+@triton.jit
+def coefficients_of(c_ptr, i_k, which, GROUP: tl.constexpr):
+    """Load one coefficient of each layer of a group, so that no loop loads it again."""
+    values = ()
+    for i in tl.static_range(GROUP):
+        values = values + (coefficient(c_ptr, i_k + i, which),)
+    return values
+
+
+@triton.jit
+def mixed_state(state, carry, x_weight, x, y_weight, y, BOTH: tl.constexpr):
+    """p_k from p_{k-1} and the states of one view, x, or of both, where the carry is 1."""
+    if BOTH:
+        state = state + x_weight * x.to(tl.float32) + y_weight * y.to(tl.float32)
+    else:
+        state = carry * state + x_weight * x.to(tl.float32)
     return state
+
+
+@triton.jit
+def state_below(
+    i_k, c_ptr, x_which, x_ptr, x_stride, y_ptr, y_stride, m_d,
+    BOTH: tl.constexpr, MASKED: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """p of the layer below layer i_k."""
+    state = tl.zeros((BM, BD), tl.float32)
+    for k in range(0, i_k):
+        o_k = tl.cast(k, tl.int64)  # a layer may lie further than 2^31 elements away
+        x = load_tile(x_ptr + o_k * x_stride, m_d[None, :], MASKED)
+        y = x
+        if BOTH:
+            y = load_tile(y_ptr + o_k * y_stride, m_d[None, :], MASKED)
+        carry, x_weight = coefficient(c_ptr, k, 0), coefficient(c_ptr, k, x_which)
+        state = mixed_state(state, carry, x_weight, x, coefficient(c_ptr, k, 2), y, BOTH)
+    return state
+
+
+@triton.jit
+def project_tower(
+    x_ptr, x_stride, x_which, y_ptr, y_stride, c_ptr, down_ptr, heads_ptr, projected_ptr, out_ptr,
+    i_k, own_k, o_r, o_n, count, is_first_block,
+    BOTH: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Project a tile of items by one tower. x_ptr, y_ptr [BM]: rows of the views; down_ptr and others: the tower's."""
+    MASKED: tl.constexpr = D % BD != 0
+    m_r = o_r < R
+    carries = coefficients_of(c_ptr, i_k, 0, GROUP)
+    x_weights, y_weights = coefficients_of(c_ptr, i_k, x_which, GROUP), coefficients_of(c_ptr, i_k, 2, GROUP)
+    p_down = down_ptr + (i_k * R + o_r).to(tl.int64)[:, None] * D
+    totals = (tl.zeros((BR, BM), tl.float32),) * GROUP
+    if HEADS > 0:
+        o_e = tl.arange(0, HEADS)
+        heads = tl.zeros((HEADS, BM), tl.float32)
+    n_out = tl.where((i_k + GROUP == K) & is_first_block, count, 0)  # items whose last state this program handles
+    for i_d in range(0, D, BD):
+        o_d = i_d + tl.arange(0, BD)
+        m_d = o_d < D
+        state = tl.zeros((BM, BD), tl.float32)
+        p_x, p_y = x_ptr[:, None] + o_d[None, :], y_ptr[:, None] + o_d[None, :]
+        if GROUP < K:
+            state = state_below(i_k, c_ptr, x_which, p_x, x_stride, p_y, y_stride, m_d, BOTH, MASKED, BM, BD)
+        sums = ()
+        for i in tl.static_range(GROUP):
+            o_k = tl.cast(i_k + i, tl.int64)
+            x = load_tile(p_x + o_k * x_stride, m_d[None, :], MASKED)
+            y = x
+            if BOTH:
+                y = load_tile(p_y + o_k * y_stride, m_d[None, :], MASKED)
+            state = mixed_state(state, carries[i], x_weights[i], x, y_weights[i], y, BOTH)
+            b_down = load_tile(p_down + i * R * D + o_d[None, :], m_r[:, None] & m_d[None, :], MASKED or R % BR != 0)
+            sums = sums + (tl.dot(b_down, state.to(b_down.dtype).T, totals[i], input_precision=PRECISION),)
+        totals = sums
+        if HEADS > 0:
+            b_heads = load_tile(heads_ptr + o_e[:, None] * D + o_d[None, :], m_d[None, :], MASKED)
+            heads = tl.dot(b_heads, state.to(b_heads.dtype).T, heads, input_precision=PRECISION)
+        else:
+            m_out = (o_n < n_out)[:, None] & m_d[None, :]
+            tl.store(out_ptr + o_n.to(tl.int64)[:, None] * D + o_d[None, :], state, mask=m_out)
+    o_item = o_n.to(tl.int64) * K * R
+    for i in tl.static_range(GROUP):
+        m_own = o_r < tl.where(i_k + i >= own_k, R, 0)
+        p_projected = projected_ptr + o_item[None, :] + (i_k + i) * R + o_r[:, None]
+        tl.store(p_projected, totals[i], mask=m_own[:, None] & (o_n < count)[None, :])
+    if HEADS > 0:
+        p_out = out_ptr + o_n.to(tl.int64)[None, :] * HEADS + o_e[:, None]
+        tl.store(p_out, heads, mask=(o_n < n_out)[None, :])
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -31,62 +139,71 @@ def project(
     second_stride_n,
     second_stride_k,
     coefficients_ptr,  # [T, K, 3]
-    down_ptr,  # [T, K, R, D]
+    down_ptr,  # [K, R, D] of each tower, from the first tower's on
+    heads_ptr,  # [T, HEADS, D]
     projected_ptr,  # [T, N, K, R]
-    out_ptr,  # [T, N, D]
+    out_ptr,  # [T, N, HEADS], or [T, N, D]
+    count_ptr,
     N,
-    D,
+    COUNTED: tl.constexpr,
+    HEADS: tl.constexpr,
     TOWERS: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     BR: tl.constexpr,
+    D: tl.constexpr,
     PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
+    DOWN_PLACES: tl.constexpr,  # how far the towers' down-projections lie from the first one
     FIRST_TOWERS: tl.constexpr,
     SECOND_TOWERS: tl.constexpr,
     GROUP: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """W_down,k p_k for a group of layers, and p_{K-1}. Towers of one tile run side by side and share what they read."""
+    """W_down,k p_k for a group of layers, and p_{K-1}, or its product with the tower's heads.
+
+    Towers of one tile run side by side and share what they read. PACKED: a view's layers lie D elements apart.
+    """
     i_tower = tl.program_id(0) % TOWERS
-    o_n = (tl.program_id(0) // TOWERS) * BM + tl.arange(0, BM)
-    o_r = (tl.program_id(1) % tl.cdiv(R, BR)) * BR + tl.arange(0, BR)
+    count = true_count(count_ptr, N, COUNTED)
+    start = (tl.program_id(0) // TOWERS) * BM
+    if start >= count:
+        return
+    i_block = tl.program_id(1) % tl.cdiv(R, BR)
+    o_n = start + tl.arange(0, BM)
+    o_r = i_block * BR + tl.arange(0, BR)
     own_k = (tl.program_id(1) // tl.cdiv(R, BR)) * GROUP
     i_k = tl.minimum(own_k, K - GROUP)  # the last group may begin with layers of the one before, and leaves them to it
-    m_n, m_r = o_n < N, o_r < R
-    p_first = first_ptr + tl.load(first_rows_ptr + o_n, mask=m_n, other=0) * first_stride_n
-    p_second = second_ptr + tl.load(second_rows_ptr + o_n, mask=m_n, other=0) * second_stride_n
-    m_first = o_n < tl.where(((FIRST_TOWERS >> i_tower) & 1) == 1, N, 0)
-    m_second = o_n < tl.where(((SECOND_TOWERS >> i_tower) & 1) == 1, N, 0)
+    o_row = tl.minimum(o_n, count - 1)  # rows beyond the last read it again, so that no load of states needs a mask
+    p_first = first_ptr + tl.load(first_rows_ptr + o_row).to(tl.int64) * first_stride_n
+    p_second = second_ptr + tl.load(second_rows_ptr + o_row).to(tl.int64) * second_stride_n
+    first_stride, second_stride = first_stride_k, second_stride_k
+    if PACKED:
+        first_stride, second_stride = D, D
+    o_tower = i_tower.to(tl.int64)
     c_ptr = coefficients_ptr + i_tower * K * 3
-    p_down = down_ptr + (i_tower * K + i_k).to(tl.int64) * R * D + o_r[:, None] * D
-    o_out = i_tower.to(tl.int64) * N + o_n
-    n_out = tl.where((i_k + GROUP == K) & (tl.program_id(1) % tl.cdiv(R, BR) == 0), N, 0)
-    totals = (tl.zeros((BM, BR), tl.float32),) * GROUP
-    for i_d in range(0, D, BD):
-        o_d = i_d + tl.arange(0, BD)
-        m_d = o_d < D
-        state = tl.zeros((BM, BD), tl.float32)
-        f_ptr, s_ptr = p_first[:, None] + o_d[None, :], p_second[:, None] + o_d[None, :]
-        m_f, m_s = m_first[:, None] & m_d[None, :], m_second[:, None] & m_d[None, :]
-        if GROUP < K:
-            for k in range(0, i_k):
-                state = mixed_state(
-                    state, k, c_ptr, f_ptr, first_stride_k, m_f, s_ptr, second_stride_k, m_s, SECOND_TOWERS != 0
-                )
-        sums = ()
-        for i in tl.static_range(GROUP):
-            state = mixed_state(
-                state, i_k + i, c_ptr, f_ptr, first_stride_k, m_f, s_ptr, second_stride_k, m_s, SECOND_TOWERS != 0
-            )
-            b_down = tl.load(p_down + i * R * D + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0)
-            sums = sums + (tl.dot(state.to(b_down.dtype), b_down.T, totals[i], input_precision=PRECISION),)
-        totals = sums
-        tl.store(out_ptr + o_out[:, None] * D + o_d[None, :], state, mask=(o_n < n_out)[:, None] & m_d[None, :])
-    for i in tl.static_range(GROUP):
-        p_projected = projected_ptr + (o_out[:, None] * K + i_k + i) * R + o_r[None, :]
-        m_own = o_r < tl.where(i_k + i >= own_k, R, 0)
-        tl.store(p_projected, totals[i], mask=m_n[:, None] & m_own[None, :])
+    p_down = down_ptr + tower_place(i_tower, DOWN_PLACES, TOWERS)
+    p_heads = heads_ptr + o_tower * HEADS * D
+    p_projected = projected_ptr + o_tower * N * K * R
+    p_out = out_ptr + o_tower * N * (HEADS if HEADS > 0 else D)
+    reads_first, reads_second = (FIRST_TOWERS >> i_tower) & 1, (SECOND_TOWERS >> i_tower) & 1
+    if reads_first & reads_second:
+        project_tower(
+            p_first, first_stride, 1, p_second, second_stride, c_ptr, p_down, p_heads, p_projected, p_out,
+            i_k, own_k, o_r, o_n, count, i_block == 0,
+            True, HEADS, D, K, R, BR, PRECISION, GROUP, BM, BD,
+        )  # fmt: skip
+    else:
+        p_x = tl.where(reads_first == 1, p_first, p_second)
+        x_stride = first_stride
+        if not PACKED:
+            x_stride = tl.where(reads_first == 1, first_stride, second_stride)
+        project_tower(
+            p_x, x_stride, 2 - reads_first, p_x, x_stride, c_ptr, p_down, p_heads, p_projected, p_out,
+            i_k, own_k, o_r, o_n, count, i_block == 0,
+            False, HEADS, D, K, R, BR, PRECISION, GROUP, BM, BD,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -94,9 +211,14 @@ def recur(
     projected_ptr,  # [T, N, K, R]
     bias_ptr,  # [T, K, R]
     composites_ptr,  # [T, K, R, K, R]
-    inputs_ptr,  # [T, N, K, R]
+    projected_up_ptr,  # [T, K, R, HEADS]
+    inputs_ptr,  # [T, N, K, R]: written with GELU alone
     activated_ptr,  # [T, N, K, R]
+    out_ptr,  # [T, N, HEADS]: holds the product of p_{K-1} and the heads
+    count_ptr,
     N,
+    COUNTED: tl.constexpr,
+    HEADS: tl.constexpr,
     TOWERS: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
@@ -105,11 +227,22 @@ def recur(
     GELU: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """z_k = projected_k + sum over j < k of composites_kj a_j + bias_k, and a_k = act(z_k), layer after layer."""
+    """z_k = projected_k + sum over j < k of composites_kj a_j + bias_k, and a_k = act(z_k), layer after layer.
+
+    With HEADS, out += sum over k of a_k projected_up_k.
+    """
     i_tower = tl.program_id(0) % TOWERS
-    o_n = (tl.program_id(0) // TOWERS) * BM + tl.arange(0, BM)
-    m_n = o_n < N
+    count = true_count(count_ptr, N, COUNTED)
+    start = (tl.program_id(0) // TOWERS) * BM
+    if start >= count:
+        return
+    o_n = start + tl.arange(0, BM)
+    m_n = o_n < count
     o_item = (i_tower.to(tl.int64) * N + o_n) * K * R
+    if HEADS > 0:
+        o_e = tl.arange(0, HEADS)
+        p_out = out_ptr + (i_tower.to(tl.int64) * N + o_n)[:, None] * HEADS + o_e[None, :]
+        out = tl.load(p_out, mask=m_n[:, None], other=0.0)
     for k in range(K):
         for i_r in range(0, R, BR):
             o_r = i_r + tl.arange(0, BR)
@@ -131,9 +264,16 @@ def recur(
                     b_c = tl.load(p_row + j * R + o_j[None, :], mask=m_r[:, None] & m_j[None, :], other=0.0)
                     z = tl.dot(b_a, b_c.T, z, input_precision=PRECISION)
             a = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476)) if GELU else tl.maximum(z, 0.0)
-            tl.store(inputs_ptr + o_z, z, mask=m_z)
+            if GELU:
+                tl.store(inputs_ptr + o_z, z, mask=m_z)
             tl.store(activated_ptr + o_z, a, mask=m_z)
+            if HEADS > 0:
+                p_up = projected_up_ptr + ((i_tower * K + k) * R + o_r).to(tl.int64)[:, None] * HEADS + o_e[None, :]
+                b_up = tl.load(p_up, mask=m_r[:, None], other=0.0)
+                out = tl.dot(a.to(b_up.dtype), b_up, out, input_precision=PRECISION)
         tl.debug_barrier()  # the next layer reads what all threads of this program stored
+    if HEADS > 0:
+        tl.store(p_out, out, mask=m_n[:, None])
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from iisan_fast.kernels.gpu import (
     item_vector_gradients,
     loss_record,
     part_sums,
+    projected_towers,
     sequence_encoder,
     side_towers,
     target_rank,
@@ -34,8 +36,17 @@ from iisan_fast.kernels.gpu import (
 from iisan_fast.kernels.gpu.configurations import ANY_SIZE, Configuration
 from iisan_fast.kernels.types import HEADER_WORDS, SequenceWeights, StepBatch, StepShape, TowerGradients
 
-MODULES = (side_towers, inbatch_cross_entropy, item_vector_gradients, target_rank, fold_heads, sequence_encoder)
-ONE_ENTRY = (batch_selection, loss_record, adam, part_sums)  # modules whose kernels have one entry for all sizes
+MODULES = (
+    side_towers,
+    projected_towers,
+    inbatch_cross_entropy,
+    item_vector_gradients,
+    target_rank,
+    fold_heads,
+    sequence_encoder,
+)
+# modules whose kernels have one entry for all sizes
+ONE_ENTRY = (batch_selection, loss_record, adam, part_sums, projected_towers)
 
 
 def main() -> None:
@@ -69,8 +80,14 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
         size = configurations.size_of(rows, dtype, embedding_dim)
         return configurations.table_entry(kernel, device, size)
 
+    def only_configuration(kernel: str, _: torch.device):
+        nonlocal size
+        size = ANY_SIZE
+        return configurations.table_entry(kernel, device, size)
+
     def compile_instead(kernel: Any, name: str, grid: Any, chosen: Configuration, *values: Any, **meta: Any):
-        variant = [meta.get(flag) for flag in ("ATTEND", "FEED", "END")]  # the sequence encoder's, by halves of blocks
+        # the sequence encoder by halves of blocks, and the towers in their two forms
+        variant = [str(meta.get(flag)) for flag in ("ATTEND", "FEED", "END", "HEADS", "UP")]
         key = (name, size, bool(meta.get("TILE_ROWS")), *variant)  # the loss has two layouts of rows
         if key in compiled or arguments.kernel not in name:
             return
@@ -78,11 +95,6 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
         report = compile_one(kernel, architecture, chosen, values, meta)
         line = {"kernel": name, "architecture": architecture, "size": size, "dtype": arguments.dtype}
         print(json.dumps(line | report), flush=True)
-
-    def only_configuration(kernel: str, _: torch.device):
-        nonlocal size
-        size = ANY_SIZE
-        return configurations.table_entry(kernel, device, size)
 
     for module in (*MODULES, *ONE_ENTRY):
         module.launch = compile_instead
@@ -99,6 +111,7 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
     batches = [(65, 245, 277), (8191, 30803, 12901)]
     for users, rows, items in batches[:1] if dtype == torch.float32 else batches:
         call_towers(arguments, items, dtype)
+        call_projected_towers(arguments, items, dtype)
         for embedding_dim in arguments.embedding_dim:
             call_loss_and_rank(users, rows, items, embedding_dim, dtype, plain=arguments.other_forms)
             call_loss_pairs(users, rows, items, embedding_dim, dtype)
@@ -129,6 +142,33 @@ def call_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -
     ]
     outputs = side_towers.side_towers(views, towers, "gelu" if arguments.other_forms else "relu")
     torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+
+
+def call_projected_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -> None:
+    """The towers' pair, forward and backward, over the same towers, on tensors without values."""
+    layers, width, bottleneck = arguments.layers, arguments.width, arguments.bottleneck
+    dim, views = arguments.embedding_dim[0], [(0, 1)] if arguments.other_forms else [(0,), (1,), (0, 1)]
+    hidden = (len(views), layers, bottleneck)
+
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    fold = SimpleNamespace(
+        projection_operands=empty(len(views), dim, width, dtype=dtype),
+        coefficients=empty(len(views), layers, 3),
+        bias=empty(*hidden),
+        composites=empty(*hidden, layers, bottleneck, dtype=dtype),
+        projected_up=empty(*hidden, dim, dtype=dtype),
+        vector_bias=empty(dim),
+    )
+    down = list(empty(*hidden, width, dtype=dtype))
+    tables = [empty(20315, layers, width, dtype=dtype) for _ in range(2)]
+    rows, header = empty(items, dtype=torch.int32), empty(HEADER_WORDS, dtype=torch.int32)
+    activation = "gelu" if arguments.other_forms else "relu"
+    pair = projected_towers.ProjectedTowers(fold, down, tables, rows, header, views, True, activation, dtype)
+    pair.connect(empty(items, dim))
+    pair.forward()
+    pair.backward()
 
 
 def call_loss_and_rank(users: int, rows: int, items: int, embedding_dim: int, dtype: torch.dtype, plain: bool) -> None:

@@ -1,0 +1,234 @@
+"""The towers' pair on a GPU against a plain form in fp64: in the interpreter, from states to vectors and back.
+
+All memory starts as NaN, so what a kernel reads before it is written, or forgets to write, is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.kernel_cases import DEVICE, INTRA_AND_INTER, relative_error
+from iisan_fast.kernels.gpu import launch
+from iisan_fast.kernels.gpu.projected_towers import ProjectedTowers, refusal
+
+pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
+
+ACTIVATIONS = {"relu": torch.relu, "gelu": torch.nn.functional.gelu}
+FOLDED = ("coefficients", "bias", "composites", "projected_up", "projection_operands", "vector_bias")
+FORWARD = ("side_project", "side_recur", "side_join")
+BACKWARD = ("side_recur_backward", "side_weight_gradients", "side_hidden_gradients", "side_mix_gradients")
+BACKWARD = (*BACKWARD, "side_sum_gradients")
+
+
+class Case:
+    """Folded operands and tables at random, and the gradient of the vectors."""
+
+    def __init__(
+        self,
+        items: int = 20,
+        room: int = 32,
+        layers: int = 3,
+        width: int = 48,
+        bottleneck: int = 16,
+        dim: int = 32,
+        views: Sequence[tuple[int, ...]] = INTRA_AND_INTER,
+        gated: bool = True,
+        activation: str = "relu",
+        dtype: torch.dtype = torch.float32,
+        device: str = DEVICE,
+    ) -> None:
+        """items: the true count; room: how many the buffers have room for."""
+        self.views, self.gated, self.activation, self.dtype = views, gated, activation, dtype
+        towers, generator = len(views), torch.Generator().manual_seed(3)
+
+        def random(*shape: int, std: float = 1.0) -> Tensor:
+            return (std * torch.randn(shape, generator=generator)).to(device)
+
+        self.items, hidden = items, (towers, layers, bottleneck)
+        below = torch.ones(layers, layers).tril(-1)[:, None, :, None].to(device)
+        self.gates = random(towers, layers).sigmoid()
+        self.folded = {
+            "coefficients": self.coefficients(self.gates),
+            "bias": random(*hidden, std=0.3),
+            "composites": (random(*hidden, layers, bottleneck, std=bottleneck**-0.5) * below).to(dtype),
+            "projected_up": random(*hidden, dim, std=bottleneck**-0.5).to(dtype),
+            "projection_operands": random(towers, dim, width, std=width**-0.5).to(dtype),
+            "vector_bias": random(dim),
+        }
+        buffer = random(towers * (layers * bottleneck * width + 32), std=width**-0.5).to(dtype)
+        self.down = [part[32:].view(layers, bottleneck, width) for part in buffer.chunk(towers)]
+        count = 1 + max(map(max, views))
+        self.tables = [random(items + 5, layers + 1, width).to(dtype)[:, 1:] for _ in range(count)]
+        self.rows = torch.randint(0, items + 5, (room,), generator=generator).int().to(device)
+        self.header = torch.tensor([items, *(999,) * 7], dtype=torch.int32, device=device)
+        self.of_vectors = random(room, dim)
+        self.of_vectors[items:] = 0
+
+    def coefficients(self, gates: Tensor) -> Tensor:
+        """Return [T, K, 3] from the gates [T, K], or of towers without gates."""
+        g = gates if self.gated else torch.ones_like(gates)
+        other, zero, one = (1 - g if self.gated else g), torch.zeros_like(g), torch.ones_like(g)
+        kinds = {(0,): (other, g, zero), (1,): (other, zero, g), (0, 1): (one, g, other)}
+        rows = [[part[i] for part in kinds[reads]] for i, reads in enumerate(self.views)]
+        return torch.stack([torch.stack(parts, dim=1) for parts in rows])
+
+    def pair(self) -> ProjectedTowers:
+        pair = ProjectedTowers(
+            SimpleNamespace(**self.folded),
+            self.down,
+            self.tables,
+            self.rows,
+            self.header,
+            self.views,
+            self.gated,
+            self.activation,
+            self.dtype,
+        )
+        pair.connect(self.of_vectors)
+        return pair
+
+    def expected(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the vectors of the items and the gradients, with the gates' in place of the coefficients', in fp64."""
+        gates, down = self.gates.double().requires_grad_(), torch.stack(self.down).double().requires_grad_()
+        names = FOLDED[1:]
+        bias, composites, up, projections, vector_bias = leaves = [
+            self.folded[name].double().requires_grad_() for name in names
+        ]
+        rows = self.rows[: self.items].long()
+        first, second = (self.tables[view][rows].double() for view in (0, -1))
+        coefficients = self.coefficients(gates)
+        state, activated = 0.0, []
+        for k in range(down.shape[1]):
+            carry, of_first, of_second = coefficients[:, k, :, None, None].unbind(1)
+            state = carry * state + of_first * first[:, k] + of_second * second[:, k]  # [T, N, D]
+            z = state @ down[:, k].mT + bias[:, k, None]
+            for j, a in enumerate(activated):
+                z = z + a @ composites[:, k, :, j].mT
+            activated.append(ACTIVATIONS[self.activation](z))
+        vectors = state @ projections.mT + sum(a @ up[:, k] for k, a in enumerate(activated))
+        vectors = vectors.sum(0) + vector_bias
+        wanted = [down, *leaves, *([gates] if self.gated else [])]
+        gradients = torch.autograd.grad(vectors, wanted, self.of_vectors[: self.items].double(), allow_unused=True)
+        named = dict(zip(("down", *names, "gates"), gradients))
+        return vectors.detach(), {n: torch.zeros_like(composites) if g is None else g for n, g in named.items()}
+
+    def gate_gradients(self, of_coefficients: Tensor) -> Tensor:
+        """Return what the chain from coefficients to gates gives."""
+        gates = self.gates.double().requires_grad_()
+        return torch.autograd.grad(self.coefficients(gates), gates, of_coefficients.double())[0]
+
+    def check(self) -> None:
+        """Compare vectors and all gradients; what is beyond the true count is 0."""
+        pair = self.pair()
+        pair.forward()
+        pair.backward()
+        vectors, expected = self.expected()
+        assert not pair.vectors[self.items :].any()
+        assert relative_error(pair.vectors[: self.items], vectors) < 1e-5
+        found = {name.removeprefix("of_"): value for name, value in pair.gradients._asdict().items()}
+        found["projection_operands"] = found.pop("projections")
+        coefficients = found.pop("coefficients")
+        if self.gated:
+            found["gates"] = self.gate_gradients(coefficients)
+        else:
+            assert not coefficients.any()
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert relative_error(found[name], value) < 2e-5, name
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"items": 1, "room": 1, "layers": 1, "views": [(0,)], "dim": 16},
+        {"items": 17, "layers": 5, "bottleneck": 8, "views": [(0, 1)], "activation": "gelu", "dim": 16},
+        {"items": 5, "width": 80, "bottleneck": 70, "layers": 2, "views": [(1,)], "dim": 64},
+        {"items": 18, "views": [(0,)], "layers": 3, "gated": False, "width": 16},
+        {"items": 6, "layers": 2, "views": [(0, 1), (0,)], "gated": False, "activation": "gelu"},
+        pytest.param({"items": 33, "layers": 9, "room": 64, "views": [(0, 1), (1,)]}, marks=pytest.mark.slow),
+        pytest.param({"items": 18, "layers": 13, "width": 80, "bottleneck": 24, "dim": 128}, marks=pytest.mark.slow),
+        pytest.param({"layers": 2, "width": 48, "bottleneck": 512, "views": [(0,)]}, marks=pytest.mark.long),
+        pytest.param({"layers": 7, "width": 768, "bottleneck": 64, "dim": 64}, marks=pytest.mark.long),
+    ],
+)
+def test_vectors_and_gradients(case):
+    Case(**case).check()
+
+
+def test_nothing_is_there():
+    case = Case(items=0, layers=2, width=16, views=[(0, 1)])
+    pair = case.pair()
+    pair.forward()
+    pair.backward()
+    assert not pair.vectors.any()
+    assert all(not gradient.any() for gradient in pair.gradients)
+
+
+def test_a_pair_runs_again_and_gives_equal_bits():
+    """A second batch leaves nothing in the first one's buffers, and the first one again gives what it gave."""
+    case = Case(items=20, layers=2, width=16, views=[(1,)])
+    pair = case.pair()
+    results = []
+    for items in (20, 7, 20):
+        case.header[0] = items
+        pair.forward()
+        pair.backward()
+        results.append([tensor.clone() for tensor in (pair.vectors, *pair.gradients)])
+    assert all(torch.equal(*tensors) for tensors in zip(results[0], results[2]))
+    assert not torch.equal(results[0][0], results[1][0])
+    assert not results[1][0][7:].any()
+
+
+def test_a_step_is_eight_launches_that_need_no_values():
+    recorded = []
+    case = Case(dtype=torch.bfloat16)
+    for name, value in vars(case).items():
+        if isinstance(value, Tensor):
+            setattr(case, name, value.to("meta"))
+    buffer = torch.empty(10**6, dtype=torch.bfloat16, device="meta")
+    shape = case.down[0].shape
+    case.folded = {name: value.to("meta") for name, value in case.folded.items()}
+    case.down = [buffer[32 * i :][: shape.numel()].view(shape) for i in range(len(case.down))]
+    case.tables = [table.to("meta") for table in case.tables]
+    with launch.recording(recorded.append):
+        pair = case.pair()
+        pair.forward()
+        assert tuple(one.name for one in recorded) == FORWARD
+        pair.backward()
+    assert tuple(one.name for one in recorded) == FORWARD + BACKWARD
+    assert pair.vector_operands.dtype == torch.bfloat16 and pair.vectors.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        (([(0,)] * 4, 3, 16, 48, 64), "at most 3 towers, found 4"),
+        (([(0,)], 14, 16, 48, 64), "1 to 13 layers, found 14"),
+        (([(0,)], 3, 7, 48, 64), "bottlenecks of 8 to 512, found 7"),
+        (([(0,)], 3, 16, 40, 64), "multiples of 16, found 40"),
+        (([(0,)], 3, 16, 48, 48), "16, 32, 64, 128 dimensions, found 48"),
+    ],
+)
+def test_other_sizes_are_refused(sizes, reason):
+    assert reason in refusal(*sizes)
+    assert not refusal(INTRA_AND_INTER, 7, 64, 768, 64)
+
+
+def test_weights_of_several_buffers_are_refused():
+    case = Case()
+    case.down = [weight.clone() for weight in case.down]
+    with pytest.raises(ValueError, match="contiguous views of one buffer"):
+        case.pair()
+
+
+def test_tables_of_another_dtype_are_refused():
+    case = Case()
+    case.tables = [table.bfloat16() for table in case.tables]
+    with pytest.raises(ValueError, match=r"expected tables and down-projections of torch\.float32"):
+        case.pair()
