@@ -43,7 +43,7 @@ def row_splits(rows, columns, BM: tl.constexpr, BC: tl.constexpr, PROGRAMS: tl.c
 @triton.jit
 def _whole_rows(ptr, o_r, BD: tl.constexpr):
     """Load rows [BM, BD]."""
-    return tl.load(ptr + o_r[:, None] * BD + tl.arange(0, BD)[None, :])
+    return tl.load(ptr + o_r.to(tl.int64)[:, None] * BD + tl.arange(0, BD)[None, :])
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def query_gradients(
         total *= 1.0 / tl.load(header_ptr + ROWS).to(tl.float32)
     else:
         total *= tl.load(gradient_ptr + o_q)[:, None]
-    p_out = query_gradients_ptr + o_r[:, None] * BD + tl.arange(0, BD)[None, :]
+    p_out = query_gradients_ptr + o_r.to(tl.int64)[:, None] * BD + tl.arange(0, BD)[None, :]
     tl.store(p_out, total, mask=(o_r < rows)[:, None])
 
 
@@ -313,7 +313,7 @@ def item_vector_gradients(
     i_column = tl.program_id(0) * BV
     o_v = i_column + tl.arange(0, BV)
     o_d = tl.arange(0, BD)
-    p_out = of_vectors_ptr + o_v[:, None] * BD + o_d[None, :]
+    p_out = of_vectors_ptr + o_v.to(tl.int64)[:, None] * BD + o_d[None, :]
     total = tl.zeros((BV, BD), tl.float32)
     if i_column >= columns:
         tl.store(p_out, total, mask=(o_v < V)[:, None])
@@ -329,7 +329,7 @@ def item_vector_gradients(
     for i_k in range(first, end, BK):
         o_k = i_k + tl.arange(0, BK)
         code = tl.load(occurrences_ptr + o_k, mask=o_k < end, other=0)
-        row = code >> 2
+        row = (code >> 2).to(tl.int64)
         is_input = (code & 1) != 0
         is_target = (code & 2) != 0
         weight = tl.load(target_weights_ptr + row - 1, mask=is_target, other=0.0) * mean

@@ -221,7 +221,9 @@ def test_neighbours_differ_by_a_step_and_tiles_may_move_together():
 
 
 def test_every_tile_of_the_table_has_a_ladder():
-    shipped = [entry for entries in configurations.CONFIGURATIONS.values() for entry in entries.values()]
+    tuned = {kernel for kernel in configurations.CONFIGURATIONS if kernel.startswith(("side_", "loss_", "target_"))}
+    tuned.remove("loss_record")  # one entry for all sizes
+    shipped = [entry for kernel in tuned for entry in configurations.CONFIGURATIONS[kernel].values()]
     assert {name for entry in shipped for name in entry.blocks} <= tuning.LADDERS.keys()
 
 
