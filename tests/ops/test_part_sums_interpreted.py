@@ -1,4 +1,4 @@
-"""Sums of parts in Triton: right, in the first part's order, and nothing beyond them."""
+"""Sums of parts in Triton: right, in the order of the parts, and nothing written beyond them."""
 
 from __future__ import annotations
 

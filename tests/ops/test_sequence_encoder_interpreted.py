@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from helpers.kernel_cases import DEVICE, strided
+from helpers.recommenders import side_recommender
 from helpers.sequence_cases import EPSILON, GridCase, PairCase, sequence_by_gpu
 from iisan_fast import kernels
+from iisan_fast.config import ModelConfig
 from iisan_fast.kernels import SequenceGrid, SequenceWeights
 from iisan_fast.kernels.gpu import launch
 from iisan_fast.kernels.gpu.configurations import as_architecture
-from iisan_fast.kernels.gpu.sequence_encoder import flat_view, refusal
+from iisan_fast.kernels.gpu.sequence_encoder import EncoderSizes, flat_view, refusal
 from iisan_fast.kernels.reference import sequence_encoder as sequence_encoder_reference
+from iisan_fast.training.flat_storage import FlatStorage
 
 pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 
@@ -83,6 +87,18 @@ def test_weights_that_do_not_follow_one_another_are_refused():
     tensors = [torch.zeros(2, 32), torch.zeros(32)]
     with pytest.raises(ValueError, match="expected views one after the other, tensor 1 is not"):
         flat_view(tensors)
+
+
+@pytest.mark.parametrize("d", [32, 64, 128])
+def test_the_weights_of_flat_storage_lie_as_the_kernels_read_them(d):
+    config = ModelConfig(embedding_dim=d, bottleneck=8, blocks=3)
+    model = side_recommender([(2, 16), (2, 16)], config, max_inputs=7, popularity=np.full(9, 1 / 8), seed=0)
+    storage = FlatStorage(model, dict.fromkeys(model.parameter_groups(), 1e-3), torch.bfloat16)
+    weights = storage.weights().sequence
+    assert refusal(weights, 7) == ""
+    sizes = EncoderSizes.of(weights, 16, None, torch.bfloat16)
+    for buffer in (storage.weights(), storage.operands(), storage.gradients()):
+        assert len(flat_view(buffer.sequence.tensors)) == sizes.weights
 
 
 @pytest.mark.parametrize(
