@@ -83,7 +83,6 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
         ("default", "small"): Configuration({"BM": 32}, warps=4, stages=3),
         ("default", "large"): Configuration({"BM": 32}, warps=4, stages=3),
         ("default", "fp32"): Configuration({"BM": 16}, warps=4, stages=1),
-        ("sm_90", "small"): Configuration({"BM": 64}, warps=4, stages=3),
         ("sm_90", "large"): Configuration({"BM": 64}, warps=4, stages=3),
     },
     "side_sum_gradients": {("default", ANY_SIZE): Configuration({"BLOCK": 1024, "BP": 32}, warps=4, stages=1)},

@@ -24,13 +24,14 @@ from ..types import FIELD_ALIGNMENT, TowerGradients
 from . import projected_towers_kernels as projected
 from . import side_towers_backward_kernels as backward
 from . import side_towers_kernels as forward
-from .configurations import Configuration, configuration, only_configuration
+from .configurations import SMALL_ROWS, WIDE, Configuration, configuration, only_configuration
 from .launch import block, launch, precision
 
 DIMENSIONS = (16, 32, 64, 128)  # of an item vector
 BOTTLENECKS = (8, 512)  # least and most
 MOST_TOWERS = 3
 MOST_LAYERS = 13
+LARGE_TILES_LAYERS, LARGE_TILES_BOTTLENECK = 7, 64  # the most that the configurations of large tiles are for
 
 
 class FoldedOperands(Protocol):
@@ -350,7 +351,8 @@ class ProjectedTowers:
         launch(kernel, name, grid, chosen, *arguments, self._header, self._items, **names)
 
     def _configuration(self, kernel: str) -> Configuration:
-        return configuration(kernel, self._items, self._dtype, self._device)
+        rows = rows_of_tiles(self._items, self._layers, self._bottleneck, self._dim)
+        return configuration(kernel, rows, self._dtype, self._device)
 
     def _splits(self) -> int:
         """Return into how many splits of the items the weight gradients are divided."""
@@ -405,6 +407,12 @@ def _unfit(down: Sequence[Tensor], tables: Sequence[Tensor], dtype: torch.dtype)
     if any(table.stride(2) != 1 for table in tables):
         return "expected tables whose last dimension is contiguous"
     return ""
+
+
+def rows_of_tiles(items: int, layers: int, bottleneck: int, dim: int = 0) -> int:
+    """Return for how many items a configuration is chosen. Large tiles of larger towers overfill the shared memory."""
+    is_large = layers > LARGE_TILES_LAYERS or bottleneck > LARGE_TILES_BOTTLENECK or dim > WIDE
+    return min(items, SMALL_ROWS) if is_large else items
 
 
 def groups_of(layers: int, most: int) -> int:

@@ -27,7 +27,7 @@ from . import side_towers_backward_kernels as backward
 from . import side_towers_kernels as forward
 from .configurations import Configuration, configuration
 from .launch import block, fit_range, launch, precision
-from .projected_towers import groups_of
+from .projected_towers import groups_of, rows_of_tiles
 from .tower_operands import tower_operands
 
 
@@ -386,7 +386,7 @@ class TowersCall:
         self.down_places = tuple(range(0, down.numel(), down[0].numel()))
 
     def configuration(self, kernel: str) -> Configuration:
-        return configuration(kernel, self.items, self.dtype, self.device)
+        return configuration(kernel, rows_of_tiles(self.items, self.layers, self.bottleneck), self.dtype, self.device)
 
     def tiles(self, chosen: Configuration) -> int:
         return triton.cdiv(self.items, chosen.blocks["BM"])

@@ -11,10 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
+from helpers.flat_weights import flat_size, in_buffer, side_weights
 from helpers.kernel_cases import DEVICE, INTRA_AND_INTER, relative_error
+from iisan_fast.kernels import States
 from iisan_fast.kernels.gpu import launch
+from iisan_fast.kernels.gpu.fold_heads import FoldHeads
 from iisan_fast.kernels.gpu.projected_towers import ProjectedTowers, refusal
+from iisan_fast.kernels.reference.side_towers import side_towers
 
 pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 
@@ -159,6 +164,32 @@ class Case:
 )
 def test_vectors_and_gradients(case):
     Case(**case).check()
+
+
+def test_fold_and_towers_together_are_the_reference():
+    """From flat weights to vectors and back, with the gates' gradients as the one pair gives them to the other."""
+    case = Case(layers=2, width=32)
+    shapes = side_weights(INTRA_AND_INTER, layers=2, width=32)
+    generator = torch.Generator().manual_seed(4)
+    buffer = (0.3 * torch.randn(flat_size(shapes), generator=generator)).to(DEVICE)
+    weights, gradients = in_buffer(shapes, buffer), in_buffer(shapes, torch.full_like(buffer, torch.nan))
+    fold = FoldHeads(weights, weights, gradients, torch.float32)
+    case.folded = {name: getattr(fold, name) for name in FOLDED}
+    case.down = [tower.down_weight for tower in weights.towers]
+    pair = case.pair()
+    fold.connect(pair.gradients)
+    for run in (fold.forward, pair.forward, pair.backward, fold.backward):
+        run()
+    exact = weights.mapped(lambda weight: weight.double().requires_grad_())
+    states = [States(table.double(), case.rows[: case.items].long()) for table in case.tables]
+    vectors = exact.fusion_bias
+    for output, head, outer in zip(side_towers(states, exact.towers), exact.heads, exact.fusion.chunk(3, dim=1)):
+        middle, middle_bias, inner, inner_bias = head
+        vectors = vectors + linear(linear(linear(output, inner, inner_bias), middle, middle_bias), outer)
+    assert relative_error(pair.vectors[: case.items], vectors.detach()) < 1e-5
+    expected = torch.autograd.grad(vectors, exact.tensors(), case.of_vectors[: case.items].double())
+    for found, truth in zip(gradients.tensors(), expected, strict=True):
+        assert relative_error(found, truth) < 2e-5
 
 
 def test_nothing_is_there():
