@@ -76,7 +76,7 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
         ("default", "large"): Configuration({"BM": 64, "BD": 16, "GROUP": 4, "CHUNKS": 1024}, warps=4, stages=1),
         ("default", "fp32"): Configuration({"BM": 16, "BD": 32, "GROUP": 4, "CHUNKS": 4}, warps=4, stages=1),
         ("sm_90", "small"): Configuration({"BM": 16, "BD": 32, "GROUP": 7, "CHUNKS": 4}, warps=4, stages=2),
-        ("sm_90", "large"): Configuration({"BM": 64, "BD": 32, "GROUP": 4, "CHUNKS": 1024}, warps=4, stages=2),
+        ("sm_90", "large"): Configuration({"BM": 64, "BD": 16, "GROUP": 7, "CHUNKS": 1024}, warps=4, stages=2),
     },
     "side_join": {("default", ANY_SIZE): Configuration({"BM": 32}, warps=4, stages=1)},
     "side_hidden_gradients": {

@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from flat_weights import flat_size, in_buffer, side_weights
+from towers_on_meta import towers_on_meta
 
 from iisan_fast.bench import machine_code
 from iisan_fast.kernels import Launch, RecommenderWeights, States, Tower
@@ -146,27 +146,12 @@ def call_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -
 
 def call_projected_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -> None:
     """The towers' pair, forward and backward, over the same towers, on tensors without values."""
-    layers, width, bottleneck = arguments.layers, arguments.width, arguments.bottleneck
-    dim, views = arguments.embedding_dim[0], [(0, 1)] if arguments.other_forms else [(0,), (1,), (0, 1)]
-    hidden = (len(views), layers, bottleneck)
-
-    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(sizes, dtype=dtype, device="meta")
-
-    fold = SimpleNamespace(
-        projection_operands=empty(len(views), dim, width, dtype=dtype),
-        coefficients=empty(len(views), layers, 3),
-        bias=empty(*hidden),
-        composites=empty(*hidden, layers, bottleneck, dtype=dtype),
-        projected_up=empty(*hidden, dim, dtype=dtype),
-        vector_bias=empty(dim),
-    )
-    down = list(empty(*hidden, width, dtype=dtype))
-    tables = [empty(20315, layers, width, dtype=dtype) for _ in range(2)]
-    rows, header = empty(items, dtype=torch.int32), empty(HEADER_WORDS, dtype=torch.int32)
-    activation = "gelu" if arguments.other_forms else "relu"
-    pair = projected_towers.ProjectedTowers(fold, down, tables, rows, header, views, True, activation, dtype)
-    pair.connect(empty(items, dim))
+    rows, header = (torch.empty(size, dtype=torch.int32, device="meta") for size in (items, HEADER_WORDS))
+    views, activation = [(0,), (1,), (0, 1)], "relu"
+    if arguments.other_forms:
+        views, activation = [(0, 1)], "gelu"
+    sizes = (arguments.layers, arguments.width, arguments.bottleneck, arguments.embedding_dim[0])
+    pair = towers_on_meta(rows, header, dtype, views, *sizes, activation)
     pair.forward()
     pair.backward()
 

@@ -15,11 +15,13 @@ from torch.nn.functional import linear
 
 from helpers.flat_weights import flat_size, in_buffer, side_weights
 from helpers.kernel_cases import DEVICE, INTRA_AND_INTER, relative_error
-from iisan_fast.kernels import States
+from helpers.towers_on_meta import towers_on_meta
+from iisan_fast.kernels import Launch, States
 from iisan_fast.kernels.gpu import launch
 from iisan_fast.kernels.gpu.fold_heads import FoldHeads
 from iisan_fast.kernels.gpu.projected_towers import ProjectedTowers, refusal
 from iisan_fast.kernels.reference.side_towers import side_towers
+from iisan_fast.kernels.types import HEADER_WORDS
 
 pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 
@@ -216,24 +218,17 @@ def test_a_pair_runs_again_and_gives_equal_bits():
     assert not results[1][0][7:].any()
 
 
-def test_a_step_is_eight_launches_that_need_no_values():
-    recorded = []
-    case = Case(dtype=torch.bfloat16)
-    for name, value in vars(case).items():
-        if isinstance(value, Tensor):
-            setattr(case, name, value.to("meta"))
-    buffer = torch.empty(10**6, dtype=torch.bfloat16, device="meta")
-    shape = case.down[0].shape
-    case.folded = {name: value.to("meta") for name, value in case.folded.items()}
-    case.down = [buffer[32 * i :][: shape.numel()].view(shape) for i in range(len(case.down))]
-    case.tables = [table.to("meta") for table in case.tables]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_eight_launches_that_need_no_values(dtype):
+    recorded: list[Launch] = []
+    rows, header = (torch.empty(size, dtype=torch.int32, device="meta") for size in (704, HEADER_WORDS))
     with launch.recording(recorded.append):
-        pair = case.pair()
+        pair = towers_on_meta(rows, header, dtype)
         pair.forward()
         assert tuple(one.name for one in recorded) == FORWARD
         pair.backward()
     assert tuple(one.name for one in recorded) == FORWARD + BACKWARD
-    assert pair.vector_operands.dtype == torch.bfloat16 and pair.vectors.dtype == torch.float32
+    assert pair.vector_operands.dtype == dtype and pair.vectors.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
