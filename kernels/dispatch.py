@@ -86,7 +86,7 @@ def form_on(device: torch.device) -> str:
         return name
     if device.type == "cpu":
         return REFERENCE if why_no_library() else CPU
-    return REFERENCE if device.type != "cuda" or _why_not_by_triton(device.type, ()) else GPU
+    return REFERENCE if device.type != "cuda" or why_not_by_triton(device.type, ()) else GPU
 
 
 def check_form(device: torch.device) -> None:
@@ -94,7 +94,7 @@ def check_form(device: torch.device) -> None:
     source, name = named_form()
     if name in ("auto", REFERENCE):
         return
-    reason = _why_not_by_triton(device.type, ()) if name == GPU else _why_not_on_a_cpu(device.type)
+    reason = why_not_by_triton(device.type, ()) if name == GPU else _why_not_on_a_cpu(device.type)
     if name == CPU and not reason:
         reason = why_no_compiler()
     if reason:
@@ -125,7 +125,7 @@ def _why_unable(op: str, form: str, tensors: Sequence[Tensor], refusals: Refusal
     """Return why a form cannot run an op, or "". A compiler starts only if nothing else is in the way."""
     device = tensors[0].device.type
     if form == GPU:
-        reason = _why_not_by_triton(device, tuple(tensor.dtype for tensor in tensors))
+        reason = why_not_by_triton(device, tuple(tensor.dtype for tensor in tensors))
     else:
         reason = _why_not_on_a_cpu(device)
     if reason:
@@ -140,7 +140,7 @@ def _why_not_on_a_cpu(device: str) -> str:
 
 
 @functools.cache
-def _why_not_by_triton(device: str, dtypes: tuple[torch.dtype, ...]) -> str:
+def why_not_by_triton(device: str, dtypes: tuple[torch.dtype, ...]) -> str:
     """Return why Triton cannot run an op on tensors of a device and these dtypes, or ""."""
     if not HAS_TRITON:
         return "the package triton is not installed"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from .cpu.adam import AdamUpdate
 from .cpu.library import why_no_library
 from .cpu.step import CpuStep
 from .cpu.step_batch import check_step_batch
-from .dispatch import CPU, GPU, REFERENCE, choose, named_form, report
+from .dispatch import CPU, GPU, REFERENCE, choose, named_form, report, why_not_by_triton
 from .reference import fold_heads as fold_heads_reference
 from .reference import inbatch_cross_entropy as inbatch_cross_entropy_reference
 from .reference import sequence_encoder as sequence_encoder_reference
@@ -38,9 +39,15 @@ from .types import (
     SequenceGrid,
     SequenceWeights,
     States,
+    StepShape,
     StepTensors,
     Tower,
 )
+
+if TYPE_CHECKING:
+    from .gpu.step import GpuStep
+
+STEP_OPS = ("fold_heads", "side_towers", "sequence_encoder", "inbatch_cross_entropy", "adam")  # as the log names them
 
 
 def side_towers(
@@ -176,9 +183,41 @@ def cpu_step(tensors: StepTensors, batch: RecommenderBatch, least: tuple[int, in
     which `step_refusal` does not refuse.
     """
     check_step_batch(batch, tensors.weights)
-    for op in ("fold_heads", "side_towers", "sequence_encoder", "inbatch_cross_entropy", "adam"):
+    for op in STEP_OPS:
         report(op, CPU)
     return CpuStep(tensors, batch, least)
+
+
+def gpu_step_refusal(weights: RecommenderWeights, products: torch.dtype, form: str = "auto") -> str:
+    """Return why `gpu_step` does not take a recommender's weights with matrix products in a dtype, or ""."""
+    source, name = named_form(form)
+    if name not in ("auto", GPU):
+        return f"{source} names {name}"
+    if reason := why_not_by_triton(weights.fusion.device.type, ()):
+        return reason
+    from .gpu import step as step_gpu
+
+    return step_gpu.refusal(weights, products)
+
+
+def gpu_step(
+    tensors: StepTensors,
+    shape: StepShape,
+    tables: Sequence[Tensor],
+    log_popularity: Tensor,
+    window_batches: int,
+    dropout: float,
+    reads_by_number: bool = True,
+) -> GpuStep:
+    """Return a training step's ops by Triton with all their memory, for weights that `gpu_step_refusal` lets pass.
+
+    Args: as `GpuStep` takes them.
+    """
+    from .gpu.step import GpuStep
+
+    for op in STEP_OPS:
+        report(op, GPU)
+    return GpuStep(tensors, shape, tables, log_popularity, window_batches, dropout, reads_by_number)
 
 
 def target_rank(

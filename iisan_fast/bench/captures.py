@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..training import CapturedStep, Trainer, TrainingStep
+from ..training import CapturedStep, Trainer
 from .machine import NOT_MEASURED, synchronise
 
 
@@ -33,13 +33,16 @@ def capture_step(trainer: Trainer) -> Captures | None:
 
     Nothing is trained.
     """
-    if trainer.captured is None:
+    if trainer.plan is None and trainer.captured is None:
         return None
     with closing(trainer.batches(0)) as batches:
-        (padded,) = islice(batches, 1)
+        (first,) = islice(batches, 1)
         synchronise(trainer.device)
         started = time.perf_counter()
-        trainer.captured.prepare(padded.batch, padded.item_inputs)
+        if trainer.captured is None:
+            trainer.step.prepare()
+        else:
+            trainer.captured.prepare(first.batch, first.item_inputs)
         synchronise(trainer.device)
     return Captures(1, time.perf_counter() - started)
 
@@ -50,7 +53,7 @@ def call_again_for_graphs(trainer: Trainer) -> None:
     It is the step by autograd, which graphs capture. As before a capture, one call warms the step up with the failure
     flag set, so that it updates nothing.
     """
-    trainer.step = TrainingStep(trainer.model, trainer.config.train.learning_rates, trainer.device)
+    trainer.step_by_autograd(captured=False)
 
     def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         record = trainer.step.record.clone()

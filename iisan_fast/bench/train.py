@@ -234,7 +234,7 @@ def new_trainer(
     trainer = Trainer(config, sequences, table, device, precision)
     trainer.model.train()
     if not form.captured:
-        trainer.captured = None
+        trainer.step_by_autograd(captured=False)
     return trainer
 
 

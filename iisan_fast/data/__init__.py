@@ -12,12 +12,11 @@ if TYPE_CHECKING:
     from .imports.options import MISSING_TITLES, RECBOLE_FIELDS, TABLE_COLUMNS, Imported, ImportOptions, TableOptions
     from .imports.recbole import import_recbole
     from .items import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb, open_images, read_table, refuse_unfit_name
-    from .packed_batches import BatchSize, PackedWindow, RunPlan
+    from .packed_batches import PackedWindow, RunPlan
     from .sequences import Dataset, Sequences, Split, load_dataset, load_sequences, statistics
 
 __all__ = [
     "Batch",
-    "BatchSize",
     "TABLE_COLUMNS",
     "Dataset",
     "RECBOLE_FIELDS",

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .feature_table import FeatureTable, load_table
     from .input_table import EncodedTable, open_inputs
     from .item_source import Chunks, ItemInputs, ItemSource
-    from .loader import PlannedWindow, PreparedBatch, planned_windows, prepared_batches
+    from .loader import PlannedBatch, PreparedBatch, planned_batches, prepared_batches
     from .placement import size_text, usable_memory
     from .store import Store, content_digest, describes_view
     from .view_shapes import ViewShape
@@ -23,7 +23,7 @@ __all__ = [
     "GROUP_ITEMS",
     "ItemInputs",
     "ItemSource",
-    "PlannedWindow",
+    "PlannedBatch",
     "PreparedBatch",
     "Store",
     "ViewShape",
@@ -33,7 +33,7 @@ __all__ = [
     "load_table",
     "open_inputs",
     "open_sources",
-    "planned_windows",
+    "planned_batches",
     "prepared_batches",
     "size_text",
     "usable_memory",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..data import Batch, BatchSize, PackedWindow, RunPlan, Shape, Window
+from ..data import Batch, PackedWindow, RunPlan, Shape, Window
 from .feature_table import FeatureTable
 from .item_source import Gathered, ItemInputs, ItemSource
 
@@ -32,20 +32,21 @@ class PreparedBatch(NamedTuple):
     slots: int  # of the users' histories
 
 
-class PlannedWindow(NamedTuple):
-    """Batches that follow one another, packed and on the device."""
+class PlannedBatch(NamedTuple):
+    """A batch of a window of packed batches, which are taken in their order."""
 
-    window: Tensor  # int32 [batches, words]: `kernels.StepBatch`es of the plan's shape
-    batches: list[BatchSize]  # their true sizes
-    gathered: Iterator[ItemInputs | None]  # for each batch its distinct items' inputs; None if the device has all
+    window: Tensor | None  # with its first batch: int32 [batches, words] on the device, in the plan's shape
+    item_inputs: ItemInputs | None  # of the batch's distinct items; None if the device has all
+    rows: int
+    slots: int  # of the users' histories
 
 
-def planned_windows(
+def planned_batches(
     plan: RunPlan, epoch: int, source: ItemSource, device: torch.device
-) -> Generator[PlannedWindow, None, None]:
-    """An epoch's windows in order, each packed, checked and copied to the device while the steps before it run.
+) -> Generator[PlannedBatch, None, None]:
+    """Yield an epoch's batches in order. Their windows are packed, checked and copied while the steps before run.
 
-    What the source has on the host of a batch's items is gathered ahead, and has to be taken with the batch.
+    What the source has on the host of a batch's items is gathered ahead.
     """
 
     def pack(window: Window) -> tuple[PackedWindow, _Copied]:
@@ -64,7 +65,8 @@ def planned_windows(
             gathered = _gathered(gathering, items, source, device)
         for packed, copied in windows:
             (window,) = _waited(copied, device)
-            yield PlannedWindow(window, packed.sizes, itertools.islice(gathered, len(packed.sizes)))
+            for number, (size, inputs) in enumerate(zip(packed.sizes, gathered)):
+                yield PlannedBatch(None if number else window, inputs, *size)
 
 
 def _gathered(

@@ -7,7 +7,8 @@ several processes exchange: after the item vectors, and after the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import kernels
-from ..data import Batch
+from ..data import Batch, RunPlan
 from ..kernels import StepOps, StepTensors
 from ..models import Recommender
-from ..states import ItemInputs
+from ..states import FeatureTable, ItemInputs, ItemSource, PlannedBatch
+from .cuda_graphs import capture_in_a_graph
 from .flat_storage import FlatStorage
 from .training_step import Reading
 
@@ -52,11 +54,20 @@ def step_stages(ops: StepOps) -> tuple[StepStage, ...]:
     )
 
 
-def fused_step_refusal(model: Recommender, device: torch.device) -> str:
-    """Return why a model is not trained by a fused step on a device, in a line, or ""."""
-    if device.type != "cpu":
-        return f"the fused step runs on a CPU, not on {device.type}"
-    return model.step_refusal() or kernels.step_refusal(model.step_weights())
+def run_stages(stages: Iterable[StepStage]) -> None:
+    """Call all methods in order, as they are captured on a GPU."""
+    for stage in stages:
+        for method in stage.methods:
+            method()
+
+
+def fused_step_refusal(model: Recommender, device: torch.device, products: torch.dtype) -> str:
+    """Return why a model is not trained by a fused step on a device, in a line, or ""; products: of its matrices."""
+    if reason := model.step_refusal():
+        return reason
+    if device.type == "cpu":
+        return kernels.step_refusal(model.step_weights())
+    return kernels.gpu_step_refusal(model.step_weights(), products)
 
 
 class FusedStep:
@@ -143,29 +154,66 @@ class CpuFusedStep(FusedStep):
         return self._step
 
 
-class CapturedFusedStep(FusedStep):
-    """The step on CUDA: captured when it is made, and replayed."""
+class GpuFusedStep(FusedStep):
+    """The step on a GPU, by Triton: captured once, before the first step, and replayed for batches of one shape."""
 
     def __init__(
         self,
         model: Recommender,
         rates: Mapping[str, float],
-        device: torch.device,
-        operand_dtype: torch.dtype,
-        make_ops: Callable[[StepTensors], StepOps],
-        capture: Callable[[Method], Method],
+        source: ItemSource,
+        plan: RunPlan,
+        products: torch.dtype,
+        capture: Callable[[Method], Method] | None = None,
     ) -> None:
-        """make_ops: makes the ops with all their memory; capture: turns a function into what replays its kernels."""
-        super().__init__(model, rates, device, operand_dtype)
-        self._stages = step_stages(make_ops(self.tensors()))
-        self._replay = capture(self._run)
+        """Args: model: one that `fused_step_refusal` does not refuse; products: the dtype of its matrix products and of
+        the source's states; capture: turns a function into one that is called at every step; None: a CUDA graph.
+        """
+        device = model.log_popularity.device
+        super().__init__(model, rates, device, products)
+        self._shapes, self._products = source.shapes, products
+        self._table = source.views if isinstance(source, FeatureTable) else None
+        self._plan = plan
+        self._capture = capture or functools.partial(capture_in_a_graph, record=self.record)
+        self._captured: _CapturedStep | None = None
 
-    def __call__(self) -> Tensor:
-        """Take one step and return the loss before it, a scalar on the device that the next step overwrites."""
-        self._replay()
+    def __call__(self, planned: PlannedBatch) -> Tensor:
+        """Take one step and return the loss before it, a scalar on the device that the next step overwrites.
+
+        The batches of a window are taken in their order. Raises RuntimeError for a model that was moved.
+        """
+        self.prepare()
+        if planned.window is not None:
+            self.storage.check()
+            self.storage.refresh_operands()  # a checkpoint may have been loaded
+            self._captured.set_window(planned.window)
+        if planned.item_inputs is not None:
+            self._captured.set_items(planned.item_inputs)
+        self._captured.replay()
         return self.loss
 
-    def _run(self) -> None:
-        for stage in self._stages:
-            for method in stage.methods:
-                method()
+    def prepare(self) -> None:
+        """Allocate the step's memory and capture the step, unless that is done. Nothing is trained."""
+        if self._captured is not None:
+            return
+        plan, device = self._plan, self.record.device
+        tables = self._table or [
+            torch.zeros(plan.shape.distinct, *shape, dtype=self._products, device=device) for shape in self._shapes
+        ]
+        step = kernels.gpu_step(
+            self.tensors(),
+            plan.shape,
+            tables,
+            self.model.log_popularity,
+            plan.window_batches,
+            self.model.config.dropout,
+            reads_by_number=self._table is not None,
+        )
+        replay = self._capture(functools.partial(run_stages, step_stages(step.ops)))
+        self._captured = _CapturedStep(step.set_window, step.set_items, replay)
+
+
+class _CapturedStep(NamedTuple):
+    set_window: Callable[[Tensor], None]
+    set_items: Callable[[ItemInputs], None]
+    replay: Method

@@ -25,7 +25,7 @@ from ..models import build_recommender
 from ..precision import Precision, resolve_precision
 from ..progress import progress_bar
 from ..runtime import fix_cublas_workspace
-from ..states import ItemSource, PlannedWindow, PreparedBatch, planned_windows, prepared_batches
+from ..states import ItemSource, PlannedBatch, PreparedBatch, planned_batches, prepared_batches
 from .checkpoints import (
     ITEM_VECTORS,
     adam_tensors,
@@ -36,7 +36,7 @@ from .checkpoints import (
     named_weights,
     save_checkpoint,
 )
-from .fused_step import CpuFusedStep, fused_step_refusal
+from .fused_step import CpuFusedStep, GpuFusedStep, fused_step_refusal
 from .item_sources import dataset_again, open_source, refuse_changed_texts, refuse_missing_libraries
 from .memory_budget import MemoryBudget
 from .run_folder import RunFolder
@@ -147,21 +147,34 @@ class Trainer:
         self.config, self.sequences, self.source, self.device = config, sequences, source, device
         tuned = config.model.method in TUNING_METHODS
         self.model = build_recommender(source, config, sequences.popularity, precision).to(device)
-        self.step = self._new_step()
-        self.captured = CapturedStep(self.step) if device.type == "cuda" and not tuned else None
+        self.step: CpuFusedStep | GpuFusedStep | TrainingStep
+        self.plan: RunPlan | None = None  # of packed batches, if a step on a GPU selects them itself
+        self.captured: CapturedStep | None = None  # the step by autograd in a CUDA graph
+        self._choose_step(precision.products)
         self.memory = MemoryBudget(config, sequences, source, self.model, device)
         if tuned:  # recorded, so that a run that goes on encodes in the same parts, whatever is free then
             uncached = replace(config.uncached, items_at_once=self.memory.encoding.items_at_once)
             self.config = replace(config, uncached=uncached)
         self.progress = Progress()
 
-    def _new_step(self) -> CpuFusedStep | TrainingStep:
-        """Return the fused step, or the one by autograd where a fused one does not take the model; the log says why."""
-        rates = self.config.train.learning_rates
-        if reason := fused_step_refusal(self.model, self.device):
+    def _choose_step(self, products: torch.dtype) -> None:
+        """Take fused steps, or steps by autograd where a fused one does not take the model; the log says why."""
+        train = self.config.train
+        if reason := fused_step_refusal(self.model, self.device, products):
             LOGGER.info("training by autograd: %s", reason)
-            return TrainingStep(self.model, rates, self.device)
-        return CpuFusedStep(self.model, rates)
+            tuned = self.config.model.method in TUNING_METHODS
+            self.step_by_autograd(captured=self.device.type == "cuda" and not tuned)
+        elif self.device.type == "cpu":
+            self.step = CpuFusedStep(self.model, train.learning_rates)
+        else:
+            self.plan = RunPlan.of(self.sequences, train.batch_users, train.seed)
+            self.step = GpuFusedStep(self.model, train.learning_rates, self.source, self.plan, products)
+
+    def step_by_autograd(self, captured: bool) -> None:
+        """Take steps by autograd from now on, as models do that no fused step takes; captured: in a CUDA graph."""
+        self.plan = None
+        self.step = TrainingStep(self.model, self.config.train.learning_rates, self.device)
+        self.captured = CapturedStep(self.step) if captured else None
 
     def refuse_unfit_form(self) -> None:
         """Encode one item and one history, so that a named form that does not take the model is refused at once.
@@ -252,14 +265,12 @@ class Trainer:
             self.step.release()  # memory that validation may need
         return total / rows
 
-    def batches(self, epoch: int) -> Generator[PreparedBatch, None, None]:
+    def batches(self, epoch: int) -> Generator[PreparedBatch | PlannedBatch, None, None]:
         """Prepare an epoch's batches ahead of their steps."""
+        if self.plan is not None:
+            return planned_batches(self.plan, epoch, self.source, self.device)
         config = self.config.train
         return self.prepared(epoch_batches(self.sequences, config.batch_users, config.seed, epoch))
-
-    def windows(self, plan: RunPlan, epoch: int) -> Generator[PlannedWindow, None, None]:
-        """Pack an epoch's batches ahead of their steps, for the step that selects them on a GPU."""
-        return planned_windows(plan, epoch, self.source, self.device)
 
     def prepared(self, batches: Iterator[Batch]) -> Generator[PreparedBatch, None, None]:
         """Prepare batches ahead of their steps, padded to one shape if the step is captured."""
@@ -271,9 +282,11 @@ class Trainer:
         """Return the shape that all batches of this run are padded to."""
         return padded_shape(self.sequences, self.config.train.batch_users)
 
-    def take(self, prepared: PreparedBatch) -> Tensor:
+    def take(self, prepared: PreparedBatch | PlannedBatch) -> Tensor:
         """Take one optimizer step and return the loss before it, a scalar on the device."""
         with self.memory.refuse_lack_of_memory():
+            if isinstance(prepared, PlannedBatch):
+                return self.step(prepared)
             return (self.captured or self.step)(prepared.batch, prepared.item_inputs)
 
     def _read(self) -> tuple[float, int]:

@@ -3,7 +3,7 @@ captured."""
 
 from __future__ import annotations
 
-import warnings
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -16,10 +16,10 @@ from ..data import Batch, Shape
 from ..kernels import States
 from ..models import Recommender
 from ..states import ItemInputs
+from .cuda_graphs import capture_in_a_graph
 from .optimizer import Adam
 
 SMALL_BATCH_ROWS = 1024  # of a batch, up to which threads cost a CPU's small operators more than they give
-WARM_UP_CALLS = 3  # before a capture: kernels are compiled, libraries make their workspaces
 
 
 class Reading(NamedTuple):
@@ -93,7 +93,8 @@ class CapturedStep:
         self, step: TrainingStep, capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None
     ) -> None:
         """capture: turns a function without arguments into one that is called at every step; None: a CUDA graph."""
-        self.step, self.capture = step, capture or self._graph
+        self.step = step
+        self.capture = capture or functools.partial(capture_in_a_graph, record=step.record)
         self._captured: _Captured | None = None
 
     def __call__(self, batch: Batch, states: list[States]) -> Tensor:
@@ -122,30 +123,6 @@ class CapturedStep:
         gathered = [view.table.clone() for view in states if view.rows is None]
         views = [States(rows) for rows in gathered] or [States(view.table, batch.distinct) for view in states]
         return _Captured(shape, buffer, gathered, self.capture(lambda: self.step(batch, views)))
-
-    def _graph(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Capture a function in a CUDA graph. Calls that warm it up find the failure flag set: nothing is updated."""
-        record = self.step.record.clone()
-        self.step.record[2] = 1
-        with torch.cuda.device(record.device):
-            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*capturable=True")  # so it is, but for these calls
-                for _ in range(WARM_UP_CALLS):
-                    run()
-            current.wait_stream(stream)
-            self.step.record.copy_(record)
-            graph = torch.cuda.CUDAGraph()
-            # The thread that prepares batches may pin memory meanwhile, which breaks a capture in the default mode.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                loss = run()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return loss
-
-        return replay
 
 
 class _Captured(NamedTuple):

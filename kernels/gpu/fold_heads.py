@@ -64,6 +64,8 @@ class FoldHeads:
         if dtype not in (torch.float32, torch.bfloat16) or operands.fusion.dtype != dtype:
             found = f"{dtype} with operands of {operands.fusion.dtype}".replace("torch.", "")
             raise ValueError(f"fold_heads by gpu: expected products in float32 or bfloat16, found {found}")
+        if len({tensor.untyped_storage().data_ptr() for tensor in _folded_weights(weights)}) > 1:
+            raise ValueError("fold_heads by gpu: expected weights that are views of one flat buffer")
         buffers = {"weights": weights, "operands": operands, "gradients": gradients}
         self._tensors = {f"{name}_ptr": flat_buffer(views) for name, views in buffers.items()}
         self._places = places(weights)
@@ -159,8 +161,6 @@ def refusal(weights: RecommenderWeights) -> str:
     dimensions = max(weights.fusion.shape[0], weights.fusion.shape[1] // len(weights.towers))
     if dimensions > MOST_DIMENSIONS:
         return f"it takes at most {MOST_DIMENSIONS} dimensions of an item vector, found {dimensions}"
-    if len({tensor.untyped_storage().data_ptr() for tensor in _folded_weights(weights)}) > 1:
-        return "the weights are no views of one flat buffer"
     return ""
 
 

@@ -15,7 +15,8 @@ class LossRecord:
     """Note a step's mean loss, and count the step.
 
     Writes the mean into `loss`. Adds to `record` until a loss is not finite: the sum of losses, rows; then the step,
-    counted from 1, and its loss. `steps` counts the steps until then; `counter` counts all, to select the next batch.
+    counted from 1, and its loss. `steps` counts the steps until then, as does `counter`, which selects the next batch:
+    calls that find the flag set, as before a capture, select the same batch again.
     """
 
     def __init__(
@@ -73,8 +74,8 @@ def _record(
     rows = tl.load(header_ptr + ROWS).to(tl.float64)
     mean = (tl.sum(total, 0) / rows).to(tl.float32)
     tl.store(loss_ptr, mean)
-    tl.store(counter_ptr, tl.load(counter_ptr) + 1)
     if tl.load(record_ptr + 2) == 0:
+        tl.store(counter_ptr, tl.load(counter_ptr) + 1)
         value = mean.to(tl.float64)
         if tl.abs(mean) < float("inf"):
             tl.store(record_ptr, tl.load(record_ptr) + value * rows)

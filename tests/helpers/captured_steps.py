@@ -63,7 +63,7 @@ def train_epochs(trainer: Trainer, epochs: int, first: int = 0) -> list[float]:
 def check_captured_equals_eager(eager: Trainer, captured: Trainer) -> None:
     """20 steps of five epochs. In fp32, so what differs is the order in which products are added up."""
     start = everything(eager.step)
-    eager.captured = None  # and so its batches are not padded
+    eager.step_by_autograd(captured=False)  # and so its batches are not padded
     losses, replayed = train_epochs(eager, 5), train_epochs(captured, 5)
     assert len(losses) == 20
     np.testing.assert_allclose(replayed, losses, rtol=1e-4)
@@ -104,6 +104,18 @@ def check_a_capture_leaves_no_trace(trainer: Trainer) -> None:
     assert not capture_without_trace(trainer, others[-1])[1]
 
 
+def check_preparing_leaves_no_trace(trainer: Trainer) -> None:
+    """The fused step is captured before its first batch."""
+    before, record = everything(trainer.step), trainer.step.record.clone()
+    trainer.step.prepare()
+    assert_identical(everything(trainer.step), before)
+    assert torch.equal(trainer.step.record, record)
+    first = next(trainer.batches(0))
+    trainer.take(first)
+    assert trainer.step.record[1] == first.rows
+    assert all(not torch.equal(value, before[name]) for name, value in everything(trainer.step).items())
+
+
 def check_a_loss_that_is_not_finite_stops_replayed_graphs(trainer: Trainer) -> None:
     train_epochs(trainer, 1)
     trainer.step.read()
@@ -124,12 +136,13 @@ def check_memory_does_not_grow(trainer: Trainer, start: Callable[[], None], read
     `start` is called before an epoch.
     """
     train_epochs(trainer, WARM_UP_EPOCHS)
-    captured, readings = trainer.captured._captured, []
+    holder, readings = trainer.step if trainer.captured is None else trainer.captured, []
+    captured = holder._captured
     for epoch in range(WARM_UP_EPOCHS, WARM_UP_EPOCHS + COMPARED_EPOCHS):
         start()
         for each in trainer.batches(epoch):
             trainer.take(each)
         trainer.step.read()
         readings.append(read())
-    assert trainer.captured._captured is captured
+    assert holder._captured is captured
     assert all(reading == readings[0] for reading in readings), readings

@@ -25,13 +25,15 @@ from iisan_fast import kernels
 from iisan_fast.bench.dense import DenseTrainer
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.batches import Batch, make_batch, padded_shape
+from iisan_fast.data.epoch_plan import Window
+from iisan_fast.data.packed_batches import RunPlan
 from iisan_fast.data.sequences import Sequences
 from iisan_fast.kernels.cpu import library
 from iisan_fast.models.recommender import Recommender
 from iisan_fast.states.feature_table import FeatureTable, PinnedTable, load_table
 from iisan_fast.states.item_source import ItemSource
-from iisan_fast.states.loader import prepared_batches
-from iisan_fast.training.fused_step import CpuFusedStep, fused_step_refusal
+from iisan_fast.states.loader import PlannedBatch, prepared_batches
+from iisan_fast.training.fused_step import CpuFusedStep, GpuFusedStep, fused_step_refusal
 from iisan_fast.training.training_step import CapturedStep, TrainingStep
 
 
@@ -228,6 +230,28 @@ def from_gpu(step: Step) -> Result:
         return _differentiated(model, model.loss(batch, table.read(batch.distinct)))
 
 
+def from_fused_gpu(step: Step, pinned: bool = False) -> Result:
+    """The fused step by Triton's kernels, in fp32, after one of other users in a window before."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = step.recommender().float().to(device)
+    views = tuple(view.float() for view in step.table.views)
+    source = PinnedTable(views, device) if pinned else FeatureTable(tuple(view.to(device) for view in views))
+    plan = RunPlan.of(step.sequences, len(step.users), step.seed)
+    capture = None if torch.cuda.is_available() else lambda run: run
+    rates = dict.fromkeys(model.parameter_groups(), 0.0)
+    taken = GpuFusedStep(model, rates, source, plan, torch.float32, capture)
+    for users, number in _two_batches(step):
+        packed = plan.pack(Window(users, number))
+        inputs = source.read(packed.items[0]) if pinned else None
+        loss = taken(PlannedBatch(packed.words.to(device), inputs, *packed.sizes[0]))
+    return _result(model, loss)
+
+
+def from_fused_gpu_pinned(step: Step) -> Result:
+    """The same with the table in host memory, its rows copied to the step's own memory before it."""
+    return from_fused_gpu(step, pinned=True)
+
+
 def from_captured(step: Step) -> Result:
     """Loss and gradients replayed from a CUDA graph that was captured on another batch; in fp32."""
     return _captured(step, torch.device("cuda"), torch.float32)
@@ -287,6 +311,8 @@ class Form:
     users: int = 64
     takes: Callable[[Step], bool] = lambda step: True  # which models it is a form of
     needs_cuda: bool = False
+    by_triton: bool = False  # and so in the interpreter where there is no GPU
+    cases: tuple[str, ...] | None = None  # of the tests' cases, those that every run takes in place of the usual ones
 
     def check(self, step: Step, expected: Result) -> None:
         if self.needs_cuda and not torch.cuda.is_available():
@@ -306,7 +332,12 @@ def _has_all_towers_of_one_shape(step: Step) -> bool:
 
 
 def _is_fused(step: Step) -> bool:
-    return not fused_step_refusal(step.recommender(), torch.device("cpu"))
+    return not fused_step_refusal(step.recommender(), torch.device("cpu"), torch.float64)
+
+
+def _is_fused_on_a_gpu(step: Step) -> bool:
+    model = step.recommender().float()
+    return not model.step_refusal() and not kernels.gpu_step_refusal(model.step_weights(), torch.float32)
 
 
 def _has_whole_panels(step: Step) -> bool:
@@ -314,6 +345,9 @@ def _has_whole_panels(step: Step) -> bool:
         width % 16 == 0 for width in (step.model.embedding_dim, *(width for _, width in step.table.shapes))
     )
 
+
+GPU_CASE = "one view of 32 dimensions, GELU, no gates"
+USERS_BY_GPU = 64 if torch.cuda.is_available() else 3  # the interpreter is slow
 
 FORMS: dict[str, Form] = {
     "jagged": Form(from_recommender),
@@ -328,7 +362,13 @@ FORMS: dict[str, Form] = {
     "pinned": Form(from_pinned),
     "mapped": Form(from_mapped, rtol=1e-5),
     "dense": Form(from_dense, takes=_has_all_towers_of_one_shape),
-    "gpu": Form(from_gpu, rtol=1e-4, users=64 if torch.cuda.is_available() else 3),  # the interpreter is slow
+    "gpu": Form(from_gpu, rtol=1e-4, users=USERS_BY_GPU, by_triton=True),
+    "fused, gpu": Form(
+        from_fused_gpu, rtol=1e-4, users=USERS_BY_GPU, takes=_is_fused_on_a_gpu, by_triton=True, cases=(GPU_CASE,)
+    ),
+    "fused, gpu, pinned": Form(
+        from_fused_gpu_pinned, rtol=1e-4, users=USERS_BY_GPU, takes=_is_fused_on_a_gpu, by_triton=True, cases=()
+    ),
     "captured": Form(from_captured, rtol=1e-4, needs_cuda=True),
     "captured, a stand-in for the graph": Form(from_stand_in),
 }

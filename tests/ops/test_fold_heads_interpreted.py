@@ -82,12 +82,14 @@ def test_refusals():
     meta = side_weights([(0,), (1,)])
     flat = in_buffer(meta, torch.empty(flat_size(meta)))
     assert refusal(flat) == ""
-    assert refusal(flat.mapped(torch.clone)) == "the weights are no views of one flat buffer"
     assert refusal(side_weights([(0,)], dim=160)) == "it takes at most 128 dimensions of an item vector, found 160"
     assert refusal(side_weights([(0,)], layers=32)) == "it takes at most 31 layers, found 32"
     assert refusal(flat.mapped(torch.Tensor.double)) == "it takes weights of float32, found float64"
     unlike = meta._replace(towers=[meta.towers[0], side_weights([(1,)], gated=False).towers[0]])
     assert refusal(unlike) == "towers have unlike shapes, or gates in part"
+    apart = flat.mapped(torch.clone)
+    with pytest.raises(ValueError, match="expected weights that are views of one flat buffer"):
+        FoldHeads(apart, apart, apart, torch.float32)
     with pytest.raises(ValueError, match="unlike shapes"):
         FoldHeads(unlike, unlike, unlike, torch.float32)
     with pytest.raises(ValueError, match="found bfloat16 with operands of float32"):

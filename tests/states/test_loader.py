@@ -21,7 +21,7 @@ from iisan_fast.kernels.types import HEADER, StepBatch
 from iisan_fast.states import loader
 from iisan_fast.states.feature_table import FeatureTable, PinnedTable, load_table
 from iisan_fast.states.item_source import Gathered
-from iisan_fast.states.loader import AHEAD, planned_windows, prepared_batches
+from iisan_fast.states.loader import AHEAD, PlannedBatch, planned_batches, prepared_batches
 
 CPU = torch.device("cpu")
 ITEMS = 30
@@ -204,32 +204,33 @@ def plan(window_batches: int = 4, first_batches: int = 2) -> RunPlan:
     )
 
 
+def windows_of(planned: list[PlannedBatch]) -> list[Tensor]:
+    return [batch.window for batch in planned if batch.window is not None]
+
+
 def test_windows_hold_an_epochs_batches_in_order():
-    planned = list(planned_windows(plan(), 1, table(), CPU))
-    assert [len(each.batches) for each in planned] == [2, 4]
-    (whole,) = planned_windows(plan(6, 6), 1, table(), CPU)
-    assert torch.equal(torch.cat([each.window for each in planned]), whole.window) and len(whole.window) == 6
-    assert planned[0].batches + planned[1].batches == whole.batches
-    for words, size, batch in zip(whole.window, whole.batches, epoch(), strict=True):
+    planned = list(planned_batches(plan(), 1, table(), CPU))
+    assert [batch.window is not None for batch in planned] == [True, False, True, False, False, False]
+    whole = list(planned_batches(plan(6, 6), 1, table(), CPU))
+    (window,) = windows_of(whole)
+    assert torch.equal(torch.cat(windows_of(planned)), window) and len(window) == 6
+    assert [batch[1:] for batch in planned] == [batch[1:] for batch in whole]
+    for words, planned_batch, batch in zip(window, whole, epoch(), strict=True):
         packed = StepBatch.of(words, plan().shape)
         assert packed.distinct[: len(batch.distinct)].tolist() == batch.distinct.tolist()
         assert packed.header[HEADER.index("step")] == batch.step
-        assert size == (len(batch.targets), batch.multiplicity.sum())
-    assert all(next(each.gathered) is None for each in planned)
+        assert planned_batch[1:] == (None, len(batch.targets), batch.multiplicity.sum())
 
 
 @pytest.mark.parametrize("windows", [(4, 2), (1, 1), (6, 6)])
 def test_gathered_rows_come_with_their_batches(windows):
-    source, batches = PinnedTable(table().views, CPU), epoch()
-    count = 0
-    for planned in planned_windows(plan(*windows), 1, source, CPU):
-        for size, states in zip(planned.batches, planned.gathered, strict=True):
-            batch = batches[count]
-            assert size.rows == len(batch.targets) and all(view.rows is None for view in states)
-            for view, whole in zip(states, source.views, strict=True):
-                assert torch.equal(view.table, whole[batch.distinct])
-            count += 1
-    assert count == 6
+    source = PinnedTable(table().views, CPU)
+    planned = list(planned_batches(plan(*windows), 1, source, CPU))
+    for planned_batch, batch in zip(planned, epoch(), strict=True):
+        states = planned_batch.item_inputs
+        assert planned_batch.rows == len(batch.targets) and all(view.rows is None for view in states)
+        for view, whole in zip(states, source.views, strict=True):
+            assert torch.equal(view.table, whole[batch.distinct])
 
 
 def test_one_window_and_two_batches_of_rows_are_made_ahead(monkeypatch):
@@ -242,10 +243,9 @@ def test_one_window_and_two_batches_of_rows_are_made_ahead(monkeypatch):
 
     pack = RunPlan.pack
     monkeypatch.setattr(RunPlan, "pack", lambda *args, **kwargs: packed.append(1) or pack(*args, **kwargs))
-    stream = planned_windows(plan(3, 3), 1, Counted(table().views, CPU), CPU)
+    stream = planned_batches(plan(3, 3), 1, Counted(table().views, CPU), CPU)
     assert not threads()
-    first = next(stream)
-    next(first.gathered)
+    next(stream)
     assert len(packed) == 2
     assert len(gathered) <= 1 + AHEAD and len(threads()) == 2
     stream.close()
@@ -255,7 +255,7 @@ def test_one_window_and_two_batches_of_rows_are_made_ahead(monkeypatch):
 def test_an_item_that_the_table_lacks_is_found_in_its_window():
     short = FeatureTable(tuple(view[:ITEMS] for view in table().views))
     with pytest.raises(ValueError, match=f"batch.distinct: expected indices from 1 to {ITEMS - 1}, found {ITEMS}"):
-        list(planned_windows(plan(), 1, short, CPU))
+        list(planned_batches(plan(), 1, short, CPU))
 
 
 def test_an_error_of_gathering_comes_out_with_its_batch():
@@ -267,6 +267,6 @@ def test_an_error_of_gathering_comes_out_with_its_batch():
 
     taken = []
     with pytest.raises(InputError, match="the disk is gone"):
-        for planned in planned_windows(plan(), 1, Failing(table().views, CPU), CPU):
-            taken += list(zip(planned.batches, planned.gathered))
-    assert len(taken) <= 3 and not threads()
+        for planned in planned_batches(plan(), 1, Failing(table().views, CPU), CPU):
+            taken.append(planned)
+    assert len(taken) == 3 and not threads()

@@ -40,6 +40,7 @@ from iisan_fast.training.checkpoints import (
 from iisan_fast.training.fused_step import CpuFusedStep
 
 IISAN = dict(embedding_dim=16, bottleneck=8)
+WIDER = dict(embedding_dim=32, bottleneck=16)  # what the fused step on a GPU takes
 VERSA = dict(IISAN, method="iisan-versa")
 CASES = {
     "iisan": (ModelConfig(**IISAN), [(4, 32), (4, 32)]),
@@ -57,6 +58,7 @@ CASES = {
         [(3, 20), (5, 32)],
     ),
     "versa, equal widths, second deeper": (ModelConfig(**VERSA), [(2, 24), (6, 24)]),
+    "one view of 32 dimensions, GELU, no gates": (ModelConfig(**WIDER, activation="gelu", gates=False), [(3, 48)]),
     "one block, four heads, no dropout": (ModelConfig(**IISAN, blocks=1, attention_heads=4, dropout=0), [(2, 32)]),
 }
 
@@ -78,9 +80,10 @@ def scientific_cases() -> list:
     at_64_users = ("iisan", "iisan, published sizes, narrow states", "versa, first wider and deeper")
     cases = []
     for case, form in itertools.product(CASES, FORMS):
-        interpreted = form == "gpu"
+        interpreted = FORMS[form].by_triton
         marks = [pytest.mark.slow] if interpreted else []
-        cases.append(pytest.param(case, form, 64, marks=marks if case in at_64_users else pytest.mark.long))
+        in_every_run = case in (at_64_users if FORMS[form].cases is None else FORMS[form].cases)
+        cases.append(pytest.param(case, form, 64, marks=marks if in_every_run else pytest.mark.long))
         if case not in at_64_users and not interpreted:
             cases.append(pytest.param(case, form, 24))
     return cases
@@ -93,20 +96,37 @@ def test_step_equals_reference_on_scientific(case, form, users, expected):
     FORMS[form].check(step, result)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "histories",
-    [
-        [[1, 2, 9, 9], [3, 4, 9, 9]],
-        [[5, 5, 5, 9, 9], [5, 6, 7, 9, 9], [8, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 9, 9]],
-        [[1, 2, 3, 9, 9], [1, 4, 5, 9, 9], [6, 1, 7, 9, 9]],
+CORNERS = {
+    "two-item histories": [[1, 2, 9, 9], [3, 4, 9, 9]],
+    "repeats, and the longest history": [
+        [5, 5, 5, 9, 9],
+        [5, 6, 7, 9, 9],
+        [8, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 9, 9],
     ],
-    ids=["two-item histories", "repeats, and the longest history", "one item shared by all"],
-)
-def test_step_equals_reference_on_corner_cases(form, histories):
+    "one item shared by all": [[1, 2, 3, 9, 9], [1, 4, 5, 9, 9], [6, 1, 7, 9, 9]],
+}
+IN_EVERY_RUN = {  # of forms that take ten seconds each in the interpreter
+    "fused, gpu": "repeats, and the longest history",
+    "fused, gpu, pinned": "one item shared by all",
+}
+
+
+def corner_cases() -> list:
+    cases = []
+    for corner, form in itertools.product(CORNERS, FORMS):
+        marks = [pytest.mark.slow] if FORMS[form].by_triton else []
+        is_long = IN_EVERY_RUN.get(form, corner) != corner
+        cases.append(pytest.param(corner, form, marks=pytest.mark.long if is_long else marks))
+    return cases
+
+
+@pytest.mark.parametrize(("corner", "form"), corner_cases())
+def test_step_equals_reference_on_corner_cases(corner, form):
+    histories = CORNERS[corner]
     sequences = make_sequences(histories)
     table = random_table([(3, 16), (3, 16)], 9)
-    step = Step(ModelConfig(embedding_dim=16, bottleneck=4), table, sequences, np.arange(len(histories)), step=0)
+    config = ModelConfig(**WIDER) if FORMS[form].by_triton else ModelConfig(embedding_dim=16, bottleneck=4)
+    step = Step(config, table, sequences, np.arange(len(histories)), step=0)
     FORMS[form].check(step, from_reference(step))
 
 
@@ -131,7 +151,7 @@ def published(scientific):
 # Triton's interpreter takes half a minute for this.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=pytest.mark.long) if form == "gpu" else form for form in FORMS]
+    "form", [pytest.param(form, marks=pytest.mark.long) if FORMS[form].by_triton else form for form in FORMS]
 )
 def test_step_at_published_sizes_on_one_real_batch(form, published):
     """Width 768, seven layers, three towers: the 4,113,877 parameters of the paper, over the batch's own items."""

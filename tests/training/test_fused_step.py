@@ -372,24 +372,23 @@ def test_a_model_that_was_moved_is_refused():
 )
 def test_models_that_train_by_autograd_say_why(config, shapes, reason):
     model = build(ModelConfig(**{**SMALL, **config}), shapes)
-    refusal = fused_step_refusal(model, CPU)
+    refusal = fused_step_refusal(model, CPU, torch.float32)
     assert reason in refusal and "\n" not in refusal
 
 
 def test_frozen_weights_other_devices_and_named_forms_are_refused(monkeypatch):
     model = build(*CASES["three towers"])
-    assert fused_step_refusal(model, CPU) == ""
-    assert fused_step_refusal(model, torch.device("cuda")) == "the fused step runs on a CPU, not on cuda"
+    assert fused_step_refusal(model, CPU, torch.float32) == ""
     monkeypatch.setenv(kernels.FORM_VARIABLE, "cpu")
-    assert fused_step_refusal(model, CPU) == ""
+    assert fused_step_refusal(model, CPU, torch.float32) == ""
     monkeypatch.setenv(kernels.FORM_VARIABLE, "reference")
-    assert fused_step_refusal(model, CPU) == "IISAN_FAST_FORM names reference"
+    assert fused_step_refusal(model, CPU, torch.float32) == "IISAN_FAST_FORM names reference"
     monkeypatch.delenv(kernels.FORM_VARIABLE)
     with monkeypatch.context() as patch:
         patch.setattr(ops, "why_no_library", lambda: "no C++ compiler is here")
         assert fused_step_refusal(model, CPU) == "no C++ compiler is here"
     model.item_encoder.side_network.first.gate.requires_grad_(False)
-    assert fused_step_refusal(model, CPU) == "item_encoder.side_network.first.gate is not trained"
+    assert fused_step_refusal(model, CPU, torch.float32) == "item_encoder.side_network.first.gate is not trained"
 
 
 @pytest.mark.parametrize("name", ["query", "feed_in", "feed_out", "feed_norm"])
@@ -398,7 +397,7 @@ def test_sequence_weights_of_another_shape_are_refused(name):
     module = getattr(model.sequence_encoder.blocks[1], name)
     weight = module.weight[..., :-8] if name != "feed_in" else module.weight[:-16]
     module.weight = torch.nn.Parameter(weight.clone())
-    assert "it needs" in fused_step_refusal(model, CPU)
+    assert "it needs" in fused_step_refusal(model, CPU, torch.float32)
 
 
 def test_the_forms_are_reported_as_those_that_ran(monkeypatch, caplog):

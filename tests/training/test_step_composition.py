@@ -6,11 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from helpers.datasets import make_sequences
 from helpers.recommenders import side_recommender
+from helpers.tables import random_table
 from iisan_fast import kernels
 from iisan_fast.config import ModelConfig
-from iisan_fast.training.fused_step import CapturedFusedStep, step_stages
+from iisan_fast.data.packed_batches import RunPlan
+from iisan_fast.states.loader import PlannedBatch
+from iisan_fast.training.fused_step import GpuFusedStep, step_stages
 
 
 class Logged:
@@ -27,25 +32,34 @@ ORDER = (
 )
 
 
-def test_a_captured_step_runs_all_ops_in_order_and_is_captured_once():
-    calls, captured = [], []
+def test_a_gpu_step_runs_all_ops_in_order_and_is_captured_once(monkeypatch):
+    calls, captured, made_from = [], [], []
+
+    class LoggedStep:
+        def __init__(self, tensors: kernels.StepTensors, *arguments: object, reads_by_number: bool) -> None:
+            made_from.append(tensors)
+            self.ops = kernels.StepOps(*(Logged(name, calls) for name in kernels.StepOps._fields))
+
+        def set_window(self, window: Tensor) -> None:
+            calls.append(f"window of {len(window)}")
+
+        def set_items(self, states: list[kernels.States]) -> None:
+            calls.append("items")
 
     def capture(run: Callable[[], None]) -> Callable[[], None]:
         captured.append(run)
         return run
 
-    model = side_recommender([(2, 8), (2, 8)], ModelConfig(embedding_dim=8, bottleneck=4), 5, np.full(4, 0.3), 1)
-    rates, made_from = dict.fromkeys(model.parameter_groups(), 1e-3), []
-
-    def make_ops(tensors: kernels.StepTensors) -> kernels.StepOps:
-        made_from.append(tensors)
-        return kernels.StepOps(*(Logged(name, calls) for name in kernels.StepOps._fields))
-
-    step = CapturedFusedStep(model, rates, torch.device("cpu"), torch.bfloat16, make_ops, capture)
-    assert len(captured) == 1 and not calls
-    for _ in range(2):
-        assert step() is step.loss
-    assert calls == 2 * ORDER.replace("| ", "").split()
+    monkeypatch.setattr(kernels, "gpu_step", LoggedStep)
+    shapes, sequences = [(2, 8), (2, 8)], make_sequences([[1, 2, 3, 4, 5]] * 4)
+    model = side_recommender(shapes, ModelConfig(embedding_dim=8, bottleneck=4), 5, np.full(6, 0.3), 1)
+    rates, plan = dict.fromkeys(model.parameter_groups(), 1e-3), RunPlan.of(sequences, 2, seed=0)
+    step = GpuFusedStep(model, rates, random_table(shapes, 5), plan, torch.bfloat16, capture)
+    assert not captured
+    for window in (torch.zeros(2, 4), None):
+        assert step(PlannedBatch(window, None, rows=1, slots=2)) is step.loss
+    order = ORDER.replace("| ", "").split()
+    assert len(captured) == 1 and calls == ["window of 2", *order, *order]
     (tensors,) = made_from
     assert tensors.operands.fusion.dtype == torch.bfloat16 and tensors.operand_buffer is step.storage.operand
     assert tensors.record is step.record and tensors.loss is step.loss and tensors.adam.steps is step.storage.steps

@@ -10,6 +10,7 @@ import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from helpers.captured_steps import (
     check_a_loss_that_is_not_finite_stops_replayed_graphs,
     check_captured_equals_eager,
     check_memory_does_not_grow,
+    check_preparing_leaves_no_trace,
     make_data,
     new_trainer,
     train_epochs,
@@ -30,7 +32,8 @@ from helpers.training_steps import assert_identical
 from iisan_fast.config import TrainConfig
 from iisan_fast.data.batches import epoch_batches
 from iisan_fast.training.checkpoints import load_checkpoint
-from iisan_fast.training.trainer import deterministic, train
+from iisan_fast.training.fused_step import GpuFusedStep
+from iisan_fast.training.trainer import Trainer, deterministic, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,24 +60,43 @@ def exact() -> Iterator[None]:
 # Captured and eager
 
 
+@contextmanager
+def trainer_by(form: str, folder: Path, placement: str = "device") -> Iterator[Trainer]:
+    """A trainer whose steps are fused, or by autograd: "captured" or "eager"."""
+    with new_trainer(folder, CUDA, placement) as trainer:
+        assert isinstance(trainer.step, GpuFusedStep)
+        if form != "fused":
+            trainer.step_by_autograd(captured=form == "captured")
+        yield trainer
+
+
 @each_placement
-def test_replayed_graphs_train_as_eager_steps_do(tmp_path, placement):
-    with new_trainer(tmp_path, CUDA) as eager, new_trainer(tmp_path, CUDA, placement) as captured:
+@pytest.mark.parametrize("form", ["fused", "captured"])
+def test_replayed_graphs_train_as_eager_steps_do(tmp_path, placement, form):
+    with trainer_by("eager", tmp_path) as eager, trainer_by(form, tmp_path, placement) as captured:
         check_captured_equals_eager(eager, captured)
 
 
 @each_placement
 def test_a_capture_leaves_no_trace(tmp_path, placement):
-    with new_trainer(tmp_path, CUDA, placement) as trainer:
+    with trainer_by("captured", tmp_path, placement) as trainer:
         check_a_capture_leaves_no_trace(trainer)
 
 
-def test_a_loss_that_is_not_finite_stops_replayed_graphs(tmp_path):
-    with new_trainer(tmp_path, CUDA) as trainer:
+@each_placement
+def test_preparing_the_fused_step_leaves_no_trace(tmp_path, placement):
+    with trainer_by("fused", tmp_path, placement) as trainer:
+        check_preparing_leaves_no_trace(trainer)
+
+
+@pytest.mark.parametrize("form", ["fused", "captured"])
+def test_a_loss_that_is_not_finite_stops_replayed_graphs(tmp_path, form):
+    with trainer_by(form, tmp_path) as trainer:
         check_a_loss_that_is_not_finite_stops_replayed_graphs(trainer)
 
 
-def test_a_capture_bears_a_thread_that_pins_memory(tmp_path):
+@pytest.mark.parametrize("form", ["fused", "captured"])
+def test_a_capture_bears_a_thread_that_pins_memory(tmp_path, form):
     """As the loader's does for a table that the device does not hold."""
     stop, pinned = threading.Event(), []
 
@@ -82,7 +104,7 @@ def test_a_capture_bears_a_thread_that_pins_memory(tmp_path):
         while not stop.is_set() and len(pinned) < 4000:
             pinned.append(torch.empty(1 << 16, dtype=torch.uint8, pin_memory=True))
 
-    with new_trainer(tmp_path, CUDA) as trainer:
+    with trainer_by(form, tmp_path) as trainer:
         taken = list(trainer.batches(0))
         thread = threading.Thread(target=pin)
         thread.start()
@@ -107,12 +129,10 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("form", ["captured", "eager"])
+@pytest.mark.parametrize("form", ["fused", "captured", "eager"])
 @each_placement
 def test_nothing_waits_for_the_device_within_an_epoch(tmp_path, placement, form):
-    with new_trainer(tmp_path, CUDA, placement) as trainer:
-        if form == "eager":
-            trainer.captured = None
+    with trainer_by(form, tmp_path, placement) as trainer:
         train_epochs(trainer, 1)  # kernels are compiled, graphs captured
         trainer.step.read()
         with no_synchronisation():
@@ -156,10 +176,11 @@ def live_memory() -> list[int]:
 
 
 @each_placement
-def test_memory_does_not_grow_over_epochs(tmp_path, placement):
+@pytest.mark.parametrize("form", ["fused", "captured"])
+def test_memory_does_not_grow_over_epochs(tmp_path, placement, form):
     def start() -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
 
-    with new_trainer(tmp_path, CUDA, placement) as trainer:
+    with trainer_by(form, tmp_path, placement) as trainer:
         check_memory_does_not_grow(trainer, start, live_memory)

@@ -1,0 +1,118 @@
+"""A side-network recommender's training step on a GPU: the pairs by Triton, with all memory of a run's steps.
+
+Nothing in the step depends on a batch's sizes but by what the kernels read from its header, so that the step can be
+captured once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..types import RecommenderWeights, States, StepOps, StepShape, StepTensors
+from . import fold_heads, projected_towers, sequence_encoder
+from .adam import FlatAdam
+from .batch_selection import SelectBatch
+from .fold_heads import FoldHeads
+from .inbatch_cross_entropy import InbatchCrossEntropy
+from .item_vector_gradients import ItemVectorGradients
+from .loss_record import LossRecord
+from .projected_towers import ProjectedTowers
+from .sequence_encoder import DropoutRate, SequenceEncoder
+
+DTYPES = (torch.float32, torch.bfloat16)  # of the products
+
+
+class GpuStep:
+    """The ops of a step, their memory, and the window of packed batches that they read.
+
+    `window` int32 [batches, words] holds packed batches of the shape; `counter` int32 [1] says which one the next step
+    takes, and each step counts it up. `tables` hold the hidden states that the step reads, one tensor a view.
+    """
+
+    def __init__(
+        self,
+        tensors: StepTensors,
+        shape: StepShape,
+        tables: Sequence[Tensor],
+        log_popularity: Tensor,
+        window_batches: int,
+        dropout: float,
+        reads_by_number: bool = True,
+    ) -> None:
+        """Allocate all memory.
+
+        Args: tables [items + 1, K, D] in the products' dtype; or, unless `reads_by_number`, [V, K, D], to which
+        `set_items` copies a batch's items before its step; log_popularity float64 [items + 1]; dropout: probability.
+        """
+        weights, dtype, device = tensors.weights, tables[0].dtype, tables[0].device
+        self.window = torch.zeros(window_batches, shape.starts()[-1], dtype=torch.int32, device=device)
+        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self.tables = tuple(tables)
+        buffer = torch.zeros(shape.starts()[-1], dtype=torch.int32, device=device)
+        selected = SelectBatch(self.window, self.counter, buffer, shape, (log_popularity / math.log(2)).float())
+        batch, columns = selected.batch, (selected.column_bias, selected.column_log2_popularity)
+        rows = batch.distinct if reads_by_number else torch.arange(shape.distinct, dtype=torch.int32, device=device)
+        views = [tower.views for tower in weights.towers]
+        fold = FoldHeads(weights, tensors.operands, tensors.gradients, dtype)
+        down = [tower.down_weight for tower in tensors.operands.towers]
+        gated = weights.towers[0].gate is not None
+        towers = ProjectedTowers(fold, down, tables, rows, batch.header, views, gated, weights.activation, dtype)
+        sequences = (tensor.sequence for tensor in (weights, tensors.operands, tensors.gradients))
+        sequence = SequenceEncoder(*sequences, towers.vectors, batch, shape, _rate(dropout), dtype)
+        loss = InbatchCrossEntropy(sequence.state_operands, towers.vector_operands, batch, *columns, shape, dtype)
+        record = LossRecord(
+            loss.losses,
+            batch.header,
+            shape.tile_rows,
+            tensors.record,
+            tensors.loss,
+            tensors.adam.steps,
+            self.counter,
+        )
+        collect = ItemVectorGradients(loss, sequence.of_inputs)
+        sequence.connect(loss.of_states)
+        towers.connect(collect.of_vectors)
+        fold.connect(towers.gradients)
+        adam = _adam(tensors)
+        self.ops = StepOps(selected, fold, towers, sequence, loss, record, collect, adam)
+
+    def set_window(self, window: Tensor) -> None:
+        """Copy packed batches, int32 [batches, words] with at most as many as the window has; begin with the first."""
+        self.window[: len(window)].copy_(window)
+        self.counter.zero_()
+
+    def set_items(self, states: Sequence[States]) -> None:
+        """Copy the gathered hidden states of a batch's items, [N, K, D] a view, to the tables."""
+        for table, view in zip(self.tables, states, strict=True):
+            table[: len(view.table)].copy_(view.table)
+
+
+def _adam(tensors: StepTensors) -> FlatAdam:
+    state = tensors.adam
+    operands = None if tensors.operand_buffer is state.parameters else tensors.operand_buffer
+    buffers = state.parameters, state.gradients, state.means, state.squares, operands
+    groups = state.line_groups, state.rates, state.decays
+    return FlatAdam(*buffers, *groups, state.betas, state.epsilon, state.steps, tensors.record)
+
+
+def _rate(probability: float) -> DropoutRate | None:
+    threshold = round(probability * 2**32)
+    return DropoutRate(threshold, 1 / (1 - probability)) if threshold else None
+
+
+def refusal(weights: RecommenderWeights, dtype: torch.dtype) -> str:
+    """Return why Triton does not take these weights in a step, or ""; dtype: of the products."""
+    if any(tensor.dtype != torch.float32 for tensor in weights.tensors()):
+        return "it needs weights of float32"
+    if dtype not in DTYPES:
+        return f"it needs products in float32 or bfloat16, found {dtype}".replace("torch.", "")
+    sizes = weights.towers[0].down_weight.shape
+    return (
+        fold_heads.refusal(weights)
+        or projected_towers.refusal([tower.views for tower in weights.towers], *sizes, len(weights.fusion))
+        or sequence_encoder.refusal(weights.sequence, len(weights.sequence.tensors[0]))  # its widths are the loss's
+    )
