@@ -10,6 +10,7 @@ from .bench_extract import extract
 from .bench_growth import growth
 from .bench_kernels import kernels
 from .bench_methods import methods
+from .bench_static import static
 from .bench_train import train
 from .bench_uncached import uncached
 
@@ -19,5 +20,5 @@ def bench() -> None:
     """Measure speed and memory, side by side with the reference."""
 
 
-for command in (kernels, train, evaluate, extract, growth, methods, encoders, uncached):
+for command in (kernels, train, evaluate, extract, growth, methods, encoders, uncached, static):
     bench.add_command(command)

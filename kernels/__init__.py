@@ -12,7 +12,7 @@ if __name__ == "iisan_fast.kernels":
     from .cpu.step import CpuStep
     from .cpu.step_batch import check_step_batch
     from .dispatch import FORM_VARIABLE, FormError, check_form, form_on, named_form
-    from .gpu.configurations import CONFIGURATIONS, Configuration, table_entry
+    from .gpu.configurations import CONFIGURATIONS, Configuration, as_architecture, table_entry
     from .gpu.launch import Launch, launches, recording
     from .ops import (
         adam,
@@ -45,6 +45,7 @@ if __name__ == "iisan_fast.kernels":
         StepShape,
         StepTensors,
         Tower,
+        WindowedStep,
     )
 
     __all__ = [
@@ -70,7 +71,9 @@ if __name__ == "iisan_fast.kernels":
         "StepOps",
         "StepTensors",
         "Tower",
+        "WindowedStep",
         "adam",
+        "as_architecture",
         "at_once",
         "check_form",
         "check_indices",

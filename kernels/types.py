@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -226,6 +226,19 @@ class StepOps(NamedTuple):
     record: Forward
     collect: Backward
     adam: Update
+
+
+class WindowedStep(Protocol):
+    """The ops of a step on a GPU, with all their memory and the window of packed batches that they read."""
+
+    ops: StepOps
+    window: Tensor  # int32 [batches, words]
+
+    def set_window(self, window: Tensor) -> None:
+        """Copy packed batches into the window, and begin with the first."""
+
+    def set_items(self, states: Sequence[States]) -> None:
+        """Copy the gathered hidden states of a batch's items."""
 
 
 HEADER = ("distinct", "rows", "tiles", "users", "step", "prefix", "occurrences")  # a batch's true counts and step

@@ -21,6 +21,7 @@ from iisan_fast.states import FeatureTable
 from iisan_fast.training import deterministic
 
 from .common import device_of, histories, random_states, train_settings, trainer_of
+from .launch_check import compare_launches, disagreement
 from .settings import Save, Settings
 
 PERTURBATION = 0.02  # of all weights, so that gates and biases are seen to act
@@ -38,7 +39,10 @@ class Differentiated:
 
 
 def measure(settings: Settings, save: Save) -> None:
-    """Save a row for every form. Raises SystemExit where a form does not run, or leaves the reference."""
+    """Save a row for every form, then the count of the captured step's launches.
+
+    Raises SystemExit where a form does not run or leaves the reference, or the graph has other launches than counted.
+    """
     sequences = histories(settings)
     tables = random_states(sequences, settings)
     with deterministic():
@@ -47,6 +51,10 @@ def measure(settings: Settings, save: Save) -> None:
         for name, form in forms_of(settings).items():
             rows.append(row_of(name, form, sequences, tables, exact, settings))
             save({"reference_loss": exact.loss, "forms": rows, "headline": headline(rows)})
+        counted = compare_launches(sequences, tables, settings)
+    save({"reference_loss": exact.loss, "forms": rows, "counted": counted, "headline": headline(rows)})
+    if differs := disagreement(counted):
+        raise SystemExit(f"step: {differs}")
     if wrong := [row["form"] for row in rows if row["status"] != "agrees"]:
         raise SystemExit(f"step: {', '.join(wrong)}: see the rows of its result")
 

@@ -6,17 +6,18 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .best_run import BestRun, evaluate_run, load
+    from .fused_step import GpuFusedStep, run_stages, step_stages
     from .item_sources import open_source, refuse_missing_libraries
     from .run_folder import RunFolder, environment
     from .trainer import Trainer, check_new_run, deterministic, resume, train
-    from .training_step import CapturedStep, TrainingStep
+    from .training_step import CapturedStep
 
 __all__ = [
     "BestRun",
     "CapturedStep",
+    "GpuFusedStep",
     "RunFolder",
     "Trainer",
-    "TrainingStep",
     "check_new_run",
     "deterministic",
     "environment",
@@ -25,6 +26,8 @@ __all__ = [
     "open_source",
     "refuse_missing_libraries",
     "resume",
+    "run_stages",
+    "step_stages",
     "train",
 ]
 

@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 
 from .. import kernels
 from ..data import Batch, RunPlan
-from ..kernels import StepOps, StepTensors
+from ..kernels import StepOps, StepTensors, WindowedStep
 from ..models import Recommender
 from ..states import FeatureTable, ItemInputs, ItemSource, PlannedBatch
 from .cuda_graphs import capture_in_a_graph
@@ -196,11 +196,17 @@ class GpuFusedStep(FusedStep):
         """Allocate the step's memory and capture the step, unless that is done. Nothing is trained."""
         if self._captured is not None:
             return
+        step = self.new_ops()
+        replay = self._capture(functools.partial(run_stages, step_stages(step.ops)))
+        self._captured = _CapturedStep(step.set_window, step.set_items, replay)
+
+    def new_ops(self) -> WindowedStep:
+        """Allocate the step's ops, with all their memory and the window of batches that they read."""
         plan, device = self._plan, self.record.device
         tables = self._table or [
             torch.zeros(plan.shape.distinct, *shape, dtype=self._products, device=device) for shape in self._shapes
         ]
-        step = kernels.gpu_step(
+        return kernels.gpu_step(
             self.tensors(),
             plan.shape,
             tables,
@@ -209,8 +215,6 @@ class GpuFusedStep(FusedStep):
             self.model.config.dropout,
             reads_by_number=self._table is not None,
         )
-        replay = self._capture(functools.partial(run_stages, step_stages(step.ops)))
-        self._captured = _CapturedStep(step.set_window, step.set_items, replay)
 
 
 class _CapturedStep(NamedTuple):

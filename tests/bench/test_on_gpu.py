@@ -167,6 +167,7 @@ def test_the_step_agrees_with_the_reference(dataset, tmp_path):
         assert row["status"] == "agrees" and 0 < row["gradient_error"] < 1e-5 and row["loss_error"] < 1e-6
         assert len(row["next_losses"]) == 2  # of an epoch of three steps
     assert result["origin"]["environment"]["device"] == "cpu" and result["origin"]["commit"]
+    assert 0 < result["counted"]["launches"] <= 30 and result["counted"]["graph_nodes"] == NOT_MEASURED
 
 
 def test_a_step_that_leaves_the_reference_or_does_not_run_fails_the_stage(dataset, tmp_path, monkeypatch):
@@ -189,6 +190,30 @@ def test_a_step_that_leaves_the_reference_or_does_not_run_fails_the_stage(datase
     assert [row["status"] for row in rows] == ["agrees", "leaves the reference", "fails"]
     assert rows[1]["worst"] == {"sequence_encoder.position": pytest.approx(0.1, rel=1e-3)}
     assert rows[2]["reason"] == "RuntimeError: no such device"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        (NOT_MEASURED, ""),
+        ({"kernel": 22, "memset": 1, "empty": 3}, ""),
+        ({"kernel": 24}, "expected 23 launches as counted without a GPU, found 24 in the graph: 24 kernel"),
+    ],
+)
+def test_a_graph_with_other_launches_than_counted_is_named(nodes, expected):
+    from on_gpu import launch_check
+
+    assert launch_check.disagreement({"launches": 23, "graph_nodes": nodes}) == expected
+
+
+def test_a_step_whose_graph_has_other_launches_fails_the_stage(dataset, tmp_path, monkeypatch):
+    from on_gpu import step
+
+    monkeypatch.setattr(step, "forms_of", lambda settings: {})
+    monkeypatch.setattr(step, "compare_launches", lambda *_: {"launches": 23, "graph_nodes": {"kernel": 25}})
+    with pytest.raises(SystemExit, match="step: expected 23 launches"):
+        measure("step", dataset, tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text())["counted"]["graph_nodes"] == {"kernel": 25}
 
 
 def test_epochs_are_timed_once_their_shapes_are_captured_and_profiled(dataset, tmp_path):
@@ -311,11 +336,12 @@ def test_the_chosen_tests_are_there_and_need_a_gpu(stage, dataset, tmp_path):
 def test_collecting_the_tests_needs_only_what_a_gpu_machine_has():
     """What it may lack (polars, torchmetrics, …) is imported by pytest.importorskip, or within a test."""
     missing = {}
+    beside = {path.stem for path in (ROOT / "tests" / "helpers").glob("*.py")}  # a program's folder is on its path
     for path in (ROOT / "tests").rglob("*.py"):
         statements = ast.parse(path.read_text()).body
         names = [alias.name for one in statements if isinstance(one, ast.Import) for alias in one.names]
         names += [one.module or "" for one in statements if isinstance(one, ast.ImportFrom)]
-        roots = {name.partition(".")[0] for name in names} - ON_THE_MACHINE - sys.stdlib_module_names
+        roots = {name.partition(".")[0] for name in names} - ON_THE_MACHINE - beside - sys.stdlib_module_names
         if roots:
             missing[path.name] = roots
     assert not missing

@@ -1,0 +1,55 @@
+"""The launches of a captured step: as counted on meta tensors, and as nodes of the graph."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from iisan_fast.bench.graph_nodes import LAUNCHES, captured_nodes
+from iisan_fast.bench.machine import NOT_MEASURED
+from iisan_fast.bench.static_step import Sizes, count_step
+from iisan_fast.bench.train import FORMS, run_config
+from iisan_fast.data import RunPlan, Sequences
+from iisan_fast.training import GpuFusedStep, run_stages, step_stages
+
+from .common import device_of, train_settings, trainer_of
+from .settings import Settings
+
+
+def compare_launches(sequences: Sequences, tables: list[torch.Tensor], settings: Settings) -> dict[str, Any]:
+    """Count a step's launches on meta tensors, and the nodes of its graph; without CUDA the latter is not measured."""
+    device = device_of(settings)
+    seed = run_config(FORMS["bfloat16"], train_settings(settings)).train.seed
+    plan = RunPlan.of(sequences, settings.users, seed)
+    assert plan is not None, "histories of the data protocol fit into a tile"
+    counted = count_step(plan, architecture_of(device), Sizes(settings.width, settings.layers)).counter.total()
+    if device.type != "cuda":
+        return {"launches": counted, "graph_nodes": NOT_MEASURED}
+    step = trainer_of(FORMS["bfloat16"], sequences, tables, settings).step
+    assert isinstance(step, GpuFusedStep), type(step)
+    step.record[2] = 1  # as after a failure: nothing is trained
+    run = functools.partial(run_stages, step_stages(step.new_ops().ops))
+    run()  # compiles
+    return {"launches": counted, "graph_nodes": dict(captured_nodes(run, device))}
+
+
+def architecture_of(device: torch.device) -> str:
+    """Return the architecture whose configurations a device takes; a CPU stands for an H200."""
+    if device.type != "cuda":
+        return "sm_90"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def disagreement(row: dict[str, Any]) -> str:
+    """Return how the graph's nodes differ from the counted launches, or ""."""
+    nodes = row["graph_nodes"]
+    if nodes == NOT_MEASURED:
+        return ""
+    launches = sum(nodes.get(kind, 0) for kind in LAUNCHES)
+    if launches == row["launches"]:
+        return ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in nodes.items())
+    return f"expected {row['launches']} launches as counted without a GPU, found {launches} in the graph: {kinds}"

@@ -1,0 +1,132 @@
+"""bench static: a step's launches, reads and memory hold their limits, and its figures are printed and refused well."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from helpers.command_line import iisan_fast, refused
+from helpers.datasets import make_sequences, write_dataset_folder
+from iisan_fast.bench import static
+from iisan_fast.bench.machine import NOT_MEASURED
+from iisan_fast.bench.machine_code import KernelReading
+from iisan_fast.bench.static import CountedBatch, StaticSettings, benchmark, host_microseconds, padded_shapes
+from iisan_fast.bench.static_step import ARCHITECTURES, Sizes
+
+MOST_LAUNCHES = 30  # a step
+MOST_BYTES = 0.6e9  # at their peak, at 64 users of Scientific
+IR = "  tt.func public @kernel() attributes {noinline = false} {\n    tt.return loc(#loc)\n  } loc(#loc)\n"
+
+
+@pytest.fixture(scope="module")
+def counted(scientific) -> CountedBatch:
+    """The published sizes at 64 users a batch."""
+    return CountedBatch(scientific, 64, Sizes())
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    histories = [[1 + (user + 3 * i) % 40 for i in range(5 + user % 9)] for user in range(24)]
+    return write_dataset_folder(tmp_path / "toy", make_sequences(histories, items=40))
+
+
+def test_a_step_takes_at_most_thirty_launches(counted):
+    for name in ARCHITECTURES:
+        assert 0 < counted.steps[name].counter.total() <= MOST_LAUNCHES, counted.steps[name].counter.by_part()
+
+
+def test_every_launch_of_a_step_is_triton(counted):
+    assert not counted.counter.operators, counted.counter.operators
+    parts = {part.partition(".")[0] for part in counted.counter.by_part()}
+    assert parts == {"batch", "fold", "towers", "sequence", "loss", "record", "collect", "adam"}
+
+
+def test_the_host_reads_nothing(counted):
+    assert counted.counter.host_reads == []
+
+
+def test_a_run_has_one_shape(counted):
+    assert padded_shapes(counted.plan) == 1
+
+
+def test_the_peak_of_allocations_holds_its_limit(counted):
+    step = counted.steps["sm_90"]
+    assert step.table_bytes == 2 * (len(counted.plan.sequences.item_ids) + 1) * 7 * 768 * 2
+    assert step.table_bytes + 4 * 4 * 4_113_877 < step.counter.peak < MOST_BYTES  # weights, gradients, two moments
+
+
+def test_a_step_does_not_allocate(counted):
+    assert counted.counter.allocations == 0
+
+
+def test_many_users_take_as_many_launches(scientific, counted):
+    many = CountedBatch(scientific, 8192, Sizes())
+    assert many.counter.by_part() == counted.counter.by_part() and not many.counter.host_reads
+
+
+def test_the_host_time_of_a_batch_is_measured(counted):
+    assert 1 < host_microseconds(counted.plan) < 10_000
+
+
+@pytest.fixture
+def no_compiler(monkeypatch) -> None:
+    """Let every kernel's machine code be one of a few numbers."""
+    read = KernelReading(registers=40, spilled=8, shared=2048, warps=4, instructions=1000, loops=(), ir=IR)
+    monkeypatch.setattr(static, "readings", lambda wanted: [read for _ in wanted])
+
+
+def test_figures_stand_in_a_result(dataset, no_compiler):
+    result = benchmark(dataset, StaticSettings(users=(8, 16)), Sizes(width=32, layers=2, bottleneck=16))
+    small, large = result["steps"]
+    assert (small["users"], large["users"]) == (8, 16) and small["launches"] == sum(small["launches_by_part"].values())
+    assert {*result["versions"]} == {"torch", "triton"} and result["dataset"] == "toy"
+    rows = result["kernels"]
+    assert {(row["users"], row["architecture"]) for row in rows} == {(u, a) for u in (8, 16) for a in ARCHITECTURES}
+    of_small = [row for row in rows if row["users"] == 8 and row["architecture"] == "sm_90"]
+    assert sum(row["launches"] for row in of_small) == small["launches"]
+    adam = next(row for row in of_small if row["kernel"] == "adam")
+    programs = adam["grid"][0]
+    assert adam["issue_ms"] == pytest.approx(1000 * 4 * 1000 * programs / static.SLOTS_PER_S)
+    assert all(row["issue_ms"] is None for row in rows if row["architecture"] == "default")
+    (towers,) = (row for row in small["ops"] if row["op"] == "towers")
+    assert towers["floor_ms"] > 0 and towers["bound_ms"] >= towers["issue_ms"] > 0
+
+
+def test_the_command_prints_tables_and_json(dataset, tmp_path, no_compiler, monkeypatch):
+    monkeypatch.setattr(static, "DEFAULT_SIZES", Sizes(width=32, layers=2, bottleneck=16))
+    out = tmp_path / "static.json"
+    printed = iisan_fast("bench", "static", dataset, "--users", 8, "--out", out)
+    assert printed.returncode == 0, printed.stderr
+    for words in (
+        "launches of towers.forward",
+        "peak of allocations",
+        "8 users, sm_90",
+        "8 users, default",
+        "loss, 8 users",
+    ):
+        assert words in printed.stdout
+    result = json.loads(out.read_text())
+    assert result["command"] == "iisan-fast bench static DATASET --users=8 --kernels"
+    without = iisan_fast("bench", "static", dataset, "--users", 8, "--no-kernels", "--json")
+    assert json.loads(without.stdout)["kernels"] == NOT_MEASURED
+    assert json.loads(without.stdout)["steps"][0]["bytes"] == NOT_MEASURED
+
+
+def test_bad_arguments_get_one_line(dataset, tmp_path, monkeypatch):
+    assert "--users 25: expected 1 to 24" in refused("bench", "static", dataset, "--users", 25)
+    assert "expected" in refused("bench", "static", tmp_path / "nowhere", "--users", 8)
+    assert "--out" in refused("bench", "static", dataset, "--users", 8, "--out", tmp_path)
+    monkeypatch.setattr(static, "find_spec", lambda name: None)
+    assert "expected the package triton" in refused("bench", "static", dataset)
+
+
+@pytest.mark.long
+def test_the_kernels_bounds_hold_their_limits(scientific_folder):
+    """Every kernel of the step is compiled for two architectures, which takes minutes."""
+    result = benchmark(scientific_folder, StaticSettings())
+    _, many = result["steps"]
+    ops = {row["op"]: row for row in many["ops"]}
+    assert ops["loss"]["issue_ms"] <= 0.50 and ops["towers"]["bound_ms"] <= 0.60
+    for row in result["kernels"]:
+        assert row["registers"] <= 255 and row["unknown_loops"] == 0, row
