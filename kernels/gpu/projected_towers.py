@@ -26,6 +26,7 @@ from . import side_towers_backward_kernels as backward
 from . import side_towers_kernels as forward
 from .configurations import SMALL_ROWS, WIDE, Configuration, configuration, only_configuration
 from .launch import block, launch, precision
+from .side_towers_mix_kernels import mix_gradients
 
 DIMENSIONS = (16, 32, 64, 128)  # of an item vector
 BOTTLENECKS = (8, 512)  # least and most
@@ -291,7 +292,7 @@ class ProjectedTowers:
         """Parts of the gates' gradients."""
         groups = groups_of(self._layers, self._mix.blocks["GROUP"])
         self._launch(
-            backward.mix_gradients,
+            mix_gradients,
             "side_mix_gradients",
             (self._tiles(self._mix) * self._towers, self._mix_programs),
             self._mix,

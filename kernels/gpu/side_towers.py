@@ -28,6 +28,7 @@ from . import side_towers_kernels as forward
 from .configurations import Configuration, configuration
 from .launch import block, fit_range, launch, precision
 from .projected_towers import groups_of, rows_of_tiles
+from .side_towers_mix_kernels import mix_gradients
 from .tower_operands import tower_operands
 
 
@@ -283,7 +284,7 @@ def _mix_gradients(
     shape = (call.count, call.items, call.layers, call.width)
     first_parts, second_parts = (call.fp32(*(shape if wanted else (1, 0))) for wanted in (first, second))
     launch(
-        backward.mix_gradients,
+        mix_gradients,
         "side_mix_gradients",
         (call.tiles(chosen) * call.count, columns),
         chosen,
