@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 from helpers.datasets import make_sequences
 from helpers.step_batches import pack_batch
 from iisan_fast.data.epoch_plan import epoch_windows, lay_out
-from iisan_fast.data.packed_batches import WINDOW_BYTES, RunPlan, pack_window, step_shape, window_batches
+from iisan_fast.data.packed_batches import WINDOW_BYTES, pack_window, step_shape, window_batches
 from iisan_fast.data.sequences import Sequences
 from iisan_fast.kernels.reference.dropout import sequence_dropout
 from iisan_fast.kernels.types import HEADER, StepBatch, StepShape
@@ -146,13 +144,3 @@ def test_one_shape_holds_ten_real_epochs(scientific):
         assert len(window) == 189 and (header["rows"] == header["occurrences"] - header["users"]).all()
         assert header["rows"].sum() == scientific.epoch_interactions - 12076
         assert header["distinct"].max() <= 400 and header["tiles"].max() <= 32  # far below the bounds
-
-
-def test_an_epoch_is_packed_in_60_microseconds_a_batch_of_one_core(scientific):
-    """The best of several epochs, in the time that the thread ran."""
-    plan, seconds = RunPlan.of(scientific, 64, seed=0), []
-    for epoch in range(8):
-        started = time.thread_time()
-        batches = sum(len(plan.pack(window).sizes) for window in plan.windows(epoch))
-        seconds.append((time.thread_time() - started) / batches)
-    assert batches == 189 and min(seconds) <= 60e-6

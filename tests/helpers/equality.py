@@ -232,19 +232,26 @@ def from_gpu(step: Step) -> Result:
 
 def from_fused_gpu(step: Step, pinned: bool = False) -> Result:
     """The fused step by Triton's kernels, in fp32, after one of other users in a window before."""
+    plan = RunPlan.of(step.sequences, len(step.users), step.seed)
+    taken, source = fused_gpu_step(step, plan, pinned=pinned)
+    for users, number in _two_batches(step):
+        packed = plan.pack(Window(users, number))
+        inputs = source.read(packed.items[0]) if pinned else None
+        loss = taken(PlannedBatch(packed.words.to(taken.record.device), inputs, *packed.sizes[0]))
+    return _result(taken.model, loss)
+
+
+def fused_gpu_step(
+    step: Step, plan: RunPlan, rates: Mapping[str, float] | None = None, pinned: bool = False
+) -> tuple[GpuFusedStep, ItemSource]:
+    """The fused step by Triton's kernels, in fp32, and its table; rates: none where nothing is to be trained."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = step.recommender().float().to(device)
     views = tuple(view.float() for view in step.table.views)
     source = PinnedTable(views, device) if pinned else FeatureTable(tuple(view.to(device) for view in views))
-    plan = RunPlan.of(step.sequences, len(step.users), step.seed)
     capture = None if torch.cuda.is_available() else lambda run: run
-    rates = dict.fromkeys(model.parameter_groups(), 0.0)
-    taken = GpuFusedStep(model, rates, source, plan, torch.float32, capture)
-    for users, number in _two_batches(step):
-        packed = plan.pack(Window(users, number))
-        inputs = source.read(packed.items[0]) if pinned else None
-        loss = taken(PlannedBatch(packed.words.to(device), inputs, *packed.sizes[0]))
-    return _result(model, loss)
+    rates = dict.fromkeys(model.parameter_groups(), 0.0) if rates is None else rates
+    return GpuFusedStep(model, rates, source, plan, torch.float32, capture), source
 
 
 def from_fused_gpu_pinned(step: Step) -> Result:

@@ -19,16 +19,20 @@ from helpers.equality import (
     Step,
     first_parameters,
     from_reference,
+    fused_gpu_step,
     named_by_reference,
     rates_by_name,
     reference_loss_of,
     scientific_step,
 )
 from helpers.tables import random_table
+from helpers.training_steps import assert_identical, everything
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.batches import Batch, epoch_batches
+from iisan_fast.data.packed_batches import RunPlan
 from iisan_fast.data.sequences import Sequences
-from iisan_fast.states.loader import prepared_batches
+from iisan_fast.states.item_source import ItemSource
+from iisan_fast.states.loader import planned_batches, prepared_batches
 from iisan_fast.training.checkpoints import (
     adam_tensors,
     load_adam,
@@ -37,7 +41,7 @@ from iisan_fast.training.checkpoints import (
     named_weights,
     save_checkpoint,
 )
-from iisan_fast.training.fused_step import CpuFusedStep
+from iisan_fast.training.fused_step import CpuFusedStep, FusedStep, GpuFusedStep
 
 IISAN = dict(embedding_dim=16, bottleneck=8)
 WIDER = dict(embedding_dim=32, bottleneck=16)  # what the fused step on a GPU takes
@@ -179,21 +183,25 @@ def trained_by_reference(step: Step) -> dict[str, torch.Tensor]:
     return {name: weight.detach() for name, weight in parameters.items()}
 
 
-def saved_and_loaded(fused: CpuFusedStep, step: Step, path: Path) -> CpuFusedStep:
-    """The step of a run that was stopped and goes on from its checkpoint."""
-    model = fused.model
-    save_checkpoint(path, {**named_weights(model), **adam_tensors(model, fused.optimizer)}, {"epoch": 1})
-    again, (tensors, _) = CpuFusedStep(step.recommender(), RATES), load_checkpoint(path)
+def saved_and_loaded(stopped: FusedStep, again: FusedStep, path: Path) -> None:
+    """Let another step go on from the checkpoint of a run that was stopped."""
+    model = stopped.model
+    save_checkpoint(path, {**named_weights(model), **adam_tensors(model, stopped.optimizer)}, {"epoch": 1})
+    tensors, _ = load_checkpoint(path)
     load_weights(again.model, tensors, path)
     load_adam(again.model, again.optimizer, tensors, path)
-    return again
+
+
+def thirteen_histories() -> Sequences:
+    """Batches of five users take three steps an epoch."""
+    rng = np.random.default_rng(2)
+    return make_sequences([rng.integers(1, 31, length).tolist() for length in rng.integers(4, 14, 13)], items=30)
 
 
 @needs_compiler
 @pytest.mark.parametrize("case", ["iisan", "iisan without gates, GELU", "one view"])
 def test_fused_steps_in_a_row_follow_the_reference_and_resume_exactly(case, tmp_path):
-    rng = np.random.default_rng(2)
-    sequences = make_sequences([rng.integers(1, 31, length).tolist() for length in rng.integers(4, 14, 13)], items=30)
+    sequences = thirteen_histories()
     model, shapes = CASES[case]
     step = Step(model, random_table(shapes, 30), sequences, np.arange(13), step=0)
     expected, results = trained_by_reference(step), []
@@ -201,7 +209,8 @@ def test_fused_steps_in_a_row_follow_the_reference_and_resume_exactly(case, tmp_
         fused = CpuFusedStep(step.recommender(), RATES)
         for number, batches in enumerate(two_epochs(sequences)):
             if number and resumed:
-                fused = saved_and_loaded(fused, step, tmp_path / "last.safetensors")
+                stopped, fused = fused, CpuFusedStep(step.recommender(), RATES)
+                saved_and_loaded(stopped, fused, tmp_path / "last.safetensors")
             for prepared in prepared_batches(iter(batches), step.table, torch.device("cpu")):
                 fused(prepared.batch, prepared.item_inputs)
         assert fused.storage.steps == 6
@@ -210,3 +219,31 @@ def test_fused_steps_in_a_row_follow_the_reference_and_resume_exactly(case, tmp_
     for name, weight in expected.items():
         assert (results[0][name] - weight).abs().max() <= 1e-9 * weight.abs().max(), name
         assert torch.equal(results[1][name], results[0][name]), name
+
+
+@pytest.mark.long
+def test_fused_steps_by_triton_follow_the_reference_and_resume_exactly(tmp_path):
+    """Six steps in windows of two batches and of one; the run that goes on takes the last three."""
+    sequences = thirteen_histories()
+    step = Step(ModelConfig(**WIDER), random_table([(2, 16)] * 2, 30), sequences, np.arange(13), step=0)
+    plan = dataclasses.replace(RunPlan.of(sequences, 5, step.seed), window_batches=2, first_batches=2)
+    (whole, source), (resumed, _) = (fused_gpu_step(step, plan, RATES) for _ in range(2))
+    start = first_parameters(step)
+    take_planned_steps(whole, source, plan, epoch=0)
+    saved_and_loaded(whole, resumed, tmp_path / "last.safetensors")
+    for each in (whole, resumed):
+        take_planned_steps(each, source, plan, epoch=1)
+    assert whole.storage.steps == 6 and whole.read().rows == 2 * (sequences.epoch_interactions - 13)
+    assert_identical(everything(resumed), everything(whole))
+    trained = {name: weight.detach().double().cpu() for name, weight in named_by_reference(whole.model)}
+    for name, weight in trained_by_reference(step).items():
+        moved = (weight - start[name]).detach()
+        assert (trained[name] - weight).norm() <= 5e-3 * moved.norm() > 0, name
+
+
+def take_planned_steps(step: GpuFusedStep, source: ItemSource, plan: RunPlan, epoch: int) -> None:
+    """Take an epoch's steps, whose windows are packed ahead."""
+    batches = list(planned_batches(plan, epoch, source, step.record.device))
+    assert [planned.window is not None for planned in batches] == [True, False, True]
+    for planned in batches:
+        step(planned)
