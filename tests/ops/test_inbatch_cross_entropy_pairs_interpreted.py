@@ -55,6 +55,16 @@ def test_equal_steps_give_equal_bits_whatever_ran_before():
         assert torch.equal(values, first[name]), name
 
 
+def test_an_empty_batch_is_left_at_once():
+    """As calls before a capture find it: no vector is read, since there is none."""
+    loss, collect = LossPairCase([3, 5]).pairs()
+    loss.batch.header.zero_()
+    loss.item_parts.fill_(torch.nan)
+    for run in (loss.forward, loss.backward, collect.backward):
+        run()
+    assert loss.item_parts.isnan().all() and not collect.of_vectors.any() and not loss.losses.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_launches_four_kernels_and_allocates_nothing(dtype):
     case = LossPairCase([3, 5], d=64)
