@@ -57,10 +57,10 @@ def planned_batches(
 
     # Both are waited for at the end: the source may be closed after.
     with ThreadPoolExecutor(1, "batches: windows") as packing, ThreadPoolExecutor(1, "batches: items") as gathering:
-        windows, lists = itertools.tee(_ahead(packing, pack, plan.windows(epoch), 1))
-        if isinstance(source, FeatureTable):
-            gathered: Iterator[ItemInputs | None] = itertools.repeat(None)
-        else:
+        windows = _ahead(packing, pack, plan.windows(epoch), 1)
+        gathered: Iterator[ItemInputs | None] = itertools.repeat(None)
+        if not isinstance(source, FeatureTable):
+            windows, lists = itertools.tee(windows)  # which keeps what one of the two has not taken
             items = itertools.chain.from_iterable(packed.items for packed, _ in lists)
             gathered = _gathered(gathering, items, source, device)
         for packed, copied in windows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -220,6 +221,15 @@ def test_windows_hold_an_epochs_batches_in_order():
         assert packed.distinct[: len(batch.distinct)].tolist() == batch.distinct.tolist()
         assert packed.header[HEADER.index("step")] == batch.step
         assert planned_batch[1:] == (None, len(batch.targets), batch.multiplicity.sum())
+
+
+def test_a_window_that_is_done_is_not_kept():
+    """However many an epoch has, there are the one at hand and, until it is replaced, the one before."""
+    seen, alive = [], []
+    for planned in planned_batches(plan(1, 1), 1, table(), CPU):
+        seen.append(weakref.ref(planned.window))
+        alive.append(sum(window() is not None for window in seen))
+    assert len(seen) == 6 and max(alive) <= 2
 
 
 @pytest.mark.parametrize("windows", [(4, 2), (1, 1), (6, 6)])
