@@ -24,8 +24,11 @@ def profile(trainer: Trainer, steps: int) -> dict[str, Any]:
 
     `encoding` is the wait for a batch and, of an uncached run, its frozen encoders; encoders that are trained compute
     in `forward` and `backward`. Each phase waits for the device, and none is captured in a graph, so that their sum is
-    longer than a step left alone. The steps are real ones: they train the trainer's model.
+    longer than a step left alone; a fused step on a GPU, which has no such phases, is taken by autograd instead. The
+    steps are real ones: they train the trainer's model.
     """
+    if trainer.plan is not None:
+        trainer.step_by_autograd(captured=False)
     trainer.model.train()
     laps, kept = [], 0
     with deterministic():

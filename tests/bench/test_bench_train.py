@@ -10,13 +10,15 @@ import torch
 from helpers.datasets import make_sequences, write_dataset_folder
 from iisan_fast.bench import captures, growth, train
 from iisan_fast.bench.machine import NOT_MEASURED
+from iisan_fast.bench.profile import PHASES, profile
 from iisan_fast.bench.train import FORMS, TrainSettings
 from iisan_fast.cli import main
-from iisan_fast.data import epoch_batches
+from iisan_fast.data import RunPlan, epoch_batches
 from iisan_fast.errors import InputError
 from iisan_fast.precision import resolve_precision
 from iisan_fast.states import FeatureTable
 from iisan_fast.training import Trainer
+from iisan_fast.training.training_step import TrainingStep
 
 CPU = torch.device("cpu")
 SMALL = TrainSettings(users=8, width=16, layers=2, followed=4, rounds=2, steps=2, epochs=False)
@@ -100,6 +102,16 @@ def test_nothing_is_captured_once_the_step_is(trainer_with_stand_in):
             trainer.take(batch)
     assert trainer.captured._captured is captured
     assert trainer.step.read().rows == 2 * sum(len(each.targets) for each in epoch_batches(trainer.sequences, 8, 0, 0))
+
+
+def test_a_trainer_that_packs_its_batches_is_profiled_by_autograd(sequences):
+    """As on a GPU, where a fused step has no phases that the host could tell apart."""
+    config = train.run_config(FORMS["float32"], SMALL)
+    table = FeatureTable(tuple(train.random_states(sequences, SMALL)))
+    trainer = Trainer(config, sequences, table, CPU, resolve_precision(config, CPU))
+    trainer.plan = RunPlan.of(sequences, 8, seed=0)
+    figures = profile(trainer, steps=1)
+    assert isinstance(trainer.step, TrainingStep) and all(figures["phases_ms"][phase] > 0 for phase in PHASES)
 
 
 def test_captures_are_figures_of_their_own(sequences, monkeypatch):
