@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,13 +19,14 @@ from helpers.training_steps import assert_identical, everything
 from iisan_fast.config import ModelConfig, RunConfig, TrainConfig
 from iisan_fast.data.sequences import Sequences
 from iisan_fast.precision import resolve_precision
-from iisan_fast.states.feature_table import load_table
+from iisan_fast.states.feature_table import FeatureTable, load_table
 from iisan_fast.states.loader import PreparedBatch
 from iisan_fast.training.trainer import Trainer
 
 WARM_UP_EPOCHS = 2
 COMPARED_EPOCHS = 3
 USERS, ITEMS, SHAPES = 250, 600, [(3, 48), (3, 48)]
+NUMBER_BYTES, STATE_BYTES = 8, 4  # of an item's number, int64, and a number of its states, fp32
 CONFIG = RunConfig(
     "",
     "",
@@ -131,9 +133,10 @@ def check_a_loss_that_is_not_finite_stops_replayed_graphs(trainer: Trainer) -> N
 
 
 def check_memory_does_not_grow(trainer: Trainer, start: Callable[[], None], read: Callable[[], list[int]]) -> None:
-    """`read` gives the same figures after each of several epochs, once the step is captured.
+    """`read` gives the same bytes after each of several epochs, once the step is captured.
 
-    `start` is called before an epoch.
+    `start` is called before an epoch. A fused step's gathered rows are as many as its batches have, and are copied by a
+    thread: they may differ by two batches' between epochs, whereas memory that grew would by those of many steps.
     """
     train_epochs(trainer, WARM_UP_EPOCHS)
     holder, readings = trainer.step if trainer.captured is None else trainer.captured, []
@@ -145,4 +148,8 @@ def check_memory_does_not_grow(trainer: Trainer, start: Callable[[], None], read
         trainer.step.read()
         readings.append(read())
     assert holder._captured is captured
-    assert all(reading == readings[0] for reading in readings), readings
+    room = 0
+    if trainer.plan is not None and not isinstance(trainer.source, FeatureTable):
+        item = NUMBER_BYTES + sum(math.prod(shape) * STATE_BYTES for shape in SHAPES)
+        room = 2 * trainer.plan.shape.distinct * item
+    assert all(max(values) - min(values) <= room for values in zip(*readings)), readings

@@ -60,7 +60,7 @@ def check_curve(
     sequences = toy_histories(users=256, items=600)
     table = random_table(shapes, 600, dtype=dtype)
     curves = {}
-    for name in ("torch", "gpu"):
+    for name in ("reference", "gpu"):
         launches.clear()
         with unittest.mock.patch.dict(os.environ, {kernels.FORM_VARIABLE: name}):
             curves[name] = loss_curve(device, table, sequences, config, steps=32)
