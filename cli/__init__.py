@@ -47,15 +47,15 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error))
     except MemoryError as error:
         _fail(f"not enough memory ({error})")
+    except (click.Abort, KeyboardInterrupt):  # an Abort, which click makes of Ctrl-C, is a RuntimeError
+        click.echo("stopped", err=True)
+        sys.exit(130)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):  # torch's
             raise
         _fail(f"not enough memory ({error}); try --table pinned, fewer --batch-users or a smaller --batch-size")
     except click.ClickException as error:
         _fail(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped", err=True)
-        sys.exit(130)
 
 
 def _fail(message: str) -> None:

@@ -120,6 +120,15 @@ def test_resume_continues_and_takes_no_other_settings(finished_run):
     assert "not a run folder" in refused("train", "--resume", finished_run / "no")
 
 
+def test_an_interruption_gets_one_line(tmp_path, monkeypatch):
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("iisan_fast.cli.stats.callback", interrupted)
+    result = iisan_fast("stats", tmp_path)
+    assert (result.returncode, result.stdout, result.stderr.strip()) == (130, "", "stopped")
+
+
 def test_bad_input_gets_one_line_and_exit_code_2(toy_run, finished_run, tmp_path):
     dataset, cache = toy_run
     out = ("--out", tmp_path / "run")
