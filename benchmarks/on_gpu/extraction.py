@@ -31,8 +31,11 @@ def measure(settings: Settings, save: Save) -> None:
     with TemporaryDirectory(prefix="iisan-fast-") as scratch:
         folder, views = stand_ins(settings.dataset, Path(scratch) / "stand-ins", settings.encoders, SEED)
         dataset = load_dataset(folder)
-        few = extract.sample(dataset, min(settings.items, len(dataset.titles)))
-        for form, items in ((extract.FROM_MEMORY, few), ("fast", dataset)):
+        total = len(dataset.titles)
+        few, most = (
+            extract.sample(dataset, min(count, total)) for count in (settings.items, settings.extracted_items or total)
+        )
+        for form, items in ((extract.FROM_MEMORY, few), ("fast", most)):
             for view in views:
                 work = work_of(items, view, settings)
                 cache = Path(scratch) / "states"

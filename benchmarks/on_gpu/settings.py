@@ -26,6 +26,7 @@ class Settings:
     rounds: int = 5
     encoders: str = "base"  # sizes of the encoders whose states are extracted: ViT-B/16 and BERT-base, or "demo"
     items: int = 2048  # that are encoded from memory
+    extracted_items: int | None = None  # that `iisan-fast extract` encodes; None: all
 
     @property
     def dry_run(self) -> bool:
@@ -44,6 +45,7 @@ DRY_RUN = {
     "rounds": 1,
     "encoders": "demo",
     "items": 8,
+    "extracted_items": 200,
 }
 
 Save = Callable[[dict[str, Any]], None]  # takes the result as far as it is
