@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -207,5 +208,6 @@ def _run(tool: str, *words: str) -> str:
 
 
 def _not_interpreted() -> None:
-    """Let kernels be compiled in this process, which has imported none yet."""
+    """Let kernels be compiled in this process, which has imported none yet; Triton tells nothing of its defaults."""
     os.environ.pop("TRITON_INTERPRET", None)
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
