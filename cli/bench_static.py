@@ -48,7 +48,7 @@ def static(dataset: Path, users: tuple[int, ...], kernels: bool, out: Path | Non
 
 
 def _steps_table(result: dict[str, Any]) -> Table:
-    """A column for each number of users."""
+    """Return the steps' figures, a column for each number of users."""
     steps = result["steps"]
     table = Table(title=Text(f"{result['dataset']}: a training step, counted; nothing ran on a GPU"))
     table.add_column("", no_wrap=True)
@@ -76,7 +76,7 @@ def _bound(bounds: dict[str, int], name: str) -> int:
 
 
 def _ops_table(steps: list[dict[str, Any]]) -> Table:
-    """A row for each op and number of users: bounds beside the floor."""
+    """Return the bounds beside the floors, a row for each op and number of users."""
     table = Table(title=Text("bounds of an H200, in ms"))
     table.add_column("", no_wrap=True)
     for column in ("launches", "issue", "bytes", "larger", "floor"):
@@ -91,7 +91,7 @@ def _ops_table(steps: list[dict[str, Any]]) -> Table:
 
 
 def _kernels_table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """A row for each kernel of a step."""
+    """Return the kernels' figures, a row for each kernel of a step."""
     table = Table(title=Text(title))
     table.add_column("", no_wrap=True)
     columns = ("regis-\nters", "spilled\nbytes", "shared\nKiB", "instruc-\ntions", "in\nloops", "by\nelement")

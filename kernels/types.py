@@ -12,6 +12,8 @@ from torch import Tensor
 OUTER_WEIGHTS = 3  # of a sequence encoder, before those of its blocks
 BLOCK_WEIGHTS = 12  # of each block
 SITES_PER_BLOCK = 3  # of dropout: attention weights, after attention, after the feed-forward; site 0 is the input
+FLAT_LINE = 32  # numbers of flat storage that belong to one group of rates
+FLAT_ALIGNMENT = 2 * FLAT_LINE  # numbers: each tensor in flat storage starts at a multiple, 128 bytes even in bfloat16
 
 
 class Forward(Protocol):
@@ -173,7 +175,7 @@ class AdamState(NamedTuple):
 
 
 class FlatAdamState(NamedTuple):
-    """Flat buffers of n numbers in lines of 32, each line of one group of rates, and what Adam keeps of them."""
+    """Flat buffers of n numbers, with Adam's state; each line of `FLAT_LINE` numbers belongs to one group of rates."""
 
     parameters: Tensor  # [n]
     gradients: Tensor  # [n]
@@ -200,7 +202,7 @@ class TowerGradients(NamedTuple):
 
 
 class StepTensors(NamedTuple):
-    """What a training step reads and writes beside its batch."""
+    """The tensors that a training step reads and writes beside its batch."""
 
     weights: RecommenderWeights
     operands: RecommenderWeights  # the weights themselves, or in the products' dtype
@@ -244,6 +246,7 @@ class WindowedStep(Protocol):
 HEADER = ("distinct", "rows", "tiles", "users", "step", "prefix", "occurrences")  # a batch's true counts and step
 HEADER_WORDS = 8
 FIELD_ALIGNMENT = 32  # int32 words: 128 bytes
+TILE_ROWS = (16, 32, 64)  # of a tile
 
 
 class StepShape(NamedTuple):
@@ -252,7 +255,7 @@ class StepShape(NamedTuple):
     users: int  # U
     distinct: int  # V, a multiple of 32
     tiles: int  # T: of rows; a user's rows stand in one tile
-    tile_rows: int  # 16, 32 or 64
+    tile_rows: int  # one of TILE_ROWS
     positions: int  # P: the most inputs of a history, at most tile_rows
 
     @property

@@ -1,4 +1,4 @@
-"""What a launch costs a GPU at the least, from the machine code of its kernel and the sizes of its arguments.
+"""Compute what a launch costs a GPU at the least, from the machine code of its kernel and the sizes of its arguments.
 
 Two bounds: the warps' instructions at as many as the multiprocessors can issue, and the arguments' bytes at the rate at
 which memory is copied. A kernel takes longer than either.
@@ -96,8 +96,8 @@ def kernel_cost(launch: Launch, reading: KernelReading, batch: KnownBatch, packe
     a_warp = (reading.instructions - inside) * counts.programs
     a_warp += sum(loop.instructions * count for loop, count in trips.items())
     matrix = {loop: count for loop, count in trips.items() if loop.matrix}
-    made = products(reading.ir)
-    elements = sum(made.get(loop.lines, 0) * count for loop, count in matrix.items())
+    new_elements = products(reading.ir)
+    elements = sum(new_elements.get(loop.lines, 0) * count for loop, count in matrix.items())
     executed = sum(loop.instructions * count for loop, count in matrix.items())
     return KernelCost(
         slots=reading.warps * a_warp,

@@ -66,10 +66,10 @@ class LaunchCounter(TorchDispatchMode):
             if torch.Tag.data_dependent_output in func.tags:
                 return _stand_in(func)
         result = func(*args, **kwargs)
-        made = _on_device(result)
-        for tensor in made:
+        results = _on_device(result)
+        for tensor in results:
             self._follow(tensor)
-        if launches := _launches_of(func, name, args, bool(made)):
+        if launches := _launches_of(func, name, args, bool(results)):
             self.operators[self._part][name] += launches
         return result
 

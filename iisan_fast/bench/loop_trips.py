@@ -33,7 +33,7 @@ class Pointer(NamedTuple):
 
 
 class TripCounts(NamedTuple):
-    """What the programs of a launch do."""
+    """The trips of the loops in all programs of a launch."""
 
     trips: dict[Lines, float]  # of all programs together, by the loop's lines in the source
     programs: float  # that do not leave at once
@@ -98,7 +98,7 @@ def products(ir: str) -> dict[Lines, int]:
     elements of its sums count.
     """
     kernel = parse(ir)
-    made: dict[Lines, int] = {}
+    new_elements: dict[Lines, int] = {}
 
     def visit(operations: list[Operation], zeros: frozenset[str], loop: Operation | None) -> None:
         fresh = zeros | {one.results[0] for one in operations if one.name == "arith.constant" and one.results}
@@ -115,10 +115,10 @@ def products(ir: str) -> dict[Lines, int]:
                 visit(region, fresh, one if one.name in LOOPS else loop)
         if loop is not None and (elements := sizes[True] or sizes[False]):
             lines = resolve(loop.location, kernel.locations)
-            made[lines] = made.get(lines, 0) + elements
+            new_elements[lines] = new_elements.get(lines, 0) + elements
 
     visit(kernel.body, frozenset(), None)
-    return made
+    return new_elements
 
 
 def memory_uses(ir: str) -> dict[str, int]:
@@ -322,7 +322,7 @@ ARITHMETIC: dict[str, Callable[[int, int], int]] = {
 }
 COMPARISONS = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le}
 COMPARISONS |= {"gt": operator.gt, "ge": operator.ge}
-LINE = re.compile(r"\s*(?:(%.*?) = )?\"?([\w.]+)\"?(.*)$")
+OPERATION = re.compile(r"\s*(?:(%.*?) = )?\"?([\w.]+)\"?(.*)$")
 LOCATION = re.compile(r" ?loc\((#loc\d*|unknown)\)$")
 
 
@@ -347,7 +347,7 @@ def _block(lines: list[str], index: int) -> tuple[list[Operation], int]:
         if line.startswith("^"):
             name = line.partition("(")[0].partition(":")[0]
             operations.append(Operation("label", [], name if "(" not in line.partition("//")[0] else line))
-        elif match := LINE.match(LOCATION.sub("", line)):
+        elif match := OPERATION.match(LOCATION.sub("", line)):
             one = Operation(match[2], _results(match[1] or ""), match[3])
             if location := LOCATION.search(line):
                 one.location = location[1]

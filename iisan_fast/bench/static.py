@@ -41,7 +41,7 @@ NOTES = {
     "element": "instructions of a thread in the loops that multiply matrices, by element of the products that a trip "
     "makes anew; where a trip only adds to sums, by element of the sums",
     "copies ahead": "instructions in those loops that copy to shared memory while the loop goes on",
-    "floors": "section 6 of the design: bf16 products, exponentials and one reading of the operands a pass",
+    "floors": "an H200's least time for an op's bf16 products, exponentials, or one reading of its operands a pass",
 }
 
 
@@ -101,7 +101,7 @@ class CountedBatch:
 def step_row(batch: CountedBatch, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what is counted of a step."""
     counter = batch.counter
-    mine = [row for row in rows if row["users"] == batch.users and row["bound_ms"] is not None]
+    bounded = [row for row in rows if row["users"] == batch.users and row["bound_ms"] is not None]
     return {
         "users": batch.users,
         "true_counts": batch.known.counts,
@@ -113,8 +113,8 @@ def step_row(batch: CountedBatch, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "peak_bytes": counter.peak,
         "table_bytes": batch.steps["sm_90"].table_bytes,
         "host_us": host_microseconds(batch.plan),
-        "bytes": sum(row["bytes"] * row["launches"] for row in mine) if mine else NOT_MEASURED,
-        "ops": op_rows(batch, mine),
+        "bytes": sum(row["bytes"] * row["launches"] for row in bounded) if bounded else NOT_MEASURED,
+        "ops": op_rows(batch, bounded),
     }
 
 
@@ -136,7 +136,7 @@ def host_microseconds(plan: RunPlan) -> float:
 
 
 def op_rows(batch: CountedBatch, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add up the bounds of each op's launches, beside its floor where section 6 has one."""
+    """Add up the bounds of each op's launches, beside its floor where it has one."""
     counts, sizes = batch.known.counts, batch.sizes
     towers = side_network_costs(counts["distinct"], sizes.layers, sizes.width, sizes.bottleneck)
     floors = {

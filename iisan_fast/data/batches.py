@@ -57,11 +57,11 @@ class Batch:
 
     @property
     def shape(self) -> Shape:
-        """Its sizes."""
+        """Return the batch's sizes."""
         return Shape(len(self.users), len(self.distinct), len(self.targets), self.length)
 
     def checked(self, table_rows: int) -> Batch:
-        """The batch, unless an index leaves its range (ValueError): a GPU's kernels look at none of them."""
+        """Return the batch, unless an index leaves its range (ValueError): a GPU's kernels check none of them."""
         users, distinct = len(self.users), len(self.distinct)
         for name, limit, lowest in (
             ("distinct", table_rows, 1),
@@ -75,7 +75,7 @@ class Batch:
         return self
 
     def padded(self, shape: Shape) -> Batch:
-        """The batch padded to a shape with more users, so that padding rows have one of their own."""
+        """Return the batch padded to a shape with more users, the last of which has the padding rows."""
         if shape.users <= len(self.users) or any(room < size for room, size in zip(shape, self.shape)):
             raise ValueError(f"batch: {self.shape} does not fit into {shape}")
         rows, distinct = shape.rows - len(self.targets), shape.distinct - len(self.distinct)
@@ -109,7 +109,7 @@ class Batch:
 
     @staticmethod
     def unpacked(buffer: Tensor, shape: Shape) -> Batch:
-        """The batch that lies in a packed buffer, on the buffer's device; nothing is copied."""
+        """Return the batch that lies in a packed buffer, on the buffer's device; nothing is copied."""
         users, distinct, rows, length = shape
         bits = users * shape.words
         counts = [1, users, distinct, distinct, rows, rows, rows, rows, rows, (bits + 1) // 2]
@@ -142,7 +142,7 @@ def padded_shape(sequences: Sequences, batch_users: int) -> Shape:
 def epoch_batches(
     sequences: Sequences, batch_users: int, seed: int, epoch: int, window_batches: int | None = None
 ) -> Iterator[Batch]:
-    """All training users once, shuffled by (seed, epoch), `batch_users` at a time; the last batch may be smaller.
+    """Yield all training users once, shuffled by (seed, epoch), `batch_users` at a time; the last batch may be smaller.
 
     Args: window_batches: how many batches are laid out at a time; None: as many as take 64 MB.
     """
@@ -154,13 +154,13 @@ def epoch_batches(
 
 
 def make_batch(sequences: Sequences, users: np.ndarray, step: int) -> Batch:
-    """The batch of the given users (int64 [B]); each has at least two training interactions or gives no row."""
+    """Return the batch of these users (int64 [B]); each has at least two training interactions or gives no row."""
     (batch,) = _batches(lay_out(sequences, users, len(users)), step)
     return batch
 
 
 def _batches(layout: Layout, first_step: int) -> Iterator[Batch]:
-    """The batches of a layout: views of arrays that hold all of them."""
+    """Yield the batches of a layout: views of arrays that hold all of them."""
     rows = np.diff(layout.row_bounds)
     lengths = np.maximum.reduceat(np.diff(layout.user_rows), layout.user_bounds[:-1])
     row_users = layout.row_user - layout.by_batch(layout.user_bounds[:-1], layout.row_bounds)
@@ -182,7 +182,7 @@ def _batches(layout: Layout, first_step: int) -> Iterator[Batch]:
 
 
 def _history_bits(layout: Layout) -> list[Tensor]:
-    """The history bits of each batch: int32 [users, words], as many words as its distinct items take."""
+    """Return the history bits of each batch: int32 [users, words], as many words as its distinct items take."""
     users, words = np.diff(layout.user_bounds), -(-np.diff(layout.distinct_bounds) // 32)
     bounds = np.concatenate([[0], np.cumsum(users * words)])
     first_words = layout.by_batch(bounds[:-1] - layout.user_bounds[:-1] * words, layout.user_bounds)

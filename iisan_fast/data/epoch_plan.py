@@ -41,14 +41,14 @@ def batch_bounds(sequences: Sequences, batch_users: int) -> Bounds:
 
 
 def steps_per_epoch(sequences: Sequences, batch_users: int) -> int:
-    """Batches in an epoch."""
+    """Return the number of batches in an epoch."""
     return -(-len(sequences.training_users) // batch_users)
 
 
 def epoch_windows(
     sequences: Sequences, batch_users: int, seed: int, epoch: int, batches: int, first_batches: int | None = None
 ) -> Iterator[Window]:
-    """All training users once, shuffled by (seed, epoch), in windows of at most `batches` batches.
+    """Yield all training users once, shuffled by (seed, epoch), in windows of at most `batches` batches.
 
     Args: first_batches: at most as many in the first window, so that an epoch's first step need not wait long.
     """
@@ -88,7 +88,7 @@ class Layout:
 
     @property
     def batches(self) -> int:
-        """The number of batches."""
+        """Return the number of batches."""
         return len(self.user_bounds) - 1
 
     def by_batch(self, values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -140,7 +140,7 @@ def _sort(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return the slots sorted by batch and item, the distinct items, where the slots of each start, and their bounds.
 
-    Item and slot are packed into one integer, so that values are sorted and no indices; one line of a table a batch.
+    Item and slot are packed into one integer, so that values are sorted, not indices; each batch is a line of a table.
     """
     counts = np.diff(slot_bounds)
     width = int(counts.max())

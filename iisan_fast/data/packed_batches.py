@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import HEADER, StepShape, dropout_prefix
+from ..kernels import HEADER, TILE_ROWS, StepShape, dropout_prefix
 from .epoch_plan import Layout, Window, batch_bounds, epoch_windows, lay_out, steps_per_epoch
 from .sequences import Sequences
 
 WINDOW_BYTES = 64 << 20  # the most that a window has, but for one of a single batch
 FIRST_BATCHES = 32  # of an epoch's first window: its steps run while the next window is packed
-TILE_ROWS = (16, 32, 64)
 MANY_USERS = 512  # of a batch, above which tiles have at least 32 rows
 
 
@@ -78,7 +77,7 @@ class RunPlan:
 def step_shape(sequences: Sequences, batch_users: int, tile_rows: int | None = None) -> StepShape | None:
     """Return sizes that no batch of a run passes, or None if a history is too long for a tile.
 
-    Args: tile_rows: 16, 32 or 64; None: the smallest that suits the run.
+    Args: tile_rows: one of TILE_ROWS; None: the smallest that suits the run.
     """
     bounds = batch_bounds(sequences, batch_users)
     if tile_rows is None:

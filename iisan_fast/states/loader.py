@@ -72,7 +72,7 @@ def planned_batches(
 def _gathered(
     thread: ThreadPoolExecutor, lists: Iterator[Tensor], source: ItemSource, device: torch.device
 ) -> Iterator[ItemInputs]:
-    """What the item encoder reads of each list of item numbers, gathered in the thread ahead of it."""
+    """Yield what the item encoder reads of each list of item numbers, gathered ahead in the thread."""
 
     def gather(items: Tensor) -> tuple[Gathered, _Copied]:
         gathered = source.gather(items)
@@ -87,10 +87,13 @@ def _gathered(
 def prepared_batches(
     batches: Iterator[Batch], source: ItemSource, device: torch.device, shape: Shape | None = None
 ) -> Generator[PreparedBatch, None, None]:
-    """The batches in order, each made while the steps before it run: checked, padded to the shape if one is asked for,
-    what the source has on the host of its items gathered, and all copied to the device on a stream of its own.
+    """Yield the batches in order, prepared while the steps before run.
+
+    A batch is checked, and padded where a shape is named. What the source has on the host of its items is gathered, and
+    all is copied to the device on another stream than the steps'.
     """
-    copies, batches = _copy_stream(device) if device.type == "cuda" else None, _checked(batches, source.rows)
+    copies = _copy_stream(device) if device.type == "cuda" else None
+    batches = _checked(batches, source.rows)
     with ThreadPoolExecutor(1, "batches") as thread:  # waited for at the end: the source may be closed after
         waiting = deque(thread.submit(_on_host, batches, source, device, shape) for _ in range(AHEAD))
         moved = deque([_moved(waiting.popleft().result(), device, copies)])
@@ -117,7 +120,7 @@ class _Copied(NamedTuple):
 def _ahead(
     thread: ThreadPoolExecutor, function: Callable[[Argument], Result], arguments: Iterable[Argument], count: int
 ) -> Iterator[Result]:
-    """The results of a function in order, `count` of them computed in the thread before they are asked for."""
+    """Yield the results of a function in order, up to `count` of them computed in the thread beforehand."""
     waiting: deque[Future[Result]] = deque()
     for argument in arguments:
         waiting.append(thread.submit(function, argument))
@@ -137,7 +140,7 @@ def _copied(tensors: list[Tensor], device: torch.device) -> _Copied:
 
 
 def _waited(moved: _Copied, device: torch.device) -> list[Tensor]:
-    """The tensors once their copies are waited for, by the device alone."""
+    """Return the tensors, and let the device alone wait for their copies."""
     if moved.copied is not None:
         current = torch.cuda.current_stream(device)
         current.wait_event(moved.copied)
@@ -154,14 +157,14 @@ def _checked(batches: Iterator[Batch], table_rows: int) -> Iterator[Batch]:
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all epochs: freed memory is kept for the stream that it was taken on."""
+    """Return the one stream of all epochs: freed memory stays with the stream that it was taken on."""
     return torch.cuda.Stream(device)
 
 
 def _on_host(
     batches: Iterator[Batch], source: ItemSource, device: torch.device, shape: Shape | None
 ) -> _Waiting | None:
-    """The next batch, or None at the end."""
+    """Prepare the next batch on the host; return None at the end."""
     batch = next(batches, None)
     if batch is None:
         return None
@@ -173,7 +176,7 @@ def _on_host(
 
 
 def _moved(waiting: _Waiting | None, device: torch.device, copies: torch.cuda.Stream | None) -> _Waiting | None:
-    """The copies to the device begun."""
+    """Begin the copies of a batch to the device."""
     if waiting is None or copies is None:
         return waiting
     with torch.cuda.stream(copies):
@@ -184,7 +187,7 @@ def _moved(waiting: _Waiting | None, device: torch.device, copies: torch.cuda.St
 
 
 def _arrived(moved: _Waiting, source: ItemSource, device: torch.device) -> PreparedBatch:
-    """The copies waited for, by the device alone."""
+    """Return the batch, and let the device alone wait for its copies."""
     if moved.copied is not None:
         current = torch.cuda.current_stream(device)
         current.wait_event(moved.copied)

@@ -11,12 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..kernels import FlatAdamState, RecommenderWeights
+from ..kernels import FLAT_ALIGNMENT, FLAT_LINE, FlatAdamState, RecommenderWeights
 from ..models import Recommender
 
-LINE = 32  # numbers, all of one group of learning rates
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's, as torch.optim has them
-ALIGNMENT = 2 * LINE  # numbers before which a view starts: 128 bytes even in bfloat16
 
 
 class FlatStorage:
@@ -43,7 +41,7 @@ class FlatStorage:
             if (parameter.dtype, parameter.device, parameter.requires_grad) != (first.dtype, first.device, True):
                 expected = f"a trained parameter of {first.dtype} on {first.device}".replace("torch.", "")
                 raise ValueError(f"{name}: expected {expected} in flat storage")
-        sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in self._trained]
+        sizes = [-(-parameter.numel() // FLAT_ALIGNMENT) * FLAT_ALIGNMENT for parameter in self._trained]
         self._starts = list(itertools.accumulate(sizes, initial=0))
         self.parameters, self.gradient, self.mean, self.square = (
             torch.zeros(self._starts[-1], dtype=first.dtype, device=first.device) for _ in range(4)
@@ -58,9 +56,9 @@ class FlatStorage:
         """Set each line's group, and each group's learning rate and weight decay."""
         groups = self.model.parameter_groups()
         number_of = {id(parameter): i for i, group in enumerate(groups.values()) for parameter in group}
-        lines = torch.zeros(self._starts[-1] // LINE, dtype=torch.uint8)
+        lines = torch.zeros(self._starts[-1] // FLAT_LINE, dtype=torch.uint8)
         for parameter, start, end in zip(self._trained, self._starts, self._starts[1:]):
-            lines[start // LINE : end // LINE] = number_of[id(parameter)]
+            lines[start // FLAT_LINE : end // FLAT_LINE] = number_of[id(parameter)]
         device = self.parameters.device
         precision = torch.float64 if device.type == "cpu" else torch.float32  # a CPU computes with Python's numbers
         self.line_groups = lines.to(device)

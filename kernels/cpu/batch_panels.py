@@ -1,4 +1,4 @@
-"""What a training step on a CPU takes from its batch: the items' hidden states in panels, and the loss's constants."""
+"""Copy a batch for the step on a CPU: the items' hidden states in panels, and the loss's constants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pairs of a training step on a CPU share: the schedule that they add their calls to, and the batch at hand.
+"""The schedule and the batch that the pairs of a training step on a CPU share.
 
 A pair's memory is made once, with room for batches up to a size; its calls point there, and are cut anew for a batch.
 """

@@ -8,10 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..types import FLAT_LINE
 from .configurations import only_configuration
 from .launch import launch
-
-LINE = 32  # parameters: 128 bytes of fp32, which belong to one group
 
 
 class FlatAdam:
@@ -39,8 +38,9 @@ class FlatAdam:
         [n / 32]: the group of 32 parameters; rates, decays fp32 [groups], decay being Adam's weight decay; steps fp32
         scalar, this step counted; record fp64 [4]: nothing is done if its third element is above 0.
         """
-        if len(parameters) != LINE * len(line_groups):
-            raise ValueError(f"parameters: expected {LINE} for each of {len(line_groups)} lines, got {len(parameters)}")
+        if len(parameters) != FLAT_LINE * len(line_groups):
+            expected = f"{FLAT_LINE} for each of {len(line_groups)} lines"
+            raise ValueError(f"parameters: expected {expected}, found {len(parameters)}")
         self._operands = (parameters, gradients, means, squares, operands, line_groups, rates, decays, steps, record)
         self._betas, self._epsilon = betas, epsilon
 
@@ -67,7 +67,7 @@ class FlatAdam:
             *map(math.log, self._betas),
             self._epsilon,
             WRITES_OPERANDS=operands is not None,
-            LINE=LINE,
+            LINE=FLAT_LINE,
             **chosen.blocks,
         )
 

@@ -71,7 +71,7 @@ def _select(
     DISTINCT: tl.constexpr,  # the place of their number in the header
     BLOCK: tl.constexpr,
 ):
-    """A part of the batch's words; the first programs also take a part of its columns."""
+    """Copy a part of the batch's words; the first programs also write a part of its columns."""
     first = tl.program_id(0) * BLOCK
     o_w = first + tl.arange(0, BLOCK)
     p_batch = window_ptr + tl.load(counter_ptr).to(tl.int64) * words

@@ -26,7 +26,7 @@ def contract(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """A tile of rows columns^T over the width, and the outer product of the biases."""
+    """Write a tile of rows columns^T over the width, and of the outer product of the biases."""
     m_r, m_c = o_r < ROWS, o_c < columns
     total = tl.zeros((BM, BN), tl.float32)
     for i_d in range(0, D, BD):
@@ -58,7 +58,7 @@ def gate_gradients(
     D: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """A tower's gates: by the coefficients, and by the carries between each two layers.
+    """Write the gradients of a tower's gates, by the coefficients and by the carries between each two layers.
 
     c[k, j] times its gradient is a pair's dot and what passes from b_up,j through the map of layer k; a carry is
     1 - gate, so that the logarithm of each c[k, j] with j < i <= k has the slope -gate_i in the logit of layer i.

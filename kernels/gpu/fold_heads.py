@@ -153,14 +153,14 @@ def refusal(weights: RecommenderWeights) -> str:
     """Return why the kernels do not take these weights, or an empty string."""
     shapes = {(tower.gate is None, tower.down_weight.shape) for tower in weights.towers}
     if len(shapes) > 1:
-        return "towers have unlike shapes, or gates in part"
+        return "it needs towers of one shape, all with gates or none"
     if len(weights.towers[0].down_weight) > MOST_LAYERS:
-        return f"it takes at most {MOST_LAYERS} layers, found {len(weights.towers[0].down_weight)}"
+        return f"it needs at most {MOST_LAYERS} layers, found {len(weights.towers[0].down_weight)}"
     if weights.fusion.dtype != torch.float32:
-        return f"it takes weights of float32, found {weights.fusion.dtype}".replace("torch.", "")
+        return f"it needs weights of float32, found {weights.fusion.dtype}".replace("torch.", "")
     dimensions = max(weights.fusion.shape[0], weights.fusion.shape[1] // len(weights.towers))
     if dimensions > MOST_DIMENSIONS:
-        return f"it takes at most {MOST_DIMENSIONS} dimensions of an item vector, found {dimensions}"
+        return f"it needs at most {MOST_DIMENSIONS} dimensions of an item vector, found {dimensions}"
     return ""
 
 
@@ -237,12 +237,12 @@ def _run(launches: Iterable[Launch]) -> None:
 
 
 def _chain_tasks(sizes: Mapping[str, Any]) -> int:
-    """The gates, rows of the folded biases, columns of the projection."""
+    """Count the gates, rows of the folded biases, columns of the projection."""
     return 1 + cdiv(sizes["PART"], sizes["ROWS"]) + cdiv(sizes["D"], sizes["BD"])
 
 
 def _prepare_tasks(sizes: Mapping[str, Any]) -> int:
-    """Tiles of each product of two layers, rows of the towers' biases, rows of vector_bias."""
+    """Count tiles of each product of two layers, rows of the towers' biases, rows of vector_bias."""
     layers, bottleneck, rows = sizes["K"], sizes["R"], sizes["ROWS"]
     tiles = cdiv(max(bottleneck, sizes["DIM"]), sizes["BR"]) * cdiv(bottleneck, sizes["BC"])
     biases = layers * cdiv(bottleneck, rows) + cdiv(sizes["DIM"], rows)
@@ -250,14 +250,14 @@ def _prepare_tasks(sizes: Mapping[str, Any]) -> int:
 
 
 def _backward_tasks(sizes: Mapping[str, Any]) -> int:
-    """Columns of the projection's gradient, tiles of down and up, columns through the biases, dots, outer's bias."""
+    """Count columns of the projection's gradient, tiles of down and up, columns of biases, dots, outer's bias."""
     layers, columns = sizes["K"], cdiv(sizes["D"], sizes["BD"])
     tiles = layers * cdiv(sizes["R"], sizes["BR"]) * columns
     return columns + 2 * tiles + (layers + 1) * columns + layers * (layers + 1) // 2 + 1
 
 
 def _chains_backward_tasks(sizes: Mapping[str, Any]) -> int:
-    """The gates, columns of the up biases, tiles of middle, outer and inner."""
+    """Count the gates, columns of the up biases, tiles of middle, outer and inner."""
     part, columns = sizes["PART"], cdiv(sizes["D"], sizes["BD"])
     middle = cdiv(part, sizes["BM"]) * cdiv(sizes["MOST_HIDDEN"], sizes["BN"])
     outer = cdiv(sizes["DIM"], sizes["BM"]) * cdiv(part, sizes["BN"])

@@ -187,7 +187,7 @@ def through_rows(
 def dot_of_pair(
     first_ptr, second_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, BR: tl.constexpr
 ):
-    """The sum of the products of two matrices' elements."""
+    """Return the sum of the products of two matrices' elements."""
     total = tl.zeros((BR, BR), tl.float32)
     for i_r in range(0, ROWS, BR):
         for i_c in range(0, COLUMNS, BR):
@@ -275,7 +275,7 @@ def fold_backward(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """What needs the towers' gradients alone: of projections, down and up, parts of those of biases and gates."""
+    """Write the gradients of projections, down and up, and parts of those of the biases and gates."""
     i_tower = tl.program_id(0)
     i_part = tl.program_id(1)
     width_tiles = tl.cdiv(D, BD)

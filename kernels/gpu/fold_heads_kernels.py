@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def at(BY_TOWER: tl.constexpr, i_tower):
-    """A tower's entry of a tuple."""
+    """Return a tower's entry of a tuple."""
     entry = BY_TOWER[0]
     for t in tl.static_range(1, len(BY_TOWER)):
         entry = tl.where(i_tower == t, BY_TOWER[t], entry)
@@ -50,7 +50,7 @@ def mix(
     K: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A tower's coefficients, and c[k, j] for j < k <= K, zero elsewhere."""
+    """Write a tower's coefficients, and c[k, j] for j < k <= K, zero elsewhere."""
     o_k = tl.arange(0, BK)
     first = (FIRST_TOWERS >> i_tower) & 1
     second = (SECOND_TOWERS >> i_tower) & 1
@@ -171,7 +171,7 @@ def fold_chains(
 
 @triton.jit
 def mixed_up_bias(weights_ptr, up_bias, carries_ptr, o_d, K: tl.constexpr, D: tl.constexpr):
-    """The sum over j of c[k, j] b_up,j; carries_ptr is of row k, which is zero where j is not below k."""
+    """Return the sum over j of c[k, j] b_up,j; carries_ptr is of row k, which is zero where j is not below k."""
     total = tl.zeros(o_d.shape, tl.float32)
     for j in tl.static_range(K):
         b_up_bias = tl.load(weights_ptr + up_bias + j * D + o_d, mask=o_d < D, other=0.0)
@@ -201,7 +201,7 @@ def multiply_layers(
     BC: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """A tile of c[k, j] W_down,k W_up,j, or of the projection in the place of W_down."""
+    """Write a tile of c[k, j] W_down,k W_up,j, or of the projection in the place of W_down."""
     k, j = pair_of_layers(i_pair, K)
     rows = tl.where(k < K, R, DIM)
     if i_r < rows:

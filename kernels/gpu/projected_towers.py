@@ -36,7 +36,7 @@ LARGE_TILES_LAYERS, LARGE_TILES_BOTTLENECK = 7, 64  # the most that the configur
 
 
 class FoldedOperands(Protocol):
-    """What the pair reads of `FoldHeads`, whose docstring says what each is."""
+    """The results of `FoldHeads` that the pair reads; its docstring describes them."""
 
     projection_operands: Tensor
     coefficients: Tensor
@@ -385,16 +385,16 @@ class ProjectedTowers:
 def refusal(views: Sequence[tuple[int, ...]], layers: int, bottleneck: int, width: int, dim: int) -> str:
     """Return why the kernels do not take towers of these sizes, or an empty string."""
     if len(views) > MOST_TOWERS:
-        return f"it takes at most {MOST_TOWERS} towers, found {len(views)}"
+        return f"it needs at most {MOST_TOWERS} towers, found {len(views)}"
     if not 1 <= layers <= MOST_LAYERS:
-        return f"it takes 1 to {MOST_LAYERS} layers, found {layers}"
+        return f"it needs 1 to {MOST_LAYERS} layers, found {layers}"
     least, most = BOTTLENECKS
     if not least <= bottleneck <= most:
-        return f"it takes bottlenecks of {least} to {most}, found {bottleneck}"
+        return f"it needs bottlenecks of {least} to {most}, found {bottleneck}"
     if width % 16:
-        return f"it takes widths that are multiples of 16, found {width}"
+        return f"it needs widths that are multiples of 16, found {width}"
     if dim not in DIMENSIONS:
-        return f"it takes item vectors of {', '.join(map(str, DIMENSIONS))} dimensions, found {dim}"
+        return f"it needs item vectors of {', '.join(map(str, DIMENSIONS))} dimensions, found {dim}"
     return ""
 
 

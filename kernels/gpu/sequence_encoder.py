@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..types import OUTER_WEIGHTS, SequenceWeights, StepBatch, StepShape
+from ..types import FLAT_ALIGNMENT, OUTER_WEIGHTS, TILE_ROWS, SequenceWeights, StepBatch, StepShape
 from . import sequence_encoder_backward_kernels as backward_kernels
 from . import sequence_encoder_kernels as forward_kernels
 from .configurations import SMALL_ROWS, WIDE, Configuration, configuration
@@ -23,8 +23,6 @@ from .part_sums import sum_parts
 
 WIDTHS = (32, 64, 128)
 MOST_HEADS, LEAST_HEAD_WIDTH = 8, 8
-TILE_ROWS = (16, 32, 64)
-ALIGNMENT = 64  # numbers: each weight starts at a multiple of these, as flat storage has them
 FACTORS, PRODUCTS, ATTENDED = 7, 9, 3  # widths d of the activations and gradients of a row and block
 
 
@@ -112,7 +110,7 @@ class Rows(NamedTuple):
 
 
 class EncoderSizes(NamedTuple):
-    """What an encoder's launches depend on beside their operands."""
+    """The sizes and constants of an encoder's launches."""
 
     positions: int
     d: int
@@ -153,7 +151,7 @@ class EncoderSizes(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """What the forward leaves for the backward."""
+    """The forward's results that the backward reads."""
 
     normed: Tensor  # fp32 [M, norms, d]: before the scales of the norms
     rstd: Tensor  # fp32 [norms, M]
@@ -162,7 +160,7 @@ class Activations(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """What the backward of the rows leaves for the gradients of the weights."""
+    """The results of the rows' backward from which the gradients of the weights follow."""
 
     of_inputs: Tensor  # fp32 [M, d]: gradient of the gathered vectors
     products: Tensor  # [blocks, M, 9 d]: gradients of the products with the matrices
@@ -170,7 +168,7 @@ class Cotangents(NamedTuple):
 
 
 class BlockRange(NamedTuple):
-    """What one launch computes: blocks in the order of its direction, or a half of one."""
+    """The part of one launch: blocks in the order of its direction, or a half of one."""
 
     first: int
     count: int
@@ -346,7 +344,7 @@ def flat_view(tensors: list[Tensor]) -> Tensor:
 
 
 def _aligned(count: int) -> int:
-    return -(-count // ALIGNMENT) * ALIGNMENT
+    return -(-count // FLAT_ALIGNMENT) * FLAT_ALIGNMENT
 
 
 def _block_ranges(blocks: int, by_halves: int, attends_first: bool) -> Iterator[BlockRange]:

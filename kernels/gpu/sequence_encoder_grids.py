@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import HEADER, HEADER_WORDS, SequenceDropout, SequenceGrid, SequenceWeights
+from ..types import FLAT_ALIGNMENT, HEADER, HEADER_WORDS, TILE_ROWS, SequenceDropout, SequenceGrid, SequenceWeights
 from .launch import fit_range
-from .sequence_encoder import ALIGNMENT, TILE_ROWS, Activations, DropoutRate, EncoderLaunches, EncoderSizes, Rows
+from .sequence_encoder import Activations, DropoutRate, EncoderLaunches, EncoderSizes, Rows
 
 
 def sequence_encoder(
@@ -35,7 +35,7 @@ def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> Tens
 
 def _arguments(x: Tensor, weights: SequenceWeights, grid: SequenceGrid, dropout: SequenceDropout | None) -> tuple:
     """Return the operators' arguments after x: all weights one after the other, where the rows stand, and settings."""
-    flat = torch.cat([F.pad(weight.reshape(-1), (0, -weight.numel() % ALIGNMENT)) for weight in weights.tensors])
+    flat = torch.cat([F.pad(weight.reshape(-1), (0, -weight.numel() % FLAT_ALIGNMENT)) for weight in weights.tensors])
     sizes = (len(weights.tensors[0]), len(weights.blocks()), weights.heads, weights.epsilon)
     where = (grid.slots.contiguous(), grid.users, grid.length, *sizes)
     if dropout is None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..reference.dropout import drop_threshold
 from ..types import RecommenderWeights, States, StepOps, StepShape, StepTensors
 from . import fold_heads, projected_towers, sequence_encoder
 from .adam import FlatAdam
@@ -100,7 +101,7 @@ def _adam(tensors: StepTensors) -> FlatAdam:
 
 
 def _rate(probability: float) -> DropoutRate | None:
-    threshold = round(probability * 2**32)
+    threshold = drop_threshold(probability)
     return DropoutRate(threshold, 1 / (1 - probability)) if threshold else None
 
 

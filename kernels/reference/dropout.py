@@ -22,12 +22,17 @@ def sequence_dropout(probability: float, seed: int, step: int | Tensor, users: T
     Args: step: the run's step number, an int or an int64 scalar, on the host or the masks' device; users int64 [users]:
     the numbers of the grid's users.
     """
-    threshold = round(probability * 2**32)
+    threshold = drop_threshold(probability)
     if not threshold:
         return None
     if isinstance(step, Tensor) and step.is_cpu:
         step = int(step)  # spares a dozen operators on one number
     return SequenceDropout(dropout_prefix(seed, step), threshold, 1 / (1 - probability), users)
+
+
+def drop_threshold(probability: float) -> int:
+    """Return the number of 2^32 hashes that drop."""
+    return round(probability * 2**32)
 
 
 def dropout_prefix(seed: int, step: int | Tensor | np.ndarray) -> int | Tensor | np.ndarray:

@@ -18,7 +18,7 @@ from flat_weights import flat_size, in_buffer, side_weights
 from towers_on_meta import towers_on_meta
 
 from iisan_fast.bench import machine_code
-from iisan_fast.kernels import Launch, RecommenderWeights, States, Tower
+from iisan_fast.kernels import FLAT_ALIGNMENT, Launch, RecommenderWeights, States, Tower
 from iisan_fast.kernels.gpu import (
     adam,
     batch_selection,
@@ -199,7 +199,7 @@ def call_sequence_encoder(users: int, rows: int, embedding_dim: int, dtype: torc
         buffer, start, tensors = torch.empty(1 << 20, dtype=dtype, device="meta"), 0, []
         for sizes in shapes:
             tensors.append(buffer[start : start + math.prod(sizes)].view(sizes))
-            start += -(-math.prod(sizes) // sequence_encoder.ALIGNMENT) * sequence_encoder.ALIGNMENT
+            start += -(-math.prod(sizes) // FLAT_ALIGNMENT) * FLAT_ALIGNMENT
         return SequenceWeights(tensors, heads=2, epsilon=1e-6)
 
     vectors, rate = torch.empty(shape.distinct, d, device="meta"), sequence_encoder.DropoutRate(1 << 29, 1.125)

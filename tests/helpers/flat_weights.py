@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from iisan_fast.kernels import RecommenderWeights, SequenceWeights, Tower
-
-ALIGNMENT = 64  # elements
+from iisan_fast.kernels import FLAT_ALIGNMENT, RecommenderWeights, SequenceWeights, Tower
 
 
 def side_weights(
@@ -47,7 +45,7 @@ def side_weights(
 
 def flat_size(weights: RecommenderWeights) -> int:
     """Return how many elements a flat buffer of these weights has."""
-    return sum(-(-weight.numel() // ALIGNMENT) * ALIGNMENT for weight in weights.tensors())
+    return sum(-(-weight.numel() // FLAT_ALIGNMENT) * FLAT_ALIGNMENT for weight in weights.tensors())
 
 
 def in_buffer(weights: RecommenderWeights, buffer: Tensor) -> RecommenderWeights:
@@ -57,7 +55,7 @@ def in_buffer(weights: RecommenderWeights, buffer: Tensor) -> RecommenderWeights
     def view(weight: Tensor) -> Tensor:
         nonlocal start
         part = buffer[start : start + weight.numel()].view(weight.shape)
-        start += -(-weight.numel() // ALIGNMENT) * ALIGNMENT
+        start += -(-weight.numel() // FLAT_ALIGNMENT) * FLAT_ALIGNMENT
         return part
 
     return weights.mapped(view)

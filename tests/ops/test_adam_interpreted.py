@@ -110,6 +110,6 @@ def test_nothing_is_updated_once_a_loss_was_not_finite():
 
 def test_parameters_of_other_lines_are_refused():
     flat, nothing = torch.zeros(64), torch.zeros(1)
-    with pytest.raises(ValueError, match="parameters: expected 32 for each of 3 lines, got 64"):
+    with pytest.raises(ValueError, match="parameters: expected 32 for each of 3 lines, found 64"):
         groups = torch.zeros(3, dtype=torch.uint8)
         FlatAdam(flat, flat, flat, flat, None, groups, nothing, nothing, BETAS, EPSILON, nothing, nothing)

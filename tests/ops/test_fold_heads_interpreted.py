@@ -82,15 +82,15 @@ def test_refusals():
     meta = side_weights([(0,), (1,)])
     flat = in_buffer(meta, torch.empty(flat_size(meta)))
     assert refusal(flat) == ""
-    assert refusal(side_weights([(0,)], dim=160)) == "it takes at most 128 dimensions of an item vector, found 160"
-    assert refusal(side_weights([(0,)], layers=32)) == "it takes at most 31 layers, found 32"
-    assert refusal(flat.mapped(torch.Tensor.double)) == "it takes weights of float32, found float64"
+    assert refusal(side_weights([(0,)], dim=160)) == "it needs at most 128 dimensions of an item vector, found 160"
+    assert refusal(side_weights([(0,)], layers=32)) == "it needs at most 31 layers, found 32"
+    assert refusal(flat.mapped(torch.Tensor.double)) == "it needs weights of float32, found float64"
     unlike = meta._replace(towers=[meta.towers[0], side_weights([(1,)], gated=False).towers[0]])
-    assert refusal(unlike) == "towers have unlike shapes, or gates in part"
+    assert refusal(unlike) == "it needs towers of one shape, all with gates or none"
     apart = flat.mapped(torch.clone)
     with pytest.raises(ValueError, match="expected weights that are views of one flat buffer"):
         FoldHeads(apart, apart, apart, torch.float32)
-    with pytest.raises(ValueError, match="unlike shapes"):
+    with pytest.raises(ValueError, match="towers of one shape"):
         FoldHeads(unlike, unlike, unlike, torch.float32)
     with pytest.raises(ValueError, match="found bfloat16 with operands of float32"):
         FoldHeads(flat, flat, flat, torch.bfloat16)

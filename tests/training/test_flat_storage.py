@@ -14,6 +14,7 @@ from torch import Tensor
 from helpers.recommenders import side_recommender
 from iisan_fast.config import ModelConfig
 from iisan_fast.errors import InputError
+from iisan_fast.kernels import FLAT_ALIGNMENT, FLAT_LINE
 from iisan_fast.models.recommender import Recommender
 from iisan_fast.training.checkpoints import (
     adam_tensors,
@@ -23,7 +24,7 @@ from iisan_fast.training.checkpoints import (
     named_weights,
     save_checkpoint,
 )
-from iisan_fast.training.flat_storage import ALIGNMENT, LINE, FlatStorage
+from iisan_fast.training.flat_storage import FlatStorage
 from iisan_fast.training.training_step import TrainingStep
 
 CPU = torch.device("cpu")
@@ -58,19 +59,19 @@ def test_parameters_gradients_and_moments_are_views_of_one_layout(dtype):
                 (moments["exp_avg_sq"], storage.square),
             )
         ]
-        assert len(set(offsets)) == 1 and offsets[0] % (ALIGNMENT * dtype.itemsize) == 0
+        assert len(set(offsets)) == 1 and offsets[0] % (FLAT_ALIGNMENT * dtype.itemsize) == 0
         assert all(view.is_contiguous() and view.shape == parameter.shape for view in (parameter, parameter.grad))
         starts.append(offsets[0])
-    assert starts == sorted(set(starts)) and ALIGNMENT * torch.bfloat16.itemsize == 128
+    assert starts == sorted(set(starts)) and FLAT_ALIGNMENT * torch.bfloat16.itemsize == 128
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    assert storage.parameters.dtype == dtype and numbers < len(storage.parameters) <= numbers + 37 * ALIGNMENT
+    assert storage.parameters.dtype == dtype and numbers < len(storage.parameters) <= numbers + 37 * FLAT_ALIGNMENT
     assert sum(map(Tensor.count_nonzero, before.values())) == storage.parameters.count_nonzero()
 
 
 def test_every_line_has_the_rate_of_its_parameter():
     model = build()
     storage = FlatStorage(model, RATES)
-    rates = storage.rates[storage.line_groups.long()].repeat_interleave(LINE)
+    rates = storage.rates[storage.line_groups.long()].repeat_interleave(FLAT_LINE)
     assert len(rates) == len(storage.parameters) and storage.line_groups.dtype == torch.uint8
     groups = {id(parameter): name for name, group in model.parameter_groups().items() for parameter in group}
     for parameter in model.parameters():

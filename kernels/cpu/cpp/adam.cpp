@@ -39,7 +39,7 @@ template <class T> struct FlatAdam {
     double beta1, beta2, epsilon;
 };
 
-constexpr int64_t LINE = 32;  // numbers of one group, as in flat_storage.py
+constexpr int64_t LINE = 32;  // numbers of one group, as FLAT_LINE in types.py
 
 // What an update takes beside numbers.
 template <class T> struct Rule {
