@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.gpu_checks import Precision, all_launched, each_precision, nan_in_new_memory, relative_error
+from helpers.gpu_checks import PRECISIONS, Precision, all_launched, each_precision, nan_in_new_memory
 from helpers.gpu_checks import assert_as_good as assert_as_good_as_eager
 from helpers.sequence_cases import GridCase, PairCase, sequence_by_gpu
 from iisan_fast.kernels.gpu.sequence_encoder import SequenceEncoder
@@ -20,7 +20,6 @@ pytestmark = [
 
 KERNELS = {"sequence_forward", "sequence_backward", "sequence_weight_gradients", "sum_parts"}
 LENGTHS = [3, 10, 1, 7, 5] * 12
-BFLOAT16_ERROR = 0.04  # of a result's norm, against fp64
 
 
 def results_of(case: PairCase, pair: SequenceEncoder) -> dict[str, Tensor]:
@@ -50,8 +49,11 @@ def test_the_pair_in_bfloat16_is_near_the_reference_and_repeats_in_a_graph(sizes
         pair.forward()
         pair.backward()
     first = results_of(case, pair)
-    for name, exact in case.reference(torch.float64).items():
-        assert relative_error([first[name].cpu()], [exact]) <= BFLOAT16_ERROR, name
+    ours, theirs, exact = (
+        {name: [value.cpu()] for name, value in results.items()}
+        for results in (first, case.reference(torch.bfloat16), case.reference(torch.float64))
+    )
+    assert_as_good_as_eager(ours, theirs, exact, PRECISIONS["bf16"])
     assert torch.equal(pair.state_operands, pair.states.bfloat16())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
