@@ -386,7 +386,7 @@ def test_frozen_weights_other_devices_and_named_forms_are_refused(monkeypatch):
     monkeypatch.delenv(kernels.FORM_VARIABLE)
     with monkeypatch.context() as patch:
         patch.setattr(ops, "why_no_library", lambda: "no C++ compiler is here")
-        assert fused_step_refusal(model, CPU) == "no C++ compiler is here"
+        assert fused_step_refusal(model, CPU, torch.float32) == "no C++ compiler is here"
     model.item_encoder.side_network.first.gate.requires_grad_(False)
     assert fused_step_refusal(model, CPU, torch.float32) == "item_encoder.side_network.first.gate is not trained"
 
