@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from iisan_fast import kernels
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.packed_batches import RunPlan
 from iisan_fast.states.loader import PlannedBatch
-from iisan_fast.training.fused_step import GpuFusedStep, step_stages
+from iisan_fast.training.fused_step import GpuFusedStep, fused_step_refusal, step_stages
 
 
 class Logged:
@@ -75,3 +76,23 @@ def test_stages_end_where_collectives_go():
             method()
         calls.append("|")
     assert " ".join(calls[:-1]) == ORDER
+
+
+@pytest.mark.parametrize(
+    ("config", "max_inputs", "products", "reason"),
+    [
+        (dict(embedding_dim=48), 10, torch.bfloat16, "it takes item vectors of 16, 32, 64, 128 dimensions, found 48"),
+        (dict(attention_heads=8), 10, torch.bfloat16, "it needs 1 to 8 heads of at least 8, found 8 over 32"),
+        (dict(sanb="phm"), 10, torch.bfloat16, "its towers' weights are products of others"),
+        ({}, 65, torch.bfloat16, "it needs at most 64 positions, found 65"),
+        ({}, 10, torch.float16, "it needs products in float32 or bfloat16, found float16"),
+        ({}, 64, torch.bfloat16, ""),
+        (dict(embedding_dim=64, attention_heads=8), 10, torch.float32, ""),
+        (dict(embedding_dim=128, attention_heads=1), 10, torch.bfloat16, ""),
+        (dict(inter=False), 10, torch.bfloat16, ""),
+    ],
+)
+def test_models_that_no_step_on_a_gpu_takes_say_why(config, max_inputs, products, reason):
+    config = ModelConfig(**{"embedding_dim": 32, "bottleneck": 16} | config)
+    model = side_recommender([(2, 32), (2, 32)], config, max_inputs, np.full(6, 0.3), 1)
+    assert fused_step_refusal(model, torch.device("cuda"), products) == reason
