@@ -54,8 +54,7 @@ def epoch_figures(
         torch.cuda.reset_peak_memory_stats(device)
     trainer = trainer_of(form, sequences, tables, settings)
     trainer.model.train()
-    captures = capture_step(trainer)
-    yield captures.figures()
+    yield {"capture_s": capture_step(trainer)}
     epoch(trainer, 0)  # warms up what is left: the allocator, the host's threads
     yield {"epoch_s": [epoch(trainer, number) for number in range(settings.epochs)]}
     reading = trainer.step.read()

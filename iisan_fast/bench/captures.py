@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from itertools import islice
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,27 +13,13 @@ from ..training import CapturedStep, Trainer
 from .machine import NOT_MEASURED, synchronise
 
 
-class Captures(NamedTuple):
-    """The graph captured before timing began."""
+def capture_step(trainer: Trainer) -> float | str:
+    """Capture the step on the first batch, in the one shape of the run, and return the seconds.
 
-    shapes: int
-    seconds: float
-
-    def figures(self) -> dict[str, int | float]:
-        """Return the columns of a result's row."""
-        return {"captured_shapes": self.shapes, "capture_s": self.seconds}
-
-
-NO_CAPTURES = {"captured_shapes": 0, "capture_s": NOT_MEASURED}  # the columns of a row without graphs
-
-
-def capture_step(trainer: Trainer) -> Captures | None:
-    """Capture the step on the first batch, in the one shape of the run; None where the trainer captures nothing.
-
-    Nothing is trained.
+    Nothing is trained. Where the trainer captures nothing, NOT_MEASURED is returned.
     """
     if trainer.plan is None and trainer.captured is None:
-        return None
+        return NOT_MEASURED
     with closing(trainer.batches(0)) as batches:
         (first,) = islice(batches, 1)
         synchronise(trainer.device)
@@ -44,7 +29,7 @@ def capture_step(trainer: Trainer) -> Captures | None:
         else:
             trainer.captured.prepare(first.batch, first.item_inputs)
         synchronise(trainer.device)
-    return Captures(1, time.perf_counter() - started)
+    return time.perf_counter() - started
 
 
 def call_again_for_graphs(trainer: Trainer) -> None:

@@ -29,7 +29,7 @@ from ..precision import resolve_precision
 from ..progress import progress_bar
 from ..states import FeatureTable, Store, content_digest
 from ..training import Trainer, deterministic, train
-from .captures import NO_CAPTURES, Captures, capture_step
+from .captures import capture_step
 from .dense import DenseTrainer
 from .machine import NOT_MEASURED, QUANTILES, count_launches, in_a_process, named_sequences, on, origin, synchronise
 from .peak_memory import PeakMemory
@@ -108,7 +108,7 @@ class Started:
     """A form at its first weights, before its first batch."""
 
     step: Step
-    capture: Callable[[], Captures | None]  # trains nothing
+    capture: Callable[[], float | str]  # returns the seconds; trains nothing
 
 
 def benchmark(dataset: Path | None, settings: TrainSettings, device: torch.device) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def side_by_side(
             "ratio": float(np.median(times["dense"]) / np.median(times[name])),
             "largest_loss_difference": differences[name],
             **remarks[name],
-            **capture_figures(captures[name]),
+            "capture_s": captures[name],
             "launches": count_launches(steps[name]) if device.type == "cuda" else NOT_MEASURED,
         }
         for name in forms
@@ -191,11 +191,6 @@ def remark(name: str, form: TrainingForm, difference: float, settings: TrainSett
     return {"remark": f"its losses leave the dense reference's by {difference:.1e}, more than {NOTED_ABOVE:.0e}"}
 
 
-def capture_figures(captures: Captures | None) -> dict[str, Any]:
-    """Return a row's columns about captures."""
-    return NO_CAPTURES if captures is None else captures.figures()
-
-
 def start(
     form: TrainingForm, sequences: Sequences, tables: list[Tensor], settings: TrainSettings, device: torch.device
 ) -> Started:
@@ -208,7 +203,7 @@ def start(
         rates = config.train.learning_rates
         dense = DenseTrainer(model, [table.float().to(device) for table in tables], sequences, rates, settings.seed)
         users = dense_batches(sequences, config.train)
-        return Started(lambda: dense.step(*next(users)), capture=lambda: None)
+        return Started(lambda: dense.step(*next(users)), capture=lambda: NOT_MEASURED)
     with form_of_ops(form.ops):  # a trainer chooses its step by it
         trainer = new_trainer(form, sequences, tables, settings, device)
     batches = (prepared for epoch in range(config.train.max_epochs) for prepared in trainer.batches(epoch))
@@ -217,7 +212,7 @@ def start(
         with form_of_ops(form.ops), deterministic():
             return trainer.take(next(batches))
 
-    def capture() -> Captures | None:
+    def capture() -> float | str:
         with form_of_ops(form.ops), deterministic():
             return capture_step(trainer)
 
@@ -245,7 +240,7 @@ def epoch(name: str, sequences: Sequences, settings: TrainSettings, device: torc
         form = start(FORMS[name], sequences, random_states(sequences, settings), settings, device)
         gc.collect()
         with PeakMemory() as memory:
-            captures = form.capture()
+            capture_s = form.capture()
             timed(form.step, FORMS[name].warm_up_steps(count, device), device)
             started = time.perf_counter()
             for _ in range(count):
@@ -254,7 +249,7 @@ def epoch(name: str, sequences: Sequences, settings: TrainSettings, device: torc
             seconds = time.perf_counter() - started
     cuda = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else NOT_MEASURED
     memory_figures = {"peak_pss_bytes": memory.bytes or NOT_MEASURED, "peak_cuda_bytes": cuda}
-    return {"epoch_s": seconds, **capture_figures(captures), **memory_figures}
+    return {"epoch_s": seconds, "capture_s": capture_s, **memory_figures}
 
 
 def whole_run(dataset: Dataset, settings: TrainSettings, device: torch.device) -> dict[str, Any]:

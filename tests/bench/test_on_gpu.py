@@ -219,7 +219,7 @@ def test_a_step_whose_graph_has_other_launches_fails_the_stage(dataset, tmp_path
 def test_epochs_are_timed_once_their_shapes_are_captured_and_profiled(dataset, tmp_path):
     result = measure("epochs", dataset, tmp_path)
     (row,) = result["forms"].values()
-    assert row["captured_shapes"] >= 1 and row["capture_s"] > 0 and len(row["epoch_s"]) == DRY_RUN["epochs"]
+    assert row["capture_s"] > 0 and len(row["epoch_s"]) == DRY_RUN["epochs"]
     assert row["mean_loss"] > 0 and row["peak_cuda_bytes"] == row["step_on_device_ms"] == NOT_MEASURED
     for name in ("captured", "eager"):
         profile = result["profiles"][name]
