@@ -46,7 +46,7 @@ def costs(sequences: Sequences, users: int) -> dict[str, tuple[KernelReading, Ke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("users", [64, 8192])
+@pytest.mark.parametrize("users", [pytest.param(64, marks=pytest.mark.long), 8192])
 def test_the_loss_is_within_its_budget_of_issue_slots(scientific, users):
     by_name = costs(scientific, users)
     for name, (code, cost) in by_name.items():

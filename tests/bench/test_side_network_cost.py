@@ -36,7 +36,7 @@ def costs(sequences: Sequences, users: int) -> dict[str, tuple[KernelReading, Ke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("users", [64, 8192])
+@pytest.mark.parametrize("users", [pytest.param(64, marks=pytest.mark.long), 8192])
 def test_the_side_network_is_within_its_budget(scientific, users):
     by_name = costs(scientific, users)
     for name, (code, cost) in by_name.items():

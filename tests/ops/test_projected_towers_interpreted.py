@@ -159,7 +159,7 @@ class Case:
         {"items": 18, "views": [(0,)], "layers": 3, "gated": False, "width": 16},
         {"items": 6, "layers": 2, "views": [(0, 1), (0,)], "gated": False, "activation": "gelu"},
         pytest.param({"items": 33, "layers": 9, "room": 64, "views": [(0, 1), (1,)]}, marks=pytest.mark.slow),
-        pytest.param({"items": 18, "layers": 13, "width": 80, "bottleneck": 24, "dim": 128}, marks=pytest.mark.slow),
+        pytest.param({"items": 18, "layers": 13, "width": 80, "bottleneck": 24, "dim": 128}, marks=pytest.mark.long),
         pytest.param({"layers": 2, "width": 48, "bottleneck": 512, "views": [(0,)]}, marks=pytest.mark.long),
         pytest.param({"layers": 7, "width": 768, "bottleneck": 64, "dim": 64}, marks=pytest.mark.long),
     ],

@@ -81,7 +81,7 @@ def test_stages_end_where_collectives_go():
 @pytest.mark.parametrize(
     ("config", "max_inputs", "products", "reason"),
     [
-        (dict(embedding_dim=48), 10, torch.bfloat16, "it takes item vectors of 16, 32, 64, 128 dimensions, found 48"),
+        (dict(embedding_dim=48), 10, torch.bfloat16, "it needs item vectors of 16, 32, 64, 128 dimensions, found 48"),
         (dict(attention_heads=8), 10, torch.bfloat16, "it needs 1 to 8 heads of at least 8, found 8 over 32"),
         (dict(sanb="phm"), 10, torch.bfloat16, "its towers' weights are products of others"),
         ({}, 65, torch.bfloat16, "it needs at most 64 positions, found 65"),
