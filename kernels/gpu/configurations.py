@@ -144,10 +144,10 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
     },
     "fold_prepare": {
         ("default", "small"): Configuration(
-            {"BR": 64, "BC": 32, "BD": 64, "ROWS": 16, "COLUMNS": 512}, warps=4, stages=4
+            {"BR": 64, "BC": 32, "BD": 64, "ROWS": 16, "COLUMNS": 256}, warps=4, stages=4
         ),
         ("default", "fp32"): Configuration(
-            {"BR": 32, "BC": 32, "BD": 16, "ROWS": 16, "COLUMNS": 512}, warps=4, stages=1
+            {"BR": 32, "BC": 32, "BD": 16, "ROWS": 16, "COLUMNS": 256}, warps=4, stages=1
         ),
     },
     "fold_backward": {
