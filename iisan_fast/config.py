@@ -232,7 +232,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How targets are ranked against the full catalogue."""
+    """Settings of the ranking of targets against the full catalogue."""
 
     ks: tuple[int, ...] = (10,)
     mask_history: bool = True  # which of the two figures leads and selects the best epoch; both are always reported

@@ -138,14 +138,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
     rows, settings, environment = result["rows"], result["settings"], result["environment"]
     figure, (by_users, by_items) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for count in settings["items"]:
-        own = [row for row in rows if row["items"] == count]
-        by_users.plot(*zip(*((row["batch_users"], row["epoch_s"]) for row in own)), "o-", label=f"{count:,} items")
+        of_size = [row for row in rows if row["items"] == count]
+        by_users.plot(*zip(*((row["batch_users"], row["epoch_s"]) for row in of_size)), "o-", label=f"{count:,} items")
     for count in settings["batch_users"]:
-        own = [row for row in rows if row["batch_users"] == count]
+        of_size = [row for row in rows if row["batch_users"] == count]
         label = f"epoch, {count:,} users a batch"
-        by_items.plot(*zip(*((row["items"], row["epoch_s"]) for row in own)), "o-", label=label)
+        by_items.plot(*zip(*((row["items"], row["epoch_s"]) for row in of_size)), "o-", label=label)
     times = [[row["evaluation_s"] for row in rows if row["items"] == count] for count in settings["items"]]
-    middle = [float(np.median(own)) for own in times]
+    middle = [float(np.median(seconds)) for seconds in times]
     by_items.plot(settings["items"], middle, "s--", color="black", label="evaluation: all users, whole catalogue")
     by_users.set(
         xlabel="users a batch", ylabel="seconds", title=f"An epoch of {settings['users']:,} users", xscale="log"

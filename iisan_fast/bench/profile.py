@@ -30,17 +30,18 @@ def profile(trainer: Trainer, steps: int) -> dict[str, Any]:
     if trainer.plan is not None:
         trainer.step_by_autograd(captured=False)
     trainer.model.train()
-    laps, kept = [], 0
+    laps, activation_bytes = [], 0
     with deterministic():
         for prepared, watch in _watched(trainer, WARM_UP_STEPS + steps):
-            kept = max(kept, _activations(trainer, prepared)) if len(laps) < WARM_UP_STEPS else kept
+            if len(laps) < WARM_UP_STEPS:
+                activation_bytes = max(activation_bytes, _activations(trainer, prepared))
             trainer.step(prepared.batch, prepared.item_inputs, watch.lap)
             laps.append(watch.seconds)
     modules = [trainer.model, *_frozen_encoders(trainer)]
     measured = laps[WARM_UP_STEPS:] or laps
     return {
         "phases_ms": {phase: 1000 * median(lap[phase] for lap in measured) for phase in PHASES},
-        "memory_bytes": memory_split(modules, trainer.step.optimizer, kept),
+        "memory_bytes": memory_split(modules, trainer.step.optimizer, activation_bytes),
         "parameters": parameter_counts(nn.ModuleList(modules)),
     }
 

@@ -278,10 +278,10 @@ def fill_store(dataset: Dataset, settings: TrainSettings, cache: Path) -> None:
     """The random states as extraction would have stored them."""
     tables, item_ids = random_states(dataset.sequences, settings), dataset.sequences.item_ids
     digests = [content_digest(title.encode()) for title in dataset.titles]
-    made = {"source": "title", "unescaped": dataset.protocol.unescape_titles, "dtype": "bfloat16"}
-    made |= {"layers": list(range(settings.layers)), "depth": settings.layers, "width": settings.width}
+    described = {"source": "title", "unescaped": dataset.protocol.unescape_titles, "dtype": "bfloat16"}
+    described |= {"layers": list(range(settings.layers)), "depth": settings.layers, "width": settings.width}
     with Store(cache, writable=True) as store:
-        store.add_views({name: made for name in VIEWS})
+        store.add_views({name: described for name in VIEWS})
         for name, table in zip(VIEWS, tables):
             store.write(name, item_ids, digests, table[1:])
 

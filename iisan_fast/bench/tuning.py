@@ -228,7 +228,7 @@ def table_text(found: list[Found], device: torch.device) -> str:
 
 
 def as_json(found: list[Found], device: torch.device) -> list[dict[str, Any]]:
-    """The same for programs."""
+    """Return the searches' results as JSON values."""
     return [
         {"kernel": one.kernel, "architecture": architecture(device), "size": one.size, "entry": literal(one.best)}
         | {"ms": one.ms, "shipped_ms": one.shipped_ms, "tried": one.tried, "skipped": one.skipped}

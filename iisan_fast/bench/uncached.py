@@ -110,7 +110,7 @@ def fill_cache(dataset: Dataset, settings: UncachedSettings, cache: Path) -> Non
 
 
 def measure(config: RunConfig, steps: int, device: torch.device) -> dict[str, Any]:
-    """What an epoch takes of time and memory, from so many of its steps, and a step taken apart."""
+    """Measure an epoch's time and memory from some of its steps, and the parts of a step."""
     dataset = load_dataset(Path(config.dataset), config.protocol)
     placement, precision = "pinned" if device.type == "cuda" else "auto", resolve_precision(config, device)
     with on(device), ExitStack() as opened:
@@ -139,9 +139,9 @@ def timed_epoch(trainer: Trainer, steps: int) -> dict[str, float]:
         watch = Stopwatch(trainer.device)
         take(trainer, steps)
         watch.lap("steps")
-    found = trainer.step.read()
+    reading = trainer.step.read()
     whole = steps_per_epoch(trainer.sequences, trainer.config.train.batch_users)
-    return {"epoch_s": watch.seconds["steps"] * whole / steps, "loss": found.loss / found.rows}
+    return {"epoch_s": watch.seconds["steps"] * whole / steps, "loss": reading.loss / reading.rows}
 
 
 def take(trainer: Trainer, steps: int) -> None:

@@ -54,5 +54,5 @@ def views_by_model(backbones: Sequence[Backbone]) -> list[list[int]]:
 
 def _computed_alike(view: ViewConfig, other: ViewConfig) -> bool:
     """Return True if one forward of an encoder gives the hidden states of both views."""
-    one, two = (replace(each, name="view", pooling=None, layers=None, layer_groups=None) for each in (view, other))
-    return one == two
+    plain = {"name": "view", "pooling": None, "layers": None, "layer_groups": None}
+    return replace(view, **plain) == replace(other, **plain)
