@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from iisan_fast.config import EvaluationConfig, ModelConfig, ProtocolConfig, RunConfig, TrainConfig, ViewConfig, to_dict
+from iisan_fast.config import EvaluationConfig, ModelConfig, ProtocolConfig, RunConfig, TrainConfig, ViewConfig
 from iisan_fast.data import load_dataset
 from iisan_fast.encoders import write_resized_vit
+from iisan_fast.setting_fields import to_dict
 from iisan_fast.states import extract
 from iisan_fast.training import RunFolder, environment, evaluate_run, resume, train
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from ..config import ENCODER_DTYPES, POOLINGS, ViewConfig, from_dict
+from ..config import ENCODER_DTYPES, POOLINGS, ViewConfig
 from ..errors import InputError
+from ..setting_fields import from_dict
 from ..settings import take_views
 
 VIEW_HELP = """A view as "source=title encoder=E", optionally with name=, pooling=, layers=0,2,4, layer_groups=,

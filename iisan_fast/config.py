@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import numbers
-import os
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-from .errors import InputError, check_choice, check_range, nearest
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from .errors import InputError, check_choice, check_range
+from .setting_fields import check_settings, from_dict
 
 SOURCES = ("image", "title", "caption")
 POOLINGS = ("cls", "mean", "last")
@@ -57,8 +51,6 @@ TOWERS = ("first", "second", "inter")  # over the first view, the second, and bo
 
 RUN_FORMAT = 2  # of run folders, recorded in their config.json; runs of format 1 record none
 
-Config = TypeVar("Config", bound="DataclassInstance")
-
 
 @dataclass(frozen=True)
 class ViewConfig:
@@ -75,7 +67,7 @@ class ViewConfig:
     options: Mapping[str, Any] = field(default_factory=dict)  # of `from_pretrained`, beside those set here
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
+        check_settings(self)
         check_choice("source", self.source, SOURCES)
         if self.layer_groups is not None:
             check_range("layer_groups", self.layer_groups, 1, 1000)
@@ -117,7 +109,7 @@ class ProtocolConfig:
     test_from: float = 0.9  # and before the second
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
+        check_settings(self)
         check_choice("missing_captions", self.missing_captions, MISSING_CAPTIONS)
         check_choice("split", self.split, SPLITS)
         shares = self.validation_from, self.test_from
@@ -154,7 +146,7 @@ class ModelConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
+        check_settings(self)
         check_choice("method", self.method, METHODS)
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("sanb", self.sanb, SANBS)
@@ -219,7 +211,7 @@ class TrainConfig:
     learning_rates: Mapping[str, float] = field(default_factory=dict)  # of a group; a run fills in its method's others
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
+        check_settings(self)
         check_range("batch_users", self.batch_users, 1, 10_000_000)
         check_range("max_epochs", self.max_epochs, 1, 1_000_000)
         check_range("patience", self.patience, 0, 1_000_000)
@@ -240,7 +232,7 @@ class EvaluationConfig:
     chunk_mib: int = 64  # memory that the score chunks may take
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
+        check_settings(self)
         if not self.ks or any(k < 1 for k in self.ks):
             raise InputError(f"ks: expected one or more cut-offs of at least 1, found {list(self.ks)}")
         check_choice("ties", self.ties, tuple(TIE_SHARES))
@@ -259,7 +251,7 @@ class UncachedConfig:
     checkpointing: bool = False  # a trained encoder's blocks keep their inputs alone and are computed twice
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
+        check_settings(self)
         check_choice("dtype", self.dtype, STORE_DTYPES)
         check_choice("missing_images", self.missing_images, MISSING_IMAGES)
         check_choice("attention", self.attention, ATTENTIONS)
@@ -281,7 +273,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
+        check_settings(self)
         method = self.model.method
         if self.uncached is not None:
             names = tuple(view.name for view in self.uncached.views)
@@ -331,26 +323,6 @@ class RunConfig:
                 )
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON values."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
-    """A `cls` from JSON values. An unknown or missing key, or a value of the wrong type, is an InputError."""
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    prefix = f"{where}." if where else ""
-    for key in values:
-        if key not in known:
-            raise InputError(f"{prefix}{key}: unknown setting; {nearest(key, known)}")
-    hints = typing.get_type_hints(cls)
-    for key, f in known.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and key not in values:
-            raise InputError(f"{prefix}{key}: missing setting")
-    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in values.items()})
-
-
 def read_run_config(path: Path) -> RunConfig:
     """Return the configuration in a run's config.json. Raises InputError, naming the file, for any mistake in it."""
     values, _ = read_run_settings(path)
@@ -393,50 +365,3 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
-
-
-def _convert_fields(config: DataclassInstance) -> None:
-    """Turn each value into its declared type: a list into a tuple, a path into text, a number of numpy into Python's.
-
-    Raises InputError for a value of another type.
-    """
-    hints = typing.get_type_hints(type(config))
-    for setting in dataclasses.fields(config):
-        value = _convert(getattr(config, setting.name), hints[setting.name], setting.name)
-        object.__setattr__(config, setting.name, value)
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    if hint is Any:
-        return value
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-        return _convert(value, hint, where)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else from_dict(hint, _expect(value, Mapping, where), where)
-    if origin is tuple:
-        element = typing.get_args(hint)[0]
-        return tuple(_convert(item, element, where) for item in _expect(value, (list, tuple), where))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        element = typing.get_args(hint)[1]
-        return {key: _convert(item, element, f"{where}.{key}") for key, item in _expect(value, Mapping, where).items()}
-    return _expect(_plain(value, hint), hint, where)
-
-
-def _plain(value: Any, hint: type) -> Any:
-    """Return a number or a path in Python's own type, as JSON takes it."""
-    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    return os.fspath(value) if hint is str and isinstance(value, os.PathLike) else value
-
-
-def _expect(value: Any, kind: Any, where: str) -> Any:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        expected = "names and values" if kind is Mapping else getattr(kind, "__name__", "list")
-        raise InputError(f"{where}: expected {expected}, found {json.dumps(value, default=repr)}")
-    return value

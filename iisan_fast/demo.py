@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .config import LEARNING_RATES, METHODS, TUNING_METHODS, ModelConfig, RunConfig, ViewConfig, to_dict
+from .config import LEARNING_RATES, METHODS, TUNING_METHODS, ModelConfig, RunConfig, ViewConfig
 from .data import load_dataset
 from .encoders import grouped_layers, write_bert, write_vit
 from .errors import InputError, check_choice
+from .setting_fields import to_dict
 from .settings import run_config
 from .states import extract
 from .training import check_new_run

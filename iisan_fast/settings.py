@@ -22,11 +22,10 @@ from .config import (
     TrainConfig,
     UncachedConfig,
     ViewConfig,
-    from_dict,
     read_run_settings,
-    to_dict,
 )
 from .errors import InputError, check_choice, nearest
+from .setting_fields import from_dict, to_dict
 
 PathLike = Union[str, "os.PathLike[str]"]
 Section = TypeVar("Section", ProtocolConfig, EvaluationConfig)

@@ -18,11 +18,10 @@ from iisan_fast.config import (
     TrainConfig,
     UncachedConfig,
     ViewConfig,
-    from_dict,
     read_run_config,
-    to_dict,
 )
 from iisan_fast.errors import InputError
+from iisan_fast.setting_fields import from_dict, to_dict
 
 MINIMAL = {"dataset": "d", "cache": "c", "views": ["image"]}
 VIEW = {"name": "image", "source": "image", "encoder": "e"}

@@ -10,7 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from iisan_fast.config import ProtocolConfig, ViewConfig, to_dict
+from iisan_fast.config import ProtocolConfig, ViewConfig
+from iisan_fast.setting_fields import to_dict
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import iisan_fast
 from iisan_fast import ModelConfig, ProtocolConfig, RunConfig, ViewConfig
-from iisan_fast.config import from_dict
 from iisan_fast.data import Dataset
 from iisan_fast.kernels import form_on
+from iisan_fast.setting_fields import from_dict
 
 
 def right(folder: Path) -> list[str]:

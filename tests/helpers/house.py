@@ -14,7 +14,10 @@ from typing import NamedTuple
 PACKAGE = "iisan_fast"
 INSTALLED_INSIDE = ("kernels", "cli")  # top-level folders that are imported as iisan_fast.kernels and iisan_fast.cli
 NEIGHBOURS = frozenset(
-    ("config", "devices", "doors", "errors", "files", "fingerprints", "precision", "progress", "runtime", "workers")
+    (
+        *("config", "devices", "doors", "errors", "files", "fingerprints", "precision", "progress", "runtime"),
+        *("setting_fields", "workers"),
+    )
 )
 FLOORS = (  # from the ground up; a room imports from lower floors alone
     NEIGHBOURS,
