@@ -9,15 +9,38 @@ ROOT = Path(__file__).parent
 FOLDERS = {"iisan_fast": "iisan_fast", "iisan_fast.kernels": "kernels", "iisan_fast.cli": "cli"}
 PACKAGES = [*FOLDERS, *(f"{name}.{sub}" for name, folder in FOLDERS.items() for sub in find_packages(ROOT / folder))]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "iisan_fast" / "__init__.py").read_text()).group(1)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# A package index has the README alone: a link to a file of the checkout would lead nowhere, so its text stays alone.
+DESCRIPTION = re.sub(r"!?\[([^\]]*)\]\((?!https?://|#)[^)]*\)", r"\1", README)
 
 setup(
     name="iisan-fast",
     version=VERSION,
     description="A fast, exact trainer for IISAN: multimodal sequential recommendation on frozen encoders",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=DESCRIPTION,
     long_description_content_type="text/markdown",
+    author="The iisan-fast maintainers",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    keywords=["recommender systems", "sequential recommendation", "multimodal", "fine-tuning", "IISAN", "SASRec"],
+    project_urls={
+        "IISAN (paper)": "https://arxiv.org/abs/2404.02059",
+        "IISAN-Versa (paper)": "https://arxiv.org/abs/2411.02992",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=PACKAGES,
     package_dir=FOLDERS,

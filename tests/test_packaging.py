@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import venv
 import zipfile
 from collections.abc import Iterator
+from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,14 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "bin"
 
 
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
+    """The wheel's METADATA: its fields, and the README as the package index shows it."""
+    with zipfile.ZipFile(wheel) as content:
+        (name,) = (name for name in content.namelist() if name.endswith(".dist-info/METADATA"))
+        return message_from_bytes(content.read(name))
+
+
 def files_of_the_package() -> Iterator[str]:
     """The paths in the wheel of all modules, C++ sources and py.typed of the checkout."""
     for folder, place in INSTALLED_AS.items():
@@ -78,6 +89,33 @@ def test_the_wheel_holds_every_module_and_nothing_beside_the_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == set(files_of_the_package())
     assert {name.split("/")[0].split("-")[0] for name in names} == {"iisan_fast"}
+
+
+def test_the_metadata_names_the_versions_that_ci_tests(metadata):
+    classifiers = metadata.get_all("Classifier")
+    prefix = "Programming Language :: Python :: 3."
+    named = [line.rpartition(" ")[2] for line in classifiers if line.startswith(prefix)]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert named == workflow["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    assert metadata["Requires-Python"] == f">={named[0]}" and "Typing :: Typed" in classifiers
+
+
+def test_the_index_page_links_to_no_file_of_the_checkout(metadata):
+    page = metadata.get_payload(decode=True).decode()
+    assert metadata["Description-Content-Type"] == "text/markdown" and page.startswith("# iisan-fast")
+    targets = re.findall(r"\]\(([^)]*)\)", page)
+    assert targets and all(target.startswith(("https://", "#")) for target in targets), targets
+
+
+def test_the_citation_is_of_this_version_and_names_both_papers(metadata):
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()  # the format requires them
+    assert str(citation["version"]) == metadata["Version"] and citation["license"] == "Apache-2.0"
+    papers = {reference["url"] for reference in citation["references"]}
+    assert papers == {url.partition(", ")[2] for url in metadata.get_all("Project-URL")}
+    for reference in citation["references"]:
+        assert {"type", "title", "authors"} <= reference.keys()
+        assert all({"family-names", "given-names"} == author.keys() for author in reference["authors"])
 
 
 def test_the_editable_install_adds_no_other_package(tmp_path):
