@@ -47,9 +47,12 @@ setup(
     package_data={"iisan_fast": ["py.typed"], "iisan_fast.kernels.cpu": ["cpp/*"]},
     install_requires=[
         "click>=8.1",
+        "filelock>=3.15",
         "lmdb>=1.4",
         "numpy>=1.26",
         "pillow>=10.1",
+        "platformdirs>=4.12",
+        "pyyaml>=6.0",
         "rich>=13.0",
         "safetensors>=0.4",
         "torch>=2.6",

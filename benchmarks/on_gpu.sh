@@ -9,9 +9,9 @@
 #   --commit ID            of a copy without .git            --dry-run      small sizes on a CPU, no GPU needed
 #
 # The machine needs a Python (PYTHON, by default python3) with torch, triton, transformers, numpy, pillow, rich, click,
-# safetensors, pytest, hypothesis, pip and setuptools; no network and no package registry. Only the project itself is
-# installed, unless it is already. Bring along what else is missing there, lmdb above all: where registries can be
-# reached, `pip download` its wheels for the machine's Python; on the machine unpack them with
+# safetensors, filelock, pyyaml, pytest, hypothesis, pip and setuptools; no network and no package registry. Only the
+# project itself is installed, unless it is already. Bring along what else is missing there, lmdb and platformdirs above
+# all: where registries can be reached, `pip download` their wheels for the machine's Python; on the machine unpack with
 # `pip install --no-index --no-deps --target site wheels/*.whl`, and set PYTHONPATH=$PWD/site.
 set -euo pipefail
 

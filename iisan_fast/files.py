@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
 
 from .errors import InputError
 
@@ -54,18 +56,29 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def locked(path: Path, busy: str) -> IO[bytes]:
-    """A file held by one process alone, until it is closed or the process ends, however it ends.
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file `path` as the only process. The lock ends with the block, or with the process if it is killed.
 
-    Raises InputError, saying `busy`, where another holds it.
+    The file itself stays. Raises InputError with the message `busy` if another process holds the lock.
     """
-    file = path.open("wb")
+    lock = FileLock(path, blocking=False, thread_local=False)  # any thread may end the block
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+        lock.acquire()
+    except Timeout:
         raise InputError(busy) from None
-    return file
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder for this project, which may not exist yet: ~/.cache/iisan-fast on Linux.
+
+    Raises RuntimeError if the user has no home folder.
+    """
+    return user_cache_path("iisan-fast", appauthor=False)
 
 
 def refuse_truncated(env: Any, path: Path) -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from .files import write_atomically
+from .files import cache_folder, write_atomically
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")  # the first that matches is what transformers loads
 NOT_COMPARED = ("encoder", "versions")  # the folder of the weights and the libraries' versions may change
@@ -60,8 +59,7 @@ def _short(value: object) -> str:
 
 
 def _memory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "iisan-fast" / "digests.json"
+    return cache_folder() / "digests.json"
 
 
 def _recall() -> dict[str, Any]:

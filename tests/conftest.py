@@ -6,11 +6,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 
+from platformdirs import user_cache_path
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the program does
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded in tests
 os.environ.setdefault(  # the C++ is compiled once a machine, not once a test run
     "IISAN_FAST_COMPILED",
-    os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "iisan-fast", "compiled"),
+    str(user_cache_path("iisan-fast", appauthor=False) / "compiled"),
 )
 
 from pathlib import Path

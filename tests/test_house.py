@@ -163,7 +163,11 @@ def test_a_door_that_disagrees_with_itself_is_found(old, new, expected):
         ("iisan_fast/demo.py", "from transformers.models import bert\n", "transformers is not for demo"),
         ("iisan_fast/training/trainer.py", "def f():\n    import lmdb\n", "lmdb is not for training"),
         ("iisan_fast/bench/train.py", "import click\n", "click is not for benchmarks"),
-        ("kernels/cpu/adam.py", "import rich\n", "kernels import torch, triton and numpy alone, found rich"),
+        (
+            "kernels/cpu/adam.py",
+            "import rich\n",
+            "kernels import torch, triton, numpy and platformdirs alone, found rich",
+        ),
     ],
 )
 def test_libraries_out_of_place_are_found(path, text, expected):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ class Store:
         if writable:
             path.mkdir(parents=True, exist_ok=True)
         busy = f"{path}: another extraction is writing to this cache; wait for it to end"
-        self._lock = locked(path / "lock", busy) if writable else None
+        self._lock = ExitStack()
+        if writable:
+            self._lock.enter_context(locked(path / "lock", busy))
         database = path / "states.lmdb"
         if writable and not (path / "manifest.json").exists() and not database.exists():
             self.manifest: dict[str, Any] = {"format": FORMAT_VERSION, "views": {}}
@@ -67,8 +69,7 @@ class Store:
     def close(self) -> None:
         """Gives back the database and the lock."""
         self._env.close()
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
 
     @property
     def views(self) -> dict[str, dict[str, Any]]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from platformdirs import user_cache_path
 
 from ..threads import cores
 from .structs import STRUCTS, CallStruct
@@ -208,8 +209,8 @@ def _compiler() -> list[str]:
 
 def _folder() -> Path:
     """Return the folder of compiled libraries. Nobody else may write there, since its files are run."""
-    named, base = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
-    folder = Path(named or Path(base or Path.home() / ".cache") / "iisan-fast" / "compiled").resolve()
+    named = os.environ.get(CACHE_VARIABLE)
+    folder = Path(named or user_cache_path("iisan-fast", appauthor=False) / "compiled").resolve()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     owned = not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()
     if not owned or folder.stat().st_mode & 0o022:
