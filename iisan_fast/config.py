@@ -6,11 +6,10 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from .errors import InputError, check_choice, check_range
-from .setting_fields import check_settings, from_dict
+from .errors import InputError, check_choice
+from .setting_fields import check_settings, same_setting, setting
 
 SOURCES = ("image", "title", "caption")
 POOLINGS = ("cls", "mean", "last")
@@ -49,44 +48,52 @@ LEARNING_RATES: dict[str, dict[str, float]] = {  # of each method's groups of pa
 METHODS = tuple(LEARNING_RATES)
 TOWERS = ("first", "second", "inter")  # over the first view, the second, and both
 
-RUN_FORMAT = 2  # of run folders, recorded in their config.json; runs of format 1 record none
-
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """One view of an item: a source, the frozen encoder that reads it, its pooling and the layers kept."""
+    """One view of the items: a source, the encoder that reads it, the pooling, and the layers that are kept."""
 
-    name: str
-    source: str
-    encoder: str
-    pooling: str | None = None  # None: the encoder family's default
-    layers: tuple[int, ...] | None = None  # indices into hidden_states, 0 the embedding output; None: 0, 2, 4, …
-    max_tokens: int = 30
-    encoder_dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
-    layer_groups: int | None = None  # in place of layers: the embedding output, and the last block of as many groups
-    options: Mapping[str, Any] = field(default_factory=dict)  # of `from_pretrained`, beside those set here
+    name: str = setting(help="Name of the view in the cache and in a run.")
+    source: str = setting(help="Content of an item that the encoder reads.", choices=SOURCES)
+    encoder: str = setting(help="Hub name or folder of the encoder.")
+    pooling: str | None = setting(
+        None, help="Pooling of a layer's tokens.", choices=POOLINGS, automatic="the encoder family's default"
+    )
+    layers: tuple[int, ...] | None = setting(
+        None,
+        help="Hidden states that are kept, by number; 0 is the embedding output.",
+        automatic="0, 2, 4, … to the last",
+    )
+    max_tokens: int = setting(30, help="Tokens of a text that are read.", minimum=1, maximum=1_000_000)
+    encoder_dtype: str = setting(
+        "auto",
+        help="Data type of the encoder's weights.",
+        choices=ENCODER_DTYPES,
+        automatic="bfloat16 on CUDA, else float32",
+    )
+    layer_groups: int | None = setting(
+        None,
+        help="Keep the embedding output and the last block of each of so many equal groups, in place of layers.",
+        minimum=1,
+        maximum=1000,
+        automatic="by layers",
+    )
+    options: Mapping[str, Any] = setting({}, help="Options of Hugging Face's from_pretrained, by name.")
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_choice("source", self.source, SOURCES)
-        if self.layer_groups is not None:
-            check_range("layer_groups", self.layer_groups, 1, 1000)
-            if self.layers is not None:
-                raise InputError("layers, layer_groups: expected one of them, found both")
-        check_choice("encoder_dtype", self.encoder_dtype, ENCODER_DTYPES)
+        if self.layer_groups is not None and self.layers is not None:
+            raise InputError("layers, layer_groups: expected one of them, found both")
         if "dtype" in self.options:
             self._rename_dtype()
         for name in self.options:
             if name in RESERVED_OPTIONS:
                 raise InputError(f"options.{name}: is decided here; expected another option of from_pretrained")
-        if self.pooling is not None:
-            check_choice("pooling", self.pooling, POOLINGS)
-        check_range("max_tokens", self.max_tokens, 1, 1_000_000)
         if not self.name or "\0" in self.name:
             raise InputError(f"name: expected a view's name, found {self.name!r}")
 
     def _rename_dtype(self) -> None:
-        """An encoder_dtype that was given as Hugging Face calls it becomes one."""
+        """Move the option dtype, which is Hugging Face's name of encoder_dtype, to encoder_dtype."""
         options = dict(self.options)
         dtype = options.pop("dtype")
         check_choice("options.dtype", dtype, ENCODER_DTYPES)
@@ -98,93 +105,110 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class ProtocolConfig:
-    """Which users and interactions count (in the papers at least 5, and 10 inputs at most), and which are held out."""
+    """The data protocol: the users and interactions that count, and the ones that are held out."""
 
-    min_interactions: int = 5
-    max_inputs: int = 10
-    unescape_titles: bool = True
-    missing_captions: str = "error"  # what stands where captions.tsv has no line for an item: nothing, or its title
-    split: str = "leave-one-out"  # each user's last two are the targets; temporal: what comes after two times of all
-    validation_from: float = 0.8  # temporal: the share of all interactions that come before the first time
-    test_from: float = 0.9  # and before the second
+    # At least 4: two to train on, one to validate and one to test. The papers use 5, and 10 inputs.
+    min_interactions: int = setting(5, help="Users with fewer interactions are left out.", minimum=4, maximum=1_000_000)
+    max_inputs: int = setting(
+        10, help="Items of a history that the model reads, the latest ones.", minimum=1, maximum=10_000
+    )
+    unescape_titles: bool = setting(True, help="Replace HTML entities in titles and captions by their characters.")
+    missing_captions: str = setting(
+        "error",
+        help="For items without a caption, if others have one: stop with an error, or read the title.",
+        choices=MISSING_CAPTIONS,
+    )
+    split: str = setting(
+        "leave-one-out",
+        help="Hold out each user's last two interactions, or all after two points in time (needs times.tsv).",
+        choices=SPLITS,
+    )
+    validation_from: float = setting(0.8, help="Temporal split: share of all interactions that come before validation.")
+    test_from: float = setting(0.9, help="Temporal split: share of all interactions that come before the test.")
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_choice("missing_captions", self.missing_captions, MISSING_CAPTIONS)
-        check_choice("split", self.split, SPLITS)
         shares = self.validation_from, self.test_from
         if not 0 < shares[0] < shares[1] < 1:
             raise InputError(f"validation_from, test_from: expected ascending shares between 0 and 1, found {shares}")
         if self.split != "temporal" and shares != (ProtocolConfig.validation_from, ProtocolConfig.test_from):
             raise InputError(f"validation_from, test_from: {self.split} takes no shares; they are for temporal")
-        # Four: two to train on, one each to validate and to test.
-        check_range("min_interactions", self.min_interactions, 4, 1_000_000)
-        check_range("max_inputs", self.max_inputs, 1, 10_000)
 
     @property
     def max_history(self) -> int:
-        """Interactions that leave-one-out keeps of a user: the inputs, one target each to train, validate and test."""
+        """Return how many interactions of a user leave-one-out keeps: the inputs, and three targets."""
         return self.max_inputs + 3
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The side network, its heads and the sequence encoder."""
+    """The method, its side network and heads, and the sequence encoder."""
 
-    method: str = "iisan"
-    embedding_dim: int = 64
-    bottleneck: int = 64
-    bottlenecks: Mapping[str, int] = field(default_factory=dict)  # of a tower, by name, where it has one of its own
-    activation: str = "relu"
-    sanb: str = "adapter"  # what the weights of a SANB are made of: matrices, Kronecker products, or rank-1 products
-    gates: bool = True
-    intra: bool = True
-    inter: bool | None = None  # None: where there are two views
-    layer_groups: int | None = None  # blocks kept of each encoder, the last of as many groups; None: all that there are
-    blocks: int = 2
-    attention_heads: int = 2
-    dropout: float = 0.1
+    method: str = setting(
+        "iisan",
+        help="IISAN, or a method to compare with: tuned encoders (full, adapter, lora, bitfit), frozen encoders, or "
+        "SASRec on item ids (id).",
+        choices=METHODS,
+    )
+    embedding_dim: int = setting(64, help="Width of item vectors and user states.", minimum=1, maximum=65_536)
+    bottleneck: int = setting(64, help="Width inside the SANBs, or inside adapters.", minimum=1, maximum=65_536)
+    bottlenecks: Mapping[str, int] = setting(
+        {}, help="Width inside one tower's SANBs: first, second or inter.", minimum=1, maximum=65_536
+    )
+    activation: str = setting("relu", help="Activation inside the SANBs, or inside adapters.", choices=ACTIVATIONS)
+    sanb: str = setting(
+        "adapter",
+        help="Form of a SANB's weights: matrices, sums of Kronecker products, or products of rank 1.",
+        choices=SANBS,
+    )
+    gates: bool = setting(True, help="Join a tower's layers by learned gates; without, by plain sums.")
+    intra: bool = setting(True, help="Use a tower for each view.")
+    inter: bool | None = setting(None, help="Use a tower that joins two views.", automatic="if there are two views")
+    layer_groups: int | None = setting(
+        None,
+        help="Keep only the last block of each of so many equal groups of an encoder's blocks.",
+        minimum=1,
+        maximum=1000,
+        automatic="all layers that there are",
+    )
+    blocks: int = setting(2, help="Transformer blocks of the sequence encoder.", minimum=1, maximum=65_536)
+    attention_heads: int = setting(2, help="Attention heads of the sequence encoder.", minimum=1, maximum=65_536)
+    dropout: float = setting(0.1, help="Dropout probability of the sequence encoder.", minimum=0, below=1)
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_choice("method", self.method, METHODS)
-        check_choice("activation", self.activation, ACTIVATIONS)
-        check_choice("sanb", self.sanb, SANBS)
         if self.sanb == "phm":
             for tower, width in {"all": self.bottleneck, **self.bottlenecks}.items():
                 if width % PHM_TERMS:
                     raise InputError(f"sanb: phm needs bottlenecks that {PHM_TERMS} divides, found {width} ({tower})")
-        if self.layer_groups is not None:
-            check_range("layer_groups", self.layer_groups, 1, 1000)
-        for name in ("embedding_dim", "bottleneck", "blocks", "attention_heads"):
-            check_range(name, getattr(self, name), 1, 65_536)
-        for tower, width in self.bottlenecks.items():
+        for tower in self.bottlenecks:
             check_choice("bottlenecks", tower, TOWERS)
-            check_range(f"bottlenecks.{tower}", width, 1, 65_536)
         if self.embedding_dim % self.attention_heads:
             raise InputError(
                 f"embedding_dim: expected a multiple of attention_heads ({self.attention_heads}), "
                 f"found {self.embedding_dim}"
             )
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout: expected a probability from 0 to below 1, found {self.dropout}")
         if not self.intra and self.inter is False:
             raise InputError("intra, inter: expected at least one of the two towers, found neither")
         if self.method not in SIDE_METHODS:
-            names = ("bottlenecks", "sanb", "gates", "intra", "inter", "layer_groups")
-            for name in names if self.method == "adapter" else (*names, "bottleneck", "activation"):
-                if (found := getattr(self, name)) != getattr(ModelConfig(), name):
-                    raise InputError(
-                        f"{name}: {self.method} has no towers; {json.dumps(found)} is for {' and '.join(SIDE_METHODS)}"
-                    )
+            self._refuse_towers()
+
+    def _refuse_towers(self) -> None:
+        """Raise InputError for settings of towers, which the method does not have."""
+        names = ("bottlenecks", "sanb", "gates", "intra", "inter", "layer_groups")
+        for name in names if self.method == "adapter" else (*names, "bottleneck", "activation"):
+            if (value := getattr(self, name)) != getattr(ModelConfig(), name):
+                raise InputError(
+                    f"{name}: {self.method} has no towers; {json.dumps(value)} is for {' and '.join(SIDE_METHODS)}"
+                )
 
     def towers(self, count: int) -> tuple[str, ...]:
-        """The names of the towers over so many views."""
+        """Return the names of the towers over `count` views."""
         intra = TOWERS[:count] if self.intra else ()
         return intra if self.inter is False or count < 2 else (*intra, "inter")
 
     def check_views(self, count: int) -> None:
-        """Raises InputError where the method cannot take so many views."""
+        """Raise InputError if the method cannot take `count` views."""
         if self.method == "id" and count:
             raise InputError("views: id reads neither encoders nor their states; leave them out")
         if self.method != "id" and count not in (1, 2):
@@ -203,69 +227,126 @@ class ModelConfig:
 class TrainConfig:
     """The optimisation: Adam, one learning rate a parameter group, early stop on validation HR@10."""
 
-    batch_users: int = 64
-    max_epochs: int = 100
-    patience: int = 10  # stops at the first epoch after more than this many without a better one
-    seed: int = 0
-    precision: str = "auto"  # of the trained matrix products: auto is bfloat16 on CUDA, float32 elsewhere
-    learning_rates: Mapping[str, float] = field(default_factory=dict)  # of a group; a run fills in its method's others
+    batch_users: int = setting(64, help="Users in a batch.", minimum=1, maximum=10_000_000)
+    max_epochs: int = setting(100, help="Epochs at most.", minimum=1, maximum=1_000_000)
+    patience: int = setting(
+        10,
+        help="Stop once more than so many epochs bring no better validation HR@10.",
+        minimum=0,
+        maximum=1_000_000,
+    )
+    seed: int = setting(0, help="Seed of weights, batches and dropout.", minimum=0, maximum=2**63 - 1)
+    precision: str = setting(
+        "auto",
+        help="Precision of the trained matrix products; on a CPU, bfloat16 is for fine-tuned encoders.",
+        choices=PRECISIONS,
+        automatic="bfloat16 on CUDA, else float32",
+    )
+    learning_rates: Mapping[str, float] = setting(
+        {},
+        help="Learning rate of a parameter group; by method, the groups are "
+        f"{', '.join(dict.fromkeys(group for rates in LEARNING_RATES.values() for group in rates))}.",
+        minimum=0,
+        below=1,
+        automatic="the method's own",
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_range("batch_users", self.batch_users, 1, 10_000_000)
-        check_range("max_epochs", self.max_epochs, 1, 1_000_000)
-        check_range("patience", self.patience, 0, 1_000_000)
-        check_range("seed", self.seed, 0, 2**63 - 1)
-        check_choice("precision", self.precision, PRECISIONS)
-        for group, rate in self.learning_rates.items():
-            if not 0 <= rate < 1:
-                raise InputError(f"learning_rates.{group}: expected a rate from 0 to below 1, found {rate}")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Settings of the ranking of targets against the full catalogue."""
 
-    ks: tuple[int, ...] = (10,)
-    mask_history: bool = True  # which of the two figures leads and selects the best epoch; both are always reported
-    ties: str = "half"  # what of the items that score like the target counts above it: half of them, or "best": none
-    chunk_mib: int = 64  # memory that the score chunks may take
+    ks: tuple[int, ...] = setting((10,), help="Cut-offs of HR and NDCG.", minimum=1)
+    mask_history: bool = setting(
+        True, help="Lead, and choose the best epoch, by rankings without the user's history; both are reported."
+    )
+    ties: str = setting(
+        "half",
+        help="Of the items that score like the target, rank half above it, or none (best).",
+        choices=tuple(TIE_SHARES),
+    )
+    chunk_mib: int = setting(64, help="Memory that a chunk of scores may take, in MiB.", minimum=1, maximum=1_000_000)
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if not self.ks or any(k < 1 for k in self.ks):
-            raise InputError(f"ks: expected one or more cut-offs of at least 1, found {list(self.ks)}")
-        check_choice("ties", self.ties, tuple(TIE_SHARES))
-        check_range("chunk_mib", self.chunk_mib, 1, 1_000_000)
+        if not self.ks:
+            raise InputError("ks: expected one or more cut-offs, found none")
+
+
+@dataclass(frozen=True)
+class ExtractionConfig:
+    """Settings of extraction, which stores the hidden states of frozen encoders in a cache."""
+
+    dtype: str = setting(
+        "bfloat16",
+        help="Data type of hidden states in the cache; encoders that run in every step round to it.",
+        choices=STORE_DTYPES,
+    )
+    missing_images: str = setting(
+        "error",
+        help="For images that are missing or cannot be read: stop with an error, or encode a blank image.",
+        choices=MISSING_IMAGES,
+    )
+    attention: str = setting(
+        "auto",
+        help="Implementation of attention in encoders.",
+        choices=ATTENTIONS,
+        automatic="xformers on CUDA if it is installed, else torch's (sdpa)",
+    )
+    layer_groups: int | None = setting(
+        None,
+        help="Keep the last block of each of so many equal groups of an encoder's blocks.",
+        minimum=1,
+        maximum=1000,
+        automatic="the layers of each view",
+    )
+    batch_size: int = setting(64, help="Items that are encoded at a time.", minimum=1)
+    workers: int | None = setting(
+        None,
+        help="Processes that read images ahead of the encoder; 0 is none.",
+        minimum=0,
+        automatic="by idle CPUs and the number of images",
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True)
 class UncachedConfig:
     """Encoders that run in every step, in place of a cache of their states."""
 
-    views: tuple[ViewConfig, ...]
-    dtype: str = "bfloat16"  # what states that do not change are rounded to, as a cache's are
-    missing_images: str = "error"
-    attention: str = "auto"
-    items_at_once: int | None = None  # that a trained encoder takes at a time; None: as many as there is memory for
-    checkpointing: bool = False  # a trained encoder's blocks keep their inputs alone and are computed twice
+    views: tuple[ViewConfig, ...] = setting(help="Views whose encoders run.")
+    dtype: str = same_setting(ExtractionConfig, "dtype")
+    missing_images: str = same_setting(ExtractionConfig, "missing_images")
+    attention: str = same_setting(ExtractionConfig, "attention")
+    items_at_once: int | None = setting(
+        None,
+        help="Items that a trained encoder takes at a time.",
+        minimum=1,
+        maximum=1_000_000,
+        automatic="as many as memory allows",
+    )
+    checkpointing: bool = setting(False, help="Compute the blocks of a trained encoder twice, which takes less memory.")
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_choice("dtype", self.dtype, STORE_DTYPES)
-        check_choice("missing_images", self.missing_images, MISSING_IMAGES)
-        check_choice("attention", self.attention, ATTENTIONS)
-        if self.items_at_once is not None:
-            check_range("items_at_once", self.items_at_once, 1, 1_000_000)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that one training run is made from; saved resolved as the run folder's config.json."""
+    """All settings of one training run; the run folder's config.json holds them."""
 
-    dataset: str
-    cache: str | None = None  # of hidden states
-    views: tuple[str, ...] = ()  # names in the cache, or of the encoders that run; the first takes the image's role
+    dataset: str = setting(help="Folder of the dataset.")
+    cache: str | None = setting(None, help="Folder of the hidden states that extract stored.", automatic="no cache")
+    views: tuple[str, ...] = setting(
+        (),
+        help="One or two views of the cache, or of the encoders that run; the first takes the image's role.",
+        automatic="all",
+    )
     uncached: UncachedConfig | None = None
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -300,7 +381,7 @@ class RunConfig:
         object.__setattr__(self, "train", resolved)
 
     def _refuse_what_has_no_effect(self) -> None:
-        """Settings that the method would silently ignore."""
+        """Raise InputError for settings that have no effect with the method."""
         method, uncached = self.model.method, self.uncached
         if self.train.precision == "bfloat16" and method in ("frozen", "id"):
             raise InputError(f"precision: {method} has no products to take bfloat16; leave it at auto")
@@ -321,47 +402,3 @@ class RunConfig:
                     f"encoder_dtype: {method} trains view {view.name!r}'s encoder in float32, found "
                     f"{view.encoder_dtype}; the setting precision is for its products"
                 )
-
-
-def read_run_config(path: Path) -> RunConfig:
-    """Return the configuration in a run's config.json. Raises InputError, naming the file, for any mistake in it."""
-    values, _ = read_run_settings(path)
-    try:
-        return from_dict(RunConfig, values)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def read_run_settings(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the settings in a run's config.json, or in a file like it, and the format of the run.
-
-    The settings are not checked yet. Raises InputError for a format that this version does not know.
-    """
-    values = read_settings(path)
-    remedy = "use the version of iisan-fast that made the run"
-    number = format_number(values, path, (1, RUN_FORMAT), remedy) if "format" in values else 1
-    values.pop("format", None)
-    return values, number
-
-
-def format_number(values: Mapping[str, Any], path: Path, known: tuple[int, ...], remedy: str) -> int:
-    """Return the format number that a JSON file holds. Raises InputError where it is none of the known ones."""
-    number = values.get("format")
-    if type(number) is int and number in known:  # not isinstance: True is an int, and equals 1
-        return number
-    expected = " or ".join(map(str, known))
-    found = json.dumps(number) if "format" in values else "nothing"
-    raise InputError(f"{path}: format: expected {expected}, found {found}; {remedy}")
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, its settings not yet checked."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values

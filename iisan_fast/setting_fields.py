@@ -34,7 +34,7 @@ class SettingRules:
     minimum: float | None = None  # the least number
     maximum: float | None = None  # the greatest number
     below: float | None = None  # a number that every value stays below
-    automatic: str = ""  # what the default None or "auto" stands for, as help shows it
+    automatic: str = ""  # the meaning of the default: None, "auto" or empty, as help shows it
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,12 @@ class Setting:
         """Return the default as help shows it; empty if a value is required."""
         if self.default is dataclasses.MISSING:
             return ""
+        empty = self.default in (None, (), {})
         if self.rules.automatic:
-            return self.rules.automatic if self.default is None else f"{self.default}: {self.rules.automatic}"
-        return "none" if self.default in (None, (), {}) else str(self.default)
+            return self.rules.automatic if empty else f"{self.default}: {self.rules.automatic}"
+        if isinstance(self.default, tuple):
+            return ", ".join(map(str, self.default)) or "none"
+        return "none" if empty else str(self.default)
 
 
 def setting(
@@ -75,6 +78,14 @@ def setting(
     if isinstance(default, Mapping):
         return dataclasses.field(default_factory=lambda: dict(default), metadata={RULES: rules})
     return dataclasses.field(default=default, metadata={RULES: rules})
+
+
+def same_setting(cls: type[DataclassInstance], name: str) -> Any:
+    """Return a dataclass field with the default and the rules of the field `name` of `cls`."""
+    (field,) = (field for field in dataclasses.fields(cls) if field.name == name)
+    if field.default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=field.default_factory, metadata=field.metadata)
+    return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
 def settings_of(cls: type[DataclassInstance]) -> dict[str, Setting]:

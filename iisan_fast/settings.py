@@ -14,18 +14,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Union
 
-from .config import (
-    EvaluationConfig,
-    ModelConfig,
-    ProtocolConfig,
-    RunConfig,
-    TrainConfig,
-    UncachedConfig,
-    ViewConfig,
-    read_run_settings,
-)
+from .config import EvaluationConfig, ModelConfig, ProtocolConfig, RunConfig, TrainConfig, UncachedConfig, ViewConfig
 from .errors import InputError, check_choice, nearest
 from .setting_fields import from_dict, to_dict
+from .settings_files import read_run_settings
 
 PathLike = Union[str, "os.PathLike[str]"]
 Section = TypeVar("Section", ProtocolConfig, EvaluationConfig)

@@ -18,10 +18,10 @@ from iisan_fast.config import (
     TrainConfig,
     UncachedConfig,
     ViewConfig,
-    read_run_config,
 )
 from iisan_fast.errors import InputError
 from iisan_fast.setting_fields import from_dict, to_dict
+from iisan_fast.settings_files import read_run_config
 
 MINIMAL = {"dataset": "d", "cache": "c", "views": ["image"]}
 VIEW = {"name": "image", "source": "image", "encoder": "e"}
@@ -61,7 +61,7 @@ def test_views_round_trip():
         ({"model": {"method": "frozen", "bottlenecks": {"first": 8}}}, "bottlenecks: frozen has no towers"),
         ({"model": {"method": "iisam"}}, "method: expected one of iisan, iisan-versa"),
         ({"model": {"embedding_dim": 65}}, "embedding_dim: expected a multiple of attention_heads"),
-        ({"model": {"dropout": 1}}, "dropout: expected a probability"),
+        ({"model": {"dropout": 1}}, "dropout: expected 0 to below 1, found 1.0"),
         ({"model": {"intra": False, "inter": False}}, "found neither"),
         ({"model": []}, "model: expected names and values"),
         ({"train": {"batch_users": 0}}, "batch_users: expected 1 to"),
@@ -69,8 +69,9 @@ def test_views_round_trip():
             {"train": {"learning_rates": {"encoders": 1e-4}}},
             "learning_rates.encoders: iisan has adapters, gates, heads",
         ),
-        ({"train": {"learning_rates": {"heads": 2}}}, "learning_rates.heads: expected a rate"),
-        ({"evaluation": {"ks": [0]}}, "ks: expected"),
+        ({"train": {"learning_rates": {"heads": 2}}}, "learning_rates.heads: expected 0 to below 1, found 2.0"),
+        ({"evaluation": {"ks": [0]}}, "ks: expected at least 1, found 0"),
+        ({"evaluation": {"ks": []}}, "ks: expected one or more cut-offs, found none"),
         ({"evaluation": {"ks": 10}}, "evaluation.ks: expected list"),
         ({"views": ["a", "a"]}, "views: expected different names, found a, a"),
         ({"views": ["a", "b", "c"]}, "views: iisan takes 1 or 2, found 3"),

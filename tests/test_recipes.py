@@ -10,9 +10,10 @@ import pytest
 
 from iisan_fast.cli.extract import extract
 from iisan_fast.cli.views import chosen_views
-from iisan_fast.config import RunConfig, read_settings
+from iisan_fast.config import RunConfig
 from iisan_fast.models.side_network import SideNetwork
 from iisan_fast.setting_fields import from_dict
+from iisan_fast.settings_files import read_settings
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.json"))

@@ -27,7 +27,6 @@ from ..config import (
     TrainConfig,
     UncachedConfig,
     ViewConfig,
-    read_settings,
 )
 from ..data import load_dataset
 from ..errors import InputError, first_few
@@ -35,6 +34,7 @@ from ..evaluation import headline_metrics
 from ..files import write_atomically
 from ..precision import resolve_precision
 from ..progress import progress_bar
+from ..settings_files import read_settings
 from ..states import extract
 from ..training import RunFolder, Trainer, open_source, refuse_missing_libraries, resume, train
 from .machine import NOT_MEASURED, in_a_process, on

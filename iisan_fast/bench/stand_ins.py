@@ -11,12 +11,13 @@ import numpy as np
 from PIL import Image
 
 from .. import demo
-from ..config import ViewConfig, read_settings
+from ..config import ViewConfig
 from ..data import load_dataset, refuse_unfit_name
 from ..encoders import common_words, default_layers, write_bert, write_vit
 from ..errors import InputError
 from ..files import whole_folder
 from ..progress import progress_bar
+from ..settings_files import read_settings
 from ..states import ViewShape
 
 NOISE_SIZE = 32  # pixels; encoders resize images anyway

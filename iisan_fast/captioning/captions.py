@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..config import ProtocolConfig, read_settings
+from ..config import ProtocolConfig
 from ..data import ImageError, load_dataset, open_images
 from ..encoders import Captioner, quiet_hugging_face
 from ..errors import InputError, first_few
@@ -27,6 +27,7 @@ from ..files import locked, write_atomically
 from ..fingerprints import changed_settings
 from ..progress import progress_bar
 from ..runtime import fix_cublas_workspace
+from ..settings_files import read_settings
 from ..workers import CHECKED_AT_ONCE, batched, calls_ahead, worker_count
 from .caption_images import MISSING_PICTURES, Covers, Frames, Pictures, problems
 

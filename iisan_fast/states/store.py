@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import format_number, read_settings
 from ..encoders import grouped_layers
 from ..errors import InputError, first_few
 from ..files import locked, refuse_truncated, write_atomically
 from ..fingerprints import changed_settings
+from ..settings_files import format_number, read_settings
 
 FORMAT_VERSION = 1
 DIGEST_BYTES = 16

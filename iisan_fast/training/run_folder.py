@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from .. import __version__, kernels
-from ..config import RUN_FORMAT, RunConfig, read_run_config, read_run_settings, read_settings
+from ..config import RunConfig
 from ..data import Sequences, load_sequences
 from ..errors import InputError
 from ..files import write_atomically
 from ..setting_fields import to_dict
+from ..settings_files import RUN_FORMAT, read_run_config, read_run_settings, read_settings
 from ..states import describes_view
 
 RUN_LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")

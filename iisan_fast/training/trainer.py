@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..config import TUNING_METHODS, EvaluationConfig, RunConfig, TrainConfig, read_settings
+from ..config import TUNING_METHODS, EvaluationConfig, RunConfig, TrainConfig
 from ..data import Batch, RunPlan, Sequences, Shape, epoch_batches, load_dataset, padded_shape, steps_per_epoch
 from ..errors import InputError
 from ..evaluation import evaluate, headline_metrics, parameter_counts, popularity_baseline
@@ -25,6 +25,7 @@ from ..models import build_recommender
 from ..precision import Precision, resolve_precision
 from ..progress import progress_bar
 from ..runtime import fix_cublas_workspace
+from ..settings_files import read_settings
 from ..states import ItemSource, PlannedBatch, PreparedBatch, planned_batches, prepared_batches
 from .checkpoints import (
     ITEM_VECTORS,

@@ -16,7 +16,7 @@ INSTALLED_INSIDE = ("kernels", "cli")  # top-level folders that are imported as 
 NEIGHBOURS = frozenset(
     (
         *("config", "devices", "doors", "errors", "files", "fingerprints", "precision", "progress", "runtime"),
-        *("setting_fields", "workers"),
+        *("setting_fields", "settings_files", "workers"),
     )
 )
 FLOORS = (  # from the ground up; a room imports from lower floors alone

@@ -18,8 +18,9 @@ import torch
 
 from helpers.command_line import refused
 from helpers.run_folders import untimed
-from iisan_fast.config import RUN_FORMAT, EvaluationConfig, read_run_config, read_run_settings
+from iisan_fast.config import EvaluationConfig
 from iisan_fast.errors import InputError
+from iisan_fast.settings_files import RUN_FORMAT, read_run_config, read_run_settings
 from iisan_fast.training.best_run import evaluate_run, load
 from iisan_fast.training.run_folder import RunFolder, environment
 from iisan_fast.training.trainer import resume, train
