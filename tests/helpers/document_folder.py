@@ -1,0 +1,89 @@
+"""The working folder where documents' commands run: a small dataset, small encoders, files to import, the recipes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from iisan_fast import demo
+from iisan_fast.encoders.random_encoders import write_bert, write_vit
+
+from .datasets import histories_at_random, write_catalogue
+from .documents import ROOT
+
+USERS, ITEMS = 160, 70
+WORDS = ["for", "title", "of", *demo.BRANDS, *demo.MATERIALS]
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+IMAGE_SIZES = {**SIZES, "image_size": 16, "patch_size": 8}
+TEXT_ENCODERS = {"bert-base-uncased": 12, "sentence-transformers/all-MiniLM-L6-v2": 6}  # hub name: blocks
+IMAGE_ENCODERS = {"google/vit-base-patch16-224": 12, "WinKawaks/vit-tiny-patch16-224": 12}
+
+
+def fill_folder(folder: Path) -> None:
+    """Write DATASET, the encoders under their hub names, what is imported from, and recipes/ into an empty folder."""
+    dataset = write_catalogue(folder / "DATASET", histories_at_random(USERS, ITEMS), ITEMS)
+    _write_captions_and_times(dataset)
+    _write_sources(folder, dataset)
+    for seed, (name, blocks) in enumerate(TEXT_ENCODERS.items()):
+        sizes = {**SIZES, "num_hidden_layers": blocks, "max_position_embeddings": 128}
+        write_bert(folder / name, sizes, WORDS, seed)
+    for seed, (name, blocks) in enumerate(IMAGE_ENCODERS.items()):
+        write_vit(folder / name, {**IMAGE_SIZES, "num_hidden_layers": blocks}, seed)
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+
+
+def _histories(dataset: Path) -> dict[str, list[str]]:
+    lines = (dataset / "users.tsv").read_text().splitlines()
+    pairs = (line.split("\t") for line in lines)
+    return {user: items.split() for user, items in pairs}
+
+
+def _titles(dataset: Path) -> dict[str, str]:
+    return dict(line.split("\t") for line in (dataset / "items.tsv").read_text().splitlines())
+
+
+def _write_captions_and_times(dataset: Path) -> None:
+    captions = "".join(f"{item}\ta picture of {title}\n" for item, title in _titles(dataset).items())
+    (dataset / "captions.tsv").write_text(captions)
+    generator = np.random.default_rng(0)
+    lines = []
+    for user, history in _histories(dataset).items():
+        times = np.sort(generator.integers(1_500_000_000, 1_600_000_000, len(history)))
+        lines.append(f"{user}\t{' '.join(map(str, times))}\n")
+    (dataset / "times.tsv").write_text("".join(lines))
+
+
+def _write_sources(folder: Path, dataset: Path) -> None:
+    """Write the same interactions as each import reads them: shop.csv, shop.parquet, MicroLens-50k/, ml-shop/."""
+    titles = _titles(dataset)
+    rows = []
+    for user, history in _histories(dataset).items():
+        rows += [(user, item, str(time)) for time, item in enumerate(history)]
+    _write_rows(folder / "shop.csv", ("user", "item", "timestamp"), rows, ",")
+    _write_rows(folder / "titles.csv", ("item", "title"), titles.items(), ",")
+    shutil.copytree(dataset / "images", folder / "covers")
+    microlens = folder / "MicroLens-50k"
+    microlens.mkdir()
+    _write_rows(microlens / "MicroLens-50k_pairs.csv", ("user", "item", "timestamp"), rows, ",")
+    _write_rows(microlens / "MicroLens-50k_titles.csv", ("item", "title"), titles.items(), ",")
+    shutil.copytree(dataset / "images", microlens / "MicroLens-50k_covers")
+    recbole = folder / "ml-shop"
+    recbole.mkdir()
+    header = ("user_id:token", "item_id:token", "timestamp:float")
+    _write_rows(recbole / "ml-shop.inter", header, rows, "\t")
+    _write_rows(recbole / "ml-shop.item", ("item_id:token", "title:token_seq"), titles.items(), "\t")
+    _write_parquet(folder / "shop.parquet", rows)
+
+
+def _write_rows(path: Path, header: tuple[str, ...], rows, separator: str) -> None:
+    path.write_text("".join(separator.join(row) + "\n" for row in (header, *rows)))
+
+
+def _write_parquet(path: Path, rows: list[tuple[str, str, str]]) -> None:
+    import polars
+
+    users, items, times = zip(*rows)
+    columns = {"user": users, "item": items, "timestamp": [int(time) for time in times]}
+    polars.DataFrame(columns).write_parquet(path)
