@@ -39,13 +39,13 @@ $(GPU_VERSIONS)/.installed: setup.py constraints-gpu-versions.txt
 	$(GPU_VERSIONS)/bin/python -m pip install --disable-pip-version-check -q -c constraints-gpu-versions.txt -e '.[dev]'
 	touch $@
 
-# mypy reads the package as it is installed, with kernels/ and cli/ inside: a folder of links looks like that.
+# mypy reads the package as it is installed, with kernels/, cli/ and benchmarks/ inside: a folder of links looks like that.
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	rm -rf build/typed
 	mkdir -p build/typed/iisan_fast
-	ln -s $(CURDIR)/iisan_fast/* $(CURDIR)/kernels $(CURDIR)/cli build/typed/iisan_fast
+	ln -s $(CURDIR)/iisan_fast/* $(CURDIR)/kernels $(CURDIR)/cli $(CURDIR)/benchmarks build/typed/iisan_fast
 	ln -s $(CURDIR)/tests/typed_use.py build/typed
 	cd build/typed && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy \
 		typed_use.py $(addprefix iisan_fast/,__init__.py __main__.py api.py config.py settings.py) iisan_fast/*/__init__.py

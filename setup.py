@@ -1,4 +1,4 @@
-"""Packaging. The top-level folders kernels/ and cli/ install as iisan_fast.kernels and iisan_fast.cli."""
+"""Packaging. The top-level folders kernels/, cli/ and benchmarks/ install inside the package iisan_fast."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-FOLDERS = {"iisan_fast": "iisan_fast", "iisan_fast.kernels": "kernels", "iisan_fast.cli": "cli"}
+FOLDERS = {"iisan_fast": "iisan_fast"} | {f"iisan_fast.{name}": name for name in ("kernels", "cli", "benchmarks")}
 PACKAGES = [*FOLDERS, *(f"{name}.{sub}" for name, folder in FOLDERS.items() for sub in find_packages(ROOT / folder))]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "iisan_fast" / "__init__.py").read_text()).group(1)
 README = (ROOT / "README.md").read_text(encoding="utf-8")

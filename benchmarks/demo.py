@@ -1,6 +1,6 @@
 """The embedded demo as a user meets it: `iisan-fast train` in a folder of its own, its figures and its time.
 
-python benchmarks/demo.py
+python -m iisan_fast.benchmarks.demo
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from iisan_fast.training import environment
+from ..training import environment
 
 RESULT = Path(__file__).parent / "results" / "demo.json"
 
@@ -28,7 +28,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     result = {
-        "command": "python benchmarks/demo.py",
+        "command": "python -m iisan_fast.benchmarks.demo",
         "commit": commit,
         "environment": environment(torch.device("cpu")),
         "seconds": seconds,

@@ -1,6 +1,6 @@
 """Imports of synthetic CSV files, each in a process of its own: seconds and peak memory.
 
-    python benchmarks/imports.py [--interactions N …]
+    python -m iisan_fast.benchmarks.imports [--interactions N …]
 
 Interactions stand in no order; a few popular items hold most of them. Figures go to benchmarks/results/import.json.
 """
@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
-from iisan_fast.bench.peak_memory import PeakMemory
-from iisan_fast.data import import_csv
+from .peak_memory import PeakMemory
 
 RESULT = Path(__file__).parent / "results" / "import.json"
 ITEMS = 200_000
@@ -36,7 +34,7 @@ NOTES = {
 def main() -> None:
     from torch import device  # here, since the measured processes run this file too and need none of it
 
-    from iisan_fast.bench.machine import in_a_process, origin
+    from .machine import in_a_process, origin
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--interactions", type=int, nargs="+", default=[10_000_000])
@@ -49,14 +47,18 @@ def main() -> None:
             write_interactions(source, interactions)
             rows.append(in_a_process(measure, source))
         print(json.dumps(rows[-1]))
-    words = ["python benchmarks/imports.py --interactions", *map(str, sizes)]
+    words = ["python -m iisan_fast.benchmarks.imports --interactions", *map(str, sizes)]
+    import polars as pl
+
     libraries = {"polars": pl.__version__, "polars_threads": pl.thread_pool_size()}
     result = {"command": " ".join(words), **found, **libraries, "notes": NOTES, "rows": rows}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def write_interactions(path: Path, interactions: int) -> None:
-    """A CSV file with a header."""
+    """Write a CSV file with a header."""
+    import polars as pl
+
     generator = np.random.default_rng(0)
     with path.open("wb") as file:
         for start in range(0, interactions, PART):
@@ -70,7 +72,9 @@ def write_interactions(path: Path, interactions: int) -> None:
 
 
 def measure(source: Path) -> dict[str, Any]:
-    """Time and memory of one import beside its source."""
+    """Import a CSV file into a folder beside it and return the time and the memory that this takes."""
+    from ..data import import_csv  # needs polars, which not every installation has
+
     with PeakMemory() as before:
         pass
     started = time.perf_counter()

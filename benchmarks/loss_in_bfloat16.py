@@ -1,6 +1,6 @@
 """Compare the losses of training with products in bfloat16 to those in float32, step by step.
 
-    python benchmarks/loss_in_bfloat16.py DATASET --work FOLDER
+    python -m iisan_fast.benchmarks.loss_in_bfloat16 DATASET --work FOLDER
 
 Three models train side by side on a CPU, from the same weights, on the same batches of 64 users with the same dropout,
 over one view: the titles through the pretrained MiniLM, masked mean. Their matrix products differ, backward included:
@@ -22,18 +22,18 @@ from unittest import mock
 
 import numpy as np
 import torch
-from scientific import CPU, LAYERS, PROTOCOL, encode, minilm
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iisan_fast import kernels
-from iisan_fast.bench.machine import origin
-from iisan_fast.config import RunConfig, TrainConfig, ViewConfig
-from iisan_fast.data import Batch, Dataset, epoch_batches, load_dataset
-from iisan_fast.models import Recommender, build_recommender
-from iisan_fast.precision import resolve_precision
-from iisan_fast.states import ItemSource
-from iisan_fast.training import open_source
+from .. import kernels
+from ..config import RunConfig, TrainConfig, ViewConfig
+from ..data import Batch, Dataset, epoch_batches, load_dataset
+from ..models import Recommender, build_recommender
+from ..precision import resolve_precision
+from ..states import ItemSource
+from ..training import open_source
+from .machine import origin
+from .scientific import CPU, LAYERS, PROTOCOL, encode, minilm
 
 RESULT = Path(__file__).parent / "results" / "loss-in-bfloat16.json"
 VIEW = "title-mean"
@@ -61,7 +61,7 @@ def main() -> None:
     encode(arguments.dataset, [view], work / "states")
     options = ["--steps", arguments.steps, "--seeds", *arguments.seeds]
     result = {
-        "command": " ".join(map(str, ["python benchmarks/loss_in_bfloat16.py DATASET", *options])),
+        "command": " ".join(map(str, ["python -m iisan_fast.benchmarks.loss_in_bfloat16 DATASET", *options])),
         **origin(arguments.dataset.resolve().name, CPU),
         "limit": LIMIT,
         **compare(arguments.dataset, work / "states", arguments.seeds, arguments.steps),

@@ -20,7 +20,7 @@ root=$(dirname "$here")
 python=${PYTHON:-python3}
 
 if [[ $# -lt 2 || $1 == -* || $2 == -* ]]; then
-    [[ ${1:-} == -h || ${1:-} == --help ]] && { cd "$here" && exec "$python" -m on_gpu --help; }
+    [[ ${1:-} == -h || ${1:-} == --help ]] && { cd / && exec "$python" -m iisan_fast.benchmarks.on_gpu --help; }
     echo "usage: on_gpu.sh DATASET OUT [--stages a,b] [--budget SECONDS] [--commit ID] [--dry-run]" >&2
     exit 2
 fi
@@ -31,11 +31,11 @@ out=$2
 [[ $out == /* ]] || out=$PWD/$out
 shift 2
 
-# From here on `python -m` puts this folder on the path, not the checkout with its folder called kernels.
-cd "$here"
+# `python -m` puts the current folder on the path, so it must not be the checkout with its folder called kernels.
+cd /
 installed="import importlib.util as u, sys; import iisan_fast
-sys.exit(not iisan_fast.__file__.startswith(sys.argv[1]) or u.find_spec('iisan_fast.kernels') is None)"
+sys.exit(not iisan_fast.__file__.startswith(sys.argv[1]) or None in map(u.find_spec, ('iisan_fast.kernels', 'iisan_fast.benchmarks')))"
 if ! "$python" -c "$installed" "$root/" 2>/dev/null; then
     "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-build-isolation -e "$root"
 fi
-exec "$python" -m on_gpu "$dataset" "$out" --spent "$SECONDS" "$@"
+exec "$python" -m iisan_fast.benchmarks.on_gpu "$dataset" "$out" --spent "$SECONDS" "$@"

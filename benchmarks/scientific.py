@@ -1,8 +1,12 @@
 """Accuracy on the Scientific dataset (12,076 users, 20,314 items): cached IISAN-Versa on frozen encoders.
 
-    python benchmarks/scientific.py titles DATASET   two views of the titles through the pretrained MiniLM
-    python benchmarks/scientific.py images DATASET   titles through MiniLM, drawn images through a small random ViT
-    python benchmarks/scientific.py stand-ins DATASET --work FOLDER   writes the drawn images and both encoders, no more
+    python -m iisan_fast.benchmarks.scientific titles DATASET
+    python -m iisan_fast.benchmarks.scientific images DATASET
+    python -m iisan_fast.benchmarks.scientific stand-ins DATASET --work FOLDER
+
+titles: two views of the titles through the pretrained MiniLM.
+images: titles through MiniLM, drawn images through a small random ViT.
+stand-ins: only write the drawn images and both encoders.
 
 The first two train several seeds twice: to the best validation epoch within 40, then on to the early stop. Figures,
 settings, versions and the commit go to benchmarks/results/, the first seed's resolved configuration beside them.
@@ -28,12 +32,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from iisan_fast.config import EvaluationConfig, ModelConfig, ProtocolConfig, RunConfig, TrainConfig, ViewConfig
-from iisan_fast.data import load_dataset
-from iisan_fast.encoders import write_resized_vit
-from iisan_fast.setting_fields import to_dict
-from iisan_fast.states import extract
-from iisan_fast.training import RunFolder, environment, evaluate_run, resume, train
+from ..config import EvaluationConfig, ModelConfig, ProtocolConfig, RunConfig, TrainConfig, ViewConfig
+from ..data import load_dataset
+from ..encoders import write_resized_vit
+from ..setting_fields import to_dict
+from ..states import extract
+from ..training import RunFolder, environment, evaluate_run, resume, train
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
@@ -196,7 +200,7 @@ def show(line: dict) -> None:
 def command() -> str:
     """How to get these figures again, folders left out."""
     settings = [word for word in sys.argv[3:] if not Path(word).is_absolute() and word != "--work"]
-    return " ".join(["python benchmarks/scientific.py", sys.argv[1], "DATASET", *settings])
+    return " ".join(["python -m iisan_fast.benchmarks.scientific", sys.argv[1], "DATASET", *settings])
 
 
 def write(name: str, commit: str, views: list[ViewConfig], encoding: dict, runs: list[dict], first: Path) -> None:

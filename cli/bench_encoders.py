@@ -33,7 +33,7 @@ def encoders(
         raise InputError("--plot: needs matplotlib; pip install 'iisan-fast[bench]'")
     command = command_line("encoders", dataset, {"method": method, **said(options)})
     settings = sweep_settings(options, (method,))
-    from ..bench import encoders  # imports torch, which takes seconds
+    from ..benchmarks import encoders  # imports torch, which takes seconds
 
     result = encoders.benchmark(dataset, options["folder"], settings, torch_device(device))
     result = {"command": command, **result}

@@ -36,7 +36,7 @@ def evaluate(dataset: Path | None, out: Path | None, device: str, as_json: bool,
 
     The ranks of both must agree. Without CUDA its memory is not measured.
     """
-    from ..bench.evaluate import EvaluateSettings, benchmark  # imports torch, which takes seconds
+    from ..benchmarks.evaluate import EvaluateSettings, benchmark  # imports torch, which takes seconds
 
     settings = EvaluateSettings(**values)
     result = benchmark(dataset, settings, torch_device(device))

@@ -35,7 +35,7 @@ def extract(dataset: Path | None, out: Path | None, device: str, as_json: bool, 
 
     Both fill an empty cache; their states are compared. Without CUDA its memory is not measured.
     """
-    from ..bench.extract import ExtractSettings, benchmark  # imports transformers, which takes seconds
+    from ..benchmarks.extract import ExtractSettings, benchmark  # imports transformers, which takes seconds
 
     settings = ExtractSettings(**values)
     result = benchmark(dataset, settings, torch_device(device))

@@ -39,7 +39,7 @@ def growth(
     **values: Any,
 ) -> None:
     """Time epochs and evaluations of a synthetic dataset against users a batch and items in the catalogue."""
-    from ..bench import growth  # imports torch, which takes seconds
+    from ..benchmarks import growth  # imports torch, which takes seconds
 
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot: needs matplotlib; pip install 'iisan-fast[bench]'")

@@ -11,7 +11,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from ..bench.settings import OPS, USERS, KernelSettings
+from ..benchmarks.settings import OPS, USERS, KernelSettings
 from ..devices import torch_device
 from .options import FOLDER, device_option, json_option, out_option
 from .output import percent, print_json, print_table, write_result
@@ -44,7 +44,7 @@ def kernels(dataset: Path | None, tune: bool, out: Path | None, device: str, as_
 
     Without CUDA only the eager references are timed. liger-kernel and cut-cross-entropy come with the extra "bench".
     """
-    from ..bench import machine, ops, tuning  # imports torch, which takes seconds
+    from ..benchmarks import machine, ops, tuning  # imports torch, which takes seconds
 
     where = torch_device(device)
     values["ops"] = values["ops"] or (tuning.OPS if tune else OPS)

@@ -37,7 +37,7 @@ def methods(dataset: Path, methods: str, out: Path | None, device: str, as_json:
     """
     command = command_line("methods", dataset, {"methods": methods, **said(options)})
     settings = sweep_settings(options, tuple(name.strip() for name in methods.split(",")))
-    from ..bench.methods import Comparison, benchmark  # imports torch, which takes seconds
+    from ..benchmarks.methods import Comparison, benchmark  # imports torch, which takes seconds
 
     against = options["against"] or settings.methods[-1]
     comparison = Comparison(against, numbers("--weights", options["weights"], float))

@@ -30,7 +30,7 @@ def static(dataset: Path, users: tuple[int, ...], kernels: bool, out: Path | Non
     No GPU is needed, and none is used. Only the host's time for a batch is measured. The first call compiles the
     kernels, which takes minutes; Triton keeps them.
     """
-    from ..bench.static import StaticSettings, benchmark  # imports torch, which takes seconds
+    from ..benchmarks.static import StaticSettings, benchmark  # imports torch, which takes seconds
 
     result = benchmark(dataset, StaticSettings(users or USERS, kernels))
     result = {"command": command_line("static", dataset, result["settings"]), **result}

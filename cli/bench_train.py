@@ -34,7 +34,7 @@ def train(dataset: Path | None, out: Path | None, device: str, as_json: bool, **
 
     The losses of both must follow each other. Without CUDA launches and its memory are not measured.
     """
-    from ..bench.train import TrainSettings, benchmark  # imports torch, which takes seconds
+    from ..benchmarks.train import TrainSettings, benchmark  # imports torch, which takes seconds
 
     settings = TrainSettings(**values)
     result = benchmark(dataset, settings, torch_device(device))

@@ -38,7 +38,7 @@ def uncached(
 
     Encoders are built from their configurations, with random weights; images are noise.
     """
-    from ..bench.uncached import UncachedSettings, benchmark  # imports transformers, which takes seconds
+    from ..benchmarks.uncached import UncachedSettings, benchmark  # imports transformers, which takes seconds
 
     result = benchmark(dataset, UncachedSettings(**values), torch_device(device), keep)
     result = {"command": command_line("uncached", dataset, result["settings"]), **result}

@@ -48,7 +48,7 @@ def said(options: dict[str, Any]) -> dict[str, Any]:
 def sweep_settings(options: dict[str, Any], methods: tuple[str, ...]):
     """The SweepSettings that the options ask for."""
     encoders = _encoders(options)
-    from ..bench.cells import SweepSettings  # imports torch, which takes seconds
+    from ..benchmarks.cells import SweepSettings  # imports torch, which takes seconds
 
     return SweepSettings(
         methods=methods,

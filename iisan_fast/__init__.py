@@ -40,9 +40,9 @@ __all__ = [
     "train",
 ]
 
-# Installed, this folder holds kernels/ and cli/. In a checkout they stand beside it, and are found there.
+# Installed, this folder holds kernels/, cli/ and benchmarks/. In a checkout they stand beside it, and are found there.
 _folder = os.path.dirname(os.path.abspath(__file__))
-if not all(os.path.isdir(os.path.join(_folder, name)) for name in ("kernels", "cli")):
+if not all(os.path.isdir(os.path.join(_folder, name)) for name in ("kernels", "cli", "benchmarks")):
     __path__.append(os.path.dirname(_folder))
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name

@@ -77,7 +77,7 @@ def test_the_rules_read_the_whole_house(tree):
             id="the public API from a room",
         ),
         pytest.param(
-            {"iisan_fast/bench/ops.py": "from ..cli import main\n"},
+            {"benchmarks/ops.py": "from ..cli import main\n"},
             "ops.py:1: benchmarks imports cli, which is not below it",
             id="the command line from a benchmark",
         ),
@@ -119,7 +119,7 @@ def test_what_reaches_past_a_door_is_found(text, expected):
 def test_the_kernels_door_is_a_door():
     files = {"kernels/__init__.py": "if __name__ == 'iisan_fast.kernels':\n    __all__ = ['fold_heads']\n"}
     files["kernels/gpu/launch.py"] = "SIZES = ()\n"
-    files["iisan_fast/bench/tuning.py"] = "from ..kernels.gpu import launch\n"
+    files["benchmarks/tuning.py"] = "from ..kernels.gpu import launch\n"
     _assert_found(house.reaches_past_doors, files, "reaches past the door of kernels: iisan_fast.kernels.gpu.launch")
 
 
@@ -162,7 +162,7 @@ def test_a_door_that_disagrees_with_itself_is_found(old, new, expected):
         ("iisan_fast/models/sasrec.py", "import transformers\n", "transformers is not for models"),
         ("iisan_fast/demo.py", "from transformers.models import bert\n", "transformers is not for demo"),
         ("iisan_fast/training/trainer.py", "def f():\n    import lmdb\n", "lmdb is not for training"),
-        ("iisan_fast/bench/train.py", "import click\n", "click is not for benchmarks"),
+        ("benchmarks/train.py", "import click\n", "click is not for benchmarks"),
         (
             "kernels/cpu/adam.py",
             "import rich\n",
@@ -181,7 +181,7 @@ def test_names_that_repeat_are_found():
     files = {"iisan_fast/training/memory.py": EMPTY, "kernels/cpu/memory.py": EMPTY}
     _assert_found(house.repeated_names, files, "file memory stands also in kernels/cpu/memory.py")
     forms = {f"kernels/{form}/target_rank.py": EMPTY for form in ("reference", "gpu", "cpu")}
-    assert house.repeated_names(house.Tree({**forms, "cli/train.py": EMPTY, "iisan_fast/bench/train.py": EMPTY})) == []
+    assert house.repeated_names(house.Tree({**forms, "cli/train.py": EMPTY, "benchmarks/train.py": EMPTY})) == []
 
 
 def test_circles_are_found():

@@ -33,7 +33,7 @@ def test_no_test_imports_from_conftest_or_from_another_test():
 
 
 def test_each_folder_of_tests_is_named_after_a_room():
-    rooms = {path.parent.name for path in (ROOT / "iisan_fast").glob("*/__init__.py")} | {"cli", "ops"}
+    rooms = {path.parent.name for path in (ROOT / "iisan_fast").glob("*/__init__.py")} | {"cli", "ops", "benchmarks"}
     assert {path.parent.name for path in TESTS.glob("*/test_*.py")} <= rooms
 
 

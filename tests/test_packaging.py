@@ -22,7 +22,7 @@ import yaml
 from helpers.run_folders import hit_rates
 
 ROOT = Path(__file__).parents[1]
-INSTALLED_AS = {"iisan_fast": "iisan_fast", "kernels": "iisan_fast/kernels", "cli": "iisan_fast/cli"}
+INSTALLED_AS = {"iisan_fast": "iisan_fast"} | {name: f"iisan_fast/{name}" for name in ("kernels", "cli", "benchmarks")}
 SOURCES = (*INSTALLED_AS, "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -126,7 +126,7 @@ def test_the_editable_install_adds_no_other_package(tmp_path):
         (path_file,) = added - {finder}
         assert "sources" not in wheel.read(path_file).decode()  # the checkout's root is on no path
     values = {line.target.id: line.value for line in tree.body if isinstance(line, ast.AnnAssign)}
-    assert set(ast.literal_eval(values["MAPPING"])) == {"iisan_fast", "iisan_fast.kernels", "iisan_fast.cli"}
+    assert set(ast.literal_eval(values["MAPPING"])) == {place.replace("/", ".") for place in INSTALLED_AS.values()}
     assert not ast.literal_eval(values["NAMESPACES"])
 
 

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iisan_fast.bench import machine
-from iisan_fast.bench.captures import call_again_for_graphs
-from iisan_fast.bench.train import FORMS, TrainingForm, TrainSettings, new_trainer
-from iisan_fast.data import Sequences, load_dataset
-from iisan_fast.devices import torch_device
-from iisan_fast.training import Trainer
-
+from ...data import Sequences, load_dataset
+from ...devices import torch_device
+from ...training import Trainer
+from .. import machine
+from ..captures import call_again_for_graphs
+from ..train import FORMS, TrainingForm, TrainSettings, new_trainer
 from .settings import Settings
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from iisan_fast.bench.train import FORMS, follow, largest_difference, quantiles, start, timed
-
+from ..train import FORMS, follow, largest_difference, quantiles, start, timed
 from .common import captured_forms, device_of, histories, random_states, train_settings
 from .settings import Save, Settings
 

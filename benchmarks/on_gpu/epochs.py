@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from iisan_fast.bench.captures import capture_step
-from iisan_fast.bench.machine import NOT_MEASURED, synchronise
-from iisan_fast.bench.train import FORMS, TrainingForm
-from iisan_fast.data import Sequences, steps_per_epoch
-from iisan_fast.training import Trainer, deterministic
-
+from ...data import Sequences, steps_per_epoch
+from ...training import Trainer, deterministic
+from ..captures import capture_step
+from ..machine import NOT_MEASURED, synchronise
+from ..train import FORMS, TrainingForm
 from .common import captured_forms, device_of, histories, random_states, trainer_of
 from .profiles import Profile, profile_of
 from .settings import Save, Settings

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from iisan_fast.bench import evaluate
-from iisan_fast.bench.evaluate import EvaluateSettings
-from iisan_fast.bench.machine import NOT_MEASURED
-
+from .. import evaluate
+from ..evaluate import EvaluateSettings
+from ..machine import NOT_MEASURED
 from .common import device_of, histories
 from .settings import Save, Settings
 

@@ -7,13 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from iisan_fast.bench import extract
-from iisan_fast.bench.extract import ExtractionWork, Measured
-from iisan_fast.bench.stand_ins import stand_ins
-from iisan_fast.config import ViewConfig
-from iisan_fast.data import Dataset, load_dataset
-from iisan_fast.workers import worker_count
-
+from ...config import ViewConfig
+from ...data import Dataset, load_dataset
+from ...workers import worker_count
+from .. import extract
+from ..extract import ExtractionWork, Measured
+from ..stand_ins import stand_ins
 from .common import device_of
 from .settings import Save, Settings
 

@@ -55,7 +55,7 @@ def selection(settings: Settings) -> list[str]:
     if settings.stage == "step-tests":
         name = "test_training_step_stand_in.py" if settings.dry_run else "test_training_step_gpu.py"
         return [str(step / name)]
-    files = [*sorted((TESTS / "ops").glob("*_gpu.py")), TESTS / "bench" / "test_gpu_timing.py"]
+    files = [*sorted((TESTS / "ops").glob("*_gpu.py")), TESTS / "benchmarks" / "test_gpu_timing.py"]
     return [*map(str, files), "-k", KERNELS, *(["--collect-only", "-q"] if settings.dry_run else [])]
 
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from iisan_fast.bench.graph_nodes import LAUNCHES, captured_nodes
-from iisan_fast.bench.machine import NOT_MEASURED
-from iisan_fast.bench.static_step import Sizes, count_step
-from iisan_fast.bench.train import FORMS, run_config
-from iisan_fast.data import RunPlan, Sequences
-from iisan_fast.training import GpuFusedStep, run_stages, step_stages
-
+from ...data import RunPlan, Sequences
+from ...training import GpuFusedStep, run_stages, step_stages
+from ..graph_nodes import LAUNCHES, captured_nodes
+from ..machine import NOT_MEASURED
+from ..static_step import Sizes, count_step
+from ..train import FORMS, run_config
 from .common import device_of, train_settings, trainer_of
 from .settings import Settings
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from iisan_fast.bench.ops import benchmark
-from iisan_fast.bench.settings import KernelSettings
-
+from ..ops import benchmark
+from ..settings import KernelSettings
 from .common import device_of, histories
 from .settings import Save, Settings
 

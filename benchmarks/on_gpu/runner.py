@@ -25,7 +25,6 @@ RESULTS, LOG = "results.json", "log.txt"
 OTHER_FILES = ("profile.txt", "trace-captured.json.gz", "trace-eager.json.gz")  # of the stage "epochs"
 NOT_MEASURED = "not measured"
 ERROR_LINES = 5  # of a failed stage's log, which its result repeats
-HERE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def command(stage: Stage, measurement: Measurement, result: Path) -> list[str]:
     """Return the command that runs a stage and saves its result."""
     options = ["--dry-run"] * measurement.dry_run + (["--commit", measurement.commit] if measurement.commit else [])
     paths = ["--dataset", str(measurement.dataset), "--out", str(measurement.out), "--result", str(result)]
-    return [sys.executable, "-m", "on_gpu.stages", stage.name, *paths, *options]
+    return [sys.executable, "-m", "iisan_fast.benchmarks.on_gpu.stages", stage.name, *paths, *options]
 
 
 def wait_for(words: list[str], log: TextIO, limit: float) -> int | None:
@@ -121,9 +120,7 @@ def wait_for(words: list[str], log: TextIO, limit: float) -> int | None:
     All that it started and left running is stopped with it, also where this process is interrupted.
     """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        words, cwd=HERE, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    process = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         return process.wait(limit - LAST_WORDS)
     except subprocess.TimeoutExpired:

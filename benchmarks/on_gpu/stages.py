@@ -1,4 +1,7 @@
-"""One stage in this process: `python -m on_gpu.stages NAME …` saves its result again and again while it runs."""
+"""Run one stage in this process and save its result again and again while it runs.
+
+python -m iisan_fast.benchmarks.on_gpu.stages NAME …
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from iisan_fast.runtime import prepare_program
-
+from ...runtime import prepare_program
 from .settings import DRY_RUN, Save, Settings
 
 MODULES = {

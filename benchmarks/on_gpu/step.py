@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iisan_fast.bench.machine import synchronise
-from iisan_fast.bench.train import FORMS, TrainingForm, form_of_ops, run_config
-from iisan_fast.data import Sequences, epoch_batches
-from iisan_fast.models import Recommender, build_recommender
-from iisan_fast.precision import Precision
-from iisan_fast.states import FeatureTable
-from iisan_fast.training import deterministic
-
+from ...data import Sequences, epoch_batches
+from ...models import Recommender, build_recommender
+from ...precision import Precision
+from ...states import FeatureTable
+from ...training import deterministic
+from ..machine import synchronise
+from ..train import FORMS, TrainingForm, form_of_ops, run_config
 from .common import device_of, histories, random_states, train_settings, trainer_of
 from .launch_check import compare_launches, disagreement
 from .settings import Save, Settings

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from iisan_fast.bench.machine import NOT_INSTALLED, NOT_MEASURED
-
+from ..machine import NOT_INSTALLED, NOT_MEASURED
 from .common import device_of, origin_of
 from .settings import Save, Settings
 

@@ -16,7 +16,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from helpers.encoders import BERT, IMAGE, LLM, TEXT, TITLES, pictures, save, view
-from iisan_fast.bench.encoders import encoder_parameters
+from iisan_fast.benchmarks.encoders import encoder_parameters
 from iisan_fast.encoders import base
 from iisan_fast.encoders.adaptation import transformer_blocks
 from iisan_fast.encoders.base import Backbone

@@ -17,7 +17,7 @@ import torch
 from flat_weights import flat_size, in_buffer, side_weights
 from towers_on_meta import towers_on_meta
 
-from iisan_fast.bench import machine_code
+from iisan_fast.benchmarks import machine_code
 from iisan_fast.kernels import FLAT_ALIGNMENT, Launch, RecommenderWeights, States, Tower
 from iisan_fast.kernels.gpu import (
     adam,

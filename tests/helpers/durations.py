@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iisan_fast.bench.machine import commit
+from iisan_fast.benchmarks.machine import commit
 from iisan_fast.training import environment
 
 STARTED = pytest.StashKey[float]()

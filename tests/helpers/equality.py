@@ -22,7 +22,7 @@ from helpers.reference_step import ReferenceSettings, reference_loss
 from helpers.stores import fill_store
 from helpers.tables import random_table
 from iisan_fast import kernels
-from iisan_fast.bench.dense import DenseTrainer
+from iisan_fast.benchmarks.dense import DenseTrainer
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.batches import Batch, make_batch, padded_shape
 from iisan_fast.data.epoch_plan import Window

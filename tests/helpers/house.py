@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 PACKAGE = "iisan_fast"
-INSTALLED_INSIDE = ("kernels", "cli")  # top-level folders that are imported as iisan_fast.kernels and iisan_fast.cli
+INSTALLED_INSIDE = ("kernels", "cli", "benchmarks")  # top-level folders that are imported as iisan_fast.kernels, …
 NEIGHBOURS = frozenset(
     (
         *("config", "devices", "doors", "errors", "files", "fingerprints", "precision", "progress", "runtime"),
@@ -281,12 +281,10 @@ def module_of(path: str) -> str:
 def room_of(module: str) -> str | None:
     """Return the room that a module belongs to; None for a library."""
     first, _, rest = module.partition(".")
-    if first == "benchmarks":
-        return "benchmarks"
     if first != PACKAGE:
         return None
     room = rest.partition(".")[0] or "api"
-    return {"bench": "benchmarks", "__main__": "cli"}.get(room, room)
+    return "cli" if room == "__main__" else room
 
 
 def floor_of(room: str) -> int | None:

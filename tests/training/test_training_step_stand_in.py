@@ -17,7 +17,7 @@ from helpers.captured_steps import (
     check_memory_does_not_grow,
     new_trainer,
 )
-from iisan_fast.bench.captures import call_again_for_graphs
+from iisan_fast.benchmarks.captures import call_again_for_graphs
 from iisan_fast.training.trainer import Trainer, deterministic
 
 CPU = torch.device("cpu")

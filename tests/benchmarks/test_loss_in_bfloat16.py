@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
-import pytest
 import torch
 
 from iisan_fast import kernels
-
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def comparison(monkeypatch) -> ModuleType:
-    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])  # it imports the script beside it
-    specification = importlib.util.spec_from_file_location("loss_in_bfloat16", FOLDER / "loss_in_bfloat16.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+from iisan_fast.benchmarks import loss_in_bfloat16 as comparison
 
 
 def products(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -34,7 +18,7 @@ def products(dtype: torch.dtype) -> list[torch.Tensor]:
     return [product.detach(), *torch.autograd.grad(product, (first, second), upstream)]
 
 
-def test_factors_are_rounded_in_forward_and_backward(comparison):
+def test_factors_are_rounded_in_forward_and_backward():
     exact = products(torch.float32)
     with comparison.RoundedProducts():
         rounded, doubles = products(torch.float32), products(torch.float64)
@@ -45,7 +29,7 @@ def test_factors_are_rounded_in_forward_and_backward(comparison):
     assert all(map(torch.equal, doubles, products(torch.float64)))
 
 
-def test_three_forms_train_and_differ_by_rounding(comparison, toy_run, monkeypatch):
+def test_three_forms_train_and_differ_by_rounding(toy_run, monkeypatch):
     dataset, cache = toy_run
     monkeypatch.setattr(comparison, "VIEW", "title")
     monkeypatch.setenv(kernels.FORM_VARIABLE, "reference")

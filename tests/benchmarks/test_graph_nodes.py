@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from iisan_fast.bench.graph_nodes import node_kinds
+from iisan_fast.benchmarks.graph_nodes import node_kinds
 
 ADDRESS = 0x7F00_0000_1234
 

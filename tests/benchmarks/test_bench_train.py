@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from helpers.datasets import make_sequences, write_dataset_folder
-from iisan_fast.bench import captures, growth, train
-from iisan_fast.bench.machine import NOT_MEASURED
-from iisan_fast.bench.profile import PHASES, profile
-from iisan_fast.bench.train import FORMS, TrainSettings
+from iisan_fast.benchmarks import captures, growth, train
+from iisan_fast.benchmarks.machine import NOT_MEASURED
+from iisan_fast.benchmarks.phase_profile import PHASES, profile
+from iisan_fast.benchmarks.train import FORMS, TrainSettings
 from iisan_fast.cli import main
 from iisan_fast.data import RunPlan, epoch_batches
 from iisan_fast.errors import InputError

@@ -13,10 +13,10 @@ import torch
 
 from helpers.command_line import iisan_fast, refused
 from iisan_fast import demo
-from iisan_fast.bench import extract as bench
-from iisan_fast.bench.extract import ExtractSettings, Measured
-from iisan_fast.bench.machine import NOT_MEASURED
-from iisan_fast.bench.peak_memory import PeakMemory, descendants, proportional_set_size
+from iisan_fast.benchmarks import extract as bench
+from iisan_fast.benchmarks.extract import ExtractSettings, Measured
+from iisan_fast.benchmarks.machine import NOT_MEASURED
+from iisan_fast.benchmarks.peak_memory import PeakMemory, descendants, proportional_set_size
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.errors import InputError
 

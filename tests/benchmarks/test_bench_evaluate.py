@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from helpers.command_line import iisan_fast, refused
-from iisan_fast.bench import evaluate as bench
-from iisan_fast.bench.dense import DenseModel
-from iisan_fast.bench.evaluate import Evaluated, EvaluateSettings
-from iisan_fast.bench.machine import NOT_MEASURED, demo_sequences
+from iisan_fast.benchmarks import evaluate as bench
+from iisan_fast.benchmarks.dense import DenseModel
+from iisan_fast.benchmarks.evaluate import Evaluated, EvaluateSettings
+from iisan_fast.benchmarks.machine import NOT_MEASURED, demo_sequences
 from iisan_fast.config import EvaluationConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.errors import InputError

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from PIL import Image
 from transformers import AutoModel
 
-from iisan_fast.bench import cells, encoders
-from iisan_fast.bench.cells import SweepSettings
-from iisan_fast.bench.machine import NOT_MEASURED
+from iisan_fast.benchmarks import cells, encoders
+from iisan_fast.benchmarks.cells import SweepSettings
+from iisan_fast.benchmarks.machine import NOT_MEASURED
 from iisan_fast.cli import cli
 from iisan_fast.errors import InputError
 

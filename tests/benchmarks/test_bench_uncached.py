@@ -11,10 +11,10 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoTokenizer, BertConfig, ViTConfig
 
-from iisan_fast.bench import stand_ins, uncached
-from iisan_fast.bench.machine import NOT_MEASURED
-from iisan_fast.bench.profile import PHASES
-from iisan_fast.bench.uncached import UncachedSettings
+from iisan_fast.benchmarks import stand_ins, uncached
+from iisan_fast.benchmarks.machine import NOT_MEASURED
+from iisan_fast.benchmarks.phase_profile import PHASES
+from iisan_fast.benchmarks.uncached import UncachedSettings
 from iisan_fast.cli import cli
 from iisan_fast.data.items import open_images
 from iisan_fast.data.sequences import load_dataset

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from helpers import small_kernels
-from iisan_fast.bench.kernel_costs import SLOTS_PER_S, KnownBatch, kernel_cost, loop_trips
-from iisan_fast.bench.loop_trips import TripCounts, memory_uses
-from iisan_fast.bench.machine_code import KernelReading, MachineLoop
+from iisan_fast.benchmarks.kernel_costs import SLOTS_PER_S, KnownBatch, kernel_cost, loop_trips
+from iisan_fast.benchmarks.loop_trips import TripCounts, memory_uses
+from iisan_fast.benchmarks.machine_code import KernelReading, MachineLoop
 from iisan_fast.kernels import Configuration, Launch, StepShape
 
 SHAPE = StepShape(users=8, distinct=64, tiles=5, tile_rows=16, positions=10)

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from iisan_fast.benchmarks import scientific
 from iisan_fast.config import ProtocolConfig, ViewConfig
 from iisan_fast.setting_fields import to_dict
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def scientific() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("scientific", FOLDER / "scientific.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 def views(*names: str) -> list[ViewConfig]:
     return [ViewConfig(name, source="title", encoder="encoder", pooling="cls") for name in names]
 
 
-def test_its_configuration_is_that_of_the_committed_run(scientific, tmp_path):
+def test_its_configuration_is_that_of_the_committed_run(tmp_path):
     committed = json.loads((FOLDER / "results" / "scientific-titles-30-tokens.config.json").read_text())
     config = to_dict(scientific.configuration(Path("d"), views("title-cls", "title-mean"), tmp_path, seed=0))
     assert list(config["views"]) == committed["views"]
@@ -37,7 +28,7 @@ def test_its_configuration_is_that_of_the_committed_run(scientific, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_seed_is_trained_to_its_last_epoch_then_to_the_stop(scientific, toy_run, tmp_path, monkeypatch):
+def test_a_seed_is_trained_to_its_last_epoch_then_to_the_stop(toy_run, tmp_path, monkeypatch):
     dataset, cache = toy_run
     monkeypatch.setattr(scientific, "EPOCHS", 2)
     monkeypatch.setattr(scientific, "PROTOCOL", ProtocolConfig())

@@ -39,7 +39,7 @@ from ..states import extract
 from ..training import RunFolder, Trainer, open_source, refuse_missing_libraries, resume, train
 from .machine import NOT_MEASURED, in_a_process, on
 from .peak_memory import PeakMemory
-from .profile import profile
+from .phase_profile import profile
 from .samples import sample_users, users_to_draw_from
 
 LOGGER = logging.getLogger(__name__)

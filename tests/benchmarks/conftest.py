@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from iisan_fast.bench import cells, evaluate, extract, train, uncached
+from iisan_fast.benchmarks import cells, evaluate, extract, train, uncached
 
 
 def stay_in_this_process(patch: pytest.MonkeyPatch) -> None:

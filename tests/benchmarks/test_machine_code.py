@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import small_kernels
-from iisan_fast.bench import loop_trips, machine_code
+from iisan_fast.benchmarks import loop_trips, machine_code
 from iisan_fast.kernels import Configuration, Launch
 
 BLOCK = 32

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import common, gpu_tests, profiles, runner, stages
-from on_gpu.runner import NOT_MEASURED, Measurement, Stage
-from on_gpu.settings import DRY_RUN, Settings
 
 from helpers.datasets import make_sequences, write_dataset_folder
-from iisan_fast.bench import machine, ops
+from iisan_fast.benchmarks import machine, ops
+from iisan_fast.benchmarks.on_gpu import common, gpu_tests, profiles, runner, stages
+from iisan_fast.benchmarks.on_gpu.runner import NOT_MEASURED, Measurement, Stage
+from iisan_fast.benchmarks.on_gpu.settings import DRY_RUN, Settings
 from iisan_fast.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ STAGES = {stage.name: stage for stage in runner.STAGES}
 # What may be imported when tests are collected: what the project requires, and what the script's head asks for.
 ON_THE_MACHINE = {"click", "lmdb", "numpy", "PIL", "rich", "safetensors", "torch", "transformers", "triton"}
 ON_THE_MACHINE |= {"hypothesis", "pytest", "setuptools"} | {"huggingface_hub", "tokenizers", "yaml"}  # transformers'
-ON_THE_MACHINE |= {"helpers", "iisan_fast", "on_gpu"}
+ON_THE_MACHINE |= {"helpers", "iisan_fast"}
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_the_step_agrees_with_the_reference(dataset, tmp_path):
 
 
 def test_a_step_that_leaves_the_reference_or_does_not_run_fails_the_stage(dataset, tmp_path, monkeypatch):
-    from on_gpu import step
+    from iisan_fast.benchmarks.on_gpu import step
 
     differentiated, seen = step.differentiated, []
 
@@ -201,13 +201,13 @@ def test_a_step_that_leaves_the_reference_or_does_not_run_fails_the_stage(datase
     ],
 )
 def test_a_graph_with_other_launches_than_counted_is_named(nodes, expected):
-    from on_gpu import launch_check
+    from iisan_fast.benchmarks.on_gpu import launch_check
 
     assert launch_check.disagreement({"launches": 23, "graph_nodes": nodes}) == expected
 
 
 def test_a_step_whose_graph_has_other_launches_fails_the_stage(dataset, tmp_path, monkeypatch):
-    from on_gpu import step
+    from iisan_fast.benchmarks.on_gpu import step
 
     monkeypatch.setattr(step, "forms_of", lambda settings: {})
     monkeypatch.setattr(step, "compare_launches", lambda *_: {"launches": 23, "graph_nodes": {"kernel": 25}})
@@ -257,7 +257,7 @@ def test_extraction_is_measured_from_memory_and_whole(dataset, tmp_path):
 
 
 def test_the_headline_adds_up_the_times_of_both_encoders():
-    from on_gpu import extraction
+    from iisan_fast.benchmarks.on_gpu import extraction
 
     rows = [
         extraction.row_of("fast", "image", extraction.Measured(2.0, None, 7, items=100)),

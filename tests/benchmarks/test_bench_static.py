@@ -8,11 +8,11 @@ import pytest
 
 from helpers.command_line import iisan_fast, refused
 from helpers.datasets import make_sequences, write_dataset_folder
-from iisan_fast.bench import static
-from iisan_fast.bench.machine import NOT_MEASURED
-from iisan_fast.bench.machine_code import KernelReading
-from iisan_fast.bench.static import CountedBatch, StaticSettings, benchmark, host_microseconds, padded_shapes
-from iisan_fast.bench.static_step import ARCHITECTURES, Sizes
+from iisan_fast.benchmarks import static
+from iisan_fast.benchmarks.machine import NOT_MEASURED
+from iisan_fast.benchmarks.machine_code import KernelReading
+from iisan_fast.benchmarks.static import CountedBatch, StaticSettings, benchmark, host_microseconds, padded_shapes
+from iisan_fast.benchmarks.static_step import ARCHITECTURES, Sizes
 
 MOST_LAUNCHES = 30  # a step
 MOST_BYTES = 0.6e9  # at their peak, at 64 users of Scientific

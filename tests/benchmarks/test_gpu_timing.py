@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iisan_fast.bench import gpu_timing, ops
-from iisan_fast.bench.gpu_timing import EAGER, GRAPH, WALL_CLOCK, device_timing
-from iisan_fast.bench.graph_nodes import captured_nodes
+from iisan_fast.benchmarks import gpu_timing, ops
+from iisan_fast.benchmarks.gpu_timing import EAGER, GRAPH, WALL_CLOCK, device_timing
+from iisan_fast.benchmarks.graph_nodes import captured_nodes
 
 CUDA = torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from helpers.towers_on_meta import CATALOGUE, towers_on_meta
-from iisan_fast.bench.kernel_costs import KernelCost, KnownBatch, kernel_cost
-from iisan_fast.bench.machine_code import KernelReading, readings, specialization
+from iisan_fast.benchmarks.kernel_costs import KernelCost, KnownBatch, kernel_cost
+from iisan_fast.benchmarks.machine_code import KernelReading, readings, specialization
 from iisan_fast.data.packed_batches import RunPlan
 from iisan_fast.data.sequences import Sequences
 from iisan_fast.kernels import Launch, recording

@@ -14,10 +14,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from iisan_fast.bench import cells
-from iisan_fast.bench.cells import Cell, SweepSettings
-from iisan_fast.bench.methods import Comparison, benchmark, cost_order
-from iisan_fast.bench.samples import sample_users
+from iisan_fast.benchmarks import cells
+from iisan_fast.benchmarks.cells import Cell, SweepSettings
+from iisan_fast.benchmarks.methods import Comparison, benchmark, cost_order
+from iisan_fast.benchmarks.samples import sample_users
 from iisan_fast.cli import cli
 from iisan_fast.config import RunConfig, ViewConfig
 from iisan_fast.data.sequences import load_dataset
@@ -174,7 +174,7 @@ def test_other_cells_go_on_where_one_fails(settings, small_catalogue, tmp_path, 
 
 WAITING = """
 import signal, sys
-from iisan_fast.bench.machine import in_a_process
+from iisan_fast.benchmarks.machine import in_a_process
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 in_a_process(exec, "import time; print('begun', flush=True); time.sleep(100)")
 """

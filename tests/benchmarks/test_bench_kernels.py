@@ -13,11 +13,11 @@ from PIL import Image
 from helpers.command_line import iisan_fast, refused
 from helpers.datasets import make_sequences
 from iisan_fast import demo
-from iisan_fast.bench import ops, tuning
-from iisan_fast.bench.floors import H200, PASSES, device_rates, loss_costs, rank_costs, side_network_costs
-from iisan_fast.bench.machine import demo_sequences
-from iisan_fast.bench.ops import MEASURED, NEEDS_CUDA, Form, make_works, random_tables
-from iisan_fast.bench.settings import OPS, KernelSettings
+from iisan_fast.benchmarks import ops, tuning
+from iisan_fast.benchmarks.floors import H200, PASSES, device_rates, loss_costs, rank_costs, side_network_costs
+from iisan_fast.benchmarks.machine import demo_sequences
+from iisan_fast.benchmarks.ops import MEASURED, NEEDS_CUDA, Form, make_works, random_tables
+from iisan_fast.benchmarks.settings import OPS, KernelSettings
 from iisan_fast.data.sequences import Sequences, load_dataset
 from iisan_fast.errors import InputError
 from iisan_fast.kernels.gpu import configurations

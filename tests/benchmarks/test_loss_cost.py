@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iisan_fast.bench.kernel_costs import KernelCost, KnownBatch, kernel_cost
-from iisan_fast.bench.machine_code import KernelReading, readings, specialization
+from iisan_fast.benchmarks.kernel_costs import KernelCost, KnownBatch, kernel_cost
+from iisan_fast.benchmarks.machine_code import KernelReading, readings, specialization
 from iisan_fast.data.packed_batches import RunPlan
 from iisan_fast.data.sequences import Sequences
 from iisan_fast.kernels import Launch, recording

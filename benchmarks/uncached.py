@@ -25,7 +25,7 @@ from ..training import Trainer, deterministic, open_source
 from .cells import MEMORY_EVERY
 from .machine import NOT_MEASURED, in_a_process, named_sequences, on, origin
 from .peak_memory import PeakMemory
-from .profile import profile
+from .phase_profile import profile
 from .stand_ins import stand_ins, state_shape
 from .stopwatch import Stopwatch
 from .train import VIEWS, WARM_UP_STEPS, TrainSettings, fill_store

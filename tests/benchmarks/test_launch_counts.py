@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from iisan_fast.bench.launch_counts import LaunchCounter
+from iisan_fast.benchmarks.launch_counts import LaunchCounter
 from iisan_fast.kernels import Configuration
 from iisan_fast.kernels.gpu.launch import launch
 
