@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from .imports.microlens import import_microlens
     from .imports.options import MISSING_TITLES, RECBOLE_FIELDS, TABLE_COLUMNS, Imported, ImportOptions, TableOptions
     from .imports.recbole import import_recbole
-    from .items import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb, open_images, read_table, refuse_unfit_name
+    from .items import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb, open_images, refuse_unfit_name
     from .packed_batches import PackedWindow, RunPlan
     from .sequences import Dataset, Sequences, Split, load_dataset, load_sequences, statistics
+    from .strict_tables import read_table
 
 __all__ = [
     "Batch",

@@ -10,7 +10,7 @@ import io
 import os
 import pickle
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import InputError, first_few
 from ..files import refuse_truncated
 from .image_pickles import StoredImage, unpickle
+from .strict_tables import read_table
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content: shops do serve a GIF under a .jpg name
@@ -40,25 +41,6 @@ class ItemTable:
     ids: list[str]
     titles: list[str]
     captions: dict[str, str] | None  # by item id, for the items that have one; None without captions.tsv
-
-
-def read_table(path: Path, columns: int) -> Iterator[tuple[int, list[str]]]:
-    """Streams (line number from 1, fields) of a UTF-8 file with `columns` non-empty fields a line, tabs between.
-
-    A byte order mark, \\r\\n endings and a missing last newline are accepted. Raises InputError, with file and line,
-    for anything else: no file, no line, an empty line or field, a wrong number of fields, bytes that are not UTF-8.
-    """
-    number = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, _fields(line, columns, f"{path} line {number}", first=number == 1)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    if not number:
-        raise InputError(f"{path}: empty; expected lines of {columns} fields separated by tabs")
 
 
 def read_items(root: Path, unescape: bool = True) -> ItemTable:
@@ -235,23 +217,6 @@ class ImageLmdb:
         if self._env is None:
             self._env = _open_lmdb(self.path)
         return self._env
-
-
-def _fields(line: bytes, columns: int, where: str, first: bool) -> list[str]:
-    try:
-        text = line.decode("utf-8-sig" if first else "utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 (at byte {error.start + 1}); save the file as UTF-8") from None
-    text = text.removesuffix("\n").removesuffix("\r")
-    if not text:
-        raise InputError(f"{where}: empty line; expected {columns} fields separated by tabs")
-    fields = text.split("\t")
-    if len(fields) != columns:
-        raise InputError(f"{where}: expected {columns} fields separated by tabs, found {len(fields)}")
-    for position, field in enumerate(fields, start=1):
-        if not field.strip():
-            raise InputError(f"{where}: field {position} of {columns} is empty")
-    return fields
 
 
 def _read_texts(path: Path, unescape: bool, known: Collection[str] | None = None) -> dict[str, str]:

@@ -18,7 +18,8 @@ import numpy as np
 
 from ..config import ProtocolConfig
 from ..errors import InputError, check_choice
-from .items import read_items, read_table
+from .items import read_items
+from .strict_tables import read_table
 from .temporal import temporal_split, with_times
 
 LEAVE_ONE_OUT = {"validation": 2, "test": 1}  # how far from a history's end the target stands

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..config import ProtocolConfig
 from ..errors import InputError
-from .items import read_table
+from .strict_tables import read_table
 
 
 class SplitHistories(NamedTuple):

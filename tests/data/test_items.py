@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from iisan_fast.data.items import MAX_PIXELS, ImageError, ImageFolder, ImageLmdb, open_images, read_items, read_table
+from iisan_fast.data.items import MAX_PIXELS, ImageError, ImageFolder, ImageLmdb, open_images, read_items
+from iisan_fast.data.strict_tables import read_table
 from iisan_fast.errors import InputError
 
 LineWriter = Callable[[bytes], Path]

@@ -1,0 +1,44 @@
+"""Tables of tab-separated text, read line by line: whatever is wrong is an error that names file and line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import InputError
+
+
+def read_table(path: Path, columns: int) -> Iterator[tuple[int, list[str]]]:
+    """Streams (line number from 1, fields) of a UTF-8 file with `columns` non-empty fields a line, tabs between.
+
+    A byte order mark, \\r\\n endings and a missing last newline are accepted. Raises InputError, with file and line,
+    for anything else: no file, no line, an empty line or field, a wrong number of fields, bytes that are not UTF-8.
+    """
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, _fields(line, columns, f"{path} line {number}", first=number == 1)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if not number:
+        raise InputError(f"{path}: empty; expected lines of {columns} fields separated by tabs")
+
+
+def _fields(line: bytes, columns: int, where: str, first: bool) -> list[str]:
+    try:
+        text = line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 (at byte {error.start + 1}); save the file as UTF-8") from None
+    text = text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise InputError(f"{where}: empty line; expected {columns} fields separated by tabs")
+    fields = text.split("\t")
+    if len(fields) != columns:
+        raise InputError(f"{where}: expected {columns} fields separated by tabs, found {len(fields)}")
+    for position, field in enumerate(fields, start=1):
+        if not field.strip():
+            raise InputError(f"{where}: field {position} of {columns} is empty")
+    return fields
