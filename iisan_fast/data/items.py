@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError, first_few
 from ..files import refuse_truncated
+from .fast_tables import NeedsStrictReader, fast_or_strict, read_texts
 from .image_pickles import StoredImage, unpickle
 from .strict_tables import read_table
 
@@ -220,7 +221,24 @@ class ImageLmdb:
 
 
 def _read_texts(path: Path, unescape: bool, known: Collection[str] | None = None) -> dict[str, str]:
-    """{item id: text} in file order; with `known`, no other items may come."""
+    """Return {item id: text} in file order. Raises InputError, also for an item outside `known`, if that is given."""
+    texts = fast_or_strict(lambda: _read_texts_fast(path, known), lambda: _read_texts_strictly(path, known))
+    return {item_id: html.unescape(text) for item_id, text in texts.items()} if unescape else texts
+
+
+def _read_texts_fast(path: Path, known: Collection[str] | None) -> dict[str, str]:
+    """Read {item id: text} by polars. Raises NeedsStrictReader if anything in the file may be wrong."""
+    ids, column = read_texts(path)
+    texts = dict(zip(ids, column))
+    if len(texts) < len(ids) or any(" " in item_id for item_id in ids):
+        raise NeedsStrictReader(f"{path}: an item twice, or an id with a space")
+    if known is not None and not all(item_id in known for item_id in ids):
+        raise NeedsStrictReader(f"{path}: an unknown item")
+    return texts
+
+
+def _read_texts_strictly(path: Path, known: Collection[str] | None) -> dict[str, str]:
+    """Read {item id: text} line by line. Raises InputError, with file and line."""
     texts: dict[str, str] = {}
     lines: dict[str, int] = {}
     for line, (item_id, text) in read_table(path, 2):
@@ -231,7 +249,7 @@ def _read_texts(path: Path, unescape: bool, known: Collection[str] | None = None
         if " " in item_id or "\0" in item_id:
             raise InputError(f"{path} line {line}: item id {item_id!r} has a space or NUL, which no history can name")
         lines[item_id] = line
-        texts[item_id] = html.unescape(text) if unescape else text
+        texts[item_id] = text
     return texts
 
 

@@ -7,7 +7,7 @@ are numbered from 1; 0 is padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +18,9 @@ import numpy as np
 
 from ..config import ProtocolConfig
 from ..errors import InputError, check_choice
+from .histories import read_histories
 from .items import read_items
-from .strict_tables import read_table
-from .temporal import temporal_split, with_times
+from .temporal import temporal_split
 
 LEAVE_ONE_OUT = {"validation": 2, "test": 1}  # how far from a history's end the target stands
 
@@ -163,7 +163,7 @@ def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dat
         raise InputError(f"{root}: no such folder; expected a dataset with items.tsv and users.tsv")
     table = read_items(root, protocol.unescape_titles)
     whole = _read_sequences(root, table.ids, protocol)
-    catalogue = np.unique(whole.items)
+    catalogue = np.flatnonzero(np.bincount(whole.items))
     number = np.zeros(len(table.ids) + 1, dtype=np.int64)
     number[catalogue] = np.arange(1, len(catalogue) + 1)
     item_ids = [table.ids[item - 1] for item in catalogue]
@@ -218,17 +218,22 @@ def statistics(sequences: Sequences) -> dict[str, int | float]:
 
 
 def _read_sequences(root: Path, item_ids: list[str], protocol: ProtocolConfig) -> Sequences:
-    """The users who count, their histories cut, in numbers of all the items."""
-    path = root / "users.tsv"
-    users = _read_users(path, item_ids)
-    if protocol.split == "leave-one-out":
-        counting = _counting(users, path, protocol.min_interactions)
-        user_ids, histories = zip(*((user, items[-protocol.max_history :].copy()) for user, items in counting))
-        return Sequences(list(user_ids), item_ids, *_jagged(histories), protocol.max_inputs)
-    timed = with_times(users, root / "times.tsv")
-    user_ids, histories, times = zip(*_counting(timed, path, protocol.min_interactions))
-    offsets, items = _jagged(histories)
-    split = temporal_split(offsets, np.concatenate(times), protocol)
+    """Return the histories that the protocol keeps, in the numbers of `item_ids`. Raises InputError."""
+    temporal = protocol.split == "temporal"
+    histories = read_histories(root, item_ids, timed=temporal)
+    lengths = np.diff(histories.offsets)
+    users = np.flatnonzero(lengths >= protocol.min_interactions)
+    if not len(users):
+        least = protocol.min_interactions
+        raise InputError(f"{root / 'users.tsv'}: none of {len(lengths)} users has the {least} interactions that count")
+    user_ids = [histories.user_ids[user] for user in users]
+    lengths = lengths[users] if temporal else np.minimum(lengths[users], protocol.max_history)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    last_interactions = np.arange(offsets[-1]) + np.repeat(histories.offsets[users + 1] - offsets[1:], lengths)
+    items = histories.items[last_interactions]
+    if not temporal:
+        return Sequences(user_ids, item_ids, offsets, items, protocol.max_inputs)
+    split = temporal_split(offsets, histories.times[last_interactions], protocol)
     return Sequences(
         user_ids=[user_ids[user] for user in split.users],
         item_ids=item_ids,
@@ -238,40 +243,6 @@ def _read_sequences(root: Path, item_ids: list[str], protocol: ProtocolConfig) -
         training_ends=split.training_ends,
         targets=split.targets,
     )
-
-
-def _read_users(path: Path, item_ids: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """(user id, item numbers) of every line."""
-    numbers = {item_id: number for number, item_id in enumerate(item_ids, start=1)}
-    lines: dict[str, int] = {}
-    for line, (user_id, history) in read_table(path, 2):
-        if user_id in lines:
-            raise InputError(f"{path} line {line}: user {user_id!r} stands on line {lines[user_id]} already")
-        lines[user_id] = line
-        try:
-            items = [numbers[item_id] for item_id in history.split(" ")]
-        except KeyError as error:
-            item_id = error.args[0]
-            what = f"item {item_id!r} is not in items.tsv" if item_id else "an empty item id (two spaces?)"
-            raise InputError(f"{path} line {line}: {what}") from None
-        yield user_id, np.array(items, dtype=np.int64)
-
-
-def _counting(users: Iterable[tuple[Any, ...]], path: Path, least: int) -> Iterator[tuple[Any, ...]]:
-    """Yield the users with at least `least` interactions. Raises InputError if there is none."""
-    count = counting = 0
-    for user in users:
-        count += 1
-        if len(user[1]) >= least:
-            counting += 1
-            yield user
-    if not counting:
-        raise InputError(f"{path}: none of {count} users has the {least} interactions that count")
-
-
-def _jagged(histories: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets, what the histories hold one after the other)."""
-    return np.concatenate([[0], np.cumsum([len(history) for history in histories])]), np.concatenate(histories)
 
 
 def _right_align(items: np.ndarray, ends: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:

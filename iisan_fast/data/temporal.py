@@ -6,7 +6,7 @@ second, and from the second on. Interactions of one time are never divided, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,8 @@ import numpy as np
 from ..config import ProtocolConfig
 from ..errors import InputError
 from .strict_tables import read_table
+
+User = tuple[str, Sequence[int]]
 
 
 class SplitHistories(NamedTuple):
@@ -28,10 +30,11 @@ class SplitHistories(NamedTuple):
     targets: dict[str, np.ndarray]  # int64 [kept users] under `validation` and `test`, -1 for none
 
 
-def with_times(users: Iterable[tuple[str, np.ndarray]], path: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(user id, items, times int64) of every user: `path` holds the times as users.tsv holds the items.
+def with_times(users: Iterable[User], path: Path) -> Iterator[tuple[User, np.ndarray]]:
+    """Yield every (user id, items) with its times, int64 [items]. `path` holds the times as users.tsv holds the items.
 
-    Raises InputError, with the line, where the two do not fit together, or times are not whole numbers in order.
+    Raises InputError, with file and line, if the two files do not fit together, or if times are not whole numbers in
+    order.
     """
     if not path.exists():
         writes = "iisan-fast import writes it where the source has timestamps"
@@ -47,7 +50,7 @@ def with_times(users: Iterable[tuple[str, np.ndarray]], path: Path) -> Iterator[
         times = _times(text, where)
         if len(times) != len(user[1]):
             raise InputError(f"{where}: expected {len(user[1])} times, one an interaction, found {len(times)}")
-        yield *user, times
+        yield user, times
 
 
 def temporal_split(offsets: np.ndarray, times: np.ndarray, protocol: ProtocolConfig) -> SplitHistories:
