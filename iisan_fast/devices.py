@@ -1,4 +1,4 @@
-"""The device that a call computes on, from its name."""
+"""Choose the torch device from its name."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def torch_device(name: str | torch.device) -> torch.device:
-    """Return a named device: auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N.
+    """Return the device with this name: auto (CUDA if there is a GPU, else the CPU), cpu, cuda or cuda:N.
 
-    Raises InputError for another name, for a device that this machine lacks, and if the environment names a form of the
-    ops that cannot run there.
+    Raises InputError for any other name, for a GPU that this machine does not have, and if the environment asks for a
+    form of the ops that cannot run on the device.
     """
     from . import kernels  # imports torch, which takes seconds
 
@@ -27,6 +27,7 @@ def torch_device(name: str | torch.device) -> torch.device:
 
 
 def _named_device(name: str | torch.device) -> torch.device:
+    """Return the device, without a check of the ops."""
     import torch
 
     if name == "auto":

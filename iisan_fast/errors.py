@@ -1,4 +1,7 @@
-"""The one exception for bad input: a single line saying what, where, expected, found and what to do."""
+"""Define the one exception for bad input, and make its messages.
+
+A message is one line: where, what was expected, what was found and what to do.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,25 @@ class InputError(Exception):
 
 
 def first_few(names: Iterable[object], total: int, limit: int = 3) -> str:
-    """`a, b, c and 9 more` for the first `limit` of `total` names."""
+    """Return the first `limit` names and the number of the others, such as "a, b, c and 9 more".
+
+    total: the number of all names.
+    """
     shown = ", ".join(str(name) for name in islice(names, limit))
     return f"{shown} and {total - limit} more" if total > limit else shown
 
 
 def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
-    """Raise InputError unless a setting's value is one of the `allowed` words."""
+    """Raise InputError if the value of the setting `name` is not one of the allowed words."""
     if value not in allowed:
         raise InputError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
 
 
 def check_range(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
-    """Raise InputError unless a setting's value is a whole number from `minimum` to `maximum`; None: without an end."""
+    """Raise InputError if the value of the setting `name` is no whole number from `minimum` to `maximum`.
+
+    maximum: None for no upper end. True and False are no numbers here.
+    """
     if not isinstance(value, int) or isinstance(value, bool):
         raise InputError(f"{name}: expected a whole number, found {value!r}")
     if value < minimum or (maximum is not None and value > maximum):
@@ -33,6 +42,6 @@ def check_range(name: str, value: object, minimum: int, maximum: int | None = No
 
 
 def nearest(name: str, names: Collection[str]) -> str:
-    """Return "did you mean …?" with the names that are spelled like `name`, or a list of all names."""
+    """Return "did you mean …?" with the names spelled most like `name`, or "expected one of …" with all names."""
     similar = difflib.get_close_matches(name, names, n=3)
     return f"did you mean {' or '.join(similar)}?" if similar else f"expected one of {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""The precision of a run: one value, decided from its settings and its device, then handed down."""
+"""Choose the dtypes of a run once, from its settings and its device."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .errors import InputError
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtypes of a run. Weights, gradients and sums are float32 in all of them."""
+    """The dtypes of a run. Weights, gradients and sums are float32 in every run."""
 
-    table: torch.dtype | None  # of the hidden states in memory; None: as the cache stores them
-    products: torch.dtype  # of the matrix products that are trained
+    table: torch.dtype | None  # of the hidden states in memory; None: the cache's dtype
+    products: torch.dtype  # of the matrix products with trained weights
 
 
 def resolve_precision(config: RunConfig, device: torch.device) -> Precision:
-    """Return the precision of a run on a device.
+    """Return the dtypes of a run on a device.
 
-    On CUDA the side network multiplies in its table's dtype. On a CPU it reads the states as stored and multiplies in
-    float32; trained encoders take bfloat16 products on both. Raises InputError for bfloat16 products of a side network
-    on a CPU, which are slower than float32 and less accurate.
+    Side networks on CUDA multiply in the dtype of their table. On a CPU they read the states in the cache's dtype and
+    multiply in float32. Trained encoders may multiply in bfloat16 on both. Raises InputError for bfloat16 products of a
+    side network on a CPU: they are slower than float32 and less accurate.
     """
     method, asked, on_cuda = config.model.method, config.train.precision, device.type == "cuda"
     if asked == "bfloat16" and method in SIDE_METHODS and not on_cuda:

@@ -1,4 +1,4 @@
-"""Frozen Hugging Face encoders: texts or images in, pooled hidden states out; and what fine-tuning puts into them."""
+"""Load Hugging Face encoders, which turn texts or images into hidden states, and prepare encoders for fine-tuning."""
 
 from typing import TYPE_CHECKING
 

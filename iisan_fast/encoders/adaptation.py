@@ -1,7 +1,7 @@
 """Prepare a pretrained encoder for training: all of it, its biases, adapters, LoRA, or nothing.
 
-Whatever the method, encoders compute without dropout, so that a batch encoded in parts, or computed a second time for
-the backward pass, has the very gradients of the whole one.
+Encoders always compute without dropout. So a batch gives the same gradients if it is encoded in parts, or if its
+forward is computed a second time in the backward pass.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..errors import InputError
 
 LORA_RANK = 8
-ADAPTER_STD = 0.01  # of an adapter's weights at the start, as of a SANB's: nearly the identity
+ADAPTER_STD = 0.01  # of an adapter's first weights, as of a SANB's: small, so that it starts near the identity
 
-# What linear layers are called within a block, by what they do there. Families and versions of transformers differ.
+# The names of a block's linear layers, by their role. They differ between model families and versions of transformers.
 ROLES = {
     "end of attention": (
         "attention.output.dense",  # BERT, DeBERTa; DINOv2 in older versions
@@ -58,12 +58,14 @@ def adapt(
     activation: str = "relu",
     example: dict[str, Tensor] | None = None,
 ) -> dict[str, list[nn.Parameter]]:
-    """Prepares an encoder in place, on any device (meta too), and returns what is trained of it, by learning rate.
+    """Prepare an encoder in place for a method, and return its trained parameters by group of one learning rate.
 
-    method: `full` trains all that the last hidden state depends on, and `bitfit` the biases among that (group
-    "encoders"); `adapter` and `lora` train what they add (group "adapters"); `frozen` trains nothing. The rest requires
-    no gradient, and dropout is off. `bottleneck` and `activation` ("relu", "gelu") are the adapters'.
-    Raises InputError where the encoder has nothing that the method could train, or `lora` lacks the library peft.
+    method: `full` trains every parameter that the last hidden state depends on, `bitfit` only the biases among them
+    (group "encoders" for both). `adapter` and `lora` add parameters and train those alone (group "adapters"). `frozen`
+    trains nothing and returns an empty dict. All other parameters require no gradient, and dropout is off. bottleneck,
+    activation ("relu" or "gelu"): of the method `adapter`. example: a batch of the model's inputs, for `full` and
+    `bitfit`; None makes one up. The model may be on any device, also "meta". Raises InputError if the encoder has
+    nothing that the method can train, or if `lora` does not find the library peft.
     """
     model.requires_grad_(False)
     if method == "full":
@@ -81,15 +83,19 @@ def adapt(
 
 
 def checkpoint_blocks(model: PreTrainedModel, on: bool = True) -> None:
-    """Lets each block keep its input alone and compute its inside again in the backward pass, or undoes that."""
+    """Switch gradient checkpointing of every transformer block on or off.
+
+    With checkpointing a block stores only its input, and computes its activations again in the backward pass. Raises
+    InputError if the model has no transformer blocks.
+    """
     for block in transformer_blocks(model).values():
         vars(block).pop("forward", None)
-        if on:  # Hugging Face's own switch wants training mode, in which dropout would act
+        if on:  # Hugging Face's own switch works only in training mode, which has dropout
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def transformer_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """An encoder's transformer blocks, by name, in order. Raises InputError where it has none."""
+    """Return an encoder's transformer blocks by module name, in order. Raises InputError if it has none."""
     named_blocks = {
         name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)
     }
@@ -99,9 +105,13 @@ def transformer_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 class Adapter(nn.Sequential):
-    """x + up(act(down(x))) over the last dimension (Houlsby et al. 2019), nearly the identity at the start."""
+    """A bottleneck with a residual, x + up(act(down(x))), over the last dimension (Houlsby et al. 2019).
+
+    Its weights start small, so that it starts near the identity.
+    """
 
     def __init__(self, width: int, bottleneck: int, activation: str, **where: torch.device | torch.dtype) -> None:
+        """Make an adapter of `bottleneck` units. activation: "relu" or "gelu"; where: device and dtype of nn.Linear."""
         act = {"relu": nn.ReLU, "gelu": nn.GELU}[activation]()
         super().__init__(nn.Linear(width, bottleneck, **where), act, nn.Linear(bottleneck, width, **where))
         for linear in (self[0], self[2]):
@@ -109,12 +119,12 @@ class Adapter(nn.Sequential):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[…, width] -> […, width]."""
+        """Map [..., width] to [..., width]."""
         return x + super().forward(x)
 
 
 def _add_adapters(model: PreTrainedModel, bottleneck: int, activation: str) -> None:
-    """Adapters on what ends the attention and the feed-forward of every block, before the residual is added."""
+    """Put an adapter after the attention and the feed-forward of every block, before the residual is added."""
     for block in transformer_blocks(model).values():
         for role in ("end of attention", "end of feed-forward"):
             name = _linear(model, block, role)
@@ -125,7 +135,7 @@ def _add_adapters(model: PreTrainedModel, bottleneck: int, activation: str) -> N
 
 
 def _add_lora(model: PreTrainedModel) -> None:
-    """Low-rank updates of the query and value projections, zero at the start (Hu et al. 2022)."""
+    """Add low-rank updates, zero at the start, to the query and value projections (Hu et al. 2022)."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -141,7 +151,7 @@ def _add_lora(model: PreTrainedModel) -> None:
 
 
 def _linear(model: PreTrainedModel, block: nn.Module, role: str) -> str:
-    """The name within the block of the one linear layer that has the role."""
+    """Return the name, within the block, of its one linear layer with this role."""
     modules = dict(block.named_modules())
     names = [name for name in ROLES[role] if isinstance(modules.get(name), nn.Linear)]
     if len(names) != 1:
@@ -153,6 +163,7 @@ def _linear(model: PreTrainedModel, block: nn.Module, role: str) -> str:
 
 
 def _biases(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the biases of all modules. Raises InputError if there are none."""
     biases = [module.bias for module in model.modules() if isinstance(getattr(module, "bias", None), nn.Parameter)]
     if not biases:
         raise InputError(f"method: bitfit trains biases, {type(model).__name__} has none; choose lora or adapter")
@@ -160,9 +171,11 @@ def _biases(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 def _free(model: PreTrainedModel, parameters: Iterable[nn.Parameter], example: dict[str, Tensor] | None) -> None:
-    """Lets those be trained that the last hidden state depends on. Poolers and mask tokens, say, never get a gradient,
-    nor a state in the optimizer that a checkpoint could hold. Nor are position embeddings trained that are resized to
-    the images: that has no gradient on CUDA which repeats exactly."""
+    """Let the parameters be trained that the last hidden state depends on, given a batch or one made up.
+
+    Poolers and mask tokens, for example, never get a gradient, so the optimizer should keep no state for them. Position
+    embeddings that are resized to the images are left out too: their gradient on CUDA is not deterministic.
+    """
     parameters = list(parameters)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -175,22 +188,22 @@ def _free(model: PreTrainedModel, parameters: Iterable[nn.Parameter], example: d
 
 
 def _resized(output: Tensor) -> set[int]:
-    """The ids of the parameters that an output depends on through a bicubic interpolation."""
-    resized, seen, waiting = set(), set(), [(output.grad_fn, False)]
+    """Return the ids of the parameters that an output depends on through a bicubic interpolation."""
+    resized, visited, waiting = set(), set(), [(output.grad_fn, False)]
     while waiting:
-        node, behind = waiting.pop()
-        if node is None or (node, behind) in seen:
+        node, interpolated = waiting.pop()
+        if node is None or (node, interpolated) in visited:
             continue
-        seen.add((node, behind))
-        behind = behind or node.name().startswith("UpsampleBicubic")
-        if behind and hasattr(node, "variable"):
+        visited.add((node, interpolated))
+        interpolated = interpolated or node.name().startswith("UpsampleBicubic")
+        if interpolated and hasattr(node, "variable"):
             resized.add(id(node.variable))
-        waiting += [(following, behind) for following, _ in node.next_functions]
+        waiting += [(parent, interpolated) for parent, _ in node.next_functions]
     return resized
 
 
 def _made_up_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """One item's."""
+    """Return the model's inputs for one blank image or one short text."""
     if model.main_input_name == "pixel_values":
         config = model.config
         size = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size

@@ -1,7 +1,7 @@
 """Choose the attention of an encoder: xformers' memory-efficient one, PyTorch's, or the encoder's eager one.
 
-xformers takes part through Hugging Face's attention interface, under the name "xformers". It is imported only where it
-is tried, on CUDA.
+xformers is registered in Hugging Face's attention interface under the name "xformers". The library is imported only
+when it is tried, on CUDA.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ..config import ATTENTIONS
 from ..errors import InputError
 
 LOGGER = logging.getLogger(__name__)
-MASKED = -30_000.0  # exp() of it is 0, yet it is finite in half precision: a row with every key masked gives no NaN
-ALIGNMENT = 8  # rows of a bias start at multiples of so many numbers
-REASON_LENGTH = 300  # characters of a notice's reason
-# Arguments that change no state: eager attention ignores them too. The mask holds the window and the causal pattern.
+MASKED = -30_000.0  # its exp() is 0, but it is finite in half precision, so a row with all keys masked gives no NaN
+ALIGNMENT = 8  # each row of a bias starts at a multiple of this many numbers
+REASON_LENGTH = 300  # characters of the reason in a log message
+# Arguments that change no hidden state: the mask holds the window and the causal pattern, so eager ignores them too.
 WITHOUT_EFFECT = frozenset(
     {
         *("is_causal", "sliding_window", "position_ids", "deterministic"),
@@ -41,10 +41,10 @@ Result = TypeVar("Result")
 def choose_attention(
     wanted: str, model_classes: Iterable[type[PreTrainedModel]], device: torch.device, dtype: torch.dtype
 ) -> str:
-    """Choose `from_pretrained`'s attn_implementation for one of config.ATTENTIONS: xformers, sdpa or eager.
+    """Return the `attn_implementation` for `from_pretrained`: "xformers", "sdpa" or "eager".
 
-    `model_classes` are the model's and its towers'. An attention that cannot be used gives way to the next of the
-    three, with one notice. Raises InputError for a name that is not in config.ATTENTIONS.
+    wanted: one of config.ATTENTIONS. model_classes: the classes of the model and of its towers. If an attention cannot
+    be used, the next of these three is chosen, and a warning says so once. Raises InputError if `wanted` is unknown.
     """
     if wanted not in ATTENTIONS:
         raise InputError(f"attention: expected one of {', '.join(ATTENTIONS)}, found {wanted!r}")
@@ -52,7 +52,7 @@ def choose_attention(
         return "eager"
     model_classes = list(model_classes)
     for model_class in model_classes:
-        if not model_class._supports_sdpa:  # its scores are no plain dot products: relative positions, caps, sinks
+        if not model_class._supports_sdpa:  # its scores are not plain dot products
             _say_once(f"{model_class.__name__} keeps its own attention")
             return "eager"
     use_xformers = wanted == "xformers" or (wanted == "auto" and device.type == "cuda")
@@ -66,11 +66,12 @@ def choose_attention(
 
 
 def run_with_all_arguments(model: PreTrainedModel, attention: str, run: Callable[[], Result]) -> tuple[str, Result]:
-    """Run the model with its attention, or with eager attention if that one would drop an argument.
+    """Call `run`, which runs the model, with eager attention if the model's own would drop an argument.
 
-    An attention logit cap or attention sinks are such arguments. transformers' flags do not name all models that pass
-    them (5.17 says that Gemma 2 can do with PyTorch's attention), so the arguments themselves are looked at. Returns
-    the attention that the model has from now on, and what `run` returned under it.
+    Some models pass a logit cap or attention sinks, which not every attention knows. transformers' flags do not name
+    all of these models (5.17 says that Gemma 2 works with PyTorch's attention), so the arguments of the call are
+    checked. attention: the model's current one. If it would drop an argument, the model is switched to eager attention
+    for good. Returns the attention that the model uses afterwards, and the result of `run`.
     """
     if attention == "eager":
         return attention, run()
@@ -84,12 +85,12 @@ def run_with_all_arguments(model: PreTrainedModel, attention: str, run: Callable
 
 
 class DroppedArgumentError(ValueError):
-    """A model passes its attention an argument that the attention does not know."""
+    """Raised when a model passes an argument that its attention does not know."""
 
 
 @functools.cache
 def xformers_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why xformers has no attention for such tensors, in one line; None if it has."""
+    """Return, in one line, why xformers cannot be used on this device and dtype; None if it can."""
     if device.type != "cuda":
         return f"it needs CUDA, found {device.type}"
     return _failure_of_xformers(device, dtype)
@@ -105,14 +106,16 @@ def xformers_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of query [B, heads, queries, width] to key and value [B, heads or a divisor, keys, width].
+    """Compute the attention of query [B, heads, queries, width] to key and value, as Hugging Face calls it.
 
-    Returns [B, queries, heads, width], and None in place of the weights. The mask says all: no flag makes it causal.
-    Raises DroppedArgumentError for any other argument that would change the result.
+    key, value: [B, key heads, keys, width]; `heads` is a multiple of the key heads. attention_mask: boolean (True where
+    a key is seen) or added to the scores; None to see every key. No flag makes the attention causal, only the mask.
+    Returns [B, queries, heads, width], and None in place of the weights. Raises DroppedArgumentError for any other
+    argument that would change the result.
     """
     _refuse_unknown("xformers", others, WITHOUT_EFFECT)
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, tokens, heads, width]
-    query, key = query.to(value.dtype), key.to(value.dtype)  # rotated ones may come out of autocast in float32
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast may give rotated queries and keys in float32
     batch, queries, heads, _ = query.shape
     keys, groups = key.shape[1], heads // key.shape[2]
     if groups > 1:
@@ -124,9 +127,9 @@ def xformers_attention(
 
 
 def xformers_mask(*, dtype: torch.dtype = torch.float32, **pattern: Any) -> Tensor | None:
-    """Make the bias [B, 1, queries, keys] of a pattern and its padding, once for all layers.
+    """Return the bias [B, 1, queries, keys] of a mask pattern, which all layers share; None if every key is seen.
 
-    None if each query sees each key; a causal pattern is always spelt out, as eager attention has it.
+    pattern: the arguments that transformers passes to a mask function. A causal pattern always gives a bias.
     """
     mask = sdpa_mask(**pattern | {"allow_is_causal_skip": False})
     return None if mask is None else _additive(mask, dtype)
@@ -138,7 +141,7 @@ AttentionMaskInterface.register("xformers", xformers_mask)
 
 @contextmanager
 def _dropping_nothing(attention: str) -> Iterator[None]:
-    """Make the attention of this name raise DroppedArgumentError instead of dropping an argument."""
+    """Make an attention raise DroppedArgumentError, inside the context, if it would drop an argument."""
     attend = ALL_ATTENTION_FUNCTIONS[attention]
     parameters = inspect.signature(attend).parameters.values()
     known = WITHOUT_EFFECT | {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
@@ -155,19 +158,20 @@ def _dropping_nothing(attention: str) -> Iterator[None]:
 
 
 def _refuse_unknown(attention: str, arguments: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Raise DroppedArgumentError for arguments that are not None and not in `known`."""
     unknown = sorted(name for name, value in arguments.items() if value is not None and name not in known)
     if unknown:
         raise DroppedArgumentError(f"{attention} attention would drop its argument {', '.join(unknown)}")
 
 
 def _failure_of_xformers(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Use xformers once; return the error and what xformers says of its extensions, in one line, or None."""
-    with _collecting("xformers") as messages:  # an extension that cannot be loaded takes it many lines
+    """Run xformers' attention once, and return its error and the library's messages in one line; None if it works."""
+    with _collecting("xformers") as messages:  # it logs many lines if an extension cannot be loaded
         try:
             attend = _kernel()
             states = torch.zeros(1, ALIGNMENT, 1, 64, device=device, dtype=dtype)
             attend(states, states, states, attn_bias=states.new_zeros(1, 1, ALIGNMENT, ALIGNMENT)).sum().item()
-        except Exception as error:  # not installed, built for another torch, no kernel for the GPU: any type
+        except Exception as error:  # if it is missing or does not fit torch or the GPU, the type of the error varies
             text = _one_line(f"{type(error).__name__}: {error}", REASON_LENGTH // 2)
             return _one_line("; ".join([text, *messages]), REASON_LENGTH)
     return None
@@ -175,7 +179,7 @@ def _failure_of_xformers(device: torch.device, dtype: torch.dtype) -> str | None
 
 @contextmanager
 def _collecting(library: str) -> Iterator[list[str]]:
-    """Collect what a library logs, and all Python warnings, in place of printing them."""
+    """Yield a list that collects a library's log messages and all Python warnings, which are not printed."""
     messages: list[str] = []
     logger, handler = logging.getLogger(library), logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -192,12 +196,16 @@ def _collecting(library: str) -> Iterator[list[str]]:
 
 
 def _one_line(text: str, length: int) -> str:
+    """Return a text's first `length` characters, with single spaces in place of line breaks."""
     return " ".join(text.split())[:length]
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what is added to the scores, laid out as xformers reads it; the mask itself if it is that already."""
-    if mask.dtype == torch.bool:  # True: may be seen
+    """Return the mask as a bias that is added to the scores, in the memory layout that xformers needs.
+
+    The mask itself is returned if it has the dtype and the layout already.
+    """
+    if mask.dtype == torch.bool:  # True: the key is seen
         mask = torch.where(mask, 0.0, MASKED)
     mask, keys = mask.to(dtype), mask.shape[-1]
     if any(stride % ALIGNMENT for stride in mask.stride()[:-1]):
@@ -206,6 +214,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _kernel() -> Callable[..., Tensor]:
+    """Import xformers' attention. Raises ImportError if the library is missing."""
     from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention
@@ -213,4 +222,5 @@ def _kernel() -> Callable[..., Tensor]:
 
 @functools.cache
 def _say_once(message: str) -> None:
+    """Log a warning, and do nothing for the same message afterwards."""
     LOGGER.warning(message)

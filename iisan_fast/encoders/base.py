@@ -1,7 +1,8 @@
-"""A frozen Hugging Face encoder: inputs in, pooled hidden states of the kept layers out.
+"""Define the frozen Hugging Face encoder, which turns inputs into pooled hidden states of selected layers.
 
-States are what Hugging Face reports as `hidden_states`; index 0 is the embedding output. Families differ in the last
-one: some report it after the final norm, some before. So each encoder is tried once, and the answer is recorded.
+Hidden states are those that Hugging Face reports as `hidden_states`; index 0 is the embedding output. Model families
+differ in the last one: some report it after the final norm, some before. So each encoder runs once on an example when
+it is loaded, and its description records the answer.
 """
 
 from __future__ import annotations
@@ -37,23 +38,28 @@ from .image_bytes import ModelInputs
 from .layer_selection import selected_layers
 
 LOGGER = getLogger(__name__)
-PLACED_BY = {"device_map", "quantization_config"}  # loading options with which Hugging Face says where a model lies
-UNRECORDED = {"device_map", "max_memory", "offload_folder"}  # loading options that change no state
+PLACED_BY = {"device_map", "quantization_config"}  # with these loading options Hugging Face places the model
+UNRECORDED = {"device_map", "max_memory", "offload_folder"}  # loading options that change no hidden state
 
 
 class Backbone(ABC):
-    """A frozen encoder. Subclasses say how contents become inputs and tokens become one state.
+    """A frozen encoder. Subclasses turn contents into inputs, and pool the states of an item's tokens into one.
 
-    It encodes in inference mode, but is looked over without: some encoders keep a tensor that they make when they first
-    run, as BEiT does an index, and where they are trained later, a backward has to read it.
+    `encode` runs in inference mode. The run on the example does not: some encoders store a tensor at their first run
+    (BEiT stores an index), and the backward pass must be able to read it if the encoder is trained later.
     """
 
     kind: str  # "text" or "image"
-    input_names: tuple[str, ...]  # what the encoder takes of what `prepare` gives
-    first_layer = 0  # that can be kept
-    rows_at_once: int  # that a CPU's core encodes
+    input_names: tuple[str, ...]  # the tensors of `prepare` that the encoder takes
+    first_layer = 0  # the first layer that a view can select
+    rows_at_once: int  # the most rows that one core of a CPU encodes at a time
 
     def __init__(self, view: ViewConfig, device: torch.device, attention: str) -> None:
+        """Load the encoder of a view onto a device, and run it once on an example. attention: one of config.ATTENTIONS.
+
+        Raises InputError if the encoder cannot be loaded, lacks weights, reads another kind of content, or cannot give
+        the view's layers and pooling.
+        """
         self.view, self.device = view, device
         self.dtype = model_dtype(view.encoder_dtype, device)
         with clear_errors(view.encoder, "an encoder"):
@@ -78,10 +84,10 @@ class Backbone(ABC):
         self._select(view)
 
     def for_view(self, view: ViewConfig) -> Backbone:
-        """Return an encoder of another view that shares this one's model.
+        """Return an encoder for another view, which shares this one's model.
 
-        view: differs from this one's view in name, pooling and layers alone. Raises InputError for layers and pooling
-        that the encoder cannot give.
+        view: may differ from this one's view in name, pooling and layers only. Raises InputError if the encoder cannot
+        give the layers or the pooling.
         """
         other = copy.copy(self)
         other._select(view)
@@ -89,20 +95,23 @@ class Backbone(ABC):
 
     @abstractmethod
     def prepare(self, contents: Sequence[Any]) -> ModelInputs:
-        """Return the encoder's inputs, on the CPU, for texts or RGB images. The model is not used."""
+        """Return the encoder's inputs, on the CPU, for N texts or N RGB images, without running the model."""
 
     @torch.inference_mode()
     def encode(self, inputs: ModelInputs) -> Tensor:
-        """Pooled states [N, kept layers K, width D] on the device, in the encoder's dtype.
+        """Return the pooled states [N, layers K, width D] on the device, in the encoder's dtype.
 
-        Each layer is pooled as it is made: memory does not grow with the number of layers. On a CPU the cores share
-        the rows.
+        inputs: from `prepare`. Each layer is pooled as soon as it is computed, so memory does not grow with the number
+        of layers. On a CPU the cores share the rows if the model allows it.
         """
         return self.encode_views([self], inputs)[0]
 
     @torch.inference_mode()
     def encode_views(self, backbones: Sequence[Backbone], inputs: ModelInputs) -> list[Tensor]:
-        """Return `encode(inputs)` of each backbone by one forward of the model. All of them share it with this one."""
+        """Return `encode(inputs)` of each backbone, from one forward of the model.
+
+        backbones: encoders that share this one's model, such as those of `for_view`.
+        """
         if self._places is None:
             return self._encode_views_whole(backbones, inputs)
         moved = self._moved(inputs)
@@ -122,27 +131,28 @@ class Backbone(ABC):
 
     @torch.inference_mode()
     def encode_whole(self, inputs: ModelInputs) -> Tensor:
-        """`encode` by one call of the encoder, which reports the hidden states of all layers together."""
+        """Return the result of `encode` from one call that reports the hidden states of all layers together."""
         return self._encode_views_whole([self], inputs)[0]
 
     def _encode_views_whole(self, backbones: Sequence[Backbone], inputs: ModelInputs) -> list[Tensor]:
+        """Return the result of `encode_views` from one call that reports the hidden states of all layers together."""
         moved = self._moved(inputs)
         states = self._hidden_states(moved)
         pooled = [backbone._pool(states[layer], moved) for backbone in backbones for layer in backbone.layers]
         return self._stacked(backbones, pooled)
 
     def _stacked(self, backbones: Sequence[Backbone], pooled: Sequence[Tensor]) -> list[Tensor]:
-        """Stack the backbones' layers, each [N, D], one backbone's after the other's, into [N, K, D] a backbone."""
+        """Stack pooled states [N, D], ordered by backbone and layer, into one tensor [N, K, D] for each backbone."""
         states = (state.to(self.device) for state in pooled)
         return [torch.stack([*itertools.islice(states, len(backbone.layers))], dim=1) for backbone in backbones]
 
     def final(self, inputs: ModelInputs) -> Tensor:
-        """The pooled final state [N, width D] (Hugging Face's `last_hidden_state`), which gradients flow through."""
+        """Return the pooled last hidden state [N, width D] (Hugging Face's `last_hidden_state`), with gradients."""
         moved = self._moved(inputs)
         return self._pool(self._run(moved).last_hidden_state, moved)
 
     def describe(self) -> dict[str, Any]:
-        """Describe the encoder for a store's manifest, as plain JSON values."""
+        """Return the encoder's description for a store's manifest: weights, layers, pooling, sizes, as JSON values."""
         options = {name: value for name, value in self.view.options.items() if name not in UNRECORDED}
         return {
             "encoder": self.view.encoder,
@@ -163,6 +173,7 @@ class Backbone(ABC):
         return InputError(f"{self.view.encoder}: {message}")
 
     def _moved(self, inputs: ModelInputs) -> ModelInputs:
+        """Return the inputs on the encoder's device."""
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
 
     def _taken(self, inputs: ModelInputs) -> ModelInputs:
@@ -170,9 +181,11 @@ class Backbone(ABC):
         return {name: inputs[name] for name in self.input_names}
 
     def _run(self, inputs: ModelInputs, **options: bool) -> Any:
+        """Call the model on inputs that are on its device, and return its output."""
         return self.model(**self._taken(inputs), **options)
 
     def _hidden_states(self, inputs: ModelInputs) -> tuple[Tensor, ...]:
+        """Return the hidden states of all layers, each [N, tokens, D]. Raises InputError if the model reports none."""
         states = getattr(self._run(inputs, output_hidden_states=True), "hidden_states", None)
         if states is None:
             raise self._error(f"{type(self.model).__name__} reports no hidden states")
@@ -180,7 +193,7 @@ class Backbone(ABC):
 
     @torch.no_grad()
     def _probe(self) -> tuple[tuple[Tensor, ...], bool]:
-        """Return the states of the example, and True if the last one comes out of a norm layer."""
+        """Return the hidden states of the example, and True if the last one is the output of a norm layer."""
         norms: list[Tensor] = []
         hooks = [
             module.register_forward_hook(lambda _module, _inputs, output: norms.append(output))
@@ -196,15 +209,17 @@ class Backbone(ABC):
 
     @torch.no_grad()
     def _find(self, states: tuple[Tensor, ...]) -> list[Place] | None:
-        """Return the places where the encoder makes the states of the example."""
+        """Return the places that compute the example's hidden states; None, with a warning, if one has no place."""
         places = find_places(self.model, lambda: self._run(self.example()), states)
         if places is None:
-            LOGGER.warning("%s: its hidden states cannot be read one by one; batches keep all", self.view.encoder)
+            LOGGER.warning(
+                "%s: its hidden states cannot be read one by one; batches keep all layers in memory", self.view.encoder
+            )
         return places
 
     @torch.no_grad()
     def _can_be_shared(self) -> bool:
-        """Return True if a CPU's cores may encode separate rows, which is faster than a share of every operator."""
+        """Return True if the cores of a CPU may encode separate rows, which is faster than sharing each operator."""
         if self.device.type != "cpu" or PLACED_BY & self.view.options.keys() or self._places is None:
             return False
         once = self.example()
@@ -212,17 +227,19 @@ class Backbone(ABC):
         return keeps_nothing(self.model, [lambda: self._run(once), lambda: self._run(twice)])
 
     def _check_states(self, states: Sequence[Tensor]) -> None:
+        """Raise InputError if the hidden states are not all of one shape [N, tokens, D]."""
         shapes = sorted({tuple(state.shape) for state in states})
         if len(shapes) > 1 or len(shapes[0]) != 3:
             raise self._error(f"hidden states: expected one shape (items, tokens, width), found {shapes}")
 
     def _select(self, view: ViewConfig) -> None:
-        """Take the view's layers and pooling."""
+        """Set the view, its layers and its pooling. Raises InputError if the encoder cannot give them."""
         self.view = view
         self.layers = selected_layers(view, self.depth, self.first_layer)
         self.pooling = self._pooling()
 
     def _pooling(self) -> str:
+        """Return the view's pooling, or the encoder's default. Raises InputError if the encoder does not allow it."""
         allowed = self._poolings()
         pooling = self.view.pooling or allowed[0]
         if pooling not in allowed:
@@ -230,26 +247,31 @@ class Backbone(ABC):
         return pooling
 
     @abstractmethod
-    def _load_processor(self, encoder: str, local_files_only: bool) -> Any: ...
+    def _load_processor(self, encoder: str, local_files_only: bool) -> Any:
+        """Return the encoder's tokenizer or image processor."""
 
     @abstractmethod
-    def _processor_content(self) -> Any: ...  # all that preprocessing depends on, as a JSON value
+    def _processor_content(self) -> Any:
+        """Return everything that preprocessing depends on, as a JSON value."""
 
     @abstractmethod
     def example(self) -> ModelInputs:
-        """Return the inputs of one invented batch, on the encoder's device."""
+        """Return a small invented batch of inputs, on the encoder's device."""
 
     @abstractmethod
-    def _poolings(self) -> tuple[str, ...]: ...  # what the encoder allows, its default first
+    def _poolings(self) -> tuple[str, ...]:
+        """Return the poolings that the encoder allows, its default first."""
 
     @abstractmethod
-    def _pool(self, states: Tensor, inputs: ModelInputs) -> Tensor: ...  # [N, tokens, D] -> [N, D]
+    def _pool(self, states: Tensor, inputs: ModelInputs) -> Tensor:
+        """Pool the states [N, tokens, D] of a batch of inputs into [N, D]."""
 
 
 def checked_config(view: ViewConfig) -> PretrainedConfig:
-    """Return the configuration of the view's encoder.
+    """Return the configuration of the view's encoder, without reading weights.
 
-    Raises InputError if the view asks for layers that the configuration says the encoder lacks.
+    Raises InputError if the encoder cannot be found, reads another kind of content, or has too few blocks for the
+    view's layers.
     """
     kind = "image" if view.source == "image" else "text"
     config = load_config(view.encoder, kind)
@@ -261,6 +283,9 @@ def checked_config(view: ViewConfig) -> PretrainedConfig:
 
 
 def _first_device(model: nn.Module, asked: torch.device) -> torch.device:
-    """Return the device that takes the inputs of a model that Hugging Face has placed; parts of it may lie on disk."""
+    """Return the device that takes the inputs of a model that Hugging Face has placed.
+
+    This is the device of the first parameter that is not on disk ("meta"), or `asked` if there is none.
+    """
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), asked)

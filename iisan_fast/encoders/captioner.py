@@ -1,4 +1,4 @@
-"""A Hugging Face image-text-to-text model: pictures of some items in, one line of text for each out."""
+"""Caption items with a Hugging Face image-text-to-text model: an item's pictures in, one line of text out."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from .attention import run_with_all_arguments
 from .hugging_face import cached_or_fetched, clear_errors, model_dtype, model_folder, refuse_missing_weights
 
 KIND = "an image-text-to-text model"
-INSTRUCTION = "Describe what is shown in one sentence."  # to a model that chats; another one continues its prompt
+INSTRUCTION = "Describe what is shown in one sentence."  # the default prompt of a model with a chat template
 PROBE = Image.new("RGB", (224, 224), "white")
 
 
 class Captioner:
-    """The model, ready on the device. It decodes greedily, so that the same pictures give the same caption.
+    """An image-text-to-text model on a device. It decodes greedily, so the same pictures give the same caption.
 
-    A model with a chat template is given an item's pictures and then the prompt as a user's message. One without reads
-    one picture and continues the prompt, which is empty unless it is given.
+    A model with a chat template reads a user's message of all pictures of an item and the prompt. A model without one
+    reads one picture and continues the prompt.
     """
 
     def __init__(
         self, name: str, device: torch.device, prompt: str | None, max_tokens: int, pictures: int, dtype: str
     ) -> None:
-        """prompt: None for the default; pictures: the most that an item has; dtype: one of config.ENCODER_DTYPES.
+        """Load the model, and run it once on blank pictures.
 
-        Raises InputError where the model cannot be found, lacks weights, or cannot caption so many pictures.
+        name: a folder or a hub name; prompt: None for the default; max_tokens: of a caption; pictures: the most that an
+        item has; dtype: one of config.ENCODER_DTYPES. Raises InputError if the model cannot be found, lacks weights, or
+        cannot read that many pictures.
         """
         self.name, self.device, self.max_tokens = name, device, max_tokens
         self.dtype = model_dtype(dtype, device)
@@ -51,11 +53,14 @@ class Captioner:
             run_with_all_arguments(self.model, attention, lambda: self._generate(probes, max_tokens=1))
 
     def captions(self, items: Sequence[Sequence[Image.Image]]) -> list[str]:
-        """One line for each item's pictures, empty where the model has nothing to say."""
+        """Return one line for each item, given its RGB pictures; an empty line if the model generates no text."""
         return self._generate(items, self.max_tokens)
 
     def describe(self) -> dict[str, Any]:
-        """Describe everything that captions depend on, as plain JSON values; the model's name does not count."""
+        """Return everything that captions depend on, as JSON values.
+
+        The digest of the model's weights is part of it, its name is not.
+        """
         return {
             "weights": weights_digest(model_folder(self.name)),
             "prompt": self.prompt,
@@ -64,11 +69,12 @@ class Captioner:
         }
 
     def _load_processor(self, encoder_decoder: bool) -> ProcessorMixin:
+        """Return the processor, set to pad where generation needs it. Raises InputError if it reads no images."""
         processor = cached_or_fetched(AutoProcessor.from_pretrained, self.name, trust_remote_code=False)
         if not isinstance(processor, ProcessorMixin):
             raise InputError(f"{self.name}: {type(processor).__name__} is no processor of both images and text")
         tokenizer = processor.tokenizer
-        tokenizer.padding_side = "right" if encoder_decoder else "left"  # a decoder goes on from the last token
+        tokenizer.padding_side = "right" if encoder_decoder else "left"  # a decoder continues after the last token
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return processor
 
@@ -80,13 +86,16 @@ class Captioner:
 
     @torch.inference_mode()
     def _generate(self, items: Sequence[Sequence[Image.Image]], max_tokens: int) -> list[str]:
+        """Return the generated text of each item on one line, without the prompt."""
         inputs = {name: self._moved(value) for name, value in self._inputs(items).items()}
         generated = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, num_beams=1)
         texts = self._decoded(generated)
         prompts = self._decoded(inputs["input_ids"]) if "input_ids" in inputs else [""] * len(texts)
-        return [text.removeprefix(prompt).strip() for text, prompt in zip(texts, prompts)]  # most repeat the prompt
+        # Most models repeat the prompt.
+        return [text.removeprefix(prompt).strip() for text, prompt in zip(texts, prompts)]
 
     def _inputs(self, items: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+        """Return the model's inputs on the CPU."""
         if self.chats:
             return self.processor.apply_chat_template(
                 [self._conversation(pictures) for pictures in items],
@@ -100,14 +109,16 @@ class Captioner:
         return self.processor(images=[picture for (picture,) in items], return_tensors="pt", **prompts)
 
     def _conversation(self, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        """Return the message of a user that holds the pictures and the prompt."""
         shown = [{"type": "image", "image": picture} for picture in pictures]
         return [{"role": "user", "content": [*shown, {"type": "text", "text": self.prompt}]}]
 
     def _moved(self, value: Any) -> Any:
+        """Return a tensor on the device, floats in the model's dtype; any other value unchanged."""
         if not isinstance(value, Tensor):
             return value
         return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
 
     def _decoded(self, tokens: Tensor) -> list[str]:
-        """On one line each, single spaces between words."""
+        """Return each row of token ids as one line of text, single spaces between words."""
         return [" ".join(text.split()) for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]

@@ -1,4 +1,4 @@
-"""An encoder's hidden states, each read in passing where it is made, so that no two of them have to be kept at once."""
+"""Read an encoder's hidden states one by one, as its modules compute them, so that only one is in memory at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Place(NamedTuple):
-    """A module's input or output at one of its calls: some encoders call one block for all layers."""
+    """The input or the output of a module at one of its calls; some encoders call one block once for each layer."""
 
     module: nn.Module
     call: int
@@ -21,17 +21,17 @@ class Place(NamedTuple):
 
 
 def find_places(model: nn.Module, run: Callable[[], Any], states: Sequence[Tensor]) -> list[Place] | None:
-    """Return the places in the model where `run`, which calls it, makes these states, in order and bit for bit.
+    """Return the places where the model computes these hidden states, in their order; None if one is found nowhere.
 
-    Return None if one of them is made nowhere.
+    run: calls the model on the batch that gave the states. A place fits if its tensor equals the state bit for bit.
     """
     places: list[Place] = []
 
-    def see(place: Place, state: Tensor) -> None:
+    def compare(place: Place, state: Tensor) -> None:
         if len(places) < len(states) and _same(state, states[len(places)]):
             places.append(place)
 
-    with _watched(model.modules(), see, _Seen()):
+    with _watched(model.modules(), compare, _Progress()):
         run()
     return places if len(places) == len(states) else None
 
@@ -39,22 +39,28 @@ def find_places(model: nn.Module, run: Callable[[], Any], states: Sequence[Tenso
 def keeps_nothing(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> bool:
     """Return True if the modules keep no state of a batch, so that threads may share the model.
 
-    runs: calls with different batches. Recurrent encoders, for one, keep the states of the last batch.
+    runs: functions that call the model, with different batches. Recurrent encoders, for example, keep the last batch's
+    states.
     """
-    left = []
+    attributes_by_run = []
     for run in runs:
         run()
-        left.append([{**vars(module), **module._buffers} for module in model.modules()])
-    return all(
-        first.keys() == later.keys() and all(_alike(value, later[name]) for name, value in first.items())
-        for others in left[1:]
-        for first, later in zip(left[0], others, strict=True)
-    )
+        attributes_by_run.append([{**vars(module), **module._buffers} for module in model.modules()])
+    first_run, *later_runs = attributes_by_run
+    return all(_all_alike(first_run, later_run) for later_run in later_runs)
 
 
-def _alike(value: Any, other: Any) -> bool:
-    """Return True if a module's attribute has not changed: one object, or an equal number or text."""
-    return value is other or (isinstance(value, int | float | str) and type(value) is type(other) and value == other)
+def _all_alike(first_run: Sequence[dict[str, Any]], later_run: Sequence[dict[str, Any]]) -> bool:
+    """Return True if no module's attributes have changed between two runs."""
+    for first, later in zip(first_run, later_run, strict=True):
+        if first.keys() != later.keys() or not all(_alike(value, later[name]) for name, value in first.items()):
+            return False
+    return True
+
+
+def _alike(value: Any, later: Any) -> bool:
+    """Return True if a module's attribute has not changed: the same object, or an equal number or text."""
+    return value is later or (isinstance(value, int | float | str) and type(value) is type(later) and value == later)
 
 
 Take = Callable[[Tensor], Tensor]
@@ -65,51 +71,57 @@ Read = Callable[[Callable[[], Any], Sequence[Take]], list[Tensor]]
 def reading(places: Sequence[Place]) -> Iterator[Read]:
     """Yield `read(run, takes)`, which calls `run` and returns takes[i](state) for the state at places[i].
 
-    A state is taken the moment that it is made. A place may be named several times, to be taken in several ways.
-    Several threads may read at once, each its own run.
+    run: calls the model once. takes: functions, such as a pooling, that are called as soon as a state is computed. A
+    place may be named several times, with different functions. Threads may call `read` at the same time, each with its
+    own run.
     """
-    seen = _Seen()
+    progress = _Progress()
     positions: dict[Place, list[int]] = {}
     for position, place in enumerate(places):
         positions.setdefault(place, []).append(position)
 
-    def see(place: Place, state: Tensor) -> None:
+    def take(place: Place, state: Tensor) -> None:
         for position in positions.get(place, ()):
-            seen.taken[position] = seen.takes[position](state)
+            progress.taken[position] = progress.takes[position](state)
 
     def read(run: Callable[[], Any], takes: Sequence[Take]) -> list[Tensor]:
-        seen.calls, seen.taken, seen.takes = Counter(), {}, takes
+        progress.calls, progress.taken, progress.takes = Counter(), {}, takes
         run()
-        return [seen.taken[position] for position in range(len(places))]
+        return [progress.taken[position] for position in range(len(places))]
 
-    with _watched(dict.fromkeys(place.module for place in places), see, seen):
+    with _watched(dict.fromkeys(place.module for place in places), take, progress):
         yield read
 
 
-class _Seen(threading.local):
-    """The calls and states that one thread has seen in its run."""
+class _Progress(threading.local):
+    """The calls of modules and the values taken in one thread's current run."""
 
     def __init__(self) -> None:
         self.calls: Counter[nn.Module] = Counter()
-        self.taken: dict[int, Tensor] = {}  # by the position of its place
+        self.taken: dict[int, Tensor] = {}  # by the position of the place in `places`
         self.takes: Sequence[Take] = ()
 
 
 @contextmanager
-def _watched(modules: Iterable[nn.Module], see: Callable[[Place, Tensor], None], seen: _Seen) -> Iterator[None]:
-    """Pass `see` the first input and the first output of each module at each call, which `seen` counts."""
+def _watched(
+    modules: Iterable[nn.Module], on_state: Callable[[Place, Tensor], None], progress: _Progress
+) -> Iterator[None]:
+    """Call `on_state` on the first input and the first output tensor of each module at each call.
+
+    progress: counts the calls of each module.
+    """
 
     def show(module: nn.Module, is_input: bool, values: Iterable[Any]) -> None:
         state = next((value for value in values if isinstance(value, Tensor)), None)
         if state is not None:
-            see(Place(module, seen.calls[module], is_input), state)
+            on_state(Place(module, progress.calls[module], is_input), state)
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         show(module, True, (*args, *kwargs.values()))
 
     def after(module: nn.Module, _args: tuple, output: Any) -> None:
         show(module, False, output if isinstance(output, tuple) else (output,))
-        seen.calls[module] += 1
+        progress.calls[module] += 1
 
     hooks = []
     try:
@@ -121,6 +133,7 @@ def _watched(modules: Iterable[nn.Module], see: Callable[[Place, Tensor], None],
             hook.remove()
 
 
-def _same(state: Tensor, other: Tensor) -> bool:
-    alike = state.shape == other.shape and state.dtype == other.dtype
-    return alike and torch.equal(state.to(other.device), other)
+def _same(state: Tensor, expected: Tensor) -> bool:
+    """Return True if two tensors have one shape and dtype and equal values."""
+    comparable = state.shape == expected.shape and state.dtype == expected.dtype
+    return comparable and torch.equal(state.to(expected.device), expected)

@@ -1,4 +1,4 @@
-"""Load Hugging Face models: from the local cache first, without bars and notes, with errors in one line."""
+"""Load Hugging Face models: from the local cache first, without progress bars, and with errors in one line."""
 
 from __future__ import annotations
 
@@ -16,23 +16,30 @@ from transformers.utils import cached_file, logging
 
 from ..errors import InputError
 
-KINDS_BY_INPUT = {"input_ids": "text", "pixel_values": "image"}  # an encoder's main input tells what it reads
-TOWER_ATTRIBUTES = {"text": ("text_model", "language_model"), "image": ("vision_model",)}  # of a text-image model
-UNUSED_WEIGHTS = {"pooler", "head"}  # a checkpoint may lack what no hidden state comes from
-# What a checkpoint's configuration may ask for: all layers of all tokens would stay in memory, and nothing read them.
+KINDS_BY_INPUT = {"input_ids": "text", "pixel_values": "image"}  # what an encoder reads, by the name of its main input
+TOWER_ATTRIBUTES = {"text": ("text_model", "language_model"), "image": ("vision_model",)}  # of text-image models
+UNUSED_WEIGHTS = {"pooler", "head"}  # hidden states do not depend on them, so a checkpoint may lack them
+# A checkpoint may ask for outputs that keep all layers in memory and that nothing reads; these settings turn them off.
 OUTPUTS = {"use_cache": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
 
 def cached_or_fetched(load: Callable[..., Any], name: str, **options: Any) -> Any:
-    """Loads a hub name from the cache if that has it: asking the hub first takes minutes where there is no network."""
+    """Call `load(name, local_files_only=…, **options)` for a folder or a hub name, and return the result.
+
+    A hub name is loaded from the local cache if it is there, and else from the hub: without a network, asking the hub
+    first takes minutes. Raises the error of `load` if that fails too.
+    """
     if not Path(name).is_dir():
-        with contextlib.suppress(OSError, ValueError, InputError):  # what the cache lacks, the hub may have
+        with contextlib.suppress(OSError, ValueError, InputError):  # not in the cache: ask the hub
             return load(name, local_files_only=True, **options)
     return load(name, local_files_only=False, **options)
 
 
 def load_config(encoder: str, kind: str) -> PretrainedConfig:
-    """The encoder's configuration, once it is sure to read `kind`, "text" or "image"."""
+    """Return the configuration of an encoder that reads `kind`, "text" or "image".
+
+    Raises InputError if it reads something else, or is an encoder-decoder.
+    """
     config = cached_or_fetched(AutoConfig.from_pretrained, encoder, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise InputError(f"{encoder}: an encoder-decoder; expected an encoder or a decoder-only language model")
@@ -47,8 +54,10 @@ def load_config(encoder: str, kind: str) -> PretrainedConfig:
 
 
 def load_model(encoder: str, config: PretrainedConfig, kind: str, options: Mapping[str, Any]) -> PreTrainedModel:
-    """The headless encoder, or its tower that reads `kind`, with all the weights that it needs; `options` are
-    `from_pretrained`'s.
+    """Return the headless encoder, or the tower that reads `kind` ("text" or "image") of a text-image model.
+
+    config: from `load_config`. options: of `from_pretrained`. Raises InputError if the checkpoint lacks weights that
+    hidden states depend on, or if the model has no such tower.
     """
     load, options = model_class(config).from_pretrained, _with_numbered_devices(options)
     model, info = cached_or_fetched(load, encoder, config=config, output_loading_info=True, **options)
@@ -61,7 +70,10 @@ def load_model(encoder: str, config: PretrainedConfig, kind: str, options: Mappi
 
 
 def count_parameters(encoder: str, kind: str) -> int:
-    """Count the parameters of `load_model`'s result from the configuration alone, without reading weights."""
+    """Return the number of parameters of `load_model`'s result, from the configuration alone, without reading weights.
+
+    Raises InputError as `load_config` does.
+    """
     with quiet_hugging_face(), clear_errors(encoder, "an encoder"):
         config = load_config(encoder, kind)
         with torch.device("meta"):
@@ -71,7 +83,10 @@ def count_parameters(encoder: str, kind: str) -> int:
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The headless model; the automatic mapping lacks some towers of their own (SigLIP's for text)."""
+    """Return the class of the headless model.
+
+    transformers' automatic mapping lacks some towers (SigLIP's for text); their class is named in the configuration.
+    """
     if type(config) not in transformers.MODEL_MAPPING:
         return getattr(transformers, config.architectures[0])
     mapped = transformers.MODEL_MAPPING[type(config)]
@@ -79,25 +94,28 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def model_classes(config: PretrainedConfig) -> list[type[PreTrainedModel]]:
-    """Return the headless model's class, then its towers' if the automatic mapping knows them."""
+    """Return the class of the headless model, and of each of its towers that the automatic mapping knows."""
     towers = [config.text_config, config.vision_config] if _has_towers(config) else []
     return [model_class(config), *(model_class(tower) for tower in towers if type(tower) in transformers.MODEL_MAPPING)]
 
 
 def refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
-    """Raises InputError where there are any: transformers would draw them at random."""
+    """Raise InputError if any weights are missing, because transformers would draw them at random.
+
+    missing: the names of weights that the checkpoint of the model `name` lacks.
+    """
     if lacking := sorted(missing):
         raise InputError(f"{name}: its checkpoint lacks {len(lacking)} weights, {lacking[0]} first")
 
 
 def model_folder(name: str) -> Path:
-    """Return the folder of a loaded model's files: the folder itself, or the snapshot of a hub name."""
+    """Return the folder with the files of a loaded model: the folder itself, or the cached snapshot of a hub name."""
     path = Path(name)
     return path if path.is_dir() else Path(cached_file(name, "config.json", local_files_only=True)).parent
 
 
 def model_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of one of config.ENCODER_DTYPES on the device."""
+    """Return the dtype for one of config.ENCODER_DTYPES. "auto" is bfloat16 on CUDA and float32 elsewhere."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
@@ -105,14 +123,14 @@ def model_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def quiet_hugging_face() -> Iterator[None]:
-    """Hugging Face's own bars and notes would break into ours."""
+    """Silence Hugging Face's progress bars and messages inside the context."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub = getLogger("huggingface_hub")
     hub_level = hub.level
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    hub.setLevel("CRITICAL")  # it tells of every try to reach the hub; the last one's error says it all
+    hub.setLevel("CRITICAL")  # it logs every try to reach the hub; the last error is enough
     try:
         yield
     finally:
@@ -124,7 +142,11 @@ def quiet_hugging_face() -> Iterator[None]:
 
 @contextlib.contextmanager
 def clear_errors(name: str, kind: str) -> Iterator[None]:
-    """Hugging Face's paragraphs in one line. What a broken model, or none of the `kind`, raises has no common type."""
+    """Turn every error inside the context into an InputError of one line, which names the model.
+
+    kind: the expected kind of model, for the message, such as "an encoder". Raises InputError at once if `name` is a
+    path to no folder.
+    """
     path = Path(name)
     if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
         raise InputError(f"{name}: no such folder; expected {kind} as transformers saves it, or a hub name")
@@ -132,12 +154,13 @@ def clear_errors(name: str, kind: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:  # remote code, damaged weights and unfit settings raise anything
+    except Exception as error:  # the errors of damaged weights and wrong settings have no common type
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name}: cannot be used as {kind} ({type(error).__name__}: {reason})") from error
 
 
 def _has_towers(config: PretrainedConfig) -> bool:
+    """Return True for a model with a text tower and a vision tower."""
     return hasattr(config, "text_config") and hasattr(config, "vision_config")
 
 
@@ -152,7 +175,7 @@ def _reader(model: PreTrainedModel, encoder: str, config: PretrainedConfig, kind
 
 
 def _with_numbered_devices(options: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no numbers for keys, by which `max_memory` names GPUs."""
+    """Return the options with GPU numbers as keys of `max_memory`: in JSON, keys are text."""
     limits = options.get("max_memory")
     if not isinstance(limits, Mapping):
         return dict(options)

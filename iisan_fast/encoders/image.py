@@ -1,4 +1,4 @@
-"""Vision encoders: preparing images, and pooling over the class token or the patches."""
+"""Define vision encoders: preparing images, and pooling over the class token or the patches."""
 
 from __future__ import annotations
 
@@ -9,40 +9,44 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at top level it may want torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top it may need torchvision
 
 from .base import Backbone
 from .image_bytes import ByteForm, ModelInputs, byte_form, pixel_values
 
-CLASS_TOKENS = ("cls_token", "class_embedding")  # how the names of class tokens' parameters end
+CLASS_TOKENS = ("cls_token", "class_embedding")  # the parameter of a class token has a name with this end
 
 
 class ImageBackbone(Backbone):
-    """A vision encoder over patches, with or without class and register tokens before them; or one in stages, as Swin
-    is, of which the last one's states are of one shape and can be kept: what goes into it, and what comes out."""
+    """A vision encoder over patches, with or without class and register tokens before them.
+
+    An encoder in stages, such as Swin, changes the shape of its states between stages. Only the states of its last
+    stage can be selected: the stage's input and its blocks' outputs.
+    """
 
     kind = "image"
-    rows_at_once = 16  # of some 200 tokens each
+    rows_at_once = 16  # an image has about 200 tokens
     input_names = ("pixel_values",)
 
     def prepare(self, contents: Sequence[Image.Image]) -> ModelInputs:
-        """pixel_values, float32 [N, 3, height, width], as the encoder's own processor makes them."""
+        """Return pixel_values, float32 [N, 3, height, width], for N RGB images, made by the encoder's own processor."""
         return pixel_values(self.processor, contents)
 
     @property
     def preparation(self) -> Callable[[Sequence[Image.Image]], ModelInputs]:
-        """`prepare` without the model, to be sent to other processes."""
+        """Return a function that does the work of `prepare` without the model, so that other processes can call it."""
         return functools.partial(pixel_values, self.processor)
 
     def byte_form(self) -> ByteForm | None:
-        """Return the way to keep images as bytes; None if the processor does not end with a map of bytes to values."""
+        """Return the way to keep prepared images as bytes; None if the processor allows none (see `byte_form`)."""
         return byte_form(self.processor, self.device)
 
     def describe(self) -> dict[str, Any]:
+        """Return the description of `Backbone.describe`, and the backend of the image processor."""
         return super().describe() | {"processor_backend": self.processor.backend}
 
     def _load_processor(self, encoder: str, local_files_only: bool) -> Any:
-        # Pillow wherever there is the choice: torchvision's resizing differs, and need not be installed.
+        # Use Pillow if the processor allows it: torchvision resizes differently, and may not be installed.
         return AutoImageProcessor.from_pretrained(
             encoder, backend="pil", local_files_only=local_files_only, trust_remote_code=False
         )
@@ -52,6 +56,7 @@ class ImageBackbone(Backbone):
         return [type(self.processor).__name__, self.processor.backend, settings]
 
     def example(self) -> ModelInputs:
+        """Return pixel_values of one random image of 64 x 64, prepared as usual, on the encoder's device."""
         noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         inputs = self.prepare([Image.fromarray(noise.numpy())])
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
@@ -60,10 +65,14 @@ class ImageBackbone(Backbone):
         return {"pixel_values": inputs["pixel_values"].to(self.dtype)}
 
     def _check_states(self, states: Sequence[Tensor]) -> None:
+        """Set the first layer that can be selected and the number of tokens before the patches.
+
+        Raises InputError if the states have no common shape, or not one state for each patch.
+        """
         shapes = [state.shape for state in states]
         self.first_layer = next(k for k in range(len(shapes)) if len({*shapes[k:]}) == 1)
         super()._check_states(states[self.first_layer :])
-        if self.first_layer:  # stages merge patches, and put at most a class token before them
+        if self.first_layer:  # an encoder in stages has at most a class token before its patches
             self.leading = int(self._has_class_token())
             return
         size = getattr(self.model.config, "patch_size", None)
@@ -80,7 +89,7 @@ class ImageBackbone(Backbone):
         return any(name.endswith(CLASS_TOKENS) for name, _ in self.model.named_parameters())
 
     def _poolings(self) -> tuple[str, ...]:
-        # Where nothing stands before the patches, the class token is that of a head which pools them.
+        # If no token stands before the patches, the class token belongs to a head that pools them.
         return ("cls", "mean") if self.leading and self._has_class_token() else ("mean",)
 
     def _pool(self, states: Tensor, inputs: ModelInputs) -> Tensor:

@@ -1,4 +1,4 @@
-"""The hidden states that a view keeps: those it names, the last of each group of blocks, or every second one."""
+"""Select the hidden states that a view keeps: by number, the last of each group of blocks, or every second one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..errors import InputError
 
 
 def selected_layers(view: ViewConfig, depth: int, first: int = 0) -> tuple[int, ...]:
-    """Return the numbers of the hidden states that the view keeps of its encoder's `depth`, ascending.
+    """Return the numbers of the hidden states that the view keeps, ascending; 0 is the embedding output.
 
-    first: the first one that can be kept; above 0 for an encoder in stages. Raises InputError, with the encoder's name,
-    if the view asks for layers that the encoder lacks.
+    depth: the number of the encoder's hidden states. first: the first one that can be kept, above 0 for an encoder in
+    stages. Raises InputError, which names the encoder, if the view asks for layers that the encoder does not have.
     """
     try:
         if view.layer_groups is not None:
@@ -25,14 +25,18 @@ def selected_layers(view: ViewConfig, depth: int, first: int = 0) -> tuple[int, 
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
-    """Return 0 and every second of `depth` hidden states, counted back from the last (LayerDrop by pairs)."""
+    """Return 0 and every second of `depth` hidden states, counted back from the last (LayerDrop by pairs).
+
+    For depth 13 these are 0, 2, 4, …, 12.
+    """
     return tuple(sorted({0, *range(depth - 1, 0, -2)}))
 
 
 def grouped_layers(blocks: int, groups: int, first: int = 0) -> tuple[int, ...]:
-    """Return the embedding output, 0, and the last block of each of `groups` even groups of an encoder's blocks.
+    """Return 0, the embedding output, and the last block of each of `groups` even groups of an encoder's blocks.
 
-    For an encoder in stages, `first` takes the place of 0. Raises InputError for no group, or more groups than blocks.
+    blocks: the number of blocks. first: takes the place of 0 for an encoder in stages. Raises InputError for less than
+    one group, or more groups than blocks.
     """
     blocks -= first
     if not 1 <= groups <= blocks:
@@ -41,7 +45,7 @@ def grouped_layers(blocks: int, groups: int, first: int = 0) -> tuple[int, ...]:
 
 
 def ordered_layers(layers: Sequence[int], last: int, first: int = 0) -> tuple[int, ...]:
-    """Return the layers if they ascend within first..last, else raise InputError."""
+    """Return the layers as a tuple. Raises InputError if they are not ascending numbers from `first` to `last`."""
     in_range = bool(layers) and layers[0] >= first and layers[-1] <= last
     ascending = all(lower < higher for lower, higher in zip(layers, layers[1:]))
     if not (in_range and ascending):

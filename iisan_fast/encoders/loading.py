@@ -1,4 +1,4 @@
-"""Loads the encoders of views."""
+"""Load the encoders of views."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .text import TextBackbone
 
 
 def load_backbone(view: ViewConfig, device: torch.device | str = "cpu", attention: str = "auto") -> Backbone:
-    """Return the view's encoder, frozen, on the device. `attention` is one of config.ATTENTIONS.
+    """Return the view's encoder, frozen, on the device. attention: one of config.ATTENTIONS.
 
-    Raises InputError if the encoder cannot be found, lacks weights, reads something else than the view's source, or
-    cannot give the view's layers and pooling.
+    Raises InputError if the encoder cannot be found, lacks weights, reads another kind of content than the view's
+    source, or cannot give the view's layers and pooling.
     """
     reader = ImageBackbone if view.source == "image" else TextBackbone
     with quiet_hugging_face():
@@ -28,9 +28,10 @@ def load_backbone(view: ViewConfig, device: torch.device | str = "cpu", attentio
 def load_backbones(
     views: Sequence[ViewConfig], device: torch.device | str = "cpu", attention: str = "auto", shared: bool = False
 ) -> list[Backbone]:
-    """Return `load_backbone` of each view. All configurations are checked before any weight is read.
+    """Return the encoder of each view, as `load_backbone` does, after all configurations have been checked.
 
-    shared: views that differ in name, pooling and layers alone share one model, which is loaded once.
+    shared: if True, views that differ only in name, pooling and layers share one model, which is loaded once. Raises
+    InputError as `load_backbone` does; a mistake in a configuration is found before any weight is read.
     """
     with quiet_hugging_face():
         for view in views:
@@ -38,21 +39,21 @@ def load_backbones(
                 checked_config(view)
     backbones: list[Backbone] = []
     for view in views:
-        alike = (backbone for backbone in backbones if shared and _computed_alike(backbone.view, view))
-        first = next(alike, None)
+        sharing = (backbone for backbone in backbones if shared and _computed_alike(backbone.view, view))
+        first = next(sharing, None)
         backbones.append(load_backbone(view, device, attention) if first is None else first.for_view(view))
     return backbones
 
 
 def views_by_model(backbones: Sequence[Backbone]) -> list[list[int]]:
-    """Return the positions of the backbones that share a model, a list for each model."""
+    """Return, for each model, the list of the positions of the backbones that share it."""
     positions: dict[int, list[int]] = {}
     for position, backbone in enumerate(backbones):
         positions.setdefault(id(backbone.model), []).append(position)
     return list(positions.values())
 
 
-def _computed_alike(view: ViewConfig, other: ViewConfig) -> bool:
+def _computed_alike(view: ViewConfig, other_view: ViewConfig) -> bool:
     """Return True if one forward of an encoder gives the hidden states of both views."""
-    plain = {"name": "view", "pooling": None, "layers": None, "layer_groups": None}
-    return replace(view, **plain) == replace(other, **plain)
+    ignored = {"name": "view", "pooling": None, "layers": None, "layer_groups": None}
+    return replace(view, **ignored) == replace(other_view, **ignored)

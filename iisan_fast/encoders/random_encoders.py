@@ -1,4 +1,4 @@
-"""Encoders of random weights, written as Hugging Face folders from their sizes alone."""
+"""Write encoders with random weights as Hugging Face folders, given their sizes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def write_bert(folder: Path, sizes: Mapping[str, int], words: Sequence[str], seed: int) -> None:
-    """Write a BERT and its tokenizer, whose WordPiece vocabulary is the special tokens and the words.
+    """Write a BERT with random weights and its tokenizer into a folder.
 
-    sizes: fields of transformers.BertConfig; without `vocab_size`, the vocabulary decides it.
+    The WordPiece vocabulary is the special tokens and the words. sizes: fields of transformers.BertConfig; without
+    `vocab_size` the vocabulary sets it.
     """
     vocabulary = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *words))}
     config = BertConfig(**{"vocab_size": len(vocabulary), **sizes})
@@ -28,9 +29,10 @@ def write_bert(folder: Path, sizes: Mapping[str, int], words: Sequence[str], see
 
 
 def common_words(texts: Iterable[str], vocabulary: int) -> list[str]:
-    """Return the words of texts, the most frequent first, that fit into a vocabulary beside the special tokens.
+    """Return the most frequent words of the texts, in falling order, as a vocabulary for `write_bert`.
 
-    Texts are split as BERT splits them.
+    vocabulary: the number of entries, special tokens included, so there are at most `vocabulary - 5` words. Texts are
+    split as BERT splits them.
     """
     rules = BertTokenizer(vocab={token: index for index, token in enumerate(SPECIAL_TOKENS)}).backend_tokenizer
     counts: Counter[str] = Counter()
@@ -40,7 +42,10 @@ def common_words(texts: Iterable[str], vocabulary: int) -> list[str]:
 
 
 def write_vit(folder: Path, sizes: Mapping[str, int], seed: int) -> None:
-    """Write a ViT over square images, and its image processor's settings. sizes: fields of transformers.ViTConfig."""
+    """Write a ViT with random weights over square images, and the settings of its image processor, into a folder.
+
+    sizes: fields of transformers.ViTConfig.
+    """
     config = ViTConfig(**sizes)
     _write_model(ViTModel, config, folder, seed)
     settings = {
@@ -58,7 +63,10 @@ def write_vit(folder: Path, sizes: Mapping[str, int], seed: int) -> None:
 
 
 def write_resized_vit(source: Path, folder: Path, sizes: Mapping[str, int], seed: int) -> None:
-    """Write a ViT of the configuration in `source` with other sizes, its weights as transformers draws them."""
+    """Write a ViT with the configuration in `source` but other sizes, and random weights as transformers draws them.
+
+    sizes: the fields of transformers.ViTConfig to change. The settings of the image processor are copied from `source`.
+    """
     config = ViTConfig.from_pretrained(source, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -67,7 +75,7 @@ def write_resized_vit(source: Path, folder: Path, sizes: Mapping[str, int], seed
 
 
 def _write_model(kind: type[PreTrainedModel], config: PretrainedConfig, folder: Path, seed: int) -> None:
-    """Every matrix is drawn with variance 1 / fan-in, so that a random encoder still tells its inputs apart."""
+    """Write a model with random weights of variance 1 / fan-in, so that different inputs give different states."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = kind(config, add_pooling_layer=False)

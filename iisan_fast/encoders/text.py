@@ -1,4 +1,4 @@
-"""Text encoders, bidirectional or causal: tokenizing, padding, and pooling over the tokens of a text."""
+"""Define text encoders, bidirectional or causal: tokenizing, padding, and pooling over the tokens of a text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .image_bytes import ModelInputs
 class TextBackbone(Backbone):
     """A bidirectional or causal text encoder.
 
-    Texts are padded here, on the right and masked, so no padding token is needed and none reaches a pooled state.
+    Texts are padded on the right and masked. So the tokenizer needs no padding token, and pooling never reads padding.
     """
 
     kind = "text"
@@ -27,27 +27,31 @@ class TextBackbone(Backbone):
     input_names = ("input_ids", "attention_mask")
 
     def __init__(self, view: ViewConfig, device: torch.device, attention: str) -> None:
+        """Load the encoder as `Backbone` does. Also raises InputError if it cannot take the view's max_tokens."""
         super().__init__(view, device, attention)
         least, most = self.processor.num_special_tokens_to_add() + 1, self._positions()
         if not least <= view.max_tokens <= most:
             raise self._error(f"max_tokens: expected {least} to {most}, found {view.max_tokens}")
 
     def prepare(self, contents: Sequence[str]) -> ModelInputs:
-        """input_ids and attention_mask, int64 [N, tokens], at most max_tokens wide, special tokens included.
+        """Return input_ids and attention_mask, int64 [N, tokens], at most max_tokens wide, with special tokens.
 
-        Raises InputError for a text that gives no token at all.
+        Raises InputError if a text gives no tokens at all.
         """
         return self.pad(self.tokenize(contents))
 
     @property
     def padding_token(self) -> int:
-        """The token that pads texts. Some encoders count positions by it, so it matters even where it is masked."""
+        """Return the id of the token that pads texts.
+
+        Some encoders number positions by this token, so it matters although it is masked.
+        """
         return self.processor.pad_token_id or 0
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each text's token numbers, at most max_tokens, special tokens included.
+        """Return the token ids of each text, at most max_tokens with special tokens.
 
-        Raises InputError for a text that gives no token at all.
+        Raises InputError if a text gives no tokens at all.
         """
         limit = self.view.max_tokens
         rows = self.processor(list(texts), truncation=True, max_length=limit, padding=False).input_ids
@@ -57,7 +61,7 @@ class TextBackbone(Backbone):
         return rows
 
     def pad(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> ModelInputs:
-        """input_ids and attention_mask, int64 [N, tokens], as wide as the longest of N token sequences."""
+        """Return input_ids and attention_mask, int64 [N, tokens], as wide as the longest of N token sequences."""
         ids = [torch.as_tensor(row, dtype=torch.int64) for row in tokens]
         return {
             "input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.padding_token),
@@ -65,11 +69,12 @@ class TextBackbone(Backbone):
         }
 
     def describe(self) -> dict[str, Any]:
+        """Return the description of `Backbone.describe`, and the view's max_tokens."""
         return super().describe() | {"max_tokens": self.view.max_tokens}
 
     def _load_processor(self, encoder: str, local_files_only: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=local_files_only, trust_remote_code=False)
-        # Where its files are missing, transformers may make a tokenizer up to which every word is unknown.
+        # If its files are missing, transformers may make a tokenizer that knows no words.
         if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
             raise self._error("its tokenizer knows no word; expected tokenizer files beside the weights")
         return tokenizer
@@ -85,14 +90,15 @@ class TextBackbone(Backbone):
         return [type(tokenizer).__name__, content, tokenizer.special_tokens_map]
 
     def _positions(self) -> int:
-        """Return the number of tokens that the encoder has positions for."""
+        """Return the most tokens that the encoder can read: the limit of its tokenizer, config or position table."""
         limits = [self.processor.model_max_length, getattr(self.model.config, "max_position_embeddings", None)]
         for name, module in self.model.named_modules():
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-                limits.append(module.num_embeddings - module.padding_idx - 1)  # positions count on from the padding's
+                limits.append(module.num_embeddings - module.padding_idx - 1)  # positions start after the padding's
         return min(limit or math.inf for limit in limits)
 
     def example(self) -> ModelInputs:
+        """Return a batch of two invented texts of four and two tokens, on the encoder's device."""
         ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]], device=self.device)
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
@@ -103,7 +109,7 @@ class TextBackbone(Backbone):
 
     @torch.no_grad()
     def _is_causal(self) -> bool:
-        """Found by trying: in a causal encoder another last token leaves the first token's states as they were."""
+        """Return True if a changed last token leaves the states of the first token unchanged."""
         inputs = self.example()
         first = self._hidden_states(inputs)
         inputs["input_ids"][0, -1] += 1

@@ -124,7 +124,7 @@ def test_states_made_out_of_reach_are_all_kept(built, monkeypatch, caplog):
     monkeypatch.setattr(base, "find_places", lambda *_: None)
     with caplog.at_level(logging.WARNING):
         backbone = load_backbone(view(built("title", "llama")))
-    assert "its hidden states cannot be read one by one; batches keep all" in caplog.text
+    assert "its hidden states cannot be read one by one; batches keep all layers in memory" in caplog.text
     inputs = backbone.prepare(TITLES)
     assert torch.equal(backbone.encode(inputs), expected(inputs))
     last = backbone.for_view(view(built("title", "llama"), layers=(4,)))
