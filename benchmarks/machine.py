@@ -68,11 +68,11 @@ def versions(device: torch.device) -> dict[str, Any]:
     return environment(device) | found
 
 
-def commit() -> str | None:
-    """The commit that this package is checked out at, "-dirty" where files differ; None outside a checkout."""
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """Return the commit that a folder is checked out at, with "-dirty" if files differ; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 LEAST_BYTES = 2 << 20  # the strict reader has read a smaller file before polars is imported
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
 TAB, NEWLINE, SPACE = b"\t\n "
 BYTE_ORDER_MARK = "\ufeff".encode()
 
