@@ -132,7 +132,7 @@ def check_unfinished(code: str) -> None:
     """Check a command within text, which may leave out an argument or the last option's value."""
     try:
         shell_blocks.check(code)
-    except click.MissingParameter:
+    except (click.MissingParameter, click.exceptions.NoArgsIsHelpError):
         pass
     except click.BadOptionUsage as error:
         if "requires an argument" not in error.message:
