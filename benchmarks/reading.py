@@ -29,6 +29,7 @@ SHORTEST = 5  # interactions of a user
 MEAN = 9
 NOTES = {
     "seconds": "load_dataset in a new process, the import of polars included and that of the package not",
+    "cpu_seconds": "the time that all threads spent on it, which depends less on what else the machine does",
     "peak_rss_bytes": "the largest resident set of that process, Python and its libraries included",
 }
 
@@ -91,7 +92,7 @@ def write_dataset(folder: Path, interactions: int) -> None:
 
 
 def read(dataset: Path, checkout: Path, options: list[str]) -> dict[str, Any]:
-    """Return the seconds, the peak memory and the digest of one reading by the package of a checkout."""
+    """Return the figures and the digest of one reading by the package of a checkout."""
     command = [sys.executable, "-c", WORKER.read_text(), str(dataset), *options]
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     result = subprocess.run(command, env=environment, cwd=dataset, stdout=subprocess.PIPE, text=True, check=True)
@@ -105,6 +106,7 @@ def medians(readings: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": statistics.median(seconds),
         "least_seconds": min(seconds),
         "largest_seconds": max(seconds),
+        "cpu_seconds": statistics.median(reading["cpu_seconds"] for reading in readings),
         "peak_rss_bytes": statistics.median(reading["peak_rss_bytes"] for reading in readings),
     }
 

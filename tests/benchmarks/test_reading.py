@@ -17,7 +17,7 @@ def test_each_reader_has_a_time_and_a_peak():
     result = reading.compare(before=ROOT, interactions=3000, rounds=1)
     assert result["command"].endswith("reading --before=CHECKOUT --interactions=3000 --rounds=1")
     for reader in ("before", "polars", "strict"):
-        assert 0 < result[reader]["seconds"] < 60
+        assert 0 < result[reader]["seconds"] < 60 and result[reader]["cpu_seconds"] > 0
         assert result[reader]["peak_rss_bytes"] > 1 << 20
 
 
@@ -31,7 +31,7 @@ def test_the_dataset_has_the_interactions_that_are_asked_for(tmp_path):
 
 def test_readers_of_different_data_are_not_compared(monkeypatch):
     digests = iter("ab")
-    figures = {"seconds": 1.0, "peak_rss_bytes": 1}
+    figures = {"seconds": 1.0, "cpu_seconds": 1.0, "peak_rss_bytes": 1}
     monkeypatch.setattr(reading, "read", lambda *_: {**figures, "digest": next(digests)})
     with pytest.raises(ValueError, match="expected equal datasets of all readers, found 2"):
         reading.compare(before=None, interactions=3000, rounds=1)
