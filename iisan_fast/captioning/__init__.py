@@ -1,4 +1,4 @@
-"""Captions of items by an image-to-text model."""
+"""Caption items with an image-to-text model."""
 
 from typing import TYPE_CHECKING
 

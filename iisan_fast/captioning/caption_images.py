@@ -1,6 +1,6 @@
-"""The pictures that an item is captioned from: its image, or frames of its video.
+"""Read the pictures that an item is captioned from: its image, or frames of its video.
 
-Nothing here knows a model, so worker processes can check all pictures.
+Nothing here needs a model, so worker processes can check all pictures.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ MISSING_PICTURES = ("error", "skip")
 
 
 class Pictures(Protocol):
-    """Pictures by item. May be sent to another process."""
+    """The pictures of items, by item id. It can be sent to another process."""
 
-    at_most: int  # of one item
+    at_most: int  # the most pictures of one item
 
     def read(self, item_id: str) -> list[Image.Image]:
-        """An item's, one or more, RGB. Raises ImageError where it has none or one is damaged."""
+        """Return an item's pictures, one or more, in RGB. Raises ImageError if it has none or one is damaged."""
 
 
 class Covers:
-    """The one image that each item of a dataset has."""
+    """The images of a dataset's items, one for each item."""
 
     at_most = 1
 
     def __init__(self, images: ImageFolder | ImageLmdb) -> None:
+        """Take the images that `data.open_images` has opened."""
         self.images = images
 
     def read(self, item_id: str) -> list[Image.Image]:
+        """Return the item's image in a list of one. Raises ImageError if it is missing or damaged."""
         content = self.images.content(item_id)
         if content is None:
             raise ImageError("no image")
@@ -44,17 +46,18 @@ class Covers:
 
 
 class Frames:
-    """`at_most` frames of each item's video, from a folder with a folder of images for each item."""
+    """At most `at_most` frames of each item's video, from a folder that has a folder of images for each item."""
 
     def __init__(self, path: Path, at_most: int) -> None:
-        """Raises InputError where there is no such folder."""
+        """Take the folder of the items' folders. Raises InputError if it does not exist."""
         if not path.is_dir():
-            raise InputError(f"{path}: no such folder; expected one with a folder of frames, <item_id>/*.jpg, an item")
+            raise InputError(f"{path}: no such folder; expected one with the frames of each item, <item_id>/*.jpg")
         self.path, self.at_most = path, at_most
         with os.scandir(path) as entries:
             self._items = {entry.name for entry in entries if entry.is_dir()}
 
     def read(self, item_id: str) -> list[Image.Image]:
+        """Return evenly spread frames of the item's video. Raises ImageError if it has none or one is damaged."""
         if item_id not in self._items:
             raise ImageError("no folder of frames")
         with os.scandir(self.path / item_id) as entries:
@@ -71,23 +74,24 @@ class Frames:
 
 
 def problems(pictures: Pictures, item_ids: Sequence[str]) -> list[str]:
-    """For each item, what is wrong with its pictures; empty where nothing is."""
+    """Return, for each item, why its pictures cannot be read; "" if they can."""
     return [_problem(pictures, item_id) for item_id in item_ids]
 
 
 def natural(name: str) -> tuple[list[int | str], str]:
-    """Sorts frame2 before frame10."""
+    """Return a sort key for file names that puts frame2 before frame10."""
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 def spread(names: Sequence[str], count: int) -> list[str]:
-    """The middle one of each of `count` equal parts, in order; all where there are no more."""
+    """Return `count` evenly spread names: the middle one of each of `count` equal parts; all if there are no more."""
     count = min(count, len(names))
     return [names[(2 * part + 1) * len(names) // (2 * count)] for part in range(count)]
 
 
 def _problem(pictures: Pictures, item_id: str) -> str:
+    """Return why an item's pictures cannot be read; "" if they can."""
     try:
         pictures.read(item_id)
     except ImageError as error:

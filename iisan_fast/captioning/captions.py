@@ -1,7 +1,7 @@
-"""captions.tsv, filled by an image-text-to-text model: a batch of items at a time, so that a stopped run goes on.
+"""Fill a dataset's captions.tsv with an image-text-to-text model, one batch of items at a time.
 
-What made the captions stands beside them in captions.json, without which captions.tsv is somebody's own. No line of
-either kind is ever changed: only items without a caption get one.
+A stopped run continues with the items that have no caption yet. captions.json records the model and the settings; if it
+is missing, the captions were written by somebody else. Existing lines of captions.tsv are never changed.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Captioned:
-    """Counts of a captioning run."""
+    """The counts of a captioning run."""
 
     items: int  # in the catalogue
-    present: int  # of them that had a caption already
-    captioned: int  # now
-    skipped: int  # without a picture that can be read
-    empty: int  # of which the model said nothing; they are left without a caption, too
+    present: int  # items that had a caption already
+    captioned: int  # items that got a caption in this run
+    skipped: int  # items whose pictures cannot be read
+    empty: int  # items for which the model generated no text; they get no caption
 
 
 def caption(
@@ -60,19 +60,23 @@ def caption(
     protocol: ProtocolConfig = ProtocolConfig(),
     workers: int | None = None,
 ) -> Captioned:
-    """Captions the items of a dataset's catalogue that have no caption yet, from their images or from `frames`.
+    """Caption the items of a dataset's catalogue that have no caption yet, from their images or from video frames.
 
-    frames: a folder of video frames, <item_id>/*.jpg in natural order, of which `frames_per_item` evenly spread ones
-    are shown. dtype: one of config.ENCODER_DTYPES. `workers` processes check the pictures first (None: as idle CPUs and
-    the catalogue suggest). In float32 a caption does not depend on the batch it is made in.
+    root: the dataset's folder. model: a folder or a hub name. prompt: None for the model's default. max_tokens: of a
+    caption. frames: a folder of video frames, <item_id>/*.jpg in natural order, of which the model sees
+    `frames_per_item` evenly spread ones; None to use the dataset's images. dtype: one of config.ENCODER_DTYPES; in
+    float32, a caption does not depend on the other items of its batch. missing_images: "error", or "skip" to leave
+    items without a caption. workers: processes that check the pictures first; None chooses by idle CPUs and the number
+    of items.
 
-    Raises InputError, before a caption is made, for pictures that are missing or cannot be read (unless
-    `missing_images` is "skip"), a model that cannot be used, or captions made with another model or other settings.
+    Raises InputError, before the first caption, for pictures that are missing or cannot be read (unless they are
+    skipped), a model that cannot be used, captions made by another model or with other settings, or another process
+    that captions the same dataset.
     """
     fix_cublas_workspace()
     if missing_images not in MISSING_PICTURES:
         raise InputError(f"missing_images: expected one of {', '.join(MISSING_PICTURES)}, found {missing_images!r}")
-    if not (root / "items.tsv").is_file():  # before a lock is left where it is none of ours
+    if not (root / "items.tsv").is_file():  # check before a lock file is written into the wrong folder
         raise InputError(f"{root}: no such dataset; expected a folder with items.tsv and users.tsv")
     with locked(root / LOCK_FILE, f"{root}: another process is captioning this dataset; wait for it to end"):
         captions = _CaptionFile(root)
@@ -98,51 +102,56 @@ def caption(
 
 
 class _CaptionFile:
-    """captions.tsv, which only grows, and captions.json."""
+    """A dataset's captions.tsv, to which lines are only appended, and its captions.json."""
 
     def __init__(self, root: Path) -> None:
-        """Takes off what a run that was killed while it wrote has left of its last line."""
+        """Open the files of a dataset, and cut off an incomplete last line that a killed run has left."""
         self.path, self.record = root / "captions.tsv", root / "captions.json"
         self.made_here = self.path.exists() and self.record.exists()
         if self.made_here:
             self._cut_torn_line()
 
     def check(self, settings: dict[str, Any]) -> None:
-        """Raises InputError where the captions that stand here were made with other settings, saying what differs."""
+        """Raise InputError, with the differences, if the existing captions were made with other settings."""
         if self.made_here:
             recorded = read_settings(self.record)
             if different := changed_settings(recorded.get("settings") or {}, settings):
                 raise InputError(
-                    f"{self.path}: made otherwise, by {recorded.get('model')}: {'; '.join(different)}; restore the old "
-                    f"settings, or remove the file to caption all items again"
+                    f"{self.path}: made with other settings, by {recorded.get('model')}: {'; '.join(different)}; "
+                    f"restore the old settings, or remove the file to caption all items again"
                 )
 
     def begin(self, model: str, settings: dict[str, Any], present: int) -> None:
-        """Records what makes the captions that will follow."""
+        """Record the model and the settings in captions.json, unless it exists.
+
+        present: the number of captions that somebody else has written into captions.tsv.
+        """
         if self.made_here:
             return
         if self.path.exists():
-            LOGGER.info("%s: not made by this command: its %d captions stay, only others follow", self.path, present)
+            LOGGER.info("%s: not made by this command: its %d captions stay, new ones follow", self.path, present)
             if not self.path.read_bytes().endswith(b"\n"):
                 self._append(b"\n")
         record = {"model": model, "settings": settings, "captions_before": present}
         write_atomically(self.record, (json.dumps(record, indent=2) + "\n").encode())
 
     def add(self, captions: dict[str, str]) -> None:
-        """Appends captions by item, and returns once they would survive a crash."""
+        """Append captions by item id, and return when they are safe on disk."""
         self._append("".join(f"{item_id}\t{text}\n" for item_id, text in captions.items()).encode())
 
     def _append(self, content: bytes) -> None:
+        """Append bytes to captions.tsv, and wait until they are on disk."""
         with self.path.open("ab") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
 
     def _cut_torn_line(self) -> None:
+        """Cut off an incomplete last line; remove a file that has no complete line."""
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            LOGGER.warning("%s: its last line is not whole; that item is captioned again", self.path)
+            LOGGER.warning("%s: its last line is incomplete; that item is captioned again", self.path)
             os.truncate(self.path, whole)
         if not whole:
             self.path.unlink()
@@ -150,7 +159,10 @@ class _CaptionFile:
 
 
 def _readable(pictures: Pictures, item_ids: list[str], missing_images: str, workers: int) -> list[str]:
-    """The items whose pictures can be read. Raises InputError, naming some, for others that are not to be skipped."""
+    """Return the items whose pictures can be read.
+
+    missing_images: "error" raises InputError, with the first few items, if others cannot; "skip" logs a warning.
+    """
     requests, check = batched(item_ids, CHECKED_AT_ONCE), partial(problems, pictures)
     all_problems: list[str] = []
     with (
@@ -172,7 +184,7 @@ def _readable(pictures: Pictures, item_ids: list[str], missing_images: str, work
 def _fill(
     captions: _CaptionFile, captioner: Captioner, pictures: Pictures, item_ids: list[str], batch_size: int
 ) -> list[str]:
-    """Captions items, and returns those of which the model said nothing."""
+    """Caption the items, write the captions, and return the items for which the model generated no text."""
     silent: list[str] = []
     with progress_bar("captioning", len(item_ids), "items") as advance:
         for batch in batched(item_ids, batch_size):
@@ -187,6 +199,7 @@ def _fill(
 
 
 def _captions(captioner: Captioner, pictures: Pictures, item_ids: Sequence[str]) -> list[str]:
+    """Return the caption of each item. Raises InputError if the GPU has not enough memory for the batch."""
     shown = [_read(pictures, item_id) for item_id in item_ids]
     try:
         return captioner.captions(shown)
@@ -196,7 +209,8 @@ def _captions(captioner: Captioner, pictures: Pictures, item_ids: Sequence[str])
 
 
 def _read(pictures: Pictures, item_id: str) -> list[Image.Image]:
+    """Return an item's pictures. Raises InputError if they cannot be read any more."""
     try:
         return pictures.read(item_id)
-    except ImageError as error:  # it has gone or broken since it was checked
+    except ImageError as error:  # its files have changed since they were checked
         raise InputError(f"item {item_id!r}: {error}") from None

@@ -1,4 +1,4 @@
-"""Hidden states: extraction into the store, the tables that training reads, and batches prepared ahead."""
+"""Extract hidden states into a store, load them into tables for training, and prepare batches ahead of the steps."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,7 @@
-"""The inputs of a view's encoder, by row of the catalogue: rows to encode, content that cannot be read, batches.
+"""Prepare the inputs of a view's encoder by row of the catalogue: find the rows to encode, and make batches.
 
-Nothing here knows an encoder's weights, so worker processes can do all of it.
+A row is an item's position in the catalogue, from 0. Nothing here needs an encoder's weights, so worker processes can
+do all of it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds
     from ..encoders import Backbone, ModelInputs, TextBackbone
 
 BLANK = Image.new("RGB", (224, 224), "white")
-TEXTS_AT_ONCE = 1024  # tokenized: a tokenizer's own results take a hundred times the room of the token numbers
+TEXTS_AT_ONCE = 1024  # tokenized in one call, whose results take a hundred times the memory of the token ids
 
 Stored = tuple[int, bytes | None]  # a row, and its digest in the store
 New = tuple[int, str]  # a row to encode, and the reason why its content cannot be read, or ""
@@ -37,37 +38,44 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class EncoderBatch:
-    """N items, ready for the encoder."""
+    """The encoder's inputs for N items, and the digests of the items' contents."""
 
-    rows: Sequence[int]  # of the catalogue
-    digests: list[bytes]
-    inputs: ModelInputs  # [N, …] each, on the CPU
-    blank: int  # number of blank images among them
+    rows: Sequence[int]  # [N], of the catalogue
+    digests: list[bytes]  # [N], of the contents, as a store keeps them
+    inputs: ModelInputs  # tensors [N, ...] on the CPU
+    blank: int  # number of blank images among the N
 
     def pin_memory(self) -> EncoderBatch:
-        """Copy into pinned memory, from where a GPU copies by itself."""
+        """Return a copy in pinned memory, from which a GPU copies without waiting."""
         return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
 
 
 class ViewInputs(Protocol):
     """The inputs of one view's encoder, by row of the catalogue."""
 
-    remedy: str  # ends the message about content that is missing
+    remedy: str  # the end of the error message about missing content; may be empty
 
     def check(self, stored: Sequence[Stored]) -> list[New]:
-        """Return the rows whose stored states are out of date."""
+        """Return the rows whose stored states are out of date, each with the reason why its content cannot be read.
+
+        stored: rows with the digest in the store, or None. The reason is "" for content that can be read.
+        """
 
     def arrange(self, rows: list[int]) -> list[int]:
-        """Return the rows in the order that suits the encoder best."""
+        """Return the rows in the order that makes batches fastest. `batch` takes arranged rows only."""
 
     def batch(self, rows: Sequence[int]) -> EncoderBatch:
-        """Prepare arranged rows for the encoder."""
+        """Return the encoder's inputs for N arranged rows."""
 
 
 def open_sources(
     dataset: Dataset, views: Sequence[ViewConfig], missing_images: str
 ) -> AbstractContextManager[ImageFolder | ImageLmdb | None]:
-    """Open the dataset's images if a view reads them. Raises InputError if the dataset lacks what the views read."""
+    """Open the dataset's images if a view reads them. The result is a context manager; it gives None for text alone.
+
+    missing_images: one of config.MISSING_IMAGES. Raises InputError if that word is unknown, if the dataset has no
+    images, or if a view reads captions and the dataset has none.
+    """
     if missing_images not in MISSING_IMAGES:
         raise InputError(f"missing_images: expected one of {', '.join(MISSING_IMAGES)}, found {missing_images!r}")
     for view in views:
@@ -83,7 +91,11 @@ def view_inputs(
     missing_images: str,
     prepare: Callable[[Sequence[Image.Image]], ModelInputs] | None = None,
 ) -> TextInputs | ImageInputs:
-    """Return the inputs of the view's encoder. `prepare` replaces the encoder's own preparation of images."""
+    """Return the inputs of the view's encoder for the dataset's items.
+
+    images: from `open_sources`. missing_images: "error", or "blank" to use a blank image for one that cannot be read.
+    prepare: used in place of the encoder's own preparation of images; None for that one.
+    """
     source = backbone.view.source
     if source == "image":
         fill_blank = missing_images == "blank"
@@ -95,10 +107,11 @@ def view_inputs(
 def new_rows(
     view: str, inputs: ViewInputs, stored: Sequence[bytes | None], item_ids: Sequence[str], workers: int = 0
 ) -> list[int]:
-    """Return the rows whose content is not the one that `stored` has a digest of, arranged for the encoder.
+    """Return the rows whose content differs from the stored one, arranged for the encoder.
 
-    stored: a digest, or None, a row. `workers` processes check all rows. Raises InputError, which names the first few,
-    if any content cannot be read.
+    view: the view's name, for messages. stored: for each row, the digest of the content in the store, or None.
+    item_ids: the ids of all rows, for messages. workers: the number of processes that check the rows, 0 for this
+    process. Raises InputError, with the first few items, if any content to encode cannot be read.
     """
     requests = batched(list(enumerate(stored)), CHECKED_AT_ONCE)
     new = []
@@ -119,20 +132,31 @@ def new_rows(
 def inputs_ahead(
     function: Callable[[Argument], Result], arguments: Sequence[Argument], workers: int, pin: bool = False
 ) -> Iterator[Result]:
-    """Yield function(argument) for every argument as `calls_ahead` does, in processes that can prepare images."""
+    """Yield function(argument) for each argument, in order, computed ahead by `workers` processes.
+
+    The processes have imported everything that preparing images needs; see `workers.calls_ahead`. pin: whether results
+    are copied into pinned memory.
+    """
     return calls_ahead(function, arguments, workers, pin, modules=(__name__, *WORKER_MODULES))
 
 
 class TextInputs:
-    """Titles or captions. Arranging tokenizes them; only the token numbers are kept, 4 bytes each."""
+    """The titles or captions of the catalogue's items.
+
+    `arrange` tokenizes the texts. Only the token ids are kept, 4 bytes each.
+    """
 
     def __init__(self, texts: Sequence[str | None], backbone: TextBackbone, remedy: str = "") -> None:
+        """Take the text of each row, or None, and the encoder that tokenizes them. remedy: as in `ViewInputs`."""
         self.texts, self.backbone, self.remedy = texts, backbone, remedy
-        self._tokens = np.zeros(0, dtype=np.int32)  # of all arranged rows, one after the other
-        self._starts, self._lengths = np.zeros((2, len(texts)), dtype=np.int64)  # where each row's tokens stand
+        self._tokens = np.zeros(0, dtype=np.int32)  # ids of all arranged rows, one row after the other
+        self._starts, self._lengths = np.zeros((2, len(texts)), dtype=np.int64)  # of each row within `_tokens`
 
     def check(self, stored: Sequence[Stored]) -> list[New]:
-        """Return the rows without a state or with the state of another text. A row without text is an error."""
+        """Return the rows whose stored digest is missing or is not that of their text.
+
+        The reason is "no text" for a row without text, else "".
+        """
         return [
             (row, "" if (self.texts[row] or "").strip() else "no text")
             for row, digest in stored
@@ -140,9 +164,10 @@ class TextInputs:
         ]
 
     def arrange(self, rows: list[int]) -> list[int]:
-        """Return the rows by falling number of tokens, so that batches need little padding and the largest comes first.
+        """Tokenize the rows' texts, and return the rows by falling number of tokens.
 
-        Raises InputError for a text that gives no token.
+        So a batch needs little padding, and the batch that needs most memory comes first. Raises InputError for a text
+        that gives no tokens.
         """
         tokens = [self._tokens]
         for part in batched(rows, TEXTS_AT_ONCE):
@@ -154,14 +179,14 @@ class TextInputs:
         return [rows[index] for index in np.argsort(-self._lengths[rows], kind="stable")]
 
     def batch(self, rows: Sequence[int]) -> EncoderBatch:
-        """Pad arranged rows to the longest of them."""
+        """Return the inputs of N arranged rows, padded to the longest of them."""
         tokens = [self._tokens[self._starts[row] :][: self._lengths[row]] for row in rows]
         digests = [content_digest((self.texts[row] or "").encode()) for row in rows]
         return EncoderBatch(rows, digests, self.backbone.pad(tokens), blank=0)
 
     @property
     def longest(self) -> int:
-        """Return the arranged row that has most tokens."""
+        """Return the arranged row that has the most tokens."""
         return int(self._lengths.argmax())
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
@@ -169,7 +194,10 @@ class TextInputs:
         return self._lengths[rows]
 
     def padded(self, rows: np.ndarray) -> np.ndarray:
-        """Return the tokens, int32 [N, longest], of one or more arranged rows int64 [N], padded on the right."""
+        """Return the token ids, int32 [N, width], of one or more arranged rows int64 [N].
+
+        They are padded on the right; the longest row gives the width.
+        """
         lengths = self._lengths[rows, None]
         places = np.arange(lengths.max())
         in_text = places < lengths
@@ -179,7 +207,7 @@ class TextInputs:
 
 
 class ImageInputs:
-    """A dataset's images, decoded and prepared as they are asked for. May be sent to another process."""
+    """A dataset's images, decoded and prepared when they are read. It can be sent to another process."""
 
     remedy = "; missing_images: blank fills them"
 
@@ -190,12 +218,16 @@ class ImageInputs:
         prepare: Callable[[Sequence[Image.Image]], ModelInputs],
         fill_blank: bool,
     ) -> None:
+        """Take the dataset's images, the id of each row, and the function that prepares decoded RGB images.
+
+        fill_blank: whether a blank image stands in for an image that cannot be read.
+        """
         self.images, self.item_ids, self.prepare, self.fill_blank = images, item_ids, prepare, fill_blank
 
     def check(self, stored: Sequence[Stored]) -> list[New]:
-        """Return the rows without a state or with the state of another image.
+        """Return the rows whose stored digest is missing or is not that of their image.
 
-        Each of these images is decoded, unless a blank would fill its place.
+        Each of these images is decoded to find out if it can be read, unless a blank one may stand in for it.
         """
         new = []
         for row, digest in stored:
@@ -205,21 +237,25 @@ class ImageInputs:
         return new
 
     def arrange(self, rows: list[int]) -> list[int]:
-        """Return the rows unchanged: to the encoder all images have one size."""
+        """Return the rows unchanged: prepared images are all of one size."""
         return rows
 
     def batch(self, rows: Sequence[int]) -> EncoderBatch:
-        """Decode the rows, one at a time. Raises InputError for an image that was lost or damaged since its check."""
+        """Return the inputs of N rows, whose images are decoded one at a time.
+
+        Raises InputError for an image that cannot be read and is not to be filled.
+        """
         digests, inputs, blanks = zip(*map(self._read, rows))
         merged = {name: torch.cat([image[name] for image in inputs]) for name in inputs[0]}
         return EncoderBatch(rows, list(digests), merged, sum(blanks))
 
     def _accepted(self, content: bytes | None) -> tuple[bytes, ...]:
-        """Return the digests of states that are up to date."""
+        """Return the digests of stored states that are up to date for this content."""
         blank = (_blank_digest(content),) if self.fill_blank else ()
         return blank if content is None else (content_digest(content), *blank)
 
     def _problem(self, content: bytes | None) -> str:
+        """Return why an image cannot be read; "" if it can."""
         if content is None:
             return "no image"
         try:
@@ -229,7 +265,7 @@ class ImageInputs:
         return ""
 
     def _read(self, row: int) -> tuple[bytes, ModelInputs, bool]:
-        """Return the digest, the encoder's input [1, …], and True if it is a blank image."""
+        """Return the digest of a row's content, the encoder's input [1, ...], and True if a blank image was used."""
         content = self.images.content(self.item_ids[row])
         try:
             if content is None:
@@ -242,5 +278,5 @@ class ImageInputs:
 
 
 def _blank_digest(content: bytes | None) -> bytes:
-    """Return a digest that is not the content's, so that the blank is replaced once the image can be read."""
+    """Return a digest for a blank image. It differs from the content's, so that a readable image replaces the blank."""
     return blake2b(content or b"", digest_size=DIGEST_BYTES, person=b"blank").digest()

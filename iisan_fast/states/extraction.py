@@ -1,10 +1,10 @@
-"""Extraction: a catalogue through frozen encoders into a store, streaming, a batch of items at a time.
+"""Extract the hidden states of a catalogue with frozen encoders into a store, one batch of items at a time.
 
-Everything is checked before the first state is written. A killed extraction resumes with what it had not yet written,
-and a later one adds or redoes only the items whose content is new or has changed.
+All content is checked before the first state is written. A stopped extraction continues with the items that are not
+stored yet. A later extraction encodes only the items whose content is new or has changed.
 
-Views that differ in pooling and layers alone, and lack the same items, are made together by one forward a batch. Each
-gets the states that it would get alone.
+Views that differ only in pooling and layers, and lack the same items, are extracted together with one forward of the
+encoder for each batch. The states are the same as if each view were extracted alone.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from .store import Store
 
 LOGGER = logging.getLogger(__name__)
 STATE_LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
-GROUP_ITEMS, GROUP_BYTES = 1024, 32 << 20  # a transaction takes as many states as reach either; a kill loses one group
+GROUP_ITEMS, GROUP_BYTES = 1024, 32 << 20  # a transaction ends at one of these; a killed run loses only one
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """The result of extraction for one view."""
+    """The counts of an extraction for one view."""
 
     view: str
     items: int  # in the catalogue
-    encoded: int  # now; the rest stood in the store already
-    blank: int  # of those encoded now, filled with a blank image
+    encoded: int  # in this call; the store had the others already
+    blank: int  # of the encoded ones, from a blank image
 
 
 def extract(
@@ -56,13 +56,17 @@ def extract(
     workers: int | None = None,
     attention: str = "auto",
 ) -> list[Extracted]:
-    """Put the hidden states of every item into the store at `cache`, one entry an item and view.
+    """Encode every item of the dataset's catalogue, and store its hidden states of each view in the folder `cache`.
 
-    `workers` processes read images ahead (0: this process reads them; None: as idle CPUs and the catalogue suggest).
-    They import the main module, so a script calls this under `if __name__ == "__main__"`.
+    batch_size: items for one forward. dtype: of the stored states, one of config.STORE_DTYPES. missing_images: "error",
+    or "blank" to encode a blank image in place of one that cannot be read. workers: processes that read images ahead; 0
+    reads them in this process; None chooses by idle CPUs and the size of the catalogue. The processes import the main
+    module, so a script calls this function under `if __name__ == "__main__"`. attention: one of config.ATTENTIONS.
+    Returns the counts of each view, in the order of `views`.
 
-    Raises InputError, before anything is written, for content that is missing or cannot be read, an encoder that
-    cannot be used, or a store that was made with other encoders or settings.
+    Raises InputError, before anything is written, for a setting out of range, content that is missing or cannot be
+    read, an encoder that cannot be used, or a store that other encoders or settings have filled. Raises InputError
+    after the good states were written if a hidden state is not finite.
     """
     fix_cublas_workspace()
     check_choice("dtype", dtype, STORE_DTYPES)
@@ -95,11 +99,11 @@ def extract(
 
 @dataclass(frozen=True)
 class _Job:
-    """Views that one model makes of one source."""
+    """The views that one model encodes from one source."""
 
-    backbones: list[Backbone]  # one a view; they share the model
+    backbones: list[Backbone]  # one for each view; all share one model
     inputs: ViewInputs
-    workers: int | None  # that read the content; None: not decided
+    workers: int | None  # processes that read the content; None: chosen by `worker_count`
 
     @property
     def views(self) -> list[str]:
@@ -108,19 +112,20 @@ class _Job:
 
     @property
     def device(self) -> torch.device:
-        """Return the device that takes the model's inputs."""
+        """Return the device of the model's inputs."""
         return self.backbones[0].device
 
 
 class _Writer:
-    """Stores a job's states, several batches in a transaction; leaving the context stores the rest.
+    """Collects the states of a job's views, and stores several batches in one transaction.
 
-    A transaction takes all views' states of an item. So the views of a killed extraction go on together.
+    A transaction holds the states of all views of an item, so the views stay together if the extraction is stopped.
+    Leaving the context stores the rest.
     """
 
     def __init__(self, store: Store, views: list[str], dtype: torch.dtype, item_ids: list[str]) -> None:
         self.store, self.views, self.dtype, self.item_ids = store, views, dtype, item_ids
-        # Rows, digests and each view's states; never the inputs.
+        # Of each batch: rows, digests, and the states of each view.
         self.pending: list[tuple[Sequence[int], list[bytes], list[Tensor]]] = []
 
     def __enter__(self) -> _Writer:
@@ -130,7 +135,10 @@ class _Writer:
         self._flush()
 
     def add(self, batch: EncoderBatch, states_by_view: Sequence[Tensor]) -> None:
-        """Take a batch's states [N, K, D] of each view, on any device. Raises InputError if any is not finite."""
+        """Add a batch with the states [N, K, D] of each view, on any device.
+
+        Raises InputError if a state that is stored in this call is not finite.
+        """
         self.pending.append((batch.rows, batch.digests, [states.to(self.dtype) for states in states_by_view]))
         items = sum(len(rows) for rows, *_ in self.pending)
         size = sum(states.nbytes for *_, by_view in self.pending for states in by_view)
@@ -138,6 +146,7 @@ class _Writer:
             self._flush()
 
     def _flush(self) -> None:
+        """Store the collected states that are finite, then raise InputError if others are not."""
         if not self.pending:
             return
         ids = [self.item_ids[row] for rows, *_ in self.pending for row in rows]
@@ -157,6 +166,7 @@ class _Writer:
 
 
 def _describe(backbone: Backbone, dtype: str, dataset: Dataset) -> dict[str, Any]:
+    """Return a view's description for the store's manifest."""
     name = backbone.view.source
     source = {"source": name} | ({} if name == "image" else dataset.how_read(name))
     versions = {name: metadata.version(name) for name in STATE_LIBRARIES}
@@ -166,13 +176,14 @@ def _describe(backbone: Backbone, dtype: str, dataset: Dataset) -> dict[str, Any
 def _plan_all(
     jobs: list[_Job], descriptions: dict[str, dict[str, Any]], cache: Path, item_ids: list[str]
 ) -> list[tuple[_Job, list[int]]]:
-    """Return the jobs with the rows to encode, in order, once all of them can be read and the store can take them.
+    """Return the jobs with the rows to encode, in order. Raises InputError if content or store cannot be used.
 
-    A job whose views lack different rows becomes several jobs: in other batches, the last bits of a state may differ.
+    A job whose views lack different rows becomes several jobs, because the last bits of a state may differ between
+    batches of different items.
     """
     with ExitStack() as stack:
-        begun = (cache / "manifest.json").exists()
-        store = stack.enter_context(Store(cache, writable=True)) if begun else None
+        exists = (cache / "manifest.json").exists()
+        store = stack.enter_context(Store(cache, writable=True)) if exists else None
         if store is not None:
             store.check_views(descriptions)
         planned = []
@@ -184,7 +195,7 @@ def _plan_all(
 
 
 def _by_stored(job: _Job, store: Store | None, item_ids: list[str]) -> dict[tuple[bytes | None, ...], _Job]:
-    """Split the job into jobs of views that have the same digests, or None, stored for the items."""
+    """Split a job into jobs of views with the same stored digests (None if not stored), by these digests."""
     parts: dict[tuple[bytes | None, ...], list[Backbone]] = {}
     for name, backbone in zip(job.views, job.backbones):
         stored = (None,) * len(item_ids) if store is None else tuple(store.digests(name, item_ids))
@@ -193,7 +204,7 @@ def _by_stored(job: _Job, store: Store | None, item_ids: list[str]) -> dict[tupl
 
 
 def _run(job: _Job, todo: list[int], writer: _Writer, batch_size: int) -> int:
-    """Encode the rows into the writer's store, and return the number of blank images among them."""
+    """Encode the rows, store their states through the writer, and return the number of blank images."""
     workers, pin = worker_count(job.workers, len(todo), job.device), job.device.type == "cuda"
     blank = 0
     with (
@@ -209,6 +220,7 @@ def _run(job: _Job, todo: list[int], writer: _Writer, batch_size: int) -> int:
 
 
 def _mention_other_versions(descriptions: dict[str, dict[str, Any]], store: Store) -> None:
+    """Log a warning for each view whose states were stored under other library versions."""
     for name, description in descriptions.items():
         recorded = store.views[name].get("versions", {})
         changed = [
@@ -217,4 +229,4 @@ def _mention_other_versions(descriptions: dict[str, dict[str, Any]], store: Stor
             if recorded.get(library) != version
         ]
         if changed:
-            LOGGER.warning("view %r was begun with other versions: %s", name, ", ".join(changed))
+            LOGGER.warning("view %r was begun with other library versions: %s", name, ", ".join(changed))

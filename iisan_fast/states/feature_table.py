@@ -1,7 +1,7 @@
-"""The feature table: every item's hidden states, where there is room for them.
+"""Hold every item's hidden states in a table: on the device, in host memory, or in the store's memory-mapped file.
 
-On the device, kernels read it by item number. Too large for that, it stays in (pinned) host memory or in the store's
-memory-mapped file, and a batch's rows are gathered ahead of the step. The numbers read are the same.
+On the device, kernels read the table by item number. A larger table stays in (pinned) host memory or in the file, and
+the rows of a batch are copied to the device ahead of its step. All three give the same values.
 """
 
 from __future__ import annotations
@@ -22,55 +22,59 @@ from .placement import place
 from .store import Store, group_positions
 from .view_shapes import ViewShape
 
-ITEMS_AT_ONCE = 4096  # read from the store
-STATES_AT_ONCE = 8192  # items whose states are read at a time when all are
+ITEMS_AT_ONCE = 4096  # items to read from the store at a time
+STATES_AT_ONCE = 8192  # items to read at a time when the whole table is read
 
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """The kept layers of every item on the device, one tensor a view; row 0 is padding and holds zeros."""
+    """A table on the device: the selected layers of every item. Row 0 is padding and holds zeros."""
 
-    views: tuple[Tensor, ...]  # each [items + 1, K, D]
+    views: tuple[Tensor, ...]  # [items + 1, layers K, width D] of each view
     items_at_once: ClassVar[int] = STATES_AT_ONCE
 
     @property
     def shapes(self) -> list[ViewShape]:
-        """(kept layers K, width D) of each view."""
+        """Return the shape (layers K, width D) of each view."""
         return _shapes(self.views)
 
     @property
     def rows(self) -> int:
-        """Items and the padding."""
+        """Return the number of rows: the items and the padding."""
         return len(self.views[0])
 
     @property
     def index_device(self) -> torch.device:
-        """The device of the item numbers that `read` takes."""
+        """Return the device on which `read` takes item numbers."""
         return self.views[0].device
 
     def gather(self, items: Tensor) -> Gathered:
-        """Gather nothing: the device holds all rows."""
+        """Return an empty result: the device holds all rows already."""
         return Gathered([])
 
     def read(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
-        """The views, to be read at item numbers int64 [N] where they lie."""
+        """Return each view's table with the item numbers int64 [N], so that a kernel reads the rows in place."""
         return [States(view, items) for view in self.views]
 
     def close(self) -> None:
-        """Gives back what is open."""
+        """Do nothing: the table keeps no files open."""
 
 
 class GatheredTable(ABC):
-    """A table that the device does not hold: rows are copied there as they are asked for."""
+    """A table that is not on the device. The rows of a batch are copied there when they are read."""
 
     index_device = torch.device("cpu")
     items_at_once = STATES_AT_ONCE
 
     def __init__(self, shapes: list[ViewShape], dtypes: list[torch.dtype], rows: int, device: torch.device) -> None:
+        """Take the shape and dtype of each view, the number of rows with padding, and the device to copy to."""
         self.shapes, self.dtypes, self.rows, self.device = shapes, dtypes, rows, device
 
     def gather(self, items: Tensor) -> Gathered:
-        """Rows of item numbers int64 [N], any padding last, in host memory, pinned for CUDA: [N, K, D] a view."""
+        """Return the rows of item numbers int64 [N] in host memory, pinned for CUDA: a tensor [N, K, D] for each view.
+
+        Padding (0) must stand last.
+        """
         buffers = [
             torch.empty((len(items), *shape), dtype=dtype, pin_memory=self.device.type == "cuda")
             for shape, dtype in zip(self.shapes, self.dtypes)
@@ -80,35 +84,39 @@ class GatheredTable(ABC):
         return Gathered(buffers)
 
     def read(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
-        """The rows on the device, in the order asked for."""
+        """Return the rows of item numbers int64 [N] on the device, [N, K, D] for each view, in the order of `items`.
+
+        gathered: the result of `gather(items)`; None to gather first.
+        """
         gathered = gathered or self.gather(items)
         return [States(rows.to(self.device, non_blocking=True)) for rows in gathered.tensors]
 
     @abstractmethod
     def close(self) -> None:
-        """Gives back what is open."""
+        """Close the files that the table reads."""
 
     @abstractmethod
     def _read(self, view: int, items: Tensor, into: Tensor) -> None:
-        """Fills into [N, K, D] with rows of a view."""
+        """Copy the rows of a view, by its position, into the tensor `into` [N, K, D]."""
 
 
 class PinnedTable(GatheredTable):
-    """In host memory, pinned where the device is CUDA."""
+    """A table in host memory, which is pinned if the device is CUDA."""
 
     def __init__(self, views: tuple[Tensor, ...], device: torch.device) -> None:
+        """Take the tensors [items + 1, K, D] of the views, and the device that rows are copied to."""
         super().__init__(_shapes(views), [view.dtype for view in views], len(views[0]), device)
         self.views = views
 
     def close(self) -> None:
-        """Do nothing: nothing is open."""
+        """Do nothing: the table keeps no files open."""
 
     def _read(self, view: int, items: Tensor, into: Tensor) -> None:
         torch.index_select(self.views[view], 0, items, out=into)
 
 
 class MappedTable(GatheredTable):
-    """In the store, whose file the system maps into memory as far as it is read."""
+    """A table in the store's file. The operating system maps into memory what is read."""
 
     def __init__(
         self,
@@ -119,7 +127,11 @@ class MappedTable(GatheredTable):
         dtypes: list[torch.dtype],
         device: torch.device,
     ) -> None:
-        """positions: among each view's stored layers, the layers to read; None for all."""
+        """Read the views `names` of a store, for the items in the order of `item_ids`.
+
+        positions: for each view, the positions of the layers to read among its stored layers; None for all of them.
+        dtypes: of the rows that are read. Raises InputError if states are missing.
+        """
         descriptions = [store.view(name) for name in names]
         super().__init__(list(map(_shape, descriptions, positions)), dtypes, len(item_ids) + 1, device)
         self.store, self.names, self.item_ids, self.positions = store, names, item_ids, positions
@@ -128,12 +140,12 @@ class MappedTable(GatheredTable):
             store.check(name, item_ids)
 
     def close(self) -> None:
-        """Closes the store."""
+        """Close the store."""
         self.store.close()
 
     def _read(self, view: int, items: Tensor, into: Tensor) -> None:
         stored = into if self.stored[view] == into.dtype else torch.empty_like(into, dtype=self.stored[view])
-        padding = int((items == 0).sum())  # at the end: a padded batch's
+        padding = int((items == 0).sum())  # padding stands last
         stored[len(items) - padding :] = 0
         ids = [self.item_ids[item - 1] for item in items[: len(items) - padding].tolist()]
         self.store.read(self.names[view], ids, stored[: len(ids)], self.positions[view])
@@ -150,10 +162,12 @@ def load_table(
     dtype: torch.dtype | None = None,
     layer_groups: int | None = None,
 ) -> FeatureTable | PinnedTable | MappedTable:
-    """The named views of a store, in `dtype` (the store's where None), placed where asked or where there is room.
+    """Load views of a store into a table for the items in the order of `item_ids`. Item numbers count from 1.
 
-    `layer_groups` keeps the embedding output and the last block of as many groups of the encoder's blocks. Raises
-    InputError where states are missing, or where a placement that was asked for does not fit.
+    cache: the store's folder. placement: one of config.PLACEMENTS; "auto" chooses by free memory. dtype: of the table;
+    None for the store's. layer_groups: keep the embedding output and the last block of that many groups of the
+    encoder's blocks; None keeps all stored layers. Raises InputError if the store, a view, a layer or an item's states
+    are missing, or if the placement does not fit.
     """
     store = Store(cache)
     try:
@@ -180,17 +194,17 @@ def load_table(
 
 
 def _shapes(views: tuple[Tensor, ...]) -> list[ViewShape]:
-    """Return the shapes of views [items, K, D]."""
+    """Return the shapes (K, D) of tensors [items, K, D]."""
     return [ViewShape(view.shape[1], view.shape[2]) for view in views]
 
 
 def _shape(view: dict[str, Any], positions: list[int] | None) -> ViewShape:
-    """Return the shape of a stored view's layers at `positions` (None: of all its layers)."""
+    """Return the shape of a stored view with the layers at `positions`; None for all its layers."""
     return ViewShape(len(view["layers"] if positions is None else positions), view["width"])
 
 
 def _load(store: Store, name: str, item_ids: list[str], positions: list[int] | None, table: Tensor) -> Tensor:
-    """Fills rows 1 and on from the store, a part at a time."""
+    """Fill the rows from 1 of a table [items + 1, K, D] from the store, and return the table."""
     stored = getattr(torch, store.view(name)["dtype"])
     staging = torch.empty((min(ITEMS_AT_ONCE, len(item_ids)), *table.shape[1:]), dtype=stored)
     for start in range(0, len(item_ids), ITEMS_AT_ONCE):

@@ -1,7 +1,7 @@
-"""Items for uncached training: the encoders' inputs, or states encoded at each reading.
+"""Read items for uncached training: the encoders' inputs, or states that are encoded each time they are read.
 
-Token numbers lie in host memory. Images lie, as bytes, on the device or in (pinned) host memory where there is room,
-and are otherwise decoded from the dataset's files ahead of the step. What the encoders read is the same.
+Token ids are in host memory. Images are kept as bytes, on the device or in (pinned) host memory, if there is room. If
+not, they are decoded from the dataset's files ahead of each step. All of these give the encoders the same inputs.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from .placement import place
 from .view_shapes import ViewShape
 
 LOGGER = logging.getLogger(__name__)
-INPUTS_AT_ONCE = 256  # items that are encoded at a time when all are
-PART_ITEMS = {"cpu": 64, "cuda": 256}  # near-equal lengths matter more to the one, large products to the other
-DECODED_AT_ONCE = 64  # images a call, while a table is filled
+INPUTS_AT_ONCE = 256  # items to encode at a time when the whole catalogue is read
+PART_ITEMS = {"cpu": 64, "cuda": 256}  # a CPU gains from texts of similar length, a GPU from large products
+DECODED_AT_ONCE = 64  # images for one call of a worker, while a table is filled
 MAX_DECODERS = 16  # threads
 
 Inputs = TypeVar("Inputs")
 
 
 class InputTable:
-    """The encoders' inputs for a catalogue's items, for one or more views. Padding reads as any item's inputs.
+    """The encoders' inputs for the items of a catalogue, for one or more views. Padding gives the inputs of some item.
 
-    Views that share a model read the same inputs, which are gathered once.
+    Views that share a model read the same inputs, which are gathered once. `open_inputs` makes the table.
     """
 
     index_device = torch.device("cpu")
@@ -55,19 +55,26 @@ class InputTable:
         device: torch.device,
         opened: ExitStack,
     ) -> None:
-        """Made by `open_inputs`: `views` are the first view of each model, `opened` is what `close` gives back."""
+        """Take the encoder of each view, and the inputs of each model.
+
+        views: the inputs of the first view of each model. rows: the number of items, and one for padding. part_items:
+        the most items of one encoder call. opened: the open files and threads, which `close` closes.
+        """
         self.backbones, self.rows, self.part_items, self.device = backbones, rows, part_items, device
         self.views_by_model = views_by_model(backbones)
         self._views, self._opened = views, opened
 
     def gather(self, items: Tensor) -> Gathered:
-        """Gather the tokens and images that the device lacks, a tensor a model. items: int64 [N] on the host."""
+        """Return the token ids and images that are not on the device, one tensor for each model that lacks them.
+
+        items: int64 [N], on the host.
+        """
         by_model = [view.gather(items, self.part_items) for view in self._views]
         tensors = [tensor for gathered in by_model for tensor in gathered.tensors]
         return Gathered(tensors, [gathered.layout for gathered in by_model])
 
     def read(self, items: Tensor, gathered: Gathered | None = None) -> list[Chunks]:
-        """Return each view's encoder inputs for items int64 [N], on the device."""
+        """Return each view's encoder inputs for items int64 [N], on the device. gathered: `gather(items)`, or None."""
         gathered = gathered or self.gather(items)
         items = items.to(self.device, non_blocking=True)
         tensors = (tensor.to(self.device, non_blocking=True) for tensor in gathered.tensors)
@@ -77,7 +84,7 @@ class InputTable:
         return self._by_view(by_model)
 
     def largest(self, count: int) -> list[ModelInputs]:
-        """Return each view's encoder inputs for `count` items, all as large as the largest one."""
+        """Return each view's encoder inputs for `count` items that are all as large as the largest item."""
         by_model: list[ModelInputs] = []
         for view in self._views:
             items = torch.full((count,), view.largest)
@@ -87,41 +94,48 @@ class InputTable:
         return self._by_view(by_model)
 
     def close(self) -> None:
-        """Gives back the dataset's images and the threads that decode them."""
+        """Close the dataset's images, and end the threads that decode them."""
         self._opened.close()
 
     def _by_view(self, by_model: Sequence[Inputs]) -> list[Inputs]:
-        """Return the inputs of each view, in the views' order."""
+        """Return the entry of each view, in the order of the views, from one entry for each model."""
         by_view = {view: inputs for views, inputs in zip(self.views_by_model, by_model) for view in views}
         return [by_view[view] for view in range(len(self.backbones))]
 
 
 class EncodedTable:
-    """The kept layers of every item, encoded whenever they are read: a feature table that holds nothing.
+    """A table that stores nothing: it encodes items each time that they are read.
 
-    States are rounded as a store of dtype `stored` would have rounded them, then converted to `dtype` (None: `stored`).
+    States are rounded to the dtype `stored`, as a store of that dtype rounds them, and then converted to `dtype`.
     """
 
     index_device = torch.device("cpu")
     items_at_once = INPUTS_AT_ONCE
 
     def __init__(self, inputs: InputTable, stored: torch.dtype, dtype: torch.dtype | None = None) -> None:
+        """Take the encoders' inputs, the dtype to round states to, and the dtype of the result; None for `stored`."""
         self.inputs, self.stored, self.dtype = inputs, stored, dtype or stored
         self.rows = inputs.rows
 
     @property
     def shapes(self) -> list[ViewShape]:
-        """(kept layers K, width D) of each view."""
+        """Return the shape (layers K, width D) of each view."""
         return [ViewShape(len(backbone.layers), backbone.width) for backbone in self.inputs.backbones]
 
     def gather(self, items: Tensor) -> Gathered:
-        """Contents of item numbers int64 [N] on the host; of padding, which stands last, none."""
+        """Return the encoders' inputs that are not on the device, for item numbers int64 [N] on the host.
+
+        Padding (0) must stand last; it needs no inputs.
+        """
         count = int((items > 0).sum())
         gathered = self.inputs.gather(items[:count])
         return gathered._replace(layout=(count, gathered.layout))
 
     def read(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
-        """Each view's states [N, K, D] on the device; zeros for padding."""
+        """Return each view's states [N, K, D] of item numbers int64 [N], on the device; zeros for padding.
+
+        gathered: the result of `gather(items)`; None to gather first.
+        """
         gathered = gathered or self.gather(items)
         count, layout = gathered.layout
         chunks_by_view = self.inputs.read(items[:count], gathered._replace(layout=layout))
@@ -151,16 +165,17 @@ def open_inputs(
     attention: str = "auto",
     trained: bool = False,
 ) -> InputTable:
-    """Views' encoders, frozen, with this attention, and what they read of every item: at most `part_items` at a time
-    (None: as suits the device).
+    """Load the views' encoders, frozen, and open the inputs that they read of every item.
 
-    `placement` says where images lie (as bytes); "mapped" means in the dataset's files, from where threads decode them
-    ahead of the step. Otherwise `workers` processes decode each of them once, now, as `extract` does.
+    placement: of the images, as bytes, one of config.PLACEMENTS. "mapped" leaves them in the dataset's files; threads
+    decode them ahead of each step. The other placements decode each image once, in this call, with `workers` processes
+    as in `extract`. missing_images: "error", or "blank" for a blank image in place of one that cannot be read.
+    part_items: the most items of one encoder call; None chooses by the device. attention: one of config.ATTENTIONS.
+    trained: whether the encoders will be trained; if not, views that differ only in name, pooling and layers share one
+    model.
 
-    Views that differ in name, pooling and layers alone share one model, unless the encoders are to be `trained`.
-
-    Raises InputError, before anything is kept, for content that is missing or cannot be read, an encoder that cannot be
-    used, or a placement that does not fit.
+    Raises InputError for content that is missing or cannot be read, an encoder that cannot be used, or a placement that
+    does not fit.
     """
     item_ids = dataset.sequences.item_ids
     part_items = part_items or PART_ITEMS[device.type]
@@ -185,15 +200,18 @@ def open_inputs(
 
 
 class _TextView:
-    """Token numbers in host memory, from where a batch's cross to the device in one tensor."""
+    """The token ids of a view in host memory. Those of a batch are copied to the device as one tensor."""
 
     def __init__(self, texts: TextInputs, device: torch.device) -> None:
         self.texts, self.device = texts, device
         self.largest = 1 + texts.longest
 
     def gather(self, items: Tensor, part_items: int) -> Gathered:
-        """int32: each part's token numbers, all lengths, and each item's place; with the parts' shapes."""
-        rows = items.numpy() - 1  # padding reads the last text
+        """Return one int32 tensor with the token ids of all parts, all lengths and the order of the items.
+
+        The layout is the shapes of the parts.
+        """
+        rows = items.numpy() - 1  # padding (0) reads the last text
         by_length = np.argsort(-self.texts.lengths(rows), kind="stable")
         ends = np.cumsum(_part_sizes(len(rows), part_items))
         ids = [self.texts.padded(part) for part in np.split(rows[by_length], ends)[:-1]]
@@ -204,7 +222,7 @@ class _TextView:
     def chunks(
         self, items: Tensor, tensors: Iterator[Tensor], shapes: list[tuple[int, int]], part_items: int
     ) -> Chunks:
-        """The parts unpacked."""
+        """Return the encoder's inputs, by part, from the gathered tensor on the device."""
         *ids, lengths, order = next(tensors).split([*(count * width for count, width in shapes), *[len(items)] * 2])
         parts = []
         for flat, part_lengths, shape in zip(ids, lengths.split([count for count, _ in shapes]), shapes):
@@ -214,25 +232,29 @@ class _TextView:
 
 
 class _ResidentImages:
-    """Bytes of all images on the device."""
+    """The bytes of all images, on the device."""
 
-    largest = 1  # all are of one size
+    largest = 1  # all images have one size
 
     def __init__(self, table: Tensor, form: ByteForm) -> None:
         self.table, self.form = table, form
 
     def gather(self, items: Tensor, part_items: int) -> Gathered:
-        """Gather nothing: the device holds all images."""
+        """Return an empty result: the device holds all images already."""
         return Gathered([])
 
     def chunks(self, items: Tensor, tensors: Iterator[Tensor], layout: None, part_items: int) -> Chunks:
-        """The images in order."""
+        """Return the encoder's inputs, by part, in the order of the items."""
         parts = items.split(_part_sizes(len(items), part_items))
         return Chunks([{"pixel_values": self.form.pixel_values(self.table.index_select(0, part))} for part in parts])
 
 
 class _GatheredImages:
-    """Images that `read(items, into)` puts into host memory as they are asked for, each like `blank` [1, 3, …, …]."""
+    """Images that are copied to the device when they are read.
+
+    `read(items, into)` copies the images of items int64 [N] into host memory [N, 3, height, width]. `blank` [1, 3,
+    height, width] has the size and dtype of every image.
+    """
 
     largest = 1
 
@@ -242,26 +264,26 @@ class _GatheredImages:
         self.read, self.blank, self.form, self.device = read, blank, form, device
 
     def gather(self, items: Tensor, part_items: int) -> Gathered:
-        """[N, 3, height, width]: bytes, or what the encoder reads where its images have no byte form."""
+        """Return the images [N, 3, height, width] in host memory: bytes, or float32 if the encoder has no byte form."""
         shape = (len(items), *self.blank.shape[1:])
         images = torch.empty(shape, dtype=self.blank.dtype, pin_memory=self.device.type == "cuda")
         self.read(items, images)
         return Gathered([images])
 
     def chunks(self, items: Tensor, tensors: Iterator[Tensor], layout: None, part_items: int) -> Chunks:
-        """The images in order."""
+        """Return the encoder's inputs, by part, in the order of the items."""
         parts = next(tensors).split(_part_sizes(len(items), part_items))
         return Chunks([{"pixel_values": self.form.pixel_values(part) if self.form else part} for part in parts])
 
 
 class _Decoder:
-    """Reads images from a dataset's files, several at once: Pillow lets other threads run while it decodes."""
+    """Reads images from a dataset's files, several at once: other threads run while Pillow decodes."""
 
     def __init__(self, images: ImageInputs, threads: ThreadPoolExecutor) -> None:
         self.images, self.threads = images, threads
 
     def __call__(self, items: Tensor, into: Tensor) -> None:
-        """Fills into [N, 3, height, width] with the images of items int64 [N]; with zeros for padding."""
+        """Fill the tensor `into` [N, 3, height, width] with the images of items int64 [N]; zeros for padding."""
 
         def read(place: int, item: int) -> None:
             into[place] = self.images.batch([item - 1]).inputs["pixel_values"][0] if item else 0
@@ -278,11 +300,11 @@ def _image_view(
     workers: int | None,
     threads: ThreadPoolExecutor,
 ) -> _ResidentImages | _GatheredImages:
-    """A view's images where they were placed, every one of them readable."""
+    """Return a view's images in the place `where`, after a check that all of them can be read."""
     view, device, count = backbone.view.name, backbone.device, len(images.item_ids)
     workers, blank = worker_count(workers, count, device), images.prepare([BLANK])["pixel_values"]
     if form is None:
-        LOGGER.info("view %r: its images cannot be kept as bytes, and are decoded whenever they are read", view)
+        LOGGER.info("view %r: its images cannot be kept as bytes, so each reading decodes them", view)
     if form is None or where == "mapped":
         new_rows(view, images, [None] * count, images.item_ids, workers)
         return _GatheredImages(_Decoder(images, threads), blank, form, device)
@@ -304,7 +326,10 @@ def _image_view(
 
 
 def _fill(view: str, images: ImageInputs, table: Tensor, workers: int) -> None:
-    """Puts the bytes of every image into rows 1 and on. Raises InputError that names those which cannot be read."""
+    """Fill the rows from 1 of a table with the bytes of every image.
+
+    Raises InputError, with the first few items, if images cannot be read.
+    """
     count, blank = len(images.item_ids), 0
     requests = batched(range(count), DECODED_AT_ONCE)
     try:
@@ -317,20 +342,24 @@ def _fill(view: str, images: ImageInputs, table: Tensor, workers: int) -> None:
                 blank += batch.blank
                 advance(len(batch.rows))
     except InputError:
-        new_rows(view, images, [None] * count, images.item_ids, workers)  # says all that is wrong, not the first thing
+        # Raises InputError for all unreadable images, not only for the first.
+        new_rows(view, images, [None] * count, images.item_ids, workers)
         raise
     if blank:
         LOGGER.info("view %r: %d of %d images are blank", view, blank, count)
 
 
 def _encoded(backbones: list[Backbone], chunks: Chunks) -> list[Tensor]:
-    """Return states [N, K, D], in the encoder's dtype, of each of the backbones, which share a model."""
+    """Return the states [N, K, D] of each backbone, in the encoder's dtype. The backbones share one model."""
     by_part = [backbones[0].encode_views(backbones, part) for part in chunks.parts]
     by_view = [torch.cat(states) for states in zip(*by_part)]
     return by_view if chunks.order is None else [states.index_select(0, chunks.order) for states in by_view]
 
 
 def _part_sizes(count: int, most: int) -> list[int]:
-    """Return the sizes of as few, nearly equal parts as `most` allows: a part of one item is slow to multiply."""
+    """Return the sizes of nearly equal parts of `count` items, as few as possible with at most `most` items each.
+
+    Equal parts avoid a last part of one item, which is slow to multiply.
+    """
     parts = -(-count // most)
     return [(count + part) // parts for part in range(parts)]

@@ -1,7 +1,7 @@
-"""The source of a run's items: states in a table, states computed at each reading, or the encoders' inputs.
+"""Define the source of a run's items: stored states, states that are encoded when read, or the encoders' inputs.
 
-A source has two parts. `gather` runs on the host, ahead of the step, in the loader's thread. `read` runs on the device,
-in the step's order, and never waits.
+A source has two parts. `gather` runs on the host, in the loader's thread, ahead of the step. `read` runs on the device,
+in the order of the steps, and never waits for the host.
 """
 
 from __future__ import annotations
@@ -17,39 +17,43 @@ from ..kernels import States
 class Chunks(NamedTuple):
     """The inputs of one view's encoder for N items, on the device, in parts.
 
-    With `order`, int64 [N], `torch.cat(results).index_select(0, order)` puts the parts' results into the items' order.
-    Without it they are in that order already.
+    order: int64 [N]; `torch.cat(results).index_select(0, order)` puts the results of the parts into the order of the
+    items. None if the parts are in that order already.
     """
 
-    parts: list[dict[str, Tensor]]  # of nearly equal size; texts of near-equal length together, the longest first
+    parts: list[dict[str, Tensor]]  # nearly equal in size; texts are sorted by length, the longest first
     order: Tensor | None = None
 
 
-ItemInputs = list[States] | list[Chunks]  # what an item encoder takes of N items, one entry a view
+ItemInputs = list[States] | list[Chunks]  # the input of an item encoder for N items, one entry for each view
 
 
 class Gathered(NamedTuple):
-    """Tensors that must be on the device before items can be read there."""
+    """Tensors that must be copied to the device before their items can be read there."""
 
-    tensors: list[Tensor]  # in host memory, pinned for CUDA, until the loader has copied them
-    layout: Any = None  # facts about them that the host alone needs, such as the sizes of parts
+    tensors: list[Tensor]  # in host memory, pinned for CUDA; on the device once the loader has copied them
+    layout: Any = None  # what only the host needs to know of them, such as the sizes of parts
 
 
 class ItemSource(Protocol):
-    """A catalogue's items, by number; 0 is padding."""
+    """The items of a catalogue by number; number 0 is padding."""
 
-    rows: int  # items and the padding
-    index_device: torch.device  # of the item numbers that `read` takes when nothing was gathered
-    items_at_once: int  # how many items to read at a time when the whole catalogue is read
+    rows: int  # number of items, and one for padding
+    index_device: torch.device  # where `read` takes item numbers if nothing was gathered
+    items_at_once: int  # items to read at a time when the whole catalogue is read
 
     def gather(self, items: Tensor) -> Gathered:
-        """Do the host's part for item numbers int64 [N] on the host, any padding last."""
+        """Return the tensors in host memory that `read` needs for item numbers int64 [N] on the host.
+
+        Padding (0) must stand last.
+        """
 
     def read(self, items: Tensor, gathered: Gathered | None = None) -> ItemInputs:
-        """Return the items' inputs on the device. Without `gathered`, gather first.
+        """Return the inputs of an item encoder for N items, on the device.
 
-        items: int64 [N], the numbers that were gathered, on the device; without `gathered`, on `index_device`.
+        items: int64 [N]. gathered: the result of `gather` for these items, copied to the device, where `items` must be
+        too; None to gather in this call, with `items` on `index_device`.
         """
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the files and threads of the source."""

@@ -1,4 +1,4 @@
-"""Batches and what they need of their items, prepared ahead of the step that takes them."""
+"""Prepare batches and the inputs of their items ahead of the steps that take them."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ from .item_source import Gathered, ItemInputs, ItemSource
 
 Argument, Result = TypeVar("Argument"), TypeVar("Result")
 
-AHEAD = 2  # batches
-TOGETHER = 8  # batches are laid out one after the other: the first finds the caches full of a step's numbers
+AHEAD = 2  # batches to prepare before they are taken
+TOGETHER = 8  # batches to check in one go, because the first one finds a step's data in the CPU's caches
 
 
 class PreparedBatch(NamedTuple):
-    """A batch on the device, and what the item encoder reads of its distinct items."""
+    """A batch on the device, and the inputs of an item encoder for its distinct items."""
 
     batch: Batch
     item_inputs: ItemInputs
-    rows: int  # real ones, without padding
-    slots: int  # of the users' histories
+    rows: int  # without padding
+    slots: int  # items in the users' histories, without padding
 
 
 class PlannedBatch(NamedTuple):
-    """A batch of a window of packed batches, which are taken in their order."""
+    """One of the batches of a window. The batches of a window are taken in their order."""
 
-    window: Tensor | None  # with its first batch: int32 [batches, words] on the device, in the plan's shape
-    item_inputs: ItemInputs | None  # of the batch's distinct items; None if the device has all
-    rows: int
-    slots: int  # of the users' histories
+    window: Tensor | None  # int32 [batches, words] on the device, with its first batch; None with the others
+    item_inputs: ItemInputs | None  # of the batch's distinct items; None if the device holds a full table
+    rows: int  # without padding
+    slots: int  # items in the users' histories, without padding
 
 
 def planned_batches(
     plan: RunPlan, epoch: int, source: ItemSource, device: torch.device
 ) -> Generator[PlannedBatch, None, None]:
-    """Yield an epoch's batches in order. Their windows are packed, checked and copied while the steps before run.
+    """Yield an epoch's batches in order. Windows of batches are packed, checked and copied ahead of the steps.
 
-    What the source has on the host of a batch's items is gathered ahead.
+    source: the items; unless it is a table on the device, the inputs of each batch's items are gathered ahead too.
+    Raises ValueError if a batch names an item that the source does not have.
     """
 
     def pack(window: Window) -> tuple[PackedWindow, _Copied]:
@@ -55,12 +56,12 @@ def planned_batches(
         kernels.check_indices("batch.distinct", items, None, source.rows, items.device, 1)
         return packed, _copied([packed.words], device)
 
-    # Both are waited for at the end: the source may be closed after.
+    # Both threads end with this block, so the caller may close the source afterwards.
     with ThreadPoolExecutor(1, "batches: windows") as packing, ThreadPoolExecutor(1, "batches: items") as gathering:
         windows = _ahead(packing, pack, plan.windows(epoch), 1)
         gathered: Iterator[ItemInputs | None] = itertools.repeat(None)
         if not isinstance(source, FeatureTable):
-            windows, lists = itertools.tee(windows)  # which keeps what one of the two has not taken
+            windows, lists = itertools.tee(windows)  # tee keeps the windows that only one of the two has taken
             items = itertools.chain.from_iterable(packed.items for packed, _ in lists)
             gathered = _gathered(gathering, items, source, device)
         for packed, copied in windows:
@@ -72,7 +73,7 @@ def planned_batches(
 def _gathered(
     thread: ThreadPoolExecutor, lists: Iterator[Tensor], source: ItemSource, device: torch.device
 ) -> Iterator[ItemInputs]:
-    """Yield what the item encoder reads of each list of item numbers, gathered ahead in the thread."""
+    """Yield the inputs of an item encoder for each list of item numbers, gathered ahead in the thread."""
 
     def gather(items: Tensor) -> tuple[Gathered, _Copied]:
         gathered = source.gather(items)
@@ -87,14 +88,14 @@ def _gathered(
 def prepared_batches(
     batches: Iterator[Batch], source: ItemSource, device: torch.device, shape: Shape | None = None
 ) -> Generator[PreparedBatch, None, None]:
-    """Yield the batches in order, prepared while the steps before run.
+    """Yield the batches in order, on the device, prepared ahead of the steps that take them.
 
-    A batch is checked, and padded where a shape is named. What the source has on the host of its items is gathered, and
-    all is copied to the device on another stream than the steps'.
+    Each batch is checked, and padded if `shape` is given. The inputs of its items are gathered on the host. All of it
+    is copied to the device on a stream beside the steps' own. Raises ValueError for a batch with an index out of range.
     """
     copies = _copy_stream(device) if device.type == "cuda" else None
     batches = _checked(batches, source.rows)
-    with ThreadPoolExecutor(1, "batches") as thread:  # waited for at the end: the source may be closed after
+    with ThreadPoolExecutor(1, "batches") as thread:  # it ends with this block, so the caller may close the source
         waiting = deque(thread.submit(_on_host, batches, source, device, shape) for _ in range(AHEAD))
         moved = deque([_moved(waiting.popleft().result(), device, copies)])
         while moved[0] is not None:
@@ -104,23 +105,27 @@ def prepared_batches(
 
 
 class _Waiting(NamedTuple):
+    """A batch that is prepared on the host."""
+
     batch: Batch
-    packed: Tensor | None  # the batch as it will cross to CUDA
+    packed: Tensor | None  # the batch as one tensor, for CUDA
     gathered: Gathered
     rows: int
     slots: int
-    copied: torch.cuda.Event | None = None  # when all of it is on the device
+    copied: torch.cuda.Event | None = None  # set when the copies to the device end
 
 
 class _Copied(NamedTuple):
+    """Tensors that are being copied to the device."""
+
     tensors: list[Tensor]
-    copied: torch.cuda.Event | None  # when all of them are on the device
+    copied: torch.cuda.Event | None  # set when the copies end; None on a CPU
 
 
 def _ahead(
     thread: ThreadPoolExecutor, function: Callable[[Argument], Result], arguments: Iterable[Argument], count: int
 ) -> Iterator[Result]:
-    """Yield the results of a function in order, up to `count` of them computed in the thread beforehand."""
+    """Yield function(argument) for each argument, in order; the thread computes up to `count` results ahead."""
     waiting: deque[Future[Result]] = deque()
     for argument in arguments:
         waiting.append(thread.submit(function, argument))
@@ -131,7 +136,7 @@ def _ahead(
 
 
 def _copied(tensors: list[Tensor], device: torch.device) -> _Copied:
-    """Begin the copies of host tensors, pinned for CUDA, to the device."""
+    """Start copying host tensors, pinned for CUDA, to the device."""
     if device.type != "cuda":
         return _Copied(tensors, None)
     copies = _copy_stream(device)
@@ -140,7 +145,7 @@ def _copied(tensors: list[Tensor], device: torch.device) -> _Copied:
 
 
 def _waited(moved: _Copied, device: torch.device) -> list[Tensor]:
-    """Return the tensors, and let the device alone wait for their copies."""
+    """Return the tensors. The device waits for their copies, the host does not."""
     if moved.copied is not None:
         current = torch.cuda.current_stream(device)
         current.wait_event(moved.copied)
@@ -150,21 +155,21 @@ def _waited(moved: _Copied, device: torch.device) -> list[Tensor]:
 
 
 def _checked(batches: Iterator[Batch], table_rows: int) -> Iterator[Batch]:
-    """Check the batches, several at a time, and yield them. A bad one raises before the others of its group."""
+    """Check the batches, several at a time, and yield them. A wrong batch raises before its group is yielded."""
     while checked := [batch.checked(table_rows) for batch in itertools.islice(batches, TOGETHER)]:
         yield from checked
 
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream of all epochs: freed memory stays with the stream that it was taken on."""
+    """Return the device's stream for copies. One stream serves all epochs, so that freed memory can be used again."""
     return torch.cuda.Stream(device)
 
 
 def _on_host(
     batches: Iterator[Batch], source: ItemSource, device: torch.device, shape: Shape | None
 ) -> _Waiting | None:
-    """Prepare the next batch on the host; return None at the end."""
+    """Return the next batch, prepared on the host; None after the last one."""
     batch = next(batches, None)
     if batch is None:
         return None
@@ -176,7 +181,7 @@ def _on_host(
 
 
 def _moved(waiting: _Waiting | None, device: torch.device, copies: torch.cuda.Stream | None) -> _Waiting | None:
-    """Begin the copies of a batch to the device."""
+    """Start copying a batch to the device, and return it; on a CPU return it unchanged."""
     if waiting is None or copies is None:
         return waiting
     with torch.cuda.stream(copies):
@@ -187,7 +192,7 @@ def _moved(waiting: _Waiting | None, device: torch.device, copies: torch.cuda.St
 
 
 def _arrived(moved: _Waiting, source: ItemSource, device: torch.device) -> PreparedBatch:
-    """Return the batch, and let the device alone wait for its copies."""
+    """Return the batch with the inputs of its items. The device waits for the copies, the host does not."""
     if moved.copied is not None:
         current = torch.cuda.current_stream(device)
         current.wait_event(moved.copied)

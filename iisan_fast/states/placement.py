@@ -1,4 +1,4 @@
-"""Place a table on the device, in host memory or nowhere, as free memory allows."""
+"""Choose where a table of item states or images lies: on the device, in host memory, or in files."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from ..config import PLACEMENTS
 from ..errors import InputError
 
 LOGGER = logging.getLogger(__name__)
-DEVICE_SHARE, HOST_SHARE = 0.7, 0.5  # of the free memory that a table may take; the rest is the model's and others'
+DEVICE_SHARE, HOST_SHARE = 0.7, 0.5  # of free memory that a table may take; the model needs the rest
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def place(table: str, placement: str, size: int, device: torch.device, mapped: str) -> str:
-    """Return the place of a table of `size` bytes: "device", "pinned" or "mapped". Log it under the table's name.
+    """Return the place of a table of `size` bytes: "device", "pinned" or "mapped", and log it.
 
-    mapped: in words, where its rows are when no memory holds them. Raises InputError for a placement that does not
-    exist, or that was asked for and does not fit.
+    table: its name in the log. placement: one of config.PLACEMENTS; "auto" takes the first place with enough free
+    memory. mapped: the words in the log for a table that no memory holds. Raises InputError for an unknown placement,
+    or one other than "auto" and "mapped" that does not fit into free memory.
     """
     if placement not in PLACEMENTS:
         raise InputError(f"table: expected one of {', '.join(PLACEMENTS)}, found {placement!r}")
@@ -45,7 +46,10 @@ def place(table: str, placement: str, size: int, device: torch.device, mapped: s
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes free on a device, as far as the system tells; of the host, no more than its control group grants."""
+    """Return a device's free memory in bytes, or the host's within the limit of its control group.
+
+    None if the system does not tell it.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     known = [count for count in (_available(), _granted()) if count is not None]
@@ -53,13 +57,14 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def usable_memory(device: torch.device) -> int | None:
-    """Return the share of a device's free memory, in bytes, that one use may take; None if the system does not say."""
+    """Return the share of a device's free memory, in bytes, that one table may take; None if that is unknown."""
     free = free_memory(device)
     share = DEVICE_SHARE if device.type == "cuda" else HOST_SHARE
     return None if free is None else int(share * free)
 
 
 def _available() -> int | None:
+    """Return the bytes that the host can give to a process; None if the system is not Linux."""
     if not MEMINFO.exists():
         return None
     lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
@@ -67,7 +72,10 @@ def _available() -> int | None:
 
 
 def _granted() -> int | None:
-    """Return the bytes left under the limit of the process's control group (version 2). Cached files count as free."""
+    """Return the bytes left under the limit of the process's control group (version 2); None if it has none.
+
+    Memory of cached files counts as free.
+    """
     limit, used, stat = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
         return None
@@ -77,5 +85,5 @@ def _granted() -> int | None:
 
 
 def size_text(count: int) -> str:
-    """Bytes in words."""
+    """Return a number of bytes as text in GiB or MiB, such as "1.5 GiB"."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

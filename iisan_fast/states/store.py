@@ -1,7 +1,8 @@
-"""Hidden states at rest: the LMDB store that extraction fills and the feature table is read from.
+"""Store hidden states on disk, in an LMDB database that extraction fills and that the feature table is loaded from.
 
-A store is a folder with `states.lmdb` (one entry per item and view: a digest of the item's content, then its kept
-layers) and `manifest.json` (what every view was made with). States of different encoders or settings never mix.
+A store is a folder. Its `states.lmdb` has an entry for each item and view: a digest of the item's content, then the
+states of the selected layers. Its `manifest.json` describes how each view was made. A store never mixes the states of
+different encoders or settings.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ from ..settings_files import format_number, read_settings
 
 FORMAT_VERSION = 1
 DIGEST_BYTES = 16
-MAX_KEY_BYTES = 511  # LMDB's own limit
+MAX_KEY_BYTES = 511  # LMDB's limit
 
 
 class Store:
-    """A folder of hidden states. Use as a context manager."""
+    """A folder of hidden states. Use it as a context manager, or call `close`."""
 
     def __init__(self, path: Path, writable: bool = False) -> None:
-        """Opens a store; a writable one is created where there is none. Raises InputError if it is unreadable."""
+        """Open a store. A writable one is created if it does not exist, and locked against other writers.
+
+        Raises InputError if the path is no store or cannot be read, or if another process writes to it.
+        """
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: expected a folder for the cache, found a file")
         self.path = path
@@ -47,7 +51,7 @@ class Store:
         database = path / "states.lmdb"
         if writable and not (path / "manifest.json").exists() and not database.exists():
             self.manifest: dict[str, Any] = {"format": FORMAT_VERSION, "views": {}}
-            self._write_manifest()  # before the database: a kill in between leaves an empty store, not a broken one
+            self._write_manifest()  # before the database, so that a kill in between leaves an empty store
         self.manifest = _read_manifest(path)
         with self._clear_errors():
             self._env = lmdb.open(
@@ -61,60 +65,68 @@ class Store:
             refuse_truncated(self._env, database)
 
     def __enter__(self) -> Store:
+        """Return the store."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Close the store."""
         self.close()
 
     def close(self) -> None:
-        """Gives back the database and the lock."""
+        """Close the database and release the lock."""
         self._env.close()
         self._lock.close()
 
     @property
     def views(self) -> dict[str, dict[str, Any]]:
-        """{view's name: what it was made with}, in the order the views were added."""
+        """Return the description of each view by its name, in the order in which the views were added."""
         return self.manifest["views"]
 
     def view(self, name: str) -> dict[str, Any]:
-        """Return the description of a view. Raises InputError if there is none of that name."""
+        """Return the description of a view. Raises InputError if the store has no view of this name."""
         if name not in self.views:
             raise InputError(f"{self.path}: no view {name!r}; it has {', '.join(self.views) or 'none'}")
         return self.views[name]
 
     def check_views(self, descriptions: dict[str, dict[str, Any]]) -> None:
-        """Raises InputError where a view stands here already and was made otherwise, saying what differs."""
+        """Raise InputError, with the differences, if a stored view was made with other encoders or settings.
+
+        descriptions: of the views to add, by name. Views that the store does not have yet are not checked.
+        """
         for name, description in descriptions.items():
             if different := changed_settings(self.views.get(name, description), description):
                 raise InputError(
-                    f"{self.path}: view {name!r} was made otherwise: {'; '.join(different)}; "
+                    f"{self.path}: view {name!r} was made with other settings: {'; '.join(different)}; "
                     f"restore the old settings or choose another cache"
                 )
 
     def add_views(self, descriptions: dict[str, dict[str, Any]]) -> None:
-        """Records the views that are new here, after `check_views`."""
+        """Add the descriptions of new views to the manifest. Raises InputError as `check_views` does."""
         self.check_views(descriptions)
         for name, description in descriptions.items():
             self.views.setdefault(name, description)
         self._write_manifest()
 
     def digests(self, view: str, item_ids: Iterable[str]) -> Iterable[bytes | None]:
-        """The content digest stored with each item's states, None where there are none."""
+        """Yield the content digest stored with each item's states, in order; None if the item has no states."""
         with self._clear_errors(), self._reading() as transaction:
             for item_id in item_ids:
                 value = transaction.get(_key(view, item_id))
                 yield None if value is None else bytes(value[:DIGEST_BYTES])
 
     def contents(self, view: str, item_ids: Iterable[str]) -> str:
-        """One digest of the contents that all the items' states were made from, in the order given."""
+        """Return one digest (hex) of the contents that the items' states were made from, in the order of `item_ids`."""
         return sha256(b"".join(digest or b"" for digest in self.digests(view, item_ids))).hexdigest()
 
     def write(self, view: str, item_ids: list[str], digests: list[bytes], states: Tensor) -> None:
-        """Store states [N, K, D], already in the store's dtype, in one transaction: all of them or none."""
+        """Store states [N, K, D] of N items, in the view's dtype, in one transaction: all of them or none.
+
+        digests: of the items' contents, from `content_digest`.
+        """
         self.write_views(item_ids, digests, {view: states})
 
     def write_views(self, item_ids: list[str], digests: list[bytes], states_by_view: dict[str, Tensor]) -> None:
-        """Store several views' states of the same contents, as `write` does, all in one transaction."""
+        """Store the states [N, K, D] of several views of the same N items and contents, all in one transaction."""
         entries = [
             (_key(view, item_id), digest + array.tobytes())
             for view, states in states_by_view.items()
@@ -130,9 +142,10 @@ class Store:
                 self._env.set_mapsize(2 * self._env.info()["map_size"])
 
     def read(self, view: str, item_ids: list[str], into: Tensor, positions: list[int] | None = None) -> None:
-        """Fill into [N, K, D], of the store's dtype, with the items' states. Raises InputError if any is missing.
+        """Copy the items' states into the tensor `into` [N, K, D], which has the view's dtype.
 
-        positions: among the stored layers, the layers to read; None for all.
+        positions: of the layers to read, among the view's stored layers; None for all. Raises InputError if states of
+        an item are missing or have another size.
         """
         description, target = self.view(view), _as_bytes_array(into)
         shape = len(description["layers"]), description["width"]
@@ -141,12 +154,12 @@ class Store:
             target[row] = states if positions is None else states[positions]
 
     def check(self, view: str, item_ids: list[str]) -> None:
-        """Raises InputError if any item's states are missing or of another size, without reading them."""
+        """Raise InputError if any item's states are missing or have another size. States are not read."""
         for _ in self._values(view, item_ids):
             pass
 
     def _values(self, view: str, item_ids: list[str]) -> Iterator[tuple[int, memoryview]]:
-        """(row, digest and states) of each item."""
+        """Yield each item's row and its stored value, a digest followed by states."""
         description, missing = self.view(view), []
         size = len(description["layers"]) * description["width"] * getattr(torch, description["dtype"]).itemsize
         with self._clear_errors(), self._reading() as transaction:
@@ -169,9 +182,10 @@ class Store:
             )
 
     def _reading(self) -> lmdb.Transaction:
+        """Return a transaction for reading, with the newest size of the database."""
         try:
             return self._env.begin(buffers=True)
-        except lmdb.MapResizedError:  # another process has added to the store
+        except lmdb.MapResizedError:  # another process has made the database larger
             self._env.set_mapsize(0)
             return self._env.begin(buffers=True)
 
@@ -180,6 +194,7 @@ class Store:
 
     @contextmanager
     def _clear_errors(self) -> Iterator[None]:
+        """Turn LMDB's errors inside the context into InputError."""
         try:
             yield
         except lmdb.MapFullError:
@@ -189,14 +204,15 @@ class Store:
 
 
 def content_digest(content: bytes) -> bytes:
-    """Return the digest of an item's content that a store keeps beside its states: BLAKE2b, 16 bytes."""
+    """Return the digest of an item's content that a store keeps with its states: BLAKE2b, 16 bytes."""
     return blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def group_positions(name: str, view: dict[str, Any], layer_groups: int | None) -> list[int] | None:
-    """Return the positions, among a stored view's layers, of the last block of each group; None for all layers.
+    """Return where, among a view's stored layers, are the embedding output and the last block of each group.
 
-    Raises InputError if the view lacks one of those blocks.
+    name: the view's name. view: its description. layer_groups: the number of groups; None returns None, for all layers.
+    Raises InputError if the view lacks one of these layers.
     """
     if layer_groups is None:
         return None
@@ -212,11 +228,12 @@ def group_positions(name: str, view: dict[str, Any], layer_groups: int | None) -
 
 
 def describes_view(value: Any) -> bool:
-    """Return True if a JSON value says all that reading a view needs."""
+    """Return True if a JSON value is an object with all the keys that reading a view needs."""
     return isinstance(value, dict) and value.keys() >= {"source", "layers", "depth", "width", "dtype"}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a store. Raises InputError if it is missing or not one."""
     file = path / "manifest.json"
     if not file.exists():
         raise InputError(f"{path}: not a cache of hidden states (no manifest.json); run iisan-fast extract")
@@ -229,11 +246,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _key(view: str, item_id: str) -> bytes:
+    """Return the key of an item's entry. A long key is replaced by its hash, because LMDB limits the length."""
     key = f"{view}\0{item_id}".encode()
     return key if len(key) <= MAX_KEY_BYTES else f"{view}\0\0".encode() + sha256(key).digest()
 
 
 def _as_bytes_array(states: Tensor) -> np.ndarray:
-    """The tensor's memory as integers of the same width: numpy has no bfloat16."""
+    """Return the tensor's values as integers of the same width, because numpy has no bfloat16."""
     integer = {2: torch.int16, 4: torch.int32}[states.element_size()]
     return states.contiguous().cpu().view(integer).numpy()

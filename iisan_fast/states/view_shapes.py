@@ -1,4 +1,4 @@
-"""The shape of a view's states."""
+"""Define the shape of a view's states."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from typing import NamedTuple
 class ViewShape(NamedTuple):
     """The sizes of one item's states in a view."""
 
-    layers: int  # kept layers K
-    width: int  # D
+    layers: int  # number of selected layers K
+    width: int  # of a hidden state, D

@@ -293,7 +293,7 @@ def test_captions_made_by_hand_stay_as_they_are(root, fake, caplog, end):
     assert (root / "captions.tsv").read_text().startswith(written.removesuffix("\n") + "\ni1\t")
     assert caplog.text.count("not made by this command: its 2 captions stay") == 1
     assert json.loads((root / "captions.json").read_text())["captions_before"] == 2
-    with pytest.raises(InputError, match="made otherwise, by a model"):
+    with pytest.raises(InputError, match="made with other settings, by a model"):
         run(root, "another")
 
 
@@ -310,7 +310,7 @@ def test_other_settings_are_refused_and_named(root, frames, fake, changed, said)
     run(root)
     before = (root / "captions.tsv").read_bytes()
     options = {"frames": frames} if "frames_per_item" in changed else {}
-    with pytest.raises(InputError, match=f"made otherwise, by a model: {said}; restore"):
+    with pytest.raises(InputError, match=f"made with other settings, by a model: {said}; restore"):
         run(root, **changed, **options)
     assert (root / "captions.tsv").read_bytes() == before
     (root / "captions.tsv").unlink()

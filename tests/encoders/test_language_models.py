@@ -175,7 +175,7 @@ def test_options_reach_hugging_face_and_count_as_settings(built, tmp_path, monke
     extract(data, [title], tmp_path / "cache", cpu)
     with Store(tmp_path / "cache") as store:
         assert store.view("v")["options"] == {"quantization_config": bits}
-    with pytest.raises(InputError, match=r'view .v. was made otherwise: options \{"quantization_config"'):
+    with pytest.raises(InputError, match=r'view .v. was made with other settings: options \{"quantization_config"'):
         extract(data, [view(folder)], tmp_path / "cache", cpu)
 
 

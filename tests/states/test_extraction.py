@@ -91,7 +91,7 @@ def test_only_new_and_changed_items_are_encoded_again(root, tmp_path, seen):
 def test_a_view_may_be_added_later_and_a_changed_one_is_refused(root, tmp_path, seen):
     run(root, tmp_path / "c", TITLE)
     assert run(root, tmp_path / "c", IMAGE) == [(6, 0)]
-    with pytest.raises(InputError, match="view 'title' was made otherwise: pooling null there, \"cls\" now"):
+    with pytest.raises(InputError, match="view 'title' was made with other settings: pooling null there, \"cls\" now"):
         run(root, tmp_path / "c", ViewConfig("title", "title", "an encoder", pooling="cls"))
 
 
@@ -149,7 +149,7 @@ def test_other_library_versions_are_mentioned_and_borne(root, tmp_path, seen, mo
     run(root, tmp_path / "c", TITLE)
     monkeypatch.setattr(extraction.metadata, "version", lambda name: "0.0")
     assert run(root, tmp_path / "c", TITLE) == [(0, 0)]
-    assert "begun with other versions" in caplog.text
+    assert "begun with other library versions" in caplog.text
 
 
 EXTRACTIONS = """

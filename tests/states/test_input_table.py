@@ -170,7 +170,7 @@ def test_images_without_a_byte_form_are_decoded_whenever_they_are_read(dataset, 
     with closing(contents):
         assert contents.gather(numbers(3, 8)).tensors[0].dtype == torch.float32
         assert torch.equal(in_order(contents.read(numbers(3, 8))[0], "pixel_values"), expected)
-    assert said(caplog) == ["view 'image': its images cannot be kept as bytes, and are decoded whenever they are read"]
+    assert said(caplog) == ["view 'image': its images cannot be kept as bytes, so each reading decodes them"]
 
 
 # Content that is missing
