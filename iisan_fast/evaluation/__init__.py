@@ -1,4 +1,4 @@
-"""Metrics over the full catalogue, significance, and efficiency."""
+"""Compute metrics over the full catalogue, tests of significance, and measures of efficiency."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The cost of training: TPME over time, parameters and memory, and memory by purpose."""
+"""Measure the cost of training: TPME over time, parameters and memory, and memory by purpose."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 from ..errors import InputError
 
-TPME_WEIGHTS = (0.45, 0.10, 0.45)  # of time, parameters and memory, as the paper sets them
-WEIGHT_SUM_TOLERANCE = 1e-9  # by which the weights' sum may miss 1
+TPME_WEIGHTS = (0.45, 0.10, 0.45)  # of time, parameters and memory, as in the paper
+WEIGHT_SUM_TOLERANCE = 1e-9  # the most by which the sum of the weights may differ from 1
 
 
 def tpme(
@@ -20,15 +20,15 @@ def tpme(
     memory: Mapping[str, float],
     weights: Sequence[float] = TPME_WEIGHTS,
 ) -> dict[str, float]:
-    """Each method's training cost relative to the others', from 0 (the least in all three) to 1 (the most in all).
+    """Return each method's training cost relative to the others, from 0 (least in all three) to 1 (most in all three).
 
     IISAN, equations 6 to 10: x~ = (x - min x) / (max x - min x) over the methods, for time T, trainable parameters P
-    and peak memory M, and TPME = a1 T~ + a2 P~ + a3 M~ with a1 + a2 + a3 = 1. So it depends on which methods are
-    compared. A figure that is the same for all adds 0 to each: none is worse than the best.
+    and peak memory M, and TPME = a1 T~ + a2 P~ + a3 M~ with a1 + a2 + a3 = 1. So the result depends on the methods that
+    are compared. A figure that is the same for all methods adds 0 to each.
 
-    Args: seconds an epoch, trainable parameters and peak memory by method, in any units. Raises InputError for fewer
-    than two methods, other methods in one figure than in another, figures that are negative or not finite, and weights
-    that are not three numbers from 0 that sum to 1.
+    seconds, parameters, memory: seconds of an epoch, trainable parameters and peak memory by method, in any unit.
+    Raises InputError for less than two methods, for figures of different methods, for figures that are negative or not
+    finite, and for weights that `check_weights` refuses.
     """
     check_weights(weights)
     if len(seconds) < 2:
@@ -44,7 +44,7 @@ def tpme(
 
 
 def check_weights(weights: Sequence[float]) -> None:
-    """Raises InputError for TPME weights that are not three numbers from 0 that sum to 1."""
+    """Raise InputError unless the TPME weights are three numbers, none negative, with the sum 1."""
     if (
         len(weights) != 3
         or not all(weight >= 0 for weight in weights)
@@ -54,7 +54,7 @@ def check_weights(weights: Sequence[float]) -> None:
 
 
 def parameter_counts(module: nn.Module) -> dict[str, int]:
-    """Count the `trainable` and the `total` parameters; shared ones count once."""
+    """Return the numbers of `trainable` and of `total` parameters; a shared parameter counts once."""
     counts = [(parameter.requires_grad, parameter.numel()) for parameter in module.parameters()]
     return {"trainable": sum(size for trained, size in counts if trained), "total": sum(size for _, size in counts)}
 
@@ -62,11 +62,12 @@ def parameter_counts(module: nn.Module) -> dict[str, int]:
 def memory_split(
     modules: Iterable[nn.Module], optimizer: torch.optim.Optimizer, activation_bytes: int
 ) -> dict[str, int]:
-    """Bytes by purpose; to be called between a step's update and the next step, while its gradients stand.
+    """Return the bytes of weights, gradients, optimizer states and activations.
 
-    Trained weights are the parameters that require a gradient, frozen ones all others and the buffers; what modules
-    share counts once. Of the optimizer's states those count that lie on their parameter's device (Adam may keep its
-    step counts on the host). The activations are as given.
+    Call this after a step's update, before its gradients are cleared. `trained_weights` are the parameters that require
+    a gradient; `frozen_weights` are all other parameters and the buffers. What modules share counts once. An optimizer
+    state counts if it is on the device of its parameter (Adam may keep its step counts on the host). activation_bytes:
+    returned as `activations`.
     """
     whole = nn.ModuleList(modules)
     parameters = list(whole.parameters())
@@ -87,6 +88,7 @@ def memory_split(
 
 
 def _normalised(name: str, column: Mapping[str, float]) -> dict[str, float]:
+    """Return (x - min) / (max - min) of each method's figure; 0 if all are equal. Raises InputError for bad figures."""
     for method, value in column.items():
         if not (math.isfinite(value) and value >= 0):
             raise InputError(f"TPME {name} of {method}: expected a finite number from 0, found {value}")
@@ -95,4 +97,5 @@ def _normalised(name: str, column: Mapping[str, float]) -> dict[str, float]:
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the sum of the tensors' bytes."""
     return sum(tensor.nbytes for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Full-catalogue metrics from the ranks of held-out targets: HR@K, NDCG@K and MRR, and the popularity baseline."""
+"""Compute HR@K, NDCG@K and MRR over the full catalogue from the ranks of targets, and a popularity baseline."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from ..config import TIE_SHARES, EvaluationConfig
 from ..data import Sequences, Split
 from ..errors import InputError
 
-HISTORIES_AT_ONCE = 1 << 22  # padded interactions: 32 MiB
-BYTES_PER_SCORE = 24  # a score of up to 8 bytes, and what counting makes of it
+HISTORIES_AT_ONCE = 1 << 22  # interactions with padding, 32 MiB
+BYTES_PER_SCORE = 24  # a score of at most 8 bytes, and the memory to count with it
 
 
 def evaluate(
     queries: Tensor, vectors: Tensor, sequences: Sequences, split_name: str, config: EvaluationConfig
 ) -> dict[str, Any]:
-    """Metrics of one split, as fractions, with the history masked and unmasked, for warm and cold targets.
+    """Return the metrics of one split as fractions, for warm and cold targets, with and without the history masked.
 
-    Args: queries [users, d]; vectors [items, d], item number i in row i - 1. Raises InputError where a score is not
-    finite. A masked target that stands in its user's own history is unreachable: it counts as a miss.
+    queries: user states [users, d]. vectors: [items, d], item number i in row i - 1. split_name: "validation" or
+    "test". A target is warm if it occurs in training. If the history is masked, a target within its user's own history
+    is unreachable and counts as a miss. The result has "masked" and "unmasked", each with the metrics of
+    `ranking_metrics` of all users and of the "warm" and "cold" ones. Raises InputError if a score is not finite.
     """
     split = sequences.split(split_name)
     warm = sequences.training_counts[split.targets] > 0
@@ -44,7 +46,7 @@ def evaluate(
 
 
 def popularity_baseline(sequences: Sequences, split_name: str, config: EvaluationConfig) -> dict[str, Any]:
-    """Evaluate a ranking of the catalogue by training counts, the same for every user."""
+    """Evaluate a ranking of the catalogue by training counts, which is the same for all users. See `evaluate`."""
     counts = torch.from_numpy(sequences.training_counts[1:, None]).double()
     queries = torch.ones(len(sequences.split(split_name).targets), 1, dtype=torch.float64)
     return evaluate(queries, counts, sequences, split_name, config)
@@ -53,7 +55,11 @@ def popularity_baseline(sequences: Sequences, split_name: str, config: Evaluatio
 def target_ranks(
     queries: Tensor, vectors: Tensor, split: Split, config: EvaluationConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """float64 [users] twice: each target's rank from 1, history masked (infinite where unreachable) and not."""
+    """Return each target's rank, counted from 1, float64 [users], with the history masked and unmasked.
+
+    queries [users, d] and vectors [items, d]: on one device. A masked target within its user's history has rank
+    infinity. Raises InputError if a score is not finite.
+    """
     all_ranks = torch.empty(2, len(split.targets), dtype=torch.float64, device=queries.device)
     for rows in _parts(split):
         chosen = torch.from_numpy(rows).to(queries.device)
@@ -78,13 +84,20 @@ def target_ranks(
 
 
 def user_gains(ranks: np.ndarray, k: int) -> dict[str, np.ndarray]:
-    """Return each user's share of HR@K and NDCG@K, float64 [users] under `hr@k` and `ndcg@k`; their means are those."""
+    """Return each user's contribution to HR@K and NDCG@K, float64 [users], as `hr@k` and `ndcg@k`.
+
+    ranks: counted from 1, [users]. HR is 1 for a rank up to K, NDCG is 1 / log2(rank + 1) for such a rank; both are 0
+    for others. The mean over users is the metric.
+    """
     hit = ranks <= k
     return {f"hr@{k}": hit.astype(np.float64), f"ndcg@{k}": np.where(hit, 1 / np.log2(ranks + 1), 0)}
 
 
 def _parts(split: Split) -> list[np.ndarray]:
-    """The rows in parts whose padded histories take little memory: all at once, unless one history is very long."""
+    """Return the split's rows in parts, so that the padded histories of a part take little memory.
+
+    All rows are one part unless a history is very long.
+    """
     rows, widths = np.arange(len(split.targets)), np.maximum(split.lengths, split.least_width)
     if len(rows) * int(widths.max(initial=0)) <= HISTORIES_AT_ONCE:
         return [rows]
@@ -99,11 +112,11 @@ def _parts(split: Split) -> list[np.ndarray]:
 
 
 def ranking_metrics(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, float | None]:
-    """HR@K, NDCG@K for each K, and MRR, as means over ranks; None where there are none."""
+    """Return HR@K and NDCG@K for each K, and MRR, as means over the ranks; None for each if there are no ranks."""
     users = {name: values for k in ks for name, values in user_gains(ranks, k).items()} | {"mrr": 1 / ranks}
     return {name: float(values.mean()) if len(ranks) else None for name, values in users.items()}
 
 
 def headline_metrics(report: dict[str, Any]) -> dict[str, Any]:
-    """Return the masked metrics of a report, or the unmasked ones if the evaluation does not mask the history."""
+    """Return a report's masked metrics, or the unmasked ones if its settings do not mask the history."""
     return report["masked" if report["history_masked_by_default"] else "unmasked"]

@@ -1,4 +1,4 @@
-"""A test of the difference between two methods, from the figures of the same users under both."""
+"""Test if two methods differ, given the figures of the same users under both."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import numpy as np
 
 from ..errors import InputError
 
-MOST_ENUMERATED = 12  # differences; all 4,096 ways to flip their signs are tried
-ELEMENTS_AT_ONCE = 1 << 21  # of draws x users: 16 MiB
-TIE_TOLERANCE = 1e-12  # relative to the sum of magnitudes; within it two sums tie
+MOST_ENUMERATED = 12  # up to 12 differences, all ways to flip their signs are tried (4,096)
+ELEMENTS_AT_ONCE = 1 << 21  # draws x users, 16 MiB
+TIE_TOLERANCE = 1e-12  # two sums are equal if they differ by less, relative to the sum of magnitudes
 
 
 def paired_test(a: np.ndarray, b: np.ndarray, draws: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p-value of the difference between two methods' means.
+    """Return the two-sided p-value of the difference between two methods' means.
 
-    Fisher's randomisation test (The Design of Experiments, 1935), which Smucker, Allan and Carterette (CIKM 2007)
-    recommend for retrieval metrics: were the methods equal, each user's difference might as well have had the other
-    sign. p is the share of ways to flip signs whose sum is at least as far from 0 as the one observed, over all ways
-    where at most 12 differences are not 0, else (1 + hits) / (1 + draws) over random ones.
+    This is Fisher's randomisation test (The Design of Experiments, 1935), which Smucker, Allan and Carterette (CIKM
+    2007) recommend for retrieval metrics. If the methods are equal, each user's difference could as well have the other
+    sign. p is the share of sign flips whose sum is at least as far from 0 as the observed sum. If at most 12
+    differences are not 0, all flips are counted. If not, `draws` random flips give (1 + hits) / (1 + draws).
 
-    Args: a, b float64 [users], such as `user_gains` of two runs, user by user. Raises InputError for lengths that
-    differ, no users, and figures that are not finite.
+    a, b: float64 [users], such as `user_gains` of two runs, in the same order of users. Raises InputError if their
+    lengths differ, if there are no users, or if a figure is not finite.
     """
     if a.shape != b.shape or a.ndim != 1:
         raise InputError(f"paired test: expected one figure a user in both, found shapes {a.shape} and {b.shape}")
@@ -36,7 +36,7 @@ def paired_test(a: np.ndarray, b: np.ndarray, draws: int = 10_000, seed: int = 0
     observed = abs(total) - TIE_TOLERANCE * abs(differences).sum()
 
     def hits(flipped: np.ndarray) -> int:
-        """flipped: 0 or 1 [ways, users]."""
+        """Count the flips that are at least as far from 0. flipped: 0 or 1, [flips, users]."""
         return int(np.count_nonzero(abs(total - 2 * (flipped @ differences)) >= observed))
 
     if len(differences) <= MOST_ENUMERATED:
@@ -45,10 +45,12 @@ def paired_test(a: np.ndarray, b: np.ndarray, draws: int = 10_000, seed: int = 0
 
 
 def _all_ways(users: int) -> np.ndarray:
+    """Return all 2^users combinations of 0 and 1, [2^users, users]."""
     return np.arange(2**users)[:, None] >> np.arange(users) & 1
 
 
 def _random_ways(users: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield `draws` random rows of 0 and 1, in arrays [rows, users] of limited size."""
     generator = np.random.default_rng(seed)
     at_once = max(1, ELEMENTS_AT_ONCE // users)
     for start in range(0, draws, at_once):

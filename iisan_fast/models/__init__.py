@@ -1,4 +1,4 @@
-"""The recommender: item encoders, SASRec, one loss and one score."""
+"""Build the recommender: an item encoder, the sequence encoder SASRec, a loss and scores."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""How much memory a forward pass keeps for its backward pass, and how many items fit into what there is."""
+"""Estimate the memory that activations take in a forward pass, and how many items fit into the free memory."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from ..errors import InputError
 
 
 class Footprint(NamedTuple):
-    """Bytes that one view's encoder takes for N items at once: fixed + each * N."""
+    """The bytes that one view's encoder needs for the activations of N items at a time: fixed + per_item * N."""
 
     fixed: int
-    each: int
+    per_item: int
 
     def of(self, items: int) -> int:
-        """Bytes of that many items."""
-        return self.fixed + self.each * items
+        """Return the bytes for this many items at a time."""
+        return self.fixed + self.per_item * items
 
 
 class EncodingPlan(NamedTuple):
-    """How a batch is encoded."""
+    """How the trained encoders encode the items of a batch."""
 
-    items_at_once: int
-    recompute: bool  # whether a part's encoding is computed again in the backward pass, and meanwhile keeps nothing
-    estimate: int  # bytes of the activations alive at a time
+    items_at_once: int  # the most items of one encoder call
+    recompute: bool  # True: the backward pass encodes each part again, so that no activations are stored
+    estimate: int  # the most bytes of activations at a time
 
 
 def plan_parts(views: list[Footprint], items: int, free: int, items_at_once: int | None = None) -> EncodingPlan:
-    """All items at once where `free` bytes hold the activations of every view; else parts, one part's at a time. Or
-    parts of `items_at_once`, whatever is free.
+    """Plan how `items` items are encoded with `free` bytes for activations.
 
-    Raises InputError where the free bytes do not hold one item's.
+    All items are encoded together if the activations of all views fit. If not, they are encoded in parts as large as
+    fit, and each part is encoded again in the backward pass. items_at_once: the size of the parts, without regard to
+    `free`; None to choose it. Raises InputError if the activations of one item do not fit.
     """
     whole = sum(view.of(items) for view in views)
     fits = whole <= free if items_at_once is None else items_at_once >= items
     if fits:
         return EncodingPlan(items, False, whole)
-    fitting = items_at_once or min([items, *((free - view.fixed) // view.each for view in views if view.each)])
+    fitting = items_at_once or min([items, *((free - view.fixed) // view.per_item for view in views if view.per_item)])
     if fitting < 1:
         needed = max(view.of(1) for view in views)
         raise InputError(
@@ -51,21 +52,22 @@ def plan_parts(views: list[Footprint], items: int, free: int, items_at_once: int
 
 
 def activation_bytes(function: Callable[[], Any], weights: Iterable[Tensor] = ()) -> int:
-    """Bytes kept for the backward pass by what function() returns; `weights`, kept anyway, do not count.
+    """Return the bytes of the tensors that function() stores for its backward pass.
 
-    What several operations keep counts once. Of what torch.utils.checkpoint computes, only its inputs are kept.
+    A storage that several operations keep counts once. weights: tensors whose storage does not count. Inside
+    torch.utils.checkpoint only the inputs are stored.
     """
-    held = {tensor.untyped_storage()._cdata for tensor in weights}
-    kept: dict[int, int] = {}
+    weight_storages = {tensor.untyped_storage()._cdata for tensor in weights}
+    stored_bytes: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in held:
-            kept[storage._cdata] = storage.nbytes()
+        if storage._cdata not in weight_storages:
+            stored_bytes[storage._cdata] = storage.nbytes()
         return tensor
 
     with saved_tensors_hooks(count, lambda tensor: tensor):
-        result = function()  # named, so that no storage is freed and its place taken by another meanwhile
-    total = sum(kept.values())
+        result = function()  # keep the result, so that no storage is freed and its address used again
+    total = sum(stored_bytes.values())
     del result
     return total

@@ -1,4 +1,4 @@
-"""The recommender: item vectors from hidden states, user states from item vectors, one loss and one score."""
+"""Define the recommender: item vectors from an item encoder, user states from item vectors, a loss and scores."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .item_encoders import FrozenItemEncoder, IdItemEncoder
 from .sasrec import SASRec
 from .side_network import SideItemEncoder
 
-ITEM_ENCODER = "item_encoder."  # before its parameters' names
-USERS_AT_ONCE = 512
-USER_WORKERS = 2  # on a CPU
+ITEM_ENCODER = "item_encoder."  # the start of its parameters' names
+USERS_AT_ONCE = 512  # users whose states are computed at a time
+USER_WORKERS = 2  # threads that compute user states on a CPU
 
 
 class Recommender(nn.Module):
-    """An item encoder, and SASRec on top of its item vectors."""
+    """An item encoder, and SASRec over the item vectors that it gives."""
 
     def __init__(
         self,
@@ -34,22 +34,28 @@ class Recommender(nn.Module):
         popularity: np.ndarray,
         seed: int,
     ) -> None:
-        """The item encoder maps what a source reads of N items to [N, d] and has `parameter_groups`; it is made here,
-        since `seed` draws all weights, and the dropout. popularity float64 [items + 1]."""
+        """Make the recommender with random weights.
+
+        make_item_encoder: makes a module that maps the inputs of N items, as an item source reads them, to [N, d], and
+        that has `parameter_groups`. It is called here, because `seed` draws all weights; `seed` also draws the dropout.
+        max_inputs: the most items of a history. popularity: float64 [items + 1], each item's share of the training
+        interactions; entry 0 is padding.
+        """
         super().__init__()
         self.config, self.seed = config, seed
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # encoders may lie there already
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # encoders may be on a GPU already
             torch.manual_seed(seed)
             self.item_encoder = make_item_encoder()
             self.sequence_encoder = SASRec(config, max_inputs)
         log_popularity = torch.from_numpy(popularity).log()
-        log_popularity[0] = 0  # padding has none, and minus infinity would meet that of its multiplicity
+        log_popularity[0] = 0  # padding: log(0) would give NaN with the log of its multiplicity
         self.register_buffer("log_popularity", log_popularity, persistent=False)
 
     def loss(self, batch: Batch, inputs: ItemInputs) -> Tensor:
-        """Mean debiased in-batch cross-entropy over the batch's rows (IISAN, equation 5).
+        """Return the debiased in-batch cross-entropy (IISAN, equation 5), a scalar weighted by the batch's row weights.
 
-        inputs: of batch.distinct, as an item source reads them.
+        inputs: of the items batch.distinct, as an item source reads them. The formula is in
+        `kernels.inbatch_cross_entropy`.
         """
         vectors = self.item_encoder(inputs)
         grid = kernels.SequenceGrid(batch.row_slots, len(batch.users), batch.length)
@@ -66,7 +72,7 @@ class Recommender(nn.Module):
         return losses @ batch.weights.to(losses.dtype)
 
     def step_operands(self, batch: Batch, inputs: list[kernels.States]) -> kernels.RecommenderBatch:
-        """Return a batch, and the hidden states of its distinct items, as a fused step takes them."""
+        """Return a batch, with the hidden states of its distinct items, in the form that a fused step takes."""
         return kernels.RecommenderBatch(
             states=inputs,
             distinct=batch.distinct,
@@ -83,13 +89,16 @@ class Recommender(nn.Module):
         )
 
     def step_weights(self) -> kernels.RecommenderWeights:
-        """Return all trained weights by their roles. Raises ValueError where a fused step has no such roles."""
+        """Return all trained weights in the roles that a fused step has for them.
+
+        Raises ValueError if a fused step cannot train this model; `step_refusal` says why.
+        """
         if reason := self.step_refusal():
             raise ValueError(f"model: expected one for a fused step, found that {reason}")
         return self.item_encoder.weights(self.sequence_encoder.weights())
 
     def step_refusal(self) -> str:
-        """Return why the weights have no roles in a fused step, or ""."""
+        """Return why a fused step cannot train this model, in one phrase; "" if it can."""
         if not isinstance(self.item_encoder, SideItemEncoder):
             return "its item encoder is no side network"
         if frozen := next((name for name, weight in self.named_parameters() if not weight.requires_grad), ""):
@@ -98,19 +107,23 @@ class Recommender(nn.Module):
 
     @torch.inference_mode()
     def item_vectors(self, source: ItemSource, items: Tensor) -> Tensor:
-        """Return the vectors [N, d] of item numbers int64 [N], which lie on the source's index device."""
+        """Return the vectors [N, d] of item numbers int64 [N], which are on the source's index device."""
         return self.item_encoder(source.read(items))
 
     def catalogue_vectors(self, source: ItemSource) -> Tensor:
-        """Return every item's vector [items, d], item number i in row i - 1."""
+        """Return the vectors of all items, [items, d], item number i in row i - 1."""
         numbers = torch.arange(1, source.rows, device=source.index_device)
-        # Equal parts: a last part of one item would take another matrix product and no longer tie with its equals.
+        # In equal parts: a part of one item takes another matrix product, so equal items would get unequal vectors.
         parts = numbers.tensor_split(-(-len(numbers) // source.items_at_once))
         return torch.cat([self.item_vectors(source, part) for part in parts])
 
     @torch.inference_mode()
     def user_states(self, vectors: Tensor, inputs: np.ndarray) -> Tensor:
-        """Return the state [d] after each user's inputs (int64 [users, max_inputs], right-aligned, 0 for padding)."""
+        """Return each user's state after the last input, [users, d], without dropout.
+
+        vectors: [items, d] of the catalogue. inputs: item numbers, int64 [users, max_inputs], right-aligned, 0 for
+        padding.
+        """
 
         def states_after(part: np.ndarray) -> Tensor:
             slots = np.flatnonzero(part)
@@ -121,7 +134,7 @@ class Recommender(nn.Module):
         return torch.cat(kernels.at_once(states_after, parts, USER_WORKERS if vectors.is_cpu else 1))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Every trainable parameter under the name of its learning rate, once."""
+        """Return the trainable parameters by the name of their learning rate, each parameter once."""
         groups = {
             **self.item_encoder.parameter_groups(),
             "sequence_encoder": list(self.sequence_encoder.parameters()),
@@ -131,6 +144,7 @@ class Recommender(nn.Module):
         return groups
 
     def _dropout(self, batch: Batch) -> kernels.SequenceDropout | None:
+        """Return the dropout of a batch in training mode; None in evaluation mode."""
         if not self.training:
             return None
         return kernels.sequence_dropout(self.config.dropout, self.seed, batch.step, batch.users)
@@ -139,13 +153,16 @@ class Recommender(nn.Module):
 def build_recommender(
     source: ItemSource, config: RunConfig, popularity: np.ndarray, precision: Precision
 ) -> Recommender:
-    """Build the recommender of a run's configuration, for the items of a source."""
+    """Build the recommender for a run's configuration and the items of a source.
+
+    popularity: float64 [items + 1], as `Recommender` takes it. precision: from `resolve_precision`.
+    """
     make = functools.partial(make_item_encoder, source, config, precision)
     return Recommender(make, config.model, config.protocol.max_inputs, popularity, config.train.seed)
 
 
 def make_item_encoder(source: ItemSource, config: RunConfig, precision: Precision) -> nn.Module:
-    """Build the item encoder of the configured method."""
+    """Build the item encoder of the configured method for the items of a source."""
     model = config.model
     if model.method in SIDE_METHODS:
         return SideItemEncoder(source.shapes, model)

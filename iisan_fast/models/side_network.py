@@ -1,7 +1,7 @@
-"""IISAN's item encoder: SANB towers over the kept layers of one or two views, and the heads that fuse them.
+"""Define IISAN's item encoder: towers of SANBs over the selected layers of one or two views, and heads that fuse them.
 
-Intra towers read one view each, the inter tower both (IISAN, section 3.2). Views may differ in width and depth
-(IISAN-Versa, section 3): the last layers of both pair up, and the wider view is aligned to the narrower width.
+An intra tower reads one view, the inter tower reads both (IISAN, section 3.2). The views may differ in width and depth
+(IISAN-Versa, section 3): the last layers of both are paired, and the wider view is mapped to the narrower width.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from ..errors import InputError
 from ..kernels import States
 from ..states import ViewShape
 
-WEIGHT_STD = 0.01  # of a SANB's matrices at the start
+WEIGHT_STD = 0.01  # of a SANB's first matrices
 TOWER_VIEWS = {"first": (0,), "second": (1,), "inter": (0, 1)}  # the views of each tower
 
 
 class KroneckerSum(nn.Module):
-    """Matrices [layers, rows, columns] as sums of n Kronecker products of an n x n and a smaller matrix: a PHM layer
-    (Zhang et al. 2021), as Compacter's adapters take it, with a quarter of the parameters."""
+    """Matrices [layers, rows, columns] that are sums of n Kronecker products: a PHM layer (Zhang et al. 2021).
+
+    Each product is of an n x n and a smaller matrix, as in Compacter's adapters. With n = 4 this takes about a quarter
+    of the parameters.
+    """
 
     def __init__(self, layers: int, rows: int, columns: int) -> None:
+        """Draw the matrices. Raises InputError if 4 does not divide both `rows` and `columns`."""
         super().__init__()
         if rows % TERMS or columns % TERMS:
             raise InputError(
@@ -35,36 +39,42 @@ class KroneckerSum(nn.Module):
             )
         rules = torch.empty(layers, TERMS, TERMS, TERMS)
         parts = torch.empty(layers, TERMS, rows // TERMS, columns // TERMS)
-        self.rules = nn.Parameter(rules.normal_(std=TERMS**-0.5))  # so that the sum has the parts' deviation
+        self.rules = nn.Parameter(rules.normal_(std=TERMS**-0.5))  # so that the sum's deviation is that of the parts
         self.parts = nn.Parameter(parts.normal_(std=WEIGHT_STD))
 
     def forward(self) -> Tensor:
-        """[layers, rows, columns]."""
+        """Return the matrices [layers, rows, columns]."""
         products = torch.einsum("knab,knrc->karbc", self.rules, self.parts)
         return products.flatten(3, 4).flatten(1, 2)
 
 
 class RankOne(nn.Module):
-    """Matrices [layers, rows, columns] as products of a column and a row: Compacter's low-rank adapters."""
+    """Matrices [layers, rows, columns] of rank 1, as in Compacter's low-rank adapters."""
 
     def __init__(self, layers: int, rows: int, columns: int) -> None:
+        """Draw the columns and rows."""
         super().__init__()
         self.left = nn.Parameter(torch.empty(layers, rows, 1).normal_(std=WEIGHT_STD**0.5))
         self.right = nn.Parameter(torch.empty(layers, 1, columns).normal_(std=WEIGHT_STD**0.5))
 
     def forward(self) -> Tensor:
-        """[layers, rows, columns]."""
+        """Return the matrices [layers, rows, columns]."""
         return self.left * self.right
 
 
 def _weight(sanb: str, layers: int, rows: int, columns: int) -> nn.Parameter | nn.Module:
+    """Return a trained tensor [layers, rows, columns], or a module that computes it. sanb: one of config.SANBS."""
     if sanb == "adapter":
         return nn.Parameter(torch.empty(layers, rows, columns).normal_(std=WEIGHT_STD))
     return {"phm": KroneckerSum, "low-rank": RankOne}[sanb](layers, rows, columns)
 
 
 class SideTower(nn.Module):
-    """The parameters of the SANB blocks over `layers` kept layers of width `width`."""
+    """The parameters of one tower: a SANB and a gate for each of K layers of width D, bottleneck R.
+
+    SANB(x) = x + W_up act(W_down x + b_down) + b_up. `kernels.side_towers` computes the tower (IISAN, equations 2 to
+    4).
+    """
 
     def __init__(self, layers: int, width: int, bottleneck: int, config: ModelConfig) -> None:
         super().__init__()
@@ -75,16 +85,17 @@ class SideTower(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(layers, width))
 
     def reading(self, *views: int) -> kernels.Tower:
-        """Return the tower as the op takes it, over views of these numbers."""
+        """Return the tower in the form that the op takes, reading the views at these positions."""
         matrices = (self.down_weight, self.up_weight)
         down, up = (matrix() if isinstance(matrix, nn.Module) else matrix for matrix in matrices)
         return kernels.Tower(views, self.gate, down, self.down_bias, up, self.up_bias)
 
 
 class SideNetwork(nn.Module):
-    """The towers that the configuration asks for, over one or two views."""
+    """The towers of a configuration over one or two views; the sum of their projected outputs is the item vector."""
 
     def __init__(self, views: list[ViewShape], config: ModelConfig) -> None:
+        """Make the towers. Raises InputError if the method cannot take these views (see `check_views`)."""
         super().__init__()
         check_views(views, config)
         self.activation = config.activation
@@ -97,7 +108,7 @@ class SideNetwork(nn.Module):
             bottleneck = config.bottlenecks.get(name, config.bottleneck)
             self.by_bottleneck.setdefault(bottleneck, []).append(name)
             self.add_module(name, SideTower(*shapes[name], bottleneck, config))
-        self.alike = len(set(views)) == len(self.by_bottleneck) == 1  # one call of the op takes all towers
+        self.alike = len(set(views)) == len(self.by_bottleneck) == 1  # True: one call of the op computes all towers
         if "inter" in self.towers and self.widths[0] != self.widths[1]:
             bound = 1 / math.sqrt(max(self.widths))
             weight = torch.empty(self.paired, min(self.widths), max(self.widths))
@@ -106,14 +117,14 @@ class SideNetwork(nn.Module):
 
     @property
     def output_widths(self) -> dict[str, int]:
-        """Each tower's output width, in the order the heads concatenate them."""
+        """Return the output width of each tower by name, in the order in which the heads concatenate the towers."""
         return {name: getattr(self, name).up_bias.shape[1] for name in self.towers}
 
     def forward(self, states: list[States], projections: dict[str, Tensor]) -> Tensor:
-        """Return the sum of the towers' outputs [N, d].
+        """Return the sum of the towers' projected outputs, [N, d].
 
-        Args: states: the views, tables [M, K, D] with the rows to read, int64 [N]; projections: by tower, [d, D], which
-        bring its output [N, D] to [N, d].
+        states: the views, tables [M, K, D] with the rows int64 [N] to read. projections: a matrix [d, D] for each tower
+        by name, which maps the tower's output [N, D] to [N, d].
         """
 
         def outputs(states: list[States], reads: dict[str, tuple[int, ...]]) -> list[Tensor]:
@@ -122,7 +133,7 @@ class SideNetwork(nn.Module):
             return kernels.side_towers(states, towers, self.activation, chosen)
 
         summands = []
-        if len({view.table.shape[1:] for view in states}) == 1:  # one call for all towers of one bottleneck
+        if len({view.table.shape[1:] for view in states}) == 1:  # one call for all towers with the same bottleneck
             for names in self.by_bottleneck.values():
                 summands += outputs(states, {name: TOWER_VIEWS[name] for name in names})
             return functools.reduce(torch.add, summands)
@@ -134,11 +145,14 @@ class SideNetwork(nn.Module):
         return functools.reduce(torch.add, summands)
 
     def weights(self) -> list[kernels.Tower]:
-        """Return the towers' parameters; of towers that `step_refusal` does not refuse."""
+        """Return the towers in the form that a fused step takes. `step_refusal` must be ""."""
         return [getattr(self, name).reading(*TOWER_VIEWS[name]) for name in self.towers]
 
     def step_refusal(self) -> str:
-        """Return why one call of the op does not take all towers' parameters as they are, or ""."""
+        """Return why a fused step cannot take the towers, in one phrase; "" if it can.
+
+        It can if one call of the op computes all towers from their parameters.
+        """
         if not self.alike:
             return "its towers differ in shape"
         if any(isinstance(getattr(self, name).down_weight, nn.Module) for name in self.towers):
@@ -146,7 +160,7 @@ class SideNetwork(nn.Module):
         return ""
 
     def _aligned(self, states: list[States]) -> list[States]:
-        """The last paired layers of both views, the wider one brought to the narrower width."""
+        """Return the paired last layers of both views, the wider view mapped to the narrower width."""
         paired = [States(view.table[:, view.table.shape[1] - self.paired :], view.rows) for view in states]
         if self.widths[0] == self.widths[1]:
             return paired
@@ -159,14 +173,15 @@ class SideNetwork(nn.Module):
 
 
 class Heads(nn.Module):
-    """Linear maps from each tower to the embedding dimension, and the fusion of their concatenation.
+    """Two linear maps for each tower, and the fusion of the towers' outputs into item vectors.
 
-    IISAN: Linear(D, D), Linear(D, d) a tower. IISAN-Versa: Linear(D, d), Linear(d, d) an intra tower, the inter
-    tower as in IISAN. Then Linear(towers * d, d). No activation in between, so each tower's three maps are multiplied
-    into one of [d, D] before they meet the items; what is trained are the three.
+    IISAN: Linear(D, D) and Linear(D, d) for each tower. IISAN-Versa: Linear(D, d) and Linear(d, d) for an intra tower,
+    and IISAN's maps for the inter tower. Then Linear(towers * d, d) of the concatenation. No activation is between
+    them, so `folded` multiplies the three maps of a tower into one matrix [d, D]. Trained are the three maps.
     """
 
     def __init__(self, widths: dict[str, int], config: ModelConfig) -> None:
+        """Make the maps. widths: the output width D of each tower, by name."""
         super().__init__()
         d = config.embedding_dim
         for name, width in widths.items():
@@ -176,37 +191,41 @@ class Heads(nn.Module):
         self.fusion = nn.Linear(len(widths) * d, d)
 
     def folded(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Return ({tower's name: projection [d, D]}, bias [d]): projected outputs and bias add up to item vectors."""
+        """Return the folded matrix [d, D] of each tower by name, and one bias [d].
+
+        An item's vector is the sum of the towers' outputs, each multiplied by its matrix, and the bias.
+        """
         parts = self.fusion.weight.chunk(len(self.towers), dim=1)
         chains = [kernels.Chain(part, *head) for part, head in zip(parts, self.weights())]
         weights, biases = zip(*kernels.fold_heads(chains))
         return dict(zip(self.towers, weights)), sum(biases, self.fusion.bias)
 
     def weights(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Return each tower's two maps: weight and bias of the second, then of the first."""
+        """Return the two maps of each tower: weight and bias of the second map, then of the first."""
         maps = [getattr(self, name) for name in self.towers]
         return [(second.weight, second.bias, first.weight, first.bias) for first, second in maps]
 
 
 class SideItemEncoder(nn.Module):
-    """Item vectors from hidden states: IISAN, or IISAN-Versa."""
+    """Item vectors from hidden states by the side network of IISAN or IISAN-Versa."""
 
-    small_operators = True  # C++ shares the towers' work out itself; the reference waits for no other core
+    small_operators = True  # the C++ form divides the towers' work between cores itself
 
     def __init__(self, views: list[ViewShape], config: ModelConfig) -> None:
+        """Make the side network and its heads. Raises InputError if the method cannot take these views."""
         super().__init__()
         self.side_network = SideNetwork(views, config)
         self.heads = Heads(self.side_network.output_widths, config)
 
     def forward(self, states: list[States]) -> Tensor:
-        """[N, d] for the hidden states of N items."""
+        """Return the item vectors [N, d] for the hidden states of N items, one entry of `states` for each view."""
         projections, bias = self.heads.folded()
         return self.side_network(states, projections) + bias
 
     def weights(self, sequence: kernels.SequenceWeights) -> kernels.RecommenderWeights:
-        """Return all trained weights by their roles, with a sequence encoder's.
+        """Return all trained weights, with those of the sequence encoder, in the form that a fused step takes.
 
-        Of towers that `step_refusal` does not refuse.
+        `step_refusal` must be "".
         """
         fusion, towers = self.heads.fusion, self.side_network.weights()
         heads = self.heads.weights()
@@ -215,11 +234,11 @@ class SideItemEncoder(nn.Module):
         )
 
     def step_refusal(self) -> str:
-        """Return why the weights have no roles in a fused step, or ""."""
+        """Return why a fused step cannot train this item encoder, in one phrase; "" if it can."""
         return self.side_network.step_refusal()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Every trainable parameter under the name of its learning rate, once."""
+        """Return the trainable parameters by the name of their learning rate, each parameter once."""
         towers = [module for module in self.side_network.modules() if isinstance(module, SideTower)]
         gates = [tower.gate for tower in towers if tower.gate is not None]
         adapters = [parameter for tower in towers for parameter in tower.parameters() if parameter is not tower.gate]
@@ -228,7 +247,7 @@ class SideItemEncoder(nn.Module):
 
 
 def check_views(views: list[ViewShape], config: ModelConfig) -> None:
-    """Refuses views that the configured method cannot join."""
+    """Raise InputError if the configured method cannot join views of these shapes, or of this number."""
     config.check_views(len(views))
     if len(views) == 2 and views[0] != views[1] and config.method == "iisan":
         shapes = " and ".join(f"{layers} layers of width {width}" for layers, width in views)

@@ -1,4 +1,4 @@
-"""The item encoder that trains pretrained encoders: they run in every step, adapted, with plain heads on top."""
+"""Define the item encoder that trains pretrained encoders: they run in every step, with heads on their final states."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from ..states import Chunks
 from .activation_memory import EncodingPlan, Footprint, activation_bytes, plan_parts
 from .item_encoders import FinalHeads
 
-OPTIMIZER_COPIES = 3  # of what is trained: the gradient, and Adam's two moments
-WORKING_BLOCKS = 2  # whose insides the backward pass holds beside what was kept: one computed again, and its gradients
+OPTIMIZER_COPIES = 3  # of each trained parameter: its gradient, and Adam's two moments
+WORKING_BLOCKS = 2  # with checkpointing, the backward pass also holds one block's activations and their gradients
 
 
 class Encoder(Protocol):
-    """What `encoders.Backbone` offers here."""
+    """The part of `encoders.Backbone` that is used here."""
 
     model: nn.Module
     width: int
 
-    def final(self, inputs: ModelInputs) -> Tensor: ...  # [N, width], differentiable
+    def final(self, inputs: ModelInputs) -> Tensor:
+        """Return the pooled final states [N, width], with gradients."""
 
-    def example(self) -> ModelInputs: ...  # of made-up items
+    def example(self) -> ModelInputs:
+        """Return a small invented batch of inputs."""
 
 
 class TunedItemEncoder(nn.Module):
     """Item vectors by encoders that run in every step, adapted by a method, with heads on their final states.
 
-    With `recompute`, encoding a part of the items keeps nothing and is done again in the backward pass, so that one
-    part's activations live at a time. The gradients are those of all items together.
+    If `recompute` is True, the items are encoded in parts. The backward pass encodes each part again, so that memory
+    holds the activations of one part at a time. The gradients are the same as without parts.
     """
 
     small_operators = False
@@ -48,9 +50,11 @@ class TunedItemEncoder(nn.Module):
         checkpointing: bool = False,
         products: torch.dtype = torch.float32,
     ) -> None:
-        """method, bottleneck, activation: as `adapt` takes them. checkpointing: of every block.
+        """Adapt the encoders in place, and make the heads.
 
-        products: of the encoders. bfloat16 by autocast; float32 leaves them in the weights' dtype.
+        encoders: one for each view. method, bottleneck, activation: as `encoders.adapt` takes them. checkpointing:
+        whether each transformer block stores only its input. products: the dtype of the encoders' matrix products:
+        bfloat16 by autocast, or float32 for the weights' dtype. Raises InputError as `encoders.adapt` does.
         """
         super().__init__()
         self.encoders, self.checkpointing, self.products = encoders, checkpointing, products
@@ -65,17 +69,17 @@ class TunedItemEncoder(nn.Module):
         self.heads = FinalHeads([encoder.width for encoder in encoders], embedding_dim)
 
     def forward(self, inputs: list[Chunks]) -> Tensor:
-        """Each view's inputs for N items -> [N, d]."""
+        """Return the item vectors [N, d] for each view's encoder inputs of N items."""
         with self._products():
             states = [self._states(encoder, view) for encoder, view in zip(self.encoders, inputs)]
         return self.heads(states)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Every trainable parameter under the name of its learning rate, once."""
+        """Return the trainable parameters by the name of their learning rate, each parameter once."""
         return {**self.tuned, "heads": list(self.heads.parameters())}
 
     def train(self, mode: bool = True) -> TunedItemEncoder:
-        """The encoders stay as `adapt` left them: without dropout."""
+        """Set the heads' training mode. The encoders stay in evaluation mode, because they compute without dropout."""
         super().train(mode)
         self.models.eval()
         return self
@@ -83,44 +87,54 @@ class TunedItemEncoder(nn.Module):
     def plan(
         self, largest: Callable[[int], list[ModelInputs]], items: int, free: int, items_at_once: int | None = None
     ) -> EncodingPlan:
-        """How to encode `items` items a batch in `free` bytes, of which gradients and Adam's moments take their share;
-        or `items_at_once` at a time, whatever is free. From here on the encoders do so.
+        """Choose how many items are encoded at a time, encode so from now on, and return the plan.
 
-        largest(n) makes up n items of the largest size, for each view. Raises InputError where not even one fits.
+        largest: a function from n to each view's inputs of n items of the largest size. items: the most items of a
+        batch. free: bytes for activations, gradients and Adam's moments. items_at_once: the size of the parts, without
+        regard to `free`; None to choose it. Raises InputError if one item does not fit.
         """
-        one, two = largest(1), largest(2)
-        footprints = [self._footprint(*each) for each in zip(self.encoders, one, two)]
+        footprints = [
+            self._footprint(encoder, one_item, two_items)
+            for encoder, one_item, two_items in zip(self.encoders, largest(1), largest(2))
+        ]
         trained = [parameter for group in self.parameter_groups().values() for parameter in group]
-        left = free - OPTIMIZER_COPIES * sum(parameter.nbytes for parameter in trained)
-        plan = plan_parts(footprints, items, left, items_at_once)
+        for_activations = free - OPTIMIZER_COPIES * sum(parameter.nbytes for parameter in trained)
+        plan = plan_parts(footprints, items, for_activations, items_at_once)
         self.recompute = plan.recompute
         return plan
 
     def _states(self, encoder: Encoder, chunks: Chunks) -> Tensor:
-        """Final states [N, D] in the items' order."""
+        """Return one view's final states [N, D] in the order of the items."""
         states = torch.cat([self._part(encoder, part) for part in chunks.parts])
         return states if chunks.order is None else states.index_select(0, chunks.order)
 
     def _part(self, encoder: Encoder, inputs: ModelInputs) -> Tensor:
+        """Return the final states of one part. With `recompute` its activations are not stored."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(encoder.final, inputs, use_reentrant=False, preserve_rng_state=False)
         return encoder.final(inputs)
 
     def _products(self) -> torch.autocast:
-        """Set the products' dtype. Once around all parts, so that they share the weights' copies in it."""
+        """Return the autocast context of the products.
+
+        It surrounds all parts, so that they share the copies of the weights in the products' dtype.
+        """
         device = self.heads.fusion.weight.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.products == torch.bfloat16)
 
-    def _footprint(self, encoder: Encoder, one: ModelInputs, two: ModelInputs) -> Footprint:
-        """From one and two items: what does not grow with them, such as weights in another dtype, counts once."""
+    def _footprint(self, encoder: Encoder, one_item: ModelInputs, two_items: ModelInputs) -> Footprint:
+        """Return the bytes of activations, measured with one and two items.
+
+        The bytes that do not grow with the items, such as weights in another dtype, count once.
+        """
         model = encoder.model
 
-        def kept(inputs: ModelInputs) -> int:
+        def stored_bytes(inputs: ModelInputs) -> int:
             with self._products():
                 return activation_bytes(lambda: encoder.final(inputs), model.parameters())
 
         checkpoint_blocks(model, False)
-        inside = (kept(two) - kept(one)) // len(transformer_blocks(model))
+        in_one_block = (stored_bytes(two_items) - stored_bytes(one_item)) // len(transformer_blocks(model))
         checkpoint_blocks(model, self.checkpointing)
-        first, second = kept(one), kept(two)
-        return Footprint(2 * first - second, second - first + WORKING_BLOCKS * inside)
+        first, second = stored_bytes(one_item), stored_bytes(two_items)
+        return Footprint(2 * first - second, second - first + WORKING_BLOCKS * in_one_block)
