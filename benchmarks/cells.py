@@ -22,6 +22,7 @@ from ..config import (
     METHODS,
     SIDE_METHODS,
     STATE_METHODS,
+    ExtractionConfig,
     ModelConfig,
     RunConfig,
     TrainConfig,
@@ -217,8 +218,7 @@ def _encode(
         list(views),
         cache,
         device,
-        missing_images=settings.missing_images,
-        attention=settings.attention,
+        ExtractionConfig(missing_images=settings.missing_images, attention=settings.attention),
     )
     if all(view.encoded == view.items for view in done):
         _write(folder / ENCODING, {"seconds": time.perf_counter() - started})

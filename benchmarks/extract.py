@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import demo
-from ..config import ViewConfig
+from ..config import ExtractionConfig, ViewConfig
 from ..data import Dataset, ImageFolder, ImageLmdb, Sequences, load_dataset, open_images
 from ..encoders import Backbone, ModelInputs, load_backbone
 from ..errors import InputError
@@ -158,7 +158,8 @@ def plain(work: ExtractionWork, cache: Path) -> None:
 
 def fast(work: ExtractionWork, cache: Path) -> None:
     """The fast path."""
-    extract(work.dataset, [work.view], cache, work.device, work.batch_size, work.dtype, workers=work.workers)
+    config = ExtractionConfig(dtype=work.dtype, batch_size=work.batch_size, workers=work.workers)
+    extract(work.dataset, [work.view], cache, work.device, config)
 
 
 FORMS: dict[str, Callable[[ExtractionWork, Path], None]] = {"plain": plain, "fast": fast}

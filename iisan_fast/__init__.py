@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .api import evaluate, extract, load, load_dataset, resume, train
     from .config import (
         EvaluationConfig,
+        ExtractionConfig,
         ModelConfig,
         ProtocolConfig,
         RunConfig,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EvaluationConfig",
+    "ExtractionConfig",
     "InputError",
     "ModelConfig",
     "ProtocolConfig",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from .config import (
     PLACEMENTS,
     EvaluationConfig,
+    ExtractionConfig,
     ModelConfig,
     ProtocolConfig,
     RunConfig,
@@ -25,15 +26,16 @@ from .config import (
 from .data import Dataset
 from .devices import torch_device
 from .errors import InputError, check_choice
+from .setting_fields import from_dict
+from .setting_sources import SECTIONS, PathLike, as_path, base_settings
 from .settings import (
-    EvaluationSettings,
-    ExtractionSettings,
-    PathLike,
-    ProtocolSettings,
-    RunSettings,
-    as_path,
-    base_settings,
+    ENCODER_SETTINGS,
+    EVALUATION_SETTINGS,
+    EXTRACTION_SETTINGS,
+    PROTOCOL_SETTINGS,
+    RUN_SETTINGS,
     changed_section,
+    extraction_config,
     next_run_folder,
     refuse_unknown,
     run_config,
@@ -42,7 +44,6 @@ from .settings import (
 
 if TYPE_CHECKING:
     import torch
-    from typing_extensions import Unpack
 
     from .states import Extracted
     from .training import BestRun
@@ -51,16 +52,16 @@ OnEpoch = Callable[[dict[str, Any]], None]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _checks_names(settings: Any = None) -> Callable[[Function], Function]:
-    """Make a function refuse keyword arguments that are neither its parameters nor keys of `settings`, a TypedDict.
+def _checks_names(settings: Sequence[str] = ()) -> Callable[[Function], Function]:
+    """Make a function refuse keyword arguments that are neither its parameters nor named in `settings`.
 
-    The InputError names the nearest that there are. Arguments that are missing or too many are an InputError too.
+    The InputError names the nearest names. Arguments that are missing or too many are an InputError too.
     """
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
         parameters = [name for name in signature.parameters if name != "settings"]
-        known = [*parameters, *(settings.__annotations__ if settings else ())]
+        known = [*parameters, *settings]
 
         @functools.wraps(function)
         def checked(*arguments: Any, **named: Any) -> Any:
@@ -76,10 +77,8 @@ def _checks_names(settings: Any = None) -> Callable[[Function], Function]:
     return decorate
 
 
-@_checks_names(ProtocolSettings)
-def load_dataset(
-    folder: PathLike, protocol: ProtocolConfig | None = None, **settings: Unpack[ProtocolSettings]
-) -> Dataset:
+@_checks_names(PROTOCOL_SETTINGS)
+def load_dataset(folder: PathLike, protocol: ProtocolConfig | None = None, **settings: Any) -> Dataset:
     """Read a dataset's items and histories, and apply the data protocol.
 
     folder: holds items.tsv and users.tsv; captions.tsv and times.tsv are read where they are needed.
@@ -93,61 +92,52 @@ def load_dataset(
     return data.load_dataset(as_path("folder", folder), changed_section("protocol", ProtocolConfig, protocol, settings))
 
 
-@_checks_names(ExtractionSettings)
+@_checks_names((*EXTRACTION_SETTINGS, *PROTOCOL_SETTINGS, *ENCODER_SETTINGS))
 def extract(
-    dataset: PathLike | Dataset,
-    cache: PathLike,
+    dataset: PathLike | Dataset | None = None,
+    cache: PathLike | None = None,
     *,
     views: ViewConfig | Sequence[ViewConfig] = (),
-    layer_groups: int | None = None,
-    dtype: str = "bfloat16",
-    missing_images: str = "error",
-    batch_size: int = 64,
-    workers: int | None = None,
-    attention: str = "auto",
-    device: str | torch.device = "auto",
+    config: PathLike | Mapping[str, Any] | None = None,
     protocol: ProtocolConfig | None = None,
-    **settings: Unpack[ExtractionSettings],
+    extraction: ExtractionConfig | None = None,
+    changes: Mapping[str, Any] | None = None,
+    device: str | torch.device = "auto",
+    dry_run: bool = False,
+    **settings: Any,
 ) -> list[Extracted]:
     """Run a dataset's items through frozen encoders and store their pooled hidden states in the folder `cache`.
 
     A stopped extraction goes on where it stopped; only new and changed items are encoded again.
 
-    dataset: a dataset's folder, or what `load_dataset` returned.
+    dataset: a dataset's folder, or what `load_dataset` returned; by default the one that `config` names.
+    cache: a folder, made if it is not there; by default the one that `config` names.
     views: views beside those of image_encoder and text_encoder. The first of all takes the image's role.
-    layer_groups: blocks kept of each encoder, evenly spread, in place of every second one.
-    dtype: of the stored states: bfloat16, float16 or float32.
-    missing_images: "error", or "blank" to encode a blank image where one is missing.
-    batch_size: items encoded at a time.
-    workers: processes that read images ahead; 0: none, None: as idle CPUs and images suggest.
+    config: settings to start from: a YAML or JSON file such as a recipe, or a mapping of the same form. Its encoders
+        are taken if no others are given.
+    protocol, extraction: sections of the configuration; they replace those of `config`.
+    changes: settings by dotted name, as {"encoders.title.max_tokens": 64}; they go last.
+    dry_run: do all checks, write nothing, and return how many items would be encoded.
     settings: image_encoder and text_encoder (hub names or folders), how they are read (image_pooling, text_layers, …),
-        and settings of ProtocolConfig.
+        and any setting of ExtractionConfig and ProtocolConfig by its name, as batch_size=32; `iisan-fast extract
+        --help` lists them.
 
-    Returns, for each view, how many items there are and how many were encoded now.
+    Returns, for each view, how many items there are, how many were encoded now, and the bytes of their states.
     Raises InputError, before anything is written, for content that is missing, an encoder that cannot be used, or a
     cache made with other encoders or settings.
     """
-    remaining: dict[str, Any] = dict(settings)
     if names := _view_names(views):
         raise InputError(f"views: expected ViewConfigs, found {names[0]!r}")
-    chosen = take_views(remaining, _view_configs(views), layer_groups)
-    if not chosen:
-        raise InputError("views: none to encode; give text_encoder, image_encoder or views")
-    if isinstance(dataset, Dataset):
-        if protocol is not None or remaining:
-            refused = ", ".join(remaining) or "protocol"
-            raise InputError(f"{refused}: the loaded dataset has its protocol already; give it to load_dataset")
-        loaded = dataset
-    else:
-        loaded = load_dataset(as_path("dataset", dataset), protocol=protocol, **remaining)
+    given = _section_settings(protocol=protocol, extraction=extraction)
+    given |= _data_settings(dataset, cache, [*given, *settings, *(changes or {})]) | settings
+    plan = extraction_config(given, base_settings(config), _view_configs(views), changes)
+    loaded = dataset if isinstance(dataset, Dataset) else load_dataset(plan.dataset, protocol=plan.protocol)
     from . import states
 
-    where = torch_device(device)
-    folder = as_path("cache", cache)
-    return states.extract(loaded, chosen, folder, where, batch_size, dtype, missing_images, workers, attention)
+    return states.extract(loaded, plan.views, plan.cache, torch_device(device), plan.config, dry_run)
 
 
-@_checks_names(RunSettings)
+@_checks_names(RUN_SETTINGS)
 def train(
     dataset: PathLike | Dataset | RunConfig | None = None,
     cache: PathLike | None = None,
@@ -159,11 +149,13 @@ def train(
     model: ModelConfig | None = None,
     train: TrainConfig | None = None,
     evaluation: EvaluationConfig | None = None,
+    changes: Mapping[str, Any] | None = None,
     out: PathLike | None = None,
     device: str | torch.device = "auto",
     table: str = "auto",
     on_epoch: OnEpoch | None = None,
-    **settings: Unpack[RunSettings],
+    dry_run: bool = False,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Train a recommender, keep the epoch with the best validation HR@10, and test it once.
 
@@ -174,12 +166,17 @@ def train(
     views: one or two names of the cache's views, the first in the image's role; by default all that it holds.
         ViewConfigs name encoders that run in every step instead, as image_encoder and text_encoder do.
     uncached: True, or how encoders run; only needed where nothing else says that they run.
-    config: settings to start from: a RunConfig, a mapping, or a JSON file such as a run's config.json.
+    config: settings to start from: a RunConfig, a YAML or JSON file such as a recipe or a run's config.json, or a
+        mapping of the same form. Encoders in it run in every step if `uncached` or the method asks for it; otherwise
+        the cache's views of their names are read.
     protocol, model, train, evaluation: sections of the configuration; they replace those of `config`.
+    changes: settings by dotted name, as {"model.bottlenecks.first": 512}; they go last.
     out: the run's folder, which must not hold a run yet; by default the next free runs/NAME-N.
     table: where the hidden states lie: device, pinned (host memory), mapped (their file), or auto, where they fit.
     on_epoch: gets each finished epoch's figures, a line of metrics.jsonl; `print` shows them.
-    settings: any setting of a section by its name, as method="iisan", epochs=20, seed=1, ks=(5, 10); these go last.
+    dry_run: do all checks, write nothing, and return a description of the run that would be trained.
+    settings: any setting of a section by its name, as method="iisan", epochs=20, seed=1, ks=(5, 10); they change the
+        sections. `iisan-fast train --help` lists them.
 
     Returns the run's folder, the best epoch, and the figures on the test set: HR@K and NDCG@K as fractions, history
     masked and unmasked, beside the popularity baseline.
@@ -194,9 +191,8 @@ def train(
         if config is not None:
             raise InputError("config: the first argument is a configuration already; give one of them")
         dataset, config = None, dataset
-    sections = {"protocol": protocol, "model": model, "train": train, "evaluation": evaluation}
-    chosen: dict[str, Any] = {name: value for name, value in sections.items() if value is not None}
-    chosen |= _data_settings(dataset, cache, {**chosen, **settings})
+    chosen = _section_settings(protocol=protocol, model=model, train=train, evaluation=evaluation)
+    chosen |= _data_settings(dataset, cache, [*chosen, *settings, *(changes or {})])
     chosen |= settings
     encoders = take_views(chosen, _view_configs(views))
     if names := _view_names(views):
@@ -211,10 +207,14 @@ def train(
         if encoders:
             raise InputError(demo.NOT_OF_THE_DEMO)
         folder = next_run_folder("demo") if out is None else as_path("out", out)
-        run = demo.configure(folder, chosen, bool(uncached), where)
+        if dry_run:
+            raise InputError("dry_run: the demo makes its dataset when it is trained; give a dataset")
+        run = demo.configure(folder, chosen, bool(uncached), where, changes or {})
     else:
-        run = run_config(chosen, base_settings(config or {}), encoders, bool(uncached))
+        run = run_config(chosen, base_settings(config), encoders, bool(uncached), changes)
         folder = next_run_folder(Path(run.dataset).name) if out is None else as_path("out", out)
+    if dry_run:
+        return training.describe_new_run(run, folder, where, table)
     result = training.train(run, folder, where, report, table)
     return {"run": str(folder), **result}
 
@@ -236,14 +236,14 @@ def resume(
     return {"run": str(folder), **training.resume(folder, torch_device(device), _on_epoch(on_epoch), table)}
 
 
-@_checks_names(EvaluationSettings)
+@_checks_names(EVALUATION_SETTINGS)
 def evaluate(
     run: PathLike,
     split: str = "test",
     *,
     device: str | torch.device = "auto",
     evaluation: EvaluationConfig | None = None,
-    **settings: Unpack[EvaluationSettings],
+    **settings: Any,
 ) -> dict[str, Any]:
     """Rank the targets of a run's users in the full catalogue, by the run's best checkpoint.
 
@@ -276,14 +276,28 @@ def load(run: PathLike, *, device: str | torch.device = "auto") -> BestRun:
     return training.load(as_path("run", run), torch_device(device))
 
 
-def _data_settings(
-    dataset: PathLike | Dataset | None, cache: PathLike | None, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the settings that say what a run reads; those of a loaded dataset's protocol are not given again."""
+def _section_settings(**sections: Any) -> dict[str, Any]:
+    """Return the sections that are given, by name. Raises InputError for a value that is no such section."""
+    settings = {}
+    for name, section in sections.items():
+        if isinstance(section, Mapping):
+            section = from_dict(SECTIONS[name], section, name)
+        if section is not None and not isinstance(section, SECTIONS[name]):
+            raise InputError(f"{name}: expected {SECTIONS[name].__name__}, found {section!r}")
+        if section is not None:
+            settings[name] = section
+    return settings
+
+
+def _data_settings(dataset: PathLike | Dataset | None, cache: PathLike | None, names: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that say what a command reads.
+
+    names: of the other settings. Raises InputError if one of them is of the protocol, which a loaded dataset has.
+    """
     sources: dict[str, Any] = {} if cache is None else {"cache": cache}
     if isinstance(dataset, Dataset):
-        for name in ("protocol", *ProtocolSettings.__annotations__):
-            if name in settings:
+        for name in names:
+            if name in ("protocol", *PROTOCOL_SETTINGS) or name.startswith("protocol."):
                 raise InputError(f"{name}: the loaded dataset has its protocol already; give it to load_dataset")
         sources |= {"dataset": dataset.root, "protocol": dataset.protocol}
     elif dataset is not None:

@@ -55,6 +55,8 @@ OCCASIONS = ("camping", "travel", "garden", "office", "kitchen", "beach", "winte
 ENCODER_SHAPE = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 128}
 IMAGE_ENCODER_SHAPE = {"image_size": IMAGE_SIZE, "patch_size": IMAGE_SIZE // 4, **ENCODER_SHAPE}
 
+NO_CHANGES: Mapping[str, Any] = {}
+NOT_CHANGED = {"dataset", "cache", "views", "encoders"}  # parts of settings that the demo makes itself
 NOT_OF_THE_DEMO = "dataset: none given, and the demo takes no cache, views, encoders or temporal split; give a dataset"
 
 Outline = list[tuple[float, float]]
@@ -114,18 +116,24 @@ def plan(root: Path) -> tuple[Path, list[ViewConfig]]:
     return root / "dataset", views
 
 
-def configure(out: Path, options: Mapping[str, Any], uncached: bool, device: torch.device) -> RunConfig:
+def configure(
+    out: Path, options: Mapping[str, Any], uncached: bool, device: torch.device, changes: Mapping[str, Any] = NO_CHANGES
+) -> RunConfig:
     """Write the demo into `out`/demo, encode it where the method reads a cache, and return the run's configuration.
 
     options: flat settings as `run_config` takes them. uncached: run the encoders in every step.
+    changes: settings by dotted name, as `run_config` takes them.
     Raises InputError, before anything is written, for settings that cannot be used.
     """
     temporal = getattr(options.get("protocol"), "split", options.get("split")) == "temporal"
-    if temporal or {"cache", "views", "uncached"} & options.keys():
+    temporal = changes.get("protocol.split", "temporal" if temporal else "") == "temporal"
+    parts = {name.partition(".")[0] for name in changes}
+    if temporal or {"cache", "views", "uncached"} & options.keys() or NOT_CHANGED & parts:
         raise InputError(NOT_OF_THE_DEMO)
     home = out.resolve() / "demo"
     dataset, views = plan(home)
     model = {**to_dict(options.get("model", ModelConfig())), **options}
+    model |= {name.removeprefix("model."): value for name, value in changes.items() if name.startswith("model.")}
     method, groups = model["method"], model["layer_groups"]
     check_choice("method", method, METHODS)
     if groups is not None:
@@ -135,7 +143,7 @@ def configure(out: Path, options: Mapping[str, Any], uncached: bool, device: tor
     if not runs and method != "id":
         views = [replace(view, layer_groups=groups) for view in views]
         read |= {"cache": home / "states", "views": [view.name for view in views]}
-    config = run_config({**read, **options}, settings(method), encoders=views if runs else ())
+    config = run_config({**read, **options}, settings(method), encoders=views if runs else (), changes=changes)
     check_new_run(config, out, device)
     LOGGER.info("No dataset given: this is the embedded demo.")
     write_demo(home)

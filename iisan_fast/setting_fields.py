@@ -25,6 +25,17 @@ Config = TypeVar("Config", bound="DataclassInstance")
 RULES = "rules"  # the key of a field's metadata
 
 
+class YesNo(str):
+    """A bare yes, no, on or off of YAML: text, or a truth value if the setting is one."""
+
+    TRUTH = {"yes": True, "on": True, "no": False, "off": False}
+
+    @property
+    def truth(self) -> bool:
+        """Return the truth value."""
+        return self.TRUTH[self.lower()]
+
+
 @dataclass(frozen=True)
 class SettingRules:
     """What a setting means, and which values it takes."""
@@ -173,7 +184,7 @@ def _range_text(rules: SettingRules) -> str:
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     if hint is Any:
-        return value
+        return _untyped(value)
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:
@@ -191,8 +202,19 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return _expect(_plain(value, hint), hint, where)
 
 
+def _untyped(value: Any) -> Any:
+    """Return a value of any type; a YesNo in it becomes a truth value."""
+    if isinstance(value, YesNo):
+        return value.truth
+    if isinstance(value, Mapping):
+        return {key: _untyped(part) for key, part in value.items()}
+    return [_untyped(part) for part in value] if isinstance(value, list) else value
+
+
 def _plain(value: Any, hint: type) -> Any:
-    """Return a number or a path in Python's own type, as JSON takes it."""
+    """Return a number, a truth value or a path in Python's own type, as JSON takes it."""
+    if isinstance(value, YesNo):
+        return value.truth if hint is bool else str(value)
     if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):

@@ -1,7 +1,7 @@
-"""Flat settings, as the command line and the Python functions take them, into configurations.
+"""Resolve flat settings, as the command line and the Python functions take them, into configurations.
 
-A setting has one name everywhere: that of its field in the configurations of config.py. Only `epochs` is a shorter name
-for `max_epochs`.
+A setting has one name everywhere: the name of its field in a configuration of config.py. Only `epochs` is a shorter
+name for `max_epochs`. Settings of the two usual encoders have their kind before the name: `image_pooling`.
 """
 
 from __future__ import annotations
@@ -9,104 +9,61 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Union
+from typing import Any, NamedTuple, TypeVar
 
-from .config import EvaluationConfig, ModelConfig, ProtocolConfig, RunConfig, TrainConfig, UncachedConfig, ViewConfig
+from .config import (
+    SIDE_METHODS,
+    TUNING_METHODS,
+    EvaluationConfig,
+    ExtractionConfig,
+    ModelConfig,
+    ProtocolConfig,
+    RunConfig,
+    ViewConfig,
+)
 from .errors import InputError, check_choice, nearest
 from .setting_fields import from_dict, to_dict
-from .settings_files import read_run_settings
+from .setting_sources import PARTS, SECTIONS, as_path, change_settings
 
-PathLike = Union[str, "os.PathLike[str]"]
-Section = TypeVar("Section", ProtocolConfig, EvaluationConfig)
-SECTIONS = {
-    "protocol": ProtocolConfig,
-    "model": ModelConfig,
-    "train": TrainConfig,
-    "evaluation": EvaluationConfig,
-    "uncached": UncachedConfig,
-}
+LOGGER = logging.getLogger(__name__)
+Section = TypeVar("Section", ProtocolConfig, EvaluationConfig, ExtractionConfig)
 OTHER_NAMES = {"epochs": "max_epochs"}
+RUN_SECTIONS = ("protocol", "model", "train", "evaluation", "uncached")
 SECTION_OF = {
-    setting.name: section
-    for section, config in SECTIONS.items()
-    for setting in dataclasses.fields(config)
-    if setting.name != "views"
+    field.name: section
+    for section in RUN_SECTIONS
+    for field in dataclasses.fields(SECTIONS[section])
+    if field.name != "views"
 }
+KINDS = ("image", "text")  # of the usual encoders
+OF_A_KIND = ("encoder", "pooling", "layers", "options")  # fields of ViewConfig that each of them has
+OF_BOTH = tuple(  # the other fields, which both share
+    field.name
+    for field in dataclasses.fields(ViewConfig)
+    if field.name not in ("name", "source", "layer_groups", *OF_A_KIND)
+)
+ENCODER_SETTINGS = (*(f"{kind}_{part}" for kind in KINDS for part in OF_A_KIND), "text_source", *OF_BOTH)
+ENCODER_SETTINGS += ("encoder_options",)
+PROTOCOL_SETTINGS, EVALUATION_SETTINGS, EXTRACTION_SETTINGS = (
+    tuple(field.name for field in dataclasses.fields(section))
+    for section in (ProtocolConfig, EvaluationConfig, ExtractionConfig)
+)
+RUN_SETTINGS = (*SECTION_OF, *OTHER_NAMES, *ENCODER_SETTINGS)
+NOT_OF_A_RUN = "extraction"  # the part of a settings file that training does not read
+PARTS_OF_EXTRACTION = ("dataset", "cache", "encoders", "protocol", "extraction")
 
 
-class ProtocolSettings(TypedDict, total=False):
-    """Settings of ProtocolConfig."""
+class Extraction(NamedTuple):
+    """All that one extraction is made from."""
 
-    min_interactions: int
-    max_inputs: int
-    unescape_titles: bool
-    missing_captions: str
-    split: str
-    validation_from: float
-    test_from: float
-
-
-class EvaluationSettings(TypedDict, total=False):
-    """Settings of EvaluationConfig."""
-
-    ks: Sequence[int]
-    mask_history: bool
-    ties: str
-    chunk_mib: int
-
-
-class EncoderSettings(TypedDict, total=False):
-    """An image encoder and a text encoder, a view each."""
-
-    image_encoder: PathLike
-    image_pooling: str
-    image_layers: Sequence[int]
-    image_options: Mapping[str, Any]  # for Hugging Face's from_pretrained
-    text_encoder: PathLike
-    text_source: str  # title or caption
-    text_pooling: str
-    text_layers: Sequence[int]
-    text_options: Mapping[str, Any]
-    max_tokens: int  # these three: of both encoders
-    encoder_dtype: str
-    encoder_options: Mapping[str, Any]
-
-
-class ExtractionSettings(ProtocolSettings, EncoderSettings, total=False):
-    """Flat settings of `extract`."""
-
-
-class RunSettings(ProtocolSettings, EvaluationSettings, EncoderSettings, total=False):
-    """Flat settings of `train`: those of all sections of RunConfig, and encoders that run in every step."""
-
-    method: str
-    embedding_dim: int
-    bottleneck: int
-    bottlenecks: Mapping[str, int]
-    activation: str
-    sanb: str
-    gates: bool
-    intra: bool
-    inter: bool | None
-    layer_groups: int | None
-    blocks: int
-    attention_heads: int
-    dropout: float
-    batch_users: int
-    epochs: int
-    max_epochs: int
-    patience: int
-    seed: int
-    precision: str
-    learning_rates: Mapping[str, float]
-    dtype: str
-    missing_images: str
-    attention: str
-    items_at_once: int | None
-    checkpointing: bool
+    dataset: Path
+    cache: Path
+    views: list[ViewConfig]
+    protocol: ProtocolConfig
+    config: ExtractionConfig
 
 
 def refuse_unknown(function: str, names: Collection[str], known: Collection[str]) -> None:
@@ -114,13 +71,6 @@ def refuse_unknown(function: str, names: Collection[str], known: Collection[str]
     for name in names:
         if name not in known:
             raise InputError(f"{function}: unknown setting {name}; {nearest(name, known)}")
-
-
-def as_path(name: str, path: PathLike) -> Path:
-    """Return an argument as a path, ~ replaced by the home folder. Raises InputError for another type and for ""."""
-    if not isinstance(path, (str, os.PathLike)) or path == "":
-        raise InputError(f"{name}: expected a path, found {path!r}")
-    return Path(path).expanduser()
 
 
 def take_views(
@@ -131,10 +81,9 @@ def take_views(
     layer_groups: of every view, none of which may then name its layers itself.
     Raises InputError for settings of an encoder that is not there, and for two views of one name.
     """
-    shared = {
-        name: value for name in ("max_tokens", "encoder_dtype") if (value := settings.pop(name, None)) is not None
-    }
-    source, options = settings.pop("text_source", None), settings.pop("encoder_options", None)
+    shared = {name: value for name in OF_BOTH if (value := settings.pop(name, None)) is not None}
+    source = settings.pop("text_source", None)
+    options = settings.pop("encoder_options", None)
     if source is not None:
         check_choice("text_source", source, ("title", "caption"))
     described = [
@@ -143,7 +92,7 @@ def take_views(
     ]
     chosen = [view for view in described if view is not None]
     if not chosen and (shared or source or options):
-        needing = "max_tokens, encoder_dtype, text_source, encoder_options"
+        needing = ", ".join((*OF_BOTH, "text_source", "encoder_options"))
         raise InputError(f"{needing}: need image_encoder or text_encoder; a view has such settings itself")
     chosen += views
     if layer_groups is not None:
@@ -159,16 +108,21 @@ def run_config(
     base: Mapping[str, Any] | None = None,
     encoders: Sequence[ViewConfig] = (),
     uncached: bool = False,
+    changes: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """Resolve a run's configuration: the defaults, changed by `base`, changed by `settings`.
+    """Resolve a run's configuration: the defaults, changed by `base`, by `settings` and by `changes`.
 
     settings: dataset, cache, views (names in the cache), whole sections as configurations, and settings of the sections
         by their names alone, which change the sections.
-    base: settings in the form of a run's config.json.
-    encoders: the views whose encoders run in every step, in place of a cache.
-    uncached: expect encoders that run, from `encoders` or from `base`.
+    base: settings as `base_settings` returns them. Encoders in it run in every step if `uncached` says so or the method
+        trains encoders; otherwise the cache's views of their names are read, and have to be made by them.
+    encoders: the views whose encoders run in every step, in place of a cache and of the encoders of `base`.
+    uncached: expect encoders that run.
+    changes: settings by dotted name, as "model.dropout".
     """
     values = copy.deepcopy(dict(base or {}))
+    if encoders and "views" in (values.get("uncached") or {}):
+        values["uncached"] = None  # settings of other encoders
     flat = _renamed({name: value for name, value in settings.items() if name in SECTION_OF or name in OTHER_NAMES})
     for name, value in settings.items():
         if name not in flat and name not in OTHER_NAMES:
@@ -176,26 +130,58 @@ def run_config(
     for name in ("dataset", "cache"):
         if name in settings:
             values[name] = str(as_path(name, settings[name]).resolve())
-    if not isinstance(values.get("dataset"), str):
-        raise InputError(f"dataset: expected a folder, found {json.dumps(values.get('dataset'), default=repr)}")
-    _give_encoders(values, settings, encoders, uncached)
+    in_uncached = [name for name in flat if SECTION_OF[name] == "uncached"]
+    in_uncached += [name for name in changes or {} if name.startswith("uncached.")]
     for name, value in flat.items():
         _set(values, SECTION_OF[name], name, value)
-    method = values["model"].get("method") if isinstance(values.get("model"), dict) else None
-    reads_cache = isinstance(values.get("cache"), str) and method != "id" and not values.get("uncached")
-    if reads_cache and "views" not in values:
-        values["views"] = _all_views(Path(values["cache"]))
+    change_settings(values, changes or {}, [part for part in PARTS if part != NOT_OF_A_RUN])
+    if not isinstance(values.get("dataset"), str):
+        raise InputError(f"dataset: expected a folder, found {json.dumps(values.get('dataset'), default=repr)}")
+    described = _encoders_of_base(values)
+    _choose_source(values, settings, described, encoders, uncached)
+    if in_uncached and not values.get("uncached"):
+        raise InputError(f"{in_uncached[0]}: needs encoders that run; give uncached and encoders")
+    if isinstance(values.get("cache"), str) and _method(values) != "id" and not values.get("uncached"):
+        _check_cache(values, described)
     return from_dict(RunConfig, values)
 
 
-def base_settings(config: RunConfig | PathLike | Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration, or the content of its JSON file, in the form of a run's config.json."""
-    if isinstance(config, RunConfig):
-        return to_dict(config)
-    if isinstance(config, Mapping):
-        return dict(config)
-    values, _ = read_run_settings(as_path("config", config))
-    return values
+def extraction_config(
+    settings: Mapping[str, Any],
+    base: Mapping[str, Any] | None = None,
+    views: Sequence[ViewConfig] = (),
+    changes: Mapping[str, Any] | None = None,
+) -> Extraction:
+    """Resolve an extraction: the defaults, changed by `base`, by `settings` and by `changes`.
+
+    settings: dataset, cache, the sections protocol and extraction, and settings of these and of encoders by their
+        names alone.
+    base: settings as `base_settings` returns them; its encoders are taken if neither settings nor `views` name any.
+    Raises InputError for settings that cannot be used, and if a dataset, a cache or encoders are missing.
+    """
+    values, remaining = copy.deepcopy(dict(base or {})), dict(settings)
+    for name in ("protocol", "extraction"):
+        if name in remaining:
+            values[name] = to_dict(remaining.pop(name))
+    for name in [name for name in remaining if name in PROTOCOL_SETTINGS]:
+        _set(values, "protocol", name, remaining.pop(name))
+    for name in [name for name in remaining if name in EXTRACTION_SETTINGS]:
+        _set(values, "extraction", name, remaining.pop(name))
+    values |= {name: remaining.pop(name) for name in ("dataset", "cache") if name in remaining}
+    change_settings(values, changes or {}, PARTS_OF_EXTRACTION)
+    config = from_dict(ExtractionConfig, values.get("extraction") or {}, "extraction")
+    in_base = values.get("encoders") or (values.get("uncached") or {}).get("views") or []
+    described = [from_dict(ViewConfig, view, "encoders") for view in in_base]
+    named = any(name in remaining for name in ENCODER_SETTINGS)
+    chosen = take_views(remaining, list(views) if views or named else described, config.layer_groups)
+    if not chosen:
+        raise InputError("views: none to encode; give text_encoder, image_encoder or views")
+    for name in ("dataset", "cache"):
+        if values.get(name) is None:
+            raise InputError(f"{name}: none given; name a folder, or a settings file that does")
+    protocol = from_dict(ProtocolConfig, values.get("protocol") or {}, "protocol")
+    dataset, cache = (as_path(name, values[name]) for name in ("dataset", "cache"))
+    return Extraction(dataset, cache, chosen, protocol, config)
 
 
 def changed_section(name: str, kind: type[Section], section: Section | None, settings: Mapping[str, Any]) -> Section:
@@ -220,8 +206,7 @@ def _view(
     kind: str, source: str, settings: dict[str, Any], shared: Mapping[str, Any], options: Mapping[str, Any]
 ) -> ViewConfig | None:
     """Take the settings of the image's or the text's encoder out of `settings` and return its view, if there is one."""
-    parts = ("encoder", "pooling", "layers", "options")
-    values = {part: value for part in parts if (value := settings.pop(f"{kind}_{part}", None)) is not None}
+    values = {part: value for part in OF_A_KIND if (value := settings.pop(f"{kind}_{part}", None)) is not None}
     if "encoder" not in values:
         if values:
             raise InputError(f"{kind}_{next(iter(values))}: needs {kind}_encoder")
@@ -247,31 +232,100 @@ def _renamed(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {OTHER_NAMES.get(name, name): value for name, value in flat.items()}
 
 
-def _give_encoders(
-    values: dict[str, Any], settings: Mapping[str, Any], encoders: Sequence[ViewConfig], uncached: bool
+def _method(values: Mapping[str, Any]) -> str:
+    model = values.get("model")
+    return model.get("method", ModelConfig.method) if isinstance(model, dict) else ModelConfig.method
+
+
+def _encoders_of_base(values: dict[str, Any]) -> list[ViewConfig]:
+    """Take `encoders` and `extraction` out of a configuration's values and return the views of the cache they make."""
+    extraction = from_dict(ExtractionConfig, values.pop("extraction", None) or {}, "extraction")
+    views = [from_dict(ViewConfig, view, "encoders") for view in values.pop("encoders", None) or []]
+    return views if extraction.layer_groups is None else [_grouped(view, extraction.layer_groups) for view in views]
+
+
+def _choose_source(
+    values: dict[str, Any],
+    settings: Mapping[str, Any],
+    described: Sequence[ViewConfig],
+    encoders: Sequence[ViewConfig],
+    uncached: bool,
 ) -> None:
-    """Put the encoders that run into the configuration, and refuse settings of them where none run."""
+    """Decide between encoders that run, a cache, and neither; take the other out of a configuration's values.
+
+    described: the encoders of the base, which may run or may have made the cache. encoders: others, which run.
+    """
     if encoders:
         if "uncached" in settings:
             raise InputError("uncached: holds views of its own; leave out the other encoders")
-        values["uncached"] = {"views": [to_dict(view) for view in encoders]}
+        _run_encoders(values, encoders)
         if "views" not in settings:
-            values.pop("views", None)  # those of `base`, of other encoders
-    if values.get("uncached"):
-        return
-    if uncached:
+            values.pop("views", None)  # those of the base, of other encoders
+    elif described and not (values.get("uncached") or {}).get("views"):
+        method = _method(values)
+        if uncached or method in TUNING_METHODS:
+            chosen = _chosen(described, values.get("views"))
+            _run_encoders(values, [_for_method(view, method) for view in chosen])
+            if "cache" not in settings:
+                values["cache"] = None
+        else:
+            values["uncached"] = None
+            names = [view.name for view in described]
+            values["views"] = values.get("views") or names
+        if method == "id":
+            values |= {name: default for name, default in (("cache", None), ("views", [])) if name not in settings}
+    options = values.get("uncached")
+    if isinstance(options, dict) and "views" not in options:
+        values["uncached"] = options = None
+    if uncached and not options:
         raise InputError("uncached: no encoders to run; give image_encoder, text_encoder or views")
-    for name in settings:
-        if SECTION_OF.get(name) == "uncached":
-            raise InputError(f"{name}: needs encoders that run; give uncached and encoders")
+
+
+def _run_encoders(values: dict[str, Any], views: Sequence[ViewConfig]) -> None:
+    values["uncached"] = {**(values.get("uncached") or {}), "views": [to_dict(view) for view in views]}
+
+
+def _chosen(described: Sequence[ViewConfig], names: Any) -> list[ViewConfig]:
+    """Return the views of these names, in their order; all views for no names."""
+    by_name = {view.name: view for view in described}
+    for name in names or ():
+        if name not in by_name:
+            raise InputError(f"views: no encoder is named {name}; {nearest(str(name), by_name)}")
+    return [by_name[name] for name in names] if names else list(described)
+
+
+def _for_method(view: ViewConfig, method: str) -> ViewConfig:
+    """Return a view of a settings file as a method runs it, without settings that are for a cache of several layers."""
+    changed = view
+    if method not in SIDE_METHODS:
+        changed = dataclasses.replace(changed, layers=None, layer_groups=None)
+    if method in TUNING_METHODS:
+        changed = dataclasses.replace(changed, encoder_dtype="auto")
+    if changed != view:
+        LOGGER.info("view %s: %s takes neither its layers nor its encoder_dtype from the settings", view.name, method)
+    return changed
 
 
 def _set(values: dict[str, Any], section: str, name: str, value: Any) -> None:
     """Set one setting in a section of a configuration's values."""
-    target = values.setdefault(section, {})
+    if values.get(section) is None:
+        values[section] = {}
+    target = values[section]
     if not isinstance(target, dict):
         raise InputError(f"{section}: expected an object of settings, found {json.dumps(target, default=repr)}")
     target[name] = value
+
+
+def _check_cache(values: dict[str, Any], described: Sequence[ViewConfig]) -> None:
+    """Fill in the views of the cache, and refuse a cache that other encoders made than those described."""
+    from .states import refuse_other_encoders  # imports torch, which takes seconds
+
+    cache = Path(values["cache"])
+    if "views" not in values:
+        values["views"] = _all_views(cache)
+    read = [view for view in described if view.name in values["views"]]
+    if read:
+        refuse_other_encoders(cache, read)
 
 
 def _all_views(cache: Path) -> list[str]:

@@ -1,16 +1,25 @@
-"""Read the JSON files of settings that runs, caches and captions record."""
+"""Read files of settings: a user's YAML or JSON, and the JSON that runs, caches and captions record.
+
+YAML is read by the rules of YAML 1.2: `1e-4` is a number, `010` is ten, and only `true` and `false` are truth values. A
+bare `yes`, `no`, `on` or `off` becomes a YesNo: a truth value for a setting that is one, text for a setting of text.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .config import RunConfig
 from .errors import InputError
-from .setting_fields import from_dict
+from .setting_fields import YesNo, from_dict
 
+Names = tuple[str, ...]  # the names that lead to a value: ("model", "dropout")
 RUN_FORMAT = 2  # of a run folder, recorded in their config.json; runs of format 1 record none
 
 
@@ -56,3 +65,129 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+@dataclass(frozen=True)
+class SettingsFile:
+    """The settings that a file holds, not yet checked, and the line of each."""
+
+    path: Path
+    values: dict[str, Any]
+    lines: dict[Names, int] = field(default_factory=dict)  # counted from 1
+
+    def error(self, names: Names, message: str) -> InputError:
+        """Return an InputError that says the file, and the line of the innermost of the names that has one."""
+        known = [names[:count] for count in range(len(names), 0, -1) if names[:count] in self.lines]
+        line = f":{self.lines[known[0]]}" if known else ""
+        return InputError(f"{self.path}{line}: {message}")
+
+
+def read_settings_file(path: Path) -> SettingsFile:
+    """Return the settings in a YAML or JSON file, such as a recipe or a run's config.json.
+
+    Raises InputError, with file and line, for a file that is neither, holds a name twice or holds no settings.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise InputError(f"{path}: expected YAML or JSON, found bytes that are not UTF-8") from None
+    settings = SettingsFile(path, {})
+    try:
+        node = yaml.compose(_without_tabs(text), Loader=_SettingsLoader)
+        if not isinstance(node, yaml.MappingNode):
+            found = "nothing" if node is None else f"a {node.id}"
+            raise InputError(f"{path}: expected settings as YAML or JSON, found {found}")
+        settings.values.update(_mapping(node, settings, ()))
+    except yaml.YAMLError as error:
+        raise _unreadable(path, error) from None
+    except RecursionError:
+        raise InputError(f"{path}: expected settings as YAML or JSON, found too many levels") from None
+    return settings
+
+
+def parse_yaml_value(text: str) -> Any:
+    """Return a value that is written as YAML: a number, a truth value, a list, text, … Raises ValueError if it is none.
+
+    Text that is not YAML in itself, such as `a: b: c`, is refused as well.
+    """
+    settings = SettingsFile(Path("value"), {})
+    try:
+        node = yaml.compose(text, Loader=_SettingsLoader)
+        return None if node is None else _value(node, settings, ())
+    except (yaml.YAMLError, InputError, RecursionError):
+        raise ValueError(f"expected a value as YAML, found {text!r}") from None
+
+
+class _SettingsLoader(yaml.SafeLoader):
+    """A loader that knows the plain values of YAML 1.2 alone."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+
+_PLAIN = "tag:yaml.org,2002:plain"  # any value without quotes, told apart in `_plain_value`
+_TEXT = "tag:yaml.org,2002:str"  # text in quotes
+_SettingsLoader.add_implicit_resolver(_PLAIN, re.compile(".*", re.DOTALL), None)
+_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+_INTEGER = re.compile(r"[-+]?[0-9]+")
+_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
+
+
+def _value(node: yaml.Node, settings: SettingsFile, names: Names) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node, settings, names)
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(part, settings, (*names, str(index))) for index, part in enumerate(node.value)]
+    if node.tag not in (_PLAIN, _TEXT):
+        raise InputError(
+            f"{settings.path}:{node.start_mark.line + 1}: expected a plain value, found the tag {node.tag}"
+        )
+    return _plain_value(node.value) if node.tag == _PLAIN else node.value
+
+
+def _mapping(node: yaml.MappingNode, settings: SettingsFile, names: Names) -> dict[str, Any]:
+    """Return the values of a mapping, and note their lines. Raises InputError for a name that stands twice."""
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise InputError(f"{settings.path}:{line}: expected a name, found a {key_node.id}")
+        key = key_node.value
+        inner_names = (*names, key)
+        if key in values:
+            first = settings.lines[inner_names]
+            raise InputError(f"{settings.path}:{line}: {key} stands twice, first in line {first}; leave one out")
+        settings.lines[inner_names] = line
+        values[key] = _value(value_node, settings, inner_names)
+    return values
+
+
+def _plain_value(text: str) -> Any:
+    """Return the value of a word without quotes: a number, a truth value, None, or the text."""
+    word = text.lower()
+    if word in _WORDS:
+        return _WORDS[word]
+    if word in YesNo.TRUTH:
+        return YesNo(text)
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _NUMBER.fullmatch(text):
+        return float(word.replace(".inf", "inf").replace(".nan", "nan"))
+    return text
+
+
+def _without_tabs(text: str) -> str:
+    """Return JSON with its tabs, which YAML refuses, as spaces; other text unchanged. A text of JSON holds no tab."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return text.replace("\t", " ")
+
+
+def _unreadable(path: Path, error: yaml.YAMLError) -> InputError:
+    mark = getattr(error, "problem_mark", None)
+    line = "" if mark is None else f":{mark.line + 1}"
+    problem = " ".join(str(getattr(error, "problem", None) or error).split())
+    return InputError(f"{path}{line}: neither YAML nor JSON ({problem})")

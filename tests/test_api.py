@@ -8,9 +8,7 @@ import logging
 import os
 import subprocess
 import sys
-import typing
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,6 +28,7 @@ from iisan_fast import (
     settings,
 )
 from iisan_fast.cli import main
+from iisan_fast.setting_sources import SECTIONS
 
 SMALL = {"epochs": 2, "batch_users": 16, "embedding_dim": 16, "bottleneck": 8, "device": "cpu"}
 
@@ -101,19 +100,16 @@ def test_the_module_is_the_command():
 
 def test_each_flat_setting_is_a_field_of_one_section():
     fields = {
-        (section, field.name): typing.get_type_hints(config)[field.name]
-        for section, config in settings.SECTIONS.items()
-        for field in dataclasses.fields(config)
+        (section, field.name)
+        for section in settings.RUN_SECTIONS
+        for field in dataclasses.fields(SECTIONS[section])
         if field.name != "views"
     }
-    assert {name: section for section, name in fields} == settings.SECTION_OF
-    assert len(fields) == len(settings.SECTION_OF)
+    assert {(section, name) for name, section in settings.SECTION_OF.items()} == fields
     assert not settings.SECTION_OF.keys() & {field.name for field in dataclasses.fields(RunConfig)}
-    typed = typing.get_type_hints(settings.RunSettings)
-    flat = {name: hint for name, hint in typed.items() if name not in settings.EncoderSettings.__annotations__}
-    assert flat.pop("epochs") is int
-    assert flat.pop("ks") == Sequence[int] and fields.pop(("evaluation", "ks")) == tuple[int, ...]
-    assert flat == {name: hint for (_, name), hint in fields.items()}
+    flat = (*settings.SECTION_OF, *settings.ENCODER_SETTINGS)
+    assert len(set(flat)) == len(flat)
+    assert {"image_encoder", "text_layers", "max_tokens", "encoder_dtype"} <= set(settings.ENCODER_SETTINGS)
 
 
 def test_settings_resolve_as_on_the_command_line(toy_run, tmp_path):
@@ -222,8 +218,13 @@ MISTAKES = {
     'batch_users: expected int, found "64"': {"batch_users": "64"},
     "epochs, max_epochs: are one setting": {"epochs": 1, "max_epochs": 2},
     "method: expected one of iisan": {"method": "isan"},
-    'model: expected names and values, found "iisan"': {"model": "iisan"},
-    "train: expected an object of settings": {"train": 20, "epochs": 3},
+    "model: expected ModelConfig, found 'iisan'": {"model": "iisan"},
+    "train: expected TrainConfig, found 20": {"train": 20, "epochs": 3},
+    "train.batch_size: unknown setting; did you mean train.batch_users": {"changes": {"train.batch_size": 3}},
+    "dropout: unknown setting; did you mean model.dropout?": {"changes": {"dropout": 0.2}},
+    "extraction.workers: unknown setting": {"changes": {"extraction.workers": 2}},
+    "uncached.items_at_once: needs encoders that run": {"changes": {"uncached.items_at_once": 2}},
+    "encoders.title.max_tokens: the settings hold no encoders": {"changes": {"encoders.title.max_tokens": 2}},
     "device: expected auto, cpu, cuda or cuda:N, found 'gpu'": {"device": "gpu"},
     "device: expected auto, cpu, cuda or cuda:N, found None": {"device": None},
     "device: this machine has": {"device": "cuda:99"},
@@ -286,7 +287,7 @@ def test_mistakes_in_the_other_functions_get_one_line(toy_run, toy_config, run, 
             "batch_size: expected at least 1, found 0",
             lambda: iisan_fast.extract(dataset, tmp_path / "c", batch_size=0, **text),
         ),
-        ("workers: expected a whole", lambda: iisan_fast.extract(dataset, tmp_path / "c", workers="2", **text)),
+        ('workers: expected int, found "2"', lambda: iisan_fast.extract(dataset, tmp_path / "c", workers="2", **text)),
         ("attention: expected one", lambda: iisan_fast.extract(dataset, tmp_path / "c", attention="x", **text)),
         ("max_inputs: the loaded dataset", lambda: iisan_fast.extract(loaded, tmp_path / "c", max_inputs=4, **text)),
         ("split: the loaded dataset", lambda: iisan_fast.train(loaded, cache=cache, split="temporal")),

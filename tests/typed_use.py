@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import iisan_fast
-from iisan_fast import ModelConfig, ProtocolConfig, RunConfig, ViewConfig
+from iisan_fast import ExtractionConfig, ModelConfig, ProtocolConfig, RunConfig, TrainConfig, ViewConfig
 from iisan_fast.data import Dataset
 from iisan_fast.kernels import form_on
 from iisan_fast.setting_fields import from_dict
@@ -29,10 +29,11 @@ def right(folder: Path) -> list[str]:
 def wrong(folder: Path) -> None:
     ModelConfig(embedding_dim="64")  # type: ignore[arg-type]
     iisan_fast.load_dataset(folder, protocol=ModelConfig())  # type: ignore[arg-type]
-    iisan_fast.load_dataset(folder, min_interaction=5)  # type: ignore[call-arg]
-    iisan_fast.train("DATASET", epochs="20")  # type: ignore[arg-type]
-    iisan_fast.train("DATASET", epoch=20)  # type: ignore[call-arg]
-    iisan_fast.extract("DATASET")  # type: ignore[call-arg]
+    iisan_fast.load_dataset(folder, ProtocolConfig(min_interaction=5))  # type: ignore[call-arg]
+    iisan_fast.train("DATASET", train=TrainConfig(max_epochs="20"))  # type: ignore[arg-type]
+    iisan_fast.train("DATASET", model=TrainConfig())  # type: ignore[arg-type]
+    iisan_fast.extract("DATASET", extraction=ExtractionConfig(worker=2))  # type: ignore[call-arg]
+    iisan_fast.extract("DATASET", dry_run="yes")  # type: ignore[arg-type]
     iisan_fast.extract("DATASET", "states", views=["title"])  # type: ignore[list-item]
     iisan_fast.load(folder).item_vector  # type: ignore[attr-defined]  # noqa: B018
     iisan_fast.trian  # type: ignore[attr-defined]  # noqa: B018

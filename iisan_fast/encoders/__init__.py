@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .captioner import Captioner
     from .hugging_face import count_parameters, model_dtype, quiet_hugging_face
     from .image_bytes import WORKER_MODULES, ByteForm, ModelInputs
-    from .layer_selection import default_layers, grouped_layers
+    from .layer_selection import default_layers, grouped_layers, selected_layers
     from .loading import load_backbone, load_backbones, views_by_model
     from .random_encoders import common_words, write_bert, write_resized_vit, write_vit
     from .text import TextBackbone
@@ -33,6 +33,7 @@ __all__ = [
     "load_backbones",
     "model_dtype",
     "quiet_hugging_face",
+    "selected_layers",
     "transformer_blocks",
     "views_by_model",
     "write_bert",

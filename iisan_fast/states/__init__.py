@@ -7,11 +7,12 @@ from ..doors import lazy_names
 if TYPE_CHECKING:
     from .encoder_inputs import open_sources, view_inputs
     from .extraction import GROUP_ITEMS, Extracted, extract
-    from .feature_table import FeatureTable, load_table
+    from .feature_table import FeatureTable, load_table, unread_table
     from .input_table import EncodedTable, open_inputs
     from .item_source import Chunks, ItemInputs, ItemSource
     from .loader import PlannedBatch, PreparedBatch, planned_batches, prepared_batches
     from .placement import size_text, usable_memory
+    from .recorded_views import refuse_other_encoders
     from .store import Store, content_digest, describes_view
     from .view_shapes import ViewShape
 
@@ -35,7 +36,9 @@ __all__ = [
     "open_sources",
     "planned_batches",
     "prepared_batches",
+    "refuse_other_encoders",
     "size_text",
+    "unread_table",
     "usable_memory",
     "view_inputs",
 ]

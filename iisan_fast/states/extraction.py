@@ -20,18 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import ATTENTIONS, MISSING_IMAGES, STORE_DTYPES, ViewConfig
+from ..config import ExtractionConfig, ViewConfig
 from ..data import Dataset
 from ..encoders import Backbone, load_backbones, views_by_model
-from ..errors import InputError, check_choice, check_range
+from ..errors import InputError
 from ..progress import progress_bar
 from ..runtime import fix_cublas_workspace
 from ..workers import batched, worker_count
 from .encoder_inputs import EncoderBatch, ViewInputs, inputs_ahead, new_rows, open_sources, view_inputs
-from .store import Store
+from .store import Store, entry_bytes
 
 LOGGER = logging.getLogger(__name__)
 STATE_LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
+DEFAULTS = ExtractionConfig()
 GROUP_ITEMS, GROUP_BYTES = 1024, 32 << 20  # a transaction ends at one of these; a killed run loses only one
 
 
@@ -41,8 +42,9 @@ class Extracted:
 
     view: str
     items: int  # in the catalogue
-    encoded: int  # in this call; the store had the others already
-    blank: int  # of the encoded ones, from a blank image
+    encoded: int  # in this call, or to encode in a dry run; the store had the others already
+    blank: int | None  # of the encoded ones, from a blank image; None after a dry run
+    entry_bytes: int  # of the encoded ones' entries in the store
 
 
 def extract(
@@ -50,50 +52,45 @@ def extract(
     views: list[ViewConfig],
     cache: Path,
     device: torch.device,
-    batch_size: int = 64,
-    dtype: str = "bfloat16",
-    missing_images: str = "error",
-    workers: int | None = None,
-    attention: str = "auto",
+    config: ExtractionConfig = DEFAULTS,
+    dry_run: bool = False,
 ) -> list[Extracted]:
     """Encode every item of the dataset's catalogue, and store its hidden states of each view in the folder `cache`.
 
-    batch_size: items for one forward. dtype: of the stored states, one of config.STORE_DTYPES. missing_images: "error",
-    or "blank" to encode a blank image in place of one that cannot be read. workers: processes that read images ahead; 0
-    reads them in this process; None chooses by idle CPUs and the size of the catalogue. The processes import the main
-    module, so a script calls this function under `if __name__ == "__main__"`. attention: one of config.ATTENTIONS.
+    config: with `workers` 0, this process reads the images; with None, as many processes as idle CPUs and the size of
+    the catalogue suggest. The processes import the main module, so a script calls this function under
+    `if __name__ == "__main__"`. dry_run: do all checks, write nothing, and count the items to encode.
     Returns the counts of each view, in the order of `views`.
 
-    Raises InputError, before anything is written, for a setting out of range, content that is missing or cannot be
+    Raises InputError, before anything is written, for content that is missing or cannot be
     read, an encoder that cannot be used, or a store that other encoders or settings have filled. Raises InputError
     after the good states were written if a hidden state is not finite.
     """
     fix_cublas_workspace()
-    check_choice("dtype", dtype, STORE_DTYPES)
-    check_choice("missing_images", missing_images, MISSING_IMAGES)
-    check_choice("attention", attention, ATTENTIONS)
-    check_range("batch_size", batch_size, 1)
-    if workers is not None:
-        check_range("workers", workers, 0)
     with ExitStack() as stack:
-        images = stack.enter_context(open_sources(dataset, views, missing_images))
-        backbones = load_backbones(views, device, attention, shared=True)
+        images = stack.enter_context(open_sources(dataset, views, config.missing_images))
+        backbones = load_backbones(views, device, config.attention, shared=True)
         jobs = []
         for positions in views_by_model(backbones):
             sharing = [backbones[position] for position in positions]
-            inputs = view_inputs(sharing[0], dataset, images, missing_images)
-            jobs.append(_Job(sharing, inputs, workers if sharing[0].view.source == "image" else 0))
-        descriptions = {backbone.view.name: _describe(backbone, dtype, dataset) for backbone in backbones}
-        planned = _plan_all(jobs, descriptions, cache, dataset.sequences.item_ids)
-        store = stack.enter_context(Store(cache, writable=True))
-        store.add_views(descriptions)
-        _mention_other_versions(descriptions, store)
+            inputs = view_inputs(sharing[0], dataset, images, config.missing_images)
+            jobs.append(_Job(sharing, inputs, config.workers if sharing[0].view.source == "image" else 0))
+        descriptions = {backbone.view.name: _describe(backbone, config.dtype, dataset) for backbone in backbones}
+        item_ids = dataset.sequences.item_ids
+        planned = _plan_all(jobs, descriptions, cache, item_ids, not dry_run)
+        blanks: list[int | None] = [None] * len(planned)
+        if not dry_run:
+            store = stack.enter_context(Store(cache, writable=True))
+            store.add_views(descriptions)
+            _mention_other_versions(descriptions, store)
+            for index, (job, rows) in enumerate(planned):
+                writer = _Writer(store, job.views, getattr(torch, config.dtype), item_ids)
+                blanks[index] = _run(job, rows, writer, config.batch_size)
         results: dict[str, Extracted] = {}
-        for job, rows in planned:
-            writer = _Writer(store, job.views, getattr(torch, dtype), dataset.sequences.item_ids)
-            blank = _run(job, rows, writer, batch_size)
+        for (job, rows), blank in zip(planned, blanks):
             for name in job.views:
-                results[name] = Extracted(name, len(dataset.sequences.item_ids), len(rows), blank)
+                size = len(rows) * entry_bytes(descriptions[name])
+                results[name] = Extracted(name, len(item_ids), len(rows), blank, size)
         return [results[view.name] for view in views]
 
 
@@ -174,16 +171,17 @@ def _describe(backbone: Backbone, dtype: str, dataset: Dataset) -> dict[str, Any
 
 
 def _plan_all(
-    jobs: list[_Job], descriptions: dict[str, dict[str, Any]], cache: Path, item_ids: list[str]
+    jobs: list[_Job], descriptions: dict[str, dict[str, Any]], cache: Path, item_ids: list[str], writable: bool
 ) -> list[tuple[_Job, list[int]]]:
     """Return the jobs with the rows to encode, in order. Raises InputError if content or store cannot be used.
 
+    writable: open the store as a writer, which refuses a store that another extraction writes to.
     A job whose views lack different rows becomes several jobs, because the last bits of a state may differ between
     batches of different items.
     """
     with ExitStack() as stack:
         exists = (cache / "manifest.json").exists()
-        store = stack.enter_context(Store(cache, writable=True)) if exists else None
+        store = stack.enter_context(Store(cache, writable)) if exists else None
         if store is not None:
             store.check_views(descriptions)
         planned = []

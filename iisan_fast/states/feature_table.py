@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,6 +153,17 @@ class MappedTable(GatheredTable):
             into.copy_(stored)
 
 
+class TablePlan(NamedTuple):
+    """The content of a feature table, its size, and its place."""
+
+    names: list[str]  # of the views
+    positions: list[list[int] | None]  # among each view's stored layers, the layers to read; None for all
+    dtypes: list[torch.dtype]
+    shapes: list[tuple[int, ...]]  # [items + 1, K, D] of each view
+    size: int  # in bytes
+    place: str  # device, pinned or mapped
+
+
 def load_table(
     cache: Path,
     views: Iterable[str],
@@ -171,26 +182,62 @@ def load_table(
     """
     store = Store(cache)
     try:
-        names = list(views)
-        descriptions = [store.view(name) for name in names]
-        dtypes = [dtype or getattr(torch, view["dtype"]) for view in descriptions]
-        positions = [group_positions(name, view, layer_groups) for name, view in zip(names, descriptions)]
-        shapes = [(len(item_ids) + 1, *_shape(view, layers)) for view, layers in zip(descriptions, positions)]
-        size = sum(math.prod(shape) * kind.itemsize for shape, kind in zip(shapes, dtypes))
-        where = place("feature table", placement, size, device, mapped="in the store's file")
-        if where == "mapped":
-            return MappedTable(store, names, item_ids, positions, dtypes, device)
-        target = device if where == "device" else torch.device("cpu")
-        pinned = where == "pinned" and device.type == "cuda"
+        plan = plan_table(store, views, item_ids, device, placement, dtype, layer_groups)
+        if plan.place == "mapped":
+            return MappedTable(store, plan.names, item_ids, plan.positions, plan.dtypes, device)
+        target = device if plan.place == "device" else torch.device("cpu")
+        pinned = plan.place == "pinned" and device.type == "cuda"
         tables = tuple(
             _load(store, name, item_ids, layers, torch.zeros(shape, dtype=kind, device=target, pin_memory=pinned))
-            for name, layers, shape, kind in zip(names, positions, shapes, dtypes)
+            for name, layers, shape, kind in zip(plan.names, plan.positions, plan.shapes, plan.dtypes)
         )
     except BaseException:
         store.close()
         raise
     store.close()
-    return FeatureTable(tables) if where == "device" else PinnedTable(tables, device)
+    return FeatureTable(tables) if plan.place == "device" else PinnedTable(tables, device)
+
+
+def unread_table(
+    cache: Path,
+    views: Iterable[str],
+    item_ids: list[str],
+    device: torch.device,
+    placement: str = "auto",
+    dtype: torch.dtype | None = None,
+    layer_groups: int | None = None,
+) -> tuple[MappedTable, TablePlan]:
+    """Return the table of `load_table` in the store's file, wherever it belongs, and the plan that says where that is.
+
+    No state is read. Raises InputError as `load_table` does.
+    """
+    store = Store(cache)
+    try:
+        plan = plan_table(store, views, item_ids, device, placement, dtype, layer_groups)
+        return MappedTable(store, plan.names, item_ids, plan.positions, plan.dtypes, device), plan
+    except BaseException:
+        store.close()
+        raise
+
+
+def plan_table(
+    store: Store,
+    views: Iterable[str],
+    item_ids: list[str],
+    device: torch.device,
+    placement: str,
+    dtype: torch.dtype | None,
+    layer_groups: int | None,
+) -> TablePlan:
+    """Plan the table of `load_table`. Raises InputError for a view that is missing or a placement that does not fit."""
+    names = list(views)
+    descriptions = [store.view(name) for name in names]
+    dtypes = [dtype or getattr(torch, view["dtype"]) for view in descriptions]
+    positions = [group_positions(name, view, layer_groups) for name, view in zip(names, descriptions)]
+    shapes = [(len(item_ids) + 1, *_shape(view, layers)) for view, layers in zip(descriptions, positions)]
+    size = sum(math.prod(shape) * kind.itemsize for shape, kind in zip(shapes, dtypes))
+    where = place("feature table", placement, size, device, mapped="in the store's file")
+    return TablePlan(names, positions, dtypes, shapes, size, where)
 
 
 def _shapes(views: tuple[Tensor, ...]) -> list[ViewShape]:

@@ -54,6 +54,7 @@ class InputTable:
         part_items: int,
         device: torch.device,
         opened: ExitStack,
+        placed: tuple[int, str],
     ) -> None:
         """Take the encoder of each view, and the inputs of each model.
 
@@ -63,6 +64,7 @@ class InputTable:
         self.backbones, self.rows, self.part_items, self.device = backbones, rows, part_items, device
         self.views_by_model = views_by_model(backbones)
         self._views, self._opened = views, opened
+        self.size, self.place = placed  # of the images, in bytes, and where they are
 
     def gather(self, items: Tensor) -> Gathered:
         """Return the token ids and images that are not on the device, one tensor for each model that lacks them.
@@ -196,7 +198,9 @@ def open_inputs(
                 opened_views.append(_TextView(inputs, device))
             else:
                 opened_views.append(_image_view(backbone, inputs, form, where, workers, threads))
-        return InputTable(backbones, opened_views, 1 + len(item_ids), part_items, device, opened.pop_all())
+        return InputTable(
+            backbones, opened_views, 1 + len(item_ids), part_items, device, opened.pop_all(), (size, where)
+        )
 
 
 class _TextView:

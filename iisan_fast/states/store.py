@@ -161,7 +161,7 @@ class Store:
     def _values(self, view: str, item_ids: list[str]) -> Iterator[tuple[int, memoryview]]:
         """Yield each item's row and its stored value, a digest followed by states."""
         description, missing = self.view(view), []
-        size = len(description["layers"]) * description["width"] * getattr(torch, description["dtype"]).itemsize
+        size = entry_bytes(description) - DIGEST_BYTES
         with self._clear_errors(), self._reading() as transaction:
             for row, item_id in enumerate(item_ids):
                 value = transaction.get(_key(view, item_id))
@@ -206,6 +206,12 @@ class Store:
 def content_digest(content: bytes) -> bytes:
     """Return the digest of an item's content that a store keeps with its states: BLAKE2b, 16 bytes."""
     return blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def entry_bytes(description: dict[str, Any]) -> int:
+    """Return the bytes of one item's entry in a store: the digest and the states of a view of this description."""
+    states = len(description["layers"]) * description["width"] * getattr(torch, description["dtype"]).itemsize
+    return DIGEST_BYTES + states
 
 
 def group_positions(name: str, view: dict[str, Any], layer_groups: int | None) -> list[int] | None:

@@ -6,6 +6,7 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .best_run import BestRun, evaluate_run, load
+    from .dry_run import describe_new_run
     from .fused_step import GpuFusedStep, run_stages, step_stages
     from .item_sources import open_source, refuse_missing_libraries
     from .run_folder import RunFolder, environment
@@ -19,6 +20,7 @@ __all__ = [
     "RunFolder",
     "Trainer",
     "check_new_run",
+    "describe_new_run",
     "deterministic",
     "environment",
     "evaluate_run",

@@ -17,7 +17,7 @@ from ..data import Dataset, Sequences, load_dataset
 from ..errors import InputError, first_few
 from ..models import check_views
 from ..precision import Precision
-from ..states import FeatureTable, ItemSource, Store, ViewShape, content_digest, load_table
+from ..states import FeatureTable, ItemSource, Store, ViewShape, content_digest, load_table, unread_table
 
 Descriptions = dict[str, dict[str, Any]]  # by view's name
 
@@ -38,6 +38,27 @@ def open_source(
         source, views = item_numbers(len(dataset.sequences.item_ids), device), {}
     with closing(source):
         yield source, views
+
+
+@contextmanager
+def open_unread_source(
+    config: RunConfig, dataset: Dataset, device: torch.device, placement: str, precision: Precision
+) -> Iterator[tuple[ItemSource, Descriptions, tuple[int, str]]]:
+    """Open the source of a run's items without reading a cache's states, and say the size and the place of its table.
+
+    Yields the source, the descriptions of the views, and the table's bytes and place, as `place` names it. The bytes
+    are 0 if there is no table. Raises InputError as `open_source` does.
+    """
+    if config.cache is None:
+        with open_source(config, dataset, device, placement, precision) as (source, views):
+            inputs = getattr(source, "inputs", source)  # an EncodedTable reads an InputTable
+            yield source, views, (0, "device") if config.uncached is None else (inputs.size, inputs.place)
+        return
+    views = _described_cache(config, Path(config.cache), dataset.sequences.item_ids)
+    item_ids, groups = dataset.sequences.item_ids, config.model.layer_groups
+    source, plan = unread_table(Path(config.cache), config.views, item_ids, device, placement, precision.table, groups)
+    with closing(source):
+        yield source, views, (plan.size, plan.place)
 
 
 def refuse_missing_libraries(config: RunConfig) -> None:
@@ -102,12 +123,17 @@ def _open_cache(
     placement: str,
     dtype: torch.dtype | None,
 ) -> tuple[ItemSource, Descriptions]:
-    item_ids = sequences.item_ids
+    views = _described_cache(config, cache, sequences.item_ids)
+    groups = config.model.layer_groups
+    return load_table(cache, config.views, sequences.item_ids, device, placement, dtype, groups), views
+
+
+def _described_cache(config: RunConfig, cache: Path, item_ids: list[str]) -> Descriptions:
+    """Describe the run's views of a cache. Raises InputError for views that the method cannot take."""
     with Store(cache) as store:
         views = {name: {**store.view(name), "contents": store.contents(name, item_ids)} for name in config.views}
     _refuse_unfit_views(config, views)
-    groups = config.model.layer_groups
-    return load_table(cache, config.views, item_ids, device, placement, dtype, groups), views
+    return views
 
 
 def _refuse_unfit_views(config: RunConfig, views: Descriptions) -> None:

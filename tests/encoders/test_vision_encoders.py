@@ -13,6 +13,7 @@ from torch import Tensor
 
 from helpers import encoders as tiny
 from helpers.encoders import VISION, pictures, refusal, save, view
+from iisan_fast.config import ExtractionConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError
@@ -105,7 +106,7 @@ def test_of_stages_the_last_one_is_kept(tmp_path, family):
 def test_a_cache_knows_the_last_stages_groups(tmp_path, catalogue):
     folder, cpu = saved(STAGED["swin"], tmp_path / "swin"), torch.device("cpu")
     data = load_dataset(catalogue)
-    extract(data, [view(folder, "image")], tmp_path / "cache", cpu, workers=0)
+    extract(data, [view(folder, "image")], tmp_path / "cache", cpu, ExtractionConfig(workers=0))
     item_ids = data.sequences.item_ids
     table = load_table(tmp_path / "cache", ["v"], item_ids, cpu, layer_groups=1)
     assert table.shapes == [(2, 32)]

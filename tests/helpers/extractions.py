@@ -13,16 +13,15 @@ from PIL import Image
 
 from helpers.datasets import make_sequences, write_dataset_folder
 from iisan_fast import demo
-from iisan_fast.config import ViewConfig
+from iisan_fast.config import ExtractionConfig, ViewConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.states import extraction
 
 
 def run(root: Path, cache: Path, *views: ViewConfig, **options) -> list[tuple[int, int]]:
     """Extract, and return (encoded, blank) of each view."""
-    results = extraction.extract(
-        load_dataset(root), list(views), cache, torch.device("cpu"), batch_size=4, dtype="float32", **options
-    )
+    config = ExtractionConfig(batch_size=4, dtype="float32", **options)
+    results = extraction.extract(load_dataset(root), list(views), cache, torch.device("cpu"), config)
     return [(result.encoded, result.blank) for result in results]
 
 

@@ -16,7 +16,7 @@ INSTALLED_INSIDE = ("kernels", "cli", "benchmarks")  # top-level folders that ar
 NEIGHBOURS = frozenset(
     (
         *("config", "devices", "doors", "errors", "files", "fingerprints", "precision", "progress", "runtime"),
-        *("setting_fields", "settings_files", "workers"),
+        *("setting_fields", "setting_sources", "settings_files", "workers"),
     )
 )
 FLOORS = (  # from the ground up; a room imports from lower floors alone

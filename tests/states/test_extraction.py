@@ -22,7 +22,7 @@ from helpers.datasets import make_sequences, write_dataset_folder
 from helpers.extractions import entries, interrupt, run, write_varied_items
 from helpers.fake_encoders import FakeBackbone
 from iisan_fast import demo, workers
-from iisan_fast.config import ViewConfig
+from iisan_fast.config import ExtractionConfig, ViewConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError
@@ -142,7 +142,7 @@ def test_captions_that_are_missing_are_named(root, tmp_path, seen):
 def test_states_that_overflow_the_stores_dtype_are_refused(root, tmp_path, monkeypatch, seen):
     monkeypatch.setattr(FakeBackbone, "encode", lambda self, inputs: torch.full((len(inputs["sums"]), 2, 3), 1e6))
     with pytest.raises(InputError, match="item 'i1': hidden states are not finite in torch.float16"):
-        extraction.extract(load_dataset(root), [TITLE], tmp_path / "c", CPU, dtype="float16")
+        extraction.extract(load_dataset(root), [TITLE], tmp_path / "c", CPU, ExtractionConfig(dtype="float16"))
 
 
 def test_other_library_versions_are_mentioned_and_borne(root, tmp_path, seen, monkeypatch, caplog):
@@ -157,7 +157,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from helpers.fake_encoders import FakeBackbone
-from iisan_fast.config import ViewConfig
+from iisan_fast.config import ExtractionConfig, ViewConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.states import extraction
 extraction.GROUP_ITEMS = 8
@@ -165,10 +165,11 @@ model = object()
 extraction.load_backbones = lambda views, *_, shared: [FakeBackbone(view, [], 0.02, model) for view in views]
 dataset = load_dataset(Path(sys.argv[1]))
 views = [ViewConfig(name, "title", "an encoder") for name in ("title", "again")]
+config = ExtractionConfig(batch_size=1, dtype="float32")
 for _ in sys.stdin:  # an extraction for each line, in a process that has all its imports
     child = os.fork()
     if not child:
-        extraction.extract(dataset, views, Path(sys.argv[2]), FakeBackbone.device, batch_size=1, dtype="float32")
+        extraction.extract(dataset, views, Path(sys.argv[2]), FakeBackbone.device, config)
         os._exit(0)
     print(child, flush=True)
     os.waitpid(child, 0)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from helpers.recommenders import side_recommender
-from iisan_fast.config import ModelConfig, ViewConfig
+from iisan_fast.config import ExtractionConfig, ModelConfig, ViewConfig
 from iisan_fast.data.batches import epoch_batches, padded_shape
 from iisan_fast.data.sequences import Dataset, load_dataset
 from iisan_fast.encoders.base import Backbone
@@ -235,7 +235,7 @@ def test_states_are_the_stores(dataset, views, tmp_path, placement):
     """Within one number of the store's dtype: the last bits of a matrix product depend on how many rows it has, and so
     a state that lies between two numbers may be rounded either way.
     """
-    extract(dataset, views, tmp_path / "cache", CPU, batch_size=16)
+    extract(dataset, views, tmp_path / "cache", CPU, ExtractionConfig(batch_size=16))
     names = [view.name for view in views]
     stored = load_table(tmp_path / "cache", names, dataset.sequences.item_ids, CPU, "device")
     with closing(open_encoded(dataset, views, placement)) as encoded:

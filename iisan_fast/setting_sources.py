@@ -1,0 +1,218 @@
+"""The settings that a command starts from: a file, a mapping or a configuration, changed by dotted names.
+
+They have the form of a run's config.json, which may leave out any part, with two parts more: `encoders`, a list of
+views, and `extraction`. Extraction makes a cache by the encoders. Training reads the views of these names in the cache,
+or runs the encoders in every step.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from .config import (
+    EvaluationConfig,
+    ExtractionConfig,
+    ModelConfig,
+    ProtocolConfig,
+    RunConfig,
+    TrainConfig,
+    UncachedConfig,
+    ViewConfig,
+)
+from .errors import InputError, nearest
+from .setting_fields import from_dict, to_dict
+from .settings_files import RUN_FORMAT, Names, format_number, parse_yaml_value, read_settings_file
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+Values = dict[str, Any]
+Refusal = Callable[[Names, str], InputError]
+
+SECTIONS: dict[str, Any] = {
+    "protocol": ProtocolConfig,
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "evaluation": EvaluationConfig,
+    "uncached": UncachedConfig,
+    "extraction": ExtractionConfig,
+}
+SOURCES_OF_A_RUN = ("dataset", "cache", "views")  # settings of RunConfig that belong to no section
+PARTS = (*SOURCES_OF_A_RUN, "encoders", *SECTIONS)
+
+
+def as_path(name: str, path: PathLike) -> Path:
+    """Return an argument as a path, ~ replaced by the home folder. Raises InputError for another type and for ""."""
+    if not isinstance(path, (str, os.PathLike)) or path == "":
+        raise InputError(f"{name}: expected a path, found {path!r}")
+    return Path(path).expanduser()
+
+
+def base_settings(config: RunConfig | PathLike | Mapping[str, Any] | None) -> Values:
+    """Return the settings to start from, checked part by part; none are {}.
+
+    config: a configuration, settings in the form of one, or a YAML or JSON file of them, whose paths are taken from
+        the working folder.
+    Raises InputError, with the file and the line, for settings that are unknown or cannot be used.
+    """
+    if config is None:
+        return {}
+    if isinstance(config, RunConfig):
+        return to_dict(config)
+    if isinstance(config, Mapping):
+        return _checked(copy.deepcopy(dict(config)), lambda _, message: InputError(message))
+    file = read_settings_file(as_path("config", config))
+    if "format" in file.values:
+        format_number(file.values, file.path, (1, RUN_FORMAT), "use the version of iisan-fast that made the run")
+        del file.values["format"]
+    values = _checked(file.values, file.error)
+    for name in ("dataset", "cache"):
+        if isinstance(values.get(name), str):
+            values[name] = str(as_path(name, values[name]).resolve())
+    return values
+
+
+def parse_changes(texts: Iterable[str]) -> Values:
+    """Return the changes that texts such as "model.dropout=0.2" ask for, by dotted name; each value is YAML.
+
+    Raises InputError for another text.
+    """
+    changes = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise InputError(f"--set: expected SECTION.FIELD=VALUE, found {text!r}")
+        try:
+            changes[name.strip()] = parse_yaml_value(value)
+        except ValueError as error:
+            raise InputError(f"--set {name}: {error}") from None
+    return changes
+
+
+def change_settings(values: Values, changes: Mapping[str, Any], parts: Collection[str] = PARTS) -> None:
+    """Change settings, in place, by their dotted names: "model.dropout", "encoders.title.max_tokens", "cache".
+
+    parts: the parts that may be changed. Raises InputError for a name that is no setting of them.
+    """
+    for name, value in changes.items():
+        part, *rest = name.split(".")
+        if part not in parts:
+            raise InputError(f"{name}: unknown setting; {_nearest_name(name, parts)}")
+        if part in SOURCES_OF_A_RUN and not rest:
+            values[part] = value
+        elif part == "encoders":
+            _change_encoder(values, name, rest, value)
+        else:
+            if values.get(part) is None:
+                values[part] = {}
+            _change_field(SECTIONS.get(part), values[part], name, rest, value)
+
+
+def view_from_values(values: Mapping[str, Any], where: str = "") -> ViewConfig:
+    """Return the view that plain values describe; a view without a name is named after its source and pooling.
+
+    where: the dotted name of the values, for errors. Raises InputError for values that describe no view.
+    """
+    source, pooling = values.get("source"), values.get("pooling")
+    if "name" not in values and isinstance(source, str):
+        values = {"name": f"{source}-{pooling}" if pooling else source, **values}
+    return from_dict(ViewConfig, values, where)
+
+
+def _checked(values: Values, refusal: Refusal) -> Values:
+    """Check each part for itself, name the encoders, and return the settings; `refusal` makes the error of a name."""
+    for part in values:
+        if part not in PARTS:
+            raise refusal((part,), f"{part}: unknown setting; {nearest(part, PARTS)}")
+    for part, section in SECTIONS.items():
+        if values.get(part) is not None:
+            _check_section(part, section, values[part], refusal)
+    if values.get("encoders") is not None:
+        if "views" in (values.get("uncached") or {}):
+            raise refusal(("encoders",), "encoders, uncached.views: are one setting; give one of them")
+        values["encoders"] = _checked_encoders(values["encoders"], refusal)
+    return values
+
+
+def _check_section(part: str, section: Any, settings: Any, refusal: Refusal) -> None:
+    if isinstance(settings, section):
+        return
+    if not isinstance(settings, Mapping):
+        raise refusal((part,), f"{part}: expected names and values, found {settings!r}")
+    views = {"views": ()} if section is UncachedConfig else {}  # a file may name its encoders in their own part
+    try:
+        from_dict(section, {**views, **settings}, part)
+    except InputError as error:
+        raise refusal((part, *_names_in(str(error), part)), str(error)) from None
+
+
+def _checked_encoders(encoders: Any, refusal: Refusal) -> list[Values]:
+    if not isinstance(encoders, (list, tuple)):
+        raise refusal(("encoders",), f"encoders: expected a list of views, found {encoders!r}")
+    views: list[ViewConfig] = []
+    for index, values in enumerate(encoders):
+        where = f"encoders.{index + 1}"
+        if isinstance(values, ViewConfig):
+            views.append(values)
+            continue
+        if not isinstance(values, Mapping):
+            raise refusal(("encoders",), f"{where}: expected names and values, found {values!r}")
+        try:
+            views.append(view_from_values(values, where))
+        except InputError as error:
+            raise refusal(("encoders", str(index), *_names_in(str(error), where)), f"{error}") from None
+    names = [view.name for view in views]
+    if len(set(names)) < len(names):
+        raise refusal(("encoders",), f"encoders: two have one name ({', '.join(names)}); give each its own name")
+    return [to_dict(view) for view in views]
+
+
+def _names_in(message: str, where: str) -> Names:
+    """Return the names below `where` that an error's message begins with: "model.dropout: …" or "dropout: …"."""
+    first = message.partition(":")[0].partition(",")[0]
+    return tuple(first.removeprefix(f"{where}.").split("."))
+
+
+def _change_encoder(values: Values, name: str, rest: list[str], value: Any) -> None:
+    """Change a setting of the encoder whose view's name comes first in `rest`."""
+    encoders = values.get("encoders") or (values.get("uncached") or {}).get("views") or []
+    by_name = {view["name"]: view for view in encoders}
+    if not by_name:
+        raise InputError(f"{name}: the settings hold no encoders; give a settings file that does")
+    if not rest or rest[0] not in by_name:
+        raise InputError(f"{name}: unknown encoder; {nearest(rest[0] if rest else '', by_name)}")
+    _change_field(ViewConfig, by_name[rest[0]], name, rest[1:], value)
+
+
+def _change_field(section: Any, settings: Any, name: str, rest: list[str], value: Any) -> None:
+    """Change the field, or the entry of a field of names and values, that `rest` leads to."""
+    fields = {} if section is None else typing.get_type_hints(section)
+    field, *keys = rest or [""]
+    if field not in fields:
+        above = name.removesuffix(f".{'.'.join(rest)}")
+        known = [f"{above}.{known}" for known in fields]
+        raise InputError(f"{name}: unknown setting; {nearest(name, known or PARTS)}")
+    if not isinstance(settings, dict):
+        raise InputError(f"{name}: expected names and values to change, found {settings!r}")
+    if not keys:
+        settings[field] = value
+        return
+    if typing.get_origin(fields[field]) is not Mapping:
+        raise InputError(f"{name}: {field} is one value; leave out .{'.'.join(keys)}")
+    settings[field] = {**settings.get(field, {}), ".".join(keys): value}
+
+
+def _nearest_name(name: str, parts: Collection[str]) -> str:
+    """Return "did you mean …?" for a dotted name whose first part is unknown; a field's name finds its section."""
+    sections = {part: section for part, section in SECTIONS.items() if part in parts}
+    homes = [
+        f"{part}.{field.name}"
+        for part, section in sections.items()
+        for field in dataclasses.fields(section)
+        if field.name == name
+    ]
+    return f"did you mean {' or '.join(homes)}?" if homes else nearest(name.partition(".")[0], parts)

@@ -1,0 +1,92 @@
+"""Describe a new run without training it: what would be trained, the memory it takes, and the files it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import RunConfig
+from ..data import Dataset, load_dataset, steps_per_epoch
+from ..evaluation import parameter_counts
+from ..runtime import fix_cublas_workspace
+from ..setting_fields import to_dict
+from .item_sources import Descriptions, open_unread_source, refuse_changed_texts
+from .run_folder import RUN_FILES
+from .trainer import Trainer, check_new_run
+
+ADAM_MOMENTS = 2  # that Adam keeps of each trained number
+NOT_ESTIMATED = "not estimated"
+
+
+def describe_new_run(config: RunConfig, out: Path, device: torch.device, placement: str = "auto") -> dict[str, Any]:
+    """Do all checks of a new run in the folder `out`, and describe it as JSON values. Nothing is written.
+
+    The model is built and encoders are loaded, but a cache's states are not read. Returns
+
+    - method, device, views: source, encoder, layers and width of each
+    - users, items, steps_per_epoch, max_epochs
+    - parameters: trainable and total numbers, and the trainable ones of each group
+    - memory, in bytes: the table and its place, the parameters, gradients and Adam's moments, and the largest batch by
+      estimate; "not estimated" for what is not known
+    - files: the run's folder, the files that it will hold, and what is read
+    - config: the settings, as config.json will hold them
+
+    Raises InputError as `train` does before it writes.
+    """
+    fix_cublas_workspace()
+    precision = check_new_run(config, out, device)
+    dataset = load_dataset(Path(config.dataset), config.protocol)
+    refuse_changed_texts(config, dataset)
+    with open_unread_source(config, dataset, device, placement, precision) as (source, views, (size, place)):
+        trainer = Trainer(config, dataset.sequences, source, device, precision)
+        trainer.refuse_unfit_form()
+        return {
+            "method": config.model.method,
+            "device": str(device),
+            "views": {name: _described_view(view) for name, view in views.items()},
+            **_amounts(config, dataset),
+            "parameters": _parameters(trainer),
+            "memory": {"table": size, "table_place": place if size else "none", **_memory(trainer)},
+            "files": _files(config, out, views),
+            "config": to_dict(trainer.config),
+        }
+
+
+def _described_view(view: dict[str, Any]) -> dict[str, Any]:
+    return {name: view.get(name) for name in ("source", "encoder", "pooling", "layers", "width")}
+
+
+def _amounts(config: RunConfig, dataset: Dataset) -> dict[str, int]:
+    return {
+        "users": len(dataset.sequences.user_ids),
+        "items": len(dataset.sequences.item_ids),
+        "steps_per_epoch": steps_per_epoch(dataset.sequences, config.train.batch_users),
+        "max_epochs": config.train.max_epochs,
+    }
+
+
+def _parameters(trainer: Trainer) -> dict[str, Any]:
+    groups = trainer.model.parameter_groups()
+    counts = {name: sum(weight.numel() for weight in weights) for name, weights in groups.items()}
+    return {**parameter_counts(trainer.model), "groups": counts}
+
+
+def _memory(trainer: Trainer) -> dict[str, Any]:
+    """Return the bytes of weights, gradients, moments and the largest batch."""
+    weights = list(trainer.model.parameters())
+    trained = sum(weight.nbytes for weight in weights if weight.requires_grad)
+    no_states = trainer.config.model.method == "id"  # reads numbers, whose batches the budget does not count
+    return {
+        "parameters": sum(weight.nbytes for weight in weights),
+        "gradients": trained,
+        "optimizer": ADAM_MOMENTS * trained,
+        "batch": NOT_ESTIMATED if no_states else trainer.memory.estimate,
+    }
+
+
+def _files(config: RunConfig, out: Path, views: Descriptions) -> dict[str, Any]:
+    encoders = [] if config.uncached is None else [view["encoder"] for view in views.values()]
+    sources = [config.dataset, *([config.cache] if config.cache else []), *dict.fromkeys(encoders)]
+    return {"folder": str(out), "written": list(RUN_FILES), "read": sources}
