@@ -13,15 +13,35 @@ from .bench import bench
 from .caption import caption
 from .evaluate import evaluate
 from .extract import extract
+from .help_pages import group
 from .import_ import import_
 from .stats import stats
 from .train import train
+from .verbosity import show_normal, verbosity_options
+
+EXAMPLES = (
+    "iisan-fast train                                # the embedded demo, in a minute",
+    "iisan-fast import csv ratings.csv DATASET       # your own data, step by step",
+    "iisan-fast stats DATASET",
+    "iisan-fast extract DATASET --cache STATES --text-encoder bert-base-uncased",
+    "iisan-fast train DATASET --cache STATES --out runs/first",
+    "iisan-fast evaluate runs/first --k 5,10,20",
+)
+COMPLETION = """\b
+Completion of commands, options, choices and files, in bash or zsh:
+  eval "$(_IISAN_FAST_COMPLETE=bash_source iisan-fast)"
+  eval "$(_IISAN_FAST_COMPLETE=zsh_source iisan-fast)"
+"""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.version_option(__version__, prog_name="iisan-fast")
+@group(examples=EXAMPLES, epilog=COMPLETION)
+@click.version_option(__version__, prog_name="iisan-fast", message="%(prog)s %(version)s")
+@verbosity_options
 def cli() -> None:
-    """Train IISAN: a small side network on frozen text and image encoders, for sequential recommendation."""
+    """Train IISAN: a small side network on frozen text and image encoders, for sequential recommendation.
+
+    iisan-fast COMMAND --help shows the options of a command, with examples.
+    """
 
 
 for command in (import_, stats, caption, extract, train, evaluate, bench):
@@ -29,9 +49,14 @@ for command in (import_, stats, caption, extract, train, evaluate, bench):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The `iisan-fast` program. Leaves through SystemExit; bad input: code 2 and one line on standard error."""
+    """Run the program `iisan-fast` and raise SystemExit.
+
+    arguments: the words of the command line after the program's name; by default the process's own.
+    The exit code is 0, or 2 after one line on standard error for bad input, or 130 if the user stopped it.
+    """
     runtime.prepare_program()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # rather than at once: what is half written is removed
+    show_normal()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not at once, so that half-written files are removed
     try:
         sys.exit(cli.main(arguments, standalone_mode=False, prog_name="iisan-fast"))
     except InputError as error:
@@ -42,12 +67,12 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:  # no permission, no space, not a folder: the message names the file
         _fail(str(error))
     except ValueError as error:
-        if type(error).__name__ != "FormError":  # of the kernels, which import torch
+        if type(error).__name__ != "FormError":  # raised by the kernels, whose module imports torch
             raise
         _fail(str(error))
     except MemoryError as error:
         _fail(f"not enough memory ({error})")
-    except (click.Abort, KeyboardInterrupt):  # an Abort, which click makes of Ctrl-C, is a RuntimeError
+    except (click.Abort, KeyboardInterrupt):  # click turns Ctrl-C into Abort, a RuntimeError
         click.echo("stopped", err=True)
         sys.exit(130)
     except RuntimeError as error:

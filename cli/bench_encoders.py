@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..devices import torch_device
 from ..errors import InputError
-from .options import FOLDER, device_option, json_option, out_option, writable_file
+from .options import FILE, FOLDER, device_option, json_option, out_option, writable_file
 from .output import command_line, mebibytes, print_result, with_deviation, write_result
 from .sweeps import said, sweep_options, sweep_settings
 
@@ -20,7 +20,7 @@ from .sweeps import said, sweep_options, sweep_settings
 @click.command()
 @click.argument("dataset", type=FOLDER)
 @click.option("--method", default="iisan-versa", help="That train --method knows; with -uncached, encoders run.")
-@click.option("--plot", type=FOLDER, callback=writable_file, help="A PNG file for a plot.")
+@click.option("--plot", type=FILE, callback=writable_file, help="A PNG file for a plot.")
 @sweep_options
 @out_option
 @device_option

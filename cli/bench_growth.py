@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..devices import torch_device
 from ..errors import InputError
-from .options import FOLDER, device_option, json_option, out_option, writable_file
+from .options import FILE, device_option, json_option, out_option, writable_file
 from .output import command_line, print_result
 
 SIZE = click.IntRange(min=1)
@@ -25,7 +25,7 @@ SIZE = click.IntRange(min=1)
 @click.option("--users", type=SIZE, default=12_076, help="Of the synthetic dataset.")
 @click.option("--layers", type=SIZE, default=4, help="Kept layers of each of two views.")
 @click.option("--width", type=SIZE, default=384, help="Width of the hidden states.")
-@click.option("--plot", type=FOLDER, callback=writable_file, help="A PNG file for a plot.")
+@click.option("--plot", type=FILE, callback=writable_file, help="A PNG file for a plot.")
 @out_option
 @device_option
 @json_option

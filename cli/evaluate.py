@@ -1,35 +1,43 @@
-"""iisan-fast evaluate: a finished run's figures again, at any cut-off, on either split."""
+"""iisan-fast evaluate: figures of a finished run, at any cut-off, on either split."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from .. import api
-from ..config import TIE_SHARES, EvaluationConfig
-from .options import FOLDER, device_option, json_option, k_option
+from ..config import EvaluationConfig
+from .help_pages import EVALUATION, command, option
+from .options import FOLDER, device_option, output_options
 from .output import print_json, print_metrics
+from .setting_options import given_settings, setting_options
 
-
-@click.command()
-@click.argument("run", type=FOLDER)
-@click.option("--split", type=click.Choice(["test", "validation"]), default="test", help="Which targets.")
-@k_option
-@click.option(
-    "--ties",
-    type=click.Choice(list(TIE_SHARES)),
-    default=EvaluationConfig().ties,
-    help="Of the items that score like the target, count half above it, or none (best), as some published code does.",
+EXAMPLES = (
+    "iisan-fast evaluate runs/first --k 5,10,20",
+    "iisan-fast evaluate runs/first --split validation --json > validation.json",
 )
-@click.option("--chunk-mib", type=int, default=EvaluationConfig().chunk_mib, help="Memory for scores, MiB.")
+NOT_HERE = ("mask_history",)  # both figures are printed
+
+
+@command(examples=EXAMPLES, short_help="Print the figures of a finished run.")
+@click.argument("run", type=FOLDER)
+@option(
+    "--split",
+    group=EVALUATION,
+    type=click.Choice(["test", "validation"]),
+    default="test",
+    help="Targets that are ranked.",
+)
+@setting_options(EvaluationConfig, EVALUATION, without=NOT_HERE)
 @device_option
-@json_option
-def evaluate(run: Path, split: str, ks: tuple[int, ...], ties: str, chunk_mib: int, device: str, as_json: bool) -> None:
+@output_options
+def evaluate(run: Path, split: str, device: str, as_json: bool, **options: Any) -> None:
     """Print the metrics of RUN's best checkpoint over the full catalogue, history masked and unmasked."""
-    result = api.evaluate(run, split=split, device=device, ks=ks or (10,), ties=ties, chunk_mib=chunk_mib)
+    result = api.evaluate(run, split, device=device, **given_settings(options, EvaluationConfig, without=NOT_HERE))
     if as_json:
         print_json(result)
         return
     title = f"{run}, epoch {result['best_epoch']}"
-    print_metrics(title, {"iisan": result[split], "popularity": result["popularity"]})
+    print_metrics(title, {result["method"]: result[split], "popularity": result["popularity"]})

@@ -1,85 +1,46 @@
-"""iisan-fast extract: a catalogue's hidden states into a cache."""
+"""iisan-fast extract: hidden states of a catalogue into a cache."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .. import api
-from ..config import STORE_DTYPES
-from .options import (
-    FOLDER,
-    attention_option,
-    device_option,
-    json_option,
-    missing_captions_option,
-    missing_images_option,
-    protocol_options,
-    protocol_settings,
-)
+from ..config import ExtractionConfig, ProtocolConfig
+from .help_pages import DATA, ENCODERS, command, option
+from .options import FOLDER, device_option, output_options, protocol_options
 from .output import print_counts, print_json
+from .setting_options import given_settings, setting_options
 from .views import encoder_settings, view_options
 
+EXAMPLES = (
+    "iisan-fast extract DATASET --cache STATES \\\n"
+    "  --image-encoder google/vit-base-patch16-224 --text-encoder bert-base-uncased",
+    "iisan-fast extract DATASET --cache STATES --batch-size 16 \\\n"
+    '  --view "source=title encoder=sentence-transformers/all-MiniLM-L6-v2 pooling=mean"',
+)
 
-@click.command()
+
+@command(examples=EXAMPLES, short_help="Store the hidden states of frozen encoders in a cache.")
 @click.argument("dataset", type=FOLDER)
-@click.option("--cache", type=FOLDER, required=True, help="Folder of the hidden states; made where there is none.")
-@view_options
-@click.option(
-    "--layer-groups", type=int, help="Blocks kept of each encoder, evenly spread, the last one among them. [layers]"
-)
-@click.option("--dtype", type=click.Choice(STORE_DTYPES), default="bfloat16", help="What the states are stored in.")
-@click.option("--raw-titles", is_flag=True, help="Leave HTML entities in titles and captions as they are.")
-@missing_images_option
-@missing_captions_option
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Items encoded at a time.")
-@click.option(
-    "--workers",
-    type=click.IntRange(min=0),
-    help="Processes that read images ahead of the encoder; 0: none. [as idle CPUs and images suggest]",
-)
+@option("--cache", group=DATA, type=FOLDER, required=True, help="Folder of the hidden states, made if it is missing.")
 @protocol_options
-@attention_option
+@view_options
+@setting_options(ExtractionConfig, ENCODERS)
 @device_option
-@json_option
-def extract(
-    dataset: Path,
-    cache: Path,
-    layer_groups: int | None,
-    dtype: str,
-    raw_titles: bool,
-    missing_images: str | None,
-    missing_captions: str | None,
-    attention: str | None,
-    batch_size: int,
-    workers: int | None,
-    device: str,
-    as_json: bool,
-    **options,
-) -> None:
-    """Run DATASET's items through frozen encoders and keep their pooled hidden states in --cache.
+@output_options
+def extract(dataset: Path, cache: Path, device: str, as_json: bool, **options: Any) -> None:
+    """Run DATASET's items through frozen encoders and store their pooled hidden states in a cache.
 
     A stopped extraction goes on where it stopped; only new or changed items are encoded again.
     """
-    settings, views = encoder_settings(options)
-    results = api.extract(
-        dataset,
-        cache,
-        views=views,
-        layer_groups=layer_groups,
-        dtype=dtype,
-        missing_images=missing_images or "error",
-        batch_size=batch_size,
-        workers=workers,
-        attention=attention or "auto",
-        device=device,
-        unescape_titles=not raw_titles,
-        missing_captions=missing_captions or "error",
-        **settings,
-        **protocol_settings(options),
-    )
+    from .. import api  # imports numpy
+
+    encoders, views = encoder_settings(options)
+    settings = given_settings(options, ProtocolConfig) | given_settings(options, ExtractionConfig)
+    results = api.extract(dataset, cache, views=views, device=device, **encoders, **settings)
     if as_json:
         print_json([dataclasses.asdict(result) for result in results])
         return

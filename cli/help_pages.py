@@ -30,7 +30,9 @@ class GroupedHelp(click.Command):
         self.examples = tuple(examples)  # each a command line as a shell takes it, of one or more lines
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, group by group; click's own, such as --help, stand in the last group."""
+        """Write a group's commands, then the options by heading; --help and --version stand under the last one."""
+        if isinstance(self, click.Group):
+            self.format_commands(ctx, formatter)
         for group in GROUPS:
             options = [option for option in self.get_params(ctx) if _group_of(option) == group]
             records = [option.get_help_record(ctx) for option in options]
@@ -38,8 +40,6 @@ class GroupedHelp(click.Command):
             if rows:
                 with formatter.section(group):
                     formatter.write_dl(rows)
-        if isinstance(self, click.Group):
-            self.format_commands(ctx, formatter)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples as they are, then the epilog."""

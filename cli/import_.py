@@ -1,4 +1,4 @@
-"""iisan-fast import: other formats as a dataset folder."""
+"""iisan-fast import: a dataset folder from files in another format."""
 
 from __future__ import annotations
 
@@ -11,85 +11,115 @@ from typing import Any
 import click
 
 from ..data import MISSING_TITLES, RECBOLE_FIELDS, TABLE_COLUMNS, Imported, ImportOptions, TableOptions
-from .options import FOLDER, json_option
+from .help_pages import DATA, group, option
+from .options import FILE, FOLDER, output_options
 from .output import print_counts, print_json
+from .verbosity import verbosity_options
+
+EXAMPLES = {
+    "microlens": ("iisan-fast import microlens MicroLens-50k DATASET",),
+    "recbole": (
+        "iisan-fast import recbole Amazon_Scientific DATASET",
+        "iisan-fast import recbole ml-100k DATASET --title-field movie_title",
+    ),
+    "csv": (
+        "iisan-fast import csv ratings.csv.gz DATASET --timestamp-column time",
+        "iisan-fast import csv ratings.csv DATASET --items items.csv --covers photos",
+    ),
+    "parquet": ("iisan-fast import parquet ratings.parquet DATASET --user-column user_id",),
+}
 
 
-@click.group("import")
+@group(
+    "import",
+    examples=[example for examples in EXAMPLES.values() for example in examples[:1]],
+    short_help="Make a dataset folder from MicroLens, RecBole, CSV or Parquet.",
+)
+@verbosity_options
 def import_() -> None:
-    """Make a dataset folder of interactions, titles and covers in another format.
+    """Make a dataset folder from interactions, titles and covers in another format.
 
-    A user's interactions are ordered by timestamp, equal ones as they come in the file; repeated ones stay.
+    A user's interactions are ordered by timestamp; equal timestamps stay in the order of the file. Repeated
+    interactions stay.
     """
 
 
 def _import_command(command: Callable) -> Callable:
-    """Arguments and options of every import."""
+    """Give a command the arguments and options of every import."""
     for decorate in (
-        json_option,
-        click.option("--copy-covers", is_flag=True, help="Copy the covers instead of linking to their folder."),
-        click.option(
+        output_options,
+        option("--copy-covers", group=DATA, is_flag=True, help="Copy the covers, in place of a link to their folder."),
+        option(
             "--missing-titles",
+            group=DATA,
             type=click.Choice(MISSING_TITLES),
             default=ImportOptions.missing_titles,
-            help="Items without a title: their id stands for it, they and their interactions are dropped, or an error.",
+            help="For items without a title: use their id as title, drop them and their interactions, or stop with an "
+            "error.",
         ),
         click.argument("destination", type=FOLDER),
-        click.argument("source", type=FOLDER),
+        click.argument("source", type=click.Path(path_type=Path)),
     ):
         command = decorate(command)
     return command
 
 
 def _column_options(word: str, user: str, item: str) -> Callable:
-    """The options that name columns, and those of what stands beside the interactions."""
+    """Return the decorator of the options that name columns, and files beside the interactions.
+
+    word: the format's word for a column. user, item: the default columns of user and item ids.
+    """
 
     def decorate(command: Callable) -> Callable:
-        defaults = {"user": user, "item": item, "timestamp": TableOptions.timestamp_column}
-        titles = {"title": TableOptions.title_column}
-        command = click.option("--covers", type=FOLDER, help="A folder of images named by item id.")(command)
-        command = click.option("--items", type=FOLDER, help="A table of item ids and titles.")(command)
-        for name, default in reversed((defaults | titles).items()):
-            command = click.option(f"--{name}-{word}", f"{name}_column", default=default)(command)
+        command = option("--covers", group=DATA, type=FOLDER, help="Folder of images named by item id.")(command)
+        command = option("--items", group=DATA, type=FILE, help="Table of item ids and titles.")(command)
+        for name, meaning, default in (
+            ("title", "titles", TableOptions.title_column),
+            ("timestamp", "times", TableOptions.timestamp_column),
+            ("item", "item ids", item),
+            ("user", "user ids", user),
+        ):
+            text = f"{word.capitalize()} of the {meaning}."
+            command = option(f"--{name}-{word}", f"{name}_column", group=DATA, default=default, help=text)(command)
         return command
 
     return decorate
 
 
-@import_.command()
+@import_.command(examples=EXAMPLES["microlens"], short_help="Make a dataset from the files of MicroLens.")
 @_import_command
 def microlens(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
-    """Make DESTINATION of MicroLens: SOURCE holds *_pairs.csv or *_pairs.tsv, *_title_en.csv and *_covers."""
+    """Make DESTINATION from MicroLens: SOURCE holds *_pairs.csv or *_pairs.tsv, *_title_en.csv and *_covers."""
     from ..data import import_microlens  # imports polars, which not every installation has
 
     _report(import_microlens(source, destination, ImportOptions(**options)), destination, as_json)
 
 
-@import_.command()
+@import_.command(examples=EXAMPLES["recbole"], short_help="Make a dataset from the files of RecBole.")
 @_column_options("field", *RECBOLE_FIELDS)
 @_import_command
 def recbole(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
-    """Make DESTINATION of RecBole's files: SOURCE is a .inter file or its folder, a .item file stands beside it."""
+    """Make DESTINATION from the files of RecBole: SOURCE is a .inter file beside a .item file, or the folder."""
     from ..data import import_recbole
 
     _report(import_recbole(source, destination, TableOptions(**options)), destination, as_json)
 
 
-@import_.command("csv")
+@import_.command("csv", examples=EXAMPLES["csv"], short_help="Make a dataset from a CSV file.")
 @_column_options("column", *TABLE_COLUMNS)
 @_import_command
 def csv_(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
-    """Make DESTINATION of the CSV file SOURCE, which has a header and may be compressed by gzip."""
+    """Make DESTINATION from the CSV file SOURCE, which has a header and may be compressed by gzip."""
     from ..data import import_csv
 
     _report(import_csv(source, destination, TableOptions(**options)), destination, as_json)
 
 
-@import_.command()
+@import_.command(examples=EXAMPLES["parquet"], short_help="Make a dataset from a Parquet file.")
 @_column_options("column", *TABLE_COLUMNS)
 @_import_command
 def parquet(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
-    """Make DESTINATION of the Parquet file SOURCE."""
+    """Make DESTINATION from the Parquet file SOURCE."""
     from ..data import import_parquet
 
     _report(import_parquet(source, destination, TableOptions(**options)), destination, as_json)

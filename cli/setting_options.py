@@ -78,15 +78,17 @@ class Words(click.ParamType):
 class KeyedWord(click.ParamType):
     """KEY=VALUE, or a VALUE alone where that has a meaning; its key is then empty."""
 
-    def __init__(self, kind: type, rules: SettingRules, metavar: str) -> None:
+    def __init__(self, kind: type, rules: SettingRules, metavar: str, is_bare_allowed: bool) -> None:
         self.value = None if kind is Any else Word(kind, rules)
         self.name = metavar
+        self.is_bare_allowed = is_bare_allowed
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
         """Return key and value; a value of any type may be JSON. Raises InputError for text of another form."""
-        key, _, text = value.rpartition("=") if self.value else value.partition("=")
-        mistake = f"{_name(param)}: expected {self.name.replace('|', ' or ')}, found {value!r}"
-        if not key and ("=" in value or "|" not in self.name):
+        key, equals, text = value.rpartition("=") if self.value else value.partition("=")
+        expected = self.name.replace("|", " or ") if self.is_bare_allowed else self.name
+        mistake = f"{_name(param)}: expected {expected}, found {value!r}"
+        if (equals and not key) or not (equals or self.is_bare_allowed):
             raise InputError(mistake)
         if self.value is None:
             return key, json_or_text(text)
@@ -113,7 +115,9 @@ def setting_options(
     declared = []
     for name, setting in _optional_settings(config, without, spellings).items():
         heading = group if isinstance(group, str) else group[name]
-        declared.append(_option(setting, heading, spellings.get(name)))
+        spelling = spellings.get(name)
+        shared = settings_of(config)[spelling.bare] if spelling and spelling.bare else None
+        declared.append(_option(setting, heading, spelling, shared))
 
     def decorate(command: Any) -> Any:
         for add_option in reversed(declared):
@@ -161,8 +165,8 @@ def _optional_settings(
     return {name: setting for name, setting in settings.items() if name not in without and name not in shared}
 
 
-def _option(setting: Setting, group: str, spelling: Spelling | None) -> Callable[[Any], Any]:
-    """Return the decorator of one setting's option."""
+def _option(setting: Setting, group: str, spelling: Spelling | None, shared: Setting | None) -> Callable[[Any], Any]:
+    """Return the decorator of one setting's option. shared: the setting that a VALUE without KEY= is for."""
     kind = _without_none(setting.type)
     dashed = setting.name.replace("_", "-")
     flags = f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}"
@@ -177,7 +181,7 @@ def _option(setting: Setting, group: str, spelling: Spelling | None) -> Callable
         part = _word(typing.get_args(kind)[0], setting.rules)
         attributes |= {"type": Words(part), "multiple": True, "callback": _joined}
     elif isinstance(origin, type) and issubclass(origin, Mapping):
-        keyed = KeyedWord(typing.get_args(kind)[1], setting.rules, metavar or "KEY=VALUE")
+        keyed = KeyedWord(typing.get_args(kind)[1], setting.rules, metavar or "KEY=VALUE", shared is not None)
         attributes |= {"type": keyed, "multiple": True, "callback": _merged}
     else:
         attributes["type"] = _word(kind, setting.rules)
@@ -185,7 +189,12 @@ def _option(setting: Setting, group: str, spelling: Spelling | None) -> Callable
     listed = len(choices) > LONGEST_METAVAR or (bool(choices) and origin is tuple)
     if listed:
         metavar = metavar or "NAME"
-    return option(flags, setting.name, help=_help(setting, listed), metavar=metavar, **attributes)
+    text = _help(setting, listed)
+    if shared is not None:
+        keyed_form = attributes["type"].name.rpartition("|")[2]
+        meaning = f"{keyed_form}: {setting.rules.help[0].lower()}{setting.rules.help[1:]}"
+        text = _help(shared).replace(shared.rules.help, f"{shared.rules.help} {meaning}")
+    return option(flags, setting.name, help=text, metavar=metavar, **attributes)
 
 
 def _word(kind: type, rules: SettingRules) -> click.ParamType:

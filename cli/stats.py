@@ -1,4 +1,4 @@
-"""iisan-fast stats: what the data protocol leaves of a dataset."""
+"""iisan-fast stats: counts of a dataset under the data protocol."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from typing import Any
 
 import click
 
-from ..data import load_dataset, statistics
-from .options import FOLDER, chosen_protocol, json_option, protocol_options
+from .help_pages import command
+from .options import FOLDER, chosen_protocol, output_options, protocol_options
 from .output import percent, print_counts, print_json
 
+EXAMPLES = ("iisan-fast stats DATASET", "iisan-fast stats DATASET --min-interactions 10 --json")
 
-@click.command()
+
+@command(examples=EXAMPLES, short_help="Count the users, items and interactions of a dataset.")
 @click.argument("dataset", type=FOLDER)
 @protocol_options
-@json_option
+@output_options
 def stats(dataset: Path, as_json: bool, **options: Any) -> None:
-    """Print the counts of DATASET after the protocol, its share of cold targets and of padding."""
+    """Print the counts of DATASET under the data protocol, and its shares of cold targets and of padding."""
+    from ..data import load_dataset, statistics  # imports numpy
+
     counts = statistics(load_dataset(dataset, chosen_protocol(options)).sequences)
     if as_json:
         print_json(counts)

@@ -6,9 +6,11 @@ from typing import Any
 
 import click
 
-from ..config import PLACEMENTS, ViewConfig
+from ..config import PLACEMENTS, ExtractionConfig, ViewConfig
 from ..errors import InputError
-from .options import FOLDER, attention_option, missing_images_option
+from .help_pages import ENCODERS
+from .options import FOLDER
+from .setting_options import setting_options
 from .views import chosen_views, parsed_view, view_options
 
 SIZE = click.IntRange(min=1)
@@ -27,8 +29,7 @@ OPTIONS = (
         help='A named set of encoders: "NAME: VIEW; VIEW", each as of --view; may be repeated.',
     ),
     click.option("--table", type=click.Choice(PLACEMENTS), default="auto", help="As of train."),
-    attention_option,
-    missing_images_option,
+    setting_options(ExtractionConfig, ENCODERS, without=("dtype", "layer_groups", "batch_size", "workers")),
 )
 
 

@@ -2,60 +2,66 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import click
-
-from ..config import ENCODER_DTYPES, POOLINGS, ViewConfig
+from ..config import ViewConfig
 from ..errors import InputError
-from ..setting_fields import from_dict
+from ..setting_fields import from_dict, same_setting, setting
 from ..settings import take_views
+from .help_pages import ENCODERS, option
+from .setting_options import Spelling, given_settings, json_or_text, setting_options
 
-VIEW_HELP = """A view as "source=title encoder=E", optionally with name=, pooling=, layers=0,2,4, layer_groups=,
-max_tokens=, encoder_dtype= and option.NAME=; may be repeated. The first view takes the image's role."""
-OPTION_HELP = """NAME=VALUE for Hugging Face to load the encoders by, as device_map=auto; text:NAME=VALUE or
-image:NAME=VALUE for one of them; may be repeated. A VALUE may be JSON."""
-
-OPTIONS = (
-    click.option("--image-encoder", help="Hub name or folder of a vision encoder."),
-    click.option("--image-pooling", type=click.Choice(POOLINGS), help="[the encoder family's default]"),
-    click.option("--image-layers", help="Kept hidden states, as 0,2,4. [0, 2, 4, … to the last]"),
-    click.option("--text-encoder", help="Hub name or folder of a text encoder."),
-    click.option("--text-source", type=click.Choice(["title", "caption"]), help="What it reads. [title]"),
-    click.option("--text-pooling", type=click.Choice(POOLINGS), help="[the encoder family's default]"),
-    click.option("--text-layers", help="Kept hidden states, as 0,2,4. [0, 2, 4, … to the last]"),
-    click.option("--max-tokens", type=int, help="Tokens of a text that are read. [30]"),
-    click.option("--encoder-dtype", type=click.Choice(ENCODER_DTYPES), help="[auto: bfloat16 on CUDA]"),
-    click.option("--encoder-option", "encoder_options", multiple=True, help=OPTION_HELP),
-    click.option("--view", "view_texts", multiple=True, help=VIEW_HELP),
-)
-SETTINGS = (
-    *("image_encoder", "image_pooling", "image_layers", "text_encoder", "text_source", "text_pooling", "text_layers"),
-    *("max_tokens", "encoder_dtype"),
-)
+ENCODER_OPTION = "[image:|text:]NAME=VALUE"
+SPELLINGS = {"encoder_options": Spelling("--encoder-option", ENCODER_OPTION)}
 INTEGERS = ("max_tokens", "layer_groups")
-OPTION = "option."
+LOADING_OPTION = "option."  # stands before the name of an option of from_pretrained
+
+view_option = option(
+    "--view",
+    "view_texts",
+    group=ENCODERS,
+    multiple=True,
+    metavar="TEXT",
+    help='A view as "source=title encoder=E", with name=, pooling=, layers=0,2,4, layer_groups=, max_tokens=, '
+    "encoder_dtype= and option.NAME= if needed; may be repeated. The first view takes the image's role.",
+)
 
 
-def view_options(command):
-    """All of them."""
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
+@dataclass(frozen=True)
+class EncoderOptions:
+    """An image encoder and a text encoder, a view each."""
+
+    image_encoder: str | None = setting(None, help="Hub name or folder of a vision encoder.")
+    image_pooling: str | None = same_setting(ViewConfig, "pooling")
+    image_layers: tuple[int, ...] | None = same_setting(ViewConfig, "layers")
+    text_encoder: str | None = setting(None, help="Hub name or folder of a text encoder.")
+    text_source: str | None = setting(
+        None, help="Text that the text encoder reads.", choices=("title", "caption"), automatic="title"
+    )
+    text_pooling: str | None = same_setting(ViewConfig, "pooling")
+    text_layers: tuple[int, ...] | None = same_setting(ViewConfig, "layers")
+    max_tokens: int = same_setting(ViewConfig, "max_tokens")
+    encoder_dtype: str = same_setting(ViewConfig, "encoder_dtype")
+    encoder_options: Mapping[str, Any] = setting(
+        {},
+        help="Option for Hugging Face to load the encoders by, as device_map=auto; for one of them after image: or "
+        "text:. May be repeated. A VALUE may be JSON.",
+    )
+
+
+def view_options(command: Any) -> Any:
+    """Give a command the options of encoders."""
+    return setting_options(EncoderOptions, ENCODERS, spellings=SPELLINGS)(view_option(command))
 
 
 def encoder_settings(options: dict[str, Any]) -> tuple[dict[str, Any], list[ViewConfig]]:
     """Take the options of encoders out of `options`; return them as flat settings, and the views of --view."""
     views = [parsed_view(text) for text in options.pop("view_texts")]
-    settings = {name: value for name in SETTINGS if (value := options.pop(name)) is not None}
-    for name in ("image_layers", "text_layers"):
-        if name in settings:
-            settings[name] = _layers(settings[name], f"--{name.replace('_', '-')}")
-    settings |= _loading_options(options.pop("encoder_options"))
-    return settings, views
+    settings = given_settings(options, EncoderOptions, spellings=SPELLINGS)
+    return settings | _loading_options(settings.pop("encoder_options", {})), views
 
 
 def chosen_views(options: dict[str, Any], layer_groups: int | None = None) -> list[ViewConfig]:
@@ -65,7 +71,7 @@ def chosen_views(options: dict[str, Any], layer_groups: int | None = None) -> li
 
 
 def parsed_view(text: str) -> ViewConfig:
-    """A view as --view writes it."""
+    """Return the view that the text of a --view describes. Raises InputError, with the text, if it describes none."""
     try:
         parts = shlex.split(text)
     except ValueError as error:
@@ -75,12 +81,13 @@ def parsed_view(text: str) -> ViewConfig:
         key, equals, value = part.partition("=")
         if not equals:
             raise InputError(f"--view {text!r}: expected key=value, found {part!r}")
-        if key.startswith(OPTION):
-            values.setdefault("options", {})[key.removeprefix(OPTION)] = _json_or_text(value)
+        if key.startswith(LOADING_OPTION):
+            values.setdefault("options", {})[key.removeprefix(LOADING_OPTION)] = json_or_text(value)
         else:
             values[key] = value
     if "layers" in values:
-        values["layers"] = _layers(values["layers"], f"--view {text!r}: layers")
+        where = f"--view {text!r}: layers"
+        values["layers"] = tuple(_integer(number, where) for number in values["layers"].split(","))
     for name in INTEGERS:
         if name in values:
             values[name] = _integer(values[name], f"--view {text!r}: {name}")
@@ -92,27 +99,15 @@ def parsed_view(text: str) -> ViewConfig:
         raise InputError(f"--view {text!r}: {error}") from None
 
 
-def _loading_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return image_options, text_options and encoder_options, those of both, from the texts of --encoder-option."""
+def _loading_options(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return image_options, text_options and encoder_options, which are for both, from those of --encoder-option."""
     settings: dict[str, dict[str, Any]] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        kind, _, option = name.rpartition(":")
-        if not (option and equals and kind in ("", "image", "text")):
-            raise InputError(f"--encoder-option: expected NAME=VALUE, or that after image: or text:, found {text!r}")
-        settings.setdefault(f"{kind or 'encoder'}_options", {})[option] = _json_or_text(value)
+    for name, value in values.items():
+        kind, _, loading_option = name.rpartition(":")
+        if not loading_option or kind not in ("", "image", "text"):
+            raise InputError(f"--encoder-option: expected {ENCODER_OPTION}, found {name!r}")
+        settings.setdefault(f"{kind or 'encoder'}_options", {})[loading_option] = value
     return settings
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _layers(text: str, where: str) -> tuple[int, ...]:
-    return tuple(_integer(part, where) for part in text.split(","))
 
 
 def _integer(text: str, where: str) -> int:

@@ -95,6 +95,7 @@ def test_values_have_the_types_of_their_fields(arguments, settings):
         (["--width", "=3"], "--width: expected WIDTH or TOWER=WIDTH, found '=3'"),
         (["--rates", "a"], "--rates: expected KEY=VALUE, found 'a'"),
         (["--rates", "a=2"], "--rates: expected 0 to below 1, found 2.0"),
+        (["--extras", "a"], "--extras: expected KEY=VALUE, found 'a'"),
         (["--extras", "=2"], "--extras: expected KEY=VALUE, found '=2'"),
     ],
 )
@@ -117,15 +118,18 @@ def test_a_setting_that_is_left_out_has_no_option():
 
 def test_help_tells_meaning_choices_and_default_under_its_headings():
     @click.command(cls=GroupedHelp, examples=("oven --name a \\\n  --heat 0.5",))
-    @setting_options(Oven, {name: "Model" if name == "heat" else "Data" for name in Oven.__annotations__})
+    @setting_options(
+        Oven, {name: "Model" if name == "heat" else "Data" for name in Oven.__annotations__}, spellings=SPELLINGS
+    )
     def oven(**options: Any) -> None:
         """Heat things."""
 
     lines = click.Context(oven, info_name="oven", terminal_width=78).get_help().splitlines()
     page = " ".join(" ".join(lines).split())
     assert "--colour [red|blue] A colour. [default: red]" in page
-    assert "--titles / --no-titles A switch. [default: on]" in page
+    assert "--titles / --raw A switch. [default: on]" in page
     assert "A number of trays. [default: as many as fit]" in page
+    assert "--width WIDTH|TOWER=WIDTH A width. TOWER=WIDTH: widths. [default: 64]" in page
     assert "--name TEXT A name. --colour" in page  # a value that is required has no default
     assert "Words. One of sweet, salty." in page
     assert lines.index("Data:") < lines.index("Model:") < lines.index("Examples:")
