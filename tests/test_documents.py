@@ -27,6 +27,7 @@ from helpers.documents import (
     link_targets,
     problem_of,
 )
+from iisan_fast.errors import InputError
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
 SHELL_BLOCKS = [block for block in BLOCKS if block.language == "sh"]
@@ -124,7 +125,7 @@ def test_shell_lines_parse(block):
     ],
 )
 def test_a_line_that_names_what_is_not_there_is_refused(line):
-    with pytest.raises((ValueError, click.ClickException)):
+    with pytest.raises((ValueError, click.ClickException, InputError)):
         shell_blocks.check(line)
 
 

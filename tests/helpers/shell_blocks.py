@@ -66,7 +66,7 @@ def commands_of(line: str) -> Iterator[list[str]]:
 
 
 def check(line: str) -> None:
-    """Raise ValueError or a click exception if a line names an option, target, module or file that is not there."""
+    """Raise ValueError, InputError or a click exception if a line names an option or a file that is not there."""
     for command in commands_of(line):
         name, *arguments = command
         if name in LAUNCHERS:
