@@ -5,6 +5,7 @@ The word after a block's language is a mark, which says how far tests go with it
     ```sh             every line runs in `make test`, on a small dataset and small encoders
     ```sh long        every line runs in `make test-long`
     ```sh gpu         the lines are parsed alone: they need a GPU (or `network`, or `cluster`)
+    ```sh checks      the lines are parsed alone: they start the project's own checks, which hold this test
     ```python         runs; takes the same marks
     ```text           no command: output, a folder's layout
 """
@@ -28,7 +29,7 @@ DOCUMENTS = (
 )
 COMMAND_LANGUAGES = frozenset(("sh", "python"))
 DATA_LANGUAGES = frozenset(("text", "tsv", "csv", "json", "yaml", "toml", "cpp"))
-PARSED_ONLY = frozenset(("gpu", "network", "cluster"))
+PARSED_ONLY = frozenset(("gpu", "network", "cluster", "checks"))
 MARKS = PARSED_ONLY | {"long"}
 
 

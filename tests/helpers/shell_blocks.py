@@ -23,6 +23,8 @@ from .documents import ROOT
 PROGRAM = "iisan-fast"
 SMALL = {  # command: options that are added where a document's command runs in a test
     ("train",): ["--epochs", "1"],
+    ("bench", "methods"): ["--epochs", "1", "--seeds", "0", "--methods", "full,iisan"],
+    ("bench", "encoders"): ["--epochs", "1", "--seeds", "0"],
 }
 LAUNCHERS = frozenset(("torchrun", "srun"))  # of them the program that they start is checked
 PYTHONS = frozenset(("python", "python3"))
