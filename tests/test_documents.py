@@ -234,6 +234,13 @@ def test_a_figure_that_differs_is_seen():
         quoted_figures.evaluate("demo.json [test.masked.hr@11]")
 
 
+def test_the_results_page_names_every_results_file():
+    named = {code for code in inline_code(ROOT / "docs" / "results.md") if not code.startswith(".")}
+    files = {path.name for path in (ROOT / "benchmarks" / "results").iterdir() if path.is_file()}
+    assert {file for file in files if not file.endswith(".config.json")} <= named
+    assert {file.replace(".config.json", ".json") for file in files if file.endswith(".config.json")} <= files
+
+
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     paragraphs = "\n".join(lines).split("\n\n")
