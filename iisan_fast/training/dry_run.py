@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def describe_new_run(config: RunConfig, out: Path, device: torch.device, placeme
             "parameters": _parameters(trainer),
             "memory": {"table": size, "table_place": place if size else "none", **_memory(trainer)},
             "files": _files(config, out, views),
-            "config": to_dict(trainer.config),
+            "config": json.loads(json.dumps(to_dict(trainer.config))),  # lists in place of tuples, as in config.json
         }
 
 
