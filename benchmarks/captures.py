@@ -10,7 +10,8 @@ from itertools import islice
 from torch import Tensor
 
 from ..training import CapturedStep, Trainer
-from .machine import NOT_MEASURED, synchronise
+from .machine import synchronise
+from .tables import NOT_MEASURED
 
 
 def capture_step(trainer: Trainer) -> float | str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import re
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 
 from ..config import (
-    METHODS,
     SIDE_METHODS,
     STATE_METHODS,
     ExtractionConfig,
@@ -38,50 +36,18 @@ from ..progress import progress_bar
 from ..settings_files import read_settings
 from ..states import extract
 from ..training import RunFolder, Trainer, open_source, refuse_missing_libraries, resume, train
-from .machine import NOT_MEASURED, in_a_process, on
+from .harness import Setup
+from .machine import in_a_process, on
 from .peak_memory import PeakMemory
 from .phase_profile import profile
 from .samples import sample_users, users_to_draw_from
+from .sweep_settings import SweepSettings, split_name
+from .tables import NOT_MEASURED
 
 LOGGER = logging.getLogger(__name__)
-UNCACHED = "-uncached"  # after a method's name: its encoders run in every step although a cache could hold their states
 K = 10
 TRAINED, FIGURES, ENCODING = "trained.json", "figures.json", "encoding.json"
-NAME = re.compile(r"\w[\w .+-]*")  # of a set of encoders, which is a folder's too
 MEMORY_EVERY = 1.0  # seconds between two looks, so that they cost an epoch little
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """Of a sweep."""
-
-    methods: tuple[str, ...]  # of METHODS; with -uncached after it, one that could read a cache runs its encoders
-    encoders: dict[str, tuple[ViewConfig, ...]]  # sets of views by name
-    seeds: tuple[int, ...] = (0,)
-    epochs: int = 100
-    patience: int = 10
-    batch_users: int = 64
-    users: int | None = None  # a sample of them; None: all
-    profiled: int = 10  # steps that are taken apart
-    missing_images: str = "error"
-    attention: str = "auto"
-    table: str = "auto"
-
-    def __post_init__(self) -> None:
-        if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise InputError(f"methods: expected different ones, found {', '.join(self.methods) or 'none'}")
-        for name in self.methods:
-            method, uncached = split_name(name)
-            if method not in METHODS or (uncached and method not in STATE_METHODS):
-                allowed = [*METHODS, *(method + UNCACHED for method in STATE_METHODS)]
-                raise InputError(f"methods: expected some of {', '.join(allowed)}, found {name!r}")
-        if not self.encoders:
-            raise InputError("encoders: expected at least one set of views, found none")
-        for name in self.encoders:
-            if not NAME.fullmatch(name):
-                raise InputError(f"encoders: expected a name of letters, digits and . + - between, found {name!r}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"seeds: expected different ones, found {self.seeds}")
 
 
 @dataclass(frozen=True)
@@ -101,11 +67,13 @@ class Cell:
         return read_settings(self.folder(out) / FIGURES)
 
 
-def run_sweep(dataset: Path, out: Path, settings: SweepSettings, device: torch.device) -> None:
-    """Trains what of the sweep is not trained yet, into the folder `out`.
+def run_sweep(setup: Setup, settings: SweepSettings) -> Path:
+    """Train the cells that are not trained yet into the setup's folder, and return the folder.
 
-    Raises InputError where `out` holds another sweep, and at the end where cells could not be run; the others are kept.
+    Raises InputError if the folder holds another sweep, and at the end if cells failed; the figures of the others stay.
     """
+    assert setup.dataset is not None and setup.folder is not None, "a sweep takes a dataset and a folder"
+    dataset, out, device = setup.dataset, setup.folder, setup.device
     cells = [
         Cell(encoders, method, seed)
         for encoders in settings.encoders
@@ -133,6 +101,7 @@ def run_sweep(dataset: Path, out: Path, settings: SweepSettings, device: torch.d
     if failed:
         count = f"{len(failed)} of {len(cells)} cells failed"
         raise InputError(f"{out}: {count} ({first_few(failed, len(failed))}); mend them or leave their methods out")
+    return out
 
 
 def cell_config(cell: Cell, dataset: Path, out: Path, settings: SweepSettings) -> RunConfig:
@@ -156,11 +125,6 @@ def encoding_seconds(encoders: str, out: Path) -> float | str:
     """What putting the catalogue's states into a set's cache took; not measured where that went in several goes."""
     record = out / encoders / ENCODING
     return read_settings(record)["seconds"] if record.exists() else NOT_MEASURED
-
-
-def split_name(name: str) -> tuple[str, bool]:
-    """(method, whether its encoders are to run although a cache could hold their states)."""
-    return name.removesuffix(UNCACHED), name.endswith(UNCACHED)
 
 
 def _cache(encoders: str, out: Path) -> Path:

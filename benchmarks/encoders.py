@@ -4,44 +4,44 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..config import ViewConfig
 from ..encoders import count_parameters
 from ..errors import InputError
 from ..files import write_atomically
-from .cells import Cell, SweepSettings, encoding_seconds, run_sweep
-from .machine import NOT_MEASURED, origin
+from .cells import Cell, encoding_seconds, run_sweep
+from .harness import Setup
 from .methods import row
+from .sweep_settings import EncodersSettings
+from .tables import NOT_MEASURED
 
 LABEL_POINTS = 8  # the size of a name in the drawing
 
 
-def benchmark(dataset: Path, out: Path, settings: SweepSettings, device: torch.device) -> dict[str, Any]:
-    """Trains one method over every set of encoders, as far as that is not done yet in the folder `out`.
+def compare_encoders(setup: Setup, settings: EncodersSettings) -> dict[str, Any]:
+    """Train one method over every set of encoders, as far as that is not done yet in the setup's folder.
 
-    Returns a row a set, the smallest encoders first. Raises InputError for more than one method, and as `run_sweep`.
+    Returns a row for each set, the smallest encoders first. Raises InputError for more than one method, and as
+    `run_sweep` does.
     """
     if len(settings.methods) != 1:
         raise InputError(f"methods: expected one, found {', '.join(settings.methods)}")
+    folder = run_sweep(setup, settings.sweep)
+    rows = [encoders_row(name, folder, settings) for name in settings.encoders]
+    return {"rows": sorted(rows, key=lambda row: row["encoder_parameters"])}
+
+
+def encoders_row(name: str, folder: Path, settings: EncodersSettings) -> dict[str, Any]:
+    """Return the figures of one set of encoders."""
     (method,) = settings.methods
-    found = origin(dataset.resolve().name, device)  # of the code as it starts: a sweep may take hours
-    run_sweep(dataset, out, settings, device)
-    rows = []
-    for name, views in settings.encoders.items():
-        figures = [Cell(name, method, seed).figures(out) for seed in settings.seeds]
-        size = encoder_parameters(views)
-        rows.append(
-            {"encoders": name, "encoder_parameters": size, "encoding_s": encoding_seconds(name, out), **row(figures)}
-        )
+    figures = [Cell(name, method, seed).figures(folder) for seed in settings.seeds]
     return {
-        **found,
-        "settings": asdict(settings),
-        "rows": sorted(rows, key=lambda each: each["encoder_parameters"]),
+        "encoders": name,
+        "encoder_parameters": encoder_parameters(settings.encoders[name]),
+        "encoding_s": encoding_seconds(name, folder),
+        **row(figures),
     }
 
 

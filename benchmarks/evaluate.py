@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +23,18 @@ from ..precision import resolve_precision
 from ..progress import progress_bar
 from ..states import FeatureTable
 from .dense import DenseModel
-from .machine import NOT_MEASURED, QUANTILES, in_a_process, named_sequences, on, origin
+from .harness import Setup
+from .machine import QUANTILES, in_a_process, on
 from .peak_memory import PeakMemory
+from .settings import ARGSORT_USERS, EvaluateSettings, TrainSettings
 from .stopwatch import Stopwatch
-from .train import VIEWS, TrainSettings, random_states
+from .tables import NOT_MEASURED
+from .train import VIEWS, random_states
 
 K = 10
 ITEMS_AT_ONCE, USERS_AT_ONCE = 512, 1024  # of the dense form
 SCORED_AT_ONCE = 64  # users
-ARGSORT_USERS = 2000
+PARTS = ("ranking", "evaluation")
 RANK_TOLERANCE = 1e-3  # of the catalogue
 METRIC_TOLERANCE = 1e-3  # and what one user is worth
 NOTES = {
@@ -53,19 +55,7 @@ NOTES = {
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
-    """Of a benchmark."""
-
-    split: str = "test"
-    width: int = 768
-    layers: int = 7
-    argsort_users: int | None = None  # spread over all, whom the dense form ranks; 0: all; None: at most ARGSORT_USERS
-    rounds: int = 5
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class EvaluationWork:
+class EvaluationInputs:
     """What both forms evaluate."""
 
     sequences: Sequences
@@ -87,33 +77,27 @@ class Evaluated:
     seconds: dict[str, float]
 
 
-def benchmark(dataset: Path | None, settings: EvaluateSettings, device: torch.device) -> dict[str, Any]:
-    """Both forms on a dataset's histories, or the embedded demo's, and random states.
-
-    Raises InputError where they disagree.
-    """
-    name, sequences = named_sequences(dataset)
-    settings = replace(settings, argsort_users=argsort_users(settings, name, len(sequences.user_ids)))
+def compare_evaluation(setup: Setup, settings: EvaluateSettings) -> dict[str, Any]:
+    """Measure both forms on random states. Raises InputError where their ranks or metrics disagree."""
+    sequences, device = setup.sequences, setup.device
+    settings = replace(settings, argsort_users=argsort_users(settings, setup.name, len(sequences.user_ids)))
     with on(device):
-        work = make_work(sequences, settings, device)
-        first = {form: run(work) for form, run in FORMS.items()}  # warms up, too
-        agreed = agreement(first["dense"], first["fast"], work)
+        inputs = make_inputs(sequences, settings, device)
+        first = {name: run(inputs) for name, run in FORMS.items()}  # warms up, too
+        agreed = agreement(first["dense"], first["fast"], inputs)
         forms = FORMS | (ON_CUDA if device.type == "cuda" else {})
-        runs = measure(forms, work, settings.rounds)
-    peaks = {form: in_a_process(peak, form, sequences, settings, device) for form in forms}
-    rows = {form: {"form": form, **summary(form, runs[form], work), **peaks[form]} for form in forms}
+        runs = measure(forms, inputs, settings.rounds)
+    peaks = {name: in_a_process(peak, name, sequences, settings, device) for name in forms}
+    rows = {name: {"form": name, **summary(name, runs[name], inputs), **peaks[name]} for name in forms}
+    seconds = {name: {part: row[part]["all_users"]["p50_s"] for part in PARTS} for name, row in rows.items()}
     return {
-        **origin(name, device),
         "settings": asdict(settings),
-        "users": len(work.split.targets),
+        "users": len(inputs.split.targets),
         "catalogue": len(sequences.item_ids),
         "notes": NOTES,
         **agreed,
         "forms": list(rows.values()),
-        "ratios": {
-            part: rows["dense"][part]["all_users"]["p50_s"] / rows["fast"][part]["all_users"]["p50_s"]
-            for part in ("ranking", "evaluation")
-        },
+        "ratios": {part: seconds["dense"][part] / seconds["fast"][part] for part in PARTS},
         "ratios_scaled": rows["dense"]["ranking"]["all_users"]["scaled"],
     }
 
@@ -127,7 +111,7 @@ def argsort_users(settings: EvaluateSettings, name: str, users: int) -> int:
     return settings.argsort_users or users
 
 
-def make_work(sequences: Sequences, settings: EvaluateSettings, device: torch.device) -> EvaluationWork:
+def make_inputs(sequences: Sequences, settings: EvaluateSettings, device: torch.device) -> EvaluationInputs:
     """Random states and a model at its first weights, on the device."""
     shape = TrainSettings(width=settings.width, layers=settings.layers, seed=settings.seed)
     trained = FeatureTable(tuple(view.to(device) for view in random_states(sequences, shape)))
@@ -136,21 +120,21 @@ def make_work(sequences: Sequences, settings: EvaluateSettings, device: torch.de
     model = build_recommender(table, config, sequences.popularity, resolve_precision(config, device)).to(device).eval()
     users = len(sequences.user_ids)
     sample = np.linspace(0, users - 1, settings.argsort_users).round().astype(int)
-    return EvaluationWork(
+    return EvaluationInputs(
         sequences, settings.split, sequences.split(settings.split), sample, table, trained, model, device
     )
 
 
 @torch.no_grad()
-def dense(work: EvaluationWork) -> Evaluated:
+def dense(inputs: EvaluationInputs) -> Evaluated:
     """All items, all users' states, and the ranks of the sample, densely."""
-    form, watch = DenseModel(work.model, list(work.table.views)), Stopwatch(work.device)
-    numbers = torch.arange(1, work.table.rows, device=work.device)
+    form, watch = DenseModel(inputs.model, list(inputs.table.views)), Stopwatch(inputs.device)
+    numbers = torch.arange(1, inputs.table.rows, device=inputs.device)
     vectors = torch.cat([form.item_vectors(part) for part in numbers.split(ITEMS_AT_ONCE)])
     watch.lap("item_vectors")
-    states = dense_states(form, vectors, torch.from_numpy(work.split.inputs).to(work.device))
+    states = dense_states(form, vectors, torch.from_numpy(inputs.split.inputs).to(inputs.device))
     watch.lap("user_states")
-    ranks = argsort_ranks(states, vectors, work.split, work.sample)
+    ranks = argsort_ranks(states, vectors, inputs.split, inputs.sample)
     figures = ranking_metrics(ranks, (K,))
     watch.lap("ranking")
     return Evaluated(ranks, figures, watch.seconds)
@@ -180,27 +164,27 @@ def argsort_ranks(states: Tensor, vectors: Tensor, split: Split, users: np.ndarr
 
 
 @torch.inference_mode()
-def fast(work: EvaluationWork) -> Evaluated:
+def fast(inputs: EvaluationInputs) -> Evaluated:
     """All of it as a run is evaluated; the ranks are found once more, to be timed alone."""
-    watch, config = Stopwatch(work.device), EvaluationConfig(ks=(K,))
-    vectors = work.model.catalogue_vectors(work.table)
+    watch, config = Stopwatch(inputs.device), EvaluationConfig(ks=(K,))
+    vectors = inputs.model.catalogue_vectors(inputs.table)
     watch.lap("item_vectors")
-    states = work.model.user_states(vectors, work.split.inputs)
+    states = inputs.model.user_states(vectors, inputs.split.inputs)
     watch.lap("user_states")
-    report = evaluate(states, vectors, work.sequences, work.split_name, config)
+    report = evaluate(states, vectors, inputs.sequences, inputs.split_name, config)
     watch.lap("ranking_and_metrics")
-    ranks, _ = target_ranks(states, vectors, work.split, config)
+    ranks, _ = target_ranks(states, vectors, inputs.split, config)
     watch.lap("ranking")
     return Evaluated(ranks, report["masked"], watch.seconds)
 
 
-def bfloat16(work: EvaluationWork) -> Evaluated:
+def bfloat16(inputs: EvaluationInputs) -> Evaluated:
     """The same from the states as a run holds them."""
-    return fast(replace(work, table=work.trained_table))
+    return fast(replace(inputs, table=inputs.trained_table))
 
 
-FORMS: dict[str, Callable[[EvaluationWork], Evaluated]] = {"dense": dense, "fast": fast}  # which must agree
-ON_CUDA: dict[str, Callable[[EvaluationWork], Evaluated]] = {"bfloat16": bfloat16}
+FORMS: dict[str, Callable[[EvaluationInputs], Evaluated]] = {"dense": dense, "fast": fast}  # which must agree
+ON_CUDA: dict[str, Callable[[EvaluationInputs], Evaluated]] = {"bfloat16": bfloat16}
 EVALUATION = {
     "dense": ("item_vectors", "user_states", "ranking"),
     "fast": ("item_vectors", "user_states", "ranking_and_metrics"),
@@ -208,20 +192,20 @@ EVALUATION = {
 }  # the stages that make up the whole
 
 
-def agreement(dense_run: Evaluated, fast_run: Evaluated, work: EvaluationWork) -> dict[str, Any]:
+def agreement(dense_run: Evaluated, fast_run: Evaluated, inputs: EvaluationInputs) -> dict[str, Any]:
     """HR and NDCG of the sample by both forms, and how far the ranks of one user lie apart at most.
 
     Scores that differ by rounding may change places, where argsort's order is arbitrary anyway. Raises InputError where
     the forms differ by more.
     """
-    fast_ranks = fast_run.ranks[work.sample]
+    fast_ranks = fast_run.ranks[inputs.sample]
     reached = np.isfinite(fast_ranks)  # argsort puts a masked target last, which is a miss as well
     apart = np.abs(dense_run.ranks - fast_ranks, where=reached, out=np.zeros(len(reached)))
-    allowed = max(1.0, RANK_TOLERANCE * len(work.sequences.item_ids))
+    allowed = max(1.0, RANK_TOLERANCE * len(inputs.sequences.item_ids))
     if not apart.max() <= allowed:
         raise InputError(f"the two forms' ranks differ by up to {apart.max():.0f}, expected at most {allowed:.0f}")
     figures = {"dense": dense_run.metrics, "fast": ranking_metrics(fast_ranks, (K,))}
-    tolerance = METRIC_TOLERANCE + 1 / len(work.sample)
+    tolerance = METRIC_TOLERANCE + 1 / len(inputs.sample)
     found = {name: {form: figures[form][name] for form in FORMS} for name in (f"hr@{K}", f"ndcg@{K}")}
     for name, values in found.items():
         if not abs(values["dense"] - values["fast"]) <= tolerance:
@@ -231,7 +215,7 @@ def agreement(dense_run: Evaluated, fast_run: Evaluated, work: EvaluationWork) -
             )
     return {
         "agreement": {
-            "users": len(work.sample),
+            "users": len(inputs.sample),
             **found,
             "metric_tolerance": tolerance,
             "largest_rank_difference": float(apart.max()),
@@ -242,14 +226,14 @@ def agreement(dense_run: Evaluated, fast_run: Evaluated, work: EvaluationWork) -
 
 
 def measure(
-    forms: dict[str, Callable[[EvaluationWork], Evaluated]], work: EvaluationWork, rounds: int
+    forms: dict[str, Callable[[EvaluationInputs], Evaluated]], inputs: EvaluationInputs, rounds: int
 ) -> dict[str, list[dict[str, float]]]:
     """The seconds of every form's stages, once a round, in turns."""
     runs: dict[str, list[dict[str, float]]] = {form: [] for form in forms}
     with progress_bar("benchmark", rounds * len(forms), "runs") as advance:
         for _ in range(rounds):
             for form, run in forms.items():
-                runs[form].append(run(work).seconds)
+                runs[form].append(run(inputs).seconds)
                 advance(1, form)
     return runs
 
@@ -257,22 +241,22 @@ def measure(
 def peak(form: str, sequences: Sequences, settings: EvaluateSettings, device: torch.device) -> dict[str, Any]:
     """The memory that one evaluation takes in this process."""
     with on(device):
-        work = make_work(sequences, settings, device)
-        own = work.trained_table if form in ON_CUDA else work.table  # the other's memory is not this form's
-        work = replace(work, table=own, trained_table=own)
+        inputs = make_inputs(sequences, settings, device)
+        own = inputs.trained_table if form in ON_CUDA else inputs.table  # the other's memory is not this form's
+        inputs = replace(inputs, table=own, trained_table=own)
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         with PeakMemory() as memory:
-            (FORMS | ON_CUDA)[form](work)
+            (FORMS | ON_CUDA)[form](inputs)
         allocated = torch.cuda.max_memory_allocated(device) if cuda else NOT_MEASURED
     return {"peak_pss_bytes": NOT_MEASURED if memory.bytes is None else memory.bytes, "peak_cuda_bytes": allocated}
 
 
-def summary(form: str, runs: list[dict[str, float]], work: EvaluationWork) -> dict[str, Any]:
+def summary(form: str, runs: list[dict[str, float]], inputs: EvaluationInputs) -> dict[str, Any]:
     """A form's figures over its runs: its stages, the ranking alone, and the whole evaluation."""
-    users = len(work.split.targets)
-    ranked = len(work.sample) if form == "dense" else users
+    users = len(inputs.split.targets)
+    ranked = len(inputs.sample) if form == "dense" else users
     rest = [sum(run[stage] for stage in EVALUATION[form] if not stage.startswith("ranking")) for run in runs]
     last = [run[EVALUATION[form][-1]] for run in runs]
     return {

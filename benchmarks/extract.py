@@ -27,8 +27,11 @@ from ..errors import InputError
 from ..progress import progress_bar
 from ..states import GROUP_ITEMS, Store, content_digest, extract, open_sources, view_inputs
 from ..workers import batched, worker_count
-from .machine import NOT_MEASURED, QUANTILES, in_a_process, on, origin
+from .harness import Setup
+from .machine import QUANTILES, in_a_process, on
 from .peak_memory import PeakMemory
+from .settings import ExtractSettings
+from .tables import NOT_MEASURED
 
 FROM_MEMORY = "from memory"
 NOTES = {
@@ -48,21 +51,7 @@ COARSE_ENCODER = 2e-2  # relative, for an encoder that computes in less than flo
 
 
 @dataclass(frozen=True)
-class ExtractSettings:
-    """Of a benchmark."""
-
-    items: int | None = None  # spread evenly over the catalogue; None: all
-    source: str = "title"
-    encoder: str | None = None  # hub name or folder; None: the demo's
-    max_tokens: int = 30
-    dtype: str = "bfloat16"  # of the store
-    batch_size: int = 64
-    workers: int | None = None  # None: as extraction chooses
-    rounds: int = 3
-
-
-@dataclass(frozen=True)
-class ExtractionWork:
+class ExtractionJob:
     """What every form does with an empty cache."""
 
     dataset: Dataset
@@ -83,23 +72,19 @@ class Measured:
     items: int
 
 
-def benchmark(dataset: Path | None, settings: ExtractSettings, device: torch.device) -> dict[str, Any]:
-    """Both forms on a dataset, or on the embedded demo, with the machine and the versions that made the figures.
-
-    Raises InputError where the forms' states differ, and for all that extraction refuses.
-    """
+def compare_extraction(setup: Setup, settings: ExtractSettings) -> dict[str, Any]:
+    """Measure both forms. Raises InputError where their states differ, and for all that extraction refuses."""
     with TemporaryDirectory(prefix="iisan-fast-") as folder:
-        work = make_work(dataset, settings, device, Path(folder))
+        job = make_job(setup.dataset, settings, setup.device, Path(folder))
         caches = {form: Path(folder) / form for form in FORMS}
-        runs = measure(work, caches, settings.rounds)
+        runs = measure(job, caches, settings.rounds)
         with Store(caches["fast"]) as store:
-            description = store.view(work.view.name)
-        states = [read_states(caches[form], work, description) for form in FORMS]
+            description = store.view(job.view.name)
+        states = [read_states(caches[form], job, description) for form in FORMS]
     plain, fast = (summary(form, runs[form]) for form in FORMS)
     return {
-        **origin("demo" if dataset is None else dataset.resolve().name, device),
-        "settings": asdict(settings) | {"encoder": _short(settings.encoder), "workers": work.workers},
-        "items": len(work.dataset.sequences.item_ids),
+        "settings": asdict(settings) | {"encoder": _short(settings.encoder), "workers": job.workers},
+        "items": len(job.dataset.sequences.item_ids),
         "view": {key: description[key] for key in ("pooling", "layers", "width", "encoder_dtype")},
         "notes": NOTES,
         **agreement(*states, description),
@@ -108,7 +93,7 @@ def benchmark(dataset: Path | None, settings: ExtractSettings, device: torch.dev
     }
 
 
-def make_work(dataset: Path | None, settings: ExtractSettings, device: torch.device, folder: Path) -> ExtractionWork:
+def make_job(dataset: Path | None, settings: ExtractSettings, device: torch.device, folder: Path) -> ExtractionJob:
     """The items and the view to measure; what the demo has to give is written under the folder."""
     encoder = settings.encoder
     if dataset is None:
@@ -121,7 +106,7 @@ def make_work(dataset: Path | None, settings: ExtractSettings, device: torch.dev
     data = sample(load_dataset(dataset), settings.items)
     view = ViewConfig(settings.source, settings.source, encoder, max_tokens=settings.max_tokens)
     workers = worker_count(settings.workers, len(data.titles), device) if settings.source == "image" else 0
-    return ExtractionWork(data, view, device, settings.dtype, settings.batch_size, workers)
+    return ExtractionJob(data, view, device, settings.dtype, settings.batch_size, workers)
 
 
 def sample(dataset: Dataset, items: int | None) -> Dataset:
@@ -144,32 +129,32 @@ def sample(dataset: Dataset, items: int | None) -> Dataset:
     )
 
 
-def plain(work: ExtractionWork, cache: Path) -> None:
+def plain(job: ExtractionJob, cache: Path) -> None:
     """The same states without any of the fast path's means: see NOTES."""
-    backbone = load_backbone(work.view, work.device)
-    batches = (_image_batches if work.view.source == "image" else _title_batches)(work, backbone)
+    backbone = load_backbone(job.view, job.device)
+    batches = (_image_batches if job.view.source == "image" else _title_batches)(job, backbone)
     shape = {"layers": list(backbone.layers), "depth": backbone.depth, "width": backbone.width}
     with Store(cache, writable=True) as store:
-        store.add_views({work.view.name: {"source": work.view.source, "dtype": work.dtype, **shape}})
+        store.add_views({job.view.name: {"source": job.view.source, "dtype": job.dtype, **shape}})
         for item_ids, digests, inputs in batches:
-            states = backbone.encode_whole(inputs).to(getattr(torch, work.dtype))
-            store.write(work.view.name, item_ids, digests, states)
+            states = backbone.encode_whole(inputs).to(getattr(torch, job.dtype))
+            store.write(job.view.name, item_ids, digests, states)
 
 
-def fast(work: ExtractionWork, cache: Path) -> None:
+def fast(job: ExtractionJob, cache: Path) -> None:
     """The fast path."""
-    config = ExtractionConfig(dtype=work.dtype, batch_size=work.batch_size, workers=work.workers)
-    extract(work.dataset, [work.view], cache, work.device, config)
+    config = ExtractionConfig(dtype=job.dtype, batch_size=job.batch_size, workers=job.workers)
+    extract(job.dataset, [job.view], cache, job.device, config)
 
 
-FORMS: dict[str, Callable[[ExtractionWork, Path], None]] = {"plain": plain, "fast": fast}
+FORMS: dict[str, Callable[[ExtractionJob, Path], None]] = {"plain": plain, "fast": fast}
 PlainBatch = tuple[list[str], list[bytes], ModelInputs]  # item ids, digests, and what the encoder takes
 
 
-def _title_batches(work: ExtractionWork, backbone: Backbone) -> Iterator[PlainBatch]:
-    item_ids, titles, width = work.dataset.sequences.item_ids, work.dataset.titles, work.view.max_tokens
-    for start in range(0, len(titles), work.batch_size):
-        part = titles[start : start + work.batch_size]
+def _title_batches(job: ExtractionJob, backbone: Backbone) -> Iterator[PlainBatch]:
+    item_ids, titles, width = job.dataset.sequences.item_ids, job.dataset.titles, job.view.max_tokens
+    for start in range(0, len(titles), job.batch_size):
+        part = titles[start : start + job.batch_size]
         ids = torch.full((len(part), width), backbone.processor.pad_token_id or 0)
         mask = torch.zeros_like(ids)
         tokens = backbone.processor(part, truncation=True, max_length=width).input_ids
@@ -177,16 +162,16 @@ def _title_batches(work: ExtractionWork, backbone: Backbone) -> Iterator[PlainBa
             ids[row, : len(numbers)] = torch.tensor(numbers)
             mask[row, : len(numbers)] = 1
         digests = [content_digest(title.encode()) for title in part]
-        yield item_ids[start : start + work.batch_size], digests, {"input_ids": ids, "attention_mask": mask}
+        yield item_ids[start : start + job.batch_size], digests, {"input_ids": ids, "attention_mask": mask}
 
 
-def _image_batches(work: ExtractionWork, backbone: Backbone) -> Iterator[PlainBatch]:
-    item_ids = work.dataset.sequences.item_ids
-    with open_images(work.dataset.root) as images:
+def _image_batches(job: ExtractionJob, backbone: Backbone) -> Iterator[PlainBatch]:
+    item_ids = job.dataset.sequences.item_ids
+    with open_images(job.dataset.root) as images:
         for item_id in item_ids:  # all are checked before one is encoded, as extraction does
             images.decode(_content(images, item_id))
-        for start in range(0, len(item_ids), work.batch_size):
-            part = item_ids[start : start + work.batch_size]
+        for start in range(0, len(item_ids), job.batch_size):
+            part = item_ids[start : start + job.batch_size]
             contents = [_content(images, item_id) for item_id in part]
             pixels = [backbone.prepare([images.decode(content)])["pixel_values"] for content in contents]
             yield part, [content_digest(content) for content in contents], {"pixel_values": torch.cat(pixels)}
@@ -199,7 +184,7 @@ def _content(images: ImageFolder | ImageLmdb, item_id: str) -> bytes:
     return content
 
 
-def measure(work: ExtractionWork, caches: dict[str, Path], rounds: int) -> dict[str, list[Measured]]:
+def measure(job: ExtractionJob, caches: dict[str, Path], rounds: int) -> dict[str, list[Measured]]:
     """Every form once a round, in turns; each cache is left as the form's last run filled it.
 
     Raises what the forms raise, and InputError where a measured process ends by itself.
@@ -209,42 +194,42 @@ def measure(work: ExtractionWork, caches: dict[str, Path], rounds: int) -> dict[
         for _ in range(rounds):
             for form, cache in caches.items():
                 shutil.rmtree(cache, ignore_errors=True)
-                runs[form].append(in_a_process(run_once, form, work, cache))
+                runs[form].append(in_a_process(run_once, form, job, cache))
                 advance(1, form)
-            runs[FROM_MEMORY].append(in_a_process(run_from_memory, work))
+            runs[FROM_MEMORY].append(in_a_process(run_from_memory, job))
             advance(1, FROM_MEMORY)
     return runs
 
 
-def run_once(form: str, work: ExtractionWork, cache: Path) -> Measured:
+def run_once(form: str, job: ExtractionJob, cache: Path) -> Measured:
     """Runs a form in this process, once transformers has imported what the encoder's family needs."""
-    load_backbone(work.view, work.device)
-    return _measured(work.device, lambda: FORMS[form](work, cache), len(work.dataset.titles))
+    load_backbone(job.view, job.device)
+    return _measured(job.device, lambda: FORMS[form](job, cache), len(job.dataset.titles))
 
 
-def run_from_memory(work: ExtractionWork) -> Measured:
+def run_from_memory(job: ExtractionJob) -> Measured:
     """Encodes in this process what was read before."""
-    backbone, dtype = load_backbone(work.view, work.device), getattr(torch, work.dtype)
+    backbone, dtype = load_backbone(job.view, job.device), getattr(torch, job.dtype)
     with ExitStack() as stack:
-        images = stack.enter_context(open_sources(work.dataset, [work.view], "error"))
-        contents = view_inputs(backbone, work.dataset, images, "error")
-        rows = contents.arrange(list(range(len(work.dataset.titles))))
+        images = stack.enter_context(open_sources(job.dataset, [job.view], "error"))
+        contents = view_inputs(backbone, job.dataset, images, "error")
+        rows = contents.arrange(list(range(len(job.dataset.titles))))
         inputs, items, size = [], 0, 0
-        for part in batched(rows, work.batch_size):
+        for part in batched(rows, job.batch_size):
             batch = contents.batch(part)
             size += sum(each.nbytes for each in batch.inputs.values())
             if inputs and size > INPUT_BYTES:
                 break
-            pin = work.device.type == "cuda"
+            pin = job.device.type == "cuda"
             inputs.append({name: each.pin_memory() if pin else each for name, each in batch.inputs.items()})
             items += len(part)
 
     def encode() -> None:
-        for group in batched(inputs, max(1, GROUP_ITEMS // work.batch_size)):
+        for group in batched(inputs, max(1, GROUP_ITEMS // job.batch_size)):
             torch.cat([backbone.encode(each).to(dtype) for each in group]).cpu()
 
     backbone.encode(inputs[0])  # warms up
-    return _measured(work.device, encode, items)
+    return _measured(job.device, encode, items)
 
 
 def _measured(device: torch.device, run: Callable[[], None], items: int) -> Measured:
@@ -290,14 +275,14 @@ def agreement(plain_states: Tensor, fast_states: Tensor, description: dict[str, 
     return {"largest_difference": difference, "tolerance": tolerance}
 
 
-def read_states(cache: Path, work: ExtractionWork, description: dict[str, Any]) -> Tensor:
+def read_states(cache: Path, job: ExtractionJob, description: dict[str, Any]) -> Tensor:
     """Every item's states in a cache, float32 [N, K, D]."""
-    item_ids = work.dataset.sequences.item_ids
+    item_ids = job.dataset.sequences.item_ids
     states = torch.empty(
-        len(item_ids), len(description["layers"]), description["width"], dtype=getattr(torch, work.dtype)
+        len(item_ids), len(description["layers"]), description["width"], dtype=getattr(torch, job.dtype)
     )
     with Store(cache) as store:
-        store.read(work.view.name, item_ids, states)
+        store.read(job.view.name, item_ids, states)
     return states.float()
 
 

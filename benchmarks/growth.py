@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,45 +26,34 @@ from ..progress import progress_bar
 from ..states import FeatureTable
 from ..training import Trainer, deterministic
 from .captures import capture_step
-from .machine import on, origin, synchronise
+from .harness import Setup
+from .machine import on, synchronise
+from .settings import GrowthSettings
 
 BLOCK = 20_000  # items whose states differ
 SHORTEST, LONGEST = 5, 13  # histories
 POPULARITY = 3.0  # an item's number is a uniform number to this power
 WARM_UP_STEPS = 3
+NOTES = {
+    "epoch_s": "one epoch's steps, after some to warm up",
+    "capture_s": "seconds to capture the step in a CUDA graph, before the epoch is timed",
+    "evaluation_s": "one evaluation of all users; on CUDA the second one, the first compiles its kernels",
+}
 
 
-@dataclass(frozen=True)
-class GrowthSettings:
-    """Of a benchmark."""
-
-    items: tuple[int, ...] = (20_000, 100_000, 1_000_000)  # of a catalogue
-    batch_users: tuple[int, ...] = (64, 256, 1024)
-    users: int = 12_076  # as many as Scientific has
-    layers: int = 4  # of each of two views
-    width: int = 384
-
-
-def benchmark(settings: GrowthSettings, device: torch.device) -> dict[str, Any]:
-    """An epoch and an evaluation for every catalogue and batch, with the machine and the versions."""
+def measure_growth(setup: Setup, settings: GrowthSettings) -> dict[str, Any]:
+    """Time an epoch and an evaluation for every catalogue and number of users a batch."""
+    device = setup.device
     rows: list[dict[str, Any]] = []
-    with (
-        on(device),
-        deterministic(),
-        progress_bar("growth", len(settings.items) * len(settings.batch_users), "epochs") as advance,
-    ):
+    count = len(settings.items) * len(settings.batch_users)
+    with on(device), deterministic(), progress_bar("growth", count, "epochs") as advance:
         for items in settings.items:
             sequences = histories(items, settings.users)
             table = FeatureTable(tuple(states(items, settings, seed, device) for seed in (0, 1)))
             for users in settings.batch_users:
                 rows.append({"items": items, "batch_users": users, **measure(sequences, table, users, device)})
                 advance(1, f"{items:,} items, {users:,} users a batch")
-    notes = {
-        "epoch_s": "one epoch's steps, after some to warm up",
-        "capture_s": "seconds to capture the step in a CUDA graph, before the epoch is timed",
-        "evaluation_s": "one evaluation of all users; on CUDA the second one, the first compiles its kernels",
-    }
-    return {**origin("synthetic", device), "settings": asdict(settings), "notes": notes, "rows": rows}
+    return {"notes": NOTES, "rows": rows}
 
 
 def histories(items: int, users: int) -> Sequences:

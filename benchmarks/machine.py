@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..training import environment
 
 LIBRARIES = ("triton", "liger-kernel", "cut-cross-entropy")
-NOT_INSTALLED, NOT_MEASURED = "not installed", "not measured"
+NOT_INSTALLED = "not installed"
 QUANTILES = (0.2, 0.5, 0.8)
 
 
@@ -50,8 +50,13 @@ def demo_sequences() -> Sequences:
 
 
 def origin(name: str, device: torch.device) -> dict[str, Any]:
-    """Where figures come from: the dataset's name, the commit, the machine and the versions."""
+    """Return the dataset's name, the commit, the machine and the versions."""
     return {"dataset": name, "commit": commit(), "environment": versions(device)}
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that decide how kernels are compiled."""
+    return {name: metadata.version(name) for name in ("torch", "triton")}
 
 
 def versions(device: torch.device) -> dict[str, Any]:

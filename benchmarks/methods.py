@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +13,39 @@ import torch
 
 from ..config import EvaluationConfig
 from ..errors import InputError
-from ..evaluation import TPME_WEIGHTS, check_weights, paired_test, target_ranks, tpme, user_gains
+from ..evaluation import check_weights, paired_test, target_ranks, tpme, user_gains
 from ..training import load
-from .cells import UNCACHED, Cell, K, SweepSettings, encoding_seconds, run_sweep
-from .machine import NOT_MEASURED, origin
+from .cells import Cell, K, encoding_seconds, run_sweep
+from .harness import Setup
+from .sweep_settings import UNCACHED, MethodsSettings
+from .tables import NOT_MEASURED
 
 # Dearest first, as the paper finds them; within a group there is no order.
 COST_ORDER = (("full",), ("lora", "adapter", "bitfit"), (f"iisan{UNCACHED}",), ("iisan",))
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """How the methods of a sweep are compared."""
+def compare_methods(setup: Setup, settings: MethodsSettings) -> dict[str, Any]:
+    """Train the methods, as far as that is not done yet in the setup's folder, and return all their figures.
 
-    against: str  # the method that the others are tested against
-    weights: tuple[float, float, float] = TPME_WEIGHTS
-
-    def __post_init__(self) -> None:
-        check_weights(self.weights)
-
-
-def benchmark(
-    dataset: Path, out: Path, settings: SweepSettings, comparison: Comparison, device: torch.device
-) -> dict[str, Any]:
-    """Runs the sweep, as far as it has not run yet, in the folder `out`, and returns all its figures.
-
-    Raises InputError for fewer than two methods, and as `run_sweep` does.
+    Raises InputError for fewer than two methods, for bad weights, and as `run_sweep` does.
     """
+    check_weights(settings.weights)
     if len(settings.methods) < 2:
         raise InputError(f"methods: expected two or more, found {', '.join(settings.methods)}")
-    if comparison.against not in settings.methods:
-        raise InputError(f"against: expected one of {', '.join(settings.methods)}, found {comparison.against!r}")
-    run_sweep(dataset, out, settings, device)
-    return {
-        **origin(dataset.resolve().name, device),
-        "settings": {**asdict(settings), **asdict(comparison)},
-        "encoders": {name: summary(name, out, settings, comparison, device) for name in settings.encoders},
-    }
+    settings = replace(settings, against=settings.against or settings.methods[-1])
+    if settings.against not in settings.methods:
+        raise InputError(f"against: expected one of {', '.join(settings.methods)}, found {settings.against!r}")
+    folder = run_sweep(setup, settings.sweep)
+    encoders = {name: summary(name, folder, settings, setup.device) for name in settings.encoders}
+    return {"settings": asdict(settings), "encoders": encoders}
 
 
-def summary(
-    encoders: str, out: Path, settings: SweepSettings, comparison: Comparison, device: torch.device
-) -> dict[str, Any]:
+def summary(encoders: str, out: Path, settings: MethodsSettings, device: torch.device) -> dict[str, Any]:
     """One set of encoders: a row a method, their TPME, and whether time an epoch falls in the expected order."""
     found = {
         method: [Cell(encoders, method, seed).figures(out) for seed in settings.seeds] for method in settings.methods
     }
-    against = comparison.against
+    against = settings.against
     users = {method: _user_gains(encoders, method, out, settings, device) for method in settings.methods}
     rows = {method: row(figures) for method, figures in found.items()}
     for method in rows:
@@ -69,7 +55,7 @@ def summary(
         for name in ("epoch_s", "trainable_parameters", "peak_bytes")
     )
     if NOT_MEASURED not in memory.values():
-        for method, share in tpme(seconds, parameters, memory, comparison.weights).items():
+        for method, share in tpme(seconds, parameters, memory, settings.weights).items():
             rows[method]["tpme"] = share
     return {
         "against": against,
@@ -119,7 +105,7 @@ def row(figures: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _user_gains(encoders: str, method: str, out: Path, settings: SweepSettings, device: torch.device) -> np.ndarray:
+def _user_gains(encoders: str, method: str, out: Path, settings: MethodsSettings, device: torch.device) -> np.ndarray:
     """float64 [users]: what each test user adds to NDCG@10, the mean over seeds."""
     found = []
     for seed in settings.seeds:

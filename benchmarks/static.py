@@ -7,24 +7,24 @@ known. Nothing is timed but the host's work on a batch.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import asdict
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from ..data import RunPlan, Sequences, steps_per_epoch
 from ..errors import InputError
 from ..kernels import Launch
 from .floors import H200, H200_CLOCK_HZ, H200_SMS, loss_costs, side_network_costs
+from .harness import Setup
 from .kernel_costs import SLOTS_PER_S, KernelCost, KnownBatch, kernel_cost
 from .launch_counts import LaunchCounter
-from .machine import NOT_MEASURED, commit, named_sequences
 from .machine_code import KernelReading, Specialization, readings, specialization
+from .settings import StaticSettings
 from .static_step import ARCHITECTURES, Sizes, count_step
+from .tables import NOT_MEASURED
 
 EPOCHS = 10  # whose batches are laid out
-DEFAULT_SIZES = Sizes()
+SIZES = Sizes()  # as published
 SEED = 0  # of the epochs' order
 HOST_ROUNDS = 3  # of the first epoch, whose batches' host time is measured
 NOTES = {
@@ -45,35 +45,22 @@ NOTES = {
 }
 
 
-@dataclass(frozen=True)
-class StaticSettings:
-    """Of a benchmark."""
-
-    users: tuple[int, ...] = (64, 8192)  # a batch
-    kernels: bool = True  # whether kernels are compiled and their machine code is read
-
-
-def benchmark(dataset: Path, settings: StaticSettings, sizes: Sizes | None = None) -> dict[str, Any]:
+def count_steps(setup: Setup, settings: StaticSettings) -> dict[str, Any]:
     """Count a step for each number of users a batch, and read its kernels.
 
     Raises InputError for more users than the dataset has, and where Triton is not installed.
     """
     if find_spec("triton") is None:
         raise InputError("bench static: expected the package triton, which kernels are written in; pip install triton")
-    sizes = sizes or DEFAULT_SIZES
-    name, sequences = named_sequences(dataset)
+    sequences = setup.sequences
     most = len(sequences.training_users)
     for users in settings.users:
-        if not 1 <= users <= most:
-            raise InputError(f"--users {users}: expected 1 to {most}, the users of {name}")
-    batches = [CountedBatch(sequences, users, sizes) for users in dict.fromkeys(settings.users)]
+        if users > most:
+            raise InputError(f"--users {users}: expected 1 to {most}, the users of {setup.name}")
+    batches = [CountedBatch(sequences, users, SIZES) for users in dict.fromkeys(settings.users)]
     rows = kernel_rows(batches) if settings.kernels else []
     return {
-        "dataset": name,
-        "commit": commit(),
-        "versions": {name: metadata.version(name) for name in ("torch", "triton")},
-        "settings": asdict(settings),
-        "sizes": asdict(sizes),
+        "sizes": asdict(SIZES),
         "notes": NOTES,
         "steps": [step_row(batch, rows) for batch in batches],
         "kernels": rows or NOT_MEASURED,

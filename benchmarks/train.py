@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,8 +31,11 @@ from ..states import FeatureTable, Store, content_digest
 from ..training import Trainer, deterministic, train
 from .captures import capture_step
 from .dense import DenseTrainer
-from .machine import NOT_MEASURED, QUANTILES, count_launches, in_a_process, named_sequences, on, origin, synchronise
+from .harness import Setup
+from .machine import QUANTILES, count_launches, in_a_process, on, synchronise
 from .peak_memory import PeakMemory
+from .settings import TrainSettings
+from .tables import NOT_MEASURED
 
 VIEWS = ("first", "second")
 WARM_UP_STEPS = 3
@@ -54,20 +57,6 @@ NOTES = {
     "from reading the dataset and the store to the test, captures on CUDA included; C++ is compiled before. train_s, "
     "validation_s: of the epoch's steps, and of its validation",
 }
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Of a benchmark."""
-
-    users: int = 64  # a batch
-    width: int = 768
-    layers: int = 7
-    followed: int = 50  # steps over which the losses are compared
-    rounds: int = 12
-    steps: int = 3  # of each form in a round
-    epochs: bool = True  # whether whole epochs, and a whole run, are measured
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,36 +100,37 @@ class Started:
     capture: Callable[[], float | str]  # returns the seconds; trains nothing
 
 
-def benchmark(dataset: Path | None, settings: TrainSettings, device: torch.device) -> dict[str, Any]:
-    """All forms on a dataset's histories, or the embedded demo's, and random states.
-
-    Raises InputError where a form's losses leave the dense reference's.
-    """
-    name, sequences = named_sequences(dataset)
-    if settings.users > len(sequences.user_ids):
-        raise InputError(f"--users {settings.users}: expected at most {len(sequences.user_ids)}, the users of {name}")
-    forms = {form: how for form, how in FORMS.items() if how.runs_on(device)}
+def compare_training(setup: Setup, settings: TrainSettings) -> dict[str, Any]:
+    """Measure every form on random states. Raises InputError where a form's losses leave the dense reference's."""
+    sequences, device = setup.sequences, setup.device
+    refuse_too_many_users(settings.users, sequences, setup.name)
+    forms = {name: form for name, form in FORMS.items() if form.runs_on(device)}
     with on(device):
         rows = side_by_side(forms, sequences, settings, device)
-    alone: dict[str, dict[str, Any]] = {}
+    epochs: dict[str, dict[str, Any]] = {}
     run: Any = NOT_MEASURED
     if settings.epochs:
         with progress_bar("epochs", len(forms) + 1, "processes") as advance:
-            for form in forms:
-                alone[form] = in_a_process(epoch, form, sequences, settings, device)
-                advance(1, form)
-            if dataset is not None:
-                run = in_a_process(whole_run, load_dataset(dataset), settings, device)
+            for name in forms:
+                epochs[name] = in_a_process(epoch, name, sequences, settings, device)
+                advance(1, name)
+            if setup.dataset is not None:
+                run = in_a_process(whole_run, load_dataset(setup.dataset), settings, device)
             advance(1)
     return {
-        **origin(name, device),
-        "settings": asdict(settings),
         "catalogue": len(sequences.item_ids),
         "steps_an_epoch": steps_per_epoch(sequences, settings.users),
         "notes": {name: NOTES[name] for name in (*forms, "step", "epoch", "capture", "run")},
-        "forms": [{"form": form, **rows[form], **alone.get(form, {"epoch_s": NOT_MEASURED})} for form in forms],
+        "forms": [{"form": name, **rows[name], **epochs.get(name, {"epoch_s": NOT_MEASURED})} for name in forms],
         "run": run,
     }
+
+
+def refuse_too_many_users(users: int, sequences: Sequences, dataset: str) -> None:
+    """Raise InputError for more users a batch than the dataset has."""
+    most = len(sequences.user_ids)
+    if users > most:
+        raise InputError(f"--users {users}: expected at most {most}, the users of {dataset}")
 
 
 def side_by_side(

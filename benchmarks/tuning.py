@@ -19,11 +19,13 @@ from ..data import Sequences
 from ..errors import InputError
 from ..kernels import CONFIGURATIONS, Configuration, launches, table_entry
 from ..progress import progress_bar
-from .ops import Run, Work, make_works, on, random_tables, timed_call
-from .settings import KernelSettings
+from .harness import Setup
+from .machine import on
+from .op_cases import OpCase, Run, make_cases, random_tables
+from .op_rows import timed_call
+from .settings import TUNED_OPS, KernelSettings
 
 SIZES = {"small": 64, "large": 8192}  # users a batch that stand for the table's sizes of bf16 and fp16
-OPS = ("side-network", "loss", "target-rank")
 LADDERS = {
     "BM": (16, 32, 64, 128),
     "BN": (16, 32, 64, 128),
@@ -43,7 +45,7 @@ log = logging.getLogger("iisan_fast.kernels")
 
 
 @dataclass(frozen=True)
-class Found:
+class TunedKernel:
     """The best configuration of a kernel, what was tried, and what failed to compile, to run or to agree."""
 
     kernel: str
@@ -63,21 +65,27 @@ def check_tunable(settings: KernelSettings, device: torch.device) -> None:
         raise InputError("--tune: takes no --form; it tunes Triton's")
     if settings.users:
         raise InputError(f"--tune: takes no --users; it uses batches of {' and '.join(map(str, SIZES.values()))}")
-    if other := set(settings.ops) - set(OPS):
-        raise InputError(f"--tune: expected --op {', '.join(OPS)}, found {', '.join(sorted(other))}")
+    if other := set(settings.op_names) - set(TUNED_OPS):
+        raise InputError(f"--tune: expected --op {', '.join(TUNED_OPS)}, found {', '.join(sorted(other))}")
 
 
-def tune(sequences: Sequences, name: str, settings: KernelSettings, device: torch.device) -> list[Found]:
+def tuned_entries(setup: Setup, settings: KernelSettings) -> list[dict[str, Any]]:
+    """Search the configurations of all kernels and return a JSON object for each. Raises InputError as `tune` does."""
+    check_tunable(settings, setup.device)
+    return as_json(tune(setup.sequences, setup.name, settings, setup.device), setup.device)
+
+
+def tune(sequences: Sequences, name: str, settings: KernelSettings, device: torch.device) -> list[TunedKernel]:
     """Every kernel of the ops at both sizes in bf16. Raises InputError for a dataset of too few users."""
     check_tunable(settings, device)
     if len(sequences.user_ids) < max(SIZES.values()):
         raise InputError(f"--tune: expected a dataset of at least {max(SIZES.values())} users, {name} has fewer")
     found = []
     tables = random_tables(sequences, settings, device)
-    with progress_bar("tune", len(SIZES) * len(settings.ops), "ops") as advance, on(device):
+    with progress_bar("tune", len(SIZES) * len(settings.op_names), "ops") as advance, on(device):
         for size, users in SIZES.items():
-            for work in make_works(sequences, users, tables, settings, device):
-                for kernel, call in tunable(work):
+            for case in make_cases(sequences, users, tables, settings, device):
+                for kernel, call in tunable(case):
                     advance(0, f"{kernel}, {size}")
                     found.append(tune_kernel(kernel, size, call, device))
                     log.info("%s, %s: %s", kernel, size, literal(found[-1].best))
@@ -85,13 +93,13 @@ def tune(sequences: Sequences, name: str, settings: KernelSettings, device: torc
     return found
 
 
-def tunable(work: Work) -> Iterator[tuple[str, Run]]:
+def tunable(case: OpCase) -> Iterator[tuple[str, Run]]:
     """Every kernel of an op with the least pass that launches it: forward, or forward and backward."""
-    run = work.forms["triton"].make()
+    run = case.forms["triton"].make()
     seen: set[str] = set()
     for direction in ("forward", "both"):
-        if direction in work.costs:
-            call = timed_call(work, run, direction)
+        if direction in case.costs:
+            call = timed_call(case, run, direction)
             for kernel in launched(call):
                 if kernel in CONFIGURATIONS and kernel not in seen:
                     seen.add(kernel)
@@ -105,7 +113,7 @@ def launched(call: Run) -> list[str]:
     return list(launches - before)
 
 
-def tune_kernel(kernel: str, size: str, call: Run, device: torch.device) -> Found:
+def tune_kernel(kernel: str, size: str, call: Run, device: torch.device) -> TunedKernel:
     """The fastest configuration of one kernel that computes what the shipped one does."""
     name = architecture(device)
     shipped = table_entry(kernel, name, size)
@@ -123,7 +131,7 @@ def tune_kernel(kernel: str, size: str, call: Run, device: torch.device) -> Foun
         raise InputError(f"{kernel}, {size}: the shipped configuration fails: {str(error).splitlines()[0]}") from error
 
 
-def search(kernel: str, size: str, shipped: Configuration, time_of: Callable[[Configuration], float]) -> Found:
+def search(kernel: str, size: str, shipped: Configuration, time_of: Callable[[Configuration], float]) -> TunedKernel:
     """Climbs from the shipped configuration to its best neighbour until none is faster by more than GAIN.
 
     `time_of` gives milliseconds; where it raises for a candidate, that one is skipped. Raises RuntimeError where it
@@ -151,7 +159,7 @@ def search(kernel: str, size: str, shipped: Configuration, time_of: Callable[[Co
         ms, candidate = min(ran, key=lambda pair: pair[0], default=(best_ms, best))
         if ms >= best_ms * (1 - GAIN):
             skipped = sum(ms is None for ms in times.values())
-            return Found(kernel, size, best, best_ms, shipped_ms, len(times), skipped)
+            return TunedKernel(kernel, size, best, best_ms, shipped_ms, len(times), skipped)
         best_ms, best = ms, candidate
 
 
@@ -213,21 +221,7 @@ def literal(configuration: Configuration) -> str:
     return f"Configuration({blocks}, warps={configuration.warps}, stages={configuration.stages})"
 
 
-def table_text(found: list[Found], device: torch.device) -> str:
-    """Entries for CONFIGURATIONS, kernel by kernel."""
-    name, lines = architecture(device), []
-    for kernel in dict.fromkeys(one.kernel for one in found):
-        lines.append(f'    "{kernel}": {{')
-        for one in found:
-            if one.kernel == kernel:
-                trials = f"{one.tried} tried, {one.skipped} skipped"
-                lines.append(f"        # {one.ms:.4f} ms, shipped {one.shipped_ms:.4f} ms; {trials}")
-                lines.append(f'        ("{name}", "{one.size}"): {literal(one.best)},')
-        lines.append("    },")
-    return "\n".join(lines)
-
-
-def as_json(found: list[Found], device: torch.device) -> list[dict[str, Any]]:
+def as_json(found: list[TunedKernel], device: torch.device) -> list[dict[str, Any]]:
     """Return the searches' results as JSON values."""
     return [
         {"kernel": one.kernel, "architecture": architecture(device), "size": one.size, "entry": literal(one.best)}

@@ -7,7 +7,7 @@ its own.
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,17 +18,19 @@ import torch
 from ..config import RunConfig, TrainConfig, UncachedConfig
 from ..data import Dataset, load_dataset, steps_per_epoch
 from ..encoders import model_dtype, xformers_problem
-from ..errors import InputError
 from ..precision import resolve_precision
 from ..progress import progress_bar
 from ..training import Trainer, deterministic, open_source
 from .cells import MEMORY_EVERY
-from .machine import NOT_MEASURED, in_a_process, named_sequences, on, origin
+from .harness import Setup
+from .machine import in_a_process, on
 from .peak_memory import PeakMemory
 from .phase_profile import profile
+from .settings import TrainSettings, UncachedSettings
 from .stand_ins import stand_ins, state_shape
 from .stopwatch import Stopwatch
-from .train import VIEWS, WARM_UP_STEPS, TrainSettings, fill_store
+from .tables import NOT_MEASURED
+from .train import VIEWS, WARM_UP_STEPS, fill_store, refuse_too_many_users
 
 MEASURED_ATTENTIONS = ("xformers", "sdpa", "eager")
 PROFILED = 10  # steps
@@ -47,30 +49,15 @@ NOTES = {
 }
 
 
-@dataclass(frozen=True)
-class UncachedSettings:
-    """Of a benchmark."""
-
-    users: int = 64  # a batch
-    encoder_size: str = "base"  # of stand_ins.SHAPES
-    steps: int | None = None  # of an epoch that are timed; None: all
-    seed: int = 0
-
-
-def benchmark(
-    dataset: Path | None, settings: UncachedSettings, device: torch.device, keep: Path | None = None
-) -> dict[str, Any]:
-    """Uncached epochs by each attention, and a cached one, on a dataset's histories and titles or the embedded demo's.
-
-    `keep` is where the stand-ins of encoders and images lie then, or lie already; None: they are not kept.
-    """
-    name, sequences = named_sequences(dataset)
-    if settings.users > len(sequences.user_ids):
-        raise InputError(f"--users {settings.users}: expected at most {len(sequences.user_ids)}, the users of {name}")
+def compare_uncached(setup: Setup, settings: UncachedSettings) -> dict[str, Any]:
+    """Measure an uncached epoch by each attention, and a cached one. Raises InputError for too many users a batch."""
+    sequences, device = setup.sequences, setup.device
+    refuse_too_many_users(settings.users, sequences, setup.name)
     whole = steps_per_epoch(sequences, settings.users)
     count = min(settings.steps or whole, whole)
     with TemporaryDirectory(prefix="iisan-fast-") as scratch:
-        folder, views = stand_ins(dataset, keep or Path(scratch) / "stand-ins", settings.encoder_size, settings.seed)
+        kept = setup.folder or Path(scratch) / "stand-ins"
+        folder, views = stand_ins(setup.dataset, kept, settings.encoder_size, settings.seed)
         train = TrainConfig(settings.users, seed=settings.seed)
         rows = []
         with progress_bar("uncached", len(MEASURED_ATTENTIONS) + 1, "epochs") as advance:
@@ -86,8 +73,6 @@ def benchmark(
             rows.append({"form": "cached", **in_a_process(measure, config, count, device)})
             advance(1)
     return {
-        **origin(name, device),
-        "settings": asdict(settings),
         "catalogue": len(sequences.item_ids),
         "steps_an_epoch": whole,
         "steps_timed": count,

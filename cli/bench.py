@@ -1,24 +1,138 @@
-"""iisan-fast bench: figures side by side with the reference."""
+"""iisan-fast bench: one command for each benchmark, made from its description."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
 import click
+from rich.table import Table
+from rich.text import Text
 
-from .bench_encoders import encoders
-from .bench_evaluate import evaluate
-from .bench_extract import extract
-from .bench_growth import growth
-from .bench_kernels import kernels
-from .bench_methods import methods
-from .bench_static import static
-from .bench_train import train
-from .bench_uncached import uncached
+from ..benchmarks.catalogue import BENCHMARKS
+from ..benchmarks.harness import NONE, OPTIONAL, Benchmark, Setup, imported, run_benchmark, write_result
+from ..benchmarks.tables import ResultTable
+from ..config import ViewConfig
+from ..devices import torch_device
+from ..errors import InputError
+from ..setting_fields import settings_of
+from .help_pages import BENCHMARK, ENCODERS, OUTPUT, GroupedHelp, group, option
+from .options import FILE, FOLDER, device_option, out_option, output_options, writable_file
+from .output import print_json, print_table
+from .setting_options import Spelling, given_settings, setting_options
+from .views import chosen_views, parsed_view, view_options
+
+ABOUT_ENCODERS = ("attention", "missing_images")  # settings that stand under the heading of the encoders
+PLOT_HELP = "A PNG file for a plot; needs matplotlib."
+PAIR_HELP = 'A named set of encoders, "NAME: VIEW; VIEW", each VIEW as --view takes it; may be repeated.'
 
 
-@click.group()
+@group()
 def bench() -> None:
-    """Measure speed and memory, side by side with the reference."""
+    """Measure speed, memory and accuracy, side by side with the reference."""
 
 
-for command in (kernels, train, evaluate, extract, growth, methods, encoders, uncached, static):
-    bench.add_command(command)
+def bench_command(benchmark: Benchmark) -> click.Command:
+    """Return the command that runs a benchmark, with an option for each of its settings."""
+
+    def run(dataset: Path | None = None, **options: Any) -> None:
+        _run(benchmark, dataset, options)
+
+    run.__doc__ = f"{benchmark.summary}\n\n{benchmark.details}"
+    command: Any = run
+    for decorate in reversed(_decorators(benchmark)):
+        command = decorate(command)
+    return click.command(benchmark.name, cls=GroupedHelp, examples=benchmark.examples)(command)
+
+
+def _decorators(benchmark: Benchmark) -> list[Callable[[Any], Any]]:
+    """Return the decorators of a command: its argument and its options, in the order of its help page."""
+    decorators: list[Callable[[Any], Any]] = []
+    if benchmark.dataset != NONE:
+        decorators.append(click.argument("dataset", type=FOLDER, required=benchmark.dataset != OPTIONAL))
+    headings = {name: ENCODERS if name in ABOUT_ENCODERS else BENCHMARK for name in settings_of(benchmark.settings)}
+    decorators.append(setting_options(benchmark.settings, headings, spellings=_spellings(benchmark)))
+    if benchmark.takes_encoders:
+        decorators += [view_options, option("--pair", "pairs", group=ENCODERS, multiple=True, help=PAIR_HELP)]
+    if (folder := benchmark.folder) is not None:
+        required = folder.required
+        decorators.append(
+            option(f"--{folder.name}", "folder", group=BENCHMARK, type=FOLDER, required=required, help=folder.help)
+        )
+    if benchmark.drawing:
+        decorators.append(option("--plot", group=OUTPUT, type=FILE, callback=writable_file, help=PLOT_HELP))
+    decorators.append(out_option)
+    if benchmark.on_device:
+        decorators.append(device_option)
+    return [*decorators, output_options]
+
+
+def _spellings(benchmark: Benchmark) -> Mapping[str, Spelling]:
+    """Return the options whose names differ from their settings; names of forms may hold commas."""
+    spellings = {}
+    for name, flag in benchmark.option_names.items():
+        spellings[name] = Spelling(f"--{flag}", commas=name != "forms")
+    return spellings
+
+
+def _run(benchmark: Benchmark, dataset: Path | None, options: dict[str, Any]) -> None:
+    """Run a benchmark by the options that were given; write and print its result."""
+    plot = options.pop("plot", None)
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot: needs matplotlib; pip install 'iisan-fast[bench]'")
+    settings = given_settings(options, benchmark.settings, spellings=_spellings(benchmark))
+    if benchmark.takes_encoders:
+        settings["encoders"] = _encoder_sets(options)
+    device = torch_device(options.get("device", "cpu"))
+    setup = Setup(dataset, device, options.get("folder"))
+    result = run_benchmark(benchmark, benchmark.settings(**settings), setup)
+    if options["out"] is not None:
+        write_result(options["out"], result)
+    if plot is not None:
+        imported(benchmark.drawing)(result, plot)
+    if options["as_json"]:
+        print_json(result)
+        return
+    for part in benchmark.tables(result):
+        if isinstance(part, str):
+            click.echo(part)
+        else:
+            print_table(_rich_table(part))
+
+
+def _encoder_sets(options: dict[str, Any]) -> dict[str, tuple[ViewConfig, ...]]:
+    """Take the options of encoders out of `options` and return the sets of views by name.
+
+    A set that --view and the options of encoders describe has the name "encoders".
+    """
+    views = chosen_views(options)
+    named: dict[str, tuple[ViewConfig, ...]] = {}
+    for text in options.pop("pairs"):
+        name, _, parts = text.partition(":")
+        name = name.strip()
+        if not name or not parts.strip() or name in named:
+            raise InputError(f"--pair {text!r}: expected a new name, a colon, and views with ; between them")
+        named[name] = tuple(parsed_view(part) for part in parts.split(";"))
+    if views and named:
+        raise InputError("--pair: leave out --view, --image-encoder and --text-encoder, or give them as a pair too")
+    if not views and not named:
+        raise InputError("no encoders: give --text-encoder, --image-encoder, --view or --pair")
+    return named or {"encoders": tuple(views)}
+
+
+def _rich_table(table: ResultTable) -> Table:
+    """Return a result's table as rich prints it."""
+    shown = Table(title=Text(table.title), caption=Text(table.caption) if table.caption else None)
+    for column in table.columns:
+        shown.add_column(Text(column.head), justify="right" if column.right else "left", no_wrap=not column.wraps)
+    for section in table.sections:
+        for row in section:
+            shown.add_row(*(Text(column.text(row)) for column in table.columns))
+        shown.add_section()
+    return shown
+
+
+for benchmark in BENCHMARKS:
+    bench.add_command(bench_command(benchmark))

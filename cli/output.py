@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,48 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..files import write_atomically
-
 METRICS_ABREAST = 4  # as many columns as 80 characters hold
 
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     click.echo(json.dumps(value, indent=2))
-
-
-def write_result(out: Path | None, value: Any) -> None:
-    """The same as a file, where one was asked for."""
-    if out is not None:
-        write_atomically(out, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def print_result(
-    result: dict[str, Any], out: Path | None, as_json: bool, table: Callable[[dict[str, Any]], Table]
-) -> None:
-    """A benchmark's result: into its file, then as JSON or as a table."""
-    write_result(out, result)
-    if as_json:
-        print_json(result)
-    else:
-        print_table(table(result))
-
-
-def command_line(name: str, dataset: Path | None, settings: dict[str, Any]) -> str:
-    """How to get a benchmark's figures again, the dataset's folder left out."""
-    words = ["iisan-fast", "bench", name] + (["DATASET"] if dataset else [])
-    for setting, value in settings.items():
-        option = setting.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        elif value is not None:
-            words += [f"--{option}={each}" for each in (value if isinstance(value, tuple) else [value])]
-    return shlex.join(words)
-
-
-def mebibytes(figure: int | str) -> str:
-    """Bytes as MiB; what was not measured says so."""
-    return figure if isinstance(figure, str) else f"{figure / 2**20:,.0f}"
 
 
 def print_counts(title: str, rows: dict[str, str]) -> None:
@@ -94,11 +55,6 @@ def _metrics_table(title: str, names: list[str], reports: dict[str, dict[str, An
 def percent(fraction: float | None) -> str:
     """A fraction as a percentage with two decimals."""
     return "-" if fraction is None else f"{100 * fraction:.2f}"
-
-
-def with_deviation(mean: float, deviation: float | None) -> str:
-    """A mean of fractions in percent, and where there is one, its deviation."""
-    return percent(mean) if deviation is None else f"{percent(mean)} ± {percent(deviation)}"
 
 
 def _caption(report: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ class Spelling:
     flags: str  # as click takes them: "--epochs", "--gates/--no-gates"
     metavar: str | None = None
     bare: str = ""  # of a mapping's option: the setting that a VALUE without KEY= is for
+    commas: bool = True  # False: values of a list may hold commas, so that its option is only repeated
 
 
 SPELLINGS = {
@@ -179,7 +180,9 @@ def _option(setting: Setting, group: str, spelling: Spelling | None, shared: Set
     metavar = spelling.metavar if spelling else None
     if origin is tuple:
         part = _word(typing.get_args(kind)[0], setting.rules)
-        attributes |= {"type": Words(part), "multiple": True, "callback": _joined}
+        whole = spelling is not None and not spelling.commas
+        attributes |= {"type": part if whole else Words(part), "multiple": True}
+        attributes["callback"] = _repeated if whole else _joined
     elif isinstance(origin, type) and issubclass(origin, Mapping):
         keyed = KeyedWord(typing.get_args(kind)[1], setting.rules, metavar or "KEY=VALUE", shared is not None)
         attributes |= {"type": keyed, "multiple": True, "callback": _merged}
@@ -215,6 +218,11 @@ def _help(setting: Setting, list_choices: bool = False) -> str:
 def _joined(_context: click.Context, _parameter: click.Parameter, lists: tuple[tuple[Any, ...], ...]) -> Any:
     """Return the parts of all lists as one, or None if there is no list."""
     return sum(lists, ()) or None
+
+
+def _repeated(_context: click.Context, _parameter: click.Parameter, values: tuple[Any, ...]) -> Any:
+    """Return the values of a repeated option, or None if there are none."""
+    return values or None
 
 
 def _merged(_context: click.Context, _parameter: click.Parameter, pairs: tuple[tuple[str, Any], ...]) -> Any:

@@ -12,7 +12,8 @@ from ...devices import torch_device
 from ...training import Trainer
 from .. import machine
 from ..captures import call_again_for_graphs
-from ..train import FORMS, TrainingForm, TrainSettings, new_trainer
+from ..settings import TrainSettings
+from ..train import FORMS, TrainingForm, new_trainer
 from .settings import Settings
 
 

@@ -15,7 +15,8 @@ import torch
 from ...data import Sequences, steps_per_epoch
 from ...training import Trainer, deterministic
 from ..captures import capture_step
-from ..machine import NOT_MEASURED, synchronise
+from ..machine import synchronise
+from ..tables import NOT_MEASURED
 from ..train import FORMS, TrainingForm
 from .common import captured_forms, device_of, histories, random_states, trainer_of
 from .profiles import Profile, profile_of

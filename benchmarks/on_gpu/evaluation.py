@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from .. import evaluate
-from ..evaluate import EvaluateSettings
-from ..machine import NOT_MEASURED
+from ..settings import EvaluateSettings
+from ..tables import NOT_MEASURED
 from .common import device_of, histories
 from .settings import Save, Settings
 
@@ -20,15 +20,15 @@ def measure(settings: Settings, save: Save) -> None:
     sequences, device = histories(settings), device_of(settings)
     # The dense form, which alone ranks a sample of the users, does not run here.
     chosen = EvaluateSettings(width=settings.width, layers=settings.layers, argsort_users=1)
-    work = evaluate.make_work(sequences, chosen, device)
+    inputs = evaluate.make_inputs(sequences, chosen, device)
     for form in FORMS.values():  # compiles
-        form(work)
+        form(inputs)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    runs = evaluate.measure(FORMS, work, settings.rounds)
+    runs = evaluate.measure(FORMS, inputs, settings.rounds)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else NOT_MEASURED
     rows = [row_of(name, laps) for name, laps in runs.items()]
-    sizes = {"users": len(work.split.targets), "catalogue": len(sequences.item_ids)}
+    sizes = {"users": len(inputs.split.targets), "catalogue": len(sequences.item_ids)}
     times = "; ".join(f"{row['form']} {row['evaluation']['p50_s']:.3f} s" for row in rows)
     headline = f"{sizes['users']:,} users, {sizes['catalogue']:,} items: {times}"
     save({**sizes, "forms": rows, "peak_cuda_bytes": peak, "headline": headline})

@@ -11,8 +11,9 @@ from ...config import ViewConfig
 from ...data import Dataset, load_dataset
 from ...workers import worker_count
 from .. import extract
-from ..extract import ExtractionWork, Measured
+from ..extract import ExtractionJob, Measured
 from ..stand_ins import stand_ins
+from ..tables import NOT_MEASURED
 from .common import device_of
 from .settings import Save, Settings
 
@@ -36,23 +37,21 @@ def measure(settings: Settings, save: Save) -> None:
         )
         for form, items in ((extract.FROM_MEMORY, few), ("fast", most)):
             for view in views:
-                work = work_of(items, view, settings)
+                job = job_of(items, view, settings)
                 cache = Path(scratch) / "states"
                 measured = (
-                    extract.run_from_memory(work)
-                    if form == extract.FROM_MEMORY
-                    else extract.run_once(form, work, cache)
+                    extract.run_from_memory(job) if form == extract.FROM_MEMORY else extract.run_once(form, job, cache)
                 )
                 shutil.rmtree(cache, ignore_errors=True)
                 rows.append(row_of(form, view.source, measured))
                 save({"encoders": settings.encoders, "rows": rows, "headline": headline(rows)})
 
 
-def work_of(dataset: Dataset, view: ViewConfig, settings: Settings) -> ExtractionWork:
+def job_of(dataset: Dataset, view: ViewConfig, settings: Settings) -> ExtractionJob:
     """Return what one encoder does."""
     device = device_of(settings)
     workers = worker_count(None, len(dataset.titles), device) if view.source == "image" else 0
-    return ExtractionWork(dataset, view, device, STORED_AS, BATCH_SIZE, workers)
+    return ExtractionJob(dataset, view, device, STORED_AS, BATCH_SIZE, workers)
 
 
 def row_of(form: str, source: str, measured: Measured) -> dict[str, Any]:
@@ -63,7 +62,7 @@ def row_of(form: str, source: str, measured: Measured) -> dict[str, Any]:
         "items": measured.items,
         "seconds": measured.seconds,
         "items_per_second": measured.items / measured.seconds,
-        "peak_cuda_bytes": extract.NOT_MEASURED if measured.peak_cuda_bytes is None else measured.peak_cuda_bytes,
+        "peak_cuda_bytes": NOT_MEASURED if measured.peak_cuda_bytes is None else measured.peak_cuda_bytes,
     }
 
 

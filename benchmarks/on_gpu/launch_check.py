@@ -10,8 +10,8 @@ import torch
 from ...data import RunPlan, Sequences
 from ...training import GpuFusedStep, run_stages, step_stages
 from ..graph_nodes import LAUNCHES, captured_nodes
-from ..machine import NOT_MEASURED
 from ..static_step import Sizes, count_step
+from ..tables import NOT_MEASURED
 from ..train import FORMS, run_config
 from .common import device_of, train_settings, trainer_of
 from .settings import Settings

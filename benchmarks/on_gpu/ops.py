@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..ops import benchmark
+from ..ops import kernel_rows
 from ..settings import KernelSettings
 from .common import device_of, histories
 from .settings import Save, Settings
@@ -21,7 +21,7 @@ def measure(settings: Settings, save: Save) -> None:
     for form, users in ((kernels, many_users), (kernels, settings.users), ("eager", many_users)):
         sizes = {"width": settings.width, "layers": settings.layers}
         chosen = KernelSettings(users=(users,), ops=OPS, forms=(form,), exact_users=many_users, **sizes)
-        result = benchmark(sequences, settings.dataset.name, chosen, device)
+        result = kernel_rows(sequences, settings.dataset.name, chosen, device)
         rows += result["rows"]
         save({"rates_of_the_floors": result["rates_of_the_floors"], "rows": rows, "headline": headline(rows)})
 

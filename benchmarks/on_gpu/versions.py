@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..machine import NOT_INSTALLED, NOT_MEASURED
+from ..machine import NOT_INSTALLED
+from ..tables import NOT_MEASURED
 from .common import device_of, origin_of
 from .settings import Save, Settings
 

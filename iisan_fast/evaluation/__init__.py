@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING
 from ..doors import lazy_names
 
 if TYPE_CHECKING:
-    from .efficiency import TPME_WEIGHTS, check_weights, memory_split, parameter_counts, tpme
+    from .efficiency import check_weights, memory_split, parameter_counts, tpme
     from .metrics import evaluate, headline_metrics, popularity_baseline, ranking_metrics, target_ranks, user_gains
     from .significance import paired_test
 
 __all__ = [
-    "TPME_WEIGHTS",
     "check_weights",
     "evaluate",
     "user_gains",

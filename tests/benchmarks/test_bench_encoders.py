@@ -13,10 +13,13 @@ from PIL import Image
 from transformers import AutoModel
 
 from iisan_fast.benchmarks import cells, encoders
-from iisan_fast.benchmarks.cells import SweepSettings
-from iisan_fast.benchmarks.machine import NOT_MEASURED
+from iisan_fast.benchmarks.harness import Setup
+from iisan_fast.benchmarks.sweep_settings import EncodersSettings
+from iisan_fast.benchmarks.tables import NOT_MEASURED
 from iisan_fast.cli import cli
 from iisan_fast.errors import InputError
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +94,6 @@ def test_an_encoder_of_two_views_counts_once(encoder_views):
 
 
 def test_the_study_takes_one_method(catalogue, encoder_views, tmp_path):
-    settings = SweepSettings(("iisan", "id"), {"titles": (encoder_views[1],)})
+    settings = EncodersSettings(("iisan", "id"), {"titles": (encoder_views[1],)})
     with pytest.raises(InputError, match="methods: expected one, found iisan, id"):
-        encoders.benchmark(catalogue, tmp_path / "sweep", settings, torch.device("cpu"))
+        encoders.compare_encoders(Setup(catalogue, CPU, tmp_path / "sweep"), settings)

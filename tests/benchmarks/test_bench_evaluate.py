@@ -12,8 +12,10 @@ import torch
 from helpers.command_line import iisan_fast, refused
 from iisan_fast.benchmarks import evaluate as bench
 from iisan_fast.benchmarks.dense import DenseModel
-from iisan_fast.benchmarks.evaluate import Evaluated, EvaluateSettings
-from iisan_fast.benchmarks.machine import NOT_MEASURED, demo_sequences
+from iisan_fast.benchmarks.evaluate import Evaluated
+from iisan_fast.benchmarks.machine import demo_sequences
+from iisan_fast.benchmarks.settings import EvaluateSettings
+from iisan_fast.benchmarks.tables import NOT_MEASURED
 from iisan_fast.config import EvaluationConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.errors import InputError
@@ -26,34 +28,34 @@ SMALL_OPTIONS = ("--width", 24, "--layers", 3, "--rounds", 2, "--device", "cpu")
 
 
 @pytest.fixture(scope="module", params=["test", "validation"])
-def work(request) -> bench.EvaluationWork:
-    return bench.make_work(demo_sequences(), dataclasses.replace(SMALL, split=request.param), CPU)
+def inputs(request) -> bench.EvaluationInputs:
+    return bench.make_inputs(demo_sequences(), dataclasses.replace(SMALL, split=request.param), CPU)
 
 
-def test_both_forms_find_the_same_vectors_and_states(work):
-    form = DenseModel(work.model, list(work.table.views))
+def test_both_forms_find_the_same_vectors_and_states(inputs):
+    form = DenseModel(inputs.model, list(inputs.table.views))
     with torch.no_grad():
-        vectors = form.item_vectors(torch.arange(1, work.table.rows))
-        states = bench.dense_states(form, vectors, torch.from_numpy(work.split.inputs))
-    ours = work.model.catalogue_vectors(work.table)
+        vectors = form.item_vectors(torch.arange(1, inputs.table.rows))
+        states = bench.dense_states(form, vectors, torch.from_numpy(inputs.split.inputs))
+    ours = inputs.model.catalogue_vectors(inputs.table)
     torch.testing.assert_close(ours, vectors, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(work.model.user_states(ours, work.split.inputs), states, rtol=1e-4, atol=1e-5)
-    assert len(states) == len(work.split.targets) and len(vectors.unique(dim=0)) == len(vectors)
+    torch.testing.assert_close(inputs.model.user_states(ours, inputs.split.inputs), states, rtol=1e-4, atol=1e-5)
+    assert len(states) == len(inputs.split.targets) and len(vectors.unique(dim=0)) == len(vectors)
 
 
-def test_argsort_ranks_are_those_of_counting(work):
+def test_argsort_ranks_are_those_of_counting(inputs):
     generator = torch.Generator().manual_seed(1)
-    states = torch.randn(len(work.split.targets), 8, generator=generator, dtype=torch.float64)
-    vectors = torch.randn(work.table.rows - 1, 8, generator=generator, dtype=torch.float64)
-    masked, _ = target_ranks(states, vectors, work.split, EvaluationConfig())
-    users = np.flatnonzero(work.split.reachable)[:200]
-    assert (bench.argsort_ranks(states, vectors, work.split, users) == masked[users]).all()
-    assert (masked[users] != target_ranks(states, vectors, work.split, EvaluationConfig())[1][users]).any()
+    states = torch.randn(len(inputs.split.targets), 8, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(inputs.table.rows - 1, 8, generator=generator, dtype=torch.float64)
+    masked, _ = target_ranks(states, vectors, inputs.split, EvaluationConfig())
+    users = np.flatnonzero(inputs.split.reachable)[:200]
+    assert (bench.argsort_ranks(states, vectors, inputs.split, users) == masked[users]).all()
+    assert (masked[users] != target_ranks(states, vectors, inputs.split, EvaluationConfig())[1][users]).any()
 
 
 def test_a_target_in_its_own_history_comes_last_by_argsort(toy_run):
-    work = bench.make_work(load_dataset(toy_run[0]).sequences, SMALL, CPU)
-    split = work.split
+    inputs = bench.make_inputs(load_dataset(toy_run[0]).sequences, SMALL, CPU)
+    split = inputs.split
     split.items[split.ends[7] - 1] = split.targets[7]
     states, vectors = torch.randn(len(split.targets), 4), torch.randn(40, 4)
     rank = bench.argsort_ranks(states, vectors, split, np.array([7]))
@@ -62,39 +64,39 @@ def test_a_target_in_its_own_history_comes_last_by_argsort(toy_run):
     assert target_ranks(states, vectors, split, EvaluationConfig())[0][7] == np.inf
 
 
-def test_the_forms_agree_and_name_their_stages(work):
-    dense, fast = (run(work) for run in bench.FORMS.values())
+def test_the_forms_agree_and_name_their_stages(inputs):
+    dense, fast = (run(inputs) for run in bench.FORMS.values())
     assert dense.ranks.shape == (30,) and fast.ranks.shape == (1600,)
     assert set(bench.EVALUATION["dense"]) == dense.seconds.keys()
     assert set(bench.EVALUATION["fast"]) | {"ranking"} == fast.seconds.keys()
     assert all(seconds > 0 for seconds in (*dense.seconds.values(), *fast.seconds.values()))
-    found = bench.agreement(dense, fast, work)["agreement"]
+    found = bench.agreement(dense, fast, inputs)["agreement"]
     assert found["users"] == 30 and found["largest_rank_difference"] <= found["rank_tolerance"]
     assert found["hr@10"]["dense"] == dense.metrics["hr@10"]
     assert fast.metrics["hr@10"] == ranking_metrics(fast.ranks, (10,))["hr@10"]
 
 
-def test_the_form_for_cuda_evaluates_the_states_as_a_run_holds_them(work):
-    assert all(view.dtype == torch.bfloat16 for view in work.trained_table.views)
-    nothing = FeatureTable(tuple(torch.zeros_like(view) for view in work.table.views))
-    narrow, fast = bench.bfloat16(dataclasses.replace(work, table=nothing)), bench.fast(work)
+def test_the_form_for_cuda_evaluates_the_states_as_a_run_holds_them(inputs):
+    assert all(view.dtype == torch.bfloat16 for view in inputs.trained_table.views)
+    nothing = FeatureTable(tuple(torch.zeros_like(view) for view in inputs.table.views))
+    narrow, fast = bench.bfloat16(dataclasses.replace(inputs, table=nothing)), bench.fast(inputs)
     assert narrow.metrics == fast.metrics and np.array_equal(narrow.ranks, fast.ranks)  # on a CPU both are bf16
-    assert not np.array_equal(bench.fast(dataclasses.replace(work, table=nothing)).ranks, fast.ranks)
+    assert not np.array_equal(bench.fast(dataclasses.replace(inputs, table=nothing)).ranks, fast.ranks)
     assert all(stage in narrow.seconds for stage in bench.EVALUATION["bfloat16"])
 
 
-def test_forms_that_disagree_are_an_error(work):
-    dense, fast = (run(work) for run in bench.FORMS.values())
+def test_forms_that_disagree_are_an_error(inputs):
+    dense, fast = (run(inputs) for run in bench.FORMS.values())
     ranks = dense.ranks.copy()
-    ranks[np.isfinite(fast.ranks[work.sample]).argmax()] += 5
+    ranks[np.isfinite(fast.ranks[inputs.sample]).argmax()] += 5
     with pytest.raises(InputError, match=r"ranks differ by up to \d, expected at most 2"):
-        bench.agreement(Evaluated(ranks, dense.metrics, {}), fast, work)
+        bench.agreement(Evaluated(ranks, dense.metrics, {}), fast, inputs)
     ranks[:] = np.nan
     with pytest.raises(InputError, match="ranks differ by up to nan"):
-        bench.agreement(Evaluated(ranks, dense.metrics, {}), fast, work)
+        bench.agreement(Evaluated(ranks, dense.metrics, {}), fast, inputs)
     wrong = dense.metrics | {"ndcg@10": dense.metrics["ndcg@10"] + 0.1}
     with pytest.raises(InputError, match=r"ndcg@10: .* by argsort, .* expected them within 0.034"):
-        bench.agreement(Evaluated(dense.ranks, wrong, {}), fast, work)
+        bench.agreement(Evaluated(dense.ranks, wrong, {}), fast, inputs)
 
 
 def test_only_the_rankings_part_of_the_time_is_scaled():
@@ -107,12 +109,12 @@ def test_only_the_rankings_part_of_the_time_is_scaled():
     assert whole["all_users"] == {"p20_s": 4.0, "p50_s": 4.0, "p80_s": 4.0, "scaled": False} and whole["p50_s"] == 4.0
 
 
-def test_a_forms_summary_adds_up_its_stages(work):
+def test_a_forms_summary_adds_up_its_stages(inputs):
     run = {"item_vectors": 1.0, "user_states": 2.0, "ranking_and_metrics": 4.0, "ranking": 3.0}
-    fast = bench.summary("fast", [run, run], work)
+    fast = bench.summary("fast", [run, run], inputs)
     assert fast["evaluation"]["p50_s"] == 7.0 and fast["ranking"]["p50_s"] == 3.0
     assert not fast["evaluation"]["all_users"]["scaled"] and fast["stages"]["user_states"]["p80_s"] == 2.0
-    dense = bench.summary("dense", [{"item_vectors": 1.0, "user_states": 2.0, "ranking": 3.0}], work)
+    dense = bench.summary("dense", [{"item_vectors": 1.0, "user_states": 2.0, "ranking": 3.0}], inputs)
     assert dense["evaluation"]["p50_s"] == 6.0 and dense["evaluation"]["all_users"]["p50_s"] == 3 + 3 * 1600 / 30
 
 
@@ -125,8 +127,8 @@ def test_how_many_users_are_sorted():
         bench.argsort_users(EvaluateSettings(argsort_users=61), "d", 60)
 
 
-def test_the_sample_is_spread_over_all_users(work):
-    assert work.sample[0] == 0 and work.sample[-1] == 1599 and len(set(work.sample)) == 30
+def test_the_sample_is_spread_over_all_users(inputs):
+    assert inputs.sample[0] == 0 and inputs.sample[-1] == 1599 and len(set(inputs.sample)) == 30
 
 
 def test_the_command_writes_figures_of_both_forms(toy_run, tmp_path, in_this_process):

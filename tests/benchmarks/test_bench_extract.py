@@ -14,9 +14,10 @@ import torch
 from helpers.command_line import iisan_fast, refused
 from iisan_fast import demo
 from iisan_fast.benchmarks import extract as bench
-from iisan_fast.benchmarks.extract import ExtractSettings, Measured
-from iisan_fast.benchmarks.machine import NOT_MEASURED
+from iisan_fast.benchmarks.extract import Measured
 from iisan_fast.benchmarks.peak_memory import PeakMemory, descendants, proportional_set_size
+from iisan_fast.benchmarks.settings import ExtractSettings
+from iisan_fast.benchmarks.tables import NOT_MEASURED
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.errors import InputError
 
@@ -33,10 +34,10 @@ def dataset(tmp_path_factory):
 @pytest.mark.parametrize("source", ["title", "image"])
 def test_both_forms_give_the_same_states(dataset, tmp_path, source):
     settings = ExtractSettings(items=50, source=source, dtype="float32", batch_size=8, workers=0)
-    work = bench.make_work(dataset, settings, CPU, tmp_path)
-    measured = {form: bench.run_once(form, work, tmp_path / form) for form in bench.FORMS}
+    job = bench.make_job(dataset, settings, CPU, tmp_path)
+    measured = {form: bench.run_once(form, job, tmp_path / form) for form in bench.FORMS}
     description = {"dtype": "float32", "encoder_dtype": "float32", "layers": [0, 2, 4, 6], "width": 64}
-    states = [bench.read_states(tmp_path / form, work, description) for form in bench.FORMS]
+    states = [bench.read_states(tmp_path / form, job, description) for form in bench.FORMS]
     assert states[0].shape == (50, 4, 64) and len(states[0].unique(dim=0)) > 40
     assert bench.agreement(*states, description)["largest_difference"] <= 1e-5
     assert all(each.seconds > 0 and each.peak_cuda_bytes is None for each in measured.values())
@@ -45,7 +46,7 @@ def test_both_forms_give_the_same_states(dataset, tmp_path, source):
 @pytest.mark.parametrize("source", ["title", "image"])
 def test_from_memory_the_encoder_takes_what_there_is_room_for(dataset, tmp_path, source, monkeypatch):
     settings = ExtractSettings(items=20, source=source, dtype="float32", batch_size=8, workers=0)
-    work, taken = bench.make_work(dataset, settings, CPU, tmp_path), []
+    job, taken = bench.make_job(dataset, settings, CPU, tmp_path), []
     load = bench.load_backbone
 
     def watched(*arguments):
@@ -55,11 +56,11 @@ def test_from_memory_the_encoder_takes_what_there_is_room_for(dataset, tmp_path,
         return backbone
 
     monkeypatch.setattr(bench, "load_backbone", watched)
-    assert bench.run_from_memory(work).items == 20
+    assert bench.run_from_memory(job).items == 20
     assert [len(next(iter(inputs.values()))) for inputs in taken] == [8, 8, 8, 4]  # once to warm up
     taken.clear()
     monkeypatch.setattr(bench, "INPUT_BYTES", 1)
-    assert bench.run_from_memory(work).items == 8 and len(taken) == 2
+    assert bench.run_from_memory(job).items == 8 and len(taken) == 2
 
 
 def test_states_that_differ_are_an_error():
@@ -131,8 +132,9 @@ def test_the_command_writes_figures_of_both_forms(dataset, tmp_path, in_either_p
 def test_the_command_prints_a_table(monkeypatch):
     row = {"p20_s": 1.0, "p50_s": 2.0, "p80_s": 3.0, "items_per_second": 10.0, "peak_cuda_bytes": NOT_MEASURED}
     rows = [{"form": form, "peak_pss_bytes": 5 << 20, **row} for form in bench.FORMS]
-    result = {"settings": {"source": "title", "workers": 0}, "items": 20, "dataset": "d", "forms": rows}
-    monkeypatch.setattr(bench, "benchmark", lambda *_: result | {"ratio": 1.0, "largest_difference": 1e-6})
+    settings = dataclasses.asdict(ExtractSettings(workers=0))
+    result = {"settings": settings, "items": 20, "forms": rows}
+    monkeypatch.setattr(bench, "compare_extraction", lambda *_: result | {"ratio": 1.0, "largest_difference": 1e-6})
     table = iisan_fast("bench", "extract").stdout
     assert "1.00 / 2.00 / 3.00" in table and "not measured" in table and "plain / fast: 1.00 in time" in table
 

@@ -13,11 +13,13 @@ from PIL import Image
 from helpers.command_line import iisan_fast, refused
 from helpers.datasets import make_sequences
 from iisan_fast import demo
-from iisan_fast.benchmarks import ops, tuning
+from iisan_fast.benchmarks import exact_gradients, op_rows, ops, tuning
 from iisan_fast.benchmarks.floors import H200, PASSES, device_rates, loss_costs, rank_costs, side_network_costs
 from iisan_fast.benchmarks.machine import demo_sequences
-from iisan_fast.benchmarks.ops import MEASURED, NEEDS_CUDA, Form, make_works, random_tables
-from iisan_fast.benchmarks.settings import OPS, KernelSettings
+from iisan_fast.benchmarks.op_cases import NEEDS_CUDA, OpCase, OpForm, make_cases, random_tables
+from iisan_fast.benchmarks.op_rows import MEASURED
+from iisan_fast.benchmarks.result_tables import tuned_lines
+from iisan_fast.benchmarks.settings import OPS, TUNED_OPS, KernelSettings
 from iisan_fast.data.sequences import Sequences, load_dataset
 from iisan_fast.errors import InputError
 from iisan_fast.kernels.gpu import configurations
@@ -35,13 +37,13 @@ def sequences() -> Sequences:
 
 @pytest.fixture(autouse=True)
 def little_time(monkeypatch):
-    monkeypatch.setattr(ops, "CPU_SECONDS", 0.01)
+    monkeypatch.setattr(op_rows, "CPU_SECONDS", 0.01)
 
 
 @pytest.fixture
-def works(sequences) -> dict[str, ops.Work]:
+def cases(sequences) -> dict[str, OpCase]:
     tables = random_tables(sequences, SMALL, CPU)
-    return {work.op: work for work in make_works(sequences, 8, tables, SMALL, CPU)}
+    return {case.op: case for case in make_cases(sequences, 8, tables, SMALL, CPU)}
 
 
 def test_floors_of_the_shapes_that_the_project_aims_at():
@@ -80,42 +82,42 @@ def test_demo_histories_are_those_of_the_demo(sequences, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("op", ["side-network", "loss", "loss-unmasked"])
-def test_exact_gradients_in_parts_are_those_of_the_whole(works, op, monkeypatch):
-    whole = works[op].exact()
-    monkeypatch.setattr(ops, "EXACT_ITEMS", 7)
-    monkeypatch.setattr(ops, "EXACT_LOGITS", 500)
-    for part, all_at_once in zip(works[op].exact(), whole):
+def test_exact_gradients_in_parts_are_those_of_the_whole(cases, op, monkeypatch):
+    whole = cases[op].exact()
+    monkeypatch.setattr(exact_gradients, "EXACT_ITEMS", 7)
+    monkeypatch.setattr(exact_gradients, "EXACT_LOGITS", 500)
+    for part, all_at_once in zip(cases[op].exact(), whole):
         torch.testing.assert_close(part, all_at_once, rtol=1e-12, atol=1e-15)
 
 
 def test_gradient_error_is_relative_to_all_gradients():
     exact = [torch.tensor([3.0, 0.0]).double(), torch.tensor([4.0]).double()]
     off = [torch.tensor([3.0, 0.5]), torch.tensor([4.0])]
-    assert ops.gradient_error(off, lambda: exact) == pytest.approx(0.1)
-    assert ops.gradient_error(exact, lambda: exact) == 0
+    assert exact_gradients.gradient_error(off, lambda: exact) == pytest.approx(0.1)
+    assert exact_gradients.gradient_error(exact, lambda: exact) == 0
 
 
-def test_eager_gradients_are_exact_to_their_precision(works):
+def test_eager_gradients_are_exact_to_their_precision(cases):
     for op, bound in (("side-network", 1e-5), ("loss", 0.05), ("loss-unmasked", 0.05)):
-        both = ops.timed_call(works[op], works[op].forms["eager"].make(), "both")
-        assert 0 < ops.gradient_error(both(), works[op].exact) < bound
+        both = op_rows.timed_call(cases[op], cases[op].forms["eager"].make(), "both")
+        assert 0 < exact_gradients.gradient_error(both(), cases[op].exact) < bound
 
 
-def test_backward_alone_repeats_the_gradients_of_both(works):
+def test_backward_alone_repeats_the_gradients_of_both(cases):
     for op in ("side-network", "loss"):
-        run = works[op].forms["eager"].make()
-        both, backward = (ops.timed_call(works[op], run, name) for name in ("both", "backward"))
+        run = cases[op].forms["eager"].make()
+        both, backward = (op_rows.timed_call(cases[op], run, name) for name in ("both", "backward"))
         for _ in range(2):
             torch.testing.assert_close(both(), backward(), rtol=0, atol=0)
 
 
-def test_what_fails_says_why_and_the_rest_goes_on(works):
+def test_what_fails_says_why_and_the_rest_goes_on(cases):
     def fail():
         raise RuntimeError("no room\nat all")
 
-    work = works["target-rank"]
-    forms = {"broken": Form(fail, needs_cuda=False), "absent": Form(fail, module="no_such_module"), **work.forms}
-    rows = ops.measure_work(dataclasses.replace(work, forms=forms), CPU, exact=True)
+    case = cases["target-rank"]
+    forms = {"broken": OpForm(fail, needs_cuda=False), "absent": OpForm(fail, module="no_such_module"), **case.forms}
+    rows = op_rows.measure_case(dataclasses.replace(case, forms=forms), CPU, exact=True)
     assert {row["form"]: row["status"] for row in rows} == {
         "broken": "failed: RuntimeError: no room",
         "absent": "not installed",
@@ -170,7 +172,7 @@ def test_bad_input_gets_one_line(toy_run, tmp_path):
     assert "--users" in refused(*command, "--users", 0)
     assert "--op" in refused(*command, "--op", "softmax")
     assert "folder that exists" in refused(*command, "--out", tmp_path / "none" / "result.json")
-    assert "folder that exists" in refused(*command, "--out", tmp_path)
+    assert "is a directory" in refused(*command, "--out", tmp_path)
     assert "no such folder" in refused("bench", "kernels", tmp_path / "nowhere", "--device", "cpu")
 
 
@@ -181,9 +183,9 @@ def test_help_of_the_group_names_its_commands():
 def test_tuning_refuses_settings_that_it_would_ignore():
     cuda = torch.device("cuda")
     with pytest.raises(InputError, match="takes no --users"):
-        tuning.check_tunable(KernelSettings(users=(64,), ops=tuning.OPS), cuda)
+        tuning.check_tunable(KernelSettings(users=(64,), ops=TUNED_OPS), cuda)
     with pytest.raises(InputError, match="found loss-unmasked, target-rank-float32"):
-        tuning.check_tunable(KernelSettings(), cuda)
+        tuning.check_tunable(KernelSettings(ops=OPS), cuda)
     tuning.check_tunable(KernelSettings(ops=("loss",)), cuda)
 
 
@@ -242,8 +244,8 @@ def test_configured_restores_the_table():
 def test_entries_are_printed_as_the_table_writes_them(monkeypatch):
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
     best = Configuration({"BM": 64, "BD": 32}, warps=8, stages=3)
-    found = [tuning.Found("side_project", size, best, 0.5, 1.0, 9, 2) for size in ("small", "large")]
-    text = tuning.table_text(found, CPU)
+    found = [tuning.TunedKernel("side_project", size, best, 0.5, 1.0, 9, 2) for size in ("small", "large")]
+    text = "\n".join(tuned_lines(tuning.as_json(found, CPU)))
     assert '("sm_90", "large"): Configuration({"BM": 64, "BD": 32}, warps=8, stages=3),' in text
     assert eval(f"{{{text}}}") == {"side_project": {("sm_90", "small"): best, ("sm_90", "large"): best}}
     assert tuning.as_json(found, CPU)[1]["size"] == "large"
@@ -257,8 +259,8 @@ def test_tuning_a_kernel_takes_the_fastest_that_agrees(monkeypatch):
     now = configurations.CONFIGURATIONS["target_rank"]
     monkeypatch.setattr(tuning, "cuda_graph_ms", lambda call: 1 / now["default", "fp32"].blocks["BM"])
     toy = make_sequences([[item, item + 1, item + 2, item + 3, item + 4] for item in range(1, 16)])
-    (work,) = make_works(toy, 15, [], dataclasses.replace(SMALL, ops=("target-rank-float32",)), CPU)
-    ((kernel, call),) = tuning.tunable(work)
+    (case,) = make_cases(toy, 15, [], dataclasses.replace(SMALL, ops=("target-rank-float32",)), CPU)
+    ((kernel, call),) = tuning.tunable(case)
 
     def nonsense_at_64():
         masked, unmasked = call()

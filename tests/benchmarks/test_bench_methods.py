@@ -15,9 +15,11 @@ import torch
 from click.testing import CliRunner
 
 from iisan_fast.benchmarks import cells
-from iisan_fast.benchmarks.cells import Cell, SweepSettings
-from iisan_fast.benchmarks.methods import Comparison, benchmark, cost_order
+from iisan_fast.benchmarks.cells import Cell
+from iisan_fast.benchmarks.harness import Setup
+from iisan_fast.benchmarks.methods import compare_methods, cost_order
 from iisan_fast.benchmarks.samples import sample_users
+from iisan_fast.benchmarks.sweep_settings import MethodsSettings
 from iisan_fast.cli import cli
 from iisan_fast.config import RunConfig, ViewConfig
 from iisan_fast.data.sequences import load_dataset
@@ -30,13 +32,13 @@ METHODS = ("full", "lora", "iisan-uncached", "iisan", "id")
 
 
 @pytest.fixture
-def settings(encoder_views) -> SweepSettings:
-    return SweepSettings(METHODS, {"titles": (encoder_views[1],)}, seeds=(0, 1), epochs=2, batch_users=16, profiled=2)
+def settings(encoder_views) -> MethodsSettings:
+    return MethodsSettings(METHODS, {"titles": (encoder_views[1],)}, seeds=(0, 1), epochs=2, batch_users=16, profiled=2)
 
 
-def run(dataset, out, settings: SweepSettings, device) -> dict:
+def run(dataset, out, settings: MethodsSettings, device) -> dict:
     """The sweep's table, tested against its last method."""
-    return benchmark(dataset, out, settings, Comparison(settings.methods[-1]), device)
+    return compare_methods(Setup(dataset, device, out), settings)
 
 
 def test_a_sweep_gives_a_row_for_every_method(settings, small_catalogue, tmp_path, in_this_process):
@@ -78,7 +80,7 @@ def test_iisan_beside_full_fine_tuning_over_pairs_of_encoders(
         )
         for text, image in chosen
     }
-    settings = SweepSettings(("full", "iisan"), pairs, epochs=2, batch_users=16, profiled=1)
+    settings = MethodsSettings(("full", "iisan"), pairs, epochs=2, batch_users=16, profiled=1)
     result = run(small_catalogue, tmp_path / "sweep", settings, CPU)
     assert list(result["encoders"]) == list(pairs)
     for name, one in result["encoders"].items():
@@ -235,9 +237,9 @@ def test_a_comparison_takes_two_methods_and_one_of_them_to_compare_with(settings
     with pytest.raises(InputError, match="methods: expected two or more, found id"):
         run(small_catalogue, tmp_path / "sweep", replace(settings, methods=("id",)), CPU)
     with pytest.raises(InputError, match="TPME weights: expected three numbers from 0 that sum to 1"):
-        Comparison("full", (1.0, 1.0, 1.0))
+        run(small_catalogue, tmp_path / "sweep", replace(settings, weights=(1.0, 1.0, 1.0)), CPU)
     with pytest.raises(InputError, match="against: expected one of full, .*, found 'frozen'"):
-        benchmark(small_catalogue, tmp_path / "sweep", settings, Comparison("frozen"), CPU)
+        run(small_catalogue, tmp_path / "sweep", replace(settings, against="frozen"), CPU)
     assert not (tmp_path / "sweep").exists()
 
 
@@ -287,9 +289,9 @@ def test_the_command_prints_the_table(small_catalogue, encoder_views, tmp_path, 
     ("arguments", "message"),
     [
         ([], "no encoders: give"),
-        (["--pair", "nameless"], "expected a name of its own"),
+        (["--pair", "nameless"], "expected a new name"),
         (["--pair", "a: source=title encoder=e", "--text-encoder", "e"], "--pair: leave out --view"),
-        (["--text-encoder", "e", "--seeds", "x"], "--seeds: expected numbers"),
+        (["--text-encoder", "e", "--seeds", "x"], "--seeds: expected a whole number, found 'x'"),
     ],
 )
 def test_the_command_names_what_is_wrong(arguments, message, small_catalogue, tmp_path):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from helpers.command_line import iisan_fast, refused
 from helpers.datasets import make_sequences, write_dataset_folder
 from iisan_fast.benchmarks import static
-from iisan_fast.benchmarks.machine import NOT_MEASURED
+from iisan_fast.benchmarks.catalogue import BY_NAME
+from iisan_fast.benchmarks.harness import Setup, run_benchmark
 from iisan_fast.benchmarks.machine_code import KernelReading
-from iisan_fast.benchmarks.static import CountedBatch, StaticSettings, benchmark, host_microseconds, padded_shapes
+from iisan_fast.benchmarks.settings import StaticSettings
+from iisan_fast.benchmarks.static import CountedBatch, host_microseconds, padded_shapes
 from iisan_fast.benchmarks.static_step import ARCHITECTURES, Sizes
+from iisan_fast.benchmarks.tables import NOT_MEASURED
 
 MOST_LAUNCHES = 30  # a step
 MOST_BYTES = 0.6e9  # at their peak, at 64 users of Scientific
@@ -76,8 +80,13 @@ def no_compiler(monkeypatch) -> None:
     monkeypatch.setattr(static, "readings", lambda wanted: [read for _ in wanted])
 
 
-def test_figures_stand_in_a_result(dataset, no_compiler):
-    result = benchmark(dataset, StaticSettings(users=(8, 16)), Sizes(width=32, layers=2, bottleneck=16))
+def run(dataset, settings: StaticSettings) -> dict:
+    return run_benchmark(BY_NAME["static"], settings, Setup(dataset, torch.device("cpu")))
+
+
+def test_figures_stand_in_a_result(dataset, no_compiler, monkeypatch):
+    monkeypatch.setattr(static, "SIZES", Sizes(width=32, layers=2, bottleneck=16))
+    result = run(dataset, StaticSettings(users=(8, 16)))
     small, large = result["steps"]
     assert (small["users"], large["users"]) == (8, 16) and small["launches"] == sum(small["launches_by_part"].values())
     assert {*result["versions"]} == {"torch", "triton"} and result["dataset"] == "toy"
@@ -94,7 +103,7 @@ def test_figures_stand_in_a_result(dataset, no_compiler):
 
 
 def test_the_command_prints_tables_and_json(dataset, tmp_path, no_compiler, monkeypatch):
-    monkeypatch.setattr(static, "DEFAULT_SIZES", Sizes(width=32, layers=2, bottleneck=16))
+    monkeypatch.setattr(static, "SIZES", Sizes(width=32, layers=2, bottleneck=16))
     out = tmp_path / "static.json"
     printed = iisan_fast("bench", "static", dataset, "--users", 8, "--out", out)
     assert printed.returncode == 0, printed.stderr
@@ -124,7 +133,7 @@ def test_bad_arguments_get_one_line(dataset, tmp_path, monkeypatch):
 @pytest.mark.long
 def test_the_kernels_bounds_hold_their_limits(scientific_folder):
     """Every kernel of the step is compiled for two architectures, which takes minutes."""
-    result = benchmark(scientific_folder, StaticSettings())
+    result = run(scientific_folder, StaticSettings())
     _, many = result["steps"]
     ops = {row["op"]: row for row in many["ops"]}
     assert ops["loss"]["issue_ms"] <= 0.50 and ops["towers"]["bound_ms"] <= 0.60

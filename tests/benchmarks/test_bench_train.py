@@ -9,9 +9,11 @@ import torch
 
 from helpers.datasets import make_sequences, write_dataset_folder
 from iisan_fast.benchmarks import captures, growth, train
-from iisan_fast.benchmarks.machine import NOT_MEASURED
+from iisan_fast.benchmarks.harness import Setup
 from iisan_fast.benchmarks.phase_profile import PHASES, profile
-from iisan_fast.benchmarks.train import FORMS, TrainSettings
+from iisan_fast.benchmarks.settings import GrowthSettings, TrainSettings
+from iisan_fast.benchmarks.tables import NOT_MEASURED
+from iisan_fast.benchmarks.train import FORMS
 from iisan_fast.cli import main
 from iisan_fast.data import RunPlan, epoch_batches
 from iisan_fast.errors import InputError
@@ -166,7 +168,7 @@ def test_the_command_writes_what_it_prints(dataset, tmp_path, capsys, in_either_
         (["train", "DATASET", "--users=25"], "--users 25: expected at most 24, the users of toy"),
         (["train", "DATASET", "--out=/nowhere/x.json"], "--out: expected a file in a folder that exists"),
         (["growth", "--plot=/nowhere/x.png"], "--plot: expected a file in a folder that exists"),
-        (["growth", "--items=0"], "Invalid value for '--items'"),
+        (["growth", "--items=0"], "--items: expected at least 1, found 0"),
     ],
 )
 def test_bad_input_gets_one_line(arguments, message, dataset, capsys):
@@ -177,8 +179,8 @@ def test_bad_input_gets_one_line(arguments, message, dataset, capsys):
 
 
 def test_growth_measures_every_catalogue_and_batch():
-    settings = growth.GrowthSettings(items=(50, 90), batch_users=(4, 16), users=30, layers=2, width=16)
-    result = growth.benchmark(settings, CPU)
+    settings = GrowthSettings(items=(50, 90), batch_users=(4, 16), users=30, layers=2, width=16)
+    result = growth.measure_growth(Setup(None, CPU), settings)
     assert [(row["items"], row["batch_users"]) for row in result["rows"]] == [(50, 4), (50, 16), (90, 4), (90, 16)]
     assert all(row["epoch_s"] > 0 and row["evaluation_s"] > 0 for row in result["rows"])
     assert all(row["capture_s"] == NOT_MEASURED for row in result["rows"])
@@ -192,14 +194,14 @@ def test_growth_captures_before_it_times(monkeypatch):
         return 1.5
 
     monkeypatch.setattr(growth, "capture_step", capture)
-    settings = growth.GrowthSettings(items=(50,), batch_users=(16,), users=30, layers=2, width=16)
-    (row,) = growth.benchmark(settings, CPU)["rows"]
+    settings = GrowthSettings(items=(50,), batch_users=(16,), users=30, layers=2, width=16)
+    (row,) = growth.measure_growth(Setup(None, CPU), settings)["rows"]
     assert seen == [0] and row["capture_s"] == 1.5
 
 
 def test_growths_synthetic_data_hold_what_they_should(monkeypatch):
     monkeypatch.setattr(growth, "BLOCK", 7)
-    table = growth.states(20, growth.GrowthSettings(layers=2, width=4), 0, CPU)
+    table = growth.states(20, GrowthSettings(layers=2, width=4), 0, CPU)
     assert table.shape == (21, 2, 4) and not table[0].any()
     assert torch.equal(table[1:8], table[8:15]) and torch.equal(table[1:7], table[15:21])
     sequences = growth.histories(1000, 50)

@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from transformers import AutoTokenizer, BertConfig, ViTConfig
 
 from iisan_fast.benchmarks import stand_ins, uncached
-from iisan_fast.benchmarks.machine import NOT_MEASURED
+from iisan_fast.benchmarks.harness import Setup
 from iisan_fast.benchmarks.phase_profile import PHASES
-from iisan_fast.benchmarks.uncached import UncachedSettings
+from iisan_fast.benchmarks.settings import UncachedSettings
+from iisan_fast.benchmarks.tables import NOT_MEASURED
 from iisan_fast.cli import cli
 from iisan_fast.data.items import open_images
 from iisan_fast.data.sequences import load_dataset
@@ -34,7 +35,7 @@ def test_every_form_says_what_an_epoch_costs(catalogue, monkeypatch):
             self.seconds[stage] = 3.0
 
     monkeypatch.setattr(uncached, "Stopwatch", Watch)
-    result = uncached.benchmark(catalogue, SETTINGS, CPU)
+    result = uncached.compare_uncached(Setup(catalogue, CPU), SETTINGS)
     assert (result["steps_an_epoch"], result["steps_timed"], result["scaled"]) == (4, 2, True)
     assert result["catalogue"] == 70 and "179 s" in result["notes"]["paper"]
     absent, *rows = result["forms"]
@@ -108,7 +109,7 @@ def test_the_most_frequent_words_come_first():
 
 def test_what_cannot_be_measured_is_refused(catalogue, tmp_path):
     with pytest.raises(InputError, match="--users 161: expected at most 160"):
-        uncached.benchmark(catalogue, replace(SETTINGS, users=161), CPU)
+        uncached.compare_uncached(Setup(catalogue, CPU), replace(SETTINGS, users=161))
     for table in ("items.tsv", "users.tsv"):
         text = (catalogue / table).read_text()
         (catalogue / table).write_text(re.sub(r"\bi1\b", "../i1", text))

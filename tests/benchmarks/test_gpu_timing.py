@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iisan_fast.benchmarks import gpu_timing, ops
+from iisan_fast.benchmarks import gpu_timing, op_rows
 from iisan_fast.benchmarks.gpu_timing import EAGER, GRAPH, WALL_CLOCK, device_timing
 from iisan_fast.benchmarks.graph_nodes import captured_nodes
+from iisan_fast.benchmarks.op_cases import OpCase
 
 CUDA = torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -46,10 +47,10 @@ def test_a_call_that_no_graph_takes_is_timed_eagerly_and_says_why(timed_calls, m
 
 
 def test_a_row_says_how_it_was_timed(monkeypatch):
-    monkeypatch.setattr(ops, "CPU_SECONDS", 0.01)
+    monkeypatch.setattr(op_rows, "CPU_SECONDS", 0.01)
     ones = torch.ones(3)
-    work = ops.Work("op", ones.dtype, {}, {}, {})
-    assert ops.measure(work, lambda: [ones.sum()], "forward", torch.device("cpu"))["timed"] == WALL_CLOCK
+    case = OpCase("op", ones.dtype, {}, {}, {})
+    assert op_rows.measure(case, lambda: [ones.sum()], "forward", torch.device("cpu"))["timed"] == WALL_CLOCK
 
 
 @pytest.mark.gpu

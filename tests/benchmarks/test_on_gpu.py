@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from helpers.datasets import make_sequences, write_dataset_folder
-from iisan_fast.benchmarks import machine, ops
+from iisan_fast.benchmarks import machine, op_rows
 from iisan_fast.benchmarks.on_gpu import common, gpu_tests, profiles, runner, stages
 from iisan_fast.benchmarks.on_gpu.runner import NOT_MEASURED, Measurement, Stage
 from iisan_fast.benchmarks.on_gpu.settings import DRY_RUN, Settings
@@ -28,6 +28,7 @@ STAGES = {stage.name: stage for stage in runner.STAGES}
 # What may be imported when tests are collected: what the project requires, and what the script's head asks for.
 ON_THE_MACHINE = {"click", "lmdb", "numpy", "PIL", "rich", "safetensors", "torch", "transformers", "triton"}
 ON_THE_MACHINE |= {"hypothesis", "pytest", "setuptools"} | {"huggingface_hub", "tokenizers", "yaml"}  # transformers'
+ON_THE_MACHINE |= {"filelock", "markdown_it", "platformdirs"}  # required by the project, or by rich
 ON_THE_MACHINE |= {"helpers", "iisan_fast"}
 
 
@@ -231,12 +232,12 @@ def test_epochs_are_timed_once_their_shapes_are_captured_and_profiled(dataset, t
 
 @pytest.mark.slow
 def test_ops_evaluation_and_the_dense_form_are_measured(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(ops, "CPU_SECONDS", 0.001)
+    monkeypatch.setattr(op_rows, "CPU_SECONDS", 0.001)
     rows = measure("ops", dataset, tmp_path, many_users=8192)["rows"]  # more than there are
     assert {(row["op"], row["users"]) for row in rows} == {
         (op, users) for op in ("loss", "side-network", "target-rank") for users in (24, 8)
     }
-    assert all(row["status"] == ops.MEASURED and row["timed"] for row in rows)
+    assert all(row["status"] == op_rows.MEASURED and row["timed"] for row in rows)
     evaluation = measure("evaluation", dataset, tmp_path)
     assert evaluation["users"] == 24 and evaluation["catalogue"] == 40
     assert all(row["evaluation"]["p50_s"] > 0 for row in evaluation["forms"])

@@ -1,0 +1,149 @@
+"""Rows of the kernels' benchmark: time, launches, memory and gradient error of each form and pass of a case."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .exact_gradients import gradient_error
+from .floors import device_rates
+from .gpu_timing import WALL_CLOCK, Timing, device_timing, on_capture_stream
+from .machine import QUANTILES, count_launches
+from .op_cases import OpCase, Run
+
+MEASURED = "measured"
+WARM_UP_CALLS = 3
+CPU_SECONDS = 0.2  # of a row, and at least three calls
+REASON_LENGTH = 200  # characters of why a form failed
+
+
+def measure_case(case: OpCase, device: torch.device, exact: bool) -> list[dict[str, Any]]:
+    """A row for every form and pass. `exact`: with the gradients' error against fp64."""
+    truth = functools.cache(case.exact) if exact and case.exact else None
+    measured = []
+    for name, form in case.forms.items():
+        unable = form.unable(device)
+        for passes, graphs_kept in ((("forward", "both"), False), (("backward",), True)):
+            make = functools.cache(form.make)
+            with _fresh_compiler(graphs_kept) if form.compiled and not unable else nullcontext():
+                for direction in passes:
+                    if direction in case.costs:
+                        row = blank_row(case, name, direction, device)
+                        measured.append(fill(row, case, unable, make, device, truth))
+    return measured
+
+
+def blank_row(case: OpCase, form: str, direction: str, device: torch.device) -> dict[str, Any]:
+    """A row without its figures; those that are not measured stay None."""
+    rates = device_rates(device)
+    has_floor = rates is not None and case.dtype == torch.bfloat16
+    return {
+        "op": case.op,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        **case.sizes,
+        "form": form,
+        "pass": direction,
+        "status": MEASURED,
+        **dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "timed", "launches", "peak_bytes", "gradient_error")),
+        "floor_ms": case.costs[direction].floor_ms(rates) if has_floor else None,
+        "floor_share": None,
+    }
+
+
+def fill(
+    row: dict[str, Any],
+    case: OpCase,
+    unable: str,
+    make: Callable[[], Run],
+    device: torch.device,
+    truth: Callable[[], list[Tensor]] | None,
+) -> dict[str, Any]:
+    """The row with its figures, or with what kept it from having any."""
+    if unable:
+        return row | {"status": unable}
+    try:
+        row |= measure(case, make(), row["pass"], device, truth)
+        if row["floor_ms"]:
+            row["floor_share"] = row["floor_ms"] / row["p50_ms"]
+    except Exception as error:  # a failure is a result too, whatever another library raises
+        row["status"] = f"failed: {_reason(error)}"
+    if device.type == "cuda":  # the next row begins with as much memory
+        gc.collect()
+        torch.cuda.empty_cache()
+    return row
+
+
+def measure(
+    case: OpCase, run: Run, direction: str, device: torch.device, truth: Callable[[], list[Tensor]] | None = None
+) -> dict[str, Any]:
+    """Times, launches, memory and gradient error of one pass of one form; on the CPU, no launches and no memory."""
+    on_gpu, figures = device.type == "cuda", {}
+    with on_capture_stream(device) if on_gpu else nullcontext():
+        call = timed_call(case, run, direction)
+        if on_gpu:
+            for _ in range(WARM_UP_CALLS):
+                call()
+            figures["peak_bytes"] = peak_bytes(call, device)
+            figures["launches"] = count_launches(call)
+            timing = device_timing(call)
+        else:
+            timing = Timing(cpu_quantiles(call), WALL_CLOCK)
+        figures |= {**dict(zip(("p20_ms", "p50_ms", "p80_ms"), timing.quantiles)), "timed": timing.timed}
+        if direction == "both" and truth is not None:
+            figures["gradient_error"] = gradient_error(call(), truth)
+    return figures
+
+
+def timed_call(case: OpCase, run: Run, direction: str) -> Run:
+    """What a pass is: the forward; gradients from the inputs on; or gradients of a forward that is kept."""
+    if direction == "forward":
+        return run
+    if direction == "both":
+        return lambda: torch.autograd.grad(run(), case.leaves, case.upstream)
+    outputs = run()
+    return lambda: torch.autograd.grad(outputs, case.leaves, case.upstream, retain_graph=True)
+
+
+def cpu_quantiles(call: Run) -> list[float]:
+    """The same by the wall clock, after one call to warm up."""
+    call()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < CPU_SECONDS:
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return [1000 * float(value) for value in np.quantile(times, QUANTILES)]
+
+
+def peak_bytes(call: Run, device: torch.device) -> int:
+    """The most that a call allocates on the GPU beyond what is there before it, its results included."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    results = call()
+    torch.cuda.synchronize(device)
+    del results
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@contextmanager
+def _fresh_compiler(graphs_kept: bool) -> Iterator[None]:
+    """Forgets what was compiled. Graphs kept for a second backward must not lend their memory to the first."""
+    from torch._functorch import config
+
+    torch.compiler.reset()
+    with config.patch(donated_buffer=config.donated_buffer and not graphs_kept):
+        yield
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:REASON_LENGTH]
