@@ -32,6 +32,7 @@ RUNNABLE = frozenset((PROGRAM, "python", "mkdir", "ls", "head", "cat", "cp", "pr
 KNOWN = RUNNABLE | {"git", "curl", "tar", "unzip", "cd", "export", "rm", "sbatch", "scp", "ssh", "brew", "apt-get"}
 KNOWN |= {"nvidia-smi", "source", "benchmarks/on_gpu.sh"}
 OTHER_MODULES = frozenset(("pip", "venv", "build", "twine", "pytest"))
+ASSIGNMENT = re.compile(r"\w+=")
 OPERATORS = re.compile(r"[|&;<>()]+")
 
 
@@ -63,7 +64,7 @@ def commands_of(line: str) -> Iterator[list[str]]:
             if command:
                 yield command
             command = []
-        elif command or not re.match(r"\w+=", word):
+        elif command or not ASSIGNMENT.match(word):
             command.append(word)
 
 
@@ -159,17 +160,33 @@ def command_path(arguments: list[str]) -> tuple[str, ...]:
 
 
 def run(line: str) -> str:
-    """Run a line in the working folder and return its standard output. Fail the test if it fails."""
+    """Run a line in the working folder and return its standard output. Fail the test if it fails.
+
+    A line of iisan-fast alone, perhaps with variables before it and `> FILE` after it, runs in this process.
+    """
     words = words_of(line)
-    if words[0] == PROGRAM and not any(OPERATORS.fullmatch(word) for word in words):
-        arguments = words[1:]
-        limits = [] if "--resume" in arguments else SMALL.get(command_path(arguments), [])
+    start = next(place for place, word in enumerate(words) if not ASSIGNMENT.match(word))
+    redirected = words[-1] if words[-2:-1] == [">"] else None
+    command = words[start : -2 if redirected else None]
+    if command[0] != PROGRAM or any(OPERATORS.fullmatch(word) for word in command):
+        return _run_by_shell(line)
+    arguments = command[1:]
+    limits = [] if "--resume" in arguments else SMALL.get(command_path(arguments), [])
+    with pytest.MonkeyPatch.context() as patch:
+        for assignment in words[:start]:
+            patch.setenv(*assignment.split("=", 1))
         result = iisan_fast(*arguments, *limits)
-    else:
-        foreign = {command[0] for command in commands_of(line)} - RUNNABLE
-        assert not foreign, f"{', '.join(foreign)} cannot run in a test; mark the block"
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path}
-        result = subprocess.run(["bash", "-ec", line], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, f"{line}\n{result.stdout}{result.stderr}"
+    if redirected:
+        Path(redirected).write_text(result.stdout)
+    return result.stdout
+
+
+def _run_by_shell(line: str) -> str:
+    foreign = {command[0] for command in commands_of(line)} - RUNNABLE
+    assert not foreign, f"{', '.join(foreign)} cannot run in a test; mark the block"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
+    result = subprocess.run(["bash", "-ec", line], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, f"{line}\n{result.stdout}{result.stderr}"
     return result.stdout
