@@ -138,6 +138,8 @@ def _value(node: yaml.Node, settings: SettingsFile, names: Names) -> Any:
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, settings, names)
     if isinstance(node, yaml.SequenceNode):
+        lines = {(*names, str(index)): part.start_mark.line + 1 for index, part in enumerate(node.value)}
+        settings.lines.update(lines)
         return [_value(part, settings, (*names, str(index))) for index, part in enumerate(node.value)]
     if node.tag not in (_PLAIN, _TEXT):
         raise InputError(
