@@ -1,8 +1,8 @@
-"""The embedded demo: a drawn catalogue whose content predicts the next item, and two small frozen encoders.
+"""The embedded demo: a synthetic catalogue whose content predicts the next item, and two small frozen encoders.
 
-A product has a material, which only its title says; a colour, which only its picture shows; and a kind, which both
-tell. A user's taste walks along materials and colours, so both views are needed to guess the next item, while every
-single item is bought too rarely for anything else to help. The same seed writes the same bytes.
+A product has a material, which only its title names, a colour, which only its picture shows, and a kind, which both
+show. A user's next item follows from material and colour, so a model needs both views. Each item is bought too rarely
+to be learned from interactions alone. The same seed writes the same bytes.
 """
 
 from __future__ import annotations
@@ -63,11 +63,12 @@ Outline = list[tuple[float, float]]
 
 
 def _circle(radius: float, corners: int = 32) -> Outline:
+    """Return a polygon that looks like a circle around the origin."""
     angles = [2 * math.pi * corner / corners for corner in range(corners)]
     return [(radius * math.cos(angle), radius * math.sin(angle)) for angle in angles]
 
 
-# Each kind's polygons in a square from -1 to 1; the second one, where there is one, is a hole.
+# The polygons of each kind in a square from -1 to 1. A second polygon is a hole.
 KINDS: dict[str, list[Outline]] = {
     "plate": [_circle(0.9)],
     "ring": [_circle(0.95), _circle(0.55)],
@@ -80,7 +81,7 @@ KINDS: dict[str, list[Outline]] = {
 
 @dataclass(frozen=True)
 class Product:
-    """What one item is; indices into the tables above."""
+    """An item. The first seven fields are indices into the tables above."""
 
     material: int
     colour: int
@@ -89,25 +90,25 @@ class Product:
     background: int
     brand: int
     occasion: int
-    size: int  # of the drawing: half its width in pixels
-    left: int  # of the drawing's centre, in pixels
+    size: int  # half the width of the drawing, in pixels
+    left: int  # place of the drawing's centre, in pixels
     top: int
 
     @property
     def title(self) -> str:
-        """Brand, material, kind and occasion; no word of colour or pattern."""
+        """Return the title: brand, material, kind and occasion, without colour and pattern."""
         brand, material = BRANDS[self.brand], MATERIALS[self.material]
         return f"{brand} {material} {tuple(KINDS)[self.kind]} for {OCCASIONS[self.occasion]}".capitalize()
 
 
 def settings(method: str = "iisan") -> dict[str, Any]:
-    """The optimisation that suits so small a dataset: sections of RunConfig."""
+    """Return the training settings for so small a dataset, as sections of RunConfig."""
     rates = {group: 1e-4 if group == "encoders" else 1e-3 for group in LEARNING_RATES[method]}
     return {"train": {"max_epochs": 30, "learning_rates": rates}}
 
 
 def plan(root: Path) -> tuple[Path, list[ViewConfig]]:
-    """Where the demo's dataset lies under a folder, and its two views, image first."""
+    """Return the folder of the demo's dataset under `root`, and its two views, image first. Nothing is written."""
     encoders = root / "encoders"
     views = [
         ViewConfig("image", "image", str(encoders / "image")),
@@ -119,9 +120,9 @@ def plan(root: Path) -> tuple[Path, list[ViewConfig]]:
 def configure(
     out: Path, options: Mapping[str, Any], uncached: bool, device: torch.device, changes: Mapping[str, Any] = NO_CHANGES
 ) -> RunConfig:
-    """Write the demo into `out`/demo, encode it where the method reads a cache, and return the run's configuration.
+    """Write the demo into out/demo, extract its states if the method reads a cache, and return the run's configuration.
 
-    options: flat settings as `run_config` takes them. uncached: run the encoders in every step.
+    options: flat settings, as `run_config` takes them. uncached: run the encoders in every step.
     changes: settings by dotted name, as `run_config` takes them.
     Raises InputError, before anything is written, for settings that cannot be used.
     """
@@ -134,16 +135,18 @@ def configure(
     dataset, views = plan(home)
     model = {**to_dict(options.get("model", ModelConfig())), **options}
     model |= {name.removeprefix("model."): value for name, value in changes.items() if name.startswith("model.")}
-    method, groups = model["method"], model["layer_groups"]
+    method = model["method"]
+    groups = model["layer_groups"]
     check_choice("method", method, METHODS)
     if groups is not None:
         grouped_layers(ENCODER_SHAPE["num_hidden_layers"], groups)  # before anything is written
-    read: dict[str, Any] = {"dataset": dataset}
-    runs = uncached or method in TUNING_METHODS
-    if not runs and method != "id":
+    inputs: dict[str, Any] = {"dataset": dataset}
+    runs_encoders = uncached or method in TUNING_METHODS
+    if not runs_encoders and method != "id":
         views = [replace(view, layer_groups=groups) for view in views]
-        read |= {"cache": home / "states", "views": [view.name for view in views]}
-    config = run_config({**read, **options}, settings(method), encoders=views if runs else (), changes=changes)
+        inputs |= {"cache": home / "states", "views": [view.name for view in views]}
+    encoders = views if runs_encoders else ()
+    config = run_config({**inputs, **options}, settings(method), encoders=encoders, changes=changes)
     check_new_run(config, out, device)
     LOGGER.info("No dataset given: this is the embedded demo.")
     write_demo(home)
@@ -153,24 +156,24 @@ def configure(
 
 
 def write_demo(root: Path, seed: int = 0, shuffle_content: bool = False) -> tuple[Path, list[ViewConfig]]:
-    """Writes root/dataset and root/encoders, and returns its `plan`.
+    """Write root/dataset and root/encoders, and return what `plan` returns.
 
-    `shuffle_content` deals titles and images, together, out among the items at random and leaves the histories as they
-    were: content that predicts nothing.
+    shuffle_content: give each item the title and image of a random item and leave the histories as they are, so that
+    content predicts nothing.
     """
     generator = np.random.default_rng(seed)
     products = make_products(generator)
     histories = make_histories(products, generator)
-    dealt = generator.permutation(ITEMS) if shuffle_content else np.arange(ITEMS)
+    order = generator.permutation(ITEMS) if shuffle_content else np.arange(ITEMS)
     dataset, (image, text) = plan(root)
-    write_dataset(dataset, [products[index] for index in dealt], histories)
+    write_dataset(dataset, [products[index] for index in order], histories)
     write_text_encoder(Path(text.encoder), seed)
     write_image_encoder(Path(image.encoder), seed)
     return dataset, [image, text]
 
 
 def make_products(generator: np.random.Generator) -> list[Product]:
-    """ITEMS products in random order, equally many of every material and colour."""
+    """Return ITEMS products in random order, equally many of every pair of material and colour."""
     shelves = [divmod(index % (len(MATERIALS) * len(COLOURS)), len(COLOURS)) for index in range(ITEMS)]
     centre = IMAGE_SIZE // 2
     limits = {
@@ -190,10 +193,11 @@ def make_products(generator: np.random.Generator) -> list[Product]:
 
 
 def make_histories(products: list[Product], generator: np.random.Generator) -> list[list[int]]:
-    """USERS histories of indices into products, oldest first.
+    """Return USERS histories of indices into `products`, oldest first.
 
-    A taste starts anywhere and moves to the next material and the next colour with every interaction, round and round.
-    Among the products that suit it, those that come first are bought more often; a surprise may be any product.
+    A user starts at a random material and colour, and takes the next material and the next colour with every
+    interaction. Among the products of that pair, earlier ones are bought more often. With probability SURPRISE the item
+    is any product.
     """
     shelves: dict[tuple[int, int], list[int]] = {}
     for index, product in enumerate(products):
@@ -211,7 +215,7 @@ def make_histories(products: list[Product], generator: np.random.Generator) -> l
 
 
 def write_dataset(folder: Path, products: list[Product], histories: list[list[int]]) -> None:
-    """Writes items.tsv, users.tsv and images/<item id>.png; item number i holds products[i]."""
+    """Write items.tsv, users.tsv and images/<item id>.png; line i of items.tsv is products[i]."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     ids = [f"item{index:04d}" for index in range(len(products))]
@@ -223,14 +227,15 @@ def write_dataset(folder: Path, products: list[Product], histories: list[list[in
 
 
 def draw(product: Product) -> Image.Image:
-    """The product's picture, RGB, IMAGE_SIZE x IMAGE_SIZE: its outline in its colour and pattern on its background."""
+    """Return the picture of a product: RGB, IMAGE_SIZE x IMAGE_SIZE, its kind in its colour and pattern."""
     shape = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 0)
     for outline, fill in zip(tuple(KINDS.values())[product.kind], (255, 0)):
         corners = [(product.left + round(product.size * x), product.top + round(product.size * y)) for x, y in outline]
         ImageDraw.Draw(shape).polygon(corners, fill=fill)
     colour = tuple(COLOURS.values())[product.colour]
     surface = Image.new("RGB", shape.size, colour)
-    pen, dark = ImageDraw.Draw(surface), tuple(channel * 3 // 5 for channel in colour)
+    pen = ImageDraw.Draw(surface)
+    dark = tuple(channel * 3 // 5 for channel in colour)
     for start in range(0, IMAGE_SIZE, 8):
         if PATTERNS[product.pattern] == "striped":
             pen.rectangle((start, 0, start + 2, IMAGE_SIZE), fill=dark)
@@ -241,15 +246,16 @@ def draw(product: Product) -> Image.Image:
 
 
 def write_text_encoder(folder: Path, seed: int) -> None:
-    """Writes a frozen BERT of random weights whose WordPiece vocabulary is the demo's words."""
+    """Write a BERT of random weights whose WordPiece vocabulary is the words of the demo's titles."""
     words = ["for", *BRANDS, *MATERIALS, *KINDS, *OCCASIONS]
     write_bert(folder, {"max_position_embeddings": 32, **ENCODER_SHAPE}, words, seed)
 
 
 def write_image_encoder(folder: Path, seed: int) -> None:
-    """Writes a frozen ViT of random weights over 16 patches."""
+    """Write a ViT of random weights over 16 patches."""
     write_vit(folder, IMAGE_ENCODER_SHAPE, seed)
 
 
 def _write_table(path: Path, keys: list[str], values: list[str]) -> None:
+    """Write one line a key: the key, a tab, the value."""
     path.write_text("".join(f"{key}\t{value}\n" for key, value in zip(keys, values)), encoding="utf-8", newline="\n")

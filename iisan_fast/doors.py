@@ -1,4 +1,4 @@
-"""A room's door: the names that a package offers, each imported when it is first asked for."""
+"""Lazy packages: a name that a package exports is imported when it is first used."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Any
 def lazy_names(package: str, file: str) -> Callable[[str], Any]:
     """Return the `__getattr__` of a package whose `__init__` imports its names under `if TYPE_CHECKING:`.
 
-    Those imports say which module holds each name: a type checker reads them, and so does this function.
-
-    Args: package, file: the package's `__name__` and `__file__`.
+    package, file: the package's `__name__` and `__file__`. The imports are read from the file's source, so that a type
+    checker and this function use the same list. The returned function raises AttributeError for a name outside it.
     """
     homes = _homes(file)
 

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent, and databases that turn out not to be whole."""
+"""Write files and folders whole or not at all, hold lock files, name the cache folder, refuse truncated databases."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from .errors import InputError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` with `content`: a reader, or a restart after a crash, sees the old file or the new one."""
+    """Replace the file `path` with `content`. A reader sees the old file or the new one, also after a crash."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields an empty file that replaces `path` if all goes well, or vanishes."""
+    """Yield a temporary file beside `path`, which replaces `path` at the end of the block.
+
+    If the block raises, the temporary file is removed and `path` stays as it was.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
@@ -41,7 +44,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder that becomes `path` if all goes well, or vanishes. Raises InputError if that exists."""
+    """Yield a temporary folder beside `path`, which is renamed to `path` at the end of the block.
+
+    If the block raises, the temporary folder is removed. Raises InputError if `path` exists or its parent does not.
+    """
     if os.path.lexists(path):
         raise InputError(f"{path}: exists already; remove it or choose another folder")
     if not path.absolute().parent.is_dir():
@@ -82,18 +88,21 @@ def cache_folder() -> Path:
 
 
 def refuse_truncated(env: Any, path: Path) -> None:
-    """Closes an open LMDB environment and raises InputError where its file, or its folder's, is shorter than it says.
+    """Close an open LMDB environment and raise InputError if its file is shorter than its header says.
 
-    Reading a page beyond the file's end would kill the process without a word.
+    path: the database's file, or the folder that holds it as data.mdb. Reading a page beyond the end of the file would
+    kill the process without a message.
     """
     expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    found = (path / "data.mdb" if path.is_dir() else path).stat().st_size
-    if found < expected:
+    file = path / "data.mdb" if path.is_dir() else path
+    actual = file.stat().st_size
+    if actual < expected:
         env.close()
-        raise InputError(f"{path}: truncated LMDB: expected {expected} bytes, found {found}; copy or make it again")
+        raise InputError(f"{path}: truncated LMDB: expected {expected} bytes, found {actual}; copy or make it again")
 
 
 def _umask() -> int:
+    """Return the process's file mode mask, which can only be read by setting it."""
     current = os.umask(0)
     os.umask(current)
     return current

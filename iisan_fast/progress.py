@@ -1,4 +1,4 @@
-"""Progress bars on standard error, shown only where a person watches."""
+"""Progress bars on standard error, shown only if it is a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ Advance = Callable[..., None]
 
 @contextmanager
 def progress_bar(description: str, total: int, unit: str) -> Iterator[Advance]:
-    """Yields advance(count, note=""): `total` things of `unit`, their speed and the time left, and a short note."""
+    """Show a progress bar during the block, and yield the function that moves it.
+
+    description: the text on the left. total: how many units there are. unit: their name, for "12 items/s".
+    The function is called as advance(count, note=""): `count` more units are done; `note` is shown on the right.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),

@@ -1,4 +1,4 @@
-"""The process: how it uses the machine, and what it shows. Nothing here changes what is computed."""
+"""Set up the process: OpenMP, the memory allocator, cuBLAS and logging. No setting changes a result."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def prepare_program() -> None:
 def fix_cublas_workspace() -> None:
     """Give cuBLAS a workspace of one size, so that CUDA products repeat bit for bit.
 
-    PyTorch reads the variable at the process's first CUDA product. So whatever may make that product calls this first.
+    PyTorch reads the variable at the process's first CUDA product. So every function that may make it calls this first.
     """
     os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_WORKSPACE)

@@ -1,8 +1,8 @@
-"""Calls in worker processes, made ahead of their use: what is read and decoded while an encoder computes.
+"""Calls in worker processes, ahead of their use: files are read and decoded while an encoder computes.
 
-Workers are forked from a fork server, never from this process: its threads (torch's, a tokenizer's) and its open
-databases would not survive that. They compute with one thread each, and do not import the main module: a script would
-begin again in each of them.
+Workers are forked from a fork server, never from this process, since threads (of torch or a tokenizer) and open
+databases do not survive a fork. A worker computes with one thread. It does not import the main module, since a script
+would then run again in every worker.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from .errors import InputError
 
-MAX_WORKERS = 16  # that nobody asked for
-ITEMS_A_WORKER = 2000  # below that, starting one takes longer than it saves
-CHECKED_AT_ONCE = 64  # items a call, where a catalogue is looked through
-ONE_LINE = (InputError, OSError, MemoryError)  # what the program answers with a line and no traceback
+MAX_WORKERS = 16  # limit of the default
+ITEMS_A_WORKER = 2000  # for fewer items, a worker takes longer to start than it saves
+CHECKED_AT_ONCE = 64  # items a call, when a catalogue is checked
+ONE_LINE = (InputError, OSError, MemoryError)  # errors that the program shows as one line, without a traceback
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
 def worker_count(asked: int | None, items: int, device: torch.device) -> int:
-    """What was asked for; of None, one for every CPU that an encoder on the device leaves idle, fewer for few items."""
+    """Return the number of worker processes: `asked`, or a default if that is None.
+
+    The default is one worker for every CPU that an encoder on `device` leaves idle, at most MAX_WORKERS, and at most
+    one for ITEMS_A_WORKER items.
+    """
     if asked is not None:
         return asked
     idle = usable_cpus() - (torch.get_num_threads() if device.type == "cpu" else 1)
@@ -41,7 +45,7 @@ def worker_count(asked: int | None, items: int, device: torch.device) -> int:
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may run on."""
+    """Return the number of CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -55,8 +59,8 @@ def calls_ahead(
     """Yield function(argument) for every argument, in order.
 
     `workers` processes work ahead; with 0 this process does the work itself. Function, arguments and results must be
-    picklable. `pin` puts results that have `pin_memory` into pinned memory. `modules` are imported once for all worker
-    processes, by the server that the first of them are forked from. Close the iterator to end the workers early.
+    picklable. `pin` puts results that have `pin_memory` into pinned memory. `modules` are imported once, by the fork
+    server, before the first worker of this process is forked. Close the iterator to end the workers early.
 
     Raises the function's InputError, OSError or MemoryError unchanged, and InputError if a worker process fails
     otherwise.
@@ -72,7 +76,7 @@ def calls_ahead(
         multiprocessing_context=_context(modules) if workers else None,
         worker_init_fn=_end_with_parent,
         pin_memory=pin,
-        generator=torch.Generator(),  # it draws seeds for its workers, which the global generator must not feel
+        generator=torch.Generator(),  # DataLoader draws seeds from it, not from the global generator
     )
     results = _start(loader)
     try:
@@ -81,14 +85,14 @@ def calls_ahead(
             if isinstance(result, ONE_LINE):
                 raise result
             yield result
-    except RuntimeError as error:  # DataLoader's, for a worker that was killed or ran out of shared memory
+    except RuntimeError as error:  # of DataLoader: a worker was killed or ran out of shared memory
         if not workers:
             raise
         reason = str(error).splitlines()[0]
     else:
         return
     finally:
-        del results  # which ends the workers; an error would keep it, with this frame, for as long as it is looked at
+        del results  # ends the workers; an error that is kept would keep this frame and them
     raise InputError(f"a worker process failed ({reason}); run again with fewer workers, or 0")
 
 
@@ -98,12 +102,14 @@ def batched(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 
 class _Calls(Dataset, Generic[Argument, Result]):
-    """The calls as a dataset. An error that is one line is a result: DataLoader would put its traceback into it."""
+    """The calls as a dataset. It returns errors of ONE_LINE, since DataLoader would put a traceback into their text."""
 
     def __init__(self, function: Callable[[Argument], Result]) -> None:
+        """Take the function that `calls_ahead` calls."""
         self.function = function
 
     def __getitem__(self, argument: Argument) -> Result | Exception:
+        """Return function(argument), or its error if that is one of ONE_LINE."""
         try:
             return self.function(argument)
         except ONE_LINE as error:
@@ -111,18 +117,20 @@ class _Calls(Dataset, Generic[Argument, Result]):
 
 
 def _unchanged(result: Any) -> Any:
+    """Return the result itself: nothing is collated."""
     return result
 
 
 def _context(modules: Sequence[str]) -> ForkServerContext:
+    """Return a multiprocessing context whose fork server imports `modules` before it forks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(modules))
     return context
 
 
 def _start(loader: DataLoader) -> Iterator[Any]:
-    """Starts the workers with interrupts blocked, which they inherit: Ctrl-C is for this process to act upon."""
-    resource_tracker.ensure_running()  # which would be started here, and unblock them
+    """Start the workers with SIGINT blocked, which they inherit: only this process acts upon Ctrl-C."""
+    resource_tracker.ensure_running()  # otherwise it would start below, and unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with _main_module_hidden():
@@ -133,9 +141,9 @@ def _start(loader: DataLoader) -> Iterator[Any]:
 
 @contextmanager
 def _main_module_hidden() -> Iterator[None]:
-    """Hide where the main module comes from, so that processes started meanwhile do not import it.
+    """Hide the origin of the main module during the block, so that new processes do not import it.
 
-    No function that they call is of that module.
+    They need it not: no function that they call belongs to it.
     """
     main = vars(sys.modules["__main__"])
     origin = {name: main[name] for name in ("__file__", "__spec__") if name in main}
@@ -147,9 +155,9 @@ def _main_module_hidden() -> Iterator[None]:
 
 
 def _end_with_parent(_worker: int) -> None:
-    """Ends this worker when the process that uses it has gone, even killed.
+    """End this worker as soon as the process that started it has ended, even if that was killed.
 
-    DataLoader's own watch looks at the fork server instead, which stays as long as any worker does.
+    DataLoader watches the fork server instead, which lives as long as any worker does.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None

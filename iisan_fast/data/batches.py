@@ -1,4 +1,4 @@
-"""Training batches: each distinct item once, histories as indices into them, everything made of small integers.
+"""Training batches: the distinct items of some users, and the users' histories as indices into them.
 
 The order of an epoch depends on the seed and the epoch alone, so a resumed run sees the batches it would have seen.
 """
@@ -31,29 +31,29 @@ class Shape(NamedTuple):
 
     @property
     def words(self) -> int:
-        """Words of 32 history bits a user."""
+        """Return the number of 32-bit words that hold a user's history bits."""
         return -(-self.distinct // 32)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B users' training sequences with V distinct items and R rows (positions that have a next item).
+    """Training sequences of B users with V distinct items and R rows (positions that have a next item).
 
-    A padded batch holds more of each: user -1, item 0 with multiplicity 0, rows of weight 0. They change no loss.
+    A padded batch has more of each: user -1, item 0 with multiplicity 0, rows of weight 0. Padding changes no loss.
     """
 
     step: int | Tensor  # the run's step number, which the stateless dropout hashes; int64 scalar on a device
-    length: int  # positions of the grid that the rows stand on: of the longest history, or more
+    length: int  # positions of a user in the grid of rows, at least those of the longest history
     users: Tensor  # int64 [B]: user numbers, likewise hashed
     distinct: Tensor  # int64 [V]: ascending item numbers
     multiplicity: Tensor  # int64 [V]: slots of the batch that hold each distinct item
-    inputs: Tensor  # int64 [R]: each row's own item, an index into distinct
+    inputs: Tensor  # int64 [R]: the item of each row, an index into distinct
     targets: Tensor  # int64 [R]: its next item, likewise
     row_users: Tensor  # int64 [R]: 0..B-1
-    row_slots: Tensor  # int64 [R]: where the row stands on the grid, user * length + position, right-aligned, ascending
+    row_slots: Tensor  # int64 [R]: place in the grid, user * length + position, right-aligned, ascending
     weights: Tensor  # float64 [R]: each row's part in the mean loss
-    history_bits: Tensor  # int32 [B, ceil(V / 32)]: bit v % 32 of word v // 32: distinct item v is the user's own
-    buffer: Tensor | None = None  # what all of it lies in, if it was unpacked
+    history_bits: Tensor  # int32 [B, ceil(V / 32)]: bit v % 32 of word v // 32: the user has distinct item v
+    buffer: Tensor | None = None  # the memory that all tensors share, if the batch was unpacked
 
     @property
     def shape(self) -> Shape:
@@ -61,7 +61,10 @@ class Batch:
         return Shape(len(self.users), len(self.distinct), len(self.targets), self.length)
 
     def checked(self, table_rows: int) -> Batch:
-        """Return the batch, unless an index leaves its range (ValueError): a GPU's kernels check none of them."""
+        """Return the batch after a check of its indices, which kernels on a GPU do not check.
+
+        table_rows: rows of the item table. Raises ValueError for an index out of range.
+        """
         users, distinct = len(self.users), len(self.distinct)
         for name, limit, lowest in (
             ("distinct", table_rows, 1),
@@ -75,10 +78,14 @@ class Batch:
         return self
 
     def padded(self, shape: Shape) -> Batch:
-        """Return the batch padded to a shape with more users, the last of which has the padding rows."""
+        """Return the batch padded to a shape with more users; the last user has the padding rows.
+
+        Raises ValueError if the batch does not fit into the shape.
+        """
         if shape.users <= len(self.users) or any(room < size for room, size in zip(shape, self.shape)):
             raise ValueError(f"batch: {self.shape} does not fit into {shape}")
-        rows, distinct = shape.rows - len(self.targets), shape.distinct - len(self.distinct)
+        rows = shape.rows - len(self.targets)
+        distinct = shape.distinct - len(self.distinct)
         users = shape.users - len(self.users)
         position = self.row_slots % self.length + shape.length - self.length
         return Batch(
@@ -96,7 +103,7 @@ class Batch:
         )
 
     def packed(self, pin: bool = False) -> Tensor:
-        """Pack the batch into one int64 [count] tensor on the host, pinned if asked: one copy takes it to a device."""
+        """Return the batch as one int64 tensor on the host, which one copy takes to a device. pin: in pinned memory."""
         bits = self.history_bits.flatten()
         whole = [
             torch.tensor([self.step]),
@@ -109,7 +116,7 @@ class Batch:
 
     @staticmethod
     def unpacked(buffer: Tensor, shape: Shape) -> Batch:
-        """Return the batch that lies in a packed buffer, on the buffer's device; nothing is copied."""
+        """Return the batch of a packed buffer, as views of it, on its device."""
         users, distinct, rows, length = shape
         bits = users * shape.words
         counts = [1, users, distinct, distinct, rows, rows, rows, rows, rows, (bits + 1) // 2]
@@ -124,7 +131,7 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        """Copy the batch to another device, in one copy."""
+        """Return the batch on a device, after one copy; the batch itself if the device is a CPU."""
         if device.type == "cpu":
             return self
         return Batch.unpacked(self.packed(pin=True).to(device, non_blocking=True), self.shape)
@@ -134,7 +141,7 @@ PACKED_COLUMNS = ("users", "distinct", "multiplicity", "inputs", "targets", "row
 
 
 def padded_shape(sequences: Sequences, batch_users: int) -> Shape:
-    """Return the one shape that all batches of a run are padded to: a user more than any has, for the padding rows."""
+    """Return the shape that all batches of a run are padded to. It has one more user, for the padding rows."""
     bounds = batch_bounds(sequences, batch_users)
     return Shape(bounds.users + 1, bounds.distinct, bounds.rows, bounds.inputs)
 
@@ -144,7 +151,7 @@ def epoch_batches(
 ) -> Iterator[Batch]:
     """Yield all training users once, shuffled by (seed, epoch), `batch_users` at a time; the last batch may be smaller.
 
-    Args: window_batches: how many batches are laid out at a time; None: as many as take 64 MB.
+    window_batches: how many batches are laid out at a time; None: as many as take 64 MB.
     """
     if window_batches is None:
         steps = steps_per_epoch(sequences, batch_users)
@@ -154,13 +161,13 @@ def epoch_batches(
 
 
 def make_batch(sequences: Sequences, users: np.ndarray, step: int) -> Batch:
-    """Return the batch of these users (int64 [B]); each has at least two training interactions or gives no row."""
+    """Return the batch of some users (int64 [B]). A user with fewer than two training interactions has no row."""
     (batch,) = _batches(lay_out(sequences, users, len(users)), step)
     return batch
 
 
 def _batches(layout: Layout, first_step: int) -> Iterator[Batch]:
-    """Yield the batches of a layout: views of arrays that hold all of them."""
+    """Yield the batches of a layout, as views of arrays that hold all batches. first_step: step number of the first."""
     rows = np.diff(layout.row_bounds)
     lengths = np.maximum.reduceat(np.diff(layout.user_rows), layout.user_bounds[:-1])
     row_users = layout.row_user - layout.by_batch(layout.user_bounds[:-1], layout.row_bounds)
@@ -182,8 +189,9 @@ def _batches(layout: Layout, first_step: int) -> Iterator[Batch]:
 
 
 def _history_bits(layout: Layout) -> list[Tensor]:
-    """Return the history bits of each batch: int32 [users, words], as many words as its distinct items take."""
-    users, words = np.diff(layout.user_bounds), -(-np.diff(layout.distinct_bounds) // 32)
+    """Return the history bits of each batch: int32 [users, words], one bit for each distinct item."""
+    users = np.diff(layout.user_bounds)
+    words = -(-np.diff(layout.distinct_bounds) // 32)
     bounds = np.concatenate([[0], np.cumsum(users * words)])
     first_words = layout.by_batch(bounds[:-1] - layout.user_bounds[:-1] * words, layout.user_bounds)
     user_words = first_words + np.arange(len(layout.users)) * layout.by_batch(words, layout.user_bounds)

@@ -17,12 +17,12 @@ from .sequences import Sequences
 class Window(NamedTuple):
     """Batches of an epoch that follow one another."""
 
-    users: np.ndarray  # int64: of all its batches, in order
+    users: np.ndarray  # int64: the users of all its batches, in order
     first_step: int  # the run's step number of its first batch
 
 
 class Bounds(NamedTuple):
-    """Sizes that no batch of a run passes."""
+    """Upper limits of the sizes of a run's batches."""
 
     users: int
     distinct: int  # a multiple of 32
@@ -31,7 +31,7 @@ class Bounds(NamedTuple):
 
 
 def batch_bounds(sequences: Sequences, batch_users: int) -> Bounds:
-    """Return the sizes of the batch that the users with the longest training histories would make."""
+    """Return the sizes of a batch of the `batch_users` users with the longest training histories."""
     lengths = np.diff(sequences.training[0])[sequences.training_users]
     users = min(batch_users, len(lengths))
     slots = int(np.sort(lengths)[len(lengths) - users :].sum())
@@ -50,7 +50,7 @@ def epoch_windows(
 ) -> Iterator[Window]:
     """Yield all training users once, shuffled by (seed, epoch), in windows of at most `batches` batches.
 
-    Args: first_batches: at most as many in the first window, so that an epoch's first step need not wait long.
+    first_batches: a smaller limit for the first window, so that the first step starts soon; None: `batches`.
     """
     order = np.random.default_rng((seed, epoch)).permutation(sequences.training_users)
     step = epoch * steps_per_epoch(sequences, batch_users)
@@ -66,9 +66,10 @@ def epoch_windows(
 
 @dataclass(frozen=True)
 class Layout:
-    """N users' training histories in B batches with R rows, S slots, and V distinct items, counted batch by batch.
+    """Training histories of N users in B batches with R rows, S slots and V distinct items in all.
 
-    A slot is a place in a history, a row a slot that has a next one. Bounds say where each batch starts, then the end.
+    A slot is a place in a history. A row is a slot with a next slot in the same history. An item that occurs in two
+    batches counts twice in V. Bounds are the start of each batch, then the end of the last.
     """
 
     users: np.ndarray  # int64 [N]
@@ -92,7 +93,7 @@ class Layout:
         return len(self.user_bounds) - 1
 
     def by_batch(self, values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-        """Repeat a value a batch for all that stands between the batch's bounds."""
+        """Repeat each batch's value (`values`: [B]) for every element between its `bounds` ([B + 1])."""
         return np.repeat(values, np.diff(bounds))
 
 
@@ -131,7 +132,7 @@ def lay_out(sequences: Sequences, users: np.ndarray, batch_users: int) -> Layout
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
-    """Return where each of several runs starts, then where the last ends."""
+    """Return the start of each run of `counts` elements, then the end of the last."""
     return np.concatenate([[0], np.cumsum(counts)])
 
 

@@ -1,8 +1,9 @@
-"""Tables of two tab-separated columns, read by polars some megabytes at a time.
+"""Read tables of two tab-separated columns by polars, some megabytes at a time.
 
-Only plain tables are read here, which polars cannot read otherwise than the strict reader: UTF-8, one tab a line, two
-fields that are not blank, no other control character (a carriage return is one), no byte order mark. For any other
-table NeedsStrictReader is raised; the strict reader then reads the file from its start, and accepts or refuses it.
+Only plain tables are read here, for which polars and the strict reader give equal results. A plain table is UTF-8
+without a byte order mark. Each line has two fields that are not blank, one tab between, and no other control character;
+a carriage return is one. For any other table NeedsStrictReader is raised. The strict reader then reads the whole file,
+and accepts or refuses it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The pickles of the released research project's image LMDB, read without ever calling what a pickle names.
+"""Read the pickles of the released research project's image LMDB without calling anything that they name.
 
-Admitted are plain values and `__main__.LMDB_Image` objects, written by protocols 3 to 5 (what the project's own
-writer uses); every other pickle is refused before any of it runs.
+Plain values and `__main__.LMDB_Image` objects are admitted, in pickle protocols 3 to 5, which the project writes. Every
+other pickle is refused before any of it runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pickle
 import pickletools
 from typing import Any
 
-# No opcode here calls anything: objects are made bare (NEWOBJ) and take their state (BUILD) as StoredImage allows.
+# No opcode here calls anything: NEWOBJ makes an empty object, and BUILD sets its state as StoredImage allows.
 ADMITTED_OPCODES = frozenset((
     "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
     "BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
@@ -22,7 +22,7 @@ ADMITTED_OPCODES = frozenset((
 
 
 class StoredImage:
-    """Stands in for the project's LMDB_Image: four attributes of checked types, nothing that could act."""
+    """The project's LMDB_Image as data: four attributes of checked types, no behaviour."""
 
     TYPES = {"channels": int, "size": tuple, "image": bytes, "id": str}
 
@@ -32,6 +32,7 @@ class StoredImage:
     id: str
 
     def __setstate__(self, state: Any) -> None:
+        """Take the attributes. Raises UnpicklingError if one is missing, unknown or of another type."""
         types = {name: type(value) for name, value in state.items()} if type(state) is dict else type(state)
         if types != self.TYPES or [type(length) for length in state["size"]] != [int, int]:
             raise pickle.UnpicklingError("its attributes are not channels, size, image and id of the right types")
@@ -39,12 +40,12 @@ class StoredImage:
 
 
 def unpickle(value: bytes) -> Any:
-    """The plain values and `StoredImage`s of a pickle. Raises UnpicklingError for anything else."""
+    """Return what a pickle holds: plain values and `StoredImage`s. Raises UnpicklingError for anything else."""
     try:
         for opcode, argument, _ in pickletools.genops(value):
             if opcode.name not in ADMITTED_OPCODES:
                 raise pickle.UnpicklingError(f"it uses {opcode.name}")
-            # The memo is allocated up to its highest slot, and an honest pickle fills the slots in order.
+            # The memo is allocated up to its highest slot. A pickle that Python wrote fills the slots in order.
             if opcode.name == "LONG_BINPUT" and argument > len(value):
                 raise pickle.UnpicklingError(f"its memo slot {argument} is absurd")
         return _Unpickler(io.BytesIO(value)).load()
@@ -55,7 +56,10 @@ def unpickle(value: bytes) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
+    """An unpickler that knows one class, StoredImage, under the name that the project gave it."""
+
     def find_class(self, module: str, name: str) -> type:
+        """Return StoredImage. Raises UnpicklingError for any other name."""
         if (module, name) != ("__main__", "LMDB_Image"):
             raise pickle.UnpicklingError(f"it names {module!r} {name!r}")
         return StoredImage

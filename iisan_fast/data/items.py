@@ -1,6 +1,6 @@
-"""The catalogue as it lies in a dataset folder: titles and captions (TSV), images (a folder or one LMDB).
+"""Read the catalogue of a dataset folder: titles and captions (TSV), images (a folder or one LMDB).
 
-Nothing here trusts its input: a line, an image or a pickle that is not what it should be is an error that says where.
+No input is trusted: a malformed line, image or pickle is an error that says where it is.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .strict_tables import read_table
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content: shops do serve a GIF under a .jpg name
 MAX_PIXELS = 64_000_000
-MAX_ASPECT = 200  # an encoder that resizes by the shorter side would blow a thinner strip up beyond any memory
+MAX_ASPECT = 200  # an encoder that resizes by the shorter side would need too much memory for a thinner strip
 
 
 class ImageError(InputError):
-    """One image that cannot be used; the message is the reason alone, the caller says whose image it is."""
+    """An image that cannot be used. The message is the reason; the caller adds the item id."""
 
 
 @dataclass(frozen=True)
 class ItemTable:
-    """items.tsv and captions.tsv as read, in file order."""
+    """The contents of items.tsv and captions.tsv, in the order of the file."""
 
     ids: list[str]
     titles: list[str]
@@ -45,9 +45,10 @@ class ItemTable:
 
 
 def read_items(root: Path, unescape: bool = True) -> ItemTable:
-    """Read root/items.tsv and, where there is one, root/captions.tsv; `unescape` their HTML entities.
+    """Read root/items.tsv and, if there is one, root/captions.tsv. `unescape`: replace HTML entities by characters.
 
-    Raises InputError, with file and line, for a malformed line, an item that comes twice, or a caption of no item.
+    Raises InputError, with file and line, for a malformed line, an item that occurs twice, or a caption of an item that
+    is not in items.tsv.
     """
     titles = _read_texts(root / "items.tsv", unescape)
     captions = root / "captions.tsv"
@@ -59,7 +60,7 @@ def read_items(root: Path, unescape: bool = True) -> ItemTable:
 
 
 def open_images(root: Path) -> ImageFolder | ImageLmdb:
-    """The images of a dataset: root/images/ or the one *.lmdb in root. Raises InputError for neither or several."""
+    """Open the images of a dataset, root/images/ or root/*.lmdb. Raises InputError if there is not exactly one."""
     folder = root / "images"
     databases = sorted(root.glob("*.lmdb"))
     sources = [folder, *databases] if folder.is_dir() else databases
@@ -70,7 +71,7 @@ def open_images(root: Path) -> ImageFolder | ImageLmdb:
 
 
 def list_images(path: Path) -> dict[str, str]:
-    """{item id: file name} from one pass over a folder of maybe millions. Raises InputError for two of one item."""
+    """Return {item id: file name} of a folder's images. Raises InputError if two files belong to one item."""
     names: dict[str, str] = {}
     with os.scandir(path) as entries:
         for entry in entries:
@@ -85,27 +86,28 @@ def list_images(path: Path) -> dict[str, str]:
 
 
 def refuse_unfit_name(folder: Path, item_id: str) -> None:
-    """Raises InputError where no file in the folder can be named after the item."""
+    """Raise InputError if an item id cannot be the name of a file in the folder."""
     if item_id in (".", "..") or any(character in item_id for character in "/\\\0"):
         raise InputError(f"{folder}: item id {item_id!r} cannot be a file's name; rename the item")
 
 
 class ImageFolder:
-    """Images as files <item_id>.{jpg,jpeg,png,webp}, found by listing the folder once. Use as a context manager."""
+    """A folder of images <item_id>.{jpg,jpeg,png,webp}, which is listed once. Use it as a context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Raises InputError where two files claim one item."""
+        """List the folder. Raises InputError if two files belong to one item."""
         self.path = path
         self._names = list_images(path)
 
     def __enter__(self) -> ImageFolder:
+        """Return the folder itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
         """Do nothing: no file stays open between reads."""
 
     def content(self, item_id: str) -> bytes | None:
-        """The file's bytes, None where the item has no image. Raises InputError if they cannot be read."""
+        """Return the bytes of an item's file, None if it has none. Raises InputError if the file cannot be read."""
         refuse_unfit_name(self.path, item_id)
         if item_id not in self._names:
             return None
@@ -117,7 +119,7 @@ class ImageFolder:
 
     @staticmethod
     def decode(content: bytes) -> Image.Image:
-        """The image in RGB, upright, on white, fully loaded. Raises ImageError if it is damaged or giant."""
+        """Decode the bytes of a file: RGB, upright, on white. Raises ImageError if the image is damaged or giant."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -138,11 +140,12 @@ class ImageFolder:
 class ImageLmdb:
     """The released research project's image LMDB: pickled `__main__.LMDB_Image` objects by item id.
 
-    Its pickles are read without ever calling what they name. Use as a context manager; may be sent to another process.
+    Its pickles are read without calling anything that they name. Use it as a context manager. It can be pickled and
+    sent to another process, which opens the database again.
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens a database, a file or a folder. Raises InputError if it is not whole or not of this format."""
+        """Open a database, which is a file or a folder. Raises InputError if it is not whole or has another format."""
         self.path = path
         self._env: lmdb.Environment | None = None
         try:
@@ -152,18 +155,21 @@ class ImageLmdb:
             raise
 
     def __enter__(self) -> ImageLmdb:
+        """Return the database itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Close the database. Another read opens it again."""
         if self._env is not None:
             self._env.close()
         self._env = None
 
     def __getstate__(self) -> dict[str, Any]:
+        """Return the state to be pickled: the path alone, since an open database cannot be sent."""
         return {"path": self.path, "_env": None}
 
     def content(self, item_id: str) -> bytes | None:
-        """The pickle as stored, None where the item has no image. Raises InputError if it is not an LMDB_Image."""
+        """Return an item's pickle, None if the item has no image. Raises InputError if it is not an LMDB_Image."""
         value = self._get(item_id)
         if value is not None:
             try:
@@ -174,7 +180,7 @@ class ImageLmdb:
 
     @staticmethod
     def decode(content: bytes) -> Image.Image:
-        """The image in RGB, on white. Raises ImageError if its size is giant or does not fit its bytes."""
+        """Decode a pickle: RGB, on white. Raises ImageError if the image is giant or its bytes do not fit its size."""
         stored = _unpickle_image(content)
         height, width = stored.size
         mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(stored.channels)
@@ -185,18 +191,21 @@ class ImageLmdb:
         return _to_rgb(Image.frombytes(mode, (width, height), stored.image))
 
     def _check_length(self) -> None:
-        keys, length = self._plain("__keys__"), self._plain("__len__")
+        """Raise InputError unless `__keys__`, `__len__` and the number of entries agree."""
+        keys = self._plain("__keys__")
+        length = self._plain("__len__")
         if type(keys) is not list or not all(type(key) is bytes for key in keys):
             raise InputError(f"{self.path}: entry '__keys__': expected a pickled list of bytes")
         if type(length) is not int:
             raise InputError(f"{self.path}: entry '__len__': expected a pickled int, found {type(length).__name__}")
-        # The project's writer lists the images it failed to read, too: fewer entries are well, more are not.
+        # The project's writer also lists images that it failed to read. So there may be fewer entries, but not more.
         entries = self._environment().stat()["entries"] - 2
         if length != len(keys) or entries > length:
             counts = f"'__keys__' lists {len(keys)}, {entries} stand there"
             raise InputError(f"{self.path}: '__len__' says {length} images, but {counts}; the database is not whole")
 
     def _plain(self, key: str) -> Any:
+        """Return the unpickled value of an entry. Raises InputError if there is no such entry or it is refused."""
         value = self._get(key)
         if value is None:
             raise InputError(f"{self.path}: no entry {key!r}; expected the released project's image LMDB")
@@ -206,22 +215,24 @@ class ImageLmdb:
             raise InputError(f"{self.path}: entry {key!r}: refused pickle ({error})") from None
 
     def _get(self, key: str) -> bytes | None:
+        """Return the bytes of an entry, None if there is none. Raises InputError if it cannot be read."""
         try:
             with self._environment().begin() as transaction:
                 return transaction.get(key.encode())
         except lmdb.BadValsizeError:
-            return None  # longer than any key of an LMDB can be
+            return None  # the key is longer than a key of an LMDB can be
         except lmdb.Error as error:
             raise InputError(f"{self.path}: entry {key!r} cannot be read ({error})") from None
 
     def _environment(self) -> lmdb.Environment:
+        """Return the open database, which is opened at the first call."""
         if self._env is None:
             self._env = _open_lmdb(self.path)
         return self._env
 
 
 def _read_texts(path: Path, unescape: bool, known: Collection[str] | None = None) -> dict[str, str]:
-    """Return {item id: text} in file order. Raises InputError, also for an item outside `known`, if that is given."""
+    """Return {item id: text} in file order. Raises InputError for a malformed line, or an item that is not `known`."""
     texts = fast_or_strict(lambda: _read_texts_fast(path, known), lambda: _read_texts_strictly(path, known))
     return {item_id: html.unescape(text) for item_id, text in texts.items()} if unescape else texts
 
@@ -254,6 +265,7 @@ def _read_texts_strictly(path: Path, known: Collection[str] | None) -> dict[str,
 
 
 def _refuse_giant(width: int, height: int) -> None:
+    """Raise ImageError if an image has more than MAX_PIXELS pixels or one side is MAX_ASPECT times the other."""
     if width * height > MAX_PIXELS:
         raise ImageError(f"giant image: {width} x {height} is over {MAX_PIXELS // 1_000_000} megapixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
@@ -261,7 +273,8 @@ def _refuse_giant(width: int, height: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255 instead of scaling
+    """Return the image in RGB, transparent parts on white."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255, not scale
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         paper = Image.new("RGBA", image.size, "white")
@@ -270,6 +283,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _unpickle_image(value: bytes) -> StoredImage:
+    """Return the LMDB_Image of a pickle. Raises ImageError if it holds anything else."""
     try:
         stored = unpickle(value)
     except pickle.UnpicklingError as error:
@@ -280,6 +294,7 @@ def _unpickle_image(value: bytes) -> StoredImage:
 
 
 def _open_lmdb(path: Path) -> lmdb.Environment:
+    """Open a database for reading, without a lock file. Raises InputError if it cannot be opened or is truncated."""
     try:
         env = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:

@@ -1,7 +1,7 @@
-"""Batches as a GPU's step reads them: windows of int32 words, each batch in the one shape of the run.
+"""Pack batches for a step on a GPU: windows of int32 words, all batches of a run in one shape.
 
-The layout is `kernels.StepBatch`'s. Histories stand in tiles of rows, next fit: a user whose rows do not fit into the
-tile at hand begins the next one.
+`kernels.StepBatch` defines the layout. The rows of histories are packed into tiles in order: a user whose rows do not
+fit into the current tile begins the next one.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ..kernels import HEADER, TILE_ROWS, StepShape, dropout_prefix
 from .epoch_plan import Layout, Window, batch_bounds, epoch_windows, lay_out, steps_per_epoch
 from .sequences import Sequences
 
-WINDOW_BYTES = 64 << 20  # the most that a window has, but for one of a single batch
-FIRST_BATCHES = 32  # of an epoch's first window: its steps run while the next window is packed
-MANY_USERS = 512  # of a batch, above which tiles have at least 32 rows
+WINDOW_BYTES = 64 << 20  # limit of a window with more than one batch
+FIRST_BATCHES = 32  # limit of an epoch's first window, whose steps run while the next window is packed
+MANY_USERS = 512  # a batch with more users has tiles of at least 32 rows
 
 
 class BatchSize(NamedTuple):
-    """The true size of a batch."""
+    """The size of a batch without padding."""
 
     rows: int
-    slots: int  # of the users' histories
+    slots: int  # places in the users' histories
 
 
 class PackedWindow(NamedTuple):
@@ -46,8 +46,8 @@ class RunPlan:
     batch_users: int
     seed: int  # of the order and of the dropout
     shape: StepShape
-    window_batches: int  # the most that a window has
-    first_batches: int = FIRST_BATCHES  # likewise, an epoch's first
+    window_batches: int  # at most as many in a window
+    first_batches: int = FIRST_BATCHES  # at most as many in an epoch's first window
 
     @classmethod
     def of(cls, sequences: Sequences, batch_users: int, seed: int) -> RunPlan | None:
@@ -59,12 +59,12 @@ class RunPlan:
         return cls(sequences, batch_users, seed, shape, batches)
 
     def windows(self, epoch: int) -> Iterator[Window]:
-        """Yield an epoch's windows, to be packed."""
+        """Yield the windows of an epoch, which `pack` takes."""
         sizes = self.window_batches, min(self.first_batches, self.window_batches)
         return epoch_windows(self.sequences, self.batch_users, self.seed, epoch, *sizes)
 
     def pack(self, window: Window, pin: bool = False) -> PackedWindow:
-        """Pack a window into new memory of the host, pinned if asked."""
+        """Pack a window into new memory of the host. pin: into pinned memory."""
         layout = lay_out(self.sequences, window.users, self.batch_users)
         size = (layout.batches, self.shape.starts()[-1])
         words = torch.empty(size, dtype=torch.int32, pin_memory=pin)
@@ -75,9 +75,9 @@ class RunPlan:
 
 
 def step_shape(sequences: Sequences, batch_users: int, tile_rows: int | None = None) -> StepShape | None:
-    """Return sizes that no batch of a run passes, or None if a history is too long for a tile.
+    """Return the shape that every batch of a run fits into, or None if a history is too long for a tile.
 
-    Args: tile_rows: one of TILE_ROWS; None: the smallest that suits the run.
+    tile_rows: one of TILE_ROWS; None: the smallest one that suits the run.
     """
     bounds = batch_bounds(sequences, batch_users)
     if tile_rows is None:
@@ -85,21 +85,21 @@ def step_shape(sequences: Sequences, batch_users: int, tile_rows: int | None = N
         tile_rows = next((rows for rows in TILE_ROWS if rows >= least), 0)
     if bounds.inputs > tile_rows:
         return None
-    # Next fit: the rows of two tiles that follow one another are more than one tile's.
+    # Two neighbouring tiles hold more rows than one has: the second one's first user did not fit into the first.
     tiles = min(bounds.users, 2 * bounds.rows // tile_rows + 1)
     return StepShape(bounds.users, bounds.distinct, tiles, tile_rows, bounds.inputs)
 
 
 def window_batches(shape: StepShape) -> int:
-    """Return how many batches a window has."""
+    """Return how many batches of a shape a window of WINDOW_BYTES has, at least one."""
     return max(1, WINDOW_BYTES // (4 * shape.starts()[-1]))
 
 
 def pack_window(layout: Layout, shape: StepShape, first_step: int, seed: int, out: np.ndarray) -> None:
-    """Pack batches into `out`, int32 [batches, words]: `StepBatch`es of the shape. All words are written.
+    """Pack batches into `out`, int32 [batches, words], as `StepBatch`es of the shape. Every word of it is written.
 
-    Args: first_step: the run's step number of the first batch; seed: of the dropout. Raises ValueError for a batch that
-    passes the shape.
+    first_step: the run's step number of the first batch. seed: seed of the dropout. Raises ValueError for a batch that
+    does not fit into the shape.
     """
     first_rows, tiles = _tiles(layout, shape.tile_rows)
     counts = _headers(layout, tiles, first_step, seed)
@@ -113,7 +113,7 @@ def pack_window(layout: Layout, shape: StepShape, first_step: int, seed: int, ou
         (size,) = shape.fields()[name]
         out[:, places[name] : places[name] + size] = filler
     out[:, : len(HEADER)] = np.stack([counts[name] for name in HEADER], axis=1)
-    starts = np.arange(layout.batches) * words  # of the batches, in words
+    starts = np.arange(layout.batches) * words  # where each batch starts in `flat`
     user_places = np.arange(len(layout.users)) + layout.by_batch(starts - layout.user_bounds[:-1], layout.user_bounds)
     flat[places["users"] :][user_places] = layout.users
     _pack_items(layout, places, flat, starts)
@@ -123,12 +123,16 @@ def pack_window(layout: Layout, shape: StepShape, first_step: int, seed: int, ou
 
 
 def _tiles(layout: Layout, tile_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return each user's first row within the batch [N], and the tiles of each batch [B]."""
-    rows, users = layout.user_rows, len(layout.users)
+    """Return each user's first row among the tiles of the batch [N], and the number of tiles of each batch [B]."""
+    rows = layout.user_rows
+    users = len(layout.users)
     row_users = np.append(layout.row_user, users)
-    following = row_users[np.minimum(rows[:-1] + tile_rows, rows[-1])]  # the first user beyond a tile that begins here
+    following = row_users[
+        np.minimum(rows[:-1] + tile_rows, rows[-1])
+    ]  # the first user after a tile that this user begins
     following = np.minimum(following, layout.by_batch(layout.user_bounds[1:], layout.user_bounds)).tolist()
-    first_users, user = [], 0
+    first_users = []
+    user = 0
     while user < users:
         first_users.append(user)
         user = following[user]
@@ -140,7 +144,7 @@ def _tiles(layout: Layout, tile_rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _headers(layout: Layout, tiles: np.ndarray, first_step: int, seed: int) -> dict[str, np.ndarray]:
-    """Return the fields of the batches' headers, by their names in HEADER: [B] each."""
+    """Return the fields of the batches' headers by their names in HEADER, each of them [B]."""
     steps = first_step + np.arange(layout.batches)
     return {
         "distinct": np.diff(layout.distinct_bounds),
@@ -154,7 +158,7 @@ def _headers(layout: Layout, tiles: np.ndarray, first_step: int, seed: int) -> d
 
 
 def _check(layout: Layout, shape: StepShape, counts: dict[str, np.ndarray]) -> None:
-    """Raise ValueError if a batch passes the shape."""
+    """Raise ValueError if a batch does not fit into the shape. counts: the fields of `_headers`."""
     limits = {"distinct": shape.distinct, "tiles": shape.tiles, "users": shape.users, "step": (1 << 31) - 2}
     for name, limit in limits.items():
         if (most := int(counts[name].max())) > limit:
@@ -164,6 +168,11 @@ def _check(layout: Layout, shape: StepShape, counts: dict[str, np.ndarray]) -> N
 
 
 def _pack_items(layout: Layout, places: dict[str, int], flat: np.ndarray, starts: np.ndarray) -> None:
+    """Write the distinct items, and where the occurrences of each start.
+
+    In this function and those below: `flat` is all words, `starts` [B] where each batch starts in it, `places` where
+    each field starts within a batch, and `first_rows` [N] is each user's first row among the tiles of its batch.
+    """
     bounds = layout.distinct_bounds
     item_places = np.arange(len(layout.distinct)) + layout.by_batch(starts - bounds[:-1], bounds)
     flat[places["distinct"] :][item_places] = layout.distinct.astype(np.int32)
@@ -179,7 +188,10 @@ def _pack_rows(
     starts: np.ndarray,
     first_rows: np.ndarray,
 ) -> None:
-    user, slot, rows = layout.row_user, layout.row_slot, np.arange(len(layout.row_user))
+    """Write the rows: input, target, user and position of each."""
+    user = layout.row_user
+    slot = layout.row_slot
+    rows = np.arange(len(user))
     users_starts = layout.by_batch(starts, layout.user_bounds)
     row_places = rows + (users_starts + first_rows - layout.user_rows[:-1])[user]
     values = {
@@ -195,9 +207,10 @@ def _pack_rows(
 def _pack_occurrences(
     layout: Layout, places: dict[str, int], flat: np.ndarray, starts: np.ndarray, first_rows: np.ndarray
 ) -> None:
+    """Write the slots of each item: 4 * row, plus 1 for an input of that row, plus 2 for a target of the row before."""
     codes = 4 * (np.arange(len(layout.slot_user)) + (first_rows - layout.user_slots)[layout.slot_user]) + 3
-    codes[layout.user_slots] -= 2  # no target of a row before it
-    codes[layout.user_slots[1:] - 1] -= 1  # no input
+    codes[layout.user_slots] -= 2  # the first slot of a history is no target
+    codes[layout.user_slots[1:] - 1] -= 1  # the last slot is no input
     codes[-1] -= 1
     bounds = layout.slot_bounds
     slot_places = np.arange(len(codes)) + layout.by_batch(starts - bounds[:-1], bounds)
@@ -207,7 +220,9 @@ def _pack_occurrences(
 def _pack_history_bits(
     layout: Layout, shape: StepShape, places: dict[str, int], flat: np.ndarray, starts: np.ndarray
 ) -> None:
-    index, width = layout.slot_distinct, shape.users + 1
+    """Write the history bits: bit v % 32 of word (v // 32, user) says that the user has distinct item v."""
+    index = layout.slot_distinct
+    width = shape.users + 1
     first_words = layout.by_batch(starts - layout.user_bounds[:-1] + places["history_bits"], layout.slot_bounds)
     words = (index >> 5) * width + (layout.slot_user + first_words)
     bits = np.left_shift(np.uint32(1), (index & 31).astype(np.uint32))

@@ -1,4 +1,4 @@
-"""Histories under the data protocol: who counts, what is trained on, what is predicted, how popular items are.
+"""Histories under the data protocol: the users that count, training interactions, targets, item popularity.
 
 The protocol (IISAN, section 4.1): users with fewer than 5 interactions are dropped; each history is cut to its last
 13 before items are counted; leave-one-out, with at most 10 inputs. Beside it a temporal split, which needs times. Items
@@ -27,7 +27,10 @@ LEAVE_ONE_OUT = {"validation": 2, "test": 1}  # how far from a history's end the
 
 @dataclass(frozen=True)
 class Sequences:
-    """Users' histories, oldest first, as one jagged array of item numbers; by leave-one-out unless said otherwise."""
+    """Users' histories, oldest first, as one jagged array of item numbers.
+
+    Without `training_ends` and `targets` they are split by leave-one-out.
+    """
 
     user_ids: list[str]
     item_ids: list[str]  # item number i is item_ids[i - 1]
@@ -35,9 +38,10 @@ class Sequences:
     items: np.ndarray  # int64 [interactions], each from 1 to len(item_ids)
     max_inputs: int
     training_ends: np.ndarray | None = None  # int64 [users]: user u trains on items[offsets[u]:training_ends[u]]
-    targets: Mapping[str, np.ndarray] | None = None  # int64 [users] by split: where in items, -1 for none
+    targets: Mapping[str, np.ndarray] | None = None  # int64 [users] by split: an index into items, -1 for none
 
     def __post_init__(self) -> None:
+        """Split by leave-one-out if no split was passed."""
         if self.targets is None:
             targets = {name: self.offsets[1:] - back for name, back in LEAVE_ONE_OUT.items()}
             object.__setattr__(self, "targets", targets)
@@ -45,33 +49,33 @@ class Sequences:
 
     @cached_property
     def training(self) -> tuple[np.ndarray, np.ndarray]:
-        """(offsets [users + 1], items): every history up to where its training ends."""
+        """Return (offsets, int64 [users + 1], items) of all histories, each cut where its training ends."""
         lengths = self.training_ends - self.offsets[:-1]
         in_training = np.arange(len(self.items)) < np.repeat(self.training_ends, np.diff(self.offsets))
         return np.concatenate([[0], np.cumsum(lengths)]), self.items[in_training]
 
     @cached_property
     def training_users(self) -> np.ndarray:
-        """int64: the users who have an input and its target in training; by leave-one-out all."""
+        """Return the users with at least two training interactions, int64; by leave-one-out these are all."""
         return np.flatnonzero(np.diff(self.training[0]) >= 2)
 
     @cached_property
     def epoch_interactions(self) -> int:
-        """Interactions of the training users, which an epoch goes through."""
+        """Return the number of interactions in an epoch, those of the training users."""
         return int(np.diff(self.training[0])[self.training_users].sum())
 
     @cached_property
     def training_counts(self) -> np.ndarray:
-        """int64 [items + 1]: how often each item number occurs in training."""
+        """Return how often each item number occurs in training, int64 [items + 1]."""
         return np.bincount(self.training[1], minlength=len(self.item_ids) + 1)
 
     @property
     def popularity(self) -> np.ndarray:
-        """float64 [items + 1]: p(i), the share of item i among training interactions."""
+        """Return p(i), the share of item i among training interactions, float64 [items + 1]."""
         return self.training_counts / self.training_counts.sum()
 
     def split(self, name: str) -> Split:
-        """Return the `validation` or `test` task of every user who has one. Raises InputError for another name."""
+        """Return the `validation` or `test` targets and their histories. Raises InputError for another name."""
         check_choice("split", name, LEAVE_ONE_OUT)
         users = np.flatnonzero(self.targets[name] >= 0)
         ends = self.targets[name][users]
@@ -87,7 +91,7 @@ class Sequences:
         )
 
     def save(self, path: Path) -> None:
-        """Writes one .npz file that `load_sequences` reads back."""
+        """Write one .npz file, which `load_sequences` reads."""
         np.savez_compressed(
             path,
             user_ids=np.array(self.user_ids, dtype=np.str_),
@@ -102,30 +106,30 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Split:
-    """One held-out interaction a user, R in all. All int64; what is padded is right-aligned, 0 where nothing is."""
+    """One held-out interaction a user, R in all. All arrays are int64; padded ones have 0 on the left."""
 
     users: np.ndarray  # [R]: user numbers, ascending; by leave-one-out all
     inputs: np.ndarray  # [R, max_inputs]: what the sequence encoder reads
     targets: np.ndarray  # [R]
-    lengths: np.ndarray  # [R]: of the histories, everything before the target, what ranking may mask
+    lengths: np.ndarray  # [R]: of the histories, all interactions before the target, whose items ranking may mask
     ends: np.ndarray  # [R]: row r's history is items[ends[r] - lengths[r]:ends[r]]
     items: np.ndarray  # [interactions]
     least_width: int  # of padded histories
 
     def padded(self, rows: np.ndarray) -> np.ndarray:
-        """[len(rows), width]: those rows' histories, as wide as the longest of them."""
+        """Return the histories of some rows, int64 [len(rows), width]; the longest one decides the width."""
         lengths = self.lengths[rows]
         width = int(lengths.max(initial=self.least_width))
         return _right_align(self.items, self.ends[rows], lengths, width)
 
     @cached_property
     def history(self) -> np.ndarray:
-        """All histories, padded: [R, width]. Under a temporal split one long history makes it large."""
+        """Return all histories, padded: int64 [R, width]. Under a temporal split one long history makes it large."""
         return self.padded(np.arange(len(self.targets)))
 
     @cached_property
     def reachable(self) -> np.ndarray:
-        """bool [R]: the target does not stand in the user's own history."""
+        """Return True for each target that is not in its user's history, bool [R]."""
         rows = np.repeat(np.arange(len(self.targets)), self.lengths)
         before = np.cumsum(self.lengths) - self.lengths
         history = self.items[np.arange(len(rows)) + np.repeat(self.ends - self.lengths - before, self.lengths)]
@@ -134,30 +138,31 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset folder after the protocol: the catalogue's contents, in the numbering of its sequences."""
+    """A dataset folder after the protocol. Title and caption i - 1 belong to item number i of the sequences."""
 
     root: Path
     titles: list[str]
-    captions: list[str | None]  # None where captions.tsv has no line for the item, and nothing stands in for it
+    captions: list[str | None]  # None if captions.tsv has no line for the item and the protocol takes no title instead
     protocol: ProtocolConfig
     sequences: Sequences
 
     def texts(self, source: str) -> list[str | None]:
-        """Titles or captions."""
+        """Return the titles if `source` is "title", else the captions."""
         return self.titles if source == "title" else self.captions
 
     def how_read(self, source: str) -> dict[str, Any]:
         """Describe how the texts of a view were read, for the view's description."""
-        entities, stand_ins = self.protocol.unescape_titles, self.protocol.missing_captions
-        filled = source == "caption" and stand_ins != "error"
-        return {"unescaped": entities} | ({"missing_captions": stand_ins} if filled else {})
+        settings: dict[str, Any] = {"unescaped": self.protocol.unescape_titles}
+        if source == "caption" and self.protocol.missing_captions != "error":
+            settings["missing_captions"] = self.protocol.missing_captions
+        return settings
 
 
 def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dataset:
-    """Reads `items.tsv`, `users.tsv` and, where there is one, `captions.tsv`, and applies the protocol; for a temporal
-    split `times.tsv` as well.
+    """Read a dataset folder and apply the protocol.
 
-    Raises InputError for a missing or malformed file, naming file and line.
+    items.tsv and users.tsv are read, captions.tsv if it is there, and times.tsv for a temporal split. Raises InputError
+    for a missing or malformed file, naming file and line.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected a dataset with items.tsv and users.tsv")
@@ -167,7 +172,8 @@ def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dat
     number = np.zeros(len(table.ids) + 1, dtype=np.int64)
     number[catalogue] = np.arange(1, len(catalogue) + 1)
     item_ids = [table.ids[item - 1] for item in catalogue]
-    titles, captions = [table.titles[item - 1] for item in catalogue], table.captions or {}
+    titles = [table.titles[item - 1] for item in catalogue]
+    captions = table.captions or {}
     stand_ins = titles if captions and protocol.missing_captions == "title" else [None] * len(titles)
     return Dataset(
         root=root,
@@ -179,18 +185,18 @@ def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dat
 
 
 def load_sequences(path: Path) -> Sequences:
-    """Reads what `Sequences.save` wrote."""
+    """Read the file that `Sequences.save` wrote. Raises InputError if it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            cut = "training_ends" in file  # older runs know leave-one-out alone
+            has_split = "training_ends" in file  # files of older runs have none: leave-one-out
             return Sequences(
                 user_ids=file["user_ids"].tolist(),
                 item_ids=file["item_ids"].tolist(),
                 offsets=file["offsets"],
                 items=file["items"].astype(np.int64),
                 max_inputs=int(file["max_inputs"]),
-                training_ends=file["training_ends"] if cut else None,
-                targets={name: file[f"{name}_targets"] for name in LEAVE_ONE_OUT} if cut else None,
+                training_ends=file["training_ends"] if has_split else None,
+                targets={name: file[f"{name}_targets"] for name in LEAVE_ONE_OUT} if has_split else None,
             )
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -199,7 +205,7 @@ def load_sequences(path: Path) -> Sequences:
 
 
 def statistics(sequences: Sequences) -> dict[str, int | float]:
-    """The protocol's counts, and the shares that decide how hard and how wasteful training is."""
+    """Return the counts of users, items, interactions and targets, and the shares of cold targets and padding."""
     slots = len(sequences.training_users) * (sequences.max_inputs + 1)
     test = sequences.split("test")
     return {
@@ -246,7 +252,7 @@ def _read_sequences(root: Path, item_ids: list[str], protocol: ProtocolConfig) -
 
 
 def _right_align(items: np.ndarray, ends: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
-    """[len(ends), width]: the last `width` of the `lengths` items before each end, 0 on the left."""
+    """Return the last `width` of the `lengths` items before each end, int64 [len(ends), width], 0 on the left."""
     back = np.arange(width, 0, -1)
     index = ends[:, None] - back
     return np.where(back <= lengths[:, None], items[np.maximum(index, 0)], 0)

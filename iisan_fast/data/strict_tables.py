@@ -1,4 +1,4 @@
-"""Tables of tab-separated text, read line by line: whatever is wrong is an error that names file and line."""
+"""Read tables of tab-separated text line by line. Every mistake is an error that names file and line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import InputError
 
 
 def read_table(path: Path, columns: int) -> Iterator[tuple[int, list[str]]]:
-    """Streams (line number from 1, fields) of a UTF-8 file with `columns` non-empty fields a line, tabs between.
+    """Yield (line number from 1, fields) of a UTF-8 file with `columns` fields a line, tabs between, none blank.
 
     A byte order mark, \\r\\n endings and a missing last newline are accepted. Raises InputError, with file and line,
     for anything else: no file, no line, an empty line or field, a wrong number of fields, bytes that are not UTF-8.
@@ -28,6 +28,7 @@ def read_table(path: Path, columns: int) -> Iterator[tuple[int, list[str]]]:
 
 
 def _fields(line: bytes, columns: int, where: str, first: bool) -> list[str]:
+    """Split a line into its fields. `first`: it may start with a byte order mark. Raises InputError, naming `where`."""
     try:
         text = line.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:

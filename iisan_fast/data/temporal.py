@@ -1,7 +1,8 @@
 """The temporal split: two moments, the same for all users, end training and validation.
 
-What comes before the first is trained on; a user's targets are their first interactions from the first moment up to the
-second, and from the second on. Interactions of one time are never divided, and nothing trained on comes after a target.
+Interactions before the first moment are trained on. A user's validation target is their first interaction from the
+first moment up to the second; their test target is their first one from the second moment on. Interactions of the same
+time stay together, and no interaction that is trained on comes after a target.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ User = tuple[str, Sequence[int]]
 class SplitHistories(NamedTuple):
     """The part of a jagged array of histories that the split keeps; the last two fields index into that part."""
 
-    users: np.ndarray  # int64 [kept users]: which ones
-    interactions: np.ndarray  # int64 [kept interactions]: which ones
+    users: np.ndarray  # int64 [kept users]: indices of the users
+    interactions: np.ndarray  # int64 [kept interactions]: indices of the interactions
     offsets: np.ndarray  # int64 [kept users + 1]
     training_ends: np.ndarray  # int64 [kept users]
     targets: dict[str, np.ndarray]  # int64 [kept users] under `validation` and `test`, -1 for none
@@ -54,11 +55,12 @@ def with_times(users: Iterable[User], path: Path) -> Iterator[tuple[User, np.nda
 
 
 def temporal_split(offsets: np.ndarray, times: np.ndarray, protocol: ProtocolConfig) -> SplitHistories:
-    """Splits histories, jagged by `offsets`, at the moments that the protocol's shares of all times fall on.
+    """Split histories at two moments: the quantiles validation_from and test_from of all times.
 
-    A target has everything before it as its history, and there is none without a history. A user keeps at most
-    max_inputs + 1 interactions before the first moment and what follows up to their last target; users without a target
-    and with fewer than two interactions to train on go. Raises InputError where a part would be empty.
+    offsets: int64 [users + 1]; user u's times are times[offsets[u]:offsets[u + 1]], which do not fall. All interactions
+    before a target are its history; a target without a history is dropped. A user keeps at most max_inputs + 1
+    interactions before the first moment, and those after it up to their last target. A user without a target and with
+    fewer than two interactions to train on is dropped. Raises InputError if a part would be empty.
     """
     moments = np.quantile(times, [protocol.validation_from, protocol.test_from], method="higher")
     where = f"validation_from, test_from: split at the times {moments[0]} and {moments[1]}"
@@ -87,11 +89,12 @@ def temporal_split(offsets: np.ndarray, times: np.ndarray, protocol: ProtocolCon
 
 
 def _targets(starts: np.ndarray, first: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """`first` where something lies there and something before it, else -1."""
+    """Return each user's target, `first`, or -1 if no interaction is in [first, ends) or none in [starts, first)."""
     return np.where((starts < first) & (first < ends), first, -1)
 
 
 def _times(text: str, where: str) -> np.ndarray:
+    """Return a line's times, int64. Raises InputError, naming `where`, unless they are whole numbers in order."""
     try:
         times = np.array(text.split(" "), dtype=np.int64)
     except (ValueError, OverflowError) as error:

@@ -1,4 +1,4 @@
-"""Interactions, titles and covers as a dataset folder: items.tsv, users.tsv, times.tsv and images."""
+"""Write interactions, titles and covers as a dataset folder: items.tsv, users.tsv, times.tsv and images."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from .frames import pl
 from .options import Imported, ImportOptions
 
 LOGGER = logging.getLogger(__name__)
-WRITTEN_AT_ONCE = 1_000_000  # interactions written at a time, and the rest of the last one's user
+WRITTEN_AT_ONCE = 1_000_000  # interactions written at a time; the last user's are completed
 
 
 def write_dataset(
     folder: Path, interactions: pl.DataFrame, titles: Mapping[str, str], covers: Path | None, options: ImportOptions
 ) -> Imported:
-    """Fills an empty folder with what `read_interactions` and `read_titles` gave.
+    """Fill an empty folder from the results of `read_interactions` and `read_titles`.
 
-    Users and items come in order of first appearance, and only items of some interaction. A user's interactions are
-    ordered by timestamp and equal ones, or all where there are no timestamps, as they came; repeated ones stay.
-    times.tsv, written where there are timestamps, holds them as users.tsv holds the items.
+    Users and items come in order of first appearance; an item without interactions is left out. A user's interactions
+    are sorted by timestamp; equal timestamps, or all without timestamps, keep their order. Repeated interactions stay.
+    If there are timestamps, times.tsv holds them as users.tsv holds the items. Raises InputError for items without a
+    title as the options say, and if no item is left.
     """
     item_ids = interactions["item"].unique(maintain_order=True)
     titled = pl.Series([item_id in titles for item_id in item_ids], dtype=pl.Boolean)
@@ -54,6 +55,7 @@ def write_dataset(
 
 
 def _report_untitled(untitled: pl.Series, total: int, policy: str) -> None:
+    """Warn of items without a title, or raise InputError if the policy is "error". total: number of all items."""
     message = f"no title for {len(untitled):,} of {total:,} items ({first_few(untitled, len(untitled))})"
     if policy == "error":
         raise InputError(f"{message}; choose missing_titles: id or drop")
@@ -106,7 +108,7 @@ def _write_histories(folder: Path, interactions: pl.DataFrame) -> int:
 
 
 def _whole_users(ordered: pl.DataFrame) -> Iterator[pl.DataFrame]:
-    """Parts of about WRITTEN_AT_ONCE interactions, ordered by user, none of which ends within a user's."""
+    """Yield interactions, which are ordered by user, in parts of about WRITTEN_AT_ONCE, whole users each."""
     users = ordered["user"].to_physical().to_numpy()
     ends = np.append(np.flatnonzero(users[1:] != users[:-1]) + 1, len(users))
     cuts = ends[np.searchsorted(ends, np.arange(WRITTEN_AT_ONCE, len(users), WRITTEN_AT_ONCE))]

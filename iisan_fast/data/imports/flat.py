@@ -1,4 +1,4 @@
-"""Imports from one table of interactions, CSV or Parquet, and perhaps another of titles."""
+"""Imports from a table of interactions, CSV or Parquet, and an optional table of titles."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PARQUET_SUFFIXES = (".parquet", ".pq")
 
 
 def import_csv(source: Path, destination: Path, options: TableOptions = TableOptions()) -> Imported:
-    """Makes a dataset of a CSV file with a header, compressed by gzip or not. Raises InputError for bad input."""
+    """Make a dataset from a CSV file with a header, which gzip may have compressed. Raises InputError for bad input."""
     return import_table(csv_table(source), _items_table(options.items), destination, options)
 
 
 def import_parquet(source: Path, destination: Path, options: TableOptions = TableOptions()) -> Imported:
-    """Makes a dataset of a Parquet file. Raises InputError for bad input."""
+    """Make a dataset from a Parquet file. Raises InputError for bad input."""
     return import_table(parquet_table(source), _items_table(options.items), destination, options)
 
 
@@ -29,11 +29,12 @@ def import_table(
     options: TableOptions,
     names: tuple[str, str] = TABLE_COLUMNS,
 ) -> Imported:
-    """Makes a dataset of two tables; `destination` appears when it is whole.
+    """Make a dataset from a table of interactions and one of titles; `destination` appears when it is whole.
 
-    `names` are those of the columns of users and of items where the options give none.
+    names: the columns of users and items that are used if the options name none. Raises InputError for bad input.
     """
-    user, item = options.user_column or names[0], options.item_column or names[1]
+    user = options.user_column or names[0]
+    item = options.item_column or names[1]
     columns = {"user": user, "item": item, "timestamp": options.timestamp_column}
     with whole_folder(destination) as folder:
         titles = read_titles(items, item, options.title_column) if items else {}
@@ -41,6 +42,7 @@ def import_table(
 
 
 def _items_table(path: Path | None) -> Table | None:
+    """Return the table of titles, Parquet or CSV by its suffix; None without a path."""
     if path is None:
         return None
     return parquet_table(path) if path.suffix in PARQUET_SUFFIXES else csv_table(path)

@@ -1,4 +1,4 @@
-"""polars as `pl` for this package, or how to get it: not every installation has it."""
+"""Import polars as `pl`. Raises InputError, saying how to install it, if it is missing."""
 
 from __future__ import annotations
 

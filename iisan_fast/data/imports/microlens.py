@@ -1,4 +1,4 @@
-"""Imports of MicroLens as it is published: pairs, English titles and a folder of covers."""
+"""Imports of MicroLens in its published form: pairs, English titles and a folder of covers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PAIR_COLUMNS = ("user", "item", "timestamp")
 
 
 def import_microlens(source: Path, destination: Path, options: ImportOptions = ImportOptions()) -> Imported:
-    """Makes a dataset of a folder that holds one MicroLens.
+    """Make a dataset from a folder that holds one MicroLens.
 
-    Of its two forms of the interactions `*_pairs.csv` is taken, which has timestamps, and `*_pairs.tsv` where that is
-    absent; titles from `*_title_en.csv` or `*_titles.csv`, covers from `*_covers` or `covers`, where there are any.
-    Raises InputError for bad input.
+    Interactions come from `*_pairs.csv`, which has timestamps, or from `*_pairs.tsv` if that is absent. Titles come
+    from `*_title_en.csv` or `*_titles.csv`, covers from `*_covers` or `covers`; both may be absent. Raises InputError
+    for bad input.
     """
     with whole_folder(destination) as folder:
         pairs = find(source, "*_pairs.csv", "*_pairs.tsv")
@@ -35,11 +35,13 @@ def import_microlens(source: Path, destination: Path, options: ImportOptions = I
 
 
 def _read_csv(pairs: Path) -> pl.DataFrame:
+    """Read the interactions of a CSV file with or without a header, as `read_interactions` returns them."""
     form = {} if _has_header(pairs) else {"has_header": False, "schema": dict.fromkeys(PAIR_COLUMNS, pl.String)}
     return read_interactions(csv_table(pairs, **form), dict(zip(PAIR_COLUMNS, PAIR_COLUMNS)))
 
 
 def _read_tsv(pairs: Path) -> pl.DataFrame:
+    """Read the interactions of lines of a user, a tab, and items with spaces between."""
     columns = PAIR_COLUMNS[:2]
     schema = dict.fromkeys(columns, pl.String)
     table = csv_table(pairs, has_header=False, separator="\t", quote_char=None, schema=schema)
@@ -60,25 +62,27 @@ def _has_header(pairs: Path) -> bool:
 
 
 def _title_rows(file: Path) -> Iterator[tuple[str, str]]:
-    """(item id, title) of every row, commas in unquoted titles included. A header looks like one more item's."""
+    """Yield (item id, title) of every row; a title may hold commas without quotes. A header comes as one more item."""
     return ((row[0], ",".join(row[1:])) for row in _rows(file) if row)
 
 
 def _rows(file: Path) -> Iterator[list[str]]:
-    """The rows of a CSV file. A line that is not valid CSV, as `7,"Up" again`, is split at its first comma."""
+    """Yield the rows of a CSV file. A line that is not valid CSV, as `7,"Up" again`, is split at its first comma."""
     lines = _lines(file)
     while True:
         lines, again = tee(lines)
         try:
             row = next(csv.reader(lines, strict=True), None)
-        except csv.Error:  # perhaps lines later, where a quote was never closed
-            row, lines = next(again).split(",", 1), again
+        except csv.Error:  # maybe some lines later, if a quote was not closed
+            row = next(again).split(",", 1)
+            lines = again
         if row is None:
             return
         yield row
 
 
 def _lines(file: Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file, without a byte order mark. Raises InputError, with the line, for other bytes."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:

@@ -1,4 +1,4 @@
-"""Options and results of imports, apart from the imports themselves, which need polars."""
+"""Options and results of imports. This module works without polars, which the imports need."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ...errors import InputError
 
-TABLE_COLUMNS = ("user", "item")  # of CSV and Parquet files, unless named
-RECBOLE_FIELDS = ("user_id", "item_id")  # of RecBole's files
+TABLE_COLUMNS = ("user", "item")  # default columns of CSV and Parquet files
+RECBOLE_FIELDS = ("user_id", "item_id")  # default columns of RecBole's files
 MISSING_TITLES = ("id", "drop", "error")
 
 
@@ -16,11 +16,12 @@ MISSING_TITLES = ("id", "drop", "error")
 class ImportOptions:
     """Options of every import."""
 
-    # Items without a title: their id stands for it, so that interactions stay as published; or they are dropped.
+    # Items without a title: "id" takes the item id as title, "drop" drops the item, "error" refuses the import.
     missing_titles: str = "id"
     copy_covers: bool = False  # rather than a link to their folder
 
     def __post_init__(self) -> None:
+        """Raise InputError for an unknown choice."""
         if self.missing_titles not in MISSING_TITLES:
             expected = ", ".join(MISSING_TITLES)
             raise InputError(f"missing_titles: expected one of {expected}, found {self.missing_titles!r}")
@@ -30,7 +31,7 @@ class ImportOptions:
 class TableOptions(ImportOptions):
     """Options of imports from tables whose columns may have any name."""
 
-    user_column: str | None = None  # None: what the format calls it, TABLE_COLUMNS or RECBOLE_FIELDS
+    user_column: str | None = None  # None: the default column of the format
     item_column: str | None = None  # of the interactions and of the titles
     timestamp_column: str = "timestamp"
     title_column: str = "title"
@@ -40,11 +41,11 @@ class TableOptions(ImportOptions):
 
 @dataclass(frozen=True)
 class Imported:
-    """Counts of an import: what the dataset holds, and what was left out."""
+    """Counts of an import: the dataset's users, items and interactions, and how many were left out."""
 
     users: int
     items: int
     interactions: int
-    dropped_interactions: int  # those with items that have no title, where such are dropped
+    dropped_interactions: int  # with items that were dropped for lack of a title
     items_without_title: int
-    items_without_cover: int | None  # None: there are no covers
+    items_without_cover: int | None  # None if there are no covers

@@ -11,9 +11,10 @@ from .tables import Table, csv_table, find
 
 
 def import_recbole(source: Path, destination: Path, options: TableOptions = TableOptions()) -> Imported:
-    """Makes a dataset of a .inter file, or the one in a folder, and the .item file of its name where there is one.
+    """Make a dataset from a .inter file, or from a folder that holds one.
 
-    The options name fields without their types. Raises InputError for bad input.
+    Titles come from the .item file of the same name, if there is one. The options name fields without their types.
+    Raises InputError for bad input.
     """
     inter = find(source, "*.inter") if source.is_dir() else source
     if inter is None:
@@ -24,8 +25,10 @@ def import_recbole(source: Path, destination: Path, options: TableOptions = Tabl
 
 
 def _atomic(path: Path) -> Table:
+    """Return the table of an atomic file, its columns named without their types."""
     return csv_table(path, separator="\t", quote_char=None, with_column_names=_without_types)
 
 
 def _without_types(header: list[str]) -> list[str]:
+    """Return the names of fields such as `user_id:token` without their types."""
     return [field.partition(":")[0] for field in header]

@@ -1,4 +1,4 @@
-"""Interactions and titles out of any table that polars scans: checked, and numbers rather than text from early on."""
+"""Read and check interactions and titles from any table that polars can scan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...errors import InputError, first_few
 from ...progress import progress_bar
 from .frames import pl
 
-READ_AT_ONCE = 250_000  # read at a time
+READ_AT_ONCE = 250_000  # rows
 ID = "an id without spaces, tabs or line ends"
 READ_ERRORS = (pl.exceptions.PolarsError, OSError)  # the latter of gzip, without the file's name
 EXPECTED = {"user": ID, "item": ID, "timestamp": "a whole number"}
@@ -19,13 +19,16 @@ EXPECTED = {"user": ID, "item": ID, "timestamp": "a whole number"}
 
 @dataclass(frozen=True)
 class Table:
-    """A file and how polars reads it; nothing is read yet."""
+    """A file and the polars query that reads it, which has not run yet."""
 
     path: Path
     frame: pl.LazyFrame
 
     def select(self, columns: Mapping[str, str]) -> pl.LazyFrame:
-        """{new name: column} of the table; all but `timestamp` become text. Raises InputError where one is missing."""
+        """Return the given columns ({new name: name in the file}) under their new names; all but timestamps are text.
+
+        Raises InputError if a column is missing, or if users or items are neither text nor whole numbers.
+        """
         schema = self.frame.collect_schema()
         for column in columns.values():
             if column not in schema:
@@ -44,20 +47,24 @@ class Table:
 
 
 def csv_table(path: Path, **form: Any) -> Table:
-    """A text file, compressed by gzip or not, whose columns are all text; `form` as polars.scan_csv takes it."""
+    """Return the table of a text file, which gzip may have compressed; all its columns are text.
+
+    form: further arguments of polars.scan_csv. Raises InputError if there is no such file.
+    """
     return Table(path, pl.scan_csv(_existing(path), infer_schema=False, glob=False, **form))
 
 
 def parquet_table(path: Path) -> Table:
-    """A Parquet file."""
+    """Return the table of a Parquet file. Raises InputError if there is no such file."""
     return Table(path, pl.scan_parquet(_existing(path), glob=False))
 
 
 def read_interactions(table: Table, columns: Mapping[str, str], several_items: bool = False) -> pl.DataFrame:
-    """All interactions in the file's order, 16 bytes each and once the text of each id.
+    """Return all interactions in the order of the file: 16 bytes an interaction, and the text of each id once.
 
-    Columns: user and item, Categorical, their codes in order of first appearance; timestamp, int64, where `columns`
-    ({"user": name in the file, …}) has one. With `several_items` a row's item field holds many, spaces between.
+    The columns are user and item, Categorical, with codes in order of first appearance, and timestamp, int64, if
+    `columns` ({"user": name in the file, …}) has one. several_items: an item field holds several ids with spaces
+    between.
 
     Raises InputError, with the row (from 1, a header not counted), for an id that is missing or has whitespace and for
     a timestamp that is not a whole number.
@@ -80,13 +87,13 @@ def read_interactions(table: Table, columns: Mapping[str, str], several_items: b
         raise _unreadable(table.path, error, done) from None
     if not total:
         raise InputError(f"{table.path}: holds no interactions")
-    if done != total:  # seen with old versions of polars, which lost an error on the way
+    if done != total:  # old versions of polars lost an error
         raise InputError(f"{table.path}: only {done} of {total} rows could be read; is one malformed?")
     return pl.concat(parts)
 
 
 def read_titles(table: Table, item_column: str, title_column: str) -> dict[str, str]:
-    """{item id: title} of a table, as `titles_of` makes it."""
+    """Return {item id: title} of a table, as `titles_of` does. Raises InputError if the table cannot be read."""
     try:
         frame = table.select({"item": item_column, "title": title_column}).collect()
     except READ_ERRORS as error:
@@ -95,7 +102,10 @@ def read_titles(table: Table, item_column: str, title_column: str) -> dict[str, 
 
 
 def titles_of(path: Path, rows: Iterable[tuple[str, str | None]]) -> dict[str, str]:
-    """{item id: title} of the items that have one, whitespace squeezed. Raises InputError for two titles of one."""
+    """Return {item id: title} of the items with a title; runs of whitespace become one space.
+
+    Raises InputError if an item has two different titles.
+    """
     titles: dict[str, str] = {}
     for item_id, text in rows:
         title = " ".join((text or "").replace("\0", " ").split())
@@ -119,17 +129,22 @@ def find(folder: Path, *patterns: str) -> Path | None:
 
 
 def _existing(path: Path) -> Path:
+    """Return the path. Raises InputError if there is no such file."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     return path
 
 
 def _split(items: pl.Expr) -> pl.Expr:
+    """Return the lists of ids of texts with one or more spaces between ids."""
     return items.str.strip_chars(" ").str.replace_all(" +", " ").str.split(" ")
 
 
 def _checked(rows: pl.DataFrame, kinds: Mapping[str, pl.Categorical], path: Path) -> pl.DataFrame:
-    """Rows of text as codes and numbers. One series after the other: in parallel the codes would come at random."""
+    """Return rows of text as codes and numbers. Raises InputError for a bad value, with its row.
+
+    One column follows the other, since codes of columns in parallel would come in random order.
+    """
     columns = []
     for name, kind in kinds.items():
         ids = rows[name]
@@ -142,7 +157,7 @@ def _checked(rows: pl.DataFrame, kinds: Mapping[str, pl.Categorical], path: Path
 
 
 def _whole_numbers(column: pl.Series) -> pl.Series:
-    """Int64; null where a value, a number or text such as 12 or 12.0 or 1.2e1, is not a whole number."""
+    """Return a column of numbers, or of text such as 12, 12.0 or 1.2e1, as Int64; null for all but whole numbers."""
     exact = column.cast(pl.Int64, strict=False)
     if not column.dtype.is_float() and exact.null_count() == 0:
         return exact
@@ -153,6 +168,7 @@ def _whole_numbers(column: pl.Series) -> pl.Series:
 
 
 def _refuse(rows: pl.DataFrame, bad: pl.Series, name: str, path: Path) -> None:
+    """Raise InputError for the first row that is `bad` (boolean; null counts as bad), naming its row and value."""
     bad = bad.fill_null(True)
     if not bad.any():
         return
@@ -163,5 +179,6 @@ def _refuse(rows: pl.DataFrame, bad: pl.Series, name: str, path: Path) -> None:
 
 
 def _unreadable(path: Path, error: Exception, done: int = 0) -> InputError:
+    """Return the error of a table that polars cannot read after `done` rows."""
     where = f"{path} beyond row {done}" if done else str(path)
     return InputError(f"{where}: cannot be read as a table ({str(error).strip().splitlines()[0]})")
