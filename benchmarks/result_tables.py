@@ -307,6 +307,13 @@ def _bounds_table(steps: list[dict[str, Any]]) -> ResultTable:
     return ResultTable("bounds of an H200, in ms", columns, sections)
 
 
+def _kernel_name(row: Row) -> str:
+    """Return a kernel's name, its variant if it has several, and its launches if there are several."""
+    variant = row.get("variant")  # older results lack it
+    name = f"{row['kernel']} ({variant})" if variant else row["kernel"]
+    return f"{name} x {row['launches']}" if row["launches"] > 1 else name
+
+
 def _in_loops(key: str) -> Column:
     """Return the column of a count within loops that multiply matrices; nothing for a kernel without such a loop."""
     head = {"loop_instructions": "in\nloops", "asynchronous": "copies\nahead"}[key]
@@ -314,7 +321,7 @@ def _in_loops(key: str) -> Column:
 
 
 KERNEL_COLUMNS = (
-    label("", lambda row: row["kernel"] + (f" x {row['launches']}" if row["launches"] > 1 else "")),
+    Column("", _kernel_name, right=False),
     Column("regis-\nters", "registers"),
     Column("spilled\nbytes", "spilled"),
     Column("shared\nKiB", lambda row: row["shared"] / 1024, "{:.0f}"),

@@ -7,6 +7,7 @@ known. Nothing is timed but the host's work on a batch.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
@@ -40,6 +41,7 @@ NOTES = {
     "branches taken or not; a loop whose trips are not known counts as one trip, and is reported",
     "element": "instructions of a thread in the loops that multiply matrices, by element of the products that a trip "
     "makes anew; where a trip only adds to sums, by element of the sums",
+    "variant": "of a kernel that a step launches in several ways: its flags that are set, its numbers that differ",
     "copies ahead": "instructions in those loops that copy to shared memory while the loop goes on",
     "floors": "an H200's least time for an op's bf16 products, exponentials, or one reading of its operands a pass",
 }
@@ -155,9 +157,13 @@ def kernel_rows(batches: list[CountedBatch]) -> list[dict[str, Any]]:
 
 
 def rows_of(batch: CountedBatch, architecture: str, read: dict[Specialization, KernelReading]) -> list[dict[str, Any]]:
-    """Return a row for each kernel of a batch's step on an architecture; equal launches share one."""
+    """Return a row for each kernel of a batch's step on an architecture; equal launches share one.
+
+    If a kernel has several rows, each names its variant.
+    """
     step = batch.steps[architecture]
     rows: dict[tuple, dict[str, Any]] = {}
+    launches: list[Launch] = []  # one for each row
     for part, launch in step.counter.launches:
         wanted = specialization(launch, ARCHITECTURES[architecture])
         key = (wanted, launch.grid)
@@ -167,7 +173,34 @@ def rows_of(batch: CountedBatch, architecture: str, read: dict[Specialization, K
             continue
         cost = kernel_cost(launch, read[wanted], batch.known, step.packed)
         rows[key] = kernel_row(batch.users, architecture, part, launch, read[wanted], cost)
-    return list(rows.values())
+        launches.append(launch)
+    names = variant_names(launches)
+    return [row | {"variant": name} for row, name in zip(rows.values(), names)]
+
+
+def variant_names(launches: Sequence[Launch]) -> list[str]:
+    """Return what tells each launch from the others of its kernel: "attend, start", "grid 4"; "" for the only one.
+
+    A flag that is set stands as its name; a number stands as NAME=VALUE.
+    """
+    values = [_distinguishing_values(launch) for launch in launches]
+    names = []
+    for launch, launch_values in zip(launches, values):
+        others = [other for other, of_other in zip(values, launches) if of_other.name == launch.name]
+        words = []
+        for name, value in launch_values.items():
+            if all(other.get(name) == value for other in others) or value is False:
+                continue
+            words.append(name.lower() if value is True else f"{name.lower()}={value}")
+        names.append(", ".join(words))
+    return names
+
+
+def _distinguishing_values(launch: Launch) -> dict[str, Any]:
+    """Return a launch's constants and whole numbers by name, and its grid."""
+    arguments = dict(zip(launch.kernel.arg_names, launch.arguments))
+    numbers = {name: value for name, value in arguments.items() if isinstance(value, int)}
+    return {**launch.meta, **numbers, "grid": "x".join(map(str, launch.grid))}
 
 
 def kernel_row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from iisan_fast.benchmarks.catalogue import BY_NAME
 from iisan_fast.benchmarks.harness import Setup, run_benchmark
 from iisan_fast.benchmarks.machine_code import KernelReading
 from iisan_fast.benchmarks.settings import StaticSettings
-from iisan_fast.benchmarks.static import CountedBatch, host_microseconds, padded_shapes
+from iisan_fast.benchmarks.static import CountedBatch, host_microseconds, padded_shapes, variant_names
 from iisan_fast.benchmarks.static_step import ARCHITECTURES, Sizes
 from iisan_fast.benchmarks.tables import NOT_MEASURED
 
@@ -78,6 +79,16 @@ def no_compiler(monkeypatch) -> None:
     """Let every kernel's machine code be one of a few numbers."""
     read = KernelReading(registers=40, spilled=8, shared=2048, warps=4, instructions=1000, loops=(), ir=IR)
     monkeypatch.setattr(static, "readings", lambda wanted: [read for _ in wanted])
+
+
+def test_launches_of_one_kernel_are_told_apart():
+    def launch(name: str, first: int, grid: tuple[int, ...] = (7, 2), **meta: object) -> SimpleNamespace:
+        kernel = SimpleNamespace(arg_names=["x", "first"])
+        return SimpleNamespace(kernel=kernel, name=name, arguments=("pointer", first), meta=meta, grid=grid)
+
+    launches = [launch("adam", 3), launch("rows", 0, ATTEND=True, P=9), launch("rows", 1, ATTEND=False, P=9)]
+    assert variant_names(launches) == ["", "attend, first=0", "first=1"]
+    assert variant_names([launch("rows", 0), launch("rows", 0, grid=(4,))]) == ["grid=7x2", "grid=4"]
 
 
 def run(dataset, settings: StaticSettings) -> dict:
