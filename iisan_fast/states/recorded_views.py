@@ -28,7 +28,7 @@ def refuse_other_encoders(cache: Path, views: Iterable[ViewConfig]) -> None:
                 differences.insert(0, f"encoder {recorded.get('encoder')} there, {view.encoder} now")
             if differences:
                 raise InputError(
-                    f"{cache}: view {view.name!r} was made otherwise than the settings say: {'; '.join(differences)}; "
+                    f"{cache}: view {view.name!r} was made with other settings: {'; '.join(differences)}; "
                     "change the settings, or extract into another cache"
                 )
 

@@ -142,6 +142,6 @@ def test_the_plan_of_an_extraction(catalogue, encoder_views, tmp_path):
     before = all_files(catalogue, tmp_path)
     again = iisan_fast.extract(catalogue, cache, views=views, dry_run=True, device="cpu")
     assert [one.encoded for one in again] == [1, 1] and all_files(catalogue, tmp_path) == before
-    with pytest.raises(InputError, match="view 'again' was made otherwise: layers"):
+    with pytest.raises(InputError, match="view 'again' was made with other settings: layers"):
         other = ViewConfig("again", "title", encoder_views[1].encoder, layers=(0, 3))
         iisan_fast.extract(catalogue, cache, views=other, dry_run=True, device="cpu")
