@@ -208,7 +208,7 @@ def train(
             raise InputError(demo.NOT_OF_THE_DEMO)
         folder = next_run_folder("demo") if out is None else as_path("out", out)
         if dry_run:
-            raise InputError("dry_run: the demo makes its dataset when it is trained; give a dataset")
+            return demo.describe(folder, chosen, bool(uncached), where, changes or {}, table)
         run = demo.configure(folder, chosen, bool(uncached), where, changes or {})
     else:
         run = run_config(chosen, base_settings(config), encoders, bool(uncached), changes)

@@ -7,11 +7,13 @@ to be learned from interactions alone. The same seed writes the same bytes.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from .errors import InputError, check_choice
 from .setting_fields import to_dict
 from .settings import run_config
 from .states import extract
-from .training import check_new_run
+from .training import RunFolder, check_new_run, describe_new_run
 
 if TYPE_CHECKING:
     import torch
@@ -153,6 +155,23 @@ def configure(
     if config.cache is not None:
         extract(load_dataset(dataset, config.protocol), views, Path(config.cache), device)
     return config
+
+
+def describe(
+    out: Path, options: Mapping[str, Any], uncached: bool, device: torch.device, changes: Mapping[str, Any], table: str
+) -> dict[str, Any]:
+    """Describe the run that `configure` and training would make in `out`, as `describe_new_run` does.
+
+    The demo is made in a temporary folder, which is removed. Raises InputError as `configure` does.
+    """
+    RunFolder(out).refuse_if_used()
+    with TemporaryDirectory() as name:
+        scratch = Path(name).resolve() / "run"
+        config = configure(scratch, options, uncached, device, changes)
+        description = describe_new_run(config, scratch, device, table)
+    description["files"]["written"].append("demo")
+    text = json.dumps(description).replace(json.dumps(str(scratch))[1:-1], json.dumps(str(out.resolve()))[1:-1])
+    return json.loads(text)
 
 
 def write_demo(root: Path, seed: int = 0, shuffle_content: bool = False) -> tuple[Path, list[ViewConfig]]:

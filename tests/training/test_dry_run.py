@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import iisan_fast
-from iisan_fast import InputError, ViewConfig
+from iisan_fast import InputError, ViewConfig, demo
 from iisan_fast.config import RunConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.evaluation import parameter_counts
@@ -120,6 +120,24 @@ def test_a_dry_run_refuses_what_a_run_refuses(toy_run, tmp_path):
                 iisan_fast.train(dry_run=dry_run, **call)
             messages.append(str(error.value))
         assert messages[0] == messages[1] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_plan_of_the_demo(tmp_path):
+    before = all_files(tmp_path)
+    changes = {"train.max_epochs": 3}
+    plan = iisan_fast.train(out=tmp_path / "run", method="id", dry_run=True, device="cpu", changes=changes)
+    assert all_files(tmp_path) == before
+    assert (plan["method"], plan["users"], plan["max_epochs"]) == ("id", demo.USERS, 3)
+    assert 0 < plan["items"] <= demo.ITEMS
+    assert plan["parameters"]["groups"]["item_embeddings"] == (plan["items"] + 1) * 64
+    assert plan["config"]["dataset"] == str(tmp_path / "run" / "demo" / "dataset")
+    assert set(plan["files"]["written"]) == {*RUN_FILES, "demo"}
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="already holds a run"):
+        iisan_fast.train(out=tmp_path, dry_run=True)
+    with pytest.raises(InputError, match="the demo takes no cache, views, encoders"):
+        iisan_fast.train(out=tmp_path / "run", changes={"cache": "c"}, dry_run=True)
 
 
 @pytest.mark.slow
