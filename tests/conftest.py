@@ -49,7 +49,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory) -> Iterator[None]:
-    """Remember digests here, not among the user's."""
+    """Keep digests in a folder of the tests, not in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -57,7 +57,7 @@ def own_cache(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture
 def threads_given_back() -> Iterator[None]:
-    """Torch's number of threads may be changed."""
+    """Restore the number of threads of torch after a test that changes it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -128,7 +128,7 @@ def small_catalogue(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def two_threads_and_nan_in_new_memory(monkeypatch) -> Iterator[None]:
-    """Work is shared out, and what nobody wrote to is seen."""
+    """Work is shared by two threads, and memory that was not written holds NaN."""
     empty, threads = Memory.empty, torch.get_num_threads()
     monkeypatch.setattr(Memory, "empty", lambda *arguments: empty(*arguments).fill_(float("nan")))
     torch.set_num_threads(2)
@@ -140,7 +140,7 @@ def two_threads_and_nan_in_new_memory(monkeypatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Callable[[str, str], Path]:
-    """The folder of a family's tiny model, built once."""
+    """Return a function (kind, family) -> folder of that family's tiny model, which is built once."""
     from helpers import encoders  # imports transformers, which takes seconds
 
     root, folders = tmp_path_factory.mktemp("encoders"), {}

@@ -37,22 +37,22 @@ def tree(root: Path) -> dict[str, bytes]:
 
 @functools.cache
 def contents(folder: Path) -> list[tuple[int, int]]:
-    """(material, colour) of every item of the catalogue, as its title says and its picture shows."""
+    """Return (material, colour) of every item of the catalogue, from its title and its picture."""
     dataset, base = load_dataset(folder), np.array([65536, 256, 1])
     colours = np.array(list(demo.COLOURS.values())) @ base
-    found = []
+    pairs = []
     with open_images(folder) as images:
         for item_id, title in zip(dataset.sequences.item_ids, dataset.titles):
             pixels = np.asarray(images.decode(images.content(item_id))) @ base
             shown = [np.count_nonzero(pixels == colour) for colour in colours]
-            found.append((demo.MATERIALS.index(title.split()[1]), int(np.argmax(shown))))
-    return found
+            pairs.append((demo.MATERIALS.index(title.split()[1]), int(np.argmax(shown))))
+    return pairs
 
 
 def followed(folder: Path) -> float:
-    """The share of steps to the material and the colour that come next."""
-    sequences, found = load_dataset(folder).sequences, np.array(contents(folder))
-    history = found[sequences.items - 1]
+    """Return the share of steps to the next material and the next colour."""
+    sequences, pairs = load_dataset(folder).sequences, np.array(contents(folder))
+    history = pairs[sequences.items - 1]
     steps = (history[1:] - history[:-1]) % (len(demo.MATERIALS), len(demo.COLOURS))
     within = np.ones(len(steps), dtype=bool)
     within[sequences.offsets[1:-1] - 1] = False

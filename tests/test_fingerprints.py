@@ -15,7 +15,7 @@ from iisan_fast.fingerprints import file_digest, value_digest, weights_digest
 
 @pytest.fixture
 def memory(tmp_path, monkeypatch) -> Path:
-    """Where digests are remembered during the test."""
+    """The file in which digests are remembered during the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "iisan-fast" / "digests.json"
 

@@ -32,21 +32,21 @@ def test_batch_holds_every_row_once(training):
         for user, history in enumerate(training)
         for i in range(len(history) - 1)
     ]
-    found, seen = [], {}
+    rows, seen = [], {}
     for slot, user, item, target in zip(
         *(x.tolist() for x in (batch.row_slots, batch.row_users, batch.inputs, batch.targets))
     ):
         assert slot // batch.length == user
         seen[user] = [*seen.get(user, []), batch.distinct[item].item()]
-        found.append((user, seen[user], batch.distinct[target].item()))
+        rows.append((user, seen[user], batch.distinct[target].item()))
         inputs = len(training[user]) - 1
         assert slot % batch.length == batch.length - inputs + len(seen[user]) - 1
-    assert found == expected
+    assert rows == expected
     assert batch.length == max(map(len, training)) - 1
     assert batch.weights.tolist() == [1 / len(expected)] * len(expected)
-    own = unpack_bits(batch.history_bits, len(batch.distinct))
+    has_item = unpack_bits(batch.history_bits, len(batch.distinct))
     for user, history in enumerate(training):
-        assert batch.distinct[own[user]].tolist() == sorted(set(history))
+        assert batch.distinct[has_item[user]].tolist() == sorted(set(history))
 
 
 def test_epoch_visits_every_user_once_and_depends_on_seed_and_epoch():
@@ -79,14 +79,14 @@ FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name != "bu
 
 
 def batch_of(training: list[list[int]], step: int = 5) -> Batch:
-    """The batch of users with these training histories."""
+    """Return the batch of users with these training histories."""
     return make_batch(
         make_sequences([[*history, 1, 1] for history in training], items=40), np.arange(len(training)), step
     )
 
 
 def shape_of(training: list[list[int]]) -> Shape:
-    """The shape that the batch of these users is padded to in a run."""
+    """Return the shape to which a run pads the batch of these users."""
     return padded_shape(make_sequences([[*history, 1, 1] for history in training], items=40), len(training))
 
 
@@ -107,17 +107,17 @@ def test_a_padded_batch_holds_the_batch_and_nothing_that_counts(training, extra)
         ("row_slots", rows, padded.shape.users * padded.length - 1),
         ("weights", rows, 0),
     ):
-        own, whole = getattr(batch, name), getattr(padded, name)
-        assert whole.dtype == own.dtype
+        part, whole = getattr(batch, name), getattr(padded, name)
+        assert whole.dtype == part.dtype
         assert (whole[count:] == filler).all(), name
-        assert name == "row_slots" or torch.equal(whole[:count], own), name
+        assert name == "row_slots" or torch.equal(whole[:count], part), name
     slots = padded.row_slots[:rows]
     assert torch.equal(slots // padded.length, batch.row_users)
     assert torch.equal(padded.length - slots % padded.length, length - batch.row_slots % length)  # from the right
     assert (padded.row_slots.diff() >= 0).all()
-    own = unpack_bits(padded.history_bits, padded.shape.distinct)
-    assert torch.equal(own[:users, :distinct], unpack_bits(batch.history_bits, distinct))
-    assert not own[users:].any() and not own[:, distinct:].any()
+    part = unpack_bits(padded.history_bits, padded.shape.distinct)
+    assert torch.equal(part[:users, :distinct], unpack_bits(batch.history_bits, distinct))
+    assert not part[users:].any() and not part[:, distinct:].any()
 
 
 @pytest.mark.parametrize("change", [{"users": 2}, {"distinct": 4}, {"rows": 3}, {"length": 2}])
@@ -165,14 +165,14 @@ def test_padding_changes_neither_the_loss_nor_a_gradient(training, extra):
         side_recommender([(2, 6)], ModelConfig(embedding_dim=8, bottleneck=4), 12, popularity, seed=1).double().train()
     )
     table = random_table([(2, 6)], 40)
-    found = []
-    for each in (batch, batch.padded(shape), batch.padded(padded_shape(sequences, len(training)))):
+    results = []
+    for form in (batch, batch.padded(shape), batch.padded(padded_shape(sequences, len(training)))):
         model.zero_grad()
-        loss = model.loss(each, table.read(each.distinct))
+        loss = model.loss(form, table.read(form.distinct))
         loss.backward()
-        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
-    for padded in found[1:]:
-        torch.testing.assert_close(padded, found[0], rtol=1e-9, atol=1e-12)
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for padded in results[1:]:
+        torch.testing.assert_close(padded, results[0], rtol=1e-9, atol=1e-12)
 
 
 # Packed into one buffer
@@ -180,11 +180,11 @@ def test_padding_changes_neither_the_loss_nor_a_gradient(training, extra):
 
 def assert_same_batch(batch: Batch, expected: Batch) -> None:
     for name in FIELDS:
-        own, other = getattr(batch, name), getattr(expected, name)
+        value, other = getattr(batch, name), getattr(expected, name)
         if isinstance(other, torch.Tensor):
-            assert own.dtype == other.dtype and torch.equal(own, other), name
+            assert value.dtype == other.dtype and torch.equal(value, other), name
         else:
-            assert own == other, name
+            assert value == other, name
 
 
 @settings(max_examples=40, deadline=None)

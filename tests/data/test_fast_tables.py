@@ -122,10 +122,10 @@ FILES_IN_BYTES = {name: text.encode() for name, text in FILES.items()}
 def test_polars_reads_a_plain_dataset_alone_and_as_the_strict_reader_does(tmp_path, protocol, block_bytes):
     root = write(tmp_path, FILES_IN_BYTES)
     with readers(by_polars=True, block_bytes=block_bytes), no_strict_reader():
-        found = plain(load_dataset(root, protocol))
+        dataset = plain(load_dataset(root, protocol))
     with readers(by_polars=False):
-        assert found == plain(load_dataset(root, protocol))
-    assert found["titles"][0] == "Red & blue" and found["titles"][1] == '"quoted"'
+        assert dataset == plain(load_dataset(root, protocol))
+    assert dataset["titles"][0] == "Red & blue" and dataset["titles"][1] == '"quoted"'
 
 
 @settings(max_examples=250, deadline=None)
@@ -235,6 +235,6 @@ def test_a_file_that_is_not_there_is_the_strict_readers_error(tmp_path):
 @pytest.mark.slow
 def test_both_readers_agree_on_real_data(scientific_folder):
     with readers(by_polars=True, block_bytes=1 << 18), no_strict_reader():
-        found = plain(load_dataset(scientific_folder))
+        dataset = plain(load_dataset(scientific_folder))
     with readers(by_polars=False):
-        assert found == plain(load_dataset(scientific_folder))
+        assert dataset == plain(load_dataset(scientific_folder))

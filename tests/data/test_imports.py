@@ -198,9 +198,9 @@ def test_malformed_microlens_titles(tmp_path, titles, words):
 def test_malformed_microlens_histories(tmp_path):
     source = microlens(tmp_path / "in")
     (source / "MicroLens-50k_pairs.csv").unlink()
-    for row, found in (("u2\t ", "''"), ("u2\t", "nothing"), ("u2", "nothing"), ("", "nothing")):
+    for row, shown in (("u2\t ", "''"), ("u2\t", "nothing"), ("u2", "nothing"), ("", "nothing")):
         write(source / "MicroLens-50k_pairs.tsv", f"u1\ta b\n{row}\n")
-        refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "pairs.tsv row 2", f"found {found}")
+        refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "pairs.tsv row 2", f"found {shown}")
 
 
 def test_recbole(tmp_path):
@@ -379,10 +379,10 @@ def test_many_equal_timestamps_stay_in_the_files_order(tmp_path):
     draw = random.Random(0)
     rows = [(f"u{draw.randrange(3)}", f"i{index}", draw.randrange(4)) for index in range(1000)]
     out = imported_csv(tmp_path, HEADER + "".join(f"{user},{item},{time}\n" for user, item, time in rows))
-    found = [line.split("\t") for line in (out / "users.tsv").read_text().splitlines()]
-    assert [user for user, _ in found] == list(dict.fromkeys(user for user, _, _ in rows))
-    for user, items in found:
-        assert items.split() == [item for own, item, _ in sorted(rows, key=lambda row: row[2]) if own == user]
+    lines = [line.split("\t") for line in (out / "users.tsv").read_text().splitlines()]
+    assert [user for user, _ in lines] == list(dict.fromkeys(user for user, _, _ in rows))
+    for user, items in lines:
+        assert items.split() == [item for row_user, item, _ in sorted(rows, key=lambda row: row[2]) if row_user == user]
 
 
 def test_many_rows_keep_the_order_of_first_appearance(tmp_path):

@@ -246,7 +246,7 @@ def test_exif_orientation_is_applied() -> None:
 
 
 class LmdbImage:
-    """What the released project pickles, under the name it has there."""
+    """The object that the released project pickles, under its name there."""
 
     def __init__(self, **attributes: Any) -> None:
         vars(self).update(attributes)

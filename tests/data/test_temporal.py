@@ -83,13 +83,13 @@ def test_by_hand(by_hand):
 
 
 def reference(users: Users, protocol: ProtocolConfig) -> dict[str, dict] | None:
-    """{user: items kept, items trained on, {split: (position, history, target)}}, or None where it is refused."""
+    """Return {user: {"kept": items, "trained": items, "targets": {split: …}}}, or None if the split is refused."""
     users = {user: both for user, both in users.items() if len(both[0]) >= protocol.min_interactions}
     times = sorted(time for _, moments in users.values() for time in moments)
     first, second = (
         times[math.ceil(share * (len(times) - 1))] for share in (protocol.validation_from, protocol.test_from)
     )
-    found = {}
+    users_kept = {}
     for user, (items, moments) in users.items():
         begin = max(0, sum(time < first for time in moments) - protocol.max_inputs - 1)
         targets = {}
@@ -100,9 +100,13 @@ def reference(users: Users, protocol: ProtocolConfig) -> dict[str, dict] | None:
         trained = [item for item, time in list(zip(items, moments))[begin:] if time < first]
         end = max([target[-1] + 1 for target in targets.values()], default=begin + len(trained))
         if targets or len(trained) >= 2:
-            found[user] = {"kept": items[begin:end], "trained": trained, "targets": targets}
-    complete = all(any(name in user["targets"] for user in found.values()) for name in ("validation", "test"))
-    return found if first < second and complete and any(len(user["trained"]) >= 2 for user in found.values()) else None
+            users_kept[user] = {"kept": items[begin:end], "trained": trained, "targets": targets}
+    complete = all(any(name in user["targets"] for user in users_kept.values()) for name in ("validation", "test"))
+    return (
+        users_kept
+        if first < second and complete and any(len(user["trained"]) >= 2 for user in users_kept.values())
+        else None
+    )
 
 
 moments = st.lists(st.integers(0, 30), min_size=3, max_size=14).map(sorted)
@@ -116,13 +120,16 @@ def test_equals_a_slow_reference(data, times, max_inputs, shares):
     if max(map(len, times)) < 4:
         times[0] = times[0] + [30]
     users = {
-        f"u{number}": (data.draw(st.lists(st.sampled_from("abcdef"), min_size=len(own), max_size=len(own))), own)
-        for number, own in enumerate(times)
+        f"u{number}": (
+            data.draw(st.lists(st.sampled_from("abcdef"), min_size=len(user_times), max_size=len(user_times))),
+            user_times,
+        )
+        for number, user_times in enumerate(times)
     }
     protocol = ProtocolConfig(4, max_inputs, split="temporal", validation_from=shares[0], test_from=shares[1])
     expected = reference(users, protocol)
     with TemporaryDirectory() as folder:
-        texts = {user: (" ".join(items), " ".join(map(str, own))) for user, (items, own) in users.items()}
+        texts = {user: (" ".join(items), " ".join(map(str, user_times))) for user, (items, user_times) in users.items()}
         root = write(Path(folder), texts)
         with nullcontext() if expected else pytest.raises(InputError, match="validation_from, test_from: split at"):
             sequences = load_dataset(root, protocol).sequences
@@ -144,14 +151,18 @@ def test_equals_a_slow_reference(data, times, max_inputs, shares):
     latest = max(
         (
             time
-            for user, (_, own) in users.items()
+            for user, (_, user_times) in users.items()
             if user in expected
-            for time in own[: len(expected[user]["trained"])]
+            for time in user_times[: len(expected[user]["trained"])]
         ),
     )
     for name in ("validation", "test"):
         split = sequences.split(name)
-        with_target = {user: found["targets"][name] for user, found in expected.items() if name in found["targets"]}
+        with_target = {
+            user: user_reference["targets"][name]
+            for user, user_reference in expected.items()
+            if name in user_reference["targets"]
+        }
         assert [sequences.user_ids[user] for user in split.users] == list(with_target)
         for row, (time, before, target, place) in enumerate(with_target.values()):
             assert latest < time and place > 0
@@ -228,7 +239,7 @@ def test_bad_times_name_the_line(tmp_path, times, message):
     ],
 )
 def test_a_part_without_anything_is_refused(tmp_path, times, message):
-    users = {f"u{n}": (" ".join("a" * len(own.split())), own) for n, own in enumerate(times)}
+    users = {f"u{n}": (" ".join("a" * len(user_times.split())), user_times) for n, user_times in enumerate(times)}
     protocol = dataclasses.replace(SMALL, validation_from=0.5, test_from=0.75)
     with pytest.raises(InputError, match="validation_from, test_from: split at") as error:
         load_dataset(write(tmp_path / "d", users), protocol)
@@ -249,7 +260,7 @@ def timed(tmp_path) -> Path:
     histories = [[(start + 3 * i) % 40 + 1 for i in range(n)] for start, n in zip(rng.integers(0, 40, 60), lengths)]
     root = write_dataset_folder(tmp_path / "timed", make_sequences(histories, items=40))
     times = [np.sort(rng.integers(0, 1000, n)) for n in lengths]
-    lines = (f"u{user}\t{' '.join(map(str, own))}\n" for user, own in enumerate(times))
+    lines = (f"u{user}\t{' '.join(map(str, user_times))}\n" for user, user_times in enumerate(times))
     (root / "times.tsv").write_text("".join(lines))
     return root
 
@@ -279,8 +290,8 @@ def test_a_run_trains_resumes_and_is_evaluated_again(timed, tmp_path):
 
 def test_the_command_line(timed, tmp_path):
     temporal = ("--split", "temporal", "--validation-from", 0.7, "--test-from", 0.85)
-    left, kept = (json.loads(iisan_fast("stats", timed, *more, "--json").stdout) for more in ((), temporal))
-    assert left["test_targets"] == left["users"] == 60 and 0 < kept["test_targets"] < 60
+    left, by_time = (json.loads(iisan_fast("stats", timed, *more, "--json").stdout) for more in ((), temporal))
+    assert left["test_targets"] == left["users"] == 60 and 0 < by_time["test_targets"] < 60
     out = ("--out", tmp_path / "run")
     arguments = ("--method", "id", "--epochs", 1, "--embedding-dim", 16, *out)
     assert iisan_fast("train", timed, *temporal, *arguments, "--max-inputs", 5).returncode == 0
@@ -304,8 +315,8 @@ def test_the_command_line_refuses(timed, tmp_path):
     assert "temporal split; give a dataset" in refused("train", "--split", "temporal", "--out", tmp_path / "run")
     assert "leave-one-out takes no shares" in refused("stats", timed, "--test-from", 0.95)
     for shares in ((0.9, 0.8), (0, 0.5), (0.5, 1), (float("nan"), 0.5)):
-        given = ("--split", "temporal", "--validation-from", shares[0], "--test-from", shares[1])
-        assert "expected ascending shares between 0 and 1" in refused("stats", timed, *given)
+        options = ("--split", "temporal", "--validation-from", shares[0], "--test-from", shares[1])
+        assert "expected ascending shares between 0 and 1" in refused("stats", timed, *options)
     assert "--split" in refused("stats", timed, "--split", "random")
     (timed / "times.tsv").unlink()
     assert "iisan-fast import writes it where" in refused("stats", timed, "--split", "temporal")

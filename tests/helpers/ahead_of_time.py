@@ -203,7 +203,7 @@ def call_sequence_encoder(users: int, rows: int, embedding_dim: int, dtype: torc
         return SequenceWeights(tensors, heads=2, epsilon=1e-6)
 
     vectors, rate = torch.empty(shape.distinct, d, device="meta"), sequence_encoder.DropoutRate(1 << 29, 1.125)
-    weights_of = [weights(each) for each in (torch.float32, dtype, torch.float32)]
+    weights_of = [weights(weights_dtype) for weights_dtype in (torch.float32, dtype, torch.float32)]
     pair = sequence_encoder.SequenceEncoder(*weights_of, vectors, batch, shape, rate, dtype)
     pair.connect(torch.empty_like(pair.states))
     pair.forward()

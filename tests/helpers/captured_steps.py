@@ -55,10 +55,10 @@ def make_data() -> Sequences:
 
 
 def train_epochs(trainer: Trainer, epochs: int, first: int = 0) -> list[float]:
-    """The loss of each step."""
+    """Train some epochs and return the loss of each step."""
     losses = []
     for epoch in range(first, first + epochs):
-        losses += [trainer.take(each).clone() for each in trainer.batches(epoch)]
+        losses += [trainer.take(batch).clone() for batch in trainer.batches(epoch)]
     return [loss.item() for loss in losses]
 
 
@@ -78,11 +78,14 @@ def check_captured_equals_eager(eager: Trainer, captured: Trainer) -> None:
     assert sums[0].loss == pytest.approx(sums[1].loss, rel=1e-4)
 
 
-def capture_without_trace(trainer: Trainer, each: PreparedBatch) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
-    """(what replays a step on this batch, what Adam keeps that it did not before)."""
+def capture_without_trace(trainer: Trainer, prepared: PreparedBatch) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
+    """Capture a step on a batch, and check that no tensor changes.
+
+    Returns the function that replays the step, and the tensors that Adam has since the capture, by name.
+    """
     before, record = everything(trainer.step), trainer.step.record.clone()
-    packed = each.batch.packed() if each.batch.buffer is None else each.batch.buffer  # none on a CPU
-    replay = trainer.captured._capture_on_buffers(packed, each.batch.shape, each.item_inputs).run
+    packed = prepared.batch.packed() if prepared.batch.buffer is None else prepared.batch.buffer  # none on a CPU
+    replay = trainer.captured._capture_on_buffers(packed, prepared.batch.shape, prepared.item_inputs).run
     after = everything(trainer.step)
     new = {name: after.pop(name) for name in after.keys() - before.keys()}
     assert_identical(after, before)
@@ -91,23 +94,23 @@ def capture_without_trace(trainer: Trainer, each: PreparedBatch) -> tuple[Callab
 
 
 def check_a_capture_leaves_no_trace(trainer: Trainer) -> None:
-    """Neither before the first step, when it makes Adam's state, nor later, nor once the flag is set."""
+    """Capture a step before the first step, after some steps, and after a failed one: no tensor may change."""
     first, *others = trainer.batches(0)
     replay, new = capture_without_trace(trainer, first)
     assert new and not any(value.any() for value in new.values())
     before = everything(trainer.step)
-    replay()  # whereas a replay does count
+    replay()  # a replay does change them
     assert trainer.step.record[1] == first.rows
     assert all(not torch.equal(value, before[name]) for name, value in everything(trainer.step).items())
-    for each in others:
-        trainer.take(each)
+    for batch in others:
+        trainer.take(batch)
     assert not capture_without_trace(trainer, others[-1])[1]
     trainer.step.record[2:] = torch.tensor([2, float("nan")], device=trainer.device)
     assert not capture_without_trace(trainer, others[-1])[1]
 
 
 def check_preparing_leaves_no_trace(trainer: Trainer) -> None:
-    """The fused step is captured before its first batch."""
+    """Capture the fused step before its first batch, and check that no tensor changes."""
     before, record = everything(trainer.step), trainer.step.record.clone()
     trainer.step.prepare()
     assert_identical(everything(trainer.step), before)
@@ -128,23 +131,23 @@ def check_a_loss_that_is_not_finite_stops_replayed_graphs(trainer: Trainer) -> N
     trainer.source.views[0].copy_(states)
     assert np.isfinite(train_epochs(trainer, 1)).all()
     assert_identical(everything(trainer.step), before)
-    found = trainer.step.read()
-    assert found.failed_step == 1 and found.rows == 0 and np.isnan(found.failed_loss)
+    record = trainer.step.read()
+    assert record.failed_step == 1 and record.rows == 0 and np.isnan(record.failed_loss)
 
 
 def check_memory_does_not_grow(trainer: Trainer, start: Callable[[], None], read: Callable[[], list[int]]) -> None:
-    """`read` gives the same bytes after each of several epochs, once the step is captured.
+    """Check that `read` returns the same numbers of bytes after each of several epochs, once the step is captured.
 
-    `start` is called before an epoch. A fused step's gathered rows are as many as its batches have, and are copied by a
-    thread: they may differ by two batches' between epochs, whereas memory that grew would by those of many steps.
+    `start` is called before an epoch. A thread copies the gathered rows of a fused step, as many as its batches have.
+    So the numbers may differ by two batches between epochs; memory that grows would differ by many.
     """
     train_epochs(trainer, WARM_UP_EPOCHS)
     holder, readings = trainer.step if trainer.captured is None else trainer.captured, []
     captured = holder._captured
     for epoch in range(WARM_UP_EPOCHS, WARM_UP_EPOCHS + COMPARED_EPOCHS):
         start()
-        for each in trainer.batches(epoch):
-            trainer.take(each)
+        for batch in trainer.batches(epoch):
+            trainer.take(batch)
         trainer.step.read()
         readings.append(read())
     assert holder._captured is captured

@@ -1,4 +1,4 @@
-"""Datasets that are made on the spot, and the folder of the real ones."""
+"""Make small datasets, and name the folder of the real ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DATA = Path(os.environ.get("IISAN_FAST_DATA", Path(__file__).parents[3] / "share
 
 
 def make_sequences(histories: list[list[int]], items: int | None = None, max_inputs: int = 10) -> Sequences:
-    """Sequences of hand-written histories of item numbers."""
+    """Return the sequences of histories of item numbers."""
     flat = np.concatenate([np.array(history, dtype=np.int64) for history in histories])
     offsets = np.cumsum([0, *map(len, histories)])
     count = items or int(flat.max())
@@ -24,7 +24,7 @@ def make_sequences(histories: list[list[int]], items: int | None = None, max_inp
 
 
 def write_dataset_folder(root: Path, sequences: Sequences) -> Path:
-    """items.tsv and users.tsv of made-up sequences."""
+    """Write items.tsv and users.tsv of sequences, and return the folder."""
     root.mkdir(parents=True, exist_ok=True)
     titles = "".join(f"{item_id}\ttitle of {item_id}\n" for item_id in sequences.item_ids)
     (root / "items.tsv").write_text(titles)
@@ -38,14 +38,14 @@ def write_dataset_folder(root: Path, sequences: Sequences) -> Path:
 
 
 def histories_in_steps(users: int, items: int) -> list[list[int]]:
-    """Histories of 5 to 13 items, each item the third after the one before: they can be learned."""
+    """Return histories of 5 to 13 items that can be learned: an item's number is 3 more than that before it."""
     rng = np.random.default_rng(0)
     starts, lengths = rng.integers(0, items, users), rng.integers(5, 14, users)
     return [[(start + 3 * i) % items + 1 for i in range(length)] for start, length in zip(starts, lengths)]
 
 
 def histories_at_random(users: int, items: int) -> list[list[int]]:
-    """Histories of 5 to 13 items, of which the first user's has 13."""
+    """Return random histories of 5 to 13 items; the first has 13."""
     rng = np.random.default_rng(0)
     histories = [rng.integers(1, items + 1, length).tolist() for length in rng.integers(5, 14, users)]
     histories[0] = list(range(1, 14))
@@ -53,7 +53,7 @@ def histories_at_random(users: int, items: int) -> list[list[int]]:
 
 
 def write_catalogue(root: Path, histories: list[list[int]], items: int) -> Path:
-    """A dataset's folder: titles of one to twenty words of the demo's encoder, images of noise in all sizes."""
+    """Write a dataset's folder: titles of one to twenty words of the demo's encoder, images of noise in all sizes."""
     from iisan_fast import demo  # imports transformers, which takes seconds
 
     write_dataset_folder(root, make_sequences(histories, items))

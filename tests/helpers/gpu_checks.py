@@ -1,4 +1,4 @@
-"""How well a form on a GPU must agree with the reference, and checks that every op there has to pass.
+"""The limits of the difference between a form on a GPU and the reference, and checks for every op with such a form.
 
 A result is judged by the eager op's own error in the same precision: both see the same rounded inputs and weights, and
 both are compared with the reference in fp64.

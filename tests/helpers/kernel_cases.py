@@ -100,9 +100,9 @@ class LossCase:
         counted: bool = True,
         debiased: bool = True,
         dtype: torch.dtype = torch.float32,
-        own: Tensor | None = None,
+        has_item: Tensor | None = None,
     ) -> None:
-        """own: bool [users, columns] that replaces the random mask (targets are added to it)."""
+        """has_item: bool [users, columns] that replaces the random mask; the targets are added to it."""
         generator = torch.Generator().manual_seed(7)
         self.dtype = dtype
         self.queries, self.items = (
@@ -110,12 +110,12 @@ class LossCase:
         )
         self.targets = torch.randint(0, max(columns, 1), (rows,), generator=generator)
         row_users = torch.randint(0, users, (rows,), generator=generator)
-        own = torch.rand(users, columns, generator=generator) < 0.1 if own is None else own.clone()
-        own[row_users, self.targets] = True
+        has_item = torch.rand(users, columns, generator=generator) < 0.1 if has_item is None else has_item.clone()
+        has_item[row_users, self.targets] = True
         self.keywords = {
             "targets": self.targets.to(DEVICE),
             "row_users": row_users.to(DEVICE) if masked else None,
-            "history_bits": pack(own).to(DEVICE) if masked else None,
+            "history_bits": pack(has_item).to(DEVICE) if masked else None,
             "log_multiplicity": torch.randint(1, 6, (columns,), generator=generator).log().to(DEVICE)
             if counted
             else None,
@@ -172,20 +172,20 @@ def assert_as_good(results: Sequence, ours: Sequence, exact: Sequence, dtype: to
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
-    """||result - exact|| / ||exact||; NaN where the result has any."""
+    """Return ||result - exact|| / ||exact||; NaN if the result has one."""
     scale = exact.norm().item()
     return (result.detach().double() - exact).norm().item() / (scale or 1.0)
 
 
-def pack(own: Tensor) -> Tensor:
-    """int32 [users, ceil(columns / 32)] with bit v % 32 of word v // 32 set where own is."""
-    users, columns = own.shape
+def pack(has_item: Tensor) -> Tensor:
+    """Return int32 [users, ceil(columns / 32)]: bit v % 32 of word v // 32 is has_item[user, v]."""
+    users, columns = has_item.shape
     padded = torch.zeros(users, -(-columns // 32) * 32, dtype=torch.int64)
-    padded[:, :columns] = own
+    padded[:, :columns] = has_item
     words = (padded.view(users, -1, 32) << torch.arange(32)).sum(2)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """Equal to the tensor, and every dimension strided."""
+    """Return an equal tensor, every dimension of which is strided."""
     return torch.stack([tensor, tensor], dim=-1)[..., 0]

@@ -25,7 +25,7 @@ Parameters = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ReferenceSettings:
-    """What the parameters do not say. `method`: "iisan" or "iisan-versa"; `activation`: "relu" or "gelu"."""
+    """The settings of a model. method: "iisan" or "iisan-versa". activation: "relu" or "gelu"."""
 
     embedding_dim: int
     max_inputs: int = 10
@@ -275,7 +275,7 @@ def in_batch_cross_entropy(slots: list[list[int]], vectors: Tensor, states: list
             if row[slot] == PADDING:
                 continue
             target = columns.index((user, slot + 1))
-            kept = [column for column, item in enumerate(items) if column == target or item not in row]
+            counted = [column for column, item in enumerate(items) if column == target or item not in row]
             logits = column_vectors @ states[user][slot] - log_popularity
-            losses.append(logits[kept].logsumexp(dim=0) - logits[target])
+            losses.append(logits[counted].logsumexp(dim=0) - logits[target])
     return torch.stack(losses).mean()

@@ -147,7 +147,7 @@ class GridCase:
             return (std * torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
 
         length = max(lengths, default=1)
-        slots = [length * (user + 1) - own + i for user, own in enumerate(lengths) for i in range(own)]
+        slots = [length * (user + 1) - inputs + i for user, inputs in enumerate(lengths) for i in range(inputs)]
         self.grid = SequenceGrid(torch.tensor(slots, dtype=torch.int64, device=DEVICE), len(lengths), length)
         self.heads, self.dtype = heads, dtype
         self.tensors = [random(*shape, std=0.3) for shape in weight_shapes(length + spare, d, blocks)]

@@ -9,7 +9,7 @@ from iisan_fast.states.store import Store, content_digest
 
 
 def view_description(layers: int, width: int, /, **changes) -> dict:
-    """What a store's manifest says of a view, as extraction would write it."""
+    """Return the description of a view that extraction would write into a store's manifest."""
     return {
         "source": "title",
         "unescaped": True,
@@ -22,7 +22,10 @@ def view_description(layers: int, width: int, /, **changes) -> dict:
 
 
 def fill_store(path: Path, item_ids: list[str], table: FeatureTable, names: tuple[str, ...], **changes) -> Path:
-    """A store holding the table's states under the given view names, in float32; `changes` to their description."""
+    """Write a table's states into a store under some view names, in float32, and return its folder.
+
+    changes: values that replace those of the views' descriptions.
+    """
     with Store(path, writable=True) as store:
         store.add_views({name: view_description(*shape, **changes) for name, shape in zip(names, table.shapes)})
         for name, view in zip(names, table.views):

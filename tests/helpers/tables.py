@@ -8,7 +8,7 @@ from iisan_fast.states.feature_table import FeatureTable
 
 
 def random_table(shapes: list[tuple[int, int]], items: int, dtype=torch.float64, seed: int = 0) -> FeatureTable:
-    """A feature table of random states; row 0 is zeros, as in any table."""
+    """Return a feature table of random states; row 0 is zeros, as in any table."""
     generator = torch.Generator().manual_seed(seed)
     views = [torch.randn(items + 1, *shape, generator=generator, dtype=dtype) for shape in shapes]
     for view in views:

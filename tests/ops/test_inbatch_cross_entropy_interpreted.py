@@ -55,7 +55,7 @@ def test_loss_of_no_rows():
 def test_loss_where_whole_tiles_are_masked(masked_columns):
     own = torch.zeros(2, 200, dtype=torch.bool)
     own[:, masked_columns] = True
-    LossCase(20, 200, users=2, own=own).check()
+    LossCase(20, 200, users=2, has_item=own).check()
 
 
 @pytest.mark.parametrize("wanted", [(), (0,), (1,)])
