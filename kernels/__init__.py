@@ -1,8 +1,8 @@
-"""The project's numerical ops, and the one rule that decides which form runs them.
+"""The project's numerical ops, and the one rule that chooses the implementation, called the form, of an op.
 
-Every op has a plain PyTorch form, its specification: `reference`. Beside it there are forms in Triton for CUDA GPUs
-(`gpu`), and in C++ for CPUs (`cpu`, compiled when first used; the rank's is PyTorch). `dispatch.py` has the table.
-`form="auto"` takes the fastest form that can run; the environment variable IISAN_FAST_FORM decides in its place.
+Every op has the form `reference`, plain PyTorch, which is its specification. Most ops have more forms: `gpu`, in Triton
+for CUDA GPUs, and `cpu`, in C++ that is compiled at its first use (PyTorch for `target_rank`). `dispatch.py` lists the
+forms. `form="auto"` takes the fastest form that can run, unless the environment variable IISAN_FAST_FORM names one.
 """
 
 if __name__ == "iisan_fast.kernels":
@@ -108,8 +108,8 @@ if __name__ == "iisan_fast.kernels":
         "why_no_library",
     ]
 else:
-    # Run from the repository root, transformers looks for the Hugging Face package `kernels`, imports this folder and
-    # fails on an ImportError. A module without a version, a file or anything in it counts as absent, and the ops
-    # cannot load a second time under the wrong name.
+    # In a program that runs in the repository root, transformers looks for the Hugging Face package `kernels` and finds
+    # this folder. A module without a version, a file or any content counts as absent. So transformers goes on without
+    # that package, and the ops are not loaded a second time under the wrong name.
     __file__ = None  # type: ignore[assignment]
     __path__ = []

@@ -1,7 +1,7 @@
-"""Refuse bad arguments of the ops in one line that names the argument, what was expected and what was found.
+"""Checks of the ops' arguments: each raises ValueError with one line that names the argument, expected and found.
 
-Values of tensors on a GPU are not looked at, since that would wait for it: indices are checked where they are still on
-the host, once a batch.
+The values of tensors on a GPU are not checked, because reading them would wait for the GPU. Whoever copies indices to
+a GPU checks them on the host first, by `check_indices`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOST_TOWERS = 32
 def check_towers(
     states: Sequence[States], towers: Sequence[Tower], activation: str, projections: Sequence[Tensor] | None
 ) -> None:
-    """Check the arguments of `side_towers`."""
+    """Raise ValueError unless the arguments of `side_towers` have the shapes, dtypes and devices of its docstring."""
     if activation not in ACTIVATION_FUNCTIONS:
         raise ValueError(f"activation: expected {' or '.join(ACTIVATION_FUNCTIONS)}, found {activation!r}")
     if len(states) not in (1, 2):
@@ -47,14 +47,14 @@ def check_towers(
         if _dimensions(f"states[{i}].table", table, 3)[1:] != (layers, width):
             raise ValueError(f"states[{i}].table: expected [rows, {layers}, {width}], found {list(table.shape)}")
         if rows is not None:
-            if i == 0 or rows is not states[0].rows or len(table) != len(states[0].table):  # looked at once
+            if i == 0 or rows is not states[0].rows or len(table) != len(states[0].table):  # equal rows once
                 check_indices(f"states[{i}].rows", rows, None, len(table), device)
             if table.requires_grad:
                 raise ValueError(f"states[{i}].table: no gradient flows to states read by row; pass them in order")
-        here = len(table) if rows is None else len(rows)
-        if count is not None and here != count:
-            raise ValueError(f"states[{i}]: expected {count} items as in states[0], found {here}")
-        count = here
+        items = len(table) if rows is None else len(rows)
+        if count is not None and items != count:
+            raise ValueError(f"states[{i}]: expected {count} items as in states[0], found {items}")
+        count = items
     shapes = [
         (layers,),
         (layers, bottleneck, width),
@@ -90,7 +90,7 @@ def check_towers(
 
 
 def check_chains(chains: Sequence[Chain]) -> None:
-    """Check the arguments of `fold_heads`."""
+    """Raise ValueError unless the maps of each chain can be multiplied, their biases fit and all are on one device."""
     for i, chain in enumerate(chains):
         shapes = [list(weight.shape) for weight in (chain.outer, chain.middle, chain.inner)]
         if any(len(shape) != 2 for shape in shapes) or any(a[1] != b[0] for a, b in zip(shapes, shapes[1:])):
@@ -104,7 +104,7 @@ def check_chains(chains: Sequence[Chain]) -> None:
 def check_sequences(
     x: Tensor, weights: SequenceWeights, grid: SequenceGrid, dropout: SequenceDropout | None = None
 ) -> None:
-    """Check the arguments of `sequence_encoder` and `last_states`."""
+    """Raise ValueError unless x, weights, grid and dropout fit together in shapes, dtypes, devices and index ranges."""
     count = len(weights.tensors)
     if count < OUTER_WEIGHTS or (count - OUTER_WEIGHTS) % BLOCK_WEIGHTS:
         raise ValueError(
@@ -130,7 +130,7 @@ def check_sequences(
 
 
 def check_moments(states: Sequence[AdamState]) -> None:
-    """Check the arguments of `adam`: moments are as large as their parameter, a step count is one number."""
+    """Raise ValueError unless both moments have the shape of their parameter and steps holds one number."""
     for i, state in enumerate(states):
         for name in ("mean", "square"):
             _shaped(f"states[{i}].{name}", getattr(state, name), tuple(state.parameter.shape))
@@ -147,7 +147,7 @@ def check_loss(
     log_multiplicity: Tensor | None,
     log_popularity: Tensor | None,
 ) -> None:
-    """Check the arguments of `inbatch_cross_entropy`."""
+    """Raise ValueError unless the arguments of `inbatch_cross_entropy` have the shapes and dtypes of its docstring."""
     columns, rows = _matrices(queries, items)
     check_indices("targets", targets, rows, columns, items.device)
     for name, values in (("log_multiplicity", log_multiplicity), ("log_popularity", log_popularity)):
@@ -170,7 +170,7 @@ def check_loss(
 
 
 def check_ranks(queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor) -> None:
-    """Check the arguments of `target_rank`."""
+    """Raise ValueError unless the arguments of `target_rank` have the shapes and dtypes of its docstring."""
     catalogue, users = _matrices(queries, items)
     check_indices("targets", targets, users, catalogue, items.device)
     if _dimensions("excluded", excluded, 2)[0] != users:
@@ -181,7 +181,18 @@ def check_ranks(queries: Tensor, items: Tensor, targets: Tensor, excluded: Tenso
 def check_indices(
     name: str, indices: Tensor, count: int | None, limit: int, device: torch.device, lowest: int = 0
 ) -> None:
-    """Check int64 indices on a device, `count` of them; those on the host lie from `lowest` to below `limit`."""
+    """Raise ValueError unless these are int64 indices on a device, at least `lowest` and below `limit`.
+
+    Args:
+        name: name of the argument, for the message.
+        indices: the indices, of any shape.
+        count: expects the shape [count]; None for any shape.
+        limit: the first index that is too large.
+        device: the device where they must be.
+        lowest: the smallest allowed index.
+
+    Values are checked only on a CPU, and not while torch.compile traces.
+    """
     if indices.dtype != torch.int64:
         raise ValueError(f"{name}: expected int64, found {_name(indices.dtype)}")
     if count is not None:
@@ -195,7 +206,7 @@ def check_indices(
 
 
 def _matrices(queries: Tensor, items: Tensor) -> tuple[int, int]:
-    """Return (rows of items, rows of queries) of two matrices of one width, dtype and device."""
+    """Return (rows of items, rows of queries). Raises ValueError unless they share width, dtype and device."""
     count, width = _dimensions("items", items, 2)
     rows, query_width = _dimensions("queries", queries, 2)
     if not width:
@@ -210,6 +221,7 @@ def _matrices(queries: Tensor, items: Tensor) -> tuple[int, int]:
 
 
 def _dimensions(name: str, tensor: Tensor, count: int) -> tuple[int, ...]:
+    """Return the shape of a tensor. Raises ValueError unless it has `count` dimensions."""
     if tensor.dim() != count:
         raise ValueError(f"{name}: expected {count} dimensions, found {list(tensor.shape)}")
     return tuple(tensor.shape)

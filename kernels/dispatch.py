@@ -1,8 +1,8 @@
-"""Choose the form that runs an op: one table of forms, one rule, one report.
+"""Choose the form (implementation) that runs an op.
 
-`auto` takes the first form of the table that can run, else the reference. A form that is named, by the argument `form`
-or the environment variable IISAN_FAST_FORM, runs, or is refused with a FormError; an op without a form of that name
-takes the reference.
+`auto` takes the first form in `FORMS` that can run, else the reference. The argument `form` or the environment variable
+IISAN_FAST_FORM names a form instead: it runs, or a FormError says why it cannot. If an op has no form of that name, the
+reference runs. The log says once a process which form runs an op.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from .cpu.library import why_no_compiler, why_no_library
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up here: torch.compile cannot trace the look-up
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # at import, since torch.compile cannot trace find_spec
 FORM_VARIABLE = "IISAN_FAST_FORM"
 REFERENCE, GPU, CPU = "reference", "gpu", "cpu"
-FORMS = {  # beside the reference, the fastest first
+FORMS = {  # the forms of each op besides the reference, the fastest first
     "fold_heads": (CPU,),
     "side_towers": (GPU, CPU),
     "sequence_encoder": (GPU, CPU),
@@ -34,29 +34,36 @@ WITHOUT_COMPILER = ("target_rank",)  # its form for a CPU is PyTorch
 NAMES = ("auto", REFERENCE, GPU, CPU)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-Refusals = Mapping[str, Callable[[], str]]  # by form: why it does not take an op's arguments, or ""
+Refusals = Mapping[str, Callable[[], str]]  # form -> function that returns why it does not take the arguments, or ""
 
 log = logging.getLogger("iisan_fast.kernels")
-reported: set[tuple[str, str]] = set()  # (op, form)
+reported: set[tuple[str, str]] = set()  # the (op, form) that were logged
 
 
 class FormError(ValueError):
-    """A form is named that cannot run; the message says why, and what to name, in one line."""
+    """The named form cannot run. The message says why, and which form can."""
 
 
 def choose(
     op: str, form: str, tensors: Sequence[Tensor], refusals: Refusals, candidates: Sequence[str] | None = None
 ) -> str:
-    """Return the form that runs an op on these tensors, and report it once.
+    """Return the form that runs an op on these tensors, and log it at its first use.
 
-    Args: refusals: why a form does not take the op's arguments; candidates: the forms that `auto` may take, all of the
-    op's where None. Raises FormError if a form is named that cannot run.
+    Args:
+        op: a key of `FORMS`.
+        form: the caller's argument: "auto" or the name of a form.
+        tensors: the operands whose dtypes and device decide; the first one gives the device.
+        refusals: for a form, a function that returns why it does not take the op's arguments, or "".
+        candidates: the forms that "auto" may take; None for all of the op.
+
+    Raises FormError if the named form cannot run, or is not a form. While torch.compile traces on a CPU, "auto" returns
+    the reference.
     """
     source, name = named_form(form)
     candidates = FORMS[op] if candidates is None else candidates
     if name == "auto":
         if tensors[0].device.type == "cpu" and torch.compiler.is_compiling():
-            return REFERENCE  # a compiler sees into the reference alone
+            return REFERENCE  # torch.compile can trace only the reference
         chosen = _first_able(op, candidates, tensors, refusals)
     elif name not in FORMS[op]:
         chosen = REFERENCE
@@ -79,7 +86,10 @@ def report(op: str, form: str, explanation: str = "") -> None:
 
 
 def form_on(device: torch.device) -> str:
-    """Return the fastest form on a device, or the named one. Raises FormError if the named one cannot run there."""
+    """Return the form that IISAN_FAST_FORM names, or the fastest form that runs on a device.
+
+    Compiles the C++ if the device is a CPU. Raises FormError if the named form cannot run on the device.
+    """
     check_form(device)
     _, name = named_form()
     if name != "auto":
@@ -102,7 +112,10 @@ def check_form(device: torch.device) -> None:
 
 
 def named_form(form: str = "auto") -> tuple[str, str]:
-    """Return (what names the form, its name): the argument, or the environment variable in place of "auto"."""
+    """Return (source, name) of the form to use: the argument, or IISAN_FAST_FORM if the argument is "auto".
+
+    The source is "form" or "IISAN_FAST_FORM", for messages. Raises FormError if the name is not a form.
+    """
     source = "form"
     if form == "auto" and (variable := os.environ.get(FORM_VARIABLE)):
         source, form = FORM_VARIABLE, variable
@@ -112,7 +125,7 @@ def named_form(form: str = "auto") -> tuple[str, str]:
 
 
 def _first_able(op: str, forms: Sequence[str], tensors: Sequence[Tensor], refusals: Refusals) -> str:
-    """Return the first form that can run, the interpreted gpu form aside, else the reference."""
+    """Return the first form that can run, else the reference; gpu only on CUDA, never by Triton's interpreter."""
     for form in forms:
         if form == GPU and tensors[0].device.type != "cuda":
             continue
@@ -122,7 +135,7 @@ def _first_able(op: str, forms: Sequence[str], tensors: Sequence[Tensor], refusa
 
 
 def _why_unable(op: str, form: str, tensors: Sequence[Tensor], refusals: Refusals) -> str:
-    """Return why a form cannot run an op, or "". A compiler starts only if nothing else is in the way."""
+    """Return why a form cannot run an op, or ""; checks last whether the C++ can be compiled, as that takes seconds."""
     device = tensors[0].device.type
     if form == GPU:
         reason = why_not_by_triton(device, tuple(tensor.dtype for tensor in tensors))
@@ -136,12 +149,13 @@ def _why_unable(op: str, form: str, tensors: Sequence[Tensor], refusals: Refusal
 
 
 def _why_not_on_a_cpu(device: str) -> str:
+    """Return why the cpu form cannot run on a device type, or ""."""
     return "" if device == "cpu" else f"it needs CPU tensors, found {device}"
 
 
 @functools.cache
 def why_not_by_triton(device: str, dtypes: tuple[torch.dtype, ...]) -> str:
-    """Return why Triton cannot run an op on tensors of a device and these dtypes, or ""."""
+    """Return why Triton cannot run on tensors of a device type ("cuda") and these dtypes, or ""."""
     if not HAS_TRITON:
         return "the package triton is not installed"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -152,7 +166,7 @@ def why_not_by_triton(device: str, dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def _explanation(op: str, chosen: str, candidates: Sequence[str], tensors: Sequence[Tensor], refusals: Refusals) -> str:
-    """Return why the fastest form for the tensors' device does not run, in brackets, or ""."""
+    """Return " (form: reason)" if the fastest form for the tensors' device does not run, else ""."""
     fastest = {"cuda": GPU, "cpu": CPU}.get(tensors[0].device.type, "")
     if fastest == chosen or fastest not in candidates:
         return ""

@@ -1,6 +1,6 @@
-"""The public ops: arguments checked, a form chosen (`dispatch.py`), and run.
+"""The public ops: each checks its arguments, chooses a form (`dispatch.py`) and runs it.
 
-Importing this needs no Triton and no compiler; the first op that they run asks for them.
+The import needs neither Triton nor a compiler. The first op that runs by such a form needs it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from .types import (
 if TYPE_CHECKING:
     from .gpu.step import GpuStep
 
-STEP_OPS = ("fold_heads", "side_towers", "sequence_encoder", "inbatch_cross_entropy", "adam")  # as the log names them
+STEP_OPS = ("fold_heads", "side_towers", "sequence_encoder", "inbatch_cross_entropy", "adam")  # names in the log
 
 
 def side_towers(
@@ -57,16 +57,26 @@ def side_towers(
     projections: Sequence[Tensor] | None = None,
     form: str = "auto",
 ) -> list[Tensor]:
-    """Return the outputs of a side network's towers, all of one shape (K, R, D), each over one or both of the views.
+    """Return the output of each tower of a side network (IISAN, equations 2-4).
 
-    SANB(x) = x + W_up act(W_down x + b_down) + b_up and g = sigmoid(gate / 0.1), from s = 0 (IISAN, equations 2-4):
-    one view: s = SANB_k(g_k h_k + (1 - g_k) s); both: s = SANB_k(s + g_k first_k + (1 - g_k) second_k).
+    All towers have K layers, bottleneck R and width D. A tower reads one view or both. Its state s starts at 0. With
+    SANB(x) = x + W_up act(W_down x + b_down) + b_up and g = sigmoid(gate / 0.1), layer k computes
+        over one view:   s = SANB_k(g_k h_k + (1 - g_k) s)
+        over two views:  s = SANB_k(s + g_k first_k + (1 - g_k) second_k)
+    Without gates all weights are 1.
 
-    Args: states: one or two views, tables [M, K, D] read by row; towers: their parameters; activation "relu" or "gelu".
-    By gpu, tables of bf16 or fp16 are multiplied in their dtype and added up in fp32; fp32 as
-    torch.set_float32_matmul_precision says. Elsewhere all is computed in the weights' dtype. Returns [N, D] a tower, or
-    [N, d] by projections [d, D], one a tower; in the weights' dtype, differentiable in the parameters and in views read
-    in order. Raises ValueError for bad arguments.
+    Args:
+        states: one or two views; each has a table [M, K, D], read in order or by row number.
+        towers: the parameters of 1 to 32 towers.
+        activation: "relu" or "gelu".
+        projections: one matrix [d, D] for each tower, which multiplies its output; None for none.
+        form: "auto", "reference", "gpu" or "cpu".
+
+    Returns one tensor for each tower, in the weights' dtype: [N, D], or [N, d] with projections. It is differentiable
+    in the parameters, the projections and the tables that are read in order. The gpu form multiplies bf16 and fp16
+    tables in their dtype and accumulates in fp32; torch.set_float32_matmul_precision applies to fp32 tables. Other
+    forms compute in the weights' dtype. Raises ValueError for arguments that do not fit, FormError (a ValueError) if
+    the named form cannot run.
     """
     check_towers(states, towers, activation, projections)
     tensors = [view.table for view in states] + [towers[0].down_weight]
@@ -84,10 +94,11 @@ def side_towers(
 
 
 def fold_heads(chains: Sequence[Chain], form: str = "auto") -> list[tuple[Tensor, Tensor]]:
-    """Return the weight [d, D] and the bias [d] of the one map that equals each chain of three.
+    """Multiply the three linear maps of each chain; return one weight [d, D] and bias [d] for each chain.
 
-    The form for a CPU is differentiable once; `auto` takes it only if a backward may follow. Raises ValueError if maps
-    do not fit.
+    weight = outer middle inner; bias = outer (middle inner_bias + middle_bias). Both are differentiable in all weights.
+    The cpu form is differentiable once, and `auto` takes it only if a backward may follow. Raises ValueError if the
+    shapes of a chain do not fit, FormError if the named form cannot run.
     """
     check_chains(chains)
     if not chains:
@@ -112,13 +123,23 @@ def inbatch_cross_entropy(
 ) -> Tensor:
     """Return the debiased in-batch cross-entropy over the distinct items of a batch (IISAN, equation 5).
 
-    t = <q, e_target> - log p_target; Z(row) = exp(t) + sum over v not in the user's items of
-    exp(<q, e_v> + log m_v - log p_v); the loss of a row is log Z - t.
+    With t = <q, e_target> - log p_target, the loss of a row is log Z - t, where
+    Z = exp(t) + sum over the items v outside the user's history of exp(<q, e_v> + log m_v - log p_v).
 
-    Args: queries [R, d]; items [V, d]; targets int64 [R], indices of items; row_users int64 [R], rows of history_bits;
-    history_bits int32 [B, ceil(V / 32)], bit v set where item v is in the user's history (without these two nothing is
-    masked); log_multiplicity, log_popularity [V], zero where None; reduction "mean" gives a scalar, "none" the loss of
-    each row [R]. By gpu the losses are fp32 and no logit is stored. Raises ValueError for bad arguments.
+    Args:
+        queries: [R, d].
+        items: [V, d], the vectors of the distinct items.
+        targets: int64 [R], indices of items.
+        row_users: int64 [R], the row of history_bits that holds the mask of each query.
+        history_bits: int32 [B, ceil(V / 32)]; bit v % 32 of word v // 32 is set where item v is in the user's history.
+            Without row_users and history_bits nothing is masked.
+        log_multiplicity: [V], log m, how often each item occurs in the batch; 0 where None.
+        log_popularity: [V], log p; 0 where None.
+        reduction: "mean" returns a scalar, "none" the loss of each row [R].
+        form: "auto", "reference", "gpu" or "cpu".
+
+    The gpu form returns fp32 and stores no logits. The result is differentiable in queries and items. Raises ValueError
+    for arguments that do not fit, FormError if the named form cannot run.
     """
     check_loss(queries, items, targets, row_users, history_bits, log_multiplicity, log_popularity)
     if reduction not in ("mean", "none"):
@@ -142,10 +163,18 @@ def sequence_encoder(
     dropout: SequenceDropout | None = None,
     form: str = "auto",
 ) -> Tensor:
-    """Return SASRec's states [R, d] after each of the rows x [R, d] of right-aligned histories.
+    """Return SASRec's hidden states [R, d], one for each row of right-aligned histories.
 
-    The forms for a CPU and a GPU are differentiable once. By gpu, products are in the dtype of x and added up in fp32.
-    Raises ValueError for bad arguments.
+    Args:
+        x: [R, d], the item vectors of all histories, one after the other.
+        weights: in the dtype of x; d is a multiple of their number of heads.
+        grid: the user and position of each row.
+        dropout: one step's dropout, as `sequence_dropout` makes it; None for none.
+        form: "auto", "reference", "gpu" or "cpu".
+
+    Row r attends to the rows of its user up to itself. The result is differentiable in x and the weights; in the cpu
+    and gpu forms once. The gpu form multiplies in the dtype of x and accumulates in fp32. Raises ValueError for
+    arguments that do not fit, FormError if the named form cannot run.
     """
     check_sequences(x, weights, grid, dropout)
     refusals = {CPU: lambda: sequence_encoder_cpu.refusal(weights), GPU: lambda: _gpu_sequence_refusal(weights)}
@@ -154,9 +183,11 @@ def sequence_encoder(
 
 
 def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid, form: str = "auto") -> Tensor:
-    """Return SASRec's state after each user's whole history, [users, d], without dropout.
+    """Return SASRec's hidden state [users, d] at the end of each user's history, without dropout.
 
-    Every history holds an item. The forms for a CPU and a GPU have no gradients. Raises ValueError for bad arguments.
+    Takes x, weights and grid as `sequence_encoder` does; every user of the grid has at least one row. The cpu and gpu
+    forms have no gradients, so they are not taken where a backward may follow. Raises ValueError for arguments that do
+    not fit, FormError if the named form cannot run.
     """
     check_sequences(x, weights, grid)
     trained = "it has no gradients" if _trained([x, *weights.tensors]) else ""
@@ -169,7 +200,10 @@ def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid, form: s
 
 
 def step_refusal(weights: RecommenderWeights, form: str = "auto") -> str:
-    """Return why `cpu_step` does not take a recommender's weights, or "". Compiles the C++ if need be."""
+    """Return why `cpu_step` cannot train these weights in this form, or "" if it can.
+
+    Compiles the C++ if it is not in the cache. Raises FormError if `form` or IISAN_FAST_FORM is not the name of a form.
+    """
     source, name = named_form(form)
     if name not in ("auto", CPU):
         return f"{source} names {name}"
@@ -177,10 +211,14 @@ def step_refusal(weights: RecommenderWeights, form: str = "auto") -> str:
 
 
 def cpu_step(tensors: StepTensors, batch: RecommenderBatch, least: tuple[int, int] = (0, 0)) -> CpuStep:
-    """Return a training step's ops by C++, with memory for batches up to the size of this one and a little more.
+    """Return the ops of a training step in C++, with memory for batches one eighth larger than this one.
 
-    least: items and rows that there must be memory for. Raises ValueError for a batch that does not fit the weights,
-    which `step_refusal` does not refuse.
+    Args:
+        tensors: the weights, for which `step_refusal` returns "", and the buffers that the step writes.
+        batch: the first batch.
+        least: the numbers of items and of rows that the memory must at least hold.
+
+    Raises ValueError if the batch does not fit the weights.
     """
     check_step_batch(batch, tensors.weights)
     for op in STEP_OPS:
@@ -189,7 +227,10 @@ def cpu_step(tensors: StepTensors, batch: RecommenderBatch, least: tuple[int, in
 
 
 def gpu_step_refusal(weights: RecommenderWeights, products: torch.dtype, form: str = "auto") -> str:
-    """Return why `gpu_step` does not take a recommender's weights with matrix products in a dtype, or ""."""
+    """Return why `gpu_step` cannot train these weights with matrix products in a dtype, or "" if it can.
+
+    Raises FormError if `form` or IISAN_FAST_FORM is not the name of a form.
+    """
     source, name = named_form(form)
     if name not in ("auto", GPU):
         return f"{source} names {name}"
@@ -209,9 +250,10 @@ def gpu_step(
     dropout: float,
     reads_by_number: bool = True,
 ) -> GpuStep:
-    """Return a training step's ops by Triton with all their memory, for weights that `gpu_step_refusal` lets pass.
+    """Return the ops of a training step in Triton, with all their memory.
 
-    Args: as `GpuStep` takes them.
+    Takes the arguments of `GpuStep`. `gpu_step_refusal` must return "" for the weights. Raises ValueError for sizes
+    that no kernel takes, and for weights that are not views of flat buffers.
     """
     from .gpu.step import GpuStep
 
@@ -230,14 +272,20 @@ def target_rank(
     chunk_elements: int = 1 << 24,
     form: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Return the rank of each target: 1 + items that score higher + tie_share of the others that tie.
+    """Return the rank of each target: 1 + items that score higher + tie_share times the other items that tie.
 
-    The result is float64 [U] twice: among the items that are not excluded (infinity for a target that is itself
-    excluded), and among all items. A row with any non-finite score has rank NaN in both.
+    Args:
+        queries: [U, d]; the score of an item is its dot product with the query.
+        items: [N, d].
+        targets: int64 [U], row numbers of items.
+        excluded: int64 [U, H], row numbers of the items to leave out of each ranking; -1 stands for no item.
+        tie_share: 0.5 counts half of the ties, 0 none, 1 all.
+        chunk_elements: how many scores are in memory at once. The gpu form stores no scores and ignores it.
+        form: "auto", "reference", "gpu" or "cpu".
 
-    Args: queries [U, d]; items [N, d]; targets int64 [U], row numbers of items; excluded int64 [U, H], items left
-    out of each ranking, -1 for none; chunk_elements bounds the scores held at a time (by gpu none are). Raises
-    ValueError for bad arguments.
+    Returns two float64 [U]: the rank without the excluded items, infinite if the target is excluded, and the rank among
+    all items. Both are NaN for a user with a score that is not finite. Raises ValueError for arguments that do not fit,
+    FormError if the named form cannot run.
     """
     check_ranks(queries, items, targets, excluded)
     chosen = choose("target_rank", form, [queries, items], {})
@@ -250,9 +298,9 @@ def target_rank(
 
 
 def adam(states: Sequence[AdamState], form: str = "auto") -> AdamUpdate | None:
-    """Return Adam's update of these parameters, or None where PyTorch's own has to do it.
+    """Return a callable that takes Adam's step on these parameters in C++, or None if PyTorch's Adam has to do it.
 
-    Raises ValueError for moments that are not shaped as their parameter.
+    Raises ValueError if a moment has another shape than its parameter, FormError if the named form cannot run.
     """
     check_moments(states)
     if not states:
@@ -262,18 +310,19 @@ def adam(states: Sequence[AdamState], form: str = "auto") -> AdamUpdate | None:
 
 
 def _trained(tensors: Sequence[Tensor | None]) -> bool:
-    """Return True if a backward may follow."""
+    """Return True if gradients are recorded and a tensor requires one."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _gpu_sequence_refusal(weights: SequenceWeights) -> str:
+    """Return why the gpu form of SASRec does not take these weights, or ""."""
     from .gpu import sequence_encoder as sequence_encoder_gpu
 
     return sequence_encoder_gpu.refusal(weights, len(weights.tensors[0]))
 
 
 def _sequence_module(form: str) -> ModuleType:
-    """Return the module of a form of SASRec."""
+    """Return the module with `sequence_encoder` and `last_states` in a form."""
     if form == GPU:
         from .gpu import sequence_encoder_grids
 

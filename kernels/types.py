@@ -1,4 +1,8 @@
-"""The tensors that cross the kernels' door, under names: states, towers, sequences, and a training step."""
+"""Named tuples of the tensors that ops take: states, towers, sequences, and a training step.
+
+Letters in shapes: N items, M rows of a table or of a step's tiles, K layers, R bottleneck (in a batch: rows), D width
+of hidden states, d width of item vectors.
+"""
 
 from __future__ import annotations
 
@@ -9,47 +13,52 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-OUTER_WEIGHTS = 3  # of a sequence encoder, before those of its blocks
-BLOCK_WEIGHTS = 12  # of each block
-SITES_PER_BLOCK = 3  # of dropout: attention weights, after attention, after the feed-forward; site 0 is the input
-FLAT_LINE = 32  # numbers of flat storage that belong to one group of rates
-FLAT_ALIGNMENT = 2 * FLAT_LINE  # numbers: each tensor in flat storage starts at a multiple, 128 bytes even in bfloat16
+OUTER_WEIGHTS = 3  # tensors of a sequence encoder before those of its blocks: positions, scale and shift of a norm
+BLOCK_WEIGHTS = 12  # tensors of a block: the fields of `EncoderBlock`
+SITES_PER_BLOCK = (
+    3  # places with dropout: attention weights, after attention, after the feed-forward; site 0: the input
+)
+FLAT_LINE = 32  # numbers in a line of flat storage; a line has one learning rate and one weight decay
+FLAT_ALIGNMENT = 2 * FLAT_LINE  # each tensor in flat storage starts at a multiple of this: 128 bytes even in bfloat16
 
 
 class Forward(Protocol):
-    """An op of a step that has no gradient."""
+    """An op of a step that has only a forward."""
 
-    def forward(self) -> None: ...
+    def forward(self) -> None:
+        """Launch or schedule the op; it writes the tensors that its class names."""
 
 
 class Backward(Protocol):
-    """An op of a step that only passes gradients on."""
+    """An op of a step that has only a backward."""
 
-    def backward(self) -> None: ...
+    def backward(self) -> None:
+        """Launch or schedule the gradients; they are written into the tensors that the class names."""
 
 
 class Pair(Forward, Backward, Protocol):
-    """An op of a step, and its gradients."""
+    """An op of a step with its forward and its backward."""
 
 
 class Update(Protocol):
     """The optimizer of a step."""
 
-    def update(self) -> None: ...
+    def update(self) -> None:
+        """Launch or schedule the update of all parameters."""
 
 
 class States(NamedTuple):
-    """One view's hidden states [M, K, D] and which of them to read: row numbers int64 [N], or None for all in order."""
+    """The hidden states of one view, and the rows of its table to read."""
 
-    table: Tensor
-    rows: Tensor | None = None
+    table: Tensor  # [M, K, D]
+    rows: Tensor | None = None  # int64 [N]: row numbers; None: all rows in order
 
 
 class Tower(NamedTuple):
-    """A side tower over K kept layers of width D, bottleneck R, and the numbers of the views that it reads."""
+    """The weights of a side tower over K layers of width D with bottleneck R, and the views that it reads."""
 
-    views: tuple[int, ...]  # one view, or (0, 1)
-    gate: Tensor | None  # [K]
+    views: tuple[int, ...]  # (0,), (1,) or (0, 1): indices of views
+    gate: Tensor | None  # [K]; the weight of a layer's hidden state is sigmoid(gate / 0.1)
     down_weight: Tensor  # [K, R, D]
     down_bias: Tensor  # [K, R]
     up_weight: Tensor  # [K, D, R]
@@ -57,7 +66,7 @@ class Tower(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Three linear maps that follow one another, [D] to [H] to [d'] to [d]; the last has no bias."""
+    """Three linear maps in a row, inner [D -> H], middle [H -> d'] and outer [d' -> d]; the outer map has no bias."""
 
     outer: Tensor  # [d, d']
     middle: Tensor  # [d', H]
@@ -67,26 +76,29 @@ class Chain(NamedTuple):
 
 
 class SequenceGrid(NamedTuple):
-    """Where R packed rows stand: right-aligned histories on a grid of users and positions."""
+    """The user and position of each of R packed rows.
 
-    slots: Tensor  # int64 [R], ascending: user * length + position; padding rows of a batch may share one
-    users: int  # of the grid
-    length: int  # positions of the grid, at most the encoder's
+    Histories are right-aligned: the last item of every history stands at position length - 1.
+    """
+
+    slots: Tensor  # int64 [R], ascending: user * length + position; padding rows of a batch may share a slot
+    users: int  # number of users
+    length: int  # number of positions, at most as many as the encoder has
 
 
 class SequenceDropout(NamedTuple):
-    """One step's stateless dropout, as `sequence_dropout` makes it: every mask bit is a hash."""
+    """The dropout of one step, as `sequence_dropout` makes it: a hash decides each mask bit."""
 
-    prefix: int | Tensor  # the hash of seed and step
-    threshold: int  # of 2^32: hashes below it drop
-    scale: float  # of a number that stays
-    users: Tensor  # int64 [users]: the numbers of the grid's users
+    prefix: int | Tensor  # hash of seed and step
+    threshold: int  # a number is dropped if its hash, of 32 bits, is below this
+    scale: float  # 1 / (1 - probability), the factor of numbers that are not dropped
+    users: Tensor  # int64 [users]: the user numbers that enter the hash
 
 
 class EncoderBlock(NamedTuple):
-    """A transformer block's weights: attention without biases, then a feed-forward of width f; both with a norm."""
+    """The weights of a transformer block: attention without biases, then a feed-forward of f units, each with norm."""
 
-    query: Tensor  # [d, d], as the next three
+    query: Tensor  # [d, d], like key, value and output
     key: Tensor
     value: Tensor
     output: Tensor
@@ -101,11 +113,11 @@ class EncoderBlock(NamedTuple):
 
 
 class SequenceWeights(NamedTuple):
-    """SASRec's weights: position [P, d], scale and shift [d] of the first norm, then each block's as `EncoderBlock`."""
+    """The weights of SASRec, and its settings."""
 
-    tensors: list[Tensor]
+    tensors: list[Tensor]  # position [P, d], scale [d] and shift [d] of the first norm, then each `EncoderBlock`
     heads: int
-    epsilon: float  # of the norms
+    epsilon: float  # added to the variance in each norm
 
     def blocks(self) -> list[EncoderBlock]:
         """Return the weights of each block."""
@@ -114,22 +126,22 @@ class SequenceWeights(NamedTuple):
 
 
 class RecommenderWeights(NamedTuple):
-    """All trained weights of a side-network recommender whose towers have one shape."""
+    """All trained weights of a side-network recommender; its towers have one shape."""
 
     towers: list[Tower]
-    activation: str
-    heads: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # by tower: a `Chain` without its outer map
-    fusion: Tensor  # [d, towers d']: the outer maps side by side
+    activation: str  # "relu" or "gelu"
+    heads: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # of each tower: the fields of `Chain` after outer
+    fusion: Tensor  # [d, towers d']: the outer maps of all chains side by side
     fusion_bias: Tensor  # [d]
     sequence: SequenceWeights
 
     def tensors(self) -> list[Tensor]:
-        """Return all weights in one list."""
+        """Return all weights: towers, heads, fusion and its bias, sequence encoder."""
         towers = [weight for tower in self.towers for weight in tower[1:] if weight is not None]
         return [*towers, *itertools.chain(*self.heads), self.fusion, self.fusion_bias, *self.sequence.tensors]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> RecommenderWeights:
-        """Return the same roles, each played by what `change` makes of the weight."""
+        """Return a copy in which `change(weight)` replaces each weight."""
         return RecommenderWeights(
             [
                 Tower(tower.views, *(None if weight is None else change(weight) for weight in tower[1:]))
@@ -143,138 +155,138 @@ class RecommenderWeights(NamedTuple):
         )
 
     def chains(self) -> list[Chain]:
-        """Return the three maps that follow each tower."""
+        """Return the three maps that follow each tower; outer is a detached view of fusion."""
         parts = self.fusion.detach().chunk(len(self.heads), dim=1)
         return [Chain(part, *head) for part, head in zip(parts, self.heads)]
 
 
 class RecommenderBatch(NamedTuple):
-    """A batch of V distinct items and R rows."""
+    """A training batch of V distinct items and R rows; a row is a position of a history that has a next item."""
 
-    states: list[States]  # of the items, by view
-    distinct: Tensor  # int64 [V]: numbers of the items
-    multiplicity: Tensor  # int64 [V]
-    inputs: Tensor  # int64 [R]: the row's item, an index into the distinct ones
-    targets: Tensor  # int64 [R]: the next item
-    row_users: Tensor  # int64 [R]
-    history_bits: Tensor  # int32 [users, words]
-    row_weights: Tensor  # float64 [R]: the row's part in the loss
-    step: int  # of the run
-    log_popularity: Tensor  # float64 [items of the catalogue + 1]
-    grid: SequenceGrid  # where the rows stand
+    states: list[States]  # hidden states of the V items, one entry for each view
+    distinct: Tensor  # int64 [V]: item numbers in the catalogue
+    multiplicity: Tensor  # int64 [V]: how often each item occurs in the batch
+    inputs: Tensor  # int64 [R]: index of the row's item in `distinct`
+    targets: Tensor  # int64 [R]: index of the next item in `distinct`
+    row_users: Tensor  # int64 [R]: the row's user, an index of history_bits
+    history_bits: Tensor  # int32 [users, words]: bit v % 32 of word v // 32: item v is in the user's history
+    row_weights: Tensor  # float64 [R]: weight of the row's loss in the batch's; 0 for padding
+    step: int  # number of the step in the run, from 0
+    log_popularity: Tensor  # float64 [items of the catalogue + 1], by item number
+    grid: SequenceGrid  # user and position of each row
     dropout: SequenceDropout | None
 
 
 class AdamState(NamedTuple):
-    """A parameter and what Adam keeps of it."""
+    """A parameter with its Adam state; in brackets the names of torch.optim.Adam."""
 
     parameter: Tensor
-    mean: Tensor  # exp_avg
-    square: Tensor  # exp_avg_sq
-    steps: Tensor  # taken so far: fp32 scalar
+    mean: Tensor  # first moment (exp_avg), shaped like the parameter
+    square: Tensor  # second moment (exp_avg_sq), shaped like the parameter
+    steps: Tensor  # number of steps taken so far (step), an fp32 scalar
 
 
 class FlatAdamState(NamedTuple):
-    """Flat buffers of n numbers, with Adam's state; each line of `FLAT_LINE` numbers belongs to one group of rates."""
+    """All parameters in one buffer of n numbers, with Adam's state; a line of `FLAT_LINE` numbers has one group."""
 
     parameters: Tensor  # [n]
     gradients: Tensor  # [n]
     means: Tensor  # [n]
     squares: Tensor  # [n]
-    line_groups: Tensor  # uint8 [n / 32]
-    rates: Tensor  # of each group: float64 on a CPU, fp32 on a GPU
-    decays: Tensor  # likewise
-    steps: Tensor  # taken, the one at hand included: fp32 scalar
+    line_groups: Tensor  # uint8 [n / 32]: the group of each line
+    rates: Tensor  # [groups]: learning rates, float64 on a CPU, fp32 on a GPU
+    decays: Tensor  # [groups]: weight decays, in the dtype of rates
+    steps: Tensor  # number of steps including the current one, an fp32 scalar
     betas: tuple[float, float]
     epsilon: float
 
 
 class TowerGradients(NamedTuple):
-    """Gradients that flow back from T towers into what was folded and prepared for them; all fp32."""
+    """Gradients of the operands that the fold prepares for T towers (`gpu/fold_heads.py`); all fp32."""
 
     of_coefficients: Tensor  # [T, K, 3]
-    of_down: Tensor  # [T, K, R, D]: from the products with the states alone
+    of_down: Tensor  # [T, K, R, D]: only the part through the products with hidden states
     of_bias: Tensor  # [T, K, R]
-    of_composites: Tensor  # [T, K, R, K, R]: read where the second layer lies below the first
+    of_composites: Tensor  # [T, K, R, K, R]: read only where the second layer lies below the first
     of_projected_up: Tensor  # [T, K, R, d]
-    of_projections: Tensor  # [T, d, D]: from the products with the states alone
+    of_projections: Tensor  # [T, d, D]: only the part through the products with hidden states
     of_vector_bias: Tensor  # [d]
 
 
 class StepTensors(NamedTuple):
-    """The tensors that a training step reads and writes beside its batch."""
+    """The tensors that a training step reads and writes, apart from its batch."""
 
-    weights: RecommenderWeights
-    operands: RecommenderWeights  # the weights themselves, or in the products' dtype
-    gradients: RecommenderWeights  # overwritten, not added to
+    weights: RecommenderWeights  # views of adam.parameters
+    operands: RecommenderWeights  # the weights in the dtype of the matrix products; the same tensors if that is equal
+    gradients: RecommenderWeights  # views of adam.gradients; a step overwrites them
     adam: FlatAdamState
-    operand_buffer: Tensor  # of all operands, in the layout of the parameters
-    record: Tensor  # float64 [4]: the sum of losses over rows, rows, the first failed step from 1 or 0, its loss
-    loss: Tensor  # of the batch, a scalar
+    operand_buffer: Tensor  # the buffer that the operands are views of, in the layout of the parameters
+    record: Tensor  # float64 [4]: sum of row losses; number of rows; 1 + the first failed step, or 0; the loss there
+    loss: Tensor  # the batch's loss, a scalar
 
 
 class StepOps(NamedTuple):
-    """The ops of a training step, each with memory of its own: what `FusedStep` puts together on either device.
+    """The ops of a training step, each with its memory. The trainer's `FusedStep` runs them on either device.
 
-    Forward and backward take no arguments and wait for nothing. On a GPU they launch kernels; on a CPU they add calls
-    to a schedule that the pairs share.
+    Forward and backward take no arguments and return at once. On a GPU they launch kernels; on a CPU they add calls to
+    one schedule.
     """
 
-    batch: Forward
-    fold: Pair
-    towers: Pair
-    sequence: Pair
+    batch: Forward  # select or copy the batch
+    fold: Pair  # fold each tower's heads and the fusion into one projection
+    towers: Pair  # hidden states to item vectors
+    sequence: Pair  # item vectors to hidden states of the sequence encoder
     loss: Pair
-    record: Forward
-    collect: Backward
+    record: Forward  # write the batch's loss and count the step
+    collect: Backward  # add up the gradients of the item vectors
     adam: Update
 
 
 class WindowedStep(Protocol):
-    """The ops of a step on a GPU, with all their memory and the window of packed batches that they read."""
+    """The ops of a step on a GPU, their memory, and a window: packed batches that are ready on the device."""
 
     ops: StepOps
     window: Tensor  # int32 [batches, words]
 
     def set_window(self, window: Tensor) -> None:
-        """Copy packed batches into the window, and begin with the first."""
+        """Copy packed batches, int32 [batches, words], into the window; the next step takes the first of them."""
 
     def set_items(self, states: Sequence[States]) -> None:
-        """Copy the gathered hidden states of a batch's items."""
+        """Copy the hidden states of the next batch's items, [N, K, D] for each view, to the device."""
 
 
-HEADER = ("distinct", "rows", "tiles", "users", "step", "prefix", "occurrences")  # a batch's true counts and step
+HEADER = ("distinct", "rows", "tiles", "users", "step", "prefix", "occurrences")  # true counts of a batch, and its step
 HEADER_WORDS = 8
-FIELD_ALIGNMENT = 32  # int32 words: 128 bytes
-TILE_ROWS = (16, 32, 64)  # of a tile
+FIELD_ALIGNMENT = 32  # int32 words: each field of a packed batch starts at a multiple of 128 bytes
+TILE_ROWS = (16, 32, 64)  # the possible numbers of rows in a tile
 
 
 class StepShape(NamedTuple):
-    """The sizes of a run's batches on a GPU: bounds that no batch of the run passes."""
+    """Upper bounds of the batch sizes of a run on a GPU; all buffers have these sizes."""
 
     users: int  # U
     distinct: int  # V, a multiple of 32
-    tiles: int  # T: of rows; a user's rows stand in one tile
-    tile_rows: int  # one of TILE_ROWS
-    positions: int  # P: the most inputs of a history, at most tile_rows
+    tiles: int  # T, groups of rows; all rows of a user stand in one tile
+    tile_rows: int  # rows of a tile, one of TILE_ROWS
+    positions: int  # P, inputs of the longest history, at most tile_rows
 
     @property
     def rows(self) -> int:
-        """Rows of all tiles, M."""
+        """Return the number of rows in all tiles, M."""
         return self.tiles * self.tile_rows
 
     @property
     def words(self) -> int:
-        """Words of 32 history bits a user, W."""
+        """Return the number of 32-bit words that hold one user's history bits, W."""
         return self.distinct // 32
 
     @property
     def occurrences(self) -> int:
-        """The most slots that the users' histories have."""
+        """Return an upper bound on the occurrences of items, as input or target, in a batch."""
         return self.rows + self.users
 
     def fields(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each field of a `StepBatch`, in their order in a packed batch."""
+        """Return the shape of each field of a `StepBatch`, in the order of the fields in a packed batch."""
         rows = ("inputs", "targets", "row_users", "positions")
         return {
             "header": (HEADER_WORDS,),
@@ -287,25 +299,25 @@ class StepShape(NamedTuple):
         }
 
     def starts(self) -> list[int]:
-        """Return where each field of a packed batch starts, then where the batch ends, in int32 words."""
+        """Return the offset of each field of a packed batch, then the size of the batch, in int32 words."""
         sizes = [-(-math.prod(shape) // FIELD_ALIGNMENT) * FIELD_ALIGNMENT for shape in self.fields().values()]
         return list(itertools.accumulate(sizes, initial=0))
 
 
 class StepBatch(NamedTuple):
-    """A batch as the GPU's step reads it: int32 views of one buffer, each as large as the run's `StepShape` says.
+    """A packed batch, as the step on a GPU reads it: int32 views of one buffer with the sizes of a `StepShape`.
 
-    Beyond the true counts of the header, users are -1, distinct and targets 0, inputs -1, row_users U, positions 0, and
-    offsets repeat the last. A user's rows stand in one tile, one after the other, in the order of the history; between
-    and after users a tile may have rows that are none: their input is -1.
+    The header has the true counts. Entries beyond them are padding: users -1, distinct 0, targets 0, inputs -1,
+    row_users U, positions 0, and offsets repeat the last one. The rows of a user stand in one tile, one after the
+    other, in the order of the history. A tile may have padding rows between users and after them; their input is -1.
     """
 
-    header: Tensor  # [HEADER_WORDS]: in the order of HEADER; prefix is the dropout's hash of seed and step, as uint32
-    users: Tensor  # [U]: user numbers, which the dropout hashes
+    header: Tensor  # [HEADER_WORDS]: in the order of HEADER; prefix: dropout's hash of seed and step, a uint32
+    users: Tensor  # [U]: the user numbers that enter dropout's hash
     distinct: Tensor  # [V]: ascending item numbers
     offsets: Tensor  # [V + 1]: the occurrences of distinct item v are offsets[v] .. offsets[v + 1] - 1
-    inputs: Tensor  # [M]: each row's own item, an index into distinct
-    targets: Tensor  # [M]: its next item, likewise
+    inputs: Tensor  # [M]: index of the row's item in distinct
+    targets: Tensor  # [M]: index of the next item in distinct
     row_users: Tensor  # [M]: the row's user within the batch, 0 .. U - 1
     positions: Tensor  # [M]: 0 .. P - 1: histories are right-aligned
     occurrences: Tensor  # [M + U]: 4 * row + 1 (the item is input of row) + 2 (it is the target of row - 1)
@@ -313,7 +325,7 @@ class StepBatch(NamedTuple):
 
     @classmethod
     def of(cls, buffer: Tensor, shape: StepShape) -> StepBatch:
-        """Return the batch that lies in a packed buffer, int32 [shape.starts()[-1]]; nothing is copied."""
+        """Return the fields of a packed batch as views of its buffer, int32 [shape.starts()[-1]]."""
         starts = shape.starts()
         parts = zip(starts, shape.fields().values())
         return cls(*(buffer[start : start + math.prod(size)].view(size) for start, size in parts))

@@ -1,1 +1,1 @@
-"""Every op in plain PyTorch: the specification of the other forms."""
+"""The ops in plain PyTorch, one file each: the specification of the other forms."""

@@ -1,4 +1,4 @@
-"""The debiased in-batch cross-entropy: the specification, deduplicated and dense."""
+"""The debiased in-batch cross-entropy: the specification over distinct items, and the paper's form over all slots."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ def inbatch_cross_entropy(
     log_multiplicity: Tensor | None = None,
     log_popularity: Tensor | None = None,
 ) -> Tensor:
-    """Return the debiased in-batch cross-entropy of every row over the V distinct items of a batch: log Z - t.
+    """Return the debiased in-batch cross-entropy [R] of each row over the V distinct items of a batch: log Z - t.
 
-    t = <q, e_target> - log p_target; Z(row) = exp(t) + sum over v not in the user's items of
-    exp(<q, e_v> + log m_v - log p_v) (IISAN, equation 5, duplicates merged). Without a mask Z is the sum over all v.
+    It is equation 5 of IISAN with the columns of equal items merged: t = <q, e_target> - log p_target and
+    Z = exp(t) + sum over the items v outside the user's history of exp(<q, e_v> + log m_v - log p_v).
+    Without history_bits Z is the sum over all v.
 
-    Args: queries [R, d]; items [V, d]; targets int64 [R], indices of items; row_users int64 [R], rows of history_bits;
-    history_bits int32 [B, ceil(V / 32)], bit v set where item v is in the user's history, as each target is;
-    log_multiplicity, log_popularity [V], zero where None. Returns [R].
+    Args:
+        queries: [R, d].
+        items: [V, d].
+        targets: int64 [R], indices of items.
+        row_users: int64 [R], rows of history_bits.
+        history_bits: int32 [B, ceil(V / 32)]; bit v is set where item v is in the user's history; targets are set too.
+        log_multiplicity, log_popularity: [V]; 0 where None.
     """
     scores = queries @ items.T
     if log_popularity is not None:
@@ -44,13 +49,17 @@ def inbatch_cross_entropy_dense(
     target_slots: Tensor,
     log_popularity: Tensor,
 ) -> Tensor:
-    """Return the loss as the paper states it: a column for every real slot of the batch, duplicates and all.
+    """Return the mean loss as the paper states it (IISAN, equation 5), with one column for each slot of the batch.
 
-    logit(row, slot) = <q, e> - log p(item); a slot is masked when its item occurs anywhere in the row's own user's
-    sequence, except the row's own target slot.
+    logit(row, slot) = <q, e_slot> - log p_slot. A slot is masked if its item occurs in the sequence of the row's user,
+    except for the row's target slot.
 
-    Args: queries [R, d]; slots [T, d], the item vector in each slot; slot_items, slot_users int64 [T];
-    target_slots int64 [R]; log_popularity [T]. Returns a scalar.
+    Args:
+        queries: [R, d].
+        slots: [T, d], the item vector in each slot; items may repeat.
+        slot_items, slot_users: int64 [T], item and user of each slot.
+        target_slots: int64 [R], the slot of each row's target.
+        log_popularity: [T], log p of each slot's item.
     """
     row_users = slot_users[target_slots]
     logits = queries @ slots.T - log_popularity
@@ -60,6 +69,6 @@ def inbatch_cross_entropy_dense(
 
 
 def unpack_bits(bits: Tensor, columns: int) -> Tensor:
-    """Return bool [B, columns] of int32 [B, ceil(columns / 32)]: bit v % 32 of word v // 32."""
+    """Return bool [B, columns] from int32 [B, ceil(columns / 32)]; column v is bit v % 32 of word v // 32."""
     index = torch.arange(columns, device=bits.device)
     return (bits[:, index // 32] >> (index % 32) & 1).bool()

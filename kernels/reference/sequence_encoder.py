@@ -1,6 +1,6 @@
 """SASRec over packed histories: the specification.
 
-All that works row by row sees real rows only; attention alone spreads them over a grid of users and positions.
+Histories are packed into rows [R, d] without padding. Only attention spreads them over a grid [users, length].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .dropout import drop_factors
 def sequence_encoder(
     x: Tensor, weights: SequenceWeights, grid: SequenceGrid, dropout: SequenceDropout | None
 ) -> Tensor:
-    """Return the states [R, d] after each of the rows x [R, d] of right-aligned histories."""
+    """Return the hidden states [R, d] of rows x [R, d]; row r sees the rows of its user up to r. Differentiable."""
     positions = _positions(weights, grid)
     x = _with_positions(x, weights, positions)
     input_factors, *block_factors = _drop_factors(x, weights, grid, positions, dropout)
@@ -30,7 +30,7 @@ def sequence_encoder(
 
 
 def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> Tensor:
-    """Return the state after each user's whole history, [users, d], without dropout; every history holds an item."""
+    """Return the hidden state [users, d] of each user's last row, without dropout; every user has a row."""
     x, hidden = _with_positions(x, weights, _positions(weights, grid)), _hidden_keys(grid)
     *first, last = weights.blocks()
     for block in first:
@@ -42,30 +42,34 @@ def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> Tens
 
 
 class BlockFactors(NamedTuple):
-    """A block's dropout factors."""
+    """The dropout factors of a block: 0 or 1 / (1 - probability), or 1.0 for no dropout."""
 
-    weights: Tensor | float  # [users, heads, L, L]
-    attended: Tensor | float  # [R, d]
-    fed: Tensor | float  # [R, d]
+    weights: Tensor | float  # [users, heads, L, L]: of the attention weights
+    attended: Tensor | float  # [R, d]: of the attention's output
+    fed: Tensor | float  # [R, d]: of the feed-forward's output
 
 
 UNDROPPED = BlockFactors(1.0, 1.0, 1.0)
 
 
 def _positions(weights: SequenceWeights, grid: SequenceGrid) -> Tensor:
-    """Return each row's position among all that the model knows: histories are right-aligned."""
+    """Return each row's index [R] into the model's positions; the last item of a history has the last position."""
     return grid.slots % grid.length + len(weights.tensors[0]) - grid.length
 
 
 def _with_positions(x: Tensor, weights: SequenceWeights, positions: Tensor) -> Tensor:
+    """Return x [R, d] plus the vectors of its positions, normalised by the first layer norm."""
     position, scale, shift = weights.tensors[:3]
-    # A product with one-hot rows: its gradient is a plain product too, where a lookup's would be a scatter.
+    # A product with one-hot rows instead of a lookup: its gradient is a product too, not a scatter.
     one_hot = positions[:, None] == torch.arange(len(position), device=x.device)
     return F.layer_norm(x + one_hot.to(x.dtype) @ position, scale.shape, scale, shift, weights.epsilon)
 
 
 def _hidden_keys(grid: SequenceGrid) -> Tensor:
-    """Return bool [users, 1, L, L]: keys that are later or padding; the query's own stays, or softmax would be NaN."""
+    """Return bool [users, 1, L, L]: True for keys to mask, which are later than the query, or padding.
+
+    A query always sees its own key; with all keys masked its softmax would be NaN.
+    """
     slots, length = grid.slots, grid.length
     empty = torch.ones(grid.users * length, dtype=torch.bool, device=slots.device).index_fill(0, slots, False)
     later = torch.ones(length, length, dtype=torch.bool, device=slots.device).triu(1)
@@ -84,7 +88,7 @@ def _block(
 
 
 def _after_attention(x: Tensor, attended: Tensor, block: EncoderBlock, epsilon: float, factors: BlockFactors) -> Tensor:
-    """Return what a block computes row by row once each row has attended."""
+    """Return a block's output [R, d] from its input x and its attended values: projection, norms, feed-forward."""
     shape = block.attention_scale.shape
     x = x + F.linear(attended, block.output) * factors.attended
     x = F.layer_norm(x, shape, block.attention_scale, block.attention_shift, epsilon)
@@ -98,18 +102,18 @@ def _projections(x: Tensor, block: EncoderBlock) -> Tensor:
 
 
 def _on_grid(x: Tensor, grid: SequenceGrid) -> Tensor:
-    """Return rows [R, C] as [users, length, C], zero where there is none."""
+    """Spread rows [R, C] over the grid [users, length, C]; slots without a row are 0."""
     return _Spread.apply(x, grid.slots, grid.users * grid.length).view(grid.users, grid.length, -1)
 
 
 def _heads(projections: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values [users, heads, L, d / heads] of [users, L, 3d]."""
+    """Split projections [users, L, 3d] into queries, keys and values, each [users, heads, L, d / heads]."""
     users, length, _ = projections.shape
     return tuple(projections.view(users, length, 3, heads, -1).permute(2, 0, 3, 1, 4))
 
 
 def _weighted_values(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, factors: Tensor | float) -> Tensor:
-    """Return the values as each query weights them: [users, heads, queries, d / heads]."""
+    """Return scaled dot-product attention [users, heads, queries, d / heads]; factors: dropout of the weights."""
     scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
     return (scores.masked_fill(hidden, float("-inf")).softmax(dim=-1) * factors) @ values
 
@@ -117,11 +121,11 @@ def _weighted_values(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tens
 def _drop_factors(
     x: Tensor, weights: SequenceWeights, grid: SequenceGrid, positions: Tensor, dropout: SequenceDropout | None
 ) -> list:
-    """Return factors of the input, then of each block; ones if nothing drops."""
+    """Return the input's dropout factors, then the `BlockFactors` of each block; all 1.0 if there is no dropout."""
     blocks = len(weights.blocks())
     if dropout is None:
         return [1.0] + [UNDROPPED] * blocks
-    # (-1, 0, 1), (2, 3, 4) ...: the first two of a row are sites of rows (without -1), the third of attention weights.
+    # Sites (-1, 0, 1), (2, 3, 4) ...: columns 0 and 1 are sites of rows (-1 is none), column 2 of attention weights.
     sites = torch.arange(-1, 2 + SITES_PER_BLOCK * blocks, device=x.device).view(blocks + 1, SITES_PER_BLOCK)
     users = dropout.users[grid.slots // grid.length]
     channels = torch.arange(x.shape[1], device=x.device)
@@ -133,7 +137,7 @@ def _drop_factors(
 def _weight_factors(
     weights: SequenceWeights, grid: SequenceGrid, dropout: SequenceDropout, sites: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Return factors of the attention weights: [blocks, users, heads, L, L]."""
+    """Return the dropout factors of the attention weights, [blocks, users, heads, L, L]."""
     users, length, heads, most = grid.users, grid.length, weights.heads, len(weights.tensors[0])
     positions = torch.arange(most - length, most, device=sites.device)
     channels = torch.cat([head * most + positions for head in range(heads)])
@@ -143,7 +147,7 @@ def _weight_factors(
 
 
 class _Spread(torch.autograd.Function):
-    """Rows to their slots. Slots differ, so neither direction adds anything up: both are copies, and repeat exactly."""
+    """Copy rows to their slots. Slots differ, so forward and backward are copies and repeat bit for bit."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, slots: Tensor, count: int) -> Tensor:
@@ -156,7 +160,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """Slots to rows: the other way round."""
+    """Copy slots to rows, the inverse of `_Spread`."""
 
     @staticmethod
     def forward(ctx, grid: Tensor, slots: Tensor) -> Tensor:

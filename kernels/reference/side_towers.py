@@ -1,4 +1,4 @@
-"""The towers of a side network: the specification."""
+"""The towers of a side network in plain PyTorch: the specification."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def side_towers(
     activation: str = "relu",
     projections: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Return the outputs of towers of one shape (K, R, D), each over one or both of the views.
+    """Return the output of each tower, [N, D] or, with projections [d, D], [N, d], in the weights' dtype.
 
-    An output is [N, D] in the weights' dtype, or [N, d] by projections [d, D], one a tower; differentiable in the
-    parameters and projections, and in states read in order.
+    All towers have one shape (K, R, D). A tower reads one view or both. The outputs are differentiable in parameters,
+    projections and tables.
     """
     views = [view.table if view.rows is None else view.table[view.rows] for view in states]
     outputs = [
@@ -43,19 +43,24 @@ def side_tower(
     up_bias: Tensor,
     activation: str = "relu",
 ) -> Tensor:
-    """Return one tower's output over K kept layers (IISAN, equations 2-4, in the released code's form).
+    """Return the output [N, D] of one tower over K layers (IISAN, equations 2-4, as the released code computes them).
 
-    SANB(x) = x + W_up act(W_down x + b_down) + b_up and g = sigmoid(gate / 0.1), from s = 0:
-    intra (second is None): s = SANB_i(g_i first_i + (1 - g_i) s);
-    inter: s = SANB_i(s + g_i first_i + (1 - g_i) second_i). Without gates every weight is 1.
+    With SANB(x) = x + W_up act(W_down x + b_down) + b_up and g = sigmoid(gate / 0.1), from s = 0, layer i computes
+        intra (second is None): s = SANB_i(g_i first_i + (1 - g_i) s)
+        inter:                  s = SANB_i(s + g_i first_i + (1 - g_i) second_i)
+    Without gates all weights are 1.
 
-    Args: first, second [N, K, D] hidden states; gate [K]; down_weight [K, R, D]; down_bias [K, R];
-    up_weight [K, D, R]; up_bias [K, D]. Returns [N, D] in the weights' dtype.
+    Args:
+        first, second: hidden states [N, K, D] of any floating dtype; the result has the weights' dtype.
+        gate: [K], or None.
+        down_weight, down_bias: [K, R, D] and [K, R].
+        up_weight, up_bias: [K, D, R] and [K, D].
+        activation: "relu" or "gelu".
     """
     act = ACTIVATION_FUNCTIONS[activation]
     state = down_weight.new_zeros(first.shape[0], first.shape[2])
     weights = None if gate is None else torch.sigmoid(gate / GATE_TEMPERATURE)
-    # Unbound, weights gather their gradients in one go; an index would fill zeros around each layer's.
+    # unbind stacks the layers' gradients once; an index would make a zero-filled gradient for each layer.
     layers = zip(down_weight.unbind(), down_bias.unbind(), up_weight.unbind(), up_bias.unbind())
     for i, (down, bias, up, constant) in enumerate(layers):
         h = first[:, i].to(state.dtype)

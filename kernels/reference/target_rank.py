@@ -1,4 +1,4 @@
-"""The rank of a target in the catalogue: the specification."""
+"""The rank of a target in the catalogue, in plain PyTorch: the specification."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ def target_rank(
     tie_share: float = 0.5,
     chunk_elements: int = 1 << 24,
 ) -> tuple[Tensor, Tensor]:
-    """Return the rank of each target: 1 + items that score higher + tie_share of the others that tie.
+    """Return the rank of each target: 1 + items that score higher + tie_share times the other items that tie.
 
-    The result is float64 [U] twice: among the items that are not excluded (infinity for a target that is itself
-    excluded), and among all items. A row with any non-finite score has rank NaN in both.
+    Args:
+        queries: [U, d]; the score of an item is its dot product with the query.
+        items: [N, d].
+        targets: int64 [U], row numbers of items.
+        excluded: int64 [U, H], row numbers of items to leave out; -1 stands for no item, repeats count once.
+        tie_share: how much a tie counts, from 0 to 1.
+        chunk_elements: how many scores are in memory at once.
 
-    Args: queries [U, d]; items [N, d]; targets int64 [U], row numbers of items; excluded int64 [U, H], items left
-    out of each ranking, -1 for none; chunk_elements bounds the scores held at a time.
+    Returns two float64 [U]: the rank without the excluded items, infinite if the target is excluded, and the rank among
+    all items. Both are NaN for a user with a score that is not finite.
     """
     users_at_once = max(1, chunk_elements // max(1, len(items)))
-    # Equal parts: equal items tie only within one kind of matrix product.
+    # Equal parts, because products of other shapes may round differently, and equal items would not tie.
     parts = max(1, -(-len(queries) // users_at_once))
     masked, unmasked = zip(
         *(
@@ -37,6 +42,7 @@ def target_rank(
 
 
 def _rank_chunk(scores: Tensor, targets: Tensor, excluded: Tensor, tie_share: float) -> tuple[Tensor, Tensor]:
+    """Return both ranks [U] of targets [U, 1] from scores [U, N] and excluded [U, H]."""
     target = scores.gather(1, targets)
     higher = (scores > target).sum(dim=1)
     ties = (scores == target).sum(dim=1) - 1
