@@ -4,51 +4,82 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..config import ExtractionConfig, ProtocolConfig
+from .config_options import chosen_changes, config_options, read_config
+from .dry_runs import print_extraction
 from .help_pages import DATA, ENCODERS, command, option
 from .options import FOLDER, device_option, output_options, protocol_options
 from .output import print_counts, print_json
-from .setting_options import given_settings, setting_options
+from .setting_options import given_settings, option_names, setting_options
 from .views import encoder_settings, view_options
+
+if TYPE_CHECKING:
+    from ..states import Extracted
 
 EXAMPLES = (
     "iisan-fast extract DATASET --cache STATES \\\n"
     "  --image-encoder google/vit-base-patch16-224 --text-encoder bert-base-uncased",
     "iisan-fast extract DATASET --cache STATES --batch-size 16 \\\n"
     '  --view "source=title encoder=sentence-transformers/all-MiniLM-L6-v2 pooling=mean"',
+    "iisan-fast extract DATASET --cache STATES --config SETTINGS.yaml --dry-run",
 )
+SECTIONS = {"protocol": ProtocolConfig, "extraction": ExtractionConfig}
 
 
 @command(examples=EXAMPLES, short_help="Store the hidden states of frozen encoders in a cache.")
-@click.argument("dataset", type=FOLDER)
-@option("--cache", group=DATA, type=FOLDER, required=True, help="Folder of the hidden states, made if it is missing.")
+@click.argument("dataset", type=FOLDER, required=False)
+@option("--cache", group=DATA, type=FOLDER, help="Folder of the hidden states, made if it is missing.")
 @protocol_options
 @view_options
 @setting_options(ExtractionConfig, ENCODERS)
+@config_options
 @device_option
 @output_options
-def extract(dataset: Path, cache: Path, device: str, as_json: bool, **options: Any) -> None:
+def extract(
+    dataset: Path | None,
+    cache: Path | None,
+    config: Path | None,
+    changes: tuple[str, ...],
+    dry_run: bool,
+    device: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Run DATASET's items through frozen encoders and store their pooled hidden states in a cache.
 
-    A stopped extraction goes on where it stopped; only new or changed items are encoded again.
+    A stopped extraction goes on where it stopped; only new or changed items are encoded again. Dataset, cache and
+    encoders may stand in the file of --config.
     """
     from .. import api  # imports numpy
 
-    encoders, views = encoder_settings(options)
-    settings = given_settings(options, ProtocolConfig) | given_settings(options, ExtractionConfig)
-    results = api.extract(dataset, cache, views=views, device=device, **encoders, **settings)
+    settings, views = encoder_settings(options)
+    given = {name: f"--{name}" for name, folder in (("dataset", dataset), ("cache", cache)) if folder is not None}
+    for section, kind in SECTIONS.items():
+        values = given_settings(options, kind)
+        given |= option_names(values, section)
+        settings |= values
+    named_changes = chosen_changes(changes, given)
+    base = read_config(config)
+    results = api.extract(
+        dataset, cache, views=views, config=base, changes=named_changes, device=device, dry_run=dry_run, **settings
+    )
+    folder = str(cache or named_changes.get("cache") or (base or {})["cache"])
     if as_json:
         print_json([dataclasses.asdict(result) for result in results])
-        return
-    print_counts(
-        str(cache),
-        {
-            f"{result.view}: {result.items:,} items": f"{result.encoded:,} encoded"
-            + (f", {result.blank:,} of them blank" if result.blank else "")
-            for result in results
-        },
-    )
+    elif dry_run:
+        print_extraction(results, folder)
+    else:
+        _print_results(results, folder)
+
+
+def _print_results(results: list[Extracted], cache: str) -> None:
+    """Print how many items there are of each view, and how many were encoded."""
+    rows = {}
+    for result in results:
+        blank = f", {result.blank:,} of them blank" if result.blank else ""
+        rows[f"{result.view}: {result.items:,} items"] = f"{result.encoded:,} encoded{blank}"
+    print_counts(cache, rows)

@@ -149,6 +149,18 @@ def given_settings(
     return settings
 
 
+def option_names(
+    settings: Mapping[str, Any], section: str, spellings: Mapping[str, Spelling] = SPELLINGS
+) -> dict[str, str]:
+    """Return the option of each setting of a section that is given, by the setting's dotted name."""
+    names = {}
+    for name in settings:
+        keyed = next((other for other, spelling in spellings.items() if spelling.bare == name), name)
+        flags = spellings[keyed].flags if keyed in spellings else f"--{name.replace('_', '-')}"
+        names[f"{section}.{name}"] = flags
+    return names
+
+
 def json_or_text(text: str) -> Any:
     """Return the JSON value of a text, or the text itself if it is none."""
     try:

@@ -17,10 +17,12 @@ from ..config import (
     UncachedConfig,
 )
 from ..errors import InputError
-from .help_pages import DATA, ENCODERS, EVALUATION, MODEL, OUTPUT, SETTINGS, TRAINING, command, option
-from .options import FILE, FOLDER, device_option, output_options, protocol_options
+from .config_options import chosen_changes, config_options, read_config
+from .dry_runs import print_run
+from .help_pages import DATA, ENCODERS, EVALUATION, MODEL, OUTPUT, TRAINING, command, option
+from .options import FOLDER, device_option, output_options, protocol_options
 from .output import percent, print_json, print_metrics
-from .setting_options import given_settings, setting_options
+from .setting_options import given_settings, option_names, setting_options
 from .verbosity import report
 from .views import encoder_settings, view_options
 
@@ -29,10 +31,17 @@ EXAMPLES = (
     "iisan-fast train DATASET --cache STATES --out runs/first",
     "iisan-fast train DATASET --cache STATES --method iisan-versa --epochs 20 \\\n"
     "  --bottleneck 64 --bottleneck first=512 --learning-rate adapters=1e-3",
-    "iisan-fast train DATASET --method lora --text-encoder bert-base-uncased",
+    "iisan-fast train DATASET --cache STATES --config SETTINGS.yaml --set model.dropout=0.2",
+    "iisan-fast train DATASET --method lora --text-encoder bert-base-uncased --dry-run",
     "iisan-fast train --resume runs/first",
 )
-SECTIONS = (ProtocolConfig, ModelConfig, TrainConfig, EvaluationConfig, UncachedConfig)
+SECTIONS = {
+    "protocol": ProtocolConfig,
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "evaluation": EvaluationConfig,
+    "uncached": UncachedConfig,
+}
 WRITTEN_HERE = ("dataset", "cache")  # settings of RunConfig with an argument and an option written below
 OF_VIEWS = ("views",)  # the setting of UncachedConfig that the options of encoders describe
 WITH_RESUME = {"resume_path", "placement", "device", "as_json"}
@@ -50,7 +59,7 @@ WITH_RESUME = {"resume_path", "placement", "device", "as_json"}
 @setting_options(TrainConfig, TRAINING)
 @option("--resume", "resume_path", group=TRAINING, type=FOLDER, help="Continue the run in this folder as it began.")
 @setting_options(EvaluationConfig, EVALUATION)
-@option("--config", group=SETTINGS, type=FILE, help="JSON file of settings, such as a run's config.json.")
+@config_options
 @option(
     "--table",
     "placement",
@@ -68,9 +77,6 @@ def train(
     context: click.Context,
     dataset: Path | None,
     resume_path: Path | None,
-    placement: str,
-    device: str,
-    as_json: bool,
     **options: Any,
 ) -> None:
     """Train on DATASET, by the hidden states in --cache or by encoders that run, and test the best epoch once.
@@ -79,22 +85,41 @@ def train(
     """
     from .. import api  # imports numpy
 
+    as_json, dry_run = options.pop("as_json"), options.pop("dry_run")
+    where = {"device": options.pop("device"), "table": options.pop("placement")}
     if resume_path is not None:
         _refuse_other_settings(context)
-        result = api.resume(resume_path, device=device, table=placement, on_epoch=_report_epoch)
+        result = api.resume(resume_path, **where, on_epoch=_report_epoch)
     else:
-        settings, views = encoder_settings(options)
-        names = given_settings(options, RunConfig, without=WRITTEN_HERE).get("views", ())
-        for section in SECTIONS:
-            settings |= given_settings(options, section, without=OF_VIEWS)
-        settings |= {name: value for name, value in options.items() if value is not None}
-        settings["views"] = [*names, *views]
-        result = api.train(dataset, **settings, device=device, table=placement, on_epoch=_report_epoch)
+        settings = _settings(dataset, options)
+        result = api.train(dataset, **settings, **where, dry_run=dry_run, on_epoch=_report_epoch)
     if as_json:
         print_json(result)
-        return
-    title = f"{result['run']}: best epoch {result['best_epoch']} of {result['epochs']}"
-    print_metrics(title, {result["method"]: result["test"], "popularity": result["popularity"]})
+    elif dry_run:
+        print_run(result)
+    else:
+        title = f"{result['run']}: best epoch {result['best_epoch']} of {result['epochs']}"
+        print_metrics(title, {result["method"]: result["test"], "popularity": result["popularity"]})
+
+
+def _settings(dataset: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `iisan_fast.train` that the options of a new run give."""
+    settings, views = encoder_settings(options)
+    sources = given_settings(options, RunConfig, without=WRITTEN_HERE)
+    given = {"views": "--views"} if sources else {}
+    given |= {name: f"--{name}" for name, folder in (("dataset", dataset), ("cache", options["cache"])) if folder}
+    for section, kind in SECTIONS.items():
+        values = given_settings(options, kind, without=OF_VIEWS)
+        given |= option_names(values, section)
+        settings |= values
+    return settings | {
+        "cache": options["cache"],
+        "out": options["out"],
+        "uncached": options["uncached"],
+        "config": read_config(options["config"]),
+        "changes": chosen_changes(options["changes"], given),
+        "views": [*sources.get("views", ()), *views],
+    }
 
 
 def _refuse_other_settings(context: click.Context) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..config import ViewConfig
 from ..errors import InputError
-from ..setting_fields import from_dict, same_setting, setting
+from ..setting_fields import same_setting, setting
+from ..setting_sources import view_from_values
 from ..settings import take_views
 from .help_pages import ENCODERS, option
 from .setting_options import Spelling, given_settings, json_or_text, setting_options
@@ -91,10 +92,8 @@ def parsed_view(text: str) -> ViewConfig:
     for name in INTEGERS:
         if name in values:
             values[name] = _integer(values[name], f"--view {text!r}: {name}")
-    if "name" not in values and "source" in values:
-        values["name"] = "-".join(values[key] for key in ("source", "pooling") if key in values)
     try:
-        return from_dict(ViewConfig, values)
+        return view_from_values(values)
     except InputError as error:
         raise InputError(f"--view {text!r}: {error}") from None
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from .errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+LOGGER = logging.getLogger(__name__)
 
 
 def torch_device(name: str | torch.device) -> torch.device:
@@ -31,7 +34,11 @@ def _named_device(name: str | torch.device) -> torch.device:
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        has_gpu = torch.cuda.is_available()
+        LOGGER.debug(
+            "device: %s", "cuda (auto: there is a GPU)" if has_gpu else "cpu (auto: no GPU that torch can use)"
+        )
+        return torch.device("cuda" if has_gpu else "cpu")
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from .config import SIDE_METHODS, STATE_METHODS, TUNING_METHODS, RunConfig
 from .errors import InputError
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,10 @@ def resolve_precision(config: RunConfig, device: torch.device) -> Precision:
         )
     automatic = "bfloat16" if on_cuda else "float32"
     chosen = getattr(torch, automatic if asked == "auto" else asked)
-    return Precision(
+    precision = Precision(
         table=chosen if on_cuda and method in STATE_METHODS else None,
         products=chosen if method in (*SIDE_METHODS, *TUNING_METHODS) else torch.float32,
     )
+    table = "the cache's dtype" if precision.table is None else precision.table
+    LOGGER.debug("precision: %s (%s, %s on %s), states in %s", precision.products, asked, method, device.type, table)
+    return precision

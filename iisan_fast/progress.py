@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+LOGGER = logging.getLogger(__name__)
 Advance = Callable[..., None]
 
 
@@ -27,7 +29,8 @@ def progress_bar(description: str, total: int, unit: str) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    is_shown = console.is_terminal and LOGGER.isEnabledFor(logging.INFO)  # messages are off: so are bars
+    with Progress(*columns, console=console, transient=True, disable=not is_shown) as bar:
         task = bar.add_task(description, total=total, speed="", note="")
 
         def advance(count: int, note: str = "") -> None:

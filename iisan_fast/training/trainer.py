@@ -165,7 +165,9 @@ class Trainer:
             LOGGER.info("training by autograd: %s", reason)
             tuned = self.config.model.method in TUNING_METHODS
             self.step_by_autograd(captured=self.device.type == "cuda" and not tuned)
-        elif self.device.type == "cpu":
+            return
+        LOGGER.debug("training by fused steps: they take the model's sizes on %s", self.device.type)
+        if self.device.type == "cpu":
             self.step = CpuFusedStep(self.model, train.learning_rates)
         else:
             self.plan = RunPlan.of(self.sequences, train.batch_users, train.seed)

@@ -1,0 +1,61 @@
+"""Print what --dry-run finds: the work that a command would do, its memory and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from .output import mebibytes, print_counts, print_table
+
+if TYPE_CHECKING:
+    from ..states import Extracted
+
+
+def print_run(plan: Mapping[str, Any]) -> None:
+    """Print the plan of a training run, as `describe_new_run` returns it."""
+    files = plan["files"]
+    views = {f"view {name}": _view_text(view) for name, view in plan["views"].items()}
+    groups = {f"  {name}": f"{count:,}" for name, count in plan["parameters"]["groups"].items()}
+    memory = plan["memory"]
+    table = Table(
+        title=Text(f"would train {plan['method']} in {files['folder']}; nothing is written"), show_header=False
+    )
+    rows = {
+        "device": plan["device"],
+        **views,
+        "users": f"{plan['users']:,}",
+        "items": f"{plan['items']:,}",
+        "epochs at most": f"{plan['max_epochs']:,}",
+        "steps an epoch": f"{plan['steps_per_epoch']:,}",
+        "parameters": f"{plan['parameters']['total']:,}",
+        "trained parameters": f"{plan['parameters']['trainable']:,}",
+        **groups,
+        f"states or images, MiB ({memory['table_place']})": mebibytes(memory["table"]),
+        **{f"{name}, MiB": mebibytes(memory[name]) for name in ("parameters", "gradients", "optimizer")},
+        "largest batch, MiB (estimate)": mebibytes(memory["batch"]),
+        "reads": ", ".join(files["read"]),
+        "writes": ", ".join(files["written"]),
+    }
+    for name, value in rows.items():
+        table.add_row(Text(name), Text(value))
+    print_table(table)
+
+
+def print_extraction(results: list[Extracted], cache: str) -> None:
+    """Print how many items each view would encode, and the size of their states."""
+    rows = {
+        f"{result.view}: {result.items:,} items": f"{result.encoded:,} to encode, {mebibytes(result.entry_bytes)} MiB"
+        for result in results
+    }
+    print_counts(f"would write hidden states into {cache}; nothing is written", rows)
+
+
+def _view_text(view: Mapping[str, Any]) -> str:
+    """Return a view's source and encoder, and the layers and the width that are known."""
+    text = f"{view['source']} by {view['encoder']}"
+    if view["layers"] is not None:
+        text += f", layers {', '.join(map(str, view['layers']))}"
+    return text if view["width"] is None else f"{text}, width {view['width']}"
