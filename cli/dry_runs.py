@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from .output import mebibytes, print_counts, print_table
+from .output import print_counts, print_table
 
 if TYPE_CHECKING:
     from ..states import Extracted
@@ -33,9 +33,9 @@ def print_run(plan: Mapping[str, Any]) -> None:
         "parameters": f"{plan['parameters']['total']:,}",
         "trained parameters": f"{plan['parameters']['trainable']:,}",
         **groups,
-        f"states or images, MiB ({memory['table_place']})": mebibytes(memory["table"]),
-        **{f"{name}, MiB": mebibytes(memory[name]) for name in ("parameters", "gradients", "optimizer")},
-        "largest batch, MiB (estimate)": mebibytes(memory["batch"]),
+        "memory of states or images": f"{_size_text(memory['table'])} ({memory['table_place']})",
+        **{f"memory of {name}": _size_text(memory[name]) for name in ("parameters", "gradients", "optimizer")},
+        "memory of the largest batch, by estimate": _size_text(memory["batch"]),
         "reads": ", ".join(files["read"]),
         "writes": ", ".join(files["written"]),
     }
@@ -47,10 +47,17 @@ def print_run(plan: Mapping[str, Any]) -> None:
 def print_extraction(results: list[Extracted], cache: str) -> None:
     """Print how many items each view would encode, and the size of their states."""
     rows = {
-        f"{result.view}: {result.items:,} items": f"{result.encoded:,} to encode, {mebibytes(result.entry_bytes)} MiB"
+        f"{result.view}: {result.items:,} items": f"{result.encoded:,} to encode, {_size_text(result.entry_bytes)}"
         for result in results
     }
     print_counts(f"would write hidden states into {cache}; nothing is written", rows)
+
+
+def _size_text(size: int | str) -> str:
+    """Return a number of bytes as text; a text that stands for an unknown number stays."""
+    from ..states import size_text  # imports torch, which takes seconds
+
+    return size if isinstance(size, str) else size_text(size)
 
 
 def _view_text(view: Mapping[str, Any]) -> str:
