@@ -77,6 +77,7 @@ class SideTower(nn.Module):
     """
 
     def __init__(self, layers: int, width: int, bottleneck: int, config: ModelConfig) -> None:
+        """Make the parameters: K = layers, D = width, R = bottleneck. config: the gates and the kind of matrix."""
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(layers)) if config.gates else None
         self.down_weight = _weight(config.sanb, layers, bottleneck, width)

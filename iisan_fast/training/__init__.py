@@ -1,4 +1,4 @@
-"""Training: the loop over epochs, the step, and the run folder."""
+"""Train a recommender: the loop over epochs, the optimizer step, and the run folder."""
 
 from typing import TYPE_CHECKING
 

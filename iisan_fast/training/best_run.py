@@ -1,4 +1,4 @@
-"""A finished run, ready to rank: its best checkpoint, read from the run folder alone."""
+"""Load the best checkpoint of a finished run from its folder alone, ready to rank items."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BestRun(NamedTuple):
     config: RunConfig
     sequences: Sequences
     epoch: int  # counted from 1
-    model: Recommender  # without its item encoder: item_vectors holds the encoder's results
+    model: Recommender  # without an item encoder, because item_vectors holds its results
     item_vectors: Tensor  # [items, d], item number i in row i - 1
 
     @property
@@ -32,14 +32,17 @@ class BestRun(NamedTuple):
         return self.sequences.item_ids
 
     def user_states(self, split: str = "test") -> Tensor:
-        """Return [users, d]: the states of all users who have a target in the split, from their inputs before it."""
+        """Return the states [users, d] of all users with a target in the split, after the inputs before that target.
+
+        split: "validation" or "test".
+        """
         return self.model.user_states(self.item_vectors, self.sequences.split(split).inputs)
 
 
 def load(path: Path, device: torch.device) -> BestRun:
-    """Load the best checkpoint of the run in the folder `path`.
+    """Load the best checkpoint of the run in the folder `path` onto a device.
 
-    Raises InputError where the folder holds no run, or a damaged one.
+    Raises InputError if the folder holds no run, or one without a best checkpoint, or a damaged file.
     """
     fix_cublas_workspace()
     folder = RunFolder.open(path)
@@ -52,7 +55,11 @@ def load(path: Path, device: torch.device) -> BestRun:
 
 
 def evaluate_run(path: Path, split: str, evaluation: EvaluationConfig, device: torch.device) -> dict[str, Any]:
-    """Return the metrics of a run's best checkpoint on `validation` or `test`, and those of the popularity baseline."""
+    """Return the metrics of a run's best checkpoint on a split, and those of the popularity baseline.
+
+    path: the run folder. split: "validation" or "test". The metrics of `evaluate` are under the split's name and under
+    "popularity"; "method" and "best_epoch" (counted from 1) describe the run. Raises InputError as `load` does.
+    """
     best = load(path, device)
     return {
         "method": best.config.model.method,

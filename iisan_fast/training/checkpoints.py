@@ -1,4 +1,7 @@
-"""Checkpoints: weights, optimizer state and a little JSON in one safetensors file that is whole or absent."""
+"""Write and read checkpoints: weights, optimizer state and a little JSON in one safetensors file.
+
+A file is written as a whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,16 @@ from ..errors import InputError
 from ..files import whole_file
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
-ITEM_VECTORS = "item_vectors"  # the catalogue's, in the best checkpoint
+ITEM_VECTORS = "item_vectors"  # the name of the catalogue's vectors in the best checkpoint
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-    """Write tensors, and state as JSON in the file's metadata; an older file is replaced at once or not at all."""
+    """Write tensors, and `state` as JSON into the file's metadata.
+
+    A stopped write leaves the old file unchanged. Raises OSError if the file cannot be written.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with whole_file(path) as temporary:  # not through memory, where it would stand twice more
+    with whole_file(path) as temporary:  # `save` would hold the whole file in memory, twice
         safetensors.torch.save_file(contiguous, temporary, metadata={"state": json.dumps(state)})
 
 
@@ -43,17 +49,17 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 class HasState(Protocol):
-    """An optimizer, or what else keeps Adam's state of each parameter."""
+    """An optimizer, or another object that holds Adam's state of each parameter."""
 
     state: Mapping[nn.Parameter, dict[str, Tensor]]
 
 
 def adam_tensors(model: nn.Module, optimizer: HasState) -> dict[str, Tensor]:
-    """Return Adam's state of what is trained, as named tensors: adam.<kind>.<parameter's name>."""
+    """Return Adam's state of the trained parameters, as tensors named adam.<kind>.<parameter's name>."""
     tensors = {}
     for name, parameter in _trained(model).items():
         state = optimizer.state[parameter]
-        # Parameters may share their number of steps, and a file takes no tensor twice.
+        # Parameters may share one tensor of steps, but a file may not hold a tensor twice.
         tensors |= {
             f"adam.{kind}.{name}": state[kind].clone() if kind == "step" else state[kind] for kind in ADAM_STATE
         }
@@ -61,10 +67,10 @@ def adam_tensors(model: nn.Module, optimizer: HasState) -> dict[str, Tensor]:
 
 
 def load_adam(model: nn.Module, optimizer: HasState, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Put `adam_tensors` back, into the tensors of a state that stands.
+    """Copy the result of `adam_tensors` into an optimizer's state.
 
-    Raises InputError, naming the file, where they are those of another model. Nothing is put back then: an update would
-    read and write beyond a moment that is smaller than its parameter.
+    Raises InputError, naming the file, if names, shapes or dtypes are those of another model, or if the numbers of
+    steps differ. Nothing is copied then: with a wrong shape, an update would read and write outside of a tensor.
     """
     parameters = _trained(model)
     expected = {
@@ -87,7 +93,10 @@ def load_adam(model: nn.Module, optimizer: HasState, tensors: Mapping[str, Tenso
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Put `named_weights` back. Raises InputError, naming the file, where they are those of another model."""
+    """Copy the result of `named_weights` into a model.
+
+    Raises InputError, naming the file, if names, shapes or dtypes are those of another model.
+    """
     weights = named_weights(model)
     expected = {name: _form(weight) for name, weight in weights.items()}
     _refuse_other_tensors(expected, tensors, "model.", path, "the weights")
@@ -97,18 +106,26 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
 
 
 def item_vectors(tensors: Mapping[str, Tensor], items: int, width: int, path: Path) -> Tensor:
-    """Return the item vectors [items, width] of the best checkpoint. Raises InputError where it holds no such."""
+    """Return the item vectors, float32 [items, width], of a best checkpoint.
+
+    Raises InputError, naming the file, if it has none of this shape and dtype.
+    """
     expected = {ITEM_VECTORS: _Form((items, width), torch.float32)}
     _refuse_other_tensors(expected, tensors, ITEM_VECTORS, path, "the item vectors")
     return tensors[ITEM_VECTORS]
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained parameters under the names that checkpoints use; the rest comes from the encoders' files."""
+    """Return the trained parameters by the names that checkpoints use, model.<parameter's name>.
+
+    Frozen parameters are not stored: they come from the encoders' files.
+    """
     return {f"model.{name}": parameter for name, parameter in _trained(model).items()}
 
 
 class _Form(NamedTuple):
+    """The shape and the dtype of a tensor."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -123,7 +140,7 @@ def _form(tensor: Tensor) -> _Form:
 def _refuse_other_tensors(
     expected: Mapping[str, _Form], tensors: Mapping[str, Tensor], prefix: str, path: Path, content: str
 ) -> None:
-    """Raise InputError unless the tensors whose names begin with the prefix are those expected, in shape and dtype."""
+    """Raise InputError unless the tensors with this prefix have the expected names, shapes and dtypes."""
     stored = {name: _form(tensor) for name, tensor in tensors.items() if name.startswith(prefix)}
     for name in sorted(expected.keys() | stored):
         if expected.get(name) != stored.get(name):
@@ -134,4 +151,5 @@ def _refuse_other_tensors(
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require a gradient, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""A step as a CUDA graph: captured once, then replayed."""
+"""Capture a step as a CUDA graph once, and replay it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-WARM_UP_CALLS = 3  # before a capture: kernels are compiled, libraries make their workspaces
+WARM_UP_CALLS = 3  # before a capture, to compile kernels and allocate workspaces
 
 Result = TypeVar("Result")
 
 
 def capture_in_a_graph(run: Callable[[], Result], record: Tensor) -> Callable[[], Result]:
-    """Capture a function in a CUDA graph and return what replays it; the result is overwritten by the next replay.
+    """Capture a function in a CUDA graph, and return a function that replays it and returns its result.
 
-    record: the step's, with the failure flag in its third place. Calls that warm the function up find the flag set, so
-    that they update nothing.
+    The next replay overwrites the result. record: float64 [4] of the step, whose third entry is the number of the first
+    failed step. It is set during the calls that warm the function up, so that these calls update nothing; afterwards
+    the record has its old values.
     """
-    before = record.clone()
+    old_record = record.clone()
     record[2] = 1
     with torch.cuda.device(record.device):
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*capturable=True")  # so it is, but for these calls
+            warnings.filterwarnings("ignore", message=".*capturable=True")  # it is capturable, except in these calls
             for _ in range(WARM_UP_CALLS):
                 run()
         current.wait_stream(stream)
-        record.copy_(before)
+        record.copy_(old_record)
         graph = torch.cuda.CUDAGraph()
-        # The thread that prepares batches may pin memory meanwhile, which breaks a capture in the default mode.
+        # In the default mode, another thread that pins memory for batches would break the capture.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             result = run()
 

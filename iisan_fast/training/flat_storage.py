@@ -1,6 +1,6 @@
-"""One buffer for all trained parameters of a recommender, three more for their gradients and Adam's moments.
+"""Keep all trained parameters of a recommender in one buffer, and their gradients and Adam's moments in three more.
 
-A step's kernels then read and write views at fixed addresses, and Adam's update is one pass over the buffers.
+So the kernels of a step read and write at fixed addresses, and Adam's update is one pass over the buffers.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from ..kernels import FLAT_ALIGNMENT, FLAT_LINE, FlatAdamState, RecommenderWeights
 from ..models import Recommender
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's, as torch.optim has them
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, the defaults of torch.optim
 
 
 class FlatStorage:
-    """A recommender's parameters, their gradients and Adam's state as views of flat buffers of one layout.
+    """A recommender's parameters, their gradients and Adam's state as views of flat buffers with the same layout.
 
-    The views stand in the order of `model.named_parameters()`; between them the buffers hold zeros. The model keeps its
-    parameters, each with other memory and with its gradient, so that names in checkpoints stay. The storage is made
-    once the model stands on its device: `check` refuses a model that was moved since. A deep copy of the model has
-    memory of its own and no storage.
+    The views are in the order of `model.named_parameters()`, with zeros between them. The model keeps its parameter
+    objects; only their memory moves. So the names in checkpoints do not change. Make the storage when the model is on
+    its device: `check` refuses a model that has moved since. A deep copy of the model is not in the storage.
     """
 
     def __init__(
@@ -31,9 +30,9 @@ class FlatStorage:
     ) -> None:
         """Move the model's parameters into the storage.
 
-        Args: rates: learning rates by the names of `model.parameter_groups()`; operand_dtype: of a copy of the
-        parameters for products, where that is not the parameters' own. Raises ValueError for parameters that are not of
-        one dtype and device, or not all trained.
+        rates: learning rates by the names of `model.parameter_groups()`. operand_dtype: makes a second copy of the
+        parameters in this dtype, for matrix products; None, or the parameters' dtype, makes none. Raises ValueError if
+        the parameters are not of one dtype and device, or not all trained.
         """
         self.model, self._trained = model, list(model.parameters())
         first = self._trained[0]
@@ -48,26 +47,26 @@ class FlatStorage:
         )
         has_operands = operand_dtype not in (None, first.dtype)
         self.operand = self.parameters.to(operand_dtype) if has_operands else self.parameters
-        self.steps = torch.zeros((), device=first.device)  # taken so far, fp32
+        self.steps = torch.zeros((), device=first.device)  # number of steps taken, float32
         self._set_groups(rates)
         self._move_parameters()
 
     def _set_groups(self, rates: Mapping[str, float]) -> None:
-        """Set each line's group, and each group's learning rate and weight decay."""
+        """Set the group of each line of the buffers, and the learning rate and weight decay of each group."""
         groups = self.model.parameter_groups()
         number_of = {id(parameter): i for i, group in enumerate(groups.values()) for parameter in group}
         lines = torch.zeros(self._starts[-1] // FLAT_LINE, dtype=torch.uint8)
         for parameter, start, end in zip(self._trained, self._starts, self._starts[1:]):
             lines[start // FLAT_LINE : end // FLAT_LINE] = number_of[id(parameter)]
         device = self.parameters.device
-        precision = torch.float64 if device.type == "cpu" else torch.float32  # a CPU computes with Python's numbers
+        precision = torch.float64 if device.type == "cpu" else torch.float32  # the CPU's form takes Python's numbers
         self.line_groups = lines.to(device)
         self.rates = torch.tensor([rates[name] for name in groups], dtype=precision, device=device)
         self.decays = torch.zeros_like(self.rates)
 
     def _move_parameters(self) -> None:
-        """Copy the parameters' values into the storage, then give each parameter its view, gradient and state."""
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}  # as an optimizer's
+        """Copy the parameters into the storage, and give each parameter its view, its gradient and its state."""
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}  # as in an optimizer of PyTorch
         for i, parameter in enumerate(self._trained):
             value = self._view(self.parameters, i)
             value.copy_(parameter.detach())
@@ -78,40 +77,40 @@ class FlatStorage:
         self.refresh_operands()
 
     def refresh_operands(self) -> None:
-        """Copy the parameters into the operands; to be called whenever something else than Adam's kernel wrote them."""
+        """Copy the parameters into the operands, after anything but Adam's kernel has changed the parameters."""
         if self.operand is not self.parameters:
             self.operand.copy_(self.parameters)
 
     def check(self) -> None:
-        """Raise RuntimeError if a parameter no longer lies in the storage."""
+        """Raise RuntimeError if a parameter's memory is no longer in the storage."""
         if [parameter.data_ptr() for parameter in self._trained] != self._addresses:
-            raise RuntimeError("the model's parameters left their flat storage, as after model.to; make the step anew")
+            raise RuntimeError("the model's parameters left their flat storage, as after model.to; make a new step")
 
     def adam(self) -> FlatAdamState:
-        """Return what Adam's kernel reads and writes."""
+        """Return the buffers and settings that Adam's kernel takes."""
         buffers = self.parameters, self.gradient, self.mean, self.square
         return FlatAdamState(
             *buffers, self.line_groups, self.rates, self.decays, self.steps, betas=BETAS, epsilon=EPSILON
         )
 
     def weights(self) -> RecommenderWeights:
-        """Return the parameters by their roles in a step, without graphs."""
+        """Return the parameters in their roles in a step, as views without autograd."""
         return self._roles(self.parameters)
 
     def operands(self) -> RecommenderWeights:
-        """Return the products' operands by their roles: the parameters themselves, or in another dtype."""
+        """Return the operands of matrix products in their roles: the parameters, or their copy in another dtype."""
         return self._roles(self.operand)
 
     def gradients(self) -> RecommenderWeights:
-        """Return the gradients by the roles of their parameters."""
+        """Return the gradients in the roles of their parameters."""
         return self._roles(self.gradient)
 
     def _roles(self, buffer: Tensor) -> RecommenderWeights:
-        """Return a buffer's views by the roles of the parameters. Raises ValueError for a model without such roles."""
+        """Return a buffer's views in the roles of the parameters. Raises ValueError if the model has no such roles."""
         numbers = {id(parameter): i for i, parameter in enumerate(self._trained)}
         return self.model.step_weights().mapped(lambda parameter: self._view(buffer, numbers[id(parameter)]))
 
     def _view(self, buffer: Tensor, number: int) -> Tensor:
-        """Return the part of a buffer for the parameter of this number, in its shape."""
+        """Return the part of a buffer that belongs to the parameter of this number, in the parameter's shape."""
         parameter, start = self._trained[number], self._starts[number]
         return buffer[start : start + parameter.numel()].view(parameter.shape)

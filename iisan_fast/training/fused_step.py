@@ -1,8 +1,8 @@
-"""One optimizer step without autograd: the ops' forwards and backwards put together, and Adam, over flat storage.
+"""Take one optimizer step without autograd: forwards and backwards of the ops, then Adam, over flat storage.
 
-The composition is one for both devices. On a CPU each stage's calls are laid out by Python while the stage before runs;
-on CUDA all stages are captured once, before the first step, and replayed. Between two stages there is a place for what
-several processes exchange: after the item vectors, and after the gradients.
+Both devices run the same stages. On a CPU, Python prepares the calls of a stage while the stage before runs. On CUDA,
+all stages are captured once, before the first step, and replayed. Several processes may exchange data between two
+stages: after the item vectors, and after the gradients.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Method = Callable[[], None]
 class StepStage(NamedTuple):
     """Methods of a step's ops that run one after the other."""
 
-    phase: str  # of the step, as profiles name it
+    phase: str  # "forward", "backward" or "update", for profiles
     methods: tuple[Method, ...]
 
 
 def step_stages(ops: StepOps) -> tuple[StepStage, ...]:
-    """Put a step's ops together."""
+    """Return the stages of a step, in order, from the step's ops."""
     return (
         StepStage("forward", (ops.batch.forward, ops.fold.forward)),
-        StepStage("forward", (ops.towers.forward,)),  # leaves the item vectors
+        StepStage("forward", (ops.towers.forward,)),  # the item vectors are complete
         StepStage("forward", (ops.sequence.forward, ops.loss.forward, ops.record.forward)),
         StepStage(
             "backward",
@@ -49,20 +49,23 @@ def step_stages(ops: StepOps) -> tuple[StepStage, ...]:
                 ops.towers.backward,
                 ops.fold.backward,
             ),
-        ),  # leaves the gradients
+        ),  # the gradients are complete
         StepStage("update", (ops.adam.update,)),
     )
 
 
 def run_stages(stages: Iterable[StepStage]) -> None:
-    """Call all methods in order, as they are captured on a GPU."""
+    """Call the methods of all stages in order."""
     for stage in stages:
         for method in stage.methods:
             method()
 
 
 def fused_step_refusal(model: Recommender, device: torch.device, products: torch.dtype) -> str:
-    """Return why a model is not trained by a fused step on a device, in a line, or ""; products: of its matrices."""
+    """Return why a fused step cannot train the model on a device, in one line; "" if it can.
+
+    products: the dtype of the step's matrix products.
+    """
     if reason := model.step_refusal():
         return reason
     if device.type == "cpu":
@@ -71,9 +74,9 @@ def fused_step_refusal(model: Recommender, device: torch.device, products: torch
 
 
 class FusedStep:
-    """The model, its parameters in flat storage, and the record of its steps: what both devices' steps have in common.
+    """The common part of both devices' steps: the model, its parameters in flat storage, and a record of its steps.
 
-    A loss that is not finite sets a flag in the record, with its step, and from then on no update takes place.
+    If a loss is not finite, the record stores the number of that step, and no later step updates anything.
     """
 
     def __init__(
@@ -83,7 +86,10 @@ class FusedStep:
         device: torch.device,
         operand_dtype: torch.dtype | None = None,
     ) -> None:
-        """rates, operand_dtype: as `FlatStorage` takes them; the model stands on the device."""
+        """Move the parameters of a model, which is on the device, into flat storage.
+
+        rates, operand_dtype: as `FlatStorage` takes them.
+        """
         self.model = model
         self.storage = FlatStorage(model, rates, operand_dtype)
         # Sum of losses, rows, first failed step (0: none), its loss.
@@ -92,35 +98,35 @@ class FusedStep:
 
     @property
     def optimizer(self) -> FlatStorage:
-        """Return what keeps Adam's state."""
+        """Return the object that holds Adam's state."""
         return self.storage
 
     def tensors(self) -> StepTensors:
-        """Return what the step's ops read and write."""
+        """Return the tensors that the step's ops read and write."""
         storage = self.storage
         roles = storage.weights(), storage.operands(), storage.gradients()
         return StepTensors(*roles, storage.adam(), storage.operand, self.record, self.loss)
 
     def read(self) -> Reading:
-        """Return the outcome since the last reading. Waits for the device."""
+        """Return the losses since the last call, and the first failed step if there is one. Waits for the device."""
         return Reading.of(self.record)
 
 
 class CpuFusedStep(FusedStep):
-    """The step on a CPU, by C++."""
+    """The fused step on a CPU, with the ops' C++ forms."""
 
     def __init__(self, model: Recommender, rates: Mapping[str, float]) -> None:
-        """model: one that `fused_step_refusal` does not refuse."""
+        """Make a step for a model that `fused_step_refusal` accepts. rates: learning rates by group."""
         super().__init__(model, rates, torch.device("cpu"))
         self._tensors, self._parameters = self.tensors(), list(model.parameters())
-        self._step: kernels.CpuStep | None = None  # its memory
+        self._step: kernels.CpuStep | None = None  # the ops with their memory
         self._stages: tuple[StepStage, ...] = ()
 
     def __call__(self, batch: Batch, inputs: ItemInputs, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
-        """Take one step and return the loss before it, a scalar that the next step overwrites.
+        """Take one step, and return the loss before its update, a scalar that the next step overwrites.
 
-        `mark` is called as each phase ends. Raises ValueError for a batch that does not fit the model, RuntimeError for
-        a model that was moved.
+        inputs: the hidden states of batch.distinct. mark: called with the name of each phase when it ends. Raises
+        ValueError if the batch does not fit the model, and RuntimeError if the model has moved.
         """
         self.storage.check()
         operands = self.model.step_operands(batch, inputs)
@@ -132,15 +138,15 @@ class CpuFusedStep(FusedStep):
                 mark(phases[number])
 
         step.run(operands, [stage.methods for stage in self._stages], on_end)
-        increment_version(self._parameters)  # so that a graph that saved one of them refuses to go back
+        increment_version(self._parameters)  # so that autograd refuses a backward through their old values
         return self.loss
 
     def release(self) -> None:
-        """Give memory back; the next step takes it anew."""
+        """Free the step's memory. The next step allocates it again."""
         self._step, self._stages = None, ()
 
     def _step_for(self, batch: kernels.RecommenderBatch) -> kernels.CpuStep:
-        """Return a step that has memory for a batch: the last one, if it has."""
+        """Return ops with enough memory for a batch: those of the last step if they have it."""
         step, least = self._step, (0, 0)
         if step is not None and step.takes(batch):
             kernels.check_step_batch(batch, self._tensors.weights)
@@ -148,14 +154,14 @@ class CpuFusedStep(FusedStep):
         if step is not None:
             least = step.room
         del step
-        self.release()  # memory goes before there is more
+        self.release()  # free the old memory before more is allocated
         self._step = kernels.cpu_step(self._tensors, batch, least)
         self._stages = step_stages(self._step.ops)
         return self._step
 
 
 class GpuFusedStep(FusedStep):
-    """The step on a GPU, by Triton: captured once, before the first step, and replayed for batches of one shape."""
+    """The fused step on a GPU, with the ops' Triton forms: captured once, then replayed for batches of one shape."""
 
     def __init__(
         self,
@@ -166,8 +172,11 @@ class GpuFusedStep(FusedStep):
         products: torch.dtype,
         capture: Callable[[Method], Method] | None = None,
     ) -> None:
-        """Args: model: one that `fused_step_refusal` does not refuse; products: the dtype of its matrix products and of
-        the source's states; capture: turns a function into one that is called at every step; None: a CUDA graph.
+        """Make a step for a model that `fused_step_refusal` accepts, on the model's device.
+
+        rates: learning rates by group. source: a table of hidden states. plan: of the run's batches. products: the
+        dtype of matrix products and of the source's states. capture: turns a function without arguments into the one
+        that every step calls; None for a CUDA graph.
         """
         device = model.log_popularity.device
         super().__init__(model, rates, device, products)
@@ -178,9 +187,9 @@ class GpuFusedStep(FusedStep):
         self._captured: _CapturedStep | None = None
 
     def __call__(self, planned: PlannedBatch) -> Tensor:
-        """Take one step and return the loss before it, a scalar on the device that the next step overwrites.
+        """Take one step, and return the loss before its update, a scalar on the device that the next step overwrites.
 
-        The batches of a window are taken in their order. Raises RuntimeError for a model that was moved.
+        The batches of a window must be taken in their order. Raises RuntimeError if the model has moved.
         """
         self.prepare()
         if planned.window is not None:
@@ -193,7 +202,7 @@ class GpuFusedStep(FusedStep):
         return self.loss
 
     def prepare(self) -> None:
-        """Allocate the step's memory and capture the step, unless that is done. Nothing is trained."""
+        """Allocate the step's memory and capture the step, unless this is done already. Parameters do not change."""
         if self._captured is not None:
             return
         step = self.new_ops()
@@ -218,6 +227,8 @@ class GpuFusedStep(FusedStep):
 
 
 class _CapturedStep(NamedTuple):
+    """A captured step, and the functions that set its inputs."""
+
     set_window: Callable[[Tensor], None]
     set_items: Callable[[ItemInputs], None]
     replay: Method

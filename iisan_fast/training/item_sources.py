@@ -1,4 +1,4 @@
-"""The source that a run reads its items from: a cache's table, encoders that run in every step, or item numbers."""
+"""Open the source of a run's items: a cache of hidden states, encoders that run in every step, or item numbers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from ..models import check_views
 from ..precision import Precision
 from ..states import FeatureTable, ItemSource, Store, ViewShape, content_digest, load_table, unread_table
 
-Descriptions = dict[str, dict[str, Any]]  # by view's name
+Descriptions = dict[str, dict[str, Any]]  # of views, by name
 
 
 @contextmanager
 def open_source(
     config: RunConfig, dataset: Dataset, device: torch.device, placement: str, precision: Precision
 ) -> Iterator[tuple[ItemSource, Descriptions]]:
-    """Open the source of a run's items, and describe how each of its views is made.
+    """Yield the source of a run's items, and the description of each view by name; close the source at the end.
 
-    Raises InputError for states or contents that are missing.
+    placement: one of config.PLACEMENTS. precision: of the run; its `table` is the dtype of the states. Raises
+    InputError if states, contents or encoders are missing, or do not fit the method.
     """
     if config.cache is not None:
         source, views = _open_cache(config, Path(config.cache), dataset.sequences, device, placement, precision.table)
@@ -62,20 +63,21 @@ def open_unread_source(
 
 
 def refuse_missing_libraries(config: RunConfig) -> None:
-    """Raise InputError, before anything is loaded, where the run's method needs a library that is not installed."""
+    """Raise InputError if the run's method needs a library that is not installed. Nothing is loaded."""
     if config.model.method == "lora" and find_spec("peft") is None:
         raise InputError("method: lora needs peft; pip install 'iisan-fast[lora]'")
 
 
 def item_numbers(items: int, device: torch.device) -> FeatureTable:
-    """Return a table whose one feature is the item's number: int64 [items + 1, 1, 1]."""
+    """Return a table with the item numbers as its only view: int64 [items + 1, 1, 1]."""
     return FeatureTable((torch.arange(items + 1, device=device).view(-1, 1, 1),))
 
 
 def dataset_again(config: RunConfig, sequences: Sequences) -> Dataset:
-    """Return the dataset of a run that goes on, with the histories of its folder. Contents are read for encoders alone.
+    """Return the dataset of a resumed run, with the histories of its run folder.
 
-    Raises InputError where the dataset's items have changed since.
+    Titles and captions are read only if encoders run. Raises InputError if the dataset's items are not those of the
+    run.
     """
     if config.uncached is None:
         return Dataset(Path(config.dataset), [], [], config.protocol, sequences)
@@ -86,21 +88,24 @@ def dataset_again(config: RunConfig, sequences: Sequences) -> Dataset:
 
 
 def refuse_changed_texts(config: RunConfig, dataset: Dataset) -> None:
-    """Raise InputError where titles or captions have changed since the cache's states were made from them."""
+    """Raise InputError if titles or captions have changed since the cache's states were made from them.
+
+    Runs without a cache are not checked, nor are images.
+    """
     if config.cache is None:
         return
     with Store(Path(config.cache)) as store:
         for name in config.views:
             view = store.view(name)
             if view["source"] == "image":
-                continue  # reading every image again would cost what the cache saves
-            wanted = replace(
+                continue  # reading all images would take the time that the cache saves
+            protocol = replace(
                 config.protocol,
                 unescape_titles=view["unescaped"],
                 missing_captions=view.get("missing_captions", "error"),
             )
-            if wanted != dataset.protocol:
-                dataset = load_dataset(dataset.root, wanted)
+            if protocol != dataset.protocol:
+                dataset = load_dataset(dataset.root, protocol)
             texts = [text or "" for text in dataset.texts(view["source"])]
             item_ids = dataset.sequences.item_ids
             changed = [
@@ -123,6 +128,7 @@ def _open_cache(
     placement: str,
     dtype: torch.dtype | None,
 ) -> tuple[ItemSource, Descriptions]:
+    """Return the table of a cache's states, and the descriptions of its views."""
     views = _described_cache(config, cache, sequences.item_ids)
     groups = config.model.layer_groups
     return load_table(cache, config.views, sequences.item_ids, device, placement, dtype, groups), views
@@ -137,7 +143,7 @@ def _described_cache(config: RunConfig, cache: Path, item_ids: list[str]) -> Des
 
 
 def _refuse_unfit_views(config: RunConfig, views: Descriptions) -> None:
-    """Raise InputError, before states are read, for views that the method cannot take."""
+    """Raise InputError if the method cannot take the views. Their states are not read."""
     shapes = [ViewShape(len(view["layers"]), view["width"]) for view in views.values()]
     if config.model.method in SIDE_METHODS and config.model.layer_groups is None:
         check_views(shapes, config.model)
@@ -158,6 +164,7 @@ def _open_encoders(
     placement: str,
     dtype: torch.dtype | None,
 ) -> tuple[ItemSource, Descriptions]:
+    """Return a source that runs the encoders in every step, and the descriptions of its views."""
     from ..states import EncodedTable, open_inputs  # imports transformers, which takes seconds
 
     tuned = config.model.method in TUNING_METHODS
@@ -180,7 +187,7 @@ def _open_encoders(
 
 
 def _resolved(view: ViewConfig, layer_groups: int | None, tuned: bool) -> ViewConfig:
-    """Return the view with the layers of the run's ablation; an encoder that is trained gets float32 weights."""
+    """Return the view with the run's layer groups, and with float32 weights if its encoder is trained."""
     if layer_groups is not None and view.layers is None:
         view = replace(view, layer_groups=layer_groups)
     if tuned and view.encoder_dtype == "auto":
@@ -189,6 +196,6 @@ def _resolved(view: ViewConfig, layer_groups: int | None, tuned: bool) -> ViewCo
 
 
 def _text_description(dataset: Dataset, source: str) -> dict[str, Any]:
-    """Describe how texts were read, with a digest of all of them."""
+    """Return how a dataset's texts were read, with a digest of all of them."""
     digests = (content_digest((text or "").encode()) for text in dataset.texts(source))
     return {**dataset.how_read(source), "contents": sha256(b"".join(digests)).hexdigest()}

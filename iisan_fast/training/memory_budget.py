@@ -1,4 +1,4 @@
-"""The memory that a run's batches take: planned before the first one, and named where it does not suffice."""
+"""Plan the memory of a run's batches before the first one, and explain a lack of memory in one line."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from ..models import EncodingPlan, Recommender
 from ..states import ItemSource, size_text, usable_memory
 
 LOGGER = logging.getLogger(__name__)
-STATE_COPIES = 3  # of a batch's states, in four bytes an element: as read, and what the towers make of them
+STATE_COPIES = 3  # of a batch's states, 4 bytes for an element: the states, and the towers' results
 
 
 class MemoryBudget:
-    """An estimate of a run's largest batches, and the plan by which trained encoders take them."""
+    """An estimate of the memory of a run's largest batches, and the plan for encoding them."""
 
     def __init__(
         self, config: RunConfig, sequences: Sequences, source: ItemSource, model: Recommender, device: torch.device
     ) -> None:
-        """Decide how many items a trained encoder takes at a time, and log it."""
+        """Estimate the memory. For trained encoders, choose and log how many items they encode at a time.
+
+        Raises InputError if one item does not fit.
+        """
         self.device, self.users = device, config.train.batch_users
         self.items = min(self.users * (sequences.max_inputs + 1), source.rows - 1)
         self.encoding: EncodingPlan | None = None
@@ -37,10 +40,10 @@ class MemoryBudget:
 
     @contextmanager
     def refuse_lack_of_memory(self) -> Iterator[None]:
-        """Turn a lack of memory into one line (InputError): what takes it, and what to lower."""
+        """Turn a lack of memory inside the context into an InputError of one line: what takes it, and what to lower."""
         try:
             yield
-        except (RuntimeError, MemoryError) as error:  # torch's own type is for CUDA alone
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is raised for CUDA only
             known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
             if not known:
                 raise
@@ -54,13 +57,14 @@ class MemoryBudget:
             ) from error
 
     def _plan_encoding(self, config: RunConfig, source: ItemSource, model: Recommender) -> EncodingPlan:
+        """Choose the parts in which trained encoders encode a batch, set them, and return the plan."""
         usable = usable_memory(self.device)
-        room = sys.maxsize if usable is None else usable
-        plan = model.item_encoder.plan(source.largest, self.items, room, config.uncached.items_at_once)
+        free = sys.maxsize if usable is None else usable
+        plan = model.item_encoder.plan(source.largest, self.items, free, config.uncached.items_at_once)
         source.part_items = min(source.part_items, plan.items_at_once)
-        again = ", each part twice" if plan.recompute else ""
+        twice = ", each part twice" if plan.recompute else ""
         LOGGER.info(
-            f"encoders: up to {self.items} items a batch, {source.part_items} at a time{again}; "
+            f"encoders: up to {self.items} items a batch, {source.part_items} at a time{twice}; "
             f"activations of up to {size_text(plan.estimate)}"
         )
         return plan

@@ -1,4 +1,4 @@
-"""Adam, by the fastest form that the parameters' device has."""
+"""Define Adam, updated by the fastest form for the parameters' device."""
 
 from __future__ import annotations
 
@@ -12,37 +12,43 @@ from torch import Tensor
 from .. import kernels
 from .checkpoints import ADAM_STATE
 
-RULES = itemgetter("betas", "eps", "weight_decay", "amsgrad", "maximize")  # C++ knows the first two
+RULES = itemgetter("betas", "eps", "weight_decay", "amsgrad", "maximize")  # the C++ form supports the first two
 
 
 class Adam(torch.optim.Adam):
-    """PyTorch's fused Adam, with its states and checkpoints; on a CPU, C++ takes the updates where it runs the ops."""
+    """PyTorch's fused Adam, with its states and checkpoints. On a CPU, the C++ form of the op updates if it can."""
 
-    # Of the class: PyTorch's copies of an optimizer are made without __init__.
-    found_inf: Tensor | None = None  # not 0: nothing is updated
-    grad_scale: Tensor | None = None  # gradients are that many times too large
+    # Class attributes, because PyTorch copies an optimizer without __init__.
+    found_inf: Tensor | None = None  # if not 0, nothing is updated
+    grad_scale: Tensor | None = None  # the factor by which gradients are too large
     _update: kernels.AdamUpdate | None = None
 
     def __init__(self, groups: Iterable[dict[str, Any]], device: torch.device) -> None:
-        # Fused: one pass over the parameters in place of a dozen.
+        """Make the optimizer. groups: dicts with "params" and "lr", as PyTorch takes them."""
+        # Fused: one pass over the parameters instead of a dozen.
         super().__init__(groups, fused=True, capturable=device.type == "cuda")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters: by PyTorch at first, which makes the states, and where C++ does not know them."""
+        """Update the parameters. PyTorch makes the first update, with the states, and each that C++ cannot make.
+
+        closure: as in PyTorch; its result is returned, None without one.
+        """
         return None if closure is None and self._updated() else super().step(closure)
 
     def update(self) -> None:
-        """Update the parameters as `step` does, without hooks where C++ does it."""
+        """Update the parameters as `step` does, but without PyTorch's step hooks if C++ makes the update."""
         if not self._updated():
             super().step()
 
     def _updated(self) -> bool:
-        """Update by C++ and return True, or return False where it does not know the parameters, gradients or states."""
-        rules, parameters = RULES(self.defaults), [weight for group in self.param_groups for weight in group["params"]]
+        """Update by C++ and return True; return False if C++ cannot take the parameters, gradients or states."""
+        rules = RULES(self.defaults)
+        parameters = [weight for group in self.param_groups for weight in group["params"]]
         if any(RULES(group) != rules for group in self.param_groups) or any(rules[2:]) or self.grad_scale is not None:
             return False
-        moments, gradients = list(map(self.state.get, parameters)), [weight.grad for weight in parameters]
+        moments = list(map(self.state.get, parameters))
+        gradients = [weight.grad for weight in parameters]
         if (
             not all(moments)
             or any(not weight.is_cpu for weight in parameters)

@@ -1,4 +1,4 @@
-"""A run from its first epoch to its test: train, validate after each epoch, keep the best checkpoint, test it once."""
+"""Train a run: validate after each epoch, keep the best checkpoint, and test it once at the end."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ from .run_folder import RunFolder
 from .training_step import CapturedStep, TrainingStep
 
 LOGGER = logging.getLogger(__name__)
-SELECTED_BY = 10  # HR@10 on validation chooses the best epoch
-READ_EVERY = 50  # steps between two readings of the loss, for which the host waits
+SELECTED_BY = 10  # K of the validation HR@K that chooses the best epoch
+READ_EVERY = 50  # steps between two readings of the loss; the host waits for a reading
 
 
 @dataclass
 class Progress:
-    """Where a run stands after its last finished epoch."""
+    """The state of a run after its last finished epoch."""
 
-    epoch: int = 0  # epochs finished
-    best_epoch: int = 0  # counted from 1; 0 before the first
-    best_hr: float = -1.0
+    epoch: int = 0  # number of finished epochs
+    best_epoch: int = 0  # counted from 1; 0 if none is finished
+    best_hr: float = -1.0  # validation HR@10 of the best epoch
     lines: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
 
     @classmethod
     def of(cls, state: dict[str, Any], path: Path) -> Progress:
-        """Return the progress that the state of a checkpoint holds. Raises InputError where it holds none."""
+        """Return the progress from the state of a checkpoint. Raises InputError, naming the file, if it is not one."""
         expected = {field.name for field in fields(cls)}
         if state.keys() != expected:
             stored = ", ".join(map(str, state))
@@ -67,7 +67,7 @@ class Progress:
         return cls(**state)
 
     def finished(self, config: TrainConfig) -> bool:
-        """Return True at the early stop: the first epoch after more than `patience` without a better one."""
+        """Return True after the last epoch, or after more than `patience` epochs without a better one."""
         return self.epoch >= config.max_epochs or self.epoch - self.best_epoch > config.patience
 
 
@@ -78,11 +78,11 @@ def train(
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
     placement: str = "auto",
 ) -> dict[str, Any]:
-    """Train a new run into the folder `out` and return its test figures.
+    """Train a new run, write it into the folder `out`, and return its test figures.
 
-    `on_epoch` gets each finished epoch's line of metrics.jsonl; `placement` says where the feature table lies. Raises
-    InputError for input that cannot be used, or when the loss stops being finite; nothing is written before the
-    dataset, the states and the model are at hand.
+    on_epoch: called with each finished epoch's line of metrics.jsonl. placement: where the feature table lies, one of
+    config.PLACEMENTS. Raises InputError for input that cannot be used, if memory does not suffice, or if the loss is
+    not finite. Nothing is written before the dataset, the states and the model are loaded.
     """
     fix_cublas_workspace()
     precision = check_new_run(config, out, device)
@@ -98,8 +98,8 @@ def train(
 def check_new_run(config: RunConfig, out: Path, device: torch.device) -> Precision:
     """Return the precision of a new run in the folder `out`.
 
-    Raises InputError, before anything is read or written, for a folder that is in use, a library that is missing, or a
-    precision that the device does not offer.
+    Raises InputError if the folder is in use, if a library is missing, or if the device does not offer the precision.
+    Nothing is read or written.
     """
     RunFolder(out).refuse_if_used()
     refuse_missing_libraries(config)
@@ -112,10 +112,10 @@ def resume(
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
     placement: str = "auto",
 ) -> dict[str, Any]:
-    """Continue a stopped run as if it had not been stopped, and return its test figures.
+    """Continue a stopped run, with the results that it would have had without the stop, and return its test figures.
 
-    A finished run returns the figures that it has. Raises InputError, before anything is written, where the run cannot
-    go on.
+    A finished run returns its stored figures. on_epoch, placement: as in `train`. Raises InputError if `out` holds no
+    run, or if the run's dataset, states or checkpoint have changed or are missing; nothing is written in these cases.
     """
     fix_cublas_workspace()
     folder = RunFolder.open(out)
@@ -123,15 +123,19 @@ def resume(
         LOGGER.info("%s is finished already", out)
         return read_settings(folder.test)
     config, precision = folder.config, _precision_again(folder, device)
-    if others := folder.other_rounding(device):
+    if differences := folder.other_rounding(device):
         LOGGER.warning(
-            "%s: %s; results will differ in rounding from those of a run that was not stopped", out, "; ".join(others)
+            "%s: %s; results will differ in rounding from those of a run that was not stopped",
+            out,
+            "; ".join(differences),
         )
     dataset = dataset_again(config, folder.sequences)
     with open_source(config, dataset, device, placement, precision) as (source, views):
         for name, recorded in folder.views.items():
             if changed := changed_settings(recorded, views[name]):
-                raise InputError(f"{out}: view {name!r} is not as it was: {'; '.join(changed)}; restore it")
+                raise InputError(
+                    f"{out}: view {name!r} has changed since the run began: {'; '.join(changed)}; restore it"
+                )
         trainer = Trainer(config, dataset.sequences, source, device, precision)
         folder.remove_leftovers()
         if folder.last.exists():
@@ -140,26 +144,31 @@ def resume(
 
 
 class Trainer:
-    """One run in memory: model, optimizer, data, and where it stands."""
+    """One run in memory: the model, its optimizer step, the data and the progress."""
 
     def __init__(
         self, config: RunConfig, sequences: Sequences, source: ItemSource, device: torch.device, precision: Precision
     ) -> None:
+        """Build the model and its step, and plan the memory of the batches.
+
+        source: the items, from `open_source`. precision: from `check_new_run`. Raises InputError if the memory does not
+        suffice.
+        """
         self.config, self.sequences, self.source, self.device = config, sequences, source, device
         tuned = config.model.method in TUNING_METHODS
         self.model = build_recommender(source, config, sequences.popularity, precision).to(device)
         self.step: CpuFusedStep | GpuFusedStep | TrainingStep
-        self.plan: RunPlan | None = None  # of packed batches, if a step on a GPU selects them itself
-        self.captured: CapturedStep | None = None  # the step by autograd in a CUDA graph
+        self.plan: RunPlan | None = None  # of packed batches, for a fused step on a GPU
+        self.captured: CapturedStep | None = None  # a step by autograd in a CUDA graph
         self._choose_step(precision.products)
         self.memory = MemoryBudget(config, sequences, source, self.model, device)
-        if tuned:  # recorded, so that a run that goes on encodes in the same parts, whatever is free then
+        if tuned:  # record it, so that a resumed run encodes in the same parts
             uncached = replace(config.uncached, items_at_once=self.memory.encoding.items_at_once)
             self.config = replace(config, uncached=uncached)
         self.progress = Progress()
 
     def _choose_step(self, products: torch.dtype) -> None:
-        """Take fused steps, or steps by autograd where a fused one does not take the model; the log says why."""
+        """Take fused steps, or steps by autograd if a fused step cannot train the model; the log says why."""
         train = self.config.train
         if reason := fused_step_refusal(self.model, self.device, products):
             LOGGER.info("training by autograd: %s", reason)
@@ -174,15 +183,16 @@ class Trainer:
             self.step = GpuFusedStep(self.model, train.learning_rates, self.source, self.plan, products)
 
     def step_by_autograd(self, captured: bool) -> None:
-        """Take steps by autograd from now on, as models do that no fused step takes; captured: in a CUDA graph."""
+        """Switch to steps by autograd, which can train every model. captured: whether a CUDA graph replays them."""
         self.plan = None
         self.step = TrainingStep(self.model, self.config.train.learning_rates, self.device)
         self.captured = CapturedStep(self.step) if captured else None
 
     def refuse_unfit_form(self) -> None:
-        """Encode one item and one history, so that a named form that does not take the model is refused at once.
+        """Raise InputError if the environment names a form of the ops that cannot run this model.
 
-        Without it the refusal would come in the first validation, after an epoch. Raises InputError.
+        One item and one history are encoded to find out. Without this check, the first validation would fail after an
+        epoch.
         """
         _, form = kernels.named_form()
         if form == "auto":
@@ -197,7 +207,11 @@ class Trainer:
             raise InputError(str(error)) from None
 
     def run(self, folder: RunFolder, on_epoch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Train until the early stop or the last epoch, then test the best checkpoint."""
+        """Train until the early stop or the last epoch, test the best checkpoint, and return the test figures.
+
+        folder: takes the checkpoints, metrics and test figures. on_epoch: as in `train`. Raises InputError if the loss
+        is not finite or memory does not suffice.
+        """
         with deterministic():
             while not self.progress.finished(self.config.train):
                 self._epoch(folder)
@@ -207,14 +221,16 @@ class Trainer:
         return result
 
     def restore(self, folder: RunFolder) -> None:
-        """Go back to the end of the run's last finished epoch. Raises InputError where its checkpoint does not fit."""
+        """Load the checkpoint of the run's last finished epoch. Raises InputError if it does not fit the model."""
         tensors, state = load_checkpoint(folder.last)
         load_weights(self.model, tensors, folder.last)
         load_adam(self.model, self.step.optimizer, tensors, folder.last)
         self.progress = Progress.of(state, folder.last)
-        folder.write_metrics(self.progress.lines)  # a crash may have come between the checkpoint and its line
+        # The run may have been killed after it wrote the checkpoint and before it wrote the metrics.
+        folder.write_metrics(self.progress.lines)
 
     def _epoch(self, folder: RunFolder) -> None:
+        """Train and validate one epoch, and write its checkpoints and metrics."""
         progress, started = self.progress, time.perf_counter()
         try:
             with self.memory.refuse_lack_of_memory():
@@ -243,18 +259,18 @@ class Trainer:
         if improved:
             tensors = {**named_weights(self.model), ITEM_VECTORS: vectors}
             save_checkpoint(folder.best, tensors, {"epoch": progress.epoch})
-        # The last checkpoint carries the metrics, so that the two can never disagree after a crash.
+        # The last checkpoint also holds the metrics, so that both agree after a crash.
         tensors = {**named_weights(self.model), **adam_tensors(self.model, self.step.optimizer)}
         save_checkpoint(folder.last, tensors, asdict(progress))
         folder.write_metrics(progress.lines)
 
     def _train_epoch(self) -> float:
-        """Take an epoch's steps and return the mean loss over its rows."""
+        """Take the steps of one epoch, and return the mean loss over its rows."""
         self.model.train()
         total, rows, steps = 0.0, 0, steps_per_epoch(self.sequences, self.config.train.batch_users)
         with (
             progress_bar(f"epoch {self.progress.epoch + 1}", self.sequences.epoch_interactions, "items") as advance,
-            closing(self.batches(self.progress.epoch)) as batches,  # before the table, whatever happens
+            closing(self.batches(self.progress.epoch)) as batches,  # closed before the source is, also after an error
         ):
             for done, prepared in enumerate(batches, start=1):
                 self.take(prepared)
@@ -265,41 +281,48 @@ class Trainer:
                     note = f"loss {total / rows:.4f}, step {done} of {steps}"
                 advance(prepared.slots, note=note)
         if isinstance(self.step, CpuFusedStep):
-            self.step.release()  # memory that validation may need
+            self.step.release()  # validation may need its memory
         return total / rows
 
     def batches(self, epoch: int) -> Generator[PreparedBatch | PlannedBatch, None, None]:
-        """Prepare an epoch's batches ahead of their steps."""
+        """Yield an epoch's batches, prepared ahead of their steps. epoch: counted from 0."""
         if self.plan is not None:
             return planned_batches(self.plan, epoch, self.source, self.device)
         config = self.config.train
         return self.prepared(epoch_batches(self.sequences, config.batch_users, config.seed, epoch))
 
     def prepared(self, batches: Iterator[Batch]) -> Generator[PreparedBatch, None, None]:
-        """Prepare batches ahead of their steps, padded to one shape if the step is captured."""
+        """Yield batches on the device, prepared ahead of their steps; all of one shape if a graph replays the step."""
         shape = self.padded_shape if self.captured is not None else None
         return prepared_batches(batches, self.source, self.device, shape)
 
     @cached_property
     def padded_shape(self) -> Shape:
-        """Return the shape that all batches of this run are padded to."""
+        """Return the shape to which all batches of this run can be padded."""
         return padded_shape(self.sequences, self.config.train.batch_users)
 
     def take(self, prepared: PreparedBatch | PlannedBatch) -> Tensor:
-        """Take one optimizer step and return the loss before it, a scalar on the device."""
+        """Take one optimizer step, and return the loss before its update, a scalar on the device.
+
+        Raises InputError if the device's memory does not suffice.
+        """
         with self.memory.refuse_lack_of_memory():
             if isinstance(prepared, PlannedBatch):
                 return self.step(prepared)
             return (self.captured or self.step)(prepared.batch, prepared.item_inputs)
 
     def _read(self) -> tuple[float, int]:
-        """Return the sum of losses and the rows since the last reading. Raises InputError for a loss not finite."""
+        """Return the sum of losses and the number of rows since the last call.
+
+        Raises InputError if a loss was not finite.
+        """
         reading = self.step.read()
         if reading.failed_step is not None:
             raise InputError(f"step {reading.failed_step}: the loss is {reading.failed_loss}; lower the learning rates")
         return reading.loss, reading.rows
 
     def _validate(self) -> tuple[Tensor, dict[str, Any]]:
+        """Return the vectors of all items, and the metrics on the validation set."""
         self.model.eval()
         vectors = self.model.catalogue_vectors(self.source)
         config = self.config.evaluation
@@ -307,6 +330,7 @@ class Trainer:
         return vectors, self._report(vectors, "validation", config)
 
     def _test(self, folder: RunFolder) -> dict[str, Any]:
+        """Load the best checkpoint, and return its figures on the test set."""
         tensors, state = load_checkpoint(folder.best)
         load_weights(self.model, tensors, folder.best)
         vectors = item_vectors(tensors, len(self.sequences.item_ids), self.config.model.embedding_dim, folder.best).to(
@@ -323,12 +347,13 @@ class Trainer:
         }
 
     def _report(self, vectors: Tensor, split: str, config: EvaluationConfig) -> dict[str, Any]:
+        """Return the metrics of item vectors on a split."""
         states = self.model.user_states(vectors, self.sequences.split(split).inputs)
         return evaluate(states, vectors, self.sequences, split, config)
 
 
 def _precision_again(folder: RunFolder, device: torch.device) -> Precision:
-    """Return the precision of a run that goes on. Raises InputError where the device does not offer it."""
+    """Return the precision of a resumed run. Raises InputError, naming the folder, if the device does not offer it."""
     try:
         return resolve_precision(folder.config, device)
     except InputError as error:
@@ -337,13 +362,13 @@ def _precision_again(folder: RunFolder, device: torch.device) -> Precision:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Repeat the same numbers bit for bit, given the same seed and machine."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    """Make torch compute the same bits inside the context, for the same seed and machine."""
+    old_settings = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     fix_cublas_workspace()
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no code here reads memory before it is written
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(old_settings[0])
+        torch.utils.deterministic.fill_uninitialized_memory = old_settings[1]

@@ -1,5 +1,7 @@
-"""One optimizer step by autograd: loss, gradients, update. Nothing in it waits for the device; on CUDA it is
-captured."""
+"""Take one optimizer step by autograd: loss, gradients, update.
+
+Nothing in a step waits for the device. On CUDA a step can be captured and replayed.
+"""
 
 from __future__ import annotations
 
@@ -19,32 +21,36 @@ from ..states import ItemInputs
 from .cuda_graphs import capture_in_a_graph
 from .optimizer import Adam
 
-SMALL_BATCH_ROWS = 1024  # of a batch, up to which threads cost a CPU's small operators more than they give
+SMALL_BATCH_ROWS = 1024  # for a smaller batch, small operators gain nothing from several threads of a CPU
 
 
 class Reading(NamedTuple):
-    """The outcome of the steps since the last reading."""
+    """The result of the steps since the last reading."""
 
-    loss: float  # the sum over rows
-    rows: int
-    failed_step: int | None  # the first step whose loss was not finite, counted from 1; nothing was updated since
+    loss: float  # the sum of the losses of all rows
+    rows: int  # of the batches, without padding
+    failed_step: int | None  # the first step whose loss is not finite, counted from 1; no update follows it
     failed_loss: float
 
     @classmethod
     def of(cls, record: Tensor) -> Reading:
-        """Read a step's record and begin its sums anew: sum of losses, rows, first failed step (0: none), its loss."""
+        """Read the record of a step, and set its two sums to 0.
+
+        record: float64 [4] with the sum of losses, the rows, the first failed step (0 for none) and its loss.
+        """
         loss, rows, step, failed_loss = record.tolist()
         record[:2] = 0
         return cls(loss, int(rows), int(step) or None, failed_loss)
 
 
 class TrainingStep:
-    """The model and its optimizer.
+    """A model and its optimizer, by autograd.
 
-    A loss that is not finite sets a flag on the device, with its step, and from then on no update takes place.
+    If a loss is not finite, the record stores the number of that step, and no later step updates anything.
     """
 
     def __init__(self, model: Recommender, rates: Mapping[str, float], device: torch.device) -> None:
+        """Make the optimizer of a model that is on the device. rates: learning rates by group of parameters."""
         self.model = model
         groups = model.parameter_groups().items()
         self.optimizer = Adam(
@@ -54,7 +60,11 @@ class TrainingStep:
         self.record = torch.zeros(4, dtype=torch.float64, device=device)
 
     def __call__(self, batch: Batch, inputs: ItemInputs, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
-        """Take one step and return the loss before it, a scalar on the device. `mark` is called as each phase ends."""
+        """Take one step, and return the loss before its update, a scalar on the device.
+
+        inputs: of the items batch.distinct, as an item source reads them. mark: called with "forward", "backward" and
+        "update" when that phase ends.
+        """
         small = (
             self.record.is_cpu and len(batch.targets) <= SMALL_BATCH_ROWS and self.model.item_encoder.small_operators
         )
@@ -73,34 +83,37 @@ class TrainingStep:
         return loss.detach()
 
     def _note(self, loss: Tensor, batch: Batch) -> None:
-        """Add a step's loss to the record. From the first that is not finite on nothing counts or is updated."""
+        """Add a step's loss to the record. After the first loss that is not finite, nothing is added or updated."""
         value, rows = loss.double(), (batch.weights > 0).sum()
         finite = value.isfinite()
         addends = [torch.where(finite, value, 0) * rows, rows * finite]
         addends += [(batch.step + 1) * ~finite, torch.where(finite, 0, value)]
         self.record += torch.where(self.record[2] == 0, torch.stack(addends), 0)
-        self.optimizer.found_inf = (self.record[2] > 0).float()  # the fused optimizer leaves everything as it is then
+        self.optimizer.found_inf = (self.record[2] > 0).float()  # if it is 1, the fused optimizer changes nothing
 
     def read(self) -> Reading:
-        """Return the outcome since the last reading. Waits for the device."""
+        """Return the losses since the last call, and the first failed step if there is one. Waits for the device."""
         return Reading.of(self.record)
 
 
 class CapturedStep:
-    """The step as a CUDA graph, captured once: all batches are padded to one shape."""
+    """A step by autograd as a CUDA graph, captured once for batches that are padded to one shape."""
 
     def __init__(
         self, step: TrainingStep, capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None
     ) -> None:
-        """capture: turns a function without arguments into one that is called at every step; None: a CUDA graph."""
+        """Take the step to capture.
+
+        capture: turns a function without arguments into the one that every step calls; None for a CUDA graph.
+        """
         self.step = step
         self.capture = capture or functools.partial(capture_in_a_graph, record=step.record)
         self._captured: _Captured | None = None
 
     def __call__(self, batch: Batch, states: list[States]) -> Tensor:
-        """Take `TrainingStep`'s step for a padded batch. The next step overwrites the loss that is returned.
+        """Take the step for a padded batch, and return its loss, which the next step overwrites.
 
-        Raises ValueError for a batch of another shape than the first.
+        states: the views of the batch's items. Raises ValueError if the batch has another shape than the first one.
         """
         self.prepare(batch, states)
         captured = self._captured
@@ -112,12 +125,13 @@ class CapturedStep:
         return captured.run()
 
     def prepare(self, batch: Batch, states: list[States]) -> None:
-        """Capture the step for the shape of a padded batch, unless one is captured already. Nothing is trained."""
+        """Capture the step for the shape of a padded batch, unless this is done already. Parameters do not change."""
         if self._captured is None:
             packed = batch.packed() if batch.buffer is None else batch.buffer
             self._captured = self._capture_on_buffers(packed, batch.shape, states)
 
     def _capture_on_buffers(self, packed: Tensor, shape: Shape, states: list[States]) -> _Captured:
+        """Capture the step on buffers, into which later batches and their states are copied."""
         buffer = packed.to(self.step.record.device, copy=True)
         batch = Batch.unpacked(buffer, shape)
         gathered = [view.table.clone() for view in states if view.rows is None]
@@ -126,7 +140,9 @@ class CapturedStep:
 
 
 class _Captured(NamedTuple):
+    """A captured step and its input buffers."""
+
     shape: Shape
-    buffer: Tensor  # every batch is copied into it
-    gathered: list[Tensor]  # likewise its items' states by view; none where the device holds the table
+    buffer: Tensor  # for a packed batch
+    gathered: list[Tensor]  # for the states of its items, by view; empty if the device holds the table
     run: Callable[[], Tensor]

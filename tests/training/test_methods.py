@@ -260,7 +260,9 @@ def test_a_run_does_not_go_on_with_other_titles(encoder_views, small_catalogue, 
         train(run_config(dataset, "iisan", encoder_views), tmp_path / "run", CPU, on_epoch=stop)
     items = dataset / "items.tsv"
     items.write_text(items.read_text().replace("\t", "\tother ", 1))
-    with pytest.raises(InputError, match="view 'title' is not as it was: contents .* there, .* now; restore it"):
+    with pytest.raises(
+        InputError, match="view 'title' has changed since the run began: contents .* there, .* now; restore it"
+    ):
         resume(tmp_path / "run", CPU)
 
 

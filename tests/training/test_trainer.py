@@ -205,7 +205,7 @@ def test_resuming_with_other_states_is_refused(tmp_path, config, monkeypatch):
     views = json.loads((tmp_path / "run" / "views.json").read_text())
     views["image"]["weights"] = "of another encoder"
     (tmp_path / "run" / "views.json").write_text(json.dumps(views))
-    with pytest.raises(InputError, match="is not as it was: .* restore it"):
+    with pytest.raises(InputError, match="has changed since the run began: .* restore it"):
         resume(tmp_path / "run", CPU)
 
 
@@ -289,7 +289,7 @@ def test_a_cache_filled_anew_is_noticed_on_resume(tmp_path, config, monkeypatch)
     monkeypatch.undo()
     with Store(cache, writable=True) as store:
         store.write("image", ["i7"], [content_digest(b"another title")], torch.zeros(1, 2, 16))
-    with pytest.raises(InputError, match="is not as it was: .* restore it"):
+    with pytest.raises(InputError, match="has changed since the run began: .* restore it"):
         resume(tmp_path / "run", CPU)
 
 
