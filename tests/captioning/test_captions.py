@@ -1,4 +1,4 @@
-"""Captions: what a model says of images and frames lands in captions.tsv once, and nothing there is ever lost."""
+"""Check captioning: captions of images and frames are written into captions.tsv once, and no line is ever lost."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory) -> str:
-    """A random LLaVA, which chats about any number of pictures."""
+    """Write a random LLaVA, which chats about any number of pictures."""
     return write_llava(tmp_path_factory.mktemp("chat"), LlamaConfig)
 
 
@@ -93,7 +93,7 @@ def write_llava(folder: Path, language: type[PretrainedConfig], **settings) -> s
 
 @pytest.fixture(scope="session")
 def plain_model(tmp_path_factory) -> str:
-    """A random BLIP, which has no chat template and continues a prompt."""
+    """Write a random BLIP, which has no chat template and continues a prompt."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
     processor = BlipProcessor(BlipImageProcessorPil(size=PIXELS), tokenizer)
@@ -111,7 +111,7 @@ def write_model(folder: Path, kind: type[PreTrainedModel], config, processor) ->
         torch.manual_seed(0)
         model = kind(config)
         for parameter in model.parameters():
-            if parameter.dim() > 1:  # large enough for a random model to say something else of every picture
+            if parameter.dim() > 1:  # large enough for a random model to give each picture another caption
                 parameter.normal_().mul_(2 * parameter[0].numel() ** -0.5)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -120,7 +120,7 @@ def write_model(folder: Path, kind: type[PreTrainedModel], config, processor) ->
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """A dataset of seven items with noise for images; an eighth is not in the catalogue."""
+    """Write a dataset of seven items with images of noise; an eighth item is not in the catalogue."""
     root = write_dataset_folder(tmp_path / "d", make_sequences([list(range(1, ITEMS + 1))]))
     with (root / "items.tsv").open("a") as file:
         file.write("nobodys\tbought by nobody\n")
@@ -132,7 +132,7 @@ def root(tmp_path) -> Path:
 
 @pytest.fixture
 def frames(tmp_path) -> Path:
-    """Twelve frames of every item, the third item two."""
+    """Write twelve frames for each item, but two for the third item."""
     for number in range(1, ITEMS + 1):
         folder = tmp_path / "frames" / f"i{number}"
         folder.mkdir(parents=True)
@@ -146,7 +146,7 @@ def draw(seed: int) -> Image.Image:
 
 
 class FakeCaptioner:
-    """Says the first pixel of what it is shown, in a hurry."""
+    """Caption an item by the first pixel of its pictures, which is fast."""
 
     said = 0
     fails_after = 1000
@@ -195,10 +195,10 @@ def test_the_workspace_of_cublas_is_set_before_the_model_is_loaded(root, fake, m
 
 def test_every_item_of_the_catalogue_gets_a_line(root, chat_model):
     assert run(root, chat_model, max_tokens=12) == Captioned(ITEMS, present=0, captioned=ITEMS, skipped=0, empty=0)
-    made = lines(root)
-    assert list(made) == [f"i{number}" for number in range(1, ITEMS + 1)]
-    assert len(set(made.values())) == ITEMS
-    assert all(1 <= len(text.split(" ")) <= 12 and not text.startswith("user assistant") for text in made.values())
+    captions = lines(root)
+    assert list(captions) == [f"i{number}" for number in range(1, ITEMS + 1)]
+    assert len(set(captions.values())) == ITEMS
+    assert all(1 <= len(text.split(" ")) <= 12 and not text.startswith("user assistant") for text in captions.values())
     record = json.loads((root / "captions.json").read_text())
     assert record["model"] == chat_model and record["settings"]["prompt"].startswith("Describe")
     assert record["settings"]["max_tokens"] == 12 and record["settings"]["dtype"] == "float32"
@@ -207,14 +207,14 @@ def test_every_item_of_the_catalogue_gets_a_line(root, chat_model):
 
 @pytest.mark.parametrize("source", ["images", "frames"])
 def test_a_caption_does_not_depend_on_its_batch(root, frames, chat_model, source):
-    """The third item's two frames are padded where others have four."""
+    """The third item has two frames, so it is padded in a batch with items of four."""
     options = {"frames": frames} if source == "frames" else {}
-    found = []
+    captions_by_batch_size = []
     for batch_size in (1, 3, ITEMS):
         (root / "captions.tsv").unlink(missing_ok=True)
         run(root, chat_model, batch_size=batch_size, **options)
-        found.append(lines(root))
-    assert found[0] == found[1] == found[2]
+        captions_by_batch_size.append(lines(root))
+    assert captions_by_batch_size[0] == captions_by_batch_size[1] == captions_by_batch_size[2]
 
 
 def test_frames_are_read_in_place_of_images(root, frames, chat_model):
@@ -279,8 +279,8 @@ def test_a_line_torn_at_any_byte_is_made_again(root, fake, left):
     run(root)
     whole = (root / "captions.tsv").read_bytes()
     (root / "captions.tsv").write_bytes(whole[:left])
-    kept = whole[:left].count(b"\n")
-    assert run(root) == Captioned(ITEMS, present=kept, captioned=ITEMS - kept, skipped=0, empty=0)
+    whole_lines = whole[:left].count(b"\n")
+    assert run(root) == Captioned(ITEMS, present=whole_lines, captioned=ITEMS - whole_lines, skipped=0, empty=0)
     assert (root / "captions.tsv").read_bytes() == whole
 
 
@@ -374,7 +374,7 @@ def test_a_caption_is_one_line(chat_model, monkeypatch):
 
 
 def test_a_language_model_with_capped_scores_keeps_its_cap(tmp_path):
-    """transformers 5.17 would let PyTorch's attention drop it."""
+    """With transformers 5.17 PyTorch's attention would drop the cap."""
     settings = {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 0.5}
     folder = write_llava(tmp_path / "capped", Gemma2Config, **settings)
     captioner = Captioner(folder, CPU, None, 8, 1, "float32")

@@ -1,4 +1,4 @@
-"""The methods on tiny encoders of every family: what is trained, where it stands, and how much of it there is."""
+"""Check each fine-tuning method on tiny encoders of every family: what it trains, where, and how many parameters."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ TRAINING = ("full", "adapter", "lora", "bitfit")
 
 
 def build(kind: str, family: str) -> hf.PreTrainedModel:
-    """A family's tiny encoder; of a model with two towers, the one that reads `kind`."""
+    """Build a family's tiny encoder; of a model with two towers, return the one that reads `kind`."""
     model = (TEXT if kind == "text" else IMAGE)[family][0]()
-    with torch.no_grad():  # far from the initial 0.02, so that every part of a block is seen to act
+    with torch.no_grad():  # far from the initial 0.02, so that every part of a block has an effect
         for parameter in model.parameters():
             parameter.normal_(std=0.3) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
     model.config.use_cache = False
@@ -53,7 +53,7 @@ FAMILIES = [("text", family) for family in TEXT] + [("image", family) for family
 @pytest.mark.parametrize(("kind", "family"), FAMILIES)
 @pytest.mark.parametrize("method", TRAINING)
 def test_a_method_trains_what_it_says_and_nothing_else(kind, family, method):
-    """Every trained weight gets a gradient, the loss falls, and the others stay as they are, bit for bit."""
+    """Every trained weight gets a gradient and the loss falls; all other weights stay equal, bit for bit."""
     model = build(kind, family)
     if method == "bitfit" and family in ("llama", "mistral", "gemma"):
         with pytest.raises(InputError, match="bitfit trains biases, .*Model has none"):
@@ -168,14 +168,14 @@ def test_counts_of_what_is_freed():
 def test_what_the_final_state_does_not_depend_on_is_left_out(kind, family, unused):
     model = build(kind, family)
     adapt(model, "full")
-    left = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    assert {part for name in left for part in name.split(".")} >= unused
-    assert all(unused & set(name.split(".")) for name in left)
+    untrained = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert {part for name in untrained for part in name.split(".")} >= unused
+    assert all(unused & set(name.split(".")) for name in untrained)
 
 
 @pytest.mark.parametrize(("size", "trained"), [(32, True), (16, False)])
 def test_positions_that_are_resized_to_the_images_stay_as_they_are(size, trained):
-    """Their gradient could not repeat on CUDA, where it is refused."""
+    """On CUDA their gradient is not deterministic, and torch refuses to compute it."""
     model = build("image", "dinov2")
     adapt(model, "full", example={"pixel_values": torch.randn(1, 3, size, size)})
     freed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -184,7 +184,7 @@ def test_positions_that_are_resized_to_the_images_stay_as_they_are(size, trained
 
 
 def heads_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[N, T, D] each, by hand."""
+    """Compute attention by hand; query, key, value and the result are [N, T, D]."""
     heads, width = SHAPE["num_attention_heads"], WIDTH // SHAPE["num_attention_heads"]
     q, k, v = (x.unflatten(-1, (heads, width)).transpose(1, 2) for x in (query, key, value))
     weights = (q @ k.transpose(-2, -1) / math.sqrt(width)).softmax(dim=-1)
@@ -192,7 +192,7 @@ def heads_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def adapted(linear: nn.Module, x: Tensor) -> Tensor:
-    """An adapted linear layer by hand: the layer, then x + up(relu(down(x)))."""
+    """Apply an adapted linear layer by hand: the layer, then x + up(relu(down(x)))."""
     base, (down, _, up) = linear[0], linear[1]
     assert isinstance(linear[1], Adapter)
     y = x @ base.weight.T + base.bias
@@ -209,8 +209,10 @@ def test_adapters_stand_before_the_residual_in_a_block_of_bert():
     block = adapters_far_from_the_identity(build("text", "bert"))
     x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
     attention = block.attention
-    own = attention.self
-    ended = adapted(attention.output.dense, heads_attention(own.query(x), own.key(x), own.value(x)))
+    self_attention = attention.self
+    ended = adapted(
+        attention.output.dense, heads_attention(self_attention.query(x), self_attention.key(x), self_attention.value(x))
+    )
     middle = attention.output.LayerNorm(x + ended)
     fed = adapted(block.output.dense, nn.functional.gelu(block.intermediate.dense(middle)))
     torch.testing.assert_close(first(block(x)), block.output.LayerNorm(middle + fed))
@@ -239,7 +241,7 @@ def test_an_adapter_starts_near_the_identity():
 @pytest.mark.parametrize(("kind", "family"), FAMILIES)
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_checkpointed_blocks_give_the_same_gradients(kind, family, method):
-    """Also above embeddings that are frozen; twice, since a block may be switched again and again."""
+    """Blocks may also be above frozen embeddings, and may be switched several times."""
     model = build(kind, family).double()
     parameters = [p for group in adapt(model, method).values() for p in group]
     inputs = inputs_for(model)
@@ -311,7 +313,7 @@ PAPER = {"full": 195, "adapter": 5, "lora": 0.8, "bitfit": 0.4}  # millions of t
 
 @pytest.mark.parametrize("method", PAPER)
 def test_counts_of_the_papers_encoders(method):
-    """BERT-base and ViT-base, their heads and the sequence encoder."""
+    """The counts are of BERT-base, ViT-base, their heads and the sequence encoder."""
     if not (DATA / "configs").is_dir():
         pytest.skip(f"needs the configurations of BERT-base and ViT-base in {DATA / 'configs'}")
     config = ModelConfig()
@@ -320,17 +322,17 @@ def test_counts_of_the_papers_encoders(method):
         image = hf.ViTModel(hf.ViTConfig.from_pretrained(DATA / "configs" / "vit-base-patch16-224"))
         groups = [adapt(model, method, config.bottleneck) for model in (image, text)]
         rest = nn.ModuleList([FinalHeads([768, 768], config.embedding_dim), SASRec(config, 10)])
-    trained = [p for each in groups for group in each.values() for p in group]
+    trained = [p for trained_groups in groups for group in trained_groups.values() for p in group]
     assert all(p.is_meta for p in trained)
-    found = count(trained) + count(rest.parameters())
-    assert found == TRAINED[method] + HEADS + SEQUENCE_ENCODER
-    assert round(found / 1e6, 1 if PAPER[method] < 1 else 0) == PAPER[method]
+    trained_count = count(trained) + count(rest.parameters())
+    assert trained_count == TRAINED[method] + HEADS + SEQUENCE_ENCODER
+    assert round(trained_count / 1e6, 1 if PAPER[method] < 1 else 0) == PAPER[method]
 
 
 def test_count_of_iisan():
     config = ModelConfig()
     with torch.device("meta"):
-        found = count(SideItemEncoder([(7, 768), (7, 768)], config).parameters()) + count(
+        parameter_count = count(SideItemEncoder([(7, 768), (7, 768)], config).parameters()) + count(
             SASRec(config, 10).parameters()
         )
-    assert found == 4_113_877 and round(found / 1e6) == 4
+    assert parameter_count == 4_113_877 and round(parameter_count / 1e6) == 4

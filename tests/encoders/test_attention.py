@@ -1,4 +1,4 @@
-"""The attention of encoders: xformers' layout by a stand-in on the CPU, xformers itself on a GPU, and the choice."""
+"""Check the attention of encoders: xformers by a stand-in on the CPU, xformers itself on a GPU, and the choice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FAMILIES = [("title", name) for name in tiny.TEXT if name != "deberta-v3"] + [("
 
 
 class Xformers(types.ModuleType):
-    """Stands in for xformers.ops: checks what the kernel asks of its arguments and computes what it documents."""
+    """Stand in for xformers.ops: check the arguments as the kernel does, and compute the documented result."""
 
     def __init__(self) -> None:
         super().__init__("xformers.ops")
@@ -67,7 +67,7 @@ def nothing_said_or_tried() -> None:
 
 @pytest.fixture
 def xformers(monkeypatch) -> Xformers:
-    """The stand-in, to be had on the CPU."""
+    """Install the stand-in, so that it can be used on the CPU."""
     module = Xformers()
     monkeypatch.setitem(sys.modules, "xformers.ops", module)
     monkeypatch.setattr(attention, "xformers_problem", lambda device, dtype: None)
@@ -79,7 +79,7 @@ def loaded(folder: Path, source: str, name: str, device: torch.device = CPU, **c
 
 
 def states_and_gradients(backbone: Backbone, contents: list) -> tuple[Tensor, dict[str, Tensor]]:
-    """Pooled states as `encode` gives them, and the gradients of a weighted sum of them."""
+    """Return pooled states as `encode` computes them, and the gradients of a weighted sum of them."""
     inputs = backbone.prepare(contents)
     pooled = backbone.encode(inputs).clone()
     backbone.model.requires_grad_(True)
@@ -94,7 +94,7 @@ def states_and_gradients(backbone: Backbone, contents: list) -> tuple[Tensor, di
 
 @pytest.mark.parametrize(("source", "family"), FAMILIES)
 def test_states_and_gradients_are_those_of_eager_attention(built, xformers, source, family):
-    """Padded and unpadded, bidirectional and causal, with fewer key heads than query heads."""
+    """Batches are padded and unpadded, models bidirectional and causal, with fewer key heads than query heads."""
     folder = built(source, family)
     contents = tiny.TITLES if source == "title" else tiny.pictures()
     backbone = loaded(folder, source, "xformers")
@@ -115,17 +115,17 @@ def test_states_and_gradients_are_those_of_eager_attention(built, xformers, sour
 
 @pytest.mark.parametrize(("source", "family"), FAMILIES)
 def test_under_autocast_the_kernel_gets_one_dtype(built, xformers, source, family):
-    """Rotary embeddings leave queries and keys in float32 there; the stand-in refuses to mix."""
+    """Rotary embeddings leave queries and keys in float32 under autocast; the stand-in refuses mixed dtypes."""
     backbone = loaded(built(source, family), source, "xformers")
     xformers.calls.clear()
     inputs = backbone.prepare(tiny.TITLES if source == "title" else tiny.pictures())
     with torch.autocast("cpu", torch.bfloat16):
-        found = backbone.final(inputs)
-    assert found.isfinite().all() and len(xformers.calls) >= backbone.depth - 1
+        states = backbone.final(inputs)
+    assert states.isfinite().all() and len(xformers.calls) >= backbone.depth - 1
 
 
 def test_causal_attention_does_not_look_ahead_where_nothing_is_padded(built, xformers):
-    """With no padding Hugging Face would leave a causal mask out and rely on a flag."""
+    """Without padding, Hugging Face would leave out the causal mask and rely on a flag."""
     folder = built("title", "llama")
     titles = ["w1 w2 w3 w4", "w5 w6 w7 w8"]
     states = [loaded(folder, "title", name) for name in ("xformers", "eager")]
@@ -135,16 +135,16 @@ def test_causal_attention_does_not_look_ahead_where_nothing_is_padded(built, xfo
 
 
 def both(config: hf.PreTrainedConfig) -> tuple[hf.PreTrainedModel, hf.PreTrainedModel]:
-    """One random model under xformers' and under eager attention."""
+    """Return one random model twice, with xformers' and with eager attention."""
     torch.manual_seed(0)
     eager = hf.AutoModel.from_config(config, attn_implementation="eager").eval()
-    other = hf.AutoModel.from_config(type(config)(**config.to_dict()), attn_implementation="xformers").eval()
-    other.load_state_dict(eager.state_dict())
-    return other, eager
+    with_xformers = hf.AutoModel.from_config(type(config)(**config.to_dict()), attn_implementation="xformers").eval()
+    with_xformers.load_state_dict(eager.state_dict())
+    return with_xformers, eager
 
 
 def test_padding_that_sees_no_key_gives_no_nan(xformers):
-    """Beyond a sliding window's reach a padding token sees padding alone."""
+    """A padding token that is far from the text sees only padding within its sliding window."""
     ids, mask = torch.arange(1, 25).view(2, 12), torch.ones(2, 12, dtype=torch.int64)
     mask[0, 3:] = 0
     results = []
@@ -153,13 +153,13 @@ def test_padding_that_sees_no_key_gives_no_nan(xformers):
         assert states.isfinite().all()
         states[mask > 0].square().sum().backward()
         results.append((states[mask > 0], [parameter.grad for parameter in model.parameters()]))
-    for found, expected in zip(results[0][1], results[1][1]):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for result, expected in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_models_own_bias_is_used_and_learns(xformers):
-    """BEiT hands relative positions over as a mask of 17 keys, one for each head and none for each item."""
+    """BEiT passes relative positions as a mask of 17 keys, one for each head, the same for all items."""
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     results = []
     for model in both(hf.BeitConfig(**tiny.VISION, use_relative_position_bias=True)):
@@ -170,8 +170,8 @@ def test_a_models_own_bias_is_used_and_learns(xformers):
         model(pixel_values=pixels).last_hidden_state.square().sum().backward()
         results.append([table.grad for table in tables])
     assert len(results[0]) == 4 and all(call["bias"] for call in xformers.calls)
-    for found, expected in zip(*results):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for result, expected in zip(*results):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -184,8 +184,10 @@ def test_any_mask_scale_and_dropout_reach_the_kernel(xformers, dtype, keys):
     mask[..., 0] = True
     additive = torch.where(mask, 0.0, attention.MASKED)  # in float32, whatever the query is
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
-    for given in (mask, additive):
-        mixed, weights = xformers_attention(torch.nn.Module(), query, key, value, given, scaling=0.3, is_causal=True)
+    for passed_mask in (mask, additive):
+        mixed, weights = xformers_attention(
+            torch.nn.Module(), query, key, value, passed_mask, scaling=0.3, is_causal=True
+        )
         assert weights is None and mixed.dtype == dtype
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
         torch.testing.assert_close(mixed, expected.transpose(1, 2), rtol=tolerance, atol=tolerance)
@@ -216,7 +218,7 @@ CAPPED = {
 
 @pytest.fixture(scope="module")
 def built_capped(tmp_path_factory) -> Callable[[str], Path]:
-    """The folder of a tiny model of a family in CAPPED, built once."""
+    """Return a function that gives the folder of a tiny model of a family in CAPPED, built once."""
 
     @functools.cache
     def build(name: str) -> Path:
@@ -230,12 +232,12 @@ def built_capped(tmp_path_factory) -> Callable[[str], Path]:
 @pytest.mark.parametrize("wanted", ["xformers", "sdpa"])
 @pytest.mark.parametrize("name", CAPPED)
 def test_capped_scores_and_sinks_are_kept(built_capped, xformers, caplog, name, wanted):
-    """transformers' flags differ by version: 5.17 says that PyTorch's attention will do for Gemma 2."""
+    """The flags of transformers depend on its version: 5.17 says that Gemma 2 works with PyTorch's attention."""
     if not hasattr(hf, name):
         pytest.skip(f"transformers {hf.__version__} has no {name}")
     caplog.set_level(logging.WARNING, "iisan_fast")
     backbone, eager = (loaded(built_capped(name), "title", attention) for attention in (wanted, "eager"))
-    states, expected = (each.encode(each.prepare(tiny.TITLES)) for each in (backbone, eager))
+    states, expected = (encoder.encode(encoder.prepare(tiny.TITLES)) for encoder in (backbone, eager))
     assert backbone.attention == backbone.model.config._attn_implementation == "eager" and not xformers.calls
     assert torch.equal(states, expected)
     (notice,) = [record.message for record in caplog.records if record.name.startswith("iisan_fast")]
@@ -244,7 +246,7 @@ def test_capped_scores_and_sinks_are_kept(built_capped, xformers, caplog, name, 
 
 @pytest.mark.parametrize("name", ["Gemma2Config", "PaliGemmaConfig"])
 def test_the_cap_changes_the_states(built_capped, name):
-    """So the test above would see a cap that is dropped."""
+    """The test above would fail if the cap were dropped."""
     backbone = loaded(built_capped(name), "title", "eager")
     capped = backbone.encode(backbone.prepare(tiny.TITLES))
     for module in backbone.model.modules():
@@ -294,7 +296,7 @@ def test_other_names_are_refused():
         choose_attention("flash", [hf.BertModel], CPU, torch.float32)
 
 
-# Files of an xformers that is there but of no use, and what the notice says.
+# Files of an installed xformers that cannot be used, and the reason in the warning.
 LOGGED = 'import logging; logging.getLogger("xformers").warning("WARNING[XFORMERS]: built for\\nPyTorch 2.9.0+cu128")\n'
 WARNED = 'import warnings; warnings.warn("built for another PyTorch")\n'
 NO_OPERATOR = 'raise NotImplementedError("No operator found for\\n `memory_efficient_attention_forward`")'
@@ -324,7 +326,7 @@ UNUSABLE = {
 
 @pytest.fixture(params=UNUSABLE)
 def unusable(request, tmp_path, monkeypatch) -> str:
-    """An xformers on the path that cannot be used; gives the reason. A CPU stands in for the GPU."""
+    """Put an xformers on the path that cannot be used, and return the reason. A CPU stands in for the GPU."""
     content, reason = UNUSABLE[request.param]
     (tmp_path / "xformers").mkdir()
     (tmp_path / "xformers" / "__init__.py").touch()
@@ -359,7 +361,7 @@ def test_a_missing_xformers_is_one_notice(monkeypatch, caplog, asked):
 
 
 def test_xformers_on_a_cpu_is_one_notice_and_imports_nothing(built, monkeypatch, caplog):
-    caplog.set_level(logging.WARNING, "iisan_fast")  # the program sets it lower, in whichever test runs it first
+    caplog.set_level(logging.WARNING, "iisan_fast")  # the program may have set another level in a test that ran before
     imported = []
     monkeypatch.setattr(attention, "_kernel", lambda: imported.append("xformers"))
     assert loaded(built("title", "bert"), "title", "xformers").attention == "sdpa"
@@ -398,7 +400,7 @@ def test_extract_reports_the_choice(built, tmp_path, caplog):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("source", "family"), FAMILIES)
 def test_on_a_gpu_xformers_agrees_with_sdpa(built, source, family):
-    """To bfloat16's rounding, by which several blocks of random weights are apart in any case."""
+    """The tolerance is bfloat16's rounding over several blocks of random weights."""
     if problem := attention.xformers_problem(CUDA, torch.bfloat16):
         pytest.skip(f"xformers' attention cannot be used: {problem}")
     folder, contents = built(source, family), tiny.TITLES if source == "title" else tiny.pictures()

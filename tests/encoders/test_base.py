@@ -1,4 +1,4 @@
-"""Encoders of both kinds: frozen, described, refused without hidden states, and the layers that were asked for."""
+"""Check encoders of both kinds: they are frozen and described, need hidden states, and give the selected layers."""
 
 from __future__ import annotations
 
@@ -81,9 +81,11 @@ def test_views_of_one_encoder_share_a_forward_and_describe_themselves_as_alone(b
     calls: list[object] = []
     shared[0].model.register_forward_pre_hook(lambda *_: calls.append(1))
     for backbones in (shared, shared[::-1], shared[1:]):
-        found = shared[0].encode_views(backbones, inputs)
+        states_by_view = shared[0].encode_views(backbones, inputs)
         positions = [shared.index(backbone) for backbone in backbones]
-        assert all(torch.equal(states, expected[position]) for states, position in zip(found, positions, strict=True))
+        assert all(
+            torch.equal(states, expected[position]) for states, position in zip(states_by_view, positions, strict=True)
+        )
     assert len(calls) == 3
     assert all(torch.equal(backbone.encode(inputs), states) for backbone, states in zip(shared, expected))
 
@@ -129,7 +131,7 @@ def test_descriptions_tell_weights_and_preprocessing_apart(built, tmp_path):
         model.embeddings.word_embeddings.weight[0, 0] += 1
     changed = save_as(model, tmp_path / "weights", "cls")
     assert differing(load_backbone(view(changed)).describe(), described) == {"encoder", "weights"}
-    other = shutil.copytree(folder, tmp_path / "tokens")
-    tokenizer("clip").save_pretrained(other)
-    assert {"encoder", "processor"} <= differing(load_backbone(view(other)).describe(), described)
+    with_other_tokens = shutil.copytree(folder, tmp_path / "tokens")
+    tokenizer("clip").save_pretrained(with_other_tokens)
+    assert {"encoder", "processor"} <= differing(load_backbone(view(with_other_tokens)).describe(), described)
     assert differing(load_backbone(view(folder, max_tokens=9)).describe(), described) == {"max_tokens"}

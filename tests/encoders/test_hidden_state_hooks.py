@@ -1,4 +1,4 @@
-"""Hidden states read in passing: the very ones that Hugging Face reports, and never two of them kept at once."""
+"""Check hidden states that are read one by one: they equal Hugging Face's, and only one is in memory at a time."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def test_cores_that_share_the_rows_find_the_same_states(built, source, family, t
 
 @pytest.mark.parametrize(("source", "family"), FAMILIES)
 def test_parameters_are_counted_without_reading_a_weight(built, tmp_path, source, family):
-    """Those of a twin encoder's one tower, too: what reads images beside what reads text counts apart."""
+    """Of an encoder with two towers, only the one that reads the view's source is counted."""
     model = load_backbone(view(built(source, family), source)).model
     folder = shutil.copytree(built(source, family), tmp_path / "encoder")
     (folder / "model.safetensors").unlink()
-    found = count_parameters(str(folder), "image" if source == "image" else "text")
-    assert found == sum(parameter.numel() for parameter in model.parameters())
+    tower_parameters = count_parameters(str(folder), "image" if source == "image" else "text")
+    assert tower_parameters == sum(parameter.numel() for parameter in model.parameters())
     if source == "image" and family == "clip":
         views = [view(folder, "title"), view(folder, "image")]
-        assert encoder_parameters(views) == count_parameters(str(folder), "text") + found
+        assert encoder_parameters(views) == count_parameters(str(folder), "text") + tower_parameters
 
 
 def test_one_block_called_for_every_layer_gives_a_state_at_each_call(tmp_path):
@@ -73,7 +73,7 @@ def test_one_block_called_for_every_layer_gives_a_state_at_each_call(tmp_path):
 
 
 def most_alive(backbone: Backbone, encode) -> int:
-    """How many blocks' states there are at most while a batch is encoded, whenever another block begins."""
+    """Return the most blocks' states that are in memory, at the start of any block, while a batch is encoded."""
     alive: list[weakref.ref] = []
     counts = []
 
@@ -98,14 +98,14 @@ def test_no_state_outlives_the_block_that_reads_it(tmp_path):
     both = load_backbones([view(folder), view(folder, pooling="last")], shared=True)
     assert most_alive(both[0], lambda inputs: both[0].encode_views(both, inputs)) == 1
     backbone = load_backbone(view(folder))
-    assert most_alive(backbone, backbone._hidden_states) == 11  # as they are reported: all of them
+    assert most_alive(backbone, backbone._hidden_states) == 11  # all states, as Hugging Face reports them
 
 
 @pytest.mark.parametrize(
     ("source", "family"), [("title", "llama"), ("title", "bert"), ("title", "clip"), ("image", "vit")]
 )
 def test_outputs_that_a_checkpoint_asks_for_are_not_made(built, tmp_path, source, family):
-    """Its configuration may have them on, as that of many a published encoder has: they would all stay in memory."""
+    """The configuration of many published encoders asks for outputs that would all stay in memory."""
     folder = shutil.copytree(built(source, family), tmp_path / "asking")
     config = json.loads((folder / "config.json").read_text())
     asked = {"output_hidden_states": True, "output_attentions": True, "return_dict": False}
@@ -141,7 +141,7 @@ def test_encoding_leaves_no_hooks(built):
 
 
 class Scaled(nn.Module):
-    """A state that no module makes goes into the one block; another one never leaves it."""
+    """A model whose block reads a state that no module computes, and that computes another one outside of modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def test_places_are_before_and_behind_modules():
 
 
 class Remembers(Scaled):
-    """Leaves something of a batch in itself."""
+    """A model that stores something of a batch in an attribute."""
 
     def __init__(self, left: Callable[[torch.Tensor], object]) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ def test_an_encoder_that_keeps_a_batchs_states_takes_batches_whole(tmp_path, thr
 
 
 def test_threads_read_what_they_run_themselves():
-    """All are within the model at once, and each runs it twice."""
+    """All threads are inside the model at the same time, and each runs it twice."""
     model, together, x = Scaled(), threading.Barrier(4, timeout=60), torch.ones(2, 3)
     places = find_places(model, lambda: model(x), [3 * x, model.block(3 * x)])
 
@@ -225,8 +225,10 @@ def test_threads_read_what_they_run_themselves():
         return [read(lambda: model(number * x), [lambda state: state + number] * 2) for _ in range(2)]
 
     with reading(places) as read, ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(states, range(4)))
-    for number, both in enumerate(found):
-        for given, made in both:
+        states_by_thread = list(pool.map(states, range(4)))
+    for number, both in enumerate(states_by_thread):
+        for block_input, block_output in both:
             inside = 3.0 * number * x
-            assert torch.equal(given, inside + number) and torch.equal(made, model.block.forward(inside) + number)
+            assert torch.equal(block_input, inside + number) and torch.equal(
+                block_output, model.block.forward(inside) + number
+            )

@@ -1,4 +1,4 @@
-"""Loading: the cache before the hub, silence, missing weights, and folders that hold no encoder."""
+"""Check loading: the cache comes before the hub, nothing is printed, and unusable folders and weights are refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_hub_name_that_is_not_cached_is_named():
 
 
 def test_the_cache_is_asked_before_the_hub(tmp_path):
-    """Without a network the hub answers after minutes of trying again."""
+    """Without a network, a request to the hub fails only after minutes."""
     asked = []
 
     def load(encoder: str, local_files_only: bool) -> str:
@@ -73,7 +73,7 @@ def test_loading_says_nothing_and_leaves_logging_as_it_was(built, capfd):
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(built, tmp_path):
-    """Four blocks in the checkpoint, five in the configuration: the fifth would be random."""
+    """The checkpoint has four blocks and the configuration five, so the fifth would be random."""
     folder = shutil.copytree(built("title", "bert"), tmp_path / "bert")
     config = hf.AutoConfig.from_pretrained(folder)
     config.num_hidden_layers = 5

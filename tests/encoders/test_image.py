@@ -1,4 +1,4 @@
-"""Tiny vision encoders of every family against a loop over single images; pixels, poolings, bytes."""
+"""Check tiny vision encoders of every family against a loop over single images: pixels, poolings, bytes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_images_equal_a_loop_over_single_ones(built, family):
 
 
 def test_pixels_are_those_of_pillow(built):
-    """Resized by Pillow with the processor's own filter, scaled to 0..1, normalised: torchvision would differ."""
+    """Pillow resizes with the processor's filter, then values are scaled to 0..1 and normalised."""
     backbone = load_backbone(view(built("image", "vit"), "image"))
     for picture in pictures():
         resized = np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR), dtype=np.float32)
@@ -80,6 +80,6 @@ def test_patches_that_are_dropped_at_random_are_refused(tmp_path):
 def test_the_image_processor_counts_and_its_backend_is_recorded(built, tmp_path):
     described = load_backbone(view(built("image", "vit"), "image")).describe()
     assert described["processor_backend"] == "pil"
-    other = shutil.copytree(built("image", "vit"), tmp_path / "vit")
-    hf.ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.1] * 3).save_pretrained(other)
-    assert differing(load_backbone(view(other, "image")).describe(), described) == {"encoder", "processor"}
+    other_processor = shutil.copytree(built("image", "vit"), tmp_path / "vit")
+    hf.ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.1] * 3).save_pretrained(other_processor)
+    assert differing(load_backbone(view(other_processor, "image")).describe(), described) == {"encoder", "processor"}

@@ -1,4 +1,4 @@
-"""Images kept as bytes give the pixel values of the encoder's own processor, or have no byte form."""
+"""Check that images kept as bytes give the processor's pixel values, or have no byte form."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def looks_around(processor, images, return_tensors, **options):
     return {"pixel_values": values if options else values - values.mean()}
 
 
-@pytest.mark.parametrize("other", [ignores_options, refuses_options, looks_around])
-def test_images_of_processors_that_do_more_have_no_byte_form(built, other):
+@pytest.mark.parametrize("change_processor", [ignores_options, refuses_options, looks_around])
+def test_images_of_processors_that_do_more_have_no_byte_form(built, change_processor):
     backbone = load_backbone(view(built("image", "vit"), "image"))
-    backbone.processor = functools.partial(other, backbone.processor)
+    backbone.processor = functools.partial(change_processor, backbone.processor)
     assert backbone.byte_form() is None

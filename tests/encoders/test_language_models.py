@@ -1,4 +1,4 @@
-"""Decoder-only language models as text encoders: pooling, padding, layers by list, and how they are loaded."""
+"""Check decoder-only language models as text encoders: pooling, padding, layers by list, and loading."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from iisan_fast.states.store import Store
 
 WINDOW = {"sliding_window": 3}  # of some layers
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
-MORE = {  # families whose like `test_backbones` does not have, and their tokenizers' styles
+MORE = {  # more families, and the styles of their tokenizers
     "mixtral": (lambda: hf.MixtralModel(hf.MixtralConfig(**LLM, num_local_experts=4)), "bos"),
     "gemma2": (lambda: hf.Gemma2Model(hf.Gemma2Config(**LLM, **WINDOW)), "bos"),
     "gemma3": (lambda: hf.Gemma3TextModel(hf.Gemma3TextConfig(**LLM, **WINDOW)), "bos"),
@@ -32,7 +32,7 @@ MORE = {  # families whose like `test_backbones` does not have, and their tokeni
         "bytes",
     ),
 }
-CHECKPOINTS = {  # how to build one, and what of it is the language model
+CHECKPOINTS = {  # how to build a checkpoint, and the attribute that is its language model
     "llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLM)), "model"),
     "mistral": (lambda: hf.MistralForCausalLM(hf.MistralConfig(**LLM)), "model"),
     "mixtral": (lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**LLM, num_local_experts=4)), "model"),
@@ -53,7 +53,7 @@ CHECKPOINTS = {  # how to build one, and what of it is the language model
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
-    """The folder of a family's tiny model, built once."""
+    """Return a function that gives the folder of a family's tiny model, built once."""
     root = tmp_path_factory.mktemp("language")
 
     def folder(family: str) -> Path:
@@ -69,7 +69,7 @@ def families(tmp_path_factory):
 @pytest.mark.parametrize("family", MORE)
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_titles_equal_a_loop_over_single_unpadded_ones(families, family, pooling):
-    """Whatever a batch is made of: in order, backwards, and alone."""
+    """The order and the other titles of a batch have no effect."""
     backbone = load_backbone(view(families(family), pooling=pooling, max_tokens=12))
     expected = texts_one_by_one(families(family), TITLES, pooling, (0, 2, 4))
     together = backbone.encode(backbone.prepare(TITLES))
@@ -83,8 +83,8 @@ def test_titles_equal_a_loop_over_single_unpadded_ones(families, family, pooling
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma"])
 def test_padding_of_the_tokenizer_does_not_count(built, tmp_path, family):
-    """On the left, on the right, or with no padding token at all: the states are the same."""
-    found = []
+    """The states are the same for a tokenizer that pads left or right, or that has no padding token."""
+    all_states = []
     for side, token in (("left", "[PAD]"), ("right", "[PAD]"), ("left", None)):
         raw = tokenizer(TEXT[family][1])
         raw.padding_side, raw.pad_token = side, token
@@ -98,23 +98,23 @@ def test_padding_of_the_tokenizer_does_not_count(built, tmp_path, family):
         for pooling in ("mean", "last"):
             backbone = load_backbone(view(folder, pooling=pooling, max_tokens=12))
             assert (backbone.processor.padding_side, backbone.processor.pad_token) == (side, token)
-            found.append(backbone.encode(backbone.prepare(TITLES)))
-    for mean, last in zip(found[2::2], found[3::2]):
-        torch.testing.assert_close(mean, found[0])
-        torch.testing.assert_close(last, found[1])
+            all_states.append(backbone.encode(backbone.prepare(TITLES)))
+    for mean, last in zip(all_states[2::2], all_states[3::2]):
+        torch.testing.assert_close(mean, all_states[0])
+        torch.testing.assert_close(last, all_states[1])
 
 
 def test_layers_by_list_where_no_even_groups_give_them(tmp_path):
-    """As published for the 32 blocks of LLaMA-7B, each the very state of the whole."""
+    """The lists are those published for the 32 blocks of LLaMA-7B."""
     layers = (2, 8, 14, 20, 26, 32)
     folder = save(hf.LlamaModel(hf.LlamaConfig(**LLM | {"num_hidden_layers": 32})), tmp_path / "llama", None, "bare")
     whole = load_backbone(view(folder, layers=tuple(range(33))))
-    some = load_backbone(view(folder, layers=layers))
-    assert some.describe()["layers"] == list(layers) and some.depth == 33
+    partial = load_backbone(view(folder, layers=layers))
+    assert partial.describe()["layers"] == list(layers) and partial.depth == 33
     inputs = whole.prepare(TITLES)
-    assert torch.equal(some.encode(inputs), whole.encode(inputs)[:, layers])
-    for groups, kept in ((4, (0, 8, 16, 24, 32)), (6, (0, 5, 10, 16, 21, 26, 32)), (32, tuple(range(33)))):
-        assert load_backbone(view(folder, layer_groups=groups)).layers == kept
+    assert torch.equal(partial.encode(inputs), whole.encode(inputs)[:, layers])
+    for groups, expected_layers in ((4, (0, 8, 16, 24, 32)), (6, (0, 5, 10, 16, 21, 26, 32)), (32, tuple(range(33)))):
+        assert load_backbone(view(folder, layer_groups=groups)).layers == expected_layers
     assert "layer_groups: expected 1 to 32, the encoder's blocks, found 33" in refusal(folder, layer_groups=33)
     assert "within 0..32, found 2,8,33" in refusal(folder, layers=(2, 8, 33))
     assert "within 0..32, found 8,2" in refusal(folder, layers=(8, 2))
@@ -122,7 +122,7 @@ def test_layers_by_list_where_no_even_groups_give_them(tmp_path):
 
 @pytest.mark.parametrize("changes", [{"layers": (8, 2)}, {"layers": (2, 5)}, {"layers": (-1, 2)}, {"layer_groups": 5}])
 def test_layers_that_are_not_there_are_refused_before_weights_are_read(built, tmp_path, changes):
-    """Those of a large model take minutes."""
+    """Reading the weights of a large model takes minutes."""
     folder = shutil.copytree(built("title", "llama"), tmp_path / "llama")
     (folder / "model.safetensors").unlink()
     assert "expected" in refusal(folder, **changes) and "within 0..4" in refusal(folder, layers=(2, 5))
@@ -131,15 +131,15 @@ def test_layers_that_are_not_there_are_refused_before_weights_are_read(built, tm
 
 @pytest.mark.parametrize("family", CHECKPOINTS)
 def test_a_checkpoint_with_a_head_or_a_vision_tower_gives_its_language_models_states(tmp_path, family):
-    """As they are published: for generation, with other names of weights, or beside an encoder of images."""
+    """Such checkpoints are published for generation: weights have other names, or an image encoder comes with them."""
     torch.manual_seed(0)
     build, part = CHECKPOINTS[family]
     model = build().eval()
     folder = save(model, tmp_path / "encoder", None, "bos")
     backbone = load_backbone(view(folder, layers=(0, 1, 2, 3, 4), max_tokens=12))
     assert backbone.final_state == "normalised" and backbone.pooling == "mean"
-    language, found = getattr(model, part), backbone.encode(backbone.prepare(TITLES))
-    for title, states in zip(TITLES, found):
+    language, encoded = getattr(model, part), backbone.encode(backbone.prepare(TITLES))
+    for title, states in zip(TITLES, encoded):
         ids = backbone.prepare([title])["input_ids"]
         with torch.inference_mode():
             expected = language(input_ids=ids, output_hidden_states=True).hidden_states
@@ -148,8 +148,8 @@ def test_a_checkpoint_with_a_head_or_a_vision_tower_gives_its_language_models_st
 
 
 def test_a_dtype_among_the_options_is_the_encoders():
-    given = ViewConfig("v", "title", "e", options={"dtype": "bfloat16", "max_memory": None})
-    assert given == ViewConfig("v", "title", "e", encoder_dtype="bfloat16", options={"max_memory": None})
+    configured = ViewConfig("v", "title", "e", options={"dtype": "bfloat16", "max_memory": None})
+    assert configured == ViewConfig("v", "title", "e", encoder_dtype="bfloat16", options={"max_memory": None})
     with pytest.raises(InputError, match="encoder_dtype, options.dtype: found float16 and bfloat16; give one of them"):
         ViewConfig("v", "title", "e", encoder_dtype="float16", options={"dtype": "bfloat16"})
     with pytest.raises(InputError, match="options.dtype: expected one of auto, float32"):
@@ -157,7 +157,7 @@ def test_a_dtype_among_the_options_is_the_encoders():
 
 
 def test_options_reach_hugging_face_and_count_as_settings(built, tmp_path, monkeypatch, catalogue):
-    """Here what quantization would be: any option that changes states; the likes of a device map do not."""
+    """An option that changes states, such as quantization, counts; a device map does not."""
     passed, real = [], hugging_face.load_model
 
     def load(encoder, config, kind, options):
@@ -186,7 +186,7 @@ def test_quantization_without_its_library_says_what_to_install(built):
 
 
 def test_gpus_of_max_memory_have_their_numbers(built, monkeypatch):
-    """As JSON they come in as text, which Hugging Face takes for no device."""
+    """JSON keys are text, which Hugging Face does not accept as the number of a GPU."""
     passed, real = {}, hf.LlamaModel.from_pretrained
 
     def load(*arguments, **options):
@@ -216,7 +216,7 @@ def test_a_device_map_places_the_encoder(built, device_map, monkeypatch):
 
 
 def test_an_encoder_partly_on_disk_gives_the_same_states(built, tmp_path):
-    """Hugging Face brings each block's weights as it is called: states are read all the same."""
+    """Hugging Face loads the weights of a block when the block is called."""
     pytest.importorskip("accelerate")
     folder = built("title", "llama")
     names = ["embed_tokens", *(f"layers.{i}" for i in range(4)), "norm", "rotary_emb"]

@@ -1,4 +1,4 @@
-"""Layers that a view keeps: the default, groups, and lists that are refused."""
+"""Check the layers that a view selects: the default, groups, and lists that are refused."""
 
 from __future__ import annotations
 

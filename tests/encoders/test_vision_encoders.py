@@ -1,4 +1,4 @@
-"""Vision encoders beyond the plain ViT: large ones with gates, rotations and registers, and Swin by its last stage."""
+"""Check other vision encoders than the plain ViT: with gates, rotations or registers, and Swin by its last stage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from iisan_fast.states.feature_table import load_table
 SIZES = {"image_size": 32, "patch_size": 4, "embed_dim": 8}
 STAGES = {**SIZES, "window_size": 2, "depths": [1, 1, 2], "num_heads": [2, 2, 2]}
 REGISTERS = {"num_register_tokens": 3}
-# Family: its tiny model, and how many tokens stand before the patches.
+# Family: its tiny model, and the number of tokens before the patches.
 PLAIN: dict[str, tuple[Callable[[], hf.PreTrainedModel], int]] = {
     "dinov2, gated": (lambda: hf.Dinov2Model(hf.Dinov2Config(**VISION, use_swiglu_ffn=True)), 1),
     "dinov3, gated": (lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**VISION, **REGISTERS, use_gated_mlp=True)), 4),
@@ -68,13 +68,13 @@ def test_images_equal_a_loop_over_single_ones(tmp_path, family):
 
 
 def test_an_encoder_that_keeps_what_it_made_can_still_be_trained(tmp_path):
-    """BEiT keeps the index of its relative positions from the first time that it is run, which is loading's."""
+    """BEiT stores the index of its relative positions at its first run, which is in loading."""
     backbone = load_backbone(view(saved(PLAIN["beit"][0], tmp_path / "beit"), "image"))
     inputs = backbone.prepare(pictures())
     assert not backbone.encode(inputs).requires_grad
     backbone.model.requires_grad_(True)
     backbone.final(inputs).square().sum().backward()
-    tables = [each.grad for name, each in backbone.model.named_parameters() if "relative_position_bias" in name]
+    tables = [table.grad for name, table in backbone.model.named_parameters() if "relative_position_bias" in name]
     assert len(tables) == 4 and all(gradient.any() for gradient in tables)
 
 
@@ -85,7 +85,7 @@ def test_the_class_token_of_a_pooling_head_is_none_of_the_tokens(tmp_path):
 
 @pytest.mark.parametrize("family", STAGED)
 def test_of_stages_the_last_one_is_kept(tmp_path, family):
-    """What goes into it and what comes out of it, by their numbers among all; each the mean of four merged patches."""
+    """The last stage has an input and outputs, numbered among all states. A state is of four merged patches."""
     folder = saved(STAGED[family], tmp_path / "encoder")
     backbone = load_backbone(view(folder, "image"))
     assert (backbone.depth, backbone.width, backbone.layers) == (4, 32, (2, 3))
@@ -126,7 +126,7 @@ def test_a_class_token_of_the_last_stage_stands_before_its_patches(tmp_path):
 
 
 def test_encoders_that_give_no_tokens_are_refused(tmp_path):
-    """Maps of features, masks beside the pixels, and EVA's own weights, which another library has the model for."""
+    """They give feature maps, take masks beside the pixels, or have weights for another library (EVA)."""
     convnext = hf.ConvNextModel(hf.ConvNextConfig(num_stages=2, hidden_sizes=[8, 16], depths=[1, 1]))
     message = refusal(saved(lambda: convnext, tmp_path / "convnext"), "image")
     assert "hidden states: expected one shape (items, tokens, width), found [(1, 16," in message

@@ -1,4 +1,4 @@
-"""Kept bytes against sums by hand, and plans at their edges."""
+"""Check the bytes of activations against sums by hand, and plans at their limits."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_of_a_checkpoint_the_inputs_alone_are_kept():
     model, x = nn.Sequential(nn.Linear(8, 30), nn.ReLU(), nn.Linear(30, 2)), torch.randn(5, 8)
     whole = activation_bytes(lambda: model(x), model.parameters())
     assert whole == 5 * (8 + 30) * FLOAT
-    kept = activation_bytes(lambda: checkpoint(model, x, use_reentrant=False), model.parameters())
-    assert kept == 5 * 8 * FLOAT
+    stored_bytes = activation_bytes(lambda: checkpoint(model, x, use_reentrant=False), model.parameters())
+    assert stored_bytes == 5 * 8 * FLOAT
 
 
 def test_without_a_device_the_bytes_are_the_same():

@@ -1,4 +1,4 @@
-"""Heads on final states and vectors by item number, by hand."""
+"""Check heads on final states, and vectors by item number, against computation by hand."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ D = 8
 
 def test_heads_by_hand():
     heads, states = FinalHeads([6, 4], D), [torch.randn(3, 6), torch.randn(3, 4)]
-    each = [torch.nn.functional.gelu(x @ head[0].weight.T + head[0].bias) for head, x in zip(heads.views, states)]
-    expected = torch.cat(each, dim=1) @ heads.fusion.weight.T + heads.fusion.bias
+    outputs = [torch.nn.functional.gelu(x @ head[0].weight.T + head[0].bias) for head, x in zip(heads.views, states)]
+    expected = torch.cat(outputs, dim=1) @ heads.fusion.weight.T + heads.fusion.bias
     torch.testing.assert_close(heads(states), expected)
     assert FinalHeads([6], D).fusion.weight.shape == (D, D)
 

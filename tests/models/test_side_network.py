@@ -1,4 +1,4 @@
-"""The side network and its heads: published parameter counts, and views that cannot be joined."""
+"""Check the side network and its heads: published parameter counts, and views that cannot be joined."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def test_parameter_counts_follow_the_formula():
 
 @pytest.mark.parametrize("depths", [(2, 6), (6, 2), (5, 3), (3, 5), (4, 4)])
 @pytest.mark.parametrize("widths", [(48, 32), (32, 48), (32, 32)])
-@pytest.mark.parametrize("own", [{}, {"first": 24}, {"first": 24, "second": 12, "inter": 4}], ids=str)
-def test_parameter_counts_of_views_of_any_depth_width_and_bottleneck(depths, widths, own):
+@pytest.mark.parametrize("bottlenecks", [{}, {"first": 24}, {"first": 24, "second": 12, "inter": 4}], ids=str)
+def test_parameter_counts_of_views_of_any_depth_width_and_bottleneck(depths, widths, bottlenecks):
     d, views = 64, list(zip(depths, widths))
     paired, narrow, wide = min(depths), min(widths), max(widths)
     towers = {"first": views[0], "second": views[1], "inter": (paired, narrow)}
-    expected = sum(tower(*shape, own.get(name, 16)) for name, shape in towers.items())
+    expected = sum(tower(*shape, bottlenecks.get(name, 16)) for name, shape in towers.items())
     expected += sum((width + 1) * d + (d + 1) * d for width in widths)  # intra heads
     expected += (narrow + 1) * narrow + (narrow + 1) * d + (3 * d + 1) * d + SASREC
     expected += paired * (wide + 1) * narrow if wide > narrow else 0  # alignment
-    assert count(build(views, method="iisan-versa", bottleneck=16, bottlenecks=own)) == expected
+    assert count(build(views, method="iisan-versa", bottleneck=16, bottlenecks=bottlenecks)) == expected
 
 
 @pytest.mark.parametrize("depths", [(2, 6), (6, 2), (5, 3)])
@@ -69,20 +69,20 @@ def test_layers_pair_from_the_last_one_backwards(depths, widths):
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
-        for name in ("first", "second"):  # the intra towers fall silent
+        for name in ("first", "second"):  # the intra towers give zero
             encoder.heads.get_submodule(name)[0].weight.zero_()
     states = [torch.randn(3, layers, width) for layers, width in zip(depths, widths)]
-    before = encoder([States(each) for each in states])
+    before = encoder([States(table) for table in states])
     deep, unpaired = depths.index(max(depths)), max(depths) - min(depths)
     for layer in range(max(depths)):
-        changed = [each.clone() for each in states]
+        changed = [table.clone() for table in states]
         changed[deep][:, layer] += 1
-        same = torch.equal(encoder([States(each) for each in changed]), before)
-        assert same == (layer < unpaired)
+        unchanged = torch.equal(encoder([States(table) for table in changed]), before)
+        assert unchanged == (layer < unpaired)
 
 
 def test_towers_of_their_own_bottleneck_have_the_counts_of_their_formulas():
-    """As published for MicroLens: 512 within the image's tower, 64 elsewhere."""
+    """The bottlenecks are published for MicroLens: 512 in the image tower, 64 in the others."""
     whole, towers = 4_113_877, tower(7, 768, 512) - tower(7, 768)
     assert count(build([(7, 768)] * 2, bottlenecks={"first": 512})) == whole + towers
     assert count(build([(7, 768)] * 2, bottleneck=8, bottlenecks={name: 64 for name in TOWERS})) == whole

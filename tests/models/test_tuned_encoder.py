@@ -1,4 +1,4 @@
-"""Pretrained encoders in training: gradients of split batches against whole ones, and memory plans."""
+"""Check pretrained encoders in training: gradients of split batches against whole ones, and memory plans."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def seeded():
 
 @pytest.fixture
 def encoder(tmp_path):
-    """Loads a family's tiny encoder, fresh each time."""
+    """Load a family's tiny encoder, which no other test has changed."""
 
     def load(kind: str, family: str, **settings) -> Backbone:
         folder = tmp_path / f"{kind}-{family}"
@@ -64,13 +64,13 @@ def doubled(backbone: Backbone) -> Backbone:
 
 
 def whole(encoders: list[Backbone]) -> list[Chunks]:
-    """Five items with a picture and a title."""
+    """Return the inputs of five items with a picture and a title."""
     images = [pictures()[i % 3] for i in range(ITEMS)]
     return [Chunks([encoders[0].prepare(images)]), Chunks([encoders[1].prepare(TITLES)])]
 
 
 def split(encoders: list[Backbone]) -> list[Chunks]:
-    """The same: pictures in order, two at a time, and titles the longest first, so that padding differs too."""
+    """Return the inputs of the same items in parts: pictures in order, two at a time; titles by falling length."""
     images = [pictures()[i % 3] for i in range(ITEMS)]
     parts = [encoders[0].prepare(images[start : start + 2]) for start in range(0, ITEMS, 2)]
     longest_first = sorted(range(ITEMS), key=lambda item: -len(TITLES[item].split()))
@@ -81,7 +81,7 @@ def split(encoders: list[Backbone]) -> list[Chunks]:
 
 
 def in_batch_loss(vectors: Tensor) -> Tensor:
-    """Every item is a negative of every other: no part's gradient is its own affair."""
+    """Compute a loss in which every item is a negative of every other, so that each part's gradient needs all parts."""
     scores = vectors @ vectors.flip(0).T
     return (scores.logsumexp(dim=1) - scores.diagonal()).mean()
 
@@ -100,8 +100,8 @@ def test_a_split_batch_has_the_gradients_of_the_whole_one(encoder, method):
     assert method == "frozen" or all(gradient.isfinite().all() for gradient in expected)
     for recompute in (False, True):
         tuned.recompute = recompute
-        found, parts = gradients(tuned, split(encoders))
-        torch.testing.assert_close(found, loss, rtol=1e-12, atol=1e-12)
+        split_loss, parts = gradients(tuned, split(encoders))
+        torch.testing.assert_close(split_loss, loss, rtol=1e-12, atol=1e-12)
         for gradient, exact in zip(parts, expected):
             torch.testing.assert_close(gradient, exact, rtol=1e-10, atol=1e-12)
 
@@ -113,8 +113,8 @@ def test_checkpointed_blocks_within_recomputed_parts(encoder):
     both = TunedItemEncoder(encoders, "full", D, checkpointing=True).double()
     both.load_state_dict(plain.state_dict())
     both.recompute = True
-    found, parts = gradients(both, split(encoders))
-    torch.testing.assert_close(found, loss, rtol=1e-12, atol=1e-12)
+    split_loss, parts = gradients(both, split(encoders))
+    torch.testing.assert_close(split_loss, loss, rtol=1e-12, atol=1e-12)
     for gradient, exact in zip(parts, expected):
         torch.testing.assert_close(gradient, exact, rtol=1e-10, atol=1e-12)
 
@@ -122,7 +122,7 @@ def test_checkpointed_blocks_within_recomputed_parts(encoder):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_bfloat16_products_with_weights_in_float32(encoder, method, checkpointing):
-    """The parts share the weights' copies, which a part that is computed again makes anew."""
+    """The parts share the bfloat16 copies of the weights; a part that is computed again makes new ones."""
     encoders = [encoder("image", "vit"), encoder("title", "bert")]
     settings = {"checkpointing": checkpointing, "products": torch.bfloat16}
     tuned = TunedItemEncoder(encoders, method, D, **settings)
@@ -141,8 +141,9 @@ def test_bfloat16_products_with_weights_in_float32(encoder, method, checkpointin
     assert torch.equal(loss, again) and loss != exact
     torch.testing.assert_close(loss, exact, rtol=0.05, atol=0.05)
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(first, second))
-    found, reference = (torch.cat([gradient.flatten() for gradient in each]) for each in (first, expected))
-    assert (found - reference).norm() <= 0.1 * reference.norm()
+    result = torch.cat([gradient.flatten() for gradient in first])
+    reference = torch.cat([gradient.flatten() for gradient in expected])
+    assert (result - reference).norm() <= 0.1 * reference.norm()
 
 
 def test_encoders_have_no_dropout_in_training(encoder):

@@ -1,4 +1,4 @@
-"""Extraction: what is new or changed is encoded, bad content refused before anything is written, kills do no harm."""
+"""Check extraction: new or changed content is encoded, bad content is refused first, and a kill loses nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ IMAGE = ViewConfig("image", "image", "an encoder")
 
 @pytest.fixture
 def seen(monkeypatch) -> list:
-    """Everything that was made ready to be encoded."""
+    """Return a list that collects everything that is prepared for encoding."""
     seen: list = []
     monkeypatch.setattr(
         extraction, "load_backbones", lambda views, *_, shared: [FakeBackbone(view, seen) for view in views]
@@ -48,7 +48,7 @@ def seen(monkeypatch) -> list:
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """A dataset of six items with one-colour images."""
+    """Write a dataset of six items with one-colour images."""
     root = write_dataset_folder(tmp_path / "d", make_sequences([[1, 2, 3, 4, 5, 6]]))
     (root / "images").mkdir()
     for i in range(1, 7):
@@ -57,7 +57,7 @@ def root(tmp_path) -> Path:
 
 
 def states(root: Path, cache: Path, view: str) -> list[float]:
-    """The first number of each item's states."""
+    """Return the first number of each item's states."""
     item_ids = load_dataset(root).sequences.item_ids
     return load_table(cache, [view], item_ids, CPU).views[0][1:, 0, 0].tolist()
 
@@ -184,7 +184,7 @@ def test_an_extraction_killed_at_any_moment_resumes(tmp_path, seen):
     (root / "users.tsv").write_text(
         "".join(f"u{n}\t{' '.join(f'i{i}' for i in range(n, n + 10))}\n" for n in range(1, count, 10))
     )
-    kept, item_ids = [], load_dataset(root).sequences.item_ids
+    stored_counts, item_ids = [], load_dataset(root).sequences.item_ids
     command = [sys.executable, "-c", EXTRACTIONS, str(root), str(tmp_path / "c"), str(Path(__file__).parents[1])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as program:
         for moment in (0.0, 0.3, 0.5, 0.7):
@@ -195,18 +195,18 @@ def test_an_extraction_killed_at_any_moment_resumes(tmp_path, seen):
             assert program.stdout.readline() == "ended\n"
             if (tmp_path / "c" / "manifest.json").exists():
                 with extraction.Store(tmp_path / "c") as store:
-                    digests, others = (list(store.digests(name, item_ids)) for name in ("title", "again"))
-                assert digests == others
-                kept.append(sum(digest is not None for digest in digests))
-    assert kept == sorted(kept) and kept[-1] > 0
-    assert not any(count % 8 for count in kept)  # of a group all or nothing
-    assert run(root, tmp_path / "c", TITLE) == [(count - kept[-1], 0)]
+                    digests, again_digests = (list(store.digests(name, item_ids)) for name in ("title", "again"))
+                assert digests == again_digests
+                stored_counts.append(sum(digest is not None for digest in digests))
+    assert stored_counts == sorted(stored_counts) and stored_counts[-1] > 0
+    assert not any(count % 8 for count in stored_counts)  # a group is stored as a whole or not at all
+    assert run(root, tmp_path / "c", TITLE) == [(count - stored_counts[-1], 0)]
     assert states(root, tmp_path / "c", "title") == [sum(f"title of i{i}".encode()) for i in range(1, count + 1)]
 
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory) -> list[ViewConfig]:
-    """The demo's: real ones, which other processes can load."""
+    """Return the demo's encoders, which worker processes can load."""
     root = tmp_path_factory.mktemp("encoders")
     demo.write_image_encoder(root / "image", seed=0)
     demo.write_text_encoder(root / "text", seed=0)
@@ -215,7 +215,7 @@ def encoders(tmp_path_factory) -> list[ViewConfig]:
 
 @pytest.fixture
 def large(tmp_path) -> Path:
-    """A dataset of forty items: titles of one to twenty words, images of noise, one of them missing, one damaged."""
+    """Write a dataset of forty items: titles of one to twenty words, images of noise, one missing and one damaged."""
     return write_varied_items(tmp_path / "large")
 
 
@@ -253,7 +253,7 @@ def test_an_image_that_breaks_after_the_check_is_named_and_the_rest_is_kept(
     monkeypatch.setattr(extraction, "_plan_all", plan_and_break)
     with pytest.raises(InputError, match=r"images: item 'i11': not an image of [^\n]*$"):
         run(large, tmp_path / "c", encoders[0], workers=count)
-    assert len(entries(tmp_path / "c")) == 8  # of two batches, in one group that was not full
+    assert len(entries(tmp_path / "c")) == 8  # the items of two batches, from a group that was not full
 
 
 def test_a_worker_that_dies_is_one_line_and_no_hang():
@@ -309,7 +309,7 @@ def test_workers_take_the_cpus_that_the_encoder_leaves_idle(monkeypatch):
     ("items", "size", "expected"), [(8, 1 << 30, 3), (7, 1 << 30, 3), (10**6, 1, 5), (10**6, 96, 5)]
 )
 def test_several_batches_share_a_transaction(tmp_path, seen, monkeypatch, items, size, expected):
-    """Twenty items in batches of four, 24 bytes of states each."""
+    """Twenty items come in batches of four; the states of an item take 24 bytes."""
     root = write_dataset_folder(tmp_path / "d", make_sequences([list(range(1, 21))], max_inputs=20))
     (root / "users.tsv").write_text("".join(f"u{n}\t{' '.join(f'i{n + k}' for k in range(5))}\n" for n in range(1, 17)))
     monkeypatch.setattr(extraction, "GROUP_ITEMS", items)
@@ -347,7 +347,7 @@ def test_batches_of_like_lengths_give_the_states_of_single_titles(large, tmp_pat
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 7), st.data())
 def test_arranged_rows_come_once_and_by_length(lengths, size, data):
-    """In one go or several, each with its own tokens."""
+    """Rows may be arranged in one call or several; each keeps its tokens."""
     titles = [chr(65 + row) * length for row, length in enumerate(lengths)]
     contents = TextInputs(titles, FakeBackbone(TITLE, []))
     rows = data.draw(st.permutations(range(len(titles))))
@@ -371,7 +371,7 @@ def test_texts_without_tokens_are_refused_before_anything_is_written(root, tmp_p
 
 
 def test_inputs_are_let_go_before_their_states_are_stored():
-    """A thousand images' pixels would otherwise wait for their transaction."""
+    """Otherwise the pixels of a thousand images would stay in memory until their transaction."""
     writer = extraction._Writer(None, ["image"], torch.float32, ["a", "b"])
     batch = EncoderBatch([0, 1], [b"1", b"2"], {"pixel_values": torch.zeros(2, 3)}, blank=0)
     pixels = weakref.ref(batch.inputs["pixel_values"])

@@ -1,4 +1,4 @@
-"""The feature table: three homes with the same numbers in them, and what is refused."""
+"""Check the feature table: its three places hold the same numbers, and wrong arguments are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ each_placement = pytest.mark.parametrize("placement", HOMES)
 
 @pytest.fixture
 def whole() -> FeatureTable:
-    """Ten items' states in two views of different shapes."""
+    """Return a table of ten items' states in two views of different shapes."""
     return random_table([(2, 4), (3, 5)], len(IDS), torch.float32)
 
 
@@ -44,7 +44,7 @@ def cache(tmp_path, whole) -> Path:
 
 @pytest.fixture
 def closed(monkeypatch) -> list[Path]:
-    """The stores closed so far."""
+    """Return a list that collects the stores that are closed."""
     paths, original = [], Store.close
 
     def noted(self) -> None:
@@ -63,7 +63,7 @@ def read(table: ItemSource, items: list[int]) -> list[Tensor]:
     return [rows(view) for view in table.read(torch.tensor(items, dtype=torch.int64, device=table.index_device))]
 
 
-# What it holds
+# Content
 
 
 @each_placement
@@ -71,11 +71,13 @@ def test_every_home_gives_the_same_rows_and_zeros_for_padding(cache, whole, plac
     table = load_table(cache, ["a", "b"], IDS, CPU, placement)
     assert type(table) is HOMES[placement] and table.shapes == [(2, 4), (3, 5)] and table.rows == len(IDS) + 1
     for items in ([1, 4, 10], [10, 3, 3, 1, 0, 0], [0], []):
-        assert all(torch.equal(own, view[items]) for own, view in zip(read(table, items), whole.views, strict=True))
+        assert all(
+            torch.equal(rows_read, view[items]) for rows_read, view in zip(read(table, items), whole.views, strict=True)
+        )
     assert not any(view.any() for view in read(table, [0]))
     gathered = table.gather(torch.tensor([2, 5, 0]))
     assert len(gathered.tensors) == (0 if placement == "device" else 2)
-    assert all(torch.equal(own, view[[2, 5, 0]]) for own, view in zip(gathered.tensors, whole.views))
+    assert all(torch.equal(rows_read, view[[2, 5, 0]]) for rows_read, view in zip(gathered.tensors, whole.views))
     table.close()
 
 
@@ -84,8 +86,8 @@ def test_every_home_gives_the_same_rows_and_zeros_for_padding(cache, whole, plac
 def test_every_home_converts_alike(cache, whole, placement, dtype):
     table = load_table(cache, ["b", "a"], IDS, CPU, placement, dtype)
     assert table.shapes == [(3, 5), (2, 4)]
-    for own, view in zip(read(table, [7, 2, 0]), whole.views[::-1], strict=True):
-        assert own.dtype == dtype and torch.equal(own, view[[7, 2, 0]].to(dtype))
+    for rows_read, view in zip(read(table, [7, 2, 0]), whole.views[::-1], strict=True):
+        assert rows_read.dtype == dtype and torch.equal(rows_read, view[[7, 2, 0]].to(dtype))
     table.close()
 
 
@@ -109,11 +111,11 @@ def test_a_catalogue_is_read_in_parts(cache, whole, placement, at_once, monkeypa
     monkeypatch.setattr(feature_table, "ITEMS_AT_ONCE", at_once)
     for dtype in (None, torch.bfloat16):
         table = load_table(cache, ["a", "b"], IDS, CPU, placement, dtype)
-        for own, view in zip(table.views, whole.views, strict=True):
-            assert torch.equal(own, view.to(dtype or torch.float32))
+        for table_view, view in zip(table.views, whole.views, strict=True):
+            assert torch.equal(table_view, view.to(dtype or torch.float32))
 
 
-# Where it lies
+# Placement
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_the_size_said_is_that_of_the_tables_dtype(tmp_path, monkeypatch, caplog
         assert caplog.messages[0].startswith(f"feature table: {size} MiB, in the store's file")  # padding counted
 
 
-# What is refused, and that nothing stays open
+# Refusals, which leave nothing open
 
 
 def test_an_unknown_home_is_refused(cache):
@@ -204,16 +206,18 @@ def test_training_is_the_same_wherever_the_table_lies(tmp_path, toy_config, capl
     assert len(runs["device"]) == 2 and runs["device"] == runs["pinned"] == runs["mapped"]
     assert results[0] == results[1] == results[2]
     for name in ("best.safetensors", "last.safetensors"):
-        first, *others = (load_checkpoint(tmp_path / placement / name)[0] for placement in homes)
-        for other in others:
-            assert first.keys() == other.keys() and all(torch.equal(first[key], other[key]) for key in first)
+        first, *other_checkpoints = (load_checkpoint(tmp_path / placement / name)[0] for placement in homes)
+        for other_checkpoint in other_checkpoints:
+            assert first.keys() == other_checkpoint.keys() and all(
+                torch.equal(first[key], other_checkpoint[key]) for key in first
+            )
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_mapped_table_is_closed_at_the_end_of_training_when_nothing_reads_it(
     tmp_path, toy_config, fails, closed, monkeypatch
 ):
-    """Reading a closed store's memory would kill the process."""
+    """Reading the memory of a closed store would kill the process."""
     order, left, close, read_rows, take = [], [], MappedTable.close, MappedTable._read, Trainer.take
 
     def closing(self) -> None:

@@ -1,4 +1,4 @@
-"""Uncached reading: the same inputs wherever they lie, and of them the states, and the training, that a cache gives."""
+"""Check uncached reading: the inputs are the same in every place, and states and training are those of a cache."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def numbers(*items: int) -> Tensor:
 
 
 def in_order(chunks: Chunks, name: str, width: int = 0) -> Tensor:
-    """One input of all parts, padded to a width, in the order of the items."""
+    """Return one input of all parts, padded to a width, in the order of the items."""
     parts = [part[name] for part in chunks.parts]
     if width:
         parts = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
@@ -71,12 +71,12 @@ def in_order(chunks: Chunks, name: str, width: int = 0) -> Tensor:
 
 
 def read(chunks: Chunks) -> Tensor:
-    """A view's main input, in the order of the items."""
+    """Return a view's main input, in the order of the items."""
     return in_order(chunks, "input_ids", 32) if "input_ids" in chunks.parts[0] else in_order(chunks, "pixel_values")
 
 
 def said(caplog, module: str = "states.input_table") -> list[str]:
-    """What a module logged."""
+    """Return the messages that the module logged."""
     return [record.message for record in caplog.records if record.name == f"iisan_fast.{module}"]
 
 
@@ -95,46 +95,50 @@ def test_encoders_read_what_their_processors_make(dataset, views, placement, par
     assert torch.equal(in_order(image, "pixel_values"), read[0](pictures)["pixel_values"])
     expected = read[1]([dataset.titles[item - 1] for item in chosen])
     for name, whole in expected.items():
-        found = in_order(title, name, whole.shape[1])
-        assert found.dtype == whole.dtype and torch.equal(found, whole)
+        ordered = in_order(title, name, whole.shape[1])
+        assert ordered.dtype == whole.dtype and torch.equal(ordered, whole)
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(0, []), (1, [1]), (8, [4, 4]), (9, [3, 3, 3]), (10, [3, 3, 4])])
 def test_parts_are_as_few_and_as_equal_as_can_be_and_texts_fall_in_length(dataset, views, count, sizes):
     with closing(open_inputs(dataset, views, CPU, part_items=4)) as contents:
-        found = contents.read(torch.arange(1, count + 1))
-    for chunks in found:
+        chunks_by_view = contents.read(torch.arange(1, count + 1))
+    for chunks in chunks_by_view:
         assert [len(next(iter(part.values()))) for part in chunks.parts] == sizes
-    lengths = [part["attention_mask"].sum(dim=1) for part in found[1].parts]
-    assert [part["input_ids"].shape[1] for part in found[1].parts] == [int(own.max()) for own in lengths]
+    lengths = [part["attention_mask"].sum(dim=1) for part in chunks_by_view[1].parts]
+    assert [part["input_ids"].shape[1] for part in chunks_by_view[1].parts] == [
+        int(part_lengths.max()) for part_lengths in lengths
+    ]
     assert torch.cat([*lengths, numbers()]).diff().le(0).all()
 
 
 def test_every_home_gives_identical_inputs(dataset, views):
     items = [numbers(5, 9, 1, 44, 0, 0), torch.arange(1, ITEMS + 1), numbers(0), numbers(2)]
-    found = []
+    inputs_by_home = []
     for placement in HOMES:
         with closing(open_inputs(dataset, views, CPU, placement, part_items=8)) as contents:
-            found.append([contents.read(each) for each in items])
+            inputs_by_home.append([contents.read(numbers_of_batch) for numbers_of_batch in items])
             gathered = contents.gather(numbers(5, 9))
             assert [tensor.dtype for tensor in gathered.tensors[:-1]] == [torch.uint8] * (placement != "device")
             assert gathered.tensors[-1].dtype == torch.int32
-    for resident, *others in zip(*found):
-        for own, *same in zip(resident, *others):
-            for chunks in same:
-                assert len(chunks.parts) == len(own.parts)
-                for part, other in zip(own.parts, chunks.parts):
-                    assert part.keys() == other.keys() and all(torch.equal(part[name], other[name]) for name in part)
-                assert own.order is chunks.order is None or torch.equal(own.order, chunks.order)
+    for resident, *gathered_inputs in zip(*inputs_by_home):
+        for expected, *chunks_by_home in zip(resident, *gathered_inputs):
+            for chunks in chunks_by_home:
+                assert len(chunks.parts) == len(expected.parts)
+                for part, gathered_part in zip(expected.parts, chunks.parts):
+                    assert part.keys() == gathered_part.keys() and all(
+                        torch.equal(part[name], gathered_part[name]) for name in part
+                    )
+                assert expected.order is chunks.order is None or torch.equal(expected.order, chunks.order)
 
 
 @each_home
 def test_workers_fill_the_same_table(dataset, views, placement):
-    found = []
+    images_by_workers = []
     for workers in (0, 1):
         with closing(open_inputs(dataset, views[:1], CPU, placement, workers=workers)) as contents:
-            found.append(in_order(contents.read(torch.arange(1, ITEMS + 1))[0], "pixel_values"))
-    assert torch.equal(*found)
+            images_by_workers.append(in_order(contents.read(torch.arange(1, ITEMS + 1))[0], "pixel_values"))
+    assert torch.equal(*images_by_workers)
 
 
 def test_captions_and_two_views_of_one_source_are_read_as_titles_are(root, views):
@@ -192,14 +196,18 @@ def test_bad_images_are_all_named_before_anything_is_read(root, views, placement
 
 def test_blanks_fill_bad_images_in_every_home(root, views, caplog):
     spoil(root)
-    dataset, found = load_dataset(root), []
+    dataset, images_by_home = load_dataset(root), []
     for placement in HOMES:
         with (
             caplog.at_level(logging.INFO, logger="iisan_fast.states.input_table"),
             closing(open_inputs(dataset, views, CPU, placement, missing_images="blank")) as contents,
         ):
-            found.append(in_order(contents.read(numbers(3, 9))[0], "pixel_values"))
-    assert found[0].eq(1).all() and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+            images_by_home.append(in_order(contents.read(numbers(3, 9))[0], "pixel_values"))
+    assert (
+        images_by_home[0].eq(1).all()
+        and torch.equal(images_by_home[0], images_by_home[1])
+        and torch.equal(images_by_home[0], images_by_home[2])
+    )
     assert said(caplog) == ["view 'image': 2 of 70 images are blank"] * 2
 
 
@@ -222,18 +230,20 @@ def open_encoded(
     return EncodedTable(open_inputs(dataset, views, CPU, placement, part_items=16), torch.bfloat16, dtype)
 
 
-def in_ulps(found: Tensor, expected: Tensor) -> Tensor:
-    """How many bfloat16 numbers apart."""
+def in_ulps(states: Tensor, expected: Tensor) -> Tensor:
+    """Return how many bfloat16 numbers apart the values are."""
     places = [
-        torch.where(bits < 0, -(bits & 0x7FFF), bits) for bits in (found.view(torch.int16), expected.view(torch.int16))
+        torch.where(bits < 0, -(bits & 0x7FFF), bits) for bits in (states.view(torch.int16), expected.view(torch.int16))
     ]
     return (places[0].int() - places[1].int()).abs()
 
 
 @each_home
 def test_states_are_the_stores(dataset, views, tmp_path, placement):
-    """Within one number of the store's dtype: the last bits of a matrix product depend on how many rows it has, and so
-    a state that lies between two numbers may be rounded either way.
+    """States differ by at most one number of the store's dtype.
+
+    The last bits of a matrix product depend on its number of rows, so a value between two numbers may be rounded to
+    either.
     """
     extract(dataset, views, tmp_path / "cache", CPU, ExtractionConfig(batch_size=16))
     names = [view.name for view in views]
@@ -241,9 +251,9 @@ def test_states_are_the_stores(dataset, views, tmp_path, placement):
     with closing(open_encoded(dataset, views, placement)) as encoded:
         assert encoded.shapes == stored.shapes and encoded.rows == stored.rows == ITEMS + 1
         for items in (torch.arange(1, ITEMS + 1), numbers(9, 2, 70, 2), numbers(5)):
-            for own, whole in zip(encoded.read(items), stored.views, strict=True):
-                assert own.rows is None and own.table.dtype == torch.bfloat16
-                apart = in_ulps(own.table, whole[items])
+            for view_states, whole in zip(encoded.read(items), stored.views, strict=True):
+                assert view_states.rows is None and view_states.table.dtype == torch.bfloat16
+                apart = in_ulps(view_states.table, whole[items])
                 assert apart.max() <= 1 and apart.count_nonzero() <= 1e-3 * apart.numel()
 
 
@@ -266,8 +276,8 @@ def test_padding_is_zero_and_is_not_encoded(dataset, views, monkeypatch):
         monkeypatch.setattr(Backbone, "encode_views", counted)
         padded = encoded.read(numbers(8, 4, 6, 0, 0))
         assert counts == [3, 3]
-        for own, (states, _) in zip(whole, padded):
-            assert torch.equal(states[:3], own.table) and states.shape[0] == 5 and not states[3:].any()
+        for unpadded, (states, _) in zip(whole, padded):
+            assert torch.equal(states[:3], unpadded.table) and states.shape[0] == 5 and not states[3:].any()
         for items in (numbers(0, 0), numbers()):
             assert all(len(states) == len(items) and not states.any() for states, _ in encoded.read(items))
         assert counts == [3, 3]
@@ -277,8 +287,8 @@ def test_views_of_one_encoder_share_its_inputs_and_its_forward(dataset, views):
     image, title = views
     pooled = [title, image, replace(title, name="mean", pooling="mean", layers=(1, 2))]
     items, expected = numbers(8, 4, 66, 0), []
-    for own in pooled:
-        with closing(open_encoded(dataset, [own])) as encoded:
+    for view in pooled:
+        with closing(open_encoded(dataset, [view])) as encoded:
             expected += encoded.read(items)
     classes: list[str] = []
     with closing(open_encoded(dataset, pooled)) as encoded:
@@ -286,12 +296,12 @@ def test_views_of_one_encoder_share_its_inputs_and_its_forward(dataset, views):
         assert title_model is mean_model
         for model in (title_model, image_model):
             model.register_forward_pre_hook(lambda model, _inputs: classes.append(type(model).__name__))
-        assert len(encoded.gather(items).tensors) == 1  # the titles; the device holds the images
+        assert len(encoded.gather(items).tensors) == 1  # only the titles, because the device holds the images
         states = encoded.read(items)
         assert classes == ["BertModel", "ViTModel"]
         assert [len(inputs) for inputs in encoded.inputs.largest(2)] == [2, 1, 2]
-    for (found, _), (alone, _) in zip(states, expected, strict=True):
-        assert torch.equal(found, alone) and found[:3].any()
+    for (shared, _), (alone, _) in zip(states, expected, strict=True):
+        assert torch.equal(shared, alone) and shared[:3].any()
 
 
 def test_encoders_to_be_trained_share_nothing(dataset, views):
@@ -313,8 +323,8 @@ def batches(source: ItemSource, dataset: Dataset, padded: bool = False):
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_loader_gives_a_batchs_states(dataset, views, placement, padded):
     with closing(open_encoded(dataset, views, placement)) as encoded:
-        for count, own in enumerate(batches(encoded, dataset, padded), start=1):
-            for (states, rows), (expected, _) in zip(own.item_inputs, encoded.read(own.batch.distinct)):
+        for count, prepared in enumerate(batches(encoded, dataset, padded), start=1):
+            for (states, rows), (expected, _) in zip(prepared.item_inputs, encoded.read(prepared.batch.distinct)):
                 assert rows is None and torch.equal(states, expected)
             if count == 3:
                 break
@@ -322,9 +332,9 @@ def test_the_loader_gives_a_batchs_states(dataset, views, placement, padded):
 
 def test_the_loader_gives_a_batchs_contents(dataset, views):
     with closing(open_inputs(dataset, views, CPU, "mapped", part_items=16)) as contents:
-        own = next(batches(contents, dataset))
-        again = contents.read(own.batch.distinct)
-    assert all(torch.equal(*both) for both in zip(map(read, own.item_inputs), map(read, again)))
+        prepared = next(batches(contents, dataset))
+        again = contents.read(prepared.batch.distinct)
+    assert all(torch.equal(*both) for both in zip(map(read, prepared.item_inputs), map(read, again)))
 
 
 def test_uncached_training_follows_cached(dataset, views, tmp_path):
@@ -338,7 +348,7 @@ def test_uncached_training_follows_cached(dataset, views, tmp_path):
             popularity = np.maximum(sequences.popularity, 1e-4)
             model = side_recommender(source.shapes, config, sequences.max_inputs, popularity, seed=1).train()
             step = TrainingStep(model, dict.fromkeys(model.parameter_groups(), 1e-3), CPU)
-            losses.append([step(each.batch, each.item_inputs).item() for each in batches(source, dataset)])
+            losses.append([step(taken.batch, taken.item_inputs).item() for taken in batches(source, dataset)])
             weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     cached, uncached = losses
     assert len(cached) == 20 and cached[-1] < cached[0] - 0.1
@@ -374,9 +384,11 @@ def test_on_a_gpu_contents_are_read_without_waiting_and_states_are_near_a_cpus(d
         numbers_there = items.to(device)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            found = contents.read(numbers_there, moved)
+            gpu_inputs = contents.read(numbers_there, moved)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert all(torch.equal(own.cpu(), other) for own, other in zip(map(read, found), map(read, inputs)))
-        for own, other in zip(encoded.read(items), expected):
-            torch.testing.assert_close(own.table.float().cpu(), other.table.float(), rtol=2e-2, atol=2e-2)
+        assert all(
+            torch.equal(on_gpu.cpu(), on_cpu) for on_gpu, on_cpu in zip(map(read, gpu_inputs), map(read, inputs))
+        )
+        for on_gpu, on_cpu in zip(encoded.read(items), expected):
+            torch.testing.assert_close(on_gpu.table.float().cpu(), on_cpu.table.float(), rtol=2e-2, atol=2e-2)

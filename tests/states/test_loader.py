@@ -1,4 +1,4 @@
-"""The loader: the same batches in the same order, prepared ahead, errors as they were raised, no thread left behind."""
+"""Check the loader: batches come in order, prepared ahead; errors reach the caller, and no thread is left."""
 
 from __future__ import annotations
 
@@ -55,13 +55,15 @@ def rows(view: States) -> Tensor:
 
 def test_the_batches_come_in_order_and_as_they_are():
     batches, resident = epoch(), table()
-    found = list(prepared_batches(iter(batches), resident, CPU))
-    assert len(found) == 6 and all(own.batch is batch for own, batch in zip(found, batches, strict=True))
-    for own in found:
-        assert own.rows == len(own.batch.targets) and own.slots == own.batch.multiplicity.sum()
-        assert own.slots == own.rows + len(own.batch.users)  # each history has one row less than items
-        assert [view.table is whole for view, whole in zip(own.item_inputs, resident.views)] == [True, True]
-        assert all(view.rows is own.batch.distinct for view in own.item_inputs)
+    prepared_list = list(prepared_batches(iter(batches), resident, CPU))
+    assert len(prepared_list) == 6 and all(
+        prepared.batch is batch for prepared, batch in zip(prepared_list, batches, strict=True)
+    )
+    for prepared in prepared_list:
+        assert prepared.rows == len(prepared.batch.targets) and prepared.slots == prepared.batch.multiplicity.sum()
+        assert prepared.slots == prepared.rows + len(prepared.batch.users)  # each history has one row less than items
+        assert [view.table is whole for view, whole in zip(prepared.item_inputs, resident.views)] == [True, True]
+        assert all(view.rows is prepared.batch.distinct for view in prepared.item_inputs)
 
 
 def test_an_empty_epoch_gives_nothing():
@@ -69,7 +71,7 @@ def test_an_empty_epoch_gives_nothing():
 
 
 def test_batches_are_made_ahead_but_not_too_many(monkeypatch):
-    made, gathered, arrivals = [], [], threading.Semaphore(0)
+    drawn_steps, gathered, arrivals = [], [], threading.Semaphore(0)
     monkeypatch.setattr(loader, "TOGETHER", 2)
 
     class Counted(FeatureTable):
@@ -78,17 +80,19 @@ def test_batches_are_made_ahead_but_not_too_many(monkeypatch):
             arrivals.release()
             return super().gather(items)
 
-    stream = prepared_batches((made.append(batch.step) or batch for batch in epoch()), Counted(table().views), CPU)
-    assert not made and not threads()  # nothing before it is asked for
+    stream = prepared_batches(
+        (drawn_steps.append(batch.step) or batch for batch in epoch()), Counted(table().views), CPU
+    )
+    assert not drawn_steps and not threads()  # nothing happens before the first batch is asked for
     for taken in range(1, 7):
         next(stream)
-        assert len(gathered) <= taken + AHEAD and len(made) <= taken + AHEAD + 1
-        if taken <= 6 - AHEAD:  # the consumer stands still, and so many more are gathered
+        assert len(gathered) <= taken + AHEAD and len(drawn_steps) <= taken + AHEAD + 1
+        if taken <= 6 - AHEAD:  # the caller waits, while the loader gathers this many more
             for _ in range(1 + AHEAD if taken == 1 else 1):
                 assert arrivals.acquire(timeout=20)
             assert len(gathered) == taken + AHEAD
-            assert len(made) == (taken + AHEAD + 1) // 2 * 2  # laid out in pairs
-    assert list(stream) == [] and len(gathered) == len(made) == 6
+            assert len(drawn_steps) == (taken + AHEAD + 1) // 2 * 2  # batches are checked in pairs
+    assert list(stream) == [] and len(gathered) == len(drawn_steps) == 6
 
 
 class Broken(FeatureTable):
@@ -120,12 +124,12 @@ def broken_maker() -> Iterator[Batch]:
 )
 def test_an_error_comes_out_as_itself_and_ends_the_thread(make: Callable, source: Callable, error: Exception):
     taken = []
-    with pytest.raises(type(error)) as found:
-        for own in prepared_batches(make(), source(), CPU):
-            taken.append(own.batch.step)
-    assert type(found.value) is type(error) and str(found.value) == str(error)
+    with pytest.raises(type(error)) as raised:
+        for prepared in prepared_batches(make(), source(), CPU):
+            taken.append(prepared.batch.step)
+    assert type(raised.value) is type(error) and str(raised.value) == str(error)
     assert taken == [batch.step for batch in epoch()][: len(taken)] and len(taken) < 3
-    assert not threads()  # while the error is still at hand, and with it the frames it came through
+    assert not threads()  # also while the error, with its stack frames, still exists
 
 
 def test_an_error_of_padding_comes_out_too():
@@ -135,16 +139,16 @@ def test_an_error_of_padding_comes_out_too():
 
 def test_leaving_early_ends_the_thread_and_makes_no_more(monkeypatch):
     monkeypatch.setattr(loader, "TOGETHER", 2)
-    made = []
-    stream = prepared_batches((made.append(batch.step) or batch for batch in epoch()), table(), CPU)
+    drawn_steps = []
+    stream = prepared_batches((drawn_steps.append(batch.step) or batch for batch in epoch()), table(), CPU)
     next(stream)
     assert len(threads()) == 1
     stream.close()
-    assert not threads() and len(made) <= 2 + AHEAD
+    assert not threads() and len(drawn_steps) <= 2 + AHEAD
 
 
 def test_leaving_waits_for_the_batch_at_hand():
-    """A table may be closed once the loader is left: nothing reads it any more."""
+    """A caller may close the table after it has left the loader, because nothing reads the table then."""
     entered, release, gathered = threading.Event(), threading.Event(), []
 
     class Slow(FeatureTable):
@@ -174,32 +178,36 @@ def test_gathered_states_are_the_tables_rows(tmp_path, placement, padded):
     cache = fill_store(tmp_path / "cache", SEQUENCES.item_ids, resident, ("a", "b"))
     away = load_table(cache, ["a", "b"], SEQUENCES.item_ids, CPU, placement)
     try:
-        found = list(prepared_batches(iter(epoch()), away, CPU, SHAPE if padded else None))
+        prepared_list = list(prepared_batches(iter(epoch()), away, CPU, SHAPE if padded else None))
     finally:
         away.close()
-    assert len(found) == 6
-    for own, batch in zip(found, epoch()):
-        assert all(view.rows is None for view in own.item_inputs)
-        for view, whole in zip(own.item_inputs, resident.views, strict=True):
-            assert torch.equal(rows(view), whole[own.batch.distinct])
+    assert len(prepared_list) == 6
+    for prepared, batch in zip(prepared_list, epoch()):
+        assert all(view.rows is None for view in prepared.item_inputs)
+        for view, whole in zip(prepared.item_inputs, resident.views, strict=True):
+            assert torch.equal(rows(view), whole[prepared.batch.distinct])
             assert not rows(view)[len(batch.distinct) :].any()
 
 
 def test_batches_are_padded_and_counted_before():
     batches = epoch()
     for gathered in (table(), PinnedTable(table().views, CPU)):
-        found = list(prepared_batches(iter(batches), gathered, CPU, SHAPE))
-        assert {own.batch.shape for own in found} == {SHAPE} and len(found) == 6
-        assert [own.rows for own in found] == [len(batch.targets) for batch in batches]
-        assert [own.slots for own in found] == [batch.multiplicity.sum() for batch in batches]
-        assert all(len(rows(view)) == own.batch.shape.distinct for own in found for view in own.item_inputs)
+        prepared_list = list(prepared_batches(iter(batches), gathered, CPU, SHAPE))
+        assert {prepared.batch.shape for prepared in prepared_list} == {SHAPE} and len(prepared_list) == 6
+        assert [prepared.rows for prepared in prepared_list] == [len(batch.targets) for batch in batches]
+        assert [prepared.slots for prepared in prepared_list] == [batch.multiplicity.sum() for batch in batches]
+        assert all(
+            len(rows(view)) == prepared.batch.shape.distinct
+            for prepared in prepared_list
+            for view in prepared.item_inputs
+        )
 
 
 # Windows of packed batches
 
 
 def plan(window_batches: int = 4, first_batches: int = 2) -> RunPlan:
-    """Return a plan of six batches of four users an epoch, in windows of two and four batches unless said otherwise."""
+    """Return a plan of six batches of four users an epoch, by default in windows of two and four batches."""
     return dataclasses.replace(
         RunPlan.of(SEQUENCES, 4, seed=0), window_batches=window_batches, first_batches=first_batches
     )
@@ -224,7 +232,7 @@ def test_windows_hold_an_epochs_batches_in_order():
 
 
 def test_a_window_that_is_done_is_not_kept():
-    """However many an epoch has, there are the one at hand and, until it is replaced, the one before."""
+    """For any number of windows, memory holds the current one and, until it is replaced, the one before."""
     seen, alive = [], []
     for planned in planned_batches(plan(1, 1), 1, table(), CPU):
         seen.append(weakref.ref(planned.window))

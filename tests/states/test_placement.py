@@ -1,4 +1,4 @@
-"""Where a table goes: by the room there is, or as asked; and what the system says is free."""
+"""Check where a table is placed: by free memory or as asked, and how free memory is found."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIB, GIB = 1 << 20, 1 << 30
 
 
 def free(monkeypatch, on_device: int | None, on_host: int | None) -> None:
-    """Pretends that so many bytes are free."""
+    """Return a function that pretends that this many bytes are free."""
     monkeypatch.setattr(placement, "free_memory", lambda device: on_device if device.type == "cuda" else on_host)
 
 
@@ -74,7 +74,7 @@ def test_a_home_that_is_too_small_is_refused_if_asked_for(asked, monkeypatch):
     assert str(error.value) == message
 
 
-# What the system says is free
+# Free memory
 
 
 @pytest.mark.parametrize(

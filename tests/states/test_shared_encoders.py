@@ -1,4 +1,4 @@
-"""Several views of one encoder: it runs once for all of them, and each gets the states that it gets alone."""
+"""Check several views of one encoder: it runs once for all, and each view gets the states that it gets alone."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def large(tmp_path) -> Path:
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """A dataset of six items."""
+    """Write a dataset of six items."""
     return write_dataset_folder(tmp_path / "d", make_sequences([[1, 2, 3, 4, 5, 6]]))
 
 
 @pytest.fixture
 def texts(monkeypatch) -> list[str]:
-    """The texts that were tokenized, by views that all share a model where they may."""
+    """Return a list that collects the texts that are tokenized for views that share a model."""
     texts: list[str] = []
     model = object()
 
@@ -47,7 +47,7 @@ def texts(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def forwards(monkeypatch) -> list[str]:
-    """The class of the model at each forward from here on, of encoders that are loaded from here on."""
+    """Return a list that collects the class of the model at each forward of an encoder that is loaded later."""
     classes: list[str] = []
 
     def load(*arguments, **options):
@@ -62,10 +62,10 @@ def forwards(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def pooled(encoder_views) -> list[ViewConfig]:
-    """Two views of each encoder, of unlike poolings and layers, in an order that tears them apart."""
+    """Return two views of each encoder, with different poolings and layers; views of one encoder are not neighbours."""
     image, title = (replace(view, pooling="cls") for view in encoder_views)
-    others = [replace(view, name=f"mean {view.name}", pooling="mean", layers=(1, 2)) for view in (image, title)]
-    return [title, image, *others]
+    mean_views = [replace(view, name=f"mean {view.name}", pooling="mean", layers=(1, 2)) for view in (image, title)]
+    return [title, image, *mean_views]
 
 
 def test_views_of_one_encoder_run_it_once_and_get_the_states_that_they_get_alone(large, tmp_path, pooled, forwards):
@@ -73,8 +73,8 @@ def test_views_of_one_encoder_run_it_once_and_get_the_states_that_they_get_alone
         run(large, tmp_path / "alone", view, missing_images="blank")
     assert forwards == ["BertModel"] * 10 + ["ViTModel"] * 20 + ["BertModel"] * 10
     forwards.clear()
-    found = run(large, tmp_path / "together", *pooled, missing_images="blank")
-    assert found == [(40, 0), (40, 2), (40, 2), (40, 0)]
+    counts = run(large, tmp_path / "together", *pooled, missing_images="blank")
+    assert counts == [(40, 0), (40, 2), (40, 2), (40, 0)]
     assert forwards == ["BertModel"] * 10 + ["ViTModel"] * 10
     assert entries(tmp_path / "together") == entries(tmp_path / "alone")
     manifests = [(tmp_path / name / "manifest.json").read_text() for name in ("alone", "together")]

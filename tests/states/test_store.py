@@ -1,4 +1,4 @@
-"""The store: what is written comes back, views never mix, nothing is half there."""
+"""Check the store: written states come back, views never mix, and a write is whole or absent."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_check_knows_the_size_of_every_dtype(tmp_path, dtype):
 
 @pytest.mark.parametrize("call", ["read", "check", "digests"])
 def test_an_open_store_is_read_on_while_another_process_adds_to_it(tmp_path, call):
-    """As in training with a mapped table during an extraction into the same cache."""
+    """Training may read a mapped table while an extraction writes to the same cache."""
     table = random_table([(2, 4)], 2, torch.float32)
     fill_store(tmp_path / "c", ["a", "b"], table, ("v",))
     with Store(tmp_path / "c") as store:
@@ -187,7 +187,7 @@ def test_only_one_extraction_writes_at_a_time(tmp_path):
 
 
 def test_a_store_killed_at_birth_can_be_opened_again(tmp_path, monkeypatch):
-    """Between the manifest and the database there is nothing to lose."""
+    """Between writing the manifest and the database, the store has no states to lose."""
 
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -214,8 +214,8 @@ def test_a_table_keeps_the_layers_of_its_groups_alone(tmp_path, placement):
     with closing(load_table(cache, ["title"], item_ids, torch.device("cpu"), placement, layer_groups=2)) as table:
         assert table.shapes == [(3, 3)]
         (view,) = table.read(torch.tensor([3, 1]))
-        found = view.table if view.rows is None else view.table[view.rows]
-        assert torch.equal(found, whole.views[0][[3, 1]][:, [0, 2, 4]])
+        states = view.table if view.rows is None else view.table[view.rows]
+        assert torch.equal(states, whole.views[0][[3, 1]][:, [0, 2, 4]])
 
 
 def test_groups_whose_layers_a_cache_lacks_are_refused(tmp_path):
