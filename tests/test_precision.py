@@ -1,4 +1,4 @@
-"""The precision of a run, for each method, setting and device."""
+"""Check the precision of a run for each method, setting and device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VIEW = ViewConfig("title", "title", "encoder")
 
 
 def run_config(method: str, precision: str) -> RunConfig:
-    """A run of the method with one view, from a cache where the method can read one."""
+    """Return the configuration of a run of the method with one view, from a cache if the method can read one."""
     model, train = ModelConfig(method=method), TrainConfig(precision=precision)
     if method in STATE_METHODS:
         return RunConfig("dataset", "cache", ("title",), model=model, train=train)

@@ -104,7 +104,7 @@ def xformers_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **others: Any,
+    **arguments: Any,
 ) -> tuple[Tensor, None]:
     """Compute the attention of query [B, heads, queries, width] to key and value, as Hugging Face calls it.
 
@@ -113,7 +113,7 @@ def xformers_attention(
     Returns [B, queries, heads, width], and None in place of the weights. Raises DroppedArgumentError for any other
     argument that would change the result.
     """
-    _refuse_unknown("xformers", others, WITHOUT_EFFECT)
+    _refuse_unknown("xformers", arguments, WITHOUT_EFFECT)
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, tokens, heads, width]
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast may give rotated queries and keys in float32
     batch, queries, heads, _ = query.shape

@@ -89,9 +89,9 @@ class Backbone(ABC):
         view: may differ from this one's view in name, pooling and layers only. Raises InputError if the encoder cannot
         give the layers or the pooling.
         """
-        other = copy.copy(self)
-        other._select(view)
-        return other
+        backbone = copy.copy(self)
+        backbone._select(view)
+        return backbone
 
     @abstractmethod
     def prepare(self, contents: Sequence[Any]) -> ModelInputs:

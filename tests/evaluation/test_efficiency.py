@@ -1,4 +1,4 @@
-"""TPME against the paper's table, its edges, and parameters, bytes and times counted by hand."""
+"""Check TPME against the paper's table and at its limits, and parameters, bytes and times against counts by hand."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ METHODS = st.lists(st.tuples(*[st.floats(0, 1e12)] * 3), min_size=2, max_size=6)
 
 
 def columns(rows):
-    """(seconds, parameters, memory) by method."""
+    """Return (seconds, parameters, memory), each by method."""
     return [{method: row[index] for method, row in rows.items()} for index in range(3)]
 
 
 def table_percent(**parameters):
-    """TPME of the table's inputs in percent, with other parameter counts for some methods."""
+    """Return the TPME of the table's inputs in percent, with other parameter counts for some methods."""
     seconds, printed, memory = columns(TABLE)
     return {name: 100 * value for name, value in tpme(seconds, printed | parameters, memory).items()}
 
@@ -48,7 +48,7 @@ def test_the_printed_figure_of_bitfit_does_not_follow_from_its_printed_inputs():
 
 
 def test_two_printed_figures_need_parameters_that_were_not_rounded():
-    """The table prints 5 and 4 million; 4.96 and 4.11 give its figures to the last digit, the printed ones do not."""
+    """The table prints 5 and 4 million parameters. Its figures follow exactly from 4.96 and 4.11 million."""
     rounded = table_percent()
     assert rounded["Adapter"] == pytest.approx(71.507, abs=5e-4)
     assert rounded["IISAN cached"] == pytest.approx(0.185, abs=5e-4)
@@ -63,7 +63,7 @@ def test_two_printed_figures_need_parameters_that_were_not_rounded():
 def test_weights_settle_which_figure_counts():
     rows = {"a": (1, 30, 5), "b": (3, 10, 5.5), "c": (2, 20, 7)}
     for index, expected in enumerate([(0, 1, 0.5), (1, 0, 0.5), (0, 0.25, 1)]):
-        weights = [float(index == other) for other in range(3)]
+        weights = [float(index == figure) for figure in range(3)]
         assert tpme(*columns(rows), weights) == dict(zip("abc", expected))
     assert tpme(*columns(rows), (0.5, 0.25, 0.25)) == {"a": 0.25, "b": 0.5625, "c": 0.625}
 
@@ -78,8 +78,8 @@ def test_a_figure_that_all_share_adds_nothing():
 def test_between_the_best_and_the_worst_in_everything(figures):
     low, high = map(min, zip(*figures)), map(max, zip(*figures))
     rows = dict(enumerate([tuple(low), tuple(high), *figures]))
-    best, worst, *others = tpme(*columns(rows)).values()
-    assert best == 0 and all(0 <= each <= worst + 1e-12 for each in others) and worst <= 1 + 1e-12
+    best, worst, *between = tpme(*columns(rows)).values()
+    assert best == 0 and all(0 <= cost <= worst + 1e-12 for cost in between) and worst <= 1 + 1e-12
 
 
 @given(METHODS, st.integers(-20, 20))

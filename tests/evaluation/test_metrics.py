@@ -1,4 +1,4 @@
-"""Metrics against torchmetrics, both kinds of masking, warm and cold targets, and scores that are not finite."""
+"""Check metrics against torchmetrics, both kinds of masking, warm and cold targets, and scores that are not finite."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def random_case(users=40, items=60, seed=0):
 def torchmetrics_figures(sequences, queries, vectors, split, masked):
     library = pytest.importorskip("torchmetrics.retrieval")
     task = sequences.split(split)
-    scores = (queries @ vectors.T).exp()  # the library takes scores at or below zero for misses
+    scores = (queries @ vectors.T).exp()  # torchmetrics counts a score of at most 0 as a miss
     if masked:
         for user, history in enumerate(task.history):
             scores[user, history[history > 0] - 1] = 0
     target = torch.zeros_like(scores, dtype=torch.bool)
     target[torch.arange(len(scores)), torch.from_numpy(task.targets - 1)] = True
     reachable = torch.from_numpy(task.reachable if masked else np.ones(len(scores), bool))
-    # The library has no notion of an unreachable target, so those users enter as the misses they are.
+    # torchmetrics has no unreachable targets, so these users enter as misses.
     share = reachable.float().mean().item()
     indexes = torch.arange(len(scores))[:, None].expand_as(scores)[reachable].flatten()
     arguments = (scores[reachable].flatten(), target[reachable].flatten(), indexes)
@@ -131,5 +131,5 @@ def test_long_histories_are_ranked_in_parts_with_the_same_ranks(monkeypatch):
     parts = evaluation._parts(split)
     assert sorted(np.concatenate(parts)) == list(range(31)) and len(parts) > 3
     assert all(len(part) == 1 or len(part) * split.padded(part).shape[1] <= 100 for part in parts)
-    for found, whole in zip(evaluation.target_ranks(queries, vectors, split, config), expected):
-        np.testing.assert_array_equal(found, whole)
+    for ranks, whole in zip(evaluation.target_ranks(queries, vectors, split, config), expected):
+        np.testing.assert_array_equal(ranks, whole)

@@ -1,4 +1,4 @@
-"""The paired test against sums by hand, enumeration, and chance; users' gains against the metrics they make up."""
+"""Check the paired test against sums by hand, enumeration and chance, and users' gains against the metrics."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def p_value(differences, **options):
 
 
 def enumerated(differences):
-    """The p-value of integers, from the definition."""
+    """Compute the p-value of integers from its definition."""
     observed = abs(sum(differences))
-    sums = [sum(signs) for signs in product(*[(each, -each) for each in differences])]
-    return sum(abs(each) >= observed for each in sums) / len(sums)
+    sums = [sum(signed) for signed in product(*[(difference, -difference) for difference in differences])]
+    return sum(abs(total) >= observed for total in sums) / len(sums)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def enumerated(differences):
         ([1, 2, 3], 2 / 8),
         ([3, -1], 1),
         ([1, 1, 1, -1], 10 / 16),
-        ([1, 0, 1, 0, 1], 2 / 8),  # users without a difference say nothing
+        ([1, 0, 1, 0, 1], 2 / 8),  # users without a difference do not count
         ([0.1, 0.2, -0.3], 1),  # their sum in floating point is not 0
         ([0.1, 0.2, 0.3, -0.4], 14 / 16),
         ([1] * 12, 2 / 2**12),
@@ -83,7 +83,7 @@ def test_the_seed_settles_the_draws(monkeypatch):
     first = p_value(differences)
     assert p_value(differences) == first
     assert {p_value(differences, seed=seed) for seed in range(5)} != {first}
-    monkeypatch.setattr(significance, "ELEMENTS_AT_ONCE", 700)  # seven draws at once, and a last part of four
+    monkeypatch.setattr(significance, "ELEMENTS_AT_ONCE", 700)  # seven draws at a time, and a last part of four
     assert p_value(differences) == pytest.approx(first, abs=0.03)
 
 
@@ -99,9 +99,9 @@ def test_memory_is_bounded_by_neither_users_nor_draws():
 def test_p_is_uniform_where_nothing_differs():
     trials, users = 400, 40
     both = np.random.default_rng(0).random((trials, 2, users))
-    found = np.sort([paired_test(a, b, draws=499, seed=seed) for seed, (a, b) in enumerate(both)])
-    distance = np.abs(found - np.linspace(0, 1, trials)).max()
-    assert distance < 1.63 / trials**0.5  # Kolmogorov and Smirnov's bound, crossed once in a hundred such trials
+    p_values = np.sort([paired_test(a, b, draws=499, seed=seed) for seed, (a, b) in enumerate(both)])
+    distance = np.abs(p_values - np.linspace(0, 1, trials)).max()
+    assert distance < 1.63 / trials**0.5  # Kolmogorov and Smirnov's bound, exceeded in one of a hundred such trials
 
 
 @pytest.mark.parametrize("size", [0, 1, 13, 200])
@@ -124,9 +124,9 @@ def test_figures_that_are_no_pairs(a, b, message):
 
 
 def test_gains_by_hand():
-    found = user_gains(np.array([1, 3, 1.5, 4, np.inf]), 3)
-    assert found["hr@3"].tolist() == [1, 1, 1, 0, 0]
-    assert found["ndcg@3"].tolist() == pytest.approx([1, 0.5, 0.7564707973660301, 0, 0])
+    gains = user_gains(np.array([1, 3, 1.5, 4, np.inf]), 3)
+    assert gains["hr@3"].tolist() == [1, 1, 1, 0, 0]
+    assert gains["ndcg@3"].tolist() == pytest.approx([1, 0.5, 0.7564707973660301, 0, 0])
 
 
 @given(st.lists(st.integers(2, 100).map(lambda doubled: doubled / 2), min_size=1), st.integers(1, 50))

@@ -1,4 +1,4 @@
-"""Checkpoints hold what is trained, and nothing of an encoder's frozen weights."""
+"""Check that checkpoints hold what is trained, and no frozen weights of an encoder."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ def saved(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_frozen_weights_are_neither_saved_nor_touched():
-    model, other = partly_frozen(), partly_frozen()
+    model, loaded = partly_frozen(), partly_frozen()
     weights = saved(model)
     assert set(weights) == {"model.1.weight", "model.1.bias"}
-    frozen = other[0].weight.clone()
-    load_weights(other, {**weights, "item_vectors": torch.zeros(1)}, PATH)
-    assert torch.equal(other[1].weight, model[1].weight) and torch.equal(other[0].weight, frozen)
+    frozen = loaded[0].weight.clone()
+    load_weights(loaded, {**weights, "item_vectors": torch.zeros(1)}, PATH)
+    assert torch.equal(loaded[1].weight, model[1].weight) and torch.equal(loaded[0].weight, frozen)
 
 
 def test_adams_state_of_what_is_trained_comes_back():
-    model, other = partly_frozen(), partly_frozen()
+    model, loaded = partly_frozen(), partly_frozen()
     optimizers = [
-        torch.optim.Adam([p for p in each.parameters() if p.requires_grad], lr=0.1) for each in (model, other)
+        torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=0.1) for module in (model, loaded)
     ]
-    for each, optimizer in zip((model, other), optimizers):
-        each(torch.randn(5, 3)).square().sum().backward()
+    for module, optimizer in zip((model, loaded), optimizers):
+        module(torch.randn(5, 3)).square().sum().backward()
         optimizer.step()
     tensors = adam_tensors(model, optimizers[0])
     assert set(tensors) == {
         f"adam.{kind}.1.{name}" for kind in ("exp_avg", "exp_avg_sq", "step") for name in ("weight", "bias")
     }
-    load_adam(other, optimizers[1], tensors, PATH)
-    again = adam_tensors(other, optimizers[1])
+    load_adam(loaded, optimizers[1], tensors, PATH)
+    again = adam_tensors(loaded, optimizers[1])
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
 
@@ -80,7 +80,7 @@ def test_the_weights_of_another_model_are_refused(change, message):
 
 
 def stepped() -> tuple[nn.Sequential, torch.optim.Adam]:
-    """A model, and its optimizer after one step."""
+    """Return a model, and its optimizer after one step."""
     model = partly_frozen()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(torch.randn(5, 3)).square().sum().backward()

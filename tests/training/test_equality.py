@@ -1,4 +1,4 @@
-"""The whole training step against the independent reference, on real Scientific batches and on made-up corner cases."""
+"""Check the whole training step against the independent reference, on real Scientific batches and corner cases."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from iisan_fast.training.checkpoints import (
 )
 from iisan_fast.training.fused_step import CpuFusedStep, FusedStep, GpuFusedStep
 
-IISAN = dict(embedding_dim=32, bottleneck=8)  # the least that Triton's sequence encoder takes
+IISAN = dict(embedding_dim=32, bottleneck=8)  # the smallest sizes that Triton's sequence encoder takes
 VERSA = dict(IISAN, method="iisan-versa")
 CASES = {
     "iisan": (ModelConfig(**IISAN), [(4, 32), (4, 32)]),
@@ -68,7 +68,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def expected(scientific):
-    """(step, the reference's result) of a case, computed once for all forms."""
+    """Return a function that gives (step, the reference's result) of a case, computed once for all forms."""
 
     @functools.cache
     def of(case: str, users: int) -> tuple[Step, Result]:
@@ -79,7 +79,10 @@ def expected(scientific):
 
 
 def scientific_cases() -> list:
-    """Every form of every case at 64 users; `make test` takes some at 24 users, and few in Triton's interpreter."""
+    """List each form of each case, at 64 users.
+
+    `make test` runs only some of them, some at 24 users, and few in Triton's interpreter.
+    """
     at_64_users = ("iisan", "iisan, published sizes, narrow states", "versa, first wider and deeper")
     cases = []
     for case, form in itertools.product(CASES, FORMS):
@@ -108,7 +111,7 @@ CORNERS = {
     ],
     "one item shared by all": [[1, 2, 3, 9, 9], [1, 4, 5, 9, 9], [6, 1, 7, 9, 9]],
 }
-IN_EVERY_RUN = {  # of forms that take ten seconds each in the interpreter
+IN_EVERY_RUN = {  # of forms that take ten seconds in the interpreter
     "fused, gpu": "repeats, and the longest history",
     "fused, gpu, pinned": "one item shared by all",
 }
@@ -135,7 +138,7 @@ def test_step_equals_reference_on_corner_cases(corner, form):
 
 @pytest.fixture(scope="module")
 def published(scientific):
-    """(step, the reference's result) at published sizes, computed once for all forms of as many users."""
+    """Return a function that gives (step, the reference's result) at published sizes, computed once for all forms."""
 
     @functools.cache
     def of(count: int) -> tuple[Step, Result]:
@@ -161,7 +164,7 @@ AT_PUBLISHED_SIZES = [form for form in FORMS if FORMS[form].cases is None or tor
     [pytest.param(form, marks=pytest.mark.long) if FORMS[form].by_triton else form for form in AT_PUBLISHED_SIZES],
 )
 def test_step_at_published_sizes_on_one_real_batch(form, published):
-    """Width 768, seven layers, three towers: the 4,113,877 parameters of the paper, over the batch's own items."""
+    """Width 768, seven layers and three towers have the paper's 4,113,877 parameters."""
     step, result = published(min(8, FORMS[form].users))
     FORMS[form].check(step, result)
 
@@ -170,12 +173,12 @@ RATES = {"adapters": 1e-3, "gates": 2e-3, "heads": 3e-3, "sequence_encoder": 4e-
 
 
 def two_epochs(sequences: Sequences) -> list[list[Batch]]:
-    """Batches of five users; the last of an epoch is ragged."""
+    """Return the batches of two epochs, of five users each; the last of an epoch has fewer."""
     return [list(epoch_batches(sequences, 5, 3, epoch)) for epoch in range(2)]
 
 
 def trained_by_reference(step: Step) -> dict[str, torch.Tensor]:
-    """The weights after both epochs, by the specification and PyTorch's Adam."""
+    """Return the weights after both epochs, by the reference and PyTorch's Adam."""
     parameters, rates = first_parameters(step), rates_by_name(step, RATES)
     adam = torch.optim.Adam([{"params": [weight], "lr": rates[name]} for name, weight in parameters.items()])
     for batch in itertools.chain(*two_epochs(step.sequences)):
@@ -187,7 +190,7 @@ def trained_by_reference(step: Step) -> dict[str, torch.Tensor]:
 
 
 def saved_and_loaded(stopped: FusedStep, again: FusedStep, path: Path) -> None:
-    """Let another step go on from the checkpoint of a run that was stopped."""
+    """Save the checkpoint of a stopped run, and load it into another step."""
     model = stopped.model
     save_checkpoint(path, {**named_weights(model), **adam_tensors(model, stopped.optimizer)}, {"epoch": 1})
     tensors, _ = load_checkpoint(path)
@@ -196,7 +199,7 @@ def saved_and_loaded(stopped: FusedStep, again: FusedStep, path: Path) -> None:
 
 
 def thirteen_histories() -> Sequences:
-    """Batches of five users take three steps an epoch."""
+    """Return thirteen histories, so that an epoch is three batches of five users."""
     rng = np.random.default_rng(2)
     return make_sequences([rng.integers(1, 31, length).tolist() for length in rng.integers(4, 14, 13)], items=30)
 
@@ -226,7 +229,7 @@ def test_fused_steps_in_a_row_follow_the_reference_and_resume_exactly(case, tmp_
 
 @pytest.mark.long
 def test_fused_steps_by_triton_follow_the_reference_and_resume_exactly(tmp_path):
-    """Six steps in windows of two batches and of one; the run that goes on takes the last three."""
+    """Six steps are taken, in windows of two batches and of one; the resumed run takes the last three."""
     sequences = thirteen_histories()
     step = Step(ModelConfig(**IISAN), random_table([(2, 16)] * 2, 30), sequences, np.arange(13), step=0)
     plan = dataclasses.replace(RunPlan.of(sequences, 5, step.seed), window_batches=2, first_batches=2)
@@ -234,8 +237,8 @@ def test_fused_steps_by_triton_follow_the_reference_and_resume_exactly(tmp_path)
     start = first_parameters(step)
     take_planned_steps(whole, source, plan, epoch=0)
     saved_and_loaded(whole, resumed, tmp_path / "last.safetensors")
-    for each in (whole, resumed):
-        take_planned_steps(each, source, plan, epoch=1)
+    for fused_step in (whole, resumed):
+        take_planned_steps(fused_step, source, plan, epoch=1)
     assert whole.storage.steps == 6 and whole.read().rows == 2 * (sequences.epoch_interactions - 13)
     assert_identical(everything(resumed), everything(whole))
     trained = {name: weight.detach().double().cpu() for name, weight in named_by_reference(whole.model)}
@@ -245,7 +248,7 @@ def test_fused_steps_by_triton_follow_the_reference_and_resume_exactly(tmp_path)
 
 
 def take_planned_steps(step: GpuFusedStep, source: ItemSource, plan: RunPlan, epoch: int) -> None:
-    """Take an epoch's steps, whose windows are packed ahead."""
+    """Take the steps of an epoch, whose windows are packed ahead."""
     batches = list(planned_batches(plan, epoch, source, step.record.device))
     assert [planned.window is not None for planned in batches] == [True, False, True]
     for planned in batches:

@@ -1,4 +1,4 @@
-"""Flat storage: parameters, gradients and Adam's state are views of four buffers, and checkpoints see no difference."""
+"""Check that parameters, gradients and Adam's state are views of four buffers, and that checkpoints do not change."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_operands_of_the_parameters_dtype_are_the_parameters(dtype):
 
 
 def after_a_step(seed: int) -> tuple[Recommender, TrainingStep]:
-    """A model and its optimizer in separate memory, after one update."""
+    """Return a model and its optimizer in separate memory, after one update."""
     model = build(seed=seed)
     step = TrainingStep(model, RATES, CPU)
     for number, parameter in enumerate(model.parameters()):
@@ -131,14 +131,14 @@ def test_a_checkpoint_of_separate_memory_is_loaded_into_the_views_and_saved_agai
     path = tmp_path / "last.safetensors"
     save_checkpoint(path, {**named_weights(model), **adam_tensors(model, step.optimizer)}, {"epoch": 1})
     stored, _ = load_checkpoint(path)
-    other = build()
-    storage = FlatStorage(other, RATES)
-    load_weights(other, stored, path)
-    load_adam(other, storage, stored, path)
+    loaded = build()
+    storage = FlatStorage(loaded, RATES)
+    load_weights(loaded, stored, path)
+    load_adam(loaded, storage, stored, path)
     storage.check()
     assert storage.steps == 1 and storage.mean.any() and storage.square.any()
     assert all(state["step"] is storage.steps for state in storage.state.values())
-    again = {**named_weights(other), **adam_tensors(other, storage)}
+    again = {**named_weights(loaded), **adam_tensors(loaded, storage)}
     save_checkpoint(path, again, {"epoch": 1})
     from_views, _ = load_checkpoint(path)
     assert from_views.keys() == stored.keys()
@@ -159,14 +159,14 @@ def test_a_checkpoint_of_unequal_steps_is_refused():
 def test_copies_of_a_model_have_memory_of_their_own(again):
     model = build()
     storage = FlatStorage(model, RATES)
-    other = again(model)
-    assert all(map(torch.equal, other.parameters(), model.parameters()))
+    model_copy = again(model)
+    assert all(map(torch.equal, model_copy.parameters(), model.parameters()))
     with torch.no_grad():
-        for parameter in other.parameters():
+        for parameter in model_copy.parameters():
             parameter.fill_(7)
     storage.check()
     assert not (storage.parameters == 7).any()
-    FlatStorage(other, RATES).check()
+    FlatStorage(model_copy, RATES).check()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The fused step on a CPU beside autograd, and the models and batches that it refuses."""
+"""Check the fused step on a CPU against autograd, and the models and batches that it refuses."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ RATES = {"adapters": 1e-4, "gates": 2e-4, "heads": 3e-4, "sequence_encoder": 4e-
 
 @pytest.fixture(autouse=True)
 def nan_in_new_memory(monkeypatch) -> None:
-    """What nobody wrote to is seen."""
+    """Fill new memory with NaN, so that reading it before it is written changes results."""
     empty = StepCalls.empty
     monkeypatch.setattr(StepCalls, "empty", lambda self, *shape: empty(self, *shape).fill_(float("nan")))
 
@@ -68,7 +68,7 @@ SEQUENCES = data()
 
 
 def build(config: ModelConfig, shapes: list[tuple[int, int]], dtype: torch.dtype = torch.float64) -> Recommender:
-    """A model in training mode whose gates and biases act."""
+    """Return a model in training mode whose gates and biases are not 0."""
     popularity = np.maximum(SEQUENCES.popularity, 1e-4)
     model = side_recommender(shapes, config, SEQUENCES.max_inputs, popularity, 1).to(dtype)
     generator = torch.Generator().manual_seed(0)
@@ -78,8 +78,8 @@ def build(config: ModelConfig, shapes: list[tuple[int, int]], dtype: torch.dtype
     return model.train()
 
 
-def made(case: str = "three towers", dtype: torch.dtype = torch.float64) -> tuple[CpuFusedStep, FeatureTable]:
-    """A fused step at its first weights, and a table for it."""
+def new_step(case: str = "three towers", dtype: torch.dtype = torch.float64) -> tuple[CpuFusedStep, FeatureTable]:
+    """Return a fused step with its first weights, and a table for it."""
     config, shapes = CASES[case]
     return CpuFusedStep(build(config, shapes, dtype), RATES), random_table(shapes, ITEMS, dtype)
 
@@ -88,72 +88,73 @@ def batch(users: slice | range = range(24), step: int = 3) -> Batch:
     return make_batch(SEQUENCES, np.arange(USERS)[users], step)
 
 
-def taken(step: CpuFusedStep, own: Batch, states: list[kernels.States]) -> list[Tensor]:
-    """Copies of the loss and of the gradients of a step that is taken."""
-    loss = step(own, states)
+def taken(step: CpuFusedStep, step_batch: Batch, states: list[kernels.States]) -> list[Tensor]:
+    """Take a step, and return copies of the loss and of the gradients."""
+    loss = step(step_batch, states)
     assert not loss.requires_grad
     return [loss.clone(), *(parameter.grad.clone() for parameter in step.model.parameters())]
 
 
-def by_autograd(model: Recommender, own: Batch, states: list[kernels.States]) -> list[Tensor]:
-    loss = model.loss(own, states)
+def by_autograd(model: Recommender, step_batch: Batch, states: list[kernels.States]) -> list[Tensor]:
+    """Return the loss and the gradients by autograd."""
+    loss = model.loss(step_batch, states)
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def check(step: CpuFusedStep, own: Batch, table: FeatureTable, tolerance: float = 1e-10) -> None:
-    """The loss and each gradient of a step beside those of the single ops, compared with the reference elsewhere."""
-    states = table.read(own.distinct)
-    expected = by_autograd(step.model, own, states)
+def check(step: CpuFusedStep, step_batch: Batch, table: FeatureTable, tolerance: float = 1e-10) -> None:
+    """Compare the loss and each gradient of a step with those of the single ops, which other tests check."""
+    states = table.read(step_batch.distinct)
+    expected = by_autograd(step.model, step_batch, states)
     names = ["loss", *(name for name, _ in step.model.named_parameters())]
-    for result, like, name in zip(taken(step, own, states), expected, names, strict=True):
+    for result, like, name in zip(taken(step, step_batch, states), expected, names, strict=True):
         assert result.shape == like.shape and (result - like).norm() <= tolerance * like.norm(), name
         assert like.any(), name
 
 
-# Its numbers
+# Numbers
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_those_of_the_single_ops(case, threads):
     torch.set_num_threads(threads)
-    step, table = made(case)
+    step, table = new_step(case)
     check(step, batch(), table)
     step.model.eval()
-    check(step, batch(), table)  # nothing drops
+    check(step, batch(), table)  # no dropout
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_states_of_single_or_half_precision(kind):
-    step, _ = made(dtype=torch.float32)
+    step, _ = new_step(dtype=torch.float32)
     check(step, batch(), random_table(TWO, ITEMS, kind), tolerance=2e-6)
 
 
 @pytest.mark.parametrize("case", ["three towers", "one view, a bottleneck of no panel"])
 def test_steps_train_as_those_by_autograd(case):
-    """Batches of all sizes, by one step after the other: weights, Adam's state and the record stay together."""
+    """Batches of all sizes are taken one after the other; weights, Adam's state and the record stay close."""
     config, shapes = CASES[case]
     table = random_table(shapes, ITEMS)
-    fused, other = CpuFusedStep(build(config, shapes), RATES), TrainingStep(build(config, shapes), RATES, CPU)
+    fused, autograd_step = CpuFusedStep(build(config, shapes), RATES), TrainingStep(build(config, shapes), RATES, CPU)
     for number, users in enumerate([range(24), range(20, 23), range(60), range(2), range(30, 60)]):
-        own = batch(users, number)
-        losses = [step(own, table.read(own.distinct)).item() for step in (fused, other)]
+        step_batch = batch(users, number)
+        losses = [step(step_batch, table.read(step_batch.distinct)).item() for step in (fused, autograd_step)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-12)
-    ours, theirs = everything(fused), everything(other)
+    ours, theirs = everything(fused), everything(autograd_step)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert (ours[name] - value).norm() <= 1e-11 * value.norm(), name
-    first, second = fused.read(), other.read()
+    first, second = fused.read(), autograd_step.read()
     assert first.rows == second.rows and first.loss == pytest.approx(second.loss, rel=1e-12)
     assert fused.storage.steps == 5
 
 
 def test_numbers_repeat_in_memory_that_was_used_before():
     results = []
-    for others in ([], [range(60), range(7)]):
-        step, table = made()
+    for earlier_batches in ([], [range(60), range(7)]):
+        step, table = new_step()
         before = everything(step)
-        for users in others:  # which change the weights: they are put back
+        for users in earlier_batches:  # these steps change the weights, which are put back
             step(batch(users), table.read(batch(users).distinct))
         with torch.no_grad():
             for name, parameter in step.model.named_parameters():
@@ -166,21 +167,21 @@ def test_states_that_were_gathered_ahead_or_have_numbers_of_their_own():
     states = random_table(TWO, ITEMS).read(batch().distinct)
     ahead = [kernels.States(view.table[view.rows]) for view in states]
     numbered = [kernels.States(view.table, view.rows.clone()) for view in states]
-    expected, *others = (taken(made()[0], batch(), inputs) for inputs in (states, ahead, numbered))
-    for results in others:
+    expected, *other_results = (taken(new_step()[0], batch(), inputs) for inputs in (states, ahead, numbered))
+    for results in other_results:
         assert all(map(torch.equal, results, expected))
 
 
-# Its memory
+# Memory
 
 
 def counted(monkeypatch) -> list[weakref.ref]:
-    """The memory of each step that is made, noted when all before it is gone."""
+    """Return a list of references to each step's memory, which must be free when the next step is made."""
     steps, make = [], kernels.cpu_step
 
     def alone(*arguments) -> CpuStep:
         gc.collect()
-        assert not any(before() for before in steps)  # its memory went before there is more
+        assert not any(before() for before in steps)  # the old memory is free before more is allocated
         steps.append(weakref.ref(step := make(*arguments)))
         return step
 
@@ -189,7 +190,7 @@ def counted(monkeypatch) -> list[weakref.ref]:
 
 
 def test_memory_grows_with_batches_and_is_used_for_smaller_ones_again(monkeypatch):
-    step, table = made()
+    step, table = new_step()
     steps = counted(monkeypatch)
     for threads in (2, 3, 1):
         torch.set_num_threads(threads)
@@ -199,18 +200,18 @@ def test_memory_grows_with_batches_and_is_used_for_smaller_ones_again(monkeypatc
 
 
 def test_memory_for_many_items_and_few_rows_is_that_for_the_reverse(monkeypatch):
-    step, table = made()
+    step, table = new_step()
     steps = counted(monkeypatch)
-    own = batch(range(9))
-    shape = own.shape._replace(users=13, length=10)
-    wide, long = (own.padded(shape._replace(**more)) for more in (dict(distinct=180), dict(rows=200)))
+    nine_users = batch(range(9))
+    shape = nine_users.shape._replace(users=13, length=10)
+    wide, long = (nine_users.padded(shape._replace(**more)) for more in (dict(distinct=180), dict(rows=200)))
     for padded in (wide, long, wide, long):
         check(step, padded, table)
     assert len(steps) == 2
 
 
 def test_memory_that_was_given_back_is_taken_again(monkeypatch):
-    step, table = made()
+    step, table = new_step()
     steps = counted(monkeypatch)
     check(step, batch(), table)
     step.release()
@@ -221,43 +222,43 @@ def test_memory_that_was_given_back_is_taken_again(monkeypatch):
 
 
 def test_no_states_are_kept():
-    step, table = made()
-    own = batch()
-    states = [kernels.States(view.table[view.rows]) for view in table.read(own.distinct)]
-    kept = weakref.ref(states[0].table)
-    step(own, states)
+    step, table = new_step()
+    step_batch = batch()
+    states = [kernels.States(view.table[view.rows]) for view in table.read(step_batch.distinct)]
+    reference = weakref.ref(states[0].table)
+    step(step_batch, states)
     del states
     gc.collect()
-    assert kept() is None
+    assert reference() is None
 
 
 def test_a_graph_that_saved_a_parameter_refuses_to_go_back():
-    step, table = made()
-    own = batch()
-    loss = step.model.loss(own, table.read(own.distinct))
-    step(own, table.read(own.distinct))
+    step, table = new_step()
+    step_batch = batch()
+    loss = step.model.loss(step_batch, table.read(step_batch.distinct))
+    step(step_batch, table.read(step_batch.distinct))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-# The flag, and what is read
+# Losses that are not finite, and readings
 
 
 @pytest.mark.parametrize("first", [0, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nothing_is_updated_from_a_loss_on_that_is_not_finite(first, value):
-    step, table = made()
+    step, table = new_step()
     rows, losses = 0, 0.0
     for number in range(5):
-        own = batch(range(10 + number), number)
-        states = table.read(own.distinct)
+        step_batch = batch(range(10 + number), number)
+        states = table.read(step_batch.distinct)
         if number == first:
             before = everything(step)
             states = [kernels.States(torch.full_like(view.table, value), view.rows) for view in states]
-        loss = step(own, states).item()
+        loss = step(step_batch, states).item()
         assert np.isfinite(loss) == (number != first)
         if number < first:
-            rows, losses = rows + len(own.targets), losses + loss * len(own.targets)
+            rows, losses = rows + len(step_batch.targets), losses + loss * len(step_batch.targets)
     assert_identical(everything(step), before)
     assert step.storage.steps == first
     reading = step.read()
@@ -268,22 +269,24 @@ def test_nothing_is_updated_from_a_loss_on_that_is_not_finite(first, value):
 
 
 def test_padding_counts_no_rows():
-    step, table = made()
-    own = batch(range(9))
-    padded = own.padded(padded_shape(SEQUENCES, 12))
+    step, table = new_step()
+    nine_users = batch(range(9))
+    padded = nine_users.padded(padded_shape(SEQUENCES, 12))
     loss = step(padded, table.read(padded.distinct)).item()
-    assert step.read() == Reading(pytest.approx(loss * len(own.targets), rel=1e-12), len(own.targets), None, 0.0)
+    assert step.read() == Reading(
+        pytest.approx(loss * len(nine_users.targets), rel=1e-12), len(nine_users.targets), None, 0.0
+    )
 
 
 def test_phases_are_marked_in_order():
-    step, table = made()
+    step, table = new_step()
     seen = []
     step(batch(), table.read(batch().distinct), lambda phase: seen.append((phase, step.storage.steps.item())))
     assert seen == [("forward", 1), ("backward", 1), ("update", 1)]
 
 
 def test_what_a_mark_raises_comes_out_when_all_calls_have_ended():
-    step, table = made()
+    step, table = new_step()
 
     def fail(_: str) -> None:
         raise ZeroDivisionError
@@ -293,15 +296,16 @@ def test_what_a_mark_raises_comes_out_when_all_calls_have_ended():
     check(step, batch(), table)
 
 
-# What is refused
+# Refusals
 
 
-def changed(own: Batch, field: str, value: Callable[[Tensor], Tensor]) -> Batch:
-    return replace(own, **{field: value(getattr(own, field))})
+def changed(step_batch: Batch, field: str, value: Callable[[Tensor], Tensor]) -> Batch:
+    """Return the batch with `value` applied to one field."""
+    return replace(step_batch, **{field: value(getattr(step_batch, field))})
 
 
 def apart(tensor: Tensor) -> Tensor:
-    """The same numbers, not together."""
+    """Return the same numbers in a tensor that is not contiguous."""
     return tensor.repeat_interleave(2, dim=-1)[..., ::2]
 
 
@@ -321,27 +325,30 @@ def apart(tensor: Tensor) -> Tensor:
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused_and_trains_nothing(field, value, message):
-    step, table = made()
-    own = batch()
+    step, table = new_step()
+    step_batch = batch()
     before = everything(step)
-    for _ in range(2):  # with memory, and without
+    for _ in range(2):  # the second time, the step has memory
         with pytest.raises(ValueError, match=message):
-            step(changed(own, field, value), table.read(own.distinct))
+            step(changed(step_batch, field, value), table.read(step_batch.distinct))
         assert_identical(everything(step), before)
-        check(step, own, table)
+        check(step, step_batch, table)
         before = everything(step)
 
 
 def test_states_that_do_not_fit_are_refused():
-    step, table = made()
-    own = batch()
-    first, second = table.read(own.distinct)
+    step, table = new_step()
+    step_batch = batch()
+    first, second = table.read(step_batch.distinct)
     for states, message in (
         ([first], "expected 2 views, found 1"),
         ([first, kernels.States(second.table.float(), second.rows)], r"states\[1\]: expected .* of float64"),
         ([kernels.States(view.table.half(), view.rows) for view in (first, second)], "expected float64 or bfloat16"),
         ([first, kernels.States(second.table[:, :2], second.rows)], r"states\[1\]: expected \[\., 3, 32\]"),
-        ([first, kernels.States(second.table[: int(own.distinct.max())], second.rows)], r"states\[1\]\.rows: expected"),
+        (
+            [first, kernels.States(second.table[: int(step_batch.distinct.max())], second.rows)],
+            r"states\[1\]\.rows: expected",
+        ),
         ([first, kernels.States(second.table[:3])], r"states\[1\]: expected the \d+ items of the batch, found 3"),
         (
             [first, kernels.States(second.table.transpose(1, 2).contiguous().transpose(1, 2), second.rows)],
@@ -349,12 +356,12 @@ def test_states_that_do_not_fit_are_refused():
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            step(own, states)
-    check(step, own, table)
+            step(step_batch, states)
+    check(step, step_batch, table)
 
 
 def test_a_model_that_was_moved_is_refused():
-    step, table = made()
+    step, table = new_step()
     step.model.float()
     with pytest.raises(RuntimeError, match="left their flat storage"):
         step(batch(), table.read(batch().distinct))
@@ -401,7 +408,7 @@ def test_sequence_weights_of_another_shape_are_refused(name):
 
 
 def test_the_forms_are_reported_as_those_that_ran(monkeypatch, caplog):
-    step, table = made()
+    step, table = new_step()
     monkeypatch.setattr(dispatch, "reported", set())
     with caplog.at_level(logging.INFO):
         step(batch(), table.read(batch().distinct))

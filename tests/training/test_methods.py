@@ -1,4 +1,4 @@
-"""Every method by the same trainer: losses fall, what is frozen stays, runs go on exactly, parts change nothing."""
+"""Check every method with one trainer: losses fall, frozen weights stay, runs resume exactly, parts change nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ RATES = {"encoders": 1e-3, "adapters": 3e-3, "gates": 3e-3, "heads": 3e-3, "sequ
 def run_config(
     dataset: Path, method: str, views: list[ViewConfig] | None, cache: Path | None = None, epochs: int = 3, **encoding
 ) -> RunConfig:
-    """A small model of any method, whose encoders run in every step unless there is a cache."""
+    """Return the configuration of a small model; its encoders run in every step unless there is a cache."""
     sizes = {"bottleneck": 8} if method in (*SIDE_METHODS, "adapter") else {}
     model = ModelConfig(method, embedding_dim=16, **sizes)
     rates = {} if method == "id" else {group: RATES[group] for group in _groups(method)}
@@ -86,8 +86,8 @@ def views_of(method: str, encoder_views: list[ViewConfig], count: int) -> list[V
 def test_every_method_learns_and_is_evaluated_from_its_folder(method, count, encoder_views, small_catalogue, tmp_path):
     config = run_config(small_catalogue, method, views_of(method, encoder_views, count), epochs=6)
     result = train(config, tmp_path / "run", CPU)
-    found = losses(tmp_path / "run")
-    assert found[-1] < found[0]
+    epoch_losses = losses(tmp_path / "run")
+    assert epoch_losses[-1] < epoch_losses[0]
     assert evaluate_run(tmp_path / "run", "test", EvaluationConfig(), CPU)["test"] == result["test"]
     tensors, _ = load_checkpoint(RunFolder(tmp_path / "run").last)
     weights = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("model."))
@@ -103,16 +103,16 @@ def open_trainer(config: RunConfig):
 
 
 def take(trainer: Trainer, steps: int) -> list[float]:
-    """The losses of the first steps."""
+    """Take the first steps, and return their losses."""
     trainer.model.train()
-    found: list[float] = []
+    step_losses: list[float] = []
     for epoch in range(steps):
         with closing(trainer.batches(epoch)) as batches:
             for prepared in batches:
-                found.append(float(trainer.take(prepared)))
-                if len(found) == steps:
-                    return found
-    return found
+                step_losses.append(float(trainer.take(prepared)))
+                if len(step_losses) == steps:
+                    return step_losses
+    return step_losses
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "id"])
@@ -185,7 +185,7 @@ def all_layers(encoder_views) -> list[ViewConfig]:
 
 @pytest.fixture(scope="module")
 def cache(all_layers, small_catalogue, tmp_path_factory) -> Path:
-    """The states of every layer."""
+    """Extract the states of every layer into a cache."""
     path = tmp_path_factory.mktemp("states") / "cache"
     extract(load_dataset(small_catalogue), all_layers, path, CPU)
     return path
@@ -193,7 +193,7 @@ def cache(all_layers, small_catalogue, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain_loss(all_layers, small_catalogue, cache, tmp_path_factory) -> float:
-    """The loss of the first epoch without an ablation."""
+    """Return the loss of the first epoch without an ablation."""
     run = tmp_path_factory.mktemp("plain") / "run"
     train(run_config(small_catalogue, "iisan", all_layers, cache, epochs=1), run, CPU)
     return losses(run)[0]
@@ -204,9 +204,9 @@ def test_every_ablation_learns(change, all_layers, small_catalogue, cache, plain
     config = run_config(small_catalogue, "iisan", all_layers, cache, epochs=6)
     config = replace(config, model=replace(config.model, **change))
     result = train(config, tmp_path / "run", CPU)
-    found = losses(tmp_path / "run")
-    assert found[-1] < found[0]
-    assert found[0] != plain_loss or change == {"layer_groups": 6}
+    epoch_losses = losses(tmp_path / "run")
+    assert epoch_losses[-1] < epoch_losses[0]
+    assert epoch_losses[0] != plain_loss or change == {"layer_groups": 6}
     layers = change.get("layer_groups", 6) + 1
     if "layer_groups" in change:
         tower = layers * (2 * 64 * 8 + 8 + 64 + 1)
@@ -217,7 +217,7 @@ def test_every_ablation_learns(change, all_layers, small_catalogue, cache, plain
 
 @pytest.fixture(scope="module")
 def twelve_blocks(tmp_path_factory) -> ViewConfig:
-    """Titles through a BERT as deep as the paper's."""
+    """Extract titles through a BERT of twelve blocks, as in the paper."""
     folder, words = tmp_path_factory.mktemp("deep"), [*demo.BRANDS, *demo.MATERIALS]
     shape = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 48}
     write_bert(folder, {"max_position_embeddings": 64, **shape}, words, seed=0)
@@ -228,8 +228,8 @@ def twelve_blocks(tmp_path_factory) -> ViewConfig:
 def test_every_layerdrop_set_of_twelve_blocks_learns(groups, twelve_blocks, small_catalogue, tmp_path):
     config = run_config(small_catalogue, "iisan", [twelve_blocks], epochs=6)
     result = train(replace(config, model=replace(config.model, layer_groups=groups)), tmp_path / "run", CPU)
-    found, views = losses(tmp_path / "run"), RunFolder(tmp_path / "run").views
-    assert found[-1] < found[0]
+    epoch_losses, views = losses(tmp_path / "run"), RunFolder(tmp_path / "run").views
+    assert epoch_losses[-1] < epoch_losses[0]
     assert views["title"]["layers"] == [0, *range(12 // groups, 13, 12 // groups)]
     tower = (groups + 1) * (2 * 32 * 8 + 8 + 32 + 1)
     heads = 32 * 33 + 33 * 16 + 17 * 16
@@ -286,7 +286,7 @@ def test_layer_groups_choose_the_layers_of_encoders_that_run(groups, encoder_vie
 def test_layers_that_an_encoder_has_not_are_refused_before_any_weights_are_read(
     beyond, message, encoder_views, small_catalogue, tmp_path
 ):
-    """Those of the first view either, which could give what is asked for."""
+    """No weights are read, not even those of the first view, whose encoder has the layers."""
     image, title = encoder_views
     config = run_config(small_catalogue, "iisan-versa", [image, replace(title, **beyond)])
     weights = Path(image.encoder) / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Adam by C++ beside PyTorch's: the same updates, the same states, and PyTorch's own wherever C++ has no part."""
+"""Check Adam in C++ against PyTorch's: equal updates and states, and PyTorch's own update where C++ cannot take it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ pytestmark = pytest.mark.usefixtures("threads_given_back")
 
 @pytest.fixture
 def counted(monkeypatch) -> list[int]:
-    """The parameters of each update by C++."""
-    found: list[int] = []
-    own = AdamUpdate.__call__
-    monkeypatch.setattr(AdamUpdate, "__call__", lambda self, *rest: found.append(len(self.states)) or own(self, *rest))
-    return found
+    """Return a list of the numbers of parameters in each update by C++."""
+    counts: list[int] = []
+    update = AdamUpdate.__call__
+    monkeypatch.setattr(
+        AdamUpdate, "__call__", lambda self, *rest: counts.append(len(self.states)) or update(self, *rest)
+    )
+    return counts
 
 
 def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
@@ -33,21 +35,21 @@ def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
 
 
-def groups(own: list[nn.Parameter]) -> list[dict]:
-    return [{"params": own[:3], "lr": 1e-2}, {"params": own[3:], "lr": 3e-3}]
+def groups(weights: list[nn.Parameter]) -> list[dict]:
+    return [{"params": weights[:3], "lr": 1e-2}, {"params": weights[3:], "lr": 3e-3}]
 
 
-def give_gradients(own: list[nn.Parameter], step: int) -> None:
-    """Of steps that differ by orders of magnitude; every second one not contiguous."""
+def give_gradients(weights: list[nn.Parameter], step: int) -> None:
+    """Set gradients that differ by orders of magnitude between steps; in every second step they are not contiguous."""
     generator = torch.Generator().manual_seed(step)
-    for each in own:
-        gradient = torch.randn(each.shape, generator=generator, dtype=torch.float64) * 10.0 ** (step % 5 - 3)
+    for weight in weights:
+        gradient = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * 10.0 ** (step % 5 - 3)
         transposed = step % 2 and gradient.dim() == 2
-        each.grad = (gradient.T.contiguous().T if transposed else gradient).to(each.dtype)
+        weight.grad = (gradient.T.contiguous().T if transposed else gradient).to(weight.dtype)
 
 
-def states(optimizer: torch.optim.Adam, own: list[nn.Parameter]) -> list[Tensor]:
-    return [optimizer.state[each][kind] for each in own for kind in ("exp_avg", "exp_avg_sq", "step")]
+def states(optimizer: torch.optim.Adam, weights: list[nn.Parameter]) -> list[Tensor]:
+    return [optimizer.state[weight][kind] for weight in weights for kind in ("exp_avg", "exp_avg_sq", "step")]
 
 
 @needs_compiler
@@ -56,77 +58,81 @@ def states(optimizer: torch.optim.Adam, own: list[nn.Parameter]) -> list[Tensor]
 def test_updates_are_those_of_pytorch(dtype, tolerance, threads, counted):
     torch.set_num_threads(threads)
     ours, theirs = parameters(dtype), parameters(torch.float64)
-    own, exact = Adam(groups(ours), CPU), torch.optim.Adam(groups(theirs))
+    adam, exact = Adam(groups(ours), CPU), torch.optim.Adam(groups(theirs))
     for step in range(STEPS):
-        for each in (ours, theirs):
-            give_gradients(each, step)
-        own.step()
+        for weights in (ours, theirs):
+            give_gradients(weights, step)
+        adam.step()
         exact.step()
-        pairs = [*zip(ours, theirs), *zip(states(own, ours), states(exact, theirs))]
-        for found, expected in pairs:
-            torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
-    assert counted == [len(SHAPES)] * (STEPS - 1)  # PyTorch's makes the states
+        pairs = [*zip(ours, theirs), *zip(states(adam, ours), states(exact, theirs))]
+        for result, expected in pairs:
+            torch.testing.assert_close(result.double(), expected.double(), rtol=tolerance, atol=tolerance)
+    assert counted == [len(SHAPES)] * (STEPS - 1)  # PyTorch makes the first update, with the states
 
 
 @needs_compiler
 def test_numbers_repeat_whatever_the_threads(counted):
-    found = []
+    weights_by_threads = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        own = parameters(torch.float32)
-        optimizer = Adam(groups(own), CPU)
+        weights = parameters(torch.float32)
+        optimizer = Adam(groups(weights), CPU)
         for step in range(3):
-            give_gradients(own, step)
+            give_gradients(weights, step)
             optimizer.step()
-        found.append(own)
-    for others in found[1:]:
-        assert all(map(torch.equal, found[0], others))
+        weights_by_threads.append(weights)
+    for other_weights in weights_by_threads[1:]:
+        assert all(map(torch.equal, weights_by_threads[0], other_weights))
     assert len(counted) == 6
 
 
 @needs_compiler
 @pytest.mark.parametrize("flag", [0.0, 1.0])
 def test_a_flag_leaves_everything_as_it_is(flag, counted):
-    own = parameters(torch.float32)
-    optimizer = Adam(groups(own), CPU)
+    weights = parameters(torch.float32)
+    optimizer = Adam(groups(weights), CPU)
     for step in range(2):
-        give_gradients(own, step)
+        give_gradients(weights, step)
         optimizer.step()
-    before = [each.detach().clone() for each in (*own, *states(optimizer, own))]
+    before = [tensor.detach().clone() for tensor in (*weights, *states(optimizer, weights))]
     optimizer.found_inf = torch.tensor(flag)
-    give_gradients(own, 2)
+    give_gradients(weights, 2)
     optimizer.step()
-    same = [torch.equal(each, kept) for each, kept in zip((*own, *states(optimizer, own)), before) if each.numel()]
-    assert all(same) if flag else not any(same)
+    unchanged = [
+        torch.equal(tensor, old)
+        for tensor, old in zip((*weights, *states(optimizer, weights)), before)
+        if tensor.numel()
+    ]
+    assert all(unchanged) if flag else not any(unchanged)
     assert len(counted) == (1 if flag else 2)
 
 
 @needs_compiler
 def test_states_that_came_from_elsewhere_are_the_ones_updated(counted):
-    """As a checkpoint puts them in place of others."""
+    """A checkpoint that is loaded replaces the tensors of a state."""
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
-    own, other = Adam(groups(ours), CPU), torch.optim.Adam(groups(theirs))
+    adam, reference = Adam(groups(ours), CPU), torch.optim.Adam(groups(theirs))
     for step in range(6):
-        for each in (ours, theirs):
-            give_gradients(each, step)
+        for weights in (ours, theirs):
+            give_gradients(weights, step)
         if step == 3:
-            for each in ours:
-                own.state[each] = {kind: value.clone() for kind, value in own.state[each].items()}
-            own.param_groups[0]["lr"] = other.param_groups[0]["lr"] = 0.5
-        own.step()
-        other.step()
-    for found, expected in zip((*ours, *states(own, ours)), (*theirs, *states(other, theirs)), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            for weight in ours:
+                adam.state[weight] = {kind: value.clone() for kind, value in adam.state[weight].items()}
+            adam.param_groups[0]["lr"] = reference.param_groups[0]["lr"] = 0.5
+        adam.step()
+        reference.step()
+    for result, expected in zip((*ours, *states(adam, ours)), (*theirs, *states(reference, theirs)), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
     assert len(counted) == 5
 
 
 @needs_compiler
 def test_a_graph_that_saved_a_parameter_refuses_to_go_back(counted):
-    own = [nn.Parameter(torch.ones(4))]
-    optimizer = Adam([{"params": own, "lr": 0.1}], CPU)
+    weights = [nn.Parameter(torch.ones(4))]
+    optimizer = Adam([{"params": weights, "lr": 0.1}], CPU)
     for _ in range(2):
-        loss = own[0].square().sum()
-        own[0].grad = torch.ones(4)
+        loss = weights[0].square().sum()
+        weights[0].grad = torch.ones(4)
         optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -137,64 +143,64 @@ def test_a_graph_that_saved_a_parameter_refuses_to_go_back(counted):
 @pytest.mark.parametrize("move", [lambda data: data.clone(), lambda data: data.double()])
 def test_a_parameter_that_was_given_other_memory_is_updated_there(move, counted):
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
-    own, other = Adam(groups(ours), CPU), torch.optim.Adam(groups(theirs))
+    adam, reference = Adam(groups(ours), CPU), torch.optim.Adam(groups(theirs))
     for step in range(5):
         if step == 3:
-            for optimizer, each in ((own, ours), (other, theirs)):
-                for parameter in each:
+            for optimizer, weights in ((adam, ours), (reference, theirs)):
+                for parameter in weights:
                     parameter.grad = None
                     parameter.data = move(parameter.data)
                     state = optimizer.state[parameter]
                     state |= {kind: move(state[kind]) for kind in ("exp_avg", "exp_avg_sq")}
-        for optimizer, each in ((own, ours), (other, theirs)):
-            give_gradients(each, step)
+        for optimizer, weights in ((adam, ours), (reference, theirs)):
+            give_gradients(weights, step)
             optimizer.step()
-    for found, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for result, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
     assert len(counted) == 4
 
 
 @needs_compiler
 def test_parameters_may_have_taken_other_numbers_of_steps(counted):
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
-    own, other = Adam(groups(ours), CPU), torch.optim.Adam(groups(theirs))
+    adam, reference = Adam(groups(ours), CPU), torch.optim.Adam(groups(theirs))
     for step in range(5):
-        for optimizer, each in ((own, ours), (other, theirs)):
-            give_gradients(each, step)
-            if step == 2:  # PyTorch's fused form takes gradients as contiguous
-                each[1].grad = None
+        for optimizer, weights in ((adam, ours), (reference, theirs)):
+            give_gradients(weights, step)
+            if step == 2:  # PyTorch's fused form assumes that gradients are contiguous
+                weights[1].grad = None
             optimizer.step()
-    for found, expected in zip((*ours, *states(own, ours)), (*theirs, *states(other, theirs)), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert len(counted) == 3 and own.state[ours[1]]["step"] == 4 and own.state[ours[0]]["step"] == 5
+    for result, expected in zip((*ours, *states(adam, ours)), (*theirs, *states(reference, theirs)), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    assert len(counted) == 3 and adam.state[ours[1]]["step"] == 4 and adam.state[ours[0]]["step"] == 5
 
 
 @needs_compiler
 def test_an_update_refuses_too_few_or_too_many_of_anything():
-    own = parameters(torch.float32)
+    weights = parameters(torch.float32)
     update = kernels.adam(
-        [kernels.AdamState(each, *map(torch.zeros_like, (each, each)), torch.tensor(0.0)) for each in own]
+        [kernels.AdamState(weight, *map(torch.zeros_like, (weight, weight)), torch.tensor(0.0)) for weight in weights]
     )
-    for gradients, rates in ((own[:5], [0.1] * 6), (own, [0.1] * 5), ([*own, own[0]], [0.1] * 6)):
+    for gradients, rates in ((weights[:5], [0.1] * 6), (weights, [0.1] * 5), ([*weights, weights[0]], [0.1] * 6)):
         with pytest.raises(ValueError, match=f"expected 6 of each, found {len(gradients)} and {len(rates)}"):
             update(gradients, rates, (0.9, 0.999), 1e-8)
 
 
 @needs_compiler
 def test_a_copy_goes_on_by_itself(counted):
-    own = parameters(torch.float32)
-    optimizer = Adam(groups(own), CPU)
+    weights = parameters(torch.float32)
+    optimizer = Adam(groups(weights), CPU)
     for step in range(2):
-        give_gradients(own, step)
+        give_gradients(weights, step)
         optimizer.step()
     again = copy.deepcopy(optimizer)
     copies = [parameter for group in again.param_groups for parameter in group["params"]]
-    before = [each.detach().clone() for each in own]
-    for each, step in ((copies, again), (own, optimizer)):
-        give_gradients(each, 2)
+    before = [weight.detach().clone() for weight in weights]
+    for updated, step in ((copies, again), (weights, optimizer)):
+        give_gradients(updated, 2)
         step.step()
-        assert all(map(torch.equal, own, before)) == (each is copies)
-    assert all(map(torch.equal, own, copies)) and len(counted) == 3
+        assert all(map(torch.equal, weights, before)) == (updated is copies)
+    assert all(map(torch.equal, weights, copies)) and len(counted) == 3
 
 
 RULES = [{"weight_decay": 0.5}, {"betas": (0.5, 0.5)}, {"eps": 0.1}, {"amsgrad": True}, {"maximize": True}]
@@ -206,22 +212,17 @@ def test_pytorchs_own_updates_what_c_does_not(case, counted, monkeypatch):
     if case == "reference":
         monkeypatch.setenv(kernels.FORM_VARIABLE, case)
     if case == "half":
-        ours, theirs = ([nn.Parameter(each.data.bfloat16()) for each in own] for own in (ours, theirs))
+        ours, theirs = ([nn.Parameter(weight.data.bfloat16()) for weight in weights] for weights in (ours, theirs))
     if case == "strided":
-        ours[1], theirs[1] = (nn.Parameter(own[1].data.T.contiguous().T) for own in (ours, theirs))
+        ours[1], theirs[1] = (nn.Parameter(weights[1].data.T.contiguous().T) for weights in (ours, theirs))
     rules = case if isinstance(case, dict) else {}
-    own, other = (
-        make([{**group, **rules} for group in groups(each)])
-        for make, each in (
-            (lambda each: Adam(each, CPU), ours),
-            (lambda each: torch.optim.Adam(each, fused=True), theirs),
-        )
-    )
+    adam = Adam([{**group, **rules} for group in groups(ours)], CPU)
+    reference = torch.optim.Adam([{**group, **rules} for group in groups(theirs)], fused=True)
     for step in range(4):
-        for each in (ours, theirs):
-            give_gradients(each, step)
+        for weights in (ours, theirs):
+            give_gradients(weights, step)
             if case == "no gradient":
-                each[step % 3].grad = None
-        own.step()
-        other.step()
+                weights[step % 3].grad = None
+        adam.step()
+        reference.step()
     assert all(map(torch.equal, ours, theirs)) and not counted

@@ -1,4 +1,4 @@
-"""The reference of the training step against sums by hand, PyTorch's own layers and published model sizes."""
+"""Check the reference of the training step against sums by hand, PyTorch's modules and published model sizes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Shape = tuple[int, int]
 def step_shapes(
     settings: ReferenceSettings, first: Shape, second: Shape | None, bottleneck: int
 ) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every parameter of a model on views of (K, D)."""
+    """Return the name and shape of every parameter of a model on views of shape (K, D)."""
     shapes = {}
     towers = {"first": first} if settings.intra else {}
     if second is not None and settings.intra:
@@ -90,7 +90,7 @@ def random_parameters(shapes: dict[str, tuple[int, ...]]) -> Parameters:
 
 
 def random_view(items: int, layers: int, width: int, seed: int) -> Tensor:
-    """Hidden states of a catalogue [items + 1, layers, width], row 0 zeros."""
+    """Return hidden states of a catalogue, [items + 1, layers, width], with zeros in row 0."""
     generator = torch.Generator().manual_seed(seed)
     view = torch.randn(items + 1, layers, width, generator=generator, dtype=torch.float64)
     view[0] = 0
@@ -98,7 +98,7 @@ def random_view(items: int, layers: int, width: int, seed: int) -> Tensor:
 
 
 def tensors(**values: list) -> Parameters:
-    """Parameters by name, `__` standing for the dot."""
+    """Return parameters by name; `__` stands for a dot."""
     return {name.replace("__", "."): torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
@@ -110,7 +110,7 @@ POPULARITY = torch.tensor([0, 0.2, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1], dtype=torch.fl
 
 
 def test_published_parameter_counts():
-    """The names and shapes used throughout are those of models of exactly the published sizes."""
+    """The names and shapes in these tests are those of models of the published sizes."""
 
     def count(method: str, view: Shape) -> int:
         settings = ReferenceSettings(embedding_dim=64, method=method)
@@ -150,8 +150,8 @@ def test_loss_of_two_users_by_hand():
 
     loss = reference_loss(parameters, settings, halved_by_the_gate, None, *batch, popularity, step=0)
 
-    def cross_entropy(target: float, *others: float) -> float:
-        return math.log(sum(map(math.exp, (target, *others)))) - target
+    def cross_entropy(target: float, *negatives: float) -> float:
+        return math.log(sum(map(math.exp, (target, *negatives)))) - target
 
     log_p1 = log_p3 = math.log(0.2)
     log_p2 = math.log(0.6)
@@ -199,7 +199,7 @@ def test_gradients_of_every_parameter_agree_with_differences(first: Shape, secon
 
 
 def test_padding_has_no_influence():
-    """Whatever stands in row 0 changes neither the loss nor a gradient."""
+    """Neither the loss nor any gradient depends on the content of row 0."""
     settings = ReferenceSettings(embedding_dim=8, max_inputs=6)
     parameters = random_parameters(step_shapes(settings, (3, 6), (3, 6), bottleneck=3))
     views = [random_view(7, 3, 6, seed) for seed in (0, 1)]
@@ -209,7 +209,7 @@ def test_padding_has_no_influence():
             view[0] = padding
         loss = reference_loss(parameters, settings, *views, SEQUENCES, USERS, POPULARITY, step=5)
         results.append((loss, *torch.autograd.grad(loss, list(parameters.values()))))
-    assert all(torch.allclose(one, other, rtol=1e-13, atol=1e-15) for one, other in zip(*results))
+    assert all(torch.allclose(first, second, rtol=1e-13, atol=1e-15) for first, second in zip(*results))
 
 
 def test_the_order_of_users_has_no_influence_with_dropout_on():
@@ -236,7 +236,7 @@ def test_sequences_stand_at_the_right_end_and_must_fit():
 
 
 def test_towers_by_hand():
-    """First view: width 2, one layer; second: width 1, two layers, of which the last is paired."""
+    """The first view has width 2 and one layer; the second has width 1 and two layers, of which the last is paired."""
     settings = ReferenceSettings(embedding_dim=1, method="iisan-versa")
     three_quarters = 0.1 * math.log(3)
     parameters = tensors(
@@ -267,17 +267,17 @@ def test_towers_by_hand():
     first = torch.tensor([[[2.0, 4.0]]], dtype=torch.float64)
     second = torch.tensor([[[2.0], [4.0]]], dtype=torch.float64)
 
-    one = (1 + 3, 2 + 2 * 3 + 1)  # x = (1, 2), down 3
+    first_tower = (1 + 3, 2 + 2 * 3 + 1)  # x = (1, 2), down 3
     bottom = 1 + 2 * 0.5 + 0.25  # x = 1, down 0.5
-    two = 0.75 * 4 + 0.25 * bottom  # down 1 - 3.5625, cut off by the activation
+    second_tower = 0.75 * 4 + 0.25 * bottom  # down 1 - 3.5625, cut off by the activation
     inter = 2 * (0.75 * (2 - 4 + 4) + 0.25 * 4)  # doubled by its block
-    heads = [2 * (one[0] + 10 * one[1]) + 1, 4 * two + 3, 4 * inter + 3]
+    heads = [2 * (first_tower[0] + 10 * first_tower[1]) + 1, 4 * second_tower + 3, 4 * inter + 3]
     expected = heads[0] + 100 * heads[1] + 10000 * heads[2] + 0.5
     assert item_vectors(parameters, settings, [first, second]).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_inter_tower_carries_its_state_by_hand():
-    """Two layers of width 1, with GELU: gelu(1) = 0.841345, gelu(-1) = -0.158655."""
+    """Two layers of width 1 with GELU: gelu(1) = 0.841345, gelu(-1) = -0.158655."""
     settings = ReferenceSettings(embedding_dim=1, activation="gelu")
     parameters = tensors(
         side_network__inter__gate=[0.0, 0.1 * math.log(3)],
@@ -364,7 +364,7 @@ def test_a_prefix_ignores_what_follows_and_what_pads_it():
 
 
 def test_dropout_falls_on_the_attention_weights_after_the_softmax():
-    """Equal scores and one-hot values show the weights: 1 / visible slots, dropped or scaled."""
+    """Equal scores and one-hot values make the weights visible: 1 / visible slots, dropped or scaled."""
     settings = ReferenceSettings(embedding_dim=6, max_inputs=3, dropout=0.5, seed=1)
     zero, identity = torch.zeros(6, 6), torch.eye(6)
     parameters = {f"block.{part}.weight": zero for part in ("query", "key")}
@@ -372,13 +372,13 @@ def test_dropout_falls_on_the_attention_weights_after_the_softmax():
     dropout = Dropout(settings, step=2, user=4)
     weights = attention(parameters, settings, "block", torch.eye(3).repeat(1, 2), [0, 8, 9], dropout, site=4)
     for query, head, key in product((1, 2), (0, 1), (0, 1, 2)):
-        kept = hashed(1, 2, 4, 4, query, head * 3 + key) >= 2**31
-        expected = 2 / query if kept and 1 <= key <= query else 0
+        is_kept = hashed(1, 2, 4, 4, query, head * 3 + key) >= 2**31
+        expected = 2 / query if is_kept and 1 <= key <= query else 0
         assert weights[query, head * 3 + key].item() == pytest.approx(expected)
 
 
 def test_dropout_falls_on_the_input_and_on_both_residual_branches():
-    """At a rate of one half a branch of ones is 0 or 2, by the hash of its own site."""
+    """At a rate of one half, a branch of ones becomes 0 or 2, by the hash of its site."""
     settings = ReferenceSettings(embedding_dim=4, max_inputs=2, blocks=2, dropout=0.5, seed=9)
     drawn = []
 
@@ -393,8 +393,8 @@ def test_dropout_falls_on_the_input_and_on_both_residual_branches():
     assert [site for site, _ in drawn] == [0, 2, 3, 5, 6]
     for site, dropped in drawn:
         for slot, channel in product(range(2), range(4)):
-            kept = hashed(9, 7, site, 3, slot, channel) >= 2**31
-            assert dropped[slot, channel].item() == (2.0 if kept else 0.0)
+            is_kept = hashed(9, 7, site, 3, slot, channel) >= 2**31
+            assert dropped[slot, channel].item() == (2.0 if is_kept else 0.0)
 
 
 # ---- stateless dropout -------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_dropout_falls_on_the_input_and_on_both_residual_branches():
 
 @pytest.mark.parametrize("seed, value", [(0, 0x92ACC3D8), (1, 0xCE5A5007), (123456789, 0xA1A41300)])
 def test_hash_is_that_of_unsigned_32_bit_arithmetic(seed: int, value: int):
-    """The values were computed by a C program on uint32_t."""
+    """A C program with uint32_t has computed the values."""
     assert hashed(seed, 3, 4, 12075, 9, 63) == value
     assert hashed(seed + 2**32, 3 + 2**32, 4, 12075, 9, 63) == value
 
@@ -411,8 +411,8 @@ def test_hash_is_that_of_unsigned_32_bit_arithmetic(seed: int, value: int):
 def test_dropout_keeps_its_share_and_the_mean(rate: float):
     factors = Dropout(ReferenceSettings(64, dropout=rate, seed=5), step=3, user=11).factors(2, 4, range(100_000))
     assert set(factors) <= {0.0, 1 / (1 - rate)}
-    kept = sum(factor > 0 for factor in factors) / len(factors)
-    assert abs(kept - (1 - rate)) <= 4 * math.sqrt(rate * (1 - rate) / len(factors))
+    kept_share = sum(factor > 0 for factor in factors) / len(factors)
+    assert abs(kept_share - (1 - rate)) <= 4 * math.sqrt(rate * (1 - rate) / len(factors))
 
 
 def test_every_field_draws_another_mask():

@@ -1,8 +1,8 @@
-"""Runs and caches carry a format number; those that format 1 left still open, and are trained and evaluated alike.
+"""Check the format numbers of runs and caches; runs of format 1 open, train and evaluate too.
 
-tests/format_1 holds what the version before the number wrote: a dataset, a cache, a run stopped after two of its three
-epochs, what `evaluate` printed of it, the test figures of the same run trained in one go, and the beginning of a run
-whose side network multiplied in bfloat16 on a CPU.
+tests/format_1 holds files that a version without format numbers wrote: a dataset, a cache, a run stopped after two of
+its three epochs, what `evaluate` printed for it, the test figures of the same run without a stop, and the beginning of
+a run whose side network multiplied in bfloat16 on a CPU.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from iisan_fast.training.trainer import resume, train
 
 FORMAT_1 = Path(__file__).parents[1] / "format_1"
 CPU = torch.device("cpu")
-ONE_USER = 1 / 60  # of the dataset's users: where rounding moves a target over the cut-off
+ONE_USER = 1 / 60  # one of the dataset's 60 users, if rounding moves the target over the cut-off
 
 
 @pytest.fixture
 def old(tmp_path) -> Path:
-    """A copy of all of it, whose runs name the copied dataset and cache."""
+    """Copy the folder format_1; its runs name the copied dataset and cache."""
     root = Path(shutil.copytree(FORMAT_1, tmp_path / "old"))
     for name in ("run", "bfloat16-run"):
         path = root / name / "config.json"
@@ -47,22 +47,22 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def set_format(run: Path, number: Any) -> None:
-    """Write another format number into a run's config.json; "absent" takes it out."""
+    """Write another format number into a run's config.json; "absent" removes it."""
     settings = json.loads((run / "config.json").read_text())
     settings.pop("format", None)
     (run / "config.json").write_text(json.dumps(settings if number == "absent" else {"format": number, **settings}))
 
 
-def assert_close(found: Any, expected: Any, tolerance: float) -> None:
-    """Two JSON values agree: numbers within an absolute tolerance, the rest exactly."""
+def assert_close(result: Any, expected: Any, tolerance: float) -> None:
+    """Check that two JSON values agree: numbers within an absolute tolerance, everything else exactly."""
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
+        assert result.keys() == expected.keys()
         for name, value in expected.items():
-            assert_close(found[name], value, tolerance)
+            assert_close(result[name], value, tolerance)
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, abs=tolerance)
+        assert result == pytest.approx(expected, abs=tolerance)
     else:
-        assert found == expected
+        assert result == expected
 
 
 # Of format 1
@@ -70,19 +70,19 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
 
 def test_a_run_of_format_1_is_evaluated_to_the_same_figures_and_stays_as_it_is(old):
     before = everything(old / "run")
-    found = evaluate_run(old / "run", "test", EvaluationConfig(), CPU)
-    assert_close(found, json.loads((old / "evaluated.json").read_text()), 1e-9)
+    figures = evaluate_run(old / "run", "test", EvaluationConfig(), CPU)
+    assert_close(figures, json.loads((old / "evaluated.json").read_text()), 1e-9)
     assert load(old / "run", CPU).epoch == 2
     assert everything(old / "run") == before
 
 
 def test_a_run_of_format_1_goes_on_to_the_figures_of_one_that_was_not_stopped(old):
     begun = untimed(old / "run")
-    found = resume(old / "run", CPU)
-    # As it was trained on another processor, its third epoch may round otherwise.
-    assert_close(found, json.loads((old / "resumed-test.json").read_text()), 1.01 * ONE_USER)
+    figures = resume(old / "run", CPU)
+    # The run was trained on another processor, so the third epoch may round otherwise.
+    assert_close(figures, json.loads((old / "resumed-test.json").read_text()), 1.01 * ONE_USER)
     assert len(begun) == 2 and untimed(old / "run")[:2] == begun
-    assert json.loads((old / "run" / "test.json").read_text()) == found
+    assert json.loads((old / "run" / "test.json").read_text()) == figures
 
 
 def test_a_new_run_trains_on_a_cache_of_format_1_to_the_same_losses(old):

@@ -1,4 +1,4 @@
-"""How the fused step puts its ops together: their order, the places for collectives, and one capture."""
+"""Check how the fused step puts its ops together: their order, the places for collectives, and one capture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from iisan_fast.training.fused_step import GpuFusedStep, fused_step_refusal, ste
 
 
 class Logged:
-    """An op whose methods write their names down."""
+    """An op whose methods log their names."""
 
     def __init__(self, name: str, calls: list[str]) -> None:
         for method in ("forward", "backward", "update"):
@@ -68,7 +68,7 @@ def test_a_gpu_step_runs_all_ops_in_order_and_is_captured_once(monkeypatch):
 
 
 def test_stages_end_where_collectives_go():
-    """After the item vectors, and after the gradients."""
+    """Collectives go after the item vectors, and after the gradients."""
     calls: list[str] = []
     ops = kernels.StepOps(*(Logged(name, calls) for name in kernels.StepOps._fields))
     for stage in step_stages(ops):

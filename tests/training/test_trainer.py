@@ -1,4 +1,4 @@
-"""Runs: they learn, repeat bit for bit, resume exactly after a kill, stop early, and survive a loss of NaN."""
+"""Check runs: they learn, repeat bit for bit, resume exactly after a kill, stop early, and refuse a loss of NaN."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_same_seed_repeats_bit_for_bit_and_another_differs(tmp_path, config)
 
 @pytest.mark.parametrize("batch_users", [16, 10_000_000])
 def test_a_run_by_captured_steps_is_the_same_but_for_rounding(tmp_path, config, batch_users, monkeypatch):
-    """With a stand-in for the graph; batches are padded to no more users than there are."""
+    """A stand-in replaces the graph. Batches are padded to at most the number of users."""
     config, original, shapes = with_train(config, batch_users=batch_users), Trainer.__init__, []
     train(config, tmp_path / "plain", CPU)
 
@@ -155,9 +155,9 @@ def test_another_rounding_is_told_on_resume(tmp_path, config, monkeypatch, caplo
     path.write_text(json.dumps({**began, "kernels": "abacus", "python": "2.7"}))
     with caplog.at_level("WARNING"):
         resume(tmp_path / "run", CPU)
-    told = f"{tmp_path / 'run'}: kernels abacus then, {began['kernels']} now; results will differ in rounding"
+    message = f"{tmp_path / 'run'}: kernels abacus then, {began['kernels']} now; results will differ in rounding"
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == [f"{told} from those of a run that was not stopped"]
+    assert warnings == [f"{message} from those of a run that was not stopped"]
 
 
 def test_a_run_resumes_exactly_with_its_table_elsewhere(tmp_path, config, monkeypatch):
@@ -344,9 +344,9 @@ def test_a_last_checkpoint_that_does_not_fit_is_refused_on_resume(tmp_path, conf
 def test_the_state_of_a_checkpoint_is_a_runs_progress_or_refused():
     state = {"epoch": 2, "best_epoch": 1, "best_hr": 0.5, "lines": [{}, {}]}
     assert Progress.of(state, Path("last.safetensors")) == Progress(2, 1, 0.5, [{}, {}])
-    for other in ({"epoch": 2}, {**state, "seen": 3}):
+    for wrong_state in ({"epoch": 2}, {**state, "seen": 3}):
         with pytest.raises(InputError, match=r"last\.safetensors: expected the state best_epoch, .*, found epoch"):
-            Progress.of(other, Path("last.safetensors"))
+            Progress.of(wrong_state, Path("last.safetensors"))
 
 
 def test_what_a_kill_left_of_a_new_file_is_removed(tmp_path, config, monkeypatch):

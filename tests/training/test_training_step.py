@@ -1,6 +1,6 @@
-"""The optimizer step: the flag that stops it, the sums it keeps, and its captured form, with a stand-in for the graph.
+"""Check the optimizer step: the flag that stops it, its sums, and its captured form with a stand-in for the graph.
 
-What needs a GPU stands in test_training_step_gpu.py.
+test_training_step_gpu.py has the tests that need a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def make_data() -> tuple[Sequences, FeatureTable]:
-    """90 users, so that a batch of 20 has about a hundred rows; the last has half of them."""
+    """Return 90 users, so that a batch of 20 has about a hundred rows and the last batch has half of the users."""
     rng = np.random.default_rng(0)
     histories = [rng.integers(1, ITEMS + 1, length).tolist() for length in rng.integers(5, 14, USERS)]
     return make_sequences(histories, items=ITEMS), random_table([(2, 6), (2, 6)], ITEMS)
@@ -48,14 +48,14 @@ def make_step(sequences: Sequences, table: FeatureTable) -> TrainingStep:
 def batches(sequences: Sequences, table, epochs: int = 1, padded: bool = False) -> list[PreparedBatch]:
     shape = padded_shape(sequences, BATCH_USERS) if padded else None
     return [
-        each
+        prepared
         for epoch in range(epochs)
-        for each in prepared_batches(epoch_batches(sequences, BATCH_USERS, 0, epoch), table, CPU, shape)
+        for prepared in prepared_batches(epoch_batches(sequences, BATCH_USERS, 0, epoch), table, CPU, shape)
     ]
 
 
 def poison(step: TrainingStep, factors: dict[int, float], monkeypatch) -> None:
-    """The loss of these steps is multiplied, and with it every gradient."""
+    """Multiply the loss of these steps, and so every gradient, by a factor."""
     original = step.model.loss
 
     def loss(batch, states) -> Tensor:
@@ -74,31 +74,31 @@ def test_nothing_is_updated_from_a_loss_on_that_is_not_finite(first, factor, mon
     step = make_step(sequences, table)
     poison(step, {first: factor}, monkeypatch)
     before = everything(step)
-    for done, each in enumerate(batches(sequences, table)):
-        loss = step(each.batch, each.item_inputs)
+    for done, prepared in enumerate(batches(sequences, table)):
+        loss = step(prepared.batch, prepared.item_inputs)
         assert loss.isfinite() == (done != first)
         if done < first:
             before = everything(step)
-        elif done == 0:  # Adam's state came to be in this step
-            own = everything(step)
-            assert all(not value.any() for name, value in own.items() if name not in before)
-            before = {**own, **before}
+        elif done == 0:  # this step has made Adam's state
+            current = everything(step)
+            assert all(not value.any() for name, value in current.items() if name not in before)
+            before = {**current, **before}
         assert_identical(everything(step), before)
     assert done == 4
     counters = [value for name, value in before.items() if name.startswith("step of ")]
     assert counters and all(count == first for count in counters)
-    found = step.read()
-    assert found.failed_step == first + 1
-    assert math.isnan(found.failed_loss) if math.isnan(factor) else found.failed_loss == factor
+    reading = step.read()
+    assert reading.failed_step == first + 1
+    assert math.isnan(reading.failed_loss) if math.isnan(factor) else reading.failed_loss == factor
 
 
 def test_gradients_that_are_not_finite_do_not_pass_by_a_flag(monkeypatch):
-    """The step that fails has the gradients of its loss; the weights do not see them."""
+    """The failing step computes gradients of its loss, but does not update the weights."""
     sequences, table = make_data()
     step = make_step(sequences, table)
     poison(step, {0: NAN}, monkeypatch)
-    (each, *_) = batches(sequences, table)
-    step(each.batch, each.item_inputs)
+    (prepared, *_) = batches(sequences, table)
+    step(prepared.batch, prepared.item_inputs)
     assert any(parameter.grad.isnan().any() for parameter in step.model.parameters())
     assert all(parameter.isfinite().all() for parameter in step.model.parameters())
 
@@ -107,13 +107,13 @@ def test_the_first_failing_step_is_the_one_that_is_told(monkeypatch):
     sequences, table = make_data()
     step = make_step(sequences, table)
     poison(step, {1: -INF, 2: NAN, 4: INF}, monkeypatch)
-    for each in batches(sequences, table)[:3]:
-        step(each.batch, each.item_inputs)
+    for prepared in batches(sequences, table)[:3]:
+        step(prepared.batch, prepared.item_inputs)
     first = step.read()
     assert (first.failed_step, first.failed_loss) == (2, -INF)
-    for each in batches(sequences, table)[3:]:
-        step(each.batch, each.item_inputs)
-    assert step.read() == Reading(0.0, 0, 2, -INF)  # told again, nothing more added up
+    for prepared in batches(sequences, table)[3:]:
+        step(prepared.batch, prepared.item_inputs)
+    assert step.read() == Reading(0.0, 0, 2, -INF)  # the failed step stays in the record, the sums start at 0
 
 
 # The sums
@@ -126,11 +126,12 @@ def test_the_sums_are_those_of_the_steps_since_the_last_reading(padded):
     assert step.read() == Reading(0.0, 0, None, 0.0)
     for part in (slice(0, 3), slice(3, 4), slice(4, 5)):
         total, rows = 0.0, 0
-        for each in batches(sequences, table, padded=padded)[part]:
-            total, rows = total + step(each.batch, each.item_inputs).item() * each.rows, rows + each.rows
-        found = step.read()
-        assert found.rows == rows > 0 and found.failed_step is None
-        assert found.loss == pytest.approx(total, rel=1e-12)
+        for prepared in batches(sequences, table, padded=padded)[part]:
+            total += step(prepared.batch, prepared.item_inputs).item() * prepared.rows
+            rows += prepared.rows
+        reading = step.read()
+        assert reading.rows == rows > 0 and reading.failed_step is None
+        assert reading.loss == pytest.approx(total, rel=1e-12)
 
 
 def test_sums_end_before_the_step_that_fails(monkeypatch):
@@ -138,16 +139,16 @@ def test_sums_end_before_the_step_that_fails(monkeypatch):
     step = make_step(sequences, table)
     poison(step, {2: NAN}, monkeypatch)
     taken = batches(sequences, table)
-    losses = [step(each.batch, each.item_inputs).item() for each in taken]
-    found = step.read()
-    assert found.rows == taken[0].rows + taken[1].rows
-    assert found.loss == pytest.approx(losses[0] * taken[0].rows + losses[1] * taken[1].rows, rel=1e-12)
+    losses = [step(prepared.batch, prepared.item_inputs).item() for prepared in taken]
+    reading = step.read()
+    assert reading.rows == taken[0].rows + taken[1].rows
+    assert reading.loss == pytest.approx(losses[0] * taken[0].rows + losses[1] * taken[1].rows, rel=1e-12)
 
 
 def test_the_returned_loss_carries_no_graph():
     sequences, table = make_data()
-    (each, *_) = batches(sequences, table)
-    assert not make_step(sequences, table)(each.batch, each.item_inputs).requires_grad
+    (prepared, *_) = batches(sequences, table)
+    assert not make_step(sequences, table)(prepared.batch, prepared.item_inputs).requires_grad
 
 
 # The captured form
@@ -158,12 +159,12 @@ def test_a_captured_step_trains_as_the_step_alone(gathered):
     sequences, table = make_data()
     source = PinnedTable(table.views, CPU) if gathered else table
     alone, taken = make_step(sequences, table), make_step(sequences, table)
-    made = []
-    captured = CapturedStep(taken, capture=lambda run: made.append(run) or run)
-    for own, padded in zip(batches(sequences, table, 3), batches(sequences, source, 3, padded=True), strict=True):
-        expected = alone(own.batch, own.item_inputs)
+    captures = []
+    captured = CapturedStep(taken, capture=lambda run: captures.append(run) or run)
+    for unpadded, padded in zip(batches(sequences, table, 3), batches(sequences, source, 3, padded=True), strict=True):
+        expected = alone(unpadded.batch, unpadded.item_inputs)
         torch.testing.assert_close(captured(padded.batch, padded.item_inputs), expected, rtol=1e-10, atol=0)
-    assert len(made) == 1
+    assert len(captures) == 1
     theirs = everything(alone)
     assert set(everything(taken)) == set(theirs)
     for name, value in everything(taken).items():
@@ -174,7 +175,7 @@ def test_a_captured_step_trains_as_the_step_alone(gathered):
 
 @pytest.mark.parametrize("gathered", [False, True])
 def test_a_captured_step_runs_on_buffers_of_its_own(gathered, monkeypatch):
-    """What it was given may be gone or overwritten by the next time, as memory of a graph's arguments is."""
+    """The tensors of one step may be freed or overwritten before the next, so a graph cannot read them."""
     sequences, table = make_data()
     source = PinnedTable(table.views, CPU) if gathered else table
     step, addresses = make_step(sequences, table), []
@@ -186,13 +187,13 @@ def test_a_captured_step_runs_on_buffers_of_its_own(gathered, monkeypatch):
 
     monkeypatch.setattr(step.model, "loss", noted)
     captured = CapturedStep(step, capture=lambda run: run)
-    (given, *_) = batches(sequences, source, padded=True)
-    from_device = Batch.unpacked(given.batch.packed(), given.batch.shape)
-    for batch in (given.batch, from_device, given.batch):
-        captured(batch, given.item_inputs)
+    (prepared, *_) = batches(sequences, source, padded=True)
+    from_device = Batch.unpacked(prepared.batch.packed(), prepared.batch.shape)
+    for batch in (prepared.batch, from_device, prepared.batch):
+        captured(batch, prepared.item_inputs)
     assert len(addresses) == 3 and len(set(addresses)) == 1
     assert from_device.buffer.data_ptr() not in addresses[0]
-    assert all((view.table.data_ptr() in addresses[0]) == (not gathered) for view in given.item_inputs)
+    assert all((view.table.data_ptr() in addresses[0]) == (not gathered) for view in prepared.item_inputs)
 
 
 def test_a_batch_of_another_shape_is_refused():
@@ -211,9 +212,9 @@ def test_a_flag_stops_the_captured_form_as_well(monkeypatch):
     step = make_step(sequences, table)
     poison(step, {2: NAN}, monkeypatch)
     captured = CapturedStep(step, capture=lambda run: run)
-    for each in batches(sequences, table, padded=True):
-        captured(each.batch, each.item_inputs)
-        if each.batch.step == 1:
+    for prepared in batches(sequences, table, padded=True):
+        captured(prepared.batch, prepared.item_inputs)
+        if prepared.batch.step == 1:
             before = everything(step)
     assert_identical(everything(step), before)
     assert step.read().failed_step == 3

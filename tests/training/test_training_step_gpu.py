@@ -1,6 +1,6 @@
-"""The step on a GPU: graphs that train as eager steps do, captures that leave no trace, no wait, no growth.
+"""Check the step on a GPU: graphs train as eager steps do, leave no trace, never wait, and memory does not grow.
 
-The bodies take a trainer, so that a CPU can run them with a stand-in for the graph.
+The checks take a trainer, so that a CPU can run them with a stand-in for the graph.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ pytestmark = [
 
 CUDA = torch.device("cuda")
 PLACEMENTS = ("device", "pinned", "mapped")
-# Not the requested bytes: those count a freed tensor until another stream is done with it, which is a matter of time.
+# Not the requested bytes: they count a freed tensor until other streams are done with it, which varies.
 LIVE = ("allocated_bytes.all.current", "allocated_bytes.all.peak")
 
 each_placement = pytest.mark.parametrize("placement", PLACEMENTS)
@@ -50,7 +50,7 @@ each_placement = pytest.mark.parametrize("placement", PLACEMENTS)
 
 @pytest.fixture(autouse=True)
 def exact() -> Iterator[None]:
-    """As in a run; each test finds the GPU's memory free."""
+    """Make a test deterministic, as runs are, and free the GPU's memory after it."""
     with deterministic():
         yield
     gc.collect()
@@ -62,7 +62,7 @@ def exact() -> Iterator[None]:
 
 @contextmanager
 def trainer_by(form: str, folder: Path, placement: str = "device") -> Iterator[Trainer]:
-    """A trainer whose steps are fused, or by autograd: "captured" or "eager"."""
+    """Yield a trainer whose steps are "fused", or by autograd: "captured" or "eager"."""
     with new_trainer(folder, CUDA, placement) as trainer:
         assert isinstance(trainer.step, GpuFusedStep)
         if form != "fused":
@@ -97,7 +97,7 @@ def test_a_loss_that_is_not_finite_stops_replayed_graphs(tmp_path, form):
 
 @pytest.mark.parametrize("form", ["fused", "captured"])
 def test_a_capture_bears_a_thread_that_pins_memory(tmp_path, form):
-    """As the loader's does for a table that the device does not hold."""
+    """The loader's thread pins memory if the device does not hold the table."""
     stop, pinned = threading.Event(), []
 
     def pin() -> None:
@@ -109,7 +109,7 @@ def test_a_capture_bears_a_thread_that_pins_memory(tmp_path, form):
         thread = threading.Thread(target=pin)
         thread.start()
         try:
-            losses = [trainer.take(each).item() for each in taken]
+            losses = [trainer.take(prepared).item() for prepared in taken]
         finally:
             stop.set()
             thread.join()
@@ -138,9 +138,9 @@ def test_nothing_waits_for_the_device_within_an_epoch(tmp_path, placement, form)
         with no_synchronisation():
             with pytest.raises(RuntimeError, match="synchroniz"):
                 trainer.step.record.tolist()
-            for each in trainer.batches(0):
-                trainer.take(each)
-        assert trainer.step.read().rows == sum(len(each.targets) for each in epoch_batches(make_data(), 64, 0, 0))
+            for prepared in trainer.batches(0):
+                trainer.take(prepared)
+        assert trainer.step.read().rows == sum(len(batch.targets) for batch in epoch_batches(make_data(), 64, 0, 0))
 
 
 # Repeatability
@@ -160,16 +160,16 @@ def test_runs_repeat_bit_for_bit_wherever_the_table_lies(tmp_path, toy_run, prec
     assert all(result == results[0] for result in results)
     assert all(untimed(run) == untimed(runs[0]) for run in runs) and len(untimed(runs[0])) == 3
     for name in ("best.safetensors", "last.safetensors"):
-        first, *others = (load_checkpoint(run / name)[0] for run in runs)
-        for other in others:
-            assert_identical(other, first)
+        first, *other_checkpoints = (load_checkpoint(run / name)[0] for run in runs)
+        for checkpoint in other_checkpoints:
+            assert_identical(checkpoint, first)
 
 
 # Memory
 
 
 def live_memory() -> list[int]:
-    """Return the bytes allocated now and at the peak."""
+    """Return the bytes that are allocated, and their maximum."""
     stats = torch.cuda.memory_stats()
     return [stats[name] for name in LIVE]
 
@@ -177,7 +177,7 @@ def live_memory() -> list[int]:
 @each_placement
 @pytest.mark.parametrize("form", ["fused", "captured"])
 def test_memory_does_not_grow_over_epochs(tmp_path, placement, form):
-    streams: list[set[int]] = []  # that memory is reserved for: they do not share what is freed
+    streams: list[set[int]] = []  # the streams with reserved memory, which they do not share
 
     def start() -> None:
         torch.cuda.synchronize()
@@ -189,4 +189,4 @@ def test_memory_does_not_grow_over_epochs(tmp_path, placement, form):
 
     with trainer_by(form, tmp_path, placement) as trainer:
         check_memory_does_not_grow(trainer, start, read)
-    assert len({len(found) for found in streams}) == 1, streams
+    assert len({len(epoch_streams) for epoch_streams in streams}) == 1, streams

@@ -1,4 +1,4 @@
-"""The GPU's tests of the captured step on a CPU, with a stand-in for the graph: they run, and their checks hold."""
+"""Run the GPU's checks of the captured step on a CPU, with a stand-in for the graph, and check that they can fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def exact() -> Iterator[None]:
 
 @contextmanager
 def stand_in(folder: Path, placement: str = "device") -> Iterator[Trainer]:
-    """A trainer whose steps are "captured": warmed up once without a trace, then called again and again."""
+    """Yield a trainer whose "captured" step is warmed up once without a trace, and then called again for each batch."""
     with new_trainer(folder, CPU, placement) as trainer:
         call_again_for_graphs(trainer)
         yield trainer
@@ -54,21 +54,21 @@ def test_a_loss_that_is_not_finite_stops_replayed_graphs(tmp_path):
 
 
 def live_tensors() -> list[torch.Tensor]:
-    """Return the tensors in a CPU's memory, beside the stand-ins that torch.compile leaves behind."""
+    """Return the tensors in a CPU's memory, without the fake ones that torch.compile leaves behind."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [value for value in gc.get_objects() if type(value) in (torch.Tensor, torch.nn.Parameter)]
     return [tensor for tensor in tensors if tensor.device.type == "cpu"]
 
 
 def live_bytes() -> list[int]:
-    """Return the bytes that these tensors hold."""
+    """Return the bytes of these tensors, in a list of one."""
     storages = [tensor.untyped_storage() for tensor in live_tensors()]
     return [sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())]
 
 
 @pytest.fixture
 def tensors_of_other_tests() -> list[torch.Tensor]:
-    """Keep the tensors of tests before this one, so that none of them is freed while memory is compared."""
+    """Keep the tensors of earlier tests, so that none of them is freed while memory is compared."""
     return live_tensors()
 
 
@@ -79,9 +79,9 @@ def test_memory_does_not_grow_over_epochs(tmp_path, tensors_of_other_tests):
 
 @pytest.mark.slow
 def test_memory_that_grows_is_seen(tmp_path, monkeypatch):
-    kept = []
+    losses = []
     with stand_in(tmp_path) as trainer:
         take = trainer.take
-        monkeypatch.setattr(trainer, "take", lambda each: kept.append(take(each).clone()) or kept[-1])
+        monkeypatch.setattr(trainer, "take", lambda prepared: losses.append(take(prepared).clone()) or losses[-1])
         with pytest.raises(AssertionError):
             check_memory_does_not_grow(trainer, lambda: None, live_bytes)
