@@ -53,7 +53,6 @@ setup(
         "pillow>=10.1",
         "platformdirs>=4.12",
         "pyyaml>=6.0",
-        "pyyaml>=6.0",
         "rich>=13.0",
         "safetensors>=0.4",
         "torch>=2.6",

@@ -100,6 +100,12 @@ def test_the_metadata_names_the_versions_that_ci_tests(metadata):
     assert metadata["Requires-Python"] == f">={named[0]}" and "Typing :: Typed" in classifiers
 
 
+def test_the_metadata_asks_for_each_package_once(metadata):
+    always = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    names = [re.split(r"[<>=!~; ]", line)[0].lower() for line in always]
+    assert len(names) == len(set(names)) > 5
+
+
 def test_the_index_page_links_to_no_file_of_the_checkout(metadata):
     page = metadata.get_payload(decode=True).decode()
     assert metadata["Description-Content-Type"] == "text/markdown" and page.startswith("# iisan-fast")
