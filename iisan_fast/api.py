@@ -128,9 +128,9 @@ def extract(
     """
     if names := _view_names(views):
         raise InputError(f"views: expected ViewConfigs, found {names[0]!r}")
-    given = _section_settings(protocol=protocol, extraction=extraction)
-    given |= _data_settings(dataset, cache, [*given, *settings, *(changes or {})]) | settings
-    plan = extraction_config(given, base_settings(config), _view_configs(views), changes)
+    chosen = _section_settings(protocol=protocol, extraction=extraction)
+    chosen |= _data_settings(dataset, cache, [*chosen, *settings, *(changes or {})]) | settings
+    plan = extraction_config(chosen, base_settings(config), _view_configs(views), changes)
     loaded = dataset if isinstance(dataset, Dataset) else load_dataset(plan.dataset, protocol=plan.protocol)
     from . import states
 

@@ -396,7 +396,7 @@ class RunConfig:
             if layers and method not in SIDE_METHODS:
                 raise InputError(f"layers: {method} reads view {view.name!r}'s final state alone; leave them out")
             if layers and self.model.layer_groups is not None:
-                raise InputError(f"layer_groups: view {view.name!r} has layers of its own; give one or the other")
+                raise InputError(f"layer_groups: view {view.name!r} names its layers already; give one or the other")
             if method in TUNING_METHODS and view.encoder_dtype not in ("auto", "float32"):
                 raise InputError(
                     f"encoder_dtype: {method} trains view {view.name!r}'s encoder in float32, found "

@@ -127,14 +127,14 @@ def run_config(
     for name, value in settings.items():
         if name not in flat and name not in OTHER_NAMES:
             values[name] = to_dict(value) if dataclasses.is_dataclass(value) else value
-    for name in ("dataset", "cache"):
-        if name in settings:
-            values[name] = str(as_path(name, settings[name]).resolve())
     in_uncached = [name for name in flat if SECTION_OF[name] == "uncached"]
     in_uncached += [name for name in changes or {} if name.startswith("uncached.")]
     for name, value in flat.items():
         _set(values, SECTION_OF[name], name, value)
     change_settings(values, changes or {}, [part for part in PARTS if part != NOT_OF_A_RUN])
+    for name in ("dataset", "cache"):
+        if (name in settings or name in (changes or {})) and values[name] is not None:
+            values[name] = str(as_path(name, values[name]).resolve())
     if not isinstance(values.get("dataset"), str):
         raise InputError(f"dataset: expected a folder, found {json.dumps(values.get('dataset'), default=repr)}")
     described = _encoders_of_base(values)
@@ -220,7 +220,7 @@ def _view(
 
 def _grouped(view: ViewConfig, groups: int) -> ViewConfig:
     if view.layers is not None or view.layer_groups is not None:
-        raise InputError(f"layer_groups: view {view.name!r} has layers of its own; give one or the other")
+        raise InputError(f"layer_groups: view {view.name!r} names its layers already; give one or the other")
     return dataclasses.replace(view, layer_groups=groups)
 
 
@@ -257,7 +257,7 @@ def _choose_source(
     """
     if encoders:
         if "uncached" in settings:
-            raise InputError("uncached: holds views of its own; leave out the other encoders")
+            raise InputError("uncached: names its views already; leave out the other encoders")
         _run_encoders(values, encoders)
         if "views" not in settings:
             values.pop("views", None)  # those of the base, of other encoders

@@ -50,8 +50,8 @@ def format_number(values: Mapping[str, Any], path: Path, known: tuple[int, ...],
     if type(number) is int and number in known:  # not isinstance: True is an int, and equals 1
         return number
     expected = " or ".join(map(str, known))
-    found = json.dumps(number) if "format" in values else "nothing"
-    raise InputError(f"{path}: format: expected {expected}, found {found}; {remedy}")
+    number_text = json.dumps(number) if "format" in values else "nothing"
+    raise InputError(f"{path}: format: expected {expected}, found {number_text}; {remedy}")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -97,8 +97,8 @@ def read_settings_file(path: Path) -> SettingsFile:
     try:
         node = yaml.compose(_without_tabs(text), Loader=_SettingsLoader)
         if not isinstance(node, yaml.MappingNode):
-            found = "nothing" if node is None else f"a {node.id}"
-            raise InputError(f"{path}: expected settings as YAML or JSON, found {found}")
+            content = "nothing" if node is None else f"a {node.id}"
+            raise InputError(f"{path}: expected settings as YAML or JSON, found {content}")
         settings.values.update(_mapping(node, settings, ()))
     except yaml.YAMLError as error:
         raise _unreadable(path, error) from None
@@ -126,7 +126,7 @@ class _SettingsLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
 
-_PLAIN = "tag:yaml.org,2002:plain"  # any value without quotes, told apart in `_plain_value`
+_PLAIN = "tag:yaml.org,2002:plain"  # any value without quotes, which `_plain_value` converts
 _TEXT = "tag:yaml.org,2002:str"  # text in quotes
 _SettingsLoader.add_implicit_resolver(_PLAIN, re.compile(".*", re.DOTALL), None)
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}

@@ -95,7 +95,7 @@ def test_prepare_after_torch_says_that_it_is_late(monkeypatch):
 def test_the_module_is_the_command():
     command = [sys.executable, "-m", "iisan_fast", "--version"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.stdout == f"iisan-fast, version {iisan_fast.__version__}\n", result.stderr
+    assert result.stdout == f"iisan-fast {iisan_fast.__version__}\n", result.stderr
 
 
 def test_each_flat_setting_is_a_field_of_one_section():
@@ -241,7 +241,7 @@ MISTAKES = {
     "encoder_options: expected names and values, found 'a'": {"text_encoder": "t", "encoder_options": "a"},
     "dtype: needs encoders that run": {"dtype": "float32"},
     "cache, uncached: expected one of them": {"uncached": UncachedConfig([ViewConfig("t", "title", "e")])},
-    "uncached: holds views of its own": {
+    "uncached: names its views already": {
         "uncached": UncachedConfig([ViewConfig("t", "title", "e")]),
         "text_encoder": "t",
     },

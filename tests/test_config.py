@@ -102,7 +102,7 @@ def test_views_round_trip():
             "lora, bitfit; iisan trains none",
         ),
         ({"cache": None, "uncached": LAYERED, "model": {"method": "lora"}}, "layers: lora reads view 'image'"),
-        ({"cache": None, "uncached": LAYERED, "model": {"layer_groups": 2}}, "view 'image' has layers of its own"),
+        ({"cache": None, "uncached": LAYERED, "model": {"layer_groups": 2}}, "view 'image' names its layers already"),
         (
             {"cache": None, "uncached": {**UNCACHED, "dtype": "float16"}, "model": {"method": "full"}},
             "dtype: is for states that do not change; full trains encoders",

@@ -119,7 +119,7 @@ def test_an_extraction_takes_its_settings_from_file_options_and_changes():
     assert [view.encoder for view in other.views] == ["t"]
     for settings, changes, message in (
         ({}, {"model.dropout": 0.2}, "model.dropout: unknown setting; expected one of dataset, cache, encoders"),
-        ({"layer_groups": 2}, {}, "layer_groups: view 'image' has layers of its own"),
+        ({"layer_groups": 2}, {}, "layer_groups: view 'image' names its layers already"),
     ):
         with pytest.raises(InputError, match=message):
             extraction_config(settings, base, changes=changes)

@@ -14,8 +14,9 @@ from .store import Store
 
 
 def refuse_other_encoders(cache: Path, views: Iterable[ViewConfig]) -> None:
-    """Raise InputError unless each view of the cache was made as its settings say: source, encoder, pooling, layers, …
+    """Raise InputError unless each view of the cache was made with the settings of its encoder.
 
+    Source, encoder, pooling, layers, max_tokens and encoder_dtype are compared.
     An encoder of another name is accepted if it is a folder with the weights that made the view. A setting that stands
     for a default is not compared, except for the layers.
     """

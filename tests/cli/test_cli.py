@@ -214,7 +214,7 @@ def test_layer_groups_are_those_of_every_view():
     views = ("--image-encoder", "i", "--text-encoder", "t", "--view", "source=title encoder=e name=other")
     assert [view.layer_groups for view in views_given(*views, layer_groups=3)] == [3, 3, 3]
     for own in (("--text-encoder", "t", "--text-layers", "0,2"), ("--view", "source=title encoder=e layers=0,1")):
-        with pytest.raises(InputError, match="layer_groups: view 'title' has layers of its own"):
+        with pytest.raises(InputError, match="layer_groups: view 'title' names its layers already"):
             views_given(*own, layer_groups=3)
     with pytest.raises(InputError, match="--text-layers: expected a whole number, found ''"):
         views_given("--text-encoder", "t", "--text-layers", "")
