@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
-    """Calls the ops with a launcher that compiles for the architecture where it would launch."""
+    """Call the ops with a launcher that compiles for the architecture instead of launching."""
     compiled: set[tuple[Any, ...]] = set()
     device = f"sm_{architecture}"
 
@@ -145,7 +145,7 @@ def call_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -
 
 
 def call_projected_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -> None:
-    """The towers' pair, forward and backward, over the same towers, on tensors without values."""
+    """Call the towers' pair, forward and backward, on tensors without values."""
     rows, header = (torch.empty(size, dtype=torch.int32, device="meta") for size in (items, HEADER_WORDS))
     views, activation = [(0,), (1,), (0, 1)], "relu"
     if arguments.other_forms:
@@ -157,7 +157,7 @@ def call_projected_towers(arguments: argparse.Namespace, items: int, dtype: torc
 
 
 def call_loss_and_rank(users: int, rows: int, items: int, embedding_dim: int, dtype: torch.dtype, plain: bool) -> None:
-    """The loss, forward and backward, and the rank, on tensors whose values do not matter."""
+    """Call the loss, forward and backward, and the rank, on tensors whose values do not matter."""
     queries = torch.zeros(rows, embedding_dim, dtype=dtype, requires_grad=True)
     vectors = torch.zeros(items, embedding_dim, dtype=dtype, requires_grad=True)
     zeros = torch.zeros(rows, dtype=torch.int64)
@@ -170,7 +170,7 @@ def call_loss_and_rank(users: int, rows: int, items: int, embedding_dim: int, dt
 
 
 def call_loss_pairs(users: int, rows: int, items: int, embedding_dim: int, dtype: torch.dtype) -> None:
-    """The loss of a packed batch and the gradient of its item vectors, on tensors without values."""
+    """Call the loss of a packed batch and the gradient of its item vectors, on tensors without values."""
     tile_rows = 16
     shape = StepShape(users, -(-items // 32) * 32, -(-rows // tile_rows), tile_rows, positions=10)
 
@@ -187,7 +187,7 @@ def call_loss_pairs(users: int, rows: int, items: int, embedding_dim: int, dtype
 
 
 def call_sequence_encoder(users: int, rows: int, embedding_dim: int, dtype: torch.dtype) -> None:
-    """The sequence encoder's pair, two blocks of two heads over 16-row tiles or, of many narrow rows, 32-row ones."""
+    """Call the sequence encoder's pair: two blocks of two heads, tiles of 16 rows, or of 32 for many narrow rows."""
     tile_rows = 32 if rows > configurations.SMALL_ROWS and embedding_dim <= configurations.WIDE else 16
     shape = StepShape(users, distinct=704, tiles=-(-rows // tile_rows), tile_rows=tile_rows, positions=10)
     batch = StepBatch.of(torch.empty(shape.starts()[-1], dtype=torch.int32, device="meta"), shape)
@@ -211,7 +211,7 @@ def call_sequence_encoder(users: int, rows: int, embedding_dim: int, dtype: torc
 
 
 def call_pairs_of_one_entry(dtype: torch.dtype) -> None:
-    """The selection of a batch, the record of losses, Adam and a sum of parts, on tensors without values."""
+    """Call the selection of a batch, the record of losses, Adam and a sum of parts, on tensors without values."""
     shape = StepShape(users=64, distinct=704, tiles=64, tile_rows=16, positions=10)
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -231,7 +231,7 @@ def call_pairs_of_one_entry(dtype: torch.dtype) -> None:
 
 
 def call_fold(arguments: argparse.Namespace, embedding_dim: int, dtype: torch.dtype) -> None:
-    """The fold, forward and backward, on tensors without values."""
+    """Call the fold, forward and backward, on tensors without values."""
     kinds = [(0, 1)] if arguments.other_forms else [(0,), (1,), (0, 1)]
     sizes = arguments.layers, arguments.width, arguments.bottleneck, embedding_dim
     shapes = side_weights(kinds, *sizes, gated=not arguments.other_forms)

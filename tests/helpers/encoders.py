@@ -79,7 +79,7 @@ TITLES = ["w1", "w2 w3 w4", "w5 " * 20, "w6 w7 w8 w9 w10 w11", "w12 w13"]
 
 
 def tokenizer(style: str) -> hf.PreTrainedTokenizerFast:
-    """A word-level tokenizer: BERT's [CLS]…[SEP], CLIP's <s>…</s>, a language model's <s>… or nothing at all."""
+    """Return a word-level tokenizer: BERT's [CLS]…[SEP], CLIP's <s>…</s>, a language model's <s>…, or plain."""
     if style == "bytes":  # Qwen's own class, which transformers loads whatever the folder's files say
         vocabulary = ["<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz0123456789Ġ"]
         return hf.Qwen2Tokenizer(vocab={c: i for i, c in enumerate(vocabulary)}, merges=[], model_max_length=32)

@@ -60,7 +60,7 @@ class Fold:
         return [*(output.detach() for output in outputs), *(weight.grad for weight in weights.tensors())]
 
     def check(self) -> None:
-        """The pair against autograd."""
+        """Compare the pair with autograd."""
         for number, (actual, expected) in enumerate(zip(self.run(), self.expected(), strict=True)):
             error = (actual - expected).norm() / expected.norm().clamp(min=1e-3)
             assert error < TOLERANCES[self.dtype], (number, tuple(expected.shape), error.item())

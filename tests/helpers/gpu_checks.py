@@ -68,7 +68,7 @@ def nan_in_new_memory() -> Iterator[None]:
 
 
 def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """||result - exact|| / ||exact|| over all the tensors together; NaN where a result has any."""
+    """Return ||result - exact|| / ||exact|| over all tensors together; NaN if a result has one."""
     difference = sum((a.detach().double() - b.detach().double()).square().sum().item() for a, b in zip(results, exact))
     scale = sum(b.detach().double().square().sum().item() for b in exact)
     return (difference / scale) ** 0.5 if scale else difference**0.5

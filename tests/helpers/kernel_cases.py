@@ -60,7 +60,7 @@ class SideCase:
         self.gradients = [random(items, width) for _ in kinds]
 
     def run(self, op: Callable, dtype: torch.dtype | None = None, wanted: Sequence[int] | None = None) -> list[Tensor]:
-        """Outputs, then the gradients of all parameters and dense views, or of those numbered in `wanted`."""
+        """Return outputs, then gradients of all parameters and dense views, or of those numbered in `wanted`."""
         dtype = dtype or self.dtype
 
         def leaf(tensor: Tensor) -> Tensor:

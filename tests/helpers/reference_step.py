@@ -72,7 +72,7 @@ def reference_loss(
 
 
 def padded_slots(sequence: list[int], max_inputs: int) -> list[int]:
-    """The max_inputs + 1 slots of a user, the sequence at their right end."""
+    """Return the max_inputs + 1 slots of a user, with the sequence at their right end."""
     if not 2 <= len(sequence) <= max_inputs + 1:
         raise ValueError(f"a training sequence has 2 to {max_inputs + 1} items, not {len(sequence)}")
     return [PADDING] * (max_inputs + 1 - len(sequence)) + list(sequence)
@@ -98,7 +98,7 @@ def item_vectors(parameters: Parameters, settings: ReferenceSettings, views: lis
 
 
 def require_head_shapes(parameters: Parameters, settings: ReferenceSettings, name: str) -> None:
-    """A tower's first map is D -> d in Versa's intra heads and D -> D in all others."""
+    """Raise ValueError unless a head's first map is D -> d in Versa's intra heads and D -> D in all others."""
     rows, width = parameters[f"heads.{name}.0.weight"].shape
     expected = settings.embedding_dim if settings.method == "iisan-versa" and name != "inter" else width
     if rows != expected:
@@ -124,7 +124,7 @@ def inter_tower(parameters: Parameters, settings: ReferenceSettings, first: Tens
 
 
 def aligned_pairs(parameters: Parameters, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The last layers that both views have, the wider view brought to the narrower width layer by layer."""
+    """Return the last layers that both views have, with the wider view mapped to the narrower width layer by layer."""
     pairs = min(first.shape[1], second.shape[1])
     first, second = first[:, -pairs:], second[:, -pairs:]
     if first.shape[2] > second.shape[2]:
@@ -239,7 +239,7 @@ class Dropout:
 
 
 def hashed(seed: int, *fields: int) -> int:
-    """The 32-bit hash of a seed and the fields that follow it, in order."""
+    """Return the 32-bit hash of a seed and the fields after it, in order."""
     return reduce(absorb, fields, mix(seed % 2**32))
 
 
@@ -259,7 +259,7 @@ def mix(h: int) -> int:
 
 
 def in_batch_cross_entropy(slots: list[list[int]], vectors: Tensor, states: list[Tensor], popularity: Tensor) -> Tensor:
-    """The dense loss: a row for each slot with a next item, a column for each real slot, with multiplicity.
+    """Return the dense loss: a row for each slot with a next item, a column for each real slot, with multiplicity.
 
     logit = <q, e> - log p(item). A row does not see the columns whose item occurs anywhere in its own user's
     sequence, but for its target's slot. slots: [B][max_inputs + 1]; vectors: [B, max_inputs + 1, d];
