@@ -67,6 +67,7 @@ class Frames:
         return [self._decode(item_id, name) for name in spread(sorted(names, key=natural), self.at_most)]
 
     def _decode(self, item_id: str, name: str) -> Image.Image:
+        """Return a frame in RGB. Raises ImageError, naming the file, if it is damaged."""
         try:
             return ImageFolder.decode((self.path / item_id / name).read_bytes())
         except ImageError as error:

@@ -209,7 +209,7 @@ def _captions(captioner: Captioner, pictures: Pictures, item_ids: Sequence[str])
 
 
 def _read(pictures: Pictures, item_id: str) -> list[Image.Image]:
-    """Return an item's pictures. Raises InputError if they cannot be read any more."""
+    """Return an item's pictures. Raises InputError if they cannot be read."""
     try:
         return pictures.read(item_id)
     except ImageError as error:  # its files have changed since they were checked

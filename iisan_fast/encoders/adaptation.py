@@ -60,12 +60,14 @@ def adapt(
 ) -> dict[str, list[nn.Parameter]]:
     """Prepare an encoder in place for a method, and return its trained parameters by group of one learning rate.
 
-    method: `full` trains every parameter that the last hidden state depends on, `bitfit` only the biases among them
-    (group "encoders" for both). `adapter` and `lora` add parameters and train those alone (group "adapters"). `frozen`
-    trains nothing and returns an empty dict. All other parameters require no gradient, and dropout is off. bottleneck,
-    activation ("relu" or "gelu"): of the method `adapter`. example: a batch of the model's inputs, for `full` and
-    `bitfit`; None makes one up. The model may be on any device, also "meta". Raises InputError if the encoder has
-    nothing that the method can train, or if `lora` does not find the library peft.
+    method: `full` trains every parameter that the last hidden state depends on, except for position embeddings that are
+    resized to the images; `bitfit` trains only the biases among them (group "encoders" for both). `adapter` and `lora`
+    add parameters and train those alone (group "adapters"). `frozen` trains nothing and returns an empty dict. All
+    other parameters require no gradient, and dropout is off. bottleneck, activation ("relu" or "gelu"): of the method
+    `adapter`. example: a batch of the model's inputs, for `full` and `bitfit`; None makes one up. The model may be on
+    any device, also "meta".
+
+    Raises InputError if the encoder has nothing that the method can train, or if `lora` does not find the library peft.
     """
     model.requires_grad_(False)
     if method == "full":

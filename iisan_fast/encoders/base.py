@@ -170,6 +170,7 @@ class Backbone(ABC):
         }
 
     def _error(self, message: str) -> InputError:
+        """Return an InputError whose message names the encoder."""
         return InputError(f"{self.view.encoder}: {message}")
 
     def _moved(self, inputs: ModelInputs) -> ModelInputs:

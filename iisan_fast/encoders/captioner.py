@@ -79,6 +79,7 @@ class Captioner:
         return processor
 
     def _load_model(self) -> Any:
+        """Return the model on the device. Raises InputError if the checkpoint lacks weights."""
         options = {"dtype": self.dtype, "trust_remote_code": False, "output_loading_info": True}
         model, info = cached_or_fetched(AutoModelForImageTextToText.from_pretrained, self.name, **options)
         refuse_missing_weights(self.name, info["missing_keys"])

@@ -46,12 +46,14 @@ class ImageBackbone(Backbone):
         return super().describe() | {"processor_backend": self.processor.backend}
 
     def _load_processor(self, encoder: str, local_files_only: bool) -> Any:
+        """Return the encoder's image processor."""
         # Use Pillow if the processor allows it: torchvision resizes differently, and may not be installed.
         return AutoImageProcessor.from_pretrained(
             encoder, backend="pil", local_files_only=local_files_only, trust_remote_code=False
         )
 
     def _processor_content(self) -> Any:
+        """Return the class, the backend and the settings of the image processor, as JSON values."""
         settings = {key: value for key, value in self.processor.to_dict().items() if not key.startswith("_")}
         return [type(self.processor).__name__, self.processor.backend, settings]
 
@@ -62,12 +64,14 @@ class ImageBackbone(Backbone):
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def _taken(self, inputs: ModelInputs) -> ModelInputs:
+        """Return the pixel values, converted to the encoder's dtype."""
         return {"pixel_values": inputs["pixel_values"].to(self.dtype)}
 
     def _check_states(self, states: Sequence[Tensor]) -> None:
         """Set the first layer that can be selected and the number of tokens before the patches.
 
-        Raises InputError if the states have no common shape, or not one state for each patch.
+        Raises InputError if the states have no common shape, if the encoder has no patch size, or if there is not one
+        state for each patch.
         """
         shapes = [state.shape for state in states]
         self.first_layer = next(k for k in range(len(shapes)) if len({*shapes[k:]}) == 1)
@@ -86,13 +90,16 @@ class ImageBackbone(Backbone):
         self.leading = tokens - patches  # class and register tokens stand before the patches
 
     def _has_class_token(self) -> bool:
+        """Return True if the encoder has a parameter for a class token."""
         return any(name.endswith(CLASS_TOKENS) for name, _ in self.model.named_parameters())
 
     def _poolings(self) -> tuple[str, ...]:
+        """Return the poolings that the encoder allows, its default first."""
         # If no token stands before the patches, the class token belongs to a head that pools them.
         return ("cls", "mean") if self.leading and self._has_class_token() else ("mean",)
 
     def _pool(self, states: Tensor, inputs: ModelInputs) -> Tensor:
+        """Return the class token's state, or the mean of the patches' states: [N, tokens, D] -> [N, D]."""
         if self.pooling == "cls":
             return states[:, 0]
         return states[:, self.leading :].float().mean(dim=1).to(states.dtype)

@@ -73,6 +73,7 @@ class TextBackbone(Backbone):
         return super().describe() | {"max_tokens": self.view.max_tokens}
 
     def _load_processor(self, encoder: str, local_files_only: bool) -> Any:
+        """Return the encoder's tokenizer. Raises InputError if it knows no words."""
         tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=local_files_only, trust_remote_code=False)
         # If its files are missing, transformers may make a tokenizer that knows no words.
         if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
@@ -80,6 +81,7 @@ class TextBackbone(Backbone):
         return tokenizer
 
     def _processor_content(self) -> Any:
+        """Return the class, the content and the special tokens of the tokenizer, as JSON values."""
         tokenizer = self.processor
         if tokenizer.is_fast:
             tokenizer.backend_tokenizer.no_truncation()
@@ -103,6 +105,10 @@ class TextBackbone(Backbone):
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
     def _poolings(self) -> tuple[str, ...]:
+        """Return the poolings that the encoder allows, its default first.
+
+        "cls" needs a class token before the text and attention in both directions.
+        """
         cls = getattr(self.processor, "cls_token_id", None)
         leads = cls is not None and self.processor("a text").input_ids[:1] == [cls]
         return ("cls", "mean", "last") if leads and not self._is_causal() else ("mean", "last")
@@ -117,6 +123,7 @@ class TextBackbone(Backbone):
         return all(torch.equal(a[:, 0], b[:, 0]) for a, b in zip(first, second))
 
     def _pool(self, states: Tensor, inputs: ModelInputs) -> Tensor:
+        """Return the first, the last or the mean state of each text's tokens: [N, tokens, D] -> [N, D]."""
         if self.pooling == "cls":
             return states[:, 0]
         mask = inputs["attention_mask"].to(states.device)

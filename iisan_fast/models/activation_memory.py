@@ -35,7 +35,7 @@ def plan_parts(views: list[Footprint], items: int, free: int, items_at_once: int
 
     All items are encoded together if the activations of all views fit. If not, they are encoded in parts as large as
     fit, and each part is encoded again in the backward pass. items_at_once: the size of the parts, without regard to
-    `free`; None to choose it. Raises InputError if the activations of one item do not fit.
+    `free`; None to choose it. Raises InputError if it is None and the activations of one item do not fit.
     """
     whole = sum(view.of(items) for view in views)
     fits = whole <= free if items_at_once is None else items_at_once >= items

@@ -52,7 +52,7 @@ class SASRec(nn.Module):
         """Return the state [R, d] after each item of right-aligned histories.
 
         x: the item vectors [R, d] of all histories. grid: where each of the R rows is, by user and position. dropout:
-        None for none.
+        None for no dropout.
         """
         return kernels.sequence_encoder(x, self.weights(), grid, dropout)
 

@@ -87,11 +87,11 @@ class TunedItemEncoder(nn.Module):
     def plan(
         self, largest: Callable[[int], list[ModelInputs]], items: int, free: int, items_at_once: int | None = None
     ) -> EncodingPlan:
-        """Choose how many items are encoded at a time, encode so from now on, and return the plan.
+        """Choose how many items are encoded at a time, set `recompute`, and return the plan.
 
         largest: a function from n to each view's inputs of n items of the largest size. items: the most items of a
         batch. free: bytes for activations, gradients and Adam's moments. items_at_once: the size of the parts, without
-        regard to `free`; None to choose it. Raises InputError if one item does not fit.
+        regard to `free`; None to choose it. Raises InputError if it is None and one item does not fit.
         """
         footprints = [
             self._footprint(encoder, one_item, two_items)

@@ -57,14 +57,14 @@ def extract(
 ) -> list[Extracted]:
     """Encode every item of the dataset's catalogue, and store its hidden states of each view in the folder `cache`.
 
-    config: with `workers` 0, this process reads the images; with None, as many processes as idle CPUs and the size of
-    the catalogue suggest. The processes import the main module, so a script calls this function under
-    `if __name__ == "__main__"`. dry_run: do all checks, write nothing, and count the items to encode.
-    Returns the counts of each view, in the order of `views`.
+    config: with `workers` 0, this process reads the images; with None, the number of processes is chosen by idle CPUs
+    and the size of the catalogue. The processes import the main module, so a script calls this function under `if
+    __name__ == "__main__"`. dry_run: do all checks, write nothing, and count the items to encode. Returns the counts of
+    each view, in the order of `views`.
 
-    Raises InputError, before anything is written, for content that is missing or cannot be
-    read, an encoder that cannot be used, or a store that other encoders or settings have filled. Raises InputError
-    after the good states were written if a hidden state is not finite.
+    Raises InputError, before anything is written, for content that is missing or cannot be read, an encoder that cannot
+    be used, or a store that other encoders or settings have filled. Raises InputError after the good states were
+    written if a hidden state is not finite.
     """
     fix_cublas_workspace()
     with ExitStack() as stack:
@@ -126,9 +126,11 @@ class _Writer:
         self.pending: list[tuple[Sequence[int], list[bytes], list[Tensor]]] = []
 
     def __enter__(self) -> _Writer:
+        """Return the writer."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Store the collected states."""
         self._flush()
 
     def add(self, batch: EncoderBatch, states_by_view: Sequence[Tensor]) -> None:
@@ -175,9 +177,9 @@ def _plan_all(
 ) -> list[tuple[_Job, list[int]]]:
     """Return the jobs with the rows to encode, in order. Raises InputError if content or store cannot be used.
 
-    writable: open the store as a writer, which refuses a store that another extraction writes to.
-    A job whose views lack different rows becomes several jobs, because the last bits of a state may differ between
-    batches of different items.
+    writable: open an existing store as a writer, which refuses a store that another extraction writes to. A job whose
+    views lack different rows becomes several jobs, because the last bits of a state may differ between batches of
+    different items.
     """
     with ExitStack() as stack:
         exists = (cache / "manifest.json").exists()

@@ -112,6 +112,7 @@ class PinnedTable(GatheredTable):
         """Do nothing: the table keeps no files open."""
 
     def _read(self, view: int, items: Tensor, into: Tensor) -> None:
+        """Copy the rows from host memory."""
         torch.index_select(self.views[view], 0, items, out=into)
 
 
@@ -144,6 +145,7 @@ class MappedTable(GatheredTable):
         self.store.close()
 
     def _read(self, view: int, items: Tensor, into: Tensor) -> None:
+        """Copy the rows from the store, converted to the dtype of `into`; zeros for padding."""
         stored = into if self.stored[view] == into.dtype else torch.empty_like(into, dtype=self.stored[view])
         padding = int((items == 0).sum())  # padding stands last
         stored[len(items) - padding :] = 0
@@ -207,9 +209,9 @@ def unread_table(
     dtype: torch.dtype | None = None,
     layer_groups: int | None = None,
 ) -> tuple[MappedTable, TablePlan]:
-    """Return the table of `load_table` in the store's file, wherever it belongs, and the plan that says where that is.
+    """Return the table of `load_table` in the store's file, and a plan with the place where `load_table` puts it.
 
-    No state is read. Raises InputError as `load_table` does.
+    No states are read. Raises InputError as `load_table` does.
     """
     store = Store(cache)
     try:

@@ -59,7 +59,8 @@ class InputTable:
         """Take the encoder of each view, and the inputs of each model.
 
         views: the inputs of the first view of each model. rows: the number of items, and one for padding. part_items:
-        the most items of one encoder call. opened: the open files and threads, which `close` closes.
+        the most items of one encoder call. opened: the open files and threads, which `close` closes. placed: the size
+        of the images in bytes, and their place.
         """
         self.backbones, self.rows, self.part_items, self.device = backbones, rows, part_items, device
         self.views_by_model = views_by_model(backbones)

@@ -90,8 +90,9 @@ def prepared_batches(
 ) -> Generator[PreparedBatch, None, None]:
     """Yield the batches in order, on the device, prepared ahead of the steps that take them.
 
-    Each batch is checked, and padded if `shape` is given. The inputs of its items are gathered on the host. All of it
-    is copied to the device on a stream beside the steps' own. Raises ValueError for a batch with an index out of range.
+    Each batch is checked, and padded if `shape` is given. The inputs of its items are gathered on the host. For CUDA,
+    all of it is copied to the device on a stream beside the steps' own. Raises ValueError for a batch with an index out
+    of range.
     """
     copies = _copy_stream(device) if device.type == "cuda" else None
     batches = _checked(batches, source.rows)

@@ -16,15 +16,15 @@ from .store import Store
 def refuse_other_encoders(cache: Path, views: Iterable[ViewConfig]) -> None:
     """Raise InputError unless each view of the cache was made with the settings of its encoder.
 
-    Source, encoder, pooling, layers, max_tokens and encoder_dtype are compared.
-    An encoder of another name is accepted if it is a folder with the weights that made the view. A setting that stands
-    for a default is not compared, except for the layers.
+    views: compared in source, encoder, pooling, layers, max_tokens and encoder_dtype with the cache's view of that
+    name. An encoder may have another name if it is a folder with the weights that made the view. A setting that is left
+    to the encoder's default is not compared, except for the layers. Also raises InputError if the cache lacks a view.
     """
     with Store(cache) as store:
         for view in views:
             recorded = store.view(view.name)
-            wanted = _wanted(view, recorded)
-            differences = changed_settings({name: recorded.get(name) for name in wanted}, wanted)
+            settings = _settings_to_compare(view, recorded)
+            differences = changed_settings({name: recorded.get(name) for name in settings}, settings)
             if not _same_encoder(view.encoder, recorded):
                 differences.insert(0, f"encoder {recorded.get('encoder')} there, {view.encoder} now")
             if differences:
@@ -34,20 +34,25 @@ def refuse_other_encoders(cache: Path, views: Iterable[ViewConfig]) -> None:
                 )
 
 
-def _wanted(view: ViewConfig, recorded: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a view that a cache records, by the names there; defaults of the encoder are left out."""
+def _settings_to_compare(view: ViewConfig, recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return the view's settings under the names that a cache records them by.
+
+    recorded: the description in the cache. Settings that are left to the encoder's default are not returned, except for
+    the layers.
+    """
     layers = selected_layers(view, recorded["depth"], recorded.get("first_layer", 0))
-    wanted: dict[str, Any] = {"source": view.source, "layers": list(layers)}
+    settings: dict[str, Any] = {"source": view.source, "layers": list(layers)}
     if view.pooling is not None:
-        wanted["pooling"] = view.pooling
+        settings["pooling"] = view.pooling
     if view.encoder_dtype != "auto":
-        wanted["encoder_dtype"] = view.encoder_dtype
+        settings["encoder_dtype"] = view.encoder_dtype
     if view.source != "image":
-        wanted["max_tokens"] = view.max_tokens
-    return wanted
+        settings["max_tokens"] = view.max_tokens
+    return settings
 
 
 def _same_encoder(encoder: str, recorded: dict[str, Any]) -> bool:
+    """Return True if an encoder has the recorded name, or is a folder with the recorded weights."""
     if encoder == recorded.get("encoder"):
         return True
     folder = Path(encoder)

@@ -190,6 +190,7 @@ class Store:
             return self._env.begin(buffers=True)
 
     def _write_manifest(self) -> None:
+        """Write manifest.json as a whole or not at all."""
         write_atomically(self.path / "manifest.json", json.dumps(self.manifest, indent=2).encode())
 
     @contextmanager
@@ -209,13 +210,13 @@ def content_digest(content: bytes) -> bytes:
 
 
 def entry_bytes(description: dict[str, Any]) -> int:
-    """Return the bytes of one item's entry in a store: the digest and the states of a view of this description."""
+    """Return the bytes of one item's entry in a store, a digest and states. description: of the view."""
     states = len(description["layers"]) * description["width"] * getattr(torch, description["dtype"]).itemsize
     return DIGEST_BYTES + states
 
 
 def group_positions(name: str, view: dict[str, Any], layer_groups: int | None) -> list[int] | None:
-    """Return where, among a view's stored layers, are the embedding output and the last block of each group.
+    """Return the positions of the embedding output and of each group's last block among a view's stored layers.
 
     name: the view's name. view: its description. layer_groups: the number of groups; None returns None, for all layers.
     Raises InputError if the view lacks one of these layers.

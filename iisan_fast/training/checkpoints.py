@@ -130,10 +130,12 @@ class _Form(NamedTuple):
     dtype: torch.dtype
 
     def __str__(self) -> str:
+        """Return the shape and dtype as text, such as "(3, 4) of float32"."""
         return f"{self.shape} of {str(self.dtype).removeprefix('torch.')}"
 
 
 def _form(tensor: Tensor) -> _Form:
+    """Return the shape and dtype of a tensor."""
     return _Form(tuple(tensor.shape), tensor.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Describe a new run without training it: what would be trained, the memory it takes, and the files it writes."""
+"""Describe a new run without training it: what would be trained, its memory, and the files that it would write."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .item_sources import Descriptions, open_unread_source, refuse_changed_texts
 from .run_folder import RUN_FILES
 from .trainer import Trainer, check_new_run
 
-ADAM_MOMENTS = 2  # that Adam keeps of each trained number
+ADAM_MOMENTS = 2  # that Adam stores of each trained parameter
 NOT_ESTIMATED = "not estimated"
 
 
@@ -51,15 +51,19 @@ def describe_new_run(config: RunConfig, out: Path, device: torch.device, placeme
             "parameters": _parameters(trainer),
             "memory": {"table": size, "table_place": place if size else "none", **_memory(trainer)},
             "files": _files(config, out, views),
-            "config": json.loads(json.dumps(to_dict(trainer.config))),  # lists in place of tuples, as in config.json
+            "config": json.loads(
+                json.dumps(to_dict(trainer.config))
+            ),  # with lists instead of tuples, as in config.json
         }
 
 
 def _described_view(view: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a view that the description shows."""
     return {name: view.get(name) for name in ("source", "encoder", "pooling", "layers", "width")}
 
 
 def _amounts(config: RunConfig, dataset: Dataset) -> dict[str, int]:
+    """Return the numbers of users, items, steps and epochs."""
     return {
         "users": len(dataset.sequences.user_ids),
         "items": len(dataset.sequences.item_ids),
@@ -69,16 +73,17 @@ def _amounts(config: RunConfig, dataset: Dataset) -> dict[str, int]:
 
 
 def _parameters(trainer: Trainer) -> dict[str, Any]:
+    """Return the numbers of trainable and of all parameters, and of the trainable ones in each group."""
     groups = trainer.model.parameter_groups()
     counts = {name: sum(weight.numel() for weight in weights) for name, weights in groups.items()}
     return {**parameter_counts(trainer.model), "groups": counts}
 
 
 def _memory(trainer: Trainer) -> dict[str, Any]:
-    """Return the bytes of weights, gradients, moments and the largest batch."""
+    """Return the bytes of parameters, gradients, Adam's moments and the largest batch."""
     weights = list(trainer.model.parameters())
     trained = sum(weight.nbytes for weight in weights if weight.requires_grad)
-    no_states = trainer.config.model.method == "id"  # reads numbers, whose batches the budget does not count
+    no_states = trainer.config.model.method == "id"  # its batches hold item numbers, which the budget does not count
     return {
         "parameters": sum(weight.nbytes for weight in weights),
         "gradients": trained,
@@ -88,6 +93,7 @@ def _memory(trainer: Trainer) -> dict[str, Any]:
 
 
 def _files(config: RunConfig, out: Path, views: Descriptions) -> dict[str, Any]:
+    """Return the run's folder, the files that the run writes, and the folders that it reads."""
     encoders = [] if config.uncached is None else [view["encoder"] for view in views.values()]
     sources = [config.dataset, *([config.cache] if config.cache else []), *dict.fromkeys(encoders)]
     return {"folder": str(out), "written": list(RUN_FILES), "read": sources}

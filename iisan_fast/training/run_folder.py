@@ -171,4 +171,5 @@ def _processor_name() -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
+    """Write a JSON value as a whole or not at all."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

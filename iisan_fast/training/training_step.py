@@ -72,6 +72,7 @@ class TrainingStep:
             return self._take(batch, inputs, mark)
 
     def _take(self, batch: Batch, inputs: ItemInputs, mark: Callable[[str], None]) -> Tensor:
+        """Take the step of `__call__`."""
         self.model.zero_grad()
         loss = self.model.loss(batch, inputs)
         mark("forward")

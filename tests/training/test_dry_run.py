@@ -148,18 +148,18 @@ def test_the_plan_of_an_extraction(catalogue, encoder_views, tmp_path):
     planned = iisan_fast.extract(catalogue, cache, views=views, dry_run=True, device="cpu")
     assert all_files(catalogue, tmp_path) == before
     done = iisan_fast.extract(catalogue, cache, views=views, device="cpu")
-    assert [(one.view, one.items, one.encoded, one.entry_bytes) for one in planned] == [
-        (one.view, one.items, one.encoded, one.entry_bytes) for one in done
+    assert [(counts.view, counts.items, counts.encoded, counts.entry_bytes) for counts in planned] == [
+        (counts.view, counts.items, counts.encoded, counts.entry_bytes) for counts in done
     ]
-    assert [one.blank for one in planned] == [None, None] and [one.encoded for one in done] == [70, 70]
+    assert [counts.blank for counts in planned] == [None, None] and [counts.encoded for counts in done] == [70, 70]
     stored = (cache / "states.lmdb" / "data.mdb").stat().st_size
-    assert sum(one.entry_bytes for one in done) <= stored
+    assert sum(counts.entry_bytes for counts in done) <= stored
     titles = (catalogue / "items.tsv").read_text().splitlines(keepends=True)
     titles[0] = titles[0].rstrip("\n") + " for oak\n"
     (catalogue / "items.tsv").write_text("".join(titles))
     before = all_files(catalogue, tmp_path)
     again = iisan_fast.extract(catalogue, cache, views=views, dry_run=True, device="cpu")
-    assert [one.encoded for one in again] == [1, 1] and all_files(catalogue, tmp_path) == before
+    assert [counts.encoded for counts in again] == [1, 1] and all_files(catalogue, tmp_path) == before
     with pytest.raises(InputError, match="view 'again' was made with other settings: layers"):
-        other = ViewConfig("again", "title", encoder_views[1].encoder, layers=(0, 3))
-        iisan_fast.extract(catalogue, cache, views=other, dry_run=True, device="cpu")
+        with_other_layers = ViewConfig("again", "title", encoder_views[1].encoder, layers=(0, 3))
+        iisan_fast.extract(catalogue, cache, views=with_other_layers, dry_run=True, device="cpu")

@@ -102,12 +102,12 @@ def test_a_run_made_with_bfloat16_products_on_a_cpu_is_refused_on_resume_in_one_
 
 
 @pytest.mark.parametrize(
-    ("recorded", "today"), [("torch", "reference"), ("host", "host"), ("native", "cpu"), ("triton", "gpu")]
+    ("recorded", "current_name"), [("torch", "reference"), ("host", "host"), ("native", "cpu"), ("triton", "gpu")]
 )
-def test_the_forms_that_a_run_of_format_1_records_have_their_names_of_today(old, recorded, today):
+def test_the_forms_that_a_run_of_format_1_records_are_renamed(old, recorded, current_name):
     path = old / "run" / "environment.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "kernels": recorded}))
-    assert RunFolder.open(old / "run").environment["kernels"] == today
+    assert RunFolder.open(old / "run").environment["kernels"] == current_name
     assert json.loads(path.read_text())["kernels"] == recorded
     set_format(old / "run", 2)
     assert RunFolder.open(old / "run").environment["kernels"] == recorded
