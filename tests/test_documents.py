@@ -27,7 +27,9 @@ from helpers.documents import (
     link_targets,
     problem_of,
 )
+from helpers.settings_table import settings_tables
 from iisan_fast.errors import InputError
+from iisan_fast.setting_sources import base_settings
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
 SHELL_BLOCKS = [block for block in BLOCKS if block.language == "sh"]
@@ -239,6 +241,18 @@ def test_the_results_page_names_every_results_file():
     files = {path.name for path in (ROOT / "benchmarks" / "results").iterdir() if path.is_file()}
     assert {file for file in files if not file.endswith(".config.json")} <= named
     assert {file.replace(".config.json", ".json") for file in files if file.endswith(".config.json")} <= files
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=lambda b: b.place)
+def test_a_settings_file_that_is_shown_can_be_used(block, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text(block.text)
+    assert base_settings(file)
+
+
+def test_the_tables_of_settings_are_those_of_the_fields():
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page.partition("### encoders\n")[2] == settings_tables().partition("### encoders\n")[2] + "\n"
 
 
 def test_the_readme_is_short():
