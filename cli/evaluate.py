@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from .. import api
 from ..config import EvaluationConfig
 from .help_pages import EVALUATION, command, option
 from .options import FOLDER, device_option, output_options
@@ -35,6 +34,8 @@ NOT_HERE = ("mask_history",)  # both figures are printed
 @output_options
 def evaluate(run: Path, split: str, device: str, as_json: bool, **options: Any) -> None:
     """Print the metrics of RUN's best checkpoint over the full catalogue, history masked and unmasked."""
+    from .. import api  # imports numpy
+
     result = api.evaluate(run, split, device=device, **given_settings(options, EvaluationConfig, without=NOT_HERE))
     if as_json:
         print_json(result)

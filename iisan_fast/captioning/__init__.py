@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from ..doors import lazy_names
 
 if TYPE_CHECKING:
-    from .caption_images import MISSING_PICTURES
+    from .caption_settings import CaptionSettings
     from .captions import caption
 
 __all__ = [
-    "MISSING_PICTURES",
+    "CaptionSettings",
     "caption",
 ]
 

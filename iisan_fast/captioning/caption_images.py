@@ -16,8 +16,6 @@ from PIL import Image
 from ..data import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb
 from ..errors import InputError
 
-MISSING_PICTURES = ("error", "skip")
-
 
 class Pictures(Protocol):
     """The pictures of items, by item id. It can be sent to another process."""

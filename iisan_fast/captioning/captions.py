@@ -29,8 +29,10 @@ from ..progress import progress_bar
 from ..runtime import fix_cublas_workspace
 from ..settings_files import read_settings
 from ..workers import CHECKED_AT_ONCE, batched, calls_ahead, worker_count
-from .caption_images import MISSING_PICTURES, Covers, Frames, Pictures, problems
+from .caption_images import Covers, Frames, Pictures, problems
+from .caption_settings import CaptionSettings
 
+DEFAULTS = CaptionSettings()
 LOCK_FILE = ".captions.lock"
 LOGGER = logging.getLogger(__name__)
 
@@ -50,32 +52,20 @@ def caption(
     root: Path,
     model: str,
     device: torch.device,
-    prompt: str | None = None,
-    max_tokens: int = 64,
-    batch_size: int = 8,
+    settings: CaptionSettings = DEFAULTS,
     frames: Path | None = None,
-    frames_per_item: int = 4,
-    dtype: str = "auto",
-    missing_images: str = "error",
     protocol: ProtocolConfig = ProtocolConfig(),
-    workers: int | None = None,
 ) -> Captioned:
     """Caption the items of a dataset's catalogue that have no caption yet, from their images or from video frames.
 
-    root: the dataset's folder. model: a folder or a hub name. prompt: None for the model's default. max_tokens: of a
-    caption. frames: a folder of video frames, <item_id>/*.jpg in natural order, of which the model sees
-    `frames_per_item` evenly spread ones; None to use the dataset's images. dtype: one of config.ENCODER_DTYPES; in
-    float32, a caption does not depend on the other items of its batch. missing_images: "error", or "skip" to leave
-    items without a caption. workers: processes that check the pictures first; None chooses by idle CPUs and the number
-    of items.
+    root: the dataset's folder. model: a folder or a hub name. frames: a folder of video frames, <item_id>/*.jpg in
+    natural order; None to use the dataset's images.
 
     Raises InputError, before the first caption, for pictures that are missing or cannot be read (unless they are
     skipped), a model that cannot be used, captions made by another model or with other settings, or another process
     that captions the same dataset.
     """
     fix_cublas_workspace()
-    if missing_images not in MISSING_PICTURES:
-        raise InputError(f"missing_images: expected one of {', '.join(MISSING_PICTURES)}, found {missing_images!r}")
     if not (root / "items.tsv").is_file():  # check before a lock file is written into the wrong folder
         raise InputError(f"{root}: no such dataset; expected a folder with items.tsv and users.tsv")
     with locked(root / LOCK_FILE, f"{root}: another process is captioning this dataset; wait for it to end"):
@@ -84,14 +74,15 @@ def caption(
         present = sum(text is not None for text in dataset.captions)
         todo = [item_id for item_id, text in zip(dataset.sequences.item_ids, dataset.captions) if text is None]
         with quiet_hugging_face(), nullcontext() if frames else open_images(root) as images:
-            pictures = Frames(frames, frames_per_item) if frames else Covers(images)
-            captioner = Captioner(model, device, prompt, max_tokens, pictures.at_most, dtype)
-            settings = captioner.describe() | {"frames_per_item": frames_per_item if frames else None}
-            captions.check(settings)
-            readable = _readable(pictures, todo, missing_images, worker_count(workers, len(todo), device))
+            pictures = Frames(frames, settings.frames_per_item) if frames else Covers(images)
+            captioner = Captioner(model, device, settings.prompt, settings.max_tokens, pictures.at_most, settings.dtype)
+            description = captioner.describe() | {"frames_per_item": settings.frames_per_item if frames else None}
+            captions.check(description)
+            workers = worker_count(settings.workers, len(todo), device)
+            readable = _readable(pictures, todo, settings.missing_images, workers)
             if readable:
-                captions.begin(model, settings, present)
-            silent = _fill(captions, captioner, pictures, readable, batch_size)
+                captions.begin(model, description, present)
+            silent = _fill(captions, captioner, pictures, readable, settings.batch_size)
     return Captioned(
         items=len(dataset.captions),
         present=present,

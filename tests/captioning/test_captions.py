@@ -38,6 +38,7 @@ from helpers.datasets import make_sequences, write_dataset_folder
 from iisan_fast import demo
 from iisan_fast.captioning import captions as captioning
 from iisan_fast.captioning.caption_images import Covers, Frames, natural, problems, spread
+from iisan_fast.captioning.caption_settings import CaptionSettings
 from iisan_fast.captioning.captions import LOCK_FILE, Captioned, caption
 from iisan_fast.config import ProtocolConfig, ViewConfig
 from iisan_fast.data.items import open_images
@@ -172,7 +173,8 @@ def fake(monkeypatch) -> type[FakeCaptioner]:
 
 
 def run(root: Path, model: str = "a model", **options) -> Captioned:
-    return caption(root, model, CPU, **{"protocol": ProtocolConfig(max_inputs=10), "batch_size": 3} | options)
+    protocol, frames = options.pop("protocol", ProtocolConfig(max_inputs=10)), options.pop("frames", None)
+    return caption(root, model, CPU, CaptionSettings(**{"batch_size": 3} | options), frames, protocol)
 
 
 def lines(root: Path) -> dict[str, str]:
