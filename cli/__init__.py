@@ -20,8 +20,8 @@ from .train import train
 from .verbosity import show_normal, verbosity_options
 
 EXAMPLES = (
-    "iisan-fast train                                # the embedded demo, in a minute",
-    "iisan-fast import csv ratings.csv DATASET       # your own data, step by step",
+    "iisan-fast train                           # the embedded demo, in a minute",
+    "iisan-fast import csv ratings.csv DATASET  # your own data, step by step",
     "iisan-fast stats DATASET",
     "iisan-fast extract DATASET --cache STATES --text-encoder bert-base-uncased",
     "iisan-fast train DATASET --cache STATES --out runs/first",

@@ -22,6 +22,7 @@ from .help_pages import BENCHMARK, ENCODERS, OUTPUT, GroupedHelp, group, option
 from .options import FILE, FOLDER, device_option, out_option, output_options, writable_file
 from .output import print_json, print_table
 from .setting_options import Spelling, given_settings, setting_options
+from .verbosity import verbosity_options
 from .views import chosen_views, parsed_view, view_options
 
 ABOUT_ENCODERS = ("attention", "missing_images")  # settings that stand under the heading of the encoders
@@ -29,7 +30,11 @@ PLOT_HELP = "A PNG file for a plot; needs matplotlib."
 PAIR_HELP = 'A named set of encoders, "NAME: VIEW; VIEW", each VIEW as --view takes it; may be repeated.'
 
 
-@group()
+EXAMPLES = ("iisan-fast bench train DATASET", "iisan-fast bench kernels DATASET --out kernels.json")
+
+
+@group(examples=EXAMPLES, short_help="Measure speed, memory and accuracy beside a reference.")
+@verbosity_options
 def bench() -> None:
     """Measure speed, memory and accuracy, side by side with the reference."""
 

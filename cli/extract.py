@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "iisan-fast extract DATASET --cache STATES \\\n"
     "  --image-encoder google/vit-base-patch16-224 --text-encoder bert-base-uncased",
-    "iisan-fast extract DATASET --cache STATES --batch-size 16 \\\n"
-    '  --view "source=title encoder=sentence-transformers/all-MiniLM-L6-v2 pooling=mean"',
+    "iisan-fast extract DATASET --cache STATES --raw-titles --batch-size 16 \\\n"
+    '  --view "source=title pooling=mean encoder=bert-base-uncased layers=0,6,12"',
     "iisan-fast extract DATASET --cache STATES --config SETTINGS.yaml --dry-run",
 )
 SECTIONS = {"protocol": ProtocolConfig, "extraction": ExtractionConfig}

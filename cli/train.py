@@ -31,8 +31,8 @@ EXAMPLES = (
     "iisan-fast train DATASET --cache STATES --out runs/first",
     "iisan-fast train DATASET --cache STATES --method iisan-versa --epochs 20 \\\n"
     "  --bottleneck 64 --bottleneck first=512 --learning-rate adapters=1e-3",
-    "iisan-fast train DATASET --cache STATES --config SETTINGS.yaml --set model.dropout=0.2",
-    "iisan-fast train DATASET --method lora --text-encoder bert-base-uncased --dry-run",
+    "iisan-fast train DATASET --cache STATES --config SETTINGS.yaml \\\n  --set model.dropout=0.2",
+    "iisan-fast train DATASET --method lora --text-encoder bert-base-uncased \\\n  --dry-run",
     "iisan-fast train --resume runs/first",
 )
 SECTIONS = {
