@@ -1,4 +1,4 @@
-"""A CUDA graph before an epoch is timed: capture the step, and time the capture apart."""
+"""Capture a training step in a CUDA graph, timed apart from the steps."""
 
 from __future__ import annotations
 

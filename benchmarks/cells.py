@@ -1,7 +1,7 @@
-"""Sweeps: runs of several methods, encoders and seeds, each trained by the same trainer and taken apart.
+"""Sweeps: runs of several methods, sets of encoders and seeds, each trained by the same trainer.
 
-A cell is one method with one seed over one set of encoders; its run folder and its figures lie in a folder of its own,
-so that a sweep that was stopped goes on at the cell, and in it at the epoch, where it stopped.
+A cell is one method with one seed over one set of encoders. It has a folder for its run and its figures, so that a
+stopped sweep goes on at the cell, and at the epoch, where it stopped.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class Cell:
     seed: int
 
     def folder(self, out: Path) -> Path:
-        """Where it lies."""
+        """Return the cell's folder in the sweep's folder."""
         return out / self.encoders / self.method / f"seed-{self.seed}"
 
     def figures(self, out: Path) -> dict[str, Any]:
-        """What it came to."""
+        """Read the figures of a finished cell."""
         return read_settings(self.folder(out) / FIGURES)
 
 
@@ -105,7 +105,7 @@ def run_sweep(setup: Setup, settings: SweepSettings) -> Path:
 
 
 def cell_config(cell: Cell, dataset: Path, out: Path, settings: SweepSettings) -> RunConfig:
-    """The cell's run."""
+    """Return the configuration of a cell's run."""
     method, uncached = split_name(cell.method)
     views = settings.encoders[cell.encoders]
     optimisation = TrainConfig(
@@ -122,7 +122,10 @@ def cell_config(cell: Cell, dataset: Path, out: Path, settings: SweepSettings) -
 
 
 def encoding_seconds(encoders: str, out: Path) -> float | str:
-    """What putting the catalogue's states into a set's cache took; not measured where that went in several goes."""
+    """Return the seconds in which a set's states were written into its cache.
+
+    Returns NOT_MEASURED if that took several calls.
+    """
     record = out / encoders / ENCODING
     return read_settings(record)["seconds"] if record.exists() else NOT_MEASURED
 
@@ -132,7 +135,7 @@ def _cache(encoders: str, out: Path) -> Path:
 
 
 def _begin(out: Path, dataset: Path, settings: SweepSettings, device: torch.device) -> None:
-    """Records what the sweep is of. Raises InputError where the folder holds something else."""
+    """Record the sweep's settings. Raises InputError if the folder holds something else."""
     values = {"dataset": str(dataset.resolve()), "device": device.type, **asdict(settings)}
     values = json.loads(json.dumps(values))
     record = out / "sweep.json"
@@ -146,7 +149,7 @@ def _begin(out: Path, dataset: Path, settings: SweepSettings, device: torch.devi
 
 
 def _refuse_another(record: Path, values: dict[str, Any], out: Path) -> None:
-    """Raises InputError where cells were begun with other settings. More methods, encoders or seeds are more cells."""
+    """Raise InputError if cells were begun with other settings; more methods, encoders or seeds are allowed."""
     recorded = read_settings(record)
     if any(out.glob("*/*/seed-*")):
         for name in sorted(values.keys() - {"methods", "encoders", "seeds"}):
@@ -161,7 +164,7 @@ def _refuse_another(record: Path, values: dict[str, Any], out: Path) -> None:
 
 
 def _run_cell(cell: Cell, dataset: Path, out: Path, settings: SweepSettings, device: torch.device) -> None:
-    """Trains a cell in a process of its own, takes its steps apart in another, and writes what they came to."""
+    """Train a cell in a new process, profile its steps in another, and write its figures."""
     config, folder = cell_config(cell, dataset, out, settings), cell.folder(out)
     if config.cache is not None:
         in_a_process(_encode, config, settings, settings.encoders[cell.encoders], out / cell.encoders, device)
@@ -174,7 +177,7 @@ def _run_cell(cell: Cell, dataset: Path, out: Path, settings: SweepSettings, dev
 def _encode(
     config: RunConfig, settings: SweepSettings, views: tuple[ViewConfig, ...], folder: Path, device: torch.device
 ) -> None:
-    """Puts a set's states into its cache, and how long that took beside it, if it was done in one go."""
+    """Write a set's states into its cache; record the seconds if that took one call."""
     dataset, cache = load_dataset(Path(config.dataset), config.protocol), Path(config.cache)
     started = time.perf_counter()
     done = extract(
@@ -189,7 +192,7 @@ def _encode(
 
 
 def _train(config: RunConfig, folder: Path, table: str, device: torch.device) -> None:
-    """Trains, or goes on training, a cell's run, and writes its figures beside it."""
+    """Train a cell's run, or resume it, and write its figures beside it."""
     run = folder / "run"
     finished = RunFolder(run).test.exists()  # by a process that was killed before it could write the rest
     with PeakMemory(MEMORY_EVERY) as memory:

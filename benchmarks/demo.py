@@ -1,10 +1,11 @@
-"""The embedded demo as a user meets it: `iisan-fast train` in a folder of its own, its figures and its time.
+"""Run `iisan-fast train` on the embedded demo in an empty folder; record its figures and its time.
 
-python -m iisan_fast.benchmarks.demo
+python -m iisan_fast.benchmarks.demo [--out FILE]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -14,27 +15,25 @@ from pathlib import Path
 
 import torch
 
-from ..training import environment
+from .harness import DEMO, write_result
+from .machine import origin
 
-RESULT = Path(__file__).parent / "results" / "demo.json"
+COMMAND = "python -m iisan_fast.benchmarks.demo"
 
 
 def main() -> None:
-    program = Path(sys.executable).with_name("iisan-fast")
+    """Run the demo and print its figures."""
+    parser = argparse.ArgumentParser(COMMAND, description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        command = [program, "train", "--json"]
-        printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+        command = [sys.executable, "-m", "iisan_fast", "train", "--json"]
+        printed = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
         seconds = time.perf_counter() - started
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    result = {
-        "command": "python -m iisan_fast.benchmarks.demo",
-        "commit": commit,
-        "environment": environment(torch.device("cpu")),
-        "seconds": seconds,
-        **json.loads(printed),
-    }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"command": COMMAND, **origin(DEMO, torch.device("cpu")), "seconds": seconds, **json.loads(printed)}
+    if arguments.out is not None:
+        write_result(arguments.out, result)
     print(f"{seconds:.0f} s, HR@10 {result['test']['masked']['hr@10']:.4f}")
 
 

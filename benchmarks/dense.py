@@ -1,8 +1,8 @@
-"""The model and its training step as the released research code has them: what the fast path is measured against.
+"""The model and its training step as the released research code computes them: the dense reference.
 
-Every user fills all slots, every slot is encoded, padding too; a tower's three linear maps follow one another; the
-loss loops over users and their positions; Adam is PyTorch's own. States lie in memory, and only the kept layers are
-read. Mathematics, parameters and dropout are those of the fast path, so both give one loss.
+Every user fills all slots, and every slot is encoded, padding too. A tower's three linear maps follow one another. The
+loss loops over users and positions; Adam is PyTorch's. States are in memory, only the kept layers are read. Parameters
+and dropout are those of the fast path, so both give the same loss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Drop = Callable[[Tensor, int], Tensor]  # of a value [B, L, channels] and its si
 
 
 def keep_all(value: Tensor, site: int) -> Tensor:
-    """No dropout."""
+    """Return the value without dropout."""
     return value
 
 
@@ -31,11 +31,14 @@ class DenseModel:
     """A recommender of IISAN's form, computed densely."""
 
     def __init__(self, model: Recommender, tables: list[Tensor]) -> None:
-        """tables: two views' states of one shape, [items + 1, K, D], row 0 being padding."""
+        """Take a model's parameters.
+
+        tables: two views' states of one shape, [items + 1, K, D]; row 0 is padding.
+        """
         self.model, self.tables = model, tables
 
     def item_vectors(self, items: Tensor) -> Tensor:
-        """Item numbers int64 [N] -> [N, d]: gathered states, towers, and their linear maps one after the other."""
+        """Return the vectors [N, d] of item numbers int64 [N]."""
         side, heads = self.model.item_encoder.side_network, self.model.item_encoder.heads
         first, second = (table[items] for table in self.tables)
         read = {
@@ -50,7 +53,10 @@ class DenseModel:
         return heads.fusion(torch.cat([getattr(heads, name)(outputs[name]) for name in heads.towers], dim=1))
 
     def sequence_states(self, x: Tensor, real: Tensor, drop: Drop = keep_all) -> Tensor:
-        """SASRec over all slots, padding included: [B, L, d] -> [B, L, d]; real bool [B, L]."""
+        """Return SASRec's states [B, L, d] over all slots, padding included.
+
+        x: [B, L, d] item vectors; real: bool [B, L], False for padding.
+        """
         encoder, (batch, length, d) = self.model.sequence_encoder, x.shape
         positions = torch.arange(length, device=x.device)
 
@@ -76,12 +82,15 @@ class DenseModel:
 
 
 class DenseTrainer(DenseModel):
-    """The same, trained."""
+    """A dense model that is trained."""
 
     def __init__(
         self, model: Recommender, tables: list[Tensor], sequences: Sequences, rates: Mapping[str, float], seed: int
     ) -> None:
-        """tables: as the model takes them, in the weights' dtype; rates by parameter group."""
+        """Take a model's parameters and make an Adam optimizer.
+
+        tables: as DenseModel takes them, in the weights' dtype; rates: learning rates by parameter group.
+        """
         super().__init__(model, tables)
         self.sequences, self.seed = sequences, seed
         self.log_popularity = torch.from_numpy(sequences.popularity).log().to(tables[0].device)
@@ -89,7 +98,7 @@ class DenseTrainer(DenseModel):
         self.optimizer = torch.optim.Adam([{"params": groups[name], "lr": rate} for name, rate in rates.items()])
 
     def step(self, users: np.ndarray, step: int) -> Tensor:
-        """One optimizer step on the users int64 [B]; returns the loss before it, a scalar."""
+        """Take one optimizer step on the users int64 [B] and return the loss before it, a scalar."""
         self.optimizer.zero_grad()
         loss = self.loss(users, step)
         loss.backward()
@@ -97,14 +106,14 @@ class DenseTrainer(DenseModel):
         return loss.detach()
 
     def loss(self, users: np.ndarray, step: int) -> Tensor:
-        """The paper's loss over all slots, a row at a time."""
+        """Return the paper's loss of the users int64 [B] over all slots, computed a row at a time."""
         slots = torch.from_numpy(self.slots(users)).to(self.tables[0].device)  # [B, max_inputs + 1]
         vectors = self.item_vectors(slots.flatten()).unflatten(0, slots.shape)
         states = self.sequence_states(vectors[:, :-1], slots[:, :-1] > 0, self.dropout(users, step))
         return self.in_batch_loss(slots, vectors, states)
 
     def dropout(self, users: np.ndarray, step: int) -> Drop:
-        """A step's masks over the slots of the users int64 [B]."""
+        """Return the function that applies a step's dropout masks to the slots of the users int64 [B]."""
         numbers = torch.from_numpy(users).to(self.tables[0].device)
         masks = kernels.sequence_dropout(self.model.config.dropout, self.seed, step, numbers)
         if masks is None:
@@ -125,7 +134,10 @@ class DenseTrainer(DenseModel):
         return drop
 
     def in_batch_loss(self, slots: Tensor, vectors: Tensor, states: Tensor) -> Tensor:
-        """slots [B, L + 1] item numbers, 0 for padding; vectors [B, L + 1, d]; states [B, L, d]."""
+        """Return the mean loss.
+
+        slots: item numbers [B, L + 1], 0 for padding; vectors: [B, L + 1, d]; states: [B, L, d].
+        """
         flat = slots.flatten()
         columns = flat.nonzero()[:, 0]
         items, candidates = flat[columns], vectors.flatten(0, 1)[columns]
@@ -134,17 +146,17 @@ class DenseTrainer(DenseModel):
         column_of_slot[columns] = torch.arange(len(columns), device=flat.device)
         losses = []
         for user, row in enumerate(slots):
-            own = torch.isin(items, row)
+            in_history = torch.isin(items, row)
             for position in (row[:-1] > 0).nonzero()[:, 0].tolist():
                 target = column_of_slot[user * slots.shape[1] + position + 1]
                 logits = candidates @ states[user, position] - correction
-                seen = own.clone()
-                seen[target] = False
-                losses.append(F.cross_entropy(logits.masked_fill(seen, float("-inf")), target))
+                masked = in_history.clone()
+                masked[target] = False
+                losses.append(F.cross_entropy(logits.masked_fill(masked, float("-inf")), target))
         return torch.stack(losses).mean()
 
     def slots(self, users: np.ndarray) -> np.ndarray:
-        """int64 [B, max_inputs + 1]: training sequences at the right end of their slots."""
+        """Return the training sequences of the users, right-aligned: int64 [B, max_inputs + 1], 0 for padding."""
         offsets, items = self.sequences.training
         slots = np.zeros((len(users), self.sequences.max_inputs + 1), dtype=np.int64)
         for row, user in zip(slots, users):

@@ -1,4 +1,4 @@
-"""Encoders side by side: what a method reaches over each set of them and what that costs, against their size."""
+"""Train one method over several sets of encoders: accuracy and cost against the encoders' size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..files import write_atomically
 from .cells import Cell, encoding_seconds, run_sweep
 from .harness import Setup
-from .methods import row
+from .methods import seeds_row
 from .sweep_settings import EncodersSettings
 from .tables import NOT_MEASURED
 
@@ -41,37 +41,37 @@ def encoders_row(name: str, folder: Path, settings: EncodersSettings) -> dict[st
         "encoders": name,
         "encoder_parameters": encoder_parameters(settings.encoders[name]),
         "encoding_s": encoding_seconds(name, folder),
-        **row(figures),
+        **seeds_row(figures),
     }
 
 
 def encoder_parameters(views: Sequence[ViewConfig]) -> int:
-    """Of all encoders together; one that several views read counts once."""
+    """Return the number of parameters of all encoders; an encoder of several views counts once."""
     encoders = {(view.encoder, "image" if view.source == "image" else "text") for view in views}
     return sum(count_parameters(encoder, kind) for encoder, kind in encoders)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A PNG of two panels against the encoders' parameters: HR@10 and NDCG@10; seconds an epoch, and of encoding."""
+    """Draw a PNG of two panels against the encoders' parameters: HR@10 and NDCG@10; seconds of epochs and encoding."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows, settings = result["rows"], result["settings"]
-    sizes = [each["encoder_parameters"] / 1e6 for each in rows]
+    sizes = [row["encoder_parameters"] / 1e6 for row in rows]
     figure, (accuracy, cost) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, label in (("hr", "HR@10"), ("ndcg", "NDCG@10")):
-        deviations = [100 * (each[f"{name}_sd"] or 0) for each in rows]
-        accuracy.errorbar(sizes, [100 * each[name] for each in rows], deviations, fmt="o-", capsize=3, label=label)
-    cost.plot(sizes, [each["epoch_s"] for each in rows], "o-", label="an epoch of training")
-    encoded = [(size, each["encoding_s"]) for size, each in zip(sizes, rows) if each["encoding_s"] != NOT_MEASURED]
+        deviations = [100 * (row[f"{name}_sd"] or 0) for row in rows]
+        accuracy.errorbar(sizes, [100 * row[name] for row in rows], deviations, fmt="o-", capsize=3, label=label)
+    cost.plot(sizes, [row["epoch_s"] for row in rows], "o-", label="an epoch of training")
+    encoded = [(size, row["encoding_s"]) for size, row in zip(sizes, rows) if row["encoding_s"] != NOT_MEASURED]
     if encoded:
         cost.plot(*zip(*encoded), "s--", color="black", label="encoding the catalogue, once")
-    for each, height in zip(rows, _label_heights(rows)):
-        point = each["encoder_parameters"] / 1e6, 100 * each["hr"]
+    for row, height in zip(rows, _label_heights(rows)):
+        point = row["encoder_parameters"] / 1e6, 100 * row["hr"]
         place = {"xytext": (-8, height), "textcoords": "offset points", "ha": "right", "fontsize": LABEL_POINTS}
-        accuracy.annotate(each["encoders"], point, **place)
+        accuracy.annotate(row["encoders"], point, **place)
     accuracy.set(ylabel="percent", title="Accuracy")
     accuracy.set_ylim(bottom=0)
     cost.set(ylabel="seconds", title="Cost", yscale="log")
@@ -91,10 +91,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _label_heights(rows: Sequence[dict[str, Any]]) -> list[float]:
-    """How many points above each row's HR its name stands: those of one size may have nearly one HR."""
+    """Return the height of each row's name above its HR, in points.
+
+    Names of encoders of one size are set apart, since their HR may be nearly equal.
+    """
     heights = []
-    for each in rows:
-        same = [other for other in rows if other["encoder_parameters"] == each["encoder_parameters"]]
-        place = sorted(same, key=lambda other: other["hr"]).index(each)
-        heights.append(2 + 1.2 * LABEL_POINTS * (place - (len(same) - 1) / 2))
+    for row in rows:
+        same_size = [other for other in rows if other["encoder_parameters"] == row["encoder_parameters"]]
+        place = sorted(same_size, key=lambda other: other["hr"]).index(row)
+        heights.append(2 + 1.2 * LABEL_POINTS * (place - (len(same_size) - 1) / 2))
     return heights

@@ -1,7 +1,7 @@
 """Evaluation beside the released research code's: item vectors, user states, ranks and metrics of the same data.
 
-The forms take turns in one process; the memory of each is measured in a process of its own. The dense form may rank a
-sample of the users: what is then scaled to all of them is marked as scaled.
+The forms take turns in one process; the memory of each is measured in another process. The dense form may rank a
+sample of the users; figures that are scaled to all users say so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from .tables import NOT_MEASURED
 from .train import VIEWS, random_states
 
 K = 10
-ITEMS_AT_ONCE, USERS_AT_ONCE = 512, 1024  # of the dense form
+ITEMS_AT_ONCE = 512  # of the dense form, as the next
+USERS_AT_ONCE = 1024
 SCORED_AT_ONCE = 64  # users
 PARTS = ("ranking", "evaluation")
 RANK_TOLERANCE = 1e-3  # of the catalogue
@@ -56,7 +57,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """What both forms evaluate."""
+    """The data, states and model that both forms evaluate."""
 
     sequences: Sequences
     split_name: str
@@ -70,7 +71,7 @@ class EvaluationInputs:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation found, and the seconds of its stages."""
+    """The ranks and metrics of an evaluation, and the seconds of its stages."""
 
     ranks: np.ndarray  # of the form's users, history masked
     metrics: dict[str, float]
@@ -103,7 +104,7 @@ def compare_evaluation(setup: Setup, settings: EvaluateSettings) -> dict[str, An
 
 
 def argsort_users(settings: EvaluateSettings, name: str, users: int) -> int:
-    """How many users the dense form ranks. Raises InputError where there are not as many."""
+    """Return the number of users whom the dense form ranks. Raises InputError for more users than there are."""
     if settings.argsort_users is None:
         return min(users, ARGSORT_USERS)
     if settings.argsort_users > users:
@@ -112,7 +113,7 @@ def argsort_users(settings: EvaluateSettings, name: str, users: int) -> int:
 
 
 def make_inputs(sequences: Sequences, settings: EvaluateSettings, device: torch.device) -> EvaluationInputs:
-    """Random states and a model at its first weights, on the device."""
+    """Make random states and a model at its first weights, on the device."""
     shape = TrainSettings(width=settings.width, layers=settings.layers, seed=settings.seed)
     trained = FeatureTable(tuple(view.to(device) for view in random_states(sequences, shape)))
     table = FeatureTable(tuple(view.float() for view in trained.views)) if device.type == "cuda" else trained
@@ -127,7 +128,7 @@ def make_inputs(sequences: Sequences, settings: EvaluateSettings, device: torch.
 
 @torch.no_grad()
 def dense(inputs: EvaluationInputs) -> Evaluated:
-    """All items, all users' states, and the ranks of the sample, densely."""
+    """Evaluate densely: the vectors of all items, the states of all users, the ranks of the sample."""
     form, watch = DenseModel(inputs.model, list(inputs.table.views)), Stopwatch(inputs.device)
     numbers = torch.arange(1, inputs.table.rows, device=inputs.device)
     vectors = torch.cat([form.item_vectors(part) for part in numbers.split(ITEMS_AT_ONCE)])
@@ -141,23 +142,23 @@ def dense(inputs: EvaluationInputs) -> Evaluated:
 
 
 def dense_states(form: DenseModel, vectors: Tensor, inputs: Tensor) -> Tensor:
-    """[users, d] after each user's inputs int64 [users, L], 0 for padding."""
+    """Return the states [users, d] after each user's inputs int64 [users, L], 0 for padding."""
     padded = torch.cat([vectors.new_zeros(1, vectors.shape[1]), vectors])
     return torch.cat([form.sequence_states(padded[part], part > 0)[:, -1] for part in inputs.split(USERS_AT_ONCE)])
 
 
 def argsort_ranks(states: Tensor, vectors: Tensor, split: Split, users: np.ndarray) -> np.ndarray:
-    """float64, a rank for each of the users: the target's place among all scores, sorted, their history masked."""
+    """Return the rank of each user's target among all items by sorting the scores: float64, history masked."""
     queries, targets, history = (
         torch.as_tensor(part)[users].to(vectors.device) for part in (states, split.targets, split.history)
     )
     places = torch.arange(1, len(vectors) + 1, dtype=vectors.dtype, device=vectors.device)
     ranks = []
-    for some, target, left_out in zip(*(part.split(SCORED_AT_ONCE) for part in (queries, targets, history))):
-        scores = some @ vectors.T
+    for part_queries, target, left_out in zip(*(part.split(SCORED_AT_ONCE) for part in (queries, targets, history))):
+        scores = part_queries @ vectors.T
         labels = torch.zeros_like(scores).scatter_(1, target[:, None] - 1, 1)
-        for row, label, own in zip(scores, labels, left_out):
-            row[own[own > 0] - 1] = float("-inf")
+        for row, label, items in zip(scores, labels, left_out):
+            row[items[items > 0] - 1] = float("-inf")
             order = torch.argsort(row, descending=True)
             ranks.append((label[order] * places).sum())
     return torch.stack(ranks).double().cpu().numpy()
@@ -165,7 +166,7 @@ def argsort_ranks(states: Tensor, vectors: Tensor, split: Split, users: np.ndarr
 
 @torch.inference_mode()
 def fast(inputs: EvaluationInputs) -> Evaluated:
-    """All of it as a run is evaluated; the ranks are found once more, to be timed alone."""
+    """Evaluate as a run is evaluated; then rank once more, to time the ranking alone."""
     watch, config = Stopwatch(inputs.device), EvaluationConfig(ks=(K,))
     vectors = inputs.model.catalogue_vectors(inputs.table)
     watch.lap("item_vectors")
@@ -179,7 +180,7 @@ def fast(inputs: EvaluationInputs) -> Evaluated:
 
 
 def bfloat16(inputs: EvaluationInputs) -> Evaluated:
-    """The same from the states as a run holds them."""
+    """Evaluate as `fast` does, from the states in the dtype that a run holds."""
     return fast(replace(inputs, table=inputs.trained_table))
 
 
@@ -193,10 +194,9 @@ EVALUATION = {
 
 
 def agreement(dense_run: Evaluated, fast_run: Evaluated, inputs: EvaluationInputs) -> dict[str, Any]:
-    """HR and NDCG of the sample by both forms, and how far the ranks of one user lie apart at most.
+    """Return HR and NDCG of the sample by both forms, and the largest difference of a user's ranks.
 
-    Scores that differ by rounding may change places, where argsort's order is arbitrary anyway. Raises InputError where
-    the forms differ by more.
+    Rounding may let scores change places. Raises InputError if the forms differ by more than that explains.
     """
     fast_ranks = fast_run.ranks[inputs.sample]
     reached = np.isfinite(fast_ranks)  # argsort puts a masked target last, which is a miss as well
@@ -206,8 +206,8 @@ def agreement(dense_run: Evaluated, fast_run: Evaluated, inputs: EvaluationInput
         raise InputError(f"the two forms' ranks differ by up to {apart.max():.0f}, expected at most {allowed:.0f}")
     figures = {"dense": dense_run.metrics, "fast": ranking_metrics(fast_ranks, (K,))}
     tolerance = METRIC_TOLERANCE + 1 / len(inputs.sample)
-    found = {name: {form: figures[form][name] for form in FORMS} for name in (f"hr@{K}", f"ndcg@{K}")}
-    for name, values in found.items():
+    metrics = {name: {form: figures[form][name] for form in FORMS} for name in (f"hr@{K}", f"ndcg@{K}")}
+    for name, values in metrics.items():
         if not abs(values["dense"] - values["fast"]) <= tolerance:
             raise InputError(
                 f"{name}: {values['dense']:.5f} by argsort, {values['fast']:.5f} by counting; "
@@ -216,7 +216,7 @@ def agreement(dense_run: Evaluated, fast_run: Evaluated, inputs: EvaluationInput
     return {
         "agreement": {
             "users": len(inputs.sample),
-            **found,
+            **metrics,
             "metric_tolerance": tolerance,
             "largest_rank_difference": float(apart.max()),
             "rank_tolerance": allowed,
@@ -228,7 +228,7 @@ def agreement(dense_run: Evaluated, fast_run: Evaluated, inputs: EvaluationInput
 def measure(
     forms: dict[str, Callable[[EvaluationInputs], Evaluated]], inputs: EvaluationInputs, rounds: int
 ) -> dict[str, list[dict[str, float]]]:
-    """The seconds of every form's stages, once a round, in turns."""
+    """Return the seconds of every form's stages, once a round; the forms take turns."""
     runs: dict[str, list[dict[str, float]]] = {form: [] for form in forms}
     with progress_bar("benchmark", rounds * len(forms), "runs") as advance:
         for _ in range(rounds):
@@ -239,11 +239,11 @@ def measure(
 
 
 def peak(form: str, sequences: Sequences, settings: EvaluateSettings, device: torch.device) -> dict[str, Any]:
-    """The memory that one evaluation takes in this process."""
+    """Measure the memory of one evaluation in this process."""
     with on(device):
         inputs = make_inputs(sequences, settings, device)
-        own = inputs.trained_table if form in ON_CUDA else inputs.table  # the other's memory is not this form's
-        inputs = replace(inputs, table=own, trained_table=own)
+        table = inputs.trained_table if form in ON_CUDA else inputs.table  # the other's memory is not this form's
+        inputs = replace(inputs, table=table, trained_table=table)
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -254,7 +254,7 @@ def peak(form: str, sequences: Sequences, settings: EvaluateSettings, device: to
 
 
 def summary(form: str, runs: list[dict[str, float]], inputs: EvaluationInputs) -> dict[str, Any]:
-    """A form's figures over its runs: its stages, the ranking alone, and the whole evaluation."""
+    """Return a form's figures over its runs: its stages, the ranking alone, and the whole evaluation."""
     users = len(inputs.split.targets)
     ranked = len(inputs.sample) if form == "dense" else users
     rest = [sum(run[stage] for stage in EVALUATION[form] if not stage.startswith("ranking")) for run in runs]
@@ -267,18 +267,20 @@ def summary(form: str, runs: list[dict[str, float]], inputs: EvaluationInputs) -
 
 
 def part_summary(rest: list[float], ranking: list[float], ranked: int, users: int) -> dict[str, Any]:
-    """Measured with so many users ranked, and for all users: scaled where those are more. rest: seconds that do not
-    depend on whom is ranked."""
-    for_all = [own + seconds * users / ranked for own, seconds in zip(rest, ranking)]
-    found = quantiles(for_all) | {"scaled": ranked < users}
+    """Return the measured seconds, and those of all users, which are scaled if fewer users were ranked.
+
+    rest: seconds that do not depend on the number of ranked users.
+    """
+    for_all = [others + seconds * users / ranked for others, seconds in zip(rest, ranking)]
+    all_users = quantiles(for_all) | {"scaled": ranked < users}
     return {
         "measured_users": ranked,
-        **quantiles([own + seconds for own, seconds in zip(rest, ranking)]),
-        "all_users": found,
-        "users_per_second": users / found["p50_s"],
+        **quantiles([others + seconds for others, seconds in zip(rest, ranking)]),
+        "all_users": all_users,
+        "users_per_second": users / all_users["p50_s"],
     }
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
-    """p20, p50 and p80."""
+    """Return p20, p50 and p80 in seconds."""
     return dict(zip(("p20_s", "p50_s", "p80_s"), np.quantile(seconds, QUANTILES).tolist()))

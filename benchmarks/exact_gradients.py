@@ -1,4 +1,4 @@
-"""The gradients of ops in fp64, and how far those of a form lie from them."""
+"""The gradients of ops in fp64, and the relative error of a form's gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ row_losses_reference = functools.partial(kernels.inbatch_cross_entropy, reductio
 
 
 def gradient_error(gradients: Sequence[Tensor], truth: Callable[[], list[Tensor]]) -> float | None:
-    """||g - g64|| / ||g64|| over all gradients together; None where fp64 does not fit."""
+    """Return ||g - g64|| / ||g64|| over all gradients together, or None if fp64 does not fit into memory."""
     try:
         exact = truth()
     except torch.OutOfMemoryError:
@@ -30,7 +30,7 @@ def gradient_error(gradients: Sequence[Tensor], truth: Callable[[], list[Tensor]
 
 
 def exact_side_network(states: list[States], towers: list[Tower], upstream: tuple[Tensor, ...]) -> list[Tensor]:
-    """Gradients of the towers' parameters by the reference in fp64, some items at a time."""
+    """Return the gradients of the towers' parameters by the reference in fp64, computed for parts of the items."""
     parameters = [[value.detach().double().requires_grad_() for value in tower[1:]] for tower in towers]
     doubles = [Tower(tower.views, *values) for tower, values in zip(towers, parameters)]
     leaves = [value for values in parameters for value in values]
@@ -44,16 +44,16 @@ def exact_side_network(states: list[States], towers: list[Tower], upstream: tupl
 
 
 def exact_loss(queries: Tensor, items: Tensor, targets: Tensor, **corrections: Tensor) -> list[Tensor]:
-    """Gradients of queries and items of the mean loss by the reference in fp64, some rows at a time."""
+    """Return the gradients of queries and items by the reference in fp64, computed for parts of the rows."""
     corrections = {name: value.double() if value.is_floating_point() else value for name, value in corrections.items()}
     row_users = corrections.pop("row_users", None)
     vectors = items.detach().double().requires_grad_()
     of_queries, of_items = [], torch.zeros_like(vectors)
     for part in torch.arange(len(queries), device=queries.device).split(max(1, EXACT_LOGITS // len(items))):
-        some = queries.detach()[part].double().requires_grad_()
+        part_queries = queries.detach()[part].double().requires_grad_()
         users = None if row_users is None else row_users[part]
-        loss = row_losses_reference(some, vectors, targets[part], users, **corrections).sum() / len(queries)
-        gradients = torch.autograd.grad(loss, (some, vectors))
+        loss = row_losses_reference(part_queries, vectors, targets[part], users, **corrections).sum() / len(queries)
+        gradients = torch.autograd.grad(loss, (part_queries, vectors))
         of_queries.append(gradients[0])
         of_items += gradients[1]
     return [torch.cat(of_queries), of_items]

@@ -1,7 +1,7 @@
-"""Extraction beside a plain reference: time, items a second, peak memory, and whether both give the same states.
+"""Extraction beside a plain reference: time, items a second, peak memory, and the difference of the states.
 
-Every measurement is a process of its own, so that none finds memory taken or workers started by another; the forms take
-turns. Each goes from an empty cache to a full one: it loads the encoder, checks all contents, encodes and stores them.
+Every measurement is a new process, so that none finds memory or workers of another; the forms take turns. Each form
+fills an empty cache: it loads the encoder, checks all contents, encodes and stores them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ COARSE_ENCODER = 2e-2  # relative, for an encoder that computes in less than flo
 
 @dataclass(frozen=True)
 class ExtractionJob:
-    """What every form does with an empty cache."""
+    """The items, the view and the options of an extraction into an empty cache."""
 
     dataset: Dataset
     view: ViewConfig
@@ -64,7 +64,7 @@ class ExtractionJob:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of one form."""
+    """The figures of one run of one form."""
 
     seconds: float
     peak_pss_bytes: int | None  # of all its processes
@@ -94,7 +94,7 @@ def compare_extraction(setup: Setup, settings: ExtractSettings) -> dict[str, Any
 
 
 def make_job(dataset: Path | None, settings: ExtractSettings, device: torch.device, folder: Path) -> ExtractionJob:
-    """The items and the view to measure; what the demo has to give is written under the folder."""
+    """Return the items and the view to measure; files of the demo are written into the folder."""
     encoder = settings.encoder
     if dataset is None:
         dataset, views = demo.write_demo(folder)
@@ -110,7 +110,10 @@ def make_job(dataset: Path | None, settings: ExtractSettings, device: torch.devi
 
 
 def sample(dataset: Dataset, items: int | None) -> Dataset:
-    """A catalogue of that many items, spread evenly over the dataset's; no histories, which extraction never reads."""
+    """Return the dataset with that many items, spread evenly over its catalogue, and without histories.
+
+    Raises InputError for more items than there are.
+    """
     total = len(dataset.titles)
     if items is not None and items > total:
         raise InputError(f"--items {items}: expected at most {total}, the items of {dataset.root.name}")
@@ -130,7 +133,7 @@ def sample(dataset: Dataset, items: int | None) -> Dataset:
 
 
 def plain(job: ExtractionJob, cache: Path) -> None:
-    """The same states without any of the fast path's means: see NOTES."""
+    """Extract the states without any means of the fast form: see NOTES."""
     backbone = load_backbone(job.view, job.device)
     batches = (_image_batches if job.view.source == "image" else _title_batches)(job, backbone)
     shape = {"layers": list(backbone.layers), "depth": backbone.depth, "width": backbone.width}
@@ -142,7 +145,7 @@ def plain(job: ExtractionJob, cache: Path) -> None:
 
 
 def fast(job: ExtractionJob, cache: Path) -> None:
-    """The fast path."""
+    """Extract the states as `iisan-fast extract` does."""
     config = ExtractionConfig(dtype=job.dtype, batch_size=job.batch_size, workers=job.workers)
     extract(job.dataset, [job.view], cache, job.device, config)
 
@@ -185,9 +188,9 @@ def _content(images: ImageFolder | ImageLmdb, item_id: str) -> bytes:
 
 
 def measure(job: ExtractionJob, caches: dict[str, Path], rounds: int) -> dict[str, list[Measured]]:
-    """Every form once a round, in turns; each cache is left as the form's last run filled it.
+    """Run every form once a round, in turns; each cache stays as the form's last run filled it.
 
-    Raises what the forms raise, and InputError where a measured process ends by itself.
+    Raises what the forms raise, and InputError if a measured process ends early.
     """
     runs: dict[str, list[Measured]] = {form: [] for form in (*caches, FROM_MEMORY)}
     with progress_bar("benchmark", rounds * len(runs), "runs") as advance:
@@ -202,13 +205,13 @@ def measure(job: ExtractionJob, caches: dict[str, Path], rounds: int) -> dict[st
 
 
 def run_once(form: str, job: ExtractionJob, cache: Path) -> Measured:
-    """Runs a form in this process, once transformers has imported what the encoder's family needs."""
+    """Run a form in this process, after transformers has imported the encoder's family."""
     load_backbone(job.view, job.device)
     return _measured(job.device, lambda: FORMS[form](job, cache), len(job.dataset.titles))
 
 
 def run_from_memory(job: ExtractionJob) -> Measured:
-    """Encodes in this process what was read before."""
+    """Encode, in this process, inputs that are already decoded or tokenized."""
     backbone, dtype = load_backbone(job.view, job.device), getattr(torch, job.dtype)
     with ExitStack() as stack:
         images = stack.enter_context(open_sources(job.dataset, [job.view], "error"))
@@ -217,16 +220,16 @@ def run_from_memory(job: ExtractionJob) -> Measured:
         inputs, items, size = [], 0, 0
         for part in batched(rows, job.batch_size):
             batch = contents.batch(part)
-            size += sum(each.nbytes for each in batch.inputs.values())
+            size += sum(tensor.nbytes for tensor in batch.inputs.values())
             if inputs and size > INPUT_BYTES:
                 break
             pin = job.device.type == "cuda"
-            inputs.append({name: each.pin_memory() if pin else each for name, each in batch.inputs.items()})
+            inputs.append({name: tensor.pin_memory() if pin else tensor for name, tensor in batch.inputs.items()})
             items += len(part)
 
     def encode() -> None:
         for group in batched(inputs, max(1, GROUP_ITEMS // job.batch_size)):
-            torch.cat([backbone.encode(each).to(dtype) for each in group]).cpu()
+            torch.cat([backbone.encode(batch_inputs).to(dtype) for batch_inputs in group]).cpu()
 
     backbone.encode(inputs[0])  # warms up
     return _measured(job.device, encode, items)
@@ -245,7 +248,7 @@ def _measured(device: torch.device, run: Callable[[], None], items: int) -> Meas
 
 
 def summary(form: str, runs: list[Measured]) -> dict[str, Any]:
-    """A form's figures over its runs; "not measured" for memory that the machine does not have or tell of."""
+    """Return a form's figures over its runs; memory that the machine does not report is NOT_MEASURED."""
     seconds, items = [run.seconds for run in runs], runs[0].items
     low, middle, high = np.quantile(seconds, QUANTILES).tolist()
     return {
@@ -262,9 +265,9 @@ def summary(form: str, runs: list[Measured]) -> dict[str, Any]:
 
 
 def agreement(plain_states: Tensor, fast_states: Tensor, description: dict[str, Any]) -> dict[str, float]:
-    """How far the states [N, K, D] of the two forms lie apart, relative to the largest, and how far they may.
+    """Return the largest difference of the states [N, K, D] of two forms, relative to the largest state, and its limit.
 
-    Raises InputError where that is too far.
+    Raises InputError if the difference exceeds the limit.
     """
     difference = float((plain_states - fast_states).abs().max() / plain_states.abs().max())
     tolerance = TOLERANCES[description["dtype"]]
@@ -276,7 +279,7 @@ def agreement(plain_states: Tensor, fast_states: Tensor, description: dict[str, 
 
 
 def read_states(cache: Path, job: ExtractionJob, description: dict[str, Any]) -> Tensor:
-    """Every item's states in a cache, float32 [N, K, D]."""
+    """Read every item's states from a cache: float32 [N, K, D]."""
     item_ids = job.dataset.sequences.item_ids
     states = torch.empty(
         len(item_ids), len(description["layers"]), description["width"], dtype=getattr(torch, job.dtype)
@@ -287,7 +290,7 @@ def read_states(cache: Path, job: ExtractionJob, description: dict[str, Any]) ->
 
 
 def _short(encoder: str | None) -> str | None:
-    """A hub name, or the last two parts of a folder."""
+    """Return a hub name, or the last two parts of a folder."""
     return encoder and "/".join(Path(encoder).parts[-2:])
 
 

@@ -1,8 +1,8 @@
 """Floors of the ops: the least time that their bytes, products and exponentials take on an H200.
 
-A floor knows nothing of launches. It counts what no form of an op that stores neither logits nor gathered states can
-leave out: operands read once a pass, each matrix product, and an exponential for every logit each time it is made.
-Weights, biases, results and masks are left out, so a floor is rather too low than too high.
+A floor leaves out launches. It counts work that every form must do which stores neither logits nor gathered states:
+operands read once a pass, each matrix product, and an exponential for every logit each time it is computed. Weights,
+biases, results and masks are left out, so a floor is rather too low than too high.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BF16 = 2  # bytes
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second."""
+    """The bytes, products and exponentials of a device in a second."""
 
     bytes: float
     flops: float
@@ -36,20 +36,20 @@ H200 = Rates(H200_BYTES_PER_S, H200_FLOPS, EXPONENTIALS * H200_SMS * H200_CLOCK_
 
 @dataclass(frozen=True)
 class Cost:
-    """What one pass of an op cannot do without."""
+    """The least bytes, products and exponentials of one pass of an op."""
 
     bytes: float
     flops: float
     exponentials: float = 0
 
     def floor_ms(self, rates: Rates) -> float:
-        """The largest of the three, in milliseconds."""
+        """Return the largest of the three times, in milliseconds."""
         seconds = (self.bytes / rates.bytes, self.flops / rates.flops, self.exponentials / rates.exponentials)
         return 1000 * max(seconds)
 
 
 def device_rates(device: torch.device) -> Rates | None:
-    """An H200's rates, with the device's own number of SMs and clock where torch tells; None for any other device."""
+    """Return an H200's rates, with the number of SMs and the clock that torch reports; None for another device."""
     if device.type != "cuda" or not re.search(r"\bH200\b", torch.cuda.get_device_name(device)):
         return None
     properties = torch.cuda.get_device_properties(device)
@@ -61,7 +61,10 @@ def device_rates(device: torch.device) -> Rates | None:
 def side_network_costs(
     items: int, layers: int, width: int, bottleneck: int, towers: int = 3, views: int = 2
 ) -> dict[str, Cost]:
-    """Each pass reads the items' bf16 states once; a tower has two products a layer, and each has two gradients."""
+    """Return the cost of each pass of the side network.
+
+    A pass reads the items' bf16 states once. A tower has two products a layer, and each has two gradients.
+    """
     reading = BF16 * views * items * layers * width
     products = towers * layers * 2 * (2 * items * width * bottleneck)
     return {
@@ -72,7 +75,10 @@ def side_network_costs(
 
 
 def loss_costs(rows: int, items: int, d: int) -> dict[str, Cost]:
-    """The logits are made once forward and once for each of the two gradients, which are a product more each."""
+    """Return the cost of each pass of the loss.
+
+    The logits are computed once forward and once for each of two gradients; a gradient is one product more.
+    """
     reading, logits = BF16 * (rows + items) * d, rows * items
     product = 2 * logits * d
     return {
@@ -83,5 +89,5 @@ def loss_costs(rows: int, items: int, d: int) -> dict[str, Cost]:
 
 
 def rank_costs(users: int, items: int, d: int) -> dict[str, Cost]:
-    """One product; there is no backward."""
+    """Return the cost of the rank: one product. There is no backward."""
     return {"forward": Cost(BF16 * (users + items) * d, 2 * users * items * d)}

@@ -1,7 +1,7 @@
-"""Times on a GPU: replays of a CUDA graph between events, so that the gaps in which the host launches do not count.
+"""Times on a GPU: replays of a CUDA graph between events, so that the host's launches do not count.
 
-An op of many small kernels, launched one by one, would be timed by how fast the host launches. Where no graph can be
-captured, eager launches are timed all the same, and the result says so and why.
+An op of many small kernels, launched one by one, would be timed by the host's speed. If no graph can be captured, eager
+launches are timed, and the result says so and why.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EAGER = "eager calls by events, the host's launches included, the L2 cache overw
 
 
 class Timing(NamedTuple):
-    """The time of a call."""
+    """The time of a call, and how it was measured."""
 
     quantiles: list[float]  # p20, p50 and p80, in milliseconds
     timed: str  # how

@@ -1,4 +1,4 @@
-"""The nodes of a captured CUDA graph, counted by kind: what a replay launches."""
+"""The nodes of a captured CUDA graph, counted by kind."""
 
 from __future__ import annotations
 

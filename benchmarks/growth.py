@@ -1,7 +1,7 @@
-"""How the cost grows: the time of an epoch against users a batch and catalogue size, and that of an evaluation.
+"""The time of epochs and evaluations against users a batch and catalogue size.
 
-Synthetic histories over catalogues up to a million items; a few popular items hold most interactions. States are
-random and repeat every 20,000 items: what is measured does not depend on their values.
+Histories are synthetic, over catalogues of up to a million items; a few popular items hold most interactions. States
+are random and repeat every 20,000 items, since times do not depend on their values.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def measure_growth(setup: Setup, settings: GrowthSettings) -> dict[str, Any]:
 
 
 def histories(items: int, users: int) -> Sequences:
-    """Random histories over a catalogue."""
+    """Draw random histories over a catalogue."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(SHORTEST, LONGEST + 1, users)
     numbers = (items * generator.random(lengths.sum()) ** POPULARITY).astype(np.int64) + 1
@@ -71,7 +71,7 @@ def histories(items: int, users: int) -> Sequences:
 
 
 def states(items: int, settings: GrowthSettings, seed: int, device: torch.device) -> Tensor:
-    """One view's states: bf16 [items + 1, layers, width]."""
+    """Draw one view's states: bf16 [items + 1, layers, width]."""
     generator = torch.Generator().manual_seed(seed)
     shape = settings.layers, settings.width
     block = torch.randn(min(BLOCK, items), *shape, generator=generator).bfloat16().to(device)
@@ -111,13 +111,13 @@ def evaluate_once(trainer: Trainer, sequences: Sequences, table: FeatureTable) -
 
 
 def now(device: torch.device) -> float:
-    """The time, once the device is done."""
+    """Wait for the device and return the time in seconds."""
     synchronise(device)
     return time.perf_counter()
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A PNG of two panels: an epoch against users a batch for every catalogue, both times against the catalogue."""
+    """Draw a PNG of two panels: epochs against users a batch, epochs and evaluations against the catalogue."""
     import matplotlib
 
     matplotlib.use("Agg")

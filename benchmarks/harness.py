@@ -1,4 +1,4 @@
-"""One way to describe a benchmark, to run it and to record its result.
+"""Describe a benchmark, run it, and record its result: the same way for all benchmarks.
 
 A result is a JSON object. It begins with the command that gives the same figures again, the dataset's name, the commit,
 the machine and its versions, and the settings; the figures that the benchmark measured follow.
@@ -65,7 +65,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a benchmark runs on."""
+    """The dataset, the device and the folder that a benchmark runs on."""
 
     dataset: Path | None  # None: the embedded demo
     device: torch.device

@@ -1,8 +1,8 @@
-"""Imports of synthetic CSV files, each in a process of its own: seconds and peak memory.
+"""Import synthetic CSV files, each in a new process: seconds and peak memory.
 
-    python -m iisan_fast.benchmarks.imports [--interactions N …]
+    python -m iisan_fast.benchmarks.imports [--interactions N …] [--out FILE]
 
-Interactions stand in no order; a few popular items hold most of them. Figures go to benchmarks/results/import.json.
+The interactions have no order; a few popular items hold most of them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from .harness import write_result
 from .peak_memory import PeakMemory
 
-RESULT = Path(__file__).parent / "results" / "import.json"
+COMMAND = "python -m iisan_fast.benchmarks.imports"
 ITEMS = 200_000
 INTERACTIONS_A_USER = 10  # on average
 POPULARITY = 3.0  # an item's number is a uniform number to this power
@@ -32,14 +33,17 @@ NOTES = {
 
 
 def main() -> None:
+    """Measure an import of each size and print its row."""
     from torch import device  # here, since the measured processes run this file too and need none of it
 
     from .machine import in_a_process, origin
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(COMMAND, description=__doc__.splitlines()[0])
     parser.add_argument("--interactions", type=int, nargs="+", default=[10_000_000])
-    sizes = parser.parse_args().interactions
-    found = origin("synthetic", device("cpu"))  # of the code as it starts: it may be another by the time this ends
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    arguments = parser.parse_args()
+    sizes = arguments.interactions
+    machine = origin("synthetic", device("cpu"))  # of the code as it starts: it may be another by the time this ends
     rows = []
     for interactions in sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -47,12 +51,13 @@ def main() -> None:
             write_interactions(source, interactions)
             rows.append(in_a_process(measure, source))
         print(json.dumps(rows[-1]))
-    words = ["python -m iisan_fast.benchmarks.imports --interactions", *map(str, sizes)]
+    words = [COMMAND, "--interactions", *map(str, sizes)]
     import polars as pl
 
     libraries = {"polars": pl.__version__, "polars_threads": pl.thread_pool_size()}
-    result = {"command": " ".join(words), **found, **libraries, "notes": NOTES, "rows": rows}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"command": " ".join(words), **machine, **libraries, "notes": NOTES, "rows": rows}
+    if arguments.out is not None:
+        write_result(arguments.out, result)
 
 
 def write_interactions(path: Path, interactions: int) -> None:

@@ -25,7 +25,7 @@ SLOTS_PER_S = 4 * H200_SMS * H200_CLOCK_HZ  # a multiprocessor issues at most 4 
 
 @dataclass(frozen=True)
 class KnownBatch:
-    """A packed batch, whose true counts a step's kernels read."""
+    """A packed batch with known counts, which a step's kernels read."""
 
     shape: StepShape
     words: np.ndarray  # int32
@@ -51,7 +51,7 @@ class KnownBatch:
 
 
 class KernelCost(NamedTuple):
-    """The least that a launch takes of an H200."""
+    """The least time and bytes of a launch on an H200."""
 
     slots: float  # instructions of warps that are issued
     bytes: int

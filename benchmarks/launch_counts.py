@@ -39,6 +39,7 @@ class LaunchCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
+        """Begin with no launches and no memory."""
         super().__init__()
         self.operators: defaultdict[str, Counter[str]] = defaultdict(Counter)  # launches by part and operator
         self.launches: list[tuple[str, Launch]] = []  # (part, launch) of every Triton kernel, in their order
@@ -96,7 +97,7 @@ class LaunchCounter(TorchDispatchMode):
         return sum(self.by_part().values())
 
     def forget_launches(self) -> None:
-        """Begin to count again; the memory that is allocated goes on being followed."""
+        """Begin to count again; allocated memory is still followed."""
         self.allocations = 0
         self.operators.clear()
         self.launches.clear()

@@ -26,7 +26,7 @@ Environment = dict[str, Any]  # integers and pointers, which are (argument, offs
 
 
 class Pointer(NamedTuple):
-    """An address within the memory of an argument."""
+    """An address in the memory of an argument."""
 
     argument: str
     offset: int
@@ -42,7 +42,7 @@ class TripCounts(NamedTuple):
 
 @dataclass
 class Operation:
-    """One operation, with the regions that it holds."""
+    """One operation, with its regions."""
 
     name: str
     results: list[str]
@@ -58,7 +58,7 @@ class Operation:
 
 
 class KernelFunction(NamedTuple):
-    """A kernel's function: its operations, its arguments' names, and where its locations lie in the source."""
+    """A kernel's function: its operations, its arguments' names, and the source lines of its locations."""
 
     arguments: list[str]
     pointers: list[str]  # of them
@@ -156,6 +156,7 @@ class ProgramRun:
     """The scalars of one program."""
 
     def __init__(self, kernel: KernelFunction, memory: Memory, place: Sequence[int], sizes: Sequence[int]) -> None:
+        """Prepare the program at a place of a grid of these sizes, over memory of known values."""
         self.kernel, self.memory, self.place, self.sizes = kernel, memory, place, sizes
         self.trips: Counter[Lines] = Counter()
         self.unknown: set[Lines] = set()
@@ -293,7 +294,7 @@ def _known(names: Sequence[str], state: Sequence[Any]) -> Environment:
 
 
 def _divided(a: int, b: int) -> int:
-    """Divide as machines do, towards zero."""
+    """Divide whole numbers towards zero, as machines do."""
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 

@@ -1,6 +1,6 @@
 """Compare the losses of training with products in bfloat16 to those in float32, step by step.
 
-    python -m iisan_fast.benchmarks.loss_in_bfloat16 DATASET --work FOLDER
+    python -m iisan_fast.benchmarks.loss_in_bfloat16 DATASET --work FOLDER [--out FILE]
 
 Three models train side by side on a CPU, from the same weights, on the same batches of 64 users with the same dropout,
 over one view: the titles through the pretrained MiniLM, masked mean. Their matrix products differ, backward included:
@@ -32,10 +32,11 @@ from ..models import Recommender, build_recommender
 from ..precision import resolve_precision
 from ..states import ItemSource
 from ..training import open_source
+from .harness import write_result
 from .machine import origin
 from .scientific import CPU, LAYERS, PROTOCOL, encode, minilm
 
-RESULT = Path(__file__).parent / "results" / "loss-in-bfloat16.json"
+COMMAND = "python -m iisan_fast.benchmarks.loss_in_bfloat16"
 VIEW = "title-mean"
 LIMIT = 0.01  # of the float32 run's loss at the same step
 FLOAT32, EXCEPT_LOSS, BFLOAT16 = "float32", "bfloat16 except the loss", "bfloat16"
@@ -48,11 +49,13 @@ PRODUCTS = {  # the place of their first factor; the second follows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Compare the losses and print the largest difference of each form."""
+    parser = argparse.ArgumentParser(COMMAND, description=__doc__.splitlines()[0])
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--work", type=Path, help="keeps the states here; a repeated call reads them again")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
     os.environ[kernels.FORM_VARIABLE] = "reference"  # its products are PyTorch's, which can be rounded
     torch.set_num_threads(1)  # its operators are small
@@ -61,12 +64,13 @@ def main() -> None:
     encode(arguments.dataset, [view], work / "states")
     options = ["--steps", arguments.steps, "--seeds", *arguments.seeds]
     result = {
-        "command": " ".join(map(str, ["python -m iisan_fast.benchmarks.loss_in_bfloat16 DATASET", *options])),
+        "command": " ".join(map(str, [COMMAND, "DATASET", *options])),
         **origin(arguments.dataset.resolve().name, CPU),
         "limit": LIMIT,
         **compare(arguments.dataset, work / "states", arguments.seeds, arguments.steps),
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.out is not None:
+        write_result(arguments.out, result)
     print(json.dumps(result["largest_difference"], indent=1))
 
 

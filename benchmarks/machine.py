@@ -1,4 +1,4 @@
-"""What every benchmark says of itself and needs of the machine: where figures come from, and how they are counted."""
+"""The machine of a benchmark: its versions, its commit, its CUDA launches, and measurements in new processes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ QUANTILES = (0.2, 0.5, 0.8)
 
 
 def named_sequences(dataset: Path | None) -> tuple[str, Sequences]:
-    """A dataset's name and histories; the embedded demo's where there is none."""
+    """Return a dataset's name and histories; those of the embedded demo for None."""
     if dataset is None:
         return "demo", demo_sequences()
     return dataset.resolve().name, load_dataset(dataset).sequences
 
 
 def demo_sequences() -> Sequences:
-    """The embedded demo's histories, as the protocol leaves them, without writing its pictures."""
+    """Return the embedded demo's histories as the protocol gives them, without drawing its images."""
     from .. import demo  # imports transformers, which takes seconds
 
     generator = np.random.default_rng(0)
@@ -60,36 +60,39 @@ def package_versions() -> dict[str, str]:
 
 
 def versions(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions, those of the libraries that stand beside the kernels included."""
-    found = {}
+    """Return the machine and the versions, those of libraries beside the kernels included."""
+    libraries = {}
     for library in LIBRARIES:
         try:
-            found[library] = metadata.version(library)
+            libraries[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
-            found[library] = NOT_INSTALLED
-    found |= {"cuda": torch.version.cuda, "float32_matmul_precision": torch.get_float32_matmul_precision()}
+            libraries[library] = NOT_INSTALLED
+    libraries |= {"cuda": torch.version.cuda, "float32_matmul_precision": torch.get_float32_matmul_precision()}
     if device.type == "cpu":  # finding out compiles the C++, which no figure of a GPU needs
-        found["native"] = kernels.why_no_library() or kernels.compiler_version()
-    return environment(device) | found
+        libraries["native"] = kernels.why_no_library() or kernels.compiler_version()
+    return environment(device) | libraries
 
 
 def commit(folder: Path = Path(__file__).parent) -> str | None:
     """Return the commit that a folder is checked out at, with "-dirty" if files differ; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        described = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return described.stdout.strip()
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a CUDA device the current one, which timers and profilers watch."""
+    """Return a context in which a CUDA device is the current one, which timers and profilers watch."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def count_launches(call: Callable[[], Any]) -> int | None:
-    """CUDA kernels that one call launches, copies and fills by the driver not counted; None where no profile came."""
+    """Return the number of CUDA kernels that one call launches, or None if the profiler saw none.
+
+    Copies and fills by the driver do not count.
+    """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -108,19 +111,21 @@ def count_launches(call: Callable[[], Any]) -> int | None:
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits for a CUDA device."""
+    """Wait for a CUDA device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """A function's result, found in a process of its own, which ends when this one is told to. Raises what it raises,
-    and InputError where it dies."""
+    """Return a function's result, computed in a new process, which ends with this one.
+
+    Raises what the function raises, and InputError if the process dies.
+    """
     others = {*multiprocessing.active_children()}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=runtime.prepare_program) as pool:
-        found = pool.submit(function, *arguments)
+        future = pool.submit(function, *arguments)
         try:
-            return found.result()
+            return future.result()
         except BrokenProcessPool:
             raise InputError(
                 f"the process that measures {function.__name__} ended early; it may have lacked memory"

@@ -38,7 +38,7 @@ Lines = tuple[tuple[str, int], ...]  # (file, line), then where it is inlined, t
 
 
 class Specialization(NamedTuple):
-    """A kernel as a launch specialises it, for one architecture; it can be sent to another process."""
+    """A kernel as a launch specialises it for one architecture; it can be sent to another process."""
 
     module: str
     function: str
@@ -61,7 +61,7 @@ class MachineLoop(NamedTuple):
 
 
 class KernelReading(NamedTuple):
-    """A compiled kernel, as its machine code says."""
+    """A compiled kernel's resources and instructions, read from its machine code."""
 
     registers: int  # a thread
     spilled: int  # bytes of stack a thread

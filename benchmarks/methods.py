@@ -1,4 +1,4 @@
-"""Methods side by side: each trained by the same trainer on the same batches, what it reaches and what it costs."""
+"""Train several methods by the same trainer on the same batches, and compare their accuracy and cost."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def compare_methods(setup: Setup, settings: MethodsSettings) -> dict[str, Any]:
 
 
 def summary(encoders: str, out: Path, settings: MethodsSettings, device: torch.device) -> dict[str, Any]:
-    """One set of encoders: a row a method, their TPME, and whether time an epoch falls in the expected order."""
-    found = {
+    """Return a row for each method over one set of encoders, their TPME, and the order of their times."""
+    cell_figures = {
         method: [Cell(encoders, method, seed).figures(out) for seed in settings.seeds] for method in settings.methods
     }
     against = settings.against
     users = {method: _user_gains(encoders, method, out, settings, device) for method in settings.methods}
-    rows = {method: row(figures) for method, figures in found.items()}
+    rows = {method: seeds_row(figures) for method, figures in cell_figures.items()}
     for method in rows:
         rows[method]["p_value"] = None if method == against else paired_test(users[method], users[against])
     seconds, parameters, memory = (
@@ -66,7 +66,10 @@ def summary(encoders: str, out: Path, settings: MethodsSettings, device: torch.d
 
 
 def cost_order(seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Whether each method of a dearer group takes longer an epoch than each of the next, of those in the sweep."""
+    """Compare the methods' seconds an epoch with the order that the paper finds; methods of one group have none.
+
+    Returns the expected order of the methods at hand, and the violations.
+    """
     groups = [{name: seconds[name] for name in group if name in seconds} for group in COST_ORDER]
     groups = [group for group in groups if group]
     violations = [
@@ -83,19 +86,19 @@ def cost_order(seconds: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def row(figures: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over seeds, deviations of the metrics, and the first seed's account of a step."""
+def seeds_row(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return means over seeds, deviations of the metrics, and the first seed's profile of a step."""
     first = figures[0]
-    peaks = [each["peak_bytes"] for each in figures]
+    peaks = [cell["peak_bytes"] for cell in figures]
     means = {
-        name: statistics.mean(each[name] for each in figures) for name in ("hr", "ndcg", "epoch_s", "validation_s")
+        name: statistics.mean(cell[name] for cell in figures) for name in ("hr", "ndcg", "epoch_s", "validation_s")
     }
     for name in ("hr", "ndcg"):
-        means[f"{name}_sd"] = statistics.stdev(each[name] for each in figures) if len(figures) > 1 else None
+        means[f"{name}_sd"] = statistics.stdev(cell[name] for cell in figures) if len(figures) > 1 else None
     return {
         **means,
         "seeds": len(figures),
-        "epochs": [each["epochs"] for each in figures],
+        "epochs": [cell["epochs"] for cell in figures],
         "losses": first["losses"],
         "trainable_parameters": first["trainable_parameters"],
         "parameters": first["parameters"],
@@ -106,12 +109,12 @@ def row(figures: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _user_gains(encoders: str, method: str, out: Path, settings: MethodsSettings, device: torch.device) -> np.ndarray:
-    """float64 [users]: what each test user adds to NDCG@10, the mean over seeds."""
-    found = []
+    """Return each test user's contribution to NDCG@10, the mean over seeds: float64 [users]."""
+    gains = []
     for seed in settings.seeds:
         best = load(Cell(encoders, method, seed).folder(out) / "run", device)
         split = best.sequences.split("test")
         states = best.model.user_states(best.item_vectors, split.inputs)
         masked, _ = target_ranks(states, best.item_vectors, split, EvaluationConfig(ks=(K,)))
-        found.append(user_gains(masked, K)[f"ndcg@{K}"])
-    return np.mean(found, axis=0)
+        gains.append(user_gains(masked, K)[f"ndcg@{K}"])
+    return np.mean(gains, axis=0)

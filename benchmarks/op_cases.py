@@ -1,4 +1,4 @@
-"""The cases of the kernels' benchmark: an op on a batch of a dataset, and the forms that run it on the same tensors."""
+"""The cases of the kernels' benchmark: an op on a batch of a dataset, and forms that run it on the same tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ target_rank_reference = functools.partial(kernels.target_rank, form="reference")
 
 @dataclass(frozen=True)
 class OpForm:
-    """One way to run an op. `make` imports what it needs and returns the forward pass."""
+    """One way to run an op. `make` imports what the form needs and returns its forward pass."""
 
     make: Callable[[], Run]
     module: str = ""  # that has to be installed
@@ -37,7 +37,7 @@ class OpForm:
     compiled: bool = False  # by torch.compile
 
     def unable(self, device: torch.device) -> str:
-        """Why the form cannot run here, or nothing."""
+        """Return the reason why the form cannot run on the device, or ""."""
         if self.module and importlib.util.find_spec(self.module) is None:
             return NOT_INSTALLED
         return NEEDS_CUDA if self.needs_cuda and device.type != "cuda" else ""
@@ -45,7 +45,7 @@ class OpForm:
 
 @dataclass(frozen=True)
 class OpCase:
-    """One op on one batch, and the forms that run it on the very same tensors."""
+    """One op on one batch, and the forms that run it on the same tensors."""
 
     op: str
     dtype: torch.dtype
@@ -58,7 +58,7 @@ class OpCase:
 
 
 def random_tables(sequences: Sequences, settings: KernelSettings, device: torch.device) -> list[Tensor]:
-    """Two views' hidden states of the whole catalogue: bf16 [items + 1, layers, width]; none without the op."""
+    """Draw two views' states of the catalogue: bf16 [items + 1, layers, width]; none if no op reads them."""
     if "side-network" not in settings.op_names:
         return []
     generator = torch.Generator(device).manual_seed(settings.seed)
@@ -69,7 +69,10 @@ def random_tables(sequences: Sequences, settings: KernelSettings, device: torch.
 def make_cases(
     sequences: Sequences, users: int, tables: list[Tensor], settings: KernelSettings, device: torch.device
 ) -> Iterator[OpCase]:
-    """The ops on one batch, the first of an epoch of that many users a step; tensors are made as each is asked for."""
+    """Yield the ops' cases on one batch, the first of an epoch of that many users a batch.
+
+    Tensors of a case are made when it is yielded.
+    """
     batch = next(epoch_batches(sequences, users, settings.seed, epoch=0)).to(device)
     for op in settings.op_names:
         if op == "side-network":
@@ -81,7 +84,7 @@ def make_cases(
 
 
 def side_network_case(batch: Batch, tables: list[Tensor], settings: KernelSettings) -> OpCase:
-    """IISAN's three towers at their first weights, over the batch's distinct items."""
+    """Return the case of IISAN's three towers, at their first weights, over the batch's distinct items."""
     states = [States(table, batch.distinct) for table in tables]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -117,7 +120,10 @@ def side_network_case(batch: Batch, tables: list[Tensor], settings: KernelSettin
 
 
 def loss_case(op: str, batch: Batch, sequences: Sequences, settings: KernelSettings) -> OpCase:
-    """The loss over the batch's rows and distinct items, bf16: as trained, or without mask, counts and popularity."""
+    """Return the case of the loss over the batch's rows and distinct items, in bf16.
+
+    The op "loss" is as trained; "loss-unmasked" has no mask, counts and popularity.
+    """
     rows, items = len(batch.targets), len(batch.distinct)
     shapes = (rows, settings.embedding_dim), (items, settings.embedding_dim)
     queries, vectors = random_tensors(batch.targets.device, torch.bfloat16, settings.seed, *shapes)
@@ -158,7 +164,7 @@ def loss_case(op: str, batch: Batch, sequences: Sequences, settings: KernelSetti
 
 
 def rank_case(op: str, batch: Batch, sequences: Sequences, settings: KernelSettings) -> OpCase:
-    """The rank of each user's test target in the full catalogue, the history excluded."""
+    """Return the case of the rank of each user's test target in the whole catalogue, the history excluded."""
     dtype = torch.float32 if op == "target-rank-float32" else torch.bfloat16
     device, split, users = batch.users.device, sequences.split("test"), batch.users.cpu().numpy()
     catalogue = len(sequences.item_ids)
@@ -185,7 +191,7 @@ def rank_case(op: str, batch: Batch, sequences: Sequences, settings: KernelSetti
 
 
 def random_tensors(device: torch.device, dtype: torch.dtype, seed: int, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Tensors of normal numbers."""
+    """Draw tensors of normal numbers."""
     generator = torch.Generator(device).manual_seed(seed)
     return tuple(torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes)
 

@@ -26,7 +26,7 @@ REASON_LENGTH = 200  # characters of why a form failed
 
 
 def measure_case(case: OpCase, device: torch.device, exact: bool) -> list[dict[str, Any]]:
-    """A row for every form and pass. `exact`: with the gradients' error against fp64."""
+    """Return a row for every form and pass. exact: measure the gradients' error against fp64, too."""
     truth = functools.cache(case.exact) if exact and case.exact else None
     measured = []
     for name, form in case.forms.items():
@@ -42,7 +42,7 @@ def measure_case(case: OpCase, device: torch.device, exact: bool) -> list[dict[s
 
 
 def blank_row(case: OpCase, form: str, direction: str, device: torch.device) -> dict[str, Any]:
-    """A row without its figures; those that are not measured stay None."""
+    """Return a row without figures; figures that are not measured stay None."""
     rates = device_rates(device)
     has_floor = rates is not None and case.dtype == torch.bfloat16
     return {
@@ -66,7 +66,7 @@ def fill(
     device: torch.device,
     truth: Callable[[], list[Tensor]] | None,
 ) -> dict[str, Any]:
-    """The row with its figures, or with what kept it from having any."""
+    """Return the row with its figures, or with the reason why it has none."""
     if unable:
         return row | {"status": unable}
     try:
@@ -84,7 +84,7 @@ def fill(
 def measure(
     case: OpCase, run: Run, direction: str, device: torch.device, truth: Callable[[], list[Tensor]] | None = None
 ) -> dict[str, Any]:
-    """Times, launches, memory and gradient error of one pass of one form; on the CPU, no launches and no memory."""
+    """Measure one pass of one form: time and gradient error; on a GPU launches and memory, too."""
     on_gpu, figures = device.type == "cuda", {}
     with on_capture_stream(device) if on_gpu else nullcontext():
         call = timed_call(case, run, direction)
@@ -103,7 +103,10 @@ def measure(
 
 
 def timed_call(case: OpCase, run: Run, direction: str) -> Run:
-    """What a pass is: the forward; gradients from the inputs on; or gradients of a forward that is kept."""
+    """Return the call that is timed for a pass.
+
+    forward: the forward pass; both: gradients from the inputs on; backward: gradients of one forward pass.
+    """
     if direction == "forward":
         return run
     if direction == "both":
@@ -113,7 +116,7 @@ def timed_call(case: OpCase, run: Run, direction: str) -> Run:
 
 
 def cpu_quantiles(call: Run) -> list[float]:
-    """The same by the wall clock, after one call to warm up."""
+    """Return p20, p50 and p80 of a call by the wall clock in milliseconds, after one call to warm up."""
     call()
     times: list[float] = []
     while len(times) < 3 or sum(times) < CPU_SECONDS:
@@ -124,7 +127,7 @@ def cpu_quantiles(call: Run) -> list[float]:
 
 
 def peak_bytes(call: Run, device: torch.device) -> int:
-    """The most that a call allocates on the GPU beyond what is there before it, its results included."""
+    """Return the most bytes that a call allocates on the GPU, its results included."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -136,7 +139,7 @@ def peak_bytes(call: Run, device: torch.device) -> int:
 
 @contextmanager
 def _fresh_compiler(graphs_kept: bool) -> Iterator[None]:
-    """Forgets what was compiled. Graphs kept for a second backward must not lend their memory to the first."""
+    """Forget compiled functions. Graphs that run backward twice must not lend their memory to the first pass."""
     from torch._functorch import config
 
     torch.compiler.reset()

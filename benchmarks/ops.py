@@ -1,4 +1,4 @@
-"""The cost of the kernels beside their references and other libraries: time, launches, memory, gradient error, floor.
+"""The kernels beside their references and other libraries: time, launches, memory, gradient error, floor.
 
 Every form of an op runs on the same batch of a dataset, its distinct items once, in one process. A row that could not
 be measured says why.

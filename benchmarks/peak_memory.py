@@ -1,4 +1,4 @@
-"""Peak memory of a process and all that it started, shared pages counted once."""
+"""Peak memory of a process and its descendants; shared pages count once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ EVERY = 0.1  # seconds between two looks; a shorter peak may be missed. A look c
 
 
 class PeakMemory:
-    """Watches, as a context manager, this process and its descendants from a thread of its own.
+    """A context manager whose thread watches the memory of this process and its descendants.
 
-    `bytes` is the largest sum seen of their proportional set sizes; None where the system does not tell them.
+    `bytes` is the largest sum of their proportional set sizes; None if the system does not report them.
     """
 
     def __init__(self, every: float = EVERY) -> None:
+        """Prepare to look at the memory once in so many seconds."""
         self.bytes: int | None = None
         self._every = every
         self._over = Event()
@@ -44,34 +45,38 @@ class PeakMemory:
 
 
 def proportional_set_size(pid: int) -> int | None:
-    """Bytes of a process and its descendants, a page that n processes share counted 1/n in each; None without /proc."""
+    """Return the bytes of a process and its descendants, or None without /proc.
+
+    A page that n processes share counts 1/n in each.
+    """
     if not (PROC / "self" / "smaps_rollup").exists():
         return None
-    return sum(_own_size(each) for each in (pid, *descendants(pid)))
+    return sum(_process_size(process) for process in (pid, *descendants(pid)))
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes that stem from one."""
+    """Return the process ids of all descendants of a process."""
     children = defaultdict(list)
     for folder in PROC.iterdir():
         if folder.name.isdigit() and (status := _read(folder / "stat")):
             parent = status.rpartition(")")[2].split()[1]  # the name before it may hold anything
             children[int(parent)].append(int(folder.name))
-    found: list[int] = []
+    all_descendants: list[int] = []
     waiting = [pid]
     while waiting:
-        waiting += (more := children[waiting.pop()])
-        found += more
-    return found
+        more = children[waiting.pop()]
+        waiting += more
+        all_descendants += more
+    return all_descendants
 
 
-def _own_size(pid: int) -> int:
+def _process_size(pid: int) -> int:
     lines = _read(PROC / str(pid) / "smaps_rollup").splitlines()
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
 
 
 def _read(file: Path) -> str:
-    """Nothing where the process has ended meanwhile."""
+    """Read a file of /proc; "" if its process has ended."""
     try:
         return file.read_text()
     except (FileNotFoundError, ProcessLookupError):

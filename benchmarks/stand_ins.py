@@ -1,4 +1,4 @@
-"""What costs as much as the real thing: encoders of random weights, and a dataset whose images are noise."""
+"""Encoders of random weights and a dataset of noise images, which cost as much as real ones."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ SHAPES: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # of a ViT and of 
 
 
 def stand_ins(dataset: Path | None, folder: Path, size: str, seed: int) -> tuple[Path, list[ViewConfig]]:
-    """Writes folder/dataset and folder/encoders, or finds them written, and returns their `demo.plan`.
+    """Write folder/dataset and folder/encoders, unless they exist, and return the dataset and the views.
 
-    The dataset has the histories and titles of `dataset` (None: of the embedded demo), and an image of noise for each
-    item of its catalogue; the encoders, a ViT and a BERT, are of one of SHAPES. Raises InputError where the folder
-    holds something else.
+    The dataset has the histories and titles of `dataset` (None: of the embedded demo) and a noise image for each item.
+    The encoders, a ViT and a BERT, have one of SHAPES. Raises InputError if the folder holds something else.
     """
-    made = {"dataset": dataset and str(dataset.resolve()), "encoders": size, "seed": seed}
+    content = {"dataset": dataset and str(dataset.resolve()), "encoders": size, "seed": seed}
     if folder.exists():
-        if (found := read_settings(folder / "made.json")) != made:
-            raise InputError(f"{folder}: expected what is made of {made}, found {found}; choose another folder")
+        stored = read_settings(folder / "made.json")
+        if stored != content:
+            raise InputError(f"{folder}: expected stand-ins of {content}, found {stored}; choose another folder")
         return demo.plan(folder)
     with whole_folder(folder) as new:
         data, (image, text) = demo.plan(new)
@@ -48,12 +48,12 @@ def stand_ins(dataset: Path | None, folder: Path, size: str, seed: int) -> tuple
         write_vit(Path(image.encoder), vit, seed)
         words = common_words(load_dataset(data).titles, VOCABULARY)
         write_bert(Path(text.encoder), {"vocab_size": VOCABULARY, **bert}, words, seed)
-        (new / "made.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        (new / "made.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return demo.plan(folder)
 
 
 def state_shape(size: str) -> ViewShape:
-    """(kept layers, width) of what either encoder gives."""
+    """Return the number of kept layers and the width of either encoder's states."""
     image_shape, _ = SHAPES[size]
     return ViewShape(len(default_layers(1 + image_shape["num_hidden_layers"])), image_shape["hidden_size"])
 

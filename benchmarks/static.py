@@ -1,7 +1,7 @@
-"""A training step's cost on a GPU as far as it can be counted without one: launches, memory, and the machine code.
+"""The cost of a training step on a GPU, counted without one: launches, memory and machine code.
 
-The step of the side-network recommender is composed on meta tensors, for a batch of the dataset whose true counts are
-known. Nothing is timed but the host's work on a batch.
+The step of the side-network recommender is composed on meta tensors, for a batch of the dataset with known counts. Only
+the host's work on a batch is timed.
 """
 
 from __future__ import annotations
@@ -70,9 +70,13 @@ def count_steps(setup: Setup, settings: StaticSettings) -> dict[str, Any]:
 
 
 class CountedBatch:
-    """The first batch of a run at some number of users, and the step counted for it."""
+    """The first batch of a run at a number of users, and the step counted for it."""
 
     def __init__(self, sequences: Sequences, users: int, sizes: Sizes) -> None:
+        """Lay out the batch and count its step for every architecture.
+
+        Raises InputError if histories do not fit into a tile of rows.
+        """
         plan = RunPlan.of(sequences, users, SEED)
         if plan is None:
             raise InputError("max_inputs: expected histories that fit into a tile of rows")

@@ -35,7 +35,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class CountedStep:
-    """A step that was counted."""
+    """A counted step."""
 
     counter: LaunchCounter
     table_bytes: int  # of the hidden states

@@ -1,4 +1,4 @@
-"""Where the time goes: the seconds of one stage after the other."""
+"""Time the stages of a computation, one after the other."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from .machine import synchronise
 
 
 class Stopwatch:
-    """The seconds of one stage after the other; each end waits for the device, so that a stage's work falls into it."""
+    """The seconds of stages that follow one another; each stage ends when the device has finished its work."""
 
     def __init__(self, device: torch.device) -> None:
+        """Start the first stage."""
         self.device = device
         self.seconds: dict[str, float] = {}
         self.started = self._now()
 
     def lap(self, stage: str) -> None:
-        """Ends a stage and starts the next."""
+        """End a stage and start the next."""
         ended = self._now()
         self.seconds[stage], self.started = ended - self.started, ended
 

@@ -1,7 +1,7 @@
-"""Training steps beside the dense reference: time, launches, memory, and whether the losses follow each other.
+"""Training steps beside the dense reference: time, launches, memory, and the difference of the losses.
 
-All forms begin with the same weights and take the same batches with the same dropout. They take turns in one process;
-whole epochs, and their memory, are measured in a process each.
+All forms begin with the same weights and take the same batches with the same dropout. They take turns in one process.
+Whole epochs, and their memory, are measured in a new process each.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class TrainingForm:
-    """A way to train. `precision` None is the dense reference."""
+    """A way to train. The dense reference has the precision None."""
 
     precision: str | None
     ops: str | None = None  # the form of the ops, in place of the choice by device
@@ -70,6 +70,7 @@ class TrainingForm:
     needs_cuda: bool = False
 
     def runs_on(self, device: torch.device) -> bool:
+        """Return True if the form can run on a device."""
         return device.type == "cuda" or not self.needs_cuda
 
     def warm_up_steps(self, epoch_steps: int, device: torch.device) -> int:
@@ -136,9 +137,9 @@ def refuse_too_many_users(users: int, sequences: Sequences, dataset: str) -> Non
 def side_by_side(
     forms: dict[str, TrainingForm], sequences: Sequences, settings: TrainSettings, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """Losses, step times and launches of every form, in one process.
+    """Measure losses, step times and launches of every form, in one process.
 
-    Raises InputError where a form that must follow the dense reference leaves it by more than REFUSED_ABOVE.
+    Raises InputError if a form that must follow the dense reference leaves it by more than REFUSED_ABOVE.
     """
     tables = random_states(sequences, settings)
     started = {name: start(form, sequences, tables, settings, device) for name, form in forms.items()}
@@ -224,7 +225,7 @@ def new_trainer(
 
 
 def epoch(name: str, sequences: Sequences, settings: TrainSettings, device: torch.device) -> dict[str, Any]:
-    """One form's steps of an epoch in this process, and the memory it took; making the states is not counted."""
+    """Time a form's steps of an epoch in this process, and take its memory; drawing the states does not count."""
     count = steps_per_epoch(sequences, settings.users)
     with on(device):
         form = start(FORMS[name], sequences, random_states(sequences, settings), settings, device)
@@ -265,7 +266,7 @@ def whole_run(dataset: Dataset, settings: TrainSettings, device: torch.device) -
 
 
 def fill_store(dataset: Dataset, settings: TrainSettings, cache: Path) -> None:
-    """The random states as extraction would have stored them."""
+    """Write random states into a store as extraction would."""
     tables, item_ids = random_states(dataset.sequences, settings), dataset.sequences.item_ids
     digests = [content_digest(title.encode()) for title in dataset.titles]
     described = {"source": "title", "unescaped": dataset.protocol.unescape_titles, "dtype": "bfloat16"}
@@ -277,7 +278,7 @@ def fill_store(dataset: Dataset, settings: TrainSettings, cache: Path) -> None:
 
 
 def run_config(form: TrainingForm, settings: TrainSettings) -> RunConfig:
-    """IISAN at its published sizes."""
+    """Return the configuration of IISAN at its published sizes."""
     train_config = TrainConfig(
         batch_users=settings.users, max_epochs=1_000_000, seed=settings.seed, precision=form.precision or "float32"
     )
@@ -285,7 +286,7 @@ def run_config(form: TrainingForm, settings: TrainSettings) -> RunConfig:
 
 
 def random_states(sequences: Sequences, settings: TrainSettings) -> list[Tensor]:
-    """Two views' states of the whole catalogue: bf16 [items + 1, layers, width], row 0 zeros."""
+    """Draw two views' states of the whole catalogue: bf16 [items + 1, layers, width], row 0 zeros."""
     generator = torch.Generator().manual_seed(settings.seed)
     tables = [
         torch.empty(len(sequences.item_ids) + 1, settings.layers, settings.width, dtype=torch.bfloat16) for _ in VIEWS
@@ -297,14 +298,14 @@ def random_states(sequences: Sequences, settings: TrainSettings) -> list[Tensor]
 
 
 def dense_batches(sequences: Sequences, config: TrainConfig) -> Iterator[tuple[np.ndarray, int]]:
-    """(users, step) of every batch, in the order that training takes them."""
+    """Yield the users and the step of every batch, in the order that training takes them."""
     for number in range(config.max_epochs):
         for batch in epoch_batches(sequences, config.batch_users, config.seed, number):
             yield batch.users.numpy(), batch.step
 
 
 def follow(step: Step, count: int) -> list[float]:
-    """The losses of as many steps."""
+    """Take that many steps and return their losses."""
     return [float(step()) for _ in range(count)]
 
 
@@ -315,7 +316,7 @@ def largest_difference(losses: list[float], expected: list[float]) -> float:
 
 
 def timed(step: Step, count: int, device: torch.device) -> list[float]:
-    """Milliseconds of each of some steps; on CUDA their mean, since nothing waits between them."""
+    """Return the milliseconds of each step; on CUDA their mean, since nothing waits between them."""
     synchronise(device)
     if device.type == "cuda":
         started = time.perf_counter()
@@ -332,7 +333,7 @@ def timed(step: Step, count: int, device: torch.device) -> list[float]:
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
-    """p20, p50 and p80 in milliseconds."""
+    """Return p20, p50 and p80 in milliseconds."""
     low, middle, high = np.quantile(times, QUANTILES).tolist()
     return {"p20_ms": low, "p50_ms": middle, "p80_ms": high}
 

@@ -1,4 +1,4 @@
-"""Searches launch configurations on the GPU at hand and prints entries for the table in kernels/gpu/configurations.py.
+"""Search launch configurations on the GPU at hand, for the table in kernels/gpu/configurations.py.
 
 Nothing is tuned while training: the table alone decides, so that equal calls run equal code.
 """
@@ -46,7 +46,7 @@ log = logging.getLogger("iisan_fast.kernels")
 
 @dataclass(frozen=True)
 class TunedKernel:
-    """The best configuration of a kernel, what was tried, and what failed to compile, to run or to agree."""
+    """The best configuration of a kernel, and the numbers of configurations that were tried and skipped."""
 
     kernel: str
     size: str
@@ -58,7 +58,7 @@ class TunedKernel:
 
 
 def check_tunable(settings: KernelSettings, device: torch.device) -> None:
-    """Raises InputError without a CUDA GPU, and for settings that tuning does not know."""
+    """Raise InputError without a CUDA GPU, and for settings that tuning does not take."""
     if device.type != "cuda":
         raise InputError("--tune needs a CUDA GPU")
     if settings.forms:
@@ -76,25 +76,25 @@ def tuned_entries(setup: Setup, settings: KernelSettings) -> list[dict[str, Any]
 
 
 def tune(sequences: Sequences, name: str, settings: KernelSettings, device: torch.device) -> list[TunedKernel]:
-    """Every kernel of the ops at both sizes in bf16. Raises InputError for a dataset of too few users."""
+    """Tune every kernel of the ops at both sizes in bf16. Raises InputError for a dataset of too few users."""
     check_tunable(settings, device)
     if len(sequences.user_ids) < max(SIZES.values()):
         raise InputError(f"--tune: expected a dataset of at least {max(SIZES.values())} users, {name} has fewer")
-    found = []
+    tuned = []
     tables = random_tables(sequences, settings, device)
     with progress_bar("tune", len(SIZES) * len(settings.op_names), "ops") as advance, on(device):
         for size, users in SIZES.items():
             for case in make_cases(sequences, users, tables, settings, device):
                 for kernel, call in tunable(case):
                     advance(0, f"{kernel}, {size}")
-                    found.append(tune_kernel(kernel, size, call, device))
-                    log.info("%s, %s: %s", kernel, size, literal(found[-1].best))
+                    tuned.append(tune_kernel(kernel, size, call, device))
+                    log.info("%s, %s: %s", kernel, size, literal(tuned[-1].best))
                 advance(1)
-    return found
+    return tuned
 
 
 def tunable(case: OpCase) -> Iterator[tuple[str, Run]]:
-    """Every kernel of an op with the least pass that launches it: forward, or forward and backward."""
+    """Yield every kernel of an op with the shortest pass that launches it: forward, or forward and backward."""
     run = case.forms["triton"].make()
     seen: set[str] = set()
     for direction in ("forward", "both"):
@@ -107,14 +107,14 @@ def tunable(case: OpCase) -> Iterator[tuple[str, Run]]:
 
 
 def launched(call: Run) -> list[str]:
-    """Names of the kernels that a call launches."""
+    """Return the names of the kernels that a call launches."""
     before = launches.copy()
     call()
     return list(launches - before)
 
 
 def tune_kernel(kernel: str, size: str, call: Run, device: torch.device) -> TunedKernel:
-    """The fastest configuration of one kernel that computes what the shipped one does."""
+    """Return the fastest configuration of a kernel whose results agree with the shipped one's."""
     name = architecture(device)
     shipped = table_entry(kernel, name, size)
     expected = comparable(call())
@@ -132,10 +132,10 @@ def tune_kernel(kernel: str, size: str, call: Run, device: torch.device) -> Tune
 
 
 def search(kernel: str, size: str, shipped: Configuration, time_of: Callable[[Configuration], float]) -> TunedKernel:
-    """Climbs from the shipped configuration to its best neighbour until none is faster by more than GAIN.
+    """Climb from the shipped configuration to its best neighbour until none is faster by more than GAIN.
 
-    `time_of` gives milliseconds; where it raises for a candidate, that one is skipped. Raises RuntimeError where it
-    raises for the shipped one.
+    `time_of` returns milliseconds; a candidate for which it raises is skipped. Raises RuntimeError if it raises for the
+    shipped configuration.
     """
     times: dict[str, float | None] = {}
 
@@ -164,7 +164,7 @@ def search(kernel: str, size: str, shipped: Configuration, time_of: Callable[[Co
 
 
 def neighbours(configuration: Configuration) -> Iterator[Configuration]:
-    """One step up or down each ladder, and both tile sides at once, which some kernels want equal."""
+    """Yield configurations one step up or down each ladder, and with both tile sides moved together."""
     values = {**configuration.blocks, "warps": configuration.warps, "stages": configuration.stages}
     moves = [(name,) for name in values]
     if {"BM", "BN"} <= values.keys():
@@ -180,7 +180,7 @@ def neighbours(configuration: Configuration) -> Iterator[Configuration]:
 
 @contextmanager
 def configured(kernel: str, architecture: str, size: str, chosen: Configuration) -> Iterator[None]:
-    """The table with another entry for a kernel, an architecture and a size."""
+    """Change the table's entry for a kernel, an architecture and a size within a context."""
     entries, key = CONFIGURATIONS[kernel], (architecture, size)
     shipped = entries.get(key)
     entries[key] = chosen
@@ -194,40 +194,42 @@ def configured(kernel: str, architecture: str, size: str, chosen: Configuration)
 
 
 def architecture(device: torch.device) -> str:
-    """The device's name in the table, as "sm_90"."""
+    """Return the device's name in the table, such as "sm_90"."""
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def comparable(results: Sequence[Tensor]) -> list[Tensor]:
-    """Copies in fp32 that may be subtracted: the infinite rank of an unreachable target is 0."""
+    """Return copies in fp32 that can be subtracted: the infinite rank of an unreachable target becomes 0."""
     return [torch.nan_to_num(value.detach().float(), nan=float("nan"), posinf=0) for value in results]
 
 
-def agree(found: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
-    """Every tensor within TOLERANCE of the expected one's norm; nothing that is not finite."""
-    return all(bool((a - b).norm() <= TOLERANCE * b.norm()) for a, b in zip(found, expected))
+def agree(results: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
+    """Return True if every tensor lies within TOLERANCE of the expected one's norm; NaN never does."""
+    return all(bool((a - b).norm() <= TOLERANCE * b.norm()) for a, b in zip(results, expected))
 
 
 def cuda_graph_ms(call: Run) -> float:
-    """Median milliseconds of a call within a CUDA graph: what the GPU takes, however long launching does."""
+    """Return the median milliseconds of a call within a CUDA graph, the host's launches left out."""
     from triton.testing import do_bench_cudagraph
 
     return do_bench_cudagraph(call, rep=20, return_mode="median")
 
 
 def literal(configuration: Configuration) -> str:
-    """The configuration as the table writes it."""
+    """Return the configuration as the table writes it."""
     blocks = json.dumps(configuration.blocks)
     return f"Configuration({blocks}, warps={configuration.warps}, stages={configuration.stages})"
 
 
-def as_json(found: list[TunedKernel], device: torch.device) -> list[dict[str, Any]]:
+def as_json(tuned: list[TunedKernel], device: torch.device) -> list[dict[str, Any]]:
     """Return the searches' results as JSON values."""
-    return [
-        {"kernel": one.kernel, "architecture": architecture(device), "size": one.size, "entry": literal(one.best)}
-        | {"ms": one.ms, "shipped_ms": one.shipped_ms, "tried": one.tried, "skipped": one.skipped}
-        for one in found
-    ]
+    name = architecture(device)
+    entries = []
+    for kernel in tuned:
+        place = {"kernel": kernel.kernel, "architecture": name, "size": kernel.size, "entry": literal(kernel.best)}
+        times = {"ms": kernel.ms, "shipped_ms": kernel.shipped_ms}
+        entries.append({**place, **times, "tried": kernel.tried, "skipped": kernel.skipped})
+    return entries
 
 
 def _next(ladder: tuple[int, ...], value: int, up: bool) -> int | None:

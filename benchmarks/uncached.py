@@ -1,7 +1,7 @@
 """An epoch in which the encoders run in every step, by each attention, beside an epoch on cached states.
 
-Encoders have random weights and images are noise: neither changes what a step costs. Every measurement is a process of
-its own.
+Encoders have random weights and images are noise: neither changes the cost of a step. Every measurement is a new
+process.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def compare_uncached(setup: Setup, settings: UncachedSettings) -> dict[str, Any]
     whole = steps_per_epoch(sequences, settings.users)
     count = min(settings.steps or whole, whole)
     with TemporaryDirectory(prefix="iisan-fast-") as scratch:
-        kept = setup.folder or Path(scratch) / "stand-ins"
-        folder, views = stand_ins(setup.dataset, kept, settings.encoder_size, settings.seed)
+        stand_in_folder = setup.folder or Path(scratch) / "stand-ins"
+        folder, views = stand_ins(setup.dataset, stand_in_folder, settings.encoder_size, settings.seed)
         train = TrainConfig(settings.users, seed=settings.seed)
         rows = []
         with progress_bar("uncached", len(MEASURED_ATTENTIONS) + 1, "epochs") as advance:
@@ -83,13 +83,13 @@ def compare_uncached(setup: Setup, settings: UncachedSettings) -> dict[str, Any]
 
 
 def unavailable(attention: str, device: torch.device) -> dict[str, Any] | None:
-    """A row for an attention that is not to be had on the device; None for one that is."""
+    """Return the row of an attention that the device does not have; None for one that it has."""
     problem = xformers_problem(device, model_dtype("auto", device)) if attention == "xformers" else None
     return problem and {"epoch_s": NOT_MEASURED, "why": problem}
 
 
 def fill_cache(dataset: Dataset, settings: UncachedSettings, cache: Path) -> None:
-    """Random states in the encoders' shape."""
+    """Write random states of the encoders' shape into a cache."""
     layers, width = state_shape(settings.encoder_size)
     fill_store(dataset, TrainSettings(layers=layers, width=width, seed=settings.seed), cache)
 
@@ -116,7 +116,7 @@ def measure(config: RunConfig, steps: int, device: torch.device) -> dict[str, An
 
 
 def timed_epoch(trainer: Trainer, steps: int) -> dict[str, float]:
-    """Seconds of an epoch, scaled from so many steps, and the mean loss over their rows."""
+    """Return the seconds of an epoch, scaled from that many steps, and the mean loss over their rows."""
     trainer.model.train()
     with deterministic():
         take(trainer, steps if trainer.device.type == "cuda" else min(steps, WARM_UP_STEPS))
@@ -130,7 +130,7 @@ def timed_epoch(trainer: Trainer, steps: int) -> dict[str, float]:
 
 
 def take(trainer: Trainer, steps: int) -> None:
-    """The first steps of the first epoch."""
+    """Take the first steps of the first epoch."""
     with closing(trainer.batches(epoch=0)) as batches:
         for prepared in islice(batches, steps):
             trainer.take(prepared)

@@ -223,5 +223,5 @@ print(*sorted(name for name in sys.modules if name.partition(".")[0] in ("iisan_
 
 
 def _assert_found(rule, files: dict[str, str], expected: str) -> None:
-    found = rule(house.Tree(files))
-    assert any(expected in line for line in found), found
+    lines = rule(house.Tree(files))
+    assert any(expected in line for line in lines), lines

@@ -27,8 +27,9 @@ def test_no_test_imports_from_conftest_or_from_another_test():
     wrong = {}
     for path in FILES:
         names = imported_modules(path.read_text())
-        if found := sorted(name for name in names if name == "conftest" or name.startswith("test_")):
-            wrong[str(path.relative_to(TESTS))] = found
+        test_files = sorted(name for name in names if name == "conftest" or name.startswith("test_"))
+        if test_files:
+            wrong[str(path.relative_to(TESTS))] = test_files
     assert not wrong, "what tests share belongs in tests/helpers"
 
 

@@ -56,7 +56,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a fresh environment: the wheel, and the packages of the surrounding environment."""
+    """Return the programs of a fresh environment: the wheel, and the packages of the surrounding environment."""
     home = tmp_path_factory.mktemp("installed")
     venv.create(home, symlinks=True)
     python = home / "bin" / "python"
@@ -71,14 +71,14 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def metadata(wheel: Path) -> Message:
-    """The wheel's METADATA: its fields, and the README as the package index shows it."""
+    """Return the wheel's METADATA: its fields, and the README as the package index shows it."""
     with zipfile.ZipFile(wheel) as content:
         (name,) = (name for name in content.namelist() if name.endswith(".dist-info/METADATA"))
         return message_from_bytes(content.read(name))
 
 
 def files_of_the_package() -> Iterator[str]:
-    """The paths in the wheel of all modules, C++ sources and py.typed of the checkout."""
+    """Yield the paths in the wheel of all modules, C++ sources and py.typed of the checkout."""
     for folder, place in INSTALLED_AS.items():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".cpp", ".h") or path.name == "py.typed":

@@ -1,4 +1,4 @@
-"""One training step in every form: does it run, and how far are its loss and gradients from the reference in fp64?"""
+"""Run one training step in every form and compare its loss and gradients with the reference in fp64."""
 
 from __future__ import annotations
 

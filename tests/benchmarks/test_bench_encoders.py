@@ -34,7 +34,7 @@ def test_the_command_sets_sets_of_encoders_side_by_side_and_draws_them(catalogue
         "both": f"source=image encoder={image.encoder}; source=title encoder={title.encoder}",
         "titles": f"source=title encoder={title.encoder}",
     }
-    found = CliRunner().invoke(
+    result = CliRunner().invoke(
         cli,
         [
             *("bench", "encoders", str(catalogue), "--folder", str(tmp_path / "sweep"), "--epochs", "1"),
@@ -43,7 +43,7 @@ def test_the_command_sets_sets_of_encoders_side_by_side_and_draws_them(catalogue
         ],
         catch_exceptions=False,
     )
-    assert found.exit_code == 0
+    assert result.exit_code == 0
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert [row["encoders"] for row in rows] == ["titles", "both"]  # by size
     models = [AutoModel.from_pretrained(view.encoder) for view in (title, image)]

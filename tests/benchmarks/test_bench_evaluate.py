@@ -59,8 +59,8 @@ def test_a_target_in_its_own_history_comes_last_by_argsort(toy_run):
     split.items[split.ends[7] - 1] = split.targets[7]
     states, vectors = torch.randn(len(split.targets), 4), torch.randn(40, 4)
     rank = bench.argsort_ranks(states, vectors, split, np.array([7]))
-    own = len(set(split.history[7].tolist()) - {0})
-    assert 40 - own < rank[0] <= 40
+    history_items = len(set(split.history[7].tolist()) - {0})
+    assert 40 - history_items < rank[0] <= 40
     assert target_ranks(states, vectors, split, EvaluationConfig())[0][7] == np.inf
 
 
@@ -70,9 +70,9 @@ def test_the_forms_agree_and_name_their_stages(inputs):
     assert set(bench.EVALUATION["dense"]) == dense.seconds.keys()
     assert set(bench.EVALUATION["fast"]) | {"ranking"} == fast.seconds.keys()
     assert all(seconds > 0 for seconds in (*dense.seconds.values(), *fast.seconds.values()))
-    found = bench.agreement(dense, fast, inputs)["agreement"]
-    assert found["users"] == 30 and found["largest_rank_difference"] <= found["rank_tolerance"]
-    assert found["hr@10"]["dense"] == dense.metrics["hr@10"]
+    agreement = bench.agreement(dense, fast, inputs)["agreement"]
+    assert agreement["users"] == 30 and agreement["largest_rank_difference"] <= agreement["rank_tolerance"]
+    assert agreement["hr@10"]["dense"] == dense.metrics["hr@10"]
     assert fast.metrics["hr@10"] == ranking_metrics(fast.ranks, (10,))["hr@10"]
 
 

@@ -27,7 +27,7 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """The demo's dataset."""
+    """Write the demo's dataset."""
     return demo.write_demo(tmp_path_factory.mktemp("demo"))[0]
 
 
@@ -40,7 +40,7 @@ def test_both_forms_give_the_same_states(dataset, tmp_path, source):
     states = [bench.read_states(tmp_path / form, job, description) for form in bench.FORMS]
     assert states[0].shape == (50, 4, 64) and len(states[0].unique(dim=0)) > 40
     assert bench.agreement(*states, description)["largest_difference"] <= 1e-5
-    assert all(each.seconds > 0 and each.peak_cuda_bytes is None for each in measured.values())
+    assert all(run.seconds > 0 and run.peak_cuda_bytes is None for run in measured.values())
 
 
 @pytest.mark.parametrize("source", ["title", "image"])

@@ -198,16 +198,16 @@ def bowl(candidate: Configuration) -> float:
 
 def test_search_finds_the_fastest_and_counts_what_it_skips():
     shipped = Configuration({"BM": 16, "PROGRAMS": 256}, warps=2, stages=1)
-    found = tuning.search("kernel", "large", shipped, bowl)
-    assert (found.best.blocks["BM"], found.best.warps, found.best.stages) == (64, 8, 3)
-    assert found.ms == 1 and found.shipped_ms == bowl(shipped) and found.skipped > 0
-    assert found.tried < 60
+    tuned = tuning.search("kernel", "large", shipped, bowl)
+    assert (tuned.best.blocks["BM"], tuned.best.warps, tuned.best.stages) == (64, 8, 3)
+    assert tuned.ms == 1 and tuned.shipped_ms == bowl(shipped) and tuned.skipped > 0
+    assert tuned.tried < 60
 
 
 def test_search_stays_where_nothing_is_better_than_noise():
     shipped = Configuration({"BM": 64}, warps=8, stages=3)
-    found = tuning.search("kernel", "small", shipped, lambda candidate: 1 - 0.01 * (candidate != shipped))
-    assert found.best == shipped and found.skipped == 0
+    tuned = tuning.search("kernel", "small", shipped, lambda candidate: 1 - 0.01 * (candidate != shipped))
+    assert tuned.best == shipped and tuned.skipped == 0
 
 
 def test_search_needs_the_shipped_configuration_to_run():
@@ -216,10 +216,12 @@ def test_search_needs_the_shipped_configuration_to_run():
 
 
 def test_neighbours_differ_by_a_step_and_tiles_may_move_together():
-    found = list(tuning.neighbours(Configuration({"BM": 16, "BN": 16}, warps=8, stages=1)))
-    assert Configuration({"BM": 32, "BN": 16}, 8, 1) in found and Configuration({"BM": 32, "BN": 32}, 8, 1) in found
-    assert Configuration({"BM": 16, "BN": 16}, 4, 1) in found and Configuration({"BM": 16, "BN": 16}, 8, 2) in found
-    assert len(found) == 5
+    neighbours = list(tuning.neighbours(Configuration({"BM": 16, "BN": 16}, warps=8, stages=1)))
+    for blocks in ({"BM": 32, "BN": 16}, {"BM": 32, "BN": 32}):
+        assert Configuration(blocks, 8, 1) in neighbours
+    for warps, stages in ((4, 1), (8, 2)):
+        assert Configuration({"BM": 16, "BN": 16}, warps, stages) in neighbours
+    assert len(neighbours) == 5
 
 
 OPS_THAT_ARE_TUNED = ("side_", "loss_", "target_")  # by size; a kernel with one entry for all sizes is not
@@ -244,11 +246,11 @@ def test_configured_restores_the_table():
 def test_entries_are_printed_as_the_table_writes_them(monkeypatch):
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
     best = Configuration({"BM": 64, "BD": 32}, warps=8, stages=3)
-    found = [tuning.TunedKernel("side_project", size, best, 0.5, 1.0, 9, 2) for size in ("small", "large")]
-    text = "\n".join(tuned_lines(tuning.as_json(found, CPU)))
+    tuned = [tuning.TunedKernel("side_project", size, best, 0.5, 1.0, 9, 2) for size in ("small", "large")]
+    text = "\n".join(tuned_lines(tuning.as_json(tuned, CPU)))
     assert '("sm_90", "large"): Configuration({"BM": 64, "BD": 32}, warps=8, stages=3),' in text
     assert eval(f"{{{text}}}") == {"side_project": {("sm_90", "small"): best, ("sm_90", "large"): best}}
-    assert tuning.as_json(found, CPU)[1]["size"] == "large"
+    assert tuning.as_json(tuned, CPU)[1]["size"] == "large"
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
@@ -266,6 +268,6 @@ def test_tuning_a_kernel_takes_the_fastest_that_agrees(monkeypatch):
         masked, unmasked = call()
         return masked, unmasked * (1 + (now["default", "fp32"].blocks["BM"] == 64))
 
-    found = tuning.tune_kernel(kernel, "fp32", nonsense_at_64, CPU)
-    assert kernel == "target_rank" and found.best.blocks["BM"] == found.best.blocks["BN"] == 32
-    assert found.shipped_ms == 1 / 16 and found.skipped >= 3
+    tuned = tuning.tune_kernel(kernel, "fp32", nonsense_at_64, CPU)
+    assert kernel == "target_rank" and tuned.best.blocks["BM"] == tuned.best.blocks["BN"] == 32
+    assert tuned.shipped_ms == 1 / 16 and tuned.skipped >= 3

@@ -37,7 +37,7 @@ def settings(encoder_views) -> MethodsSettings:
 
 
 def run(dataset, out, settings: MethodsSettings, device) -> dict:
-    """The sweep's table, tested against its last method."""
+    """Return the sweep's table, tested against its last method."""
     return compare_methods(Setup(dataset, device, out), settings)
 
 
@@ -62,7 +62,7 @@ def test_a_sweep_gives_a_row_for_every_method(settings, small_catalogue, tmp_pat
         json.loads((Cell("titles", "id", seed).folder(tmp_path / "sweep") / "figures.json").read_text())
         for seed in (0, 1)
     ]
-    assert rows["id"]["ndcg"] == pytest.approx(np.mean([each["ndcg"] for each in figures]))
+    assert rows["id"]["ndcg"] == pytest.approx(np.mean([cell["ndcg"] for cell in figures]))
 
 
 TEXT_BY_IMAGE = list(product(("bert", "deberta-v3"), ("vit", "clip")))
@@ -128,8 +128,8 @@ def test_a_stopped_sweep_goes_on_where_it_stopped(settings, small_catalogue, tmp
     shutil.rmtree(out)
     whole = run(small_catalogue, out, settings, CPU)
     for method in ("iisan", "id"):
-        found, expected = (each["encoders"]["titles"]["methods"][method] for each in (result, whole))
-        assert found["ndcg"] == expected["ndcg"] and found["losses"] == expected["losses"]
+        resumed, expected = (sweep["encoders"]["titles"]["methods"][method] for sweep in (result, whole))
+        assert resumed["ndcg"] == expected["ndcg"] and resumed["losses"] == expected["losses"]
 
 
 def test_a_sweep_takes_more_cells_but_no_other_settings(settings, small_catalogue, tmp_path, in_this_process):
@@ -250,8 +250,8 @@ def test_the_order_of_costs_is_checked():
         "holds": True,
         "violations": [],
     }
-    found = cost_order(seconds | {"lora": 3.0})
-    assert not found["holds"] and found["violations"] == ["iisan-uncached takes 4.00 s, lora 3.00 s"]
+    order = cost_order(seconds | {"lora": 3.0})
+    assert not order["holds"] and order["violations"] == ["iisan-uncached takes 4.00 s, lora 3.00 s"]
 
 
 def test_a_sample_of_users_keeps_the_rest_of_the_dataset(small_catalogue, tmp_path):
@@ -275,10 +275,10 @@ def test_the_command_prints_the_table(small_catalogue, encoder_views, tmp_path, 
         "frozen, id",
     ]
     pair = f"demo: source=title encoder={encoder_views[1].encoder}"
-    found = CliRunner().invoke(
+    answer = CliRunner().invoke(
         cli, [*arguments, "--epochs", "1", "--users", "40", "--pair", pair, "--out", str(out)], catch_exceptions=False
     )
-    assert found.exit_code == 0 and "p against id" in found.output and "one seed" in found.output
+    assert answer.exit_code == 0 and "p against id" in answer.output and "one seed" in answer.output
     result = json.loads(out.read_text())
     assert json.loads((tmp_path / "sweep" / "result.json").read_text()) == result
     assert list(result["encoders"]) == ["demo"] and result["settings"]["users"] == 40

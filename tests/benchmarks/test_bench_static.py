@@ -26,7 +26,7 @@ IR = "  tt.func public @kernel() attributes {noinline = false} {\n    tt.return 
 
 @pytest.fixture(scope="module")
 def counted(scientific) -> CountedBatch:
-    """The published sizes at 64 users a batch."""
+    """Count the published sizes at 64 users a batch."""
     return CountedBatch(scientific, 64, Sizes())
 
 

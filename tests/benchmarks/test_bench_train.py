@@ -82,7 +82,7 @@ def test_losses_fall_and_differ_between_steps(sequences):
 
 @pytest.fixture
 def trainer_with_stand_in(sequences) -> Trainer:
-    """A trainer whose padded steps are called again where CUDA would replay a graph."""
+    """Return a trainer whose padded steps are called again where CUDA would replay a graph."""
     config = train.run_config(FORMS["float32"], SMALL)
     table = FeatureTable(tuple(train.random_states(sequences, SMALL)))
     trainer = Trainer(config, sequences, table, CPU, resolve_precision(config, CPU))
@@ -103,7 +103,8 @@ def test_nothing_is_captured_once_the_step_is(trainer_with_stand_in):
         for batch in trainer.batches(epoch):
             trainer.take(batch)
     assert trainer.captured._captured is captured
-    assert trainer.step.read().rows == 2 * sum(len(each.targets) for each in epoch_batches(trainer.sequences, 8, 0, 0))
+    rows = sum(len(batch.targets) for batch in epoch_batches(trainer.sequences, 8, 0, 0))
+    assert trainer.step.read().rows == 2 * rows
 
 
 def test_a_trainer_that_packs_its_batches_is_profiled_by_autograd(sequences):

@@ -58,9 +58,9 @@ def test_every_form_says_what_an_epoch_costs(catalogue, monkeypatch):
 def test_the_command_times_whole_epochs_unless_told_otherwise(catalogue, tmp_path):
     out = tmp_path / "result.json"
     arguments = ["bench", "uncached", str(catalogue), "--users", "80", "--encoder-size", "demo", "--out", str(out)]
-    found = CliRunner().invoke(cli, [*arguments, "--device", "cpu"], catch_exceptions=False)
-    assert found.exit_code == 0 and "2 steps an epoch" in found.output and "scaled" not in found.output
-    assert "uncached, sdpa" in found.output and NOT_MEASURED in found.output
+    answer = CliRunner().invoke(cli, [*arguments, "--device", "cpu"], catch_exceptions=False)
+    assert answer.exit_code == 0 and "2 steps an epoch" in answer.output and "scaled" not in answer.output
+    assert "uncached, sdpa" in answer.output and NOT_MEASURED in answer.output
     result = json.loads(out.read_text())
     assert (result["steps_an_epoch"], result["steps_timed"], result["scaled"]) == (2, 2, False)
     assert result["command"] == "iisan-fast bench uncached DATASET --users=80 --encoder-size=demo --seed=0"
@@ -69,19 +69,19 @@ def test_the_command_times_whole_epochs_unless_told_otherwise(catalogue, tmp_pat
 def test_what_is_kept_is_a_dataset_and_two_encoders(catalogue, tmp_path):
     keep = tmp_path / "kept"
     data, views = stand_ins.stand_ins(catalogue, keep, "demo", seed=0)
-    made, given = load_dataset(data), load_dataset(catalogue)
-    assert data == keep / "dataset" and made.titles == given.titles
-    assert made.sequences.item_ids == given.sequences.item_ids
+    stand_in, original = load_dataset(data), load_dataset(catalogue)
+    assert data == keep / "dataset" and stand_in.titles == original.titles
+    assert stand_in.sequences.item_ids == original.sequences.item_ids
     with open_images(data) as images:
-        first, second = (images.decode(images.content(item_id)) for item_id in made.sequences.item_ids[:2])
+        first, second = (images.decode(images.content(item_id)) for item_id in stand_in.sequences.item_ids[:2])
         assert first.size == (32, 32) and first.tobytes() != second.tobytes()
-        for view, content in zip(views, (first, made.titles[0])):
+        for view, content in zip(views, (first, stand_in.titles[0])):
             backbone = load_backbone(view)
             states = backbone.encode(backbone.prepare([content]))
             assert states.shape == (1, *stand_ins.state_shape("demo")) and states.isfinite().all()
     tokenizer = AutoTokenizer.from_pretrained(keep / "encoders" / "text")
-    assert len(tokenizer(made.titles[0]).input_ids) == len(made.titles[0].split()) + 2
-    assert tokenizer.unk_token_id not in tokenizer(made.titles[0]).input_ids
+    assert len(tokenizer(stand_in.titles[0]).input_ids) == len(stand_in.titles[0].split()) + 2
+    assert tokenizer.unk_token_id not in tokenizer(stand_in.titles[0]).input_ids
 
     before = (keep / "made.json").stat().st_mtime_ns
     assert stand_ins.stand_ins(catalogue, keep, "demo", seed=0) == (data, views)

@@ -1,4 +1,4 @@
-"""How the kernels' benchmark times a call on a GPU: a graph's replays, or eager launches that say why."""
+"""The kernels' benchmark times the replays of a graph on a GPU, or eager launches, and says why."""
 
 from __future__ import annotations
 

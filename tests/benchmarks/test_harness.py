@@ -96,9 +96,10 @@ def test_a_result_says_where_its_figures_come_from(monkeypatch, tmp_path):
     assert counted["dataset"] == "synthetic" and set(counted["versions"]) == {"torch", "triton"}
     folder = Folder("folder", "Folder.", required=True)
     (tmp_path / "DATA").mkdir()
-    kept = run_benchmark(replace(TINY, folder=folder), TinySettings(), Setup(tmp_path / "DATA", CPU, tmp_path))
-    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(kept))
-    assert kept["dataset"] == "DATA" and kept["command"].startswith("iisan-fast bench tiny DATASET --folder=FOLDER")
+    recorded = run_benchmark(replace(TINY, folder=folder), TinySettings(), Setup(tmp_path / "DATA", CPU, tmp_path))
+    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(recorded))
+    assert recorded["dataset"] == "DATA"
+    assert recorded["command"].startswith("iisan-fast bench tiny DATASET --folder=FOLDER")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a launch costs: instructions by the trips of its loops, and the bytes that it reads and writes."""
+"""The cost of a launch: instructions by the trips of its loops, and the bytes that it reads and writes."""
 
 from __future__ import annotations
 

@@ -76,11 +76,11 @@ def test_triton_launches_are_recorded_under_their_part_and_not_run():
 
 def test_allocations_are_followed_to_their_peak():
     with LaunchCounter() as counter:
-        kept = torch.empty(1024, device="meta")  # 4,096 bytes
-        view = kept[1:]
+        tensor = torch.empty(1024, device="meta")  # 4,096 bytes
+        view = tensor[1:]
         passing = torch.empty(1, device="meta")  # rounded up to 512
         assert counter.allocated == 4096 + 512
-        del kept
+        del tensor
         assert counter.allocated == 4096 + 512  # the view holds it
         del view, passing
         assert counter.allocated == 0

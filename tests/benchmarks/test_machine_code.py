@@ -28,7 +28,7 @@ def launch() -> Launch:
 
 @pytest.fixture(scope="module")
 def read(launch) -> machine_code.KernelReading:
-    """The kernel compiled for sm_90, in a process in which it is not interpreted."""
+    """Compile the kernel for sm_90 in a process that does not interpret kernels."""
     (reading,) = machine_code.readings([machine_code.specialization(launch, 90)])
     return reading
 

@@ -25,7 +25,7 @@ from iisan_fast.errors import InputError
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
 STAGES = {stage.name: stage for stage in runner.STAGES}
-# What may be imported when tests are collected: what the project requires, and what the script's head asks for.
+# Packages that may be imported when tests are collected: the project requires them, or the script's head names them.
 ON_THE_MACHINE = {"click", "lmdb", "numpy", "PIL", "rich", "safetensors", "torch", "transformers", "triton"}
 ON_THE_MACHINE |= {"hypothesis", "pytest", "setuptools"} | {"huggingface_hub", "tokenizers", "yaml"}  # transformers'
 ON_THE_MACHINE |= {"filelock", "markdown_it", "platformdirs"}  # required by the project, or by rich
@@ -335,7 +335,7 @@ def test_the_chosen_tests_are_there_and_need_a_gpu(stage, dataset, tmp_path):
 
 
 def test_collecting_the_tests_needs_only_what_a_gpu_machine_has():
-    """What it may lack (polars, torchmetrics, …) is imported by pytest.importorskip, or within a test."""
+    """Packages that it may lack (polars, torchmetrics, …) are imported by pytest.importorskip, or within a test."""
     missing = {}
     beside = {path.stem for path in (ROOT / "tests" / "helpers").glob("*.py")}  # a program's folder is on its path
     for path in (ROOT / "tests").rglob("*.py"):

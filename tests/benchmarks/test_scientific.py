@@ -33,10 +33,10 @@ def test_a_seed_is_trained_to_its_last_epoch_then_to_the_stop(toy_run, tmp_path,
     monkeypatch.setattr(scientific, "EPOCHS", 2)
     monkeypatch.setattr(scientific, "PROTOCOL", ProtocolConfig())
     shutil.copytree(cache, tmp_path / "states")
-    found = scientific.run(dataset, views("image", "title"), tmp_path, seed=0)
-    assert found["seed"] == 0 and len(found["epochs"]) > 2
+    figures = scientific.run(dataset, views("image", "title"), tmp_path, seed=0)
+    assert figures["seed"] == 0 and len(figures["epochs"]) > 2
     for stage in ("within_2_epochs", "to_early_stop"):
-        half, best = (found[stage][kind]["masked"]["hr@10"] for kind in ("test", "test_ties_best"))
+        half, best = (figures[stage][kind]["masked"]["hr@10"] for kind in ("test", "test_ties_best"))
         assert 0 <= half <= best <= 1
     again = scientific.run(dataset, views("image", "title"), tmp_path, seed=0)
-    assert again["epochs"] == found["epochs"] and again["to_early_stop"] == found["to_early_stop"]
+    assert again["epochs"] == figures["epochs"] and again["to_early_stop"] == figures["to_early_stop"]

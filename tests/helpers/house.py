@@ -76,7 +76,7 @@ class Tree:
         return list(self._imports())
 
     def exports(self, module: str) -> list[str]:
-        """The names in `__all__` of a module, in its order."""
+        """Return the names in `__all__` of a module, in its order."""
         path = self.paths.get(module)
         if path not in self._exports:
             self._exports[path] = _all(self.trees[path]) if path else []
@@ -122,35 +122,37 @@ def violations(sources: Sources) -> list[str]:
 def arrows_up(tree: Tree) -> list[str]:
     """Return the imports of a room from its own floor or a higher one, and those of the kernels from any room."""
     lines = []
-    for each in tree.imports:
-        importer, target = room_of(each.importer), room_of(each.module)
-        if target in (None, importer, "kernels") or (target, each.name) == ("api", "__version__"):
+    for entry in tree.imports:
+        importer, target = room_of(entry.importer), room_of(entry.module)
+        if target in (None, importer, "kernels") or (target, entry.name) == ("api", "__version__"):
             continue
         if importer == "kernels":
-            lines.append(f"{each.path}:{each.line}: kernels import no room, found {target}")
+            lines.append(f"{entry.path}:{entry.line}: kernels import no room, found {target}")
             continue
         unplaced = [room for room in (importer, target) if floor_of(room) is None]
         if unplaced:
-            lines.append(f"{each.path}:{each.line}: {unplaced[0]} has no floor; give it one in tests/helpers/house.py")
+            lines.append(
+                f"{entry.path}:{entry.line}: {unplaced[0]} has no floor; give it one in tests/helpers/house.py"
+            )
         elif not (importer in NEIGHBOURS and target in NEIGHBOURS) and floor_of(target) >= floor_of(importer):
-            lines.append(f"{each.path}:{each.line}: {importer} imports {target}, which is not below it")
+            lines.append(f"{entry.path}:{entry.line}: {importer} imports {target}, which is not below it")
     return lines
 
 
 def reaches_past_doors(tree: Tree) -> list[str]:
     """Return the uses of another room's modules, or of names that its door does not export."""
     lines, whole_rooms = [], defaultdict(dict)
-    for each in tree.imports:
-        room = room_of(each.module)
-        if room not in WITH_DOORS or room == room_of(each.importer):
+    for entry in tree.imports:
+        room = room_of(entry.module)
+        if room not in WITH_DOORS or room == room_of(entry.importer):
             continue
-        where = f"{each.path}:{each.line}"
-        if each.module != f"{PACKAGE}.{room}":
-            lines.append(f"{where}: reaches past the door of {room}: {each.module}")
-        elif each.name is None:
-            whole_rooms[each.path][each.bound] = room
-        elif each.name not in tree.exports(f"{PACKAGE}.{room}"):
-            lines.append(f"{where}: the door of {room} does not export {each.name}")
+        where = f"{entry.path}:{entry.line}"
+        if entry.module != f"{PACKAGE}.{room}":
+            lines.append(f"{where}: reaches past the door of {room}: {entry.module}")
+        elif entry.name is None:
+            whole_rooms[entry.path][entry.bound] = room
+        elif entry.name not in tree.exports(f"{PACKAGE}.{room}"):
+            lines.append(f"{where}: the door of {room} does not export {entry.name}")
     for path, rooms in whole_rooms.items():
         for node in ast.walk(tree.trees[path]):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in rooms:
@@ -163,13 +165,13 @@ def reaches_past_doors(tree: Tree) -> list[str]:
 def exports_without_use(tree: Tree) -> list[str]:
     """Return the exports of rooms' doors that nothing outside the room uses."""
     used = set()
-    for each in tree.imports:
-        room = room_of(each.module)
-        if room == room_of(each.importer):
+    for entry in tree.imports:
+        room = room_of(entry.module)
+        if room == room_of(entry.importer):
             continue
-        used.add((room, each.name))
-        if each.name is None:
-            used |= {(room, name) for name in _attributes(tree.trees[each.path], each.bound)}
+        used.add((room, entry.name))
+        if entry.name is None:
+            used |= {(room, name) for name in _attributes(tree.trees[entry.path], entry.bound)}
     return [
         f"{tree.paths[f'{PACKAGE}.{room}']}:1: nothing outside {room} uses {name}"
         for room in sorted(WITH_DOORS)
@@ -195,31 +197,30 @@ def doors_that_disagree(tree: Tree) -> list[str]:
         if "lazy_names(" not in tree.sources[path]:
             continue
         exported = tree.exports(module)
-        homes = {each.name: each for each in tree.imports if each.path == path and each.for_types}
+        homes = {entry.name: entry for entry in tree.imports if entry.path == path and entry.for_types}
         defined = {name for name in exported if _defines(tree, module, name)}
         differing = sorted({*exported} ^ {*homes, *defined})
         lines += [f"{path}:1: {name} is imported or exported, but not both" for name in differing]
         if len({*exported}) < len(exported):
             lines.append(f"{path}:1: __all__ names something twice")
-        for name, each in homes.items():
-            if not _defines(tree, each.module, name):
-                lines.append(f"{path}:{each.line}: {each.module} defines no {name}")
+        for name, entry in homes.items():
+            if not _defines(tree, entry.module, name):
+                lines.append(f"{path}:{entry.line}: {entry.module} defines no {name}")
     return lines
 
 
 def libraries_out_of_place(tree: Tree) -> list[str]:
     """Return the imports of libraries by rooms that are to do without."""
     lines = []
-    for each in tree.imports:
-        library, room = each.module.partition(".")[0], room_of(each.importer)
+    for entry in tree.imports:
+        library, room = entry.module.partition(".")[0], room_of(entry.importer)
+        where = f"{entry.path}:{entry.line}"
         if library == PACKAGE:
             continue
         if room == "kernels" and library not in KERNEL_LIBRARIES:
-            lines.append(
-                f"{each.path}:{each.line}: kernels import torch, triton, numpy and platformdirs alone, found {library}"
-            )
-        if library in LIBRARIES and not LIBRARIES[library] & {room, each.importer}:
-            lines.append(f"{each.path}:{each.line}: {library} is not for {room or each.importer}")
+            lines.append(f"{where}: kernels import torch, triton, numpy and platformdirs alone, found {library}")
+        if library in LIBRARIES and not LIBRARIES[library] & {room, entry.importer}:
+            lines.append(f"{where}: {library} is not for {room or entry.importer}")
     return lines
 
 
@@ -245,16 +246,16 @@ def repeated_names(tree: Tree) -> list[str]:
 def cycles(tree: Tree) -> list[str]:
     """Return the modules that import each other in a circle, through doors as well."""
     homes = {
-        (module, each.name): each.module
+        (module, entry.name): entry.module
         for path, module in tree.doors()
-        for each in tree.imports
-        if each.path == path and each.name and each.for_types
+        for entry in tree.imports
+        if entry.path == path and entry.name and entry.for_types
     }
     doors = {module for _, module in tree.doors()}
     edges = defaultdict(set)
-    for each in tree.imports:
-        if each.importer not in doors and each.module in tree.paths:
-            edges[each.importer].add(homes.get((each.module, each.name), each.module))
+    for entry in tree.imports:
+        if entry.importer not in doors and entry.module in tree.paths:
+            edges[entry.importer].add(homes.get((entry.module, entry.name), entry.module))
     finished: set[str] = set()
     return [line for module in list(edges) for line in _circles(module, edges, [], finished)]
 
@@ -316,7 +317,8 @@ def _defines(tree: Tree, module: str, name: str) -> bool:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
             return True
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if hasattr(node, "target") else []
-        if any(isinstance(each, ast.Name) and each.id == name for target in targets for each in ast.walk(target)):
+        names = [inner for target in targets for inner in ast.walk(target) if isinstance(inner, ast.Name)]
+        if any(inner.id == name for inner in names):
             return True
     return False
 
