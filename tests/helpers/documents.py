@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = (
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    *(path for path in (ROOT / "recipes" / "README.md", ROOT / "CONTRIBUTING.md") if path.exists()),
+    *(ROOT / name for name in ("recipes/README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
 )
 COMMAND_LANGUAGES = frozenset(("sh", "python"))
 DATA_LANGUAGES = frozenset(("text", "tsv", "csv", "json", "yaml", "toml", "cpp"))
