@@ -250,6 +250,17 @@ def test_a_settings_file_that_is_shown_can_be_used(block, tmp_path):
     assert base_settings(file)
 
 
+@pytest.mark.parametrize("mistake", ["dropot: 0.2", "dropout: 2"])
+def test_the_errors_of_a_settings_file_are_those_that_are_quoted(mistake, tmp_path, monkeypatch):
+    page = ROOT / "docs" / "settings.md"
+    shown = next(block for block in blocks_of(page) if block.language == "yaml")
+    monkeypatch.chdir(tmp_path)
+    Path("settings.yaml").write_text(shown.text.replace("dropout: 0.2", mistake))
+    with pytest.raises(InputError) as error:
+        base_settings("settings.yaml")
+    assert f"\n{error.value}\n" in page.read_text(encoding="utf-8")
+
+
 def test_the_tables_of_settings_are_those_of_the_fields():
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert page.partition("### encoders\n")[2] == settings_tables().partition("### encoders\n")[2] + "\n"
