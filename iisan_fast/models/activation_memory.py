@@ -23,7 +23,7 @@ class Footprint(NamedTuple):
 
 
 class EncodingPlan(NamedTuple):
-    """How the trained encoders encode the items of a batch."""
+    """The number of items of an encoder call, and the memory that the activations of a batch take."""
 
     items_at_once: int  # the most items of one encoder call
     recompute: bool  # True: the backward pass encodes each part again, so that no activations are stored

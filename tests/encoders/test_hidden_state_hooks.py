@@ -54,7 +54,7 @@ def test_cores_that_share_the_rows_find_the_same_states(built, source, family, t
 
 @pytest.mark.parametrize(("source", "family"), FAMILIES)
 def test_parameters_are_counted_without_reading_a_weight(built, tmp_path, source, family):
-    """Of an encoder with two towers, only the one that reads the view's source is counted."""
+    """If an encoder has two towers, only the one that reads the view's source is counted."""
     model = load_backbone(view(built(source, family), source)).model
     folder = shutil.copytree(built(source, family), tmp_path / "encoder")
     (folder / "model.safetensors").unlink()
