@@ -29,18 +29,6 @@ def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
         raise InputError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
 
 
-def check_range(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
-    """Raise InputError if the value of the setting `name` is no whole number from `minimum` to `maximum`.
-
-    maximum: None for no upper end. True and False are no numbers here.
-    """
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"{name}: expected a whole number, found {value!r}")
-    if value < minimum or (maximum is not None and value > maximum):
-        expected = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
-        raise InputError(f"{name}: expected {expected}, found {value}")
-
-
 def nearest(name: str, names: Collection[str]) -> str:
     """Return "did you mean …?" with the names spelled most like `name`, or "expected one of …" with all names."""
     similar = difflib.get_close_matches(name, names, n=3)
