@@ -58,9 +58,8 @@ def extract(
     """Encode every item of the dataset's catalogue, and store its hidden states of each view in the folder `cache`.
 
     config: with `workers` 0, this process reads the images; with None, the number of processes is chosen by idle CPUs
-    and the size of the catalogue. The processes import the main module, so a script calls this function under `if
-    __name__ == "__main__"`. dry_run: do all checks, write nothing, and count the items to encode. Returns the counts of
-    each view, in the order of `views`.
+    and the size of the catalogue. The processes do not import the main module. dry_run: do all checks, write nothing,
+    and count the items to encode. Returns the counts of each view, in the order of `views`.
 
     Raises InputError, before anything is written, for content that is missing or cannot be read, an encoder that cannot
     be used, or a store that other encoders or settings have filled. Raises InputError after the good states were
