@@ -1,1 +1,1 @@
-"""The ops on a CPU: in C++, compiled for the machine at hand; the rank in PyTorch."""
+"""The ops on a CPU: in C++, compiled for the processor it runs on; `target_rank` in PyTorch."""

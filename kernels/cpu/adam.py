@@ -1,4 +1,4 @@
-"""Adam's update on a CPU by C++ (`cpp/adam.cpp`): all parameters at once, shared out among the cores."""
+"""Adam's update on a CPU in C++ (`cpp/adam.cpp`): the numbers of all parameters are divided among the cores."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from .library import DTYPES, Schedule, library, run
 from .step_calls import StepCalls, addresses
 from .structs import AdamParameterStruct, AdamStruct, FlatAdamStruct
 
-PARTS = 4  # a core
+PARTS = 4  # calls for each core
 
 
 def adam(states: Sequence[AdamState]) -> AdamUpdate:
-    """Return the update of these parameters, which `refusal` does not refuse."""
+    """Return the update of these parameters; `refusal` must return "" for them."""
     return AdamUpdate(states)
 
 
 class AdamUpdate:
-    """Adam's step as torch.optim.Adam takes it without weight decay (Kingma and Ba 2015), in place."""
+    """Adam's step in place, equal to torch.optim.Adam without weight decay (Kingma and Ba 2015, algorithm 1)."""
 
     def __init__(self, states: Sequence[AdamState]) -> None:
+        """Store the addresses of the parameters and moments, which must stay where they are (`is_of`)."""
         self.states, self._places = states, _places(states)
         self._values = [state.parameter for state in states]
         self._parameters = (AdamParameterStruct * len(states))(
@@ -38,13 +39,22 @@ class AdamUpdate:
         self._library = library(self._dtype)
 
     def is_of(self, states: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> bool:
-        """Return True if these are the same tensors, in the same memory."""
+        """Return True if (parameter, mean, square, steps) of each entry lie where this update's tensors lie."""
         return len(states) == len(self.states) and _places(states) == self._places
 
     def __call__(
         self, gradients: Sequence[Tensor], rates: Sequence[float], betas: tuple[float, float], epsilon: float
     ) -> None:
-        """Take one step by each parameter's gradient and rate. Raises ValueError for gradients that do not fit."""
+        """Update parameters, moments and step counts in place.
+
+        Args:
+            gradients: one for each parameter, of its shape and dtype, on a CPU.
+            rates: the learning rate of each parameter.
+            betas: decay rates of the first and second moment.
+            epsilon: added to the denominator.
+
+        Raises ValueError if the gradients do not fit.
+        """
         count = len(self.states)
         if not len(gradients) == len(rates) == count:
             raise ValueError(f"gradients, rates: expected {count} of each, found {len(gradients)} and {len(rates)}")
@@ -62,19 +72,19 @@ class AdamUpdate:
         parts = [AdamStruct(*common, *share, *betas, epsilon) for share in cut(self._total, PARTS * cores())]
         update = Schedule(self._dtype)
         update.add(self._library.adam_update, parts)
-        # So that a graph that saved one of them refuses to go back.
+        # A graph that saved a parameter then refuses its backward, as after any change in place.
         update.run(meanwhile=lambda: increment_version(self._values))
         run(self._library.adam_advance, parts[0])
 
 
 def _places(states: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[list[int], list[torch.dtype]]:
-    """Return what differs once a tensor has other memory, as after `module.to`."""
+    """Return the addresses and dtypes of all tensors; they change when a module moves its parameters."""
     tensors = [tensor for state in states for tensor in state]
     return list(map(Tensor.data_ptr, tensors)), list(map(attrgetter("dtype"), tensors))
 
 
 def refusal(states: Sequence[AdamState]) -> str:
-    """Return why C++ does not take these tensors, or "": it wants one dtype, and numbers that stand together."""
+    """Return why the C++ cannot update these tensors, or "" if it can."""
     dtype = states[0].parameter.dtype
     tensors = [tensor for state in states for tensor in state[:3]]
     if dtype not in DTYPES or any(tensor.dtype != dtype for tensor in tensors):
@@ -87,12 +97,13 @@ def refusal(states: Sequence[AdamState]) -> str:
 
 
 class FlatAdamCalls:
-    """Adam's step on flat buffers, as torch.optim.Adam takes it, in lines of 32 numbers of one group each.
+    """Adam's step on flat buffers, equal to torch.optim.Adam. Each line of 32 numbers has one group of rates.
 
-    It takes the gradients as they are, and updates nothing once record[2] is not 0.
+    If record[2] is not 0, a loss was not finite, and nothing is updated.
     """
 
     def __init__(self, calls: StepCalls, state: FlatAdamState, record: Tensor) -> None:
+        """Prepare the calls; record float64 [4], as `StepTensors` has it."""
         self._calls, lines = calls, len(state.line_groups)
         names = "values", "gradient", "mean", "square", "groups", "rates", "decays", "steps"
         places = dict(zip(names, addresses(state[: len(names)])), record=record.data_ptr())
@@ -104,5 +115,5 @@ class FlatAdamCalls:
         ]
 
     def update(self) -> None:
-        """Update the parameters and the moments."""
+        """Schedule the update of the parameters and the moments, with the gradients in the state's buffer."""
         self._calls.add("adam_update_lines", self._structs)

@@ -1,4 +1,4 @@
-"""Copy a batch for the step on a CPU: the items' hidden states in panels, and the loss's constants."""
+"""Copy a batch into a CPU step's memory: the items' hidden states in panels of 16 columns, and the loss's constants."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from .structs import ColumnsStruct
 
 
 class BatchCalls:
-    """The calls that bring a batch into a step's memory."""
+    """The calls that copy a batch into a step's memory.
+
+    Attributes: panels, for each view the hidden states [K, ceil(D / 16), items, 16]; log_multiplicity [items];
+    column [items], log multiplicity - log popularity; of_row_losses [rows], the gradient of each row's loss.
+    """
 
     def __init__(self, calls: StepCalls, states: Sequence[States]) -> None:
-        """states: views like those of every batch."""
+        """Allocate the memory; states: the views of a batch, for their number, shape and dtype."""
         self._calls, self.done = calls, AT_ONCE
         _, layers, width = states[0].table.shape
         shape = len(states), layers, panels_of(width), calls.items, PANEL
@@ -27,7 +31,7 @@ class BatchCalls:
         self.of_row_losses = calls.empty(calls.rows)
 
     def forward(self) -> None:
-        """Gather the states; compute the loss's constants and the gradient of each row's loss."""
+        """Schedule the gathering of the states, the loss's constants and the gradient of each row's loss."""
         batch = self._calls.batch
         constants = ColumnsStruct(rows=len(batch.targets), items=len(batch.distinct))
         for name in ColumnsStruct.OF_BATCH:

@@ -1,4 +1,4 @@
-"""Fold chains of three linear maps on a CPU by C++ (`cpp/fold.cpp`), the largest weights' rows shared out."""
+"""Fold chains of three linear maps on a CPU in C++ (`cpp/fold.cpp`); the cores divide the rows of `inner`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .step_calls import StepCalls, addresses
 from .structs import FoldStruct
 from .sums import add_up
 
-MOST_PARTS = 8  # of a chain: each has a product of its own, which are added up
+MOST_PARTS = 8  # parts of a chain's rows; each part writes a whole product, and the products are added up
 
 
 def fold_heads(chains: Sequence[Chain]) -> list[tuple[Tensor, Tensor]]:
-    """Return the reference's weights and biases, differentiable once, of chains that `refusal` does not refuse."""
+    """Return the weight [d, D] and bias [d] of each chain, differentiable once; `refusal` must return "" for them."""
     folded = FoldFunction.apply(*(weight.contiguous() for chain in chains for weight in chain))
     return list(zip(folded[::2], folded[1::2]))
 
 
 def refusal(chains: Sequence[Chain]) -> str:
-    """Return why C++ does not take these weights, or ""."""
+    """Return why the C++ cannot fold these chains, or "" if it can."""
     dtypes = {weight.dtype for chain in chains for weight in chain}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         return "it needs weights of one dtype, float32 or float64"
@@ -36,15 +36,18 @@ def refusal(chains: Sequence[Chain]) -> str:
 
 
 class FoldMemory(NamedTuple):
-    """What the backward takes from a chain's forward."""
+    """Results of a chain's forward that its backward reads."""
 
-    pair: Tensor  # [H, d]: the outer two's product, transposed
-    constant: Tensor  # [d']: what the inner two make of nothing
+    pair: Tensor  # [H, d]: (outer middle) transposed
+    constant: Tensor  # [d']: middle inner_bias + middle_bias
 
 
 class FoldFunction(torch.autograd.Function):
+    """The autograd function of `fold_heads`."""
+
     @staticmethod
     def forward(ctx, *weights: Tensor) -> tuple[Tensor, ...]:
+        """Return weight and bias of each chain, one after the other, from the chains' weights in one list."""
         chains, dtype = chains_of(weights), weights[0].dtype
         ctx.memory, calls, products, biases = [], [], [], []
         for chain in chains:
@@ -63,6 +66,7 @@ class FoldFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of all weights from those of the results."""
         chains, dtype = chains_of(ctx.saved_tensors), upstream[0].dtype
         upstream = [gradient.contiguous() for gradient in upstream]
         gradients, calls, of_outer = [], [], []
@@ -80,21 +84,32 @@ class FoldFunction(torch.autograd.Function):
 
 
 def chains_of(weights: Sequence[Tensor]) -> list[Chain]:
-    """Return the chains whose weights stand in one list."""
+    """Split a list of weights into chains, five weights each."""
     size = len(Chain._fields)
     return [Chain(*weights[i : i + size]) for i in range(0, len(weights), size)]
 
 
 def fold_struct(chain: Chain, memory: FoldMemory, part: tuple[int, int], **more: Tensor) -> FoldStruct:
-    """Return the arguments of the C++ for rows of the inner weight; more: what one direction alone takes."""
+    """Return a C++ call on a part of the rows of `inner`.
+
+    Args:
+        chain: its weights; all but `outer` are contiguous.
+        memory: written by the forward, read by the backward.
+        part: (start, length) of the rows.
+        more: fields of `FoldStruct` that only the forward or only the backward uses, with their tensors.
+    """
     addresses = {name: tensor.data_ptr() for name, tensor in (chain._asdict() | memory._asdict() | more).items()}
     return FoldStruct(*part, *chain.outer.shape, *chain.inner.shape, chain.outer.stride(0), **addresses)
 
 
 class FoldHeadsCalls:
-    """The op as a pair of a step: the heads' and the fusion's maps folded into a projection for each tower."""
+    """The op as a pair of a step: it folds each tower's heads and its part of the fusion into one projection.
+
+    Attributes: projections, for each tower [d, D]; biases [towers, d].
+    """
 
     def __init__(self, calls: StepCalls, weights: RecommenderWeights, gradients: RecommenderWeights) -> None:
+        """Allocate the memory and prepare the calls."""
         chains, d = weights.chains(), len(weights.fusion)
         parts = [shares(len(chain.inner), MOST_PARTS) for chain in chains]
         self._calls, self.done = calls, AT_ONCE
@@ -103,10 +118,10 @@ class FoldHeadsCalls:
         ]
         self._products = [[calls.empty(d, chain.inner.shape[1]) for _ in cuts] for chain, cuts in zip(chains, parts)]
         self.biases = calls.empty(len(chains), d)
-        # Zero where a chain has fewer parts than another.
+        # Zeros, since chains with fewer parts leave their columns of the last parts unwritten.
         more = torch.zeros(max(map(len, parts)) - 1, *weights.fusion.shape, dtype=calls.dtype, device="cpu")
         self._of_fusion = [gradients.fusion, *more]
-        outer = list(zip(*(part.chunk(len(chains), dim=1) for part in self._of_fusion)))  # by tower, of each part
+        outer = list(zip(*(part.chunk(len(chains), dim=1) for part in self._of_fusion)))  # [tower][part]
         self._folds = [
             [self._fold(i, chain, part, number, outer[i][number], gradients) for number, part in enumerate(parts[i])]
             for i, chain in enumerate(chains)
@@ -118,14 +133,17 @@ class FoldHeadsCalls:
         return [products[0] for products in self._products]
 
     def connect(self, of_projections: Sequence[Tensor], add_up: Callable[[], Iterator[tuple[int, Span]]]) -> None:
-        """Take the projections' gradients from the towers; add_up: schedules their sums, a tower at a time."""
+        """Set the tensors that hold the projections' gradients, one [d, D] for each tower.
+
+        add_up: schedules the sums of their parts; it yields each tower's index and the calls that complete its gradient.
+        """
         self._add_up = add_up
         for folds, upstream in zip(self._folds, of_projections, strict=True):
             for fold in folds:
                 fold.upstream = upstream.data_ptr()
 
     def forward(self) -> None:
-        """Fold each tower's chain."""
+        """Schedule the products of each tower's chain."""
         spans = []
         for folds, products in zip(self._folds, self._products):
             spans.append(self._calls.add("fold_forward", folds))
@@ -146,7 +164,7 @@ class FoldHeadsCalls:
         of_outer: Tensor,
         gradients: RecommenderWeights,
     ) -> FoldStruct:
-        """Return a call for a part of a chain: the first leaves the outer map's gradient, others parts of it."""
+        """Return a call for part `number` of a tower's chain; its part of the outer map's gradient goes to of_outer."""
         results = {"product": self._products[tower][number], "bias": self.biases[tower]}
         of_inner = dict(zip((f"of_{name}" for name in Chain._fields[1:]), gradients.heads[tower]))
         more = {**results, **of_inner, "of_outer": of_outer, "of_bias": gradients.fusion_bias}

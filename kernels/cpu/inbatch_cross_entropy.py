@@ -1,4 +1,4 @@
-"""The debiased in-batch cross-entropy on a CPU by C++ (`cpp/cross_entropy.cpp`), a share of the rows a core."""
+"""The debiased in-batch cross-entropy on a CPU in C++ (`cpp/cross_entropy.cpp`); the cores divide the rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .step_memory import Memory
 from .structs import LossStruct
 from .sums import add_up
 
-MOST_WORKERS = 4  # each has a gradient of all items, which are added up
+MOST_WORKERS = 4  # each worker writes a gradient of all items, and these are added up
 
 
 def inbatch_cross_entropy(
@@ -27,7 +27,7 @@ def inbatch_cross_entropy(
     log_multiplicity: Tensor | None,
     log_popularity: Tensor | None,
 ) -> Tensor:
-    """Return the reference's losses, differentiable once in queries and items, of tensors that `refusal` lets pass."""
+    """Return the loss of each row [R], differentiable once in queries and items; `refusal` must return ""."""
     column = log_multiplicity
     if log_popularity is not None:
         column = -log_popularity if column is None else column - log_popularity
@@ -37,7 +37,7 @@ def inbatch_cross_entropy(
 
 
 def refusal(queries: Tensor, items: Tensor, *constants: Tensor | None) -> str:
-    """Return why C++ does not take these tensors, or ""; constants: log multiplicity and log popularity."""
+    """Return why the C++ cannot take these tensors, or ""; constants: log multiplicity and log popularity."""
     constants = tuple(tensor for tensor in constants if tensor is not None)
     dtypes = {tensor.dtype for tensor in (queries, items, *constants)}
     if len(dtypes) != 1 or queries.dtype not in DTYPES:
@@ -50,18 +50,21 @@ def refusal(queries: Tensor, items: Tensor, *constants: Tensor | None) -> str:
 
 
 class LossConstants(NamedTuple):
-    """What a loss depends on beside queries and items."""
+    """The arguments of the loss that have no gradient; all are contiguous."""
 
-    targets: Tensor
-    row_users: Tensor | None
-    history_bits: Tensor | None
+    targets: Tensor  # int64 [R]
+    row_users: Tensor | None  # int64 [R]
+    history_bits: Tensor | None  # int32 [users, words]
     column: Tensor | None  # [V]: log m - log p
     multiplicity: Tensor | None  # [V]: log m
 
 
 class RowLossesFunction(torch.autograd.Function):
+    """The autograd function of `inbatch_cross_entropy`."""
+
     @staticmethod
     def forward(ctx, constants: LossConstants, queries: Tensor, items: Tensor) -> Tensor:
+        """Return the losses [R]; the probabilities of all items stay in memory for the backward."""
         queries, items, memory = queries.contiguous(), items.contiguous(), Memory()
         losses = queries.new_empty(len(queries))
         wide = -(-len(items) // PANEL) * PANEL
@@ -76,6 +79,7 @@ class RowLossesFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[None, Tensor, Tensor]:
+        """Return the gradients of queries [R, d] and items [V, d] from those of the losses [R]."""
         queries, items = ctx.saved_tensors
         upstream, of_queries = upstream.contiguous(), torch.empty_like(queries)
         of_items = [torch.empty_like(items) for _ in ctx.parts]
@@ -95,7 +99,11 @@ def loss_struct(
     losses: Tensor,
     part: tuple[int, int],
 ) -> LossStruct:
-    """Return the arguments of the C++ for a part of the rows."""
+    """Return a C++ call on a part (start, length) of the rows.
+
+    Args: queries [R, d], items [V, d], probabilities [R, V rounded up to 16] and losses [R] are contiguous; the forward
+    writes the last two.
+    """
     start, count = part
     users, bits = constants.row_users, constants.history_bits
     return LossStruct(
@@ -116,33 +124,37 @@ def loss_struct(
 
 
 class InbatchCrossEntropyCalls:
-    """The op as a pair of a step; each worker takes some rows, and leaves its part of the items' gradient."""
+    """The op as a pair of a step. Each worker takes a part of the rows and writes its part of the items' gradient.
+
+    Attributes: losses [rows]; of_states [rows, d]; of_vectors, for each worker [items, d].
+    """
 
     def __init__(self, calls: StepCalls, batch: BatchCalls, states: Output, vectors: Output) -> None:
+        """Allocate the memory; states [rows, d]: the sequence encoder's; vectors [items, d]: the item vectors."""
         self._calls, self._batch, self._states, self._vectors = calls, batch, states, vectors
         d, wide = vectors.tensor.shape[1], -(-calls.items // PANEL) * PANEL
         self._probabilities = calls.empty(calls.rows * wide)
         self.losses, self.of_states = Output(calls.empty(calls.rows)), Output(calls.empty(calls.rows, d))
-        self.of_vectors = calls.empty(MOST_WORKERS, calls.items, d).unbind()  # of each worker
+        self.of_vectors = calls.empty(MOST_WORKERS, calls.items, d).unbind()  # one for each worker
         self._working: list[LossStruct] = []
 
     @property
     def workers(self) -> int:
-        """Return how many workers this step has."""
+        """Return the number of workers for the current batch, known once `forward` has been called."""
         return len(self._working)
 
     def forward(self) -> None:
-        """Compute each row's loss."""
+        """Schedule the loss of each row."""
         self._cut()
         ready = self._states.done.to(self._vectors.done).to(self._batch.done)
         self.losses.done = self._calls.add("loss_forward", self._working, ready)
 
     def backward(self) -> None:
-        """Give the gradients of the states and of the item vectors."""
+        """Schedule the gradients of the states, and each worker's part of those of the item vectors."""
         self.of_states.done = self._calls.add("loss_backward", self._working, self.losses.done)
 
     def _cut(self) -> None:
-        """Set the workers' calls for a batch."""
+        """Divide the current batch's rows among the workers and set their calls."""
         batch, constants = self._calls.batch, self._batch
         items, rows = len(batch.distinct), len(batch.targets)
         of_rows = batch.targets, batch.row_users, batch.history_bits

@@ -1,4 +1,4 @@
-"""The gradient of the item vectors in a training step on a CPU: what the loss and the sequence encoder give them."""
+"""Add up the gradients that the loss and the sequence encoder give to the item vectors, in a CPU step."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from .structs import RowsStruct
 
 
 class ItemVectorGradientCalls:
-    """The calls that collect the gradient of each item vector."""
+    """The calls that compute `of_vectors` [items, d], the whole gradient of the item vectors."""
 
     def __init__(self, calls: StepCalls, loss: InbatchCrossEntropyCalls, of_inputs: Output) -> None:
+        """Prepare the calls; of_inputs [rows, d]: the gradient of the item vector that each row reads."""
         self._calls, self._loss, self._of_inputs = calls, loss, of_inputs
         self.of_vectors = Output(loss.of_vectors[0])
         self._rows = RowsStruct(width=self.of_vectors.tensor.shape[1])
         self._rows.vectors, self._rows.x = addresses([self.of_vectors.tensor, of_inputs.tensor])
 
     def backward(self) -> None:
-        """Add up what the loss's workers give each item, and what each row gives its own item."""
+        """Schedule the sum of the loss workers' parts, and then the addition of each row's gradient to its item."""
         batch, rows = self._calls.batch, self._rows
         rows.rows, rows.items, rows.inputs = len(batch.inputs), len(batch.distinct), batch.inputs.data_ptr()
         parts = addresses(self._loss.of_vectors[: self._loss.workers])

@@ -1,4 +1,4 @@
-"""A step's loss and the record of the steps before it on a CPU by C++ (`cpp/loss_record.cpp`)."""
+"""Write a batch's loss and add it to the record of a run's losses, on a CPU in C++ (`cpp/loss_record.cpp`)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ from .structs import RecordStruct
 
 
 class LossRecordCalls:
-    """The call that notes a batch's loss.
+    """The call that writes a batch's loss and counts the step.
 
-    record float64 [4]: the sum of losses over rows, rows, the first failed step counted from 1 or 0, its loss. From the
-    first loss on that is not finite nothing counts, and `steps`, fp32, Adam's number of steps, stays.
+    After the first loss that is not finite, no loss is added to the record and `steps` does not grow.
     """
 
     def __init__(self, calls: StepCalls, losses: Output, record: Tensor, loss: Tensor, steps: Tensor) -> None:
+        """Prepare the call.
+
+        Args:
+            calls: the step's schedule and batch.
+            losses: the loss of each row [rows].
+            record: float64 [4]: sum of row losses; number of rows; 1 + the first failed step, or 0; the loss there.
+            loss: scalar, the batch's loss: the sum of losses times row_weights.
+            steps: fp32 scalar, Adam's number of steps.
+        """
         self._calls, self._losses, self._struct = calls, losses, RecordStruct()
         self._struct.row_losses, self._struct.loss = addresses([losses.tensor, loss])
         self._struct.sums, self._struct.steps = addresses([record, steps])
 
     def forward(self) -> None:
-        """Write the batch's loss, and count it."""
+        """Schedule the call for the current batch."""
         batch = self._calls.batch
         self._struct.rows, self._struct.step = len(batch.targets), batch.step
         self._struct.row_weights = batch.row_weights.data_ptr()

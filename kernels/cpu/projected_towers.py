@@ -1,6 +1,7 @@
 """The side network as a pair of a training step on a CPU: from hidden states in panels to item vectors, and back.
 
-The work of all towers is cut once a core (`side_towers.py`); a tower that two workers share has gradients of two parts.
+The items of all towers are divided into one piece for each core (`rounds` in side_towers.py). If two cores share a
+tower, each writes gradients of its weights, and these are added up.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .structs import ItemVectorsStruct, TowerStruct
 
 
 class SideTowersCalls:
-    """The towers with their projections, and the sum of their outputs."""
+    """The pair: `vectors` [items, d] is the sum of the towers' projected outputs and of all biases."""
 
     def __init__(
         self,
@@ -29,6 +30,7 @@ class SideTowersCalls:
         batch: BatchCalls,
         fold: FoldHeadsCalls,
     ) -> None:
+        """Allocate the memory; batch: the hidden states; fold: each tower's projection, whose gradient it gets."""
         self._calls, self._weights, self._batch, self._fold = calls, weights, batch, fold
         towers, d = len(weights.towers), len(weights.fusion)
         layers, bottleneck, width = weights.towers[0].down_weight.shape
@@ -41,8 +43,8 @@ class SideTowersCalls:
         self._parts = [
             GradientParts([weight for weight in tower[1:] if weight is not None]) for tower in gradients.towers
         ]
-        self._of_projections = [[calls.empty(d, width)] for _ in weights.towers]  # of each worker of a tower
-        self._structs: list[list[TowerStruct]] = [[] for _ in weights.towers]  # likewise
+        self._of_projections = [[calls.empty(d, width)] for _ in weights.towers]  # [tower][worker of the tower]
+        self._structs: list[list[TowerStruct]] = [[] for _ in weights.towers]  # [tower][worker of the tower]
         self._sum = ItemVectorsStruct(width=d, towers=towers, room=calls.items)
         self._sum.projected, self._sum.biases = addresses([self._projected, fold.biases])
         self._sum.bias, self._sum.vectors = addresses([weights.fusion_bias, self.vectors.tensor])
@@ -51,25 +53,25 @@ class SideTowersCalls:
         fold.connect([parts[0] for parts in self._of_projections], self._add_up)
 
     def connect(self, of_vectors: Output) -> None:
-        """Take the item vectors' gradient from where it is collected."""
+        """Set the tensor [items, d] from which the backward reads the gradient of the item vectors."""
         self._of_vectors, self._sum.of_vectors = of_vectors, of_vectors.tensor.data_ptr()
 
     def forward(self) -> None:
-        """Compute the item vectors of the batch."""
+        """Schedule the item vectors of the current batch."""
         self._cut()
         ready = self._batch.done.to(self._fold.done)
         outputs = self._calls.add("side_forward", self._pieces, ready)
         self.vectors.done = self._calls.add("item_vectors", [self._sum], outputs)
 
     def backward(self) -> None:
-        """Give the gradients of the biases and of the towers; `_add_up` adds what workers of one tower leave apart."""
+        """Schedule the gradients of the fusion's bias and of the towers; the fold's backward calls `_add_up`."""
         biases = self._calls.add("item_vectors_backward", [self._sum], self._of_vectors.done)
         self._ended = self._calls.add("side_backward", self._pieces, self._of_vectors.done.to(biases))
 
     def _add_up(self) -> Iterator[tuple[int, Span]]:
-        """Schedule the sums of the workers' gradients, of the tower first whose pieces begin to end first.
+        """Schedule the sums of the workers' gradients, tower by tower, in the order in which their pieces start.
 
-        Yields each tower, and the calls after which its projection's gradient is complete.
+        Yields each tower's index, and the calls after which the gradient of its projection is complete.
         """
         last = {tower: number + 1 for number, tower in enumerate(self._towers)}
         for tower, end in last.items():
@@ -81,7 +83,7 @@ class SideTowersCalls:
             yield tower, summed
 
     def _cut(self) -> None:
-        """Set the calls of the towers' pieces for this batch, the largest first, and the tower of each."""
+        """Divide the current batch's items into pieces; set `_pieces`, the largest first, and the tower of each."""
         items = self._sum.items = len(self._calls.batch.distinct)
         (pieces,) = rounds(len(self._structs), items, split=False)
         self._pieces: list[TowerStruct] = []
@@ -96,7 +98,7 @@ class SideTowersCalls:
             self._towers.append(tower)
 
     def _struct(self, number: int, worker: int) -> TowerStruct:
-        """Return the call of one more worker of a tower: the first leaves the gradients, others parts of them."""
+        """Return a call for a worker of tower `number`: worker 0 writes the gradients, others write parts of them."""
         tower, of_projections = self._weights.towers[number], self._of_projections[number]
         if len(of_projections) == worker:
             of_projections.append(torch.empty_like(of_projections[0]))

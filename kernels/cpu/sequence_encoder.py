@@ -1,4 +1,4 @@
-"""SASRec on a CPU by C++ (`cpp/sequence_encoder.cpp`); in training each worker takes the rows of some users."""
+"""SASRec on a CPU in C++ (`cpp/sequence_encoder.cpp`); in training the workers divide the users."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from .structs import EncoderBlockStruct, EncoderStruct, RowsStruct
 from .sums import add_up
 
 MOST_BLOCKS = 64
-MOST_WORKERS = 4  # each has gradients of all weights, which are added up
-MOST_UNTRAINED = 512  # rows at a time where no backward follows, or one user's: each takes some 10 KB
+MOST_WORKERS = 4  # each worker writes gradients of all weights, and these are added up
+MOST_UNTRAINED = 512  # rows of a part if no backward follows: a row takes about 10 KB, so the part fits the cache
 FEED_IN = EncoderBlock._fields.index("feed_in")
 
 
 def sequence_encoder(
     x: Tensor, weights: SequenceWeights, grid: SequenceGrid, dropout: SequenceDropout | None
 ) -> Tensor:
-    """Return the reference's states [R, d], differentiable once, for weights that `refusal` lets pass."""
+    """Return the hidden states [R, d], differentiable once; `refusal` must return "" for the weights."""
     grid = grid._replace(slots=grid.slots.contiguous())
     if dropout is not None:
         dropout = dropout._replace(prefix=int(dropout.prefix), users=dropout.users.contiguous())
@@ -46,7 +46,10 @@ def sequence_encoder(
 
 @torch.no_grad()
 def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> Tensor:
-    """Return the reference's states [users, d] without gradients. The calling thread works alone: callers share."""
+    """Return each user's last hidden state [users, d], without gradients, on the calling thread alone.
+
+    Callers use several threads by calling it for parts of the users.
+    """
     grid, memory = grid._replace(slots=grid.slots.contiguous()), Memory()
     settings = SequenceSettings(grid, None, weights.heads, weights.epsilon)
     tensors = [weight.contiguous() for weight in weights.tensors]
@@ -56,7 +59,7 @@ def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> Tens
 
 
 def refusal(weights: SequenceWeights) -> str:
-    """Return why C++ does not take these weights, or ""."""
+    """Return why the C++ cannot take these weights, or "" if it can."""
     position, *outer = weights.tensors[:OUTER_WEIGHTS]
     blocks = weights.blocks()
     if position.dtype not in DTYPES:
@@ -76,7 +79,7 @@ def refusal(weights: SequenceWeights) -> str:
 
 
 class SequenceSettings(NamedTuple):
-    """What an encoder's states depend on beside its input and weights."""
+    """The arguments of an encoder that have no gradient."""
 
     grid: SequenceGrid
     dropout: SequenceDropout | None
@@ -85,26 +88,30 @@ class SequenceSettings(NamedTuple):
 
 
 class EncoderFunction(torch.autograd.Function):
+    """The autograd function of `sequence_encoder`."""
+
     @staticmethod
     def forward(ctx, settings: SequenceSettings, x: Tensor, *weights: Tensor) -> Tensor:
+        """Return the hidden states [R, d]; weights in the order of `SequenceWeights`."""
         weights = tuple(weight.contiguous() for weight in weights)
         x, grid, memory = x.contiguous(), settings.grid, Memory()
         users = of_whole_users(grid, [start for start, _ in shares(len(grid.slots), MOST_WORKERS)])
         states, ctx.parts = _forward(settings, x, weights, users, memory)
         ctx.starts = [start for start, _ in users]
-        ctx.memory, ctx.settings = memory, settings  # what the parts point to, with these:
+        ctx.memory, ctx.settings = memory, settings  # the parts hold addresses into these and into the saved tensors
         ctx.save_for_backward(x, *weights)
         return states
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and the weights from that of the states [R, d]."""
         x, *weights = ctx.saved_tensors
         upstream, of_x = upstream.contiguous(), torch.empty_like(x)
         sizes = [weight.numel() for weight in weights]
         gradients, parts = [], [EncoderStruct.from_buffer_copy(part) for part in ctx.parts]
         for start, part in zip(ctx.starts, parts, strict=True):
-            gradients.append(x.new_empty(sum(sizes)))  # of all weights, one after the other
+            gradients.append(x.new_empty(sum(sizes)))  # this part's gradients of all weights, one after the other
             set_gradients(part, places_of(gradients[-1].data_ptr(), sizes, x.dtype))
             part.of_x, part.upstream = of_x[start:].data_ptr(), upstream[start:].data_ptr()
         share_out(library(x.dtype).sequence_backward, parts, x.dtype)
@@ -120,10 +127,13 @@ def _forward(
     memory: Memory,
     one_by_one: bool = False,
 ) -> tuple[Tensor, list[EncoderStruct]]:
-    """Return the states, and what the backward of each part takes.
+    """Return the hidden states [R, d], and the C++ call of each part, which the backward uses again.
 
-    Args: users: as `of_whole_users` cuts them; one_by_one: the calling thread computes the parts, in the same memory,
-    and no backward may follow.
+    Args:
+        settings, x, weights: contiguous tensors.
+        users: (first row, row after the last) of each part, as `of_whole_users` returns them.
+        memory: where the parts' memory is allocated.
+        one_by_one: the calling thread computes the parts in turn, in the same memory, so no backward may follow.
     """
     states = torch.empty_like(x)
     blocks = blocks_at([weight.data_ptr() for weight in weights])
@@ -143,7 +153,7 @@ def _forward(
 
 
 def weights_struct(weights: Sequence[Tensor], heads: int, epsilon: float, blocks: ctypes.Array) -> EncoderStruct:
-    """Return the arguments of the C++ that do not depend on the rows; blocks: as `blocks_at` makes them."""
+    """Return a C++ call without rows: sizes and addresses of the weights; blocks: the result of `blocks_at`."""
     return EncoderStruct(
         width=weights[0].shape[1],
         hidden=len(weights[OUTER_WEIGHTS + FEED_IN]),
@@ -159,7 +169,7 @@ def weights_struct(weights: Sequence[Tensor], heads: int, epsilon: float, blocks
 
 
 def set_rows(part: EncoderStruct, grid: SequenceGrid, dropout: SequenceDropout | None, start: int, end: int) -> None:
-    """Let a call work on the rows from `start` to before `end`."""
+    """Set the rows of a C++ call, from `start` to before `end`, and its dropout."""
     part.rows, part.length, part.user_count = end - start, grid.length, grid.users
     part.slots = grid.slots.data_ptr() + start * grid.slots.element_size()
     part.drops = dropout is not None
@@ -169,13 +179,13 @@ def set_rows(part: EncoderStruct, grid: SequenceGrid, dropout: SequenceDropout |
 
 
 def set_gradients(part: EncoderStruct, places: Sequence[int]) -> None:
-    """Let a call write the gradients of the weights to these addresses."""
+    """Set the addresses to which a C++ call writes the gradients of the weights, in their order."""
     part.of_position, part.of_scale, part.of_shift = places[:OUTER_WEIGHTS]
     part.of_weights = blocks_at(places)
 
 
 def memory_of(part: EncoderStruct, dtype: torch.dtype) -> int:
-    """Return how many numbers a part's forward and backward need to work in."""
+    """Return how many numbers of memory a part needs. Raises ValueError if its sizes do not fit together."""
     measure = library(dtype).sequence_memory
     measure.restype = ctypes.c_int64
     numbers = measure(ctypes.byref(part))
@@ -185,29 +195,36 @@ def memory_of(part: EncoderStruct, dtype: torch.dtype) -> int:
 
 
 def blocks_at(places: Sequence[int]) -> ctypes.Array:
-    """Return pointers to the blocks' weights, given the addresses of all weights."""
+    """Return a C array of the blocks' structs, given the addresses of all weights in their order."""
     blocks = [places[i : i + BLOCK_WEIGHTS] for i in range(OUTER_WEIGHTS, len(places), BLOCK_WEIGHTS)]
     return (EncoderBlockStruct * len(blocks))(*(EncoderBlockStruct(*block) for block in blocks))
 
 
 def places_of(first: int, sizes: Sequence[int], dtype: torch.dtype) -> list[int]:
-    """Return the addresses of weights of these sizes that stand one after the other."""
+    """Return the addresses of tensors of these sizes that follow one another, the first at address `first`."""
     return [first + dtype.itemsize * before for before in accumulate(sizes[:-1], initial=0)]
 
 
 def of_whole_users(grid: SequenceGrid, starts: Iterable[int]) -> list[tuple[int, int]]:
-    """Return (first row, row after the last) of each part: parts begin at `starts`, moved to where a user begins."""
+    """Divide the rows into parts of whole users; return (first row, row after the last) of each part.
+
+    A part begins at each row of `starts`, moved back to the first row of its user.
+    """
     slots, length = grid.slots.numpy(), grid.length
     cuts = sorted({0, *(bisect_left(slots, slots[start] // length * length) for start in starts if start), len(slots)})
     return list(zip(cuts, cuts[1:])) or [(0, 0)]
 
 
 class SequenceEncoderCalls:
-    """The op as a pair of a step; each worker takes the rows of some users, and leaves its part of the gradients."""
+    """The op as a pair of a step. Each worker takes the rows of some users and writes its part of the gradients.
+
+    Attributes: states [rows, d]; of_inputs [rows, d], the gradient of the item vector that each row reads.
+    """
 
     def __init__(
         self, calls: StepCalls, weights: RecommenderWeights, gradients: RecommenderWeights, vectors: Output
     ) -> None:
+        """Allocate the memory; vectors [items, d]: the item vectors."""
         sequence, d = weights.sequence, vectors.tensor.shape[1]
         self._calls, self._vectors, self._of_states = calls, vectors, vectors
         self._x = calls.empty(calls.rows, d)
@@ -222,11 +239,11 @@ class SequenceEncoderCalls:
             set_gradients(struct, self._parts.places(worker))
 
     def connect(self, of_states: Output) -> None:
-        """Take the states' gradient from the loss."""
+        """Set the tensor [rows, d] from which the backward reads the gradient of the states."""
         self._of_states = of_states
 
     def forward(self) -> None:
-        """Compute the state after each row of the batch."""
+        """Schedule the gathering of the rows' item vectors and the states of the current batch."""
         batch, rows = self._calls.batch, self._rows
         rows.rows, rows.items, rows.inputs = len(batch.inputs), len(batch.distinct), batch.inputs.data_ptr()
         self._cut(batch.grid, batch.dropout)
@@ -234,15 +251,15 @@ class SequenceEncoderCalls:
         self.states.done = self._calls.add("sequence_forward", self._working, gathered)
 
     def backward(self) -> None:
-        """Give the gradients of the encoder's weights, and of each row's item vector."""
+        """Schedule the gradients of the encoder's weights, and of each row's item vector."""
         self.of_inputs.done = self._calls.add("sequence_backward", self._working, self._of_states.done)
         self._parts.add_up(self._calls, len(self._working), self.of_inputs.done)
 
     def _cut(self, grid: SequenceGrid, dropout: SequenceDropout | None) -> None:
-        """Set the workers' calls for a batch."""
+        """Divide the users among the workers and set their calls; a worker's memory grows if it is too small."""
         users = of_whole_users(grid, [start for start, _ in shares(len(grid.slots), MOST_WORKERS)])
         self._working = self._structs[: len(users)]
-        size = self._x.stride(0) * self._x.element_size()  # of a row
+        size = self._x.stride(0) * self._x.element_size()  # bytes of a row
         places = {"x": self._x, "states": self.states.tensor}
         places |= {"upstream": self._of_states.tensor, "of_x": self.of_inputs.tensor}
         for worker, (struct, (start, end)) in enumerate(zip(self._working, users)):

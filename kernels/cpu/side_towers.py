@@ -1,6 +1,7 @@
-"""The towers of a side network on a CPU by C++ (`cpp/side_network.cpp`), in pieces that stay in a core's cache.
+"""The towers of a side network on a CPU in C++ (`cpp/side_network.cpp`).
 
-The towers' items stand in one row, which is cut once a core: a tower that is left whole needs no adding up.
+The items of all towers are laid out in one row, which is divided into one piece for each core. A tower that lies in one
+piece needs no sum of gradients.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from .step_memory import Memory
 from .structs import GatherStruct, TowerStruct
 from .sums import add_up
 
-PARAMETERS = len(Tower._fields) - 1  # of a tower: all but its views
+PARAMETERS = len(Tower._fields) - 1  # parameters of a tower: all fields but views
 MOST_WORKERS = 16
-LEAST_ROWS = 48  # of a worker: it reads all the weights of a tower, and writes as many gradients
-MOST_UNTRAINED = 384  # items at a time where no backward follows, so that their states stay in the cache
+LEAST_ROWS = 48  # items of a worker, at least: it reads all weights of a tower and writes as many gradients
+MOST_UNTRAINED = 384  # items of a part if no backward follows, so that their states stay in the cache
 
 
 def side_towers(
@@ -33,14 +34,14 @@ def side_towers(
     activation: str,
     projections: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Return the reference's outputs, differentiable once, of arguments that `refusal` lets pass."""
+    """Return each tower's projected output [N, d], differentiable once; `refusal` must return ""."""
     settings = TowerSettings(activation == "gelu", [tower.views for tower in towers], [view.rows for view in states])
     parameters = [*(parameter for tower in towers for parameter in tower[1:]), *projections]
     return list(SideTowersFunction.apply(settings, *(view.table for view in states), *parameters))
 
 
 def refusal(tower: Tower, projections: Sequence[Tensor] | None, trained: bool) -> str:
-    """Return why C++ does not take towers like this one, or ""; trained: a backward may follow."""
+    """Return why the C++ cannot take towers like this one, or ""; trained: a backward may follow."""
     bottleneck = tower.down_weight.shape[1]
     if projections is None:
         return "it needs projections"
@@ -58,7 +59,10 @@ def encode(
     activation: str,
     projections: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Return the same outputs if no backward follows, a part of the items at a time."""
+    """Return each tower's projected output [N, d] without gradients.
+
+    The cores take parts of the items. The products of `composites` replace those through the width of the states.
+    """
     settings = TowerSettings(activation == "gelu", [tower.views for tower in towers], [view.rows for view in states])
     tables = [view.table for view in states]
     parameters = [*(parameter for tower in towers for parameter in tower[1:]), *projections]
@@ -70,7 +74,7 @@ def encode(
     def work(part: slice) -> None:
         part_tables = [table[part] if rows is None else table for table, rows in zip(tables, settings.rows)]
         part_rows = [None if rows is None else rows[part] for rows in settings.rows]
-        memory = Memory()  # until the calls have ended
+        memory = Memory()  # holds the part's memory until the calls have ended
         part_towers = _tower_memory(settings._replace(rows=part_rows), part_tables, parameters, memory, trained=False)
         for tower, weights, output in zip(part_towers, joined, outputs):
             more = {name: pointer(weight) for name, weight in weights._asdict().items()}
@@ -82,38 +86,38 @@ def encode(
 
 
 class TowerSettings(NamedTuple):
-    """What towers depend on beside tables and parameters."""
+    """The arguments of towers that have no gradient."""
 
-    gelu: bool
+    gelu: bool  # the activation: GELU or else ReLU
     reads: list[tuple[int, ...]]  # the views of each tower
-    rows: list[Tensor | None]  # of each view
+    rows: list[Tensor | None]  # the row numbers of each view, int64 [N]; None: all rows in order
 
 
 class TowerPiece(NamedTuple):
-    """A part of a tower's items: one call of the library."""
+    """A range of items of one tower; one C++ call computes it."""
 
     tower: int
-    start: int
-    count: int
+    start: int  # first item
+    count: int  # number of items
 
 
 class TowerMemory(NamedTuple):
-    """A tower's tensors, which its pointers point into."""
+    """The tensors of one tower, and the C++ call that points into them."""
 
     gate: Tensor | None  # [K]
     down_weight: Tensor  # [K, R, D]
-    down_bias: Tensor
-    up_weight: Tensor
-    up_bias: Tensor
+    down_bias: Tensor  # [K, R]
+    up_weight: Tensor  # [K, D, R]
+    up_bias: Tensor  # [K, D]
     projection: Tensor  # [d, D]
-    hidden: list[Tensor]  # of each view it reads: panels [K, ceil(D / 16), N, 16]
-    inputs: Tensor  # panels [K, ceil(D / 16), N, 16]
-    before: Tensor  # panels [K, ceil(R / 16), N, 16]
-    after: Tensor  # the same memory after a ReLU
-    arguments: TowerStruct  # of no items yet
+    hidden: list[Tensor]  # hidden states of each view it reads, in panels [K, ceil(D / 16), N, 16]
+    inputs: Tensor  # input of each layer, in panels [K, ceil(D / 16), N, 16]
+    before: Tensor  # bottlenecks before the activation, in panels [K, ceil(R / 16), N, 16]
+    after: Tensor  # bottlenecks after the activation; the same tensor as `before` with ReLU
+    arguments: TowerStruct  # a call without items
 
     def call(self, piece: TowerPiece, **more: Any) -> TowerStruct:
-        """Return the arguments of the C++ for a piece of the tower."""
+        """Return the C++ call on a piece of the tower; more: other fields of `TowerStruct` to set."""
         struct = TowerStruct.from_buffer_copy(self.arguments)
         struct.start, struct.count = piece.start, piece.count
         for name, value in more.items():
@@ -122,29 +126,33 @@ class TowerMemory(NamedTuple):
 
 
 class SideTowersFunction(torch.autograd.Function):
+    """The autograd function of `side_towers`."""
+
     @staticmethod
     def forward(ctx, settings: TowerSettings, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return each tower's projected output [N, d]; tensors: the views' tables, towers' parameters, projections."""
         count = len(settings.rows)
         tables, parameters = tensors[:count], tensors[count:]
         memory = Memory()
         towers = _tower_memory(settings, tables, parameters, memory)
-        split = any(ctx.needs_input_grad[1 : 1 + count])  # towers add to their views' gradients
+        split = any(ctx.needs_input_grad[1 : 1 + count])  # towers add to the gradients of the tables
         ctx.rounds = rounds(len(towers), towers[0].inputs.shape[2], split)
         dtype = parameters[1].dtype
 
-        # Not left for the backward: a node that held its own outputs would never be freed.
+        # Not stored in ctx: a node that holds its own outputs is never freed.
         projected = [tower.inputs.new_empty(tower.inputs.shape[2], len(tower.projection)) for tower in towers]
         for pieces in ctx.rounds:
             outputs = [pointer(projected[piece.tower]) for piece in pieces]
             calls = [towers[piece.tower].call(piece, projected=output) for piece, output in zip(pieces, outputs)]
             share_out(library(dtype).side_forward, calls, dtype)
         ctx.settings, ctx.towers, ctx.memory = settings, towers, memory
-        ctx.save_for_backward(*parameters)  # alone to refuse parameters that were changed in between
+        ctx.save_for_backward(*parameters)  # so that autograd refuses a backward after parameters changed in place
         return tuple(projected)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of tables, parameters and projections from those of the outputs."""
         settings, towers, parameters = ctx.settings, ctx.towers, ctx.saved_tensors
         wanted = ctx.needs_input_grad[1 : 1 + len(settings.rows)]
         layers, _, width = towers[0].down_weight.shape
@@ -176,9 +184,9 @@ def _tower_memory(
     memory: Memory,
     trained: bool = True,
 ) -> list[TowerMemory]:
-    """Return the towers' tensors, with the hidden states gathered in panels.
+    """Gather the hidden states into panels and return the tensors of each tower.
 
-    If they are not trained, the calling thread gathers alone, and the towers share memory for one layer's input.
+    Without `trained`, the calling thread gathers alone, and all towers share the memory of one layer's input.
     """
     views = _panels(tables, settings.rows, parameters[1].dtype, memory, trained)
     layers, bottleneck, width = parameters[1].shape
@@ -197,7 +205,7 @@ def _tower_memory(
 
 
 def tower_struct(gelu: bool, gate: Tensor | None, *tensors: Tensor | list[Tensor]) -> TowerStruct:
-    """Return the arguments of the C++ for a tower's tensors, in the order of `TowerMemory`."""
+    """Return a C++ call without items; tensors: the fields of `TowerMemory` from down_weight to after."""
     down_weight, down_bias, up_weight, up_bias, projection, hidden, inputs, before, after = tensors
     layers, bottleneck, width = down_weight.shape
     return TowerStruct(
@@ -226,9 +234,9 @@ def tower_struct(gelu: bool, gate: Tensor | None, *tensors: Tensor | list[Tensor
 def _panels(
     tables: Sequence[Tensor], rows: Sequence[Tensor | None], dtype: torch.dtype, memory: Memory, shared: bool
 ) -> list[Tensor]:
-    """Return rows of each view as panels [K, ceil(D / 16), N, 16], all of them in bf16 or all in `dtype`.
+    """Return the rows of each view in panels [K, ceil(D / 16), N, 16]; in bf16 if all tables are, else in `dtype`.
 
-    shared: the cores share the work; otherwise the calling thread does it.
+    With `shared` the cores divide the work; otherwise the calling thread does it.
     """
     kind = torch.bfloat16 if all(table.dtype == torch.bfloat16 for table in tables) else dtype
     views = []
@@ -247,7 +255,11 @@ def _panels(
 def gathers(
     views: Sequence[tuple[Tensor, Tensor | None]], panels: Sequence[Tensor], parts: Sequence[tuple[int, int]]
 ) -> list[GatherStruct]:
-    """Return the calls that read the tables' rows into panels, for each part of the items."""
+    """Return the C++ calls that copy rows of tables into panels, one for each view and part of the items.
+
+    Args: views: (table [M, K, D], row numbers int64 [N] or None); panels: the target of each view,
+    [K, ceil(D / 16), N, 16]; parts: (start, length) of the items.
+    """
     return [
         GatherStruct(
             *(pointer(tensor) for tensor in (table, rows, to)),
@@ -259,14 +271,15 @@ def gathers(
 
 
 def rounds(towers: int, items: int, split: bool) -> list[list[TowerPiece]]:
-    """Return lists of pieces that may be worked on at once, the largest first.
+    """Divide the items of all towers into pieces; return them in rounds. The pieces of a round may run in parallel.
 
-    split: no item by two towers at once, since both add to its gradient.
+    Without `split` there is one round, its largest pieces first. With `split` there is one round for each tower, so
+    that no two towers add to the gradient of the same item at once.
     """
     if split or not items:
         return [[TowerPiece(tower, *share) for share in shares(items)] for tower in range(towers)]
     order = list(range(towers - 1))
-    order.insert(len(order) // 2, towers - 1)  # the last, which reads most, in the middle, where two workers meet
+    order.insert(len(order) // 2, towers - 1)  # the last tower, which reads most, in the middle, where pieces meet
     pieces = []
     for start, length in cut(towers * items, max(1, min(cores(), MOST_WORKERS, towers * items // LEAST_ROWS))):
         begins = [(tower, start - place * items) for place, tower in enumerate(order)]
@@ -276,6 +289,7 @@ def rounds(towers: int, items: int, split: bool) -> list[list[TowerPiece]]:
 
 
 def _empty_gradients(tower: TowerMemory, gated: bool) -> dict[str, Tensor]:
+    """Return uninitialised gradients of a tower's parameters and projection, by name."""
     gradients = {name: torch.empty_like(getattr(tower, name)) for name in (*Tower._fields[2:], "projection")}
     if gated:
         gradients["gate"] = tower.down_weight.new_empty(len(tower.down_weight))
@@ -283,12 +297,15 @@ def _empty_gradients(tower: TowerMemory, gated: bool) -> dict[str, Tensor]:
 
 
 def panels_of(columns: int) -> int:
+    """Return the number of panels of 16 columns that hold `columns` columns."""
     return -(-columns // PANEL)
 
 
 def pointer(tensor: Tensor | None) -> int | None:
+    """Return the address of a tensor's first number; None for None."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
+    """Return the addresses of one or two tensors as a C array of two pointers."""
     return (ctypes.c_void_p * 2)(*map(pointer, tensors))

@@ -1,6 +1,6 @@
-"""A side-network recommender's training step on a CPU: the pairs by C++, and what runs them.
+"""The training step of a side-network recommender on a CPU: the ops in C++, and their schedule.
 
-The pairs add calls to one schedule. While the calls of a stage are made, Python lays out those of the next.
+The ops add calls to one schedule. While threads make the calls of a stage, Python prepares those of the next stage.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from .step_calls import StepCalls
 
 
 class CpuStep:
-    """The ops of a step, with memory for batches up to a size."""
+    """The ops of a step (`ops`), with memory for batches up to a size (`room`: items, rows)."""
 
     def __init__(self, tensors: StepTensors, batch: RecommenderBatch, least: tuple[int, int] = (0, 0)) -> None:
-        """batch: the first one, which `check_step_batch` lets pass; least: least items and rows to have room for."""
-        # Some more than now, and odd: panels a whole number of pages apart would share the cache's sets.
+        """Allocate the memory.
+
+        Args: batch: the first batch, which `check_step_batch` accepts; the memory is one eighth larger; least: numbers
+        of items and rows that the memory holds at least.
+        """
+        # Odd sizes: panels that lie a whole number of pages apart would compete for the same sets of the cache.
         sizes = len(batch.distinct), len(batch.targets)
         items, rows = (max(size + size // 8 | 1, before) for size, before in zip(sizes, least))
         self.room, self._kind = (items, rows), _kind(batch)
@@ -48,7 +52,7 @@ class CpuStep:
         self.ops = StepOps(selected, fold, towers, sequence, loss, record, collect, adam)
 
     def takes(self, batch: RecommenderBatch) -> bool:
-        """Return True if there is memory for a batch, for views like its own and for as many threads."""
+        """Return True if the memory suffices for a batch and neither its views nor the number of threads changed."""
         items, rows = self.room
         return len(batch.distinct) <= items and len(batch.targets) <= rows and _kind(batch) == self._kind
 
@@ -58,7 +62,16 @@ class CpuStep:
         stages: Sequence[Sequence[Callable[[], None]]],
         on_end: Callable[[int], None] = lambda number: None,
     ) -> None:
-        """Run stages of the ops' methods for a batch, one thread at a time; on_end gets each stage's number."""
+        """Run the stages for a batch, one after the other.
+
+        Args:
+            batch: the batch that the ops read.
+            stages: for each stage the ops' methods (forward, backward, update) that schedule its calls.
+            on_end: called with the stage's number when its calls have ended.
+
+        Only one thread may call it at a time. Raises MemoryError if a call lacks memory, ValueError if one refuses its
+        sizes; calls that were scheduled but not made are dropped.
+        """
         schedule = self._calls.schedule
         self._calls.batch = batch
 
@@ -72,18 +85,18 @@ class CpuStep:
                 schedule.run(meanwhile=lambda following=number + 1: lay_out(following))
                 on_end(number)
         finally:
-            schedule.drop()  # what a failure left
+            schedule.drop()  # calls that a failure left
             del self._calls.batch
 
 
 def _kind(batch: RecommenderBatch) -> tuple[list[torch.Size], torch.dtype, int]:
-    """Return what memory depends on beside sizes: layers and width of each view, the dtype of all, and the cores."""
+    """Return (layers and width of each view, their dtype, number of cores), which a step's memory is made for."""
     tables = [view.table for view in batch.states]
     return [table.shape[1:] for table in tables], tables[0].dtype, cores()
 
 
 def refusal(weights: RecommenderWeights) -> str:
-    """Return why C++ does not take these weights in a step, or ""."""
+    """Return why the C++ step cannot train these weights, or "" if it can."""
     dtype, d = weights.fusion.dtype, len(weights.fusion)
     towers, chains = weights.towers, weights.chains()
     layers, bottleneck, width = towers[0].down_weight.shape

@@ -1,4 +1,4 @@
-"""Refuse a batch that a training step by C++ could not read, in one line: its calls look at no index again."""
+"""Check a batch before a C++ step reads it: most calls use its indices without a check."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from ..types import RecommenderBatch, RecommenderWeights
 
 
 def check_step_batch(batch: RecommenderBatch, weights: RecommenderWeights) -> None:
-    """Raise ValueError unless a batch fits the weights, and its indices are in their ranges."""
+    """Raise ValueError unless a batch has the shapes and dtypes of `RecommenderBatch` and its indices are in range.
+
+    The states must fit the towers of the weights. All tensors must be contiguous and on a CPU.
+    """
     items, rows, users = len(batch.distinct), len(batch.targets), len(batch.history_bits)
     if not rows:
         raise ValueError("batch.targets: expected at least one row, found none")
@@ -37,7 +40,7 @@ def check_step_batch(batch: RecommenderBatch, weights: RecommenderWeights) -> No
 
 
 def _check_states(batch: RecommenderBatch, weights: RecommenderWeights) -> None:
-    """Raise ValueError for states that do not fit the towers, or whose rows are not in the table."""
+    """Raise ValueError if states do not fit the towers, or a row number is not in its table."""
     (layers, _, width), items = weights.towers[0].down_weight.shape, len(batch.distinct)
     kind, views = batch.states[0].table.dtype, 1 + max(max(tower.views) for tower in weights.towers)
     if len(batch.states) < views:
@@ -60,16 +63,16 @@ def _check_states(batch: RecommenderBatch, weights: RecommenderWeights) -> None:
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
-    """Raise ValueError unless C++ may read such numbers at the tensor's address."""
+    """Raise ValueError unless a tensor is contiguous on a CPU, of this dtype and shape."""
     if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu or not tensor.is_contiguous():
-        form = "" if tensor.is_contiguous() else ", not contiguous"
+        layout = "" if tensor.is_contiguous() else ", not contiguous"
         expected = f"contiguous {_name(dtype)} {list(shape)} on cpu"
-        found = f"{_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}{form}"
-        raise ValueError(f"batch.{name}: expected {expected}, found {found}")
+        description = f"{_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}{layout}"
+        raise ValueError(f"batch.{name}: expected {expected}, found {description}")
 
 
 def _check_indices(name: str, indices: Tensor, count: int, limit: int) -> None:
-    """Raise ValueError unless there are `count` int64 from 0 to below a limit."""
+    """Raise ValueError unless these are `count` int64 indices from 0 to below `limit`."""
     _check(name, indices, torch.int64, (count,))
     least, most = map(int, indices.aminmax())
     if least < 0 or most >= limit:

@@ -1,6 +1,6 @@
-"""The schedule and the batch that the pairs of a training step on a CPU share.
+"""The schedule and the batch that the ops of a training step on a CPU share.
 
-A pair's memory is made once, with room for batches up to a size; its calls point there, and are cut anew for a batch.
+An op allocates its memory once, for batches up to a size. For each batch it divides the work anew and sets its calls.
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ from .sums import add_sums
 
 
 class StepCalls:
-    """The schedule of a step, the room of its memory, and its batch."""
+    """The schedule of a step, the sizes of its memory, and the current batch."""
 
-    batch: RecommenderBatch  # of this step
+    batch: RecommenderBatch  # set while the step runs
 
     def __init__(self, dtype: torch.dtype, items: int, rows: int) -> None:
-        """items, rows: the most of a batch that there is room for."""
+        """Create an empty schedule; items, rows: the largest batch that the memory holds; dtype: of the weights."""
         self.dtype, self.items, self.rows = dtype, items, rows
         self.schedule, self._library = Schedule(dtype), library(dtype)
 
     def empty(self, *shape: int) -> Tensor:
-        """Return memory of the weights' dtype."""
+        """Return an uninitialised tensor of the weights' dtype."""
         return torch.empty(shape, dtype=self.dtype, device="cpu")
 
     def add(self, function: str, arguments: Sequence[ctypes.Structure], after: Span = AT_ONCE) -> Span:
-        """Schedule a call of the library's function for each of the arguments, once those of `after` have ended."""
+        """Schedule a C++ call for each of the arguments, after the calls `after` have ended; return the calls."""
         return self.schedule.add(getattr(self._library, function), arguments, after)
 
     def add_sums(self, addresses: Sequence[int], count: int, after: Span = AT_ONCE) -> Span:
-        """Schedule the adding of `count` numbers at each address to those at the first, in order."""
+        """Schedule the addition of `count` numbers at each further address to the first; return the last calls."""
         return add_sums(self.schedule, addresses, count, self.dtype, after)
 
 
 @dataclass
 class Output:
-    """A tensor that one pair writes and another reads, and the calls of this step after which it is written."""
+    """A tensor that one op writes and another reads, and the calls after which it is complete."""
 
     tensor: Tensor
     done: Span = AT_ONCE
 
 
 class GradientParts:
-    """Gradients that stand one after the other in a flat buffer; more workers write parts of the same layout."""
+    """Gradients that are views of one flat buffer, and parts of the same layout for further workers to write."""
 
     def __init__(self, gradients: Sequence[Tensor]) -> None:
-        """Raises ValueError if the gradients do not stand in this order in one buffer."""
+        """Check the layout. Raises ValueError if the gradients are not views of one buffer, in this order."""
         first, last = gradients[0], gradients[-1]
         self._dtype, self._parts = first.dtype, []
         self._first = first.data_ptr()
@@ -64,17 +64,17 @@ class GradientParts:
         self._count = (last.data_ptr() - self._first) // self._dtype.itemsize + last.numel()
 
     def places(self, part: int) -> list[int]:
-        """Return where a part's gradients go: part 0 is the gradients themselves."""
-        while len(self._parts) < part:  # zeros, also between the gradients
+        """Return the addresses for a part's gradients; part 0 is the gradients, others are allocated at first use."""
+        while len(self._parts) < part:  # zeros, because the gaps between the gradients are added up too
             self._parts.append(torch.zeros(self._count, dtype=self._dtype, device="cpu"))
         first = self._parts[part - 1].data_ptr() if part else self._first
         return [first + offset for offset in self._offsets]
 
     def add_up(self, calls: StepCalls, parts: int, after: Span) -> Span:
-        """Schedule the adding of the parts but the first to the gradients."""
+        """Schedule the addition of parts 1 to `parts` - 1 to the gradients, after the calls `after`; return it."""
         return calls.add_sums([self._first, *addresses(self._parts[: parts - 1])], self._count, after)
 
 
 def addresses(tensors: Iterable[Tensor]) -> list[int]:
-    """Return where each tensor begins."""
+    """Return the address of each tensor's first number."""
     return [tensor.data_ptr() for tensor in tensors]

@@ -1,7 +1,7 @@
-"""The structs of `cpp/`, mirrored: what a call of the C++ takes.
+"""The arguments of the C++ functions: ctypes structures that mirror the structs of `cpp/`, field by field.
 
-Each class XStruct mirrors the struct whose size the library exports as `size_of_X`. Sizes are compared when the library
-is loaded.
+Class XStruct mirrors the struct whose size the library exports as `size_of_X`. The sizes are compared when the library
+is loaded. The fields are described in the C++ files.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from ..types import BLOCK_WEIGHTS, Chain, Tower
 
 
 def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
+    """Return ctypes fields of one type."""
     return [(name, kind) for name in names]
 
 
@@ -83,7 +84,7 @@ class LossStruct(ctypes.Structure):
 class ColumnsStruct(ctypes.Structure):
     """`Columns` of cpp/cross_entropy.cpp."""
 
-    OF_BATCH = ("distinct", "multiplicity", "log_popularity", "row_weights")  # of `RecommenderBatch`
+    OF_BATCH = ("distinct", "multiplicity", "log_popularity", "row_weights")  # fields of `RecommenderBatch`
     _fields_ = [
         *_fields(ctypes.c_int32, "rows", "items"),
         *_fields(ctypes.c_void_p, *OF_BATCH, "log_multiplicity", "column", "of_row_losses"),
@@ -99,7 +100,7 @@ class EncoderBlockStruct(ctypes.Structure):
 class EncoderStruct(ctypes.Structure):
     """`Encoder` of cpp/sequence_encoder.cpp."""
 
-    GRADIENTS = ("of_position", "of_scale", "of_shift")  # of the weights before those of the blocks
+    GRADIENTS = ("of_position", "of_scale", "of_shift")  # gradients of the weights that belong to no block
     _fields_ = [
         *_fields(ctypes.c_int32, "rows", "width", "hidden", "heads", "blocks", "length", "positions", "drops"),
         *_fields(ctypes.c_int64, "user_count", "memory_size"),

@@ -1,4 +1,4 @@
-"""Add up the partial sums of several workers by C++ (`cpp/sums.cpp`), shared out among the cores."""
+"""Add up the partial sums of several workers in C++ (`cpp/sums.cpp`), on all cores."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from .library import AT_ONCE, Schedule, Span, library
 from .structs import SumStruct
 
-MOST_NUMBERS = 1 << 16  # of a call
+MOST_NUMBERS = 1 << 16  # numbers that one call adds up
 
 
 def add_up(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Add the tensors of each list to its first, in order; return the first ones.
+    """Add the tensors of each list to its first tensor, in place and in order; return the first tensors.
 
-    All are contiguous and of one dtype, fp32 or fp64.
+    All tensors are contiguous and of one dtype, fp32 or fp64; those of a list have one shape.
     """
     totals = [tensors[0] for tensors in parts]
     schedule = Schedule(totals[0].dtype)
@@ -29,9 +29,9 @@ def add_up(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 def add_sums(
     schedule: Schedule, addresses: Sequence[int], count: int, dtype: torch.dtype, after: Span = AT_ONCE
 ) -> Span:
-    """Schedule the calls that add `count` numbers at each address to those at the first, in order.
+    """Schedule the calls that add `count` numbers at each further address to those at the first, in order.
 
-    Returns the last calls, or `after` if there is only one address.
+    The calls wait for the calls `after`. Returns the last calls, or `after` if there is only one address.
     """
     total, size = addresses[0], dtype.itemsize
     for part in addresses[1:]:

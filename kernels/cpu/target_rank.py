@@ -1,4 +1,4 @@
-"""The rank of a target on a CPU by PyTorch: tiles of scores that stay in a core's cache are counted and let go."""
+"""The rank of a target on a CPU in PyTorch: scores are computed and counted in tiles that fit a core's cache."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..threads import at_once, cores
 
-STEP = 48  # sizes of tiles are its multiples: at the ragged edge of a product some libraries add up in another order
-USERS, ITEMS = 16 * STEP, 16 * STEP  # of a tile
+STEP = 48  # tile sizes are multiples of this: at an odd edge some libraries add up a product in another order
+USERS, ITEMS = 16 * STEP, 16 * STEP  # size of the largest tile
 
 
 def target_rank(
@@ -20,13 +20,14 @@ def target_rank(
     tie_share: float = 0.5,
     chunk_elements: int = 1 << 24,
 ) -> tuple[Tensor, Tensor]:
-    """Return the reference's ranks; the caller has checked the arguments.
+    """Return the reference's two ranks, float64 [U]; the caller has checked the arguments.
 
-    Every thread takes a part of the users at a time, and chunk_elements bounds the tiles of all, from 48 x 48 each.
-    All products have one shape, those of the targets too, so that equal vectors score alike to the last bit.
+    Each thread takes a part of the users at a time. The tiles of all threads together have at most chunk_elements
+    scores, but a tile has at least 48 x 48. All products have the same shape, also those of the targets, so that equal
+    item vectors get exactly equal scores.
     """
     threads, users, catalogue = cores(), len(queries), len(items)
-    most = max(STEP**2, chunk_elements // threads)  # scores of a tile
+    most = max(STEP**2, chunk_elements // threads)  # scores in a tile
     height = _equal_parts(users, min(USERS, int(most**0.5)), threads)
     width = max(height, _equal_parts(catalogue, min(ITEMS, most // height)))
     finite = _bounded(queries, items)
@@ -44,15 +45,16 @@ def target_rank(
 
 
 class _Tile:
-    """A part of the users against the catalogue, tile by tile."""
+    """The counts of one part of the users, over tiles of the catalogue."""
 
     def __init__(
         self, queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor, height: int, width: int
     ) -> None:
+        """Compute the targets' scores; items [N rounded up to width, d]; a tile is [height, width]."""
         self.users, self.width, self.items = len(queries), width, items
         self.queries = F.pad(queries, (0, 0, 0, height - self.users))
         self.scores = queries.new_empty(height, width)
-        # Flags are numbers, since adding up booleans takes longer than the product; a half's would not add up exactly.
+        # Flags are fp32 or fp64: adding up booleans takes longer than the product, and sums in half precision round.
         self.flags = self.scores.new_empty(height, width, dtype=torch.promote_types(queries.dtype, torch.float32))
         target_items = F.pad(items[targets], (0, 0, 0, width - self.users))
         self.target = torch.mm(self.queries, target_items.T, out=self.scores)[: self.users].diagonal()[:, None].clone()
@@ -62,19 +64,19 @@ class _Tile:
         self._list(excluded)
 
     def _list(self, excluded: Tensor) -> None:
-        """List where to look up the scores of excluded items, tile after tile, each item once."""
+        """Set the places of the excluded items' scores within their tiles, sorted by tile; each item once a user."""
         listed, _ = excluded.sort(dim=1)
         counted = listed >= 0
         counted[:, 1:] &= listed[:, 1:] != listed[:, :-1]
         users, items = counted.nonzero()[:, 0], listed[counted]
         tiles, order = (items // self.width).sort()
         self.excluded_users = users[order]
-        self.excluded_places = self.excluded_users * self.width + items[order] % self.width  # in a tile's memory
+        self.excluded_places = self.excluded_users * self.width + items[order] % self.width  # index into a flat tile
         self.excluded_ends = tiles.bincount(minlength=len(self.items) // self.width).cumsum(0).tolist()
         self.excluded_scores = self.scores.new_empty(len(order))
 
     def count(self, first: int, columns: int, finite: bool) -> None:
-        """Adds up the items from number `first` on, `columns` of them."""
+        """Count the items `first` to `first + columns - 1`; finite: no score can be infinite or NaN."""
         torch.mm(self.queries, self.items[first : first + self.width].T, out=self.scores)
         scores, flags = self.scores[: self.users, :columns], self.flags[: self.users, :columns]
         self.higher += torch.gt(scores, self.target, out=flags).sum(dim=1)
@@ -86,7 +88,7 @@ class _Tile:
             self.broken |= ~scores.isfinite().all(dim=1)
 
     def ranks(self, tie_share: float) -> Tensor:
-        """float64 [2, users]: without the excluded items, and among all."""
+        """Return float64 [2, users]: the ranks without the excluded items, and among all items."""
         ties = self.not_lower - self.higher - 1
         unmasked = (1 + self.higher + tie_share * ties).masked_fill(self.broken, float("nan"))
         target = self.target[self.excluded_users, 0]
@@ -96,14 +98,20 @@ class _Tile:
 
 
 def _equal_parts(count: int, most: int, multiple: int = 1) -> int:
-    """Whole steps, at most `most`, that cut the count into equal parts, their number a multiple of `multiple`."""
+    """Return the size of equal parts of `count`: a multiple of `STEP`, at most `most`.
+
+    The number of parts is a multiple of `multiple` where the count is large enough.
+    """
     most = max(1, most // STEP) * STEP
     parts = -(-count // (most * multiple)) * multiple
     return max(1, -(-count // max(1, parts) // STEP)) * STEP
 
 
 def _bounded(queries: Tensor, items: Tensor) -> bool:
-    """Whether no score can leave the range of its dtype (Cauchy and Schwarz); False where a number is not finite."""
+    """Return True if no score can overflow: the largest norms multiply to less than half of the dtype's maximum.
+
+    By Cauchy-Schwarz a score is at most the product of the norms. Returns False if a number is not finite.
+    """
     if not len(queries) or not len(items):
         return True
     longest = [vectors.double().norm(dim=1).max().item() for vectors in (queries, items)]

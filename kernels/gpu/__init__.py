@@ -1,1 +1,1 @@
-"""The ops in Triton, for CUDA GPUs. Imported when an op first runs by this form."""
+"""The ops in Triton, for CUDA GPUs. A module is imported when its op first runs in this form."""

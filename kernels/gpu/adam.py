@@ -1,4 +1,4 @@
-"""Adam in Triton: all trained parameters, which lie in one buffer, in one launch."""
+"""Adam in Triton: one launch updates all trained parameters, which lie in one buffer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .launch import launch
 
 
 class FlatAdam:
-    """Update the parameters as `torch.optim.Adam` does, unless a loss was not finite.
+    """Adam's step, equal to torch.optim.Adam (Kingma and Ba 2015, algorithm 1); no step after a non-finite loss.
 
-    The operands, a copy of the parameters in the products' dtype, are kept up to date.
+    It also writes the new parameters to the operands, their copy in the dtype of the matrix products.
     """
 
     def __init__(
@@ -34,9 +34,18 @@ class FlatAdam:
         steps: Tensor,
         record: Tensor,
     ) -> None:
-        """Args: parameters, gradients, means, squares fp32 [n], operands [n], n a multiple of 32; line_groups uint8
-        [n / 32]: the group of 32 parameters; rates, decays fp32 [groups], decay being Adam's weight decay; steps fp32
-        scalar, this step counted; record fp64 [4]: nothing is done if its third element is above 0.
+        """Store the buffers, all on one device.
+
+        Args:
+            parameters, gradients, means, squares: fp32 [n], n a multiple of 32.
+            operands: [n] in the products' dtype, or None if that is fp32.
+            line_groups: uint8 [n / 32], the group of each line of 32 parameters.
+            rates, decays: fp32 [groups], learning rates and weight decays (added to the gradient).
+            betas, epsilon: as in torch.optim.Adam.
+            steps: fp32 scalar, the number of steps including the current one.
+            record: fp64 [4]; nothing is updated if record[2] is not 0.
+
+        Raises ValueError if n is not 32 times the number of lines.
         """
         if len(parameters) != FLAT_LINE * len(line_groups):
             expected = f"{FLAT_LINE} for each of {len(line_groups)} lines"
@@ -45,7 +54,7 @@ class FlatAdam:
         self._betas, self._epsilon = betas, epsilon
 
     def update(self) -> None:
-        """Take one step for all parameters."""
+        """Launch one step: write parameters, means, squares and operands."""
         parameters, gradients, means, squares, operands, line_groups, *scalars = self._operands
         lines = len(line_groups)
         chosen = only_configuration("adam", parameters.device)
@@ -74,7 +83,7 @@ class FlatAdam:
 
 @triton.jit
 def _one_minus_exp(x):
-    """1 - exp(x) for a number that is not positive, by a series where the subtraction would cost digits."""
+    """Return 1 - exp(x) for x <= 0; a series replaces the subtraction where that would lose digits."""
     series = x * 0 + 1
     for i in tl.static_range(9, 1, -1):
         series = 1 + x / i * series
@@ -83,7 +92,7 @@ def _one_minus_exp(x):
 
 @triton.jit
 def _update(
-    parameters_ptr,  # [n], as the next four
+    parameters_ptr,  # [n], like the next four
     gradients_ptr,
     means_ptr,
     squares_ptr,
@@ -105,7 +114,7 @@ def _update(
     LINE: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    """LINES lines of parameters."""
+    """Update LINES lines of LINE parameters each; record[2] != 0 stops all updates."""
     if tl.load(record_ptr + 2) == 0:
         o_l = tl.program_id(0) * LINES + tl.arange(0, LINES)
         m_l = o_l < lines

@@ -1,4 +1,4 @@
-"""The batch of a step in Triton: copied from a window of packed batches, with the loss's numbers of its columns."""
+"""Select a step's batch in Triton: copy it from the window, and compute the loss's constants of its distinct items."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ from .launch import launch
 
 
 class SelectBatch:
-    """Select one batch of a window, for the kernels of a step.
+    """Copy one packed batch of a window to the buffer that the kernels of a step read.
 
-    Writes `batch` (views of the buffer) and, by column, `column_bias` fp32 [V]: log2 of the multiplicity less log2 of
-    the popularity, minus infinity beyond the true columns; `column_log2_popularity` fp32 [V]: 0 there.
+    Attributes: batch, views of the buffer; column_bias fp32 [V], log2 multiplicity - log2 popularity of each distinct
+    item, minus infinity beyond the true count; column_log2_popularity fp32 [V], 0 beyond the true count.
     """
 
     def __init__(
         self, window: Tensor, counter: Tensor, buffer: Tensor, shape: StepShape, log2_popularity: Tensor
     ) -> None:
-        """Args: window int32 [batches, words]; counter int32 [1], which batch of it; buffer int32 [words];
-        log2_popularity fp32 [items + 1].
+        """Allocate the outputs.
+
+        Args:
+            window: int32 [batches, words], packed batches.
+            counter: int32 [1], the index of the batch to select.
+            buffer: int32 [words].
+            shape: the sizes of the batches.
+            log2_popularity: fp32 [items + 1], by item number.
+
+        Raises ValueError if window or buffer do not have the words of the shape.
         """
         starts = shape.starts()
         if window.shape[1:] != buffer.shape or len(buffer) != starts[-1]:
@@ -36,7 +44,7 @@ class SelectBatch:
         self._operands = (window, counter, buffer, log2_popularity)
 
     def forward(self) -> None:
-        """Copy the batch and set its columns' numbers."""
+        """Launch the copy; write the buffer, column_bias and column_log2_popularity."""
         window, counter, buffer, log2_popularity = self._operands
         chosen = only_configuration("select_batch", buffer.device)
         launch(
@@ -68,10 +76,10 @@ def _select(
     distinct_start,  # where the fields start in a batch
     offsets_start,
     V,
-    DISTINCT: tl.constexpr,  # the place of their number in the header
+    DISTINCT: tl.constexpr,  # index in the header of the number of distinct items
     BLOCK: tl.constexpr,
 ):
-    """Copy a part of the batch's words; the first programs also write a part of its columns."""
+    """Copy BLOCK words of the batch; the programs below V / BLOCK also write the constants of BLOCK columns."""
     first = tl.program_id(0) * BLOCK
     o_w = first + tl.arange(0, BLOCK)
     p_batch = window_ptr + tl.load(counter_ptr).to(tl.int64) * words

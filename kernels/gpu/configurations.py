@@ -1,4 +1,4 @@
-"""The static launch configurations of the Triton kernels: one table for every architecture.
+"""The launch configurations of the Triton kernels: one fixed table for all architectures.
 
 A configuration is chosen by kernel, architecture and size alone, so equal calls run equal code and repeat bit for bit.
 `iisan-fast bench kernels --tune` searches for better ones and prints entries for this table.
@@ -12,22 +12,22 @@ from dataclasses import dataclass, field
 
 import torch
 
-# Up to this many rows a launch cannot fill the device, and small tiles spread it wider.
+# With fewer rows than this, a launch cannot fill the device; small tiles give more programs.
 SMALL_ROWS = 2048
 # Above this embedding dimension the kernels that hold whole rows, of the loss and the rank, take smaller tiles.
 WIDE = 64
-# The fp32 entries serve fp32 operands at any number of rows: not pipelined, in tiles that IEEE products fit.
+# The fp32 entries serve fp32 operands and any number of rows: no pipeline, tiles small enough for IEEE products.
 SIZES = ("small", "large", "fp32")
 ROW_SIZES = (*SIZES, "wide")
-# The fold goes over weights alone, whatever the rows of a batch.
+# The fold reads only weights, so its sizes do not depend on the batch.
 WEIGHT_SIZES = ("small", "fp32")
-# The one entry of a kernel that goes over its elements once: it serves any number and dtype of them.
+# The only entry of a kernel that reads each element once; it serves all sizes and dtypes.
 ANY_SIZE = "any"
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Tile sizes by their names in the kernel, warps of a program, and stages of its software pipeline."""
+    """Tile sizes by their names in the kernel, warps of a program, and stages of the software pipeline."""
 
     blocks: dict[str, int] = field(default_factory=dict)
     warps: int = 4
@@ -171,24 +171,32 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
 }
 
 
-_architectures: list[str] = []  # named by `as_architecture`
+_architectures: list[str] = []  # the names of the `as_architecture` blocks that are entered
 
 
 def configuration(
     kernel: str, rows: int, dtype: torch.dtype, device: torch.device, embedding_dim: int = 0
 ) -> Configuration:
-    """Return the entry for a kernel, device, number of rows, dtype of the products, and columns of rows held whole."""
+    """Return the table's entry for a launch.
+
+    Args:
+        kernel: a key of `CONFIGURATIONS`.
+        rows: number of rows or items that the launch goes over.
+        dtype: of the matrix products.
+        device: where it runs; without CUDA the architecture is "default".
+        embedding_dim: width of the rows, for kernels that hold whole rows; 0 for others.
+    """
     return table_entry(kernel, _architecture(device), size_of(rows, dtype, embedding_dim))
 
 
 def only_configuration(kernel: str, device: torch.device) -> Configuration:
-    """Return the entry for a kernel that has one for all sizes."""
+    """Return the entry of a kernel that has one entry for all sizes and dtypes."""
     return table_entry(kernel, _architecture(device), ANY_SIZE)
 
 
 @contextmanager
 def as_architecture(name: str) -> Iterator[None]:
-    """Choose configurations for an architecture ("sm_90", "default"), whatever the device."""
+    """Choose the configurations of an architecture ("sm_90", "default") within the block, on any device."""
     _architectures.append(name)
     try:
         yield
@@ -197,6 +205,7 @@ def as_architecture(name: str) -> Iterator[None]:
 
 
 def _architecture(device: torch.device) -> str:
+    """Return the architecture of a device ("sm_90"), or the one that `as_architecture` names."""
     if _architectures:
         return _architectures[-1]
     if device.type != "cuda":
@@ -206,7 +215,7 @@ def _architecture(device: torch.device) -> str:
 
 
 def size_of(rows: int, dtype: torch.dtype, embedding_dim: int = 0) -> str:
-    """Return the name in SIZES or ROW_SIZES that a call belongs to."""
+    """Return the size ("small", "large", "wide" or "fp32") of a launch."""
     if dtype == torch.float32:
         return "fp32"
     if rows <= SMALL_ROWS:

@@ -1,4 +1,7 @@
-"""The Triton kernel of the fold's last launch: from the gradients of projections to those of the heads and gates."""
+"""The Triton kernel of the fold's second backward launch: gradients of the heads, the gates and the up biases.
+
+It reads what `fold_backward` wrote. fold_heads.py has the equations and launches it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def contract(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Write a tile of rows columns^T over the width, and of the outer product of the biases."""
+    """Write a tile, at rows o_r and columns o_c of out, of rows columns^T + row_bias column_bias^T."""
     m_r, m_c = o_r < ROWS, o_c < columns
     total = tl.zeros((BM, BN), tl.float32)
     for i_d in range(0, D, BD):
@@ -58,10 +61,10 @@ def gate_gradients(
     D: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Write the gradients of a tower's gates, by the coefficients and by the carries between each two layers.
+    """Write the gradients of a tower's gates, through the coefficients and through the carries c[k, j].
 
-    c[k, j] times its gradient is a pair's dot and what passes from b_up,j through the map of layer k; a carry is
-    1 - gate, so that the logarithm of each c[k, j] with j < i <= k has the slope -gate_i in the logit of layer i.
+    c[k, j] times the gradient of c[k, j] is dots[k, j] + c[k, j] <through_k, b_up,j>. A carry is 1 - gate, so the
+    derivative of log c[k, j] in the logit of a layer i with j < i <= k is -gate_i.
     """
     o_k = tl.arange(0, BK)
     is_intra = (first & second) == 0
@@ -129,7 +132,10 @@ def fold_chains_backward(
     BH: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Gates and up biases, then middle and inner's bias, outer, and inner, each by tiles."""
+    """Run one task of a tower: gates; BD columns of the up biases; or a tile of middle, of outer, or of inner.
+
+    The first tile of each column of middle also writes a tile of inner's bias.
+    """
     i_tower = tl.program_id(0)
     i_part = tl.program_id(1)
     hidden = at(HIDDEN, i_tower)

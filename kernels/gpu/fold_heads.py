@@ -1,6 +1,7 @@
-"""Fold the heads and prepare the towers' operands on a GPU, once a step, and pull the gradients back, as a pair.
+"""Fold the heads and prepare the towers' operands on a GPU, once a step, as a pair with its gradients.
 
-With c[k, j] the product of the carries of layers j + 1 .. k of a tower, and P its three last maps folded into one,
+The carry of a layer is the weight of the previous state in its input. With c[k, j] the product of the carries of layers
+j + 1 .. k of a tower, and P the product of the three maps that follow the tower,
 
     P = outer middle inner                                            [d, D]
     composites[k, j] = c[k, j] W_down,k W_up,j                        [R, R], j < k
@@ -8,9 +9,9 @@ With c[k, j] the product of the carries of layers j + 1 .. k of a tower, and P i
     projected_up[j] = c[K - 1, j] (P W_up,j)^T                        [R, d]
     vector_bias = fusion bias + sum over towers of (the chain's bias + sum over j of c[K - 1, j] P b_up,j)
 
-so P is treated as one more down-projection, of layer K, whose carry is 1. A forward is two launches and a backward is
-two: the second of each waits for the projections, or for their gradients. Each is a list of unlike small tasks, tower
-beside tower, so that a whole GPU has work. No program adds to what another wrote: results repeat bit for bit.
+P acts like the down-projection of one more layer, K, whose carry is 1. The forward is two launches, and so is the
+backward; the second launch of each needs the projections, or their gradients. A launch does several kinds of small
+tasks for all towers at once, so that it fills the GPU. No program adds to what another wrote, so results repeat bit for bit.
 
 Offsets are 32 bits wide: no tensor here has 2^31 elements.
 """
@@ -34,16 +35,20 @@ from .fold_heads_kernels import fold_chains, fold_prepare
 from .launch import Launch, block, launch, precision
 
 MOST_LAYERS = 31
-MOST_DIMENSIONS = 128  # of an item vector: a program holds whole columns of a projection
+MOST_DIMENSIONS = 128  # width of an item vector: a program holds whole columns of a projection
 
 
 class FoldHeads:
-    """The pair: what towers of one shape read, from the flat weights; and the flat weights' gradients.
+    """The pair: the forward computes the towers' operands from the flat weights, the backward the weights' gradients.
 
-    Attributes, for T towers of K layers, bottleneck R, width D, embedding dim d: projections fp32 [T, d, D],
-    projection_operands in the products' dtype (the same tensor where that is fp32), coefficients fp32 [T, K, 3] (carry,
-    first's and second's weight), bias fp32 [T, K, R], composites [T, K, R, K, R] in the products' dtype (zero unless
-    the second layer lies below the first), projected_up [T, K, R, d] in the products' dtype, vector_bias fp32 [d].
+    Attributes, for T towers of K layers, bottleneck R, width D, and item vectors of width d:
+        projections: fp32 [T, d, D].
+        projection_operands: projections in the products' dtype; the same tensor if that is fp32.
+        coefficients: fp32 [T, K, 3]: carry, weight of the first view, weight of the second view.
+        bias: fp32 [T, K, R].
+        composites: [T, K, R, K, R] in the products' dtype; 0 unless the second layer lies below the first.
+        projected_up: [T, K, R, d] in the products' dtype.
+        vector_bias: fp32 [d].
     """
 
     def __init__(
@@ -55,15 +60,19 @@ class FoldHeads:
     ) -> None:
         """Allocate all memory.
 
-        Args: weights, operands, gradients: views of three flat buffers of one layout: fp32, in the products' dtype
-        (the weights themselves where that is fp32), fp32; dtype: of the products, float32 or bfloat16. Raises
-        ValueError for weights that the kernels do not take, and for buffers of unlike layouts.
+        Args:
+            weights: fp32, views of one flat buffer.
+            operands: the weights in `dtype`; the same tensors if that is fp32.
+            gradients: fp32. All three have the same layout in their buffers.
+            dtype: of the matrix products, float32 or bfloat16.
+
+        Raises ValueError for weights that the kernels do not take, and if the layouts differ.
         """
         if reason := refusal(weights):
             raise ValueError(f"fold_heads by gpu: {reason}")
         if dtype not in (torch.float32, torch.bfloat16) or operands.fusion.dtype != dtype:
-            found = f"{dtype} with operands of {operands.fusion.dtype}".replace("torch.", "")
-            raise ValueError(f"fold_heads by gpu: expected products in float32 or bfloat16, found {found}")
+            dtypes = f"{dtype} with operands of {operands.fusion.dtype}".replace("torch.", "")
+            raise ValueError(f"fold_heads by gpu: expected products in float32 or bfloat16, found {dtypes}")
         if len({tensor.untyped_storage().data_ptr() for tensor in _folded_weights(weights)}) > 1:
             raise ValueError("fold_heads by gpu: expected weights that are views of one flat buffer")
         buffers = {"weights": weights, "operands": operands, "gradients": gradients}
@@ -79,7 +88,7 @@ class FoldHeads:
         self._backward: list[Launch] = []
 
     def _allocate(self, device: torch.device) -> None:
-        """Allocate the outputs, and what the backward needs beside them."""
+        """Allocate the outputs and the buffers between launches, and name all tensors as the kernels do."""
         towers, layers, pairs, bottleneck, width, dim, part = (
             self._constants[name] for name in ("TOWERS", "K", "BK", "R", "D", "DIM", "PART")
         )
@@ -112,20 +121,20 @@ class FoldHeads:
         }
 
     def connect(self, gradients: TowerGradients) -> None:
-        """Take the tensors that the towers' backward writes; to be called once, before the first backward."""
+        """Set the gradients of the outputs, which the towers' backward writes; call it before the first backward."""
         self._tensors |= {f"{name}_ptr": tensor for name, tensor in gradients._asdict().items()}
         self._backward = [self._task_list(*kernel) for kernel in BACKWARD]
 
     def forward(self) -> None:
-        """Write the attributes from the weights."""
+        """Launch the fold; write the attributes from the weights."""
         _run(self._forward)
 
     def backward(self) -> None:
-        """Write the gradients of gates, towers, heads, fusion and its bias from those that the towers gave."""
+        """Launch the gradients of gates, towers, heads, fusion and its bias, from those given to `connect`."""
         _run(self._backward)
 
     def _task_list(self, kernel: Any, name: str, tasks: Callable[[Mapping[str, Any]], int]) -> Launch:
-        """Return the launch of a kernel that goes through a list of tasks for each tower."""
+        """Return the launch of a kernel with one program for each tower and task; `tasks` counts the tasks."""
         chosen = configuration(name, 0, self._dtype, self.projections.device)
         names = self._constants | self._places._asdict() | _fitted(chosen.blocks, self._constants)
         arguments = tuple(self._tensors[argument] for argument in kernel.arg_names if argument.endswith("_ptr"))
@@ -134,7 +143,7 @@ class FoldHeads:
 
 
 class Places(NamedTuple):
-    """Where weights start in their flat buffer; a tuple has one place a tower."""
+    """The offsets of weights in their `flat_buffer`, in elements; a tuple has one for each tower."""
 
     FUSION: int
     FUSION_BIAS: int
@@ -150,7 +159,7 @@ class Places(NamedTuple):
 
 
 def refusal(weights: RecommenderWeights) -> str:
-    """Return why the kernels do not take these weights, or an empty string."""
+    """Return why the kernels cannot fold these weights, or "" if they can."""
     shapes = {(tower.gate is None, tower.down_weight.shape) for tower in weights.towers}
     if len(shapes) > 1:
         return "it needs towers of one shape, all with gates or none"
@@ -165,13 +174,13 @@ def refusal(weights: RecommenderWeights) -> str:
 
 
 def flat_buffer(weights: RecommenderWeights) -> Tensor:
-    """Return the part of the flat buffer, 1-D, in which the weights of towers and heads lie."""
+    """Return the part of the flat buffer, 1-D, from the first to the last weight of towers, heads and fusion."""
     start, end = _extent(weights)
     return weights.fusion.detach().as_strided((end - start,), (1,), start)
 
 
 def places(weights: RecommenderWeights) -> Places:
-    """Return where the weights of towers and heads start, in elements, in their `flat_buffer`."""
+    """Return the offsets of the weights of towers, heads and fusion in their `flat_buffer`."""
     start, _ = _extent(weights)
 
     def place(weight: Tensor | None) -> int:
@@ -183,7 +192,7 @@ def places(weights: RecommenderWeights) -> Places:
 
 
 def constants(weights: RecommenderWeights, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the kernels' sizes and flags, by their names there."""
+    """Return the constexpr sizes and flags of the kernels, by name."""
     towers = weights.towers
     layers, bottleneck, width = towers[0].down_weight.shape
     dim, parts = weights.fusion.shape
@@ -210,19 +219,20 @@ def constants(weights: RecommenderWeights, dtype: torch.dtype) -> dict[str, Any]
 
 
 def _folded_weights(weights: RecommenderWeights) -> list[Tensor]:
+    """Return the weights of towers, heads, fusion and its bias."""
     towers = [weight for tower in weights.towers for weight in tower[1:] if weight is not None]
     return [*towers, *itertools.chain(*weights.heads), weights.fusion, weights.fusion_bias]
 
 
 def _extent(weights: RecommenderWeights) -> tuple[int, int]:
-    """Return where the first of the weights starts in its storage, and where the last ends."""
+    """Return (start of the first weight, end of the last) in their storage, in elements."""
     tensors = _folded_weights(weights)
     start = min(tensor.storage_offset() for tensor in tensors)
     return start, max(tensor.storage_offset() + tensor.numel() for tensor in tensors)
 
 
 def _fitted(blocks: Mapping[str, int], sizes: Mapping[str, Any]) -> dict[str, int]:
-    """Return a configuration's blocks, none far larger than what it covers."""
+    """Return a configuration's tile sizes, reduced where the tensors are smaller than a tile."""
     rows = max(sizes["R"], sizes["DIM"], sizes["PART"])
     covered = {"BR": rows, "BC": sizes["R"], "BM": rows, "ROWS": rows, "BD": sizes["D"]}
     hidden = sizes["MOST_HIDDEN"]
@@ -231,18 +241,19 @@ def _fitted(blocks: Mapping[str, int], sizes: Mapping[str, Any]) -> dict[str, in
 
 
 def _run(launches: Iterable[Launch]) -> None:
+    """Launch prepared launches in order."""
     for prepared in launches:
         kernel, name, grid, chosen, arguments, meta = prepared
         launch(kernel, name, grid, chosen, *arguments, **meta)
 
 
 def _chain_tasks(sizes: Mapping[str, Any]) -> int:
-    """Count the gates, rows of the folded biases, columns of the projection."""
+    """Count the tasks of `fold_chains`: gates, tiles of the folded bias, column tiles of the projection."""
     return 1 + cdiv(sizes["PART"], sizes["ROWS"]) + cdiv(sizes["D"], sizes["BD"])
 
 
 def _prepare_tasks(sizes: Mapping[str, Any]) -> int:
-    """Count tiles of each product of two layers, rows of the towers' biases, rows of vector_bias."""
+    """Count the tasks of `fold_prepare`: tiles of each pair of layers, tiles of bias, tiles of vector_bias."""
     layers, bottleneck, rows = sizes["K"], sizes["R"], sizes["ROWS"]
     tiles = cdiv(max(bottleneck, sizes["DIM"]), sizes["BR"]) * cdiv(bottleneck, sizes["BC"])
     biases = layers * cdiv(bottleneck, rows) + cdiv(sizes["DIM"], rows)
@@ -250,14 +261,18 @@ def _prepare_tasks(sizes: Mapping[str, Any]) -> int:
 
 
 def _backward_tasks(sizes: Mapping[str, Any]) -> int:
-    """Count columns of the projection's gradient, tiles of down and up, columns of biases, dots, outer's bias."""
+    """Count the tasks of `fold_backward`.
+
+    They are: column tiles of the projection's gradient, tiles of down and of up, column tiles of the biases' part, pairs
+    of layers, and the gradients of middle's and the fusion's biases.
+    """
     layers, columns = sizes["K"], cdiv(sizes["D"], sizes["BD"])
     tiles = layers * cdiv(sizes["R"], sizes["BR"]) * columns
     return columns + 2 * tiles + (layers + 1) * columns + layers * (layers + 1) // 2 + 1
 
 
 def _chains_backward_tasks(sizes: Mapping[str, Any]) -> int:
-    """Count the gates, columns of the up biases, tiles of middle, outer and inner."""
+    """Count the tasks of `fold_chains_backward`: gates, tiles of the up biases, middle, outer and inner."""
     part, columns = sizes["PART"], cdiv(sizes["D"], sizes["BD"])
     middle = cdiv(part, sizes["BM"]) * cdiv(sizes["MOST_HIDDEN"], sizes["BN"])
     outer = cdiv(sizes["DIM"], sizes["BM"]) * cdiv(part, sizes["BN"])

@@ -1,4 +1,9 @@
-"""The Triton kernels of the fold's backward; fold_heads.py says what they compute together, and launches them."""
+"""The Triton kernels of the fold's first backward launch. fold_heads.py has the equations and launches them.
+
+of_x is the gradient of x. `through` [T, BK, D] has, for each layer k, of_bias_k^T W_down,k, and for k = K
+of_vector_bias^T P: the gradient of the up biases before the carries. `dots` [T, BK, BK] has the dot product of each
+pair's composites, or projected_up, with its gradient.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +36,10 @@ def down_gradients(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Rows of one layer's W_down: of_down + sum over j < k of c[k, j] (of_composites W_up,j^T + of_bias b_up,j^T)."""
+    """Write rows o_r and columns o_d of the gradient of W_down,k.
+
+    It is of_down_k + sum over j < k of c[k, j] (of_composites[k, j] W_up,j^T + of_bias_k b_up,j^T).
+    """
     m_r, m_d = o_r < R, o_d < D
     total = tl.zeros((BR, BD), tl.float32)
     up_biases = tl.zeros((BD,), tl.float32)  # the sum over j < k of c[k, j] b_up,j
@@ -65,7 +73,7 @@ def projection_gradients(
     of_vector_bias_ptr,  # [DIM]
     total_ptr,  # [DIM, D] of the tower
     of_folded_ptr,  # [PART, D] of the tower
-    outer,  # where the tower's columns of fusion start
+    outer,  # offset of the tower's columns of fusion
     up,
     up_bias,
     o_d,
@@ -80,7 +88,7 @@ def projection_gradients(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Columns of a tower's projection, as `down_gradients`, and of what they give to middle inner: outer^T times it."""
+    """Write columns o_d of the whole gradient of a tower's P, and of of_folded, which is outer^T times it."""
     o_f = tl.arange(0, BPART)
     m_f, m_d = o_f < PART, o_d < D
     of_folded = tl.zeros((BPART, BD), tl.float32)
@@ -136,7 +144,10 @@ def up_gradients(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Columns of one layer's W_up: sum over k > j of c[k, j] W_down,k^T of_composites, and the projection's part."""
+    """Write columns o_c and rows o_d of the gradient of W_up,j.
+
+    It is c[K - 1, j] P^T of_projected_up_j^T + sum over k > j of c[k, j] W_down,k^T of_composites[k, j].
+    """
     m_c, m_d = o_c < R, o_d < D
     total = tl.zeros((BD, BR), tl.float32)
     for i_e in range(0, DIM, BR):
@@ -172,7 +183,7 @@ def through_rows(
     STRIDE: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Columns of the sum of a matrix's rows, each times its number."""
+    """Return columns o_c of the vector of_rows^T matrix."""
     m_c = o_c < COLUMNS
     total = tl.zeros(o_c.shape, tl.float32)
     for i_r in range(0, ROWS, BR):
@@ -187,7 +198,7 @@ def through_rows(
 def dot_of_pair(
     first_ptr, second_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, BR: tl.constexpr
 ):
-    """Return the sum of the products of two matrices' elements."""
+    """Return the sum over all elements of the product of two matrices."""
     total = tl.zeros((BR, BR), tl.float32)
     for i_r in range(0, ROWS, BR):
         for i_c in range(0, COLUMNS, BR):
@@ -220,7 +231,7 @@ def bias_gradients(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Columns of what a layer's bias, or vector_bias for k = K, gives to the up biases below it, and to its own."""
+    """Write columns of `through` of layer k, or of vector_bias for k = K; copy of_bias to the gradient of b_down,k."""
     o_d = i_d + tl.arange(0, BD)
     if k < K:
         of_rows_ptr = of_bias_ptr + (i_tower * K + k) * R
@@ -275,7 +286,11 @@ def fold_backward(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Write the gradients of projections, down and up, and parts of those of the biases and gates."""
+    """Run one task of a tower.
+
+    The tasks are: columns of the projection's gradient; a tile of W_down; a tile of W_up; columns of `through` and the
+    gradient of b_down; the `dots` of a pair of layers; the gradients of folded_bias, middle_bias and the fusion's bias.
+    """
     i_tower = tl.program_id(0)
     i_part = tl.program_id(1)
     width_tiles = tl.cdiv(D, BD)
@@ -327,7 +342,7 @@ def fold_backward(
             down,
             up,
             up_bias,
-            K - 1 - i_tile // tl.cdiv(R, BR),  # those with most products first
+            K - 1 - i_tile // tl.cdiv(R, BR),  # the layers with most products first
             i_tile % tl.cdiv(R, BR) * BR + tl.arange(0, BR),
             o_d,
             K,

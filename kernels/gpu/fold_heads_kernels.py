@@ -1,6 +1,7 @@
-"""The Triton kernels of the fold's forward; fold_heads.py says what they compute together, and launches them.
+"""The Triton kernels of the fold's forward. fold_heads.py has the equations and launches them.
 
-Weights lie in flat buffers: fp32, and in the products' dtype. A tuple of integers says where those of each tower start.
+Weights lie in flat buffers: weights_ptr in fp32, operands_ptr in the products' dtype. Uppercase names such as DOWN are
+tuples with the offset of each tower's weights in these buffers. BK, BDIM and BPART are K + 1, DIM and PART rounded up.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def at(BY_TOWER: tl.constexpr, i_tower):
-    """Return a tower's entry of a tuple."""
+    """Return entry i_tower of a tuple of integers."""
     entry = BY_TOWER[0]
     for t in tl.static_range(1, len(BY_TOWER)):
         entry = tl.where(i_tower == t, BY_TOWER[t], entry)
@@ -20,7 +21,7 @@ def at(BY_TOWER: tl.constexpr, i_tower):
 
 @triton.jit
 def pair_of_layers(i_pair, K: tl.constexpr):
-    """(k, j) of the pair of this number: j < k <= K, in the order (1, 0), (2, 0), (2, 1), (3, 0), ..."""
+    """Return (k, j) of pair number i_pair, where j < k <= K, in the order (1, 0), (2, 0), (2, 1), (3, 0), ..."""
     k = 1
     for later in tl.static_range(2, K + 1):
         k = tl.where(i_pair >= later * (later - 1) // 2, later, k)
@@ -29,7 +30,7 @@ def pair_of_layers(i_pair, K: tl.constexpr):
 
 @triton.jit
 def gates(weights_ptr, gate, o_k, TEMPERATURE: tl.constexpr, K: tl.constexpr):
-    """(the layers' logits, sigmoid of them, sigmoid of minus them); those of no layer are of logit 0."""
+    """Return (logits, sigmoid(logits), sigmoid(-logits)) of layers o_k; the logit is 0 for o_k >= K."""
     logits = tl.load(weights_ptr + gate + o_k, mask=o_k < K, other=0.0) / TEMPERATURE
     small = tl.exp(-tl.abs(logits))
     larger, smaller = 1 / (1 + small), small / (1 + small)
@@ -50,7 +51,7 @@ def mix(
     K: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Write a tower's coefficients, and c[k, j] for j < k <= K, zero elsewhere."""
+    """Write a tower's coefficients [K, 3] and its carries c[k, j] for j < k <= K, 0 elsewhere."""
     o_k = tl.arange(0, BK)
     first = (FIRST_TOWERS >> i_tower) & 1
     second = (SECOND_TOWERS >> i_tower) & 1
@@ -82,8 +83,8 @@ def mix(
 def fold_chains(
     weights_ptr,
     operands_ptr,
-    folded_ptr,  # [T, PART, D]: middle inner
-    folded_bias_ptr,  # [T, PART]: middle's map of inner's bias, and middle's bias
+    folded_ptr,  # [T, PART, D]
+    folded_bias_ptr,  # [T, PART]
     projections_ptr,  # [T, DIM, D]
     projection_operands_ptr,  # [T, DIM, D]
     coefficients_ptr,  # [T, K, 3]
@@ -94,7 +95,7 @@ def fold_chains(
     INNER: tl.constexpr,
     INNER_BIAS: tl.constexpr,
     GATE: tl.constexpr,
-    HIDDEN: tl.constexpr,  # of each tower: rows of inner
+    HIDDEN: tl.constexpr,  # rows of each tower's inner map
     FIRST_TOWERS: tl.constexpr,
     SECOND_TOWERS: tl.constexpr,
     GATED: tl.constexpr,
@@ -113,7 +114,10 @@ def fold_chains(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """projections = outer (middle inner) by columns; the folded biases by rows; coefficients and carries."""
+    """Run one task of a tower: coefficients and carries; ROWS of folded_bias; or BD columns of folded and projections.
+
+    folded = middle inner, projections = outer folded, folded_bias = middle inner_bias + middle_bias.
+    """
     i_tower = tl.program_id(0)
     i_part = tl.program_id(1)
     hidden = at(HIDDEN, i_tower)
@@ -171,7 +175,7 @@ def fold_chains(
 
 @triton.jit
 def mixed_up_bias(weights_ptr, up_bias, carries_ptr, o_d, K: tl.constexpr, D: tl.constexpr):
-    """Return the sum over j of c[k, j] b_up,j; carries_ptr is of row k, which is zero where j is not below k."""
+    """Return the sum over j of c[k, j] b_up,j at columns o_d; carries_ptr points to row k, which is 0 for j >= k."""
     total = tl.zeros(o_d.shape, tl.float32)
     for j in tl.static_range(K):
         b_up_bias = tl.load(weights_ptr + up_bias + j * D + o_d, mask=o_d < D, other=0.0)
@@ -201,7 +205,7 @@ def multiply_layers(
     BC: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Write a tile of c[k, j] W_down,k W_up,j, or of the projection in the place of W_down."""
+    """Write a tile of c[k, j] W_down,k W_up,j into composites; for k = K, of (P W_up,j)^T into projected_up."""
     k, j = pair_of_layers(i_pair, K)
     rows = tl.where(k < K, R, DIM)
     if i_r < rows:
@@ -238,7 +242,7 @@ def rows_through(
     ROWS_OF_MATRIX: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Rows of a matrix times the up biases below layer k."""
+    """Return rows o_r of a matrix times the sum over j of c[k, j] b_up,j."""
     m_r = o_r < ROWS_OF_MATRIX
     total = tl.zeros(o_r.shape, tl.float32)
     for i_d in range(0, D, COLUMNS):
@@ -283,7 +287,10 @@ def fold_prepare(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Composites and projected up-projections by tiles, then bias and vector_bias by rows."""
+    """Run one task of a tower: a tile of composites or projected_up, ROWS of a layer's bias, or ROWS of vector_bias.
+
+    Only programs of tower 0 write vector_bias, which is the sum over all towers.
+    """
     i_tower = tl.program_id(0)
     i_part = tl.program_id(1)
     column_tiles = tl.cdiv(R, BC)

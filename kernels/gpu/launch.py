@@ -1,4 +1,4 @@
-"""Launch Triton kernels and count the launches; bring sizes and gradients into the form that kernels take."""
+"""Launch Triton kernels and count the launches; helpers that round tile sizes and scale gradients for kernels."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor
 
 from .configurations import Configuration
 
-launches: Counter[str] = Counter()  # by kernel, since the process began or the last clear()
+launches: Counter[str] = Counter()  # kernel name -> launches since the start of the process or the last clear()
 _recorders: list[Callable[[Launch], None]] = []
 
 
 class Launch(NamedTuple):
-    """One launch of a Triton kernel, with all that is needed to compile the kernel as it would run."""
+    """One launch of a Triton kernel; it suffices to compile the kernel exactly as it would run."""
 
-    kernel: Any
-    name: str
+    kernel: Any  # the @triton.jit function
+    name: str  # its name in `CONFIGURATIONS` and `launches`
     grid: tuple[int, ...]
     configuration: Configuration
-    arguments: tuple[Any, ...]
-    meta: dict[str, Any]
+    arguments: tuple[Any, ...]  # tensors and numbers
+    meta: dict[str, Any]  # constexpr arguments by name
 
 
 @contextmanager
 def recording(record: Callable[[Launch], None]) -> Iterator[None]:
-    """Give every launch to `record` and run none of them, so that tensors without values (meta) will do."""
+    """Within the block, call `record` with each launch instead of running it; meta tensors suffice as arguments."""
     _recorders.append(record)
     try:
         yield
@@ -38,7 +38,11 @@ def recording(record: Callable[[Launch], None]) -> Iterator[None]:
 
 
 def launch(kernel: Any, name: str, grid: tuple[int, ...], chosen: Configuration, *arguments: Any, **meta: Any) -> None:
-    """Run a Triton kernel and count the launch under its name. An empty grid launches nothing."""
+    """Launch a Triton kernel and count the launch under its name; an empty grid launches nothing.
+
+    Args: kernel: the @triton.jit function; grid: its programs; chosen: warps and stages; arguments: tensors and numbers
+    in the kernel's order; meta: its constexpr arguments, tile sizes included.
+    """
     if 0 in grid:
         return
     launches[name] += 1
@@ -50,12 +54,15 @@ def launch(kernel: Any, name: str, grid: tuple[int, ...], chosen: Configuration,
 
 
 def block(size: int, most: int = 64) -> int:
-    """Return a tile that covers `size` columns, or `most` of them: a power of two of at least 16, as tl.dot needs."""
+    """Return the tile size for `size` columns: the next power of two, at least 16 (as tl.dot needs), at most `most`."""
     return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
 def fit_range(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return a gradient that does not underflow in fp16, its largest element brought to 1, and the factor."""
+    """Return (gradient * factor, factor) with 1 as the largest absolute element, so that fp16 does not underflow.
+
+    For other dtypes and empty gradients return (gradient, None).
+    """
     if dtype != torch.float16 or not gradient.numel():
         return gradient, None
     largest = gradient.abs().amax().float()
@@ -64,5 +71,5 @@ def fit_range(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | No
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return how fp32 matrices are multiplied, as torch.set_float32_matmul_precision says: IEEE or TF32."""
+    """Return tl.dot's input precision: "tf32" for fp32 unless torch's matmul precision is "highest", else "ieee"."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"

@@ -1,4 +1,4 @@
-"""The record of losses in Triton: one program adds up a step's losses and notes the first that is not finite."""
+"""Record losses in Triton: one program adds up a step's losses and records the first that is not finite."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from .launch import launch
 
 
 class LossRecord:
-    """Note a step's mean loss, and count the step.
+    """Write a step's mean loss and count the step.
 
-    Writes the mean into `loss`. Adds to `record` until a loss is not finite: the sum of losses, rows; then the step,
-    counted from 1, and its loss. `steps` counts the steps until then, as does `counter`, which selects the next batch:
-    calls that find the flag set, as before a capture, select the same batch again.
+    Each call writes `loss`. While all losses are finite, it adds the sum of losses to record[0] and the rows to
+    record[1], and 1 to `steps`. The first loss that is not finite sets record[2] to 1 + its step and record[3] to the
+    loss. `counter`, the index of the next batch, grows as long as record[2] was 0 before the call. So steps that run
+    with record[2] set, as the warm-up before a graph capture does, write only `loss` and select the same batch again.
     """
 
     def __init__(
@@ -29,14 +30,22 @@ class LossRecord:
         steps: Tensor,
         counter: Tensor,
     ) -> None:
-        """Args: losses fp32 [M], 0 where a tile has no row, not read beyond the true tiles; header int32, a batch's;
-        record fp64 [4]; loss fp32 [1]; steps fp32 scalar; counter int32 [1].
+        """Store the tensors.
+
+        Args:
+            losses: fp32 [M], the loss of each row; 0 for padding rows within the true tiles; not read beyond them.
+            header: int32, the header of a `StepBatch`.
+            tile_rows: rows of a tile.
+            record: fp64 [4].
+            loss: fp32 [1].
+            steps: fp32 scalar.
+            counter: int32 [1].
         """
         self._operands = (losses, header, record, loss, steps, counter)
         self._tile_rows = tile_rows
 
     def forward(self) -> None:
-        """Note the step. `TrainingStep` says the same in PyTorch."""
+        """Launch the record. The trainer's `TrainingStep` has the same rule in PyTorch."""
         chosen = only_configuration("loss_record", self._operands[0].device)
         launch(
             _record,
@@ -61,11 +70,12 @@ def _record(
     steps_ptr,  # [1]
     counter_ptr,  # [1]
     tile_rows,
-    ROWS: tl.constexpr,  # places in the header
+    ROWS: tl.constexpr,  # indices in the header
     TILES: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Add up the losses in fp64, BLOCK at a time, and update loss, record, steps and counter."""
     places = tl.load(header_ptr + TILES) * tile_rows
     total = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, places, BLOCK):

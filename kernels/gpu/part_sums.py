@@ -1,4 +1,4 @@
-"""Add up the parts of a gradient that several programs have each written, always in one order."""
+"""Add up the parts of a gradient that several programs wrote, always in the same order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from .configurations import only_configuration
 from .launch import launch
 
-UNROLLED = 8  # loads of parts that are under way at a time
+UNROLLED = 8  # parts that are loaded at the same time
 
 
 def sum_parts(parts: Tensor, out: Tensor) -> None:
@@ -39,6 +39,7 @@ def _sum_parts(
     UNROLLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Add up BLOCK elements of the S parts, in the order of the parts."""
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < count
     total = tl.zeros((BLOCK,), tl.float32)
