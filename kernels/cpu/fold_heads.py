@@ -135,7 +135,7 @@ class FoldHeadsCalls:
     def connect(self, of_projections: Sequence[Tensor], add_up: Callable[[], Iterator[tuple[int, Span]]]) -> None:
         """Set the tensors that hold the projections' gradients, one [d, D] for each tower.
 
-        add_up: schedules the sums of their parts; it yields each tower's index and the calls that complete its gradient.
+        add_up: schedules the sums of their parts; it yields each tower and the calls that complete its gradient.
         """
         self._add_up = add_up
         for folds, upstream in zip(self._folds, of_projections, strict=True):
@@ -151,7 +151,7 @@ class FoldHeadsCalls:
         self.done = spans[0].to(spans[-1])
 
     def backward(self) -> None:
-        """Give the gradients of the heads and of the fusion, of one tower after the other as they are ready."""
+        """Schedule the gradients of the heads and of the fusion, tower by tower, as `add_up` yields them."""
         spans = [self._calls.add("fold_backward", self._folds[tower], summed) for tower, summed in self._add_up()]
         self._calls.add_sums(addresses(self._of_fusion), self._of_fusion[0].numel(), spans[0].to(spans[-1]))
 

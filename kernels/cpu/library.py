@@ -1,7 +1,6 @@
-"""Compile the C++ of `cpp/` once a machine, by the compiler at hand, into the user's cache; load and call it.
+"""Compile the C++ of `cpp/` into the user's cache, once on each machine, with the installed compiler; load and call it.
 
-Like Triton's kernels it is compiled for the processor that it runs on, so nothing compiled is shipped. Without a
-compiler the reference does the same work.
+It is compiled for the processor that it runs on, so nothing compiled is shipped. Without a compiler the reference runs.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class NoLibrary(Exception):
 
 
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """Return the compiled functions for numbers of a dtype. Raises NoLibrary if they cannot be compiled or loaded."""
+    """Return the compiled functions for fp32 or fp64. Raises NoLibrary if they cannot be compiled or loaded."""
     loaded = _library(dtype)
     if isinstance(loaded, str):
         raise NoLibrary(loaded)
@@ -53,45 +52,49 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 def run(function: Callable[..., int], arguments: ctypes.Structure) -> None:
-    """Call a function of the library. Raises MemoryError if it lacks memory, ValueError if it refuses the sizes."""
+    """Call a C++ function on the calling thread.
+
+    Raises MemoryError if it cannot allocate memory, ValueError if the sizes in its arguments do not fit together.
+    """
     if code := function(ctypes.byref(arguments)):
         raise _failure(code, _name(function), arguments)
 
 
 def wrong_sizes(name: str, arguments: ctypes.Structure) -> ValueError:
-    """Return the error of a call of the library that refuses the sizes of its arguments."""
+    """Return the ValueError for a C++ function `name` that refuses the sizes in its arguments."""
     whole = (ctypes.c_int32, ctypes.c_int64)
     sizes = [f"{field} {getattr(arguments, field)}" for field, kind in arguments._fields_ if kind in whole]
     return ValueError(f"{name} in C++: expected sizes that fit, found {', '.join(sizes)}")
 
 
 class Span(NamedTuple):
-    """Calls of a schedule that stand one after the other."""
+    """A range of the calls of a schedule."""
 
-    first: int
-    last: int  # the one after the last
+    first: int  # number of the first call
+    last: int  # one more than the number of the last call
 
     def to(self, other: Span) -> Span:
-        """Both, and what stands between them."""
+        """Return the smallest range that includes both."""
         return Span(min(self.first, other.first), max(self.last, other.last))
 
 
-AT_ONCE = Span(0, 0)  # what waits for no other call
+AT_ONCE = Span(0, 0)  # the empty range: a call after it waits for no other
 
 
 class Schedule:
-    """Calls of the library, each of which may wait for some before it. Calls are numbered on from run to run."""
+    """A list of C++ calls; a call may wait for earlier calls. The numbers of the calls go on from run to run."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype, self._ended = dtype, 0  # calls of the runs before
+        """Create an empty schedule for the library of a dtype."""
+        self._dtype, self._ended = dtype, 0  # number of calls in earlier runs
         self.drop()
 
     def add(self, function: Callable[..., int], arguments: Sequence[ctypes.Structure], after: Span = AT_ONCE) -> Span:
-        """Add a call for each of the arguments, to be made when those of `after` have ended."""
+        """Add a call of a function for each of the arguments; they wait for the calls `after`. Return their range."""
         work, before = ctypes.cast(function, ctypes.c_void_p).value, len(self._calls)
-        first, last = (max(0, number - self._ended) for number in after)  # a run before has ended its calls
+        first, last = (max(0, number - self._ended) for number in after)  # calls of earlier runs have ended
         self._calls += [(work, ctypes.addressof(struct), first, last) for struct in arguments]
-        self._arguments += arguments  # whoever made them may let them go
+        self._arguments += arguments  # references, so that they live until the calls have ended
         self._names += [_name(function)] * len(arguments)
         return Span(self._ended + before, self._ended + before + len(arguments))
 
@@ -102,10 +105,14 @@ class Schedule:
         self._names: list[str] = []
 
     def run(self, threads: int | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Make the calls by as many threads as there are cores, or by `threads` of them.
+        """Make all calls and wait for them; afterwards the schedule is empty.
 
-        Threads take the calls in order, each as fast as it is. The other threads begin before `meanwhile` is called,
-        the calling one after it; calls that `meanwhile` adds are for the next run. Raises MemoryError if a call lacks
+        Args:
+            threads: number of threads, the calling one included; None for one on each core.
+            meanwhile: called while the other threads work; the calling thread joins them after it. Calls that it adds
+                belong to the next run.
+
+        A thread takes the next call in order as soon as it is free. Raises MemoryError if a call cannot allocate
         memory, ValueError if one refuses its sizes.
         """
         compiled, calls = library(self._dtype), (CallStruct * len(self._calls))(*self._calls)
@@ -117,7 +124,7 @@ class Schedule:
             if code := compiled.begin(calls, len(calls), threads or cores(), ctypes.byref(running)):
                 raise _failure(code, "begin", calls[0] if len(calls) else CallStruct())
             meanwhile()
-        finally:  # the others may be at work, on what would be freed
+        finally:  # even after an error: other threads may still read the calls' memory
             failure = compiled.end(running)
         if failure:
             number, code = failure >> 8, failure & 0xFF
@@ -127,31 +134,35 @@ class Schedule:
 def share_out(
     function: Callable[..., int], calls: Sequence[ctypes.Structure], dtype: torch.dtype, threads: int | None = None
 ) -> None:
-    """Make calls of one function that wait for no other, as `Schedule.run` does."""
+    """Call a C++ function on each of the arguments in parallel and wait for all.
+
+    Takes threads, and raises, as `Schedule.run` does.
+    """
     schedule = Schedule(dtype)
     schedule.add(function, calls)
     schedule.run(threads)
 
 
 def _failure(code: int, name: str, arguments: ctypes.Structure) -> Exception:
-    """Return the error that a code of the library stands for."""
+    """Return the exception for a code that a C++ function returned."""
     if code == WRONG_SIZES:
         return wrong_sizes(name, arguments)
     return MemoryError(f"{name} in C++ lacks memory for this batch")
 
 
 def _name(function: Callable[..., int]) -> str:
+    """Return the name of a C++ function."""
     return getattr(function, "__name__", "a function")
 
 
 def why_no_library() -> str:
-    """Return why there is no library on this machine, or "". Compiles it if need be."""
+    """Return why the C++ cannot be compiled or loaded, or "" if it can. Compiles it if it is not in the cache."""
     loaded = _library(torch.float32)
     return loaded if isinstance(loaded, str) else ""
 
 
 def why_no_compiler() -> str:
-    """Return why there is no compiler on this machine, or "". Compiles nothing."""
+    """Return why no C++ compiler can be used, or "" if one can. Compiles nothing."""
     try:
         _compiler()
     except NoLibrary as error:
@@ -160,13 +171,13 @@ def why_no_compiler() -> str:
 
 
 def compiler_version() -> str:
-    """Return the first line that the compiler says of itself."""
+    """Return the first line that the compiler prints for --version. Raises NoLibrary if there is no compiler."""
     return next(iter(_version(_compiler()).decode(errors="replace").splitlines()), "a compiler without a version")
 
 
 @functools.cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
-    """Return the library, or why there is none; once, since a compiler takes seconds."""
+    """Return the library of a dtype, or why there is none; cached, since compiling takes seconds."""
     try:
         compiler = [*_compiler(), *FLAGS, f"-DSCALAR={SCALARS[dtype]}"]
         path = _folder() / f"iisan-fast-{_key(compiler)}.so"
@@ -181,7 +192,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
 
 
 def _with_equal_structs(compiled: ctypes.CDLL) -> ctypes.CDLL:
-    """Return the library. Raises NoLibrary if a struct of Python's has another size than the one it mirrors."""
+    """Return the library. Raises NoLibrary if a class of structs.py differs in size from the C++ struct it mirrors."""
     for name, struct in STRUCTS.items():
         measure = getattr(compiled, f"size_of_{name}", None)
         if measure is None:
@@ -194,6 +205,10 @@ def _with_equal_structs(compiled: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _compiler() -> list[str]:
+    """Return the words of the compiler's command: of CXX, or else the first of `COMPILERS` that exists.
+
+    Raises NoLibrary if there is none.
+    """
     named = os.environ.get("CXX")
     for command in [named] if named else COMPILERS:
         try:

@@ -11,7 +11,8 @@ j + 1 .. k of a tower, and P the product of the three maps that follow the tower
 
 P acts like the down-projection of one more layer, K, whose carry is 1. The forward is two launches, and so is the
 backward; the second launch of each needs the projections, or their gradients. A launch does several kinds of small
-tasks for all towers at once, so that it fills the GPU. No program adds to what another wrote, so results repeat bit for bit.
+tasks for all towers at once, so that it fills the GPU. No program adds to what another wrote, so results repeat bit for
+bit.
 
 Offsets are 32 bits wide: no tensor here has 2^31 elements.
 """
@@ -263,8 +264,8 @@ def _prepare_tasks(sizes: Mapping[str, Any]) -> int:
 def _backward_tasks(sizes: Mapping[str, Any]) -> int:
     """Count the tasks of `fold_backward`.
 
-    They are: column tiles of the projection's gradient, tiles of down and of up, column tiles of the biases' part, pairs
-    of layers, and the gradients of middle's and the fusion's biases.
+    They are: column tiles of the projection's gradient, tiles of down and of up, column tiles of the biases' part,
+    pairs of layers, and the gradients of middle's and the fusion's biases.
     """
     layers, columns = sizes["K"], cdiv(sizes["D"], sizes["BD"])
     tiles = layers * cdiv(sizes["R"], sizes["BR"]) * columns

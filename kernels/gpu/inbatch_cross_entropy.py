@@ -1,8 +1,8 @@
-"""Debiased in-batch cross-entropy in Triton: logits are made tile by tile, used, and never stored.
+"""Debiased in-batch cross-entropy in Triton: logits are computed tile by tile and never stored.
 
-The forward is row-stationary with a running maximum. The gradient of the queries is row-stationary too, that of the
-items column-stationary; each makes the logits again, so there are no atomics and results repeat bit for bit.
-Everything but the operands of the products is fp32. The pair of a training step and the public op run the same kernels.
+In the forward and in the queries' gradient a program owns a tile of rows; in the items' gradient, a block of columns.
+Each launch computes the logits again, without atomics, so results repeat bit for bit. Everything is fp32 but the
+operands of the products. The pair of a training step and the public op run the same kernels.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from . import inbatch_cross_entropy_kernels as device
 from .configurations import Configuration, configuration
 from .launch import block, fit_range, launch, precision
 
-EMBEDDING_DIMS = (32, 64, 128)  # of the pair; the op pads others
-ROW_BLOCK = 128  # a multiple of every BM: row results are allocated in such blocks
+EMBEDDING_DIMS = (32, 64, 128)  # widths that the pair takes; the op pads others
+ROW_BLOCK = 128  # a multiple of every tile size BM: results of rows are allocated in such blocks
 
 
 class LossOperands(NamedTuple):
-    """The kernels' operands, contiguous. An operand that is not read is any tensor."""
+    """The kernels' operands, all contiguous. Any tensor may stand for an operand that is not read."""
 
     queries: Tensor  # [R, d]
     items: Tensor  # [V, d]
     targets: Tensor  # int32 [R]
-    inputs: Tensor  # int32 [R]: -1 where the row is none; read with tile_rows
-    row_users: Tensor  # int32 [R]; read where there is a mask
-    bits: Tensor  # int32 [words, users]; read where there is a mask
+    inputs: Tensor  # int32 [R]: -1 for padding rows; read if tile_rows > 0
+    row_users: Tensor  # int32 [R]; read if is_masked
+    bits: Tensor  # int32 [words, users]; read if is_masked
     bias: Tensor  # [V rounded up to 32]: log2 m - log2 p, minus infinity beyond the columns
     log2_p: Tensor  # [V]
-    header: Tensor  # int32, of a `StepBatch`; read with tile_rows
-    tile_rows: int  # 0 where there is no header: all rows and columns count
-    is_masked: bool
+    header: Tensor  # int32, of a `StepBatch`; read if tile_rows > 0
+    tile_rows: int  # rows of a tile; 0 without a header: all rows and columns count
+    is_masked: bool  # the users' items are left out of Z
 
     def configuration(self, kernel: str) -> Configuration:
-        """Return a kernel's configuration for these operands."""
+        """Return the configuration of a kernel, a key of `CONFIGURATIONS`, for these operands."""
         rows, d = self.queries.shape
         return configuration(kernel, rows, self.queries.dtype, self.queries.device, d)
 
     def meta(self) -> dict[str, Any]:
-        """Return the constants that all kernels take."""
+        """Return the constexpr arguments that all kernels take."""
         return {
             "TILE_ROWS": self.tile_rows,
             "MASKED": self.is_masked,
@@ -55,25 +55,26 @@ class LossOperands(NamedTuple):
 
 
 class RowResults(NamedTuple):
-    """The forward's results, fp32: losses [R], and two of whole blocks of rows, which the backward reads."""
+    """The forward's results, fp32; the backward reads the last two, which have whole blocks of rows."""
 
-    losses: Tensor
-    log2_z: Tensor  # infinite where the row is none
-    target_weights: Tensor  # probability of the target minus 1
+    losses: Tensor  # [R]
+    log2_z: Tensor  # [R rounded up to ROW_BLOCK]: infinite for padding rows
+    target_weights: Tensor  # [R rounded up to ROW_BLOCK]: probability of the target minus 1
 
     @classmethod
     def empty(cls, rows: int, like: Tensor) -> RowResults:
-        """Return uninitialised results on the device of a tensor."""
+        """Return uninitialised results for `rows` rows on the device of the tensor `like`."""
         sizes = (rows, *2 * (padded_rows(rows),))
         return cls(*(like.new_empty(size, dtype=torch.float32) for size in sizes))
 
 
 class InbatchCrossEntropy:
-    """The loss of a training step's packed batch, forward and backward; the gradient is that of the mean over its rows.
+    """The loss of a packed batch as a pair; the gradient is that of the mean over the batch's rows.
 
-    `losses` [M] are in nats, 0 where a row is none; `of_states` [M, d] is the states' gradient, 0 there in the batch's
-    tiles and not written beyond them. `ItemVectorGradients` completes the gradient of the items. Vectors beyond the
-    batch's items are not used; states of rows that are none, within the batch's tiles, must be finite.
+    Attributes: losses fp32 [M] in nats, 0 for padding rows; of_states fp32 [M, d], the gradient of the states, 0 for
+    padding rows and not written beyond the batch's tiles; item_parts, parts of the items' gradient, which
+    `ItemVectorGradients` adds up. Item vectors beyond the batch's items are not used. The states of padding rows within
+    the batch's tiles must be finite.
     """
 
     def __init__(
@@ -86,10 +87,16 @@ class InbatchCrossEntropy:
         shape: StepShape,
         dtype: torch.dtype,
     ) -> None:
-        """Allocate all memory. Raises ValueError for an embedding dimension that has no kernel, and other dtypes.
+        """Allocate all memory.
 
-        Args: state_operands [M, d] and vector_operands [V, d] in `dtype`; column_bias and column_log2_popularity as
-        `SelectBatch` writes them.
+        Args:
+            state_operands: [M, d] in `dtype`, the sequence encoder's states.
+            vector_operands: [V, d] in `dtype`, the item vectors.
+            batch: the packed batch; shape: its sizes.
+            column_bias, column_log2_popularity: fp32 [V], as `SelectBatch` writes them.
+            dtype: of the matrix products.
+
+        Raises ValueError for a width d outside `EMBEDDING_DIMS` and for operands of another dtype.
         """
         rows, d = state_operands.shape
         if d not in EMBEDDING_DIMS:
@@ -119,12 +126,12 @@ class InbatchCrossEntropy:
         self.item_parts = new_item_parts(self.operands)
 
     def forward(self) -> None:
-        """Write the losses."""
+        """Launch the losses."""
         row_losses(self.operands, self.results)
 
     def backward(self) -> None:
-        """Write the gradient of the states, and the parts of the items' gradient."""
-        no_gradient = self.losses  # the mean's is in the kernels
+        """Launch the gradient of the states, and the parts of the items' gradient."""
+        no_gradient = self.losses  # not read: with a header the kernels use the gradient of the mean
         query_gradients(self.operands, self.results, no_gradient, self.of_states)
         item_gradients(self.operands, self.results, no_gradient, self.item_parts)
 
@@ -138,7 +145,7 @@ def inbatch_cross_entropy(
     log_multiplicity: Tensor | None,
     log_popularity: Tensor | None,
 ) -> Tensor:
-    """Return the reference's losses in fp32 [R]; the caller has checked the arguments."""
+    """Return the loss of each row, fp32 [R]; the caller has checked the arguments."""
     columns = len(items)
     zeros = torch.zeros(columns, dtype=torch.float32, device=items.device)
     log2_p = zeros if log_popularity is None else log_popularity.float() / math.log(2)
@@ -165,7 +172,7 @@ def _row_losses(
     bias: Tensor,
     log2_p: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `RowResults` of operands that are laid out for the kernels."""
+    """Return (losses [R], log2_z, target_weights) of operands laid out as in `LossOperands`."""
     results = RowResults.empty(len(queries), like=queries)
     row_losses(_operands(queries, items, targets, row_users, bits, bias, log2_p), results)
     return tuple(results)
@@ -191,7 +198,7 @@ def _row_losses_backward(
     of_queries: bool,
     of_items: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of queries and items in their dtypes; one that is not wanted is an empty tensor."""
+    """Return the gradients of queries [R, d] and items [V, d] in their dtypes; empty unless of_queries, of_items."""
     operands = _operands(queries, items, targets, row_users, bits, bias, log2_p)
     results = RowResults(gradient, log2_z, target_weights)
     gradient = gradient.float().contiguous()
@@ -242,7 +249,7 @@ _row_losses.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _whole(operand: Tensor) -> Tensor:
-    """Return rows that are contiguous and as wide as the kernels' tiles: a power of two, zeros at the end."""
+    """Return a contiguous copy of rows [., d], padded with zeros to the next power of two of at least 16."""
     d = operand.shape[1]
     return F.pad(operand, (0, block(d, most=1 << 20) - d)).contiguous()
 
@@ -256,7 +263,7 @@ def _operands(
     bias: Tensor,
     log2_p: Tensor,
 ) -> LossOperands:
-    """Return the operands of the op: no header, and no mask where there are no bits."""
+    """Return the operands of the public op: without header, and without mask if bits is None."""
     is_masked = row_users is not None and bits is not None
     mask = (row_users, bits) if is_masked else (targets, targets)
     return LossOperands(
@@ -265,15 +272,15 @@ def _operands(
 
 
 def padded_rows(rows: int) -> int:
-    """Return a number of rows in whole blocks."""
+    """Return a number of rows, rounded up to a multiple of ROW_BLOCK."""
     return -(-rows // ROW_BLOCK) * ROW_BLOCK
 
 
 def new_item_parts(operands: LossOperands) -> Tensor:
     """Return uninitialised memory for the parts of the items' gradient: fp32 [programs, columns of a program, d].
 
-    A program takes a block of columns and a split of the rows. With a header, whose counts are not known here, there
-    are as many programs as any counts may need.
+    A program takes a block of columns and a split of the rows. With a header the true counts are unknown on the host,
+    so there are as many programs as any counts may need.
     """
     sizes = operands.configuration("loss_item_gradients").blocks
     (rows, d), columns = operands.queries.shape, sizes["BN"] * sizes["SUB"]
@@ -286,7 +293,7 @@ def new_item_parts(operands: LossOperands) -> Tensor:
 
 
 def row_losses(operands: LossOperands, results: RowResults) -> None:
-    """Launch the forward."""
+    """Launch the forward; write all `results`."""
     rows = len(operands.queries)
     chosen = operands.configuration("loss_forward")
     launch(
@@ -313,7 +320,7 @@ def row_losses(operands: LossOperands, results: RowResults) -> None:
 
 
 def query_gradients(operands: LossOperands, results: RowResults, gradient: Tensor, out: Tensor) -> None:
-    """Launch the gradient of the queries; gradient [R] fp32 is read without a header."""
+    """Launch the gradient of the queries into `out` [R, d]; gradient fp32 [R] of the losses, not read with a header."""
     rows = len(operands.queries)
     chosen = operands.configuration("loss_query_gradients")
     launch(
@@ -340,7 +347,7 @@ def query_gradients(operands: LossOperands, results: RowResults, gradient: Tenso
 
 
 def item_gradients(operands: LossOperands, results: RowResults, gradient: Tensor, parts: Tensor) -> None:
-    """Launch the parts of the items' gradient; gradient [R] fp32 is read without a header."""
+    """Launch the items' gradient into `parts` of `new_item_parts`; gradient as in `query_gradients`."""
     chosen = operands.configuration("loss_item_gradients")
     launch(
         device.item_gradients,

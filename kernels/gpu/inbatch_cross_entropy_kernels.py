@@ -1,12 +1,12 @@
-"""The Triton kernels of the in-batch cross-entropy; inbatch_cross_entropy.py launches them.
+"""The Triton kernels of the in-batch cross-entropy. inbatch_cross_entropy.py launches them.
 
-Logarithms are to base 2. A column's logit is s = <q, e> / ln 2 + bias, where bias = log2 m - log2 p. Columns go 32 at a
-time, so that one word of history bits says which of them are a row's own. Own columns, the target among them, are left
-out; the target's logit t is a dot product of its own, and Z starts with its part.
+Logarithms are to base 2. A column's logit is s = <q, e> / ln 2 + bias, where bias = log2 m - log2 p. Columns are read
+32 at a time, so that one word of history bits is their mask. The columns of the user's history, the target among them,
+are masked. The target's logit t is computed by a separate dot product, and Z starts with exp2(t).
 
-TILE_ROWS tells two layouts of rows apart. Above 0, rows stand in tiles of so many, with gaps: the true counts are in a
-header, a row is none where its input is -1, and the gradient is that of the mean. At 0, all R rows count, and each has
-a gradient. Where a row is none, log2 Z is infinite, so that every probability is 0.
+TILE_ROWS selects one of two layouts of rows. If it is above 0, rows stand in tiles of TILE_ROWS rows with padding rows,
+whose input is -1; a header has the true counts, and the gradient is that of the mean loss. If it is 0, all R rows count
+and each loss has its gradient. log2 Z of a padding row is infinite, so that its probabilities are 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TILES = tl.constexpr(HEADER.index("tiles"))
 
 @triton.jit
 def true_counts(header_ptr, R, V, TILE_ROWS: tl.constexpr):
-    """Return how many rows and columns there are."""
+    """Return (rows, columns) to compute: from the header if TILE_ROWS > 0, else R and V."""
     if TILE_ROWS > 0:
         return tl.load(header_ptr + TILES) * TILE_ROWS, tl.load(header_ptr + DISTINCT)
     else:
@@ -34,7 +34,7 @@ def true_counts(header_ptr, R, V, TILE_ROWS: tl.constexpr):
 
 @triton.jit
 def row_splits(rows, columns, BM: tl.constexpr, BC: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Return the tiles of BM rows, the blocks of BC columns, and in how many splits of the rows each block is done."""
+    """Return (tiles of BM rows, blocks of BC columns, splits of the rows for each block)."""
     tiles = tl.cdiv(rows, BM)
     blocks = tl.maximum(tl.cdiv(columns, BC), 1)
     return tiles, blocks, tl.maximum(tl.minimum(tiles, PROGRAMS // blocks), 1)
@@ -42,13 +42,13 @@ def row_splits(rows, columns, BM: tl.constexpr, BC: tl.constexpr, PROGRAMS: tl.c
 
 @triton.jit
 def _whole_rows(ptr, o_r, BD: tl.constexpr):
-    """Load rows [BM, BD]."""
+    """Load rows o_r of a matrix of width BD, without a mask."""
     return tl.load(ptr + o_r.to(tl.int64)[:, None] * BD + tl.arange(0, BD)[None, :])
 
 
 @triton.jit
 def _own_columns(word, target, i_tile, is_beyond, MASKED: tl.constexpr):
-    """Return which of a tile's 32 columns to leave out of Z, [BM, 32]: the user's own items, or the target alone."""
+    """Return the mask [BM, 32] of a tile's columns that Z leaves out: the history, or without MASKED the target."""
     o_c = tl.arange(0, 32)
     if MASKED:
         return (tl.where(is_beyond, -1, word)[:, None] & (1 << o_c)[None, :]) != 0
@@ -58,7 +58,7 @@ def _own_columns(word, target, i_tile, is_beyond, MASKED: tl.constexpr):
 
 @triton.jit
 def _first_words(bits_ptr, row_users_ptr, o_r, MASKED: tl.constexpr):
-    """Return pointers to the rows' history bits of the first tile; without a mask, to a word that is not looked at."""
+    """Return pointers to the rows' history bits of the first tile; without MASKED, to a word that is not used."""
     if MASKED:
         return bits_ptr + tl.load(row_users_ptr + o_r)
     else:
@@ -67,7 +67,7 @@ def _first_words(bits_ptr, row_users_ptr, o_r, MASKED: tl.constexpr):
 
 @triton.jit
 def _next_words(p_word, i_tile, last, bits_stride, MASKED: tl.constexpr):
-    """Return pointers to the rows' history bits of the tile after `i_tile`, or of the last."""
+    """Return pointers to the rows' history bits of the tile after i_tile, or of the last tile."""
     if MASKED:
         return p_word + tl.where(i_tile < last, bits_stride, 0)
     else:
@@ -79,15 +79,15 @@ def forward(
     queries_ptr,  # [R, BD]
     items_ptr,  # [V, BD]
     targets_ptr,  # int32 [R]
-    inputs_ptr,  # int32 [R]: -1 where the row is none; not read without TILE_ROWS
-    row_users_ptr,  # int32 [R]; not read without MASKED, as the next
+    inputs_ptr,  # int32 [R]: -1 for padding rows; not read without TILE_ROWS
+    row_users_ptr,  # int32 [R]; not read without MASKED, like bits
     bits_ptr,  # int32 [words, users]
     bits_stride,
     bias_ptr,  # [V rounded up to 32]: minus infinity beyond the last column
     log2_p_ptr,  # [V]
     header_ptr,  # int32
     losses_ptr,  # [R]
-    log2_z_ptr,  # [R rounded up], as the next
+    log2_z_ptr,  # [R rounded up to ROW_BLOCK], like target_weights
     target_weights_ptr,
     R,
     V,
@@ -98,7 +98,7 @@ def forward(
     BM: tl.constexpr,
     SUB: tl.constexpr,
 ):
-    """Loss, log2 Z and the target's gradient, its probability minus 1, of a tile of rows."""
+    """Write loss, log2 Z and target weight (the target's probability minus 1) of a tile of BM rows."""
     rows, columns = true_counts(header_ptr, R, V, TILE_ROWS)
     i_row = tl.program_id(0) * BM
     o_r = i_row + tl.arange(0, BM)
@@ -121,7 +121,7 @@ def forward(
     word = tl.load(p_word)
     if MASKED:
         own_bits = tl.load(p_word + (target // 32).to(tl.int64) * bits_stride) >> (target % 32)
-        starts = tl.where((own_bits & 1) == 1, 1.0, 1.0 - multiplicity)  # a target that the bits lack is a column too
+        starts = tl.where((own_bits & 1) == 1, 1.0, 1.0 - multiplicity)  # without its bit the target is a column too
     else:
         starts = multiplicity
     highest = t
@@ -169,7 +169,7 @@ def query_gradients(
     BM: tl.constexpr,
     SUB: tl.constexpr,
 ):
-    """Sum over the columns of (probability - is_target) e, times the row's gradient."""
+    """Write the gradient of BM queries: the sum of (probability - is_target) e, times the loss's gradient."""
     rows, columns = true_counts(header_ptr, R, V, TILE_ROWS)
     i_row = tl.program_id(0) * BM
     if i_row >= rows:
@@ -229,15 +229,16 @@ def item_gradients(
     SUB: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Sum over one split of the rows of (probability - is_target) q, times each row's gradient; by program.
+    """Write a part of the items' gradient: for SUB * BN columns, a sum over one split of the rows.
 
-    With TILE_ROWS the targets and the factor of the mean are left to `item_vector_gradients`.
+    The sum is of (probability - is_target) q, times the gradient of the row's loss. With TILE_ROWS it leaves out the
+    is_target term and the factor of the mean, which `item_vector_gradients` adds.
     """
     WORDS: tl.constexpr = BN // 32
     rows, columns = true_counts(header_ptr, R, V, TILE_ROWS)
     tiles, blocks, splits = row_splits(rows, columns, BM, SUB * BN, PROGRAMS)
     i_program = tl.program_id(0)
-    if (i_program >= blocks * splits) | (columns == 0):  # an empty batch has no column that could be read
+    if (i_program >= blocks * splits) | (columns == 0):  # an empty batch has no columns to read
         return
     i_split = i_program // blocks
     i_column = (i_program % blocks) * (SUB * BN)
@@ -285,7 +286,7 @@ def item_gradients(
 
 @triton.jit(do_not_specialize=["V"])
 def item_vector_gradients(
-    parts_ptr,  # [programs, BC, BD]: of `item_gradients`, BC its columns of a program
+    parts_ptr,  # [programs, BC, BD]: written by `item_gradients`, whose programs have BC columns
     target_weights_ptr,  # [R]
     queries_ptr,  # [R, BD]
     of_inputs_ptr,  # fp32 [R, BD]: gradients of the rows' input vectors
@@ -302,10 +303,10 @@ def item_vector_gradients(
     BV: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Gradient of BV item vectors: the parts' sum, and what every occurrence of an item as input and target gives.
+    """Write the whole gradient of BV item vectors: the sum of the parts, plus a gradient for each occurrence.
 
-    Occurrences are sorted by item, so those of a tile of items are one span. Which item an occurrence is of is a
-    one-hot matrix; its product with the occurrences' gradients is exact but for the order of the sum.
+    An occurrence of an item as input has the gradient in of_inputs; as target, target_weight times the query. They are
+    sorted by item, so those of a tile of items are one range. A one-hot matrix [BV, BK] assigns them to items.
     """
     rows, columns = true_counts(header_ptr, V, V, TILE_ROWS)
     tiles, blocks, splits = row_splits(rows, columns, BM, BC, PROGRAMS)

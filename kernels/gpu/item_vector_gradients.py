@@ -1,4 +1,4 @@
-"""The whole gradient of a step's item vectors: as columns and targets of the loss, and as inputs of the encoder."""
+"""Add up the gradient of a step's item vectors: from the loss's columns and targets, and the encoder's inputs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .launch import launch
 
 
 class ItemVectorGradients:
-    """Adds up `of_vectors` fp32 [V, d] after the backwards of the loss and of the sequence encoder.
+    """The op that writes `of_vectors` fp32 [V, d], after the backwards of the loss and of the sequence encoder.
 
-    It is a sorted segment sum over the batch's occurrences, without atomics. Beyond the batch's items it is 0.
+    It sums over the occurrences of each item, which are sorted, without atomics. Beyond the batch's items it is 0.
     """
 
     def __init__(self, loss: InbatchCrossEntropy, of_inputs: Tensor) -> None:
-        """Allocate all memory. of_inputs: fp32 [M, d], gradient of the vector that each row read."""
+        """Allocate the output; of_inputs fp32 [M, d]: the gradient of the item vector that each row reads."""
         self._loss = loss
         self._of_inputs = of_inputs
         self.of_vectors = torch.empty_like(loss.operands.items, dtype=torch.float32)
 
     def backward(self) -> None:
-        """Write `of_vectors`."""
+        """Launch the sum; write `of_vectors`."""
         loss, operands = self._loss, self._loss.operands
         columns, d = operands.items.shape
         rows_of_splits = operands.configuration("loss_item_gradients").blocks

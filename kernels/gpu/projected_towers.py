@@ -1,12 +1,13 @@
-"""The towers of a side network up to item vectors, in Triton: a pair of launches for a step's forward and backward.
+"""The towers of a side network up to item vectors, in Triton: the pair of a training step.
 
-With P the map that follows a tower, folded into one, and in the terms of side_towers.py,
+With P the folded projection of a tower, and the other letters of side_towers.py,
 
     vector = bias + sum over towers of (p_{K-1} P^T + sum over k of a_k projected_up_k),    projected_up_k ~ W_up,k P^T
 
-so neither an output of width D nor its gradient exists. The states are read where they lie, by row number. A buffer has
-room for the run's bound on items; every kernel reads the true count and leaves at once beyond it. Parts of gradients
-are written by split and added up in one order, so that results repeat bit for bit.
+so no output of width D and no gradient of one is stored. Hidden states are read from the table by row number. Buffers
+have the size of the run's bound on items; each kernel reads the true count, and programs beyond it return at once. The
+items are divided into splits. Each split writes a part of the gradients, and the parts are added up in a fixed order,
+so that results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from .configurations import SMALL_ROWS, WIDE, Configuration, configuration, only
 from .launch import block, launch, precision
 from .side_towers_mix_kernels import mix_gradients
 
-DIMENSIONS = (16, 32, 64, 128)  # of an item vector
-BOTTLENECKS = (8, 512)  # least and most
+DIMENSIONS = (16, 32, 64, 128)  # widths of an item vector that the kernels take
+BOTTLENECKS = (8, 512)  # smallest and largest bottleneck
 MOST_TOWERS = 3
 MOST_LAYERS = 13
-LARGE_TILES_LAYERS, LARGE_TILES_BOTTLENECK = 7, 64  # the most that the configurations of large tiles are for
+LARGE_TILES_LAYERS, LARGE_TILES_BOTTLENECK = 7, 64  # the largest towers for which large tiles fit
 
 
 class FoldedOperands(Protocol):
-    """The results of `FoldHeads` that the pair reads; its docstring describes them."""
+    """The attributes of `FoldHeads` that the pair reads; see the docstring of `FoldHeads`."""
 
     projection_operands: Tensor
     coefficients: Tensor
@@ -47,12 +48,11 @@ class FoldedOperands(Protocol):
 
 
 class ProjectedTowers:
-    """The pair: item vectors from the states, and the gradients of what was folded.
+    """The pair: item vectors from hidden states, and the gradients of the fold's results.
 
-    Attributes: vectors fp32 [V, d] and vector_operands in the products' dtype (the same tensor where that is fp32), 0
-    beyond the true count; gradients, a `TowerGradients` of views of one buffer. Its of_coefficients are such that the
-    gates' gradients follow from them (kernel `mix_gradients`), its of_composites are 0 unless the second layer lies
-    below the first.
+    Attributes: vectors fp32 [V, d], 0 beyond the true count; vector_operands, vectors in the products' dtype (the same
+    tensor if that is fp32); gradients, a `TowerGradients`. Its of_composites are 0 unless the second layer lies below
+    the first. Its of_coefficients have the gates' gradients in place of one coefficient's (see `mix_gradients`).
     """
 
     def __init__(
@@ -69,10 +69,18 @@ class ProjectedTowers:
     ) -> None:
         """Allocate all memory.
 
-        Args: fold: the operands; down: each tower's down-projections [K, R, D] in the products' dtype, views of one
-        buffer; tables: one or two [M, K, D] in the products' dtype; rows int32 [V]: of the tables; header int32: its
-        first element is the true number of rows; views: those that each tower reads; gated: whether the towers have
-        gates; activation: "relu" or "gelu"; dtype: of the products. Raises ValueError for what the kernels do not take.
+        Args:
+            fold: the operands.
+            down: the down-projections [K, R, D] of each tower in `dtype`, views of one buffer.
+            tables: hidden states [M, K, D] of one or two views, in `dtype`.
+            rows: int32 [V], the row number of each item.
+            header: int32; its first element is the true number of items.
+            views: the indices of the views that each tower reads.
+            gated: True if the towers have gates.
+            activation: "relu" or "gelu".
+            dtype: of the matrix products.
+
+        Raises ValueError for sizes, dtypes and layouts that the kernels do not take.
         """
         self._layers, self._bottleneck, self._width = down[0].shape
         self._towers, self._dim = len(down), len(fold.vector_bias)
@@ -99,11 +107,11 @@ class ProjectedTowers:
             "SECOND_TOWERS": readers[1],
         }
         self._mix = self._configuration("side_mix_gradients")
-        self._mix_programs = triton.cdiv(self._width_chunks(self._mix), self._mix.blocks["CHUNKS"])  # of the width
+        self._mix_programs = triton.cdiv(self._width_chunks(self._mix), self._mix.blocks["CHUNKS"])  # over the width
         self._allocate()
 
     def _allocate(self) -> None:
-        """Allocate outputs, gradients, what the backward needs of the forward, and parts of gradients."""
+        """Allocate outputs, gradients, activations for the backward, and parts of gradients."""
         bottlenecks = (self._towers, self._items, self._layers, self._bottleneck)
         self.vectors = self._empty(self._items, self._dim)
         is_fp32 = self._dtype == torch.float32
@@ -114,13 +122,13 @@ class ProjectedTowers:
         self._projected = self._empty(*bottlenecks)
         self._activated = self._empty(*bottlenecks, dtype=self._dtype)
         self._inputs = torch.empty_like(self._activated) if self._activation == "gelu" else self._activated
-        # dz is written when the projected states have been read
+        # dz shares the memory of `projected`, which is not read after the forward
         self._of_inputs = self._projected.view(-1).view(self._dtype)[: math.prod(bottlenecks)].view(bottlenecks)
         sizes = self._gradient_sizes()
         lengths = [-(-math.prod(size) // FIELD_ALIGNMENT) * FIELD_ALIGNMENT for size in sizes.values()]
         self._starts = dict(zip(sizes, itertools.accumulate(lengths, initial=0)))
         self._flat_gradients = self._empty(sum(lengths))
-        # no program writes the upper triangle of the composites', nor what aligns: those stay 0
+        # zeros, because no program writes the gaps between gradients and the upper triangle of the composites
         self._parts = self._empty(self._splits(), sum(lengths)).zero_()
         views = {
             name: self._flat_gradients[self._starts[name] :][: math.prod(size)].view(size)
@@ -131,7 +139,7 @@ class ProjectedTowers:
         self._mix_parts = self._empty(tiles * self._mix_programs, self.gradients.of_coefficients.numel())
 
     def _gradient_sizes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the gradients whose parts lie beside one another, by their names."""
+        """Return the shapes of the gradients that lie in one buffer, by name, in the order of the buffer."""
         per_layer = (self._towers, self._layers, self._bottleneck)
         return {
             "of_down": (*per_layer, self._width),
@@ -143,19 +151,19 @@ class ProjectedTowers:
         }
 
     def forward(self) -> None:
-        """Write the vectors of the items that are there."""
+        """Launch the item vectors; write vectors and vector_operands."""
         self._project()
         self._recur()
         self._join()
 
     def connect(self, of_vectors: Tensor) -> None:
-        """Take the gradient of the vectors, fp32 [V, d]; to be called once, before the first backward."""
+        """Set the tensor fp32 [V, d] with the gradient of the vectors; call it before the first backward."""
         self._of_vectors = of_vectors
         if self._dtype == torch.float32:
             self._of_operands = of_vectors
 
     def backward(self) -> None:
-        """Write the gradients from that of the vectors."""
+        """Launch the gradients; write `gradients` from the gradient of the vectors."""
         self._recur_backward()
         self._weight_gradients()
         self._hidden_gradients()
@@ -164,7 +172,7 @@ class ProjectedTowers:
         self._sum_gradients()
 
     def _project(self) -> None:
-        """W_down,k p_k of every layer, and p_{K-1} P^T."""
+        """Launch W_down,k p_k of all layers, and p_{K-1} P^T."""
         chosen = self._configuration("side_project")
         groups = groups_of(self._layers, chosen.blocks["GROUP"])
         self._launch(
@@ -185,7 +193,7 @@ class ProjectedTowers:
         )
 
     def _recur(self) -> None:
-        """The bottlenecks of each layer from those below it, and their part of the vectors."""
+        """Launch the bottlenecks, layer by layer, and their part of the vectors."""
         chosen = self._configuration("side_recur")
         self._launch(
             forward.recur,
@@ -204,7 +212,7 @@ class ProjectedTowers:
         )
 
     def _join(self) -> None:
-        """The towers' parts of the vectors, added up."""
+        """Launch the sum of the towers' parts of the vectors."""
         chosen = only_configuration("side_join", self._device)
         launch(
             projected.join,
@@ -223,7 +231,7 @@ class ProjectedTowers:
         )
 
     def _recur_backward(self) -> None:
-        """The gradient of every bottleneck input, and the vectors' gradient in the products' dtype."""
+        """Launch the gradients dz of the bottleneck inputs, and the vectors' gradient in the products' dtype."""
         chosen = self._configuration("side_recur_backward")
         self._launch(
             backward.recur_backward,
@@ -241,7 +249,7 @@ class ProjectedTowers:
         )
 
     def _weight_gradients(self) -> None:
-        """Parts of the gradients of the down-projections and of P."""
+        """Launch the parts of the gradients of the down-projections and of P."""
         chosen = self._configuration("side_weight_gradients")
         groups = groups_of(self._layers, chosen.blocks["GROUP"])
         self._launch(
@@ -268,7 +276,7 @@ class ProjectedTowers:
         )
 
     def _hidden_gradients(self) -> None:
-        """Parts of the gradients that need no states."""
+        """Launch the parts of the gradients that need no hidden states."""
         chosen = self._configuration("side_hidden_gradients")
         blocks = self._layers * triton.cdiv(self._bottleneck, self._shape["BR"])
         launch(
@@ -289,7 +297,7 @@ class ProjectedTowers:
         )
 
     def _mix_gradients(self) -> None:
-        """Parts of the gates' gradients."""
+        """Launch the parts of the gates' gradients."""
         groups = groups_of(self._layers, self._mix.blocks["GROUP"])
         self._launch(
             mix_gradients,
@@ -318,7 +326,7 @@ class ProjectedTowers:
         )
 
     def _sum_gradients(self) -> None:
-        """The gradients, from their parts."""
+        """Launch the sums of all parts into `gradients`."""
         chosen = only_configuration("side_sum_gradients", self._device)
         splits, total = self._parts.shape
         coefficients = self.gradients.of_coefficients.numel()
@@ -346,23 +354,24 @@ class ProjectedTowers:
     def _launch(
         self, kernel: Any, name: str, grid: tuple[int, ...], chosen: Configuration, *arguments: Any, **meta: Any
     ) -> None:
-        """Launch a kernel that takes the true count last and the shapes by name."""
+        """Launch a kernel whose last arguments are the header and the bound on items; add the shapes by name."""
         blocks = {size: value for size, value in chosen.blocks.items() if size != "PROGRAMS"}
         names = {"HEADS": self._dim, **self._shape, **blocks} | meta
         launch(kernel, name, grid, chosen, *arguments, self._header, self._items, **names)
 
     def _configuration(self, kernel: str) -> Configuration:
+        """Return a kernel's configuration for the bound on items."""
         rows = rows_of_tiles(self._items, self._layers, self._bottleneck, self._dim)
         return configuration(kernel, rows, self._dtype, self._device)
 
     def _splits(self) -> int:
-        """Return into how many splits of the items the weight gradients are divided."""
+        """Return the number of splits of the items; each writes a part of the weight gradients."""
         chosen = self._configuration("side_weight_gradients")
         columns = self._width_chunks(chosen) * self._towers * self._weight_rows(chosen)
         return max(1, min(self._tiles(chosen), chosen.blocks["PROGRAMS"] // columns))
 
     def _weight_rows(self, chosen: Configuration) -> int:
-        """Return how many programs share the rows of a tower's down-projections."""
+        """Return the number of programs that divide the rows of a tower's down-projections."""
         groups = groups_of(self._layers, chosen.blocks["GROUP"])
         return groups * triton.cdiv(self._bottleneck, self._shape["BR"])
 
@@ -383,7 +392,7 @@ class ProjectedTowers:
 
 
 def refusal(views: Sequence[tuple[int, ...]], layers: int, bottleneck: int, width: int, dim: int) -> str:
-    """Return why the kernels do not take towers of these sizes, or an empty string."""
+    """Return why the kernels cannot take towers of these sizes, or ""; dim: width of an item vector."""
     if len(views) > MOST_TOWERS:
         return f"it needs at most {MOST_TOWERS} towers, found {len(views)}"
     if not 1 <= layers <= MOST_LAYERS:
@@ -399,28 +408,31 @@ def refusal(views: Sequence[tuple[int, ...]], layers: int, bottleneck: int, widt
 
 
 def _unfit(down: Sequence[Tensor], tables: Sequence[Tensor], dtype: torch.dtype) -> str:
-    """Return what is wrong with the tensors, or an empty string."""
+    """Return what is wrong with the layouts or dtypes of these tensors, or ""."""
     if len({weight.untyped_storage().data_ptr() for weight in down}) > 1 or not all(w.is_contiguous() for w in down):
         return "expected down-projections that are contiguous views of one buffer"
-    found = {tensor.dtype for tensor in (*down, *tables)}
-    if found != {dtype}:
-        return f"expected tables and down-projections of {dtype}, found {', '.join(map(str, found))}"
+    dtypes = {tensor.dtype for tensor in (*down, *tables)}
+    if dtypes != {dtype}:
+        return f"expected tables and down-projections of {dtype}, found {', '.join(map(str, dtypes))}"
     if any(table.stride(2) != 1 for table in tables):
         return "expected tables whose last dimension is contiguous"
     return ""
 
 
 def rows_of_tiles(items: int, layers: int, bottleneck: int, dim: int = 0) -> int:
-    """Return for how many items a configuration is chosen. Large tiles of larger towers overfill the shared memory."""
+    """Return the number of items to choose a configuration for.
+
+    For large towers it is at most SMALL_ROWS, which chooses small tiles: large tiles would not fit in shared memory.
+    """
     is_large = layers > LARGE_TILES_LAYERS or bottleneck > LARGE_TILES_BOTTLENECK or dim > WIDE
     return min(items, SMALL_ROWS) if is_large else items
 
 
 def groups_of(layers: int, most: int) -> int:
-    """Return into how many groups of at most `most` layers a kernel that holds a group at once divides them."""
+    """Return the number of groups of at most `most` layers; a program holds the layers of one group."""
     return -(-layers // most)
 
 
 def places(down: Sequence[Tensor]) -> tuple[int, ...]:
-    """Return how far each tower's down-projections lie from the first tower's, in elements."""
+    """Return the offset, in elements, of each tower's down-projections from those of the first tower."""
     return tuple(weight.storage_offset() - down[0].storage_offset() for weight in down)

@@ -1,4 +1,4 @@
-"""The Triton kernels that only the projected form of the towers has; the others lie in side_towers_kernels.py."""
+"""The Triton kernels that only projected_towers.py launches; the others are in side_towers_*kernels.py."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def join(
     towers_ptr,  # [T, N, d]
     bias_ptr,  # [d]
     vectors_ptr,  # [N, d]
-    operands_ptr,  # [N, d]: vectors in the products' dtype, written unless that is fp32
+    operands_ptr,  # [N, d]: vectors in the products' dtype; not written if that is fp32
     count_ptr,
     N,
     HEADS: tl.constexpr,
     TOWERS: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Sum the towers' parts of each vector, and the bias; vectors beyond the true count are 0."""
+    """Write BM vectors: the sum of the towers' parts and the bias; vectors beyond the true count are 0."""
     o_n, o_e = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, HEADS)
     m_n, is_item = (o_n < N)[:, None], (o_n < true_count(count_ptr, N, True))[:, None]
     o_vector = o_n.to(tl.int64)[:, None] * HEADS + o_e[None, :]
@@ -39,7 +39,7 @@ def composite_gradients(
     dz_ptr, a_ptr, composites_ptr, first_tile, last_tile, count, o_r, o_j, o_k, o_below,
     K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """dz_k^T a_j of one tower, for a block of each. o_k, o_below: where layers k and j begin among K R columns."""
+    """Write a block [BR, BR] of dz_k^T a_j of one tower; o_k = k R and o_below = j R are the layers' first columns."""
     m_r, m_j = o_r < R, o_j < R
     total = tl.zeros((BR, BR), tl.float32)
     for i_tile in range(first_tile, last_tile):
@@ -60,7 +60,7 @@ def output_gradients(
     HEADS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """a_k^T dy and the sums of dz_k of one tower, for a block of the bottleneck, and the sums of dy."""
+    """Write BR rows of a_k^T dy and the sums of dz_k of one tower; if writes_vector_bias, also the sums of dy."""
     m_r, o_e = o_r < R, tl.arange(0, HEADS)
     of_up = tl.zeros((BR, HEADS), tl.float32)
     of_bias = tl.zeros((BM, BR), tl.float32)
@@ -99,7 +99,11 @@ def hidden_gradients(
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Parts of the gradients that need no states. A program takes two blocks of a tower's bottlenecks, and a split."""
+    """Write a split's parts of the gradients that need no hidden states.
+
+    A program takes two blocks of a tower's bottlenecks. Blocks of layers k > j give dz_k^T a_j. A block and the
+    first block of its own layer give the gradients of projected_up, bias and vector_bias. Other pairs write nothing.
+    """
     BLOCKS: tl.constexpr = (R + BR - 1) // BR
     left, right = tl.program_id(0) // (K * BLOCKS), tl.program_id(0) % (K * BLOCKS)
     i_k, i_j = left // BLOCKS, right // BLOCKS
@@ -135,7 +139,7 @@ def hidden_gradients(
 def sum_gradients(
     parts_ptr,  # [S, total]
     gradients_ptr,  # [total]
-    mix_parts_ptr,  # [tiles * programs of the width, C], C = T * K * 3
+    mix_parts_ptr,  # [tiles * WIDTH_PROGRAMS, C], C = T * K * 3
     coefficients_ptr,  # [C]
     total,
     count_ptr,
@@ -144,14 +148,14 @@ def sum_gradients(
     C: tl.constexpr,
     BC: tl.constexpr,
     GATED: tl.constexpr,
-    TILE: tl.constexpr,  # items of a tile of the mix, and programs of its width
-    WIDTH_PROGRAMS: tl.constexpr,
+    TILE: tl.constexpr,  # items in a tile of `mix_gradients`
+    WIDTH_PROGRAMS: tl.constexpr,  # programs of `mix_gradients` over the width
     BLOCK: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """Sum the parts of all gradients, in one order: the last program the coefficients', the others the rest.
+    """Write sums of parts in a fixed order: the last program the coefficients' gradient, others BLOCK elements each.
 
-    Without gates the coefficients' are 0.
+    Without gates the coefficients' gradient is 0.
     """
     if tl.program_id(0) < tl.cdiv(total, BLOCK):
         o_element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -1,8 +1,9 @@
-"""SASRec in Triton over tiles of packed rows: the step's pair, and the launches that the public op shares with it.
+"""SASRec in Triton over tiles of packed rows: the pair of a training step, and launches that the public op shares.
 
-The forward is one launch: gather, position, norm, dropout and all blocks of a tile of rows. The backward's first launch
-is its mirror; it leaves the factors of the weights' gradients, which are multiplied over all rows in a fixed number of
-splits and added up in order. Nothing is added up by atomics, so results repeat bit for bit.
+The forward is one launch: a program gathers a tile of rows and computes positions, norm, dropout and all blocks. The
+backward's first launch goes back through a tile and stores the two factors of each weight's gradient. The second launch
+multiplies them over all rows, in a fixed number of splits, and the third adds up the splits. There are no atomics, so
+results repeat bit for bit. A configuration with HALVES launches each half of a block apart.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from .part_sums import sum_parts
 
 WIDTHS = (32, 64, 128)
 MOST_HEADS, LEAST_HEAD_WIDTH = 8, 8
-FACTORS, PRODUCTS, ATTENDED = 7, 9, 3  # widths d of the activations and gradients of a row and block
+FACTORS, PRODUCTS, ATTENDED = 7, 9, 3  # numbers stored for a row and block, in multiples of d
 
 
 def refusal(weights: SequenceWeights, positions: int) -> str:
-    """Return why the kernels do not take an encoder with histories of so many positions, or ""."""
+    """Return why the kernels cannot take an encoder and histories of `positions` items, or "" if they can."""
     position, *outer = weights.tensors[:OUTER_WEIGHTS]
     d, blocks = position.shape[1], weights.blocks()
     longest = max(positions, len(position))
@@ -47,10 +48,10 @@ def refusal(weights: SequenceWeights, positions: int) -> str:
 
 
 class SequenceEncoder:
-    """The states after each row of a batch, from the item vectors, and the gradients of both.
+    """The pair: hidden states of a packed batch from the item vectors, and the gradients of vectors and weights.
 
-    Attributes: states fp32 [M, d]; state_operands [M, d] in the products' dtype, the same tensor where that is fp32;
-    of_inputs fp32 [M, d], the gradient of each row's gathered vector. All are zero where no row stands.
+    Attributes: states fp32 [M, d]; state_operands, states in the products' dtype (the same tensor if that is fp32);
+    of_inputs fp32 [M, d], the gradient of the item vector that each row reads. All are 0 for padding rows.
     """
 
     def __init__(
@@ -64,8 +65,18 @@ class SequenceEncoder:
         dropout: DropoutRate | None,
         dtype: torch.dtype,
     ) -> None:
-        """Args: weights, gradients in fp32 and operands in `dtype`, which `refusal` lets pass, each in views of one
-        buffer, one after the other; vectors fp32 [V, d] of the distinct items.
+        """Allocate all memory.
+
+        Args:
+            weights: fp32, for which `refusal` returns "".
+            operands: the weights in `dtype`.
+            gradients: fp32. The tensors of each of the three are views of one buffer, one after the other.
+            vectors: fp32 [V, d], the vectors of the distinct items.
+            batch: the packed batch; shape: its sizes.
+            dropout: None for none.
+            dtype: of the matrix products.
+
+        Raises ValueError if weights are not views of one buffer, one after the other.
         """
         sizes = EncoderSizes.of(weights, shape.tile_rows, dropout, dtype)
         rows = Rows(batch.header, batch.inputs, batch.row_users, batch.positions, batch.users)
@@ -79,28 +90,28 @@ class SequenceEncoder:
         self.state_operands = self._launches.empty(shape.rows, sizes.d, dtype=dtype) if is_cast else self.states
 
     def connect(self, of_states: Tensor) -> None:
-        """Let the backward read the gradient of the states, fp32 [M, d], from this tensor."""
+        """Set the tensor fp32 [M, d] from which the backward reads the gradient of the states."""
         self._of_states = of_states
 
     def forward(self) -> None:
-        """Write the states."""
+        """Launch the states; write states and state_operands."""
         self._launches.forward(self._vectors, self.states, self.state_operands, self._activations)
 
     def backward(self) -> None:
-        """Write the gradients of the gathered vectors and of the weights."""
+        """Launch the gradients; write of_inputs and the gradients of the weights."""
         self._launches.backward(self._of_states, self._activations, self._cotangents)
         self._launches.weight_gradients(self._activations, self._cotangents, self._parts, self._of_weights)
 
 
 class DropoutRate(NamedTuple):
-    """A run's dropout; the hash of seed and step comes with each batch."""
+    """The dropout of a run; the hash of seed and step is in each batch's header."""
 
-    threshold: int  # of 2^32: hashes below it drop
-    scale: float  # of a number that stays
+    threshold: int  # a number is dropped if its 32-bit hash is below this
+    scale: float  # factor of the numbers that are not dropped
 
 
 class Rows(NamedTuple):
-    """Where the rows of a batch stand: fields of a `StepBatch`."""
+    """The fields of a `StepBatch` that describe its rows."""
 
     header: Tensor
     inputs: Tensor
@@ -112,14 +123,14 @@ class Rows(NamedTuple):
 class EncoderSizes(NamedTuple):
     """The sizes and constants of an encoder's launches."""
 
-    positions: int
+    positions: int  # that the model has
     d: int
     heads: int
     blocks: int
     epsilon: float
     tile_rows: int
     dropout: DropoutRate | None
-    dtype: torch.dtype  # of the products
+    dtype: torch.dtype  # of the matrix products
 
     @classmethod
     def of(
@@ -131,66 +142,66 @@ class EncoderSizes(NamedTuple):
 
     @property
     def vector(self) -> int:
-        """Numbers that a vector [d] takes among the weights."""
+        """Return how many numbers a vector [d] takes in the flat weights, with its alignment."""
         return _aligned(self.d)
 
     @property
     def outer(self) -> int:
-        """Numbers of the positions and the first norm."""
+        """Return how many numbers the positions and the first norm take in the flat weights."""
         return _aligned(self.positions * self.d) + 2 * self.vector
 
     @property
     def weights(self) -> int:
-        """Numbers of all weights."""
+        """Return how many numbers all weights take, with their alignment."""
         return self.outer + self.blocks * (12 * self.d**2 + 4 * self.d + 5 * self.vector)
 
     @property
     def norms(self) -> int:
-        """Norms, one before the blocks and two in each."""
+        """Return the number of layer norms: one before the blocks and two in each."""
         return 1 + 2 * self.blocks
 
 
 class Activations(NamedTuple):
     """The forward's results that the backward reads."""
 
-    normed: Tensor  # fp32 [M, norms, d]: before the scales of the norms
-    rstd: Tensor  # fp32 [norms, M]
-    factors: Tensor  # [blocks, M, 7 d]: what the matrices multiply
+    normed: Tensor  # fp32 [M, norms, d]: normalised rows, before scale and shift
+    rstd: Tensor  # fp32 [norms, M]: 1 / standard deviation of each row
+    factors: Tensor  # [blocks, M, 7 d]: the inputs of a block's matrices
     attended: Tensor  # [blocks, M, 3 d]: queries, keys, values
 
 
 class Cotangents(NamedTuple):
-    """The results of the rows' backward from which the gradients of the weights follow."""
+    """The results of the backward's first launch, from which the second computes the weights' gradients."""
 
-    of_inputs: Tensor  # fp32 [M, d]: gradient of the gathered vectors
-    products: Tensor  # [blocks, M, 9 d]: gradients of the products with the matrices
-    sums: Tensor  # fp32 [tiles, 2 norms, d]: each tile's part of the gradients of the norms
+    of_inputs: Tensor  # fp32 [M, d]: gradient of the item vector that each row reads
+    products: Tensor  # [blocks, M, 9 d]: gradients of the outputs of a block's matrices
+    sums: Tensor  # fp32 [tiles, 2 norms, d]: each tile's part of the gradients of the norms' scales and shifts
 
 
 class BlockRange(NamedTuple):
-    """The part of one launch: blocks in the order of its direction, or a half of one."""
+    """The blocks, or the half of a block, that one launch computes."""
 
-    first: int
-    count: int
-    attends: bool
-    feeds: bool
-    starts: bool  # nothing comes before
-    ends: bool  # nothing comes after
+    first: int  # first block, counted in the order of the direction: from the last block in the backward
+    count: int  # number of blocks
+    attends: bool  # computes the attention half
+    feeds: bool  # computes the feed-forward half
+    starts: bool  # is the first launch
+    ends: bool  # is the last launch
 
 
 class EncoderLaunches:
-    """The launches of an encoder over tiles of rows, without memory of their own.
+    """The launches of an encoder over tiles of rows; the caller passes all memory.
 
-    Weights come one after the other, in the order of `SequenceWeights`.
+    Flat weights are one tensor with all weights in the order of `SequenceWeights`, aligned to `FLAT_ALIGNMENT`.
     """
 
     def __init__(self, sizes: EncoderSizes, rows: Rows, operands: Tensor, weights: Tensor) -> None:
-        """Args: operands, weights: all weights in the products' dtype and in fp32."""
+        """Set the constants of all launches; operands, weights: the flat weights in the products' dtype and in fp32."""
         self._sizes, self._rows, self._weights = sizes, rows, (operands, weights)
         self._device, self._count = rows.inputs.device, len(rows.inputs)
         self._tiles = self._count // sizes.tile_rows
         threshold, self._scale = sizes.dropout or (0, 1.0)
-        self._threshold = threshold - (threshold >> 31 << 32)  # a uint32's bits as an int32
+        self._threshold = threshold - (threshold >> 31 << 32)  # the int32 with the bits of this uint32
         self._meta = {
             "P": sizes.positions,
             "OUTER": sizes.outer,
@@ -202,11 +213,11 @@ class EncoderLaunches:
         }
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return new memory."""
+        """Return an uninitialised tensor on the rows' device."""
         return torch.empty(shape, dtype=dtype, device=self._device)
 
     def activations(self) -> Activations:
-        """Return new memory for what the forward leaves."""
+        """Return uninitialised memory for the forward's activations."""
         sizes = self._sizes
         return Activations(
             self.empty(self._count, sizes.norms, sizes.d),
@@ -216,7 +227,7 @@ class EncoderLaunches:
         )
 
     def cotangents(self) -> Cotangents:
-        """Return new memory for what the backward of the rows leaves."""
+        """Return uninitialised memory for the results of the backward's first launch."""
         sizes = self._sizes
         return Cotangents(
             self.empty(self._count, sizes.d),
@@ -225,14 +236,18 @@ class EncoderLaunches:
         )
 
     def parts(self) -> Tensor:
-        """Return new memory for the splits' parts of the weights' gradients, zero between the weights."""
+        """Return memory [splits, all weights] for the splits' parts of the weights' gradients, 0 between weights."""
         chosen = self._configuration("sequence_weight_gradients")
         return torch.zeros(chosen.blocks["SPLITS"], self._sizes.weights, device=self._device)
 
     def forward(self, vectors: Tensor, states: Tensor, state_operands: Tensor, activations: Activations | None) -> None:
-        """Write the states of all rows, and the activations if there may be a backward.
+        """Launch the states of all rows.
 
-        Args: vectors fp32 [V, d]; states fp32 [M, d]; state_operands [M, d] in the products' dtype, or states.
+        Args:
+            vectors: fp32 [V, d]; a row reads the vector with the number of its input.
+            states: fp32 [M, d], written.
+            state_operands: [M, d] in the products' dtype, written; or `states` itself.
+            activations: written, for a backward; None if none follows.
         """
         chosen = self._configuration("sequence_forward")
         for blocks in _block_ranges(self._sizes.blocks, chosen.blocks["HALVES"], attends_first=True):
@@ -259,9 +274,9 @@ class EncoderLaunches:
             )
 
     def backward(self, of_states: Tensor, activations: Activations, cotangents: Cotangents) -> None:
-        """Write the gradient of the gathered vectors, and what the weights' gradients are computed from.
+        """Launch the backward through the rows; write `cotangents`.
 
-        Args: of_states fp32 [M, d]; it is not read where no row stands.
+        of_states fp32 [M, d]: the gradient of the states, not read for padding rows.
         """
         chosen = self._configuration("sequence_backward")
         for blocks in _block_ranges(self._sizes.blocks, chosen.blocks["HALVES"], attends_first=False):
@@ -288,7 +303,7 @@ class EncoderLaunches:
     def weight_gradients(
         self, activations: Activations, cotangents: Cotangents, parts: Tensor, of_weights: Tensor
     ) -> None:
-        """Write the gradients of all weights, fp32, one after the other."""
+        """Launch the weights' gradients into `of_weights`, fp32, laid out like the weights; parts: of `parts()`."""
         chosen = self._configuration("sequence_weight_gradients")
         columns = min(self._sizes.d, chosen.blocks["BN"])
         products = 12 * (self._sizes.d // columns) * self._sizes.blocks
@@ -313,12 +328,14 @@ class EncoderLaunches:
         sum_parts(parts, of_weights)
 
     def _configuration(self, kernel: str) -> Configuration:
+        """Return a kernel's configuration for these rows and this width."""
         rows, width = self._count, self._sizes.d
-        if width > WIDE or self._sizes.tile_rows > TILE_ROWS[1]:  # no room to load ahead
+        if width > WIDE or self._sizes.tile_rows > TILE_ROWS[1]:  # no shared memory for a pipeline
             rows, width = max(self._count, SMALL_ROWS + 1), WIDE + 1
         return configuration(kernel, rows, self._sizes.dtype, self._device, width)
 
     def _meta_of_rows(self, blocks: BlockRange, chosen: Configuration) -> dict[str, int | bool | str]:
+        """Return the constexpr arguments of the launches over tiles of rows."""
         heads = self._sizes.heads
         return {
             **self._meta,
@@ -333,7 +350,10 @@ class EncoderLaunches:
 
 
 def flat_view(tensors: list[Tensor]) -> Tensor:
-    """Return tensors that are views of one buffer, one after the other, as one view with what lies between them."""
+    """Return one 1-D view over tensors that are views of one buffer, one after the other, gaps included.
+
+    Each tensor starts at the next multiple of `FLAT_ALIGNMENT`. Raises ValueError if one does not.
+    """
     at = start = tensors[0].storage_offset()
     buffer = tensors[0].untyped_storage().data_ptr()
     for i, tensor in enumerate(tensors):
@@ -344,11 +364,15 @@ def flat_view(tensors: list[Tensor]) -> Tensor:
 
 
 def _aligned(count: int) -> int:
+    """Return a count rounded up to a multiple of `FLAT_ALIGNMENT`."""
     return -(-count // FLAT_ALIGNMENT) * FLAT_ALIGNMENT
 
 
 def _block_ranges(blocks: int, by_halves: int, attends_first: bool) -> Iterator[BlockRange]:
-    """Yield what each launch computes: all blocks, or a half of one."""
+    """Yield the part of each launch: all blocks in one, or with by_halves each half of each block.
+
+    attends_first: True in the forward, where attention comes before the feed-forward; False in the backward.
+    """
     if not by_halves:
         yield BlockRange(0, blocks, True, True, True, True)
         return

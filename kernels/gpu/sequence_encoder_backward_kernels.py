@@ -1,4 +1,7 @@
-"""SASRec's backward in Triton: rows first, then the weights as sums over all rows in a fixed number of splits."""
+"""SASRec's backward in Triton: `backward` goes through the rows of a tile, `weight_gradients` sums over all rows.
+
+See sequence_encoder_kernels.py for tiles, stacked heads and the layout of the weights.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from .sequence_encoder_kernels import (
 
 @triton.jit
 def _norm_backward(gradient, scale_ptr, p_normed, p_rstd, p_sums, D: tl.constexpr):
-    """Return the gradient before a layer norm; stores the tile's part of the gradients of its scale and shift."""
+    """Return the gradient [BM, D] of a layer norm's input; write the tile's part of those of scale and shift."""
     o_c = tl.arange(0, D)
     normed, rstd = tl.load(p_normed), tl.load(p_rstd)
     tl.store(p_sums + o_c, tl.sum(gradient * normed, 0))
@@ -36,16 +39,16 @@ def _norm_backward(gradient, scale_ptr, p_normed, p_rstd, p_sums, D: tl.constexp
 @triton.jit
 def _feed_backward(
     gradient,  # [BM, D] of the feed-forward's output, in the products' dtype
-    dx,  # [BM, D]: what does not pass through the feed-forward
+    dx,  # [BM, D]: the gradient through the residual connection
     p_operands,  # the block's weights
-    p_factors,  # [BM, 1]: the rows' inputs of the block's matrices
-    p_products,  # [BM, 1]: the gradients of their products with the matrices
+    p_factors,  # [BM, 1]: pointers to the inputs of the block's matrices, of each row
+    p_products,  # [BM, 1]: pointers to the gradients of the matrices' outputs, of each row
     D: tl.constexpr,
     V: tl.constexpr,
     PRECISION: tl.constexpr,
     FC: tl.constexpr,
 ):
-    """Return the gradient before a block's feed-forward, and store those of its products."""
+    """Return dx plus the gradient through a block's feed-forward; write the gradients of its matrices' outputs."""
     tl.store(p_products + 8 * D + tl.arange(0, D)[None, :], gradient)
     for c in tl.static_range(0, 4 * D, FC):
         o_f = c + tl.arange(0, FC)[None, :]
@@ -62,12 +65,12 @@ def _feed_backward(
 @triton.jit
 def _attention_backward(
     gradient,  # [BM, D] of the attention's output, in the products' dtype
-    dx,  # [BM, D]: what does not pass through the attention
+    dx,  # [BM, D]: the gradient through the residual connection
     p_operands,  # the block's weights
-    p_products,  # [BM, 1]: the gradients of the rows' products with the block's matrices
-    p_attended,  # [BM, 1]: the rows' queries, keys and values
+    p_products,  # [BM, 1]: pointers to the gradients of the matrices' outputs, of each row
+    p_attended,  # [BM, 1]: pointers to queries, keys and values, of each row
     visible,  # bool [GROUP * BM, BM]
-    hashed,  # [BM]: the rows at the site of the attention weights
+    hashed,  # [BM]: hashes of the rows at the site of the attention weights
     position,
     threshold,
     scale,
@@ -79,7 +82,7 @@ def _attention_backward(
     DROP: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Return the gradient before a block's attention, and store those of its products."""
+    """Return dx plus the gradient through a block's attention; write the gradients of its matrices' outputs."""
     DTYPE: tl.constexpr = gradient.dtype
     SERIAL: tl.constexpr = (PRECISION == "ieee") & (gradient.dtype == tl.float32)
     SCALE: tl.constexpr = (D // HEADS) ** -0.5
@@ -120,7 +123,7 @@ def _attention_backward(
 
 @triton.jit(do_not_specialize=["M", "first", "threshold"])
 def backward(
-    gradient_ptr,  # fp32 [M, D]: of the states, or what a launch before this one wrote
+    gradient_ptr,  # fp32 [M, D]: gradient of the states, or the result of the previous launch
     header_ptr,  # int32 [8]
     inputs_ptr,  # int32 [M]
     row_users_ptr,  # int32 [M]
@@ -130,14 +133,14 @@ def backward(
     weights_ptr,  # the same in fp32
     normed_ptr,  # fp32 [M, 1 + 2 BLOCKS, D]
     rstd_ptr,  # fp32 [1 + 2 BLOCKS, M]
-    factors_ptr,  # [BLOCKS, M, 7 D]: what the matrices multiply: X, A, X1, H [4 D]
+    factors_ptr,  # [BLOCKS, M, 7 D]: inputs of the matrices: X, A, X1, H [4 D]
     attended_ptr,  # [BLOCKS, M, 3 D]: queries, keys, values
-    products_ptr,  # [BLOCKS, M, 9 D]: the gradients of the products: dQ, dK, dV, dO, dU [4 D], dF
+    products_ptr,  # [BLOCKS, M, 9 D]: gradients of the matrices' outputs: dQ, dK, dV, dO, dU [4 D], dF
     of_inputs_ptr,  # fp32 [M, D]
     sums_ptr,  # fp32 [tiles, 2 + 4 BLOCKS, D]: each tile's part of the gradients of the norms
     M,
-    first,  # block, counted from the last
-    threshold,  # of dropout: a uint32 as int32
+    first,  # first block, counted from the last one
+    threshold,  # of dropout, a uint32 passed as int32
     scale,
     P: tl.constexpr,
     OUTER: tl.constexpr,
@@ -155,11 +158,11 @@ def backward(
     GROUP: tl.constexpr,
     FC: tl.constexpr,
 ):
-    """Write the gradient of a tile's gathered vectors, and what the weights' gradients are products of.
+    """Write the gradient of the item vectors that a tile's rows read, and the gradients of the matrices' outputs.
 
-    A launch computes COUNT blocks from `first` on, counted from the last block, or their halves FEED or ATTEND; the
-    last launch (END) goes on to the gathered vectors. Tiles beyond the true count, and rows that are none, have
-    gradients of zero.
+    A launch computes COUNT blocks, back from block BLOCKS - 1 - first: both halves, or only FEED or only ATTEND. The
+    last launch (END) goes on through the first norm to the item vectors; earlier ones write the gradient of their first
+    input. The gradients of padding rows and of tiles beyond the true count are 0.
     """
     DTYPE: tl.constexpr = operands_ptr.dtype.element_ty
     o_c = tl.arange(0, D)
@@ -249,10 +252,11 @@ def weight_gradients(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Write one split's part of all weights' gradients, laid out as the weights are.
+    """Write one split's part of all weights' gradients, laid out like the weights.
 
-    The first programs multiply: dQ^T X, dK^T X, dV^T X, dO^T A, dU^T X1, dF^T H, in twelve pieces [D, D] a block, and
-    add up dU and dF for the biases. One adds up the rows of each position, the others a vector of a norm each.
+    The first programs compute dQ^T X, dK^T X, dV^T X, dO^T A, dU^T X1 and dF^T H, twelve pieces [D, D] for each block,
+    and the sums of dU and dF for the biases. One more adds up the rows of each position. The others add up one scale or
+    shift of a norm each.
     """
     PIECES: tl.constexpr = 12 * (D // BN)  # of a block
     BLOCK: tl.constexpr = 12 * D * D + 4 * D + 5 * V
@@ -266,7 +270,7 @@ def weight_gradients(
     o_c = tl.arange(0, D)
     if i < BLOCKS * PIECES:
         b, piece, n = i // PIECES, (i % PIECES) // (D // BN), (i % (D // BN)) * BN
-        left = tl.minimum(piece, 8)  # columns of the products' gradients, and of what they meet
+        left = tl.minimum(piece, 8)  # column blocks of the outputs' gradients (left) and of the inputs (right)
         right = tl.where(piece < 3, 0, tl.where(piece == 3, 1, tl.where(piece < 8, 2, piece - 5)))
         o_n = n + tl.arange(0, BN)
         total = tl.zeros((BN, D), tl.float32)

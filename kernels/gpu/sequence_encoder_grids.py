@@ -1,6 +1,6 @@
-"""SASRec in Triton as the public op has it: rows on a grid of users and positions, differentiable.
+"""SASRec in Triton for the public op: rows on a grid of users and positions, differentiable once.
 
-A user's rows go to a tile of the kernels' own. They are laid out on the device; nothing waits for it.
+Each user's rows go to one tile. The layout is computed on the device, so the host does not wait for it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .sequence_encoder import Activations, DropoutRate, EncoderLaunches, Encoder
 def sequence_encoder(
     x: Tensor, weights: SequenceWeights, grid: SequenceGrid, dropout: SequenceDropout | None
 ) -> Tensor:
-    """Return the reference's states [R, d], differentiable once, for weights that `refusal` lets pass.
+    """Return the hidden states [R, d], differentiable once; `refusal` must return "" for the weights.
 
-    Rows that share a slot, as a batch's padding does, have the state of the first of them, which alone takes gradients.
+    Rows that share a slot, as padding rows of a batch do, get the state of the first of them; only it gets a gradient.
     """
     may_follow = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights.tensors))
     states, *_ = _sequence_states(x, *_arguments(x, weights, grid, dropout), may_follow)
@@ -29,12 +29,12 @@ def sequence_encoder(
 
 
 def last_states(x: Tensor, weights: SequenceWeights, grid: SequenceGrid) -> Tensor:
-    """Return the reference's states [users, d] after whole histories, without gradients."""
+    """Return each user's last hidden state [users, d], without gradients."""
     return _last_states(x, *_arguments(x, weights, grid, None))
 
 
 def _arguments(x: Tensor, weights: SequenceWeights, grid: SequenceGrid, dropout: SequenceDropout | None) -> tuple:
-    """Return the operators' arguments after x: all weights one after the other, where the rows stand, and settings."""
+    """Return the arguments of the custom ops after x, in the order of `GridCall`: flat weights, grid, settings."""
     flat = torch.cat([F.pad(weight.reshape(-1), (0, -weight.numel() % FLAT_ALIGNMENT)) for weight in weights.tensors])
     sizes = (len(weights.tensors[0]), len(weights.blocks()), weights.heads, weights.epsilon)
     where = (grid.slots.contiguous(), grid.users, grid.length, *sizes)
@@ -47,10 +47,10 @@ def _arguments(x: Tensor, weights: SequenceWeights, grid: SequenceGrid, dropout:
 
 
 class GridCall(NamedTuple):
-    """One call's arguments after x, as the operators take them."""
+    """The arguments of the custom ops after x; users and prefix are None without dropout."""
 
-    flat: Tensor  # all weights
-    users: Tensor | None  # int64 [users]: the numbers that dropout hashes
+    flat: Tensor  # flat weights, 1-D
+    users: Tensor | None  # int64 [users]: the user numbers that enter dropout's hash
     prefix: Tensor | None  # int64 scalar: the hash of seed and step
     slots: Tensor  # int64 [R]
     user_count: int
@@ -59,22 +59,22 @@ class GridCall(NamedTuple):
     blocks: int
     heads: int
     epsilon: float
-    threshold: int  # of dropout
+    threshold: int  # of `DropoutRate`
     scale: float
 
     @property
     def tile_rows(self) -> int:
-        """Rows of a user's tile."""
+        """Return the rows of a user's tile: the smallest of `TILE_ROWS` that holds a history."""
         return next(rows for rows in TILE_ROWS if rows >= self.length)
 
     def sizes(self, x: Tensor) -> EncoderSizes:
-        """Return the encoder's sizes."""
+        """Return the sizes of the encoder for x [R, d]."""
         rate = None if self.users is None else DropoutRate(self.threshold, self.scale)
         of_model = (self.positions, x.shape[1], self.heads, self.blocks, self.epsilon)
         return EncoderSizes(*of_model, self.tile_rows, rate, x.dtype)
 
     def rows(self) -> Rows:
-        """Return where rows stand: a user a tile, positions from its start; inputs are row numbers of x."""
+        """Return the rows laid out in tiles, one tile for each user; `inputs` are row numbers of x."""
         device, count = self.slots.device, self.user_count
         user = torch.arange(count, device=device).repeat_interleave(self.tile_rows, output_size=count * self.tile_rows)
         column = torch.arange(self.tile_rows, device=device).repeat(count)
@@ -96,11 +96,11 @@ class GridCall(NamedTuple):
         return Rows(header, *(field.to(torch.int32) for field in (inputs, row_users, positions)), numbers)
 
     def tile_places(self) -> Tensor:
-        """Return the place among the tiles of each row of x, int64 [R]."""
+        """Return the row number in the tiles of each row of x, int64 [R]."""
         return self.slots // self.length * self.tile_rows + self.slots % self.length
 
     def launches(self, x: Tensor, rows: Rows) -> EncoderLaunches:
-        """Return the launches over tiles, products in the dtype of x."""
+        """Return the launches over the tiles `rows`, with matrix products in the dtype of x."""
         flat = self.flat.contiguous()
         return EncoderLaunches(self.sizes(x), rows, flat.to(x.dtype), flat.float())
 
@@ -122,7 +122,7 @@ def _sequence_states(
     scale: float,
     may_follow: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(states [R, d], then the `Activations`, empty unless a backward may follow)."""
+    """Return the states [R, d] and the four `Activations`, which are empty unless may_follow (a backward)."""
     call = GridCall(flat, users, prefix, slots, user_count, length, positions, blocks, heads, epsilon, threshold, scale)
     launches = call.launches(x, call.rows())
     activations = launches.activations() if may_follow else None
@@ -160,7 +160,7 @@ def _last_states(
     threshold: int,
     scale: float,
 ) -> Tensor:
-    """Return the states [users, d] of the last slots; nothing is stored for a backward."""
+    """Return the states [users, d] of the last position; nothing is stored for a backward."""
     call = GridCall(flat, users, prefix, slots, user_count, length, positions, blocks, heads, epsilon, threshold, scale)
     launches = call.launches(x, call.rows())
     states = launches.empty(user_count, call.tile_rows, x.shape[1])
@@ -193,7 +193,7 @@ def _sequence_states_backward(
     of_x: bool,
     of_flat: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of all weights in their dtypes; one that is not wanted is an empty tensor."""
+    """Return the gradients of x [R, d] and of the flat weights in their dtypes; empty unless of_x, of_flat."""
     call = GridCall(flat, users, prefix, slots, user_count, length, positions, blocks, heads, epsilon, threshold, scale)
     rows = call.rows()
     launches = call.launches(x, rows)

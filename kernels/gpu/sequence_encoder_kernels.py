@@ -1,11 +1,11 @@
-"""SASRec's forward in Triton: a program computes a tile of packed rows, from item vectors to states.
+"""SASRec's forward in Triton: a program computes a tile of packed rows, from item vectors to hidden states.
 
-A tile holds the rows of several users, each user's in order; a row attends to the rows of its own user that are not
-later. Heads are stacked along the rows: GROUP copies of the queries, each zero outside of one head's columns, meet the
-keys of all heads in one product.
+A tile holds the rows of several users, each user's in order. A row attends to the rows of its user up to itself. To
+compute GROUP heads by one product, the queries are stacked: GROUP copies along the rows, each 0 outside the columns of
+its head.
 
-Weights come one after the other in the order of `SequenceWeights`: OUTER numbers of positions and first norm, then each
-block's. A vector [D] takes V numbers.
+All weights lie in one buffer in the order of `SequenceWeights`: positions and first norm take OUTER numbers, then come
+the blocks. A vector [D] takes V numbers, its alignment included.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ TILES, PREFIX = tl.constexpr(HEADER.index("tiles")), tl.constexpr(HEADER.index("
 
 @triton.jit
 def _mix(h):
+    """Mix the bits of a uint32; `_mix` and `_absorb` are those of reference/dropout.py."""
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
     return h ^ (h >> 16)
@@ -28,25 +29,26 @@ def _mix(h):
 
 @triton.jit
 def _absorb(h, field):
+    """Return the hash of a hash h and one more number."""
     return _mix(h ^ (field.to(tl.uint32) * 0x9E3779B1))
 
 
 @triton.jit
 def row_hash(prefix, site, user, position):
-    """Return the hash of rows [BM] at a site, which may be a plain number."""
+    """Return the hash [BM] of (prefix, site, user, position); site is a number or a tensor of one."""
     return _absorb(_absorb(_absorb(prefix, tl.full((1,), 0, tl.uint32) + site), user), position)
 
 
 @triton.jit
 def drop_factors(row, channel, threshold, scale):
-    """Return the factors, 0 or `scale`, of hashed rows [N] and channels [N or 1, C]."""
+    """Return dropout factors [N, C], 0 or `scale`, from row hashes [N] and channels [N or 1, C]."""
     h = _absorb(row[:, None], channel)
     return tl.where(h >= threshold.to(tl.uint32), scale, 0.0)
 
 
 @triton.jit
 def weight_factors(row, position, head, threshold, scale, P: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr):
-    """Return the factors [GROUP * BM, BM] of the attention weights of the heads from `head` on."""
+    """Return dropout factors [GROUP * BM, BM] of the attention weights of GROUP heads, the first of them `head`."""
     rows = tl.reshape(tl.broadcast_to(row[None, :], (GROUP, BM)), (GROUP * BM,))
     heads = head + tl.arange(0, GROUP * BM) // BM
     return drop_factors(rows, heads[:, None] * P + position[None, :], threshold, scale)
@@ -54,7 +56,7 @@ def weight_factors(row, position, head, threshold, scale, P: tl.constexpr, GROUP
 
 @triton.jit
 def load_rows(header_ptr, inputs_ptr, row_users_ptr, positions_ptr, users_ptr, BM: tl.constexpr):
-    """Return a tile's row numbers, inputs, users within the batch, positions, users' numbers and the hash's prefix."""
+    """Return a tile's (row numbers, inputs, users in the batch, positions, user numbers), and the hash's prefix."""
     o_r = tl.program_id(0) * BM + tl.arange(0, BM)
     item = tl.load(inputs_ptr + o_r)
     user = tl.load(row_users_ptr + o_r)
@@ -66,32 +68,32 @@ def load_rows(header_ptr, inputs_ptr, row_users_ptr, positions_ptr, users_ptr, B
 
 @triton.jit
 def visible_keys(user, position, GROUP: tl.constexpr, BM: tl.constexpr):
-    """Return bool [GROUP * BM, BM]: the key's row is of the query's user and not later."""
+    """Return bool [GROUP * BM, BM]: True if the key's row has the query's user and is not later."""
     visible = (user[:, None] == user[None, :]) & (position[None, :] <= position[:, None])
     return tl.reshape(tl.broadcast_to(visible[None, :, :], (GROUP, BM, BM)), (GROUP * BM, BM))
 
 
 @triton.jit
 def head_columns(head, D: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr):
-    """Return bool [GROUP, 1, D]: the column belongs to the head, from `head` on."""
+    """Return bool [GROUP, 1, D]: True if the column belongs to head `head` + i."""
     return (tl.arange(0, D) // (D // HEADS))[None, None, :] == head + tl.arange(0, GROUP)[:, None, None]
 
 
 @triton.jit
 def stack_heads(x, columns, GROUP: tl.constexpr, BM: tl.constexpr, D: tl.constexpr):
-    """Return a copy of x [BM, D] for each head, zero outside of the head's columns: [GROUP * BM, D]."""
+    """Return [GROUP * BM, D]: a copy of x [BM, D] for each head, 0 outside the head's columns."""
     return tl.reshape(tl.where(columns, x[None, :, :], tl.zeros((1, 1, 1), x.dtype)), (GROUP * BM, D))
 
 
 @triton.jit
 def unstack_heads(x, columns, GROUP: tl.constexpr, BM: tl.constexpr, D: tl.constexpr):
-    """Return [BM, D] with each head's columns from its copy of the rows, zero in the columns of other heads."""
+    """Return [BM, D]: the columns of each head from its copy in x [GROUP * BM, D], 0 in columns of other heads."""
     return tl.sum(tl.where(columns, tl.reshape(x, (GROUP, BM, D)), 0.0), 0)
 
 
 @triton.jit
 def attention_weights(q, k, visible, SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the softmax of the scores of stacked queries: [GROUP * BM, BM]."""
+    """Return the attention weights [GROUP * BM, BM] of stacked queries q, the softmax of SCALE q k^T where visible."""
     scores = tl.dot(q, k.T, input_precision=PRECISION) * (SCALE * LOG2_E)
     scores = tl.where(visible, scores, float("-inf"))
     weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
@@ -100,7 +102,7 @@ def attention_weights(q, k, visible, SCALE: tl.constexpr, PRECISION: tl.constexp
 
 @triton.jit
 def matrix(ptr, stride: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-    """Return the matrix [N, K] at a pointer."""
+    """Load the matrix [N, K] at a pointer."""
     return tl.load(ptr + tl.arange(0, N)[:, None] * stride + tl.arange(0, K)[None, :])
 
 
@@ -108,7 +110,7 @@ def matrix(ptr, stride: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
 def _layer_norm(
     x, p_scale, p_normed, p_rstd, EPSILON: tl.constexpr, D: tl.constexpr, V: tl.constexpr, STORE: tl.constexpr
 ):
-    """Return the layer norm of x [BM, D]; its shift follows its scale in memory. Stores what the backward reads."""
+    """Return the layer norm of x [BM, D]; its shift lies V after its scale. STORE: write normalised rows and rstd."""
     o_c = tl.arange(0, D)
     centred = x - (tl.sum(x, 1) * (1.0 / D))[:, None]
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) * (1.0 / D) + EPSILON)
@@ -123,10 +125,10 @@ def _layer_norm(
 def _attention(
     x,  # [BM, D] in the products' dtype
     p_operands,  # the block's weights
-    p_factors,  # [BM, 1]: the rows' inputs of the block's matrices
-    p_attended,  # [BM, 1]: the rows' queries, keys and values
+    p_factors,  # [BM, 1]: pointers to the inputs of the block's matrices, of each row
+    p_attended,  # [BM, 1]: pointers to queries, keys and values, of each row
     visible,  # bool [GROUP * BM, BM]
-    hashed,  # [BM]: the rows at the site of the attention weights
+    hashed,  # [BM]: hashes of the rows at the site of the attention weights
     position,
     threshold,
     scale,
@@ -139,7 +141,7 @@ def _attention(
     DROP: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Return the output of a block's attention [BM, D]."""
+    """Return the output [BM, D] of a block's attention, projection included; STORE: write what backward reads."""
     o_c = tl.arange(0, D)[None, :]
     q = tl.dot(x, matrix(p_operands, D, D, D).T, input_precision=PRECISION).to(x.dtype)
     k = tl.dot(x, matrix(p_operands + D * D, D, D, D).T, input_precision=PRECISION).to(x.dtype)
@@ -165,16 +167,16 @@ def _attention(
 @triton.jit
 def _feed_forward(
     x,  # [BM, D] in the products' dtype
-    p_operands,  # the block's weights in the products' dtype and in fp32
-    p_weights,
-    p_factors,  # [BM, 1]: the rows' inputs of the block's matrices
+    p_operands,  # the block's weights in the products' dtype
+    p_weights,  # the block's weights in fp32
+    p_factors,  # [BM, 1]: pointers to the inputs of the block's matrices, of each row
     D: tl.constexpr,
     V: tl.constexpr,
     PRECISION: tl.constexpr,
     STORE: tl.constexpr,
     FC: tl.constexpr,
 ):
-    """Return the output of a block's feed-forward [BM, D], computed in chunks of FC hidden numbers."""
+    """Return the output [BM, D] of a block's feed-forward, computed in chunks of FC hidden units."""
     o_c = tl.arange(0, D)[None, :]
     if STORE:
         tl.store(p_factors + 2 * D + o_c, x)
@@ -206,11 +208,11 @@ def forward(
     state_operands_ptr,  # [M, D], or states
     normed_ptr,  # fp32 [M, 1 + 2 BLOCKS, D]
     rstd_ptr,  # fp32 [1 + 2 BLOCKS, M]
-    factors_ptr,  # [BLOCKS, M, 7 D]: what the matrices multiply: X, A, X1, H [4 D]
+    factors_ptr,  # [BLOCKS, M, 7 D]: inputs of the matrices: block's, attended values, feed-forward's, hidden [4 D]
     attended_ptr,  # [BLOCKS, M, 3 D]: queries, keys, values
     M,
-    first,  # block
-    threshold,  # of dropout: a uint32 as int32
+    first,  # number of the first block
+    threshold,  # of dropout, a uint32 passed as int32
     scale,
     EPSILON: tl.constexpr,
     P: tl.constexpr,
@@ -231,10 +233,12 @@ def forward(
     GROUP: tl.constexpr,
     FC: tl.constexpr,
 ):
-    """Write the states of a tile's rows, and what the backward reads.
+    """Write the hidden states of a tile's rows; with STORE also what the backward reads.
 
-    A launch computes COUNT blocks from `first` on, or their halves ATTEND or FEED; the first launch (START) gathers the
-    vectors, the others go on from the states. Tiles beyond the true count, and rows that are none, have states of zero.
+    A launch computes COUNT blocks from `first` on: both halves, or only attention (ATTEND) or only the feed-forward
+    (FEED). The first launch (START) gathers item vectors; later ones read the states of the launch before. The states
+    of padding rows and of tiles beyond the true count are 0. With CAST the states are also written in the products'
+    dtype.
     """
     DTYPE: tl.constexpr = operands_ptr.dtype.element_ty
     o_c = tl.arange(0, D)

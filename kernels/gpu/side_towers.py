@@ -1,15 +1,16 @@
-"""The side network in Triton: all equal-shaped towers at once, straight from the resident tables by row number.
+"""The side network in Triton: all towers of one shape at once, reading the tables of hidden states by row number.
 
-A tower is linear in the frozen states but for its bottlenecks. With c[k, j] the product of the carries j + 1 .. k,
+Apart from its bottlenecks a tower is linear in the hidden states. With c[k, j] the product of the carries j + 1 .. k
+(the carry of a layer is the weight of the previous state in its input),
 
     p_k = carry_k p_{k-1} + beta_k first_k + gamma_k second_k                           width D, elementwise
     z_k = W_down,k p_k + sum over j < k of c[k, j] W_down,k W_up,j a_j + bias           width R; a_k = act(z_k)
     out = p_{K-1} + sum over j of c[K-1, j] (W_up,j a_j + b_up,j)                       width D
 
-is the reference's tower with its sums in another order. All that happens at width D is the mix and three matrix
-products: the states are read where they lie, nothing of size [items, layers, width] is written but the gradient of a
-view that takes one, and no gradient passes through a chain of D-wide layers. The composites W_down,k W_up,j are as
-small as weights; `tower_operands` makes them with plain differentiable operations, and the op takes them as an input.
+is the reference's tower with its sums in another order. beta and gamma are the weights of the views. Only the mix p and
+three matrix products have width D. No tensor [items, layers, width] is written, except the gradient of a table that
+requires one. The composites c[k, j] W_down,k W_up,j are as small as weights: `tower_operands` computes them by
+differentiable PyTorch operations, and the custom op takes them as an input.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def side_towers(
     activation: str = "relu",
     projections: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Return the reference's outputs; the caller has checked the arguments."""
+    """Return the output of each tower, [N, D] or with projections [N, d]; the caller has checked the arguments."""
     first_towers, second_towers = (sum(1 << i for i, tower in enumerate(towers) if v in tower.views) for v in (0, 1))
     read = states if second_towers else [states[0], States(states[0].table.detach(), states[0].rows)]
     dtype = _operand_dtype(*(view.table for view in read))
@@ -70,9 +71,10 @@ def _side_towers(
     second_towers: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out fp32 [T, N, D], bottleneck inputs z and outputs a [T, N, K, R] in the operands' dtype; z empty by relu).
+    """Return out fp32 [T, N, D], and for the backward z (empty with relu) and a, [T, N, K, R] in the tables' dtype.
 
-    first, second [M, K, D] with rows int64 [N]; first_towers, second_towers: bit t set where tower t reads that view.
+    Args: first, second [M, K, D] with rows int64 [N]; coefficients to up_bias: the results of `tower_operands`;
+    first_towers, second_towers: bit t is set if tower t reads that view.
     """
     coefficients, down, bias, composites, up, up_bias = _contiguous(coefficients, down, bias, composites, up, up_bias)
     dtype = _operand_dtype(first, second)
@@ -83,7 +85,7 @@ def _side_towers(
     activated = call.empty(call.layers, call.bottleneck)
     inputs = torch.empty_like(activated) if activation == "gelu" else activated.new_empty(0)
     shape = call.shape
-    # project: p mixed on the fly, W_down p for every layer, and p of the last layer into out
+    # project: mixes p, writes W_down p of every layer, and p of the last layer into out
     chosen = call.configuration("side_project")
     groups = groups_of(call.layers, chosen.blocks["GROUP"])
     launch(
@@ -171,9 +173,9 @@ def _side_towers_backward(
     activation: str,
     wants: list[bool],
 ) -> list[Tensor]:
-    """Gradients of first, second, coefficients, down, bias, composites, up, up_bias; wants says which are needed.
+    """Return fp32 gradients of first, second, coefficients, down, bias, composites, up and up_bias.
 
-    One that is not wanted is an empty tensor. Those of first and second are [N, K, D] in fp32.
+    wants: for each of them, whether it is needed; others are empty tensors. Those of first and second are [N, K, D].
     """
     coefficients, down, composites, up = _contiguous(coefficients, down, composites, up)
     dtype = _operand_dtype(first, second)
@@ -185,7 +187,7 @@ def _side_towers_backward(
     of_first, of_second, of_coefficients, of_down, of_bias, of_composites, of_up, of_up_bias = range(8)
     if wants[of_up_bias]:
         gradients[of_up_bias] = gradient.sum(1, dtype=torch.float32)
-    # collect: the gradient of every bottleneck output, as far as it comes from out
+    # collect: the part of every bottleneck output's gradient that comes directly from out
     collected = call.empty(call.layers, call.bottleneck, dtype=torch.float32)
     chosen = call.configuration("side_collect")
     launch(
@@ -203,7 +205,7 @@ def _side_towers_backward(
         PRECISION=shape["PRECISION"],
         **_blocks(chosen),
     )
-    # recur backward: the gradient of every bottleneck input, from the layers above it
+    # recur backward: the gradient of every bottleneck input, from the last layer down
     bottlenecks = call.empty(call.layers, call.bottleneck)
     chosen = call.configuration("side_recur_backward")
     launch(
@@ -227,7 +229,7 @@ def _side_towers_backward(
         gradients[of_bias] = bottlenecks.sum(1, dtype=torch.float32)
     if wants[of_composites]:
         flat = (call.count, call.items, call.layers * call.bottleneck)
-        # fp16's range ends at 65,504, which a sum over the items may pass
+        # a sum over the items may exceed 65,504, the largest fp16 number
         dtype = torch.float32 if call.dtype == torch.float16 else call.dtype
         products = torch.matmul(bottlenecks.to(dtype).view(flat).mT, activated.to(dtype).view(flat))
         gradients[of_composites] = products.float().view(composites.shape)
@@ -244,7 +246,7 @@ def _side_towers_backward(
 
 
 def _weight_gradients(call: TowersCall, chained: tuple, activated: Tensor, of_down: bool) -> Tensor:
-    """Gradient of down [T, K, R, D], or of up; items in splits whose parts are added in order."""
+    """Return the gradient [T, K, R, D] of down if of_down, else of up; splits of the items are added in order."""
     chosen = call.configuration("side_weight_gradients")
     groups = groups_of(call.layers, chosen.blocks["GROUP"])
     columns = triton.cdiv(call.width, chosen.blocks["BD"]) * call.count
@@ -276,7 +278,10 @@ def _weight_gradients(call: TowersCall, chained: tuple, activated: Tensor, of_do
 def _mix_gradients(
     call: TowersCall, chained: tuple, down: Tensor, first: bool, second: bool, gates: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the coefficients [T, K, 3] if `gates`, and of the views [N, K, D] or empty tensors."""
+    """Return the gradients of the coefficients [T, K, 3] and of both views [N, K, D].
+
+    Each is empty unless gates, first or second asks for it. chained: coefficients, gradient with its strides, dz.
+    """
     chosen = call.configuration("side_mix_gradients")
     groups = groups_of(call.layers, chosen.blocks["GROUP"])
     columns = triton.cdiv(triton.cdiv(call.width, chosen.blocks["BD"]), chosen.blocks["CHUNKS"])
@@ -352,7 +357,7 @@ _side_towers.register_autograd(_backward, setup_context=_setup_context)
 
 
 class TowersCall:
-    """The shapes of one call, and the arguments that several kernels share."""
+    """The shapes of one call of the op, and the arguments that several kernels share."""
 
     def __init__(
         self,
@@ -364,6 +369,7 @@ class TowersCall:
         first_towers: int,
         second_towers: int,
     ) -> None:
+        """Take the arguments of `_side_towers`; down [T, K, R, D]."""
         self.dtype, self.device = _operand_dtype(first, second), first.device
         self.count, self.layers, self.bottleneck, self.width = down.shape
         self.items = len(first_rows)
@@ -383,39 +389,42 @@ class TowersCall:
             "SECOND_TOWERS": second_towers,
         }
         self.uncounted = {"COUNTED": False, "HEADS": 0}
-        self.count_of_items = (first_rows, self.items)  # all of them are there: no count is read
+        self.count_of_items = (first_rows, self.items)  # all items count, so no kernel reads the first element
         self.down_places = tuple(range(0, down.numel(), down[0].numel()))
 
     def configuration(self, kernel: str) -> Configuration:
+        """Return the configuration of a kernel, a key of `CONFIGURATIONS`, for this call."""
         return configuration(kernel, rows_of_tiles(self.items, self.layers, self.bottleneck), self.dtype, self.device)
 
     def tiles(self, chosen: Configuration) -> int:
+        """Return the number of tiles of BM items."""
         return triton.cdiv(self.items, chosen.blocks["BM"])
 
     def fp32(self, *shape: int) -> Tensor:
-        """Uninitialised."""
+        """Return an uninitialised fp32 tensor."""
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Uninitialised [towers, items, *shape]."""
+        """Return an uninitialised tensor [towers, items, *shape]; dtype: the products' where None."""
         return torch.empty((self.count, self.items, *shape), dtype=dtype or self.dtype, device=self.device)
 
 
 def _operand_dtype(*tables: Tensor) -> torch.dtype:
-    """What the products take: bf16 or fp16 where a table is kept so, else fp32."""
+    """Return the dtype of the matrix products: bf16 if a table is bf16, else fp16 if one is fp16, else fp32."""
     dtypes = {table.dtype for table in tables}
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), torch.float32)
 
 
 def _gathered(view: States) -> States:
-    """Its rows, to be read in order: the op brings its views to one dtype, which a whole table is too large for."""
+    """Return a view of only the rows that are read, since the op converts its tables to one dtype."""
     return States(view.table[view.rows])
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
-    """What the kernels take to be packed, packed."""
+    """Return contiguous tensors, copied where needed."""
     return [tensor.contiguous() for tensor in tensors]
 
 
 def _blocks(chosen: Configuration, without: tuple[str, ...] = (), **replaced: int) -> dict[str, int]:
+    """Return the tile sizes of a configuration, without some names and with others replaced."""
     return {name: size for name, size in chosen.blocks.items() if name not in without} | replaced

@@ -1,6 +1,7 @@
-"""The Triton kernels of the towers' backward; side_towers.py says what they compute together.
+"""The Triton kernels of the towers' backward. side_towers.py has the equations; dx is the gradient of x.
 
-side_towers.py launches them for outputs [T, N, D], projected_towers.py for vectors [N, d] (HEADS is d, else 0).
+side_towers.py launches them for outputs [T, N, D], with HEADS = 0; projected_towers.py for item vectors [N, d], with
+HEADS = d.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def collect(
     BD: tl.constexpr,
     BQ: tl.constexpr,
 ):
-    """collected = gradient W_up^T."""
+    """Write a tile [BM, BQ] of collected = gradient W_up^T."""
     i_tower = tl.program_id(2).to(tl.int64)
     o_n = tl.program_id(0) * BM + tl.arange(0, BM)
     o_q = tl.program_id(1) * BQ + tl.arange(0, BQ)
@@ -49,10 +50,10 @@ def collect(
 @triton.jit(do_not_specialize=["N"])
 def recur_backward(
     start_ptr,  # collected [T, N, K, R], or the gradient of the vectors [N, HEADS]
-    operands_ptr,  # [N, HEADS]: the gradient of the vectors in the products' dtype, written unless that is fp32
+    operands_ptr,  # [N, HEADS]: the gradient of the vectors in the products' dtype; not written if that is fp32
     projected_up_ptr,  # [T, K, R, HEADS]
     composites_ptr,  # [T, K, R, K, R]
-    inputs_ptr,  # [T, N, K, R]: z with GELU; else a, which is positive where z is
+    inputs_ptr,  # [T, N, K, R]: z with GELU; else a, which is positive exactly where z is
     bottlenecks_ptr,  # [T, N, K, R]
     count_ptr,
     N,
@@ -66,9 +67,10 @@ def recur_backward(
     GELU: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """dz_k = act'(z_k) (da_k + sum over j > k of composites_jk^T dz_j), layer before layer.
+    """Write dz of a tile for one tower, from the last layer down.
 
-    da_k is collected_k, or with HEADS the gradient of the vectors times projected_up_k^T.
+    dz_k = act'(z_k) (da_k + sum over j > k of composites[j, k]^T dz_j), where da_k is collected_k, or with HEADS the
+    gradient of the vectors times projected_up_k^T.
     """
     i_tower = tl.program_id(0) % TOWERS
     count = true_count(count_ptr, N, COUNTED)
@@ -116,7 +118,7 @@ def recur_backward(
             else:
                 dz = tl.where(z > 0, da, 0.0)
             tl.store(bottlenecks_ptr + o_z, dz, mask=m_z)
-        tl.debug_barrier()  # the next layer reads what all threads of this program stored
+        tl.debug_barrier()  # the next layer reads what all threads of this program wrote
 
 
 @triton.jit
@@ -128,7 +130,10 @@ def weight_gradients_of_tower(
     PRECISION: tl.constexpr, DOWN: tl.constexpr, UP: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Add up one tower's weight gradients over tiles first_tile .. last_tile - 1. Pointers are the tower's."""
+    """Write one tower's weight gradients, summed over tiles first_tile .. last_tile - 1.
+
+    The pointers are those of the tower. Layers below own_k belong to another program and are not written.
+    """
     MASKED: tl.constexpr = D % BD != 0
     m_d, m_r = o_d < D, o_r < R
     carries = coefficients_of(c_ptr, i_k, 0, GROUP)
@@ -209,7 +214,7 @@ def weight_gradients(
     bottlenecks_ptr,  # [T, N, K, R]: dz
     activated_ptr,  # [T, N, K, R]: a
     down_parts_ptr,  # [S, T, K, R, D]
-    last_parts_ptr,  # [S, T, HEADS, D], or of up [S, T, K, R, D]
+    last_parts_ptr,  # [S, T, HEADS, D]: of P; or [S, T, K, R, D]: of up
     part_stride,  # from split to split
     count_ptr,
     N,
@@ -230,9 +235,10 @@ def weight_gradients(
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """dz_k^T p_k, with a_k^T gradient or dy^T p_{K-1}: over a split of the items, for a group of layers, a chunk of D.
+    """Write a split's part of the weight gradients, for a group of layers and BD columns of the width.
 
-    The number of splits is that of programs on the third axis; the items that are there are divided among them.
+    With DOWN: dz_k^T p_k, and with HEADS dy^T p_{K-1}. With UP: a_k^T gradient. The programs of the third axis divide
+    the items into splits. FIRST_TOWERS, SECOND_TOWERS, PACKED: as in `project`.
     """
     i_tower = tl.program_id(0) % TOWERS
     o_tower = i_tower.to(tl.int64)
@@ -240,7 +246,7 @@ def weight_gradients(
     i_block = tl.program_id(1) % tl.cdiv(R, BR)
     o_r = i_block * BR + tl.arange(0, BR)
     own_k = (tl.program_id(1) // tl.cdiv(R, BR)) * GROUP
-    i_k = tl.minimum(own_k, K - GROUP)  # the last group may begin with layers of the one before, and leaves them to it
+    i_k = tl.minimum(own_k, K - GROUP)  # the last group may start with layers of the group before; it skips their store
     count = true_count(count_ptr, N, COUNTED)
     tiles = tl.cdiv(count, BM)
     of_split = tl.cdiv(tiles, tl.num_programs(2))

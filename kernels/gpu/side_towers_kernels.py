@@ -1,6 +1,7 @@
-"""The Triton kernels of the towers' forward; side_towers.py says what they compute together.
+"""The Triton kernels of the towers' forward. side_towers.py has the equations.
 
-side_towers.py launches them for outputs [T, N, D], projected_towers.py for vectors [N, d] (HEADS is d, else 0).
+side_towers.py launches them for outputs [T, N, D], with HEADS = 0; projected_towers.py for item vectors [N, d], with
+HEADS = d, where heads_ptr is the folded projection P of each tower. A program takes BM items.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def true_count(count_ptr, N, COUNTED: tl.constexpr):
-    """Return how many of the N items a buffer has room for are there: count_ptr says it, unless all are."""
+    """Return the number of items to compute: the number at count_ptr if COUNTED, at most N, else N."""
     count = N
     if COUNTED:
         count = tl.minimum(tl.load(count_ptr), N)
@@ -20,7 +21,7 @@ def true_count(count_ptr, N, COUNTED: tl.constexpr):
 
 @triton.jit
 def tower_place(i_tower, PLACES: tl.constexpr, TOWERS: tl.constexpr):
-    """Return where a tower's weights start."""
+    """Return entry i_tower of PLACES, the offset of a tower's weights from those of the first tower."""
     place = tl.zeros((), tl.int64)
     for i in tl.static_range(1, TOWERS):
         place = tl.where(i_tower == i, PLACES[i], place)
@@ -29,19 +30,19 @@ def tower_place(i_tower, PLACES: tl.constexpr, TOWERS: tl.constexpr):
 
 @triton.jit
 def load_tile(pointers, mask, MASKED: tl.constexpr):
-    """Load a tile. Without a mask an asynchronous copy takes fewer instructions."""
+    """Load a tile, masked only if MASKED: an asynchronous copy without mask takes fewer instructions."""
     return tl.load(pointers, mask=mask, other=0.0) if MASKED else tl.load(pointers)
 
 
 @triton.jit
 def coefficient(c_ptr, k, which):
-    """Load a layer's coefficient: its carry (0), or its weight of the first view (1) or of the second (2)."""
+    """Load a coefficient of layer k; which: 0 the carry, 1 the weight of the first view, 2 of the second view."""
     return tl.load(c_ptr + 3 * k + which)
 
 
 @triton.jit
 def coefficients_of(c_ptr, i_k, which, GROUP: tl.constexpr):
-    """Load one coefficient of each layer of a group, so that no loop loads it again."""
+    """Load one coefficient of the GROUP layers from i_k on; return a tuple."""
     values = ()
     for i in tl.static_range(GROUP):
         values = values + (coefficient(c_ptr, i_k + i, which),)
@@ -50,7 +51,7 @@ def coefficients_of(c_ptr, i_k, which, GROUP: tl.constexpr):
 
 @triton.jit
 def mixed_state(state, carry, x_weight, x, y_weight, y, BOTH: tl.constexpr):
-    """p_k from p_{k-1} and the states of one view, x, or of both, where the carry is 1."""
+    """Return p_k from p_{k-1} and the hidden states x of one view, or with BOTH x and y, where the carry is 1."""
     if BOTH:
         state = state + x_weight * x.to(tl.float32) + y_weight * y.to(tl.float32)
     else:
@@ -63,10 +64,10 @@ def state_below(
     i_k, c_ptr, x_which, x_ptr, x_stride, y_ptr, y_stride, m_d,
     BOTH: tl.constexpr, MASKED: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """p of the layer below layer i_k."""
+    """Return p_{i_k - 1} [BM, BD]; x_ptr, y_ptr: pointers to layer 0 of the tile."""
     state = tl.zeros((BM, BD), tl.float32)
     for k in range(0, i_k):
-        o_k = tl.cast(k, tl.int64)  # a layer may lie further than 2^31 elements away
+        o_k = tl.cast(k, tl.int64)  # the offset of a layer may exceed 2^31 elements
         x = load_tile(x_ptr + o_k * x_stride, m_d[None, :], MASKED)
         y = x
         if BOTH:
@@ -83,7 +84,11 @@ def project_tower(
     BOTH: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Project a tile of items by one tower. x_ptr, y_ptr [BM]: rows of the views; down_ptr and others: the tower's."""
+    """Write W_down,k p_k of a tile for GROUP layers of one tower, and p_{K-1}, or with HEADS p_{K-1} P^T.
+
+    x_ptr, y_ptr [BM]: pointers to the items' rows of the views; the other pointers are those of the tower. Layers below
+    own_k belong to another program and are not written.
+    """
     MASKED: tl.constexpr = D % BD != 0
     m_r = o_r < R
     carries = coefficients_of(c_ptr, i_k, 0, GROUP)
@@ -154,16 +159,17 @@ def project(
     D: tl.constexpr,
     PRECISION: tl.constexpr,
     PACKED: tl.constexpr,
-    DOWN_PLACES: tl.constexpr,  # how far the towers' down-projections lie from the first one
+    DOWN_PLACES: tl.constexpr,  # offset of each tower's down-projections from those of the first tower
     FIRST_TOWERS: tl.constexpr,
     SECOND_TOWERS: tl.constexpr,
     GROUP: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """W_down,k p_k for a group of layers, and p_{K-1}, or its product with the tower's heads.
+    """Write W_down,k p_k for a group of layers, and in the last group p_{K-1}, or with HEADS p_{K-1} P^T.
 
-    Towers of one tile run side by side and share what they read. PACKED: a view's layers lie D elements apart.
+    The programs of all towers for one tile are neighbours, so that they share what they read in the cache. PACKED: the
+    layers of a table lie D elements apart. FIRST_TOWERS, SECOND_TOWERS: bit t is set if tower t reads that view.
     """
     i_tower = tl.program_id(0) % TOWERS
     count = true_count(count_ptr, N, COUNTED)
@@ -174,8 +180,8 @@ def project(
     o_n = start + tl.arange(0, BM)
     o_r = i_block * BR + tl.arange(0, BR)
     own_k = (tl.program_id(1) // tl.cdiv(R, BR)) * GROUP
-    i_k = tl.minimum(own_k, K - GROUP)  # the last group may begin with layers of the one before, and leaves them to it
-    o_row = tl.minimum(o_n, count - 1)  # rows beyond the last read it again, so that no load of states needs a mask
+    i_k = tl.minimum(own_k, K - GROUP)  # the last group may start with layers of the group before; it skips their store
+    o_row = tl.minimum(o_n, count - 1)  # items beyond the last read its row, so that no load of states needs a mask
     p_first = first_ptr + tl.load(first_rows_ptr + o_row).to(tl.int64) * first_stride_n
     p_second = second_ptr + tl.load(second_rows_ptr + o_row).to(tl.int64) * second_stride_n
     first_stride, second_stride = first_stride_k, second_stride_k
@@ -212,9 +218,9 @@ def recur(
     bias_ptr,  # [T, K, R]
     composites_ptr,  # [T, K, R, K, R]
     projected_up_ptr,  # [T, K, R, HEADS]
-    inputs_ptr,  # [T, N, K, R]: written with GELU alone
+    inputs_ptr,  # [T, N, K, R]: z, written only with GELU
     activated_ptr,  # [T, N, K, R]
-    out_ptr,  # [T, N, HEADS]: holds the product of p_{K-1} and the heads
+    out_ptr,  # [T, N, HEADS]: holds p_{K-1} P^T
     count_ptr,
     N,
     COUNTED: tl.constexpr,
@@ -227,9 +233,10 @@ def recur(
     GELU: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """z_k = projected_k + sum over j < k of composites_kj a_j + bias_k, and a_k = act(z_k), layer after layer.
+    """Write the bottlenecks of a tile for one tower, layer by layer.
 
-    With HEADS, out += sum over k of a_k projected_up_k.
+    z_k = projected_k + bias_k + sum over j < k of composites[k, j] a_j, and a_k = act(z_k). With HEADS add the sum over
+    k of a_k projected_up_k to out.
     """
     i_tower = tl.program_id(0) % TOWERS
     count = true_count(count_ptr, N, COUNTED)
@@ -271,7 +278,7 @@ def recur(
                 p_up = projected_up_ptr + ((i_tower * K + k) * R + o_r).to(tl.int64)[:, None] * HEADS + o_e[None, :]
                 b_up = tl.load(p_up, mask=m_r[:, None], other=0.0)
                 out = tl.dot(a.to(b_up.dtype), b_up, out, input_precision=PRECISION)
-        tl.debug_barrier()  # the next layer reads what all threads of this program stored
+        tl.debug_barrier()  # the next layer reads what all threads of this program wrote
     if HEADS > 0:
         tl.store(p_out, out, mask=m_n[:, None])
 
@@ -290,7 +297,7 @@ def expand(
     BD: tl.constexpr,
     BQ: tl.constexpr,
 ):
-    """out += a W_up + b_up."""
+    """Add a W_up + b_up to a tile [BM, BD] of out."""
     i_tower = tl.program_id(2).to(tl.int64)
     o_n = tl.program_id(0) * BM + tl.arange(0, BM)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)

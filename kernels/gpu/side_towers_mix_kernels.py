@@ -1,6 +1,7 @@
-"""The Triton kernel of the gradients of the towers' mixing: of the coefficients, and of the states.
+"""The Triton kernel for the gradients of the mix p: of the gates, and of the hidden states.
 
-side_towers.py launches it for outputs [T, N, D], projected_towers.py for vectors [N, d] (HEADS is d, else 0).
+side_towers.py has the equations and launches it for outputs [T, N, D], with HEADS = 0; projected_towers.py launches it
+for item vectors [N, d], with HEADS = d.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from .side_towers_kernels import coefficient, coefficients_of, load_tile, state_
 
 @triton.jit
 def sums_in_threads(products):
-    """[BM, BD] summed to [BM, 4]. In a matrix product's layout that adds up what a thread holds, without a shuffle."""
+    """Sum [BM, BD] to [BM, 4]; in the layout of a matrix product each thread adds its own numbers, without shuffles."""
     BM: tl.constexpr = products.shape[0]
     BD: tl.constexpr = products.shape[1]
     return tl.sum(tl.sum(tl.reshape(products, (BM, BD // 8, 4, 2)), 3), 1)
@@ -24,7 +25,10 @@ def gate_slopes(
     state, x_ptr, x_stride, y_ptr, y_stride, x_weights, m_d, LOW: tl.constexpr, TOP: tl.constexpr,
     BOTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dp_k / dg_k of layers LOW .. TOP - 1, from p_{LOW-1}: x - p_{k-1} of a tower over one view, x - y over both."""
+    """Return the derivatives of p_k in the gate, of layers LOW .. TOP - 1: x - p_{k-1}, or with BOTH views x - y.
+
+    state: p_{LOW-1} [BM, BD].
+    """
     slopes = ()
     for k in tl.static_range(LOW, TOP):
         x = load_tile(x_ptr + tl.cast(k, tl.int64) * x_stride, m_d[None, :], MASKED).to(tl.float32)
@@ -47,7 +51,10 @@ def mix_gradients_of_layers(
     GATED: tl.constexpr, OF_FIRST: tl.constexpr, OF_SECOND: tl.constexpr, MASKED: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Take dp from layer TOP to below layer LOW. Returns it, and the gates' sums of these layers."""
+    """Take dp back through layers TOP - 1 .. LOW; return it, and the gates' sums [BM, 4] of these layers.
+
+    With OF_FIRST, OF_SECOND write the gradients of the views' hidden states.
+    """
     if GATED:
         state = tl.zeros((BM, BD), tl.float32)
         if LOW > 0:
@@ -84,7 +91,7 @@ def mix_gradients_of_tower(
     PRECISION: tl.constexpr, GATED: tl.constexpr, OF_FIRST: tl.constexpr, OF_SECOND: tl.constexpr,
     GROUP: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One tower's mix gradients of a tile of items, over chunks first_chunk .. last_chunk - 1 of the width."""
+    """Write one tower's mix gradients of a tile, over chunks first_chunk .. last_chunk - 1 of the width."""
     MASKED: tl.constexpr = D % BD != 0
     carries, x_weights = coefficients_of(c_ptr, 0, 0, K), coefficients_of(c_ptr, 0, x_which, K)
     if HEADS > 0:
@@ -152,7 +159,7 @@ def mix_gradients(
     D: tl.constexpr,
     PRECISION: tl.constexpr,
     PACKED: tl.constexpr,
-    DOWN_PLACES: tl.constexpr,  # how far the towers' down-projections lie from the first one
+    DOWN_PLACES: tl.constexpr,  # offset of each tower's down-projections from those of the first tower
     FIRST_TOWERS: tl.constexpr,
     SECOND_TOWERS: tl.constexpr,
     GATED: tl.constexpr,
@@ -163,12 +170,12 @@ def mix_gradients(
     BD: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """dp_k from the last layer down, and with it the gradients of the gates and of the states themselves.
+    """Compute dp_k from the last layer down; write parts of the gates' gradients, and gradients of the hidden states.
 
-    A gate's gradient stands in the place of the weight that grows with the gate, of the tower's view or of the first;
-    the other two coefficients have 0. So what follows the chain from coefficients to gates gets the gates' gradients.
-    Without gates (GATED is False) there are no parts. A program goes over CHUNKS chunks of the width; programs beyond
-    the true count write no part.
+    The gradient of a gate is written in place of that of one coefficient, the weight that grows with the gate: of the
+    tower's view, or of the first of two. The other two coefficients get 0. Back through the coefficients, which are
+    linear in the gate, this gives the gates' gradients. Without GATED no parts are written. A program takes CHUNKS
+    chunks of the width. Programs beyond the true count write nothing.
     """
     i_tower = tl.program_id(0) % TOWERS
     o_tower = i_tower.to(tl.int64)

@@ -1,7 +1,7 @@
-"""A side-network recommender's training step on a GPU: the pairs by Triton, with all memory of a run's steps.
+"""The training step of a side-network recommender on a GPU: the ops in Triton, with the memory for all steps of a run.
 
-Nothing in the step depends on a batch's sizes but by what the kernels read from its header, so that the step can be
-captured once.
+Grids and buffers have the sizes of a `StepShape`. Kernels read a batch's true sizes from its header, so that the step
+can be captured once in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .loss_record import LossRecord
 from .projected_towers import ProjectedTowers
 from .sequence_encoder import DropoutRate, SequenceEncoder
 
-DTYPES = (torch.float32, torch.bfloat16)  # of the products
+DTYPES = (torch.float32, torch.bfloat16)  # dtypes of the matrix products
 
 
 class GpuStep:
     """The ops of a step, their memory, and the window of packed batches that they read.
 
-    `window` int32 [batches, words] holds packed batches of the shape; `counter` int32 [1] says which one the next step
-    takes, and each step counts it up. `tables` hold the hidden states that the step reads, one tensor a view.
+    Attributes: ops; window int32 [batches, words], packed batches of the shape; counter int32 [1], the index of the
+    batch that the next step takes, to which each step adds 1; tables, the hidden states, one tensor for each view.
     """
 
     def __init__(
@@ -46,8 +46,17 @@ class GpuStep:
     ) -> None:
         """Allocate all memory.
 
-        Args: tables [items + 1, K, D] in the products' dtype; or, unless `reads_by_number`, [V, K, D], to which
-        `set_items` copies a batch's items before its step; log_popularity float64 [items + 1]; dropout: probability.
+        Args:
+            tensors: weights, operands, gradients, Adam's state and record, on one device.
+            shape: the bounds of the batches.
+            tables: for each view [items + 1, K, D] in the products' dtype, read by item number; without
+                reads_by_number [V, K, D], which `set_items` fills with a batch's items before its step.
+            log_popularity: float64 [items + 1].
+            window_batches: how many packed batches the window holds.
+            dropout: probability, 0 for none.
+            reads_by_number: see tables.
+
+        Raises ValueError for sizes, dtypes and layouts that the kernels do not take.
         """
         weights, dtype, device = tensors.weights, tables[0].dtype, tables[0].device
         self.window = torch.zeros(window_batches, shape.starts()[-1], dtype=torch.int32, device=device)
@@ -82,17 +91,18 @@ class GpuStep:
         self.ops = StepOps(selected, fold, towers, sequence, loss, record, collect, adam)
 
     def set_window(self, window: Tensor) -> None:
-        """Copy packed batches, int32 [batches, words] with at most as many as the window has; begin with the first."""
+        """Copy packed batches, int32 [at most window_batches, words]; the next step takes the first of them."""
         self.window[: len(window)].copy_(window)
         self.counter.zero_()
 
     def set_items(self, states: Sequence[States]) -> None:
-        """Copy the gathered hidden states of a batch's items, [N, K, D] a view, to the tables."""
+        """Copy the hidden states of a batch's items, a table [N, K, D] for each view, to the start of the tables."""
         for table, view in zip(self.tables, states, strict=True):
             table[: len(view.table)].copy_(view.table)
 
 
 def _adam(tensors: StepTensors) -> FlatAdam:
+    """Return Adam on the step's flat buffers."""
     state = tensors.adam
     operands = None if tensors.operand_buffer is state.parameters else tensors.operand_buffer
     buffers = state.parameters, state.gradients, state.means, state.squares, operands
@@ -101,12 +111,13 @@ def _adam(tensors: StepTensors) -> FlatAdam:
 
 
 def _rate(probability: float) -> DropoutRate | None:
+    """Return the dropout of a probability, or None if it drops nothing."""
     threshold = drop_threshold(probability)
     return DropoutRate(threshold, 1 / (1 - probability)) if threshold else None
 
 
 def refusal(weights: RecommenderWeights, dtype: torch.dtype) -> str:
-    """Return why Triton does not take these weights in a step, or ""; dtype: of the products."""
+    """Return why the Triton step cannot train these weights, or ""; dtype: of the matrix products."""
     if any(tensor.dtype != torch.float32 for tensor in weights.tensors()):
         return "it needs weights of float32"
     if dtype not in DTYPES:
@@ -115,5 +126,7 @@ def refusal(weights: RecommenderWeights, dtype: torch.dtype) -> str:
     return (
         fold_heads.refusal(weights)
         or projected_towers.refusal([tower.views for tower in weights.towers], *sizes, len(weights.fusion))
-        or sequence_encoder.refusal(weights.sequence, len(weights.sequence.tensors[0]))  # its widths are the loss's
+        or sequence_encoder.refusal(
+            weights.sequence, len(weights.sequence.tensors[0])
+        )  # the loss takes the same widths
     )

@@ -1,4 +1,4 @@
-"""The rank of a target in Triton: scores above it are counted tile by tile, and no score is stored."""
+"""The rank of a target in Triton: the items that score higher are counted tile by tile; no scores are stored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .launch import block, launch
 def target_rank(
     queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor, tie_share: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """Return the reference's ranks; the caller has checked the arguments. There is nothing to chunk."""
+    """Return the reference's two ranks, float64 [U]; the caller has checked the arguments."""
     queries, items, excluded = (x if x.stride(1) == 1 else x.contiguous() for x in (queries, items, excluded))
     higher, ties, own_higher, own_ties, broken = _counts(queries, items, targets.contiguous(), excluded).unbind(1)
     is_broken = broken > 0
@@ -26,7 +26,11 @@ def target_rank(
 
 @torch.library.custom_op("iisan_fast::target_counts", mutates_args=())
 def _counts(queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor) -> Tensor:
-    """int64 [U, 5]: items above the target, others that tie, both again among the excluded, scores not finite."""
+    """Return counts int64 [U, 5] for each user.
+
+    They are: items that score higher than the target, other items that tie with it, the same two counts among the
+    excluded items, and scores that are not finite.
+    """
     users, catalogue = len(queries), len(items)
     chosen = configuration("target_rank", users, queries.dtype, queries.device, queries.shape[1])
     blocks = {name: chosen.blocks[name] for name in ("BM", "BN")}
@@ -64,6 +68,7 @@ def _(queries, items, targets, excluded):
 
 @triton.jit
 def _tile(ptr, stride, rows, m_rows, o_d, D):
+    """Load rows of a matrix, 0 beyond column D and where m_rows is False."""
     return tl.load(
         ptr + rows.to(tl.int64)[:, None] * stride + o_d[None, :], mask=m_rows[:, None] & (o_d < D)[None, :], other=0.0
     )
@@ -82,16 +87,16 @@ def _count(
     U,
     N,
     D,
-    tiles,  # of each split
+    tiles,  # tiles of BN items in each split
     EXCLUDED: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Counts of a tile of users over one split of the catalogue.
+    """Write the counts of BM users over one split of the catalogue.
 
-    A target's score comes from the same product as the others' (BM targets stand where BN items will), so that an equal
-    vector gives an equal score, to the last bit. fp32 is multiplied as IEEE: TF32 would invent ties.
+    A target's score comes from a product of the same shape as all others (BM targets in place of BN items), so that
+    equal vectors give exactly equal scores. fp32 is multiplied as IEEE, because TF32 would create ties.
     """
     tl.static_assert(BM == BN)
     o_u = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -110,8 +115,8 @@ def _count(
         scores = tl.dot(b_q, _tile(items_ptr, items_stride, o_v, m_v, o_d, D).T, input_precision="ieee")
         is_own = tl.zeros((BM, BN), tl.int1)
         for i in range(EXCLUDED):
-            own = tl.load(excluded_ptr + o_u.to(tl.int64) * excluded_stride + i, mask=m_u, other=-1)
-            is_own = is_own | (own[:, None] == o_v[None, :])
+            item = tl.load(excluded_ptr + o_u.to(tl.int64) * excluded_stride + i, mask=m_u, other=-1)
+            is_own = is_own | (item[:, None] == o_v[None, :])
         is_other = (target[:, None] != o_v[None, :]) & m_v[None, :]
         is_higher = (scores > score[:, None]) & is_other
         is_tie = (scores == score[:, None]) & is_other

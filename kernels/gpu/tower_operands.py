@@ -1,4 +1,4 @@
-"""The operands of the towers' kernels, made from the towers' parameters by plain differentiable operations."""
+"""Compute the operands of the towers' kernels from the towers' parameters by differentiable PyTorch operations."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from ..types import Tower
 def tower_operands(
     towers: Sequence[Tower], first_towers: int, second_towers: int, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Return what the kernels read, computed from the towers' parameters and differentiable in them.
+    """Return the kernels' operands (side_towers.py has the equations), differentiable in the towers' parameters.
 
-    In fp32: coefficients [T, K, 3] (carry, first's and second's weight), down [T, K, R, D], bias [T, K, R],
-    composites [T, K, R, K, R] (zero unless the second layer lies below the first), up [T, K, R, D], up_bias [T, D].
+    Args: towers of one shape; first_towers, second_towers: bit t is set if tower t reads that view; dtype: of the
+    matrix products.
+
+    Returns six fp32 tensors: coefficients [T, K, 3] (carry, weight of the first view, weight of the second view), down
+    [T, K, R, D], bias [T, K, R], composites [T, K, R, K, R] (0 unless the second layer lies below the first), up
+    [T, K, R, D] and up_bias [T, D], both times the carries of the layers above.
     """
     down = torch.stack([tower.down_weight for tower in towers]).float()
     up = torch.stack([tower.up_weight.mT for tower in towers]).float().contiguous()
@@ -52,14 +56,14 @@ def tower_operands(
 
 
 class _Constants:
-    """Tensors that depend on the towers' kinds and depth alone, made on the device (the host copies nothing)."""
+    """Constant tensors for towers that read these views, with this number of layers, computed on the device."""
 
     def __init__(self, towers: int, first_towers: int, second_towers: int, layers: int, device: torch.device) -> None:
         tower, k = torch.arange(towers, device=device), torch.arange(layers, device=device)
         first, second = (((readers >> tower) & 1).float()[:, None] for readers in (first_towers, second_towers))
         both, one = first * second, torch.ones_like(first)
         self.is_intra = one - both
-        # alone: carry 1 - g, weight g; both: carry 1, first g, second 1 - g
+        # one view: carry 1 - g, weight g; two views: carry 1, first g, second 1 - g
         self.base = torch.stack([one, 0 * one, both], dim=2)
         self.slope = torch.stack([-self.is_intra, first, self.is_intra * second - both], dim=2)
         self.plain = torch.stack([one, first, second], dim=2).expand(-1, layers, -1)
@@ -71,5 +75,6 @@ class _Constants:
 
 @functools.lru_cache(maxsize=32)
 def _constants(towers: int, first_towers: int, second_towers: int, layers: int, device: torch.device) -> _Constants:
-    with torch.inference_mode(False):  # a first call in inference must not keep later ones from being trained
+    """Return the cached constants."""
+    with torch.inference_mode(False):  # tensors made in inference mode could not be used in training later
         return _Constants(towers, first_towers, second_towers, layers, device)
