@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import subprocess
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from ..training import environment
 
 LIBRARIES = ("triton", "liger-kernel", "cut-cross-entropy")
 NOT_INSTALLED = "not installed"
+LOGGER = logging.getLogger("iisan_fast")
 QUANTILES = (0.2, 0.5, 0.8)
 
 
@@ -122,7 +124,8 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     Raises what the function raises, and InputError if the process dies.
     """
     others = {*multiprocessing.active_children()}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=runtime.prepare_program) as pool:
+    spawn, level = multiprocessing.get_context("spawn"), LOGGER.level
+    with ProcessPoolExecutor(1, spawn, initializer=_prepare_process, initargs=(level,)) as pool:
         future = pool.submit(function, *arguments)
         try:
             return future.result()
@@ -134,3 +137,9 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
             for child in {*multiprocessing.active_children()} - others:
                 child.terminate()
             raise
+
+
+def _prepare_process(level: int) -> None:
+    """Set a new process up as the program, with the level of log messages that --quiet or --verbose chose."""
+    runtime.prepare_program()
+    LOGGER.setLevel(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from iisan_fast.benchmarks import cells
+from iisan_fast.benchmarks import cells, machine
 from iisan_fast.benchmarks.cells import Cell
 from iisan_fast.benchmarks.harness import Setup
 from iisan_fast.benchmarks.methods import compare_methods, cost_order
@@ -188,6 +189,17 @@ def test_a_program_that_is_told_to_end_does_not_wait_for_its_cell():
         program.terminate()
         assert program.wait(timeout=50) == 143
         assert not program.stdout.read()  # its cell has ended too, and closed this
+
+
+@pytest.mark.long
+def test_a_measured_process_logs_no_more_than_this_one():
+    logger = logging.getLogger("iisan_fast")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        assert machine.in_a_process(eval, "__import__('logging').getLogger('iisan_fast').level") == logging.ERROR
+    finally:
+        logger.setLevel(before)
 
 
 def test_memory_of_a_run_that_another_process_finished_is_not_measured(
