@@ -184,7 +184,8 @@ def train(
     stops being finite.
     """
     check_choice("table", table, PLACEMENTS)
-    report, where = _on_epoch(on_epoch), torch_device(device)
+    report = _on_epoch(on_epoch)
+    where = torch_device(device)
     if not isinstance(uncached, (bool, UncachedConfig)):
         raise InputError(f"uncached: expected True, False or an UncachedConfig, found {uncached!r}")
     if isinstance(dataset, RunConfig):

@@ -382,7 +382,8 @@ class RunConfig:
 
     def _refuse_what_has_no_effect(self) -> None:
         """Raise InputError for settings that have no effect with the method."""
-        method, uncached = self.model.method, self.uncached
+        method = self.model.method
+        uncached = self.uncached
         if self.train.precision == "bfloat16" and method in ("frozen", "id"):
             raise InputError(f"precision: {method} has no products to take bfloat16; leave it at auto")
         if uncached is None:

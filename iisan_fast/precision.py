@@ -28,7 +28,9 @@ def resolve_precision(config: RunConfig, device: torch.device) -> Precision:
     multiply in float32. Trained encoders may multiply in bfloat16 on both. Raises InputError for bfloat16 products of a
     side network on a CPU: they are slower than float32 and less accurate.
     """
-    method, asked, on_cuda = config.model.method, config.train.precision, device.type == "cuda"
+    method = config.model.method
+    asked = config.train.precision
+    on_cuda = device.type == "cuda"
     if asked == "bfloat16" and method in SIDE_METHODS and not on_cuda:
         raise InputError(
             f"precision: expected auto or float32 for {method} on a CPU, found bfloat16; "

@@ -159,7 +159,8 @@ def extraction_config(
     base: settings as `base_settings` returns them; its encoders are taken if neither settings nor `views` name any.
     Raises InputError for settings that cannot be used, and if a dataset, a cache or encoders are missing.
     """
-    values, remaining = copy.deepcopy(dict(base or {})), dict(settings)
+    values = copy.deepcopy(dict(base or {}))
+    remaining = dict(settings)
     for name in ("protocol", "extraction"):
         if name in remaining:
             values[name] = to_dict(remaining.pop(name))

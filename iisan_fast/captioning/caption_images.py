@@ -50,7 +50,8 @@ class Frames:
         """Take the folder of the items' folders. Raises InputError if it does not exist."""
         if not path.is_dir():
             raise InputError(f"{path}: no such folder; expected one with the frames of each item, <item_id>/*.jpg")
-        self.path, self.at_most = path, at_most
+        self.path = path
+        self.at_most = at_most
         with os.scandir(path) as entries:
             self._items = {entry.name for entry in entries if entry.is_dir()}
 

@@ -97,7 +97,8 @@ class _CaptionFile:
 
     def __init__(self, root: Path) -> None:
         """Open the files of a dataset, and cut off an incomplete last line that a killed run has left."""
-        self.path, self.record = root / "captions.tsv", root / "captions.json"
+        self.path = root / "captions.tsv"
+        self.record = root / "captions.json"
         self.made_here = self.path.exists() and self.record.exists()
         if self.made_here:
             self._cut_torn_line()
@@ -154,7 +155,8 @@ def _readable(pictures: Pictures, item_ids: list[str], missing_images: str, work
 
     missing_images: "error" raises InputError, with the first few items, if others cannot; "skip" logs a warning.
     """
-    requests, check = batched(item_ids, CHECKED_AT_ONCE), partial(problems, pictures)
+    requests = batched(item_ids, CHECKED_AT_ONCE)
+    check = partial(problems, pictures)
     all_problems: list[str] = []
     with (
         progress_bar("reading images", len(item_ids), "items") as advance,

@@ -191,7 +191,9 @@ def _free(model: PreTrainedModel, parameters: Iterable[nn.Parameter], example: d
 
 def _resized(output: Tensor) -> set[int]:
     """Return the ids of the parameters that an output depends on through a bicubic interpolation."""
-    resized, visited, waiting = set(), set(), [(output.grad_fn, False)]
+    resized = set()
+    visited = set()
+    waiting = [(output.grad_fn, False)]
     while waiting:
         node, interpolated = waiting.pop()
         if node is None or (node, interpolated) in visited:

@@ -117,7 +117,8 @@ def xformers_attention(
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, tokens, heads, width]
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast may give rotated queries and keys in float32
     batch, queries, heads, _ = query.shape
-    keys, groups = key.shape[1], heads // key.shape[2]
+    keys = key.shape[1]
+    groups = heads // key.shape[2]
     if groups > 1:
         key, value = (states.repeat_interleave(groups, dim=2) for states in (key, value))
     bias = None
@@ -181,7 +182,8 @@ def _failure_of_xformers(device: torch.device, dtype: torch.dtype) -> str | None
 def _collecting(library: str) -> Iterator[list[str]]:
     """Yield a list that collects a library's log messages and all Python warnings, which are not printed."""
     messages: list[str] = []
-    logger, handler = logging.getLogger(library), logging.Handler(logging.WARNING)
+    logger = logging.getLogger(library)
+    handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
     propagated, logger.propagate = logger.propagate, False
     logger.addHandler(handler)

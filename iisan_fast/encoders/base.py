@@ -60,7 +60,8 @@ class Backbone(ABC):
         Raises InputError if the encoder cannot be loaded, lacks weights, reads another kind of content, or cannot give
         the view's layers and pooling.
         """
-        self.view, self.device = view, device
+        self.view = view
+        self.device = device
         self.dtype = model_dtype(view.encoder_dtype, device)
         with clear_errors(view.encoder, "an encoder"):
             config = checked_config(view)
@@ -80,7 +81,8 @@ class Backbone(ABC):
             self._shared = self._can_be_shared()
         LOGGER.info("%s: attention by %s", view.encoder, self.attention)
         self.final_state = "normalised" if normalised else "unnormalised"
-        self.depth, self.width = len(states), states[-1].shape[-1]
+        self.depth = len(states)
+        self.width = states[-1].shape[-1]
         self._select(view)
 
     def for_view(self, view: ViewConfig) -> Backbone:

@@ -37,7 +37,9 @@ class Captioner:
         item has; dtype: one of config.ENCODER_DTYPES. Raises InputError if the model cannot be found, lacks weights, or
         cannot read that many pictures.
         """
-        self.name, self.device, self.max_tokens = name, device, max_tokens
+        self.name = name
+        self.device = device
+        self.max_tokens = max_tokens
         self.dtype = model_dtype(dtype, device)
         with clear_errors(name, KIND):
             config = cached_or_fetched(AutoConfig.from_pretrained, name, trust_remote_code=False)
@@ -49,7 +51,8 @@ class Captioner:
                 raise InputError(f"{name}: has no chat template, so it reads one picture; choose frames_per_item: 1")
             self.prompt = (INSTRUCTION if self.chats else "") if prompt is None else prompt
             self.model = self._load_model()
-            attention, probes = self.model.config._attn_implementation, [[PROBE] * pictures]
+            attention = self.model.config._attn_implementation
+            probes = [[PROBE] * pictures]
             run_with_all_arguments(self.model, attention, lambda: self._generate(probes, max_tokens=1))
 
     def captions(self, items: Sequence[Sequence[Image.Image]]) -> list[str]:

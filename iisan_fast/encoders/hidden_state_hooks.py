@@ -85,7 +85,9 @@ def reading(places: Sequence[Place]) -> Iterator[Read]:
             progress.taken[position] = progress.takes[position](state)
 
     def read(run: Callable[[], Any], takes: Sequence[Take]) -> list[Tensor]:
-        progress.calls, progress.taken, progress.takes = Counter(), {}, takes
+        progress.calls = Counter()
+        progress.taken = {}
+        progress.takes = takes
         run()
         return [progress.taken[position] for position in range(len(places))]
 

@@ -125,7 +125,8 @@ def model_dtype(name: str, device: torch.device) -> torch.dtype:
 def quiet_hugging_face() -> Iterator[None]:
     """Silence Hugging Face's progress bars and messages inside the context."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     hub = getLogger("huggingface_hub")
     hub_level = hub.level
     logging.set_verbosity_error()

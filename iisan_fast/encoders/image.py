@@ -83,7 +83,8 @@ class ImageBackbone(Backbone):
         if size is None:
             raise self._error("no patch_size; expected an encoder of patches (ViT, CLIP, DINOv2, SigLIP, …)")
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        pixels, tokens = self.example()["pixel_values"].shape, states[0].shape[1]
+        pixels = self.example()["pixel_values"].shape
+        tokens = states[0].shape[1]
         patches = (pixels[-2] // height) * (pixels[-1] // width)
         if tokens < patches:
             raise self._error(f"expected a state for each of {patches} patches, found {tokens}")

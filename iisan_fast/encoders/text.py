@@ -29,7 +29,8 @@ class TextBackbone(Backbone):
     def __init__(self, view: ViewConfig, device: torch.device, attention: str) -> None:
         """Load the encoder as `Backbone` does. Also raises InputError if it cannot take the view's max_tokens."""
         super().__init__(view, device, attention)
-        least, most = self.processor.num_special_tokens_to_add() + 1, self._positions()
+        least = self.processor.num_special_tokens_to_add() + 1
+        most = self._positions()
         if not least <= view.max_tokens <= most:
             raise self._error(f"max_tokens: expected {least} to {most}, found {view.max_tokens}")
 

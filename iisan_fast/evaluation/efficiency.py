@@ -92,7 +92,8 @@ def _normalised(name: str, column: Mapping[str, float]) -> dict[str, float]:
     for method, value in column.items():
         if not (math.isfinite(value) and value >= 0):
             raise InputError(f"TPME {name} of {method}: expected a finite number from 0, found {value}")
-    least, most = min(column.values()), max(column.values())
+    least = min(column.values())
+    most = max(column.values())
     return {method: (value - least) / (most - least) if most > least else 0.0 for method, value in column.items()}
 
 

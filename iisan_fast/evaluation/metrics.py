@@ -98,11 +98,13 @@ def _parts(split: Split) -> list[np.ndarray]:
 
     All rows are one part unless a history is very long.
     """
-    rows, widths = np.arange(len(split.targets)), np.maximum(split.lengths, split.least_width)
+    rows = np.arange(len(split.targets))
+    widths = np.maximum(split.lengths, split.least_width)
     if len(rows) * int(widths.max(initial=0)) <= HISTORIES_AT_ONCE:
         return [rows]
     rows = rows[np.argsort(widths, kind="stable")]
-    parts, start = [], 0
+    parts = []
+    start = 0
     while start < len(rows):
         sizes = (np.arange(start, len(rows)) - start + 1) * widths[rows[start:]]
         count = max(1, int(np.searchsorted(sizes, HISTORIES_AT_ONCE, side="right")))

@@ -42,7 +42,8 @@ class Recommender(nn.Module):
         interactions; entry 0 is padding.
         """
         super().__init__()
-        self.config, self.seed = config, seed
+        self.config = config
+        self.seed = seed
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # encoders may be on a GPU already
             torch.manual_seed(seed)
             self.item_encoder = make_item_encoder()

@@ -42,7 +42,8 @@ class SASRec(nn.Module):
     def __init__(self, config: ModelConfig, max_inputs: int) -> None:
         """Make a SASRec of `config.blocks` blocks for histories of at most `max_inputs` items."""
         super().__init__()
-        self.max_inputs, self.heads = max_inputs, config.attention_heads
+        self.max_inputs = max_inputs
+        self.heads = config.attention_heads
         self.position = nn.Parameter(torch.empty(max_inputs, config.embedding_dim))
         self.norm = nn.LayerNorm(config.embedding_dim, eps=NORM_EPSILON)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))

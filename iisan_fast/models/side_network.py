@@ -228,7 +228,8 @@ class SideItemEncoder(nn.Module):
 
         `step_refusal` must be "".
         """
-        fusion, towers = self.heads.fusion, self.side_network.weights()
+        fusion = self.heads.fusion
+        towers = self.side_network.weights()
         heads = self.heads.weights()
         return kernels.RecommenderWeights(
             towers, self.side_network.activation, heads, fusion.weight, fusion.bias, sequence

@@ -57,7 +57,9 @@ class TunedItemEncoder(nn.Module):
         bfloat16 by autocast, or float32 for the weights' dtype. Raises InputError as `encoders.adapt` does.
         """
         super().__init__()
-        self.encoders, self.checkpointing, self.products = encoders, checkpointing, products
+        self.encoders = encoders
+        self.checkpointing = checkpointing
+        self.products = products
         self.recompute = False
         self.models = nn.ModuleList(encoder.model for encoder in encoders)
         self.tuned: dict[str, list[nn.Parameter]] = {}

@@ -148,7 +148,9 @@ class TextInputs:
 
     def __init__(self, texts: Sequence[str | None], backbone: TextBackbone, remedy: str = "") -> None:
         """Take the text of each row, or None, and the encoder that tokenizes them. remedy: as in `ViewInputs`."""
-        self.texts, self.backbone, self.remedy = texts, backbone, remedy
+        self.texts = texts
+        self.backbone = backbone
+        self.remedy = remedy
         self._tokens = np.zeros(0, dtype=np.int32)  # ids of all arranged rows, one row after the other
         self._starts, self._lengths = np.zeros((2, len(texts)), dtype=np.int64)  # of each row within `_tokens`
 
@@ -222,7 +224,10 @@ class ImageInputs:
 
         fill_blank: whether a blank image stands in for an image that cannot be read.
         """
-        self.images, self.item_ids, self.prepare, self.fill_blank = images, item_ids, prepare, fill_blank
+        self.images = images
+        self.item_ids = item_ids
+        self.prepare = prepare
+        self.fill_blank = fill_blank
 
     def check(self, stored: Sequence[Stored]) -> list[New]:
         """Return the rows whose stored digest is missing or is not that of their image.

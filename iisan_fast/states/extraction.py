@@ -33,7 +33,8 @@ from .store import Store, entry_bytes
 LOGGER = logging.getLogger(__name__)
 STATE_LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
 DEFAULTS = ExtractionConfig()
-GROUP_ITEMS, GROUP_BYTES = 1024, 32 << 20  # a transaction ends at one of these; a killed run loses only one
+GROUP_ITEMS = 1024
+GROUP_BYTES = 32 << 20  # a transaction ends at one of these; a killed run loses only one
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,10 @@ class _Writer:
     """
 
     def __init__(self, store: Store, views: list[str], dtype: torch.dtype, item_ids: list[str]) -> None:
-        self.store, self.views, self.dtype, self.item_ids = store, views, dtype, item_ids
+        self.store = store
+        self.views = views
+        self.dtype = dtype
+        self.item_ids = item_ids
         # Of each batch: rows, digests, and the states of each view.
         self.pending: list[tuple[Sequence[int], list[bytes], list[Tensor]]] = []
 
@@ -204,7 +208,8 @@ def _by_stored(job: _Job, store: Store | None, item_ids: list[str]) -> dict[tupl
 
 def _run(job: _Job, todo: list[int], writer: _Writer, batch_size: int) -> int:
     """Encode the rows, store their states through the writer, and return the number of blank images."""
-    workers, pin = worker_count(job.workers, len(todo), job.device), job.device.type == "cuda"
+    workers = worker_count(job.workers, len(todo), job.device)
+    pin = job.device.type == "cuda"
     blank = 0
     with (
         progress_bar(f"encoding {', '.join(job.views)}", len(todo), "items") as advance,

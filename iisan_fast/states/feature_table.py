@@ -68,7 +68,10 @@ class GatheredTable(ABC):
 
     def __init__(self, shapes: list[ViewShape], dtypes: list[torch.dtype], rows: int, device: torch.device) -> None:
         """Take the shape and dtype of each view, the number of rows with padding, and the device to copy to."""
-        self.shapes, self.dtypes, self.rows, self.device = shapes, dtypes, rows, device
+        self.shapes = shapes
+        self.dtypes = dtypes
+        self.rows = rows
+        self.device = device
 
     def gather(self, items: Tensor) -> Gathered:
         """Return the rows of item numbers int64 [N] in host memory, pinned for CUDA: a tensor [N, K, D] for each view.
@@ -135,7 +138,10 @@ class MappedTable(GatheredTable):
         """
         descriptions = [store.view(name) for name in names]
         super().__init__(list(map(_shape, descriptions, positions)), dtypes, len(item_ids) + 1, device)
-        self.store, self.names, self.item_ids, self.positions = store, names, item_ids, positions
+        self.store = store
+        self.names = names
+        self.item_ids = item_ids
+        self.positions = positions
         self.stored = [getattr(torch, view["dtype"]) for view in descriptions]
         for name in names:
             store.check(name, item_ids)

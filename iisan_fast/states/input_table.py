@@ -62,9 +62,13 @@ class InputTable:
         the most items of one encoder call. opened: the open files and threads, which `close` closes. placed: the size
         of the images in bytes, and their place.
         """
-        self.backbones, self.rows, self.part_items, self.device = backbones, rows, part_items, device
+        self.backbones = backbones
+        self.rows = rows
+        self.part_items = part_items
+        self.device = device
         self.views_by_model = views_by_model(backbones)
-        self._views, self._opened = views, opened
+        self._views = views
+        self._opened = opened
         self.size, self.place = placed  # of the images, in bytes, and where they are
 
     def gather(self, items: Tensor) -> Gathered:
@@ -117,7 +121,9 @@ class EncodedTable:
 
     def __init__(self, inputs: InputTable, stored: torch.dtype, dtype: torch.dtype | None = None) -> None:
         """Take the encoders' inputs, the dtype to round states to, and the dtype of the result; None for `stored`."""
-        self.inputs, self.stored, self.dtype = inputs, stored, dtype or stored
+        self.inputs = inputs
+        self.stored = stored
+        self.dtype = dtype or stored
         self.rows = inputs.rows
 
     @property
@@ -208,7 +214,8 @@ class _TextView:
     """The token ids of a view in host memory. Those of a batch are copied to the device as one tensor."""
 
     def __init__(self, texts: TextInputs, device: torch.device) -> None:
-        self.texts, self.device = texts, device
+        self.texts = texts
+        self.device = device
         self.largest = 1 + texts.longest
 
     def gather(self, items: Tensor, part_items: int) -> Gathered:
@@ -242,7 +249,8 @@ class _ResidentImages:
     largest = 1  # all images have one size
 
     def __init__(self, table: Tensor, form: ByteForm) -> None:
-        self.table, self.form = table, form
+        self.table = table
+        self.form = form
 
     def gather(self, items: Tensor, part_items: int) -> Gathered:
         """Return an empty result: the device holds all images already."""
@@ -266,7 +274,10 @@ class _GatheredImages:
     def __init__(
         self, read: Callable[[Tensor, Tensor], None], blank: Tensor, form: ByteForm | None, device: torch.device
     ) -> None:
-        self.read, self.blank, self.form, self.device = read, blank, form, device
+        self.read = read
+        self.blank = blank
+        self.form = form
+        self.device = device
 
     def gather(self, items: Tensor, part_items: int) -> Gathered:
         """Return the images [N, 3, height, width] in host memory: bytes, or float32 if the encoder has no byte form."""
@@ -285,7 +296,8 @@ class _Decoder:
     """Reads images from a dataset's files, several at once: other threads run while Pillow decodes."""
 
     def __init__(self, images: ImageInputs, threads: ThreadPoolExecutor) -> None:
-        self.images, self.threads = images, threads
+        self.images = images
+        self.threads = threads
 
     def __call__(self, items: Tensor, into: Tensor) -> None:
         """Fill the tensor `into` [N, 3, height, width] with the images of items int64 [N]; zeros for padding."""
@@ -306,7 +318,9 @@ def _image_view(
     threads: ThreadPoolExecutor,
 ) -> _ResidentImages | _GatheredImages:
     """Return a view's images in the place `where`, after a check that all of them can be read."""
-    view, device, count = backbone.view.name, backbone.device, len(images.item_ids)
+    view = backbone.view.name
+    device = backbone.device
+    count = len(images.item_ids)
     workers, blank = worker_count(workers, count, device), images.prepare([BLANK])["pixel_values"]
     if form is None:
         LOGGER.info("view %r: its images cannot be kept as bytes, so each reading decodes them", view)
@@ -335,7 +349,8 @@ def _fill(view: str, images: ImageInputs, table: Tensor, workers: int) -> None:
 
     Raises InputError, with the first few items, if images cannot be read.
     """
-    count, blank = len(images.item_ids), 0
+    count = len(images.item_ids)
+    blank = 0
     requests = batched(range(count), DECODED_AT_ONCE)
     try:
         with (

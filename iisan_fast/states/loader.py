@@ -174,7 +174,8 @@ def _on_host(
     batch = next(batches, None)
     if batch is None:
         return None
-    rows, slots = len(batch.targets), int(batch.multiplicity.sum())
+    rows = len(batch.targets)
+    slots = int(batch.multiplicity.sum())
     if shape is not None:
         batch = batch.padded(shape)
     packed = batch.packed(pin=True) if device.type == "cuda" else None

@@ -147,7 +147,8 @@ class Store:
         positions: of the layers to read, among the view's stored layers; None for all. Raises InputError if states of
         an item are missing or have another size.
         """
-        description, target = self.view(view), _as_bytes_array(into)
+        description = self.view(view)
+        target = _as_bytes_array(into)
         shape = len(description["layers"]), description["width"]
         for row, value in self._values(view, item_ids):
             states = np.frombuffer(value, dtype=target.dtype, offset=DIGEST_BYTES).reshape(shape)
@@ -160,7 +161,8 @@ class Store:
 
     def _values(self, view: str, item_ids: list[str]) -> Iterator[tuple[int, memoryview]]:
         """Yield each item's row and its stored value, a digest followed by states."""
-        description, missing = self.view(view), []
+        description = self.view(view)
+        missing = []
         size = entry_bytes(description) - DIGEST_BYTES
         with self._clear_errors(), self._reading() as transaction:
             for row, item_id in enumerate(item_ids):

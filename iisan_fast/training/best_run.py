@@ -46,7 +46,8 @@ def load(path: Path, device: torch.device) -> BestRun:
     """
     fix_cublas_workspace()
     folder = RunFolder.open(path)
-    config, sequences = folder.config, folder.sequences
+    config = folder.config
+    sequences = folder.sequences
     tensors, state = load_checkpoint(folder.best)
     model = Recommender(nn.Identity, config.model, sequences.max_inputs, sequences.popularity, config.train.seed)
     load_weights(model, {name: tensor for name, tensor in tensors.items() if ITEM_ENCODER not in name}, folder.best)

@@ -24,7 +24,8 @@ def capture_in_a_graph(run: Callable[[], Result], record: Tensor) -> Callable[[]
     old_record = record.clone()
     record[2] = 1
     with torch.cuda.device(record.device):
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream = torch.cuda.Stream()
+        current = torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*capturable=True")  # it is capturable, except in these calls

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..kernels import FLAT_ALIGNMENT, FLAT_LINE, FlatAdamState, RecommenderWeights
 from ..models import Recommender
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, the defaults of torch.optim
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8  # of Adam, the defaults of torch.optim
 
 
 class FlatStorage:
@@ -34,7 +35,8 @@ class FlatStorage:
         parameters in this dtype, for matrix products; None, or the parameters' dtype, makes none. Raises ValueError if
         the parameters are not of one dtype and device, or not all trained.
         """
-        self.model, self._trained = model, list(model.parameters())
+        self.model = model
+        self._trained = list(model.parameters())
         first = self._trained[0]
         for name, parameter in model.named_parameters():
             if (parameter.dtype, parameter.device, parameter.requires_grad) != (first.dtype, first.device, True):
@@ -70,7 +72,8 @@ class FlatStorage:
         for i, parameter in enumerate(self._trained):
             value = self._view(self.parameters, i)
             value.copy_(parameter.detach())
-            parameter.data, parameter.grad = value, self._view(self.gradient, i)
+            parameter.data = value
+            parameter.grad = self._view(self.gradient, i)
             moments = self._view(self.mean, i), self._view(self.square, i)
             self.state[parameter] = {"exp_avg": moments[0], "exp_avg_sq": moments[1], "step": self.steps}
         self._addresses = [parameter.data_ptr() for parameter in self._trained]

@@ -118,7 +118,8 @@ class CpuFusedStep(FusedStep):
     def __init__(self, model: Recommender, rates: Mapping[str, float]) -> None:
         """Make a step for a model that `fused_step_refusal` accepts. rates: learning rates by group."""
         super().__init__(model, rates, torch.device("cpu"))
-        self._tensors, self._parameters = self.tensors(), list(model.parameters())
+        self._tensors = self.tensors()
+        self._parameters = list(model.parameters())
         self._step: kernels.CpuStep | None = None  # the ops with their memory
         self._stages: tuple[StepStage, ...] = ()
 
@@ -143,11 +144,13 @@ class CpuFusedStep(FusedStep):
 
     def release(self) -> None:
         """Free the step's memory. The next step allocates it again."""
-        self._step, self._stages = None, ()
+        self._step = None
+        self._stages = ()
 
     def _step_for(self, batch: kernels.RecommenderBatch) -> kernels.CpuStep:
         """Return ops with enough memory for a batch: those of the last step if they have it."""
-        step, least = self._step, (0, 0)
+        step = self._step
+        least = (0, 0)
         if step is not None and step.takes(batch):
             kernels.check_step_batch(batch, self._tensors.weights)
             return step
@@ -180,7 +183,8 @@ class GpuFusedStep(FusedStep):
         """
         device = model.log_popularity.device
         super().__init__(model, rates, device, products)
-        self._shapes, self._products = source.shapes, products
+        self._shapes = source.shapes
+        self._products = products
         self._table = source.views if isinstance(source, FeatureTable) else None
         self._plan = plan
         self._capture = capture or functools.partial(capture_in_a_graph, record=self.record)
@@ -211,7 +215,8 @@ class GpuFusedStep(FusedStep):
 
     def new_ops(self) -> WindowedStep:
         """Allocate the step's ops, with all their memory and the window of batches that they read."""
-        plan, device = self._plan, self.record.device
+        plan = self._plan
+        device = self.record.device
         tables = self._table or [
             torch.zeros(plan.shape.distinct, *shape, dtype=self._products, device=device) for shape in self._shapes
         ]

@@ -36,7 +36,8 @@ def open_source(
     elif config.uncached is not None:
         source, views = _open_encoders(config, config.uncached, dataset, device, placement, precision.table)
     else:
-        source, views = item_numbers(len(dataset.sequences.item_ids), device), {}
+        source = item_numbers(len(dataset.sequences.item_ids), device)
+        views = {}
     with closing(source):
         yield source, views
 
@@ -56,7 +57,8 @@ def open_unread_source(
             yield source, views, (0, "device") if config.uncached is None else (inputs.size, inputs.place)
         return
     views = _described_cache(config, Path(config.cache), dataset.sequences.item_ids)
-    item_ids, groups = dataset.sequences.item_ids, config.model.layer_groups
+    item_ids = dataset.sequences.item_ids
+    groups = config.model.layer_groups
     source, plan = unread_table(Path(config.cache), config.views, item_ids, device, placement, precision.table, groups)
     with closing(source):
         yield source, views, (plan.size, plan.place)

@@ -29,7 +29,8 @@ class MemoryBudget:
 
         Raises InputError if one item does not fit.
         """
-        self.device, self.users = device, config.train.batch_users
+        self.device = device
+        self.users = config.train.batch_users
         self.items = min(self.users * (sequences.max_inputs + 1), source.rows - 1)
         self.encoding: EncodingPlan | None = None
         if config.model.method in TUNING_METHODS:

@@ -118,7 +118,8 @@ class RunFolder:
 
     def other_rounding(self, device: torch.device) -> list[str]:
         """Return a phrase for each change since the run began that makes results differ in rounding."""
-        recorded, current = self.environment, environment(device)
+        recorded = self.environment
+        current = environment(device)
         names = DECIDES_ROUNDING + (ON_A_CPU if device.type == "cpu" else ())
         return [
             f"{name} {recorded[name]} then, {current[name]} now"
@@ -147,7 +148,8 @@ class RunFolder:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Return the machine, the versions and the form of the ops that results depend on, as JSON values."""
-    on_gpu, form = device.type == "cuda", kernels.form_on(device)
+    on_gpu = device.type == "cuda"
+    form = kernels.form_on(device)
     return {
         "iisan_fast": __version__,
         "python": platform.python_version(),

@@ -122,7 +122,8 @@ def resume(
     if folder.test.exists():
         LOGGER.info("%s is finished already", out)
         return read_settings(folder.test)
-    config, precision = folder.config, _precision_again(folder, device)
+    config = folder.config
+    precision = _precision_again(folder, device)
     if differences := folder.other_rounding(device):
         LOGGER.warning(
             "%s: %s; results will differ in rounding from those of a run that was not stopped",
@@ -154,7 +155,10 @@ class Trainer:
         source: the items, from `open_source`. precision: from `check_new_run`. Raises InputError if the memory does not
         suffice.
         """
-        self.config, self.sequences, self.source, self.device = config, sequences, source, device
+        self.config = config
+        self.sequences = sequences
+        self.source = source
+        self.device = device
         tuned = config.model.method in TUNING_METHODS
         self.model = build_recommender(source, config, sequences.popularity, precision).to(device)
         self.step: CpuFusedStep | GpuFusedStep | TrainingStep
@@ -231,7 +235,8 @@ class Trainer:
 
     def _epoch(self, folder: RunFolder) -> None:
         """Train and validate one epoch, and write its checkpoints and metrics."""
-        progress, started = self.progress, time.perf_counter()
+        progress = self.progress
+        started = time.perf_counter()
         try:
             with self.memory.refuse_lack_of_memory():
                 loss = self._train_epoch()
@@ -244,7 +249,8 @@ class Trainer:
         hr = headline_metrics(report)[f"hr@{SELECTED_BY}"]
         improved = hr > progress.best_hr
         if improved:
-            progress.best_epoch, progress.best_hr = progress.epoch, hr
+            progress.best_epoch = progress.epoch
+            progress.best_hr = hr
         progress.lines.append(
             {
                 "epoch": progress.epoch,
@@ -267,7 +273,9 @@ class Trainer:
     def _train_epoch(self) -> float:
         """Take the steps of one epoch, and return the mean loss over its rows."""
         self.model.train()
-        total, rows, steps = 0.0, 0, steps_per_epoch(self.sequences, self.config.train.batch_users)
+        total = 0.0
+        rows = 0
+        steps = steps_per_epoch(self.sequences, self.config.train.batch_users)
         with (
             progress_bar(f"epoch {self.progress.epoch + 1}", self.sequences.epoch_interactions, "items") as advance,
             closing(self.batches(self.progress.epoch)) as batches,  # closed before the source is, also after an error

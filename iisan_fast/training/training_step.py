@@ -85,7 +85,8 @@ class TrainingStep:
 
     def _note(self, loss: Tensor, batch: Batch) -> None:
         """Add a step's loss to the record. After the first loss that is not finite, nothing is added or updated."""
-        value, rows = loss.double(), (batch.weights > 0).sum()
+        value = loss.double()
+        rows = (batch.weights > 0).sum()
         finite = value.isfinite()
         addends = [torch.where(finite, value, 0) * rows, rows * finite]
         addends += [(batch.step + 1) * ~finite, torch.where(finite, 0, value)]

@@ -184,7 +184,8 @@ def lines(root: Path) -> dict[str, str]:
 def test_the_workspace_of_cublas_is_set_before_the_model_is_loaded(root, fake, monkeypatch):
     monkeypatch.setenv(CUBLAS_VARIABLE, "")
     del os.environ[CUBLAS_VARIABLE]
-    settings, load = [], FakeCaptioner.__init__
+    settings = []
+    load = FakeCaptioner.__init__
 
     def noting(self, *arguments) -> None:
         settings.append(os.environ.get(CUBLAS_VARIABLE))

@@ -32,7 +32,8 @@ def test_batch_holds_every_row_once(training):
         for user, history in enumerate(training)
         for i in range(len(history) - 1)
     ]
-    rows, seen = [], {}
+    rows = []
+    seen = {}
     for slot, user, item, target in zip(
         *(x.tolist() for x in (batch.row_slots, batch.row_users, batch.inputs, batch.targets))
     ):

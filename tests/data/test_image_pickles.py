@@ -25,7 +25,8 @@ class Call:
     """Pickles into a call of function(*arguments)."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
-        self.function, self.arguments = function, arguments
+        self.function = function
+        self.arguments = arguments
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.function, self.arguments

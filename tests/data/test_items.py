@@ -260,7 +260,8 @@ class LmdbImage:
         return cls(**attributes | changes)
 
 
-LmdbImage.__module__, LmdbImage.__qualname__ = "__main__", "LMDB_Image"
+LmdbImage.__module__ = "__main__"
+LmdbImage.__qualname__ = "LMDB_Image"
 
 
 @pytest.fixture(autouse=True)
@@ -322,7 +323,8 @@ with env.begin(write=True) as transaction:
 def test_database_survives_being_sent_to_another_process(tmp_path: Path) -> None:
     path = write_lmdb(tmp_path / "x.lmdb", {"a": LmdbImage.of("a")})
     with ImageLmdb(path) as images:
-        content, sent = images.content("a"), pickle.dumps(images)
+        content = images.content("a")
+        sent = pickle.dumps(images)
     with pickle.loads(sent) as received:
         assert received.content("a") == content
 

@@ -308,7 +308,8 @@ def test_the_command_line(timed, tmp_path):
 
 
 def test_the_command_line_refuses(timed, tmp_path):
-    cache, items = tmp_path / "cache", [f"i{number}" for number in range(1, 39)]
+    cache = tmp_path / "cache"
+    items = [f"i{number}" for number in range(1, 39)]
     fill_store(cache, items, random_table([(2, 16)], len(items), torch.float32), ("title",))
     message = refused("train", timed, "--cache", cache, "--split", "temporal", "--out", tmp_path / "run")
     assert "lacks 2 of 40 items (i39, i40); run iisan-fast extract with the same split" in message

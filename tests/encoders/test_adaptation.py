@@ -65,7 +65,9 @@ def test_a_method_trains_what_it_says_and_nothing_else(kind, family, method):
     assert list(groups) == ["adapters" if method in ("adapter", "lora") else "encoders"]
     assert {id(parameter) for parameter in trained} == {id(p) for p in model.parameters() if p.requires_grad}
     assert set(trained).isdisjoint(pretrained) == (method in ("adapter", "lora"))
-    inputs, target, losses = inputs_for(model), torch.randn(3, WIDTH), []
+    inputs = inputs_for(model)
+    target = torch.randn(3, WIDTH)
+    losses = []
     optimizer = torch.optim.Adam(trained, lr=1e-3)
     for _ in range(5):
         loss = (model(**inputs).last_hidden_state[:, -1] - target).square().mean()
@@ -185,7 +187,8 @@ def test_positions_that_are_resized_to_the_images_stay_as_they_are(size, trained
 
 def heads_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Compute attention by hand; query, key, value and the result are [N, T, D]."""
-    heads, width = SHAPE["num_attention_heads"], WIDTH // SHAPE["num_attention_heads"]
+    heads = SHAPE["num_attention_heads"]
+    width = WIDTH // SHAPE["num_attention_heads"]
     q, k, v = (x.unflatten(-1, (heads, width)).transpose(1, 2) for x in (query, key, value))
     weights = (q @ k.transpose(-2, -1) / math.sqrt(width)).softmax(dim=-1)
     return (weights @ v).transpose(1, 2).flatten(2)
@@ -221,7 +224,8 @@ def test_adapters_stand_before_the_residual_in_a_block_of_bert():
 def test_adapters_stand_before_the_residual_in_a_block_of_vit():
     block = adapters_far_from_the_identity(build("image", "vit"))
     x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
-    attention, normed = block.attention, block.layernorm_before(x)
+    attention = block.attention
+    normed = block.layernorm_before(x)
     projections = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
     middle = x + adapted(attention.o_proj, heads_attention(*projections))
     fed = adapted(block.mlp.fc2, nn.functional.gelu(block.mlp.fc1(block.layernorm_after(middle))))
@@ -233,7 +237,8 @@ def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def test_an_adapter_starts_near_the_identity():
-    adapter, x = Adapter(WIDTH, 64, "gelu"), torch.randn(100, WIDTH)
+    adapter = Adapter(WIDTH, 64, "gelu")
+    x = torch.randn(100, WIDTH)
     assert 0 < (adapter(x) - x).abs().max() < 0.01
     assert not adapter[0].bias.any() and not adapter[2].bias.any()
 
@@ -254,7 +259,8 @@ def test_checkpointed_blocks_give_the_same_gradients(kind, family, method):
         calls.clear()
         return torch.autograd.grad(model(**inputs).last_hidden_state.square().sum(), parameters)
 
-    whole, once = gradients(), len(calls)
+    whole = gradients()
+    once = len(calls)
     for on in (True, False, True):
         checkpoint_blocks(model, on)
         for gradient, expected in zip(gradients(), whole):

@@ -145,7 +145,8 @@ def both(config: hf.PreTrainedConfig) -> tuple[hf.PreTrainedModel, hf.PreTrained
 
 def test_padding_that_sees_no_key_gives_no_nan(xformers):
     """A padding token that is far from the text sees only padding within its sliding window."""
-    ids, mask = torch.arange(1, 25).view(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    ids = torch.arange(1, 25).view(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.int64)
     mask[0, 3:] = 0
     results = []
     for model in both(hf.MistralConfig(**tiny.LLM, sliding_window=3)):
@@ -389,7 +390,8 @@ def test_towers_of_text_image_models_take_it_as_well(built, name):
 
 
 def test_extract_reports_the_choice(built, tmp_path, caplog):
-    dataset, folder = write_dataset_folder(tmp_path / "d", make_sequences([[1, 2, 3, 4, 5]])), built("title", "bert")
+    dataset = write_dataset_folder(tmp_path / "d", make_sequences([[1, 2, 3, 4, 5]]))
+    folder = built("title", "bert")
     arguments = ("--cache", tmp_path / "c", "--text-encoder", folder, "--attention", "eager", "--device", "cpu")
     result = iisan_fast("extract", dataset, *arguments)
     assert result.returncode == 0, result.stderr
@@ -403,7 +405,8 @@ def test_on_a_gpu_xformers_agrees_with_sdpa(built, source, family):
     """The tolerance is bfloat16's rounding over several blocks of random weights."""
     if problem := attention.xformers_problem(CUDA, torch.bfloat16):
         pytest.skip(f"xformers' attention cannot be used: {problem}")
-    folder, contents = built(source, family), tiny.TITLES if source == "title" else tiny.pictures()
+    folder = built(source, family)
+    contents = tiny.TITLES if source == "title" else tiny.pictures()
     results = []
     for name in ("xformers", "sdpa"):
         backbone = loaded(folder, source, name, CUDA, encoder_dtype="bfloat16")

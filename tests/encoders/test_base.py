@@ -51,7 +51,8 @@ def test_the_encoder_is_frozen_and_its_dropout_off(built):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("kind", "family"), [("title", "bert"), ("title", "llama"), ("image", "vit")])
 def test_on_a_gpu_states_are_bfloat16_and_close_to_the_cpus(built, kind, family):
-    folder, contents = built(kind, family), TITLES if kind == "title" else pictures()
+    folder = built(kind, family)
+    contents = TITLES if kind == "title" else pictures()
     exact = load_backbone(view(folder, kind))
     quick = load_backbone(view(folder, kind, encoder_dtype="auto"), "cuda")
     states = quick.encode(quick.prepare(contents))

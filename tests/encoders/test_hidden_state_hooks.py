@@ -152,7 +152,8 @@ class Scaled(nn.Module):
 
 
 def test_places_are_before_and_behind_modules():
-    model, x = Scaled(), torch.randn(2, 3)
+    model = Scaled()
+    x = torch.randn(2, 3)
     inside = [3 * x, model.block(3 * x)]
     places = find_places(model, lambda: model(x), [*inside, inside[1] + 1])
     assert [place.module for place in places] == [model.block, model.block, model]
@@ -173,7 +174,8 @@ class Remembers(Scaled):
 
     def __init__(self, left: Callable[[torch.Tensor], object]) -> None:
         super().__init__()
-        self.left, self.kept = left, None
+        self.left = left
+        self.kept = None
 
     def forward(self, x: Tensor) -> Tensor:
         self.kept = self.left(x)
@@ -213,7 +215,9 @@ def test_an_encoder_that_keeps_a_batchs_states_takes_batches_whole(tmp_path, thr
 
 def test_threads_read_what_they_run_themselves():
     """All threads are inside the model at the same time, and each runs it twice."""
-    model, together, x = Scaled(), threading.Barrier(4, timeout=60), torch.ones(2, 3)
+    model = Scaled()
+    together = threading.Barrier(4, timeout=60)
+    x = torch.ones(2, 3)
     places = find_places(model, lambda: model(x), [3 * x, model.block(3 * x)])
 
     def meet(*_: object) -> None:

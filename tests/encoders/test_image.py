@@ -27,7 +27,8 @@ from iisan_fast.errors import InputError
 
 @pytest.mark.parametrize("family", IMAGE)
 def test_images_equal_a_loop_over_single_ones(built, family):
-    folder, processor = built("image", family), IMAGE[family][1]
+    folder = built("image", family)
+    processor = IMAGE[family][1]
     backbone = load_backbone(view(folder, "image"))
     assert (backbone.pooling, backbone.final_state) == IMAGE[family][2:]
     model = tower(folder, "vision_model", torch.float32)

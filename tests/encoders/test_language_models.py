@@ -87,7 +87,8 @@ def test_padding_of_the_tokenizer_does_not_count(built, tmp_path, family):
     all_states = []
     for side, token in (("left", "[PAD]"), ("right", "[PAD]"), ("left", None)):
         raw = tokenizer(TEXT[family][1])
-        raw.padding_side, raw.pad_token = side, token
+        raw.padding_side = side
+        raw.pad_token = token
         folder = tmp_path / f"{side}-{token}"
         folder.mkdir()
         for file in built("title", family).iterdir():
@@ -138,7 +139,8 @@ def test_a_checkpoint_with_a_head_or_a_vision_tower_gives_its_language_models_st
     folder = save(model, tmp_path / "encoder", None, "bos")
     backbone = load_backbone(view(folder, layers=(0, 1, 2, 3, 4), max_tokens=12))
     assert backbone.final_state == "normalised" and backbone.pooling == "mean"
-    language, encoded = getattr(model, part), backbone.encode(backbone.prepare(TITLES))
+    language = getattr(model, part)
+    encoded = backbone.encode(backbone.prepare(TITLES))
     for title, states in zip(TITLES, encoded):
         ids = backbone.prepare([title])["input_ids"]
         with torch.inference_mode():
@@ -158,20 +160,23 @@ def test_a_dtype_among_the_options_is_the_encoders():
 
 def test_options_reach_hugging_face_and_count_as_settings(built, tmp_path, monkeypatch, catalogue):
     """An option that changes states, such as quantization, counts; a device map does not."""
-    passed, real = [], hugging_face.load_model
+    passed = []
+    real = hugging_face.load_model
 
     def load(encoder, config, kind, options):
         passed.append(options)
         return real(encoder, config, kind, {name: options[name] for name in ("dtype", "attn_implementation")})
 
     monkeypatch.setattr("iisan_fast.encoders.base.load_model", load)
-    folder, bits = built("title", "llama"), {"load_in_4bit": True}
+    folder = built("title", "llama")
+    bits = {"load_in_4bit": True}
     title = view(folder, options={"quantization_config": bits, "max_memory": {"cpu": "1GB"}, "device_map": "cpu"})
     described = load_backbone(title).describe()
     assert described["options"] == {"quantization_config": bits}
     assert passed[-1]["quantization_config"] == bits and passed[-1]["device_map"] == "cpu"
     assert passed[-1]["attn_implementation"] == "sdpa" and passed[-1]["dtype"] == torch.float32
-    data, cpu = load_dataset(catalogue), torch.device("cpu")
+    data = load_dataset(catalogue)
+    cpu = torch.device("cpu")
     extract(data, [title], tmp_path / "cache", cpu)
     with Store(tmp_path / "cache") as store:
         assert store.view("v")["options"] == {"quantization_config": bits}
@@ -187,7 +192,8 @@ def test_quantization_without_its_library_says_what_to_install(built):
 
 def test_gpus_of_max_memory_have_their_numbers(built, monkeypatch):
     """JSON keys are text, which Hugging Face does not accept as the number of a GPU."""
-    passed, real = {}, hf.LlamaModel.from_pretrained
+    passed = {}
+    real = hf.LlamaModel.from_pretrained
 
     def load(*arguments, **options):
         passed.update(options)

@@ -45,7 +45,8 @@ def saved(build: Callable[[], hf.PreTrainedModel], folder: Path) -> Path:
 
 @torch.no_grad()
 def one_by_one(folder: Path, layers: tuple[int, ...], pool: Callable[[Tensor], Tensor]) -> Tensor:
-    model, prepare = hf.AutoModel.from_pretrained(folder).eval(), hf.ViTImageProcessorPil.from_pretrained(folder)
+    model = hf.AutoModel.from_pretrained(folder).eval()
+    prepare = hf.ViTImageProcessorPil.from_pretrained(folder)
     rows = []
     for picture in pictures():
         pixels = prepare(images=[picture], return_tensors="pt")["pixel_values"]
@@ -104,7 +105,8 @@ def test_of_stages_the_last_one_is_kept(tmp_path, family):
 
 
 def test_a_cache_knows_the_last_stages_groups(tmp_path, catalogue):
-    folder, cpu = saved(STAGED["swin"], tmp_path / "swin"), torch.device("cpu")
+    folder = saved(STAGED["swin"], tmp_path / "swin")
+    cpu = torch.device("cpu")
     data = load_dataset(catalogue)
     extract(data, [view(folder, "image")], tmp_path / "cache", cpu, ExtractionConfig(workers=0))
     item_ids = data.sequences.item_ids
@@ -133,7 +135,8 @@ def test_encoders_that_give_no_tokens_are_refused(tmp_path):
     siglip2 = hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**tiny.SHAPE, num_patches=16, patch_size=8))
     message = refusal(saved(lambda: siglip2, tmp_path / "siglip2"), "image")
     assert "cannot be used as an encoder" in message and "pixel_attention_mask" in message
-    eva, code = tmp_path / "eva", {"auto_map": {"AutoConfig": "eva.Config"}}
+    eva = tmp_path / "eva"
+    code = {"auto_map": {"AutoConfig": "eva.Config"}}
     eva.mkdir()
     for settings, reason in (({"model_type": "timm_wrapper"}, ""), ({"model_type": "eva"} | code, "custom code")):
         (eva / "config.json").write_text(json.dumps({"architecture": "eva02_large_patch14_224", **settings}))

@@ -124,7 +124,8 @@ def test_shared_parameters_count_once():
 
 
 def test_memory_by_purpose():
-    frozen, trained = nn.BatchNorm1d(6).requires_grad_(False), nn.Linear(6, 4, bias=False)
+    frozen = nn.BatchNorm1d(6).requires_grad_(False)
+    trained = nn.Linear(6, 4, bias=False)
     optimizer = torch.optim.Adam(trained.parameters())
 
     def split():

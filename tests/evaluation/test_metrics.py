@@ -124,7 +124,8 @@ def test_long_histories_are_ranked_in_parts_with_the_same_ranks(monkeypatch):
     lengths = [*rng.integers(5, 14, 30).tolist(), 90]
     sequences = make_sequences([rng.integers(1, 41, length).tolist() for length in lengths], items=40)
     queries, vectors = torch.randn(31, 8, dtype=torch.float64), torch.randn(40, 8, dtype=torch.float64)
-    split, config = sequences.split("test"), EvaluationConfig()
+    split = sequences.split("test")
+    config = EvaluationConfig()
     assert len(evaluation._parts(split)) == 1
     expected = evaluation.target_ranks(queries, vectors, split, config)
     monkeypatch.setattr(evaluation, "HISTORIES_AT_ONCE", 100)

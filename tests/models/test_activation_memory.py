@@ -14,7 +14,8 @@ FLOAT = 4
 
 
 def test_what_operations_keep_counts_once_and_weights_do_not():
-    linear, x = nn.Linear(8, 3), torch.randn(5, 8)
+    linear = nn.Linear(8, 3)
+    x = torch.randn(5, 8)
     assert activation_bytes(lambda: linear(x).relu(), linear.parameters()) == (5 * 8 + 5 * 3) * FLOAT
     assert activation_bytes(lambda: linear(x).sum() + linear(x[1:]).sum(), linear.parameters()) == 5 * 8 * FLOAT
     y = torch.randn(5, 8, requires_grad=True)
@@ -25,7 +26,8 @@ def test_what_operations_keep_counts_once_and_weights_do_not():
 
 
 def test_of_a_checkpoint_the_inputs_alone_are_kept():
-    model, x = nn.Sequential(nn.Linear(8, 30), nn.ReLU(), nn.Linear(30, 2)), torch.randn(5, 8)
+    model = nn.Sequential(nn.Linear(8, 30), nn.ReLU(), nn.Linear(30, 2))
+    x = torch.randn(5, 8)
     whole = activation_bytes(lambda: model(x), model.parameters())
     assert whole == 5 * (8 + 30) * FLOAT
     stored_bytes = activation_bytes(lambda: checkpoint(model, x, use_reentrant=False), model.parameters())

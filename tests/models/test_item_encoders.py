@@ -14,7 +14,8 @@ D = 8
 
 
 def test_heads_by_hand():
-    heads, states = FinalHeads([6, 4], D), [torch.randn(3, 6), torch.randn(3, 4)]
+    heads = FinalHeads([6, 4], D)
+    states = [torch.randn(3, 6), torch.randn(3, 4)]
     outputs = [torch.nn.functional.gelu(x @ head[0].weight.T + head[0].bias) for head, x in zip(heads.views, states)]
     expected = torch.cat(outputs, dim=1) @ heads.fusion.weight.T + heads.fusion.bias
     torch.testing.assert_close(heads(states), expected)
@@ -32,7 +33,8 @@ def test_frozen_states_are_read_from_the_last_layer():
 
 def test_item_numbers_have_vectors_of_their_own():
     encoder = IdItemEncoder(1000, D)
-    source, numbers = item_numbers(1000, torch.device("cpu")), torch.tensor([3, 1, 1000, 0, 0])
+    source = item_numbers(1000, torch.device("cpu"))
+    numbers = torch.tensor([3, 1, 1000, 0, 0])
     read = source.read(numbers)
     assert torch.equal(encoder(read), encoder.embedding.weight[numbers])
     assert torch.equal(encoder([States(read[0].table[numbers])]), encoder(read))  # as captured steps read it

@@ -51,8 +51,11 @@ def test_parameter_counts_follow_the_formula():
 @pytest.mark.parametrize("widths", [(48, 32), (32, 48), (32, 32)])
 @pytest.mark.parametrize("bottlenecks", [{}, {"first": 24}, {"first": 24, "second": 12, "inter": 4}], ids=str)
 def test_parameter_counts_of_views_of_any_depth_width_and_bottleneck(depths, widths, bottlenecks):
-    d, views = 64, list(zip(depths, widths))
-    paired, narrow, wide = min(depths), min(widths), max(widths)
+    d = 64
+    views = list(zip(depths, widths))
+    paired = min(depths)
+    narrow = min(widths)
+    wide = max(widths)
     towers = {"first": views[0], "second": views[1], "inter": (paired, narrow)}
     expected = sum(tower(*shape, bottlenecks.get(name, 16)) for name, shape in towers.items())
     expected += sum((width + 1) * d + (d + 1) * d for width in widths)  # intra heads
@@ -73,7 +76,8 @@ def test_layers_pair_from_the_last_one_backwards(depths, widths):
             encoder.heads.get_submodule(name)[0].weight.zero_()
     states = [torch.randn(3, layers, width) for layers, width in zip(depths, widths)]
     before = encoder([States(table) for table in states])
-    deep, unpaired = depths.index(max(depths)), max(depths) - min(depths)
+    deep = depths.index(max(depths))
+    unpaired = max(depths) - min(depths)
     for layer in range(max(depths)):
         changed = [table.clone() for table in states]
         changed[deep][:, layer] += 1
@@ -83,20 +87,23 @@ def test_layers_pair_from_the_last_one_backwards(depths, widths):
 
 def test_towers_of_their_own_bottleneck_have_the_counts_of_their_formulas():
     """The bottlenecks are published for MicroLens: 512 in the image tower, 64 in the others."""
-    whole, towers = 4_113_877, tower(7, 768, 512) - tower(7, 768)
+    whole = 4_113_877
+    towers = tower(7, 768, 512) - tower(7, 768)
     assert count(build([(7, 768)] * 2, bottlenecks={"first": 512})) == whole + towers
     assert count(build([(7, 768)] * 2, bottleneck=8, bottlenecks={name: 64 for name in TOWERS})) == whole
 
 
 def test_without_a_tower_or_gates():
-    whole, tower_and_heads = 4_113_877, tower(7, 768) + 768 * 769 + 769 * 64
+    whole = 4_113_877
+    tower_and_heads = tower(7, 768) + 768 * 769 + 769 * 64
     assert count(build([(7, 768)] * 2, gates=False)) == whole - 21
     assert count(build([(7, 768)] * 2, inter=False)) == whole - tower_and_heads - 64 * 64
     assert count(build([(7, 768)] * 2, intra=False)) == whole - 2 * tower_and_heads - 2 * 64 * 64
 
 
 def test_sanbs_of_fewer_parameters_have_the_counts_of_their_formulas():
-    tower_matrices, whole = 2 * 7 * 768 * 64, 4_113_877
+    tower_matrices = 2 * 7 * 768 * 64
+    whole = 4_113_877
     phm = 2 * 7 * (4**3 + 768 * 64 // 4)
     assert count(build([(7, 768)] * 2, sanb="phm")) == whole - 3 * tower_matrices + 3 * phm
     low_rank = 2 * 7 * (768 + 64)

@@ -184,7 +184,8 @@ def test_an_extraction_killed_at_any_moment_resumes(tmp_path, seen):
     (root / "users.tsv").write_text(
         "".join(f"u{n}\t{' '.join(f'i{i}' for i in range(n, n + 10))}\n" for n in range(1, count, 10))
     )
-    stored_counts, item_ids = [], load_dataset(root).sequences.item_ids
+    stored_counts = []
+    item_ids = load_dataset(root).sequences.item_ids
     command = [sys.executable, "-c", EXTRACTIONS, str(root), str(tmp_path / "c"), str(Path(__file__).parents[1])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as program:
         for moment in (0.0, 0.3, 0.5, 0.7):
@@ -275,7 +276,8 @@ def test_calls_come_in_order_and_leave_the_random_state_as_it_was(count):
 
 
 def test_an_interrupt_stores_what_is_encoded_and_ends_the_workers(large, tmp_path, encoders, monkeypatch):
-    loads, start = [], workers._start
+    loads = []
+    start = workers._start
 
     def started(loader):
         loads.append(start(loader))
@@ -296,7 +298,8 @@ def test_an_interrupt_stores_what_is_encoded_and_ends_the_workers(large, tmp_pat
 def test_workers_take_the_cpus_that_the_encoder_leaves_idle(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    many, cuda = 10**9, torch.device("cuda")
+    many = 10**9
+    cuda = torch.device("cuda")
     assert (worker_count(None, many, CPU), worker_count(None, many, cuda)) == (3, 7)
     assert worker_count(None, 2 * workers.ITEMS_A_WORKER, CPU) == 2
     assert worker_count(None, workers.ITEMS_A_WORKER - 1, cuda) == 0
@@ -338,7 +341,8 @@ def test_finite_states_of_a_group_are_kept(root, tmp_path, seen, monkeypatch):
 
 def test_batches_of_like_lengths_give_the_states_of_single_titles(large, tmp_path, encoders):
     run(large, tmp_path / "c", encoders[1])
-    dataset, backbone = load_dataset(large), load_backbone(encoders[1])
+    dataset = load_dataset(large)
+    backbone = load_backbone(encoders[1])
     stored = load_table(tmp_path / "c", ["title"], dataset.sequences.item_ids, CPU).views[0][1:]
     alone = torch.cat([backbone.encode(backbone.prepare([title])) for title in dataset.titles])
     torch.testing.assert_close(stored, alone, rtol=1e-5, atol=1e-5)

@@ -45,7 +45,8 @@ def cache(tmp_path, whole) -> Path:
 @pytest.fixture
 def closed(monkeypatch) -> list[Path]:
     """Return a list that collects the stores that are closed."""
-    paths, original = [], Store.close
+    paths = []
+    original = Store.close
 
     def noted(self) -> None:
         paths.append(self.path)
@@ -196,7 +197,8 @@ def test_the_store_stays_open_for_a_mapped_table_alone(cache, closed, placement)
 
 def test_training_is_the_same_wherever_the_table_lies(tmp_path, toy_config, caplog):
     homes = {"device": "on cpu", "pinned": "in host memory, rows gathered ahead", "mapped": "in the store's file"}
-    runs, results = {}, []
+    runs = {}
+    results = []
     for placement, home in homes.items():
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="iisan_fast"):
@@ -218,7 +220,11 @@ def test_a_mapped_table_is_closed_at_the_end_of_training_when_nothing_reads_it(
     tmp_path, toy_config, fails, closed, monkeypatch
 ):
     """Reading the memory of a closed store would kill the process."""
-    order, left, close, read_rows, take = [], [], MappedTable.close, MappedTable._read, Trainer.take
+    order = []
+    left = []
+    close = MappedTable.close
+    read_rows = MappedTable._read
+    take = Trainer.take
 
     def closing(self) -> None:
         left.extend(thread.name for thread in threading.enumerate() if thread.name.startswith("batches"))

@@ -196,7 +196,8 @@ def test_bad_images_are_all_named_before_anything_is_read(root, views, placement
 
 def test_blanks_fill_bad_images_in_every_home(root, views, caplog):
     spoil(root)
-    dataset, images_by_home = load_dataset(root), []
+    dataset = load_dataset(root)
+    images_by_home = []
     for placement in HOMES:
         with (
             caplog.at_level(logging.INFO, logger="iisan_fast.states.input_table"),
@@ -265,7 +266,8 @@ def test_states_are_rounded_to_the_stores_dtype_before_they_take_another(dataset
 
 
 def test_padding_is_zero_and_is_not_encoded(dataset, views, monkeypatch):
-    counts, encode = [], Backbone.encode_views
+    counts = []
+    encode = Backbone.encode_views
 
     def counted(self, backbones, inputs) -> list[Tensor]:
         counts.append(len(next(iter(inputs.values()))))
@@ -286,7 +288,8 @@ def test_padding_is_zero_and_is_not_encoded(dataset, views, monkeypatch):
 def test_views_of_one_encoder_share_its_inputs_and_its_forward(dataset, views):
     image, title = views
     pooled = [title, image, replace(title, name="mean", pooling="mean", layers=(1, 2))]
-    items, expected = numbers(8, 4, 66, 0), []
+    items = numbers(8, 4, 66, 0)
+    expected = []
     for view in pooled:
         with closing(open_encoded(dataset, [view])) as encoded:
             expected += encoded.read(items)
@@ -339,7 +342,8 @@ def test_the_loader_gives_a_batchs_contents(dataset, views):
 
 def test_uncached_training_follows_cached(dataset, views, tmp_path):
     extract(dataset, views, tmp_path / "cache", CPU)
-    names, sequences = [view.name for view in views], dataset.sequences
+    names = [view.name for view in views]
+    sequences = dataset.sequences
     stored = load_table(tmp_path / "cache", names, sequences.item_ids, CPU)
     losses, weights = [], []
     with closing(open_encoded(dataset, views, "mapped")) as encoded:
@@ -372,7 +376,8 @@ def test_what_is_open_is_closed_with_the_table(dataset, views):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @each_home
 def test_on_a_gpu_contents_are_read_without_waiting_and_states_are_near_a_cpus(dataset, views, placement):
-    device, items = torch.device("cuda"), torch.arange(1, 60)
+    device = torch.device("cuda")
+    items = torch.arange(1, 60)
     whole = [ViewConfig(view.name, view.source, view.encoder, encoder_dtype="float32") for view in views]
     with closing(open_encoded(dataset, whole)) as encoded:
         inputs, expected = encoded.inputs.read(items), encoded.read(items)

@@ -54,7 +54,8 @@ def rows(view: States) -> Tensor:
 
 
 def test_the_batches_come_in_order_and_as_they_are():
-    batches, resident = epoch(), table()
+    batches = epoch()
+    resident = table()
     prepared_list = list(prepared_batches(iter(batches), resident, CPU))
     assert len(prepared_list) == 6 and all(
         prepared.batch is batch for prepared, batch in zip(prepared_list, batches, strict=True)
@@ -71,7 +72,9 @@ def test_an_empty_epoch_gives_nothing():
 
 
 def test_batches_are_made_ahead_but_not_too_many(monkeypatch):
-    drawn_steps, gathered, arrivals = [], [], threading.Semaphore(0)
+    drawn_steps = []
+    gathered = []
+    arrivals = threading.Semaphore(0)
     monkeypatch.setattr(loader, "TOGETHER", 2)
 
     class Counted(FeatureTable):
@@ -149,7 +152,9 @@ def test_leaving_early_ends_the_thread_and_makes_no_more(monkeypatch):
 
 def test_leaving_waits_for_the_batch_at_hand():
     """A caller may close the table after it has left the loader, because nothing reads the table then."""
-    entered, release, gathered = threading.Event(), threading.Event(), []
+    entered = threading.Event()
+    release = threading.Event()
+    gathered = []
 
     class Slow(FeatureTable):
         def gather(self, items: Tensor) -> Gathered:

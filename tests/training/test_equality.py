@@ -179,7 +179,8 @@ def two_epochs(sequences: Sequences) -> list[list[Batch]]:
 
 def trained_by_reference(step: Step) -> dict[str, torch.Tensor]:
     """Return the weights after both epochs, by the reference and PyTorch's Adam."""
-    parameters, rates = first_parameters(step), rates_by_name(step, RATES)
+    parameters = first_parameters(step)
+    rates = rates_by_name(step, RATES)
     adam = torch.optim.Adam([{"params": [weight], "lr": rates[name]} for name, weight in parameters.items()])
     for batch in itertools.chain(*two_epochs(step.sequences)):
         adam.zero_grad()
@@ -210,7 +211,8 @@ def test_fused_steps_in_a_row_follow_the_reference_and_resume_exactly(case, tmp_
     sequences = thirteen_histories()
     model, shapes = CASES[case]
     step = Step(model, random_table(shapes, 30), sequences, np.arange(13), step=0)
-    expected, results = trained_by_reference(step), []
+    expected = trained_by_reference(step)
+    results = []
     for resumed in (False, True):
         fused = CpuFusedStep(step.recommender(), RATES)
         for number, batches in enumerate(two_epochs(sequences)):

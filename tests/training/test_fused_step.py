@@ -135,7 +135,8 @@ def test_steps_train_as_those_by_autograd(case):
     """Batches of all sizes are taken one after the other; weights, Adam's state and the record stay close."""
     config, shapes = CASES[case]
     table = random_table(shapes, ITEMS)
-    fused, autograd_step = CpuFusedStep(build(config, shapes), RATES), TrainingStep(build(config, shapes), RATES, CPU)
+    fused = CpuFusedStep(build(config, shapes), RATES)
+    autograd_step = TrainingStep(build(config, shapes), RATES, CPU)
     for number, users in enumerate([range(24), range(20, 23), range(60), range(2), range(30, 60)]):
         step_batch = batch(users, number)
         losses = [step(step_batch, table.read(step_batch.distinct)).item() for step in (fused, autograd_step)]
@@ -177,7 +178,8 @@ def test_states_that_were_gathered_ahead_or_have_numbers_of_their_own():
 
 def counted(monkeypatch) -> list[weakref.ref]:
     """Return a list of references to each step's memory, which must be free when the next step is made."""
-    steps, make = [], kernels.cpu_step
+    steps = []
+    make = kernels.cpu_step
 
     def alone(*arguments) -> CpuStep:
         gc.collect()
@@ -248,7 +250,8 @@ def test_a_graph_that_saved_a_parameter_refuses_to_go_back():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nothing_is_updated_from_a_loss_on_that_is_not_finite(first, value):
     step, table = new_step()
-    rows, losses = 0, 0.0
+    rows = 0
+    losses = 0.0
     for number in range(5):
         step_batch = batch(range(10 + number), number)
         states = table.read(step_batch.distinct)

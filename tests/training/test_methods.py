@@ -218,7 +218,8 @@ def test_every_ablation_learns(change, all_layers, small_catalogue, cache, plain
 @pytest.fixture(scope="module")
 def twelve_blocks(tmp_path_factory) -> ViewConfig:
     """Extract titles through a BERT of twelve blocks, as in the paper."""
-    folder, words = tmp_path_factory.mktemp("deep"), [*demo.BRANDS, *demo.MATERIALS]
+    folder = tmp_path_factory.mktemp("deep")
+    words = [*demo.BRANDS, *demo.MATERIALS]
     shape = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 48}
     write_bert(folder, {"max_position_embeddings": 64, **shape}, words, seed=0)
     return ViewConfig("title", "title", str(folder))
@@ -228,7 +229,8 @@ def twelve_blocks(tmp_path_factory) -> ViewConfig:
 def test_every_layerdrop_set_of_twelve_blocks_learns(groups, twelve_blocks, small_catalogue, tmp_path):
     config = run_config(small_catalogue, "iisan", [twelve_blocks], epochs=6)
     result = train(replace(config, model=replace(config.model, layer_groups=groups)), tmp_path / "run", CPU)
-    epoch_losses, views = losses(tmp_path / "run"), RunFolder(tmp_path / "run").views
+    epoch_losses = losses(tmp_path / "run")
+    views = RunFolder(tmp_path / "run").views
     assert epoch_losses[-1] < epoch_losses[0]
     assert views["title"]["layers"] == [0, *range(12 // groups, 13, 12 // groups)]
     tower = (groups + 1) * (2 * 32 * 8 + 8 + 32 + 1)
@@ -329,7 +331,8 @@ def test_the_lack_of_memory_is_told_with_the_batch_and_what_to_lower(
 def test_the_lack_of_memory_is_told_where_frozen_encoders_run(
     call, encoder_views, small_catalogue, tmp_path, monkeypatch
 ):
-    calls, encode = [], Backbone.encode_views
+    calls = []
+    encode = Backbone.encode_views
 
     def fail(*arguments):
         calls.append(1)

@@ -355,7 +355,8 @@ TORCH_NAMES = {"linear1": "feed_in", "linear2": "feed_out", "norm1": "attention_
 def test_a_prefix_ignores_what_follows_and_what_pads_it():
     settings = ReferenceSettings(embedding_dim=8, max_inputs=5, dropout=0.3)
     parameters = random_parameters(sequence_encoder_shapes(settings))
-    vectors, dropout = random_view(4, 1, 8, seed=0)[:, 0], Dropout(settings, 3, 8)
+    vectors = random_view(4, 1, 8, seed=0)[:, 0]
+    dropout = Dropout(settings, 3, 8)
     states = sequence_states(parameters, settings, vectors, [0, 0, 4, 1, 5], dropout)
     vectors[[0, 1, 4]] *= -1
     changed = sequence_states(parameters, settings, vectors, [0, 0, 4, 1, 5], dropout)
@@ -366,7 +367,8 @@ def test_a_prefix_ignores_what_follows_and_what_pads_it():
 def test_dropout_falls_on_the_attention_weights_after_the_softmax():
     """Equal scores and one-hot values make the weights visible: 1 / visible slots, dropped or scaled."""
     settings = ReferenceSettings(embedding_dim=6, max_inputs=3, dropout=0.5, seed=1)
-    zero, identity = torch.zeros(6, 6), torch.eye(6)
+    zero = torch.zeros(6, 6)
+    identity = torch.eye(6)
     parameters = {f"block.{part}.weight": zero for part in ("query", "key")}
     parameters |= {f"block.{part}.weight": identity for part in ("value", "output")}
     dropout = Dropout(settings, step=2, user=4)

@@ -137,7 +137,8 @@ def test_a_run_records_its_format_and_a_file_of_its_settings_trains_another(old,
 @pytest.mark.parametrize("number", [3, 99, 0, -1, "2", 2.0, True, None, [2]])
 def test_another_format_is_refused_in_one_line_by_every_command_that_reads_runs(old, number):
     set_format(old / "run", number)
-    before, path = everything(old), old / "run" / "config.json"
+    before = everything(old)
+    path = old / "run" / "config.json"
     message = (
         f"error: {path}: format: expected 1 or 2, found {json.dumps(number)}; "
         "use the version of iisan-fast that made the run\n"

@@ -52,9 +52,11 @@ def test_a_gpu_step_runs_all_ops_in_order_and_is_captured_once(monkeypatch):
         return run
 
     monkeypatch.setattr(kernels, "gpu_step", LoggedStep)
-    shapes, sequences = [(2, 8), (2, 8)], make_sequences([[1, 2, 3, 4, 5]] * 4)
+    shapes = [(2, 8), (2, 8)]
+    sequences = make_sequences([[1, 2, 3, 4, 5]] * 4)
     model = side_recommender(shapes, ModelConfig(embedding_dim=8, bottleneck=4), 5, np.full(6, 0.3), 1)
-    rates, plan = dict.fromkeys(model.parameter_groups(), 1e-3), RunPlan.of(sequences, 2, seed=0)
+    rates = dict.fromkeys(model.parameter_groups(), 1e-3)
+    plan = RunPlan.of(sequences, 2, seed=0)
     step = GpuFusedStep(model, rates, random_table(shapes, 5), plan, torch.bfloat16, capture)
     assert not captured
     for window in (torch.zeros(2, 4), None):

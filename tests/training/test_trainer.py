@@ -178,7 +178,8 @@ def kill_in_epoch(monkeypatch, epoch: int, moment: str) -> None:
         "between the best and the last checkpoint": (trainer, "save_checkpoint"),
         "before the metrics": (RunFolder, "write_metrics"),
     }[moment]
-    original, calls = getattr(target, name), []
+    original = getattr(target, name)
+    calls = []
 
     def counted(*arguments, **keywords):
         if moment != "between the best and the last checkpoint" or arguments[0].name == "last.safetensors":
@@ -354,7 +355,8 @@ def test_what_a_kill_left_of_a_new_file_is_removed(tmp_path, config, monkeypatch
     with pytest.raises(Killed):
         train(config, tmp_path / "run", CPU)
     monkeypatch.undo()
-    run, names = tmp_path / "run", {".env.local.backup", ".last.safetensors.backup-2", ".last.safetensors.folder_1"}
+    run = tmp_path / "run"
+    names = {".env.local.backup", ".last.safetensors.backup-2", ".last.safetensors.folder_1"}
     with pytest.raises(Killed), whole_file(run / "last.safetensors") as half:
         shutil.copy(half, run / ".metrics.jsonl.k2j3_0ab")
         shutil.copy(half, run / half.name.replace(".last.", ".best."))

@@ -125,7 +125,8 @@ def test_the_sums_are_those_of_the_steps_since_the_last_reading(padded):
     step = make_step(sequences, table)
     assert step.read() == Reading(0.0, 0, None, 0.0)
     for part in (slice(0, 3), slice(3, 4), slice(4, 5)):
-        total, rows = 0.0, 0
+        total = 0.0
+        rows = 0
         for prepared in batches(sequences, table, padded=padded)[part]:
             total += step(prepared.batch, prepared.item_inputs).item() * prepared.rows
             rows += prepared.rows
@@ -178,7 +179,8 @@ def test_a_captured_step_runs_on_buffers_of_its_own(gathered, monkeypatch):
     """The tensors of one step may be freed or overwritten before the next, so a graph cannot read them."""
     sequences, table = make_data()
     source = PinnedTable(table.views, CPU) if gathered else table
-    step, addresses = make_step(sequences, table), []
+    step = make_step(sequences, table)
+    addresses = []
     loss = step.model.loss
 
     def noted(batch: Batch, states: list[States]) -> Tensor:

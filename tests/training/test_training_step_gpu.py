@@ -98,7 +98,8 @@ def test_a_loss_that_is_not_finite_stops_replayed_graphs(tmp_path, form):
 @pytest.mark.parametrize("form", ["fused", "captured"])
 def test_a_capture_bears_a_thread_that_pins_memory(tmp_path, form):
     """The loader's thread pins memory if the device does not hold the table."""
-    stop, pinned = threading.Event(), []
+    stop = threading.Event()
+    pinned = []
 
     def pin() -> None:
         while not stop.is_set() and len(pinned) < 4000:
