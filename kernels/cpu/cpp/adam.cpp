@@ -1,7 +1,7 @@
-// Adam's update of many parameters in one pass over what it reads and writes (Kingma and Ba 2015, algorithm 1).
+// Adam's update of many parameters, which reads and writes each number once (Kingma and Ba 2015, algorithm 1).
 //
-// The numbers of all parameters stand in one row, of which each call takes a range: parameter by parameter, or in lines of
-// one buffer.
+// The numbers of all parameters are counted through, and each call updates a range of them. `Adam` has a tensor for each
+// parameter; `FlatAdam` has one buffer, divided into lines.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace {
 template <class T> struct Parameter {
     T *values;
     T *mean, *square;  // the moments
-    float *steps;      // taken before this one
+    float *steps;      // number of steps before this one
     int64_t count, mean_count, square_count;
 };
 
@@ -30,18 +30,18 @@ template <class T> struct FlatAdam {
     T *values;
     const T *gradient;
     T *mean, *square;
-    const uint8_t *groups;  // of each line
-    const double *rates, *decays;  // of each group
-    const float *steps;     // this one included
-    const double *record;   // [4]: nothing is updated where the third is not 0
-    int64_t lines, start, length;  // of LINE numbers; this call's
+    const uint8_t *groups;         // [lines]: the group of each line
+    const double *rates, *decays;  // [group_count]: learning rates and weight decays
+    const float *steps;            // number of steps, this one included
+    const double *record;          // [4]: nothing is updated if record[2] is not 0
+    int64_t lines, start, length;  // all lines; first line and number of lines of this call
     int32_t group_count;
     double beta1, beta2, epsilon;
 };
 
-constexpr int64_t LINE = 32;  // numbers of one group, as FLAT_LINE in types.py
+constexpr int64_t LINE = 32;  // numbers in a line, as FLAT_LINE in types.py
 
-// What an update takes beside numbers.
+// The factors of an update.
 template <class T> struct Rule {
     T kept, fresh, share, epsilon, rate, scale, decay;
 
@@ -63,14 +63,14 @@ void update(const Rule<T> &rule, T *__restrict values, const T *__restrict gradi
     }
 }
 
-// Of parameter i, its numbers `from` to `to`.
+// Updates the numbers `from` to `to` - 1 of parameter i.
 template <class T> void update(const Adam<T> &adam, int64_t i, int64_t from, int64_t to) {
     const Parameter<T> &parameter = adam.parameters[i];
     const Rule<T> rule(adam.beta1, adam.beta2, adam.epsilon, adam.rates[i], 0, *parameter.steps + 1.0);
     update(rule, parameter.values + from, adam.gradients[i] + from, parameter.mean + from, parameter.square + from, to - from);
 }
 
-// Moments and gradients are as long as their parameter, and the range lies in the row of all numbers.
+// True if moments and gradients are as long as their parameter and the range lies within all numbers.
 template <class T> bool fits(const Adam<T> &adam) {
     if (adam.count < 0) return false;
     int64_t total = 0;
@@ -94,7 +94,7 @@ template <class T> void update_range(const Adam<T> &adam) {
     }
 }
 
-// Lines of one group that follow one another are updated at once.
+// Updates the lines of a call; neighbouring lines of one group together.
 template <class T> void update_lines(const FlatAdam<T> &adam) {
     for (int64_t line = adam.start, next; line < adam.start + adam.length; line = next) {
         const uint8_t group = adam.groups[line];
@@ -130,7 +130,7 @@ int32_t adam_update_lines(const FlatAdam<SCALAR> *adam) {
     });
 }
 
-// When every range has been updated.
+// Adds 1 to the step count of each parameter; called once after all ranges have been updated.
 int32_t adam_advance(const Adam<SCALAR> *adam) {
     return guarded(fits(*adam), [&] {
         for (int64_t i = 0; i < adam->count; i++) *adam->parameters[i].steps += 1;

@@ -1,4 +1,5 @@
-// The debiased in-batch cross-entropy of some rows, forward and backward; `kernels/reference/inbatch_cross_entropy.py` is its specification.
+// The debiased in-batch cross-entropy of a part of the rows, forward and backward.
+// `kernels/reference/inbatch_cross_entropy.py` is its specification.
 #include <cmath>
 #include <vector>
 
@@ -6,9 +7,9 @@
 
 namespace {
 
-// What the caller fills in; matrices are row-major. d is a multiple of 16; the rows are those of one part.
+// The arguments of a call; matrices are row-major, d is a multiple of 16, and R is the number of rows of this part.
 template <class T> struct Loss {
-    int32_t rows, items, width, words;    // R, V, d, words of history bits a user
+    int32_t rows, items, width, words;    // R, V, d, words of history bits of a user
     const T *queries, *vectors;           // [R, d], [V, d]
     const int64_t *targets, *row_users;   // [R]
     const int32_t *history_bits;          // [users, words], or null
@@ -34,7 +35,7 @@ template <class T> void forward(const Loss<T> &l) {
     for (int row = 0; row < l.rows; row++) {
         T *logits = l.probabilities + row * wide;
         const long target = l.targets[row];
-        const T own = logits[target] - (l.multiplicity ? l.multiplicity[target] : T(0));
+        const T target_logit = logits[target] - (l.multiplicity ? l.multiplicity[target] : T(0));
         if (l.history_bits) {
             const int32_t *bits = l.history_bits + l.row_users[row] * l.words;
             for (int word = 0; word < l.words; word++)
@@ -42,20 +43,20 @@ template <class T> void forward(const Loss<T> &l) {
                     const long v = 32 * word + __builtin_ctz(left);
                     if (v < l.items) logits[v] = -INFINITY;
                 }
-            logits[target] = own;
+            logits[target] = target_logit;
         }
         T most = -INFINITY;
         for (int v = 0; v < l.items; v++) most = logits[v] > most ? logits[v] : most;
         for (int v = 0; v < l.items; v++) logits[v] = std::exp(logits[v] - most);
         const T total = sum(logits, l.items);
-        l.losses[row] = std::log(total) + most - own;
+        l.losses[row] = std::log(total) + most - target_logit;
         const T share = 1 / total;
         for (int v = 0; v < l.items; v++) logits[v] *= share;
         for (long v = l.items; v < wide; v++) logits[v] = 0;
     }
 }
 
-// A panel of items at a time: the slopes of their logits, and what those give.
+// For each panel of 16 items: the gradients of their logits, and with them those of the items and the queries.
 template <class T> void backward(const Loss<T> &l) {
     const long wide = panels(l.items) * PANEL;
     std::vector<T> slopes((size_t)l.rows * PANEL);
@@ -63,10 +64,10 @@ template <class T> void backward(const Loss<T> &l) {
     for (long v = 0; v < wide; v += PANEL) {
         const int here = smaller(PANEL, l.items - v);
         for (int row = 0; row < l.rows; row++) {
-            T *own = slopes.data() + (long)row * PANEL;
-            for (int c = 0; c < PANEL; c++) own[c] = l.probabilities[row * wide + v + c] * l.upstream[row];
+            T *slope = slopes.data() + (long)row * PANEL;
+            for (int c = 0; c < PANEL; c++) slope[c] = l.probabilities[row * wide + v + c] * l.upstream[row];
             const long target = l.targets[row] - v;
-            if (target >= 0 && target < PANEL) own[target] -= l.upstream[row];
+            if (target >= 0 && target < PANEL) slope[target] -= l.upstream[row];
         }
         for (int c = 0; c < l.width; c += PANEL) {
             product_of_columns(here, columns_of(slopes.data()), l.queries + c, l.width, l.rows,
@@ -83,7 +84,7 @@ template <class T> void backward(const Loss<T> &l) {
     }
 }
 
-// A batch's constants: each item's multiplicity and popularity, and each row's part in the batch's loss.
+// The constants of a batch's loss: for each item log m and log m - log p, for each row the gradient of its loss.
 template <class T> struct Columns {
     int32_t rows, items;                      // R, V
     const int64_t *distinct, *multiplicity;   // [V]: numbers of the items in the catalogue, and m
@@ -101,7 +102,7 @@ template <class T> void columns(const Columns<T> &c) {
     }
 }
 
-// Every row has an item to be its target, and history bits, if there are any, for all items.
+// True if there are items when there are rows, and history bits, if given, cover all items.
 template <class T> bool fits(const Loss<T> &l) {
     const bool masked = l.history_bits != nullptr;
     return are_panels(l.width) && l.rows >= 0 && l.items >= (l.rows > 0) &&

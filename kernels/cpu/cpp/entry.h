@@ -1,5 +1,5 @@
-// What every function that Python calls has in common: it checks the sizes it is given, lets no exception out and returns
-// a code. Each struct that Python mirrors (structs.py) exports its size, which is compared when the library is loaded.
+// Helpers of the functions that Python calls. Each checks the sizes in its arguments, catches all exceptions and returns
+// a code. Each struct that structs.py mirrors exports its size, which Python compares when it loads the library.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace {
 
 enum Code : int32_t { DONE = 0, NO_MEMORY = 1, WRONG_SIZES = 2 };  // as in library.py
 
-// Runs f if the sizes fit.
+// Runs f and returns DONE, or NO_MEMORY if it throws; returns WRONG_SIZES at once if the sizes do not fit.
 template <class F> inline int32_t guarded(bool fits, F f) noexcept {
     if (!fits) return WRONG_SIZES;
     try {
@@ -19,7 +19,7 @@ template <class F> inline int32_t guarded(bool fits, F f) noexcept {
     }
 }
 
-// Items `start` to `start + count` lie among `total`.
+// True if items `start` to `start + count` - 1 lie within `total` items.
 inline bool is_part(int64_t start, int64_t count, int64_t total) {
     return start >= 0 && count >= 0 && start <= total && count <= total - start;
 }

@@ -1,32 +1,32 @@
-// Chains of three linear maps multiplied, outer [d, d'] times middle [d', H] times inner [H, D], and their gradients; the
-// inner two have biases.
+// Multiplies chains of three linear maps, outer [d, d'] times middle [d', H] times inner [H, D], and computes their
+// gradients; middle and inner have biases.
 //
-// `inner` is by far the largest and comes from memory each step, so it is read once, row after row, and workers share
-// its rows out; the pair of the outer two stands transposed, [H, d].
+// `inner` is by far the largest and is not in the cache at the start of a step. So it is read once, row by row, and the
+// workers divide its rows. `pair` is (outer middle) transposed, [H, d].
 #include <memory>
 
 #include "matrices.h"
 
 namespace {
 
-constexpr int ROWS = 96;  // of `inner` that stay in the cache while all its columns meet them
+constexpr int ROWS = 96;  // rows of `inner` that are multiplied together, so that they stay in the cache
 
-// What meets `count` rows of `inner`, from `start` on. All matrices are contiguous but for `outer` and its gradient,
-// whose rows are `stride` numbers apart.
+// The arguments of a call on `count` rows of `inner` from `start` on. All matrices are contiguous except `outer` and its
+// gradient, whose rows are `stride` numbers apart.
 template <class T> struct Fold {
     int32_t start, count;
     int32_t outputs, between, rows, width, stride;  // d, d', H, D
     const T *outer, *middle, *middle_bias, *inner, *inner_bias;
     T *pair;               // [H, d]
-    T *constant;           // [d']: what the inner two make of nothing; by the first rows' call, as all that has no rows
-    T *product;            // [d, D]: the part that these rows give
+    T *constant;           // [d']: middle inner_bias + middle_bias; like `bias` written by the call with start 0
+    T *product;            // [d, D]: the part of outer middle inner from these rows
     T *bias;               // [d]
     const T *upstream, *of_bias;
-    T *of_outer;           // [d, d']: the part that these rows give
+    T *of_outer;           // [d, d']: the part of the gradient from these rows
     T *of_middle, *of_middle_bias, *of_inner, *of_inner_bias;
 };
 
-// These rows of `pair`, and its product with `inner`.
+// Writes these rows of `pair`, and their part of `product`; the first call also `constant` and `bias`.
 template <class T> void forward(const Fold<T> &f) {
     const int d = f.outputs;
     std::unique_ptr<T[]> sums(new T[(size_t)f.width * d]()), packed(new T[(size_t)PANEL * (ROWS + f.between)]);
@@ -43,7 +43,7 @@ template <class T> void forward(const Fold<T> &f) {
             const T *own = inner + (long)start * f.width + c;
             T *to = sums.get() + (size_t)c * d;
             pack(packed.get(), own, f.width, PANEL, steps);
-            // The next panel's numbers lie far apart: no processor foresees them.
+            // The rows of the next panel lie far apart, and the hardware does not prefetch them.
             for (int k = 0; k < steps; k++) __builtin_prefetch(own + (long)k * f.width + PANEL);
             product(d, columns_at(pair + (long)start * d, d), packed.get(), PANEL, steps,
                     [=](int row, Row<T> found) INLINED {
@@ -61,9 +61,10 @@ template <class T> void forward(const Fold<T> &f) {
     for (int o = 0; o < d; o++) f.bias[o] = dot(f.outer + (long)o * f.stride, f.constant, f.between);
 }
 
+// Writes the gradients of these rows of `inner` and its bias and of these columns of `middle`, and a part of `of_outer`.
 template <class T> void backward(const Fold<T> &f) {
     const int d = f.outputs;
-    // Upstream in panels of its columns, and transposed, of its rows.
+    // columns: upstream in panels of its columns; rows: upstream transposed, in panels of its rows.
     std::unique_ptr<T[]> columns(new T[(size_t)f.width * d]), rows(new T[(size_t)f.width * d]);
     std::unique_ptr<T[]> of_pair(new T[(size_t)f.count * d]), packed(new T[(size_t)PANEL * (f.count + d)]);
     for (int c = 0; c < f.width; c += PANEL)

@@ -1,16 +1,16 @@
-// Rows of the feature table, brought into panels.
+// Copies rows of a table of hidden states into panels.
 #include "panels.h"
 
 namespace {
 
-// Rows of a table [., K, D], whose items and layers are so many numbers apart, as panel matrices [K][total, D]: items
-// `start` to `start + count` of them.
+// The arguments of a call that copies rows of a table [., K, D] into panel matrices [K][total, D], for the items `start`
+// to `start + count` - 1.
 struct Gather {
     const void *table;
-    const int64_t *rows;  // of each item; null: its own number
+    const int64_t *rows;  // the row of each item; null: item n is row n
     void *panels;
-    int64_t item, layer;
-    int32_t bytes, layers, width, total, start, count;  // bytes: 2, 4 or 8 a number
+    int64_t item, layer;  // strides of the table in numbers: from row to row, from layer to layer
+    int32_t bytes, layers, width, total, start, count;  // bytes of a number: 2, 4 or 8
 };
 
 template <class S> void gather(const Gather &g) {
@@ -22,7 +22,7 @@ template <class S> void gather(const Gather &g) {
                 S *to = (S *)g.panels + (((long)k * wide + j) * g.total + n) * PANEL;
                 const S *from = own + k * g.layer + j * PANEL;
                 const int here = smaller(PANEL, g.width - j * PANEL);
-                if (here == PANEL) std::memcpy(to, from, sizeof(S) * PANEL);  // of a fixed size: two instructions
+                if (here == PANEL) std::memcpy(to, from, sizeof(S) * PANEL);  // of constant size: two instructions
                 else
                     for (int c = 0; c < PANEL; c++) to[c] = c < here ? from[c] : S(0);
             }

@@ -1,14 +1,14 @@
-// Item vectors: the sum of the towers' projected outputs and of all biases; and the biases' gradient.
+// Item vectors, the sum of the towers' projected outputs and of all biases; and the gradient of the biases.
 #include "entry.h"
 
 namespace {
 
 template <class T> struct ItemVectors {
-    int32_t items, width, towers, room;        // V, d; room: items that each tower's output has memory for
+    int32_t items, width, towers, room;        // V, d; room: items for which `projected` has memory
     const T *projected, *biases, *bias;        // [towers][room][d], [towers][d], [d]
     T *vectors;                                // [V, d]
     const T *of_vectors;                       // [V, d]
-    T *of_bias;                                // [d], of each of the biases
+    T *of_bias;                                // [d]: the gradient of `bias`, and of each tower's bias
 };
 
 template <class T> void forward(const ItemVectors<T> &i) {

@@ -1,4 +1,4 @@
-// A batch's loss, and the record of all steps since it was read: `TrainingStep` keeps the same by PyTorch.
+// A batch's loss, and the record of the losses of all steps since the trainer last read and cleared it.
 #include <cmath>
 
 #include "entry.h"
@@ -7,15 +7,15 @@ namespace {
 
 template <class T> struct Record {
     int32_t rows;
-    int64_t step;               // of the run, from 0
+    int64_t step;               // number of the step in the run, from 0
     const T *row_losses;        // [R]
-    const double *row_weights;  // [R]: the row's part in the loss; 0 for padding
-    T *loss;                    // of the batch
-    double *sums;               // [4]: of losses over rows, of rows; the first failed step from 1, or 0; its loss
-    float *steps;               // that Adam has taken
+    const double *row_weights;  // [R]: weight of the row's loss in the batch's; 0 for padding
+    T *loss;                    // the batch's loss
+    double *sums;               // [4]: sum of row losses; number of rows; 1 + the first failed step, or 0; the loss there
+    float *steps;               // number of steps that Adam has taken
 };
 
-// From the first loss on that is not finite, nothing counts.
+// Writes the loss and adds it to the sums. After a loss that is not finite, only the loss is written.
 template <class T> void record(const Record<T> &r) {
     double sum = 0;
     int64_t rows = 0;

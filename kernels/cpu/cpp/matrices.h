@@ -1,17 +1,18 @@
-// Products of ordinary row-major matrices, for widths that are a multiple of 16.
+// Products of row-major matrices whose widths are multiples of 16.
 #pragma once
 
 #include "panels.h"
 
 namespace {
 
-// Rows of a matrix as the left operand; steps go over its columns.
+// The rows of a matrix as the left operand; the product sums over its columns.
 template <class T> inline Operand<T> rows_at(const T *matrix, long width) { return {matrix, width, 1}; }
 
-// Columns of a matrix as rows of the left operand; steps go over its rows.
+// The columns of a matrix as rows of the left operand; the product sums over its rows.
 template <class T> inline Operand<T> columns_at(const T *matrix, long width) { return {matrix, 1, width}; }
 
-// y [n, outputs], whose rows are `stride` apart, = x [n, inputs] times the transpose of weight [outputs, inputs], + bias.
+// Writes y = x weight^T + bias for x [n, inputs], weight [outputs, inputs] and y [n, outputs], whose rows are `stride`
+// apart. `packed` has room for 16 * inputs numbers.
 template <class T>
 void linear(int n, const T *x, int inputs, const T *weight, const T *bias, int outputs, T *y, long stride, T *packed) {
     for (int o = 0; o < outputs; o += PANEL) {
@@ -24,7 +25,8 @@ void linear(int n, const T *x, int inputs, const T *weight, const T *bias, int o
     }
 }
 
-// of_x [n, inputs] += of_y [n, outputs], whose rows are `stride` apart, times weight; of_weight and of_bias are set.
+// The backward of `linear`: adds of_y weight to of_x, and writes of_weight and, unless null, of_bias. The rows of of_y are
+// `stride` apart.
 template <class T>
 void linear_backward(
     int n, const T *x, int inputs, const T *weight, int outputs, const T *of_y, long stride, T *of_x, T *of_weight,

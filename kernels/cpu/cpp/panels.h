@@ -1,7 +1,7 @@
-// Matrices in panels of 16 columns, and the product that everything here is made of.
+// Matrices in panels of 16 columns, and the matrix product that all functions use.
 //
-// A panel matrix [N, C] lies as [ceil(C / 16)][N][16], padded with zeros: a block of columns is contiguous, so a pass
-// over it stays in a core's cache, and its rows are whole cache lines.
+// A panel matrix [N, C] is stored as [ceil(C / 16)][N][16], padded with zeros. A block of columns is contiguous, so it
+// stays in a core's cache, and its rows are whole cache lines.
 #pragma once
 
 #include <cstdint>
@@ -13,13 +13,13 @@
 
 namespace {
 
-// Functions and lambdas of the innermost loops: a call among them would keep their sums in memory.
+// For functions and lambdas of the innermost loops: without inlining their sums would be in memory, not in registers.
 #define INLINED __attribute__((always_inline))
 
 constexpr int PANEL = 16;       // columns
-constexpr int BLOCK = 6;        // panels of the state that a pass holds at a time
-constexpr int MOST_ROWS = 6;    // of a register tile: 6 x 16 floats are twelve 32-byte registers of sixteen
-constexpr int BYTES = 32;       // of a register
+constexpr int BLOCK = 6;        // panels of the state that a pass works on together
+constexpr int MOST_ROWS = 6;    // rows of a register tile: 6 x 16 floats fill twelve of sixteen 32-byte registers
+constexpr int BYTES = 32;       // size of a register
 
 template <class T> struct Lanes;
 template <> struct Lanes<float> { typedef float type __attribute__((vector_size(BYTES), aligned(4), may_alias)); };
@@ -78,7 +78,7 @@ template <class T> inline void add(Row<T> &to, const Row<T> &row) {
     for (int p = 0; p < PARTS<T>; p++) to.part[p] += row.part[p];
 }
 
-// Of a panel's rows, in four runs so that no addition waits for the one before it.
+// The sum of a panel's rows, in four independent sums, so that an addition need not wait for the one before.
 template <class T> inline Row<T> column_sums(const T *panel, int count) {
     Row<T> run[4] = {};
     int n = 0;
@@ -92,19 +92,19 @@ template <class T> inline Row<T> column_sums(const T *panel, int count) {
     return run[0];
 }
 
-// A positive number of whole panels.
+// True if the number of columns is a positive multiple of 16.
 inline bool are_panels(int columns) { return columns > 0 && columns % PANEL == 0; }
 
 inline int panels(int columns) { return (columns + PANEL - 1) / PANEL; }
 inline int smaller(int a, int b) { return a < b ? a : b; }
 
-// A left operand: its element (row i, step k) stands at data[i * row + k * step].
+// The left operand of a product: its element (row i, step k) is data[i * row + k * step]; products sum over steps.
 template <class T> struct Operand {
     const T *data;
     long row, step;
 };
 
-// Rows of a panel matrix as the left operand, `panel` numbers from one panel to the next; steps go over its columns.
+// The rows of a panel matrix as the left operand; its panels are `panel` numbers apart, steps are its columns.
 template <class T> struct PanelRows {
     const T *data;
     long panel;
@@ -112,26 +112,26 @@ template <class T> struct PanelRows {
 
 template <class T> inline PanelRows<T> rows_of(const T *matrix, long n) { return {matrix, n * PANEL}; }
 
-// Columns of one panel as rows of the left operand; steps go over the matrix's rows.
+// The columns of one panel as rows of the left operand; steps are the rows of the matrix.
 template <class T> inline Operand<T> columns_of(const T *panel) { return {panel, 1, PANEL}; }
 
-// f(0), f(1) .. f(R - 1), numbers that the compiler knows: what they index in an array may stay in registers.
+// Calls f(0), f(1) .. f(R - 1) with compile-time constants, so that the arrays they index can stay in registers.
 template <class F, int... I> inline INLINED void repeat(std::integer_sequence<int, I...>, F f) {
     (f(std::integral_constant<int, I>{}), ...);
 }
 template <int R, class F> inline INLINED void repeat(F f) { repeat(std::make_integer_sequence<int, R>{}, f); }
 
-// acc[R] += a step of left rows times right's row.
+// Adds to acc[R] the product of one step of R left rows, a[i * row], with a row of 16 numbers of the right operand.
 template <int R, class T>
 inline INLINED void one_step(Row<T> (&acc)[R], const T *a, long row, const T *right) {
-    const Row<T> own = load(right);
+    const Row<T> factors = load(right);
     repeat<R>([&](auto i) INLINED {
         const Vector<T> scalar = broadcast(a[i * row]);
-        repeat<PARTS<T>>([&](auto p) INLINED { acc[i].part[p] += scalar * own.part[p]; });
+        repeat<PARTS<T>>([&](auto p) INLINED { acc[i].part[p] += scalar * factors.part[p]; });
     });
 }
 
-// acc[R] += left rows from `first` on times right [steps][16], whose rows are `stride` apart.
+// Adds to acc[R] the product of R left rows, from `first` on, with right [steps][16], whose rows are `stride` apart.
 template <int R, class T>
 inline INLINED void multiply(
     Row<T> (&acc)[R], const Operand<T> &left, int first, const T *right, long stride, int steps) {
@@ -152,8 +152,8 @@ inline INLINED void multiply(
     for (int k = 0; done + k < steps; k++) one_step<R>(acc, a + k, PANEL, right + k * stride);
 }
 
-// For each row of `count`, what `finish(row number, its 16 products)` makes of left times right. `finish` takes copies:
-// an array of which one number is found by a variable lies in memory, and the sums with it.
+// Computes R rows of left times right from `row` on and calls finish(row number, its 16 numbers) for each. `finish` gets
+// a copy: an array that is indexed by a variable lies in memory, and the sums would too.
 template <int R, class T, class Left, class Finish>
 inline INLINED void row_tile(
     int row, const Left &left, const T *right, long stride, int steps, Finish &finish) {
@@ -165,6 +165,8 @@ inline INLINED void row_tile(
     repeat<R>([&](auto i) INLINED { finish(row + i, Row<T>(acc[i])); });
 }
 
+// Computes left [count, steps] times right [steps, 16], whose rows are `stride` apart, and calls finish(row number, its 16
+// numbers) for each row.
 template <class T, class Left, class Finish>
 inline INLINED void product(
     int count, const Left &left, const T *right, long stride, int steps, Finish finish) {
@@ -179,19 +181,19 @@ inline INLINED void product(
     }
 }
 
-// The same with 16 rows, of a panel's columns, in tiles of nearly equal size; only `count` of them are finished.
+// Like `product`, for the 16 columns of a panel as rows, in tiles of nearly equal size; finishes only the first `count`.
 template <class T, class Finish>
 inline INLINED void product_of_columns(
     int count, const Operand<T> &left, const T *right, long stride, int steps, Finish finish) {
-    auto bounded = [&](int row, const Row<T> &found) INLINED {
-        if (row < count) finish(row, found);
+    auto bounded = [&](int row, const Row<T> &numbers) INLINED {
+        if (row < count) finish(row, numbers);
     };
     row_tile<6>(0, left, right, stride, steps, bounded);
     row_tile<5>(6, left, right, stride, steps, bounded);
     row_tile<5>(11, left, right, stride, steps, bounded);
 }
 
-// The numbers of a and, from 8 on, of b, in that order.
+// The numbers of a (places 0 to 7) and b (8 to 15) at the places `Order`.
 template <int... Order> inline Vector<float> shuffled(const Vector<float> &a, const Vector<float> &b) {
 #ifdef __clang__
     return __builtin_shufflevector(a, b, Order...);
@@ -201,7 +203,7 @@ template <int... Order> inline Vector<float> shuffled(const Vector<float> &a, co
 #endif
 }
 
-// Eight rows of eight floats, transposed in registers.
+// Transposes eight rows of eight floats in registers.
 inline void transpose(float *to, long to_stride, const float *from, long from_stride) {
     Vector<float> a[8], b[8];
     for (int i = 0; i < 8; i++) a[i] = *(const Vector<float> *)(from + i * from_stride);
@@ -225,7 +227,7 @@ inline void transpose(double *to, long to_stride, const double *from, long from_
         for (int j = 0; j < 8; j++) to[j * to_stride + i] = from[i * from_stride + j];
 }
 
-// out [steps][16] from rows of a matrix as its columns: out[k][c] = matrix[c][k] for c < columns, else 0.
+// Writes out [steps][16], the transpose of `columns` rows of a matrix: out[k][c] = matrix[c][k] for c < columns, else 0.
 template <class T> inline void pack_transposed(T *out, const T *matrix, long stride, int columns, int steps) {
     int whole = 0;
     if (columns == PANEL)
@@ -236,14 +238,14 @@ template <class T> inline void pack_transposed(T *out, const T *matrix, long str
         for (int c = 0; c < PANEL; c++) out[k * PANEL + c] = c < columns ? matrix[c * stride + k] : T(0);
 }
 
-// Writes up to 16 numbers of a row.
+// Writes the first `columns` of 16 numbers.
 template <class T> inline void put(T *p, const Row<T> &row, int columns) {
     if (columns == PANEL) store(p, row);
     else
         for (int c = 0; c < columns; c++) p[c] = row.part[c / LANES<T>][c % LANES<T>];
 }
 
-// 16 bf16 numbers.
+// Loads 16 bf16 numbers as T.
 template <class T> inline Row<T> widened(const uint16_t *p) {
     typedef uint16_t Half __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
     typedef uint32_t Word __attribute__((vector_size(BYTES)));
@@ -256,7 +258,7 @@ template <class T> inline Row<T> widened(const uint16_t *p) {
     return wider;
 }
 
-// Up to 16 numbers of a row, zeros after them.
+// Loads `columns` numbers, followed by zeros up to 16.
 template <class T> inline Row<T> get(const T *p, int columns) {
     if (columns == PANEL) return load(p);
     Row<T> row = {};
@@ -264,7 +266,7 @@ template <class T> inline Row<T> get(const T *p, int columns) {
     return row;
 }
 
-// out [steps][16] from up to 16 columns of a matrix's rows.
+// Writes out [steps][16], the first `columns` numbers of a matrix's rows, followed by zeros.
 template <class T> inline void pack(T *out, const T *matrix, long stride, int columns, int steps) {
     for (int k = 0; k < steps; k++) store(out + k * PANEL, get(matrix + k * stride, columns));
 }

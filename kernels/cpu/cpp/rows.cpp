@@ -1,4 +1,4 @@
-// Rows of item vectors, gathered for a sequence encoder; and their gradients, added to those of the items.
+// Gathers the item vector of each row for the sequence encoder, and adds the rows' gradients to those of the items.
 #include "entry.h"
 
 namespace {
@@ -22,7 +22,7 @@ template <class T> void add(const Rows<T> &r) {
         for (long c = 0; c < d; c++) r.vectors[r.inputs[row] * d + c] += r.x[row * d + c];
 }
 
-// Every row has an item.
+// True if the item of every row exists.
 template <class T> bool fits(const Rows<T> &r) {
     if (r.rows < 0 || r.width <= 0) return false;
     for (int row = 0; row < r.rows; row++)

@@ -1,11 +1,12 @@
-// SASRec over packed rows, forward and backward; `kernels/reference/sequence_encoder.py` is its specification. A part is the rows of some users.
+// SASRec over the packed rows of some users, forward and backward. `kernels/reference/sequence_encoder.py` is its
+// specification.
 #include <cmath>
 
 #include "matrices.h"
 
 namespace {
 
-// Weights of a block, or their gradients, in the order of `EncoderBlock` in types.py.
+// The weights of a block, or their gradients, in the order of `EncoderBlock` in types.py.
 template <class T> struct Block {
     T *query, *key, *value, *output;              // [d, d]
     T *attention_scale, *attention_shift;         // [d]
@@ -14,19 +15,19 @@ template <class T> struct Block {
     T *feed_scale, *feed_shift;                   // [d]
 };
 
-// What the caller fills in: row-major matrices of `rows` rows, all of one part.
+// The arguments of a call; matrices are row-major. R is the number of rows of this call.
 template <class T> struct Encoder {
-    int32_t rows, width, hidden, heads, blocks, length, positions, drops;  // R, d, f; drops: there is dropout
-    int64_t user_count, memory_size;  // of the grid; numbers that `memory` holds
+    int32_t rows, width, hidden, heads, blocks, length, positions, drops;  // R, d, f; drops: 1 with dropout
+    int64_t user_count, memory_size;  // users of the grid; numbers that `memory` holds
     const int64_t *slots;    // [R] ascending: user * length + position
-    const int64_t *users;    // [user_count]: numbers of the grid's users
+    const int64_t *users;    // [user_count]: user numbers, which enter dropout's hash
     uint32_t prefix, threshold;
     double keep_scale, epsilon;
     const T *x;              // [R, d]
     const T *position, *scale, *shift;  // [positions, d], [d]
     const Block<T> *weights;
     T *states;               // [R, d]
-    T *memory;               // of `sequence_memory` numbers
+    T *memory;               // room for `sequence_memory` numbers; the backward reads what the forward left there
     const T *upstream;       // [R, d]
     T *of_x, *of_position, *of_scale, *of_shift;
     const Block<T> *of_weights;
@@ -42,14 +43,15 @@ inline uint32_t mixed(uint32_t h) {
 }
 inline uint32_t absorbed(uint32_t h, uint32_t field) { return mixed(h ^ field * 0x9E3779B1u); }
 
-// A layer norm's normalised rows [R, d], and one over each row's deviation.
+// A layer norm's normalised rows [R, d], and 1 / standard deviation of each row [R].
 template <class T> struct Norm {
     T *normalised, *inverse;
 };
 
+// The results of a block's forward that the backward reads; *_drops are dropout factors.
 template <class T> struct KeptBlock {
     T *projections;             // [R, 3 d]: queries, keys, values
-    T *weights, *weight_drops;  // of attention: for each row, head by head, those of the user's rows up to it
+    T *weights, *weight_drops;  // attention weights: for each row and head, one for each row of its user up to itself
     T *attended, *attended_drops;
     Norm<T> attention_norm;
     T *middle;                  // [R, d], after attention
@@ -70,7 +72,7 @@ template <class T> class Sequences {
         }
     }
 
-    // Numbers that forward leaves for backward, and both need to work in.
+    // Returns how many numbers of memory forward and backward need.
     int64_t memory() {
         T none;
         return place(&none);
@@ -144,19 +146,19 @@ template <class T> class Sequences {
   private:
     const Encoder<T> &e;
     const long d;
-    long pairs;    // of a row and one that it attends to
-    long longest;  // history
+    long pairs;    // number of pairs of a row and a row that it attends to
+    long longest;  // rows of the longest history
     KeptBlock<T> kept[MOST_BLOCKS];
     Norm<T> first_norm;
     T *placed, *input_drops, *work, *branch, *of_fed, *of_projections, *of_weights, *packed;
 
-    // Lays the matrices out one after the other; returns how many numbers they take.
+    // Sets the matrices' addresses, one after the other from `memory` on; returns how many numbers they take.
     int64_t place(T *memory) {
         int64_t taken = 0;
         auto take = [&](long count) {
-            T *own = (T *)((uintptr_t)memory + sizeof(T) * taken);
+            T *start = (T *)((uintptr_t)memory + sizeof(T) * taken);
             taken += (count + PANEL - 1) / PANEL * PANEL;
-            return own;
+            return start;
         };
         const long rows = e.rows;
         first_norm = {take(rows * d), take(rows)};
@@ -185,7 +187,7 @@ template <class T> class Sequences {
         return taken;
     }
 
-    // A row's position among all that the model knows: histories are right-aligned.
+    // Returns a row's index into the model's positions; the last item of a history has the last position.
     long at(int row) const { return e.slots[row] % e.length + e.positions - e.length; }
 
     uint32_t row_hash(uint32_t site, int row) const {
@@ -208,7 +210,7 @@ template <class T> class Sequences {
         else if (to != from) std::memcpy(to, from, sizeof(T) * size);
     }
 
-    // branch = x + branch * factors.
+    // Computes branch = x + branch * factors, without factors if null.
     void joined(const T *x, T *branch, const T *factors) const {
         for (long i = 0; i < (long)e.rows * d; i++) branch[i] = x[i] + (factors ? branch[i] * factors[i] : branch[i]);
     }
@@ -227,7 +229,7 @@ template <class T> class Sequences {
         }
     }
 
-    // In place: the gradient of a norm's output becomes that of its input.
+    // Replaces the gradient of a norm's output by that of its input; writes those of scale and shift.
     void normalise_backward(T *gradient, const Norm<T> &norm, const T *scale, T *of_scale, T *of_shift) const {
         std::memset(of_scale, 0, sizeof(T) * d);
         std::memset(of_shift, 0, sizeof(T) * d);
@@ -243,7 +245,7 @@ template <class T> class Sequences {
         }
     }
 
-    // Calls of each row with the first of its user's rows, and where its attention weights begin.
+    // Calls f(row, first row of its user, offset of its attention weights) for each row.
     template <class F> void each_row(F f) const {
         long begin = 0;
         for (int row = 0, first = 0; row < e.rows; row++) {
@@ -321,7 +323,7 @@ template <class T> class Sequences {
     }
 };
 
-// Rows stand on the grid, one user's after the other's.
+// True if the sizes fit together and the slots are ascending and within the grid.
 template <class T> bool fits(const Encoder<T> &e) {
     if (!are_panels(e.width) || !are_panels(e.hidden) || e.rows < 0 || e.heads < 1 || e.width % e.heads) return false;
     if (e.blocks < 1 || e.blocks > MOST_BLOCKS || e.length < 1 || e.length > e.positions) return false;
@@ -344,7 +346,7 @@ EXPORT_SIZE(EncoderBlock, Block<SCALAR>)
 EXPORT_SIZE(Encoder, Encoder<SCALAR>)
 
 extern "C" {
-// The numbers that `memory` has to hold, or -1 for sizes that do not fit.
+// Returns how many numbers `memory` has to hold, or -1 if the sizes do not fit.
 int64_t sequence_memory(const Encoder<SCALAR> *encoder) {
     return fits(*encoder) ? Sequences<SCALAR>(*encoder).memory() : -1;
 }

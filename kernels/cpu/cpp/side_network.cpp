@@ -1,10 +1,10 @@
-// The towers of a side network over some items, forward and backward, in passes over blocks of the state's columns.
+// A tower of a side network over a range of items, forward and backward, in passes over blocks of the state's columns.
 //
-// A pass forms the state's next columns, and uses them while they are in the cache: forward, they are added to the next
-// bottleneck; backward, they give the gradients of the weights that touch them. So each layer's state is read once and
-// written once. The last layer's up-projection meets the items only through the projection that follows it, H (x + U a +
-// b) = H x + (H U) a + H b, so the two are multiplied first, and the output's full width is never formed.
-// `kernels/reference/side_towers.py` is the specification; names are its.
+// A pass computes a block of columns of a layer's state and uses it while it is in the cache: the forward adds its product
+// to the bottleneck, the backward computes the gradients of the weights that multiply it. So each layer's state is read
+// and written once. The projection H after the last layer gives H (x + U a + b) = H x + (H U) a + H b: H U is computed
+// first, and the output of width D is never formed. `kernels/reference/side_towers.py` is the specification; the names
+// are the same.
 #include <cmath>
 #include <memory>
 
@@ -12,6 +12,7 @@
 
 namespace {
 
+// The computation of one call.
 template <class T> class Pass {
   public:
     explicit Pass(const Tower<T> &tower)
@@ -41,8 +42,9 @@ template <class T> class Pass {
         project(embedding.get());
     }
 
-    // The item vectors where no backward follows. A tower's state is a mix of the frozen states and a sum of
-    // up-projections, so each bottleneck comes from the mix, which `inputs` [1][total, D] holds, and from those below.
+    // Writes the projected outputs if no backward follows. A tower's state is a mix of hidden states, which `inputs`
+    // [1][total, D] holds, and a sum of up-projections; `joined` has the products of the up-projections with the maps that
+    // follow them, so that each bottleneck is computed from the mix and the bottlenecks below.
     void encode() {
         const int r = t.bottleneck, all = t.layers * r;
         std::unique_ptr<T[]> embedding(new T[(size_t)out * t.count * PANEL]);
@@ -85,17 +87,17 @@ template <class T> class Pass {
     }
 
   private:
-    struct Weights {  // of a layer's input: carry state + first h + second other
+    struct Weights {  // a layer's input is carry state + first h + second other
         T carry, first, second;
     };
 
     const Tower<T> &t;
-    const int wide, narrow, out;  // panels of the state, of a bottleneck, of an item vector
-    const int last;               // layer
-    std::unique_ptr<T[]> packed;
+    const int wide, narrow, out;  // numbers of panels of the state, of a bottleneck, of an item vector
+    const int last;               // number of the last layer
+    std::unique_ptr<T[]> packed;  // a right operand of a product
     std::unique_ptr<Weights[]> mixes;
-    std::unique_ptr<T[]> gradient;             // of the state: a panel matrix [count, D]
-    std::unique_ptr<T[]> of_after, of_before;  // panel matrices [count, R]
+    std::unique_ptr<T[]> gradient;             // gradient of the state: a panel matrix [count, D]
+    std::unique_ptr<T[]> of_after, of_before;  // gradients of a layer's bottleneck: panel matrices [count, R]
 
     static int columns(int all, int panel) { return smaller(PANEL, all - panel * PANEL); }
     T *panel(T *matrices, int k, int panels_each, int j) const {
@@ -108,16 +110,16 @@ template <class T> class Pass {
     const T *last_up_weight(long row) const { return t.up_weight + (last * (long)t.width + row) * t.bottleneck; }
     const T *last_up_bias() const { return t.up_bias + last * (long)t.width; }
 
-    // What `use` makes of a panel's mix, which is of one of four types, so that no row asks which.
+    // Returns use(mix of layer k and panel j). The mix has one of four types, so that no row has to test which.
     template <class F> auto with_mix(int k, int j, F use) const {
         if (t.half) return t.views == 2 ? use(mix_of<uint16_t, 2>(k, j)) : use(mix_of<uint16_t, 1>(k, j));
         return t.views == 2 ? use(mix_of<T, 2>(k, j)) : use(mix_of<T, 1>(k, j));
     }
     template <class H, int VIEWS> Mix<T, H, VIEWS> mix_of(int k, int j) const {
         const long at = (((long)k * wide + j) * t.total + t.start) * PANEL;
-        const Weights &own = mixes[k];
+        const Weights &weights = mixes[k];
         return {(const H *)t.hidden[0] + at, VIEWS == 2 ? (const H *)t.hidden[1] + at : nullptr,
-                broadcast(own.carry), broadcast(own.first), broadcast(own.second)};
+                broadcast(weights.carry), broadcast(weights.first), broadcast(weights.second)};
     }
 
     void fill(T *matrix, const T *bias, int width) const {
@@ -127,7 +129,7 @@ template <class T> class Pass {
         }
     }
 
-    // A panel of layer k's input: the state before it, mixed with the hidden states.
+    // Writes panel j of layer k's input: the state of the layer below, mixed with the hidden states.
     void mix(int k, int j) {
         with_mix(k, j, [&](auto mixed) {
             T *to = input(k, j);
@@ -148,7 +150,7 @@ template <class T> class Pass {
         });
     }
 
-    // A panel of the frozen states' mix up to layer k, in place of that below.
+    // Replaces panel j of the hidden states' mix up to layer k - 1 by that up to layer k.
     void mix_hidden(int k, int j) {
         with_mix(k, j, [&](auto mixed) {
             T *to = input(0, j);
@@ -157,7 +159,8 @@ template <class T> class Pass {
         });
     }
 
-    // to [., outputs] += the lowest `steps` bottlenecks' numbers times weight [outputs, .]; whole panels of them alone.
+    // Adds to `to` [., outputs] the first `steps` numbers of the bottlenecks times weight [outputs, steps]^T, whose rows are
+    // `stride` apart. `rows` is the number of rows of `to`.
     void add_bottlenecks(T *to, const T *weight, int stride, int outputs, int steps, int rows) {
         for (int q = 0; q < panels(outputs); q++) {
             T *sums = to + (long)q * rows * PANEL;
@@ -169,7 +172,8 @@ template <class T> class Pass {
         }
     }
 
-    // to [., outputs] += a block of a panel matrix's columns times the same columns of a weight [outputs, D].
+    // Adds to `to` [., outputs] a block of columns of a panel matrix times the same columns of a weight [outputs, D],
+    // transposed. `rows` is the number of rows of `to`.
     void add_product(T *to, const T *block_of, const T *weight, int block, int outputs, int rows) {
         const int from = block * PANEL, steps = smaller(BLOCK * PANEL, t.width - from);
         for (int q = 0; q < panels(outputs); q++) {
@@ -197,7 +201,7 @@ template <class T> class Pass {
         return normal_probability(x) + x * std::exp(T(-0.5) * x * x) * T(M_2_SQRTPI * M_SQRT1_2 / 2);
     }
 
-    // The gradient of the bottleneck before the activation, and of its bias.
+    // Writes the gradients of layer k's bottleneck before the activation, and of the down bias.
     void through_activation(int k) {
         for (int q = 0; q < narrow; q++) {
             Row<T> bias = {};
@@ -216,7 +220,7 @@ template <class T> class Pass {
         }
     }
 
-    // The last up-projection and the projection in one, transposed: panels [ceil(d / 16)][R][16].
+    // Returns the product of the projection and the last up-projection, transposed, in panels [ceil(d / 16)][R][16].
     std::unique_ptr<T[]> composite() {
         const int r = t.bottleneck;
         std::unique_ptr<T[]> found(new T[(size_t)out * r * PANEL]);
@@ -229,7 +233,7 @@ template <class T> class Pass {
         return found;
     }
 
-    // The item vectors: `embedding` holds what the last layer's input gives, a panel matrix [count, d].
+    // Writes the projected outputs; `embedding`, a panel matrix [count, d], holds the projection of the last input.
     void project(T *embedding) {
         const std::unique_ptr<T[]> weight = composite();
         for (int q = 0; q < out; q++) {
@@ -247,7 +251,8 @@ template <class T> class Pass {
         }
     }
 
-    // Gradients of the projection, of the last up-projection, of what that takes, and of the last layer's input.
+    // Writes the gradients of the projection, the last up-projection and its bias, the last bottleneck, and the last
+    // layer's input.
     void project_backward() {
         const int r = t.bottleneck, d = t.embedding;
         std::unique_ptr<T[]> upstream(new T[(size_t)out * t.count * PANEL]), total(new T[(size_t)out * PANEL]());
@@ -259,7 +264,7 @@ template <class T> class Pass {
                 add(sums, own);
                 store(total.get() + q * PANEL, sums);
             }
-        // Upstream, transposed, times the last bottlenecks: [d, R].
+        // inner [d, R]: upstream, transposed, times the last bottlenecks.
         const long stride = (long)narrow * PANEL;
         std::unique_ptr<T[]> inner(new T[(size_t)out * PANEL * stride]);
         for (int o = 0; o < out; o++)
@@ -284,7 +289,7 @@ template <class T> class Pass {
         for (int j = 0; j < wide; j++) project_backward(j, upstream.get(), total.get(), inner.get(), stride);
     }
 
-    // A panel of the state's columns of it.
+    // The part of `project_backward` for panel j of the state's columns.
     void project_backward(int j, const T *upstream, const T *total, const T *inner, long stride) {
         const int r = t.bottleneck, d = t.embedding, here = columns(t.width, j), from = j * PANEL;
         T *to = state_gradient(j);
@@ -312,7 +317,8 @@ template <class T> class Pass {
         });
     }
 
-    // of_weight [outputs, D], a panel of its columns: a panel matrix [count, outputs], transposed, times a panel.
+    // Writes panel j of the columns of of_weight [outputs, D]: left [count, outputs], a panel matrix, transposed, times the
+    // panel `right`.
     void weight_gradient(T *of_weight, const T *left, int outputs, const T *right, int j) {
         for (int q = 0; q < panels(outputs); q++)
             product_of_columns(
@@ -322,7 +328,8 @@ template <class T> class Pass {
                 });
     }
 
-    // A block of the state's gradient meets layer k's up-projection: gradients of it, of its bias, of what it takes.
+    // Uses a block of the state's gradient: writes the gradients of layer k's up-projection and bias, and adds to that of
+    // its bottleneck.
     void through_up(int k, int block) {
         const int r = t.bottleneck, from = block * PANEL, steps = smaller(BLOCK * PANEL, t.width - from);
         const T *weight = t.up_weight + ((long)k * t.width + from) * r;
@@ -348,7 +355,8 @@ template <class T> class Pass {
         }
     }
 
-    // A panel of the state's gradient goes through layer k's down-projection and its mix; returns the gate's, summed.
+    // Takes panel j of the state's gradient back through layer k's down-projection and mix; writes the gradient of the
+    // down-projection; returns the panel's part of the gradient of the gate's logit.
     double through_down(int k, int j) {
         const int r = t.bottleneck, here = columns(t.width, j);
         const T *weight = t.down_weight + (long)k * r * t.width, *x = input(k, j);
@@ -358,8 +366,8 @@ template <class T> class Pass {
         const bool gated = t.of_gate, passed_on = t.of_hidden[0] || t.of_hidden[1];
         return with_mix(k, j, [&](auto mixed) {
             if (!k && !passed_on && (!gated || t.views == 1)) {
-                // Nothing but the gate wants the lowest input's gradient. By one view x = g h there, so the gate's is
-                // (1 - g) sum(gradient x), of which W . (gradient of W) is what comes through the down-projection W.
+                // Only the gate needs the gradient of the lowest input x = g h. Its logit's gradient is (1 - g) sum(gradient
+                // x), of which the part through the down-projection W is the dot product of W and W's gradient.
                 if (!gated) return 0.0;
                 double of_input = dot(own, x, (long)t.count * PANEL);
                 for (long row = 0, at = j * PANEL; row < r; row++, at += t.width) of_input += dot(weight + at, of_weight + at, here);

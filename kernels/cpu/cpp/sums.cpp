@@ -1,4 +1,4 @@
-// What workers found apart, added up.
+// Adds the partial sum of one worker to a total.
 #include "entry.h"
 
 namespace {

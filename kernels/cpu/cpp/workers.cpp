@@ -1,9 +1,9 @@
-// Calls shared out among threads that stay, the caller being one: each takes the next call that nobody has taken, so a
-// core that others slow down does less. A call may wait for some before it. Nothing of Python is held or waited for.
+// Runs lists of calls on threads that live as long as the process, and on the calling thread. A thread takes the next call
+// as soon as it is free, so a core that other programs slow down takes fewer calls. A call may wait for earlier calls. No
+// lock of Python's is held or needed.
 //
-// Between two lists of calls of one training step a worker looks for the next for a while before it sleeps: to be woken
-// takes a tenth of a millisecond and more. It gives way to whoever else wants its core. How a thread treats denormal
-// numbers is its own: these leave it as it is by default.
+// Waking a sleeping thread takes 0.1 ms and more. So after a list a worker looks for the next one for AWAKE before it
+// sleeps, and yields its core meanwhile. The workers have the default treatment of denormal numbers.
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -23,26 +23,27 @@ constexpr auto AWAKE = std::chrono::milliseconds(2);
 struct Call {
     int32_t (*work)(const void *);
     const void *arguments;
-    int32_t first, last;  // once those from `first` to before `last` have ended, which stand before it in the list
+    int32_t first, last;  // it waits for the calls `first` to `last` - 1, which come before it in the list
 };
 
 class List {
   public:
     List(const Call *calls, int32_t count) : calls(calls), count(count), ended(new std::atomic<bool>[count]()) {}
 
-    // None waits forever: what it waits for has been taken, by a thread that works on it or waits for one before that.
+    // Takes calls until none is left. No thread waits forever: the calls that it waits for were taken before, by threads
+    // that run them or wait for still earlier ones.
     void take_all() {
         for (int32_t i; (i = next.fetch_add(1)) < count;) {
             const Call &call = calls[i];
             for (int32_t before = call.first; before < call.last; before++)
                 while (!ended[before]) std::this_thread::yield();
-            const bool vain = failed && call.first < call.last;  // what it needs may be missing
+            const bool vain = failed && call.first < call.last;  // skip it: its inputs may be missing
             if (!vain) note(i, call.work(call.arguments));
             ended[i] = true;
         }
     }
 
-    // 0, or the code of a call that failed first, and above it (from bit 8 on) its number.
+    // Returns 0, or for the first call that failed its code in bits 0 to 7 and its number above.
     int32_t failure() const { return failed; }
 
   private:
@@ -58,7 +59,7 @@ class List {
     }
 };
 
-// Each call waits for calls before it alone.
+// True if every call waits only for earlier calls.
 bool fits(const Call *calls, int32_t count, int32_t threads) {
     if (count < 0 || threads < 1) return false;
     for (int32_t i = 0; i < count; i++)
@@ -77,7 +78,7 @@ class Worker {
         woken.notify_one();
     }
 
-    // Returns when this worker neither has the list nor will take it.
+    // Takes the list back, or waits until this worker has finished it.
     void withdraw(List *list) {
         List *expected = list;
         if (offered.compare_exchange_strong(expected, nullptr)) return;
@@ -90,12 +91,12 @@ class Worker {
     std::mutex mutex;
     std::condition_variable woken;
 
-    static List *taken() { return (List *)1; }  // in place of a list that is being worked on
+    static List *taken() { return (List *)1; }  // value of `offered` while this worker works on a list
 
     void live() {
         for (;;) {
             List *list = awaited();
-            if (!list || !offered.compare_exchange_strong(list, taken())) continue;  // withdrawn meanwhile
+            if (!list || !offered.compare_exchange_strong(list, taken())) continue;  // it was withdrawn
             list->take_all();
             offered = nullptr;
         }
@@ -117,7 +118,7 @@ class Worker {
     }
 };
 
-// Of a process; a fork has the memory of its parent's, but not the threads.
+// The workers of a process. A forked process has its parent's memory, but not its threads, so it needs new workers.
 struct Workers {
     std::atomic<bool> busy{false};
     std::deque<Worker> all;
@@ -126,16 +127,17 @@ struct Workers {
 
 Workers &workers() {
     static std::mutex mutex;
-    static Workers *own = nullptr;  // never freed: its threads end with the process
+    static Workers *current = nullptr;  // never freed: its threads end with the process
     std::lock_guard<std::mutex> held(mutex);
-    if (!own || own->process != getpid()) own = new Workers;
-    return *own;
+    if (!current || current->process != getpid()) current = new Workers;
+    return *current;
 }
 
-// A list that threads beside the caller have begun.
+// A list of calls that is running.
 class Running {
   public:
-    // By so many threads at most, the caller's among them; by that alone where another has the workers.
+    // Starts the list on at most `threads` threads, the caller's included; on the caller's alone if another list has the
+    // workers.
     Running(const Call *calls, int32_t count, int32_t threads)
         : list(calls, count), own(workers()), held(threads > 1 && count > 1 && !own.busy.exchange(true)) {
         if (!held) return;
@@ -143,13 +145,13 @@ class Running {
         try {
             while (own.all.size() < others) own.all.emplace_back();
         } catch (...) {
-            // No more threads are to be had: those that there are do the work.
+            // No more threads can be started: the existing ones do the work.
         }
         helping = others < own.all.size() ? others : own.all.size();
         for (size_t i = 0; i < helping; i++) own.all[i].offer(&list);
     }
 
-    // What is left of it. Returns its failure.
+    // Helps until all calls have ended. Returns the failure, as `List::failure`.
     int32_t end() {
         list.take_all();
         for (size_t i = 0; i < helping; i++) own.all[i].withdraw(&list);
@@ -160,7 +162,7 @@ class Running {
   private:
     List list;
     Workers &own;
-    const bool held;  // the workers, until the end
+    const bool held;  // whether this list has the workers, until the end
     size_t helping = 0;
 };
 
@@ -169,12 +171,12 @@ class Running {
 EXPORT_SIZE(Call, Call)
 
 extern "C" {
-// Begins the calls. What `running` then points to is for `end`, whatever happens meanwhile, and in this process.
+// Starts the calls and sets `running`. The caller must pass it to `end`, in the same process, even after an error.
 int32_t begin(const Call *calls, int32_t count, int32_t threads, Running **running) noexcept {
     return guarded(fits(calls, count, threads), [&] { *running = new Running(calls, count, threads); });
 }
 
-// Returns 0, or the failure of one of the calls.
+// Waits for all calls. Returns 0, or the failure of a call, as `List::failure`.
 int32_t end(Running *running) noexcept {
     const std::unique_ptr<Running> own(running);
     return own ? own->end() : DONE;
