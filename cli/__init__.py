@@ -64,8 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help())
         sys.exit(0)
-    except OSError as error:  # no permission, no space, not a folder: the message names the file
-        _fail(str(error))
+    except OSError as error:  # no permission, no space, no such folder
+        _fail(str(error) if error.filename is None else f"{error.filename}: {error.strerror}")
     except ValueError as error:
         if type(error).__name__ != "FormError":  # raised by the kernels, whose module imports torch
             raise

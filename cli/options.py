@@ -14,8 +14,26 @@ from .help_pages import DATA, OUTPUT, option
 from .setting_options import given_settings, setting_options
 from .verbosity import verbosity_options
 
-FOLDER = click.Path(file_okay=False, path_type=Path)
-FILE = click.Path(dir_okay=False, path_type=Path)
+
+class CheckedPath(click.Path):
+    """A path that may be missing, but is not a file where a folder is expected, nor a folder where a file is."""
+
+    def __init__(self, is_folder: bool) -> None:
+        super().__init__(file_okay=not is_folder, dir_okay=is_folder, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path. Raises InputError, naming the option or argument, for one of the other kind."""
+        path = Path(value)
+        name = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name if param else "path"
+        if self.file_okay and path.is_dir():
+            raise InputError(f"{name}: expected a file, found the folder {value}")
+        if self.dir_okay and path.exists() and not path.is_dir():
+            raise InputError(f"{name}: expected a folder, found the file {value}")
+        return path
+
+
+FOLDER = CheckedPath(is_folder=True)
+FILE = CheckedPath(is_folder=False)
 
 device_option = option(
     "--device",

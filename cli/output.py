@@ -1,4 +1,4 @@
-"""How figures are printed: tables for people, JSON for programs."""
+"""Print figures: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-METRICS_ABREAST = 4  # as many columns as 80 characters hold
+METRICS_ABREAST = 4  # columns of metrics that fit 80 characters
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
+    """Print a value as one JSON document on standard output."""
     click.echo(json.dumps(value, indent=2))
 
 
 def print_counts(title: str, rows: dict[str, str]) -> None:
-    """A two-column table of names and values."""
+    """Print a table of two columns, names and values."""
     table = Table(title=Text(title), show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -29,7 +29,10 @@ def print_counts(title: str, rows: dict[str, str]) -> None:
 
 
 def print_metrics(title: str, reports: dict[str, dict[str, Any]]) -> None:
-    """Metrics in percent: for each report, history masked and unmasked, all targets, warm and cold ones."""
+    """Print metrics in percent: for each report, history masked and unmasked, by all, warm and cold targets.
+
+    reports: by the name of a model, its metrics as `evaluate` returns them.
+    """
     any_report = next(iter(reports.values()))
     names = [name for name in any_report["masked"] if name not in ("warm", "cold")]
     parts = [names[start : start + METRICS_ABREAST] for start in range(0, len(names), METRICS_ABREAST)]
@@ -38,6 +41,7 @@ def print_metrics(title: str, reports: dict[str, dict[str, Any]]) -> None:
 
 
 def _metrics_table(title: str, names: list[str], reports: dict[str, dict[str, Any]], caption: str | None) -> Table:
+    """Return the table of some metrics; caption: the text below it."""
     table = Table(title=Text(title), caption=caption)
     for column in ("", "history", "targets"):
         table.add_column(column, no_wrap=True)
@@ -53,11 +57,12 @@ def _metrics_table(title: str, names: list[str], reports: dict[str, dict[str, An
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction as a percentage with two decimals."""
+    """Return a fraction in percent with two decimals, or "-" if there is none."""
     return "-" if fraction is None else f"{100 * fraction:.2f}"
 
 
 def _caption(report: dict[str, Any]) -> str:
+    """Return a sentence about the users whose targets were ranked."""
     warm, cold = report["masked"]["warm"]["users"], report["masked"]["cold"]["users"]
     return (
         f"percent; {report['split']} targets of {report['users']:,} users: {warm:,} warm, {cold:,} cold, "
@@ -67,7 +72,7 @@ def _caption(report: dict[str, Any]) -> str:
 
 
 def print_table(table: Table) -> None:
-    """As wide as the terminal; 120 columns where there is none."""
+    """Print a table as wide as the terminal, or in 120 columns if there is no terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)

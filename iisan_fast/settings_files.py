@@ -192,4 +192,6 @@ def _unreadable(path: Path, error: yaml.YAMLError) -> InputError:
     mark = getattr(error, "problem_mark", None)
     line = "" if mark is None else f":{mark.line + 1}"
     problem = " ".join(str(getattr(error, "problem", None) or error).split())
+    if "character '\\t'" in problem:
+        problem = "found a tab; YAML is indented by spaces"
     return InputError(f"{path}{line}: neither YAML nor JSON ({problem})")

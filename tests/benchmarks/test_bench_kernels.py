@@ -172,7 +172,7 @@ def test_bad_input_gets_one_line(toy_run, tmp_path):
     assert "--users" in refused(*command, "--users", 0)
     assert "--op" in refused(*command, "--op", "softmax")
     assert "folder that exists" in refused(*command, "--out", tmp_path / "none" / "result.json")
-    assert "is a directory" in refused(*command, "--out", tmp_path)
+    assert "expected a file, found the folder" in refused(*command, "--out", tmp_path)
     assert "no such folder" in refused("bench", "kernels", tmp_path / "nowhere", "--device", "cpu")
 
 

@@ -151,6 +151,14 @@ def test_bad_input_gets_one_line_and_exit_code_2(toy_run, finished_run, tmp_path
     assert "leave out --precision" in refused("train", "--resume", finished_run, "--precision", "float32")
     assert "device: expected auto, cpu" in refused("train", dataset, "--cache", cache, "--device", "tpu9", *out)
     assert "CUDA devices" in refused("train", dataset, "--cache", cache, "--device", "cuda:77", *out)
+    items = dataset / "items.tsv"
+    assert refused("stats", items) == f"error: DATASET: expected a folder, found the file {items}\n"
+    config = refused("train", dataset, "--cache", cache, "--config", dataset, *out)
+    assert config == f"error: --config: expected a file, found the folder {dataset}\n"
+    nowhere = refused("train", dataset, "--cache", cache, *FAST, "--out", "/proc/nowhere")
+    assert nowhere == "error: /proc/nowhere: No such file or directory\n"
+    assert "Did you mean '--epochs'?" in refused("train", dataset, "--epoch", 3)
+    assert "Did you mean 'train'?" in refused("trian")
     assert "No such file" in refused("train", dataset, "--cache", cache, "--config", tmp_path / "no.json", *out)
     assert "--k: expected at least 1, found 0" in refused("evaluate", finished_run, "--k", 0)
     assert "not a run folder" in refused("evaluate", tmp_path)

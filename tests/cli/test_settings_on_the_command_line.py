@@ -62,7 +62,7 @@ def test_a_setting_that_cannot_be_used_gets_one_line(settings_file, tmp_path, ar
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model:\n\tdropout: 0.2\n", "bad.yaml:2: "),
+        ("model:\n\tdropout: 0.2\n", "bad.yaml:2: neither YAML nor JSON (found a tab; YAML is indented by spaces)"),
         ("model:\n  droput: 0.2\n", "bad.yaml:2: model.droput: unknown setting; did you mean dropout?"),
         ("model: [1, 2\n", "bad.yaml:"),
         ("3\n", "bad.yaml: expected settings as YAML or JSON"),
@@ -91,7 +91,6 @@ def test_a_dry_run_of_training_prints_the_plan_and_writes_nothing(settings_file,
 
 def test_a_dry_run_still_refuses(settings_file, tmp_path):
     assert "--batch-users: expected" in refused("train", "--config", settings_file, "--dry-run", "--batch-users", 0)
-    assert "give a dataset" in refused("train", "--dry-run")
     assert "leave out --dry-run" in refused("train", "--resume", tmp_path, "--dry-run")
 
 

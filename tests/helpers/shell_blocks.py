@@ -21,7 +21,7 @@ from .command_line import iisan_fast
 from .documents import ROOT
 
 PROGRAM = "iisan-fast"
-SMALL = {  # command: options that are added where a document's command runs in a test
+SMALL = {  # command: options, each with a value, that a document's command has where it runs in a test
     ("train",): ["--epochs", "1"],
     ("bench", "methods"): ["--epochs", "1", "--seeds", "0", "--methods", "full,iisan"],
     ("bench", "encoders"): ["--epochs", "1", "--seeds", "0"],
@@ -175,11 +175,21 @@ def run(line: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         for assignment in words[:start]:
             patch.setenv(*assignment.split("=", 1))
-        result = iisan_fast(*arguments, *limits)
+        result = iisan_fast(*_without(arguments, limits[::2]), *limits)
     assert result.returncode == 0, f"{line}\n{result.stdout}{result.stderr}"
     if redirected:
         Path(redirected).write_text(result.stdout)
     return result.stdout
+
+
+def _without(arguments: list[str], options: list[str]) -> list[str]:
+    """Return a command's arguments without some options and their values."""
+    remaining = list(arguments)
+    for option in options:
+        if option in remaining:
+            place = remaining.index(option)
+            del remaining[place : place + 2]
+    return remaining
 
 
 def _run_by_shell(line: str) -> str:
