@@ -18,7 +18,8 @@ GROUP_HEADINGS = {f"{group}:" for group in GROUPS}
 
 def contexts(command: click.Command, parent: click.Context | None = None) -> Iterator[click.Context]:
     """Yield the context of a command and of all commands below it."""
-    context = click.Context(command, parent, info_name="iisan-fast" if parent is None else command.name)
+    name = "iisan-fast" if parent is None else command.name
+    context = click.Context(command, parent, info_name=name, **command.context_settings)
     yield context
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
