@@ -49,7 +49,7 @@ class Step:
     seed: int = 3
 
     def recommender(self) -> Recommender:
-        """The model in fp64 and training mode, its gates and biases moved off zero so that they are seen to act."""
+        """Return the model in fp64 and training mode; its gates and biases are not 0, so that errors in them show."""
         model = side_recommender(
             self.table.shapes, self.model, self.sequences.max_inputs, self.sequences.popularity, self.seed
         ).double()
@@ -69,7 +69,7 @@ class Result:
 
 
 def from_reference(step: Step) -> Result:
-    """The specification: tests/reference_step.py on plain lists and tensors."""
+    """Run the specification, helpers/reference_step.py, on plain lists and tensors."""
     parameters = first_parameters(step)
     loss = reference_loss_of(step, parameters)
     loss.backward()
@@ -128,7 +128,7 @@ def from_recommender(step: Step) -> Result:
 
 
 def from_autograd(step: Step) -> Result:
-    """The step by autograd, as the trainer takes it; its rates are zero."""
+    """Run the trainer's step by autograd, with learning rates of 0."""
     model = step.recommender()
     batch = make_batch(step.sequences, step.users, step.step)
     taken = TrainingStep(model, dict.fromkeys(model.parameter_groups(), 0.0), torch.device("cpu"))
@@ -136,7 +136,7 @@ def from_autograd(step: Step) -> Result:
 
 
 def from_fused_step(step: Step, table: ItemSource | None = None) -> Result:
-    """The fused step, after one of other users whose memory it uses again; of a table, or of the step's own."""
+    """Run the fused step after a step of other users, so that it uses memory again; table: None for the step's."""
     model = step.recommender()
     cpu, source = torch.device("cpu"), step.table if table is None else table
     taken = CpuFusedStep(model, dict.fromkeys(model.parameter_groups(), 0.0))
@@ -147,18 +147,18 @@ def from_fused_step(step: Step, table: ItemSource | None = None) -> Result:
 
 
 def from_fused_pinned(step: Step) -> Result:
-    """The fused step with the table in host memory, its rows gathered ahead."""
+    """Run the fused step with the table in host memory; its rows are gathered ahead."""
     return from_fused_step(step, PinnedTable(step.table.views, torch.device("cpu")))
 
 
 def from_fused_mapped(step: Step) -> Result:
-    """The fused step with the table in the store's file."""
+    """Run the fused step with the table in the store's file."""
     with mapped_table(step) as table:
         return from_fused_step(step, table)
 
 
 def from_padded(step: Step) -> Result:
-    """The batch padded to the shape of a run of larger batches, as it is captured in a CUDA graph."""
+    """Run the step on a batch padded to the shape of larger batches, as it is captured in a CUDA graph."""
     model = step.recommender()
     batch = make_batch(step.sequences, step.users, step.step)
     padded = batch.padded(padded_shape(step.sequences, len(step.users) + 3))
@@ -166,7 +166,7 @@ def from_padded(step: Step) -> Result:
 
 
 def from_packed(step: Step) -> Result:
-    """A padded batch read from one buffer, its step number a tensor, as a CUDA graph reads it."""
+    """Run the step on a padded batch read from one buffer, its step number a tensor, as a CUDA graph reads it."""
     model = step.recommender()
     batch = make_batch(step.sequences, step.users, step.step)
     padded = batch.padded(padded_shape(step.sequences, len(step.users)))
@@ -175,18 +175,20 @@ def from_packed(step: Step) -> Result:
 
 
 def from_pinned(step: Step) -> Result:
-    """The table in host memory, its rows gathered ahead."""
+    """Run the step with the table in host memory; its rows are gathered ahead."""
     model, table = step.recommender(), PinnedTable(step.table.views, torch.device("cpu"))
-    (found,) = prepared_batches(iter([make_batch(step.sequences, step.users, step.step)]), table, torch.device("cpu"))
-    return _differentiated(model, model.loss(found.batch, found.item_inputs))
+    (prepared,) = prepared_batches(
+        iter([make_batch(step.sequences, step.users, step.step)]), table, torch.device("cpu")
+    )
+    return _differentiated(model, model.loss(prepared.batch, prepared.item_inputs))
 
 
 def from_mapped(step: Step) -> Result:
-    """The table in the store's file."""
+    """Run the step with the table in the store's file."""
     with mapped_table(step) as table:
         model, cpu = step.recommender(), torch.device("cpu")
-        (found,) = prepared_batches(iter([make_batch(step.sequences, step.users, step.step)]), table, cpu)
-        return _differentiated(model, model.loss(found.batch, found.item_inputs))
+        (prepared,) = prepared_batches(iter([make_batch(step.sequences, step.users, step.step)]), table, cpu)
+        return _differentiated(model, model.loss(prepared.batch, prepared.item_inputs))
 
 
 @contextmanager
@@ -212,7 +214,7 @@ def by_form(name: str) -> Callable[[Step], Result]:
 
 
 def from_dense(step: Step) -> Result:
-    """What the benchmark takes for the released code's step."""
+    """Run the benchmark's version of the released code's step."""
     model = step.recommender()
     rates = dict.fromkeys(model.parameter_groups(), 0.0)
     dense = DenseTrainer(model, list(step.table.views), step.sequences, rates, step.seed)
@@ -220,7 +222,7 @@ def from_dense(step: Step) -> Result:
 
 
 def from_gpu(step: Step) -> Result:
-    """The same in fp32 by Triton's kernels, which have no fp64."""
+    """Run the step in fp32 by Triton's kernels, which have no fp64."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = step.recommender().float().to(device)
     table = FeatureTable(tuple(view.float().to(device) for view in step.table.views))
@@ -231,7 +233,7 @@ def from_gpu(step: Step) -> Result:
 
 
 def from_fused_gpu(step: Step, pinned: bool = False) -> Result:
-    """The fused step by Triton's kernels, in fp32, after one of other users in a window before."""
+    """Run the fused step in fp32 by Triton's kernels, after a step of other users in an earlier window."""
     plan = RunPlan.of(step.sequences, len(step.users), step.seed)
     taken, source = fused_gpu_step(step, plan, pinned=pinned)
     for users, number in _two_batches(step):
@@ -244,7 +246,7 @@ def from_fused_gpu(step: Step, pinned: bool = False) -> Result:
 def fused_gpu_step(
     step: Step, plan: RunPlan, rates: Mapping[str, float] | None = None, pinned: bool = False
 ) -> tuple[GpuFusedStep, ItemSource]:
-    """The fused step by Triton's kernels, in fp32, and its table; rates: none where nothing is to be trained."""
+    """Return the fused step in fp32 by Triton's kernels, and its table; without rates nothing is trained."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = step.recommender().float().to(device)
     views = tuple(view.float() for view in step.table.views)
@@ -255,7 +257,7 @@ def fused_gpu_step(
 
 
 def from_fused_gpu_pinned(step: Step) -> Result:
-    """The same with the table in host memory, its rows copied to the step's own memory before it."""
+    """Run the fused step by Triton with the table in host memory; its rows are copied to the step's memory first."""
     return from_fused_gpu(step, pinned=True)
 
 
@@ -265,7 +267,7 @@ def from_captured(step: Step) -> Result:
 
 
 def from_stand_in(step: Step) -> Result:
-    """The same with a function that is called again in the graph's place."""
+    """Run the fused step by Triton with a function that is called again in place of the CUDA graph."""
     return _captured(step, torch.device("cpu"), torch.float64, capture=lambda run: run)
 
 
@@ -281,8 +283,8 @@ def _captured(
     captured = CapturedStep(taken, capture)
     others, batch = (make_batch(step.sequences, users, number) for users, number in _two_batches(step))
     shape = padded_shape(step.sequences, len(step.users))
-    for each in (others, batch):
-        moved = each.padded(shape).to(device)
+    for one_batch in (others, batch):
+        moved = one_batch.padded(shape).to(device)
         loss = captured(moved, table.read(moved.distinct))
     return _result(model, loss)
 
@@ -294,7 +296,7 @@ def _two_batches(step: Step) -> list[tuple[np.ndarray, int]]:
 
 
 def named_by_reference(model: Recommender) -> list[tuple[str, Tensor]]:
-    """The parameters under the reference's names."""
+    """Return the parameters by the reference's names."""
     return [(name.removeprefix("item_encoder."), parameter) for name, parameter in model.named_parameters()]
 
 
@@ -382,7 +384,7 @@ FORMS: dict[str, Form] = {
 
 
 def assert_equal(result: Result, expected: Result, rtol: float) -> None:
-    """Same loss, same parameters, same gradient of each, relative to its largest element."""
+    """Check that losses, parameter names and gradients agree; a gradient's error is relative to its largest element."""
     torch.testing.assert_close(result.loss, expected.loss, rtol=rtol, atol=0)
     assert result.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
@@ -393,6 +395,6 @@ def assert_equal(result: Result, expected: Result, rtol: float) -> None:
 
 
 def scientific_step(sequences: Sequences, model: ModelConfig, shapes: list[tuple[int, int]], users: int) -> Step:
-    """A step over real histories and random states."""
+    """Return a step over real histories and random hidden states."""
     chosen = np.random.default_rng(11).permutation(len(sequences.user_ids))[:users]
     return Step(model, random_table(shapes, len(sequences.item_ids)), sequences, chosen, step=1234)

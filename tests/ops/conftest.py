@@ -14,7 +14,7 @@ from iisan_fast import kernels
 
 @pytest.fixture
 def on_a_gpu(monkeypatch) -> Iterator[None]:
-    """The GPU's memory is free, no form is named in the environment, and kernels are not interpreted."""
+    """Free the GPU's memory, name no form in the environment and do not interpret kernels."""
     assert os.environ.get("TRITON_INTERPRET") != "1", "run the GPU tests without TRITON_INTERPRET=1"
     monkeypatch.delenv(kernels.FORM_VARIABLE, raising=False)
     yield

@@ -44,7 +44,11 @@ def test_steps_are_those_of_pytorch(first):
     flat = Flat(None)
     weights = [torch.nn.Parameter(part.clone()) for part in flat.parameters.split(SIZES)]
     groups = [
-        {"params": [weight for weight, own in zip(weights, GROUPS) if own == group], "lr": rate, "weight_decay": decay}
+        {
+            "params": [weight for weight, weight_group in zip(weights, GROUPS) if weight_group == group],
+            "lr": rate,
+            "weight_decay": decay,
+        }
         for group, (rate, decay) in enumerate(zip(RATES, DECAYS))
     ]
     optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON)

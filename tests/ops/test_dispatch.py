@@ -30,7 +30,7 @@ def nothing_reported_or_named(monkeypatch) -> None:
 
 @pytest.fixture
 def no_compiler(monkeypatch) -> str:
-    """The library cannot be had; the reason."""
+    """Make the C++ library unavailable; return the reason."""
     monkeypatch.setattr(dispatch, "why_no_library", lambda: "no compiler")
     return "no compiler"
 

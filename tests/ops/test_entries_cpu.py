@@ -139,8 +139,8 @@ def test_sizes_that_do_not_fit_are_refused(name, field, value):
     sizes = [size for size, kind in struct._fields_ if kind in (ctypes.c_int32, ctypes.c_int64)]
     with pytest.raises(ValueError) as error:
         library.run(getattr(library.library(torch.float32), name), call)
-    found = ", ".join(f"{size} {getattr(call, size)}" for size in sizes)
-    assert str(error.value) == f"{name} in C++: expected sizes that fit, found {found}"
+    sizes_in_call = ", ".join(f"{size} {getattr(call, size)}" for size in sizes)
+    assert str(error.value) == f"{name} in C++: expected sizes that fit, found {sizes_in_call}"
     assert not any(tensor.any() for tensor in memory)
 
 
@@ -203,12 +203,12 @@ def test_a_gradient_of_another_size_than_its_parameter_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("gradient", "found"),
+    ("gradient", "description"),
     [(torch.ones(8, dtype=torch.bfloat16), "bfloat16 on cpu"), (torch.ones(8, device="meta"), "float32 on meta")],
 )
-def test_a_gradient_that_c_cannot_read_is_refused(gradient, found):
+def test_a_gradient_that_c_cannot_read_is_refused(gradient, description):
     state = adam_state(numbers=8, moment=8)
-    with pytest.raises(ValueError, match=rf"gradients\[0\]: expected float32 on cpu, found {found}"):
+    with pytest.raises(ValueError, match=rf"gradients\[0\]: expected float32 on cpu, found {description}"):
         kernels.adam([state])([gradient], [0.1], (0.9, 0.999), 1e-8)
     assert torch.equal(state.parameter, torch.ones(8)) and not state.steps
 

@@ -30,17 +30,19 @@ def test_folding_in_cpp_is_the_products_and_their_gradients(dtype, tolerance, si
     chains, upstream = random_chains(sizes, dtype)
     weights = [weight for chain in chains for weight in chain]
     assert not fold_heads_cpu.refusal(chains)
-    found = [each for pair in kernels.fold_heads(chains, form="cpu") for each in pair]
-    expected = [each for pair in fold_heads_reference.fold_heads(chains) for each in pair]
-    assert isinstance(found[0].grad_fn, fold_heads_cpu.FoldFunction._backward_cls)
-    ours, theirs = ([*each, *torch.autograd.grad(each, weights, upstream)] for each in (found, expected))
-    for own, other in zip(ours, theirs, strict=True):
-        assert (own - other).norm() <= tolerance * other.norm()
+    actual = [result for pair in kernels.fold_heads(chains, form="cpu") for result in pair]
+    expected = [result for pair in fold_heads_reference.fold_heads(chains) for result in pair]
+    assert isinstance(actual[0].grad_fn, fold_heads_cpu.FoldFunction._backward_cls)
+    ours, theirs = ([*result, *torch.autograd.grad(result, weights, upstream)] for result in (actual, expected))
+    for value, other in zip(ours, theirs, strict=True):
+        assert (value - other).norm() <= tolerance * other.norm()
 
 
 def random_chains(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[list[kernels.Chain], list[Tensor]]:
-    """Two chains whose outer weights are parts of one, as the heads' are; gradients of what they come to, one of them
-    not contiguous."""
+    """Return two chains whose outer maps are halves of one matrix, and gradients of their weights and biases.
+
+    sizes: d, d', H, D. One gradient is not contiguous and one has stride 0.
+    """
     generator, (d, between, rows, width) = torch.Generator().manual_seed(0), sizes
 
     def random(*shape: int) -> torch.Tensor:
@@ -61,8 +63,10 @@ def test_folding_in_cpp_passes_gradcheck():
     chains, _ = random_chains((16, 2, 3, 16), torch.float64)
     weights = [weight for chain in chains for weight in chain]
 
-    def fold(*own: Tensor) -> tuple[Tensor, ...]:
-        return tuple(each for pair in kernels.fold_heads(fold_heads_cpu.chains_of(own), form="cpu") for each in pair)
+    def fold(*weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            result for pair in kernels.fold_heads(fold_heads_cpu.chains_of(weights), form="cpu") for result in pair
+        )
 
     assert torch.autograd.gradcheck(fold, weights)
 
@@ -80,7 +84,7 @@ def test_fold_is_the_product_and_its_gradients_are_right(columns, count, form):
     x = torch.randn(6, columns, generator=generator, dtype=torch.float64)
 
     def fold(*weights):
-        return [each for pair in kernels.fold_heads(fold_heads_cpu.chains_of(weights), form) for each in pair]
+        return [result for pair in kernels.fold_heads(fold_heads_cpu.chains_of(weights), form) for result in pair]
 
     for (weight, bias), chain in zip(
         kernels.fold_heads(fold_heads_cpu.chains_of(weights), form), fold_heads_cpu.chains_of(weights)
@@ -88,7 +92,7 @@ def test_fold_is_the_product_and_its_gradients_are_right(columns, count, form):
         outer, middle, middle_bias, inner, inner_bias = chain
         expected = F.linear(F.linear(F.linear(x, inner, inner_bias), middle, middle_bias), outer)
         torch.testing.assert_close(F.linear(x, weight, bias), expected, rtol=1e-13, atol=1e-13)
-    assert torch.autograd.gradcheck(lambda *own: tuple(fold(*own)), weights)
+    assert torch.autograd.gradcheck(lambda *weights: tuple(fold(*weights)), weights)
     with torch.inference_mode():
         assert torch.equal(fold(*weights)[-2], weights[-5] @ weights[-4] @ weights[-2])
 

@@ -72,9 +72,15 @@ def test_four_launches_a_step(dtype):
         pair.connect(towers_gradients(pair, weights))
         pair.forward()
         pair.backward()
-    assert [made.name for made in recorded] == ["fold_chains", "fold_prepare", "fold_backward", "fold_chains_backward"]
+    assert [launch.name for launch in recorded] == [
+        "fold_chains",
+        "fold_prepare",
+        "fold_backward",
+        "fold_chains_backward",
+    ]
     assert launches.total() == 4
-    assert all(made.grid[0] == 3 and made.grid[1] > 44 for made in recorded)  # the 132 multiprocessors of a GPU work
+    # 3 towers times more than 44 tasks: all 132 multiprocessors of a GPU work.
+    assert all(launch.grid[0] == 3 and launch.grid[1] > 44 for launch in recorded)
     assert {pair.composites.dtype, pair.projected_up.dtype, pair.projection_operands.dtype} == {dtype}
 
 

@@ -28,13 +28,13 @@ class Case:
     def __init__(self, rows, items, width=16, masked=True, counted=True, debiased=True, seed=0) -> None:
         random = np.random.default_rng(seed)
         users = max(1, rows // 4)
-        own = random.random((users, -(-items // 32) * 32)) < 0.2
-        own[:, items:] = False
+        in_history = random.random((users, -(-items // 32) * 32)) < 0.2
+        in_history[:, items:] = False
         self.queries, self.items = (torch.from_numpy(random.normal(size=(n, width))) for n in (rows, items))
         self.targets = torch.from_numpy(random.integers(0, items, rows))
         self.row_users = torch.from_numpy(np.sort(random.integers(0, users, rows)))
-        own[self.row_users.numpy(), self.targets.numpy()] = True
-        bits = torch.from_numpy(np.packbits(own, axis=1, bitorder="little").view("<i4").copy())
+        in_history[self.row_users.numpy(), self.targets.numpy()] = True
+        bits = torch.from_numpy(np.packbits(in_history, axis=1, bitorder="little").view("<i4").copy())
         self.upstream = torch.from_numpy(random.normal(size=rows))
         self.keywords: dict[str, Any] = {"row_users": self.row_users, "history_bits": bits} if masked else {}
         if counted:
@@ -43,18 +43,18 @@ class Case:
             self.keywords["log_popularity"] = torch.from_numpy(random.uniform(0.01, 1, items)).log()
 
     def run(self, op, dtype: torch.dtype) -> list[Tensor]:
-        queries, items = (each.to(dtype, copy=True).requires_grad_() for each in (self.queries, self.items))
+        queries, items = (tensor.to(dtype, copy=True).requires_grad_() for tensor in (self.queries, self.items))
         keywords = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.keywords.items()}
         losses = op(queries, items, self.targets, **keywords)
         return [losses.detach(), *torch.autograd.grad(losses, (queries, items), self.upstream.to(dtype))]
 
     def check(self) -> None:
         exact = self.run(loss_reference.inbatch_cross_entropy, torch.float64)
-        for found, truth in zip(self.run(by_cpu, torch.float64), exact):
-            torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-12)
+        for actual, truth in zip(self.run(by_cpu, torch.float64), exact):
+            torch.testing.assert_close(actual, truth, rtol=1e-11, atol=1e-12)
         ours, theirs = (self.run(op, torch.float32) for op in (by_cpu, loss_reference.inbatch_cross_entropy))
-        for own, other, truth in zip(ours, theirs, exact):
-            error, allowed = (own - truth).norm().item(), 8 * (other - truth).norm().item()
+        for actual, other, truth in zip(ours, theirs, exact):
+            error, allowed = (actual - truth).norm().item(), 8 * (other - truth).norm().item()
             assert error <= max(allowed, 4e-6 * max(1, truth.norm().item()))
 
 
@@ -84,7 +84,7 @@ def test_real_sizes():
 
 def test_gradients_are_those_of_finite_differences():
     case = Case(5, 7)
-    leaves = [each.clone().requires_grad_() for each in (case.queries, case.items)]
+    leaves = [tensor.clone().requires_grad_() for tensor in (case.queries, case.items)]
     assert torch.autograd.gradcheck(lambda *tensors: by_cpu(*tensors, case.targets, **case.keywords), leaves)
 
 
@@ -140,11 +140,11 @@ def test_what_it_does_not_take_is_refused_by_name(width, trained, reason):
 def test_threads_may_change_before_the_backward_and_it_may_come_twice(forward, backward):
     case = Case(70, 90)
     exact = case.run(loss_reference.inbatch_cross_entropy, torch.float64)
-    leaves = [each.clone().requires_grad_() for each in (case.queries, case.items)]
+    leaves = [tensor.clone().requires_grad_() for tensor in (case.queries, case.items)]
     torch.set_num_threads(forward)
     losses = by_cpu(*leaves, case.targets, **case.keywords)
     torch.set_num_threads(backward)
     for last in (False, True):
-        found = torch.autograd.grad(losses, leaves, case.upstream, retain_graph=not last)
-        for own, truth in zip(found, exact[1:]):
-            torch.testing.assert_close(own, truth, rtol=1e-11, atol=1e-12)
+        gradients = torch.autograd.grad(losses, leaves, case.upstream, retain_graph=not last)
+        for gradient, truth in zip(gradients, exact[1:]):
+            torch.testing.assert_close(gradient, truth, rtol=1e-11, atol=1e-12)

@@ -83,7 +83,7 @@ class LossInputs:
     gradient: Tensor
 
     def to(self, dtype: torch.dtype) -> LossInputs:
-        """The same numbers in another dtype."""
+        """Return the case with its tensors in another dtype."""
         floats = {name: getattr(self, name).to(dtype) for name in ("queries", "items", "gradient")}
         logs = tuple(None if value is None else value.to(dtype) for value in self.logs)
         return dataclasses.replace(self, **floats, logs=logs)
@@ -125,12 +125,12 @@ def _histories(case: LossCase, targets: Tensor, numbers: Callable[..., Tensor]) 
     """(row_users, history_bits) of users with about four rows each; every target is its user's own."""
     users = max(1, case.rows // 4)
     row_users = numbers(0, users, case.rows).sort().values
-    own = numbers(0, 50, users, -(-case.columns // 32) * 32) == 0
+    in_history = numbers(0, 50, users, -(-case.columns // 32) * 32) == 0
     if users >= 3:
-        own[0], own[1, : case.columns // 2], own[2, case.columns // 2 :] = True, True, True
-    own[row_users, targets] = True
+        in_history[0], in_history[1, : case.columns // 2], in_history[2, case.columns // 2 :] = True, True, True
+    in_history[row_users, targets] = True
     bits = torch.arange(32, device=targets.device)
-    return row_users, (own.view(users, -1, 32).long() << bits).sum(2).to(torch.int32)
+    return row_users, (in_history.view(users, -1, 32).long() << bits).sum(2).to(torch.int32)
 
 
 def loss_by(form: str) -> Callable[..., Tensor]:
@@ -138,7 +138,7 @@ def loss_by(form: str) -> Callable[..., Tensor]:
 
 
 def run_loss(op: Callable[..., Tensor], inputs: LossInputs) -> Results:
-    """The loss, and the gradients of queries and items; the inputs stay as they are."""
+    """Return the loss and the gradients of queries and items; the inputs do not change."""
     queries, items = (value.detach().clone().requires_grad_() for value in (inputs.queries, inputs.items))
     loss = op(queries, items, inputs.targets, *inputs.masks, *inputs.logs, inputs.reduction)
     of_queries, of_items = torch.autograd.grad(loss, [queries, items], inputs.gradient.to(loss.dtype))

@@ -53,9 +53,9 @@ def test_loss_of_no_rows():
 
 @pytest.mark.parametrize("masked_columns", [slice(0, 64), slice(128, 200), slice(0, 200)])
 def test_loss_where_whole_tiles_are_masked(masked_columns):
-    own = torch.zeros(2, 200, dtype=torch.bool)
-    own[:, masked_columns] = True
-    LossCase(20, 200, users=2, has_item=own).check()
+    in_history = torch.zeros(2, 200, dtype=torch.bool)
+    in_history[:, masked_columns] = True
+    LossCase(20, 200, users=2, has_item=in_history).check()
 
 
 @pytest.mark.parametrize("wanted", [(), (0,), (1,)])

@@ -93,8 +93,8 @@ def test_loss_by_hand():
 def test_unpack_bits_reads_what_batches_pack():
     sequences = make_sequences([[*range(1, 41), 1, 1], [40, 3, 1, 1]], max_inputs=60)
     batch = make_batch(sequences, np.arange(2), step=0)
-    own = loss_reference.unpack_bits(batch.history_bits, len(batch.distinct))
-    assert own[0].all() and own[1].nonzero()[:, 0].tolist() == [2, 39]
+    in_history = loss_reference.unpack_bits(batch.history_bits, len(batch.distinct))
+    assert in_history[0].all() and in_history[1].nonzero()[:, 0].tolist() == [2, 39]
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def anew(monkeypatch, tmp_path):
 def test_it_is_compiled_once_for_the_user_alone(anew, monkeypatch):
     monkeypatch.setattr(library, "FLAGS", QUICK)
     assert library.why_no_library() == ""
-    (made,) = anew.iterdir()
-    assert made.suffix == ".so" and anew.stat().st_mode & 0o077 == 0
+    (library_file,) = anew.iterdir()
+    assert library_file.suffix == ".so" and anew.stat().st_mode & 0o077 == 0
     library._library.cache_clear()
     monkeypatch.setattr(library, "_compile", lambda *_: pytest.fail("compiled again"))
     assert library.library(torch.float32).side_forward
@@ -52,14 +52,14 @@ def test_what_each_compiler_makes_computes_the_same(compiler, anew, monkeypatch)
         pytest.skip(f"{compiler} is not here")
     monkeypatch.setenv("CXX", compiler)
     towers, states, projections = small_side_network()
-    parameters = [each for tower in towers for each in tower[1:]] + projections
+    parameters = [weight for tower in towers for weight in tower[1:]] + projections
     results = []
     for form in ("cpu", "reference"):
         outputs = kernels.side_towers(states, towers, projections=projections, form=form)
-        results.append([*outputs, *torch.autograd.grad(sum(each.square().sum() for each in outputs), parameters)])
+        results.append([*outputs, *torch.autograd.grad(sum(output.square().sum() for output in outputs), parameters)])
     assert len(list(anew.iterdir())) == 1
-    for found, expected in zip(*results, strict=True):
-        assert (found - expected).norm() <= 2e-6 * expected.norm()
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).norm() <= 2e-6 * expected.norm()
 
 
 def small_side_network() -> tuple[list[Tower], list[States], list[torch.Tensor]]:
@@ -106,8 +106,8 @@ def test_without_a_compiler_pytorch_runs_and_the_log_says_why(anew, monkeypatch,
     dispatch.reported.clear()
     queries, items, targets = torch.randn(3, 16, requires_grad=True), torch.randn(5, 16), torch.tensor([0, 4, 2])
     with caplog.at_level(logging.INFO, logger="iisan_fast.kernels"):
-        found = kernels.inbatch_cross_entropy(queries, items, targets, reduction="none")
-    assert torch.equal(found, loss_reference.inbatch_cross_entropy(queries, items, targets))
+        losses = kernels.inbatch_cross_entropy(queries, items, targets, reduction="none")
+    assert torch.equal(losses, loss_reference.inbatch_cross_entropy(queries, items, targets))
     reason = "no C++ compiler is here (c++, g++, clang++)"
     assert caplog.messages == [f"kernels: inbatch_cross_entropy by reference (cpu: {reason})"]
     with pytest.raises(ValueError) as refused:
@@ -141,7 +141,7 @@ def test_processes_that_compile_at_once_do_not_disturb_one_another(tmp_path):
         )
         for _ in range(2)
     ]
-    assert [each.communicate()[0].strip() for each in both] == ["compiled", "compiled"]
+    assert [process.communicate()[0].strip() for process in both] == ["compiled", "compiled"]
     assert len(list(tmp_path.iterdir())) == 1
 
 

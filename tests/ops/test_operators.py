@@ -64,7 +64,7 @@ def test_the_ops_compile_as_one_graph(kinds):
 
 @pytest.fixture
 def one_split(monkeypatch) -> None:
-    """The interpreter computes the sequence encoder's gradients of weights in a quarter of the programs."""
+    """Let the interpreter compute the sequence encoder's weight gradients in a quarter of the programs."""
     chosen = Configuration({"BN": 64, "BK": 32, "SPLITS": 1}, warps=4, stages=1)
     monkeypatch.setitem(CONFIGURATIONS["sequence_weight_gradients"], ("default", "fp32"), chosen)
 

@@ -137,16 +137,16 @@ class Case:
         vectors, expected = self.expected()
         assert not pair.vectors[self.items :].any()
         assert relative_error(pair.vectors[: self.items], vectors) < 1e-5
-        found = {name.removeprefix("of_"): value for name, value in pair.gradients._asdict().items()}
-        found["projection_operands"] = found.pop("projections")
-        coefficients = found.pop("coefficients")
+        gradients = {name.removeprefix("of_"): value for name, value in pair.gradients._asdict().items()}
+        gradients["projection_operands"] = gradients.pop("projections")
+        coefficients = gradients.pop("coefficients")
         if self.gated:
-            found["gates"] = self.gate_gradients(coefficients)
+            gradients["gates"] = self.gate_gradients(coefficients)
         else:
             assert not coefficients.any()
-        assert found.keys() == expected.keys()
+        assert gradients.keys() == expected.keys()
         for name, value in expected.items():
-            assert relative_error(found[name], value) < 2e-5, name
+            assert relative_error(gradients[name], value) < 2e-5, name
 
 
 @pytest.mark.parametrize(
@@ -190,8 +190,8 @@ def test_fold_and_towers_together_are_the_reference():
         vectors = vectors + linear(linear(linear(output, inner, inner_bias), middle, middle_bias), outer)
     assert relative_error(pair.vectors[: case.items], vectors.detach()) < 1e-5
     expected = torch.autograd.grad(vectors, exact.tensors(), case.of_vectors[: case.items].double())
-    for found, truth in zip(gradients.tensors(), expected, strict=True):
-        assert relative_error(found, truth) < 2e-5
+    for gradient, truth in zip(gradients.tensors(), expected, strict=True):
+        assert relative_error(gradient, truth) < 2e-5
 
 
 def test_nothing_is_there():

@@ -42,7 +42,7 @@ class Case:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-        slots = [length * (user + 1) - own + i for user, own in enumerate(lengths) for i in range(own)]
+        slots = [length * (user + 1) - rows + i for user, rows in enumerate(lengths) for i in range(rows)]
         self.grid = SequenceGrid(torch.tensor(slots, dtype=torch.int64), len(lengths), length)
         users = torch.randint(0, 2**31, (len(lengths),), generator=generator)
         self.dropout = sequence_dropout(dropout, 3, 17, users)
@@ -63,11 +63,11 @@ class Case:
 
     def check(self) -> None:
         exact = self.run(True, torch.float64)
-        for name, found in self.run(False, torch.float64).items():
-            torch.testing.assert_close(found, exact[name], rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        for name, actual in self.run(False, torch.float64).items():
+            torch.testing.assert_close(actual, exact[name], rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
         ours, theirs = (self.run(specification, torch.float32) for specification in (False, True))
         for name, truth in exact.items():
-            error, other = ((each[name].double() - truth).norm().item() for each in (ours, theirs))
+            error, other = ((results[name].double() - truth).norm().item() for results in (ours, theirs))
             assert error <= max(8 * other, 4e-6 * max(1, truth.norm().item())), name
 
 
@@ -98,21 +98,21 @@ def test_states_after_whole_histories(lengths, shape):
     with torch.inference_mode():
         exact = case.last(case.x.double())
         torch.testing.assert_close(case.model.last(case.x.double(), case.grid), exact, rtol=1e-10, atol=1e-11)
-        found = case.model.float().last(case.x, case.grid)
-    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+        states = case.model.float().last(case.x, case.grid)
+    torch.testing.assert_close(states.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("lengths", [[7, 12] * 60, [600, 3], [511, 1, 1], [1] * 1025])
 def test_states_of_more_rows_than_are_computed_at_a_time(lengths):
     case = Case(lengths, d=16)
     with torch.inference_mode():
-        found, exact = case.model.last(case.x.double(), case.grid), case.last(case.x.double())
-    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-11)
+        states, exact = case.model.last(case.x.double(), case.grid), case.last(case.x.double())
+    torch.testing.assert_close(states, exact, rtol=1e-10, atol=1e-11)
 
 
 def test_many_users_take_the_memory_of_few(monkeypatch):
-    taken, own = [], Memory.empty
-    monkeypatch.setattr(Memory, "empty", lambda self, dtype, count: taken.append(count) or own(self, dtype, count))
+    taken, allocate = [], Memory.empty
+    monkeypatch.setattr(Memory, "empty", lambda self, dtype, count: taken.append(count) or allocate(self, dtype, count))
     for users in (100, 400):
         case = Case([12] * users, d=16)
         with torch.inference_mode():
@@ -144,11 +144,11 @@ def test_rows_that_share_a_slot_disturb_nobody_else():
     case.dropout = case.dropout._replace(users=users)
     case.x = torch.cat([case.x, torch.ones(padding, case.x.shape[1])])
     case.upstream = torch.cat([case.upstream, torch.zeros(padding, case.x.shape[1])])
-    found = case.run(False, torch.float64)
+    results = case.run(False, torch.float64)
     for name, value in expected.items():
-        own = found[name][:count] if name in ("states", "x") else found[name]
-        torch.testing.assert_close(own, value, rtol=1e-10, atol=1e-11)
-    assert not found["x"][count:].any()
+        actual = results[name][:count] if name in ("states", "x") else results[name]
+        torch.testing.assert_close(actual, value, rtol=1e-10, atol=1e-11)
+    assert not results["x"][count:].any()
 
 
 def test_it_repeats_to_the_last_bit_and_hardly_depends_on_threads():
@@ -197,8 +197,8 @@ def test_the_backward_has_all_that_it_reads_whoever_lets_go_of_it(step):
     others = [torch.full((len(case.x),), 1 << 40) for _ in range(64)]  # where the slots were
     gradients = torch.autograd.grad(states, list(model.parameters()), case.upstream.double())
     assert len(others) == 64
-    for (name, _), found in zip(model.named_parameters(), gradients, strict=True):
-        assert torch.equal(found, expected[name]), name
+    for (name, _), gradient in zip(model.named_parameters(), gradients, strict=True):
+        assert torch.equal(gradient, expected[name]), name
 
 
 def test_weights_changed_before_the_backward_are_refused():
@@ -225,8 +225,8 @@ def test_threads_may_change_before_the_backward_and_it_may_come_twice(forward, b
     states = case.model(x, case.grid, case.dropout)
     torch.set_num_threads(backward)
     for last in (False, True):
-        (found,) = torch.autograd.grad(states, x, case.upstream.double(), retain_graph=not last)
-        torch.testing.assert_close(found, expected["x"], rtol=1e-10, atol=1e-11)
+        (gradient,) = torch.autograd.grad(states, x, case.upstream.double(), retain_graph=not last)
+        torch.testing.assert_close(gradient, expected["x"], rtol=1e-10, atol=1e-11)
 
 
 def test_arguments_that_do_not_fit_are_refused():

@@ -21,7 +21,7 @@ def encoder() -> SASRec:
 
 
 def rows(lengths=LENGTHS, length=6) -> SequenceGrid:
-    slots = [length * (user + 1) - own + i for user, own in enumerate(lengths) for i in range(own)]
+    slots = [length * (user + 1) - rows + i for user, rows in enumerate(lengths) for i in range(rows)]
     return SequenceGrid(torch.tensor(slots), len(lengths), length)
 
 
@@ -38,9 +38,9 @@ def test_later_items_and_other_users_change_nothing():
     states = model(x, rows())
     changed = x.clone()
     changed[3:] += 1  # the first user's last item, and everybody else's
-    found = model(changed, rows())
-    torch.testing.assert_close(found[:3], states[:3], rtol=0, atol=0)
-    assert not torch.equal(found[3], states[3])
+    changed_states = model(changed, rows())
+    torch.testing.assert_close(changed_states[:3], states[:3], rtol=0, atol=0)
+    assert not torch.equal(changed_states[3], states[3])
 
 
 def test_a_longer_grid_gives_the_same_states_with_dropout():

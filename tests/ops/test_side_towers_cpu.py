@@ -57,8 +57,11 @@ class Case:
         table_dtypes: Sequence[torch.dtype | None] = (None, None),
         seed: int = 0,
     ) -> None:
-        """in_order: views whose states are read in order and have a gradient; projected: to this width, or not at all;
-        table_dtypes: of each view, None for that of the weights."""
+        """Draw tables, parameters and gradients.
+
+        Args: in_order: views whose states are read in order and have a gradient; projected: width of the outputs, None
+        for no projections; table_dtypes: dtype of each view, None for that of the weights.
+        """
         self.generator = torch.Generator().manual_seed(seed)
         self.kinds, self.activation, self.table_dtypes = list(kinds), activation, table_dtypes
         self.rows = torch.randint(0, items // 2 + 1, (items,), generator=self.generator)  # some items repeat
@@ -100,11 +103,11 @@ class Case:
     def forward(
         self, op: Callable, dtype: torch.dtype = torch.float32, wanted: Sequence[str] | None = None, **keywords
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The outputs, and the leaves that are wanted: all of them where nothing is said."""
+        """Return the outputs and the leaves whose gradients are wanted; None: all leaves."""
         parameters = {name: value.to(dtype, copy=True) for name, value in self.parameters.items()}
         tables = {
-            name: value.to(own or dtype, copy=True)
-            for (name, value), own in zip(self.tables.items(), self.table_dtypes)
+            name: value.to(table_dtype or dtype, copy=True)
+            for (name, value), table_dtype in zip(self.tables.items(), self.table_dtypes)
         }
         chosen = {name: (parameters | tables)[name] for name in (self.leaves if wanted is None else wanted)}
         for leaf in chosen.values():
@@ -125,17 +128,17 @@ class Case:
         return states, towers, self.activation, projections
 
     def backward(self, outputs: list[Tensor], leaves: dict[str, Tensor], **keywords) -> dict[str, Tensor]:
-        """Outputs and gradients by name."""
+        """Return outputs and gradients by name."""
         upstream = [gradient.to(output.dtype) for gradient, output in zip(self.upstream, outputs)]
         gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream, **keywords)
-        found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-        return found | {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients)}
+        results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+        return results | {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients)}
 
     def run(self, op: Callable, dtype: torch.dtype = torch.float32, wanted=None, **keywords) -> dict[str, Tensor]:
         return self.backward(*self.forward(op, dtype, wanted, **keywords))
 
     def check(self, in_fp32: bool = True) -> None:
-        """The CPU form against the reference, in fp64 and in fp32."""
+        """Check the CPU form against the reference, in fp64 and in fp32."""
         exact = self.run(towers_reference, torch.float64)
         assert_equal(self.run(by_cpu, torch.float64), exact, rtol=1e-12)
         if in_fp32:
@@ -147,7 +150,7 @@ def error(value: Tensor, exact: Tensor) -> float:
 
 
 def scale(exact: dict[str, Tensor]) -> float:
-    """The length of everything together: what cancels in a small part is measured by the parts it came from."""
+    """Return the norm of all tensors together; errors of tensors whose numbers cancel are measured by it."""
     return torch.stack([value.double().norm() for value in exact.values()]).norm().item()
 
 
@@ -156,18 +159,20 @@ def assert_equal(ours: dict[str, Tensor], exact: dict[str, Tensor], rtol: float)
     assert ours.keys() == exact.keys()
     whole = scale(exact)
     for name, truth in exact.items():
-        found = error(ours[name], truth)
+        difference = error(ours[name], truth)
         assert ours[name].shape == truth.shape and ours[name].dtype == truth.dtype, name
-        assert found <= rtol * min(whole, 1000 * truth.norm().item()), f"{name}: error {found:.1e}"
+        assert difference <= rtol * min(whole, 1000 * truth.norm().item()), f"{name}: error {difference:.1e}"
 
 
 def assert_as_good(ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     assert ours.keys() == exact.keys()
     eps = torch.finfo(torch.float32).eps
     for name, truth in exact.items():
-        found = error(ours[name], truth)
+        difference = error(ours[name], truth)
         allowed = max(8 * error(theirs[name], truth), 32 * eps * truth.norm().item(), 4 * eps * scale(exact))
-        assert ours[name].dtype == theirs[name].dtype and found <= allowed, f"{name}: {found:.1e} of {allowed:.1e}"
+        assert ours[name].dtype == theirs[name].dtype and difference <= allowed, (
+            f"{name}: {difference:.1e} of {allowed:.1e}"
+        )
 
 
 @settings(max_examples=80, deadline=None)
@@ -198,7 +203,7 @@ def test_any_towers_without_gradients(data):
     """As the catalogue is encoded: bottlenecks of whole panels go another way there."""
     torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3, 8]), label="cores"))
     kinds = data.draw(st.lists(st.sampled_from(INTRA_AND_INTER), min_size=1, max_size=3))
-    kept = data.draw(st.sampled_from([None, torch.bfloat16]))
+    table_dtype = data.draw(st.sampled_from([None, torch.bfloat16]))
     case = Case(
         items=data.draw(st.sampled_from([0, 1, 7, 33, 65])),
         layers=data.draw(st.integers(1, 4)),
@@ -209,15 +214,15 @@ def test_any_towers_without_gradients(data):
         activation=data.draw(st.sampled_from(["relu", "gelu"])),
         in_order=data.draw(st.lists(st.sampled_from(sorted({view for kind in kinds for view in kind})), unique=True)),
         projected=data.draw(st.sampled_from([1, 6, 20])),
-        table_dtypes=(kept, kept),
+        table_dtypes=(table_dtype, table_dtype),
         seed=data.draw(st.integers(0, 99)),
     )
     names = [f"output {i}" for i in range(len(kinds))]
-    found, exact = (
+    actual, exact = (
         dict(zip(names, case.forward(op, torch.float64, wanted=())[0], strict=True))
         for op in (by_cpu, towers_reference)
     )
-    assert_equal(found, exact, rtol=1e-12)
+    assert_equal(actual, exact, rtol=1e-12)
 
 
 @pytest.mark.parametrize("threads", [2, 5])
@@ -365,19 +370,19 @@ def test_threads_may_change_between_forward_and_backward(forward, backward):
 
 
 def test_a_backward_in_another_thread():
-    case, found = Case(), {}
+    case, results = Case(), {}
     outputs, leaves = case.forward(by_cpu, torch.float64)
-    thread = threading.Thread(target=lambda: found.update(case.backward(outputs, leaves)))
+    thread = threading.Thread(target=lambda: results.update(case.backward(outputs, leaves)))
     thread.start()
     thread.join()
-    assert_equal(found, case.run(towers_reference, torch.float64), rtol=1e-12)
+    assert_equal(results, case.run(towers_reference, torch.float64), rtol=1e-12)
 
 
 def test_forwards_that_no_backward_follows_and_backwards_in_any_order():
     case, other = Case(seed=1), Case(items=35, seed=2)
-    exact = [each.run(towers_reference, torch.float64) for each in (case, other)]
+    exact = [one_case.run(towers_reference, torch.float64) for one_case in (case, other)]
     case.forward(by_cpu, torch.float64)
-    first, second = (each.forward(by_cpu, torch.float64) for each in (case, other))
+    first, second = (one_case.forward(by_cpu, torch.float64) for one_case in (case, other))
     other.forward(by_cpu, torch.float64)
     assert_equal(case.backward(*first, retain_graph=True), exact[0], rtol=1e-12)
     assert_equal(other.backward(*second), exact[1], rtol=1e-12)
@@ -408,8 +413,8 @@ def test_states_may_be_overwritten_before_the_backward():
     outputs, leaves = case.forward(by_cpu)
     with torch.no_grad():
         leaves["view 0"].fill_(7)
-    found = case.backward(outputs, leaves)
-    assert all(torch.equal(found[name], exact[name]) for name in exact)
+    results = case.backward(outputs, leaves)
+    assert all(torch.equal(results[name], exact[name]) for name in exact)
 
 
 @pytest.mark.parametrize("items", [2, 32])
@@ -436,13 +441,13 @@ def test_every_item_of_every_tower_is_one_pieces(threads, towers, items, split):
     assert len(rounds) == (towers if split or not items else 1) and all(rounds)
     pieces = [piece for one in rounds for piece in one]
     for tower in range(towers):
-        own = sorted((each.start, each.count) for each in pieces if each.tower == tower)
-        assert [start for start, _ in own] == [sum(count for _, count in own[:i]) for i in range(len(own))]
-        assert sum(count for _, count in own) == items
+        ranges = sorted((piece.start, piece.count) for piece in pieces if piece.tower == tower)
+        assert [start for start, _ in ranges] == [sum(count for _, count in ranges[:i]) for i in range(len(ranges))]
+        assert sum(count for _, count in ranges) == items
     if split:
-        assert all(len({each.tower for each in one}) == 1 for one in rounds)
+        assert all(len({piece.tower for piece in one}) == 1 for one in rounds)
     elif items:
-        sizes, most = [each.count for each in pieces], side_towers_cpu.MOST_WORKERS
+        sizes, most = [piece.count for piece in pieces], side_towers_cpu.MOST_WORKERS
         workers = max(1, min(threads, most, towers * items // side_towers_cpu.LEAST_ROWS))
         assert sizes == sorted(sizes, reverse=True) and sizes[0] <= -(-towers * items // workers)
         assert len(pieces) < workers + towers

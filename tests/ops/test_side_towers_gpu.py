@@ -96,7 +96,7 @@ class TowerInputs:
     gradients: list[Tensor]
 
     def to(self, dtype: torch.dtype) -> TowerInputs:
-        """The same numbers in another dtype."""
+        """Return the case with its tensors in another dtype."""
         states = [States(view.table.to(dtype), view.rows) for view in self.states]
         towers = [_map_tower(lambda value: value.to(dtype), tower) for tower in self.towers]
         return TowerInputs(states, towers, self.activation, [gradient.to(dtype) for gradient in self.gradients])
@@ -169,7 +169,7 @@ def side_towers_by(form: str) -> Callable[..., list[Tensor]]:
 
 
 def run_towers(op: Callable[..., list[Tensor]], inputs: TowerInputs) -> Results:
-    """Outputs, and the gradients of all parameters and of views read in order; the inputs stay as they are."""
+    """Return outputs and the gradients of all parameters and of tables read in order; the inputs do not change."""
 
     def leaf(value: Tensor) -> Tensor:
         return value.detach().clone().requires_grad_()
@@ -185,13 +185,13 @@ def run_towers(op: Callable[..., list[Tensor]], inputs: TowerInputs) -> Results:
         [value for values in leaves.values() for value in values],
         [gradient.to(output.dtype) for gradient, output in zip(inputs.gradients, outputs)],
     )
-    found = iter(gradients)
-    named = {name: [next(found) for _ in values] for name, values in leaves.items() if values}
+    remaining = iter(gradients)
+    named = {name: [next(remaining) for _ in values] for name, values in leaves.items() if values}
     return {"outputs": [output.detach() for output in outputs], **named}
 
 
 def launched_by(case: TowerCase) -> set[str]:
-    """The kernels that a forward and a backward with every gradient need."""
+    """Return the names of the kernels that a forward and a backward with all gradients launch."""
     return SIDE_KERNELS if case.gated or case.dense else SIDE_KERNELS - {"side_mix_gradients"}
 
 
@@ -234,7 +234,7 @@ def test_half_tables_under_fp32_weights_err_as_little_as_eager(name, dtype):
 
 
 def check_after_inference(device: str) -> None:
-    """What an evaluation leaves behind, made without gradients, does not stand in training's way."""
+    """Train after an evaluation: constants that it cached without gradients must not stop the training."""
     inputs = make_towers(TowerCase(items=7, layers=5, width=32, bottleneck=16), device, torch.float32)
     with torch.inference_mode():
         side_towers_by("gpu")(inputs.states, inputs.towers, inputs.activation)

@@ -18,7 +18,7 @@ def test_each_total_is_the_first_part_and_the_sum_of_all_in_their_order(dtype, l
     generator = torch.Generator().manual_seed(0)
     shapes = [((3, 5), 3), ((64,), 1), ((), 2), ((0, 4), 2), ((2, 3, 4), 4)]
     parts = [[torch.randn(shape, generator=generator, dtype=dtype) for _ in range(count)] for shape, count in shapes]
-    expected = [sum(own[1:], own[0].clone()) for own in parts]
-    found = sums.add_up(parts)
-    assert all(total is own[0] for total, own in zip(found, parts, strict=True))
-    assert all(map(torch.equal, found, expected))
+    expected = [sum(tensors[1:], tensors[0].clone()) for tensors in parts]
+    totals = sums.add_up(parts)
+    assert all(total is tensors[0] for total, tensors in zip(totals, parts, strict=True))
+    assert all(map(torch.equal, totals, expected))

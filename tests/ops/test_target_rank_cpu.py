@@ -45,8 +45,10 @@ class Ranking:
         )
 
     def counted(self, tie_share: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The ranks by counting scores of the distinct vectors in fp64; and whose scores lie too close to tell apart
-        in the dtype, though they are of different vectors."""
+        """Return both ranks, counted in fp64 from the scores of distinct vectors, and the users whose ranks are unsure.
+
+        A rank is unsure if the dtype cannot tell the score of another vector from the target's.
+        """
         distinct, place = self.items.unique(dim=0, return_inverse=True)
         scores = (self.queries.double() @ distinct.double().T)[:, place]
         target = scores.gather(1, self.targets[:, None])

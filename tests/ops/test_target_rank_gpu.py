@@ -78,8 +78,8 @@ def check_ranks(device: str, users: int, catalogue: int, d: int, precision: Prec
         inputs.queries.double(), inputs.items.double(), inputs.targets, inputs.excluded
     )
     with precision.active(), nan_in_new_memory(), all_launched({"target_rank"}):
-        found = ranks_by_gpu(*inputs.tensors())
-    for ours, expected in zip(found, exact):
+        ranks = ranks_by_gpu(*inputs.tensors())
+    for ours, expected in zip(ranks, exact):
         torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 

@@ -39,9 +39,9 @@ def test_parts_run_beside_each_other_each_on_its_share_of_the_cores():
 )
 def test_a_share_of_the_rows_for_each_core_that_is_worth_its_while(threads, count, lengths):
     torch.set_num_threads(threads)
-    found = cpu_threads.shares(count)
-    assert [length for _, length in found] == lengths
-    assert [start for start, _ in found] == [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = cpu_threads.shares(count)
+    assert [length for _, length in shares] == lengths
+    assert [start for start, _ in shares] == [sum(lengths[:i]) for i in range(len(lengths))]
     assert len(cpu_threads.shares(count, 1)) == 1
 
 

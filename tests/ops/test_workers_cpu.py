@@ -25,10 +25,10 @@ pytestmark = needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 100])
 def test_each_call_is_made_once(count, threads):
-    made = []
-    share_out(lambda number: made.append((number, threading.get_ident())) or 0, count, threads)
-    assert Counter(number for number, _ in made) == Counter(range(count))
-    assert len({thread for _, thread in made}) <= threads
+    calls = []
+    share_out(lambda number: calls.append((number, threading.get_ident())) or 0, count, threads)
+    assert Counter(number for number, _ in calls) == Counter(range(count))
+    assert len({thread for _, thread in calls}) <= threads
 
 
 def test_threads_work_beside_each_other_also_after_they_have_slept():
@@ -46,19 +46,19 @@ def test_one_thread_is_the_callers():
 
 
 def test_a_call_that_fails_is_told_when_all_are_made():
-    made = []
+    calls = []
     with pytest.raises(MemoryError, match="lacks memory for this batch"):
-        share_out(lambda number: made.append(number) or number == 3, 9, 2)
-    assert sorted(made) == list(range(9))
+        share_out(lambda number: calls.append(number) or number == 3, 9, 2)
+    assert sorted(calls) == list(range(9))
 
 
 def scheduled(work: Callable[[int], int], groups: list[tuple[int, list[int]]], threads: int) -> None:
-    """Groups of so many calls, each after the groups of these numbers; the calls are counted through."""
+    """Run groups of calls; a group has a number of calls and waits for the groups whose indices follow."""
     call, schedule, spans, count = Work(lambda pointer: work(pointer[0])), library.Schedule(torch.float32), [], 0
     for size, after in groups:
         before = [spans[number] for number in after] or [library.AT_ONCE]
-        own = [Number(count + i) for i in range(size)]
-        spans.append(schedule.add(call, own, functools.reduce(library.Span.to, before)))
+        numbers = [Number(count + i) for i in range(size)]
+        spans.append(schedule.add(call, numbers, functools.reduce(library.Span.to, before)))
         count += size
     schedule.run(threads)
 
@@ -93,42 +93,42 @@ def test_calls_that_wait_for_none_are_made_beside_one_that_others_wait_for():
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_after_a_call_that_failed_those_that_come_after_any_are_left_out(threads):
-    made = []
+    calls = []
     with pytest.raises(MemoryError):
-        scheduled(lambda number: made.append(number) or number == 1, [(2, []), (2, [0]), (2, [])], threads)
-    assert sorted(made) == [0, 1, 4, 5]
+        scheduled(lambda number: calls.append(number) or number == 1, [(2, []), (2, [0]), (2, [])], threads)
+    assert sorted(calls) == [0, 1, 4, 5]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_what_is_done_meanwhile_may_fail_or_share_out_itself(threads):
     """Calls that have begun end before anything else goes on."""
-    began, made = threading.Event(), []
+    began, calls = threading.Event(), []
 
     def work(number: int) -> int:
         began.set()
         time.sleep(0.01)
-        made.append(number)
+        calls.append(number)
         return 0
 
-    call, own = Work(lambda pointer: work(pointer[0])), [Number(i) for i in range(6)]
+    call, numbers = Work(lambda pointer: work(pointer[0])), [Number(i) for i in range(6)]
 
     def meanwhile() -> None:
         assert threads == 1 or began.wait(20)
-        share_out(lambda number: made.append(10 + number) or 0, 3, threads)
+        share_out(lambda number: calls.append(10 + number) or 0, 3, threads)
         raise ZeroDivisionError
 
     for _ in range(3):
-        began.clear(), made.clear()
+        began.clear(), calls.clear()
         schedule = library.Schedule(torch.float32)
-        schedule.add(call, own)
+        schedule.add(call, numbers)
         with pytest.raises(ZeroDivisionError):
             schedule.run(threads, meanwhile)
-        assert sorted(made) == [*range(6), 10, 11, 12]
+        assert sorted(calls) == [*range(6), 10, 11, 12]
     share_out(lambda number: 0, 4, threads)
 
 
 def test_an_interrupt_as_calls_begin_lets_them_end(monkeypatch):
-    made, compiled = [], library.library(torch.float32)
+    calls, compiled = [], library.library(torch.float32)
 
     class Interrupted:
         end = compiled.end
@@ -140,7 +140,7 @@ def test_an_interrupt_as_calls_begin_lets_them_end(monkeypatch):
 
     def work(pointer) -> int:
         time.sleep(0.01)
-        made.append(pointer[0])
+        calls.append(pointer[0])
         return 0
 
     schedule = library.Schedule(torch.float32)
@@ -149,22 +149,22 @@ def test_an_interrupt_as_calls_begin_lets_them_end(monkeypatch):
         patch.setattr(library, "library", lambda dtype: Interrupted)
         with pytest.raises(KeyboardInterrupt):
             schedule.run(2)
-    assert sorted(made) == list(range(6))
+    assert sorted(calls) == list(range(6))
     test_threads_work_beside_each_other_also_after_they_have_slept()  # the workers are free again
 
 
 def test_two_that_share_out_at_once_both_get_all_their_calls():
-    lock, made = threading.Lock(), Counter()
+    lock, counts = threading.Lock(), Counter()
 
     def work(number: int) -> int:
         with lock:
-            made[number] += 1
+            counts[number] += 1
         return 0
 
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(share_out, work, 20, 3) for _ in range(40)]:
             done.result(timeout=60)
-    assert made == Counter({number: 40 for number in range(20)})
+    assert counts == Counter({number: 40 for number in range(20)})
 
 
 @pytest.mark.slow
