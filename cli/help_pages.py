@@ -18,6 +18,7 @@ class GroupedOption(click.Option):
     """An option that stands under the heading `group` of its command's help."""
 
     def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
+        """Take the heading, and the arguments of click.Option."""
         super().__init__(*args, **kwargs)
         self.group = group
 
@@ -26,6 +27,7 @@ class GroupedHelp(click.Command):
     """A command whose help has a heading for each group of options, and examples at the end."""
 
     def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+        """Take the command lines that the help ends with, and the arguments of click.Command."""
         super().__init__(*args, **kwargs)
         self.examples = tuple(examples)  # each a command line as a shell takes it, of one or more lines
 

@@ -19,6 +19,7 @@ class CheckedPath(click.Path):
     """A path that may be missing, but is not a file where a folder is expected, nor a folder where a file is."""
 
     def __init__(self, is_folder: bool) -> None:
+        """Expect a folder or a file."""
         super().__init__(file_okay=not is_folder, dir_okay=is_folder, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:

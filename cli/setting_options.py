@@ -49,6 +49,7 @@ class Word(click.ParamType):
     """A number or a text, checked by the rules of its setting."""
 
     def __init__(self, kind: type, rules: SettingRules) -> None:
+        """Take int, float or str as the kind of the value."""
         self.kind = kind
         self.rules = rules
         self.name = {int: "integer", float: "number"}.get(kind, "text")
@@ -68,6 +69,7 @@ class Words(click.ParamType):
     """A list with commas between its parts."""
 
     def __init__(self, part: click.ParamType) -> None:
+        """Take the type of each part."""
         self.part = part
         self.name = f"{part.name},..."
 
@@ -77,9 +79,10 @@ class Words(click.ParamType):
 
 
 class KeyedWord(click.ParamType):
-    """KEY=VALUE, or a VALUE alone where that has a meaning; its key is then empty."""
+    """A key and its value as KEY=VALUE. A VALUE alone has the empty key, if the option allows it."""
 
     def __init__(self, kind: type, rules: SettingRules, metavar: str, is_bare_allowed: bool) -> None:
+        """Take the kind of the value (Any: JSON or text), and the form of the text as help shows it."""
         self.value = None if kind is Any else Word(kind, rules)
         self.name = metavar
         self.is_bare_allowed = is_bare_allowed
