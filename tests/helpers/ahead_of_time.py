@@ -1,7 +1,7 @@
-"""Compiles every kernel at every shipped launch configuration for GPUs that need not be there.
+"""Compile every kernel at every shipped launch configuration, for GPUs that the machine need not have.
 
-Prints one JSON line each: shared memory, registers and spilled bytes, read from the compiled cubin. Run as a program of
-its own: under the interpreter, which other tests use, kernels are other objects.
+Prints one JSON line for each kernel: shared memory, registers and spilled bytes, read from the compiled cubin. It runs
+as a separate program, because under the interpreter, which other tests use, kernels are other objects.
 
     python tests/helpers/ahead_of_time.py [--dtype bfloat16] [--architecture 90] ...
 """
@@ -50,7 +50,7 @@ ONE_ENTRY = (batch_selection, loss_record, adam, part_sums, projected_towers)
 
 
 def main() -> None:
-    """Compiles for every architecture asked for."""
+    """Compile for the architectures named on the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--architecture", type=int, nargs="+", default=[80, 90])
@@ -119,7 +119,7 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
 
 
 def call_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -> None:
-    """Three towers, or one of the other forms, forward and backward, on tensors whose values do not matter."""
+    """Call the towers, forward and backward, on tensors without values."""
     layers, width, bottleneck = arguments.layers, arguments.width, arguments.bottleneck
     rows = torch.zeros(items, dtype=torch.int64)
     views = [States(torch.zeros(4, layers, width, dtype=dtype), rows) for _ in range(2)]
@@ -157,7 +157,7 @@ def call_projected_towers(arguments: argparse.Namespace, items: int, dtype: torc
 
 
 def call_loss_and_rank(users: int, rows: int, items: int, embedding_dim: int, dtype: torch.dtype, plain: bool) -> None:
-    """Call the loss, forward and backward, and the rank, on tensors whose values do not matter."""
+    """Call the loss, forward and backward, and the rank, on tensors without values."""
     queries = torch.zeros(rows, embedding_dim, dtype=dtype, requires_grad=True)
     vectors = torch.zeros(items, embedding_dim, dtype=dtype, requires_grad=True)
     zeros = torch.zeros(rows, dtype=torch.int64)
@@ -253,7 +253,7 @@ def call_fold(arguments: argparse.Namespace, embedding_dim: int, dtype: torch.dt
 def compile_one(
     kernel: Any, architecture: int, chosen: Configuration, values: tuple, meta: dict[str, Any]
 ) -> dict[str, Any]:
-    """Compile a kernel for a launch's values and return what it takes of a GPU."""
+    """Compile a kernel for the arguments of a launch; return its shared memory, registers and spilled bytes."""
     launch = Launch(kernel, kernel.fn.__name__, (1,), chosen, values, meta)
     wanted = machine_code.specialization(launch, architecture)
     binary = machine_code.compile_kernel(kernel, architecture, wanted.values, meta, chosen)

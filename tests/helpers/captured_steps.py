@@ -38,7 +38,7 @@ CONFIG = RunConfig(
 
 @contextmanager
 def new_trainer(folder: Path, device: torch.device, placement: str = "device") -> Iterator[Trainer]:
-    """250 users, four batches an epoch, the last one smaller."""
+    """Return a trainer on 250 users, with four batches in an epoch, the last one smaller."""
     sequences = make_data()
     if not (cache := folder / "cache").exists():
         fill_store(cache, sequences.item_ids, random_table(SHAPES, ITEMS, torch.float32), CONFIG.views)
@@ -63,7 +63,7 @@ def train_epochs(trainer: Trainer, epochs: int, first: int = 0) -> list[float]:
 
 
 def check_captured_equals_eager(eager: Trainer, captured: Trainer) -> None:
-    """20 steps of five epochs. In fp32, so what differs is the order in which products are added up."""
+    """Check 20 steps of five epochs, captured and eager, in fp32: they differ only in the order of sums."""
     start = everything(eager.step)
     eager.step_by_autograd(captured=False)  # and so its batches are not padded
     losses, replayed = train_epochs(eager, 5), train_epochs(captured, 5)

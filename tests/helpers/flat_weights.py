@@ -1,4 +1,4 @@
-"""Weights of towers and heads as views of one flat buffer, as a fused step keeps them."""
+"""Weights of towers and heads as views of one flat buffer, as in a fused step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folds of heads on random weights, and what they must give: the formulas in fp64, written plainly."""
+"""Folds of heads on random weights, and their expected results: the formulas in fp64, in plain loops."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Fold:
         return [*outputs, *(gradient.clone() for gradient in in_buffer(self.shapes, self.gradient).tensors())]
 
     def expected(self) -> list[Tensor]:
-        """Return the same in fp64, by autograd."""
+        """Return the outputs and gradients in fp64, by autograd."""
         weights = self.weights.mapped(lambda weight: weight.double().requires_grad_())
         outputs = plainly_folded(weights)
         names = ("of_coefficients", "of_bias", "of_composites", "of_projected_up", "of_projections", "of_vector_bias")
@@ -67,7 +67,7 @@ class Fold:
 
 
 def towers_gradients(pair: FoldHeads, weights: RecommenderWeights) -> TowerGradients:
-    """Return random gradients, as the towers' backward gives them: those of pairs that are not read are NaN."""
+    """Return random gradients as the towers' backward gives them; gradients that are not read are NaN."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=pair.bias.device)

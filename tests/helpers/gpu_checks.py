@@ -58,7 +58,7 @@ each_precision = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=P
 
 @contextmanager
 def nan_in_new_memory() -> Iterator[None]:
-    """torch.empty gives NaN (and the largest integers), so what a kernel forgets to write is seen."""
+    """Make torch.empty return NaN (and the largest integers), so that numbers that a kernel does not write show."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # warns of cuBLAS, whose settings are left alone
     try:
@@ -75,7 +75,7 @@ def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 
 def assert_as_good(ours: Results, theirs: Results, exact: Results, precision: Precision, measured: bool = True) -> None:
-    """Errors of at most twice the eager op's own, or 4 ulp of the dtype where that is larger.
+    """Check that errors are at most twice the eager op's, or 4 ulp of the dtype where that is larger.
 
     A few numbers (gates, losses of a row or two) do not average an error, so they may err as much as eager does on the
     worst of the others. In TF32 eager is a measure only where cuBLAS surely multiplies in TF32 (`measured`); elsewhere
@@ -97,14 +97,14 @@ def assert_as_good(ours: Results, theirs: Results, exact: Results, precision: Pr
 
 
 def assert_close(results: Results, expected: Results, rtol: float) -> None:
-    """Every entry within `rtol` of the expected one, by norms."""
+    """Check that each tensor differs from the expected one by at most `rtol`, by norms."""
     assert results.keys() == expected.keys()
     errors = {name: relative_error(results[name], expected[name]) for name in expected}
     assert all(error <= rtol for error in errors.values()), errors
 
 
 def assert_same(results: Results, expected: Results, context: str = "") -> None:
-    """Bit for bit."""
+    """Check that results are equal bit for bit."""
     assert results.keys() == expected.keys()
     for name, values in expected.items():
         for i, (result, value) in enumerate(zip(results[name], values, strict=True)):
@@ -113,7 +113,7 @@ def assert_same(results: Results, expected: Results, context: str = "") -> None:
 
 @contextmanager
 def all_launched(expected: set[str]) -> Iterator[None]:
-    """Fails unless just these kernels were launched, each at least once."""
+    """Check that exactly these kernels were launched, each at least once."""
     launches.clear()
     yield
     assert set(launches) == expected
@@ -126,7 +126,7 @@ def needs_memory(gib: int) -> None:
 
 
 def extra_memory(function: Callable[[], Any]) -> int:
-    """Bytes allocated at the peak of a call beyond those before it; a first call pays for workspaces."""
+    """Return the peak of bytes that a call allocates; a call before it allocates the workspaces."""
     function()
     gc.collect()
     torch.cuda.synchronize()
@@ -140,7 +140,7 @@ def extra_memory(function: Callable[[], Any]) -> int:
 
 
 def check_repeats(make: Callable[[int], Any], run: Callable[[Any], Results], times: int) -> None:
-    """Run an op again and again on inputs made from one seed, whatever the memory held before."""
+    """Check that an op gives equal bits on equal inputs, with other contents of the memory before each call."""
     inputs = make(0)
     first = run(inputs)
     device = inputs.tensors()[0].device
@@ -181,7 +181,7 @@ def compiled_tolerance(dtype: torch.dtype) -> float:
 
 
 class OpRecorder(TorchDispatchMode):
-    """Remembers the calls of this project's operators."""
+    """A dispatch mode that records the calls of this project's operators."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Random operands of the ops, and how well a form must agree with the reference on them."""
+"""Random operands of the ops, and the limits of a form's difference from the reference."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class SideCase:
         return [*outputs, *torch.autograd.grad(outputs, chosen, gradients)]
 
     def check(self, wanted: Sequence[int] | None = None) -> None:
-        """Triton against the reference in the case's precision and in fp64."""
+        """Compare Triton with the reference in the case's precision and in fp64."""
         self.assert_like_reference(self.run(by_gpu, wanted=wanted), wanted)
 
     def assert_like_reference(self, ours: list[Tensor], wanted: Sequence[int] | None = None) -> None:
@@ -124,7 +124,7 @@ class LossCase:
         self.gradient = torch.randn(rows, generator=generator).to(DEVICE)
 
     def run(self, op: Callable, dtype: torch.dtype | None = None, wanted: Sequence[int] = (0, 1)) -> list[Tensor]:
-        """Row losses, then the gradients of queries and items, or of those that are wanted."""
+        """Return row losses, then the gradients of queries and items, or of those in `wanted`."""
         dtype = dtype or self.dtype
         leaves = [tensor.detach().to(dtype).clone() for tensor in (self.queries, self.items)]
         chosen = [leaves[i].requires_grad_() for i in wanted]
@@ -146,7 +146,7 @@ class LossCase:
 
 
 def rank_case(users: int, catalogue: int, d: int, excluded: int) -> tuple[Tensor, ...]:
-    """Small integers, so that every dtype and order of addition gives the same scores, many of them tied."""
+    """Return operands of small integers: every dtype and order of sums gives the same scores, with many ties."""
     generator = torch.Generator().manual_seed(users + catalogue)
     queries, items = (torch.randint(-2, 3, (n, d), generator=generator).float() for n in (users, catalogue))
     targets = torch.randint(0, catalogue, (users,), generator=generator)
@@ -163,7 +163,7 @@ def loss_by_gpu(*arguments, **keywords) -> Tensor:
 
 
 def assert_as_good(results: Sequence, ours: Sequence, exact: Sequence, dtype: torch.dtype, factor: float = 8) -> None:
-    """Every tensor of ours errs at most `factor` times as much as the reference's in the same precision."""
+    """Check that each tensor's error is at most `factor` times that of the reference in the same precision."""
     floor = 32 * torch.finfo(dtype).eps
     for i, (theirs, mine, truth) in enumerate(zip(results, ours, exact, strict=True)):
         assert mine.shape == truth.shape

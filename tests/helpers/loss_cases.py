@@ -16,7 +16,7 @@ from iisan_fast.kernels.types import HEADER, StepBatch
 
 
 class LossPairCase:
-    """Users with so many rows each in tiles, states after the rows, item vectors, and gradients of the rows' inputs."""
+    """A packed batch of users with given numbers of rows, random states, vectors, and gradients of inputs."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class LossPairCase:
         return results
 
     def check(self) -> None:
-        """Compare the pairs with the reference in fp32 and fp64; where no row or item is, results are exactly 0."""
+        """Compare the pairs with the reference in fp32 and fp64; results of padding must be exactly 0."""
         exact, theirs = self.reference(torch.float64), self.reference(torch.float32)
         for name, result in self.run().items():
             truth = exact[name]

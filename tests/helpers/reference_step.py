@@ -1,4 +1,4 @@
-"""The whole training step a second time, in the most literal form: padded slots, each encoded alone; loops.
+"""A second implementation of the whole training step, as literal as possible: padded slots, each encoded alone; loops.
 
 It shares no code with the library: parameters come as a dictionary of named tensors, sequences as lists of
 item numbers. Whatever form the library gives the step (jagged, deduplicated, padded, fused, on several
@@ -50,7 +50,7 @@ def reference_loss(
     popularity: Tensor,
     step: int,
 ) -> Tensor:
-    """Mean debiased in-batch cross-entropy of a batch of users: a scalar in the dtype of the parameters.
+    """Return the mean debiased in-batch cross-entropy of a batch of users, a scalar in the dtype of the parameters.
 
     parameters: by the names of the model's state dict; first, second: hidden states of the whole catalogue
     [items + 1, K, D], row 0 being padding, `second` None for one view; sequences: the users' training
@@ -82,7 +82,7 @@ def padded_slots(sequence: list[int], max_inputs: int) -> list[int]:
 
 
 def item_vectors(parameters: Parameters, settings: ReferenceSettings, views: list[Tensor]) -> Tensor:
-    """One view or two, each [N, K, D] -> [N, d]: towers, their two linear maps, concatenation, fusion."""
+    """Return item vectors [N, d] of one or two views [N, K, D]: towers, two linear maps each, concatenation, fusion."""
     towers = {}
     if settings.intra:
         towers["first"] = intra_tower(parameters, settings, "first", views[0])
@@ -106,7 +106,7 @@ def require_head_shapes(parameters: Parameters, settings: ReferenceSettings, nam
 
 
 def intra_tower(parameters: Parameters, settings: ReferenceSettings, name: str, view: Tensor) -> Tensor:
-    """s = SANB_i( g_i h_i + (1 - g_i) s ), s starting at 0: [N, K, D] -> [N, D]."""
+    """Return s = SANB_i( g_i h_i + (1 - g_i) s ), s starting at 0: [N, K, D] -> [N, D]."""
     state = torch.zeros_like(view[:, 0])
     for layer in range(view.shape[1]):
         mixed = gated(parameters, settings, name, layer, view[:, layer], state)
@@ -115,7 +115,7 @@ def intra_tower(parameters: Parameters, settings: ReferenceSettings, name: str, 
 
 
 def inter_tower(parameters: Parameters, settings: ReferenceSettings, first: Tensor, second: Tensor) -> Tensor:
-    """s = SANB_i( s + b_i h_i^first + (1 - b_i) h_i^second ), s starting at 0: [N, K, D] twice -> [N, D]."""
+    """Return s = SANB_i( s + b_i h_i^first + (1 - b_i) h_i^second ), s starting at 0: two [N, K, D] -> [N, D]."""
     state = torch.zeros_like(first[:, 0])
     for layer in range(first.shape[1]):
         mixed = state + gated(parameters, settings, "inter", layer, first[:, layer], second[:, layer])
@@ -143,7 +143,7 @@ def narrowed(parameters: Parameters, view: Tensor) -> Tensor:
 def gated(
     parameters: Parameters, settings: ReferenceSettings, tower: str, layer: int, one: Tensor, other: Tensor
 ) -> Tensor:
-    """g one + (1 - g) other with g = sigmoid(theta / 0.1); a plain sum without gates."""
+    """Return g one + (1 - g) other with g = sigmoid(theta / 0.1); without gates the sum."""
     if not settings.gates:
         return one + other
     gate = torch.sigmoid(parameters[f"side_network.{tower}.gate"][layer] / GATE_TEMPERATURE)
@@ -151,7 +151,7 @@ def gated(
 
 
 def sanb(parameters: Parameters, settings: ReferenceSettings, tower: str, layer: int, x: Tensor) -> Tensor:
-    """x + W_up act(W_down x + b_down) + b_up."""
+    """Return x + W_up act(W_down x + b_down) + b_up."""
     name = f"side_network.{tower}"
     down_weight, down_bias = (parameters[f"{name}.down_{part}"][layer] for part in ("weight", "bias"))
     up_weight, up_bias = (parameters[f"{name}.up_{part}"][layer] for part in ("weight", "bias"))
@@ -165,7 +165,7 @@ def sanb(parameters: Parameters, settings: ReferenceSettings, tower: str, layer:
 def sequence_states(
     parameters: Parameters, settings: ReferenceSettings, vectors: Tensor, items: list[int], dropout: Dropout
 ) -> Tensor:
-    """One user's item vectors [max_inputs, d] -> the states [max_inputs, d] of its prefixes."""
+    """Return the states [max_inputs, d] after each slot of one user, from its item vectors [max_inputs, d]."""
     x = layer_norm(parameters, "sequence_encoder.norm", vectors + parameters["sequence_encoder.position"])
     x = dropout(x, site=0)
     for block in range(settings.blocks):
@@ -187,7 +187,7 @@ def attention(
     dropout: Dropout,
     site: int,
 ) -> Tensor:
-    """Causal attention among one user's slots, padding never seen: [max_inputs, d] -> [max_inputs, d]."""
+    """Return causal attention [max_inputs, d] among one user's slots; padding is masked."""
     query, key, value = (x @ parameters[f"{name}.{part}.weight"].T for part in ("query", "key", "value"))
     slots, width = len(items), settings.embedding_dim // settings.heads
     contexts = []
@@ -226,12 +226,12 @@ class Dropout:
     user: int
 
     def __call__(self, x: Tensor, site: int) -> Tensor:
-        """x [slots, channels], its elements dropped or scaled."""
+        """Return x [slots, channels] with elements dropped or scaled."""
         slots, channels = x.shape
         return x * x.new_tensor([self.factors(site, slot, range(channels)) for slot in range(slots)])
 
     def factors(self, site: int, position: int, channels: range) -> list[float]:
-        """0 for a dropped channel, 1 / (1 - rate) for a kept one."""
+        """Return a factor for each channel: 0 if it is dropped, else 1 / (1 - rate)."""
         rate = self.settings.dropout
         threshold, scale = round(rate * 2**32), 1 / (1 - rate)
         prefix = hashed(self.settings.seed, self.step, site, self.user, position)

@@ -28,7 +28,7 @@ def weight_shapes(positions: int, d: int, blocks: int) -> list[tuple[int, ...]]:
 
 
 def flat_size(shapes: Sequence[tuple[int, ...]]) -> int:
-    """Return the numbers of weights that each start at a multiple of 64."""
+    """Return the size of a flat buffer of weights in which each weight starts at a multiple of 64."""
     return sum(-(-math.prod(shape) // 64) * 64 for shape in shapes)
 
 
@@ -40,7 +40,7 @@ def views(flat: Tensor, shapes: Sequence[tuple[int, ...]], heads: int) -> Sequen
 
 
 class PairCase:
-    """Users with so many rows each in tiles, an encoder, and the gradient of the states."""
+    """A packed batch of users with given numbers of rows, an encoder, and the gradient of the states."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class PairCase:
 
 
 class GridCase:
-    """The op on a grid of users and positions: histories of these lengths, weights, and the gradient of the states."""
+    """Histories of given lengths on a grid of users and positions, weights, and the gradient of the states."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Packed batches of the GPU's step, written slot by slot in plain loops: what the fast epoch plan must equal."""
+"""Packed batches of the GPU's step, written slot by slot in plain loops; the fast epoch plan must give the same."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def make_batch(histories: Histories, positions: int = 0, tile_rows: int = 16) ->
 
 
 def _first_rows(histories: Histories, tile_rows: int) -> tuple[list[int], int]:
-    """Return each user's first row, a user in one tile, and the number of tiles; a tile that is left stays so."""
+    """Return each user's first row and the number of tiles; users stand in one tile each, and tiles fill in order."""
     first_rows, row = [], 0
     for history in histories:
         if row % tile_rows + len(history) - 1 > tile_rows:

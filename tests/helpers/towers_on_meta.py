@@ -1,4 +1,4 @@
-"""The towers' pair on tensors without values, so that its launches are seen and its kernels compiled without a GPU."""
+"""The towers' pair on tensors without values: its launches can be counted and its kernels compiled without a GPU."""
 
 from __future__ import annotations
 

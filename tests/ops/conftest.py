@@ -24,7 +24,7 @@ def on_a_gpu(monkeypatch) -> Iterator[None]:
 
 @pytest.fixture
 def nan_in_new_memory() -> Iterator[None]:
-    """torch.empty gives NaN (and the largest integers), so what a kernel forgets to write is seen."""
+    """Make torch.empty return NaN (and the largest integers), so that numbers that a kernel does not write show."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

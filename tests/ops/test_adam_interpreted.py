@@ -17,7 +17,7 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 class Flat:
-    """Parameters in one buffer, and what Adam keeps of them."""
+    """Parameters in one buffer, with Adam's state."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         torch.manual_seed(2)

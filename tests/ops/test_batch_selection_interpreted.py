@@ -1,4 +1,4 @@
-"""The selection of a step's batch in Triton: fields as they lie in the window, and the numbers of its columns."""
+"""The selection of a step's batch in Triton: equal fields, and right constants of the columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ITEMS = 90
 
 
 def make_window(shape: StepShape, counts: list[int]) -> torch.Tensor:
-    """Batches of random numbers with these counts of distinct items, each of them in the batch once to thrice."""
+    """Return a window of random batches with these numbers of distinct items, each item there one to three times."""
     generator = torch.Generator().manual_seed(1)
     window = torch.randint(-5, 100, (len(counts), shape.starts()[-1]), generator=generator, dtype=torch.int32)
     for words, count in zip(window, counts):

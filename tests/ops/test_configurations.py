@@ -1,4 +1,4 @@
-"""The table of launch configurations: whole, and every entry compiles within the means of the GPUs that it is for."""
+"""The table of launch configurations is complete, and every entry compiles within the limits of its GPUs."""
 
 from __future__ import annotations
 

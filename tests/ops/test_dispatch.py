@@ -42,7 +42,7 @@ def loss() -> dict:
 
 
 class OnDevice:
-    """What a choice looks at of a tensor."""
+    """A stand-in for a tensor, with the attributes that `choose` reads."""
 
     def __init__(self, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         self.device, self.dtype = torch.device(device), dtype

@@ -95,14 +95,14 @@ ENTRIES = {
 
 
 class Filled(NamedTuple):
-    """A struct whose pointers point to zeros, each to some of its own."""
+    """A struct whose pointers each point to a separate array of zeros."""
 
     call: ctypes.Structure
     memory: list[torch.Tensor]
 
 
 def filled(struct: type[ctypes.Structure], values: dict) -> Filled:
-    """Fill a struct, then set these values."""
+    """Return a filled struct in which these values are set."""
     call, memory = struct(), []
 
     def zeros() -> int:

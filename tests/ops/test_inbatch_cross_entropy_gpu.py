@@ -94,7 +94,7 @@ class LossInputs:
 
 
 def make_loss(case: LossCase, device: str, dtype: torch.dtype, seed: int = 0) -> LossInputs:
-    """Scores of standard deviation 2; some users own every item, the first half or the last half of them."""
+    """Return inputs with scores of standard deviation 2; three users have all items, the first and the last half."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int, std: float = 1.0) -> Tensor:
@@ -122,7 +122,7 @@ def make_loss(case: LossCase, device: str, dtype: torch.dtype, seed: int = 0) ->
 
 
 def _histories(case: LossCase, targets: Tensor, numbers: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-    """(row_users, history_bits) of users with about four rows each; every target is its user's own."""
+    """Return (row_users, history_bits) of users with about four rows each; every target is in its user's history."""
     users = max(1, case.rows // 4)
     row_users = numbers(0, users, case.rows).sort().values
     in_history = numbers(0, 50, users, -(-case.columns // 32) * 32) == 0
@@ -162,7 +162,7 @@ def test_loss_errs_as_little_as_eager(case, precision):
 
 
 def check_only_column(device: str, rows: int, precision: Precision) -> None:
-    """One item is the target of every row: the loss and its gradients are 0, but for the rounding of a logit."""
+    """Check that with one item, every row's target, loss and gradients are 0 up to the rounding of a logit."""
     for masked in (True, False):
         inputs = make_loss(LossCase(rows, 1, masked=masked, debiased=masked), device, precision.dtype)
         with precision.active(), nan_in_new_memory():

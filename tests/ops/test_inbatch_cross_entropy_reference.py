@@ -17,7 +17,7 @@ histories = st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=11), min_s
 
 
 def both_losses(training: list[list[int]], seed: int = 0, d: int = 5) -> tuple[torch.Tensor, torch.Tensor, list]:
-    """(deduplicated, dense, leaves) for users' training sequences with random item vectors and queries."""
+    """Return (deduplicated loss, dense loss, leaves) for training sequences with random item vectors and queries."""
     sequences = make_sequences([history + [1, 1] for history in training], items=9)
     batch = make_batch(sequences, np.arange(len(training)), step=0)
     generator = torch.Generator().manual_seed(seed)

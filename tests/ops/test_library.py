@@ -1,4 +1,4 @@
-"""The C++ library: compiled once, kept, and a line of reason where it cannot be had."""
+"""The C++ library: it is compiled once and cached; without it one line says why."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUICK = tuple("-O0" if flag == "-O3" else flag for flag in library.FLAGS)  # whe
 
 @pytest.fixture
 def anew(monkeypatch, tmp_path):
-    """Nothing compiled, nothing remembered."""
+    """Start without compiled files and without cached results; return the folder."""
     library._library.cache_clear()
     monkeypatch.setenv(library.CACHE_VARIABLE, str(tmp_path / "compiled"))
     yield tmp_path / "compiled"
@@ -63,7 +63,7 @@ def test_what_each_compiler_makes_computes_the_same(compiler, anew, monkeypatch)
 
 
 def small_side_network() -> tuple[list[Tower], list[States], list[torch.Tensor]]:
-    """Two fp32 towers of two layers over one view of 35 items, widths that are no whole number of panels."""
+    """Return two fp32 towers of two layers over one view of 35 items; their widths are no multiples of a panel."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:

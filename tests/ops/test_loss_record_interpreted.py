@@ -1,4 +1,4 @@
-"""The record of losses in Triton: as `TrainingStep` keeps it, until the first loss that is not finite."""
+"""The record of losses in Triton equals that of `TrainingStep`, until the first loss that is not finite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TILE_ROWS = 16
 
 
 class Steps:
-    """A record, and steps of made-up losses noted in it."""
+    """A record, and steps of invented losses to write into it."""
 
     def __init__(self, rows: int) -> None:
         self.losses = torch.empty(rows, device=DEVICE)
@@ -29,7 +29,7 @@ class Steps:
         ).forward
 
     def note(self, step: int, tiles: int, losses: torch.Tensor) -> None:
-        """Note a step whose rows stand anywhere in these tiles; what lies beyond them is no number."""
+        """Record a step whose rows stand anywhere in these tiles; losses beyond the tiles are NaN."""
         self.losses.fill_(float("nan"))
         self.losses[: tiles * TILE_ROWS] = 0
         self.losses[torch.randperm(tiles * TILE_ROWS)[: len(losses)].to(DEVICE)] = losses.to(DEVICE)

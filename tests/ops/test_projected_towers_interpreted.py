@@ -33,7 +33,7 @@ BACKWARD = (*BACKWARD, "side_sum_gradients")
 
 
 class Case:
-    """Folded operands and tables at random, and the gradient of the vectors."""
+    """Random folded operands and tables, and the gradient of the vectors."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Case:
         return vectors.detach(), {n: torch.zeros_like(composites) if g is None else g for n, g in named.items()}
 
     def gate_gradients(self, of_coefficients: Tensor) -> Tensor:
-        """Return what the chain from coefficients to gates gives."""
+        """Return the gates' gradients from those of the coefficients."""
         gates = self.gates.double().requires_grad_()
         return torch.autograd.grad(self.coefficients(gates), gates, of_coefficients.double())[0]
 

@@ -25,12 +25,12 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def by_cpu(monkeypatch) -> None:
-    """C++ runs or is an error."""
+    """Run the encoder's cpu form; an error if it cannot run."""
     monkeypatch.setenv(kernels.FORM_VARIABLE, "cpu")
 
 
 class Case:
-    """An encoder whose weights have all moved, and users with histories of these lengths."""
+    """An encoder with random weights, none at its initial value, and users with histories of these lengths."""
 
     def __init__(
         self, lengths: list[int], d: int = 32, heads: int = 2, blocks: int = 2, dropout: float = 0.25, spare: int = 0

@@ -23,7 +23,7 @@ LENGTHS = [3, 10, 1, 7, 5] * 12
 
 
 def results_of(case: PairCase, pair: SequenceEncoder) -> dict[str, Tensor]:
-    """Return copies of what a step of the pair has written."""
+    """Return copies of the tensors that a step of the pair writes."""
     gradients = {f"weight {i}": gradient.clone() for i, gradient in enumerate(case.gradients.tensors)}
     return {"states": pair.states.clone(), "of_inputs": pair.of_inputs.clone(), **gradients}
 

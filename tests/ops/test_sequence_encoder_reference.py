@@ -1,4 +1,4 @@
-"""The sequence encoder: causal, blind to padding and to batching, with dropout that hashes who and where."""
+"""The sequence encoder is causal, ignores padding and batching, and its dropout depends on user and position."""
 
 from __future__ import annotations
 

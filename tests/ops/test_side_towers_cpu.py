@@ -33,7 +33,7 @@ pytestmark = [needs_compiler, pytest.mark.usefixtures("two_threads_and_nan_in_ne
 
 
 def by_cpu(states, towers, activation, projections=None) -> list[Tensor]:
-    """Run the form, which takes projections alone, so that identities stand in for none."""
+    """Run the cpu form; it needs projections, so identities stand for no projections."""
     if projections is None:
         projections = [torch.eye(tower.down_weight.shape[2], dtype=tower.down_weight.dtype) for tower in towers]
     return kernels.side_towers(states, towers, activation, projections, form="cpu")
@@ -88,7 +88,7 @@ class Case:
         return torch.randn(shape, generator=self.generator)
 
     def gradient(self, kind: str, items: int, width: int) -> Tensor:
-        """[items, width], of some strides."""
+        """Return an output gradient [items, width] with the strides of the case."""
         if kind == "expanded":
             return torch.ones(()).expand(items, width)
         if kind == "transposed":
@@ -97,7 +97,7 @@ class Case:
 
     @property
     def leaves(self) -> list[str]:
-        """What can have a gradient."""
+        """Return the tensors that can have a gradient, by name."""
         return [*self.parameters, *(f"view {view}" for view in self.in_order)]
 
     def forward(
@@ -115,7 +115,7 @@ class Case:
         return op(*self.arguments(parameters, tables), **keywords), chosen
 
     def arguments(self, parameters: dict[str, Tensor], tables: dict[str, Tensor]) -> tuple:
-        """As the op takes them."""
+        """Return the op's arguments."""
         states = [
             States(table, None if view in self.in_order else self.rows) for view, table in enumerate(tables.values())
         ]
@@ -155,7 +155,7 @@ def scale(exact: dict[str, Tensor]) -> float:
 
 
 def assert_equal(ours: dict[str, Tensor], exact: dict[str, Tensor], rtol: float) -> None:
-    """Within rtol of everything's length, and of a thousandth of its own."""
+    """Check that each error is within rtol of the norm of all tensors, and of 1000 times the tensor's norm."""
     assert ours.keys() == exact.keys()
     whole = scale(exact)
     for name, truth in exact.items():

@@ -112,7 +112,7 @@ def _map_tower(function: Callable[[Tensor], Tensor], tower: Tower) -> Tower:
 
 
 def make_towers(case: TowerCase, device: str, dtype: torch.dtype, seed: int = 0) -> TowerInputs:
-    """Random states and parameters for which the bottlenecks weigh about as much as the states.
+    """Return random states and parameters for which bottlenecks and states contribute about equally.
 
     Where a ReLU's input is so close to 0 that rounding alone decides its side, no gradient enters: the item's output
     gradient is 0.
@@ -151,7 +151,7 @@ def make_towers(case: TowerCase, device: str, dtype: torch.dtype, seed: int = 0)
 
 
 def _clear_of_kinks(inputs: TowerInputs) -> Tensor:
-    """bool [N]: items none of whose bottlenecks has an input near 0."""
+    """Return bool [N]: True for items whose bottleneck inputs are all away from 0."""
     nearest: list[Tensor] = []
 
     def relu(z: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def test_side_towers_err_as_little_as_eager(case, precision):
 
 
 def check_half_tables(device: str, case: TowerCase, dtype: torch.dtype) -> None:
-    """As training has it: tables of bf16 or fp16, weights of fp32. Eager is judged with all of it in the half dtype."""
+    """Check tables of bf16 or fp16 with fp32 weights, as in training; eager runs entirely in the half dtype."""
     inputs = make_towers(case, device, torch.float32)
     halved = inputs.to(dtype)
     states = [half if half.rows is not None else full for half, full in zip(halved.states, inputs.states)]
@@ -304,7 +304,7 @@ def test_auto_takes_the_gpu_and_the_environment_overrides(monkeypatch):
 
 
 def check_far_rows(device: str, table_rows: int, case: TowerCase, dtype: torch.dtype) -> None:
-    """Rows at both ends of long tables give what a table of just those rows gives."""
+    """Check that rows at both ends of long tables give the same as a table of only those rows."""
     inputs = make_towers(case, device, dtype)
     near = case.items // 2
     rows = torch.cat([torch.arange(near), torch.arange(table_rows - (case.items - near), table_rows)]).to(device)
@@ -331,7 +331,7 @@ def test_rows_beyond_2_to_the_31_elements_of_a_table(items):
 
 
 def check_many_items(device: str, items: int, last: int, case: TowerCase, dtype: torch.dtype) -> None:
-    """Of very many rows only the last have an output gradient: results and gradients are those of these rows alone."""
+    """Check very many rows, of which only the last have an output gradient, against these rows alone."""
     inputs = make_towers(dataclasses.replace(case, items=last), device, dtype)
     rows = inputs.states[0].rows
     repeated = rows.repeat(-(-items // last))[-items:]
@@ -367,7 +367,7 @@ CATALOGUE = TowerCase(items=12_900)  # the distinct items of 8,192 users of Scie
 
 
 def fp32_weights(inputs: TowerInputs) -> TowerInputs:
-    """As in training: the tables stay as they are; parameters of fp32 that take a gradient."""
+    """Return the inputs as in training: unchanged tables, fp32 parameters that require gradients."""
     towers = [_map_tower(lambda value: value.float().requires_grad_(), tower) for tower in inputs.towers]
     return dataclasses.replace(inputs, towers=towers, gradients=[value.float() for value in inputs.gradients])
 

@@ -1,4 +1,4 @@
-"""What workers found apart, added up by C++."""
+"""The sums of the workers' parts, added up in C++."""
 
 from __future__ import annotations
 

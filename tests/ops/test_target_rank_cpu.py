@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("two_threads_and_nan_in_new_memory")
 
 
 class Ranking:
-    """Users, a catalogue in which vectors repeat at random places, targets, and what is left out of the ranking."""
+    """Users, a catalogue in which vectors repeat at random places, targets, and excluded items."""
 
     def __init__(self, users: int, catalogue: int, d: int, dtype: torch.dtype, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -152,7 +152,7 @@ def test_counts_are_exact_in_every_dtype(dtype):
 
 
 def assert_broken_alone(case: Ranking, broken: Sequence[int]) -> None:
-    """NaN in these rows, as in the reference; the ranks of the others are untouched."""
+    """Check that exactly these rows have rank NaN, as in the reference, and the others have their ranks."""
     ours = case.ranks()
     theirs = target_rank_reference.target_rank(case.queries, case.items, case.targets, case.excluded)
     for rank, expected in zip(ours, theirs, strict=True):

@@ -49,7 +49,7 @@ class RankInputs:
 
 
 def make_ranks(users: int, catalogue: int, d: int, device: str, dtype: torch.dtype, seed: int = 0) -> RankInputs:
-    """Small integers, exact in every dtype, whose scores tie often; some targets stand in their own history."""
+    """Return inputs of small integers, exact in every dtype, with many ties; some targets are in their history."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def numbers(low: int, high: int, *shape: int) -> Tensor:
@@ -92,7 +92,7 @@ def test_ranks_equal_the_references(users, catalogue, d, precision):
 
 
 def check_equal_items_tie(device: str, users: int, catalogue: int, precision: Precision) -> None:
-    """Every item stands in the catalogue twice: each target ties with its double, wherever that lies."""
+    """Check a catalogue that holds every item twice: each target ties with its copy, wherever that lies."""
     generator = torch.Generator(device).manual_seed(3)
     items = torch.randn(catalogue, 64, generator=generator, device=device).to(precision.dtype)
     order = torch.randperm(2 * catalogue, generator=generator, device=device)

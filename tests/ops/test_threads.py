@@ -1,4 +1,4 @@
-"""Large pieces of work on a CPU's cores: order, errors, and thread counts given back."""
+"""Large pieces of work on a CPU's cores: order of results, errors, and thread counts that are restored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls shared out among the C++ library's threads: each is made once, whoever else asks, and after a fork."""
+"""Calls on the C++ library's threads: each is made once, also with several callers and after a fork."""
 
 from __future__ import annotations
 
