@@ -73,7 +73,9 @@ def run_sweep(setup: Setup, settings: SweepSettings) -> Path:
     Raises InputError if the folder holds another sweep, and at the end if cells failed; the figures of the others stay.
     """
     assert setup.dataset is not None and setup.folder is not None, "a sweep takes a dataset and a folder"
-    dataset, out, device = setup.dataset, setup.folder, setup.device
+    dataset = setup.dataset
+    out = setup.folder
+    device = setup.device
     cells = [
         Cell(encoders, method, seed)
         for encoders in settings.encoders
@@ -165,7 +167,8 @@ def _refuse_another(record: Path, values: dict[str, Any], out: Path) -> None:
 
 def _run_cell(cell: Cell, dataset: Path, out: Path, settings: SweepSettings, device: torch.device) -> None:
     """Train a cell in a new process, profile its steps in another, and write its figures."""
-    config, folder = cell_config(cell, dataset, out, settings), cell.folder(out)
+    config = cell_config(cell, dataset, out, settings)
+    folder = cell.folder(out)
     if config.cache is not None:
         in_a_process(_encode, config, settings, settings.encoders[cell.encoders], out / cell.encoders, device)
     if not (folder / TRAINED).exists():
@@ -178,7 +181,8 @@ def _encode(
     config: RunConfig, settings: SweepSettings, views: tuple[ViewConfig, ...], folder: Path, device: torch.device
 ) -> None:
     """Write a set's states into its cache; record the seconds if that took one call."""
-    dataset, cache = load_dataset(Path(config.dataset), config.protocol), Path(config.cache)
+    dataset = load_dataset(Path(config.dataset), config.protocol)
+    cache = Path(config.cache)
     started = time.perf_counter()
     done = extract(
         dataset,

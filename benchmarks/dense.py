@@ -35,11 +35,13 @@ class DenseModel:
 
         tables: two views' states of one shape, [items + 1, K, D]; row 0 is padding.
         """
-        self.model, self.tables = model, tables
+        self.model = model
+        self.tables = tables
 
     def item_vectors(self, items: Tensor) -> Tensor:
         """Return the vectors [N, d] of item numbers int64 [N]."""
-        side, heads = self.model.item_encoder.side_network, self.model.item_encoder.heads
+        side = self.model.item_encoder.side_network
+        heads = self.model.item_encoder.heads
         first, second = (table[items] for table in self.tables)
         read = {
             "first": ([States(first)], side.first.reading(0)),
@@ -57,7 +59,8 @@ class DenseModel:
 
         x: [B, L, d] item vectors; real: bool [B, L], False for padding.
         """
-        encoder, (batch, length, d) = self.model.sequence_encoder, x.shape
+        encoder = self.model.sequence_encoder
+        (batch, length, d) = x.shape
         positions = torch.arange(length, device=x.device)
 
         def attend(block: Block, x: Tensor, site: int) -> Tensor:
@@ -92,7 +95,8 @@ class DenseTrainer(DenseModel):
         tables: as DenseModel takes them, in the weights' dtype; rates: learning rates by parameter group.
         """
         super().__init__(model, tables)
-        self.sequences, self.seed = sequences, seed
+        self.sequences = sequences
+        self.seed = seed
         self.log_popularity = torch.from_numpy(sequences.popularity).log().to(tables[0].device)
         groups = model.parameter_groups()
         self.optimizer = torch.optim.Adam([{"params": groups[name], "lr": rate} for name, rate in rates.items()])

@@ -80,7 +80,8 @@ class Evaluated:
 
 def compare_evaluation(setup: Setup, settings: EvaluateSettings) -> dict[str, Any]:
     """Measure both forms on random states. Raises InputError where their ranks or metrics disagree."""
-    sequences, device = setup.sequences, setup.device
+    sequences = setup.sequences
+    device = setup.device
     settings = replace(settings, argsort_users=argsort_users(settings, setup.name, len(sequences.user_ids)))
     with on(device):
         inputs = make_inputs(sequences, settings, device)
@@ -129,7 +130,8 @@ def make_inputs(sequences: Sequences, settings: EvaluateSettings, device: torch.
 @torch.no_grad()
 def dense(inputs: EvaluationInputs) -> Evaluated:
     """Evaluate densely: the vectors of all items, the states of all users, the ranks of the sample."""
-    form, watch = DenseModel(inputs.model, list(inputs.table.views)), Stopwatch(inputs.device)
+    form = DenseModel(inputs.model, list(inputs.table.views))
+    watch = Stopwatch(inputs.device)
     numbers = torch.arange(1, inputs.table.rows, device=inputs.device)
     vectors = torch.cat([form.item_vectors(part) for part in numbers.split(ITEMS_AT_ONCE)])
     watch.lap("item_vectors")
@@ -167,7 +169,8 @@ def argsort_ranks(states: Tensor, vectors: Tensor, split: Split, users: np.ndarr
 @torch.inference_mode()
 def fast(inputs: EvaluationInputs) -> Evaluated:
     """Evaluate as a run is evaluated; then rank once more, to time the ranking alone."""
-    watch, config = Stopwatch(inputs.device), EvaluationConfig(ks=(K,))
+    watch = Stopwatch(inputs.device)
+    config = EvaluationConfig(ks=(K,))
     vectors = inputs.model.catalogue_vectors(inputs.table)
     watch.lap("item_vectors")
     states = inputs.model.user_states(vectors, inputs.split.inputs)

@@ -48,7 +48,8 @@ def exact_loss(queries: Tensor, items: Tensor, targets: Tensor, **corrections: T
     corrections = {name: value.double() if value.is_floating_point() else value for name, value in corrections.items()}
     row_users = corrections.pop("row_users", None)
     vectors = items.detach().double().requires_grad_()
-    of_queries, of_items = [], torch.zeros_like(vectors)
+    of_queries = []
+    of_items = torch.zeros_like(vectors)
     for part in torch.arange(len(queries), device=queries.device).split(max(1, EXACT_LOGITS // len(items))):
         part_queries = queries.detach()[part].double().requires_grad_()
         users = None if row_users is None else row_users[part]

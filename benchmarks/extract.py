@@ -155,7 +155,9 @@ PlainBatch = tuple[list[str], list[bytes], ModelInputs]  # item ids, digests, an
 
 
 def _title_batches(job: ExtractionJob, backbone: Backbone) -> Iterator[PlainBatch]:
-    item_ids, titles, width = job.dataset.sequences.item_ids, job.dataset.titles, job.view.max_tokens
+    item_ids = job.dataset.sequences.item_ids
+    titles = job.dataset.titles
+    width = job.view.max_tokens
     for start in range(0, len(titles), job.batch_size):
         part = titles[start : start + job.batch_size]
         ids = torch.full((len(part), width), backbone.processor.pad_token_id or 0)
@@ -212,12 +214,15 @@ def run_once(form: str, job: ExtractionJob, cache: Path) -> Measured:
 
 def run_from_memory(job: ExtractionJob) -> Measured:
     """Encode, in this process, inputs that are already decoded or tokenized."""
-    backbone, dtype = load_backbone(job.view, job.device), getattr(torch, job.dtype)
+    backbone = load_backbone(job.view, job.device)
+    dtype = getattr(torch, job.dtype)
     with ExitStack() as stack:
         images = stack.enter_context(open_sources(job.dataset, [job.view], "error"))
         contents = view_inputs(backbone, job.dataset, images, "error")
         rows = contents.arrange(list(range(len(job.dataset.titles))))
-        inputs, items, size = [], 0, 0
+        inputs = []
+        items = 0
+        size = 0
         for part in batched(rows, job.batch_size):
             batch = contents.batch(part)
             size += sum(tensor.nbytes for tensor in batch.inputs.values())
@@ -249,7 +254,8 @@ def _measured(device: torch.device, run: Callable[[], None], items: int) -> Meas
 
 def summary(form: str, runs: list[Measured]) -> dict[str, Any]:
     """Return a form's figures over its runs; memory that the machine does not report is NOT_MEASURED."""
-    seconds, items = [run.seconds for run in runs], runs[0].items
+    seconds = [run.seconds for run in runs]
+    items = runs[0].items
     low, middle, high = np.quantile(seconds, QUANTILES).tolist()
     return {
         "form": form,

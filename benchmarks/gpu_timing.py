@@ -67,7 +67,8 @@ def on_capture_stream(device: torch.device) -> Iterator[None]:
 
     A backward pass runs on the stream of its forward pass, so the forward pass has to be in here too.
     """
-    stream, current = _stream(device), torch.cuda.current_stream(device)
+    stream = _stream(device)
+    current = torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield

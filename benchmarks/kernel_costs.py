@@ -38,7 +38,8 @@ class KnownBatch:
 
     def true_lengths(self) -> dict[int, int]:
         """Return how much of a dimension counts, by its length: of bounds the batch's true counts."""
-        counts, shape = self.counts, self.shape
+        counts = self.counts
+        shape = self.shape
         rows = counts["tiles"] * shape.tile_rows
         return {
             self.table_rows: counts["distinct"],

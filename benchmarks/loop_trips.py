@@ -157,7 +157,10 @@ class ProgramRun:
 
     def __init__(self, kernel: KernelFunction, memory: Memory, place: Sequence[int], sizes: Sequence[int]) -> None:
         """Prepare the program at a place of a grid of these sizes, over memory of known values."""
-        self.kernel, self.memory, self.place, self.sizes = kernel, memory, place, sizes
+        self.kernel = kernel
+        self.memory = memory
+        self.place = place
+        self.sizes = sizes
         self.trips: Counter[Lines] = Counter()
         self.unknown: set[Lines] = set()
         self.left_at_once = False

@@ -114,7 +114,8 @@ def batches(dataset: Dataset, config: TrainConfig) -> Iterator[Batch]:
 
 def step_of(form: str, model: Recommender, config: RunConfig) -> Callable[[Batch, ItemSource], float]:
     """Return the function that takes a training step of a form and returns the loss before it."""
-    groups, rates = model.train().parameter_groups(), config.train.learning_rates
+    groups = model.train().parameter_groups()
+    rates = config.train.learning_rates
     optimizer = torch.optim.Adam([{"params": group, "lr": rates[name]} for name, group in groups.items() if group])
 
     def take(batch: Batch, source: ItemSource) -> float:

@@ -124,7 +124,8 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     Raises what the function raises, and InputError if the process dies.
     """
     others = {*multiprocessing.active_children()}
-    spawn, level = multiprocessing.get_context("spawn"), LOGGER.level
+    spawn = multiprocessing.get_context("spawn")
+    level = LOGGER.level
     with ProcessPoolExecutor(1, spawn, initializer=_prepare_process, initargs=(level,)) as pool:
         future = pool.submit(function, *arguments)
         try:

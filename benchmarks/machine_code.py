@@ -81,7 +81,8 @@ def specialization(launch: Launch, architecture: int) -> Specialization:
         else:
             values.append(("float", None) if isinstance(value, float) else ("integer", value))
     function = launch.kernel.fn
-    chosen, meta = launch.configuration, tuple(launch.meta.items())
+    chosen = launch.configuration
+    meta = tuple(launch.meta.items())
     where = function.__module__, function.__name__
     return Specialization(*where, tuple(values), meta, architecture, chosen.warps, chosen.stages)
 
@@ -99,7 +100,8 @@ def compile_kernel(
     from triton.compiler import ASTSource
 
     signature: dict[str, str] = {}
-    constants, attributes = dict(meta), {}
+    constants = dict(meta)
+    attributes = {}
     for index, (name, (kind, value)) in enumerate(zip(kernel.arg_names, values)):
         if kind == "pointer":
             signature[name] = f"*{value}"
@@ -109,7 +111,8 @@ def compile_kernel(
         elif name in kernel.do_not_specialize:
             signature[name] = "i32"
         elif value == 1:
-            signature[name], constants[name] = "constexpr", 1
+            signature[name] = "constexpr"
+            constants[name] = 1
         else:
             signature[name] = "i32"
             if value % 16 == 0:

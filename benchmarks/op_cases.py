@@ -166,7 +166,9 @@ def loss_case(op: str, batch: Batch, sequences: Sequences, settings: KernelSetti
 def rank_case(op: str, batch: Batch, sequences: Sequences, settings: KernelSettings) -> OpCase:
     """Return the case of the rank of each user's test target in the whole catalogue, the history excluded."""
     dtype = torch.float32 if op == "target-rank-float32" else torch.bfloat16
-    device, split, users = batch.users.device, sequences.split("test"), batch.users.cpu().numpy()
+    device = batch.users.device
+    split = sequences.split("test")
+    users = batch.users.cpu().numpy()
     catalogue = len(sequences.item_ids)
     shapes = (len(users), settings.embedding_dim), (catalogue, settings.embedding_dim)
     queries, vectors = random_tensors(device, dtype, settings.seed, *shapes)

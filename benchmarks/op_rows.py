@@ -85,7 +85,8 @@ def measure(
     case: OpCase, run: Run, direction: str, device: torch.device, truth: Callable[[], list[Tensor]] | None = None
 ) -> dict[str, Any]:
     """Measure one pass of one form: time and gradient error; on a GPU launches and memory, too."""
-    on_gpu, figures = device.type == "cuda", {}
+    on_gpu = device.type == "cuda"
+    figures = {}
     with on_capture_stream(device) if on_gpu else nullcontext():
         call = timed_call(case, run, direction)
         if on_gpu:

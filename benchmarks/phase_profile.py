@@ -30,7 +30,8 @@ def profile(trainer: Trainer, steps: int) -> dict[str, Any]:
     if trainer.plan is not None:
         trainer.step_by_autograd(captured=False)
     trainer.model.train()
-    laps, activation_bytes = [], 0
+    laps = []
+    activation_bytes = 0
     with deterministic():
         for prepared, watch in _watched(trainer, WARM_UP_STEPS + steps):
             if len(laps) < WARM_UP_STEPS:
@@ -65,7 +66,8 @@ def _activations(trainer: Trainer, prepared: PreparedBatch) -> int:
     """
     if trainer.memory.encoding is not None and trainer.memory.encoding.recompute:
         return trainer.memory.encoding.estimate
-    model, source = trainer.model, trainer.source
+    model = trainer.model
+    source = trainer.source
     held = [*model.parameters(), *model.buffers(), *(source.views if isinstance(source, FeatureTable) else ())]
     return activation_bytes(lambda: model.loss(prepared.batch, prepared.item_inputs), held)
 

@@ -22,7 +22,8 @@ def main() -> None:
     """Read the dataset and print the figures."""
     if "--without-polars" in sys.argv:
         sys.modules["polars"] = None  # type: ignore[assignment]  # an import of it then fails
-    started, cpu_started = time.perf_counter(), time.process_time()
+    started = time.perf_counter()
+    cpu_started = time.process_time()
     dataset = load_dataset(Path(sys.argv[1]))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())

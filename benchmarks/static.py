@@ -80,7 +80,9 @@ class CountedBatch:
         plan = RunPlan.of(sequences, users, SEED)
         if plan is None:
             raise InputError("max_inputs: expected histories that fit into a tile of rows")
-        self.users, self.sizes, self.plan = users, sizes, plan
+        self.users = users
+        self.sizes = sizes
+        self.plan = plan
         words = plan.pack(next(plan.windows(epoch=0))).words[0]
         self.known = KnownBatch(plan.shape, words.numpy(), len(sequences.item_ids) + 1)
         self.steps = {name: count_step(plan, name, sizes) for name in ARCHITECTURES}
@@ -130,7 +132,8 @@ def host_microseconds(plan: RunPlan) -> float:
 
 def op_rows(batch: CountedBatch, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add up the bounds of each op's launches, beside its floor where it has one."""
-    counts, sizes = batch.known.counts, batch.sizes
+    counts = batch.known.counts
+    sizes = batch.sizes
     towers = side_network_costs(counts["distinct"], sizes.layers, sizes.width, sizes.bottleneck)
     floors = {
         "loss": loss_costs(counts["rows"], counts["distinct"], sizes.embedding_dim)["both"].floor_ms(H200),

@@ -70,7 +70,8 @@ def compose(plan: RunPlan, tables: list[Tensor], sizes: Sizes) -> GpuFusedStep:
     model_config = ModelConfig(bottleneck=sizes.bottleneck, embedding_dim=sizes.embedding_dim)
     train_config = TrainConfig(batch_users=plan.batch_users, precision="bfloat16")
     config = RunConfig(dataset="", cache="", views=VIEWS, model=model_config, train=train_config)
-    source, precision = FeatureTable(tuple(tables)), Precision(table=DTYPE, products=DTYPE)
+    source = FeatureTable(tuple(tables))
+    precision = Precision(table=DTYPE, products=DTYPE)
     with META:
         model = build_recommender(source, config, plan.sequences.popularity, precision)
     model = model.to(META).train()

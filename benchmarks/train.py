@@ -103,7 +103,8 @@ class Started:
 
 def compare_training(setup: Setup, settings: TrainSettings) -> dict[str, Any]:
     """Measure every form on random states. Raises InputError where a form's losses leave the dense reference's."""
-    sequences, device = setup.sequences, setup.device
+    sequences = setup.sequences
+    device = setup.device
     refuse_too_many_users(settings.users, sequences, setup.name)
     forms = {name: form for name, form in FORMS.items() if form.runs_on(device)}
     with on(device):
@@ -267,7 +268,8 @@ def whole_run(dataset: Dataset, settings: TrainSettings, device: torch.device) -
 
 def fill_store(dataset: Dataset, settings: TrainSettings, cache: Path) -> None:
     """Write random states into a store as extraction would."""
-    tables, item_ids = random_states(dataset.sequences, settings), dataset.sequences.item_ids
+    tables = random_states(dataset.sequences, settings)
+    item_ids = dataset.sequences.item_ids
     digests = [content_digest(title.encode()) for title in dataset.titles]
     described = {"source": "title", "unescaped": dataset.protocol.unescape_titles, "dtype": "bfloat16"}
     described |= {"layers": list(range(settings.layers)), "depth": settings.layers, "width": settings.width}

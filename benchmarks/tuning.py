@@ -160,7 +160,8 @@ def search(kernel: str, size: str, shipped: Configuration, time_of: Callable[[Co
         if ms >= best_ms * (1 - GAIN):
             skipped = sum(ms is None for ms in times.values())
             return TunedKernel(kernel, size, best, best_ms, shipped_ms, len(times), skipped)
-        best_ms, best = ms, candidate
+        best_ms = ms
+        best = candidate
 
 
 def neighbours(configuration: Configuration) -> Iterator[Configuration]:
@@ -181,7 +182,8 @@ def neighbours(configuration: Configuration) -> Iterator[Configuration]:
 @contextmanager
 def configured(kernel: str, architecture: str, size: str, chosen: Configuration) -> Iterator[None]:
     """Change the table's entry for a kernel, an architecture and a size within a context."""
-    entries, key = CONFIGURATIONS[kernel], (architecture, size)
+    entries = CONFIGURATIONS[kernel]
+    key = (architecture, size)
     shipped = entries.get(key)
     entries[key] = chosen
     try:

@@ -51,7 +51,8 @@ NOTES = {
 
 def compare_uncached(setup: Setup, settings: UncachedSettings) -> dict[str, Any]:
     """Measure an uncached epoch by each attention, and a cached one. Raises InputError for too many users a batch."""
-    sequences, device = setup.sequences, setup.device
+    sequences = setup.sequences
+    device = setup.device
     refuse_too_many_users(settings.users, sequences, setup.name)
     whole = steps_per_epoch(sequences, settings.users)
     count = min(settings.steps or whole, whole)
@@ -97,7 +98,8 @@ def fill_cache(dataset: Dataset, settings: UncachedSettings, cache: Path) -> Non
 def measure(config: RunConfig, steps: int, device: torch.device) -> dict[str, Any]:
     """Measure an epoch's time and memory from some of its steps, and the parts of a step."""
     dataset = load_dataset(Path(config.dataset), config.protocol)
-    placement, precision = "pinned" if device.type == "cuda" else "auto", resolve_precision(config, device)
+    placement = "pinned" if device.type == "cuda" else "auto"
+    precision = resolve_precision(config, device)
     with on(device), ExitStack() as opened:
         with PeakMemory(MEMORY_EVERY) as memory:
             watch = Stopwatch(device)

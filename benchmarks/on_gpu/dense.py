@@ -14,7 +14,9 @@ STEPS = 3  # of each form in a round
 
 def measure(settings: Settings, save: Save) -> None:
     """Save the step's time in every form, the ratio to the dense form's, and how far the losses lie apart."""
-    sequences, device, sizes = histories(settings), device_of(settings), train_settings(settings)
+    sequences = histories(settings)
+    device = device_of(settings)
+    sizes = train_settings(settings)
     tables = random_states(sequences, settings)
     forms = {"dense": FORMS["dense"], **captured_forms(settings)}
     started = {name: start(form, sequences, tables, sizes, device) for name, form in forms.items()}

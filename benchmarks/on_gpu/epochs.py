@@ -102,7 +102,8 @@ def memory(device: torch.device) -> dict[str, int | str]:
     """Return the GPU memory at its peak, the tables included."""
     if device.type != "cuda":
         return {"peak_cuda_bytes": NOT_MEASURED, "peak_reserved_bytes": NOT_MEASURED}
-    peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    reserved = torch.cuda.max_memory_reserved(device)
     return {"peak_cuda_bytes": peak, "peak_reserved_bytes": reserved}
 
 

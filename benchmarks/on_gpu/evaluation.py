@@ -17,7 +17,8 @@ FORMS = {"float32": evaluate.fast, "bfloat16": evaluate.bfloat16}
 
 def measure(settings: Settings, save: Save) -> None:
     """Save the seconds of item vectors, user states and ranks, and the peak of GPU memory."""
-    sequences, device = histories(settings), device_of(settings)
+    sequences = histories(settings)
+    device = device_of(settings)
     # The dense form, which alone ranks a sample of the users, does not run here.
     chosen = EvaluateSettings(width=settings.width, layers=settings.layers, argsort_users=1)
     inputs = evaluate.make_inputs(sequences, chosen, device)

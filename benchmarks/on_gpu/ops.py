@@ -14,7 +14,8 @@ OPS = ("loss", "side-network", "target-rank")
 
 def measure(settings: Settings, save: Save) -> None:
     """Save the kernels' rows, then those of the eager references."""
-    sequences, device = histories(settings), device_of(settings)
+    sequences = histories(settings)
+    device = device_of(settings)
     rows: list[dict[str, Any]] = []
     many_users = min(settings.many_users, len(sequences.user_ids))
     kernels = "eager" if settings.dry_run else "triton"

@@ -73,7 +73,8 @@ def forms_of(settings: Settings) -> dict[str, TrainingForm]:
 
 def reference_step(sequences: Sequences, tables: list[Tensor], settings: Settings) -> Differentiated:
     """Compute the first step's loss and gradients by the reference ops in fp64, on the device."""
-    device, config = device_of(settings), run_config(FORMS["float32"], train_settings(settings))
+    device = device_of(settings)
+    config = run_config(FORMS["float32"], train_settings(settings))
     table = FeatureTable(tuple(view.double() for view in tables))
     precision = Precision(table=torch.float64, products=torch.float64)
     model = build_recommender(table, config, sequences.popularity, precision).to(device).double().train()
@@ -126,7 +127,9 @@ def row_of(
 
 def compare(result: Differentiated, exact: Differentiated, precision: str) -> dict[str, Any]:
     """Return the relative errors of the loss, of all gradients together and of the worst parameter."""
-    errors, squares, scale = {}, 0.0, 0.0
+    errors = {}
+    squares = 0.0
+    scale = 0.0
     for name, right in exact.gradients.items():
         difference, norm = float((result.gradients[name] - right).norm()), float(right.norm())
         errors[name] = difference / norm if norm else difference

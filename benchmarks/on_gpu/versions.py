@@ -20,7 +20,8 @@ QUERIED = ("name", "driver_version", "memory.total", "clocks.max.sm", "clocks.ma
 
 def measure(settings: Settings, save: Save) -> None:
     """Save what the GPU and its driver say, and versions beside those that every result has."""
-    device, origin = device_of(settings), origin_of(settings)
+    device = device_of(settings)
+    origin = origin_of(settings)
     names = ("device", "torch", "triton", "transformers", "python")
     words = [f"{name} {origin['environment'][name]}" for name in names]
     save(

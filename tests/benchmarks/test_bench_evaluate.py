@@ -79,7 +79,8 @@ def test_the_forms_agree_and_name_their_stages(inputs):
 def test_the_form_for_cuda_evaluates_the_states_as_a_run_holds_them(inputs):
     assert all(view.dtype == torch.bfloat16 for view in inputs.trained_table.views)
     nothing = FeatureTable(tuple(torch.zeros_like(view) for view in inputs.table.views))
-    narrow, fast = bench.bfloat16(dataclasses.replace(inputs, table=nothing)), bench.fast(inputs)
+    narrow = bench.bfloat16(dataclasses.replace(inputs, table=nothing))
+    fast = bench.fast(inputs)
     assert narrow.metrics == fast.metrics and np.array_equal(narrow.ranks, fast.ranks)  # on a CPU both are bf16
     assert not np.array_equal(bench.fast(dataclasses.replace(inputs, table=nothing)).ranks, fast.ranks)
     assert all(stage in narrow.seconds for stage in bench.EVALUATION["bfloat16"])

@@ -46,7 +46,8 @@ def test_both_forms_give_the_same_states(dataset, tmp_path, source):
 @pytest.mark.parametrize("source", ["title", "image"])
 def test_from_memory_the_encoder_takes_what_there_is_room_for(dataset, tmp_path, source, monkeypatch):
     settings = ExtractSettings(items=20, source=source, dtype="float32", batch_size=8, workers=0)
-    job, taken = bench.make_job(dataset, settings, CPU, tmp_path), []
+    job = bench.make_job(dataset, settings, CPU, tmp_path)
+    taken = []
     load = bench.load_backbone
 
     def watched(*arguments):

@@ -48,7 +48,8 @@ def cases(sequences) -> dict[str, OpCase]:
 
 def test_floors_of_the_shapes_that_the_project_aims_at():
     """8,192 users of Scientific on an H200, in milliseconds."""
-    loss, side = loss_costs(30_800, 12_900, 64), side_network_costs(12_900, 7, 768, 64)
+    loss = loss_costs(30_800, 12_900, 64)
+    side = side_network_costs(12_900, 7, 768, 64)
     assert [round(loss[name].floor_ms(H200), 2) for name in ("forward", "both")] == [0.10, 0.32]
     assert [round(side[name].floor_ms(H200), 2) for name in ("forward", "both")] == [0.07, 0.20]
     assert loss["forward"].flops / H200.flops == pytest.approx(65e-6, rel=0.02)

@@ -95,7 +95,8 @@ def test_iisan_beside_full_fine_tuning_over_pairs_of_encoders(
 
 def test_a_stopped_sweep_goes_on_where_it_stopped(settings, small_catalogue, tmp_path, in_this_process, monkeypatch):
     settings = replace(settings, methods=("iisan", "id"))
-    out, real = tmp_path / "sweep", cells._train
+    out = tmp_path / "sweep"
+    real = cells._train
     trained: list[tuple[str, int, bool]] = []
 
     def train(config: RunConfig, run, *others):
@@ -150,7 +151,8 @@ def test_a_sweep_takes_more_cells_but_no_other_settings(settings, small_catalogu
 
 
 def test_a_refused_start_leaves_nothing_in_the_way(settings, small_catalogue, tmp_path, in_this_process):
-    few, out = replace(settings, methods=("frozen", "id"), seeds=(0,), epochs=1), tmp_path / "sweep"
+    few = replace(settings, methods=("frozen", "id"), seeds=(0,), epochs=1)
+    out = tmp_path / "sweep"
     wrong = {"titles": (replace(settings.encoders["titles"][0], encoder=str(tmp_path / "nowhere")),)}
     with pytest.raises(InputError, match="1 of 2 cells failed .*frozen/seed-0.*mend them"):
         run(small_catalogue, out, replace(few, encoders=wrong), CPU)
@@ -161,7 +163,8 @@ def test_a_refused_start_leaves_nothing_in_the_way(settings, small_catalogue, tm
 
 
 def test_other_cells_go_on_where_one_fails(settings, small_catalogue, tmp_path, in_this_process, monkeypatch):
-    few, real = replace(settings, methods=("frozen", "id"), seeds=(0, 1), epochs=1), cells._train
+    few = replace(settings, methods=("frozen", "id"), seeds=(0, 1), epochs=1)
+    real = cells._train
 
     def fail(config, folder, *others):
         if config.model.method == "frozen" and config.train.seed == 0:
@@ -205,7 +208,8 @@ def test_a_measured_process_logs_no_more_than_this_one():
 def test_memory_of_a_run_that_another_process_finished_is_not_measured(
     settings, small_catalogue, tmp_path, in_this_process
 ):
-    few, out = replace(settings, methods=("frozen", "id"), seeds=(0,), epochs=1), tmp_path / "sweep"
+    few = replace(settings, methods=("frozen", "id"), seeds=(0,), epochs=1)
+    out = tmp_path / "sweep"
     run(small_catalogue, out, few, CPU)
     folder = Cell("titles", "id", 0).folder(out)
     for name in ("trained.json", "figures.json"):
@@ -268,7 +272,8 @@ def test_the_order_of_costs_is_checked():
 
 def test_a_sample_of_users_keeps_the_rest_of_the_dataset(small_catalogue, tmp_path):
     folder = sample_users(small_catalogue, tmp_path / "few", 20)
-    whole, few = load_dataset(small_catalogue).sequences, load_dataset(folder).sequences
+    whole = load_dataset(small_catalogue).sequences
+    few = load_dataset(folder).sequences
     assert len(few.user_ids) == 20 and set(few.user_ids) < set(whole.user_ids)
     assert (folder / "images").is_symlink() and sample_users(small_catalogue, folder, 7) == folder
     with pytest.raises(InputError, match="users: expected 1 to 64"):

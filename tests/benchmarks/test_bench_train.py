@@ -48,7 +48,8 @@ def test_every_form_follows_the_dense_reference(sequences):
 
 def drift_by(share: float, monkeypatch) -> dict[str, train.TrainingForm]:
     """Return three forms, the losses of the third, float32, off by a share."""
-    follow, followed = train.follow, []
+    follow = train.follow
+    followed = []
 
     def drifting(step, count):
         followed.append(step)

@@ -13,7 +13,8 @@ class Driver:
     """Answers for one graph, whose nodes stand at addresses beyond 32 bits."""
 
     def __init__(self, kinds: list[int], error: int = 0) -> None:
-        self.kinds, self.error = kinds, error
+        self.kinds = kinds
+        self.error = error
 
     def cuGraphGetNodes(self, graph, nodes, count) -> int:  # noqa: N802
         assert graph.value == ADDRESS

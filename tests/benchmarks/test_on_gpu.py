@@ -174,7 +174,8 @@ def test_the_step_agrees_with_the_reference(dataset, tmp_path):
 def test_a_step_that_leaves_the_reference_or_does_not_run_fails_the_stage(dataset, tmp_path, monkeypatch):
     from iisan_fast.benchmarks.on_gpu import step
 
-    differentiated, seen = step.differentiated, []
+    differentiated = step.differentiated
+    seen = []
 
     def second_is_off_and_third_raises(model, loss):
         seen.append(loss)

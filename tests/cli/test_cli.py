@@ -387,7 +387,8 @@ def test_a_form_that_cannot_run_here_is_refused_before_anything_is_written(toy_r
 @needs_compiler
 def test_a_form_that_refuses_the_shapes_of_a_run_gets_one_line(toy_run, tmp_path, monkeypatch):
     dataset, cache = toy_run
-    out, settings = tmp_path / "run", ("--cache", cache, "--epochs", 1, "--bottleneck", 8, "--device", "cpu")
+    out = tmp_path / "run"
+    settings = ("--cache", cache, "--epochs", 1, "--bottleneck", 8, "--device", "cpu")
     monkeypatch.setenv("IISAN_FAST_FORM", "cpu")
     assert refused("train", dataset, *settings, "--out", out) == (
         "error: IISAN_FAST_FORM: cpu cannot run side_towers: without gradients it needs a bottleneck that is a "
