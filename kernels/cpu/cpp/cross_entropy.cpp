@@ -27,9 +27,9 @@ template <class T> void forward(const Loss<T> &l) {
         const int here = smaller(PANEL, l.items - v);
         const Row<T> column = l.column ? get(l.column + v, here) : Row<T>{};
         pack_transposed(packed.data(), l.vectors + v * l.width, l.width, here, l.width);
-        product(l.rows, rows_at(l.queries, l.width), packed.data(), PANEL, l.width, [&](int row, Row<T> found) INLINED {
-            add(found, column);
-            store(l.probabilities + row * wide + v, found);
+        product(l.rows, rows_at(l.queries, l.width), packed.data(), PANEL, l.width, [&](int row, Row<T> logits) INLINED {
+            add(logits, column);
+            store(l.probabilities + row * wide + v, logits);
         });
     }
     for (int row = 0; row < l.rows; row++) {
@@ -71,14 +71,14 @@ template <class T> void backward(const Loss<T> &l) {
         }
         for (int c = 0; c < l.width; c += PANEL) {
             product_of_columns(here, columns_of(slopes.data()), l.queries + c, l.width, l.rows,
-                               [&](int row, const Row<T> &found) INLINED {
-                                   store(l.of_vectors + (v + row) * l.width + c, found);
+                               [&](int row, const Row<T> &products) INLINED {
+                                   store(l.of_vectors + (v + row) * l.width + c, products);
                                });
             product(l.rows, rows_of(slopes.data(), l.rows), l.vectors + v * l.width + c, l.width, here,
-                    [&](int row, Row<T> found) INLINED {
+                    [&](int row, Row<T> products) INLINED {
                         T *to = l.of_queries + (long)row * l.width + c;
-                        add(found, load(to));
-                        store(to, found);
+                        add(products, load(to));
+                        store(to, products);
                     });
         }
     }

@@ -35,20 +35,20 @@ template <class T> void forward(const Fold<T> &f) {
     for (int o = 0; o < d; o += PANEL) {
         pack_transposed(packed.get(), f.outer + (long)o * f.stride, f.stride, PANEL, f.between);
         product(f.count, columns_at(f.middle + f.start, f.rows), packed.get(), PANEL, f.between,
-                [=](int row, const Row<T> &found) INLINED { store(pair + (long)row * d + o, found); });
+                [=](int row, const Row<T> &products) INLINED { store(pair + (long)row * d + o, products); });
     }
     for (int start = 0; start < f.count; start += ROWS) {
         const int steps = smaller(ROWS, f.count - start);
         for (int c = 0; c < f.width; c += PANEL) {
-            const T *own = inner + (long)start * f.width + c;
+            const T *block = inner + (long)start * f.width + c;
             T *to = sums.get() + (size_t)c * d;
-            pack(packed.get(), own, f.width, PANEL, steps);
+            pack(packed.get(), block, f.width, PANEL, steps);
             // The rows of the next panel lie far apart, and the hardware does not prefetch them.
-            for (int k = 0; k < steps; k++) __builtin_prefetch(own + (long)k * f.width + PANEL);
+            for (int k = 0; k < steps; k++) __builtin_prefetch(block + (long)k * f.width + PANEL);
             product(d, columns_at(pair + (long)start * d, d), packed.get(), PANEL, steps,
-                    [=](int row, Row<T> found) INLINED {
-                        add(found, load(to + row * PANEL));
-                        store(to + row * PANEL, found);
+                    [=](int row, Row<T> products) INLINED {
+                        add(products, load(to + row * PANEL));
+                        store(to + row * PANEL, products);
                     });
         }
     }
@@ -77,12 +77,12 @@ template <class T> void backward(const Fold<T> &f) {
         for (int o = 0; o < d; o += PANEL) {
             T *to = of_pair.get() + (long)start * d + o;
             product(here, rows_at(f.inner + row * f.width, f.width), rows.get() + (size_t)o * f.width, PANEL, f.width,
-                    [=](int i, const Row<T> &found) INLINED { store(to + (long)i * d, found); });
+                    [=](int i, const Row<T> &products) INLINED { store(to + (long)i * d, products); });
         }
         for (int c = 0; c < f.width; c += PANEL) {
             T *to = f.of_inner + row * f.width + c;
             product(here, rows_at(f.pair + row * d, d), columns.get() + (size_t)c * d, PANEL, d,
-                    [=](int i, const Row<T> &found) INLINED { store(to + (long)i * f.width, found); });
+                    [=](int i, const Row<T> &products) INLINED { store(to + (long)i * f.width, products); });
         }
     }
     for (int row = f.start; row < f.start + f.count; row++)
@@ -96,9 +96,9 @@ template <class T> void backward(const Fold<T> &f) {
         const Row<T> constant = f.start ? Row<T>{} : get(f.constant + i, here);
         pack_transposed(packed.get(), f.middle + (long)i * f.rows + f.start, f.rows, here, f.count);
         product(d, columns_at<T>(of_pair.get(), d), packed.get(), PANEL, f.count,
-                [&](int o, Row<T> found) INLINED {
-                    for (int p = 0; p < PARTS<T>; p++) found.part[p] += f.of_bias[o] * constant.part[p];
-                    put(f.of_outer + (long)o * f.stride + i, found, here);
+                [&](int o, Row<T> products) INLINED {
+                    for (int p = 0; p < PARTS<T>; p++) products.part[p] += f.of_bias[o] * constant.part[p];
+                    put(f.of_outer + (long)o * f.stride + i, products, here);
                 });
     }
     for (int row = 0; row < f.count; row += PANEL) {
@@ -106,9 +106,9 @@ template <class T> void backward(const Fold<T> &f) {
         const Row<T> bias = get(f.inner_bias + f.start + row, here);
         pack_transposed(packed.get(), of_pair.get() + (long)row * d, d, here, d);
         product(f.between, columns_at(f.outer, f.stride), packed.get(), PANEL, d,
-                [&](int i, Row<T> found) INLINED {
-                    for (int p = 0; p < PARTS<T>; p++) found.part[p] += of_constant[i] * bias.part[p];
-                    put(f.of_middle + (long)i * f.rows + f.start + row, found, here);
+                [&](int i, Row<T> products) INLINED {
+                    for (int p = 0; p < PARTS<T>; p++) products.part[p] += of_constant[i] * bias.part[p];
+                    put(f.of_middle + (long)i * f.rows + f.start + row, products, here);
                 });
     }
 }

@@ -16,11 +16,11 @@ struct Gather {
 template <class S> void gather(const Gather &g) {
     const int wide = panels(g.width);
     for (int n = g.start; n < g.start + g.count; n++) {
-        const S *own = (const S *)g.table + (g.rows ? g.rows[n] : n) * g.item;
+        const S *row = (const S *)g.table + (g.rows ? g.rows[n] : n) * g.item;
         for (int k = 0; k < g.layers; k++)
             for (int j = 0; j < wide; j++) {
                 S *to = (S *)g.panels + (((long)k * wide + j) * g.total + n) * PANEL;
-                const S *from = own + k * g.layer + j * PANEL;
+                const S *from = row + k * g.layer + j * PANEL;
                 const int here = smaller(PANEL, g.width - j * PANEL);
                 if (here == PANEL) std::memcpy(to, from, sizeof(S) * PANEL);  // of constant size: two instructions
                 else

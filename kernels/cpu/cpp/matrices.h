@@ -18,9 +18,9 @@ void linear(int n, const T *x, int inputs, const T *weight, const T *bias, int o
     for (int o = 0; o < outputs; o += PANEL) {
         const Row<T> constant = bias ? load(bias + o) : Row<T>{};
         pack_transposed(packed, weight + (long)o * inputs, inputs, PANEL, inputs);
-        product(n, rows_at(x, inputs), packed, PANEL, inputs, [&](int row, Row<T> found) INLINED {
-            add(found, constant);
-            store(y + row * stride + o, found);
+        product(n, rows_at(x, inputs), packed, PANEL, inputs, [&](int row, Row<T> products) INLINED {
+            add(products, constant);
+            store(y + row * stride + o, products);
         });
     }
 }
@@ -32,16 +32,16 @@ void linear_backward(
     int n, const T *x, int inputs, const T *weight, int outputs, const T *of_y, long stride, T *of_x, T *of_weight,
     T *of_bias) {
     for (int i = 0; i < inputs; i += PANEL)
-        product(n, rows_at(of_y, stride), weight + i, inputs, outputs, [&](int row, Row<T> found) INLINED {
+        product(n, rows_at(of_y, stride), weight + i, inputs, outputs, [&](int row, Row<T> products) INLINED {
             T *to = of_x + (long)row * inputs + i;
-            add(found, load(to));
-            store(to, found);
+            add(products, load(to));
+            store(to, products);
         });
     for (int o = 0; o < outputs; o += PANEL) {
         for (int i = 0; i < inputs; i += PANEL)
             product_of_columns(PANEL, columns_at(of_y + o, stride), x + i, inputs, n,
-                               [&](int row, const Row<T> &found) INLINED {
-                                   store(of_weight + (long)(o + row) * inputs + i, found);
+                               [&](int row, const Row<T> &products) INLINED {
+                                   store(of_weight + (long)(o + row) * inputs + i, products);
                                });
         if (!of_bias) continue;
         Row<T> total = {};

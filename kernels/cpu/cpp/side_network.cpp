@@ -142,10 +142,10 @@ template <class T> class Pass {
             const Row<T> bias = get(t.up_bias + layer * t.width + from, here);
             const T *x = input(k - 1, j);
             pack_transposed(packed.get(), t.up_weight + (layer * t.width + from) * r, r, here, r);
-            product(t.count, rows_of(after(k - 1), t.total), packed.get(), PANEL, r, [=](int n, Row<T> found) INLINED {
-                const Row<T> own = load(x + n * PANEL);
-                for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p] + bias.part[p];
-                store(to + n * PANEL, mixed(found, n));
+            product(t.count, rows_of(after(k - 1), t.total), packed.get(), PANEL, r, [=](int n, Row<T> products) INLINED {
+                const Row<T> state = load(x + n * PANEL);
+                for (int p = 0; p < PARTS<T>; p++) products.part[p] += state.part[p] + bias.part[p];
+                store(to + n * PANEL, mixed(products, n));
             });
         });
     }
@@ -165,9 +165,9 @@ template <class T> class Pass {
         for (int q = 0; q < panels(outputs); q++) {
             T *sums = to + (long)q * rows * PANEL;
             pack_transposed(packed.get(), weight + (long)q * PANEL * stride, stride, columns(outputs, q), steps);
-            product(t.count, rows_of(after(0), t.total), packed.get(), PANEL, steps, [&](int n, Row<T> found) INLINED {
-                add(found, load(sums + n * PANEL));
-                store(sums + n * PANEL, found);
+            product(t.count, rows_of(after(0), t.total), packed.get(), PANEL, steps, [&](int n, Row<T> products) INLINED {
+                add(products, load(sums + n * PANEL));
+                store(sums + n * PANEL, products);
             });
         }
     }
@@ -179,9 +179,9 @@ template <class T> class Pass {
         for (int q = 0; q < panels(outputs); q++) {
             T *sums = to + (long)q * rows * PANEL;
             pack_transposed(packed.get(), weight + (long)q * PANEL * t.width + from, t.width, columns(outputs, q), steps);
-            product(t.count, rows_of(block_of, t.total), packed.get(), PANEL, steps, [&](int n, Row<T> found) INLINED {
-                add(found, load(sums + n * PANEL));
-                store(sums + n * PANEL, found);
+            product(t.count, rows_of(block_of, t.total), packed.get(), PANEL, steps, [&](int n, Row<T> products) INLINED {
+                add(products, load(sums + n * PANEL));
+                store(sums + n * PANEL, products);
             });
         }
     }
@@ -208,13 +208,13 @@ template <class T> class Pass {
             const T *upstream = of_after.get() + (long)q * t.count * PANEL;
             T *to = of_before.get() + (long)q * t.count * PANEL;
             for (int n = 0; n < t.count; n++) {
-                const T *own = before(k, q) + n * PANEL;
+                const T *before_row = before(k, q) + n * PANEL;
                 for (int c = 0; c < PANEL; c++) {
                     const T above = upstream[n * PANEL + c];
-                    to[n * PANEL + c] = t.gelu ? above * gelu_slope(own[c]) : own[c] <= 0 ? T(0) : above;
+                    to[n * PANEL + c] = t.gelu ? above * gelu_slope(before_row[c]) : before_row[c] <= 0 ? T(0) : above;
                 }
-                const Row<T> found = load(to + n * PANEL);
-                add(bias, found);
+                const Row<T> gradients = load(to + n * PANEL);
+                add(bias, gradients);
             }
             put(t.of_down_bias + (long)k * t.bottleneck + q * PANEL, bias, columns(t.bottleneck, q));
         }
@@ -223,14 +223,14 @@ template <class T> class Pass {
     // Returns the product of the projection and the last up-projection, transposed, in panels [ceil(d / 16)][R][16].
     std::unique_ptr<T[]> composite() {
         const int r = t.bottleneck;
-        std::unique_ptr<T[]> found(new T[(size_t)out * r * PANEL]);
+        std::unique_ptr<T[]> weight(new T[(size_t)out * r * PANEL]);
         for (int q = 0; q < out; q++) {
             pack_transposed(
                 packed.get(), t.projection + (long)q * PANEL * t.width, t.width, columns(t.embedding, q), t.width);
             product(r, Operand<T>{last_up_weight(0), 1, r}, packed.get(), PANEL, t.width,
-                    [&](int row, const Row<T> &own) INLINED { store(found.get() + ((long)q * r + row) * PANEL, own); });
+                    [&](int row, const Row<T> &products) INLINED { store(weight.get() + ((long)q * r + row) * PANEL, products); });
         }
-        return found;
+        return weight;
     }
 
     // Writes the projected outputs; `embedding`, a panel matrix [count, d], holds the projection of the last input.
@@ -243,10 +243,10 @@ template <class T> class Pass {
                 bias.part[c / LANES<T>][c % LANES<T>] =
                     dot(t.projection + ((long)q * PANEL + c) * t.width, last_up_bias(), t.width);
             product(t.count, rows_of(after(last), t.total), weight.get() + (long)q * t.bottleneck * PANEL, PANEL,
-                    t.bottleneck, [&](int n, Row<T> found) INLINED {
-                        const Row<T> own = load(embedding + ((long)q * t.count + n) * PANEL);
-                        for (int p = 0; p < PARTS<T>; p++) found.part[p] += own.part[p] + bias.part[p];
-                        put(t.projected + (long)(t.start + n) * t.embedding + q * PANEL, found, here);
+                    t.bottleneck, [&](int n, Row<T> products) INLINED {
+                        const Row<T> of_input = load(embedding + ((long)q * t.count + n) * PANEL);
+                        for (int p = 0; p < PARTS<T>; p++) products.part[p] += of_input.part[p] + bias.part[p];
+                        put(t.projected + (long)(t.start + n) * t.embedding + q * PANEL, products, here);
                     });
         }
     }
@@ -258,10 +258,10 @@ template <class T> class Pass {
         std::unique_ptr<T[]> upstream(new T[(size_t)out * t.count * PANEL]), total(new T[(size_t)out * PANEL]());
         for (int q = 0; q < out; q++)
             for (int n = 0; n < t.count; n++) {
-                const Row<T> own = get(t.upstream + (long)(t.start + n) * d + q * PANEL, columns(d, q));
-                store(upstream.get() + ((long)q * t.count + n) * PANEL, own);
+                const Row<T> gradients = get(t.upstream + (long)(t.start + n) * d + q * PANEL, columns(d, q));
+                store(upstream.get() + ((long)q * t.count + n) * PANEL, gradients);
                 Row<T> sums = load(total.get() + q * PANEL);
-                add(sums, own);
+                add(sums, gradients);
                 store(total.get() + q * PANEL, sums);
             }
         // inner [d, R]: upstream, transposed, times the last bottlenecks.
@@ -271,8 +271,8 @@ template <class T> class Pass {
             for (int q = 0; q < narrow; q++)
                 product_of_columns(
                     PANEL, columns_of(upstream.get() + (long)o * t.count * PANEL), after(last, q), PANEL, t.count,
-                    [&](int row, const Row<T> &own) INLINED {
-                        store(inner.get() + (o * PANEL + row) * stride + q * PANEL, own);
+                    [&](int row, const Row<T> &products) INLINED {
+                        store(inner.get() + (o * PANEL + row) * stride + q * PANEL, products);
                     });
         const std::unique_ptr<T[]> weight = composite();
         for (int q = 0; q < narrow; q++) {
@@ -282,8 +282,8 @@ template <class T> class Pass {
                     packed[o * PANEL + c] = row < r ? weight[((long)(o / PANEL) * r + row) * PANEL + o % PANEL] : T(0);
                 }
             product(t.count, rows_of(upstream.get(), t.count), packed.get(), PANEL, d,
-                    [&](int n, const Row<T> &own) INLINED {
-                        store(of_after.get() + ((long)q * t.count + n) * PANEL, own);
+                    [&](int n, const Row<T> &products) INLINED {
+                        store(of_after.get() + ((long)q * t.count + n) * PANEL, products);
                     });
         }
         for (int j = 0; j < wide; j++) project_backward(j, upstream.get(), total.get(), inner.get(), stride);
@@ -295,25 +295,25 @@ template <class T> class Pass {
         T *to = state_gradient(j);
         pack(packed.get(), t.projection + from, t.width, here, d);
         product(t.count, rows_of(upstream, t.count), packed.get(), PANEL, d,
-                [&](int n, const Row<T> &found) INLINED { store(to + n * PANEL, found); });
+                [&](int n, const Row<T> &products) INLINED { store(to + n * PANEL, products); });
         Row<T> of_bias = {};
         for (int o = 0; o < d; o++)
             for (int p = 0; p < PARTS<T>; p++) of_bias.part[p] += total[o] * load(packed.get() + o * PANEL).part[p];
         put(t.of_up_bias + last * (long)t.width + from, of_bias, here);
         for (int q = 0; q < narrow; q++)
             product_of_columns(here, columns_of(packed.get()), inner + q * PANEL, stride, d,
-                               [&](int row, const Row<T> &found) INLINED {
-                                   put(t.of_up_weight + (last * (long)t.width + from + row) * r + q * PANEL, found,
+                               [&](int row, const Row<T> &products) INLINED {
+                                   put(t.of_up_weight + (last * (long)t.width + from + row) * r + q * PANEL, products,
                                        columns(r, q));
                                });
         weight_gradient(t.of_projection, upstream, d, input(last, j), j);
         const Row<T> bias = get(last_up_bias() + from, here);
         pack_transposed(packed.get(), last_up_weight(from), r, here, r);
-        product(d, Operand<T>{inner, stride, 1}, packed.get(), PANEL, r, [&](int o, Row<T> found) INLINED {
-            T *own = t.of_projection + (long)o * t.width + from;
-            const Row<T> before = get(own, here);
-            for (int p = 0; p < PARTS<T>; p++) found.part[p] += before.part[p] + total[o] * bias.part[p];
-            put(own, found, here);
+        product(d, Operand<T>{inner, stride, 1}, packed.get(), PANEL, r, [&](int o, Row<T> products) INLINED {
+            T *of_row = t.of_projection + (long)o * t.width + from;
+            const Row<T> before = get(of_row, here);
+            for (int p = 0; p < PARTS<T>; p++) products.part[p] += before.part[p] + total[o] * bias.part[p];
+            put(of_row, products, here);
         });
     }
 
@@ -323,8 +323,8 @@ template <class T> class Pass {
         for (int q = 0; q < panels(outputs); q++)
             product_of_columns(
                 columns(outputs, q), columns_of(left + (long)q * t.count * PANEL), right, PANEL, t.count,
-                [&](int row, const Row<T> &found) INLINED {
-                    put(of_weight + ((long)q * PANEL + row) * t.width + j * PANEL, found, columns(t.width, j));
+                [&](int row, const Row<T> &products) INLINED {
+                    put(of_weight + ((long)q * PANEL + row) * t.width + j * PANEL, products, columns(t.width, j));
                 });
     }
 
@@ -338,18 +338,18 @@ template <class T> class Pass {
             T *sums = of_after.get() + (long)q * t.count * PANEL;
             if (here < PANEL) pack(packed.get(), weight + q * PANEL, r, here, steps);
             product(t.count, rows_of(state_gradient(block), t.count), here < PANEL ? packed.get() : weight + q * PANEL,
-                    here < PANEL ? PANEL : r, steps, [&](int n, Row<T> found) INLINED {
-                        add(found, load(sums + n * PANEL));
-                        store(sums + n * PANEL, found);
+                    here < PANEL ? PANEL : r, steps, [&](int n, Row<T> products) INLINED {
+                        add(products, load(sums + n * PANEL));
+                        store(sums + n * PANEL, products);
                     });
         }
         for (int j = block; j < smaller(wide, block + BLOCK); j++) {
-            const T *own = state_gradient(j);
-            put(t.of_up_bias + (long)k * t.width + j * PANEL, column_sums(own, t.count), columns(t.width, j));
+            const T *panel_gradient = state_gradient(j);
+            put(t.of_up_bias + (long)k * t.width + j * PANEL, column_sums(panel_gradient, t.count), columns(t.width, j));
             for (int q = 0; q < narrow; q++)
-                product_of_columns(columns(t.width, j), columns_of(own), after(k, q), PANEL, t.count,
-                                   [&](int row, const Row<T> &found) INLINED {
-                                       put(t.of_up_weight + ((long)k * t.width + j * PANEL + row) * r + q * PANEL, found,
+                product_of_columns(columns(t.width, j), columns_of(panel_gradient), after(k, q), PANEL, t.count,
+                                   [&](int row, const Row<T> &products) INLINED {
+                                       put(t.of_up_weight + ((long)k * t.width + j * PANEL + row) * r + q * PANEL, products,
                                            columns(r, q));
                                    });
         }
@@ -360,7 +360,7 @@ template <class T> class Pass {
     double through_down(int k, int j) {
         const int r = t.bottleneck, here = columns(t.width, j);
         const T *weight = t.down_weight + (long)k * r * t.width, *x = input(k, j);
-        T *own = state_gradient(j);
+        T *panel_gradient = state_gradient(j);
         T *of_weight = t.of_down_weight + (long)k * r * t.width;
         weight_gradient(of_weight, of_before.get(), r, x, j);
         const bool gated = t.of_gate, passed_on = t.of_hidden[0] || t.of_hidden[1];
@@ -369,35 +369,35 @@ template <class T> class Pass {
                 // Only the gate needs the gradient of the lowest input x = g h. Its logit's gradient is (1 - g) sum(gradient
                 // x), of which the part through the down-projection W is the dot product of W and W's gradient.
                 if (!gated) return 0.0;
-                double of_input = dot(own, x, (long)t.count * PANEL);
+                double of_input = dot(panel_gradient, x, (long)t.count * PANEL);
                 for (long row = 0, at = j * PANEL; row < r; row++, at += t.width) of_input += dot(weight + at, of_weight + at, here);
                 return of_input * mixes[0].carry;
             }
             pack(packed.get(), weight + j * PANEL, t.width, here, r);
             Row<T> gate = {};
             product(t.count, rows_of(of_before.get(), t.count), packed.get(), PANEL, r,
-                    [&, own, x](int n, Row<T> found) INLINED {
-                        add(found, load(own + n * PANEL));
+                    [&, panel_gradient, x](int n, Row<T> gradients) INLINED {
+                        add(gradients, load(panel_gradient + n * PANEL));
                         if (gated) {
                             const Row<T> slope = mixed.gate_slope(x + n * PANEL, n);
-                            for (int p = 0; p < PARTS<T>; p++) gate.part[p] += found.part[p] * slope.part[p];
+                            for (int p = 0; p < PARTS<T>; p++) gate.part[p] += gradients.part[p] * slope.part[p];
                         }
-                        if (passed_on) add_to_views(found, n, k, j);
-                        for (int p = 0; p < PARTS<T>; p++) found.part[p] *= mixed.carry;
-                        store(own + n * PANEL, found);
+                        if (passed_on) add_to_views(gradients, n, k, j);
+                        for (int p = 0; p < PARTS<T>; p++) gradients.part[p] *= mixed.carry;
+                        store(panel_gradient + n * PANEL, gradients);
                     });
             return (double)sum(gate) * mixed.gate_scale();
         });
     }
 
-    void add_to_views(const Row<T> &found, int n, int k, int j) const {
-        if (t.of_hidden[0]) add_to(t.of_hidden[0], found, mixes[k].first, n, k, j);
-        if (t.views == 2 && t.of_hidden[1]) add_to(t.of_hidden[1], found, mixes[k].second, n, k, j);
+    void add_to_views(const Row<T> &gradients, int n, int k, int j) const {
+        if (t.of_hidden[0]) add_to(t.of_hidden[0], gradients, mixes[k].first, n, k, j);
+        if (t.views == 2 && t.of_hidden[1]) add_to(t.of_hidden[1], gradients, mixes[k].second, n, k, j);
     }
 
-    void add_to(T *of_view, const Row<T> &found, T weight, int n, int k, int j) const {
+    void add_to(T *of_view, const Row<T> &gradients, T weight, int n, int k, int j) const {
         T *to = of_view + ((long)(t.start + n) * t.layers + k) * t.width + j * PANEL;
-        for (int c = 0; c < columns(t.width, j); c++) to[c] += weight * found.part[c / LANES<T>][c % LANES<T>];
+        for (int c = 0; c < columns(t.width, j); c++) to[c] += weight * gradients.part[c / LANES<T>][c % LANES<T>];
     }
 };
 

@@ -139,29 +139,29 @@ class Running {
     // Starts the list on at most `threads` threads, the caller's included; on the caller's alone if another list has the
     // workers.
     Running(const Call *calls, int32_t count, int32_t threads)
-        : list(calls, count), own(workers()), held(threads > 1 && count > 1 && !own.busy.exchange(true)) {
+        : list(calls, count), shared(workers()), held(threads > 1 && count > 1 && !shared.busy.exchange(true)) {
         if (!held) return;
         const size_t others = (threads < count ? threads : count) - 1;
         try {
-            while (own.all.size() < others) own.all.emplace_back();
+            while (shared.all.size() < others) shared.all.emplace_back();
         } catch (...) {
             // No more threads can be started: the existing ones do the work.
         }
-        helping = others < own.all.size() ? others : own.all.size();
-        for (size_t i = 0; i < helping; i++) own.all[i].offer(&list);
+        helping = others < shared.all.size() ? others : shared.all.size();
+        for (size_t i = 0; i < helping; i++) shared.all[i].offer(&list);
     }
 
     // Helps until all calls have ended. Returns the failure, as `List::failure`.
     int32_t end() {
         list.take_all();
-        for (size_t i = 0; i < helping; i++) own.all[i].withdraw(&list);
-        if (held) own.busy = false;
+        for (size_t i = 0; i < helping; i++) shared.all[i].withdraw(&list);
+        if (held) shared.busy = false;
         return list.failure();
     }
 
   private:
     List list;
-    Workers &own;
+    Workers &shared;
     const bool held;  // whether this list has the workers, until the end
     size_t helping = 0;
 };
@@ -178,7 +178,7 @@ int32_t begin(const Call *calls, int32_t count, int32_t threads, Running **runni
 
 // Waits for all calls. Returns 0, or the failure of a call, as `List::failure`.
 int32_t end(Running *running) noexcept {
-    const std::unique_ptr<Running> own(running);
-    return own ? own->end() : DONE;
+    const std::unique_ptr<Running> list(running);
+    return list ? list->end() : DONE;
 }
 }
