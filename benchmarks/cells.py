@@ -12,6 +12,7 @@ import logging
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,7 @@ def run_sweep(setup: Setup, settings: SweepSettings) -> Path:
     device = setup.device
     cells = [
         Cell(encoders, method, seed)
-        for encoders in settings.encoders
-        for method in settings.methods
-        for seed in settings.seeds
+        for encoders, method, seed in product(settings.encoders, settings.methods, settings.seeds)
     ]
     for cell in cells:  # what cannot be combined, or read, is refused before anything is written
         refuse_missing_libraries(cell_config(cell, dataset, out, settings))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,11 @@ def cost_order(seconds: Mapping[str, float]) -> dict[str, Any]:
     """
     groups = [{name: seconds[name] for name in group if name in seconds} for group in COST_ORDER]
     groups = [group for group in groups if group]
-    violations = [
-        f"{cheap} takes {below[cheap]:.2f} s, {dear} {above[dear]:.2f} s"
-        for above, below in zip(groups, groups[1:])
-        for dear in above
-        for cheap in below
-        if below[cheap] >= above[dear]
-    ]
+    violations = []
+    for above, below in pairwise(groups):
+        for dear, cheap in product(above, below):
+            if below[cheap] >= above[dear]:
+                violations.append(f"{cheap} takes {below[cheap]:.2f} s, {dear} {above[dear]:.2f} s")
     return {
         "expected": " > ".join(", ".join(group) for group in groups),
         "holds": not violations,

@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import time
 import zlib
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -207,12 +208,11 @@ def command(arguments: argparse.Namespace) -> str:
 
 def write(path: Path, source: dict, views: list[ViewConfig], encoding: dict, runs: list[dict], first: Path) -> None:
     """Write the result and, beside it, the resolved configuration of the run folder `first`."""
-    summary = {
-        f"{stage}_{metric}{suffix}": statistics.mean(run[stage][f"test{suffix}"]["masked"][metric] for run in runs)
-        for suffix in ("", "_ties_best")
-        for stage in (f"within_{EPOCHS}_epochs", "to_early_stop")
-        for metric in ("hr@10", "ndcg@10", "mrr")
-    }
+    summary = {}
+    stages = (f"within_{EPOCHS}_epochs", "to_early_stop")
+    for suffix, stage, metric in product(("", "_ties_best"), stages, ("hr@10", "ndcg@10", "mrr")):
+        values = [run[stage][f"test{suffix}"]["masked"][metric] for run in runs]
+        summary[f"{stage}_{metric}{suffix}"] = statistics.mean(values)
     described = [{**to_dict(view), "encoder": "/".join(Path(view.encoder).parts[-2:])} for view in views]
     result = {
         **source,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 from ..data import RunPlan, Sequences, steps_per_epoch
@@ -160,7 +161,10 @@ def kernel_rows(batches: list[CountedBatch]) -> list[dict[str, Any]]:
             for _, launch in step.counter.launches:
                 wanted.setdefault(specialization(launch, ARCHITECTURES[name]))
     read = dict(zip(wanted, readings(list(wanted))))
-    return [row for batch in batches for name in ARCHITECTURES for row in rows_of(batch, name, read)]
+    rows = []
+    for batch, name in product(batches, ARCHITECTURES):
+        rows += rows_of(batch, name, read)
+    return rows
 
 
 def rows_of(batch: CountedBatch, architecture: str, read: dict[Specialization, KernelReading]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import chain
 
 import pytest
 import torch
@@ -328,7 +329,9 @@ def test_counts_of_the_papers_encoders(method):
         image = hf.ViTModel(hf.ViTConfig.from_pretrained(DATA / "configs" / "vit-base-patch16-224"))
         groups = [adapt(model, method, config.bottleneck) for model in (image, text)]
         rest = nn.ModuleList([FinalHeads([768, 768], config.embedding_dim), SASRec(config, 10)])
-    trained = [p for trained_groups in groups for group in trained_groups.values() for p in group]
+    trained = []
+    for trained_groups in groups:
+        trained += chain.from_iterable(trained_groups.values())
     assert all(p.is_meta for p in trained)
     trained_count = count(trained) + count(rest.parameters())
     assert trained_count == TRAINED[method] + HEADS + SEQUENCE_ENCODER

@@ -8,6 +8,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -307,7 +308,8 @@ def _nodes_for_types(tree: ast.Module) -> set[ast.AST]:
         for node in ast.walk(tree)
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
     ]
-    return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
+    statements = chain.from_iterable(block.body for block in blocks)
+    return {inner for statement in statements for inner in ast.walk(statement)}
 
 
 def _defines(tree: Tree, module: str, name: str) -> bool:
