@@ -228,19 +228,23 @@ def _dimensions(name: str, tensor: Tensor, count: int) -> tuple[int, ...]:
 
 
 def _shaped(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError, with the argument's name, unless a tensor has this shape."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected {list(shape)}, found {list(tensor.shape)}")
 
 
 def _floating(name: str, tensor: Tensor) -> None:
+    """Raise ValueError, with the argument's name, unless a tensor's dtype is a floating-point one."""
     if not tensor.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point dtype, found {_name(tensor.dtype)}")
 
 
 def _same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise ValueError, with the argument's name, unless a tensor is on this device."""
     if tensor.device != device:
         raise ValueError(f"{name}: expected device {device}, found {tensor.device}")
 
 
 def _name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")

@@ -20,7 +20,7 @@ MOST_PARTS = 8  # parts of a chain's rows; each part writes a whole product, and
 
 
 def fold_heads(chains: Sequence[Chain]) -> list[tuple[Tensor, Tensor]]:
-    """Return the weight [d, D] and bias [d] of each chain, differentiable once; `refusal` must return "" for them."""
+    """Return the folded weight [d, D] and bias [d] of each chain, differentiable once; `refusal` must return ""."""
     folded = FoldFunction.apply(*(weight.contiguous() for chain in chains for weight in chain))
     return list(zip(folded[::2], folded[1::2]))
 

@@ -241,6 +241,7 @@ def _key(compiler: list[str]) -> str:
 
 
 def _version(compiler: list[str]) -> bytes:
+    """Return what the compiler prints for --version."""
     return subprocess.run([compiler[0], "--version"], capture_output=True).stdout
 
 
@@ -252,7 +253,11 @@ def _processor() -> str:
 
 
 def _compile(compiler: list[str], path: Path) -> None:
-    """Compile into a temporary folder first: another process may compile the same, and either may be ended."""
+    """Compile the library to `path`. Raises NoLibrary with the compiler's message if that fails.
+
+    It compiles in a temporary folder and moves the file at the end, since another process may compile the same file, or
+    this one may be killed.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         sources = sorted(CPP_FOLDER.glob("*.cpp"))
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]

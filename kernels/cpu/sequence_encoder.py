@@ -36,7 +36,10 @@ FEED_IN = EncoderBlock._fields.index("feed_in")
 def sequence_encoder(
     x: Tensor, weights: SequenceWeights, grid: SequenceGrid, dropout: SequenceDropout | None
 ) -> Tensor:
-    """Return the hidden states [R, d], differentiable once; `refusal` must return "" for the weights."""
+    """Return the hidden states [R, d] of rows x [R, d], differentiable once in x and the weights.
+
+    The arguments are those of the public op, checked; `refusal` must return "" for the weights.
+    """
     grid = grid._replace(slots=grid.slots.contiguous())
     if dropout is not None:
         dropout = dropout._replace(prefix=int(dropout.prefix), users=dropout.users.contiguous())
@@ -224,7 +227,10 @@ class SequenceEncoderCalls:
     def __init__(
         self, calls: StepCalls, weights: RecommenderWeights, gradients: RecommenderWeights, vectors: Output
     ) -> None:
-        """Allocate the memory; vectors [items, d]: the item vectors."""
+        """Allocate the memory; vectors [items, d]: the item vectors.
+
+        Raises ValueError if the gradients of the sequence encoder are not views of one flat buffer.
+        """
         sequence, d = weights.sequence, vectors.tensor.shape[1]
         self._calls, self._vectors, self._of_states = calls, vectors, vectors
         self._x = calls.empty(calls.rows, d)

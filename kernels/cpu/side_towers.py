@@ -72,6 +72,7 @@ def encode(
     encode_towers = library(parameters[1].dtype).side_encode
 
     def work(part: slice) -> None:
+        """Write the outputs of the items in `part`."""
         part_tables = [table[part] if rows is None else table for table, rows in zip(tables, settings.rows)]
         part_rows = [None if rows is None else rows[part] for rows in settings.rows]
         memory = Memory()  # holds the part's memory until the calls have ended

@@ -76,6 +76,7 @@ class CpuStep:
         self._calls.batch = batch
 
         def lay_out(number: int) -> None:
+            """Schedule the calls of a stage; none after the last stage."""
             for method in stages[number] if number < len(stages) else ():
                 method()
 

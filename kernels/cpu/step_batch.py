@@ -13,7 +13,8 @@ from ..types import RecommenderBatch, RecommenderWeights
 def check_step_batch(batch: RecommenderBatch, weights: RecommenderWeights) -> None:
     """Raise ValueError unless a batch has the shapes and dtypes of `RecommenderBatch` and its indices are in range.
 
-    The states must fit the towers of the weights. All tensors must be contiguous and on a CPU.
+    The states must fit the towers of the weights, and their last dimension must be contiguous. All other tensors
+    must be contiguous. All must be on a CPU.
     """
     items, rows, users = len(batch.distinct), len(batch.targets), len(batch.history_bits)
     if not rows:
@@ -80,4 +81,5 @@ def _check_indices(name: str, indices: Tensor, count: int, limit: int) -> None:
 
 
 def _name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")

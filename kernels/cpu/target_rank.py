@@ -34,6 +34,7 @@ def target_rank(
     items = F.pad(items, (0, 0, 0, -catalogue % width))
 
     def ranks(part: slice) -> Tensor:
+        """Return both ranks [2, users] of the users in `part`."""
         tile = _Tile(queries[part], items, targets[part], excluded[part], height, width)
         for first in range(0, catalogue, width):
             tile.count(first, min(width, catalogue - first), finite)
@@ -98,9 +99,10 @@ class _Tile:
 
 
 def _equal_parts(count: int, most: int, multiple: int = 1) -> int:
-    """Return the size of equal parts of `count`: a multiple of `STEP`, at most `most`.
+    """Return the size of the parts into which to cut `count` rows: equal, a multiple of `STEP`, at most about `most`.
 
-    The number of parts is a multiple of `multiple` where the count is large enough.
+    The size is chosen for a number of parts that is a multiple of `multiple`, such as the number of threads. It is at
+    least `STEP`, so there may be fewer parts.
     """
     most = max(1, most // STEP) * STEP
     parts = -(-count // (most * multiple)) * multiple

@@ -95,9 +95,11 @@ class FoldHeads:
         )
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            """Return an uninitialised tensor on the device."""
             return torch.empty(shape, dtype=dtype, device=device)
 
         def product(*shape: int) -> Tensor:
+            """Return an uninitialised tensor in the products' dtype."""
             return empty(*shape, dtype=self._dtype)
 
         self.projections = empty(towers, dim, width)
@@ -185,6 +187,7 @@ def places(weights: RecommenderWeights) -> Places:
     start, _ = _extent(weights)
 
     def place(weight: Tensor | None) -> int:
+        """Return a weight's offset in the `flat_buffer`; 0 for no weight."""
         return 0 if weight is None else weight.storage_offset() - start
 
     towers = [tuple(map(place, weights_of_towers)) for weights_of_towers in zip(*(t[1:] for t in weights.towers))]

@@ -205,7 +205,11 @@ def multiply_layers(
     BC: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Write a tile of c[k, j] W_down,k W_up,j into composites; for k = K, of (P W_up,j)^T into projected_up."""
+    """Write a tile [BR, BC] of the product of two layers, c[k, j] W_down,k W_up,j, into composites.
+
+    For k = K write c[K, j] (P W_up,j)^T into projected_up instead. (k, j) is pair number i_pair; the tile starts at row
+    i_r and column i_c. down and up are the offsets of the tower's down- and up-projections in operands_ptr.
+    """
     k, j = pair_of_layers(i_pair, K)
     rows = tl.where(k < K, R, DIM)
     if i_r < rows:

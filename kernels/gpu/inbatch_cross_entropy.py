@@ -180,6 +180,7 @@ def _row_losses(
 
 @_row_losses.register_fake
 def _(queries, items, targets, row_users, bits, bias, log2_p):
+    """Return empty tensors with the shapes and dtypes of `_row_losses`."""
     return tuple(RowResults.empty(queries.shape[0], like=queries))
 
 
@@ -231,15 +232,18 @@ def _(
     of_queries,
     of_items,
 ):
+    """Return empty tensors with the shapes and dtypes of `_row_losses_backward`."""
     return (queries.new_empty(queries.shape if of_queries else 0), items.new_empty(items.shape if of_items else 0))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Save the tensors and settings that `_backward` needs."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*inputs, *output[1:])
 
 
 def _backward(ctx: Any, gradient: Tensor, *_others: None) -> tuple:
+    """Return the gradients of queries and items from that of the losses; None for other arguments."""
     needs = ctx.needs_input_grad[:2]
     gradients = _row_losses_backward(gradient, *ctx.saved_tensors, *needs)
     return *(value if need else None for value, need in zip(gradients, needs)), None, None, None, None, None

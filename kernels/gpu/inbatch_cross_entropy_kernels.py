@@ -48,7 +48,11 @@ def _whole_rows(ptr, o_r, BD: tl.constexpr):
 
 @triton.jit
 def _own_columns(word, target, i_tile, is_beyond, MASKED: tl.constexpr):
-    """Return the mask [BM, 32] of a tile's columns that Z leaves out: the history, or without MASKED the target."""
+    """Return bool [BM, 32]: True for the columns of tile i_tile that Z leaves out.
+
+    They are the items whose bit is set in word [BM], the history bits; without MASKED the target [BM] alone. With
+    is_beyond, a tile after the last, they are all.
+    """
     o_c = tl.arange(0, 32)
     if MASKED:
         return (tl.where(is_beyond, -1, word)[:, None] & (1 << o_c)[None, :]) != 0

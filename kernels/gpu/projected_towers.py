@@ -376,9 +376,11 @@ class ProjectedTowers:
         return groups * triton.cdiv(self._bottleneck, self._shape["BR"])
 
     def _width_chunks(self, chosen: Configuration) -> int:
+        """Return the number of chunks of BD columns of the width."""
         return triton.cdiv(self._width, chosen.blocks["BD"])
 
     def _tiles(self, chosen: Configuration) -> int:
+        """Return the number of tiles of BM items, up to the bound."""
         return triton.cdiv(self._items, chosen.blocks["BM"])
 
     def _part(self, name: str) -> Tensor:

@@ -136,6 +136,7 @@ def _sequence_states(
 def _(
     x, flat, users, prefix, slots, user_count, length, positions, blocks, heads, epsilon, threshold, scale, may_follow
 ):
+    """Return empty tensors with the shapes and dtypes of `_sequence_states`."""
     call = GridCall(flat, users, prefix, slots, user_count, length, positions, blocks, heads, epsilon, threshold, scale)
     states = x.new_empty(x.shape)
     if not may_follow:
@@ -170,6 +171,7 @@ def _last_states(
 
 @_last_states.register_fake
 def _(x, flat, users, prefix, slots, user_count, length, positions, blocks, heads, epsilon, threshold, scale):
+    """Return empty tensors with the shapes and dtypes of `_last_states`."""
     return x.new_empty(user_count, x.shape[1])
 
 
@@ -217,11 +219,13 @@ def _sequence_states_backward(
 
 @_sequence_states_backward.register_fake
 def _(gradient, activations, x, flat, *settings):
+    """Return empty tensors with the shapes and dtypes of `_sequence_states_backward`."""
     *_, of_x, of_flat = settings
     return x.new_empty(x.shape if of_x else 0), flat.new_empty(flat.shape if of_flat else 0)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Save the tensors and settings that `_backward` needs."""
     x, flat, users, prefix, slots, *ctx.settings, _ = inputs
     _, *activations = output
     ctx.mark_non_differentiable(*activations)
@@ -229,6 +233,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor, *_: None) -> tuple:
+    """Return the gradients of x and the flat weights from that of the states; None for other arguments."""
     x, flat, users, prefix, slots, *activations = ctx.saved_tensors
     of_x, of_flat = ctx.needs_input_grad[:2]
     gradients = _sequence_states_backward(

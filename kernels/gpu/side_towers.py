@@ -148,6 +148,7 @@ def _side_towers(
 
 @_side_towers.register_fake
 def _(first, first_rows, second, second_rows, coefficients, down, bias, composites, up, up_bias, a, b, activation):
+    """Return empty tensors with the shapes and dtypes of `_side_towers`."""
     count, layers, bottleneck, width = down.shape
     items = first_rows.shape[0]
     out = down.new_empty((count, items, width), dtype=torch.float32)
@@ -332,6 +333,7 @@ def _(
     activation,
     wants,
 ):
+    """Return empty tensors with the shapes and dtypes of `_side_towers_backward`."""
     count, layers, bottleneck, width = down.shape
     dense = (first_rows.shape[0], layers, width)
     shapes = [dense, dense, coefficients.shape, down.shape, down.shape[:3], composites.shape, up.shape, (count, width)]
@@ -340,6 +342,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Save the tensors and settings that `_backward` needs."""
     first, first_rows, second, second_rows, coefficients, down, _, composites, up, _, *ctx.settings = inputs
     _, z, activated = output
     ctx.mark_non_differentiable(z, activated)
@@ -347,6 +350,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor, _z: None, _activated: None) -> tuple:
+    """Return the gradients of tables and operands from that of out; None for other arguments."""
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 4, 5, 6, 7, 8, 9)]
     gradients = _side_towers_backward(gradient, *ctx.saved_tensors, *ctx.settings, needs)
     first, second, *others = [value if need else None for value, need in zip(gradients, needs)]

@@ -63,6 +63,7 @@ def _counts(queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor) -
 
 @_counts.register_fake
 def _(queries, items, targets, excluded):
+    """Return empty tensors with the shapes and dtypes of `_counts`."""
     return queries.new_empty((queries.shape[0], 5), dtype=torch.int64)
 
 

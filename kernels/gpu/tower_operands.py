@@ -59,6 +59,7 @@ class _Constants:
     """Constant tensors for towers that read these views, with this number of layers, computed on the device."""
 
     def __init__(self, towers: int, first_towers: int, second_towers: int, layers: int, device: torch.device) -> None:
+        """Compute the constants; bit t of first_towers, second_towers is set if tower t reads that view."""
         tower, k = torch.arange(towers, device=device), torch.arange(layers, device=device)
         first, second = (((readers >> tower) & 1).float()[:, None] for readers in (first_towers, second_towers))
         both, one = first * second, torch.ones_like(first)

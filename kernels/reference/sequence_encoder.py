@@ -137,7 +137,11 @@ def _drop_factors(
 def _weight_factors(
     weights: SequenceWeights, grid: SequenceGrid, dropout: SequenceDropout, sites: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Return the dropout factors of the attention weights, [blocks, users, heads, L, L]."""
+    """Return the dropout factors of all attention weights, [blocks, users, heads, queries L, keys L], in `dtype`.
+
+    sites int64 [blocks]: the dropout site of each block's attention weights. The hashed channel is head * P + the key's
+    position, where P is the number of the model's positions.
+    """
     users, length, heads, most = grid.users, grid.length, weights.heads, len(weights.tensors[0])
     positions = torch.arange(most - length, most, device=sites.device)
     channels = torch.cat([head * most + positions for head in range(heads)])
@@ -151,11 +155,13 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, slots: Tensor, count: int) -> Tensor:
+        """Return [count, C] with row i of rows [R, C] at slots[i], 0 elsewhere."""
         ctx.save_for_backward(slots)
         return rows.new_zeros(count, rows.shape[1]).index_copy_(0, slots, rows)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient's rows at the slots."""
         return gradient.index_select(0, ctx.saved_tensors[0]), None, None
 
 
@@ -164,11 +170,13 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, grid: Tensor, slots: Tensor) -> Tensor:
+        """Return the rows [R, C] of grid [count, C] at the slots."""
         ctx.save_for_backward(slots)
         ctx.count = len(grid)
         return grid.index_select(0, slots)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        """Return [count, C] with the gradient's rows at the slots, 0 elsewhere."""
         (slots,) = ctx.saved_tensors
         return gradient.new_zeros(ctx.count, gradient.shape[1]).index_copy_(0, slots, gradient), None
