@@ -13,6 +13,7 @@ from ...training import Trainer
 from .. import machine
 from ..captures import call_again_for_graphs
 from ..settings import TrainSettings
+from ..tables import NOT_MEASURED
 from ..train import FORMS, TrainingForm, new_trainer
 from .settings import Settings
 
@@ -26,7 +27,7 @@ def device_of(settings: Settings) -> torch.device:
 def origin_of(settings: Settings) -> dict[str, Any]:
     """Return where figures come from: the dataset's name, the commit, the machine and the versions."""
     origin = machine.origin(settings.dataset.name, device_of(settings))
-    return origin | {"commit": origin["commit"] or settings.commit or machine.NOT_MEASURED}
+    return origin | {"commit": origin["commit"] or settings.commit or NOT_MEASURED}
 
 
 def histories(settings: Settings) -> Sequences:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -273,6 +274,13 @@ def test_versions_say_what_is_not_measured(dataset, tmp_path, monkeypatch):
     result = measure("versions", dataset, tmp_path)
     assert result["gpu"] == NOT_MEASURED and result["packages"]["pytest"] == pytest.__version__
     assert result["headline"].startswith("device cpu, torch 2.") and result["origin"]["commit"] == "abc"
+
+
+def test_a_copy_without_git_has_no_commit_unless_one_is_given(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "commit", lambda: None)
+    settings = Settings("versions", dataset, tmp_path, commit=None, **DRY_RUN)
+    assert common.origin_of(settings)["commit"] == NOT_MEASURED
+    assert common.origin_of(replace(settings, commit="abc"))["commit"] == "abc"
 
 
 def test_kernels_are_added_up_by_name():
