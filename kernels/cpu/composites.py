@@ -31,7 +31,7 @@ def composites(tower: Tower, projection: Tensor) -> Composites:
     biases = []
     reaching, constant = projection.new_empty(width, 0), projection.new_zeros(width)
     for k, carry in enumerate(_carries(tower)):
-        reaching, constant = reaching * carry, constant * carry  # now their weights in this layer's input
+        reaching, constant = reaching * carry, constant * carry  # scaled to their weights in this layer's input
         joined[k, :, : k * bottleneck] = tower.down_weight[k] @ reaching
         biases.append(tower.down_bias[k] + tower.down_weight[k] @ constant)
         reaching, constant = torch.cat([reaching, tower.up_weight[k]], dim=1), constant + tower.up_bias[k]

@@ -116,7 +116,7 @@ def test_a_refusal_of_shapes_starts_no_compiler(monkeypatch):
 
 @needs_cpu
 def test_ranking_needs_no_compiler(monkeypatch):
-    """As the popularity baseline ranks: C++ is neither compiled nor loaded for it."""
+    """The popularity baseline ranks without C++: nothing is compiled or loaded."""
     monkeypatch.setattr(library, "_library", lambda dtype: pytest.fail("compiled"))
     case = rank_case(4, 9, 8, 2)
     expected, _ = kernels.target_rank(*case, form="reference")

@@ -184,7 +184,7 @@ def adam_state(numbers: int, moment: int) -> AdamState:
 
 
 def test_moments_shorter_than_their_parameter_are_refused_by_the_op_and_by_the_library():
-    """As a damaged checkpoint has them: C++ would write behind their end."""
+    """A damaged checkpoint can have such moments; C++ would write beyond their end."""
     state = adam_state(numbers=1000, moment=1)
     for form in ("auto", "reference"):
         with pytest.raises(ValueError, match=r"states\[0\].mean: expected \[1000\], found \[1\]"):

@@ -56,7 +56,7 @@ def test_equal_steps_give_equal_bits_whatever_ran_before():
 
 
 def test_an_empty_batch_is_left_at_once():
-    """As calls before a capture find it: no vector is read, since there is none."""
+    """Calls before a capture find an empty batch; they must read no vector."""
     loss, collect = LossPairCase([3, 5]).pairs()
     loss.batch.header.zero_()
     loss.item_parts.fill_(torch.nan)

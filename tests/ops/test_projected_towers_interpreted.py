@@ -169,7 +169,7 @@ def test_vectors_and_gradients(case):
 
 
 def test_fold_and_towers_together_are_the_reference():
-    """From flat weights to vectors and back, with the gates' gradients as the one pair gives them to the other."""
+    """Check both pairs together, from flat weights to vectors and back to the gradients of all weights."""
     case = Case(layers=2, width=32)
     shapes = side_weights(INTRA_AND_INTER, layers=2, width=32)
     generator = torch.Generator().manual_seed(4)
@@ -204,7 +204,7 @@ def test_nothing_is_there():
 
 
 def test_a_pair_runs_again_and_gives_equal_bits():
-    """A second batch leaves nothing in the first one's buffers, and the first one again gives what it gave."""
+    """A batch gives equal bits before and after another batch in the same buffers."""
     case = Case(items=20, layers=2, width=16, views=[(1,)])
     pair = case.pair()
     results = []

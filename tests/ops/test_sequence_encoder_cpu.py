@@ -134,7 +134,7 @@ def test_states_after_whole_histories_are_by_c_where_no_backward_follows(monkeyp
 
 
 def test_rows_that_share_a_slot_disturb_nobody_else():
-    """As the padding of a batch does: they belong to a user of their own, and their gradients are zero."""
+    """Padding rows of a batch share a slot of one extra user; their gradients are 0."""
     case, padding = Case([3, 5, 4]), 50
     expected = case.run(True, torch.float64)
     count = len(case.x)

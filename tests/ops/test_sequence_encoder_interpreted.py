@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.25])
 def test_the_pair_of_one_block_on_packed_tiles(dropout):
-    """Four users in two of three tiles, one row alone, rows that are none between and behind them."""
+    """Four users in two of three tiles: one has a single row, and padding rows stand between and after them."""
     PairCase([3, 5, 1, 9], blocks=1, dropout=dropout, spare=(1, 1, 1)).check()
 
 
@@ -49,7 +49,7 @@ def test_the_pair_of_other_sizes(sizes):
 
 @pytest.mark.slow
 def test_all_blocks_in_one_launch_give_what_a_launch_for_each_half_gives(monkeypatch):
-    """As with bf16 products, which the interpreter cannot multiply: their configurations, in fp32."""
+    """Take the configurations of bf16 products, in fp32, since the interpreter cannot multiply bf16."""
     case = PairCase([3, 9, 5, 4])
     halves = case.run()
     monkeypatch.setattr("iisan_fast.kernels.gpu.configurations.size_of", lambda *_: "small")
@@ -174,7 +174,7 @@ def test_gradients_and_inputs_of_any_stride(gradient):
 
 @pytest.mark.slow
 def test_rows_that_share_a_slot_disturb_nobody_else():
-    """As the padding of a batch does: they belong to a user of their own, and their gradients are zero."""
+    """Padding rows of a batch share a slot of one extra user; their gradients are 0."""
     case, padding = GridCase([3, 5, 4]), 6
     expected, count = case.run(sequence_by_gpu), len(case.x)
     last = torch.full((padding,), 4 * case.grid.length - 1, device=DEVICE)

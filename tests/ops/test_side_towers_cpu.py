@@ -200,7 +200,7 @@ def test_any_towers(data):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_towers_without_gradients(data):
-    """As the catalogue is encoded: bottlenecks of whole panels go another way there."""
+    """The catalogue is encoded so; bottlenecks of whole panels use the composites there."""
     torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3, 8]), label="cores"))
     kinds = data.draw(st.lists(st.sampled_from(INTRA_AND_INTER), min_size=1, max_size=3))
     table_dtype = data.draw(st.sampled_from([None, torch.bfloat16]))
@@ -306,7 +306,7 @@ def test_a_gradient_has_the_dtype_of_its_view():
 @pytest.mark.parametrize("items", [0, 7, 40])
 @pytest.mark.parametrize("quietly", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_outputs_are_the_same(quietly, items, projected):
-    """They are added up in another order, without the width between."""
+    """They are added up in another order, by the composites."""
     case = Case(items=items, projected=projected, bottleneck=16)
     trained, _ = case.forward(by_cpu, torch.float64)
     with quietly():
@@ -322,7 +322,7 @@ def test_without_gradients_the_outputs_are_the_same(quietly, items, projected):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("items", [512, 513, 1024, 1025, 2600])
 def test_many_items_without_gradients_go_through_in_equal_parts(items, threads):
-    """The same item then has the same output to the last bit, wherever it stands."""
+    """So an item has the same output bits at any place among the items."""
     torch.set_num_threads(threads)
     sizes = [part.stop - part.start for part in equal_parts(items, 512)]
     assert sum(sizes) == items and max(sizes) <= 512 and max(sizes) - min(sizes) <= 1
@@ -407,7 +407,7 @@ def test_parameters_changed_before_the_backward_are_refused():
 
 
 def test_states_may_be_overwritten_before_the_backward():
-    """They were copied; a view's own gradient does not depend on them."""
+    """The forward copies them, and the gradient of a table does not depend on them."""
     case = Case(in_order=[0])
     exact = case.run(by_cpu)
     outputs, leaves = case.forward(by_cpu)

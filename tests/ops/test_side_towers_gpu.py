@@ -381,7 +381,7 @@ def test_a_towers_forward_takes_less_than_one_gathered_view():
 
 
 def test_three_towers_forward_holds_no_gathered_view():
-    """Beyond what it returns, [T, N, D] in fp32, and its bottlenecks, there is no room for even half a view."""
+    """The peak of memory is outputs and bottlenecks plus less than half a view."""
     inputs = fp32_weights(make_towers(CATALOGUE, "cuda", torch.bfloat16))
     towers, items, width = len(CATALOGUE.reads), CATALOGUE.items, CATALOGUE.width
     outputs = towers * items * width * 4

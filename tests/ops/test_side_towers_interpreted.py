@@ -132,7 +132,7 @@ def test_no_items():
 
 
 def test_saturated_gates():
-    """Gates of 0 and 1 to the last bit; what they close off takes no gradient and does not become NaN."""
+    """Gates of exactly 0 and 1: the state that they close off gets no gradient, and nothing becomes NaN."""
     case = SideCase(items=5, layers=4)
     for tower in case.towers:
         tower.gate.copy_(torch.tensor([30.0, -30.0, 8.0, -8.0]))
@@ -150,7 +150,7 @@ def test_tables_may_be_slices_of_deeper_ones():
 
 
 def test_half_precision_tables_with_fp32_weights():
-    """How a GPU trains: operands in the table's dtype, sums and gradients in fp32."""
+    """Train as on a GPU: operands in the table's dtype, sums and gradients in fp32."""
     case = SideCase(layers=4)
     halved = [States(view.table.half(), view.rows) for view in case.states]
     weights = [p.requires_grad_() for tower in case.towers for p in tower[1:]]

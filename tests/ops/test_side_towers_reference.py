@@ -39,7 +39,7 @@ def test_side_tower_by_hand():
 
 
 def test_side_towers_gradients():
-    """Of two towers at once, one over rows of a table, one over both views with the second differentiable."""
+    """Check two towers at once, one over rows of a table, one over both views with the second differentiable."""
     generator = torch.Generator().manual_seed(3)
 
     def leaf(*shape):
