@@ -31,13 +31,12 @@ from ..config import (
 from ..data import load_dataset
 from ..errors import InputError, first_few
 from ..evaluation import headline_metrics
-from ..files import write_atomically
 from ..precision import resolve_precision
 from ..progress import progress_bar
 from ..settings_files import read_settings
 from ..states import extract
 from ..training import RunFolder, Trainer, open_source, refuse_missing_libraries, resume, train
-from .harness import Setup
+from .harness import Setup, write_result
 from .machine import in_a_process, on
 from .peak_memory import PeakMemory
 from .phase_profile import profile
@@ -146,7 +145,7 @@ def _begin(out: Path, dataset: Path, settings: SweepSettings, device: torch.devi
     elif out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: expected an empty folder or a sweep to go on with, found other files")
     out.mkdir(parents=True, exist_ok=True)
-    _write(record, values)
+    write_result(record, values)
 
 
 def _refuse_another(record: Path, values: dict[str, Any], out: Path) -> None:
@@ -173,7 +172,7 @@ def _run_cell(cell: Cell, dataset: Path, out: Path, settings: SweepSettings, dev
     if not (folder / TRAINED).exists():
         in_a_process(_train, config, folder, settings.table, device)
     taken_apart = in_a_process(_profile, config, settings, device)
-    _write(folder / FIGURES, {**asdict(cell), **read_settings(folder / TRAINED), **taken_apart})
+    write_result(folder / FIGURES, {**asdict(cell), **read_settings(folder / TRAINED), **taken_apart})
 
 
 def _encode(
@@ -191,7 +190,7 @@ def _encode(
         ExtractionConfig(missing_images=settings.missing_images, attention=settings.attention),
     )
     if all(view.encoded == view.items for view in done):
-        _write(folder / ENCODING, {"seconds": time.perf_counter() - started})
+        write_result(folder / ENCODING, {"seconds": time.perf_counter() - started})
 
 
 def _train(config: RunConfig, folder: Path, table: str, device: torch.device) -> None:
@@ -217,7 +216,7 @@ def _train(config: RunConfig, folder: Path, table: str, device: torch.device) ->
         "validation_s": statistics.median(line["validation_seconds"] for line in lines[1:] or lines),
         "peak_bytes": NOT_MEASURED if finished else peak or NOT_MEASURED,
     }
-    _write(folder / TRAINED, trained)
+    write_result(folder / TRAINED, trained)
 
 
 def _profile(config: RunConfig, settings: SweepSettings, device: torch.device) -> dict[str, Any]:
@@ -225,7 +224,3 @@ def _profile(config: RunConfig, settings: SweepSettings, device: torch.device) -
     precision = resolve_precision(config, device)
     with open_source(config, dataset, device, settings.table, precision) as (source, _):
         return profile(Trainer(config, dataset.sequences, source, device, precision), settings.profiled)
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())

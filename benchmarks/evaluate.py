@@ -24,11 +24,10 @@ from ..progress import progress_bar
 from ..states import FeatureTable
 from .dense import DenseModel
 from .harness import Setup
-from .machine import QUANTILES, in_a_process, on
+from .machine import in_a_process, on, peak_figures
 from .peak_memory import PeakMemory
-from .settings import ARGSORT_USERS, EvaluateSettings, TrainSettings
-from .stopwatch import Stopwatch
-from .tables import NOT_MEASURED
+from .settings import ARGSORT_USERS, EvaluateSettings, TrainSettings, refuse_more
+from .stopwatch import Stopwatch, quantiles
 from .train import VIEWS, random_states
 
 K = 10
@@ -108,8 +107,7 @@ def argsort_users(settings: EvaluateSettings, name: str, users: int) -> int:
     """Return the number of users whom the dense form ranks. Raises InputError for more users than there are."""
     if settings.argsort_users is None:
         return min(users, ARGSORT_USERS)
-    if settings.argsort_users > users:
-        raise InputError(f"--argsort-users {settings.argsort_users}: expected at most {users}, the users of {name}")
+    refuse_more("--argsort-users", settings.argsort_users, users, f"the users of {name}")
     return settings.argsort_users or users
 
 
@@ -247,13 +245,11 @@ def peak(form: str, sequences: Sequences, settings: EvaluateSettings, device: to
         inputs = make_inputs(sequences, settings, device)
         table = inputs.trained_table if form in ON_CUDA else inputs.table  # the other's memory is not this form's
         inputs = replace(inputs, table=table, trained_table=table)
-        cuda = device.type == "cuda"
-        if cuda:
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with PeakMemory() as memory:
             (FORMS | ON_CUDA)[form](inputs)
-        allocated = torch.cuda.max_memory_allocated(device) if cuda else NOT_MEASURED
-    return {"peak_pss_bytes": NOT_MEASURED if memory.bytes is None else memory.bytes, "peak_cuda_bytes": allocated}
+        return peak_figures(memory, device)
 
 
 def summary(form: str, runs: list[dict[str, float]], inputs: EvaluationInputs) -> dict[str, Any]:
@@ -263,7 +259,7 @@ def summary(form: str, runs: list[dict[str, float]], inputs: EvaluationInputs) -
     rest = [sum(run[stage] for stage in EVALUATION[form] if not stage.startswith("ranking")) for run in runs]
     last = [run[EVALUATION[form][-1]] for run in runs]
     return {
-        "stages": {stage: quantiles([run[stage] for run in runs]) for stage in runs[0]},
+        "stages": {stage: quantiles([run[stage] for run in runs], "s") for stage in runs[0]},
         "ranking": part_summary([0.0] * len(runs), [run["ranking"] for run in runs], ranked, users),
         "evaluation": part_summary(rest, last, ranked, users),
     }
@@ -275,15 +271,10 @@ def part_summary(rest: list[float], ranking: list[float], ranked: int, users: in
     rest: seconds that do not depend on the number of ranked users.
     """
     for_all = [others + seconds * users / ranked for others, seconds in zip(rest, ranking)]
-    all_users = quantiles(for_all) | {"scaled": ranked < users}
+    all_users = quantiles(for_all, "s") | {"scaled": ranked < users}
     return {
         "measured_users": ranked,
-        **quantiles([others + seconds for others, seconds in zip(rest, ranking)]),
+        **quantiles([others + seconds for others, seconds in zip(rest, ranking)], "s"),
         "all_users": all_users,
         "users_per_second": users / all_users["p50_s"],
     }
-
-
-def quantiles(seconds: list[float]) -> dict[str, float]:
-    """Return p20, p50 and p80 in seconds."""
-    return dict(zip(("p20_s", "p50_s", "p80_s"), np.quantile(seconds, QUANTILES).tolist()))

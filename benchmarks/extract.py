@@ -28,9 +28,10 @@ from ..progress import progress_bar
 from ..states import GROUP_ITEMS, Store, content_digest, extract, open_sources, view_inputs
 from ..workers import batched, worker_count
 from .harness import Setup
-from .machine import QUANTILES, in_a_process, on
+from .machine import in_a_process, on
 from .peak_memory import PeakMemory
-from .settings import ExtractSettings
+from .settings import ExtractSettings, refuse_more
+from .stopwatch import quantiles
 from .tables import NOT_MEASURED
 
 FROM_MEMORY = "from memory"
@@ -115,8 +116,8 @@ def sample(dataset: Dataset, items: int | None) -> Dataset:
     Raises InputError for more items than there are.
     """
     total = len(dataset.titles)
-    if items is not None and items > total:
-        raise InputError(f"--items {items}: expected at most {total}, the items of {dataset.root.name}")
+    if items is not None:
+        refuse_more("--items", items, total, f"the items of {dataset.root.name}")
     rows = np.linspace(0, total - 1, items or total).round().astype(int)
     return replace(
         dataset,
@@ -256,15 +257,13 @@ def summary(form: str, runs: list[Measured]) -> dict[str, Any]:
     """Return a form's figures over its runs; memory that the machine does not report is NOT_MEASURED."""
     seconds = [run.seconds for run in runs]
     items = runs[0].items
-    low, middle, high = np.quantile(seconds, QUANTILES).tolist()
+    times = quantiles(seconds, "s")
     return {
         "form": form,
         "items": items,
         "seconds": seconds,
-        "p20_s": low,
-        "p50_s": middle,
-        "p80_s": high,
-        "items_per_second": items / middle,
+        **times,
+        "items_per_second": items / times["p50_s"],
         "peak_pss_bytes": _largest([run.peak_pss_bytes for run in runs]),
         "peak_cuda_bytes": _largest([run.peak_cuda_bytes for run in runs]),
     }

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .machine import QUANTILES
+from .tables import QUANTILES
 
 WARM_UP_MS, MEASURED_MS = 25, 200  # of one call
 REASON_LENGTH = 120  # characters

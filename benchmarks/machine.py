@@ -21,11 +21,12 @@ from ..config import ProtocolConfig
 from ..data import Sequences, load_dataset
 from ..errors import InputError
 from ..training import environment
+from .peak_memory import PeakMemory
+from .tables import NOT_MEASURED
 
 LIBRARIES = ("triton", "liger-kernel", "cut-cross-entropy")
 NOT_INSTALLED = "not installed"
 LOGGER = logging.getLogger("iisan_fast")
-QUANTILES = (0.2, 0.5, 0.8)
 
 
 def named_sequences(dataset: Path | None) -> tuple[str, Sequences]:
@@ -110,6 +111,16 @@ def count_launches(call: Callable[[], Any]) -> int | None:
         )
         or None
     )
+
+
+def peak_figures(memory: PeakMemory, device: torch.device) -> dict[str, int | str]:
+    """Return the peak of the processes' memory and that of CUDA memory, in bytes or NOT_MEASURED."""
+    return {"peak_pss_bytes": memory.bytes or NOT_MEASURED, "peak_cuda_bytes": cuda_peak(device)}
+
+
+def cuda_peak(device: torch.device) -> int | str:
+    """Return the most bytes that torch has held on a CUDA device, or NOT_MEASURED on another device."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else NOT_MEASURED
 
 
 def synchronise(device: torch.device) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from .exact_gradients import gradient_error
 from .floors import device_rates
 from .gpu_timing import WALL_CLOCK, Timing, device_timing, on_capture_stream
-from .machine import QUANTILES, count_launches
+from .machine import count_launches
 from .op_cases import OpCase, Run
+from .tables import QUANTILES, quantile_keys
 
 MEASURED = "measured"
 WARM_UP_CALLS = 3
@@ -52,7 +53,7 @@ def blank_row(case: OpCase, form: str, direction: str, device: torch.device) -> 
         "form": form,
         "pass": direction,
         "status": MEASURED,
-        **dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "timed", "launches", "peak_bytes", "gradient_error")),
+        **dict.fromkeys((*quantile_keys("ms"), "timed", "launches", "peak_bytes", "gradient_error")),
         "floor_ms": case.costs[direction].floor_ms(rates) if has_floor else None,
         "floor_share": None,
     }
@@ -97,7 +98,7 @@ def measure(
             timing = device_timing(call)
         else:
             timing = Timing(cpu_quantiles(call), WALL_CLOCK)
-        figures |= {**dict(zip(("p20_ms", "p50_ms", "p80_ms"), timing.quantiles)), "timed": timing.timed}
+        figures |= {**dict(zip(quantile_keys("ms"), timing.quantiles)), "timed": timing.timed}
         if direction == "both" and truth is not None:
             figures["gradient_error"] = gradient_error(call(), truth)
     return figures

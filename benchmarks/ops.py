@@ -19,7 +19,7 @@ from .harness import Setup
 from .machine import on
 from .op_cases import OpCase, make_cases, random_tables
 from .op_rows import measure_case
-from .settings import USERS, KernelSettings
+from .settings import USERS, KernelSettings, refuse_more
 from .tuning import tuned_entries
 
 NOTES = {
@@ -84,8 +84,7 @@ def batch_sizes(
     most = len(sequences.user_ids)
     if settings.users is not None:
         for count in settings.users:
-            if count > most:
-                raise InputError(f"--users {count}: expected 1 to {most}, the users of {name}")
+            refuse_more("--users", count, most, f"the users of {name}")
         return list(dict.fromkeys(settings.users)), {}
     left_out = {count: f"{name} has {most:,} users" for count in USERS if count > most}
     if device.type != "cuda":

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
+from .harness import Result
 from .tables import (
     NOT_MEASURED,
     Column,
@@ -17,9 +18,8 @@ from .tables import (
     millions,
     percent,
     quantile_column,
+    quantile_keys,
 )
-
-Result = dict[str, Any]
 
 PEAK = Column("peak MiB", "peak_pss_bytes", mebibytes)
 CUDA_PEAK = Column("CUDA MiB", "peak_cuda_bytes", mebibytes)
@@ -245,7 +245,7 @@ def _op_table(op: str, users: int, rows: list[dict[str, Any]], note: str) -> Res
 def _kernel_times(row: Row) -> str:
     if row["p50_ms"] is None:
         return row["status"]
-    return " / ".join(f"{row[name]:.3f}" for name in ("p20_ms", "p50_ms", "p80_ms"))
+    return " / ".join(f"{row[name]:.3f}" for name in quantile_keys("ms"))
 
 
 def _methods_caption(encoders: str, compared: Row) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import STORE_DTYPES
+from ..errors import InputError
 from ..setting_fields import check_settings, setting
 
 OPS = ("side-network", "loss", "loss-unmasked", "target-rank", "target-rank-float32")
@@ -148,3 +149,12 @@ class StaticSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+
+def refuse_more(option: str, count: int, most: int, counted: str) -> None:
+    """Raise InputError if an option asks for more than a dataset has.
+
+    counted: what the dataset has `most` of, such as "the users of Scientific".
+    """
+    if count > most:
+        raise InputError(f"{option} {count}: expected at most {most}, {counted}")

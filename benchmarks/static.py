@@ -21,7 +21,7 @@ from .harness import Setup
 from .kernel_costs import SLOTS_PER_S, KernelCost, KnownBatch, kernel_cost
 from .launch_counts import LaunchCounter
 from .machine_code import KernelReading, Specialization, readings, specialization
-from .settings import StaticSettings
+from .settings import StaticSettings, refuse_more
 from .static_step import ARCHITECTURES, Sizes, count_step
 from .tables import NOT_MEASURED
 
@@ -58,8 +58,7 @@ def count_steps(setup: Setup, settings: StaticSettings) -> dict[str, Any]:
     sequences = setup.sequences
     most = len(sequences.training_users)
     for users in settings.users:
-        if users > most:
-            raise InputError(f"--users {users}: expected 1 to {most}, the users of {setup.name}")
+        refuse_more("--users", users, most, f"the users of {setup.name}")
     batches = [CountedBatch(sequences, users, SIZES) for users in dict.fromkeys(settings.users)]
     rows = kernel_rows(batches) if settings.kernels else []
     return {

@@ -1,12 +1,15 @@
-"""Time the stages of a computation, one after the other."""
+"""Time the stages of a computation, one after the other, and sum up repeated times."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from .machine import synchronise
+from .tables import QUANTILES, quantile_keys
 
 
 class Stopwatch:
@@ -26,3 +29,8 @@ class Stopwatch:
     def _now(self) -> float:
         synchronise(self.device)
         return time.perf_counter()
+
+
+def quantiles(times: Sequence[float], unit: str) -> dict[str, float]:
+    """Return p20, p50 and p80 of times in a unit: {"p20_s": …, "p50_s": …, "p80_s": …} for "s"."""
+    return dict(zip(quantile_keys(unit), np.quantile(times, QUANTILES).tolist()))

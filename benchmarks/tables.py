@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 NOT_MEASURED = "not measured"
+QUANTILES = (0.2, 0.5, 0.8)
 Row = Mapping[str, Any]
 Format = str | Callable[[Any], str]  # a format string of one figure, or a function of it
 
@@ -57,8 +58,12 @@ def label(head: str, key: str | Callable[[Row], Any]) -> Column:
 
 def quantile_column(head: str, unit: str, decimals: int) -> Column:
     """Return the column of p20, p50 and p80 in a unit: "ms" or "s"."""
-    keys = tuple(f"p{share}_{unit}" for share in (20, 50, 80))
-    return Column(f"{head}p20 / p50 / p80 {unit}", keys, f"{{:.{decimals}f}}", right=False, wraps=False)
+    return Column(f"{head}p20 / p50 / p80 {unit}", quantile_keys(unit), f"{{:.{decimals}f}}", right=False, wraps=False)
+
+
+def quantile_keys(unit: str) -> tuple[str, ...]:
+    """Return the keys of QUANTILES in a row: "p20_s", "p50_s" and "p80_s" for the unit "s"."""
+    return tuple(f"p{100 * share:.0f}_{unit}" for share in QUANTILES)
 
 
 def mebibytes(figure: int) -> str:

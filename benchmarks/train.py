@@ -32,9 +32,10 @@ from ..training import Trainer, deterministic, train
 from .captures import capture_step
 from .dense import DenseTrainer
 from .harness import Setup
-from .machine import QUANTILES, count_launches, in_a_process, on, synchronise
+from .machine import count_launches, in_a_process, on, peak_figures, synchronise
 from .peak_memory import PeakMemory
-from .settings import TrainSettings
+from .settings import TrainSettings, refuse_more
+from .stopwatch import quantiles
 from .tables import NOT_MEASURED
 
 VIEWS = ("first", "second")
@@ -105,7 +106,7 @@ def compare_training(setup: Setup, settings: TrainSettings) -> dict[str, Any]:
     """Measure every form on random states. Raises InputError where a form's losses leave the dense reference's."""
     sequences = setup.sequences
     device = setup.device
-    refuse_too_many_users(settings.users, sequences, setup.name)
+    refuse_more("--users", settings.users, len(sequences.user_ids), f"the users of {setup.name}")
     forms = {name: form for name, form in FORMS.items() if form.runs_on(device)}
     with on(device):
         rows = side_by_side(forms, sequences, settings, device)
@@ -126,13 +127,6 @@ def compare_training(setup: Setup, settings: TrainSettings) -> dict[str, Any]:
         "forms": [{"form": name, **rows[name], **epochs.get(name, {"epoch_s": NOT_MEASURED})} for name in forms],
         "run": run,
     }
-
-
-def refuse_too_many_users(users: int, sequences: Sequences, dataset: str) -> None:
-    """Raise InputError for more users a batch than the dataset has."""
-    most = len(sequences.user_ids)
-    if users > most:
-        raise InputError(f"--users {users}: expected at most {most}, the users of {dataset}")
 
 
 def side_by_side(
@@ -157,7 +151,7 @@ def side_by_side(
             advance(1)
     return {
         name: {
-            **quantiles(times[name]),
+            **quantiles(times[name], "ms"),
             "ratio": float(np.median(times["dense"]) / np.median(times[name])),
             "largest_loss_difference": differences[name],
             **remarks[name],
@@ -239,9 +233,7 @@ def epoch(name: str, sequences: Sequences, settings: TrainSettings, device: torc
                 form.step()
             synchronise(device)
             seconds = time.perf_counter() - started
-    cuda = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else NOT_MEASURED
-    memory_figures = {"peak_pss_bytes": memory.bytes or NOT_MEASURED, "peak_cuda_bytes": cuda}
-    return {"epoch_s": seconds, "capture_s": capture_s, **memory_figures}
+    return {"epoch_s": seconds, "capture_s": capture_s, **peak_figures(memory, device)}
 
 
 def whole_run(dataset: Dataset, settings: TrainSettings, device: torch.device) -> dict[str, Any]:
@@ -332,12 +324,6 @@ def timed(step: Step, count: int, device: torch.device) -> list[float]:
         step()
         times.append(1000 * (time.perf_counter() - started))
     return times
-
-
-def quantiles(times: list[float]) -> dict[str, float]:
-    """Return p20, p50 and p80 in milliseconds."""
-    low, middle, high = np.quantile(times, QUANTILES).tolist()
-    return {"p20_ms": low, "p50_ms": middle, "p80_ms": high}
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import Sequences
 from ..errors import InputError
 from ..kernels import CONFIGURATIONS, Configuration, launches, table_entry
 from ..progress import progress_bar
@@ -71,15 +70,19 @@ def check_tunable(settings: KernelSettings, device: torch.device) -> None:
 
 def tuned_entries(setup: Setup, settings: KernelSettings) -> list[dict[str, Any]]:
     """Search the configurations of all kernels and return a JSON object for each. Raises InputError as `tune` does."""
-    check_tunable(settings, setup.device)
-    return as_json(tune(setup.sequences, setup.name, settings, setup.device), setup.device)
+    return as_json(tune(setup, settings), setup.device)
 
 
-def tune(sequences: Sequences, name: str, settings: KernelSettings, device: torch.device) -> list[TunedKernel]:
-    """Tune every kernel of the ops at both sizes in bf16. Raises InputError for a dataset of too few users."""
+def tune(setup: Setup, settings: KernelSettings) -> list[TunedKernel]:
+    """Tune every kernel of the ops at both sizes in bf16.
+
+    Raises InputError as `check_tunable` does, and for a dataset of too few users.
+    """
+    device = setup.device
     check_tunable(settings, device)
+    sequences = setup.sequences
     if len(sequences.user_ids) < max(SIZES.values()):
-        raise InputError(f"--tune: expected a dataset of at least {max(SIZES.values())} users, {name} has fewer")
+        raise InputError(f"--tune: expected a dataset of at least {max(SIZES.values())} users, {setup.name} has fewer")
     tuned = []
     tables = random_tables(sequences, settings, device)
     with progress_bar("tune", len(SIZES) * len(settings.op_names), "ops") as advance, on(device):

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import runtime
-from .train import largest_difference, quantiles
+from .stopwatch import quantiles
+from .train import largest_difference
 
 HERE = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("checkout_worker.py")
@@ -100,7 +101,7 @@ def answer(worker: subprocess.Popen[str], question: str = "") -> Any:
 def figures(times: list[list[float]]) -> dict[str, float]:
     """Return the quantiles of a checkout's steps, and the median of the time that threads spent on one."""
     wall, cpu = zip(*times)
-    return {**quantiles(list(wall)), "p50_cpu_ms": statistics.median(cpu)}
+    return {**quantiles(wall, "ms"), "p50_cpu_ms": statistics.median(cpu)}
 
 
 if __name__ == "__main__":

@@ -23,14 +23,14 @@ from ..progress import progress_bar
 from ..training import Trainer, deterministic, open_source
 from .cells import MEMORY_EVERY
 from .harness import Setup
-from .machine import in_a_process, on
+from .machine import in_a_process, on, peak_figures
 from .peak_memory import PeakMemory
 from .phase_profile import profile
-from .settings import TrainSettings, UncachedSettings
+from .settings import TrainSettings, UncachedSettings, refuse_more
 from .stand_ins import stand_ins, state_shape
 from .stopwatch import Stopwatch
 from .tables import NOT_MEASURED
-from .train import VIEWS, WARM_UP_STEPS, fill_store, refuse_too_many_users
+from .train import VIEWS, WARM_UP_STEPS, fill_store
 
 MEASURED_ATTENTIONS = ("xformers", "sdpa", "eager")
 PROFILED = 10  # steps
@@ -53,7 +53,7 @@ def compare_uncached(setup: Setup, settings: UncachedSettings) -> dict[str, Any]
     """Measure an uncached epoch by each attention, and a cached one. Raises InputError for too many users a batch."""
     sequences = setup.sequences
     device = setup.device
-    refuse_too_many_users(settings.users, sequences, setup.name)
+    refuse_more("--users", settings.users, len(sequences.user_ids), f"the users of {setup.name}")
     whole = steps_per_epoch(sequences, settings.users)
     count = min(settings.steps or whole, whole)
     with TemporaryDirectory(prefix="iisan-fast-") as scratch:
@@ -107,12 +107,11 @@ def measure(config: RunConfig, steps: int, device: torch.device) -> dict[str, An
             watch.lap("opening")
             trainer = Trainer(config, dataset.sequences, source, device, precision)
             figures = timed_epoch(trainer, steps)
-        cuda = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else NOT_MEASURED
+        peaks = peak_figures(memory, device)
         return {
             "opening_s": watch.seconds["opening"],
             **figures,
-            "peak_pss_bytes": memory.bytes or NOT_MEASURED,
-            "peak_cuda_bytes": cuda,
+            **peaks,
             **profile(trainer, min(PROFILED, steps)),
         }
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from ..train import FORMS, follow, largest_difference, quantiles, start, timed
+from ..stopwatch import quantiles
+from ..train import FORMS, follow, largest_difference, start, timed
 from .common import captured_forms, device_of, histories, random_states, train_settings
 from .settings import Save, Settings
 
@@ -35,7 +36,7 @@ def result_of(times: dict[str, list[float]], losses: dict[str, list[float]]) -> 
     rows = [
         {
             "form": name,
-            **quantiles(milliseconds),
+            **quantiles(milliseconds, "ms"),
             "ratio": median(times["dense"]) / median(milliseconds),
             "largest_loss_difference": largest_difference(losses[name], losses["dense"]),
         }

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from .. import evaluate
+from ..machine import cuda_peak
 from ..settings import EvaluateSettings
-from ..tables import NOT_MEASURED
+from ..stopwatch import quantiles
 from .common import device_of, histories
 from .settings import Save, Settings
 
@@ -27,7 +28,7 @@ def measure(settings: Settings, save: Save) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     runs = evaluate.measure(FORMS, inputs, settings.rounds)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else NOT_MEASURED
+    peak = cuda_peak(device)
     rows = [row_of(name, laps) for name, laps in runs.items()]
     sizes = {"users": len(inputs.split.targets), "catalogue": len(sequences.item_ids)}
     times = "; ".join(f"{row['form']} {row['evaluation']['p50_s']:.3f} s" for row in rows)
@@ -38,5 +39,5 @@ def measure(settings: Settings, save: Save) -> None:
 def row_of(form: str, laps: list[dict[str, float]]) -> dict[str, Any]:
     """Return the quantiles of each stage and of the whole, in which the ranking once more alone does not count."""
     whole = [sum(lap[stage] for stage in evaluate.EVALUATION["fast"]) for lap in laps]
-    stages = {stage: evaluate.quantiles([lap[stage] for lap in laps]) for stage in laps[0]}
-    return {"form": form, "stages": stages, "evaluation": evaluate.quantiles(whole)}
+    stages = {stage: quantiles([lap[stage] for lap in laps], "s") for stage in laps[0]}
+    return {"form": form, "stages": stages, "evaluation": quantiles(whole, "s")}

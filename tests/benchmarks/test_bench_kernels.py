@@ -169,7 +169,7 @@ def test_the_table_says_what_was_not_measured(toy_run):
 def test_bad_input_gets_one_line(toy_run, tmp_path):
     command = ("bench", "kernels", toy_run[0], "--device", "cpu")
     assert "--tune needs a CUDA GPU" in refused(*command, "--tune")
-    assert "--users 61: expected 1 to 60, the users of toy" in refused(*command, "--users", 61)
+    assert "--users 61: expected at most 60, the users of toy" in refused(*command, "--users", 61)
     assert "--users" in refused(*command, "--users", 0)
     assert "--op" in refused(*command, "--op", "softmax")
     assert "folder that exists" in refused(*command, "--out", tmp_path / "none" / "result.json")

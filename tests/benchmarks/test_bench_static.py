@@ -134,7 +134,7 @@ def test_the_command_prints_tables_and_json(dataset, tmp_path, no_compiler, monk
 
 
 def test_bad_arguments_get_one_line(dataset, tmp_path, monkeypatch):
-    assert "--users 25: expected 1 to 24" in refused("bench", "static", dataset, "--users", 25)
+    assert "--users 25: expected at most 24, the users of toy" in refused("bench", "static", dataset, "--users", 25)
     assert "expected" in refused("bench", "static", tmp_path / "nowhere", "--users", 8)
     assert "--out" in refused("bench", "static", dataset, "--users", 8, "--out", tmp_path)
     monkeypatch.setattr(static, "find_spec", lambda name: None)
