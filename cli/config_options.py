@@ -42,15 +42,15 @@ def read_config(file: Path | None) -> dict[str, Any] | None:
     return None if file is None else base_settings(file)
 
 
-def chosen_changes(texts: Iterable[str], given: Mapping[str, str]) -> dict[str, Any]:
+def chosen_changes(texts: Iterable[str], option_of: Mapping[str, str]) -> dict[str, Any]:
     """Return the changes that the texts of --set ask for, by dotted name.
 
-    given: the settings that options give, by dotted name, and the option of each.
+    option_of: for each setting that an option gives, by dotted name, that option.
     Raises InputError for a text of another form, and for a setting that an option gives too.
     """
     changes = parse_changes(texts)
     for name in changes:
         setting = ".".join(name.split(".")[:2])
-        if setting in given:
-            raise InputError(f"--set {name}, {given[setting]}: are one setting; give one of them")
+        if setting in option_of:
+            raise InputError(f"--set {name}, {option_of[setting]}: are one setting; give one of them")
     return changes

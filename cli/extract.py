@@ -57,12 +57,12 @@ def extract(
     from .. import api  # imports numpy
 
     settings, views = encoder_settings(options)
-    given = {name: f"--{name}" for name, folder in (("dataset", dataset), ("cache", cache)) if folder is not None}
+    option_of = {name: f"--{name}" for name, folder in (("dataset", dataset), ("cache", cache)) if folder is not None}
     for section, kind in SECTIONS.items():
         values = given_settings(options, kind)
-        given |= option_names(values, section)
+        option_of |= option_names(values, section)
         settings |= values
-    named_changes = chosen_changes(changes, given)
+    named_changes = chosen_changes(changes, option_of)
     base = read_config(config)
     results = api.extract(
         dataset, cache, views=views, config=base, changes=named_changes, device=device, dry_run=dry_run, **settings

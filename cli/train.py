@@ -106,18 +106,18 @@ def _settings(dataset: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `iisan_fast.train` that the options of a new run give."""
     settings, views = encoder_settings(options)
     sources = given_settings(options, RunConfig, without=WRITTEN_HERE)
-    given = {"views": "--views"} if sources else {}
-    given |= {name: f"--{name}" for name, folder in (("dataset", dataset), ("cache", options["cache"])) if folder}
+    option_of = {"views": "--views"} if sources else {}
+    option_of |= {name: f"--{name}" for name, folder in (("dataset", dataset), ("cache", options["cache"])) if folder}
     for section, kind in SECTIONS.items():
         values = given_settings(options, kind, without=OF_VIEWS)
-        given |= option_names(values, section)
+        option_of |= option_names(values, section)
         settings |= values
     return settings | {
         "cache": options["cache"],
         "out": options["out"],
         "uncached": options["uncached"],
         "config": read_config(options["config"]),
-        "changes": chosen_changes(options["changes"], given),
+        "changes": chosen_changes(options["changes"], option_of),
         "views": [*sources.get("views", ()), *views],
     }
 

@@ -38,7 +38,7 @@ class YesNo(str):
 
 @dataclass(frozen=True)
 class SettingRules:
-    """What a setting means, and which values it takes."""
+    """Meaning of a setting, and the values that it takes."""
 
     help: str  # one plain sentence
     choices: tuple[str, ...] = ()  # the words that a text may be; empty: any text

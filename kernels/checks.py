@@ -40,7 +40,9 @@ def check_towers(
     layers, bottleneck, width = _dimensions("towers[0].down_weight", towers[0].down_weight, 3)
     if not layers * bottleneck * width:
         raise ValueError(f"towers[0].down_weight: expected no empty dimension, found {[layers, bottleneck, width]}")
-    device, dtype, count = states[0].table.device, towers[0].down_weight.dtype, None
+    device = states[0].table.device
+    dtype = towers[0].down_weight.dtype
+    count = None
     for i, (table, rows) in enumerate(states):
         _floating(f"states[{i}].table", table)
         _same_device(f"states[{i}].table", table, device)

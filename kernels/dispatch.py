@@ -118,7 +118,8 @@ def named_form(form: str = "auto") -> tuple[str, str]:
     """
     source = "form"
     if form == "auto" and (variable := os.environ.get(FORM_VARIABLE)):
-        source, form = FORM_VARIABLE, variable
+        source = FORM_VARIABLE
+        form = variable
     if form not in NAMES:
         raise FormError(f"{source}: expected {', '.join(NAMES)}, found {form!r}")
     return source, form

@@ -54,7 +54,8 @@ def at_once(work: Callable[[T], U], parts: Sequence[T], workers: int | None = No
     raised one, after all parts have ended.
     """
     workers = workers or max(1, min(cores(), len(parts)))
-    threads, quietly = cores() // workers, torch.no_grad()(work)
+    threads = cores() // workers
+    quietly = torch.no_grad()(work)
     if workers == 1 or not threads or len(parts) <= 1:
         return list(map(quietly, parts))
     most = cores() // threads  # independent of the number of parts, so that the cached pools stay few

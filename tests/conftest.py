@@ -65,7 +65,7 @@ def threads_given_back() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def scientific_folder() -> Path:
-    """The Scientific dataset of the IISAN paper; tests that need it are skipped where it is absent."""
+    """Return the Scientific dataset of the IISAN paper; tests that need it are skipped where it is absent."""
     folder = DATA / "amazon-scientific"
     if not folder.is_dir():
         pytest.skip(f"needs the Scientific dataset in {folder} (or under IISAN_FAST_DATA)")
@@ -79,9 +79,10 @@ def scientific(scientific_folder: Path) -> Sequences:
 
 @pytest.fixture
 def toy_config(toy_run) -> RunConfig:
-    """A small model on the toy run."""
+    """Return the settings of a small model on the toy run."""
     dataset, cache = toy_run
-    model, train = ModelConfig(embedding_dim=16, bottleneck=8), TrainConfig(batch_users=16, max_epochs=2)
+    model = ModelConfig(embedding_dim=16, bottleneck=8)
+    train = TrainConfig(batch_users=16, max_epochs=2)
     return RunConfig(str(dataset), str(cache), ("image", "title"), model=model, train=train)
 
 
@@ -110,26 +111,27 @@ def encoder_views(tmp_path_factory) -> list[ViewConfig]:
 
 @pytest.fixture(scope="session")
 def catalogue_to_copy(tmp_path_factory) -> Path:
-    """A dataset's folder that no test may change: 70 items, 160 users."""
+    """Return a dataset's folder that no test may change: 70 items, 160 users."""
     return write_catalogue(tmp_path_factory.mktemp("catalogue") / "dataset", histories_at_random(160, 70), 70)
 
 
 @pytest.fixture
 def catalogue(catalogue_to_copy, tmp_path) -> Path:
-    """A dataset's folder that the test may change: 70 items, 160 users."""
+    """Return a dataset's folder that the test may change: 70 items, 160 users."""
     return shutil.copytree(catalogue_to_copy, tmp_path / "dataset")
 
 
 @pytest.fixture(scope="session")
 def small_catalogue(tmp_path_factory) -> Path:
-    """A dataset's folder that no test may change: 24 items, 64 users."""
+    """Return a dataset's folder that no test may change: 24 items, 64 users."""
     return write_catalogue(tmp_path_factory.mktemp("small") / "dataset", histories_in_steps(64, 24), 24)
 
 
 @pytest.fixture
 def two_threads_and_nan_in_new_memory(monkeypatch) -> Iterator[None]:
     """Work is shared by two threads, and memory that was not written holds NaN."""
-    empty, threads = Memory.empty, torch.get_num_threads()
+    empty = Memory.empty
+    threads = torch.get_num_threads()
     monkeypatch.setattr(Memory, "empty", lambda *arguments: empty(*arguments).fill_(float("nan")))
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
@@ -143,7 +145,8 @@ def built(tmp_path_factory) -> Callable[[str, str], Path]:
     """Return a function (kind, family) -> folder of that family's tiny model, which is built once."""
     from helpers import encoders  # imports transformers, which takes seconds
 
-    root, folders = tmp_path_factory.mktemp("encoders"), {}
+    root = tmp_path_factory.mktemp("encoders")
+    folders = {}
 
     def build(kind: str, family: str) -> Path:
         if (kind, family) not in folders:

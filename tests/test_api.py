@@ -34,7 +34,7 @@ SMALL = {"epochs": 2, "batch_users": 16, "embedding_dim": 16, "bottleneck": 8, "
 
 
 def answer(script: str) -> str:
-    """The standard output of a script in a new process."""
+    """Return the standard output of a script in a new process."""
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -82,7 +82,8 @@ def test_prepare_sets_what_the_command_sets():
 def test_prepare_after_torch_says_that_it_is_late(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    root, level = list(logging.root.handlers), logging.getLogger("iisan_fast").level
+    root = list(logging.root.handlers)
+    level = logging.getLogger("iisan_fast").level
     with pytest.warns(RuntimeWarning, match="torch is imported already"):
         iisan_fast.prepare()
     assert logging.root.handlers == root and logging.getLogger("iisan_fast").level == level
@@ -129,7 +130,8 @@ def test_settings_resolve_as_on_the_command_line(toy_run, tmp_path):
 def test_a_run_by_every_form_of_its_settings(toy_run, run, tmp_path):
     """Flat settings, sections, a RunConfig, its file, and a loaded dataset make the same run."""
     dataset, cache = toy_run
-    model, train = ModelConfig(embedding_dim=16, bottleneck=8), TrainConfig(batch_users=16, max_epochs=2)
+    model = ModelConfig(embedding_dim=16, bottleneck=8)
+    train = TrainConfig(batch_users=16, max_epochs=2)
     config = RunConfig(dataset, cache, ("image", "title"), model=model, train=train)
     loaded = iisan_fast.load_dataset(str(dataset))
     first = Path(run["run"])

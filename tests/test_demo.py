@@ -38,7 +38,8 @@ def tree(root: Path) -> dict[str, bytes]:
 @functools.cache
 def contents(folder: Path) -> list[tuple[int, int]]:
     """Return (material, colour) of every item of the catalogue, from its title and its picture."""
-    dataset, base = load_dataset(folder), np.array([65536, 256, 1])
+    dataset = load_dataset(folder)
+    base = np.array([65536, 256, 1])
     colours = np.array(list(demo.COLOURS.values())) @ base
     pairs = []
     with open_images(folder) as images:
@@ -51,7 +52,8 @@ def contents(folder: Path) -> list[tuple[int, int]]:
 
 def followed(folder: Path) -> float:
     """Return the share of steps to the next material and the next colour."""
-    sequences, pairs = load_dataset(folder).sequences, np.array(contents(folder))
+    sequences = load_dataset(folder).sequences
+    pairs = np.array(contents(folder))
     history = pairs[sequences.items - 1]
     steps = (history[1:] - history[:-1]) % (len(demo.MATERIALS), len(demo.COLOURS))
     within = np.ones(len(steps), dtype=bool)
@@ -167,7 +169,8 @@ def _pictures(dataset: Dataset, encoder: str) -> torch.Tensor:
 @torch.inference_mode()
 def test_each_view_tells_its_own_attribute_only(written: tuple[Path, list[ViewConfig]]) -> None:
     """A linear probe, fitted on one half of the catalogue, reads material off titles and colour off pictures."""
-    dataset, (image, title) = load_dataset(written[0]), (view.encoder for view in written[1])
+    dataset = load_dataset(written[0])
+    (image, title) = (view.encoder for view in written[1])
     material, colour = torch.tensor(contents(written[0])).T
 
     def readable(states: torch.Tensor, labels: torch.Tensor) -> float:
@@ -178,7 +181,8 @@ def test_each_view_tells_its_own_attribute_only(written: tuple[Path, list[ViewCo
         weights = torch.linalg.solve(ridge, states[:half].T @ one_hot)
         return float(((states[half:] @ weights).argmax(dim=1) == labels[half:]).double().mean())
 
-    titles, pictures = _titles(dataset, title), _pictures(dataset, image)
+    titles = _titles(dataset, title)
+    pictures = _pictures(dataset, image)
     assert readable(titles, material) > 0.95
     assert readable(titles, colour) < 0.2
     assert readable(pictures, colour) > 0.85

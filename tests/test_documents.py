@@ -57,7 +57,7 @@ def filled_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def working_folder(filled_folder, tmp_path, monkeypatch) -> Path:
-    """A copy of the documents' folder, which the test works in."""
+    """Copy the documents' folder, and work in the copy."""
     copy = tmp_path / "work"
     subprocess.run(["cp", "-r", filled_folder, copy], check=True)
     monkeypatch.chdir(copy)

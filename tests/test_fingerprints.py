@@ -15,15 +15,16 @@ from iisan_fast.fingerprints import file_digest, value_digest, weights_digest
 
 @pytest.fixture
 def memory(tmp_path, monkeypatch) -> Path:
-    """The file in which digests are remembered during the test."""
+    """Return the file in which digests are remembered during the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "iisan-fast" / "digests.json"
 
 
 @pytest.fixture
 def hashed(memory, monkeypatch) -> list[str]:
-    """The names of the files hashed, one entry each time."""
-    names, hash_file = [], digests._hash
+    """Return the names of the files hashed, one entry each time."""
+    names = []
+    hash_file = digests._hash
 
     def note(path: Path) -> str:
         names.append(path.name)

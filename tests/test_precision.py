@@ -20,13 +20,15 @@ from iisan_fast.errors import InputError
 from iisan_fast.precision import Precision, resolve_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:1")
-FLOAT, HALF = torch.float32, torch.bfloat16
+FLOAT = torch.float32
+HALF = torch.bfloat16
 VIEW = ViewConfig("title", "title", "encoder")
 
 
 def run_config(method: str, precision: str) -> RunConfig:
     """Return the configuration of a run of the method with one view, from a cache if the method can read one."""
-    model, train = ModelConfig(method=method), TrainConfig(precision=precision)
+    model = ModelConfig(method=method)
+    train = TrainConfig(precision=precision)
     if method in STATE_METHODS:
         return RunConfig("dataset", "cache", ("title",), model=model, train=train)
     return RunConfig("dataset", uncached=None if method == "id" else UncachedConfig((VIEW,)), model=model, train=train)

@@ -25,7 +25,7 @@ LLAMA_LAYERS = (0, 5, 20, 35, 50, 65, 80)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A working folder with DATASET, recipes/ and small encoders under their hub names."""
+    """Make a working folder with DATASET, recipes/ and small encoders under their hub names."""
     folder = tmp_path_factory.mktemp("recipes") / "folder"
     fill_folder(folder)
     return folder
@@ -105,7 +105,8 @@ def test_extract_and_train_run_a_recipe_unchanged(folder, monkeypatch):
 @pytest.mark.slow
 def test_a_cache_made_otherwise_than_the_recipe_says_is_refused(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
-    recipe, cache = "recipes/scientific-minilm.yaml", tmp_path / "states"
+    recipe = "recipes/scientific-minilm.yaml"
+    cache = tmp_path / "states"
     iisan_fast.extract("DATASET", cache, config=recipe, device="cpu")
     for name, value, message in (
         ("encoders.title-cls.max_tokens", 30, "view 'title-cls' .*: max_tokens 64 there, 30 now"),

@@ -52,9 +52,10 @@ def unset(monkeypatch) -> Callable[[], None]:
 
 @pytest.fixture
 def config(catalogue, encoder_views) -> RunConfig:
-    """A run that trains its text encoder, which multiplies before the first step to find out what memory it takes."""
+    """Prepare a run that trains its text encoder; to learn its memory, it multiplies before the first step."""
     views: list[ViewConfig] = encoder_views[1:]
-    model, optimisation = ModelConfig("full", embedding_dim=16), TrainConfig(batch_users=80, max_epochs=2)
+    model = ModelConfig("full", embedding_dim=16)
+    optimisation = TrainConfig(batch_users=80, max_epochs=2)
     return RunConfig(str(catalogue), uncached=UncachedConfig(tuple(views)), model=model, train=optimisation)
 
 

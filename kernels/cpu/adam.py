@@ -29,7 +29,8 @@ class AdamUpdate:
 
     def __init__(self, states: Sequence[AdamState]) -> None:
         """Store the addresses of the parameters and moments, which must stay where they are (`is_of`)."""
-        self.states, self._places = states, _places(states)
+        self.states = states
+        self._places = _places(states)
         self._values = [state.parameter for state in states]
         self._parameters = (AdamParameterStruct * len(states))(
             *((*map(Tensor.data_ptr, state), *map(Tensor.numel, state[:3])) for state in states)
@@ -104,7 +105,8 @@ class FlatAdamCalls:
 
     def __init__(self, calls: StepCalls, state: FlatAdamState, record: Tensor) -> None:
         """Prepare the calls; record float64 [4], as `StepTensors` has it."""
-        self._calls, lines = calls, len(state.line_groups)
+        self._calls = calls
+        lines = len(state.line_groups)
         names = "values", "gradient", "mean", "square", "groups", "rates", "decays", "steps"
         places = dict(zip(names, addresses(state[: len(names)])), record=record.data_ptr())
         beta1, beta2 = state.betas

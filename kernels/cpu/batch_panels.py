@@ -23,7 +23,8 @@ class BatchCalls:
 
     def __init__(self, calls: StepCalls, states: Sequence[States]) -> None:
         """Allocate the memory; states: the views of a batch, for their number, shape and dtype."""
-        self._calls, self.done = calls, AT_ONCE
+        self._calls = calls
+        self.done = AT_ONCE
         _, layers, width = states[0].table.shape
         shape = len(states), layers, panels_of(width), calls.items, PANEL
         self.panels = torch.empty(shape, dtype=states[0].table.dtype, device="cpu").unbind()

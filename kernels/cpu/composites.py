@@ -29,7 +29,8 @@ def composites(tower: Tower, projection: Tensor) -> Composites:
     layers, bottleneck, width = tower.down_weight.shape
     joined = projection.new_zeros(layers, bottleneck, layers * bottleneck)
     biases = []
-    reaching, constant = projection.new_empty(width, 0), projection.new_zeros(width)
+    reaching = projection.new_empty(width, 0)
+    constant = projection.new_zeros(width)
     for k, carry in enumerate(_carries(tower)):
         reaching, constant = reaching * carry, constant * carry  # scaled to their weights in this layer's input
         joined[k, :, : k * bottleneck] = tower.down_weight[k] @ reaching

@@ -48,10 +48,15 @@ class FoldFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *weights: Tensor) -> tuple[Tensor, ...]:
         """Return weight and bias of each chain, one after the other, from the chains' weights in one list."""
-        chains, dtype = chains_of(weights), weights[0].dtype
-        ctx.memory, calls, products, biases = [], [], [], []
+        chains = chains_of(weights)
+        dtype = weights[0].dtype
+        ctx.memory = []
+        calls = []
+        products = []
+        biases = []
         for chain in chains:
-            outputs, width = len(chain.outer), chain.inner.shape[1]
+            outputs = len(chain.outer)
+            width = chain.inner.shape[1]
             memory = FoldMemory(chain.inner.new_empty(len(chain.inner), outputs), torch.empty_like(chain.middle_bias))
             ctx.memory.append(memory)
             biases.append(chain.outer.new_empty(outputs))
@@ -67,7 +72,8 @@ class FoldFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of all weights from those of the results."""
-        chains, dtype = chains_of(ctx.saved_tensors), upstream[0].dtype
+        chains = chains_of(ctx.saved_tensors)
+        dtype = upstream[0].dtype
         upstream = [gradient.contiguous() for gradient in upstream]
         gradients, calls, of_outer = [], [], []
         for chain, memory, of_weight, of_bias in zip(chains, ctx.memory, upstream[::2], upstream[1::2]):
@@ -110,9 +116,11 @@ class FoldHeadsCalls:
 
     def __init__(self, calls: StepCalls, weights: RecommenderWeights, gradients: RecommenderWeights) -> None:
         """Allocate the memory and prepare the calls."""
-        chains, d = weights.chains(), len(weights.fusion)
+        chains = weights.chains()
+        d = len(weights.fusion)
         parts = [shares(len(chain.inner), MOST_PARTS) for chain in chains]
-        self._calls, self.done = calls, AT_ONCE
+        self._calls = calls
+        self.done = AT_ONCE
         self._memory = [
             FoldMemory(calls.empty(len(chain.inner), d), calls.empty(len(chain.middle))) for chain in chains
         ]

@@ -72,7 +72,10 @@ class RowLossesFunction(torch.autograd.Function):
         row_shares = shares(len(queries), MOST_WORKERS)
         parts = [loss_struct(constants, queries, items, probabilities, losses, rows) for rows in row_shares]
         share_out(library(queries.dtype).loss_forward, parts, queries.dtype)
-        ctx.constants, ctx.memory, ctx.shares, ctx.parts = constants, memory, row_shares, parts
+        ctx.constants = constants
+        ctx.memory = memory
+        ctx.shares = row_shares
+        ctx.parts = parts
         ctx.save_for_backward(queries, items)
         return losses
 
@@ -85,7 +88,8 @@ class RowLossesFunction(torch.autograd.Function):
         of_items = [torch.empty_like(items) for _ in ctx.parts]
         parts = [LossStruct.from_buffer_copy(part) for part in ctx.parts]
         for (start, _), part, of_vectors in zip(ctx.shares, parts, of_items, strict=True):
-            part.upstream, part.of_queries = upstream[start:].data_ptr(), of_queries[start:].data_ptr()
+            part.upstream = upstream[start:].data_ptr()
+            part.of_queries = of_queries[start:].data_ptr()
             part.of_vectors = of_vectors.data_ptr()
         share_out(library(queries.dtype).loss_backward, parts, queries.dtype)
         return None, of_queries, *add_up([of_items])
@@ -105,7 +109,8 @@ def loss_struct(
     writes the last two.
     """
     start, count = part
-    users, bits = constants.row_users, constants.history_bits
+    users = constants.row_users
+    bits = constants.history_bits
     return LossStruct(
         rows=count,
         items=len(items),
@@ -131,10 +136,15 @@ class InbatchCrossEntropyCalls:
 
     def __init__(self, calls: StepCalls, batch: BatchCalls, states: Output, vectors: Output) -> None:
         """Allocate the memory; states [rows, d]: the sequence encoder's; vectors [items, d]: the item vectors."""
-        self._calls, self._batch, self._states, self._vectors = calls, batch, states, vectors
-        d, wide = vectors.tensor.shape[1], -(-calls.items // PANEL) * PANEL
+        self._calls = calls
+        self._batch = batch
+        self._states = states
+        self._vectors = vectors
+        d = vectors.tensor.shape[1]
+        wide = -(-calls.items // PANEL) * PANEL
         self._probabilities = calls.empty(calls.rows * wide)
-        self.losses, self.of_states = Output(calls.empty(calls.rows)), Output(calls.empty(calls.rows, d))
+        self.losses = Output(calls.empty(calls.rows))
+        self.of_states = Output(calls.empty(calls.rows, d))
         self.of_vectors = calls.empty(MOST_WORKERS, calls.items, d).unbind()  # one for each worker
         self._working: list[LossStruct] = []
 
@@ -155,7 +165,8 @@ class InbatchCrossEntropyCalls:
 
     def _cut(self) -> None:
         """Divide the current batch's rows among the workers and set their calls."""
-        batch, constants = self._calls.batch, self._batch
+        batch = self._calls.batch
+        constants = self._batch
         items, rows = len(batch.distinct), len(batch.targets)
         of_rows = batch.targets, batch.row_users, batch.history_bits
         loss_constants = LossConstants(*of_rows, constants.column, constants.log_multiplicity)

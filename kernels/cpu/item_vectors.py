@@ -12,15 +12,20 @@ class ItemVectorGradientCalls:
 
     def __init__(self, calls: StepCalls, loss: InbatchCrossEntropyCalls, of_inputs: Output) -> None:
         """Prepare the calls; of_inputs [rows, d]: the gradient of the item vector that each row reads."""
-        self._calls, self._loss, self._of_inputs = calls, loss, of_inputs
+        self._calls = calls
+        self._loss = loss
+        self._of_inputs = of_inputs
         self.of_vectors = Output(loss.of_vectors[0])
         self._rows = RowsStruct(width=self.of_vectors.tensor.shape[1])
         self._rows.vectors, self._rows.x = addresses([self.of_vectors.tensor, of_inputs.tensor])
 
     def backward(self) -> None:
         """Schedule the sum of the loss workers' parts, and then the addition of each row's gradient to its item."""
-        batch, rows = self._calls.batch, self._rows
-        rows.rows, rows.items, rows.inputs = len(batch.inputs), len(batch.distinct), batch.inputs.data_ptr()
+        batch = self._calls.batch
+        rows = self._rows
+        rows.rows = len(batch.inputs)
+        rows.items = len(batch.distinct)
+        rows.inputs = batch.inputs.data_ptr()
         parts = addresses(self._loss.of_vectors[: self._loss.workers])
         summed = self._calls.add_sums(parts, rows.items * rows.width, self._loss.of_states.done)
         self.of_vectors.done = self._calls.add("add_rows", [rows], summed.to(self._of_inputs.done))

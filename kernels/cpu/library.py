@@ -86,12 +86,14 @@ class Schedule:
 
     def __init__(self, dtype: torch.dtype) -> None:
         """Create an empty schedule for the library of a dtype."""
-        self._dtype, self._ended = dtype, 0  # number of calls in earlier runs
+        self._dtype = dtype
+        self._ended = 0  # number of calls in earlier runs
         self.drop()
 
     def add(self, function: Callable[..., int], arguments: Sequence[ctypes.Structure], after: Span = AT_ONCE) -> Span:
         """Add a call of a function for each of the arguments; they wait for the calls `after`. Return their range."""
-        work, before = ctypes.cast(function, ctypes.c_void_p).value, len(self._calls)
+        work = ctypes.cast(function, ctypes.c_void_p).value
+        before = len(self._calls)
         first, last = (max(0, number - self._ended) for number in after)  # calls of earlier runs have ended
         self._calls += [(work, ctypes.addressof(struct), first, last) for struct in arguments]
         self._arguments += arguments  # references, so that they live until the calls have ended
@@ -115,8 +117,10 @@ class Schedule:
         A thread takes the next call in order as soon as it is free. Raises MemoryError if a call cannot allocate
         memory, ValueError if one refuses its sizes.
         """
-        compiled, calls = library(self._dtype), (CallStruct * len(self._calls))(*self._calls)
-        arguments, names = self._arguments, self._names
+        compiled = library(self._dtype)
+        calls = (CallStruct * len(self._calls))(*self._calls)
+        arguments = self._arguments
+        names = self._names
         self._ended += len(calls)
         self.drop()
         running = ctypes.c_void_p()

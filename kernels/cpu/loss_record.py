@@ -24,13 +24,16 @@ class LossRecordCalls:
             loss: scalar, the batch's loss: the sum of losses times row_weights.
             steps: fp32 scalar, Adam's number of steps.
         """
-        self._calls, self._losses, self._struct = calls, losses, RecordStruct()
+        self._calls = calls
+        self._losses = losses
+        self._struct = RecordStruct()
         self._struct.row_losses, self._struct.loss = addresses([losses.tensor, loss])
         self._struct.sums, self._struct.steps = addresses([record, steps])
 
     def forward(self) -> None:
         """Schedule the call for the current batch."""
         batch = self._calls.batch
-        self._struct.rows, self._struct.step = len(batch.targets), batch.step
+        self._struct.rows = len(batch.targets)
+        self._struct.step = batch.step
         self._struct.row_weights = batch.row_weights.data_ptr()
         self._calls.add("record_loss", [self._struct], self._losses.done)

@@ -31,7 +31,10 @@ class SideTowersCalls:
         fold: FoldHeadsCalls,
     ) -> None:
         """Allocate the memory; batch: the hidden states; fold: each tower's projection, whose gradient it gets."""
-        self._calls, self._weights, self._batch, self._fold = calls, weights, batch, fold
+        self._calls = calls
+        self._weights = weights
+        self._batch = batch
+        self._fold = fold
         towers, d = len(weights.towers), len(weights.fusion)
         layers, bottleneck, width = weights.towers[0].down_weight.shape
         wide, narrow = panels_of(width), panels_of(bottleneck)
@@ -54,7 +57,8 @@ class SideTowersCalls:
 
     def connect(self, of_vectors: Output) -> None:
         """Set the tensor [items, d] from which the backward reads the gradient of the item vectors."""
-        self._of_vectors, self._sum.of_vectors = of_vectors, of_vectors.tensor.data_ptr()
+        self._of_vectors = of_vectors
+        self._sum.of_vectors = of_vectors.tensor.data_ptr()
 
     def forward(self) -> None:
         """Schedule the item vectors of the current batch."""
@@ -75,7 +79,8 @@ class SideTowersCalls:
         """
         last = {tower: number + 1 for number, tower in enumerate(self._towers)}
         for tower, end in last.items():
-            start, workers = self._towers.index(tower), self._towers.count(tower)
+            start = self._towers.index(tower)
+            workers = self._towers.count(tower)
             ended = Span(self._ended.first + start, self._ended.first + end)
             of_projections = self._of_projections[tower][:workers]
             summed = self._calls.add_sums(addresses(of_projections), of_projections[0].numel(), ended)
@@ -89,11 +94,13 @@ class SideTowersCalls:
         self._pieces: list[TowerStruct] = []
         self._towers: list[int] = []
         for tower, start, count in pieces:
-            number, structs = self._towers.count(tower), self._structs[tower]
+            number = self._towers.count(tower)
+            structs = self._structs[tower]
             if len(structs) == number:
                 structs.append(self._struct(tower, number))
             struct = structs[number]
-            struct.start, struct.count = start, count
+            struct.start = start
+            struct.count = count
             self._pieces.append(struct)
             self._towers.append(tower)
 
@@ -109,7 +116,8 @@ class SideTowersCalls:
             [self._batch.panels[view] for view in tower.views],
             *(memory[number] for memory in (self._inputs, self._before, self._after)),
         )
-        struct.projected, struct.upstream = self._projected[number].data_ptr(), self._sum.of_vectors
+        struct.projected = self._projected[number].data_ptr()
+        struct.upstream = self._sum.of_vectors
         names = [name for name, weight in zip(Tower._fields[1:], tower[1:]) if weight is not None]
         for name, place in zip(names, self._parts[number].places(worker), strict=True):
             setattr(struct, f"of_{name}", place)

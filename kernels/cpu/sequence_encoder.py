@@ -69,7 +69,8 @@ def refusal(weights: SequenceWeights) -> str:
         return "it needs weights of float32 or float64"
     if not 1 <= len(blocks) <= MOST_BLOCKS:
         return f"it needs 1 to {MOST_BLOCKS} blocks, found {len(blocks)}"
-    d, f = position.shape[1], len(blocks[0].feed_in)
+    d = position.shape[1]
+    f = len(blocks[0].feed_in)
     if d % PANEL or f % PANEL:
         return f"it needs widths that are multiples of {PANEL}, found {d} and {f}"
     square, vector = (d, d), (d,)
@@ -101,7 +102,8 @@ class EncoderFunction(torch.autograd.Function):
         users = of_whole_users(grid, [start for start, _ in shares(len(grid.slots), MOST_WORKERS)])
         states, ctx.parts = _forward(settings, x, weights, users, memory)
         ctx.starts = [start for start, _ in users]
-        ctx.memory, ctx.settings = memory, settings  # the parts hold addresses into these and into the saved tensors
+        ctx.memory = memory
+        ctx.settings = settings  # the parts hold addresses into these and into the saved tensors
         ctx.save_for_backward(x, *weights)
         return states
 
@@ -112,11 +114,13 @@ class EncoderFunction(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         upstream, of_x = upstream.contiguous(), torch.empty_like(x)
         sizes = [weight.numel() for weight in weights]
-        gradients, parts = [], [EncoderStruct.from_buffer_copy(part) for part in ctx.parts]
+        gradients = []
+        parts = [EncoderStruct.from_buffer_copy(part) for part in ctx.parts]
         for start, part in zip(ctx.starts, parts, strict=True):
             gradients.append(x.new_empty(sum(sizes)))  # this part's gradients of all weights, one after the other
             set_gradients(part, places_of(gradients[-1].data_ptr(), sizes, x.dtype))
-            part.of_x, part.upstream = of_x[start:].data_ptr(), upstream[start:].data_ptr()
+            part.of_x = of_x[start:].data_ptr()
+            part.upstream = upstream[start:].data_ptr()
         share_out(library(x.dtype).sequence_backward, parts, x.dtype)
         (total,) = add_up([gradients])
         return None, of_x, *(gradient.view(weight.shape) for gradient, weight in zip(total.split(sizes), weights))
@@ -149,7 +153,9 @@ def _forward(
     else:
         places = [memory.empty(x.dtype, size) for size in sizes]
     for (start, _), part, block in zip(users, parts, places):
-        part.x, part.memory, part.states = x[start:].data_ptr(), block.data_ptr(), states[start:].data_ptr()
+        part.x = x[start:].data_ptr()
+        part.memory = block.data_ptr()
+        part.states = states[start:].data_ptr()
         part.memory_size = block.numel()
     share_out(library(x.dtype).sequence_forward, parts, x.dtype, 1 if one_by_one else None)
     return states, parts
@@ -173,11 +179,15 @@ def weights_struct(weights: Sequence[Tensor], heads: int, epsilon: float, blocks
 
 def set_rows(part: EncoderStruct, grid: SequenceGrid, dropout: SequenceDropout | None, start: int, end: int) -> None:
     """Set the rows of a C++ call, from `start` to before `end`, and its dropout."""
-    part.rows, part.length, part.user_count = end - start, grid.length, grid.users
+    part.rows = end - start
+    part.length = grid.length
+    part.user_count = grid.users
     part.slots = grid.slots.data_ptr() + start * grid.slots.element_size()
     part.drops = dropout is not None
     if dropout is not None:
-        part.prefix, part.threshold, part.keep_scale = dropout.prefix, dropout.threshold, dropout.scale
+        part.prefix = dropout.prefix
+        part.threshold = dropout.threshold
+        part.keep_scale = dropout.scale
         part.users = dropout.users.data_ptr()
 
 
@@ -213,7 +223,8 @@ def of_whole_users(grid: SequenceGrid, starts: Iterable[int]) -> list[tuple[int,
 
     A part begins at each row of `starts`, moved back to the first row of its user.
     """
-    slots, length = grid.slots.numpy(), grid.length
+    slots = grid.slots.numpy()
+    length = grid.length
     cuts = sorted({0, *(bisect_left(slots, slots[start] // length * length) for start in starts if start), len(slots)})
     return list(zip(cuts, cuts[1:])) or [(0, 0)]
 
@@ -231,10 +242,14 @@ class SequenceEncoderCalls:
 
         Raises ValueError if the gradients of the sequence encoder are not views of one flat buffer.
         """
-        sequence, d = weights.sequence, vectors.tensor.shape[1]
-        self._calls, self._vectors, self._of_states = calls, vectors, vectors
+        sequence = weights.sequence
+        d = vectors.tensor.shape[1]
+        self._calls = calls
+        self._vectors = vectors
+        self._of_states = vectors
         self._x = calls.empty(calls.rows, d)
-        self.states, self.of_inputs = Output(calls.empty(calls.rows, d)), Output(calls.empty(calls.rows, d))
+        self.states = Output(calls.empty(calls.rows, d))
+        self.of_inputs = Output(calls.empty(calls.rows, d))
         self._rows = RowsStruct(width=d)
         self._rows.vectors, self._rows.x = addresses([vectors.tensor, self._x])
         self._parts = GradientParts(gradients.sequence.tensors)
@@ -250,8 +265,11 @@ class SequenceEncoderCalls:
 
     def forward(self) -> None:
         """Schedule the gathering of the rows' item vectors and the states of the current batch."""
-        batch, rows = self._calls.batch, self._rows
-        rows.rows, rows.items, rows.inputs = len(batch.inputs), len(batch.distinct), batch.inputs.data_ptr()
+        batch = self._calls.batch
+        rows = self._rows
+        rows.rows = len(batch.inputs)
+        rows.items = len(batch.distinct)
+        rows.inputs = batch.inputs.data_ptr()
         self._cut(batch.grid, batch.dropout)
         gathered = self._calls.add("gather_rows", [rows], self._vectors.done)
         self.states.done = self._calls.add("sequence_forward", self._working, gathered)
@@ -275,4 +293,5 @@ class SequenceEncoderCalls:
             needed = memory_of(struct, self._calls.dtype)
             if self._memory[worker].numel() < needed:
                 self._memory[worker] = self._calls.empty(needed + needed // 8)
-            struct.memory, struct.memory_size = self._memory[worker].data_ptr(), self._memory[worker].numel()
+            struct.memory = self._memory[worker].data_ptr()
+            struct.memory_size = self._memory[worker].numel()

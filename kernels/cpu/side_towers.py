@@ -120,7 +120,8 @@ class TowerMemory(NamedTuple):
     def call(self, piece: TowerPiece, **more: Any) -> TowerStruct:
         """Return the C++ call on a piece of the tower; more: other fields of `TowerStruct` to set."""
         struct = TowerStruct.from_buffer_copy(self.arguments)
-        struct.start, struct.count = piece.start, piece.count
+        struct.start = piece.start
+        struct.count = piece.count
         for name, value in more.items():
             setattr(struct, name, value)
         return struct
@@ -146,7 +147,9 @@ class SideTowersFunction(torch.autograd.Function):
             outputs = [pointer(projected[piece.tower]) for piece in pieces]
             calls = [towers[piece.tower].call(piece, projected=output) for piece, output in zip(pieces, outputs)]
             share_out(library(dtype).side_forward, calls, dtype)
-        ctx.settings, ctx.towers, ctx.memory = settings, towers, memory
+        ctx.settings = settings
+        ctx.towers = towers
+        ctx.memory = memory
         ctx.save_for_backward(*parameters)  # so that autograd refuses a backward after parameters changed in place
         return tuple(projected)
 
@@ -154,13 +157,16 @@ class SideTowersFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of tables, parameters and projections from those of the outputs."""
-        settings, towers, parameters = ctx.settings, ctx.towers, ctx.saved_tensors
+        settings = ctx.settings
+        towers = ctx.towers
+        parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1 : 1 + len(settings.rows)]
         layers, _, width = towers[0].down_weight.shape
         items = towers[0].inputs.shape[2]
         of_views = [upstream[0].new_zeros(items, layers, width) if want else None for want in wanted]
         upstream = [gradient.contiguous() for gradient in upstream]
-        dtype, parts = parameters[1].dtype, [[] for _ in towers]
+        dtype = parameters[1].dtype
+        parts = [[] for _ in towers]
         for pieces in ctx.rounds:
             calls = []
             for piece in pieces:
@@ -191,7 +197,9 @@ def _tower_memory(
     """
     views = _panels(tables, settings.rows, parameters[1].dtype, memory, trained)
     layers, bottleneck, width = parameters[1].shape
-    items, dtype, result = views[0].shape[2], parameters[1].dtype, []
+    items = views[0].shape[2]
+    dtype = parameters[1].dtype
+    result = []
     towers, inputs_each = (len(settings.reads), layers) if trained else (1, 1)
     inputs = memory.empty(dtype, towers, inputs_each, panels_of(width), items, PANEL)
     before = memory.empty(dtype, towers, layers, panels_of(bottleneck), items, PANEL)
@@ -246,7 +254,8 @@ def _panels(
             table = (table if numbers is None else table.index_select(0, numbers)).to(kind).contiguous()
             numbers = None
         views.append((table, None if numbers is None else numbers.contiguous()))
-    items, (_, layers, width) = len(tables[0]) if rows[0] is None else len(rows[0]), tables[0].shape
+    items = len(tables[0]) if rows[0] is None else len(rows[0])
+    (_, layers, width) = tables[0].shape
     panels = memory.empty(kind, len(views), layers, panels_of(width), items, PANEL).unbind()
     calls = gathers(views, panels, shares(items) if shared else [(0, items)])
     share_out(library(dtype).gather_panels, calls, dtype, None if shared else 1)

@@ -36,9 +36,11 @@ class CpuStep:
         # Odd sizes: panels that lie a whole number of pages apart would compete for the same sets of the cache.
         sizes = len(batch.distinct), len(batch.targets)
         items, rows = (max(size + size // 8 | 1, before) for size, before in zip(sizes, least))
-        self.room, self._kind = (items, rows), _kind(batch)
+        self.room = (items, rows)
+        self._kind = _kind(batch)
         calls = self._calls = StepCalls(tensors.weights.fusion.dtype, items, rows)
-        weights, gradients = tensors.weights, tensors.gradients
+        weights = tensors.weights
+        gradients = tensors.gradients
         selected = BatchCalls(calls, batch.states)
         fold = FoldHeadsCalls(calls, weights, gradients)
         towers = SideTowersCalls(calls, weights, gradients, selected, fold)
@@ -98,12 +100,15 @@ def _kind(batch: RecommenderBatch) -> tuple[list[torch.Size], torch.dtype, int]:
 
 def refusal(weights: RecommenderWeights) -> str:
     """Return why the C++ step cannot train these weights, or "" if it can."""
-    dtype, d = weights.fusion.dtype, len(weights.fusion)
-    towers, chains = weights.towers, weights.chains()
+    dtype = weights.fusion.dtype
+    d = len(weights.fusion)
+    towers = weights.towers
+    chains = weights.chains()
     layers, bottleneck, width = towers[0].down_weight.shape
     gate = [] if towers[0].gate is None else [(layers,)]
     of_tower = [*gate, (layers, bottleneck, width), (layers, bottleneck), (layers, width, bottleneck), (layers, width)]
-    position, outputs = weights.sequence.tensors[0], weights.fusion.shape[1] // len(towers)
+    position = weights.sequence.tensors[0]
+    outputs = weights.fusion.shape[1] // len(towers)
     if dtype not in DTYPES or any(tensor.dtype != dtype for tensor in weights.tensors()):
         return "it needs weights of one dtype, float32 or float64"
     if not all(tensor.is_cpu and tensor.is_contiguous() for tensor in weights.tensors()):

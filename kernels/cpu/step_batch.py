@@ -20,7 +20,8 @@ def check_step_batch(batch: RecommenderBatch, weights: RecommenderWeights) -> No
     if not rows:
         raise ValueError("batch.targets: expected at least one row, found none")
     _check_states(batch, weights)
-    length, positions = batch.grid.length, len(weights.sequence.tensors[0])
+    length = batch.grid.length
+    positions = len(weights.sequence.tensors[0])
     if not 1 <= length <= positions:
         raise ValueError(f"batch.grid.length: expected 1 to {positions}, found {length}")
     words = max(batch.history_bits.shape[1], -(-items // 32))
@@ -42,8 +43,10 @@ def check_step_batch(batch: RecommenderBatch, weights: RecommenderWeights) -> No
 
 def _check_states(batch: RecommenderBatch, weights: RecommenderWeights) -> None:
     """Raise ValueError if states do not fit the towers, or a row number is not in its table."""
-    (layers, _, width), items = weights.towers[0].down_weight.shape, len(batch.distinct)
-    kind, views = batch.states[0].table.dtype, 1 + max(max(tower.views) for tower in weights.towers)
+    (layers, _, width) = weights.towers[0].down_weight.shape
+    items = len(batch.distinct)
+    kind = batch.states[0].table.dtype
+    views = 1 + max(max(tower.views) for tower in weights.towers)
     if len(batch.states) < views:
         raise ValueError(f"batch.states: expected {views} views, found {len(batch.states)}")
     if kind not in (weights.fusion.dtype, torch.bfloat16):

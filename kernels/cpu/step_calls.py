@@ -24,8 +24,11 @@ class StepCalls:
 
     def __init__(self, dtype: torch.dtype, items: int, rows: int) -> None:
         """Create an empty schedule; items, rows: the largest batch that the memory holds; dtype: of the weights."""
-        self.dtype, self.items, self.rows = dtype, items, rows
-        self.schedule, self._library = Schedule(dtype), library(dtype)
+        self.dtype = dtype
+        self.items = items
+        self.rows = rows
+        self.schedule = Schedule(dtype)
+        self._library = library(dtype)
 
     def empty(self, *shape: int) -> Tensor:
         """Return an uninitialised tensor of the weights' dtype."""
@@ -54,7 +57,8 @@ class GradientParts:
     def __init__(self, gradients: Sequence[Tensor]) -> None:
         """Check the layout. Raises ValueError if the gradients are not views of one buffer, in this order."""
         first, last = gradients[0], gradients[-1]
-        self._dtype, self._parts = first.dtype, []
+        self._dtype = first.dtype
+        self._parts = []
         self._first = first.data_ptr()
         self._offsets = [gradient.data_ptr() - self._first for gradient in gradients]
         ends = [offset + gradient.nbytes for offset, gradient in zip(self._offsets, gradients)]

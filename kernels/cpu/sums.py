@@ -33,7 +33,8 @@ def add_sums(
 
     The calls wait for the calls `after`. Returns the last calls, or `after` if there is only one address.
     """
-    total, size = addresses[0], dtype.itemsize
+    total = addresses[0]
+    size = dtype.itemsize
     for part in addresses[1:]:
         pieces = [(i * size, min(MOST_NUMBERS, count - i)) for i in range(0, count, MOST_NUMBERS)]
         calls = [SumStruct(total + start, part + start, length) for start, length in pieces]

@@ -26,7 +26,9 @@ def target_rank(
     scores, but a tile has at least 48 x 48. All products have the same shape, also those of the targets, so that equal
     item vectors get exactly equal scores.
     """
-    threads, users, catalogue = cores(), len(queries), len(items)
+    threads = cores()
+    users = len(queries)
+    catalogue = len(items)
     most = max(STEP**2, chunk_elements // threads)  # scores in a tile
     height = _equal_parts(users, min(USERS, int(most**0.5)), threads)
     width = max(height, _equal_parts(catalogue, min(ITEMS, most // height)))
@@ -52,7 +54,9 @@ class _Tile:
         self, queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor, height: int, width: int
     ) -> None:
         """Compute the targets' scores; items [N rounded up to width, d]; a tile is [height, width]."""
-        self.users, self.width, self.items = len(queries), width, items
+        self.users = len(queries)
+        self.width = width
+        self.items = items
         self.queries = F.pad(queries, (0, 0, 0, height - self.users))
         self.scores = queries.new_empty(height, width)
         # Flags are fp32 or fp64: adding up booleans takes longer than the product, and sums in half precision round.

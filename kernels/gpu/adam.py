@@ -51,7 +51,8 @@ class FlatAdam:
             expected = f"{FLAT_LINE} for each of {len(line_groups)} lines"
             raise ValueError(f"parameters: expected {expected}, found {len(parameters)}")
         self._operands = (parameters, gradients, means, squares, operands, line_groups, rates, decays, steps, record)
-        self._betas, self._epsilon = betas, epsilon
+        self._betas = betas
+        self._epsilon = epsilon
 
     def update(self) -> None:
         """Launch one step: write parameters, means, squares and operands."""

@@ -270,14 +270,16 @@ def _backward_tasks(sizes: Mapping[str, Any]) -> int:
     They are: column tiles of the projection's gradient, tiles of down and of up, column tiles of the biases' part,
     pairs of layers, and the gradients of middle's and the fusion's biases.
     """
-    layers, columns = sizes["K"], cdiv(sizes["D"], sizes["BD"])
+    layers = sizes["K"]
+    columns = cdiv(sizes["D"], sizes["BD"])
     tiles = layers * cdiv(sizes["R"], sizes["BR"]) * columns
     return columns + 2 * tiles + (layers + 1) * columns + layers * (layers + 1) // 2 + 1
 
 
 def _chains_backward_tasks(sizes: Mapping[str, Any]) -> int:
     """Count the tasks of `fold_chains_backward`: gates, tiles of the up biases, middle, outer and inner."""
-    part, columns = sizes["PART"], cdiv(sizes["D"], sizes["BD"])
+    part = sizes["PART"]
+    columns = cdiv(sizes["D"], sizes["BD"])
     middle = cdiv(part, sizes["BM"]) * cdiv(sizes["MOST_HIDDEN"], sizes["BN"])
     outer = cdiv(sizes["DIM"], sizes["BM"]) * cdiv(part, sizes["BN"])
     return 1 + columns + middle + outer + cdiv(sizes["MOST_HIDDEN"], sizes["BH"]) * columns

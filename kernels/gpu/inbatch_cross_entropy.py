@@ -106,7 +106,8 @@ class InbatchCrossEntropy:
                 f"operands: expected {dtype}, found states of {state_operands.dtype} and vectors of "
                 f"{vector_operands.dtype}"
             )
-        self.batch, self.shape = batch, shape
+        self.batch = batch
+        self.shape = shape
         self.operands = LossOperands(
             state_operands,
             vector_operands,
@@ -287,7 +288,8 @@ def new_item_parts(operands: LossOperands) -> Tensor:
     so there are as many programs as any counts may need.
     """
     sizes = operands.configuration("loss_item_gradients").blocks
-    (rows, d), columns = operands.queries.shape, sizes["BN"] * sizes["SUB"]
+    (rows, d) = operands.queries.shape
+    columns = sizes["BN"] * sizes["SUB"]
     blocks, tiles = triton.cdiv(len(operands.items), columns), triton.cdiv(rows, sizes["BM"])
     if operands.tile_rows:
         programs = max(blocks, min(sizes["PROGRAMS"], blocks * tiles))

@@ -26,7 +26,8 @@ class ItemVectorGradients:
 
     def backward(self) -> None:
         """Launch the sum; write `of_vectors`."""
-        loss, operands = self._loss, self._loss.operands
+        loss = self._loss
+        operands = self._loss.operands
         columns, d = operands.items.shape
         rows_of_splits = operands.configuration("loss_item_gradients").blocks
         chosen = configuration(

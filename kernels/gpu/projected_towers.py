@@ -83,13 +83,20 @@ class ProjectedTowers:
         Raises ValueError for sizes, dtypes and layouts that the kernels do not take.
         """
         self._layers, self._bottleneck, self._width = down[0].shape
-        self._towers, self._dim = len(down), len(fold.vector_bias)
+        self._towers = len(down)
+        self._dim = len(fold.vector_bias)
         reason = refusal(views, self._layers, self._bottleneck, self._width, self._dim)
         if reason or (reason := _unfit(down, tables, dtype)):
             raise ValueError(f"towers by gpu: {reason}")
-        self._fold, self._down, self._rows, self._header = fold, down, rows, header
-        self._gated, self._activation, self._dtype = gated, activation, dtype
-        self._items, self._device = len(rows), rows.device
+        self._fold = fold
+        self._down = down
+        self._rows = rows
+        self._header = header
+        self._gated = gated
+        self._activation = activation
+        self._dtype = dtype
+        self._items = len(rows)
+        self._device = rows.device
         first, second = tables[0], tables[-1]
         self._views = (first, rows, *first.stride()[:2], second, rows, *second.stride()[:2])
         self._shape = {
@@ -385,7 +392,8 @@ class ProjectedTowers:
 
     def _part(self, name: str) -> Tensor:
         """Return the parts of a gradient [splits, elements], a view."""
-        start, size = self._starts[name], getattr(self.gradients, name).numel()
+        start = self._starts[name]
+        size = getattr(self.gradients, name).numel()
         return self._parts[:, start : start + size]
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

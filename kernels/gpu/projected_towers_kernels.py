@@ -21,7 +21,8 @@ def join(
     BM: tl.constexpr,
 ):
     """Write BM vectors: the sum of the towers' parts and the bias; vectors beyond the true count are 0."""
-    o_n, o_e = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, HEADS)
+    o_n = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_e = tl.arange(0, HEADS)
     m_n, is_item = (o_n < N)[:, None], (o_n < true_count(count_ptr, N, True))[:, None]
     o_vector = o_n.to(tl.int64)[:, None] * HEADS + o_e[None, :]
     total = tl.zeros((BM, HEADS), tl.float32) + tl.load(bias_ptr + o_e)[None, :]
@@ -61,7 +62,8 @@ def output_gradients(
     PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Write BR rows of a_k^T dy and the sums of dz_k of one tower; if writes_vector_bias, also the sums of dy."""
-    m_r, o_e = o_r < R, tl.arange(0, HEADS)
+    m_r = o_r < R
+    o_e = tl.arange(0, HEADS)
     of_up = tl.zeros((BR, HEADS), tl.float32)
     of_bias = tl.zeros((BM, BR), tl.float32)
     of_vector_bias = tl.zeros((BM, HEADS), tl.float32)

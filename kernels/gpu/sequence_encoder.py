@@ -30,7 +30,8 @@ FACTORS, PRODUCTS, ATTENDED = 7, 9, 3  # numbers stored for a row and block, in 
 def refusal(weights: SequenceWeights, positions: int) -> str:
     """Return why the kernels cannot take an encoder and histories of `positions` items, or "" if they can."""
     position, *outer = weights.tensors[:OUTER_WEIGHTS]
-    d, blocks = position.shape[1], weights.blocks()
+    d = position.shape[1]
+    blocks = weights.blocks()
     longest = max(positions, len(position))
     if d not in WIDTHS:
         return f"it needs an embedding dimension of {', '.join(map(str, WIDTHS))}, found {d}"
@@ -81,11 +82,14 @@ class SequenceEncoder:
         sizes = EncoderSizes.of(weights, shape.tile_rows, dropout, dtype)
         rows = Rows(batch.header, batch.inputs, batch.row_users, batch.positions, batch.users)
         self._launches = EncoderLaunches(sizes, rows, flat_view(operands.tensors), flat_view(weights.tensors))
-        self._vectors, self._of_weights = vectors, flat_view(gradients.tensors)
+        self._vectors = vectors
+        self._of_weights = flat_view(gradients.tensors)
         self._activations = self._launches.activations()
-        self._cotangents, self._parts = self._launches.cotangents(), self._launches.parts()
+        self._cotangents = self._launches.cotangents()
+        self._parts = self._launches.parts()
         self._of_states: Tensor | None = None
-        self.states, self.of_inputs = self._launches.empty(shape.rows, sizes.d), self._cotangents.of_inputs
+        self.states = self._launches.empty(shape.rows, sizes.d)
+        self.of_inputs = self._cotangents.of_inputs
         is_cast = dtype != torch.float32
         self.state_operands = self._launches.empty(shape.rows, sizes.d, dtype=dtype) if is_cast else self.states
 
@@ -197,8 +201,11 @@ class EncoderLaunches:
 
     def __init__(self, sizes: EncoderSizes, rows: Rows, operands: Tensor, weights: Tensor) -> None:
         """Set the constants of all launches; operands, weights: the flat weights in the products' dtype and in fp32."""
-        self._sizes, self._rows, self._weights = sizes, rows, (operands, weights)
-        self._device, self._count = rows.inputs.device, len(rows.inputs)
+        self._sizes = sizes
+        self._rows = rows
+        self._weights = (operands, weights)
+        self._device = rows.inputs.device
+        self._count = len(rows.inputs)
         self._tiles = self._count // sizes.tile_rows
         threshold, self._scale = sizes.dropout or (0, 1.0)
         self._threshold = threshold - (threshold >> 31 << 32)  # the int32 with the bits of this uint32
@@ -329,9 +336,11 @@ class EncoderLaunches:
 
     def _configuration(self, kernel: str) -> Configuration:
         """Return a kernel's configuration for these rows and this width."""
-        rows, width = self._count, self._sizes.d
+        rows = self._count
+        width = self._sizes.d
         if width > WIDE or self._sizes.tile_rows > TILE_ROWS[1]:  # no shared memory for a pipeline
-            rows, width = max(self._count, SMALL_ROWS + 1), WIDE + 1
+            rows = max(self._count, SMALL_ROWS + 1)
+            width = WIDE + 1
         return configuration(kernel, rows, self._sizes.dtype, self._device, width)
 
     def _meta_of_rows(self, blocks: BlockRange, chosen: Configuration) -> dict[str, int | bool | str]:

@@ -263,7 +263,9 @@ def weight_gradients(
     SUM_PRECISION: tl.constexpr = (
         "ieee" if PRECISION == "ieee" and factors_ptr.dtype.element_ty == tl.float32 else "tf32x3"
     )
-    i, i_split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    i = tl.program_id(0)
+    i_split = tl.program_id(1)
+    splits = tl.num_programs(1)
     tiles = tl.load(header_ptr + TILES)
     p_part = parts_ptr + i_split.to(tl.int64) * (OUTER + BLOCKS * BLOCK)
     steps = tl.cdiv(tl.cdiv(tiles * BM, BK), splits)

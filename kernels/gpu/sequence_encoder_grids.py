@@ -75,7 +75,8 @@ class GridCall(NamedTuple):
 
     def rows(self) -> Rows:
         """Return the rows laid out in tiles, one tile for each user; `inputs` are row numbers of x."""
-        device, count = self.slots.device, self.user_count
+        device = self.slots.device
+        count = self.user_count
         user = torch.arange(count, device=device).repeat_interleave(self.tile_rows, output_size=count * self.tile_rows)
         column = torch.arange(self.tile_rows, device=device).repeat(count)
         slot = user * self.length + column

@@ -374,7 +374,8 @@ class TowersCall:
         second_towers: int,
     ) -> None:
         """Take the arguments of `_side_towers`; down [T, K, R, D]."""
-        self.dtype, self.device = _operand_dtype(first, second), first.device
+        self.dtype = _operand_dtype(first, second)
+        self.device = first.device
         self.count, self.layers, self.bottleneck, self.width = down.shape
         self.items = len(first_rows)
         self.r_block = block(self.bottleneck)

@@ -252,9 +252,11 @@ def weight_gradients(
     of_split = tl.cdiv(tiles, tl.num_programs(2))
     first_tile = tl.program_id(2) * of_split
     last_tile = tl.minimum(first_tile + of_split, tiles)
-    first_stride, second_stride = first_stride_k, second_stride_k
+    first_stride = first_stride_k
+    second_stride = second_stride_k
     if PACKED:
-        first_stride, second_stride = D, D
+        first_stride = D
+        second_stride = D
     c_ptr = coefficients_ptr + i_tower * K * 3
     p_gradient = gradient_ptr + o_tower * gradient_stride_t
     p_dz = bottlenecks_ptr + o_tower * N * K * R

@@ -184,9 +184,11 @@ def project(
     o_row = tl.minimum(o_n, count - 1)  # items beyond the last read its row, so that no load of states needs a mask
     p_first = first_ptr + tl.load(first_rows_ptr + o_row).to(tl.int64) * first_stride_n
     p_second = second_ptr + tl.load(second_rows_ptr + o_row).to(tl.int64) * second_stride_n
-    first_stride, second_stride = first_stride_k, second_stride_k
+    first_stride = first_stride_k
+    second_stride = second_stride_k
     if PACKED:
-        first_stride, second_stride = D, D
+        first_stride = D
+        second_stride = D
     o_tower = i_tower.to(tl.int64)
     c_ptr = coefficients_ptr + i_tower * K * 3
     p_down = down_ptr + tower_place(i_tower, DOWN_PLACES, TOWERS)

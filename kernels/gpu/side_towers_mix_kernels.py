@@ -188,9 +188,11 @@ def mix_gradients(
     o_row = tl.minimum(o_n, count - 1)
     p_first = first_ptr + tl.load(first_rows_ptr + o_row).to(tl.int64) * first_stride_n
     p_second = second_ptr + tl.load(second_rows_ptr + o_row).to(tl.int64) * second_stride_n
-    first_stride, second_stride = first_stride_k, second_stride_k
+    first_stride = first_stride_k
+    second_stride = second_stride_k
     if PACKED:
-        first_stride, second_stride = D, D
+        first_stride = D
+        second_stride = D
     first_chunk = tl.program_id(1) * CHUNKS
     last_chunk = tl.minimum(first_chunk + CHUNKS, tl.cdiv(D, BD))
     c_ptr = coefficients_ptr + i_tower * K * 3

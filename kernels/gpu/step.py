@@ -58,13 +58,16 @@ class GpuStep:
 
         Raises ValueError for sizes, dtypes and layouts that the kernels do not take.
         """
-        weights, dtype, device = tensors.weights, tables[0].dtype, tables[0].device
+        weights = tensors.weights
+        dtype = tables[0].dtype
+        device = tables[0].device
         self.window = torch.zeros(window_batches, shape.starts()[-1], dtype=torch.int32, device=device)
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)
         self.tables = tuple(tables)
         buffer = torch.zeros(shape.starts()[-1], dtype=torch.int32, device=device)
         selected = SelectBatch(self.window, self.counter, buffer, shape, (log_popularity / math.log(2)).float())
-        batch, columns = selected.batch, (selected.column_bias, selected.column_log2_popularity)
+        batch = selected.batch
+        columns = (selected.column_bias, selected.column_log2_popularity)
         rows = batch.distinct if reads_by_number else torch.arange(shape.distinct, dtype=torch.int32, device=device)
         views = [tower.views for tower in weights.towers]
         fold = FoldHeads(weights, tensors.operands, tensors.gradients, dtype)

@@ -32,7 +32,8 @@ def tower_operands(
     count, layers, bottleneck, width = down.shape
     constant = _constants(count, first_towers, second_towers, layers, down.device)
     if towers[0].gate is None:
-        coefficients, carry = constant.plain, constant.at_or_below.expand(count, -1, -1)
+        coefficients = constant.plain
+        carry = constant.at_or_below.expand(count, -1, -1)
     else:
         logits = torch.stack([tower.gate for tower in towers]).float() / GATE_TEMPERATURE
         coefficients = constant.base + constant.slope * torch.sigmoid(logits)[..., None]
@@ -62,7 +63,8 @@ class _Constants:
         """Compute the constants; bit t of first_towers, second_towers is set if tower t reads that view."""
         tower, k = torch.arange(towers, device=device), torch.arange(layers, device=device)
         first, second = (((readers >> tower) & 1).float()[:, None] for readers in (first_towers, second_towers))
-        both, one = first * second, torch.ones_like(first)
+        both = first * second
+        one = torch.ones_like(first)
         self.is_intra = one - both
         # one view: carry 1 - g, weight g; two views: carry 1, first g, second 1 - g
         self.base = torch.stack([one, 0 * one, both], dim=2)

@@ -70,7 +70,8 @@ def _hidden_keys(grid: SequenceGrid) -> Tensor:
 
     A query always sees its own key; with all keys masked its softmax would be NaN.
     """
-    slots, length = grid.slots, grid.length
+    slots = grid.slots
+    length = grid.length
     empty = torch.ones(grid.users * length, dtype=torch.bool, device=slots.device).index_fill(0, slots, False)
     later = torch.ones(length, length, dtype=torch.bool, device=slots.device).triu(1)
     itself = torch.eye(length, dtype=torch.bool, device=slots.device)
@@ -142,7 +143,10 @@ def _weight_factors(
     sites int64 [blocks]: the dropout site of each block's attention weights. The hashed channel is head * P + the key's
     position, where P is the number of the model's positions.
     """
-    users, length, heads, most = grid.users, grid.length, weights.heads, len(weights.tensors[0])
+    users = grid.users
+    length = grid.length
+    heads = weights.heads
+    most = len(weights.tensors[0])
     positions = torch.arange(most - length, most, device=sites.device)
     channels = torch.cat([head * most + positions for head in range(heads)])
     numbers = dropout.users.repeat_interleave(length, output_size=users * length)

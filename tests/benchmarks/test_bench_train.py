@@ -109,7 +109,7 @@ def test_nothing_is_captured_once_the_step_is(trainer_with_stand_in):
 
 
 def test_a_trainer_that_packs_its_batches_is_profiled_by_autograd(sequences):
-    """As on a GPU, where a fused step has no phases that the host could tell apart."""
+    """A trainer with a plan takes fused steps, which have no phases that the host could tell apart."""
     config = train.run_config(FORMS["float32"], SMALL)
     table = FeatureTable(tuple(train.random_states(sequences, SMALL)))
     trainer = Trainer(config, sequences, table, CPU, resolve_precision(config, CPU))

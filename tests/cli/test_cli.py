@@ -184,16 +184,16 @@ def test_bad_views_get_one_line(toy_run, tmp_path):
 
 
 def views_given(*arguments: str, layer_groups: int | None = None) -> list[ViewConfig]:
-    """The views that a command's options ask for."""
-    found = []
+    """Return the views that a command's options ask for."""
+    views = []
 
     @click.command()
     @view_options
     def command(**options) -> None:
-        found.extend(chosen_views(options, layer_groups))
+        views.extend(chosen_views(options, layer_groups))
 
     command.main(list(arguments), standalone_mode=False)
-    return found
+    return views
 
 
 def test_settings_of_encoders_need_encoders(toy_run, tmp_path):
@@ -221,9 +221,9 @@ def test_what_methods_do_not_take_gets_one_line(toy_run, tmp_path):
 def test_layer_groups_are_those_of_every_view():
     views = ("--image-encoder", "i", "--text-encoder", "t", "--view", "source=title encoder=e name=other")
     assert [view.layer_groups for view in views_given(*views, layer_groups=3)] == [3, 3, 3]
-    for own in (("--text-encoder", "t", "--text-layers", "0,2"), ("--view", "source=title encoder=e layers=0,1")):
+    for layers in (("--text-encoder", "t", "--text-layers", "0,2"), ("--view", "source=title encoder=e layers=0,1")):
         with pytest.raises(InputError, match="layer_groups: view 'title' names its layers already"):
-            views_given(*own, layer_groups=3)
+            views_given(*layers, layer_groups=3)
     with pytest.raises(InputError, match="--text-layers: expected a whole number, found ''"):
         views_given("--text-encoder", "t", "--text-layers", "")
 
@@ -266,8 +266,8 @@ def test_encoder_options_reach_the_views_they_are_for():
     assert image.options == {"device_map": 0, "max_memory": None}
     quantization = {"bits": 4, "quant_method": "a=b"}
     assert text.options == {"device_map": "auto", "max_memory": None, "quantization_config": quantization}
-    own = """option.dtype=float16 option.max_memory='{"cpu": "1GB"}'"""
-    (view,) = views_given("--view", f"source=title encoder=e {own}")
+    loading = """option.dtype=float16 option.max_memory='{"cpu": "1GB"}'"""
+    (view,) = views_given("--view", f"source=title encoder=e {loading}")
     assert view.encoder_dtype == "float16" and view.options == {"max_memory": {"cpu": "1GB"}}
 
 

@@ -76,9 +76,9 @@ def test_an_option_that_is_not_given_is_no_setting():
     ],
 )
 def test_values_have_the_types_of_their_fields(arguments, settings):
-    given = settings_given(*arguments)
-    assert given == settings
-    oven = Oven(**{"name": "x", **given})
+    values = settings_given(*arguments)
+    assert values == settings
+    oven = Oven(**{"name": "x", **values})
     assert all(getattr(oven, name) == value for name, value in settings.items())
 
 

@@ -34,7 +34,7 @@ class Call:
 
 @pytest.fixture
 def released(monkeypatch: pytest.MonkeyPatch) -> type:
-    """The released project's class, as its script defines it in __main__."""
+    """Define the released project's class, as its script does in __main__."""
     released_class = type("LMDB_Image", (), {"__module__": "__main__"})
     monkeypatch.setattr(sys.modules["__main__"], "LMDB_Image", released_class, raising=False)
     return released_class
@@ -42,7 +42,7 @@ def released(monkeypatch: pytest.MonkeyPatch) -> type:
 
 @pytest.fixture
 def trap(tmp_path: Path) -> Iterator[Path]:
-    """A file that exists once a pickle was executed."""
+    """Return the path of a file that exists once a pickle was executed."""
     path = tmp_path / "executed"
     yield path
     assert not path.exists()

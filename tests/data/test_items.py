@@ -181,7 +181,7 @@ def test_damage_anywhere_is_an_image_error_or_an_image(data: st.DataObject) -> N
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixel of it."""
+    """Return a PNG that claims a size and holds no pixel of it."""
 
     def chunk(kind: bytes, payload: bytes) -> bytes:
         return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))

@@ -254,7 +254,7 @@ def test_without_times_it_says_what_writes_them(by_hand):
 
 @pytest.fixture
 def timed(tmp_path) -> Path:
-    """A dataset's folder with times: 60 users, 40 items, histories that go round in steps."""
+    """Write a dataset's folder with times: 60 users, 40 items, histories that go round in steps."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 30, 60)
     histories = [[(start + 3 * i) % 40 + 1 for i in range(n)] for start, n in zip(rng.integers(0, 40, 60), lengths)]

@@ -120,7 +120,9 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
 
 def call_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -> None:
     """Call the towers, forward and backward, on tensors without values."""
-    layers, width, bottleneck = arguments.layers, arguments.width, arguments.bottleneck
+    layers = arguments.layers
+    width = arguments.width
+    bottleneck = arguments.bottleneck
     rows = torch.zeros(items, dtype=torch.int64)
     views = [States(torch.zeros(4, layers, width, dtype=dtype), rows) for _ in range(2)]
 
@@ -147,9 +149,11 @@ def call_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -
 def call_projected_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -> None:
     """Call the towers' pair, forward and backward, on tensors without values."""
     rows, header = (torch.empty(size, dtype=torch.int32, device="meta") for size in (items, HEADER_WORDS))
-    views, activation = [(0,), (1,), (0, 1)], "relu"
+    views = [(0,), (1,), (0, 1)]
+    activation = "relu"
     if arguments.other_forms:
-        views, activation = [(0, 1)], "gelu"
+        views = [(0, 1)]
+        activation = "gelu"
     sizes = (arguments.layers, arguments.width, arguments.bottleneck, arguments.embedding_dim[0])
     pair = towers_on_meta(rows, header, dtype, views, *sizes, activation)
     pair.forward()
@@ -196,13 +200,16 @@ def call_sequence_encoder(users: int, rows: int, embedding_dim: int, dtype: torc
     shapes = [(shape.positions, d), *norm, *([(d, d)] * 4 + norm + feed_forward + norm) * 2]
 
     def weights(dtype: torch.dtype) -> SequenceWeights:
-        buffer, start, tensors = torch.empty(1 << 20, dtype=dtype, device="meta"), 0, []
+        buffer = torch.empty(1 << 20, dtype=dtype, device="meta")
+        start = 0
+        tensors = []
         for sizes in shapes:
             tensors.append(buffer[start : start + math.prod(sizes)].view(sizes))
             start += -(-math.prod(sizes) // FLAT_ALIGNMENT) * FLAT_ALIGNMENT
         return SequenceWeights(tensors, heads=2, epsilon=1e-6)
 
-    vectors, rate = torch.empty(shape.distinct, d, device="meta"), sequence_encoder.DropoutRate(1 << 29, 1.125)
+    vectors = torch.empty(shape.distinct, d, device="meta")
+    rate = sequence_encoder.DropoutRate(1 << 29, 1.125)
     weights_of = [weights(weights_dtype) for weights_dtype in (torch.float32, dtype, torch.float32)]
     pair = sequence_encoder.SequenceEncoder(*weights_of, vectors, batch, shape, rate, dtype)
     pair.connect(torch.empty_like(pair.states))
@@ -217,7 +224,8 @@ def call_pairs_of_one_entry(dtype: torch.dtype) -> None:
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
-    words, counter = shape.starts()[-1], empty(1, dtype=torch.int32)
+    words = shape.starts()[-1]
+    counter = empty(1, dtype=torch.int32)
     window, buffer = empty(4, words, dtype=torch.int32), empty(words, dtype=torch.int32)
     batch_selection.SelectBatch(window, counter, buffer, shape, empty(20315)).forward()
     record, steps = empty(4, dtype=torch.float64), empty()

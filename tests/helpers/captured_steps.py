@@ -25,7 +25,9 @@ from iisan_fast.training.trainer import Trainer
 
 WARM_UP_EPOCHS = 2
 COMPARED_EPOCHS = 3
-USERS, ITEMS, SHAPES = 250, 600, [(3, 48), (3, 48)]
+USERS = 250
+ITEMS = 600
+SHAPES = [(3, 48), (3, 48)]
 NUMBER_BYTES, STATE_BYTES = 8, 4  # of an item's number, int64, and a number of its states, fp32
 CONFIG = RunConfig(
     "",
@@ -83,7 +85,8 @@ def capture_without_trace(trainer: Trainer, prepared: PreparedBatch) -> tuple[Ca
 
     Returns the function that replays the step, and the tensors that Adam has since the capture, by name.
     """
-    before, record = everything(trainer.step), trainer.step.record.clone()
+    before = everything(trainer.step)
+    record = trainer.step.record.clone()
     packed = prepared.batch.packed() if prepared.batch.buffer is None else prepared.batch.buffer  # none on a CPU
     replay = trainer.captured._capture_on_buffers(packed, prepared.batch.shape, prepared.item_inputs).run
     after = everything(trainer.step)
@@ -111,7 +114,8 @@ def check_a_capture_leaves_no_trace(trainer: Trainer) -> None:
 
 def check_preparing_leaves_no_trace(trainer: Trainer) -> None:
     """Capture the fused step before its first batch, and check that no tensor changes."""
-    before, record = everything(trainer.step), trainer.step.record.clone()
+    before = everything(trainer.step)
+    record = trainer.step.record.clone()
     trainer.step.prepare()
     assert_identical(everything(trainer.step), before)
     assert torch.equal(trainer.step.record, record)
@@ -142,7 +146,8 @@ def check_memory_does_not_grow(trainer: Trainer, start: Callable[[], None], read
     So the numbers may differ by two batches between epochs; memory that grows would differ by many.
     """
     train_epochs(trainer, WARM_UP_EPOCHS)
-    holder, readings = trainer.step if trainer.captured is None else trainer.captured, []
+    holder = trainer.step if trainer.captured is None else trainer.captured
+    readings = []
     captured = holder._captured
     for epoch in range(WARM_UP_EPOCHS, WARM_UP_EPOCHS + COMPARED_EPOCHS):
         start()

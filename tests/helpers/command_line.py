@@ -19,14 +19,14 @@ class Result:
 
 
 def iisan_fast(*arguments: object) -> Result:
-    """The program in this process: starting Python and torch anew would take seconds each time."""
+    """Run the program in this process: starting Python and torch anew would take seconds each time."""
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as end:
         main([str(argument) for argument in arguments])
     return Result(end.value.code or 0, out.getvalue(), err.getvalue())
 
 
 def refused(*arguments: object) -> str:
-    """The one line that the command answers bad input with."""
+    """Return the one line with which the command answers bad input."""
     result = iisan_fast(*arguments)
     assert result.returncode == 2 and not result.stdout, result
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr

@@ -117,8 +117,8 @@ def inline_code(document: Path) -> list[str]:
 def link_targets(document: Path) -> list[str]:
     """Return where a document's links and images point."""
     names = {"link_open": "href", "image": "src"}
-    found = [str(token.attrGet(names[token.type])) for token in _inline_tokens(document) if token.type in names]
-    return [target for target in found if target]
+    targets = [str(token.attrGet(names[token.type])) for token in _inline_tokens(document) if token.type in names]
+    return [target for target in targets if target]
 
 
 def anchors(document: Path) -> set[str]:

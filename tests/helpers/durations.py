@@ -67,7 +67,8 @@ class Durations:
     """Adds up what the reports say, and prints or writes it at the end."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self.config, self.begun = config, time.time()
+        self.config = config
+        self.begun = time.time()
         self.counts: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()

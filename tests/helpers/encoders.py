@@ -144,7 +144,8 @@ def tower(folder: Path, name: str, dtype: torch.dtype) -> torch.nn.Module:
 
 @torch.no_grad()
 def texts_one_by_one(folder: Path, texts: list[str], pooling: str, layers, dtype=torch.float32) -> torch.Tensor:
-    model, tokenise = tower(folder, "text_model", dtype), hf.AutoTokenizer.from_pretrained(folder)
+    model = tower(folder, "text_model", dtype)
+    tokenise = hf.AutoTokenizer.from_pretrained(folder)
     rows = []
     for text in texts:
         ids = torch.tensor([tokenise(text, truncation=True, max_length=12).input_ids])

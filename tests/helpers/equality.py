@@ -138,7 +138,8 @@ def from_autograd(step: Step) -> Result:
 def from_fused_step(step: Step, table: ItemSource | None = None) -> Result:
     """Run the fused step after a step of other users, so that it uses memory again; table: None for the step's."""
     model = step.recommender()
-    cpu, source = torch.device("cpu"), step.table if table is None else table
+    cpu = torch.device("cpu")
+    source = step.table if table is None else table
     taken = CpuFusedStep(model, dict.fromkeys(model.parameter_groups(), 0.0))
     batches = [make_batch(step.sequences, users, number) for users, number in _two_batches(step)]
     for prepared in prepared_batches(iter(batches), source, cpu):
@@ -176,7 +177,8 @@ def from_packed(step: Step) -> Result:
 
 def from_pinned(step: Step) -> Result:
     """Run the step with the table in host memory; its rows are gathered ahead."""
-    model, table = step.recommender(), PinnedTable(step.table.views, torch.device("cpu"))
+    model = step.recommender()
+    table = PinnedTable(step.table.views, torch.device("cpu"))
     (prepared,) = prepared_batches(
         iter([make_batch(step.sequences, step.users, step.step)]), table, torch.device("cpu")
     )
@@ -186,7 +188,8 @@ def from_pinned(step: Step) -> Result:
 def from_mapped(step: Step) -> Result:
     """Run the step with the table in the store's file."""
     with mapped_table(step) as table:
-        model, cpu = step.recommender(), torch.device("cpu")
+        model = step.recommender()
+        cpu = torch.device("cpu")
         (prepared,) = prepared_batches(iter([make_batch(step.sequences, step.users, step.step)]), table, cpu)
         return _differentiated(model, model.loss(prepared.batch, prepared.item_inputs))
 
@@ -197,7 +200,8 @@ def mapped_table(step: Step) -> Iterator[ItemSource]:
     with TemporaryDirectory() as folder:
         names = ["one", "two"][: len(step.table.views)]
         cache = fill_store(Path(folder) / "cache", step.sequences.item_ids, step.table, tuple(names))
-        item_ids, cpu = step.sequences.item_ids, torch.device("cpu")
+        item_ids = step.sequences.item_ids
+        cpu = torch.device("cpu")
         with closing(load_table(cache, names, item_ids, cpu, "mapped", torch.float64)) as table:
             yield table
 

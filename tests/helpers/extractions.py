@@ -33,7 +33,8 @@ def entries(cache: Path) -> dict[bytes, bytes]:
 
 def write_varied_items(folder: Path) -> Path:
     """Write a dataset of forty items: titles of one to twenty words, images of noise, one missing, one damaged."""
-    count, generator = 40, np.random.default_rng(0)
+    count = 40
+    generator = np.random.default_rng(0)
     root = write_dataset_folder(folder, make_sequences([list(range(1, count + 1))], max_inputs=count))
     (root / "users.tsv").write_text("".join(f"u{n}\t{' '.join(f'i{n + k}' for k in range(8))}\n" for n in range(1, 34)))
     words = [*demo.BRANDS, *demo.MATERIALS]
@@ -49,7 +50,8 @@ def write_varied_items(folder: Path) -> Path:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """Make extraction stop before this batch, as a person who presses Ctrl-C does."""
-    encode, calls = extraction.Backbone.encode_views, itertools.count()
+    encode = extraction.Backbone.encode_views
+    calls = itertools.count()
 
     def interrupted(self, backbones, inputs):
         if next(calls) == batch:

@@ -16,7 +16,10 @@ class FakeBackbone:
     device = torch.device("cpu")
 
     def __init__(self, view: ViewConfig, seen: list, delay: float = 0, model: object = None) -> None:
-        self.view, self.seen, self.delay, self.model = view, seen, delay, model or object()
+        self.view = view
+        self.seen = seen
+        self.delay = delay
+        self.model = model or object()
 
     def describe(self) -> dict:
         return {"encoder": self.view.encoder, "layers": [0, 1], "depth": 2, "width": 3, "pooling": self.view.pooling}

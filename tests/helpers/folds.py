@@ -29,7 +29,8 @@ class Fold:
         size = flat_size(self.shapes)
         self.buffer = torch.randn(size, device=DEVICE) / 4
         self.gradient = torch.full((size,), float("nan"), device=DEVICE)
-        self.weights, gradients = in_buffer(self.shapes, self.buffer), in_buffer(self.shapes, self.gradient)
+        self.weights = in_buffer(self.shapes, self.buffer)
+        gradients = in_buffer(self.shapes, self.gradient)
         operands = in_buffer(self.shapes, self.buffer.to(dtype))  # the weights' own memory where that is fp32
         self.pair = FoldHeads(self.weights, operands, gradients, dtype)
         self.towers = towers_gradients(self.pair, self.weights)
@@ -96,12 +97,14 @@ def plainly_folded(weights: RecommenderWeights) -> list[Tensor]:
             else torch.sigmoid(tower.gate / 0.1)
         )
         rest = gate if tower.gate is None else 1 - gate
-        one, zero = torch.ones_like(gate), torch.zeros_like(gate)
+        one = torch.ones_like(gate)
+        zero = torch.zeros_like(gate)
         mixed = {(0,): (rest, gate, zero), (1,): (rest, zero, gate), (0, 1): (one, gate, rest)}[tower.views]
         carry = mixed[0]
         biases, projected, composites = [], [], []
         for k in range(layers):
-            bias, blocks = tower.down_bias[k], []
+            bias = tower.down_bias[k]
+            blocks = []
             for j in range(layers):
                 below = carry[j + 1 : k + 1].prod() if j < k else 0.0
                 blocks.append(below * (tower.down_weight[k] @ tower.up_weight[j]))

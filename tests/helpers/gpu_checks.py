@@ -86,7 +86,8 @@ def assert_as_good(ours: Results, theirs: Results, exact: Results, precision: Pr
     is_large = {name: sum(value.numel() for value in truth) >= 1000 for name, truth in exact.items()}
     worst = max((eager[name] for name in exact if is_large[name]), default=0.0)
     floor = 4 * (torch.finfo(precision.dtype).eps if measured or not precision.is_tf32 else TF32_EPS)
-    lines, are_good = [], True
+    lines = []
+    are_good = True
     for name, truth in exact.items():
         assert [value.shape for value in ours[name]] == [value.shape for value in truth], name
         error = relative_error(ours[name], truth)

@@ -103,7 +103,8 @@ class Tree:
                     yield from self._from(path, node, node in for_types)
 
     def _from(self, path: str, node: ast.ImportFrom, for_types: bool) -> Iterator[Import]:
-        importer, source = self.modules[path], node.module or ""
+        importer = self.modules[path]
+        source = node.module or ""
         if node.level:
             drop = node.level - path.endswith("/__init__.py")
             package = importer.split(".")[: len(importer.split(".")) - drop]
@@ -142,7 +143,8 @@ def arrows_up(tree: Tree) -> list[str]:
 
 def reaches_past_doors(tree: Tree) -> list[str]:
     """Return the uses of another room's modules, or of names that its door does not export."""
-    lines, whole_rooms = [], defaultdict(dict)
+    lines = []
+    whole_rooms = defaultdict(dict)
     for entry in tree.imports:
         room = room_of(entry.module)
         if room not in WITH_DOORS or room == room_of(entry.importer):
@@ -214,7 +216,8 @@ def libraries_out_of_place(tree: Tree) -> list[str]:
     """Return the imports of libraries by rooms that are to do without."""
     lines = []
     for entry in tree.imports:
-        library, room = entry.module.partition(".")[0], room_of(entry.importer)
+        library = entry.module.partition(".")[0]
+        room = room_of(entry.importer)
         where = f"{entry.path}:{entry.line}"
         if library == PACKAGE:
             continue

@@ -39,7 +39,8 @@ class SideCase:
         def random(*shape: int, std: float = 1.0) -> Tensor:
             return (std * torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
 
-        self.activation, self.dtype = activation, dtype
+        self.activation = activation
+        self.dtype = dtype
         rows = torch.randint(0, items + 3, (items,), generator=generator).to(DEVICE)
         self.states = [
             States(random(items, layers, width)) if view in dense else States(random(items + 3, layers, width), rows)
@@ -167,7 +168,8 @@ def assert_as_good(results: Sequence, ours: Sequence, exact: Sequence, dtype: to
     floor = 32 * torch.finfo(dtype).eps
     for i, (theirs, mine, truth) in enumerate(zip(results, ours, exact, strict=True)):
         assert mine.shape == truth.shape
-        error, allowed = relative_error(mine, truth), max(factor * relative_error(theirs, truth), floor)
+        error = relative_error(mine, truth)
+        allowed = max(factor * relative_error(theirs, truth), floor)
         assert error <= allowed, f"tensor {i}: error {error:.2e}, allowed {allowed:.2e}"
 
 

@@ -33,7 +33,8 @@ class LossPairCase:
         self.shape = step_shape(histories, 0, tile_rows, spare)
         self.batch = StepBatch.of(pack_batch(histories, self.shape), self.shape)
         header = dict(zip(HEADER, self.batch.header.tolist()))
-        self.distinct, true_rows = header["distinct"], header["tiles"] * tile_rows
+        self.distinct = header["distinct"]
+        true_rows = header["tiles"] * tile_rows
         self.is_row = self.batch.inputs >= 0
         assert int(self.is_row.sum()) == header["rows"]
         self.states, self.vectors, self.of_inputs = (

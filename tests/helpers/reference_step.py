@@ -169,7 +169,8 @@ def sequence_states(
     x = layer_norm(parameters, "sequence_encoder.norm", vectors + parameters["sequence_encoder.position"])
     x = dropout(x, site=0)
     for block in range(settings.blocks):
-        name, site = f"sequence_encoder.blocks.{block}", 1 + 3 * block
+        name = f"sequence_encoder.blocks.{block}"
+        site = 1 + 3 * block
         attended = attention(parameters, settings, name, x, items, dropout, site)
         x = layer_norm(parameters, f"{name}.attention_norm", x + dropout(attended, site + 1))
         inner = functional.relu(linear(parameters, f"{name}.feed_in", x))
@@ -189,7 +190,8 @@ def attention(
 ) -> Tensor:
     """Return causal attention [max_inputs, d] among one user's slots; padding is masked."""
     query, key, value = (x @ parameters[f"{name}.{part}.weight"].T for part in ("query", "key", "value"))
-    slots, width = len(items), settings.embedding_dim // settings.heads
+    slots = len(items)
+    width = settings.embedding_dim // settings.heads
     contexts = []
     for slot in range(slots):
         unseen = torch.tensor([other > slot or items[other] == PADDING for other in range(slots)])
@@ -233,7 +235,8 @@ class Dropout:
     def factors(self, site: int, position: int, channels: range) -> list[float]:
         """Return a factor for each channel: 0 if it is dropped, else 1 / (1 - rate)."""
         rate = self.settings.dropout
-        threshold, scale = round(rate * 2**32), 1 / (1 - rate)
+        threshold = round(rate * 2**32)
+        scale = 1 / (1 - rate)
         prefix = hashed(self.settings.seed, self.step, site, self.user, position)
         return [scale if absorb(prefix, channel) >= threshold else 0.0 for channel in channels]
 

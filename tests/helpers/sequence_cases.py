@@ -66,7 +66,8 @@ class PairCase:
         prefix = self.dropout.prefix if self.dropout else 0
         buffer = pack_batch(histories, self.shape, numbers.tolist(), step=5, prefix=prefix)
         self.batch = StepBatch.of(buffer.to(DEVICE), self.shape)
-        self.heads, self.shapes = heads, weight_shapes(self.shape.positions, d, blocks)
+        self.heads = heads
+        self.shapes = weight_shapes(self.shape.positions, d, blocks)
         self.flat = random(flat_size(self.shapes), std=0.3)
         self.distinct = len({item for history in histories for item in history})
         self.vectors = random(self.shape.distinct, d)
@@ -100,7 +101,8 @@ class PairCase:
 
     def reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the reference's results in the pair's layout."""
-        length, is_row = self.shape.positions, self.is_row
+        length = self.shape.positions
+        is_row = self.is_row
         users, inputs = self.batch.row_users.cpu()[is_row].long(), self.batch.inputs.cpu()[is_row].long()
         grid = SequenceGrid(users * length + self.batch.positions.cpu()[is_row], int(users.max()) + 1, length)
         flat = self.flat.to(dtype).requires_grad_()
@@ -149,9 +151,11 @@ class GridCase:
         length = max(lengths, default=1)
         slots = [length * (user + 1) - inputs + i for user, inputs in enumerate(lengths) for i in range(inputs)]
         self.grid = SequenceGrid(torch.tensor(slots, dtype=torch.int64, device=DEVICE), len(lengths), length)
-        self.heads, self.dtype = heads, dtype
+        self.heads = heads
+        self.dtype = dtype
         self.tensors = [random(*shape, std=0.3) for shape in weight_shapes(length + spare, d, blocks)]
-        self.x, self.gradient = random(len(slots), d), random(len(slots), d)
+        self.x = random(len(slots), d)
+        self.gradient = random(len(slots), d)
         users = torch.randint(0, 2**31, (len(lengths),), generator=generator).to(DEVICE)
         self.dropout = sequence_dropout(dropout, 3, 17, users)
 

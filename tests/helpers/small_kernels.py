@@ -20,7 +20,8 @@ def all_loops(
     rows = tl.load(header_ptr + 1)
     if i_tile * BLOCK >= rows:
         return
-    o_m, o_n = i_tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    o_m = i_tile * BLOCK + tl.arange(0, BLOCK)
+    o_n = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for i_k in range(0, n, BLOCK):
         left = tl.load(left_ptr + o_m[:, None] * n + i_k + o_n[None, :])

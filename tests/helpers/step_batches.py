@@ -51,7 +51,8 @@ def pack_batch(
     for user, history in enumerate(histories):
         batch.users[user] = users[user] if users else user
         for i, item in enumerate(history):
-            row, is_input = first_rows[user] + i, i + 1 < len(history)
+            row = first_rows[user] + i
+            is_input = i + 1 < len(history)
             occurrences[index[item]].append(4 * row + INPUT * is_input + TARGET * (i > 0))
             words[index[item] // 32][user] |= 1 << index[item] % 32
             if is_input:
@@ -80,7 +81,8 @@ def make_batch(histories: Histories, positions: int = 0, tile_rows: int = 16) ->
 
 def _first_rows(histories: Histories, tile_rows: int) -> tuple[list[int], int]:
     """Return each user's first row and the number of tiles; users stand in one tile each, and tiles fill in order."""
-    first_rows, row = [], 0
+    first_rows = []
+    row = 0
     for history in histories:
         if row % tile_rows + len(history) - 1 > tile_rows:
             row = -(-row // tile_rows) * tile_rows

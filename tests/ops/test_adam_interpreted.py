@@ -13,7 +13,8 @@ pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 SIZES = [32 * lines for lines in (1, 7, 40, 3)]
 GROUPS = [0, 1, 1, 0]
 RATES, DECAYS = (1e-2, 3e-4), (0.0, 0.1)
-BETAS, EPSILON = (0.9, 0.999), 1e-8
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
 
 
 class Flat:
@@ -52,7 +53,8 @@ def test_steps_are_those_of_pytorch(first):
         for group, (rate, decay) in enumerate(zip(RATES, DECAYS))
     ]
     optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON)
-    start, flat.steps[...] = flat.parameters.clone(), first
+    start = flat.parameters.clone()
+    flat.steps[...] = first
     for step in range(5):
         flat.gradients.copy_(torch.randn(sum(SIZES)) * 10.0 ** (step - 3))
         for weight, gradient in zip(weights, flat.gradients.split(SIZES)):
@@ -77,7 +79,8 @@ def test_steps_are_those_of_pytorch(first):
 def test_the_corrections_of_the_moments_keep_their_digits(steps):
     """The first gradient seen after `steps` steps of zeros moves a parameter by a quotient of the two corrections."""
     flat = Flat(None)
-    start, flat.steps[...] = flat.parameters.clone(), steps
+    start = flat.parameters.clone()
+    flat.steps[...] = steps
     flat.gradients.fill_(1.0)
     flat.update()
     mean, square = ((1 - beta) / (1 - beta**steps) for beta in BETAS)

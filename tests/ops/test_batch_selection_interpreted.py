@@ -42,7 +42,8 @@ def test_the_counter_selects_a_batch_and_its_columns(shape):
     for index in (2, 0, 1, 2):
         counter.fill_(index)
         select.forward()
-        expected, count = StepBatch.of(window[index], shape), counts[index]
+        expected = StepBatch.of(window[index], shape)
+        count = counts[index]
         for name, field in select.batch._asdict().items():
             assert torch.equal(field, getattr(expected, name)), name
         logs = popularity[expected.distinct[:count].long()]
@@ -56,7 +57,8 @@ def test_the_counter_selects_a_batch_and_its_columns(shape):
 
 def test_a_window_of_another_shape_is_refused():
     shape = StepShape(3, 32, 2, 16, 10)
-    window, counter = make_window(shape, [3]), torch.zeros(1, dtype=torch.int32)
+    window = make_window(shape, [3])
+    counter = torch.zeros(1, dtype=torch.int32)
     buffer = torch.empty(window.shape[1] + 32, dtype=torch.int32)
     with pytest.raises(ValueError, match="window: expected batches of"):
         SelectBatch(window, counter, buffer, shape, torch.zeros(ITEMS + 1))

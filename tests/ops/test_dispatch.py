@@ -45,7 +45,8 @@ class OnDevice:
     """A stand-in for a tensor, with the attributes that `choose` reads."""
 
     def __init__(self, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.device, self.dtype = torch.device(device), dtype
+        self.device = torch.device(device)
+        self.dtype = dtype
 
 
 def chosen(op: str, device: str, form: str = "auto", dtype: torch.dtype = torch.float32, **refusals: str) -> str:

@@ -17,7 +17,8 @@ def test_the_limits_on_a_gpu_are_those_of_the_kernels():
     *widths, widest = sequence_encoder.WIDTHS
     assert {*widths, widest} <= {*projected_towers.DIMENSIONS}
     least, most = projected_towers.BOTTLENECKS
-    heads, width = sequence_encoder.MOST_HEADS, sequence_encoder.LEAST_HEAD_WIDTH
+    heads = sequence_encoder.MOST_HEADS
+    width = sequence_encoder.LEAST_HEAD_WIDTH
     expected = {
         "layers kept": f"at most {projected_towers.MOST_LAYERS}",
         "bottleneck": f"{least} to {most}",

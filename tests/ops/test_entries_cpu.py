@@ -103,7 +103,8 @@ class Filled(NamedTuple):
 
 def filled(struct: type[ctypes.Structure], values: dict) -> Filled:
     """Return a filled struct in which these values are set."""
-    call, memory = struct(), []
+    call = struct()
+    memory = []
 
     def zeros() -> int:
         memory.append(torch.zeros(1 << 14))
@@ -160,7 +161,8 @@ def test_an_encoder_of_wrong_sizes_has_no_memory():
 
 def test_a_schedule_names_the_call_that_was_refused():
     compiled = library.library(torch.float32)
-    schedule, total = library.Schedule(torch.float32), filled(SumStruct, SUM)
+    schedule = library.Schedule(torch.float32)
+    total = filled(SumStruct, SUM)
     right, wrong = filled(GatherStruct, GATHER), filled(GatherStruct, {**GATHER, "bytes": 3})
     first = schedule.add(compiled.add_up, [total.call])
     schedule.add(compiled.gather_panels, [right.call, wrong.call], first)
@@ -248,7 +250,8 @@ def test_rows_of_items_out_of_range_are_refused(name, inputs):
 
 
 def test_lines_of_a_group_without_a_rate_and_a_step_before_the_first_are_refused():
-    groups, none = torch.ones(4, dtype=torch.uint8), torch.zeros(())
+    groups = torch.ones(4, dtype=torch.uint8)
+    none = torch.zeros(())
     for change in ({"groups": groups.data_ptr()}, {"steps": none.data_ptr()}):
         lines = filled(FlatAdamStruct, {**LINES, **change})
         with pytest.raises(ValueError, match="adam_update_lines in C"):

@@ -43,7 +43,8 @@ def random_chains(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> tuple
 
     sizes: d, d', H, D. One gradient is not contiguous and one has stride 0.
     """
-    generator, (d, between, rows, width) = torch.Generator().manual_seed(0), sizes
+    generator = torch.Generator().manual_seed(0)
+    (d, between, rows, width) = sizes
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=dtype)

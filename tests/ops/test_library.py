@@ -104,7 +104,9 @@ def test_without_a_compiler_pytorch_runs_and_the_log_says_why(anew, monkeypatch,
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv(kernels.FORM_VARIABLE, raising=False)
     dispatch.reported.clear()
-    queries, items, targets = torch.randn(3, 16, requires_grad=True), torch.randn(5, 16), torch.tensor([0, 4, 2])
+    queries = torch.randn(3, 16, requires_grad=True)
+    items = torch.randn(5, 16)
+    targets = torch.tensor([0, 4, 2])
     with caplog.at_level(logging.INFO, logger="iisan_fast.kernels"):
         losses = kernels.inbatch_cross_entropy(queries, items, targets, reduction="none")
     assert torch.equal(losses, loss_reference.inbatch_cross_entropy(queries, items, targets))

@@ -44,7 +44,8 @@ def test_the_ops_are_sound_operators():
 
 @pytest.mark.parametrize("kinds", [((0,), (1,), (0, 1)), ((0,),)])
 def test_the_ops_compile_as_one_graph(kinds):
-    side, loss = SideCase(items=5, layers=2, kinds=kinds), LossCase(5, 40)
+    side = SideCase(items=5, layers=2, kinds=kinds)
+    loss = LossCase(5, 40)
     names = [name for name, value in loss.keywords.items() if value is not None]
 
     def both(outputs_of: list, queries: torch.Tensor, items: torch.Tensor, values: list) -> torch.Tensor:

@@ -50,13 +50,18 @@ class Case:
         device: str = DEVICE,
     ) -> None:
         """items: the true count; room: how many the buffers have room for."""
-        self.views, self.gated, self.activation, self.dtype = views, gated, activation, dtype
-        towers, generator = len(views), torch.Generator().manual_seed(3)
+        self.views = views
+        self.gated = gated
+        self.activation = activation
+        self.dtype = dtype
+        towers = len(views)
+        generator = torch.Generator().manual_seed(3)
 
         def random(*shape: int, std: float = 1.0) -> Tensor:
             return (std * torch.randn(shape, generator=generator)).to(device)
 
-        self.items, hidden = items, (towers, layers, bottleneck)
+        self.items = items
+        hidden = (towers, layers, bottleneck)
         below = torch.ones(layers, layers).tril(-1)[:, None, :, None].to(device)
         self.gates = random(towers, layers).sigmoid()
         self.folded = {
@@ -79,7 +84,9 @@ class Case:
     def coefficients(self, gates: Tensor) -> Tensor:
         """Return [T, K, 3] from the gates [T, K], or of towers without gates."""
         g = gates if self.gated else torch.ones_like(gates)
-        other, zero, one = (1 - g if self.gated else g), torch.zeros_like(g), torch.ones_like(g)
+        other = 1 - g if self.gated else g
+        zero = torch.zeros_like(g)
+        one = torch.ones_like(g)
         kinds = {(0,): (other, g, zero), (1,): (other, zero, g), (0, 1): (one, g, other)}
         rows = [[part[i] for part in kinds[reads]] for i, reads in enumerate(self.views)]
         return torch.stack([torch.stack(parts, dim=1) for parts in rows])
@@ -109,7 +116,8 @@ class Case:
         rows = self.rows[: self.items].long()
         first, second = (self.tables[view][rows].double() for view in (0, -1))
         coefficients = self.coefficients(gates)
-        state, activated = 0.0, []
+        state = 0.0
+        activated = []
         for k in range(down.shape[1]):
             carry, of_first, of_second = coefficients[:, k, :, None, None].unbind(1)
             state = carry * state + of_first * first[:, k] + of_second * second[:, k]  # [T, N, D]

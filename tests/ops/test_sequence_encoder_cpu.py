@@ -50,7 +50,8 @@ class Case:
         self.upstream = torch.randn(len(slots), d, generator=generator)
 
     def run(self, specification: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-        model, x = self.model.to(dtype), self.x.to(dtype, copy=True).requires_grad_()
+        model = self.model.to(dtype)
+        x = self.x.to(dtype, copy=True).requires_grad_()
         op = sequence_encoder_reference.sequence_encoder if specification else kernels.sequence_encoder
         states = op(x, model.weights(), self.grid, self.dropout)
         gradients = torch.autograd.grad(states, [x, *model.parameters()], self.upstream.to(dtype))
@@ -111,7 +112,8 @@ def test_states_of_more_rows_than_are_computed_at_a_time(lengths):
 
 
 def test_many_users_take_the_memory_of_few(monkeypatch):
-    taken, allocate = [], Memory.empty
+    taken = []
+    allocate = Memory.empty
     monkeypatch.setattr(Memory, "empty", lambda self, dtype, count: taken.append(count) or allocate(self, dtype, count))
     for users in (100, 400):
         case = Case([12] * users, d=16)
@@ -121,7 +123,8 @@ def test_many_users_take_the_memory_of_few(monkeypatch):
 
 
 def test_states_after_whole_histories_are_by_c_where_no_backward_follows(monkeypatch):
-    case, calls = Case([3, 5]), []
+    case = Case([3, 5])
+    calls = []
     last_states = sequence_encoder_cpu.last_states
     monkeypatch.delenv(kernels.FORM_VARIABLE)
     monkeypatch.setattr(
@@ -135,7 +138,8 @@ def test_states_after_whole_histories_are_by_c_where_no_backward_follows(monkeyp
 
 def test_rows_that_share_a_slot_disturb_nobody_else():
     """Padding rows of a batch share a slot of one extra user; their gradients are 0."""
-    case, padding = Case([3, 5, 4]), 50
+    case = Case([3, 5, 4])
+    padding = 50
     expected = case.run(True, torch.float64)
     count = len(case.x)
     last = torch.full((padding,), 4 * case.grid.length - 1)
@@ -190,7 +194,8 @@ def test_last_states_have_no_gradients():
 @pytest.mark.parametrize("step", [1, 2])
 def test_the_backward_has_all_that_it_reads_whoever_lets_go_of_it(step):
     case = Case([3, 7, 1, 5] * 8)
-    expected, model = case.run(False, torch.float64), case.model
+    expected = case.run(False, torch.float64)
+    model = case.model
     slots = case.grid.slots.repeat_interleave(step)[::step]
     states = model(case.x.double(), SequenceGrid(slots, case.grid.users, case.grid.length), case.dropout)
     case.grid = case.dropout = slots = None
@@ -220,7 +225,8 @@ def test_a_value_that_is_not_finite_is_not_lost():
 @pytest.mark.parametrize(("forward", "backward"), [(1, 2), (2, 1)])
 def test_threads_may_change_before_the_backward_and_it_may_come_twice(forward, backward):
     case = Case([4, 9, 2, 7] * 6)
-    expected, x = case.run(False, torch.float64), case.x.double().requires_grad_()
+    expected = case.run(False, torch.float64)
+    x = case.x.double().requires_grad_()
     torch.set_num_threads(forward)
     states = case.model(x, case.grid, case.dropout)
     torch.set_num_threads(backward)
@@ -231,7 +237,10 @@ def test_threads_may_change_before_the_backward_and_it_may_come_twice(forward, b
 
 def test_arguments_that_do_not_fit_are_refused():
     case = Case([3, 4])
-    weights, grid, dropout, x = case.model.weights(), case.grid, case.dropout, case.x.double()
+    weights = case.model.weights()
+    grid = case.grid
+    dropout = case.dropout
+    x = case.x.double()
     for changed, message in (
         ({"x": x[:-1]}, r"x: expected \[7, 32\], found \[6, 32\]"),
         ({"x": x.float()}, "weights: expected float32 like x, found float64"),

@@ -175,8 +175,10 @@ def test_gradients_and_inputs_of_any_stride(gradient):
 @pytest.mark.slow
 def test_rows_that_share_a_slot_disturb_nobody_else():
     """Padding rows of a batch share a slot of one extra user; their gradients are 0."""
-    case, padding = GridCase([3, 5, 4]), 6
-    expected, count = case.run(sequence_by_gpu), len(case.x)
+    case = GridCase([3, 5, 4])
+    padding = 6
+    expected = case.run(sequence_by_gpu)
+    count = len(case.x)
     last = torch.full((padding,), 4 * case.grid.length - 1, device=DEVICE)
     case.grid = SequenceGrid(torch.cat([case.grid.slots, last]), 4, case.grid.length)
     case.dropout = case.dropout._replace(users=torch.cat([case.dropout.users, case.dropout.users[:1]]))
@@ -211,7 +213,8 @@ def test_states_after_whole_histories():
 
 
 def test_without_a_backward_nothing_is_stored_for_it():
-    case, stored = GridCase([3, 5]), []
+    case = GridCase([3, 5])
+    stored = []
     with torch.no_grad(), launch.recording(lambda launched: stored.append(launched.meta["STORE"])):
         sequence_by_gpu(case.x, SequenceWeights(case.tensors, case.heads, EPSILON), case.grid)
     assert stored and not any(stored)

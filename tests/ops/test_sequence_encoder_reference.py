@@ -34,7 +34,8 @@ def vectors(count: int = sum(LENGTHS)) -> torch.Tensor:
 
 
 def test_later_items_and_other_users_change_nothing():
-    model, x = encoder(), vectors()
+    model = encoder()
+    x = vectors()
     states = model(x, rows())
     changed = x.clone()
     changed[3:] += 1  # the first user's last item, and everybody else's
@@ -45,13 +46,15 @@ def test_later_items_and_other_users_change_nothing():
 
 def test_a_longer_grid_gives_the_same_states_with_dropout():
     """Right-aligned: columns that are padding for everyone change neither states nor masks."""
-    model, x = encoder(), vectors(5)
+    model = encoder()
+    x = vectors(5)
     short = model(x, rows((4, 1), length=4), dropout([4, 9]))
     torch.testing.assert_close(short, model(x, rows((4, 1), length=6), dropout([4, 9])), rtol=1e-12, atol=1e-12)
 
 
 def test_a_users_masks_do_not_depend_on_the_batch():
-    model, x = encoder(), vectors()
+    model = encoder()
+    x = vectors()
     together = model(x, rows(), dropout([4, 9, 2]))
     alone = model(x[4:10], rows((6,)), dropout([9]))
     torch.testing.assert_close(alone, together[4:10], rtol=1e-12, atol=1e-12)
@@ -103,6 +106,7 @@ def test_a_hash_by_integers_is_that_by_tensors(seed, step):
 
 
 def test_no_dropout_leaves_the_states_as_they_are():
-    model, x = encoder(), vectors()
+    model = encoder()
+    x = vectors()
     assert sequence_dropout(0.0, 0, 0, torch.arange(3)) is None
     assert torch.equal(model(x, rows(), None), model(x, rows()))

@@ -63,9 +63,12 @@ class Case:
         for no projections; table_dtypes: dtype of each view, None for that of the weights.
         """
         self.generator = torch.Generator().manual_seed(seed)
-        self.kinds, self.activation, self.table_dtypes = list(kinds), activation, table_dtypes
+        self.kinds = list(kinds)
+        self.activation = activation
+        self.table_dtypes = table_dtypes
         self.rows = torch.randint(0, items // 2 + 1, (items,), generator=self.generator)  # some items repeat
-        self.in_order, self.projected = list(in_order), projected
+        self.in_order = list(in_order)
+        self.projected = projected
         self.tables = {
             f"view {view}": self.random(items if view in in_order else items // 2 + 1, layers, width)
             for view in range(1 + max(map(max, kinds)))
@@ -370,7 +373,8 @@ def test_threads_may_change_between_forward_and_backward(forward, backward):
 
 
 def test_a_backward_in_another_thread():
-    case, results = Case(), {}
+    case = Case()
+    results = {}
     outputs, leaves = case.forward(by_cpu, torch.float64)
     thread = threading.Thread(target=lambda: results.update(case.backward(outputs, leaves)))
     thread.start()
@@ -447,7 +451,8 @@ def test_every_item_of_every_tower_is_one_pieces(threads, towers, items, split):
     if split:
         assert all(len({piece.tower for piece in one}) == 1 for one in rounds)
     elif items:
-        sizes, most = [piece.count for piece in pieces], side_towers_cpu.MOST_WORKERS
+        sizes = [piece.count for piece in pieces]
+        most = side_towers_cpu.MOST_WORKERS
         workers = max(1, min(threads, most, towers * items // side_towers_cpu.LEAST_ROWS))
         assert sizes == sorted(sizes, reverse=True) and sizes[0] <= -(-towers * items // workers)
         assert len(pieces) < workers + towers

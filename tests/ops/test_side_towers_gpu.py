@@ -123,7 +123,9 @@ def make_towers(case: TowerCase, device: str, dtype: torch.dtype, seed: int = 0)
         return (std * torch.randn(shape, generator=generator, device=device)).to(dtype)
 
     rows = torch.randint(0, case.items + 9, (case.items,), generator=generator, device=device)
-    layers, width, bottleneck = case.layers, case.width, case.bottleneck
+    layers = case.layers
+    width = case.width
+    bottleneck = case.bottleneck
     states = []
     for view in range(1 + max(map(max, case.reads))):
         if view in case.dense:
@@ -281,7 +283,8 @@ def test_a_captured_graph_follows_its_inputs(case, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["iisan", "iisan, gelu, not gated", "one view", "aligned, inter"])
 def test_compiled_towers_equal_eager_ones(name, dtype):
-    inputs, op = make_towers(TOWER_CASES[name], "cuda", dtype), side_towers_by("gpu")
+    inputs = make_towers(TOWER_CASES[name], "cuda", dtype)
+    op = side_towers_by("gpu")
     assert_close(run_towers(compiled(op), inputs), run_towers(op, inputs), compiled_tolerance(dtype))
 
 
@@ -383,7 +386,9 @@ def test_a_towers_forward_takes_less_than_one_gathered_view():
 def test_three_towers_forward_holds_no_gathered_view():
     """The peak of memory is outputs and bottlenecks plus less than half a view."""
     inputs = fp32_weights(make_towers(CATALOGUE, "cuda", torch.bfloat16))
-    towers, items, width = len(CATALOGUE.reads), CATALOGUE.items, CATALOGUE.width
+    towers = len(CATALOGUE.reads)
+    items = CATALOGUE.items
+    width = CATALOGUE.width
     outputs = towers * items * width * 4
     bottlenecks = towers * items * CATALOGUE.layers * CATALOGUE.bottleneck * (4 + 2 + 2)  # W_down p; z and a for later
     used = extra_memory(lambda: side_towers_by("gpu")(inputs.states, inputs.towers, "relu"))

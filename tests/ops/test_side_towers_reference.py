@@ -45,7 +45,9 @@ def test_side_towers_gradients():
     def leaf(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
-    table, rows, dense = leaf(4, 2, 3).detach(), torch.tensor([3, 0, 3]), leaf(3, 2, 3)
+    table = leaf(4, 2, 3).detach()
+    rows = torch.tensor([3, 0, 3])
+    dense = leaf(3, 2, 3)
     shapes = [(2,), (2, 5, 3), (2, 5), (2, 3, 5), (2, 3)]
     leaves = [leaf(*shape) for _ in range(2) for shape in shapes]
 

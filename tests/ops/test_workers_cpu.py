@@ -54,7 +54,10 @@ def test_a_call_that_fails_is_told_when_all_are_made():
 
 def scheduled(work: Callable[[int], int], groups: list[tuple[int, list[int]]], threads: int) -> None:
     """Run groups of calls; a group has a number of calls and waits for the groups whose indices follow."""
-    call, schedule, spans, count = Work(lambda pointer: work(pointer[0])), library.Schedule(torch.float32), [], 0
+    call = Work(lambda pointer: work(pointer[0]))
+    schedule = library.Schedule(torch.float32)
+    spans = []
+    count = 0
     for size, after in groups:
         before = [spans[number] for number in after] or [library.AT_ONCE]
         numbers = [Number(count + i) for i in range(size)]
@@ -102,7 +105,8 @@ def test_after_a_call_that_failed_those_that_come_after_any_are_left_out(threads
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_what_is_done_meanwhile_may_fail_or_share_out_itself(threads):
     """Calls that have begun end before anything else goes on."""
-    began, calls = threading.Event(), []
+    began = threading.Event()
+    calls = []
 
     def work(number: int) -> int:
         began.set()
@@ -110,7 +114,8 @@ def test_what_is_done_meanwhile_may_fail_or_share_out_itself(threads):
         calls.append(number)
         return 0
 
-    call, numbers = Work(lambda pointer: work(pointer[0])), [Number(i) for i in range(6)]
+    call = Work(lambda pointer: work(pointer[0]))
+    numbers = [Number(i) for i in range(6)]
 
     def meanwhile() -> None:
         assert threads == 1 or began.wait(20)
@@ -128,7 +133,8 @@ def test_what_is_done_meanwhile_may_fail_or_share_out_itself(threads):
 
 
 def test_an_interrupt_as_calls_begin_lets_them_end(monkeypatch):
-    calls, compiled = [], library.library(torch.float32)
+    calls = []
+    compiled = library.library(torch.float32)
 
     class Interrupted:
         end = compiled.end
@@ -154,7 +160,8 @@ def test_an_interrupt_as_calls_begin_lets_them_end(monkeypatch):
 
 
 def test_two_that_share_out_at_once_both_get_all_their_calls():
-    lock, counts = threading.Lock(), Counter()
+    lock = threading.Lock()
+    counts = Counter()
 
     def work(number: int) -> int:
         with lock:
