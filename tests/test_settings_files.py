@@ -95,7 +95,7 @@ def test_a_run_s_config_is_a_settings_file(write):
         ("uncached: {views: []}\nencoders: []", ":2: encoders, uncached.views: are one setting"),
         ("seed: 1", ":1: seed: unknown setting"),
         ("train:\n  seed: 1\n  seed: 2", ":3: seed stands twice, first in line 2; leave one out"),
-        ("train:\n\tseed: 1", ":2: neither YAML nor JSON (found character '\\t'"),
+        ("train:\n\tseed: 1", ":2: neither YAML nor JSON (found a tab; YAML is indented by spaces)"),
         ('{"train": {"seed": 1}', ":1: neither YAML nor JSON"),
         ("[1, 2]", ": expected settings as YAML or JSON, found a sequence"),
         ("some text", ": expected settings as YAML or JSON, found a scalar"),
