@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from ..config import ViewConfig
 from ..encoders import count_parameters
 from ..errors import InputError
-from ..files import write_atomically
 from .cells import Cell, encoding_seconds, run_sweep
+from .drawing import two_panels
 from .harness import Setup
 from .methods import seeds_row
 from .sweep_settings import EncodersSettings
@@ -53,41 +52,30 @@ def encoder_parameters(views: Sequence[ViewConfig]) -> int:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw a PNG of two panels against the encoders' parameters: HR@10 and NDCG@10; seconds of epochs and encoding."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows, settings = result["rows"], result["settings"]
     sizes = [row["encoder_parameters"] / 1e6 for row in rows]
-    figure, (accuracy, cost) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name, label in (("hr", "HR@10"), ("ndcg", "NDCG@10")):
-        deviations = [100 * (row[f"{name}_sd"] or 0) for row in rows]
-        accuracy.errorbar(sizes, [100 * row[name] for row in rows], deviations, fmt="o-", capsize=3, label=label)
-    cost.plot(sizes, [row["epoch_s"] for row in rows], "o-", label="an epoch of training")
-    encoded = [(size, row["encoding_s"]) for size, row in zip(sizes, rows) if row["encoding_s"] != NOT_MEASURED]
-    if encoded:
-        cost.plot(*zip(*encoded), "s--", color="black", label="encoding the catalogue, once")
-    for row, height in zip(rows, _label_heights(rows)):
-        point = row["encoder_parameters"] / 1e6, 100 * row["hr"]
-        place = {"xytext": (-8, height), "textcoords": "offset points", "ha": "right", "fontsize": LABEL_POINTS}
-        accuracy.annotate(row["encoders"], point, **place)
-    accuracy.set(ylabel="percent", title="Accuracy")
-    accuracy.set_ylim(bottom=0)
-    cost.set(ylabel="seconds", title="Cost", yscale="log")
-    for axes in (accuracy, cost):
-        axes.set(xlabel="millions of parameters of the encoders", xscale="log")
-        axes.margins(x=0.25)
-        axes.set_xticks(sorted(set(sizes)), [f"{size:.3g}" for size in sorted(set(sizes))])
-        axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     seeds = len(settings["seeds"])
-    figure.suptitle(f"{settings['methods'][0]} on {result['dataset']}, {seeds} seed{'s' * (seeds > 1)}", fontsize=10)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120, format="png")
-    pyplot.close(figure)
-    write_atomically(path, drawn.getvalue())
+    title = f"{settings['methods'][0]} on {result['dataset']}, {seeds} seed{'s' * (seeds > 1)}"
+    with two_panels(path, title) as (accuracy, cost):
+        for name, label in (("hr", "HR@10"), ("ndcg", "NDCG@10")):
+            deviations = [100 * (row[f"{name}_sd"] or 0) for row in rows]
+            accuracy.errorbar(sizes, [100 * row[name] for row in rows], deviations, fmt="o-", capsize=3, label=label)
+        cost.plot(sizes, [row["epoch_s"] for row in rows], "o-", label="an epoch of training")
+        encoded = [(size, row["encoding_s"]) for size, row in zip(sizes, rows) if row["encoding_s"] != NOT_MEASURED]
+        if encoded:
+            cost.plot(*zip(*encoded), "s--", color="black", label="encoding the catalogue, once")
+        for row, height in zip(rows, _label_heights(rows)):
+            point = row["encoder_parameters"] / 1e6, 100 * row["hr"]
+            place = {"xytext": (-8, height), "textcoords": "offset points", "ha": "right", "fontsize": LABEL_POINTS}
+            accuracy.annotate(row["encoders"], point, **place)
+        accuracy.set(ylabel="percent", title="Accuracy")
+        accuracy.set_ylim(bottom=0)
+        cost.set(ylabel="seconds", title="Cost", yscale="log")
+        for axes in (accuracy, cost):
+            axes.set(xlabel="millions of parameters of the encoders", xscale="log")
+            axes.margins(x=0.25)
+            axes.set_xticks(sorted(set(sizes)), [f"{size:.3g}" for size in sorted(set(sizes))])
+            axes.set_xticks([], minor=True)
 
 
 def _label_heights(rows: Sequence[dict[str, Any]]) -> list[float]:

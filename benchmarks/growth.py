@@ -6,7 +6,6 @@ are random and repeat every 20,000 items, since times do not depend on their val
 
 from __future__ import annotations
 
-import io
 import time
 from contextlib import closing
 from itertools import islice
@@ -20,12 +19,12 @@ from torch import Tensor
 from ..config import EvaluationConfig, RunConfig, TrainConfig
 from ..data import Sequences
 from ..evaluation import evaluate
-from ..files import write_atomically
 from ..precision import resolve_precision
 from ..progress import progress_bar
 from ..states import FeatureTable
 from ..training import Trainer, deterministic
 from .captures import capture_step
+from .drawing import two_panels
 from .harness import Setup
 from .machine import on, synchronise
 from .settings import GrowthSettings
@@ -118,36 +117,28 @@ def now(device: torch.device) -> float:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw a PNG of two panels: epochs against users a batch, epochs and evaluations against the catalogue."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows, settings, environment = result["rows"], result["settings"], result["environment"]
-    figure, (by_users, by_items) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for count in settings["items"]:
-        of_size = [row for row in rows if row["items"] == count]
-        by_users.plot(*zip(*((row["batch_users"], row["epoch_s"]) for row in of_size)), "o-", label=f"{count:,} items")
-    for count in settings["batch_users"]:
-        of_size = [row for row in rows if row["batch_users"] == count]
-        label = f"epoch, {count:,} users a batch"
-        by_items.plot(*zip(*((row["items"], row["epoch_s"]) for row in of_size)), "o-", label=label)
-    times = [[row["evaluation_s"] for row in rows if row["items"] == count] for count in settings["items"]]
-    middle = [float(np.median(seconds)) for seconds in times]
-    by_items.plot(settings["items"], middle, "s--", color="black", label="evaluation: all users, whole catalogue")
-    by_users.set(
-        xlabel="users a batch", ylabel="seconds", title=f"An epoch of {settings['users']:,} users", xscale="log"
-    )
-    by_users.set_xticks(settings["batch_users"], [f"{count:,}" for count in settings["batch_users"]])
-    by_users.set_xticks([], minor=True)
-    by_users.set_ylim(bottom=0)
-    by_items.set(xlabel="items in the catalogue", ylabel="seconds", title="Catalogue size", xscale="log", yscale="log")
-    for axes in (by_users, by_items):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     shape = f"2 views of {settings['layers']} layers of {settings['width']}"
-    figure.suptitle(f"IISAN, {shape}; {environment['device']}, {environment['threads']} threads", fontsize=10)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120, format="png")
-    pyplot.close(figure)
-    write_atomically(path, drawn.getvalue())
+    title = f"IISAN, {shape}; {environment['device']}, {environment['threads']} threads"
+    with two_panels(path, title) as (by_users, by_items):
+        for count in settings["items"]:
+            of_size = [row for row in rows if row["items"] == count]
+            by_users.plot(
+                *zip(*((row["batch_users"], row["epoch_s"]) for row in of_size)), "o-", label=f"{count:,} items"
+            )
+        for count in settings["batch_users"]:
+            of_size = [row for row in rows if row["batch_users"] == count]
+            label = f"epoch, {count:,} users a batch"
+            by_items.plot(*zip(*((row["items"], row["epoch_s"]) for row in of_size)), "o-", label=label)
+        times = [[row["evaluation_s"] for row in rows if row["items"] == count] for count in settings["items"]]
+        middle = [float(np.median(seconds)) for seconds in times]
+        by_items.plot(settings["items"], middle, "s--", color="black", label="evaluation: all users, whole catalogue")
+        by_users.set(
+            xlabel="users a batch", ylabel="seconds", title=f"An epoch of {settings['users']:,} users", xscale="log"
+        )
+        by_users.set_xticks(settings["batch_users"], [f"{count:,}" for count in settings["batch_users"]])
+        by_users.set_xticks([], minor=True)
+        by_users.set_ylim(bottom=0)
+        by_items.set(
+            xlabel="items in the catalogue", ylabel="seconds", title="Catalogue size", xscale="log", yscale="log"
+        )
