@@ -5,17 +5,15 @@ python -m iisan_fast.benchmarks.demo [--out FILE]
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 
-from .harness import DEMO, write_result
+from .harness import DEMO, script_parser, write_result
 from .machine import origin
 
 COMMAND = "python -m iisan_fast.benchmarks.demo"
@@ -23,8 +21,7 @@ COMMAND = "python -m iisan_fast.benchmarks.demo"
 
 def main() -> None:
     """Run the demo and print its figures."""
-    parser = argparse.ArgumentParser(COMMAND, description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser = script_parser(COMMAND, __doc__)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()

@@ -6,15 +6,18 @@ the machine and its versions, and the settings; the figures that the benchmark m
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InputError
 from ..files import write_atomically
 from ..setting_fields import settings_of
 from .tables import ResultTable
@@ -114,6 +117,29 @@ def imported(path: str) -> Callable[..., Any]:
 def write_result(file: Path, result: Result) -> None:
     """Write a result as a JSON file, whole or not at all."""
     write_atomically(file, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def script_parser(command: str, document: str) -> argparse.ArgumentParser:
+    """Return the parser of a script here: its command, its module's first line, and --out for its result."""
+    parser = argparse.ArgumentParser(command, description=document.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    return parser
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main function. An InputError becomes one line on standard error and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def folder_argument(text: str) -> Path:
+    """Return the folder that an argument of a script names. Raises ArgumentTypeError if there is none."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"no such folder: {text}")
+    return Path(text)
 
 
 def command_line(benchmark: Benchmark, dataset: Path | None, settings: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ The interactions have no order; a few popular items hold most of them.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .harness import write_result
+from .harness import run_script, script_parser, write_result
 from .peak_memory import PeakMemory
 
 COMMAND = "python -m iisan_fast.benchmarks.imports"
@@ -38,9 +37,8 @@ def main() -> None:
 
     from .machine import in_a_process, origin
 
-    parser = argparse.ArgumentParser(COMMAND, description=__doc__.splitlines()[0])
-    parser.add_argument("--interactions", type=int, nargs="+", default=[10_000_000])
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser = script_parser(COMMAND, __doc__)
+    parser.add_argument("--interactions", type=int, nargs="+", default=[10_000_000], help="of each import (10000000)")
     arguments = parser.parse_args()
     sizes = arguments.interactions
     machine = origin("synthetic", device("cpu"))  # of the code as it starts: it may be another by the time this ends
@@ -98,4 +96,4 @@ def measure(source: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

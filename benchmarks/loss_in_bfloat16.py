@@ -10,7 +10,6 @@ float32, as matrix instructions of a GPU do it. In the loss's backward the opera
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
@@ -32,7 +31,7 @@ from ..models import Recommender, build_recommender
 from ..precision import resolve_precision
 from ..states import ItemSource
 from ..training import open_source
-from .harness import write_result
+from .harness import folder_argument, run_script, script_parser, write_result
 from .machine import origin
 from .scientific import CPU, LAYERS, PROTOCOL, encode, minilm
 
@@ -50,12 +49,11 @@ PRODUCTS = {  # the place of their first factor; the second follows
 
 def main() -> None:
     """Compare the losses and print the largest difference of each form."""
-    parser = argparse.ArgumentParser(COMMAND, description=__doc__.splitlines()[0])
-    parser.add_argument("dataset", type=Path)
+    parser = script_parser(COMMAND, __doc__)
+    parser.add_argument("dataset", type=folder_argument, help="a dataset folder")
     parser.add_argument("--work", type=Path, help="keeps the states here; a repeated call reads them again")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--steps", type=int, default=300, help="of every seed (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run for each (default: 0 1 2)")
     arguments = parser.parse_args()
     os.environ[kernels.FORM_VARIABLE] = "reference"  # its products are PyTorch's, which can be rounded
     torch.set_num_threads(1)  # its operators are small
@@ -182,4 +180,4 @@ def differences(losses: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

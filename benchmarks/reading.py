@@ -7,7 +7,6 @@ Every reading has a new process; the readers take turns. CHECKOUT is the folder 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -20,8 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .harness import folder_argument, run_script, script_parser, write_result
 from .machine import commit, origin
 
+COMMAND = "python -m iisan_fast.benchmarks.reading"
 HERE = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("reading_worker.py")
 ITEMS = 100_000
@@ -36,17 +37,15 @@ NOTES = {
 
 def main() -> None:
     """Measure the readers that the command line asks for, and print the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--before", type=Path, help="the folder of another checkout")
-    parser.add_argument("--interactions", type=int, default=1_800_000)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path)
+    parser = script_parser(COMMAND, __doc__)
+    parser.add_argument("--before", type=folder_argument, help="the folder of another checkout")
+    parser.add_argument("--interactions", type=int, default=1_800_000, help="of the dataset (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="readings by each reader (%(default)s)")
     arguments = parser.parse_args()
     result = compare(arguments.before, arguments.interactions, arguments.rounds)
-    text = json.dumps(result, indent=1) + "\n"
-    print(text, end="")
-    if arguments.out:
-        arguments.out.write_text(text)
+    print(json.dumps(result, indent=1))
+    if arguments.out is not None:
+        write_result(arguments.out, result)
 
 
 def compare(before: Path | None, interactions: int, rounds: int) -> dict[str, Any]:
@@ -63,7 +62,7 @@ def compare(before: Path | None, interactions: int, rounds: int) -> dict[str, An
     digests = {reading["digest"] for of_reader in readings.values() for reading in of_reader}
     if len(digests) > 1:
         raise ValueError(f"expected equal datasets of all readers, found {len(digests)} different ones")
-    command = "python -m iisan_fast.benchmarks.reading" + " --before=CHECKOUT" * (before is not None)
+    command = COMMAND + " --before=CHECKOUT" * (before is not None)
     return {
         "command": f"{command} --interactions={interactions} --rounds={rounds}",
         **origin("synthetic", torch.device("cpu")),
@@ -112,4 +111,4 @@ def medians(readings: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

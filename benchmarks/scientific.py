@@ -37,7 +37,7 @@ from ..encoders import write_resized_vit
 from ..setting_fields import to_dict
 from ..states import extract
 from ..training import RunFolder, evaluate_run, resume, train
-from .harness import write_result
+from .harness import folder_argument, run_script, write_result
 from .machine import origin
 
 COMMAND = "python -m iisan_fast.benchmarks.scientific"
@@ -51,9 +51,9 @@ def main() -> None:
     """Train the seeds that the command line asks for and write their figures."""
     parser = argparse.ArgumentParser(COMMAND, description=__doc__.splitlines()[0])
     parser.add_argument("views", choices=["titles", "images", "stand-ins"])
-    parser.add_argument("dataset", type=Path)
+    parser.add_argument("dataset", type=folder_argument, help="the folder of the Scientific dataset")
     parser.add_argument("--work", type=Path, help="keeps states and run folders here; a repeated call resumes them")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run for each (default: 0 1 2)")
     parser.add_argument("--max-tokens", type=int, default=30, help="of a title (default 30)")
     parser.add_argument(
         "--encoder-dtype",
@@ -229,4 +229,4 @@ def write(path: Path, source: dict, views: list[ViewConfig], encoding: dict, run
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,7 +10,6 @@ time that threads spend on a step depends less than the wall clock on what else 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -22,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import runtime
+from ..errors import InputError
+from .harness import folder_argument, run_script, script_parser, write_result
 from .stopwatch import quantiles
 from .train import largest_difference
 
+COMMAND = "python -m iisan_fast.benchmarks.two_checkouts"
 HERE = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("checkout_worker.py")
 PREPARED = {  # as `runtime.prepare` sets a process up, whatever the checkout calls it
@@ -37,18 +39,16 @@ STEPS = 3  # of a turn
 
 def main() -> None:
     """Compare the checkouts that the command line names, and print the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dataset", type=Path)
-    parser.add_argument("before", type=Path, help="the folder of the other checkout")
+    parser = script_parser(COMMAND, __doc__)
+    parser.add_argument("dataset", type=folder_argument, help="a dataset folder")
+    parser.add_argument("before", type=folder_argument, help="the folder of the other checkout")
     parser.add_argument("--without-compiler", action="store_true", help="as on a machine without a C++ compiler")
-    parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=24, help=f"turns of {STEPS} steps (%(default)s)")
     arguments = parser.parse_args()
     result = compare(arguments.dataset, arguments.before, arguments.rounds, arguments.without_compiler)
-    text = json.dumps(result, indent=1) + "\n"
-    print(text, end="")
-    if arguments.out:
-        arguments.out.write_text(text)
+    print(json.dumps(result, indent=1))
+    if arguments.out is not None:
+        write_result(arguments.out, result)
 
 
 def compare(dataset: Path, other: Path, rounds: int, without_compiler: bool) -> dict[str, Any]:
@@ -70,9 +70,7 @@ def compare(dataset: Path, other: Path, rounds: int, without_compiler: bool) -> 
     losses = [origin.pop("losses") for origin in origins]
     before, after = ({**origin, **figures(worker_times)} for origin, worker_times in zip(origins, times))
     return {
-        "command": "python -m iisan_fast.benchmarks.two_checkouts DATASET BEFORE"
-        + " --without-compiler" * without_compiler
-        + f" --rounds={rounds}",
+        "command": f"{COMMAND} DATASET BEFORE" + " --without-compiler" * without_compiler + f" --rounds={rounds}",
         "steps": rounds * STEPS,
         "before": before,
         "after": after,
@@ -90,12 +88,15 @@ def start(program: Path, checkout: Path, dataset: Path, variables: dict[str, str
 
 
 def answer(worker: subprocess.Popen[str], question: str = "") -> Any:
-    """Return a process's next answer."""
+    """Return a process's next answer. Raises InputError if the process has ended."""
     assert worker.stdin is not None and worker.stdout is not None
     if question:
         worker.stdin.write(question + "\n")
         worker.stdin.flush()
-    return json.loads(worker.stdout.readline())
+    line = worker.stdout.readline()
+    if not line:
+        raise InputError(f"a checkout's process ended with exit code {worker.wait()}; its message is above")
+    return json.loads(line)
 
 
 def figures(times: list[list[float]]) -> dict[str, float]:
@@ -105,4 +106,4 @@ def figures(times: list[list[float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
