@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from helpers.command_line import iisan_fast
 from iisan_fast.benchmarks import harness
@@ -17,6 +18,7 @@ from iisan_fast.benchmarks.harness import Benchmark, Folder, Setup, command_line
 from iisan_fast.benchmarks.sweep_settings import MethodsSettings
 from iisan_fast.benchmarks.tables import Column, ResultTable, label, mebibytes, quantile_column
 from iisan_fast.cli import cli
+from iisan_fast.cli.bench import bench_command
 from iisan_fast.cli.views import parsed_view
 from iisan_fast.config import ViewConfig
 from iisan_fast.evaluation.efficiency import TPME_WEIGHTS
@@ -100,6 +102,17 @@ def test_a_result_says_where_its_figures_come_from(monkeypatch, tmp_path):
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(recorded))
     assert recorded["dataset"] == "DATA"
     assert recorded["command"].startswith("iisan-fast bench tiny DATASET --folder=FOLDER")
+
+
+def test_a_description_is_a_command_that_prints_and_writes_its_result(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "imported", {"tiny:figures": figures}.__getitem__)
+    out = tmp_path / "tiny.json"
+    printed = CliRunner().invoke(bench_command(TINY), ["--form", "a, b", "--no-epochs", "--out", str(out)])
+    assert printed.exit_code == 0 and "1.5" in printed.output
+    result = json.loads(out.read_text())
+    assert result["settings"] == {"users": 2, "forms": ["a, b"], "epochs": False, "hidden": 7}
+    as_json = CliRunner().invoke(bench_command(TINY), ["--json"])
+    assert json.loads(as_json.output)["rows"] == [{"seconds": 1.5}]
 
 
 @pytest.mark.parametrize(
