@@ -131,6 +131,7 @@ def encoding_seconds(encoders: str, out: Path) -> float | str:
 
 
 def _cache(encoders: str, out: Path) -> Path:
+    """Return the folder of hidden states that the cells of one set of encoders share."""
     return out / encoders / "states"
 
 
@@ -220,6 +221,7 @@ def _train(config: RunConfig, folder: Path, table: str, device: torch.device) ->
 
 
 def _profile(config: RunConfig, settings: SweepSettings, device: torch.device) -> dict[str, Any]:
+    """Return the seconds and memory of a step's phases, measured over a few steps of a run that is not kept."""
     dataset = load_dataset(Path(config.dataset), config.protocol)
     precision = resolve_precision(config, device)
     with open_source(config, dataset, device, settings.table, precision) as (source, _):

@@ -156,6 +156,7 @@ PlainBatch = tuple[list[str], list[bytes], ModelInputs]  # item ids, digests, an
 
 
 def _title_batches(job: ExtractionJob, backbone: Backbone) -> Iterator[PlainBatch]:
+    """Yield batches of titles as a plain loop makes them: in catalogue order, padded to max_tokens."""
     item_ids = job.dataset.sequences.item_ids
     titles = job.dataset.titles
     width = job.view.max_tokens
@@ -172,6 +173,7 @@ def _title_batches(job: ExtractionJob, backbone: Backbone) -> Iterator[PlainBatc
 
 
 def _image_batches(job: ExtractionJob, backbone: Backbone) -> Iterator[PlainBatch]:
+    """Yield batches of images as a plain loop makes them: read and decoded one by one, in catalogue order."""
     item_ids = job.dataset.sequences.item_ids
     with open_images(job.dataset.root) as images:
         for item_id in item_ids:  # all are checked before one is encoded, as extraction does
@@ -184,6 +186,7 @@ def _image_batches(job: ExtractionJob, backbone: Backbone) -> Iterator[PlainBatc
 
 
 def _content(images: ImageFolder | ImageLmdb, item_id: str) -> bytes:
+    """Return the bytes of an item's image. Raises InputError if it has none."""
     content = images.content(item_id)
     if content is None:
         raise InputError(f"{images.path}: item {item_id!r}: no image")
@@ -242,6 +245,7 @@ def run_from_memory(job: ExtractionJob) -> Measured:
 
 
 def _measured(device: torch.device, run: Callable[[], None], items: int) -> Measured:
+    """Run a function once and return its seconds and its peak memory on the host and on a GPU."""
     cuda = device.type == "cuda"
     with on(device), PeakMemory() as memory:
         if cuda:
@@ -300,4 +304,5 @@ def _short(encoder: str | None) -> str | None:
 
 
 def _largest(figures: list[int | None]) -> int | str:
+    """Return the largest figure, or "not measured" if one of them is None."""
     return NOT_MEASURED if None in figures else max(figures)

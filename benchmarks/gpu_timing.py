@@ -87,4 +87,5 @@ def event_quantiles(call: Callable[[], Any]) -> list[float]:
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return a new CUDA stream of the device, on which graphs are captured."""
     return torch.cuda.Stream(device)

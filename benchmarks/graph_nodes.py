@@ -44,5 +44,6 @@ def node_kinds(graph: int, driver: Any) -> Counter[str]:
 
 
 def _check(code: int) -> None:
+    """Raise RuntimeError if the CUDA driver returns an error code."""
     if code:
         raise RuntimeError(f"the CUDA driver refuses to list a graph's nodes: error {code}")

@@ -168,6 +168,7 @@ def view_text(view: Mapping[str, Any]) -> str:
 
 
 def _option_words(option: str, value: Any) -> list[str]:
+    """Return a setting as words of a command line: a flag, one option, or an option for each part of a list."""
     if value is None:
         return []
     if isinstance(value, bool):

@@ -104,9 +104,11 @@ class LaunchCounter(TorchDispatchMode):
         self.host_reads.clear()
 
     def _on_launch(self, launch: Launch) -> None:
+        """Note a Triton launch under the current part of the step."""
         self.launches.append((self._part, launch))
 
     def _follow(self, tensor: Tensor) -> None:
+        """Count a tensor's storage as allocated, once, until Python frees it."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._sizes:
@@ -119,6 +121,7 @@ class LaunchCounter(TorchDispatchMode):
         weakref.finalize(storage, self._free, address)
 
     def _free(self, address: int) -> None:
+        """Take the storage at an address off the allocated bytes."""
         self.allocated -= self._sizes.pop(address)
 
 

@@ -293,6 +293,7 @@ def _carried(one: Operation) -> list[tuple[str, str]]:
 
 
 def _known(names: Sequence[str], state: Sequence[Any]) -> Environment:
+    """Return the variables whose values are known, by name; None in `state` means unknown."""
     return {name: value for name, value in zip(names, state) if value is not None}
 
 

@@ -199,10 +199,12 @@ def random_tensors(device: torch.device, dtype: torch.dtype, seed: int, *shapes:
 
 
 def _mean_loss(queries: Tensor, items: Tensor, targets: Tensor, **corrections: Tensor) -> list[Tensor]:
+    """Return the mean of the reference's loss over the rows, in a list."""
     return [row_losses_reference(queries, items, targets, **corrections).mean()]
 
 
 def _liger(queries: Tensor, items: Tensor, targets: Tensor) -> Run:
+    """Return a call of Liger-Kernel's fused linear cross-entropy on these tensors."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss()
@@ -210,12 +212,15 @@ def _liger(queries: Tensor, items: Tensor, targets: Tensor) -> Run:
 
 
 def _cut_cross_entropy(queries: Tensor, items: Tensor, targets: Tensor) -> Run:
+    """Return a call of cut-cross-entropy on these tensors, without its gradient filter."""
     from cut_cross_entropy import linear_cross_entropy
 
     return lambda: [linear_cross_entropy(queries, items, targets, filter_eps=None)]
 
 
 def _autocast(run: Run) -> Run:
+    """Return a function that makes the call under CUDA autocast to bfloat16."""
+
     def inside() -> Sequence[Tensor]:
         with torch.autocast("cuda", torch.bfloat16):
             return run()

@@ -150,5 +150,6 @@ def _fresh_compiler(graphs_kept: bool) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
+    """Return an error's type and first line, shortened, for the row of a form that failed."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:REASON_LENGTH]

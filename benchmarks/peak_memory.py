@@ -35,10 +35,12 @@ class PeakMemory:
         self._look()
 
     def _watch(self) -> None:
+        """Look at the memory at regular times, until the measurement is over; runs in a thread."""
         while not self._over.wait(self._every):
             self._look()
 
     def _look(self) -> None:
+        """Raise the peak if this process and its children take more memory at this moment."""
         now = proportional_set_size(os.getpid())
         if now is not None:
             self.bytes = max(now, self.bytes or 0)
@@ -71,6 +73,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def _process_size(pid: int) -> int:
+    """Return the proportional set size of a process in bytes; 0 if it has ended."""
     lines = _read(PROC / str(pid) / "smaps_rollup").splitlines()
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
 

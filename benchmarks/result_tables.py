@@ -208,6 +208,7 @@ def static_tables(result: Result) -> Iterator[ResultTable | str]:
 
 
 def _seconds_of_all_users(row: Row) -> str:
+    """Return the median seconds for all users, with a note if they were scaled from fewer users."""
     whole = row["all_users"]
     return f"{whole['p50_s']:.3f}{' (scaled)' if whole['scaled'] else ''}"
 
@@ -243,12 +244,14 @@ def _op_table(op: str, users: int, rows: list[dict[str, Any]], note: str) -> Res
 
 
 def _kernel_times(row: Row) -> str:
+    """Return a kernel's p20 / p50 / p80 in ms, or why it was not measured."""
     if row["p50_ms"] is None:
         return row["status"]
     return " / ".join(f"{row[name]:.3f}" for name in quantile_keys("ms"))
 
 
 def _methods_caption(encoders: str, compared: Row) -> str:
+    """Return the caption of a table of methods: encoding time, and the verdict on the order of costs."""
     order = compared["cost_order"]
     caption = f"{encoders}: p against {compared['against']}"
     if isinstance(compared.get("encoding_s"), float):  # older results lack it
@@ -265,6 +268,7 @@ def _across(name: str, texts: Iterable[str]) -> Row:
 
 
 def _launch_rows(steps: list[dict[str, Any]]) -> list[Row]:
+    """Return a row for each part of a step, with its launches in each counted step."""
     rows = []
     for part in dict.fromkeys(part for step in steps for part in step["launches_by_part"]):
         counts = (str(step["launches_by_part"].get(part, 0)) for step in steps)
@@ -273,6 +277,7 @@ def _launch_rows(steps: list[dict[str, Any]]) -> list[Row]:
 
 
 def _step_rows(steps: list[dict[str, Any]]) -> list[Row]:
+    """Return the rows of counted figures: launches, host reads, bytes, memory, host time and sizes."""
     rows = [
         _across("launches", (str(step["launches"]) for step in steps)),
         _across("reads by the host", (str(len(step["host_reads"])) for step in steps)),
@@ -289,10 +294,12 @@ def _step_rows(steps: list[dict[str, Any]]) -> list[Row]:
 
 
 def _mebibytes_or_text(figure: int | str) -> str:
+    """Return bytes as MiB; text, such as "not measured", stays as it is."""
     return figure if isinstance(figure, str) else mebibytes(figure)
 
 
 def _bound(bounds: dict[str, int], name: str) -> int:
+    """Return how many of a thing a step has memory for; rows are tiles times rows a tile."""
     return bounds["tiles"] * bounds["tile_rows"] if name == "rows" else bounds[name]
 
 

@@ -59,6 +59,7 @@ def state_shape(size: str) -> ViewShape:
 
 
 def _write_dataset(dataset: Path | None, folder: Path, seed: int) -> None:
+    """Write a dataset with the titles and histories of `dataset`, or of the demo, and images of noise."""
     images = folder / "images"
     images.mkdir(parents=True)
     with TemporaryDirectory(prefix="iisan-fast-") as drawn:

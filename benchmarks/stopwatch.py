@@ -27,6 +27,7 @@ class Stopwatch:
         self.seconds[stage], self.started = ended - self.started, ended
 
     def _now(self) -> float:
+        """Return the time in seconds once the device has finished its work."""
         synchronise(self.device)
         return time.perf_counter()
 

@@ -34,6 +34,7 @@ class Column:
         return " / ".join(self._shown(row[key]) for key in self.figure)
 
     def _shown(self, figure: Any) -> str:
+        """Return a figure as the column formats it; text unchanged, nothing for None."""
         if figure is None:
             return ""
         if isinstance(figure, str):

@@ -238,5 +238,6 @@ def as_json(tuned: list[TunedKernel], device: torch.device) -> list[dict[str, An
 
 
 def _next(ladder: tuple[int, ...], value: int, up: bool) -> int | None:
+    """Return the next value up or down a ladder of values, or None at its end."""
     steps = [step for step in ladder if (step > value if up else step < value)]
     return (min(steps) if up else max(steps)) if steps else None

@@ -84,5 +84,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> None:
+    """Print an error as one line on standard error, and leave with exit code 2."""
     click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(2)

@@ -126,6 +126,7 @@ def parquet(source: Path, destination: Path, as_json: bool, **options: Any) -> N
 
 
 def _report(imported: Imported, destination: Path, as_json: bool) -> None:
+    """Print what was imported, as JSON or as a table that names the next command."""
     counts = asdict(imported)
     if as_json:
         print_json(counts)

@@ -216,6 +216,7 @@ def _option(setting: Setting, group: str, spelling: Spelling | None, shared: Set
 
 
 def _word(kind: type, rules: SettingRules) -> click.ParamType:
+    """Return the option's type for one value: a choice of words, or a number or text with its range."""
     return click.Choice(rules.choices) if rules.choices else Word(kind, rules)
 
 
@@ -253,4 +254,5 @@ def _without_none(hint: Any) -> Any:
 
 
 def _name(parameter: click.Parameter | None) -> str:
+    """Return an option as the user writes it, such as "--k", for an error message."""
     return parameter.opts[0] if parameter is not None else "value"

@@ -55,6 +55,7 @@ def report(text: str) -> None:
 
 
 def _choose(context: click.Context, parameter: click.Parameter, is_given: bool) -> None:
+    """Set the verbosity for --quiet or --verbose. Raises InputError if both are given."""
     if not is_given or context.resilient_parsing:
         return
     if context.meta.setdefault(CHOSEN, parameter.name) != parameter.name:
@@ -66,5 +67,6 @@ def _choose(context: click.Context, parameter: click.Parameter, is_given: bool) 
 
 
 def _set_levels(library: int, others: int) -> None:
+    """Set the level of this library's log, and that of all other libraries."""
     logging.getLogger(LIBRARY).setLevel(library)
     logging.getLogger().setLevel(others)

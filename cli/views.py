@@ -110,6 +110,7 @@ def _loading_options(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _integer(text: str, where: str) -> int:
+    """Return a whole number from text. Raises InputError, which begins with `where`, for other text."""
     try:
         return int(text)
     except ValueError:

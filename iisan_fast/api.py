@@ -317,6 +317,7 @@ def _view_names(views: Any) -> list[str]:
 
 
 def _listed(views: Any) -> list[Any]:
+    """Return the argument `views` as a list. Raises InputError if it is neither views nor names."""
     if isinstance(views, (str, ViewConfig)):
         return [views]
     if not isinstance(views, Sequence):

@@ -93,6 +93,7 @@ def _remember(path: str, entry: list[Any]) -> None:
 
 
 def _hash(path: Path) -> str:
+    """Return the SHA-256 digest of a file's content as hexadecimal text."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

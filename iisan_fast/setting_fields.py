@@ -167,6 +167,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
 
 
 def _check_number(name: str, value: float, rules: SettingRules) -> None:
+    """Raise InputError, naming the setting, if a number is outside the range of its rules."""
     too_small = rules.minimum is not None and not value >= rules.minimum
     too_large = rules.maximum is not None and not value <= rules.maximum
     not_below = rules.below is not None and not value < rules.below
@@ -183,6 +184,10 @@ def _range_text(rules: SettingRules) -> str:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Return a value in the type `hint`, its parts too.
+
+    Raises InputError, naming the setting `where`, if it does not fit.
+    """
     if hint is Any:
         return _untyped(value)
     origin = typing.get_origin(hint)
@@ -223,6 +228,10 @@ def _plain(value: Any, hint: type) -> Any:
 
 
 def _expect(value: Any, kind: Any, where: str) -> Any:
+    """Return a value unchanged if it is of a kind; a bool is no number.
+
+    Raises InputError, naming the setting `where`, otherwise.
+    """
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         expected = "names and values" if kind is Mapping else getattr(kind, "__name__", "list")
         raise InputError(f"{where}: expected {expected}, found {json.dumps(value, default=repr)}")

@@ -139,6 +139,7 @@ def _checked(values: Values, refusal: Refusal) -> Values:
 
 
 def _check_section(part: str, section: Any, settings: Any, refusal: Refusal) -> None:
+    """Raise the error that `refusal` makes unless the settings of a part, such as "model", fit its dataclass."""
     if isinstance(settings, section):
         return
     if not isinstance(settings, Mapping):
@@ -151,6 +152,10 @@ def _check_section(part: str, section: Any, settings: Any, refusal: Refusal) -> 
 
 
 def _checked_encoders(encoders: Any, refusal: Refusal) -> list[Values]:
+    """Return a file's encoders as plain values.
+
+    Raises an error that `refusal` makes for bad ones and for equal names.
+    """
     if not isinstance(encoders, (list, tuple)):
         raise refusal(("encoders",), f"encoders: expected a list of views, found {encoders!r}")
     views: list[ViewConfig] = []
@@ -178,7 +183,11 @@ def _names_in(message: str, where: str) -> Names:
 
 
 def _change_encoder(values: Values, name: str, rest: list[str], value: Any) -> None:
-    """Change a setting of the encoder whose view's name comes first in `rest`."""
+    """Change a setting of one encoder in place.
+
+    name: the whole dotted name, for errors, such as "encoders.title.max_tokens". rest: its parts after "encoders".
+    Raises InputError if there is no such view or no such setting.
+    """
     encoders = values.get("encoders") or (values.get("uncached") or {}).get("views") or []
     by_name = {view["name"]: view for view in encoders}
     if not by_name:

@@ -220,6 +220,7 @@ def _view(
 
 
 def _grouped(view: ViewConfig, groups: int) -> ViewConfig:
+    """Return a view with layer groups. Raises InputError if it names its layers or groups already."""
     if view.layers is not None or view.layer_groups is not None:
         raise InputError(f"layer_groups: view {view.name!r} names its layers already; give one or the other")
     return dataclasses.replace(view, layer_groups=groups)
@@ -234,6 +235,7 @@ def _renamed(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _method(values: Mapping[str, Any]) -> str:
+    """Return the method that a configuration's values name, or the default one."""
     model = values.get("model")
     return model.get("method", ModelConfig.method) if isinstance(model, dict) else ModelConfig.method
 
@@ -283,6 +285,7 @@ def _choose_source(
 
 
 def _run_encoders(values: dict[str, Any], views: Sequence[ViewConfig]) -> None:
+    """Write the views whose encoders run in every step into a configuration's values."""
     values["uncached"] = {**(values.get("uncached") or {}), "views": [to_dict(view) for view in views]}
 
 

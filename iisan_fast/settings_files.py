@@ -135,6 +135,7 @@ _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?
 
 
 def _value(node: yaml.Node, settings: SettingsFile, names: Names) -> Any:
+    """Return the Python value of a YAML node, and note the lines of its parts. Raises InputError for a YAML tag."""
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, settings, names)
     if isinstance(node, yaml.SequenceNode):
@@ -149,7 +150,10 @@ def _value(node: yaml.Node, settings: SettingsFile, names: Names) -> Any:
 
 
 def _mapping(node: yaml.MappingNode, settings: SettingsFile, names: Names) -> dict[str, Any]:
-    """Return the values of a mapping, and note their lines. Raises InputError for a name that stands twice."""
+    """Return the values of a YAML mapping, and note the line of each in `settings.lines`.
+
+    names: the names that lead to the mapping. Raises InputError, with file and line, for a name that stands twice.
+    """
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
@@ -189,6 +193,7 @@ def _without_tabs(text: str) -> str:
 
 
 def _unreadable(path: Path, error: yaml.YAMLError) -> InputError:
+    """Return the one-line error for text that is neither YAML nor JSON, with the line where reading stopped."""
     mark = getattr(error, "problem_mark", None)
     line = "" if mark is None else f":{mark.line + 1}"
     problem = " ".join(str(getattr(error, "problem", None) or error).split())

@@ -41,7 +41,7 @@ def measure(settings: Settings, save: Save) -> None:
 
 @contextmanager
 def interrupts_ignored() -> Iterator[None]:
-    """Let this process go on when its group is interrupted."""
+    """Ignore SIGINT in this process, so that an interrupt of its process group stops pytest alone."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -146,7 +146,7 @@ def compare(result: Differentiated, exact: Differentiated, precision: str) -> di
 
 
 def headline(rows: list[dict[str, Any]]) -> str:
-    """Return a line on all forms."""
+    """Return one line that names each form, its status, and the error of its gradients if that was computed."""
     parts = [
         f"{row['form']} {row['status']}"
         + (f" (gradients {row['gradient_error']:.1e})" if "gradient_error" in row else "")

@@ -42,7 +42,7 @@ def coefficient(c_ptr, k, which):
 
 @triton.jit
 def coefficients_of(c_ptr, i_k, which, GROUP: tl.constexpr):
-    """Load one coefficient of the GROUP layers from i_k on; return a tuple."""
+    """Return a tuple of GROUP scalars: a coefficient of layers i_k, i_k + 1, …; which: 0 carry, 1 first, 2 second."""
     values = ()
     for i in tl.static_range(GROUP):
         values = values + (coefficient(c_ptr, i_k + i, which),)
