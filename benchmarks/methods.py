@@ -108,7 +108,11 @@ def seeds_row(figures: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _user_gains(encoders: str, method: str, out: Path, settings: MethodsSettings, device: torch.device) -> np.ndarray:
-    """Return each test user's contribution to NDCG@10, the mean over seeds: float64 [users]."""
+    """Rank the test targets by the best checkpoint of each seed, and return each user's gain, the mean over seeds.
+
+    out: the sweep's folder, which holds the runs. Returns each user's contribution to NDCG@10, history masked: float64
+    [users]. Raises InputError for a run that is missing or damaged.
+    """
     gains = []
     for seed in settings.seeds:
         best = load(Cell(encoders, method, seed).folder(out) / "run", device)

@@ -128,7 +128,10 @@ def growth_tables(result: Result) -> Iterator[ResultTable]:
 
 
 def kernel_tables(result: Result) -> Iterator[ResultTable | str]:
-    """Yield a table for each op and batch, or the entries that tuning found."""
+    """Yield a table for each op and batch, then lines that say how forms were timed and what was not measured.
+
+    For the result of --tune, yield the entries that tuning found, as lines.
+    """
     if "entries" in result:
         yield from tuned_lines(result["entries"])
         return

@@ -53,7 +53,7 @@ def stand_ins(dataset: Path | None, folder: Path, size: str, seed: int) -> tuple
 
 
 def state_shape(size: str) -> ViewShape:
-    """Return the number of kept layers and the width of either encoder's states."""
+    """Return the number of kept layers and the width of either encoder's states. size: a key of SHAPES."""
     image_shape, _ = SHAPES[size]
     return ViewShape(len(default_layers(1 + image_shape["num_hidden_layers"])), image_shape["hidden_size"])
 

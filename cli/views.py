@@ -59,7 +59,10 @@ def view_options(command: Any) -> Any:
 
 
 def encoder_settings(options: dict[str, Any]) -> tuple[dict[str, Any], list[ViewConfig]]:
-    """Take the options of encoders out of `options`; return them as flat settings, and the views of --view."""
+    """Take the options of encoders out of `options`; return them as flat settings, and the views of --view.
+
+    Raises InputError, with the option's text, for a --view or an --encoder-option that cannot be read.
+    """
     views = [parsed_view(text) for text in options.pop("view_texts")]
     settings = given_settings(options, EncoderOptions, spellings=SPELLINGS)
     return settings | _loading_options(settings.pop("encoder_options", {})), views

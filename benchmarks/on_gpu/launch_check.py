@@ -43,7 +43,10 @@ def architecture_of(device: torch.device) -> str:
 
 
 def disagreement(row: dict[str, Any]) -> str:
-    """Return how the graph's nodes differ from the counted launches, or ""."""
+    """Return how the graph's nodes differ from the launches counted without a GPU; "" if equal or not measured.
+
+    row: a form's row; `launches` is the count, `graph_nodes` the number of nodes by kind, or "not measured".
+    """
     nodes = row["graph_nodes"]
     if nodes == NOT_MEASURED:
         return ""

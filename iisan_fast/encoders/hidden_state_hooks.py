@@ -59,7 +59,7 @@ def _all_alike(first_run: Sequence[dict[str, Any]], later_run: Sequence[dict[str
 
 
 def _alike(value: Any, later: Any) -> bool:
-    """Return True if a module's attribute has not changed: the same object, or an equal number or text."""
+    """Return True if a module's attribute has not changed: the same object, or an equal number or text of one type."""
     return value is later or (isinstance(value, int | float | str) and type(value) is type(later) and value == later)
 
 

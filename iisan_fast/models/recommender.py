@@ -108,7 +108,10 @@ class Recommender(nn.Module):
 
     @torch.inference_mode()
     def item_vectors(self, source: ItemSource, items: Tensor) -> Tensor:
-        """Return the vectors [N, d] of item numbers int64 [N], which are on the source's index device."""
+        """Return the vectors [N, d] of items, without gradients, in the mode (training or evaluation) of the model.
+
+        items: item numbers int64 [N] on the source's index device.
+        """
         return self.item_encoder(source.read(items))
 
     def catalogue_vectors(self, source: ItemSource) -> Tensor:

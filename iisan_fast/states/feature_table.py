@@ -100,7 +100,11 @@ class GatheredTable(ABC):
 
     @abstractmethod
     def _read(self, view: int, items: Tensor, into: Tensor) -> None:
-        """Copy the rows of a view, by its position, into the tensor `into` [N, K, D]."""
+        """Copy the rows of a view into the tensor `into` [N, K, D], converted to its dtype.
+
+        view: the position of the view. items: item numbers int64 [N] on the host; padding, number 0, stands last and
+        gives zeros. Raises InputError if the rows come from a store that lacks or cannot read one.
+        """
 
 
 class PinnedTable(GatheredTable):
@@ -151,7 +155,10 @@ class MappedTable(GatheredTable):
         self.store.close()
 
     def _read(self, view: int, items: Tensor, into: Tensor) -> None:
-        """Copy the rows from the store, converted to the dtype of `into`; zeros for padding."""
+        """Copy the rows of a view from the store into `into` [N, K, D], converted to its dtype; zeros for padding.
+
+        items: item numbers int64 [N] on the host, padding last. Raises InputError if the store cannot give a row.
+        """
         stored = into if self.stored[view] == into.dtype else torch.empty_like(into, dtype=self.stored[view])
         padding = int((items == 0).sum())  # padding stands last
         stored[len(items) - padding :] = 0

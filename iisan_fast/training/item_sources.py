@@ -166,7 +166,12 @@ def _open_encoders(
     placement: str,
     dtype: torch.dtype | None,
 ) -> tuple[ItemSource, Descriptions]:
-    """Return a source that runs the encoders in every step, and the descriptions of its views."""
+    """Return a source that runs the encoders in every step, and the descriptions of its views.
+
+    placement: where the inputs lie, as the setting of `--table` names it.
+    dtype: of the states that frozen encoders give to the model; None: the dtype that `uncached` rounds them to.
+    Raises InputError for inputs or encoders that cannot be used.
+    """
     from ..states import EncodedTable, open_inputs  # imports transformers, which takes seconds
 
     tuned = config.model.method in TUNING_METHODS
