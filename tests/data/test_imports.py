@@ -12,7 +12,6 @@ import random
 import subprocess
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -20,187 +19,16 @@ from hypothesis import strategies as st
 
 pl = pytest.importorskip("polars")
 
+from helpers.import_sources import HEADER, TIMES, UNORDERED, USERS, imported_csv, microlens, refused, table, write
 from iisan_fast.cli import main
 from iisan_fast.config import ProtocolConfig
 from iisan_fast.data.imports import dataset as dataset_module
 from iisan_fast.data.imports import tables
 from iisan_fast.data.imports.flat import import_csv, import_parquet
-from iisan_fast.data.imports.microlens import import_microlens
-from iisan_fast.data.imports.options import ImportOptions, TableOptions
+from iisan_fast.data.imports.options import TableOptions
 from iisan_fast.data.imports.recbole import import_recbole
-from iisan_fast.data.items import open_images
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.errors import InputError
-
-UNORDERED = "u2,b,30\nu1,a,20\nu2,a,10\nu1,c,10\nu1,b,20\nu2,a,10\n"  # and with equal timestamps, and one row twice
-USERS = "u2\ta a b\nu1\tc a b\n"
-TIMES = "u2\t10 10 30\nu1\t10 20 20\n"
-HEADER = "user,item,timestamp\n"
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def microlens(root: Path, pairs: str | bytes = UNORDERED, titles: str | None = "a,A\nb,B\nc,C\n") -> Path:
-    root.mkdir()
-    write(root / "MicroLens-50k_pairs.csv", pairs)
-    if titles is not None:
-        write(root / "MicroLens-50k_title_en.csv", titles)
-    return root
-
-
-def table(folder: Path) -> dict[str, str]:
-    """{first field: the rest} of items.tsv."""
-    return dict(line.split("\t") for line in (folder / "items.tsv").read_text().splitlines())
-
-
-def imported_csv(tmp_path: Path, content: str | bytes, **options) -> Path:
-    import_csv(write(tmp_path / "in.csv", content), tmp_path / "out", TableOptions(**options))
-    return tmp_path / "out"
-
-
-def refused(action, tmp_path: Path, *words: str) -> None:
-    """One line that has all these words, and nothing new in tmp_path."""
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(InputError) as error:
-        action()
-    message = str(error.value)
-    assert "\n" not in message and all(word in message for word in words), message
-    assert sorted(tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize(
-    "pairs",
-    [
-        UNORDERED,
-        HEADER + UNORDERED,
-        UNORDERED.replace("\n", "\r\n").removesuffix("\r\n"),
-        b"\xef\xbb\xbf" + UNORDERED.encode(),
-        b"\xef\xbb\xbf" + (HEADER + UNORDERED).replace("\n", "\r\n").encode(),
-    ],
-    ids=["bare", "header", "windows", "mark", "windows with mark and header"],
-)
-def test_microlens_pairs(tmp_path, pairs):
-    counts = import_microlens(microlens(tmp_path / "in", pairs), tmp_path / "out")
-    assert (tmp_path / "out" / "users.tsv").read_text() == USERS
-    assert (tmp_path / "out" / "times.tsv").read_text() == TIMES
-    assert (tmp_path / "out" / "items.tsv").read_text() == "b\tB\na\tA\nc\tC\n"
-    assert (counts.users, counts.items, counts.interactions, counts.dropped_interactions) == (2, 3, 6, 0)
-    assert (counts.items_without_title, counts.items_without_cover) == (0, None)
-    assert (tmp_path / "out").stat().st_mode & 0o777 == tmp_path.joinpath("in").stat().st_mode & 0o777
-
-
-def test_microlens_histories_without_timestamps(tmp_path):
-    source = microlens(tmp_path / "in")
-    (source / "MicroLens-50k_pairs.csv").unlink()
-    write(source / "MicroLens-50k_pairs.tsv", "u9\t c  a a\r\nu1\tb \r\nu9\tb\r\n")
-    assert import_microlens(source, tmp_path / "out").interactions == 5
-    assert (tmp_path / "out" / "users.tsv").read_text() == "u9\tc a a b\nu1\tb\n"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["items.tsv", "users.tsv"]
-
-
-def test_microlens_titles(tmp_path, caplog):
-    """Quoted or not, commas stay; whitespace is squeezed; an item of no interaction is left out, as is a header."""
-    titles = (
-        '\ufeffitem,title\r\na,"Cats, ""dogs"" and\r\n birds"\r\nb,One, two,\tthree \r\nc,\r\nz,Not here\r\na,"Cats, '
-    )
-    titles += '""dogs"" and birds"\r\n'
-    import_microlens(microlens(tmp_path / "in", titles=titles), tmp_path / "out")
-    assert table(tmp_path / "out") == {"a": 'Cats, "dogs" and birds', "b": "One, two, three", "c": "c"}
-    assert "no title for 1 of 3 items (c): their ids stand for it" in caplog.messages
-
-
-def test_microlens_titles_that_are_not_valid_csv(tmp_path):
-    """Split at the first comma, quotes and all; the lines after one, which a quote never closed ran into, stay."""
-    for name, titles, expected in (
-        ("within", 'a,"Hello" world, "again"\r\nb,B\nc,"C, ""c"""\n', ('"Hello" world, "again"', "B", 'C, "c"')),
-        ("until another", 'a,"A, a\nb,B\nc,"C"\n', ('"A, a', "B", "C")),
-        ("until the end", 'a,A\nb,"B\nc,C', ("A", '"B', "C")),
-        ("in every line", 'a,"A" \nb,"B\nc,"C', ('"A"', '"B', '"C')),
-    ):
-        import_microlens(microlens(tmp_path / name, titles=titles), tmp_path / f"{name} out")
-        assert table(tmp_path / f"{name} out") == dict(zip("abc", expected))
-
-
-def test_items_without_a_title_can_be_dropped_or_refused(tmp_path):
-    source = microlens(tmp_path / "in", titles="a,A\nc,C\nb, \n")
-    counts = import_microlens(source, tmp_path / "out", ImportOptions(missing_titles="drop"))
-    assert (counts.users, counts.items, counts.interactions, counts.dropped_interactions) == (2, 2, 4, 2)
-    assert (tmp_path / "out" / "users.tsv").read_text() == "u2\ta a\nu1\tc a\n"
-    assert list(table(tmp_path / "out")) == ["a", "c"]
-    options = ImportOptions(missing_titles="error")
-    refused(lambda: import_microlens(source, tmp_path / "new", options), tmp_path, "no title for 1 of 3 items (b)")
-    write(source / "MicroLens-50k_title_en.csv", "")
-    options = ImportOptions(missing_titles="drop")
-    refused(lambda: import_microlens(source, tmp_path / "new", options), tmp_path, "nothing is left")
-    with pytest.raises(InputError, match="missing_titles: expected one of id, drop, error, found 'keep'"):
-        ImportOptions(missing_titles="keep")
-
-
-def test_microlens_covers_are_linked_or_copied(tmp_path, caplog):
-    source = microlens(tmp_path / "in")
-    covers = source / "MicroLens-50k_covers"
-    covers.mkdir()
-    for name in ("a.jpg", "b.PNG", "z.jpg"):
-        write(covers / name, name)
-    for copy in (False, True):
-        out = tmp_path / f"copied {copy}"
-        assert import_microlens(source, out, ImportOptions(copy_covers=copy)).items_without_cover == 1
-        assert (out / "images").is_symlink() != copy
-        with open_images(out) as images:
-            assert [images.content(item) for item in "abc"] == [b"a.jpg", b"b.PNG", None]
-        assert (out / "images" / "z.jpg").exists() != copy
-    assert "no cover for 1 of 3 items (c): extract with missing_images: blank fills them" in caplog.messages
-    write(covers / "a.png", "")
-    refused(lambda: import_microlens(source, tmp_path / "new"), tmp_path, "two images of item 'a'")
-
-
-def test_microlens_folder_must_hold_one_dataset(tmp_path):
-    source = microlens(tmp_path / "in")
-    write(source / "MicroLens-100k_pairs.csv", UNORDERED)
-    refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "*_pairs.csv", "100k", "folder of its own")
-    (tmp_path / "empty").mkdir()
-    refused(lambda: import_microlens(tmp_path / "empty", tmp_path / "out"), tmp_path, "empty", "found neither")
-    refused(lambda: import_microlens(tmp_path / "none", tmp_path / "out"), tmp_path, "none: no such folder")
-
-
-@pytest.mark.parametrize(
-    ("pairs", "words"),
-    [
-        ("", ["line 1", "found ''"]),
-        ("1,2\n", ["line 1", "expected user,item,timestamp", "found '1,2'"]),
-        ("user,item,when\n1,2,3\n", ["line 1", "expected user,item,timestamp", "found 'user,item,when'"]),
-        ("PAR1\x15\x04\n", ["line 1", r"found 'PAR1\x15\x04'"]),
-        ("1,2,3\n1,2,x\n", ["row 2: timestamp: expected a whole number, found 'x'"]),
-        ("1,2,3\n1,2,3,4\n", ["cannot be read as a table"]),
-    ],
-)
-def test_malformed_microlens_pairs(tmp_path, pairs, words):
-    source = microlens(tmp_path / "in", pairs)
-    refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "pairs.csv", *words)
-
-
-@pytest.mark.parametrize(
-    ("titles", "words"),
-    [
-        ("a,A\na,B\n", ["item 'a' has two titles", "'A'", "'B'"]),
-        ("a,A\nb,\xff\n".encode("latin-1"), ["line 2", "not UTF-8"]),
-    ],
-)
-def test_malformed_microlens_titles(tmp_path, titles, words):
-    source = microlens(tmp_path / "in")
-    write(source / "MicroLens-50k_title_en.csv", titles)
-    refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "title_en.csv", *words)
-
-
-def test_malformed_microlens_histories(tmp_path):
-    source = microlens(tmp_path / "in")
-    (source / "MicroLens-50k_pairs.csv").unlink()
-    for row, shown in (("u2\t ", "''"), ("u2\t", "nothing"), ("u2", "nothing"), ("", "nothing")):
-        write(source / "MicroLens-50k_pairs.tsv", f"u1\ta b\n{row}\n")
-        refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "pairs.tsv row 2", f"found {shown}")
 
 
 def test_recbole(tmp_path):
