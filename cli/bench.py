@@ -13,18 +13,19 @@ from rich.text import Text
 
 from ..benchmarks.catalogue import BENCHMARKS
 from ..benchmarks.harness import NONE, OPTIONAL, Benchmark, Setup, imported, run_benchmark, write_result
-from ..benchmarks.tables import ResultTable
+from ..benchmarks.tables import Column, ResultTable
 from ..config import ViewConfig
 from ..devices import torch_device
 from ..errors import InputError
 from ..setting_fields import settings_of
 from .help_pages import BENCHMARK, ENCODERS, OUTPUT, GroupedHelp, group, option
 from .options import FILE, FOLDER, device_option, out_option, output_options, writable_file
-from .output import print_json, print_table
+from .output import print_json, print_table, table_width
 from .setting_options import Spelling, given_settings, setting_options
 from .verbosity import verbosity_options
 from .views import chosen_views, parsed_view, view_options
 
+BORDERS = 3  # characters of a column beside its text: a line and a blank at each side
 ABOUT_ENCODERS = ("attention", "missing_images")  # settings that stand under the heading of the encoders
 PLOT_HELP = "A PNG file for a plot; needs matplotlib."
 PAIR_HELP = 'A named set of encoders, "NAME: VIEW; VIEW", each VIEW as --view takes it; may be repeated.'
@@ -104,7 +105,7 @@ def _run(benchmark: Benchmark, dataset: Path | None, options: dict[str, Any]) ->
         if isinstance(part, str):
             click.echo(part)
         else:
-            print_table(_rich_table(part))
+            print_table(_rich_table(part, table_width()))
 
 
 def _encoder_sets(options: dict[str, Any]) -> dict[str, tuple[ViewConfig, ...]]:
@@ -127,16 +128,54 @@ def _encoder_sets(options: dict[str, Any]) -> dict[str, tuple[ViewConfig, ...]]:
     return named or {"encoders": tuple(views)}
 
 
-def _rich_table(table: ResultTable) -> Table:
-    """Return a result's table as rich prints it."""
-    shown = Table(title=Text(table.title), caption=Text(table.caption) if table.caption else None)
-    for column in table.columns:
-        shown.add_column(Text(column.head), justify="right" if column.right else "left", no_wrap=not column.wraps)
+def _rich_table(table: ResultTable, width: int) -> Table:
+    """Return a result's table as rich prints it in `width` columns; no figure is cut.
+
+    If the columns do not fit side by side, each row becomes a section of lines, one for each column.
+    """
+    widths = [_column_width(column, table, broken=True) for column in table.columns]
+    spare = width - sum(widths) - BORDERS * len(widths) - 1
+    if spare < 0:
+        return _listed_table(table)
+    for place, column in reversed([*enumerate(table.columns)]):  # the last ones hold "not measured" most often
+        extra = min(spare, _column_width(column, table, broken=False) - widths[place])
+        widths[place] += extra
+        spare -= extra
+    shown = _titled_table(table)
+    for column, column_width in zip(table.columns, widths):
+        justify: Any = "right" if column.right else "left"
+        shown.add_column(Text(column.head), justify=justify, no_wrap=not column.wraps, width=column_width)
     for section in table.sections:
         for row in section:
             shown.add_row(*(Text(column.text(row)) for column in table.columns))
         shown.add_section()
     return shown
+
+
+def _listed_table(table: ResultTable) -> Table:
+    """Return a table of two columns, heads and figures, with a section for each row; heads without a figure go."""
+    shown = _titled_table(table, show_header=False)
+    for row in [row for section in table.sections for row in section]:
+        for column in table.columns:
+            text = column.text(row)
+            if text:
+                shown.add_row(Text(" ".join(column.head.split())), Text(text))
+        shown.add_section()
+    return shown
+
+
+def _titled_table(table: ResultTable, show_header: bool = True) -> Table:
+    caption = Text(table.caption) if table.caption else None
+    return Table(title=Text(table.title), caption=caption, show_header=show_header)
+
+
+def _column_width(column: Column, table: ResultTable, broken: bool) -> int:
+    """Return the characters of a column's longest line; broken: of its longest word, if it wraps."""
+    texts = [column.text(row) for section in table.sections for row in section]
+    lines = [line for text in (column.head, *texts) for line in text.splitlines()]
+    if broken and column.wraps:
+        lines = [word for line in lines for word in line.split()]
+    return max(map(len, lines), default=0)
 
 
 for benchmark in BENCHMARKS:

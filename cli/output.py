@@ -73,7 +73,10 @@ def _caption(report: dict[str, Any]) -> str:
 
 def print_table(table: Table) -> None:
     """Print a table as wide as the terminal, or in 120 columns if there is no terminal."""
+    Console(width=table_width()).print(table)
+
+
+def table_width() -> int:
+    """Return the columns that a table may take: the terminal's, or 120 if there is no terminal."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    console.print(table)
+    return console.width if console.is_terminal else 120

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
 from helpers.command_line import iisan_fast
 from iisan_fast.benchmarks import harness
@@ -18,7 +20,7 @@ from iisan_fast.benchmarks.harness import Benchmark, Folder, Setup, command_line
 from iisan_fast.benchmarks.sweep_settings import MethodsSettings
 from iisan_fast.benchmarks.tables import Column, ResultTable, label, mebibytes, quantile_column
 from iisan_fast.cli import cli
-from iisan_fast.cli.bench import bench_command
+from iisan_fast.cli.bench import _rich_table, bench_command
 from iisan_fast.cli.views import parsed_view
 from iisan_fast.config import ViewConfig
 from iisan_fast.evaluation.efficiency import TPME_WEIGHTS
@@ -139,8 +141,21 @@ def test_committed_results_have_the_form_of_new_ones_and_are_shown(file, name):
     shown = [part for part in benchmark.tables(result) if isinstance(part, ResultTable)]
     assert shown
     for table in shown:
+        printed = Console(width=80, record=True, file=io.StringIO())
+        printed.print(_rich_table(table, 80))
+        text = printed.export_text()
+        assert "…" not in text and max(map(len, text.splitlines())) <= 80
         for row in [row for section in table.sections for row in section]:
-            assert all(isinstance(column.text(row), str) for column in table.columns)
+            assert all(word in text for column in table.columns for word in column.text(row).split())
+
+
+def test_columns_that_do_not_fit_are_lines():
+    columns = [label("", "name"), Column("HR@10", "hr", "{:.2f}"), Column("p", "p"), *[Column("x" * 20, "hr")] * 3]
+    table = ResultTable("T", columns, [[{"name": "id", "hr": 0.5, "p": None}]])
+    assert len(_rich_table(table, 120).columns) == 6
+    listed = _rich_table(table, 80)
+    heads, texts = ([str(cell) for cell in column.cells] for column in listed.columns)
+    assert heads == ["", "HR@10", *["x" * 20] * 3] and texts == ["id", "0.50", "0.5", "0.5", "0.5"]
 
 
 def test_the_command_of_a_static_result_is_the_committed_one():
