@@ -166,7 +166,7 @@ class ModelConfig:
     inter: bool | None = setting(None, help="Use a tower that joins two views.", automatic="if there are two views")
     layer_groups: int | None = setting(
         None,
-        help="Keep only the last block of each of so many equal groups of an encoder's blocks.",
+        help="Keep only the embedding output and the last block of each of so many equal groups.",
         minimum=1,
         maximum=1000,
         automatic="all layers that there are",
@@ -298,7 +298,7 @@ class ExtractionConfig:
     )
     layer_groups: int | None = setting(
         None,
-        help="Keep the last block of each of so many equal groups of an encoder's blocks.",
+        help="Keep the embedding output and the last block of each of so many equal groups.",
         minimum=1,
         maximum=1000,
         automatic="the layers of each view",
