@@ -10,7 +10,7 @@ from platformdirs import user_cache_path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as the program does
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded in tests
-os.environ.setdefault(  # the C++ is compiled once a machine, not once a test run
+os.environ.setdefault(  # the C++ is compiled once for each machine, not for each test run
     "IISAN_FAST_COMPILED",
     str(user_cache_path("iisan-fast", appauthor=False) / "compiled"),
 )
@@ -88,7 +88,7 @@ def toy_config(toy_run) -> RunConfig:
 
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory) -> tuple[Path, Path]:
-    """(dataset folder, cache with views `image` and `title`): 60 users, 40 items, histories that go round in steps."""
+    """Return (dataset folder, cache of views `image` and `title`): 60 users, 40 items, histories in fixed steps."""
     root = tmp_path_factory.mktemp("toy")
     sequences = make_sequences(histories_in_steps(60, 40), items=40)
     dataset = write_dataset_folder(root / "toy", sequences)
@@ -100,7 +100,7 @@ def toy_run(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def encoder_views(tmp_path_factory) -> list[ViewConfig]:
-    """Two small encoders, for images and for titles: the embedded demo's."""
+    """Return the settings of two small encoders, of images and of titles: those of the embedded demo."""
     from iisan_fast import demo  # imports transformers, which takes seconds
 
     home = tmp_path_factory.mktemp("encoders")
@@ -129,7 +129,7 @@ def small_catalogue(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def two_threads_and_nan_in_new_memory(monkeypatch) -> Iterator[None]:
-    """Work is shared by two threads, and memory that was not written holds NaN."""
+    """Share work among two threads, and fill memory that was not written with NaN."""
     empty = Memory.empty
     threads = torch.get_num_threads()
     monkeypatch.setattr(Memory, "empty", lambda *arguments: empty(*arguments).fill_(float("nan")))

@@ -71,7 +71,7 @@ def test_public_functions_load_neither_torch_nor_transformers_before_they_are_ca
     assert not {"torch", "transformers"} & set(answer(loaded).split())
 
 
-def test_prepare_sets_what_the_command_sets():
+def test_prepare_sets_the_same_as_the_command():
     script = "import os, iisan_fast; iisan_fast.prepare(); iisan_fast.prepare(); print(os.environ['GOMP_SPINCOUNT'])"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     command = [sys.executable, "-W", "error", "-c"]
@@ -128,7 +128,7 @@ def test_settings_resolve_as_on_the_command_line(toy_run, tmp_path):
 
 
 def test_a_run_by_every_form_of_its_settings(toy_run, run, tmp_path):
-    """Flat settings, sections, a RunConfig, its file, and a loaded dataset make the same run."""
+    """Check that flat settings, sections, a RunConfig, its file, and a loaded dataset make the same run."""
     dataset, cache = toy_run
     model = ModelConfig(embedding_dim=16, bottleneck=8)
     train = TrainConfig(batch_users=16, max_epochs=2)

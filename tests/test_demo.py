@@ -107,7 +107,7 @@ def test_every_attribute_of_a_picture_is_seen() -> None:
     assert demo.draw(product).tobytes() == demo.draw(replace(product, material=3, brand=2, occasion=1)).tobytes()
 
 
-def test_titles_say_what_pictures_do_not_and_no_more(written: tuple[Path, list[ViewConfig]]) -> None:
+def test_titles_use_all_words_but_colours_and_patterns(written: tuple[Path, list[ViewConfig]]) -> None:
     words = {word for title in load_dataset(written[0]).titles for word in title.lower().split()}
     assert words == {"for", *demo.BRANDS, *demo.MATERIALS, *demo.KINDS, *demo.OCCASIONS}
     assert not words & {*demo.COLOURS, *demo.PATTERNS}
@@ -168,7 +168,7 @@ def _pictures(dataset: Dataset, encoder: str) -> torch.Tensor:
 @pytest.mark.slow
 @torch.inference_mode()
 def test_each_view_tells_its_own_attribute_only(written: tuple[Path, list[ViewConfig]]) -> None:
-    """A linear probe, fitted on one half of the catalogue, reads material off titles and colour off pictures."""
+    """Fit a linear probe on half of the catalogue: it reads material off titles and colour off pictures."""
     dataset = load_dataset(written[0])
     (image, title) = (view.encoder for view in written[1])
     material, colour = torch.tensor(contents(written[0])).T
@@ -190,10 +190,10 @@ def test_each_view_tells_its_own_attribute_only(written: tuple[Path, list[ViewCo
 
 
 @pytest.mark.long
-def test_the_demo_is_learned_from_nothing_but_its_content(
+def test_the_demo_is_learned_only_from_its_content(
     shuffled: Path, written: tuple[Path, list[ViewConfig]], tmp_path: Path
 ) -> None:
-    """With the content dealt out at random, the training of test_packaging.py stays about as good as popularity."""
+    """Shuffle the content among the items: the training of test_packaging.py is then about as good as popularity."""
     _, views = written
     extract(load_dataset(shuffled), views, tmp_path / "states", torch.device("cpu"))
     settings = {

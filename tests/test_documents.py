@@ -43,7 +43,7 @@ def name_of(document: Path) -> str:
 
 
 def with_runs(is_long: bool) -> list[Path]:
-    """Return the documents of which `make test` (or `make test-long`) runs something."""
+    """Return the documents with blocks that `make test` (or `make test-long`) runs."""
     chosen = {block.document for block in BLOCKS if block.runs and block.is_long == is_long}
     return [document for document in DOCUMENTS if document in chosen]
 
@@ -126,7 +126,7 @@ def test_shell_lines_parse(block):
         "no-such-program",
     ],
 )
-def test_a_line_that_names_what_is_not_there_is_refused(line):
+def test_a_line_with_unknown_names_is_refused(line):
     with pytest.raises((ValueError, click.ClickException, InputError)):
         shell_blocks.check(line)
 
@@ -154,7 +154,7 @@ def test_commands_and_options_within_text_exist(document):
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=lambda b: b.place)
-def test_python_compiles_and_imports_what_exists(block):
+def test_python_compiles_and_imports_existing_names(block):
     for node in ast.walk(ast.parse(block.text, name_of(block.document))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("iisan_fast"):
             module = import_module(str(node.module))
@@ -183,7 +183,7 @@ def test_long_blocks_run(document, working_folder):
 
 @pytest.mark.long
 def test_the_python_example_as_a_script_with_worker_processes(working_folder):
-    """The workers do not begin the script again."""
+    """Run it: the workers must not begin the script again."""
     (block,) = [block for block in blocks_of(ROOT / "README.md") if block.language == "python"]
     example = re.search(r".*?^iisan_fast\.extract.*?\)\n", block.text, flags=re.MULTILINE | re.DOTALL)[0]
     assert '"STATES",' in example
@@ -216,7 +216,7 @@ def test_files_that_text_names_exist(document):
 
 
 @pytest.mark.parametrize("figures", FIGURES, ids=lambda figures: f"{name_of(figures.document)}:{figures.line}")
-def test_figures_are_those_of_the_results(figures):
+def test_figures_equal_the_results(figures):
     written = quoted_figures.numbers_of(figures.text)
     for figure, source in figures.sources:
         assert figure in written, f"{figure} is not in the text before the comment"
@@ -251,7 +251,7 @@ def test_a_settings_file_that_is_shown_can_be_used(block, tmp_path):
 
 
 @pytest.mark.parametrize("mistake", ["dropot: 0.2", "dropout: 2"])
-def test_the_errors_of_a_settings_file_are_those_that_are_quoted(mistake, tmp_path, monkeypatch):
+def test_the_quoted_errors_of_a_settings_file_are_the_real_ones(mistake, tmp_path, monkeypatch):
     page = ROOT / "docs" / "settings.md"
     shown = next(block for block in blocks_of(page) if block.language == "yaml")
     monkeypatch.chdir(tmp_path)
@@ -261,7 +261,7 @@ def test_the_errors_of_a_settings_file_are_those_that_are_quoted(mistake, tmp_pa
     assert f"\n{error.value}\n" in page.read_text(encoding="utf-8")
 
 
-def test_the_tables_of_settings_are_those_of_the_fields():
+def test_the_tables_of_settings_equal_the_fields():
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert page.partition("### encoders\n")[2] == settings_tables().partition("### encoders\n")[2] + "\n"
 

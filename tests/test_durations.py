@@ -13,7 +13,7 @@ from helpers.durations import Durations, processor_seconds
 
 
 def report(name: str, when: str, outcome: str, seconds: float, reason: str = "") -> SimpleNamespace:
-    """Return as much of a test's report as the plugin reads."""
+    """Return the fields of a test's report that the plugin reads."""
     return SimpleNamespace(
         nodeid=name,
         when=when,

@@ -1,4 +1,4 @@
-"""Digests of weights: the same for the same content, whatever the folder, and remembered until a file changes."""
+"""Digests of weights depend on the content, not on the folder, and are remembered until a file changes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_without_xdg_the_memory_lies_in_the_users_cache(tmp_path, monkeypatch):
     assert (tmp_path / ".cache" / "iisan-fast" / "digests.json").is_file()
 
 
-def test_weights_are_told_by_content_not_by_folder(tmp_path, memory):
+def test_a_digest_depends_on_content_not_on_the_folder(tmp_path, memory):
     digest = weights_digest(encoder(tmp_path / "one"))
     assert weights_digest(encoder(tmp_path / "two")) == digest
     assert weights_digest(encoder(tmp_path / "readme", **{"README.md": b"words"})) == digest
@@ -98,7 +98,7 @@ def test_weights_are_told_by_content_not_by_folder(tmp_path, memory):
 
 
 def test_only_the_weights_that_are_loaded_count(tmp_path, memory):
-    """With safetensors at hand transformers leaves .bin files alone."""
+    """Ignore .bin files beside safetensors, as transformers does."""
     both = {"pytorch_model.bin": b"old weights"}
     assert weights_digest(encoder(tmp_path / "one")) == weights_digest(encoder(tmp_path / "two", **both))
     for name, content in (("three", b"a"), ("four", b"b")):

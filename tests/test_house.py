@@ -204,7 +204,7 @@ def test_every_export_is_there(room):
         door.nothing_of_that_name  # noqa: B018
 
 
-def test_a_door_imports_nothing_until_it_is_asked():
+def test_a_door_imports_a_name_on_first_use():
     program = f"""
 import importlib, sys
 for room in {LAZY_DOORS!r}:

@@ -10,7 +10,7 @@ import pytest
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 FILES = sorted(path for path in TESTS.rglob("*.py") if path != Path(__file__))
-IMPORT = re.compile(r"^\s*(?:from|import)\s+([\w.]+)", re.MULTILINE)  # in programs that are strings, too
+IMPORT = re.compile(r"^\s*(?:from|import)\s+([\w.]+)", re.MULTILINE)  # also in programs that are strings
 
 
 def imported_modules(source: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Lock files and the cache folder: who waits for whom, what a killed process leaves, and systems without fcntl."""
+"""Lock files and the cache folder: waiting, killed processes, and systems without fcntl."""
 
 from __future__ import annotations
 

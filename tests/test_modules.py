@@ -45,7 +45,7 @@ def module_names() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("missing", [pytest.param("nothing", marks=pytest.mark.long), ",".join(OPTIONAL)])
 def test_every_module_and_all_that_doors_export_can_be_imported(missing):
-    """With the packages of the extras and without: a machine with a GPU may lack polars and xformers."""
+    """Import with and without the packages of the extras: a GPU machine may lack polars and xformers."""
     names = module_names()
     assert {"iisan_fast", "iisan_fast.encoders.attention", "iisan_fast.kernels.gpu.launch", "iisan_fast.cli"} <= {
         *names
@@ -56,7 +56,7 @@ def test_every_module_and_all_that_doors_export_can_be_imported(missing):
 
 
 def test_no_source_makes_python_warn():
-    """Newer versions of Python warn of more: 3.12 of unknown escapes, for one."""
+    """Compile all sources: newer versions of Python warn of more, 3.12 of unknown escapes."""
     folders = (*FOLDERS, "tests")
     sources = [str(path) for folder in folders for path in (ROOT / folder).rglob("*.py")]
     result = subprocess.run([sys.executable, "-c", COMPILE_ALL, *sources], capture_output=True, text=True)

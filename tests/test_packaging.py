@@ -1,4 +1,4 @@
-"""Packaging: what the wheel and the editable install hold, and that an installed copy works outside the checkout."""
+"""Packaging: the files of the wheel and of the editable install; an installed copy works outside the checkout."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_index_page_links_to_no_file_of_the_checkout(metadata):
 
 def test_the_citation_is_of_this_version_and_names_both_papers(metadata):
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert {"cff-version", "message", "title", "authors"} <= citation.keys()  # the format requires them
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()  # the wheel format requires them
     assert str(citation["version"]) == metadata["Version"] and citation["license"] == "Apache-2.0"
     papers = {reference["url"] for reference in citation["references"]}
     assert papers == {url.partition(", ")[2] for url in metadata.get_all("Project-URL")}

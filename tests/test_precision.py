@@ -69,7 +69,7 @@ def test_trained_encoders_take_bfloat16_products_on_every_device(method, precisi
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])
 @pytest.mark.parametrize(("device", "table"), [(CPU, None), (CUDA, None)])
-def test_heads_alone_multiply_in_float32(precision, device, table):
+def test_methods_with_only_heads_multiply_in_float32(precision, device, table):
     assert resolve_precision(run_config("id", precision), device) == Precision(table, FLOAT)
     frozen = resolve_precision(run_config("frozen", precision), device)
     on_cuda = {"auto": HALF, "float32": FLOAT}[precision]

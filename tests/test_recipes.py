@@ -103,7 +103,7 @@ def test_extract_and_train_run_a_recipe_unchanged(folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_cache_made_otherwise_than_the_recipe_says_is_refused(folder, monkeypatch, tmp_path):
+def test_a_cache_of_other_settings_than_the_recipe_is_refused(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
     recipe = "recipes/scientific-minilm.yaml"
     cache = tmp_path / "states"
@@ -126,7 +126,7 @@ def test_a_cache_made_otherwise_than_the_recipe_says_is_refused(folder, monkeypa
 
 @pytest.mark.slow
 def test_a_recipe_serves_every_method(folder, monkeypatch, tmp_path):
-    """A tuning method runs the encoders, without the layers and the dtype that are for the cache; id reads neither."""
+    """Use a recipe for tuning and for id: tuning ignores the cache's layers and dtype, id reads no encoder."""
     monkeypatch.chdir(folder)
     recipe = "recipes/scientific-minilm.yaml"
     bitfit = iisan_fast.train("DATASET", config=recipe, method="bitfit", out=tmp_path / "run", dry_run=True)

@@ -26,7 +26,7 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "mkldnn_linear"}
 
 
 class Settings(TorchDispatchMode):
-    """Records what the environment says of cuBLAS at each product."""
+    """Record the environment's cuBLAS setting at each product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Settings(TorchDispatchMode):
 
 @pytest.fixture
 def unset(monkeypatch) -> Callable[[], None]:
-    """Forgets the variable, as often as it is called; at the end it is again what it was."""
+    """Return a function that deletes the variable; the test's end restores its value."""
     monkeypatch.setenv(CUBLAS_VARIABLE, "")
 
     def forget() -> None:
@@ -66,7 +66,7 @@ def assert_set_before_products(work: Callable[[], Any]) -> None:
 
 
 def test_the_workspace_is_set_before_the_first_product_of_an_extraction(unset, config, tmp_path, threads_given_back):
-    torch.set_num_threads(1)  # products are made in this thread, where they are seen
+    torch.set_num_threads(1)  # products run in this thread, where the mode sees them
     dataset = load_dataset(Path(config.dataset))
     assert_set_before_products(lambda: extract(dataset, list(config.uncached.views), tmp_path / "cache", CPU))
 

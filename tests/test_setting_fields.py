@@ -1,4 +1,4 @@
-"""Settings as dataclass fields: what is converted, what is refused, and what the command line reads from them."""
+"""Settings as dataclass fields: conversion, refused values, and the options that the command line makes of them."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_a_change_keeps_the_other_entries():
     }
 
 
-def test_an_encoder_is_found_by_its_view_s_name():
+def test_an_encoder_is_named_by_its_view():
     values = base_settings({"encoders": VIEWS})
     assert [view["name"] for view in values["encoders"]] == ["title-cls", "image"]
     changed("encoders.title-cls.max_tokens=64", values)
@@ -86,7 +86,7 @@ def test_a_wrong_change_is_one_line(text, message):
 
 
 def test_every_field_can_be_changed_and_is_described():
-    """Each has a dotted name, a help text of one sentence, and a default that its own rules accept."""
+    """Check that each has a dotted name, a help text of one sentence, and a default that its rules accept."""
     for part, section in SECTIONS.items():
         settings = settings_of(section)
         assert list(settings) == [field.name for field in dataclasses.fields(section)]

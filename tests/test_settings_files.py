@@ -58,7 +58,7 @@ def test_a_value_that_is_no_yaml_is_refused(text):
         parse_yaml_value(text)
 
 
-def test_yes_and_no_are_what_the_setting_is(write):
+def test_yes_and_no_take_the_type_of_the_setting(write):
     text = """
 model: {gates: no, intra: on}
 encoders:

@@ -1,4 +1,4 @@
-"""Plain words: docstrings begin with a verb, names say what a thing is, and a line does one thing."""
+"""Plain words: docstrings begin with a verb, names have content, and a line does one thing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_docstrings_begin_with_a_verb_or_a_statement(trees):
     assert len(riddles) < MOST_RIDDLES * len(docstrings), _lines(riddles)
 
 
-def test_names_say_what_a_thing_is(trees):
+def test_names_have_content(trees):
     names = _all(trees, words.names)
     empty = words.names_without_content(names)
     assert len(names) > 20_000

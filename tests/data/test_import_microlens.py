@@ -1,4 +1,4 @@
-"""Imports of MicroLens: pairs, histories, titles and covers, what is odd in them, and what is refused."""
+"""Imports of MicroLens: pairs, histories, titles and covers; unusual files are read, wrong files are refused."""
 
 # ruff: noqa: E402 - what needs polars is imported once it is known to be there
 
@@ -46,7 +46,7 @@ def test_microlens_histories_without_timestamps(tmp_path):
 
 
 def test_microlens_titles(tmp_path, caplog):
-    """Quoted or not, commas stay; whitespace is squeezed; an item of no interaction is left out, as is a header."""
+    """Keep commas, quoted or not; squeeze whitespace; leave out a header and items without interactions."""
     titles = (
         '\ufeffitem,title\r\na,"Cats, ""dogs"" and\r\n birds"\r\nb,One, two,\tthree \r\nc,\r\nz,Not here\r\na,"Cats, '
     )
@@ -57,7 +57,7 @@ def test_microlens_titles(tmp_path, caplog):
 
 
 def test_microlens_titles_that_are_not_valid_csv(tmp_path):
-    """Split at the first comma, quotes and all; the lines after one, which a quote never closed ran into, stay."""
+    """Split at the first comma and keep the quotes; an unclosed quote does not swallow the next lines."""
     for name, titles, expected in (
         ("within", 'a,"Hello" world, "again"\r\nb,B\nc,"C, ""c"""\n', ('"Hello" world, "again"', "B", 'C, "c"')),
         ("until another", 'a,"A, a\nb,B\nc,"C"\n', ('"A, a', "B", "C")),

@@ -1,4 +1,4 @@
-"""Imports: small files of every format by hand, what is odd in them, and what is refused without a trace."""
+"""Imports of CSV, Parquet and RecBole: unusual files are read, wrong files are refused and leave nothing behind."""
 
 # ruff: noqa: E402 - what needs polars is imported once it is known to be there
 
@@ -32,7 +32,7 @@ from iisan_fast.errors import InputError
 
 
 def test_recbole(tmp_path):
-    """Fields in any order, types stripped, quotes as they are, seconds with a decimal point."""
+    """Read fields in any order, without types, quotes unchanged, seconds with a decimal point."""
     source = tmp_path / "in"
     source.mkdir()
     rows = (line.split(",") for line in UNORDERED.splitlines())
@@ -185,7 +185,7 @@ def test_mixed_spellings_of_large_timestamps_stay_exact(tmp_path):
     written=st.integers(1, 7),
 )
 def test_order_is_that_of_pythons_stable_sort(tmp_path_factory, rows, read, written):
-    """However the rows are cut into batches and parts."""
+    """Cut the rows into batches and parts of any size."""
     tmp_path = tmp_path_factory.mktemp("import")
     histories: dict[str, list[tuple[int, str]]] = {}
     for user, item, time in rows:
@@ -203,7 +203,7 @@ def test_order_is_that_of_pythons_stable_sort(tmp_path_factory, rows, read, writ
 
 
 def test_many_equal_timestamps_stay_in_the_files_order(tmp_path):
-    """Few rows are sorted stably whether or not that was asked for."""
+    """Sort many rows: polars sorts few rows stably even if it is not asked to."""
     draw = random.Random(0)
     rows = [(f"u{draw.randrange(3)}", f"i{index}", draw.randrange(4)) for index in range(1000)]
     out = imported_csv(tmp_path, HEADER + "".join(f"{user},{item},{time}\n" for user, item, time in rows))
@@ -214,7 +214,7 @@ def test_many_equal_timestamps_stay_in_the_files_order(tmp_path):
 
 
 def test_many_rows_keep_the_order_of_first_appearance(tmp_path):
-    """The codes of ids, by which users are sorted, must not depend on how many threads read."""
+    """Check that the ids' codes, by which users are sorted, do not depend on the number of threads."""
     count = 600_000
     users = [f"u{index * 7919 % 100_003}" for index in range(count)]
     pl.DataFrame({"user": users, "item": [f"i{index % 5}" for index in range(count)], "timestamp": 0}).write_csv(

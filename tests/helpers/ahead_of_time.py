@@ -107,7 +107,7 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
     call_pairs_of_one_entry(dtype)
     for embedding_dim in arguments.embedding_dim:
         call_fold(arguments, embedding_dim, dtype)
-    # As 64 and 8,192 users of Scientific give them; none a multiple of 16, which would be a special case.
+    # Sizes of 64 and of 8,192 users of Scientific. None is a multiple of 16, for which Triton compiles a special case.
     batches = [(65, 245, 277), (8191, 30803, 12901)]
     for users, rows, items in batches[:1] if dtype == torch.float32 else batches:
         call_towers(arguments, items, dtype)

@@ -28,7 +28,7 @@ COMPARED_EPOCHS = 3
 USERS = 250
 ITEMS = 600
 SHAPES = [(3, 48), (3, 48)]
-NUMBER_BYTES, STATE_BYTES = 8, 4  # of an item's number, int64, and a number of its states, fp32
+NUMBER_BYTES, STATE_BYTES = 8, 4  # of an item's number, int64, and of one number of its states, fp32
 CONFIG = RunConfig(
     "",
     "",
@@ -67,7 +67,7 @@ def train_epochs(trainer: Trainer, epochs: int, first: int = 0) -> list[float]:
 def check_captured_equals_eager(eager: Trainer, captured: Trainer) -> None:
     """Check 20 steps of five epochs, captured and eager, in fp32: they differ only in the order of sums."""
     start = everything(eager.step)
-    eager.step_by_autograd(captured=False)  # and so its batches are not padded
+    eager.step_by_autograd(captured=False)  # its batches are then not padded
     losses, replayed = train_epochs(eager, 5), train_epochs(captured, 5)
     assert len(losses) == 20
     np.testing.assert_allclose(replayed, losses, rtol=1e-4)
@@ -102,7 +102,7 @@ def check_a_capture_leaves_no_trace(trainer: Trainer) -> None:
     replay, new = capture_without_trace(trainer, first)
     assert new and not any(value.any() for value in new.values())
     before = everything(trainer.step)
-    replay()  # a replay does change them
+    replay()  # a replay changes them
     assert trainer.step.record[1] == first.rows
     assert all(not torch.equal(value, before[name]) for name, value in everything(trainer.step).items())
     for batch in others:

@@ -19,7 +19,7 @@ class Result:
 
 
 def iisan_fast(*arguments: object) -> Result:
-    """Run the program in this process: starting Python and torch anew would take seconds each time."""
+    """Run the program in this process: a new process would load torch again, which takes seconds."""
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as end:
         main([str(argument) for argument in arguments])
     return Result(end.value.code or 0, out.getvalue(), err.getvalue())

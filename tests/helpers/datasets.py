@@ -38,7 +38,7 @@ def write_dataset_folder(root: Path, sequences: Sequences) -> Path:
 
 
 def histories_in_steps(users: int, items: int) -> list[list[int]]:
-    """Return histories of 5 to 13 items that can be learned: an item's number is 3 more than that before it."""
+    """Return histories of 5 to 13 items that can be learned: an item's number is 3 more than the one before."""
     rng = np.random.default_rng(0)
     starts, lengths = rng.integers(0, items, users), rng.integers(5, 14, users)
     return [[(start + 3 * i) % items + 1 for i in range(length)] for start, length in zip(starts, lengths)]

@@ -50,7 +50,7 @@ class Block:
 
     @property
     def runs(self) -> bool:
-        """Return True if tests run the block, be it in `make test-long` alone."""
+        """Return True if `make test` or `make test-long` runs the block."""
         return self.language in COMMAND_LANGUAGES and not PARSED_ONLY & set(self.marks)
 
     @property
@@ -96,7 +96,7 @@ def blocks_of(document: Path) -> list[Block]:
 
 
 def problem_of(block: Block) -> str | None:
-    """Return what keeps a block out of every class, or None."""
+    """Return the reason why tests can neither run nor parse a block, or None."""
     if block.language in DATA_LANGUAGES:
         commands = re.findall(r"^(?:\$ |iisan-fast |make |pip |python |git )", block.text, flags=re.MULTILINE)
         if block.marks:

@@ -1,4 +1,4 @@
-"""Tiny encoders of every family, randomly initialised, and what their states should be."""
+"""Tiny encoders of every family, randomly initialised, and their expected states."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BERT = {**SHAPE, "vocab_size": 40, "max_position_embeddings": 32}
 DEBERTA = {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
 DEBERTA |= {"type_vocab_size": 0, "norm_rel_ebd": "layer_norm", "share_att_key": True}
 
-# Family: how to build its tiny model, its tokenizer's style, its default pooling, what its last hidden state is.
+# Family: how its tiny model is built, its tokenizer's style, its default pooling, the kind of its last hidden state.
 Family = tuple[Callable[[], hf.PreTrainedModel], str, str, str]
 TEXT: dict[str, Family] = {
     "bert": (lambda: hf.BertModel(hf.BertConfig(**BERT)), "cls", "cls", "normalised"),
@@ -80,7 +80,7 @@ TITLES = ["w1", "w2 w3 w4", "w5 " * 20, "w6 w7 w8 w9 w10 w11", "w12 w13"]
 
 def tokenizer(style: str) -> hf.PreTrainedTokenizerFast:
     """Return a word-level tokenizer: BERT's [CLS]…[SEP], CLIP's <s>…</s>, a language model's <s>…, or plain."""
-    if style == "bytes":  # Qwen's own class, which transformers loads whatever the folder's files say
+    if style == "bytes":  # Qwen's tokenizer class: transformers loads it even if the folder's files name another
         vocabulary = ["<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz0123456789Ġ"]
         return hf.Qwen2Tokenizer(vocab={c: i for i, c in enumerate(vocabulary)}, merges=[], model_max_length=32)
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
@@ -90,7 +90,7 @@ def tokenizer(style: str) -> hf.PreTrainedTokenizerFast:
     raw.post_processor = processors.TemplateProcessing(single=templates[style], special_tokens=special)
     names = {"cls": {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}, "bare": {}}
     named = names.get(style, {"bos_token": "<s>", "eos_token": "</s>"})
-    # No padding token for the language models, and the side they would pad on is the wrong one.
+    # The language models have no padding token, and their default padding side is the wrong one.
     side = "left" if style in ("bos", "bare") else "right"
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token="[UNK]", model_max_length=32, padding_side=side, **named
@@ -98,7 +98,7 @@ def tokenizer(style: str) -> hf.PreTrainedTokenizerFast:
 
 
 def save(model: hf.PreTrainedModel, folder: Path, processor: str | None, style: str | None) -> Path:
-    with torch.no_grad():  # far from the initial 0.02, so that attention and norms are seen to act
+    with torch.no_grad():  # far from the initial 0.02, so that attention and norms change the states visibly
         for parameter in model.parameters():
             parameter.normal_(std=0.3) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)

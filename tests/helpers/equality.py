@@ -121,7 +121,7 @@ def rates_by_name(step: Step, rates: Mapping[str, float]) -> dict[str, float]:
 
 
 def from_recommender(step: Step) -> Result:
-    """One op after the other, and autograd."""
+    """Run the recommender op by op, and differentiate by autograd."""
     model = step.recommender()
     batch = make_batch(step.sequences, step.users, step.step)
     return _differentiated(model, model.loss(batch, step.table.read(batch.distinct)))
@@ -136,7 +136,7 @@ def from_autograd(step: Step) -> Result:
 
 
 def from_fused_step(step: Step, table: ItemSource | None = None) -> Result:
-    """Run the fused step after a step of other users, so that it uses memory again; table: None for the step's."""
+    """Run the fused step after a step of other users, so that memory is reused; table: None for the step's."""
     model = step.recommender()
     cpu = torch.device("cpu")
     source = step.table if table is None else table
@@ -266,7 +266,7 @@ def from_fused_gpu_pinned(step: Step) -> Result:
 
 
 def from_captured(step: Step) -> Result:
-    """Loss and gradients replayed from a CUDA graph that was captured on another batch; in fp32."""
+    """Return loss and gradients of a CUDA graph that was captured on another batch, in fp32."""
     return _captured(step, torch.device("cuda"), torch.float32)
 
 
@@ -322,10 +322,10 @@ class Form:
     run: Callable[[Step], Result]
     rtol: float = 1e-9
     users: int = 64
-    takes: Callable[[Step], bool] = lambda step: True  # which models it is a form of
+    takes: Callable[[Step], bool] = lambda step: True  # if the form can run the step's model
     needs_cuda: bool = False
-    by_triton: bool = False  # and so in the interpreter where there is no GPU
-    cases: tuple[str, ...] | None = None  # of the tests' cases, those that every run takes in place of the usual ones
+    by_triton: bool = False  # runs in Triton's interpreter if there is no GPU
+    cases: tuple[str, ...] | None = None  # the tests' cases that every run takes in place of the usual ones
 
     def check(self, step: Step, expected: Result) -> None:
         if self.needs_cuda and not torch.cuda.is_available():

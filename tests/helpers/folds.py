@@ -14,7 +14,7 @@ from iisan_fast.kernels.gpu.fold_heads import FoldHeads
 from iisan_fast.kernels.types import TowerGradients
 
 OUTPUTS = ("coefficients", "bias", "composites", "projected_up", "projections", "vector_bias")
-# Of a tensor's norm: in fp32 of sums of up to some thousand products, in bf16 of three roundings one after the other.
+# Errors relative to a tensor's norm: fp32 sums up to some thousand products, bf16 rounds three times in a row.
 TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
 
 
@@ -22,7 +22,7 @@ class Fold:
     """A pair on random weights, with random gradients from the towers."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, **shape: Any) -> None:
-        """dtype: of the products; shape: as `side_weights` takes it."""
+        """dtype: dtype of the products; shape: arguments of `side_weights`."""
         torch.manual_seed(3)
         self.dtype = dtype
         self.shapes = side_weights(**shape)
@@ -31,7 +31,7 @@ class Fold:
         self.gradient = torch.full((size,), float("nan"), device=DEVICE)
         self.weights = in_buffer(self.shapes, self.buffer)
         gradients = in_buffer(self.shapes, self.gradient)
-        operands = in_buffer(self.shapes, self.buffer.to(dtype))  # the weights' own memory where that is fp32
+        operands = in_buffer(self.shapes, self.buffer.to(dtype))  # the weights' memory if that is fp32
         self.pair = FoldHeads(self.weights, operands, gradients, dtype)
         self.towers = towers_gradients(self.pair, self.weights)
         self.pair.connect(self.towers)
@@ -54,7 +54,9 @@ class Fold:
         outputs = plainly_folded(weights)
         names = ("of_coefficients", "of_bias", "of_composites", "of_projected_up", "of_projections", "of_vector_bias")
         gradients = [getattr(self.towers, name).double().nan_to_num() for name in names]
-        trained = [pair for pair in zip(outputs, gradients) if pair[0].requires_grad]  # all but constant coefficients
+        trained = [
+            pair for pair in zip(outputs, gradients) if pair[0].requires_grad
+        ]  # all outputs but constant coefficients
         torch.autograd.backward(*zip(*trained))
         for tower, of_down in zip(weights.towers, self.towers.of_down):
             tower.down_weight.grad += of_down
@@ -68,7 +70,7 @@ class Fold:
 
 
 def towers_gradients(pair: FoldHeads, weights: RecommenderWeights) -> TowerGradients:
-    """Return random gradients as the towers' backward gives them; gradients that are not read are NaN."""
+    """Return random gradients in the layout of the towers' backward; gradients that are not read are NaN."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=pair.bias.device)

@@ -23,7 +23,7 @@ from iisan_fast.kernels.gpu.launch import launches
 GIB = 1 << 30
 TF32_EPS = 2**-10
 
-Results = dict[str, list[Tensor]]  # outputs, and gradients by the name of what they belong to
+Results = dict[str, list[Tensor]]  # outputs, and gradients by the names of their tensors
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ each_precision = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=P
 def nan_in_new_memory() -> Iterator[None]:
     """Make torch.empty return NaN (and the largest integers), so that numbers that a kernel does not write show."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # warns of cuBLAS, whose settings are left alone
+    torch.use_deterministic_algorithms(True, warn_only=True)  # warn only: cuBLAS may not be deterministic
     try:
         yield
     finally:
@@ -146,7 +146,7 @@ def check_repeats(make: Callable[[int], Any], run: Callable[[Any], Results], tim
     first = run(inputs)
     device = inputs.tensors()[0].device
     for i in range(1, times):
-        torch.full((1 << 22,), float("nan") if i % 2 else 1e30, device=device)  # what the next call's memory holds
+        torch.full((1 << 22,), float("nan") if i % 2 else 1e30, device=device)  # the contents of the next call's memory
         assert_same(run(inputs), first, f" in run {i}")
 
 

@@ -1,4 +1,4 @@
-"""The rules of the house as functions over sources: {path in the repository: text} in, one line a violation out."""
+"""The rules of the house: functions from sources, {path in the repository: text}, to one line for each violation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEIGHBOURS = frozenset(
         *("setting_fields", "setting_sources", "settings_files", "workers"),
     )
 )
-FLOORS = (  # from the ground up; a room imports from lower floors alone
+FLOORS = (  # from the lowest up; a room imports only from lower floors
     NEIGHBOURS,
     frozenset(("data",)),
     frozenset(("encoders",)),
@@ -58,7 +58,7 @@ class Import(NamedTuple):
     module: str
     name: str | None
     bound: str  # the name that the import binds
-    for_types: bool  # under `if TYPE_CHECKING:`
+    for_types: bool  # True under `if TYPE_CHECKING:`
 
 
 class Tree:
@@ -73,7 +73,7 @@ class Tree:
 
     @cached_property
     def imports(self) -> list[Import]:
-        """All imports, those inside functions and under TYPE_CHECKING too."""
+        """Return all imports, also those inside functions and under TYPE_CHECKING."""
         return list(self._imports())
 
     def exports(self, module: str) -> list[str]:
@@ -84,7 +84,7 @@ class Tree:
         return self._exports[path]
 
     def doors(self) -> list[tuple[str, str]]:
-        """(path, module) of every package with an `__all__`."""
+        """Return (path, module) of every package with an `__all__`."""
         return [
             (path, module)
             for path, module in self.modules.items()
@@ -116,7 +116,7 @@ class Tree:
 
 
 def violations(sources: Sources) -> list[str]:
-    """All violations of all rules."""
+    """Return all violations of all rules."""
     tree = Tree(sources)
     return [line for rule in RULES for line in rule(tree)]
 
@@ -213,7 +213,7 @@ def doors_that_disagree(tree: Tree) -> list[str]:
 
 
 def libraries_out_of_place(tree: Tree) -> list[str]:
-    """Return the imports of libraries by rooms that are to do without."""
+    """Return the imports of a library by rooms that may not import it."""
     lines = []
     for entry in tree.imports:
         library = entry.module.partition(".")[0]

@@ -10,7 +10,9 @@ from iisan_fast.data.imports.flat import import_csv
 from iisan_fast.data.imports.options import TableOptions
 from iisan_fast.errors import InputError
 
-UNORDERED = "u2,b,30\nu1,a,20\nu2,a,10\nu1,c,10\nu1,b,20\nu2,a,10\n"  # and with equal timestamps, and one row twice
+UNORDERED = (
+    "u2,b,30\nu1,a,20\nu2,a,10\nu1,c,10\nu1,b,20\nu2,a,10\n"  # some timestamps are equal, and one row stands twice
+)
 USERS = "u2\ta a b\nu1\tc a b\n"
 TIMES = "u2\t10 10 30\nu1\t10 20 20\n"
 HEADER = "user,item,timestamp\n"
@@ -30,7 +32,7 @@ def microlens(root: Path, pairs: str | bytes = UNORDERED, titles: str | None = "
 
 
 def table(folder: Path) -> dict[str, str]:
-    """{first field: the rest} of items.tsv."""
+    """Return {first field: the rest} of the lines of items.tsv."""
     return dict(line.split("\t") for line in (folder / "items.tsv").read_text().splitlines())
 
 
@@ -40,7 +42,7 @@ def imported_csv(tmp_path: Path, content: str | bytes, **options) -> Path:
 
 
 def refused(action, tmp_path: Path, *words: str) -> None:
-    """One line that has all these words, and nothing new in tmp_path."""
+    """Check that the action raises one line with all these words, and leaves nothing new in tmp_path."""
     before = sorted(tmp_path.iterdir())
     with pytest.raises(InputError) as error:
         action()

@@ -27,7 +27,7 @@ class LossPairCase:
         spare: tuple[int, int, int] = (1, 1, 1),
         scale: float = 1.0,
     ) -> None:
-        """Args: items: of the catalogue, numbers from 1; spare: as of `step_shape`; scale: of the states."""
+        """Draw the case. items: size of the catalogue; spare: as in `step_shape`; scale: factor of the states."""
         generator = torch.Generator().manual_seed(3)
         histories = [torch.randint(1, items + 1, (rows + 1,), generator=generator).tolist() for rows in rows_of_users]
         self.shape = step_shape(histories, 0, tile_rows, spare)

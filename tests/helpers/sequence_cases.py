@@ -53,7 +53,7 @@ class PairCase:
         tile_rows: int = 16,
         spare: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
-        """positions, spare: as of `step_shape`."""
+        """Draw the case. positions, spare: as in `step_shape`."""
         generator = torch.Generator().manual_seed(3)
 
         def random(*shape: int, std: float = 1.0) -> Tensor:
@@ -142,7 +142,7 @@ class GridCase:
         spare: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """spare: positions of the encoder that the grid lacks."""
+        """Draw the case. spare: number of the encoder's positions that the grid lacks."""
         generator = torch.Generator().manual_seed(9)
 
         def random(*shape: int, std: float = 1.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""A Triton kernel with every kind of loop, for tests of what reads compiled kernels."""
+"""A Triton kernel with every kind of loop, for tests of code that reads compiled kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def all_loops(
-    header_ptr,  # [2]: something, then the rows
+    header_ptr,  # [2]: a number that is not read, then the rows
     left_ptr,  # [rows, n]
     right_ptr,  # [n, BLOCK]
     out_ptr,  # [rows, BLOCK]

@@ -20,7 +20,7 @@ def step_shape(
 ) -> StepShape:
     """Return the smallest shape that these histories fit, with spare users, words of distinct items, and tiles.
 
-    Args: positions: of the model, as many as the longest history needs where 0.
+    Args: positions: number of the model's positions; 0 for as many as the longest history needs.
     """
     users, words, tiles = spare
     items = {item for history in histories for item in history}
@@ -35,7 +35,7 @@ def pack_batch(
 ) -> Tensor:
     """Return a batch packed as `StepBatch` reads it.
 
-    Args: users: the users' numbers, 0, 1 … where empty; prefix: the dropout's hash of seed and step.
+    Args: users: the users' numbers; 0, 1 … if empty; prefix: the dropout's hash of seed and step.
     """
     buffer = torch.zeros(shape.starts()[-1], dtype=torch.int32)
     batch = StepBatch.of(buffer, shape)

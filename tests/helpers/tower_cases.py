@@ -16,14 +16,14 @@ INTRA_AND_INTER = ((0,), (1,), (0, 1))
 
 
 def by_cpu(states, towers, activation, projections=None) -> list[Tensor]:
-    """Run the cpu form; it needs projections, so identities stand for no projections."""
+    """Run the cpu form. It needs projections, so None is replaced by identity matrices."""
     if projections is None:
         projections = [torch.eye(tower.down_weight.shape[2], dtype=tower.down_weight.dtype) for tower in towers]
     return kernels.side_towers(states, towers, activation, projections, form="cpu")
 
 
 class Case:
-    """Towers over random states, all numbers those of fp32, and the gradients to pull back through them."""
+    """Towers over random states, drawn in fp32, and the gradients of their outputs."""
 
     def __init__(
         self,

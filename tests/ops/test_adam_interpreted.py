@@ -40,8 +40,8 @@ class Flat:
         return [tensor.clone() for tensor in tensors if tensor is not None]
 
 
-@pytest.mark.parametrize("first", [0, 700])  # a run that goes on has many steps behind it
-def test_steps_are_those_of_pytorch(first):
+@pytest.mark.parametrize("first", [0, 700])  # as in a run that is resumed after many steps
+def test_steps_equal_pytorchs(first):
     flat = Flat(None)
     weights = [torch.nn.Parameter(part.clone()) for part in flat.parameters.split(SIZES)]
     groups = [
@@ -61,7 +61,7 @@ def test_steps_are_those_of_pytorch(first):
             weight.grad = gradient.clone()
         if not step:
             optimizer.step()
-            for weight, part in zip(weights, start.split(SIZES)):  # taken back: the first step made the states
+            for weight, part in zip(weights, start.split(SIZES)):  # restore them: the first step created the states
                 weight.data.copy_(part)
                 state = optimizer.state[weight]
                 state["exp_avg"].zero_(), state["exp_avg_sq"].zero_(), state["step"].fill_(first)

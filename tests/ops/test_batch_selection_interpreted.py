@@ -1,4 +1,4 @@
-"""The selection of a step's batch in Triton: equal fields, and right constants of the columns."""
+"""The selection of a step's batch in Triton: the fields of the expected batch, and correct column constants."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ SPILLED_BYTES = 0 if triton.__version__.startswith("3.6.") else 32
     ],
 )
 def test_every_kernel_compiles_ahead_of_time_within_a_gpus_means(dtype, architectures, options):
-    """At every shipped configuration, shared memory fits and no register is spilled. sm_89 stands for the default."""
+    """Check that shared memory fits and no register is spilled. sm_89 has the default configuration."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "ahead_of_time.py"), "--dtype", dtype]
     command += [*options, "--architecture", *map(str, architectures)]

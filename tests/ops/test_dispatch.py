@@ -73,7 +73,7 @@ def test_auto_takes_the_fastest_form_that_can_run(op, on_cuda, on_cpu, without_c
     assert chosen(op, "cpu") == without_compiler
 
 
-def test_auto_goes_around_what_a_form_refuses(monkeypatch):
+def test_auto_takes_another_form_where_one_refuses(monkeypatch):
     monkeypatch.setattr(dispatch, "why_no_library", lambda: "")
     assert chosen("side_towers", "cpu", cpu="odd shapes") == "reference"
     assert chosen("side_towers", "cuda", dtype=torch.float64) == "reference"
@@ -143,7 +143,7 @@ def test_the_form_of_a_device_is_the_fastest_or_the_one_named(monkeypatch):
         kernels.form_on(torch.device("cuda"))
 
 
-def test_the_environment_variable_decides_for_auto_and_for_nothing_else(loss, monkeypatch):
+def test_the_environment_variable_decides_only_for_auto(loss, monkeypatch):
     monkeypatch.setenv(kernels.FORM_VARIABLE, "gpu")
     launch.launches.clear()
     kernels.inbatch_cross_entropy(**loss)
@@ -291,7 +291,7 @@ def test_the_towers_refuse():
     if DEVICE == "cpu":
         beyond = [States(first, torch.full((4,), len(first)))]
         refused(r"states\[0\].rows: expected indices from 0 to 6, found 7", states=beyond, towers=[tower])
-        last = torch.full((4,), len(first) - 1)  # one tensor for both views, of which the second has fewer rows
+        last = torch.full((4,), len(first) - 1)  # one tensor for both views; the second view has fewer rows
         views = [States(first, last), States(first[1:], last)]
         refused(r"states\[1\].rows: expected indices from 0 to 5, found 6", states=views)
 

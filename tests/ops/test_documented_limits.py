@@ -1,4 +1,4 @@
-"""The sizes that the documents say a fused step on a GPU takes are the ones that its kernels take."""
+"""The documents name the same size limits of a fused GPU step as its kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from iisan_fast.kernels.gpu import projected_towers, sequence_encoder
 PAGE = Path(__file__).parents[2] / "docs" / "performance-and-memory.md"
 
 
-def test_the_limits_on_a_gpu_are_those_of_the_kernels():
+def test_the_documented_limits_on_a_gpu_equal_the_kernels():
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     on_cuda = {row[0]: row[2] for row in cells if len(row) == 3}

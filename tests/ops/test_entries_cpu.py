@@ -112,7 +112,7 @@ def filled(struct: type[ctypes.Structure], values: dict) -> Filled:
 
     for name, kind in struct._fields_:
         if kind is ctypes.c_void_p:
-            setattr(call, name, call.before if name == "after" else zeros())  # one and the same for ReLU
+            setattr(call, name, call.before if name == "after" else zeros())  # ReLU uses one buffer for both
         elif kind is ctypes.c_void_p * 2:
             setattr(call, name, kind(zeros(), zeros()))
         elif kind is ctypes.POINTER(EncoderBlockStruct):
@@ -191,7 +191,7 @@ def test_moments_shorter_than_their_parameter_are_refused_by_the_op_and_by_the_l
     for form in ("auto", "reference"):
         with pytest.raises(ValueError, match=r"states\[0\].mean: expected \[1000\], found \[1\]"):
             kernels.adam([state], form=form)
-    update = AdamUpdate([state])  # what the op would make, unchecked
+    update = AdamUpdate([state])  # the op builds the same object after its checks
     with pytest.raises(ValueError, match=r"adam_update in C\+\+: expected sizes that fit, found count 1, start 0"):
         update([torch.ones(1000)], [0.1], (0.9, 0.999), 1e-8)
     assert torch.equal(state.parameter, torch.ones(1000)) and not state.mean.any() and not state.steps

@@ -98,7 +98,7 @@ def test_fold_is_the_product_and_its_gradients_are_right(columns, count, form):
         assert torch.equal(fold(*weights)[-2], weights[-5] @ weights[-4] @ weights[-2])
 
 
-def test_fold_refuses_what_cannot_be_multiplied():
+def test_fold_refuses_shapes_that_cannot_be_multiplied():
     def chain(rows: int, constants: int) -> kernels.Chain:
         return kernels.Chain(
             torch.ones(2, 3), torch.ones(3, 5), torch.ones(3), torch.ones(rows, 2), torch.ones(constants)

@@ -79,7 +79,7 @@ def test_four_launches_a_step(dtype):
         "fold_chains_backward",
     ]
     assert launches.total() == 4
-    # 3 towers times more than 44 tasks: all 132 multiprocessors of a GPU work.
+    # 3 towers with more than 44 tasks each give work to all 132 multiprocessors of a GPU.
     assert all(launch.grid[0] == 3 and launch.grid[1] > 44 for launch in recorded)
     assert {pair.composites.dtype, pair.projected_up.dtype, pair.projection_operands.dtype} == {dtype}
 

@@ -23,7 +23,7 @@ pytestmark = [
 
 
 class Case:
-    """Rows of users, who have some of the items; every row's target is one of its user's."""
+    """Queries of users, and the items in each user's history; each row's target is in its user's history."""
 
     def __init__(self, rows, items, width=16, masked=True, counted=True, debiased=True, seed=0) -> None:
         random = np.random.default_rng(seed)
@@ -83,7 +83,7 @@ def test_real_sizes():
     Case(305, 276, 64).check()
 
 
-def test_gradients_are_those_of_finite_differences():
+def test_gradients_equal_finite_differences():
     case = Case(5, 7)
     leaves = [tensor.clone().requires_grad_() for tensor in (case.queries, case.items)]
     assert torch.autograd.gradcheck(lambda *tensors: by_cpu(*tensors, case.targets, **case.keywords), leaves)
@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_is_not_lost(value):
     assert not losses[3].isfinite() and losses[4:].isfinite().all()
 
 
-def test_what_it_does_not_take_goes_through_the_reference(monkeypatch):
+def test_calls_that_it_refuses_run_by_the_reference(monkeypatch):
     monkeypatch.delenv(kernels.FORM_VARIABLE, raising=False)
     monkeypatch.setattr(loss_cpu, "inbatch_cross_entropy", lambda *_: pytest.fail("C++ ran"))
     narrow, case = Case(9, 8, width=5), Case(9, 8)
@@ -138,7 +138,7 @@ def test_what_it_does_not_take_is_refused_by_name(width, trained, reason):
 
 
 @pytest.mark.parametrize(("forward", "backward"), [(1, 2), (2, 1)])
-def test_threads_may_change_before_the_backward_and_it_may_come_twice(forward, backward):
+def test_threads_may_change_before_a_backward_that_runs_twice(forward, backward):
     case = Case(70, 90)
     exact = case.run(loss_reference.inbatch_cross_entropy, torch.float64)
     leaves = [tensor.clone().requires_grad_() for tensor in (case.queries, case.items)]

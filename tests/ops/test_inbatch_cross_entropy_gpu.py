@@ -72,7 +72,7 @@ LOSS_CASES = [
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Arguments of `inbatch_cross_entropy` and the gradient of what it returns."""
+    """Arguments of `inbatch_cross_entropy` and the gradient of the losses that it returns."""
 
     queries: Tensor
     items: Tensor

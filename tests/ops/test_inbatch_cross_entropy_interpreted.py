@@ -59,7 +59,7 @@ def test_loss_where_whole_tiles_are_masked(masked_columns):
 
 
 @pytest.mark.parametrize("wanted", [(), (0,), (1,)])
-def test_loss_gradients_of_queries_or_items_alone(wanted):
+def test_loss_gradients_of_only_queries_or_items(wanted):
     case = LossCase(9, 40)
     if wanted:
         case.check(wanted)

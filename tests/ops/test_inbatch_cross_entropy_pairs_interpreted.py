@@ -41,8 +41,8 @@ def test_pairs_of_other_sizes(sizes):
     LossPairCase(**sizes).check()
 
 
-def test_equal_steps_give_equal_bits_whatever_ran_before():
-    """The same memory serves a larger batch and then a smaller one."""
+def test_equal_steps_give_equal_bits_after_other_steps():
+    """Run a larger batch and then a smaller one in one memory."""
     case = LossPairCase([3, 9, 5, 4, 1], items=60)
     pairs = case.pairs()
     first = case.run(pairs)
@@ -55,8 +55,8 @@ def test_equal_steps_give_equal_bits_whatever_ran_before():
         assert torch.equal(values, first[name]), name
 
 
-def test_an_empty_batch_is_left_at_once():
-    """Calls before a capture find an empty batch; they must read no vector."""
+def test_an_empty_batch_is_not_read():
+    """Check that an empty batch reads no vector: the calls before a capture run on one."""
     loss, collect = LossPairCase([3, 5]).pairs()
     loss.batch.header.zero_()
     loss.item_parts.fill_(torch.nan)

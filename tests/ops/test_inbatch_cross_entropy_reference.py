@@ -70,13 +70,13 @@ def test_deduplicated_loss_equals_dense_loss_on_corner_cases(training):
     assert_equal_losses(training)
 
 
-def test_loss_of_a_user_alone_is_zero():
+def test_loss_of_a_single_user_is_zero():
     deduplicated, _, _ = both_losses([[1, 2, 3]])
     assert deduplicated.item() == 0
 
 
 def test_loss_by_hand():
-    """Two users, one row each: Z holds the target and the other user's two items."""
+    """Check two users with one row each: Z sums over the target and the other user's two items."""
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     items = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
     log_p = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log()
@@ -90,7 +90,7 @@ def test_loss_by_hand():
     assert loss.item() == pytest.approx((first + second) / 2, rel=1e-12)
 
 
-def test_unpack_bits_reads_what_batches_pack():
+def test_unpack_bits_reads_the_bits_of_batches():
     sequences = make_sequences([[*range(1, 41), 1, 1], [40, 3, 1, 1]], max_inputs=60)
     batch = make_batch(sequences, np.arange(2), step=0)
     in_history = loss_reference.unpack_bits(batch.history_bits, len(batch.distinct))

@@ -1,4 +1,4 @@
-"""The C++ library: it is compiled once and cached; without it one line says why."""
+"""The C++ library: it is compiled once and cached; if it is missing, one line says why."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from iisan_fast.kernels.cpu import step_memory as memory
 from iisan_fast.kernels.cpu.step_memory import Memory
 from iisan_fast.kernels.reference import inbatch_cross_entropy as loss_reference
 
-QUICK = tuple("-O0" if flag == "-O3" else flag for flag in library.FLAGS)  # where nothing that was made is run
+QUICK = tuple("-O0" if flag == "-O3" else flag for flag in library.FLAGS)  # for tests that do not run the compiled code
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def anew(monkeypatch, tmp_path):
 
 @pytest.mark.long
 @needs_compiler
-def test_it_is_compiled_once_for_the_user_alone(anew, monkeypatch):
+def test_it_is_compiled_once_into_a_private_folder(anew, monkeypatch):
     monkeypatch.setattr(library, "FLAGS", QUICK)
     assert library.why_no_library() == ""
     (library_file,) = anew.iterdir()
@@ -45,9 +45,9 @@ def test_it_is_compiled_once_for_the_user_alone(anew, monkeypatch):
     assert library.library(torch.float32).side_forward
 
 
-@pytest.mark.long  # the compiler at hand makes what all other tests of C++ run
+@pytest.mark.long  # all other tests of C++ run the default compiler's library
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
-def test_what_each_compiler_makes_computes_the_same(compiler, anew, monkeypatch):
+def test_the_libraries_of_all_compilers_compute_the_same(compiler, anew, monkeypatch):
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not here")
     monkeypatch.setenv("CXX", compiler)
@@ -129,7 +129,7 @@ def test_a_cache_that_cannot_be_written_is_a_reason(anew, monkeypatch, tmp_path)
 
 @pytest.mark.long
 @needs_compiler
-def test_processes_that_compile_at_once_do_not_disturb_one_another(tmp_path):
+def test_processes_can_compile_at_the_same_time(tmp_path):
     program = "from iisan_fast.kernels.cpu import library\n"
     program += f"library.FLAGS = {QUICK}; print(library.why_no_library() or 'compiled')"
     environment = {**os.environ, library.CACHE_VARIABLE: str(tmp_path)}
@@ -158,7 +158,7 @@ def test_memory_is_used_again_once_it_is_free_and_never_before(monkeypatch):
     assert second.empty(torch.float32, 100, 16).data_ptr() in places
 
 
-def test_memory_that_nobody_wants_any_more_goes(monkeypatch):
+def test_unused_memory_is_freed(monkeypatch):
     monkeypatch.setattr(Memory, "free", [])
     Memory().empty(torch.uint8, 50_000)
     for _ in range(memory.KEPT_FOR + 1):

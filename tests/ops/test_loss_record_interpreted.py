@@ -29,7 +29,7 @@ class Steps:
         ).forward
 
     def note(self, step: int, tiles: int, losses: torch.Tensor) -> None:
-        """Record a step whose rows stand anywhere in these tiles; losses beyond the tiles are NaN."""
+        """Record a step whose rows lie anywhere in these tiles; losses beyond the tiles are NaN."""
         self.losses.fill_(float("nan"))
         self.losses[: tiles * TILE_ROWS] = 0
         self.losses[torch.randperm(tiles * TILE_ROWS)[: len(losses)].to(DEVICE)] = losses.to(DEVICE)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_ops_are_sound_operators():
-    """Schema, fake tensors, autograd registration and ahead-of-time dispatch agree with what the kernels do."""
+    """Check that schema, fake tensors, autograd and ahead-of-time dispatch agree with the kernels."""
     side = SideCase(items=3, layers=2, width=16, bottleneck=8, kinds=[(0,), (0, 1)], dense=[1])
     loss = LossCase(5, 40)
     captured: list[tuple] = []

@@ -28,14 +28,14 @@ assert iisan_fast.kernels.side_tower
 
 
 @pytest.mark.slow
-def test_the_kernels_folder_is_no_package_of_its_own():
-    """From the repository root `import kernels` finds our folder; transformers must load and think it absent."""
+def test_the_kernels_folder_is_no_separate_package():
+    """In the repository root, `import kernels` finds this folder; transformers must take the package for missing."""
     result = subprocess.run([sys.executable, "-c", FROM_THE_ROOT], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "absent", result.stderr
 
 
 @pytest.mark.slow
-def test_a_checkout_is_whole_whatever_is_installed():
+def test_a_checkout_works_without_the_editable_install():
     """Python started in the repository root, without the editable install's hooks, finds kernels and cli."""
     environment = {**os.environ, "PYTHONPATH": str(Path(torch.__file__).parents[1])}
     script = "import iisan_fast.cli, iisan_fast.kernels; print(iisan_fast.kernels.__file__)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from helpers.step_batches import pack_batch, step_shape
 from iisan_fast.kernels.types import HEADER, StepBatch
 
-HISTORIES = [[50, 60, 70], list(range(1, 16)), [50, 50]]  # 2, 14 and 1 rows: the last user's go to a new tile
+HISTORIES = [[50, 60, 70], list(range(1, 16)), [50, 50]]  # 2, 14 and 1 rows: the last user's row starts a new tile
 
 
 def test_a_batch_of_three_users():

@@ -1,4 +1,4 @@
-"""Sums of parts in Triton: right, in the order of the parts, and nothing written beyond them."""
+"""Sums of parts in Triton: the values are correct, added in order, and nothing is written beyond them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The towers' pair on a GPU against a plain form in fp64: in the interpreter, from states to vectors and back.
 
-All memory starts as NaN, so what a kernel reads before it is written, or forgets to write, is seen.
+All memory starts as NaN. A kernel that reads unwritten memory, or leaves a result unwritten, gives NaN.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Case:
         dtype: torch.dtype = torch.float32,
         device: str = DEVICE,
     ) -> None:
-        """items: the true count; room: how many the buffers have room for."""
+        """items: the true count; room: the number of items that the buffers can hold."""
         self.views = views
         self.gated = gated
         self.activation = activation
@@ -82,7 +82,7 @@ class Case:
         self.of_vectors[items:] = 0
 
     def coefficients(self, gates: Tensor) -> Tensor:
-        """Return [T, K, 3] from the gates [T, K], or of towers without gates."""
+        """Return coefficients [T, K, 3] from the gates [T, K], or for towers without gates."""
         g = gates if self.gated else torch.ones_like(gates)
         other = 1 - g if self.gated else g
         zero = torch.zeros_like(g)
@@ -138,7 +138,7 @@ class Case:
         return torch.autograd.grad(self.coefficients(gates), gates, of_coefficients.double())[0]
 
     def check(self) -> None:
-        """Compare vectors and all gradients; what is beyond the true count is 0."""
+        """Compare vectors and all gradients; rows beyond the true count must be 0."""
         pair = self.pair()
         pair.forward()
         pair.backward()

@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def by_cpu(monkeypatch) -> None:
-    """Run the encoder's cpu form; an error if it cannot run."""
+    """Run the encoder's cpu form; raise ValueError if it cannot run."""
     monkeypatch.setenv(kernels.FORM_VARIABLE, "cpu")
 
 
@@ -136,7 +136,7 @@ def test_states_after_whole_histories_are_by_c_where_no_backward_follows(monkeyp
     assert calls == [8]
 
 
-def test_rows_that_share_a_slot_disturb_nobody_else():
+def test_rows_that_share_a_slot_change_no_other_row():
     """Padding rows of a batch share a slot of one extra user; their gradients are 0."""
     case = Case([3, 5, 4])
     padding = 50
@@ -199,7 +199,7 @@ def test_the_backward_has_all_that_it_reads_whoever_lets_go_of_it(step):
     slots = case.grid.slots.repeat_interleave(step)[::step]
     states = model(case.x.double(), SequenceGrid(slots, case.grid.users, case.grid.length), case.dropout)
     case.grid = case.dropout = slots = None
-    others = [torch.full((len(case.x),), 1 << 40) for _ in range(64)]  # where the slots were
+    others = [torch.full((len(case.x),), 1 << 40) for _ in range(64)]  # fill the slots' memory anew
     gradients = torch.autograd.grad(states, list(model.parameters()), case.upstream.double())
     assert len(others) == 64
     for (name, _), gradient in zip(model.named_parameters(), gradients, strict=True):
@@ -223,7 +223,7 @@ def test_a_value_that_is_not_finite_is_not_lost():
 
 
 @pytest.mark.parametrize(("forward", "backward"), [(1, 2), (2, 1)])
-def test_threads_may_change_before_the_backward_and_it_may_come_twice(forward, backward):
+def test_threads_may_change_before_a_backward_that_runs_twice(forward, backward):
     case = Case([4, 9, 2, 7] * 6)
     expected = case.run(False, torch.float64)
     x = case.x.double().requires_grad_()

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.25])
 def test_the_pair_of_one_block_on_packed_tiles(dropout):
-    """Four users in two of three tiles: one has a single row, and padding rows stand between and after them."""
+    """Run four users in two of three tiles, one of them with a single row, with padding rows between and after."""
     PairCase([3, 5, 1, 9], blocks=1, dropout=dropout, spare=(1, 1, 1)).check()
 
 
@@ -48,7 +48,7 @@ def test_the_pair_of_other_sizes(sizes):
 
 
 @pytest.mark.slow
-def test_all_blocks_in_one_launch_give_what_a_launch_for_each_half_gives(monkeypatch):
+def test_one_launch_of_all_blocks_equals_launches_of_half_blocks(monkeypatch):
     """Take the configurations of bf16 products, in fp32, since the interpreter cannot multiply bf16."""
     case = PairCase([3, 9, 5, 4])
     halves = case.run()
@@ -72,7 +72,7 @@ def test_equal_steps_give_equal_bits():
 
 @pytest.mark.parametrize(("tile_rows", "users"), [(16, 64), (32, 8192)])
 def test_a_step_has_one_launch_forward_and_three_backward(tile_rows, users):
-    """Counted without values: constructors and launches of the pair run on meta tensors."""
+    """Count launches on meta tensors, which hold no values."""
     case = PairCase([3, 9, 5], d=64, tile_rows=tile_rows, spare=(0, 0, users * 4 // tile_rows))
     recorded = []
     with as_architecture("sm_90"), launch.recording(lambda launched: recorded.append(launched.name)):
@@ -144,7 +144,7 @@ def test_the_op_of_other_sizes(sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[], [3, 2]])
 def test_the_op_of_no_rows(lengths):
-    """An empty batch, and users without any rows."""
+    """Run an empty batch, and a batch of users without rows."""
     case = GridCase(lengths)
     case.grid = case.grid._replace(slots=case.grid.slots[:0])
     case.x, case.gradient = case.x[:0], case.gradient[:0]
@@ -173,7 +173,7 @@ def test_gradients_and_inputs_of_any_stride(gradient):
 
 
 @pytest.mark.slow
-def test_rows_that_share_a_slot_disturb_nobody_else():
+def test_rows_that_share_a_slot_change_no_other_row():
     """Padding rows of a batch share a slot of one extra user; their gradients are 0."""
     case = GridCase([3, 5, 4])
     padding = 6

@@ -45,7 +45,7 @@ def test_later_items_and_other_users_change_nothing():
 
 
 def test_a_longer_grid_gives_the_same_states_with_dropout():
-    """Right-aligned: columns that are padding for everyone change neither states nor masks."""
+    """Histories are right-aligned: columns that are padding for all users change neither states nor masks."""
     model = encoder()
     x = vectors(5)
     short = model(x, rows((4, 1), length=4), dropout([4, 9]))
@@ -86,7 +86,7 @@ def test_every_field_changes_the_mask(field):
     assert 0.2 < (factors() != other).double().mean() < 0.55  # 2 * 0.25 * 0.75 = 0.375 of independent masks differ
 
 
-def test_the_share_kept_and_the_mean_are_right():
+def test_dropout_keeps_the_right_share_and_mean():
     dropped = factors(range(64))
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.75])
     assert dropped.mean().item() == pytest.approx(1, abs=0.02)

@@ -47,13 +47,13 @@ def test_any_towers(data):
         upstream=data.draw(st.sampled_from(UPSTREAMS)),
         seed=data.draw(st.integers(0, 99)),
     )
-    case.check(in_fp32=activation == "gelu")  # once in a few thousand cases a ReLU within rounding of 0 falls otherwise
+    case.check(in_fp32=activation == "gelu")  # rarely, rounding moves a ReLU's input to the other side of 0
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_towers_without_gradients(data):
-    """The catalogue is encoded so; bottlenecks of whole panels use the composites there."""
+    """Encode as for a catalogue: bottlenecks of whole panels use the composites."""
     torch.set_num_threads(data.draw(st.sampled_from([1, 2, 3, 8]), label="cores"))
     kinds = data.draw(st.lists(st.sampled_from(INTRA_AND_INTER), min_size=1, max_size=3))
     table_dtype = data.draw(st.sampled_from([None, torch.bfloat16]))
@@ -102,7 +102,7 @@ def test_every_subset_of_gradients(kind, items):
             assert_equal(case.run(by_cpu, torch.float64, wanted), expected, rtol=1e-12)
 
 
-def test_an_output_that_nobody_uses_has_no_part_in_the_gradients():
+def test_an_unused_output_adds_nothing_to_the_gradients():
     case = Case(kinds=[(0,), (0, 1)], in_order=[0])
     results = []
     for op in (by_cpu, towers_reference):
@@ -120,7 +120,7 @@ def test_an_output_that_nobody_uses_has_no_part_in_the_gradients():
 @pytest.mark.parametrize("kind", INTRA_AND_INTER)
 @pytest.mark.parametrize("items", [9, 40])
 def test_saturated_gates(kind, items):
-    """Gates of exactly 0 and 1: what they shut off has a gradient of exactly 0, and nothing becomes NaN."""
+    """Check gates of exactly 0 and 1: a state that they shut off has a gradient of exactly 0, and no NaN appears."""
     case = Case(items=items, layers=len(SATURATED), kinds=[kind], in_order=[kind[0]])
     case.parameters["gate 0"] = torch.tensor(SATURATED)
     weights = torch.sigmoid(case.parameters["gate 0"] / GATE_TEMPERATURE).tolist()
@@ -159,7 +159,7 @@ def test_a_gradient_has_the_dtype_of_its_view():
 @pytest.mark.parametrize("items", [0, 7, 40])
 @pytest.mark.parametrize("quietly", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_outputs_are_the_same(quietly, items, projected):
-    """They are added up in another order, by the composites."""
+    """Compare within rounding: without gradients the composites add in another order."""
     case = Case(items=items, projected=projected, bottleneck=16)
     trained, _ = case.forward(by_cpu, torch.float64)
     with quietly():
@@ -175,7 +175,7 @@ def test_without_gradients_the_outputs_are_the_same(quietly, items, projected):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("items", [512, 513, 1024, 1025, 2600])
 def test_many_items_without_gradients_go_through_in_equal_parts(items, threads):
-    """So an item has the same output bits at any place among the items."""
+    """Check that an item has the same output bits at any place among the items."""
     torch.set_num_threads(threads)
     sizes = [part.stop - part.start for part in equal_parts(items, 512)]
     assert sum(sizes) == items and max(sizes) <= 512 and max(sizes) - min(sizes) <= 1
@@ -206,7 +206,7 @@ def test_two_runs_are_equal_to_the_last_bit(items):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_one_thread_and_two_come_close():
+def test_one_thread_and_two_nearly_agree():
     case = Case(items=101, in_order=[1], width=40, projected=4)
     both = case.run(by_cpu)
     torch.set_num_threads(1)
@@ -261,7 +261,7 @@ def test_parameters_changed_before_the_backward_are_refused():
 
 
 def test_states_may_be_overwritten_before_the_backward():
-    """The forward copies them, and the gradient of a table does not depend on them."""
+    """Overwrite a table: the forward has copied its states, and its gradient does not depend on them."""
     case = Case(in_order=[0])
     exact = case.run(by_cpu)
     outputs, leaves = case.forward(by_cpu)
@@ -274,7 +274,7 @@ def test_states_may_be_overwritten_before_the_backward():
 @pytest.mark.parametrize("items", [2, 32])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("kind", "activation"), [((0,), "gelu"), ((0, 1), "relu"), ((0, 1), "gelu")])
-def test_gradients_are_those_of_finite_differences(kind, activation, gated, items):
+def test_gradients_equal_finite_differences(kind, activation, gated, items):
     case = Case(items, 2, 2, 3, [kind], gated, activation, in_order=kind, projected=2, seed=4)
     leaves = [tensor.double().requires_grad_() for tensor in (*case.parameters.values(), *case.tables.values())]
     count = len(case.parameters)

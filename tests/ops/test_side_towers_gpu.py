@@ -59,7 +59,7 @@ class TowerCase:
     reads: tuple[tuple[int, ...], ...] = INTRA_AND_INTER
     activation: str = "relu"
     gated: bool = True
-    skipped: int = 0  # layers of the first view's table that stand before those read: a sliced view of the table
+    skipped: int = 0  # layers that the first view's table has before those read: the op reads a slice of it
     dense: tuple[int, ...] = ()  # views read in order, which take a gradient
 
 
@@ -88,7 +88,7 @@ TOWER_CASES = {
 
 @dataclass(frozen=True)
 class TowerInputs:
-    """Arguments of `side_towers` and the gradients of what it returns."""
+    """Arguments of `side_towers` and the gradients of the vectors that it returns."""
 
     states: list[States]
     towers: list[Tower]
@@ -390,7 +390,9 @@ def test_three_towers_forward_holds_no_gathered_view():
     items = CATALOGUE.items
     width = CATALOGUE.width
     outputs = towers * items * width * 4
-    bottlenecks = towers * items * CATALOGUE.layers * CATALOGUE.bottleneck * (4 + 2 + 2)  # W_down p; z and a for later
+    bottlenecks = (
+        towers * items * CATALOGUE.layers * CATALOGUE.bottleneck * (4 + 2 + 2)
+    )  # W_down p; z and a, kept for the backward
     used = extra_memory(lambda: side_towers_by("gpu")(inputs.states, inputs.towers, "relu"))
     others = used - outputs - bottlenecks
     view = items * CATALOGUE.layers * width * 2

@@ -34,7 +34,7 @@ SIDE_BACKWARD = ("side_collect", "side_recur_backward", "side_weight_gradients",
 
 
 def in_the_long_run(gated: bool, activation: str, dtype: torch.dtype) -> bool:
-    """Return True for half of the forms. In the other half each two of the three choices meet."""
+    """Return True for half of the forms. The other half has all pairs of any two of the three choices."""
     return (gated + (activation == "relu") + (dtype == torch.float32)) % 2 == 0
 
 
@@ -105,7 +105,7 @@ def test_many_more_shapes(data):
     [pytest.param((1, 5, 6), id="one, or all but one"), pytest.param((2, 3, 4), id="others", marks=pytest.mark.long)],
 )
 def test_every_subset_of_gradients(sizes):
-    """Numbers 0 to 4 are a tower's parameters, 5 is the dense view."""
+    """Ask for every subset of gradients: numbers 0 to 4 are a tower's parameters, 5 is the dense view."""
     case = SideCase(items=2, layers=1, width=16, bottleneck=8, kinds=[(0, 1)], dense=[1])
     for count in sizes:
         for wanted in itertools.combinations(range(6), count):
@@ -132,7 +132,7 @@ def test_no_items():
 
 
 def test_saturated_gates():
-    """Gates of exactly 0 and 1: the state that they close off gets no gradient, and nothing becomes NaN."""
+    """Check gates of exactly 0 and 1: a state that they shut off has no gradient, and no NaN appears."""
     case = SideCase(items=5, layers=4)
     for tower in case.towers:
         tower.gate.copy_(torch.tensor([30.0, -30.0, 8.0, -8.0]))
@@ -165,7 +165,7 @@ def test_half_precision_tables_with_fp32_weights():
 
 
 def test_small_gradients_of_towers_do_not_underflow_in_fp16():
-    """A mean over 30,000 rows leaves gradients below fp16's range."""
+    """Check gradients below fp16's range, as a mean over 30,000 rows gives them."""
     case = SideCase(dtype=torch.float16, kinds=[(0,)])
     tower = Tower((0,), *(parameter.float() for parameter in case.towers[0][1:]))
     for name in ("gate", "down_weight", "up_weight"):
@@ -178,7 +178,7 @@ def test_small_gradients_of_towers_do_not_underflow_in_fp16():
 
 
 def test_views_of_two_dtypes():
-    """A half-precision table beside an aligned view in fp32, and beside a table in fp32."""
+    """Combine a half-precision table with an aligned view in fp32, and with a table in fp32."""
     for dense in ([1], []):
         case = SideCase(layers=4, kinds=[(0, 1)], dense=dense)
         states = [case.states[0]._replace(table=case.states[0].table.half()), case.states[1]]
@@ -209,7 +209,7 @@ def test_kernels_run_for_every_width_and_bottleneck_claimed(width, bottleneck):
 
 
 def test_the_layers_of_a_table_may_lie_far_apart():
-    """Layers first in memory, as a matrix product over layers leaves them."""
+    """Put layers first in memory, as the output of a matrix product over layers has them."""
     case = SideCase(layers=4, dense=[1], kinds=[(0, 1)])
     case.states = [view._replace(table=view.table.transpose(0, 1).contiguous().transpose(0, 1)) for view in case.states]
     case.check()

@@ -24,7 +24,7 @@ def test_side_tower_gradients(gated, inter, activation):
 
 
 def test_side_tower_by_hand():
-    """One layer of width 1: the gate at 0 halves the input, then x + up * relu(down * x + b) + c."""
+    """Check one layer of width 1: the gate at 0 halves the input, then x + up * relu(down * x + b) + c."""
     one = torch.ones(1, 1, dtype=torch.float64)
     out = towers_reference.side_tower(
         torch.tensor([[[4.0]]], dtype=torch.float64),

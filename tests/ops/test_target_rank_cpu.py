@@ -35,7 +35,7 @@ class Ranking:
         self.excluded[:, 1] = -1
         self.excluded[:, 2] = self.excluded[:, 3]  # an item twice in a history
         self.excluded[::4, 4] = self.targets[::4]
-        # As often as not, the equals of the target stand in the history.
+        # In about half of the rows, the history has an item whose vector equals the target's.
         equal = (self.items[self.targets[:, None]] == self.items).all(-1)
         self.excluded[1::2, 5] = equal.float().argmax(1)[1::2]
 
@@ -67,7 +67,7 @@ class Ranking:
 
     def check(self, tie_share: float = 0.5, chunk_elements: int = 1 << 24) -> None:
         *expected, close = self.counted(tie_share)
-        assert close.sum() <= 0.2 * len(close)  # hardly any rank is left unchecked
+        assert close.sum() <= 0.2 * len(close)  # at least four in five ranks are checked
         for ours, exact in zip(self.ranks(tie_share, chunk_elements), expected, strict=True):
             assert ours.dtype == torch.float64 and torch.equal(ours[~close], exact[~close])
 
@@ -86,7 +86,7 @@ WIDTHS = (1, 5, 33, 64)
         for d in WIDTHS
     ],
 )
-def test_ranks_are_those_of_counting(users, catalogue, d):
+def test_ranks_equal_counting(users, catalogue, d):
     for dtype in (torch.float32, torch.float64):
         Ranking(users, catalogue, d, dtype).check()
 
@@ -140,7 +140,7 @@ def test_a_target_that_is_itself_left_out_is_out_of_reach():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_counts_are_exact_in_every_dtype(dtype):
-    """Small integers, whose scores are exact even in half precision."""
+    """Rank by small integers: their scores are exact even in half precision."""
     generator = torch.Generator().manual_seed(0)
     queries, items = (torch.randint(-2, 3, (n, 8), generator=generator) for n in (60, 4097))
     targets = torch.randint(0, 4097, (60,), generator=generator)
@@ -165,7 +165,7 @@ def assert_broken_alone(case: Ranking, broken: Sequence[int]) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_query_that_is_not_finite_breaks_its_own_row_alone(value):
+def test_a_query_that_is_not_finite_breaks_only_its_row(value):
     case = Ranking(50, 900, 6, torch.float32)
     case.queries[17, 3] = case.queries[49, 0] = value
     assert_broken_alone(case, [17, 49])
@@ -176,12 +176,12 @@ def test_a_query_that_is_not_finite_breaks_its_own_row_alone(value):
 def test_an_item_that_is_not_finite_breaks_all_rows(item, value):
     case = Ranking(50, 900, 6, torch.float32)
     case.items[item, 2] = value
-    case.queries[5] = 0  # 0 times infinity is no number either
+    case.queries[5] = 0  # 0 times infinity is NaN too
     for rank in case.ranks():
         assert rank.isnan().all()
 
 
-def test_scores_that_overflow_break_their_rows_alone():
+def test_scores_that_overflow_break_only_their_rows():
     case = Ranking(50, 900, 6, torch.float32)
     case.queries[[3, 30]] *= 1e30
     case.items *= 1e20

@@ -73,7 +73,7 @@ def ranks_by_gpu(*arguments: Tensor) -> tuple[Tensor, Tensor]:
 def check_ranks(device: str, users: int, catalogue: int, d: int, precision: Precision) -> None:
     inputs = make_ranks(users, catalogue, d, device, precision.dtype)
     if users > 5:
-        inputs.queries[5, 0] = float("inf")  # a score that is no number: no rank
+        inputs.queries[5, 0] = float("inf")  # a NaN score has no rank
     exact = target_rank_reference.target_rank(
         inputs.queries.double(), inputs.items.double(), inputs.targets, inputs.excluded
     )
@@ -92,7 +92,7 @@ def test_ranks_equal_the_references(users, catalogue, d, precision):
 
 
 def check_equal_items_tie(device: str, users: int, catalogue: int, precision: Precision) -> None:
-    """Check a catalogue that holds every item twice: each target ties with its copy, wherever that lies."""
+    """Check a catalogue that holds every item twice: each target ties with its copy at any place."""
     generator = torch.Generator(device).manual_seed(3)
     items = torch.randn(catalogue, 64, generator=generator, device=device).to(precision.dtype)
     order = torch.randperm(2 * catalogue, generator=generator, device=device)

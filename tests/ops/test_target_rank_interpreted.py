@@ -29,7 +29,7 @@ def test_ranks(users, catalogue, d, excluded, dtype):
         assert torch.equal(ours[0], exact[0]) and torch.equal(ours[1], exact[1])
 
 
-def test_items_of_equal_vectors_tie_whatever_their_place():
+def test_items_of_equal_vectors_tie_at_any_place():
     queries, items = torch.randn(19, 24, device=DEVICE), torch.randn(90, 24, device=DEVICE)
     items[torch.tensor([3, 40, 77, 89])] = items[11].clone()
     targets = torch.full((19,), 11, device=DEVICE)
@@ -43,7 +43,7 @@ def test_items_of_equal_vectors_tie_whatever_their_place():
 def test_ranks_of_scores_that_are_not_finite_are_nan():
     queries, items, targets, history = rank_case(5, 40, 8, 2)
     items[33, 2] = float("inf")
-    queries[:, 2] = torch.tensor([1.0, 0, 1, -1, 2])  # 0 times infinity is no number either
+    queries[:, 2] = torch.tensor([1.0, 0, 1, -1, 2])  # 0 times infinity is NaN too
     masked, unmasked = kernels.target_rank(queries, items, targets, history, form="gpu")
     assert masked.isnan().all() and unmasked.isnan().all()
 

@@ -23,11 +23,11 @@ def test_results_keep_the_order_of_the_parts():
     assert cpu_threads.at_once(lambda part: part * 2, [5, 1, 4, 2, 3], 2) == [10, 2, 8, 4, 6]
 
 
-def test_parts_run_beside_each_other_each_on_its_share_of_the_cores():
+def test_parts_run_in_parallel_on_equal_shares_of_the_cores():
     both = threading.Barrier(2, timeout=20)
 
     def work(_: int) -> tuple[int, bool]:
-        both.wait()  # broken, an error, if the other does not come
+        both.wait()  # raises BrokenBarrierError if the other does not come
         return torch.get_num_threads(), torch.is_grad_enabled()
 
     assert cpu_threads.at_once(work, [0, 1], 2) == [(1, False), (1, False)]
@@ -37,7 +37,7 @@ def test_parts_run_beside_each_other_each_on_its_share_of_the_cores():
     ("threads", "count", "lengths"),
     [(2, 31, [31]), (2, 33, [16, 17]), (4, 33, [16, 17]), (4, 100, [25] * 4), (8, 0, [0]), (3, 50, [16, 17, 17])],
 )
-def test_a_share_of_the_rows_for_each_core_that_is_worth_its_while(threads, count, lengths):
+def test_rows_are_shared_by_as_many_cores_as_pay_off(threads, count, lengths):
     torch.set_num_threads(threads)
     shares = cpu_threads.shares(count)
     assert [length for _, length in shares] == lengths
@@ -45,7 +45,7 @@ def test_a_share_of_the_rows_for_each_core_that_is_worth_its_while(threads, coun
     assert len(cpu_threads.shares(count, 1)) == 1
 
 
-def test_one_core_works_alone():
+def test_one_core_starts_no_threads():
     torch.set_num_threads(1)
     here = threading.get_ident()
     assert cpu_threads.at_once(lambda _: threading.get_ident(), [0, 1], 2) == [here, here]
@@ -62,7 +62,7 @@ def test_an_error_in_a_part_comes_out():
     assert cpu_threads.at_once(work, [0, 2], 2) == [0, 2]
 
 
-def test_in_large_pieces_threads_are_kept_for_them_and_given_back():
+def test_large_pieces_set_torch_to_one_thread_and_restore_it():
     assert cpu_threads.cores() == 2
     with kernels.in_large_pieces():
         assert torch.get_num_threads() == 1 and cpu_threads.cores() == 2

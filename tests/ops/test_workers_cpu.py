@@ -1,4 +1,4 @@
-"""Calls on the C++ library's threads: each is made once, also with several callers and after a fork."""
+"""Calls on the C++ library's threads: each call runs once, also with several callers and after a fork."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ pytestmark = needs_compiler
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 100])
-def test_each_call_is_made_once(count, threads):
+def test_every_call_runs_once(count, threads):
     calls = []
     share_out(lambda number: calls.append((number, threading.get_ident())) or 0, count, threads)
     assert Counter(number for number, _ in calls) == Counter(range(count))
     assert len({thread for _, thread in calls}) <= threads
 
 
-def test_threads_work_beside_each_other_also_after_they_have_slept():
+def test_threads_run_in_parallel_also_after_they_have_slept():
     together = threading.Barrier(3, timeout=20)
     for _ in range(3):
         share_out(lambda _: together.wait() and 0, 3, 3)
-        assert not together.broken  # as it is where one does not come
+        assert not together.broken  # as it is if a thread does not come
         time.sleep(0.01)  # longer than they stay awake
 
 
@@ -45,7 +45,7 @@ def test_one_thread_is_the_callers():
     assert threads == [threading.get_ident()] * 5
 
 
-def test_a_call_that_fails_is_told_when_all_are_made():
+def test_a_call_that_fails_is_reported_after_all_calls():
     calls = []
     with pytest.raises(MemoryError, match="lacks memory for this batch"):
         share_out(lambda number: calls.append(number) or number == 3, 9, 2)
@@ -67,7 +67,7 @@ def scheduled(work: Callable[[int], int], groups: list[tuple[int, list[int]]], t
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
-def test_calls_wait_for_those_that_they_come_after(threads):
+def test_calls_wait_for_their_predecessors(threads):
     groups = [(3, []), (2, [0]), (4, []), (1, [1]), (0, [3]), (5, [1, 2]), (1, [5])]
     began, ended = [], []
 
@@ -88,14 +88,14 @@ def test_calls_wait_for_those_that_they_come_after(threads):
                 assert before >= set(range(starts[other], starts[other + 1]))
 
 
-def test_calls_that_wait_for_none_are_made_beside_one_that_others_wait_for():
+def test_independent_calls_run_beside_one_that_others_wait_for():
     together = threading.Barrier(2, timeout=20)
     scheduled(lambda number: together.wait() and 0 if number in (0, 2) else 0, [(1, []), (1, []), (1, [])], 2)
     assert not together.broken
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_after_a_call_that_failed_those_that_come_after_any_are_left_out(threads):
+def test_groups_that_wait_for_a_failed_call_are_left_out(threads):
     calls = []
     with pytest.raises(MemoryError):
         scheduled(lambda number: calls.append(number) or number == 1, [(2, []), (2, [0]), (2, [])], threads)
@@ -103,8 +103,8 @@ def test_after_a_call_that_failed_those_that_come_after_any_are_left_out(threads
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_what_is_done_meanwhile_may_fail_or_share_out_itself(threads):
-    """Calls that have begun end before anything else goes on."""
+def test_work_beside_a_schedule_may_fail_or_share_out_calls(threads):
+    """Check that calls that have begun end before the next step starts."""
     began = threading.Event()
     calls = []
 
@@ -156,10 +156,10 @@ def test_an_interrupt_as_calls_begin_lets_them_end(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             schedule.run(2)
     assert sorted(calls) == list(range(6))
-    test_threads_work_beside_each_other_also_after_they_have_slept()  # the workers are free again
+    test_threads_run_in_parallel_also_after_they_have_slept()  # the workers are free again
 
 
-def test_two_that_share_out_at_once_both_get_all_their_calls():
+def test_two_callers_at_the_same_time_both_get_all_their_calls():
     lock = threading.Lock()
     counts = Counter()
 
@@ -175,7 +175,7 @@ def test_two_that_share_out_at_once_both_get_all_their_calls():
 
 
 @pytest.mark.slow
-def test_a_fork_has_threads_of_its_own():
+def test_a_forked_process_starts_new_threads():
     program = """
 import os, sys, threading, warnings
 warnings.simplefilter("ignore")
