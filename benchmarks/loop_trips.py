@@ -230,7 +230,7 @@ class ProgramRun:
         return state
 
     def conditional_loop(self, one: Operation, values: Environment) -> list[Any]:
-        """Count the trips of a `while`."""
+        """Count the trips of a `while`. Raises ValueError for a loop that does not end."""
         lines = resolve(one.location, self.kernel.locations)
         carried = re.findall(r"(%\S+) = (%[^\s,)]+)", one.text)
         state = [values.get(initial) for _, initial in carried]

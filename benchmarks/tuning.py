@@ -117,7 +117,10 @@ def launched(call: Run) -> list[str]:
 
 
 def tune_kernel(kernel: str, size: str, call: Run, device: torch.device) -> TunedKernel:
-    """Return the fastest configuration of a kernel whose results agree with the shipped one's."""
+    """Return the fastest configuration of a kernel whose results agree with the shipped one's.
+
+    Raises InputError if the shipped configuration fails.
+    """
     name = architecture(device)
     shipped = table_entry(kernel, name, size)
     expected = comparable(call())

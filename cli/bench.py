@@ -84,7 +84,10 @@ def _spellings(benchmark: Benchmark) -> Mapping[str, Spelling]:
 
 
 def _run(benchmark: Benchmark, dataset: Path | None, options: dict[str, Any]) -> None:
-    """Run a benchmark by the options that were given; write and print its result."""
+    """Run a benchmark by the options that were given; write and print its result.
+
+    Raises InputError if a plot is asked for and matplotlib is not installed.
+    """
     plot = options.pop("plot", None)
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot: needs matplotlib; pip install 'iisan-fast[bench]'")
@@ -112,6 +115,7 @@ def _encoder_sets(options: dict[str, Any]) -> dict[str, tuple[ViewConfig, ...]]:
     """Take the options of encoders out of `options` and return the sets of views by name.
 
     A set that --view and the options of encoders describe has the name "encoders".
+    Raises InputError if both --pair and options of encoders are given.
     """
     views = chosen_views(options)
     named: dict[str, tuple[ViewConfig, ...]] = {}

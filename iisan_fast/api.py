@@ -326,7 +326,10 @@ def _listed(views: Any) -> list[Any]:
 
 
 def _on_epoch(function: OnEpoch | None) -> OnEpoch:
-    """Return the function that gets each epoch's figures, or one that does nothing."""
+    """Return the function that gets each epoch's figures, or one that does nothing.
+
+    Raises InputError if it is no function.
+    """
     if function is None:
         return lambda line: None
     if not callable(function):

@@ -93,7 +93,10 @@ class ViewConfig:
             raise InputError(f"name: expected a view's name, found {self.name!r}")
 
     def _rename_dtype(self) -> None:
-        """Move the option dtype, which is Hugging Face's name of encoder_dtype, to encoder_dtype."""
+        """Move the option dtype, which is Hugging Face's name of encoder_dtype, to encoder_dtype.
+
+        Raises InputError if the two differ.
+        """
         options = dict(self.options)
         dtype = options.pop("dtype")
         check_choice("options.dtype", dtype, ENCODER_DTYPES)

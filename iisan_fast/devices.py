@@ -30,7 +30,7 @@ def torch_device(name: str | torch.device) -> torch.device:
 
 
 def _named_device(name: str | torch.device) -> torch.device:
-    """Return the device, without a check of the ops."""
+    """Return the device, without a check of the ops. Raises InputError if there is no such device."""
     import torch
 
     if name == "auto":

@@ -25,7 +25,10 @@ def lazy_names(package: str, file: str) -> Callable[[str], Any]:
 
 
 def _homes(file: str) -> dict[str, str]:
-    """Return {name: its module} of the imports under `if TYPE_CHECKING:`."""
+    """Return {name: its module} of the imports under `if TYPE_CHECKING:`.
+
+    Raises AssertionError if anything but `from … import` stands there.
+    """
     with open(file, encoding="utf-8") as source:
         tree = ast.parse(source.read())
     homes = {}

@@ -124,7 +124,10 @@ def view_from_values(values: Mapping[str, Any], where: str = "") -> ViewConfig:
 
 
 def _checked(values: Values, refusal: Refusal) -> Values:
-    """Check each part for itself, name the encoders, and return the settings; `refusal` makes the error of a name."""
+    """Check each part for itself, name the encoders, and return the settings.
+
+    Raises the error that `refusal` makes for an unknown part, and for a part that does not fit its dataclass.
+    """
     for part in values:
         if part not in PARTS:
             raise refusal((part,), f"{part}: unknown setting; {nearest(part, PARTS)}")
@@ -198,7 +201,10 @@ def _change_encoder(values: Values, name: str, rest: list[str], value: Any) -> N
 
 
 def _change_field(section: Any, settings: Any, name: str, rest: list[str], value: Any) -> None:
-    """Change the field, or the entry of a field of names and values, that `rest` leads to."""
+    """Change the field, or the entry of a field of names and values, that `rest` leads to.
+
+    Raises InputError for an unknown field, and for an entry of a field that has none.
+    """
     fields = {} if section is None else typing.get_type_hints(section)
     field, *keys = rest or [""]
     if field not in fields:

@@ -119,6 +119,7 @@ def run_config(
     encoders: the views whose encoders run in every step, in place of a cache and of the encoders of `base`.
     uncached: expect encoders that run.
     changes: settings by dotted name, as "model.dropout".
+    Raises InputError for settings that are unknown, missing, or do not fit each other.
     """
     values = copy.deepcopy(dict(base or {}))
     if encoders and "views" in (values.get("uncached") or {}):
@@ -206,7 +207,10 @@ def next_run_folder(name: str) -> Path:
 def _view(
     kind: str, source: str, settings: dict[str, Any], shared: Mapping[str, Any], options: Mapping[str, Any]
 ) -> ViewConfig | None:
-    """Take the settings of the image's or the text's encoder out of `settings` and return its view, if there is one."""
+    """Take the settings of the image's or the text's encoder out of `settings` and return its view, if there is one.
+
+    Raises InputError if settings of an encoder are there, but no encoder.
+    """
     values = {part: value for part in OF_A_KIND if (value := settings.pop(f"{kind}_{part}", None)) is not None}
     if "encoder" not in values:
         if values:
@@ -227,7 +231,7 @@ def _grouped(view: ViewConfig, groups: int) -> ViewConfig:
 
 
 def _renamed(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return flat settings by the names of their fields."""
+    """Return flat settings by the names of their fields. Raises InputError if a setting has both its names."""
     for short, name in OTHER_NAMES.items():
         if short in flat and name in flat:
             raise InputError(f"{short}, {name}: are one setting; give one of them")
@@ -257,6 +261,7 @@ def _choose_source(
     """Decide between encoders that run, a cache, and neither; take the other out of a configuration's values.
 
     described: the encoders of the base, which may run or may have made the cache. encoders: others, which run.
+    Raises InputError if encoders are to run and there are none, or if `settings` name views beside `encoders`.
     """
     if encoders:
         if "uncached" in settings:
@@ -290,7 +295,10 @@ def _run_encoders(values: dict[str, Any], views: Sequence[ViewConfig]) -> None:
 
 
 def _chosen(described: Sequence[ViewConfig], names: Any) -> list[ViewConfig]:
-    """Return the views of these names, in their order; all views for no names."""
+    """Return the views of these names, in their order; all views for no names.
+
+    Raises InputError for a name that no view has.
+    """
     by_name = {view.name: view for view in described}
     for name in names or ():
         if name not in by_name:
@@ -311,7 +319,10 @@ def _for_method(view: ViewConfig, method: str) -> ViewConfig:
 
 
 def _set(values: dict[str, Any], section: str, name: str, value: Any) -> None:
-    """Set one setting in a section of a configuration's values."""
+    """Set one setting in a section of a configuration's values.
+
+    Raises InputError if the section holds no settings by name.
+    """
     if values.get(section) is None:
         values[section] = {}
     target = values[section]
@@ -333,7 +344,10 @@ def _check_cache(values: dict[str, Any], described: Sequence[ViewConfig]) -> Non
 
 
 def _all_views(cache: Path) -> list[str]:
-    """Return the names of all views in a cache, of which a run takes one or two."""
+    """Return the names of all views in a cache, of which a run takes one or two.
+
+    Raises InputError if there is none, or more than two.
+    """
     from .states import Store  # imports torch, which takes seconds
 
     with Store(cache) as store:

@@ -60,6 +60,25 @@ def test_a_line_does_one_thing(trees, rule):
     assert not crowded, _lines(crowded)
 
 
+def test_a_function_that_raises_says_so(trees):
+    silent = [
+        place
+        for path, tree in trees.items()
+        if not path.startswith("tests/")
+        for place in words.silent_raises(path, tree)
+    ]
+    assert not silent, _lines(silent)
+
+
+def test_a_silent_raise_is_seen():
+    silent = 'def read():\n    """Return it."""\n    raise ValueError(1)\n'
+    assert [place.text for place in words.silent_raises("a.py", ast.parse(silent))] == ["read"]
+    for text in ("Return it. Raises ValueError if it is bad.", "Refuse it."):
+        assert not list(words.silent_raises("a.py", ast.parse(silent.replace("Return it.", text))))
+    inner = 'def read():\n    """Return it."""\n    def work():\n        raise ValueError(1)\n'
+    assert not list(words.silent_raises("a.py", ast.parse(inner)))
+
+
 def test_no_source_speaks_of_a_document_outside_the_project():
     sources = [
         path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")

@@ -46,7 +46,10 @@ def measure(settings: Settings, save: Save) -> None:
 def epoch_figures(
     form: TrainingForm, sequences: Sequences, tables: list[torch.Tensor], settings: Settings
 ) -> Iterator[dict[str, Any]]:
-    """Yield a form's figures as they come: captures, epochs, memory, and parts of the time."""
+    """Yield a form's figures as they come: captures, epochs, memory, and parts of the time.
+
+    Raises SystemExit if a loss is not finite.
+    """
     device = device_of(settings)
     if device.type == "cuda":
         gc.collect()  # what the form before captured is free

@@ -148,7 +148,10 @@ def write_results(measurement: Measurement, rows: list[dict[str, Any]]) -> None:
 
 
 def summary(row: dict[str, Any]) -> str:
-    """Return what the line printed for a stage says beside its status."""
+    """Return the text printed after a stage's status: its seconds, a reason, lines of an error, a headline.
+
+    row: the stage's row in results.json; `seconds`, `reason`, `error` and `result` may be absent.
+    """
     seconds = f" in {row['seconds']:.0f} s" if "seconds" in row else ""
     reason = f" ({row['reason']})" if "reason" in row else ""
     result = row.get("result")

@@ -142,6 +142,7 @@ def _sort(
     """Return the slots sorted by batch and item, the distinct items, where the slots of each start, and their bounds.
 
     Item and slot are packed into one integer, so that values are sorted, not indices; each batch is a line of a table.
+    Raises ValueError for a batch too large to be sorted.
     """
     counts = np.diff(slot_bounds)
     width = int(counts.max())

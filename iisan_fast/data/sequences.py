@@ -71,7 +71,10 @@ class Sequences:
 
     @property
     def popularity(self) -> np.ndarray:
-        """Return p(i), the share of item i among training interactions, float64 [items + 1]."""
+        """Return p(i), the share of item i among training interactions, float64 [items + 1].
+
+        Element 0, the padding, is 0.
+        """
         return self.training_counts / self.training_counts.sum()
 
     def split(self, name: str) -> Split:

@@ -137,7 +137,10 @@ def _add_adapters(model: PreTrainedModel, bottleneck: int, activation: str) -> N
 
 
 def _add_lora(model: PreTrainedModel) -> None:
-    """Add low-rank updates, zero at the start, to the query and value projections (Hu et al. 2022)."""
+    """Add low-rank updates, zero at the start, to the query and value projections (Hu et al. 2022).
+
+    Raises InputError if peft is not installed.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -153,7 +156,10 @@ def _add_lora(model: PreTrainedModel) -> None:
 
 
 def _linear(model: PreTrainedModel, block: nn.Module, role: str) -> str:
-    """Return the name, within the block, of its one linear layer with this role."""
+    """Return the name, within the block, of its one linear layer with this role.
+
+    Raises InputError if there is none, or more than one.
+    """
     modules = dict(block.named_modules())
     names = [name for name in ROLES[role] if isinstance(modules.get(name), nn.Linear)]
     if len(names) != 1:

@@ -222,7 +222,11 @@ class Backbone(ABC):
 
     @torch.no_grad()
     def _can_be_shared(self) -> bool:
-        """Return True if the cores of a CPU may encode separate rows, which is faster than sharing each operator."""
+        """Return True if the cores of a CPU may encode separate rows, which is faster than sharing each operator.
+
+        They may if no option places the model and its modules keep no state between two batches, which is tried out.
+        Call it after `_places` is set.
+        """
         if self.device.type != "cpu" or PLACED_BY & self.view.options.keys() or self._places is None:
             return False
         once = self.example()

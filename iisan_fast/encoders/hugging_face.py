@@ -123,7 +123,10 @@ def model_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def quiet_hugging_face() -> Iterator[None]:
-    """Silence Hugging Face's progress bars and messages inside the context."""
+    """Silence Hugging Face's progress bars and messages inside the context.
+
+    TOKENIZERS_PARALLELISM stays off afterwards.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
@@ -166,7 +169,10 @@ def _has_towers(config: PretrainedConfig) -> bool:
 
 
 def _reader(model: PreTrainedModel, encoder: str, config: PretrainedConfig, kind: str) -> tuple[PreTrainedModel, str]:
-    """Return the part of a model that reads `kind`, and the prefix of its weights' names."""
+    """Return the part of a model that reads `kind`, and the prefix of its weights' names.
+
+    Raises InputError if no part reads it alone.
+    """
     if not _has_towers(config):
         return model, ""
     name = next((name for name in TOWER_ATTRIBUTES[kind] if hasattr(model, name)), None)

@@ -46,7 +46,10 @@ def evaluate(
 
 
 def popularity_baseline(sequences: Sequences, split_name: str, config: EvaluationConfig) -> dict[str, Any]:
-    """Evaluate a ranking of the catalogue by training counts, which is the same for all users. See `evaluate`."""
+    """Evaluate a ranking of the catalogue by training counts, which is the same for all users. See `evaluate`.
+
+    Raises InputError for a split_name that is neither "validation" nor "test".
+    """
     counts = torch.from_numpy(sequences.training_counts[1:, None]).double()
     queries = torch.ones(len(sequences.split(split_name).targets), 1, dtype=torch.float64)
     return evaluate(queries, counts, sequences, split_name, config)

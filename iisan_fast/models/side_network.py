@@ -249,7 +249,10 @@ class SideItemEncoder(nn.Module):
 
 
 def check_views(views: list[ViewShape], config: ModelConfig) -> None:
-    """Raise InputError if the configured method cannot join views of these shapes, or of this number."""
+    """Raise InputError if the configured method cannot join views of these shapes, or of this number.
+
+    The number is checked by `ModelConfig.check_views`; iisan takes two views of equal shape alone.
+    """
     config.check_views(len(views))
     if len(views) == 2 and views[0] != views[1] and config.method == "iisan":
         shapes = " and ".join(f"{layers} layers of width {width}" for layers, width in views)

@@ -270,7 +270,10 @@ class ImageInputs:
         return ""
 
     def _read(self, row: int) -> tuple[bytes, ModelInputs, bool]:
-        """Return the digest of a row's content, the encoder's input [1, ...], and True if a blank image was used."""
+        """Return the digest of a row's content, the encoder's input [1, ...], and True if a blank image was used.
+
+        Raises ImageError if the item has no image.
+        """
         content = self.images.content(self.item_ids[row])
         try:
             if content is None:

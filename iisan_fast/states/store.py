@@ -160,7 +160,10 @@ class Store:
             pass
 
     def _values(self, view: str, item_ids: list[str]) -> Iterator[tuple[int, memoryview]]:
-        """Yield each item's row and its stored value, a digest followed by states."""
+        """Yield each item's row and its stored value, a digest followed by states.
+
+        Raises InputError if the store lacks an item.
+        """
         description = self.view(view)
         missing = []
         size = entry_bytes(description) - DIGEST_BYTES

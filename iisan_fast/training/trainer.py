@@ -234,7 +234,10 @@ class Trainer:
         folder.write_metrics(self.progress.lines)
 
     def _epoch(self, folder: RunFolder) -> None:
-        """Train and validate one epoch, and write its checkpoints and metrics."""
+        """Train and validate one epoch, and write its checkpoints and metrics.
+
+        Raises InputError, with the epoch, if the loss or a score is not finite, memory lacks, or a form fails.
+        """
         progress = self.progress
         started = time.perf_counter()
         try:
@@ -370,7 +373,10 @@ def _precision_again(folder: RunFolder, device: torch.device) -> Precision:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Make torch compute the same bits inside the context, for the same seed and machine."""
+    """Make torch compute the same bits inside the context, for the same seed and machine.
+
+    Enter it before the first product on CUDA: the cuBLAS variable that it sets is read once, and stays.
+    """
     old_settings = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     fix_cublas_workspace()
     torch.use_deterministic_algorithms(True)

@@ -227,7 +227,10 @@ def _compiler() -> list[str]:
 
 
 def _folder() -> Path:
-    """Return the folder of compiled libraries. Nobody else may write there, since its files are run."""
+    """Return the folder of compiled libraries. Nobody else may write there, since its files are run.
+
+    Raises NoLibrary if others may.
+    """
     named = os.environ.get(CACHE_VARIABLE)
     folder = Path(named or user_cache_path("iisan-fast", appauthor=False) / "compiled").resolve()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

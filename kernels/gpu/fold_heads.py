@@ -133,7 +133,7 @@ class FoldHeads:
         _run(self._forward)
 
     def backward(self) -> None:
-        """Launch the gradients of gates, towers, heads, fusion and its bias, from those given to `connect`."""
+        """Launch the gradients of gates, towers, heads, fusion and its bias, from those given to `connect` before."""
         _run(self._backward)
 
     def _task_list(self, kernel: Any, name: str, tasks: Callable[[Mapping[str, Any]], int]) -> Launch:

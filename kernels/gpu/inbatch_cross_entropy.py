@@ -181,7 +181,7 @@ def _row_losses(
 
 @_row_losses.register_fake
 def _(queries, items, targets, row_users, bits, bias, log2_p):
-    """Return empty tensors with the shapes and dtypes of `_row_losses`."""
+    """Return empty (losses [R], log2_z, target_weights), shaped as `_row_losses` returns them."""
     return tuple(RowResults.empty(queries.shape[0], like=queries))
 
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 RIDDLE = re.compile(r"(What|Whether|Those|Where|How|Which|Whose|The same|That which|As|Of)\b")
 NAMES_WITHOUT_CONTENT = frozenset(("own", "found", "told", "each", "kept", "made", "some", "given"))
 UNDOCUMENTED = ("DESIGN", "STYLE.md", "the issue")  # texts that are not in the project
+SPEAKS_OF_ERRORS = re.compile(r"\b[Rr](aise|efuse)|Error\b")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -75,6 +76,24 @@ def crowded_comprehensions(path: str, tree: ast.Module) -> Iterator[Place]:
             inner = [part for part in ast.walk(node) if isinstance(part, COMPREHENSIONS) and part is not node]
             if len(inner) > 1 or len(node.generators) > 2:
                 yield Place(path, node.lineno, ast.unparse(node))
+
+
+def silent_raises(path: str, tree: ast.Module) -> Iterator[Place]:
+    """Yield the documented functions that raise an error themselves, and whose docstring speaks of none."""
+    for node in ast.walk(tree):
+        if not (isinstance(node, FUNCTIONS) and (text := ast.get_docstring(node))):
+            continue
+        raises = any(isinstance(part, ast.Raise) and part.exc is not None for part in _direct_nodes(node))
+        if raises and not SPEAKS_OF_ERRORS.search(text):
+            yield Place(path, node.lineno, node.name)
+
+
+def _direct_nodes(function: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes of a function's body, without those of functions inside it."""
+    for child in ast.iter_child_nodes(function):
+        if not isinstance(child, FUNCTIONS):
+            yield child
+            yield from _direct_nodes(child)
 
 
 def _may_stand_together(targets: list[ast.expr], values: list[ast.expr]) -> bool:

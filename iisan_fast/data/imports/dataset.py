@@ -63,7 +63,10 @@ def _report_untitled(untitled: pl.Series, total: int, policy: str) -> None:
 
 
 def _write_covers(folder: Path, covers: Path, item_ids: pl.Series, copy: bool) -> int:
-    """Link or copy the covers, and return the number of items without one."""
+    """Link or copy the covers, and return the number of items without one.
+
+    Raises InputError if there is no folder of covers.
+    """
     if not covers.is_dir():
         raise InputError(f"{covers}: no such folder; expected images named by item id")
     names = list_images(covers)

@@ -49,7 +49,10 @@ def _read_tsv(pairs: Path) -> pl.DataFrame:
 
 
 def _has_header(pairs: Path) -> bool:
-    """Return True if the first line names the columns, False if it is an interaction."""
+    """Return True if the first line names the columns, False if it is an interaction.
+
+    Raises InputError if it is neither.
+    """
     first = next(_rows(pairs), [])
     if {*PAIR_COLUMNS} <= {*first}:
         return True
