@@ -190,7 +190,7 @@ def test_each_view_tells_its_own_attribute_only(written: tuple[Path, list[ViewCo
 
 
 @pytest.mark.long
-def test_the_demo_is_learned_only_from_its_content(
+def test_the_demo_is_learned_from_nothing_but_its_content(
     shuffled: Path, written: tuple[Path, list[ViewConfig]], tmp_path: Path
 ) -> None:
     """Shuffle the content among the items: the training of test_packaging.py is then about as good as popularity."""

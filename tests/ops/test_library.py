@@ -47,7 +47,7 @@ def test_it_is_compiled_once_into_a_private_folder(anew, monkeypatch):
 
 @pytest.mark.long  # all other tests of C++ run the default compiler's library
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
-def test_the_libraries_of_all_compilers_compute_the_same(compiler, anew, monkeypatch):
+def test_what_each_compiler_makes_computes_the_same(compiler, anew, monkeypatch):
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not here")
     monkeypatch.setenv("CXX", compiler)
@@ -129,7 +129,7 @@ def test_a_cache_that_cannot_be_written_is_a_reason(anew, monkeypatch, tmp_path)
 
 @pytest.mark.long
 @needs_compiler
-def test_processes_can_compile_at_the_same_time(tmp_path):
+def test_processes_that_compile_at_once_do_not_disturb_one_another(tmp_path):
     program = "from iisan_fast.kernels.cpu import library\n"
     program += f"library.FLAGS = {QUICK}; print(library.why_no_library() or 'compiled')"
     environment = {**os.environ, library.CACHE_VARIABLE: str(tmp_path)}

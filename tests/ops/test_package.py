@@ -28,7 +28,7 @@ assert iisan_fast.kernels.side_tower
 
 
 @pytest.mark.slow
-def test_the_kernels_folder_is_no_separate_package():
+def test_the_kernels_folder_is_no_package_of_its_own():
     """In the repository root, `import kernels` finds this folder; transformers must take the package for missing."""
     result = subprocess.run([sys.executable, "-c", FROM_THE_ROOT], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "absent", result.stderr

@@ -136,7 +136,7 @@ def test_states_after_whole_histories_are_by_c_where_no_backward_follows(monkeyp
     assert calls == [8]
 
 
-def test_rows_that_share_a_slot_change_no_other_row():
+def test_rows_that_share_a_slot_disturb_nobody_else():
     """Padding rows of a batch share a slot of one extra user; their gradients are 0."""
     case = Case([3, 5, 4])
     padding = 50

@@ -48,7 +48,7 @@ def test_the_pair_of_other_sizes(sizes):
 
 
 @pytest.mark.slow
-def test_one_launch_of_all_blocks_equals_launches_of_half_blocks(monkeypatch):
+def test_all_blocks_in_one_launch_give_what_a_launch_for_each_half_gives(monkeypatch):
     """Take the configurations of bf16 products, in fp32, since the interpreter cannot multiply bf16."""
     case = PairCase([3, 9, 5, 4])
     halves = case.run()
@@ -173,7 +173,7 @@ def test_gradients_and_inputs_of_any_stride(gradient):
 
 
 @pytest.mark.slow
-def test_rows_that_share_a_slot_change_no_other_row():
+def test_rows_that_share_a_slot_disturb_nobody_else():
     """Padding rows of a batch share a slot of one extra user; their gradients are 0."""
     case = GridCase([3, 5, 4])
     padding = 6
