@@ -110,7 +110,7 @@ class Recommender(nn.Module):
     def item_vectors(self, source: ItemSource, items: Tensor) -> Tensor:
         """Return the vectors [N, d] of items, without gradients, in the mode (training or evaluation) of the model.
 
-        items: item numbers int64 [N] on the source's index device.
+        items: item numbers int64 [N] on the source's index device; padding, number 0, stands last.
         """
         return self.item_encoder(source.read(items))
 

@@ -20,7 +20,10 @@ PARTS = 4  # calls for each core
 
 
 def adam(states: Sequence[AdamState]) -> AdamUpdate:
-    """Return the update of these parameters; `refusal` must return "" for them."""
+    """Return the update of these parameters, to be called with gradients and rates once a step.
+
+    `refusal` must return "" for them. The tensors must stay where they are as long as the update is used.
+    """
     return AdamUpdate(states)
 
 

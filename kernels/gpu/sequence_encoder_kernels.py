@@ -110,7 +110,11 @@ def matrix(ptr, stride: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
 def _layer_norm(
     x, p_scale, p_normed, p_rstd, EPSILON: tl.constexpr, D: tl.constexpr, V: tl.constexpr, STORE: tl.constexpr
 ):
-    """Return the layer norm of x [BM, D]; its shift lies V after its scale. STORE: write normalised rows and rstd."""
+    """Return the layer norm of x [BM, D].
+
+    p_scale: pointer to the norm's scale [D]; its shift lies V numbers after it. With STORE, write the normalised rows
+    to the block of pointers p_normed [BM, D], and 1 / standard deviation to p_rstd [BM].
+    """
     o_c = tl.arange(0, D)
     centred = x - (tl.sum(x, 1) * (1.0 / D))[:, None]
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) * (1.0 / D) + EPSILON)
