@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def by_cpu(monkeypatch) -> None:
-    """Run the encoder's cpu form; raise ValueError if it cannot run."""
+    """Name the cpu form in the environment; a call that it cannot run then raises FormError."""
     monkeypatch.setenv(kernels.FORM_VARIABLE, "cpu")
 
 
