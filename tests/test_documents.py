@@ -147,7 +147,8 @@ def test_commands_and_options_within_text_exist(document):
     known = shell_blocks.all_options() | OTHER_OPTIONS
     for code in inline_code(document):
         program, *arguments = code.split()
-        if program in ("iisan-fast", "make", "pip", "python") and arguments and "iisan_fast.benchmarks.NAME" not in code:
+        is_template = "iisan_fast.benchmarks.NAME" in arguments
+        if program in ("iisan-fast", "make", "pip", "python") and arguments and not is_template:
             check_unfinished(code)
         elif code.startswith("--"):
             options = set(re.findall(r"(?<!\S)--[a-z][\w-]*", code))
