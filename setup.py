@@ -51,7 +51,7 @@ setup(
         "lmdb>=1.4",
         "numpy>=1.26",
         "pillow>=10.1",
-        "platformdirs>=4.12",
+        "platformdirs>=4.0",
         "pyyaml>=6.0",
         "rich>=13.0",
         "safetensors>=0.4",

@@ -169,6 +169,7 @@ def _listed_table(table: ResultTable) -> Table:
 
 
 def _titled_table(table: ResultTable, show_header: bool = True) -> Table:
+    """Return a table without columns, with the title and the caption of a result's table."""
     caption = Text(table.caption) if table.caption else None
     return Table(title=Text(table.title), caption=caption, show_header=show_header)
 
