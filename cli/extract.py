@@ -57,7 +57,8 @@ def extract(
     from .. import api  # imports numpy
 
     settings, views = encoder_settings(options)
-    option_of = {name: f"--{name}" for name, folder in (("dataset", dataset), ("cache", cache)) if folder is not None}
+    folders = (("dataset", "DATASET", dataset), ("cache", "--cache", cache))
+    option_of = {name: word for name, word, folder in folders if folder is not None}
     for section, kind in SECTIONS.items():
         values = given_settings(options, kind)
         option_of |= option_names(values, section)

@@ -107,7 +107,8 @@ def _settings(dataset: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     settings, views = encoder_settings(options)
     sources = given_settings(options, RunConfig, without=WRITTEN_HERE)
     option_of = {"views": "--views"} if sources else {}
-    option_of |= {name: f"--{name}" for name, folder in (("dataset", dataset), ("cache", options["cache"])) if folder}
+    folders = (("dataset", "DATASET", dataset), ("cache", "--cache", options["cache"]))
+    option_of |= {name: word for name, word, folder in folders if folder is not None}
     for section, kind in SECTIONS.items():
         values = given_settings(options, kind, without=OF_VIEWS)
         option_of |= option_names(values, section)

@@ -118,7 +118,7 @@ def check_settings(config: DataclassInstance) -> None:
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value = _convert(getattr(config, field.name), hints[field.name], field.name)
+        value = convert_value(getattr(config, field.name), hints[field.name], field.name)
         if RULES in field.metadata:
             check_value(field.name, value, field.metadata[RULES])
         object.__setattr__(config, field.name, value)
@@ -163,7 +163,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> 
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in values:
             raise InputError(f"{prefix}{key}: missing setting")
-    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in values.items()})
+    return cls(**{key: convert_value(value, hints[key], prefix + key) for key, value in values.items()})
 
 
 def _check_number(name: str, value: float, rules: SettingRules) -> None:
@@ -183,10 +183,10 @@ def _range_text(rules: SettingRules) -> str:
     return f"at least {rules.minimum}" if end is None else f"{rules.minimum} to {end}"
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Return a value in the type `hint`, its parts too.
+def convert_value(value: Any, hint: Any, where: str) -> Any:
+    """Return a value in the type `hint` of a field, its parts too: a tuple for a list, text for a path.
 
-    Raises InputError, naming the setting `where`, if it does not fit.
+    where: the dotted name of the setting. Raises InputError, naming it, if the value does not fit.
     """
     if hint is Any:
         return _untyped(value)
@@ -195,15 +195,16 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if value is None:
             return None
         hint = next(option for option in typing.get_args(hint) if option is not type(None))
-        return _convert(value, hint, where)
+        return convert_value(value, hint, where)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, _expect(value, Mapping, where), where)
     if origin is tuple:
         element = typing.get_args(hint)[0]
-        return tuple(_convert(item, element, where) for item in _expect(value, (list, tuple), where))
+        return tuple(convert_value(item, element, where) for item in _expect(value, (list, tuple), where))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         element = typing.get_args(hint)[1]
-        return {key: _convert(item, element, f"{where}.{key}") for key, item in _expect(value, Mapping, where).items()}
+        entries = _expect(value, Mapping, where)
+        return {key: convert_value(item, element, f"{where}.{key}") for key, item in entries.items()}
     return _expect(_plain(value, hint), hint, where)
 
 

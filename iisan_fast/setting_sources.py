@@ -26,7 +26,7 @@ from .config import (
     ViewConfig,
 )
 from .errors import InputError, nearest
-from .setting_fields import from_dict, to_dict
+from .setting_fields import convert_value, from_dict, to_dict
 from .settings_files import RUN_FORMAT, Names, format_number, parse_yaml_value, read_settings_file
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
@@ -101,7 +101,11 @@ def change_settings(values: Values, changes: Mapping[str, Any], parts: Collectio
     for name, value in changes.items():
         part, *rest = name.split(".")
         if part not in parts:
-            raise InputError(f"{name}: unknown setting; {_nearest_name(name, parts)}")
+            other = "is no setting of this command" if part in PARTS else "unknown setting"
+            raise InputError(f"{name}: {other}; {_nearest_name(name, parts)}")
+        if part in SECTIONS and not rest:
+            first = next(iter(typing.get_type_hints(SECTIONS[part])))
+            raise InputError(f"{name}: is a section of settings; name one of them, as {name}.{first}")
         if part in SOURCES_OF_A_RUN and not rest:
             values[part] = value
         elif part == "encoders":
@@ -124,17 +128,20 @@ def view_from_values(values: Mapping[str, Any], where: str = "") -> ViewConfig:
 
 
 def _checked(values: Values, refusal: Refusal) -> Values:
-    """Check each part for itself, name the encoders, and return the settings.
+    """Check each part for itself, name the encoders, and return the settings without parts that are None.
 
-    Raises the error that `refusal` makes for an unknown part, and for a part that does not fit its dataclass.
+    Raises the error that `refusal` makes for an unknown part, and for a part that does not fit its type.
     """
     for part in values:
         if part not in PARTS:
             raise refusal((part,), f"{part}: unknown setting; {nearest(part, PARTS)}")
-    for part, section in SECTIONS.items():
-        if values.get(part) is not None:
-            _check_section(part, section, values[part], refusal)
-    if values.get("encoders") is not None:
+    values = {part: value for part, value in values.items() if value is not None}
+    for part, value in values.items():
+        if part in SECTIONS:
+            _check_section(part, SECTIONS[part], value, refusal)
+        elif part in SOURCES_OF_A_RUN:
+            _check_source(part, value, refusal)
+    if "encoders" in values:
         if "views" in (values.get("uncached") or {}):
             raise refusal(("encoders",), "encoders, uncached.views: are one setting; give one of them")
         values["encoders"] = _checked_encoders(values["encoders"], refusal)
@@ -152,6 +159,14 @@ def _check_section(part: str, section: Any, settings: Any, refusal: Refusal) -> 
         from_dict(section, {**views, **settings}, part)
     except InputError as error:
         raise refusal((part, *_names_in(str(error), part)), str(error)) from None
+
+
+def _check_source(name: str, value: Any, refusal: Refusal) -> None:
+    """Check the type of a setting of RunConfig that belongs to no section. Raises the error that `refusal` makes."""
+    try:
+        convert_value(value, typing.get_type_hints(RunConfig)[name], name)
+    except InputError as error:
+        raise refusal((name,), str(error)) from None
 
 
 def _checked_encoders(encoders: Any, refusal: Refusal) -> list[Values]:
@@ -186,7 +201,7 @@ def _names_in(message: str, where: str) -> Names:
 
 
 def _change_encoder(values: Values, name: str, rest: list[str], value: Any) -> None:
-    """Change a setting of one encoder in place.
+    """Change a setting of one encoder in place; the name of its view may hold dots.
 
     name: the whole dotted name, for errors, such as "encoders.title.max_tokens". rest: its parts after "encoders".
     Raises InputError if there is no such view or no such setting.
@@ -195,9 +210,11 @@ def _change_encoder(values: Values, name: str, rest: list[str], value: Any) -> N
     by_name = {view["name"]: view for view in encoders}
     if not by_name:
         raise InputError(f"{name}: the settings hold no encoders; give a settings file that does")
-    if not rest or rest[0] not in by_name:
+    first_parts = [".".join(rest[:count]) for count in range(len(rest), 0, -1)]
+    view_name = next((first for first in first_parts if first in by_name), None)
+    if view_name is None:
         raise InputError(f"{name}: unknown encoder; {nearest(rest[0] if rest else '', by_name)}")
-    _change_field(ViewConfig, by_name[rest[0]], name, rest[1:], value)
+    _change_field(ViewConfig, by_name[view_name], name, rest[view_name.count(".") + 1 :], value)
 
 
 def _change_field(section: Any, settings: Any, name: str, rest: list[str], value: Any) -> None:
@@ -230,4 +247,7 @@ def _nearest_name(name: str, parts: Collection[str]) -> str:
         for field in dataclasses.fields(section)
         if field.name == name
     ]
-    return f"did you mean {' or '.join(homes)}?" if homes else nearest(name.partition(".")[0], parts)
+    part = name.partition(".")[0]
+    if part in PARTS:
+        return f"expected one of {', '.join(parts)}"
+    return f"did you mean {' or '.join(homes)}?" if homes else nearest(part, parts)

@@ -133,13 +133,14 @@ def run_config(
     for name, value in flat.items():
         _set(values, SECTION_OF[name], name, value)
     change_settings(values, changes or {}, [part for part in PARTS if part != NOT_OF_A_RUN])
+    names = {*settings, *(changes or {})}
     for name in ("dataset", "cache"):
-        if (name in settings or name in (changes or {})) and values[name] is not None:
+        if name in names and values[name] is not None:
             values[name] = str(as_path(name, values[name]).resolve())
     if not isinstance(values.get("dataset"), str):
         raise InputError(f"dataset: expected a folder, found {json.dumps(values.get('dataset'), default=repr)}")
     described = _encoders_of_base(values)
-    _choose_source(values, settings, described, encoders, uncached)
+    _choose_source(values, names, described, encoders, uncached)
     if in_uncached and not values.get("uncached"):
         raise InputError(f"{in_uncached[0]}: needs encoders that run; give uncached and encoders")
     if isinstance(values.get("cache"), str) and _method(values) != "id" and not values.get("uncached"):
@@ -253,35 +254,36 @@ def _encoders_of_base(values: dict[str, Any]) -> list[ViewConfig]:
 
 def _choose_source(
     values: dict[str, Any],
-    settings: Mapping[str, Any],
+    names: Collection[str],
     described: Sequence[ViewConfig],
     encoders: Sequence[ViewConfig],
     uncached: bool,
 ) -> None:
     """Decide between encoders that run, a cache, and neither; take the other out of a configuration's values.
 
-    described: the encoders of the base, which may run or may have made the cache. encoders: others, which run.
-    Raises InputError if encoders are to run and there are none, or if `settings` name views beside `encoders`.
+    names: settings that replace those of the base. described: the encoders of the base, which may run or may have made
+    the cache. encoders: others, which run. Raises InputError if encoders are to run and there are none, or if `names`
+    hold uncached beside `encoders`.
     """
     if encoders:
-        if "uncached" in settings:
+        if "uncached" in names:
             raise InputError("uncached: names its views already; leave out the other encoders")
         _run_encoders(values, encoders)
-        if "views" not in settings:
-            values.pop("views", None)  # those of the base, of other encoders
+        for name in ("cache", "views"):
+            if name not in names:
+                values.pop(name, None)  # of the base, made by other encoders
     elif described and not (values.get("uncached") or {}).get("views"):
         method = _method(values)
         if uncached or method in TUNING_METHODS:
             chosen = _chosen(described, values.get("views"))
             _run_encoders(values, [_for_method(view, method) for view in chosen])
-            if "cache" not in settings:
+            if "cache" not in names:
                 values["cache"] = None
         else:
             values["uncached"] = None
-            names = [view.name for view in described]
-            values["views"] = values.get("views") or names
+            values["views"] = values.get("views") or [view.name for view in described]
         if method == "id":
-            values |= {name: default for name, default in (("cache", None), ("views", [])) if name not in settings}
+            values |= {name: default for name, default in (("cache", None), ("views", [])) if name not in names}
     options = values.get("uncached")
     if isinstance(options, dict) and "views" not in options:
         values["uncached"] = options = None
@@ -336,7 +338,7 @@ def _check_cache(values: dict[str, Any], described: Sequence[ViewConfig]) -> Non
     from .states import refuse_other_encoders  # imports torch, which takes seconds
 
     cache = Path(values["cache"])
-    if "views" not in values:
+    if not values.get("views"):
         values["views"] = _all_views(cache)
     read = [view for view in described if view.name in values["views"]]
     if read:

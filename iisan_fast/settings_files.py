@@ -20,6 +20,7 @@ from .errors import InputError
 from .setting_fields import YesNo, from_dict
 
 Names = tuple[str, ...]  # the names that lead to a value: ("model", "dropout")
+MOST_ENTRIES = 10_000  # of a settings file; anchors of YAML can repeat few lines without end
 RUN_FORMAT = 2  # of a run folder, recorded in their config.json; runs of format 1 record none
 
 
@@ -128,6 +129,7 @@ class _SettingsLoader(yaml.SafeLoader):
 
 _PLAIN = "tag:yaml.org,2002:plain"  # any value without quotes, which `_plain_value` converts
 _TEXT = "tag:yaml.org,2002:str"  # text in quotes
+_UNTAGGED = (_PLAIN, _TEXT, "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _SettingsLoader.add_implicit_resolver(_PLAIN, re.compile(".*", re.DOTALL), None)
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 _INTEGER = re.compile(r"[-+]?[0-9]+")
@@ -135,18 +137,27 @@ _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?
 
 
 def _value(node: yaml.Node, settings: SettingsFile, names: Names) -> Any:
-    """Return the Python value of a YAML node, and note the lines of its parts. Raises InputError for a YAML tag."""
+    """Return the Python value of a YAML node, and note the lines of its parts.
+
+    Raises InputError for a YAML tag, for a number that is too long, and for too many parts.
+    """
+    line = node.start_mark.line + 1
+    if node.tag not in _UNTAGGED:
+        raise InputError(f"{settings.path}:{line}: expected a plain value, found the tag {node.tag}")
+    if len(settings.lines) > MOST_ENTRIES:
+        raise InputError(f"{settings.path}:{line}: expected at most {MOST_ENTRIES} settings, found more")
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, settings, names)
     if isinstance(node, yaml.SequenceNode):
         lines = {(*names, str(index)): part.start_mark.line + 1 for index, part in enumerate(node.value)}
         settings.lines.update(lines)
         return [_value(part, settings, (*names, str(index))) for index, part in enumerate(node.value)]
-    if node.tag not in (_PLAIN, _TEXT):
-        raise InputError(
-            f"{settings.path}:{node.start_mark.line + 1}: expected a plain value, found the tag {node.tag}"
-        )
-    return _plain_value(node.value) if node.tag == _PLAIN else node.value
+    if node.tag == _TEXT:
+        return node.value
+    try:
+        return _plain_value(node.value)
+    except ValueError:  # Python converts at most 4300 digits
+        raise InputError(f"{settings.path}:{line}: the number has too many digits ({len(node.value)})") from None
 
 
 def _mapping(node: yaml.MappingNode, settings: SettingsFile, names: Names) -> dict[str, Any]:

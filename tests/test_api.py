@@ -224,7 +224,7 @@ MISTAKES = {
     "train: expected TrainConfig, found 20": {"train": 20, "epochs": 3},
     "train.batch_size: unknown setting; did you mean train.batch_users": {"changes": {"train.batch_size": 3}},
     "dropout: unknown setting; did you mean model.dropout?": {"changes": {"dropout": 0.2}},
-    "extraction.workers: unknown setting": {"changes": {"extraction.workers": 2}},
+    "extraction.workers: is no setting of this command": {"changes": {"extraction.workers": 2}},
     "uncached.items_at_once: needs encoders that run": {"changes": {"uncached.items_at_once": 2}},
     "encoders.title.max_tokens: the settings hold no encoders": {"changes": {"encoders.title.max_tokens": 2}},
     "device: expected auto, cpu, cuda or cuda:N, found 'gpu'": {"device": "gpu"},

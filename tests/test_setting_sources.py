@@ -68,7 +68,7 @@ def test_an_encoder_is_named_by_its_view():
         ("dtype=float32", "dtype: unknown setting; did you mean uncached.dtype or extraction.dtype?"),
         ("modle.dropout=1", "modle.dropout: unknown setting; did you mean model"),
         ("model.dropuot=1", "model.dropuot: unknown setting; did you mean model.dropout?"),
-        ("model=1", "model: unknown setting; "),
+        ("model=1", "model: is a section of settings; name one of them, as model.method"),
         ("model.dropout.first=1", "model.dropout.first: dropout is one value; leave out .first"),
         ("cache.x=1", "cache.x: unknown setting; did you mean cache"),
         ("encoders.titel.max_tokens=1", "encoders.titel.max_tokens: unknown encoder; did you mean title?"),
@@ -118,7 +118,7 @@ def test_an_extraction_takes_its_settings_from_file_options_and_changes():
     other = extraction_config({"text_encoder": "t"}, base)
     assert [view.encoder for view in other.views] == ["t"]
     for settings, changes, message in (
-        ({}, {"model.dropout": 0.2}, "model.dropout: unknown setting; expected one of dataset, cache, encoders"),
+        ({}, {"model.dropout": 0.2}, "model.dropout: is no setting of this command; expected one of dataset, cache"),
         ({"layer_groups": 2}, {}, "layer_groups: view 'image' names its layers already"),
     ):
         with pytest.raises(InputError, match=message):
@@ -130,3 +130,26 @@ def test_an_extraction_takes_its_settings_from_file_options_and_changes():
 
 def test_every_part_of_a_run_is_a_part_of_a_file():
     assert {field.name for field in dataclasses.fields(RunConfig)} | {"encoders", "extraction"} == set(PARTS)
+
+
+def test_an_empty_list_of_views_is_all_views_of_the_cache(toy_run):
+    dataset, cache = toy_run
+    config = run_config({"dataset": dataset, "cache": cache}, base_settings({"views": []}))
+    assert config.views == ("image", "title")
+
+
+def test_encoders_that_are_named_replace_a_file_s_cache_and_encoders():
+    base = base_settings({"dataset": "d", "cache": "c", "views": ["image"], "encoders": VIEWS})
+    other = ViewConfig("other", "title", "e")
+    config = run_config({}, base, [other])
+    assert config.cache is None and config.uncached.views == (other,) and config.views == ("other",)
+    for settings, changes in (({"cache": "c"}, {}), ({}, {"cache": "c"})):
+        with pytest.raises(InputError, match="cache, uncached: expected one of them, found both"):
+            run_config(settings, base, [other], changes=changes)
+
+
+def test_a_view_s_name_may_hold_dots():
+    values = {"encoders": [to_dict(ViewConfig(name, "title", "e")) for name in ("v1", "v1.5")]}
+    changed("encoders.v1.5.max_tokens=7", values)
+    changed("encoders.v1.pooling=cls", values)
+    assert [(view["max_tokens"], view["pooling"]) for view in values["encoders"]] == [(30, "cls"), (7, None)]

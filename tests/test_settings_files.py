@@ -10,7 +10,7 @@ import pytest
 from iisan_fast.config import ModelConfig, RunConfig, ViewConfig
 from iisan_fast.errors import InputError
 from iisan_fast.setting_fields import from_dict, to_dict
-from iisan_fast.setting_sources import base_settings
+from iisan_fast.setting_sources import PARTS, base_settings
 from iisan_fast.settings_files import parse_yaml_value, read_settings_file
 
 
@@ -101,6 +101,11 @@ def test_a_run_s_config_is_a_settings_file(write):
         ("some text", ": expected settings as YAML or JSON, found a scalar"),
         ("", ": expected settings as YAML or JSON, found nothing"),
         ("a: !!python/name:os.system", ":1: expected a plain value, found the tag"),
+        ("model: !!python/object:os.system {}", ":1: expected a plain value, found the tag"),
+        ("views: !!set {a, b}", ":1: expected a plain value, found the tag"),
+        ("train: {seed: " + "9" * 5000 + "}", ":1: the number has too many digits (5000)"),
+        ("model: {}\nviews: title", ':2: views: expected list, found "title"'),
+        ("\ncache: 3", ":2: cache: expected str, found 3"),
         ("[a]: 1", ":1: expected a name, found a sequence"),
         ("format: 3", ": format: expected 1 or 2, found 3; use the version of iisan-fast that made the run"),
     ],
@@ -110,6 +115,19 @@ def test_a_mistake_in_a_file_is_one_line_with_its_place(write, text, message):
     with pytest.raises(InputError) as error:
         base_settings(path)
     assert str(error.value).startswith(f"{path}{message}") and "\n" not in str(error.value)
+
+
+def test_anchors_do_not_fill_the_memory(write):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 10)]
+    for text, message in (("\n".join(lines), "expected at most 10000 settings"), ("a: &a [*a]", "too many levels")):
+        with pytest.raises(InputError, match=message):
+            read_settings_file(write(text))
+
+
+def test_an_empty_part_is_a_part_left_out(write):
+    text = "".join(f"{part}:\n" for part in PARTS)
+    assert base_settings(write(text)) == {}
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):

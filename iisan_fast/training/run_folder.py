@@ -9,6 +9,7 @@ epoch. test.json: the figures on the test set.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping
@@ -79,11 +80,15 @@ class RunFolder:
         return cls(path)
 
     def refuse_if_used(self) -> None:
-        """Raise InputError if the folder holds a run already, or if the path is a file."""
+        """Raise InputError if the folder holds a run already, if the path is a file, or if it cannot be written."""
         if (self.path / "config.json").exists():
             raise InputError(f"{self.path}: already holds a run; resume it, or choose another folder for the run")
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: expected a folder for the run, found a file")
+        path = self.path.absolute()
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise InputError(f"{self.path}: cannot be made; {existing} is no folder that can be written")
 
     @property
     def config(self) -> RunConfig:

@@ -46,6 +46,7 @@ def test_a_file_changes_defaults_and_set_and_options_change_the_file(settings_fi
         (("--set", "train.max_epochs=2", "--epochs", 3), "--set train.max_epochs, --epochs: are one setting"),
         (("--set", "model.bottleneck=4", "--bottleneck", 8), "--set model.bottleneck, --bottleneck: are one setting"),
         (("--set", "views=[image]", "--views", "title"), "--set views, --views: are one setting"),
+        (("there", "--set", "dataset=here"), "--set dataset, DATASET: are one setting"),
         (("--set", "model.droput=0.2"), "model.droput: unknown setting; did you mean model.dropout"),
         (("--set", "dropout=0.2"), "dropout: unknown setting; did you mean model.dropout?"),
         (("--set", "model.dropout"), "--set: expected SECTION.FIELD=VALUE, found 'model.dropout'"),
