@@ -62,6 +62,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Raise InputError if a folder cannot be made or written.
+
+    The nearest of its parents that exists, or the folder itself, has to be a folder that can be written.
+    """
+    path = folder.absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: cannot be written; {existing} is no folder that can be written")
+
+
 @contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock file `path` as the only process. The lock ends with the block, or with the process if it is killed.

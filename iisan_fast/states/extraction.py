@@ -24,6 +24,7 @@ from ..config import ExtractionConfig, ViewConfig
 from ..data import Dataset
 from ..encoders import Backbone, load_backbones, views_by_model
 from ..errors import InputError
+from ..files import refuse_unwritable
 from ..progress import progress_bar
 from ..runtime import fix_cublas_workspace
 from ..workers import batched, worker_count
@@ -63,9 +64,10 @@ def extract(
     and count the items to encode. Returns the counts of each view, in the order of `views`.
 
     Raises InputError, before anything is written, for content that is missing or cannot be read, an encoder that cannot
-    be used, or a store that other encoders or settings have filled. Raises InputError after the good states were
-    written if a hidden state is not finite.
+    be used, a folder that cannot be written, or a store that other encoders or settings have filled. Raises InputError
+    after the good states were written if a hidden state is not finite.
     """
+    refuse_unwritable(cache)
     fix_cublas_workspace()
     with ExitStack() as stack:
         images = stack.enter_context(open_sources(dataset, views, config.missing_images))

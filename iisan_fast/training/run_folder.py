@@ -9,7 +9,6 @@ epoch. test.json: the figures on the test set.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from .. import __version__, kernels
 from ..config import RunConfig
 from ..data import Sequences, load_sequences
 from ..errors import InputError
-from ..files import write_atomically
+from ..files import refuse_unwritable, write_atomically
 from ..setting_fields import to_dict
 from ..settings_files import RUN_FORMAT, read_run_config, read_run_settings, read_settings
 from ..states import describes_view
@@ -85,10 +84,7 @@ class RunFolder:
             raise InputError(f"{self.path}: already holds a run; resume it, or choose another folder for the run")
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: expected a folder for the run, found a file")
-        path = self.path.absolute()
-        existing = next(folder for folder in (path, *path.parents) if folder.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError(f"{self.path}: cannot be made; {existing} is no folder that can be written")
+        refuse_unwritable(self.path)
 
     @property
     def config(self) -> RunConfig:

@@ -101,6 +101,9 @@ def test_extract_takes_a_file_and_changes_and_a_dry_run_writes_nothing(catalogue
     settings.write_text(f"dataset: {catalogue}\nencoders: {json.dumps(encoders)}\nextraction: {{dtype: float16}}\n")
     cache = tmp_path / "states"
     extract = ("extract", "--config", settings, "--cache", cache, "--set", "encoders.title.max_tokens=5")
+    for dry_run in ((), ("--dry-run",)):
+        message = refused("extract", "--config", settings, "--cache", settings / "states", *dry_run)
+        assert f"{settings / 'states'}: cannot be written; {settings} is no folder" in message
     before = files_in(catalogue)
     plan = iisan_fast(*extract, "--dry-run")
     assert plan.returncode == 0, plan.stderr

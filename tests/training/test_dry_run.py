@@ -106,7 +106,7 @@ def test_a_dry_run_refuses_what_a_run_refuses(toy_run, tmp_path):
     (larger / "users.tsv").write_text(users + "late\tnew i1 i2 i3 i4 i5\n")
     for settings, message in (
         ({"out": used}, "already holds a run"),
-        ({"out": used / "config.json" / "run"}, "cannot be made; .*config.json is no folder that can be written"),
+        ({"out": used / "config.json" / "run"}, "cannot be written; .*config.json is no folder that can be written"),
         ({"views": "video"}, "no view 'video'; it has image, title"),
         ({"dataset": larger}, "lacks 1 of 41 items"),
         ({"dataset": tmp_path / "none"}, "no such folder"),
