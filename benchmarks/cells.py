@@ -165,7 +165,10 @@ def _refuse_another(record: Path, values: dict[str, Any], out: Path) -> None:
 
 
 def _run_cell(cell: Cell, dataset: Path, out: Path, settings: SweepSettings, device: torch.device) -> None:
-    """Train a cell in a new process, profile its steps in another, and write its figures."""
+    """Train a cell in a new process, profile its steps in another, and write its figures; skip what is done already.
+
+    out: the sweep's folder. A cell that reads a cache has it encoded first. Raises InputError if a process fails.
+    """
     config = cell_config(cell, dataset, out, settings)
     folder = cell.folder(out)
     if config.cache is not None:

@@ -104,7 +104,8 @@ def parsed_view(text: str) -> ViewConfig:
 def _loading_options(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return image_options, text_options and encoder_options, which are for both, from those of --encoder-option.
 
-    Raises InputError for an option of another form.
+    values: the options' values by [image:|text:]NAME. A setting without options is absent from the result. Raises
+    InputError for a name of another form.
     """
     settings: dict[str, dict[str, Any]] = {}
     for name, value in values.items():

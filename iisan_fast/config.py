@@ -206,7 +206,7 @@ class ModelConfig:
                 )
 
     def towers(self, count: int) -> tuple[str, ...]:
-        """Return the names of the towers over `count` views."""
+        """Return the names of the towers over `count` views, of "first", "second" and "inter"."""
         intra = TOWERS[:count] if self.intra else ()
         return intra if self.inter is False or count < 2 else (*intra, "inter")
 

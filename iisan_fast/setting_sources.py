@@ -195,7 +195,10 @@ def _checked_encoders(encoders: Any, refusal: Refusal) -> list[Values]:
 
 
 def _names_in(message: str, where: str) -> Names:
-    """Return the names below `where` that an error's message begins with: "model.dropout: …" or "dropout: …"."""
+    """Return the names below `where` that an error's message begins with: "model.dropout: …" or "dropout: …".
+
+    Any other message gives its text before the first ":" or "," as a name, so the result is never empty.
+    """
     first = message.partition(":")[0].partition(",")[0]
     return tuple(first.removeprefix(f"{where}.").split("."))
 
@@ -220,7 +223,9 @@ def _change_encoder(values: Values, name: str, rest: list[str], value: Any) -> N
 def _change_field(section: Any, settings: Any, name: str, rest: list[str], value: Any) -> None:
     """Change the field, or the entry of a field of names and values, that `rest` leads to.
 
-    Raises InputError for an unknown field, and for an entry of a field that has none.
+    section: the dataclass of the settings, None if it has no fields. settings: the dict that is changed in place.
+    name: the whole dotted name, for errors. Raises InputError for an unknown field, and for an entry of a field that
+    has none.
     """
     fields = {} if section is None else typing.get_type_hints(section)
     field, *keys = rest or [""]

@@ -161,7 +161,10 @@ def epoch_batches(
 
 
 def make_batch(sequences: Sequences, users: np.ndarray, step: int) -> Batch:
-    """Return the batch of some users (int64 [B]). A user with fewer than two training interactions has no row."""
+    """Return the batch of some users (int64 [B]). A user with fewer than two training interactions has no row.
+
+    step: number of the training step, which the dropout hashes.
+    """
     (batch,) = _batches(lay_out(sequences, users, len(users)), step)
     return batch
 

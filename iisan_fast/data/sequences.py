@@ -120,7 +120,10 @@ class Split:
     least_width: int  # of padded histories
 
     def padded(self, rows: np.ndarray) -> np.ndarray:
-        """Return the histories of some rows, int64 [len(rows), width]; the longest one decides the width."""
+        """Return the histories of some rows, right-aligned, int64 [len(rows), width].
+
+        width: the longest of them, and at least `least_width`.
+        """
         lengths = self.lengths[rows]
         width = int(lengths.max(initial=self.least_width))
         return _right_align(self.items, self.ends[rows], lengths, width)

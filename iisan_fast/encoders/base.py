@@ -97,7 +97,10 @@ class Backbone(ABC):
 
     @abstractmethod
     def prepare(self, contents: Sequence[Any]) -> ModelInputs:
-        """Return the encoder's inputs, on the CPU, for N texts or N RGB images, without running the model."""
+        """Return the encoder's inputs, on the CPU, for N texts or N RGB images, without running the model.
+
+        Raises InputError for a content that gives no input, such as a text without tokens.
+        """
 
     @torch.inference_mode()
     def encode(self, inputs: ModelInputs) -> Tensor:

@@ -126,7 +126,11 @@ class Store:
         self.write_views(item_ids, digests, {view: states})
 
     def write_views(self, item_ids: list[str], digests: list[bytes], states_by_view: dict[str, Tensor]) -> None:
-        """Store the states [N, K, D] of several views of the same N items and contents, all in one transaction."""
+        """Store the states [N, K, D] of several views of the same N items and contents, all in one transaction.
+
+        The states have the dtype of the view; the digests, one an item, come from `content_digest`. The database grows
+        if it is full. Raises InputError if LMDB cannot write.
+        """
         entries = [
             (_key(view, item_id), digest + array.tobytes())
             for view, states in states_by_view.items()

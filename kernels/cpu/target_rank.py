@@ -20,7 +20,9 @@ def target_rank(
     tie_share: float = 0.5,
     chunk_elements: int = 1 << 24,
 ) -> tuple[Tensor, Tensor]:
-    """Return the reference's two ranks, float64 [U]; the caller has checked the arguments.
+    """Return the reference's two ranks, float64 [U]: without the excluded items, and among all items.
+
+    The caller has checked the arguments; excluded is -1 for no item.
 
     Each thread takes a part of the users at a time. The tiles of all threads together have at most chunk_elements
     scores, but a tile has at least 48 x 48. All products have the same shape, also those of the targets, so that equal

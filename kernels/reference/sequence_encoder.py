@@ -81,7 +81,10 @@ def _hidden_keys(grid: SequenceGrid) -> Tensor:
 def _block(
     x: Tensor, block: EncoderBlock, weights: SequenceWeights, grid: SequenceGrid, hidden: Tensor, factors: BlockFactors
 ) -> Tensor:
-    """Return a post-norm transformer block's output [R, d]."""
+    """Return a post-norm transformer block's output [R, d] for the packed rows x [R, d].
+
+    hidden: bool [users, 1, L, L], True for keys that a query must not see.
+    """
     projections = _on_grid(_projections(x, block), grid)
     weighted = _weighted_values(*_heads(projections, weights.heads), hidden, factors.weights)
     attended = weighted.transpose(1, 2).reshape(grid.users, grid.length, -1)
