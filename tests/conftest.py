@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -45,6 +46,19 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Compile the C++ before pytest-xdist starts its workers, each of which would compile it."""
     if session.config.getoption("numprocesses", None) and not session.config.option.collectonly:
         compile_library()
+
+
+@pytest.fixture(autouse=True)
+def verbosity_as_before() -> Iterator[None]:
+    """Reset what --quiet and --verbose set in this process: the levels of logs, and variables of other libraries."""
+    names = ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    yield
+    logging.getLogger("iisan_fast").setLevel(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -98,3 +98,10 @@ def test_a_quiet_program_writes_nothing_on_standard_error(toy_run, tmp_path):
     command = [program, "--quiet", "train", dataset, "--cache", cache, "--out", tmp_path / "run", *FAST, "--json"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "") and json.loads(result.stdout)["epochs"] == 1
+
+
+@pytest.mark.parametrize("arguments", [("--quiet",), ()])
+def test_a_quiet_command_does_not_silence_the_tests_after_it(arguments, toy_run):
+    """The second case follows the first in one process."""
+    assert logging.getLogger("iisan_fast").level == logging.NOTSET
+    assert iisan_fast(*arguments, "stats", toy_run[0]).returncode == 0
