@@ -418,11 +418,7 @@ def refusal(views: Sequence[tuple[int, ...]], layers: int, bottleneck: int, widt
 
 
 def _unfit(down: Sequence[Tensor], tables: Sequence[Tensor], dtype: torch.dtype) -> str:
-    """Return why the pair cannot take these tensors, or "".
-
-    down: the towers' down-projections, contiguous views of one buffer; tables: the views' hidden states, contiguous in
-    their last dimension. All have the dtype `dtype`.
-    """
+    """Return why these down-projections (views of one buffer) and tables, all of `dtype`, do not fit, or ""."""
     if len({weight.untyped_storage().data_ptr() for weight in down}) > 1 or not all(w.is_contiguous() for w in down):
         return "expected down-projections that are contiguous views of one buffer"
     dtypes = {tensor.dtype for tensor in (*down, *tables)}

@@ -5,40 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers.launch_costs import Calls, costs_by_kernel
 from helpers.towers_on_meta import CATALOGUE, towers_on_meta
-from iisan_fast.benchmarks.kernel_costs import KernelCost, KnownBatch, kernel_cost
-from iisan_fast.benchmarks.machine_code import KernelReading, readings, specialization
-from iisan_fast.data.packed_batches import RunPlan
-from iisan_fast.data.sequences import Sequences
-from iisan_fast.kernels import Launch, recording
-from iisan_fast.kernels.gpu.configurations import as_architecture
-from iisan_fast.kernels.types import StepBatch
+from iisan_fast.kernels.types import StepBatch, StepShape
 
 BUDGET_MS = 0.60  # of issue slots and memory traffic together, forward and backward, at 8,192 users
 LOOPS = ("side_project", "side_weight_gradients", "side_mix_gradients")  # over the states
 
 
-def costs(sequences: Sequences, users: int) -> dict[str, tuple[KernelReading, KernelCost]]:
-    """Return the code and the cost of the pair's kernels for a run's first batch, by name, in bf16 for sm_90."""
-    plan = RunPlan.of(sequences, users, seed=1)
-    words = plan.pack(next(iter(plan.windows(0)))).words[0].numpy()
-    buffer = torch.empty(len(words), dtype=torch.int32, device="meta")
-    batch = StepBatch.of(buffer, plan.shape)
-    recorded: list[Launch] = []
-    with recording(recorded.append), as_architecture("sm_90"):
-        pair = towers_on_meta(batch.distinct, batch.header, torch.bfloat16)
-        pair.forward()
-        pair.backward()
-    known = KnownBatch(plan.shape, words, CATALOGUE)
-    packed = {buffer.untyped_storage()._cdata: buffer}
-    codes = readings([specialization(launch, 90) for launch in recorded])
-    return {launch.name: (code, kernel_cost(launch, code, known, packed)) for launch, code in zip(recorded, codes)}
+def calls(batch: StepBatch, shape: StepShape) -> Calls:
+    """Return the calls of the towers' pair, on meta tensors in bf16."""
+    pair = towers_on_meta(batch.distinct, batch.header, torch.bfloat16)
+    return pair.forward, pair.backward
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("users", [pytest.param(64, marks=pytest.mark.long), 8192])
 def test_the_side_network_is_within_its_budget(scientific, users):
-    by_name = costs(scientific, users)
+    by_name = costs_by_kernel(scientific, users, CATALOGUE, calls)
     for name, (code, cost) in by_name.items():
         print(
             f"{name}: {code.registers} registers, {cost.issue_ms:.4f} ms of issue slots, {cost.bytes_ms:.4f} of bytes"

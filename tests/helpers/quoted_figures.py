@@ -60,6 +60,7 @@ def evaluate(source: str) -> float:
         paths[f"value_{len(paths)}"] = look_up(_results(name), match[1])
         return f"value_{len(paths) - 1}"
 
+    # The expressions stand in this project's own documents; without builtins they can name these functions alone.
     return eval(re.sub(r"\[([^\]]+)\]", variable, expression), {"__builtins__": {}, **FUNCTIONS}, paths)
 
 
