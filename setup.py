@@ -58,6 +58,7 @@ setup(
         "torch>=2.6",
         "transformers>=5.10,<6",
         "triton>=3.3; platform_system == 'Linux'",
+        "xxhash>=3.4",
     ],
     extras_require={
         "bench": ["cut-cross-entropy>=25.1", "liger-kernel>=0.8", "matplotlib>=3.8"],

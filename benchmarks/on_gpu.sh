@@ -10,9 +10,9 @@
 #
 # The machine needs a Python (PYTHON, by default python3) with torch, triton, transformers, numpy, pillow, rich, click,
 # safetensors, filelock, pyyaml, pytest, hypothesis, pip and setuptools; no network and no package registry. Only the
-# project itself is installed, unless it is already. Bring along what else is missing there, lmdb and platformdirs above
-# all: where registries can be reached, `pip download` their wheels for the machine's Python; on the machine unpack with
-# `pip install --no-index --no-deps --target site wheels/*.whl`, and set PYTHONPATH=$PWD/site.
+# project itself is installed, unless it is already. Bring along what else is missing there, lmdb, platformdirs and
+# xxhash above all: where registries can be reached, `pip download` their wheels for the machine's Python; on the machine
+# unpack with `pip install --no-index --no-deps --target site wheels/*.whl`, and set PYTHONPATH=$PWD/site.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -8,7 +8,7 @@ import sys
 import click
 
 from .. import __version__, runtime
-from ..errors import InputError
+from ..errors import InputError, Stopped
 from .bench import bench
 from .caption import caption
 from .evaluate import evaluate
@@ -61,6 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(cli.main(arguments, standalone_mode=False, prog_name="iisan-fast"))
     except InputError as error:
         _fail(str(error))
+    except Stopped as stopped:
+        click.echo(f"stopped: {stopped}", err=True)
+        sys.exit(128 + stopped.signal_number)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help())
         sys.exit(0)

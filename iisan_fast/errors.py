@@ -1,4 +1,4 @@
-"""Define the one exception for bad input, and make its messages.
+"""Define the exceptions for bad input and for stopped work, and make their messages.
 
 A message is one line: where, what was expected, what was found and what to do.
 """
@@ -12,6 +12,18 @@ from itertools import islice
 
 class InputError(Exception):
     """Input that cannot be used. The command line prints its message as one line and exits with code 2."""
+
+
+class Stopped(Exception):
+    """Work that a signal has stopped after it was saved. The command line prints its message as one line.
+
+    The exit code is 128 and the signal's number: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        """Take the message, which says what was saved and how to go on, and the number of the signal."""
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 def first_few(names: Iterable[object], total: int, limit: int = 3) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,14 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from .errors import InputError
+
+IRREGULAR = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -37,6 +47,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+        keep_names(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -57,9 +68,35 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         temporary.rename(path)
+        keep_names(path.parent)
     except BaseException:
         shutil.rmtree(temporary)
         raise
+
+
+def keep_names(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, so that a renamed file is there after the power fails."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def refuse_irregular(path: Path) -> None:
+    """Raise InputError if a path leads to a FIFO, a socket, a device, a folder, or to a link that leads to itself.
+
+    Reading a FIFO would wait for ever, and some devices never end. A missing file is left to the reader.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InputError(f"{path}: expected a file, found a link that leads to itself; replace it") from None
+        return
+    if not stat.S_ISREG(mode):
+        kind = next((kind for is_kind, kind in IRREGULAR if is_kind(mode)), "something else")
+        raise InputError(f"{path}: expected a regular file, found {kind}; give the file itself")
 
 
 def refuse_unwritable(folder: Path) -> None:

@@ -14,7 +14,7 @@ from ..tables import NOT_MEASURED
 from .common import device_of, origin_of
 from .settings import Save, Settings
 
-PACKAGES = ("lmdb", "pytest", "hypothesis", "xformers", "peft", "setuptools")
+PACKAGES = ("lmdb", "xxhash", "pytest", "hypothesis", "xformers", "peft", "setuptools")
 QUERIED = ("name", "driver_version", "memory.total", "clocks.max.sm", "clocks.max.memory")
 
 

@@ -16,8 +16,19 @@ PACKAGE = "iisan_fast"
 INSTALLED_INSIDE = ("kernels", "cli", "benchmarks")  # top-level folders that are imported as iisan_fast.kernels, …
 NEIGHBOURS = frozenset(
     (
-        *("config", "devices", "doors", "errors", "files", "fingerprints", "precision", "progress", "runtime"),
-        *("setting_fields", "setting_sources", "settings_files", "workers"),
+        *(
+            "checksums",
+            "config",
+            "devices",
+            "doors",
+            "errors",
+            "files",
+            "fingerprints",
+            "precision",
+            "progress",
+            "runtime",
+        ),
+        *("setting_fields", "setting_sources", "settings_files", "verified", "workers"),
     )
 )
 FLOORS = (  # from the lowest up; a room imports only from lower floors
