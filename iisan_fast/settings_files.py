@@ -17,10 +17,13 @@ import yaml
 
 from .config import RunConfig
 from .errors import InputError
+from .files import refuse_irregular
+from .recorded_json import MOST_JSON_BYTES, parse_json_object
 from .setting_fields import YesNo, from_dict
 
 Names = tuple[str, ...]  # the names that lead to a value: ("model", "dropout")
 MOST_ENTRIES = 10_000  # of a settings file; anchors of YAML can repeat few lines without end
+MOST_YAML_BYTES = 1 << 20  # of a settings file; YAML is parsed slowly
 RUN_FORMAT = 2  # of a run folder, recorded in their config.json; runs of format 1 record none
 
 
@@ -56,16 +59,11 @@ def format_number(values: Mapping[str, Any], path: Path, known: tuple[int, ...],
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, its settings not yet checked. Raises InputError if there is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
+    """Return the JSON object in a file, its settings not yet checked.
+
+    Raises InputError if the file cannot be read or holds anything else, as `parse_json_object` does.
+    """
+    return parse_json_object(_read_bounded(path, MOST_JSON_BYTES), path)
 
 
 @dataclass(frozen=True)
@@ -89,9 +87,7 @@ def read_settings_file(path: Path) -> SettingsFile:
     Raises InputError, with file and line, for a file that is neither, holds a name twice or holds no settings.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        text = _read_bounded(path, MOST_YAML_BYTES).decode("utf-8-sig")
     except ValueError:
         raise InputError(f"{path}: expected YAML or JSON, found bytes that are not UTF-8") from None
     settings = SettingsFile(path, {})
@@ -192,6 +188,19 @@ def _plain_value(text: str) -> Any:
     if _NUMBER.fullmatch(text):
         return float(word.replace(".inf", "inf").replace(".nan", "nan"))
     return text
+
+
+def _read_bounded(path: Path, most: int) -> bytes:
+    """Return the bytes of a file. Raises InputError if it cannot be read, or if it has more than `most` bytes."""
+    refuse_irregular(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(content) > most:
+        raise InputError(f"{path}: expected at most {most} bytes of settings, found more; give another file")
+    return content
 
 
 def _without_tabs(text: str) -> str:

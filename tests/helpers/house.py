@@ -26,6 +26,7 @@ NEIGHBOURS = frozenset(
             "fingerprints",
             "precision",
             "progress",
+            "recorded_json",
             "runtime",
         ),
         *("setting_fields", "setting_sources", "settings_files", "verified", "workers"),
