@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
+from types import FrameType
 
 import click
 
 from .. import __version__, runtime
 from ..errors import InputError, Stopped
+from ..stop_signals import STOP_SIGNALS
 from .bench import bench
 from .caption import caption
 from .evaluate import evaluate
@@ -52,11 +54,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the program `iisan-fast` and raise SystemExit.
 
     arguments: the words of the command line after the program's name; by default the process's own.
-    The exit code is 0, or 2 after one line on standard error for bad input, or 130 if the user stopped it.
+    The exit code is 0, or 2 after one line on standard error for bad input, or after a signal 128 and its number, as
+    130 for Ctrl-C.
     """
     runtime.prepare_program()
     show_normal()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not at once, so that half-written files are removed
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, _stop)
     try:
         sys.exit(cli.main(arguments, standalone_mode=False, prog_name="iisan-fast"))
     except InputError as error:
@@ -84,6 +89,11 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"not enough memory ({error}); try --table pinned, fewer --batch-users or a smaller --batch-size")
     except click.ClickException as error:
         _fail(error.format_message())
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    """Raise Stopped for a signal, so that half-written files are removed."""
+    raise Stopped(f"by {signal.Signals(number).name}", number)
 
 
 def _fail(message: str) -> None:

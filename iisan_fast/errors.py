@@ -14,9 +14,10 @@ class InputError(Exception):
     """Input that cannot be used. The command line prints its message as one line and exits with code 2."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """Work that a signal has stopped after it was saved. The command line prints its message as one line.
 
+    Like KeyboardInterrupt it is no Exception, so that a loop that goes on after any Exception stops too.
     The exit code is 128 and the signal's number: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP.
     """
 

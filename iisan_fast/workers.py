@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import InputError
+from .stop_signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext  # which Windows lacks
@@ -131,9 +132,12 @@ def _context(modules: Sequence[str]) -> ForkServerContext:
 
 
 def _start(loader: DataLoader) -> Iterator[Any]:
-    """Start the workers with SIGINT blocked, which they inherit: only this process acts upon Ctrl-C."""
-    resource_tracker.ensure_running()  # otherwise it would start below, and unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Start the workers with the stop signals blocked, which they inherit: only this process acts upon Ctrl-C.
+
+    A terminal and `timeout` signal the whole group of processes. Workers end when this process closes them or ends.
+    """
+    resource_tracker.ensure_running()  # otherwise it would start below, and unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         with _main_module_hidden():
             return iter(loader)

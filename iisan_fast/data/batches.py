@@ -147,16 +147,17 @@ def padded_shape(sequences: Sequences, batch_users: int) -> Shape:
 
 
 def epoch_batches(
-    sequences: Sequences, batch_users: int, seed: int, epoch: int, window_batches: int | None = None
+    sequences: Sequences, batch_users: int, seed: int, epoch: int, window_batches: int | None = None, taken: int = 0
 ) -> Iterator[Batch]:
     """Yield all training users once, shuffled by (seed, epoch), `batch_users` at a time; the last batch may be smaller.
 
-    window_batches: how many batches are laid out at a time; None: as many as take 64 MB.
+    window_batches: how many batches are laid out at a time; None: as many as take 64 MB. taken: how many batches at the
+    epoch's start are left out.
     """
     if window_batches is None:
         steps = steps_per_epoch(sequences, batch_users)
         window_batches = max(1, WINDOW_SLOTS * steps // max(1, sequences.epoch_interactions))
-    for window in epoch_windows(sequences, batch_users, seed, epoch, window_batches):
+    for window in epoch_windows(sequences, batch_users, seed, epoch, window_batches, taken=taken):
         yield from _batches(lay_out(sequences, window.users, batch_users), window.first_step)
 
 

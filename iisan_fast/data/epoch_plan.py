@@ -46,16 +46,23 @@ def steps_per_epoch(sequences: Sequences, batch_users: int) -> int:
 
 
 def epoch_windows(
-    sequences: Sequences, batch_users: int, seed: int, epoch: int, batches: int, first_batches: int | None = None
+    sequences: Sequences,
+    batch_users: int,
+    seed: int,
+    epoch: int,
+    batches: int,
+    first_batches: int | None = None,
+    taken: int = 0,
 ) -> Iterator[Window]:
     """Yield all training users once, shuffled by (seed, epoch), in windows of at most `batches` batches.
 
-    first_batches: a smaller limit for the first window, so that the first step starts soon; None: `batches`.
+    first_batches: a smaller limit for the first window, so that the first step starts soon; None: `batches`. taken: the
+    number of batches at the epoch's start that are left out, because their steps are done.
     """
     order = np.random.default_rng((seed, epoch)).permutation(sequences.training_users)
-    step = epoch * steps_per_epoch(sequences, batch_users)
+    step = epoch * steps_per_epoch(sequences, batch_users) + taken
     size = min(batches, first_batches or batches)
-    start = 0
+    start = taken * batch_users
     while start < len(order):
         users = order[start : start + size * batch_users]
         yield Window(users, step)

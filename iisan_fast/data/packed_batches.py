@@ -58,10 +58,10 @@ class RunPlan:
         batches = min(window_batches(shape), steps_per_epoch(sequences, batch_users))
         return cls(sequences, batch_users, seed, shape, batches)
 
-    def windows(self, epoch: int) -> Iterator[Window]:
-        """Yield the windows of an epoch, which `pack` takes."""
+    def windows(self, epoch: int, taken: int = 0) -> Iterator[Window]:
+        """Yield the windows of an epoch, which `pack` takes, without its first `taken` batches."""
         sizes = self.window_batches, min(self.first_batches, self.window_batches)
-        return epoch_windows(self.sequences, self.batch_users, self.seed, epoch, *sizes)
+        return epoch_windows(self.sequences, self.batch_users, self.seed, epoch, *sizes, taken)
 
     def pack(self, window: Window, pin: bool = False) -> PackedWindow:
         """Pack a window into new memory of the host. pin: into pinned memory."""

@@ -23,10 +23,11 @@ from torch import Tensor
 from ..config import ExtractionConfig, ViewConfig
 from ..data import Dataset
 from ..encoders import Backbone, load_backbones, views_by_model
-from ..errors import InputError
+from ..errors import InputError, Stopped
 from ..files import refuse_unwritable
 from ..progress import progress_bar
 from ..runtime import fix_cublas_workspace
+from ..stop_signals import stop_requests
 from ..workers import batched, worker_count
 from .encoder_inputs import EncoderBatch, ViewInputs, inputs_ahead, new_rows, open_sources, view_inputs
 from .store import Store, entry_bytes
@@ -209,11 +210,16 @@ def _by_stored(job: _Job, store: Store | None, item_ids: list[str]) -> dict[tupl
 
 
 def _run(job: _Job, todo: list[int], writer: _Writer, batch_size: int) -> int:
-    """Encode the rows, store their states through the writer, and return the number of blank images."""
+    """Encode the rows, store their states through the writer, and return the number of blank images.
+
+    Raises Stopped after a signal; the states of the batches that were encoded until then are stored.
+    """
     workers = worker_count(job.workers, len(todo), job.device)
     pin = job.device.type == "cuda"
     blank = 0
+    encoded = 0
     with (
+        stop_requests() as request,
         progress_bar(f"encoding {', '.join(job.views)}", len(todo), "items") as advance,
         closing(inputs_ahead(job.inputs.batch, batched(todo, batch_size), workers, pin)) as batches,
         writer,
@@ -221,7 +227,14 @@ def _run(job: _Job, todo: list[int], writer: _Writer, batch_size: int) -> int:
         for batch in batches:
             writer.add(batch, job.backbones[0].encode_views(job.backbones, batch.inputs))
             blank += batch.blank
+            encoded += len(batch.rows)
             advance(len(batch.rows))
+            if request.signal_number is not None and encoded < len(todo):
+                raise Stopped(
+                    f"{writer.store.path}: {encoded} of {len(todo)} items of {', '.join(job.views)} are stored; "
+                    "the same command goes on",
+                    request.signal_number,
+                )
     return blank
 
 

@@ -42,12 +42,13 @@ class PlannedBatch(NamedTuple):
 
 
 def planned_batches(
-    plan: RunPlan, epoch: int, source: ItemSource, device: torch.device
+    plan: RunPlan, epoch: int, source: ItemSource, device: torch.device, taken: int = 0
 ) -> Generator[PlannedBatch, None, None]:
     """Yield an epoch's batches in order. Windows of batches are packed, checked and copied ahead of the steps.
 
     source: the items; unless it is a table on the device, the inputs of each batch's items are gathered ahead too.
-    Raises ValueError if a batch names an item that the source does not have.
+    taken: the number of batches at the epoch's start that are left out. Raises ValueError if a batch names an item that
+    the source does not have.
     """
 
     def pack(window: Window) -> tuple[PackedWindow, _Copied]:
@@ -58,7 +59,7 @@ def planned_batches(
 
     # Both threads end with this block, so the caller may close the source afterwards.
     with ThreadPoolExecutor(1, "batches: windows") as packing, ThreadPoolExecutor(1, "batches: items") as gathering:
-        windows = _ahead(packing, pack, plan.windows(epoch), 1)
+        windows = _ahead(packing, pack, plan.windows(epoch, taken), 1)
         gathered: Iterator[ItemInputs | None] = itertools.repeat(None)
         if not isinstance(source, FeatureTable):
             windows, lists = itertools.tee(windows)  # tee keeps the windows that only one of the two has taken

@@ -89,6 +89,16 @@ def test_windows_follow_one_another_to_the_end_of_the_epoch(batches, first_batch
     assert all(len(window.users) == 2 * batches for window in windows[1:-1])
 
 
+@pytest.mark.parametrize("taken", [0, 1, 5, 11, 12])
+def test_an_epoch_that_goes_on_has_the_batches_that_are_left(taken):
+    sequences = sequences_of([[1, 2, 3], [4, 5], [2, 2, 6, 1]] * 8)
+    whole = list(epoch_batches(sequences, 2, seed=1, epoch=3))
+    rest = list(epoch_batches(sequences, 2, seed=1, epoch=3, window_batches=4, taken=taken))
+    assert [batch.step for batch in rest] == list(range(36 + taken, 48))
+    for batch, expected in zip(rest, whole[taken:], strict=True):
+        assert_equal(batch, expected)
+
+
 def test_a_real_epoch_has_the_batches_of_plain_loops(scientific):
     offsets, items = scientific.training
     for index, batch in enumerate(epoch_batches(scientific, 64, seed=0, epoch=1)):

@@ -29,7 +29,7 @@ NEIGHBOURS = frozenset(
             "recorded_json",
             "runtime",
         ),
-        *("setting_fields", "setting_sources", "settings_files", "verified", "workers"),
+        *("intervals", "setting_fields", "setting_sources", "settings_files", "stop_signals", "verified", "workers"),
     )
 )
 FLOORS = (  # from the lowest up; a room imports only from lower floors

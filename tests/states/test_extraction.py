@@ -25,7 +25,7 @@ from iisan_fast import demo, workers
 from iisan_fast.config import ExtractionConfig, ViewConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.encoders.loading import load_backbone
-from iisan_fast.errors import InputError
+from iisan_fast.errors import InputError, Stopped
 from iisan_fast.states import extraction
 from iisan_fast.states.encoder_inputs import EncoderBatch, TextInputs
 from iisan_fast.states.feature_table import load_table
@@ -150,6 +150,25 @@ def test_other_library_versions_are_mentioned_and_borne(root, tmp_path, seen, mo
     monkeypatch.setattr(extraction.metadata, "version", lambda name: "0.0")
     assert run(root, tmp_path / "c", TITLE) == [(0, 0)]
     assert "begun with other library versions" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_an_extraction_after_the_batch_under_way(root, tmp_path, seen, monkeypatch, number):
+    encode = FakeBackbone.encode
+
+    def signalled(self, inputs):
+        signal.raise_signal(number)
+        return encode(self, inputs)
+
+    monkeypatch.setattr(FakeBackbone, "encode", signalled)
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match="c: 4 of 6 items of title are stored; the same command goes on") as stop:
+        run(root, tmp_path / "c", TITLE)
+    assert stop.value.signal_number == number and signal.getsignal(number) == before
+    monkeypatch.undo()
+    monkeypatch.setattr(extraction, "load_backbones", lambda views, *_, shared: [FakeBackbone(TITLE, seen)])
+    assert run(root, tmp_path / "c", TITLE) == [(2, 0)]
+    assert states(root, tmp_path / "c", "title") == [sum(f"title of i{i}".encode()) for i in range(1, 7)]
 
 
 EXTRACTIONS = """

@@ -236,6 +236,16 @@ def test_windows_hold_an_epochs_batches_in_order():
         assert planned_batch[1:] == (None, len(batch.targets), batch.multiplicity.sum())
 
 
+@pytest.mark.parametrize("taken", [1, 4, 5, 6])
+def test_an_epoch_that_goes_on_has_the_windows_that_are_left(taken):
+    for source in (table(), PinnedTable(table().views, CPU)):
+        whole = list(planned_batches(plan(), 1, source, CPU))
+        rest = list(planned_batches(plan(), 1, source, CPU, taken=taken))
+        assert [batch[2:] for batch in rest] == [batch[2:] for batch in whole[taken:]]
+        words = windows_of(rest) or [torch.empty(0, windows_of(whole)[0].shape[1], dtype=torch.int32)]
+        assert torch.equal(torch.cat(words), torch.cat(windows_of(whole))[taken:])
+
+
 def test_a_window_that_is_done_is_not_kept():
     """For any number of windows, memory holds the current one and, until it is replaced, the one before."""
     seen, alive = [], []
