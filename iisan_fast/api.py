@@ -36,7 +36,6 @@ from .settings import (
     RUN_SETTINGS,
     changed_section,
     extraction_config,
-    next_run_folder,
     refuse_unknown,
     run_config,
     take_views,
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     import torch
 
     from .states import Extracted
-    from .training import BestRun
+    from .training import BestRun, RunFolder
 
 OnEpoch = Callable[[dict[str, Any]], None]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -207,17 +206,18 @@ def train(
 
         if encoders:
             raise InputError(demo.NOT_OF_THE_DEMO)
-        folder = next_run_folder("demo") if out is None else as_path("out", out)
-        if dry_run:
-            return demo.describe(folder, chosen, bool(uncached), where, changes or {}, table)
-        run = demo.configure(folder, chosen, bool(uncached), where, changes or {})
-    else:
-        run = run_config(chosen, base_settings(config), encoders, bool(uncached), changes)
-        folder = next_run_folder(Path(run.dataset).name) if out is None else as_path("out", out)
+        with _new_run_folder("demo", out) as folder:
+            if dry_run:
+                return demo.describe(folder.path, chosen, bool(uncached), where, changes or {}, table)
+            run = demo.configure(folder, chosen, bool(uncached), where, changes or {})
+            result = training.train(run, folder, where, report, table)
+            return {"run": str(folder.path), **result}
+    run = run_config(chosen, base_settings(config), encoders, bool(uncached), changes)
+    folder = _new_run_folder(Path(run.dataset).name, out)
     if dry_run:
-        return training.describe_new_run(run, folder, where, table)
+        return training.describe_new_run(run, folder.path, where, table)
     result = training.train(run, folder, where, report, table)
-    return {"run": str(folder), **result}
+    return {"run": str(folder.path), **result}
 
 
 @_checks_names()
@@ -275,6 +275,13 @@ def load(run: PathLike, *, device: str | torch.device = "auto") -> BestRun:
     from . import training
 
     return training.load(as_path("run", run), torch_device(device))
+
+
+def _new_run_folder(name: str, out: PathLike | None) -> RunFolder:
+    """Return the folder `out` for a new run, or the next free runs/NAME-N. Nothing is written."""
+    from .training import RunFolder
+
+    return RunFolder.numbered(name) if out is None else RunFolder(as_path("out", out))
 
 
 def _section_settings(**sections: Any) -> dict[str, Any]:

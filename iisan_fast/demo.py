@@ -120,20 +120,45 @@ def plan(root: Path) -> tuple[Path, list[ViewConfig]]:
 
 
 def configure(
-    out: Path, options: Mapping[str, Any], uncached: bool, device: torch.device, changes: Mapping[str, Any] = NO_CHANGES
+    folder: RunFolder,
+    options: Mapping[str, Any],
+    uncached: bool,
+    device: torch.device,
+    changes: Mapping[str, Any] = NO_CHANGES,
 ) -> RunConfig:
-    """Write the demo into out/demo, extract its states if the method reads a cache, and return the run's configuration.
+    """Write the demo into the folder, extract its states if the method reads a cache, and return the configuration.
 
+    folder: of the new run; it is claimed, and the demo lies in its folder `demo`.
     options: flat settings, as `run_config` takes them. uncached: run the encoders in every step.
     changes: settings by dotted name, as `run_config` takes them.
     Raises InputError, before anything is written, for settings that cannot be used.
     """
+    config, _ = _configuration(folder.path, options, uncached, changes)
+    check_new_run(config, folder.path, device)
+    LOGGER.info("No dataset given: this is the embedded demo.")
+    folder.claim()
+    config, views = _configuration(folder.path, options, uncached, changes)  # the folder may have the next number
+    write_demo(_home(folder.path))
+    if config.cache is not None:
+        extract(load_dataset(Path(config.dataset), config.protocol), views, Path(config.cache), device)
+    return config
+
+
+def _home(out: Path) -> Path:
+    """Return the folder of the demo's dataset, encoders and states in the run's folder."""
+    return out.resolve() / "demo"
+
+
+def _configuration(
+    out: Path, options: Mapping[str, Any], uncached: bool, changes: Mapping[str, Any]
+) -> tuple[RunConfig, list[ViewConfig]]:
+    """Return the configuration of a run in the folder `out`, and the views to extract. Raises as `configure` does."""
     temporal = getattr(options.get("protocol"), "split", options.get("split")) == "temporal"
     temporal = changes.get("protocol.split", "temporal" if temporal else "") == "temporal"
     parts = {name.partition(".")[0] for name in changes}
     if temporal or {"cache", "views", "uncached"} & options.keys() or NOT_CHANGED & parts:
         raise InputError(NOT_OF_THE_DEMO)
-    home = out.resolve() / "demo"
+    home = _home(out)
     dataset, views = plan(home)
     model = {**to_dict(options.get("model", ModelConfig())), **options}
     model |= {name.removeprefix("model."): value for name, value in changes.items() if name.startswith("model.")}
@@ -148,13 +173,7 @@ def configure(
         views = [replace(view, layer_groups=groups) for view in views]
         inputs |= {"cache": home / "states", "views": [view.name for view in views]}
     encoders = views if runs_encoders else ()
-    config = run_config({**inputs, **options}, settings(method), encoders=encoders, changes=changes)
-    check_new_run(config, out, device)
-    LOGGER.info("No dataset given: this is the embedded demo.")
-    write_demo(home)
-    if config.cache is not None:
-        extract(load_dataset(dataset, config.protocol), views, Path(config.cache), device)
-    return config
+    return run_config({**inputs, **options}, settings(method), encoders=encoders, changes=changes), views
 
 
 def describe(
@@ -167,7 +186,8 @@ def describe(
     RunFolder(out).refuse_if_used()
     with TemporaryDirectory() as name:
         scratch = Path(name).resolve() / "run"
-        config = configure(scratch, options, uncached, device, changes)
+        with RunFolder(scratch) as folder:
+            config = configure(folder, options, uncached, device, changes)
         description = describe_new_run(config, scratch, device, table)
     description["files"]["written"].append("demo")
     text = json.dumps(description).replace(json.dumps(str(scratch))[1:-1], json.dumps(str(out.resolve()))[1:-1])

@@ -197,14 +197,6 @@ def changed_section(name: str, kind: type[Section], section: Section | None, set
     return from_dict(kind, {**to_dict(section or kind()), **settings})
 
 
-def next_run_folder(name: str) -> Path:
-    """Return the first runs/NAME-N, counted from 1, that does not exist."""
-    number = 1
-    while (folder := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return folder
-
-
 def _view(
     kind: str, source: str, settings: dict[str, Any], shared: Mapping[str, Any], options: Mapping[str, Any]
 ) -> ViewConfig | None:

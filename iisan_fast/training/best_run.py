@@ -13,7 +13,7 @@ from ..data import Sequences
 from ..evaluation import evaluate, popularity_baseline
 from ..models import ITEM_ENCODER, Recommender
 from ..runtime import fix_cublas_workspace
-from .checkpoints import item_vectors, load_checkpoint, load_weights
+from .checkpoints import item_vectors, load_weights
 from .run_folder import RunFolder
 
 
@@ -48,7 +48,7 @@ def load(path: Path, device: torch.device) -> BestRun:
     folder = RunFolder.open(path)
     config = folder.config
     sequences = folder.sequences
-    tensors, state = load_checkpoint(folder.best)
+    tensors, state = folder.load_best()
     model = Recommender(nn.Identity, config.model, sequences.max_inputs, sequences.popularity, config.train.seed)
     load_weights(model, {name: tensor for name, tensor in tensors.items() if ITEM_ENCODER not in name}, folder.best)
     vectors = item_vectors(tensors, len(sequences.item_ids), config.model.embedding_dim, folder.best).to(device)

@@ -1,11 +1,15 @@
 """Write and read checkpoints: weights, optimizer state and a little JSON in one safetensors file.
 
-A file is written as a whole or not at all.
+A file is written as a whole or not at all. It holds a checksum of each tensor and of the JSON, which is compared when
+it is read.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,25 +19,59 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..checksums import checksum, tensor_checksums
 from ..errors import InputError
-from ..files import whole_file
+from ..files import refuse_irregular, whole_file
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 ITEM_VECTORS = "item_vectors"  # the name of the catalogue's vectors in the best checkpoint
+CHECKSUMS = "checksums"  # their name in a checkpoint's JSON
+RESTORE = "restore the file from a copy"
+
+
+class Checkpoint(NamedTuple):
+    """The content of a checkpoint's file."""
+
+    tensors: dict[str, Tensor]  # on the CPU
+    state: dict[str, Any]
+    checked: bool  # False for a file without checksums, of an older version
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-    """Write tensors, and `state` as JSON into the file's metadata.
+    """Write tensors, and `state` as JSON into the file's metadata, with their checksums.
 
     A stopped write leaves the old file unchanged. Raises OSError if the file cannot be written.
     """
+    with whole_file(path) as temporary:
+        write_tensors(temporary, tensors, state, path)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint into `file`. path: the checkpoint's name for messages.
+
+    Raises OSError if the file cannot be written.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with whole_file(path) as temporary:  # `save` would hold the whole file in memory, twice
-        safetensors.torch.save_file(contiguous, temporary, metadata={"state": json.dumps(state)})
+    # One entry of metadata, because safetensors writes several in random order.
+    metadata = {"state": json.dumps({**state, CHECKSUMS: _checksums(contiguous, state)})}
+    try:
+        safetensors.torch.save_file(contiguous, file, metadata=metadata)  # `save` would hold it in memory, twice
+    except safetensors.SafetensorError as error:
+        raise _as_os_error(error, path) from None
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a checkpoint's tensors, on the CPU, and its state. Raises InputError if it is missing or damaged."""
+    """Return a checkpoint's tensors, on the CPU, and its state. Raises InputError as `read_checkpoint` does."""
+    checkpoint = read_checkpoint(path)
+    return checkpoint.tensors, checkpoint.state
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Return the content of a checkpoint's file.
+
+    Raises InputError, naming the file and the tensor, if the file is missing or damaged.
+    """
+    refuse_irregular(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
@@ -41,11 +79,43 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
-    except (safetensors.SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a checkpoint of this program, or damaged ({error})") from None
-    if not isinstance(state, dict) or type(state.get("epoch")) is not int:
-        raise InputError(f"{path}: expected the state of a checkpoint with its epoch, found {json.dumps(state)[:60]}")
-    return tensors, state
+    except (safetensors.SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a checkpoint of this program, or damaged ({error}); {RESTORE}") from None
+    stored = state.pop(CHECKSUMS, None) if isinstance(state, dict) else None
+    if stored is not None:
+        _refuse_damage(stored, _checksums(tensors, state), path)
+    if not isinstance(state, dict) or type(state.get("epoch")) is not int or state["epoch"] < 0:
+        text = json.dumps(state)[:60]
+        raise InputError(f"{path}: expected the state of a checkpoint with its epoch, found {text}; {RESTORE}")
+    return Checkpoint(tensors, state, checked=stored is not None)
+
+
+def _checksums(tensors: Mapping[str, Tensor], state: Any) -> dict[str, Any]:
+    """Return the checksums of a checkpoint's state and of each tensor, as JSON values."""
+    return {
+        "state": checksum(json.dumps(state).encode(), b"state").hex(),
+        "tensors": tensor_checksums(tensors),
+    }
+
+
+def _refuse_damage(stored: Any, computed: dict[str, Any], path: Path) -> None:
+    """Raise InputError, naming the first part of a checkpoint whose checksum does not fit."""
+    if not isinstance(stored, dict) or not isinstance(stored.get("tensors"), dict):
+        raise InputError(f"{path}: damaged: its checksums are no checksums; {RESTORE}")
+    if stored.get("state") != computed["state"]:
+        raise InputError(f"{path}: damaged: the checksum of its state does not fit; {RESTORE}")
+    for name in sorted(stored["tensors"].keys() | computed["tensors"].keys()):
+        if name not in computed["tensors"]:
+            raise InputError(f"{path}: damaged: tensor {name!r} is missing; {RESTORE}")
+        if stored["tensors"].get(name) != computed["tensors"][name]:
+            raise InputError(f"{path}: damaged: the checksum of tensor {name!r} does not fit; {RESTORE}")
+
+
+def _as_os_error(error: safetensors.SafetensorError, path: Path) -> OSError:
+    """Return the OSError that safetensors met while it wrote a file; it gives the number in its text alone."""
+    found = re.search(r"code: (\d+)|os error (\d+)", str(error))
+    number = int(found[1] or found[2]) if found else errno.EIO
+    return OSError(number, os.strerror(number) if found else str(error), str(path))
 
 
 class HasState(Protocol):

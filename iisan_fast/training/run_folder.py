@@ -3,29 +3,38 @@
 config.json: the folder's format and the resolved settings. environment.json: the machine and the versions. views.json:
 how the hidden states were made. sequences.npz: the result of the data protocol. metrics.jsonl: one line for each epoch.
 best.safetensors: weights and item vectors of the best epoch. last.safetensors: weights and optimizer state of the last
-epoch. test.json: the figures on the test set.
+epoch, or of a step within one. previous.safetensors: the checkpoint before it, which stands in if it is damaged.
+test.json: the figures on the test set. lock: held by the process that trains.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import __version__, kernels
 from ..config import RunConfig
 from ..data import Sequences, load_sequences
 from ..errors import InputError
-from ..files import refuse_unwritable, write_atomically
+from ..files import locked, refuse_unwritable, whole_file, write_atomically
 from ..setting_fields import to_dict
 from ..settings_files import RUN_FORMAT, read_run_config, read_run_settings, read_settings
 from ..states import describes_view
+from .checkpoints import load_checkpoint, save_checkpoint, write_tensors
+
+LOGGER = logging.getLogger(__name__)
+CheckState = Callable[[dict[str, Any], Path], object]
 
 RUN_LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")
 DECIDES_ROUNDING = ("torch", "device", "kernels")  # the entries of an environment that change the rounding of results
@@ -33,50 +42,131 @@ FORMS_IN_FORMAT_1 = {"torch": "reference", "native": "cpu", "triton": "gpu"}  # 
 ON_A_CPU = ("threads", "processor", "compiler")  # such entries for a CPU
 RUN_FILES = (
     *("config.json", "environment.json", "views.json", "sequences.npz", "metrics.jsonl"),
-    *("best.safetensors", "last.safetensors", "test.json"),
+    *("best.safetensors", "last.safetensors", "previous.safetensors", "test.json", "lock"),
 )
+LOCK_FILE = "lock"
 HALF_WRITTEN = re.compile(rf"\.(?:{'|'.join(map(re.escape, RUN_FILES))})\.[a-z0-9_]{{8}}")  # temporary files' names
 
 
 class RunFolder:
-    """The paths of a run's files, and the reading and writing of those that are not checkpoints."""
+    """A run's folder: its files are read by anyone, and written by the one process that holds its lock."""
 
-    def __init__(self, path: Path) -> None:
-        """Take the path of a run folder. Nothing is read or written."""
-        self.path = path
-        self.best = path / "best.safetensors"
-        self.last = path / "last.safetensors"
-        self.metrics = path / "metrics.jsonl"
-        self.test = path / "test.json"
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        """Take the path of a run folder. Nothing is read or written.
 
-    @classmethod
-    def create(
-        cls, path: Path, config: RunConfig, views: Mapping[str, Any], sequences: Sequences, device: torch.device
-    ) -> RunFolder:
-        """Write the first files of a new run into a folder, and return it.
-
-        Raises InputError if the folder holds a run already.
+        name: the folder is runs/NAME-N, and takes the next free number if `path` exists when it is claimed.
         """
-        folder = cls(path)
-        folder.refuse_if_used()
-        path.mkdir(parents=True, exist_ok=True)
-        sequences.save(path / "sequences.npz")
-        _write_json(path / "views.json", views)
-        _write_json(path / "environment.json", environment(device))
-        folder.write_config(config)  # written last, because config.json makes the folder a run
-        return folder
+        self.path = path
+        self._name = name
+        self._lock = ExitStack()
+        self._held = False
+        self._last_is_damaged = False
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def numbered(cls, name: str) -> RunFolder:
+        """Return the first free folder runs/NAME-N, counted from 1, for a new run. Nothing is written."""
+        return cls(_free_folder(name), name)
+
+    @classmethod
+    def open(cls, path: Path, writable: bool = False) -> RunFolder:
         """Return the folder of an existing run.
 
-        A run of format 1 is converted each time it is read; its files do not change. Raises InputError if the folder
-        holds no run, or one of an unknown format.
+        A run of format 1 is converted each time it is read; its files do not change. writable: hold the folder as its
+        only writer until `close`. Raises InputError if the folder holds no run, one of an unknown format, or if another
+        process writes into it.
         """
         if not (path / "config.json").exists():
             raise InputError(f"{path}: not a run folder (no config.json)")
         read_run_settings(path / "config.json")
-        return cls(path)
+        folder = cls(path)
+        if writable:
+            folder.hold()
+        return folder
+
+    @property
+    def best(self) -> Path:
+        """Return the file of the best epoch's checkpoint."""
+        return self.path / "best.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """Return the file of the last checkpoint."""
+        return self.path / "last.safetensors"
+
+    @property
+    def previous(self) -> Path:
+        """Return the file of the checkpoint before the last."""
+        return self.path / "previous.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """Return the file of the epochs' figures."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def test(self) -> Path:
+        """Return the file of the figures on the test set."""
+        return self.path / "test.json"
+
+    def __enter__(self) -> RunFolder:
+        """Return the folder, which is closed at the end of the block."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Give the folder back to other writers."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the folder back to other writers. A folder that is not held stays as it is."""
+        self._lock.close()
+        self._held = False
+
+    def hold(self) -> RunFolder:
+        """Hold the folder as its only writer until `close`, and return it.
+
+        Raises InputError if another process holds it.
+        """
+        if not self._held:
+            busy = f"{self.path}: another process trains in this folder; wait for it to end, or choose another folder"
+            self._lock.enter_context(locked(self.path / LOCK_FILE, busy))
+            self._held = True
+        return self
+
+    def claim(self) -> None:
+        """Make the folder of a new run, and hold it as its only writer until `close`.
+
+        Nothing is done if it is held already. A numbered folder that another process has made meanwhile is left to it,
+        and the next number is taken. Raises InputError if the folder holds a run, or if another process writes into it;
+        nothing is changed then.
+        """
+        if self._held:
+            return
+        self.refuse_if_used()
+        if self._name is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+        else:
+            self._make_numbered(self._name)
+        self.hold()
+        self.refuse_if_used()  # by a run that began and ended meanwhile
+
+    def _make_numbered(self, name: str) -> None:
+        """Make the folder, with the first number that no other process takes."""
+        self.path.parent.mkdir(exist_ok=True)
+        while True:
+            try:
+                self.path.mkdir()
+            except FileExistsError:
+                self.path = _free_folder(name)
+            else:
+                return
+
+    def begin(self, config: RunConfig, views: Mapping[str, Any], sequences: Sequences, device: torch.device) -> None:
+        """Claim the folder and write the first files of a new run. Raises InputError as `claim` does."""
+        self.claim()
+        sequences.save(self.path / "sequences.npz")
+        _write_json(self.path / "views.json", views)
+        _write_json(self.path / "environment.json", environment(device))
+        self.write_config(config)  # written last, because config.json makes the folder a run
 
     def refuse_if_used(self) -> None:
         """Raise InputError if the folder holds a run already, if the path is a file, or if it cannot be written."""
@@ -85,6 +175,52 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: expected a folder for the run, found a file")
         refuse_unwritable(self.path)
+
+    def save_best(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Write the checkpoint of the best epoch. Raises OSError if it cannot be written; the old one is kept then."""
+        save_checkpoint(self.best, tensors, state)
+
+    def load_best(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors and the state of the best epoch's checkpoint. Raises InputError if it is damaged."""
+        return load_checkpoint(self.best)
+
+    def save_last(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Write the last checkpoint, and keep the one before it as the previous one.
+
+        At every moment one of the two is a whole checkpoint. Raises OSError if it cannot be written; both are kept
+        then.
+        """
+        with whole_file(self.last) as temporary:
+            write_tensors(temporary, tensors, state, self.last)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            if self.last.exists() and not self._last_is_damaged:
+                self.last.replace(self.previous)
+        self._last_is_damaged = False
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Return True if there is a checkpoint to resume from."""
+        return self.last.exists() or self.previous.exists()
+
+    def load_last(self, check: CheckState = lambda state, path: None) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+        """Return the tensors, the state and the file of the last checkpoint, or with a warning of the previous one.
+
+        The previous one stands in for a last one that is missing or damaged. check: called with the state and the
+        path; raises InputError if the state is not a run's. Raises InputError if no checkpoint can be used.
+        """
+        try:
+            return _load_checked(self.last, check)
+        except InputError as error:
+            if not self.previous.exists():
+                raise
+            self._last_is_damaged = self.last.exists()
+            try:
+                loaded = _load_checked(self.previous, check)
+            except InputError as also:
+                raise InputError(f"{error}; {also}") from None
+            LOGGER.warning("%s; the run goes on from the checkpoint before it, %s", error, self.previous.name)
+            return loaded
 
     @property
     def config(self) -> RunConfig:
@@ -145,6 +281,24 @@ class RunFolder:
     def write_test(self, result: dict[str, Any]) -> None:
         """Write test.json with the figures on the test set."""
         _write_json(self.test, result)
+
+
+def _free_folder(name: str) -> Path:
+    """Return the first runs/NAME-N, counted from 1, that does not exist."""
+    number = 1
+    while os.path.lexists(folder := Path("runs") / f"{name}-{number}"):
+        number += 1
+    return folder
+
+
+def _load_checked(path: Path, check: CheckState) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+    """Return the tensors, the state and the path of a checkpoint, after the check.
+
+    Raises InputError if it cannot be used.
+    """
+    tensors, state = load_checkpoint(path)
+    check(state, path)
+    return tensors, state, path
 
 
 def environment(device: torch.device) -> dict[str, Any]:

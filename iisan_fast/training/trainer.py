@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -29,13 +30,12 @@ from ..settings_files import read_settings
 from ..states import ItemSource, PlannedBatch, PreparedBatch, planned_batches, prepared_batches
 from .checkpoints import (
     ITEM_VECTORS,
+    RESTORE,
     adam_tensors,
     item_vectors,
     load_adam,
-    load_checkpoint,
     load_weights,
     named_weights,
-    save_checkpoint,
 )
 from .fused_step import CpuFusedStep, GpuFusedStep, fused_step_refusal
 from .item_sources import dataset_again, open_source, refuse_changed_texts, refuse_missing_libraries
@@ -63,8 +63,23 @@ class Progress:
         expected = {field.name for field in fields(cls)}
         if state.keys() != expected:
             stored = ", ".join(map(str, state))
-            raise InputError(f"{path}: expected the state {', '.join(sorted(expected))}, found {stored}; restore it")
-        return cls(**state)
+            raise InputError(f"{path}: expected the state {', '.join(sorted(expected))}, found {stored}; {RESTORE}")
+        progress = cls(**state)
+        if not progress._is_possible():
+            raise InputError(f"{path}: expected the state of a run, found {json.dumps(state)[:80]}; {RESTORE}")
+        return progress
+
+    def _is_possible(self) -> bool:
+        """Return True if the values have their types and agree with each other."""
+        integers = type(self.epoch) is int and type(self.best_epoch) is int
+        lines = isinstance(self.lines, list) and all(isinstance(line, dict) for line in self.lines)
+        return (
+            integers
+            and lines
+            and 0 <= self.best_epoch <= self.epoch == len(self.lines)
+            and type(self.best_hr) in (int, float)
+            and -1 <= self.best_hr <= 1
+        )
 
     def finished(self, config: TrainConfig) -> bool:
         """Return True after the last epoch, or after more than `patience` epochs without a better one."""
@@ -73,26 +88,29 @@ class Progress:
 
 def train(
     config: RunConfig,
-    out: Path,
+    out: Path | RunFolder,
     device: torch.device,
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
     placement: str = "auto",
 ) -> dict[str, Any]:
     """Train a new run, write it into the folder `out`, and return its test figures.
 
-    on_epoch: called with each finished epoch's line of metrics.jsonl. placement: where the feature table lies, one of
-    config.PLACEMENTS. Raises InputError for input that cannot be used, if memory does not suffice, or if the loss is
-    not finite. Nothing is written before the dataset, the states and the model are loaded.
+    out: a path, or a RunFolder; `path` of a numbered one is then the folder really used. on_epoch: called with each
+    finished epoch's line of metrics.jsonl. placement: where the feature table lies, one of config.PLACEMENTS. Raises
+    InputError for input that cannot be used, if memory does not suffice, or if the loss is not finite. Nothing is
+    written before the dataset, the states and the model are loaded.
     """
     fix_cublas_workspace()
-    precision = check_new_run(config, out, device)
+    folder = out if isinstance(out, RunFolder) else RunFolder(out)
+    precision = check_new_run(config, folder.path, device)
     dataset = load_dataset(Path(config.dataset), config.protocol)
     refuse_changed_texts(config, dataset)
     with open_source(config, dataset, device, placement, precision) as (source, views):
         trainer = Trainer(config, dataset.sequences, source, device, precision)
         trainer.refuse_unfit_form()
-        folder = RunFolder.create(out, trainer.config, views, dataset.sequences, device)
-        return trainer.run(folder, on_epoch)
+        with folder:
+            folder.begin(trainer.config, views, dataset.sequences, device)
+            return trainer.run(folder, on_epoch)
 
 
 def check_new_run(config: RunConfig, out: Path, device: torch.device) -> Precision:
@@ -131,7 +149,7 @@ def resume(
             "; ".join(differences),
         )
     dataset = dataset_again(config, folder.sequences)
-    with open_source(config, dataset, device, placement, precision) as (source, views):
+    with folder.hold(), open_source(config, dataset, device, placement, precision) as (source, views):
         for name, recorded in folder.views.items():
             if changed := changed_settings(recorded, views[name]):
                 raise InputError(
@@ -139,7 +157,7 @@ def resume(
                 )
         trainer = Trainer(config, dataset.sequences, source, device, precision)
         folder.remove_leftovers()
-        if folder.last.exists():
+        if folder.has_checkpoint:
             trainer.restore(folder)
         return trainer.run(folder, on_epoch)
 
@@ -226,10 +244,10 @@ class Trainer:
 
     def restore(self, folder: RunFolder) -> None:
         """Load the checkpoint of the run's last finished epoch. Raises InputError if it does not fit the model."""
-        tensors, state = load_checkpoint(folder.last)
-        load_weights(self.model, tensors, folder.last)
-        load_adam(self.model, self.step.optimizer, tensors, folder.last)
-        self.progress = Progress.of(state, folder.last)
+        tensors, state, path = folder.load_last(Progress.of)
+        load_weights(self.model, tensors, path)
+        load_adam(self.model, self.step.optimizer, tensors, path)
+        self.progress = Progress.of(state, path)
         # The run may have been killed after it wrote the checkpoint and before it wrote the metrics.
         folder.write_metrics(self.progress.lines)
 
@@ -267,10 +285,10 @@ class Trainer:
         )
         if improved:
             tensors = {**named_weights(self.model), ITEM_VECTORS: vectors}
-            save_checkpoint(folder.best, tensors, {"epoch": progress.epoch})
+            folder.save_best(tensors, {"epoch": progress.epoch})
         # The last checkpoint also holds the metrics, so that both agree after a crash.
         tensors = {**named_weights(self.model), **adam_tensors(self.model, self.step.optimizer)}
-        save_checkpoint(folder.last, tensors, asdict(progress))
+        folder.save_last(tensors, asdict(progress))
         folder.write_metrics(progress.lines)
 
     def _train_epoch(self) -> float:
@@ -342,7 +360,7 @@ class Trainer:
 
     def _test(self, folder: RunFolder) -> dict[str, Any]:
         """Load the best checkpoint, and return its figures on the test set."""
-        tensors, state = load_checkpoint(folder.best)
+        tensors, state = folder.load_best()
         load_weights(self.model, tensors, folder.best)
         vectors = item_vectors(tensors, len(self.sequences.item_ids), self.config.model.embedding_dim, folder.best).to(
             self.device

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from iisan_fast.errors import InputError
@@ -16,7 +18,6 @@ from iisan_fast.training.checkpoints import (
     load_checkpoint,
     load_weights,
     named_weights,
-    save_checkpoint,
 )
 
 PATH = Path("best.safetensors")
@@ -117,8 +118,9 @@ def test_item_vectors_of_another_shape_are_refused(vectors):
         item_vectors(tensors, 4, 5, PATH)
 
 
-@pytest.mark.parametrize("state", [[], {}, {"epoch": "2"}, 3, None])
+@pytest.mark.parametrize("state", [[], {}, {"epoch": "2"}, {"epoch": -1}, {"epoch": True}, 3, None])
 def test_a_checkpoint_without_an_epoch_is_named(tmp_path, state):
-    save_checkpoint(tmp_path / "last.safetensors", {"weight": torch.zeros(2)}, state)
+    metadata = {"state": json.dumps(state)}
+    save_file({"weight": torch.zeros(2)}, tmp_path / "last.safetensors", metadata=metadata)
     with pytest.raises(InputError, match=r"last\.safetensors: expected the state of a checkpoint with its epoch"):
         load_checkpoint(tmp_path / "last.safetensors")
