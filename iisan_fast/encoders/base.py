@@ -36,6 +36,7 @@ from .hugging_face import (
 )
 from .image_bytes import ModelInputs
 from .layer_selection import selected_layers
+from .own_code import refuse_own_code
 
 LOGGER = getLogger(__name__)
 PLACED_BY = {"device_map", "quantization_config"}  # with these loading options Hugging Face places the model
@@ -66,6 +67,9 @@ class Backbone(ABC):
         with clear_errors(view.encoder, "an encoder"):
             config = checked_config(view)
             self.processor = cached_or_fetched(self._load_processor, view.encoder)
+            refuse_own_code(
+                view.encoder, model_folder(view.encoder), self.kind
+            )  # of a hub name, its files are here now
             self.processor_digest = value_digest(self._processor_content())
             chosen = choose_attention(attention, model_classes(config), device, self.dtype)
             options = {**view.options, "dtype": self.dtype, "attn_implementation": chosen}

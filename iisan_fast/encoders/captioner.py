@@ -14,7 +14,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from ..errors import InputError
 from ..fingerprints import weights_digest
 from .attention import run_with_all_arguments
-from .hugging_face import cached_or_fetched, clear_errors, model_dtype, model_folder, refuse_missing_weights
+from .hugging_face import (
+    cached_or_fetched,
+    clear_errors,
+    fetched_folder,
+    model_dtype,
+    model_folder,
+    refuse_missing_weights,
+)
+from .own_code import refuse_own_code
 
 KIND = "an image-text-to-text model"
 INSTRUCTION = "Describe what is shown in one sentence."  # the default prompt of a model with a chat template
@@ -42,10 +50,12 @@ class Captioner:
         self.max_tokens = max_tokens
         self.dtype = model_dtype(dtype, device)
         with clear_errors(name, KIND):
+            refuse_own_code(name, fetched_folder(name), "captions")
             config = cached_or_fetched(AutoConfig.from_pretrained, name, trust_remote_code=False)
             if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
                 raise InputError(f"{name}: {config.model_type} reads no images and a prompt; expected {KIND}")
             self.processor = self._load_processor(config.is_encoder_decoder)
+            refuse_own_code(name, model_folder(name), "captions")  # of a hub name, its files are here only now
             self.chats = self.processor.chat_template is not None
             if pictures > 1 and not self.chats:
                 raise InputError(f"{name}: has no chat template, so it reads one picture; choose frames_per_item: 1")

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from ..errors import InputError
+from .own_code import mention_unknown_architecture, refuse_adapter, refuse_own_code
 
 KINDS_BY_INPUT = {"input_ids": "text", "pixel_values": "image"}  # what an encoder reads, by the name of its main input
 TOWER_ATTRIBUTES = {"text": ("text_model", "language_model"), "image": ("vision_model",)}  # of text-image models
@@ -38,8 +39,10 @@ def cached_or_fetched(load: Callable[..., Any], name: str, **options: Any) -> An
 def load_config(encoder: str, kind: str) -> PretrainedConfig:
     """Return the configuration of an encoder that reads `kind`, "text" or "image".
 
-    Raises InputError if it reads something else, or is an encoder-decoder.
+    Raises InputError if it reads something else, is an encoder-decoder, or brings code of its own.
     """
+    folder = fetched_folder(encoder)
+    refuse_own_code(encoder, folder, kind)
     config = cached_or_fetched(AutoConfig.from_pretrained, encoder, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise InputError(f"{encoder}: an encoder-decoder; expected an encoder or a decoder-only language model")
@@ -59,6 +62,7 @@ def load_model(encoder: str, config: PretrainedConfig, kind: str, options: Mappi
     config: from `load_config`. options: of `from_pretrained`. Raises InputError if the checkpoint lacks weights that
     hidden states depend on, or if the model has no such tower.
     """
+    mention_unknown_architecture(encoder, model_folder(encoder), model_class(config))
     load, options = model_class(config).from_pretrained, _with_numbered_devices(options)
     model, info = cached_or_fetched(load, encoder, config=config, output_loading_info=True, **options)
     model, prefix = _reader(model, encoder, config, kind)
@@ -106,6 +110,18 @@ def refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
     """
     if lacking := sorted(missing):
         raise InputError(f"{name}: its checkpoint lacks {len(lacking)} weights, {lacking[0]} first")
+
+
+def fetched_folder(name: str) -> Path:
+    """Return the folder with the files of a model, whose config.json is fetched if it is not there yet.
+
+    Raises OSError if there is no config.json, and InputError for an adapter.
+    """
+    if Path(name).is_dir():
+        refuse_adapter(name, Path(name))
+    folder = Path(cached_or_fetched(cached_file, name, filename="config.json")).parent
+    refuse_adapter(name, folder)
+    return folder
 
 
 def model_folder(name: str) -> Path:
