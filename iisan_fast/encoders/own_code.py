@@ -119,7 +119,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _unknown_architectures(folder: Path) -> list[str]:
-    """Return the class names under `architectures` in a checkpoint's config.json that transformers does not have."""
+    """Return the class names under `architectures` in a checkpoint's config.json that transformers does not have.
+
+    Raises InputError if the names are no list of text.
+    """
     names = read_json(folder / "config.json").get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{folder / 'config.json'}: architectures: expected a list of class names, found {names!r}")
