@@ -10,8 +10,18 @@ from collections.abc import Collection, Iterable
 from itertools import islice
 
 
+LONGEST_MESSAGE = 1500  # characters; data that a message quotes can have any length
+
+
 class InputError(Exception):
     """Input that cannot be used. The command line prints its message as one line and exits with code 2."""
+
+    def __init__(self, message: str) -> None:
+        """Take the message. The middle of a very long one is left out, and its number of characters stands there."""
+        if (excess := len(message) - LONGEST_MESSAGE) > 0:
+            half = LONGEST_MESSAGE // 2
+            message = f"{message[:half]} … {excess:,} characters … {message[-half:]}"
+        super().__init__(message)
 
 
 class Stopped(BaseException):
