@@ -9,7 +9,6 @@ import difflib
 from collections.abc import Collection, Iterable
 from itertools import islice
 
-
 LONGEST_MESSAGE = 1500  # characters; data that a message quotes can have any length
 
 
