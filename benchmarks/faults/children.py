@@ -159,22 +159,20 @@ def _ending(work: Callable[[], Any]) -> dict[str, Any]:
     logging.getLogger("iisan_fast").addHandler(handler)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts again from now
-    value = None
+    ending: dict[str, Any]
     try:
-        value = work()
-        kind, message = "done", ""
+        ending = {"kind": "done", "value": work()}
     except (InputError, OSError, MemoryError) as error:  # the command line prints these as one line
-        kind, message = "refused", str(error)
+        ending = {"kind": "refused", "message": str(error)}
     except Stopped as stopped:
-        kind, message = "stopped", str(stopped)
+        ending = {"kind": "stopped", "message": str(stopped)}
     except SystemExit as leaving:
-        kind, message = "stopped", f"exit code {leaving.code}"
+        ending = {"kind": "stopped", "message": f"exit code {leaving.code}"}
     except BaseException:
-        kind, message = "traceback", traceback.format_exc()
+        ending = {"kind": "traceback", "message": traceback.format_exc()}
     finally:
         logging.getLogger("iisan_fast").removeHandler(handler)
-    grown = _resident("VmHWM") - before
-    return {"kind": kind, "value": value, "message": message, "warnings": warnings, "grown_bytes": grown}
+    return {**ending, "warnings": warnings, "grown_bytes": _resident("VmHWM") - before}
 
 
 def _resident(name: str) -> int:
