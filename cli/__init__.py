@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import click
 
 from .. import __version__, runtime
-from ..errors import InputError, Stopped
 from ..stop_signals import STOP_SIGNALS
 from .bench import bench
 from .caption import caption
 from .evaluate import evaluate
 from .extract import extract
+from .failures import exit_code
 from .help_pages import group
 from .import_ import import_
+from .output import print_text
 from .stats import stats
+from .streams import discard_output, prepare_streams
 from .train import train
 from .verbosity import show_normal, verbosity_options
 
@@ -54,49 +59,58 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the program `iisan-fast` and raise SystemExit.
 
     arguments: the words of the command line after the program's name; by default the process's own.
-    The exit code is 0, or 2 after one line on standard error for bad input, or after a signal 128 and its number, as
-    130 for Ctrl-C.
+    The exit code is 0, or 2 after one line on standard error for bad input or trouble of the machine, or 128 + n if the
+    signal n stopped it, or 1 for an error of the program itself, whose traceback is in the file that the line names.
     """
+    prepare_streams()
     runtime.prepare_program()
     show_normal()
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, _stop)
     try:
-        sys.exit(cli.main(arguments, standalone_mode=False, prog_name="iisan-fast"))
-    except InputError as error:
-        _fail(str(error))
-    except Stopped as stopped:
-        click.echo(f"stopped: {stopped}", err=True)
-        sys.exit(128 + stopped.signal_number)
+        with _leaving_on_signals():
+            code = _run(arguments)
+        sys.stdout.flush()
+    except BaseException as error:
+        code = exit_code(error)
+    _end_output()
+    sys.exit(code)
+
+
+def _run(arguments: list[str] | None) -> int:
+    """Run a command, and return its exit code. Without arguments it prints the help page."""
+    try:
+        return cli.main(arguments, standalone_mode=False, prog_name="iisan-fast") or 0
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help())
-        sys.exit(0)
-    except OSError as error:  # no permission, no space, no such folder
-        _fail(str(error) if error.filename is None else f"{error.filename}: {error.strerror}")
-    except ValueError as error:
-        if type(error).__name__ != "FormError":  # raised by the kernels, whose module imports torch
-            raise
-        _fail(str(error))
-    except MemoryError as error:
-        _fail(f"not enough memory ({error})")
-    except (click.Abort, KeyboardInterrupt):  # click turns Ctrl-C into Abort, a RuntimeError
-        click.echo("stopped", err=True)
-        sys.exit(130)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):  # torch's
-            raise
-        _fail(f"not enough memory ({error}); try --table pinned, fewer --batch-users or a smaller --batch-size")
-    except click.ClickException as error:
-        _fail(error.format_message())
+        print_text(error.ctx.get_help())
+        return 0
 
 
-def _stop(number: int, _frame: FrameType | None) -> None:
-    """Raise Stopped for a signal, so that half-written files are removed."""
-    raise Stopped(f"by {signal.Signals(number).name}", number)
+@contextmanager
+def _leaving_on_signals() -> Iterator[None]:
+    """Leave the block by SystemExit on SIGINT, SIGTERM and SIGHUP, so that half-written files are removed.
+
+    A signal that is ignored stays so, as nohup asks.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # other threads receive no signals
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    try:
+        for number in before:
+            signal.signal(number, _leave)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _fail(message: str) -> None:
-    """Print an error as one line on standard error, and leave with exit code 2."""
-    click.echo(f"error: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+def _leave(number: int, _frame: FrameType | None) -> None:
+    """Raise SystemExit with the exit code of a signal."""
+    sys.exit(128 + number)
+
+
+def _end_output() -> None:
+    """Write what standard output still holds; drop it if that fails, which has been reported by now."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_output()

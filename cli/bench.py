@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 from rich.table import Table
-from rich.text import Text
 
 from ..benchmarks.catalogue import BENCHMARKS
 from ..benchmarks.harness import NONE, OPTIONAL, Benchmark, Setup, imported, run_benchmark, write_result
@@ -17,10 +16,11 @@ from ..benchmarks.tables import Column, ResultTable
 from ..config import ViewConfig
 from ..devices import torch_device
 from ..errors import InputError
+from ..printable import printable
 from ..setting_fields import settings_of
 from .help_pages import BENCHMARK, ENCODERS, OUTPUT, GroupedHelp, group, option
 from .options import FILE, FOLDER, device_option, out_option, output_options, writable_file
-from .output import print_json, print_table, table_width
+from .output import cell, print_json, print_table, print_text, table_width
 from .setting_options import Spelling, given_settings, setting_options
 from .verbosity import verbosity_options
 from .views import chosen_views, parsed_view, view_options
@@ -106,7 +106,7 @@ def _run(benchmark: Benchmark, dataset: Path | None, options: dict[str, Any]) ->
         return
     for part in benchmark.tables(result):
         if isinstance(part, str):
-            click.echo(part)
+            print_text(printable(part))
         else:
             print_table(_rich_table(part, table_width()))
 
@@ -148,10 +148,10 @@ def _rich_table(table: ResultTable, width: int) -> Table:
     shown = _titled_table(table)
     for column, column_width in zip(table.columns, widths):
         justify: Any = "right" if column.right else "left"
-        shown.add_column(Text(column.head), justify=justify, no_wrap=not column.wraps, width=column_width)
+        shown.add_column(cell(column.head), justify=justify, no_wrap=not column.wraps, width=column_width)
     for section in table.sections:
         for row in section:
-            shown.add_row(*(Text(column.text(row)) for column in table.columns))
+            shown.add_row(*(cell(column.text(row)) for column in table.columns))
         shown.add_section()
     return shown
 
@@ -163,15 +163,15 @@ def _listed_table(table: ResultTable) -> Table:
         for column in table.columns:
             text = column.text(row)
             if text:
-                shown.add_row(Text(" ".join(column.head.split())), Text(text))
+                shown.add_row(cell(" ".join(column.head.split())), cell(text))
         shown.add_section()
     return shown
 
 
 def _titled_table(table: ResultTable, show_header: bool = True) -> Table:
     """Return a table without columns, with the title and the caption of a result's table."""
-    caption = Text(table.caption) if table.caption else None
-    return Table(title=Text(table.title), caption=caption, show_header=show_header)
+    caption = cell(table.caption) if table.caption else None
+    return Table(title=cell(table.title), caption=caption, show_header=show_header)
 
 
 def _column_width(column: Column, table: ResultTable, broken: bool) -> int:

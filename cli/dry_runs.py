@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from rich.text import Text
 
-from .output import print_counts, print_table
+from .output import cell, print_counts, print_table
 
 if TYPE_CHECKING:
     from ..states import Extracted
@@ -21,7 +20,7 @@ def print_run(plan: Mapping[str, Any]) -> None:
     groups = {f"  {name}": f"{count:,}" for name, count in plan["parameters"]["groups"].items()}
     memory = plan["memory"]
     table = Table(
-        title=Text(f"would train {plan['method']} in {files['folder']}; nothing is written"), show_header=False
+        title=cell(f"would train {plan['method']} in {files['folder']}; nothing is written"), show_header=False
     )
     rows = {
         "device": plan["device"],
@@ -40,7 +39,7 @@ def print_run(plan: Mapping[str, Any]) -> None:
         "writes": ", ".join(files["written"]),
     }
     for name, value in rows.items():
-        table.add_row(Text(name), Text(value))
+        table.add_row(cell(name), cell(value))
     print_table(table)
 
 

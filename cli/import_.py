@@ -11,9 +11,10 @@ from typing import Any
 import click
 
 from ..data import MISSING_TITLES, RECBOLE_FIELDS, TABLE_COLUMNS, Imported, ImportOptions, TableOptions
+from ..printable import printable
 from .help_pages import DATA, group, option
 from .options import FILE, FOLDER, output_options
-from .output import print_counts, print_json
+from .output import print_counts, print_json, print_text
 from .verbosity import verbosity_options
 
 EXAMPLES = {
@@ -133,4 +134,4 @@ def _report(imported: Imported, destination: Path, as_json: bool) -> None:
         return
     rows = {name.replace("_", " "): "no covers" if count is None else f"{count:,}" for name, count in counts.items()}
     print_counts(str(destination), rows)
-    click.echo(f"next: {shlex.join(['iisan-fast', 'stats', str(destination)])}")
+    print_text(printable(f"next: {shlex.join(['iisan-fast', 'stats', str(destination)])}"))

@@ -3,28 +3,54 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import InputError
+from ..printable import printable
+from .streams import BROKEN_PIPE, ESCAPED, discard_output
+
 METRICS_ABREAST = 4  # columns of metrics that fit 80 characters
+
+
+class TableConsole(Console):
+    """A console that leaves a closed pipe to its caller."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise BrokenPipeError, in place of an exit with code 1."""
+        raise BrokenPipeError
 
 
 def print_json(value: Any) -> None:
     """Print a value as one JSON document on standard output."""
-    click.echo(json.dumps(value, indent=2))
+    print_text(json.dumps(value, indent=2))
+
+
+def print_text(text: str) -> None:
+    """Print text and a new line on standard output. Raises as `_checked_output` does."""
+    with _checked_output():
+        sys.stdout.write(f"{text}\n")
+
+
+def cell(text: str) -> Text:
+    """Return text from data for a table: without markup, control characters and those that the terminal lacks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return Text(printable(text).encode(encoding, ESCAPED).decode(encoding))
 
 
 def print_counts(title: str, rows: dict[str, str]) -> None:
     """Print a table of two columns, names and values."""
-    table = Table(title=Text(title), show_header=False)
+    table = Table(title=cell(title), show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name, value in rows.items():
-        table.add_row(Text(name), value)
+        table.add_row(cell(name), cell(value))
     print_table(table)
 
 
@@ -42,7 +68,7 @@ def print_metrics(title: str, reports: dict[str, dict[str, Any]]) -> None:
 
 def _metrics_table(title: str, names: list[str], reports: dict[str, dict[str, Any]], caption: str | None) -> Table:
     """Return the table of some metrics; caption: the text below it."""
-    table = Table(title=Text(title), caption=caption)
+    table = Table(title=cell(title), caption=caption)
     for column in ("", "history", "targets"):
         table.add_column(column, no_wrap=True)
     for name in names:
@@ -51,7 +77,7 @@ def _metrics_table(title: str, names: list[str], reports: dict[str, dict[str, An
         for history in ("masked", "unmasked"):
             figures = report[history]
             for part, values in (("all", figures), ("warm", figures["warm"]), ("cold", figures["cold"])):
-                table.add_row(label, history, part, *(percent(values[name]) for name in names))
+                table.add_row(cell(label), history, part, *(percent(values[name]) for name in names))
         table.add_section()
     return table
 
@@ -73,7 +99,27 @@ def _caption(report: dict[str, Any]) -> str:
 
 def print_table(table: Table) -> None:
     """Print a table as wide as the terminal, or in 120 columns if there is no terminal."""
-    Console(width=table_width()).print(table)
+    with _checked_output():
+        TableConsole(width=table_width()).print(table)
+
+
+@contextmanager
+def _checked_output() -> Iterator[None]:
+    """Write what the block has printed at its end.
+
+    Raises InputError if standard output cannot be written, and SystemExit if its reader has closed it.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
+        sys.exit(BROKEN_PIPE)
+    except OSError as error:
+        discard_output()
+        raise InputError(
+            f"standard output: {error.strerror}; its text is incomplete; make room and run again"
+        ) from None
 
 
 def table_width() -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from typing import Any
 
 import click
 
 from ..errors import InputError
+from ..printable import printable
 from .help_pages import OUTPUT, option
 
 LIBRARY = "iisan_fast"
@@ -51,7 +53,7 @@ def verbosity_options(command: Any) -> Any:
 def report(text: str) -> None:
     """Write a line of progress on standard error, unless the command is quiet."""
     if logging.getLogger(LIBRARY).isEnabledFor(logging.INFO):
-        click.echo(text, err=True)
+        sys.stderr.write(f"{printable(text)}\n")
 
 
 def _choose(context: click.Context, parameter: click.Parameter, is_given: bool) -> None:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .printable import printable
+
 LOGGER = logging.getLogger(__name__)
 Advance = Callable[..., None]
 
@@ -27,14 +29,14 @@ def progress_bar(description: str, total: int, unit: str) -> Iterator[Advance]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     is_shown = console.is_terminal and LOGGER.isEnabledFor(logging.INFO)  # messages are off: so are bars
     with Progress(*columns, console=console, transient=True, disable=not is_shown) as bar:
-        task = bar.add_task(description, total=total, speed="", note="")
+        task = bar.add_task(printable(description), total=total, speed="", note="")
 
         def advance(count: int, note: str = "") -> None:
             speed = bar.tasks[0].speed
-            bar.update(task, advance=count, note=note, speed=f"{speed:,.0f} {unit}/s" if speed else "")
+            bar.update(task, advance=count, note=printable(note), speed=f"{speed:,.0f} {unit}/s" if speed else "")
 
         yield advance

@@ -9,11 +9,21 @@ import platform
 import sys
 import warnings
 
+from .printable import printable
+
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_WORKSPACE = ":4096:8"  # eight buffers of 4 MiB, with which cuBLAS repeats its results
 SPINS = "3000"  # some ten microseconds
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 LARGEST_THRESHOLD = (1 << 31) - 1  # bytes
+
+
+class PrintableFormatter(logging.Formatter):
+    """Print a message alone, its control characters escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record's message, safe to print."""
+        return printable(super().format(record))
 
 
 def prepare() -> None:
@@ -40,7 +50,9 @@ def prepare() -> None:
 
 def prepare_program() -> None:
     """Prepare the process of a command, and show what the library logs."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("iisan_fast").setLevel(logging.INFO)
     prepare()
 

@@ -25,6 +25,7 @@ NEIGHBOURS = frozenset(
             "files",
             "fingerprints",
             "precision",
+            "printable",
             "progress",
             "recorded_json",
             "runtime",

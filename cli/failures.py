@@ -1,0 +1,161 @@
+"""Turn whatever ends a command into an exit code and one line on standard error."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import platform
+import re
+import sys
+import traceback
+from pathlib import Path
+
+import click
+from platformdirs import user_log_path
+
+from .. import __version__
+from ..errors import InputError, Stopped
+from ..printable import one_line, printable
+from .verbosity import LIBRARY
+
+INTERNAL, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
+SIGNALS = (129, 130, 143)  # exit codes of SIGHUP, SIGINT and SIGTERM
+TRACEBACKS = 20  # files of tracebacks that are kept
+OUT_OF_MEMORY = re.compile(  # texts of torch, numpy, the C library and the loader of libraries
+    r"DefaultCPUAllocator|can't allocate memory|cannot allocate memory|out of memory|bad_alloc|bad allocation"
+    r"|failed to map segment|unable to mmap|unable to allocate .* for an array|not enough memory",
+    re.IGNORECASE,
+)
+NO_MORE_THREADS = re.compile(r"can't start new thread|pthread_create|thread creation failed", re.IGNORECASE)
+OS_ERROR_OF_RUST = re.compile(r"\(os error (\d+)\)")  # in errors of polars, safetensors and tokenizers
+SPACE_REMEDY = "make room and run again"
+REMEDIES = {
+    errno.ENOSPC: SPACE_REMEDY,
+    errno.EDQUOT: SPACE_REMEDY,
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "check its owner and its permissions",
+    errno.EPERM: "check its owner and its permissions",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "it is a link that leads to itself; replace it",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs, which hold too many files open",
+    errno.EAGAIN: "the limit of processes is reached (ulimit -u); end others, or raise it",
+    errno.EIO: "the disk, or the connection to it, fails",
+}
+MEMORY_REMEDY = (
+    "free memory or raise its limit (ulimit -v, or that of the container), or try --table mapped, fewer --batch-users "
+    "or a smaller --batch-size"
+)
+
+
+def exit_code(error: BaseException) -> int:
+    """Print the line for what ended a command, and return the exit code.
+
+    0 for none, 2 for bad input and for trouble of the machine, 128 + n for the signal n, 1 for an error of the program
+    itself, whose traceback goes into a file.
+    """
+    if isinstance(error, SystemExit):
+        return _code_of_exit(error)
+    if isinstance(error, Stopped):
+        print_line(f"stopped: {error}")
+        return 128 + error.signal_number
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):  # click turns Ctrl-C into Abort
+        print_line("stopped")
+        return INTERRUPTED
+    message = _known_trouble(error)
+    if message is None:
+        _report_internal(error)
+        return INTERNAL
+    print_line(f"error: {message}")
+    return BAD_INPUT
+
+
+def print_line(message: str) -> None:
+    """Print a message as one line on standard error."""
+    sys.stderr.write(f"{one_line(message)}\n")
+    sys.stderr.flush()
+
+
+def _code_of_exit(error: SystemExit) -> int:
+    """Return the exit code of a SystemExit, and say so if a signal caused it."""
+    if error.code in SIGNALS:
+        print_line("stopped")
+    if isinstance(error.code, str):
+        print_line(error.code)
+        return INTERNAL
+    return error.code or 0
+
+
+def _known_trouble(error: BaseException) -> str | None:
+    """Return the message for bad input or trouble of the machine; None for an error of the program."""
+    text = str(error)
+    if isinstance(error, InputError):
+        return text
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if type(error).__name__ == "FormError":  # raised by the kernels, whose module imports torch
+        return text
+    if _is_out_of_memory(error):
+        return f"not enough memory ({text or type(error).__name__}); {MEMORY_REMEDY}"
+    if isinstance(error, OSError):
+        return _trouble_with_file(error)
+    if isinstance(error, RuntimeError) and NO_MORE_THREADS.search(text):
+        return f"no thread can be started ({text}); raise the limit of processes (ulimit -u) or of memory (ulimit -v)"
+    if found := OS_ERROR_OF_RUST.search(text):
+        return _with_remedy(text, int(found[1]))
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an error says that memory was refused."""
+    if isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch's, lmdb's
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, (RuntimeError, ImportError)) and OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def _trouble_with_file(error: OSError) -> str:
+    """Return the message for an error of the system: the file, what is wrong, and what to do."""
+    text = error.strerror or str(error) or type(error).__name__
+    if error.filename is not None:
+        text = f"{error.filename}: {text}"
+    return _with_remedy(text, error.errno)
+
+
+def _with_remedy(text: str, number: int | None) -> str:
+    """Add what to do about an error of the system to its text, if there is something."""
+    return f"{text}; {REMEDIES[number]}" if number in REMEDIES else text
+
+
+def _report_internal(error: BaseException) -> None:
+    """Write the traceback of an error of the program into a file, and print one line that names it.
+
+    The traceback goes to standard error if no file can be written, and also with --verbose.
+    """
+    details = "".join(traceback.format_exception(error))
+    summary = f"internal error: {type(error).__name__}: {error}"
+    try:
+        file = _write_traceback(details)
+    except (OSError, RuntimeError) as problem:  # RuntimeError: the user has no home folder
+        sys.stderr.write(printable(details))
+        print_line(f"{summary}; no file for the traceback could be written ({problem}); please report it")
+        return
+    if logging.getLogger(LIBRARY).isEnabledFor(logging.DEBUG):
+        sys.stderr.write(printable(details))
+    print_line(f"{summary}; the traceback is in {file}; please report it")
+
+
+def _write_traceback(details: str) -> Path:
+    """Write a traceback into the user's folder of logs and return the file; it replaces the oldest of TRACEBACKS files.
+
+    Raises OSError if the file cannot be written, RuntimeError if the user has no home folder.
+    """
+    folder = user_log_path("iisan-fast", appauthor=False) / "errors"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"traceback-{number:02d}.txt" for number in range(TRACEBACKS)]
+    ages = {file: file.stat().st_mtime if file.exists() else 0.0 for file in files}
+    file = min(files, key=ages.__getitem__)
+    header = f"iisan-fast {__version__}, Python {platform.python_version()}, {platform.platform()}\n\n"
+    file.write_text(header + details, encoding="utf-8", errors="backslashreplace")
+    return file
