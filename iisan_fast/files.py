@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from .errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 IRREGULAR = (
     (stat.S_ISDIR, "a folder"),
@@ -34,44 +40,97 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary file beside `path`, which replaces `path` at the end of the block.
+    """Yield the path of a temporary file, which replaces `path` at the end of the block.
 
-    If the block raises, the temporary file is removed and `path` stays as it was.
+    It lies in a temporary folder beside `path`, because some libraries write into temporary files of their own, beside
+    the file. If the block raises, the folder is removed and `path` stays as it was. What a killed process has left of
+    the same path is removed too.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with _temporary_folder(path) as folder:
+        temporary = folder / path.name
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
         keep_names(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, which is renamed to `path` at the end of the block.
 
-    If the block raises, the temporary folder is removed. Raises InputError if `path` exists or its parent does not.
+    If the block raises, the temporary folder is removed. What a killed process has left of the same path is removed
+    too. Raises InputError if `path` exists or its parent does not.
     """
     if os.path.lexists(path):
         raise InputError(f"{path}: exists already; remove it or choose another folder")
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path}: expected a new folder in one that exists; make {path.parent} first")
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with _temporary_folder(path) as folder:
+        temporary = folder / path.name
+        temporary.mkdir()
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         temporary.rename(path)
         keep_names(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
+
+
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, which is removed at the end of the block. Leftovers of others go first."""
+    remove_leftovers(path)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path)))
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _mark_as_written(handle)
+        yield folder
+    finally:
+        os.close(handle)
+        if folder.is_dir():  # unless everything was removed meanwhile
+            shutil.rmtree(folder)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary folders of a path that a killed process of this user has left beside it.
+
+    Those that a living process writes are marked by a lock, and stay. On systems without such locks all stay.
+    """
+    if fcntl is None or not path.parent.is_dir():
+        return
+    made_here = re.compile(re.escape(_prefix(path)) + "[a-z0-9_]{8}")  # by `tempfile`
+    for name in os.listdir(path.parent):
+        if made_here.fullmatch(name) and _is_left(path.parent / name):
+            shutil.rmtree(path.parent / name)
+
+
+def _prefix(path: Path) -> str:
+    """Return the beginning of the names of a path's temporary folders."""
+    return f".{path.name}.iisan-fast-"
+
+
+def _mark_as_written(handle: int) -> None:
+    """Lock an open temporary folder until it is closed, so that no other process takes it for a leftover."""
+    if fcntl is not None:
+        with suppress(OSError):  # a file system without locks, where leftovers stay
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_left(path: Path) -> bool:
+    """Return True if a path is a folder of this user that no living process has marked."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # no folder, gone, or of another user
+        return False
+    try:
+        if os.fstat(handle).st_uid != os.getuid():
+            return False
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def keep_names(folder: Path) -> None:

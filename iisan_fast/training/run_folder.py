@@ -27,7 +27,7 @@ from .. import __version__, kernels
 from ..config import RunConfig
 from ..data import Sequences, load_sequences
 from ..errors import InputError
-from ..files import locked, refuse_unwritable, whole_file, write_atomically
+from ..files import locked, refuse_unwritable, remove_leftovers, whole_file, write_atomically
 from ..setting_fields import to_dict
 from ..settings_files import RUN_FORMAT, read_run_config, read_run_settings, read_settings
 from ..states import describes_view
@@ -45,7 +45,6 @@ RUN_FILES = (
     *("best.safetensors", "last.safetensors", "previous.safetensors", "test.json", "lock"),
 )
 LOCK_FILE = "lock"
-HALF_WRITTEN = re.compile(rf"\.(?:{'|'.join(map(re.escape, RUN_FILES))})\.[a-z0-9_]{{8}}")  # temporary files' names
 
 
 class RunFolder:
@@ -266,9 +265,8 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Remove temporary files that a killed write has left; the complete files stay."""
-        for path in self.path.iterdir():
-            if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
-                path.unlink()
+        for name in RUN_FILES:
+            remove_leftovers(self.path / name)
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.json, with the folder's format."""
