@@ -12,7 +12,8 @@ from torch.autograd.graph import increment_version
 
 from ..threads import cores, cut
 from ..types import AdamState, FlatAdamState
-from .library import DTYPES, Schedule, library, run
+from .library import DTYPES, library
+from .schedule import Schedule, run
 from .step_calls import StepCalls, addresses
 from .structs import AdamParameterStruct, AdamStruct, FlatAdamStruct
 

@@ -8,7 +8,8 @@ import torch
 
 from ..threads import shares
 from ..types import States
-from .library import AT_ONCE, PANEL
+from .library import PANEL
+from .schedule import AT_ONCE
 from .side_towers import gathers, panels_of
 from .step_calls import StepCalls
 from .structs import ColumnsStruct

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..threads import shares
 from ..types import Chain, RecommenderWeights
-from .library import AT_ONCE, DTYPES, PANEL, Span, library, share_out
+from .library import DTYPES, PANEL, library
+from .schedule import AT_ONCE, Span, share_out
 from .step_calls import StepCalls, addresses
 from .structs import FoldStruct
 from .sums import add_up

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..threads import shares
 from .batch_panels import BatchCalls
-from .library import DTYPES, PANEL, library, share_out
+from .library import DTYPES, PANEL, library
+from .schedule import share_out
 from .step_calls import Output, StepCalls
 from .step_memory import Memory
 from .structs import LossStruct

@@ -13,7 +13,8 @@ import torch
 from ..types import RecommenderWeights, Tower
 from .batch_panels import BatchCalls
 from .fold_heads import FoldHeadsCalls
-from .library import AT_ONCE, PANEL, Span
+from .library import PANEL
+from .schedule import AT_ONCE, Span
 from .side_towers import panels_of, rounds, tower_struct
 from .step_calls import GradientParts, Output, StepCalls, addresses
 from .structs import ItemVectorsStruct, TowerStruct

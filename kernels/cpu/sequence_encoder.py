@@ -21,7 +21,8 @@ from ..types import (
     SequenceGrid,
     SequenceWeights,
 )
-from .library import DTYPES, PANEL, library, share_out, wrong_sizes
+from .library import DTYPES, PANEL, library
+from .schedule import share_out, wrong_sizes
 from .step_calls import GradientParts, Output, StepCalls, addresses
 from .step_memory import Memory
 from .structs import EncoderBlockStruct, EncoderStruct, RowsStruct

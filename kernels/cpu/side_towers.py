@@ -17,7 +17,8 @@ from ..reference.side_towers import GATE_TEMPERATURE
 from ..threads import at_once, cores, cut, equal_parts, shares
 from ..types import States, Tower
 from .composites import composites
-from .library import DTYPES, PANEL, library, run, share_out
+from .library import DTYPES, PANEL, library
+from .schedule import run, share_out
 from .step_memory import Memory
 from .structs import GatherStruct, TowerStruct
 from .sums import add_up

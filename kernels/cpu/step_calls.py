@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..types import RecommenderBatch
-from .library import AT_ONCE, Schedule, Span, library
+from .library import library
+from .schedule import AT_ONCE, Schedule, Span
 from .sums import add_sums
 
 

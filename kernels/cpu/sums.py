@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import AT_ONCE, Schedule, Span, library
+from .library import library
+from .schedule import AT_ONCE, Schedule, Span
 from .structs import SumStruct
 
 MOST_NUMBERS = 1 << 16  # numbers that one call adds up

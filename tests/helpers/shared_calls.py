@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from iisan_fast.kernels.cpu import library
+from iisan_fast.kernels.cpu import schedule
 
 Work = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.POINTER(ctypes.c_int64))
 
@@ -19,4 +19,4 @@ class Number(ctypes.Structure):
 def share_out(work: Callable[[int], int], count: int, threads: int) -> None:
     """Call `work` once for every number below `count`."""
     call = Work(lambda pointer: work(pointer[0]))
-    library.share_out(call, [Number(i) for i in range(count)], torch.float32, threads)
+    schedule.share_out(call, [Number(i) for i in range(count)], torch.float32, threads)

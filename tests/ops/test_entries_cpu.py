@@ -10,7 +10,7 @@ import torch
 
 from iisan_fast import kernels
 from iisan_fast.kernels import AdamState, dispatch
-from iisan_fast.kernels.cpu import library
+from iisan_fast.kernels.cpu import library, schedule
 from iisan_fast.kernels.cpu.adam import AdamUpdate
 from iisan_fast.kernels.cpu.structs import (
     STRUCTS,
@@ -127,7 +127,7 @@ def filled(struct: type[ctypes.Structure], values: dict) -> Filled:
 def test_sizes_that_fit_are_computed(name):
     struct, values, _ = ENTRIES[name]
     call, memory = filled(struct, values)
-    library.run(getattr(library.library(torch.float32), name), call)
+    schedule.run(getattr(library.library(torch.float32), name), call)
     assert all(tensor.isfinite().all() for tensor in memory) or name == "loss_columns"  # the logarithm of 0
 
 
@@ -139,7 +139,7 @@ def test_sizes_that_do_not_fit_are_refused(name, field, value):
     call, memory = filled(struct, {**values, field: value})
     sizes = [size for size, kind in struct._fields_ if kind in (ctypes.c_int32, ctypes.c_int64)]
     with pytest.raises(ValueError) as error:
-        library.run(getattr(library.library(torch.float32), name), call)
+        schedule.run(getattr(library.library(torch.float32), name), call)
     sizes_in_call = ", ".join(f"{size} {getattr(call, size)}" for size in sizes)
     assert str(error.value) == f"{name} in C++: expected sizes that fit, found {sizes_in_call}"
     assert not any(tensor.any() for tensor in memory)
@@ -150,7 +150,7 @@ def test_rows_off_the_grid_or_out_of_order_are_refused(slots):
     places = torch.tensor(slots)
     encoder = filled(EncoderStruct, {**ENCODER, "slots": places.data_ptr()})
     with pytest.raises(ValueError, match="sequence_forward in C"):
-        library.run(library.library(torch.float32).sequence_forward, encoder.call)
+        schedule.run(library.library(torch.float32).sequence_forward, encoder.call)
 
 
 def test_an_encoder_of_wrong_sizes_has_no_memory():
@@ -161,14 +161,14 @@ def test_an_encoder_of_wrong_sizes_has_no_memory():
 
 def test_a_schedule_names_the_call_that_was_refused():
     compiled = library.library(torch.float32)
-    schedule = library.Schedule(torch.float32)
+    calls = schedule.Schedule(torch.float32)
     total = filled(SumStruct, SUM)
     right, wrong = filled(GatherStruct, GATHER), filled(GatherStruct, {**GATHER, "bytes": 3})
-    first = schedule.add(compiled.add_up, [total.call])
-    schedule.add(compiled.gather_panels, [right.call, wrong.call], first)
+    first = calls.add(compiled.add_up, [total.call])
+    calls.add(compiled.gather_panels, [right.call, wrong.call], first)
     message = r"gather_panels in C\+\+: expected sizes that fit, found item 32, layer 16, bytes 3"
     with pytest.raises(ValueError, match=message):
-        schedule.run()
+        calls.run()
 
 
 @pytest.mark.parametrize(("first", "last", "threads"), [(0, 2, 1), (1, 0, 1), (-1, 0, 1), (0, 0, 0)])
@@ -177,7 +177,7 @@ def test_calls_that_wait_for_later_ones_are_refused(first, last, threads):
     total = filled(SumStruct, SUM)
     call = CallStruct(ctypes.cast(compiled.add_up, ctypes.c_void_p).value, ctypes.addressof(total.call), first, last)
     running = ctypes.c_void_p()
-    assert compiled.begin(ctypes.byref(call), 1, threads, ctypes.byref(running)) == library.WRONG_SIZES
+    assert compiled.begin(ctypes.byref(call), 1, threads, ctypes.byref(running)) == schedule.WRONG_SIZES
     assert not running and compiled.end(running) == 0
 
 
@@ -246,7 +246,7 @@ def test_rows_of_items_out_of_range_are_refused(name, inputs):
     indices = torch.tensor(inputs)
     rows = filled(RowsStruct, {**ROWS, "inputs": indices.data_ptr()})
     with pytest.raises(ValueError, match=f"{name} in C"):
-        library.run(getattr(library.library(torch.float32), name), rows.call)
+        schedule.run(getattr(library.library(torch.float32), name), rows.call)
 
 
 def test_lines_of_a_group_without_a_rate_and_a_step_before_the_first_are_refused():
@@ -255,4 +255,4 @@ def test_lines_of_a_group_without_a_rate_and_a_step_before_the_first_are_refused
     for change in ({"groups": groups.data_ptr()}, {"steps": none.data_ptr()}):
         lines = filled(FlatAdamStruct, {**LINES, **change})
         with pytest.raises(ValueError, match="adam_update_lines in C"):
-            library.run(library.library(torch.float32).adam_update_lines, lines.call)
+            schedule.run(library.library(torch.float32).adam_update_lines, lines.call)

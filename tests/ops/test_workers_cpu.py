@@ -18,6 +18,8 @@ import torch
 from helpers.compiler import needs_compiler
 from helpers.shared_calls import Number, Work, share_out
 from iisan_fast.kernels.cpu import library
+from iisan_fast.kernels.cpu import schedule as schedule_module
+from iisan_fast.kernels.cpu.schedule import AT_ONCE, Schedule, Span
 
 pytestmark = needs_compiler
 
@@ -55,13 +57,13 @@ def test_a_call_that_fails_is_reported_after_all_calls():
 def scheduled(work: Callable[[int], int], groups: list[tuple[int, list[int]]], threads: int) -> None:
     """Run groups of calls; a group has a number of calls and waits for the groups whose indices follow."""
     call = Work(lambda pointer: work(pointer[0]))
-    schedule = library.Schedule(torch.float32)
+    schedule = Schedule(torch.float32)
     spans = []
     count = 0
     for size, after in groups:
-        before = [spans[number] for number in after] or [library.AT_ONCE]
+        before = [spans[number] for number in after] or [AT_ONCE]
         numbers = [Number(count + i) for i in range(size)]
-        spans.append(schedule.add(call, numbers, functools.reduce(library.Span.to, before)))
+        spans.append(schedule.add(call, numbers, functools.reduce(Span.to, before)))
         count += size
     schedule.run(threads)
 
@@ -124,7 +126,7 @@ def test_work_beside_a_schedule_may_fail_or_share_out_calls(threads):
 
     for _ in range(3):
         began.clear(), calls.clear()
-        schedule = library.Schedule(torch.float32)
+        schedule = Schedule(torch.float32)
         schedule.add(call, numbers)
         with pytest.raises(ZeroDivisionError):
             schedule.run(threads, meanwhile)
@@ -149,10 +151,10 @@ def test_an_interrupt_as_calls_begin_lets_them_end(monkeypatch):
         calls.append(pointer[0])
         return 0
 
-    schedule = library.Schedule(torch.float32)
+    schedule = Schedule(torch.float32)
     schedule.add(Work(work), [Number(i) for i in range(6)])
     with monkeypatch.context() as patch:
-        patch.setattr(library, "library", lambda dtype: Interrupted)
+        patch.setattr(schedule_module, "library", lambda dtype: Interrupted)
         with pytest.raises(KeyboardInterrupt):
             schedule.run(2)
     assert sorted(calls) == list(range(6))

@@ -1,12 +1,13 @@
 // Helpers of the functions that Python calls. Each checks the sizes in its arguments, catches all exceptions and returns
-// a code. Each struct that structs.py mirrors exports its size, which Python compares when it loads the library.
+// a code. Each struct that structs.py mirrors exports its size, which Python compares when it loads the library, and so
+// does the scalar.
 #pragma once
 
 #include <cstdint>
 
 namespace {
 
-enum Code : int32_t { DONE = 0, NO_MEMORY = 1, WRONG_SIZES = 2 };  // as in library.py
+enum Code : int32_t { DONE = 0, NO_MEMORY = 1, WRONG_SIZES = 2 };  // as in schedule.py
 
 // Runs f and returns DONE, or NO_MEMORY if it throws; returns WRONG_SIZES at once if the sizes do not fit.
 template <class F> inline int32_t guarded(bool fits, F f) noexcept {

@@ -11,6 +11,7 @@ template <class T> struct Sum {
 
 }  // namespace
 
+EXPORT_SIZE(Scalar, SCALAR)
 EXPORT_SIZE(Sum, Sum<SCALAR>)
 
 extern "C" int32_t add_up(const Sum<SCALAR> *sum) {
