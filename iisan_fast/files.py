@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all, hold lock files, name the cache folder, refuse truncated databases."""
+"""Write files and folders whole or not at all, hold lock files, name the cache folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
@@ -192,20 +191,6 @@ def cache_folder() -> Path:
     Raises RuntimeError if the user has no home folder.
     """
     return user_cache_path("iisan-fast", appauthor=False)
-
-
-def refuse_truncated(env: Any, path: Path) -> None:
-    """Close an open LMDB environment and raise InputError if its file is shorter than its header says.
-
-    path: the database's file, or the folder that holds it as data.mdb. Reading a page beyond the end of the file would
-    kill the process without a message.
-    """
-    expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    file = path / "data.mdb" if path.is_dir() else path
-    actual = file.stat().st_size
-    if actual < expected:
-        env.close()
-        raise InputError(f"{path}: truncated LMDB: expected {expected} bytes, found {actual}; copy or make it again")
 
 
 def _umask() -> int:

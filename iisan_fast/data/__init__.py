@@ -6,6 +6,7 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .batches import Batch, Shape, epoch_batches, padded_shape
+    from .databases import open_database
     from .epoch_plan import Window, steps_per_epoch
     from .imports.flat import import_csv, import_parquet
     from .imports.microlens import import_microlens
@@ -42,6 +43,7 @@ __all__ = [
     "import_recbole",
     "load_dataset",
     "load_sequences",
+    "open_database",
     "open_images",
     "padded_shape",
     "read_table",

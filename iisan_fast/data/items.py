@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError, first_few
-from ..files import refuse_truncated
+from ..files import refuse_irregular
+from .databases import open_database
 from .fast_tables import NeedsStrictReader, fast_or_strict, read_texts
 from .image_pickles import StoredImage, unpickle
 from .strict_tables import read_table
@@ -28,6 +29,7 @@ from .strict_tables import read_table
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content: shops do serve a GIF under a .jpg name
 MAX_PIXELS = 64_000_000
+MAX_FILE_BYTES = 1 << 29  # of an image file: twice the bytes of MAX_PIXELS uncompressed pixels
 MAX_ASPECT = 200  # an encoder that resizes by the shorter side would need too much memory for a thinner strip
 
 
@@ -112,7 +114,10 @@ class ImageFolder:
         if item_id not in self._names:
             return None
         file = self.path / self._names[item_id]
+        refuse_irregular(file)
         try:
+            if file.stat().st_size > MAX_FILE_BYTES:
+                raise InputError(f"{file}: giant file: over {MAX_FILE_BYTES} bytes; make the image smaller")
             return file.read_bytes()
         except OSError as error:
             raise InputError(f"{file}: cannot be read ({error.strerror})") from None
@@ -294,10 +299,8 @@ def _unpickle_image(value: bytes) -> StoredImage:
 
 
 def _open_lmdb(path: Path) -> lmdb.Environment:
-    """Open a database for reading, without a lock file. Raises InputError if it cannot be opened or is truncated."""
+    """Open a database for reading, without a lock file. Raises InputError if it cannot be opened or is damaged."""
     try:
-        env = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+        return open_database(path, subdir=path.is_dir(), lock=False, readahead=False)
     except lmdb.Error as error:
         raise InputError(f"{path}: not an LMDB that can be opened ({error})") from None
-    refuse_truncated(env, path)
-    return env

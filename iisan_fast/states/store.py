@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data import open_database
 from ..encoders import grouped_layers
 from ..errors import InputError, first_few
-from ..files import locked, refuse_truncated, write_atomically
+from ..files import locked, write_atomically
 from ..fingerprints import changed_settings
 from ..settings_files import format_number, read_settings
 
@@ -54,15 +55,15 @@ class Store:
             self._write_manifest()  # before the database, so that a kill in between leaves an empty store
         self.manifest = _read_manifest(path)
         with self._clear_errors():
-            self._env = lmdb.open(
-                str(database),
-                readonly=not writable,
+            self._env = open_database(
+                database,
+                subdir=True,
+                writable=writable,
                 lock=writable or os.access(path, os.W_OK),
                 readahead=False,
                 meminit=False,
                 map_size=1 << 20,
             )
-            refuse_truncated(self._env, database)
 
     def __enter__(self) -> Store:
         """Return the store."""
