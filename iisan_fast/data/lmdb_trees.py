@@ -41,14 +41,19 @@ def check_trees(descriptor: int, snapshot: LmdbSnapshot, file_bytes: int, writin
     for _ in walk.leaves(snapshot.main, integer_keys=False):
         pass
     free = np.concatenate([NONE, *_free_pages(walk, snapshot)])
-    starts = np.concatenate([NONE, *walk.tree_pages, *walk.overflow_starts])
-    counts = np.concatenate([np.ones_like(page) for page in (NONE, *walk.tree_pages)] + walk.overflow_counts)
-    end = int((starts + counts).max(initial=FIRST_PAGE))
+    tree_pages = np.concatenate([NONE, *walk.tree_pages])
+    starts = np.concatenate([NONE, *walk.overflow_starts])
+    counts = np.concatenate([NONE, *walk.overflow_counts])
+    end = max((tree_pages + 1).max(initial=FIRST_PAGE), (starts + counts).max(initial=FIRST_PAGE))
     if end * snapshot.page_bytes > file_bytes:
         raise DamagedDatabaseError(f"truncated LMDB: expected {end * snapshot.page_bytes} bytes, found {file_bytes}")
-    if writing or FIRST_PAGE + counts.sum() + len(free) <= snapshot.last_page:
-        counts = np.concatenate([np.ones_like(page) for page in (NONE, *walk.tree_pages)] + walk.recorded_counts())
-    _refuse_overlaps(np.concatenate([starts, free]), np.concatenate([counts, np.ones_like(free)]))
+    known_pages = FIRST_PAGE + len(tree_pages) + len(free) + counts.sum()
+    if writing or known_pages <= snapshot.last_page:
+        counts = walk.recorded_counts(starts, counts)
+    _refuse_overlaps(
+        np.concatenate([tree_pages, free, starts]),
+        np.concatenate([np.ones(len(tree_pages) + len(free), dtype=np.int64), counts]),
+    )
 
 
 @dataclass
@@ -95,15 +100,23 @@ class _Walk:
         pages = read_pages(self.descriptor, numbers, self.snapshot.page_bytes)
         return pages.reshape(-1)[HEADER_BYTES : HEADER_BYTES + size].tobytes()
 
-    def recorded_counts(self) -> list[np.ndarray]:
-        """Return how many pages each long content has, as the first of them records it: at least as many as it needs.
+    def recorded_counts(self, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Return the counts, int64, that overflow pages record, for contents that need `counts` pages.
 
-        Raises DamagedDatabaseError if it is not the first overflow page of a content.
+        Raises DamagedDatabaseError if one is not the first overflow page of its content.
         """
-        return [self._recorded(*pages) for pages in zip(self.overflow_starts, self.overflow_counts)]
+        headers = np.array([self._overflow_header(start) for start in starts.tolist()], dtype=np.int64).reshape(-1, 2)
+        wrong = (headers[:, 0] != starts) | (headers[:, 1] < counts)
+        if wrong.any():
+            raise DamagedDatabaseError(f"page {starts[np.argmax(wrong)]} is not the overflow page that it should be")
+        self._refuse_outside(starts, headers[:, 1])
+        return headers[:, 1]
 
     def _children(self, level: np.ndarray, bounds: list[bytes], integer_keys: bool) -> tuple[np.ndarray, list[bytes]]:
-        """Return the pages below branch pages, and the least key of each."""
+        """Return the pages below branch pages, and the least key of each.
+
+        Raises DamagedDatabaseError, naming the page, if a branch page is wrong.
+        """
         self._use_tree_pages(level)
         nodes = nodes_of(read_pages(self.descriptor, level, self.snapshot.page_bytes), level, BRANCH)
         if np.bincount(nodes.rows).min() < 2 and not integer_keys:  # the free list may have a branch of one
@@ -132,15 +145,6 @@ class _Walk:
         self._refuse_outside(starts, counts)
         self.overflow_starts.append(starts)
         self.overflow_counts.append(counts)
-
-    def _recorded(self, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Return the counts, int64, that overflow pages record, for contents that need `counts` pages."""
-        headers = np.array([self._overflow_header(start) for start in starts.tolist()], dtype=np.int64).reshape(-1, 2)
-        wrong = (headers[:, 0] != starts) | (headers[:, 1] < counts)
-        if wrong.any():
-            raise DamagedDatabaseError(f"page {starts[np.argmax(wrong)]} is not the overflow page that it should be")
-        self._refuse_outside(starts, headers[:, 1])
-        return headers[:, 1]
 
     def _overflow_header(self, number: int) -> tuple[int, int]:
         """Return the page number and the count of pages that an overflow page records; (-1, 0) if it is none."""
