@@ -10,7 +10,17 @@ from typing import Any
 
 import click
 
-from ..data import MISSING_TITLES, RECBOLE_FIELDS, TABLE_COLUMNS, Imported, ImportOptions, TableOptions
+from ..data import (
+    BAD_ROWS,
+    MISSING_TITLES,
+    RECBOLE_FIELDS,
+    TABLE_COLUMNS,
+    BadKind,
+    Imported,
+    ImportOptions,
+    TableOptions,
+    describe_bad_rows,
+)
 from ..printable import printable
 from .help_pages import DATA, group, option
 from .options import FILE, FOLDER, output_options
@@ -26,6 +36,7 @@ EXAMPLES = {
     "csv": (
         "iisan-fast import csv ratings.csv.gz DATASET --timestamp-column time",
         "iisan-fast import csv ratings.csv DATASET --items items.csv --covers photos",
+        "iisan-fast import csv ratings.csv DATASET --columns user,item,-,timestamp",
     ),
     "parquet": ("iisan-fast import parquet ratings.parquet DATASET --user-column user_id",),
 }
@@ -57,6 +68,13 @@ def _import_command(command: Callable) -> Callable:
             default=ImportOptions.missing_titles,
             help="For items without a title: use their id as title, drop them and their interactions, or stop with an "
             "error.",
+        ),
+        option(
+            "--bad-rows",
+            group=DATA,
+            type=click.Choice(BAD_ROWS),
+            default=BAD_ROWS[0],
+            help="For rows that do not fit: stop with an error, or leave them out and count them.",
         ),
         click.argument("destination", type=FOLDER),
         click.argument("source", type=click.Path(path_type=Path)),
@@ -106,11 +124,28 @@ def recbole(source: Path, destination: Path, as_json: bool, **options: Any) -> N
     _report(import_recbole(source, destination, TableOptions(**options)), destination, as_json)
 
 
+def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Return the names in a text with commas between; None without a text."""
+    return None if value is None else tuple(value.split(","))
+
+
+def _no_header_options(command: Callable) -> Callable:
+    """Give a command the options that name the columns of files without a header."""
+    for name, file in (("--items-columns", "the table of titles"), ("--columns", "SOURCE")):
+        text = f"Names of the columns of {file}, if it has no header, in order; - for one to ignore."
+        command = option(name, group=DATA, metavar="NAMES", callback=_names, help=text)(command)
+    return command
+
+
 @import_.command("csv", examples=EXAMPLES["csv"], short_help="Make a dataset from a CSV file.")
 @_column_options("column", *TABLE_COLUMNS)
+@_no_header_options
 @_import_command
 def csv_(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
-    """Make DESTINATION from the CSV file SOURCE, which has a header and may be compressed by gzip."""
+    """Make DESTINATION from the CSV file SOURCE, which may be compressed by gzip.
+
+    It has a header, or --columns names its columns.
+    """
     from ..data import import_csv
 
     _report(import_csv(source, destination, TableOptions(**options)), destination, as_json)
@@ -128,10 +163,18 @@ def parquet(source: Path, destination: Path, as_json: bool, **options: Any) -> N
 
 def _report(imported: Imported, destination: Path, as_json: bool) -> None:
     """Print what was imported, as JSON or as a table that names the next command."""
-    counts = asdict(imported)
     if as_json:
-        print_json(counts)
+        print_json(asdict(imported))
         return
-    rows = {name.replace("_", " "): "no covers" if count is None else f"{count:,}" for name, count in counts.items()}
+    rows = {name.replace("_", " "): _shown(count) for name, count in vars(imported).items()}
     print_counts(str(destination), rows)
     print_text(printable(f"next: {shlex.join(['iisan-fast', 'stats', str(destination)])}"))
+
+
+def _shown(count: int | dict[str, BadKind] | None) -> str:
+    """Return a count, or the counts of rows that were left out, with the first lines of each kind."""
+    if count is None:
+        return "no covers"
+    if isinstance(count, int):
+        return f"{count:,}"
+    return "\n".join(describe_bad_rows(name, kind) for name, kind in count.items()) or "0"

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .batches import Batch, Shape, epoch_batches, padded_shape
     from .databases import open_database
     from .epoch_plan import Window, steps_per_epoch
+    from .imports.bad_rows import BAD_ROWS, BadKind, describe_bad_rows
     from .imports.flat import import_csv, import_parquet
     from .imports.microlens import import_microlens
     from .imports.options import MISSING_TITLES, RECBOLE_FIELDS, TABLE_COLUMNS, Imported, ImportOptions, TableOptions
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from .strict_tables import read_table
 
 __all__ = [
+    "BAD_ROWS",
+    "BadKind",
     "Batch",
     "TABLE_COLUMNS",
     "Dataset",
@@ -36,6 +39,7 @@ __all__ = [
     "RunPlan",
     "TableOptions",
     "Window",
+    "describe_bad_rows",
     "epoch_batches",
     "import_csv",
     "import_microlens",

@@ -2,8 +2,8 @@
 
 Only plain tables are read here, for which polars and the strict reader give equal results. A plain table is UTF-8
 without a byte order mark. Each line has two fields that are not blank, one tab between, and no other control character;
-a carriage return is one. For any other table NeedsStrictReader is raised. The strict reader then reads the whole file,
-and accepts or refuses it.
+a carriage return is one. No id is too long. For any other table NeedsStrictReader is raised. The strict reader then
+reads the whole file, and accepts or refuses it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
+
+from .strict_tables import CONTROL_CHARACTERS, MAX_ID_BYTES
 
 if TYPE_CHECKING:
     import polars as pl
@@ -133,6 +135,9 @@ def _parse(polars: ModuleType, content: bytes, path: Path) -> pl.DataFrame:
     blank = polars.any_horizontal(polars.all().str.strip_chars() == "").any()
     if table.height != lines or sum(table.null_count().row(0)) or table.select(blank).item():
         raise NeedsStrictReader(f"{path}: a blank field")
+    unfit = table["id"].str.contains(CONTROL_CHARACTERS) | (table["id"].str.len_bytes() > MAX_ID_BYTES)
+    if unfit.any():
+        raise NeedsStrictReader(f"{path}: an id that is too long or has a control character")
     return table
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import refuse_irregular
+
+MAX_ID_BYTES = 4096  # of an id in UTF-8; tables of ids are as wide as the longest
+CONTROL_CHARACTERS = r"[\x00-\x1f\x7f-\x9f]"  # as a regular expression
+CONTROLS = re.compile(CONTROL_CHARACTERS)
 
 
 def read_table(path: Path, columns: int) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number from 1, fields) of a UTF-8 file with `columns` fields a line, tabs between, none blank.
 
     A byte order mark, \\r\\n endings and a missing last newline are accepted. Raises InputError, with file and line,
-    for anything else: no file, no line, an empty line or field, a wrong number of fields, bytes that are not UTF-8.
+    for anything else: no file, no line, an empty line or field, a wrong number of fields, bytes that are not UTF-8, and
+    an id that `refuse_unfit_id` refuses in the first field.
     """
+    refuse_irregular(path)
     number = 0
     try:
         with path.open("rb") as file:
@@ -42,4 +50,13 @@ def _fields(line: bytes, columns: int, where: str, first: bool) -> list[str]:
     for position, field in enumerate(fields, start=1):
         if not field.strip():
             raise InputError(f"{where}: field {position} of {columns} is empty")
+    refuse_unfit_id(fields[0], where)
     return fields
+
+
+def refuse_unfit_id(text: str, where: str) -> None:
+    """Raise InputError, naming `where`, for an id of more than MAX_ID_BYTES, or with control characters."""
+    if len(text) > MAX_ID_BYTES or len(text.encode()) > MAX_ID_BYTES:
+        raise InputError(f"{where}: an id of {len(text.encode()):,} bytes; expected at most {MAX_ID_BYTES:,}")
+    if CONTROLS.search(text):
+        raise InputError(f"{where}: id {text!r} has a control character; rename it")

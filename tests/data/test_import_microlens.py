@@ -113,12 +113,12 @@ def test_microlens_folder_must_hold_one_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("pairs", "words"),
     [
-        ("", ["line 1", "found ''"]),
+        ("", ["empty"]),
         ("1,2\n", ["line 1", "expected user,item,timestamp", "found '1,2'"]),
         ("user,item,when\n1,2,3\n", ["line 1", "expected user,item,timestamp", "found 'user,item,when'"]),
         ("PAR1\x15\x04\n", ["line 1", r"found 'PAR1\x15\x04'"]),
-        ("1,2,3\n1,2,x\n", ["row 2: timestamp: expected a whole number, found 'x'"]),
-        ("1,2,3\n1,2,3,4\n", ["cannot be read as a table"]),
+        ("1,2,3\n1,2,x\n", ["line 2: timestamp: expected a whole number, found 'x'"]),
+        ("1,2,3\n1,2,3,4\n", ["line 2: expected 3 fields, found 4 in '1,2,3,4'"]),
     ],
 )
 def test_malformed_microlens_pairs(tmp_path, pairs, words):
@@ -142,6 +142,6 @@ def test_malformed_microlens_titles(tmp_path, titles, words):
 def test_malformed_microlens_histories(tmp_path):
     source = microlens(tmp_path / "in")
     (source / "MicroLens-50k_pairs.csv").unlink()
-    for row, shown in (("u2\t ", "''"), ("u2\t", "nothing"), ("u2", "nothing"), ("", "nothing")):
-        write(source / "MicroLens-50k_pairs.tsv", f"u1\ta b\n{row}\n")
-        refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "pairs.tsv row 2", f"found {shown}")
+    for row, shown in (("u2\t ", "''"), ("u2\t", "nothing"), ("u2", "1 in 'u2'"), ("", "an empty line")):
+        write(source / "MicroLens-50k_pairs.tsv", f"u1\ta b\n{row}\nu3\tb\n")
+        refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "pairs.tsv line 2", f"found {shown}")

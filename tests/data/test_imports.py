@@ -23,7 +23,7 @@ from helpers.import_sources import HEADER, TIMES, UNORDERED, USERS, imported_csv
 from iisan_fast.cli import main
 from iisan_fast.config import ProtocolConfig
 from iisan_fast.data.imports import dataset as dataset_module
-from iisan_fast.data.imports import tables
+from iisan_fast.data.imports import delimited
 from iisan_fast.data.imports.flat import import_csv, import_parquet
 from iisan_fast.data.imports.options import TableOptions
 from iisan_fast.data.imports.recbole import import_recbole
@@ -103,21 +103,21 @@ def test_parquet_of_any_fitting_types(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", ["cannot be read as a table", "empty"]),
+        ("", ["empty", "header"]),
         (HEADER, ["holds no interactions"]),
         ("user,article,timestamp\n1,2,3\n", ["no column 'item'", "user, article, timestamp", "option"]),
-        (HEADER + "u,a,1\nu,b c,2\n", ["row 2: item: expected an id without spaces", "found 'b c'"]),
-        (HEADER + 'u,a,1\n"u\tv",b,2\n', ["row 2: user", r"found 'u\tv'"]),
-        (HEADER + 'u,"a\nb",1\n', ["row 1: item", r"found 'a\nb'"]),
-        (HEADER + "u,a\0,1\n", ["row 1: item", r"found 'a\x00'"]),
-        (HEADER + "u,a,1\n\nu,a,1\n", ["row 2: user", "found nothing"]),
-        (HEADER + "u,a,1\nu,,1\n", ["row 2: item", "found nothing"]),
-        (HEADER + "u,a,1\nu,a\n", ["row 2: timestamp", "found nothing"]),
-        (HEADER + "u,a,2020-01-01\n", ["row 1: timestamp", "found '2020-01-01'"]),
-        (HEADER + "u,a,1.5\n", ["row 1: timestamp", "found '1.5'"]),
-        (HEADER + "u,a,1e30\n", ["row 1: timestamp", "found '1e30'"]),
-        ((HEADER + "u,\xff,1\n").encode("latin-1"), ["cannot be read as a table", "utf-8"]),
-        (HEADER + 'u,"a,1\n', ["cannot be read as a table"]),
+        (HEADER + "u,a,1\nu,b c,2\n", ["line 3: item: expected an id without spaces", "found 'b c'"]),
+        (HEADER + 'u,a,1\n"u\tv",b,2\n', ["line 3: user", r"found 'u\tv'"]),
+        (HEADER + 'u,"a\nb",1\n', ["line 2: item", r"found 'a\nb'"]),
+        (HEADER + "u,a\0,1\n", ["line 2: item", r"found 'a\x00'"]),
+        (HEADER + "u,a,1\n\nu,a,1\n", ["line 3: expected 3 fields, found an empty line"]),
+        (HEADER + "u,a,1\nu,,1\n", ["line 3: item", "found nothing"]),
+        (HEADER + "u,a,1\nu,a\n", ["line 3: expected 3 fields, found 2 in 'u,a'"]),
+        (HEADER + "u,a,2020-01-01\n", ["line 2: timestamp", "found '2020-01-01'"]),
+        (HEADER + "u,a,1.5\n", ["line 2: timestamp", "found '1.5'"]),
+        (HEADER + "u,a,1e30\n", ["line 2: timestamp", "found '1e30'"]),
+        ((HEADER + "u,\xff,1\n").encode("latin-1"), ["line 2: not UTF-8", "save the file as UTF-8"]),
+        (HEADER + 'u,"a,1\n', ["line 2: a quoted field does not end in", "'u,\"a,1'"]),
     ],
 )
 def test_malformed_csv(tmp_path, content, words):
@@ -136,7 +136,7 @@ def test_a_file_that_is_no_csv(tmp_path):
 def test_a_truncated_file_is_named(tmp_path):
     whole = write(tmp_path / "whole.csv", HEADER + UNORDERED)
     part = write(tmp_path / "part.csv.gz", gzip.compress(b"item,title\n" + UNORDERED.encode())[:-9])
-    words = ("part.csv.gz: cannot be read as a table", "unexpected end of file")
+    words = ("part.csv.gz: cannot be read as a table", "ended before the end-of-stream")
     refused(lambda: import_csv(part, tmp_path / "out"), tmp_path, *words)
     refused(lambda: import_csv(whole, tmp_path / "out", TableOptions(items=part)), tmp_path, *words)
 
@@ -157,7 +157,8 @@ def test_files_that_are_not_there(tmp_path):
     source = write(tmp_path / "in.csv", HEADER + UNORDERED)
     refused(lambda: import_csv(tmp_path / "no.csv", tmp_path / "out"), tmp_path, "no.csv: no such file")
     refused(lambda: import_csv(source, tmp_path / "out", options), tmp_path, "items.csv: no such file")
-    refused(lambda: import_recbole(source, tmp_path / "out", options), tmp_path, "items.csv: no such file")
+    inter = write(tmp_path / "in.inter", "user_id:token\titem_id:token\ttimestamp:float\nu\ta\t1\n")
+    refused(lambda: import_recbole(inter, tmp_path / "out", options), tmp_path, "items.csv: no such file")
     options = TableOptions(covers=tmp_path / "covers")
     refused(lambda: import_csv(source, tmp_path / "out", options), tmp_path, "covers: no such folder")
 
@@ -185,14 +186,14 @@ def test_mixed_spellings_of_large_timestamps_stay_exact(tmp_path):
     written=st.integers(1, 7),
 )
 def test_order_is_that_of_pythons_stable_sort(tmp_path_factory, rows, read, written):
-    """Cut the rows into batches and parts of any size."""
+    """Cut the bytes and the rows into parts of any size."""
     tmp_path = tmp_path_factory.mktemp("import")
     histories: dict[str, list[tuple[int, str]]] = {}
     for user, item, time in rows:
         histories.setdefault(f"u{user}", []).append((time, f"i{item}"))
     content = HEADER + "".join(f"u{user},i{item},{time}\n" for user, item, time in rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "READ_AT_ONCE", read)
+        patch.setattr(delimited, "BLOCK_BYTES", read)
         patch.setattr(dataset_module, "WRITTEN_AT_ONCE", written)
         out = imported_csv(tmp_path, content)
     ordered = {user: sorted(history, key=lambda pair: pair[0]) for user, history in histories.items()}

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from ...errors import InputError
 from ...files import whole_folder
+from .bad_rows import BadRows
 from .dataset import write_dataset
+from .delimited import DelimitedText
 from .options import TABLE_COLUMNS, Imported, TableOptions
-from .tables import Table, csv_table, parquet_table, read_interactions, read_titles
+from .parquet import ParquetTable
+from .tables import Table, read_interactions, read_titles
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 
 
 def import_csv(source: Path, destination: Path, options: TableOptions = TableOptions()) -> Imported:
-    """Make a dataset from a CSV file with a header, which gzip may have compressed. Raises InputError for bad input."""
-    return import_table(csv_table(source), _items_table(options.items), destination, options)
+    """Make a dataset from a CSV file, which gzip may have compressed. Raises InputError for bad input.
+
+    It has a header, unless the options name its columns.
+    """
+    interactions = DelimitedText(source, columns=options.columns)
+    return import_table(interactions, _items_table(options), destination, options)
 
 
 def import_parquet(source: Path, destination: Path, options: TableOptions = TableOptions()) -> Imported:
     """Make a dataset from a Parquet file. Raises InputError for bad input."""
-    return import_table(parquet_table(source), _items_table(options.items), destination, options)
+    return import_table(ParquetTable(source), _items_table(options), destination, options)
 
 
 def import_table(
@@ -37,12 +46,28 @@ def import_table(
     item = options.item_column or names[1]
     columns = {"user": user, "item": item, "timestamp": options.timestamp_column}
     with whole_folder(destination) as folder:
-        titles = read_titles(items, item, options.title_column) if items else {}
-        return write_dataset(folder, read_interactions(interactions, columns), titles, options.covers, options)
+        bad_rows = BadRows(interactions.path, options.bad_rows, interactions.unit)
+        table = read_interactions(interactions, columns, bad_rows)
+        titles: dict[str, str] = {}
+        bad_title_rows = {}
+        if items is not None:
+            bad_titles = BadRows(items.path, options.bad_rows, items.unit)
+            titles = read_titles(items, item, options.title_column, {*table["item"].unique()}, bad_titles)
+            bad_title_rows = bad_titles.kinds
+        imported = write_dataset(folder, table, titles, options.covers, options)
+        rows = bad_rows.good + bad_rows.count
+        return replace(imported, rows=rows, bad_rows=bad_rows.kinds, bad_title_rows=bad_title_rows)
 
 
-def _items_table(path: Path | None) -> Table | None:
-    """Return the table of titles, Parquet or CSV by its suffix; None without a path."""
-    if path is None:
+def _items_table(options: TableOptions) -> Table | None:
+    """Return the table of titles, Parquet or CSV by its suffix; None if the options name none.
+
+    Raises InputError if it cannot be opened, and for names of columns of a Parquet file, which has its own.
+    """
+    if options.items is None:
         return None
-    return parquet_table(path) if path.suffix in PARQUET_SUFFIXES else csv_table(path)
+    if options.items.suffix not in PARQUET_SUFFIXES:
+        return DelimitedText(options.items, columns=options.items_columns)
+    if options.items_columns is not None:
+        raise InputError(f"{options.items}: items_columns: a Parquet file has names of its own; leave them out")
+    return ParquetTable(options.items)

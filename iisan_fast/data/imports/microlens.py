@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import tee
 from pathlib import Path
 
 from ...errors import InputError
 from ...files import whole_folder
+from .bad_rows import BadRows
 from .dataset import write_dataset
+from .delimited import DelimitedText
 from .frames import pl
 from .options import Imported, ImportOptions
-from .tables import csv_table, find, read_interactions, titles_of
+from .sources import find
+from .tables import read_interactions, titles_of
 
 PAIR_COLUMNS = ("user", "item", "timestamp")
 
@@ -30,30 +34,32 @@ def import_microlens(source: Path, destination: Path, options: ImportOptions = I
             raise InputError(f"{source}: expected MicroLens-*_pairs.csv or MicroLens-*_pairs.tsv in it, found neither")
         file = find(source, "*_title_en.csv", "*_titles.csv")
         titles = titles_of(file, _title_rows(file)) if file else {}
-        interactions = _read_csv(pairs) if pairs.suffix == ".csv" else _read_tsv(pairs)
-        return write_dataset(folder, interactions, titles, find(source, "*_covers", "covers"), options)
+        bad_rows = BadRows(pairs, options.bad_rows, "line")
+        interactions = _read_csv(pairs, bad_rows) if pairs.suffix == ".csv" else _read_tsv(pairs, bad_rows)
+        imported = write_dataset(folder, interactions, titles, find(source, "*_covers", "covers"), options)
+        return replace(imported, rows=bad_rows.good + bad_rows.count, bad_rows=bad_rows.kinds)
 
 
-def _read_csv(pairs: Path) -> pl.DataFrame:
+def _read_csv(pairs: Path, bad_rows: BadRows) -> pl.DataFrame:
     """Read the interactions of a CSV file with or without a header, as `read_interactions` returns them."""
-    form = {} if _has_header(pairs) else {"has_header": False, "schema": dict.fromkeys(PAIR_COLUMNS, pl.String)}
-    return read_interactions(csv_table(pairs, **form), dict(zip(PAIR_COLUMNS, PAIR_COLUMNS)))
+    table = DelimitedText(pairs, columns=PAIR_COLUMNS)
+    if _has_header(pairs, table.first_fields()):
+        table = DelimitedText(pairs)
+    return read_interactions(table, dict(zip(PAIR_COLUMNS, PAIR_COLUMNS)), bad_rows)
 
 
-def _read_tsv(pairs: Path) -> pl.DataFrame:
+def _read_tsv(pairs: Path, bad_rows: BadRows) -> pl.DataFrame:
     """Read the interactions of lines of a user, a tab, and items with spaces between."""
     columns = PAIR_COLUMNS[:2]
-    schema = dict.fromkeys(columns, pl.String)
-    table = csv_table(pairs, has_header=False, separator="\t", quote_char=None, schema=schema)
-    return read_interactions(table, dict(zip(columns, columns)), several_items=True)
+    table = DelimitedText(pairs, separator="\t", quoted=False, columns=columns)
+    return read_interactions(table, dict(zip(columns, columns)), bad_rows, several_items=True)
 
 
-def _has_header(pairs: Path) -> bool:
-    """Return True if the first line names the columns, False if it is an interaction.
+def _has_header(pairs: Path, first: list[str]) -> bool:
+    """Return True if the fields of the first line name the columns, False if they are an interaction.
 
     Raises InputError if it is neither.
     """
-    first = next(_rows(pairs), [])
     if {*PAIR_COLUMNS} <= {*first}:
         return True
     try:

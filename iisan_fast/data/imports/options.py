@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...errors import InputError
+from ...errors import InputError, check_choice
+from .bad_rows import BAD_ROWS, BadKind
 
 TABLE_COLUMNS = ("user", "item")  # default columns of CSV and Parquet files
 RECBOLE_FIELDS = ("user_id", "item_id")  # default columns of RecBole's files
@@ -19,12 +21,13 @@ class ImportOptions:
     # Items without a title: "id" takes the item id as title, "drop" drops the item, "error" refuses the import.
     missing_titles: str = "id"
     copy_covers: bool = False  # rather than a link to their folder
+    # Rows that do not fit: "error" refuses the import, "skip" leaves them out and counts them.
+    bad_rows: str = field(default="error", kw_only=True)
 
     def __post_init__(self) -> None:
         """Raise InputError for an unknown choice."""
-        if self.missing_titles not in MISSING_TITLES:
-            expected = ", ".join(MISSING_TITLES)
-            raise InputError(f"missing_titles: expected one of {expected}, found {self.missing_titles!r}")
+        check_choice("missing_titles", self.missing_titles, MISSING_TITLES)
+        check_choice("bad_rows", self.bad_rows, BAD_ROWS)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,14 @@ class TableOptions(ImportOptions):
     title_column: str = "title"
     items: Path | None = None  # a table of item ids and titles
     covers: Path | None = None  # a folder of images named by item id
+    columns: Sequence[str] | None = None  # names of the columns of a CSV file without a header, in order
+    items_columns: Sequence[str] | None = None  # the same of the table of titles
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an unknown choice, and for columns of titles without a table of titles."""
+        super().__post_init__()
+        if self.items_columns is not None and self.items is None:
+            raise InputError("items_columns: needs a table of titles; name it by items, too")
 
 
 @dataclass(frozen=True)
@@ -49,3 +60,6 @@ class Imported:
     dropped_interactions: int  # with items that were dropped for lack of a title
     items_without_title: int
     items_without_cover: int | None  # None if there are no covers
+    rows: int = 0  # of the file of interactions, a header not counted, those left out included
+    bad_rows: dict[str, BadKind] = field(default_factory=dict)  # rows left out because they do not fit, by kind
+    bad_title_rows: dict[str, BadKind] = field(default_factory=dict)  # the same of the table of titles

@@ -1,104 +1,96 @@
-"""Read and check interactions and titles from any table that polars can scan."""
+"""Read and check interactions and titles from delimited text and Parquet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from decimal import Decimal
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from ...errors import InputError, first_few
-from ...progress import progress_bar
+from ...errors import InputError
+from ..strict_tables import CONTROL_CHARACTERS, MAX_ID_BYTES
+from .bad_rows import BadRows
 from .frames import pl
+from .headers import ADVICE, find_columns
+from .options import RECBOLE_FIELDS, TABLE_COLUMNS
 
-READ_AT_ONCE = 250_000  # rows
-ID = "an id without spaces, tabs or line ends"
-READ_ERRORS = (pl.exceptions.PolarsError, OSError)  # the latter of gzip, without the file's name
-EXPECTED = {"user": ID, "item": ID, "timestamp": "a whole number"}
+EXACT_FLOAT = 2**53  # a larger whole number may not be the one that its text says
+NUMBER = re.compile(rb"[+-]?[0-9]+(\.0*)?")
+UNFIT_ID = rf"^$|\s|{CONTROL_CHARACTERS}"
+EXPECTED = {
+    "user": "an id without spaces, tabs, line ends or control characters",
+    "item": "an id without spaces, tabs, line ends or control characters",
+    "timestamp": "a whole number",
+}
 
 
-@dataclass(frozen=True)
-class Table:
-    """A file and the polars query that reads it, which has not run yet."""
+class Table(Protocol):
+    """A file of rows under named columns."""
 
     path: Path
-    frame: pl.LazyFrame
+    columns: list[str]
+    unit: str  # "line" or "row": what the places of rows count
+    has_header: bool  # the names of columns come from the first line of a text
 
-    def select(self, columns: Mapping[str, str]) -> pl.LazyFrame:
-        """Return the given columns ({new name: name in the file}) under their new names; all but timestamps are text.
-
-        Raises InputError if a column is missing, or if users or items are neither text nor whole numbers.
-        """
-        schema = self.frame.collect_schema()
-        for column in columns.values():
-            if column not in schema:
-                if not "".join(schema).isprintable():
-                    raise InputError(f"{self.path}: no header of names in its first line; is it in another format?")
-                names = first_few(schema, len(schema), limit=10)
-                raise InputError(f"{self.path}: no column {column!r}, only {names}; rename one or name it by an option")
-        for name in ("user", "item"):
-            kind = schema.get(columns.get(name), pl.String)
-            if not (kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Enum)):
-                raise InputError(f"{self.path}: column {columns[name]!r} holds {kind}; expected text or whole numbers")
-        return self.frame.select(
-            pl.col(column).alias(name) if name == "timestamp" else pl.col(column).cast(pl.String).alias(name)
-            for name, column in columns.items()
-        )
+    def batches(
+        self, columns: Mapping[str, str], bad_rows: BadRows, is_row: Callable[[Mapping[str, bytes]], bool] | None = None
+    ) -> Iterator[pl.DataFrame]:
+        """Yield the given columns ({new name: name in the file}) and each row's `place`."""
 
 
-def csv_table(path: Path, **form: Any) -> Table:
-    """Return the table of a text file, which gzip may have compressed; all its columns are text.
-
-    form: further arguments of polars.scan_csv. Raises InputError if there is no such file.
-    """
-    return Table(path, pl.scan_csv(_existing(path), infer_schema=False, glob=False, **form))
-
-
-def parquet_table(path: Path) -> Table:
-    """Return the table of a Parquet file. Raises InputError if there is no such file."""
-    return Table(path, pl.scan_parquet(_existing(path), glob=False))
-
-
-def read_interactions(table: Table, columns: Mapping[str, str], several_items: bool = False) -> pl.DataFrame:
+def read_interactions(
+    table: Table, columns: Mapping[str, str], bad_rows: BadRows, several_items: bool = False
+) -> pl.DataFrame:
     """Return all interactions in the order of the file: 16 bytes an interaction, and the text of each id once.
 
     The columns are user and item, Categorical, with codes in order of first appearance, and timestamp, int64, if
     `columns` ({"user": name in the file, …}) has one. several_items: an item field holds several ids with spaces
-    between.
+    between. Rows without an id, with an unfit one, or without a whole number as timestamp are added to `bad_rows`.
 
-    Raises InputError, with the row (from 1, a header not counted), for an id that is missing or has whitespace and for
-    a timestamp that is not a whole number.
+    Raises InputError as `bad_rows` says, if no row is left, and if the header is data.
     """
+    find_columns(table.path, table.columns, columns, table.has_header)
     kinds = {name: pl.Categorical(pl.Categories.random()) for name in ("user", "item")}
     parts: list[pl.DataFrame] = []
-    done = 0
-    try:
-        frame = table.select(columns)
-        total = frame.select(pl.len()).collect().item()
-        with progress_bar(f"reading {table.path.name}", total, "rows") as advance:
-            for batch in frame.collect_batches(chunk_size=READ_AT_ONCE, lazy=True):
-                rows = batch.with_row_index("row", offset=done + 1)
-                if several_items:
-                    rows = rows.with_columns(_split(pl.col("item"))).explode("item")
-                parts.append(_checked(rows, kinds, table.path))
-                done += batch.height
-                advance(batch.height)
-    except READ_ERRORS as error:
-        raise _unreadable(table.path, error, done) from None
-    if not total:
+    good_rows = 0
+    for batch in table.batches(columns, bad_rows, _is_interaction if "timestamp" in columns else None):
+        rows = batch
+        if several_items:
+            rows = rows.with_columns(_split(pl.col("item"))).explode("item")
+        if "timestamp" in columns:
+            rows = rows.with_columns(_whole_numbers(rows["timestamp"]).alias("whole"))
+        fit = _fitting(rows, bad_rows)
+        if table.has_header:
+            for name in kinds:
+                _refuse_value(table.path, columns[name], (fit[name] == columns[name]).any())
+        good_rows += fit["place"].n_unique() if several_items else fit.height
+        # One column follows the other, since codes of columns in parallel would come in random order.
+        ids = [fit[name].cast(kind) for name, kind in kinds.items()]
+        parts.append(pl.DataFrame([*ids, fit["whole"].alias("timestamp")] if "timestamp" in columns else ids))
+    bad_rows.finish(good_rows)
+    if not good_rows:
         raise InputError(f"{table.path}: holds no interactions")
-    if done != total:  # old versions of polars lost an error
-        raise InputError(f"{table.path}: only {done} of {total} rows could be read; is one malformed?")
     return pl.concat(parts)
 
 
-def read_titles(table: Table, item_column: str, title_column: str) -> dict[str, str]:
-    """Return {item id: title} of a table, as `titles_of` does. Raises InputError if the table cannot be read."""
-    try:
-        frame = table.select({"item": item_column, "title": title_column}).collect()
-    except READ_ERRORS as error:
-        raise _unreadable(table.path, error) from None
-    return titles_of(table.path, frame.iter_rows())
+def read_titles(
+    table: Table, item_column: str, title_column: str, item_ids: Container[str], bad_rows: BadRows
+) -> dict[str, str]:
+    """Return {item id: title} of a table, as `titles_of` does. Rows without an item id are added to `bad_rows`.
+
+    item_ids: the ids in the interactions. Raises InputError as `bad_rows` says, for two titles of an item, and if the
+    header is data.
+    """
+    columns = {"item": item_column, "title": title_column}
+    find_columns(table.path, table.columns, columns, table.has_header)
+    if table.has_header:
+        _refuse_value(table.path, item_column, item_column in item_ids)
+    batches = table.batches(columns, bad_rows, lambda fields: fields["item"].decode(errors="replace") in item_ids)
+    titled = [_titled(batch, bad_rows) for batch in batches]
+    bad_rows.finish(sum(batch.height for batch in titled))
+    return titles_of(table.path, chain.from_iterable(batch.iter_rows() for batch in titled))
 
 
 def titles_of(path: Path, rows: Iterable[tuple[str, str | None]]) -> dict[str, str]:
@@ -114,71 +106,81 @@ def titles_of(path: Path, rows: Iterable[tuple[str, str | None]]) -> dict[str, s
     return titles
 
 
-def find(folder: Path, *patterns: str) -> Path | None:
-    """Return the file that matches the first pattern with a match. Raises InputError if several files match it."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    for pattern in patterns:
-        matches = sorted(folder.glob(pattern))
-        if len(matches) > 1:
-            names = first_few((match.name for match in matches), len(matches))
-            raise InputError(f"{folder}: expected one {pattern}, found {names}; give each dataset a folder of its own")
-        if matches:
-            return matches[0]
-    return None
-
-
-def _existing(path: Path) -> Path:
-    """Return the path. Raises InputError if there is no such file."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    return path
-
-
 def _split(items: pl.Expr) -> pl.Expr:
     """Return the lists of ids of texts with one or more spaces between ids."""
     return items.str.strip_chars(" ").str.replace_all(" +", " ").str.split(" ")
 
 
-def _checked(rows: pl.DataFrame, kinds: Mapping[str, pl.Categorical], path: Path) -> pl.DataFrame:
-    """Return rows of text as codes and numbers. Raises InputError for a bad value, with its row.
+def _titled(batch: pl.DataFrame, bad_rows: BadRows) -> pl.DataFrame:
+    """Return the columns item and title of the rows with an item id; the others are added to `bad_rows`."""
+    empty = (batch["item"].is_null() | (batch["item"] == "")).fill_null(True)
+    if empty.any():
+        bad_rows.add("empty item id", batch["place"].filter(empty), "expected an item id, found nothing")
+        batch = batch.filter(~empty)
+    return batch.select("item", "title")
 
-    One column follows the other, since codes of columns in parallel would come in random order.
-    """
-    columns = []
-    for name, kind in kinds.items():
-        ids = rows[name]
-        _refuse(rows, ids.is_null() | ids.str.contains(r"^$|[\s\x00]"), name, path)
-        columns.append(ids.cast(kind))
-    if "timestamp" in rows.columns:
-        columns.append(_whole_numbers(rows["timestamp"]))
-        _refuse(rows, columns[-1].is_null(), "timestamp", path)
-    return pl.DataFrame(columns)
+
+def _fitting(rows: pl.DataFrame, bad_rows: BadRows) -> pl.DataFrame:
+    """Return the rows whose values fit; the others are added to `bad_rows`. Raises InputError as it says."""
+    for name in [name for name in EXPECTED if name in rows.columns]:
+        column = rows[name]
+        if name == "timestamp":
+            bad = rows["whole"].is_null()
+        else:
+            bad = (
+                column.is_null() | column.str.contains(UNFIT_ID) | (column.str.len_bytes() > MAX_ID_BYTES)
+            ).fill_null(True)
+        if bad.any():
+            places = rows["place"].filter(bad).unique(maintain_order=True)
+            bad_rows.add(f"bad {name}", places, _problem(name, column.filter(bad)[0]))
+            rows = rows.filter(~rows["place"].is_in(places.implode()))
+    return rows
+
+
+def _problem(name: str, value: object) -> str:
+    """Return the message of a bad value."""
+    shown = "nothing" if value is None else repr(value)
+    if isinstance(value, str) and len(value.encode()) > MAX_ID_BYTES and name != "timestamp":
+        return f"{name}: expected an id of at most {MAX_ID_BYTES:,} bytes, found {len(value.encode()):,}"
+    return f"{name}: expected {EXPECTED[name]}, found {shown if len(shown) < 100 else shown[:100] + '…'}"
 
 
 def _whole_numbers(column: pl.Series) -> pl.Series:
     """Return a column of numbers, or of text such as 12, 12.0 or 1.2e1, as Int64; null for all but whole numbers."""
+    if column.dtype.is_decimal():
+        column = column.cast(pl.String)
     exact = column.cast(pl.Int64, strict=False)
     if not column.dtype.is_float() and exact.null_count() == 0:
         return exact
     numbers = column.cast(pl.Float64, strict=False)
     whole = numbers.cast(pl.Int64, strict=False)
     whole = whole.set(whole.cast(pl.Float64) != numbers, None)
-    return whole if column.dtype.is_float() else exact.zip_with(exact.is_not_null(), whole)
+    if column.dtype.is_float():
+        return whole
+    large = (exact.is_null() & (whole.abs() >= EXACT_FLOAT).fill_null(True) & numbers.is_finite()).fill_null(False)
+    for place in large.arg_true():
+        whole[place] = _exact_number(column[place])
+    return exact.zip_with(exact.is_not_null(), whole)
 
 
-def _refuse(rows: pl.DataFrame, bad: pl.Series, name: str, path: Path) -> None:
-    """Raise InputError for the first row that is `bad` (boolean; null counts as bad), naming its row and value."""
-    bad = bad.fill_null(True)
-    if not bad.any():
-        return
-    first = bad.arg_max()
-    value = rows[name][first]
-    shown = "nothing" if value is None else repr(value)
-    raise InputError(f"{path} row {rows['row'][first]}: {name}: expected {EXPECTED[name]}, found {shown}")
+def _exact_number(text: str) -> int | None:
+    """Return the whole number of 64 bits that a number's text says, None if it says another number."""
+    number = Decimal(text)
+    if number != number.to_integral_value() or not -(2**63) <= number < 2**63:
+        return None
+    return int(number)
 
 
-def _unreadable(path: Path, error: Exception, done: int = 0) -> InputError:
-    """Return the error of a table that polars cannot read after `done` rows."""
-    where = f"{path} beyond row {done}" if done else str(path)
-    return InputError(f"{where}: cannot be read as a table ({str(error).strip().splitlines()[0]})")
+def _is_interaction(fields: Mapping[str, bytes]) -> bool:
+    """Return True if fields, as they stand in a text, are an interaction."""
+    ids = (fields["user"], fields["item"])
+    return bool(NUMBER.fullmatch(fields["timestamp"])) and all(len(text.split()) == 1 for text in ids)
+
+
+def _refuse_value(path: Path, name: str, is_value: bool) -> None:
+    """Raise InputError if a column's name, unless it is a usual one, is also one of its values: the header is a row."""
+    if is_value and name not in (*TABLE_COLUMNS, *RECBOLE_FIELDS):
+        raise InputError(
+            f"{path} line 1: the column's name {name!r} is also one of its values, so that the first line looks like "
+            f"data; {ADVICE}, or remove what repeats the header"
+        )

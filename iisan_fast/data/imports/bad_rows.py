@@ -1,0 +1,69 @@
+"""Rows of a source that do not fit: an error with the first one's place, or counts by kind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...errors import InputError, first_few
+
+LOGGER = logging.getLogger(__name__)
+BAD_ROWS = ("error", "skip")
+PLACES_SHOWN = 5
+HINT = "correct it, or leave out such rows with --bad-rows skip"
+
+
+@dataclass
+class BadKind:
+    """The rows of one kind that were left out."""
+
+    unit: str  # "line" if places count the lines of a text, "row" if they count rows
+    count: int = 0
+    places: list[int] = field(default_factory=list)  # from 1, of the first few
+
+
+class BadRows:
+    """The rows of one file that do not fit, under the policy "error" or "skip"."""
+
+    def __init__(self, path: Path, policy: str, unit: str) -> None:
+        """Start without bad rows. unit: as in BadKind."""
+        self.path = path
+        self.policy = policy
+        self.unit = unit
+        self.kinds: dict[str, BadKind] = {}
+        self.good = 0  # rows that fit, once all are read
+
+    @property
+    def count(self) -> int:
+        """Return the number of rows that were left out."""
+        return sum(kind.count for kind in self.kinds.values())
+
+    def add(self, kind: str, places: Sequence[int], problem: str) -> None:
+        """Count rows of one kind, in the order of the file. problem: what is wrong with the first of them.
+
+        Raises InputError, with the first row's place, if the policy is "error".
+        """
+        if self.policy == "error":
+            raise InputError(f"{self.path} {self.unit} {places[0]}: {problem}; {HINT}")
+        found = self.kinds.setdefault(kind, BadKind(self.unit))
+        found.count += len(places)
+        room = PLACES_SHOWN - len(found.places)
+        found.places += [int(place) for place in places[:room]]
+
+    def finish(self, good: int) -> None:
+        """Take the number of rows that fit, and warn of the others. Raises InputError if there are only others."""
+        self.good = good
+        if not self.count:
+            return
+        kinds = "; ".join(describe_bad_rows(name, kind) for name, kind in self.kinds.items())
+        if not good:
+            raise InputError(f"{self.path}: none of its {self.count:,} rows fits: {kinds}")
+        LOGGER.warning("%s: left out %s of %s rows: %s", self.path, f"{self.count:,}", f"{self.count + good:,}", kinds)
+
+
+def describe_bad_rows(name: str, kind: BadKind) -> str:
+    """Return a kind's count, name and first places, such as "2 stray quote (lines 3, 5)"."""
+    plural = "" if kind.count == 1 else "s"
+    return f"{kind.count:,} {name} ({kind.unit}{plural} {first_few(kind.places, kind.count, PLACES_SHOWN)})"
