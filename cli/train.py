@@ -34,6 +34,7 @@ EXAMPLES = (
     "iisan-fast train DATASET --cache STATES --config SETTINGS.yaml \\\n  --set model.dropout=0.2",
     "iisan-fast train DATASET --method lora --text-encoder bert-base-uncased \\\n  --dry-run",
     "iisan-fast train --resume runs/first",
+    "iisan-fast train --resume runs/first --epochs 40 --cache /new/place/STATES",
 )
 SECTIONS = {
     "protocol": ProtocolConfig,
@@ -45,6 +46,10 @@ SECTIONS = {
 WRITTEN_HERE = ("dataset", "cache")  # settings of RunConfig with an argument and an option written below
 OF_VIEWS = ("views",)  # the setting of UncachedConfig that the options of encoders describe
 WITH_RESUME = {"resume_path", "placement", "device", "as_json"}
+CHANGED_BY_RESUME = {  # option: the argument of iisan_fast.resume
+    **{name: name for name in ("dataset", "cache", "image_encoder", "text_encoder", "patience", "checkpoint_every")},
+    "max_epochs": "epochs",
+}
 
 
 @command(examples=EXAMPLES, short_help="Train a recommender and test its best epoch.")
@@ -57,7 +62,14 @@ WITH_RESUME = {"resume_path", "placement", "device", "as_json"}
 @setting_options(UncachedConfig, ENCODERS, without=OF_VIEWS)
 @setting_options(ModelConfig, MODEL)
 @setting_options(TrainConfig, TRAINING)
-@option("--resume", "resume_path", group=TRAINING, type=FOLDER, help="Continue the run in this folder as it began.")
+@option(
+    "--resume",
+    "resume_path",
+    group=TRAINING,
+    type=FOLDER,
+    help="Continue the run in this folder as it began. Only the places of dataset, cache and encoders may be given "
+    "anew, and --epochs, --patience and --checkpoint-every.",
+)
 @setting_options(EvaluationConfig, EVALUATION)
 @config_options
 @option(
@@ -89,7 +101,8 @@ def train(
     where = {"device": options.pop("device"), "table": options.pop("placement")}
     if resume_path is not None:
         _refuse_other_settings(context)
-        result = api.resume(resume_path, **where, on_epoch=_report_epoch)
+        changes = {argument: context.params[name] for name, argument in CHANGED_BY_RESUME.items()}
+        result = api.resume(resume_path, **changes, **where, on_epoch=_report_epoch)
     else:
         settings = _settings(dataset, options)
         result = api.train(dataset, **settings, **where, dry_run=dry_run, on_epoch=_report_epoch)
@@ -130,7 +143,8 @@ def _refuse_other_settings(context: click.Context) -> None:
     forbidden = [
         names[name]
         for name in context.params
-        if name not in WITH_RESUME and context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if name not in WITH_RESUME | CHANGED_BY_RESUME.keys()
+        and context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
     ]
     if forbidden:
         raise InputError(f"--resume: takes its settings from the run; leave out {', '.join(sorted(forbidden))}")

@@ -180,7 +180,8 @@ def train(
     Returns the run's folder, the best epoch, and the figures on the test set: HR@K and NDCG@K as fractions, history
     masked and unmasked, beside the popularity baseline.
     Raises InputError for settings or files that cannot be used, before the run's folder is made, and where the loss
-    stops being finite.
+    stops being finite. Ctrl-C (SIGINT), SIGTERM and SIGHUP let the step under way end, save the run and raise Stopped,
+    which like KeyboardInterrupt is no Exception; `resume` goes on. A second signal acts at once.
     """
     check_choice("table", table, PLACEMENTS)
     report = _on_epoch(on_epoch)
@@ -222,19 +223,47 @@ def train(
 
 @_checks_names()
 def resume(
-    run: PathLike, *, device: str | torch.device = "auto", table: str = "auto", on_epoch: OnEpoch | None = None
+    run: PathLike,
+    dataset: PathLike | None = None,
+    *,
+    cache: PathLike | None = None,
+    image_encoder: PathLike | None = None,
+    text_encoder: PathLike | None = None,
+    epochs: int | None = None,
+    patience: int | None = None,
+    checkpoint_every: str | int | None = None,
+    device: str | torch.device = "auto",
+    table: str = "auto",
+    on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any]:
     """Continue a stopped run exactly as if it had not been stopped; a finished one returns its figures again.
 
-    run: the run's folder, which holds all settings. The other arguments and the result are those of `train`.
+    run: the run's folder, which holds all settings.
+    dataset, cache, image_encoder, text_encoder: the places to which these have moved. Their content has to be that with
+        which the run began.
+    epochs, patience: let a finished run go on. The results are those of a run that had these settings from the
+        beginning.
+    checkpoint_every: save within epochs after so many steps (500) or so much time ("10m").
+    The other arguments and the result are those of `train`. What is given here replaces the setting in config.json.
 
-    Raises InputError where the folder holds no run, or where its dataset or states have changed.
+    Raises InputError where the folder holds no run, or where its dataset, states or encoders have changed. Nothing is
+    written then. Raises Stopped as `train` does.
     """
     check_choice("table", table, PLACEMENTS)
     from . import training
 
     folder = as_path("run", run)
-    return {"run": str(folder), **training.resume(folder, torch_device(device), _on_epoch(on_epoch), table)}
+    changes = training.RunChanges(
+        dataset=None if dataset is None else str(as_path("dataset", dataset).resolve()),
+        cache=None if cache is None else str(as_path("cache", cache).resolve()),
+        image_encoder=None if image_encoder is None else str(image_encoder),
+        text_encoder=None if text_encoder is None else str(text_encoder),
+        max_epochs=epochs,
+        patience=patience,
+        checkpoint_every=checkpoint_every,
+    )
+    where = torch_device(device)
+    return {"run": str(folder), **training.resume(folder, where, _on_epoch(on_epoch), table, changes)}
 
 
 @_checks_names(EVALUATION_SETTINGS)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import InputError, check_choice
+from .intervals import Interval
 from .setting_fields import check_settings, same_setting, setting
 
 SOURCES = ("image", "title", "caption")
@@ -239,6 +240,11 @@ class TrainConfig:
         maximum=1_000_000,
     )
     seed: int = setting(0, help="Seed of weights, batches and dropout.", minimum=0, maximum=2**63 - 1)
+    checkpoint_every: str | int | None = setting(
+        None,
+        help="Save within epochs too, after so many steps (500) or so much time (90s, 10m, 2h); results do not change.",
+        automatic="after each epoch",
+    )
     precision: str = setting(
         "auto",
         help="Precision of the trained matrix products; on a CPU, bfloat16 is for fine-tuned encoders.",
@@ -256,6 +262,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if (interval := self.checkpoint_interval) is not None and interval.steps is not None:
+            object.__setattr__(self, "checkpoint_every", interval.steps)  # a number, also if it was text
+
+    @property
+    def checkpoint_interval(self) -> Interval | None:
+        """Return the interval between two checkpoints within an epoch; None for no such checkpoints."""
+        return None if self.checkpoint_every is None else Interval.of(self.checkpoint_every, "checkpoint_every")
 
 
 @dataclass(frozen=True)

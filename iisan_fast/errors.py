@@ -36,6 +36,13 @@ class Stopped(BaseException):
         self.signal_number = signal_number
 
 
+def error_text(error: Exception) -> str:
+    """Return an error's message; for a file that cannot be read or written, its name and the reason."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def first_few(names: Iterable[object], total: int, limit: int = 3) -> str:
     """Return the first `limit` names and the number of the others, such as "a, b, c and 9 more".
 

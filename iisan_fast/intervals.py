@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 
 from .errors import InputError
@@ -37,3 +38,22 @@ class Interval:
         if self.steps is not None:
             return steps >= self.steps
         return self.seconds is not None and seconds >= self.seconds
+
+
+class IntervalClock:
+    """Counts the steps and the time since something was done the last time."""
+
+    def __init__(self, interval: Interval | None) -> None:
+        """Start now. interval: None never ends."""
+        self._interval = interval
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self._steps = 0
+        self._started = time.monotonic()
+
+    def step(self) -> bool:
+        """Count a step, and return True if the interval is over."""
+        self._steps += 1
+        return self._interval is not None and self._interval.is_over(self._steps, time.monotonic() - self._started)

@@ -18,7 +18,7 @@ from iisan_fast.data.items import open_images
 from iisan_fast.data.sequences import Dataset, load_dataset, statistics
 from iisan_fast.setting_fields import from_dict
 from iisan_fast.states.extraction import extract
-from iisan_fast.training.trainer import train
+from iisan_fast.training.start_run import train
 
 
 @pytest.fixture(scope="module")

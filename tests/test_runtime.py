@@ -19,7 +19,8 @@ from iisan_fast.data.sequences import load_dataset
 from iisan_fast.runtime import CUBLAS_VARIABLE
 from iisan_fast.states.extraction import extract
 from iisan_fast.training.best_run import evaluate_run, load
-from iisan_fast.training.trainer import resume, train
+from iisan_fast.training.resume_run import resume
+from iisan_fast.training.start_run import train
 
 CPU = torch.device("cpu")
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "mkldnn_linear"}

@@ -6,17 +6,21 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .best_run import BestRun, evaluate_run, load
+    from .determinism import deterministic
     from .dry_run import describe_new_run
     from .fused_step import GpuFusedStep, run_stages, step_stages
     from .item_sources import open_source, refuse_missing_libraries
+    from .resume_run import RunChanges, resume
     from .run_folder import RunFolder, environment
-    from .trainer import Trainer, check_new_run, deterministic, resume, train
+    from .start_run import check_new_run, train
+    from .trainer import Trainer
     from .training_step import CapturedStep
 
 __all__ = [
     "BestRun",
     "CapturedStep",
     "GpuFusedStep",
+    "RunChanges",
     "RunFolder",
     "Trainer",
     "check_new_run",

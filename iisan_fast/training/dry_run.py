@@ -15,7 +15,8 @@ from ..runtime import fix_cublas_workspace
 from ..setting_fields import to_dict
 from .item_sources import Descriptions, open_unread_source, refuse_changed_texts
 from .run_folder import RUN_FILES
-from .trainer import Trainer, check_new_run
+from .start_run import check_new_run
+from .trainer import Trainer
 
 ADAM_MOMENTS = 2  # that Adam stores of each trained parameter
 NOT_ESTIMATED = "not estimated"

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..config import SIDE_METHODS, TUNING_METHODS, RunConfig, UncachedConfig, ViewConfig
@@ -89,6 +90,17 @@ def dataset_again(config: RunConfig, sequences: Sequences) -> Dataset:
     return replace(dataset, sequences=sequences)
 
 
+def same_dataset(config: RunConfig, sequences: Sequences) -> Dataset:
+    """Return the dataset in the configured folder, to which the dataset of a run has moved.
+
+    sequences: of the run folder. Raises InputError, with the first difference, for another dataset.
+    """
+    dataset = load_dataset(Path(config.dataset), config.protocol)
+    if difference := _difference(sequences, dataset.sequences):
+        raise InputError(f"{config.dataset}: not the dataset that the run was trained on: {difference}")
+    return dataset
+
+
 def refuse_changed_texts(config: RunConfig, dataset: Dataset) -> None:
     """Raise InputError if titles or captions have changed since the cache's states were made from them.
 
@@ -120,6 +132,39 @@ def refuse_changed_texts(config: RunConfig, dataset: Dataset) -> None:
                     f"{config.cache}: view {name!r}: the {view['source']}s of {len(changed)} items are not those "
                     f"that were encoded ({first_few(changed, len(changed))}); run iisan-fast extract again"
                 )
+
+
+def _difference(recorded: Sequences, current: Sequences) -> str:
+    """Return a phrase for the first difference between two datasets; empty if they are the same."""
+    for kind, before, now in (
+        ("items", recorded.item_ids, current.item_ids),
+        ("users", recorded.user_ids, current.user_ids),
+    ):
+        if len(before) != len(now):
+            return f"{len(before)} {kind} there, {len(now)} now"
+        for number, (id_before, id_now) in enumerate(zip(before, now), start=1):
+            if id_before != id_now:
+                return f"{kind} {number} {id_before!r} there, {id_now!r} now"
+    if not (np.array_equal(recorded.offsets, current.offsets) and np.array_equal(recorded.items, current.items)):
+        return f"the history of user {_first_changed_user(recorded, current)!r} has changed"
+    ends = {"training": (recorded.training_ends, current.training_ends)}
+    ends |= {name: (recorded.targets[name], current.targets[name]) for name in recorded.targets}
+    differing = [name for name, (before, now) in ends.items() if not np.array_equal(before, now)]
+    return f"another split ({', '.join(differing)})" if differing else ""
+
+
+def _first_changed_user(recorded: Sequences, current: Sequences) -> str:
+    """Return the id of the first user whose histories in two datasets of the same users differ.
+
+    Raises ValueError if there is none.
+    """
+    for user, user_id in enumerate(recorded.user_ids):
+        before, now = (
+            sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]] for sequences in (recorded, current)
+        )
+        if not np.array_equal(before, now):
+            return user_id
+    raise ValueError("expected two datasets with different histories")
 
 
 def _open_cache(

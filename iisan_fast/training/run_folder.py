@@ -272,6 +272,12 @@ class RunFolder:
         """Write config.json, with the folder's format."""
         _write_json(self.path / "config.json", {"format": RUN_FORMAT, **to_dict(config)})
 
+    def change_config(self, config: RunConfig) -> None:
+        """Write the changed settings of an existing run. A run of format 1 becomes one of the current format."""
+        if environment := self.environment:
+            _write_json(self.path / "environment.json", environment)
+        self.write_config(config)
+
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl again: one JSON object in a line for each epoch."""
         write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in lines).encode())

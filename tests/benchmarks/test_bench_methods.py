@@ -111,7 +111,7 @@ def test_a_stopped_sweep_goes_on_where_it_stopped(settings, small_catalogue, tmp
             raise KeyboardInterrupt
 
         monkeypatch.undo()
-        from iisan_fast.training.trainer import train
+        from iisan_fast.training.start_run import train
 
         return train(config, run, device, stop, placement)
 

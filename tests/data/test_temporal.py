@@ -26,8 +26,9 @@ from iisan_fast.data.sequences import load_dataset, load_sequences, statistics
 from iisan_fast.errors import InputError
 from iisan_fast.evaluation.metrics import evaluate, popularity_baseline
 from iisan_fast.training.best_run import evaluate_run
+from iisan_fast.training.resume_run import resume
 from iisan_fast.training.run_folder import RunFolder
-from iisan_fast.training.trainer import resume, train
+from iisan_fast.training.start_run import train
 
 CPU = torch.device("cpu")
 SMALL = ProtocolConfig(min_interactions=4, max_inputs=2, split="temporal", validation_from=0.4, test_from=0.7)

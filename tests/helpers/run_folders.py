@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
+from iisan_fast.training.checkpoints import load_checkpoint
+
 
 def untimed(run: Path) -> list[dict]:
     """Return the lines of metrics.jsonl without the times, which differ from run to run."""
@@ -16,3 +20,15 @@ def untimed(run: Path) -> list[dict]:
 def hit_rates(result: dict) -> tuple[float, float]:
     """Return the model's and the popularity baseline's test HR@10, history masked."""
     return result["test"]["masked"]["hr@10"], result["popularity"]["masked"]["hr@10"]
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Assert that two finished runs have the same results bit for bit: figures, losses, weights, optimizer states."""
+    assert untimed(run) == untimed(other)
+    assert json.loads((run / "test.json").read_text()) == json.loads((other / "test.json").read_text())
+    for name in ("best.safetensors", "last.safetensors"):
+        tensors, expected = (load_checkpoint(folder / name)[0] for folder in (run, other))
+        assert tensors.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert tensors[key].dtype == tensor.dtype and torch.equal(tensors[key], tensor), (name, key)
+    assert load_checkpoint(run / "last.safetensors")[1].keys() == load_checkpoint(other / "last.safetensors")[1].keys()

@@ -21,7 +21,8 @@ from iisan_fast.states.feature_table import FeatureTable, MappedTable, PinnedTab
 from iisan_fast.states.item_source import ItemSource
 from iisan_fast.states.store import Store
 from iisan_fast.training.checkpoints import load_checkpoint
-from iisan_fast.training.trainer import Trainer, train
+from iisan_fast.training.start_run import train
+from iisan_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 HOMES = {"device": FeatureTable, "pinned": PinnedTable, "mapped": MappedTable}

@@ -22,8 +22,9 @@ from iisan_fast.config import EvaluationConfig
 from iisan_fast.errors import InputError
 from iisan_fast.settings_files import RUN_FORMAT, read_run_config, read_run_settings
 from iisan_fast.training.best_run import evaluate_run, load
+from iisan_fast.training.resume_run import resume
 from iisan_fast.training.run_folder import RunFolder, environment
-from iisan_fast.training.trainer import resume, train
+from iisan_fast.training.start_run import train
 
 FORMAT_1 = Path(__file__).parents[1] / "format_1"
 CPU = torch.device("cpu")

@@ -18,8 +18,11 @@ from iisan_fast.kernels import FORM_VARIABLE
 from iisan_fast.states.store import Store, content_digest
 from iisan_fast.training.best_run import evaluate_run
 from iisan_fast.training.checkpoints import load_checkpoint, save_checkpoint
+from iisan_fast.training.resume_run import resume
 from iisan_fast.training.run_folder import RunFolder
-from iisan_fast.training.trainer import Progress, Trainer, resume, train
+from iisan_fast.training.run_progress import Progress
+from iisan_fast.training.start_run import train
+from iisan_fast.training.trainer import Trainer
 from iisan_fast.training.training_step import CapturedStep
 
 CPU = torch.device("cpu")

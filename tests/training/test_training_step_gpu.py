@@ -32,8 +32,10 @@ from helpers.training_steps import assert_identical
 from iisan_fast.config import TrainConfig
 from iisan_fast.data.batches import epoch_batches
 from iisan_fast.training.checkpoints import load_checkpoint
+from iisan_fast.training.determinism import deterministic
 from iisan_fast.training.fused_step import GpuFusedStep
-from iisan_fast.training.trainer import Trainer, deterministic, train
+from iisan_fast.training.start_run import train
+from iisan_fast.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,7 +18,8 @@ from helpers.captured_steps import (
     new_trainer,
 )
 from iisan_fast.benchmarks.captures import call_again_for_graphs
-from iisan_fast.training.trainer import Trainer, deterministic
+from iisan_fast.training.determinism import deterministic
+from iisan_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,192 @@
+"""Go on with a run: after a stop, for more epochs, or with its data and encoders in other places."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import RunConfig, TrainConfig, UncachedConfig
+from ..data import Dataset
+from ..errors import InputError
+from ..fingerprints import changed_settings
+from ..precision import Precision, resolve_precision
+from ..runtime import fix_cublas_workspace
+from ..settings_files import read_settings
+from .item_sources import Descriptions, dataset_again, open_source, same_dataset
+from .run_folder import RunFolder
+from .run_progress import Progress
+from .trainer import Trainer
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunChanges:
+    """The settings that a run may change when it goes on; None changes nothing."""
+
+    dataset: str | None = None  # folders to which the data has moved
+    cache: str | None = None
+    image_encoder: str | None = None
+    text_encoder: str | None = None
+    max_epochs: int | None = None
+    patience: int | None = None
+    checkpoint_every: str | int | None = None
+
+    def __bool__(self) -> bool:
+        """Return True if anything changes."""
+        return self != RunChanges()
+
+    def applied_to(self, config: RunConfig) -> RunConfig:
+        """Return a run's configuration with the changes. Raises InputError for a place of what the run does not read.
+
+        Whether the new places hold the same content is not checked.
+        """
+        names = ("max_epochs", "patience", "checkpoint_every")
+        train = replace(config.train, **{name: value for name in names if (value := getattr(self, name)) is not None})
+        if self.cache is not None and config.cache is None:
+            raise InputError("cache: the run reads none; leave it out")
+        uncached = config.uncached
+        for kind, encoder in (("image", self.image_encoder), ("text", self.text_encoder)):
+            if encoder is not None:
+                uncached = _moved_encoder(config, uncached, kind, encoder)
+        return replace(
+            config,
+            dataset=self.dataset or config.dataset,
+            cache=self.cache or config.cache,
+            uncached=uncached,
+            train=train,
+        )
+
+
+def resume(
+    out: Path,
+    device: torch.device,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
+    placement: str = "auto",
+    changes: RunChanges = RunChanges(),
+) -> dict[str, Any]:
+    """Continue a run, with the results that it would have had without the stop, and return its test figures.
+
+    A finished run returns its stored figures, unless the changes let it go on. on_epoch, placement: as in `train`.
+    changes: replace settings in config.json, once all is checked. Raises InputError if `out` holds no run, or if the
+    run's dataset, states, encoders or checkpoint have changed or are missing, or if a run with these settings would
+    have ended before; nothing is written in these cases. Raises Stopped after a signal, when the run is saved.
+    """
+    fix_cublas_workspace()
+    folder = RunFolder.open(out)
+    if not changes and (figures := _final_figures(folder, folder.config.train)) is not None:
+        LOGGER.info("%s is finished already", out)
+        return figures
+    config = changes.applied_to(folder.config)
+    precision = _precision_again(folder, device)
+    with folder.hold():
+        dataset = _dataset(folder, config, moved=changes.dataset is not None)
+        with open_source(config, dataset, device, placement, precision) as (source, views):
+            _refuse_changed_views(folder, views)
+            trainer = Trainer(config, dataset.sequences, source, device, precision)
+            figures = _final_figures(folder, config.train)
+            restored = folder.has_checkpoint or (figures is None and folder.metrics.exists())
+            if restored:
+                trainer.restore(folder)
+                _refuse_earlier_end(folder, config.train, trainer.progress)
+            if changes:
+                folder.change_config(trainer.config)
+            if changes.max_epochs is not None and trainer.progress.finished(config.train):
+                _mention_early_stop(folder, config.train, trainer.progress)
+            if figures is not None:
+                return figures
+            _mention_other_rounding(folder, device)
+            folder.remove_leftovers()
+            if restored:  # a run may have been killed after it wrote the checkpoint and before it wrote the metrics
+                folder.write_metrics(trainer.progress.lines)
+            return trainer.run(folder, on_epoch)
+
+
+def _moved_encoder(config: RunConfig, uncached: UncachedConfig | None, kind: str, encoder: str) -> UncachedConfig:
+    """Return the encoders of a run, where the image's or the text's encoder has a new place.
+
+    Raises InputError if the run has not exactly one such encoder.
+    """
+    if uncached is None:
+        remedy = "give the place of the cache" if config.cache is not None else "leave it out"
+        raise InputError(f"{kind}_encoder: no encoder runs in this run; {remedy}")
+    of_kind = [view for view in uncached.views if (view.source == "image") == (kind == "image")]
+    if len(of_kind) != 1:
+        raise InputError(f"{kind}_encoder: expected one {kind} encoder in the run, found {len(of_kind)}; leave it out")
+    views = tuple(replace(view, encoder=encoder) if view in of_kind else view for view in uncached.views)
+    return replace(uncached, views=views)
+
+
+def _final_figures(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
+    """Return the stored test figures if the run ends with the epoch that they are of; None if it goes on.
+
+    Raises InputError if the file does not hold such figures.
+    """
+    if not folder.test.exists():
+        return None
+    figures = read_settings(folder.test)
+    epochs, best_epoch = figures.get("epochs"), figures.get("best_epoch")
+    if type(epochs) is not int or type(best_epoch) is not int:
+        raise InputError(f"{folder.test}: expected the epochs and the best epoch of a run; restore or remove the file")
+    return figures if Progress(epochs, best_epoch).finished(config) else None
+
+
+def _dataset(folder: RunFolder, config: RunConfig, moved: bool) -> Dataset:
+    """Return the run's dataset. Raises InputError if its place holds another one."""
+    if moved:
+        return same_dataset(config, folder.sequences)
+    return dataset_again(config, folder.sequences)
+
+
+def _refuse_changed_views(folder: RunFolder, views: Descriptions) -> None:
+    """Raise InputError if states or encoders are not those with which the run began."""
+    for name, recorded in folder.views.items():
+        if changed := changed_settings(recorded, views[name]):
+            raise InputError(
+                f"{folder.path}: view {name!r} has changed since the run began: {'; '.join(changed)}; restore it"
+            )
+
+
+def _refuse_earlier_end(folder: RunFolder, config: TrainConfig, progress: Progress) -> None:
+    """Raise InputError if a run with these settings would have ended before the place that the run has reached."""
+    end = progress.last_epoch(config)
+    if end is not None and (end < progress.epoch or progress.under_way.steps):
+        raise InputError(
+            f"{folder.path}: with max_epochs {config.max_epochs} and patience {config.patience} a run ends with epoch "
+            f"{end}, but {progress.place} is done; give more epochs or patience, or train a new run"
+        )
+
+
+def _mention_early_stop(folder: RunFolder, config: TrainConfig, progress: Progress) -> None:
+    """Log that patience has ended a run whose epochs would go on."""
+    if progress.epoch < config.max_epochs:
+        LOGGER.warning(
+            "%s: ended after epoch %d, since more than %d epochs brought no better validation; "
+            "to go on, give more patience too",
+            folder.path,
+            progress.epoch,
+            config.patience,
+        )
+
+
+def _mention_other_rounding(folder: RunFolder, device: torch.device) -> None:
+    """Log what has changed since the run began and rounds differently."""
+    if differences := folder.other_rounding(device):
+        LOGGER.warning(
+            "%s: %s; results will differ in rounding from those of a run that was not stopped",
+            folder.path,
+            "; ".join(differences),
+        )
+
+
+def _precision_again(folder: RunFolder, device: torch.device) -> Precision:
+    """Return the precision of a resumed run. Raises InputError, naming the folder, if the device does not offer it."""
+    try:
+        return resolve_precision(folder.config, device)
+    except InputError as error:
+        raise InputError(f"{folder.path}: {error}") from None

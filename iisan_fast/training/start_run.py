@@ -1,0 +1,55 @@
+"""Start a new run: check its settings and data, make its folder, and train it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import RunConfig
+from ..data import load_dataset
+from ..precision import Precision, resolve_precision
+from ..runtime import fix_cublas_workspace
+from .item_sources import open_source, refuse_changed_texts, refuse_missing_libraries
+from .run_folder import RunFolder
+from .trainer import Trainer
+
+
+def train(
+    config: RunConfig,
+    out: Path | RunFolder,
+    device: torch.device,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
+    placement: str = "auto",
+) -> dict[str, Any]:
+    """Train a new run, write it into the folder `out`, and return its test figures.
+
+    out: a path, or a RunFolder; `path` of a numbered one is then the folder really used. on_epoch: called with each
+    finished epoch's line of metrics.jsonl. placement: where the feature table lies, one of config.PLACEMENTS. Raises
+    InputError for input that cannot be used, if memory does not suffice, or if the loss is not finite. Nothing is
+    written before the dataset, the states and the model are loaded.
+    """
+    fix_cublas_workspace()
+    folder = out if isinstance(out, RunFolder) else RunFolder(out)
+    precision = check_new_run(config, folder.path, device)
+    dataset = load_dataset(Path(config.dataset), config.protocol)
+    refuse_changed_texts(config, dataset)
+    with open_source(config, dataset, device, placement, precision) as (source, views):
+        trainer = Trainer(config, dataset.sequences, source, device, precision)
+        trainer.refuse_unfit_form()
+        with folder:
+            folder.begin(trainer.config, views, dataset.sequences, device)
+            return trainer.run(folder, on_epoch)
+
+
+def check_new_run(config: RunConfig, out: Path, device: torch.device) -> Precision:
+    """Return the precision of a new run in the folder `out`.
+
+    Raises InputError if the folder is in use, if a library is missing, or if the device does not offer the precision.
+    Nothing is read or written.
+    """
+    RunFolder(out).refuse_if_used()
+    refuse_missing_libraries(config)
+    return resolve_precision(config, device)
