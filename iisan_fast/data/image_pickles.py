@@ -14,10 +14,13 @@ from typing import Any
 # No opcode here calls anything: NEWOBJ makes an empty object, and BUILD sets its state as StoredImage allows.
 ADMITTED_OPCODES = frozenset((
     "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
-    "BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2",
-    "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS",
-    "GLOBAL", "STACK_GLOBAL", "NEWOBJ", "BUILD",
+    "BININT", "BININT1", "BININT2", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "APPEND", "APPENDS", "SETITEMS",
+))  # fmt: skip
+# Each of these may stand once, as an image or a list of keys needs it. So values do not nest deep, and no value that
+# repeats another many times can be made: hashing or freeing it could exhaust the stack, the memory or the time.
+ADMITTED_ONCE = frozenset((
+    "EMPTY_TUPLE", "TUPLE2", "EMPTY_LIST", "EMPTY_DICT", "GLOBAL", "STACK_GLOBAL", "NEWOBJ", "BUILD",
 ))  # fmt: skip
 
 
@@ -42,17 +45,31 @@ class StoredImage:
 def unpickle(value: bytes) -> Any:
     """Return what a pickle holds: plain values and `StoredImage`s. Raises UnpicklingError for anything else."""
     try:
-        for opcode, argument, _ in pickletools.genops(value):
-            if opcode.name not in ADMITTED_OPCODES:
-                raise pickle.UnpicklingError(f"it uses {opcode.name}")
-            # The memo is allocated up to its highest slot. A pickle that Python wrote fills the slots in order.
-            if opcode.name == "LONG_BINPUT" and argument > len(value):
-                raise pickle.UnpicklingError(f"its memo slot {argument} is absurd")
+        _check_opcodes(value)
         return _Unpickler(io.BytesIO(value)).load()
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # damaged bytes lead pickle into nearly any exception
         raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None
+
+
+def _check_opcodes(value: bytes) -> None:
+    """Raise UnpicklingError for a pickle with other opcodes than admitted. Nothing in it is made for that.
+
+    Raises ValueError, as pickletools does, for bytes that are no pickle.
+    """
+    used = set()
+    memoized = 0
+    for opcode, argument, _ in pickletools.genops(value):
+        name = opcode.name
+        if name in ADMITTED_ONCE and name not in used:
+            used.add(name)
+        elif name not in ADMITTED_OPCODES:
+            raise pickle.UnpicklingError(f"it uses {name}{' twice' if name in used else ''}")
+        # The memo is allocated up to its highest slot. A pickle that Python wrote fills the slots in order.
+        if name == "LONG_BINPUT" and argument > memoized:
+            raise pickle.UnpicklingError(f"its memo slot {argument} is absurd")
+        memoized += name in ("MEMOIZE", "BINPUT", "LONG_BINPUT")
 
 
 class _Unpickler(pickle.Unpickler):

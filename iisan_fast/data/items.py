@@ -29,7 +29,7 @@ from .strict_tables import read_table
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # by content: shops do serve a GIF under a .jpg name
 MAX_PIXELS = 64_000_000
-MAX_FILE_BYTES = 1 << 29  # of an image file: twice the bytes of MAX_PIXELS uncompressed pixels
+MAX_FILE_BYTES = 1 << 29  # of an image file or entry: twice the bytes of MAX_PIXELS uncompressed pixels
 MAX_ASPECT = 200  # an encoder that resizes by the shorter side would need too much memory for a thinner strip
 
 
@@ -153,6 +153,7 @@ class ImageLmdb:
         """Open a database, which is a file or a folder. Raises InputError if it is not whole or has another format."""
         self.path = path
         self._env: lmdb.Environment | None = None
+        self._state = 0  # the transaction that wrote the state of the database that was opened
         try:
             self._check_length()
         except InputError:
@@ -171,7 +172,7 @@ class ImageLmdb:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to be pickled: the path alone, since an open database cannot be sent."""
-        return {"path": self.path, "_env": None}
+        return {"path": self.path, "_env": None, "_state": 0}
 
     def content(self, item_id: str) -> bytes | None:
         """Return an item's pickle, None if the item has no image. Raises InputError if it is not an LMDB_Image."""
@@ -222,8 +223,15 @@ class ImageLmdb:
     def _get(self, key: str) -> bytes | None:
         """Return the bytes of an entry, None if there is none. Raises InputError if it cannot be read."""
         try:
-            with self._environment().begin() as transaction:
-                return transaction.get(key.encode())
+            with self._environment().begin(buffers=True) as transaction:
+                if transaction.id() != self._state:
+                    raise InputError(f"{self.path}: has changed while it was read; start again")
+                value = transaction.get(key.encode())
+                if value is not None and len(value) > MAX_FILE_BYTES:
+                    raise InputError(
+                        f"{self.path}: entry {key!r}: giant, of {len(value)} bytes; at most {MAX_FILE_BYTES}"
+                    )
+                return None if value is None else bytes(value)
         except lmdb.BadValsizeError:
             return None  # the key is longer than a key of an LMDB can be
         except lmdb.Error as error:
@@ -233,6 +241,8 @@ class ImageLmdb:
         """Return the open database, which is opened at the first call."""
         if self._env is None:
             self._env = _open_lmdb(self.path)
+            with self._env.begin() as transaction:
+                self._state = transaction.id()
         return self._env
 
 

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from iisan_fast.data import items
 from iisan_fast.data.items import MAX_PIXELS, ImageError, ImageFolder, ImageLmdb, open_images, read_items
 from iisan_fast.errors import InputError
 
@@ -327,6 +328,35 @@ def test_database_survives_being_sent_to_another_process(tmp_path: Path) -> None
         sent = pickle.dumps(images)
     with pickle.loads(sent) as received:
         assert received.content("a") == content
+
+
+def test_a_database_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = write_lmdb(tmp_path / "x.lmdb", {"a": LmdbImage.of("a")})
+    with ImageLmdb(path) as images:
+        assert images.content("a")
+        script = """
+import lmdb, sys
+with lmdb.open(sys.argv[1], subdir=False) as env, env.begin(write=True) as transaction:
+    transaction.put(b"b", b"b")
+"""
+        subprocess.run([sys.executable, "-c", script, path], check=True)
+        with pytest.raises(InputError, match="has changed while it was read; start again"):
+            images.content("a")
+
+
+def test_a_giant_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InputError, match="a.png: giant file: over 536870912 bytes; make the image smaller"):
+        ImageFolder(tmp_path).content("a")
+
+
+def test_a_giant_entry_is_refused_before_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_lmdb(tmp_path / "x.lmdb", {"a": LmdbImage.of("a", Image.new("RGB", (99, 99)))})
+    with ImageLmdb(path) as images:
+        monkeypatch.setattr(items, "MAX_FILE_BYTES", 9999)
+        with pytest.raises(InputError, match="entry 'a': giant, of 29[0-9]{3} bytes; at most 9999"):
+            images.content("a")
 
 
 @pytest.mark.parametrize(
