@@ -50,12 +50,12 @@ LOCK_FILE = "lock"
 class RunFolder:
     """A run's folder: its files are read by anyone, and written by the one process that holds its lock."""
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
+    def __init__(self, path: Path | None, name: str = "") -> None:
         """Take the path of a run folder. Nothing is read or written.
 
-        name: the folder is runs/NAME-N, and takes the next free number if `path` exists when it is claimed.
+        path: None for the first free folder runs/NAME-N.
         """
-        self.path = path
+        self._path = path
         self._name = name
         self._lock = ExitStack()
         self._held = False
@@ -63,8 +63,16 @@ class RunFolder:
 
     @classmethod
     def numbered(cls, name: str) -> RunFolder:
-        """Return the first free folder runs/NAME-N, counted from 1, for a new run. Nothing is written."""
-        return cls(_free_folder(name), name)
+        """Return the first free folder runs/NAME-N, counted from 1, for a new run. Nothing is written.
+
+        Its path is settled when it is claimed.
+        """
+        return cls(None, name)
+
+    @property
+    def path(self) -> Path:
+        """Return the folder's path; that of a numbered one may change until it is claimed."""
+        return _free_folder(self._name) if self._path is None else self._path
 
     @classmethod
     def open(cls, path: Path, writable: bool = False) -> RunFolder:
@@ -141,23 +149,11 @@ class RunFolder:
         if self._held:
             return
         self.refuse_if_used()
-        if self._name is None:
-            self.path.mkdir(parents=True, exist_ok=True)
-        else:
-            self._make_numbered(self._name)
+        if self._path is None:
+            self._path = _make_free_folder(self._name)
+        self._path.mkdir(parents=True, exist_ok=True)
         self.hold()
         self.refuse_if_used()  # by a run that began and ended meanwhile
-
-    def _make_numbered(self, name: str) -> None:
-        """Make the folder, with the first number that no other process takes."""
-        self.path.parent.mkdir(exist_ok=True)
-        while True:
-            try:
-                self.path.mkdir()
-            except FileExistsError:
-                self.path = _free_folder(name)
-            else:
-                return
 
     def begin(self, config: RunConfig, views: Mapping[str, Any], sequences: Sequences, device: torch.device) -> None:
         """Claim the folder and write the first files of a new run. Raises InputError as `claim` does."""
@@ -293,6 +289,18 @@ def _free_folder(name: str) -> Path:
     while os.path.lexists(folder := Path("runs") / f"{name}-{number}"):
         number += 1
     return folder
+
+
+def _make_free_folder(name: str) -> Path:
+    """Make the first folder runs/NAME-N that no other process takes, and return it."""
+    while True:
+        path = _free_folder(name)
+        path.parent.mkdir(exist_ok=True)
+        try:
+            path.mkdir()
+        except FileExistsError:  # another process was faster
+            continue
+        return path
 
 
 def _load_checked(path: Path, check: CheckState) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
