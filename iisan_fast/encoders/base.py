@@ -11,7 +11,7 @@ import copy
 import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from logging import getLogger
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..config import ViewConfig
 from ..errors import InputError
 from ..fingerprints import value_digest, weights_digest
 from .attention import choose_attention, run_with_all_arguments
+from .batch_mates import REASONS, SINGLE, TOGETHER, allowed_batches, run_groups
 from .hidden_state_hooks import Place, find_places, keeps_nothing, reading
 from .hugging_face import (
     cached_or_fetched,
@@ -53,6 +54,7 @@ class Backbone(ABC):
     kind: str  # "text" or "image"
     input_names: tuple[str, ...]  # the tensors of `prepare` that the encoder takes
     first_layer = 0  # the first layer that a view can select
+    unmixed = SINGLE  # what may share a batch if unlike items may not
     rows_at_once: int  # the most rows that one core of a CPU encodes at a time
 
     def __init__(self, view: ViewConfig, device: torch.device, attention: str) -> None:
@@ -83,7 +85,10 @@ class Backbone(ABC):
             self._check_states(states)
             self._places = self._find(states)
             self._shared = self._can_be_shared()
+            self.batches = self._allowed_batches()
         LOGGER.info("%s: attention by %s", view.encoder, self.attention)
+        if self.batches != TOGETHER:
+            LOGGER.warning("%s: %s, so it encodes %s at a time", view.encoder, REASONS[self.batches], self.batches)
         self.final_state = "normalised" if normalised else "unnormalised"
         self.depth = len(states)
         self.width = states[-1].shape[-1]
@@ -121,9 +126,19 @@ class Backbone(ABC):
 
         backbones: encoders that share this one's model, such as those of `for_view`.
         """
-        if self._places is None:
-            return self._encode_views_whole(backbones, inputs)
         moved = self._moved(inputs)
+        return self._by_group(moved, lambda part: self._encode_views_together(backbones, part))
+
+    @torch.inference_mode()
+    def encode_whole(self, inputs: ModelInputs) -> Tensor:
+        """Return the result of `encode` from one call that reports the hidden states of all layers together."""
+        moved = self._moved(inputs)
+        return self._by_group(moved, lambda part: self._encode_views_whole([self], part))[0]
+
+    def _encode_views_together(self, backbones: Sequence[Backbone], moved: ModelInputs) -> list[Tensor]:
+        """Return the result of `encode_views` for items that may share a batch. moved: inputs on the device."""
+        if self._places is None:
+            return self._encode_views_whole(backbones, moved)
         wanted = [(backbone, layer) for backbone in backbones for layer in backbone.layers]
         with reading([self._places[layer] for _, layer in wanted]) as read:
 
@@ -138,14 +153,8 @@ class Backbone(ABC):
             states = kernels.at_once(part, parts)
             return states[0] if len(states) == 1 else [torch.cat(by_part) for by_part in zip(*states)]
 
-    @torch.inference_mode()
-    def encode_whole(self, inputs: ModelInputs) -> Tensor:
-        """Return the result of `encode` from one call that reports the hidden states of all layers together."""
-        return self._encode_views_whole([self], inputs)[0]
-
-    def _encode_views_whole(self, backbones: Sequence[Backbone], inputs: ModelInputs) -> list[Tensor]:
-        """Return the result of `encode_views` from one call that reports the hidden states of all layers together."""
-        moved = self._moved(inputs)
+    def _encode_views_whole(self, backbones: Sequence[Backbone], moved: ModelInputs) -> list[Tensor]:
+        """Return the result of `_encode_views_together` from one call that reports all hidden states together."""
         states = self._hidden_states(moved)
         pooled = [backbone._pool(states[layer], moved) for backbone in backbones for layer in backbone.layers]
         return self._stacked(backbones, pooled)
@@ -158,7 +167,7 @@ class Backbone(ABC):
     def final(self, inputs: ModelInputs) -> Tensor:
         """Return the pooled last hidden state [N, width D] (Hugging Face's `last_hidden_state`), with gradients."""
         moved = self._moved(inputs)
-        return self._pool(self._run(moved).last_hidden_state, moved)
+        return self._by_group(moved, lambda part: [self._pool(self._run(part).last_hidden_state, part)])[0]
 
     def describe(self) -> dict[str, Any]:
         """Return the encoder's description for a store's manifest: weights, layers, pooling, sizes, as JSON values."""
@@ -176,6 +185,7 @@ class Backbone(ABC):
             "encoder_dtype": str(self.dtype).removeprefix("torch."),
             **({"options": options} if options else {}),
             **({"first_layer": self.first_layer} if self.first_layer else {}),
+            **({"batches": self.batches} if self.batches != TOGETHER else {}),
         }
 
     def _error(self, message: str) -> InputError:
@@ -240,6 +250,28 @@ class Backbone(ABC):
         twice = {name: torch.cat([tensor, tensor]) for name, tensor in once.items()}
         return keeps_nothing(self.model, [lambda: self._run(once), lambda: self._run(twice)])
 
+    @torch.no_grad()
+    def _allowed_batches(self) -> str:
+        """Return what may share a batch without a change of the hidden states, in the words of `batch_mates`."""
+        batch = self.mixed_example()
+        last = len(batch[self.input_names[0]]) - 1
+        alone = self._only(batch, torch.tensor([last]))
+        return allowed_batches(lambda inputs: self._hidden_states(inputs)[-1], batch, alone, self.unmixed)
+
+    def _by_group(self, inputs: ModelInputs, run: Callable[[ModelInputs], list[Tensor]]) -> list[Tensor]:
+        """Return `run(inputs)`, tensors [N, ...], from one call for each group of items that may share a batch."""
+        if self.batches == TOGETHER:
+            return run(inputs)
+        return run_groups(self._groups(inputs), lambda rows: run(self._only(inputs, rows)))
+
+    def _groups(self, inputs: ModelInputs) -> list[list[int]]:
+        """Return the groups of rows that may share a batch."""
+        return [[row] for row in range(len(inputs[self.input_names[0]]))]
+
+    def _only(self, inputs: ModelInputs, rows: Tensor) -> ModelInputs:
+        """Return the inputs of some rows, int64 [n] on the CPU."""
+        return {name: tensor[rows.to(tensor.device)] for name, tensor in inputs.items()}
+
     def _check_states(self, states: Sequence[Tensor]) -> None:
         """Raise InputError if the hidden states are not all of one shape [N, tokens, D]."""
         shapes = sorted({tuple(state.shape) for state in states})
@@ -271,6 +303,10 @@ class Backbone(ABC):
     @abstractmethod
     def example(self) -> ModelInputs:
         """Return a small invented batch of inputs, on the encoder's device."""
+
+    @abstractmethod
+    def mixed_example(self) -> ModelInputs:
+        """Return a batch of two unlike invented items, the last one padded if need be, on the encoder's device."""
 
     @abstractmethod
     def _poolings(self) -> tuple[str, ...]:

@@ -59,9 +59,11 @@ class ImageBackbone(Backbone):
 
     def example(self) -> ModelInputs:
         """Return pixel_values of one random image of 64 x 64, prepared as usual, on the encoder's device."""
-        noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        inputs = self.prepare([Image.fromarray(noise.numpy())])
-        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        return self._moved(self.prepare([_noise(0)]))
+
+    def mixed_example(self) -> ModelInputs:
+        """Return pixel_values of two random images of 64 x 64, prepared as usual, on the encoder's device."""
+        return self._moved(self.prepare([_noise(1), _noise(0)]))
 
     def _taken(self, inputs: ModelInputs) -> ModelInputs:
         """Return the pixel values, converted to the encoder's dtype."""
@@ -104,3 +106,9 @@ class ImageBackbone(Backbone):
         if self.pooling == "cls":
             return states[:, 0]
         return states[:, self.leading :].float().mean(dim=1).to(states.dtype)
+
+
+def _noise(seed: int) -> Image.Image:
+    """Return a random RGB image of 64 x 64."""
+    noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(noise.numpy())

@@ -13,7 +13,11 @@ from transformers import AutoTokenizer
 
 from ..config import ViewConfig
 from .base import Backbone
+from .batch_mates import EQUAL_LENGTHS, by_length
 from .image_bytes import ModelInputs
+
+PROBED_TOKENS = 64  # of the long text of `mixed_example`, at most
+SHORT = 3  # tokens of its short text
 
 
 class TextBackbone(Backbone):
@@ -23,6 +27,7 @@ class TextBackbone(Backbone):
     """
 
     kind = "text"
+    unmixed = EQUAL_LENGTHS
     rows_at_once = 32
     input_names = ("input_ids", "attention_mask")
 
@@ -104,6 +109,27 @@ class TextBackbone(Backbone):
         """Return a batch of two invented texts of four and two tokens, on the encoder's device."""
         ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]], device=self.device)
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+    def mixed_example(self) -> ModelInputs:
+        """Return a batch of a long invented text and a short one, padded as usual, on the encoder's device."""
+        special = set(self.processor.all_special_ids)
+        known = getattr(self.model.config, "vocab_size", None) or math.inf
+        words = sorted(token for token in set(self.processor.get_vocab().values()) - special if token < known)
+        long = int(min(self.view.max_tokens, self._positions(), PROBED_TOKENS))
+        ids = [words[place * len(words) // long] for place in range(long)]
+        return self._moved(self.pad([ids, ids[-min(SHORT, max(1, long - 1)) :]]))
+
+    def _groups(self, inputs: ModelInputs) -> list[list[int]]:
+        """Return the groups of rows that may share a batch."""
+        if self.batches != EQUAL_LENGTHS:
+            return super()._groups(inputs)
+        return by_length(inputs["attention_mask"].sum(dim=1).tolist())
+
+    def _only(self, inputs: ModelInputs, rows: Tensor) -> ModelInputs:
+        """Return the inputs of some rows, int64 [n] on the CPU, padded to the longest of them."""
+        chosen = super()._only(inputs, rows)
+        longest = int(chosen["attention_mask"].sum(dim=1).max())
+        return {name: tensor[:, :longest] for name, tensor in chosen.items()}
 
     def _poolings(self) -> tuple[str, ...]:
         """Return the poolings that the encoder allows, its default first.

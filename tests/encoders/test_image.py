@@ -21,6 +21,7 @@ from helpers.encoders import (
     tower,
     view,
 )
+from iisan_fast.encoders.batch_mates import TOGETHER
 from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError
 
@@ -31,6 +32,7 @@ def test_images_equal_a_loop_over_single_ones(built, family):
     processor = IMAGE[family][1]
     backbone = load_backbone(view(folder, "image"))
     assert (backbone.pooling, backbone.final_state) == IMAGE[family][2:]
+    assert backbone.batches == TOGETHER and "batches" not in backbone.describe()
     model = tower(folder, "vision_model", torch.float32)
     prepare = getattr(hf, processor + "Pil").from_pretrained(folder)
     for pooling in ("cls", "mean") if IMAGE[family][2] == "cls" else ("mean",):

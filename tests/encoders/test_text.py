@@ -26,6 +26,7 @@ from helpers.encoders import (
     texts_one_by_one,
     view,
 )
+from iisan_fast.encoders.batch_mates import TOGETHER
 from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError
 
@@ -37,6 +38,7 @@ def test_titles_equal_a_loop_over_single_unpadded_ones(built, family, dtype):
     poolings = ("cls", "mean", "last") if TEXT[family][1] == "cls" else ("mean", "last")
     for pooling in poolings:
         backbone = load_backbone(view(folder, pooling=pooling, max_tokens=12, encoder_dtype=dtype))
+        assert backbone.batches == TOGETHER and "batches" not in backbone.describe()
         states = backbone.encode(backbone.prepare(TITLES))
         assert states.dtype == getattr(torch, dtype) and not states.requires_grad
         expected = texts_one_by_one(folder, TITLES, pooling, (0, 2, 4), getattr(torch, dtype))
