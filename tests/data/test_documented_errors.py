@@ -19,6 +19,7 @@ WHOLE = {
 MISTAKES = {  # a file and its wrong content
     "no tab": ("items.tsv", "B0001\tSteel ruler\nB0002\n"),
     "twice": ("items.tsv", "B0001\tSteel ruler\nB0001\tGloves\n"),
+    "control character": ("items.tsv", "B\x1b1\tSteel ruler\n"),
     "space": ("items.tsv", "B 1\tSteel ruler\n"),
     "Latin-1": ("items.tsv", "B0001\tÅngström\n"),
     "unknown item": ("users.tsv", "u1\tB0001 B9 B0001 B0001 B0001\n"),

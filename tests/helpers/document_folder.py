@@ -56,12 +56,15 @@ def _write_captions_and_times(dataset: Path) -> None:
 
 
 def _write_sources(folder: Path, dataset: Path) -> None:
-    """Write the same interactions as each import reads them: shop.csv, shop.parquet, MicroLens-50k/, ml-shop/."""
+    """Write the same interactions as each import reads them: shop.csv, shop.parquet, MicroLens-50k/ and others."""
     titles = _titles(dataset)
     rows = []
     for user, history in _histories(dataset).items():
         rows += [(user, item, str(time)) for time, item in enumerate(history)]
     _write_rows(folder / "shop.csv", ("user", "item", "timestamp"), rows, ",")
+    _write_rows(folder / "damaged.csv", ("user", "item", "timestamp"), [*rows, ('u"1', "x", "1")], ",")
+    rated = [(user, item, "5.0", time) for user, item, time in rows]
+    _write_rows(folder / "headerless.csv", rated[0], rated[1:], ",")
     _write_rows(folder / "titles.csv", ("item", "title"), titles.items(), ",")
     shutil.copytree(dataset / "images", folder / "covers")
     microlens = folder / "MicroLens-50k"

@@ -9,7 +9,7 @@ from itertools import tee
 from pathlib import Path
 
 from ...errors import InputError
-from ...files import whole_folder
+from ...files import refuse_irregular, whole_folder
 from .bad_rows import BadRows
 from .dataset import write_dataset
 from .delimited import DelimitedText
@@ -91,7 +91,11 @@ def _rows(file: Path) -> Iterator[list[str]]:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file, without a byte order mark. Raises InputError, with the line, for other bytes."""
+    """Yield the lines of a UTF-8 file, without a byte order mark.
+
+    Raises InputError if it is no regular file, and, with the line, for bytes that are not UTF-8.
+    """
+    refuse_irregular(file)
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
