@@ -14,18 +14,13 @@ import click
 from platformdirs import user_log_path
 
 from .. import __version__
-from ..errors import InputError, Stopped
+from ..errors import InputError, Stopped, is_out_of_memory
 from ..printable import one_line, printable
 from .verbosity import LIBRARY
 
 INTERNAL, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 SIGNALS = (129, 130, 143)  # exit codes of SIGHUP, SIGINT and SIGTERM
 TRACEBACKS = 20  # files of tracebacks that are kept
-OUT_OF_MEMORY = re.compile(  # texts of torch, numpy, the C library and the loader of libraries
-    r"DefaultCPUAllocator|can't allocate memory|cannot allocate memory|out of memory|bad_alloc|bad allocation"
-    r"|failed to map segment|unable to mmap|unable to allocate .* for an array|not enough memory",
-    re.IGNORECASE,
-)
 NO_MORE_THREADS = re.compile(r"can't start new thread|pthread_create|thread creation failed", re.IGNORECASE)
 OS_ERROR_OF_RUST = re.compile(r"\(os error (\d+)\)")  # in errors of polars, safetensors and tokenizers
 SPACE_REMEDY = "make room and run again"
@@ -95,7 +90,7 @@ def _known_trouble(error: BaseException) -> str | None:
         return error.format_message()
     if type(error).__name__ == "FormError":  # raised by the kernels, whose module imports torch
         return text
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return f"not enough memory ({text or type(error).__name__}); {MEMORY_REMEDY}"
     if isinstance(error, OSError):
         return _trouble_with_file(error)
@@ -104,15 +99,6 @@ def _known_trouble(error: BaseException) -> str | None:
     if found := OS_ERROR_OF_RUST.search(text):
         return _with_remedy(text, int(found[1]))
     return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Return True if an error says that memory was refused."""
-    if isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch's, lmdb's
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, (RuntimeError, ImportError)) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _trouble_with_file(error: OSError) -> str:

@@ -9,6 +9,7 @@ import click
 
 from ..config import ProtocolConfig
 from ..errors import InputError
+from ..files import expanded_path
 from ..settings import changed_section
 from .help_pages import DATA, OUTPUT, option
 from .setting_options import given_settings, setting_options
@@ -24,8 +25,8 @@ class CheckedPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Return the path. Raises InputError, naming the option or argument, for one of the other kind."""
-        path = Path(value)
         name = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name if param else "path"
+        path = expanded_path(value)
         if self.file_okay and path.is_dir():
             raise InputError(f"{name}: expected a file, found the folder {value}")
         if self.dir_okay and path.exists() and not path.is_dir():

@@ -6,10 +6,18 @@ A message is one line: where, what was expected, what was found and what to do.
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Collection, Iterable
 from itertools import islice
 
 LONGEST_MESSAGE = 1500  # characters; data that a message quotes can have any length
+
+OUT_OF_MEMORY = re.compile(  # texts of torch, numpy, the C library and the loader of libraries
+    r"DefaultCPUAllocator|can't allocate memory|cannot allocate memory|out of memory|bad_alloc|bad allocation"
+    r"|failed to map segment|unable to mmap|not enough memory",
+    re.IGNORECASE,
+)
 
 
 class InputError(Exception):
@@ -41,6 +49,15 @@ def error_text(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an error says that memory was refused: Python's, numpy's, torch's, LMDB's or the system's."""
+    if isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch's, lmdb's
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, (RuntimeError, ImportError)) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def first_few(names: Iterable[object], total: int, limit: int = 3) -> str:

@@ -31,6 +31,18 @@ IRREGULAR = (
 )
 
 
+def expanded_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ~ or ~user at its beginning replaced by the home folder, as a shell does.
+
+    Raises InputError if there is no such user or home folder: nobody wants a folder named ~.
+    """
+    text = os.path.expanduser(os.fspath(path))
+    if text.startswith("~"):
+        name = Path(text).parts[0]
+        raise InputError(f"{path}: there is no home folder for {name}; write ./{name} for a file of this name")
+    return Path(text)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace the file `path` with `content`. A reader sees the old file or the new one, also after a crash."""
     with whole_file(path) as temporary:

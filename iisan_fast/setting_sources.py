@@ -26,6 +26,7 @@ from .config import (
     ViewConfig,
 )
 from .errors import InputError, nearest
+from .files import expanded_path
 from .setting_fields import convert_value, from_dict, to_dict
 from .settings_files import RUN_FORMAT, Names, format_number, parse_yaml_value, read_settings_file
 
@@ -46,10 +47,15 @@ PARTS = (*SOURCES_OF_A_RUN, "encoders", *SECTIONS)
 
 
 def as_path(name: str, path: PathLike) -> Path:
-    """Return an argument as a path, ~ replaced by the home folder. Raises InputError for another type and for ""."""
+    """Return an argument as a path, ~ replaced by the home folder.
+
+    Raises InputError for another type, for "", for a path that no system takes and for the ~ of an unknown user.
+    """
     if not isinstance(path, (str, os.PathLike)) or path == "":
         raise InputError(f"{name}: expected a path, found {path!r}")
-    return Path(path).expanduser()
+    if "\0" in str(path):
+        raise InputError(f"{name}: expected a path, found {str(path)!r}, which holds a zero byte")
+    return expanded_path(path)
 
 
 def base_settings(config: RunConfig | PathLike | Mapping[str, Any] | None) -> Values:
