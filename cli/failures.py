@@ -27,6 +27,7 @@ SPACE_REMEDY = "make room and run again"
 REMEDIES = {
     errno.ENOSPC: SPACE_REMEDY,
     errno.EDQUOT: SPACE_REMEDY,
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
     errno.EROFS: "choose a folder that can be written",
     errno.EACCES: "check its owner and its permissions",
     errno.EPERM: "check its owner and its permissions",

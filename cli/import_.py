@@ -23,7 +23,7 @@ from ..data import (
 )
 from ..printable import printable
 from .help_pages import DATA, group, option
-from .options import FILE, FOLDER, output_options
+from .options import FILE, FILE_OR_FOLDER, FOLDER, output_options
 from .output import print_counts, print_json, print_text
 from .verbosity import verbosity_options
 
@@ -77,7 +77,7 @@ def _import_command(command: Callable) -> Callable:
             help="For rows that do not fit: stop with an error, or leave them out and count them.",
         ),
         click.argument("destination", type=FOLDER),
-        click.argument("source", type=click.Path(path_type=Path)),
+        click.argument("source", type=FILE_OR_FOLDER),
     ):
         command = decorate(command)
     return command

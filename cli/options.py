@@ -9,11 +9,19 @@ import click
 
 from ..config import ProtocolConfig
 from ..errors import InputError
-from ..files import expanded_path
+from ..files import expanded_path, refuse_irregular
 from ..settings import changed_section
 from .help_pages import DATA, OUTPUT, option
 from .setting_options import given_settings, setting_options
 from .verbosity import verbosity_options
+
+
+class UserPath(click.Path):
+    """A file or a folder, ~ at its beginning replaced by the home folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path. Raises InputError for the ~ of an unknown user."""
+        return expanded_path(value)
 
 
 class CheckedPath(click.Path):
@@ -36,6 +44,7 @@ class CheckedPath(click.Path):
 
 FOLDER = CheckedPath(is_folder=True)
 FILE = CheckedPath(is_folder=False)
+FILE_OR_FOLDER = UserPath()
 
 device_option = option(
     "--device",
@@ -54,10 +63,16 @@ def output_options(command: Any) -> Any:
 
 
 def writable_file(_context: click.Context, parameter: click.Parameter, file: Path | None) -> Path | None:
-    """Return an option's file if it can be written. Raises InputError, before any work is done, if it cannot."""
-    if file is not None and not file.absolute().parent.is_dir():
+    """Return an option's file, links followed, if it can be written.
+
+    Raises InputError, before any work is done, if it cannot, and for what a file must not replace, as /dev/stdout.
+    """
+    if file is None:
+        return None
+    if not file.absolute().parent.is_dir():
         raise InputError(f"{parameter.opts[0]}: expected a file in a folder that exists, found {file}")
-    return file
+    refuse_irregular(file)
+    return file.resolve() if file.is_symlink() else file
 
 
 out_option = option("--out", group=OUTPUT, type=FILE, callback=writable_file, help="JSON file for the result.")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import InputError, check_choice
+from .files import expanded_name
 from .intervals import Interval
 from .setting_fields import check_settings, same_setting, setting
 
@@ -83,6 +84,7 @@ class ViewConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        object.__setattr__(self, "encoder", expanded_name(self.encoder))
         if self.layer_groups is not None and self.layers is not None:
             raise InputError("layers, layer_groups: expected one of them, found both")
         if "dtype" in self.options:

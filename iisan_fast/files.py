@@ -22,6 +22,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+NO_ROOM = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
 IRREGULAR = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a FIFO"),
@@ -43,6 +44,11 @@ def expanded_path(path: str | os.PathLike[str]) -> Path:
     return Path(text)
 
 
+def expanded_name(name: str) -> str:
+    """Return a model's name: a hub name as it is, a folder with its ~ replaced. Raises as `expanded_path` does."""
+    return str(expanded_path(name)) if name.startswith("~") else name
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace the file `path` with `content`. A reader sees the old file or the new one, also after a crash."""
     with whole_file(path) as temporary:
@@ -55,9 +61,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     It lies in a temporary folder beside `path`, because some libraries write into temporary files of their own, beside
     the file. If the block raises, the folder is removed and `path` stays as it was. What a killed process has left of
-    the same path is removed too.
+    the same path is removed too. An OSError that says that there is no room names `path`.
+
+    Raises InputError if `path` is a folder, a device or another file that must not be replaced.
     """
-    with _temporary_folder(path) as folder:
+    refuse_irregular(path)
+    with _naming(path), _temporary_folder(path) as folder:
         temporary = folder / path.name
         yield temporary
         with temporary.open("rb") as file:
@@ -72,19 +81,31 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, which is renamed to `path` at the end of the block.
 
     If the block raises, the temporary folder is removed. What a killed process has left of the same path is removed
-    too. Raises InputError if `path` exists or its parent does not.
+    too. An OSError that says that there is no room names `path`. Raises InputError if `path` exists or its parent does
+    not.
     """
     if os.path.lexists(path):
         raise InputError(f"{path}: exists already; remove it or choose another folder")
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path}: expected a new folder in one that exists; make {path.parent} first")
-    with _temporary_folder(path) as folder:
+    with _naming(path), _temporary_folder(path) as folder:
         temporary = folder / path.name
         temporary.mkdir()
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         temporary.rename(path)
         keep_names(path.parent)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put `path` into an OSError of the block that says that there is no room, and names no file or a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM and (error.filename is None or _prefix(path) in str(error.filename)):
+            error.filename = str(path)
+        raise
 
 
 @contextmanager

@@ -49,12 +49,19 @@ PARTS = (*SOURCES_OF_A_RUN, "encoders", *SECTIONS)
 def as_path(name: str, path: PathLike) -> Path:
     """Return an argument as a path, ~ replaced by the home folder.
 
-    Raises InputError for another type, for "", for a path that no system takes and for the ~ of an unknown user.
+    Raises InputError for another type, for "", for the ~ of an unknown user, and for a path that is no UTF-8 or
+    holds a zero byte.
     """
     if not isinstance(path, (str, os.PathLike)) or path == "":
         raise InputError(f"{name}: expected a path, found {path!r}")
     if "\0" in str(path):
         raise InputError(f"{name}: expected a path, found {str(path)!r}, which holds a zero byte")
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # bytes that are no text; safetensors and JSON take none
+        raise InputError(
+            f"{name}: expected a path in UTF-8, found {str(path)!r}; rename it, or make a link to it"
+        ) from None
     return expanded_path(path)
 
 

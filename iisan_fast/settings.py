@@ -135,7 +135,8 @@ def run_config(
     change_settings(values, changes or {}, [part for part in PARTS if part != NOT_OF_A_RUN])
     names = {*settings, *(changes or {})}
     for name in ("dataset", "cache"):
-        if name in names and values[name] is not None:
+        folder = values.get(name)
+        if folder is not None and (name in names or str(folder).startswith("~")):
             values[name] = str(as_path(name, values[name]).resolve())
     if not isinstance(values.get("dataset"), str):
         raise InputError(f"dataset: expected a folder, found {json.dumps(values.get('dataset'), default=repr)}")

@@ -23,7 +23,7 @@ from ..config import ProtocolConfig
 from ..data import ImageError, load_dataset, open_images
 from ..encoders import Captioner, quiet_hugging_face
 from ..errors import InputError, first_few
-from ..files import locked, write_atomically
+from ..files import expanded_name, locked, write_atomically
 from ..fingerprints import changed_settings
 from ..progress import progress_bar
 from ..runtime import fix_cublas_workspace
@@ -66,6 +66,7 @@ def caption(
     that captions the same dataset.
     """
     fix_cublas_workspace()
+    model = expanded_name(model)
     if not (root / "items.tsv").is_file():  # check before a lock file is written into the wrong folder
         raise InputError(f"{root}: no such dataset; expected a folder with items.tsv and users.tsv")
     with locked(root / LOCK_FILE, f"{root}: another process is captioning this dataset; wait for it to end"):
