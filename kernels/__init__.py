@@ -10,7 +10,6 @@ if __name__ == "iisan_fast.kernels":
     from .cpu.adam import AdamUpdate
     from .cpu.library import compiler_version, why_no_library
     from .cpu.step import CpuStep
-    from .cpu.step_batch import check_step_batch
     from .dispatch import FORM_VARIABLE, FormError, check_form, form_on, named_form
     from .gpu.configurations import CONFIGURATIONS, Configuration, as_architecture, table_entry
     from .gpu.launch import Launch, launches, recording
@@ -83,7 +82,6 @@ if __name__ == "iisan_fast.kernels":
         "at_once",
         "check_form",
         "check_indices",
-        "check_step_batch",
         "compiler_version",
         "cpu_step",
         "drop_factors",

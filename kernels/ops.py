@@ -23,7 +23,6 @@ from .cpu import target_rank as target_rank_cpu
 from .cpu.adam import AdamUpdate
 from .cpu.library import why_no_library
 from .cpu.step import CpuStep
-from .cpu.step_batch import check_step_batch
 from .dispatch import CPU, GPU, REFERENCE, choose, named_form, report, why_not_by_triton
 from .reference import fold_heads as fold_heads_reference
 from .reference import inbatch_cross_entropy as inbatch_cross_entropy_reference
@@ -218,9 +217,8 @@ def cpu_step(tensors: StepTensors, batch: RecommenderBatch, least: tuple[int, in
         batch: the first batch.
         least: the numbers of items and of rows that the memory must at least hold.
 
-    Raises ValueError if the batch does not fit the weights.
+    Raises ValueError if the tensors do not fit together, or the batch does not fit them.
     """
-    check_step_batch(batch, tensors.weights)
     for op in STEP_OPS:
         report(op, CPU)
     return CpuStep(tensors, batch, least)

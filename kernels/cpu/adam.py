@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ..checks import check_moments
 from ..threads import cores, cut
 from ..types import AdamState, FlatAdamState
 from .library import DTYPES, library
@@ -32,7 +33,13 @@ class AdamUpdate:
     """Adam's step in place, equal to torch.optim.Adam without weight decay (Kingma and Ba 2015, algorithm 1)."""
 
     def __init__(self, states: Sequence[AdamState]) -> None:
-        """Store the addresses of the parameters and moments, which must stay where they are (`is_of`)."""
+        """Store the addresses of the parameters and moments, which must stay where they are (`is_of`).
+
+        Raises ValueError if there are none, or if they do not fit together.
+        """
+        check_moments(states)
+        if reason := refusal(states) if states else "expected at least one parameter":
+            raise ValueError(f"states: {reason}")
         self.states = states
         self._places = _places(states)
         self._values = [state.parameter for state in states]

@@ -21,7 +21,9 @@ from .library import DTYPES
 from .loss_record import LossRecordCalls
 from .projected_towers import SideTowersCalls
 from .sequence_encoder import SequenceEncoderCalls
+from .step_batch import check_step_batch
 from .step_calls import StepCalls
+from .step_tensors import check_step_tensors
 
 
 class CpuStep:
@@ -30,14 +32,21 @@ class CpuStep:
     def __init__(self, tensors: StepTensors, batch: RecommenderBatch, least: tuple[int, int] = (0, 0)) -> None:
         """Allocate the memory.
 
-        Args: batch: the first batch, which `check_step_batch` accepts; the memory is one eighth larger; least: numbers
-        of items and rows that the memory holds at least.
+        Args: tensors: their weights are those for which `refusal` returns ""; batch: the first batch; the memory is one
+        eighth larger; least: numbers of items and rows that the memory holds at least.
+
+        Raises ValueError if the tensors do not fit together, or the batch does not fit them.
         """
+        if reason := refusal(tensors.weights):
+            raise ValueError(f"weights: {reason}")
+        check_step_tensors(tensors)
+        check_step_batch(batch, tensors.weights)
         # Odd sizes: panels that lie a whole number of pages apart would compete for the same sets of the cache.
         sizes = len(batch.distinct), len(batch.targets)
         items, rows = (max(size + size // 8 | 1, before) for size, before in zip(sizes, least))
         self.room = (items, rows)
         self._kind = _kind(batch)
+        self._weights = tensors.weights
         calls = self._calls = StepCalls(tensors.weights.fusion.dtype, items, rows)
         weights = tensors.weights
         gradients = tensors.gradients
@@ -71,9 +80,15 @@ class CpuStep:
             stages: for each stage the ops' methods (forward, backward, update) that schedule its calls.
             on_end: called with the stage's number when its calls have ended.
 
-        Only one thread may call it at a time. Raises MemoryError if a call lacks memory, ValueError if one refuses its
-        sizes; calls that were scheduled but not made are dropped.
+        Only one thread may call it at a time. Raises ValueError before any call if the batch does not fit the weights
+        or the memory; most calls use its indices without a check. Raises MemoryError if a call lacks memory, ValueError
+        if one refuses its sizes; calls that were scheduled but not made are dropped.
         """
+        check_step_batch(batch, self._weights)
+        if not self.takes(batch):
+            expected = "at most {} items and {} rows of the first batch's kind".format(*self.room)
+            found = f"{len(batch.distinct)} items and {len(batch.targets)} rows"
+            raise ValueError(f"batch: expected {expected}, found {found}")
         schedule = self._calls.schedule
         self._calls.batch = batch
 
@@ -115,10 +130,14 @@ def refusal(weights: RecommenderWeights) -> str:
         return "it needs contiguous weights on a CPU"
     if any([weight.shape for weight in tower[1:] if weight is not None] != of_tower for tower in towers):
         return "it needs towers of one shape"
-    if weights.fusion.shape[1] != outputs * len(towers) or any(
-        (*chain.middle.shape, chain.inner.shape[1], len(chain.middle_bias), len(chain.inner_bias))
-        != (outputs, len(chain.inner), width, outputs, len(chain.inner))
-        for chain in chains
+    if (
+        len(chains) != len(towers)
+        or weights.fusion.shape[1] != outputs * len(towers)
+        or any(
+            (*chain.middle.shape, chain.inner.shape[1], len(chain.middle_bias), len(chain.inner_bias))
+            != (outputs, len(chain.inner), width, outputs, len(chain.inner))
+            for chain in chains
+        )
     ):
         return "it needs heads and a fusion that fit the towers"
     if len(weights.fusion_bias) != d or position.shape[1] != d or d % weights.sequence.heads:

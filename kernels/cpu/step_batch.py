@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..types import RecommenderBatch, RecommenderWeights
+from .step_tensors import check_tensor, dtype_name
 
 
 def check_step_batch(batch: RecommenderBatch, weights: RecommenderWeights) -> None:
@@ -17,20 +16,20 @@ def check_step_batch(batch: RecommenderBatch, weights: RecommenderWeights) -> No
     must be contiguous. All must be on a CPU.
     """
     items, rows, users = len(batch.distinct), len(batch.targets), len(batch.history_bits)
-    if not rows:
-        raise ValueError("batch.targets: expected at least one row, found none")
+    if not items or not rows:
+        raise ValueError(f"batch: expected at least one item and one row, found {items} and {rows}")
     _check_states(batch, weights)
     length = batch.grid.length
     positions = len(weights.sequence.tensors[0])
     if not 1 <= length <= positions:
         raise ValueError(f"batch.grid.length: expected 1 to {positions}, found {length}")
     words = max(batch.history_bits.shape[1], -(-items // 32))
-    _check("multiplicity", batch.multiplicity, torch.int64, (items,))
-    _check("row_weights", batch.row_weights, torch.float64, (rows,))
-    _check("log_popularity", batch.log_popularity, torch.float64, (len(batch.log_popularity),))
-    _check("history_bits", batch.history_bits, torch.int32, (users, words))
+    check_tensor("batch.multiplicity", batch.multiplicity, torch.int64, (items,))
+    check_tensor("batch.row_weights", batch.row_weights, torch.float64, (rows,))
+    check_tensor("batch.log_popularity", batch.log_popularity, torch.float64, (len(batch.log_popularity),))
+    check_tensor("batch.history_bits", batch.history_bits, torch.int32, (users, words))
     if batch.dropout is not None:
-        _check("dropout.users", batch.dropout.users, torch.int64, (users,))
+        check_tensor("batch.dropout.users", batch.dropout.users, torch.int64, (users,))
     for name, indices, count, limit in (
         ("distinct", batch.distinct, items, len(batch.log_popularity)),
         ("inputs", batch.inputs, rows, items),
@@ -50,13 +49,13 @@ def _check_states(batch: RecommenderBatch, weights: RecommenderWeights) -> None:
     if len(batch.states) < views:
         raise ValueError(f"batch.states: expected {views} views, found {len(batch.states)}")
     if kind not in (weights.fusion.dtype, torch.bfloat16):
-        expected = f"{_name(weights.fusion.dtype)} or bfloat16"
-        raise ValueError(f"batch.states: expected {expected}, found {_name(kind)}")
+        expected = f"{dtype_name(weights.fusion.dtype)} or bfloat16"
+        raise ValueError(f"batch.states: expected {expected}, found {dtype_name(kind)}")
     for i, (table, rows) in enumerate(batch.states):
         if table.dtype != kind or table.shape[1:] != (layers, width):
-            expected = f"[., {layers}, {width}] of {_name(kind)}"
+            expected = f"[., {layers}, {width}] of {dtype_name(kind)}"
             raise ValueError(
-                f"batch.states[{i}]: expected {expected}, found {list(table.shape)} of {_name(table.dtype)}"
+                f"batch.states[{i}]: expected {expected}, found {list(table.shape)} of {dtype_name(table.dtype)}"
             )
         if not table.is_cpu or table.stride(2) != 1 or table.requires_grad:
             raise ValueError(f"batch.states[{i}]: expected rows in one piece on a CPU, without a gradient")
@@ -66,23 +65,9 @@ def _check_states(batch: RecommenderBatch, weights: RecommenderWeights) -> None:
             raise ValueError(f"batch.states[{i}]: expected the {items} items of the batch, found {len(table)}")
 
 
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
-    """Raise ValueError unless a tensor is contiguous on a CPU, of this dtype and shape."""
-    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu or not tensor.is_contiguous():
-        layout = "" if tensor.is_contiguous() else ", not contiguous"
-        expected = f"contiguous {_name(dtype)} {list(shape)} on cpu"
-        description = f"{_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}{layout}"
-        raise ValueError(f"batch.{name}: expected {expected}, found {description}")
-
-
 def _check_indices(name: str, indices: Tensor, count: int, limit: int) -> None:
     """Raise ValueError unless these are `count` int64 indices from 0 to below `limit`."""
-    _check(name, indices, torch.int64, (count,))
+    check_tensor(f"batch.{name}", indices, torch.int64, (count,))
     least, most = map(int, indices.aminmax())
     if least < 0 or most >= limit:
         raise ValueError(f"batch.{name}: expected indices from 0 to {limit - 1}, found {least if least < 0 else most}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    """Return a dtype's name without "torch."."""
-    return str(dtype).removeprefix("torch.")

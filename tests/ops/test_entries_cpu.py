@@ -191,10 +191,27 @@ def test_moments_shorter_than_their_parameter_are_refused_by_the_op_and_by_the_l
     for form in ("auto", "reference"):
         with pytest.raises(ValueError, match=r"states\[0\].mean: expected \[1000\], found \[1\]"):
             kernels.adam([state], form=form)
-    update = AdamUpdate([state])  # the op builds the same object after its checks
+    with pytest.raises(ValueError, match=r"states\[0\].mean: expected \[1000\], found \[1\]"):
+        AdamUpdate([state])
+    state = adam_state(numbers=1000, moment=1000)
+    update = AdamUpdate([state])
+    update._parameters[0].mean_count = 1  # as if the checks in Python were missing
     with pytest.raises(ValueError, match=r"adam_update in C\+\+: expected sizes that fit, found count 1, start 0"):
         update([torch.ones(1000)], [0.1], (0.9, 0.999), 1e-8)
     assert torch.equal(state.parameter, torch.ones(1000)) and not state.mean.any() and not state.steps
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(mean=torch.zeros(8, dtype=torch.float64)), "states: it needs parameters and moments of one dtype"),
+        (dict(square=torch.zeros(16)[::2]), "states: it needs contiguous parameters and moments on a CPU"),
+        (dict(steps=torch.zeros((), dtype=torch.int64)), "states: it needs step counts of float32 on a CPU"),
+    ],
+)
+def test_moments_that_c_cannot_read_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        AdamUpdate([adam_state(8, 8)._replace(**change)])
 
 
 def test_a_gradient_of_another_size_than_its_parameter_is_refused():

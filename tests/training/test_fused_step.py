@@ -363,6 +363,53 @@ def test_states_that_do_not_fit_are_refused():
     check(step, step_batch, table)
 
 
+def short(tensors: kernels.StepTensors, name: str) -> kernels.StepTensors:
+    """Return the tensors of a step with one of Adam's shorter by a number, a line or a group."""
+    return tensors._replace(adam=tensors.adam._replace(**{name: getattr(tensors.adam, name)[:-1]}))
+
+
+def with_gradient(tensors: kernels.StepTensors, number: int, gradient: Tensor) -> kernels.StepTensors:
+    """Return the tensors of a step with another gradient of a weight."""
+    before = tensors.gradients.tensors()[number]
+    return tensors._replace(gradients=tensors.gradients.mapped(lambda old: gradient if old is before else old))
+
+
+def without_a_head(tensors: kernels.StepTensors) -> kernels.StepTensors:
+    return tensors._replace(weights=tensors.weights._replace(heads=tensors.weights.heads[:1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            (lambda tensors, name=name: short(tensors, name), rf"adam\.{name}: expected contiguous float64 \[\d+\]")
+            for name in ("parameters", "gradients", "means", "squares", "decays")
+        ),
+        (lambda tensors: short(tensors, "line_groups"), r"adam\.parameters: expected contiguous float64 \[\d+\]"),
+        (lambda tensors: short(tensors, "rates"), r"adam\.decays: expected contiguous float64 \[3\]"),
+        (lambda tensors: with_gradient(tensors, 0, torch.zeros(1)), r"gradients\[0\]: expected contiguous float64"),
+        (lambda tensors: tensors._replace(record=torch.zeros(4)), r"record: expected contiguous float64 \[4\]"),
+        (lambda tensors: tensors._replace(loss=torch.zeros(0)), r"loss: expected contiguous float64 \[\]"),
+        (without_a_head, "weights: it needs heads and a fusion that fit the towers"),
+    ],
+)
+def test_tensors_that_do_not_fit_their_weights_are_refused(change, message):
+    step, table = new_step()
+    operands = step.model.step_operands(batch(), table.read(batch().distinct))
+    with pytest.raises(ValueError, match=message):
+        kernels.cpu_step(change(step.tensors()), operands)
+    kernels.cpu_step(step.tensors(), operands)
+
+
+def test_a_batch_that_is_larger_than_the_memory_is_refused():
+    step, table = new_step()
+    small, large = (
+        step.model.step_operands(one, table.read(one.distinct)) for one in (batch(range(3)), batch(range(60)))
+    )
+    with pytest.raises(ValueError, match=r"batch: expected at most \d+ items and \d+ rows .*, found \d+ items and"):
+        kernels.cpu_step(step.tensors(), small).run(large, [])
+
+
 def test_a_model_that_was_moved_is_refused():
     step, table = new_step()
     step.model.float()
