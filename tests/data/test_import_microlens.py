@@ -62,6 +62,8 @@ def test_microlens_titles_that_are_not_valid_csv(tmp_path):
         ("within", 'a,"Hello" world, "again"\r\nb,B\nc,"C, ""c"""\n', ('"Hello" world, "again"', "B", 'C, "c"')),
         ("until another", 'a,"A, a\nb,B\nc,"C"\n', ('"A, a', "B", "C")),
         ("until the end", 'a,A\nb,"B\nc,C', ("A", '"B', "C")),
+        ("until the row after the next", 'a,"A, a\nb,B\nc,C"\n', ('"A, a', "B", 'C"')),
+        ("over lines that are no rows", 'a,"A\nand, a"\nb,B\nc,"C\n\nd, e"', ("A and, a", "B", "C d, e")),
         ("in every line", 'a,"A" \nb,"B\nc,"C', ('"A"', '"B', '"C')),
     ):
         import_microlens(microlens(tmp_path / name, titles=titles), tmp_path / f"{name} out")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import replace
-from itertools import tee
+from itertools import islice, tee
 from pathlib import Path
 
 from ...errors import InputError
@@ -32,10 +32,10 @@ def import_microlens(source: Path, destination: Path, options: ImportOptions = I
         pairs = find(source, "*_pairs.csv", "*_pairs.tsv")
         if pairs is None:
             raise InputError(f"{source}: expected MicroLens-*_pairs.csv or MicroLens-*_pairs.tsv in it, found neither")
-        file = find(source, "*_title_en.csv", "*_titles.csv")
-        titles = titles_of(file, _title_rows(file)) if file else {}
         bad_rows = BadRows(pairs, options.bad_rows, "line")
         interactions = _read_csv(pairs, bad_rows) if pairs.suffix == ".csv" else _read_tsv(pairs, bad_rows)
+        file = find(source, "*_title_en.csv", "*_titles.csv")
+        titles = titles_of(file, _title_rows(file, {*interactions["item"].unique()})) if file else {}
         imported = write_dataset(folder, interactions, titles, find(source, "*_covers", "covers"), options)
         return replace(imported, rows=bad_rows.good + bad_rows.count, bad_rows=bad_rows.kinds)
 
@@ -70,24 +70,40 @@ def _has_header(pairs: Path, first: list[str]) -> bool:
     return False
 
 
-def _title_rows(file: Path) -> Iterator[tuple[str, str]]:
+def _title_rows(file: Path, item_ids: Set[str]) -> Iterator[tuple[str, str]]:
     """Yield (item id, title) of every row; a title may hold commas without quotes. A header comes as one more item."""
-    return ((row[0], ",".join(row[1:])) for row in _rows(file) if row)
+    return ((row[0], ",".join(row[1:])) for row in _rows(file, item_ids) if row)
 
 
-def _rows(file: Path) -> Iterator[list[str]]:
-    """Yield the rows of a CSV file. A line that is not valid CSV, as `7,"Up" again`, is split at its first comma."""
+def _rows(file: Path, item_ids: Set[str]) -> Iterator[list[str]]:
+    """Yield the rows of a CSV file. A line that is not valid CSV, as `7,"Up" again`, is split at its first comma.
+
+    So is a line whose quote ends on a later line, if both start with one of the item ids: a quote is missing there.
+    """
     lines = _lines(file)
     while True:
         lines, again = tee(lines)
+        reader = csv.reader(lines, strict=True)
         try:
-            row = next(csv.reader(lines, strict=True), None)
+            row = next(reader, None)
         except csv.Error:  # maybe some lines later, if a quote was not closed
+            row = None
+            swallowed = True
+        else:
+            again, ahead = tee(again)
+            swallowed = _swallows_rows(list(islice(ahead, reader.line_num)), item_ids)
+        if swallowed:
             row = next(again).split(",", 1)
             lines = again
         if row is None:
             return
         yield row
+
+
+def _swallows_rows(lines: list[str], item_ids: Set[str]) -> bool:
+    """Return True if the first of a row's lines and another one start with an item id and a comma."""
+    starts = [line.partition(",")[0] for line in lines]
+    return len(starts) > 1 and starts[0] in item_ids and not item_ids.isdisjoint(starts[1:])
 
 
 def _lines(file: Path) -> Iterator[str]:

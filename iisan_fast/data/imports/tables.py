@@ -17,6 +17,7 @@ from .headers import ADVICE, find_columns
 from .options import RECBOLE_FIELDS, TABLE_COLUMNS
 
 EXACT_FLOAT = 2**53  # a larger whole number may not be the one that its text says
+POINT_AND_ZEROS = r"^([+-]?[0-9]+)\.0*$"
 NUMBER = re.compile(rb"[+-]?[0-9]+(\.0*)?")
 UNFIT_ID = rf"^$|\s|{CONTROL_CHARACTERS}"
 EXPECTED = {
@@ -147,20 +148,28 @@ def _problem(name: str, value: object) -> str:
 
 def _whole_numbers(column: pl.Series) -> pl.Series:
     """Return a column of numbers, or of text such as 12, 12.0 or 1.2e1, as Int64; null for all but whole numbers."""
+    if column.dtype.is_float():
+        return _whole_floats(column)
     if column.dtype.is_decimal():
         column = column.cast(pl.String)
     exact = column.cast(pl.Int64, strict=False)
-    if not column.dtype.is_float() and exact.null_count() == 0:
+    if exact.null_count() == 0 or column.dtype != pl.String:
         return exact
-    numbers = column.cast(pl.Float64, strict=False)
-    whole = numbers.cast(pl.Int64, strict=False)
-    whole = whole.set(whole.cast(pl.Float64) != numbers, None)
-    if column.dtype.is_float():
-        return whole
-    large = (exact.is_null() & (whole.abs() >= EXACT_FLOAT).fill_null(True) & numbers.is_finite()).fill_null(False)
-    for place in large.arg_true():
+    exact = column.str.replace(POINT_AND_ZEROS, "$1").cast(pl.Int64, strict=False)
+    with_exponent = exact.is_null() & column.str.contains("[eE]")
+    if not with_exponent.any():
+        return exact
+    numbers = column.set(~with_exponent, None).cast(pl.Float64, strict=False)
+    whole = _whole_floats(numbers)
+    for place in (numbers.is_finite() & (numbers.abs() >= EXACT_FLOAT)).fill_null(False).arg_true():
         whole[place] = _exact_number(column[place])
     return exact.zip_with(exact.is_not_null(), whole)
+
+
+def _whole_floats(numbers: pl.Series) -> pl.Series:
+    """Return a column of floats as Int64, null for all but whole numbers."""
+    whole = numbers.cast(pl.Int64, strict=False)
+    return whole.set(whole.cast(pl.Float64) != numbers, None)
 
 
 def _exact_number(text: str) -> int | None:
