@@ -25,6 +25,7 @@ from .stats import stats
 from .streams import discard_output, prepare_streams
 from .train import train
 from .verbosity import show_normal, verbosity_options
+from .verify import verify
 
 EXAMPLES = (
     "iisan-fast train                           # the embedded demo, in a minute",
@@ -33,6 +34,7 @@ EXAMPLES = (
     "iisan-fast extract DATASET --cache STATES --text-encoder bert-base-uncased",
     "iisan-fast train DATASET --cache STATES --out runs/first",
     "iisan-fast evaluate runs/first --k 5,10,20",
+    "iisan-fast verify STATES",
 )
 COMPLETION = """\b
 Completion of commands, options, choices and files, in bash or zsh:
@@ -51,7 +53,7 @@ def cli() -> None:
     """
 
 
-for command in (import_, stats, caption, extract, train, evaluate, bench):
+for command in (import_, stats, caption, extract, train, evaluate, verify, bench):
     cli.add_command(command)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from .doors import lazy_names
 
 if TYPE_CHECKING:
-    from .api import evaluate, extract, load, load_dataset, resume, train
+    from .api import evaluate, extract, load, load_dataset, resume, train, verify
     from .config import (
         EvaluationConfig,
         ExtractionConfig,
@@ -40,6 +40,7 @@ __all__ = [
     "prepare",
     "resume",
     "train",
+    "verify",
 ]
 
 # Installed, this folder holds kernels/, cli/ and benchmarks/. In a checkout they stand beside it, and are found there.

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from .states import Extracted
     from .training import BestRun, RunFolder
+    from .verified import Verified
 
 OnEpoch = Callable[[dict[str, Any]], None]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -304,6 +305,28 @@ def load(run: PathLike, *, device: str | torch.device = "auto") -> BestRun:
     from . import training
 
     return training.load(as_path("run", run), torch_device(device))
+
+
+@_checks_names()
+def verify(path: PathLike, *, add: bool = True) -> Verified:
+    """Compare the files of a cache or a run with their checksums, and find what is damaged.
+
+    path: the folder of a cache or of a run.
+    add: give a checksum to what an earlier version wrote without one; False writes nothing.
+
+    Returns a Verified: counts, and `damage`, a list with where, problem and remedy; it is empty if all is well.
+    Raises InputError where the folder holds neither, or is so damaged that its parts cannot be told apart.
+    """
+    folder = as_path("path", path)
+    if (folder / "manifest.json").exists() or (folder / "states.lmdb").exists():
+        from . import states
+
+        return states.verify_cache(folder, add)
+    if (folder / "config.json").exists():
+        from . import training
+
+        return training.verify_run(folder, add)
+    raise InputError(f"{folder}: expected a cache (manifest.json) or a run (config.json), found neither")
 
 
 def _new_run_folder(name: str, out: PathLike | None) -> RunFolder:

@@ -23,4 +23,5 @@ class Verified:
     kind: str  # "cache" or "run"
     checked: int = 0  # entries and tensors whose checksum was compared, and other files that were read
     added: int = 0  # entries and tensors that had no checksum and have one now
+    unchecked: int = 0  # entries and tensors that have no checksum still
     damage: list[Damage] = field(default_factory=list)

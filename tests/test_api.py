@@ -66,7 +66,7 @@ def test_every_public_name_is_there_and_listed():
 
 
 def test_public_functions_load_neither_torch_nor_transformers_before_they_are_called():
-    names = ("load_dataset", "extract", "train", "resume", "evaluate", "load")
+    names = ("load_dataset", "extract", "train", "resume", "evaluate", "load", "verify")
     loaded = f"import sys, iisan_fast as i; [getattr(i, name) for name in {names}]; print(*sys.modules)"
     assert not {"torch", "transformers"} & set(answer(loaded).split())
 

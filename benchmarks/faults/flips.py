@@ -98,7 +98,7 @@ def _damage_of(path: Path) -> int:
     from ...errors import InputError
 
     try:
-        return len(api.verify(path)["damage"])
+        return len(api.verify(path).damage)
     except InputError:
         return 1
 

@@ -6,14 +6,17 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .encoder_inputs import open_sources, view_inputs
+    from .entries import content_digest
     from .extraction import GROUP_ITEMS, Extracted, extract
     from .feature_table import FeatureTable, load_table, unread_table
     from .input_table import EncodedTable, open_inputs
     from .item_source import Chunks, ItemInputs, ItemSource
     from .loader import PlannedBatch, PreparedBatch, planned_batches, prepared_batches
+    from .manifest import describes_view
     from .placement import size_text, usable_memory
     from .recorded_views import refuse_other_encoders
-    from .store import Store, content_digest, describes_view
+    from .store import Store
+    from .verification import verify_cache
     from .view_shapes import ViewShape
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "size_text",
     "unread_table",
     "usable_memory",
+    "verify_cache",
     "view_inputs",
 ]
 

@@ -22,7 +22,7 @@ from ..encoders import WORKER_MODULES
 from ..errors import InputError, first_few
 from ..progress import progress_bar
 from ..workers import CHECKED_AT_ONCE, batched, calls_ahead
-from .store import DIGEST_BYTES, content_digest
+from .entries import DIGEST_BYTES, content_digest
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from ..encoders import Backbone, ModelInputs, TextBackbone

@@ -1,7 +1,8 @@
 """Extract the hidden states of a catalogue with frozen encoders into a store, one batch of items at a time.
 
 All content is checked before the first state is written. A stopped extraction continues with the items that are not
-stored yet. A later extraction encodes only the items whose content is new or has changed.
+stored yet. A later extraction encodes only the items whose content is new or has changed, or whose stored states are
+damaged.
 
 Views that differ only in pooling and layers, and lack the same items, are extracted together with one forward of the
 encoder for each batch. The states are the same as if each view were extracted alone.
@@ -30,7 +31,8 @@ from ..runtime import fix_cublas_workspace
 from ..stop_signals import stop_requests
 from ..workers import batched, worker_count
 from .encoder_inputs import EncoderBatch, ViewInputs, inputs_ahead, new_rows, open_sources, view_inputs
-from .store import Store, entry_bytes
+from .entries import entry_bytes
+from .store import Store
 
 LOGGER = logging.getLogger(__name__)
 STATE_LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
@@ -204,7 +206,7 @@ def _by_stored(job: _Job, store: Store | None, item_ids: list[str]) -> dict[tupl
     """Split a job into jobs of views with the same stored digests (None if not stored), by these digests."""
     parts: dict[tuple[bytes | None, ...], list[Backbone]] = {}
     for name, backbone in zip(job.views, job.backbones):
-        stored = (None,) * len(item_ids) if store is None else tuple(store.digests(name, item_ids))
+        stored = (None,) * len(item_ids) if store is None else tuple(store.sound_digests(name, item_ids))
         parts.setdefault(stored, []).append(backbone)
     return {stored: replace(job, backbones=backbones) for stored, backbones in parts.items()}
 

@@ -1,35 +1,34 @@
 """Store hidden states on disk, in an LMDB database that extraction fills and that the feature table is loaded from.
 
-A store is a folder. Its `states.lmdb` has an entry for each item and view: a digest of the item's content, then the
-states of the selected layers. Its `manifest.json` describes how each view was made. A store never mixes the states of
-different encoders or settings.
+A store is a folder. Its `states.lmdb` has an entry for each item and view: a digest of the item's content, the states
+of the selected layers, and a checksum. Its `manifest.json` describes how each view was made. A store never mixes the
+states of different encoders or settings. A store that is open for reading gives one steady state of the cache.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import functools
+import logging
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from hashlib import blake2b, sha256
+from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import open_database
+from ..checksums import CHECKSUM_BYTES, checksum
 from ..encoders import grouped_layers
 from ..errors import InputError, first_few
-from ..files import locked, write_atomically
+from ..files import locked
 from ..fingerprints import changed_settings
-from ..settings_files import format_number, read_settings
+from .database import Database
+from .entries import DIGEST_BYTES, entry_bytes, entry_key, entry_problem, fits, states_bytes, with_checksum
+from .manifest import FILE, FORMAT, UNCHECKED_FORMAT, new_manifest, read_manifest, refuse_no_cache, write_manifest
 
-FORMAT_VERSION = 1
-DIGEST_BYTES = 16
-MAX_KEY_BYTES = 511  # LMDB's limit
+LOGGER = logging.getLogger(__name__)
 
 
 class Store:
@@ -43,27 +42,23 @@ class Store:
         if path.exists() and not path.is_dir():
             raise InputError(f"{path}: expected a folder for the cache, found a file")
         self.path = path
-        if writable:
-            path.mkdir(parents=True, exist_ok=True)
-        busy = f"{path}: another extraction is writing to this cache; wait for it to end"
-        self._lock = ExitStack()
-        if writable:
-            self._lock.enter_context(locked(path / "lock", busy))
-        database = path / "states.lmdb"
-        if writable and not (path / "manifest.json").exists() and not database.exists():
-            self.manifest: dict[str, Any] = {"format": FORMAT_VERSION, "views": {}}
-            self._write_manifest()  # before the database, so that a kill in between leaves an empty store
-        self.manifest = _read_manifest(path)
-        with self._clear_errors():
-            self._env = open_database(
-                database,
-                subdir=True,
-                writable=writable,
-                lock=writable or os.access(path, os.W_OK),
-                readahead=False,
-                meminit=False,
-                map_size=1 << 20,
-            )
+        self._opened = ExitStack()
+        try:
+            if writable:
+                path.mkdir(parents=True, exist_ok=True)
+                busy = f"{path}: another extraction is writing to this cache; wait for it to end"
+                self._opened.enter_context(locked(path / "lock", busy))
+                if not (path / FILE).exists() and not (path / "states.lmdb").exists():
+                    write_manifest(path, new_manifest())  # first, so that a kill in between leaves an empty store
+            refuse_no_cache(path)
+            self._database = Database(path / "states.lmdb", path, writable)
+            self._opened.callback(self._database.close)
+            self.manifest = read_manifest(path)  # after the database: views are described before they have states
+            if not self._database.is_in_place:
+                raise InputError(f"{path}: the cache was replaced while it was opened; run this again")
+        except BaseException:
+            self._opened.close()
+            raise
 
     def __enter__(self) -> Store:
         """Return the store."""
@@ -75,8 +70,7 @@ class Store:
 
     def close(self) -> None:
         """Close the database and release the lock."""
-        self._env.close()
-        self._lock.close()
+        self._opened.close()
 
     @property
     def views(self) -> dict[str, dict[str, Any]]:
@@ -106,14 +100,31 @@ class Store:
         self.check_views(descriptions)
         for name, description in descriptions.items():
             self.views.setdefault(name, description)
-        self._write_manifest()
+        write_manifest(self.path, self.manifest)
 
-    def digests(self, view: str, item_ids: Iterable[str]) -> Iterable[bytes | None]:
-        """Yield the content digest stored with each item's states, in order; None if the item has no states."""
-        with self._clear_errors(), self._reading() as transaction:
+    def digests(self, view: str, item_ids: Iterable[str]) -> Iterator[bytes | None]:
+        """Yield the content digest stored with each item's states, in order; None if the item has no states.
+
+        The states are not read, so a damaged digest is given as it is.
+        """
+        with self._database.reading() as transaction:
             for item_id in item_ids:
-                value = transaction.get(_key(view, item_id))
-                yield None if value is None else bytes(value[:DIGEST_BYTES])
+                entry = transaction.get(entry_key(view, item_id))
+                yield None if entry is None else bytes(entry[:DIGEST_BYTES])
+
+    def sound_digests(self, view: str, item_ids: Iterable[str]) -> Iterator[bytes | None]:
+        """Yield the content digest stored with each item's states, in order; None if the states cannot be used.
+
+        Those are missing, or do not fit their checksum. All states are read. Entries of format 1 that lack a checksum
+        can be used. A view that the store does not have yet gives None for all items.
+        """
+        size = entry_bytes(self.views[view]) if view in self.views else 0
+        with self._database.reading() as transaction:
+            for item_id in item_ids:
+                key = entry_key(view, item_id)
+                entry = transaction.get(key)
+                sound = entry is not None and (fits(key, entry, size) or self._is_unchecked(entry, size))
+                yield bytes(entry[:DIGEST_BYTES]) if sound else None
 
     def contents(self, view: str, item_ids: Iterable[str]) -> str:
         """Return one digest (hex) of the contents that the items' states were made from, in the order of `item_ids`."""
@@ -132,58 +143,53 @@ class Store:
         The states have the dtype of the view; the digests, one an item, come from `content_digest`. The database grows
         if it is full. Raises InputError if LMDB cannot write.
         """
-        entries = [
-            (_key(view, item_id), digest + array.tobytes())
-            for view, states in states_by_view.items()
-            for item_id, digest, array in zip(item_ids, digests, _as_bytes_array(states))
-        ]
-        while True:
-            try:
-                with self._clear_errors(), self._env.begin(write=True) as transaction:
-                    for key, value in entries:
-                        transaction.put(key, value)
-                return
-            except lmdb.MapFullError:
-                self._env.set_mapsize(2 * self._env.info()["map_size"])
+        entries = []
+        for view, states in states_by_view.items():
+            for item_id, digest, array in zip(item_ids, digests, _as_bytes_array(states)):
+                key = entry_key(view, item_id)
+                entries.append((key, with_checksum(key, digest + array.tobytes())))
+        self._database.put(entries)
 
     def read(self, view: str, item_ids: list[str], into: Tensor, positions: list[int] | None = None) -> None:
         """Copy the items' states into the tensor `into` [N, K, D], which has the view's dtype.
 
         positions: of the layers to read, among the view's stored layers; None for all. Raises InputError if states of
-        an item are missing or have another size.
+        an item are missing, have another size or do not fit their checksum.
         """
         description = self.view(view)
         target = _as_bytes_array(into)
         shape = len(description["layers"]), description["width"]
-        for row, value in self._values(view, item_ids):
-            states = np.frombuffer(value, dtype=target.dtype, offset=DIGEST_BYTES).reshape(shape)
+        end = DIGEST_BYTES + states_bytes(description)
+        for row, key, entry in self._entries(view, item_ids):
+            content = entry[:end]
+            states = np.frombuffer(content, target.dtype, offset=DIGEST_BYTES).reshape(shape)
             target[row] = states if positions is None else states[positions]
+            # The checksum comes after the copy, which brings the bytes into the CPU's caches faster.
+            if len(entry) > end and checksum(content, key) != entry[end:]:
+                raise self._damaged(view, item_ids[row], entry)
 
     def check(self, view: str, item_ids: list[str]) -> None:
         """Raise InputError if any item's states are missing or have another size. States are not read."""
-        for _ in self._values(view, item_ids):
+        for _ in self._entries(view, item_ids):
             pass
 
-    def _values(self, view: str, item_ids: list[str]) -> Iterator[tuple[int, memoryview]]:
-        """Yield each item's row and its stored value, a digest followed by states.
+    def _entries(self, view: str, item_ids: list[str]) -> Iterator[tuple[int, bytes, memoryview]]:
+        """Yield each item's row, its key and its entry: a digest, states, and the checksum unless it lacks one.
 
-        Raises InputError if the store lacks an item.
+        Raises InputError if the store lacks an item, or if an entry has another size than its view.
         """
-        description = self.view(view)
         missing = []
-        size = entry_bytes(description) - DIGEST_BYTES
-        with self._clear_errors(), self._reading() as transaction:
+        size = entry_bytes(self.view(view))
+        with self._database.reading() as transaction:
             for row, item_id in enumerate(item_ids):
-                value = transaction.get(_key(view, item_id))
-                if value is None:
+                key = entry_key(view, item_id)
+                entry = transaction.get(key)
+                if entry is None:
                     missing.append(item_id)
-                elif len(value) != DIGEST_BYTES + size:
-                    raise InputError(
-                        f"{self.path}: view {view!r}, item {item_id!r}: expected {size} bytes of states, "
-                        f"found {len(value) - DIGEST_BYTES}; extract into a new cache"
-                    )
+                elif len(entry) == size or self._is_unchecked(entry, size):
+                    yield row, key, entry
                 else:
-                    yield row, value
+                    raise self._damaged(view, item_id, entry)
         if missing:
             raise InputError(
                 f"{self.path}: view {view!r} lacks {len(missing)} of {len(item_ids)} items "
@@ -191,38 +197,38 @@ class Store:
                 "min_interactions and max_inputs"
             )
 
-    def _reading(self) -> lmdb.Transaction:
-        """Return a transaction for reading, with the newest size of the database."""
-        try:
-            return self._env.begin(buffers=True)
-        except lmdb.MapResizedError:  # another process has made the database larger
-            self._env.set_mapsize(0)
-            return self._env.begin(buffers=True)
+    def _damaged(self, view: str, item_id: str, entry: memoryview) -> InputError:
+        """Return the error for an entry that cannot be used."""
+        problem = entry_problem(entry, entry_bytes(self.view(view)))
+        return InputError(
+            f"{self.path}: view {view!r}, item {item_id!r}: {problem}; iisan-fast extract encodes it again"
+        )
 
-    def _write_manifest(self) -> None:
-        """Write manifest.json as a whole or not at all."""
-        write_atomically(self.path / "manifest.json", json.dumps(self.manifest, indent=2).encode())
+    def lacks_checksum(self, entry: memoryview, size: int) -> bool:
+        """Return True if an entry is one of format 1 without a checksum. size: of one of its view with a checksum."""
+        return self.manifest["format"] == UNCHECKED_FORMAT and len(entry) == size - CHECKSUM_BYTES
 
-    @contextmanager
-    def _clear_errors(self) -> Iterator[None]:
-        """Turn LMDB's errors inside the context into InputError."""
-        try:
-            yield
-        except lmdb.MapFullError:
-            raise
-        except lmdb.Error as error:
-            raise InputError(f"{self.path}: the cache cannot be used ({error})") from None
+    def _is_unchecked(self, entry: memoryview, size: int) -> bool:
+        """Return `lacks_checksum`, and say once that the cache has such entries."""
+        lacks = self.lacks_checksum(entry, size)
+        if lacks:
+            _warn_of_missing_checksums(self.path)
+        return lacks
 
+    def entries(self) -> Iterator[tuple[bytes, memoryview]]:
+        """Yield the key and the value of each entry of all views. A value is valid until the next one is taken."""
+        return self._database.entries()
 
-def content_digest(content: bytes) -> bytes:
-    """Return the digest of an item's content that a store keeps with its states: BLAKE2b, 16 bytes."""
-    return blake2b(content, digest_size=DIGEST_BYTES).digest()
+    def add_checksums(self, keys: list[bytes]) -> None:
+        """Give the entries under these keys, which lack it, a checksum, all in one transaction."""
+        with self._database.reading() as transaction:
+            entries = [(key, with_checksum(key, bytes(transaction.get(key)))) for key in keys]
+        self._database.put(entries)
 
-
-def entry_bytes(description: dict[str, Any]) -> int:
-    """Return the bytes of one item's entry in a store, a digest and states. description: of the view."""
-    states = len(description["layers"]) * description["width"] * getattr(torch, description["dtype"]).itemsize
-    return DIGEST_BYTES + states
+    def require_checksums(self) -> None:
+        """Make the store one of the format in which every entry has a checksum."""
+        self.manifest["format"] = FORMAT
+        write_manifest(self.path, self.manifest)
 
 
 def group_positions(name: str, view: dict[str, Any], layer_groups: int | None) -> list[int] | None:
@@ -244,31 +250,13 @@ def group_positions(name: str, view: dict[str, Any], layer_groups: int | None) -
     return [stored.index(layer) for layer in layers]
 
 
-def describes_view(value: Any) -> bool:
-    """Return True if a JSON value is an object with all the keys that reading a view needs."""
-    return isinstance(value, dict) and value.keys() >= {"source", "layers", "depth", "width", "dtype"}
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a store. Raises InputError if it is missing or not one."""
-    file = path / "manifest.json"
-    if not file.exists():
-        raise InputError(f"{path}: not a cache of hidden states (no manifest.json); run iisan-fast extract")
-    manifest = read_settings(file)
-    format_number(manifest, file, (FORMAT_VERSION,), "extract into a new cache")
-    views = manifest.get("views")
-    if not isinstance(views, dict) or not all(map(describes_view, views.values())):
-        raise InputError(f"{file}: not a manifest of hidden states; extract into a new cache")
-    return manifest
-
-
-def _key(view: str, item_id: str) -> bytes:
-    """Return the key of an item's entry. A long key is replaced by its hash, because LMDB limits the length."""
-    key = f"{view}\0{item_id}".encode()
-    return key if len(key) <= MAX_KEY_BYTES else f"{view}\0\0".encode() + sha256(key).digest()
-
-
 def _as_bytes_array(states: Tensor) -> np.ndarray:
     """Return the tensor's values as integers of the same width, because numpy has no bfloat16."""
     integer = {2: torch.int16, 4: torch.int32}[states.element_size()]
     return states.contiguous().cpu().view(integer).numpy()
+
+
+@functools.cache
+def _warn_of_missing_checksums(path: Path) -> None:
+    """Log, once for each cache, that damage to some of its entries would not be noticed."""
+    LOGGER.warning("%s: the cache was made without checksums; iisan-fast verify %s adds them", path, path)

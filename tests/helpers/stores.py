@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from iisan_fast.states.entries import content_digest
 from iisan_fast.states.feature_table import FeatureTable
-from iisan_fast.states.store import Store, content_digest
+from iisan_fast.states.store import Store
 
 
 def view_description(layers: int, width: int, /, **changes) -> dict:

@@ -170,7 +170,7 @@ def has_states_of_another_size(cache: Path) -> list[str]:
     ("spoil", "message"),
     [
         (lacks_items, r"view 'a' lacks 1 of 11 items \(absent\); run iisan-fast extract"),
-        (has_states_of_another_size, "view 'b', item 'i4': expected 60 bytes of states, found 48; extract into"),
+        (has_states_of_another_size, "view 'b', item 'i4': expected 60 bytes of states, found 48; iisan-fast extract"),
     ],
 )
 def test_states_that_cannot_be_used_are_refused_at_once(cache, closed, placement, spoil: Callable, message):

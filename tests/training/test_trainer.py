@@ -15,7 +15,8 @@ from iisan_fast.config import EvaluationConfig, ModelConfig, RunConfig, TrainCon
 from iisan_fast.data.epoch_plan import steps_per_epoch
 from iisan_fast.errors import InputError
 from iisan_fast.kernels import FORM_VARIABLE
-from iisan_fast.states.store import Store, content_digest
+from iisan_fast.states.entries import content_digest
+from iisan_fast.states.store import Store
 from iisan_fast.training.best_run import evaluate_run
 from iisan_fast.training.checkpoints import load_checkpoint, save_checkpoint
 from iisan_fast.training.resume_run import resume

@@ -1,0 +1,81 @@
+"""Read and write a cache's manifest: its format, the description of each view, and a checksum of both.
+
+Format 2 says that the manifest and every entry have a checksum. Caches of format 1 have none in the manifest, and none
+in the entries that an earlier version wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..checksums import checksum
+from ..config import SOURCES, STORE_DTYPES
+from ..errors import InputError
+from ..files import write_atomically
+from ..settings_files import format_number, read_settings
+
+UNCHECKED_FORMAT, FORMAT = 1, 2
+FILE = "manifest.json"
+
+
+def new_manifest() -> dict[str, Any]:
+    """Return the manifest of a cache without views."""
+    return {"format": FORMAT, "views": {}}
+
+
+def refuse_no_cache(path: Path) -> None:
+    """Raise InputError if a folder has no manifest."""
+    if (path / FILE).exists():
+        return
+    if (path / "states.lmdb").exists():
+        raise InputError(f"{path}: states.lmdb without {FILE}; restore that file, or choose another cache")
+    raise InputError(f"{path}: not a cache of hidden states (no {FILE}); run iisan-fast extract")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of the cache `path`, without its checksum.
+
+    Raises InputError if it is missing, is not one, or does not fit its checksum.
+    """
+    refuse_no_cache(path)
+    file = path / FILE
+    manifest = read_settings(file)
+    number = format_number(manifest, file, (UNCHECKED_FORMAT, FORMAT), "extract into a new cache")
+    recorded = manifest.pop("checksum", None)
+    if number == FORMAT and recorded != _checksum(manifest):
+        raise InputError(
+            f"{file}: its checksum does not fit, so it was damaged or edited; restore it, or extract into a new cache"
+        )
+    views = manifest.get("views")
+    if not isinstance(views, dict) or not all(map(describes_view, views.values())):
+        raise InputError(f"{file}: not a manifest of hidden states; extract into a new cache")
+    return manifest
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest of the cache `path` as a whole or not at all. One of format 2 gets its checksum."""
+    summed = {"checksum": _checksum(manifest)} if manifest["format"] == FORMAT else {}
+    write_atomically(path / FILE, json.dumps(manifest | summed, indent=2).encode())
+
+
+def describes_view(value: Any) -> bool:
+    """Return True if a JSON value is an object with all that reading a view needs, in kinds and ranges that can be."""
+    if not isinstance(value, dict):
+        return False
+    layers, depth, width = value.get("layers"), value.get("depth"), value.get("width")
+    numbers = [depth, width, *layers] if isinstance(layers, list) else [None]
+    return (
+        all(type(number) is int for number in numbers)  # not isinstance: True is an int
+        and bool(layers)
+        and list(layers) == sorted({layer for layer in layers if 0 <= layer < depth})
+        and width > 0
+        and value.get("dtype") in STORE_DTYPES
+        and value.get("source") in SOURCES
+    )
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    """Return the checksum (hex) of a manifest's values; the order of keys counts, white space does not."""
+    return checksum(json.dumps(manifest).encode()).hex()
