@@ -193,6 +193,7 @@ def _remove_unfinished(file: Path) -> None:
     if not file.exists() or file.stat().st_size > 2 * mmap.PAGESIZE:
         return
     try:
-        lmdb.open(str(file.parent), readonly=True, lock=False).close()
+        if file.stat().st_size:  # LMDB would write to an empty file, also if it is opened for reading
+            lmdb.open(str(file.parent), readonly=True, lock=False).close()
     except lmdb.InvalidError:
         file.unlink()

@@ -55,9 +55,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of the cache `path` as a whole or not at all. One of format 2 gets its checksum."""
+    """Write the manifest of the cache `path` as a whole or not at all. One of format 2 gets its checksum.
+
+    Raises InputError if it cannot be written, as on a full disk.
+    """
     summed = {"checksum": _checksum(manifest)} if manifest["format"] == FORMAT else {}
-    write_atomically(path / FILE, json.dumps(manifest | summed, indent=2).encode())
+    try:
+        write_atomically(path / FILE, json.dumps(manifest | summed, indent=2).encode())
+    except OSError as error:
+        raise InputError(
+            f"{path / FILE}: cannot be written ({error.strerror}); make room, and run it again: what is stored stays"
+        ) from None
 
 
 def describes_view(value: Any) -> bool:
