@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .imports.recbole import import_recbole
     from .items import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb, open_images, refuse_unfit_name
     from .packed_batches import PackedWindow, RunPlan
-    from .sequences import Dataset, Sequences, Split, load_dataset, load_sequences, statistics
+    from .saved_sequences import load_sequences
+    from .sequences import Dataset, Sequences, Split, load_dataset, statistics
     from .strict_tables import read_table
 
 __all__ = [

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from ..config import ProtocolConfig
 from ..errors import InputError, check_choice
+from .array_files import pack_texts, write_arrays
 from .histories import read_histories
 from .items import read_items
 from .temporal import temporal_split
@@ -94,17 +94,20 @@ class Sequences:
         )
 
     def save(self, path: Path) -> None:
-        """Write one .npz file, which `load_sequences` reads."""
-        np.savez_compressed(
-            path,
-            user_ids=np.array(self.user_ids, dtype=np.str_),
-            item_ids=np.array(self.item_ids, dtype=np.str_),
-            offsets=self.offsets,
-            items=self.items.astype(np.int32),
-            max_inputs=np.int64(self.max_inputs),
-            training_ends=self.training_ends,
-            **{f"{name}_targets": self.targets[name] for name in LEAVE_ONE_OUT},
-        )
+        """Write one .npz file, with checksums, which `load_sequences` reads."""
+        user_ids, user_id_ends = pack_texts(self.user_ids)
+        item_ids, item_id_ends = pack_texts(self.item_ids)
+        arrays = {
+            "user_ids": user_ids,
+            "user_id_ends": user_id_ends,
+            "item_ids": item_ids,
+            "item_id_ends": item_id_ends,
+            "offsets": self.offsets,
+            "items": self.items.astype(np.int32),
+            "max_inputs": np.int64(self.max_inputs),
+            "training_ends": self.training_ends,
+        }
+        write_arrays(path, arrays | {f"{name}_targets": self.targets[name] for name in LEAVE_ONE_OUT})
 
 
 @dataclass(frozen=True)
@@ -188,26 +191,6 @@ def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dat
         protocol=protocol,
         sequences=replace(whole, item_ids=item_ids, items=number[whole.items]),
     )
-
-
-def load_sequences(path: Path) -> Sequences:
-    """Read the file that `Sequences.save` wrote. Raises InputError if it is missing or damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            has_split = "training_ends" in file  # files of older runs have none: leave-one-out
-            return Sequences(
-                user_ids=file["user_ids"].tolist(),
-                item_ids=file["item_ids"].tolist(),
-                offsets=file["offsets"],
-                items=file["items"].astype(np.int64),
-                max_inputs=int(file["max_inputs"]),
-                training_ends=file["training_ends"] if has_split else None,
-                targets={name: file[f"{name}_targets"] for name in LEAVE_ONE_OUT} if has_split else None,
-            )
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (BadZipFile, ValueError, KeyError, EOFError) as error:
-        raise InputError(f"{path}: not the histories of a run, or damaged ({error})") from None
 
 
 def statistics(sequences: Sequences) -> dict[str, int | float]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from helpers.datasets import make_sequences
 from iisan_fast.config import ProtocolConfig
-from iisan_fast.data.sequences import load_dataset, load_sequences, statistics
+from iisan_fast.data.sequences import load_dataset, statistics
 from iisan_fast.errors import InputError
 
 
@@ -67,26 +67,6 @@ def test_split_equals_slicing_lists(histories):
             assert split.inputs[user].tolist() == ([0] * 10 + before)[-10:]
             assert split.history[user].tolist() == ([0] * 12 + before)[-12:]
             assert split.reachable[user] == (history[-held_out] not in before)
-
-
-def test_save_and_load_round_trip(tmp_path):
-    sequences = make_sequences([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 1]])
-    sequences.save(tmp_path / "s.npz")
-    loaded = load_sequences(tmp_path / "s.npz")
-    assert loaded.user_ids == sequences.user_ids and loaded.item_ids == sequences.item_ids
-    assert loaded.items.tolist() == sequences.items.tolist() and loaded.offsets.tolist() == sequences.offsets.tolist()
-    assert loaded.training_ends.tolist() == [3, 9]
-    assert loaded.targets["validation"].tolist() == [3, 9] and loaded.targets["test"].tolist() == [4, 10]
-
-
-def test_an_older_file_without_cuts_is_leave_one_out(tmp_path):
-    sequences = make_sequences([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 1]])
-    sequences.save(tmp_path / "s.npz")
-    with np.load(tmp_path / "s.npz") as file:
-        old = {name: file[name] for name in ("user_ids", "item_ids", "offsets", "items", "max_inputs")}
-    np.savez(tmp_path / "old.npz", **old)
-    loaded = load_sequences(tmp_path / "old.npz")
-    assert loaded.split("test").targets.tolist() == [5, 1] and loaded.training[1].tolist() == [1, 2, 3, 5, 4, 3, 2]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from helpers.tables import random_table
 from iisan_fast.config import EvaluationConfig, ModelConfig, ProtocolConfig, RunConfig, TrainConfig
 from iisan_fast.data.batches import epoch_batches
 from iisan_fast.data.epoch_plan import steps_per_epoch
-from iisan_fast.data.sequences import load_dataset, load_sequences, statistics
+from iisan_fast.data.saved_sequences import load_sequences
+from iisan_fast.data.sequences import load_dataset, statistics
 from iisan_fast.errors import InputError
 from iisan_fast.evaluation.metrics import evaluate, popularity_baseline
 from iisan_fast.training.best_run import evaluate_run

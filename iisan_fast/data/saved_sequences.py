@@ -1,0 +1,99 @@
+"""Read the histories that a run has saved, and check every number in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..config import ProtocolConfig
+from ..errors import InputError
+from ..setting_fields import settings_of
+from .array_files import read_arrays, unpack_texts
+from .sequences import LEAVE_ONE_OUT, Sequences
+
+IDS = {"user_ids": "user_id_ends", "item_ids": "item_id_ends"}  # texts, and where each of them ends
+SPLIT = ("training_ends", *(f"{name}_targets" for name in LEAVE_ONE_OUT))
+MOST_INPUTS = settings_of(ProtocolConfig)["max_inputs"].rules.maximum
+MOST_IDS = 1_000_000  # of a file of few bytes; each further byte may stand for one more
+ALWAYS = ("user_ids", "item_ids", "offsets", "items", "max_inputs")
+
+
+def load_sequences(path: Path) -> Sequences:
+    """Read the file that `Sequences.save` wrote.
+
+    Raises InputError, naming the file and the array, if it is missing or damaged, or holds numbers that cannot be.
+    """
+    arrays = read_arrays(path, (*ALWAYS, *IDS.values(), *SPLIT))
+    split = [name for name in SPLIT if name in arrays]  # files of older runs have none: leave-one-out
+    for name in (*ALWAYS, *(SPLIT if split else ())):
+        if name not in arrays:
+            raise InputError(f"{path}: array {name} is missing; restore the file")
+    sequences = Sequences(
+        user_ids=_ids(arrays, "user_ids", path),
+        item_ids=_ids(arrays, "item_ids", path),
+        offsets=_integers(arrays, "offsets", path),
+        items=_integers(arrays, "items", path),
+        max_inputs=int(_integers(arrays, "max_inputs", path, dimensions=0)),
+        training_ends=_integers(arrays, "training_ends", path) if split else None,
+        targets={name: _integers(arrays, f"{name}_targets", path) for name in LEAVE_ONE_OUT} if split else None,
+    )
+    _check(sequences, path)
+    return sequences
+
+
+def _ids(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> list[str]:
+    """Return the ids of an array: UTF-8 bytes with their ends, or text of one width in files of older versions.
+
+    Raises InputError, naming the array, for anything else, for an id that stands twice, and for more ids than the file
+    can hold.
+    """
+    array = arrays[name]
+    ends = arrays.get(IDS[name])
+    expected_kind = "U" if ends is None else "u"
+    count = array.size if ends is None else ends.size
+    if array.ndim != 1 or array.dtype.kind != expected_kind:
+        raise InputError(f"{path}: array {name}: expected ids, found {array.dtype} of shape {array.shape}")
+    if count > MOST_IDS + path.stat().st_size:
+        raise InputError(
+            f"{path}: array {name}: {count} ids in a file of {path.stat().st_size} bytes; restore the file"
+        )
+    try:
+        ids = array.tolist() if ends is None else unpack_texts(array, ends)
+    except ValueError as error:
+        raise InputError(f"{path}: array {name} is damaged ({error}); restore the file") from None
+    if len(set(ids)) < len(ids):
+        raise InputError(f"{path}: array {name} has an id twice; restore the file")
+    return ids
+
+
+def _integers(arrays: Mapping[str, np.ndarray], name: str, path: Path, dimensions: int = 1) -> np.ndarray:
+    """Return an array as int64. Raises InputError, naming it, unless it has integers and so many dimensions."""
+    array = arrays[name]
+    if array.dtype not in (np.int32, np.int64) or array.ndim != dimensions:
+        found = f"{array.dtype} of shape {array.shape}"
+        raise InputError(f"{path}: array {name}: expected integers in {dimensions} dimensions, found {found}")
+    return array.astype(np.int64)
+
+
+def _check(sequences: Sequences, path: Path) -> None:
+    """Raise InputError, naming the array, if the numbers of histories do not fit each other."""
+    starts, ends = sequences.offsets[:-1], sequences.offsets[1:]
+    whole = sequences.offsets[:1].tolist() == [0] and sequences.offsets[-1:].tolist() == [len(sequences.items)]
+    _refuse(path, "max_inputs", not 1 <= sequences.max_inputs <= MOST_INPUTS)
+    _refuse(path, "user_ids", not sequences.user_ids or len(sequences.user_ids) != len(starts))
+    _refuse(path, "offsets", not whole or (ends <= starts).any())
+    _refuse(path, "items", ((sequences.items < 1) | (sequences.items > len(sequences.item_ids))).any())
+    cuts = sequences.training_ends
+    _refuse(path, "training_ends", cuts.shape != starts.shape or (cuts < starts).any() or (cuts > ends).any())
+    for name, targets in sequences.targets.items():
+        _refuse(path, f"{name}_targets", targets.shape != starts.shape)
+        in_history = (targets > starts) & (targets >= cuts) & (targets < ends)
+        _refuse(path, f"{name}_targets", not (in_history | (targets == -1)).all())
+
+
+def _refuse(path: Path, name: str, wrong: bool | np.bool_) -> None:
+    """Raise InputError, naming the array, if it is wrong."""
+    if wrong:
+        raise InputError(f"{path}: array {name} has numbers that do not fit the others; restore the file")
