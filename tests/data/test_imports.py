@@ -257,6 +257,19 @@ def test_the_command_line(tmp_path):
         assert (tmp_path / folder / "users.tsv").read_text() == "u\ta\n"
 
 
+def test_the_command_line_counts_rows_that_are_left_out(tmp_path):
+    source = write(tmp_path / "in.csv", 'u,5.0,a,1\nu,5.0,b"c,2\nu,5.0,d\nu,5.0,"e,3\n')
+    options = ("--columns", "user,-,item,timestamp", "--bad-rows", "skip")
+    counts = json.loads(run("import", "csv", source, tmp_path / "json", *options, "--json"))
+    assert (counts["rows"], counts["interactions"]) == (4, 1)
+    assert counts["bad_rows"] == {
+        "stray quote": {"unit": "line", "count": 2, "places": [2, 4]},
+        "wrong number of fields": {"unit": "line", "count": 1, "places": [3]},
+    }
+    printed = run("import", "csv", source, tmp_path / "table", *options)
+    assert "2 stray quote (lines 2, 4)" in printed and "1 wrong number of fields (line 3)" in printed
+
+
 def test_without_polars_the_command_says_what_to_install(tmp_path, monkeypatch, capsys):
     for module in [name for name in sys.modules if name.startswith("iisan_fast.data.imports.")]:
         monkeypatch.delitem(sys.modules, module)
