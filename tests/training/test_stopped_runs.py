@@ -32,6 +32,11 @@ EPOCHS = 3
 FAST = {"adapters": 1e-2, "gates": 1e-2, "heads": 1e-2, "sequence_encoder": 1e-2}
 
 
+def of_the_long_tests(*values) -> object:
+    """Return the values of a parametrized test that only the long tests run."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 class Killed(BaseException):
     """Stands in for a process that is killed."""
 
@@ -111,10 +116,7 @@ def test_a_signal_saves_the_step_under_way_and_the_run_goes_on_exactly(tmp_path,
     goes_on_to(whole, run)
 
 
-FORMS = ("fused", "autograd", "captured", "ids")
-
-
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=["fused", "autograd", of_the_long_tests("captured"), "ids"])
 def form(request, config, monkeypatch) -> RunConfig:
     """Choose the form of the step, and return the run's configuration."""
     if request.param == "autograd":
@@ -199,7 +201,7 @@ def test_a_run_stopped_in_its_test_does_it_again(tmp_path, config, whole, monkey
     goes_on_to(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["save_best", "save_last", "write_metrics"])
+@pytest.mark.parametrize("name", [of_the_long_tests("save_best"), "save_last", of_the_long_tests("write_metrics")])
 def test_a_file_under_way_is_finished_before_a_run_stops(tmp_path, config, whole, name, monkeypatch):
     at_call(monkeypatch, RunFolder, name, 1, send())
     with pytest.raises(Stopped, match="epoch 1 is saved"):
@@ -242,18 +244,15 @@ def full_disk(monkeypatch, at: int) -> None:
 @pytest.mark.parametrize(
     ("write", "kept"),
     [
-        (1, "stopped in epoch 1: .*; there is no checkpoint yet"),
+        of_the_long_tests(1, "stopped in epoch 1: .*; there is no checkpoint yet"),
         (2, "stopped in epoch 1: .*; the checkpoint of step 4 of epoch 1 is kept"),
-        (6, "stopped in epoch 2: .*; the checkpoint of epoch 1 is kept"),
+        of_the_long_tests(5, "stopped in epoch 2: .*; the checkpoint of epoch 1 is kept"),
     ],
 )
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
     tmp_path, config, whole, write, kept, monkeypatch
 ):
     full_disk(monkeypatch, write)  # of steps 4 and 8, the best and the last of epoch 1, then step 4 of epoch 2
-    if write == 6:
-        monkeypatch.undo()
-        full_disk(monkeypatch, 5)
     with pytest.raises(InputError, match=f"run: {kept}") as error:
         train(with_train(config, checkpoint_every=4), tmp_path / "run", CPU)
     assert "last.safetensors: No space left on device" in str(error.value) and "\n" not in str(error.value)
