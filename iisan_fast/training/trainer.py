@@ -178,7 +178,11 @@ class Trainer:
                 self._train_epoch(folder, request)
                 self._finish_epoch(folder, request)
         except (InputError, kernels.FormError, OSError) as error:
-            saved = f"the checkpoint of {self._saved} is kept" if self._saved else "there is no checkpoint yet"
+            saved = (
+                f"the checkpoint of {self._saved} is kept, and --resume goes on from it"
+                if self._saved
+                else "there is no checkpoint yet"
+            )
             raise InputError(f"{folder.path}: stopped in epoch {number}: {error_text(error)}; {saved}") from None
 
     def _train_epoch(self, folder: RunFolder, request: StopRequest) -> None:

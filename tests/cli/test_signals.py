@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from helpers.command_line import iisan_fast
 from helpers.run_folders import assert_same_run
-
-pytestmark = pytest.mark.slow
+from iisan_fast.training.trainer import Trainer
 
 COMMAND = (sys.executable, "-m", "iisan_fast")
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -41,10 +41,24 @@ def settings_of(toy_run) -> tuple[object, ...]:
     return "train", dataset, "--cache", cache, *sizes, "--device", "cpu", "--json", "--quiet"
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGTERM, signal.SIGHUP))],
-)
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_is_a_line_and_its_exit_code(toy_run, tmp_path, number, monkeypatch):
+    take = Trainer.take
+
+    def signalled(self, prepared):
+        if prepared.batch.step == 4:
+            signal.raise_signal(number)
+        return take(self, prepared)
+
+    monkeypatch.setattr(Trainer, "take", signalled)
+    run = tmp_path / "a run"
+    result = iisan_fast(*settings_of(toy_run), "--out", run)
+    line = f"stopped: {run}: step 5 of epoch 1 is saved; go on with iisan-fast train --resume '{run}'\n"
+    assert (result.returncode, result.stdout, result.stderr) == (CODES[number], "", line)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", CODES)
 def test_a_training_that_is_stopped_says_how_it_goes_on_and_does(toy_run, tmp_path, number):
     run = tmp_path / "a run"
     with start(*settings_of(toy_run), "--out", run) as process:
