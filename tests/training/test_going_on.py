@@ -14,7 +14,8 @@ import torch
 from helpers.run_folders import assert_same_run
 from iisan_fast.config import ModelConfig, RunConfig, TrainConfig
 from iisan_fast.errors import InputError, Stopped
-from iisan_fast.states.store import Store, content_digest
+from iisan_fast.states.entries import content_digest
+from iisan_fast.states.store import Store
 from iisan_fast.training.checkpoints import load_checkpoint
 from iisan_fast.training.resume_run import RunChanges, resume
 from iisan_fast.training.run_folder import RunFolder
