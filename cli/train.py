@@ -45,7 +45,7 @@ SECTIONS = {
 }
 WRITTEN_HERE = ("dataset", "cache")  # settings of RunConfig with an argument and an option written below
 OF_VIEWS = ("views",)  # the setting of UncachedConfig that the options of encoders describe
-WITH_RESUME = {"resume_path", "placement", "device", "as_json"}
+WITH_RESUME = {"resume_path", "trust_remote_code", "placement", "device", "as_json"}
 CHANGED_BY_RESUME = {  # option: the argument of iisan_fast.resume
     **{name: name for name in ("dataset", "cache", "image_encoder", "text_encoder", "patience", "checkpoint_every")},
     "max_epochs": "epochs",
@@ -102,7 +102,8 @@ def train(
     if resume_path is not None:
         _refuse_other_settings(context)
         changes = {argument: context.params[name] for name, argument in CHANGED_BY_RESUME.items()}
-        result = api.resume(resume_path, **changes, **where, on_epoch=_report_epoch)
+        trusted = bool(options["trust_remote_code"])
+        result = api.resume(resume_path, **changes, **where, on_epoch=_report_epoch, trust_remote_code=trusted)
     else:
         settings = _settings(dataset, options)
         result = api.train(dataset, **settings, **where, dry_run=dry_run, on_epoch=_report_epoch)

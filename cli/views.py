@@ -51,6 +51,7 @@ class EncoderOptions:
         help="Option for Hugging Face to load the encoders by, as device_map=auto; for one of them after image: or "
         "text:. May be repeated. A VALUE may be JSON.",
     )
+    trust_remote_code: bool = same_setting(ViewConfig, "trust_remote_code")
 
 
 def view_options(command: Any) -> Any:
@@ -95,6 +96,8 @@ def parsed_view(text: str) -> ViewConfig:
     for name in INTEGERS:
         if name in values:
             values[name] = _integer(values[name], f"--view {text!r}: {name}")
+    if "trust_remote_code" in values:
+        values["trust_remote_code"] = json_or_text(values["trust_remote_code"])
     try:
         return view_from_values(values)
     except InputError as error:

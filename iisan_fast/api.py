@@ -40,6 +40,7 @@ from .settings import (
     run_config,
     take_views,
 )
+from .trusted_code import is_trusted, refuse_unasked_code_of_run
 
 if TYPE_CHECKING:
     import torch
@@ -236,6 +237,7 @@ def resume(
     device: str | torch.device = "auto",
     table: str = "auto",
     on_epoch: OnEpoch | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Continue a stopped run exactly as if it had not been stopped; a finished one returns its figures again.
 
@@ -245,6 +247,7 @@ def resume(
     epochs, patience: let a finished run go on. The results are those of a run that had these settings from the
         beginning.
     checkpoint_every: save within epochs after so many steps (500) or so much time ("10m").
+    trust_remote_code: whether code that comes with the run's encoders may run; a run that needs it asks again.
     The other arguments and the result are those of `train`. What is given here replaces the setting in config.json.
 
     Raises InputError where the folder holds no run, or where its dataset, states or encoders have changed. Nothing is
@@ -254,6 +257,7 @@ def resume(
     from . import training
 
     folder = as_path("run", run)
+    refuse_unasked_code_of_run(folder, is_trusted({"trust_remote_code": trust_remote_code}))
     changes = training.RunChanges(
         dataset=None if dataset is None else str(as_path("dataset", dataset).resolve()),
         cache=None if cache is None else str(as_path("cache", cache).resolve()),

@@ -26,9 +26,13 @@ PHM_TERMS = 4  # of a sum of Kronecker products
 TIE_SHARES = {"half": 0.5, "best": 0.0}
 ATTENTIONS = ("auto", "xformers", "sdpa", "eager")
 MISSING_IMAGES = ("error", "blank")
-RESERVED_OPTIONS = (  # of loading an encoder: what is set, or would be right for its weights and not for the rest
+# Options of loading an encoder that are set here, that would be right for its weights and not for the rest, that run
+# code from elsewhere (weights_only, kernels), or that replace weights (ignore_mismatched_sizes draws some at random).
+RESERVED_OPTIONS = (
     *("attn_implementation", "config", "local_files_only", "output_hidden_states", "output_loading_info"),
-    *("revision", "subfolder", "torch_dtype", "trust_remote_code"),
+    *("revision", "subfolder", "torch_dtype", "trust_remote_code", "code_revision", "weights_only"),
+    *("use_kernels", "kernel_config", "allow_all_kernels", "adapter_kwargs", "adapter_name"),
+    *("state_dict", "ignore_mismatched_sizes"),
 )
 SPLITS = ("leave-one-out", "temporal")
 
@@ -81,6 +85,9 @@ class ViewConfig:
         automatic="by layers",
     )
     options: Mapping[str, Any] = setting({}, help="Options of Hugging Face's from_pretrained, by name.")
+    trust_remote_code: bool = setting(
+        False, help="Run Python code that the checkpoint brings with it; a settings file cannot switch it on."
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -19,13 +19,16 @@ NOT_COMPARED = ("encoder", "versions")  # moved weights or newer libraries do no
 LONGEST_VALUE = 60  # characters of a value in a message
 
 
-def weights_digest(folder: Path) -> str:
+def weights_digest(folder: Path, with_code: bool = False) -> str:
     """Return the sha256 (hex) of an encoder's config.json and weight files.
 
-    The names of the files count, the path of the folder does not. Raises OSError if config.json is missing.
+    with_code: also of the Python files in the folder, which run if the user trusts them. The names of the files count,
+    the path of the folder does not. Raises OSError if config.json is missing.
     """
     weights = next((files for pattern in WEIGHT_PATTERNS if (files := sorted(folder.glob(pattern)))), [])
-    digests = {path.name: file_digest(path) for path in [folder / "config.json", *weights]}
+    code = sorted(folder.rglob("*.py")) if with_code else []
+    files = [folder / "config.json", *weights, *code]
+    digests = {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
     return value_digest(digests)
 
 

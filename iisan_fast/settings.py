@@ -27,6 +27,7 @@ from .config import (
 from .errors import InputError, check_choice, nearest
 from .setting_fields import from_dict, to_dict
 from .setting_sources import PARTS, SECTIONS, as_path, change_settings
+from .trusted_code import TRUST, is_trusted, refuse_unasked_code, trust_running_views, without_trust
 
 LOGGER = logging.getLogger(__name__)
 Section = TypeVar("Section", ProtocolConfig, EvaluationConfig, ExtractionConfig)
@@ -43,10 +44,10 @@ OF_A_KIND = ("encoder", "pooling", "layers", "options")  # fields of ViewConfig 
 OF_BOTH = tuple(  # the other fields, which both share
     field.name
     for field in dataclasses.fields(ViewConfig)
-    if field.name not in ("name", "source", "layer_groups", *OF_A_KIND)
+    if field.name not in ("name", "source", "layer_groups", TRUST, *OF_A_KIND)
 )
 ENCODER_SETTINGS = (*(f"{kind}_{part}" for kind in KINDS for part in OF_A_KIND), "text_source", *OF_BOTH)
-ENCODER_SETTINGS += ("encoder_options",)
+ENCODER_SETTINGS += ("encoder_options", TRUST)
 PROTOCOL_SETTINGS, EVALUATION_SETTINGS, EXTRACTION_SETTINGS = (
     tuple(field.name for field in dataclasses.fields(section))
     for section in (ProtocolConfig, EvaluationConfig, ExtractionConfig)
@@ -78,12 +79,13 @@ def take_views(
 ) -> list[ViewConfig]:
     """Take the settings of encoders out of `settings`; return the views they describe, image first, and then `views`.
 
-    layer_groups: of every view, none of which may then name its layers itself.
+    layer_groups: of every view, none of which may then name its layers itself. trust_remote_code is left in `settings`.
     Raises InputError for settings of an encoder that is not there, and for two views of one name.
     """
     shared = {name: value for name in OF_BOTH if (value := settings.pop(name, None)) is not None}
     source = settings.pop("text_source", None)
     options = settings.pop("encoder_options", None)
+    trusted = is_trusted(settings)
     if source is not None:
         check_choice("text_source", source, ("title", "caption"))
     described = [
@@ -94,7 +96,7 @@ def take_views(
     if not chosen and (shared or source or options):
         needing = ", ".join((*OF_BOTH, "text_source", "encoder_options"))
         raise InputError(f"{needing}: need image_encoder or text_encoder; a view has such settings itself")
-    chosen += views
+    chosen = [dataclasses.replace(view, trust_remote_code=True) if trusted else view for view in (*chosen, *views)]
     if layer_groups is not None:
         chosen = [_grouped(view, layer_groups) for view in chosen]
     names = [view.name for view in chosen]
@@ -122,11 +124,12 @@ def run_config(
     Raises InputError for settings that are unknown, missing, or do not fit each other.
     """
     values = copy.deepcopy(dict(base or {}))
+    asking = without_trust(values)
     if encoders and "views" in (values.get("uncached") or {}):
         values["uncached"] = None  # settings of other encoders
     flat = _renamed({name: value for name, value in settings.items() if name in SECTION_OF or name in OTHER_NAMES})
     for name, value in settings.items():
-        if name not in flat and name not in OTHER_NAMES:
+        if name not in flat and name not in OTHER_NAMES and name != TRUST:
             values[name] = to_dict(value) if dataclasses.is_dataclass(value) else value
     in_uncached = [name for name in flat if SECTION_OF[name] == "uncached"]
     in_uncached += [name for name in changes or {} if name.startswith("uncached.")]
@@ -142,6 +145,7 @@ def run_config(
         raise InputError(f"dataset: expected a folder, found {json.dumps(values.get('dataset'), default=repr)}")
     described = _encoders_of_base(values)
     _choose_source(values, names, described, encoders, uncached)
+    trust_running_views(values, asking, is_trusted(settings))
     if in_uncached and not values.get("uncached"):
         raise InputError(f"{in_uncached[0]}: needs encoders that run; give uncached and encoders")
     if isinstance(values.get("cache"), str) and _method(values) != "id" and not values.get("uncached"):
@@ -163,6 +167,7 @@ def extraction_config(
     Raises InputError for settings that cannot be used, and if a dataset, a cache or encoders are missing.
     """
     values = copy.deepcopy(dict(base or {}))
+    asking = without_trust(values)
     remaining = dict(settings)
     for name in ("protocol", "extraction"):
         if name in remaining:
@@ -176,8 +181,10 @@ def extraction_config(
     config = from_dict(ExtractionConfig, values.get("extraction") or {}, "extraction")
     in_base = values.get("encoders") or (values.get("uncached") or {}).get("views") or []
     described = [from_dict(ViewConfig, view, "encoders") for view in in_base]
-    named = any(name in remaining for name in ENCODER_SETTINGS)
+    named = any(name in remaining for name in ENCODER_SETTINGS if name != TRUST)
     chosen = take_views(remaining, list(views) if views or named else described, config.layer_groups)
+    if not (views or named):
+        refuse_unasked_code(chosen, asking)
     if not chosen:
         raise InputError("views: none to encode; give text_encoder, image_encoder or views")
     for name in ("dataset", "cache"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import ENCODER_DTYPES
-from ..setting_fields import check_settings, setting
+from ..config import ENCODER_DTYPES, ViewConfig
+from ..setting_fields import check_settings, same_setting, setting
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class CaptionSettings:
         choices=ENCODER_DTYPES,
         automatic="bfloat16 on CUDA, else float32",
     )
+    trust_remote_code: bool = same_setting(ViewConfig, "trust_remote_code")
     missing_images: str = setting(
         "error",
         help="For images that are missing or cannot be read: stop with an error, or skip the items.",

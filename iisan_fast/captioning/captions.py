@@ -76,7 +76,15 @@ def caption(
         todo = [item_id for item_id, text in zip(dataset.sequences.item_ids, dataset.captions) if text is None]
         with quiet_hugging_face(), nullcontext() if frames else open_images(root) as images:
             pictures = Frames(frames, settings.frames_per_item) if frames else Covers(images)
-            captioner = Captioner(model, device, settings.prompt, settings.max_tokens, pictures.at_most, settings.dtype)
+            captioner = Captioner(
+                model,
+                device,
+                settings.prompt,
+                settings.max_tokens,
+                pictures.at_most,
+                settings.dtype,
+                settings.trust_remote_code,
+            )
             description = captioner.describe() | {"frames_per_item": settings.frames_per_item if frames else None}
             captions.check(description)
             workers = worker_count(settings.workers, len(todo), device)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from .. import kernels
 from ..config import ViewConfig
@@ -26,18 +25,12 @@ from ..fingerprints import value_digest, weights_digest
 from .attention import choose_attention, run_with_all_arguments
 from .batch_mates import REASONS, SINGLE, TOGETHER, allowed_batches, run_groups
 from .hidden_state_hooks import Place, find_places, keeps_nothing, reading
-from .hugging_face import (
-    cached_or_fetched,
-    clear_errors,
-    load_config,
-    load_model,
-    model_classes,
-    model_dtype,
-    model_folder,
-)
+from .hub_files import cached_or_fetched, model_folder
+from .hugging_face import Architecture, clear_errors, load_architecture, load_model, model_classes, model_dtype
 from .image_bytes import ModelInputs
 from .layer_selection import selected_layers
-from .own_code import refuse_own_code
+from .own_code import accepted_own_code
+from .running_code import code_digest, refuse_other_classes
 
 LOGGER = getLogger(__name__)
 PLACED_BY = {"device_map", "quantization_config"}  # with these loading options Hugging Face places the model
@@ -67,15 +60,13 @@ class Backbone(ABC):
         self.device = device
         self.dtype = model_dtype(view.encoder_dtype, device)
         with clear_errors(view.encoder, "an encoder"):
-            config = checked_config(view)
+            architecture = checked_architecture(view)
             self.processor = cached_or_fetched(self._load_processor, view.encoder)
-            refuse_own_code(
-                view.encoder, model_folder(view.encoder), self.kind
-            )  # of a hub name, its files are here now
             self.processor_digest = value_digest(self._processor_content())
-            chosen = choose_attention(attention, model_classes(config), device, self.dtype)
+            chosen = choose_attention(attention, model_classes(architecture), device, self.dtype)
             options = {**view.options, "dtype": self.dtype, "attn_implementation": chosen}
-            self.model = load_model(view.encoder, config, self.kind, options)
+            self.model = load_model(view.encoder, architecture, self.kind, options)
+            self.code = self._code_that_runs(architecture)
             self.model.eval().requires_grad_(False)
             if PLACED_BY & view.options.keys():
                 self.device = _first_device(self.model, device)
@@ -175,7 +166,7 @@ class Backbone(ABC):
         return {
             "encoder": self.view.encoder,
             "model_type": self.model.config.model_type,
-            "weights": weights_digest(model_folder(self.view.encoder)),
+            "weights": weights_digest(model_folder(self.view.encoder), with_code=self.code is not None),
             "processor": self.processor_digest,
             "pooling": self.pooling,
             "layers": list(self.layers),
@@ -185,8 +176,21 @@ class Backbone(ABC):
             "encoder_dtype": str(self.dtype).removeprefix("torch."),
             **({"options": options} if options else {}),
             **({"first_layer": self.first_layer} if self.first_layer else {}),
+            **({"trust_remote_code": True, "code": self.code} if self.code is not None else {}),
             **({"batches": self.batches} if self.batches != TOGETHER else {}),
         }
+
+    def _code_that_runs(self, architecture: Architecture) -> str | None:
+        """Return the digest of the checkpoint's own code; None if it has none.
+
+        Raises InputError if it names code that did not run, or that may not run. Of a hub name, some files are here
+        only now that the processor is loaded.
+        """
+        encoder = self.view.encoder
+        named = accepted_own_code(encoder, model_folder(encoder), self.kind, self.view.trust_remote_code)
+        running = [type(architecture.config), type(self.processor), architecture.model_class]
+        refuse_other_classes(encoder, named, self.kind, running)
+        return code_digest(running) if named else None
 
     def _error(self, message: str) -> InputError:
         """Return an InputError whose message names the encoder."""
@@ -317,19 +321,20 @@ class Backbone(ABC):
         """Pool the states [N, tokens, D] of a batch of inputs into [N, D]."""
 
 
-def checked_config(view: ViewConfig) -> PretrainedConfig:
-    """Return the configuration of the view's encoder, without reading weights.
+def checked_architecture(view: ViewConfig) -> Architecture:
+    """Return the configuration and the model's class of the view's encoder, without reading weights.
 
     Raises InputError if the encoder cannot be found, reads another kind of content, or has too few blocks for the
     view's layers.
     """
     kind = "image" if view.source == "image" else "text"
-    config = load_config(view.encoder, kind)
+    architecture = load_architecture(view.encoder, kind, view.trust_remote_code)
+    config = architecture.config
     tower = getattr(config, f"{'vision' if kind == 'image' else 'text'}_config", config)
     blocks = getattr(tower, "num_hidden_layers", None)
     if blocks is not None:
         selected_layers(view, blocks + 1)
-    return config
+    return architecture
 
 
 def _first_device(model: nn.Module, asked: torch.device) -> torch.device:

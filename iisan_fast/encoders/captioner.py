@@ -14,15 +14,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from ..errors import InputError
 from ..fingerprints import weights_digest
 from .attention import run_with_all_arguments
-from .hugging_face import (
-    cached_or_fetched,
-    clear_errors,
-    fetched_folder,
-    model_dtype,
-    model_folder,
-    refuse_missing_weights,
-)
-from .own_code import refuse_own_code
+from .hub_files import cached_or_fetched, fetched_folder, model_folder
+from .hugging_face import clear_errors, model_dtype, refuse_missing_weights
+from .own_code import accepted_own_code
+from .running_code import code_digest, own_model_class, refuse_other_classes
 
 KIND = "an image-text-to-text model"
 INSTRUCTION = "Describe what is shown in one sentence."  # the default prompt of a model with a chat template
@@ -37,30 +32,40 @@ class Captioner:
     """
 
     def __init__(
-        self, name: str, device: torch.device, prompt: str | None, max_tokens: int, pictures: int, dtype: str
+        self,
+        name: str,
+        device: torch.device,
+        prompt: str | None,
+        max_tokens: int,
+        pictures: int,
+        dtype: str,
+        trusted: bool = False,
     ) -> None:
         """Load the model, and run it once on blank pictures.
 
         name: a folder or a hub name; prompt: None for the default; max_tokens: of a caption; pictures: the most that an
-        item has; dtype: one of config.ENCODER_DTYPES. Raises InputError if the model cannot be found, lacks weights, or
-        cannot read that many pictures.
+        item has; dtype: one of config.ENCODER_DTYPES; trusted: whether code of the checkpoint's own may run. Raises
+        InputError if the model cannot be found, lacks weights, brings code that may not run, or cannot read that many
+        pictures.
         """
         self.name = name
         self.device = device
         self.max_tokens = max_tokens
         self.dtype = model_dtype(dtype, device)
+        self.trusted = trusted
         with clear_errors(name, KIND):
-            refuse_own_code(name, fetched_folder(name), "captions")
-            config = cached_or_fetched(AutoConfig.from_pretrained, name, trust_remote_code=False)
-            if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            named = accepted_own_code(name, fetched_folder(name), "captions", trusted)
+            config = cached_or_fetched(AutoConfig.from_pretrained, name, trust_remote_code=trusted)
+            own_model = own_model_class(name, named, "captions")
+            if own_model is None and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
                 raise InputError(f"{name}: {config.model_type} reads no images and a prompt; expected {KIND}")
             self.processor = self._load_processor(config.is_encoder_decoder)
-            refuse_own_code(name, model_folder(name), "captions")  # of a hub name, its files are here only now
             self.chats = self.processor.chat_template is not None
             if pictures > 1 and not self.chats:
                 raise InputError(f"{name}: has no chat template, so it reads one picture; choose frames_per_item: 1")
             self.prompt = (INSTRUCTION if self.chats else "") if prompt is None else prompt
             self.model = self._load_model()
+            self.code = self._code_that_runs()
             attention = self.model.config._attn_implementation
             probes = [[PROBE] * pictures]
             run_with_all_arguments(self.model, attention, lambda: self._generate(probes, max_tokens=1))
@@ -75,15 +80,29 @@ class Captioner:
         The digest of the model's weights is part of it, its name is not.
         """
         return {
-            "weights": weights_digest(model_folder(self.name)),
+            "weights": weights_digest(model_folder(self.name), with_code=self.code is not None),
             "prompt": self.prompt,
             "max_tokens": self.max_tokens,
             "dtype": str(self.dtype).removeprefix("torch."),
+            **({"trust_remote_code": True, "code": self.code} if self.code is not None else {}),
         }
+
+    def _code_that_runs(self) -> str | None:
+        """Return the digest of the checkpoint's own code; None if it has none.
+
+        Raises InputError if it names code that did not run, or that may not run. Of a hub name, some files are here
+        only now that the model is loaded.
+        """
+        folder = model_folder(self.name)
+        named = accepted_own_code(self.name, folder, "captions", self.trusted)
+        parts = [getattr(self.processor, part, None) for part in self.processor.get_attributes()]
+        running = [type(loaded) for loaded in (self.model.config, self.model, self.processor, *parts)]
+        refuse_other_classes(self.name, named, "captions", running)
+        return code_digest(running) if named or (folder / "custom_generate").is_dir() else None
 
     def _load_processor(self, encoder_decoder: bool) -> ProcessorMixin:
         """Return the processor, set to pad where generation needs it. Raises InputError if it reads no images."""
-        processor = cached_or_fetched(AutoProcessor.from_pretrained, self.name, trust_remote_code=False)
+        processor = cached_or_fetched(AutoProcessor.from_pretrained, self.name, trust_remote_code=self.trusted)
         if not isinstance(processor, ProcessorMixin):
             raise InputError(f"{self.name}: {type(processor).__name__} is no processor of both images and text")
         tokenizer = processor.tokenizer
@@ -93,7 +112,7 @@ class Captioner:
 
     def _load_model(self) -> Any:
         """Return the model on the device. Raises InputError if the checkpoint lacks weights."""
-        options = {"dtype": self.dtype, "trust_remote_code": False, "output_loading_info": True}
+        options = {"dtype": self.dtype, "trust_remote_code": self.trusted, "output_loading_info": True}
         model, info = cached_or_fetched(AutoModelForImageTextToText.from_pretrained, self.name, **options)
         refuse_missing_weights(self.name, info["missing_keys"])
         return model.to(self.device).eval()

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from ..errors import InputError
-from .own_code import mention_unknown_architecture, refuse_adapter, refuse_own_code
+from .hub_files import cached_or_fetched, fetched_folder, model_folder
+from .own_code import accepted_own_code, mention_unknown_architecture
+from .running_code import own_model_class
 
 KINDS_BY_INPUT = {"input_ids": "text", "pixel_values": "image"}  # what an encoder reads, by the name of its main input
 TOWER_ATTRIBUTES = {"text": ("text_model", "language_model"), "image": ("vision_model",)}  # of text-image models
@@ -24,46 +26,40 @@ UNUSED_WEIGHTS = {"pooler", "head"}  # hidden states do not depend on them, so a
 OUTPUTS = {"use_cache": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
 
-def cached_or_fetched(load: Callable[..., Any], name: str, **options: Any) -> Any:
-    """Call `load(name, local_files_only=…, **options)` for a folder or a hub name, and return the result.
+class Architecture(NamedTuple):
+    """A checkpoint's configuration and the class of its headless model."""
 
-    A hub name is loaded from the local cache if it is there, and else from the hub: without a network, asking the hub
-    first takes minutes. Raises the error of `load` if that fails too.
+    config: PretrainedConfig
+    model_class: type[PreTrainedModel]
+
+
+def load_architecture(encoder: str, kind: str, trusted: bool = False) -> Architecture:
+    """Return the configuration and the model's class of an encoder that reads `kind`, "text" or "image".
+
+    trusted: whether code of the checkpoint's own may run. Raises InputError if the encoder reads something else, is an
+    encoder-decoder, or brings code of its own that may not run.
     """
-    if not Path(name).is_dir():
-        with contextlib.suppress(OSError, ValueError, InputError):  # not in the cache: ask the hub
-            return load(name, local_files_only=True, **options)
-    return load(name, local_files_only=False, **options)
-
-
-def load_config(encoder: str, kind: str) -> PretrainedConfig:
-    """Return the configuration of an encoder that reads `kind`, "text" or "image".
-
-    Raises InputError if it reads something else, is an encoder-decoder, or brings code of its own.
-    """
-    folder = fetched_folder(encoder)
-    refuse_own_code(encoder, folder, kind)
-    config = cached_or_fetched(AutoConfig.from_pretrained, encoder, trust_remote_code=False)
+    named = accepted_own_code(encoder, fetched_folder(encoder), kind, trusted)
+    config = cached_or_fetched(AutoConfig.from_pretrained, encoder, trust_remote_code=trusted)
     if config.is_encoder_decoder:
         raise InputError(f"{encoder}: an encoder-decoder; expected an encoder or a decoder-only language model")
-    reads = (
-        kind
-        if _has_towers(config)
-        else KINDS_BY_INPUT.get(model_class(config).main_input_name, "neither text nor images")
-    )
+    chosen = own_model_class(encoder, named, kind) or model_class(config)
+    reads = kind if _has_towers(config) else KINDS_BY_INPUT.get(chosen.main_input_name, "neither text nor images")
     if reads != kind:
         raise InputError(f"{encoder}: reads {reads}, expected an encoder that reads {kind}")
-    return config
+    return Architecture(config, chosen)
 
 
-def load_model(encoder: str, config: PretrainedConfig, kind: str, options: Mapping[str, Any]) -> PreTrainedModel:
+def load_model(encoder: str, architecture: Architecture, kind: str, options: Mapping[str, Any]) -> PreTrainedModel:
     """Return the headless encoder, or the tower that reads `kind` ("text" or "image") of a text-image model.
 
-    config: from `load_config`. options: of `from_pretrained`. Raises InputError if the checkpoint lacks weights that
-    hidden states depend on, or if the model has no such tower.
+    architecture: from `load_architecture`. options: of `from_pretrained`. Raises InputError if the checkpoint lacks
+    weights that hidden states depend on, or if the model has no such tower.
     """
-    mention_unknown_architecture(encoder, model_folder(encoder), model_class(config))
-    load, options = model_class(config).from_pretrained, _with_numbered_devices(options)
+    config, chosen = architecture
+    if chosen is model_class(config):
+        mention_unknown_architecture(encoder, model_folder(encoder), chosen)
+    load, options = chosen.from_pretrained, _with_numbered_devices(options)
     model, info = cached_or_fetched(load, encoder, config=config, output_loading_info=True, **options)
     model, prefix = _reader(model, encoder, config, kind)
     used = (key for key in info["missing_keys"] if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")})
@@ -76,12 +72,12 @@ def load_model(encoder: str, config: PretrainedConfig, kind: str, options: Mappi
 def count_parameters(encoder: str, kind: str) -> int:
     """Return the number of parameters of `load_model`'s result, from the configuration alone, without reading weights.
 
-    Raises InputError as `load_config` does.
+    Raises InputError as `load_architecture` does.
     """
     with quiet_hugging_face(), clear_errors(encoder, "an encoder"):
-        config = load_config(encoder, kind)
+        config, chosen = load_architecture(encoder, kind)
         with torch.device("meta"):
-            model = model_class(config)(config)
+            model = chosen(config)
         model, _ = _reader(model, encoder, config, kind)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -97,10 +93,11 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return mapped[0] if isinstance(mapped, tuple) else mapped
 
 
-def model_classes(config: PretrainedConfig) -> list[type[PreTrainedModel]]:
+def model_classes(architecture: Architecture) -> list[type[PreTrainedModel]]:
     """Return the class of the headless model, and of each of its towers that the automatic mapping knows."""
+    config, chosen = architecture
     towers = [config.text_config, config.vision_config] if _has_towers(config) else []
-    return [model_class(config), *(model_class(tower) for tower in towers if type(tower) in transformers.MODEL_MAPPING)]
+    return [chosen, *(model_class(tower) for tower in towers if type(tower) in transformers.MODEL_MAPPING)]
 
 
 def refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
@@ -110,24 +107,6 @@ def refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
     """
     if lacking := sorted(missing):
         raise InputError(f"{name}: its checkpoint lacks {len(lacking)} weights, {lacking[0]} first")
-
-
-def fetched_folder(name: str) -> Path:
-    """Return the folder with the files of a model, whose config.json is fetched if it is not there yet.
-
-    Raises OSError if there is no config.json, and InputError for an adapter.
-    """
-    if Path(name).is_dir():
-        refuse_adapter(name, Path(name))
-    folder = Path(cached_or_fetched(cached_file, name, filename="config.json")).parent
-    refuse_adapter(name, folder)
-    return folder
-
-
-def model_folder(name: str) -> Path:
-    """Return the folder with the files of a loaded model: the folder itself, or the cached snapshot of a hub name."""
-    path = Path(name)
-    return path if path.is_dir() else Path(cached_file(name, "config.json", local_files_only=True)).parent
 
 
 def model_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -49,7 +49,7 @@ class ImageBackbone(Backbone):
         """Return the encoder's image processor."""
         # Use Pillow if the processor allows it: torchvision resizes differently, and may not be installed.
         return AutoImageProcessor.from_pretrained(
-            encoder, backend="pil", local_files_only=local_files_only, trust_remote_code=False
+            encoder, backend="pil", local_files_only=local_files_only, trust_remote_code=self.view.trust_remote_code
         )
 
     def _processor_content(self) -> Any:

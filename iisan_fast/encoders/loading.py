@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..config import ViewConfig
-from .base import Backbone, checked_config
+from .base import Backbone, checked_architecture
 from .hugging_face import clear_errors, quiet_hugging_face
 from .image import ImageBackbone
 from .text import TextBackbone
@@ -36,7 +36,7 @@ def load_backbones(
     with quiet_hugging_face():
         for view in views:
             with clear_errors(view.encoder, "an encoder"):
-                checked_config(view)
+                checked_architecture(view)
     backbones: list[Backbone] = []
     for view in views:
         sharing = (backbone for backbone in backbones if shared and _computed_alike(backbone.view, view))

@@ -29,6 +29,7 @@ NOT_LOADED = {
     "image": {"AutoTokenizer", "AutoVideoProcessor", "AutoProcessor"},
     "captions": set(),
 }
+MODELS = {"text": "AutoModel", "image": "AutoModel", "captions": "AutoModelForImageTextToText"}
 MOST_BYTES = 64 << 20  # of one of the JSON files
 HOW_TO_RUN = "it runs only if you ask for it: --trust-remote-code, in Python trust_remote_code=True"
 
@@ -57,23 +58,20 @@ def own_classes(folder: Path, kind: str) -> list[OwnClass]:
     return [named for named in found if named.automatic not in NOT_LOADED[kind]]
 
 
-def refuse_own_code(name: str, folder: Path, kind: str) -> None:
-    """Raise InputError, with file and class, if a checkpoint brings code of its own that reading `kind` needs.
+def accepted_own_code(name: str, folder: Path, kind: str, trusted: bool) -> list[OwnClass]:
+    """Return the classes of a checkpoint's own code that reading `kind` needs; the usual checkpoint has none.
 
-    name: of the checkpoint, for the message. folder, kind: as in `own_classes`.
+    name: of the checkpoint, for messages. folder, kind: as in `own_classes`. trusted: whether the user has asked for
+    that code by name. Raises InputError, with file and class, if there is such code and the user has not.
     """
     named = own_classes(folder, kind)
-    if named:
+    if named and not trusted:
         raise InputError(f"{name}: {named[0]}, code of its own; {HOW_TO_RUN}")
-    if kind == "captions" and (folder / "custom_generate").is_dir():
+    if kind == "captions" and (folder / "custom_generate").is_dir() and not trusted:
         raise InputError(f"{name}: custom_generate/generate.py is code of its own; {HOW_TO_RUN}")
-    for architecture in _unknown_architectures(folder):
-        defined = _defining_file(folder, architecture)
-        if defined is not None:
-            raise InputError(
-                f"{name}: config.json names the architecture {architecture}, which is code of its own in "
-                f"{defined.name}; name it under auto_map to run it, or name a class of transformers"
-            )
+    if not any(own.automatic == MODELS[kind] for own in named):
+        _refuse_defined_architecture(name, folder)
+    return named
 
 
 def mention_unknown_architecture(name: str, folder: Path, model_class: type) -> None:
@@ -116,6 +114,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def _refuse_defined_architecture(name: str, folder: Path) -> None:
+    """Raise InputError if config.json names an architecture that a Python file of the checkpoint defines.
+
+    Call it if no `auto_map` names the model, because then transformers runs its own class.
+    """
+    for architecture in _unknown_architectures(folder):
+        defined = _defining_file(folder, architecture)
+        if defined is not None:
+            raise InputError(
+                f"{name}: config.json names the architecture {architecture}, which is code of its own in "
+                f"{defined.name}; name it under auto_map to run it, or name a class of transformers"
+            )
 
 
 def _unknown_architectures(folder: Path) -> list[str]:

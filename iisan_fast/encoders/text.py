@@ -80,7 +80,9 @@ class TextBackbone(Backbone):
 
     def _load_processor(self, encoder: str, local_files_only: bool) -> Any:
         """Return the encoder's tokenizer. Raises InputError if it knows no words."""
-        tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=local_files_only, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            encoder, local_files_only=local_files_only, trust_remote_code=self.view.trust_remote_code
+        )
         # If its files are missing, transformers may make a tokenizer that knows no words.
         if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
             raise self._error("its tokenizer knows no word; expected tokenizer files beside the weights")

@@ -56,4 +56,6 @@ def _same_encoder(encoder: str, recorded: dict[str, Any]) -> bool:
     if encoder == recorded.get("encoder"):
         return True
     folder = Path(encoder)
-    return (folder / "config.json").is_file() and weights_digest(folder) == recorded.get("weights")
+    if not (folder / "config.json").is_file():
+        return False
+    return weights_digest(folder, with_code="code" in recorded) == recorded.get("weights")

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -152,7 +153,7 @@ class FakeCaptioner:
     said = 0
     fails_after = 1000
 
-    def __init__(self, name: str, device: torch.device, prompt, max_tokens: int, pictures: int, dtype: str) -> None:
+    def __init__(self, name: str, device, prompt, max_tokens: int, pictures: int, dtype: str, trusted: bool) -> None:
         self.settings = {"weights": f"of {name}", "prompt": prompt or "?", "max_tokens": max_tokens, "dtype": dtype}
 
     def captions(self, items: list[list[Image.Image]]) -> list[str]:
@@ -428,3 +429,24 @@ def test_the_command_prints_counts(root, frames, chat_model):
     assert json.loads(result.stdout) == {"items": 7, "present": 0, "captioned": 7, "skipped": 0, "empty": 0}
     assert "present" in iisan_fast("caption", root, *arguments, "--device", "cpu").stdout
     assert "another" in refused("caption", root, *arguments, "--prompt", "another", "--device", "cpu")
+
+
+def test_own_code_of_a_captioner_is_refused_unless_it_is_asked_for(plain_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    code = "from transformers import BlipForConditionalGeneration\nclass Own(BlipForConditionalGeneration):\n    pass\n"
+    own = shutil.copytree(plain_model, tmp_path / "own")
+    (own / "own_blip.py").write_text(code)
+    config = json.loads((own / "config.json").read_text())
+    auto_map = {"AutoModelForImageTextToText": "own_blip.Own"}
+    (own / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    with pytest.raises(InputError, match="auto_map names own_blip.Own for AutoModelForImageTextToText"):
+        Captioner(str(own), CPU, None, 5, 1, "float32")
+    captioner = Captioner(str(own), CPU, None, 5, 1, "float32", trusted=True)
+    plain = Captioner(plain_model, CPU, None, 5, 1, "float32")
+    assert type(captioner.model).__name__ == "Own"
+    described = captioner.describe()
+    assert described["trust_remote_code"] is True
+    assert {name for name in described if described[name] != plain.describe().get(name)} == {
+        *("weights", "trust_remote_code", "code")
+    }

@@ -13,7 +13,7 @@ from helpers.encoders import (
     save,
     view,
 )
-from iisan_fast.encoders.hugging_face import cached_or_fetched
+from iisan_fast.encoders.hub_files import cached_or_fetched
 from iisan_fast.encoders.loading import load_backbone
 
 

@@ -30,7 +30,16 @@ NEIGHBOURS = frozenset(
             "recorded_json",
             "runtime",
         ),
-        *("intervals", "setting_fields", "setting_sources", "settings_files", "stop_signals", "verified", "workers"),
+        *(
+            "intervals",
+            "setting_fields",
+            "setting_sources",
+            "settings_files",
+            "stop_signals",
+            "trusted_code",
+            "verified",
+            "workers",
+        ),
     )
 )
 FLOORS = (  # from the lowest up; a room imports only from lower floors
