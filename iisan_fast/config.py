@@ -27,12 +27,13 @@ TIE_SHARES = {"half": 0.5, "best": 0.0}
 ATTENTIONS = ("auto", "xformers", "sdpa", "eager")
 MISSING_IMAGES = ("error", "blank")
 # Options of loading an encoder that are set here, that would be right for its weights and not for the rest, that run
-# code from elsewhere (weights_only, kernels), or that replace weights (ignore_mismatched_sizes draws some at random).
+# code from elsewhere (weights_only, kernels), or that replace weights (ignore_mismatched_sizes draws some at random;
+# gguf_file and use_safetensors choose files that the digest of the weights does not cover).
 RESERVED_OPTIONS = (
     *("attn_implementation", "config", "local_files_only", "output_hidden_states", "output_loading_info"),
     *("revision", "subfolder", "torch_dtype", "trust_remote_code", "code_revision", "weights_only"),
     *("use_kernels", "kernel_config", "allow_all_kernels", "adapter_kwargs", "adapter_name"),
-    *("state_dict", "ignore_mismatched_sizes"),
+    *("state_dict", "ignore_mismatched_sizes", "gguf_file", "use_safetensors"),
 )
 SPLITS = ("leave-one-out", "temporal")
 
