@@ -223,7 +223,10 @@ def _plain(value: Any, hint: type) -> Any:
     if isinstance(value, YesNo):
         return value.truth if hint is bool else str(value)
     if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return value  # a whole number beyond all floats, which is refused as another type
     if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
     return os.fspath(value) if hint is str and isinstance(value, os.PathLike) else value

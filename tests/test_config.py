@@ -158,6 +158,7 @@ def test_values_are_checked_and_turned_into_their_types():
         ({"gates": 1}, "gates: expected bool, found 1"),
         ({"bottlenecks": {"first": 1.5}}, "bottlenecks.first: expected int, found 1.5"),
         ({"dropout": ModelConfig}, "dropout: expected float, found"),
+        ({"dropout": 10**400}, "dropout: expected float, found 1000"),
     ):
         with pytest.raises(InputError, match=message):
             ModelConfig(**settings)

@@ -116,7 +116,9 @@ class _CaptionFile:
         """Raise InputError, with the differences, if the existing captions were made with other settings."""
         if self.made_here:
             recorded = read_settings(self.record)
-            if different := changed_settings(recorded.get("settings") or {}, settings):
+            if not isinstance(recorded.get("settings"), dict):
+                raise InputError(f"{self.record}: not a record of captions (no settings); restore it, or remove it")
+            if different := changed_settings(recorded["settings"], settings):
                 raise InputError(
                     f"{self.path}: made with other settings, by {recorded.get('model')}: {'; '.join(different)}; "
                     f"restore the old settings, or remove the file to caption all items again"

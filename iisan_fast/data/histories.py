@@ -84,6 +84,7 @@ def _strict_users(path: Path, item_ids: Sequence[str]) -> Iterator[tuple[str, li
             items = [numbers[item_id] for item_id in history.split(" ")]
         except KeyError as error:
             item_id = error.args[0]
-            problem = f"item {item_id!r} is not in items.tsv" if item_id else "an empty item id (two spaces?)"
+            shown = repr(item_id[:100]) + ("..." if len(item_id) > 100 else "")
+            problem = f"item {shown} is not in items.tsv" if item_id else "an empty item id (two spaces?)"
             raise InputError(f"{path} line {line}: {problem}") from None
         yield user_id, items

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checksums import checksum
-from ..config import SOURCES, STORE_DTYPES
+from ..config import MISSING_CAPTIONS, SOURCES, STORE_DTYPES
 from ..errors import InputError
 from ..files import write_atomically
 from ..settings_files import format_number, read_settings
@@ -81,6 +81,10 @@ def describes_view(value: Any) -> bool:
         and width > 0
         and value.get("dtype") in STORE_DTYPES
         and value.get("source") in SOURCES
+        and type(value.get("first_layer", 0)) is int
+        and value.get("missing_captions", "error") in MISSING_CAPTIONS
+        and isinstance(value.get("versions", {}), dict)
+        and (value["source"] == "image" or type(value.get("unescaped")) is bool)
     )
 
 

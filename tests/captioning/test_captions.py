@@ -288,6 +288,14 @@ def test_a_line_torn_at_any_byte_is_made_again(root, fake, left):
     assert (root / "captions.tsv").read_bytes() == whole
 
 
+@pytest.mark.parametrize("record", ["{}", '{"settings": []}', '{"settings": null}', "[", '{"settings": {"a": NaN}}'])
+def test_a_record_of_another_kind_is_refused(root, fake, record):
+    run(root)
+    (root / "captions.json").write_text(record)
+    with pytest.raises(InputError, match=r"captions.json: not (a record of captions|valid JSON)"):
+        run(root)
+
+
 @pytest.mark.parametrize("end", ["\n", ""])
 def test_captions_made_by_hand_stay_as_they_are(root, fake, caplog, end):
     written = f"i5\tR&amp;D,  by  hand\ni2\tthe second{end}"

@@ -76,6 +76,8 @@ def test_split_equals_slicing_lists(histories):
         ("u1\ta b c d zz\n", "line 1: item 'zz' is not in items.tsv"),
         ("u1\ta b  c d e\n", "line 1: an empty item id"),
         ("u1\ta b c d e\n\nu2\ta b c d e\n", "line 2"),
+        (f"u1\ta b c d e\n{'u' * 4097}\ta b c d e\n", "line 2: an id of 4,097 bytes; expected at most 4,096"),
+        (f"u1\ta b c d {'z' * 9999}\n", f"line 1: item {'z' * 100!r}... is not in items.tsv"),
         ("u1 a b c d e\n", "line 1"),
         ("u1\ta b c\td e\n", "line 1"),
         (b"u1\ta b c d e\nu\xff2\ta b c d e\n", "line 2"),
@@ -96,3 +98,13 @@ def test_missing_folder_and_file(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="items.tsv"):
         load_dataset(tmp_path / "empty")
+
+
+def test_an_id_of_the_longest_length_is_read(tmp_path):
+    root = write_dataset(
+        tmp_path / "d", f"{'u' * 4096}\te d c b {'a' * 4096}\n", f"{'a' * 4096}\tA\nb\tB\nc\tC\nd\tD\ne\tE\n"
+    )
+    assert load_dataset(root).sequences.user_ids == ["u" * 4096]
+    (root / "items.tsv").write_text(f"b\tB\n{'a' * 20_000_000}\tA\n")
+    with pytest.raises(InputError, match=r"items.tsv line 2: an id of 20,000,000 bytes; expected at most 4,096"):
+        load_dataset(root)

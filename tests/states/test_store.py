@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from contextlib import closing
@@ -166,6 +167,18 @@ def test_what_is_no_store_is_said_so(tmp_path):
         ('{"format": 1, "views": []}', "not a manifest"),
         ('{"format": 1, "views": {"v": 3}}', "not a manifest"),
         ('{"format": 1, "views": {"v": {}}}', "not a manifest"),
+        *(
+            (
+                json.dumps(
+                    {
+                        "format": 1,
+                        "views": {"v": view_description(1, 2, **change)},
+                    }
+                ),
+                "not a manifest",
+            )
+            for change in ({"unescaped": 1}, {"versions": []}, {"first_layer": "1"}, {"missing_captions": []})
+        ),
     ],
 )
 def test_a_manifest_of_another_shape_is_refused(tmp_path, manifest, message):
