@@ -6,10 +6,12 @@ They are made for speed and find damage by chance. They are no protection agains
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
 import xxhash
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHECKSUM_BYTES = 8
 
@@ -35,6 +37,8 @@ def tensor_checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous tensor on the CPU."""
+    import torch  # takes seconds, which reading a dataset does without
+
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 

@@ -11,6 +11,7 @@ import warnings
 
 from .printable import printable
 
+OPENBLAS_VARIABLE = "OPENBLAS_NUM_THREADS"  # numpy's and scipy's, which multiply nothing here; its threads need memory
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_WORKSPACE = ":4096:8"  # eight buffers of 4 MiB, with which cuBLAS repeats its results
 SPINS = "3000"  # some ten microseconds
@@ -39,6 +40,7 @@ def prepare() -> None:
         if "torch" in sys.modules:
             message = "prepare: torch is imported already, so its threads wait as before; call prepare first"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
+    os.environ.setdefault(OPENBLAS_VARIABLE, "1")
     fix_cublas_workspace()
     # Memory freed by one step is kept for the next. Given back, its pages have to be cleared and mapped again.
     if platform.libc_ver()[0] == "glibc":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -42,3 +45,12 @@ def test_tensors_of_all_dtypes_and_shapes(dtype):
 )
 def test_form_and_name_of_a_tensor_count(name, other):
     assert [*tensor_checksums({name: other}).values()] != [*tensor_checksums({"a": TENSOR}).values()]
+
+
+def test_counting_a_dataset_does_not_wait_for_torch(toy_run):
+    code = (
+        "import sys, pathlib; from iisan_fast.data import load_dataset, statistics; "
+        "statistics(load_dataset(pathlib.Path(sys.argv[1])).sequences); print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, toy_run[0]], capture_output=True, text=True)
+    assert result.stdout == "False\n", result.stderr

@@ -108,8 +108,8 @@ def test_an_import_sets_nothing_and_prepare_sets_openmp_and_cublas():
         "prepared = {name for name in os.environ if os.environ[name] != before.get(name)}\n"
         "print(sorted(changed), sorted(prepared))"
     )
-    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", CUBLAS_VARIABLE)
+    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OPENBLAS_NUM_THREADS", CUBLAS_VARIABLE)
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "[] ['CUBLAS_WORKSPACE_CONFIG', 'GOMP_SPINCOUNT']"
+    assert result.stdout.strip() == "[] ['CUBLAS_WORKSPACE_CONFIG', 'GOMP_SPINCOUNT', 'OPENBLAS_NUM_THREADS']"

@@ -14,7 +14,8 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import InputError
+from ..errors import InputError, is_out_of_memory
+from ..files import refuse_irregular
 from .hub_files import cached_or_fetched, fetched_folder, model_folder
 from .own_code import accepted_own_code, mention_unknown_architecture
 from .running_code import own_model_class
@@ -144,16 +145,23 @@ def clear_errors(name: str, kind: str) -> Iterator[None]:
     """Turn every error inside the context into an InputError of one line, which names the model.
 
     kind: the expected kind of model, for the message, such as "an encoder". Raises InputError at once if `name` is a
-    path to no folder.
+    path to no folder, and if a FIFO, a device or a link to itself lies in the folder. An error that says that memory
+    was refused stays as it is.
     """
     path = Path(name)
     if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
         raise InputError(f"{name}: no such folder; expected {kind} as transformers saves it, or a hub name")
+    if path.is_dir():
+        for file in path.iterdir():
+            if not file.is_dir():
+                refuse_irregular(file)
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # the errors of damaged weights and wrong settings have no common type
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name}: cannot be used as {kind} ({type(error).__name__}: {reason})") from error
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
+import pytest
 import transformers as hf
 from huggingface_hub import constants
 
@@ -14,7 +16,9 @@ from helpers.encoders import (
     view,
 )
 from iisan_fast.encoders.hub_files import cached_or_fetched
+from iisan_fast.encoders.hugging_face import clear_errors
 from iisan_fast.encoders.loading import load_backbone
+from iisan_fast.errors import InputError
 
 
 def test_encoders_that_cannot_be_used_are_named(built, tmp_path):
@@ -84,3 +88,22 @@ def test_a_checkpoint_that_lacks_weights_is_refused(built, tmp_path):
 def test_a_checkpoint_may_lack_a_pooler(tmp_path):
     folder = save(hf.BertModel(hf.BertConfig(**BERT), add_pooling_layer=False), tmp_path / "bert", None, "cls")
     assert load_backbone(view(folder)).depth == 5
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["FIFO", "link that leads to itself"])
+def test_no_file_of_an_encoder_is_waited_for(tmp_path, file, kind):
+    path = tmp_path / file
+    if kind == "FIFO":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.name)
+    with pytest.raises(InputError, match=f"{file}: expected .* {kind}"), clear_errors(str(tmp_path), "an encoder"):
+        raise AssertionError("the folder is looked at first")
+
+
+def test_refused_memory_is_not_the_fault_of_an_encoder(tmp_path):
+    with pytest.raises(MemoryError), clear_errors(str(tmp_path), "an encoder"):
+        raise MemoryError
+    with pytest.raises(RuntimeError, match="allocate"), clear_errors(str(tmp_path), "an encoder"):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
