@@ -17,6 +17,7 @@ import lmdb
 
 from ..data import open_database
 from ..errors import InputError
+from ..files import refuse_irregular
 
 MAP_BYTES = 1 << 20  # to begin with; a writer doubles it when it is full
 LOCK_BYTES = 8192  # of LMDB's lock file with its table of 126 readers
@@ -36,12 +37,15 @@ class Database:
         self._snapshot: lmdb.Transaction | None = None
         try:
             with self._clear_errors():
+                for file in (self._file, folder / "lock.mdb"):
+                    refuse_irregular(file)
                 self._locked = _lock_file_ready(folder, writable)
                 if writable:
                     _remove_unfinished(self._file)
+                else:
+                    self._content = self._opened.enter_context(self._file.open("rb"))
                 self._env = self._opened.enter_context(_open(folder, writable, self._locked))
                 self._env.reader_check()  # frees the pages that killed readers held
-                self._content = self._opened.enter_context(self._file.open("rb"))
                 if not writable:
                     self._snapshot = self._opened.enter_context(self._begin())
                     self._bytes = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
@@ -55,7 +59,9 @@ class Database:
 
     @property
     def is_in_place(self) -> bool:
-        """Return True if the path still leads to the file that is open, False if that was removed or replaced."""
+        """Return False if a reader's path leads to another file than the one that is open, or to none."""
+        if self._snapshot is None:
+            return True
         return self._file.exists() and os.path.samestat(self._file.stat(), os.fstat(self._content.fileno()))
 
     @contextmanager

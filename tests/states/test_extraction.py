@@ -28,7 +28,10 @@ from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError, Stopped
 from iisan_fast.states import extraction
 from iisan_fast.states.encoder_inputs import EncoderBatch, TextInputs
+from iisan_fast.states.entries import entry_key
 from iisan_fast.states.feature_table import load_table
+from iisan_fast.states.manifest import read_manifest, write_manifest
+from iisan_fast.states.verification import verify_cache
 from iisan_fast.workers import batched, calls_ahead, worker_count
 
 CPU = torch.device("cpu")
@@ -86,6 +89,43 @@ def test_only_new_and_changed_items_are_encoded_again(root, tmp_path, seen):
     assert run(root, tmp_path / "c", IMAGE, TITLE) == [(2, 0), (2, 0)]
     assert [content for content in seen if isinstance(content, str)] == ["another title", "title of i7"]
     assert states(root, tmp_path / "c", "image") == [4, 8, 12, 16, 36, 24, 28]
+
+
+def test_damaged_states_are_encoded_again_and_no_others(root, tmp_path, seen):
+    cache = tmp_path / "c"
+    run(root, cache, IMAGE, TITLE)
+    whole = entries(cache)
+    flipped, shortened, swapped, taken = (entry_key("title", f"i{number}") for number in (1, 2, 3, 4))
+    other_view, digest = entry_key("image", "i5"), entry_key("image", "i6")
+    with lmdb.open(str(cache / "states.lmdb"), map_size=1 << 24) as env, env.begin(write=True) as transaction:
+        transaction.put(flipped, whole[flipped][:30] + bytes([whole[flipped][30] ^ 1]) + whole[flipped][31:])
+        transaction.put(shortened, whole[shortened][:-8])
+        transaction.put(swapped, whole[entry_key("title", "i6")])
+        transaction.delete(taken)
+        transaction.put(other_view, whole[other_view][:-1] + b"x")
+        transaction.put(digest, bytes(16) + whole[digest][16:])
+    dataset, views = load_dataset(root), [IMAGE, TITLE]
+    planned = extraction.extract(dataset, views, cache, CPU, ExtractionConfig(dtype="float32"), dry_run=True)
+    assert [result.encoded for result in planned] == [2, 4]
+    seen.clear()
+    assert run(root, cache, IMAGE, TITLE) == [(2, 0), (4, 0)]
+    assert [content for content in seen if isinstance(content, str)] == [f"title of i{i}" for i in range(1, 5)]
+    assert entries(cache) == whole and not verify_cache(cache).damage
+    assert run(root, cache, IMAGE, TITLE) == [(0, 0), (0, 0)]
+
+
+def test_an_old_cache_is_not_encoded_again(root, tmp_path, seen):
+    cache = tmp_path / "c"
+    run(root, cache, TITLE)
+    manifest = read_manifest(cache)
+    write_manifest(cache, {**manifest, "format": 1})
+    with lmdb.open(str(cache / "states.lmdb"), map_size=1 << 24) as env, env.begin(write=True) as transaction:
+        for key, value in dict(transaction.cursor()).items():
+            transaction.put(key, value[:-8])
+    retitle(root, "title of i3", "another title")
+    assert run(root, cache, TITLE) == [(1, 0)]
+    assert {len(value) for value in entries(cache).values()} == {40, 48}
+    assert read_manifest(cache)["format"] == 1
 
 
 def test_a_view_may_be_added_later_and_a_changed_one_is_refused(root, tmp_path, seen):
