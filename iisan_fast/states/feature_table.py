@@ -180,7 +180,7 @@ class TablePlan(NamedTuple):
 
 
 def load_table(
-    cache: Path,
+    cache: Path | Store,
     views: Iterable[str],
     item_ids: list[str],
     device: torch.device,
@@ -190,12 +190,13 @@ def load_table(
 ) -> FeatureTable | PinnedTable | MappedTable:
     """Load views of a store into a table for the items in the order of `item_ids`. Item numbers count from 1.
 
-    cache: the store's folder. placement: one of config.PLACEMENTS; "auto" chooses by free memory. dtype: of the table;
-    None for the store's. layer_groups: keep the embedding output and the last block of that many groups of the
-    encoder's blocks; None keeps all stored layers. Raises InputError if the store, a view, a layer or an item's states
-    are missing, or if the placement does not fit.
+    cache: the store's folder, or a store that is open for reading, which the table then closes. placement: one of
+    config.PLACEMENTS; "auto" chooses by free memory. dtype: of the table; None for the store's. layer_groups: keep the
+    embedding output and the last block of that many groups of the encoder's blocks; None keeps all stored layers.
+    Raises InputError if the store, a view, a layer or an item's states are missing or damaged, or if the placement does
+    not fit.
     """
-    store = Store(cache)
+    store = cache if isinstance(cache, Store) else Store(cache)
     try:
         plan = plan_table(store, views, item_ids, device, placement, dtype, layer_groups)
         if plan.place == "mapped":
@@ -214,7 +215,7 @@ def load_table(
 
 
 def unread_table(
-    cache: Path,
+    cache: Path | Store,
     views: Iterable[str],
     item_ids: list[str],
     device: torch.device,
@@ -226,7 +227,7 @@ def unread_table(
 
     No states are read. Raises InputError as `load_table` does.
     """
-    store = Store(cache)
+    store = cache if isinstance(cache, Store) else Store(cache)
     try:
         plan = plan_table(store, views, item_ids, device, placement, dtype, layer_groups)
         return MappedTable(store, plan.names, item_ids, plan.positions, plan.dtypes, device), plan

@@ -293,20 +293,39 @@ class _GatheredImages:
 
 
 class _Decoder:
-    """Reads images from a dataset's files, several at once: other threads run while Pillow decodes."""
+    """Reads images from a dataset's files, several at once: other threads run while Pillow decodes.
+
+    An image has to stay what it was when it was read first, so that all steps see the same items.
+    """
 
     def __init__(self, images: ImageInputs, threads: ThreadPoolExecutor) -> None:
         self.images = images
         self.threads = threads
+        self.digests: dict[int, bytes] = {}  # of the images' contents, by row
 
     def __call__(self, items: Tensor, into: Tensor) -> None:
-        """Fill the tensor `into` [N, 3, height, width] with the images of items int64 [N]; zeros for padding."""
+        """Fill the tensor `into` [N, 3, height, width] with the images of items int64 [N]; zeros for padding.
+
+        Raises InputError if an image has changed, or can no longer be read.
+        """
 
         def read(place: int, item: int) -> None:
-            into[place] = self.images.batch([item - 1]).inputs["pixel_values"][0] if item else 0
+            into[place] = self._pixels(item - 1) if item else 0
 
         for _ in self.threads.map(read, range(len(items)), items.tolist()):
             pass
+
+    def _pixels(self, row: int) -> Tensor:
+        """Return the image of a row of the catalogue [3, height, width]. Raises InputError if it has changed."""
+        batch = self.images.batch([row])
+        (digest,) = batch.digests
+        if self.digests.setdefault(row, digest) != digest:
+            item_id = self.images.item_ids[row]
+            raise InputError(
+                f"{self.images.images.path}: the image of item {item_id!r} has changed while it was in use; "
+                "restore it, or begin a new run"
+            )
+        return batch.inputs["pixel_values"][0]
 
 
 def _image_view(

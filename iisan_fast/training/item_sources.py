@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from importlib.util import find_spec
@@ -57,10 +57,10 @@ def open_unread_source(
             inputs = getattr(source, "inputs", source)  # an EncodedTable reads an InputTable
             yield source, views, (0, "device") if config.uncached is None else (inputs.size, inputs.place)
         return
-    views = _described_cache(config, Path(config.cache), dataset.sequences.item_ids)
     item_ids = dataset.sequences.item_ids
+    store, views = _described_store(config, Path(config.cache), item_ids)
     groups = config.model.layer_groups
-    source, plan = unread_table(Path(config.cache), config.views, item_ids, device, placement, precision.table, groups)
+    source, plan = unread_table(store, config.views, item_ids, device, placement, precision.table, groups)
     with closing(source):
         yield source, views, (plan.size, plan.place)
 
@@ -176,17 +176,22 @@ def _open_cache(
     dtype: torch.dtype | None,
 ) -> tuple[ItemSource, Descriptions]:
     """Return the table of a cache's states, and the descriptions of its views."""
-    views = _described_cache(config, cache, sequences.item_ids)
+    store, views = _described_store(config, cache, sequences.item_ids)
     groups = config.model.layer_groups
-    return load_table(cache, config.views, sequences.item_ids, device, placement, dtype, groups), views
+    return load_table(store, config.views, sequences.item_ids, device, placement, dtype, groups), views
 
 
-def _described_cache(config: RunConfig, cache: Path, item_ids: list[str]) -> Descriptions:
-    """Describe the run's views of a cache. Raises InputError for views that the method cannot take."""
-    with Store(cache) as store:
+def _described_store(config: RunConfig, cache: Path, item_ids: list[str]) -> tuple[Store, Descriptions]:
+    """Open a cache, and describe the run's views of it: the states that are read from the open store are those.
+
+    Raises InputError for views that the method cannot take.
+    """
+    with ExitStack() as opened:
+        store = opened.enter_context(Store(cache))
         views = {name: {**store.view(name), "contents": store.contents(name, item_ids)} for name in config.views}
-    _refuse_unfit_views(config, views)
-    return views
+        _refuse_unfit_views(config, views)
+        opened.pop_all()
+    return store, views
 
 
 def _refuse_unfit_views(config: RunConfig, views: Descriptions) -> None:

@@ -104,8 +104,8 @@ def test_damaged_states_are_encoded_again_and_no_others(root, tmp_path, seen):
         transaction.delete(taken)
         transaction.put(other_view, whole[other_view][:-1] + b"x")
         transaction.put(digest, bytes(16) + whole[digest][16:])
-    dataset, views = load_dataset(root), [IMAGE, TITLE]
-    planned = extraction.extract(dataset, views, cache, CPU, ExtractionConfig(dtype="float32"), dry_run=True)
+    config = ExtractionConfig(dtype="float32")
+    planned = extraction.extract(load_dataset(root), [IMAGE, TITLE], cache, CPU, config, dry_run=True)
     assert [result.encoded for result in planned] == [2, 4]
     seen.clear()
     assert run(root, cache, IMAGE, TITLE) == [(2, 0), (4, 0)]

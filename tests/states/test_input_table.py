@@ -340,6 +340,23 @@ def test_the_loader_gives_a_batchs_contents(dataset, views):
     assert all(torch.equal(*both) for both in zip(map(read, prepared.item_inputs), map(read, again)))
 
 
+def test_an_image_that_changes_while_it_is_in_use_stops_the_run(root, dataset, views):
+    ids = dataset.sequences.item_ids
+    files = {file.stem: file for file in (root / "images").iterdir()}
+    item = next(number for number, item_id in enumerate(ids, start=1) if item_id in files)
+    file = files[ids[item - 1]]
+    with closing(open_inputs(dataset, views, CPU, "mapped")) as contents:
+        first = read(contents.read(numbers(item))[0])
+        content = file.read_bytes()
+        Image.new("RGB", (9, 9), "red").save(file)
+        with pytest.raises(
+            InputError, match=f"images: the image of item {ids[item - 1]!r} has changed while it was in"
+        ):
+            contents.read(numbers(item))
+        file.write_bytes(content)
+        assert torch.equal(read(contents.read(numbers(item))[0]), first)
+
+
 def test_uncached_training_follows_cached(dataset, views, tmp_path):
     extract(dataset, views, tmp_path / "cache", CPU)
     names = [view.name for view in views]
