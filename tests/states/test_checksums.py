@@ -138,7 +138,8 @@ def test_names_in_messages_hold_no_control_characters(cache):
 
 def test_every_flipped_bit_of_a_manifest_is_refused_or_changes_nothing(cache):
     path = cache / "manifest.json"
-    content, manifest = path.read_bytes(), read_manifest(cache)
+    content = path.read_bytes()
+    manifest = read_manifest(cache)
     refused = 0
     for byte in range(len(content)):
         for bit in range(8) if byte % 40 == 0 else (byte % 8,) if byte % 3 == 0 else ():
@@ -230,7 +231,8 @@ def test_an_old_cache_opens_and_one_warning_says_what_adds_checksums(old, placem
 
 
 def test_verify_adds_checksums_to_an_old_cache_and_changes_nothing_else(old, caplog):
-    before, item_ids = entries(old), old_ids(old)
+    before = entries(old)
+    item_ids = old_ids(old)
     only_checked = verify_cache(old, add=False)
     assert (only_checked.added, only_checked.unchecked) == (0, len(before)) and entries(old) == before
     result = verify_cache(old)
