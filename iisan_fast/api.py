@@ -326,7 +326,11 @@ def verify(path: PathLike, *, add: bool = True) -> Verified:
         from . import states
 
         return states.verify_cache(folder, add)
-    raise InputError(f"{folder}: expected a cache (manifest.json), found none")
+    if (folder / "config.json").exists():
+        from . import training
+
+        return training.verify_run(folder, add)
+    raise InputError(f"{folder}: expected a cache (manifest.json) or a run (config.json), found neither")
 
 
 def _new_run_folder(name: str, out: PathLike | None) -> RunFolder:

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from .fused_step import GpuFusedStep, run_stages, step_stages
     from .item_sources import open_source, refuse_missing_libraries
     from .resume_run import RunChanges, resume
-    from .run_folder import RunFolder, environment
+    from .run_environment import environment
+    from .run_folder import RunFolder
     from .start_run import check_new_run, train
     from .trainer import Trainer
     from .training_step import CapturedStep
+    from .verify_run import verify_run
 
 __all__ = [
     "BestRun",
@@ -35,6 +37,7 @@ __all__ = [
     "run_stages",
     "step_stages",
     "train",
+    "verify_run",
 ]
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from ..checksums import checksum, tensor_checksums
 from ..errors import InputError
 from ..files import refuse_irregular, whole_file
+from ..recorded_json import parse_json_object
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 ITEM_VECTORS = "item_vectors"  # the name of the catalogue's vectors in the best checkpoint
 CHECKSUMS = "checksums"  # their name in a checkpoint's JSON
+DOES_NOT_FIT = "its checksum does not fit"
 RESTORE = "restore the file from a copy"
 
 
@@ -71,44 +73,78 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises InputError, naming the file and the tensor, if the file is missing or damaged.
     """
+    checkpoint, checksums = _read(path)
+    for part, problem in _damaged_parts(checkpoint, checksums):
+        raise InputError(f"{path}: damaged: {part}: {problem}; {RESTORE}")
+    return checkpoint
+
+
+def damaged_parts(path: Path) -> tuple[int, bool, list[tuple[str, str]]]:
+    """Return the number of tensors in a checkpoint's file, whether it has checksums, and its damaged parts.
+
+    Each damaged part has a name, such as "tensor 'model.gate'", and a problem. Raises InputError if the file is missing
+    or cannot be read.
+    """
+    checkpoint, checksums = _read(path)
+    return len(checkpoint.tensors), checkpoint.checked, list(_damaged_parts(checkpoint, checksums))
+
+
+def _read(path: Path) -> tuple[Checkpoint, Any]:
+    """Return the content of a checkpoint's file and the checksums in it, which are not compared.
+
+    Raises InputError if the file is missing or cannot be read.
+    """
     refuse_irregular(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
+            state = parse_json_object((file.metadata() or {}).get("state", "null"), "state")
             names = list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
-    except (safetensors.SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
+    except (safetensors.SafetensorError, ValueError, RuntimeError, InputError) as error:
         raise InputError(f"{path}: not a checkpoint of this program, or damaged ({error}); {RESTORE}") from None
-    stored = state.pop(CHECKSUMS, None) if isinstance(state, dict) else None
-    if stored is not None:
-        _refuse_damage(stored, _checksums(tensors, state), path)
-    if not isinstance(state, dict) or type(state.get("epoch")) is not int or state["epoch"] < 0:
-        text = json.dumps(state)[:60]
-        raise InputError(f"{path}: expected the state of a checkpoint with its epoch, found {text}; {RESTORE}")
-    return Checkpoint(tensors, state, checked=stored is not None)
+    checksums = state.pop(CHECKSUMS, None)
+    return Checkpoint(tensors, state, checked=checksums is not None), checksums
+
+
+def _damaged_parts(checkpoint: Checkpoint, checksums: Any) -> Iterator[tuple[str, str]]:
+    """Yield the name and the problem of each part of a checkpoint that does not fit its checksum.
+
+    Without checksums, numbers that are not finite and a state without epoch are damage.
+    """
+    if checkpoint.checked:
+        yield from _unlike(checkpoint, checksums)
+    else:
+        for name, tensor in checkpoint.tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                yield f"tensor {name!r}", "expected finite numbers"
+    epoch = checkpoint.state.get("epoch")
+    if type(epoch) is not int or epoch < 0:
+        yield "state", f"expected the state of a checkpoint with its epoch, found {json.dumps(checkpoint.state)[:60]}"
+
+
+def _unlike(checkpoint: Checkpoint, stored: Any) -> Iterator[tuple[str, str]]:
+    """Yield the name and the problem of each part of a checkpoint that does not fit its stored checksum."""
+    if not isinstance(stored, dict) or not isinstance(stored.get("tensors"), dict):
+        yield CHECKSUMS, "expected the checksums of its tensors"
+        return
+    computed = _checksums(checkpoint.tensors, checkpoint.state)
+    if stored.get("state") != computed["state"]:
+        yield "state", DOES_NOT_FIT
+    for name in sorted(stored["tensors"].keys() | computed["tensors"].keys()):
+        if name not in computed["tensors"]:
+            yield f"tensor {name!r}", "it is missing"
+        elif stored["tensors"].get(name) != computed["tensors"][name]:
+            yield f"tensor {name!r}", DOES_NOT_FIT
 
 
 def _checksums(tensors: Mapping[str, Tensor], state: Any) -> dict[str, Any]:
     """Return the checksums of a checkpoint's state and of each tensor, as JSON values."""
     return {
         "state": checksum(json.dumps(state).encode(), b"state").hex(),
-        "tensors": tensor_checksums(tensors),
+        "tensors": dict(sorted(tensor_checksums(tensors).items())),  # so that the same content is the same file
     }
-
-
-def _refuse_damage(stored: Any, computed: dict[str, Any], path: Path) -> None:
-    """Raise InputError, naming the first part of a checkpoint whose checksum does not fit."""
-    if not isinstance(stored, dict) or not isinstance(stored.get("tensors"), dict):
-        raise InputError(f"{path}: damaged: its checksums are no checksums; {RESTORE}")
-    if stored.get("state") != computed["state"]:
-        raise InputError(f"{path}: damaged: the checksum of its state does not fit; {RESTORE}")
-    for name in sorted(stored["tensors"].keys() | computed["tensors"].keys()):
-        if name not in computed["tensors"]:
-            raise InputError(f"{path}: damaged: tensor {name!r} is missing; {RESTORE}")
-        if stored["tensors"].get(name) != computed["tensors"][name]:
-            raise InputError(f"{path}: damaged: the checksum of tensor {name!r} does not fit; {RESTORE}")
 
 
 def _as_os_error(error: safetensors.SafetensorError, path: Path) -> OSError:
@@ -150,6 +186,8 @@ def load_adam(model: nn.Module, optimizer: HasState, tensors: Mapping[str, Tenso
     }
     _refuse_other_tensors(expected, tensors, "adam.", path, "the optimizer's state")
     steps = {float(tensors[f"adam.step.{name}"]) for name in parameters}
+    if not all(step >= 1 and step.is_integer() for step in steps):
+        raise InputError(f"{path}: the optimizer's state: expected a number of steps, found {sorted(steps)}; {RESTORE}")
     if len(steps) > 1:
         raise InputError(f"{path}: the optimizer's state has parameters after {sorted(steps)} steps; restore the file")
     for name, parameter in parameters.items():

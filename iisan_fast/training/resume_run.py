@@ -16,7 +16,6 @@ from ..errors import InputError
 from ..fingerprints import changed_settings
 from ..precision import Precision, resolve_precision
 from ..runtime import fix_cublas_workspace
-from ..settings_files import read_settings
 from .item_sources import Descriptions, dataset_again, open_source, same_dataset
 from .run_folder import RunFolder
 from .run_progress import Progress
@@ -83,6 +82,7 @@ def resume(
         LOGGER.info("%s is finished already", out)
         return figures
     config = changes.applied_to(folder.config)
+    folder.mention_changed_settings()
     precision = _precision_again(folder, device)
     with folder.hold():
         dataset = _dataset(folder, config, moved=changes.dataset is not None)
@@ -123,17 +123,11 @@ def _moved_encoder(config: RunConfig, uncached: UncachedConfig | None, kind: str
 
 
 def _final_figures(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
-    """Return the stored test figures if the run ends with the epoch that they are of; None if it goes on.
-
-    Raises InputError if the file does not hold such figures.
-    """
-    if not folder.test.exists():
+    """Return the stored test figures if the run ends with the epoch that they are of; None if it goes on."""
+    figures = folder.read_test()
+    if figures is None:
         return None
-    figures = read_settings(folder.test)
-    epochs, best_epoch = figures.get("epochs"), figures.get("best_epoch")
-    if type(epochs) is not int or type(best_epoch) is not int:
-        raise InputError(f"{folder.test}: expected the epochs and the best epoch of a run; restore or remove the file")
-    return figures if Progress(epochs, best_epoch).finished(config) else None
+    return figures if Progress(figures["epochs"], figures["best_epoch"]).finished(config) else None
 
 
 def _dataset(folder: RunFolder, config: RunConfig, moved: bool) -> Dataset:

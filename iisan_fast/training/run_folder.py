@@ -1,7 +1,8 @@
 """Write and read the run folder, which has everything to resume a run, to evaluate it, and to know how it was made.
 
 config.json: the folder's format and the resolved settings. environment.json: the machine and the versions. views.json:
-how the hidden states were made. sequences.npz: the result of the data protocol. metrics.jsonl: one line for each epoch.
+how the hidden states were made. sequences.npz: the result of the data protocol. checksums.json: those of the files
+before, and of test.json. metrics.jsonl: one line for each epoch.
 best.safetensors: weights and item vectors of the best epoch. last.safetensors: weights and optimizer state of the last
 epoch, or of a step within one. previous.safetensors: the checkpoint before it, which stands in if it is damaged.
 test.json: the figures on the test set. lock: held by the process that trains.
@@ -12,18 +13,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
-import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import __version__, kernels
 from ..config import RunConfig
 from ..data import Sequences, load_sequences
 from ..errors import InputError
@@ -31,20 +28,20 @@ from ..files import locked, refuse_unwritable, remove_leftovers, whole_file, wri
 from ..setting_fields import to_dict
 from ..settings_files import RUN_FORMAT, read_run_config, read_run_settings, read_settings
 from ..states import describes_view
-from .checkpoints import load_checkpoint, save_checkpoint, write_tensors
+from .checkpoints import RESTORE, load_checkpoint, save_checkpoint, write_tensors
+from .run_environment import environment, rounding_changes
+from .run_record import RECORD_FILE, RunRecord
 
 LOGGER = logging.getLogger(__name__)
 CheckState = Callable[[dict[str, Any], Path], object]
 
-RUN_LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")
-DECIDES_ROUNDING = ("torch", "device", "kernels")  # the entries of an environment that change the rounding of results
 FORMS_IN_FORMAT_1 = {"torch": "reference", "native": "cpu", "triton": "gpu"}  # their names in format 2
-ON_A_CPU = ("threads", "processor", "compiler")  # such entries for a CPU
 RUN_FILES = (
-    *("config.json", "environment.json", "views.json", "sequences.npz", "metrics.jsonl"),
+    *("config.json", "environment.json", "views.json", "sequences.npz", RECORD_FILE, "metrics.jsonl"),
     *("best.safetensors", "last.safetensors", "previous.safetensors", "test.json", "lock"),
 )
 LOCK_FILE = "lock"
+FIGURES = {"method": str, "best_epoch": int, "epochs": int, "test": dict, "popularity": dict}  # of test.json
 
 
 class RunFolder:
@@ -60,6 +57,7 @@ class RunFolder:
         self._lock = ExitStack()
         self._held = False
         self._last_is_damaged = False
+        self._record: RunRecord | None = None
 
     @classmethod
     def numbered(cls, name: str) -> RunFolder:
@@ -76,7 +74,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, writable: bool = False) -> RunFolder:
-        """Return the folder of an existing run.
+        """Return the folder of an existing run. A run without checksums gets a warning.
 
         A run of format 1 is converted each time it is read; its files do not change. writable: hold the folder as its
         only writer until `close`. Raises InputError if the folder holds no run, one of an unknown format, or if another
@@ -86,6 +84,10 @@ class RunFolder:
             raise InputError(f"{path}: not a run folder (no config.json)")
         read_run_settings(path / "config.json")
         folder = cls(path)
+        if folder.read_record() is None:
+            LOGGER.warning(
+                "%s: has no checksums, so damage may stay unseen; `iisan-fast verify %s` adds them", path, path
+            )
         if writable:
             folder.hold()
         return folder
@@ -131,13 +133,23 @@ class RunFolder:
     def hold(self) -> RunFolder:
         """Hold the folder as its only writer until `close`, and return it.
 
-        Raises InputError if another process holds it.
+        Raises InputError if another process holds it, or if it cannot be written.
         """
         if not self._held:
             busy = f"{self.path}: another process trains in this folder; wait for it to end, or choose another folder"
+            refuse_unwritable(self.path)
             self._lock.enter_context(locked(self.path / LOCK_FILE, busy))
             self._held = True
+            self.read_record()  # another process may have written it meanwhile
         return self
+
+    def read_record(self) -> RunRecord | None:
+        """Read the run's checksums, by which the other files are checked, and return them; None if there are none.
+
+        Raises InputError if they are damaged.
+        """
+        self._record = RunRecord.read(self.path)
+        return self._record
 
     def claim(self) -> None:
         """Make the folder of a new run, and hold it as its only writer until `close`.
@@ -158,9 +170,12 @@ class RunFolder:
     def begin(self, config: RunConfig, views: Mapping[str, Any], sequences: Sequences, device: torch.device) -> None:
         """Claim the folder and write the first files of a new run. Raises InputError as `claim` does."""
         self.claim()
-        sequences.save(self.path / "sequences.npz")
-        _write_json(self.path / "views.json", views)
-        _write_json(self.path / "environment.json", environment(device))
+        self._record = RunRecord()
+        with whole_file(self.path / "sequences.npz") as temporary:
+            sequences.save(temporary)
+            self._write_record(self._record.with_file("sequences.npz", temporary.read_bytes()))
+        self._write_json("views.json", views)
+        self._write_json("environment.json", environment(device))
         self.write_config(config)  # written last, because config.json makes the folder a run
 
     def refuse_if_used(self) -> None:
@@ -219,12 +234,26 @@ class RunFolder:
 
     @property
     def config(self) -> RunConfig:
-        """Return the run's resolved configuration. Raises InputError if the file is missing or wrong."""
-        return read_run_config(self.path / "config.json")
+        """Return the run's resolved configuration.
+
+        Raises InputError if the file is missing or wrong, or if a setting has changed that the run's results depend on.
+        """
+        path = self.path / "config.json"
+        config = read_run_config(path)
+        if self._record is not None:
+            self._record.refuse_changed_settings(config, path)
+        return config
+
+    def mention_changed_settings(self) -> None:
+        """Log the settings that were changed in config.json and may be."""
+        changes = [] if self._record is None else self._record.permitted_changes(self.config)
+        if changes:
+            LOGGER.warning("%s: changed since it was written: %s", self.path / "config.json", "; ".join(changes))
 
     @property
     def views(self) -> dict[str, Any]:
         """Return the description of each view of the run by name. Raises InputError if the file is missing or wrong."""
+        self._refuse_damage("views.json", RESTORE)
         views = read_settings(self.path / "views.json")
         if not all(map(describes_view, views.values())):
             raise InputError(
@@ -234,13 +263,18 @@ class RunFolder:
 
     @property
     def sequences(self) -> Sequences:
-        """Return the histories that the run is trained on."""
+        """Return the histories that the run is trained on. Raises InputError if the file is missing or damaged."""
+        self._refuse_damage("sequences.npz", RESTORE)
         return load_sequences(self.path / "sequences.npz")
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Return the machine and the versions with which the run began; empty if they were not recorded."""
+        """Return the machine and the versions with which the run began; empty if they were not recorded.
+
+        Raises InputError if the file is damaged.
+        """
         path = self.path / "environment.json"
+        self._refuse_damage(path.name, "restore the file from a copy, or remove it to go on without it")
         recorded = read_settings(path) if path.exists() else {}
         _, number = read_run_settings(self.path / "config.json")
         form = str(recorded.get("kernels"))
@@ -250,14 +284,34 @@ class RunFolder:
 
     def other_rounding(self, device: torch.device) -> list[str]:
         """Return a phrase for each change since the run began that makes results differ in rounding."""
-        recorded = self.environment
-        current = environment(device)
-        names = DECIDES_ROUNDING + (ON_A_CPU if device.type == "cpu" else ())
-        return [
-            f"{name} {recorded[name]} then, {current[name]} now"
-            for name in names
-            if name in recorded and recorded[name] != current[name]
-        ]
+        return rounding_changes(self.environment, device)
+
+    def read_test(self) -> dict[str, Any] | None:
+        """Return the figures on the test set; None if there are none, and with a warning if the file is damaged."""
+        if not self.test.exists():
+            return None
+        try:
+            return self.figures
+        except InputError as error:
+            LOGGER.warning("%s; the best checkpoint is tested again", error)
+            return None
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Return the figures on the test set. Raises InputError if the file is missing or damaged."""
+        self._refuse_damage(self.test.name, RESTORE)
+        figures = read_settings(self.test)
+        for name, kind in FIGURES.items():
+            if type(figures.get(name)) is not kind:
+                raise InputError(
+                    f"{self.test}: {name}: expected {kind.__name__}, found {figures.get(name)!r}; {RESTORE}"
+                )
+        return figures
+
+    def _refuse_damage(self, name: str, remedy: str) -> None:
+        """Raise InputError, with the remedy, if a file's checksum was recorded and does not fit."""
+        if self._record is not None:
+            self._record.refuse_changed_file(self.path / name, remedy)
 
     def remove_leftovers(self) -> None:
         """Remove temporary files that a killed write has left; the complete files stay."""
@@ -266,12 +320,14 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.json, with the folder's format."""
-        _write_json(self.path / "config.json", {"format": RUN_FORMAT, **to_dict(config)})
+        if self._record is not None:
+            self._write_record(self._record.with_settings(config))
+        write_atomically(self.path / "config.json", _json({"format": RUN_FORMAT, **to_dict(config)}))
 
     def change_config(self, config: RunConfig) -> None:
         """Write the changed settings of an existing run. A run of format 1 becomes one of the current format."""
         if environment := self.environment:
-            _write_json(self.path / "environment.json", environment)
+            self._write_json("environment.json", environment)
         self.write_config(config)
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
@@ -280,7 +336,19 @@ class RunFolder:
 
     def write_test(self, result: dict[str, Any]) -> None:
         """Write test.json with the figures on the test set."""
-        _write_json(self.test, result)
+        self._write_json(self.test.name, result)
+
+    def _write_json(self, name: str, value: Any) -> None:
+        """Write a JSON value as a whole or not at all, after its checksum."""
+        content = _json(value)
+        if self._record is not None:
+            self._write_record(self._record.with_file(name, content))
+        write_atomically(self.path / name, content)
+
+    def _write_record(self, record: RunRecord) -> None:
+        """Write checksums.json. Raises OSError if it cannot be written."""
+        record.write(self.path)
+        self._record = record
 
 
 def _free_folder(name: str) -> Path:
@@ -313,32 +381,6 @@ def _load_checked(path: Path, check: CheckState) -> tuple[dict[str, Tensor], dic
     return tensors, state, path
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return the machine, the versions and the form of the ops that results depend on, as JSON values."""
-    on_gpu = device.type == "cuda"
-    form = kernels.form_on(device)
-    return {
-        "iisan_fast": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,  # with the build's tag
-        **{name: metadata.version(name) for name in RUN_LIBRARIES},
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
-        "threads": torch.get_num_threads(),
-        "processor": torch.backends.cpu.get_cpu_capability(),  # the widest instructions that torch uses on it
-        "processor_name": _processor_name(),
-        "kernels": form,
-        "compiler": kernels.compiler_version() if form == "cpu" else None,
-    }
-
-
-def _processor_name() -> str:
-    """Return the processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    name = re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.M) if info.exists() else None
-    return name[1] if name else platform.processor()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Write a JSON value as a whole or not at all."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+def _json(value: Any) -> bytes:
+    """Return a JSON value as the content of a file."""
+    return (json.dumps(value, indent=2) + "\n").encode()

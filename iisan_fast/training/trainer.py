@@ -42,6 +42,7 @@ from .checkpoints import (
 )
 from .determinism import deterministic
 from .fused_step import CpuFusedStep, GpuFusedStep, fused_step_refusal
+from .lost_best import refuse_lost_best
 from .memory_budget import MemoryBudget
 from .run_folder import RunFolder
 from .run_progress import SELECTED_BY, Progress
@@ -77,7 +78,7 @@ class Trainer:
             uncached = replace(config.uncached, items_at_once=self.memory.encoding.items_at_once)
             self.config = replace(config, uncached=uncached)
         self.progress = Progress()
-        self._steps = steps_per_epoch(sequences, config.train.batch_users)
+        self.steps_per_epoch = steps_per_epoch(sequences, config.train.batch_users)
         self._clock = IntervalClock(config.train.checkpoint_interval)
         self._saved = ""  # the place of the last checkpoint; empty if there is none
 
@@ -143,8 +144,12 @@ class Trainer:
         return result
 
     def restore(self, folder: RunFolder) -> None:
-        """Load the run's last checkpoint. Raises InputError if it does not fit the model or the data."""
+        """Load the run's last checkpoint. Raises InputError if it does not fit the model or the data.
+
+        A damaged best checkpoint is made again from it. Raises InputError if that is not possible.
+        """
         tensors, state, path = folder.load_last(self._checked_progress)
+        refuse_lost_best(self, folder, Progress.of(state, path))
         load_weights(self.model, tensors, path)
         load_adam(self.model, self.step.optimizer, tensors, path)
         self.progress = Progress.of(state, path)
@@ -154,9 +159,10 @@ class Trainer:
     def _checked_progress(self, state: dict[str, Any], path: Path) -> Progress:
         """Return the progress from a checkpoint's state. Raises InputError if it is not a state of this run."""
         progress = Progress.of(state, path)
-        if progress.under_way.steps > self._steps:
+        steps = progress.under_way.steps
+        if steps > self.steps_per_epoch:
             raise InputError(
-                f"{path}: expected at most {self._steps} steps of an epoch, found {progress.under_way.steps}; {RESTORE}"
+                f"{path}: expected at most {self.steps_per_epoch} steps of an epoch, found {steps}; {RESTORE}"
             )
         return progress
 
@@ -200,9 +206,9 @@ class Trainer:
                 epoch.steps += 1
                 epoch.slots += prepared.slots
                 note = ""
-                if epoch.steps % READ_EVERY == 0 or epoch.steps == self._steps:
+                if epoch.steps % READ_EVERY == 0 or epoch.steps == self.steps_per_epoch:
                     self._read()
-                    note = f"loss {epoch.loss / epoch.rows:.4f}, step {epoch.steps} of {self._steps}"
+                    note = f"loss {epoch.loss / epoch.rows:.4f}, step {epoch.steps} of {self.steps_per_epoch}"
                 epoch.seconds = time.perf_counter() - started
                 if self._clock.step() or request.signal_number is not None:
                     self._save(folder)

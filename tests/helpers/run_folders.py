@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from iisan_fast.training.checkpoints import load_checkpoint
+from iisan_fast.training.run_folder import RunFolder
 
 
 def untimed(run: Path) -> list[dict]:
@@ -32,3 +34,10 @@ def assert_same_run(run: Path, other: Path) -> None:
         for key, tensor in expected.items():
             assert tensors[key].dtype == tensor.dtype and torch.equal(tensors[key], tensor), (name, key)
     assert load_checkpoint(run / "last.safetensors")[1].keys() == load_checkpoint(other / "last.safetensors")[1].keys()
+
+
+def write_recorded(run: Path, name: str, value: Any) -> None:
+    """Write a JSON file of a run with its checksum, as a run that had begun with this content."""
+    folder = RunFolder(run)
+    folder.read_record()
+    folder._write_json(name, value)

@@ -122,5 +122,8 @@ def test_item_vectors_of_another_shape_are_refused(vectors):
 def test_a_checkpoint_without_an_epoch_is_named(tmp_path, state):
     metadata = {"state": json.dumps(state)}
     save_file({"weight": torch.zeros(2)}, tmp_path / "last.safetensors", metadata=metadata)
-    with pytest.raises(InputError, match=r"last\.safetensors: expected the state of a checkpoint with its epoch"):
+    with pytest.raises(
+        InputError,
+        match=r"last\.safetensors: .*(expected the state of a checkpoint with its epoch|expected a JSON object)",
+    ):
         load_checkpoint(tmp_path / "last.safetensors")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers.compiler import needs_compiler
+from helpers.run_folders import write_recorded
 from iisan_fast.config import EvaluationConfig, ModelConfig, RunConfig, TrainConfig
 from iisan_fast.data.epoch_plan import steps_per_epoch
 from iisan_fast.errors import InputError
@@ -55,7 +56,7 @@ def test_a_run_learns_and_leaves_a_self_sufficient_folder(tmp_path, config):
     assert seen == lines(tmp_path / "run") and losses[-1] < 0.5 * losses[0]
     assert result["test"]["masked"]["hr@10"] > 2 * result["popularity"]["masked"]["hr@10"]
     names = {"config.json", "environment.json", "views.json", "sequences.npz", "metrics.jsonl"}
-    names |= {"best.safetensors", "last.safetensors", "previous.safetensors", "test.json", "lock"}
+    names |= {"best.safetensors", "last.safetensors", "previous.safetensors", "test.json", "lock", "checksums.json"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["torch"] == torch.__version__
     again = evaluate_run(tmp_path / "run", "test", EvaluationConfig(), CPU)
@@ -155,7 +156,7 @@ def test_another_rounding_is_told_on_resume(tmp_path, config, monkeypatch, caplo
     path = tmp_path / "run" / "environment.json"
     began = json.loads(path.read_text())
     assert began["kernels"] in ("cpu", "reference") and began["processor_name"]
-    path.write_text(json.dumps({**began, "kernels": "abacus", "python": "2.7"}))
+    write_recorded(tmp_path / "run", path.name, {**began, "kernels": "abacus", "python": "2.7"})
     with caplog.at_level("WARNING"):
         resume(tmp_path / "run", CPU)
     message = f"{tmp_path / 'run'}: kernels abacus then, {began['kernels']} now; results will differ in rounding"
@@ -207,7 +208,7 @@ def test_resuming_with_other_states_is_refused(tmp_path, config, monkeypatch):
     monkeypatch.undo()
     views = json.loads((tmp_path / "run" / "views.json").read_text())
     views["image"]["weights"] = "of another encoder"
-    (tmp_path / "run" / "views.json").write_text(json.dumps(views))
+    write_recorded(tmp_path / "run", "views.json", views)
     with pytest.raises(InputError, match="has changed since the run began: .* restore it"):
         resume(tmp_path / "run", CPU)
 

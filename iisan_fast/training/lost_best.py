@@ -1,0 +1,70 @@
+"""Find out as a run goes on whether its best checkpoint is whole, and make a damaged one again if that is possible.
+
+Otherwise the run would fail at its end, after hours, when the best checkpoint is tested.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+from .checkpoints import ITEM_VECTORS, item_vectors, load_checkpoint, load_weights, named_weights
+from .determinism import deterministic
+from .run_folder import RunFolder
+from .run_progress import Progress
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+LOGGER = logging.getLogger(__name__)
+
+
+def refuse_lost_best(trainer: Trainer, folder: RunFolder, progress: Progress) -> None:
+    """Make the best checkpoint again if it cannot be used, and the last or previous one holds the weights of its epoch.
+
+    progress: that of the run. The trainer's weights are changed. Raises InputError if neither holds them.
+    """
+    if progress.best_epoch == 0:
+        return
+    problem = _problem(trainer, folder, progress)
+    if problem is None:
+        return
+    for path in (folder.last, folder.previous):
+        try:
+            tensors, state = load_checkpoint(path)
+            found = Progress.of(state, path)
+        except InputError:  # missing, or damaged too
+            continue
+        if _epoch_of_weights(found, trainer.steps_per_epoch) == progress.best_epoch:
+            LOGGER.warning("%s; it is made again from %s", problem, path.name)
+            load_weights(trainer.model, tensors, path)
+            trainer.model.eval()
+            with deterministic():
+                vectors = trainer.model.catalogue_vectors(trainer.source)
+            folder.save_best({**named_weights(trainer.model), ITEM_VECTORS: vectors}, {"epoch": progress.best_epoch})
+            return
+    raise InputError(f"{problem}; no other checkpoint holds the weights of epoch {progress.best_epoch}")
+
+
+def _problem(trainer: Trainer, folder: RunFolder, progress: Progress) -> str | None:
+    """Return why the best checkpoint cannot be used; None if it can."""
+    try:
+        tensors, state = folder.load_best()
+        load_weights(trainer.model, tensors, folder.best)
+        items = len(trainer.sequences.item_ids)
+        item_vectors(tensors, items, trainer.config.model.embedding_dim, folder.best)
+    except InputError as error:
+        return str(error)
+    # A run that was killed before it wrote the last checkpoint has a best one of a later epoch, and writes it again.
+    if state["epoch"] == progress.best_epoch or state["epoch"] > progress.epoch:
+        return None
+    return f"{folder.best}: expected the best epoch, {progress.best_epoch}, found epoch {state['epoch']}"
+
+
+def _epoch_of_weights(progress: Progress, steps_per_epoch: int) -> int | None:
+    """Return the epoch, counted from 1, after which a checkpoint's weights stand; None within an epoch."""
+    steps = progress.under_way.steps
+    if steps == 0:
+        return progress.epoch
+    return progress.epoch + 1 if steps == steps_per_epoch else None

@@ -1,0 +1,158 @@
+"""Check all files of a run, and give checksums to those that have none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..verified import Damage, Verified
+from .checkpoints import RESTORE, damaged_parts, load_checkpoint, save_checkpoint
+from .run_folder import RunFolder
+from .run_record import RECORD_FILE, RunRecord
+
+CHECKPOINTS = ("best.safetensors", "last.safetensors", "previous.safetensors")
+RECORDED = ("sequences.npz", "views.json", "environment.json", "test.json")  # beside config.json
+MAY_BE_MISSING = ("environment.json", "test.json")
+
+
+def verify_run(path: Path, add: bool = True) -> Verified:
+    """Check every file of a run, and return what was checked and the damage.
+
+    add: give checksums to the files that have none, as those of older versions, unless they are damaged. Raises
+    InputError if the folder holds no run, or if checksums are to be added to a folder that cannot be written or in
+    which another process trains.
+    """
+    if not (path / "config.json").exists():
+        raise InputError(f"{path}: not a run folder (no config.json)")
+    if not any((path / name).exists() for name in RECORDED):  # a folder of an encoder has a config.json too
+        raise InputError(f"{path}: not a run folder (no sequences.npz)")
+    folder = RunFolder(path)
+    verified = Verified(path, "run")
+    record = _record(folder, verified)
+    _check_small_files(folder, verified)
+    without_checksums = [name for name in CHECKPOINTS if _lacks_checksums(path / name, verified)]
+    _check_progress(folder, verified)
+    damaged = {damage.where.partition(":")[0] for damage in verified.damage}
+    if add and RECORD_FILE not in damaged:
+        _add(folder, record, without_checksums, damaged, verified)
+    return verified
+
+
+def _record(folder: RunFolder, verified: Verified) -> RunRecord:
+    """Return the record of a run, which is empty if it has none or a damaged one."""
+    try:
+        return folder.read_record() or RunRecord()
+    except InputError as error:
+        remedy = f"remove it, and `iisan-fast verify {folder.path}` makes it again"
+        verified.damage.append(Damage(RECORD_FILE, _problem(error, folder.path / RECORD_FILE), remedy))
+        return RunRecord()
+
+
+def _check_small_files(folder: RunFolder, verified: Verified) -> None:
+    """Read the files that are no checkpoints, and compare them with their checksums."""
+    readers: dict[str, tuple[Callable[[], Any], str]] = {
+        "config.json": (lambda: folder.config, RESTORE),
+        "sequences.npz": (lambda: folder.sequences, RESTORE),
+        "views.json": (lambda: folder.views, RESTORE),
+        "environment.json": (lambda: folder.environment, f"{RESTORE}, or remove it to go on without it"),
+        "test.json": (lambda: folder.figures, f"{_resume(folder)} tests the best checkpoint again"),
+    }
+    for name, (read, remedy) in readers.items():
+        path = folder.path / name
+        if name in MAY_BE_MISSING and not path.exists():
+            continue
+        verified.checked += 1
+        try:
+            read()
+        except InputError as error:
+            verified.damage.append(Damage(name, _problem(error, path), remedy))
+
+
+def _lacks_checksums(path: Path, verified: Verified) -> bool:
+    """Check a checkpoint, if it is there, and return True if it is whole and has no checksums."""
+    if not path.exists():
+        return False
+    try:
+        tensors, has_checksums, parts = damaged_parts(path)
+    except InputError as error:
+        verified.damage.append(Damage(path.name, _problem(error, path), _remedy(path)))
+        return False
+    verified.checked += tensors
+    verified.damage += [Damage(f"{path.name}: {part}", problem, _remedy(path)) for part, problem in parts]
+    return not has_checksums and not parts
+
+
+def _remedy(path: Path) -> str:
+    """Return what to do about a damaged checkpoint."""
+    if path.name == "last.safetensors" and path.with_name("previous.safetensors").exists():
+        return f"`iisan-fast train --resume {path.parent}` goes on from previous.safetensors"
+    if path.name == "previous.safetensors":
+        return "remove it; the next checkpoint takes its place"
+    return RESTORE
+
+
+def _check_progress(folder: RunFolder, verified: Verified) -> None:
+    """Check that the files that a run writes as it goes on are there and agree with its last checkpoint."""
+    if not folder.last.exists():
+        if folder.previous.exists() or folder.test.exists():
+            verified.damage.append(Damage(folder.last.name, "it is missing", _remedy(folder.last)))
+        return
+    try:
+        _, state = load_checkpoint(folder.last)
+    except InputError:  # which is among the damage already
+        return
+    if state.get("best_epoch") and not folder.best.exists():
+        verified.damage.append(Damage(folder.best.name, "it is missing", RESTORE))
+    verified.checked += 1
+    lines = state.get("lines")
+    # A run that was killed between the two files, or is training now, has one line less.
+    if isinstance(lines, list) and _metrics(folder.metrics) not in (lines, lines[:-1]):
+        first = "remove test.json, and " if folder.test.exists() else ""
+        remedy = f"{first}{_resume(folder)} writes it again"
+        verified.damage.append(Damage(folder.metrics.name, "expected the figures in last.safetensors", remedy))
+
+
+def _metrics(path: Path) -> list[Any] | None:
+    """Return the lines of metrics.jsonl; None if they are no JSON."""
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _add(folder: RunFolder, record: RunRecord, checkpoints: list[str], damaged: set[str], verified: Verified) -> None:
+    """Give checksums to these checkpoints, and to the other files that have none and are whole."""
+    files = [
+        name for name in RECORDED if name not in record.files and name not in damaged and (folder.path / name).exists()
+    ]
+    lacks_settings = record.settings is None and "config.json" not in damaged
+    if not (checkpoints or files or lacks_settings):
+        return
+    with folder.hold():
+        for name in checkpoints:
+            path = folder.path / name
+            tensors, state = load_checkpoint(path)
+            save_checkpoint(path, tensors, state)
+            verified.added += len(tensors)
+        if lacks_settings:
+            record = record.with_settings(folder.config)
+        for name in files:
+            record = record.with_file(name, (folder.path / name).read_bytes())
+        record.write(folder.path)
+        verified.added += len(files) + lacks_settings
+
+
+def _resume(folder: RunFolder) -> str:
+    """Return the command that goes on with a run."""
+    return f"`iisan-fast train --resume {folder.path}`"
+
+
+def _problem(error: InputError, path: Path) -> str:
+    """Return an error's problem, without the file before it and the remedy behind it."""
+    text = str(error).removeprefix(f"{path}: ")
+    return text.rpartition("; ")[0] or text
