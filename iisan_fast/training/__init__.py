@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from .resume_run import RunChanges, resume
     from .run_environment import environment
     from .run_folder import RunFolder
+    from .run_verification import verify_run
     from .start_run import check_new_run, train
     from .trainer import Trainer
     from .training_step import CapturedStep
-    from .verify_run import verify_run
 
 __all__ = [
     "BestRun",

@@ -6,28 +6,34 @@ Otherwise the run would fail at its end, after hours, when the best checkpoint i
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from ..models import Recommender
+from ..states import ItemSource
 from .checkpoints import ITEM_VECTORS, item_vectors, load_checkpoint, load_weights, named_weights
 from .determinism import deterministic
 from .run_folder import RunFolder
 from .run_progress import Progress
 
-if TYPE_CHECKING:
-    from .trainer import Trainer
-
 LOGGER = logging.getLogger(__name__)
 
 
-def refuse_lost_best(trainer: Trainer, folder: RunFolder, progress: Progress) -> None:
+def refuse_lost_best(
+    folder: RunFolder,
+    progress: Progress,
+    model: Recommender,
+    source: ItemSource,
+    shape: tuple[int, int],
+    steps_per_epoch: int,
+) -> None:
     """Make the best checkpoint again if it cannot be used, and the last or previous one holds the weights of its epoch.
 
-    progress: that of the run. The trainer's weights are changed. Raises InputError if neither holds them.
+    progress: that of the run. model: its weights are changed. shape: of the item vectors. Raises InputError if no
+    checkpoint holds the weights.
     """
     if progress.best_epoch == 0:
         return
-    problem = _problem(trainer, folder, progress)
+    problem = _problem(folder, progress, model, shape)
     if problem is None:
         return
     for path in (folder.last, folder.previous):
@@ -36,24 +42,23 @@ def refuse_lost_best(trainer: Trainer, folder: RunFolder, progress: Progress) ->
             found = Progress.of(state, path)
         except InputError:  # missing, or damaged too
             continue
-        if _epoch_of_weights(found, trainer.steps_per_epoch) == progress.best_epoch:
+        if _epoch_of_weights(found, steps_per_epoch) == progress.best_epoch:
             LOGGER.warning("%s; it is made again from %s", problem, path.name)
-            load_weights(trainer.model, tensors, path)
-            trainer.model.eval()
+            load_weights(model, tensors, path)
+            model.eval()
             with deterministic():
-                vectors = trainer.model.catalogue_vectors(trainer.source)
-            folder.save_best({**named_weights(trainer.model), ITEM_VECTORS: vectors}, {"epoch": progress.best_epoch})
+                vectors = model.catalogue_vectors(source)
+            folder.save_best({**named_weights(model), ITEM_VECTORS: vectors}, {"epoch": progress.best_epoch})
             return
     raise InputError(f"{problem}; no other checkpoint holds the weights of epoch {progress.best_epoch}")
 
 
-def _problem(trainer: Trainer, folder: RunFolder, progress: Progress) -> str | None:
+def _problem(folder: RunFolder, progress: Progress, model: Recommender, shape: tuple[int, int]) -> str | None:
     """Return why the best checkpoint cannot be used; None if it can."""
     try:
         tensors, state = folder.load_best()
-        load_weights(trainer.model, tensors, folder.best)
-        items = len(trainer.sequences.item_ids)
-        item_vectors(tensors, items, trainer.config.model.embedding_dim, folder.best)
+        load_weights(model, tensors, folder.best)
+        item_vectors(tensors, *shape, folder.best)
     except InputError as error:
         return str(error)
     # A run that was killed before it wrote the last checkpoint has a best one of a later epoch, and writes it again.

@@ -149,10 +149,12 @@ class Trainer:
         A damaged best checkpoint is made again from it. Raises InputError if that is not possible.
         """
         tensors, state, path = folder.load_last(self._checked_progress)
-        refuse_lost_best(self, folder, Progress.of(state, path))
+        shape = (len(self.sequences.item_ids), self.config.model.embedding_dim)
+        progress = Progress.of(state, path)
+        refuse_lost_best(folder, progress, self.model, self.source, shape, self.steps_per_epoch)
         load_weights(self.model, tensors, path)
         load_adam(self.model, self.step.optimizer, tensors, path)
-        self.progress = Progress.of(state, path)
+        self.progress = progress
         self.step.record.copy_(torch.tensor(self.progress.under_way.record, dtype=torch.float64))
         self._saved = self.progress.place
 
