@@ -8,7 +8,7 @@ INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c co
 OUT ?= benchmarks/results/gpu
 BENCH = $(PYTHON) -m iisan_fast bench
 
-.PHONY: train test quick test-long test-gpu-versions lint gpu gpu-benchmarks clean
+.PHONY: train test quick test-long sanitize test-gpu-versions lint gpu gpu-benchmarks clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/iisan-fast train
@@ -24,6 +24,10 @@ quick: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	$(PYTEST) --slowest=40 --results=benchmarks/results/tests.json
+
+# The tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer, in about ten minutes.
+sanitize: $(VENV)/.installed-dev
+	cd tests && $(abspath $(VENV))/bin/python -m helpers.sanitizers
 
 # On a CPU, in an environment of its own: a GPU is not needed to import, to compile ahead of time, or to interpret kernels.
 GPU_VERSIONS = .venv-gpu-versions

@@ -59,8 +59,9 @@ template <class T> void forward(const Loss<T> &l) {
 // For each panel of 16 items: the gradients of their logits, and with them those of the items and the queries.
 template <class T> void backward(const Loss<T> &l) {
     const long wide = panels(l.items) * PANEL;
+    if (!l.rows) return clear(l.of_vectors, (long)l.items * l.width);
     std::vector<T> slopes((size_t)l.rows * PANEL);
-    std::memset(l.of_queries, 0, sizeof(T) * l.rows * l.width);
+    clear(l.of_queries, (long)l.rows * l.width);
     for (long v = 0; v < wide; v += PANEL) {
         const int here = smaller(PANEL, l.items - v);
         for (int row = 0; row < l.rows; row++) {

@@ -98,6 +98,14 @@ inline bool are_panels(int columns) { return columns > 0 && columns % PANEL == 0
 inline int panels(int columns) { return (columns + PANEL - 1) / PANEL; }
 inline int smaller(int a, int b) { return a < b ? a : b; }
 
+// Write zeros to `count` numbers, and copy them; pointers may be null if there are none.
+template <class T> inline void clear(T *to, long count) {
+    if (count) std::memset(to, 0, sizeof(T) * count);
+}
+template <class T> inline void copy(T *to, const T *from, long count) {
+    if (count) std::memcpy(to, from, sizeof(T) * count);
+}
+
 // The left operand of a product: its element (row i, step k) is data[i * row + k * step]; products sum over steps.
 template <class T> struct Operand {
     const T *data;

@@ -114,21 +114,21 @@ template <class T> class Sequences {
         place(e.memory);
         const long size = (long)e.rows * d;
         T *gradient = work;
-        std::memcpy(gradient, e.upstream, sizeof(T) * size);
+        copy(gradient, e.upstream, size);
         for (int b = e.blocks - 1; b >= 0; b--) {
             const Block<T> &w = e.weights[b], &of = e.of_weights[b];
             const KeptBlock<T> &k = kept[b];
             const T *x = b ? kept[b - 1].out : placed;
             normalise_backward(gradient, k.feed_norm, w.feed_scale, of.feed_scale, of.feed_shift);
             scaled(branch, gradient, k.fed_drops);
-            std::memset(of_fed, 0, sizeof(T) * e.rows * e.hidden);
+            clear(of_fed, (long)e.rows * e.hidden);
             linear_backward(e.rows, k.fed, e.hidden, w.feed_out, d, branch, d, of_fed, of.feed_out, of.feed_out_bias);
             for (long i = 0; i < (long)e.rows * e.hidden; i++) of_fed[i] = k.fed[i] <= 0 ? T(0) : of_fed[i];
             linear_backward(e.rows, k.middle, d, w.feed_in, e.hidden, of_fed, e.hidden, gradient, of.feed_in, of.feed_in_bias);
             normalise_backward(gradient, k.attention_norm, w.attention_scale, of.attention_scale, of.attention_shift);
             scaled(branch, gradient, k.attended_drops);
             T *of_attended = of_fed;
-            std::memset(of_attended, 0, sizeof(T) * size);
+            clear(of_attended, size);
             linear_backward(e.rows, k.attended, d, w.output, d, branch, d, of_attended, of.output, (T *)nullptr);
             attend_backward(k, of_attended);
             linear_backward(e.rows, x, d, w.query, d, of_projections, 3 * d, gradient, of.query, (T *)nullptr);
@@ -137,8 +137,8 @@ template <class T> class Sequences {
         }
         scaled(gradient, gradient, input_drops);
         normalise_backward(gradient, first_norm, e.scale, e.of_scale, e.of_shift);
-        std::memcpy(e.of_x, gradient, sizeof(T) * size);
-        std::memset(e.of_position, 0, sizeof(T) * e.positions * d);
+        copy(e.of_x, gradient, size);
+        clear(e.of_position, e.positions * d);
         for (int row = 0; row < e.rows; row++)
             for (int c = 0; c < d; c++) e.of_position[at(row) * d + c] += gradient[(long)row * d + c];
     }
@@ -207,7 +207,7 @@ template <class T> class Sequences {
         const long size = (long)e.rows * d;
         if (factors)
             for (long i = 0; i < size; i++) to[i] = from[i] * factors[i];
-        else if (to != from) std::memcpy(to, from, sizeof(T) * size);
+        else if (to != from) copy(to, from, size);
     }
 
     // Computes branch = x + branch * factors, without factors if null.
@@ -231,8 +231,8 @@ template <class T> class Sequences {
 
     // Replaces the gradient of a norm's output by that of its input; writes those of scale and shift.
     void normalise_backward(T *gradient, const Norm<T> &norm, const T *scale, T *of_scale, T *of_shift) const {
-        std::memset(of_scale, 0, sizeof(T) * d);
-        std::memset(of_shift, 0, sizeof(T) * d);
+        clear(of_scale, d);
+        clear(of_shift, d);
         for (int row = 0; row < e.rows; row++, gradient += d) {
             const T *normalised = norm.normalised + row * d;
             for (int c = 0; c < d; c++) {
@@ -262,7 +262,7 @@ template <class T> class Sequences {
             const int seen = row - first + 1;
             const uint32_t hash = e.drops ? row_hash(site, row) : 0;
             T *to = k.attended + row * d;
-            std::memset(to, 0, sizeof(T) * d);
+            clear(to, d);
             for (int head = 0; head < e.heads; head++) {
                 T *weights = k.weights + begin + (long)head * seen;
                 const T *query = k.projections + row * wide + head * part;
@@ -291,7 +291,7 @@ template <class T> class Sequences {
     void attend_backward(const KeptBlock<T> &k, const T *of_attended) const {
         const long wide = 3 * d, part = d / e.heads;
         const T root = 1 / std::sqrt(T(part));
-        std::memset(of_projections, 0, sizeof(T) * e.rows * wide);
+        clear(of_projections, e.rows * wide);
         each_row([&](int row, int first, long begin) {
             const int seen = row - first + 1;
             for (int head = 0; head < e.heads; head++) {
