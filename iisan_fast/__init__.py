@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         UncachedConfig,
         ViewConfig,
     )
-    from .errors import InputError
+    from .errors import InputError, Stopped
     from .runtime import prepare
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "ProtocolConfig",
     "RunConfig",
+    "Stopped",
     "TrainConfig",
     "UncachedConfig",
     "ViewConfig",
