@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.run_folders import assert_same_run
 from iisan_fast import demo
 from iisan_fast.config import (
     METHODS,
@@ -27,14 +29,14 @@ from iisan_fast.config import (
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.encoders.base import Backbone
 from iisan_fast.encoders.random_encoders import write_bert
-from iisan_fast.errors import InputError
+from iisan_fast.errors import InputError, Stopped
 from iisan_fast.precision import resolve_precision
 from iisan_fast.states.extraction import extract
 from iisan_fast.training import memory_budget as memory
 from iisan_fast.training.best_run import evaluate_run
 from iisan_fast.training.checkpoints import load_checkpoint
 from iisan_fast.training.item_sources import open_source
-from iisan_fast.training.resume_run import resume
+from iisan_fast.training.resume_run import RunChanges, resume
 from iisan_fast.training.run_folder import RunFolder
 from iisan_fast.training.start_run import train
 from iisan_fast.training.trainer import Trainer
@@ -65,6 +67,7 @@ def _groups(method: str) -> list[str]:
     )
 
 
+OTHER_METHODS = ("adapter", "bitfit", "iisan", "frozen")
 ONE = UncachedConfig((ViewConfig("title", "title", "e"),))
 
 
@@ -253,6 +256,50 @@ def test_a_stopped_run_goes_on_exactly(method, encoder_views, small_catalogue, t
         train(config, tmp_path / "stopped", CPU, on_epoch=stop)
     assert resume(tmp_path / "stopped", CPU) == whole
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["full", "lora", *(pytest.param(m, marks=pytest.mark.long) for m in OTHER_METHODS)])
+def test_a_run_stopped_within_an_epoch_goes_on_exactly(method, encoder_views, small_catalogue, tmp_path, monkeypatch):
+    parts = {"items_at_once": 5} if method in TUNING_METHODS else {}
+    config = run_config(small_catalogue, method, encoder_views, epochs=2, **parts)
+    config = replace(config, train=replace(config.train, batch_users=16, checkpoint_every=3))
+    figures = train(config, tmp_path / "whole", CPU)
+    take = Trainer.take
+
+    def signalled(self, prepared):
+        if prepared.batch.step in (1, 5):  # of four in an epoch
+            signal.raise_signal(signal.SIGTERM)
+        return take(self, prepared)
+
+    monkeypatch.setattr(Trainer, "take", signalled)
+    with pytest.raises(Stopped, match="step 2 of epoch 1 is saved"):
+        train(config, tmp_path / "run", CPU)
+    with pytest.raises(Stopped, match="step 2 of epoch 2 is saved"):
+        resume(tmp_path / "run", CPU)
+    monkeypatch.undo()
+    assert resume(tmp_path / "run", CPU) == figures
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["lora", "iisan"])
+def test_encoders_may_have_moved_but_not_changed(method, encoder_views, small_catalogue, tmp_path):
+    config = run_config(small_catalogue, method, encoder_views, epochs=1)
+    train(config, tmp_path / "run", CPU)
+    train(replace(config, train=replace(config.train, max_epochs=2)), tmp_path / "whole", CPU)
+    moved = {f"{kind}_encoder": str(tmp_path / kind) for kind in ("image", "text")}
+    for view, folder in zip(encoder_views, moved.values()):
+        shutil.copytree(view.encoder, folder)
+    weights = tmp_path / "text" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match="view 'title' has changed since the run began: weights .* there, .* now"):
+        resume(tmp_path / "run", CPU, changes=RunChanges(max_epochs=2, **moved))
+    assert RunFolder(tmp_path / "run").config.train.max_epochs == 1
+    weights.write_bytes(content)
+    resume(tmp_path / "run", CPU, changes=RunChanges(max_epochs=2, **moved))
+    recorded = RunFolder(tmp_path / "run").config
+    assert [view.encoder for view in recorded.uncached.views] == list(moved.values())
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_run_does_not_go_on_with_other_titles(encoder_views, small_catalogue, tmp_path):
