@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 LAYERS, WIDTH = 7, 768
 DIGEST_BYTES, CHECKSUM_BYTES = 16, 8  # of an entry, before and after its states
 VIEW = {
-    "source": "title",
+    "source": "image",
     "layers": list(range(LAYERS)),
     "depth": LAYERS,
     "width": WIDTH,

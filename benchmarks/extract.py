@@ -139,7 +139,7 @@ def plain(job: ExtractionJob, cache: Path) -> None:
     batches = (_image_batches if job.view.source == "image" else _title_batches)(job, backbone)
     shape = {"layers": list(backbone.layers), "depth": backbone.depth, "width": backbone.width}
     with Store(cache, writable=True) as store:
-        store.add_views({job.view.name: {"source": job.view.source, "dtype": job.dtype, **shape}})
+        store.add_views({job.view.name: {"source": job.view.source, "unescaped": True, "dtype": job.dtype, **shape}})
         for item_ids, digests, inputs in batches:
             states = backbone.encode_whole(inputs).to(getattr(torch, job.dtype))
             store.write(job.view.name, item_ids, digests, states)
