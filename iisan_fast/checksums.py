@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import xxhash
+from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +21,7 @@ def checksum(content: bytes | bytearray | memoryview, name: bytes = b"") -> byte
 
     name: it counts as well, so that contents that have changed places are found.
     """
-    seed = xxhash.xxh3_64_intdigest(name)
-    return xxhash.xxh3_64_digest(content, seed=seed)
+    return xxh3_64_digest(content, xxh3_64_intdigest(name))
 
 
 def tensor_checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
