@@ -10,6 +10,8 @@ from typing import Any
 from transformers.utils import cached_file
 
 from ..errors import InputError
+from ..files import refuse_irregular
+from .checkpoint_files import refuse_damaged
 from .own_code import refuse_adapter
 
 
@@ -28,12 +30,15 @@ def cached_or_fetched(load: Callable[..., Any], name: str, **options: Any) -> An
 def fetched_folder(name: str) -> Path:
     """Return the folder with the files of a model, whose config.json is fetched if it is not there yet.
 
-    Raises OSError if there is no config.json, and InputError for an adapter.
+    Raises OSError if there is no config.json, and InputError for an adapter, and for files that cannot be read safely.
     """
-    if Path(name).is_dir():
-        refuse_adapter(name, Path(name))
+    path = Path(name)
+    if path.is_dir():
+        refuse_adapter(name, path)
+        refuse_irregular(path / "config.json")
     folder = Path(cached_or_fetched(cached_file, name, filename="config.json")).parent
     refuse_adapter(name, folder)
+    refuse_damaged(folder, complete=path.is_dir())
     return folder
 
 

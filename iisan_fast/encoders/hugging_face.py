@@ -55,13 +55,20 @@ def load_model(encoder: str, architecture: Architecture, kind: str, options: Map
     """Return the headless encoder, or the tower that reads `kind` ("text" or "image") of a text-image model.
 
     architecture: from `load_architecture`. options: of `from_pretrained`. Raises InputError if the checkpoint lacks
-    weights that hidden states depend on, or if the model has no such tower.
+    weights that hidden states depend on, if weights have other shapes, or if the model has no such tower.
     """
     config, chosen = architecture
     if chosen is model_class(config):
         mention_unknown_architecture(encoder, model_folder(encoder), chosen)
     load, options = chosen.from_pretrained, _with_numbered_devices(options)
-    model, info = cached_or_fetched(load, encoder, config=config, output_loading_info=True, **options)
+    try:
+        model, info = cached_or_fetched(load, encoder, config=config, output_loading_info=True, **options)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise InputError(
+            f"{encoder}: its weights have other shapes than its config.json says; restore the two"
+        ) from None
     model, prefix = _reader(model, encoder, config, kind)
     used = (key for key in info["missing_keys"] if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")})
     refuse_missing_weights(encoder, used)
