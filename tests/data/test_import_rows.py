@@ -46,6 +46,14 @@ def history(folder) -> str:
             NAMED + 'u,a,1,"Saw\nu,b,2,x\nu,c,3,tablet 9"\n',
             ["line 2: a quoted field goes on to line 3, which is a row"],
         ),
+        (
+            NAMED + 'u,a,1,"Drill, big\nu,b,2,x\nu,c,3,tablet 9"\n',
+            ["line 2: a quoted field goes on to line 3, which is a row"],
+        ),
+        (
+            'name,user,item,timestamp\n"Drill, big,u,a,1\nx,u,b,2\n9",u,c,3\n',
+            ["line 2: a quoted field goes on to line 3, which is a row"],
+        ),
         (NAMED + 'u,a,1,x\nu,b,2,"Saw\nu,b,3,x\n', ["line 3: a quoted field does not end"]),
         ("user,item,price,timestamp\nu,a,10,1\nu,e,1,299,2\n", ["line 3: expected 4 fields, found 5 in 'u,e,1,299,2'"]),
         (HEADER + "u,a,1\nu,b\x1b[2J\n", ["line 3: expected 3 fields, found 2", r"'u,b\x1b[2J'"]),
@@ -56,6 +64,10 @@ def history(folder) -> str:
         (HEADER + f"u,{'a' * 5000},1\n", ["line 2: item: expected an id of at most 4,096 bytes, found 5,000"]),
         (HEADER + "u,\x1b[2Ja,1\n", ["line 2: item", r"'\x1b[2Ja'"]),
         (HEADER + "u,a\x85,1\n", ["line 2: item", r"'a\x85'"]),
+        (HEADER + "u,a,1\n\ufeffu,b,2\n", ["line 3: user", r"'\ufeffu'"]),
+        ("user;item;timestamp\nu;a;1\n", ["line 1: expected commas between fields, found semicolons"]),
+        ("u\ta\t1\n", ["line 1: expected commas between fields, found tabs"]),
+        ("\n" + HEADER + "u,a,1\n", ["the first line is empty"]),
         (HEADER + "u,a,nan\n", ["line 2: timestamp"]),
         (HEADER + "u,a,inf\n", ["line 2: timestamp"]),
         (HEADER + f"u,a,{2**53}.5\n", ["line 2: timestamp"]),
@@ -193,6 +205,7 @@ def test_recbole_refuses_what_it_would_drop(tmp_path, caplog):
         ("u\ta\t1\n", ["line 1", "fields with types", "found 'u'"]),
         ("user_id:float\titem_id:token\ttimestamp:float\n1\ta\t1\n", ["'user_id:float': expected user_id:token"]),
         ("user_id:token\titem_id:token_seq\ttimestamp:float\nu\ta b\t1\n", ["'item_id:token_seq': expected"]),
+        (head.replace("\t", ",") + "\nu,a,1\n", ["line 1: expected tabs between fields, found commas"]),
         (f"{head}\nu\ta\t1\nu\tb\n", ["line 3: expected 3 fields, found 2"]),
         (f"{head}\nu\ta\t1\nu\tb\t1\t2\n", ["line 3: expected 3 fields, found 4"]),
     ):
@@ -202,6 +215,20 @@ def test_recbole_refuses_what_it_would_drop(tmp_path, caplog):
     assert import_recbole(inter, tmp_path / "out").rows == 2
     assert history(tmp_path / "out") == 'u\ta b"\n'
     assert "fields of sequences that are not read: tags" in caplog.text
+
+
+def test_lists_of_items_and_ids_like_names_are_no_histories_and_no_data(tmp_path):
+    """Fields of a .item file describe items, and a header with types is no row, whatever the ids are."""
+    write(tmp_path / "in.inter", "name:token\titem_id:token\ttimestamp:float\nname\ta\t1\n")
+    write(tmp_path / "in.item", "item_id:token\ttitle:token_seq\tgenre_list:token_seq\na\tSaw\tx y\n")
+    import_recbole(tmp_path / "in.inter", tmp_path / "out", TableOptions(user_column="name"))
+    assert (history(tmp_path / "out"), (tmp_path / "out" / "items.tsv").read_text()) == ("name\ta\n", "a\tSaw\n")
+
+
+def test_one_column_has_one_meaning(tmp_path):
+    source = write(tmp_path / "in.csv", HEADER + "u,a,1\n")
+    for options in (TableOptions(user_column="item"), TableOptions(item_column="timestamp")):
+        refused(lambda options=options: import_csv(source, tmp_path / "out", options), tmp_path, "has two meanings")
 
 
 def test_microlens_rows(tmp_path):

@@ -16,7 +16,7 @@ from ...progress import progress_bar
 from .bad_rows import BadRows
 from .delimited_rows import MAX_ROW_BYTES, Form, Unfinished, UnfitRow, WholeRows, checked_rows, next_row, regular_rows
 from .frames import pl
-from .headers import check_columns, check_header
+from .headers import check_columns, check_header, refuse_other_separator
 
 BLOCK_BYTES = 4 << 20
 BYTE_ORDER_MARK = "\ufeff".encode()
@@ -35,11 +35,12 @@ class DelimitedText:
         separator: str = ",",
         quoted: bool = True,
         columns: Sequence[str] | None = None,
-        names_of: Callable[[Path, list[str]], list[str]] = lambda path, header: header,
+        names_of: Callable[[Path, list[str]], list[str]] | None = None,
     ) -> None:
-        """Read the header. columns: the names of a file without a header. names_of: makes names of the header's fields.
+        """Read the header. columns: the names of a file without a header.
 
-        Raises InputError if there is no such file, and if its header is no header.
+        names_of: makes names of the fields of a header that is known by its form, and refuses all else. Raises
+        InputError if there is no such file, and if its header is no header.
         """
         refuse_irregular(path)
         if not path.is_file():
@@ -47,18 +48,22 @@ class DelimitedText:
         self.path = path
         self._separator = separator.encode()
         self._quoted = quoted
-        self.has_header = columns is None
+        self._has_header = columns is None
+        self.names_may_be_data = self._has_header and names_of is None
         if columns is not None:
             self.columns = check_columns(columns)
         else:
-            self.columns = check_header(path, names_of(path, self.first_fields()))
+            fields = self.first_fields()
+            refuse_other_separator(path, fields, separator)
+            self.columns = check_header(path, fields if names_of is None else names_of(path, fields))
 
     def first_fields(self) -> list[str]:
         """Return the fields of the first line. Raises InputError if it is empty, or no line of fields."""
         with _opened(self.path) as (file, _):
             content = file.read(MAX_ROW_BYTES).removeprefix(BYTE_ORDER_MARK)
-        if not content.strip(b"\r\n"):
-            raise InputError(f"{self.path}: empty; expected a header of names in its first line")
+        if not content.partition(b"\n")[0].rstrip(b"\r"):
+            what = "the first line is empty" if content.strip(b"\r\n") else "empty"
+            raise InputError(f"{self.path}: {what}; expected a header of names in it")
         fields, _ = self._header_of(content if b"\n" in content else content + b"\n")
         try:
             return [field.decode() for field in fields]
@@ -91,7 +96,7 @@ class DelimitedText:
             line = 1
             done = 0
             at_end = False
-            if self.has_header:
+            if self._has_header:
                 content += file.read(MAX_ROW_BYTES) if b"\n" not in content else b""
                 _, start = self._header_of(content if b"\n" in content else content + b"\n")
                 line += content.count(b"\n", 0, start)

@@ -191,19 +191,19 @@ def _swallows_rows(
     starts = np.flatnonzero(~within)
     for line in np.flatnonzero(within & (counts == form.fields - 1)):
         first = starts[np.searchsorted(starts, line) - 1]
-        texts = (content[all_newlines[at - 1] + 1 if at else 0 : all_newlines[at]] for at in (first, line))
-        if all(_is_row(text, form) for text in texts):
+        before, inner = (content[all_newlines[at - 1] + 1 if at else 0 : all_newlines[at]] for at in (first, line))
+        if _may_be_row(before, form) and _is_row(inner, form):
             return True
     return False
 
 
 def _refuse_swallowed_rows(row: bytes, form: Form, line: int) -> None:
-    """Raise UnfitRow if the first line of a row and another one are rows themselves, so that a quote may be missing.
+    """Raise UnfitRow if the first line of a row may be one, and another line is one, so that a quote may be missing.
 
     line: the number of the first line.
     """
     first, *others = row.removesuffix(b"\n").split(b"\n")
-    if not others or not _is_row(first, form):
+    if not others or not _may_be_row(first, form):
         return
     for number, text in enumerate(others, start=line + 1):
         if _is_row(text, form):
@@ -226,6 +226,11 @@ def _is_row(text: bytes, form: Form) -> bool:
     """Return True if a line is a row by itself, as far as the form can say."""
     fields = text.removesuffix(b"\r").split(form.separator)
     return len(fields) == form.fields and form.is_row is not None and form.is_row(fields)
+
+
+def _may_be_row(text: bytes, form: Form) -> bool:
+    """Return True if a line is a row by itself, or one with separators in a field whose quote is missing."""
+    return text.count(form.separator) >= form.fields or _is_row(text, form)
 
 
 def _rows_before_blank_end(content: bytes, newlines: np.ndarray) -> int:

@@ -45,6 +45,9 @@ def import_table(
     user = options.user_column or names[0]
     item = options.item_column or names[1]
     columns = {"user": user, "item": item, "timestamp": options.timestamp_column}
+    if len({*columns.values()}) < len(columns):
+        names = ", ".join(f"{name}: {column}" for name, column in columns.items())
+        raise InputError(f"one column has two meanings ({names}); name a column each for users, items and timestamps")
     with whole_folder(destination) as folder:
         bad_rows = BadRows(interactions.path, options.bad_rows, interactions.unit)
         table = read_interactions(interactions, columns, bad_rows)

@@ -9,7 +9,19 @@ from pathlib import Path
 from ...errors import InputError, first_few
 
 IGNORED = ("-", "_")  # names of columns that are not read; they may stand several times
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars", "::": "double colons"}
 ADVICE = "name its columns in order with --columns (of a table of titles, --items-columns)"
+
+
+def refuse_other_separator(path: Path, fields: Sequence[str], separator: str) -> None:
+    """Raise InputError if a first line is one field that holds another usual separator."""
+    if len(fields) == 1 and fields[0].replace("\t", "").isprintable():
+        found = next((name for mark, name in SEPARATORS.items() if mark in fields[0] and mark != separator), None)
+        if found is not None:
+            raise InputError(
+                f"{path} line 1: expected {SEPARATORS[separator]} between fields, found {found}; "
+                f"write the file with {SEPARATORS[separator]}"
+            )
 
 
 def check_header(path: Path, names: list[str]) -> list[str]:
@@ -34,20 +46,22 @@ def check_columns(names: Sequence[str]) -> list[str]:
     return used
 
 
-def find_columns(path: Path, available: Sequence[str], columns: Mapping[str, str], has_header: bool) -> None:
+def find_columns(path: Path, available: Sequence[str], columns: Mapping[str, str], names_may_be_data: bool) -> None:
     """Raise InputError if a column is missing, or if its name in the header looks like data.
 
-    columns: {new name: name in the file}. has_header: the names come from the first line of a text.
+    columns: {new name: name in the file}. names_may_be_data: as in Table.
     """
     for column in columns.values():
         if column not in available:
-            if has_header and looks_like_data(available):
+            if names_may_be_data and looks_like_data(available):
                 shown = next(name for name in available if is_number(name))
                 raise InputError(f"{path} line 1: {shown!r} looks like data of a file without a header; {ADVICE}")
             names = first_few(available, len(available), limit=10)
             hint = "rename one or name it by an option"
+            if names_may_be_data:
+                hint += f"; if the file has no header, {ADVICE}"
             raise InputError(f"{path}: no column {column!r}, only {names}; {hint}")
-        if has_header and looks_like_data(available, column):
+        if names_may_be_data and looks_like_data(available, column):
             raise InputError(f"{path} line 1: {column!r} looks like data of a file without a header; {ADVICE}")
 
 

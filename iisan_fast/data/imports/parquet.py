@@ -20,7 +20,7 @@ class ParquetTable:
     """A Parquet file."""
 
     unit = "row"
-    has_header = False  # the names are metadata, and never data
+    names_may_be_data = False
 
     def __init__(self, path: Path) -> None:
         """Read the names and types of the columns. Raises InputError if the file cannot be read."""
@@ -43,7 +43,7 @@ class ParquetTable:
         All but timestamps are text. bad_rows, is_row: not used, since each row of Parquet has all columns. Raises
         InputError for types that do not fit, and if the file cannot be read.
         """
-        find_columns(self.path, self.columns, columns, has_header=False)
+        find_columns(self.path, self.columns, columns, self.names_may_be_data)
         frame = self._frame.select(self._read(name, column) for name, column in columns.items())
         done = 0
         try:

@@ -31,20 +31,22 @@ def import_recbole(source: Path, destination: Path, options: TableOptions = Tabl
     user = options.user_column or RECBOLE_FIELDS[0]
     item = options.item_column or RECBOLE_FIELDS[1]
     ids = {user: ("token",), item: ("token",)}
-    interactions = _atomic(inter, {**ids, options.timestamp_column: ("float", "token")})
+    interactions = _atomic(inter, {**ids, options.timestamp_column: ("float", "token")}, histories=True)
     titles = _atomic(items, {item: ("token",), options.title_column: ("token", "token_seq")}) if items else None
     return import_table(interactions, titles, destination, options, RECBOLE_FIELDS)
 
 
-def _atomic(path: Path, types: dict[str, tuple[str, ...]]) -> DelimitedText:
+def _atomic(path: Path, types: dict[str, tuple[str, ...]], histories: bool = False) -> DelimitedText:
     """Return the table of an atomic file, its columns named without their types.
 
-    types: the types that fields which are read may have. Raises InputError for another type, and for histories.
+    types: the types that fields which are read may have. histories: fields of sequences may hold histories. Raises
+    InputError for another type, and for histories.
     """
 
     def names_of(path: Path, header: list[str]) -> list[str]:
         fields = [_name_and_type(path, field) for field in header]
-        _refuse_histories(path, [name for name, kind in fields if kind in SEQUENCES and name not in types])
+        if histories:
+            _refuse_histories(path, [name for name, kind in fields if kind in SEQUENCES and name not in types])
         for name, kind in fields:
             if kind not in types.get(name, TYPES):
                 expected = " or ".join(f"{name}:{kind}" for kind in types[name])
@@ -74,5 +76,5 @@ def _refuse_histories(path: Path, sequences: list[str]) -> None:
             f"{path} line 1: {', '.join(histories)}: a history beside each interaction is not read, and its "
             "items would be lost; make a file of one line an interaction, without such fields"
         )
-    if sequences and path.suffix == ".inter":
+    if sequences:
         LOGGER.warning("%s: fields of sequences that are not read: %s", path, ", ".join(sequences))

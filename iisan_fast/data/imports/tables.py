@@ -19,7 +19,7 @@ from .options import RECBOLE_FIELDS, TABLE_COLUMNS
 EXACT_FLOAT = 2**53  # a larger whole number may not be the one that its text says
 POINT_AND_ZEROS = r"^([+-]?[0-9]+)\.0*$"
 NUMBER = re.compile(rb"[+-]?[0-9]+(\.0*)?")
-UNFIT_ID = rf"^$|\s|{CONTROL_CHARACTERS}"
+UNFIT_ID = rf"^$|\s|\ufeff|{CONTROL_CHARACTERS}"  # also a byte order mark, where files are joined
 EXPECTED = {
     "user": "an id without spaces, tabs, line ends or control characters",
     "item": "an id without spaces, tabs, line ends or control characters",
@@ -33,7 +33,7 @@ class Table(Protocol):
     path: Path
     columns: list[str]
     unit: str  # "line" or "row": what the places of rows count
-    has_header: bool  # the names of columns come from the first line of a text
+    names_may_be_data: bool  # the names of columns are the first line of a text, which may have no header
 
     def batches(
         self, columns: Mapping[str, str], bad_rows: BadRows, is_row: Callable[[Mapping[str, bytes]], bool] | None = None
@@ -52,7 +52,7 @@ def read_interactions(
 
     Raises InputError as `bad_rows` says, if no row is left, and if the header is data.
     """
-    find_columns(table.path, table.columns, columns, table.has_header)
+    find_columns(table.path, table.columns, columns, table.names_may_be_data)
     kinds = {name: pl.Categorical(pl.Categories.random()) for name in ("user", "item")}
     parts: list[pl.DataFrame] = []
     good_rows = 0
@@ -63,7 +63,7 @@ def read_interactions(
         if "timestamp" in columns:
             rows = rows.with_columns(_whole_numbers(rows["timestamp"]).alias("whole"))
         fit = _fitting(rows, bad_rows)
-        if table.has_header:
+        if table.names_may_be_data:
             for name in kinds:
                 _refuse_value(table.path, columns[name], (fit[name] == columns[name]).any())
         good_rows += fit["place"].n_unique() if several_items else fit.height
@@ -85,8 +85,8 @@ def read_titles(
     header is data.
     """
     columns = {"item": item_column, "title": title_column}
-    find_columns(table.path, table.columns, columns, table.has_header)
-    if table.has_header:
+    find_columns(table.path, table.columns, columns, table.names_may_be_data)
+    if table.names_may_be_data:
         _refuse_value(table.path, item_column, item_column in item_ids)
     batches = table.batches(columns, bad_rows, lambda fields: fields["item"].decode(errors="replace") in item_ids)
     titled = [_titled(batch, bad_rows) for batch in batches]
