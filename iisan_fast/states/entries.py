@@ -5,6 +5,7 @@ Entries of caches of format 1 may lack the checksum; their length tells.
 
 from __future__ import annotations
 
+import struct
 from hashlib import blake2b, sha256
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from ..checksums import CHECKSUM_BYTES, checksum
 
 DIGEST_BYTES = 16
+RECORDED = struct.Struct(f"{CHECKSUM_BYTES}s")  # an entry's checksum, read faster than by a slice
 MAX_KEY_BYTES = 511  # LMDB's limit
 
 
@@ -51,7 +53,8 @@ def with_checksum(key: bytes, content: bytes) -> bytes:
 
 def fits(key: bytes, entry: memoryview, size: int) -> bool:
     """Return True if an entry has `size` bytes, the checksum included, and its checksum fits the key and content."""
-    return len(entry) == size and checksum(entry[:-CHECKSUM_BYTES], key) == entry[-CHECKSUM_BYTES:]
+    end = size - CHECKSUM_BYTES
+    return len(entry) == size and checksum(entry[:end], key) == RECORDED.unpack_from(entry, end)[0]
 
 
 def entry_problem(entry: memoryview, size: int) -> str:

@@ -25,7 +25,7 @@ from ..errors import InputError, first_few
 from ..files import locked
 from ..fingerprints import changed_settings
 from .database import Database
-from .entries import DIGEST_BYTES, entry_bytes, entry_key, entry_problem, fits, states_bytes, with_checksum
+from .entries import DIGEST_BYTES, RECORDED, entry_bytes, entry_key, entry_problem, fits, states_bytes, with_checksum
 from .manifest import FILE, FORMAT, UNCHECKED_FORMAT, new_manifest, read_manifest, refuse_no_cache, write_manifest
 
 LOGGER = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class Store:
             states = np.frombuffer(content, target.dtype, offset=DIGEST_BYTES).reshape(shape)
             target[row] = states if positions is None else states[positions]
             # The checksum comes after the copy, which brings the bytes into the CPU's caches faster.
-            if len(entry) > end and checksum(content, key) != entry[end:]:
+            if len(entry) > end and checksum(content, key) != RECORDED.unpack_from(entry, end)[0]:
                 raise self._damaged(view, item_ids[row], entry)
 
     def check(self, view: str, item_ids: list[str]) -> None:
