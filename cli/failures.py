@@ -14,7 +14,7 @@ import click
 from platformdirs import user_log_path
 
 from .. import __version__
-from ..errors import InputError, Stopped, is_out_of_memory
+from ..errors import InputError, Stopped, is_out_of_memory, system_error_number
 from ..printable import one_line, printable
 from .verbosity import LIBRARY
 
@@ -22,7 +22,6 @@ INTERNAL, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 SIGNALS = (129, 130, 143)  # exit codes of SIGHUP, SIGINT and SIGTERM
 TRACEBACKS = 20  # files of tracebacks that are kept
 NO_MORE_THREADS = re.compile(r"can't start new thread|pthread_create|thread creation failed", re.IGNORECASE)
-OS_ERROR_OF_RUST = re.compile(r"\(os error (\d+)\)")  # in errors of polars, safetensors and tokenizers
 SPACE_REMEDY = "make room and run again"
 REMEDIES = {
     errno.ENOSPC: SPACE_REMEDY,
@@ -32,7 +31,7 @@ REMEDIES = {
     errno.EACCES: "check its owner and its permissions",
     errno.EPERM: "check its owner and its permissions",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "it is a link that leads to itself; replace it",
+    errno.ELOOP: "it is a link that leads to itself, or may not be followed; replace it",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close other programs, which hold too many files open",
     errno.EAGAIN: "the limit of processes is reached (ulimit -u); end others, or raise it",
@@ -97,9 +96,8 @@ def _known_trouble(error: BaseException) -> str | None:
         return _trouble_with_file(error)
     if isinstance(error, RuntimeError) and NO_MORE_THREADS.search(text):
         return f"no thread can be started ({text}); raise the limit of processes (ulimit -u) or of memory (ulimit -v)"
-    if found := OS_ERROR_OF_RUST.search(text):
-        return _with_remedy(text, int(found[1]))
-    return None
+    number = system_error_number(error)
+    return None if number is None else _with_remedy(text, number)
 
 
 def _trouble_with_file(error: OSError) -> str:
@@ -107,7 +105,7 @@ def _trouble_with_file(error: OSError) -> str:
     text = error.strerror or str(error) or type(error).__name__
     if error.filename is not None:
         text = f"{error.filename}: {text}"
-    return _with_remedy(text, error.errno)
+    return _with_remedy(text, system_error_number(error))
 
 
 def _with_remedy(text: str, number: int | None) -> str:

@@ -26,6 +26,7 @@ from .config import (
 from .data import Dataset
 from .devices import torch_device
 from .errors import InputError, check_choice
+from .files import absolute_path
 from .setting_fields import from_dict
 from .setting_sources import SECTIONS, PathLike, as_path, base_settings
 from .settings import (
@@ -259,8 +260,8 @@ def resume(
     folder = as_path("run", run)
     refuse_unasked_code_of_run(folder, is_trusted({"trust_remote_code": trust_remote_code}))
     changes = training.RunChanges(
-        dataset=None if dataset is None else str(as_path("dataset", dataset).resolve()),
-        cache=None if cache is None else str(as_path("cache", cache).resolve()),
+        dataset=None if dataset is None else str(absolute_path(as_path("dataset", dataset))),
+        cache=None if cache is None else str(absolute_path(as_path("cache", cache))),
         image_encoder=None if image_encoder is None else str(image_encoder),
         text_encoder=None if text_encoder is None else str(text_encoder),
         max_epochs=epochs,

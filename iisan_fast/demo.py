@@ -23,6 +23,7 @@ from .config import LEARNING_RATES, METHODS, TUNING_METHODS, ModelConfig, RunCon
 from .data import load_dataset
 from .encoders import grouped_layers, write_bert, write_vit
 from .errors import InputError, check_choice
+from .files import absolute_path
 from .setting_fields import to_dict
 from .settings import run_config
 from .states import extract
@@ -146,7 +147,7 @@ def configure(
 
 def _home(out: Path) -> Path:
     """Return the folder of the demo's dataset, encoders and states in the run's folder."""
-    return out.resolve() / "demo"
+    return absolute_path(out) / "demo"
 
 
 def _configuration(
@@ -190,7 +191,7 @@ def describe(
             config = configure(folder, options, uncached, device, changes)
         description = describe_new_run(config, scratch, device, table)
     description["files"]["written"].append("demo")
-    text = json.dumps(description).replace(json.dumps(str(scratch))[1:-1], json.dumps(str(out.resolve()))[1:-1])
+    text = json.dumps(description).replace(json.dumps(str(scratch))[1:-1], json.dumps(str(absolute_path(out)))[1:-1])
     return json.loads(text)
 
 

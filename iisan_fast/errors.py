@@ -18,6 +18,7 @@ OUT_OF_MEMORY = re.compile(  # texts of torch, numpy, the C library and the load
     r"|failed to map segment|unable to mmap|not enough memory",
     re.IGNORECASE,
 )
+OS_ERROR_OF_RUST = re.compile(r"\(os error (\d+)\)")  # in errors of polars, safetensors and tokenizers
 
 
 class InputError(Exception):
@@ -49,6 +50,14 @@ def error_text(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def system_error_number(error: BaseException) -> int | None:
+    """Return the errno of an error of the system, also if a library written in Rust reports it; None for another."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = OS_ERROR_OF_RUST.search(str(error))
+    return int(found[1]) if found else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
-from .errors import InputError
+from .errors import InputError, system_error_number
 
 try:
     import fcntl
@@ -103,8 +103,10 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in NO_ROOM and (error.filename is None or _prefix(path) in str(error.filename)):
-            error.filename = str(path)
+        number = system_error_number(error)
+        names = [name for name in (error.filename, error.filename2) if name is not None]
+        if number in NO_ROOM and (not names or any(_prefix(path) in str(name) for name in names)):
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
 
 
@@ -179,15 +181,30 @@ def refuse_irregular(path: Path) -> None:
 
     Reading a FIFO would wait for ever, and some devices never end. A missing file is left to the reader.
     """
+    _refuse_loop(path)
     try:
         mode = path.stat().st_mode
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise InputError(f"{path}: expected a file, found a link that leads to itself; replace it") from None
+    except OSError:
         return
     if not stat.S_ISREG(mode):
         kind = next((kind for is_kind, kind in IRREGULAR if is_kind(mode)), "something else")
         raise InputError(f"{path}: expected a regular file, found {kind}; give the file itself")
+
+
+def absolute_path(path: Path) -> Path:
+    """Return a path from the root, with its links followed. Raises InputError if one of them leads to itself."""
+    _refuse_loop(path)
+    return path.resolve()
+
+
+def _refuse_loop(path: Path) -> None:
+    """Raise InputError if a path leads to a link that leads to itself."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            message = f"{path}: expected a file or a folder, found a link that leads to itself; replace it"
+            raise InputError(message) from None
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -205,8 +222,12 @@ def refuse_unwritable(folder: Path) -> None:
 def locked(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock file `path` as the only process. The lock ends with the block, or with the process if it is killed.
 
-    The file itself stays. Raises InputError with the message `busy` if another process holds the lock.
+    The file itself stays. Raises InputError with the message `busy` if another process holds the lock, and if `path`
+    is no regular file: a lock behind a link would be another one by each of its names.
     """
+    if path.is_symlink():
+        raise InputError(f"{path}: expected a lock file, found a link; remove the link")
+    refuse_irregular(path)
     lock = FileLock(path, blocking=False, thread_local=False)  # any thread may end the block
     try:
         lock.acquire()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import cache_folder, refuse_irregular, write_atomically
+from .files import absolute_path, cache_folder, refuse_irregular, write_atomically
 from .settings_files import read_settings
 
 SAFE, BIN = "*.safetensors", "*.bin"  # the two kinds of weight files
@@ -53,7 +53,7 @@ def file_digest(path: Path) -> str:
     change may get the same time. Raises OSError if the file cannot be read, and InputError if it is no regular file,
     or is written all the time.
     """
-    path = path.resolve()
+    path = absolute_path(path)
     refuse_irregular(path)
     recalled = _recall().get(str(path))
     if recalled == _entry(path, _stamp(path.stat()), _digest_of(recalled)):

@@ -26,7 +26,7 @@ from .config import (
     ViewConfig,
 )
 from .errors import InputError, nearest
-from .files import expanded_path
+from .files import absolute_path, expanded_path
 from .setting_fields import convert_value, from_dict, to_dict
 from .settings_files import RUN_FORMAT, Names, format_number, parse_yaml_value, read_settings_file
 
@@ -85,7 +85,7 @@ def base_settings(config: RunConfig | PathLike | Mapping[str, Any] | None) -> Va
     values = _checked(file.values, file.error)
     for name in ("dataset", "cache"):
         if isinstance(values.get(name), str):
-            values[name] = str(as_path(name, values[name]).resolve())
+            values[name] = str(absolute_path(as_path(name, values[name])))
     return values
 
 

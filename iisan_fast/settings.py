@@ -25,6 +25,7 @@ from .config import (
     ViewConfig,
 )
 from .errors import InputError, check_choice, nearest
+from .files import absolute_path
 from .setting_fields import from_dict, to_dict
 from .setting_sources import PARTS, SECTIONS, as_path, change_settings
 from .trusted_code import TRUST, is_trusted, refuse_unasked_code, trust_running_views, without_trust
@@ -140,7 +141,7 @@ def run_config(
     for name in ("dataset", "cache"):
         folder = values.get(name)
         if folder is not None and (name in names or str(folder).startswith("~")):
-            values[name] = str(as_path(name, values[name]).resolve())
+            values[name] = str(absolute_path(as_path(name, values[name])))
     if not isinstance(values.get("dataset"), str):
         raise InputError(f"dataset: expected a folder, found {json.dumps(values.get('dataset'), default=repr)}")
     described = _encoders_of_base(values)

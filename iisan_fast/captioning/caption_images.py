@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..data import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb
 from ..errors import InputError
+from ..files import refuse_irregular
 
 
 class Pictures(Protocol):
@@ -66,9 +67,11 @@ class Frames:
         return [self._decode(item_id, name) for name in spread(sorted(names, key=natural), self.at_most)]
 
     def _decode(self, item_id: str, name: str) -> Image.Image:
-        """Return a frame in RGB. Raises ImageError, naming the file, if it is damaged."""
+        """Return a frame in RGB. Raises ImageError if it is damaged, InputError if it is no file, both naming it."""
+        file = self.path / item_id / name
+        refuse_irregular(file)
         try:
-            return ImageFolder.decode((self.path / item_id / name).read_bytes())
+            return ImageFolder.decode(file.read_bytes())
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
 

@@ -57,7 +57,7 @@ def read_items(root: Path, unescape: bool = True) -> ItemTable:
     return ItemTable(
         ids=list(titles),
         titles=list(titles.values()),
-        captions=_read_texts(captions, unescape, known=titles) if captions.exists() else None,
+        captions=_read_texts(captions, unescape, known=titles) if os.path.lexists(captions) else None,
     )
 
 
@@ -73,12 +73,15 @@ def open_images(root: Path) -> ImageFolder | ImageLmdb:
 
 
 def list_images(path: Path) -> dict[str, str]:
-    """Return {item id: file name} of a folder's images. Raises InputError if two files belong to one item."""
+    """Return {item id: file name} of a folder's images. Raises InputError if two files belong to one item.
+
+    A FIFO, a device or a link that leads nowhere is listed too, so that its reader can name it.
+    """
     names: dict[str, str] = {}
     with os.scandir(path) as entries:
         for entry in entries:
             item_id, suffix = os.path.splitext(entry.name)
-            if suffix.lower() not in IMAGE_SUFFIXES or not entry.is_file():
+            if suffix.lower() not in IMAGE_SUFFIXES or entry.is_dir():
                 continue
             other = names.setdefault(item_id, entry.name)
             if other != entry.name:

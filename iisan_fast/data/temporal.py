@@ -7,6 +7,7 @@ time stay together, and no interaction that is trained on comes after a target.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -37,7 +38,7 @@ def with_times(users: Iterable[User], path: Path) -> Iterator[tuple[User, np.nda
     Raises InputError, with file and line, if the two files do not fit together, or if times are not whole numbers in
     order.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         writes = "iisan-fast import writes it where the source has timestamps"
         raise InputError(f"{path}: no such file; a temporal split needs it, and {writes}")
     for entry, user in zip_longest(read_table(path, 2), users):

@@ -37,6 +37,8 @@ class Database:
         self._snapshot: lmdb.Transaction | None = None
         try:
             with self._clear_errors():
+                if os.path.lexists(folder) and not folder.is_dir():
+                    raise InputError(f"{folder}: expected a folder; restore it, or choose another cache")
                 for file in (self._file, folder / "lock.mdb"):
                     refuse_irregular(file)
                 self._locked = _lock_file_ready(folder, writable)
@@ -143,9 +145,14 @@ class Database:
         try:
             yield
         except lmdb.Error as error:
-            raise InputError(f"{self.cache}: the cache cannot be used ({error})") from None
+            raise self._unusable(str(error)) from None
         except OSError as error:
-            raise InputError(f"{self.cache}: the cache cannot be used ({error.strerror})") from None
+            raise self._unusable(error.strerror or str(error)) from None
+
+    def _unusable(self, reason: str) -> InputError:
+        """Return the error for a cache that LMDB or the system refuses."""
+        remedy = "check the room on its disk and the permissions of its files"
+        return InputError(f"{self.cache}: the cache cannot be used ({reason}); {remedy}")
 
 
 def _open(folder: Path, writable: bool, locked: bool) -> lmdb.Environment:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from hashlib import sha256
@@ -39,8 +40,8 @@ class Store:
 
         Raises InputError if the path is no store or cannot be read, or if another process writes to it.
         """
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path}: expected a folder for the cache, found a file")
+        if os.path.lexists(path) and not path.is_dir():
+            raise InputError(f"{path}: expected a folder for the cache, found a file or a link that leads to none")
         self.path = path
         self._opened = ExitStack()
         try:

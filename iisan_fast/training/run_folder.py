@@ -182,8 +182,8 @@ class RunFolder:
         """Raise InputError if the folder holds a run already, if the path is a file, or if it cannot be written."""
         if (self.path / "config.json").exists():
             raise InputError(f"{self.path}: already holds a run; resume it, or choose another folder for the run")
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{self.path}: expected a folder for the run, found a file")
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise InputError(f"{self.path}: expected a folder for the run, found a file or a link that leads to none")
         refuse_unwritable(self.path)
 
     def save_best(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import refuse_irregular
 from ..verified import Damage, Verified
 from .checkpoints import RESTORE, damaged_parts, load_checkpoint, save_checkpoint
 from .run_folder import RunFolder
@@ -116,12 +117,13 @@ def _check_progress(folder: RunFolder, verified: Verified) -> None:
 
 
 def _metrics(path: Path) -> list[Any] | None:
-    """Return the lines of metrics.jsonl; None if they are no JSON."""
+    """Return the lines of metrics.jsonl; None if they are no JSON, or it is no file."""
     if not path.exists():
         return []
     try:
+        refuse_irregular(path)
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, RecursionError):
+    except (InputError, ValueError, RecursionError):
         return None
 
 

@@ -52,6 +52,7 @@ def tracebacks(tmp_path) -> list:
         (OSError(errno.ENAMETOOLONG, "File name too long", "c"), "error: c: File name too long; choose a shorter"),
         (OSError(errno.EMFILE, "Too many open files", "c"), "error: c: Too many open files; raise the limit"),
         (OSError("without a number"), "error: without a number"),
+        (OSError("No space left on device (os error 28)"), "error: No space left on device (os error 28); make room"),
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "error: Resource temporarily unavailable;"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "error: not enough memory ("),
         (MemoryError(), "error: not enough memory (MemoryError); "),

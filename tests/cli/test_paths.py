@@ -11,10 +11,13 @@ import pytest
 
 import iisan_fast as library
 from helpers.command_line import iisan_fast, refused
+from iisan_fast.captioning.caption_images import Frames
 from iisan_fast.config import ViewConfig
+from iisan_fast.data.items import ImageFolder, read_items
 from iisan_fast.errors import InputError
-from iisan_fast.files import expanded_path, whole_file, whole_folder, write_atomically
+from iisan_fast.files import expanded_path, locked, whole_file, whole_folder, write_atomically
 from iisan_fast.setting_sources import as_path
+from iisan_fast.states import Store
 
 FAST = ("--epochs", 1, "--batch-users", 16, "--embedding-dim", 16, "--bottleneck", 8)
 
@@ -79,6 +82,58 @@ def irregular(kind: str, path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("kind", ["FIFO", "device", "link"])
+def test_what_is_no_file_is_named_by_whoever_would_read_it(toy_run, tmp_path, kind):
+    covers, frames, texts = tmp_path / "images", tmp_path / "frames" / "i1", tmp_path / "d"
+    for folder in (covers, frames.parent, frames, texts):
+        folder.mkdir()
+    (texts / "items.tsv").write_text("i1\tone\n")
+    (tmp_path / "x.inter").write_text("user_id:token\titem_id:token\nu1\ti1\n")
+    (tmp_path / "x.csv").write_text("user,item,timestamp\nu1,i1,1\n")
+    for file in (covers / "i1.png", frames / "1.jpg", texts / "captions.tsv", tmp_path / "x.item", tmp_path / "lock"):
+        irregular(kind, file)
+    with pytest.raises(InputError, match=f"captions.tsv: expected .*{kind}"):
+        read_items(texts)
+    with pytest.raises((InputError, OSError), match="i1.png: expected|i1.png'"):
+        ImageFolder(covers).content("i1")
+    with pytest.raises(InputError, match=f"1.jpg: expected .*{kind}"):
+        Frames(frames.parent, 1).read("i1")
+    with pytest.raises(InputError, match=f"lock: expected .*{'FIFO' if kind == 'FIFO' else 'link'}"):
+        locked(tmp_path / "lock", "busy").__enter__()
+    assert "x.item: expected " in refused("import", "recbole", tmp_path / "x.inter", tmp_path / "o")
+    copying = ("--covers", covers, "--copy-covers")
+    assert "i1.png" in refused("import", "csv", tmp_path / "x.csv", tmp_path / "o", *copying)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_link_that_leads_nowhere_is_named(toy_run, tmp_path):
+    (tmp_path / "items.tsv").write_text("i1\tone\n")
+    (tmp_path / "captions.tsv").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"captions.tsv: no such file"):
+        read_items(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "i1.png").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"i1.png: cannot be read \(No such file"):
+        ImageFolder(tmp_path / "images").content("i1")
+
+
+@pytest.mark.parametrize("target", ["loop", "nowhere"])
+def test_a_folder_behind_a_link_that_leads_to_none_is_refused(toy_run, tmp_path, target):
+    dataset, cache = toy_run
+    link = tmp_path / "loop"
+    link.symlink_to(target)
+    settings = ("--cache", cache, *FAST)
+    said = [
+        refused("train", link, *settings),
+        refused("train", dataset, *settings, "--cache", link),
+        refused("train", dataset, *settings, "--out", link),
+    ]
+    assert all("loop: " in message or "nowhere: " in message for message in said)
+    assert all("leads to" in message for message in said) or target == "nowhere"
+    with pytest.raises(InputError, match="a link that leads to none"):
+        Store(link, writable=True)
+
+
 @pytest.mark.parametrize("kind", ["FIFO", "device", "folder", "link"])
 def test_a_file_is_never_put_in_place_of_something_else(tmp_path, kind):
     path = irregular(kind, tmp_path / "out")
@@ -105,6 +160,10 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, whole):
             raise OSError(number, "no room", None if where is None else str(temporary / where))
         assert raised.value.filename == str(path)
         assert list(tmp_path.iterdir()) == []
+    for error in (OSError("No space left (os error 28)"), OSError(28, "no room", "source", None, str(temporary / "x"))):
+        with pytest.raises(OSError) as raised, whole(path):
+            raise error
+        assert (raised.value.filename, raised.value.errno) == (str(path), 28)
 
 
 @pytest.mark.parametrize("name", [b"new\nline", b"esc\x1b[31m", "ü漢".encode(), b" ", b"-run"])

@@ -466,6 +466,12 @@ def test_verify_finds_what_is_missing_and_other_metrics(run):
         verify_run(run.parent)
 
 
+def test_verify_waits_for_no_fifo(run):
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    assert [part.where for part in verify_run(run).damage] == ["metrics.jsonl"]
+
+
 def without_checksums(run: Path) -> None:
     """Take the checksums out of a run, as an older version writes it."""
     (run / "checksums.json").unlink()

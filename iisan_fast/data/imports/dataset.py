@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError, first_few
+from ...files import refuse_irregular
 from ...progress import progress_bar
 from ..items import list_images
 from .frames import pl
@@ -65,7 +66,7 @@ def _report_untitled(untitled: pl.Series, total: int, policy: str) -> None:
 def _write_covers(folder: Path, covers: Path, item_ids: pl.Series, copy: bool) -> int:
     """Link or copy the covers, and return the number of items without one.
 
-    Raises InputError if there is no folder of covers.
+    Raises InputError if there is no folder of covers, or if a cover to copy is no regular file.
     """
     if not covers.is_dir():
         raise InputError(f"{covers}: no such folder; expected images named by item id")
@@ -83,6 +84,7 @@ def _write_covers(folder: Path, covers: Path, item_ids: pl.Series, copy: bool) -
     with progress_bar("copying covers", len(item_ids), "covers") as advance:
         for item_id in item_ids:
             if item_id in names:
+                refuse_irregular(covers / names[item_id])
                 shutil.copyfile(covers / names[item_id], images / names[item_id])
             advance(1)
     return len(without)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from ...errors import InputError
@@ -27,7 +28,7 @@ def import_recbole(source: Path, destination: Path, options: TableOptions = Tabl
     if inter is None:
         raise InputError(f"{source}: expected a .inter file in it, found none")
     beside = inter.with_suffix(".item")
-    items = options.items or (beside if beside.is_file() else None)
+    items = options.items or (beside if os.path.lexists(beside) else None)
     user = options.user_column or RECBOLE_FIELDS[0]
     item = options.item_column or RECBOLE_FIELDS[1]
     ids = {user: ("token",), item: ("token",)}
