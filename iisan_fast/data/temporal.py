@@ -8,6 +8,7 @@ time stay together, and no interaction that is trained on comes after a target.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..errors import InputError
 from .strict_tables import read_table
 
 User = tuple[str, Sequence[int]]
+TIMES = re.compile(r"[+-]?[0-9]+(?: [+-]?[0-9]+)*")  # int() would also take 1_0 and the digits of other scripts
 
 
 class SplitHistories(NamedTuple):
@@ -96,10 +98,14 @@ def _targets(starts: np.ndarray, first: np.ndarray, ends: np.ndarray) -> np.ndar
 
 def _times(text: str, where: str) -> np.ndarray:
     """Return a line's times, int64. Raises InputError, naming `where`, unless they are whole numbers in order."""
+    expected = "expected whole numbers of 64 bits, one space between"
+    if not TIMES.fullmatch(text):
+        unfit = next(word for word in text.split(" ") if not TIMES.fullmatch(word))
+        raise InputError(f"{where}: {expected}, found {unfit[:60]!r}")
     try:
         times = np.array(text.split(" "), dtype=np.int64)
-    except (ValueError, OverflowError) as error:
-        raise InputError(f"{where}: expected whole numbers, one space between ({error})") from None
+    except (ValueError, OverflowError):
+        raise InputError(f"{where}: {expected}, found one with more digits") from None
     falls = np.flatnonzero(times[1:] < times[:-1])
     if len(falls):
         earlier, later = times[falls[0] : falls[0] + 2]

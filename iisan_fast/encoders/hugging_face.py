@@ -55,7 +55,8 @@ def load_model(encoder: str, architecture: Architecture, kind: str, options: Map
     """Return the headless encoder, or the tower that reads `kind` ("text" or "image") of a text-image model.
 
     architecture: from `load_architecture`. options: of `from_pretrained`. Raises InputError if the checkpoint lacks
-    weights that hidden states depend on, if weights have other shapes, or if the model has no such tower.
+    weights that hidden states depend on, if weights have other shapes or are not finite, or if the model has no such
+    tower.
     """
     config, chosen = architecture
     if chosen is model_class(config):
@@ -72,6 +73,7 @@ def load_model(encoder: str, architecture: Architecture, kind: str, options: Map
     model, prefix = _reader(model, encoder, config, kind)
     used = (key for key in info["missing_keys"] if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")})
     refuse_missing_weights(encoder, used)
+    _refuse_damaged_weights(encoder, model)
     for name, value in OUTPUTS.items():
         setattr(model.config, name, value)
     return model
@@ -115,6 +117,16 @@ def refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
     """
     if lacking := sorted(missing):
         raise InputError(f"{name}: its checkpoint lacks {len(lacking)} weights, {lacking[0]} first")
+
+
+def _refuse_damaged_weights(name: str, model: PreTrainedModel) -> None:
+    """Raise InputError if a weight is not finite: some kernels of attention would turn it into plausible states."""
+    for weights, values in model.named_parameters():
+        if values.is_meta or not values.is_floating_point():
+            continue
+        # The sum is finite unless a value is not, or it is too large; it takes less time than looking at each value.
+        if not values.sum(dtype=torch.float32).isfinite() and not values.isfinite().all():
+            raise InputError(f"{name}: its weights {weights} are not finite numbers; restore the checkpoint")
 
 
 def model_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -44,6 +44,8 @@ class Database:
                 self._locked = _lock_file_ready(folder, writable)
                 if writable:
                     _remove_unfinished(self._file)
+                elif not self._file.exists():
+                    raise InputError(f"{self._file}: no such file; restore it, or extract into a new cache")
                 else:
                     self._content = self._opened.enter_context(self._file.open("rb"))
                 self._env = self._opened.enter_context(_open(folder, writable, self._locked))

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import transformers as hf
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from helpers.encoders import (
     BERT,
@@ -83,6 +84,17 @@ def test_a_checkpoint_that_lacks_weights_is_refused(built, tmp_path):
     config.num_hidden_layers = 5
     config.save_pretrained(folder)
     assert "its checkpoint lacks 16 weights" in refusal(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(built, tmp_path, value):
+    """Attention on a CPU gives finite states although its queries are NaN."""
+    folder = shutil.copytree(built("title", "bert"), tmp_path / "bert")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "1.attention.self.query.weight" in name)
+    weights[name][0, 0] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "1.attention.self.query.weight are not finite numbers" in refusal(folder)
 
 
 def test_a_checkpoint_may_lack_a_pooler(tmp_path):

@@ -122,6 +122,12 @@ def test_pages_of_readers_that_were_killed_are_free_again(cache):
         assert "no active readers" in store._database._env.readers()
 
 
+def test_a_cache_without_its_database_says_what_to_do(cache):
+    shutil.rmtree(cache / "states.lmdb")
+    with pytest.raises(InputError, match="data.mdb: no such file; restore it, or extract"):
+        Store(cache)
+
+
 @pytest.mark.parametrize("name", ["data.mdb", "lock.mdb"])
 def test_a_fifo_in_place_of_a_file_does_not_wait_for_ever(cache, name):
     (cache / "states.lmdb" / name).unlink()
