@@ -81,5 +81,5 @@ setup(
             "torchmetrics>=1.4",
         ],
     },
-    entry_points={"console_scripts": ["iisan-fast = iisan_fast.cli:main"]},
+    entry_points={"console_scripts": ["iisan-fast = iisan_fast.__main__:main"]},
 )

@@ -61,7 +61,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     It lies in a temporary folder beside `path`, because some libraries write into temporary files of their own, beside
     the file. If the block raises, the folder is removed and `path` stays as it was. What a killed process has left of
-    the same path is removed too. An OSError that says that there is no room names `path`.
+    the same path is removed too. An OSError about a temporary file names `path`.
 
     Raises InputError if `path` is a folder, a device or another file that must not be replaced.
     """
@@ -81,7 +81,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, which is renamed to `path` at the end of the block.
 
     If the block raises, the temporary folder is removed. What a killed process has left of the same path is removed
-    too. An OSError that says that there is no room names `path`. Raises InputError if `path` exists or its parent does
+    too. An OSError about a temporary file names `path`. Raises InputError if `path` exists or its parent does
     not.
     """
     if os.path.lexists(path):
@@ -99,13 +99,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Put `path` into an OSError of the block that says that there is no room, and names no file or a temporary one."""
+    """Put `path` into an OSError of the block that names a temporary file, or no file and no room."""
     try:
         yield
     except OSError as error:
         number = system_error_number(error)
-        names = [name for name in (error.filename, error.filename2) if name is not None]
-        if number in NO_ROOM and (not names or any(_prefix(path) in str(name) for name in names)):
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        if number is not None and (any(_prefix(path) in name for name in names) or not names and number in NO_ROOM):
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
 

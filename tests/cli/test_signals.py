@@ -42,6 +42,22 @@ def settings_of(toy_run) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("number", CODES)
+def test_a_signal_while_the_program_is_imported_is_a_line_too(number):
+    code = f"""
+import signal, sys
+from iisan_fast.__main__ import main
+class Finder:
+    def find_spec(name, *_):
+        if name == "iisan_fast.cli":
+            signal.raise_signal({int(number)})
+sys.meta_path.insert(0, Finder)
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (CODES[number], "", "stopped\n")
+
+
+@pytest.mark.parametrize("number", CODES)
 def test_a_signal_is_a_line_and_its_exit_code(toy_run, tmp_path, number, monkeypatch):
     take = Trainer.take
 
