@@ -554,3 +554,9 @@ def test_numbered_folders_are_made_one_by_one(tmp_path, monkeypatch):
     assert [folder.path for folder in folders] == [Path(f"runs/name-{number}") for number in (1, 2, 3)]
     for folder in folders:
         folder.close()
+
+
+def test_a_folder_that_is_removed_while_a_run_is_trained_is_one_line(tmp_path, toy_config):
+    with pytest.raises(InputError, match="stopped in epoch 2: .*: No such file or directory; the checkpoint of epoch 1"):
+        train(toy_config, tmp_path / "run", CPU, lambda line: shutil.rmtree(tmp_path / "run"))
+    assert not list(tmp_path.iterdir())
