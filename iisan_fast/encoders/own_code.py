@@ -112,7 +112,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}")
+        found = "null" if values is None else type(values).__name__
+        raise InputError(f"{path}: expected a JSON object, found {found}")
     return values
 
 

@@ -47,7 +47,7 @@ def history(folder) -> str:
             ["line 2: a quoted field goes on to line 3, which is a row"],
         ),
         (
-            NAMED + 'u,a,1,"Drill, big\nu,b,2,x\nu,c,3,tablet 9"\n',
+            NAMED + 'u,a,1,"Drill, big\nu,b,2e0,x\nu,c,3,tablet 9"\n',
             ["line 2: a quoted field goes on to line 3, which is a row"],
         ),
         (

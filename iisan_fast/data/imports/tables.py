@@ -18,7 +18,7 @@ from .options import RECBOLE_FIELDS, TABLE_COLUMNS
 
 EXACT_FLOAT = 2**53  # a larger whole number may not be the one that its text says
 POINT_AND_ZEROS = r"^([+-]?[0-9]+)\.0*$"
-NUMBER = re.compile(rb"[+-]?[0-9]+(\.0*)?")
+NUMBER = re.compile(rb"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 UNFIT_ID = rf"^$|\s|\ufeff|{CONTROL_CHARACTERS}"  # also a byte order mark, where files are joined
 EXPECTED = {
     "user": "an id without spaces, tabs, line ends or control characters",
