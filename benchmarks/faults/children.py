@@ -166,6 +166,8 @@ def _ending(work: Callable[[], Any]) -> dict[str, Any]:
         ending = {"kind": "refused", "message": str(error)}
     except Stopped as stopped:
         ending = {"kind": "stopped", "message": str(stopped)}
+    except KeyboardInterrupt:
+        ending = {"kind": "stopped", "message": "interrupted"}
     except SystemExit as leaving:
         ending = {"kind": "stopped", "message": f"exit code {leaving.code}"}
     except BaseException:

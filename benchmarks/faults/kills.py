@@ -17,7 +17,7 @@ from ...states import Store
 from .children import Ending, Kill, run_child
 from .sample import EPOCHS, Sample, extract, result_of, train
 
-CHECKPOINTS = (None, "1", "3", "20ms")  # values of checkpoint_every: none within an epoch, steps, a time
+CHECKPOINTS = (None, 1, 3)  # values of checkpoint_every, in steps; None: none within an epoch
 MOST_KILLS = 3  # of one run, before it may end
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -53,9 +53,7 @@ def longer_training(sample: Sample, folder: Path, generator: np.random.Generator
     first = run_child(lambda: train(sample.dataset, sample.cache, run, max_epochs=1))
     if first.kind != "done":
         return _judged(first, 0, lambda: None, None)
-    ending, kills = _killed(
-        lambda: api.resume(run, device="cpu", max_epochs=EPOCHS) and None, sample.seconds, generator
-    )
+    ending, kills = _killed(lambda: api.resume(run, device="cpu", epochs=EPOCHS), sample.seconds, generator)
     return _judged(ending, kills, lambda: result_of(run), sample.expected) | _leftovers(run, sample.run)
 
 
