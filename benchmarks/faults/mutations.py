@@ -22,7 +22,7 @@ from .children import Ending, run_children
 from .sample import Sample
 
 MOST_BYTES = 1 << 30  # by which reading a file of some kilobytes may let the memory grow
-MOST_SECONDS = 20.0
+MOST_SECONDS = 60.0
 LONGEST_LINE = 1600  # characters of a message
 AT_ONCE = 40  # mutations whose files exist at the same time
 INSERTED = (
