@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from ... import api
-from ...data import TableOptions, import_csv, import_recbole
 from ...setting_sources import base_settings
 from ...settings import run_config
 from ...states import Store
@@ -257,11 +256,15 @@ READERS = (
 
 def _import_csv(folder: Path, name: str) -> None:
     """Import a CSV file."""
+    from ...data import TableOptions, import_csv  # imports polars, which not every installation has
+
     import_csv(folder / name, folder / "imported", TableOptions())
 
 
 def _import_recbole(folder: Path) -> None:
     """Import a RecBole file."""
+    from ...data import TableOptions, import_recbole
+
     import_recbole(folder / "ratings.inter", folder / "imported", TableOptions())
 
 
