@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import platform
 import re
@@ -14,7 +13,7 @@ import click
 from platformdirs import user_log_path
 
 from .. import __version__
-from ..errors import InputError, Stopped, is_out_of_memory, system_error_number
+from ..errors import InputError, Stopped, is_out_of_memory, system_error_number, with_remedy
 from ..printable import one_line, printable
 from .verbosity import LIBRARY
 
@@ -22,21 +21,6 @@ INTERNAL, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 SIGNALS = (129, 130, 143)  # exit codes of SIGHUP, SIGINT and SIGTERM
 TRACEBACKS = 20  # files of tracebacks that are kept
 NO_MORE_THREADS = re.compile(r"can't start new thread|pthread_create|thread creation failed", re.IGNORECASE)
-SPACE_REMEDY = "make room and run again"
-REMEDIES = {
-    errno.ENOSPC: SPACE_REMEDY,
-    errno.EDQUOT: SPACE_REMEDY,
-    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
-    errno.EROFS: "choose a folder that can be written",
-    errno.EACCES: "check its owner and its permissions",
-    errno.EPERM: "check its owner and its permissions",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "it is a link that leads to itself, or may not be followed; replace it",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "close other programs, which hold too many files open",
-    errno.EAGAIN: "the limit of processes is reached (ulimit -u); end others, or raise it",
-    errno.EIO: "the disk, or the connection to it, fails",
-}
 MEMORY_REMEDY = (
     "free memory or raise its limit (ulimit -v, or that of the container), or try --table mapped, fewer --batch-users "
     "or a smaller --batch-size"
@@ -97,7 +81,7 @@ def _known_trouble(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and NO_MORE_THREADS.search(text):
         return f"no thread can be started ({text}); raise the limit of processes (ulimit -u) or of memory (ulimit -v)"
     number = system_error_number(error)
-    return None if number is None else _with_remedy(text, number)
+    return None if number is None else with_remedy(text, number)
 
 
 def _trouble_with_file(error: OSError) -> str:
@@ -105,12 +89,7 @@ def _trouble_with_file(error: OSError) -> str:
     text = error.strerror or str(error) or type(error).__name__
     if error.filename is not None:
         text = f"{error.filename}: {text}"
-    return _with_remedy(text, system_error_number(error))
-
-
-def _with_remedy(text: str, number: int | None) -> str:
-    """Add what to do about an error of the system to its text, if there is something."""
-    return f"{text}; {REMEDIES[number]}" if number in REMEDIES else text
+    return with_remedy(text, system_error_number(error))
 
 
 def _report_internal(error: BaseException) -> None:

@@ -18,7 +18,24 @@ OUT_OF_MEMORY = re.compile(  # texts of torch, numpy, the C library and the load
     r"|failed to map segment|unable to mmap|not enough memory",
     re.IGNORECASE,
 )
-OS_ERROR_OF_RUST = re.compile(r"\(os error (\d+)\)")  # in errors of polars, safetensors and tokenizers
+OS_ERROR_OF_RUST = re.compile(
+    r"(?:\(os error |Os \{ code: )(\d+)"
+)  # in errors and panics of polars, safetensors, tokenizers
+SPACE_REMEDY = "make room and run again"
+REMEDIES = {  # by the errno of an error of the system
+    errno.ENOSPC: SPACE_REMEDY,
+    errno.EDQUOT: SPACE_REMEDY,
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "check its owner and its permissions",
+    errno.EPERM: "check its owner and its permissions",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "it is a link that leads to itself, or may not be followed; replace it",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs, which hold too many files open",
+    errno.EAGAIN: "the limit of processes is reached (ulimit -u); end others, or raise it",
+    errno.EIO: "the disk, or the connection to it, fails",
+}
 
 
 class InputError(Exception):
@@ -58,6 +75,11 @@ def system_error_number(error: BaseException) -> int | None:
         return error.errno
     found = OS_ERROR_OF_RUST.search(str(error))
     return int(found[1]) if found else None
+
+
+def with_remedy(text: str, number: int | None) -> str:
+    """Add to the text of an error of the system what to do about it, if there is something. number: its errno."""
+    return f"{text}; {REMEDIES[number]}" if number in REMEDIES else text
 
 
 def is_out_of_memory(error: BaseException) -> bool:

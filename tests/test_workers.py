@@ -16,6 +16,8 @@ from iisan_fast import workers
 from iisan_fast.errors import InputError
 from iisan_fast.workers import calls_ahead
 
+MODULES = (worker_calls.__name__,)  # the fork server imports torch once, not each worker
+
 
 @pytest.fixture(autouse=True)
 def said_anew():
@@ -23,7 +25,7 @@ def said_anew():
 
 
 def test_results_without_room_in_shared_memory_take_a_file(caplog):
-    results = list(calls_ahead(worker_calls.without_room, [1, 2, 3], 1))
+    results = list(calls_ahead(worker_calls.without_room, [1, 2, 3], 1, modules=MODULES))
     assert all(torch.equal(result, torch.arange(7)) for result in results) and len(results) == 3
     (message,) = caplog.messages
     assert message.startswith("/dev/shm has no room for the results of worker processes: they take files in /")
@@ -54,7 +56,7 @@ def test_without_processes_this_one_does_the_work(monkeypatch, caplog):
 def test_a_killed_worker_is_one_line_within_seconds():
     start = time.monotonic()
     with pytest.raises(InputError, match=r"^a worker process failed \(killed by SIGKILL, as .* memory runs out\); run"):
-        list(calls_ahead(worker_calls.killed, [1, 2], 1))
+        list(calls_ahead(worker_calls.killed, [1, 2], 1, modules=MODULES))
     assert time.monotonic() - start < 60
 
 

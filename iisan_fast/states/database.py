@@ -16,7 +16,7 @@ from pathlib import Path
 import lmdb
 
 from ..data import open_database
-from ..errors import InputError
+from ..errors import InputError, with_remedy
 from ..files import refuse_irregular
 
 MAP_BYTES = 1 << 20  # to begin with; a writer doubles it when it is full
@@ -147,14 +147,11 @@ class Database:
         try:
             yield
         except lmdb.Error as error:
-            raise self._unusable(str(error)) from None
+            remedy = "check the room on its disk, and the limit of open files (ulimit -n)"
+            raise InputError(f"{self.cache}: the cache cannot be used ({error}); {remedy}") from None
         except OSError as error:
-            raise self._unusable(error.strerror or str(error)) from None
-
-    def _unusable(self, reason: str) -> InputError:
-        """Return the error for a cache that LMDB or the system refuses."""
-        remedy = "check the room on its disk and the permissions of its files"
-        return InputError(f"{self.cache}: the cache cannot be used ({reason}); {remedy}")
+            message = f"{self.cache}: the cache cannot be used ({error.strerror})"
+            raise InputError(with_remedy(message, error.errno)) from None
 
 
 def _open(folder: Path, writable: bool, locked: bool) -> lmdb.Environment:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checksums import checksum
 from ..config import MISSING_CAPTIONS, SOURCES, STORE_DTYPES
-from ..errors import InputError
+from ..errors import InputError, with_remedy
 from ..files import write_atomically
 from ..settings_files import format_number, read_settings
 
@@ -63,9 +63,8 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     try:
         write_atomically(path / FILE, json.dumps(manifest | summed, indent=2).encode())
     except OSError as error:
-        raise InputError(
-            f"{path / FILE}: cannot be written ({error.strerror}); make room, and run it again: what is stored stays"
-        ) from None
+        message = with_remedy(f"{path / FILE}: cannot be written ({error.strerror})", error.errno)
+        raise InputError(f"{message}; what is stored stays") from None
 
 
 def describes_view(value: Any) -> bool:

@@ -61,6 +61,10 @@ def tracebacks(tmp_path) -> list:
         (ImportError("libtorch.so: failed to map segment from shared object"), "error: not enough memory ("),
         (RuntimeError("can't start new thread"), "error: no thread can be started (can't start new thread)"),
         (ValueError("I/O error: No space left on device (os error 28)"), "error: I/O error: No space left on device"),
+        (
+            BaseException("called `Result::unwrap()` on an `Err` value: Os { code: 24, kind: X }"),
+            "error: called `Result",
+        ),
     ],
     ids=str,
 )

@@ -166,11 +166,10 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, whole):
         assert (raised.value.filename, raised.value.errno) == (str(path), 28)
 
 
-@pytest.mark.parametrize("name", [b"new\nline", b"esc\x1b[31m", "ü漢".encode(), b" ", b"-run"])
-def test_folders_may_have_any_name(toy_run, tmp_path, monkeypatch, name):
+def test_folders_may_have_any_name(toy_run, tmp_path, monkeypatch):
     dataset, cache = toy_run
     monkeypatch.chdir(tmp_path)
-    folder = os.fsdecode(name)
+    folder = "-run/new\nline/esc\x1b[31m/ü漢/ "
     shutil.copytree(dataset, tmp_path / folder)
     result = iisan_fast("stats", "--", folder)
     assert result.returncode == 0 and "\x1b" not in result.stdout
