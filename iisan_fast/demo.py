@@ -23,7 +23,7 @@ from .config import LEARNING_RATES, METHODS, TUNING_METHODS, ModelConfig, RunCon
 from .data import load_dataset
 from .encoders import grouped_layers, write_bert, write_vit
 from .errors import InputError, check_choice
-from .files import absolute_path
+from .files import absolute_path, naming
 from .setting_fields import to_dict
 from .settings import run_config
 from .states import extract
@@ -206,9 +206,10 @@ def write_demo(root: Path, seed: int = 0, shuffle_content: bool = False) -> tupl
     histories = make_histories(products, generator)
     order = generator.permutation(ITEMS) if shuffle_content else np.arange(ITEMS)
     dataset, (image, text) = plan(root)
-    write_dataset(dataset, [products[index] for index in order], histories)
-    write_text_encoder(Path(text.encoder), seed)
-    write_image_encoder(Path(image.encoder), seed)
+    with naming(root):
+        write_dataset(dataset, [products[index] for index in order], histories)
+        write_text_encoder(Path(text.encoder), seed)
+        write_image_encoder(Path(image.encoder), seed)
     return dataset, [image, text]
 
 

@@ -66,7 +66,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises InputError if `path` is a folder, a device or another file that must not be replaced.
     """
     refuse_irregular(path)
-    with _naming(path), _temporary_folder(path) as folder:
+    with naming(path), _temporary_folder(path) as folder:
         temporary = folder / path.name
         yield temporary
         with temporary.open("rb") as file:
@@ -88,7 +88,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: exists already; remove it or choose another folder")
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path}: expected a new folder in one that exists; make {path.parent} first")
-    with _naming(path), _temporary_folder(path) as folder:
+    with naming(path), _temporary_folder(path) as folder:
         temporary = folder / path.name
         temporary.mkdir()
         yield temporary
@@ -98,8 +98,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Put `path` into an OSError of the block that names a temporary file, or no file and no room."""
+def naming(path: Path) -> Iterator[None]:
+    """Put `path` into an OSError of the block that names a temporary file of it, or no file where there is no room."""
     try:
         yield
     except OSError as error:

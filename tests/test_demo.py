@@ -79,6 +79,16 @@ def test_another_seed_writes_another_demo(written: tuple[Path, list[ViewConfig]]
         assert here[name] != there[name]
 
 
+def test_a_full_disk_names_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo, "write_dataset", fail)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        demo.write_demo(tmp_path / "demo")
+    assert raised.value.filename == str(tmp_path / "demo")
+
+
 def test_it_is_a_dataset_of_the_protocol(written: tuple[Path, list[ViewConfig]]) -> None:
     dataset = load_dataset(written[0])
     counts = statistics(dataset.sequences)

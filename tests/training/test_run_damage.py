@@ -557,6 +557,8 @@ def test_numbered_folders_are_made_one_by_one(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_removed_while_a_run_is_trained_is_one_line(tmp_path, toy_config):
-    with pytest.raises(InputError, match="stopped in epoch 2: .*: No such file or directory; the checkpoint of epoch 1"):
+    with pytest.raises(
+        InputError, match="stopped in epoch 2: .*: No such file or directory; the checkpoint of epoch 1"
+    ):
         train(toy_config, tmp_path / "run", CPU, lambda line: shutil.rmtree(tmp_path / "run"))
     assert not list(tmp_path.iterdir())
