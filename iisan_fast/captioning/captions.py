@@ -23,7 +23,7 @@ from ..config import ProtocolConfig
 from ..data import ImageError, load_dataset, open_images
 from ..encoders import Captioner, quiet_hugging_face
 from ..errors import InputError, first_few
-from ..files import expanded_name, locked, write_atomically
+from ..files import expanded_name, locked, naming, write_atomically
 from ..fingerprints import changed_settings
 from ..progress import progress_bar
 from ..runtime import fix_cublas_workspace
@@ -144,7 +144,7 @@ class _CaptionFile:
 
     def _append(self, content: bytes) -> None:
         """Append bytes to captions.tsv, and wait until they are on disk."""
-        with self.path.open("ab") as file:
+        with naming(self.path), self.path.open("ab") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
