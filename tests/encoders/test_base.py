@@ -93,7 +93,7 @@ def test_views_of_one_encoder_share_a_forward_and_describe_themselves_as_alone(b
 
 @pytest.mark.parametrize(
     "change",
-    [{"max_tokens": 9}, {"encoder_dtype": "bfloat16"}, {"source": "caption"}, {"options": {"use_safetensors": True}}],
+    [{"max_tokens": 9}, {"encoder_dtype": "bfloat16"}, {"source": "caption"}, {"options": {"force_download": False}}],
 )
 def test_views_that_read_or_compute_otherwise_have_a_model_each(built, change):
     first = view(built("title", "bert"))
