@@ -201,6 +201,8 @@ def test_recbole_refuses_what_it_would_drop(tmp_path, caplog):
     for content, words in (
         (f"{head}\titem_id_list:token_seq\nu\tb\t2\ta\n", ["line 1: item_id_list: a history"]),
         (f"{head}\trating_list:float_seq\nu\tb\t2\t1\n", ["line 1: rating_list: a history"]),
+        (f"{head}\titem_id_list:token\nu\tb\t2\ta\n", ["line 1: item_id_list: a history"]),
+        (f"{head}\ttimestamp_list:float\nu\tb\t2\t1\n", ["line 1: timestamp_list: a history"]),
         ("user_id\titem_id\ttimestamp\nu\ta\t1\n", ["line 1", "fields with types", "found 'user_id'"]),
         ("u\ta\t1\n", ["line 1", "fields with types", "found 'u'"]),
         ("user_id:float\titem_id:token\ttimestamp:float\n1\ta\t1\n", ["'user_id:float': expected user_id:token"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import InputError
@@ -47,7 +48,7 @@ def _atomic(path: Path, types: dict[str, tuple[str, ...]], histories: bool = Fal
     def names_of(path: Path, header: list[str]) -> list[str]:
         fields = [_name_and_type(path, field) for field in header]
         if histories:
-            _refuse_histories(path, [name for name, kind in fields if kind in SEQUENCES and name not in types])
+            _refuse_histories(path, fields, tuple(types))
         for name, kind in fields:
             if kind not in types.get(name, TYPES):
                 expected = " or ".join(f"{name}:{kind}" for kind in types[name])
@@ -69,9 +70,18 @@ def _name_and_type(path: Path, field: str) -> tuple[str, str]:
     return name, kind
 
 
-def _refuse_histories(path: Path, sequences: list[str]) -> None:
-    """Say which fields of sequences are not read. Raises InputError if some hold the history of each interaction."""
-    histories = [name for name in sequences if name.endswith(LIST_SUFFIX)]
+def _refuse_histories(path: Path, fields: Sequence[tuple[str, str]], read: tuple[str, ...]) -> None:
+    """Say which fields of sequences are not read. Raises InputError if some hold the history of each interaction.
+
+    fields: names and types; read: the names of the fields that are read. A field that is named as the list of one that
+    is read, such as item_id_list, is a history whatever its type.
+    """
+    sequences = [name for name, kind in fields if kind in SEQUENCES and name not in read]
+    histories = [
+        name
+        for name, kind in fields
+        if name.endswith(LIST_SUFFIX) and name not in read and (kind in SEQUENCES or name.startswith(read))
+    ]
     if histories:
         raise InputError(
             f"{path} line 1: {', '.join(histories)}: a history beside each interaction is not read, and its "
