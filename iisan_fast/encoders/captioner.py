@@ -18,6 +18,7 @@ from .hub_files import cached_or_fetched, fetched_folder, model_folder
 from .hugging_face import clear_errors, model_dtype, refuse_missing_weights
 from .own_code import accepted_own_code
 from .running_code import code_digest, own_model_class, refuse_other_classes
+from .weight_types import refuse_cast_weights
 
 KIND = "an image-text-to-text model"
 INSTRUCTION = "Describe what is shown in one sentence."  # the default prompt of a model with a chat template
@@ -111,10 +112,11 @@ class Captioner:
         return processor
 
     def _load_model(self) -> Any:
-        """Return the model on the device. Raises InputError if the checkpoint lacks weights."""
+        """Return the model on the device. Raises InputError if weights are missing or of another type."""
         options = {"dtype": self.dtype, "trust_remote_code": self.trusted, "output_loading_info": True}
         model, info = cached_or_fetched(AutoModelForImageTextToText.from_pretrained, self.name, **options)
         refuse_missing_weights(self.name, info["missing_keys"])
+        refuse_cast_weights(self.name, model_folder(self.name), model)
         return model.to(self.device).eval()
 
     @torch.inference_mode()

@@ -19,6 +19,7 @@ from ..files import refuse_irregular
 from .hub_files import cached_or_fetched, fetched_folder, model_folder
 from .own_code import accepted_own_code, mention_unknown_architecture
 from .running_code import own_model_class
+from .weight_types import refuse_cast_weights
 
 KINDS_BY_INPUT = {"input_ids": "text", "pixel_values": "image"}  # what an encoder reads, by the name of its main input
 TOWER_ATTRIBUTES = {"text": ("text_model", "language_model"), "image": ("vision_model",)}  # of text-image models
@@ -55,8 +56,8 @@ def load_model(encoder: str, architecture: Architecture, kind: str, options: Map
     """Return the headless encoder, or the tower that reads `kind` ("text" or "image") of a text-image model.
 
     architecture: from `load_architecture`. options: of `from_pretrained`. Raises InputError if the checkpoint lacks
-    weights that hidden states depend on, if weights have other shapes or are not finite, or if the model has no such
-    tower.
+    weights that hidden states depend on, if weights have other shapes or types or are not finite, or if the model has
+    no such tower.
     """
     config, chosen = architecture
     if chosen is model_class(config):
@@ -70,6 +71,7 @@ def load_model(encoder: str, architecture: Architecture, kind: str, options: Map
         raise InputError(
             f"{encoder}: its weights have other shapes than its config.json says; restore the two"
         ) from None
+    refuse_cast_weights(encoder, model_folder(encoder), model, options.get("variant"))
     model, prefix = _reader(model, encoder, config, kind)
     used = (key for key in info["missing_keys"] if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")})
     refuse_missing_weights(encoder, used)

@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+import torch
 import transformers as hf
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -95,6 +96,36 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(built, tmp_pat
     weights[name][0, 0] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert "1.attention.self.query.weight are not finite numbers" in refusal(folder)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_checkpoint_of_other_numbers_than_the_model_s_is_refused(built, tmp_path, file):
+    """Without the scales of a quantization, integers and 8-bit floats are no weights."""
+    folder = shutil.copytree(built("title", "bert"), tmp_path / "bert")
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    name = next(name for name in whole if "1.attention.self.query.weight" in name)
+
+    def store(dtype: torch.dtype) -> None:
+        weights = {f"bert.{key}": values.to(dtype) if key == name else values for key, values in whole.items()}
+        weights["bert.embeddings.position_ids"] = torch.arange(32)  # older checkpoints hold these integers
+        if file.endswith("bin"):
+            torch.save(weights, folder / file)
+        else:
+            save_file(weights, folder / file, metadata={"format": "pt"})
+
+    for dtype, found in (
+        (torch.int8, "int8 I8"),
+        (torch.uint8, "uint8 U8"),
+        (torch.float8_e4m3fn, "float8_e4m3fn F8_E4M3"),
+    ):
+        store(dtype)
+        message = refusal(folder)
+        assert f"{file}: weights bert.{name}: expected floating-point numbers" in message
+        assert any(f"computes in float32, found {word} and" in message for word in found.split())
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        store(dtype)
+        assert load_backbone(view(folder)).depth == 5
 
 
 def test_a_checkpoint_may_lack_a_pooler(tmp_path):
