@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import warnings
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,13 +179,19 @@ class ImageLmdb:
         return {"path": self.path, "_env": None, "_state": 0}
 
     def content(self, item_id: str) -> bytes | None:
-        """Return an item's pickle, None if the item has no image. Raises InputError if it is not an LMDB_Image."""
+        """Return an item's pickle, None if the item has no image.
+
+        Raises InputError if it is not an LMDB_Image, or if it is that of another item.
+        """
         value = self._get(item_id)
         if value is not None:
             try:
-                _unpickle_image(value)
+                stored = _unpickle_image(value)
             except ImageError as error:
                 raise InputError(f"{self.path}: entry {item_id!r}: {error}") from None
+            if stored.id != item_id:
+                found = f"holds the image of item {stored.id[:100]!r}"
+                raise InputError(f"{self.path}: entry {item_id!r} {found}; write the database again")
         return value
 
     @staticmethod
@@ -200,11 +207,14 @@ class ImageLmdb:
         return _to_rgb(Image.frombytes(mode, (width, height), stored.image))
 
     def _check_length(self) -> None:
-        """Raise InputError unless `__keys__`, `__len__` and the number of entries agree."""
+        """Raise InputError unless `__keys__`, `__len__` and the number of entries agree, and no key stands twice."""
         keys = self._plain("__keys__")
         length = self._plain("__len__")
         if type(keys) is not list or not all(type(key) is bytes for key in keys):
             raise InputError(f"{self.path}: entry '__keys__': expected a pickled list of bytes")
+        if len(set(keys)) < len(keys):
+            twice = next(key for key, count in Counter(keys).items() if count > 1).decode(errors="replace")
+            raise InputError(f"{self.path}: entry '__keys__' lists {twice[:100]!r} twice; write the database again")
         if type(length) is not int:
             raise InputError(f"{self.path}: entry '__len__': expected a pickled int, found {type(length).__name__}")
         # The project's writer also lists images that it failed to read. So there may be fewer entries, but not more.

@@ -420,6 +420,7 @@ def test_entries_that_are_no_image_are_refused_by_key(tmp_path: Path, value: Any
         ({"__keys__": [b"a"], "__len__": 1}, "'__len__' says 1 images, but '__keys__' lists 1, 2 stand there"),
         ({"__keys__": ["a", "b"]}, "expected a pickled list of bytes"),
         ({"__len__": "2"}, "expected a pickled int, found str"),
+        ({"__keys__": [b"a", b"b", b"a"], "__len__": 3}, "entry '__keys__' lists 'a' twice"),
     ],
 )
 def test_lists_that_do_not_fit_the_database(tmp_path: Path, specials: dict[str, Any], message: str) -> None:
@@ -430,6 +431,14 @@ def test_lists_that_do_not_fit_the_database(tmp_path: Path, specials: dict[str, 
     write_lmdb(tmp_path / "y.lmdb", {"a": LmdbImage.of("a")})
     with ImageLmdb(tmp_path / "y.lmdb") as images:
         assert images.content("a")
+
+
+def test_an_image_of_another_item_is_refused(tmp_path: Path) -> None:
+    path = write_lmdb(tmp_path / "x.lmdb", {"a": LmdbImage.of("b"), "b": LmdbImage.of("b")})
+    with ImageLmdb(path) as images:
+        with pytest.raises(InputError, match="entry 'a' holds the image of item 'b'; write the database again"):
+            images.content("a")
+        assert images.content("b")
 
 
 def test_images_that_the_writer_could_not_read_are_missing_only(tmp_path: Path) -> None:
