@@ -45,6 +45,17 @@ def test_microlens_histories_without_timestamps(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["items.tsv", "users.tsv"]
 
 
+@pytest.mark.parametrize(
+    "header", ["user\titem", "User\tItems", "user_id\titem_ids", "userID\tvideo_id", "user\thistory"]
+)
+def test_a_header_of_microlens_histories_is_no_user(tmp_path, header):
+    source = microlens(tmp_path / "in")
+    (source / "MicroLens-50k_pairs.csv").unlink()
+    write(source / "MicroLens-50k_pairs.tsv", f"{header}\r\nuser1\titem1 c\r\nu1\tb\r\n")
+    assert import_microlens(source, tmp_path / "out").rows == 2
+    assert (tmp_path / "out" / "users.tsv").read_text() == "user1\titem1 c\nu1\tb\n"
+
+
 def test_microlens_titles(tmp_path, caplog):
     """Keep commas, quoted or not; squeeze whitespace; leave out a header and items without interactions."""
     titles = (

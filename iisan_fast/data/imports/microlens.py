@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Set
 from dataclasses import replace
 from itertools import islice, tee
@@ -19,6 +20,10 @@ from .sources import find
 from .tables import read_interactions, titles_of
 
 PAIR_COLUMNS = ("user", "item", "timestamp")
+USER_NAMES = re.compile(r"users?|(user|u)[ _-]?ids?", re.IGNORECASE)  # in a header of *_pairs.tsv
+ITEM_NAMES = re.compile(
+    r"(item|video)s?|(item|video|i)[ _-]?(ids?|lists?|seqs?|sequences?)|histor(y|ies)|sequences?", re.IGNORECASE
+)
 
 
 def import_microlens(source: Path, destination: Path, options: ImportOptions = ImportOptions()) -> Imported:
@@ -49,9 +54,11 @@ def _read_csv(pairs: Path, bad_rows: BadRows) -> pl.DataFrame:
 
 
 def _read_tsv(pairs: Path, bad_rows: BadRows) -> pl.DataFrame:
-    """Read the interactions of lines of a user, a tab, and items with spaces between."""
+    """Read the interactions of lines of a user, a tab, and items with spaces between. A header is left out."""
     columns = PAIR_COLUMNS[:2]
     table = DelimitedText(pairs, separator="\t", quoted=False, columns=columns)
+    if _names_columns(table.first_fields()):
+        table = DelimitedText(pairs, separator="\t", quoted=False, names_of=lambda *_: list(columns))
     return read_interactions(table, dict(zip(columns, columns)), bad_rows, several_items=True)
 
 
@@ -68,6 +75,12 @@ def _has_header(pairs: Path, first: list[str]) -> bool:
         line = ",".join(first)[:100]
         raise InputError(f"{pairs} line 1: expected user,item,timestamp, found {line!r}") from None
     return False
+
+
+def _names_columns(first: list[str]) -> bool:
+    """Return True if the fields of the first line of *_pairs.tsv name its two columns."""
+    names = [field.strip() for field in first]
+    return len(names) == 2 and bool(USER_NAMES.fullmatch(names[0]) and ITEM_NAMES.fullmatch(names[1]))
 
 
 def _title_rows(file: Path, item_ids: Set[str]) -> Iterator[tuple[str, str]]:
