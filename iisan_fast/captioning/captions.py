@@ -108,7 +108,7 @@ class _CaptionFile:
         """Open the files of a dataset, and cut off an incomplete last line that a killed run has left."""
         self.path = root / "captions.tsv"
         self.record = root / "captions.json"
-        self.made_here = self.path.exists() and self.record.exists()
+        self.made_here = self.path.exists() and os.path.lexists(self.record)  # a link that leads nowhere is named
         if self.made_here:
             self._cut_torn_line()
 

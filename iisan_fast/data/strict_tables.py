@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,10 @@ def read_table(path: Path, columns: int) -> Iterator[tuple[int, list[str]]]:
             for number, line in enumerate(file, start=1):
                 yield number, _fields(line, columns, f"{path} line {number}", first=number == 1)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        problem = (
+            f"a link to {os.readlink(path)}, which is not there; restore it" if path.is_symlink() else "no such file"
+        )
+        raise InputError(f"{path}: {problem}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not number:

@@ -296,6 +296,16 @@ def test_a_record_of_another_kind_is_refused(root, fake, record):
         run(root)
 
 
+@pytest.mark.parametrize("name", ["captions.tsv", "captions.json"])
+def test_a_link_that_leads_nowhere_does_not_stand_for_no_captions(root, fake, name):
+    run(root)
+    (root / name).unlink()
+    (root / name).symlink_to("gone")
+    with pytest.raises(InputError, match=name):
+        run(root)
+    assert (root / name).is_symlink()
+
+
 @pytest.mark.parametrize("end", ["\n", ""])
 def test_captions_made_by_hand_stay_as_they_are(root, fake, caplog, end):
     written = f"i5\tR&amp;D,  by  hand\ni2\tthe second{end}"

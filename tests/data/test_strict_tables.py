@@ -68,6 +68,9 @@ def test_malformed_table_names_file_and_line(table: LineWriter, content: bytes, 
 def test_missing_table_and_folder_in_its_place(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="absent.tsv: no such file"):
         list(read_table(tmp_path / "absent.tsv", 2))
+    (tmp_path / "link.tsv").symlink_to("gone.tsv")
+    with pytest.raises(InputError, match="link.tsv: a link to gone.tsv, which is not there; restore it"):
+        list(read_table(tmp_path / "link.tsv", 2))
     with pytest.raises(InputError, match="expected a regular file, found a folder"):
         list(read_table(tmp_path, 2))
 
