@@ -181,7 +181,7 @@ class ImageLmdb:
     def content(self, item_id: str) -> bytes | None:
         """Return an item's pickle, None if the item has no image.
 
-        Raises InputError if it is not an LMDB_Image, or if it is that of another item.
+        Raises InputError if it is not an LMDB_Image, or if it is that of another item of the database.
         """
         value = self._get(item_id)
         if value is not None:
@@ -189,7 +189,7 @@ class ImageLmdb:
                 stored = _unpickle_image(value)
             except ImageError as error:
                 raise InputError(f"{self.path}: entry {item_id!r}: {error}") from None
-            if stored.id != item_id:
+            if stored.id != item_id and self._get(stored.id) is not None:
                 found = f"holds the image of item {stored.id[:100]!r}"
                 raise InputError(f"{self.path}: entry {item_id!r} {found}; write the database again")
         return value

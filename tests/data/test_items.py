@@ -441,6 +441,12 @@ def test_an_image_of_another_item_is_refused(tmp_path: Path) -> None:
         assert images.content("b")
 
 
+def test_an_image_may_bear_a_name_of_its_own(tmp_path: Path) -> None:
+    path = write_lmdb(tmp_path / "x.lmdb", {"a": LmdbImage.of("a.jpg"), "b": LmdbImage.of("b.jpg")})
+    with ImageLmdb(path) as images:
+        assert images.content("a") and images.content("b")
+
+
 def test_images_that_the_writer_could_not_read_are_missing_only(tmp_path: Path) -> None:
     path = write_lmdb(tmp_path / "x.lmdb", {"a": LmdbImage.of("a")}, __keys__=[b"a", b"bad"], __len__=2)
     with ImageLmdb(path) as images:
