@@ -167,7 +167,7 @@ def run(dataset: Path, views: list[ViewConfig], work: Path, seed: int) -> dict:
         shutil.copytree(short, long)
         (long / "test.json").unlink()
         further = dataclasses.replace(config, train=dataclasses.replace(config.train, max_epochs=1000))
-        RunFolder(long).write_config(further)
+        RunFolder.open(long).change_config(further)
     stopped = resume(long, CPU, show)
     lines = [json.loads(line) for line in RunFolder(long).metrics.read_text().splitlines()]
     return {

@@ -128,9 +128,10 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary folders of a path that a killed process of this user has left beside it.
 
-    Those that a living process writes are marked by a lock, and stay. On systems without such locks all stay.
+    Those that a living process writes are marked by a lock, and stay. On systems without such locks, and in a folder
+    that cannot be written, all stay.
     """
-    if fcntl is None or not path.parent.is_dir():
+    if fcntl is None or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         return
     made_here = re.compile(re.escape(_prefix(path)) + "[a-z0-9_]{8}")  # by `tempfile`
     for name in os.listdir(path.parent):

@@ -175,8 +175,8 @@ def adam_tensors(model: nn.Module, optimizer: HasState) -> dict[str, Tensor]:
 def load_adam(model: nn.Module, optimizer: HasState, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy the result of `adam_tensors` into an optimizer's state.
 
-    Raises InputError, naming the file, if names, shapes or dtypes are those of another model, or if the numbers of
-    steps differ. Nothing is copied then: with a wrong shape, an update would read and write outside of a tensor.
+    Raises InputError, naming the file, if names, shapes or dtypes are those of another model, if the numbers of
+    steps differ, or if a mean of squares is below 0. Nothing is copied then: with a wrong shape, an update would read and write outside of a tensor.
     """
     parameters = _trained(model)
     expected = {
@@ -190,6 +190,9 @@ def load_adam(model: nn.Module, optimizer: HasState, tensors: Mapping[str, Tenso
         raise InputError(f"{path}: the optimizer's state: expected a number of steps, found {sorted(steps)}; {RESTORE}")
     if len(steps) > 1:
         raise InputError(f"{path}: the optimizer's state has parameters after {sorted(steps)} steps; restore the file")
+    for name in parameters:
+        if (tensors[f"adam.exp_avg_sq.{name}"] < 0).any():
+            raise InputError(f"{path}: the optimizer's state: expected squares, found numbers below 0; {RESTORE}")
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         for kind in ADAM_STATE:

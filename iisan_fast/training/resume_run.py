@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..fingerprints import changed_settings
 from ..precision import Precision, resolve_precision
 from ..runtime import fix_cublas_workspace
+from .checkpoints import RESTORE
 from .item_sources import Descriptions, dataset_again, open_source, same_dataset
 from .run_folder import RunFolder
 from .run_progress import Progress
@@ -80,6 +81,7 @@ def resume(
     folder = RunFolder.open(out)
     if not changes and (figures := _final_figures(folder, folder.config.train)) is not None:
         LOGGER.info("%s is finished already", out)
+        folder.remove_leftovers()
         return figures
     config = changes.applied_to(folder.config)
     folder.mention_changed_settings()
@@ -139,7 +141,12 @@ def _dataset(folder: RunFolder, config: RunConfig, moved: bool) -> Dataset:
 
 def _refuse_changed_views(folder: RunFolder, views: Descriptions) -> None:
     """Raise InputError if states or encoders are not those with which the run began."""
-    for name, recorded in folder.views.items():
+    stored = folder.views
+    if stored.keys() != views.keys():
+        raise InputError(
+            f"{folder.path / 'views.json'}: expected the views {', '.join(views)}, found {', '.join(stored)}; {RESTORE}"
+        )
+    for name, recorded in stored.items():
         if changed := changed_settings(recorded, views[name]):
             raise InputError(
                 f"{folder.path}: view {name!r} has changed since the run began: {'; '.join(changed)}; restore it"

@@ -170,18 +170,31 @@ class RunFolder:
     def begin(self, config: RunConfig, views: Mapping[str, Any], sequences: Sequences, device: torch.device) -> None:
         """Claim the folder and write the first files of a new run. Raises InputError as `claim` does."""
         self.claim()
-        self._record = RunRecord()
+        record = RunRecord().with_settings(config)
         with whole_file(self.path / "sequences.npz") as temporary:
             sequences.save(temporary)
-            self._write_record(self._record.with_file("sequences.npz", temporary.read_bytes()))
-        self._write_json("views.json", views)
-        self._write_json("environment.json", environment(device))
-        self.write_config(config)  # written last, because config.json makes the folder a run
+            record = record.with_file("sequences.npz", temporary.read_bytes())
+        for name, value in (("views.json", views), ("environment.json", environment(device))):
+            write_atomically(self.path / name, _json(value))
+            record = record.with_file(name, _json(value))
+        self._write_record(record)
+        self._write_settings(config)  # written last, because config.json makes the folder a run
 
     def refuse_if_used(self) -> None:
-        """Raise InputError if the folder holds a run already, if the path is a file, or if it cannot be written."""
+        """Raise InputError if the folder holds a run or a part of one, if it is a file, or if it cannot be written."""
         if (self.path / "config.json").exists():
             raise InputError(f"{self.path}: already holds a run; resume it, or choose another folder for the run")
+        for path in (
+            self.best,
+            self.last,
+            self.previous,
+            self.metrics,
+            self.test,
+        ):  # a resume would take them as its own
+            if path.exists():
+                raise InputError(
+                    f"{self.path}: holds {path.name} of another run; choose another folder for the run, or remove it"
+                )
         if os.path.lexists(self.path) and not self.path.is_dir():
             raise InputError(f"{self.path}: expected a folder for the run, found a file or a link that leads to none")
         refuse_unwritable(self.path)
@@ -318,17 +331,15 @@ class RunFolder:
         for name in RUN_FILES:
             remove_leftovers(self.path / name)
 
-    def write_config(self, config: RunConfig) -> None:
-        """Write config.json, with the folder's format."""
-        if self._record is not None:
-            self._write_record(self._record.with_settings(config))
-        write_atomically(self.path / "config.json", _json({"format": RUN_FORMAT, **to_dict(config)}))
-
     def change_config(self, config: RunConfig) -> None:
         """Write the changed settings of an existing run. A run of format 1 becomes one of the current format."""
         if environment := self.environment:
             self._write_json("environment.json", environment)
-        self.write_config(config)
+        if self._record is not None:
+            self._write_record(self._record.without_settings())
+        self._write_settings(config)
+        if self._record is not None:
+            self._write_record(self._record.with_settings(config))
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl again: one JSON object in a line for each epoch."""
@@ -339,16 +350,26 @@ class RunFolder:
         self._write_json(self.test.name, result)
 
     def _write_json(self, name: str, value: Any) -> None:
-        """Write a JSON value as a whole or not at all, after its checksum."""
+        """Write a JSON value as a whole or not at all, and its checksum.
+
+        The file has no checksum while it is replaced, so that a kill leaves none that does not fit.
+        """
         content = _json(value)
         if self._record is not None:
-            self._write_record(self._record.with_file(name, content))
+            self._write_record(self._record.without_file(name))
         write_atomically(self.path / name, content)
+        if self._record is not None:
+            self._write_record(self._record.with_file(name, content))
+
+    def _write_settings(self, config: RunConfig) -> None:
+        """Write config.json, with the folder's format."""
+        write_atomically(self.path / "config.json", _json({"format": RUN_FORMAT, **to_dict(config)}))
 
     def _write_record(self, record: RunRecord) -> None:
-        """Write checksums.json. Raises OSError if it cannot be written."""
-        record.write(self.path)
-        self._record = record
+        """Write checksums.json, unless it has this content. Raises OSError if it cannot be written."""
+        if record != self._record:
+            record.write(self.path)
+            self._record = record
 
 
 def _free_folder(name: str) -> Path:

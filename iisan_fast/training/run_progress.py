@@ -37,7 +37,12 @@ class EpochProgress:
             and isinstance(self.record, list)
             and len(self.record) == RECORD_ENTRIES
             and all(map(_is_finite, (self.loss, self.seconds, *self.record)))
+            and self.seconds >= 0
         )
+
+    def is_read(self) -> bool:
+        """Return True if losses were read and the steps took time, as at the end of an epoch."""
+        return self.rows > 0 and self.seconds > 0
 
 
 @dataclass

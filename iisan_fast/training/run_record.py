@@ -58,9 +58,17 @@ class RunRecord:
         """Return the record with a copy of these settings."""
         return replace(self, settings=json.loads(json.dumps(to_dict(config))))
 
+    def without_settings(self) -> RunRecord:
+        """Return the record without a copy of settings."""
+        return replace(self, settings=None)
+
     def with_file(self, name: str, content: bytes) -> RunRecord:
         """Return the record with the checksum of a file."""
         return replace(self, files={**self.files, name: _file_checksum(name, content)})
+
+    def without_file(self, name: str) -> RunRecord:
+        """Return the record without the checksum of a file."""
+        return replace(self, files={other: recorded for other, recorded in self.files.items() if other != name})
 
     def refuse_changed_file(self, path: Path, remedy: str) -> None:
         """Raise InputError, with the remedy, if a file's checksum was recorded and does not fit.

@@ -31,6 +31,8 @@ def verify_run(path: Path, add: bool = True) -> Verified:
     if not any((path / name).exists() for name in RECORDED):  # a folder of an encoder has a config.json too
         raise InputError(f"{path}: not a run folder (no sequences.npz)")
     folder = RunFolder(path)
+    if add:
+        folder.remove_leftovers()
     verified = Verified(path, "run")
     record = _record(folder, verified)
     _check_small_files(folder, verified)

@@ -166,6 +166,8 @@ class Trainer:
             raise InputError(
                 f"{path}: expected at most {self.steps_per_epoch} steps of an epoch, found {steps}; {RESTORE}"
             )
+        if steps == self.steps_per_epoch and not progress.under_way.is_read():
+            raise InputError(f"{path}: expected the losses of an epoch's steps and their time, found none; {RESTORE}")
         return progress
 
     def _stopped(self, folder: RunFolder, signal_number: int) -> Stopped:

@@ -111,6 +111,21 @@ def test_a_state_of_adam_that_does_not_fit_is_refused_and_changes_nothing(name, 
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in adam_tensors(model, optimizer).items())
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("adam.step.1.bias", torch.tensor(9.0), "has parameters after"),
+        ("adam.exp_avg_sq.1.bias", torch.tensor([0.5, -1e-9]), "expected squares, found numbers below 0"),
+    ],
+)
+def test_impossible_numbers_of_adam_are_refused_and_change_nothing(name, change, message):
+    model, optimizer = stepped()
+    tensors = {key: tensor.clone() for key, tensor in adam_tensors(model, optimizer).items()}
+    with pytest.raises(InputError, match=message):
+        load_adam(model, optimizer, {**tensors, name: change}, PATH)
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in adam_tensors(model, optimizer).items())
+
+
 @pytest.mark.parametrize("vectors", [None, torch.zeros(3, 5), torch.zeros(4, 5).double()])
 def test_item_vectors_of_another_shape_are_refused(vectors):
     tensors = {} if vectors is None else {"item_vectors": vectors}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -360,6 +361,79 @@ def test_each_flipped_byte_of_a_small_file_is_found(run, name):
             InputError, match=rf"{name}: damaged: its checksum does not fit; restore the file from a copy"
         ):
             _ = RunFolder.open(run).views, RunFolder.open(run).sequences
+
+
+@pytest.mark.parametrize("moment", range(9))
+def test_a_kill_while_settings_and_figures_change_leaves_no_checksum_that_does_not_fit(run, moment, monkeypatch):
+    config = json.loads((run / "config.json").read_text())
+    config.pop("format")  # as a run of format 1, whose environment.json is written again
+    environment = json.loads((run / "environment.json").read_text()) | {"kernels": "native"}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "checksums.json").unlink()
+    assert verify_run(run).damage == []
+    written = []
+
+    def replace(path: Path, target: Path) -> Path:
+        if len(written) == moment:
+            raise Killed
+        written.append(target.name)
+        return Path(os.replace(path, target) or target)
+
+    folder = RunFolder.open(run)
+    longer = dataclasses.replace(folder.config, train=dataclasses.replace(folder.config.train, max_epochs=5))
+    monkeypatch.setattr(Path, "replace", replace)
+    with contextlib.suppress(Killed):
+        folder.change_config(longer)
+        folder.write_test({**folder.figures, "epochs": 5})
+    monkeypatch.undo()
+    assert len(written) == moment
+    opened = RunFolder.open(run)
+    assert opened.config.train.max_epochs == (5 if "config.json" in written else 3)
+    assert opened.environment["kernels"] == "cpu" and opened.figures["epochs"] == (5 if "test.json" in written else 3)
+    assert verify_run(run).damage == []
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_views_of_other_names_are_one_line(stopped, recorded):
+    path = stopped / "views.json"
+    path.write_text(path.read_text().replace('"title": {', '"tItle": {'))
+    if not recorded:
+        (stopped / "checksums.json").unlink()
+    message = (
+        "its checksum does not fit" if recorded else "expected the views image, title, found image, tItle; restore"
+    )
+    with pytest.raises(InputError, match=rf"views\.json: .*{message}"):
+        resume(stopped, CPU)
+
+
+@pytest.mark.parametrize("under_way", [{"rows": 0}, {"seconds": 0.0}, {"seconds": -1.0}])
+def test_an_epoch_without_losses_or_time_is_one_line(stopped, under_way):
+    for name in ("last.safetensors", "previous.safetensors"):
+        tensors, state = load_checkpoint(stopped / name)
+        steps = {"steps": 4, "slots": 9, "loss": 1.0, "rows": 9, "seconds": 1.0}
+        state["under_way"] |= steps | under_way
+        save_checkpoint(stopped / name, tensors, state)
+    with pytest.raises(InputError, match=r"last\.safetensors: expected .*; restore the file from a copy"):
+        resume(stopped, CPU)
+
+
+@pytest.mark.parametrize("use", [lambda run: resume(run, CPU), verify_run])
+def test_a_temporary_folder_of_a_killed_write_is_removed_from_a_finished_run(run, use):
+    (run / ".test.json.iisan-fast-abcd1234").mkdir()
+    (run / ".test.json.mine").mkdir()
+    use(run)
+    assert [path.name for path in run.glob(".*")] == [".test.json.mine"]
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors", "metrics.jsonl", "test.json"])
+def test_a_new_run_is_not_mixed_with_the_remains_of_another(run, toy_config, name):
+    for path in run.iterdir():
+        if path.name != name:
+            path.unlink()
+    with pytest.raises(InputError, match=rf"run: holds {name} of another run; choose another folder"):
+        train(toy_config, run, CPU)
+    assert [path.name for path in run.iterdir()] == [name]
 
 
 def test_a_damaged_environment_may_be_removed(stopped):
