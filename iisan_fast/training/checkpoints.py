@@ -175,8 +175,9 @@ def adam_tensors(model: nn.Module, optimizer: HasState) -> dict[str, Tensor]:
 def load_adam(model: nn.Module, optimizer: HasState, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy the result of `adam_tensors` into an optimizer's state.
 
-    Raises InputError, naming the file, if names, shapes or dtypes are those of another model, if the numbers of
-    steps differ, or if a mean of squares is below 0. Nothing is copied then: with a wrong shape, an update would read and write outside of a tensor.
+    Raises InputError, naming the file, if names, shapes or dtypes are those of another model, if the numbers of steps
+    differ, or if a mean of squares is below 0. Nothing is copied then: with a wrong shape, an update would read and
+    write outside of a tensor.
     """
     parameters = _trained(model)
     expected = {
