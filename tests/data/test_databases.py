@@ -12,9 +12,9 @@ from pathlib import Path
 import lmdb
 import pytest
 
+from helpers import damaged_databases
 from iisan_fast.data import databases, open_database
 from iisan_fast.errors import InputError
-from tests.helpers import damaged_databases
 
 PAGE = damaged_databases.PAGE
 
