@@ -22,6 +22,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+NO_LINKS = frozenset((errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK))
 NO_ROOM = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
 IRREGULAR = (
     (stat.S_ISDIR, "a folder"),
@@ -74,6 +75,20 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
         keep_names(path.parent)
+
+
+def keep_under(path: Path, name: Path) -> None:
+    """Let a second name lead to the content of the file `path`, before another file takes the first name.
+
+    Where the file system has no hard links, the file is renamed. Raises OSError if neither is possible.
+    """
+    with whole_file(name) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            path.replace(temporary)
 
 
 @contextmanager

@@ -92,6 +92,28 @@ def damaged_parts(path: Path) -> tuple[int, bool, list[tuple[str, str]]]:
 def _read(path: Path) -> tuple[Checkpoint, Any]:
     """Return the content of a checkpoint's file and the checksums in it, which are not compared.
 
+    A file that a training process replaces meanwhile is read again: safetensors opens it by its name more than once.
+    Raises InputError if the file is missing or cannot be read.
+    """
+    while True:
+        before = _identity(path)
+        content = _read_once(path)
+        if _identity(path) == before:
+            return content
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from another of the same name; None if there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _read_once(path: Path) -> tuple[Checkpoint, Any]:
+    """Return what `_read` returns, or a mixture if the file is replaced meanwhile.
+
     Raises InputError if the file is missing or cannot be read.
     """
     refuse_irregular(path)

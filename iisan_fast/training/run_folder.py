@@ -24,7 +24,7 @@ from torch import Tensor
 from ..config import RunConfig
 from ..data import Sequences, load_sequences
 from ..errors import InputError
-from ..files import locked, refuse_unwritable, remove_leftovers, whole_file, write_atomically
+from ..files import keep_under, locked, refuse_unwritable, remove_leftovers, whole_file, write_atomically
 from ..setting_fields import to_dict
 from ..settings_files import RUN_FORMAT, read_run_config, read_run_settings, read_settings
 from ..states import describes_view
@@ -218,7 +218,7 @@ class RunFolder:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             if self.last.exists() and not self._last_is_damaged:
-                self.last.replace(self.previous)
+                keep_under(self.last, self.previous)
         self._last_is_damaged = False
 
     @property

@@ -103,6 +103,7 @@ def _check_progress(folder: RunFolder, verified: Verified) -> None:
         if folder.previous.exists() or folder.test.exists():
             verified.damage.append(Damage(folder.last.name, "it is missing", _remedy(folder.last)))
         return
+    metrics = _metrics(folder.metrics)  # before the checkpoint, in which a training process may store one more line
     try:
         _, state = load_checkpoint(folder.last)
     except InputError:  # which is among the damage already
@@ -112,7 +113,7 @@ def _check_progress(folder: RunFolder, verified: Verified) -> None:
     verified.checked += 1
     lines = state.get("lines")
     # A run that was killed between the two files, or is training now, has one line less.
-    if isinstance(lines, list) and _metrics(folder.metrics) not in (lines, lines[:-1]):
+    if isinstance(lines, list) and metrics not in (lines, lines[:-1]):
         first = "remove test.json, and " if folder.test.exists() else ""
         remedy = f"{first}{_resume(folder)} writes it again"
         verified.damage.append(Damage(folder.metrics.name, "expected the figures in last.safetensors", remedy))

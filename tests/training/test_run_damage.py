@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from helpers.run_folders import untimed
 from iisan_fast.config import EvaluationConfig, RunConfig
 from iisan_fast.errors import InputError
-from iisan_fast.training import run_folder
+from iisan_fast.training import checkpoints, run_folder
 from iisan_fast.training.best_run import evaluate_run, load
 from iisan_fast.training.checkpoints import load_checkpoint, save_checkpoint
 from iisan_fast.training.resume_run import resume
@@ -228,7 +229,7 @@ def test_two_damaged_checkpoints_are_both_named(saved):
         saved.load_last()
 
 
-@pytest.mark.parametrize("moment", range(12))
+@pytest.mark.parametrize("moment", range(16))
 def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(saved, moment, monkeypatch):
     """Each call that changes a file or the folder is a moment."""
     calls = []
@@ -246,6 +247,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(saved, moment,
         (Path, "replace"),
         (Path, "chmod"),
         (os, "fsync"),
+        (os, "link"),
         (shutil, "rmtree"),
         (run_folder, "write_tensors"),
     ):
@@ -255,6 +257,43 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(saved, moment,
     monkeypatch.undo()
     epoch = RunFolder(saved.path).load_last()[1]["epoch"]
     assert epoch in (2, 3) and (epoch == 3 or len(calls) > moment)
+
+
+def test_the_last_checkpoint_is_always_there_and_stays_readable_while_it_is_replaced(saved, monkeypatch):
+    missing = []
+    replace = Path.replace
+
+    def watched(path: Path, target: Path) -> Path:
+        missing.append(not saved.last.exists())
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    saved.save_last(TENSORS, {"epoch": 3})
+    assert missing == [False, False] and load_checkpoint(saved.previous)[1] == {"epoch": 2}
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(saved, monkeypatch):
+    read_once = checkpoints._read_once
+    reads = []
+
+    def replaced_meanwhile(path: Path):
+        content = read_once(path)
+        reads.append(path)
+        if len(reads) == 1:
+            saved.save_last(TENSORS, {"epoch": 3})
+        return content
+
+    monkeypatch.setattr(checkpoints, "_read_once", replaced_meanwhile)
+    assert load_checkpoint(saved.last)[1] == {"epoch": 3} and len(reads) == 2
+
+
+def test_a_file_system_without_hard_links_keeps_the_checkpoint_before_the_last(saved, monkeypatch):
+    def no_links(*arguments):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_links)
+    saved.save_last(TENSORS, {"epoch": 3})
+    assert [load_checkpoint(path)[1]["epoch"] for path in (saved.last, saved.previous)] == [3, 2]
 
 
 def test_a_save_that_fails_keeps_both_checkpoints(saved, monkeypatch):
