@@ -36,11 +36,11 @@ def verify_run(path: Path, add: bool = True) -> Verified:
     verified = Verified(path, "run")
     record = _record(folder, verified)
     _check_small_files(folder, verified)
-    without_checksums = [name for name in CHECKPOINTS if _lacks_checksums(path / name, verified)]
+    checkpoints = {name: tensors for name in CHECKPOINTS if (tensors := _tensors_to_add(path / name, verified))}
     _check_progress(folder, verified)
     damaged = {damage.where.partition(":")[0] for damage in verified.damage}
-    if add and RECORD_FILE not in damaged:
-        _add(folder, record, without_checksums, damaged, verified)
+    if RECORD_FILE not in damaged:
+        _add(folder, record, checkpoints, damaged, verified, add)
     return verified
 
 
@@ -74,18 +74,18 @@ def _check_small_files(folder: RunFolder, verified: Verified) -> None:
             verified.damage.append(Damage(name, _problem(error, path), remedy))
 
 
-def _lacks_checksums(path: Path, verified: Verified) -> bool:
-    """Check a checkpoint, if it is there, and return True if it is whole and has no checksums."""
+def _tensors_to_add(path: Path, verified: Verified) -> int:
+    """Check a checkpoint, if it is there, and return the number of its tensors if it is whole without checksums."""
     if not path.exists():
-        return False
+        return 0
     try:
         tensors, has_checksums, parts = damaged_parts(path)
     except InputError as error:
         verified.damage.append(Damage(path.name, _problem(error, path), _remedy(path)))
-        return False
-    verified.checked += tensors
+        return 0
+    verified.checked += tensors if has_checksums else 0
     verified.damage += [Damage(f"{path.name}: {part}", problem, _remedy(path)) for part, problem in parts]
-    return not has_checksums and not parts
+    return 0 if has_checksums or parts else tensors
 
 
 def _remedy(path: Path) -> str:
@@ -130,26 +130,37 @@ def _metrics(path: Path) -> list[Any] | None:
         return None
 
 
-def _add(folder: RunFolder, record: RunRecord, checkpoints: list[str], damaged: set[str], verified: Verified) -> None:
-    """Give checksums to these checkpoints, and to the other files that have none and are whole."""
+def _add(
+    folder: RunFolder,
+    record: RunRecord,
+    checkpoints: dict[str, int],
+    damaged: set[str],
+    verified: Verified,
+    write: bool,
+) -> None:
+    """Give checksums to these checkpoints, and to the other files that have none and are whole.
+
+    checkpoints: the number of tensors by the file's name. write: False only counts what has no checksums.
+    """
     files = [
         name for name in RECORDED if name not in record.files and name not in damaged and (folder.path / name).exists()
     ]
     lacks_settings = record.settings is None and "config.json" not in damaged
-    if not (checkpoints or files or lacks_settings):
+    count = sum(checkpoints.values()) + len(files) + lacks_settings
+    if count == 0 or not write:
+        verified.unchecked = count
         return
     with folder.hold():
+        record = folder.read_record() or RunRecord()  # a training may have ended meanwhile, and written it
         for name in checkpoints:
-            path = folder.path / name
-            tensors, state = load_checkpoint(path)
-            save_checkpoint(path, tensors, state)
-            verified.added += len(tensors)
-        if lacks_settings:
+            tensors, state = load_checkpoint(folder.path / name)
+            save_checkpoint(folder.path / name, tensors, state)
+        if record.settings is None and lacks_settings:
             record = record.with_settings(folder.config)
-        for name in files:
+        for name in (name for name in files if name not in record.files):
             record = record.with_file(name, (folder.path / name).read_bytes())
         record.write(folder.path)
-        verified.added += len(files) + lacks_settings
+    verified.added = count
 
 
 def _resume(folder: RunFolder) -> str:

@@ -601,9 +601,11 @@ def test_verify_adds_checksums_to_a_run_without_and_nothing_else_changes(run, ca
     assert [record.getMessage() for record in caplog.records if "checksums" in record.getMessage()] == [
         f"{run}: has no checksums, so damage may stay unseen; `iisan-fast verify {run}` adds them"
     ]
-    assert verify_run(run, add=False).added == 0 and not (run / "checksums.json").exists()
+    counted = verify_run(run, add=False)
+    assert counted.added == 0 and not (run / "checksums.json").exists()
+    assert counted.checked == 6  # config, environment, views, sequences, metrics, test
     verified = verify_run(run)
-    assert verified.damage == [] and verified.added > 20
+    assert verified.damage == [] and verified.added == counted.unchecked > 20 and verified.unchecked == 0
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.suffix == ".safetensors"} == {
         name: content for name, content in whole.items() if name.endswith(".safetensors")
     }
