@@ -8,9 +8,11 @@ The exit code is 1 if one of them was silent, crashed, hung, gave a traceback or
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,16 +52,29 @@ def main() -> None:
 
 
 def make_faults(kills: int, flips: int, mutations: int, seed: int = 0) -> dict[str, Any]:
-    """Return the counts of outcomes by kind of fault, and each fault that was not taken well."""
+    """Return the counts of outcomes by kind of fault, and each fault that was not taken well.
+
+    Kills, flips and mutations have a process each, which run at the same time.
+    """
     with TemporaryDirectory() as folder:
         sample = make_sample(Path(folder) / "sample")
-        seeds = {"kills": range(seed, seed + kills), "flips": range(seed, seed + flips)}
         trials: dict[str, Iterator[dict[str, Any]]] = {
-            "kills": (kill_once(sample, number) for number in seeds["kills"]),
-            "flips": (flip_once(sample, number) for number in seeds["flips"]),
+            "kills": (kill_once(sample, number) for number in range(seed, seed + kills)),
+            "flips": (flip_once(sample, number) for number in range(seed, seed + flips)),
             "mutations": mutate(sample, range(seed, seed + mutations)),
         }
-        return {name: counted(outcomes) for name, outcomes in trials.items()}
+        fork = multiprocessing.get_context("fork")  # generators cannot be sent to a process that is started anew
+        results = {}
+        for name, outcomes in trials.items():
+            results[name], sending = fork.Pipe(duplex=False)
+            fork.Process(target=_send_counts, args=(sending, outcomes)).start()
+            sending.close()
+        return {name: receiving.recv() for name, receiving in results.items()}
+
+
+def _send_counts(sending: Connection, outcomes: Iterable[dict[str, Any]]) -> None:
+    """Count outcomes and send the counts."""
+    sending.send(counted(outcomes))
 
 
 def counted(outcomes: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -100,10 +100,10 @@ def resume(
                 folder.change_config(trainer.config)
             if changes.max_epochs is not None and trainer.progress.finished(config.train):
                 _mention_early_stop(folder, config.train, trainer.progress)
+            folder.remove_leftovers()
             if figures is not None:
                 return figures
             _mention_other_rounding(folder, device)
-            folder.remove_leftovers()
             if restored:  # a run may have been killed after it wrote the checkpoint and before it wrote the metrics
                 folder.write_metrics(trainer.progress.lines)
             return trainer.run(folder, on_epoch)

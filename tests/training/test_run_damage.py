@@ -23,7 +23,7 @@ from iisan_fast.errors import InputError
 from iisan_fast.training import checkpoints, run_folder
 from iisan_fast.training.best_run import evaluate_run, load
 from iisan_fast.training.checkpoints import load_checkpoint, save_checkpoint
-from iisan_fast.training.resume_run import resume
+from iisan_fast.training.resume_run import RunChanges, resume
 from iisan_fast.training.run_folder import RunFolder
 from iisan_fast.training.run_verification import verify_run
 from iisan_fast.training.start_run import train
@@ -457,7 +457,12 @@ def test_an_epoch_without_losses_or_time_is_one_line(stopped, under_way):
         resume(stopped, CPU)
 
 
-@pytest.mark.parametrize("use", [lambda run: resume(run, CPU), verify_run])
+def resume_with_the_same_settings(run: Path) -> None:
+    """Resume a finished run with a setting that changes nothing."""
+    resume(run, CPU, changes=RunChanges(max_epochs=RunFolder.open(run).config.train.max_epochs))
+
+
+@pytest.mark.parametrize("use", [lambda run: resume(run, CPU), resume_with_the_same_settings, verify_run])
 def test_a_temporary_folder_of_a_killed_write_is_removed_from_a_finished_run(run, use):
     (run / ".test.json.iisan-fast-abcd1234").mkdir()
     (run / ".test.json.mine").mkdir()
