@@ -139,7 +139,11 @@ class _Child:
 
 
 def _serve(works: Sequence[Callable[[], Any]], writing: int) -> None:
-    """Make the calls in the child, write their endings, and leave without running what the parent has registered."""
+    """Make the calls in the child, write their endings, and leave without running what the parent has registered.
+
+    SIGINT is for the calls alone: between them it would end the child without an answer.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
@@ -161,6 +165,7 @@ def _ending(work: Callable[[], Any]) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts again from now
     ending: dict[str, Any]
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         ending = {"kind": "done", "value": work()}
     except (InputError, OSError, MemoryError) as error:  # the command line prints these as one line
         ending = {"kind": "refused", "message": str(error)}
@@ -173,6 +178,7 @@ def _ending(work: Callable[[], Any]) -> dict[str, Any]:
     except BaseException:
         ending = {"kind": "traceback", "message": traceback.format_exc()}
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         logging.getLogger("iisan_fast").removeHandler(handler)
     return {**ending, "warnings": warnings, "grown_bytes": _resident("VmHWM") - before}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,26 @@ def extraction(sample: Sample, folder: Path, generator: np.random.Generator) -> 
 
 
 KINDS = (training, training, extraction, training, longer_training)
+
+
+def largest_difference(dataset: Path, cache: Path, other: Path) -> float:
+    """Return the largest distance of a state from that in another cache, over the latter's length.
+
+    It is infinite if the content digests or the views differ.
+    """
+    item_ids = api.load_dataset(dataset).sequences.item_ids
+    largest = 0.0
+    with Store(cache) as store, Store(other) as other_store:
+        for name, view in store.views.items():
+            shape = len(item_ids), len(view["layers"]), view["width"]
+            states, expected = (torch.empty(shape, dtype=getattr(torch, view["dtype"])) for _ in range(2))
+            store.read(name, item_ids, states)
+            other_store.read(name, item_ids, expected)
+            distances = (states.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+            largest = max(largest, float(distances.max()))
+            if store.contents(name, item_ids) != other_store.contents(name, item_ids):
+                return math.inf
+        return largest if store.views == other_store.views else math.inf
 
 
 def digest_of_cache(dataset: Path, cache: Path) -> str:
