@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKSUM_BYTES = 8
+# The two halves of `checksum`, for a loop in which its call would take a tenth of the time: the seed that stands for a
+# name, and the checksum of a content under a seed.
+name_seed = xxh3_64_intdigest
+seeded_checksum = xxh3_64_digest
 
 
 def checksum(content: bytes | bytearray | memoryview, name: bytes = b"") -> bytes:
@@ -21,7 +25,7 @@ def checksum(content: bytes | bytearray | memoryview, name: bytes = b"") -> byte
 
     name: it counts as well, so that contents that have changed places are found.
     """
-    return xxh3_64_digest(content, xxh3_64_intdigest(name))
+    return seeded_checksum(content, name_seed(name))
 
 
 def tensor_checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:

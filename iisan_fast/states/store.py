@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checksums import CHECKSUM_BYTES, checksum
+from ..checksums import CHECKSUM_BYTES, name_seed, seeded_checksum
 from ..encoders import grouped_layers
 from ..errors import InputError, first_few
 from ..files import locked
@@ -161,12 +161,13 @@ class Store:
         target = _as_bytes_array(into)
         shape = len(description["layers"]), description["width"]
         end = DIGEST_BYTES + states_bytes(description)
+        recorded = RECORDED.unpack_from
         for row, key, entry in self._entries(view, item_ids):
             content = entry[:end]
             states = np.frombuffer(content, target.dtype, offset=DIGEST_BYTES).reshape(shape)
             target[row] = states if positions is None else states[positions]
             # The checksum comes after the copy, which brings the bytes into the CPU's caches faster.
-            if len(entry) > end and checksum(content, key) != RECORDED.unpack_from(entry, end)[0]:
+            if len(entry) > end and (seeded_checksum(content, name_seed(key)),) != recorded(entry, end):
                 raise self._damaged(view, item_ids[row], entry)
 
     def check(self, view: str, item_ids: list[str]) -> None:
