@@ -19,8 +19,7 @@ def calls(batch: StepBatch, shape: StepShape) -> Calls:
     return pair.forward, pair.backward
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("users", [pytest.param(64, marks=pytest.mark.long), 8192])
+@pytest.mark.parametrize("users", [pytest.param(users, marks=pytest.mark.long) for users in (64, 8192)])
 def test_the_side_network_is_within_its_budget(scientific, users):
     by_name = costs_by_kernel(scientific, users, CATALOGUE, calls)
     for name, (code, cost) in by_name.items():

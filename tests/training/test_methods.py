@@ -258,7 +258,9 @@ def test_a_stopped_run_goes_on_exactly(method, encoder_views, small_catalogue, t
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", ["full", "lora", *(pytest.param(m, marks=pytest.mark.long) for m in OTHER_METHODS)])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(m, marks=pytest.mark.long) for m in ("full", *OTHER_METHODS))]
+)
 def test_a_run_stopped_within_an_epoch_goes_on_exactly(method, encoder_views, small_catalogue, tmp_path, monkeypatch):
     parts = {"items_at_once": 5} if method in TUNING_METHODS else {}
     config = run_config(small_catalogue, method, encoder_views, epochs=2, **parts)
