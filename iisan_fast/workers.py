@@ -165,7 +165,10 @@ class _Packed:
         self.file = file
 
     def unpack(self) -> Any:
-        """Return the result. Raises ConnectionError if the worker has died."""
+        """Return the result. Raises ConnectionError if the worker has died.
+
+        The pickle is of a process that this one has started, and reaches it through a pipe or file of theirs alone.
+        """
         if self.file is None:
             return pickle.loads(self.content)
         folder = tempfile.gettempdir()

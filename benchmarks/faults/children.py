@@ -30,7 +30,7 @@ FAULTS = ("traceback", "crash", "hang", "memory", "silent")
 
 @dataclass(frozen=True)
 class Ending:
-    """How a call in a child ended."""
+    """Record the end of a call in a child: its kind, its result and what it cost."""
 
     # "done", "refused" (one line about the input), "stopped" (saved on a signal), "killed" (as asked for), or a fault:
     # "traceback", "crash", "hang", "memory"
@@ -185,5 +185,5 @@ def _ending(work: Callable[[], Any]) -> dict[str, Any]:
 
 def _resident(name: str) -> int:
     """Return a resident size of this process in bytes: VmRSS, that of now, or VmHWM, the highest."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) << 10 if found else 0
+    size = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(size[1]) << 10 if size else 0

@@ -164,19 +164,19 @@ def _judged(ending: Ending) -> Outcome:
 
 def _sources(sample: Sample, folder: Path) -> dict[str, Path]:
     """Return the folders that readers get copies of; those of imports and settings are written into `folder`."""
-    made = folder / "import"
-    made.mkdir(parents=True)
+    imports = folder / "import"
+    imports.mkdir(parents=True)
     rows = [f"u{number // 6},i{number * 7 % 11},{1600000000 + number}" for number in range(60)]
     table = "user,item,timestamp\n" + "".join(f"{row}\n" for row in rows)
-    (made / "ratings.csv").write_text(table)
-    (made / "ratings.csv.gz").write_bytes(gzip.compress(table.encode(), mtime=0))
+    (imports / "ratings.csv").write_text(table)
+    (imports / "ratings.csv.gz").write_bytes(gzip.compress(table.encode(), mtime=0))
     names = (f'"a ""big"", red\nthing {number}"' for number in range(60))
     quoted = "".join(f"{name},{row}\n" for name, row in zip(names, rows))
-    (made / "quoted.csv").write_text("name,user,item,timestamp\n" + quoted)
+    (imports / "quoted.csv").write_text("name,user,item,timestamp\n" + quoted)
     header = "user_id:token\titem_id:token\ttimestamp:float\n"
-    (made / "ratings.inter").write_text(header + "".join(row.replace(",", "\t") + "\n" for row in rows))
-    (made / "settings.yaml").write_text(f"dataset: {sample.dataset}\ncache: {sample.cache}\n{SETTINGS_YAML}")
-    shutil.copy(sample.run / "config.json", made / "config.json")
+    (imports / "ratings.inter").write_text(header + "".join(row.replace(",", "\t") + "\n" for row in rows))
+    (imports / "settings.yaml").write_text(f"dataset: {sample.dataset}\ncache: {sample.cache}\n{SETTINGS_YAML}")
+    shutil.copy(sample.run / "config.json", imports / "config.json")
     dataset = folder / "dataset"
     shutil.copytree(sample.dataset, dataset)
     users = (dataset / "users.tsv").read_text().splitlines()
@@ -185,7 +185,7 @@ def _sources(sample: Sample, folder: Path) -> dict[str, Path]:
     items = (dataset / "items.tsv").read_text().splitlines()
     (dataset / "captions.tsv").write_text("".join(f"{line.split()[0]}\ta picture of a thing\n" for line in items))
     encoder = Path(sample.views[1].encoder)
-    return {"import": made, "dataset": dataset, "cache": sample.cache, "run": sample.run, "encoder": encoder}
+    return {"import": imports, "dataset": dataset, "cache": sample.cache, "run": sample.run, "encoder": encoder}
 
 
 SETTINGS_YAML = """\

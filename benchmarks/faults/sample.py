@@ -52,13 +52,13 @@ def make_sample(folder: Path) -> Sample:
     histories = [list(map(int, generator.integers(0, ITEMS, generator.integers(6, 10)))) for _ in range(USERS)]
     demo.write_dataset(dataset, products, histories)
     cache, run = folder / "cache", folder / "run"
-    made = [
+    endings = [
         run_child(lambda: write_encoders(views)),
         run_child(lambda: extract(dataset, cache, views)),
         run_child(lambda: train(dataset, cache, run)),  # compiles the C++ where that was not done yet
     ]
     timed = run_child(lambda: train(dataset, cache, folder / "timed"))
-    for ending in [*made, timed]:
+    for ending in [*endings, timed]:
         if ending.kind != "done":
             raise RuntimeError(f"the sample cannot be made: {ending.message}")
     expected = run_child(lambda: result_of(run)).value

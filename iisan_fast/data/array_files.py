@@ -111,8 +111,10 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) 
     dtype = np.dtype(header[1].decode())
     length = int(header[2] or 1)
     if dtype.itemsize * length != len(content) - header.end():
-        found = f"{len(content) - header.end()} bytes"
-        raise InputError(f"{path}: array {name}: expected {length} of {dtype}, found {found}; restore the file")
+        raise InputError(
+            f"{path}: array {name}: expected {length} of {dtype}, found "
+            f"{len(content) - header.end()} bytes; restore the file"
+        )
     values = np.frombuffer(content, dtype=dtype, count=length, offset=header.end())
     return values if header[2] else values.reshape(())
 

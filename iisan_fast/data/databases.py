@@ -57,7 +57,7 @@ def _check(env: lmdb.Environment, descriptor: int, path: Path, file: Path, writa
             continue
         with transaction:
             snapshots = read_snapshots(descriptor)
-            snapshot = next((each for each in snapshots if each.transaction == transaction.id()), None)
+            snapshot = next((state for state in snapshots if state.transaction == transaction.id()), None)
             if snapshot is None:
                 continue
             try:

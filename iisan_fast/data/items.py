@@ -190,8 +190,8 @@ class ImageLmdb:
             except ImageError as error:
                 raise InputError(f"{self.path}: entry {item_id!r}: {error}") from None
             if stored.id != item_id and self._get(stored.id) is not None:
-                found = f"holds the image of item {stored.id[:100]!r}"
-                raise InputError(f"{self.path}: entry {item_id!r} {found}; write the database again")
+                other = f"holds the image of item {stored.id[:100]!r}"
+                raise InputError(f"{self.path}: entry {item_id!r} {other}; write the database again")
         return value
 
     @staticmethod

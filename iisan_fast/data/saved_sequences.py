@@ -72,8 +72,8 @@ def _integers(arrays: Mapping[str, np.ndarray], name: str, path: Path, dimension
     """Return an array as int64. Raises InputError, naming it, unless it has integers and so many dimensions."""
     array = arrays[name]
     if array.dtype not in (np.int32, np.int64) or array.ndim != dimensions:
-        found = f"{array.dtype} of shape {array.shape}"
-        raise InputError(f"{path}: array {name}: expected integers in {dimensions} dimensions, found {found}")
+        form = f"{array.dtype} of shape {array.shape}"
+        raise InputError(f"{path}: array {name}: expected integers in {dimensions} dimensions, found {form}")
     return array.astype(np.int64)
 
 

@@ -51,11 +51,11 @@ def own_classes(folder: Path, kind: str) -> list[OwnClass]:
     folder: of the checkpoint's files. kind: "text", "image" or "captions". Raises InputError for a JSON file that
     cannot be read, and for an `auto_map` that does not name classes.
     """
-    found = []
+    classes: list[OwnClass] = []
     for file in FILES:
         if (folder / file).exists() or (folder / file).is_symlink():
-            found += list(_named_classes(read_json(folder / file), folder / file))
-    return [named for named in found if named.automatic not in NOT_LOADED[kind]]
+            classes += _named_classes(read_json(folder / file), folder / file)
+    return [named for named in classes if named.automatic not in NOT_LOADED[kind]]
 
 
 def accepted_own_code(name: str, folder: Path, kind: str, trusted: bool) -> list[OwnClass]:
@@ -69,7 +69,7 @@ def accepted_own_code(name: str, folder: Path, kind: str, trusted: bool) -> list
         raise InputError(f"{name}: {named[0]}, code of its own; {HOW_TO_RUN}")
     if kind == "captions" and (folder / "custom_generate").is_dir() and not trusted:
         raise InputError(f"{name}: custom_generate/generate.py is code of its own; {HOW_TO_RUN}")
-    if not any(own.automatic == MODELS[kind] for own in named):
+    if not any(own_class.automatic == MODELS[kind] for own_class in named):
         _refuse_defined_architecture(name, folder)
     return named
 
@@ -112,8 +112,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
-        found = "null" if values is None else type(values).__name__
-        raise InputError(f"{path}: expected a JSON object, found {found}")
+        kind = "null" if values is None else type(values).__name__
+        raise InputError(f"{path}: expected a JSON object, found {kind}")
     return values
 
 

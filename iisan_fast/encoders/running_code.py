@@ -22,8 +22,8 @@ def own_model_class(name: str, named: Sequence[OwnClass], kind: str) -> type[Pre
     name: a folder or a hub name. named: from `accepted_own_code`. kind: what is read, as there. Raises InputError if
     the checkpoint has classes of its own for other heads alone.
     """
-    models = [own for own in named if own.automatic.startswith("AutoModel")]
-    fitting = [own for own in models if own.automatic == MODELS[kind]]
+    models = [own_class for own_class in named if own_class.automatic.startswith("AutoModel")]
+    fitting = [own_class for own_class in models if own_class.automatic == MODELS[kind]]
     if models and not fitting:
         raise InputError(f"{name}: {models[0]}, and none for {MODELS[kind]}, which is what is read here")
     if not fitting:
@@ -42,9 +42,9 @@ def refuse_other_classes(name: str, named: Sequence[OwnClass], kind: str, runnin
     """
     running_references = {_reference(loaded) for loaded in running if _is_own(loaded)}
     references: dict[str, list[str]] = {}
-    for own in named:
-        if own.automatic == MODELS[kind] or not own.automatic.startswith("AutoModel"):
-            references.setdefault(own.automatic, []).append(own.reference.rpartition("--")[2])
+    for own_class in named:
+        if own_class.automatic == MODELS[kind] or not own_class.automatic.startswith("AutoModel"):
+            references.setdefault(own_class.automatic, []).append(own_class.reference.rpartition("--")[2])
     for automatic, expected in references.items():
         if not running_references.intersection(expected):
             raise InputError(

@@ -47,10 +47,10 @@ class BadRows:
         """
         if self.policy == "error":
             raise InputError(f"{self.path} {self.unit} {places[0]}: {problem}; {HINT}")
-        found = self.kinds.setdefault(kind, BadKind(self.unit))
-        found.count += len(places)
-        room = PLACES_SHOWN - len(found.places)
-        found.places += [int(place) for place in places[:room]]
+        of_kind = self.kinds.setdefault(kind, BadKind(self.unit))
+        of_kind.count += len(places)
+        room = PLACES_SHOWN - len(of_kind.places)
+        of_kind.places += [int(place) for place in places[:room]]
 
     def finish(self, good: int) -> None:
         """Take the number of rows that fit, and warn of the others. Raises InputError if there are only others."""

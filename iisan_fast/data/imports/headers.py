@@ -16,10 +16,10 @@ ADVICE = "name its columns in order with --columns (of a table of titles, --item
 def refuse_other_separator(path: Path, fields: Sequence[str], separator: str) -> None:
     """Raise InputError if a first line is one field that holds another usual separator."""
     if len(fields) == 1 and fields[0].replace("\t", "").isprintable():
-        found = next((name for mark, name in SEPARATORS.items() if mark in fields[0] and mark != separator), None)
-        if found is not None:
+        other = next((name for mark, name in SEPARATORS.items() if mark in fields[0] and mark != separator), None)
+        if other is not None:
             raise InputError(
-                f"{path} line 1: expected {SEPARATORS[separator]} between fields, found {found}; "
+                f"{path} line 1: expected {SEPARATORS[separator]} between fields, found {other}; "
                 f"write the file with {SEPARATORS[separator]}"
             )
 
