@@ -9,8 +9,18 @@ from typing import Any
 import click
 
 DATA, ENCODERS, MODEL, TRAINING, EVALUATION = "Data", "Encoders", "Model", "Training", "Evaluation"
-SETTINGS, BENCHMARK, OUTPUT = "Settings", "Benchmark", "Device and output"
-GROUPS = (DATA, ENCODERS, MODEL, TRAINING, EVALUATION, BENCHMARK, SETTINGS, OUTPUT)  # in the order of a help page
+SCORING, SETTINGS, BENCHMARK, OUTPUT = "Neighbour terms", "Settings", "Benchmark", "Device and output"
+GROUPS = (
+    DATA,
+    ENCODERS,
+    MODEL,
+    TRAINING,
+    EVALUATION,
+    SCORING,
+    BENCHMARK,
+    SETTINGS,
+    OUTPUT,
+)  # in the order of a help page
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 

@@ -13,13 +13,14 @@ from ..config import (
     ModelConfig,
     ProtocolConfig,
     RunConfig,
+    ScoringConfig,
     TrainConfig,
     UncachedConfig,
 )
 from ..errors import InputError
 from .config_options import chosen_changes, config_options, read_config
 from .dry_runs import print_run
-from .help_pages import DATA, ENCODERS, EVALUATION, MODEL, OUTPUT, TRAINING, command, option
+from .help_pages import DATA, ENCODERS, EVALUATION, MODEL, OUTPUT, SCORING, TRAINING, command, option
 from .options import FOLDER, device_option, output_options, protocol_options
 from .output import percent, print_json, print_metrics
 from .setting_options import given_settings, option_names, setting_options
@@ -41,6 +42,7 @@ SECTIONS = {
     "model": ModelConfig,
     "train": TrainConfig,
     "evaluation": EvaluationConfig,
+    "scoring": ScoringConfig,
     "uncached": UncachedConfig,
 }
 WRITTEN_HERE = ("dataset", "cache")  # settings of RunConfig with an argument and an option written below
@@ -71,6 +73,7 @@ CHANGED_BY_RESUME = {  # option: the argument of iisan_fast.resume
     "anew, and --epochs, --patience and --checkpoint-every.",
 )
 @setting_options(EvaluationConfig, EVALUATION)
+@setting_options(ScoringConfig, SCORING)
 @config_options
 @option(
     "--table",

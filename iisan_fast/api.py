@@ -19,6 +19,7 @@ from .config import (
     ModelConfig,
     ProtocolConfig,
     RunConfig,
+    ScoringConfig,
     TrainConfig,
     UncachedConfig,
     ViewConfig,
@@ -151,6 +152,7 @@ def train(
     model: ModelConfig | None = None,
     train: TrainConfig | None = None,
     evaluation: EvaluationConfig | None = None,
+    scoring: ScoringConfig | None = None,
     changes: Mapping[str, Any] | None = None,
     out: PathLike | None = None,
     device: str | torch.device = "auto",
@@ -171,7 +173,7 @@ def train(
     config: settings to start from: a RunConfig, a YAML or JSON file such as a recipe or a run's config.json, or a
         mapping of the same form. Encoders in it run in every step if `uncached` or the method asks for it; otherwise
         the cache's views of their names are read.
-    protocol, model, train, evaluation: sections of the configuration; they replace those of `config`.
+    protocol, model, train, evaluation, scoring: sections of the configuration; they replace those of `config`.
     changes: settings by dotted name, as {"model.bottlenecks.first": 512}; they go last.
     out: the run's folder, which must not hold a run yet; by default the next free runs/NAME-N.
     table: where the hidden states lie: device, pinned (host memory), mapped (their file), or auto, where they fit.
@@ -195,7 +197,7 @@ def train(
         if config is not None:
             raise InputError("config: the first argument is a configuration already; give one of them")
         dataset, config = None, dataset
-    chosen = _section_settings(protocol=protocol, model=model, train=train, evaluation=evaluation)
+    chosen = _section_settings(protocol=protocol, model=model, train=train, evaluation=evaluation, scoring=scoring)
     chosen |= _data_settings(dataset, cache, [*chosen, *settings, *(changes or {})])
     chosen |= settings
     encoders = take_views(chosen, _view_configs(views))

@@ -54,6 +54,9 @@ LEARNING_RATES: dict[str, dict[str, float]] = {  # of each method's groups of pa
 }
 METHODS = tuple(LEARNING_RATES)
 TOWERS = ("first", "second", "inter")  # over the first view, the second, and both
+ITEM_IDS_RATE = {"item_embeddings": 1e-3}  # of the item vectors that the setting item_ids adds
+LOSSES = ("in-batch", "full", "sampled", "gbce")
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,15 @@ class ModelConfig:
     blocks: int = setting(2, help="Transformer blocks of the sequence encoder.", minimum=1, maximum=65_536)
     attention_heads: int = setting(2, help="Attention heads of the sequence encoder.", minimum=1, maximum=65_536)
     dropout: float = setting(0.1, help="Dropout probability of the sequence encoder.", minimum=0, below=1)
+    standardise: bool = setting(
+        False, help="Give each number of a kept layer's states mean 0 and deviation 1 over the catalogue."
+    )
+    item_ids: bool = setting(
+        False, help="Add a trained vector to the vector of each item that occurs in training; others stay as they are."
+    )
+    item_id_dropout: float = setting(
+        0.3, help="Dropout probability of the vectors that item_ids adds.", minimum=0, below=1
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -269,6 +281,32 @@ class TrainConfig:
         below=1,
         automatic="the method's own",
     )
+    reverse: bool = setting(False, help="Train on each history in reverse order too, as on a further user's.")
+    loss: str = setting(
+        "in-batch",
+        help="Loss: cross-entropy over the batch's items (in-batch), all items (full) or N random ones (sampled:N), "
+        "or the binary one of gSASRec with N random items (gbce:N).",
+    )
+    debias: bool | None = setting(
+        None, help="Subtract log popularity from the loss's scores.", automatic="on for in-batch, else off"
+    )
+    own_mask: bool = setting(True, help="Leave the user's own items out of the negative ones.")
+    weight_decay: float = setting(0.0, help="Decoupled weight decay (AdamW).", minimum=0, maximum=100)
+    schedule: str = setting(
+        "constant", help="Learning rates over the run: constant, or falling to 0 at the last epoch.", choices=SCHEDULES
+    )
+    warmup_epochs: float = setting(
+        0.0, help="Epochs over which the learning rates rise from 0 to their value.", minimum=0, maximum=1_000_000
+    )
+    clip_norm: float | None = setting(
+        None, help="Largest norm of all gradients together; longer ones are scaled to it.", minimum=0, automatic="none"
+    )
+    ema_decay: float = setting(
+        0.0,
+        help="Decay of averaged weights, which are validated and kept in place of the last; 0: none.",
+        minimum=0,
+        below=1,
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -300,6 +338,39 @@ class EvaluationConfig:
         check_settings(self)
         if not self.ks:
             raise InputError("ks: expected one or more cut-offs, found none")
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """Two terms added to a model's scores, from the items of the same users and from items of similar content."""
+
+    cooccurrence: float = setting(
+        0.0,
+        help="Weight of the items that follow or precede those of the history in training; 0: none.",
+        minimum=0,
+        maximum=1_000_000,
+    )
+    similarity: float = setting(
+        0.0,
+        help="Weight of the items whose frozen states are like those of the last three items; 0: none.",
+        minimum=0,
+        maximum=1_000_000,
+    )
+    fit_terms: bool = setting(False, help="Choose both weights by validation, on a small grid.")
+    cooccurrence_neighbours: int = setting(
+        200,
+        help="Items that each item keeps in the co-occurrence matrix, the strongest ones.",
+        minimum=1,
+        maximum=1_000_000,
+    )
+    similarity_dims: int = setting(
+        128, help="Principal components of the states that similarity compares.", minimum=1, maximum=65_536
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.fit_terms and (self.cooccurrence or self.similarity):
+            raise InputError("fit_terms: chooses cooccurrence and similarity; leave them out, or leave out fit_terms")
 
 
 @dataclass(frozen=True)
@@ -378,6 +449,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -399,7 +471,7 @@ class RunConfig:
             raise InputError("cache: id reads no states; leave it out")
         self.model.check_views(len(self.views))
         self._refuse_what_has_no_effect()
-        rates = LEARNING_RATES[method]
+        rates = LEARNING_RATES[method] | (ITEM_IDS_RATE if self.model.item_ids else {})
         unknown = [group for group in self.train.learning_rates if group not in rates]
         if unknown:
             raise InputError(f"learning_rates.{unknown[0]}: {method} has {', '.join(rates)}")

@@ -21,6 +21,7 @@ from .config import (
     ModelConfig,
     ProtocolConfig,
     RunConfig,
+    ScoringConfig,
     TrainConfig,
     UncachedConfig,
     ViewConfig,
@@ -39,6 +40,7 @@ SECTIONS: dict[str, Any] = {
     "model": ModelConfig,
     "train": TrainConfig,
     "evaluation": EvaluationConfig,
+    "scoring": ScoringConfig,
     "uncached": UncachedConfig,
     "extraction": ExtractionConfig,
 }

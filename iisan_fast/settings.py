@@ -33,7 +33,7 @@ from .trusted_code import TRUST, is_trusted, refuse_unasked_code, trust_running_
 LOGGER = logging.getLogger(__name__)
 Section = TypeVar("Section", ProtocolConfig, EvaluationConfig, ExtractionConfig)
 OTHER_NAMES = {"epochs": "max_epochs"}
-RUN_SECTIONS = ("protocol", "model", "train", "evaluation", "uncached")
+RUN_SECTIONS = ("protocol", "model", "train", "evaluation", "scoring", "uncached")
 SECTION_OF = {
     field.name: section
     for section in RUN_SECTIONS

@@ -86,6 +86,14 @@ class SequenceGrid(NamedTuple):
     length: int  # number of positions, at most as many as the encoder has
 
 
+class AddedScores(NamedTuple):
+    """What is added to the scores of a few items of each of U users, beside the dot products: a sparse matrix."""
+
+    offsets: Tensor  # int64 [U + 1]: user u has the entries offsets[u]:offsets[u + 1]
+    items: Tensor  # int64 [E]: row numbers of items, ascending within a user, each once
+    values: Tensor  # [E], in the dtype of the queries
+
+
 class SequenceDropout(NamedTuple):
     """The dropout of one step, as `sequence_dropout` makes it: a hash decides each mask bit."""
 

@@ -157,7 +157,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(toy_run, finished_run, tmp_path
     assert config == f"error: --config: expected a file, found the folder {dataset}\n"
     nowhere = refused("train", dataset, "--cache", cache, *FAST, "--out", "/proc/nowhere")
     assert nowhere == "error: /proc/nowhere: No such file or directory\n"
-    assert "Did you mean '--epochs'?" in refused("train", dataset, "--epoch", 3)
+    assert "Did you mean one of: '--epochs', " in refused("train", dataset, "--epoch", 3)
     assert "Did you mean 'train'?" in refused("trian")
     assert "No such file" in refused("train", dataset, "--cache", cache, "--config", tmp_path / "no.json", *out)
     assert "--k: expected at least 1, found 0" in refused("evaluate", finished_run, "--k", 0)
