@@ -10,7 +10,7 @@ import click
 from ..config import EvaluationConfig
 from .help_pages import EVALUATION, command, option
 from .options import FOLDER, device_option, output_options
-from .output import print_json, print_metrics
+from .output import print_json, print_run_metrics
 from .setting_options import given_settings, setting_options
 
 EXAMPLES = (
@@ -41,4 +41,4 @@ def evaluate(run: Path, split: str, device: str, as_json: bool, **options: Any) 
         print_json(result)
         return
     title = f"{run}, epoch {result['best_epoch']}"
-    print_metrics(title, {result["method"]: result[split], "popularity": result["popularity"]})
+    print_run_metrics(title, result, split)

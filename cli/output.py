@@ -17,6 +17,8 @@ from ..printable import printable
 from .streams import BROKEN_PIPE, ESCAPED, discard_output
 
 METRICS_ABREAST = 4  # columns of metrics that fit 80 characters
+BASELINES = ("popularity", "neighbours")
+WITHOUT_SIMILARITY = "; neighbours without similarity, because the run has no cached states"
 
 
 class TableConsole(Console):
@@ -54,16 +56,25 @@ def print_counts(title: str, rows: dict[str, str]) -> None:
     print_table(table)
 
 
-def print_metrics(title: str, reports: dict[str, dict[str, Any]]) -> None:
-    """Print metrics in percent: for each report, history masked and unmasked, by all, warm and cold targets.
+def print_run_metrics(title: str, result: dict[str, Any], split: str) -> None:
+    """Print a run's metrics in percent, beside those of the baselines, for which nothing is trained.
 
-    reports: by the name of a model, its metrics as `evaluate` returns them.
+    There are rows for the history masked and unmasked, by all, warm and cold targets. The title has the weights of the
+    terms that were added to the run's scores. The caption says if the baseline `neighbours` has no similarity.
+    result: as `iisan_fast.train` and `iisan_fast.evaluate` return it; one of an earlier version may lack "neighbours"
+    and "scoring". split: the name of the run's metrics in it.
     """
-    any_report = next(iter(reports.values()))
-    names = [name for name in any_report["masked"] if name not in ("warm", "cold")]
+    reports = {result["method"]: result[split]}
+    reports |= {name: result[name] for name in BASELINES if name in result and name not in reports}
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in result.get("scoring", {}).items() if weight)
+    title = f"{title}, {weights}" if weights else title
+    caption = _users_counted(result[split])
+    if not result.get("neighbours", {}).get("similarity", True):
+        caption += WITHOUT_SIMILARITY
+    names = [name for name in result[split]["masked"] if name not in ("warm", "cold")]
     parts = [names[start : start + METRICS_ABREAST] for start in range(0, len(names), METRICS_ABREAST)]
     for part in parts:
-        print_table(_metrics_table(title, part, reports, _caption(any_report) if part is parts[-1] else None))
+        print_table(_metrics_table(title, part, reports, caption if part is parts[-1] else None))
 
 
 def _metrics_table(title: str, names: list[str], reports: dict[str, dict[str, Any]], caption: str | None) -> Table:
@@ -87,7 +98,7 @@ def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.2f}"
 
 
-def _caption(report: dict[str, Any]) -> str:
+def _users_counted(report: dict[str, Any]) -> str:
     """Return a sentence about the users whose targets were ranked."""
     warm, cold = report["masked"]["warm"]["users"], report["masked"]["cold"]["users"]
     return (

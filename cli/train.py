@@ -22,7 +22,7 @@ from .config_options import chosen_changes, config_options, read_config
 from .dry_runs import print_run
 from .help_pages import DATA, ENCODERS, EVALUATION, MODEL, OUTPUT, SCORING, TRAINING, command, option
 from .options import FOLDER, device_option, output_options, protocol_options
-from .output import percent, print_json, print_metrics
+from .output import percent, print_json, print_run_metrics
 from .setting_options import given_settings, option_names, setting_options
 from .verbosity import report
 from .views import encoder_settings, view_options
@@ -116,7 +116,7 @@ def train(
         print_run(result)
     else:
         title = f"{result['run']}: best epoch {result['best_epoch']} of {result['epochs']}"
-        print_metrics(title, {result["method"]: result["test"], "popularity": result["popularity"]})
+        print_run_metrics(title, result, "test")
 
 
 def _settings(dataset: Path | None, options: dict[str, Any]) -> dict[str, Any]:
