@@ -192,7 +192,7 @@ class ModelConfig:
     attention_heads: int = setting(2, help="Attention heads of the sequence encoder.", minimum=1, maximum=65_536)
     dropout: float = setting(0.1, help="Dropout probability of the sequence encoder.", minimum=0, below=1)
     standardise: bool = setting(
-        False, help="Give each number of a kept layer's states mean 0 and deviation 1 over the catalogue."
+        False, help="Give each number of the cached states mean 0 and deviation 1 over the catalogue."
     )
     item_ids: bool = setting(
         False, help="Add a trained vector to the vector of each item that occurs in training; others stay as they are."
@@ -478,12 +478,26 @@ class RunConfig:
         resolved = dataclasses.replace(self.train, learning_rates={**rates, **self.train.learning_rates})
         object.__setattr__(self, "train", resolved)
 
+    def _refuse_standardise(self) -> None:
+        """Raise InputError unless the run reads states from a cache, which are all known before the first step."""
+        method = self.model.method
+        if method not in STATE_METHODS:
+            reason = "reads no states" if method == "id" else "trains its encoders, so their states change"
+            raise InputError(f"standardise: {method} {reason}; leave it out")
+        if self.uncached is not None:
+            raise InputError(
+                "standardise: needs the states of all items before the first step, and encoders that run in every step "
+                "give those of a batch; store them with iisan-fast extract and give the cache"
+            )
+
     def _refuse_what_has_no_effect(self) -> None:
         """Raise InputError for settings that have no effect with the method."""
         method = self.model.method
         uncached = self.uncached
         if self.train.precision == "bfloat16" and method in ("frozen", "id"):
             raise InputError(f"precision: {method} has no products to take bfloat16; leave it at auto")
+        if self.model.standardise:
+            self._refuse_standardise()
         if uncached is None:
             return
         if method not in TUNING_METHODS and (uncached.checkpointing or uncached.items_at_once is not None):

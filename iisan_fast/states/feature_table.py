@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..kernels import States
 from .item_source import Gathered
 from .placement import place
+from .standardise import StateStatistics, state_statistics
 from .store import Store, group_positions
 from .view_shapes import ViewShape
 
@@ -31,6 +32,7 @@ class FeatureTable:
     """A table on the device: the selected layers of every item. Row 0 is padding and holds zeros."""
 
     views: tuple[Tensor, ...]  # [items + 1, layers K, width D] of each view
+    statistics: Mapping[str, StateStatistics] = field(default_factory=dict)  # of each view, if it is standardised
     items_at_once: ClassVar[int] = STATES_AT_ONCE
 
     @property
@@ -72,6 +74,7 @@ class GatheredTable(ABC):
         self.dtypes = dtypes
         self.rows = rows
         self.device = device
+        self.statistics: Mapping[str, StateStatistics] = {}
 
     def gather(self, items: Tensor) -> Gathered:
         """Return the rows of item numbers int64 [N] in host memory, pinned for CUDA: a tensor [N, K, D] for each view.
@@ -110,10 +113,16 @@ class GatheredTable(ABC):
 class PinnedTable(GatheredTable):
     """A table in host memory, which is pinned if the device is CUDA."""
 
-    def __init__(self, views: tuple[Tensor, ...], device: torch.device) -> None:
-        """Take the tensors [items + 1, K, D] of the views, and the device that rows are copied to."""
+    def __init__(
+        self, views: tuple[Tensor, ...], device: torch.device, statistics: Mapping[str, StateStatistics] | None = None
+    ) -> None:
+        """Take the tensors [items + 1, K, D] of the views, and the device that rows are copied to.
+
+        statistics: with which each view was standardised; None if it was not.
+        """
         super().__init__(_shapes(views), [view.dtype for view in views], len(views[0]), device)
         self.views = views
+        self.statistics = statistics or {}
 
     def close(self) -> None:
         """Do nothing: the table keeps no files open."""
@@ -150,6 +159,17 @@ class MappedTable(GatheredTable):
         for name in names:
             store.check(name, item_ids)
 
+    def standardise(self) -> None:
+        """Standardise all rows from now on, as they are read. All states are read once for the statistics.
+
+        Raises InputError if the store cannot give a row, or if a number is not finite.
+        """
+        statistics = {}
+        for name, positions, dtype in zip(self.names, self.positions, self.dtypes):
+            parts = (rows for _, rows in _parts(self.store, name, self.item_ids, positions))
+            statistics[name] = state_statistics(parts, dtype, _where(self.store, name))
+        self.statistics = statistics
+
     def close(self) -> None:
         """Close the store."""
         self.store.close()
@@ -166,6 +186,8 @@ class MappedTable(GatheredTable):
         self.store.read(self.names[view], ids, stored[: len(ids)], self.positions[view])
         if stored is not into:
             into.copy_(stored)
+        if statistics := self.statistics.get(self.names[view]):
+            statistics.standardise(into[: len(ids)])
 
 
 class TablePlan(NamedTuple):
@@ -187,31 +209,47 @@ def load_table(
     placement: str = "auto",
     dtype: torch.dtype | None = None,
     layer_groups: int | None = None,
+    standardise: bool = False,
 ) -> FeatureTable | PinnedTable | MappedTable:
     """Load views of a store into a table for the items in the order of `item_ids`. Item numbers count from 1.
 
     cache: the store's folder, or a store that is open for reading, which the table then closes. placement: one of
     config.PLACEMENTS; "auto" chooses by free memory. dtype: of the table; None for the store's. layer_groups: keep the
     embedding output and the last block of that many groups of the encoder's blocks; None keeps all stored layers.
-    Raises InputError if the store, a view, a layer or an item's states are missing or damaged, or if the placement does
-    not fit.
+    standardise: give each number of a layer mean 0 and deviation 1 over the items, in the table itself or, for a mapped
+    one, as rows are read. Raises InputError if the store, a view, a layer or an item's states are missing or damaged,
+    or if the placement does not fit.
     """
     store = cache if isinstance(cache, Store) else Store(cache)
     try:
         plan = plan_table(store, views, item_ids, device, placement, dtype, layer_groups)
         if plan.place == "mapped":
-            return MappedTable(store, plan.names, item_ids, plan.positions, plan.dtypes, device)
+            table = MappedTable(store, plan.names, item_ids, plan.positions, plan.dtypes, device)
+            if standardise:
+                table.standardise()
+            return table
         target = device if plan.place == "device" else torch.device("cpu")
         pinned = plan.place == "pinned" and device.type == "cuda"
         tables = tuple(
-            _load(store, name, item_ids, layers, torch.zeros(shape, dtype=kind, device=target, pin_memory=pinned))
-            for name, layers, shape, kind in zip(plan.names, plan.positions, plan.shapes, plan.dtypes)
+            torch.zeros(shape, dtype=kind, device=target, pin_memory=pinned)
+            for shape, kind in zip(plan.shapes, plan.dtypes)
         )
+        statistics = {}
+        for name, layers, view in zip(plan.names, plan.positions, tables):
+            parts = _loaded(store, name, item_ids, layers, view)
+            if standardise:
+                statistics[name] = state_statistics(parts, view.dtype, _where(store, name))
+                statistics[name].standardise(view[1:])
+            else:
+                for _ in parts:
+                    pass
     except BaseException:
         store.close()
         raise
     store.close()
-    return FeatureTable(tables) if plan.place == "device" else PinnedTable(tables, device)
+    if plan.place == "device":
+        return FeatureTable(tables, statistics)
+    return PinnedTable(tables, device, statistics)
 
 
 def unread_table(
@@ -266,12 +304,30 @@ def _shape(view: dict[str, Any], positions: list[int] | None) -> ViewShape:
     return ViewShape(len(view["layers"] if positions is None else positions), view["width"])
 
 
-def _load(store: Store, name: str, item_ids: list[str], positions: list[int] | None, table: Tensor) -> Tensor:
-    """Fill the rows from 1 of a table [items + 1, K, D] from the store, and return the table."""
-    stored = getattr(torch, store.view(name)["dtype"])
-    staging = torch.empty((min(ITEMS_AT_ONCE, len(item_ids)), *table.shape[1:]), dtype=stored)
+def _where(store: Store, name: str) -> str:
+    """Return the name of a view for messages."""
+    return f"{store.path}: view {name!r}"
+
+
+def _loaded(
+    store: Store, name: str, item_ids: list[str], positions: list[int] | None, table: Tensor
+) -> Iterator[Tensor]:
+    """Fill the rows from 1 of a table [items + 1, K, D] from the store, and yield the states of each part."""
+    for start, rows in _parts(store, name, item_ids, positions):
+        table[1 + start : 1 + start + len(rows)] = rows
+        yield rows
+
+
+def _parts(store: Store, name: str, item_ids: list[str], positions: list[int] | None) -> Iterator[tuple[int, Tensor]]:
+    """Yield the states of all items in parts: the first item's place, and states [N, K, D], which the next overwrites.
+
+    Raises InputError if the store cannot give a row.
+    """
+    view = store.view(name)
+    size = min(ITEMS_AT_ONCE, len(item_ids))
+    staging = torch.empty((size, *_shape(view, positions)), dtype=getattr(torch, view["dtype"]))
     for start in range(0, len(item_ids), ITEMS_AT_ONCE):
         part = item_ids[start : start + ITEMS_AT_ONCE]
-        store.read(name, part, staging[: len(part)], positions)
-        table[1 + start : 1 + start + len(part)] = staging[: len(part)]
-    return table
+        rows = staging[: len(part)]
+        store.read(name, part, rows, positions)
+        yield start, rows

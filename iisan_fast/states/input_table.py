@@ -7,7 +7,7 @@ not, they are decoded from the dataset's files ahead of each step. All of these 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from typing import TypeVar
@@ -26,6 +26,7 @@ from ..workers import batched, usable_cpus, worker_count
 from .encoder_inputs import BLANK, ImageInputs, TextInputs, inputs_ahead, new_rows, open_sources, view_inputs
 from .item_source import Chunks, Gathered
 from .placement import place
+from .standardise import StateStatistics
 from .view_shapes import ViewShape
 
 LOGGER = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class InputTable:
 
     index_device = torch.device("cpu")
     items_at_once = INPUTS_AT_ONCE
+    statistics: Mapping[str, StateStatistics] = {}  # no states are standardised
 
     def __init__(
         self,
@@ -118,6 +120,7 @@ class EncodedTable:
 
     index_device = torch.device("cpu")
     items_at_once = INPUTS_AT_ONCE
+    statistics: Mapping[str, StateStatistics] = {}  # no states are standardised
 
     def __init__(self, inputs: InputTable, stored: torch.dtype, dtype: torch.dtype | None = None) -> None:
         """Take the encoders' inputs, the dtype to round states to, and the dtype of the result; None for `stored`."""

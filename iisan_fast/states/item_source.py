@@ -6,12 +6,14 @@ in the order of the steps, and never waits for the host.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..kernels import States
+from .standardise import StateStatistics
 
 
 class Chunks(NamedTuple):
@@ -41,6 +43,10 @@ class ItemSource(Protocol):
     rows: int  # number of items, and one for padding
     index_device: torch.device  # where `read` takes item numbers if nothing was gathered
     items_at_once: int  # items to read at a time when the whole catalogue is read
+
+    @property
+    def statistics(self) -> Mapping[str, StateStatistics]:
+        """Return the statistics with which each view's states are standardised, by name; empty if they are not."""
 
     def gather(self, items: Tensor) -> Gathered:
         """Return the tensors in host memory that `read` needs for item numbers int64 [N] on the host.

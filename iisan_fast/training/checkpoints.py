@@ -23,6 +23,7 @@ from ..checksums import checksum, tensor_checksums
 from ..errors import InputError
 from ..files import refuse_irregular, whole_file
 from ..recorded_json import parse_json_object
+from ..states import ItemSource
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 ITEM_VECTORS = "item_vectors"  # the name of the catalogue's vectors in the best checkpoint
@@ -255,6 +256,17 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     Frozen parameters are not stored: they come from the encoders' files.
     """
     return {f"model.{name}": parameter for name, parameter in _trained(model).items()}
+
+
+def best_tensors(model: nn.Module, vectors: Tensor, source: ItemSource) -> dict[str, Tensor]:
+    """Return the tensors of a best checkpoint: trained weights, item vectors, statistics of standardised states.
+
+    vectors: [items, d] of the catalogue. source: the items.
+    """
+    tensors = {**named_weights(model), ITEM_VECTORS: vectors}
+    for view, statistics in source.statistics.items():
+        tensors |= statistics.tensors(view)
+    return tensors
 
 
 class _Form(NamedTuple):

@@ -177,8 +177,11 @@ def _open_cache(
 ) -> tuple[ItemSource, Descriptions]:
     """Return the table of a cache's states, and the descriptions of its views."""
     store, views = _described_store(config, cache, sequences.item_ids)
-    groups = config.model.layer_groups
-    return load_table(store, config.views, sequences.item_ids, device, placement, dtype, groups), views
+    model = config.model
+    table = load_table(
+        store, config.views, sequences.item_ids, device, placement, dtype, model.layer_groups, model.standardise
+    )
+    return table, views
 
 
 def _described_store(config: RunConfig, cache: Path, item_ids: list[str]) -> tuple[Store, Descriptions]:

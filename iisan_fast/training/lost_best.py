@@ -10,7 +10,7 @@ import logging
 from ..errors import InputError
 from ..models import Recommender
 from ..states import ItemSource
-from .checkpoints import ITEM_VECTORS, item_vectors, load_checkpoint, load_weights, named_weights
+from .checkpoints import best_tensors, item_vectors, load_checkpoint, load_weights
 from .determinism import deterministic
 from .run_folder import RunFolder
 from .run_progress import Progress
@@ -48,7 +48,7 @@ def refuse_lost_best(
             model.eval()
             with deterministic():
                 vectors = model.catalogue_vectors(source)
-            folder.save_best({**named_weights(model), ITEM_VECTORS: vectors}, {"epoch": progress.best_epoch})
+            folder.save_best(best_tensors(model, vectors, source), {"epoch": progress.best_epoch})
             return
     raise InputError(f"{problem}; no other checkpoint holds the weights of epoch {progress.best_epoch}")
 

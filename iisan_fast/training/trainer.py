@@ -32,9 +32,9 @@ from ..progress import progress_bar
 from ..states import ItemSource, PlannedBatch, PreparedBatch, planned_batches, prepared_batches
 from ..stop_signals import Interrupted, StopRequest, stop_requests
 from .checkpoints import (
-    ITEM_VECTORS,
     RESTORE,
     adam_tensors,
+    best_tensors,
     item_vectors,
     load_adam,
     load_weights,
@@ -237,7 +237,7 @@ class Trainer:
             raise self._stopped(folder, request.signal_number) from None
         progress.finish_epoch(report, time.perf_counter() - trained, self.sequences.epoch_interactions)
         if progress.best_epoch == progress.epoch:
-            folder.save_best({**named_weights(self.model), ITEM_VECTORS: vectors}, {"epoch": progress.epoch})
+            folder.save_best(best_tensors(self.model, vectors, self.source), {"epoch": progress.epoch})
         self._save(folder)  # it also holds the metrics, so that both agree after a crash
         folder.write_metrics(progress.lines)
 

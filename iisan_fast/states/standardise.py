@@ -1,0 +1,72 @@
+"""Standardise hidden states: each number of a layer gets mean 0 and deviation 1 over the catalogue.
+
+The statistics are computed on the host in float64, one row after the other, so that they do not depend on the device,
+the number of threads, or the size of the parts in which the states are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+ROWS_AT_ONCE = 512  # items whose states are converted to float64 at a time
+
+
+class StateStatistics:
+    """The mean and the deviation of each number of a view's states over the catalogue."""
+
+    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
+        """Take the mean and the deviation, float64 [K, D] on the host. Deviation 0: all items have the same number."""
+        self.mean = mean
+        self.deviation = deviation
+        # A number without deviation is multiplied by 0.
+        self._factors = torch.where(deviation > 0, 1 / deviation, 0.0)
+
+    def standardise(self, states: Tensor) -> None:
+        """Replace states [N, K, D] by (states - mean) / deviation, in place; 0 where the deviation is 0.
+
+        The results are computed in float64 and rounded to the dtype of the states once. Any device gives equal results.
+        """
+        mean = self.mean.to(states.device)
+        factors = self._factors.to(states.device)
+        for part in states.split(ROWS_AT_ONCE):
+            part.copy_((part.double() - mean) * factors)
+
+    def tensors(self, view: str) -> dict[str, Tensor]:
+        """Return the statistics by the names that a checkpoint has for those of this view."""
+        return {f"states.mean.{view}": self.mean, f"states.deviation.{view}": self.deviation}
+
+
+def state_statistics(parts: Iterable[Tensor], dtype: torch.dtype, where: str) -> StateStatistics:
+    """Return the statistics of a view's states, parts [N, K, D] on the host with at least one item in all.
+
+    The deviation is that of the whole catalogue: the root of the mean square difference from the mean. dtype: of the
+    table, to which the states are rounded first. where: the view, for the message. Raises InputError if a number is not
+    finite.
+    """
+    count = 0
+    with np.errstate(invalid="ignore", over="ignore"):  # such numbers are refused below
+        for states in (states for part in parts for states in part.split(ROWS_AT_ONCE)):
+            rows = states.to(dtype).double().numpy()
+            if count == 0:
+                first = rows[0].copy()  # subtracted, so that equal numbers give exactly 0, and a large mean loses none
+                total = np.zeros_like(first)
+                squares = np.zeros_like(first)
+            count += len(rows)
+            for row in rows - first:
+                total += row
+                squares += row * row
+        mean = total / count
+        deviation = np.sqrt(np.maximum(squares / count - mean * mean, 0))
+    if not np.isfinite(deviation).all():
+        layer, number = np.argwhere(~np.isfinite(deviation))[0].tolist()
+        raise InputError(
+            f"{where}: standardise: expected finite states, found one that is not (kept layer {layer + 1}, number "
+            f"{number + 1}); extract them again with encoder_dtype float32, or leave standardise out"
+        )
+    return StateStatistics(torch.from_numpy(first + mean), torch.from_numpy(deviation))
