@@ -55,6 +55,7 @@ setup(
         "pyyaml>=6.0",
         "rich>=13.0",
         "safetensors>=0.4",
+        "scipy>=1.13",
         "torch>=2.6",
         "transformers>=5.10,<6",
         "triton>=3.3; platform_system == 'Linux'",

@@ -39,10 +39,7 @@ class FrozenItemEncoder(nn.Module):
 
     def forward(self, states: list[States]) -> Tensor:
         """Return the item vectors [N, d] for the hidden states of N items."""
-        final = [view.table[:, -1] for view in states]
-        return self.heads(
-            [table if view.rows is None else table.index_select(0, view.rows) for table, view in zip(final, states)]
-        )
+        return self.heads(final_states(states))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the trainable parameters by the name of their learning rate, each parameter once."""
@@ -71,3 +68,9 @@ class IdItemEncoder(nn.Module):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the trainable parameters by the name of their learning rate, each parameter once."""
         return {"item_embeddings": [self.embedding.weight]}
+
+
+def final_states(states: list[States]) -> list[Tensor]:
+    """Return the last selected layer of each view for N items, [N, D], in the dtype of the view."""
+    final = [view.table[:, -1] for view in states]
+    return [table if view.rows is None else table.index_select(0, view.rows) for table, view in zip(final, states)]
