@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,7 @@ METHODS = tuple(LEARNING_RATES)
 TOWERS = ("first", "second", "inter")  # over the first view, the second, and both
 ITEM_IDS_RATE = {"item_embeddings": 1e-3}  # of the item vectors that the setting item_ids adds
 LOSSES = ("in-batch", "full", "sampled", "gbce")
+GBCE_NEGATIVES = 256  # that gSASRec draws where no number is given
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -312,6 +314,32 @@ class TrainConfig:
         check_settings(self)
         if (interval := self.checkpoint_interval) is not None and interval.steps is not None:
             object.__setattr__(self, "checkpoint_every", interval.steps)  # a number, also if it was text
+        kind, _ = self.loss_and_negatives
+        if self.debias and kind != "in-batch":
+            raise InputError(
+                f"debias: corrects the popularity of in-batch negatives; {self.loss} has none of them, leave it out"
+            )
+
+    @property
+    def loss_and_negatives(self) -> tuple[str, int]:
+        """Return the loss, one of LOSSES, and how many negatives are drawn for each step; 0 if none are.
+
+        Raises InputError for another loss.
+        """
+        kind, colon, number = self.loss.partition(":")
+        drawn = kind in ("sampled", "gbce")
+        if kind == "gbce" and not colon:
+            return kind, GBCE_NEGATIVES
+        if kind in LOSSES and bool(colon) == drawn and (not drawn or re.fullmatch("0*[1-9][0-9]{0,8}", number)):
+            return kind, int(number or 0)
+        raise InputError(
+            f"loss: expected in-batch, full, sampled:N, gbce or gbce:N, N from 1 to 999999999, found {self.loss!r}"
+        )
+
+    @property
+    def debiased(self) -> bool:
+        """Return True if log popularity is subtracted from the loss's scores."""
+        return self.loss == "in-batch" if self.debias is None else self.debias
 
     @property
     def checkpoint_interval(self) -> Interval | None:

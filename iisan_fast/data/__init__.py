@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .imports.options import MISSING_TITLES, RECBOLE_FIELDS, TABLE_COLUMNS, Imported, ImportOptions, TableOptions
     from .imports.recbole import import_recbole
     from .items import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb, open_images, refuse_unfit_name
+    from .loss_columns import IN_BATCH, Negatives
     from .packed_batches import PackedWindow, RunPlan
     from .saved_sequences import load_sequences
     from .sequences import Dataset, Sequences, Split, load_dataset, statistics
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BAD_ROWS",
+    "IN_BATCH",
     "BadKind",
     "Batch",
     "TABLE_COLUMNS",
@@ -33,6 +35,7 @@ __all__ = [
     "ImportOptions",
     "Imported",
     "MISSING_TITLES",
+    "Negatives",
     "PackedWindow",
     "Sequences",
     "Shape",

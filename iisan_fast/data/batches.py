@@ -16,9 +16,11 @@ from torch import Tensor
 
 from .. import kernels
 from .epoch_plan import Layout, batch_bounds, epoch_windows, lay_out, steps_per_epoch
+from .loss_columns import IN_BATCH, Columns, Negatives, loss_columns, widened
 from .sequences import Sequences
 
 WINDOW_SLOTS = 1 << 18  # of the batches laid out at a time, each of some 250 bytes
+WINDOW_BYTES = 64 << 20  # of their columns and history bits, if the columns are more than the batches' items
 
 
 class Shape(NamedTuple):
@@ -39,6 +41,8 @@ class Shape(NamedTuple):
 class Batch:
     """Training sequences of B users with V distinct items and R rows (positions that have a next item).
 
+    The items are the columns of the loss: those of the sequences, and negatives that it takes beside them.
+
     A padded batch has more of each: user -1, item 0 with multiplicity 0, rows of weight 0. Padding changes no loss.
     """
 
@@ -46,19 +50,26 @@ class Batch:
     length: int  # positions of a user in the grid of rows, at least those of the longest history
     users: Tensor  # int64 [B]: user numbers, likewise hashed
     distinct: Tensor  # int64 [V]: ascending item numbers
-    multiplicity: Tensor  # int64 [V]: slots of the batch that hold each distinct item
+    multiplicity: Tensor  # int64 [V]: slots of the batch that hold each distinct item; 1 unless the loss is in-batch
     inputs: Tensor  # int64 [R]: the item of each row, an index into distinct
     targets: Tensor  # int64 [R]: its next item, likewise
     row_users: Tensor  # int64 [R]: 0..B-1
     row_slots: Tensor  # int64 [R]: place in the grid, user * length + position, right-aligned, ascending
     weights: Tensor  # float64 [R]: each row's part in the mean loss
-    history_bits: Tensor  # int32 [B, ceil(V / 32)]: bit v % 32 of word v // 32: the user has distinct item v
+    history_bits: (
+        Tensor  # int32 [B, ceil(V / 32)]: bit v % 32 of word v // 32: item v is no negative of the user's rows
+    )
     buffer: Tensor | None = None  # the memory that all tensors share, if the batch was unpacked
 
     @property
     def shape(self) -> Shape:
         """Return the batch's sizes."""
         return Shape(len(self.users), len(self.distinct), len(self.targets), self.length)
+
+    @property
+    def slots(self) -> int:
+        """Return the number of places in the users' histories. The batch must not be padded."""
+        return len(self.targets) + len(self.users)
 
     def checked(self, table_rows: int) -> Batch:
         """Return the batch after a check of its indices, which kernels on a GPU do not check.
@@ -140,67 +151,109 @@ class Batch:
 PACKED_COLUMNS = ("users", "distinct", "multiplicity", "inputs", "targets", "row_users", "row_slots")
 
 
-def padded_shape(sequences: Sequences, batch_users: int) -> Shape:
+def padded_shape(sequences: Sequences, batch_users: int, negatives: Negatives = IN_BATCH) -> Shape:
     """Return the shape that all batches of a run are padded to. It has one more user, for the padding rows."""
-    bounds = batch_bounds(sequences, batch_users)
+    bounds = widened(batch_bounds(sequences, batch_users), negatives, sequences)
     return Shape(bounds.users + 1, bounds.distinct, bounds.rows, bounds.inputs)
 
 
 def epoch_batches(
-    sequences: Sequences, batch_users: int, seed: int, epoch: int, window_batches: int | None = None, taken: int = 0
+    sequences: Sequences,
+    batch_users: int,
+    seed: int,
+    epoch: int,
+    window_batches: int | None = None,
+    taken: int = 0,
+    negatives: Negatives = IN_BATCH,
 ) -> Iterator[Batch]:
     """Yield all training users once, shuffled by (seed, epoch), `batch_users` at a time; the last batch may be smaller.
 
     window_batches: how many batches are laid out at a time; None: as many as take 64 MB. taken: how many batches at the
-    epoch's start are left out.
+    epoch's start are left out. negatives: the items that the loss compares targets with.
     """
     if window_batches is None:
-        steps = steps_per_epoch(sequences, batch_users)
-        window_batches = max(1, WINDOW_SLOTS * steps // max(1, sequences.epoch_interactions))
+        window_batches = _window_batches(sequences, batch_users, negatives)
+    items = len(sequences.item_ids)
     for window in epoch_windows(sequences, batch_users, seed, epoch, window_batches, taken=taken):
-        yield from _batches(lay_out(sequences, window.users, batch_users), window.first_step)
+        yield from _batches(lay_out(sequences, window.users, batch_users), window.first_step, items, negatives)
 
 
-def make_batch(sequences: Sequences, users: np.ndarray, step: int) -> Batch:
+def make_batch(sequences: Sequences, users: np.ndarray, step: int, negatives: Negatives = IN_BATCH) -> Batch:
     """Return the batch of some users (int64 [B]). A user with fewer than two training interactions has no row.
 
-    step: number of the training step, which the dropout hashes.
+    step: number of the training step, which the dropout hashes and the draws of negatives.
     """
-    (batch,) = _batches(lay_out(sequences, users, len(users)), step)
+    (batch,) = _batches(lay_out(sequences, users, len(users)), step, len(sequences.item_ids), negatives)
     return batch
 
 
-def _batches(layout: Layout, first_step: int) -> Iterator[Batch]:
-    """Yield the batches of a layout, as views of arrays that hold all batches. first_step: step number of the first."""
+def _window_batches(sequences: Sequences, batch_users: int, negatives: Negatives) -> int:
+    """Return how many batches are laid out at a time, at least one."""
+    steps = steps_per_epoch(sequences, batch_users)
+    batches = WINDOW_SLOTS * steps // max(1, sequences.epoch_interactions)
+    if not negatives.in_batch:
+        users, columns, *_ = padded_shape(sequences, batch_users, negatives)
+        batches = min(batches, WINDOW_BYTES // (16 * columns + users * columns // 8))
+    return max(1, batches)
+
+
+def _batches(layout: Layout, first_step: int, items: int, negatives: Negatives) -> Iterator[Batch]:
+    """Yield the batches of a layout, as views of arrays that hold all batches.
+
+    first_step: step number of the first. items: of the catalogue.
+    """
+    columns = loss_columns(layout, first_step, negatives, items)
     rows = np.diff(layout.row_bounds)
     lengths = np.maximum.reduceat(np.diff(layout.user_rows), layout.user_bounds[:-1])
     row_users = layout.row_user - layout.by_batch(layout.user_bounds[:-1], layout.row_bounds)
     row_lengths = layout.by_batch(lengths, layout.row_bounds)
-    columns = np.arange(len(row_users)) + row_lengths - layout.user_rows[1:][layout.row_user]
+    positions = np.arange(len(row_users)) + row_lengths - layout.user_rows[1:][layout.row_user]
     whole = {
         "users": (layout.users, layout.user_bounds),
-        "distinct": (layout.distinct, layout.distinct_bounds),
-        "multiplicity": (np.diff(layout.occurrences), layout.distinct_bounds),
-        "inputs": (layout.slot_distinct[layout.row_slot], layout.row_bounds),
-        "targets": (layout.slot_distinct[layout.row_slot + 1], layout.row_bounds),
+        "distinct": (columns.items, columns.bounds),
+        "multiplicity": (columns.multiplicity, columns.bounds),
+        "inputs": (columns.slots[layout.row_slot], layout.row_bounds),
+        "targets": (columns.slots[layout.row_slot + 1], layout.row_bounds),
         "row_users": (row_users, layout.row_bounds),
-        "row_slots": (row_users * row_lengths + columns, layout.row_bounds),
+        "row_slots": (row_users * row_lengths + positions, layout.row_bounds),
         "weights": (layout.by_batch(1 / rows, layout.row_bounds), layout.row_bounds),
     }
     parts = [torch.from_numpy(array).split(np.diff(bounds).tolist()) for array, bounds in whole.values()]
-    for index, (length, bits, *fields) in enumerate(zip(lengths.tolist(), _history_bits(layout), *parts, strict=True)):
+    bits_of = _history_bits(layout, columns, negatives.own_mask)
+    for index, (length, bits, *fields) in enumerate(zip(lengths.tolist(), bits_of, *parts, strict=True)):
         yield Batch(step=first_step + index, length=length, history_bits=bits, **dict(zip(whole, fields)))
 
 
-def _history_bits(layout: Layout) -> list[Tensor]:
-    """Return the history bits of each batch: int32 [users, words], one bit for each distinct item."""
+def _history_bits(layout: Layout, columns: Columns, own_mask: bool) -> list[Tensor]:
+    """Return the history bits of each batch: int32 [users, words], one bit for each column.
+
+    own_mask: whether the bits of the user's items are set, beside those of columns that are negatives of no row.
+    """
     users = np.diff(layout.user_bounds)
-    words = -(-np.diff(layout.distinct_bounds) // 32)
+    words = -(-np.diff(columns.bounds) // 32)
     bounds = np.concatenate([[0], np.cumsum(users * words)])
     first_words = layout.by_batch(bounds[:-1] - layout.user_bounds[:-1] * words, layout.user_bounds)
     user_words = first_words + np.arange(len(layout.users)) * layout.by_batch(words, layout.user_bounds)
     bits = np.zeros(bounds[-1], dtype=np.uint32)
-    index = layout.slot_distinct
-    np.bitwise_or.at(bits, user_words[layout.slot_user] + (index >> 5), np.uint32(1) << (index & 31).astype(np.uint32))
-    parts = torch.from_numpy(bits.view(np.int32)).split((users * words).tolist())
-    return [part.view(*size) for part, size in zip(parts, zip(users.tolist(), words.tolist()))]
+    if own_mask:
+        index = columns.slots
+        np.bitwise_or.at(
+            bits, user_words[layout.slot_user] + (index >> 5), np.uint32(1) << (index & 31).astype(np.uint32)
+        )
+    parts = np.split(bits, bounds[1:-1])
+    sizes = zip(users.tolist(), words.tolist())
+    return [
+        _barred(part.reshape(size), barred) for part, size, barred in zip(parts, sizes, columns.barred, strict=True)
+    ]
+
+
+def _barred(bits: np.ndarray, columns: np.ndarray) -> Tensor:
+    """Set the bits of some columns for all users, in place, and return the bits as int32.
+
+    bits: uint32 [users, words]. columns: int64.
+    """
+    if len(columns):
+        line = np.zeros(bits.shape[1], dtype=np.uint32)
+        np.bitwise_or.at(line, columns >> 5, np.uint32(1) << (columns & 31).astype(np.uint32))
+        bits |= line
+    return torch.from_numpy(bits.view(np.int32))

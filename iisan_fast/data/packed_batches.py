@@ -48,15 +48,16 @@ class RunPlan:
     shape: StepShape
     window_batches: int  # at most as many in a window
     first_batches: int = FIRST_BATCHES  # at most as many in an epoch's first window
+    own_mask: bool = True  # leave the items of a row's user out of its negatives
 
     @classmethod
-    def of(cls, sequences: Sequences, batch_users: int, seed: int) -> RunPlan | None:
+    def of(cls, sequences: Sequences, batch_users: int, seed: int, own_mask: bool = True) -> RunPlan | None:
         """Plan a run, or return None if a history is too long for a tile."""
         shape = step_shape(sequences, batch_users)
         if shape is None:
             return None
         batches = min(window_batches(shape), steps_per_epoch(sequences, batch_users))
-        return cls(sequences, batch_users, seed, shape, batches)
+        return cls(sequences, batch_users, seed, shape, batches, own_mask=own_mask)
 
     def windows(self, epoch: int, taken: int = 0) -> Iterator[Window]:
         """Yield the windows of an epoch, which `pack` takes, without its first `taken` batches."""
@@ -68,7 +69,7 @@ class RunPlan:
         layout = lay_out(self.sequences, window.users, self.batch_users)
         size = (layout.batches, self.shape.starts()[-1])
         words = torch.empty(size, dtype=torch.int32, pin_memory=pin)
-        pack_window(layout, self.shape, window.first_step, self.seed, words.numpy())
+        pack_window(layout, self.shape, window.first_step, self.seed, words.numpy(), self.own_mask)
         counts = (np.diff(bounds).tolist() for bounds in (layout.row_bounds, layout.slot_bounds))
         items = torch.from_numpy(layout.distinct).split(np.diff(layout.distinct_bounds).tolist())
         return PackedWindow(words, list(map(BatchSize, *counts)), items)
@@ -95,11 +96,13 @@ def window_batches(shape: StepShape) -> int:
     return max(1, WINDOW_BYTES // (4 * shape.starts()[-1]))
 
 
-def pack_window(layout: Layout, shape: StepShape, first_step: int, seed: int, out: np.ndarray) -> None:
+def pack_window(
+    layout: Layout, shape: StepShape, first_step: int, seed: int, out: np.ndarray, own_mask: bool = True
+) -> None:
     """Pack batches into `out`, int32 [batches, words], as `StepBatch`es of the shape. Every word of it is written.
 
-    first_step: the run's step number of the first batch. seed: seed of the dropout. Raises ValueError for a batch that
-    does not fit into the shape.
+    first_step: the run's step number of the first batch. seed: seed of the dropout. own_mask: whether the history bits
+    are set. Raises ValueError for a batch that does not fit into the shape.
     """
     first_rows, tiles = _tiles(layout, shape.tile_rows)
     counts = _headers(layout, tiles, first_step, seed)
@@ -119,7 +122,8 @@ def pack_window(layout: Layout, shape: StepShape, first_step: int, seed: int, ou
     _pack_items(layout, places, flat, starts)
     _pack_rows(layout, shape, places, flat, starts, first_rows)
     _pack_occurrences(layout, places, flat, starts, first_rows)
-    _pack_history_bits(layout, shape, places, flat, starts)
+    if own_mask:
+        _pack_history_bits(layout, shape, places, flat, starts)
 
 
 def _tiles(layout: Layout, tile_rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -161,6 +161,8 @@ def build_recommender(
 
     popularity: float64 [items + 1], as `Recommender` takes it. precision: from `resolve_precision`.
     """
+    if not config.train.debiased:
+        popularity = np.ones_like(popularity)  # whose logarithm is 0
     make = functools.partial(make_item_encoder, source, config, precision)
     return Recommender(make, config.model, config.protocol.max_inputs, popularity, config.train.seed)
 

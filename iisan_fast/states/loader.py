@@ -176,7 +176,7 @@ def _on_host(
     if batch is None:
         return None
     rows = len(batch.targets)
-    slots = int(batch.multiplicity.sum())
+    slots = batch.slots
     if shape is not None:
         batch = batch.padded(shape)
     packed = batch.packed(pin=True) if device.type == "cuda" else None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import kernels
-from ..data import Batch, RunPlan
+from ..data import IN_BATCH, Batch, Negatives, RunPlan
 from ..kernels import StepOps, StepTensors, WindowedStep
 from ..models import Recommender
 from ..states import FeatureTable, ItemInputs, ItemSource, PlannedBatch
@@ -61,15 +61,19 @@ def run_stages(stages: Iterable[StepStage]) -> None:
             method()
 
 
-def fused_step_refusal(model: Recommender, device: torch.device, products: torch.dtype) -> str:
+def fused_step_refusal(
+    model: Recommender, device: torch.device, products: torch.dtype, negatives: Negatives = IN_BATCH
+) -> str:
     """Return why a fused step cannot train the model on a device, in one line; "" if it can.
 
-    products: the dtype of the step's matrix products.
+    products: the dtype of the step's matrix products. negatives: of the loss.
     """
     if reason := model.step_refusal():
         return reason
     if device.type == "cpu":
         return kernels.step_refusal(model.step_weights())
+    if not negatives.in_batch:
+        return "the loss takes negatives from outside the batch, which a fused step takes on a CPU alone"
     return kernels.gpu_step_refusal(model.step_weights(), products)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import TUNING_METHODS, EvaluationConfig, RunConfig
-from ..data import Batch, RunPlan, Sequences, Shape, epoch_batches, padded_shape, steps_per_epoch
+from ..data import Batch, Negatives, RunPlan, Sequences, Shape, epoch_batches, padded_shape, steps_per_epoch
 from ..errors import InputError, Stopped, error_text
 from ..evaluation import evaluate, parameter_counts, popularity_baseline
 from ..intervals import IntervalClock
@@ -67,6 +67,7 @@ class Trainer:
         self.sequences = sequences
         self.source = source
         self.device = device
+        self.negatives = _negatives(config, sequences)
         tuned = config.model.method in TUNING_METHODS
         self.model = build_recommender(source, config, sequences.popularity, precision).to(device)
         self.step: CpuFusedStep | GpuFusedStep | TrainingStep
@@ -85,7 +86,7 @@ class Trainer:
     def _choose_step(self, products: torch.dtype) -> None:
         """Take fused steps, or steps by autograd if a fused step cannot train the model; the log says why."""
         train = self.config.train
-        if reason := fused_step_refusal(self.model, self.device, products):
+        if reason := fused_step_refusal(self.model, self.device, products, self.negatives):
             LOGGER.info("training by autograd: %s", reason)
             tuned = self.config.model.method in TUNING_METHODS
             self.step_by_autograd(captured=self.device.type == "cuda" and not tuned)
@@ -94,7 +95,7 @@ class Trainer:
         if self.device.type == "cpu":
             self.step = CpuFusedStep(self.model, train.learning_rates)
         else:
-            self.plan = RunPlan.of(self.sequences, train.batch_users, train.seed)
+            self.plan = RunPlan.of(self.sequences, train.batch_users, train.seed, self.negatives.own_mask)
             self.step = GpuFusedStep(self.model, train.learning_rates, self.source, self.plan, products)
 
     def step_by_autograd(self, captured: bool) -> None:
@@ -259,7 +260,10 @@ class Trainer:
         if self.plan is not None:
             return planned_batches(self.plan, epoch, self.source, self.device, taken)
         config = self.config.train
-        return self.prepared(epoch_batches(self.sequences, config.batch_users, config.seed, epoch, taken=taken))
+        batches = epoch_batches(
+            self.sequences, config.batch_users, config.seed, epoch, taken=taken, negatives=self.negatives
+        )
+        return self.prepared(batches)
 
     def prepared(self, batches: Iterator[Batch]) -> Generator[PreparedBatch, None, None]:
         """Yield batches on the device, prepared ahead of their steps; all of one shape if a graph replays the step."""
@@ -269,7 +273,7 @@ class Trainer:
     @cached_property
     def padded_shape(self) -> Shape:
         """Return the shape to which all batches of this run can be padded."""
-        return padded_shape(self.sequences, self.config.train.batch_users)
+        return padded_shape(self.sequences, self.config.train.batch_users, self.negatives)
 
     def take(self, prepared: PreparedBatch | PlannedBatch) -> Tensor:
         """Take one optimizer step, and return the loss before its update, a scalar on the device.
@@ -322,6 +326,17 @@ class Trainer:
         """Return the metrics of item vectors on a split."""
         states = self.model.user_states(vectors, self.sequences.split(split).inputs)
         return evaluate(states, vectors, self.sequences, split, config)
+
+
+def _negatives(config: RunConfig, sequences: Sequences) -> Negatives:
+    """Return the negatives of a run's loss. Raises InputError if more are drawn than the catalogue has items."""
+    train = config.train
+    kind, drawn = train.loss_and_negatives
+    if kind == "gbce":
+        raise InputError("loss: gbce cannot be trained yet; choose in-batch, full or sampled:N")
+    if drawn > (items := len(sequences.item_ids)):
+        raise InputError(f"loss: {train.loss} draws {drawn} negatives of {items} items; expected at most {items}")
+    return Negatives(kind == "full", drawn, train.seed, train.own_mask)
 
 
 def _refuse_failed_step(reading: Reading) -> None:
