@@ -293,7 +293,12 @@ class TrainConfig:
         None, help="Subtract log popularity from the loss's scores.", automatic="on for in-batch, else off"
     )
     own_mask: bool = setting(True, help="Leave the user's own items out of the negative ones.")
-    weight_decay: float = setting(0.0, help="Decoupled weight decay (AdamW).", minimum=0, maximum=100)
+    weight_decay: float = setting(
+        0.0,
+        help="Decoupled weight decay (AdamW) of matrices and item id vectors, times the learning rate; 0: none.",
+        minimum=0,
+        maximum=100,
+    )
     schedule: str = setting(
         "constant", help="Learning rates over the run: constant, or falling to 0 at the last epoch.", choices=SCHEDULES
     )

@@ -147,6 +147,19 @@ class Recommender(nn.Module):
         assert sorted(grouped) == sorted(id(parameter) for parameter in self.parameters() if parameter.requires_grad)
         return groups
 
+    def decayed_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that weight decay shrinks: matrices, and tables of vectors such as those of item ids.
+
+        Biases, gates, and the weights of norms stay as they are. Those have one axis, except the biases that a side
+        network stacks by layer.
+        """
+        decayed = []
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad and parameter.dim() > 1 and not name.endswith("bias"):
+                    decayed.append(parameter)
+        return decayed
+
     def _dropout(self, batch: Batch) -> kernels.SequenceDropout | None:
         """Return the dropout of a batch in training mode; None in evaluation mode."""
         if not self.training:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels import FLAT_ALIGNMENT, FLAT_LINE, FlatAdamState, RecommenderWeights
 from ..models import Recommender
+from .update_options import PLAIN_ADAM, UpdateGroup, UpdateOptions, update_groups
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8  # of Adam, the defaults of torch.optim
@@ -27,13 +28,17 @@ class FlatStorage:
     """
 
     def __init__(
-        self, model: Recommender, rates: Mapping[str, float], operand_dtype: torch.dtype | None = None
+        self,
+        model: Recommender,
+        rates: Mapping[str, float],
+        operand_dtype: torch.dtype | None = None,
+        options: UpdateOptions = PLAIN_ADAM,
     ) -> None:
         """Move the model's parameters into the storage.
 
         rates: learning rates by the names of `model.parameter_groups()`. operand_dtype: makes a second copy of the
-        parameters in this dtype, for matrix products; None, or the parameters' dtype, makes none. Raises ValueError if
-        the parameters are not of one dtype and device, or not all trained.
+        parameters in this dtype, for matrix products; None, or the parameters' dtype, makes none. options: of the
+        update. Raises ValueError if the parameters are not of one dtype and device, or not all trained.
         """
         self.model = model
         self._trained = list(model.parameters())
@@ -50,21 +55,20 @@ class FlatStorage:
         has_operands = operand_dtype not in (None, first.dtype)
         self.operand = self.parameters.to(operand_dtype) if has_operands else self.parameters
         self.steps = torch.zeros((), device=first.device)  # number of steps taken, float32
-        self._set_groups(rates)
+        self._set_groups(update_groups(model, rates, options))
         self._move_parameters()
 
-    def _set_groups(self, rates: Mapping[str, float]) -> None:
+    def _set_groups(self, groups: list[UpdateGroup]) -> None:
         """Set the group of each line of the buffers, and the learning rate and weight decay of each group."""
-        groups = self.model.parameter_groups()
-        number_of = {id(parameter): i for i, group in enumerate(groups.values()) for parameter in group}
+        number_of = {id(parameter): i for i, group in enumerate(groups) for parameter in group.parameters}
         lines = torch.zeros(self._starts[-1] // FLAT_LINE, dtype=torch.uint8)
         for parameter, start, end in zip(self._trained, self._starts, self._starts[1:]):
             lines[start // FLAT_LINE : end // FLAT_LINE] = number_of[id(parameter)]
         device = self.parameters.device
         precision = torch.float64 if device.type == "cpu" else torch.float32  # the CPU's form takes Python's numbers
         self.line_groups = lines.to(device)
-        self.rates = torch.tensor([rates[name] for name in groups], dtype=precision, device=device)
-        self.decays = torch.zeros_like(self.rates)
+        self.rates = torch.tensor([group.rate for group in groups], dtype=precision, device=device)
+        self.decays = torch.tensor([group.decay for group in groups], dtype=precision, device=device)
 
     def _move_parameters(self) -> None:
         """Copy the parameters into the storage, and give each parameter its view, its gradient and its state."""

@@ -23,6 +23,7 @@ from ..states import FeatureTable, ItemInputs, ItemSource, PlannedBatch
 from .cuda_graphs import capture_in_a_graph
 from .flat_storage import FlatStorage
 from .training_step import Reading
+from .update_options import PLAIN_ADAM, UpdateOptions
 
 Method = Callable[[], None]
 
@@ -89,13 +90,14 @@ class FusedStep:
         rates: Mapping[str, float],
         device: torch.device,
         operand_dtype: torch.dtype | None = None,
+        options: UpdateOptions = PLAIN_ADAM,
     ) -> None:
         """Move the parameters of a model, which is on the device, into flat storage.
 
-        rates, operand_dtype: as `FlatStorage` takes them.
+        rates, operand_dtype, options: as `FlatStorage` takes them.
         """
         self.model = model
-        self.storage = FlatStorage(model, rates, operand_dtype)
+        self.storage = FlatStorage(model, rates, operand_dtype, options)
         # Sum of losses, rows, first failed step (0: none), its loss.
         self.record = torch.zeros(4, dtype=torch.float64, device=device)
         self.loss = torch.zeros((), dtype=self.storage.parameters.dtype, device=device)
@@ -119,9 +121,9 @@ class FusedStep:
 class CpuFusedStep(FusedStep):
     """The fused step on a CPU, with the ops' C++ forms."""
 
-    def __init__(self, model: Recommender, rates: Mapping[str, float]) -> None:
+    def __init__(self, model: Recommender, rates: Mapping[str, float], options: UpdateOptions = PLAIN_ADAM) -> None:
         """Make a step for a model that `fused_step_refusal` accepts. rates: learning rates by group."""
-        super().__init__(model, rates, torch.device("cpu"))
+        super().__init__(model, rates, torch.device("cpu"), options=options)
         self._tensors = self.tensors()
         self._parameters = list(model.parameters())
         self._step: kernels.CpuStep | None = None  # the ops with their memory
@@ -177,6 +179,7 @@ class GpuFusedStep(FusedStep):
         plan: RunPlan,
         products: torch.dtype,
         capture: Callable[[Method], Method] | None = None,
+        options: UpdateOptions = PLAIN_ADAM,
     ) -> None:
         """Make a step for a model that `fused_step_refusal` accepts, on the model's device.
 
@@ -185,7 +188,7 @@ class GpuFusedStep(FusedStep):
         that every step calls; None for a CUDA graph.
         """
         device = model.log_popularity.device
-        super().__init__(model, rates, device, products)
+        super().__init__(model, rates, device, products, options)
         self._shapes = source.shapes
         self._products = products
         self._table = source.views if isinstance(source, FeatureTable) else None

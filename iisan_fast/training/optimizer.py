@@ -1,4 +1,4 @@
-"""Define Adam, updated by the fastest form for the parameters' device."""
+"""Define AdamW, updated by the fastest form for the parameters' device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from .. import kernels
 from .checkpoints import ADAM_STATE
 
-RULES = itemgetter("betas", "eps", "weight_decay", "amsgrad", "maximize")  # the C++ form supports the first two
+RULES = itemgetter("betas", "eps", "amsgrad", "maximize")  # the C++ form supports the first two
 
 
-class Adam(torch.optim.Adam):
-    """PyTorch's fused Adam, with its states and checkpoints. On a CPU, the C++ form of the op updates if it can."""
+class Adam(torch.optim.AdamW):
+    """PyTorch's fused AdamW, with its states and checkpoints. On a CPU, the C++ form of the op updates if it can."""
 
     # Class attributes, because PyTorch copies an optimizer without __init__.
     found_inf: Tensor | None = None  # if not 0, nothing is updated
@@ -24,9 +24,9 @@ class Adam(torch.optim.Adam):
     _update: kernels.AdamUpdate | None = None
 
     def __init__(self, groups: Iterable[dict[str, Any]], device: torch.device) -> None:
-        """Make the optimizer. groups: dicts with "params" and "lr", as PyTorch takes them."""
+        """Make the optimizer. groups: dicts with "params", "lr" and "weight_decay", as PyTorch takes them."""
         # Fused: one pass over the parameters instead of a dozen.
-        super().__init__(groups, fused=True, capturable=device.type == "cuda")
+        super().__init__(groups, weight_decay=0, fused=True, capturable=device.type == "cuda")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -61,6 +61,7 @@ class Adam(torch.optim.Adam):
         if self._update is None:
             return False
         if self.found_inf is None or not self.found_inf:
-            rates = [group["lr"] for group in self.param_groups for _ in group["params"]]
-            self._update(gradients, rates, *rules[:2])
+            settings = [(group["lr"], group["weight_decay"]) for group in self.param_groups for _ in group["params"]]
+            rates, decays = zip(*settings)
+            self._update(gradients, rates, *rules[:2], decays)
         return True

@@ -47,6 +47,7 @@ from .memory_budget import MemoryBudget
 from .run_folder import RunFolder
 from .run_progress import SELECTED_BY, Progress
 from .training_step import CapturedStep, Reading, TrainingStep
+from .update_options import UpdateOptions
 
 LOGGER = logging.getLogger(__name__)
 READ_EVERY = 50  # steps between two readings of the loss; the host waits for a reading
@@ -86,6 +87,7 @@ class Trainer:
     def _choose_step(self, products: torch.dtype) -> None:
         """Take fused steps, or steps by autograd if a fused step cannot train the model; the log says why."""
         train = self.config.train
+        options = UpdateOptions.of(train)
         if reason := fused_step_refusal(self.model, self.device, products, self.negatives):
             LOGGER.info("training by autograd: %s", reason)
             tuned = self.config.model.method in TUNING_METHODS
@@ -93,15 +95,18 @@ class Trainer:
             return
         LOGGER.debug("training by fused steps: they take the model's sizes on %s", self.device.type)
         if self.device.type == "cpu":
-            self.step = CpuFusedStep(self.model, train.learning_rates)
+            self.step = CpuFusedStep(self.model, train.learning_rates, options)
         else:
             self.plan = RunPlan.of(self.sequences, train.batch_users, train.seed, self.negatives.own_mask)
-            self.step = GpuFusedStep(self.model, train.learning_rates, self.source, self.plan, products)
+            self.step = GpuFusedStep(
+                self.model, train.learning_rates, self.source, self.plan, products, options=options
+            )
 
     def step_by_autograd(self, captured: bool) -> None:
         """Switch to steps by autograd, which can train every model. captured: whether a CUDA graph replays them."""
         self.plan = None
-        self.step = TrainingStep(self.model, self.config.train.learning_rates, self.device)
+        train = self.config.train
+        self.step = TrainingStep(self.model, train.learning_rates, self.device, UpdateOptions.of(train))
         self.captured = CapturedStep(self.step) if captured else None
 
     def refuse_unfit_form(self) -> None:

@@ -20,6 +20,7 @@ from ..models import Recommender
 from ..states import ItemInputs
 from .cuda_graphs import capture_in_a_graph
 from .optimizer import Adam
+from .update_options import PLAIN_ADAM, UpdateOptions, update_groups
 
 SMALL_BATCH_ROWS = 1024  # for a smaller batch, small operators gain nothing from several threads of a CPU
 
@@ -49,12 +50,18 @@ class TrainingStep:
     If a loss is not finite, the record stores the number of that step, and no later step updates anything.
     """
 
-    def __init__(self, model: Recommender, rates: Mapping[str, float], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Recommender,
+        rates: Mapping[str, float],
+        device: torch.device,
+        options: UpdateOptions = PLAIN_ADAM,
+    ) -> None:
         """Make the optimizer of a model that is on the device. rates: learning rates by group of parameters."""
         self.model = model
-        groups = model.parameter_groups().items()
+        groups = [group for group in update_groups(model, rates, options) if group.parameters]
         self.optimizer = Adam(
-            [{"params": parameters, "lr": rates[name]} for name, parameters in groups if parameters], device
+            [{"params": group.parameters, "lr": group.rate, "weight_decay": group.decay} for group in groups], device
         )
         # Sum of losses, rows, first failed step (0: none), its loss.
         self.record = torch.zeros(4, dtype=torch.float64, device=device)

@@ -30,7 +30,7 @@ def adam(states: Sequence[AdamState]) -> AdamUpdate:
 
 
 class AdamUpdate:
-    """Adam's step in place, equal to torch.optim.Adam without weight decay (Kingma and Ba 2015, algorithm 1)."""
+    """AdamW's step in place, equal to torch.optim.AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
 
     def __init__(self, states: Sequence[AdamState]) -> None:
         """Store the addresses of the parameters and moments, which must stay where they are (`is_of`).
@@ -55,7 +55,12 @@ class AdamUpdate:
         return len(states) == len(self.states) and _places(states) == self._places
 
     def __call__(
-        self, gradients: Sequence[Tensor], rates: Sequence[float], betas: tuple[float, float], epsilon: float
+        self,
+        gradients: Sequence[Tensor],
+        rates: Sequence[float],
+        betas: tuple[float, float],
+        epsilon: float,
+        decays: Sequence[float] | None = None,
     ) -> None:
         """Update parameters, moments and step counts in place.
 
@@ -64,12 +69,17 @@ class AdamUpdate:
             rates: the learning rate of each parameter.
             betas: decay rates of the first and second moment.
             epsilon: added to the denominator.
+            decays: the weight decay of each parameter, which loses rate * decay of itself; None for no decay.
 
-        Raises ValueError if the gradients do not fit.
+        Raises ValueError if gradients, rates or decays do not fit.
         """
         count = len(self.states)
         if not len(gradients) == len(rates) == count:
             raise ValueError(f"gradients, rates: expected {count} of each, found {len(gradients)} and {len(rates)}")
+        if decays is None:
+            decays = [0.0] * count
+        if len(decays) != count:
+            raise ValueError(f"decays: expected {count}, found {len(decays)}")
         for i, (gradient, value) in enumerate(zip(gradients, self._values)):
             if gradient.shape != value.shape:
                 raise ValueError(f"gradients[{i}]: expected {list(value.shape)}, found {list(gradient.shape)}")
@@ -79,7 +89,8 @@ class AdamUpdate:
         gradients = [gradient.contiguous() for gradient in gradients]
         pointers = (ctypes.c_void_p * count)(*map(Tensor.data_ptr, gradients))
         counts = (ctypes.c_int64 * count)(*map(Tensor.numel, gradients))
-        arrays = self._parameters, pointers, (ctypes.c_double * count)(*rates), counts
+        scalars = [(ctypes.c_double * count)(*numbers) for numbers in (rates, decays)]
+        arrays = self._parameters, pointers, *scalars, counts
         common = [*map(ctypes.addressof, arrays), count]
         parts = [AdamStruct(*common, *share, *betas, epsilon) for share in cut(self._total, PARTS * cores())]
         update = Schedule(self._dtype)
@@ -109,7 +120,7 @@ def refusal(states: Sequence[AdamState]) -> str:
 
 
 class FlatAdamCalls:
-    """Adam's step on flat buffers, equal to torch.optim.Adam. Each line of 32 numbers has one group of rates.
+    """Adam's step on flat buffers, equal to torch.optim.AdamW. Each line of 32 numbers has one group.
 
     If record[2] is not 0, a loss was not finite, and nothing is updated.
     """

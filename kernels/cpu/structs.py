@@ -41,7 +41,7 @@ class AdamStruct(ctypes.Structure):
     """`Adam` of cpp/adam.cpp."""
 
     _fields_ = [
-        *_fields(ctypes.c_void_p, "parameters", "gradients", "rates", "gradient_counts"),
+        *_fields(ctypes.c_void_p, "parameters", "gradients", "rates", "decays", "gradient_counts"),
         *_fields(ctypes.c_int64, "count", "start", "length"),
         *_fields(ctypes.c_double, "beta1", "beta2", "epsilon"),
     ]

@@ -14,9 +14,10 @@ from .launch import launch
 
 
 class FlatAdam:
-    """Adam's step, equal to torch.optim.Adam (Kingma and Ba 2015, algorithm 1); no step after a non-finite loss.
+    """Adam's step, equal to torch.optim.AdamW (Loshchilov and Hutter 2019, algorithm 2).
 
-    It also writes the new parameters to the operands, their copy in the dtype of the matrix products.
+    There is no step after a loss that is not finite. It also writes the new parameters to the operands, their copy in
+    the dtype of the matrix products.
     """
 
     def __init__(
@@ -40,8 +41,8 @@ class FlatAdam:
             parameters, gradients, means, squares: fp32 [n], n a multiple of 32.
             operands: [n] in the products' dtype, or None if that is fp32.
             line_groups: uint8 [n / 32], the group of each line of 32 parameters.
-            rates, decays: fp32 [groups], learning rates and weight decays (added to the gradient).
-            betas, epsilon: as in torch.optim.Adam.
+            rates, decays: fp32 [groups], learning rates and weight decays (decoupled: times the rate).
+            betas, epsilon: as in torch.optim.AdamW.
             steps: fp32 scalar, the number of steps including the current one.
             record: fp64 [4]; nothing is updated if record[2] is not 0.
 
@@ -121,16 +122,18 @@ def _update(
         m_l = o_l < lines
         group = tl.load(line_groups_ptr + o_l, mask=m_l, other=0).to(tl.int32)
         steps = tl.load(steps_ptr)
-        step_size = tl.load(rates_ptr + group) / _one_minus_exp(steps * mean_log)
-        decay = tl.load(decays_ptr + group)
+        rate = tl.load(rates_ptr + group)
+        step_size = rate / _one_minus_exp(steps * mean_log)
+        shrink = rate * tl.load(decays_ptr + group)
         square_root = tl.sqrt(_one_minus_exp(steps * square_log))
         o_p = o_l.to(tl.int64)[:, None] * LINE + tl.arange(0, LINE)[None, :]
         m_p = m_l[:, None]
         parameter = tl.load(parameters_ptr + o_p, mask=m_p, other=0.0)
-        gradient = tl.load(gradients_ptr + o_p, mask=m_p, other=0.0) + decay[:, None] * parameter
+        gradient = tl.load(gradients_ptr + o_p, mask=m_p, other=0.0)
         mean = mean_beta * tl.load(means_ptr + o_p, mask=m_p, other=0.0) + mean_share * gradient
         square = square_beta * tl.load(squares_ptr + o_p, mask=m_p, other=0.0) + square_share * gradient * gradient
-        parameter -= step_size[:, None] * mean / (tl.sqrt(square) / square_root + epsilon)
+        step = step_size[:, None] * mean / (tl.sqrt(square) / square_root + epsilon)
+        parameter -= shrink[:, None] * parameter + step
         tl.store(parameters_ptr + o_p, parameter, mask=m_p)
         tl.store(means_ptr + o_p, mean, mask=m_p)
         tl.store(squares_ptr + o_p, square, mask=m_p)

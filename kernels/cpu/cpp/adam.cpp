@@ -1,4 +1,5 @@
-// Adam's update of many parameters, which reads and writes each number once (Kingma and Ba 2015, algorithm 1).
+// Adam's update of many parameters, which reads and writes each number once (Kingma and Ba 2015, algorithm 1), with
+// decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2).
 //
 // The numbers of all parameters are counted through, and each call updates a range of them. `Adam` has a tensor for each
 // parameter; `FlatAdam` has one buffer, divided into lines.
@@ -20,7 +21,7 @@ template <class T> struct Parameter {
 template <class T> struct Adam {
     const Parameter<T> *parameters;
     const T *const *gradients;
-    const double *rates;
+    const double *rates, *decays;  // [count]: learning rates and weight decays
     const int64_t *gradient_counts;
     int64_t count, start, length;
     double beta1, beta2, epsilon;
@@ -43,30 +44,30 @@ constexpr int64_t LINE = 32;  // numbers in a line, as FLAT_LINE in types.py
 
 // The factors of an update.
 template <class T> struct Rule {
-    T kept, fresh, share, epsilon, rate, scale, decay;
+    T kept, fresh, share, epsilon, rate, scale, shrink;
 
     Rule(double beta1, double beta2, double epsilon, double rate, double decay, double steps)
         : kept(beta2), fresh(1 - beta2), share(1 - beta1), epsilon(epsilon), rate(rate / (1 - std::pow(beta1, steps))),
-          scale(1 / std::sqrt(1 - std::pow(beta2, steps))), decay(decay) {}
+          scale(1 / std::sqrt(1 - std::pow(beta2, steps))), shrink(rate * decay) {}
 };
 
 template <class T>
 void update(const Rule<T> &rule, T *__restrict values, const T *__restrict gradient, T *__restrict mean,
             T *__restrict square, int64_t count) {
     const T kept = rule.kept, fresh = rule.fresh, share = rule.share, epsilon = rule.epsilon;
-    const T rate = rule.rate, scale = rule.scale, decay = rule.decay;
+    const T rate = rule.rate, scale = rule.scale, shrink = rule.shrink;
     for (int64_t n = 0; n < count; n++) {
-        const T slope = gradient[n] + decay * values[n];
-        mean[n] += share * (slope - mean[n]);
-        square[n] = kept * square[n] + fresh * slope * slope;
-        values[n] -= rate * mean[n] / (std::sqrt(square[n]) * scale + epsilon);
+        mean[n] += share * (gradient[n] - mean[n]);
+        square[n] = kept * square[n] + fresh * gradient[n] * gradient[n];
+        values[n] -= shrink * values[n] + rate * mean[n] / (std::sqrt(square[n]) * scale + epsilon);
     }
 }
 
 // Updates the numbers `from` to `to` - 1 of parameter i.
 template <class T> void update(const Adam<T> &adam, int64_t i, int64_t from, int64_t to) {
     const Parameter<T> &parameter = adam.parameters[i];
-    const Rule<T> rule(adam.beta1, adam.beta2, adam.epsilon, adam.rates[i], 0, *parameter.steps + 1.0);
+    const Rule<T> rule(adam.beta1, adam.beta2, adam.epsilon, adam.rates[i], adam.decays[i],
+                       *parameter.steps + 1.0);
     update(rule, parameter.values + from, adam.gradients[i] + from, parameter.mean + from, parameter.square + from, to - from);
 }
 
