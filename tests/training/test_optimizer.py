@@ -61,7 +61,8 @@ def states(optimizer: torch.optim.AdamW, weights: list[nn.Parameter]) -> list[Te
 def test_updates_are_those_of_pytorch(dtype, tolerance, threads, counted):
     torch.set_num_threads(threads)
     ours, theirs = parameters(dtype), parameters(torch.float64)
-    adam, exact = Adam(groups(ours), CPU), torch.optim.AdamW(groups(theirs))
+    adam = Adam(groups(ours), CPU)
+    exact = torch.optim.AdamW(groups(theirs))
     for step in range(STEPS):
         for weights in (ours, theirs):
             give_gradients(weights, step)
@@ -114,7 +115,8 @@ def test_a_flag_leaves_everything_as_it_is(flag, counted):
 def test_states_that_came_from_elsewhere_are_the_ones_updated(counted):
     """A checkpoint that is loaded replaces the tensors of a state."""
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
-    adam, reference = Adam(groups(ours), CPU), torch.optim.AdamW(groups(theirs))
+    adam = Adam(groups(ours), CPU)
+    reference = torch.optim.AdamW(groups(theirs))
     for step in range(6):
         for weights in (ours, theirs):
             give_gradients(weights, step)
@@ -146,7 +148,8 @@ def test_a_graph_that_saved_a_parameter_refuses_to_go_back(counted):
 @pytest.mark.parametrize("move", [lambda data: data.clone(), lambda data: data.double()])
 def test_a_parameter_that_was_given_other_memory_is_updated_there(move, counted):
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
-    adam, reference = Adam(groups(ours), CPU), torch.optim.AdamW(groups(theirs))
+    adam = Adam(groups(ours), CPU)
+    reference = torch.optim.AdamW(groups(theirs))
     for step in range(5):
         if step == 3:
             for optimizer, weights in ((adam, ours), (reference, theirs)):
@@ -166,7 +169,8 @@ def test_a_parameter_that_was_given_other_memory_is_updated_there(move, counted)
 @needs_compiler
 def test_parameters_may_have_taken_other_numbers_of_steps(counted):
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
-    adam, reference = Adam(groups(ours), CPU), torch.optim.AdamW(groups(theirs))
+    adam = Adam(groups(ours), CPU)
+    reference = torch.optim.AdamW(groups(theirs))
     for step in range(5):
         for optimizer, weights in ((adam, ours), (reference, theirs)):
             give_gradients(weights, step)
