@@ -139,7 +139,9 @@ def _similarity_of(tensors: Mapping[str, Tensor]) -> Similarity:
     """Return the coordinates and their map of named tensors. Raises ValueError if they do not fit one another."""
     named = {name: tensors[f"similarity.{name}"] for name in SIMILARITY_NAMES}
     similarity = Similarity(**named)
-    width, dims = similarity.basis.shape if similarity.basis.ndim == 2 else (0, 0)
+    if similarity.basis.ndim != 2:
+        raise ValueError(f"similarity.basis: expected two dimensions, found {list(similarity.basis.shape)}")
+    width, dims = similarity.basis.shape
     shapes = {"vectors": (len(similarity.vectors), dims), "mean": (width,), "scale": (width,), "basis": (width, dims)}
     for name, tensor in named.items():
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shapes[name]:
