@@ -197,7 +197,7 @@ class ModelConfig:
         False, help="Give each number of the cached states mean 0 and deviation 1 over the catalogue."
     )
     item_ids: bool = setting(
-        False, help="Add a trained vector to the vector of each item that occurs in training; others stay as they are."
+        False, help="Add a trained vector to the vector of each item that occurs in training, and none to other items."
     )
     item_id_dropout: float = setting(
         0.3, help="Dropout probability of the vectors that item_ids adds.", minimum=0, below=1
@@ -220,6 +220,10 @@ class ModelConfig:
             raise InputError("intra, inter: expected at least one of the two towers, found neither")
         if self.method not in SIDE_METHODS:
             self._refuse_towers()
+        if self.item_ids and self.method == "id":
+            raise InputError("item_ids: id has a trained vector of each item already; leave it out")
+        if not self.item_ids and self.item_id_dropout != ModelConfig.item_id_dropout:
+            raise InputError("item_id_dropout: is for the vectors that item_ids adds; give item_ids, or leave it out")
 
     def _refuse_towers(self) -> None:
         """Raise InputError for settings of towers, which the method does not have."""

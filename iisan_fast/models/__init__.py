@@ -6,14 +6,14 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .activation_memory import EncodingPlan, activation_bytes
-    from .recommender import ITEM_ENCODER, Recommender, build_recommender
+    from .recommender import ITEM_PARAMETERS, Recommender, build_recommender
     from .sasrec import Block
     from .side_network import SideNetwork, check_views
 
 __all__ = [
     "Block",
-    "ITEM_ENCODER",
     "EncodingPlan",
+    "ITEM_PARAMETERS",
     "Recommender",
     "SideNetwork",
     "activation_bytes",

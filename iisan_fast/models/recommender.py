@@ -15,10 +15,11 @@ from ..data import Batch
 from ..precision import Precision
 from ..states import ItemInputs, ItemSource
 from .item_encoders import FrozenItemEncoder, IdItemEncoder
+from .item_ids import ItemIds
 from .sasrec import SASRec
 from .side_network import SideItemEncoder
 
-ITEM_ENCODER = "item_encoder."  # the start of its parameters' names
+ITEM_PARAMETERS = ("item_encoder.", "item_ids.")  # the starts of their names, of those that give item vectors
 USERS_AT_ONCE = 512  # users whose states are computed at a time
 USER_WORKERS = 2  # threads that compute user states on a CPU
 
@@ -33,13 +34,14 @@ class Recommender(nn.Module):
         max_inputs: int,
         popularity: np.ndarray,
         seed: int,
+        item_ids: ItemIds | None = None,
     ) -> None:
         """Make the recommender with random weights.
 
         make_item_encoder: makes a module that maps the inputs of N items, as an item source reads them, to [N, d], and
         that has `parameter_groups`. It is called here, because `seed` draws all weights; `seed` also draws the dropout.
         max_inputs: the most items of a history. popularity: float64 [items + 1], each item's share of the training
-        interactions; entry 0 is padding.
+        interactions; entry 0 is padding. item_ids: vectors to add to those of the item encoder; None adds none.
         """
         super().__init__()
         self.config = config
@@ -48,6 +50,7 @@ class Recommender(nn.Module):
             torch.manual_seed(seed)
             self.item_encoder = make_item_encoder()
             self.sequence_encoder = SASRec(config, max_inputs)
+        self.item_ids = item_ids
         log_popularity = torch.from_numpy(popularity).log()
         log_popularity[0] = 0  # padding: log(0) would give NaN with the log of its multiplicity
         self.register_buffer("log_popularity", log_popularity, persistent=False)
@@ -58,7 +61,7 @@ class Recommender(nn.Module):
         inputs: of the items batch.distinct, as an item source reads them. The formula is in
         `kernels.inbatch_cross_entropy`.
         """
-        vectors = self.item_encoder(inputs)
+        vectors = self._item_vectors(inputs, batch.distinct, batch.step if self.training else None)
         grid = kernels.SequenceGrid(batch.row_slots, len(batch.users), batch.length)
         losses = kernels.inbatch_cross_entropy(
             queries=self.sequence_encoder(vectors[batch.inputs], grid, self._dropout(batch)),
@@ -102,6 +105,8 @@ class Recommender(nn.Module):
         """Return why a fused step cannot train this model, in one phrase; "" if it can."""
         if not isinstance(self.item_encoder, SideItemEncoder):
             return "its item encoder is no side network"
+        if self.item_ids is not None:
+            return "it adds trained vectors to those of its item encoder"
         if frozen := next((name for name, weight in self.named_parameters() if not weight.requires_grad), ""):
             return f"{frozen} is not trained"
         return self.item_encoder.step_refusal()
@@ -110,9 +115,10 @@ class Recommender(nn.Module):
     def item_vectors(self, source: ItemSource, items: Tensor) -> Tensor:
         """Return the vectors [N, d] of items, without gradients, in the mode (training or evaluation) of the model.
 
-        items: item numbers int64 [N] on the source's index device; padding, number 0, stands last.
+        The vectors that item_ids adds have no dropout. items: item numbers int64 [N] on the source's index device;
+        padding, number 0, stands last.
         """
-        return self.item_encoder(source.read(items))
+        return self._item_vectors(source.read(items), items, None)
 
     def catalogue_vectors(self, source: ItemSource) -> Tensor:
         """Return the vectors of all items, [items, d], item number i in row i - 1."""
@@ -143,6 +149,8 @@ class Recommender(nn.Module):
             **self.item_encoder.parameter_groups(),
             "sequence_encoder": list(self.sequence_encoder.parameters()),
         }
+        if self.item_ids is not None:
+            groups["item_embeddings"] = list(self.item_ids.parameters())
         grouped = [id(parameter) for group in groups.values() for parameter in group]
         assert sorted(grouped) == sorted(id(parameter) for parameter in self.parameters() if parameter.requires_grad)
         return groups
@@ -160,6 +168,14 @@ class Recommender(nn.Module):
                     decayed.append(parameter)
         return decayed
 
+    def _item_vectors(self, inputs: ItemInputs, items: Tensor, step: int | Tensor | None) -> Tensor:
+        """Return the vectors [N, d] of items: those of the item encoder, and those of `item_ids` if there are any.
+
+        inputs: of the items. items: their numbers, int64 [N]. step: of the dropout of `item_ids`; None for none.
+        """
+        vectors = self.item_encoder(inputs)
+        return vectors if self.item_ids is None else vectors + self.item_ids(items.to(vectors.device), step)
+
     def _dropout(self, batch: Batch) -> kernels.SequenceDropout | None:
         """Return the dropout of a batch in training mode; None in evaluation mode."""
         if not self.training:
@@ -174,10 +190,13 @@ def build_recommender(
 
     popularity: float64 [items + 1], as `Recommender` takes it. precision: from `resolve_precision`.
     """
+    model = config.model
+    seed = config.train.seed
+    item_ids = ItemIds(popularity, model.embedding_dim, model.item_id_dropout, seed) if model.item_ids else None
     if not config.train.debiased:
         popularity = np.ones_like(popularity)  # whose logarithm is 0
     make = functools.partial(make_item_encoder, source, config, precision)
-    return Recommender(make, config.model, config.protocol.max_inputs, popularity, config.train.seed)
+    return Recommender(make, model, config.protocol.max_inputs, popularity, seed, item_ids)
 
 
 def make_item_encoder(source: ItemSource, config: RunConfig, precision: Precision) -> nn.Module:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..config import EvaluationConfig, RunConfig
 from ..data import Sequences
 from ..evaluation import evaluate, popularity_baseline
-from ..models import ITEM_ENCODER, Recommender
+from ..models import Recommender
 from ..runtime import fix_cublas_workspace
-from .checkpoints import item_vectors, load_weights
+from .checkpoints import item_vectors, load_weights, without_item_weights
 from .run_folder import RunFolder
 
 
@@ -50,7 +50,7 @@ def load(path: Path, device: torch.device) -> BestRun:
     sequences = folder.sequences
     tensors, state = folder.load_best()
     model = Recommender(nn.Identity, config.model, sequences.max_inputs, sequences.popularity, config.train.seed)
-    load_weights(model, {name: tensor for name, tensor in tensors.items() if ITEM_ENCODER not in name}, folder.best)
+    load_weights(model, without_item_weights(tensors), folder.best)
     vectors = item_vectors(tensors, len(sequences.item_ids), config.model.embedding_dim, folder.best).to(device)
     return BestRun(config, sequences, state["epoch"], model.to(device).eval(), vectors)
 

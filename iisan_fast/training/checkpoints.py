@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..checksums import checksum, tensor_checksums
 from ..errors import InputError
 from ..files import refuse_irregular, whole_file
+from ..models import ITEM_PARAMETERS
 from ..recorded_json import parse_json_object
 from ..states import ItemSource
 
@@ -248,6 +249,12 @@ def item_vectors(tensors: Mapping[str, Tensor], items: int, width: int, path: Pa
     expected = {ITEM_VECTORS: _Form((items, width), torch.float32)}
     _refuse_other_tensors(expected, tensors, ITEM_VECTORS, path, "the item vectors")
     return tensors[ITEM_VECTORS]
+
+
+def without_item_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint without the weights that give item vectors."""
+    starts = tuple(f"model.{start}" for start in ITEM_PARAMETERS)
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(starts)}
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
