@@ -76,11 +76,10 @@ def batch(users=range(12), step: int = 7) -> Batch:
 def test_vectors_begin_at_zero_and_take_no_random_numbers():
     ids = ItemIds(SEQUENCES.popularity, 8, 0.3, SEED)
     assert ids.weight.shape == (len(TRAINED) + 1, 8) and not ids.weight.any()
-    with_ids, without = (
-        build(),
-        side_recommender(SHAPES, replace(CONFIG, item_ids=False), SEQUENCES.max_inputs, SEQUENCES.popularity, SEED),
+    without = side_recommender(
+        SHAPES, replace(CONFIG, item_ids=False), SEQUENCES.max_inputs, SEQUENCES.popularity, SEED
     )
-    weights = dict(with_ids.named_parameters())
+    weights = dict(build().named_parameters())
     assert all(torch.equal(weights[name], weight.double()) for name, weight in without.named_parameters())
 
 
