@@ -101,7 +101,7 @@ def _moments(source: ItemSource) -> _Moments:
 
     The sums are of differences from the first item. They are exact zeros if all items are equal.
     """
-    shift = total = products = None
+    shift = total = products = torch.empty(0)
     widths: list[int] = []
     seen = 0
     for states in _parts(source):
@@ -110,7 +110,7 @@ def _moments(source: ItemSource) -> _Moments:
         if not finite.all():
             number = seen + int(finite.int().argmin()) + 1
             raise InputError(f"similarity: item number {number} has a state that is not finite; extract states again")
-        if shift is None:
+        if not seen:
             widths = [part.shape[1] for part in states]
             shift = joined[0]
             total = torch.zeros_like(shift)

@@ -94,7 +94,7 @@ def test_the_baseline_is_popularity_with_the_terms_at_their_defaults(terms, with
     rows = np.arange(USERS)
     popularity = np.tile(0.3 * np.log(np.maximum(counts[1:], 0.5)), (USERS, 1))
     zeros = torch.zeros(USERS, 1, dtype=torch.float64), torch.zeros(ITEMS, 1, dtype=torch.float64)
-    both = dense(terms.scored(*zeros, HISTORIES, 2.0, 6.0 if with_states else 0.0), rows)
+    both = dense(terms.scored(*zeros, HISTORIES, 2.0, 9.0 if with_states else 0.0), rows)
     baseline = dense(terms.baseline(counts, HISTORIES, torch.device("cpu")), rows)
     torch.testing.assert_close(baseline, torch.from_numpy(popularity) + both, rtol=1e-5, atol=1e-5)
 

@@ -100,6 +100,14 @@ def test_equal_states_have_equal_coordinates_wherever_they_stand(dtype, threads_
         assert torch.equal(similarity.project([states[3:50]]), similarity.vectors[3:50])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_gives_the_bits_of_a_cpu():
+    states = torch.randn(500, 96, generator=torch.Generator().manual_seed(0))
+    similarity = of_states(states, dims=40)
+    assert torch.equal(similarity.project([states.cuda()]).cpu(), similarity.vectors)
+
+
 def test_components_without_variance_are_dropped():
     states = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) @ torch.ones(3, 8).tril()
     similarity = of_states(states, states * 2, dims=16)
