@@ -304,10 +304,12 @@ class TrainConfig:
         maximum=100,
     )
     schedule: str = setting(
-        "constant", help="Learning rates over the run: constant, or falling to 0 at the last epoch.", choices=SCHEDULES
+        "constant",
+        help="Learning rates after the warm-up: constant, or falling to 0 at the end of max_epochs.",
+        choices=SCHEDULES,
     )
     warmup_epochs: float = setting(
-        0.0, help="Epochs over which the learning rates rise from 0 to their value.", minimum=0, maximum=1_000_000
+        0.0, help="Epochs, or a part of one, in which the learning rates rise from 0.", minimum=0, maximum=1_000_000
     )
     clip_norm: float | None = setting(
         None, help="Largest norm of all gradients together; longer ones are scaled to it.", minimum=0, automatic="none"
@@ -323,6 +325,15 @@ class TrainConfig:
         check_settings(self)
         if (interval := self.checkpoint_interval) is not None and interval.steps is not None:
             object.__setattr__(self, "checkpoint_every", interval.steps)  # a number, also if it was text
+        if self.warmup_epochs > self.max_epochs:
+            raise InputError(
+                f"warmup_epochs: expected at most max_epochs ({self.max_epochs}), found {self.warmup_epochs:g}"
+            )
+
+    @property
+    def scheduled(self) -> bool:
+        """Return True if the learning rates change from step to step."""
+        return self.schedule != "constant" or self.warmup_epochs > 0
         kind, _ = self.loss_and_negatives
         if self.debias and kind != "in-batch":
             raise InputError(

@@ -68,6 +68,7 @@ class FlatStorage:
         precision = torch.float64 if device.type == "cpu" else torch.float32  # the CPU's form takes Python's numbers
         self.line_groups = lines.to(device)
         self.rates = torch.tensor([group.rate for group in groups], dtype=precision, device=device)
+        self._full_rates = self.rates.clone()
         self.decays = torch.tensor([group.decay for group in groups], dtype=precision, device=device)
 
     def _move_parameters(self) -> None:
@@ -82,6 +83,13 @@ class FlatStorage:
             self.state[parameter] = {"exp_avg": moments[0], "exp_avg_sq": moments[1], "step": self.steps}
         self._addresses = [parameter.data_ptr() for parameter in self._trained]
         self.refresh_operands()
+
+    def scale_rates(self, factor: float) -> None:
+        """Set all learning rates to a factor of those of the settings, for the next steps.
+
+        On a GPU the factor is an argument of one launch, after which a captured step reads the new rates.
+        """
+        torch.mul(self._full_rates, factor, out=self.rates)
 
     def refresh_operands(self) -> None:
         """Copy the parameters into the operands, after anything but Adam's kernel has changed the parameters."""

@@ -107,6 +107,10 @@ class FusedStep:
         """Return the object that holds Adam's state."""
         return self.storage
 
+    def scale_rates(self, factor: float) -> None:
+        """Set all learning rates to a factor of those of the settings, for the next steps."""
+        self.storage.scale_rates(factor)
+
     def tensors(self) -> StepTensors:
         """Return the tensors that the step's ops read and write."""
         storage = self.storage

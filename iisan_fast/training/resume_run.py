@@ -75,7 +75,8 @@ def resume(
     A finished run returns its stored figures, unless the changes let it go on. on_epoch, placement: as in `train`.
     changes: replace settings in config.json, once all is checked. Raises InputError if `out` holds no run, or if the
     run's dataset, states, encoders or checkpoint have changed or are missing, or if a run with these settings would
-    have ended before; nothing is written in these cases. Raises Stopped after a signal, when the run is saved.
+    have ended before or had other learning rates; nothing is written in these cases. Raises Stopped after a signal,
+    when the run is saved.
     """
     fix_cublas_workspace()
     folder = RunFolder.open(out)
@@ -95,6 +96,7 @@ def resume(
             restored = folder.has_checkpoint or (figures is None and folder.metrics.exists())
             if restored:
                 trainer.restore(folder)
+                _refuse_other_schedule(folder, config.train, trainer.progress)
                 _refuse_earlier_end(folder, config.train, trainer.progress)
             if changes:
                 folder.change_config(trainer.config)
@@ -160,6 +162,16 @@ def _refuse_earlier_end(folder: RunFolder, config: TrainConfig, progress: Progre
         raise InputError(
             f"{folder.path}: with max_epochs {config.max_epochs} and patience {config.patience} a run ends with epoch "
             f"{end}, but {progress.place} is done; give more epochs or patience, or train a new run"
+        )
+
+
+def _refuse_other_schedule(folder: RunFolder, config: TrainConfig, progress: Progress) -> None:
+    """Raise InputError if steps were taken on a schedule that would have ended with another epoch."""
+    before = folder.config.train.max_epochs
+    if config.schedule != "constant" and config.max_epochs != before and progress.place:
+        raise InputError(
+            f"{folder.path}: max_epochs: the {config.schedule} schedule under way brings the learning rates to 0 after "
+            f"{before} epochs, found {config.max_epochs}; leave it out, or train a new run"
         )
 
 

@@ -60,8 +60,13 @@ class TrainingStep:
         """Make the optimizer of a model that is on the device. rates: learning rates by group of parameters."""
         self.model = model
         groups = [group for group in update_groups(model, rates, options) if group.parameters]
+        self._rates = [group.rate for group in groups]
+        # On CUDA a captured step reads rates that change from tensors.
+        in_tensors = options.scheduled and device.type == "cuda"
+        lrs = [torch.tensor(rate, device=device) if in_tensors else rate for rate in self._rates]
         self.optimizer = Adam(
-            [{"params": group.parameters, "lr": group.rate, "weight_decay": group.decay} for group in groups], device
+            [{"params": group.parameters, "lr": rate, "weight_decay": group.decay} for group, rate in zip(groups, lrs)],
+            device,
         )
         # Sum of losses, rows, first failed step (0: none), its loss.
         self.record = torch.zeros(4, dtype=torch.float64, device=device)
@@ -77,6 +82,19 @@ class TrainingStep:
         )
         with kernels.in_large_pieces() if small else nullcontext():
             return self._take(batch, inputs, mark)
+
+    def scale_rates(self, factor: float) -> None:
+        """Set all learning rates to a factor of those of the settings, for the next steps.
+
+        Raises ValueError on CUDA if the step's options do not say that the rates change.
+        """
+        for group, rate in zip(self.optimizer.param_groups, self._rates):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * factor)
+            elif self.record.is_cuda:
+                raise ValueError("options: expected scheduled, found rates that a captured step would not read again")
+            else:
+                group["lr"] = rate * factor
 
     def _take(self, batch: Batch, inputs: ItemInputs, mark: Callable[[str], None]) -> Tensor:
         """Take the step of `__call__`."""

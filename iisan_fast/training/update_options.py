@@ -18,10 +18,12 @@ class UpdateOptions:
 
     weight_decay: float = 0.0  # decoupled: a weight loses rate * weight_decay of itself in a step
 
+    scheduled: bool = False  # True: learning rates change from step to step
+
     @classmethod
     def of(cls, train: TrainConfig) -> UpdateOptions:
         """Return the options of a run's settings."""
-        return cls(train.weight_decay)
+        return cls(train.weight_decay, train.scheduled)
 
 
 PLAIN_ADAM = UpdateOptions()

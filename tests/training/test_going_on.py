@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.compiler import needs_compiler
 from helpers.run_folders import assert_same_run
 from iisan_fast.config import ModelConfig, RunConfig, TrainConfig
 from iisan_fast.errors import InputError, Stopped
 from iisan_fast.states.entries import content_digest
 from iisan_fast.states.store import Store
 from iisan_fast.training.checkpoints import load_checkpoint
+from iisan_fast.training.fused_step import CpuFusedStep
 from iisan_fast.training.resume_run import RunChanges, resume
 from iisan_fast.training.run_folder import RunFolder
 from iisan_fast.training.start_run import train
@@ -139,6 +141,25 @@ def test_less_patience_than_the_run_needed_is_refused(frozen_in_place, tmp_path)
     train(with_train(frozen_in_place, patience=3), tmp_path / "run", CPU)
     with pytest.raises(InputError, match="patience 0 a run ends with epoch 2, but epoch 5 is done"):
         go_on(tmp_path / "run", patience=0)
+
+
+@needs_compiler
+def test_a_schedule_under_way_keeps_its_epochs(config, tmp_path, monkeypatch):
+    factors = []
+    original = CpuFusedStep.scale_rates
+    monkeypatch.setattr(
+        CpuFusedStep, "scale_rates", lambda self, factor: factors.append(factor) or original(self, factor)
+    )
+    run = tmp_path / "run"
+    figures = train(with_train(config, max_epochs=2, schedule="linear", warmup_epochs=0.5), run, CPU)
+    assert factors == pytest.approx([1 / 2, 1, *((6 - step) / 6 for step in range(6))], rel=1e-14)
+    before = (run / "config.json").read_text()
+    for epochs in (1, 3):
+        message = f"run: max_epochs: the linear schedule under way .* after 2 epochs, found {epochs}; leave it out"
+        with pytest.raises(InputError, match=message):
+            resume(run, CPU, changes=RunChanges(max_epochs=epochs))
+    assert (run / "config.json").read_text() == before
+    assert resume(run, CPU, changes=RunChanges(max_epochs=2, patience=20)) == figures
 
 
 def test_an_epoch_under_way_is_not_forgotten(config, tmp_path, monkeypatch):

@@ -140,6 +140,14 @@ def test_every_form_of_the_step_goes_on_exactly(tmp_path, form):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_every_option_of_the_update_goes_on_exactly(tmp_path, form):
+    """Runs with a warm-up that ends, and stops, within an epoch."""
+    form = with_train(form, max_epochs=2, weight_decay=1.0, schedule="cosine", warmup_epochs=0.25)
+    figures = train(form, tmp_path / "whole", CPU)
+    assert train_with_stops(form, tmp_path / "run", (2, 10, 13)) == figures
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def train_with_stops(config: RunConfig, run: Path, stops: tuple[int, ...], **options) -> dict:
     """Train a run that is stopped in these steps, counted from its beginning, and return its figures."""
     taken = 0

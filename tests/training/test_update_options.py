@@ -1,24 +1,27 @@
-"""Check what may be added to Adam against PyTorch's own parts: weight decay, in every form of the step."""
+"""Check what may be added to Adam against PyTorch's own parts, in every form of the step: weight decay, schedules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from helpers.compiler import needs_compiler
 from helpers.datasets import make_sequences
 from helpers.recommenders import side_recommender
 from helpers.tables import random_table
-from iisan_fast.config import ModelConfig
+from iisan_fast.config import ModelConfig, TrainConfig
 from iisan_fast.data.batches import Batch, make_batch, padded_shape
+from iisan_fast.errors import InputError
 from iisan_fast.models.item_encoders import IdItemEncoder
 from iisan_fast.models.recommender import Recommender
 from iisan_fast.training.flat_storage import FlatStorage
 from iisan_fast.training.fused_step import CpuFusedStep
+from iisan_fast.training.learning_rates import Schedule
 from iisan_fast.training.training_step import CapturedStep, TrainingStep
 from iisan_fast.training.update_options import UpdateOptions
 
@@ -28,6 +31,7 @@ SHAPES = [(3, 32), (3, 32)]
 ITEMS = 40
 RATES = {"adapters": 1e-2, "gates": 2e-2, "heads": 3e-3, "sequence_encoder": 4e-3}
 STEPS = 4
+SCHEDULE = Schedule("cosine", warmup=1.5, steps=STEPS)
 DECAY = UpdateOptions(weight_decay=2.0)
 SEQUENCES = make_sequences(
     [np.random.default_rng(user).integers(1, ITEMS + 1, 5 + user % 7).tolist() for user in range(24)], items=ITEMS
@@ -45,16 +49,24 @@ def batches() -> list[Batch]:
     return [make_batch(SEQUENCES, np.arange(12) + 3 * step, step) for step in range(STEPS)]
 
 
+def scheduled_batches(step: CpuFusedStep | TrainingStep, options: UpdateOptions) -> Iterator[Batch]:
+    """Yield the batches, each after the step got its learning rates if the options say that they change."""
+    for number, batch in enumerate(batches()):
+        if options.scheduled:
+            step.scale_rates(SCHEDULE.factor(number))
+        yield batch
+
+
 def by_cpu_fused_step(options: UpdateOptions) -> CpuFusedStep:
     step = CpuFusedStep(build(), RATES, options)
-    for batch in batches():
+    for batch in scheduled_batches(step, options):
         step(batch, TABLE.read(batch.distinct))
     return step
 
 
 def by_autograd(options: UpdateOptions) -> TrainingStep:
     step = TrainingStep(build(), RATES, CPU, options)
-    for batch in batches():
+    for batch in scheduled_batches(step, options):
         step(batch, TABLE.read(batch.distinct))
     return step
 
@@ -63,7 +75,7 @@ def by_captured_step(options: UpdateOptions) -> TrainingStep:
     """Take the steps with a function that is called again in place of a CUDA graph."""
     step = TrainingStep(build(), RATES, CPU, options)
     captured = CapturedStep(step, capture=lambda run: run)
-    for batch in batches():
+    for batch in scheduled_batches(step, options):
         padded = batch.padded(SHAPE)
         captured(padded, TABLE.read(padded.distinct))
     return step
@@ -84,11 +96,18 @@ def by_pytorch(options: UpdateOptions) -> Recommender:
             for name, weight in model.named_parameters()
         ]
     )
+    schedule = LambdaLR(optimizer, lambda_of_half_a_wave if options.scheduled else lambda step: 1.0)
     for batch in batches():
         optimizer.zero_grad()
         model.loss(batch, TABLE.read(batch.distinct)).backward()
         optimizer.step()
+        schedule.step()
     return model
+
+
+def lambda_of_half_a_wave(step: int) -> float:
+    """Return the factor of a step for a warm-up of one and a half steps, and half a cosine wave over the others."""
+    return 1 / 1.5 if step == 0 else 0.5 + 0.5 * np.cos(np.pi * max(step - 1.5, 0) / 2.5)
 
 
 def decayed_names(model: Recommender) -> set[str]:
@@ -112,6 +131,38 @@ def test_weight_decay_is_that_of_pytorch(trained: Callable[[UpdateOptions], CpuF
     step = trained(DECAY)
     assert_close(weights(step.model), weights(by_pytorch(DECAY)))
     assert not torch.equal(step.model.sequence_encoder.position, by_pytorch(UpdateOptions()).sequence_encoder.position)
+
+
+@pytest.mark.parametrize("trained", FORMS)
+def test_a_schedule_is_that_of_pytorch(trained: Callable[[UpdateOptions], CpuFusedStep | TrainingStep]):
+    options = UpdateOptions(weight_decay=2.0, scheduled=True)
+    assert_close(weights(trained(options).model), weights(by_pytorch(options)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "factors"),
+    [
+        ("constant", [0.4, 0.8, 1, 1, 1, 1]),
+        ("linear", [0.4, 0.8, 1, 1 - 0.5 / 3.5, 1 - 1.5 / 3.5, 1 - 2.5 / 3.5]),
+        ("cosine", [0.4, 0.8, 1, *(0.5 + 0.5 * np.cos(np.pi * part / 3.5) for part in (0.5, 1.5, 2.5))]),
+    ],
+)
+def test_rates_rise_in_the_warm_up_and_then_follow_the_schedule(kind, factors):
+    """Check a run of two epochs of three steps, with a warm-up of five sixths of an epoch."""
+    schedule = Schedule.of(TrainConfig(max_epochs=2, schedule=kind, warmup_epochs=5 / 6), steps_per_epoch=3)
+    assert [schedule.factor(step) for step in range(6)] == pytest.approx(factors, rel=1e-14)
+
+
+def test_without_a_warm_up_the_first_step_has_the_whole_rate_and_the_step_after_the_last_none():
+    for kind in ("linear", "cosine"):
+        schedule = Schedule(kind, warmup=0, steps=4)
+        assert schedule.factor(0) == 1 and 0 < schedule.factor(3) < 0.3 and schedule.factor(4) == 0
+    assert [Schedule("linear", warmup=2, steps=2).factor(step) for step in range(2)] == [0.5, 1]  # the whole run
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    with pytest.raises(InputError, match=r"warmup_epochs: expected at most max_epochs \(3\), found 3\.5"):
+        TrainConfig(max_epochs=3, warmup_epochs=3.5)
 
 
 @pytest.mark.parametrize(
