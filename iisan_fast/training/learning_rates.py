@@ -9,7 +9,7 @@ from ..config import TrainConfig
 
 
 @dataclass(frozen=True)
-class Schedule:
+class RateSchedule:
     """The factor of all learning rates in each step of a run of `steps` steps.
 
     It rises in equal parts to 1, which it reaches in the last of `warmup` steps. From there it stays at 1 ("constant"),
@@ -22,7 +22,7 @@ class Schedule:
     steps: int
 
     @classmethod
-    def of(cls, train: TrainConfig, steps_per_epoch: int) -> Schedule:
+    def of(cls, train: TrainConfig, steps_per_epoch: int) -> RateSchedule:
         """Return the schedule of a run's settings."""
         return cls(train.schedule, train.warmup_epochs * steps_per_epoch, train.max_epochs * steps_per_epoch)
 

@@ -42,7 +42,7 @@ from .checkpoints import (
 )
 from .determinism import deterministic
 from .fused_step import CpuFusedStep, GpuFusedStep, fused_step_refusal
-from .learning_rates import Schedule
+from .learning_rates import RateSchedule
 from .lost_best import refuse_lost_best
 from .memory_budget import MemoryBudget
 from .run_folder import RunFolder
@@ -82,7 +82,7 @@ class Trainer:
             self.config = replace(config, uncached=uncached)
         self.progress = Progress()
         self.steps_per_epoch = steps_per_epoch(sequences, config.train.batch_users)
-        self.schedule = Schedule.of(config.train, self.steps_per_epoch)
+        self.schedule = RateSchedule.of(config.train, self.steps_per_epoch)
         self._clock = IntervalClock(config.train.checkpoint_interval)
         self._saved = ""  # the place of the last checkpoint; empty if there is none
 

@@ -21,7 +21,7 @@ from iisan_fast.models.item_encoders import IdItemEncoder
 from iisan_fast.models.recommender import Recommender
 from iisan_fast.training.flat_storage import FlatStorage
 from iisan_fast.training.fused_step import CpuFusedStep
-from iisan_fast.training.learning_rates import Schedule
+from iisan_fast.training.learning_rates import RateSchedule
 from iisan_fast.training.training_step import CapturedStep, TrainingStep
 from iisan_fast.training.update_options import UpdateOptions
 
@@ -31,7 +31,7 @@ SHAPES = [(3, 32), (3, 32)]
 ITEMS = 40
 RATES = {"adapters": 1e-2, "gates": 2e-2, "heads": 3e-3, "sequence_encoder": 4e-3}
 STEPS = 4
-SCHEDULE = Schedule("cosine", warmup=1.5, steps=STEPS)
+SCHEDULE = RateSchedule("cosine", warmup=1.5, steps=STEPS)
 DECAY = UpdateOptions(weight_decay=2.0)
 SEQUENCES = make_sequences(
     [np.random.default_rng(user).integers(1, ITEMS + 1, 5 + user % 7).tolist() for user in range(24)], items=ITEMS
@@ -149,15 +149,15 @@ def test_a_schedule_is_that_of_pytorch(trained: Callable[[UpdateOptions], CpuFus
 )
 def test_rates_rise_in_the_warm_up_and_then_follow_the_schedule(kind, factors):
     """Check a run of two epochs of three steps, with a warm-up of five sixths of an epoch."""
-    schedule = Schedule.of(TrainConfig(max_epochs=2, schedule=kind, warmup_epochs=5 / 6), steps_per_epoch=3)
+    schedule = RateSchedule.of(TrainConfig(max_epochs=2, schedule=kind, warmup_epochs=5 / 6), steps_per_epoch=3)
     assert [schedule.factor(step) for step in range(6)] == pytest.approx(factors, rel=1e-14)
 
 
 def test_without_a_warm_up_the_first_step_has_the_whole_rate_and_the_step_after_the_last_none():
     for kind in ("linear", "cosine"):
-        schedule = Schedule(kind, warmup=0, steps=4)
+        schedule = RateSchedule(kind, warmup=0, steps=4)
         assert schedule.factor(0) == 1 and 0 < schedule.factor(3) < 0.3 and schedule.factor(4) == 0
-    assert [Schedule("linear", warmup=2, steps=2).factor(step) for step in range(2)] == [0.5, 1]  # the whole run
+    assert [RateSchedule("linear", warmup=2, steps=2).factor(step) for step in range(2)] == [0.5, 1]  # the whole run
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():
