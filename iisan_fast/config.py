@@ -329,11 +329,6 @@ class TrainConfig:
             raise InputError(
                 f"warmup_epochs: expected at most max_epochs ({self.max_epochs}), found {self.warmup_epochs:g}"
             )
-
-    @property
-    def scheduled(self) -> bool:
-        """Return True if the learning rates change from step to step."""
-        return self.schedule != "constant" or self.warmup_epochs > 0
         kind, _ = self.loss_and_negatives
         if self.debias and kind != "in-batch":
             raise InputError(
@@ -360,6 +355,11 @@ class TrainConfig:
     def debiased(self) -> bool:
         """Return True if log popularity is subtracted from the loss's scores."""
         return self.loss == "in-batch" if self.debias is None else self.debias
+
+    @property
+    def scheduled(self) -> bool:
+        """Return True if the learning rates change from step to step."""
+        return self.schedule != "constant" or self.warmup_epochs > 0
 
     @property
     def checkpoint_interval(self) -> Interval | None:
