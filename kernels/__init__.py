@@ -26,6 +26,7 @@ if __name__ == "iisan_fast.kernels":
         step_refusal,
         target_rank,
     )
+    from .reference.binary_cross_entropy import generalised_binary_cross_entropy
     from .reference.dropout import drop_factors, dropout_prefix, sequence_dropout
     from .threads import at_once, equal_parts, in_large_pieces
     from .types import (
@@ -91,6 +92,7 @@ if __name__ == "iisan_fast.kernels":
         "equal_parts",
         "fold_heads",
         "form_on",
+        "generalised_binary_cross_entropy",
         "gpu_step",
         "gpu_step_refusal",
         "in_large_pieces",

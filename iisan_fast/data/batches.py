@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import kernels
 from .epoch_plan import Layout, batch_bounds, epoch_windows, lay_out, steps_per_epoch
-from .loss_columns import IN_BATCH, Columns, Negatives, loss_columns, widened
+from .loss_columns import IN_BATCH, Columns, Negatives, loss_columns, possible_negatives, widened
 from .sequences import Sequences
 
 WINDOW_SLOTS = 1 << 18  # of the batches laid out at a time, each of some 250 bytes
@@ -173,9 +173,9 @@ def epoch_batches(
     """
     if window_batches is None:
         window_batches = _window_batches(sequences, batch_users, negatives)
-    items = len(sequences.item_ids)
+    possible = possible_negatives(sequences)
     for window in epoch_windows(sequences, batch_users, seed, epoch, window_batches, taken=taken):
-        yield from _batches(lay_out(sequences, window.users, batch_users), window.first_step, items, negatives)
+        yield from _batches(lay_out(sequences, window.users, batch_users), window.first_step, negatives, possible)
 
 
 def make_batch(sequences: Sequences, users: np.ndarray, step: int, negatives: Negatives = IN_BATCH) -> Batch:
@@ -183,7 +183,7 @@ def make_batch(sequences: Sequences, users: np.ndarray, step: int, negatives: Ne
 
     step: number of the training step, which the dropout hashes and the draws of negatives.
     """
-    (batch,) = _batches(lay_out(sequences, users, len(users)), step, len(sequences.item_ids), negatives)
+    (batch,) = _batches(lay_out(sequences, users, len(users)), step, negatives, possible_negatives(sequences))
     return batch
 
 
@@ -197,12 +197,12 @@ def _window_batches(sequences: Sequences, batch_users: int, negatives: Negatives
     return max(1, batches)
 
 
-def _batches(layout: Layout, first_step: int, items: int, negatives: Negatives) -> Iterator[Batch]:
+def _batches(layout: Layout, first_step: int, negatives: Negatives, possible: np.ndarray) -> Iterator[Batch]:
     """Yield the batches of a layout, as views of arrays that hold all batches.
 
-    first_step: step number of the first. items: of the catalogue.
+    first_step: step number of the first. possible: from `possible_negatives`.
     """
-    columns = loss_columns(layout, first_step, negatives, items)
+    columns = loss_columns(layout, first_step, negatives, possible)
     rows = np.diff(layout.row_bounds)
     lengths = np.maximum.reduceat(np.diff(layout.user_rows), layout.user_bounds[:-1])
     row_users = layout.row_user - layout.by_batch(layout.user_bounds[:-1], layout.row_bounds)

@@ -16,6 +16,7 @@ from ..precision import Precision
 from ..states import ItemInputs, ItemSource
 from .item_encoders import FrozenItemEncoder, IdItemEncoder
 from .item_ids import ItemIds
+from .losses import BinaryLoss
 from .sasrec import SASRec
 from .side_network import SideItemEncoder
 
@@ -35,6 +36,7 @@ class Recommender(nn.Module):
         popularity: np.ndarray,
         seed: int,
         item_ids: ItemIds | None = None,
+        binary_loss: BinaryLoss | None = None,
     ) -> None:
         """Make the recommender with random weights.
 
@@ -42,10 +44,12 @@ class Recommender(nn.Module):
         that has `parameter_groups`. It is called here, because `seed` draws all weights; `seed` also draws the dropout.
         max_inputs: the most items of a history. popularity: float64 [items + 1], each item's share of the training
         interactions; entry 0 is padding. item_ids: vectors to add to those of the item encoder; None adds none.
+        binary_loss: the loss in place of the cross-entropy.
         """
         super().__init__()
         self.config = config
         self.seed = seed
+        self.binary_loss = binary_loss
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # encoders may be on a GPU already
             torch.manual_seed(seed)
             self.item_encoder = make_item_encoder()
@@ -56,24 +60,30 @@ class Recommender(nn.Module):
         self.register_buffer("log_popularity", log_popularity, persistent=False)
 
     def loss(self, batch: Batch, inputs: ItemInputs) -> Tensor:
-        """Return the debiased in-batch cross-entropy (IISAN, equation 5), a scalar weighted by the batch's row weights.
+        """Return the loss of a batch, a scalar weighted by the batch's row weights.
 
-        inputs: of the items batch.distinct, as an item source reads them. The formula is in
-        `kernels.inbatch_cross_entropy`.
+        It is the cross-entropy over the batch's columns (IISAN, equation 5, if these are its own items), whose formula
+        is in `kernels.inbatch_cross_entropy`, or the model's binary loss. inputs: of the items batch.distinct, as an
+        item source reads them.
         """
         vectors = self._item_vectors(inputs, batch.distinct, batch.step if self.training else None)
         grid = kernels.SequenceGrid(batch.row_slots, len(batch.users), batch.length)
-        losses = kernels.inbatch_cross_entropy(
-            queries=self.sequence_encoder(vectors[batch.inputs], grid, self._dropout(batch)),
-            items=vectors,
-            targets=batch.targets,
-            row_users=batch.row_users,
-            history_bits=batch.history_bits,
+        queries = self.sequence_encoder(vectors[batch.inputs], grid, self._dropout(batch))
+        losses = self._row_losses(batch, queries, vectors)
+        return losses @ batch.weights.to(losses.dtype)
+
+    def _row_losses(self, batch: Batch, queries: Tensor, vectors: Tensor) -> Tensor:
+        """Return the loss of each row [R]. queries: [R, d]. vectors: [V, d], of the items batch.distinct."""
+        of_rows = queries, vectors, batch.targets, batch.row_users, batch.history_bits
+        if self.binary_loss is not None:
+            negatives, power = self.binary_loss
+            return kernels.generalised_binary_cross_entropy(*of_rows, batch.multiplicity, power, negatives)
+        return kernels.inbatch_cross_entropy(
+            *of_rows,
             log_multiplicity=batch.multiplicity.to(vectors.dtype).log(),
             log_popularity=self.log_popularity[batch.distinct].to(vectors.dtype),
             reduction="none",
         )
-        return losses @ batch.weights.to(losses.dtype)
 
     def step_operands(self, batch: Batch, inputs: list[kernels.States]) -> kernels.RecommenderBatch:
         """Return a batch, with the hidden states of its distinct items, in the form that a fused step takes."""
@@ -107,6 +117,8 @@ class Recommender(nn.Module):
             return "its item encoder is no side network"
         if self.item_ids is not None:
             return "it adds trained vectors to those of its item encoder"
+        if self.binary_loss is not None:
+            return "the loss gbce has no fused step"
         if frozen := next((name for name, weight in self.named_parameters() if not weight.requires_grad), ""):
             return f"{frozen} is not trained"
         return self.item_encoder.step_refusal()
@@ -193,10 +205,11 @@ def build_recommender(
     model = config.model
     seed = config.train.seed
     item_ids = ItemIds(popularity, model.embedding_dim, model.item_id_dropout, seed) if model.item_ids else None
+    binary_loss = BinaryLoss.of(config.train, popularity)
     if not config.train.debiased:
         popularity = np.ones_like(popularity)  # whose logarithm is 0
     make = functools.partial(make_item_encoder, source, config, precision)
-    return Recommender(make, model, config.protocol.max_inputs, popularity, seed, item_ids)
+    return Recommender(make, model, config.protocol.max_inputs, popularity, seed, item_ids, binary_loss)
 
 
 def make_item_encoder(source: ItemSource, config: RunConfig, precision: Precision) -> nn.Module:

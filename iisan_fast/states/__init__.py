@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .item_source import Chunks, ItemInputs, ItemSource
     from .loader import PlannedBatch, PreparedBatch, planned_batches, prepared_batches
     from .manifest import describes_view
-    from .placement import size_text, usable_memory
+    from .placement import free_memory, size_text, usable_memory
     from .recorded_views import refuse_other_encoders
     from .store import Store
     from .verification import verify_cache
@@ -34,6 +34,7 @@ __all__ = [
     "content_digest",
     "describes_view",
     "extract",
+    "free_memory",
     "load_table",
     "open_inputs",
     "open_sources",

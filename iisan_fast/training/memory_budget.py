@@ -9,14 +9,16 @@ from contextlib import contextmanager
 
 import torch
 
-from ..config import TUNING_METHODS, RunConfig
-from ..data import Sequences
+from ..config import TUNING_METHODS, RunConfig, TrainConfig
+from ..data import Negatives, Sequences, padded_shape
 from ..errors import InputError
 from ..models import EncodingPlan, Recommender
-from ..states import ItemSource, size_text, usable_memory
+from ..states import ItemSource, free_memory, size_text, usable_memory
 
 LOGGER = logging.getLogger(__name__)
 STATE_COPIES = 3  # of a batch's states, 4 bytes for an element: the states, and the towers' results
+SCORE_COPIES = {"cpu": 1, "cuda": 0}  # of a cross-entropy's scores, 4 bytes each; the form on CUDA stores none
+BINARY_SCORE_COPIES = 5  # of a binary cross-entropy's: scores, their softplus, weights, products, gradients
 
 
 class MemoryBudget:
@@ -27,17 +29,24 @@ class MemoryBudget:
     ) -> None:
         """Estimate the memory. For trained encoders, choose and log how many items they encode at a time.
 
-        Raises InputError if one item does not fit.
+        Raises InputError if one item does not fit, or the columns of a loss that takes others than the batch's items.
         """
         self.device = device
         self.users = config.train.batch_users
+        negatives = Negatives.of(config.train)
         self.items = min(self.users * (sequences.max_inputs + 1), source.rows - 1)
+        if not negatives.in_batch:
+            shape = padded_shape(sequences, self.users, negatives)
+            self.items = min(shape.distinct, source.rows - 1)
         self.encoding: EncodingPlan | None = None
         if config.model.method in TUNING_METHODS:
             self.encoding = self._plan_encoding(config, source, model)
             self.estimate = self.encoding.estimate
         else:
             self.estimate = 4 * STATE_COPIES * self.items * sum(layers * width for layers, width in source.shapes)
+        self.lower = "batch_users"
+        if not negatives.in_batch:
+            self._add_scores(config.train, shape.rows, model)
 
     @contextmanager
     def refuse_lack_of_memory(self) -> Iterator[None]:
@@ -48,14 +57,31 @@ class MemoryBudget:
             known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
             if not known:
                 raise
-            largest, lower = "states", "batch_users"
+            largest, lower = "states", self.lower
             if self.encoding is not None:
-                largest, lower = "activations", "items_at_once or batch_users, or set checkpointing"
+                largest, lower = "activations", f"items_at_once or {self.lower}, or set checkpointing"
             raise InputError(
                 f"not enough memory on {self.device} for batches of {self.users} users and up to {self.items} items, "
                 f"whose {largest} take up to {size_text(self.estimate)} by estimate; lower {lower}, or try "
                 "table: pinned"
             ) from error
+
+    def _add_scores(self, train: TrainConfig, rows: int, model: Recommender) -> None:
+        """Add the scores of a loss over many items to the estimate. Raises InputError if they do not fit.
+
+        rows: of the largest batch.
+        """
+        copies = SCORE_COPIES[self.device.type] if model.binary_loss is None else BINARY_SCORE_COPIES
+        of_items = self.estimate
+        self.estimate += 4 * copies * rows * self.items
+        self.lower = "batch_users, or choose sampled:N" if train.loss == "full" else "batch_users or N"
+        free = free_memory(self.device)
+        if free is not None and self.estimate > free:
+            remedy = "choose sampled:N" if train.loss == "full" and of_items > free else f"lower {self.lower}"
+            raise InputError(
+                f"loss: {train.loss} compares up to {rows} rows with {self.items} items a step, which takes "
+                f"{size_text(self.estimate)} by estimate, found {size_text(free)} free on {self.device}; {remedy}"
+            )
 
     def _plan_encoding(self, config: RunConfig, source: ItemSource, model: Recommender) -> EncodingPlan:
         """Choose the parts in which trained encoders encode a batch, set them, and return the plan."""

@@ -340,14 +340,16 @@ class Trainer:
 
 
 def _negatives(config: RunConfig, sequences: Sequences) -> Negatives:
-    """Return the negatives of a run's loss. Raises InputError if more are drawn than the catalogue has items."""
+    """Return the negatives of a run's loss. Raises InputError if more are drawn than items occur in training."""
     train = config.train
     kind, drawn = train.loss_and_negatives
-    if kind == "gbce":
-        raise InputError("loss: gbce cannot be trained yet; choose in-batch, full or sampled:N")
-    if drawn > (items := len(sequences.item_ids)):
-        raise InputError(f"loss: {train.loss} draws {drawn} negatives of {items} items; expected at most {items}")
-    return Negatives(kind == "full", drawn, train.seed, train.own_mask)
+    items = int(np.count_nonzero(sequences.training_counts))
+    if drawn > items:
+        raise InputError(
+            f"loss: expected at most the {items} items that occur in training, found {drawn} negatives; "
+            f"lower N of {kind}:N"
+        )
+    return Negatives.of(train)
 
 
 def _refuse_failed_step(reading: Reading) -> None:
