@@ -57,9 +57,11 @@ class MemoryBudget:
             known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
             if not known:
                 raise
-            largest, lower = "states", self.lower
+            largest = "states"
+            lower = self.lower
             if self.encoding is not None:
-                largest, lower = "activations", f"items_at_once or {self.lower}, or set checkpointing"
+                largest = "activations"
+                lower = f"items_at_once or {lower}, or set checkpointing"
             raise InputError(
                 f"not enough memory on {self.device} for batches of {self.users} users and up to {self.items} items, "
                 f"whose {largest} take up to {size_text(self.estimate)} by estimate; lower {lower}, or try "
