@@ -312,11 +312,14 @@ class TrainConfig:
         0.0, help="Epochs, or a part of one, in which the learning rates rise from 0.", minimum=0, maximum=1_000_000
     )
     clip_norm: float | None = setting(
-        None, help="Largest norm of all gradients together; longer ones are scaled to it.", minimum=0, automatic="none"
+        None,
+        help="Largest L2 norm of all gradients together; longer ones are scaled to it.",
+        minimum=0,
+        automatic="none",
     )
     ema_decay: float = setting(
         0.0,
-        help="Decay of averaged weights, which are validated and kept in place of the last; 0: none.",
+        help="Decay of a moving average of the weights, which is validated and kept in their place; 0: none.",
         minimum=0,
         below=1,
     )
@@ -325,6 +328,8 @@ class TrainConfig:
         check_settings(self)
         if (interval := self.checkpoint_interval) is not None and interval.steps is not None:
             object.__setattr__(self, "checkpoint_every", interval.steps)  # a number, also if it was text
+        if self.clip_norm == 0:
+            raise InputError("clip_norm: expected a number above 0, found 0; leave it out for no clipping")
         if self.warmup_epochs > self.max_epochs:
             raise InputError(
                 f"warmup_epochs: expected at most max_epochs ({self.max_epochs}), found {self.warmup_epochs:g}"

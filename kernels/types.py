@@ -207,6 +207,9 @@ class FlatAdamState(NamedTuple):
     steps: Tensor  # number of steps including the current one, an fp32 scalar
     betas: tuple[float, float]
     epsilon: float
+    clip_norm: float | None = None  # the largest L2 norm of all gradients together; None for any
+    averages: Tensor | None = None  # [n]: moving averages of the parameters; None for none
+    average_share: float = 1.0  # least share of the new parameters in the averages, which is 9 / (10 + steps) at first
 
 
 class TowerGradients(NamedTuple):

@@ -26,6 +26,7 @@ from ..models import ITEM_PARAMETERS
 from ..recorded_json import parse_json_object
 from ..states import ItemSource
 
+AVERAGE = "average."  # the start of the names of averaged weights in the last checkpoint
 ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 ITEM_VECTORS = "item_vectors"  # the name of the catalogue's vectors in the best checkpoint
 CHECKSUMS = "checksums"  # their name in a checkpoint's JSON
@@ -263,6 +264,33 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     Frozen parameters are not stored: they come from the encoders' files.
     """
     return {f"model.{name}": parameter for name, parameter in _trained(model).items()}
+
+
+def average_tensors(model: nn.Module, averages: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
+    """Return the averages of the trained parameters, as tensors named average.<parameter's name>."""
+    return {f"{AVERAGE}{name}": averages[weight] for name, weight in _trained(model).items() if weight in averages}
+
+
+def load_averages(
+    model: nn.Module, averages: Mapping[nn.Parameter, Tensor], tensors: Mapping[str, Tensor], path: Path
+) -> None:
+    """Copy the result of `average_tensors` into a step's averages.
+
+    Raises InputError, naming the file, if names, shapes or dtypes are others.
+    """
+    current = average_tensors(model, averages)
+    expected = {name: _form(average) for name, average in current.items()}
+    _refuse_other_tensors(expected, tensors, AVERAGE, path, "the averaged weights")
+    for name, average in current.items():
+        average.copy_(tensors[name])
+
+
+def weights_to_keep(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a last checkpoint with averaged weights, if it has them, in place of the trained ones."""
+    averages = {
+        name.replace(AVERAGE, "model.", 1): tensor for name, tensor in tensors.items() if name.startswith(AVERAGE)
+    }
+    return {**tensors, **averages}
 
 
 def best_tensors(model: nn.Module, vectors: Tensor, source: ItemSource) -> dict[str, Tensor]:

@@ -81,14 +81,15 @@ def _parameters(trainer: Trainer) -> dict[str, Any]:
 
 
 def _memory(trainer: Trainer) -> dict[str, Any]:
-    """Return the bytes of parameters, gradients, Adam's moments and the largest batch."""
+    """Return the bytes of parameters, gradients, Adam's moments with averaged weights, and the largest batch."""
     weights = list(trainer.model.parameters())
     trained = sum(weight.nbytes for weight in weights if weight.requires_grad)
+    averaged = trainer.config.train.ema_decay > 0
     no_states = trainer.config.model.method == "id"  # its batches hold item numbers, which the budget does not count
     return {
         "parameters": sum(weight.nbytes for weight in weights),
         "gradients": trained,
-        "optimizer": ADAM_MOMENTS * trained,
+        "optimizer": (ADAM_MOMENTS + averaged) * trained,
         "batch": NOT_ESTIMATED if no_states else trainer.memory.estimate,
     }
 

@@ -57,6 +57,9 @@ class FlatStorage:
         self.steps = torch.zeros((), device=first.device)  # number of steps taken, float32
         self._set_groups(update_groups(model, rates, options))
         self._move_parameters()
+        self._options = options
+        # Averages of the parameters, in the same layout; None without them.
+        self.average = self.parameters.clone() if options.ema_decay else None
 
     def _set_groups(self, groups: list[UpdateGroup]) -> None:
         """Set the group of each line of the buffers, and the learning rate and weight decay of each group."""
@@ -105,8 +108,23 @@ class FlatStorage:
         """Return the buffers and settings that Adam's kernel takes."""
         buffers = self.parameters, self.gradient, self.mean, self.square
         return FlatAdamState(
-            *buffers, self.line_groups, self.rates, self.decays, self.steps, betas=BETAS, epsilon=EPSILON
+            *buffers,
+            self.line_groups,
+            self.rates,
+            self.decays,
+            self.steps,
+            betas=BETAS,
+            epsilon=EPSILON,
+            clip_norm=self._options.clip_norm,
+            averages=self.average,
+            average_share=1 - self._options.ema_decay,
         )
+
+    def averages(self) -> dict[nn.Parameter, Tensor]:
+        """Return the average of each parameter, a view in the parameter's shape; empty without averages."""
+        if self.average is None:
+            return {}
+        return {parameter: self._view(self.average, i) for i, parameter in enumerate(self._trained)}
 
     def weights(self) -> RecommenderWeights:
         """Return the parameters in their roles in a step, as views without autograd."""

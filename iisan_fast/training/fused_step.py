@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from .. import kernels
@@ -106,6 +106,11 @@ class FusedStep:
     def optimizer(self) -> FlatStorage:
         """Return the object that holds Adam's state."""
         return self.storage
+
+    @property
+    def averages(self) -> dict[nn.Parameter, Tensor]:
+        """Return the average of each parameter; empty without averages."""
+        return self.storage.averages()
 
     def scale_rates(self, factor: float) -> None:
         """Set all learning rates to a factor of those of the settings, for the next steps."""

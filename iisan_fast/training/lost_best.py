@@ -10,7 +10,7 @@ import logging
 from ..errors import InputError
 from ..models import Recommender
 from ..states import ItemSource
-from .checkpoints import best_tensors, item_vectors, load_checkpoint, load_weights
+from .checkpoints import best_tensors, item_vectors, load_checkpoint, load_weights, weights_to_keep
 from .determinism import deterministic
 from .run_folder import RunFolder
 from .run_progress import Progress
@@ -44,7 +44,7 @@ def refuse_lost_best(
             continue
         if _epoch_of_weights(found, steps_per_epoch) == progress.best_epoch:
             LOGGER.warning("%s; it is made again from %s", problem, path.name)
-            load_weights(model, tensors, path)
+            load_weights(model, weights_to_keep(tensors), path)
             model.eval()
             with deterministic():
                 vectors = model.catalogue_vectors(source)

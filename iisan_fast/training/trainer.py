@@ -31,12 +31,15 @@ from ..precision import Precision
 from ..progress import progress_bar
 from ..states import ItemSource, PlannedBatch, PreparedBatch, planned_batches, prepared_batches
 from ..stop_signals import Interrupted, StopRequest, stop_requests
+from .averaged_weights import averaged_weights
 from .checkpoints import (
     RESTORE,
     adam_tensors,
+    average_tensors,
     best_tensors,
     item_vectors,
     load_adam,
+    load_averages,
     load_weights,
     named_weights,
 )
@@ -162,6 +165,7 @@ class Trainer:
         refuse_lost_best(folder, progress, self.model, self.source, shape, self.steps_per_epoch)
         load_weights(self.model, tensors, path)
         load_adam(self.model, self.step.optimizer, tensors, path)
+        load_averages(self.model, self.step.averages, tensors, path)
         self.progress = progress
         self.step.record.copy_(torch.tensor(self.progress.under_way.record, dtype=torch.float64))
         self._saved = self.progress.place
@@ -242,14 +246,15 @@ class Trainer:
         progress = self.progress
         trained = time.perf_counter()
         try:
-            with request.raised_at_once():
+            with averaged_weights(self.step.averages), request.raised_at_once():
                 vectors, report = self._validate()
         except Interrupted:
             self._save(folder)
             raise self._stopped(folder, request.signal_number) from None
         progress.finish_epoch(report, time.perf_counter() - trained, self.sequences.epoch_interactions)
         if progress.best_epoch == progress.epoch:
-            folder.save_best(best_tensors(self.model, vectors, self.source), {"epoch": progress.epoch})
+            with averaged_weights(self.step.averages):
+                folder.save_best(best_tensors(self.model, vectors, self.source), {"epoch": progress.epoch})
         self._save(folder)  # it also holds the metrics, so that both agree after a crash
         folder.write_metrics(progress.lines)
 
@@ -259,6 +264,7 @@ class Trainer:
         _refuse_failed_step(Reading.of(record.clone()))
         self.progress.under_way.record = record.tolist()
         tensors = {**named_weights(self.model), **adam_tensors(self.model, self.step.optimizer)}
+        tensors |= average_tensors(self.model, self.step.averages)
         folder.save_last(tensors, self.progress.as_state())
         self._saved = self.progress.place
         self._clock.restart()

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import kernels
 from ..data import Batch, Shape
@@ -68,6 +68,13 @@ class TrainingStep:
             [{"params": group.parameters, "lr": rate, "weight_decay": group.decay} for group, rate in zip(groups, lrs)],
             device,
         )
+        self._trained = [parameter for group in groups for parameter in group.parameters]
+        self._clip_norm = options.clip_norm
+        self._ema_decay = options.ema_decay
+        # The average of each parameter; empty without averages.
+        self.averages: dict[nn.Parameter, Tensor] = {}
+        if options.ema_decay:
+            self.averages = {parameter: parameter.detach().clone() for parameter in self._trained}
         # Sum of losses, rows, first failed step (0: none), its loss.
         self.record = torch.zeros(4, dtype=torch.float64, device=device)
 
@@ -104,9 +111,26 @@ class TrainingStep:
         self._note(loss.detach(), batch)
         loss.backward()
         mark("backward")
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._trained, self._clip_norm)
         self.optimizer.update()
+        if self.averages:
+            self._follow()
         mark("update")
         return loss.detach()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the averages towards the updated parameters. After a loss that is not finite, they stay as they are.
+
+        The share of the parameters is 1 - ema_decay, or 9 / (10 + steps) if that is more.
+        """
+        steps = self.optimizer.state[self._trained[0]]["step"].double()
+        share = torch.clamp(9 / (10 + steps), min=1 - self._ema_decay) * (self.record[2] == 0)
+        averages = list(self.averages.values())
+        differences = torch._foreach_sub(self._trained, averages)
+        torch._foreach_mul_(differences, share.to(averages[0].dtype))
+        torch._foreach_add_(averages, differences)
 
     def _note(self, loss: Tensor, batch: Batch) -> None:
         """Add a step's loss to the record. After the first loss that is not finite, nothing is added or updated."""

@@ -18,12 +18,14 @@ class UpdateOptions:
 
     weight_decay: float = 0.0  # decoupled: a weight loses rate * weight_decay of itself in a step
 
+    clip_norm: float | None = None  # largest L2 norm of all gradients together; None for any
+    ema_decay: float = 0.0  # of the averaged weights; 0 for none
     scheduled: bool = False  # True: learning rates change from step to step
 
     @classmethod
     def of(cls, train: TrainConfig) -> UpdateOptions:
         """Return the options of a run's settings."""
-        return cls(train.weight_decay, train.scheduled)
+        return cls(train.weight_decay, train.clip_norm, train.ema_decay, train.scheduled)
 
 
 PLAIN_ADAM = UpdateOptions()

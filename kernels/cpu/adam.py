@@ -16,9 +16,10 @@ from ..types import AdamState, FlatAdamState
 from .library import DTYPES, library
 from .schedule import Schedule, run
 from .step_calls import StepCalls, addresses
-from .structs import AdamParameterStruct, AdamStruct, FlatAdamStruct
+from .structs import AdamParameterStruct, AdamStruct, FlatAdamStruct, SquareSumsStruct
 
 PARTS = 4  # calls for each core
+SUM_BLOCK = 8192  # numbers whose squares are added up together, as BLOCK in cpp/adam.cpp
 
 
 def adam(states: Sequence[AdamState]) -> AdamUpdate:
@@ -122,6 +123,9 @@ def refusal(states: Sequence[AdamState]) -> str:
 class FlatAdamCalls:
     """Adam's step on flat buffers, equal to torch.optim.AdamW. Each line of 32 numbers has one group.
 
+    With a clip norm, gradients are scaled as by torch.nn.utils.clip_grad_norm_; the number of threads changes no bit.
+    Averages, if there are any, follow the new parameters.
+
     If record[2] is not 0, a loss was not finite, and nothing is updated.
     """
 
@@ -133,6 +137,17 @@ class FlatAdamCalls:
         places = dict(zip(names, addresses(state[: len(names)])), record=record.data_ptr())
         beta1, beta2 = state.betas
         more = dict(lines=lines, group_count=len(state.rates), beta1=beta1, beta2=beta2, epsilon=state.epsilon)
+        if state.averages is not None:
+            more |= dict(average=state.averages.data_ptr(), average_share=state.average_share)
+        self._sums = torch.empty(0, dtype=torch.float64)  # of the gradient's squares, by block
+        if state.clip_norm is not None:
+            self._sums = torch.empty(-(-len(state.gradients) // SUM_BLOCK), dtype=torch.float64)
+            more |= dict(square_sums=self._sums.data_ptr(), sum_count=len(self._sums), clip_norm=state.clip_norm)
+        self._squares = [
+            SquareSumsStruct(state.gradients.data_ptr(), self._sums.data_ptr(), len(state.gradients), start, length)
+            for start, length in cut(len(self._sums), PARTS * cores())
+            if length
+        ]
         self._structs = [
             FlatAdamStruct(**places, **more, start=start, length=length)
             for start, length in cut(lines, PARTS * cores())
@@ -140,4 +155,5 @@ class FlatAdamCalls:
 
     def update(self) -> None:
         """Schedule the update of the parameters and the moments, with the gradients in the state's buffer."""
-        self._calls.add("adam_update_lines", self._structs)
+        squared = self._calls.add("square_sums", self._squares)
+        self._calls.add("adam_update_lines", self._structs, squared)

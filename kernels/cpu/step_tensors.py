@@ -46,6 +46,8 @@ def _check_flat(adam: FlatAdamState, dtype: torch.dtype) -> None:
     numbers = len(adam.line_groups) * FLAT_LINE
     for name in ("parameters", "gradients", "means", "squares"):
         check_tensor(f"adam.{name}", getattr(adam, name), dtype, (numbers,))
+    if adam.averages is not None:
+        check_tensor("adam.averages", adam.averages, dtype, (numbers,))
     check_tensor("adam.line_groups", adam.line_groups, torch.uint8, (len(adam.line_groups),))
     for name in ("rates", "decays"):
         check_tensor(f"adam.{name}", getattr(adam, name), torch.float64, (len(adam.rates),))

@@ -57,7 +57,18 @@ class FlatAdamStruct(ctypes.Structure):
         *_fields(ctypes.c_int64, "lines", "start", "length"),
         ("group_count", ctypes.c_int32),
         *_fields(ctypes.c_double, "beta1", "beta2", "epsilon"),
+        ("square_sums", ctypes.c_void_p),
+        ("sum_count", ctypes.c_int64),
+        ("clip_norm", ctypes.c_double),
+        ("average", ctypes.c_void_p),
+        ("average_share", ctypes.c_double),
     ]
+
+
+class SquareSumsStruct(ctypes.Structure):
+    """`SquareSums` of cpp/adam.cpp."""
+
+    _fields_ = [*_fields(ctypes.c_void_p, "gradient", "sums"), *_fields(ctypes.c_int64, "count", "start", "length")]
 
 
 class FoldStruct(ctypes.Structure):
@@ -176,6 +187,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
         AdamParameterStruct,
         AdamStruct,
         FlatAdamStruct,
+        SquareSumsStruct,
         FoldStruct,
         LossStruct,
         ColumnsStruct,

@@ -1,9 +1,10 @@
-"""Adam in Triton: one launch updates all trained parameters, which lie in one buffer."""
+"""AdamW in Triton: one launch updates all trained parameters, which lie in one buffer; clipping takes one more."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from ..types import FLAT_LINE
 from .configurations import only_configuration
 from .launch import launch
+
+SUMS_AT_ONCE = 512  # partial sums of squares that a program reads together
 
 
 class FlatAdam:
@@ -34,6 +37,9 @@ class FlatAdam:
         epsilon: float,
         steps: Tensor,
         record: Tensor,
+        clip_norm: float | None = None,
+        averages: Tensor | None = None,
+        average_share: float = 1.0,
     ) -> None:
         """Store the buffers, all on one device.
 
@@ -45,6 +51,10 @@ class FlatAdam:
             betas, epsilon: as in torch.optim.AdamW.
             steps: fp32 scalar, the number of steps including the current one.
             record: fp64 [4]; nothing is updated if record[2] is not 0.
+            clip_norm: the largest L2 norm of all gradients, to which longer ones are scaled as by
+                torch.nn.utils.clip_grad_norm_; None for any.
+            averages: fp32 [n], which follow the new parameters; None for none.
+            average_share: the least share of the new parameters in the averages; it is 9 / (10 + steps) at first.
 
         Raises ValueError if n is not 32 times the number of lines.
         """
@@ -53,11 +63,21 @@ class FlatAdam:
             raise ValueError(f"parameters: expected {expected}, found {len(parameters)}")
         self._operands = (parameters, gradients, means, squares, operands, line_groups, rates, decays, steps, record)
         self._betas = betas
+        self._clip_norm = clip_norm
+        self._averages = averages
+        self._average_share = average_share
+        chosen = only_configuration("square_sums", parameters.device)
+        programs = 0 if clip_norm is None else triton.cdiv(len(gradients), chosen.blocks["BLOCK"])
+        self._square_sums = torch.empty(programs, dtype=torch.float32, device=parameters.device)
         self._epsilon = epsilon
 
     def update(self) -> None:
-        """Launch one step: write parameters, means, squares and operands."""
+        """Launch one step: write parameters, means, squares, operands and averages."""
         parameters, gradients, means, squares, operands, line_groups, *scalars = self._operands
+        steps = scalars[2]
+        clips = self._clip_norm is not None
+        if clips:
+            self._add_squares(gradients)
         lines = len(line_groups)
         chosen = only_configuration("adam", parameters.device)
         launch(
@@ -72,15 +92,29 @@ class FlatAdam:
             parameters if operands is None else operands,
             line_groups,
             *scalars,
+            self._square_sums if clips else steps,
+            steps if self._averages is None else self._averages,
             lines,
+            len(self._square_sums),
             *self._betas,
             *(1 - beta for beta in self._betas),
             *map(math.log, self._betas),
             self._epsilon,
+            self._clip_norm or 0.0,
+            self._average_share,
             WRITES_OPERANDS=operands is not None,
+            CLIPS=clips,
+            AVERAGES=self._averages is not None,
             LINE=FLAT_LINE,
+            SUMS=SUMS_AT_ONCE,
             **chosen.blocks,
         )
+
+    def _add_squares(self, gradients: Tensor) -> None:
+        """Launch the partial sums of the gradients' squares."""
+        chosen = only_configuration("square_sums", gradients.device)
+        grid = (len(self._square_sums),)
+        launch(_add_up, "square_sums", grid, chosen, gradients, self._square_sums, len(gradients), **chosen.blocks)
 
 
 @triton.jit
@@ -90,6 +124,30 @@ def _one_minus_exp(x):
     for i in tl.static_range(9, 1, -1):
         series = 1 + x / i * series
     return tl.where(x > -0.5, -x * series, 1 - tl.exp(x))
+
+
+@triton.jit
+def _add_up(
+    gradients_ptr,  # [n]
+    sums_ptr,  # [n / BLOCK]
+    n,
+    BLOCK: tl.constexpr,
+):
+    """Add up the squares of BLOCK gradients."""
+    o_g = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    gradient = tl.load(gradients_ptr + o_g, mask=o_g < n, other=0.0)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(gradient * gradient, 0))
+
+
+@triton.jit
+def _clip_factor(sums_ptr, sum_count, clip_norm, SUMS: tl.constexpr):
+    """Return the factor that brings the gradients to clip_norm, at most 1; NaN if a gradient is."""
+    total = tl.zeros((SUMS,), tl.float32)
+    for first in range(0, sum_count, SUMS):
+        o_s = first + tl.arange(0, SUMS)
+        total += tl.load(sums_ptr + o_s, mask=o_s < sum_count, other=0.0)
+    factor = clip_norm / (tl.sqrt(tl.sum(total, 0)) + 1e-6)
+    return tl.where(factor >= 1, 1.0, factor)
 
 
 @triton.jit
@@ -104,7 +162,10 @@ def _update(
     decays_ptr,  # [groups]
     steps_ptr,  # [1]
     record_ptr,  # [4]
+    sums_ptr,  # [sum_count]
+    averages_ptr,  # [n]
     lines,
+    sum_count,
     mean_beta,
     square_beta,
     mean_share,  # 1 - beta
@@ -112,8 +173,13 @@ def _update(
     mean_log,  # log beta
     square_log,
     epsilon,
+    clip_norm,
+    average_share,
     WRITES_OPERANDS: tl.constexpr,
+    CLIPS: tl.constexpr,
+    AVERAGES: tl.constexpr,
     LINE: tl.constexpr,
+    SUMS: tl.constexpr,
     LINES: tl.constexpr,
 ):
     """Update LINES lines of LINE parameters each; record[2] != 0 stops all updates."""
@@ -130,6 +196,8 @@ def _update(
         m_p = m_l[:, None]
         parameter = tl.load(parameters_ptr + o_p, mask=m_p, other=0.0)
         gradient = tl.load(gradients_ptr + o_p, mask=m_p, other=0.0)
+        if CLIPS:
+            gradient *= _clip_factor(sums_ptr, sum_count, clip_norm, SUMS)
         mean = mean_beta * tl.load(means_ptr + o_p, mask=m_p, other=0.0) + mean_share * gradient
         square = square_beta * tl.load(squares_ptr + o_p, mask=m_p, other=0.0) + square_share * gradient * gradient
         step = step_size[:, None] * mean / (tl.sqrt(square) / square_root + epsilon)
@@ -139,3 +207,7 @@ def _update(
         tl.store(squares_ptr + o_p, square, mask=m_p)
         if WRITES_OPERANDS:
             tl.store(operands_ptr + o_p, parameter.to(operands_ptr.dtype.element_ty), mask=m_p)
+        if AVERAGES:
+            average = tl.load(averages_ptr + o_p, mask=m_p, other=0.0)
+            share = tl.maximum(average_share, 9 / (10 + steps))
+            tl.store(averages_ptr + o_p, average + share * (parameter - average), mask=m_p)

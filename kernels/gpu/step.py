@@ -110,7 +110,8 @@ def _adam(tensors: StepTensors) -> FlatAdam:
     operands = None if tensors.operand_buffer is state.parameters else tensors.operand_buffer
     buffers = state.parameters, state.gradients, state.means, state.squares, operands
     groups = state.line_groups, state.rates, state.decays
-    return FlatAdam(*buffers, *groups, state.betas, state.epsilon, state.steps, tensors.record)
+    extras = state.clip_norm, state.averages, state.average_share
+    return FlatAdam(*buffers, *groups, state.betas, state.epsilon, state.steps, tensors.record, *extras)
 
 
 def _rate(probability: float) -> DropoutRate | None:

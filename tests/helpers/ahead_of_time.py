@@ -86,8 +86,8 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
         return configurations.table_entry(kernel, device, size)
 
     def compile_instead(kernel: Any, name: str, grid: Any, chosen: Configuration, *values: Any, **meta: Any):
-        # the sequence encoder by halves of blocks, and the towers in their two forms
-        variant = [str(meta.get(flag)) for flag in ("ATTEND", "FEED", "END", "HEADS", "UP")]
+        # the sequence encoder by halves of blocks, the towers in their two forms, and Adam with what may be added
+        variant = [str(meta.get(flag)) for flag in ("ATTEND", "FEED", "END", "HEADS", "UP", "CLIPS")]
         key = (name, size, bool(meta.get("TILE_ROWS")), *variant)  # the loss has two layouts of rows
         if key in compiled or arguments.kernel not in name:
             return
@@ -236,6 +236,8 @@ def call_pairs_of_one_entry(dtype: torch.dtype) -> None:
     groups, values = empty(len(flat[0]) // 32, dtype=torch.uint8), empty(2)
     operands = None if dtype == torch.float32 else empty(len(flat[0]), dtype=dtype)
     adam.FlatAdam(*flat, operands, groups, values, values, (0.9, 0.999), 1e-8, steps, record).update()
+    more = 1.0, torch.empty_like(flat[0]), 1e-3
+    adam.FlatAdam(*flat, operands, groups, values, values, (0.9, 0.999), 1e-8, steps, record, *more).update()
 
 
 def call_fold(arguments: argparse.Namespace, embedding_dim: int, dtype: torch.dtype) -> None:

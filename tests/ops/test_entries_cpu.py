@@ -26,6 +26,7 @@ from iisan_fast.kernels.cpu.structs import (
     LossStruct,
     RecordStruct,
     RowsStruct,
+    SquareSumsStruct,
     SumStruct,
     TowerStruct,
 )
@@ -55,6 +56,7 @@ ROWS = dict(rows=3, items=2, width=16)
 RECORD = dict(rows=3, step=5)
 ONE_STEP = torch.ones(())
 LINES = dict(lines=4, start=1, length=2, group_count=1, beta1=0.9, beta2=0.999, epsilon=1e-8, steps=ONE_STEP.data_ptr())
+SQUARES = dict(count=8 * 1200, start=1, length=1)
 EMPTY_ADAM = dict(count=0, start=0, length=0, beta1=0.9, beta2=0.999, epsilon=1e-8)
 
 WRONG_ADAM = [("count", -1), ("start", -1), ("start", 1), ("length", 1), ("length", -1)]
@@ -69,6 +71,8 @@ WRONG_GATHER = [("bytes", 3), ("layers", 0), ("width", 0), ("start", -1), ("star
 WRONG_VECTORS = [(name, 0) for name in ("items", "width", "towers")] + [("room", 1), ("items", 3)]
 WRONG_ROWS = [("rows", -1), ("items", 0), ("width", 0)]
 WRONG_LINES = [("lines", 2), ("start", -1), ("start", 3), ("length", -1), ("group_count", 0), ("steps", None)]
+WRONG_LINES += [("sum_count", -1)]
+WRONG_SQUARES = [("count", -8), ("count", 9), ("start", -1), ("start", 2), ("length", -1), ("length", 2)]
 
 ENTRIES = {
     "add_up": (SumStruct, SUM, [("count", -1), ("total", None), ("part", None)]),
@@ -84,6 +88,7 @@ ENTRIES = {
     "side_backward": (TowerStruct, TOWER, [*WRONG_TOWER, ("upstream", None)]),
     "side_encode": (TowerStruct, TOWER, [*WRONG_TOWER, ("bottleneck", 8), ("joined", None)]),
     "gather_panels": (GatherStruct, GATHER, WRONG_GATHER),
+    "square_sums": (SquareSumsStruct, SQUARES, WRONG_SQUARES),
     "adam_update_lines": (FlatAdamStruct, LINES, WRONG_LINES),
     "loss_columns": (ColumnsStruct, COLUMNS, [("rows", 0), ("items", 0)]),
     "item_vectors": (ItemVectorsStruct, VECTORS, WRONG_VECTORS),

@@ -15,6 +15,7 @@ from iisan_fast.training.fused_step import GpuFusedStep
 from iisan_fast.training.resume_run import resume
 from iisan_fast.training.start_run import train
 from iisan_fast.training.trainer import Trainer
+from iisan_fast.training.update_options import UpdateOptions
 
 CPU = torch.device("cpu")
 
@@ -24,14 +25,18 @@ CPU = torch.device("cpu")
 def test_a_run_by_the_fused_gpu_step_goes_on_exactly(toy_run, tmp_path, monkeypatch, placement):
     dataset, cache = toy_run
     model = ModelConfig(embedding_dim=32, bottleneck=16)
-    config = RunConfig(str(dataset), str(cache), ("image", "title"), model=model, train=TrainConfig(30, max_epochs=1))
+    options = dict(weight_decay=1.0, schedule="linear", warmup_epochs=1.0, clip_norm=0.1, ema_decay=0.6)
+    settings = TrainConfig(30, max_epochs=1, **(options if placement == "device" else {}))
+    config = RunConfig(str(dataset), str(cache), ("image", "title"), model=model, train=settings)
     original = Trainer.__init__
 
     def fused(self, *arguments) -> None:
         original(self, *arguments)
         rates = self.config.train.learning_rates
         self.plan = RunPlan.of(self.sequences, 30, self.config.train.seed)
-        self.step = GpuFusedStep(self.model, rates, self.source, self.plan, torch.float32, capture=lambda run: run)
+        options = UpdateOptions.of(self.config.train)
+        arguments = self.model, rates, self.source, self.plan, torch.float32, lambda run: run, options
+        self.step = GpuFusedStep(*arguments)
 
     monkeypatch.setattr(Trainer, "__init__", fused)
     figures = train(config, tmp_path / "whole", CPU, placement=placement)

@@ -143,9 +143,52 @@ def test_every_form_of_the_step_goes_on_exactly(tmp_path, form):
 def test_every_option_of_the_update_goes_on_exactly(tmp_path, form):
     """Runs with a warm-up that ends, and stops, within an epoch."""
     form = with_train(form, max_epochs=2, weight_decay=1.0, schedule="cosine", warmup_epochs=0.25)
+    form = with_train(form, clip_norm=0.05, ema_decay=0.6)
     figures = train(form, tmp_path / "whole", CPU)
     assert train_with_stops(form, tmp_path / "run", (2, 10, 13)) == figures
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_averaged_weights_are_validated_and_kept_and_change_no_training(tmp_path, config, monkeypatch):
+    """A signal in the validation saves the trained weights; a lost best checkpoint is made again with averages."""
+    one_epoch = with_train(config, max_epochs=1)
+    train(one_epoch, tmp_path / "plain", CPU)
+    averaged = with_train(one_epoch, ema_decay=0.6)
+    run = tmp_path / "run"
+    figures = train(averaged, run, CPU)
+    plain, last, best = (
+        load_checkpoint(tmp_path / name)[0]
+        for name in ("plain/last.safetensors", "run/last.safetensors", "run/best.safetensors")
+    )
+    assert plain.keys() < last.keys() and all(torch.equal(last[name], tensor) for name, tensor in plain.items())
+    averages = {name: tensor for name, tensor in last.items() if name not in plain}
+    for name, tensor in averages.items():
+        in_model = name.replace("average.", "model.")
+        assert torch.equal(best[in_model], tensor) and not torch.equal(plain[in_model], tensor)
+    assert len(averages) == sum(name.startswith("model.") for name in plain)
+    at_call(monkeypatch, Trainer, "_report", 1, send())
+    with pytest.raises(Stopped):
+        train(averaged, tmp_path / "stopped", CPU)
+    monkeypatch.undo()
+    goes_on_to((run, figures), tmp_path / "stopped")
+    (run / "best.safetensors").unlink()  # the tensors above are views of the file
+    at_call(monkeypatch, Trainer, "take", 1, kill)
+    with pytest.raises(Killed):
+        resume(run, CPU, changes=RunChanges(max_epochs=2))
+    again, _ = load_checkpoint(run / "best.safetensors")
+    assert again.keys() == best.keys() and all(torch.equal(again[name], tensor) for name, tensor in best.items())
+
+
+def test_averages_of_another_run_are_refused(tmp_path, config):
+    run = tmp_path / "run"
+    train(with_train(config, max_epochs=1), run, CPU)
+    tensors, state = load_checkpoint(run / "last.safetensors")
+    position = tensors["model.sequence_encoder.position"].clone()
+    tensors["average.sequence_encoder.position"] = position
+    checkpoints.save_checkpoint(run / "last.safetensors", tensors, state)
+    message = r"the averaged weights of another model \(average.sequence_encoder.position: expected nothing"
+    with pytest.raises(InputError, match=message):
+        resume(run, CPU, changes=RunChanges(max_epochs=2))
 
 
 def train_with_stops(config: RunConfig, run: Path, stops: tuple[int, ...], **options) -> dict:

@@ -1,7 +1,9 @@
-"""Check what may be added to Adam against PyTorch's own parts, in every form of the step: weight decay, schedules."""
+"""Check what may be added to Adam against PyTorch's own parts: decay, schedules, clipping, averages, in every step."""
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,8 +19,12 @@ from helpers.tables import random_table
 from iisan_fast.config import ModelConfig, TrainConfig
 from iisan_fast.data.batches import Batch, make_batch, padded_shape
 from iisan_fast.errors import InputError
+from iisan_fast.kernels.cpu.adam import FlatAdamCalls
+from iisan_fast.kernels.cpu.step_calls import StepCalls
 from iisan_fast.models.item_encoders import IdItemEncoder
 from iisan_fast.models.recommender import Recommender
+from iisan_fast.states.feature_table import FeatureTable
+from iisan_fast.training.averaged_weights import averaged_weights
 from iisan_fast.training.flat_storage import FlatStorage
 from iisan_fast.training.fused_step import CpuFusedStep
 from iisan_fast.training.learning_rates import RateSchedule
@@ -33,6 +39,9 @@ RATES = {"adapters": 1e-2, "gates": 2e-2, "heads": 3e-3, "sequence_encoder": 4e-
 STEPS = 4
 SCHEDULE = RateSchedule("cosine", warmup=1.5, steps=STEPS)
 DECAY = UpdateOptions(weight_decay=2.0)
+CLIP = UpdateOptions(clip_norm=0.3)
+AVERAGE = UpdateOptions(ema_decay=0.75)
+ALL = UpdateOptions(weight_decay=2.0, clip_norm=0.3, ema_decay=0.75, scheduled=True)
 SEQUENCES = make_sequences(
     [np.random.default_rng(user).integers(1, ITEMS + 1, 5 + user % 7).tolist() for user in range(24)], items=ITEMS
 )
@@ -84,8 +93,8 @@ def by_captured_step(options: UpdateOptions) -> TrainingStep:
 FORMS = [pytest.param(by_cpu_fused_step, marks=needs_compiler), by_autograd, by_captured_step]
 
 
-def by_pytorch(options: UpdateOptions) -> Recommender:
-    """Train by PyTorch's own AdamW, without fusion; each parameter is a group."""
+def by_pytorch(options: UpdateOptions) -> tuple[Recommender, dict[str, Tensor]]:
+    """Train by PyTorch's own AdamW, without fusion; each parameter is a group. Return averages by hand too."""
     model = build()
     groups = model.parameter_groups()
     decayed = decayed_names(model)
@@ -97,12 +106,19 @@ def by_pytorch(options: UpdateOptions) -> Recommender:
         ]
     )
     schedule = LambdaLR(optimizer, lambda_of_half_a_wave if options.scheduled else lambda step: 1.0)
-    for batch in batches():
+    averages = {name: value.clone() for name, value in weights(model).items()}
+    for number, batch in enumerate(batches(), start=1):
         optimizer.zero_grad()
         model.loss(batch, TABLE.read(batch.distinct)).backward()
+        if options.clip_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
+            assert norm > options.clip_norm
         optimizer.step()
         schedule.step()
-    return model
+        decay = min(options.ema_decay, (1 + number) / (10 + number))
+        for name, value in weights(model).items():
+            averages[name] = decay * averages[name] + (1 - decay) * value
+    return model, averages
 
 
 def lambda_of_half_a_wave(step: int) -> float:
@@ -126,17 +142,73 @@ def weights(model: Recommender) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("options", [DECAY, UpdateOptions(scheduled=True), CLIP, AVERAGE, ALL])
 @pytest.mark.parametrize("trained", FORMS)
-def test_weight_decay_is_that_of_pytorch(trained: Callable[[UpdateOptions], CpuFusedStep | TrainingStep]):
-    step = trained(DECAY)
-    assert_close(weights(step.model), weights(by_pytorch(DECAY)))
-    assert not torch.equal(step.model.sequence_encoder.position, by_pytorch(UpdateOptions()).sequence_encoder.position)
+def test_updates_are_those_of_pytorch(trained: Callable[[UpdateOptions], CpuFusedStep | TrainingStep], options):
+    step = trained(options)
+    model, averages = by_pytorch(options)
+    assert_close(weights(step.model), weights(model))
+    names = {parameter: name for name, parameter in step.model.named_parameters()}
+    by_name = {names[parameter]: average for parameter, average in step.averages.items()}
+    assert_close(by_name, averages if options.ema_decay else {})
+
+
+@needs_compiler
+def test_the_norm_does_not_depend_on_the_threads(threads_given_back):
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        step = CpuFusedStep(build(), RATES, ALL)
+        gradient = step.storage.gradient
+        gradient.copy_(torch.randn(len(gradient), generator=torch.Generator().manual_seed(0), dtype=gradient.dtype))
+        step.storage.steps.fill_(1)
+        calls = StepCalls(gradient.dtype, items=1, rows=1)
+        adam = FlatAdamCalls(calls, step.storage.adam(), step.record)
+        adam.update()
+        calls.schedule.run()
+        results.append(step.storage.parameters.clone())
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("trained", FORMS)
-def test_a_schedule_is_that_of_pytorch(trained: Callable[[UpdateOptions], CpuFusedStep | TrainingStep]):
-    options = UpdateOptions(weight_decay=2.0, scheduled=True)
-    assert_close(weights(trained(options).model), weights(by_pytorch(options)))
+def test_a_loss_that_is_not_finite_changes_no_average(trained, monkeypatch):
+    """From the third batch on, the table holds no numbers; these batches change nothing."""
+    read = FeatureTable.read
+    calls = itertools.count()
+    numbers = [view.clone() for view in TABLE.views]
+
+    def poisoned(self, items):
+        if next(calls) == 2:
+            for view in self.views:
+                view.fill_(float("nan"))
+        return read(self, items)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureTable, "read", poisoned)
+        step = trained(ALL)
+    for view, values in zip(TABLE.views, numbers):
+        view.copy_(values)
+    assert step.read().failed_step == 3
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 2)
+    for (parameter, average), other in zip(step.averages.items(), trained(ALL).averages.items(), strict=True):
+        assert torch.equal(parameter, other[0]) and torch.equal(average, other[1])
+
+
+def test_averages_stand_in_a_model_for_a_while():
+    parameters = [torch.nn.Parameter(torch.full((3,), value)) for value in (1.0, 2.0)]
+    averages = {parameter: -parameter.detach() for parameter in parameters}
+    places = [parameter.data_ptr() for parameter in parameters]
+    with pytest.raises(ZeroDivisionError), averaged_weights(averages):
+        assert [parameter[0].item() for parameter in parameters] == [-1, -2]
+        raise ZeroDivisionError
+    assert [parameter[0].item() for parameter in parameters] == [1, 2]
+    assert [parameter.data_ptr() for parameter in parameters] == places
+
+
+@pytest.mark.parametrize(("name", "value"), [("clip_norm", 0), ("ema_decay", 1), ("weight_decay", -1)])
+def test_values_that_train_nothing_are_refused(name, value):
+    with pytest.raises(InputError, match=f"{name}: expected"):
+        TrainConfig(**{name: value})
 
 
 @pytest.mark.parametrize(
