@@ -290,13 +290,15 @@ class TrainConfig:
     reverse: bool = setting(False, help="Train on each history in reverse order too, as on a further user's.")
     loss: str = setting(
         "in-batch",
-        help="Loss: cross-entropy over the batch's items (in-batch), all items (full) or N random ones (sampled:N), "
-        "or the binary one of gSASRec with N random items (gbce:N).",
+        help="Loss: cross-entropy over the batch's items (in-batch), all items of training (full) or N drawn ones "
+        "(sampled:N), or gSASRec's binary one with N drawn items (gbce:N; gbce draws 256).",
     )
     debias: bool | None = setting(
-        None, help="Subtract log popularity from the loss's scores.", automatic="on for in-batch, else off"
+        None,
+        help="Subtract log popularity from the scores of the in-batch loss.",
+        automatic="on for in-batch, else off",
     )
-    own_mask: bool = setting(True, help="Leave the user's own items out of the negative ones.")
+    own_mask: bool = setting(True, help="Leave the user's items out of the loss's negatives.")
     weight_decay: float = setting(
         0.0,
         help="Decoupled weight decay (AdamW) of matrices and item id vectors, times the learning rate; 0: none.",

@@ -131,7 +131,7 @@ def inbatch_cross_entropy(
         targets: int64 [R], indices of items.
         row_users: int64 [R], the row of history_bits that holds the mask of each query.
         history_bits: int32 [B, ceil(V / 32)]; bit v % 32 of word v // 32 is set where item v is in the user's history.
-            Without row_users and history_bits nothing is masked.
+            The target counts once, whether its bit is set or not. Without row_users and history_bits nothing is masked.
         log_multiplicity: [V], log m, how often each item occurs in the batch; 0 where None.
         log_popularity: [V], log p; 0 where None.
         reduction: "mean" returns a scalar, "none" the loss of each row [R].

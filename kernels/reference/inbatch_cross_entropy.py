@@ -27,7 +27,8 @@ def inbatch_cross_entropy(
         items: [V, d].
         targets: int64 [R], indices of items.
         row_users: int64 [R], rows of history_bits.
-        history_bits: int32 [B, ceil(V / 32)]; bit v is set where item v is in the user's history; targets are set too.
+        history_bits: int32 [B, ceil(V / 32)]; bit v is set where item v is in the user's history. The target
+            counts once, whether its bit is set or not.
         log_multiplicity, log_popularity: [V]; 0 where None.
     """
     scores = queries @ items.T

@@ -22,6 +22,12 @@ def test_an_item_of_many_occurrences():
     LossPairCase([5] * 12, items=3, spare=(0, 0, 0)).check()
 
 
+def test_items_of_the_users_count_where_no_history_bit_is_set():
+    case = LossPairCase([3, 5, 1, 9], items=12)
+    case.batch.history_bits.zero_()
+    case.check()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
