@@ -287,7 +287,9 @@ class TrainConfig:
         below=1,
         automatic="the method's own",
     )
-    reverse: bool = setting(False, help="Train on each history in reverse order too, as on a further user's.")
+    reverse: bool = setting(
+        False, help="Train on each training history in reverse order too, as on that of a further user."
+    )
     loss: str = setting(
         "in-batch",
         help="Loss: cross-entropy over the batch's items (in-batch), all items of training (full) or N drawn ones "

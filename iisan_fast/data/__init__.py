@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .items import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb, open_images, refuse_unfit_name
     from .loss_columns import IN_BATCH, Negatives
     from .packed_batches import PackedWindow, RunPlan
+    from .reversed_users import with_reversed_users
     from .saved_sequences import load_sequences
     from .sequences import Dataset, Sequences, Split, load_dataset, statistics
     from .strict_tables import read_table
@@ -58,6 +59,7 @@ __all__ = [
     "refuse_unfit_name",
     "statistics",
     "steps_per_epoch",
+    "with_reversed_users",
 ]
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..config import RunConfig
-from ..data import Dataset, load_dataset, steps_per_epoch
+from ..data import Dataset, load_dataset
 from ..evaluation import parameter_counts
 from ..runtime import fix_cublas_workspace
 from ..setting_fields import to_dict
@@ -48,7 +48,7 @@ def describe_new_run(config: RunConfig, out: Path, device: torch.device, placeme
             "method": config.model.method,
             "device": str(device),
             "views": {name: _described_view(view) for name, view in views.items()},
-            **_amounts(config, dataset),
+            **_amounts(trainer, dataset),
             "parameters": _parameters(trainer),
             "memory": {"table": size, "table_place": place if size else "none", **_memory(trainer)},
             "files": _files(config, out, views),
@@ -63,13 +63,13 @@ def _described_view(view: dict[str, Any]) -> dict[str, Any]:
     return {name: view.get(name) for name in ("source", "encoder", "pooling", "layers", "width")}
 
 
-def _amounts(config: RunConfig, dataset: Dataset) -> dict[str, int]:
+def _amounts(trainer: Trainer, dataset: Dataset) -> dict[str, int]:
     """Return the numbers of users, items, steps and epochs."""
     return {
         "users": len(dataset.sequences.user_ids),
         "items": len(dataset.sequences.item_ids),
-        "steps_per_epoch": steps_per_epoch(dataset.sequences, config.train.batch_users),
-        "max_epochs": config.train.max_epochs,
+        "steps_per_epoch": trainer.steps_per_epoch,
+        "max_epochs": trainer.config.train.max_epochs,
     }
 
 

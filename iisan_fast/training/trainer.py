@@ -22,7 +22,17 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import TUNING_METHODS, EvaluationConfig, RunConfig
-from ..data import Batch, Negatives, RunPlan, Sequences, Shape, epoch_batches, padded_shape, steps_per_epoch
+from ..data import (
+    Batch,
+    Negatives,
+    RunPlan,
+    Sequences,
+    Shape,
+    epoch_batches,
+    padded_shape,
+    steps_per_epoch,
+    with_reversed_users,
+)
 from ..errors import InputError, Stopped, error_text
 from ..evaluation import evaluate, parameter_counts, popularity_baseline
 from ..intervals import IntervalClock
@@ -70,6 +80,7 @@ class Trainer:
         """
         self.config = config
         self.sequences = sequences
+        self.training_sequences = with_reversed_users(sequences) if config.train.reverse else sequences
         self.source = source
         self.device = device
         self.negatives = _negatives(config, sequences)
@@ -84,7 +95,7 @@ class Trainer:
             uncached = replace(config.uncached, items_at_once=self.memory.encoding.items_at_once)
             self.config = replace(config, uncached=uncached)
         self.progress = Progress()
-        self.steps_per_epoch = steps_per_epoch(sequences, config.train.batch_users)
+        self.steps_per_epoch = steps_per_epoch(self.training_sequences, config.train.batch_users)
         self.schedule = RateSchedule.of(config.train, self.steps_per_epoch)
         self._clock = IntervalClock(config.train.checkpoint_interval)
         self._saved = ""  # the place of the last checkpoint; empty if there is none
@@ -102,7 +113,7 @@ class Trainer:
         if self.device.type == "cpu":
             self.step = CpuFusedStep(self.model, train.learning_rates, options)
         else:
-            self.plan = RunPlan.of(self.sequences, train.batch_users, train.seed, self.negatives.own_mask)
+            self.plan = RunPlan.of(self.training_sequences, train.batch_users, train.seed, self.negatives.own_mask)
             self.step = GpuFusedStep(
                 self.model, train.learning_rates, self.source, self.plan, products, options=options
             )
@@ -212,8 +223,9 @@ class Trainer:
         self.model.train()
         epoch = self.progress.under_way
         started = time.perf_counter() - epoch.seconds
+        interactions = self.training_sequences.epoch_interactions
         with (
-            progress_bar(f"epoch {self.progress.epoch + 1}", self.sequences.epoch_interactions, "items") as advance,
+            progress_bar(f"epoch {self.progress.epoch + 1}", interactions, "items") as advance,
             closing(self.batches(self.progress.epoch, epoch.steps)) as batches,  # closed before the source is
         ):
             advance(epoch.slots)
@@ -251,7 +263,7 @@ class Trainer:
         except Interrupted:
             self._save(folder)
             raise self._stopped(folder, request.signal_number) from None
-        progress.finish_epoch(report, time.perf_counter() - trained, self.sequences.epoch_interactions)
+        progress.finish_epoch(report, time.perf_counter() - trained, self.training_sequences.epoch_interactions)
         if progress.best_epoch == progress.epoch:
             with averaged_weights(self.step.averages):
                 folder.save_best(best_tensors(self.model, vectors, self.source), {"epoch": progress.epoch})
@@ -278,7 +290,7 @@ class Trainer:
             return planned_batches(self.plan, epoch, self.source, self.device, taken)
         config = self.config.train
         batches = epoch_batches(
-            self.sequences, config.batch_users, config.seed, epoch, taken=taken, negatives=self.negatives
+            self.training_sequences, config.batch_users, config.seed, epoch, taken=taken, negatives=self.negatives
         )
         return self.prepared(batches)
 
@@ -290,7 +302,7 @@ class Trainer:
     @cached_property
     def padded_shape(self) -> Shape:
         """Return the shape to which all batches of this run can be padded."""
-        return padded_shape(self.sequences, self.config.train.batch_users, self.negatives)
+        return padded_shape(self.training_sequences, self.config.train.batch_users, self.negatives)
 
     def take(self, prepared: PreparedBatch | PlannedBatch) -> Tensor:
         """Take one optimizer step, and return the loss before its update, a scalar on the device.
