@@ -78,7 +78,8 @@ def test_reversed_histories_double_the_epoch_and_leave_the_rest(tmp_path, toy_co
         with open_source(settings, dataset, CPU, "auto", precision) as (source, _):
             trainers.append(Trainer(settings, dataset.sequences, source, CPU, precision))
     plain, doubled = trainers
-    users, batch_users = len(dataset.sequences.user_ids), config.train.batch_users
+    users = len(dataset.sequences.user_ids)
+    batch_users = config.train.batch_users
     assert [plain.steps_per_epoch, doubled.steps_per_epoch] == [-(-users // batch_users), -(-2 * users // batch_users)]
     assert doubled.sequences is plain.sequences and doubled.memory.estimate == plain.memory.estimate
     assert torch.equal(doubled.model.log_popularity, plain.model.log_popularity)
