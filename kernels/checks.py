@@ -16,6 +16,7 @@ from .types import (
     BLOCK_WEIGHTS,
     OUTER_WEIGHTS,
     AdamState,
+    AddedScores,
     Chain,
     SequenceDropout,
     SequenceGrid,
@@ -171,13 +172,49 @@ def check_loss(
         check_indices("row_users", row_users, rows, users, items.device)
 
 
-def check_ranks(queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor) -> None:
+def check_ranks(
+    queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor, added: AddedScores | None = None
+) -> None:
     """Raise ValueError unless the arguments of `target_rank` have the shapes and dtypes of its docstring."""
     catalogue, users = _matrices(queries, items)
     check_indices("targets", targets, users, catalogue, items.device)
     if _dimensions("excluded", excluded, 2)[0] != users:
         raise ValueError(f"excluded: expected {users} rows, found {len(excluded)}")
     check_indices("excluded", excluded, None, catalogue, items.device, lowest=-1)
+    if added is not None:
+        _check_added(added, queries, catalogue)
+
+
+def _check_added(added: AddedScores, queries: Tensor, catalogue: int) -> None:
+    """Raise ValueError unless these are entries of the users of `queries` [U, d] and of a catalogue's items.
+
+    Like the values of other indices, the order of offsets and items is checked only on a CPU.
+    """
+    (entries,) = _dimensions("added.items", added.items, 1)
+    check_indices("added.offsets", added.offsets, len(queries) + 1, entries + 1, queries.device)
+    check_indices("added.items", added.items, entries, catalogue, queries.device)
+    _shaped("added.values", added.values, (entries,))
+    _same_device("added.values", added.values, queries.device)
+    if added.values.dtype != queries.dtype:
+        raise ValueError(
+            f"added.values: expected {_name(queries.dtype)} like queries, found {_name(added.values.dtype)}"
+        )
+    if not queries.is_cpu or torch.compiler.is_compiling():
+        return
+    first, last = int(added.offsets[0]), int(added.offsets[-1])
+    if (first, last) != (0, entries):
+        raise ValueError(f"added.offsets: expected offsets from 0 to {entries}, found {first} to {last}")
+    if (added.offsets.diff() < 0).any():
+        raise ValueError("added.offsets: expected ascending offsets, found a smaller one after a larger one")
+    follows = added.items[1:] > added.items[:-1]
+    starts = added.offsets[1:-1]
+    follows[starts[(starts > 0) & (starts < entries)] - 1] = True  # the next entry is another user's
+    if not follows.all():
+        entry = int((~follows).nonzero()[0]) + 1
+        raise ValueError(
+            "added.items: expected ascending items without repeats for each user, "
+            f"found {int(added.items[entry])} after {int(added.items[entry - 1])}"
+        )
 
 
 def check_indices(

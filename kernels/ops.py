@@ -31,6 +31,7 @@ from .reference import side_towers as side_towers_reference
 from .reference import target_rank as target_rank_reference
 from .types import (
     AdamState,
+    AddedScores,
     Chain,
     RecommenderBatch,
     RecommenderWeights,
@@ -269,30 +270,33 @@ def target_rank(
     tie_share: float = 0.5,
     chunk_elements: int = 1 << 24,
     form: str = "auto",
+    added: AddedScores | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the rank of each target: 1 + items that score higher + tie_share times the other items that tie.
 
     Args:
-        queries: [U, d]; the score of an item is its dot product with the query.
+        queries: [U, d]; the score of an item is its dot product with the query, plus what `added` has for the item.
         items: [N, d].
         targets: int64 [U], row numbers of items.
         excluded: int64 [U, H], row numbers of the items to leave out of each ranking; -1 stands for no item.
         tie_share: 0.5 counts half of the ties, 0 none, 1 all.
         chunk_elements: how many scores are in memory at once. The gpu form stores no scores and ignores it.
         form: "auto", "reference", "gpu" or "cpu".
+        added: added to the scores of a few items of each user, in one rounded addition: in the dtype of the queries,
+            in the gpu form in fp32. None adds nothing.
 
     Returns two float64 [U]: the rank without the excluded items, infinite if the target is excluded, and the rank among
     all items. Both are NaN for a user with a score that is not finite. Raises ValueError for arguments that do not fit,
     FormError if the named form cannot run.
     """
-    check_ranks(queries, items, targets, excluded)
+    check_ranks(queries, items, targets, excluded, added)
     chosen = choose("target_rank", form, [queries, items], {})
     if chosen == GPU:
         from .gpu import target_rank as target_rank_gpu
 
-        return target_rank_gpu.target_rank(queries, items, targets, excluded, tie_share)
+        return target_rank_gpu.target_rank(queries, items, targets, excluded, tie_share, added)
     module = target_rank_reference if chosen == REFERENCE else target_rank_cpu
-    return module.target_rank(queries, items, targets, excluded, tie_share, chunk_elements)
+    return module.target_rank(queries, items, targets, excluded, tie_share, chunk_elements, added)
 
 
 def adam(states: Sequence[AdamState], form: str = "auto") -> AdamUpdate | None:

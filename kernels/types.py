@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 OUTER_WEIGHTS = 3  # tensors of a sequence encoder before those of its blocks: positions, scale and shift of a norm
@@ -92,6 +93,29 @@ class AddedScores(NamedTuple):
     offsets: Tensor  # int64 [U + 1]: user u has the entries offsets[u]:offsets[u + 1]
     items: Tensor  # int64 [E]: row numbers of items, ascending within a user, each once
     values: Tensor  # [E], in the dtype of the queries
+
+    def part(self, first: int, count: int) -> AddedScores:
+        """Return the entries of the users `first` to `first + count - 1`."""
+        offsets = self.offsets[first : first + count + 1]
+        here = slice(int(offsets[0]), int(offsets[-1]))
+        return AddedScores(offsets - offsets[0], self.items[here], self.values[here])
+
+    def users(self) -> Tensor:
+        """Return the user of each entry, int64 [E], ascending."""
+        users = torch.arange(len(self.offsets) - 1, device=self.offsets.device)
+        return users.repeat_interleave(self.offsets.diff(), output_size=len(self.items))
+
+    def values_of(self, users: Tensor, items: Tensor, catalogue: int) -> Tensor:
+        """Return what is added to the score of items[i] for users[i], 0 where nothing is: [M].
+
+        users, items: int64 [M]. catalogue: number of items.
+        """
+        if not len(self.items):
+            return self.values.new_zeros(len(items))
+        keys = self.users() * catalogue + self.items  # ascending
+        wanted = users * catalogue + items
+        places = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+        return self.values[places].masked_fill(keys[places] != wanted, 0)
 
 
 class SequenceDropout(NamedTuple):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..threads import at_once, cores
+from ..types import AddedScores
 
 STEP = 48  # tile sizes are multiples of this: at an odd edge some libraries add up a product in another order
 USERS, ITEMS = 16 * STEP, 16 * STEP  # size of the largest tile
@@ -19,6 +20,7 @@ def target_rank(
     excluded: Tensor,
     tie_share: float = 0.5,
     chunk_elements: int = 1 << 24,
+    added: AddedScores | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the reference's two ranks, float64 [U]: without the excluded items, and among all items.
 
@@ -27,6 +29,9 @@ def target_rank(
     Each thread takes a part of the users at a time. The tiles of all threads together have at most chunk_elements
     scores, but a tile has at least 48 x 48. All products have the same shape, also those of the targets, so that equal
     item vectors get exactly equal scores.
+
+    Each score without what is added to it is counted first. The scores of the excluded items and of those with an added
+    score are read from the tiles, and a second pass over these few corrects the counts.
     """
     threads = cores()
     users = len(queries)
@@ -39,7 +44,9 @@ def target_rank(
 
     def ranks(part: slice) -> Tensor:
         """Return both ranks [2, users] of the users in `part`."""
-        tile = _Tile(queries[part], items, targets[part], excluded[part], height, width)
+        users = queries[part]
+        of_part = None if added is None else added.part(part.start, len(users))
+        tile = _Tile(users, items, targets[part], excluded[part], height, width, of_part)
         for first in range(0, catalogue, width):
             tile.count(first, min(width, catalogue - first), finite)
         return tile.ranks(tie_share)
@@ -53,7 +60,14 @@ class _Tile:
     """The counts of one part of the users, over tiles of the catalogue."""
 
     def __init__(
-        self, queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor, height: int, width: int
+        self,
+        queries: Tensor,
+        items: Tensor,
+        targets: Tensor,
+        excluded: Tensor,
+        height: int,
+        width: int,
+        added: AddedScores | None,
     ) -> None:
         """Compute the targets' scores; items [N rounded up to width, d]; a tile is [height, width]."""
         self.users = len(queries)
@@ -65,22 +79,36 @@ class _Tile:
         self.flags = self.scores.new_empty(height, width, dtype=torch.promote_types(queries.dtype, torch.float32))
         target_items = F.pad(items[targets], (0, 0, 0, width - self.users))
         self.target = torch.mm(self.queries, target_items.T, out=self.scores)[: self.users].diagonal()[:, None].clone()
+        self.added = added
+        if added is not None:
+            self.target += added.values_of(torch.arange(self.users), targets, len(items))[:, None]
         self.higher, self.not_lower = torch.zeros(2, self.users, dtype=torch.float64)
         self.broken = torch.zeros(self.users, dtype=torch.bool)
         self.unreachable = (excluded == targets[:, None]).any(dim=1)
         self._list(excluded)
 
     def _list(self, excluded: Tensor) -> None:
-        """Set the places of the excluded items' scores within their tiles, sorted by tile; each item once a user."""
+        """Set the items whose scores are read from the tiles, and their places, sorted by tile.
+
+        They are the excluded items, each once a user, then the items with an added score.
+        """
         listed, _ = excluded.sort(dim=1)
         counted = listed >= 0
         counted[:, 1:] &= listed[:, 1:] != listed[:, :-1]
         users, items = counted.nonzero()[:, 0], listed[counted]
-        tiles, order = (items // self.width).sort()
-        self.excluded_users = users[order]
-        self.excluded_places = self.excluded_users * self.width + items[order] % self.width  # index into a flat tile
-        self.excluded_ends = tiles.bincount(minlength=len(self.items) // self.width).cumsum(0).tolist()
-        self.excluded_scores = self.scores.new_empty(len(order))
+        self.excluded_users = users
+        self.excluded_items = items
+        if self.added is not None:
+            users = torch.cat([users, self.added.users()])
+            items = torch.cat([items, self.added.items])
+        tiles = items // self.width
+        # A stable sort of narrow numbers is a radix sort, several times as fast.
+        self.order = tiles.to(torch.int16 if len(self.items) // self.width < 1 << 15 else torch.int64).argsort(
+            stable=True
+        )
+        self.places = (users * self.width + items % self.width)[self.order]  # index into a flat tile
+        self.ends = tiles.bincount(minlength=len(self.items) // self.width).cumsum(0).tolist()
+        self.read = self.scores.new_empty(len(items))
 
     def count(self, first: int, columns: int, finite: bool) -> None:
         """Count the items `first` to `first + columns - 1`; finite: no score can be infinite or NaN."""
@@ -89,19 +117,32 @@ class _Tile:
         self.higher += torch.gt(scores, self.target, out=flags).sum(dim=1)
         self.not_lower += torch.ge(scores, self.target, out=flags).sum(dim=1)
         tile = first // self.width
-        here = slice(self.excluded_ends[tile - 1] if tile else 0, self.excluded_ends[tile])
-        self.excluded_scores[here] = self.scores.flatten()[self.excluded_places[here]]
+        here = slice(self.ends[tile - 1] if tile else 0, self.ends[tile])
+        self.read[self.order[here]] = self.scores.flatten()[self.places[here]]
         if not finite:
             self.broken |= ~scores.isfinite().all(dim=1)
 
     def ranks(self, tie_share: float) -> Tensor:
         """Return float64 [2, users]: the ranks without the excluded items, and among all items."""
+        excluded_scores, base = self.read.tensor_split([len(self.excluded_users)])
+        if self.added is not None:
+            self._replace(base, self.added)
+            excluded_scores += self.added.values_of(self.excluded_users, self.excluded_items, len(self.items))
         ties = self.not_lower - self.higher - 1
         unmasked = (1 + self.higher + tie_share * ties).masked_fill(self.broken, float("nan"))
         target = self.target[self.excluded_users, 0]
-        above = (self.excluded_scores > target) + tie_share * (self.excluded_scores == target)
+        above = (excluded_scores > target) + tie_share * (excluded_scores == target)
         masked = unmasked.index_add(0, self.excluded_users, above.double(), alpha=-1)
         return torch.stack([masked.masked_fill(self.unreachable & ~self.broken, float("inf")), unmasked])
+
+    def _replace(self, base: Tensor, added: AddedScores) -> None:
+        """Replace the counts of the items with an added score, whose scores without it are `base` [E]."""
+        users = added.users()
+        target = self.target[users, 0]
+        total = base + added.values
+        self.higher.index_add_(0, users, (total > target).double() - (base > target).double())
+        self.not_lower.index_add_(0, users, (total >= target).double() - (base >= target).double())
+        self.broken[users[~total.isfinite()]] = True
 
 
 def _equal_parts(count: int, most: int, multiple: int = 1) -> int:

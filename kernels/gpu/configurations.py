@@ -170,6 +170,8 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
     "square_sums": {("default", ANY_SIZE): Configuration({"BLOCK": 8192}, warps=8, stages=1)},
     "adam": {("default", ANY_SIZE): Configuration({"LINES": 32}, warps=4, stages=1)},
 }
+# Both kernels of the rank have one entry: a product of another shape could give an item another score.
+CONFIGURATIONS["target_rank_added"] = CONFIGURATIONS["target_rank"]
 
 
 _architectures: list[str] = []  # the names of the `as_architecture` blocks that are entered

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..types import AddedScores
+
 
 def target_rank(
     queries: Tensor,
@@ -13,6 +15,7 @@ def target_rank(
     excluded: Tensor,
     tie_share: float = 0.5,
     chunk_elements: int = 1 << 24,
+    added: AddedScores | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the rank of each target: 1 + items that score higher + tie_share times the other items that tie.
 
@@ -23,6 +26,7 @@ def target_rank(
         excluded: int64 [U, H], row numbers of items to leave out; -1 stands for no item, repeats count once.
         tie_share: how much a tie counts, from 0 to 1.
         chunk_elements: how many scores are in memory at once.
+        added: added to the scores of a few items of each user, in the dtype of the queries.
 
     Returns two float64 [U]: the rank without the excluded items, infinite if the target is excluded, and the rank among
     all items. Both are NaN for a user with a score that is not finite.
@@ -30,14 +34,16 @@ def target_rank(
     users_at_once = max(1, chunk_elements // max(1, len(items)))
     # Equal parts, because products of other shapes may round differently, and equal items would not tie.
     parts = max(1, -(-len(queries) // users_at_once))
-    masked, unmasked = zip(
-        *(
-            _rank_chunk(part @ items.T, target[:, None], left_out, tie_share)
-            for part, target, left_out in zip(
-                queries.tensor_split(parts), targets.tensor_split(parts), excluded.tensor_split(parts)
-            )
-        )
-    )
+    first = 0
+    ranks = []
+    for part, target, left_out in zip(*(x.tensor_split(parts) for x in (queries, targets, excluded))):
+        scores = part @ items.T
+        if added is not None:
+            here = added.part(first, len(part))
+            scores[here.users(), here.items] += here.values
+        ranks.append(_rank_chunk(scores, target[:, None], left_out, tie_share))
+        first += len(part)
+    masked, unmasked = zip(*ranks)
     return torch.cat(masked), torch.cat(unmasked)
 
 

@@ -18,7 +18,7 @@ from flat_weights import flat_size, in_buffer, side_weights
 from towers_on_meta import towers_on_meta
 
 from iisan_fast.benchmarks import machine_code
-from iisan_fast.kernels import FLAT_ALIGNMENT, Launch, RecommenderWeights, States, Tower
+from iisan_fast.kernels import FLAT_ALIGNMENT, AddedScores, Launch, RecommenderWeights, States, Tower
 from iisan_fast.kernels.gpu import (
     adam,
     batch_selection,
@@ -60,6 +60,9 @@ def main() -> None:
     parser.add_argument("--bottleneck", type=int, default=64)
     parser.add_argument("--embedding-dim", type=int, nargs="+", default=[64, 128])
     parser.add_argument(
+        "--appended", type=int, nargs="*", default=[192], help="more widths of the rank: with appended dimensions"
+    )
+    parser.add_argument(
         "--other-forms",
         action="store_true",
         help="one tower with GELU, no gates and a differentiable view, and the plain loss, instead of three gated ReLU "
@@ -86,8 +89,11 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
         return configurations.table_entry(kernel, device, size)
 
     def compile_instead(kernel: Any, name: str, grid: Any, chosen: Configuration, *values: Any, **meta: Any):
-        # the sequence encoder by halves of blocks, the towers in their two forms, and Adam with what may be added
-        variant = [str(meta.get(flag)) for flag in ("ATTEND", "FEED", "END", "HEADS", "UP", "CLIPS")]
+        # the sequence encoder by halves of blocks, the towers in their two forms, Adam with what may be added, the rank
+        # of rows of several widths and with added scores
+        flags = ("ATTEND", "FEED", "END", "HEADS", "UP", "CLIPS", "ADDED", "CHUNKS")
+        variant = [str(meta.get(flag)) for flag in flags]
+        variant += [str(meta["BD"])] if name.startswith("target_rank") else []
         key = (name, size, bool(meta.get("TILE_ROWS")), *variant)  # the loss has two layouts of rows
         if key in compiled or arguments.kernel not in name:
             return
@@ -113,9 +119,11 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
         call_towers(arguments, items, dtype)
         call_projected_towers(arguments, items, dtype)
         for embedding_dim in arguments.embedding_dim:
-            call_loss_and_rank(users, rows, items, embedding_dim, dtype, plain=arguments.other_forms)
+            call_loss(rows, items, embedding_dim, dtype, plain=arguments.other_forms)
             call_loss_pairs(users, rows, items, embedding_dim, dtype)
             call_sequence_encoder(users, rows, embedding_dim, dtype)
+        for width in (*arguments.embedding_dim, *arguments.appended):
+            call_rank(users, items, width, dtype)
 
 
 def call_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -> None:
@@ -160,8 +168,8 @@ def call_projected_towers(arguments: argparse.Namespace, items: int, dtype: torc
     pair.backward()
 
 
-def call_loss_and_rank(users: int, rows: int, items: int, embedding_dim: int, dtype: torch.dtype, plain: bool) -> None:
-    """Call the loss, forward and backward, and the rank, on tensors without values."""
+def call_loss(rows: int, items: int, embedding_dim: int, dtype: torch.dtype, plain: bool) -> None:
+    """Call the loss, forward and backward, on tensors without values."""
     queries = torch.zeros(rows, embedding_dim, dtype=dtype, requires_grad=True)
     vectors = torch.zeros(items, embedding_dim, dtype=dtype, requires_grad=True)
     zeros = torch.zeros(rows, dtype=torch.int64)
@@ -169,8 +177,15 @@ def call_loss_and_rank(users: int, rows: int, items: int, embedding_dim: int, dt
     log_values = torch.zeros(items)
     corrections = (None,) * 4 if plain else (zeros, bits, log_values, log_values)
     inbatch_cross_entropy.inbatch_cross_entropy(queries, vectors, zeros, *corrections).sum().backward()
+
+
+def call_rank(users: int, items: int, width: int, dtype: torch.dtype) -> None:
+    """Call the rank, without and with added scores, on tensors without values."""
+    queries, vectors = (torch.zeros(count, width, dtype=dtype) for count in (users, items))
+    zeros = torch.zeros(users, dtype=torch.int64)
     history = torch.zeros(users, 12, dtype=torch.int64)
-    target_rank.target_rank(queries[:users].detach(), vectors.detach(), zeros[:users], history)
+    for added in (None, AddedScores(torch.arange(users + 1), zeros, torch.zeros(users, dtype=dtype))):
+        target_rank.target_rank(queries, vectors, zeros, history, added=added)
 
 
 def call_loss_pairs(users: int, rows: int, items: int, embedding_dim: int, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from hypothesis import Phase
 from torch import Tensor
 
 from iisan_fast import kernels
-from iisan_fast.kernels import States, Tower
+from iisan_fast.kernels import AddedScores, States, Tower
 from iisan_fast.kernels.reference import inbatch_cross_entropy as loss_reference
 from iisan_fast.kernels.reference import side_towers as towers_reference
 
@@ -153,6 +153,48 @@ def rank_case(users: int, catalogue: int, d: int, excluded: int) -> tuple[Tensor
     targets = torch.randint(0, catalogue, (users,), generator=generator)
     history = torch.randint(-1, catalogue, (users, excluded), generator=generator)
     return tuple(tensor.to(DEVICE) for tensor in (queries, items, targets, history))
+
+
+def added_case(targets: Tensor, excluded: Tensor, catalogue: int, dtype: torch.dtype, entries: int = 7) -> AddedScores:
+    """Return small integers for `entries` random items of each user, none for every third one.
+
+    For half of the users, the target and the excluded items come first among these items.
+    """
+    users = len(targets)
+    generator = torch.Generator(targets.device).manual_seed(users + catalogue)
+    order = torch.rand(users, catalogue, generator=generator, device=targets.device)
+    preferred = torch.cat([targets[:, None], excluded.clamp(min=0)], dim=1)[::2]
+    order[::2] = order[::2].scatter(1, preferred, 2)
+    items, _ = order.topk(min(entries, catalogue)).indices.sort(dim=1)
+    has_entries = torch.arange(users, device=targets.device) % 3 != 1
+    offsets = (has_entries * items.shape[1]).cumsum(0)
+    items = items[has_entries].flatten()
+    values = torch.randint(-3, 4, items.shape, generator=generator, device=targets.device).to(dtype)
+    return AddedScores(torch.cat([offsets.new_zeros(1), offsets]), items, values)
+
+
+def tied_case(users: int, catalogue: int, dtype: torch.dtype, device: str = DEVICE) -> tuple[Tensor | AddedScores, ...]:
+    """Return arguments of the rank in which every item stands twice in the catalogue, with equal added scores.
+
+    So each target ties with its copy. A third of the items has an added score; no item is excluded.
+    """
+    generator = torch.Generator(device).manual_seed(3)
+    order = torch.randperm(2 * catalogue, generator=generator, device=device)
+    vectors = torch.randn(catalogue, 64, generator=generator, device=device).to(dtype)
+    queries = torch.randn(users, 64, generator=generator, device=device).to(dtype)
+    values = torch.randn(users, catalogue, generator=generator, device=device)
+    touched = (torch.rand(users, catalogue, generator=generator, device=device) < 1 / 3).repeat(1, 2)[:, order]
+    targets = torch.randint(0, 2 * catalogue, (users,), generator=generator, device=device)
+    offsets = torch.cat([targets.new_zeros(1), touched.sum(1).cumsum(0)])
+    added = AddedScores(offsets, touched.nonzero()[:, 1], values.repeat(1, 2)[:, order][touched].to(dtype))
+    return queries, vectors.repeat(2, 1)[order], targets, targets.new_full((users, 1), -1), added
+
+
+def assert_copies_tie(arguments: tuple[Tensor | AddedScores, ...], form: str) -> None:
+    """Check the ranks of a `tied_case`: two other scores in a million are equal by chance."""
+    *tensors, added = arguments
+    _, ranks = kernels.target_rank(*tensors, form=form, added=added)
+    assert (ranks % 1 == 0.5).double().mean() > 0.998
 
 
 def by_gpu(*arguments) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -11,9 +12,12 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 
-from iisan_fast.kernels.gpu import configurations
+from iisan_fast.benchmarks import machine_code
+from iisan_fast.kernels import AddedScores, as_architecture, recording
+from iisan_fast.kernels.gpu import configurations, target_rank
 
 ROOT = Path(__file__).parents[2]
 KILOBYTES = {80: 163, 89: 99, 90: 227}  # of shared memory, by architecture
@@ -64,3 +68,23 @@ def test_the_table_of_configurations_is_whole():
         assert {("default", size) for size in sizes} <= entries.keys(), name
         tiles = {frozenset(entry.blocks) for entry in entries.values()}
         assert len(tiles) == 1, f"{name}: entries name different tiles"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(("users", "d", "dtype"), [(65, 64, "bfloat16"), (8191, 64, "float16"), (8191, 192, "float32")])
+def test_both_kernels_of_the_rank_multiply_alike(users, d, dtype, architecture):
+    """Check that all products have one shape and start from zero: a sum within a product would be rounded once less."""
+    dtype = getattr(torch, dtype)
+    launched = []
+    with recording(launched.append), as_architecture(f"sm_{architecture}"):
+        zeros = torch.zeros(users, dtype=torch.int64)
+        added = AddedScores(torch.arange(users + 1), zeros, torch.zeros(users, dtype=dtype))
+        queries, items = (torch.zeros(count, d, dtype=dtype) for count in (users, 12_901))
+        target_rank.target_rank(queries, items, zeros, zeros[:, None], added=added)
+    products = []
+    for reading in machine_code.readings([machine_code.specialization(one, architecture) for one in launched]):
+        dots = re.findall(r"tt\.dot (%[^,]+), (%[^,]+), (%\S+).*: (.+) loc", reading.ir)
+        assert dots and all(start.startswith(("%cst", "%scores")) for *_, start, _ in dots)
+        products.append(sorted(shape for *_, shape in dots))
+    assert len(products) == 2 and products[0] == products[1]

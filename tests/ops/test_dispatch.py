@@ -13,7 +13,7 @@ import torch
 from helpers.compiler import needs_compiler
 from helpers.kernel_cases import DEVICE, LossCase, SideCase, rank_case
 from iisan_fast import kernels
-from iisan_fast.kernels import States, checks, dispatch
+from iisan_fast.kernels import AddedScores, States, checks, dispatch
 from iisan_fast.kernels.cpu import library
 from iisan_fast.kernels.gpu import inbatch_cross_entropy as loss_gpu
 from iisan_fast.kernels.gpu import launch
@@ -263,6 +263,32 @@ def test_the_rank_refuses(changed, message):
     arguments = dict(zip(names, rank_case(4, 9, 8, 2), strict=True)) | {k: v.to(DEVICE) for k, v in changed.items()}
     with pytest.raises(ValueError, match=message):
         kernels.target_rank(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"offsets": torch.tensor([0, 1, 2, 4])}, r"added.offsets: expected \[5\], found \[4\]"),
+        ({"offsets": torch.tensor([0, 1, 2, 3, 5])}, "added.offsets: expected indices from 0 to 4, found 5"),
+        ({"offsets": torch.tensor([0, 1, 2, 3, 3])}, "added.offsets: expected offsets from 0 to 4, found 0 to 3"),
+        ({"offsets": torch.tensor([0, 3, 1, 3, 4])}, "added.offsets: expected ascending offsets"),
+        ({"offsets": torch.arange(5).int()}, "added.offsets: expected int64, found int32"),
+        ({"items": torch.tensor([0, 1, 2, 9])}, "added.items: expected indices from 0 to 8, found 9"),
+        ({"items": torch.tensor([[0, 1, 2, 8]])}, r"added.items: expected 1 dimensions, found \[1, 4\]"),
+        ({"items": torch.tensor([1, 1, 5, 2])}, "added.items: expected ascending items .*, found 1 after 1"),
+        ({"items": torch.tensor([1, 3, 2, 7])}, "added.items: expected ascending items .*, found 2 after 3"),
+        ({"values": torch.zeros(3)}, r"added.values: expected \[4\], found \[3\]"),
+        ({"values": torch.zeros(4).double()}, "added.values: expected float32 like queries, found float64"),
+        ({"values": torch.zeros(4, device="meta")}, "added.values: expected device cpu, found meta"),
+    ],
+)
+@needs_cpu
+def test_the_rank_refuses_added_scores(changed, message):
+    whole = AddedScores(torch.tensor([0, 0, 3, 3, 4]), torch.tensor([0, 1, 8, 2]), torch.zeros(4))
+    arguments = rank_case(4, 9, 8, 2)
+    assert kernels.target_rank(*arguments, added=whole)[0].shape == (4,)
+    with pytest.raises(ValueError, match=message):
+        kernels.target_rank(*arguments, added=whole._replace(**changed))
 
 
 def test_the_towers_refuse():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.gpu_checks import OpRecorder, check_registrations
-from helpers.kernel_cases import LossCase, SideCase, rank_case
+from helpers.kernel_cases import LossCase, SideCase, added_case, rank_case
 from helpers.sequence_cases import EPSILON, GridCase, sequence_by_gpu
 from iisan_fast import kernels
 from iisan_fast.kernels import CONFIGURATIONS, Configuration, SequenceWeights
@@ -24,6 +24,7 @@ def test_the_ops_are_sound_operators():
         (side_towers, "_side_towers"),
         (inbatch_cross_entropy, "_row_losses"),
         (target_rank, "_counts"),
+        (target_rank, "_corrections"),
     ):
         operator = getattr(module, name)
 
@@ -35,8 +36,9 @@ def test_the_ops_are_sound_operators():
             patch.setattr(module, name, record)
             side.run(lambda *a: kernels.side_towers(*a, form="gpu"))
             loss.run(lambda *a, **k: kernels.inbatch_cross_entropy(*a, **k, reduction="none", form="gpu"))
-            kernels.target_rank(*rank_case(4, 9, 8, 2), form="gpu")
-    assert len(captured) == 3
+            ranks = rank_case(4, 9, 8, 2)
+            kernels.target_rank(*ranks, form="gpu", added=added_case(*ranks[2:], 9, torch.float32))
+    assert len(captured) == 4
     for operator, arguments in captured:
         detached = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments]
         torch.library.opcheck(operator, detached)

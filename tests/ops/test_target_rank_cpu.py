@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.kernel_cases import added_case, assert_copies_tie, rank_case, strided, tied_case
 from iisan_fast import kernels
 from iisan_fast.kernels.cpu import target_rank as target_rank_cpu
 from iisan_fast.kernels.reference import target_rank as target_rank_reference
@@ -203,3 +204,67 @@ def test_ranks_of_any_stride_and_without_gradients():
         quiet = case.ranks()
     for ranks in (case.ranks(), quiet):
         assert all(torch.equal(rank, truth) and not rank.requires_grad for rank, truth in zip(ranks, expected))
+
+
+# Added scores
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("users", "catalogue", "d", "excluded"), [(1, 1, 4, 0), (1, 507, 7, 12), (63, 507, 8, 3), (507, 63, 5, 2)]
+)
+def test_ranks_with_added_scores_equal_the_references(users, catalogue, d, excluded, dtype):
+    queries, items, targets, history = (tensor.cpu() for tensor in rank_case(users, catalogue, d, excluded))
+    added = added_case(targets, history, catalogue, dtype)
+    exact = target_rank_reference.target_rank(
+        queries.double(), items.double(), targets, history, added=added._replace(values=added.values.double())
+    )
+    for chunk_elements in (1, 1 << 24):
+        ours = kernels.target_rank(
+            queries.to(dtype), items.to(dtype), targets, history, 0.5, chunk_elements, form="cpu", added=added
+        )
+        assert all(map(torch.equal, ours, exact))
+    if users > 1:
+        plain = target_rank_reference.target_rank(queries.double(), items.double(), targets, history)
+        assert not any(map(torch.equal, plain, exact))
+
+
+@pytest.mark.parametrize(("users", "catalogue"), [(1, 900), (63, 253), (800, 1700)])
+def test_a_user_may_add_to_every_score(users, catalogue):
+    """The tiles are cut at 768 users and items; ranks are those of a product of queries and items that are wider."""
+    queries, items, targets, history = (tensor.cpu().double() for tensor in rank_case(users, catalogue, 3, 4))
+    targets, history = targets.long(), history.long()
+    further = torch.randint(-3, 4, (users, 1)).double(), torch.randint(-3, 4, (catalogue, 1)).double()
+    added = kernels.AddedScores(
+        torch.arange(users + 1) * catalogue,
+        torch.arange(catalogue).repeat(users),
+        (further[0] @ further[1].T).flatten(),
+    )
+    ours = kernels.target_rank(queries, items, targets, history, form="cpu", added=added)
+    wider = torch.cat([queries, further[0]], 1), torch.cat([items, further[1]], 1)
+    assert all(map(torch.equal, ours, kernels.target_rank(*wider, targets, history, form="cpu")))
+
+
+@pytest.mark.parametrize(("dtype", "users", "catalogue"), [(torch.float32, 63, 253), (torch.float64, 800, 900)])
+def test_equal_items_with_equal_added_scores_tie(dtype, users, catalogue):
+    assert_copies_tie(tied_case(users, catalogue, dtype, "cpu"), "cpu")
+
+
+@pytest.mark.parametrize("form", ["reference", "cpu"])
+def test_without_entries_the_ranks_are_the_plain_ones(form):
+    for users in (0, 5):
+        queries, items, targets, history = (tensor.cpu() for tensor in rank_case(users, 40, 8, 2))
+        none = kernels.AddedScores(torch.zeros(users + 1, dtype=torch.int64), targets[:0], queries[0:0, 0])
+        ours = kernels.target_rank(queries, items, targets, history, form=form, added=none)
+        plain = kernels.target_rank(queries, items, targets, history, form=form)
+        assert all(map(torch.equal, ours, plain)) and ours[0].shape == (users,)
+
+
+def test_added_scores_of_any_stride():
+    arguments = [tensor.cpu() for tensor in rank_case(20, 33, 5, 3)]
+    added = added_case(arguments[2], arguments[3], 33, torch.float32)
+    expected = kernels.target_rank(*arguments, form="cpu", added=added)
+    apart = kernels.AddedScores(*map(strided, added))
+    for form in ("cpu", "reference"):
+        ranks = kernels.target_rank(*map(strided, arguments), form=form, added=apart)
+        assert all(map(torch.equal, ranks, expected))

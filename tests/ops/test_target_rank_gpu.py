@@ -25,7 +25,9 @@ from helpers.gpu_checks import (
     each_precision,
     nan_in_new_memory,
 )
+from helpers.kernel_cases import added_case, assert_copies_tie, tied_case
 from iisan_fast import kernels
+from iisan_fast.kernels import AddedScores
 from iisan_fast.kernels.reference import target_rank as target_rank_reference
 
 pytestmark = [
@@ -43,9 +45,10 @@ class RankInputs:
     items: Tensor
     targets: Tensor
     excluded: Tensor
+    added: AddedScores
 
     def tensors(self) -> list[Tensor]:
-        return [self.queries, self.items, self.targets, self.excluded]
+        return [self.queries, self.items, self.targets, self.excluded, *self.added]
 
 
 def make_ranks(users: int, catalogue: int, d: int, device: str, dtype: torch.dtype, seed: int = 0) -> RankInputs:
@@ -58,34 +61,38 @@ def make_ranks(users: int, catalogue: int, d: int, device: str, dtype: torch.dty
     targets, excluded = numbers(0, catalogue, users), numbers(-1, catalogue, users, 12)
     excluded[::3, 5] = excluded[::3, 4]
     excluded[1::7, 11] = targets[1::7]
-    return RankInputs(numbers(-3, 4, users, d).to(dtype), numbers(-3, 4, catalogue, d).to(dtype), targets, excluded)
+    queries, items = numbers(-3, 4, users, d).to(dtype), numbers(-3, 4, catalogue, d).to(dtype)
+    return RankInputs(queries, items, targets, excluded, added_case(targets, excluded, catalogue, dtype))
 
 
 def run_ranks(op: Callable[..., tuple[Tensor, Tensor]], inputs: RankInputs) -> Results:
-    masked, unmasked = op(*inputs.tensors())
-    return {"masked": [masked], "unmasked": [unmasked]}
+    """Return the ranks without and with added scores."""
+    *tensors, offsets, items, values = inputs.tensors()
+    masked, unmasked = zip(op(*tensors), op(*tensors, added=AddedScores(offsets, items, values)))
+    return {"masked": [*masked], "unmasked": [*unmasked]}
 
 
-def ranks_by_gpu(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-    return kernels.target_rank(*arguments, form="gpu")
+def ranks_by_gpu(*arguments: Tensor, added: AddedScores | None = None) -> tuple[Tensor, Tensor]:
+    return kernels.target_rank(*arguments, form="gpu", added=added)
 
 
 def check_ranks(device: str, users: int, catalogue: int, d: int, precision: Precision) -> None:
     inputs = make_ranks(users, catalogue, d, device, precision.dtype)
     if users > 5:
         inputs.queries[5, 0] = float("inf")  # a NaN score has no rank
-    exact = target_rank_reference.target_rank(
-        inputs.queries.double(), inputs.items.double(), inputs.targets, inputs.excluded
-    )
-    with precision.active(), nan_in_new_memory(), all_launched({"target_rank"}):
-        ranks = ranks_by_gpu(*inputs.tensors())
-    for ours, expected in zip(ranks, exact):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+    values = inputs.added.values.double()
+    doubles = inputs.queries.double(), inputs.items.double(), inputs.targets, inputs.excluded
+    exact = run_ranks(target_rank_reference.target_rank, RankInputs(*doubles, inputs.added._replace(values=values)))
+    with precision.active(), nan_in_new_memory(), all_launched({"target_rank", "target_rank_added"}):
+        ranks = run_ranks(ranks_by_gpu, inputs)
+    for name, expected in exact.items():
+        torch.testing.assert_close(ranks[name], expected, rtol=0, atol=0, equal_nan=True)
 
 
 @each_precision
 @pytest.mark.parametrize(
-    ("users", "catalogue", "d"), [(1, 1, 64), (1, 507, 32), (63, 507, 128), (507, 20_314, 64), (3001, 2047, 32)]
+    ("users", "catalogue", "d"),
+    [(1, 1, 64), (1, 507, 32), (63, 507, 128), (507, 20_314, 64), (3001, 2047, 32), (507, 2047, 192)],
 )
 def test_ranks_equal_the_references(users, catalogue, d, precision):
     check_ranks("cuda", users, catalogue, d, precision)
@@ -107,6 +114,13 @@ def check_equal_items_tie(device: str, users: int, catalogue: int, precision: Pr
 @pytest.mark.parametrize(("users", "catalogue"), [(63, 253), (2100, 253)])
 def test_equal_items_tie(users, catalogue, precision):
     check_equal_items_tie("cuda", users, catalogue, precision)
+
+
+@each_precision
+@pytest.mark.parametrize(("users", "catalogue"), [(63, 253), (2100, 253)])
+def test_equal_items_with_equal_added_scores_tie(users, catalogue, precision):
+    with precision.active():
+        assert_copies_tie(tied_case(users, catalogue, precision.dtype, "cuda"), "gpu")
 
 
 # Repeatability, graphs and operators
@@ -145,12 +159,13 @@ def test_compiled_ranks_equal_eager_ones(dtype):
 
 
 def test_operators_are_registered_as_they_behave():
-    check_registrations(lambda: run_by_gpu(make_ranks(21, 63, 32, "cuda", torch.float32)), "target_counts")
+    for name in ("target_counts", "target_count_corrections"):
+        check_registrations(lambda: run_by_gpu(make_ranks(21, 63, 32, "cuda", torch.float32)), name)
 
 
 def test_auto_takes_the_gpu_and_the_environment_overrides(monkeypatch):
     inputs = make_ranks(63, 95, 32, "cuda", torch.float32)
-    with all_launched({"target_rank"}):
+    with all_launched({"target_rank", "target_rank_added"}):
         run_ranks(kernels.target_rank, inputs)
     monkeypatch.setenv(kernels.FORM_VARIABLE, "reference")
     with all_launched(set()):

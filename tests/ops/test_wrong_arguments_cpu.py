@@ -15,7 +15,16 @@ from torch.utils import _pytree as trees
 
 from helpers.compiler import needs_compiler
 from iisan_fast import kernels
-from iisan_fast.kernels import AdamState, Chain, SequenceDropout, SequenceGrid, SequenceWeights, States, Tower
+from iisan_fast.kernels import (
+    AdamState,
+    AddedScores,
+    Chain,
+    SequenceDropout,
+    SequenceGrid,
+    SequenceWeights,
+    States,
+    Tower,
+)
 
 pytestmark = needs_compiler
 
@@ -58,6 +67,11 @@ def adam(states: list[AdamState], gradients: list[Tensor]) -> list[AdamState]:
     return states
 
 
+def ranks_with_added(*arguments: Any, form: str) -> tuple[Tensor, Tensor]:
+    *tensors, added = arguments
+    return kernels.target_rank(*tensors, form=form, added=added)
+
+
 def cases() -> dict[str, Case]:
     views = [States(random(9, 2, 20), torch.tensor([8, 0, 3])), States(random(4, 2, 20), torch.tensor([3, 3, 0]))]
     grid = SequenceGrid(torch.tensor([0, 1, 2, 3, 4, 8, 9, 14]), 3, 5)
@@ -65,6 +79,7 @@ def cases() -> dict[str, Case]:
     moments = AdamState(random(7, 5), random(7, 5), random(7, 5), torch.zeros(()))
     loss = [random(3, 16), random(40, 16), torch.tensor([39, 0, 7]), users, bits, random(40), random(40), "none"]
     ranks = [random(3, 16), random(40, 16), torch.tensor([39, 0, 7]), torch.tensor([[1, -1], [39, 3], [-1, -1]])]
+    added = AddedScores(torch.tensor([0, 2, 2, 5]), torch.tensor([1, 39, 0, 7, 8]), random(5))
     return {
         "side_towers": Case(kernels.side_towers, [views, [tower(), tower()], "relu", [random(9, 20), random(9, 20)]]),
         "fold_heads": Case(
@@ -77,6 +92,7 @@ def cases() -> dict[str, Case]:
         "last_states": Case(kernels.last_states, [random(8, 16), weights(), grid]),
         "inbatch_cross_entropy": Case(kernels.inbatch_cross_entropy, loss),
         "target_rank": Case(kernels.target_rank, ranks),
+        "target_rank with added scores": Case(ranks_with_added, [*ranks, added]),
         "adam": Case(adam, [[moments], [random(7, 5)]]),
     }
 
