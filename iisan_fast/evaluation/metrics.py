@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,29 @@ from ..config import TIE_SHARES, EvaluationConfig
 from ..data import Sequences, Split
 from ..errors import InputError
 
+Added = Callable[[np.ndarray], kernels.AddedScores]  # takes rows of the queries, int64; on the queries' device
+
 HISTORIES_AT_ONCE = 1 << 22  # interactions with padding, 32 MiB
+ADDED_AT_ONCE = 1 << 12  # users whose added scores are in memory at once: 64 MiB at 1,000 items each
 BYTES_PER_SCORE = 24  # a score of at most 8 bytes, and the memory to count with it
 
 
 def evaluate(
-    queries: Tensor, vectors: Tensor, sequences: Sequences, split_name: str, config: EvaluationConfig
+    queries: Tensor,
+    vectors: Tensor,
+    sequences: Sequences,
+    split_name: str,
+    config: EvaluationConfig,
+    added: Added | None = None,
 ) -> dict[str, Any]:
     """Return the metrics of one split as fractions, for warm and cold targets, with and without the history masked.
 
     queries: user states [users, d]. vectors: [items, d], item number i in row i - 1. split_name: "validation" or
-    "test". A target is warm if it occurs in training. If the history is masked, a target within its user's own history
-    is unreachable and counts as a miss. The result has "masked" and "unmasked", each with the metrics of
-    `ranking_metrics` of all users and of the "warm" and "cold" ones. Raises InputError if a score is not finite.
+    "test". added: returns what is added to the scores of a few items of some users; None adds nothing.
+
+    A target is warm if it occurs in training. If the history is masked, a target within its user's own history is
+    unreachable and counts as a miss. The result has "masked" and "unmasked", each with the metrics of `ranking_metrics`
+    of all users and of the "warm" and "cold" ones. Raises InputError if a score is not finite.
     """
     split = sequences.split(split_name)
     warm = sequences.training_counts[split.targets] > 0
@@ -36,7 +47,7 @@ def evaluate(
         "history_masked_by_default": config.mask_history,
         "ties": config.ties,
     }
-    for name, ranks in zip(("masked", "unmasked"), target_ranks(queries, vectors, split, config)):
+    for name, ranks in zip(("masked", "unmasked"), target_ranks(queries, vectors, split, config, added)):
         report[name] = {
             **ranking_metrics(ranks, config.ks),
             "warm": {"users": int(warm.sum()), **ranking_metrics(ranks[warm], config.ks)},
@@ -56,15 +67,16 @@ def popularity_baseline(sequences: Sequences, split_name: str, config: Evaluatio
 
 
 def target_ranks(
-    queries: Tensor, vectors: Tensor, split: Split, config: EvaluationConfig
+    queries: Tensor, vectors: Tensor, split: Split, config: EvaluationConfig, added: Added | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return each target's rank, counted from 1, float64 [users], with the history masked and unmasked.
 
-    queries [users, d] and vectors [items, d]: on one device. A masked target within its user's history has rank
+    queries [users, d] and vectors [items, d]: on one device. added: see `evaluate`; it is called for at most
+    `ADDED_AT_ONCE` users at a time. A masked target within its user's history has rank
     infinity. Raises InputError if a score is not finite.
     """
     all_ranks = torch.empty(2, len(split.targets), dtype=torch.float64, device=queries.device)
-    for rows in _parts(split):
+    for rows in _parts(split) if added is None else _small_parts(split):
         chosen = torch.from_numpy(rows).to(queries.device)
         ranks = kernels.target_rank(
             queries[chosen],
@@ -73,6 +85,7 @@ def target_ranks(
             torch.from_numpy(split.padded(rows) - 1).to(queries.device),
             tie_share=TIE_SHARES[config.ties],
             chunk_elements=config.chunk_mib * 2**20 // BYTES_PER_SCORE,
+            added=None if added is None else added(rows),
         )
         for into, part in zip(all_ranks, ranks):
             into[chosen] = part.double()
@@ -113,6 +126,14 @@ def _parts(split: Split) -> list[np.ndarray]:
         count = max(1, int(np.searchsorted(sizes, HISTORIES_AT_ONCE, side="right")))
         parts.append(rows[start : start + count])
         start += count
+    return parts
+
+
+def _small_parts(split: Split) -> list[np.ndarray]:
+    """Return the split's rows in the parts of `_parts`, cut into equal ones of at most `ADDED_AT_ONCE` rows."""
+    parts = []
+    for rows in _parts(split):
+        parts += np.array_split(rows, max(1, -(-len(rows) // ADDED_AT_ONCE)))
     return parts
 
 

@@ -11,6 +11,7 @@ from helpers.datasets import make_sequences
 from iisan_fast.config import EvaluationConfig
 from iisan_fast.errors import InputError
 from iisan_fast.evaluation.metrics import evaluate, popularity_baseline, ranking_metrics
+from iisan_fast.kernels import AddedScores
 from iisan_fast.kernels.cpu import library as compiled_library
 
 KS = (1, 5, 10, 50)
@@ -117,6 +118,49 @@ def test_ties_count_half_or_in_the_targets_favour():
     assert best["unmasked"]["hr@1"] == 1 and best["ties"] == "best"
     reachable = 1 - best["unreachable"] / best["users"]
     assert best["masked"]["hr@1"] == pytest.approx(reachable)
+
+
+def added_at_random(users: int, items: int) -> tuple[np.ndarray, evaluation.Added]:
+    """Return small whole numbers to add to about a fifth of the scores, float64 [users, items], and their entries."""
+    rng = np.random.default_rng(2)
+    dense = np.where(rng.random((users, items)) < 0.2, rng.integers(-3, 4, (users, items)), 0).astype(np.float64)
+
+    def added(rows: np.ndarray) -> AddedScores:
+        part = torch.from_numpy(dense[rows])
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (part != 0).sum(1).cumsum(0)])
+        return AddedScores(offsets, part.nonzero()[:, 1], part[part != 0])
+
+    return dense, added
+
+
+def test_added_scores_count_as_further_dimensions_do(monkeypatch):
+    """Rank with added scores, and by vectors whose further dimensions, one a user, add the same."""
+    sequences, queries, vectors = random_case(users=50, items=60)
+    queries, vectors = queries.double(), vectors.double()
+    dense, added = added_at_random(50, 60)
+    wider = torch.cat([queries, torch.eye(50).double()], 1), torch.cat([vectors, torch.from_numpy(dense).T], 1)
+    expected = evaluate(*wider, sequences, "test", EvaluationConfig(KS))
+    assert evaluate(queries, vectors, sequences, "test", EvaluationConfig(KS), added) == expected
+    assert evaluate(queries, vectors, sequences, "test", EvaluationConfig(KS)) != expected
+    calls = []
+    monkeypatch.setattr(evaluation, "ADDED_AT_ONCE", 7)
+    ranks = evaluate(
+        queries, vectors, sequences, "test", EvaluationConfig(KS), lambda rows: (calls.append(rows), added(rows))[1]
+    )
+    assert ranks == expected
+    assert max(map(len, calls)) <= 7 and np.array_equal(np.concatenate(calls), np.arange(50))
+
+
+def test_an_added_score_that_is_not_finite_is_an_error():
+    sequences, queries, vectors = random_case()
+
+    def added(rows: np.ndarray) -> AddedScores:
+        first = torch.from_numpy(rows == 0).long()
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), first.cumsum(0)])
+        return AddedScores(offsets, torch.tensor([5]), torch.tensor([float("inf")]))
+
+    with pytest.raises(InputError, match="1 of 40 users have a score that is not finite"):
+        evaluate(queries, vectors, sequences, "test", EvaluationConfig(), added)
 
 
 def test_long_histories_are_ranked_in_parts_with_the_same_ranks(monkeypatch):
