@@ -80,12 +80,15 @@ class _Tile:
         target_items = F.pad(items[targets], (0, 0, 0, width - self.users))
         self.target = torch.mm(self.queries, target_items.T, out=self.scores)[: self.users].diagonal()[:, None].clone()
         self.added = added
-        if added is not None:
-            self.target += added.values_of(torch.arange(self.users), targets, len(items))[:, None]
         self.higher, self.not_lower = torch.zeros(2, self.users, dtype=torch.float64)
         self.broken = torch.zeros(self.users, dtype=torch.bool)
         self.unreachable = (excluded == targets[:, None]).any(dim=1)
         self._list(excluded)
+        if added is not None:
+            users = torch.cat([torch.arange(self.users), self.excluded_users])
+            wanted = torch.cat([targets, self.excluded_items])
+            of_targets, self.added_to_excluded = added.values_of(users, wanted, len(items)).tensor_split([self.users])
+            self.target += of_targets[:, None]
 
     def _list(self, excluded: Tensor) -> None:
         """Set the items whose scores are read from the tiles, and their places, sorted by tile.
@@ -101,13 +104,14 @@ class _Tile:
         if self.added is not None:
             users = torch.cat([users, self.added.users()])
             items = torch.cat([items, self.added.items])
+        count = len(self.items) // self.width
         tiles = items // self.width
         # A stable sort of narrow numbers is a radix sort, several times as fast.
-        self.order = tiles.to(torch.int16 if len(self.items) // self.width < 1 << 15 else torch.int64).argsort(
-            stable=True
-        )
-        self.places = (users * self.width + items % self.width)[self.order]  # index into a flat tile
-        self.ends = tiles.bincount(minlength=len(self.items) // self.width).cumsum(0).tolist()
+        sorted_tiles, self.order = tiles.to(torch.int16 if count < 1 << 15 else torch.int64).sort(stable=True)
+        places = users * self.width + (items - tiles * self.width)  # index into a flat tile
+        self.places = places[self.order]
+        numbers = torch.arange(count, dtype=sorted_tiles.dtype)
+        self.ends = torch.searchsorted(sorted_tiles, numbers, right=True).tolist()
         self.read = self.scores.new_empty(len(items))
 
     def count(self, first: int, columns: int, finite: bool) -> None:
@@ -118,7 +122,7 @@ class _Tile:
         self.not_lower += torch.ge(scores, self.target, out=flags).sum(dim=1)
         tile = first // self.width
         here = slice(self.ends[tile - 1] if tile else 0, self.ends[tile])
-        self.read[self.order[here]] = self.scores.flatten()[self.places[here]]
+        self.read.scatter_(0, self.order[here], self.scores.flatten().index_select(0, self.places[here]))
         if not finite:
             self.broken |= ~scores.isfinite().all(dim=1)
 
@@ -127,7 +131,7 @@ class _Tile:
         excluded_scores, base = self.read.tensor_split([len(self.excluded_users)])
         if self.added is not None:
             self._replace(base, self.added)
-            excluded_scores += self.added.values_of(self.excluded_users, self.excluded_items, len(self.items))
+            excluded_scores += self.added_to_excluded
         ties = self.not_lower - self.higher - 1
         unmasked = (1 + self.higher + tie_share * ties).masked_fill(self.broken, float("nan"))
         target = self.target[self.excluded_users, 0]
@@ -137,12 +141,21 @@ class _Tile:
 
     def _replace(self, base: Tensor, added: AddedScores) -> None:
         """Replace the counts of the items with an added score, whose scores without it are `base` [E]."""
-        users = added.users()
-        target = self.target[users, 0]
+        lengths = added.offsets.diff()
+        target = self.target[:, 0].repeat_interleave(lengths)
         total = base + added.values
-        self.higher.index_add_(0, users, (total > target).double() - (base > target).double())
-        self.not_lower.index_add_(0, users, (total >= target).double() - (base >= target).double())
-        self.broken[users[~total.isfinite()]] = True
+        finite = total.isfinite()
+        for counts, compare in ((self.higher, torch.gt), (self.not_lower, torch.ge)):
+            changes = compare(total, target).view(torch.int8) - compare(base, target).view(torch.int8)
+            counts += _sums(changes, added.offsets)
+        if not finite.all():
+            self.broken |= _sums(~finite, added.offsets) > 0
+
+
+def _sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """Return the sum of values[offsets[u]:offsets[u + 1]] for each user u, int64 [U]."""
+    upto = F.pad(values.cumsum(0, dtype=torch.int64), (1, 0))[offsets]
+    return upto.diff()
 
 
 def _equal_parts(count: int, most: int, multiple: int = 1) -> int:
