@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from ..config import EvaluationConfig
-from .help_pages import EVALUATION, command, option
+from ..config import EvaluationConfig, ScoringConfig
+from .help_pages import EVALUATION, SCORING, command, option
 from .options import FOLDER, device_option, output_options
 from .output import print_json, print_run_metrics
 from .setting_options import given_settings, setting_options
@@ -16,8 +16,11 @@ from .setting_options import given_settings, setting_options
 EXAMPLES = (
     "iisan-fast evaluate runs/first --k 5,10,20",
     "iisan-fast evaluate runs/first --split validation --json > validation.json",
+    "iisan-fast evaluate runs/first --cooccurrence 2 --similarity 6",
+    "iisan-fast evaluate runs/first --fit-terms",
 )
 NOT_HERE = ("mask_history",)  # both figures are printed
+FIXED = ("cooccurrence_neighbours", "similarity_dims")  # settings of the terms that the run has
 
 
 @command(examples=EXAMPLES, short_help="Print the figures of a finished run.")
@@ -30,15 +33,21 @@ NOT_HERE = ("mask_history",)  # both figures are printed
     help="Targets that are ranked.",
 )
 @setting_options(EvaluationConfig, EVALUATION, without=NOT_HERE)
+@setting_options(ScoringConfig, SCORING, without=FIXED)
 @device_option
 @output_options
 def evaluate(run: Path, split: str, device: str, as_json: bool, **options: Any) -> None:
-    """Print the metrics of RUN's best checkpoint over the full catalogue, history masked and unmasked."""
+    """Print the metrics of RUN's best checkpoint over the full catalogue, history masked and unmasked.
+
+    The weights of the neighbour terms are those of RUN; others may be given or fitted.
+    """
     from .. import api  # imports numpy
 
-    result = api.evaluate(run, split, device=device, **given_settings(options, EvaluationConfig, without=NOT_HERE))
+    settings = given_settings(options, EvaluationConfig, without=NOT_HERE)
+    settings |= given_settings(options, ScoringConfig, without=FIXED)
+    result = api.evaluate(run, split, device=device, **settings)
     if as_json:
         print_json(result)
         return
-    title = f"{run}, epoch {result['best_epoch']}"
+    title = f"{run}, epoch {result['best_epoch']}" if result["best_epoch"] else str(run)
     print_run_metrics(title, result, split)

@@ -34,6 +34,8 @@ EXAMPLES = (
     "  --bottleneck 64 --bottleneck first=512 --learning-rate adapters=1e-3",
     "iisan-fast train DATASET --cache STATES --config SETTINGS.yaml \\\n  --set model.dropout=0.2",
     "iisan-fast train DATASET --method lora --text-encoder bert-base-uncased \\\n  --dry-run",
+    "iisan-fast train DATASET --cache STATES --fit-terms",
+    "iisan-fast train DATASET --cache STATES --method neighbours",
     "iisan-fast train --resume runs/first",
     "iisan-fast train --resume runs/first --epochs 40 --cache /new/place/STATES",
 )
@@ -115,7 +117,8 @@ def train(
     elif dry_run:
         print_run(result)
     else:
-        title = f"{result['run']}: best epoch {result['best_epoch']} of {result['epochs']}"
+        epochs = f"best epoch {result['best_epoch']} of {result['epochs']}" if result["epochs"] else "without training"
+        title = f"{result['run']}: {epochs}"
         print_run_metrics(title, result, "test")
 
 
@@ -158,8 +161,11 @@ def _report_epoch(line: dict[str, Any]) -> None:
     """Write an epoch's figures on standard error."""
     validation = line["validation"]
     figures = validation["masked" if validation["history_masked_by_default"] else "unmasked"]
+    shown = f"validation HR@10 {percent(figures['hr@10'])} NDCG@10 {percent(figures['ndcg@10'])} %"
+    if line["epoch"] == 0:  # of a method without training
+        report(shown)
+        return
     report(
-        f"epoch {line['epoch']:3d}  loss {line['loss']:.4f}  validation HR@10 {percent(figures['hr@10'])} "
-        f"NDCG@10 {percent(figures['ndcg@10'])} %  {line['items_per_second']:,.0f} items/s"
+        f"epoch {line['epoch']:3d}  loss {line['loss']:.4f}  {shown}  {line['items_per_second']:,.0f} items/s"
         f"{'  best' if line['best'] else ''}"
     )

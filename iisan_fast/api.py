@@ -36,6 +36,7 @@ from .settings import (
     EXTRACTION_SETTINGS,
     PROTOCOL_SETTINGS,
     RUN_SETTINGS,
+    TERM_SETTINGS,
     changed_section,
     extraction_config,
     refuse_unknown,
@@ -183,7 +184,8 @@ def train(
         sections. `iisan-fast train --help` lists them.
 
     Returns the run's folder, the best epoch, and the figures on the test set: HR@K and NDCG@K as fractions, history
-    masked and unmasked, beside the popularity baseline.
+    masked and unmasked, beside the baselines "popularity" and "neighbours". "scoring" has the weights of the neighbour
+    terms. The method "neighbours" trains nothing: its epochs are 0, and "validation" has its figures on that split.
     Raises InputError for settings or files that cannot be used, before the run's folder is made, and where the loss
     stops being finite. Ctrl-C (SIGINT), SIGTERM and SIGHUP let the step under way end, save the run and raise Stopped,
     which like KeyboardInterrupt is no Exception; `resume` goes on. A second signal acts at once.
@@ -274,7 +276,7 @@ def resume(
     return {"run": str(folder), **training.resume(folder, where, _on_epoch(on_epoch), table, changes)}
 
 
-@_checks_names(EVALUATION_SETTINGS)
+@_checks_names((*EVALUATION_SETTINGS, *TERM_SETTINGS))
 def evaluate(
     run: PathLike,
     split: str = "test",
@@ -283,30 +285,37 @@ def evaluate(
     evaluation: EvaluationConfig | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Rank the targets of a run's users in the full catalogue, by the run's best checkpoint.
+    """Rank the targets of a run's users in the full catalogue, by the run's best checkpoint and its neighbour terms.
 
-    run: the run's folder; nothing else is read.
+    run: the run's folder; nothing else is read. For a run of an earlier version, which has no neighbours.safetensors,
+        similarity is built from the run's cache.
     split: test or validation.
-    settings: those of EvaluationConfig, as ks=(5, 10); they change `evaluation`.
+    settings: those of EvaluationConfig, as ks=(5, 10); they change `evaluation`. cooccurrence and similarity: weights
+        of the terms in place of the run's; fit_terms=True chooses both by validation, as `train` does.
 
-    Returns method, best epoch, the figures under the split's name, and those of the popularity baseline: HR@K and
-    NDCG@K as fractions, history masked and unmasked.
-    Raises InputError where the folder holds no finished epoch.
+    Returns method, best epoch, the figures under the split's name, those of the baselines "popularity" and
+    "neighbours", and under "scoring" the weights of the terms. Figures are HR@K and NDCG@K as fractions, history masked
+    and unmasked. "neighbours" also has "similarity": whether the run has states for that term.
+    Raises InputError where the folder holds no finished epoch, and for a weight of similarity in a run without states.
     """
     from . import training
 
+    terms = {name: settings.pop(name) for name in TERM_SETTINGS if name in settings}
+    asked = changed_section("scoring", ScoringConfig, None, terms)
     resolved = changed_section("evaluation", EvaluationConfig, evaluation, settings)
-    return training.evaluate_run(as_path("run", run), split, resolved, torch_device(device))
+    return training.evaluate_run(as_path("run", run), split, resolved, torch_device(device), asked)
 
 
 @_checks_names()
 def load(run: PathLike, *, device: str | torch.device = "auto") -> BestRun:
     """Load a run's best checkpoint, ready to rank.
 
-    run: the run's folder; nothing else is read.
+    run: the run's folder; nothing else is read. For a run of an earlier version, which has no neighbours.safetensors,
+        the terms are built from its histories, and from its cache if that can be read.
 
-    Returns a BestRun: `config`, `sequences`, `item_ids`, `item_vectors` and `user_states`. A user's score of an item is
-    the inner product of their two vectors.
+    Returns a BestRun: `config`, `sequences`, `item_ids`, `item_vectors` and `user_states`, and the neighbour terms with
+    their weights as `terms` and `weights`. A model's score of a user and an item is the inner product of their two
+    vectors; `scores` adds the terms.
     Raises InputError where the folder holds no run, or a damaged one.
     """
     from . import training

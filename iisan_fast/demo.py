@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .config import LEARNING_RATES, METHODS, TUNING_METHODS, ModelConfig, RunConfig, ViewConfig
+from .config import LEARNING_RATES, METHODS, NEIGHBOURS, TUNING_METHODS, ModelConfig, RunConfig, ViewConfig
 from .data import load_dataset
 from .encoders import grouped_layers, write_bert, write_vit
 from .errors import InputError, check_choice
@@ -106,6 +106,8 @@ class Product:
 
 def settings(method: str = "iisan") -> dict[str, Any]:
     """Return the training settings for so small a dataset, as sections of RunConfig."""
+    if method == NEIGHBOURS:
+        return {}
     rates = {group: 1e-4 if group == "encoders" else 1e-3 for group in LEARNING_RATES[method]}
     return {"train": {"max_epochs": 30, "learning_rates": rates}}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from .config import (
+    NEIGHBOURS,
     SIDE_METHODS,
     TUNING_METHODS,
     EvaluationConfig,
@@ -22,6 +23,7 @@ from .config import (
     ModelConfig,
     ProtocolConfig,
     RunConfig,
+    ScoringConfig,
     ViewConfig,
 )
 from .errors import InputError, check_choice, nearest
@@ -31,7 +33,7 @@ from .setting_sources import PARTS, SECTIONS, as_path, change_settings
 from .trusted_code import TRUST, is_trusted, refuse_unasked_code, trust_running_views, without_trust
 
 LOGGER = logging.getLogger(__name__)
-Section = TypeVar("Section", ProtocolConfig, EvaluationConfig, ExtractionConfig)
+Section = TypeVar("Section", ProtocolConfig, EvaluationConfig, ExtractionConfig, ScoringConfig)
 OTHER_NAMES = {"epochs": "max_epochs"}
 RUN_SECTIONS = ("protocol", "model", "train", "evaluation", "scoring", "uncached")
 SECTION_OF = {
@@ -53,6 +55,7 @@ PROTOCOL_SETTINGS, EVALUATION_SETTINGS, EXTRACTION_SETTINGS = (
     tuple(field.name for field in dataclasses.fields(section))
     for section in (ProtocolConfig, EvaluationConfig, ExtractionConfig)
 )
+TERM_SETTINGS = ("cooccurrence", "similarity", "fit_terms")  # of ScoringConfig, for a run that has its terms already
 RUN_SETTINGS = (*SECTION_OF, *OTHER_NAMES, *ENCODER_SETTINGS)
 NOT_OF_A_RUN = "extraction"  # the part of a settings file that training does not read
 PARTS_OF_EXTRACTION = ("dataset", "cache", "encoders", "protocol", "extraction")
@@ -283,7 +286,7 @@ def _choose_source(
         else:
             values["uncached"] = None
             values["views"] = values.get("views") or [view.name for view in described]
-        if method == "id":
+        if method == "id" or (method == NEIGHBOURS and not values.get("cache")):
             values |= {name: default for name, default in (("cache", None), ("views", [])) if name not in names}
     options = values.get("uncached")
     if isinstance(options, dict) and "views" not in options:

@@ -7,6 +7,7 @@ import torch
 
 from iisan_fast.config import (
     METHODS,
+    NEIGHBOURS,
     SIDE_METHODS,
     STATE_METHODS,
     TUNING_METHODS,
@@ -29,7 +30,7 @@ def run_config(method: str, precision: str) -> RunConfig:
     """Return the configuration of a run of the method with one view, from a cache if the method can read one."""
     model = ModelConfig(method=method)
     train = TrainConfig(precision=precision)
-    if method in STATE_METHODS:
+    if method in (*STATE_METHODS, NEIGHBOURS):
         return RunConfig("dataset", "cache", ("title",), model=model, train=train)
     return RunConfig("dataset", uncached=None if method == "id" else UncachedConfig((VIEW,)), model=model, train=train)
 

@@ -23,6 +23,7 @@ from .sample import Sample, extract, result_of, train
 
 CACHE_FILES = ("states.lmdb/data.mdb", "manifest.json")
 RUN_FILES = ("config.json", "views.json", "environment.json", "sequences.npz", "metrics.jsonl", "test.json")
+RUN_FILES += ("neighbours.safetensors",)
 CHECKPOINTS = ("best.safetensors", "last.safetensors", "previous.safetensors")
 ROUNDING = 0.01  # the relative difference of states of bfloat16 that were encoded in other batches
 WEIGHTS = {"states.lmdb/data.mdb": 6, "best.safetensors": 3, "last.safetensors": 4, "sequences.npz": 2}  # else 1

@@ -131,6 +131,13 @@ class Split:
         width = int(lengths.max(initial=self.least_width))
         return _right_align(self.items, self.ends[rows], lengths, width)
 
+    def latest(self, count: int) -> np.ndarray:
+        """Return the last `count` items of all histories, right-aligned, int64 [R, width].
+
+        width: the longest history, at most `count`.
+        """
+        return _right_align(self.items, self.ends, self.lengths, min(count, int(self.lengths.max(initial=1))))
+
     @cached_property
     def history(self) -> np.ndarray:
         """Return all histories, padded: int64 [R, width]. Under a temporal split one long history makes it large."""

@@ -6,19 +6,28 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .activation_memory import EncodingPlan, activation_bytes
+    from .cooccurrence import RECENT, CoOccurrence
+    from .neighbours import NeighbourTerms, Scores, popularity_scores
     from .recommender import ITEM_PARAMETERS, Recommender, build_recommender
     from .sasrec import Block
     from .side_network import SideNetwork, check_views
+    from .similarity import Similarity
 
 __all__ = [
     "Block",
+    "CoOccurrence",
     "EncodingPlan",
     "ITEM_PARAMETERS",
+    "NeighbourTerms",
+    "RECENT",
     "Recommender",
+    "Scores",
     "SideNetwork",
+    "Similarity",
     "activation_bytes",
     "build_recommender",
     "check_views",
+    "popularity_scores",
 ]
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name

@@ -17,14 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import NEIGHBOUR_WEIGHTS
 from ..kernels import AddedScores
 from .cooccurrence import CoOccurrence
 from .similarity import Similarity
 
-# Chosen on the validation users of Scientific, with 128 components of two views. Without a model each is the best given
-# the other; added to `iisan-versa` of seeds 0 and 1, HR@10 and NDCG@10 are nearly level from 1.5 to 3 and from 6 to 9.
-COOCCURRENCE_WEIGHT = 2.0
-SIMILARITY_WEIGHT = 9.0
 SUMS_FACTOR = 20.0  # in log(1 + 20 M)
 POPULARITY_WEIGHT = 0.3  # of the log of an item's training count, in the place of a model's score
 LEAST_COUNT = 0.5  # of an item that does not occur in training
@@ -77,8 +74,8 @@ class NeighbourTerms:
         training_counts: of each item number, int64 [items + 1]. The tensors are float32, on the device.
         """
         queries, vectors = popularity_scores(training_counts, len(histories), device)
-        similarity = SIMILARITY_WEIGHT if self.similarity else 0.0
-        return self.scored(queries, vectors, histories, COOCCURRENCE_WEIGHT, similarity)
+        weights = NEIGHBOUR_WEIGHTS if self.similarity else {**NEIGHBOUR_WEIGHTS, "similarity": 0.0}
+        return self.scored(queries, vectors, histories, **weights)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all arrays as tensors by name, for a file."""

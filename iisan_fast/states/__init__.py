@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .encoder_inputs import open_sources, view_inputs
     from .entries import content_digest
     from .extraction import GROUP_ITEMS, Extracted, extract
-    from .feature_table import FeatureTable, load_table, unread_table
+    from .feature_table import FeatureTable, final_states, load_table, unread_table
     from .input_table import EncodedTable, open_inputs
     from .item_source import Chunks, ItemInputs, ItemSource
     from .loader import PlannedBatch, PreparedBatch, planned_batches, prepared_batches
@@ -33,6 +33,7 @@ __all__ = [
     "ViewShape",
     "content_digest",
     "describes_view",
+    "final_states",
     "extract",
     "free_memory",
     "load_table",

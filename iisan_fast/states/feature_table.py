@@ -274,6 +274,18 @@ def unread_table(
         raise
 
 
+def final_states(store: Store, views: Iterable[str], item_ids: list[str]) -> MappedTable:
+    """Return a table of the last stored layer of each view, [items + 1, 1, D], in the store's file and dtype.
+
+    It is read on the CPU, and closes the store. Raises InputError if a view or an item's states are missing.
+    """
+    names = list(views)
+    descriptions = [store.view(name) for name in names]
+    last: list[list[int] | None] = [[len(view["layers"]) - 1] for view in descriptions]
+    dtypes = [getattr(torch, view["dtype"]) for view in descriptions]
+    return MappedTable(store, names, item_ids, last, dtypes, torch.device("cpu"))
+
+
 def plan_table(
     store: Store,
     views: Iterable[str],

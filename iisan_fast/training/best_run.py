@@ -8,28 +8,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import EvaluationConfig, RunConfig
+from ..config import NEIGHBOURS, EvaluationConfig, RunConfig, ScoringConfig
 from ..data import Sequences
-from ..evaluation import evaluate, popularity_baseline
-from ..models import Recommender
+from ..errors import InputError
+from ..models import NeighbourTerms, Recommender, Scores
 from ..runtime import fix_cublas_workspace
-from .checkpoints import item_vectors, load_weights, without_item_weights
+from .checkpoints import RESTORE, item_vectors, load_weights, without_item_weights
 from .run_folder import RunFolder
+from .run_terms import terms_of_run
+from .scoring import Scoring, TermWeights
+from .untrained_run import Popularity
 
 
 class BestRun(NamedTuple):
-    """A run's best checkpoint in memory."""
+    """A run's best checkpoint in memory, and its neighbour terms."""
 
     config: RunConfig
     sequences: Sequences
-    epoch: int  # counted from 1
-    model: Recommender  # without an item encoder, because item_vectors holds its results
+    epoch: int  # counted from 1; 0 for the method neighbours
+    model: Recommender | Popularity  # without an item encoder, because item_vectors holds its results
     item_vectors: Tensor  # [items, d], item number i in row i - 1
+    terms: NeighbourTerms
+    weights: TermWeights  # of the terms, by which the run was tested
 
     @property
     def item_ids(self) -> list[str]:
         """Return the dataset's item ids, in the order of item_vectors."""
         return self.sequences.item_ids
+
+    @property
+    def scoring(self) -> Scoring:
+        """Return the terms beside the histories, to rank the users of a split."""
+        return Scoring(self.sequences, self.terms, self.item_vectors.device)
 
     def user_states(self, split: str = "test") -> Tensor:
         """Return the states [users, d] of all users with a target in the split, after the inputs before that target.
@@ -38,33 +48,90 @@ class BestRun(NamedTuple):
         """
         return self.model.user_states(self.item_vectors, self.sequences.split(split).inputs)
 
+    def scores(self, split: str = "test") -> Scores:
+        """Return the scores of the users of a split with the run's terms.
 
-def load(path: Path, device: torch.device) -> BestRun:
+        The score of a user and an item is the inner product of their rows in `queries` and `vectors`, and what `added`
+        gives for the pair. split: "validation" or "test".
+        """
+        return self.scoring.scores(self.user_states(split), self.item_vectors, split, self.weights)
+
+
+def load(path: Path, device: torch.device, similarity: bool = False) -> BestRun:
     """Load the best checkpoint of the run in the folder `path` onto a device.
 
-    Raises InputError if the folder holds no run, or one without a best checkpoint, or a damaged file.
+    The neighbour terms of a run of an earlier version are built from its histories, and from its cache if that can be
+    read; similarity: demand the latter. Raises InputError if the folder holds no run, or one without a best checkpoint,
+    or a damaged file.
     """
     fix_cublas_workspace()
     folder = RunFolder.open(path)
     config = folder.config
     sequences = folder.sequences
+    model: Recommender | Popularity
+    if config.model.method == NEIGHBOURS:
+        epoch = 0
+        model = Popularity(sequences, device)
+        vectors = model.item_vectors
+    else:
+        epoch, model, vectors = _best_model(folder, config, sequences, device)
+    weights = TermWeights.of(config.scoring)
+    terms = terms_of_run(folder, config, sequences, similarity or bool(weights.similarity))
+    best = BestRun(config, sequences, epoch, model, vectors, terms, weights)
+    return best._replace(weights=_fitted_weights(folder, best)) if config.scoring.fit_terms else best
+
+
+def evaluate_run(
+    path: Path,
+    split: str,
+    evaluation: EvaluationConfig,
+    device: torch.device,
+    asked: ScoringConfig | None = None,
+) -> dict[str, Any]:
+    """Return the metrics of a run's best checkpoint on a split, and those of the baselines.
+
+    path: the run folder. split: "validation" or "test". asked: weights of the neighbour terms in place of the run's,
+    or that they are fitted on the validation set. The metrics of `evaluate` are under the split's name, and under
+    "popularity" and "neighbours", which also has "similarity": whether there were states for it. "method", "best_epoch"
+    (counted from 1) and "scoring", the weights, describe the run. Raises InputError as `load` does, and for a weight of
+    similarity in a run without states.
+    """
+    asked = asked or ScoringConfig()
+    best = load(path, device, similarity=bool(asked.similarity))
+    scoring = best.scoring
+    weights = best.weights
+    if asked.fit_terms:
+        weights = scoring.fitted(best.user_states("validation"), best.item_vectors, evaluation)
+    chosen = {name: value for name in TermWeights._fields if (value := getattr(asked, name)) is not None}
+    weights = weights._replace(**chosen)
+    return {
+        "method": best.config.model.method,
+        "best_epoch": best.epoch,
+        split: scoring.report(best.user_states(split), best.item_vectors, split, evaluation, weights),
+        **scoring.baselines(split, evaluation),
+        "scoring": weights._asdict(),
+    }
+
+
+def _best_model(
+    folder: RunFolder, config: RunConfig, sequences: Sequences, device: torch.device
+) -> tuple[int, Recommender, Tensor]:
+    """Return the epoch, the model and the item vectors of the best checkpoint. Raises InputError as `load` does."""
     tensors, state = folder.load_best()
     model = Recommender(nn.Identity, config.model, sequences.max_inputs, sequences.popularity, config.train.seed)
     load_weights(model, without_item_weights(tensors), folder.best)
     vectors = item_vectors(tensors, len(sequences.item_ids), config.model.embedding_dim, folder.best).to(device)
-    return BestRun(config, sequences, state["epoch"], model.to(device).eval(), vectors)
+    return state["epoch"], model.to(device).eval(), vectors
 
 
-def evaluate_run(path: Path, split: str, evaluation: EvaluationConfig, device: torch.device) -> dict[str, Any]:
-    """Return the metrics of a run's best checkpoint on a split, and those of the popularity baseline.
+def _fitted_weights(folder: RunFolder, best: BestRun) -> TermWeights:
+    """Return the weights that a run has chosen by validation, or chooses if it is not tested yet.
 
-    path: the run folder. split: "validation" or "test". The metrics of `evaluate` are under the split's name and under
-    "popularity"; "method" and "best_epoch" (counted from 1) describe the run. Raises InputError as `load` does.
+    Raises InputError if test.json is damaged.
     """
-    best = load(path, device)
-    return {
-        "method": best.config.model.method,
-        "best_epoch": best.epoch,
-        split: evaluate(best.user_states(split), best.item_vectors, best.sequences, split, evaluation),
-        "popularity": popularity_baseline(best.sequences, split, evaluation),
-    }
+    if folder.test.exists() and folder.figures["best_epoch"] == best.epoch:
+        try:
+            return TermWeights.of_figures(folder.figures)
+        except InputError as error:
+            raise InputError(f"{folder.test}: {error}; {RESTORE}") from None
+    return best.scoring.fitted(best.user_states("validation"), best.item_vectors, best.config.evaluation)

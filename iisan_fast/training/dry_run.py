@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..config import RunConfig
+from ..config import NEIGHBOURS, RunConfig
 from ..data import Dataset, load_dataset
 from ..evaluation import parameter_counts
 from ..runtime import fix_cublas_workspace
 from ..setting_fields import to_dict
-from .item_sources import Descriptions, open_unread_source, refuse_changed_texts
-from .run_folder import RUN_FILES
+from .item_sources import Descriptions, open_final_states, open_unread_source, refuse_changed_texts
+from .run_folder import CHECKPOINTS, RUN_FILES
 from .start_run import check_new_run
 from .trainer import Trainer
 
@@ -41,6 +41,8 @@ def describe_new_run(config: RunConfig, out: Path, device: torch.device, placeme
     precision = check_new_run(config, out, device)
     dataset = load_dataset(Path(config.dataset), config.protocol)
     refuse_changed_texts(config, dataset)
+    if config.model.method == NEIGHBOURS:
+        return _describe_untrained(config, dataset, out, device)
     with open_unread_source(config, dataset, device, placement, precision) as (source, views, (size, place)):
         trainer = Trainer(config, dataset.sequences, source, device, precision)
         trainer.refuse_unfit_form()
@@ -52,10 +54,33 @@ def describe_new_run(config: RunConfig, out: Path, device: torch.device, placeme
             "parameters": _parameters(trainer),
             "memory": {"table": size, "table_place": place if size else "none", **_memory(trainer)},
             "files": _files(config, out, views),
-            "config": json.loads(
-                json.dumps(to_dict(trainer.config))
-            ),  # with lists instead of tuples, as in config.json
+            "config": _config(trainer.config),
         }
+
+
+def _describe_untrained(config: RunConfig, dataset: Dataset, out: Path, device: torch.device) -> dict[str, Any]:
+    """Describe a run without training, as `describe_new_run` does. Raises InputError if its cache lacks states."""
+    views: Descriptions = {}
+    if config.cache is not None:
+        with open_final_states(config, dataset.sequences.item_ids) as (_, views):
+            pass
+    return {
+        "method": config.model.method,
+        "device": str(device),
+        "views": {name: _described_view(view) for name, view in views.items()},
+        **_amounts(config, dataset),
+        "steps_per_epoch": 0,
+        "max_epochs": 0,
+        "parameters": {"trainable": 0, "total": 0, "groups": {}},
+        "memory": {"table": 0, "table_place": "none", "parameters": 0, "gradients": 0, "optimizer": 0, "batch": 0},
+        "files": _files(config, out, views),
+        "config": _config(config),
+    }
+
+
+def _config(config: RunConfig) -> dict[str, Any]:
+    """Return the settings as config.json holds them, with lists in place of tuples."""
+    return json.loads(json.dumps(to_dict(config)))
 
 
 def _described_view(view: dict[str, Any]) -> dict[str, Any]:
@@ -98,4 +123,5 @@ def _files(config: RunConfig, out: Path, views: Descriptions) -> dict[str, Any]:
     """Return the run's folder, the files that the run writes, and the folders that it reads."""
     encoders = [] if config.uncached is None else [view["encoder"] for view in views.values()]
     sources = [config.dataset, *([config.cache] if config.cache else []), *dict.fromkeys(encoders)]
-    return {"folder": str(out), "written": list(RUN_FILES), "read": sources}
+    written = [name for name in RUN_FILES if config.model.method != NEIGHBOURS or name not in CHECKPOINTS]
+    return {"folder": str(out), "written": written, "read": sources}

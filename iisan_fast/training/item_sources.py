@@ -16,9 +16,20 @@ import torch
 from ..config import SIDE_METHODS, TUNING_METHODS, RunConfig, UncachedConfig, ViewConfig
 from ..data import Dataset, Sequences, load_dataset
 from ..errors import InputError, first_few
+from ..fingerprints import changed_settings
 from ..models import check_views
 from ..precision import Precision
-from ..states import FeatureTable, ItemSource, Store, ViewShape, content_digest, load_table, unread_table
+from ..states import (
+    FeatureTable,
+    ItemSource,
+    Store,
+    ViewShape,
+    content_digest,
+    final_states,
+    load_table,
+    unread_table,
+)
+from .checkpoints import RESTORE
 
 Descriptions = dict[str, dict[str, Any]]  # of views, by name
 
@@ -63,6 +74,31 @@ def open_unread_source(
     source, plan = unread_table(store, config.views, item_ids, device, placement, precision.table, groups)
     with closing(source):
         yield source, views, (plan.size, plan.place)
+
+
+@contextmanager
+def open_final_states(config: RunConfig, item_ids: list[str]) -> Iterator[tuple[ItemSource, Descriptions]]:
+    """Yield the last stored layer of each view in a run's cache, and the descriptions of the views.
+
+    Raises InputError if the cache, a view or an item's states are missing.
+    """
+    store, views = _described_store(config, Path(config.cache or ""), item_ids)
+    with closing(final_states(store, config.views, item_ids)) as source:
+        yield source, views
+
+
+def refuse_changed_views(recorded: Descriptions, views: Descriptions, run: Path) -> None:
+    """Raise InputError if states or encoders are not those with which a run began.
+
+    recorded: of the run folder `run`. views: those of now.
+    """
+    if recorded.keys() != views.keys():
+        raise InputError(
+            f"{run / 'views.json'}: expected the views {', '.join(views)}, found {', '.join(recorded)}; {RESTORE}"
+        )
+    for name, description in recorded.items():
+        if changed := changed_settings(description, views[name]):
+            raise InputError(f"{run}: view {name!r} has changed since the run began: {'; '.join(changed)}; restore it")
 
 
 def refuse_missing_libraries(config: RunConfig) -> None:

@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from ..config import RunConfig, TrainConfig, UncachedConfig
-from ..data import Dataset
+from ..config import NEIGHBOURS, RunConfig, TrainConfig, UncachedConfig
+from ..data import Dataset, Sequences
 from ..errors import InputError
-from ..fingerprints import changed_settings
 from ..precision import Precision, resolve_precision
 from ..runtime import fix_cublas_workspace
-from .checkpoints import RESTORE
-from .item_sources import Descriptions, dataset_again, open_source, same_dataset
+from .item_sources import dataset_again, open_final_states, open_source, refuse_changed_views, same_dataset
 from .run_folder import RunFolder
 from .run_progress import Progress
+from .run_terms import damage_of_terms, read_terms, terms_again
+from .scoring import Scoring
 from .trainer import Trainer
+from .untrained_run import rank_untrained
 
 LOGGER = logging.getLogger(__name__)
 
@@ -80,8 +81,10 @@ def resume(
     """
     fix_cublas_workspace()
     folder = RunFolder.open(out)
-    if not changes and (figures := _final_figures(folder, folder.config.train)) is not None:
+    if not changes and (figures := _final_figures(folder, folder.config)) is not None:
         LOGGER.info("%s is finished already", out)
+        if damage_of_terms(folder):
+            _write_terms_again(folder)
         folder.remove_leftovers()
         return figures
     config = changes.applied_to(folder.config)
@@ -89,10 +92,18 @@ def resume(
     precision = _precision_again(folder, device)
     with folder.hold():
         dataset = _dataset(folder, config, moved=changes.dataset is not None)
+        new_terms = terms_again(folder, config, dataset.sequences)
+        if config.model.method == NEIGHBOURS:
+            if changes.cache is not None:
+                with open_final_states(config, dataset.sequences.item_ids) as (_, views):
+                    refuse_changed_views(folder.views, views, folder.path)
+            if changes:
+                folder.change_config(config)
+            return _rank_again(folder, config, dataset.sequences, new_terms, device, on_epoch)
         with open_source(config, dataset, device, placement, precision) as (source, views):
-            _refuse_changed_views(folder, views)
+            refuse_changed_views(folder.views, views, folder.path)
             trainer = Trainer(config, dataset.sequences, source, device, precision)
-            figures = _final_figures(folder, config.train)
+            figures = _final_figures(folder, config)
             restored = folder.has_checkpoint or (figures is None and folder.metrics.exists())
             if restored:
                 trainer.restore(folder)
@@ -103,12 +114,14 @@ def resume(
             if changes.max_epochs is not None and trainer.progress.finished(config.train):
                 _mention_early_stop(folder, config.train, trainer.progress)
             folder.remove_leftovers()
+            if new_terms is not None:
+                folder.write_neighbours(new_terms)
             if figures is not None:
                 return figures
             _mention_other_rounding(folder, device)
             if restored:  # a run may have been killed after it wrote the checkpoint and before it wrote the metrics
                 folder.write_metrics(trainer.progress.lines)
-            return trainer.run(folder, on_epoch)
+            return trainer.run(folder, read_terms(folder), on_epoch)
 
 
 def _moved_encoder(config: RunConfig, uncached: UncachedConfig | None, kind: str, encoder: str) -> UncachedConfig:
@@ -126,12 +139,40 @@ def _moved_encoder(config: RunConfig, uncached: UncachedConfig | None, kind: str
     return replace(uncached, views=views)
 
 
-def _final_figures(folder: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
+def _write_terms_again(folder: RunFolder) -> None:
+    """Make the damaged neighbour terms of a finished run again. Raises InputError if its cache has changed since."""
+    with folder.hold():
+        content = terms_again(folder, folder.config, folder.sequences)
+        if content is not None:
+            folder.write_neighbours(content)
+
+
+def _rank_again(
+    folder: RunFolder,
+    config: RunConfig,
+    sequences: Sequences,
+    new_terms: bytes | None,
+    device: torch.device,
+    on_epoch: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Return the figures of a run without training; rank again if they are missing or damaged.
+
+    new_terms: the content of neighbours.safetensors if it has to be written again.
+    """
+    folder.remove_leftovers()
+    if new_terms is not None:
+        folder.write_neighbours(new_terms)
+    if (figures := _final_figures(folder, config)) is not None:
+        return figures
+    return rank_untrained(folder, config, Scoring(sequences, read_terms(folder), device), on_epoch)
+
+
+def _final_figures(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
     """Return the stored test figures if the run ends with the epoch that they are of; None if it goes on."""
     figures = folder.read_test()
-    if figures is None:
-        return None
-    return figures if Progress(figures["epochs"], figures["best_epoch"]).finished(config) else None
+    if figures is None or config.model.method == NEIGHBOURS:
+        return figures
+    return figures if Progress(figures["epochs"], figures["best_epoch"]).finished(config.train) else None
 
 
 def _dataset(folder: RunFolder, config: RunConfig, moved: bool) -> Dataset:
@@ -139,20 +180,6 @@ def _dataset(folder: RunFolder, config: RunConfig, moved: bool) -> Dataset:
     if moved:
         return same_dataset(config, folder.sequences)
     return dataset_again(config, folder.sequences)
-
-
-def _refuse_changed_views(folder: RunFolder, views: Descriptions) -> None:
-    """Raise InputError if states or encoders are not those with which the run began."""
-    stored = folder.views
-    if stored.keys() != views.keys():
-        raise InputError(
-            f"{folder.path / 'views.json'}: expected the views {', '.join(views)}, found {', '.join(stored)}; {RESTORE}"
-        )
-    for name, recorded in stored.items():
-        if changed := changed_settings(recorded, views[name]):
-            raise InputError(
-                f"{folder.path}: view {name!r} has changed since the run began: {'; '.join(changed)}; restore it"
-            )
 
 
 def _refuse_earlier_end(folder: RunFolder, config: TrainConfig, progress: Progress) -> None:

@@ -1,8 +1,9 @@
 """Write and read the run folder, which has everything to resume a run, to evaluate it, and to know how it was made.
 
 config.json: the folder's format and the resolved settings. environment.json: the machine and the versions. views.json:
-how the hidden states were made. sequences.npz: the result of the data protocol. checksums.json: those of the files
-before, and of test.json. metrics.jsonl: one line for each epoch.
+how the hidden states were made. sequences.npz: the result of the data protocol. neighbours.safetensors: the neighbour
+terms, made from the two. checksums.json: those of the files before, and of test.json. metrics.jsonl: one line for each
+epoch.
 best.safetensors: weights and item vectors of the best epoch. last.safetensors: weights and optimizer state of the last
 epoch, or of a step within one. previous.safetensors: the checkpoint before it, which stands in if it is damaged.
 test.json: the figures on the test set. lock: held by the process that trains.
@@ -24,7 +25,15 @@ from torch import Tensor
 from ..config import RunConfig
 from ..data import Sequences, load_sequences
 from ..errors import InputError
-from ..files import keep_under, locked, refuse_unwritable, remove_leftovers, whole_file, write_atomically
+from ..files import (
+    keep_under,
+    locked,
+    refuse_irregular,
+    refuse_unwritable,
+    remove_leftovers,
+    whole_file,
+    write_atomically,
+)
 from ..setting_fields import to_dict
 from ..settings_files import RUN_FORMAT, read_run_config, read_run_settings, read_settings
 from ..states import describes_view
@@ -36,9 +45,10 @@ LOGGER = logging.getLogger(__name__)
 CheckState = Callable[[dict[str, Any], Path], object]
 
 FORMS_IN_FORMAT_1 = {"torch": "reference", "native": "cpu", "triton": "gpu"}  # their names in format 2
+CHECKPOINTS = ("best.safetensors", "last.safetensors", "previous.safetensors")
 RUN_FILES = (
-    *("config.json", "environment.json", "views.json", "sequences.npz", RECORD_FILE, "metrics.jsonl"),
-    *("best.safetensors", "last.safetensors", "previous.safetensors", "test.json", "lock"),
+    *("config.json", "environment.json", "views.json", "sequences.npz", "neighbours.safetensors", RECORD_FILE),
+    *("metrics.jsonl", *CHECKPOINTS, "test.json", "lock"),
 )
 LOCK_FILE = "lock"
 FIGURES = {"method": str, "best_epoch": int, "epochs": int, "test": dict, "popularity": dict}  # of test.json
@@ -108,6 +118,11 @@ class RunFolder:
         return self.path / "previous.safetensors"
 
     @property
+    def neighbours(self) -> Path:
+        """Return the file of the neighbour terms."""
+        return self.path / "neighbours.safetensors"
+
+    @property
     def metrics(self) -> Path:
         """Return the file of the epochs' figures."""
         return self.path / "metrics.jsonl"
@@ -167,16 +182,27 @@ class RunFolder:
         self.hold()
         self.refuse_if_used()  # by a run that began and ended meanwhile
 
-    def begin(self, config: RunConfig, views: Mapping[str, Any], sequences: Sequences, device: torch.device) -> None:
-        """Claim the folder and write the first files of a new run. Raises InputError as `claim` does."""
+    def begin(
+        self,
+        config: RunConfig,
+        views: Mapping[str, Any],
+        sequences: Sequences,
+        neighbours: bytes,
+        device: torch.device,
+    ) -> None:
+        """Claim the folder and write the first files of a new run. Raises InputError as `claim` does.
+
+        neighbours: the content of neighbours.safetensors.
+        """
         self.claim()
         record = RunRecord().with_settings(config)
         with whole_file(self.path / "sequences.npz") as temporary:
             sequences.save(temporary)
             record = record.with_file("sequences.npz", temporary.read_bytes())
-        for name, value in (("views.json", views), ("environment.json", environment(device))):
-            write_atomically(self.path / name, _json(value))
-            record = record.with_file(name, _json(value))
+        contents = {"views.json": _json(views), "environment.json": _json(environment(device))}
+        for name, content in {**contents, self.neighbours.name: neighbours}.items():
+            write_atomically(self.path / name, content)
+            record = record.with_file(name, content)
         self._write_record(record)
         self._write_settings(config)  # written last, because config.json makes the folder a run
 
@@ -321,6 +347,25 @@ class RunFolder:
                 )
         return figures
 
+    def is_recorded(self, name: str) -> bool:
+        """Return True if the run has written the file of this name, and its checksum."""
+        return self._record is not None and name in self._record.files
+
+    def read_neighbours(self, remedy: str) -> bytes:
+        """Return the content of neighbours.safetensors.
+
+        Raises InputError, with the remedy, if the file is missing or its checksum does not fit.
+        """
+        self._refuse_damage(self.neighbours.name, remedy)
+        if not self.neighbours.exists():
+            raise InputError(f"{self.neighbours}: no such file; {remedy}")
+        refuse_irregular(self.neighbours)
+        return self.neighbours.read_bytes()
+
+    def write_neighbours(self, content: bytes) -> None:
+        """Write neighbours.safetensors again, as `begin` does."""
+        self._write_recorded(self.neighbours.name, content)
+
     def _refuse_damage(self, name: str, remedy: str) -> None:
         """Raise InputError, with the remedy, if a file's checksum was recorded and does not fit."""
         if self._record is not None:
@@ -350,11 +395,14 @@ class RunFolder:
         self._write_json(self.test.name, result)
 
     def _write_json(self, name: str, value: Any) -> None:
-        """Write a JSON value as a whole or not at all, and its checksum.
+        """Write a JSON value as a whole or not at all, and its checksum."""
+        self._write_recorded(name, _json(value))
+
+    def _write_recorded(self, name: str, content: bytes) -> None:
+        """Write a file as a whole or not at all, and its checksum.
 
         The file has no checksum while it is replaced, so that a kill leaves none that does not fit.
         """
-        content = _json(value)
         if self._record is not None:
             self._write_record(self._record.without_file(name))
         write_atomically(self.path / name, content)

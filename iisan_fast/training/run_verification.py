@@ -7,15 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..config import NEIGHBOURS
 from ..errors import InputError
 from ..files import refuse_irregular
 from ..verified import Damage, Verified
 from .checkpoints import RESTORE, damaged_parts, load_checkpoint, save_checkpoint
-from .run_folder import RunFolder
+from .run_folder import CHECKPOINTS, RunFolder
 from .run_record import RECORD_FILE, RunRecord
+from .run_terms import how_to_make_again, read_terms
 
-CHECKPOINTS = ("best.safetensors", "last.safetensors", "previous.safetensors")
-RECORDED = ("sequences.npz", "views.json", "environment.json", "test.json")  # beside config.json
+NEIGHBOURS_FILE = "neighbours.safetensors"
+RECORDED = ("sequences.npz", "views.json", "environment.json", NEIGHBOURS_FILE, "test.json")  # beside config.json
 MAY_BE_MISSING = ("environment.json", "test.json")
 
 
@@ -37,7 +39,10 @@ def verify_run(path: Path, add: bool = True) -> Verified:
     record = _record(folder, verified)
     _check_small_files(folder, verified)
     checkpoints = {name: tensors for name in CHECKPOINTS if (tensors := _tensors_to_add(path / name, verified))}
-    _check_progress(folder, verified)
+    if _trains_nothing(folder, record):
+        _check_untrained(folder, verified)
+    else:
+        _check_progress(folder, verified)
     damaged = {damage.where.partition(":")[0] for damage in verified.damage}
     if RECORD_FILE not in damaged:
         _add(folder, record, checkpoints, damaged, verified, add)
@@ -61,11 +66,12 @@ def _check_small_files(folder: RunFolder, verified: Verified) -> None:
         "sequences.npz": (lambda: folder.sequences, RESTORE),
         "views.json": (lambda: folder.views, RESTORE),
         "environment.json": (lambda: folder.environment, f"{RESTORE}, or remove it to go on without it"),
+        NEIGHBOURS_FILE: (lambda: read_terms(folder), how_to_make_again(folder)),
         "test.json": (lambda: folder.figures, f"{_resume(folder)} tests the best checkpoint again"),
     }
     for name, (read, remedy) in readers.items():
         path = folder.path / name
-        if name in MAY_BE_MISSING and not path.exists():
+        if not path.exists() and (name in MAY_BE_MISSING or (name == NEIGHBOURS_FILE and not folder.is_recorded(name))):
             continue
         verified.checked += 1
         try:
@@ -117,6 +123,27 @@ def _check_progress(folder: RunFolder, verified: Verified) -> None:
         first = "remove test.json, and " if folder.test.exists() else ""
         remedy = f"{first}{_resume(folder)} writes it again"
         verified.damage.append(Damage(folder.metrics.name, "expected the figures in last.safetensors", remedy))
+
+
+def _trains_nothing(folder: RunFolder, record: RunRecord) -> bool:
+    """Return True for a run of the method that trains nothing, by its settings or by the recorded copy of them."""
+    try:
+        return folder.config.model.method == NEIGHBOURS
+    except InputError:  # which is among the damage already
+        return (record.settings or {}).get("model", {}).get("method") == NEIGHBOURS
+
+
+def _check_untrained(folder: RunFolder, verified: Verified) -> None:
+    """Check that the validation figures in metrics.jsonl of a run without training are those in test.json."""
+    try:
+        figures = folder.figures
+    except InputError:  # missing, or among the damage already
+        return
+    verified.checked += 1
+    metrics = _metrics(folder.metrics)
+    if not metrics or metrics[0].get("validation") != figures.get("validation"):
+        remedy = f"remove test.json, and {_resume(folder)} writes it again"
+        verified.damage.append(Damage(folder.metrics.name, "expected the validation figures in test.json", remedy))
 
 
 def _metrics(path: Path) -> list[Any] | None:

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
-from ..config import RunConfig
+from ..config import NEIGHBOURS, RunConfig
 from ..data import load_dataset
 from ..precision import Precision, resolve_precision
 from ..runtime import fix_cublas_workspace
 from .item_sources import open_source, refuse_changed_texts, refuse_missing_libraries
 from .run_folder import RunFolder
+from .run_terms import build_terms, file_of_terms
+from .scoring import Scoring
 from .trainer import Trainer
+from .untrained_run import rank_untrained
 
 
 def train(
@@ -36,12 +39,17 @@ def train(
     precision = check_new_run(config, folder.path, device)
     dataset = load_dataset(Path(config.dataset), config.protocol)
     refuse_changed_texts(config, dataset)
+    terms, views = build_terms(config, dataset.sequences)
+    if config.model.method == NEIGHBOURS:
+        with folder:
+            folder.begin(config, views, dataset.sequences, file_of_terms(terms), device)
+            return rank_untrained(folder, config, Scoring(dataset.sequences, terms, device), on_epoch)
     with open_source(config, dataset, device, placement, precision) as (source, views):
         trainer = Trainer(config, dataset.sequences, source, device, precision)
         trainer.refuse_unfit_form()
         with folder:
-            folder.begin(trainer.config, views, dataset.sequences, device)
-            return trainer.run(folder, on_epoch)
+            folder.begin(trainer.config, views, dataset.sequences, file_of_terms(terms), device)
+            return trainer.run(folder, terms, on_epoch)
 
 
 def check_new_run(config: RunConfig, out: Path, device: torch.device) -> Precision:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..config import TUNING_METHODS, EvaluationConfig, RunConfig
+from ..config import TUNING_METHODS, RunConfig
 from ..data import (
     Batch,
     Negatives,
@@ -34,9 +34,9 @@ from ..data import (
     with_reversed_users,
 )
 from ..errors import InputError, Stopped, error_text
-from ..evaluation import evaluate, parameter_counts, popularity_baseline
+from ..evaluation import parameter_counts
 from ..intervals import IntervalClock
-from ..models import build_recommender
+from ..models import NeighbourTerms, build_recommender
 from ..precision import Precision
 from ..progress import progress_bar
 from ..states import ItemSource, PlannedBatch, PreparedBatch, planned_batches, prepared_batches
@@ -60,6 +60,7 @@ from .lost_best import refuse_lost_best
 from .memory_budget import MemoryBudget
 from .run_folder import RunFolder
 from .run_progress import SELECTED_BY, Progress
+from .scoring import Scoring, TermWeights
 from .training_step import CapturedStep, Reading, TrainingStep
 from .update_options import UpdateOptions
 
@@ -98,6 +99,7 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(self.training_sequences, config.train.batch_users)
         self.schedule = RateSchedule.of(config.train, self.steps_per_epoch)
         self._clock = IntervalClock(config.train.checkpoint_interval)
+        self.scoring: Scoring  # with the terms that `run` takes
         self._saved = ""  # the place of the last checkpoint; empty if there is none
 
     def _choose_step(self, products: torch.dtype) -> None:
@@ -143,13 +145,16 @@ class Trainer:
         except kernels.FormError as error:
             raise InputError(str(error)) from None
 
-    def run(self, folder: RunFolder, on_epoch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    def run(
+        self, folder: RunFolder, terms: NeighbourTerms, on_epoch: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
         """Train until the early stop or the last epoch, test the best checkpoint, and return the test figures.
 
-        folder: takes the checkpoints, metrics and test figures. on_epoch: as in `train`. Raises InputError if the loss
-        is not finite, memory does not suffice, or a file cannot be written. Raises Stopped after a signal, when the run
-        is saved.
+        folder: takes the checkpoints, metrics and test figures. terms: those in the folder. on_epoch: as in `train`.
+        Raises InputError if the loss is not finite, memory does not suffice, or a file cannot be written. Raises
+        Stopped after a signal, when the run is saved.
         """
+        self.scoring = Scoring(self.sequences, terms, self.device)
         with stop_requests() as request, deterministic():
             self._clock.restart()
             while not self.progress.finished(self.config.train):
@@ -322,12 +327,14 @@ class Trainer:
         self.progress.under_way.rows += reading.rows
 
     def _validate(self) -> tuple[Tensor, dict[str, Any]]:
-        """Return the vectors of all items, and the metrics on the validation set."""
+        """Return the vectors of all items, and the metrics on the validation set by the score with its terms."""
         self.model.eval()
         vectors = self.model.catalogue_vectors(self.source)
         config = self.config.evaluation
         config = replace(config, ks=tuple(sorted({*config.ks, SELECTED_BY})))
-        return vectors, self._report(vectors, "validation", config)
+        states = self._user_states(vectors, "validation")
+        weights = TermWeights.of(self.config.scoring)
+        return vectors, self.scoring.report(states, vectors, "validation", config, weights)
 
     def _test(self, folder: RunFolder) -> dict[str, Any]:
         """Load the best checkpoint, and return its figures on the test set. Raises InputError if it does not fit."""
@@ -342,19 +349,23 @@ class Trainer:
             self.device
         )
         self.model.eval()
+        evaluation = self.config.evaluation
+        weights = TermWeights.of(self.config.scoring)
+        if self.config.scoring.fit_terms:
+            weights = self.scoring.fitted(self._user_states(vectors, "validation"), vectors, evaluation)
         return {
             "method": self.config.model.method,
             "best_epoch": state["epoch"],
             "epochs": self.progress.epoch,
             "trainable_parameters": parameter_counts(self.model)["trainable"],
-            "test": self._report(vectors, "test", self.config.evaluation),
-            "popularity": popularity_baseline(self.sequences, "test", self.config.evaluation),
+            "test": self.scoring.report(self._user_states(vectors, "test"), vectors, "test", evaluation, weights),
+            **self.scoring.baselines("test", evaluation),
+            "scoring": weights._asdict(),
         }
 
-    def _report(self, vectors: Tensor, split: str, config: EvaluationConfig) -> dict[str, Any]:
-        """Return the metrics of item vectors on a split."""
-        states = self.model.user_states(vectors, self.sequences.split(split).inputs)
-        return evaluate(states, vectors, self.sequences, split, config)
+    def _user_states(self, vectors: Tensor, split: str) -> Tensor:
+        """Return the states [users, d] of the users of a split."""
+        return self.model.user_states(vectors, self.sequences.split(split).inputs)
 
 
 def _negatives(config: RunConfig, sequences: Sequences) -> Negatives:

@@ -16,6 +16,7 @@ import click
 import pytest
 
 from iisan_fast.cli import cli
+from iisan_fast.config import NEIGHBOURS
 
 from .command_line import iisan_fast
 from .documents import ROOT
@@ -171,7 +172,8 @@ def run(line: str) -> str:
     if command[0] != PROGRAM or any(OPERATORS.fullmatch(word) for word in command):
         return _run_by_shell(line)
     arguments = command[1:]
-    limits = [] if "--resume" in arguments else SMALL.get(command_path(arguments), [])
+    has_epochs = not {"--resume", NEIGHBOURS} & set(arguments)
+    limits = SMALL.get(command_path(arguments), []) if has_epochs else []
     with pytest.MonkeyPatch.context() as patch:
         for assignment in words[:start]:
             patch.setenv(*assignment.split("=", 1))

@@ -15,7 +15,7 @@ import torch
 from helpers.run_folders import assert_same_run
 from iisan_fast import demo
 from iisan_fast.config import (
-    METHODS,
+    LEARNING_RATES,
     SIDE_METHODS,
     STATE_METHODS,
     TUNING_METHODS,
@@ -82,7 +82,7 @@ def views_of(method: str, encoder_views: list[ViewConfig], count: int) -> list[V
 @pytest.mark.parametrize(
     ("method", "count"),
     [
-        *(pytest.param(method, 2, id=f"{method}-both views") for method in METHODS),
+        *(pytest.param(method, 2, id=f"{method}-both views") for method in LEARNING_RATES),
         *(pytest.param(method, 1, id=f"{method}-titles") for method in SIDE_METHODS),
         *(pytest.param(method, 1, id=f"{method}-titles", marks=pytest.mark.long) for method in TUNING_METHODS),
         pytest.param("frozen", 1, id="frozen-titles", marks=pytest.mark.long),
@@ -120,7 +120,7 @@ def take(trainer: Trainer, steps: int) -> list[float]:
     return step_losses
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "id"])
+@pytest.mark.parametrize("method", [method for method in LEARNING_RATES if method != "id"])
 def test_frozen_weights_stay_as_they_are_bit_for_bit(method, encoder_views, small_catalogue):
     with open_trainer(run_config(small_catalogue, method, encoder_views)) as trainer:
         contents = trainer.source if method in TUNING_METHODS else trainer.source.inputs
@@ -422,7 +422,7 @@ def test_frozen_encoders_give_their_final_state_or_are_refused(encoder_views, sm
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-@pytest.mark.parametrize("method", [pytest.param(method, marks=on_a_gpu) for method in METHODS])
+@pytest.mark.parametrize("method", [pytest.param(method, marks=on_a_gpu) for method in LEARNING_RATES])
 @pytest.mark.parametrize("precision", ["float32", "auto"])
 def test_every_method_trains_on_a_gpu_as_on_a_cpu(method, precision, encoder_views, small_catalogue, tmp_path):
     encoders = [replace(view, encoder_dtype="float32") for view in encoder_views]

@@ -552,7 +552,7 @@ def test_a_whole_run_has_no_damage_and_verify_changes_nothing(run):
     verified = verify_run(run)
     assert (verified.kind, verified.path, verified.damage, verified.added) == ("run", run, [], 0)
     tensors = sum(len(load_checkpoint(run / f"{name}.safetensors")[0]) for name in ("best", "last", "previous"))
-    assert verified.checked == tensors + 6  # config, environment, views, sequences, metrics, test
+    assert verified.checked == tensors + 7  # config, environment, views, sequences, neighbours, metrics, test
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 

@@ -55,6 +55,12 @@ def set_format(run: Path, number: Any) -> None:
     (run / "config.json").write_text(json.dumps(settings if number == "absent" else {"format": number, **settings}))
 
 
+def without_later_figures(figures: dict) -> dict:
+    """Return figures without those that a version of format 1 did not compute."""
+    assert {"neighbours", "scoring"} <= figures.keys()
+    return {name: value for name, value in figures.items() if name not in ("neighbours", "scoring")}
+
+
 def assert_close(result: Any, expected: Any, tolerance: float) -> None:
     """Check that two JSON values agree: numbers within an absolute tolerance, everything else exactly."""
     if isinstance(expected, dict):
@@ -73,7 +79,8 @@ def assert_close(result: Any, expected: Any, tolerance: float) -> None:
 def test_a_run_of_format_1_is_evaluated_to_the_same_figures_and_stays_as_it_is(old):
     before = everything(old / "run")
     figures = evaluate_run(old / "run", "test", EvaluationConfig(), CPU)
-    assert_close(figures, json.loads((old / "evaluated.json").read_text()), 1e-9)
+    assert_close(without_later_figures(figures), json.loads((old / "evaluated.json").read_text()), 1e-9)
+    assert figures["neighbours"]["similarity"] and figures["scoring"] == {"cooccurrence": 0.0, "similarity": 0.0}
     assert load(old / "run", CPU).epoch == 2
     assert everything(old / "run") == before
 
@@ -82,7 +89,8 @@ def test_a_run_of_format_1_goes_on_to_the_figures_of_one_that_was_not_stopped(ol
     begun = untimed(old / "run")
     figures = resume(old / "run", CPU)
     # The run was trained on another processor, so the third epoch may round otherwise.
-    assert_close(figures, json.loads((old / "resumed-test.json").read_text()), 1.01 * ONE_USER)
+    expected = json.loads((old / "resumed-test.json").read_text())
+    assert_close(without_later_figures(figures), expected, 1.01 * ONE_USER)
     assert len(begun) == 2 and untimed(old / "run")[:2] == begun
     assert json.loads((old / "run" / "test.json").read_text()) == figures
 

@@ -1,0 +1,111 @@
+"""Rank a run's users by a model's scores with neighbour terms, fit the weights of the terms, and rank by baselines."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import EvaluationConfig, ScoringConfig
+from ..data import Sequences
+from ..errors import InputError
+from ..evaluation import evaluate, headline_metrics, popularity_baseline
+from ..models import RECENT, NeighbourTerms, Scores
+
+FIT_K = 10  # of the validation HR@K and NDCG@K by which weights are chosen
+# The weights that are tried, 0 among them, in ascending order: of equal ones the first is chosen.
+COOCCURRENCE_GRID = (0.0, 1.0, 1.5, 2.0, 3.0)
+SIMILARITY_GRID = (0.0, 3.0, 6.0, 9.0)
+
+
+class TermWeights(NamedTuple):
+    """The weights of the neighbour terms in a score."""
+
+    cooccurrence: float = 0.0
+    similarity: float = 0.0
+
+    @classmethod
+    def of(cls, config: ScoringConfig) -> TermWeights:
+        """Return the weights of a configuration; 0 for one that is not given."""
+        return cls(config.cooccurrence or 0.0, config.similarity or 0.0)
+
+    @classmethod
+    def of_figures(cls, figures: dict[str, Any]) -> TermWeights:
+        """Return the weights in the figures on the test set. Raises InputError if they are no weights."""
+        stored = figures.get("scoring")
+        names = cls._fields
+        if not isinstance(stored, dict) or stored.keys() != set(names) or not all(map(_is_weight, stored.values())):
+            raise InputError(f"scoring: expected the numbers {' and '.join(names)}, found {stored!r}")
+        return cls(**stored)
+
+
+class Scoring:
+    """The neighbour terms of a run beside its histories, to rank the users of a split."""
+
+    def __init__(self, sequences: Sequences, terms: NeighbourTerms, device: torch.device) -> None:
+        """Take the histories of a run, its terms, and the device that ranks."""
+        self.sequences = sequences
+        self.terms = terms
+        self.device = device
+
+    def scores(self, queries: Tensor, vectors: Tensor, split: str, weights: TermWeights) -> Scores:
+        """Return a model's scores of the users of a split with the weighted terms.
+
+        queries: user states [users, d]. vectors: [items, d], item number i in row i - 1, on the same device.
+        """
+        histories = self.sequences.split(split).latest(RECENT)
+        return self.terms.scored(queries, vectors, histories, *weights)
+
+    def report(
+        self, queries: Tensor, vectors: Tensor, split: str, config: EvaluationConfig, weights: TermWeights
+    ) -> dict[str, Any]:
+        """Return the metrics of a split by a model's scores with the weighted terms, as `evaluate` does.
+
+        queries, vectors: as in `scores`. Raises InputError if a score is not finite.
+        """
+        if not any(weights):
+            return evaluate(queries, vectors, self.sequences, split, config)
+        scores = self.scores(queries, vectors, split, weights)
+        return evaluate(scores.queries, scores.vectors, self.sequences, split, config, scores.added)
+
+    def fitted(self, queries: Tensor, vectors: Tensor, config: EvaluationConfig) -> TermWeights:
+        """Return the weights of the grid with the best HR@10 on the validation set.
+
+        Of equal ones NDCG@10 decides, and then the smaller weights. Without states, similarity stays 0. queries: of the
+        validation set, as in `scores`. Raises InputError if there are no validation users.
+        """
+        if not len(queries):
+            raise InputError("fit_terms: chooses by validation users, and the split has none; give both weights")
+        config = replace(config, ks=(FIT_K,))
+        similarities = SIMILARITY_GRID if self.terms.similarity is not None else (0.0,)
+        best = TermWeights()
+        best_figures = (-1.0, -1.0)
+        for weights in map(TermWeights._make, product(COOCCURRENCE_GRID, similarities)):
+            figures = headline_metrics(self.report(queries, vectors, "validation", config, weights))
+            candidate = (figures[f"hr@{FIT_K}"], figures[f"ndcg@{FIT_K}"])
+            if candidate > best_figures:
+                best = weights
+                best_figures = candidate
+        return best
+
+    def baselines(self, split: str, config: EvaluationConfig) -> dict[str, Any]:
+        """Return the metrics of `popularity` and of `neighbours`, two rankings without training, on a split.
+
+        "neighbours" also has "similarity": whether the run has states for that term.
+        """
+        histories = self.sequences.split(split).latest(RECENT)
+        scores = self.terms.baseline(self.sequences.training_counts, histories, self.device)
+        report = evaluate(scores.queries, scores.vectors, self.sequences, split, config, scores.added)
+        return {
+            "popularity": popularity_baseline(self.sequences, split, config),
+            "neighbours": {**report, "similarity": self.terms.similarity is not None},
+        }
+
+
+def _is_weight(value: Any) -> bool:
+    """Return True for a finite number from 0."""
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
