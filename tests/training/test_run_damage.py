@@ -608,7 +608,7 @@ def test_verify_adds_checksums_to_a_run_without_and_nothing_else_changes(run, ca
     ]
     counted = verify_run(run, add=False)
     assert counted.added == 0 and not (run / "checksums.json").exists()
-    assert counted.checked == 7  # config, environment, views, sequences, metrics, test
+    assert counted.checked == 7  # config, environment, views, sequences, neighbours, metrics, test
     verified = verify_run(run)
     assert verified.damage == [] and verified.added == counted.unchecked > 20 and verified.unchecked == 0
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.suffix == ".safetensors"} == {
