@@ -20,7 +20,6 @@ import torch
 
 from ..config import (
     SIDE_METHODS,
-    STATE_METHODS,
     ExtractionConfig,
     ModelConfig,
     RunConfig,
@@ -41,7 +40,7 @@ from .machine import in_a_process, on
 from .peak_memory import PeakMemory
 from .phase_profile import profile
 from .samples import sample_users, users_to_draw_from
-from .sweep_settings import SweepSettings, split_name
+from .sweep_settings import SweepSettings, reads_a_cache, split_name
 from .tables import NOT_MEASURED
 
 LOGGER = logging.getLogger(__name__)
@@ -106,7 +105,7 @@ def run_sweep(setup: Setup, settings: SweepSettings) -> Path:
 
 def cell_config(cell: Cell, dataset: Path, out: Path, settings: SweepSettings) -> RunConfig:
     """Return the configuration of a cell's run."""
-    method, uncached = split_name(cell.method)
+    method, _ = split_name(cell.method)
     views = settings.encoders[cell.encoders]
     optimisation = TrainConfig(
         settings.batch_users, max_epochs=settings.epochs, patience=settings.patience, seed=cell.seed
@@ -114,7 +113,7 @@ def cell_config(cell: Cell, dataset: Path, out: Path, settings: SweepSettings) -
     make = functools.partial(RunConfig, str(dataset.resolve()), model=ModelConfig(method), train=optimisation)
     if method == "id":
         return make()
-    if method in STATE_METHODS and not uncached:
+    if reads_a_cache(cell.method):
         return make(str(_cache(cell.encoders, out).resolve()), tuple(view.name for view in views))
     if method not in SIDE_METHODS:  # they read the final states alone
         views = tuple(replace(view, layers=None, layer_groups=None) for view in views)

@@ -31,7 +31,8 @@ def main() -> None:
     result = {"command": COMMAND, **origin(DEMO, torch.device("cpu")), "seconds": seconds, **json.loads(printed)}
     if arguments.out is not None:
         write_result(arguments.out, result)
-    print(f"{seconds:.0f} s, HR@10 {result['test']['masked']['hr@10']:.4f}")
+    rates = (f"{name} {result[name]['masked']['hr@10']:.4f}" for name in ("test", "popularity", "neighbours"))
+    print(f"{seconds:.0f} s, HR@10: {', '.join(rates)}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from ..errors import InputError
 from .cells import Cell, encoding_seconds, run_sweep
 from .drawing import two_panels
 from .harness import Setup
-from .methods import seeds_row
+from .methods import baseline_rows, seeds_row
 from .sweep_settings import EncodersSettings
 from .tables import NOT_MEASURED
 
@@ -28,7 +28,10 @@ def compare_encoders(setup: Setup, settings: EncodersSettings) -> dict[str, Any]
     if len(settings.methods) != 1:
         raise InputError(f"methods: expected one, found {', '.join(settings.methods)}")
     folder = run_sweep(setup, settings.sweep)
-    rows = [encoders_row(name, folder, settings) for name in settings.encoders]
+    rows = [
+        {**encoders_row(name, folder, settings), "baselines": baseline_rows(name, folder, settings, setup.device)}
+        for name in settings.encoders
+    ]
     return {"rows": sorted(rows, key=lambda row: row["encoder_parameters"])}
 
 

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 from ..config import EvaluationConfig
+from ..data import Split
 from ..errors import InputError
 from ..evaluation import check_weights, paired_test, target_ranks, tpme, user_gains
+from ..models import Scores
 from ..training import load
 from .cells import Cell, K, encoding_seconds, run_sweep
 from .harness import Setup
-from .sweep_settings import UNCACHED, MethodsSettings
+from .sweep_settings import UNCACHED, MethodsSettings, SweepSettings, reads_a_cache
 from .tables import NOT_MEASURED
 
 # Dearest first, as the paper finds them; within a group there is no order.
@@ -42,7 +44,7 @@ def compare_methods(setup: Setup, settings: MethodsSettings) -> dict[str, Any]:
 
 
 def summary(encoders: str, out: Path, settings: MethodsSettings, device: torch.device) -> dict[str, Any]:
-    """Return a row for each method over one set of encoders, their TPME, and the order of their times."""
+    """Return a row for each method over one set of encoders and for each baseline, TPME, and the order of times."""
     cell_figures = {
         method: [Cell(encoders, method, seed).figures(out) for seed in settings.seeds] for method in settings.methods
     }
@@ -62,8 +64,31 @@ def summary(encoders: str, out: Path, settings: MethodsSettings, device: torch.d
         "against": against,
         "encoding_s": encoding_seconds(encoders, out),
         "methods": rows,
+        "baselines": baseline_rows(encoders, out, settings, device, users[against]),
         "cost_order": cost_order(seconds),
     }
+
+
+def baseline_rows(
+    encoders: str, out: Path, settings: SweepSettings, device: torch.device, others: np.ndarray | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return the HR@10 and NDCG@10 of the rankings without training over one set of encoders.
+
+    They are the same for all seeds, and for all methods but for similarity, which needs a cache: "similarity" says if
+    there is one. out: the sweep's folder. others: each user's gain of the method to test against, as `_user_gains`
+    returns it; it gives "p_value". Raises InputError for a run that is missing or damaged.
+    """
+    method = next((name for name in settings.methods if reads_a_cache(name)), settings.methods[0])
+    best = load(Cell(encoders, method, settings.seeds[0]).folder(out) / "run", device)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, scores in best.scoring.baseline_scores("test").items():
+        gains = _gains(scores, best.sequences.split("test"))
+        rows[name] = {metric: float(gains[f"{metric}@{K}"].mean()) for metric in ("hr", "ndcg")}
+        rows[name] |= {"hr_sd": None, "ndcg_sd": None}  # nothing is drawn at random
+        if others is not None:
+            rows[name]["p_value"] = paired_test(gains[f"ndcg@{K}"], others)
+    rows["neighbours"]["similarity"] = best.terms.similarity is not None
+    return rows
 
 
 def cost_order(seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -116,8 +141,11 @@ def _user_gains(encoders: str, method: str, out: Path, settings: MethodsSettings
     gains = []
     for seed in settings.seeds:
         best = load(Cell(encoders, method, seed).folder(out) / "run", device)
-        split = best.sequences.split("test")
-        states = best.model.user_states(best.item_vectors, split.inputs)
-        masked, _ = target_ranks(states, best.item_vectors, split, EvaluationConfig(ks=(K,)))
-        gains.append(user_gains(masked, K)[f"ndcg@{K}"])
+        gains.append(_gains(best.scores("test"), best.sequences.split("test"))[f"ndcg@{K}"])
     return np.mean(gains, axis=0)
+
+
+def _gains(scores: Scores, split: Split) -> dict[str, np.ndarray]:
+    """Return each user's contribution to HR@10 and NDCG@10, history masked, float64 [users]."""
+    masked, _ = target_ranks(scores.queries, scores.vectors, split, EvaluationConfig(ks=(K,)), scores.added)
+    return user_gains(masked, K)

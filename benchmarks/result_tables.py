@@ -21,6 +21,8 @@ from .tables import (
     quantile_keys,
 )
 
+WITHOUT_SIMILARITY = "neighbours without similarity, because no run has cached states"
+NOT_TRAINED: Row = {"epoch_s": None, "trainable_parameters": None, "peak_bytes": None}  # cost of a baseline
 PEAK = Column("peak MiB", "peak_pss_bytes", mebibytes)
 CUDA_PEAK = Column("CUDA MiB", "peak_cuda_bytes", mebibytes)
 
@@ -166,11 +168,13 @@ def methods_tables(result: Result) -> Iterator[ResultTable]:
         Column("s / epoch", "epoch_s", "{:.2f}"),
         Column("trained M", "trainable_parameters", millions),
         Column("peak MiB", "peak_bytes", mebibytes),
-        Column("TPME %", lambda row: row.get("tpme", "-"), percent),
+        Column("TPME %", lambda row: row.get("tpme", None if row["epoch_s"] is None else "-"), percent),
     ]
     sections = []
     for name, compared in result["encoders"].items():
-        sections.append([{"encoders": name, "method": method, **row} for method, row in compared["methods"].items()])
+        baselines = {baseline: NOT_TRAINED | row for baseline, row in compared.get("baselines", {}).items()}
+        rows = {**compared["methods"], **baselines}  # older results lack baselines
+        sections.append([{"encoders": name, "method": method, **row} for method, row in rows.items()])
     seeds = len(result["settings"]["seeds"])
     mean = f"mean over {f'{seeds} seeds' if seeds > 1 else 'one seed'}"
     captions = [_methods_caption(name, compared) for name, compared in result["encoders"].items()]
@@ -185,13 +189,19 @@ def encoders_tables(result: Result) -> Iterator[ResultTable]:
         Column("their M", lambda row: row["encoder_parameters"] / 1e6, "{:.1f}"),
         Column("HR@10", mean_with_deviation("hr")),
         Column("NDCG@10", mean_with_deviation("ndcg")),
+        Column("neighbours\nHR / NDCG", lambda row: _baseline(row, "neighbours"), right=False),
         Column("encoding s", "encoding_s", "{:.0f}"),
         Column("s / epoch", "epoch_s", "{:.2f}"),
         Column("trained M", "trainable_parameters", millions),
         Column("peak MiB", "peak_bytes", mebibytes),
     ]
     title = f"{result['dataset']}, {result['settings']['methods'][0]}: test set, history masked"
-    yield ResultTable(title, columns, [result["rows"]])
+    captions = []
+    if popularity := _baseline(result["rows"][0], "popularity"):  # the same for all sets
+        captions.append(f"popularity: HR@10 / NDCG@10 {popularity}")
+    if any(_lacks_similarity(row) for row in result["rows"]):
+        captions.append(WITHOUT_SIMILARITY)
+    yield ResultTable(title, columns, [result["rows"]], "; ".join(captions))
 
 
 def static_tables(result: Result) -> Iterator[ResultTable | str]:
@@ -208,6 +218,17 @@ def static_tables(result: Result) -> Iterator[ResultTable | str]:
             yield ResultTable(f"{users:,} users, {name}", KERNEL_COLUMNS, [list(rows)])
     for name, note in result["notes"].items():
         yield f"{name}: {note}"
+
+
+def _baseline(row: Row, name: str) -> str | None:
+    """Return a baseline's HR@10 and NDCG@10 as text; None for an older result, which has none."""
+    figures = row.get("baselines", {}).get(name)
+    return None if figures is None else f"{percent(figures['hr'])} / {percent(figures['ndcg'])}"
+
+
+def _lacks_similarity(compared: Row) -> bool:
+    """Return True if the baseline `neighbours` of a set of encoders has no similarity."""
+    return not compared.get("baselines", {}).get("neighbours", {}).get("similarity", True)
 
 
 def _seconds_of_all_users(row: Row) -> str:
@@ -257,6 +278,8 @@ def _methods_caption(encoders: str, compared: Row) -> str:
     """Return the caption of a table of methods: encoding time, and the verdict on the order of costs."""
     order = compared["cost_order"]
     caption = f"{encoders}: p against {compared['against']}"
+    if _lacks_similarity(compared):
+        caption += f"; {WITHOUT_SIMILARITY}"
     if isinstance(compared.get("encoding_s"), float):  # older results lack it
         caption += f"; its states took {compared['encoding_s']:.0f} s to encode, once"
     if ">" in order["expected"]:

@@ -213,6 +213,10 @@ def write(path: Path, source: dict, views: list[ViewConfig], encoding: dict, run
     for suffix, stage, metric in product(("", "_ties_best"), stages, ("hr@10", "ndcg@10", "mrr")):
         values = [run[stage][f"test{suffix}"]["masked"][metric] for run in runs]
         summary[f"{stage}_{metric}{suffix}"] = statistics.mean(values)
+    for baseline, metric in product(("popularity", "neighbours"), ("hr@10", "ndcg@10", "mrr")):
+        reports = [run["to_early_stop"].get(baseline) for run in runs]
+        if None not in reports:  # a run of an earlier version may lack one
+            summary[f"{baseline}_{metric}"] = statistics.mean(report["masked"][metric] for report in reports)
     described = [{**to_dict(view), "encoder": "/".join(Path(view.encoder).parts[-2:])} for view in views]
     result = {
         **source,

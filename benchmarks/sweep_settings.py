@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 
-from ..config import METHODS, PLACEMENTS, STATE_METHODS, ExtractionConfig, ViewConfig
+from ..config import METHODS, NEIGHBOURS, PLACEMENTS, STATE_METHODS, ExtractionConfig, ViewConfig
 from ..errors import InputError
 from ..setting_fields import check_settings, same_setting, setting
 
+TRAINED_METHODS = tuple(method for method in METHODS if method != NEIGHBOURS)  # every table has neighbours beside them
 UNCACHED = "-uncached"  # after a method's name: its encoders run in every step although a cache could hold their states
 ENCODERS_NAME = re.compile(r"\w[\w .+-]*")  # the name of a set of encoders, and of its folder
 COMPARED_METHODS = ("full", "adapter", "lora", "bitfit", "iisan-uncached", "iisan")
@@ -40,8 +41,8 @@ class SweepSettings:
             raise InputError(f"methods: expected different ones, found {', '.join(self.methods) or 'none'}")
         for name in self.methods:
             method, uncached = split_name(name)
-            if method not in METHODS or (uncached and method not in STATE_METHODS):
-                allowed = [*METHODS, *(method + UNCACHED for method in STATE_METHODS)]
+            if method not in TRAINED_METHODS or (uncached and method not in STATE_METHODS):
+                allowed = [*TRAINED_METHODS, *(method + UNCACHED for method in STATE_METHODS)]
                 raise InputError(f"methods: expected some of {', '.join(allowed)}, found {name!r}")
         if not self.encoders:
             raise InputError("encoders: expected at least one set of views, found none")
@@ -81,6 +82,12 @@ class EncodersSettings(SweepSettings):
         ("iisan-versa",),
         help="A method that train --method knows; with -uncached after it, it runs its encoders in every step.",
     )
+
+
+def reads_a_cache(name: str) -> bool:
+    """Return True for the name of a method whose runs read cached states."""
+    method, uncached = split_name(name)
+    return method in STATE_METHODS and not uncached
 
 
 def split_name(name: str) -> tuple[str, bool]:

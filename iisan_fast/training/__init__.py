@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .run_environment import environment
     from .run_folder import RunFolder
     from .run_verification import verify_run
+    from .scoring import TermWeights
     from .start_run import check_new_run, train
     from .trainer import Trainer
     from .training_step import CapturedStep
@@ -24,6 +25,7 @@ __all__ = [
     "GpuFusedStep",
     "RunChanges",
     "RunFolder",
+    "TermWeights",
     "Trainer",
     "check_new_run",
     "describe_new_run",

@@ -14,7 +14,7 @@ from ..config import EvaluationConfig, ScoringConfig
 from ..data import Sequences
 from ..errors import InputError
 from ..evaluation import evaluate, headline_metrics, popularity_baseline
-from ..models import RECENT, NeighbourTerms, Scores
+from ..models import RECENT, NeighbourTerms, Scores, popularity_scores
 
 FIT_K = 10  # of the validation HR@K and NDCG@K by which weights are chosen
 # The weights that are tried, 0 among them, in ascending order: of equal ones the first is chosen.
@@ -92,13 +92,19 @@ class Scoring:
                 best_figures = candidate
         return best
 
+    def baseline_scores(self, split: str) -> dict[str, Scores]:
+        """Return the scores of the users of a split by `popularity` and by `neighbours`, rankings without training."""
+        counts = self.sequences.training_counts
+        histories = self.sequences.split(split).latest(RECENT)
+        popularity = Scores(*popularity_scores(counts, len(histories), self.device), None)
+        return {"popularity": popularity, "neighbours": self.terms.baseline(counts, histories, self.device)}
+
     def baselines(self, split: str, config: EvaluationConfig) -> dict[str, Any]:
         """Return the metrics of `popularity` and of `neighbours`, two rankings without training, on a split.
 
         "neighbours" also has "similarity": whether the run has states for that term.
         """
-        histories = self.sequences.split(split).latest(RECENT)
-        scores = self.terms.baseline(self.sequences.training_counts, histories, self.device)
+        scores = self.baseline_scores(split)["neighbours"]
         report = evaluate(scores.queries, scores.vectors, self.sequences, split, config, scores.added)
         return {
             "popularity": popularity_baseline(self.sequences, split, config),

@@ -50,6 +50,10 @@ def test_the_command_sets_sets_of_encoders_side_by_side_and_draws_them(catalogue
     sizes = [sum(weight.numel() for weight in model.parameters()) for model in models]
     assert [row["encoder_parameters"] for row in rows] == [sizes[0], sum(sizes)]
     assert all(row["seeds"] == 2 and row["encoding_s"] > 0 and row["hr_sd"] is not None for row in rows)
+    assert all(list(row["baselines"]) == ["popularity", "neighbours"] for row in rows)
+    similar = rows[0]["baselines"]["neighbours"], rows[1]["baselines"]["neighbours"]
+    assert similar[0] != similar[1]  # by the states of each set
+    assert "neighbours" in result.output and "popularity" in result.output
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.width > 1000
 

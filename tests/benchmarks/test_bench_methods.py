@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from iisan_fast.benchmarks import cells, machine
 from iisan_fast.benchmarks.cells import Cell
 from iisan_fast.benchmarks.harness import Setup
 from iisan_fast.benchmarks.methods import compare_methods, cost_order
+from iisan_fast.benchmarks.result_tables import methods_tables
 from iisan_fast.benchmarks.samples import sample_users
 from iisan_fast.benchmarks.sweep_settings import MethodsSettings
 from iisan_fast.cli import cli
@@ -29,6 +31,7 @@ from iisan_fast.evaluation.efficiency import tpme
 from iisan_fast.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 METHODS = ("full", "lora", "iisan-uncached", "iisan", "id")
 
 
@@ -64,6 +67,12 @@ def test_a_sweep_gives_a_row_for_every_method(settings, small_catalogue, tmp_pat
         for seed in (0, 1)
     ]
     assert rows["id"]["ndcg"] == pytest.approx(np.mean([cell["ndcg"] for cell in figures]))
+    stored = RunFolder(Cell("titles", "iisan", 1).folder(tmp_path / "sweep") / "run").figures
+    baselines = result["encoders"]["titles"]["baselines"]
+    assert list(baselines) == ["popularity", "neighbours"] and baselines["neighbours"]["similarity"]
+    for name, row in baselines.items():
+        assert (row["hr"], row["ndcg"]) == tuple(stored[name]["masked"][metric] for metric in ("hr@10", "ndcg@10"))
+        assert 0 < row["p_value"] <= 1 and row["hr_sd"] is None and "tpme" not in row
 
 
 TEXT_BY_IMAGE = list(product(("bert", "deberta-v3"), ("vit", "clip")))
@@ -238,6 +247,7 @@ def test_a_dataset_that_cannot_be_used_is_refused_before_anything_is_written(set
     [
         ({"methods": ("iisan", "iisan")}, "methods: expected different ones"),
         ({"methods": ("iisan", "iisam")}, "methods: expected some of .*, found 'iisam'"),
+        ({"methods": ("iisan", "neighbours")}, "methods: expected some of iisan, .*, found 'neighbours'"),
         ({"methods": ("iisan", "full-uncached")}, "found 'full-uncached'"),
         ({"encoders": {}}, "encoders: expected at least one"),
         ({"encoders": {"../up": ()}}, "encoders: expected a name of letters"),
@@ -296,10 +306,26 @@ def test_the_command_prints_the_table(small_catalogue, encoder_views, tmp_path, 
         cli, [*arguments, "--epochs", "1", "--users", "40", "--pair", pair, "--out", str(out)], catch_exceptions=False
     )
     assert answer.exit_code == 0 and "p against id" in answer.output and "one seed" in answer.output
+    assert all(f" {name} " in answer.output for name in ("frozen", "id", "popularity", "neighbours"))
     result = json.loads(out.read_text())
     assert json.loads((tmp_path / "sweep" / "result.json").read_text()) == result
     assert list(result["encoders"]) == ["demo"] and result["settings"]["users"] == 40
     assert "--folder=FOLDER" in result["command"] and "--pair" in result["command"]
+
+
+def test_a_table_says_that_no_run_has_states_for_similarity():
+    result = json.loads((RESULTS / "methods-titles.json").read_text())
+    (compared,) = result["encoders"].values()
+    figures = {"hr": 0.1, "hr_sd": None, "ndcg": 0.05, "ndcg_sd": None, "p_value": 0.5}
+    for similarity, said in ((True, False), (False, True)):
+        compared["baselines"] = {"popularity": figures, "neighbours": {**figures, "similarity": similarity}}
+        (table,) = methods_tables(result)
+        assert ("neighbours without similarity" in table.caption) == said
+        assert [row["method"] for row in table.sections[0][-2:]] == ["popularity", "neighbours"]
+        assert [column.text(table.sections[0][-1]) for column in table.columns[1:]] == [
+            *("neighbours", "10.00", "5.00", "0.5000"),
+            *("", "", "", ""),
+        ]
 
 
 @pytest.mark.parametrize(
