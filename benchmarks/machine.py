@@ -78,12 +78,28 @@ def versions(device: torch.device) -> dict[str, Any]:
 
 def commit(folder: Path = Path(__file__).parent) -> str | None:
     """Return the commit that a folder is checked out at, with "-dirty" if files differ; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def last_commit(file: Path) -> str:
+    """Return the last commit of a file. Raises InputError if the file is not committed as it is."""
+    changes = _git(file.parent, "status", "--porcelain", "--", file.name)
+    committed = _git(file.parent, "log", "-1", "--format=%H", "--", file.name)
+    if changes or not committed:
+        reason = f"it changed ({changes})" if committed and changes else "no commit of it"
+        raise InputError(
+            f"{file}: expected a file that is committed as it is, found {reason}; commit it, then run again"
+        )
+    return committed
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """Return a git command's output, run in a folder; None if it fails, as outside a checkout."""
     try:
-        described = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()
+    return done.stdout.strip()
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
