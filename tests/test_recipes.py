@@ -19,6 +19,8 @@ from iisan_fast.settings_files import read_settings
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
+STRONG = FOLDER / "strong.yaml"  # for any dataset
+OF_A_DATASET = [recipe for recipe in RECIPES if recipe != STRONG]
 VIT, BERT, MINILM = "google/vit-base-patch16-224", "bert-base-uncased", "sentence-transformers/all-MiniLM-L6-v2"
 LLAMA_LAYERS = (0, 5, 20, 35, 50, 65, 80)
 
@@ -31,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize("recipe", OF_A_DATASET, ids=lambda recipe: recipe.stem)
 def test_a_recipe_is_a_configuration(recipe):
     values = base_settings(recipe)
     views = [view["name"] for view in values.pop("encoders")]
@@ -46,7 +48,7 @@ def test_a_recipe_is_a_configuration(recipe):
     assert config.train.learning_rates == rates and config.model.embedding_dim == 64 and config.model.dropout == 0.1
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize("recipe", OF_A_DATASET, ids=lambda recipe: recipe.stem)
 def test_extraction_takes_the_encoders_of_a_recipe(recipe):
     plan = extraction_config({"dataset": "d"}, base_settings(recipe))
     assert plan.cache == Path("states", recipe.stem).resolve()
@@ -61,6 +63,13 @@ def test_extraction_takes_the_encoders_of_a_recipe(recipe):
         assert plan.views == [ViewConfig("image", "image", VIT), ViewConfig("title", "title", BERT)]
     else:
         assert plan.views[1].layers == LLAMA_LAYERS and plan.views[1].options == {"device_map": "auto"}
+
+
+def test_the_recipe_for_any_dataset_has_nothing_of_one():
+    values = base_settings(STRONG)
+    assert values.keys() == {"model", "train", "scoring"}
+    config = from_dict(RunConfig, {"dataset": "d", "cache": "c", "views": ["any"], **values})
+    assert config.train.seed == 0 and config.scoring.cooccurrence > 0 and config.scoring.similarity > 0
 
 
 def test_a_recipe_that_was_run_has_the_settings_of_its_results():
@@ -100,6 +109,17 @@ def test_extract_and_train_run_a_recipe_unchanged(folder, monkeypatch):
     assert cached["epochs"] == running["epochs"] == 1
     plan = iisan_fast.train("DATASET", config="runs/uncached/config.json", out="runs/again", dry_run=True)
     assert plan["config"] == {name: value for name, value in saved[1].items() if name != "format"}
+
+
+@pytest.mark.slow
+def test_the_recipe_for_any_dataset_trains(toy_run, tmp_path):
+    dataset, cache = toy_run
+    result = iisan_fast.train(
+        dataset, cache, config=STRONG, epochs=1, loss="sampled:16", out=tmp_path / "run", device="cpu"
+    )
+    values = base_settings(STRONG)
+    assert result["method"] == values["model"]["method"]
+    assert result["scoring"] == {name: values["scoring"][name] for name in ("cooccurrence", "similarity")}
 
 
 @pytest.mark.slow
