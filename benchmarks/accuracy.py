@@ -110,9 +110,9 @@ def accuracy(data: Data, recipe: Mapping[str, Any], seeds: Sequence[int]) -> dic
     """
     paper_runs = [data.work / f"paper-seed-{seed}" for seed in seeds]
     strong_runs = [data.work / f"strong-seed-{seed}" for seed in seeds]
-    for seed, paper, strong in zip(seeds, paper_runs, strong_runs):
-        trained(data.configuration({}, PAPER, seed), paper)
-        trained(data.configuration(recipe, {}, seed), strong)
+    for seed, paper_run, strong_run in zip(seeds, paper_runs, strong_runs):
+        trained(data.configuration({}, PAPER, seed), paper_run)
+        trained(data.configuration(recipe, {}, seed), strong_run)
     paper = [load(run, CPU) for run in paper_runs]
     strong = [load(run, CPU) for run in strong_runs]
     with_terms = [with_weights(best, NEIGHBOUR_WEIGHTS) for best in paper]
