@@ -421,6 +421,13 @@ class ScoringConfig:
         maximum=1_000_000,
         automatic=f"0, none; with {NEIGHBOURS} and a cache {NEIGHBOUR_WEIGHTS['similarity']:g}",
     )
+    cold_bias: float | None = setting(
+        None,
+        help="Number that is added to the scores of items that do not occur in training.",
+        minimum=-1_000_000,
+        maximum=1_000_000,
+        automatic="0",
+    )
     fit_terms: bool = setting(
         False, help="Choose both weights by validation HR@10 of the best epoch, on a small grid, before the test."
     )
@@ -590,6 +597,7 @@ class RunConfig:
         weights = dict.fromkeys(NEIGHBOUR_WEIGHTS, 0.0)
         if self.model.method == NEIGHBOURS and not scoring.fit_terms:
             weights = NEIGHBOUR_WEIGHTS if self.cache is not None else {**NEIGHBOUR_WEIGHTS, "similarity": 0.0}
+        weights = {**weights, "cold_bias": 0.0}
         chosen = {name: getattr(scoring, name) for name in weights if getattr(scoring, name) is not None}
         return dataclasses.replace(scoring, **{**weights, **chosen})
 

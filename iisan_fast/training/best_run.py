@@ -99,11 +99,10 @@ def evaluate_run(
     asked = asked or ScoringConfig()
     best = load(path, device, similarity=bool(asked.similarity))
     scoring = best.scoring
-    weights = best.weights
-    if asked.fit_terms:
-        weights = scoring.fitted(best.user_states("validation"), best.item_vectors, evaluation)
     chosen = {name: value for name in TermWeights._fields if (value := getattr(asked, name)) is not None}
-    weights = weights._replace(**chosen)
+    weights = best.weights._replace(**chosen)
+    if asked.fit_terms:
+        weights = scoring.fitted(best.user_states("validation"), best.item_vectors, evaluation, weights.cold_bias)
     return {
         "method": best.config.model.method,
         "best_epoch": best.epoch,
@@ -134,4 +133,5 @@ def _fitted_weights(folder: RunFolder, best: BestRun) -> TermWeights:
             return TermWeights.of_figures(folder.figures)
         except InputError as error:
             raise InputError(f"{folder.test}: {error}; {RESTORE}") from None
-    return best.scoring.fitted(best.user_states("validation"), best.item_vectors, best.config.evaluation)
+    cold_bias = TermWeights.of(best.config.scoring).cold_bias
+    return best.scoring.fitted(best.user_states("validation"), best.item_vectors, best.config.evaluation, cold_bias)

@@ -23,24 +23,28 @@ SIMILARITY_GRID = (0.0, 3.0, 6.0, 9.0)
 
 
 class TermWeights(NamedTuple):
-    """The weights of the neighbour terms in a score."""
+    """The weights of the neighbour terms in a score, and what is added to the score of a cold item."""
 
     cooccurrence: float = 0.0
     similarity: float = 0.0
+    cold_bias: float = 0.0
 
     @classmethod
     def of(cls, config: ScoringConfig) -> TermWeights:
         """Return the weights of a configuration; 0 for one that is not given."""
-        return cls(config.cooccurrence or 0.0, config.similarity or 0.0)
+        return cls(config.cooccurrence or 0.0, config.similarity or 0.0, config.cold_bias or 0.0)
 
     @classmethod
     def of_figures(cls, figures: dict[str, Any]) -> TermWeights:
         """Return the weights in the figures on the test set. Raises InputError if they are no weights."""
         stored = figures.get("scoring")
         names = cls._fields
-        if not isinstance(stored, dict) or stored.keys() != set(names) or not all(map(_is_weight, stored.values())):
-            raise InputError(f"scoring: expected the numbers {' and '.join(names)}, found {stored!r}")
-        return cls(**stored)
+        if not isinstance(stored, dict) or stored.keys() != set(names) or not all(map(_is_finite, stored.values())):
+            raise InputError(f"scoring: expected the numbers {', '.join(names)}, found {stored!r}")
+        weights = cls(**stored)
+        if min(weights.cooccurrence, weights.similarity) < 0:
+            raise InputError(f"scoring: expected weights from 0, found {stored!r}")
+        return weights
 
 
 class Scoring:
@@ -55,10 +59,15 @@ class Scoring:
     def scores(self, queries: Tensor, vectors: Tensor, split: str, weights: TermWeights) -> Scores:
         """Return a model's scores of the users of a split with the weighted terms.
 
-        queries: user states [users, d]. vectors: [items, d], item number i in row i - 1, on the same device.
+        queries: user states [users, d]. vectors: [items, d], item number i in row i - 1, on the same device. The bias
+        of items without training interactions takes one dimension more.
         """
+        if weights.cold_bias:
+            is_cold = torch.from_numpy(self.sequences.training_counts[1:, None] == 0).to(vectors)
+            queries = torch.cat([queries, queries.new_full((len(queries), 1), weights.cold_bias)], dim=1)
+            vectors = torch.cat([vectors, is_cold], dim=1)
         histories = self.sequences.split(split).latest(RECENT)
-        return self.terms.scored(queries, vectors, histories, *weights)
+        return self.terms.scored(queries, vectors, histories, weights.cooccurrence, weights.similarity)
 
     def report(
         self, queries: Tensor, vectors: Tensor, split: str, config: EvaluationConfig, weights: TermWeights
@@ -72,8 +81,8 @@ class Scoring:
         scores = self.scores(queries, vectors, split, weights)
         return evaluate(scores.queries, scores.vectors, self.sequences, split, config, scores.added)
 
-    def fitted(self, queries: Tensor, vectors: Tensor, config: EvaluationConfig) -> TermWeights:
-        """Return the weights of the grid with the best HR@10 on the validation set.
+    def fitted(self, queries: Tensor, vectors: Tensor, config: EvaluationConfig, cold_bias: float = 0.0) -> TermWeights:
+        """Return the weights of the grid with the best HR@10 on the validation set, beside this cold_bias.
 
         Of equal ones NDCG@10 decides, and then the smaller weights. Without states, similarity stays 0. queries: of the
         validation set, as in `scores`. Raises InputError if there are no validation users.
@@ -82,9 +91,10 @@ class Scoring:
             raise InputError("fit_terms: chooses by validation users, and the split has none; give both weights")
         config = replace(config, ks=(FIT_K,))
         similarities = SIMILARITY_GRID if self.terms.similarity is not None else (0.0,)
-        best = TermWeights()
+        best = TermWeights(cold_bias=cold_bias)
         best_figures = (-1.0, -1.0)
-        for weights in map(TermWeights._make, product(COOCCURRENCE_GRID, similarities)):
+        for cooccurrence, similarity in product(COOCCURRENCE_GRID, similarities):
+            weights = TermWeights(cooccurrence, similarity, cold_bias)
             figures = headline_metrics(self.report(queries, vectors, "validation", config, weights))
             candidate = (figures[f"hr@{FIT_K}"], figures[f"ndcg@{FIT_K}"])
             if candidate > best_figures:
@@ -112,6 +122,6 @@ class Scoring:
         }
 
 
-def _is_weight(value: Any) -> bool:
-    """Return True for a finite number from 0."""
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+def _is_finite(value: Any) -> bool:
+    """Return True for a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)

@@ -352,7 +352,8 @@ class Trainer:
         evaluation = self.config.evaluation
         weights = TermWeights.of(self.config.scoring)
         if self.config.scoring.fit_terms:
-            weights = self.scoring.fitted(self._user_states(vectors, "validation"), vectors, evaluation)
+            states = self._user_states(vectors, "validation")
+            weights = self.scoring.fitted(states, vectors, evaluation, weights.cold_bias)
         return {
             "method": self.config.model.method,
             "best_epoch": state["epoch"],

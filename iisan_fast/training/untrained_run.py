@@ -47,7 +47,7 @@ def rank_untrained(
     started = time.perf_counter()
     weights = TermWeights.of(config.scoring)
     if config.scoring.fit_terms:
-        weights = scoring.fitted(validation, vectors, evaluation)
+        weights = scoring.fitted(validation, vectors, evaluation, weights.cold_bias)
     with_selection = replace(evaluation, ks=tuple(sorted({*evaluation.ks, SELECTED_BY})))
     report = scoring.report(validation, vectors, "validation", with_selection, weights)
     line = {"epoch": 0, "best": True, "validation_seconds": time.perf_counter() - started, "validation": report}

@@ -80,7 +80,7 @@ def test_a_run_of_format_1_is_evaluated_to_the_same_figures_and_stays_as_it_is(o
     before = everything(old / "run")
     figures = evaluate_run(old / "run", "test", EvaluationConfig(), CPU)
     assert_close(without_later_figures(figures), json.loads((old / "evaluated.json").read_text()), 1e-9)
-    assert figures["neighbours"]["similarity"] and figures["scoring"] == {"cooccurrence": 0.0, "similarity": 0.0}
+    assert figures["neighbours"]["similarity"] and not any(figures["scoring"].values())
     assert load(old / "run", CPU).epoch == 2
     assert everything(old / "run") == before
 

@@ -120,7 +120,7 @@ def test_validation_and_test_rank_by_the_score_with_its_terms(with_terms, withou
     for split, figures in (("validation", best), ("test", result["test"]["masked"])):
         expected = ranking_metrics(dense_ranks(run, split, (2.0, 6.0)), (10,))
         assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-12)
-    assert result["scoring"] == {"cooccurrence": 2.0, "similarity": 6.0}
+    assert result["scoring"] == {"cooccurrence": 2.0, "similarity": 6.0, "cold_bias": 0.0}
     assert result["test"] != without_terms[1]["test"]
     assert [line["best"] for line in lines] == [True, lines[1]["validation"]["masked"]["hr@10"] > best_hr(lines[:1])]
 
@@ -141,7 +141,7 @@ def test_evaluation_takes_the_weights_of_the_run_and_others_on_demand(with_terms
     expected = ranking_metrics(dense_ranks(plain, "test", (2.0, 6.0)), (10,))
     assert {name: both["test"]["masked"][name] for name in expected} == pytest.approx(expected, abs=1e-12)
     one = iisan_fast.evaluate(run, similarity=0, device="cpu")
-    assert one["scoring"] == {"cooccurrence": 2.0, "similarity": 0.0}
+    assert one["scoring"] == {"cooccurrence": 2.0, "similarity": 0.0, "cold_bias": 0.0}
     scores = load(run, CPU).scores("validation")
     assert scores.queries.shape[1] > 16 and scores.added is not None
     assert load(plain, CPU).scores().added is None
@@ -174,13 +174,13 @@ def test_weights_are_fitted_by_validation_and_stored(config, without_terms, tmp_
             figures[cooccurrence, similarity] = round(metrics["hr@10"], 9), round(metrics["ndcg@10"], 9)
     best = max(figures.values())
     expected = min(weights for weights, values in figures.items() if values == best)
-    assert result["scoring"] == dict(zip(("cooccurrence", "similarity"), expected))
-    assert load(tmp_path / "run", CPU).weights == expected
+    assert result["scoring"] == {"cooccurrence": expected[0], "similarity": expected[1], "cold_bias": 0.0}
+    assert load(tmp_path / "run", CPU).weights == (*expected, 0.0)
     assert evaluate_run(tmp_path / "run", "test", FIGURES, CPU)["test"] == result["test"]
     asked = ScoringConfig(fit_terms=True)
     assert evaluate_run(plain, "test", FIGURES, CPU, asked)["scoring"] == result["scoring"]
     (tmp_path / "run" / "test.json").unlink()
-    assert load(tmp_path / "run", CPU).weights == expected  # chosen again: the run is not tested yet
+    assert load(tmp_path / "run", CPU).weights == (*expected, 0.0)  # chosen again: the run is not tested yet
     assert resume(tmp_path / "run", CPU) == result
 
 
@@ -189,17 +189,52 @@ def test_of_equal_figures_ndcg_decides_and_then_the_smaller_weights(without_term
     figures = {(1.5, 3.0): (0.5, 0.2), (1.5, 6.0): (0.5, 0.3), (2.0, 0.0): (0.5, 0.3), (3.0, 9.0): (0.4, 0.4)}
 
     def report(self, queries, vectors, split, evaluation, weights) -> dict:
-        hr, ndcg = figures.get(tuple(weights), (0.1, 0.1))
+        hr, ndcg = figures.get(tuple(weights[:2]), (0.1, 0.1))
         return {"history_masked_by_default": True, "masked": {"hr@10": hr, "ndcg@10": ndcg}}
 
     monkeypatch.setattr(scoring.Scoring, "report", report)
-    assert best.scoring.fitted(best.user_states("validation"), best.item_vectors, FIGURES) == (1.5, 6.0)
+    assert best.scoring.fitted(best.user_states("validation"), best.item_vectors, FIGURES, 0.5) == (1.5, 6.0, 0.5)
 
 
-@pytest.mark.parametrize("stored", [None, {}, {"cooccurrence": 1.0}, {"cooccurrence": -1.0, "similarity": 0.0}, [1, 2]])
+@pytest.mark.parametrize("stored", [None, {}, {"cooccurrence": 1.0}, [1, 2]])
 def test_stored_weights_that_are_none_are_one_line(stored):
-    with pytest.raises(InputError, match="scoring: expected the numbers cooccurrence and similarity, found"):
+    with pytest.raises(InputError, match="scoring: expected the numbers cooccurrence, similarity, cold_bias, found"):
         TermWeights.of_figures({"scoring": stored})
+
+
+def test_stored_weights_below_0_are_one_line():
+    with pytest.raises(InputError, match="scoring: expected weights from 0, found"):
+        TermWeights.of_figures({"scoring": {"cooccurrence": -1.0, "similarity": 0.0, "cold_bias": 0.0}})
+
+
+# Items that do not occur in training
+
+
+def test_the_bias_is_added_to_the_scores_of_cold_items_alone(with_terms, monkeypatch):
+    run, _ = with_terms
+    best = load(run, CPU)
+    counts = best.sequences.training_counts.copy()
+    counts[[2, 5]] = 0
+    monkeypatch.setitem(vars(best.sequences), "training_counts", counts)
+    queries = best.user_states("validation")
+    weights = TermWeights(2.0, 6.0)
+    plain = best.scoring.scores(queries, best.item_vectors, "validation", weights)
+    biased = best.scoring.scores(queries, best.item_vectors, "validation", weights._replace(cold_bias=-0.75))
+    added = biased.queries @ biased.vectors.T - plain.queries @ plain.vectors.T
+    is_cold = torch.from_numpy(counts[1:] == 0)
+    torch.testing.assert_close(added, torch.where(is_cold, -0.75, 0.0).expand_as(added), atol=1e-5, rtol=0)
+
+
+def test_a_run_keeps_its_bias_and_evaluation_takes_another(config, without_terms, tmp_path):
+    plain, plain_result = without_terms
+    result = train(with_scoring(config, cold_bias=0.5), tmp_path / "run", CPU)
+    assert result["scoring"] == {"cooccurrence": 0.0, "similarity": 0.0, "cold_bias": 0.5}
+    assert result["test"] == plain_result["test"]  # no item of the toy dataset is cold
+    assert load(tmp_path / "run", CPU).weights.cold_bias == 0.5
+    asked = ScoringConfig(cold_bias=2.0, fit_terms=True)
+    assert evaluate_run(plain, "test", FIGURES, CPU, asked)["scoring"]["cold_bias"] == 2.0
+    other = evaluate_run(tmp_path / "run", "test", FIGURES, CPU, ScoringConfig(cold_bias=-1))
+    assert other["scoring"]["cold_bias"] == -1.0
 
 
 # Resumed runs
