@@ -55,7 +55,8 @@ def test_the_run_ranks_by_popularity_and_both_terms(finished):
     baseline = dict(result["neighbours"])
     assert baseline.pop("similarity") is True and result["test"] == baseline
     assert (result["method"], result["epochs"], result["best_epoch"]) == ("neighbours", 0, 0)
-    assert result["scoring"] == {"cooccurrence": 2.0, "similarity": 9.0, "cold_bias": 0.0} and result["trainable_parameters"] == 0
+    assert result["scoring"] == {"cooccurrence": 2.0, "similarity": 9.0, "cold_bias": 0.0}
+    assert result["trainable_parameters"] == 0
     line = validation_line(run)
     assert line["validation"] == result["validation"] and line["validation"]["split"] == "validation"
     assert json.loads((run / "test.json").read_text()) == result
@@ -90,9 +91,12 @@ def test_evaluation_and_loading_take_the_run(finished):
     assert again["validation"] == result["validation"] and again["method"] == "neighbours"
     assert evaluate_run(run, "test", FIGURES, CPU)["test"] == result["test"]
     other = evaluate_run(run, "test", FIGURES, CPU, ScoringConfig(cooccurrence=0.0, similarity=3.0))
-    assert other["scoring"] == {"cooccurrence": 0.0, "similarity": 3.0, "cold_bias": 0.0} and other["test"] != result["test"]
+    assert (
+        other["scoring"] == {"cooccurrence": 0.0, "similarity": 3.0, "cold_bias": 0.0}
+        and other["test"] != result["test"]
+    )
     best = load(run, CPU)
-    assert (best.epoch, best.weights) == (0, (2.0, 9.0)) and best.user_states().tolist() == [[1.0]] * 60
+    assert (best.epoch, best.weights) == (0, (2.0, 9.0, 0.0)) and best.user_states().tolist() == [[1.0]] * 60
     scores = best.scores()
     assert scores.queries.shape == (60, 33) and scores.vectors.shape == (40, 33)
 
