@@ -1,7 +1,7 @@
 """Evaluation beside the released research code's: item vectors, user states, ranks and metrics of the same data.
 
 The forms take turns in one process; the memory of each is measured in another process. The dense form may rank a
-sample of the users; figures that are scaled to all users say so.
+sample of the users; figures that are scaled to all users say so. A further form ranks with the neighbour terms.
 """
 
 from __future__ import annotations
@@ -14,11 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import EvaluationConfig, RunConfig, TrainConfig
+from ..config import NEIGHBOUR_WEIGHTS, EvaluationConfig, RunConfig, TrainConfig
 from ..data import Sequences, Split
 from ..errors import InputError
 from ..evaluation import evaluate, ranking_metrics, target_ranks
-from ..models import Recommender, build_recommender
+from ..models import (
+    CoOccurrence,
+    NeighbourTerms,
+    Recommender,
+    Scores,
+    Similarity,
+    build_recommender,
+)
 from ..precision import resolve_precision
 from ..progress import progress_bar
 from ..states import FeatureTable
@@ -44,6 +51,8 @@ NOTES = {
     "fast": "as iisan-fast train validates: heads folded into one map, packed histories, ranks by counting; history "
     "masked and unmasked at once, warm and cold targets apart",
     "bfloat16": "the fast form on states in bf16, as a run on CUDA holds them; not compared with the dense form",
+    "terms": "as fast, with co-occurrence and similarity added to the scores: the users' terms are computed within the "
+    "ranking; the matrix and the coordinates, which a run computes once, before",
     "both": "random states of bf16 numbers, held as fp32 on CUDA by the forms that are compared, which then compute in "
     "fp32; first weights",
     "ranking": "from given item vectors and user states",
@@ -65,6 +74,7 @@ class EvaluationInputs:
     table: FeatureTable
     trained_table: FeatureTable  # as a run would hold it
     model: Recommender
+    terms: NeighbourTerms
     device: torch.device
 
 
@@ -86,7 +96,7 @@ def compare_evaluation(setup: Setup, settings: EvaluateSettings) -> dict[str, An
         inputs = make_inputs(sequences, settings, device)
         first = {name: run(inputs) for name, run in FORMS.items()}  # warms up, too
         agreed = agreement(first["dense"], first["fast"], inputs)
-        forms = FORMS | (ON_CUDA if device.type == "cuda" else {})
+        forms = FORMS | WITH_TERMS | (ON_CUDA if device.type == "cuda" else {})
         runs = measure(forms, inputs, settings.rounds)
     peaks = {name: in_a_process(peak, name, sequences, settings, device) for name in forms}
     rows = {name: {"form": name, **summary(name, runs[name], inputs), **peaks[name]} for name in forms}
@@ -99,6 +109,7 @@ def compare_evaluation(setup: Setup, settings: EvaluateSettings) -> dict[str, An
         **agreed,
         "forms": list(rows.values()),
         "ratios": {part: seconds["dense"][part] / seconds["fast"][part] for part in PARTS},
+        "terms_ratios": {part: seconds["terms"][part] / seconds["fast"][part] for part in PARTS},
         "ratios_scaled": rows["dense"]["ranking"]["all_users"]["scaled"],
     }
 
@@ -112,16 +123,19 @@ def argsort_users(settings: EvaluateSettings, name: str, users: int) -> int:
 
 
 def make_inputs(sequences: Sequences, settings: EvaluateSettings, device: torch.device) -> EvaluationInputs:
-    """Make random states and a model at its first weights, on the device."""
+    """Make random states, a model at its first weights, and the neighbour terms of the histories and the states."""
     shape = TrainSettings(width=settings.width, layers=settings.layers, seed=settings.seed)
     trained = FeatureTable(tuple(view.to(device) for view in random_states(sequences, shape)))
     table = FeatureTable(tuple(view.float() for view in trained.views)) if device.type == "cuda" else trained
     config = RunConfig(dataset="", cache="", views=VIEWS, train=TrainConfig(seed=settings.seed))
     model = build_recommender(table, config, sequences.popularity, resolve_precision(config, device)).to(device).eval()
+    scoring = config.scoring
+    cooccurrence = CoOccurrence.of(sequences, scoring.cooccurrence_neighbours)
+    terms = NeighbourTerms(cooccurrence, Similarity.of(table, scoring.similarity_dims))
     users = len(sequences.user_ids)
     sample = np.linspace(0, users - 1, settings.argsort_users).round().astype(int)
     return EvaluationInputs(
-        sequences, settings.split, sequences.split(settings.split), sample, table, trained, model, device
+        sequences, settings.split, sequences.split(settings.split), sample, table, trained, model, terms, device
     )
 
 
@@ -164,18 +178,35 @@ def argsort_ranks(states: Tensor, vectors: Tensor, split: Split, users: np.ndarr
     return torch.stack(ranks).double().cpu().numpy()
 
 
-@torch.inference_mode()
 def fast(inputs: EvaluationInputs) -> Evaluated:
     """Evaluate as a run is evaluated; then rank once more, to time the ranking alone."""
+    return evaluated(inputs, lambda states, vectors: Scores(states, vectors, None))
+
+
+def with_terms(inputs: EvaluationInputs) -> Evaluated:
+    """Evaluate as `fast` does, with both neighbour terms added to the scores."""
+    histories = inputs.split.history
+
+    def scores(states: Tensor, vectors: Tensor) -> Scores:
+        return inputs.terms.scored(states, vectors, histories, **NEIGHBOUR_WEIGHTS)
+
+    return evaluated(inputs, scores)
+
+
+@torch.inference_mode()
+def evaluated(inputs: EvaluationInputs, score: Callable[[Tensor, Tensor], Scores]) -> Evaluated:
+    """Evaluate with the scores that `score` makes of user states and item vectors, and rank once more."""
     watch = Stopwatch(inputs.device)
     config = EvaluationConfig(ks=(K,))
     vectors = inputs.model.catalogue_vectors(inputs.table)
     watch.lap("item_vectors")
     states = inputs.model.user_states(vectors, inputs.split.inputs)
     watch.lap("user_states")
-    report = evaluate(states, vectors, inputs.sequences, inputs.split_name, config)
+    queries, wide_vectors, added = score(states, vectors)
+    report = evaluate(queries, wide_vectors, inputs.sequences, inputs.split_name, config, added)
     watch.lap("ranking_and_metrics")
-    ranks, _ = target_ranks(states, vectors, inputs.split, config)
+    queries, wide_vectors, added = score(states, vectors)
+    ranks, _ = target_ranks(queries, wide_vectors, inputs.split, config, added)
     watch.lap("ranking")
     return Evaluated(ranks, report["masked"], watch.seconds)
 
@@ -186,10 +217,12 @@ def bfloat16(inputs: EvaluationInputs) -> Evaluated:
 
 
 FORMS: dict[str, Callable[[EvaluationInputs], Evaluated]] = {"dense": dense, "fast": fast}  # which must agree
+WITH_TERMS: dict[str, Callable[[EvaluationInputs], Evaluated]] = {"terms": with_terms}
 ON_CUDA: dict[str, Callable[[EvaluationInputs], Evaluated]] = {"bfloat16": bfloat16}
 EVALUATION = {
     "dense": ("item_vectors", "user_states", "ranking"),
     "fast": ("item_vectors", "user_states", "ranking_and_metrics"),
+    "terms": ("item_vectors", "user_states", "ranking_and_metrics"),
     "bfloat16": ("item_vectors", "user_states", "ranking_and_metrics"),
 }  # the stages that make up the whole
 
@@ -248,7 +281,7 @@ def peak(form: str, sequences: Sequences, settings: EvaluateSettings, device: to
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with PeakMemory() as memory:
-            (FORMS | ON_CUDA)[form](inputs)
+            (FORMS | WITH_TERMS | ON_CUDA)[form](inputs)
         return peak_figures(memory, device)
 
 

@@ -75,6 +75,8 @@ def evaluate_tables(result: Result) -> Iterator[ResultTable]:
         f"dense / fast{scaled}: {ratios['ranking']:.1f} in ranking, {ratios['evaluation']:.1f} in the evaluation; "
         f"ranks of {agreement['users']:,} users agree within {agreement['largest_rank_difference']:.0f}"
     )
+    if "terms_ratios" in result:  # results of before the terms have none
+        caption += f"; terms / fast: {result['terms_ratios']['ranking']:.1f} in ranking"
     title = f"{result['users']:,} users of {result['dataset']}, {result['catalogue']:,} items"
     yield ResultTable(title, columns, sections, caption)
 

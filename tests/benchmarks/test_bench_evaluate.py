@@ -76,6 +76,22 @@ def test_the_forms_agree_and_name_their_stages(inputs):
     assert fast.metrics["hr@10"] == ranking_metrics(fast.ranks, (10,))["hr@10"]
 
 
+def test_the_form_with_terms_ranks_as_the_sum_of_all_scores_does(inputs):
+    terms = bench.with_terms(inputs)
+    assert terms.seconds.keys() == bench.fast(inputs).seconds.keys()
+    with torch.inference_mode():
+        vectors = inputs.model.catalogue_vectors(inputs.table)
+        states = inputs.model.user_states(vectors, inputs.split.inputs)
+        scores = inputs.terms.scored(states, vectors, inputs.split.history, 2.0, 9.0)
+        added = scores.added(np.arange(len(states)))
+        dense = scores.queries.double() @ scores.vectors.double().T
+        dense[added.users(), added.items] += added.values.double()
+        masked, _ = target_ranks(dense, torch.eye(len(vectors)).double(), inputs.split, EvaluationConfig())
+    reached = np.isfinite(masked)
+    assert (np.abs(terms.ranks[reached] - masked[reached]) <= 2).all() and (~reached == np.isinf(terms.ranks)).all()
+    assert (terms.ranks != bench.fast(inputs).ranks).mean() > 0.5
+
+
 def test_the_form_for_cuda_evaluates_the_states_as_a_run_holds_them(inputs):
     assert all(view.dtype == torch.bfloat16 for view in inputs.trained_table.views)
     nothing = FeatureTable(tuple(torch.zeros_like(view) for view in inputs.table.views))
@@ -143,9 +159,9 @@ def test_the_command_writes_figures_of_both_forms(toy_run, tmp_path, in_this_pro
     assert figures["command"] == f"{command} --seed=0"
     assert {"dataset", "commit", "environment", "notes", "agreement"} <= figures.keys()
     assert figures["users"] == 60 and figures["catalogue"] == 40 and figures["ratios_scaled"]
-    dense, fast = figures["forms"]
-    assert (dense["form"], fast["form"]) == ("dense", "fast")
-    for row in (dense, fast):
+    dense, fast, terms = figures["forms"]
+    assert (dense["form"], fast["form"], terms["form"]) == ("dense", "fast", "terms")
+    for row in (dense, fast, terms):
         assert row["peak_cuda_bytes"] == NOT_MEASURED and row["peak_pss_bytes"] != 0
         for part in ("ranking", "evaluation"):
             assert 0 < row[part]["p20_s"] <= row[part]["p50_s"] <= row[part]["p80_s"]
@@ -154,6 +170,8 @@ def test_the_command_writes_figures_of_both_forms(toy_run, tmp_path, in_this_pro
             assert row[part]["all_users"]["scaled"] == (row is dense)
     for part, ratio in figures["ratios"].items():
         assert ratio == pytest.approx(dense[part]["all_users"]["p50_s"] / fast[part]["all_users"]["p50_s"])
+    for part, ratio in figures["terms_ratios"].items():
+        assert ratio == pytest.approx(terms[part]["p50_s"] / fast[part]["p50_s"])
 
 
 def test_all_users_may_be_sorted(toy_run, in_this_process):
@@ -168,6 +186,7 @@ def test_the_command_prints_a_table(toy_run, in_either_place):
     assert result.returncode == 0, result.stderr
     assert "60 users of toy, 40 items" in result.stdout and "(scaled)" in result.stdout
     assert "dense / fast (scaled): " in result.stdout and "not measured" in result.stdout
+    assert "terms / fast: " in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 120
 
 
