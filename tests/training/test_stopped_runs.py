@@ -166,7 +166,7 @@ def test_averaged_weights_are_validated_and_kept_and_change_no_training(tmp_path
         in_model = name.replace("average.", "model.")
         assert torch.equal(best[in_model], tensor) and not torch.equal(plain[in_model], tensor)
     assert len(averages) == sum(name.startswith("model.") for name in plain)
-    at_call(monkeypatch, Trainer, "_report", 1, send())
+    at_call(monkeypatch, Trainer, "_user_states", 1, send())
     with pytest.raises(Stopped):
         train(averaged, tmp_path / "stopped", CPU)
     monkeypatch.undo()
@@ -235,7 +235,7 @@ def test_checkpoints_within_an_epoch_come_after_their_steps_or_time(tmp_path, co
 
 
 def test_a_run_stopped_in_validation_does_it_again(tmp_path, config, whole, monkeypatch):
-    at_call(monkeypatch, Trainer, "_report", 2, send(signal.SIGINT))
+    at_call(monkeypatch, Trainer, "_user_states", 2, send(signal.SIGINT))
     with pytest.raises(Stopped, match="step 10 of epoch 2 is saved") as stop:
         train(config, tmp_path / "run", CPU)
     assert stop.value.signal_number == signal.SIGINT and state_of(tmp_path / "run") == (1, STEPS)
@@ -244,7 +244,7 @@ def test_a_run_stopped_in_validation_does_it_again(tmp_path, config, whole, monk
 
 
 def test_a_run_stopped_in_its_test_does_it_again(tmp_path, config, whole, monkeypatch):
-    at_call(monkeypatch, Trainer, "_report", EPOCHS + 1, send())
+    at_call(monkeypatch, Trainer, "_user_states", EPOCHS + 1, send())
     with pytest.raises(Stopped, match="epoch 3 is saved"):
         train(config, tmp_path / "run", CPU)
     assert not (tmp_path / "run" / "test.json").exists()
