@@ -7,36 +7,47 @@ from pathlib import Path
 from typing import Any
 
 from ..config import NEIGHBOUR_WEIGHTS
-from ..training import load
+from ..training import TermWeights, load
 from .accuracy_runs import CPU, PAPER, Data, split_figures, trained_without_test, training_figures, with_weights
 
 EPOCHS = 12
+RATES = {"adapters": 5e-4, "gates": 1e-3, "heads": 1e-3, "sequence_encoder": 1e-3}  # five times the method's own
+FAST = {"train.learning_rates": RATES, "train.schedule": "cosine"}
+LARGE = {"train.learning_rates": {group: 2 * rate for group, rate in RATES.items()}, "train.schedule": "cosine"}
 OPTIONS: dict[str, dict[str, Any]] = {  # settings by dotted name, on top of those of the paper's form
     "paper's form": {},
-    "frozen": {"model.method": "frozen"},
-    "standardise": {"model.standardise": True},
-    "item_ids": {"model.item_ids": True},
-    "reverse": {"train.reverse": True},
-    "loss sampled:2048": {"train.loss": "sampled:2048"},
-    "loss gbce:256": {"train.loss": "gbce:256"},
-    "loss full, 1,024 users a batch": {"train.loss": "full", "train.batch_users": 1024},
-    "1,024 users a batch": {"train.batch_users": 1024},
-    "256 users a batch": {"train.batch_users": 256},
-    "no debias": {"train.debias": False},
-    "no own_mask": {"train.own_mask": False},
-    "weight_decay 0.01": {"train.weight_decay": 0.01},
     "schedule linear": {"train.schedule": "linear"},
     "schedule cosine": {"train.schedule": "cosine"},
     "warmup_epochs 1": {"train.warmup_epochs": 1},
-    "clip_norm 1": {"train.clip_norm": 1},
-    "ema_decay 0.999": {"train.ema_decay": 0.999},
-    "embedding_dim 128": {"model.embedding_dim": 128},
-    "learning rates doubled": {"train.learning_rates": {"adapters": 2e-4, "heads": 4e-4, "sequence_encoder": 4e-4}},
+    "learning rates 5 times": {"train.learning_rates": RATES},
+    "fast (learning rates 5 times, schedule cosine)": FAST,
+    "fast, standardise": {**FAST, "model.standardise": True},
+    "fast, item_ids": {**FAST, "model.item_ids": True},
+    "fast, reverse": {**FAST, "train.reverse": True},
+    "fast, no debias": {**FAST, "train.debias": False},
+    "fast, no own_mask": {**FAST, "train.own_mask": False},
+    "fast, weight_decay 0.1": {**FAST, "train.weight_decay": 0.1},
+    "fast, clip_norm 1": {**FAST, "train.clip_norm": 1},
+    "fast, ema_decay 0.99": {**FAST, "train.ema_decay": 0.99},
+    "fast, dropout 0.2": {**FAST, "model.dropout": 0.2},
+    "fast, embedding_dim 128": {**FAST, "model.embedding_dim": 128},
+    "fast, bottleneck 128": {**FAST, "model.bottleneck": 128},
+    "fast, frozen": {
+        **FAST,
+        "model.method": "frozen",
+        "train.learning_rates": {"heads": 1e-3, "sequence_encoder": 1e-3},
+    },
+    "256 users a batch, learning rates 10 times, schedule cosine": {**LARGE, "train.batch_users": 256},
+    "the same, loss sampled:2048": {**LARGE, "train.batch_users": 256, "train.loss": "sampled:2048"},
+    "the same, loss gbce:256": {**LARGE, "train.batch_users": 256, "train.loss": "gbce:256"},
+    "1,024 users a batch, the same rates, loss full": {**LARGE, "train.batch_users": 1024, "train.loss": "full"},
 }
-SCORINGS = {  # the terms that are added to the scores of a trained run
-    "no term": dict.fromkeys(NEIGHBOUR_WEIGHTS, 0.0),
-    **{name: {**dict.fromkeys(NEIGHBOUR_WEIGHTS, 0.0), name: weight} for name, weight in NEIGHBOUR_WEIGHTS.items()},
-    "both terms": NEIGHBOUR_WEIGHTS,
+NO_TERM = TermWeights()._asdict()
+SCORINGS = {  # what is added to the scores of a trained run
+    "no term": NO_TERM,
+    **{name: {**NO_TERM, name: weight} for name, weight in NEIGHBOUR_WEIGHTS.items()},
+    "both terms": {**NO_TERM, **NEIGHBOUR_WEIGHTS},
+    "both terms, cold_bias 1": {**NO_TERM, **NEIGHBOUR_WEIGHTS, "cold_bias": 1.0},
 }
 
 

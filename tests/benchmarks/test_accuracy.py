@@ -16,6 +16,7 @@ from iisan_fast.benchmarks.machine import last_commit
 from iisan_fast.config import ProtocolConfig
 from iisan_fast.errors import InputError
 
+NO_TERM = {"cooccurrence": 0.0, "similarity": 0.0, "cold_bias": 0.0}
 SMALL = {"train.batch_users": 16, "model.embedding_dim": 16}
 PAPER = {"model.method": "iisan-versa", "train.max_epochs": 3, **SMALL}
 RECIPE = {
@@ -53,8 +54,8 @@ def test_a_repeated_call_takes_finished_runs_and_keeps_their_commits(data, monke
         "strong-seed-0": ["not recorded"],
         "strong-seed-1": ["first"],
     }
-    assert [row["scoring"] for row in result["runs"]["paper"]] == [{"cooccurrence": 0.0, "similarity": 0.0}] * 2
-    assert result["runs"]["strong"][0]["scoring"] == {"cooccurrence": 1.5, "similarity": 3.0}
+    assert [row["scoring"] for row in result["runs"]["paper"]] == [NO_TERM] * 2
+    assert result["runs"]["strong"][0]["scoring"] == {**NO_TERM, "cooccurrence": 1.5, "similarity": 3.0}
     stored = json.loads((data.work / "strong-seed-1" / "test.json").read_text())
     assert result["runs"]["strong"][1]["test"]["hr@10"] == stored["test"]["masked"]["hr@10"]
     assert result["runs"]["neighbours"][0]["test"]["ndcg@10"] == stored["neighbours"]["masked"]["ndcg@10"]
@@ -80,7 +81,10 @@ def test_the_ablation_reads_validation_alone(data, monkeypatch):
     paper, strong = result["rows"]
     assert (paper["option"], strong["option"]) == ("paper's form", "strong")
     assert paper["epochs"] == strong["epochs"] == 2 and paper["commits"] == ["first"]
-    assert list(paper["validation"]) == ["no term", "cooccurrence", "similarity", "both terms"]
+    assert list(paper["validation"]) == [
+        *("no term", "cooccurrence", "similarity"),
+        *("both terms", "both terms, cold_bias 1"),
+    ]
     metrics = data.work / "ablation" / "paper's-form,-2-epochs,-seed-0" / "metrics.jsonl"
     reports = [json.loads(line)["validation"]["masked"] for line in metrics.read_text().splitlines()]
     assert paper["validation"]["no term"]["hr@10"] == max(report["hr@10"] for report in reports)
