@@ -29,7 +29,8 @@ class MemoryBudget:
     ) -> None:
         """Estimate the memory. For trained encoders, choose and log how many items they encode at a time.
 
-        Raises InputError if one item does not fit, or the columns of a loss that takes others than the batch's items.
+        sequences: the histories that are trained on, with reversed ones if there are any. Raises InputError if one item
+        does not fit, or the columns of a loss that takes others than the batch's items.
         """
         self.device = device
         self.users = config.train.batch_users
@@ -43,7 +44,7 @@ class MemoryBudget:
             self.encoding = self._plan_encoding(config, source, model)
             self.estimate = self.encoding.estimate
         else:
-            self.estimate = 4 * STATE_COPIES * self.items * sum(layers * width for layers, width in source.shapes)
+            self.estimate = 4 * STATE_COPIES * self.items * _numbers_of_an_item(config, source)
         self.lower = "batch_users"
         if not negatives.in_batch:
             self._add_scores(config.train, shape.rows, model)
@@ -97,3 +98,10 @@ class MemoryBudget:
             f"activations of up to {size_text(plan.estimate)}"
         )
         return plan
+
+
+def _numbers_of_an_item(config: RunConfig, source: ItemSource) -> int:
+    """Return how many numbers of an item's states a step takes: those of all kept layers, or of the last for frozen."""
+    if config.model.method == "frozen":
+        return sum(width for _, width in source.shapes)
+    return sum(layers * width for layers, width in source.shapes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -22,6 +23,7 @@ from helpers.tables import random_table
 from iisan_fast.config import ModelConfig, RunConfig, TrainConfig
 from iisan_fast.data.batches import Batch, make_batch, padded_shape
 from iisan_fast.data.loss_columns import Negatives, drawn_places
+from iisan_fast.data.sequences import load_dataset
 from iisan_fast.errors import InputError, Stopped
 from iisan_fast.kernels import SequenceGrid
 from iisan_fast.kernels.reference.binary_cross_entropy import generalised_binary_cross_entropy
@@ -261,6 +263,34 @@ def test_a_loss_that_memory_does_not_hold_is_refused_before_training(tmp_path, c
     text = str(error.value)
     assert text.startswith(f"loss: {loss} compares up to ") and text.endswith(f"free on cpu; {remedy}"), text
     assert not (tmp_path / "run").exists()
+
+
+def rows_of_longest(config: RunConfig, times: int) -> int:
+    """Return the rows of a batch of the longest training histories, each of which comes so many times."""
+    lengths = np.diff(load_dataset(Path(config.dataset)).sequences.training[0])
+    longest = sorted(np.repeat(lengths, times), reverse=True)[: config.train.batch_users]
+    return sum(longest) - len(longest)
+
+
+def test_the_largest_batch_of_reversed_histories_has_the_longest_ones_twice(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(memory_budget, "free_memory", lambda device: 0)
+    rows = rows_of_longest(config, 2)
+    assert rows > rows_of_longest(config, 1)
+    with pytest.raises(InputError, match=f"loss: full compares up to {rows} rows with 40 items a step"):
+        train(with_train(config, loss="full", reverse=True), tmp_path / "run", CPU)
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_full_loss_of_frozen_encoders_takes_memory_for_their_last_layers(config, tmp_path, monkeypatch, lacking):
+    """Forty items of two views of 16 numbers take 15,360 bytes; their scores the rest."""
+    needed = 15_360 + 4 * 40 * rows_of_longest(config, 1)
+    monkeypatch.setattr(memory_budget, "free_memory", lambda device: needed - lacking)
+    model = ModelConfig("frozen", embedding_dim=16)
+    optimisation = dataclasses.replace(config.train, learning_rates={}, loss="full", max_epochs=1)
+    frozen = dataclasses.replace(config, model=model, train=optimisation)
+    with pytest.raises(InputError, match="loss: full") if lacking else contextlib.nullcontext():
+        train(frozen, tmp_path / "run", CPU)
+    assert (tmp_path / "run").exists() is not bool(lacking)
 
 
 def test_a_run_of_the_defaults_plans_no_memory_for_scores(config, monkeypatch, tmp_path):
