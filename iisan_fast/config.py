@@ -298,8 +298,8 @@ class TrainConfig:
     )
     loss: str = setting(
         "in-batch",
-        help="Loss: cross-entropy over the batch's items (in-batch), all items of training (full) or N drawn ones "
-        "(sampled:N), or gSASRec's binary one with N drawn items (gbce:N; gbce draws 256).",
+        help="Loss: cross-entropy over the batch's items (in-batch), all items that occur in training (full) or N drawn "
+        "ones (sampled:N), or gSASRec's binary one with N drawn items (gbce:N; gbce draws 256).",
     )
     debias: bool | None = setting(
         None,
@@ -315,7 +315,7 @@ class TrainConfig:
     )
     schedule: str = setting(
         "constant",
-        help="Learning rates after the warm-up: constant, or falling to 0 at the end of max_epochs.",
+        help="Learning rates after the warm-up: constant, or falling to 0 at the end of the last epoch.",
         choices=SCHEDULES,
     )
     warmup_epochs: float = setting(
@@ -325,6 +325,7 @@ class TrainConfig:
         None,
         help="Largest L2 norm of all gradients together; longer ones are scaled to it.",
         minimum=0,
+        maximum=1_000_000,
         automatic="none",
     )
     ema_decay: float = setting(

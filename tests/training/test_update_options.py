@@ -205,7 +205,9 @@ def test_averages_stand_in_a_model_for_a_while():
     assert [parameter.data_ptr() for parameter in parameters] == places
 
 
-@pytest.mark.parametrize(("name", "value"), [("clip_norm", 0), ("ema_decay", 1), ("weight_decay", -1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("clip_norm", 0), ("clip_norm", float("inf")), ("ema_decay", 1), ("weight_decay", -1)]
+)
 def test_values_that_train_nothing_are_refused(name, value):
     with pytest.raises(InputError, match=f"{name}: expected"):
         TrainConfig(**{name: value})
