@@ -114,12 +114,10 @@ def test_extract_and_train_run_a_recipe_unchanged(folder, monkeypatch):
 @pytest.mark.slow
 def test_the_recipe_for_any_dataset_trains(toy_run, tmp_path):
     dataset, cache = toy_run
-    result = iisan_fast.train(
-        dataset, cache, config=STRONG, epochs=1, loss="sampled:16", out=tmp_path / "run", device="cpu"
-    )
+    result = iisan_fast.train(dataset, cache, config=STRONG, epochs=1, out=tmp_path / "run", device="cpu")
     values = base_settings(STRONG)
     assert result["method"] == values["model"]["method"]
-    assert result["scoring"] == {name: values["scoring"][name] for name in ("cooccurrence", "similarity")}
+    assert result["scoring"] == {name: values["scoring"][name] for name in ("cooccurrence", "similarity", "cold_bias")}
 
 
 @pytest.mark.slow
