@@ -20,7 +20,8 @@ EXAMPLES = (
     "iisan-fast evaluate runs/first --fit-terms",
 )
 NOT_HERE = ("mask_history",)  # both figures are printed
-FIXED = ("cooccurrence_neighbours", "similarity_dims")  # settings of the terms that the run has
+FIXED = ("cooccurrence_neighbours", "similarity_dims")  # of the terms in the run's folder
+WEIGHTS_OF_RUN = dict.fromkeys(("cooccurrence", "similarity", "cold_bias"), "the run's")
 
 
 @command(examples=EXAMPLES, short_help="Print the figures of a finished run.")
@@ -33,13 +34,13 @@ FIXED = ("cooccurrence_neighbours", "similarity_dims")  # settings of the terms 
     help="Targets that are ranked.",
 )
 @setting_options(EvaluationConfig, EVALUATION, without=NOT_HERE)
-@setting_options(ScoringConfig, SCORING, without=FIXED)
+@setting_options(ScoringConfig, SCORING, without=FIXED, defaults=WEIGHTS_OF_RUN)
 @device_option
 @output_options
 def evaluate(run: Path, split: str, device: str, as_json: bool, **options: Any) -> None:
     """Print the metrics of RUN's best checkpoint over the full catalogue, history masked and unmasked.
 
-    The weights of the neighbour terms are those of RUN; others may be given or fitted.
+    It ranks by RUN's weights of the neighbour terms, unless you give others or fit them.
     """
     from .. import api  # imports numpy
 

@@ -10,17 +10,8 @@ import click
 
 DATA, ENCODERS, MODEL, TRAINING, EVALUATION = "Data", "Encoders", "Model", "Training", "Evaluation"
 SCORING, SETTINGS, BENCHMARK, OUTPUT = "Neighbour terms", "Settings", "Benchmark", "Device and output"
-GROUPS = (
-    DATA,
-    ENCODERS,
-    MODEL,
-    TRAINING,
-    EVALUATION,
-    SCORING,
-    BENCHMARK,
-    SETTINGS,
-    OUTPUT,
-)  # in the order of a help page
+# In the order of a help page.
+GROUPS = (DATA, ENCODERS, MODEL, TRAINING, EVALUATION, SCORING, BENCHMARK, SETTINGS, OUTPUT)
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -109,11 +110,13 @@ def setting_options(
     *,
     without: Collection[str] = (),
     spellings: Mapping[str, Spelling] = SPELLINGS,
+    defaults: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Any], Any]:
     """Return the decorator that gives a command an option for each setting of a dataclass.
 
     group: the heading in the command's help; a mapping gives the heading of each setting by name.
     without: names of settings that get no option.
+    defaults: by name, what the help says of a setting's default in place of the dataclass's own.
     A list may be written with commas, and its option repeated. A mapping's option, KEY=VALUE, may be repeated.
     """
     declared = []
@@ -121,7 +124,7 @@ def setting_options(
         heading = group if isinstance(group, str) else group[name]
         spelling = spellings.get(name)
         shared = settings_of(config)[spelling.bare] if spelling and spelling.bare else None
-        declared.append(_option(setting, heading, spelling, shared))
+        declared.append(_option(setting, heading, spelling, shared, defaults.get(name)))
 
     def decorate(command: Any) -> Any:
         for add_option in reversed(declared):
@@ -181,8 +184,13 @@ def _optional_settings(
     return {name: setting for name, setting in settings.items() if name not in without and name not in shared}
 
 
-def _option(setting: Setting, group: str, spelling: Spelling | None, shared: Setting | None) -> Callable[[Any], Any]:
-    """Return the decorator of one setting's option. shared: the setting that a VALUE without KEY= is for."""
+def _option(
+    setting: Setting, group: str, spelling: Spelling | None, shared: Setting | None, default: str | None
+) -> Callable[[Any], Any]:
+    """Return the decorator of one setting's option.
+
+    shared: the setting that a VALUE without KEY= is for. default: what the help says of the default; None for its own.
+    """
     kind = _without_none(setting.type)
     dashed = setting.name.replace("_", "-")
     flags = f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}"
@@ -190,7 +198,7 @@ def _option(setting: Setting, group: str, spelling: Spelling | None, shared: Set
         flags = spelling.flags
     attributes: dict[str, Any] = {"group": group, "default": None, "show_default": False}
     if kind is bool:
-        return option(flags, setting.name, help=_help(setting), **attributes)
+        return option(flags, setting.name, help=_help(setting, default=default), **attributes)
     origin = typing.get_origin(kind)
     metavar = spelling.metavar if spelling else None
     if origin is tuple:
@@ -207,7 +215,7 @@ def _option(setting: Setting, group: str, spelling: Spelling | None, shared: Set
     listed = len(choices) > LONGEST_METAVAR or (bool(choices) and origin is tuple)
     if listed:
         metavar = metavar or "NAME"
-    text = _help(setting, listed)
+    text = _help(setting, listed, default)
     if shared is not None:
         keyed_form = attributes["type"].name.rpartition("|")[2]
         meaning = f"{keyed_form}: {setting.rules.help[0].lower()}{setting.rules.help[1:]}"
@@ -220,14 +228,18 @@ def _word(kind: type, rules: SettingRules) -> click.ParamType:
     return click.Choice(rules.choices) if rules.choices else Word(kind, rules)
 
 
-def _help(setting: Setting, list_choices: bool = False) -> str:
-    """Return the help text of a setting's option: its meaning, its choices if they are listed, its default."""
+def _help(setting: Setting, list_choices: bool = False, default: str | None = None) -> str:
+    """Return the help text of a setting's option: its meaning, its choices if they are listed, its default.
+
+    default: in place of the setting's own.
+    """
     text = setting.rules.help
     if list_choices:
         text += f" One of {', '.join(setting.rules.choices)}."
-    default = setting.default_text
-    if isinstance(setting.default, bool):
-        default = "on" if setting.default else "off"
+    if default is None:
+        default = setting.default_text
+        if isinstance(setting.default, bool):
+            default = "on" if setting.default else "off"
     return text if default in ("", "none") else f"{text}  [default: {default}]"
 
 

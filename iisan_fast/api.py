@@ -290,12 +290,12 @@ def evaluate(
     run: the run's folder; nothing else is read. For a run of an earlier version, which has no neighbours.safetensors,
         similarity is built from the run's cache.
     split: test or validation.
-    settings: those of EvaluationConfig, as ks=(5, 10); they change `evaluation`. cooccurrence and similarity: weights
-        of the terms in place of the run's; fit_terms=True chooses both by validation, as `train` does.
+    settings: those of EvaluationConfig, as ks=(5, 10); they change `evaluation`. cooccurrence, similarity and
+        cold_bias replace the run's; fit_terms=True chooses cooccurrence and similarity by validation, as `train` does.
 
     Returns method, best epoch, the figures under the split's name, those of the baselines "popularity" and
-    "neighbours", and under "scoring" the weights of the terms. Figures are HR@K and NDCG@K as fractions, history masked
-    and unmasked. "neighbours" also has "similarity": whether the run has states for that term.
+    "neighbours", and under "scoring" the weights of the terms and cold_bias. Figures are HR@K and NDCG@K as fractions,
+    history masked and unmasked. "neighbours" also has "similarity": True if the run has states for that term.
     Raises InputError where the folder holds no finished epoch, and for a weight of similarity in a run without states.
     """
     from . import training

@@ -54,15 +54,15 @@ LEARNING_RATES: dict[str, dict[str, float]] = {  # of each method's groups of pa
     "id": {"item_embeddings": 1e-3, "sequence_encoder": 1e-3},
 }
 NEIGHBOURS = "neighbours"  # the method that trains nothing
-# Of the terms, where nothing is trained. Chosen on the validation users of Scientific, with 128 components of two
-# views: each is the best given the other. Added to `iisan-versa` of seeds 0 and 1, HR@10 and NDCG@10 are nearly level
-# from 1.5 to 3 and from 6 to 9.
+# Default weights of the neighbour terms in a ranking without training. They were chosen on the validation users of
+# Scientific, with 128 components of two views: each weight is the best one beside the other. With the terms added to
+# `iisan-versa` of seeds 0 and 1, HR@10 and NDCG@10 hardly change from 1.5 to 3 and from 6 to 9.
 NEIGHBOUR_WEIGHTS = {"cooccurrence": 2.0, "similarity": 9.0}
 METHODS = (*LEARNING_RATES, NEIGHBOURS)
 TOWERS = ("first", "second", "inter")  # over the first view, the second, and both
-ITEM_IDS_RATE = {"item_embeddings": 1e-3}  # of the item vectors that the setting item_ids adds
+ITEM_IDS_RATE = {"item_embeddings": 1e-3}  # learning rate of the vectors that the setting item_ids adds
 LOSSES = ("in-batch", "full", "sampled", "gbce")
-GBCE_NEGATIVES = 256  # that gSASRec draws where no number is given
+GBCE_NEGATIVES = 256  # drawn for a step if the loss gbce has no number
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -294,7 +294,7 @@ class TrainConfig:
         automatic="the method's own",
     )
     reverse: bool = setting(
-        False, help="Train on each training history in reverse order too, as on that of a further user."
+        False, help="Train on each training history a second time, in reverse order, as the history of one more user."
     )
     loss: str = setting(
         "in-batch",
@@ -319,18 +319,18 @@ class TrainConfig:
         choices=SCHEDULES,
     )
     warmup_epochs: float = setting(
-        0.0, help="Epochs, or a part of one, in which the learning rates rise from 0.", minimum=0, maximum=1_000_000
+        0.0, help="Epochs in which the learning rates rise from 0; 0.5 is half an epoch.", minimum=0, maximum=1_000_000
     )
     clip_norm: float | None = setting(
         None,
-        help="Largest L2 norm of all gradients together; longer ones are scaled to it.",
+        help="Scale the gradients down to this L2 norm if the norm of all together is larger.",
         minimum=0,
         maximum=1_000_000,
         automatic="none",
     )
     ema_decay: float = setting(
         0.0,
-        help="Decay of a moving average of the weights, which is validated and kept in their place; 0: none.",
+        help="Decay of a moving average of the weights; validation and the best checkpoint take the average; 0: none.",
         minimum=0,
         below=1,
     )
@@ -406,31 +406,32 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """Two terms added to a model's scores, from the items of the same users and from items of similar content."""
+    """Settings of what is added to a model's scores: two neighbour terms, and a number for cold items."""
 
     cooccurrence: float | None = setting(
         None,
-        help="Weight of the items that follow or precede those of the history in training.",
+        help="Weight of co-occurrence: items that users took near those of the history in training.",
         minimum=0,
         maximum=1_000_000,
         automatic=f"0, none; with {NEIGHBOURS} {NEIGHBOUR_WEIGHTS['cooccurrence']:g}",
     )
     similarity: float | None = setting(
         None,
-        help="Weight of the items whose stored states are like those of the last three items; needs a cache.",
+        help="Weight of similarity: items whose stored states are like those of the last three items; needs a cache.",
         minimum=0,
         maximum=1_000_000,
         automatic=f"0, none; with {NEIGHBOURS} and a cache {NEIGHBOUR_WEIGHTS['similarity']:g}",
     )
     cold_bias: float | None = setting(
         None,
-        help="Number that is added to the scores of items that do not occur in training.",
+        help="Number to add to the scores of items that do not occur in training.",
         minimum=-1_000_000,
         maximum=1_000_000,
         automatic="0",
     )
     fit_terms: bool = setting(
-        False, help="Choose both weights by validation HR@10 of the best epoch, on a small grid, before the test."
+        False,
+        help="Choose cooccurrence and similarity on a small grid, by validation HR@10 of the best epoch.",
     )
     cooccurrence_neighbours: int = setting(
         200,
@@ -440,14 +441,14 @@ class ScoringConfig:
     )
     similarity_dims: int = setting(
         128,
-        help="Principal components of the states that similarity compares; as many as there are if there are fewer.",
+        help="Principal components of the states that similarity compares; all of them if there are fewer.",
         minimum=1,
         maximum=65_536,
     )
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.fit_terms and (self.cooccurrence or self.similarity):  # 0 stands there while a run is trained
+        if self.fit_terms and (self.cooccurrence or self.similarity):  # config.json of such a run has 0
             raise InputError("fit_terms: chooses cooccurrence and similarity; leave them out, or leave out fit_terms")
 
 
@@ -580,7 +581,7 @@ class RunConfig:
         for section, defaults in ((self.model, ModelConfig(NEIGHBOURS)), (self.train, TrainConfig())):
             for name, value in vars(section).items():
                 if value != getattr(defaults, name):
-                    raise InputError(f"{name}: {NEIGHBOURS} trains nothing; leave out {json.dumps(value)}")
+                    raise InputError(f"{name}: {NEIGHBOURS} trains nothing, found {json.dumps(value)}; leave it out")
 
     def _resolved_scoring(self) -> ScoringConfig:
         """Return the weights of the neighbour terms with the method's own where none are given.

@@ -55,12 +55,8 @@ PROTOCOL_SETTINGS, EVALUATION_SETTINGS, EXTRACTION_SETTINGS = (
     tuple(field.name for field in dataclasses.fields(section))
     for section in (ProtocolConfig, EvaluationConfig, ExtractionConfig)
 )
-TERM_SETTINGS = (
-    "cooccurrence",
-    "similarity",
-    "cold_bias",
-    "fit_terms",
-)  # of ScoringConfig, for a run that has its terms already
+# Of ScoringConfig, those that a finished run can be ranked with.
+TERM_SETTINGS = ("cooccurrence", "similarity", "cold_bias", "fit_terms")
 RUN_SETTINGS = (*SECTION_OF, *OTHER_NAMES, *ENCODER_SETTINGS)
 NOT_OF_A_RUN = "extraction"  # the part of a settings file that training does not read
 PARTS_OF_EXTRACTION = ("dataset", "cache", "encoders", "protocol", "extraction")

@@ -92,7 +92,7 @@ def evaluate_run(
 
     path: the run folder. split: "validation" or "test". asked: weights of the neighbour terms in place of the run's,
     or that they are fitted on the validation set. The metrics of `evaluate` are under the split's name, and under
-    "popularity" and "neighbours", which also has "similarity": whether there were states for it. "method", "best_epoch"
+    "popularity" and "neighbours", which also has "similarity": True if there were states for it. "method", "best_epoch"
     (counted from 1) and "scoring", the weights, describe the run. Raises InputError as `load` does, and for a weight of
     similarity in a run without states.
     """

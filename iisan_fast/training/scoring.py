@@ -17,7 +17,7 @@ from ..evaluation import evaluate, headline_metrics, popularity_baseline
 from ..models import RECENT, NeighbourTerms, Scores, popularity_scores
 
 FIT_K = 10  # of the validation HR@K and NDCG@K by which weights are chosen
-# The weights that are tried, 0 among them, in ascending order: of equal ones the first is chosen.
+# The weights to try, in ascending order: of equally good ones the first is chosen.
 COOCCURRENCE_GRID = (0.0, 1.0, 1.5, 2.0, 3.0)
 SIMILARITY_GRID = (0.0, 3.0, 6.0, 9.0)
 
@@ -88,7 +88,9 @@ class Scoring:
         validation set, as in `scores`. Raises InputError if there are no validation users.
         """
         if not len(queries):
-            raise InputError("fit_terms: chooses by validation users, and the split has none; give both weights")
+            raise InputError(
+                "fit_terms: expected validation users, found none; give cooccurrence and similarity in its place"
+            )
         config = replace(config, ks=(FIT_K,))
         similarities = SIMILARITY_GRID if self.terms.similarity is not None else (0.0,)
         best = TermWeights(cold_bias=cold_bias)
@@ -112,7 +114,7 @@ class Scoring:
     def baselines(self, split: str, config: EvaluationConfig) -> dict[str, Any]:
         """Return the metrics of `popularity` and of `neighbours`, two rankings without training, on a split.
 
-        "neighbours" also has "similarity": whether the run has states for that term.
+        "neighbours" also has "similarity": True if the run has states for that term.
         """
         scores = self.baseline_scores(split)["neighbours"]
         report = evaluate(scores.queries, scores.vectors, self.sequences, split, config, scores.added)

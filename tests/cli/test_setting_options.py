@@ -135,3 +135,14 @@ def test_help_tells_meaning_choices_and_default_under_its_headings():
     assert lines.index("Data:") < lines.index("Model:") < lines.index("Examples:")
     assert lines[lines.index("Model:") + 1].split() == ["--heat", "NUMBER", "A", "share.", "[default:", "0.5]"]
     assert lines[-2:] == ["  oven --name a \\", "    --heat 0.5"]
+
+
+def test_help_says_the_default_of_a_command_where_it_is_another_than_the_settings():
+    @click.command()
+    @setting_options(Oven, "Data", defaults={"heat": "the oven's", "titles": "the cook's"})
+    def oven(**options: Any) -> None:
+        """Heat things."""
+
+    page = " ".join(click.Context(oven).get_help().split())
+    assert "A share. [default: the oven's]" in page and "A switch. [default: the cook's]" in page
+    assert "A colour. [default: red]" in page

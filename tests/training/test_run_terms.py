@@ -358,7 +358,7 @@ def test_a_grid_without_validation_users_is_refused(without_terms):
     none = np.full(len(best.sequences.user_ids), -1)
     sequences = dataclasses.replace(best.sequences, targets={**best.sequences.targets, "validation": none})
     queries = best.user_states("validation")[:0]
-    with pytest.raises(InputError, match="fit_terms: chooses by validation users, and the split has none; give both"):
+    with pytest.raises(InputError, match="fit_terms: expected validation users, found none; give cooccurrence and"):
         Scoring(sequences, best.terms, CPU).fitted(queries, best.item_vectors, FIGURES)
 
 

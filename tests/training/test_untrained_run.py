@@ -134,7 +134,7 @@ def test_data_that_has_moved_is_recorded_if_it_is_the_same(run, finished, toy_ru
     assert resume(run, CPU, changes=RunChanges(dataset=places[0], cache=places[1])) == finished[1]
     saved = json.loads((run / "config.json").read_text())
     assert [saved["dataset"], saved["cache"]] == places
-    with pytest.raises(InputError, match="max_epochs: neighbours trains nothing; leave out 5"):
+    with pytest.raises(InputError, match="max_epochs: neighbours trains nothing, found 5; leave it out"):
         resume(run, CPU, changes=RunChanges(max_epochs=5))
     with pytest.raises(InputError, match="gone"):
         resume(run, CPU, changes=RunChanges(cache=str(tmp_path / "gone")))
@@ -176,7 +176,7 @@ def test_on_the_command_line(toy_run, tmp_path):
         == json.loads(command("train", "--resume", tmp_path / "run", "--json", "--device", "cpu").stdout)["test"]
     )
     other = ("train", dataset, "--method", "neighbours", "--out", tmp_path / "other")
-    assert "epochs: neighbours trains nothing; leave out 5" in refused(*other, "--epochs", "5")
+    assert "epochs: neighbours trains nothing, found 5; leave it out" in refused(*other, "--epochs", "5")
     assert "similarity: compares states of a cache" in refused(*other, "--similarity", "6")
     assert not (tmp_path / "other").exists()
 
@@ -184,11 +184,11 @@ def test_on_the_command_line(toy_run, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train": TrainConfig(seed=1)}, "seed: neighbours trains nothing; leave out 1"),
+        ({"train": TrainConfig(seed=1)}, "seed: neighbours trains nothing, found 1; leave it out"),
         ({"train": TrainConfig(learning_rates={"heads": 0.1})}, "learning_rates: neighbours trains nothing"),
         (
             {"train": TrainConfig(checkpoint_every="10m")},
-            'checkpoint_every: neighbours trains nothing; leave out "10m"',
+            'checkpoint_every: neighbours trains nothing, found "10m"; leave it out',
         ),
         ({"model": ModelConfig("neighbours", embedding_dim=16)}, "embedding_dim: neighbours trains nothing"),
         ({"model": ModelConfig("neighbours", dropout=0.2)}, "dropout: neighbours trains nothing"),
