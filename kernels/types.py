@@ -88,7 +88,7 @@ class SequenceGrid(NamedTuple):
 
 
 class AddedScores(NamedTuple):
-    """What is added to the scores of a few items of each of U users, beside the dot products: a sparse matrix."""
+    """Values to add to the scores of a few items of each of U users, beside the dot products: a sparse matrix."""
 
     offsets: Tensor  # int64 [U + 1]: user u has the entries offsets[u]:offsets[u + 1]
     items: Tensor  # int64 [E]: row numbers of items, ascending within a user, each once

@@ -56,9 +56,7 @@ class Batch:
     row_users: Tensor  # int64 [R]: 0..B-1
     row_slots: Tensor  # int64 [R]: place in the grid, user * length + position, right-aligned, ascending
     weights: Tensor  # float64 [R]: each row's part in the mean loss
-    history_bits: (
-        Tensor  # int32 [B, ceil(V / 32)]: bit v % 32 of word v // 32: item v is no negative of the user's rows
-    )
+    history_bits: Tensor  # int32 [B, ceil(V / 32)]: bit v % 32 of word v // 32: item v is no negative of the user
     buffer: Tensor | None = None  # the memory that all tensors share, if the batch was unpacked
 
     @property
@@ -243,11 +241,12 @@ def _history_bits(layout: Layout, columns: Columns, own_mask: bool) -> list[Tens
     parts = np.split(bits, bounds[1:-1])
     sizes = zip(users.tolist(), words.tolist())
     return [
-        _barred(part.reshape(size), barred) for part, size, barred in zip(parts, sizes, columns.barred, strict=True)
+        _with_bits_set(part.reshape(size), barred)
+        for part, size, barred in zip(parts, sizes, columns.barred, strict=True)
     ]
 
 
-def _barred(bits: np.ndarray, columns: np.ndarray) -> Tensor:
+def _with_bits_set(bits: np.ndarray, columns: np.ndarray) -> Tensor:
     """Set the bits of some columns for all users, in place, and return the bits as int32.
 
     bits: uint32 [users, words]. columns: int64.

@@ -18,7 +18,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # the step of SplitMix64 (Steele, Lea and Flood, OO
 
 
 class Negatives(NamedTuple):
-    """Which items a loss compares targets with. The default is the in-batch loss with its mask."""
+    """The items that a loss compares targets with. The default is the in-batch loss with its mask."""
 
     catalogue: bool = False  # all items that occur in training
     sampled: int = 0  # so many of them, drawn for each step; 0: none are drawn

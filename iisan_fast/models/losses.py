@@ -1,4 +1,4 @@
-"""The settings of the losses that need more than a batch: the calibration of gSASRec's binary cross-entropy."""
+"""Define the settings of gSASRec's binary cross-entropy: its negatives and its calibration."""
 
 from __future__ import annotations
 

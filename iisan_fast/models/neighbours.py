@@ -23,7 +23,7 @@ from .cooccurrence import CoOccurrence
 from .similarity import Similarity
 
 SUMS_FACTOR = 20.0  # in log(1 + 20 M)
-POPULARITY_WEIGHT = 0.3  # of the log of an item's training count, in the place of a model's score
+POPULARITY_WEIGHT = 0.3  # of the log of an item's training count, in place of a model's score
 LEAST_COUNT = 0.5  # of an item that does not occur in training
 
 COOCCURRENCE_DTYPES = {"offsets": torch.int64, "items": torch.int32, "values": torch.float32}

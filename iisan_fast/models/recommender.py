@@ -20,7 +20,7 @@ from .losses import BinaryLoss
 from .sasrec import SASRec
 from .side_network import SideItemEncoder
 
-ITEM_PARAMETERS = ("item_encoder.", "item_ids.")  # the starts of their names, of those that give item vectors
+ITEM_PARAMETERS = ("item_encoder.", "item_ids.")  # starts of the names of parameters that give item vectors
 USERS_AT_ONCE = 512  # users whose states are computed at a time
 USER_WORKERS = 2  # threads that compute user states on a CPU
 

@@ -17,8 +17,8 @@ from ..states import ItemSource, free_memory, size_text, usable_memory
 
 LOGGER = logging.getLogger(__name__)
 STATE_COPIES = 3  # of a batch's states, 4 bytes for an element: the states, and the towers' results
-SCORE_COPIES = {"cpu": 1, "cuda": 0}  # of a cross-entropy's scores, 4 bytes each; the form on CUDA stores none
-BINARY_SCORE_COPIES = 5  # of a binary cross-entropy's: scores, their softplus, weights, products, gradients
+SCORE_COPIES = {"cpu": 1, "cuda": 0}  # of a cross-entropy, 4 bytes for a score; the form on CUDA stores none
+BINARY_SCORE_COPIES = 5  # of a binary cross-entropy: scores, their softplus, weights, products, gradients
 
 
 class MemoryBudget:

@@ -17,7 +17,6 @@ class UpdateOptions:
     """The settings of an update beside its learning rates. By default it is plain Adam."""
 
     weight_decay: float = 0.0  # decoupled: a weight loses rate * weight_decay of itself in a step
-
     clip_norm: float | None = None  # largest L2 norm of all gradients together; None for any
     ema_decay: float = 0.0  # of the averaged weights; 0 for none
     scheduled: bool = False  # True: learning rates change from step to step

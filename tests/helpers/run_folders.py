@@ -1,4 +1,4 @@
-"""Read the results of runs."""
+"""Read the results of runs, and change their files."""
 
 from __future__ import annotations
 
@@ -22,6 +22,19 @@ def untimed(run: Path) -> list[dict]:
 def hit_rates(result: dict) -> tuple[float, float]:
     """Return the model's and the popularity baseline's test HR@10, history masked."""
     return result["test"]["masked"]["hr@10"], result["popularity"]["masked"]["hr@10"]
+
+
+def without_later_figures(figures: dict) -> dict:
+    """Return test figures without those that versions before the neighbour terms did not store."""
+    assert {"neighbours", "scoring"} <= figures.keys()
+    return {name: value for name, value in figures.items() if name not in ("neighbours", "scoring")}
+
+
+def flip_bit(path: Path, byte: int, bit: int = 0) -> None:
+    """Flip a bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1 << bit
+    path.write_bytes(content)
 
 
 def assert_same_run(run: Path, other: Path) -> None:

@@ -41,7 +41,7 @@ def by_formula(histories: list[list[int]], items: int) -> np.ndarray:
     return weights / np.maximum(1, np.sqrt(weights.sum(axis=1, keepdims=True)))
 
 
-def same(left: CoOccurrence, right: CoOccurrence) -> bool:
+def equal_bits(left: CoOccurrence, right: CoOccurrence) -> bool:
     """Return True if two matrices are equal bit for bit."""
     return all(np.array_equal(getattr(left, name), getattr(right, name)) for name in ("offsets", "items", "values"))
 
@@ -66,7 +66,7 @@ def test_blocks_of_any_size_give_the_same_bits(block_bytes, neighbours):
     histories = histories_at_random(200, 30) + [[7, 8] * 20] * 5  # items 7 and 8 alone fill many blocks
     sequences = make_sequences(histories, items=31)  # nobody takes item 31
     whole = CoOccurrence.of(sequences, neighbours)
-    assert same(CoOccurrence.of(sequences, neighbours, block_bytes), whole)
+    assert equal_bits(CoOccurrence.of(sequences, neighbours, block_bytes), whole)
     assert whole.offsets[-1] == whole.offsets[-2] and len(whole.values) > 60
 
 
@@ -91,7 +91,7 @@ def test_only_training_pairs_count():
     np.testing.assert_allclose(dense(CoOccurrence.of(temporal, ALL)), expected, rtol=1e-6)
 
 
-def test_a_pair_after_the_first_moment_of_a_temporal_split_is_not_there(tmp_path):
+def test_a_pair_after_the_first_moment_of_a_temporal_split_is_not_counted(tmp_path):
     times = {"u1": "1 2 3 4 90", "u2": "1 2 3 4 5", "u3": "80 81 82 83 84", "u4": "60 61 95 96 97"}
     taken = {"u1": "a b c d e", "u2": "b c d a b", "u3": "x y x y x", "u4": "x a y b e"}
     (tmp_path / "items.tsv").write_text("".join(f"{item}\ttitle\n" for item in "abcdexy"))
@@ -133,7 +133,7 @@ def test_items_with_equal_columns_have_equal_sums():
     np.testing.assert_array_equal(sums[:, 0], sums[:, 4])
 
 
-def test_what_is_too_old_to_count_in_float32_is_left_out():
+def test_items_too_old_to_count_in_float32_are_left_out():
     matrix = CoOccurrence.of(training([[1, 2], [3, 4]], 4), ALL)
     old = np.array([[1] + [3] * 60])
     assert matrix.sums(old).toarray()[0, 1] == 0

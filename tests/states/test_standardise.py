@@ -101,12 +101,12 @@ def test_every_place_and_every_part_gives_the_same_bits(cache, dtype, monkeypatc
 
 def test_the_kept_layers_alone_are_read(cache, whole):
     table = load_table(cache, ["b"], IDS, CPU, "device", layer_groups=1, standardise=True)
-    kept = whole.views[1][1:, [0, 2]]
+    kept_layers = whole.views[1][1:, [0, 2]]
     assert table.shapes == [(2, 5)]
-    torch.testing.assert_close(table.views[0][1:].double(), expected(kept, torch.float32), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(table.views[0][1:].double(), expected(kept_layers, torch.float32), rtol=1e-6, atol=1e-7)
 
 
-def test_without_it_states_stay_as_they_are(cache, whole):
+def test_without_standardise_states_stay_as_they_are(cache, whole):
     table = load_table(cache, ["a", "b"], IDS, CPU, "device")
     assert not table.statistics and all(torch.equal(*pair) for pair in zip(table.views, whole.views))
 

@@ -17,7 +17,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from helpers.run_folders import untimed
+from helpers.run_folders import flip_bit, untimed
 from iisan_fast.config import EvaluationConfig, RunConfig
 from iisan_fast.errors import InputError
 from iisan_fast.training import checkpoints, run_folder
@@ -53,13 +53,6 @@ def checkpoint(tmp_path) -> Path:
     return path
 
 
-def flip(path: Path, byte: int, bit: int = 0) -> None:
-    """Flip a bit of a file."""
-    content = bytearray(path.read_bytes())
-    content[byte] ^= 1 << bit
-    path.write_bytes(content)
-
-
 def header_bytes(path: Path) -> int:
     return 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
@@ -82,7 +75,7 @@ def test_each_flipped_bit_of_each_tensor_is_found_and_its_tensor_named(checkpoin
         begin, end = header[name]["data_offsets"]
         for byte in range(begin, end):
             checkpoint.write_bytes(whole)
-            flip(checkpoint, start + byte, byte % 8)
+            flip_bit(checkpoint, start + byte, byte % 8)
             with pytest.raises(
                 InputError, match=f"last.safetensors: damaged: tensor '{name}': its checksum does not fit; restore"
             ):
@@ -95,7 +88,7 @@ def test_each_flipped_bit_of_the_header_is_found_or_changes_nothing(checkpoint, 
     unchanged = 0
     for byte in range(0, header_bytes(checkpoint), step):
         checkpoint.write_bytes(whole)
-        flip(checkpoint, byte, (byte * 5) % 8)
+        flip_bit(checkpoint, byte, (byte * 5) % 8)
         try:
             tensors, state = load_checkpoint(checkpoint)
         except InputError as error:
@@ -202,7 +195,7 @@ def saved(tmp_path) -> RunFolder:
 
 def test_the_checkpoint_before_the_last_stands_in_for_a_damaged_one_and_is_not_lost(saved, caplog):
     assert saved.load_last()[1:] == ({"epoch": 2}, saved.last)
-    flip(saved.last, -3)
+    flip_bit(saved.last, -3)
     for _ in range(2):
         assert saved.load_last()[1:] == ({"epoch": 1}, saved.previous)
     assert "last.safetensors: damaged: tensor" in caplog.text
@@ -223,8 +216,8 @@ def test_a_state_that_is_not_a_runs_is_damage_too(saved):
 
 
 def test_two_damaged_checkpoints_are_both_named(saved):
-    flip(saved.last, -3)
-    flip(saved.previous, -3)
+    flip_bit(saved.last, -3)
+    flip_bit(saved.previous, -3)
     with pytest.raises(InputError, match=r"last\.safetensors: damaged.*; .*previous\.safetensors: damaged"):
         saved.load_last()
 
@@ -343,7 +336,7 @@ def figures(run: Path) -> dict:
 
 
 def test_a_run_with_a_damaged_last_checkpoint_ends_as_it_would_have(finished, stopped, caplog):
-    flip(stopped / "last.safetensors", -1003)
+    flip_bit(stopped / "last.safetensors", -1003)
     assert resume(stopped, CPU) == figures(finished)
     assert "goes on from the checkpoint before it" in caplog.text
     assert untimed(stopped) == untimed(finished)
@@ -355,7 +348,7 @@ def test_a_run_with_a_damaged_last_checkpoint_ends_as_it_would_have(finished, st
 def test_a_damaged_best_checkpoint_is_made_again_from_one_of_its_epoch(finished, stopped, caplog):
     best = load_checkpoint(stopped / "best.safetensors")[1]["epoch"]
     assert best in (2, 3)  # which the last and the previous checkpoint are of
-    flip(stopped / "best.safetensors", -1003)
+    flip_bit(stopped / "best.safetensors", -1003)
     assert resume(stopped, CPU) == figures(finished)
     assert "best.safetensors: damaged" in caplog.text and "it is made again from" in caplog.text
     ours, theirs = (load_checkpoint(folder / "best.safetensors") for folder in (stopped, finished))
@@ -365,7 +358,7 @@ def test_a_damaged_best_checkpoint_is_made_again_from_one_of_its_epoch(finished,
 def test_a_lost_best_checkpoint_stops_a_run_before_it_trains(stopped, monkeypatch):
     state = load_checkpoint(stopped / "last.safetensors")[1]
     best = state["best_epoch"]
-    flip(stopped / "best.safetensors", -1003)
+    flip_bit(stopped / "best.safetensors", -1003)
     for name in ("last.safetensors", "previous.safetensors"):  # of other epochs than the best
         tensors, state = load_checkpoint(stopped / name)
         state["best_epoch"] = 1
@@ -395,7 +388,7 @@ def test_each_flipped_byte_of_a_small_file_is_found(run, name):
     whole = path.read_bytes()
     for byte in range(0, len(whole), max(1, len(whole) // 40)):
         path.write_bytes(whole)
-        flip(path, byte, byte % 8)
+        flip_bit(path, byte, byte % 8)
         with pytest.raises(
             InputError, match=rf"{name}: damaged: its checksum does not fit; restore the file from a copy"
         ):
@@ -481,7 +474,7 @@ def test_a_new_run_is_not_mixed_with_the_remains_of_another(run, toy_config, nam
 
 
 def test_a_damaged_environment_may_be_removed(stopped):
-    flip(stopped / "environment.json", 40)
+    flip_bit(stopped / "environment.json", 40)
     with pytest.raises(InputError, match="environment.json: damaged: .* or remove it to go on without it"):
         resume(stopped, CPU)
     (stopped / "environment.json").unlink()
@@ -558,11 +551,11 @@ def test_a_whole_run_has_no_damage_and_verify_changes_nothing(run):
 
 def test_verify_names_each_damaged_part(run):
     for name, byte in (("best", -5), ("last", -5), ("last", -2000)):
-        flip(run / f"{name}.safetensors", byte)
+        flip_bit(run / f"{name}.safetensors", byte)
     (run / "previous.safetensors").write_bytes(b"short")
     edit(run, lambda settings: settings["train"].update(seed=4))
     for name in ("views.json", "environment.json", "test.json", "sequences.npz"):
-        flip(run / name, 30)
+        flip_bit(run / name, 30)
     damage = verify_run(run).damage
     where = sorted(part.where.partition(":")[0] for part in damage)
     assert where == sorted(
@@ -618,7 +611,7 @@ def test_verify_adds_checksums_to_a_run_without_and_nothing_else_changes(run, ca
     caplog.clear()
     evaluate_run(run, "test", EvaluationConfig(), CPU)
     assert not caplog.records and verify_run(run).added == 0
-    flip(run / "best.safetensors", -7)
+    flip_bit(run / "best.safetensors", -7)
     with pytest.raises(InputError, match="its checksum does not fit"):
         load(run, CPU)
 

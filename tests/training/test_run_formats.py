@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from helpers.command_line import refused
-from helpers.run_folders import untimed
+from helpers.run_folders import untimed, without_later_figures
 from iisan_fast.config import EvaluationConfig
 from iisan_fast.errors import InputError
 from iisan_fast.settings_files import RUN_FORMAT, read_run_config, read_run_settings
@@ -53,12 +53,6 @@ def set_format(run: Path, number: Any) -> None:
     settings = json.loads((run / "config.json").read_text())
     settings.pop("format", None)
     (run / "config.json").write_text(json.dumps(settings if number == "absent" else {"format": number, **settings}))
-
-
-def without_later_figures(figures: dict) -> dict:
-    """Return figures without those that a version of format 1 did not compute."""
-    assert {"neighbours", "scoring"} <= figures.keys()
-    return {name: value for name, value in figures.items() if name not in ("neighbours", "scoring")}
 
 
 def assert_close(result: Any, expected: Any, tolerance: float) -> None:

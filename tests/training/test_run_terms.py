@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import iisan_fast
-from helpers.run_folders import assert_same_run
+from helpers.run_folders import assert_same_run, flip_bit, without_later_figures
 from helpers.stores import fill_store
 from helpers.tables import random_table
 from iisan_fast import InputError
@@ -72,14 +72,7 @@ def as_of_an_earlier_version(run: Path) -> None:
     (run / NEIGHBOURS).unlink()
     folder = RunFolder.open(run)
     folder._write_record(folder._record.without_file(NEIGHBOURS))
-    figures = {name: value for name, value in folder.figures.items() if name not in ("neighbours", "scoring")}
-    folder.write_test(figures)
-
-
-def flip(path: Path, byte: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[byte] ^= 1
-    path.write_bytes(content)
+    folder.write_test(without_later_figures(folder.figures))
 
 
 def dense_ranks(run: Path, split: str, weights: tuple[float, float]) -> np.ndarray:
@@ -197,12 +190,12 @@ def test_of_equal_figures_ndcg_decides_and_then_the_smaller_weights(without_term
 
 
 @pytest.mark.parametrize("stored", [None, {}, {"cooccurrence": 1.0}, [1, 2]])
-def test_stored_weights_that_are_none_are_one_line(stored):
+def test_stored_values_that_are_no_weights_are_refused_in_one_line(stored):
     with pytest.raises(InputError, match="scoring: expected the numbers cooccurrence, similarity, cold_bias, found"):
         TermWeights.of_figures({"scoring": stored})
 
 
-def test_stored_weights_below_0_are_one_line():
+def test_stored_weights_below_0_are_refused_in_one_line():
     with pytest.raises(InputError, match="scoring: expected weights from 0, found"):
         TermWeights.of_figures({"scoring": {"cooccurrence": -1.0, "similarity": 0.0, "cold_bias": 0.0}})
 
@@ -293,7 +286,7 @@ def test_damaged_terms_are_refused_and_made_again(run, without_terms, byte):
     if byte is None:
         path.unlink()
     else:
-        flip(path, byte)
+        flip_bit(path, byte)
     remedy = rf"`iisan-fast train --resume {run}` makes it again from the run's histories and its cache"
     with pytest.raises(InputError, match=rf"neighbours.safetensors: .*; {remedy}"):
         evaluate_run(run, "test", FIGURES, CPU)

@@ -105,7 +105,7 @@ def by_pytorch(options: UpdateOptions) -> tuple[Recommender, dict[str, Tensor]]:
             for name, weight in model.named_parameters()
         ]
     )
-    schedule = LambdaLR(optimizer, lambda_of_half_a_wave if options.scheduled else lambda step: 1.0)
+    schedule = LambdaLR(optimizer, factor_of_half_a_wave if options.scheduled else lambda step: 1.0)
     averages = {name: value.clone() for name, value in weights(model).items()}
     for number, batch in enumerate(batches(), start=1):
         optimizer.zero_grad()
@@ -121,7 +121,7 @@ def by_pytorch(options: UpdateOptions) -> tuple[Recommender, dict[str, Tensor]]:
     return model, averages
 
 
-def lambda_of_half_a_wave(step: int) -> float:
+def factor_of_half_a_wave(step: int) -> float:
     """Return the factor of a step for a warm-up of one and a half steps, and half a cosine wave over the others."""
     return 1 / 1.5 if step == 0 else 0.5 + 0.5 * np.cos(np.pi * max(step - 1.5, 0) / 2.5)
 
