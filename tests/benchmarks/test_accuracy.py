@@ -64,6 +64,11 @@ def test_a_repeated_call_takes_finished_runs_and_keeps_their_commits(data, monke
     expected = means["strong"]["test"]["hr@10"] - means["paper_with_terms"]["test"]["hr@10"]
     assert difference == pytest.approx(expected)
     assert means["paper_with_terms"]["test"] != means["paper"]["test"]
+    scored = result["runs"]["paper_scored_as_strong"][0]
+    assert scored["scoring"] == {**NO_TERM, "cooccurrence": 1.5, "similarity": 3.0} and scored["run"] == "paper-seed-0"
+    gain = result["strong_minus_paper_scored_as_strong"]["difference"]["hr@10"]
+    expected = means["strong"]["test"]["hr@10"] - means["paper_scored_as_strong"]["test"]["hr@10"]
+    assert gain == pytest.approx(expected)
 
 
 def test_a_run_with_other_settings_is_refused(data):
@@ -118,13 +123,16 @@ def test_every_bound_is_judged():
         "paper": form(0.0765, 0.046, 0.02, 50),
         "neighbours": form(0.093, 0.058, 0.05, 0),
         "paper_with_terms": form(0.1, 0.06, 0.05, 50),
+        "paper_scored_as_strong": form(0.109, 0.06, 0.05, 50),
         "strong": form(0.111, 0.071, 0.056, 26),
     }
     compared = {"difference": {"hr@10": 0.011}, "p_value": {"hr@10": 0.2}}
-    failed = [row["figure"] for row in bounds(means, compared) if row["verdict"] == "not met"]
+    at_equal_scoring = {"difference": {"hr@10": 0.002}, "p_value": {"hr@10": 0.3}}
+    failed = [row["figure"] for row in bounds(means, compared, at_equal_scoring) if row["verdict"] == "not met"]
     assert failed == [
         "NDCG@10 of neighbours",
         "p of that difference, over users",
+        "HR@10 of strong less that of the paper's form scored as strong is",
         "epochs of strong as a share of the paper's form",
     ]
 
