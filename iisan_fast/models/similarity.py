@@ -20,6 +20,7 @@ from ..states import ItemSource
 from .item_encoders import final_states
 
 PROFILE_WEIGHTS = (1.0, 0.7, 0.49)  # of a history's last items, the newest first
+USERS_AT_ONCE = 1024  # whose sums are taken in float64 at once; these stay in a core's cache
 LEAST_VARIANCE = 1e-10  # of a component, beside that of the first; below it is rounding
 EXACT_BITS = 53  # of a sum in float64
 
@@ -79,12 +80,15 @@ class Similarity:
 
         histories: item numbers, int64 [R, width], right-aligned, 0 for padding.
         """
-        sums = torch.zeros(len(histories), self.vectors.shape[1], dtype=torch.float64)
-        for weight, column in zip(PROFILE_WEIGHTS, histories.T[::-1]):
-            rows = torch.from_numpy(np.flatnonzero(column))
-            items = torch.from_numpy(column[column > 0] - 1)
-            sums[rows] += weight * self.vectors[items].double()
-        return _unit(sums).float()
+        profiles = torch.empty(len(histories), self.vectors.shape[1])
+        for first in range(0, len(histories), USERS_AT_ONCE):
+            part = histories[first : first + USERS_AT_ONCE]
+            sums = torch.zeros(len(part), self.vectors.shape[1], dtype=torch.float64)
+            for weight, column in zip(PROFILE_WEIGHTS, part.T[::-1]):
+                weights = torch.from_numpy(np.where(column > 0, weight, 0))  # padding takes any item, without weight
+                sums += self.vectors[torch.from_numpy(np.maximum(column - 1, 0))].double() * weights[:, None]
+            profiles[first : first + len(part)] = _unit(sums)
+        return profiles
 
 
 def _parts(source: ItemSource) -> Iterator[list[Tensor]]:
@@ -158,7 +162,7 @@ def _rounded(values: Tensor, dim: int, bits: int) -> Tensor:
 def _unit(rows: Tensor) -> Tensor:
     """Scale rows, float64 [N, dims], to length 1; zeros stay. Squares are added column by column, in one order."""
     squares = rows.new_zeros(len(rows))
-    for column in rows.T:
-        squares = squares + column * column
+    for column in (rows * rows).T.contiguous():
+        squares += column
     lengths = squares.sqrt()
     return rows / torch.where(lengths > 0, lengths, torch.ones_like(lengths))[:, None]
