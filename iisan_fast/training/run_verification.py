@@ -141,7 +141,8 @@ def _check_untrained(folder: RunFolder, verified: Verified) -> None:
         return
     verified.checked += 1
     metrics = _metrics(folder.metrics)
-    if not metrics or metrics[0].get("validation") != figures.get("validation"):
+    first = metrics[0] if metrics else None
+    if not isinstance(first, dict) or first.get("validation") != figures.get("validation"):
         remedy = f"remove test.json, and {_resume(folder)} writes it again"
         verified.damage.append(Damage(folder.metrics.name, "expected the validation figures in test.json", remedy))
 
