@@ -18,7 +18,7 @@ from .streams import BROKEN_PIPE, ESCAPED, discard_output
 
 METRICS_ABREAST = 4  # columns of metrics that fit 80 characters
 BASELINES = ("popularity", "neighbours")
-WITHOUT_SIMILARITY = "; neighbours without similarity, because the run has no cached states"
+WITHOUT_SIMILARITY = "; neighbours without similarity, which needs cached states"
 
 
 class TableConsole(Console):

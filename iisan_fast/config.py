@@ -448,7 +448,7 @@ class ScoringConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.fit_terms and (self.cooccurrence or self.similarity):  # config.json of such a run has 0
+        if self.fit_terms and not (self.cooccurrence is None and self.similarity is None):
             raise InputError("fit_terms: chooses cooccurrence and similarity; leave them out, or leave out fit_terms")
 
 
@@ -586,6 +586,8 @@ class RunConfig:
     def _resolved_scoring(self) -> ScoringConfig:
         """Return the weights of the neighbour terms with the method's own where none are given.
 
+        Those that fit_terms chooses stay None.
+
         Raises InputError for settings of similarity in a run without stored states.
         """
         scoring = self.scoring
@@ -596,10 +598,11 @@ class RunConfig:
                         f"{name}: compares states of a cache, and this run of {self.model.method} has none; "
                         f"give a cache to {', '.join(STATE_METHODS)} or {NEIGHBOURS}, or leave it out"
                     )
-        weights = dict.fromkeys(NEIGHBOUR_WEIGHTS, 0.0)
+        weights = {"cold_bias": 0.0}
         if self.model.method == NEIGHBOURS and not scoring.fit_terms:
-            weights = NEIGHBOUR_WEIGHTS if self.cache is not None else {**NEIGHBOUR_WEIGHTS, "similarity": 0.0}
-        weights = {**weights, "cold_bias": 0.0}
+            weights |= NEIGHBOUR_WEIGHTS if self.cache is not None else {**NEIGHBOUR_WEIGHTS, "similarity": 0.0}
+        elif not scoring.fit_terms:
+            weights |= dict.fromkeys(NEIGHBOUR_WEIGHTS, 0.0)
         chosen = {name: getattr(scoring, name) for name in weights if getattr(scoring, name) is not None}
         return dataclasses.replace(scoring, **{**weights, **chosen})
 

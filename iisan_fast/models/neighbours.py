@@ -94,7 +94,12 @@ class NeighbourTerms:
             expected |= {f"similarity.{name}" for name in SIMILARITY_NAMES}
         if tensors.keys() != expected:
             raise ValueError(f"expected tensors {', '.join(sorted(expected))}, found {', '.join(sorted(tensors))}")
-        return cls(_cooccurrence_of(tensors), _similarity_of(tensors) if with_similarity else None)
+        cooccurrence = _cooccurrence_of(tensors)
+        similarity = _similarity_of(tensors) if with_similarity else None
+        items = len(cooccurrence.offsets) - 1
+        if similarity is not None and len(similarity.vectors) != items:
+            raise ValueError(f"similarity.vectors: expected {items} items, found {len(similarity.vectors)}")
+        return cls(cooccurrence, similarity)
 
     def _added(self, histories: np.ndarray, weight: float, like: Tensor) -> AddedScores:
         """Return weight * log(1 + 20 M) of the users, in the dtype and on the device of `like`."""

@@ -30,7 +30,7 @@ def test_the_baselines_are_beside_the_model(capsys):
 
 def test_a_baseline_without_similarity_says_so(capsys):
     text = printed(capsys, neighbours=REPORT | {"similarity": False})
-    assert "neighbours without similarity, because the run has no cached states" in text
+    assert "neighbours without similarity, which needs cached states" in text
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,8 @@ def test_weights_are_finite_and_not_negative(name, value, without_terms):
 def test_weights_beside_fit_terms_are_refused(without_terms):
     with pytest.raises(InputError, match="fit_terms: chooses cooccurrence and similarity; leave them out"):
         iisan_fast.evaluate(without_terms[0], cooccurrence=2, fit_terms=True)
+    with pytest.raises(InputError, match="fit_terms: chooses cooccurrence and similarity; leave them out"):
+        iisan_fast.evaluate(without_terms[0], similarity=0, fit_terms=True)  # 0 is a weight as well
 
 
 def test_a_grid_without_validation_users_is_refused(without_terms):

@@ -139,6 +139,12 @@ def test_data_that_has_moved_is_recorded_if_it_is_the_same(run, finished, toy_ru
         resume(run, CPU, changes=RunChanges(cache=str(tmp_path / "gone")))
 
 
+@pytest.mark.parametrize("content", ["1\n", "[]\n", "", "{"])
+def test_verify_names_metrics_that_are_no_epochs(run, content):
+    (run / "metrics.jsonl").write_text(content)
+    assert [damage.where for damage in verify_run(run).damage] == ["metrics.jsonl"]
+
+
 def test_verify_names_what_is_damaged(run):
     (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace('"users": 60', '"users": 61'))
     (damage,) = verify_run(run).damage
