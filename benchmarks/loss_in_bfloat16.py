@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -135,7 +136,8 @@ def products_of(form: str) -> AbstractContextManager[Any]:
     stack.enter_context(RoundedProducts())
     if form == EXCEPT_LOSS:
         loss = kernels.inbatch_cross_entropy
-        stack.enter_context(mock.patch.object(kernels, "inbatch_cross_entropy", lambda **rest: in_double(loss, rest)))
+        loss_in_double = partial(in_double, loss)
+        stack.enter_context(mock.patch.object(kernels, "inbatch_cross_entropy", loss_in_double))
     return stack
 
 
@@ -155,12 +157,14 @@ def rounded(factor: Tensor) -> Tensor:
     return factor.bfloat16().float() if factor.dtype == torch.float32 else factor
 
 
-def in_double(loss: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+def in_double(loss: Callable[..., Tensor], *arguments: Any, **named: Any) -> Tensor:
     """Return the loss in double precision, whose products are not rounded."""
-    for name, value in arguments.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            arguments[name] = value.double()
-    return loss(**arguments)
+    return loss(*map(_as_double, arguments), **{name: _as_double(value) for name, value in named.items()})
+
+
+def _as_double(value: Any) -> Any:
+    """Return a floating tensor in double precision, and any other value as it is."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def differences(losses: dict[str, list[float]]) -> dict[str, dict[str, Any]]:

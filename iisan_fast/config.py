@@ -298,8 +298,8 @@ class TrainConfig:
     )
     loss: str = setting(
         "in-batch",
-        help="Loss: cross-entropy over the batch's items (in-batch), all items that occur in training (full) or N "
-        "drawn ones (sampled:N), or gSASRec's binary one with N drawn items (gbce:N; gbce draws 256).",
+        help="Cross-entropy over the batch's items (in-batch), all items of training (full) or N drawn ones "
+        "(sampled:N), or gSASRec's binary loss (gbce:N).",
     )
     debias: bool | None = setting(
         None,

@@ -67,7 +67,7 @@ def test_an_encoder_is_named_by_its_view():
         ("dropout=1", "dropout: unknown setting; did you mean model.dropout?"),
         ("dtype=float32", "dtype: unknown setting; did you mean uncached.dtype or extraction.dtype?"),
         ("modle.dropout=1", "modle.dropout: unknown setting; did you mean model"),
-        ("model.dropuot=1", "model.dropuot: unknown setting; did you mean model.dropout?"),
+        ("model.dropuot=1", "model.dropuot: unknown setting; did you mean model.dropout or "),
         ("model=1", "model: is a section of settings; name one of them, as model.method"),
         ("model.dropout.first=1", "model.dropout.first: dropout is one value; leave out .first"),
         ("cache.x=1", "cache.x: unknown setting; did you mean cache"),
