@@ -52,7 +52,7 @@ lint: $(VENV)/.installed-dev
 	ln -s $(CURDIR)/iisan_fast/* $(CURDIR)/kernels $(CURDIR)/cli $(CURDIR)/benchmarks build/typed/iisan_fast
 	ln -s $(CURDIR)/tests/typed_use.py build/typed
 	cd build/typed && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy \
-		typed_use.py $(addprefix iisan_fast/,__init__.py __main__.py api.py config.py setting_fields.py setting_sources.py settings.py settings_files.py) iisan_fast/*/__init__.py
+		typed_use.py $(addprefix iisan_fast/,__init__.py __main__.py api.py setting_fields.py setting_sources.py settings.py settings_files.py) iisan_fast/*/__init__.py
 
 # These two install nothing from a registry: they take the Python that is there, as PYTHON=…, with the machine's torch.
 gpu:

@@ -56,7 +56,7 @@ FLOORS = (  # from the lowest up; a room imports only from lower floors
     frozenset(("cli",)),
 )
 WITH_DOORS = frozenset(
-    ("data", "encoders", "states", "captioning", "evaluation", "models", "training", "serving", "kernels")
+    ("config", "data", "encoders", "states", "captioning", "evaluation", "models", "training", "serving", "kernels")
 )
 LIBRARIES = {  # library: the rooms and modules that may import it
     "transformers": frozenset(("encoders", "captioning", "iisan_fast.models.tuned_encoder")),
