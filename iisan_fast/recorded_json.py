@@ -99,3 +99,8 @@ def _no_number(name: str) -> NoReturn:
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object, parse_int=_whole_number, parse_float=_number, parse_constant=_no_number
 )
+
+
+def is_finite_number(value: Any) -> bool:
+    """Return True for a finite number as JSON has it; True and False are none."""
+    return type(value) in (int, float) and math.isfinite(value)

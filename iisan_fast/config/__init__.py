@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         ViewConfig,
     )
     from .method_names import LEARNING_RATES, METHODS, NEIGHBOURS, SIDE_METHODS, STATE_METHODS, TUNING_METHODS
-    from .model_section import PHM_TERMS, TOWERS, ModelConfig
+    from .model_section import PHM_TERMS, ModelConfig
     from .protocol_section import MISSING_CAPTIONS, ProtocolConfig
     from .ranking_sections import NEIGHBOUR_WEIGHTS, TIE_SHARES, EvaluationConfig, ScoringConfig
     from .run_config import PLACEMENTS, RunConfig
@@ -44,7 +44,6 @@ __all__ = [
     "STORE_DTYPES",
     "ScoringConfig",
     "TIE_SHARES",
-    "TOWERS",
     "TUNING_METHODS",
     "TrainConfig",
     "UncachedConfig",

@@ -174,9 +174,9 @@ def _checksums(tensors: Mapping[str, Tensor], state: Any) -> dict[str, Any]:
 
 def _as_os_error(error: safetensors.SafetensorError, path: Path) -> OSError:
     """Return the OSError that safetensors met while it wrote a file; it gives the number in its text alone."""
-    found = re.search(r"code: (\d+)|os error (\d+)", str(error))
-    number = int(found[1] or found[2]) if found else errno.EIO
-    return OSError(number, os.strerror(number) if found else str(error), str(path))
+    code = re.search(r"code: (\d+)|os error (\d+)", str(error))
+    number = int(code[1] or code[2]) if code else errno.EIO
+    return OSError(number, os.strerror(number) if code else str(error), str(path))
 
 
 class HasState(Protocol):

@@ -39,10 +39,10 @@ def refuse_lost_best(
     for path in (folder.last, folder.previous):
         try:
             tensors, state = load_checkpoint(path)
-            found = Progress.of(state, path)
+            its_progress = Progress.of(state, path)
         except InputError:  # missing, or damaged too
             continue
-        if _epoch_of_weights(found, steps_per_epoch) == progress.best_epoch:
+        if _epoch_of_weights(its_progress, steps_per_epoch) == progress.best_epoch:
             LOGGER.warning("%s; it is made again from %s", problem, path.name)
             load_weights(model, weights_to_keep(tensors), path)
             model.eval()

@@ -38,6 +38,7 @@ from ..setting_fields import to_dict
 from ..settings_files import RUN_FORMAT, read_run_config, read_run_settings, read_settings
 from ..states import describes_view
 from .checkpoints import RESTORE, load_checkpoint, save_checkpoint, write_tensors
+from .numbered_folders import free_folder, make_free_folder
 from .run_environment import environment, rounding_changes
 from .run_record import RECORD_FILE, RunRecord
 
@@ -80,7 +81,7 @@ class RunFolder:
     @property
     def path(self) -> Path:
         """Return the folder's path; that of a numbered one may change until it is claimed."""
-        return _free_folder(self._name) if self._path is None else self._path
+        return free_folder(self._name) if self._path is None else self._path
 
     @classmethod
     def open(cls, path: Path, writable: bool = False) -> RunFolder:
@@ -177,7 +178,7 @@ class RunFolder:
             return
         self.refuse_if_used()
         if self._path is None:
-            self._path = _make_free_folder(self._name)
+            self._path = make_free_folder(self._name)
         self._path.mkdir(parents=True, exist_ok=True)
         self.hold()
         self.refuse_if_used()  # by a run that began and ended meanwhile
@@ -418,26 +419,6 @@ class RunFolder:
         if record != self._record:
             record.write(self.path)
             self._record = record
-
-
-def _free_folder(name: str) -> Path:
-    """Return the first runs/NAME-N, counted from 1, that does not exist."""
-    number = 1
-    while os.path.lexists(folder := Path("runs") / f"{name}-{number}"):
-        number += 1
-    return folder
-
-
-def _make_free_folder(name: str) -> Path:
-    """Make the first folder runs/NAME-N that no other process takes, and return it."""
-    while True:
-        path = _free_folder(name)
-        path.parent.mkdir(exist_ok=True)
-        try:
-            path.mkdir()
-        except FileExistsError:  # another process was faster
-            continue
-        return path
 
 
 def _load_checked(path: Path, check: CheckState) -> tuple[dict[str, Tensor], dict[str, Any], Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from ..config import TrainConfig
 from ..errors import InputError
 from ..evaluation import headline_metrics
+from ..recorded_json import is_finite_number
 from .checkpoints import RESTORE
 
 SELECTED_BY = 10  # K of the validation HR@K that chooses the best epoch
@@ -36,7 +36,7 @@ class EpochProgress:
             all(map(_is_count, (self.steps, self.slots, self.rows)))
             and isinstance(self.record, list)
             and len(self.record) == RECORD_ENTRIES
-            and all(map(_is_finite, (self.loss, self.seconds, *self.record)))
+            and all(map(is_finite_number, (self.loss, self.seconds, *self.record)))
             and self.seconds >= 0
         )
 
@@ -124,7 +124,7 @@ class Progress:
             and isinstance(self.lines, list)
             and all(isinstance(line, dict) for line in self.lines)
             and self.best_epoch <= self.epoch == len(self.lines)
-            and _is_finite(self.best_hr)
+            and is_finite_number(self.best_hr)
             and -1 <= self.best_hr <= 1
         )
 
@@ -140,8 +140,3 @@ def _refuse_other_names(cls: type[Progress] | type[EpochProgress], values: Any, 
 def _is_count(value: Any) -> bool:
     """Return True for a whole number from 0."""
     return type(value) is int and value >= 0
-
-
-def _is_finite(value: Any) -> bool:
-    """Return True for a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from ..data import Sequences
 from ..errors import InputError
 from ..evaluation import evaluate, headline_metrics, popularity_baseline
 from ..models import RECENT, NeighbourTerms, Scores, popularity_scores
+from ..recorded_json import is_finite_number
 
 FIT_K = 10  # of the validation HR@K and NDCG@K by which weights are chosen
 # The weights to try, in ascending order: of equally good ones the first is chosen.
@@ -39,7 +39,11 @@ class TermWeights(NamedTuple):
         """Return the weights in the figures on the test set. Raises InputError if they are no weights."""
         stored = figures.get("scoring")
         names = cls._fields
-        if not isinstance(stored, dict) or stored.keys() != set(names) or not all(map(_is_finite, stored.values())):
+        if (
+            not isinstance(stored, dict)
+            or stored.keys() != set(names)
+            or not all(map(is_finite_number, stored.values()))
+        ):
             raise InputError(f"scoring: expected the numbers {', '.join(names)}, found {stored!r}")
         weights = cls(**stored)
         if min(weights.cooccurrence, weights.similarity) < 0:
@@ -122,8 +126,3 @@ class Scoring:
             "popularity": popularity_baseline(self.sequences, split, config),
             "neighbours": {**report, "similarity": self.terms.similarity is not None},
         }
-
-
-def _is_finite(value: Any) -> bool:
-    """Return True for a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)

@@ -229,7 +229,7 @@ def doors_that_disagree(tree: Tree) -> list[str]:
         if len({*exported}) < len(exported):
             lines.append(f"{path}:1: __all__ names something twice")
         for name, entry in homes.items():
-            if not _defines(tree, entry.module, name):
+            if not _defines(tree, entry.module, name) and name not in tree.exports(entry.module):
                 lines.append(f"{path}:{entry.line}: {entry.module} defines no {name}")
     return lines
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from helpers.recommenders import side_recommender
-from iisan_fast.config import TOWERS, ModelConfig
+from iisan_fast.config import ModelConfig
+from iisan_fast.config.model_section import TOWERS
 from iisan_fast.errors import InputError
 from iisan_fast.kernels import States
 from iisan_fast.models.recommender import Recommender
