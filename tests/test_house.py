@@ -67,8 +67,8 @@ def test_the_rules_read_the_whole_house(tree):
             id="rooms on one floor",
         ),
         pytest.param(
-            {"iisan_fast/demo.py": EMPTY, "iisan_fast/config.py": "from . import demo\n"},
-            "config.py:1: config imports demo, which is not below it",
+            {"iisan_fast/demo.py": EMPTY, "iisan_fast/config/__init__.py": "from .. import demo\n"},
+            "config/__init__.py:1: config imports demo, which is not below it",
             id="a neighbour of config that imports upward",
         ),
         pytest.param(

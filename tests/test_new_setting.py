@@ -1,4 +1,4 @@
-"""A new setting is one field: with a line added to config.py it has an option, help, --set, Python and config.json."""
+"""A new setting is one field: a line in its section gives it an option, help, --set, Python and config.json."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import pytest
 
 FIELD = '    warmth: float = setting(0.5, help="Warmth of the towers.", minimum=0, maximum=2)\n'
 BEFORE = "    dropout: float = setting("
-# Loads config.py with the field, as if it stood there, before any other module reads it.
+# Loads the section with the field, as if it stood there, before any other module reads it.
 PROGRAM = f"""
 import importlib.util, json, sys
 from pathlib import Path
 import iisan_fast
 
-specification = importlib.util.find_spec("iisan_fast.config")
+specification = importlib.util.find_spec("iisan_fast.config.model_section")
 source = Path(specification.origin).read_text(encoding="utf-8")
 assert source.count({BEFORE!r}) == 1
 module = importlib.util.module_from_spec(specification)
 sys.modules[module.__name__] = module
 source = source.replace({BEFORE!r}, {FIELD!r} + {BEFORE!r})
 exec(compile(source, specification.origin, "exec"), module.__dict__)
-iisan_fast.config = module
+iisan_fast.config.model_section = module
 
 from iisan_fast import api
 from iisan_fast.cli import main
