@@ -53,7 +53,17 @@ def cli() -> None:
     """
 
 
-for command in (import_, stats, caption, extract, train, evaluate, verify, bench):
+COMMANDS = (
+    import_,
+    stats,
+    caption,
+    extract,
+    train,
+    evaluate,
+    verify,
+    bench,
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 

@@ -25,6 +25,7 @@ if __name__ == "iisan_fast.kernels":
         side_towers,
         step_refusal,
         target_rank,
+        top_items,
     )
     from .reference.binary_cross_entropy import generalised_binary_cross_entropy
     from .reference.dropout import drop_factors, dropout_prefix, sequence_dropout
@@ -107,6 +108,7 @@ if __name__ == "iisan_fast.kernels":
         "step_refusal",
         "table_entry",
         "target_rank",
+        "top_items",
         "why_no_library",
     ]
 else:

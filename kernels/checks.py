@@ -185,6 +185,30 @@ def check_ranks(
         _check_added(added, queries, catalogue)
 
 
+def check_top(
+    queries: Tensor,
+    items: Tensor,
+    count: int,
+    excluded: Tensor,
+    allowed: Tensor | None = None,
+    added: AddedScores | None = None,
+) -> None:
+    """Raise ValueError unless the arguments of `top_items` have the shapes and dtypes of its docstring."""
+    catalogue, users = _matrices(queries, items)
+    if type(count) is not int or count < 1:
+        raise ValueError(f"count: expected a whole number from 1, found {count!r}")
+    if _dimensions("excluded", excluded, 2)[0] != users:
+        raise ValueError(f"excluded: expected {users} rows, found {len(excluded)}")
+    check_indices("excluded", excluded, None, catalogue, items.device, lowest=-1)
+    if allowed is not None:
+        if allowed.dtype != torch.bool:
+            raise ValueError(f"allowed: expected bool, found {_name(allowed.dtype)}")
+        _shaped("allowed", allowed, (catalogue,))
+        _same_device("allowed", allowed, items.device)
+    if added is not None:
+        _check_added(added, queries, catalogue)
+
+
 def _check_added(added: AddedScores, queries: Tensor, catalogue: int) -> None:
     """Raise ValueError unless these are entries of the users of `queries` [U, d] and of a catalogue's items.
 

@@ -28,6 +28,7 @@ FORMS = {  # the forms of each op besides the reference, the fastest first
     "last_states": (GPU, CPU),
     "inbatch_cross_entropy": (GPU, CPU),
     "target_rank": (GPU, CPU),
+    "top_items": (),
     "adam": (CPU,),
 }
 WITHOUT_COMPILER = ("target_rank",)  # its form for a CPU is PyTorch

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checks import check_chains, check_loss, check_moments, check_ranks, check_sequences, check_towers
+from .checks import check_chains, check_loss, check_moments, check_ranks, check_sequences, check_top, check_towers
 from .cpu import adam as adam_cpu
 from .cpu import fold_heads as fold_heads_cpu
 from .cpu import inbatch_cross_entropy as inbatch_cross_entropy_cpu
@@ -29,6 +29,7 @@ from .reference import inbatch_cross_entropy as inbatch_cross_entropy_reference
 from .reference import sequence_encoder as sequence_encoder_reference
 from .reference import side_towers as side_towers_reference
 from .reference import target_rank as target_rank_reference
+from .reference import top_items as top_items_reference
 from .types import (
     AdamState,
     AddedScores,
@@ -297,6 +298,37 @@ def target_rank(
         return target_rank_gpu.target_rank(queries, items, targets, excluded, tie_share, added)
     module = target_rank_reference if chosen == REFERENCE else target_rank_cpu
     return module.target_rank(queries, items, targets, excluded, tie_share, chunk_elements, added)
+
+
+def top_items(
+    queries: Tensor,
+    items: Tensor,
+    count: int,
+    excluded: Tensor,
+    allowed: Tensor | None = None,
+    chunk_elements: int = 1 << 24,
+    form: str = "auto",
+    added: AddedScores | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the best items of each user by falling score; of equal scores the item with the lower row comes first.
+
+    Args:
+        queries: [U, d]; the score of an item is its dot product with the query, plus what `added` has for the item.
+        items: [N, d].
+        count: K, the items to return for each user, at least 1.
+        excluded: int64 [U, H], row numbers of the items to leave out; -1 stands for no item.
+        allowed: bool [N], the items that may be returned; None allows all.
+        chunk_elements: how many scores are in memory at once.
+        form: "auto", "reference", "gpu" or "cpu".
+        added: added to the scores of a few items of each user, in one rounded addition. None adds nothing.
+
+    Returns int64 [U, K], row numbers of items, and their scores [U, K] in the dtype of the queries. A user with fewer
+    items left has -1 and minus infinity behind them. A user with a score that is not finite, of whatever item, has -1
+    and NaN everywhere. Raises ValueError for arguments that do not fit, FormError if the named form cannot run.
+    """
+    check_top(queries, items, count, excluded, allowed, added)
+    choose("top_items", form, [queries, items], {})
+    return top_items_reference.top_items(queries, items, count, excluded, allowed, chunk_elements, added)
 
 
 def adam(states: Sequence[AdamState], form: str = "auto") -> AdamUpdate | None:

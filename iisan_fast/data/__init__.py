@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from .loss_columns import IN_BATCH, Negatives
     from .packed_batches import PackedWindow, RunPlan
     from .reversed_users import with_reversed_users
+    from .saved_items import RunItems, load_items
     from .saved_sequences import load_sequences
-    from .sequences import Dataset, Sequences, Split, load_dataset, statistics
+    from .sequences import Dataset, Sequences, Split, load_dataset, right_align, statistics
     from .strict_tables import read_table
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Sequences",
     "Shape",
     "Split",
+    "RunItems",
     "RunPlan",
     "TableOptions",
     "Window",
@@ -51,12 +53,14 @@ __all__ = [
     "import_parquet",
     "import_recbole",
     "load_dataset",
+    "load_items",
     "load_sequences",
     "open_database",
     "open_images",
     "padded_shape",
     "read_table",
     "refuse_unfit_name",
+    "right_align",
     "statistics",
     "steps_per_epoch",
     "with_reversed_users",

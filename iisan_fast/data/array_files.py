@@ -39,10 +39,11 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez_compressed(file, **arrays, **{CHECKSUMS: np.array(checksums, dtype=np.uint64)})
 
 
-def read_arrays(path: Path, known: Collection[str]) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, known: Collection[str], content: str = "histories") -> dict[str, np.ndarray]:
     """Return the arrays of a file by name. Their checksums are compared; files of older versions have none.
 
     known: the names that a file may hold. Arrays of integers and of text, with one dimension or none, are read.
+    content: what the file holds, for messages.
 
     Raises InputError, naming the file and the array, if the file is missing, damaged, or declares more than it can
     hold.
@@ -50,12 +51,12 @@ def read_arrays(path: Path, known: Collection[str]) -> dict[str, np.ndarray]:
     refuse_irregular(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_members(archive.infolist(), path, known)
+            _check_members(archive.infolist(), path, known, content)
             arrays = {member.filename[:-4]: _read_member(archive, member, path) for member in archive.infolist()}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except ZIP_ERRORS as error:
-        raise InputError(f"{path}: not the histories of a run, or damaged ({_one_line(error)})") from None
+        raise InputError(f"{path}: not the {content} of a run, or damaged ({_one_line(error)})") from None
     if CHECKSUMS in arrays:
         _compare_checksums(arrays, arrays.pop(CHECKSUMS), path)
     return arrays
@@ -79,14 +80,14 @@ def unpack_texts(content: np.ndarray, ends: np.ndarray) -> list[str]:
     return [all_bytes[start:end].decode() for start, end in zip(starts, ends.tolist())]
 
 
-def _check_members(members: list[zipfile.ZipInfo], path: Path, known: Collection[str]) -> None:
+def _check_members(members: list[zipfile.ZipInfo], path: Path, known: Collection[str], content: str) -> None:
     """Raise InputError if the members of a zip are other than the known arrays, or declare more than it can hold."""
     names = [member.filename.removesuffix(".npy") for member in members]
     allowed = {*known, CHECKSUMS}
     seen = set()
     for name, member in zip(names, members):
         if name not in allowed or not member.filename.endswith(".npy"):
-            raise InputError(f"{path}: expected arrays of histories, found {member.filename[:60]!r}; restore the file")
+            raise InputError(f"{path}: expected arrays of {content}, found {member.filename[:60]!r}; restore the file")
         if name in seen:
             raise InputError(f"{path}: array {name} stands twice; restore the file")
         seen.add(name)

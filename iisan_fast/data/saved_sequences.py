@@ -31,19 +31,19 @@ def load_sequences(path: Path) -> Sequences:
         if name not in arrays:
             raise InputError(f"{path}: array {name} is missing; restore the file")
     sequences = Sequences(
-        user_ids=_ids(arrays, "user_ids", path),
-        item_ids=_ids(arrays, "item_ids", path),
-        offsets=_integers(arrays, "offsets", path),
-        items=_integers(arrays, "items", path),
-        max_inputs=int(_integers(arrays, "max_inputs", path, dimensions=0)),
-        training_ends=_integers(arrays, "training_ends", path) if split else None,
-        targets={name: _integers(arrays, f"{name}_targets", path) for name in LEAVE_ONE_OUT} if split else None,
+        user_ids=unique_ids(arrays, "user_ids", path),
+        item_ids=unique_ids(arrays, "item_ids", path),
+        offsets=integers(arrays, "offsets", path),
+        items=integers(arrays, "items", path),
+        max_inputs=int(integers(arrays, "max_inputs", path, dimensions=0)),
+        training_ends=integers(arrays, "training_ends", path) if split else None,
+        targets={name: integers(arrays, f"{name}_targets", path) for name in LEAVE_ONE_OUT} if split else None,
     )
     _check(sequences, path)
     return sequences
 
 
-def _ids(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> list[str]:
+def unique_ids(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> list[str]:
     """Return the ids of an array: UTF-8 bytes with their ends, or text of one width in files of older versions.
 
     Raises InputError, naming the array, for anything else, for an id that stands twice, and for more ids than the file
@@ -68,7 +68,7 @@ def _ids(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> list[str]:
     return ids
 
 
-def _integers(arrays: Mapping[str, np.ndarray], name: str, path: Path, dimensions: int = 1) -> np.ndarray:
+def integers(arrays: Mapping[str, np.ndarray], name: str, path: Path, dimensions: int = 1) -> np.ndarray:
     """Return an array as int64. Raises InputError, naming it, unless it has integers and so many dimensions."""
     array = arrays[name]
     if array.dtype not in (np.int32, np.int64) or array.ndim != dimensions:
@@ -81,19 +81,19 @@ def _check(sequences: Sequences, path: Path) -> None:
     """Raise InputError, naming the array, if the numbers of histories do not fit each other."""
     starts, ends = sequences.offsets[:-1], sequences.offsets[1:]
     whole = sequences.offsets[:1].tolist() == [0] and sequences.offsets[-1:].tolist() == [len(sequences.items)]
-    _refuse(path, "max_inputs", not 1 <= sequences.max_inputs <= MOST_INPUTS)
-    _refuse(path, "user_ids", not sequences.user_ids or len(sequences.user_ids) != len(starts))
-    _refuse(path, "offsets", not whole or (ends <= starts).any())
-    _refuse(path, "items", ((sequences.items < 1) | (sequences.items > len(sequences.item_ids))).any())
+    refuse_unfit(path, "max_inputs", not 1 <= sequences.max_inputs <= MOST_INPUTS)
+    refuse_unfit(path, "user_ids", not sequences.user_ids or len(sequences.user_ids) != len(starts))
+    refuse_unfit(path, "offsets", not whole or (ends <= starts).any())
+    refuse_unfit(path, "items", ((sequences.items < 1) | (sequences.items > len(sequences.item_ids))).any())
     cuts = sequences.training_ends
-    _refuse(path, "training_ends", cuts.shape != starts.shape or (cuts < starts).any() or (cuts > ends).any())
+    refuse_unfit(path, "training_ends", cuts.shape != starts.shape or (cuts < starts).any() or (cuts > ends).any())
     for name, targets in sequences.targets.items():
-        _refuse(path, f"{name}_targets", targets.shape != starts.shape)
+        refuse_unfit(path, f"{name}_targets", targets.shape != starts.shape)
         in_history = (targets > starts) & (targets >= cuts) & (targets < ends)
-        _refuse(path, f"{name}_targets", not (in_history | (targets == -1)).all())
+        refuse_unfit(path, f"{name}_targets", not (in_history | (targets == -1)).all())
 
 
-def _refuse(path: Path, name: str, wrong: bool | np.bool_) -> None:
+def refuse_unfit(path: Path, name: str, wrong: bool | np.bool_) -> None:
     """Raise InputError, naming the array, if it is wrong."""
     if wrong:
         raise InputError(f"{path}: array {name} has numbers that do not fit the others; restore the file")

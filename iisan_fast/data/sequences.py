@@ -85,7 +85,7 @@ class Sequences:
         lengths = ends - self.offsets[users]
         return Split(
             users=users,
-            inputs=_right_align(self.items, ends, lengths, self.max_inputs),
+            inputs=right_align(self.items, ends, lengths, self.max_inputs),
             targets=self.items[ends],
             lengths=lengths,
             ends=ends,
@@ -129,14 +129,14 @@ class Split:
         """
         lengths = self.lengths[rows]
         width = int(lengths.max(initial=self.least_width))
-        return _right_align(self.items, self.ends[rows], lengths, width)
+        return right_align(self.items, self.ends[rows], lengths, width)
 
     def latest(self, count: int) -> np.ndarray:
         """Return the last `count` items of all histories, right-aligned, int64 [R, width].
 
         width: the longest history, at most `count`.
         """
-        return _right_align(self.items, self.ends, self.lengths, min(count, int(self.lengths.max(initial=1))))
+        return right_align(self.items, self.ends, self.lengths, min(count, int(self.lengths.max(initial=1))))
 
     @cached_property
     def history(self) -> np.ndarray:
@@ -247,7 +247,7 @@ def _read_sequences(root: Path, item_ids: list[str], protocol: ProtocolConfig) -
     )
 
 
-def _right_align(items: np.ndarray, ends: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
+def right_align(items: np.ndarray, ends: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
     """Return the last `width` of the `lengths` items before each end, int64 [len(ends), width], 0 on the left."""
     back = np.arange(width, 0, -1)
     index = ends[:, None] - back

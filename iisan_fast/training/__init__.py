@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .dry_run import describe_new_run
     from .fused_step import GpuFusedStep, run_stages, step_stages
     from .item_sources import open_source, refuse_missing_libraries
+    from .ranking_run import RankingRun, load_ranking
     from .resume_run import RunChanges, resume
     from .run_environment import environment
     from .run_folder import RunFolder
@@ -23,6 +24,7 @@ __all__ = [
     "BestRun",
     "CapturedStep",
     "GpuFusedStep",
+    "RankingRun",
     "RunChanges",
     "RunFolder",
     "TermWeights",
@@ -33,6 +35,7 @@ __all__ = [
     "environment",
     "evaluate_run",
     "load",
+    "load_ranking",
     "open_source",
     "refuse_missing_libraries",
     "resume",

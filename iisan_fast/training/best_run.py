@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,10 +72,10 @@ def load(path: Path, device: torch.device, similarity: bool = False) -> BestRun:
     model: Recommender | Popularity
     if config.model.method == NEIGHBOURS:
         epoch = 0
-        model = Popularity(sequences, device)
+        model = Popularity(sequences.training_counts, device)
         vectors = model.item_vectors
     else:
-        epoch, model, vectors = _best_model(folder, config, sequences, device)
+        epoch, model, vectors = best_model(folder, config, sequences.training_counts, device)
     weights = TermWeights.of(config.scoring)
     terms = terms_of_run(folder, config, sequences, similarity or bool(weights.similarity))
     best = BestRun(config, sequences, epoch, model, vectors, terms, weights)
@@ -112,14 +113,18 @@ def evaluate_run(
     }
 
 
-def _best_model(
-    folder: RunFolder, config: RunConfig, sequences: Sequences, device: torch.device
+def best_model(
+    folder: RunFolder, config: RunConfig, training_counts: np.ndarray, device: torch.device
 ) -> tuple[int, Recommender, Tensor]:
-    """Return the epoch, the model and the item vectors of the best checkpoint. Raises InputError as `load` does."""
+    """Return the epoch, the model and the item vectors of the best checkpoint.
+
+    training_counts: how often each item number occurs in training, int64 [items + 1]. Raises InputError as `load` does.
+    """
     tensors, state = folder.load_best()
-    model = Recommender(nn.Identity, config.model, sequences.max_inputs, sequences.popularity, config.train.seed)
+    popularity = training_counts / training_counts.sum()
+    model = Recommender(nn.Identity, config.model, config.protocol.max_inputs, popularity, config.train.seed)
     load_weights(model, without_item_weights(tensors), folder.best)
-    vectors = item_vectors(tensors, len(sequences.item_ids), config.model.embedding_dim, folder.best).to(device)
+    vectors = item_vectors(tensors, len(training_counts) - 1, config.model.embedding_dim, folder.best).to(device)
     return state["epoch"], model.to(device).eval(), vectors
 
 

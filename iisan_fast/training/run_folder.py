@@ -1,7 +1,8 @@
 """Write and read the run folder, which has everything to resume a run, to evaluate it, and to know how it was made.
 
 config.json: the folder's format and the resolved settings. environment.json: the machine and the versions. views.json:
-how the hidden states were made. sequences.npz: the result of the data protocol. neighbours.safetensors: the neighbour
+how the hidden states were made. sequences.npz: the result of the data protocol. items.npz: the item ids with their
+training counts and titles. neighbours.safetensors: the neighbour
 terms, made from the two. checksums.json: those of the files before, and of test.json. metrics.jsonl: one line for each
 epoch.
 best.safetensors: weights and item vectors of the best epoch. last.safetensors: weights and optimizer state of the last
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig
-from ..data import Sequences, load_sequences
+from ..data import Dataset, RunItems, Sequences, load_items, load_sequences
 from ..errors import InputError
 from ..files import (
     keep_under,
@@ -48,10 +49,12 @@ CheckState = Callable[[dict[str, Any], Path], object]
 FORMS_IN_FORMAT_1 = {"torch": "reference", "native": "cpu", "triton": "gpu"}  # their names in format 2
 CHECKPOINTS = ("best.safetensors", "last.safetensors", "previous.safetensors")
 RUN_FILES = (
-    *("config.json", "environment.json", "views.json", "sequences.npz", "neighbours.safetensors", RECORD_FILE),
+    *("config.json", "environment.json", "views.json", "sequences.npz", "items.npz", "neighbours.safetensors"),
+    RECORD_FILE,
     *("metrics.jsonl", *CHECKPOINTS, "test.json", "lock"),
 )
 LOCK_FILE = "lock"
+ITEMS_FILE = "items.npz"
 FIGURES = {"method": str, "best_epoch": int, "epochs": int, "test": dict, "popularity": dict}  # of test.json
 
 
@@ -187,19 +190,22 @@ class RunFolder:
         self,
         config: RunConfig,
         views: Mapping[str, Any],
-        sequences: Sequences,
+        dataset: Dataset,
         neighbours: bytes,
         device: torch.device,
     ) -> None:
         """Claim the folder and write the first files of a new run. Raises InputError as `claim` does.
 
-        neighbours: the content of neighbours.safetensors.
+        dataset: of the run, with its titles. neighbours: the content of neighbours.safetensors.
         """
         self.claim()
         record = RunRecord().with_settings(config)
-        with whole_file(self.path / "sequences.npz") as temporary:
-            sequences.save(temporary)
-            record = record.with_file("sequences.npz", temporary.read_bytes())
+        sequences = dataset.sequences
+        items = RunItems(sequences.item_ids, sequences.training_counts, dataset.titles)
+        for name, save in (("sequences.npz", sequences.save), (ITEMS_FILE, items.save)):
+            with whole_file(self.path / name) as temporary:
+                save(temporary)
+                record = record.with_file(name, temporary.read_bytes())
         contents = {"views.json": _json(views), "environment.json": _json(environment(device))}
         for name, content in {**contents, self.neighbours.name: neighbours}.items():
             write_atomically(self.path / name, content)
@@ -306,6 +312,23 @@ class RunFolder:
         """Return the histories that the run is trained on. Raises InputError if the file is missing or damaged."""
         self._refuse_damage("sequences.npz", RESTORE)
         return load_sequences(self.path / "sequences.npz")
+
+    @property
+    def has_histories(self) -> bool:
+        """Return True if the run has its histories; a published one may have none."""
+        return (self.path / "sequences.npz").exists()
+
+    @property
+    def items(self) -> RunItems:
+        """Return the items that the run is trained on; those of an earlier version's run have no titles.
+
+        Raises InputError if the file is missing or damaged.
+        """
+        self._refuse_damage(ITEMS_FILE, RESTORE)
+        if self.has_histories and not (self.path / ITEMS_FILE).exists() and not self.is_recorded(ITEMS_FILE):
+            sequences = self.sequences
+            return RunItems(sequences.item_ids, sequences.training_counts, None)
+        return load_items(self.path / ITEMS_FILE)
 
     @property
     def environment(self) -> dict[str, Any]:

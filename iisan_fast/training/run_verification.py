@@ -12,13 +12,21 @@ from ..errors import InputError
 from ..files import refuse_irregular
 from ..verified import Damage, Verified
 from .checkpoints import RESTORE, damaged_parts, load_checkpoint, save_checkpoint
-from .run_folder import CHECKPOINTS, RunFolder
+from .run_folder import CHECKPOINTS, ITEMS_FILE, RunFolder
 from .run_record import RECORD_FILE, RunRecord
 from .run_terms import how_to_make_again, read_terms
 
 NEIGHBOURS_FILE = "neighbours.safetensors"
-RECORDED = ("sequences.npz", "views.json", "environment.json", NEIGHBOURS_FILE, "test.json")  # beside config.json
+RECORDED = (
+    "sequences.npz",
+    ITEMS_FILE,
+    "views.json",
+    "environment.json",
+    NEIGHBOURS_FILE,
+    "test.json",
+)  # beside config.json
 MAY_BE_MISSING = ("environment.json", "test.json")
+OF_EARLIER_VERSIONS = (ITEMS_FILE, NEIGHBOURS_FILE)  # whose runs lack these
 
 
 def verify_run(path: Path, add: bool = True) -> Verified:
@@ -64,6 +72,7 @@ def _check_small_files(folder: RunFolder, verified: Verified) -> None:
     readers: dict[str, tuple[Callable[[], Any], str]] = {
         "config.json": (lambda: folder.config, RESTORE),
         "sequences.npz": (lambda: folder.sequences, RESTORE),
+        ITEMS_FILE: (lambda: folder.items, RESTORE),
         "views.json": (lambda: folder.views, RESTORE),
         "environment.json": (lambda: folder.environment, f"{RESTORE}, or remove it to go on without it"),
         NEIGHBOURS_FILE: (lambda: read_terms(folder), how_to_make_again(folder)),
@@ -71,7 +80,8 @@ def _check_small_files(folder: RunFolder, verified: Verified) -> None:
     }
     for name, (read, remedy) in readers.items():
         path = folder.path / name
-        if not path.exists() and (name in MAY_BE_MISSING or (name == NEIGHBOURS_FILE and not folder.is_recorded(name))):
+        may_be_missing = name in MAY_BE_MISSING or (name in OF_EARLIER_VERSIONS and not folder.is_recorded(name))
+        if may_be_missing and not path.exists():
             continue
         verified.checked += 1
         try:

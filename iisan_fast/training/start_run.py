@@ -42,13 +42,13 @@ def train(
     terms, views = build_terms(config, dataset.sequences)
     if config.model.method == NEIGHBOURS:
         with folder:
-            folder.begin(config, views, dataset.sequences, file_of_terms(terms), device)
+            folder.begin(config, views, dataset, file_of_terms(terms), device)
             return rank_untrained(folder, config, Scoring(dataset.sequences, terms, device), on_epoch)
     with open_source(config, dataset, device, placement, precision) as (source, views):
         trainer = Trainer(config, dataset.sequences, source, device, precision)
         trainer.refuse_unfit_form()
         with folder:
-            folder.begin(trainer.config, views, dataset.sequences, file_of_terms(terms), device)
+            folder.begin(trainer.config, views, dataset, file_of_terms(terms), device)
             return trainer.run(folder, terms, on_epoch)
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..config import RunConfig
-from ..data import Sequences
 from ..models import popularity_scores
 from .run_folder import RunFolder
 from .run_progress import SELECTED_BY
@@ -22,9 +21,9 @@ from .scoring import Scoring, TermWeights
 class Popularity:
     """The stand-in for a model in a run without training: every user has the state 1, and an item one number."""
 
-    def __init__(self, sequences: Sequences, device: torch.device) -> None:
-        """Take the training counts of a run's items."""
-        _, self.item_vectors = popularity_scores(sequences.training_counts, 0, device)
+    def __init__(self, training_counts: np.ndarray, device: torch.device) -> None:
+        """Take how often each item number occurs in training, int64 [items + 1]."""
+        _, self.item_vectors = popularity_scores(training_counts, 0, device)
 
     def user_states(self, vectors: Tensor, inputs: np.ndarray) -> Tensor:
         """Return ones [users, 1] on the device of the item vectors. inputs: of the users, [users, width]."""
@@ -40,7 +39,7 @@ def rank_untrained(
     if weights are to be fitted and there are no validation users.
     """
     sequences = scoring.sequences
-    model = Popularity(sequences, scoring.device)
+    model = Popularity(sequences.training_counts, scoring.device)
     vectors = model.item_vectors
     validation, test = (model.user_states(vectors, sequences.split(name).inputs) for name in ("validation", "test"))
     evaluation = config.evaluation

@@ -50,8 +50,9 @@ FLOORS = (  # from the lowest up; a room imports only from lower floors
     frozenset(("evaluation", "models")),
     frozenset(("training",)),
     frozenset(("settings",)),
-    frozenset(("demo", "serving")),
+    frozenset(("demo",)),
     frozenset(("api",)),
+    frozenset(("serving",)),
     frozenset(("benchmarks",)),
     frozenset(("cli",)),
 )

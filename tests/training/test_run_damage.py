@@ -545,7 +545,7 @@ def test_a_whole_run_has_no_damage_and_verify_changes_nothing(run):
     verified = verify_run(run)
     assert (verified.kind, verified.path, verified.damage, verified.added) == ("run", run, [], 0)
     tensors = sum(len(load_checkpoint(run / f"{name}.safetensors")[0]) for name in ("best", "last", "previous"))
-    assert verified.checked == tensors + 7  # config, environment, views, sequences, neighbours, metrics, test
+    assert verified.checked == tensors + 8  # config, environment, views, sequences, items, neighbours, metrics, test
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
@@ -601,7 +601,7 @@ def test_verify_adds_checksums_to_a_run_without_and_nothing_else_changes(run, ca
     ]
     counted = verify_run(run, add=False)
     assert counted.added == 0 and not (run / "checksums.json").exists()
-    assert counted.checked == 7  # config, environment, views, sequences, neighbours, metrics, test
+    assert counted.checked == 8  # config, environment, views, sequences, items, neighbours, metrics, test
     verified = verify_run(run)
     assert verified.damage == [] and verified.added == counted.unchecked > 20 and verified.unchecked == 0
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.suffix == ".safetensors"} == {

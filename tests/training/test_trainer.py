@@ -57,7 +57,7 @@ def test_a_run_learns_and_leaves_a_self_sufficient_folder(tmp_path, config):
     assert result["test"]["masked"]["hr@10"] > 2 * result["popularity"]["masked"]["hr@10"]
     names = {"config.json", "environment.json", "views.json", "sequences.npz", "metrics.jsonl"}
     names |= {"best.safetensors", "last.safetensors", "previous.safetensors", "test.json", "lock", "checksums.json"}
-    names |= {"neighbours.safetensors"}
+    names |= {"items.npz", "neighbours.safetensors"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["torch"] == torch.__version__
     again = evaluate_run(tmp_path / "run", "test", EvaluationConfig(), CPU)

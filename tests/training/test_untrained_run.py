@@ -24,8 +24,8 @@ from iisan_fast.training.scoring import COOCCURRENCE_GRID, SIMILARITY_GRID
 
 CPU = torch.device("cpu")
 FIGURES = EvaluationConfig()
-FILES = {"config.json", "environment.json", "views.json", "sequences.npz", "neighbours.safetensors", "checksums.json"}
-FILES |= {"metrics.jsonl", "test.json", "lock"}
+FILES = {"config.json", "environment.json", "views.json", "sequences.npz", "items.npz", "checksums.json"}
+FILES |= {"neighbours.safetensors", "metrics.jsonl", "test.json", "lock"}
 
 
 @pytest.fixture(scope="module")

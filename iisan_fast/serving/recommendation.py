@@ -1,0 +1,105 @@
+"""Rank the catalogue of a trained run for histories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .. import kernels
+from ..errors import InputError
+from ..models import popularity_scores
+from .trained_model import TrainedModel
+from .user_histories import UserHistories
+
+USERS_AT_ONCE = 2048  # whose excluded items and added scores are in memory at once
+
+
+class Recommended(NamedTuple):
+    """The best items of R users, best first."""
+
+    user_ids: list[str]  # [R]
+    items: np.ndarray  # int64 [R, K]: item numbers, 0 behind the last item of a user for whom fewer are left
+    scores: np.ndarray  # float32 [R, K], minus infinity there
+    by_popularity: np.ndarray  # bool [R]: True for an empty history, which gets the popular items
+
+
+def recommend(
+    model: TrainedModel,
+    histories: UserHistories,
+    k: int = 10,
+    exclude_history: bool = True,
+    allowed: np.ndarray | None = None,
+) -> Iterator[Recommended]:
+    """Yield the best items of the users in parts, in the order of the histories.
+
+    k: the items to return, at most the catalogue. exclude_history: leave out the items of the user's history. allowed:
+    bool [items], the items that may be recommended; None allows all. Removed items never are. A user with an empty
+    history gets the most popular items, of which equal ones by item number. Raises InputError for a k that does not
+    fit, or if a score is not finite.
+    """
+    catalogue = model.catalogue
+    if type(k) is not int or not 1 <= k <= catalogue.available:
+        raise InputError(
+            f"k: expected a number from 1 to {catalogue.available}, the items of the catalogue, found {k!r}"
+        )
+    permitted = ~catalogue.is_removed if allowed is None else allowed & ~catalogue.is_removed
+    for first in range(0, len(histories.user_ids), USERS_AT_ONCE):
+        yield _part(model, histories.part(first, first + USERS_AT_ONCE), k, exclude_history, permitted)
+
+
+def _part(
+    model: TrainedModel, histories: UserHistories, k: int, exclude_history: bool, permitted: np.ndarray
+) -> Recommended:
+    """Return the best items of a few users, with and without histories. Raises InputError as `recommend` does."""
+    items = np.zeros((len(histories.user_ids), k), dtype=np.int64)
+    scores = np.full(items.shape, -np.inf, dtype=np.float32)
+    is_empty = histories.lengths == 0
+    if not is_empty.all():
+        chosen = _without_empty(histories, ~is_empty)
+        items[~is_empty], scores[~is_empty] = _ranked(model, chosen, k, exclude_history, permitted)
+    if is_empty.any():
+        items[is_empty], scores[is_empty] = _popular(model, k, permitted)
+    return Recommended(histories.user_ids, items, scores, is_empty)
+
+
+def _without_empty(histories: UserHistories, chosen: np.ndarray) -> UserHistories:
+    """Return the histories of the chosen users, bool [R]; those of the others are empty."""
+    user_ids = [user_id for user_id, keep in zip(histories.user_ids, chosen) if keep]
+    return UserHistories(user_ids, np.concatenate([[0], np.cumsum(histories.lengths[chosen])]), histories.items)
+
+
+def _ranked(
+    model: TrainedModel, histories: UserHistories, k: int, exclude_history: bool, permitted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the item numbers and scores [R, k] of users whose histories are not empty.
+
+    Raises InputError if a score is not finite.
+    """
+    scores = model.scores(histories)
+    width = int(histories.lengths.max()) if exclude_history else 0
+    excluded = torch.from_numpy(histories.latest(width) - 1)
+    rows, values = kernels.top_items(
+        scores.queries,
+        scores.vectors,
+        k,
+        excluded.to(model.device),
+        allowed=torch.from_numpy(permitted).to(model.device),
+        added=None if scores.added is None else scores.added(np.arange(len(histories.user_ids))),
+    )
+    if values.isnan().any():
+        raise InputError(
+            f"{model.run}: {int(values.isnan().any(dim=1).sum())} users have a score that is not finite; "
+            "the model has diverged"
+        )
+    return rows.cpu().numpy() + 1, values.float().cpu().numpy()
+
+
+def _popular(model: TrainedModel, k: int, permitted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the item numbers and scores [k] of the most popular items."""
+    queries, vectors = popularity_scores(model.catalogue.training_counts, 1, torch.device("cpu"))
+    nothing = torch.empty((1, 0), dtype=torch.int64)
+    rows, values = kernels.top_items(queries, vectors, k, nothing, allowed=torch.from_numpy(permitted))
+    return rows[0].numpy() + 1, values[0].numpy()
