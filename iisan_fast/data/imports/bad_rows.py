@@ -27,9 +27,10 @@ class BadKind:
 class BadRows:
     """The rows of one file that do not fit, under the policy "error" or "skip"."""
 
-    def __init__(self, path: Path, policy: str, unit: str) -> None:
-        """Start without bad rows. unit: as in BadKind."""
+    def __init__(self, path: Path, policy: str, unit: str, hint: str = HINT) -> None:
+        """Start without bad rows. unit: as in BadKind. hint: what to do about a bad row, for the error."""
         self.path = path
+        self.hint = hint
         self.policy = policy
         self.unit = unit
         self.kinds: dict[str, BadKind] = {}
@@ -46,7 +47,7 @@ class BadRows:
         Raises InputError, with the first row's place, if the policy is "error".
         """
         if self.policy == "error":
-            raise InputError(f"{self.path} {self.unit} {places[0]}: {problem}; {HINT}")
+            raise InputError(f"{self.path} {self.unit} {places[0]}: {problem}; {self.hint}")
         of_kind = self.kinds.setdefault(kind, BadKind(self.unit))
         of_kind.count += len(places)
         room = PLACES_SHOWN - len(of_kind.places)

@@ -14,8 +14,8 @@ from ...errors import InputError, first_few
 from ...files import refuse_irregular
 from ...progress import progress_bar
 from ..items import list_images
-from .frames import pl
 from .options import Imported, ImportOptions
+from .polars_module import pl
 
 LOGGER = logging.getLogger(__name__)
 WRITTEN_AT_ONCE = 1_000_000  # interactions written at a time; the last user's are completed

@@ -15,8 +15,8 @@ from ...files import refuse_irregular
 from ...progress import progress_bar
 from .bad_rows import BadRows
 from .delimited_rows import MAX_ROW_BYTES, Form, Unfinished, UnfitRow, WholeRows, checked_rows, next_row, regular_rows
-from .frames import pl
 from .headers import check_columns, check_header, refuse_other_separator
+from .polars_module import pl
 
 BLOCK_BYTES = 4 << 20
 BYTE_ORDER_MARK = "\ufeff".encode()

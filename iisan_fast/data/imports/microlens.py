@@ -14,8 +14,8 @@ from ...files import refuse_irregular, whole_folder
 from .bad_rows import BadRows
 from .dataset import write_dataset
 from .delimited import DelimitedText
-from .frames import pl
 from .options import Imported, ImportOptions
+from .polars_module import pl
 from .sources import find
 from .tables import read_interactions, titles_of
 

@@ -9,8 +9,8 @@ from ...errors import InputError
 from ...files import refuse_irregular
 from ...progress import progress_bar
 from .bad_rows import BadRows
-from .frames import pl
 from .headers import find_columns
+from .polars_module import pl
 
 READ_AT_ONCE = 250_000  # rows
 READ_ERRORS = (pl.exceptions.PolarsError, OSError)

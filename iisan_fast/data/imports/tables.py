@@ -12,9 +12,9 @@ from typing import Protocol
 from ...errors import InputError
 from ..strict_tables import CONTROL_CHARACTERS, MAX_ID_BYTES
 from .bad_rows import BadRows
-from .frames import pl
 from .headers import ADVICE, find_columns
 from .options import RECBOLE_FIELDS, TABLE_COLUMNS
+from .polars_module import pl
 
 EXACT_FLOAT = 2**53  # a larger whole number may not be the one that its text says
 POINT_AND_ZEROS = r"^([+-]?[0-9]+)\.0*$"

@@ -7,6 +7,6 @@ from ...errors import InputError
 try:
     import polars as pl
 except ImportError:
-    raise InputError("import: needs polars; pip install 'iisan-fast[import]'") from None
+    raise InputError("tables are read by polars, which is missing; pip install 'iisan-fast[import]'") from None
 
 __all__ = ["pl"]
