@@ -18,12 +18,16 @@ if TYPE_CHECKING:
         UncachedConfig,
         ViewConfig,
     )
+    from .data import Dataset
     from .errors import InputError, Stopped
     from .runtime import prepare
+    from .serving import IISAN
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IISAN",
+    "Dataset",
     "EvaluationConfig",
     "ExtractionConfig",
     "InputError",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import iisan_fast
-from iisan_fast import ExtractionConfig, ModelConfig, ProtocolConfig, RunConfig, TrainConfig, ViewConfig
+from iisan_fast import IISAN, ExtractionConfig, ModelConfig, ProtocolConfig, RunConfig, TrainConfig, ViewConfig
 from iisan_fast.data import Dataset
 from iisan_fast.kernels import form_on
 from iisan_fast.setting_fields import from_dict
@@ -23,6 +23,10 @@ def right(folder: Path) -> list[str]:
     iisan_fast.train(config, out="runs/first", on_epoch=print)
     run = iisan_fast.train("DATASET", cache="states", model=ModelConfig(), epochs=20, ks=(5, 10))["run"]
     iisan_fast.evaluate(run, split="validation", ks=[5])
+    fitted: IISAN = IISAN(text="encoder", image=folder, device="cpu", epochs=3).fit(dataset, out="runs/second")
+    by_user = IISAN.load(run).recommend({"u1": ["i1"]}, k=5, allow=["i2"])["u1"]
+    first = fitted.recommend([["i1", "i2"], []], unknown="skip")[0][0]
+    print(first.item_id, first.score, by_user[0].title)
     return iisan_fast.load(run).item_ids + [result.view for result in results]
 
 
@@ -37,4 +41,6 @@ def wrong(folder: Path) -> None:
     iisan_fast.extract("DATASET", "states", views=["title"])  # type: ignore[list-item]
     iisan_fast.load(folder).item_vector  # type: ignore[attr-defined]  # noqa: B018
     iisan_fast.trian  # type: ignore[attr-defined]  # noqa: B018
+    IISAN(text=3)  # type: ignore[arg-type]
+    IISAN.load(run=folder).recomend([["i1"]])  # type: ignore[attr-defined]
     form_on("cpu", "gpu", 3)  # type: ignore[call-arg]

@@ -1,7 +1,13 @@
 """Use a trained run: rank items for any history, let its catalogue grow, export it, and look at it."""
 
+from typing import TYPE_CHECKING
+
 from ..doors import lazy_names
 
-__all__: list[str] = []
+if TYPE_CHECKING:
+    from .model import IISAN
 
-__getattr__ = lazy_names(__name__, __file__)
+__all__ = ["IISAN"]
+
+if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name
+    __getattr__ = lazy_names(__name__, __file__)

@@ -1,0 +1,162 @@
+"""The class of a model: fit it to a dataset, recommend, load it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from ..api import OnEpoch
+from ..data import Dataset
+from ..devices import torch_device
+from ..errors import InputError
+from ..setting_sources import PathLike, as_path
+from ..settings import refuse_unknown
+from ..training import RunFolder
+from .fitting import FIT_SETTINGS, described_views, fit_run
+from .history_arguments import allowed_items, numbered_histories
+from .ranked_items import RankedItem, ranked_lists
+from .recommendation import recommend
+from .trained_model import TrainedModel
+
+if TYPE_CHECKING:
+    import torch
+
+
+class IISAN:
+    """A recommender on the hidden states of frozen encoders, with its run folder.
+
+    `run` is the folder of the fitted run, and `figures` holds its figures on the test set; both are None before.
+    """
+
+    def __init__(
+        self,
+        text: PathLike | None = None,
+        image: PathLike | None = None,
+        *,
+        device: str | torch.device = "auto",
+        cache: PathLike | None = None,
+        **settings: Any,
+    ) -> None:
+        """Take the encoders and the settings. Nothing is read yet.
+
+        text, image: hub names or folders of the encoders of titles and of images; one is enough.
+        device: auto, cpu, cuda or cuda:N.
+        cache: folder of the hidden states; by default one in the user's cache folder, named after dataset and encoders.
+        settings: those of `train` and `extract` by name, as method="iisan", epochs=20, seed=1, text_pooling="mean".
+            Without a method, two encoders of unequal shape take iisan-versa, and all others iisan.
+        Raises InputError for a setting that is unknown or cannot be used.
+        """
+        refuse_unknown("IISAN", settings, ("text", "image", "device", "cache", *FIT_SETTINGS))
+        described_views(text, image, settings)
+        self.run: Path | None = None
+        self.figures: dict[str, Any] | None = None
+        self._encoders = (text, image)
+        self._device = torch_device(device)
+        self._cache = cache
+        self._settings = settings
+        self._trained: TrainedModel | None = None
+
+    def __repr__(self) -> str:
+        """Return the class with its run."""
+        return f"IISAN(run={None if self.run is None else str(self.run)!r})"
+
+    def fit(
+        self,
+        data: PathLike | Dataset,
+        out: PathLike | None = None,
+        *,
+        on_epoch: OnEpoch | None = None,
+        **settings: Any,
+    ) -> IISAN:
+        """Encode the items that the cache lacks, train, test the best epoch once, and return the model.
+
+        data: a dataset's folder, or what `load_dataset` returned.
+        out: the run's folder, which must not hold a run yet; by default the next free runs/NAME-N.
+        on_epoch: gets each finished epoch's figures; `print` shows them.
+        settings: as of the class; they go before those.
+        Raises InputError, before an encoder runs, for settings that cannot be used, and as `train` and `extract` do.
+        """
+        refuse_unknown("fit", settings, ("data", "out", "on_epoch", *FIT_SETTINGS))
+        if not self._may_fit:
+            raise InputError(f"fit: this model is loaded from {self.run}; make a new IISAN, with encoders and settings")
+        views, chosen = described_views(*self._encoders, {**self._settings, **settings})
+        common = {"device": self._device, "on_epoch": on_epoch}
+        result = fit_run(data, out, views, self._cache, chosen, common)
+        self.run = Path(result.pop("run"))
+        self.figures = result
+        self._trained = None
+        return self
+
+    @classmethod
+    def load(cls, run: PathLike, device: str | torch.device = "auto") -> IISAN:
+        """Return the model of a run's folder. Raises InputError if it holds no finished run, or a damaged one."""
+        model = cls(device=device)
+        model._may_fit = False
+        model.run = as_path("run", run)
+        model._trained = TrainedModel.load(model.run, model._device)
+        model.figures = RunFolder.open(model.run).read_test()
+        return model
+
+    _may_fit = True  # False for a loaded model
+
+    @property
+    def trained(self) -> TrainedModel:
+        """Return the model in memory, which is loaded when it is first needed.
+
+        Raises InputError if it is not fitted yet, and as `load` does.
+        """
+        if self.run is None:
+            raise InputError("IISAN: the model is not fitted yet; call fit, or take one with IISAN.load")
+        if self._trained is None:
+            self._trained = TrainedModel.load(self.run, self._device)
+        return self._trained
+
+    @overload
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        *,
+        exclude_history: bool = True,
+        allow: Iterable[str] | None = None,
+        deny: Iterable[str] | None = None,
+        unknown: str = "error",
+    ) -> list[list[RankedItem]]: ...
+
+    @overload
+    def recommend(
+        self,
+        histories: Mapping[str, Sequence[str]],
+        k: int = 10,
+        *,
+        exclude_history: bool = True,
+        allow: Iterable[str] | None = None,
+        deny: Iterable[str] | None = None,
+        unknown: str = "error",
+    ) -> dict[str, list[RankedItem]]: ...
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str]] | Mapping[str, Sequence[str]],
+        k: int = 10,
+        *,
+        exclude_history: bool = True,
+        allow: Iterable[str] | None = None,
+        deny: Iterable[str] | None = None,
+        unknown: str = "error",
+    ) -> list[list[RankedItem]] | dict[str, list[RankedItem]]:
+        """Return the best items for histories, best first, each an item id with its score and title.
+
+        histories: lists of item ids, oldest first, or such lists by user id. An empty one gets the popular items.
+        k: items for each history. allow, deny: ids of the only items to recommend, and of those not to recommend.
+        exclude_history: leave out the items of the history itself. unknown: "skip" leaves out ids of histories that
+        the model does not have, with a warning; "error" refuses them.
+        Returns a list for each history, in their order; for a mapping, those lists by user id.
+        Raises InputError for ids that the model does not have, and for a k beyond the catalogue.
+        """
+        catalogue = self.trained.catalogue
+        users = numbered_histories(histories, catalogue, unknown)
+        allowed = allowed_items(catalogue, allow, deny)
+        lists = ranked_lists(recommend(self.trained, users, k, exclude_history, allowed), catalogue)
+        return dict(zip(users.user_ids, lists)) if isinstance(histories, Mapping) else lists

@@ -1,0 +1,169 @@
+"""The class IISAN: fit does what extract and train do, and recommend what the scores of the loaded run say."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import iisan_fast
+from helpers.run_folders import untimed
+from iisan_fast import IISAN, InputError
+
+SMALL = {"epochs": 2, "batch_users": 16, "embedding_dim": 16, "bottleneck": 8, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def model(toy_run, tmp_path_factory) -> IISAN:
+    dataset, cache = toy_run
+    return IISAN(cache=cache, **SMALL).fit(dataset, out=tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def dense_scores(model) -> np.ndarray:
+    """Return the scores of all users' whole histories for all items, by the function `load`."""
+    best = iisan_fast.load(model.run, device="cpu")
+    return (best.user_states("test") @ best.item_vectors.T).numpy()
+
+
+def histories_of(run: Path) -> list[list[str]]:
+    """Return the inputs of the test users, oldest first: all items but the last."""
+    sequences = iisan_fast.load(run, device="cpu").sequences
+    parts = np.split(sequences.items, sequences.offsets[1:-1])
+    return [[sequences.item_ids[item - 1] for item in part[:-1]] for part in parts]
+
+
+def test_fit_makes_the_run_that_train_makes(model, toy_run, tmp_path):
+    dataset, cache = toy_run
+    result = iisan_fast.train(dataset, cache=cache, out=tmp_path / "run", **SMALL)
+    assert untimed(model.run) == untimed(tmp_path / "run")
+    assert (model.run / "config.json").read_text() == (tmp_path / "run" / "config.json").read_text()
+    assert {"run": str(tmp_path / "run"), **model.figures} == result
+
+
+def test_recommend_ranks_by_the_scores_of_the_run(model, dense_scores):
+    histories = histories_of(model.run)
+    item_ids = iisan_fast.load(model.run, device="cpu").item_ids
+    lists = model.recommend(histories, k=5)
+    for history, scores, ranked in zip(histories, dense_scores, lists, strict=True):
+        scores = scores.copy()
+        scores[[item_ids.index(item_id) for item_id in history]] = -np.inf
+        expected = np.argsort(-scores, kind="stable")[:5]
+        assert [entry.item_id for entry in ranked] == [item_ids[row] for row in expected]
+        np.testing.assert_allclose([entry.score for entry in ranked], scores[expected], rtol=1e-5)
+        assert [entry.title for entry in ranked] == [f"title of {item_ids[row]}" for row in expected]
+
+
+def test_recommend_with_history_allowed_and_denied_items(model, dense_scores):
+    history = histories_of(model.run)[0]
+    item_ids = iisan_fast.load(model.run, device="cpu").item_ids
+    (everything,) = model.recommend([history], k=40, exclude_history=False)
+    assert [entry.item_id for entry in everything] == [item_ids[row] for row in np.argsort(-dense_scores[0])]
+    (allowed,) = model.recommend([history], k=10, allow=["i3", "i7", *history[:1]])
+    assert {entry.item_id for entry in allowed} == {"i3", "i7"} - {*history}
+    (without,) = model.recommend([history], k=3, exclude_history=False, deny=[everything[0].item_id])
+    assert [entry.item_id for entry in without] == [entry.item_id for entry in everything[1:4]]
+
+
+def test_lists_by_user_come_back_by_user(model):
+    histories = {"anna": ["i1", "i4"], "bert": ["i2"]}
+    assert model.recommend(histories, k=3) == dict(zip(histories, model.recommend(list(histories.values()), k=3)))
+
+
+def test_an_empty_history_gets_popular_items(model):
+    counts = iisan_fast.load(model.run, device="cpu").sequences.training_counts[1:]
+    (popular,) = model.recommend([[]], k=4)
+    expected = np.argsort(-counts, kind="stable")[:4]
+    assert [entry.item_id for entry in popular] == [f"i{row + 1}" for row in expected]
+
+
+def test_unknown_items_are_refused_or_left_out_with_a_warning(model, caplog):
+    with pytest.raises(InputError, match=r"histories: .* found 4 unknown ones \(x, y, z and 1 more\)"):
+        model.recommend([["i1", "x", "y"], ["z", "q", "x"]])
+    with caplog.at_level(logging.WARNING, "iisan_fast"):
+        lists = model.recommend([["i1", "x", "i4"]], k=3, unknown="skip")
+    assert lists == model.recommend([["i1", "i4"]], k=3)
+    assert "1 unknown items are left out: x" in caplog.text
+
+
+def test_a_loaded_model_recommends_the_same(model):
+    loaded = IISAN.load(str(model.run), device="cpu")
+    assert loaded.figures == model.figures
+    histories = histories_of(model.run)
+    assert loaded.recommend(histories) == model.recommend(histories)
+    with pytest.raises(InputError, match="fit: this model is loaded from"):
+        loaded.fit("DATASET")
+
+
+@pytest.mark.slow
+def test_fit_encodes_what_is_not_cached(small_catalogue, encoder_views, tmp_path, monkeypatch):
+    image, title = encoder_views
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = IISAN(text=title.encoder, image=Path(image.encoder), text_layers=[0, 3, 6], **SMALL)
+    model.fit(small_catalogue, out=tmp_path / "first", dtype="float32")
+    (states,) = (tmp_path / "cache" / "iisan-fast" / "states").iterdir()
+    views = json.loads((model.run / "views.json").read_text())
+    assert list(views) == ["image", "title"] and views["title"]["layers"] == [0, 3, 6]
+    assert {view["dtype"] for view in views.values()} == {"float32"}
+    assert json.loads((model.run / "config.json").read_text())["model"]["method"] == "iisan-versa"  # 4 and 3 layers
+    written = (states / "states.lmdb").stat().st_mtime_ns
+    lines: list[dict] = []
+    model.fit(small_catalogue, out=tmp_path / "second", dtype="float32", seed=1, on_epoch=lines.append)
+    assert (states / "states.lmdb").stat().st_mtime_ns == written and len(lines) == 2
+    assert model.run == tmp_path / "second" and untimed(model.run) != untimed(tmp_path / "first")
+
+
+MISTAKES = {
+    "IISAN: unknown setting epoch; did you mean epochs": {"epoch": 3},
+    "IISAN: unknown setting text_encoder; did you mean text_": {"text_encoder": "t"},
+    "text_pooling: needs text_encoder": {"text_pooling": "cls"},
+    "text_source: expected one of title, caption": {"text": "t", "text_source": "body"},
+    "text: expected a path, found 3": {"text": 3},
+    "device: expected auto, cpu": {"device": "gpu"},
+    "IISAN: expected an encoder, found none; give text or image": {},
+    "method: expected one of iisan, ": {"text": "t", "method": "ian"},
+    "embedding_dim: expected a multiple": {"text": "t", "embedding_dim": 3},
+    "no such folder": {"text": "t", "data": "nowhere"},
+    "out: expected a path, found 3": {"text": "t", "out": 3},
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_get_one_line_before_an_encoder_runs(toy_run, tmp_path, message):
+    arguments = {"data": toy_run[0], "out": tmp_path / "run", **MISTAKES[message]}
+    fit = {name: arguments.pop(name) for name in ("data", "out")}
+    with pytest.raises(InputError) as error:
+        IISAN(**arguments).fit(**fit)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_a_run_is_refused_before_an_encoder_runs(model, toy_run, tmp_path):
+    with pytest.raises(InputError, match="already holds a run"):
+        IISAN(text="no-such-encoder", cache=tmp_path / "states").fit(toy_run[0], out=model.run)
+
+
+def test_mistakes_in_recommend_get_one_line(model):
+    with pytest.raises(InputError, match="the model is not fitted yet"):
+        IISAN().recommend([["i1"]])
+    for message, arguments in (
+        ('histories: expected a list of histories, such as [["A", "B"]], found "i1"'.replace('"i1"', "'i1'"), "i1"),
+        ('histories[0]: expected a list of item ids, such as ["A", "B"], found \'i1\'', ["i1"]),
+        ("histories[0]: expected item ids as text, found 1", [[1]]),
+    ):
+        with pytest.raises(InputError) as error:
+            model.recommend(arguments)
+        assert str(error.value) == message
+    for message, arguments in (
+        ("k: expected a number from 1 to 40", {"k": 41}),
+        ("unknown: expected one of error, skip", {"unknown": "keep"}),
+        ("allow: expected ids of the run's 40 items, found 1 unknown ones (x)", {"allow": ["x"]}),
+        ("deny: expected ids of the run's 40 items, found 1 unknown ones (x)", {"deny": ["x"]}),
+        ("allow: expected a list of item ids", {"allow": "i1"}),
+    ):
+        with pytest.raises(InputError) as error:
+            model.recommend([["i1"]], **arguments)
+        assert message in str(error.value)
