@@ -6,14 +6,16 @@ They are made for speed and find damage by chance. They are no protection agains
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xxhash import xxh3_64_digest, xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_digest, xxh3_64_intdigest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKSUM_BYTES = 8
+BYTES_AT_ONCE = 16 << 20  # of a file, in memory
 # The two halves of `checksum`, for a loop in which its call would take a tenth of the time: the seed that stands for a
 # name, and the checksum of a content under a seed.
 name_seed = xxh3_64_intdigest
@@ -26,6 +28,18 @@ def checksum(content: bytes | bytearray | memoryview, name: bytes = b"") -> byte
     name: it counts as well, so that contents that have changed places are found.
     """
     return seeded_checksum(content, name_seed(name))
+
+
+def file_checksum(path: Path, name: bytes = b"") -> bytes:
+    """Return the checksum of a file's content under a name, as `checksum` does, without the whole file in memory.
+
+    Raises OSError if it cannot be read.
+    """
+    state = xxh3_64(seed=name_seed(name))
+    with path.open("rb") as file:
+        while content := file.read(BYTES_AT_ONCE):
+            state.update(content)
+    return state.digest()
 
 
 def tensor_checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -54,19 +54,30 @@ class NeighbourTerms:
         histories: of the users, as `CoOccurrence.sums` takes them. cooccurrence: lambda. similarity: mu. Raises
         ValueError if `similarity` is not 0 and there are no coordinates.
         """
+        if similarity and self.similarity is not None:
+            vectors = torch.cat([vectors, self.similarity.vectors.to(vectors)], dim=1)
+        return self.scored_by_joined(queries, vectors, histories, cooccurrence, similarity)
+
+    def scored_by_joined(
+        self, queries: Tensor, joined: Tensor, histories: np.ndarray, cooccurrence: float, similarity: float
+    ) -> Scores:
+        """Return the scores of `scored` by item vectors that end with the coordinates if `similarity` is not 0.
+
+        queries: of the model, [R, d]. joined: [items, d + dims], or [items, d] with a `similarity` of 0. Raises
+        ValueError as `scored` does.
+        """
         if similarity:
             if self.similarity is None:
                 raise ValueError(f"similarity: expected 0 without states, found {similarity}")
             profiles = self.similarity.profiles(histories).to(queries)
             queries = torch.cat([queries, similarity * profiles], dim=1)
-            vectors = torch.cat([vectors, self.similarity.vectors.to(vectors)], dim=1)
         if not cooccurrence:
-            return Scores(queries, vectors, None)
+            return Scores(queries, joined, None)
 
         def added(rows: np.ndarray) -> AddedScores:
             return self._added(histories[rows], cooccurrence, queries)
 
-        return Scores(queries, vectors, added)
+        return Scores(queries, joined, added)
 
     def baseline(self, training_counts: np.ndarray, histories: np.ndarray, device: torch.device) -> Scores:
         """Return the scores of the baseline `neighbours`: popularity and both terms at their default weights.

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..config import RunConfig
 from ..models import RECENT, CoOccurrence, NeighbourTerms, Scores, Similarity
-from ..training import RankingRun, TermWeights, load_ranking
+from ..training import RankingRun, RunFolder, TermWeights, copy_coordinates, load_ranking
 from .catalogue import Catalogue
+from .item_matrix import ItemMatrix
 from .user_histories import UserHistories
 
 
@@ -23,7 +24,8 @@ class TrainedModel:
     run: Path
     config: RunConfig
     epoch: int  # of the best checkpoint, counted from 1; 0 for the method neighbours
-    catalogue: Catalogue
+    catalogue: Catalogue  # its vectors and coordinates are views of `joined`
+    joined: Tensor  # [items, width]: what the queries of `scores` multiply
     cooccurrence: CoOccurrence  # of the trained items
     similarity: Similarity | None  # its vectors are the catalogue's coordinates
     weights: TermWeights
@@ -31,36 +33,59 @@ class TrainedModel:
 
     @classmethod
     def load(cls, run: Path, device: torch.device) -> TrainedModel:
-        """Load the run in a folder onto a device. Raises InputError as `load_ranking` does."""
+        """Load the run in a folder onto a device. Raises InputError as `load_ranking` does.
+
+        Vectors and coordinates are in memory once: a large catalogue takes little more than both.
+        """
         ranking = load_ranking(run, device)
         items = ranking.items
         similarity = ranking.terms.similarity
+        dims = None if similarity is None else similarity.vectors.shape[1]
+        matrix = ItemMatrix.empty(*ranking.item_vectors.shape, dims, ranking.weights, device)
+        matrix.vectors.copy_(ranking.item_vectors)
+        ranking = ranking._replace(item_vectors=matrix.vectors)
+        if similarity is not None and matrix.coordinates is not None:
+            copy_coordinates(RunFolder(run), similarity, matrix.coordinates)
+        matrix.complete(items.training_counts)
         catalogue = Catalogue(
             item_ids=items.item_ids,
             titles=items.titles,
             training_counts=items.training_counts,
             trained=len(items.item_ids),
             is_removed=np.zeros(len(items.item_ids), dtype=bool),
-            vectors=ranking.item_vectors,
-            coordinates=None if similarity is None else similarity.vectors,
+            vectors=matrix.vectors,
+            coordinates=matrix.coordinates,
         )
-        terms = ranking.terms
         return cls(
-            run, ranking.config, ranking.epoch, catalogue, terms.cooccurrence, similarity, ranking.weights, ranking
+            run=run,
+            config=ranking.config,
+            epoch=ranking.epoch,
+            catalogue=catalogue,
+            joined=matrix.joined,
+            cooccurrence=ranking.terms.cooccurrence,
+            similarity=_with_vectors(similarity, matrix.coordinates),
+            weights=ranking.weights,
+            encoder=_without_terms(ranking),
         )
 
     @property
     def device(self) -> torch.device:
         """Return the device that ranks."""
-        return self.catalogue.vectors.device
+        return self.joined.device
 
     def with_catalogue(self, catalogue: Catalogue) -> TrainedModel:
         """Return the model with another catalogue, whose trained items are the same."""
-        coordinates = catalogue.coordinates
-        similarity = self.similarity
-        if similarity is not None and coordinates is not None:
-            similarity = replace(similarity, vectors=coordinates)
-        return replace(self, catalogue=catalogue, similarity=similarity)
+        before = self.catalogue
+        if catalogue.vectors is before.vectors and catalogue.coordinates is before.coordinates:
+            return replace(self, catalogue=catalogue)
+        matrix = ItemMatrix.of(catalogue.vectors, catalogue.coordinates, catalogue.training_counts, self.weights)
+        return replace(
+            self,
+            catalogue=replace(catalogue, vectors=matrix.vectors, coordinates=matrix.coordinates),
+            joined=matrix.joined,
+            similarity=_with_vectors(self.similarity, matrix.coordinates),
+            encoder=self.encoder._replace(item_vectors=matrix.vectors),
+        )
 
     def user_states(self, histories: UserHistories) -> Tensor:
         """Return the states [R, d] after the last items of histories, none of which may be empty."""
@@ -70,11 +95,19 @@ class TrainedModel:
     def scores(self, histories: UserHistories) -> Scores:
         """Return the scores of histories for all items, removed ones too, with the run's terms."""
         queries = self.user_states(histories)
-        vectors = self.catalogue.vectors
-        if self.weights.cold_bias:
-            is_cold = torch.from_numpy(self.catalogue.training_counts[1:, None] == 0).to(vectors)
-            queries = torch.cat([queries, queries.new_full((len(queries), 1), self.weights.cold_bias)], dim=1)
-            vectors = torch.cat([vectors, is_cold], dim=1)
-        terms = NeighbourTerms(self.cooccurrence, self.similarity)
         weights = self.weights
-        return terms.scored(queries, vectors, histories.latest(RECENT), weights.cooccurrence, weights.similarity)
+        if weights.cold_bias:
+            queries = torch.cat([queries, queries.new_full((len(queries), 1), weights.cold_bias)], dim=1)
+        terms = NeighbourTerms(self.cooccurrence, self.similarity)
+        recent = histories.latest(RECENT)
+        return terms.scored_by_joined(queries, self.joined, recent, weights.cooccurrence, weights.similarity)
+
+
+def _with_vectors(similarity: Similarity | None, coordinates: Tensor | None) -> Similarity | None:
+    """Return the map from states to coordinates with the coordinates of a catalogue; None for a run without states."""
+    return None if similarity is None or coordinates is None else replace(similarity, vectors=coordinates)
+
+
+def _without_terms(ranking: RankingRun) -> RankingRun:
+    """Return a run whose terms hold no coordinates, because the catalogue does."""
+    return ranking._replace(terms=replace(ranking.terms, similarity=None))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .resume_run import RunChanges, resume
     from .run_environment import environment
     from .run_folder import RunFolder
+    from .run_terms import copy_coordinates
     from .run_verification import verify_run
     from .scoring import TermWeights
     from .start_run import check_new_run, train
@@ -30,6 +31,7 @@ __all__ = [
     "TermWeights",
     "Trainer",
     "check_new_run",
+    "copy_coordinates",
     "describe_new_run",
     "deterministic",
     "environment",

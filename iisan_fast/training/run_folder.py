@@ -375,8 +375,8 @@ class RunFolder:
         """Return True if the run has written the file of this name, and its checksum."""
         return self._record is not None and name in self._record.files
 
-    def read_neighbours(self, remedy: str) -> bytes:
-        """Return the content of neighbours.safetensors.
+    def check_neighbours(self, remedy: str) -> Path:
+        """Return the path of neighbours.safetensors.
 
         Raises InputError, with the remedy, if the file is missing or its checksum does not fit.
         """
@@ -384,7 +384,7 @@ class RunFolder:
         if not self.neighbours.exists():
             raise InputError(f"{self.neighbours}: no such file; {remedy}")
         refuse_irregular(self.neighbours)
-        return self.neighbours.read_bytes()
+        return self.neighbours
 
     def write_neighbours(self, content: bytes) -> None:
         """Write neighbours.safetensors again, as `begin` does."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..checksums import checksum
+from ..checksums import checksum, file_checksum
 from ..config import RunConfig
 from ..errors import InputError
 from ..files import refuse_irregular, write_atomically
@@ -79,7 +79,7 @@ class RunRecord:
         if recorded is None or not path.exists():
             return
         refuse_irregular(path)
-        if _file_checksum(path.name, path.read_bytes()) != recorded:
+        if file_checksum(path, path.name.encode()).hex() != recorded:
             raise InputError(f"{path}: damaged: its checksum does not fit; {remedy}")
 
     def refuse_changed_settings(self, config: RunConfig, path: Path) -> None:

@@ -10,6 +10,7 @@ import logging
 
 import safetensors
 import safetensors.torch
+from torch import Tensor
 
 from ..config import RunConfig
 from ..data import Sequences
@@ -19,6 +20,7 @@ from .item_sources import Descriptions, open_final_states, refuse_changed_views
 from .run_folder import RunFolder
 
 LOGGER = logging.getLogger(__name__)
+ITEMS_AT_ONCE = 1 << 17  # whose coordinates are read at once: 64 MiB at 128 dimensions
 
 
 def build_terms(config: RunConfig, sequences: Sequences) -> tuple[NeighbourTerms, Descriptions]:
@@ -40,13 +42,30 @@ def file_of_terms(terms: NeighbourTerms) -> bytes:
 
 
 def read_terms(folder: RunFolder) -> NeighbourTerms:
-    """Return the neighbour terms in a run's folder. Raises InputError if the file is missing or damaged."""
+    """Return the neighbour terms in a run's folder. Raises InputError if the file is missing or damaged.
+
+    The tensors lie in the file, of which parts come into memory where they are read.
+    """
     remedy = how_to_make_again(folder)
-    content = folder.read_neighbours(remedy)
+    path = folder.check_neighbours(remedy)
     try:
-        return NeighbourTerms.of_tensors(safetensors.torch.load(content))
-    except (safetensors.SafetensorError, InputError, ValueError) as error:
+        return NeighbourTerms.of_tensors(safetensors.torch.load_file(path))
+    except (safetensors.SafetensorError, InputError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder.neighbours}: damaged: {error}; {remedy}") from None
+
+
+def copy_coordinates(folder: RunFolder, similarity: Similarity, target: Tensor) -> None:
+    """Copy the coordinates of a run's items, those of `similarity`, into a tensor [items, dims].
+
+    They are read from the run's file in parts, so that the file is never in memory as a whole.
+    """
+    if not folder.neighbours.exists():
+        target.copy_(similarity.vectors)
+        return
+    for first in range(0, len(target), ITEMS_AT_ONCE):
+        part = slice(first, first + ITEMS_AT_ONCE)
+        with safetensors.safe_open(folder.neighbours, framework="pt") as file:  # closed, it leaves the memory
+            target[part] = file.get_slice("similarity.vectors")[part]
 
 
 def how_to_make_again(folder: RunFolder) -> str:
