@@ -28,10 +28,10 @@ FORMS = {  # the forms of each op besides the reference, the fastest first
     "last_states": (GPU, CPU),
     "inbatch_cross_entropy": (GPU, CPU),
     "target_rank": (GPU, CPU),
-    "top_items": (),
+    "top_items": (CPU,),
     "adam": (CPU,),
 }
-WITHOUT_COMPILER = ("target_rank",)  # its form for a CPU is PyTorch
+WITHOUT_COMPILER = ("target_rank", "top_items")  # their form for a CPU is PyTorch
 NAMES = ("auto", REFERENCE, GPU, CPU)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

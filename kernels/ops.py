@@ -20,6 +20,7 @@ from .cpu import sequence_encoder as sequence_encoder_cpu
 from .cpu import side_towers as side_towers_cpu
 from .cpu import step as step_cpu
 from .cpu import target_rank as target_rank_cpu
+from .cpu import top_items as top_items_cpu
 from .cpu.adam import AdamUpdate
 from .cpu.library import why_no_library
 from .cpu.step import CpuStep
@@ -327,8 +328,9 @@ def top_items(
     and NaN everywhere. Raises ValueError for arguments that do not fit, FormError if the named form cannot run.
     """
     check_top(queries, items, count, excluded, allowed, added)
-    choose("top_items", form, [queries, items], {})
-    return top_items_reference.top_items(queries, items, count, excluded, allowed, chunk_elements, added)
+    chosen = choose("top_items", form, [queries, items], {CPU: lambda: top_items_cpu.refusal(queries)})
+    module = top_items_cpu if chosen == CPU else top_items_reference
+    return module.top_items(queries, items, count, excluded, allowed, chunk_elements, added)
 
 
 def adam(states: Sequence[AdamState], form: str = "auto") -> AdamUpdate | None:

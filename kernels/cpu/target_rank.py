@@ -8,9 +8,7 @@ from torch import Tensor
 
 from ..threads import at_once, cores
 from ..types import AddedScores
-
-STEP = 48  # tile sizes are multiples of this: at an odd edge some libraries add up a product in another order
-USERS, ITEMS = 16 * STEP, 16 * STEP  # size of the largest tile
+from .score_tiles import ITEMS, STEP, USERS, TilePlaces, bounded, equal_parts
 
 
 def target_rank(
@@ -37,9 +35,9 @@ def target_rank(
     users = len(queries)
     catalogue = len(items)
     most = max(STEP**2, chunk_elements // threads)  # scores in a tile
-    height = _equal_parts(users, min(USERS, int(most**0.5)), threads)
-    width = max(height, _equal_parts(catalogue, min(ITEMS, most // height)))
-    finite = _bounded(queries, items)
+    height = equal_parts(users, min(USERS, int(most**0.5)), threads)
+    width = max(height, equal_parts(catalogue, min(ITEMS, most // height)))
+    finite = bounded(queries, items)
     items = F.pad(items, (0, 0, 0, -catalogue % width))
 
     def ranks(part: slice) -> Tensor:
@@ -104,14 +102,7 @@ class _Tile:
         if self.added is not None:
             users = torch.cat([users, self.added.users()])
             items = torch.cat([items, self.added.items])
-        count = len(self.items) // self.width
-        tiles = items // self.width
-        # A stable sort of narrow numbers is a radix sort, several times as fast.
-        sorted_tiles, self.order = tiles.to(torch.int16 if count < 1 << 15 else torch.int64).sort(stable=True)
-        places = users * self.width + (items - tiles * self.width)  # index into a flat tile
-        self.places = places[self.order]
-        numbers = torch.arange(count, dtype=sorted_tiles.dtype)
-        self.ends = torch.searchsorted(sorted_tiles, numbers, right=True).tolist()
+        self.listed = TilePlaces(users, items, self.width, len(self.items) // self.width)
         self.read = self.scores.new_empty(len(items))
 
     def count(self, first: int, columns: int, finite: bool) -> None:
@@ -120,9 +111,8 @@ class _Tile:
         scores, flags = self.scores[: self.users, :columns], self.flags[: self.users, :columns]
         self.higher += torch.gt(scores, self.target, out=flags).sum(dim=1)
         self.not_lower += torch.ge(scores, self.target, out=flags).sum(dim=1)
-        tile = first // self.width
-        here = slice(self.ends[tile - 1] if tile else 0, self.ends[tile])
-        self.read.scatter_(0, self.order[here], self.scores.flatten().index_select(0, self.places[here]))
+        numbers, places = self.listed.of_tile(first // self.width)
+        self.read.scatter_(0, numbers, self.scores.flatten().index_select(0, places))
         if not finite:
             self.broken |= ~scores.isfinite().all(dim=1)
 
@@ -156,25 +146,3 @@ def _sums(values: Tensor, offsets: Tensor) -> Tensor:
     """Return the sum of values[offsets[u]:offsets[u + 1]] for each user u, int64 [U]."""
     upto = F.pad(values.cumsum(0, dtype=torch.int64), (1, 0))[offsets]
     return upto.diff()
-
-
-def _equal_parts(count: int, most: int, multiple: int = 1) -> int:
-    """Return the size of the parts into which to cut `count` rows: equal, a multiple of `STEP`, at most about `most`.
-
-    The size is chosen for a number of parts that is a multiple of `multiple`, such as the number of threads. It is at
-    least `STEP`, so there may be fewer parts.
-    """
-    most = max(1, most // STEP) * STEP
-    parts = -(-count // (most * multiple)) * multiple
-    return max(1, -(-count // max(1, parts) // STEP)) * STEP
-
-
-def _bounded(queries: Tensor, items: Tensor) -> bool:
-    """Return True if no score can overflow: the largest norms multiply to less than half of the dtype's maximum.
-
-    By Cauchy-Schwarz a score is at most the product of the norms. Returns False if a number is not finite.
-    """
-    if not len(queries) or not len(items):
-        return True
-    longest = [vectors.double().norm(dim=1).max().item() for vectors in (queries, items)]
-    return longest[0] * longest[1] < torch.finfo(queries.dtype).max / 2

@@ -197,6 +197,57 @@ def assert_copies_tie(arguments: tuple[Tensor | AddedScores, ...], form: str) ->
     assert (ranks % 1 == 0.5).double().mean() > 0.998
 
 
+class TopCase:
+    """Arguments of `top_items`: small integers, so that every dtype and order of sums gives the same scores."""
+
+    def __init__(self, users: int, catalogue: int, d: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        """Draw queries, items, excluded items with repeats, allowed items and added scores."""
+        generator = torch.Generator().manual_seed(users + catalogue)
+
+        def numbers(low: int, high: int, *shape: int) -> Tensor:
+            return torch.randint(low, high, shape, generator=generator)
+
+        self.queries, self.items = (numbers(-2, 3, count, d).to(dtype).to(device) for count in (users, catalogue))
+        excluded = numbers(-1, catalogue, users, 6)
+        excluded[:, 1] = -1
+        excluded[:, 2] = excluded[:, 3]
+        added = added_case(excluded[:, 4].clamp(min=0), excluded, catalogue, dtype)
+        self.excluded = excluded.to(device)
+        self.allowed = (numbers(0, 8, catalogue) > 0).to(device)
+        self.added: AddedScores | None = AddedScores(*(part.to(device) for part in added))
+
+    def tensors(self) -> list[Tensor]:
+        """Return all arguments that are tensors."""
+        return [self.queries, self.items, self.excluded, self.allowed, *(self.added or ())]
+
+    def best(self, count: int, form: str, chunk_elements: int = 1 << 24) -> tuple[Tensor, Tensor]:
+        """Return the best items and their scores in a form."""
+        return kernels.top_items(
+            self.queries, self.items, count, self.excluded, self.allowed, chunk_elements, form, self.added
+        )
+
+    def sorted(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the best items and their scores, float64, from a dense matrix of scores."""
+        scores = self.queries.double() @ self.items.double().T
+        if self.added is not None:
+            scores[self.added.users(), self.added.items] += self.added.values.double()
+        is_out = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
+        is_out = is_out.scatter(1, self.excluded + 1, True)[:, 1:] | ~self.allowed
+        values, rows = scores.masked_fill(is_out, -torch.inf).sort(dim=1, descending=True, stable=True)
+        rows = rows.masked_fill(values == -torch.inf, -1)[:, :count]
+        missing = count - rows.shape[1]
+        pad = torch.nn.functional.pad
+        return pad(rows, (0, missing), value=-1), pad(values[:, :count], (0, missing), value=-torch.inf)
+
+
+def assert_best_items(case: TopCase, count: int, form: str, chunk_elements: int = 1 << 24) -> None:
+    """Check a form against the dense sort: the same rows and the same scores, ties by row."""
+    rows, values = case.best(count, form, chunk_elements)
+    expected, exact = case.sorted(count)
+    assert values.dtype == case.queries.dtype and rows.dtype == torch.int64
+    assert torch.equal(rows, expected) and torch.equal(values.double(), exact)
+
+
 def by_gpu(*arguments) -> list[Tensor]:
     return kernels.side_towers(*arguments, form="gpu")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers.kernel_cases import added_case, assert_copies_tie, rank_case, strided, tied_case
 from iisan_fast import kernels
-from iisan_fast.kernels.cpu import target_rank as target_rank_cpu
+from iisan_fast.kernels.cpu import score_tiles
 from iisan_fast.kernels.reference import target_rank as target_rank_reference
 
 pytestmark = pytest.mark.usefixtures("two_threads_and_nan_in_new_memory")
@@ -95,7 +95,7 @@ def test_ranks_equal_counting(users, catalogue, d):
 @pytest.mark.parametrize("users", [767, 768, 769, 1537])
 @pytest.mark.parametrize("catalogue", [767, 768, 769])
 def test_ranks_at_the_edges_of_tiles(users, catalogue):
-    assert target_rank_cpu.USERS == target_rank_cpu.ITEMS == 768
+    assert score_tiles.USERS == score_tiles.ITEMS == 768
     Ranking(users, catalogue, 5, torch.float32).check()
 
 
@@ -118,7 +118,7 @@ def test_ranks_do_not_depend_on_the_tiles(chunk_elements, threads):
 
 def test_equal_parts_are_whole_steps_within_their_bound():
     for count, most, multiple in itertools.product([0, 1, 48, 49, 767, 12_076], [1, 48, 100, 768], [1, 2, 3]):
-        size = target_rank_cpu._equal_parts(count, most, multiple)
+        size = score_tiles.equal_parts(count, most, multiple)
         assert size % 48 == 0 and 48 <= size <= max(48, most)
         assert size == 48 or -(-count // size) % multiple == 0 or -(-count // (size - 48)) > -(-count // size)
 

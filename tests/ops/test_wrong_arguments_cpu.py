@@ -72,6 +72,11 @@ def ranks_with_added(*arguments: Any, form: str) -> tuple[Tensor, Tensor]:
     return kernels.target_rank(*tensors, form=form, added=added)
 
 
+def best_with_added(*arguments: Any, form: str) -> tuple[Tensor, Tensor]:
+    queries, items, count, excluded, added = arguments
+    return kernels.top_items(queries, items, count, excluded, form=form, added=added)
+
+
 def cases() -> dict[str, Case]:
     views = [States(random(9, 2, 20), torch.tensor([8, 0, 3])), States(random(4, 2, 20), torch.tensor([3, 3, 0]))]
     grid = SequenceGrid(torch.tensor([0, 1, 2, 3, 4, 8, 9, 14]), 3, 5)
@@ -93,6 +98,7 @@ def cases() -> dict[str, Case]:
         "inbatch_cross_entropy": Case(kernels.inbatch_cross_entropy, loss),
         "target_rank": Case(kernels.target_rank, ranks),
         "target_rank with added scores": Case(ranks_with_added, [*ranks, added]),
+        "top_items": Case(best_with_added, [*ranks[:2], 5, ranks[3], added]),
         "adam": Case(adam, [[moments], [random(7, 5)]]),
     }
 
