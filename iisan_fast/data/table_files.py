@@ -48,7 +48,7 @@ def read_table_file(path: Path, where: str) -> pl.DataFrame:
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """Yield (line number from 1, JSON object) of a file; blank lines are left out.
 
-    Raises InputError, with file and line, for no regular file, and a line that is no JSON object, not UTF-8 or too long.
+    Raises InputError, with file and line, for no regular file, and a line that is no JSON object or too long.
     """
     refuse_irregular(path)
     if not path.is_file():

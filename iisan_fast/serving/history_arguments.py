@@ -20,10 +20,9 @@ FRAMES = ("__arrow_c_stream__", "__dataframe__")  # methods of a frame of polars
 def numbered_histories(histories: Any, catalogue: Catalogue, unknown: str) -> UserHistories:
     """Return histories of item ids in the numbers of the catalogue.
 
-    histories: a list of lists, whose users are "0", "1", …, or lists by user id, or a frame (pandas, polars, arrow) or a
-    list of dicts with user_id and history, or with user_id and item_id for interactions, oldest first. unknown: "skip"
-    leaves out ids that the catalogue does not have, with a warning. Raises InputError for such ids if unknown is
-    "error", with the first few and the number of all, and for anything of another form.
+    histories: a list of lists, whose users are "0", "1", …, or lists by user id, or a frame (pandas, polars, arrow) or
+    list of dicts with user_id and history, or with user_id and item_id for interactions, oldest first. unknown: as
+    `number_histories` takes it. Raises InputError as that does, and for anything of another form.
     """
     return number_histories(_rows(histories), catalogue, "histories", unknown)
 

@@ -29,8 +29,9 @@ class UserRow(NamedTuple):
 def number_histories(rows: Iterable[UserRow], catalogue: Catalogue, name: str, unknown: str) -> UserHistories:
     """Return histories in the numbers of a catalogue. Ids of removed items have numbers too.
 
-    name: of all histories, for messages. unknown: "skip" leaves out ids that the catalogue does not have, with a warning that lists them; "error" refuses
-    them. Raises InputError then, with the first few and the number of all, and for a user that stands twice.
+    name: of all histories, for messages. unknown: "skip" leaves out ids that the catalogue does not have, with a
+    warning that lists them; "error" refuses them. Raises InputError then, with the first few and the number of all, and
+    for a user that stands twice.
     """
     check_choice("unknown", unknown, UNKNOWN)
     numbers = catalogue.numbers
