@@ -1,0 +1,130 @@
+"""Write and open an approximate index of inner products (HNSW): it finds items whose scores may be the highest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import InputError, check_choice
+
+KINDS = {"faiss": "faiss", "usearch": "usearch"}  # extra, and the library that it installs
+NEIGHBOURS = 32  # links of an item in the graph
+BUILD_CANDIDATES = 200  # items that are compared for the links of a new one
+SEARCH_CANDIDATES = 512  # items that a search compares
+
+
+class IndexedVectors(NamedTuple):
+    """Vectors to be indexed: an item's, its coldness and its coordinates side by side, as a user's query has them."""
+
+    rows: np.ndarray  # int64 [M]: of the items that may be recommended, item number i in row i - 1
+    vectors: np.ndarray  # float32 [M, D]
+
+    def description(self, kind: str) -> dict[str, Any]:
+        """Return what an index of these vectors has to fit."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.vectors).tobytes()).hexdigest()
+        return {
+            "kind": kind,
+            "file": index_file(kind),
+            "items": len(self.rows),
+            "dimension": self.vectors.shape[1],
+            "vectors_sha256": digest,
+            "search_candidates": SEARCH_CANDIDATES,
+        }
+
+
+Search = Callable[[np.ndarray, int], np.ndarray]  # (queries float32 [R, D], count) -> rows int64 [R, count], -1 for none
+
+
+def index_file(kind: str) -> str:
+    """Return the name of an index's file."""
+    return f"index.{kind}"
+
+
+def refuse_missing_library(kind: str) -> None:
+    """Raise InputError if there is no such kind of index, or if its library is not installed."""
+    check_choice("index", kind, KINDS)
+    if find_spec(KINDS[kind]) is None:
+        raise InputError(f"index: {kind} is not installed; pip install 'iisan-fast[{kind}]'")
+
+
+def write_index(kind: str, indexed: IndexedVectors, folder: Path) -> None:
+    """Build an index and write its file into a folder. Its library must be installed."""
+    path = str(folder / index_file(kind))
+    if kind == "faiss":
+        import faiss
+
+        graph = faiss.IndexHNSWFlat(indexed.vectors.shape[1], NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction = BUILD_CANDIDATES
+        graph.hnsw.efSearch = SEARCH_CANDIDATES
+        index = faiss.IndexIDMap(graph)
+        index.add_with_ids(indexed.vectors, indexed.rows)
+        faiss.write_index(index, path)
+    else:
+        from usearch.index import Index
+
+        index = Index(
+            ndim=indexed.vectors.shape[1],
+            metric="ip",
+            dtype="f32",
+            connectivity=NEIGHBOURS,
+            expansion_add=BUILD_CANDIDATES,
+        )
+        index.add(indexed.rows.astype(np.uint64), indexed.vectors)
+        index.save(path)
+
+
+def open_index(folder: Path, description: dict[str, Any], indexed: IndexedVectors) -> Search:
+    """Open an index of an exported folder, and return its search.
+
+    description: of the index, as the manifest has it. Raises InputError if the index is missing or damaged, or if it
+    does not fit the vectors.
+    """
+    kind = description["kind"]
+    path = folder / description["file"]
+    if indexed.description(kind) != {name: description.get(name) for name in indexed.description(kind)}:
+        raise InputError(f"{path}: the index is of other vectors than those in {folder}; export again")
+    refuse_missing_library(kind)
+    if not path.is_file():
+        raise InputError(f"{path}: no such index; export again")
+    try:
+        search, items, dimension = (_faiss if kind == "faiss" else _usearch)(path)
+    except RuntimeError as error:
+        raise InputError(f"{path}: damaged, or no index of {kind} ({error}); export again") from None
+    if (items, dimension) != (len(indexed.rows), indexed.vectors.shape[1]):
+        raise InputError(
+            f"{path}: expected {len(indexed.rows)} items of dimension {indexed.vectors.shape[1]}, found {items} of "
+            f"{dimension}; export again"
+        )
+    return search
+
+
+def _faiss(path: Path) -> tuple[Search, int, int]:
+    """Return the search, the number of items and the dimension of a FAISS index. Raises RuntimeError for no index."""
+    import faiss
+
+    index = faiss.read_index(str(path))
+    return lambda queries, count: index.search(queries, count)[1], index.ntotal, index.d
+
+
+def _usearch(path: Path) -> tuple[Search, int, int]:
+    """Return the search, the number of items and the dimension of a USearch index. Raises RuntimeError for no index."""
+    from usearch.index import Index
+
+    index = Index.restore(str(path))
+    if index is None:
+        raise RuntimeError("it cannot be read")
+    index.expansion_search = SEARCH_CANDIDATES  # the file does not hold it
+
+    def search(queries: np.ndarray, count: int) -> np.ndarray:
+        matches = index.search(queries, count)
+        keys = np.atleast_2d(matches.keys).astype(np.int64)
+        counts = np.atleast_1d(matches.counts)
+        keys[np.arange(keys.shape[1]) >= counts[:, None]] = -1
+        return keys
+
+    return search, len(index), index.ndim
