@@ -16,6 +16,7 @@ from ..stop_signals import STOP_SIGNALS
 from .bench import bench
 from .caption import caption
 from .evaluate import evaluate
+from .export import export
 from .extract import extract
 from .failures import exit_code
 from .help_pages import group
@@ -60,6 +61,7 @@ COMMANDS = (
     extract,
     train,
     evaluate,
+    export,
     verify,
     bench,
 )

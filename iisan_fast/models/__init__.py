@@ -7,7 +7,8 @@ from ..doors import lazy_names
 if TYPE_CHECKING:
     from .activation_memory import EncodingPlan, activation_bytes
     from .cooccurrence import RECENT, CoOccurrence
-    from .neighbours import NeighbourTerms, Scores, popularity_scores
+    from .neighbours import TERM_CONSTANTS, NeighbourTerms, Scores, popularity_scores
+    from .plain_modules import PlainSequenceEncoder
     from .recommender import ITEM_PARAMETERS, Recommender, build_recommender
     from .sasrec import Block
     from .side_network import SideNetwork, check_views
@@ -19,11 +20,13 @@ __all__ = [
     "EncodingPlan",
     "ITEM_PARAMETERS",
     "NeighbourTerms",
+    "PlainSequenceEncoder",
     "RECENT",
     "Recommender",
     "Scores",
     "SideNetwork",
     "Similarity",
+    "TERM_CONSTANTS",
     "activation_bytes",
     "build_recommender",
     "check_views",

@@ -19,12 +19,20 @@ from torch import Tensor
 
 from ..config import NEIGHBOUR_WEIGHTS
 from ..kernels import AddedScores
-from .cooccurrence import CoOccurrence
-from .similarity import Similarity
+from .cooccurrence import DECAY, RECENT, CoOccurrence
+from .similarity import PROFILE_WEIGHTS, Similarity
 
 SUMS_FACTOR = 20.0  # in log(1 + 20 M)
 POPULARITY_WEIGHT = 0.3  # of the log of an item's training count, in place of a model's score
 LEAST_COUNT = 0.5  # of an item that does not occur in training
+TERM_CONSTANTS = {  # of the formulas, for programs that score by exported tables
+    "recent": RECENT,
+    "decay": DECAY,
+    "sums_factor": SUMS_FACTOR,
+    "profile_weights": PROFILE_WEIGHTS,
+    "popularity_weight": POPULARITY_WEIGHT,
+    "least_count": LEAST_COUNT,
+}
 
 COOCCURRENCE_DTYPES = {"offsets": torch.int64, "items": torch.int32, "values": torch.float32}
 SIMILARITY_NAMES = ("vectors", "mean", "scale", "basis")

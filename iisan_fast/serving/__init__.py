@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 from ..doors import lazy_names
 
 if TYPE_CHECKING:
+    from .exporting import export
     from .model import IISAN
 
-__all__ = ["IISAN"]
+__all__ = ["IISAN", "export"]
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name
     __getattr__ = lazy_names(__name__, __file__)

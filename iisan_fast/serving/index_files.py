@@ -37,7 +37,9 @@ class IndexedVectors(NamedTuple):
         }
 
 
-Search = Callable[[np.ndarray, int], np.ndarray]  # (queries float32 [R, D], count) -> rows int64 [R, count], -1 for none
+Search = Callable[
+    [np.ndarray, int], np.ndarray
+]  # (queries float32 [R, D], count) -> rows int64 [R, count], -1 for none
 
 
 def index_file(kind: str) -> str:

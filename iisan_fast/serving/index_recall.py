@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,7 +17,8 @@ CANDIDATES = 5  # of the index for each of them, beside those of the history
 USERS_AT_ONCE = 512
 
 
-class Recall(NamedTuple):
+@dataclass(frozen=True)
+class Recall:
     """The share of the K best items that an index finds."""
 
     recall: float
@@ -45,8 +46,8 @@ def recall_of_index(model: TrainedModel, histories: UserHistories, search: Searc
 def _approximate(model: TrainedModel, histories: UserHistories, search: Search, k: int) -> list[np.ndarray]:
     """Return the rows of the best items of each user by the index, int64."""
     scores = model.scores(histories)
-    queries = scores.queries.float().cpu().numpy()
-    vectors = scores.vectors.float().cpu().numpy()
+    queries = scores.queries.cpu().numpy()
+    vectors = scores.vectors.cpu().numpy()
     candidates = search(np.ascontiguousarray(queries), k * CANDIDATES + int(histories.lengths.max()))
     excluded = [histories.items[start:end] - 1 for start, end in zip(histories.offsets, histories.offsets[1:])]
     best = []
@@ -67,11 +68,3 @@ def _neighbours(scores: Scores, user: int) -> tuple[np.ndarray, np.ndarray]:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
     added = scores.added(np.array([user]))
     return added.items.cpu().numpy(), added.values.float().cpu().numpy()
-
-
-def random_histories(model: TrainedModel, users: int, generator: np.random.Generator) -> UserHistories:
-    """Return histories of random items, of every length up to the sequence encoder's width in turn."""
-    lengths = np.arange(users) % model.config.protocol.max_inputs + 1
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    items = generator.integers(1, len(model.catalogue.item_ids) + 1, offsets[-1])
-    return UserHistories([f"user {number}" for number in range(users)], offsets, items)

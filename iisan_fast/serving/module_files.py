@@ -73,16 +73,17 @@ class WrittenModule:
         import onnxruntime  # takes a moment
 
         onnx_file, program_file = portable.files
+        self.name = portable.name
         self.inputs = portable.inputs
         with _silence():
             self.session = onnxruntime.InferenceSession(folder / onnx_file, providers=["CPUExecutionProvider"])
             self.program = torch.export.load(folder / program_file).module()
 
-    def deviations(self, parts: Sequence[tuple[tuple[Tensor, ...], Tensor]], name: str) -> dict[str, float]:
+    def deviations(self, parts: Sequence[tuple[tuple[Tensor, ...], Tensor]]) -> dict[str, float]:
         """Return the largest deviation of each file from expected results, beside their largest magnitude.
 
-        parts: inputs and expected outputs, on the host. name: of the module, for the message. Raises InputError if a
-        deviation is larger than TOLERANCE or no number.
+        parts: inputs and expected outputs, on the host. Raises InputError if a deviation is larger than TOLERANCE, or
+        no number.
         """
         largest = max(float(expected.abs().max()) for _, expected in parts) or 1.0
         deviations = {"onnx": 0.0, "pt2": 0.0}
@@ -91,7 +92,7 @@ class WrittenModule:
                 deviation = float((result - expected).abs().max()) / largest
                 if not deviation <= TOLERANCE:
                     raise InputError(
-                        f"{name}.{form}: expected the results of the run to {TOLERANCE:g}, found a deviation of "
+                        f"{self.name}.{form}: expected the results of the run to {TOLERANCE:g}, found a deviation of "
                         f"{deviation:.2g}; nothing was exported; report it with your versions of torch and onnxruntime"
                     )
                 deviations[form] = max(deviations[form], deviation)

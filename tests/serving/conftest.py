@@ -50,3 +50,13 @@ def neighbours_run(shop, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "neighbours"
     iisan_fast.train(dataset, cache, method="neighbours", out=out, device="cpu")
     return out
+
+
+@pytest.fixture(scope="session")
+def exported(run_with_terms, tmp_path_factory) -> Path:
+    """Return the folder of an exported run with both terms and an index, which no test may change."""
+    from iisan_fast.serving.exporting import export
+
+    folder = tmp_path_factory.mktemp("exported") / "terms"
+    export(run_with_terms, folder, index="faiss")
+    return folder
