@@ -7,6 +7,7 @@ are numbered from 1; 0 is padding.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +18,8 @@ import numpy as np
 
 from ..config import ProtocolConfig
 from ..errors import InputError, check_choice
+from ..files import expanded_path
+from ..setting_fields import from_dict
 from .array_files import pack_texts, write_arrays
 from .histories import read_histories
 from .items import read_items
@@ -161,6 +164,43 @@ class Dataset:
     captions: list[str | None]  # None if captions.tsv has no line for the item and the protocol takes no title instead
     protocol: ProtocolConfig
     sequences: Sequences
+
+    @classmethod
+    def from_frames(
+        cls,
+        interactions: object,
+        items: object,
+        images: str | os.PathLike[str] | None = None,
+        captions: object = None,
+        folder: str | os.PathLike[str] | None = None,
+        protocol: ProtocolConfig | None = None,
+        **settings: Any,
+    ) -> Dataset:
+        """Write a dataset folder from frames, and return the dataset under the protocol.
+
+        interactions: a frame of pandas, polars or arrow, or a list of dicts, with user_id, item_id and, if there are
+            times, timestamp: whole numbers or points in time. A user's interactions are sorted by timestamp; equal
+            ones, or all without timestamps, keep their order.
+        items: the same with item_id, title and, if there are captions, caption.
+        images: a folder of images named by item id, or an LMDB of images; the dataset gets a link to it.
+        captions: a frame with item_id and caption, if items has no column caption.
+        folder: where the dataset is written, which must not exist yet; by default in the user's cache folder. Equal
+            frames give the same folder there, which is then not written again.
+        settings: those of ProtocolConfig, as min_interactions=5; they change `protocol`.
+
+        Raises InputError for frames that cannot be used, naming the row or the first few ids, and if polars is missing.
+        """
+        from .imports.dataset_frames import write_frames  # needs polars, which not every installation has
+
+        changed = from_dict(ProtocolConfig, {**vars(protocol or ProtocolConfig()), **settings})
+        root = write_frames(
+            interactions,
+            items,
+            None if images is None else expanded_path(images),
+            captions,
+            None if folder is None else expanded_path(folder),
+        )
+        return load_dataset(root, changed)
 
     def texts(self, source: str) -> list[str | None]:
         """Return the titles if `source` is "title", else the captions."""

@@ -62,7 +62,7 @@ def read_interactions(
             rows = rows.with_columns(_split(pl.col("item"))).explode("item")
         if "timestamp" in columns:
             rows = rows.with_columns(_whole_numbers(rows["timestamp"]).alias("whole"))
-        fit = _fitting(rows, bad_rows)
+        fit = fitting_rows(rows, bad_rows)
         if table.names_may_be_data:
             for name in kinds:
                 _refuse_value(table.path, columns[name], (fit[name] == columns[name]).any())
@@ -121,7 +121,7 @@ def _titled(batch: pl.DataFrame, bad_rows: BadRows) -> pl.DataFrame:
     return batch.select("item", "title")
 
 
-def _fitting(rows: pl.DataFrame, bad_rows: BadRows) -> pl.DataFrame:
+def fitting_rows(rows: pl.DataFrame, bad_rows: BadRows) -> pl.DataFrame:
     """Return the rows whose values fit; the others are added to `bad_rows`. Raises InputError as it says."""
     for name in [name for name in EXPECTED if name in rows.columns]:
         column = rows[name]
