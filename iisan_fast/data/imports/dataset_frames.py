@@ -185,13 +185,15 @@ def _write(
     images: Path | None,
 ) -> None:
     """Write the dataset folder, whole or not at all. Raises InputError if it exists, or if there are no such images."""
-    database = images is not None and (images.suffix == ".lmdb" or (images / "data.mdb").is_file())
-    if database and not images.exists():
-        raise InputError(f"{images}: no such database of images")
+    database = None
+    if images is not None and (images.suffix == ".lmdb" or (images / "data.mdb").is_file()):
+        database = images
+        if not database.exists():
+            raise InputError(f"{database}: no such database of images")
     with whole_folder(destination) as folder:
-        write_dataset(folder, interactions, titles, None if database else images, ImportOptions("error"))
-        if database:
-            (folder / DATABASE_NAME).symlink_to(images, target_is_directory=images.is_dir())
+        write_dataset(folder, interactions, titles, images if database is None else None, ImportOptions("error"))
+        if database is not None:
+            (folder / DATABASE_NAME).symlink_to(database, target_is_directory=database.is_dir())
         used = interactions["item"].unique(maintain_order=True)
         lines = [f"{item_id}\t{captions[item_id]}\n" for item_id in used if item_id in captions]
         if lines:
