@@ -10,6 +10,7 @@ from ..api import OnEpoch
 from ..data import Dataset
 from ..devices import torch_device
 from ..errors import InputError
+from ..files import absolute_path
 from ..setting_sources import PathLike, as_path
 from ..settings import refuse_unknown
 from ..training import RunFolder
@@ -160,3 +161,71 @@ class IISAN:
         allowed = allowed_items(catalogue, allow, deny)
         lists = ranked_lists(recommend(self.trained, users, k, exclude_history, allowed), catalogue)
         return dict(zip(users.user_ids, lists)) if isinstance(histories, Mapping) else lists
+
+    def save_pretrained(
+        self,
+        folder: PathLike,
+        *,
+        include_titles: bool = False,
+        include_histories: bool = False,
+        license: str | None = None,
+    ) -> None:
+        """Save the part of the run that ranks in a new folder, with a model card, as `push_to_hub` publishes it.
+
+        include_titles: save the items' titles. include_histories: save the users' ids and histories. license: its name
+        on the hub, such as "apache-2.0", for the card. Local paths are left out.
+        Raises InputError if the folder exists, and for a run that is damaged or not tested yet.
+        """
+        from .hub import Publication, save_published
+
+        path = as_path("folder", folder)
+        publication = Publication(absolute_path(path).name, include_titles, include_histories, license)
+        save_published(self.trained.run, path, publication)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        include_titles: bool = False,
+        include_histories: bool = False,
+        license: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+        commit_message: str = "A model of iisan-fast",
+    ) -> str:
+        """Publish the part of the run that ranks on the Hugging Face Hub, and return the address of the commit.
+
+        repo_id: "user/name"; it is made if it is not there. include_titles, include_histories, license: as of
+        `save_pretrained`. The others are those of huggingface_hub.
+        Raises InputError for a run that is damaged or not tested yet, and the errors of the hub.
+        """
+        from .hub import Publication, push_published
+
+        publication = Publication(repo_id, include_titles, include_histories, license)
+        options = {"private": private, "token": token, "branch": branch, "create_pr": create_pr}
+        return push_published(self.trained.run, publication, commit_message=commit_message, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: PathLike,
+        *,
+        device: str | torch.device = "auto",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> IISAN:
+        """Return a published model, from a folder or from the Hugging Face Hub.
+
+        name: a folder, or "user/name" on the hub. The others but device are those of huggingface_hub.
+        Raises InputError if there is no such model, or a damaged one.
+        """
+        from .hub import fetched_run
+
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        options |= {"force_download": force_download, "local_files_only": local_files_only}
+        return cls.load(fetched_run(name, **options), device)

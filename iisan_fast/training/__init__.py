@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .dry_run import describe_new_run
     from .fused_step import GpuFusedStep, run_stages, step_stages
     from .item_sources import open_source, refuse_missing_libraries
+    from .published_run import write_published
     from .ranking_run import RankingRun, load_ranking
     from .resume_run import RunChanges, resume
     from .run_environment import environment
@@ -45,6 +46,7 @@ __all__ = [
     "step_stages",
     "train",
     "verify_run",
+    "write_published",
 ]
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name

@@ -54,6 +54,7 @@ RUN_FILES = (
     *("metrics.jsonl", *CHECKPOINTS, "test.json", "lock"),
 )
 LOCK_FILE = "lock"
+HISTORIES_FILE = "sequences.npz"
 ITEMS_FILE = "items.npz"
 FIGURES = {"method": str, "best_epoch": int, "epochs": int, "test": dict, "popularity": dict}  # of test.json
 
@@ -206,7 +207,7 @@ class RunFolder:
             with whole_file(self.path / name) as temporary:
                 save(temporary)
                 record = record.with_file(name, temporary.read_bytes())
-        contents = {"views.json": _json(views), "environment.json": _json(environment(device))}
+        contents = {"views.json": json_file(views), "environment.json": json_file(environment(device))}
         for name, content in {**contents, self.neighbours.name: neighbours}.items():
             write_atomically(self.path / name, content)
             record = record.with_file(name, content)
@@ -309,9 +310,19 @@ class RunFolder:
 
     @property
     def sequences(self) -> Sequences:
-        """Return the histories that the run is trained on. Raises InputError if the file is missing or damaged."""
+        """Return the histories that the run is trained on.
+
+        Raises InputError if the file is missing or damaged, or if the run was published without it.
+        """
+        if self.is_published and not self.has_histories:
+            raise InputError(f"{self.path}: was published without the histories that this needs; use the run itself")
         self._refuse_damage("sequences.npz", RESTORE)
         return load_sequences(self.path / "sequences.npz")
+
+    @property
+    def is_published(self) -> bool:
+        """Return True for a published folder, which holds the part of a run that ranks."""
+        return self._record is not None and self._record.published
 
     @property
     def has_histories(self) -> bool:
@@ -420,7 +431,7 @@ class RunFolder:
 
     def _write_json(self, name: str, value: Any) -> None:
         """Write a JSON value as a whole or not at all, and its checksum."""
-        self._write_recorded(name, _json(value))
+        self._write_recorded(name, json_file(value))
 
     def _write_recorded(self, name: str, content: bytes) -> None:
         """Write a file as a whole or not at all, and its checksum.
@@ -435,7 +446,7 @@ class RunFolder:
 
     def _write_settings(self, config: RunConfig) -> None:
         """Write config.json, with the folder's format."""
-        write_atomically(self.path / "config.json", _json({"format": RUN_FORMAT, **to_dict(config)}))
+        write_atomically(self.path / "config.json", settings_file(config))
 
     def _write_record(self, record: RunRecord) -> None:
         """Write checksums.json, unless it has this content. Raises OSError if it cannot be written."""
@@ -454,6 +465,11 @@ def _load_checked(path: Path, check: CheckState) -> tuple[dict[str, Tensor], dic
     return tensors, state, path
 
 
-def _json(value: Any) -> bytes:
+def settings_file(config: RunConfig) -> bytes:
+    """Return the content of config.json, with the folder's format."""
+    return json_file({"format": RUN_FORMAT, **to_dict(config)})
+
+
+def json_file(value: Any) -> bytes:
     """Return a JSON value as the content of a file."""
     return (json.dumps(value, indent=2) + "\n").encode()

@@ -31,6 +31,7 @@ class RunRecord:
 
     settings: dict[str, Any] | None = None  # those of config.json; None if they were not recorded
     files: dict[str, str] = field(default_factory=dict)  # the checksum (hex) of each file by its name
+    published: bool = False  # True for the part of a run that ranks, written to be published
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord | None:
@@ -46,11 +47,13 @@ class RunRecord:
             raise InputError(f"{path}: damaged: its checksum does not fit; {remedy}")
         if not isinstance(files, dict):
             raise InputError(f"{path}: expected the checksums of files, found something else; {remedy}")
-        return cls(settings, files)
+        return cls(settings, files, values.get("published") is True)
 
     def write(self, folder: Path) -> None:
         """Write the record of a run. Raises OSError if it cannot be written."""
         values: dict[str, Any] = {"settings": self.settings, "files": self.files}
+        if self.published:
+            values["published"] = True
         values["checksum"] = _json_checksum(values)
         write_atomically(folder / RECORD_FILE, (json.dumps(values, indent=2) + "\n").encode())
 

@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..files import refuse_irregular
 from ..verified import Damage, Verified
 from .checkpoints import RESTORE, damaged_parts, load_checkpoint, save_checkpoint
-from .run_folder import CHECKPOINTS, ITEMS_FILE, RunFolder
+from .run_folder import CHECKPOINTS, HISTORIES_FILE, ITEMS_FILE, RunFolder
 from .run_record import RECORD_FILE, RunRecord
 from .run_terms import how_to_make_again, read_terms
 
@@ -45,9 +45,11 @@ def verify_run(path: Path, add: bool = True) -> Verified:
         folder.remove_leftovers()
     verified = Verified(path, "run")
     record = _record(folder, verified)
-    _check_small_files(folder, verified)
+    _check_small_files(folder, record, verified)
     checkpoints = {name: tensors for name in CHECKPOINTS if (tensors := _tensors_to_add(path / name, verified))}
-    if _trains_nothing(folder, record):
+    if record.published:
+        _check_published(folder, record, verified)
+    elif _trains_nothing(folder, record):
         _check_untrained(folder, verified)
     else:
         _check_progress(folder, verified)
@@ -67,7 +69,7 @@ def _record(folder: RunFolder, verified: Verified) -> RunRecord:
         return RunRecord()
 
 
-def _check_small_files(folder: RunFolder, verified: Verified) -> None:
+def _check_small_files(folder: RunFolder, record: RunRecord, verified: Verified) -> None:
     """Read the files that are no checkpoints, and compare them with their checksums."""
     readers: dict[str, tuple[Callable[[], Any], str]] = {
         "config.json": (lambda: folder.config, RESTORE),
@@ -80,7 +82,8 @@ def _check_small_files(folder: RunFolder, verified: Verified) -> None:
     }
     for name, (read, remedy) in readers.items():
         path = folder.path / name
-        may_be_missing = name in MAY_BE_MISSING or (name in OF_EARLIER_VERSIONS and not folder.is_recorded(name))
+        left_out = (*OF_EARLIER_VERSIONS, *((HISTORIES_FILE,) if record.published else ()))
+        may_be_missing = name in MAY_BE_MISSING or (name in left_out and not folder.is_recorded(name))
         if may_be_missing and not path.exists():
             continue
         verified.checked += 1
@@ -133,6 +136,12 @@ def _check_progress(folder: RunFolder, verified: Verified) -> None:
         first = "remove test.json, and " if folder.test.exists() else ""
         remedy = f"{first}{_resume(folder)} writes it again"
         verified.damage.append(Damage(folder.metrics.name, "expected the figures in last.safetensors", remedy))
+
+
+def _check_published(folder: RunFolder, record: RunRecord, verified: Verified) -> None:
+    """Check that the best checkpoint of a published run is there, if its method has one."""
+    if not folder.best.exists() and not _trains_nothing(folder, record):
+        verified.damage.append(Damage(folder.best.name, "it is missing", RESTORE))
 
 
 def _trains_nothing(folder: RunFolder, record: RunRecord) -> bool:
