@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .batches import Batch, Shape, epoch_batches, padded_shape
     from .databases import open_database
     from .epoch_plan import Window, steps_per_epoch
+    from .frames import as_polars, text_id
     from .imports.bad_rows import BAD_ROWS, BadKind, describe_bad_rows
     from .imports.flat import import_csv, import_parquet
     from .imports.microlens import import_microlens
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .saved_sequences import load_sequences
     from .sequences import Dataset, Sequences, Split, load_dataset, right_align, statistics
     from .strict_tables import read_table
+    from .table_files import read_json_lines, read_table_file
 
 __all__ = [
     "BAD_ROWS",
@@ -46,6 +48,7 @@ __all__ = [
     "RunPlan",
     "TableOptions",
     "Window",
+    "as_polars",
     "describe_bad_rows",
     "epoch_batches",
     "import_csv",
@@ -58,11 +61,14 @@ __all__ = [
     "open_database",
     "open_images",
     "padded_shape",
+    "read_json_lines",
     "read_table",
+    "read_table_file",
     "refuse_unfit_name",
     "right_align",
     "statistics",
     "steps_per_epoch",
+    "text_id",
     "with_reversed_users",
 ]
 

@@ -79,6 +79,19 @@ def with_text_ids(frame: pl.DataFrame, place: Place) -> pl.DataFrame:
     return pl.DataFrame(columns)
 
 
+def text_id(value: object, where: str) -> str:
+    """Return one id as text. Raises InputError, naming `where`, if it is neither text nor a whole number."""
+    if isinstance(value, str):
+        return value
+    if value is not None and not isinstance(value, (bool, bytes)):
+        try:
+            if value == int(value) and (not isinstance(value, float) or abs(value) < EXACT_FLOAT):  # type: ignore[call-overload]
+                return str(int(value))  # type: ignore[call-overload]
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise InputError(f"{where}: {EXPECTED_ID}, found {_shown(value)}")
+
+
 def _converted(frame: object, where: str) -> pl.DataFrame:
     """Return a frame of any library as a polars frame. Raises InputError if it is none, or cannot be converted."""
     from .imports.polars_module import pl
@@ -117,7 +130,7 @@ def _record_with_text_ids(record: object, where: str) -> dict[str, Any]:
     row = dict(record)
     for name in ID_COLUMNS:
         if name in row:
-            row[name] = _text_id(row[name], f"{where}: {name}")
+            row[name] = text_id(row[name], f"{where}: {name}")
     history = row.get(HISTORY_COLUMN)
     if history is not None and not isinstance(history, str):
         if not isinstance(history, Sequence):
@@ -125,21 +138,8 @@ def _record_with_text_ids(record: object, where: str) -> dict[str, Any]:
             raise InputError(
                 f"{where}: {HISTORY_COLUMN}: expected a list of ids, or ids joined by spaces, found {kind}"
             )
-        row[HISTORY_COLUMN] = [_text_id(value, f"{where}: {HISTORY_COLUMN}") for value in history]
+        row[HISTORY_COLUMN] = [text_id(value, f"{where}: {HISTORY_COLUMN}") for value in history]
     return row
-
-
-def _text_id(value: object, where: str) -> str:
-    """Return one id as text. Raises InputError, naming `where`, if it is neither text nor a whole number."""
-    if isinstance(value, str):
-        return value
-    if value is not None and not isinstance(value, (bool, bytes)):
-        try:
-            if value == int(value) and (not isinstance(value, float) or abs(value) < EXACT_FLOAT):  # type: ignore[call-overload]
-                return str(int(value))  # type: ignore[call-overload]
-        except (TypeError, ValueError, OverflowError):
-            pass
-    raise InputError(f"{where}: {EXPECTED_ID}, found {_shown(value)}")
 
 
 def _text_ids(column: pl.Series, place: Place) -> pl.Series:

@@ -15,19 +15,19 @@ CONTROL_CHARACTERS = r"[\x00-\x1f\x7f-\x9f]"  # as a regular expression
 CONTROLS = re.compile(CONTROL_CHARACTERS)
 
 
-def read_table(path: Path, columns: int) -> Iterator[tuple[int, list[str]]]:
+def read_table(path: Path, columns: int, may_end_blank: bool = False) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number from 1, fields) of a UTF-8 file with `columns` fields a line, tabs between, none blank.
 
-    A byte order mark, \\r\\n endings and a missing last newline are accepted. Raises InputError, with file and line,
-    for anything else: no file, no line, an empty line or field, a wrong number of fields, bytes that are not UTF-8, and
-    an id that `refuse_unfit_id` refuses in the first field.
+    may_end_blank: the last field of a line may be blank. A byte order mark, \\r\\n endings and a missing last newline
+    are accepted. Raises InputError, with file and line, for anything else: no file, no line, an empty line or field, a
+    wrong number of fields, bytes that are not UTF-8, and an id that `refuse_unfit_id` refuses in the first field.
     """
     refuse_irregular(path)
     number = 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                yield number, _fields(line, columns, f"{path} line {number}", first=number == 1)
+                yield number, _fields(line, columns, f"{path} line {number}", number == 1, may_end_blank)
     except FileNotFoundError:
         problem = (
             f"a link to {os.readlink(path)}, which is not there; restore it" if path.is_symlink() else "no such file"
@@ -39,8 +39,11 @@ def read_table(path: Path, columns: int) -> Iterator[tuple[int, list[str]]]:
         raise InputError(f"{path}: empty; expected lines of {columns} fields separated by tabs")
 
 
-def _fields(line: bytes, columns: int, where: str, first: bool) -> list[str]:
-    """Split a line into its fields. `first`: it may start with a byte order mark. Raises InputError, naming `where`."""
+def _fields(line: bytes, columns: int, where: str, first: bool, may_end_blank: bool) -> list[str]:
+    """Split a line into its fields. Raises InputError, naming `where`.
+
+    first: it may start with a byte order mark. may_end_blank: its last field may be blank.
+    """
     try:
         text = line.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
@@ -52,7 +55,7 @@ def _fields(line: bytes, columns: int, where: str, first: bool) -> list[str]:
     if len(fields) != columns:
         raise InputError(f"{where}: expected {columns} fields separated by tabs, found {len(fields)}")
     for position, field in enumerate(fields, start=1):
-        if not field.strip():
+        if not field.strip() and not (may_end_blank and position == columns):
             raise InputError(f"{where}: field {position} of {columns} is empty")
     refuse_unfit_id(fields[0], where)
     return fields

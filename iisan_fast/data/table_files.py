@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ def read_table_file(path: Path, where: str) -> pl.DataFrame:
     if not path.is_file():
         raise InputError(f"{path}: no such file of {where}")
     if suffix == ".jsonl":
-        frame = _read_json_lines(path)
+        frame = _frame_of_json_lines(path)
     elif suffix == ".parquet":
         frame = _read_parquet(path)
     else:
@@ -42,6 +43,23 @@ def read_table_file(path: Path, where: str) -> pl.DataFrame:
     if not frame.height:
         raise InputError(f"{path}: holds no {where}; expected a row or more")
     return frame
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """Yield (line number from 1, JSON object) of a file; blank lines are left out.
+
+    Raises InputError, with file and line, for no regular file, and a line that is no JSON object or too long.
+    """
+    refuse_irregular(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+            if not line.strip():
+                continue
+            if len(line) > LONGEST_LINE:
+                raise InputError(f"{path} line {number}: longer than {LONGEST_LINE >> 20} MB; is it JSON lines?")
+            yield number, _json_object(line, f"{path} line {number}", first=number == 1)
 
 
 def _read_delimited(path: Path, separator: str) -> pl.DataFrame:
@@ -84,18 +102,13 @@ def _read_parquet(path: Path) -> pl.DataFrame:
     return with_text_ids(frame, lambda row: f"{path} row {row + 1}")
 
 
-def _read_json_lines(path: Path) -> pl.DataFrame:
-    """Return the table of a file with a JSON object a line; blank lines are left out. Raises InputError."""
+def _frame_of_json_lines(path: Path) -> pl.DataFrame:
+    """Return the table of a file with a JSON object a line. Raises InputError."""
     records: list[object] = []
     lines: list[int] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
-            if not line.strip():
-                continue
-            if len(line) > LONGEST_LINE:
-                raise InputError(f"{path} line {number}: longer than {LONGEST_LINE >> 20} MB; is it JSON lines?")
-            records.append(_json_object(line, f"{path} line {number}", first=number == 1))
-            lines.append(number)
+    for number, record in read_json_lines(path):
+        records.append(record)
+        lines.append(number)
     return frame_of_records(records, str(path), lambda row: f"{path} line {lines[row]}")
 
 

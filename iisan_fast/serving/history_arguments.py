@@ -1,43 +1,30 @@
-"""Read the histories that a Python caller gives: lists of item ids, or lists by user."""
+"""Read the histories that a Python caller gives: lists of item ids, such lists by user, or frames."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, check_choice, first_few
+from ..data import as_polars
+from ..errors import InputError
 from .catalogue import Catalogue
+from .history_frames import rows_of_frame
+from .history_numbers import UserRow, number_histories
 from .user_histories import UserHistories
 
-LOGGER = logging.getLogger(__name__)
-UNKNOWN = ("error", "skip")
+FRAMES = ("__arrow_c_stream__", "__dataframe__")  # methods of a frame of polars, pandas or pyarrow
 
 
-def numbered_histories(
-    histories: Sequence[Sequence[str]] | Mapping[str, Sequence[str]], catalogue: Catalogue, unknown: str
-) -> UserHistories:
+def numbered_histories(histories: Any, catalogue: Catalogue, unknown: str) -> UserHistories:
     """Return histories of item ids in the numbers of the catalogue.
 
-    histories: a list of lists, whose users are "0", "1", …, or lists by user id. unknown: "skip" leaves out ids that
-    the catalogue does not have, with a warning. Raises InputError for such ids if unknown is "error", with the first
-    few and the number of all, and for anything that is no list of texts.
+    histories: a list of lists, whose users are "0", "1", …, or lists by user id, or a frame (pandas, polars, arrow) or
+    list of dicts with user_id and history, or with user_id and item_id for interactions, oldest first. unknown: as
+    `number_histories` takes it. Raises InputError as that does, and for anything of another form.
     """
-    check_choice("unknown", unknown, UNKNOWN)
-    by_user = _by_user(histories)
-    numbers = catalogue.numbers
-    ids = [item_id for history in by_user.values() for item_id in history]
-    missing = list(dict.fromkeys(item_id for item_id in ids if item_id not in numbers))
-    if missing and unknown == "error":
-        catalogue.refuse_unknown(missing, "histories")
-    if missing:
-        LOGGER.warning("histories: %s unknown items are left out: %s", len(missing), first_few(missing, len(missing)))
-    known = [[numbers[item_id] for item_id in history if item_id in numbers] for history in by_user.values()]
-    offsets = np.cumsum([0, *map(len, known)])
-    items = np.array([number for history in known for number in history], dtype=np.int64)
-    return UserHistories(list(by_user), offsets, items)
+    return number_histories(_rows(histories), catalogue, "histories", unknown)
 
 
 def allowed_items(catalogue: Catalogue, allow: Iterable[str] | None, deny: Iterable[str] | None) -> np.ndarray | None:
@@ -56,13 +43,24 @@ def allowed_items(catalogue: Catalogue, allow: Iterable[str] | None, deny: Itera
     return allowed
 
 
-def _by_user(histories: Any) -> dict[str, list[str]]:
-    """Return the item ids of each user. Raises InputError for anything that is no list of texts."""
+def _rows(histories: Any) -> Iterator[UserRow]:
+    """Yield the history of each user. Raises InputError for anything that is neither lists of texts nor a frame."""
+    if any(hasattr(histories, name) for name in FRAMES) or _is_records(histories):
+        yield from rows_of_frame(as_polars(histories, "histories"), "histories")
+        return
     if isinstance(histories, Mapping):
-        return {str(user_id): _texts(f"histories[{user_id!r}]", history) for user_id, history in histories.items()}
-    if isinstance(histories, str) or not isinstance(histories, Iterable):
+        named = ((str(user_id), f"histories[{user_id!r}]", history) for user_id, history in histories.items())
+    elif isinstance(histories, str) or not isinstance(histories, Iterable):
         raise InputError(f'histories: expected a list of histories, such as [["A", "B"]], found {histories!r}')
-    return {str(row): _texts(f"histories[{row}]", history) for row, history in enumerate(histories)}
+    else:
+        named = ((str(row), f"histories[{row}]", history) for row, history in enumerate(histories))
+    for user_id, where, history in named:
+        yield UserRow(user_id, _texts(where, history), where)
+
+
+def _is_records(histories: Any) -> bool:
+    """Return True for a list of dicts, each a row."""
+    return isinstance(histories, list) and bool(histories) and isinstance(histories[0], Mapping)
 
 
 def _texts(name: str, values: Any) -> list[str]:
