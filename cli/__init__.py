@@ -22,6 +22,7 @@ from .failures import exit_code
 from .help_pages import group
 from .import_ import import_
 from .output import print_text
+from .show import show
 from .stats import stats
 from .streams import discard_output, prepare_streams
 from .train import train
@@ -35,6 +36,7 @@ EXAMPLES = (
     "iisan-fast extract DATASET --cache STATES --text-encoder bert-base-uncased",
     "iisan-fast train DATASET --cache STATES --out runs/first",
     "iisan-fast evaluate runs/first --k 5,10,20",
+    "iisan-fast show runs/first",
     "iisan-fast verify STATES",
 )
 COMPLETION = """\b
@@ -61,6 +63,7 @@ COMMANDS = (
     extract,
     train,
     evaluate,
+    show,
     export,
     verify,
     bench,

@@ -78,10 +78,10 @@ def metadata(wheel: Path) -> Message:
 
 
 def files_of_the_package() -> Iterator[str]:
-    """Yield the paths in the wheel of all modules, C++ sources and py.typed of the checkout."""
+    """Yield the paths in the wheel of all modules, C++ sources, templates and py.typed of the checkout."""
     for folder, place in INSTALLED_AS.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".cpp", ".h") or path.name == "py.typed":
+            if path.suffix in (".py", ".cpp", ".h", ".html", ".css") or path.name == "py.typed":
                 yield str(place / path.relative_to(ROOT / folder))
 
 

@@ -7,8 +7,9 @@ from ..doors import lazy_names
 if TYPE_CHECKING:
     from .exporting import export
     from .model import IISAN
+    from .page import show
 
-__all__ = ["IISAN", "export"]
+__all__ = ["IISAN", "export", "show"]
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name
     __getattr__ = lazy_names(__name__, __file__)

@@ -29,7 +29,10 @@ def complete(words: str) -> set[str]:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("iisan-fast ", {"import", "stats", "caption", "extract", "verify", "train", "evaluate", "export", "bench"}),
+        (
+            "iisan-fast ",
+            {"import", "stats", "caption", "extract", "verify", "train", "evaluate", "show", "export", "bench"},
+        ),
         ("iisan-fast import ", {"microlens", "recbole", "csv", "parquet"}),
         ("iisan-fast train --meth", {"--method"}),
         ("iisan-fast train --method iisan", {"iisan", "iisan-versa"}),

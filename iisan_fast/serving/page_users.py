@@ -1,0 +1,109 @@
+"""Draw users of a run at random, and gather what a page shows of them: history, top ten, target and its rank."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..data import Split
+from ..printable import printable
+from ..training import BestRun
+from .recommendation import recommend
+from .trained_model import TrainedModel
+from .user_histories import UserHistories
+
+TOP = 10
+MOST_HISTORY = 24  # items of a history on the page, the latest ones
+MOST_CHARACTERS = 240  # of a title
+
+
+class ShownItem(NamedTuple):
+    """An item as the page shows it."""
+
+    item_id: str
+    title: str  # the id for an item without a title
+    letters: str  # shown in place of a picture
+    is_cold: bool  # True if it does not occur in training
+    is_target: bool
+
+
+class ShownUser(NamedTuple):
+    """A user as the page shows it."""
+
+    user_id: str
+    history: list[ShownItem]  # oldest first
+    earlier: int  # how many items of the history are left out, the oldest ones
+    recommended: list[ShownItem]  # best first, without items of the history
+    target: ShownItem
+    place: int | None  # of the target in `recommended`, counted from 1; None if it is not there
+    rank: str  # of the target in the whole catalogue, without items of the history; "" if it stands in the history
+
+
+def drawn_rows(count: int, users: int, seed: int) -> np.ndarray:
+    """Return the rows of `users` of `count` users at random, ascending, without repetition, int64; all if fewer."""
+    return np.sort(np.random.default_rng(seed).choice(count, size=min(users, count), replace=False))
+
+
+def shown_users(
+    best: BestRun, model: TrainedModel, titles: Sequence[str] | None, split: Split, rows: np.ndarray, ranks: np.ndarray
+) -> list[ShownUser]:
+    """Return users with their history and their top ten.
+
+    model: the same run, ready to recommend. titles: of the run's items by number - 1. split: of the run's sequences.
+    rows: the users' rows in it. ranks: of all targets of the split, history masked. Raises InputError if a score is not
+    finite.
+    """
+    if not len(rows):
+        return []
+    user_ids = [best.sequences.user_ids[user] for user in split.users[rows]]
+    histories = [split.items[split.ends[row] - split.lengths[row] : split.ends[row]] for row in rows]
+    offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])])
+    allowed = np.arange(len(model.catalogue.item_ids)) < model.catalogue.trained
+    most = int((allowed & ~model.catalogue.is_removed).sum())
+    parts = recommend(model, UserHistories(user_ids, offsets, np.concatenate(histories)), min(TOP, most), True, allowed)
+    lists = [items for part in parts for items in part.items]
+    shown = _Items(best, titles)
+    return [
+        shown.user(user_id, history, recommended[recommended > 0], int(split.targets[row]), float(ranks[row]))
+        for user_id, history, recommended, row in zip(user_ids, histories, lists, rows)
+    ]
+
+
+class _Items:
+    """The items of a run, by number."""
+
+    def __init__(self, best: BestRun, titles: Sequence[str] | None) -> None:
+        """Take a run and the titles of its items."""
+        self.item_ids = best.item_ids
+        self.titles = titles
+        self.counts = best.sequences.training_counts
+
+    def user(self, user_id: str, history: np.ndarray, recommended: np.ndarray, target: int, rank: float) -> ShownUser:
+        """Return a user. history, recommended: item numbers. target: an item number, of this rank."""
+        places = np.flatnonzero(recommended == target)
+        return ShownUser(
+            user_id=plain(user_id),
+            history=[self.item(number) for number in history[-MOST_HISTORY:].tolist()],
+            earlier=max(0, len(history) - MOST_HISTORY),
+            recommended=[self.item(number, target) for number in recommended.tolist()],
+            target=self.item(target),
+            place=int(places[0]) + 1 if len(places) else None,
+            rank=f"{rank:,.1f}".removesuffix(".0") if np.isfinite(rank) else "",
+        )
+
+    def item(self, number: int, target: int = 0) -> ShownItem:
+        """Return an item of a number."""
+        item_id = self.item_ids[number - 1]
+        title = "" if self.titles is None else plain(html.unescape(self.titles[number - 1]))
+        title = title or plain(item_id)
+        letters = "".join(character for character in title if character.isalnum())[:2]
+        return ShownItem(item_id, title, letters.upper(), not self.counts[number], number == target)
+
+
+def plain(text: str) -> str:
+    """Return text of data on one line: control characters as escapes, the end of a very long one left out."""
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]}…"
