@@ -53,7 +53,7 @@ def test_bash_is_told_where_a_folder_or_a_file_stands(words, kind):
 
 
 def test_zsh_completes_with_the_commands_descriptions():
-    lines = ask("zsh_complete", COMP_WORDS="iisan-fast s", COMP_CWORD="1")
+    lines = ask("zsh_complete", COMP_WORDS="iisan-fast st", COMP_CWORD="1")
     assert lines == ["plain", "stats", "Count the users, items and interactions of a dataset."]
 
 
