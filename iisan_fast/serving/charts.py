@@ -129,11 +129,14 @@ def nice_ticks(low: float, high: float) -> list[float]:
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"expected finite numbers for an axis, found {low} and {high}")
     if high - low <= 1e-12 * max(abs(low), abs(high)):
-        low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
+        room = 0.1 * abs(low) or 0.5
+        low -= room
+        high += room
     rough = (high - low) / MOST_TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in TICK_STEPS if factor * power >= rough * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
