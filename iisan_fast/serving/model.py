@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from ..api import OnEpoch
+from ..api import OnEpoch, evaluate
 from ..data import Dataset
 from ..devices import torch_device
 from ..errors import InputError
@@ -18,6 +18,7 @@ from .fitting import FIT_SETTINGS, described_views, fit_run
 from .history_arguments import allowed_items, numbered_histories
 from .ranked_items import RankedItem, ranked_lists
 from .recommendation import recommend
+from .recommendation_frames import library_of, recommendation_frame
 from .trained_model import TrainedModel
 
 if TYPE_CHECKING:
@@ -114,53 +115,55 @@ class IISAN:
         return self._trained
 
     @overload
-    def recommend(
-        self,
-        histories: Sequence[Sequence[str]],
-        k: int = 10,
-        *,
-        exclude_history: bool = True,
-        allow: Iterable[str] | None = None,
-        deny: Iterable[str] | None = None,
-        unknown: str = "error",
-    ) -> list[list[RankedItem]]: ...
+    def recommend(self, histories: Sequence[Sequence[str]], k: int = 10, **options: Any) -> list[list[RankedItem]]: ...
 
     @overload
     def recommend(
-        self,
-        histories: Mapping[str, Sequence[str]],
-        k: int = 10,
-        *,
-        exclude_history: bool = True,
-        allow: Iterable[str] | None = None,
-        deny: Iterable[str] | None = None,
-        unknown: str = "error",
+        self, histories: Mapping[str, Sequence[str]], k: int = 10, **options: Any
     ) -> dict[str, list[RankedItem]]: ...
+
+    @overload
+    def recommend(self, histories: object, k: int = 10, **options: Any) -> Any: ...
 
     def recommend(
         self,
-        histories: Sequence[Sequence[str]] | Mapping[str, Sequence[str]],
+        histories: Any,
         k: int = 10,
         *,
         exclude_history: bool = True,
         allow: Iterable[str] | None = None,
         deny: Iterable[str] | None = None,
         unknown: str = "error",
-    ) -> list[list[RankedItem]] | dict[str, list[RankedItem]]:
-        """Return the best items for histories, best first, each an item id with its score and title.
+        frame: str | None = None,
+    ) -> Any:
+        """Return the best items for histories, best first.
 
-        histories: lists of item ids, oldest first, or such lists by user id. An empty one gets the popular items.
+        histories: lists of item ids, oldest first; or such lists by user id; or a frame of pandas, polars or arrow, or
+        a list of dicts, with user_id and history (a list, or ids joined by spaces), or with user_id and item_id. An
+        empty history gets the popular items.
         k: items for each history. allow, deny: ids of the only items to recommend, and of those not to recommend.
         exclude_history: leave out the items of the history itself. unknown: "skip" leaves out ids of histories that
-        the model does not have, with a warning; "error" refuses them.
-        Returns a list for each history, in their order; for a mapping, those lists by user id.
+        the model does not have, with a warning; "error" refuses them. frame: polars, pandas or arrow asks for a frame.
+        Returns for each history a list of items with item_id, score and title; for lists by user id, those lists by
+        user id; for a frame, a frame of its library with user_id, rank, item_id and score.
         Raises InputError for ids that the model does not have, and for a k beyond the catalogue.
         """
         catalogue = self.trained.catalogue
+        library = library_of(histories, frame)
         users = numbered_histories(histories, catalogue, unknown)
         allowed = allowed_items(catalogue, allow, deny)
-        lists = ranked_lists(recommend(self.trained, users, k, exclude_history, allowed), catalogue)
+        recommended = recommend(self.trained, users, k, exclude_history, allowed)
+        if library is not None:
+            return recommendation_frame(recommended, catalogue, library)
+        lists = ranked_lists(recommended, catalogue)
         return dict(zip(users.user_ids, lists)) if isinstance(histories, Mapping) else lists
+
+    def evaluate(self, split: str = "test", **settings: Any) -> dict[str, Any]:
+        """Rank the targets of the run's users in the full catalogue of its training, as `iisan_fast.evaluate` does.
+
+        split: test or validation. settings: as ks=(5, 10). Raises InputError for a run without histories.
+        """
+        return evaluate(self.trained.run, split, device=self._device, **settings)
 
     def save_pretrained(
         self,

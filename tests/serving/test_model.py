@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
+import polars
+import pyarrow
 import pytest
 
 import iisan_fast
@@ -71,6 +75,53 @@ def test_recommend_with_history_allowed_and_denied_items(model, dense_scores):
 def test_lists_by_user_come_back_by_user(model):
     histories = {"anna": ["i1", "i4"], "bert": ["i2"]}
     assert model.recommend(histories, k=3) == dict(zip(histories, model.recommend(list(histories.values()), k=3)))
+
+
+FRAMES = {
+    "pandas": (lambda columns: pandas.DataFrame(columns), lambda frame: frame.to_dict("list")),
+    "polars": (lambda columns: polars.DataFrame(columns), lambda frame: frame.to_dict(as_series=False)),
+    "arrow": (lambda columns: pyarrow.table(columns), lambda frame: frame.to_pydict()),
+}
+
+
+@pytest.mark.parametrize("library", FRAMES)
+def test_a_frame_gives_a_frame_of_its_library(model, library):
+    make, columns_of = FRAMES[library]
+    lists = model.recommend({"007": ["i1", "i4"], "anna": [], "8": ["i9"]}, k=3)
+    frame = model.recommend(make({"user_id": ["007", "anna", "8"], "history": ["i1 i4", "", "i9"]}), k=3)
+    assert type(frame) is type(make({}))
+    expected = {
+        "user_id": [user_id for user_id in lists for _ in range(3)],
+        "rank": [1, 2, 3] * 3,
+        "item_id": [entry.item_id for ranked in lists.values() for entry in ranked],
+        "score": [entry.score for ranked in lists.values() for entry in ranked],
+    }
+    assert columns_of(frame) == expected
+    assert columns_of(model.recommend([["i1", "i4"]], k=2, frame=library))["rank"] == [1, 2]
+    rows = make({"user_id": ["007", "007", "8"], "item_id": ["i1", "i4", "i9"]})
+    assert columns_of(model.recommend(rows, k=3))["item_id"] == expected["item_id"][:3] + expected["item_id"][6:]
+
+
+def test_dicts_give_dicts_and_fewer_items_fewer_rows(model):
+    records = model.recommend([{"user_id": "u", "history": ["i1"]}], k=5, allow=["i1", "i2", "i3"])
+    (ranked,) = model.recommend([["i1"]], k=2, allow=["i2", "i3"])
+    expected = [{"user_id": "u", "rank": n, "item_id": e.item_id, "score": e.score} for n, e in enumerate(ranked, 1)]
+    assert records == expected
+
+
+def test_evaluate_gives_the_figures_of_the_run(model):
+    assert model.evaluate()["test"] == model.figures["test"]
+    assert "hr@5" in model.evaluate("validation", ks=(5,))["validation"]["masked"]
+    with pytest.raises(InputError, match="unknown setting kss; did you mean ks"):
+        model.evaluate(kss=(5,))
+
+
+def test_a_missing_library_names_the_command_that_installs_it(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InputError, match="frame: pandas is not installed; pip install pandas"):
+        model.recommend([["i1"]], frame="pandas")
+    with pytest.raises(InputError, match="frame: expected one of polars, pandas, arrow, found 'dask'"):
+        model.recommend([["i1"]], frame="dask")
 
 
 def test_an_empty_history_gets_popular_items(model):
