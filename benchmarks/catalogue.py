@@ -9,6 +9,7 @@ from .settings import (
     ExtractSettings,
     GrowthSettings,
     KernelSettings,
+    ServingSettings,
     StaticSettings,
     TrainSettings,
     UncachedSettings,
@@ -127,6 +128,18 @@ BENCHMARKS = (
         examples=("iisan-fast bench static DATASET --users 64 --no-kernels",),
         dataset=REQUIRED,
         on_device=False,
+    ),
+    Benchmark(
+        name="serving",
+        function="serving:measure_serving",
+        settings=ServingSettings,
+        tables=tables.serving_tables,
+        summary="Time recommending by a trained run.",
+        details="RUN is the folder of a trained run, which stays as it is. A made catalogue shows the "
+        "peak memory of a large one. A part whose library is not installed has the reason in place of figures.",
+        examples=("iisan-fast bench serving RUN --out serving.json",),
+        dataset=REQUIRED,
+        argument="RUN",
     ),
 )
 BY_NAME = {benchmark.name: benchmark for benchmark in BENCHMARKS}

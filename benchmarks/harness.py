@@ -59,6 +59,7 @@ class Benchmark:
     details: str
     examples: tuple[str, ...]
     dataset: str = OPTIONAL
+    argument: str = "DATASET"  # as help names it: the dataset, or RUN for the folder of a trained run
     on_device: bool = True  # False: nothing is run on a device, and there is no option for one
     takes_encoders: bool = False  # sets of views become the setting `encoders`
     folder: Folder | None = None
@@ -145,7 +146,7 @@ def folder_argument(text: str) -> Path:
 def command_line(benchmark: Benchmark, dataset: Path | None, settings: Mapping[str, Any]) -> str:
     """Return the command that gives a result again; the folders of the dataset and of the runs are left out."""
     words = ["iisan-fast", "bench", benchmark.name]
-    words += ["DATASET"] * (dataset is not None)
+    words += [benchmark.argument] * (dataset is not None)
     if benchmark.folder is not None and benchmark.folder.required:
         words.append(f"--{benchmark.folder.name}=FOLDER")
     for name in settings_of(benchmark.settings):

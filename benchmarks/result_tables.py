@@ -118,6 +118,26 @@ def uncached_tables(result: Result) -> Iterator[ResultTable]:
     yield ResultTable(title, columns, [rows], f"{steps}\nthe paper: {notes['paper']}\nthe aim: {notes['aim']}")
 
 
+def serving_tables(result: Result) -> Iterator[ResultTable]:
+    """Yield a row for each part of serving that was measured, then one for each that was not, with the reason."""
+    run, made, forms, latency = result["run"], result["made"], result["forms"], result["latency"]
+    rows: list[Row] = [{"part": "load the run", **result["loading"]}]
+    rows += [{"part": f"recommend, {row['form']}", **row} for row in result["recommending"]]
+    rows += [{"part": f"top_items, {row['form']}", "users": forms["users"], **row} for row in forms["rows"]]
+    rows.append({"part": f"{made['items']:,} made items", **made})
+    columns = [
+        label("", "part"),
+        Column("users", lambda row: row.get("users"), "{:,}"),
+        quantile_column("", "s", 3),
+        Column("CPU s", "cpu_s", "{:.2f}"),
+        Column("users a second", lambda row: row.get("users_per_second"), "{:,.0f}"),
+        Column("peak MiB", lambda row: row.get("peak_pss_bytes"), mebibytes),
+    ]
+    caption = f"one user at a time: p50 {latency['p50_ms']:.1f} ms, p99 {latency['p99_ms']:.1f} ms"
+    title = f"{result['dataset']}, {run['method']}, {run['users']:,} users, {run['items']:,} items"
+    yield ResultTable(title, columns, [rows], caption)
+
+
 def growth_tables(result: Result) -> Iterator[ResultTable]:
     """Yield a row for each catalogue and number of users a batch."""
     settings = result["settings"]

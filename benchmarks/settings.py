@@ -141,6 +141,19 @@ class KernelSettings:
 
 
 @dataclass(frozen=True)
+class ServingSettings:
+    """The settings of `bench serving`."""
+
+    rounds: int = setting(5, help="Runs of each part on the run.", minimum=1)
+    latency_users: int = setting(200, help="Users who are served one at a time.", minimum=1)
+    made_items: int = setting(1_000_000, help="Items of the made catalogue.", minimum=20)
+    made_users: int = setting(10_000, help="Users of the made catalogue.", minimum=1)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True)
 class StaticSettings:
     """The settings of `bench static`."""
 

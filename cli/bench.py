@@ -57,16 +57,16 @@ def _decorators(benchmark: Benchmark) -> list[Callable[[Any], Any]]:
     """Return the decorators of a command: its argument and its options, in the order of its help page."""
     decorators: list[Callable[[Any], Any]] = []
     if benchmark.dataset != NONE:
-        decorators.append(click.argument("dataset", type=FOLDER, required=benchmark.dataset != OPTIONAL))
+        metavar = None if benchmark.argument == "DATASET" else benchmark.argument  # click adds the brackets by itself
+        required = benchmark.dataset != OPTIONAL
+        decorators.append(click.argument("dataset", metavar=metavar, type=FOLDER, required=required))
     headings = {name: ENCODERS if name in ABOUT_ENCODERS else BENCHMARK for name in settings_of(benchmark.settings)}
     decorators.append(setting_options(benchmark.settings, headings, spellings=_spellings(benchmark)))
     if benchmark.takes_encoders:
         decorators += [view_options, option("--pair", "pairs", group=ENCODERS, multiple=True, help=PAIR_HELP)]
     if (folder := benchmark.folder) is not None:
-        required = folder.required
-        decorators.append(
-            option(f"--{folder.name}", "folder", group=BENCHMARK, type=FOLDER, required=required, help=folder.help)
-        )
+        of_folder = {"group": BENCHMARK, "type": FOLDER, "required": folder.required, "help": folder.help}
+        decorators.append(option(f"--{folder.name}", "folder", **of_folder))
     if benchmark.drawing:
         decorators.append(option("--plot", group=OUTPUT, type=FILE, callback=writable_file, help=PLOT_HELP))
     decorators.append(out_option)

@@ -5,11 +5,25 @@ from typing import TYPE_CHECKING
 from ..doors import lazy_names
 
 if TYPE_CHECKING:
+    from .catalogue import Catalogue
     from .exporting import export
+    from .item_matrix import ItemMatrix
     from .model import IISAN
     from .page import show
+    from .recommendation import recommend
+    from .trained_model import TrainedModel
+    from .user_histories import UserHistories
 
-__all__ = ["IISAN", "export", "show"]
+__all__ = [
+    "Catalogue",
+    "IISAN",
+    "ItemMatrix",
+    "TrainedModel",
+    "UserHistories",
+    "export",
+    "recommend",
+    "show",
+]
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name
     __getattr__ = lazy_names(__name__, __file__)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from iisan_fast.benchmarks import cells, evaluate, extract, train, uncached
+from iisan_fast.benchmarks import cells, evaluate, extract, serving, train, uncached
 
 
 def stay_in_this_process(patch: pytest.MonkeyPatch) -> None:
     """Call what benchmarks measure in processes of their own: starting a process takes ten seconds."""
-    for module in (cells, evaluate, extract, train, uncached):
+    for module in (cells, evaluate, extract, serving, train, uncached):
         patch.setattr(module, "in_a_process", lambda function, *arguments: function(*arguments))
 
 

@@ -1,0 +1,140 @@
+"""The benchmark of serving: every part has its figures, forms that disagree are an error, and goals are judged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.command_line import iisan_fast, refused
+from helpers.run_folders import flip_bit
+from iisan_fast import api
+from iisan_fast.benchmarks import made_catalogue, serving
+from iisan_fast.errors import InputError
+from iisan_fast.serving.recommendation import recommend
+
+CPU = torch.device("cpu")
+SMALL = ("--rounds", 2, "--latency-users", 3, "--made-items", 50, "--made-users", 20, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def run(toy_run, tmp_path_factory) -> Path:
+    """Return the folder of a run of one epoch with both terms."""
+    dataset, cache = toy_run
+    folder = tmp_path_factory.mktemp("serving") / "run"
+    sizes = {"embedding_dim": 16, "bottleneck": 8}
+    api.train(dataset, cache=cache, out=folder, epochs=1, cooccurrence=2.0, similarity=9.0, **sizes)
+    return folder
+
+
+def test_the_command_writes_the_figures_of_every_part(run, tmp_path, in_this_process):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    out = tmp_path / "serving.json"
+    result = iisan_fast("bench", "serving", run, *SMALL, "--json", "--out", out)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures == json.loads(out.read_text())
+    command = "iisan-fast bench serving RUN --rounds=2 --latency-users=3 --made-items=50 --made-users=20"
+    assert figures["command"] == command and figures["dataset"] == "toy"
+    assert (figures["run"]["users"], figures["run"]["items"]) == (60, 40)
+    for row in (figures["loading"], *figures["recommending"], figures["made"]):
+        assert 0 < row["p20_s"] <= row["p50_s"] <= row["p80_s"] and row["cpu_s"] > 0 and row["peak_pss_bytes"] > 1 << 20
+    weights = {row["form"]: row["weights"]["similarity"] for row in figures["recommending"]}
+    assert weights == {"run": 9.0, "no_terms": 0.0, "with_history": 9.0}
+    assert figures["made"]["cooccurrence_entries"] == 500
+    assert 0 < figures["latency"]["p50_ms"] <= figures["latency"]["p99_ms"]
+    auto, reference = figures["forms"]["rows"]
+    assert (auto["form"], reference["form"]) == ("auto", "reference")
+    assert figures["forms"]["ratio"] == pytest.approx(reference["p50_s"] / auto["p50_s"])
+    assert figures["goals"]["all_users_met"] is None and figures["goals"]["made_bytes_met"] is None
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_the_command_prints_a_row_for_each_part(run, in_either_place):
+    result = iisan_fast("bench", "serving", run, *SMALL)
+    assert result.returncode == 0, result.stderr
+    for part in ("load the run", "recommend, with_history", "top_items, reference", "50 made items"):
+        assert part in result.stdout
+    assert "toy, iisan, 60 users, 40 items" in result.stdout and "one user at a time: p50" in result.stdout
+
+
+def test_forms_that_disagree_are_an_error():
+    rows = torch.tensor([[3, 1, 2], [0, -1, -1]])
+    scores = torch.tensor([[9.0, 4.0, 4.0 - 1e-6], [2.0, -torch.inf, -torch.inf]])
+    swapped = rows.clone()
+    swapped[0, 1:] = torch.tensor([2, 1])
+    same = serving.agreement((swapped, scores), (rows, scores))
+    assert same == {"same_items_users": 1, "largest_score_difference": 0.0}
+    with pytest.raises(InputError, match="differ by 1.1e-01 of the largest"):
+        serving.agreement((rows, scores - 1), (rows, scores))
+    missing = scores.clone()
+    missing[0, 2] = -torch.inf
+    with pytest.raises(InputError, match="leave out different numbers of items"):
+        serving.agreement((rows, missing), (rows, scores))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "peak", "expected"),
+    [(1.9, 1_900_000_000, (True, True)), (2.1, 2_000_000_001, (False, False)), (1.0, "not measured", (True, None))],
+)
+def test_goals_are_judged_at_their_sizes_alone(seconds, peak, expected):
+    run = {"users": 12_076, "items": 20_314}
+    made = {"items": 1_000_000, "users": 10_000, "peak_pss_bytes": peak}
+    figures = {"run": run, "recommending": [{"p50_s": seconds}, {"p50_s": 99.0}], "made": made}
+    judged = serving.goals(figures)
+    assert (judged["all_users_met"], judged["made_bytes_met"]) == expected
+    small = serving.goals({**figures, "run": {**run, "users": 60}, "made": {**made, "items": 50}})
+    assert small["all_users_met"] is None and small["made_bytes_met"] is None
+
+
+def test_a_made_catalogue_is_ranked_as_a_sort_of_all_scores_ranks_it():
+    model = made_catalogue.made_model(300, CPU)
+    histories = made_catalogue.made_histories(300, 7)
+    (part,) = recommend(model, histories, 10)
+    scores = model.scores(histories)
+    dense = scores.queries @ scores.vectors.T
+    added = scores.added(np.arange(7))
+    dense[added.users(), added.items] += added.values
+    for user in range(7):
+        dense[user, histories.part(user, user + 1).items - 1] = -torch.inf
+    values, rows = dense.sort(dim=1, descending=True, stable=True)
+    assert np.array_equal(part.items, rows[:, :10].numpy() + 1)
+    np.testing.assert_allclose(part.scores, values[:, :10].numpy(), rtol=1e-5)
+
+
+def test_neighbours_of_a_made_catalogue_ascend_and_are_different():
+    matrix = made_catalogue.made_cooccurrence(1000)
+    columns = matrix.items.reshape(1000, 10)
+    assert (np.diff(columns, axis=1) > 0).all() and columns.min() >= 0 and columns.max() < 1000
+    assert len(np.unique(columns)) > 990 and (matrix.values > 0).all() and matrix.offsets[-1] == 10_000
+
+
+def test_a_part_that_cannot_be_measured_has_the_reason(in_this_process):
+    def part(name: str) -> dict:
+        raise InputError(f"{name}: pip install 'iisan-fast[faiss]'")
+
+    assert serving.measured_or_reason(part, "index") == {"not_measured": "index: pip install 'iisan-fast[faiss]'"}
+    assert serving.measured_or_reason(lambda: {"seconds": 1}) == {"seconds": 1}
+
+
+def test_bad_input_gets_one_line(run, tmp_path):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for path in run.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert "none: not a run folder" in refused("bench", "serving", tmp_path / "none", "--device", "cpu")
+    assert "--made-items" in refused("bench", "serving", run, "--made-items", 5, "--device", "cpu")
+    flip_bit(copy / "sequences.npz", 100)
+    assert "sequences.npz" in refused("bench", "serving", copy, *SMALL)
+
+
+def test_weights_of_zero_change_what_is_recommended(run):
+    model = serving.TrainedModel.load(run, CPU)
+    histories = serving.dataset_histories(run)
+    (with_terms,) = recommend(model, histories)
+    (without,) = recommend(replace(model, weights=serving.TermWeights()), histories)
+    assert (with_terms.items != without.items).any()
