@@ -11,7 +11,7 @@ from torch import nn
 from ..config import ModelConfig, RunConfig
 from ..data import RunItems
 from ..models import CoOccurrence, NeighbourTerms, Recommender, Similarity
-from ..serving import Catalogue, TrainedModel, UserHistories
+from ..serving import Catalogue, ItemMatrix, TrainedModel, UserHistories
 from ..training import RankingRun, TermWeights
 from .growth import histories
 
@@ -19,7 +19,7 @@ WIDTH = 64
 SIMILARITY_DIMS = 128
 NEIGHBOURS_OF_AN_ITEM = 10
 WEIGHTS = TermWeights(cooccurrence=2.0, similarity=9.0)
-BLOCK = 100_000  # items whose neighbours are drawn at once
+BLOCK = 100_000  # items that are drawn at once
 
 
 def made_model(items: int, device: torch.device) -> TrainedModel:
@@ -27,21 +27,50 @@ def made_model(items: int, device: torch.device) -> TrainedModel:
     config = RunConfig("", "", ("made",), model=ModelConfig(embedding_dim=WIDTH))
     counts = np.ones(items + 1, dtype=np.int64)
     counts[0] = 0
-    popularity = counts / items
-    model = Recommender(nn.Identity, config.model, config.protocol.max_inputs, popularity, config.train.seed)
-    generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(items, WIDTH, generator=generator).to(device)
-    coordinates = torch.randn(items, SIMILARITY_DIMS, generator=generator)
-    coordinates /= coordinates.norm(dim=1, keepdim=True)
-    similarity = Similarity(coordinates, torch.zeros(1), torch.ones(1), torch.zeros(1, SIMILARITY_DIMS))
+    matrix = made_matrix(items, device)
+    sequence_model = Recommender(nn.Identity, config.model, config.protocol.max_inputs, counts / items, 0)
     cooccurrence = made_cooccurrence(items)
     run_items = RunItems([f"i{item}" for item in range(items)], counts, None)
-    terms = NeighbourTerms(cooccurrence, similarity)
-    ranking = RankingRun(config, run_items, 1, model.to(device).eval(), vectors, terms, WEIGHTS)
-    catalogue = Catalogue(
-        run_items.item_ids, None, counts, items, np.zeros(items, dtype=bool), ranking.item_vectors, coordinates
+    return TrainedModel(
+        run=Path("made"),
+        config=config,
+        epoch=1,
+        catalogue=Catalogue(
+            item_ids=run_items.item_ids,
+            titles=None,
+            training_counts=counts,
+            trained=items,
+            is_removed=np.zeros(items, dtype=bool),
+            vectors=matrix.vectors,
+            coordinates=matrix.coordinates,
+        ),
+        joined=matrix.joined,
+        cooccurrence=cooccurrence,
+        similarity=Similarity(matrix.coordinates, torch.zeros(1), torch.ones(1), torch.zeros(1, SIMILARITY_DIMS)),
+        weights=WEIGHTS,
+        encoder=RankingRun(
+            config=config,
+            items=run_items,
+            epoch=1,
+            model=sequence_model.to(device).eval(),
+            item_vectors=matrix.vectors,
+            terms=NeighbourTerms(cooccurrence, None),
+            weights=WEIGHTS,
+        ),
     )
-    return TrainedModel(Path("made"), config, 1, catalogue, cooccurrence, similarity, WEIGHTS, ranking)
+
+
+def made_matrix(items: int, device: torch.device) -> ItemMatrix:
+    """Return random vectors, and random coordinates of length 1, in the memory that scores read."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = ItemMatrix.empty(items, WIDTH, SIMILARITY_DIMS, WEIGHTS, device)
+    for part in torch.arange(items).split(BLOCK):
+        drawn = torch.randn(len(part), WIDTH + SIMILARITY_DIMS, generator=generator)
+        vectors, coordinates = drawn.split((WIDTH, SIMILARITY_DIMS), dim=1)
+        matrix.vectors[part] = vectors.to(device)
+        matrix.coordinates[part] = coordinates / coordinates.norm(dim=1, keepdim=True)
+    matrix.complete(np.ones(items + 1, dtype=np.int64))
+    return matrix
 
 
 def made_cooccurrence(items: int) -> CoOccurrence:

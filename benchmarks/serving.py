@@ -143,12 +143,19 @@ def recommending(run: Path, form: str, settings: ServingSettings, device: torch.
     """Measure the recommendations for all users of a run."""
     with_terms, exclude = VARIANTS[form]
     model = TrainedModel.load(run, device)
-    model = model if with_terms else replace(model, weights=TermWeights())
+    model = model if with_terms else without_terms(model)
     histories = dataset_histories(run)
     figures = with_peak(lambda: list(recommend(model, histories, K, exclude)), settings.rounds, device)
     users = len(histories.user_ids)
     weights = model.weights._asdict()
     return {"form": form, "weights": weights, "users": users, **figures, "users_per_second": users / figures["p50_s"]}
+
+
+def without_terms(model: TrainedModel) -> TrainedModel:
+    """Return a model with the weights of its terms 0, whose matrix holds the item vectors alone."""
+    vectors = model.catalogue.vectors.clone()  # other vectors, so that the matrix is made again
+    plain = replace(model, weights=TermWeights())
+    return plain.with_catalogue(replace(model.catalogue, vectors=vectors))
 
 
 def latency(run: Path, settings: ServingSettings, device: torch.device) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,9 +131,13 @@ def test_bad_input_gets_one_line(run, tmp_path):
     assert "sequences.npz" in refused("bench", "serving", copy, *SMALL)
 
 
-def test_weights_of_zero_change_what_is_recommended(run):
+def test_without_terms_the_model_alone_ranks(run):
     model = serving.TrainedModel.load(run, CPU)
     histories = serving.dataset_histories(run)
     (with_terms,) = recommend(model, histories)
-    (without,) = recommend(replace(model, weights=serving.TermWeights()), histories)
+    (without,) = recommend(serving.without_terms(model), histories)
     assert (with_terms.items != without.items).any()
+    dense = model.user_states(histories) @ model.catalogue.vectors.T
+    for user in range(60):
+        dense[user, histories.part(user, user + 1).items - 1] = -torch.inf
+    np.testing.assert_allclose(without.scores, dense.sort(dim=1, descending=True).values[:, :10].numpy(), rtol=1e-5)
