@@ -15,6 +15,7 @@ from .. import __version__, runtime
 from ..stop_signals import STOP_SIGNALS
 from .bench import bench
 from .caption import caption
+from .catalogue_changes import add_items, remove_items, update_items
 from .evaluate import evaluate
 from .export import export
 from .extract import extract
@@ -63,6 +64,9 @@ COMMANDS = (
     extract,
     train,
     evaluate,
+    add_items,
+    update_items,
+    remove_items,
     show,
     export,
     verify,

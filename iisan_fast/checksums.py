@@ -56,6 +56,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous tensor on the CPU."""
     import torch  # takes seconds, which reading a dataset does without
 
+    if not tensor.numel():  # torch gives an empty tensor strides that no view takes
+        return memoryview(b"")
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 

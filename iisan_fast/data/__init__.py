@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..doors import lazy_names
 
 if TYPE_CHECKING:
+    from .array_files import pack_texts, unpack_texts
     from .batches import Batch, Shape, epoch_batches, padded_shape
     from .databases import open_database
     from .epoch_plan import Window, steps_per_epoch
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .imports.microlens import import_microlens
     from .imports.options import MISSING_TITLES, RECBOLE_FIELDS, TABLE_COLUMNS, Imported, ImportOptions, TableOptions
     from .imports.recbole import import_recbole
+    from .item_contents import ItemContents, open_image_files
     from .items import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb, open_images, refuse_unfit_name
     from .loss_columns import IN_BATCH, Negatives
     from .packed_batches import PackedWindow, RunPlan
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from .saved_items import RunItems, load_items
     from .saved_sequences import load_sequences
     from .sequences import Dataset, Sequences, Split, load_dataset, right_align, statistics
-    from .strict_tables import read_table
+    from .strict_tables import read_table, refuse_unfit_id
     from .table_files import read_json_lines, read_table_file
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Dataset",
     "RECBOLE_FIELDS",
     "IMAGE_SUFFIXES",
+    "ItemContents",
     "ImageError",
     "ImageFolder",
     "ImageLmdb",
@@ -59,16 +62,20 @@ __all__ = [
     "load_items",
     "load_sequences",
     "open_database",
+    "open_image_files",
     "open_images",
+    "pack_texts",
     "padded_shape",
     "read_json_lines",
     "read_table",
     "read_table_file",
+    "refuse_unfit_id",
     "refuse_unfit_name",
     "right_align",
     "statistics",
     "steps_per_epoch",
     "text_id",
+    "unpack_texts",
     "with_reversed_users",
 ]
 

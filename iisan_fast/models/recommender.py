@@ -132,6 +132,14 @@ class Recommender(nn.Module):
         """
         return self._item_vectors(source.read(items), items, None)
 
+    @torch.inference_mode()
+    def encoded(self, inputs: ItemInputs, numbers: Tensor) -> Tensor:
+        """Return the vectors [N, d] of N items from their inputs, without gradients.
+
+        numbers: int64 [N], of the items that were trained, whose vectors of `item_ids` are added; 0 for new items.
+        """
+        return self._item_vectors(inputs, numbers, None)
+
     def catalogue_vectors(self, source: ItemSource) -> Tensor:
         """Return the vectors of all items, [items, d], item number i in row i - 1."""
         numbers = torch.arange(1, source.rows, device=source.index_device)

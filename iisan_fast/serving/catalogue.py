@@ -37,6 +37,11 @@ class Catalogue:
         """Return how many items may be recommended."""
         return len(self.item_ids) - int(self.is_removed.sum())
 
+    def has(self, item_id: str) -> bool:
+        """Return True if an item may be recommended; a removed one may not."""
+        number = self.numbers.get(item_id)
+        return number is not None and not self.is_removed[number - 1]
+
     def numbers_of(self, item_ids: Sequence[str], name: str) -> np.ndarray:
         """Return the numbers of items that may be recommended, int64 [N].
 

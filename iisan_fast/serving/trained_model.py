@@ -13,6 +13,7 @@ from ..config import RunConfig
 from ..models import RECENT, CoOccurrence, NeighbourTerms, Scores, Similarity
 from ..training import RankingRun, RunFolder, TermWeights, copy_coordinates, load_ranking
 from .catalogue import Catalogue
+from .catalogue_file import changed_catalogue
 from .item_matrix import ItemMatrix
 from .user_histories import UserHistories
 
@@ -32,10 +33,11 @@ class TrainedModel:
     encoder: RankingRun  # gives user states
 
     @classmethod
-    def load(cls, run: Path, device: torch.device) -> TrainedModel:
-        """Load the run in a folder onto a device. Raises InputError as `load_ranking` does.
+    def load(cls, run: Path, device: torch.device, changed: bool = True) -> TrainedModel:
+        """Load the run in a folder onto a device. Raises InputError as `load_ranking` and `changed_catalogue` do.
 
-        Vectors and coordinates are in memory once: a large catalogue takes little more than both.
+        changed: take the catalogue of now; False takes that of the training. Vectors and coordinates are in memory
+        once: a large catalogue takes little more than both.
         """
         ranking = load_ranking(run, device)
         items = ranking.items
@@ -56,7 +58,7 @@ class TrainedModel:
             vectors=matrix.vectors,
             coordinates=matrix.coordinates,
         )
-        return cls(
+        model = cls(
             run=run,
             config=ranking.config,
             epoch=ranking.epoch,
@@ -67,6 +69,7 @@ class TrainedModel:
             weights=ranking.weights,
             encoder=_without_terms(ranking),
         )
+        return model.with_catalogue(changed_catalogue(run, ranking.epoch, catalogue)) if changed else model
 
     @property
     def device(self) -> torch.device:

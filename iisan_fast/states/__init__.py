@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from .loader import PlannedBatch, PreparedBatch, planned_batches, prepared_batches
     from .manifest import describes_view
     from .placement import free_memory, size_text, usable_memory
+    from .recorded_encoders import EncoderPlaces, RecordedEncoders
     from .recorded_views import refuse_other_encoders
+    from .standardise import StateStatistics
     from .store import Store
     from .verification import verify_cache
     from .view_shapes import ViewShape
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Chunks",
     "EncodedTable",
+    "EncoderPlaces",
     "Extracted",
     "FeatureTable",
     "GROUP_ITEMS",
@@ -29,6 +32,8 @@ __all__ = [
     "ItemSource",
     "PlannedBatch",
     "PreparedBatch",
+    "RecordedEncoders",
+    "StateStatistics",
     "Store",
     "ViewShape",
     "content_digest",

@@ -69,19 +69,25 @@ class ViewInputs(Protocol):
 
 
 def open_sources(
-    dataset: Dataset, views: Sequence[ViewConfig], missing_images: str
+    dataset: Dataset,
+    views: Sequence[ViewConfig],
+    missing_images: str,
+    images: ImageFolder | ImageLmdb | None = None,
 ) -> AbstractContextManager[ImageFolder | ImageLmdb | None]:
     """Open the dataset's images if a view reads them. The result is a context manager; it gives None for text alone.
 
-    missing_images: one of config.MISSING_IMAGES. Raises InputError if that word is unknown, if the dataset has no
-    images, or if a view reads captions and the dataset has none.
+    missing_images: one of config.MISSING_IMAGES. images: open ones in place of the dataset's, which stay open. Raises
+    InputError if the word is unknown, if the dataset has no images, or if a view reads captions and the dataset has
+    none.
     """
     if missing_images not in MISSING_IMAGES:
         raise InputError(f"missing_images: expected one of {', '.join(MISSING_IMAGES)}, found {missing_images!r}")
     for view in views:
         if view.source == "caption" and not any(dataset.captions):
             raise InputError(f"{dataset.root / 'captions.tsv'}: view {view.name!r} needs captions, found none")
-    return open_images(dataset.root) if any(view.source == "image" for view in views) else nullcontext()
+    if images is not None or not any(view.source == "image" for view in views):
+        return nullcontext(images)
+    return open_images(dataset.root)
 
 
 def view_inputs(

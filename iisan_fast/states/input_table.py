@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import ViewConfig
-from ..data import Dataset
+from ..data import Dataset, ImageFolder, ImageLmdb
 from ..encoders import Backbone, ByteForm, ModelInputs, load_backbones, views_by_model
 from ..errors import InputError
 from ..kernels import States
@@ -176,6 +176,7 @@ def open_inputs(
     workers: int | None = None,
     attention: str = "auto",
     trained: bool = False,
+    images: ImageFolder | ImageLmdb | None = None,
 ) -> InputTable:
     """Load the views' encoders, frozen, and open the inputs that they read of every item.
 
@@ -184,7 +185,7 @@ def open_inputs(
     as in `extract`. missing_images: "error", or "blank" for a blank image in place of one that cannot be read.
     part_items: the most items of one encoder call; None chooses by the device. attention: one of config.ATTENTIONS.
     trained: whether the encoders will be trained; if not, views that differ only in name, pooling and layers share one
-    model.
+    model. images: open ones in place of the dataset's, which stay open.
 
     Raises InputError for content that is missing or cannot be read, an encoder that cannot be used, or a placement that
     does not fit.
@@ -192,7 +193,7 @@ def open_inputs(
     item_ids = dataset.sequences.item_ids
     part_items = part_items or PART_ITEMS[device.type]
     with ExitStack() as opened:
-        images = opened.enter_context(open_sources(dataset, views, missing_images))
+        images = opened.enter_context(open_sources(dataset, views, missing_images, images))
         threads = opened.enter_context(ThreadPoolExecutor(min(MAX_DECODERS, usable_cpus()), "images"))
         backbones = load_backbones(views, device, attention, shared=not trained)
         readers = [backbones[positions[0]] for positions in views_by_model(backbones)]

@@ -25,7 +25,7 @@ def refuse_other_encoders(cache: Path, views: Iterable[ViewConfig]) -> None:
             recorded = store.view(view.name)
             settings = _settings_to_compare(view, recorded)
             differences = changed_settings({name: recorded.get(name) for name in settings}, settings)
-            if not _same_encoder(view.encoder, recorded):
+            if not same_encoder(view.encoder, recorded):
                 differences.insert(0, f"encoder {recorded.get('encoder')} there, {view.encoder} now")
             if differences:
                 raise InputError(
@@ -51,7 +51,7 @@ def _settings_to_compare(view: ViewConfig, recorded: dict[str, Any]) -> dict[str
     return settings
 
 
-def _same_encoder(encoder: str, recorded: dict[str, Any]) -> bool:
+def same_encoder(encoder: str, recorded: dict[str, Any]) -> bool:
     """Return True if an encoder has the recorded name, or is a folder with the recorded weights."""
     if encoder == recorded.get("encoder"):
         return True

@@ -6,6 +6,7 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .best_run import BestRun, evaluate_run, load
+    from .checkpoints import read_checkpoint, save_checkpoint
     from .determinism import deterministic
     from .dry_run import describe_new_run
     from .fused_step import GpuFusedStep, run_stages, step_stages
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .resume_run import RunChanges, resume
     from .run_environment import environment
     from .run_folder import RunFolder
+    from .run_item_encoder import EncodedItems, open_item_encoder
     from .run_terms import copy_coordinates
     from .run_verification import verify_run
     from .scoring import TermWeights
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BestRun",
     "CapturedStep",
+    "EncodedItems",
     "GpuFusedStep",
     "RankingRun",
     "RunChanges",
@@ -39,10 +42,13 @@ __all__ = [
     "evaluate_run",
     "load",
     "load_ranking",
+    "open_item_encoder",
     "open_source",
+    "read_checkpoint",
     "refuse_missing_libraries",
     "resume",
     "run_stages",
+    "save_checkpoint",
     "step_stages",
     "train",
     "verify_run",

@@ -7,7 +7,8 @@ terms, made from the two. checksums.json: those of the files before, and of test
 epoch.
 best.safetensors: weights and item vectors of the best epoch. last.safetensors: weights and optimizer state of the last
 epoch, or of a step within one. previous.safetensors: the checkpoint before it, which stands in if it is damaged.
-test.json: the figures on the test set. lock: held by the process that trains.
+test.json: the figures on the test set. catalogue.safetensors: the items that were added, updated and removed since the
+training. lock: held by the process that trains or changes the catalogue.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ CheckState = Callable[[dict[str, Any], Path], object]
 
 FORMS_IN_FORMAT_1 = {"torch": "reference", "native": "cpu", "triton": "gpu"}  # their names in format 2
 CHECKPOINTS = ("best.safetensors", "last.safetensors", "previous.safetensors")
+CATALOGUE_FILE = "catalogue.safetensors"
 RUN_FILES = (
     *("config.json", "environment.json", "views.json", "sequences.npz", "items.npz", "neighbours.safetensors"),
     RECORD_FILE,
-    *("metrics.jsonl", *CHECKPOINTS, "test.json", "lock"),
+    *("metrics.jsonl", *CHECKPOINTS, "test.json", CATALOGUE_FILE, "lock"),
 )
 LOCK_FILE = "lock"
 HISTORIES_FILE = "sequences.npz"
@@ -133,6 +135,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def catalogue(self) -> Path:
+        """Return the file of the catalogue's changes since the training."""
+        return self.path / CATALOGUE_FILE
+
+    @property
     def test(self) -> Path:
         """Return the file of the figures on the test set."""
         return self.path / "test.json"
@@ -156,7 +163,10 @@ class RunFolder:
         Raises InputError if another process holds it, or if it cannot be written.
         """
         if not self._held:
-            busy = f"{self.path}: another process trains in this folder; wait for it to end, or choose another folder"
+            busy = (
+                f"{self.path}: another process trains in this folder, or changes its catalogue; wait for it to end, "
+                "or choose another folder"
+            )
             refuse_unwritable(self.path)
             self._lock.enter_context(locked(self.path / LOCK_FILE, busy))
             self._held = True
@@ -224,6 +234,7 @@ class RunFolder:
             self.previous,
             self.metrics,
             self.test,
+            self.catalogue,
         ):  # a resume would take them as its own
             if path.exists():
                 raise InputError(

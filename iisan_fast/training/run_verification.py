@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..files import refuse_irregular
 from ..verified import Damage, Verified
 from .checkpoints import RESTORE, damaged_parts, load_checkpoint, save_checkpoint
-from .run_folder import CHECKPOINTS, HISTORIES_FILE, ITEMS_FILE, RunFolder
+from .run_folder import CATALOGUE_FILE, CHECKPOINTS, HISTORIES_FILE, ITEMS_FILE, RunFolder
 from .run_record import RECORD_FILE, RunRecord
 from .run_terms import how_to_make_again, read_terms
 
@@ -46,7 +46,8 @@ def verify_run(path: Path, add: bool = True) -> Verified:
     verified = Verified(path, "run")
     record = _record(folder, verified)
     _check_small_files(folder, record, verified)
-    checkpoints = {name: tensors for name in CHECKPOINTS if (tensors := _tensors_to_add(path / name, verified))}
+    names = (*CHECKPOINTS, CATALOGUE_FILE)
+    checkpoints = {name: tensors for name in names if (tensors := _tensors_to_add(path / name, verified))}
     if record.published:
         _check_published(folder, record, verified)
     elif _trains_nothing(folder, record):
@@ -113,6 +114,8 @@ def _remedy(path: Path) -> str:
         return f"`iisan-fast train --resume {path.parent}` goes on from previous.safetensors"
     if path.name == "previous.safetensors":
         return "remove it; the next checkpoint takes its place"
+    if path.name == CATALOGUE_FILE:
+        return f"{RESTORE}, or remove it and change the catalogue again"
     return RESTORE
 
 

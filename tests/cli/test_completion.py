@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+CHANGES = {"add-items", "update-items", "remove-items"}
 PROGRAM = Path(sys.executable).with_name("iisan-fast")
 
 
@@ -31,7 +32,8 @@ def complete(words: str) -> set[str]:
     [
         (
             "iisan-fast ",
-            {"import", "stats", "caption", "extract", "verify", "train", "evaluate", "show", "export", "bench"},
+            CHANGES
+            | {"import", "stats", "caption", "extract", "verify", "train", "evaluate", "show", "export", "bench"},
         ),
         ("iisan-fast import ", {"microlens", "recbole", "csv", "parquet"}),
         ("iisan-fast train --meth", {"--method"}),

@@ -637,7 +637,7 @@ def test_a_folder_that_another_process_trains_in_is_refused_and_unchanged(run, t
     try:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(
-            InputError, match="new: another process trains in this folder; wait for it to end, or choose"
+            InputError, match="new: another process trains in this folder, or changes .*; wait for it to end, or choose"
         ):
             train(toy_config, new, CPU)
         assert [path.name for path in new.iterdir()] == ["lock"]
