@@ -1,31 +1,26 @@
-"""The class of a model: fit it to a dataset, recommend, load it again."""
+"""The class of a model: fit it to a dataset, load it again, and publish it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
-from ..api import OnEpoch, evaluate
+from ..api import OnEpoch
 from ..data import Dataset
-from ..devices import torch_device
 from ..errors import InputError
 from ..files import absolute_path
 from ..setting_sources import PathLike, as_path
 from ..settings import refuse_unknown
 from ..training import RunFolder
+from .fitted_model import FittedModel
 from .fitting import FIT_SETTINGS, described_views, fit_run
-from .history_arguments import allowed_items, numbered_histories
-from .ranked_items import RankedItem, ranked_lists
-from .recommendation import recommend
-from .recommendation_frames import library_of, recommendation_frame
 from .trained_model import TrainedModel
 
 if TYPE_CHECKING:
     import torch
 
 
-class IISAN:
+class IISAN(FittedModel):
     """A recommender on the hidden states of frozen encoders, with its run folder.
 
     `run` is the folder of the fitted run, and `figures` holds its figures on the test set; both are None before.
@@ -51,17 +46,10 @@ class IISAN:
         """
         refuse_unknown("IISAN", settings, ("text", "image", "device", "cache", *FIT_SETTINGS))
         described_views(text, image, settings)
-        self.run: Path | None = None
-        self.figures: dict[str, Any] | None = None
+        super().__init__(device)
         self._encoders = (text, image)
-        self._device = torch_device(device)
         self._cache = cache
         self._settings = settings
-        self._trained: TrainedModel | None = None
-
-    def __repr__(self) -> str:
-        """Return the class with its run."""
-        return f"IISAN(run={None if self.run is None else str(self.run)!r})"
 
     def fit(
         self,
@@ -101,69 +89,6 @@ class IISAN:
         return model
 
     _may_fit = True  # False for a loaded model
-
-    @property
-    def trained(self) -> TrainedModel:
-        """Return the model in memory, which is loaded when it is first needed.
-
-        Raises InputError if it is not fitted yet, and as `load` does.
-        """
-        if self.run is None:
-            raise InputError("IISAN: the model is not fitted yet; call fit, or take one with IISAN.load")
-        if self._trained is None:
-            self._trained = TrainedModel.load(self.run, self._device)
-        return self._trained
-
-    @overload
-    def recommend(self, histories: Sequence[Sequence[str]], k: int = 10, **options: Any) -> list[list[RankedItem]]: ...
-
-    @overload
-    def recommend(
-        self, histories: Mapping[str, Sequence[str]], k: int = 10, **options: Any
-    ) -> dict[str, list[RankedItem]]: ...
-
-    @overload
-    def recommend(self, histories: object, k: int = 10, **options: Any) -> Any: ...
-
-    def recommend(
-        self,
-        histories: Any,
-        k: int = 10,
-        *,
-        exclude_history: bool = True,
-        allow: Iterable[str] | None = None,
-        deny: Iterable[str] | None = None,
-        unknown: str = "error",
-        frame: str | None = None,
-    ) -> Any:
-        """Return the best items for histories, best first.
-
-        histories: lists of item ids, oldest first; or such lists by user id; or a frame of pandas, polars or arrow, or
-        a list of dicts, with user_id and history (a list, or ids joined by spaces), or with user_id and item_id. An
-        empty history gets the popular items.
-        k: items for each history. allow, deny: ids of the only items to recommend, and of those not to recommend.
-        exclude_history: leave out the items of the history itself. unknown: "skip" leaves out ids of histories that
-        the model does not have, with a warning; "error" refuses them. frame: polars, pandas or arrow asks for a frame.
-        Returns for each history a list of items with item_id, score and title; for lists by user id, those lists by
-        user id; for a frame, a frame of its library with user_id, rank, item_id and score.
-        Raises InputError for ids that the model does not have, and for a k beyond the catalogue.
-        """
-        catalogue = self.trained.catalogue
-        library = library_of(histories, frame)
-        users = numbered_histories(histories, catalogue, unknown)
-        allowed = allowed_items(catalogue, allow, deny)
-        recommended = recommend(self.trained, users, k, exclude_history, allowed)
-        if library is not None:
-            return recommendation_frame(recommended, catalogue, library)
-        lists = ranked_lists(recommended, catalogue)
-        return dict(zip(users.user_ids, lists)) if isinstance(histories, Mapping) else lists
-
-    def evaluate(self, split: str = "test", **settings: Any) -> dict[str, Any]:
-        """Rank the targets of the run's users in the full catalogue of its training, as `iisan_fast.evaluate` does.
-
-        split: test or validation. settings: as ks=(5, 10). Raises InputError for a run without histories.
-        """
-        return evaluate(self.trained.run, split, device=self._device, **settings)
 
     def save_pretrained(
         self,

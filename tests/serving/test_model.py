@@ -12,6 +12,7 @@ import pandas
 import polars
 import pyarrow
 import pytest
+import torch
 
 import iisan_fast
 from helpers.run_folders import untimed
@@ -114,6 +115,18 @@ def test_evaluate_gives_the_figures_of_the_run(model):
     assert "hr@5" in model.evaluate("validation", ks=(5,))["validation"]["masked"]
     with pytest.raises(InputError, match="unknown setting kss; did you mean ks"):
         model.evaluate(kss=(5,))
+
+
+def test_show_and_export_are_those_of_the_commands(model, tmp_path, monkeypatch):
+    page = model.show(tmp_path / "page.html", users=3, pictures=False)
+    assert page == tmp_path / "page.html" and "<html" in page.read_text()[:300]
+    monkeypatch.setattr("iisan_fast.serving.exporting.export", lambda *arguments: arguments)
+    assert model.export(tmp_path / "new" / "exported", "faiss") == (
+        model.run,
+        tmp_path / "new" / "exported",
+        "faiss",
+        torch.device("cpu"),
+    )
 
 
 def test_a_missing_library_names_the_command_that_installs_it(model, monkeypatch):

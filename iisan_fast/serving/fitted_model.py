@@ -1,0 +1,134 @@
+"""The verbs of a model whose run is trained: recommend, evaluate, export, and show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from ..api import evaluate
+from ..devices import torch_device
+from ..errors import InputError
+from ..files import absolute_path
+from ..setting_sources import PathLike, as_path
+from .history_arguments import allowed_items, numbered_histories
+from .ranked_items import RankedItem, ranked_lists
+from .recommendation import recommend
+from .recommendation_frames import library_of, recommendation_frame
+from .trained_model import TrainedModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from .exporting import ExportReport
+
+
+class FittedModel:
+    """A model with a run's folder, `run`, and its figures on the test set, `figures`; both are None before `fit`."""
+
+    def __init__(self, device: str | torch.device) -> None:
+        """Take the device that ranks: auto, cpu, cuda or cuda:N. Raises InputError if there is none of this name."""
+        self.run: Path | None = None
+        self.figures: dict[str, Any] | None = None
+        self._device = torch_device(device)
+        self._trained: TrainedModel | None = None
+
+    def __repr__(self) -> str:
+        """Return the class with its run."""
+        return f"{type(self).__name__}(run={None if self.run is None else str(self.run)!r})"
+
+    @property
+    def trained(self) -> TrainedModel:
+        """Return the model in memory, which is loaded when it is first needed.
+
+        Raises InputError if it is not fitted yet, and as `load` does.
+        """
+        if self.run is None:
+            raise InputError("IISAN: the model is not fitted yet; call fit, or take one with IISAN.load")
+        if self._trained is None:
+            self._trained = TrainedModel.load(self.run, self._device)
+        return self._trained
+
+    @overload
+    def recommend(self, histories: Sequence[Sequence[str]], k: int = 10, **options: Any) -> list[list[RankedItem]]: ...
+
+    @overload
+    def recommend(
+        self, histories: Mapping[str, Sequence[str]], k: int = 10, **options: Any
+    ) -> dict[str, list[RankedItem]]: ...
+
+    @overload
+    def recommend(self, histories: object, k: int = 10, **options: Any) -> Any: ...
+
+    def recommend(
+        self,
+        histories: Any,
+        k: int = 10,
+        *,
+        exclude_history: bool = True,
+        allow: Iterable[str] | None = None,
+        deny: Iterable[str] | None = None,
+        unknown: str = "error",
+        frame: str | None = None,
+    ) -> Any:
+        """Return the best items for histories, best first.
+
+        histories: lists of item ids, oldest first; or such lists by user id; or a frame of pandas, polars or arrow, or
+        a list of dicts, with user_id and history (a list, or ids joined by spaces), or with user_id and item_id. An
+        empty history gets the popular items.
+        k: items for each history. allow, deny: ids of the only items to recommend, and of those not to recommend.
+        exclude_history: leave out the items of the history itself. unknown: "skip" leaves out ids of histories that
+        the model does not have, with a warning; "error" refuses them. frame: polars, pandas or arrow asks for a frame.
+        Returns for each history a list of items with item_id, score and title; for lists by user id, those lists by
+        user id; for a frame, a frame of its library with user_id, rank, item_id and score.
+        Raises InputError for ids that the model does not have, and for a k beyond the catalogue.
+        """
+        catalogue = self.trained.catalogue
+        library = library_of(histories, frame)
+        users = numbered_histories(histories, catalogue, unknown)
+        allowed = allowed_items(catalogue, allow, deny)
+        recommended = recommend(self.trained, users, k, exclude_history, allowed)
+        if library is not None:
+            return recommendation_frame(recommended, catalogue, library)
+        lists = ranked_lists(recommended, catalogue)
+        return dict(zip(users.user_ids, lists)) if isinstance(histories, Mapping) else lists
+
+    def evaluate(self, split: str = "test", **settings: Any) -> dict[str, Any]:
+        """Rank the targets of the run's users in the full catalogue of its training, as `iisan_fast.evaluate` does.
+
+        split: test or validation. settings: as ks=(5, 10). Raises InputError for a run without histories.
+        """
+        return evaluate(self.trained.run, split, device=self._device, **settings)
+
+    def export(self, folder: PathLike, index: str | None = None) -> ExportReport:
+        """Write the item vectors and the encoders into a new folder for other programs, and return what it holds.
+
+        index: "faiss" or "usearch" for an approximate index, whose recall is measured.
+        Raises InputError if the folder exists, or if a library is missing; the message names the command for it.
+        """
+        from .exporting import export  # onnx, which not every installation has
+
+        target = absolute_path(as_path("folder", folder))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return export(self.trained.run, target, index, self._device)
+
+    def show(
+        self,
+        out: PathLike | None = None,
+        *,
+        dataset: PathLike | None = None,
+        users: int = 20,
+        seed: int = 0,
+        pictures: bool = True,
+    ) -> Path:
+        """Write one self-contained HTML page about the run, and return its path.
+
+        out: the file; by default report.html in the run's folder. dataset: the folder with the pictures; by default the
+        one that the run names. users: how many to show, drawn at random by `seed`.
+        Raises InputError for a run without histories, and for arguments that cannot be used.
+        """
+        from .page import show
+
+        path = None if out is None else as_path("out", out)
+        images = None if dataset is None else as_path("dataset", dataset)
+        return show(self.trained.run, path, images, users, seed, pictures, self._device).path
