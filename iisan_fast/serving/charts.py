@@ -234,7 +234,7 @@ def _legend(svg: Element, lines: Sequence[tuple[str, str]]) -> None:
 def _width(text: str) -> float:
     """Return about how wide a text is, rather too much."""
     return sum(
-        2 * LETTER if letter in WIDE_LETTERS else 1.2 * LETTER if letter.isupper() else LETTER for letter in text
+        2 * LETTER if letter in WIDE_LETTERS else 1.35 * LETTER if letter.isupper() else LETTER for letter in text
     )
 
 

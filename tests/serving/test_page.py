@@ -227,7 +227,7 @@ def test_users_have_their_history_their_top_ten_and_their_rank(trained, page):
             assert shown == [*expected, f"i{target}"]
             rank = f"target at rank {ranks[row]:g} of 40" if np.isfinite(ranks[row]) else "never ranked"
             assert rank in card
-        assert card.count("the target</span>") == 1
+        assert card.count('<li class="item target">') == 1
 
 
 def test_the_draw_is_decided_by_the_seed(trained, tmp_path):
