@@ -61,6 +61,14 @@ class GroupTable(NamedTuple):
     chart: Markup
 
 
+class Shown(NamedTuple):
+    """Users with what the page shows of their items."""
+
+    users: list[ShownUser]
+    pictures: Thumbnails
+    notes: list[str]  # sentences about what is missing
+
+
 class Targets(NamedTuple):
     """The targets of a split, ranked anew by the best checkpoint."""
 
@@ -128,22 +136,19 @@ def _values(
     split = "validation" if best is not None and figures is None else "test"
     if best is not None and figures is None:
         figures = validation_figures(best)
-    items = folder.items
-    titles, titles_note = _titles(items, config, dataset or Path(config.dataset))
     targets = None if best is None else _targets(best, split)
-    shown: list[ShownUser] = []
+    shown = Shown([], Thumbnails(), [])
     if best is not None and targets is not None and users:
         rows = drawn_rows(len(targets.masked_ranks), users, seed)
-        model = TrainedModel.load(folder.path, device)
-        shown = shown_users(best, model, titles, best.sequences.split(split), rows, targets.masked_ranks)
-    images = _pictures(shown, dataset or Path(config.dataset)) if pictures else Thumbnails()
+        shown = _shown(folder, best, split, rows, targets.masked_ranks, dataset or Path(config.dataset), pictures)
+    items = len(folder.items.item_ids)
     return {
         "name": printable(Path(config.dataset).name),
         "config": config,
         "epoch": epoch,
-        "items": len(items.item_ids),
+        "items": items,
         "split": split,
-        "headline": None if figures is None else headline(figures, split, len(items.item_ids), config.evaluation),
+        "headline": None if figures is None else headline(figures, split, items, config.evaluation),
         "curves": curves(read_metrics(folder.metrics), epoch),
         "gates": tower_gates(folder, config),
         "targets": targets,
@@ -152,12 +157,29 @@ def _values(
         "settings": printable(json.dumps(to_dict(config), indent=2, ensure_ascii=False)),
         "views": described_views(folder),
         "environment": {name: plain(str(value)) for name, value in folder.environment.items()},
-        "users": shown,
+        "users": shown.users,
         "seed": seed,
-        "pictures": images,
-        "classes": {item_id: f"p{number}" for number, item_id in enumerate(images.uris)},
-        "notes": [note for note in (titles_note, images.note) if note],
+        "pictures": shown.pictures,
+        "classes": {item_id: f"p{number}" for number, item_id in enumerate(shown.pictures.uris)},
+        "notes": shown.notes,
     }
+
+
+def _shown(
+    folder: RunFolder,
+    best: BestRun,
+    split_name: str,
+    rows: np.ndarray,
+    ranks: np.ndarray,
+    dataset: Path,
+    pictures: bool,
+) -> Shown:
+    """Return the users in some rows of a split. Raises InputError if a score is not finite."""
+    titles, titles_note = _titles(folder.items, best.config, dataset)
+    model = TrainedModel.load(folder.path, best.item_vectors.device)
+    users = shown_users(best, model, titles, best.sequences.split(split_name), rows, ranks)
+    images = _pictures(users, dataset) if pictures else Thumbnails()
+    return Shown(users, images, [note for note in (titles_note, images.note) if note])
 
 
 def _targets(best: BestRun, split_name: str) -> Targets | None:
@@ -202,8 +224,6 @@ def _titles(items: RunItems, config: RunConfig, dataset: Path) -> tuple[list[str
 
 def _pictures(users: list[ShownUser], dataset: Path) -> Thumbnails:
     """Return the pictures of all items of users."""
-    if not users:
-        return Thumbnails()
     if not dataset.is_dir():
         return Thumbnails(note=f"No pictures: the dataset's folder {dataset} is not there; name it with --dataset.")
     items = [item for user in users for item in (*user.history, *user.recommended, user.target)]

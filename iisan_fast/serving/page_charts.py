@@ -13,6 +13,7 @@ from ..config import SIDE_METHODS, RunConfig
 from ..errors import InputError
 from ..files import refuse_irregular
 from ..recorded_json import is_finite_number, parse_json_object
+from ..states import group_positions
 from ..training import RunFolder
 from .accuracy_groups import AccuracyGroup
 from .charts import Bar, Series, bar_chart, line_chart
@@ -145,9 +146,16 @@ def _tower_gates(tower: str, views: Sequence[str], layers: Sequence[str], values
 def _layers(folder: RunFolder, config: RunConfig, tower: str, count: int) -> list[str]:
     """Return the name of each layer that a tower reads: the encoder's layer, of both views if they differ."""
     descriptions = folder.views if (folder.path / "views.json").exists() else {}
-    numbers = [descriptions.get(view, {}).get("layers") for view in config.views]
+    numbers = [_read_layers(config, view, descriptions.get(view, {})) for view in config.views]
     chosen = {"first": numbers[:1], "second": numbers[1:2]}.get(tower, numbers)
-    if not all(isinstance(layers, list) for layers in chosen) or min(map(len, chosen)) != count:
+    if min(map(len, chosen)) != count:
         return [str(place) for place in range(1, count + 1)]
     rows = zip(*(layers[-count:] for layers in chosen))  # the inter tower pairs the last layers of both views
     return ["/".join(dict.fromkeys(map(str, row))) for row in rows]
+
+
+def _read_layers(config: RunConfig, name: str, view: dict[str, Any]) -> list[int]:
+    """Return the layers of a view that the model reads, of those that its description names; none without one."""
+    layers = view.get("layers", [])
+    positions = group_positions(name, view, config.model.layer_groups) if layers else None
+    return layers if positions is None else [layers[position] for position in positions]

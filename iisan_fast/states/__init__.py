@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .recorded_encoders import EncoderPlaces, RecordedEncoders
     from .recorded_views import refuse_other_encoders
     from .standardise import StateStatistics
-    from .store import Store
+    from .store import Store, group_positions
     from .verification import verify_cache
     from .view_shapes import ViewShape
 
@@ -41,6 +41,7 @@ __all__ = [
     "final_states",
     "extract",
     "free_memory",
+    "group_positions",
     "load_table",
     "open_inputs",
     "open_sources",

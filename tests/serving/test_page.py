@@ -17,10 +17,13 @@ from helpers.datasets import histories_in_steps, make_sequences, write_dataset_f
 from helpers.stores import fill_store
 from helpers.tables import random_table
 from iisan_fast import InputError
+from iisan_fast.config import ModelConfig, RunConfig
 from iisan_fast.evaluation import target_ranks
 from iisan_fast.serving.page import show
+from iisan_fast.serving.page_charts import _read_layers
 from iisan_fast.serving.thumbnails import thumbnails
 from iisan_fast.training.best_run import load
+from iisan_fast.training.published_run import write_published
 from iisan_fast.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
@@ -273,13 +276,28 @@ def test_the_default_place_is_in_the_run(run):
     assert RunFolder.open(run).figures == figures_of(run)
 
 
-def test_a_published_run_has_no_users(run, tmp_path):
-    (run / "sequences.npz").unlink()
-    written = show(run, tmp_path / "page.html", device="cpu")
+def test_a_published_run_has_no_users(trained, tmp_path):
+    write_published(trained, tmp_path, include_titles=False, include_histories=False)
+    written = show(tmp_path, device="cpu")
     page = Page(written.path)
     assert written.users == 0 and "published without histories" in page.section("groups")
-    assert numbers_in(page.section("accuracy"))[0] == figures_of(run)["test"]["masked"]["hr@10"]
-    assert 'id="users"' not in page.source and 'id="curves"' in page.source
+    assert numbers_in(page.section("accuracy"))[0] == figures_of(trained)["test"]["masked"]["hr@10"]
+    assert "Tower inter" in page.section("gates") and "were not recorded" in page.section("environment")
+    assert 'id="users"' not in page.source and 'id="curves"' not in page.source
+
+
+def test_a_run_published_with_histories_but_without_titles_shows_ids(trained, tmp_path):
+    write_published(trained, tmp_path, include_titles=False, include_histories=True)
+    page = Page(show(tmp_path, users=2, device="cpu").path)
+    titles = {text for names, text in page.texts if names[-2:] == ["title", "bdi"]}
+    assert "Items are shown by their ids" in page.text and titles <= {f"i{number}" for number in range(1, 41)}
+
+
+@pytest.mark.parametrize(("groups", "expected"), [(None, [0, 2, 4, 6]), (1, [0, 6]), (3, [0, 2, 4, 6])])
+def test_layers_are_those_that_the_model_reads(groups, expected):
+    config = RunConfig("dataset", "cache", ("title",), model=ModelConfig(layer_groups=groups, method="iisan-versa"))
+    assert _read_layers(config, "title", {"layers": [0, 2, 4, 6], "depth": 7}) == expected
+    assert _read_layers(config, "title", {}) == []
 
 
 def test_a_run_that_trains_nothing_has_neither_curves_nor_gates(dataset, tmp_path):
