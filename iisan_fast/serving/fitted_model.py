@@ -1,8 +1,8 @@
-"""The verbs of a model whose run is trained: recommend, evaluate, export, and show."""
+"""The verbs of a model whose run is trained: recommend, change its catalogue, evaluate, export, and show."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -11,7 +11,9 @@ from ..devices import torch_device
 from ..errors import InputError
 from ..files import absolute_path
 from ..setting_sources import PathLike, as_path
-from .history_arguments import allowed_items, numbered_histories
+from ..states import EncoderPlaces
+from .changing_catalogue import ChangedCatalogue, add_items, remove_items, update_items
+from .history_arguments import allowed_items, item_id_list, numbered_histories
 from .ranked_items import RankedItem, ranked_lists
 from .recommendation import recommend
 from .recommendation_frames import library_of, recommendation_frame
@@ -31,6 +33,8 @@ class FittedModel:
         self.run: Path | None = None
         self.figures: dict[str, Any] | None = None
         self._device = torch_device(device)
+        self._places = EncoderPlaces()
+        self._is_fetched = False  # True for files in the hub's cache, which must not change
         self._trained: TrainedModel | None = None
 
     def __repr__(self) -> str:
@@ -99,6 +103,42 @@ class FittedModel:
         split: test or validation. settings: as ks=(5, 10). Raises InputError for a run without histories.
         """
         return evaluate(self.trained.run, split, device=self._device, **settings)
+
+    def add_items(self, items: object, images: PathLike | None = None, *, missing_images: str | None = None) -> None:
+        """Encode new items by the run's encoders and add them to its catalogue; they can be recommended at once.
+
+        items: a file (.tsv, .csv, .parquet, .jsonl), a frame of pandas, polars or arrow, or a list of dicts, with
+        item_id, title and, if the run reads captions, caption. images: a folder of images named by item id, or an LMDB.
+        missing_images: "error", or "blank" for a blank image in place of one that cannot be read; by default the run's.
+        The run's folder and the model change as a whole or not at all.
+        Raises InputError for items that cannot be used or that the catalogue has, and for encoders that are not those
+        of the run; `load` takes the places to which they have moved.
+        """
+        self._change(add_items, items, images, encoders=self._places, missing_images=missing_images)
+
+    def update_items(self, items: object, images: PathLike | None = None, *, missing_images: str | None = None) -> None:
+        """Encode the new contents of items that the catalogue has. Arguments and errors are those of `add_items`."""
+        self._change(update_items, items, images, encoders=self._places, missing_images=missing_images)
+
+    def remove_items(self, item_ids: Iterable[str]) -> None:
+        """Remove items from the catalogue: they are not recommended again, and may still stand in histories.
+
+        Raises InputError for ids that the catalogue does not have, and if no item would be left.
+        """
+        self._change(remove_items, item_id_list("items", item_ids))
+
+    def _change(self, change: Callable[..., ChangedCatalogue], *arguments: Any, **options: Any) -> None:
+        """Change the catalogue of the run's folder and of the model.
+
+        Raises InputError if the change is refused, or if the files lie in the hub's cache.
+        """
+        run = self.trained.run
+        if self._is_fetched:
+            raise InputError(
+                f"{run}: lies in the cache of the hub, which must not change; save the model in a folder by "
+                "save_pretrained, and load it from there"
+            )
+        self._trained = change(run, *arguments, device=self._device, **options).model
 
     def export(self, folder: PathLike, index: str | None = None) -> ExportReport:
         """Write the item vectors and the encoders into a new folder for other programs, and return what it holds.

@@ -16,9 +16,9 @@ from ..fingerprints import value_digest
 from ..setting_fields import from_dict, to_dict
 from ..setting_sources import PathLike, as_path, base_settings
 from ..settings import EXTRACTION_SETTINGS, PROTOCOL_SETTINGS, RUN_SETTINGS, run_config, take_views
-from ..states import Store
+from ..states import EncoderPlaces, Store
 from ..training import RunFolder
-from ..trusted_code import TRUST
+from ..trusted_code import TRUST, is_trusted
 
 ARGUMENTS_OF_FIT = {"dataset", "cache", "views", "out", "device", "on_epoch", "dry_run", "changes", "settings"}
 NAMES_OF_ENCODERS = {"text_encoder": "text", "image_encoder": "image"}  # here and as arguments of the class
@@ -42,6 +42,13 @@ def described_views(
             remaining[name] = str(as_path(NAMES_OF_ENCODERS[name], encoder))
     views = take_views(remaining)
     return views, remaining
+
+
+def encoder_places(text: PathLike | None, image: PathLike | None, settings: Mapping[str, Any]) -> EncoderPlaces:
+    """Return where the encoders of a model are, for new items. Raises InputError for what is no path."""
+    places = {"text": text, "image": image}
+    paths = {name: None if place is None else str(as_path(name, place)) for name, place in places.items()}
+    return EncoderPlaces(paths["image"], paths["text"], is_trusted(settings))
 
 
 def fit_run(

@@ -36,8 +36,8 @@ def allowed_items(catalogue: Catalogue, allow: Iterable[str] | None, deny: Itera
         return None
     allowed = np.full(len(catalogue.item_ids), allow is None)
     if allow is not None:
-        allowed[catalogue.numbers_of(_texts("allow", allow), "allow") - 1] = True
-    denied = _texts("deny", deny or ())
+        allowed[catalogue.numbers_of(item_id_list("allow", allow), "allow") - 1] = True
+    denied = item_id_list("deny", deny or ())
     catalogue.refuse_unknown(denied, "deny")
     allowed[[catalogue.numbers[item_id] - 1 for item_id in denied]] = False
     return allowed
@@ -55,7 +55,7 @@ def _rows(histories: Any) -> Iterator[UserRow]:
     else:
         named = ((str(row), f"histories[{row}]", history) for row, history in enumerate(histories))
     for user_id, where, history in named:
-        yield UserRow(user_id, _texts(where, history), where)
+        yield UserRow(user_id, item_id_list(where, history), where)
 
 
 def _is_records(histories: Any) -> bool:
@@ -63,7 +63,7 @@ def _is_records(histories: Any) -> bool:
     return isinstance(histories, list) and bool(histories) and isinstance(histories[0], Mapping)
 
 
-def _texts(name: str, values: Any) -> list[str]:
+def item_id_list(name: str, values: Any) -> list[str]:
     """Return item ids as a list. Raises InputError for anything that is no list of texts."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise InputError(f'{name}: expected a list of item ids, such as ["A", "B"], found {values!r}')

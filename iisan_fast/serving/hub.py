@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from ..errors import InputError
 from ..files import absolute_path, whole_folder
 from ..setting_sources import PathLike, as_path
-from ..training import write_published
+from ..training import RunFolder, write_published
+from .catalogue_file import read_changes, write_changes
 from .model_card import LIBRARY, TAGS, model_card
 
 CARD_FILE = "README.md"
@@ -38,6 +40,7 @@ class PublishedRun(ModelHubMixin, library_name=LIBRARY, tags=list(TAGS)):
         """Write what is published into an empty folder. Raises InputError if the run is damaged or not tested yet."""
         publication = self.publication
         write_published(self.run, save_directory, publication.include_titles, publication.include_histories)
+        _write_changes(self.run, save_directory, publication.include_titles)
         card = model_card(save_directory, publication.name, publication.license_name)
         (save_directory / CARD_FILE).write_text(card, encoding="utf-8")
 
@@ -82,3 +85,11 @@ def fetched_run(name: PathLike, **options: Any) -> Path:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{name}: neither a folder nor a model that the hub gives: {reason}") from None
+
+
+def _write_changes(run: Path, folder: Path, include_titles: bool) -> None:
+    """Write the changes of a run's catalogue since its training into a folder, if there are any."""
+    changes = read_changes(RunFolder(run))
+    if changes is not None:
+        titles = changes.titles if include_titles else [""] * len(changes.titles)
+        write_changes(RunFolder(folder), replace(changes, titles=titles))

@@ -13,7 +13,7 @@ from ..setting_sources import PathLike, as_path
 from ..settings import refuse_unknown
 from ..training import RunFolder
 from .fitted_model import FittedModel
-from .fitting import FIT_SETTINGS, described_views, fit_run
+from .fitting import FIT_SETTINGS, described_views, encoder_places, fit_run
 from .trained_model import TrainedModel
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class IISAN(FittedModel):
         refuse_unknown("IISAN", settings, ("text", "image", "device", "cache", *FIT_SETTINGS))
         described_views(text, image, settings)
         super().__init__(device)
+        self._places = encoder_places(text, image, settings)
         self._encoders = (text, image)
         self._cache = cache
         self._settings = settings
@@ -79,9 +80,23 @@ class IISAN(FittedModel):
         return self
 
     @classmethod
-    def load(cls, run: PathLike, device: str | torch.device = "auto") -> IISAN:
-        """Return the model of a run's folder. Raises InputError if it holds no finished run, or a damaged one."""
+    def load(
+        cls,
+        run: PathLike,
+        device: str | torch.device = "auto",
+        *,
+        text: PathLike | None = None,
+        image: PathLike | None = None,
+        trust_remote_code: bool = False,
+    ) -> IISAN:
+        """Return the model of a run's folder.
+
+        text, image: the places to which the run's encoders have moved; only new items need them. trust_remote_code:
+        whether code that comes with them may run.
+        Raises InputError if the folder holds no finished run, or a damaged one.
+        """
         model = cls(device=device)
+        model._places = encoder_places(text, image, {"trust_remote_code": trust_remote_code})
         model._may_fit = False
         model.run = as_path("run", run)
         model._trained = TrainedModel.load(model.run, model._device)
@@ -141,6 +156,8 @@ class IISAN(FittedModel):
         name: PathLike,
         *,
         device: str | torch.device = "auto",
+        text: PathLike | None = None,
+        image: PathLike | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: PathLike | None = None,
@@ -149,11 +166,14 @@ class IISAN(FittedModel):
     ) -> IISAN:
         """Return a published model, from a folder or from the Hugging Face Hub.
 
-        name: a folder, or "user/name" on the hub. The others but device are those of huggingface_hub.
+        name: a folder, or "user/name" on the hub. device, text, image: as of `load`. The others are those of
+        huggingface_hub.
         Raises InputError if there is no such model, or a damaged one.
         """
         from .hub import fetched_run
 
         options = {"revision": revision, "token": token, "cache_dir": cache_dir}
         options |= {"force_download": force_download, "local_files_only": local_files_only}
-        return cls.load(fetched_run(name, **options), device)
+        model = cls.load(fetched_run(name, **options), device, text=text, image=image)
+        model._is_fetched = not as_path("name", name).is_dir()
+        return model

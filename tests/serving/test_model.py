@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -178,6 +179,61 @@ def test_fit_encodes_what_is_not_cached(small_catalogue, encoder_views, tmp_path
     model.fit(small_catalogue, out=tmp_path / "second", dtype="float32", seed=1, on_epoch=lines.append)
     assert (states / "states.lmdb").stat().st_mtime_ns == written and len(lines) == 2
     assert model.run == tmp_path / "second" and untimed(model.run) != untimed(tmp_path / "first")
+
+
+NEW = [{"item_id": "007", "title": "velora oak"}, {"item_id": "new", "title": "nordhus glass clay"}]
+TITLED = {**SMALL, "method": "iisan-versa", "standardise": True, "similarity": 2.0}
+
+
+@pytest.fixture(scope="module")
+def titled(small_catalogue, encoder_views, tmp_path_factory) -> IISAN:
+    """Return a model of titles alone, with standardised states and a weight of similarity."""
+    root = tmp_path_factory.mktemp("titled")
+    return IISAN(text=encoder_views[1].encoder, cache=root / "states", **TITLED).fit(small_catalogue, root / "run")
+
+
+@pytest.mark.slow
+def test_the_catalogue_grows_and_shrinks_with_the_run(titled, tmp_path):
+    run = shutil.copytree(titled.run, tmp_path / "run")
+    model = IISAN.load(run, device="cpu")
+    before = model.recommend([["i1", "i4"]], k=20)
+    model.add_items(NEW)
+    (ranked,) = model.recommend([["007", "i4"]], k=5, allow=["new", "i9"])
+    assert {(entry.item_id, entry.title) for entry in ranked} >= {("new", "nordhus glass clay")}
+    with pytest.raises(InputError, match=r"found 2 that the catalogue has already \(007, new\)"):
+        model.add_items(pandas.DataFrame(NEW))
+    model.update_items([{"item_id": "new", "title": "velora oak"}])
+    (updated,) = model.recommend([["i1"]], k=2, allow=["007", "new"])
+    assert updated[0].score == updated[1].score and {entry.title for entry in updated} == {"velora oak"}
+    assert IISAN.load(run, device="cpu").recommend([["007"]], k=20) == model.recommend([["007"]], k=20)
+    model.remove_items(["007", "new"])
+    assert model.recommend([["i1", "i4"]], k=20) == before
+    with pytest.raises(InputError, match="items: expected a list of item ids"):
+        model.remove_items("i1")
+
+
+@pytest.mark.slow
+def test_a_published_model_grows_by_encoders_that_have_moved(titled, encoder_views, tmp_path, monkeypatch):
+    changed = shutil.copytree(titled.run, tmp_path / "run")
+    original = IISAN.load(changed, device="cpu")
+    original.add_items(NEW[:1])
+    original.save_pretrained(tmp_path / "model")
+    content = b"".join(path.read_bytes() for path in (tmp_path / "model").iterdir())
+    assert b"velora" not in content and b"007" in content
+    with pytest.raises(InputError, match="text"):
+        IISAN.from_pretrained(tmp_path / "model", device="cpu").add_items(NEW[1:])
+    fetched = IISAN.from_pretrained(tmp_path / "model", device="cpu", text=encoder_views[1].encoder)
+    for model in (original, fetched):
+        model.add_items(NEW[1:])
+    original.save_pretrained(tmp_path / "again")
+    both = [IISAN.from_pretrained(tmp_path / name, device="cpu") for name in ("model", "again")]
+    histories = [["i1", "new"], ["007"]]
+    assert (
+        both[0].recommend(histories, k=20) == both[1].recommend(histories, k=20) == fetched.recommend(histories, k=20)
+    )
+    monkeypatch.setattr("iisan_fast.serving.hub.fetched_run", lambda name, **options: tmp_path / "model")
+    with pytest.raises(InputError, match="lies in the cache of the hub"):
+        IISAN.from_pretrained("ann/shop", device="cpu", text=encoder_views[1].encoder).remove_items(["i1"])
 
 
 MISTAKES = {
