@@ -23,6 +23,7 @@ from .failures import exit_code
 from .help_pages import group
 from .import_ import import_
 from .output import print_text
+from .recommend import recommend
 from .show import show
 from .stats import stats
 from .streams import discard_output, prepare_streams
@@ -37,6 +38,7 @@ EXAMPLES = (
     "iisan-fast extract DATASET --cache STATES --text-encoder bert-base-uncased",
     "iisan-fast train DATASET --cache STATES --out runs/first",
     "iisan-fast evaluate runs/first --k 5,10,20",
+    "iisan-fast recommend runs/first --history i3,i7,i12",
     "iisan-fast show runs/first",
     "iisan-fast verify STATES",
 )
@@ -64,6 +66,7 @@ COMMANDS = (
     extract,
     train,
     evaluate,
+    recommend,
     add_items,
     update_items,
     remove_items,

@@ -10,8 +10,9 @@ import click
 
 DATA, ENCODERS, MODEL, TRAINING, EVALUATION = "Data", "Encoders", "Model", "Training", "Evaluation"
 SCORING, SETTINGS, BENCHMARK, OUTPUT = "Neighbour terms", "Settings", "Benchmark", "Device and output"
+RECOMMENDATION = "Recommendation"
 # In the order of a help page.
-GROUPS = (DATA, ENCODERS, MODEL, TRAINING, EVALUATION, SCORING, BENCHMARK, SETTINGS, OUTPUT)
+GROUPS = (DATA, ENCODERS, MODEL, TRAINING, EVALUATION, SCORING, RECOMMENDATION, BENCHMARK, SETTINGS, OUTPUT)
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 

@@ -8,11 +8,15 @@ if TYPE_CHECKING:
     from .catalogue import Catalogue
     from .changing_catalogue import ChangedCatalogue, add_items, remove_items, update_items
     from .exporting import export
+    from .history_arguments import allowed_items
+    from .history_files import read_histories
+    from .history_numbers import UserRow, number_histories
     from .item_matrix import ItemMatrix
     from .model import IISAN
     from .new_items import read_item_ids
     from .page import show
-    from .recommendation import recommend
+    from .recommendation import Recommended, recommend
+    from .recommendation_files import check_format, json_lines, write_recommendations
     from .trained_model import TrainedModel
     from .user_histories import UserHistories
 
@@ -21,15 +25,23 @@ __all__ = [
     "ChangedCatalogue",
     "IISAN",
     "ItemMatrix",
+    "Recommended",
     "TrainedModel",
     "UserHistories",
+    "UserRow",
     "add_items",
+    "allowed_items",
+    "check_format",
     "export",
+    "json_lines",
+    "number_histories",
+    "read_histories",
     "read_item_ids",
     "recommend",
     "remove_items",
     "show",
     "update_items",
+    "write_recommendations",
 ]
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name

@@ -52,7 +52,9 @@ def number_histories(rows: Iterable[UserRow], catalogue: Catalogue, name: str, u
         ends.append(len(items))
     if missing:
         _report(missing, catalogue, name, unknown)
-    return UserHistories(list(places), np.array(ends, dtype=np.int64), np.array(items, dtype=np.int64))
+    return UserHistories(
+        list(places), np.array(ends, dtype=np.int64), np.array(items, dtype=np.int64), unknown=len(missing)
+    )
 
 
 def _report(missing: dict[str, str], catalogue: Catalogue, name: str, unknown: str) -> None:
@@ -61,9 +63,11 @@ def _report(missing: dict[str, str], catalogue: Catalogue, name: str, unknown: s
     missing: where each of them stands first.
     """
     listed = first_few(missing, len(missing))
+    where = next(iter(missing.values()))
+    place = "" if where == name else f", the first in {where}"
     if unknown == "error":
         raise InputError(
             f"{name}: expected ids of the run's {len(catalogue.item_ids)} items, found {len(missing)} unknown ones "
-            f"({listed}), the first in {next(iter(missing.values()))}; {SKIP}"
+            f"({listed}){place}; {SKIP}"
         )
     LOGGER.warning("%s: %s unknown items are left out: %s", name, len(missing), listed)

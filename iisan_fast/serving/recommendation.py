@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,7 +15,9 @@ from ..models import popularity_scores
 from .trained_model import TrainedModel
 from .user_histories import UserHistories
 
-USERS_AT_ONCE = 2048  # whose excluded items and added scores are in memory at once
+LOGGER = logging.getLogger(__name__)
+USERS_AT_ONCE = 4096  # whose added scores are in memory at once
+CELLS_AT_ONCE = 4 << 20  # of these users: items to exclude, as many for each as the longest history has, and results
 
 
 class Recommended(NamedTuple):
@@ -33,12 +36,12 @@ def recommend(
     exclude_history: bool = True,
     allowed: np.ndarray | None = None,
 ) -> Iterator[Recommended]:
-    """Yield the best items of the users in parts, in the order of the histories.
+    """Return the best items of the users in parts, in the order of the histories. A part is computed when it is taken.
 
     k: the items to return, at most the catalogue. exclude_history: leave out the items of the user's history. allowed:
     bool [items], the items that may be recommended; None allows all. Removed items never are. A user with an empty
-    history gets the most popular items, of which equal ones by item number. Raises InputError for a k that does not
-    fit, or if a score is not finite.
+    history gets the most popular items, of which equal ones by item number, and a warning says how many users do.
+    Raises InputError for a k that does not fit, if no item is allowed, or, from a part, if a score is not finite.
     """
     catalogue = model.catalogue
     if type(k) is not int or not 1 <= k <= catalogue.available:
@@ -46,8 +49,17 @@ def recommend(
             f"k: expected a number from 1 to {catalogue.available}, the items of the catalogue, found {k!r}"
         )
     permitted = ~catalogue.is_removed if allowed is None else allowed & ~catalogue.is_removed
-    for first in range(0, len(histories.user_ids), USERS_AT_ONCE):
-        yield _part(model, histories.part(first, first + USERS_AT_ONCE), k, exclude_history, permitted)
+    if not permitted.any():
+        raise InputError("allow, deny: expected to leave items to recommend, found that they leave none")
+    if empty := int((histories.lengths == 0).sum()):
+        LOGGER.warning(
+            "%s of %s users have no history, and get the most popular items",
+            f"{empty:,}",
+            f"{len(histories.user_ids):,}",
+        )
+    users_at_once = max(1, min(USERS_AT_ONCE, CELLS_AT_ONCE // k))
+    parts = histories.parts(users_at_once, CELLS_AT_ONCE if exclude_history else None)
+    return (_part(model, part, k, exclude_history, permitted) for part in parts)
 
 
 def _part(

@@ -33,7 +33,19 @@ def complete(words: str) -> set[str]:
         (
             "iisan-fast ",
             CHANGES
-            | {"import", "stats", "caption", "extract", "verify", "train", "evaluate", "show", "export", "bench"},
+            | {
+                "import",
+                "stats",
+                "caption",
+                "extract",
+                "verify",
+                "train",
+                "evaluate",
+                "recommend",
+                "show",
+                "export",
+                "bench",
+            },
         ),
         ("iisan-fast import ", {"microlens", "recbole", "csv", "parquet"}),
         ("iisan-fast train --meth", {"--method"}),

@@ -79,8 +79,20 @@ def test_every_command_has_examples_that_parse(context):
 
 def test_the_list_of_commands_is_in_the_order_of_use():
     rows = commands_on(page_of(CONTEXTS[0]))
-    names = ["import", "stats", "caption", "extract", "train", "evaluate", "show", "export", "verify", "bench"]
-    names[6:6] = ["add-items", "update-items", "remove-items"]
+    names = [
+        "import",
+        "stats",
+        "caption",
+        "extract",
+        "train",
+        "evaluate",
+        "recommend",
+        "show",
+        "export",
+        "verify",
+        "bench",
+    ]
+    names[7:7] = ["add-items", "update-items", "remove-items"]
     assert [row.split()[0] for row in rows] == names
 
 
