@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "iisan-fast recommend runs/first --history i3,i7,i12",
     "iisan-fast recommend runs/first --users visitors.csv --out best.parquet",
-    "iisan-fast recommend runs/first --top-k 20 --allow in-stock.txt --out best.jsonl",
+    "iisan-fast recommend runs/first --allow in-stock.txt --out best.jsonl",
 )
 
 
