@@ -86,8 +86,7 @@ def recommend(
 
     A user without history gets the most popular items.
     """
-    if history and users:
-        raise InputError("--history, --users: expected one of them, found both")
+    _refuse_both(history, users)
     from .. import serving  # imports torch
     from ..devices import torch_device
 
@@ -131,6 +130,12 @@ class _Counted:
     def rows(self) -> dict[str, int]:
         """Return the counts by name."""
         return {"users": self.users, "by popularity": self.by_popularity, "unknown items": self.unknown}
+
+
+def _refuse_both(history: Sequence[str], users: Path | None) -> None:
+    """Raise InputError if the histories are named in two ways."""
+    if history and users is not None:
+        raise InputError("--history, --users: expected one of them, found both")
 
 
 def _histories(
