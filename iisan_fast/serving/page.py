@@ -24,6 +24,7 @@ from ..printable import printable
 from ..setting_fields import to_dict
 from ..training import BestRun, RunFolder, load, load_ranking
 from .accuracy_groups import AccuracyGroup, accuracy_groups
+from .catalogue_file import read_changes
 from .page_charts import curves, group_chart, read_metrics, tower_gates
 from .page_figures import (
     changed_settings,
@@ -39,6 +40,7 @@ from .trained_model import TrainedModel
 
 PAGE_NAME = "report.html"  # in the run's folder
 MOST_USERS = 100
+CATALOGUE_NOTE = "The catalogue has changed since the training; this page ranks the items of the training."
 HTML_SUFFIXES = (".html", ".htm")
 
 
@@ -176,10 +178,11 @@ def _shown(
 ) -> Shown:
     """Return the users in some rows of a split. Raises InputError if a score is not finite."""
     titles, titles_note = _titles(folder.items, best.config, dataset)
-    model = TrainedModel.load(folder.path, best.item_vectors.device)
+    model = TrainedModel.load(folder.path, best.item_vectors.device, changed=False)
     users = shown_users(best, model, titles, best.sequences.split(split_name), rows, ranks)
     images = _pictures(users, dataset) if pictures else Thumbnails()
-    return Shown(users, images, [note for note in (titles_note, images.note) if note])
+    notes = (CATALOGUE_NOTE if read_changes(folder) else "", titles_note, images.note)
+    return Shown(users, images, [note for note in notes if note])
 
 
 def _targets(best: BestRun, split_name: str) -> Targets | None:

@@ -52,18 +52,17 @@ def shown_users(
 ) -> list[ShownUser]:
     """Return users with their history and their top ten.
 
-    model: the same run, ready to recommend. titles: of the run's items by number - 1. split: of the run's sequences.
-    rows: the users' rows in it. ranks: of all targets of the split, history masked. Raises InputError if a score is not
-    finite.
+    model: the same run, with the catalogue of its training. titles: of the run's items by number - 1. split: of the
+    run's sequences. rows: the users' rows in it. ranks: of all targets of the split, history masked. Raises InputError
+    if a score is not finite.
     """
     if not len(rows):
         return []
     user_ids = [best.sequences.user_ids[user] for user in split.users[rows]]
     histories = [split.items[split.ends[row] - split.lengths[row] : split.ends[row]] for row in rows]
     offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])])
-    allowed = np.arange(len(model.catalogue.item_ids)) < model.catalogue.trained
-    most = int((allowed & ~model.catalogue.is_removed).sum())
-    parts = recommend(model, UserHistories(user_ids, offsets, np.concatenate(histories)), min(TOP, most), True, allowed)
+    count = min(TOP, model.catalogue.available)
+    parts = recommend(model, UserHistories(user_ids, offsets, np.concatenate(histories)), count)
     lists = [items for part in parts for items in part.items]
     shown = _Items(best, titles)
     return [

@@ -19,6 +19,7 @@ from helpers.tables import random_table
 from iisan_fast import InputError
 from iisan_fast.config import ModelConfig, RunConfig
 from iisan_fast.evaluation import target_ranks
+from iisan_fast.serving.changing_catalogue import remove_items
 from iisan_fast.serving.page import show
 from iisan_fast.serving.page_charts import _read_layers
 from iisan_fast.serving.thumbnails import thumbnails
@@ -327,6 +328,15 @@ def test_titles_of_an_earlier_version_come_from_its_dataset(tmp_path):
     assert "The titles are those of the dataset." in page.text
     table = dict(line.split("\t") for line in (FORMAT_1 / "dataset" / "items.tsv").read_text().splitlines())
     assert set(page.texts_of("title")) & set(table.values())
+
+
+def test_a_catalogue_that_has_changed_is_shown_as_it_was_trained(run, tmp_path):
+    before = Page(show(run, tmp_path / "before.html", users=3, device="cpu").path)
+    remove_items(run, ["i5", "i6", "i7", "i8"], device=CPU)
+    after = Page(show(run, tmp_path / "after.html", users=3, device="cpu").path)
+    note = "The catalogue has changed since the training; this page ranks the items of the training."
+    assert note in after.text and note not in before.text
+    assert after.text.replace(note, "").split() == before.text.split()
 
 
 def test_figures_of_an_earlier_end_are_not_shown_as_those_of_the_best_checkpoint(run):
