@@ -56,7 +56,7 @@ EXAMPLES = (
     group=RECOMMENDATION,
     multiple=True,
     metavar="FILE|IDS",
-    help="The only items to recommend: ids with commas between, or a file with one id a line.",
+    help="The only items to recommend: ids with commas between, or a file with one id a line or a column item_id.",
 )
 @option("--deny", group=RECOMMENDATION, multiple=True, metavar="FILE|IDS", help="Items never to recommend, as --allow.")
 @option(
@@ -156,16 +156,15 @@ def _histories(
 def _listed(name: str, values: Sequence[str], catalogue: Catalogue) -> list[str]:
     """Return the item ids of an option's values: each is a file of ids, or ids with commas between.
 
-    Raises InputError, naming the option, for a value that is neither, or for a file that is not UTF-8, or has an empty
-    line or a tab.
+    Raises InputError, naming the option, for a value that is neither, and for a file that `read_item_ids` refuses.
     """
-    from ..data import read_table
+    from ..serving import read_item_ids
 
     item_ids: list[str] = []
     for value in values:
         words = _split(value, catalogue)
         if value not in catalogue.numbers and Path(value).is_file():
-            words = [item_id for _, (item_id,) in read_table(Path(value), 1)]
+            words = read_item_ids(Path(value))
         elif len(words) < 2 and value not in catalogue.numbers:
             raise InputError(f"{name}: expected item ids of the run, or a file with one a line, found {value!r}")
         item_ids += words

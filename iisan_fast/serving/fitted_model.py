@@ -17,6 +17,7 @@ from .history_arguments import allowed_items, item_id_list, numbered_histories
 from .ranked_items import RankedItem, ranked_lists
 from .recommendation import recommend
 from .recommendation_frames import library_of, recommendation_frame
+from .similar_items import similar
 from .trained_model import TrainedModel
 
 if TYPE_CHECKING:
@@ -96,6 +97,14 @@ class FittedModel:
             return recommendation_frame(recommended, catalogue, library)
         lists = ranked_lists(recommended, catalogue)
         return dict(zip(users.user_ids, lists)) if isinstance(histories, Mapping) else lists
+
+    def similar(self, item_id: str, k: int = 10, by: str = "vectors") -> list[RankedItem]:
+        """Return the k items most similar to an item, best first, with the cosine similarity as score.
+
+        by: "vectors" compares the item vectors of the model, "content" the frozen states of titles and images.
+        Raises InputError for an item that the model does not have, and for a k beyond the catalogue.
+        """
+        return similar(self.trained, item_id, k, by)
 
     def evaluate(self, split: str = "test", **settings: Any) -> dict[str, Any]:
         """Rank the targets of the run's users in the full catalogue of its training, as `iisan_fast.evaluate` does.

@@ -20,14 +20,14 @@ class RankedItem(NamedTuple):
 def ranked_lists(recommended: Iterable[Recommended], catalogue: Catalogue) -> list[list[RankedItem]]:
     """Return the items of each user, best first. A list is shorter where fewer items are left."""
     return [
-        _ranked(items, scores, catalogue)
+        ranked_items(items, scores, catalogue)
         for part in recommended
         for items, scores in zip(part.items.tolist(), part.scores.tolist())
     ]
 
 
-def _ranked(items: list[int], scores: list[float], catalogue: Catalogue) -> list[RankedItem]:
-    """Return the items of one user, without the places behind the last item."""
+def ranked_items(items: list[int], scores: list[float], catalogue: Catalogue) -> list[RankedItem]:
+    """Return items with their scores. items: numbers; places with 0, behind the last item, are left out."""
     titles = catalogue.titles
     return [
         RankedItem(catalogue.item_ids[item - 1], score, None if titles is None else titles[item - 1])

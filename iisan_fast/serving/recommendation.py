@@ -12,6 +12,7 @@ import torch
 from .. import kernels
 from ..errors import InputError
 from ..models import popularity_scores
+from .catalogue import Catalogue
 from .trained_model import TrainedModel
 from .user_histories import UserHistories
 
@@ -44,10 +45,7 @@ def recommend(
     Raises InputError for a k that does not fit, if no item is allowed, or, from a part, if a score is not finite.
     """
     catalogue = model.catalogue
-    if type(k) is not int or not 1 <= k <= catalogue.available:
-        raise InputError(
-            f"k: expected a number from 1 to {catalogue.available}, the items of the catalogue, found {k!r}"
-        )
+    refuse_unfit_count(k, catalogue)
     permitted = ~catalogue.is_removed if allowed is None else allowed & ~catalogue.is_removed
     if not permitted.any():
         raise InputError("allow, deny: expected to leave items to recommend, found that they leave none")
@@ -60,6 +58,14 @@ def recommend(
     users_at_once = max(1, min(USERS_AT_ONCE, CELLS_AT_ONCE // k))
     parts = histories.parts(users_at_once, CELLS_AT_ONCE if exclude_history else None)
     return (_part(model, part, k, exclude_history, permitted) for part in parts)
+
+
+def refuse_unfit_count(k: int, catalogue: Catalogue) -> None:
+    """Raise InputError unless k items of a catalogue can be returned."""
+    if type(k) is not int or not 1 <= k <= catalogue.available:
+        raise InputError(
+            f"k: expected a number from 1 to {catalogue.available}, the items of the catalogue, found {k!r}"
+        )
 
 
 def _part(
