@@ -11,25 +11,27 @@ from typing import Any
 
 from .. import __version__
 from ..models import TERM_CONSTANTS
+from .query_encoder import history_width
 from .trained_model import TrainedModel
 
 MANIFEST = "export.json"
 EXPORT_FORMAT = 1
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "scipy")
 FORMULA = {
-    "score": "states . item_vectors + cold_bias * is_cold + similarity * profile . coordinates"
-    " + cooccurrence * log(1 + sums_factor * sums); a term of weight 0 is left out",
-    "states": "sequence_encoder.onnx of the vectors of the last max_inputs items, right-aligned, zeros before them",
-    "is_cold": "1 for an item with training_count 0, else 0",
+    "score": "queries . item_vectors + weights.cooccurrence * log(1 + sums_factor * sums)",
+    "queries": "output of sequence_encoder.onnx for the rows of item_vectors.npy of the last history_width items,"
+    " right-aligned, with zeros before them, and the number of these items: the state, cold_bias if it is not 0,"
+    " and similarity * profile if similarity is not 0",
+    "item_vectors": "columns as in `columns`: the vector of the model; 1 for an item without training interactions,"
+    " else 0; the coordinates of similarity",
     "profile": "the sum of profile_weights[age] * coordinates over the last items, the newest of age 0, scaled to"
     " length 1",
     "coordinates": "of a new item: ((final states of its views, joined) - mean) / scale, times basis, scaled to"
-    " length 1; mean, scale and basis are in projection.npz",
-    "sums": "the sum of decay^age * cooccurrence row over the last `recent` items, the newest of age 0",
-    "without_history": "popularity_weight * log(max(training_count, least_count))",
-    "order": "by falling score, and of equal scores by row; items of the history and removed items are left out",
-    "index": "rows by inner product of [states, cold_bias, similarity * profile] and [item_vectors, is_cold,"
-    " coordinates], without the parts of weight 0; removed items are not in it",
+    " length 1, where mean, scale and basis are in projection.npz",
+    "sums": "the sum of decay^age * the item's row of cooccurrence.npz over the last `recent` items, the newest of"
+    " age 0",
+    "without_history": "popularity of items.jsonl: popularity_weight * log(max(training_count, least_count))",
+    "order": "by falling score, and of equal scores by row; the items of the history and removed items are left out",
 }
 
 
@@ -42,8 +44,9 @@ def describe_model(model: TrainedModel) -> dict[str, Any]:
         "best_epoch": model.epoch,
         "items": len(catalogue.item_ids),
         "available": catalogue.available,
-        "dimension": catalogue.vectors.shape[1],
         "max_inputs": model.config.protocol.max_inputs,
+        "history_width": history_width(model),
+        "columns": _columns(model),
         "weights": model.weights._asdict(),
         "constants": TERM_CONSTANTS,
         "formula": FORMULA,
@@ -51,15 +54,22 @@ def describe_model(model: TrainedModel) -> dict[str, Any]:
     }
 
 
+def _columns(model: TrainedModel) -> dict[str, int]:
+    """Return the number of columns of each part of the joined vectors, in their order."""
+    d = model.catalogue.vectors.shape[1]
+    bias = int(bool(model.weights.cold_bias))
+    return {"model": d, "is_cold": bias, "coordinates": model.joined.shape[1] - d - bias}
+
+
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Write export.json into a folder with the size and the SHA-256 of every file in it, and return its content."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
     content = {**manifest, "files": files}
     (folder / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return content
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:

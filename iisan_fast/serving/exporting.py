@@ -14,11 +14,11 @@ import torch
 from ..errors import InputError
 from ..files import whole_folder
 from ..training import RunFolder
-from .export_manifest import describe_model, write_manifest
-from .export_tables import write_tables
+from .export_manifest import describe_model, sha256_of, write_manifest
+from .export_tables import ITEM_VECTORS, ITEMS, write_tables
 from .exported_encoders import ExportedEncoder, random_histories, sequence_encoder_of
-from .index_files import IndexedVectors, open_index, refuse_missing_library, write_index
-from .index_recall import Recall, recall_of_index
+from .index_files import IndexedVectors, index_file, open_index, refuse_missing_library, write_index
+from .index_recall import CANDIDATES, Recall, recall_of_index
 from .module_files import WrittenModule, write_module
 from .trained_model import TrainedModel
 from .user_histories import UserHistories
@@ -61,11 +61,11 @@ def export(run: Path, folder: Path, index: str | None = None, device: torch.devi
             deviations = WrittenModule(encoder.portable, temporary).deviations(encoder.cases)
             described[name] = {
                 "inputs": encoder.portable.shapes(),
-                "output": encoder.portable.output,
+                "outputs": encoder.portable.outputs,
                 "opsets": opsets,
             }
             compared[name] = {"on": encoder.compared, "largest_deviation": deviations}
-        manifest = {**describe_model(model), "left_out": [*left_out, *lines], "encoders": described}
+        manifest = {**describe_model(model), "left_out": [*left_out, *lines], "encoders": described, "index": None}
         recall = None
         if index is not None:
             LOGGER.info("export: index by %s", index)
@@ -93,10 +93,17 @@ def _with_index(model: TrainedModel, kind: str, folder: Path) -> tuple[dict[str,
     rows = np.flatnonzero(~model.catalogue.is_removed)
     indexed = IndexedVectors(rows, np.ascontiguousarray(model.joined.cpu().numpy()[rows]))
     write_index(kind, indexed, folder)
-    description = indexed.description(kind)
     histories, source = _measured_histories(model)
-    recall = recall_of_index(model, histories, open_index(folder, description, indexed))
-    return {**description, "measured": {**asdict(recall), "histories": source}}, recall
+    recall = recall_of_index(model, histories, open_index(kind, indexed, folder))
+    description = {
+        "kind": kind,
+        "file": index_file(kind),
+        "items": len(rows),
+        "dimension": indexed.vectors.shape[1],
+        "built_from": {name: sha256_of(folder / name) for name in (ITEM_VECTORS, ITEMS)},
+        "measured": {**asdict(recall), "candidates": CANDIDATES, "histories": source},
+    }
+    return description, recall
 
 
 def _measured_histories(model: TrainedModel) -> tuple[UserHistories, str]:

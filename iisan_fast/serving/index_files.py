@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,27 +18,14 @@ SEARCH_CANDIDATES = 512  # items that a search compares
 
 
 class IndexedVectors(NamedTuple):
-    """Vectors to be indexed: an item's, its coldness and its coordinates side by side, as a user's query has them."""
+    """The joined vectors of the items that may be recommended."""
 
-    rows: np.ndarray  # int64 [M]: of the items that may be recommended, item number i in row i - 1
+    rows: np.ndarray  # int64 [M]: item number i has row i - 1
     vectors: np.ndarray  # float32 [M, D]
 
-    def description(self, kind: str) -> dict[str, Any]:
-        """Return what an index of these vectors has to fit."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.vectors).tobytes()).hexdigest()
-        return {
-            "kind": kind,
-            "file": index_file(kind),
-            "items": len(self.rows),
-            "dimension": self.vectors.shape[1],
-            "vectors_sha256": digest,
-            "search_candidates": SEARCH_CANDIDATES,
-        }
 
-
-Search = Callable[
-    [np.ndarray, int], np.ndarray
-]  # (queries float32 [R, D], count) -> rows int64 [R, count], -1 for none
+# Takes queries float32 [R, D] and a count, and returns rows int64 [R, count], -1 behind the last one.
+Search = Callable[[np.ndarray, int], np.ndarray]
 
 
 def index_file(kind: str) -> str:
@@ -80,28 +66,21 @@ def write_index(kind: str, indexed: IndexedVectors, folder: Path) -> None:
         index.save(path)
 
 
-def open_index(folder: Path, description: dict[str, Any], indexed: IndexedVectors) -> Search:
-    """Open an index of an exported folder, and return its search.
+def open_index(kind: str, indexed: IndexedVectors, folder: Path) -> Search:
+    """Open an index in a folder, and return its search. Its library must be installed.
 
-    description: of the index, as the manifest has it. Raises InputError if the index is missing or damaged, or if it
-    does not fit the vectors.
+    Raises InputError if the index is missing or damaged, or if it does not fit the vectors.
     """
-    kind = description["kind"]
-    path = folder / description["file"]
-    if indexed.description(kind) != {name: description.get(name) for name in indexed.description(kind)}:
-        raise InputError(f"{path}: the index is of other vectors than those in {folder}; export again")
-    refuse_missing_library(kind)
+    path = folder / index_file(kind)
     if not path.is_file():
         raise InputError(f"{path}: no such index; export again")
     try:
         search, items, dimension = (_faiss if kind == "faiss" else _usearch)(path)
     except RuntimeError as error:
         raise InputError(f"{path}: damaged, or no index of {kind} ({error}); export again") from None
-    if (items, dimension) != (len(indexed.rows), indexed.vectors.shape[1]):
-        raise InputError(
-            f"{path}: expected {len(indexed.rows)} items of dimension {indexed.vectors.shape[1]}, found {items} of "
-            f"{dimension}; export again"
-        )
+    if (items, dimension) != indexed.vectors.shape:
+        expected = "{} items of dimension {}".format(*indexed.vectors.shape)
+        raise InputError(f"{path}: expected {expected}, found {items} of dimension {dimension}; export again")
     return search
 
 
@@ -120,7 +99,6 @@ def _usearch(path: Path) -> tuple[Search, int, int]:
     index = Index.restore(str(path))
     if index is None:
         raise RuntimeError("it cannot be read")
-    index.expansion_search = SEARCH_CANDIDATES  # the file does not hold it
 
     def search(queries: np.ndarray, count: int) -> np.ndarray:
         matches = index.search(queries, count)

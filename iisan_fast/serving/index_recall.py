@@ -13,7 +13,7 @@ from .trained_model import TrainedModel
 from .user_histories import UserHistories
 
 K = 10  # items to recommend
-CANDIDATES = 5  # of the index for each of them, beside those of the history
+CANDIDATES = 10  # of the index for each of them, beside those of the history
 USERS_AT_ONCE = 512
 
 
