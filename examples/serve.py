@@ -57,11 +57,7 @@ class Exported:
         candidates, scores = self.scored(rows, k) if rows else (np.arange(len(self.ids)), self.popularity)
         scores = np.where(self.removed[candidates] | np.isin(candidates, rows), -np.inf, scores)
         best = np.argsort(-scores, kind="stable")[: min(k, np.isfinite(scores).sum())]  # equal scores stay in order
-        return {
-            "items": self.ids[candidates[best]].tolist(),
-            "scores": scores[best].tolist(),
-            "by_popularity": not rows,
-        }
+        return dict(items=self.ids[candidates[best]].tolist(), scores=scores[best].tolist(), by_popularity=not rows)
 
     def scored(self, rows, k):
         """Return candidates, ascending, and their exact scores: those of the index and the co-occurring, or all."""
@@ -72,7 +68,7 @@ class Exported:
         added = self.about["weights"]["cooccurrence"] * np.log1p(constants["sums_factor"] * sums)
         if self.search is None:
             return np.arange(len(added)), self.vectors @ query + added
-        found = self.search(query, 5 * k + len(rows))
+        found = self.search(query, 10 * k + len(rows))
         candidates = np.union1d(found[found >= 0], np.flatnonzero(added))
         return candidates, self.vectors[candidates] @ query + added[candidates]
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .activation_memory import EncodingPlan, activation_bytes
     from .cooccurrence import RECENT, CoOccurrence
     from .neighbours import TERM_CONSTANTS, NeighbourTerms, Scores, popularity_scores
-    from .plain_modules import PlainSequenceEncoder
+    from .plain_modules import PlainItemEncoder, PlainSequenceEncoder, ViewTreatment
     from .recommender import ITEM_PARAMETERS, Recommender, build_recommender
     from .sasrec import Block
     from .side_network import SideNetwork, check_views
@@ -20,6 +20,7 @@ __all__ = [
     "EncodingPlan",
     "ITEM_PARAMETERS",
     "NeighbourTerms",
+    "PlainItemEncoder",
     "PlainSequenceEncoder",
     "RECENT",
     "Recommender",
@@ -27,6 +28,7 @@ __all__ = [
     "SideNetwork",
     "Similarity",
     "TERM_CONSTANTS",
+    "ViewTreatment",
     "activation_bytes",
     "build_recommender",
     "check_views",

@@ -84,7 +84,7 @@ class ViewTreatment(NamedTuple):
 
     dtype: torch.dtype  # of the states with which the run was trained, to which they are rounded
     mean: Tensor | None  # float64 [K, D]; None if the states are not standardised
-    factors: Tensor | None  # float64 [K, D]: 1 / deviation, 0 where that is 0
+    deviation: Tensor | None  # float64 [K, D]
 
 
 class PlainItemEncoder(nn.Module):
@@ -112,9 +112,9 @@ class _PlainView(nn.Module):
         super().__init__()
         self.dtype = treatment.dtype
         self.standardised = treatment.mean is not None
-        if treatment.mean is not None and treatment.factors is not None:
+        if treatment.mean is not None and treatment.deviation is not None:
             self.mean = _constant(treatment.mean)
-            self.factors = _constant(treatment.factors)
+            self.factors = _constant(torch.where(treatment.deviation > 0, 1 / treatment.deviation, 0.0))
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the states as the item encoder reads them, float32 [N, K, D]."""

@@ -16,7 +16,7 @@ from ..files import whole_folder
 from ..training import RunFolder
 from .export_manifest import describe_model, sha256_of, write_manifest
 from .export_tables import ITEM_VECTORS, ITEMS, write_tables
-from .exported_encoders import ExportedEncoder, random_histories, sequence_encoder_of
+from .exported_encoders import ExportedEncoder, item_encoder_of, random_histories, sequence_encoder_of
 from .index_files import IndexedVectors, index_file, open_index, refuse_missing_library, write_index
 from .index_recall import CANDIDATES, Recall, recall_of_index
 from .module_files import WrittenModule, write_module
@@ -85,7 +85,10 @@ def refuse_missing_libraries(index: str | None) -> None:
 
 def _encoders(model: TrainedModel) -> tuple[list[ExportedEncoder], list[str]]:
     """Return the encoders of a run that can be written, and a line for each that cannot."""
-    return [sequence_encoder_of(model)], []
+    item_encoder = item_encoder_of(model)
+    if isinstance(item_encoder, str):
+        return [sequence_encoder_of(model)], [item_encoder]
+    return [sequence_encoder_of(model), item_encoder], []
 
 
 def _with_index(model: TrainedModel, kind: str, folder: Path) -> tuple[dict[str, Any], Recall]:

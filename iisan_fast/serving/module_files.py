@@ -6,7 +6,8 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from ..errors import InputError
 
 TOLERANCE = 1e-5  # of a deviation, beside the largest magnitude of the results
 CHATTY = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
+
+Case = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # inputs, and the outputs that are expected, on the host
 
 
 class PortableModule(NamedTuple):
@@ -79,27 +82,28 @@ class WrittenModule:
             self.session = onnxruntime.InferenceSession(folder / onnx_file, providers=["CPUExecutionProvider"])
             self.program = torch.export.load(folder / program_file).module()
 
-    def deviations(self, parts: Sequence[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]) -> dict[str, float]:
-        """Return the largest deviation of each file from expected results, beside their largest magnitude.
+    def deviations(self, cases: Iterable[Case]) -> dict[str, float]:
+        """Return the largest deviation of each file from the expected outputs, beside an output's largest magnitude.
 
-        parts: inputs and expected outputs, on the host. Raises InputError if a deviation is larger than TOLERANCE, or
-        no number.
+        Raises InputError if a deviation is larger than TOLERANCE, or no number.
         """
-        largest = [
-            max(float(part.abs().max()) for part in output) or 1.0 for output in zip(*(case[1] for case in parts))
-        ]
-        deviations = {"onnx": 0.0, "pt2": 0.0}
-        for inputs, expected in parts:
+        largest: dict[int, float] = defaultdict(float)
+        differences: dict[tuple[str, int], float] = defaultdict(float)
+        for inputs, expected in cases:
             for form, results in (("onnx", self._by_onnx(inputs)), ("pt2", self._by_program(inputs))):
-                for result, output, scale in zip(results, expected, largest):
-                    deviation = float((result - output).abs().max()) / scale
-                    if not deviation <= TOLERANCE:
-                        raise InputError(
-                            f"{self.name}.{form}: expected the results of the run to {TOLERANCE:g}, found a deviation "
-                            f"of {deviation:.2g}; nothing was exported; report it with the versions of torch and "
-                            "onnxruntime"
-                        )
-                    deviations[form] = max(deviations[form], deviation)
+                for place, (result, output) in enumerate(zip(results, expected)):
+                    difference = float((result - output).abs().max())
+                    differences[form, place] = max(difference, differences[form, place], key=_nan_first)
+                    largest[place] = max(largest[place], float(output.abs().max()))
+        deviations = {"onnx": 0.0, "pt2": 0.0}
+        for (form, place), difference in differences.items():
+            deviation = difference / (largest[place] or 1.0)
+            if not deviation <= TOLERANCE:
+                raise InputError(
+                    f"{self.name}.{form}: expected the results of the run to {TOLERANCE:g}, found a deviation of "
+                    f"{deviation:.2g}; nothing was exported; report it with the versions of torch and onnxruntime"
+                )
+            deviations[form] = max(deviations[form], deviation)
         return deviations
 
     def _by_onnx(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -112,6 +116,11 @@ class WrittenModule:
         with torch.no_grad():
             outputs = self.program(*inputs)
         return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def _nan_first(number: float) -> float:
+    """Return a number to compare by, of which that of NaN is the largest."""
+    return float("inf") if number != number else number
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .run_verification import verify_run
     from .scoring import TermWeights
     from .start_run import check_new_run, train
+    from .stored_item_encoder import StoredItemEncoder, load_item_encoder, stored_states
     from .trainer import Trainer
     from .training_step import CapturedStep
 
@@ -32,6 +33,7 @@ __all__ = [
     "RankingRun",
     "RunChanges",
     "RunFolder",
+    "StoredItemEncoder",
     "TermWeights",
     "Trainer",
     "check_new_run",
@@ -41,6 +43,7 @@ __all__ = [
     "environment",
     "evaluate_run",
     "load",
+    "load_item_encoder",
     "load_ranking",
     "open_item_encoder",
     "open_source",
@@ -50,6 +53,7 @@ __all__ = [
     "run_stages",
     "save_checkpoint",
     "step_stages",
+    "stored_states",
     "train",
     "verify_run",
     "write_published",

@@ -121,7 +121,7 @@ def open_item_encoder(
     are missing or cannot be read, and for an encoder that is missing or is not that of the run.
     """
     fix_cublas_workspace()
-    config = _on_device(folder.config, device)
+    config = on_device(folder.config, device)
     descriptions = folder.views
     _refuse_without_contents(folder.path, config, descriptions, contents)
     uncached = config.uncached
@@ -142,13 +142,13 @@ def open_item_encoder(
         precision = resolve_precision(config, device)
         model = build_recommender(encoders, config, training_counts / training_counts.sum(), precision)
         load_weights(model, tensors, folder.best)
-        statistics = _statistics(tensors, list(descriptions), folder.best) if config.model.standardise else {}
+        statistics = stored_statistics(tensors, list(descriptions), folder.best) if config.model.standardise else {}
         yield RunItemEncoder(
             config, encoders, model.to(device).eval(), statistics, similarity, training_counts, precision.table
         )
 
 
-def _on_device(config: RunConfig, device: torch.device) -> RunConfig:
+def on_device(config: RunConfig, device: torch.device) -> RunConfig:
     """Return the configuration with a precision that the device has: a run of a GPU may rank on a CPU."""
     if device.type == "cpu" and config.model.method in SIDE_METHODS:
         return replace(config, train=replace(config.train, precision="auto"))
@@ -188,7 +188,7 @@ def _refuse_without_contents(
             )
 
 
-def _statistics(tensors: Mapping[str, Tensor], views: list[str], path: Path) -> dict[str, StateStatistics]:
+def stored_statistics(tensors: Mapping[str, Tensor], views: list[str], path: Path) -> dict[str, StateStatistics]:
     """Return the statistics of each view in a best checkpoint. Raises InputError, naming the file, if they are missing.
 
     The shapes fit, because a run's weights do.

@@ -39,10 +39,12 @@ def test_the_tables_are_those_of_the_run(exported, manifest, run_with_terms):
     import polars
 
     model = TrainedModel.load(run_with_terms, CPU)
-    vectors = np.load(exported / "item_vectors.npy")
-    assert vectors.dtype == np.float32
+    joined = np.load(exported / "item_vectors.npy")
+    assert joined.dtype == np.float32 and manifest["columns"] == {"model": 16, "is_cold": 1, "coordinates": 32}
+    vectors, is_cold, coordinates = joined[:, :16], joined[:, 16], joined[:, 17:]
     np.testing.assert_array_equal(vectors, model.catalogue.vectors.numpy())
-    np.testing.assert_array_equal(np.load(exported / "coordinates.npy"), model.catalogue.coordinates.numpy())
+    np.testing.assert_array_equal(is_cold, model.catalogue.training_counts[1:] == 0)
+    np.testing.assert_array_equal(coordinates, model.catalogue.coordinates.numpy())
     rows = [json.loads(line) for line in (exported / "items.jsonl").read_text().splitlines()]
     assert [row["item_id"] for row in rows] == model.catalogue.item_ids
     assert [row["title"] for row in rows] == model.catalogue.titles
@@ -56,6 +58,7 @@ def test_the_tables_are_those_of_the_run(exported, manifest, run_with_terms):
 
 
 def test_each_encoder_was_run_and_agrees(manifest):
+    assert manifest["compared"].keys() == {"sequence_encoder", "item_encoder"}
     for compared in manifest["compared"].values():
         assert compared["largest_deviation"].keys() == {"onnx", "pt2"}
         assert 0 < max(compared["largest_deviation"].values()) <= 1e-5
@@ -90,13 +93,13 @@ def test_a_missing_library_names_the_command_that_installs_it(monkeypatch, tmp_p
 def test_a_deviation_is_an_error(exported, run_with_terms):
     encoder = sequence_encoder_of(TrainedModel.load(run_with_terms, CPU))
     written = WrittenModule(encoder.portable, exported)
-    inputs, expected = encoder.cases[0]
-    changed = expected.clone()
-    changed[5, 3] += 3e-5 * expected.abs().max()
+    (inputs, (states, queries)), _ = encoder.cases
+    changed = states.clone()
+    changed[5, 3] += 3e-5 * states.abs().max()
     with pytest.raises(InputError, match=r"sequence_encoder.onnx: expected .* found a deviation of 3e-05"):
-        written.deviations([(inputs, changed)])
+        written.deviations([(inputs, (changed, queries))])
     with pytest.raises(InputError, match="found a deviation of nan"):
-        written.deviations([(inputs, expected * torch.nan)])
+        written.deviations([(inputs, (states, queries * torch.nan))])
 
 
 def test_an_export_that_fails_leaves_nothing(monkeypatch, run_with_terms, tmp_path):
