@@ -125,6 +125,7 @@ def serving_tables(result: Result) -> Iterator[ResultTable]:
     rows += [{"part": f"recommend, {row['form']}", **row} for row in result["recommending"]]
     rows += [{"part": f"top_items, {row['form']}", "users": forms["users"], **row} for row in forms["rows"]]
     rows.append({"part": f"{made['items']:,} made items", **made})
+    rows += [{"part": name, **result[name]} for name in ("export", "page") if "cpu_s" in result[name]]
     columns = [
         label("", "part"),
         Column("users", lambda row: row.get("users"), "{:,}"),
@@ -134,6 +135,8 @@ def serving_tables(result: Result) -> Iterator[ResultTable]:
         Column("peak MiB", lambda row: row.get("peak_pss_bytes"), mebibytes),
     ]
     caption = f"one user at a time: p50 {latency['p50_ms']:.1f} ms, p99 {latency['p99_ms']:.1f} ms"
+    for name in ("export", "page"):
+        caption += f"; {name}: {result[name]['not_measured']}" if "not_measured" in result[name] else ""
     title = f"{result['dataset']}, {run['method']}, {run['users']:,} users, {run['items']:,} items"
     yield ResultTable(title, columns, [rows], caption)
 

@@ -1,8 +1,56 @@
-"""The parts of the benchmark of serving that change or write something: each works on a copy of the run."""
+"""The parts of the benchmark of serving that write something: an export with and without an index, and the page."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-CHANGES: dict[str, Callable[..., dict[str, Any]]] = {}
+import torch
+
+from ..serving import export, show
+from .serving_parts import with_peak
+from .settings import ServingSettings
+
+INDEXES = ("faiss", "usearch")
+NO_INDEX = "neither faiss nor usearch is installed; pip install 'iisan-fast[faiss]'"
+
+
+def exporting(run: Path, settings: ServingSettings, device: torch.device) -> dict[str, Any]:
+    """Measure an export without an index, and one with the first index whose library is installed.
+
+    Raises InputError if a library that an export needs is missing, or if an exported encoder deviates.
+    """
+    with tempfile.TemporaryDirectory() as home:
+        reports = []
+
+        def write(name: str, index: str | None) -> Callable[[], None]:
+            return lambda: reports.append(export(run, Path(home) / name, index, device))
+
+        figures = with_peak(write("plain", None), 1, device)
+        plain = reports[0]
+        index: dict[str, Any] = {"not_measured": NO_INDEX}
+        if kinds := [kind for kind in INDEXES if find_spec(kind)]:
+            seconds = with_peak(write("indexed", kinds[0]), 1, device)
+            index = {"kind": kinds[0], **seconds, **asdict(reports[1].index)}
+    return {
+        **figures,
+        "bytes": sum(plain.files.values()),
+        "files": plain.files,
+        "compared": plain.compared,
+        "index": index,
+    }
+
+
+def page(run: Path, settings: ServingSettings, device: torch.device) -> dict[str, Any]:
+    """Measure the page about a run, with twenty users. Raises InputError as `show` does."""
+    with tempfile.TemporaryDirectory() as home:
+        written = []
+        figures = with_peak(lambda: written.append(show(run, Path(home) / "page.html", device=device)), 1, device)
+    return {**figures, "bytes": written[0].size, "users": written[0].users, "pictures": written[0].pictures}
+
+
+CHANGES: dict[str, Callable[..., dict[str, Any]]] = {"export": exporting, "page": page}

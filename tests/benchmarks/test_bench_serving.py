@@ -12,12 +12,25 @@ import torch
 from helpers.command_line import iisan_fast, refused
 from helpers.run_folders import flip_bit
 from iisan_fast import api
-from iisan_fast.benchmarks import made_catalogue, serving
+from iisan_fast.benchmarks import made_catalogue, serving, serving_changes, serving_parts
 from iisan_fast.errors import InputError
 from iisan_fast.serving.recommendation import recommend
 
 CPU = torch.device("cpu")
 SMALL = ("--rounds", 2, "--latency-users", 3, "--made-items", 50, "--made-users", 20, "--device", "cpu")
+
+
+NOT_HERE = "export: onnx not installed; pip install 'iisan-fast[export]'"
+
+
+@pytest.fixture
+def without_export(monkeypatch) -> None:
+    """Let an export fail as it does where its libraries are missing: it takes many seconds."""
+
+    def refused_export(*_: object) -> dict:
+        raise InputError(NOT_HERE)
+
+    monkeypatch.setitem(serving_changes.CHANGES, "export", refused_export)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +43,7 @@ def run(toy_run, tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_command_writes_the_figures_of_every_part(run, tmp_path, in_this_process):
+def test_the_command_writes_the_figures_of_every_part(run, tmp_path, in_this_process, without_export):
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     out = tmp_path / "serving.json"
     result = iisan_fast("bench", "serving", run, *SMALL, "--json", "--out", out)
@@ -49,15 +62,18 @@ def test_the_command_writes_the_figures_of_every_part(run, tmp_path, in_this_pro
     auto, reference = figures["forms"]["rows"]
     assert (auto["form"], reference["form"]) == ("auto", "reference")
     assert figures["forms"]["ratio"] == pytest.approx(reference["p50_s"] / auto["p50_s"])
+    assert figures["export"] == {"not_measured": NOT_HERE}
+    assert figures["page"]["users"] == 20 and figures["page"]["bytes"] > 10_000
     assert figures["goals"]["all_users_met"] is None and figures["goals"]["made_bytes_met"] is None
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
-def test_the_command_prints_a_row_for_each_part(run, in_either_place):
+def test_the_command_prints_a_row_for_each_part(run, in_this_process, without_export):
     result = iisan_fast("bench", "serving", run, *SMALL)
     assert result.returncode == 0, result.stderr
-    for part in ("load the run", "recommend, with_history", "top_items, reference", "50 made items"):
+    for part in ("load the run", "recommend, with_history", "top_items, reference", "50 made items", "page"):
         assert part in result.stdout
+    assert NOT_HERE in " ".join(result.stdout.split())
     assert "toy, iisan, 60 users, 40 items" in result.stdout and "one user at a time: p50" in result.stdout
 
 
@@ -66,14 +82,14 @@ def test_forms_that_disagree_are_an_error():
     scores = torch.tensor([[9.0, 4.0, 4.0 - 1e-6], [2.0, -torch.inf, -torch.inf]])
     swapped = rows.clone()
     swapped[0, 1:] = torch.tensor([2, 1])
-    same = serving.agreement((swapped, scores), (rows, scores))
+    same = serving_parts.agreement((swapped, scores), (rows, scores))
     assert same == {"same_items_users": 1, "largest_score_difference": 0.0}
     with pytest.raises(InputError, match="differ by 1.1e-01 of the largest"):
-        serving.agreement((rows, scores - 1), (rows, scores))
+        serving_parts.agreement((rows, scores - 1), (rows, scores))
     missing = scores.clone()
     missing[0, 2] = -torch.inf
     with pytest.raises(InputError, match="leave out different numbers of items"):
-        serving.agreement((rows, missing), (rows, scores))
+        serving_parts.agreement((rows, missing), (rows, scores))
 
 
 @pytest.mark.parametrize(
@@ -112,6 +128,27 @@ def test_neighbours_of_a_made_catalogue_ascend_and_are_different():
     assert len(np.unique(columns)) > 990 and (matrix.values > 0).all() and matrix.offsets[-1] == 10_000
 
 
+@pytest.mark.long
+def test_every_part_runs_in_a_process_of_its_own(run):
+    result = iisan_fast("bench", "serving", run, *SMALL, "--json")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["export"]["p50_s"] > 0 and figures["page"]["p50_s"] > 0 and figures["made"]["peak_pss_bytes"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_an_export_has_sizes_and_the_recall_of_its_index_if_there_is_a_library(run, monkeypatch, is_installed):
+    monkeypatch.setattr(serving_changes, "find_spec", lambda name: is_installed or None)
+    figures = serving_changes.exporting(run, serving.ServingSettings(), CPU)
+    assert figures["bytes"] == sum(figures["files"].values()) > figures["files"]["item_vectors.npy"] >= 40 * 16 * 4
+    assert set(figures["compared"]) >= {"sequence_encoder"} and figures["p50_s"] > 0
+    if is_installed:
+        assert figures["index"]["kind"] == "faiss" and figures["index"]["recall"] > 0.9
+    else:
+        assert figures["index"] == {"not_measured": serving_changes.NO_INDEX}
+
+
 def test_a_part_that_cannot_be_measured_has_the_reason(in_this_process):
     def part(name: str) -> dict:
         raise InputError(f"{name}: pip install 'iisan-fast[faiss]'")
@@ -132,10 +169,10 @@ def test_bad_input_gets_one_line(run, tmp_path):
 
 
 def test_without_terms_the_model_alone_ranks(run):
-    model = serving.TrainedModel.load(run, CPU)
-    histories = serving.dataset_histories(run)
+    model = serving_parts.TrainedModel.load(run, CPU)
+    histories = serving_parts.dataset_histories(run)
     (with_terms,) = recommend(model, histories)
-    (without,) = recommend(serving.without_terms(model), histories)
+    (without,) = recommend(serving_parts.without_terms(model), histories)
     assert (with_terms.items != without.items).any()
     dense = model.user_states(histories) @ model.catalogue.vectors.T
     for user in range(60):
