@@ -125,6 +125,7 @@ def serving_tables(result: Result) -> Iterator[ResultTable]:
     rows += [{"part": f"recommend, {row['form']}", **row} for row in result["recommending"]]
     rows += [{"part": f"top_items, {row['form']}", "users": forms["users"], **row} for row in forms["rows"]]
     rows.append({"part": f"{made['items']:,} made items", **made})
+    rows += [{"part": f"add {row['items']:,} items", **row} for row in result["added"].get("rows", ())]
     rows += [{"part": name, **result[name]} for name in ("export", "page") if "cpu_s" in result[name]]
     columns = [
         label("", "part"),
@@ -135,7 +136,7 @@ def serving_tables(result: Result) -> Iterator[ResultTable]:
         Column("peak MiB", lambda row: row.get("peak_pss_bytes"), mebibytes),
     ]
     caption = f"one user at a time: p50 {latency['p50_ms']:.1f} ms, p99 {latency['p99_ms']:.1f} ms"
-    for name in ("export", "page"):
+    for name in ("added", "export", "page"):
         caption += f"; {name}: {result[name]['not_measured']}" if "not_measured" in result[name] else ""
     title = f"{result['dataset']}, {run['method']}, {run['users']:,} users, {run['items']:,} items"
     yield ResultTable(title, columns, [rows], caption)

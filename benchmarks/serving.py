@@ -32,6 +32,8 @@ NOTES = {
     "made": "random item vectors of 64 numbers, coordinates of 128, a co-occurrence matrix of ten entries an item, and "
     "histories of 5 to 13 items; an untrained SASRec. The peak holds the model and the imports too",
     "goals": "all users of Scientific in 2 s on two cores; 10,000 users and 1,000,000 items in 2 GB. null: other sizes",
+    "added": "iisan-fast add-items on a copy of the run: load it, load its encoders, encode the titles, write. Imports "
+    "are not counted",
     "export": "item vectors, terms, the encoders as ONNX and torch.export, each run again and compared; imports "
     "are counted. index: an export with it, and the share of the exact ten best of the whole score that it finds",
     "page": "iisan-fast show: figures, charts, and twenty users with titles, and pictures if the dataset has them",

@@ -1,7 +1,11 @@
-"""The parts of the benchmark of serving that write something: an export with and without an index, and the page."""
+"""The parts of the benchmark of serving that write something: new items, an export with and without an index, the page.
+
+New items go into a copy of the run, which is removed. The run itself stays as it is.
+"""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,12 +15,35 @@ from typing import Any
 
 import torch
 
-from ..serving import export, show
-from .serving_parts import with_peak
+from ..errors import InputError
+from ..serving import add_items, export, show
+from ..training import RunFolder
+from .serving_parts import timed, with_peak
 from .settings import ServingSettings
 
 INDEXES = ("faiss", "usearch")
 NO_INDEX = "neither faiss nor usearch is installed; pip install 'iisan-fast[faiss]'"
+
+
+def adding(run: Path, settings: ServingSettings, device: torch.device) -> dict[str, Any]:
+    """Measure adding items to copies of a run, from its folder to its folder, by the run's encoders.
+
+    The items have titles of the run's items. Raises InputError if the run has no titles or reads images, or if its
+    encoders are not here.
+    """
+    titles = RunFolder.open(run).items.titles
+    if titles is None:
+        raise InputError(f"{run}: the run has no titles to make new items of")
+    rows = []
+    with tempfile.TemporaryDirectory() as home:
+        for place, count in enumerate((1, *settings.added)):  # the first one imports what encoders need
+            copy = Path(home) / str(place)
+            shutil.copytree(run, copy)
+            items = [{"item_id": f"new-{n}", "title": titles[n % len(titles)]} for n in range(count)]
+            figures = timed(lambda: add_items(copy, items, device=device), 1, device)  # noqa: B023
+            rows.append({"items": count, **figures})
+            shutil.rmtree(copy)
+    return {"rows": rows[1:]}
 
 
 def exporting(run: Path, settings: ServingSettings, device: torch.device) -> dict[str, Any]:
@@ -53,4 +80,4 @@ def page(run: Path, settings: ServingSettings, device: torch.device) -> dict[str
     return {**figures, "bytes": written[0].size, "users": written[0].users, "pictures": written[0].pictures}
 
 
-CHANGES: dict[str, Callable[..., dict[str, Any]]] = {"export": exporting, "page": page}
+CHANGES: dict[str, Callable[..., dict[str, Any]]] = {"added": adding, "export": exporting, "page": page}

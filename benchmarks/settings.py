@@ -146,6 +146,7 @@ class ServingSettings:
 
     rounds: int = setting(5, help="Runs of each part on the run.", minimum=1)
     latency_users: int = setting(200, help="Users who are served one at a time.", minimum=1)
+    added: tuple[int, ...] = setting((1, 100), help="Numbers of items that are added to copies of the run.", minimum=1)
     made_items: int = setting(1_000_000, help="Items of the made catalogue.", minimum=20)
     made_users: int = setting(10_000, help="Users of the made catalogue.", minimum=1)
 

@@ -10,48 +10,50 @@ import pytest
 import torch
 
 from helpers.command_line import iisan_fast, refused
+from helpers.growing_runs import trained_run, write_growing_data
 from helpers.run_folders import flip_bit
-from iisan_fast import api
 from iisan_fast.benchmarks import made_catalogue, serving, serving_changes, serving_parts
+from iisan_fast.benchmarks.catalogue import BY_NAME
 from iisan_fast.errors import InputError
 from iisan_fast.serving.recommendation import recommend
 
 CPU = torch.device("cpu")
-SMALL = ("--rounds", 2, "--latency-users", 3, "--made-items", 50, "--made-users", 20, "--device", "cpu")
+SMALL = ("--rounds", 2, "--latency-users", 3, "--added", 2, "--made-items", 50, "--made-users", 20, "--device", "cpu")
 
 
 NOT_HERE = "export: onnx not installed; pip install 'iisan-fast[export]'"
 
 
-@pytest.fixture
-def without_export(monkeypatch) -> None:
-    """Let an export fail as it does where its libraries are missing: it takes many seconds."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Return the folder of a run of one epoch over titles, with both terms."""
+    root = tmp_path_factory.mktemp("serving")
+    data = write_growing_data(root)
+    return trained_run(data, root, data.views("title"), **{"scoring.cooccurrence": 2.0, "scoring.similarity": 9.0})
+
+
+@pytest.fixture(scope="module")
+def figures(run, tmp_path_factory) -> dict:
+    """Return the result of the command, without processes, and without an export, which takes many seconds."""
 
     def refused_export(*_: object) -> dict:
         raise InputError(NOT_HERE)
 
-    monkeypatch.setitem(serving_changes.CHANGES, "export", refused_export)
-
-
-@pytest.fixture(scope="module")
-def run(toy_run, tmp_path_factory) -> Path:
-    """Return the folder of a run of one epoch with both terms."""
-    dataset, cache = toy_run
-    folder = tmp_path_factory.mktemp("serving") / "run"
-    sizes = {"embedding_dim": 16, "bottleneck": 8}
-    api.train(dataset, cache=cache, out=folder, epochs=1, cooccurrence=2.0, similarity=9.0, **sizes)
-    return folder
-
-
-def test_the_command_writes_the_figures_of_every_part(run, tmp_path, in_this_process, without_export):
+    out = tmp_path_factory.mktemp("result") / "serving.json"
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    out = tmp_path / "serving.json"
-    result = iisan_fast("bench", "serving", run, *SMALL, "--json", "--out", out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "in_a_process", lambda function, *arguments: function(*arguments))
+        patch.setitem(serving_changes.CHANGES, "export", refused_export)
+        result = iisan_fast("bench", "serving", run, *SMALL, "--json", "--out", out)
     assert result.returncode == 0, result.stderr
-    figures = json.loads(result.stdout)
-    assert figures == json.loads(out.read_text())
-    command = "iisan-fast bench serving RUN --rounds=2 --latency-users=3 --made-items=50 --made-users=20"
-    assert figures["command"] == command and figures["dataset"] == "toy"
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert json.loads(result.stdout) == json.loads(out.read_text())
+    return json.loads(result.stdout)
+
+
+def test_the_command_gives_the_figures_of_every_part(figures):
+    command = "iisan-fast bench serving RUN --rounds=2 --latency-users=3 --added=2 --made-items=50 --made-users=20"
+    assert figures["command"] == command and figures["dataset"] == "dataset"
     assert (figures["run"]["users"], figures["run"]["items"]) == (60, 40)
     for row in (figures["loading"], *figures["recommending"], figures["made"]):
         assert 0 < row["p20_s"] <= row["p50_s"] <= row["p80_s"] and row["cpu_s"] > 0 and row["peak_pss_bytes"] > 1 << 20
@@ -63,18 +65,18 @@ def test_the_command_writes_the_figures_of_every_part(run, tmp_path, in_this_pro
     assert (auto["form"], reference["form"]) == ("auto", "reference")
     assert figures["forms"]["ratio"] == pytest.approx(reference["p50_s"] / auto["p50_s"])
     assert figures["export"] == {"not_measured": NOT_HERE}
+    (added,) = figures["added"]["rows"]
+    assert added["items"] == 2 and added["p50_s"] > 0 and added["cpu_s"] > 0
     assert figures["page"]["users"] == 20 and figures["page"]["bytes"] > 10_000
     assert figures["goals"]["all_users_met"] is None and figures["goals"]["made_bytes_met"] is None
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
-def test_the_command_prints_a_row_for_each_part(run, in_this_process, without_export):
-    result = iisan_fast("bench", "serving", run, *SMALL)
-    assert result.returncode == 0, result.stderr
-    for part in ("load the run", "recommend, with_history", "top_items, reference", "50 made items", "page"):
-        assert part in result.stdout
-    assert NOT_HERE in " ".join(result.stdout.split())
-    assert "toy, iisan, 60 users, 40 items" in result.stdout and "one user at a time: p50" in result.stdout
+def test_a_result_is_shown_with_a_row_for_each_part(figures):
+    (table,) = BY_NAME["serving"].tables(figures)
+    parts = [table.columns[0].text(row) for row in table.sections[0]]
+    assert parts[:2] == ["load the run", "recommend, run"] and parts[-3:] == ["50 made items", "add 2 items", "page"]
+    assert all(column.text(row) is not None for column in table.columns for row in table.sections[0])
+    assert table.title == "dataset, iisan, 60 users, 40 items" and NOT_HERE in table.caption
 
 
 def test_forms_that_disagree_are_an_error():
@@ -141,7 +143,7 @@ def test_every_part_runs_in_a_process_of_its_own(run):
 def test_an_export_has_sizes_and_the_recall_of_its_index_if_there_is_a_library(run, monkeypatch, is_installed):
     monkeypatch.setattr(serving_changes, "find_spec", lambda name: is_installed or None)
     figures = serving_changes.exporting(run, serving.ServingSettings(), CPU)
-    assert figures["bytes"] == sum(figures["files"].values()) > figures["files"]["item_vectors.npy"] >= 40 * 16 * 4
+    assert figures["bytes"] == sum(figures["files"].values()) > figures["files"]["item_vectors.npy"] >= 40 * 64 * 4
     assert set(figures["compared"]) >= {"sequence_encoder"} and figures["p50_s"] > 0
     if is_installed:
         assert figures["index"]["kind"] == "faiss" and figures["index"]["recall"] > 0.9
