@@ -70,14 +70,15 @@ def trained_run(data: GrowingData, root: Path, views: list[ViewConfig], dtype: s
 
     settings: by dotted name; a cache is made unless they say how encoders run.
     """
-    encoders = views if settings.pop("uncached", False) else ()
+    is_uncached = settings.pop("uncached", False)
     sources = {"dataset": str(data.dataset)}
-    if not encoders:
+    if not is_uncached:
         cache = root / "states"
         extract(load_dataset(data.dataset), views, cache, CPU, ExtractionConfig(dtype=dtype))
         sources |= {"cache": str(cache), "views": [view.name for view in views]}
-    changes = {"train.max_epochs": 1, "train.batch_users": 16, **settings}
-    config = run_config(sources, {}, encoders=encoders, changes=changes)
+    trains = settings["model.method"] != "neighbours"
+    changes = {**({"train.max_epochs": 1, "train.batch_users": 16} if trains else {}), **settings}
+    config = run_config(sources, {}, encoders=views if is_uncached else (), changes=changes)
     train(config, root / "run", CPU)
     return root / "run"
 
