@@ -22,6 +22,7 @@ from iisan_fast.evaluation import target_ranks
 from iisan_fast.serving.changing_catalogue import remove_items
 from iisan_fast.serving.page import show
 from iisan_fast.serving.page_charts import _read_layers
+from iisan_fast.serving.page_users import drawn_rows
 from iisan_fast.serving.thumbnails import thumbnails
 from iisan_fast.training.best_run import load
 from iisan_fast.training.published_run import write_published
@@ -235,12 +236,13 @@ def test_users_have_their_history_their_top_ten_and_their_rank(trained, page):
 
 
 def test_the_draw_is_decided_by_the_seed(trained, tmp_path):
-    def users(seed: int) -> list[str]:
-        written = show(trained, tmp_path / "page.html", users=5, seed=seed, pictures=False, device="cpu")
-        assert written.pictures == 0
-        return [text for names, text in Page(written.path).texts if names[-2:] == ["h3", "bdi"]]
-
-    assert len(users(0)) == 5 and users(0) == users(0) != users(1)
+    written = show(trained, tmp_path / "page.html", users=5, seed=7, pictures=False, device="cpu")
+    user_ids = [text for names, text in Page(written.path).texts if names[-2:] == ["h3", "bdi"]]
+    assert user_ids == [f"u{row}" for row in drawn_rows(60, 5, 7)] and written.pictures == 0
+    rows = drawn_rows(1000, 20, 0)
+    assert len({*rows}) == 20 and rows.tolist() == sorted(rows) and rows.max() < 1000
+    assert (rows == drawn_rows(1000, 20, 0)).all() and (rows != drawn_rows(1000, 20, 1)).any()
+    assert drawn_rows(3, 20, 0).tolist() == [0, 1, 2]
 
 
 def test_the_page_is_self_contained(page):
