@@ -6,7 +6,7 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .best_run import BestRun, evaluate_run, load
-    from .checkpoints import read_checkpoint, save_checkpoint
+    from .checkpoints import load_weights, read_checkpoint, save_checkpoint
     from .determinism import deterministic
     from .dry_run import describe_new_run
     from .fused_step import GpuFusedStep, run_stages, step_stages
@@ -45,6 +45,7 @@ __all__ = [
     "load",
     "load_item_encoder",
     "load_ranking",
+    "load_weights",
     "open_item_encoder",
     "open_source",
     "read_checkpoint",
