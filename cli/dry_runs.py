@@ -25,6 +25,7 @@ def print_run(plan: Mapping[str, Any]) -> None:
     rows = {
         "device": plan["device"],
         **views,
+        "begins with": _beginning_text(plan["init"]),
         "users": f"{plan['users']:,}",
         "items": f"{plan['items']:,}",
         "epochs at most": f"{plan['max_epochs']:,}",
@@ -57,6 +58,11 @@ def _size_text(size: int | str) -> str:
     from ..states import size_text  # imports torch, which takes seconds
 
     return size if isinstance(size, str) else size_text(size)
+
+
+def _beginning_text(init: Mapping[str, Any] | None) -> str:
+    """Return the weights that a run begins with."""
+    return "random weights" if init is None else f"the weights of {init['run']}, epoch {init['best_epoch']}"
 
 
 def _view_text(view: Mapping[str, Any]) -> str:

@@ -36,6 +36,7 @@ EXAMPLES = (
     "iisan-fast train DATASET --method lora --text-encoder bert-base-uncased \\\n  --dry-run",
     "iisan-fast train DATASET --cache STATES --fit-terms",
     "iisan-fast train DATASET --cache STATES --method neighbours",
+    "iisan-fast train DATASET --cache STATES --init runs/first --out runs/next",
     "iisan-fast train --resume runs/first",
     "iisan-fast train --resume runs/first --epochs 40 --cache /new/place/STATES",
 )
@@ -47,7 +48,7 @@ SECTIONS = {
     "scoring": ScoringConfig,
     "uncached": UncachedConfig,
 }
-WRITTEN_HERE = ("dataset", "cache")  # settings of RunConfig with an argument and an option written below
+WRITTEN_HERE = ("dataset", "cache", "init")  # settings of RunConfig with an argument or an option written below
 OF_VIEWS = ("views",)  # the setting of UncachedConfig that the options of encoders describe
 WITH_RESUME = {"resume_path", "trust_remote_code", "placement", "device", "as_json"}
 CHANGED_BY_RESUME = {  # option: the argument of iisan_fast.resume
@@ -66,6 +67,12 @@ CHANGED_BY_RESUME = {  # option: the argument of iisan_fast.resume
 @setting_options(UncachedConfig, ENCODERS, without=OF_VIEWS)
 @setting_options(ModelConfig, MODEL)
 @setting_options(TrainConfig, TRAINING)
+@option(
+    "--init",
+    group=TRAINING,
+    type=FOLDER,
+    help="Begin a new run with the best weights of the run in this folder, which has the same model and encoders.",
+)
 @option(
     "--resume",
     "resume_path",
@@ -127,7 +134,11 @@ def _settings(dataset: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     settings, views = encoder_settings(options)
     sources = given_settings(options, RunConfig, without=WRITTEN_HERE)
     option_of = {"views": "--views"} if sources else {}
-    folders = (("dataset", "DATASET", dataset), ("cache", "--cache", options["cache"]))
+    folders = (
+        ("dataset", "DATASET", dataset),
+        ("cache", "--cache", options["cache"]),
+        ("init", "--init", options["init"]),
+    )
     option_of |= {name: word for name, word, folder in folders if folder is not None}
     for section, kind in SECTIONS.items():
         values = given_settings(options, kind, without=OF_VIEWS)
@@ -135,6 +146,7 @@ def _settings(dataset: Path | None, options: dict[str, Any]) -> dict[str, Any]:
         settings |= values
     return settings | {
         "cache": options["cache"],
+        "init": options["init"],
         "out": options["out"],
         "uncached": options["uncached"],
         "config": read_config(options["config"]),

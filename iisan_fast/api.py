@@ -155,6 +155,7 @@ def train(
     evaluation: EvaluationConfig | None = None,
     scoring: ScoringConfig | None = None,
     changes: Mapping[str, Any] | None = None,
+    init: PathLike | None = None,
     out: PathLike | None = None,
     device: str | torch.device = "auto",
     table: str = "auto",
@@ -176,6 +177,7 @@ def train(
         the cache's views of their names are read.
     protocol, model, train, evaluation, scoring: sections of the configuration; they replace those of `config`.
     changes: settings by dotted name, as {"model.bottlenecks.first": 512}; they go last.
+    init: the folder of a run of the same model, with whose best weights training begins, on this dataset.
     out: the run's folder, which must not hold a run yet; by default the next free runs/NAME-N.
     table: where the hidden states lie: device, pinned (host memory), mapped (their file), or auto, where they fit.
     on_epoch: gets each finished epoch's figures, a line of metrics.jsonl; `print` shows them.
@@ -201,7 +203,7 @@ def train(
         dataset, config = None, dataset
     chosen = _section_settings(protocol=protocol, model=model, train=train, evaluation=evaluation, scoring=scoring)
     chosen |= _data_settings(dataset, cache, [*chosen, *settings, *(changes or {})])
-    chosen |= settings
+    chosen |= settings if init is None else {**settings, "init": init}
     encoders = take_views(chosen, _view_configs(views))
     if names := _view_names(views):
         chosen["views"] = names

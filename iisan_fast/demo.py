@@ -59,8 +59,10 @@ ENCODER_SHAPE = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads
 IMAGE_ENCODER_SHAPE = {"image_size": IMAGE_SIZE, "patch_size": IMAGE_SIZE // 4, **ENCODER_SHAPE}
 
 NO_CHANGES: Mapping[str, Any] = {}
-NOT_CHANGED = {"dataset", "cache", "views", "encoders"}  # parts of settings that the demo makes itself
-NOT_OF_THE_DEMO = "dataset: none given, and the demo takes no cache, views, encoders or temporal split; give a dataset"
+NOT_CHANGED = {"dataset", "cache", "views", "encoders", "init"}  # parts of settings that the demo makes itself
+NOT_OF_THE_DEMO = (
+    "dataset: none given, and the demo takes no cache, views, encoders, init or temporal split; give a dataset"
+)
 
 Outline = list[tuple[float, float]]
 
@@ -159,7 +161,7 @@ def _configuration(
     temporal = getattr(options.get("protocol"), "split", options.get("split")) == "temporal"
     temporal = changes.get("protocol.split", "temporal" if temporal else "") == "temporal"
     parts = {name.partition(".")[0] for name in changes}
-    if temporal or {"cache", "views", "uncached"} & options.keys() or NOT_CHANGED & parts:
+    if temporal or {"cache", "views", "uncached", "init"} & options.keys() or NOT_CHANGED & parts:
         raise InputError(NOT_OF_THE_DEMO)
     home = _home(out)
     dataset, views = plan(home)

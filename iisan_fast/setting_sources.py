@@ -44,7 +44,8 @@ SECTIONS: dict[str, Any] = {
     "uncached": UncachedConfig,
     "extraction": ExtractionConfig,
 }
-SOURCES_OF_A_RUN = ("dataset", "cache", "views")  # settings of RunConfig that belong to no section
+SOURCES_OF_A_RUN = ("dataset", "cache", "views", "init")  # settings of RunConfig that belong to no section
+FOLDERS_OF_A_RUN = ("dataset", "cache", "init")
 PARTS = (*SOURCES_OF_A_RUN, "encoders", *SECTIONS)
 
 
@@ -85,7 +86,7 @@ def base_settings(config: RunConfig | PathLike | Mapping[str, Any] | None) -> Va
         format_number(file.values, file.path, (1, RUN_FORMAT), "use the version of iisan-fast that made the run")
         del file.values["format"]
     values = _checked(file.values, file.error)
-    for name in ("dataset", "cache"):
+    for name in FOLDERS_OF_A_RUN:
         if isinstance(values.get(name), str):
             values[name] = str(absolute_path(as_path(name, values[name])))
     return values

@@ -29,7 +29,7 @@ from .config import (
 from .errors import InputError, check_choice, nearest
 from .files import absolute_path
 from .setting_fields import from_dict, to_dict
-from .setting_sources import PARTS, SECTIONS, as_path, change_settings
+from .setting_sources import FOLDERS_OF_A_RUN, PARTS, SECTIONS, as_path, change_settings
 from .trusted_code import TRUST, is_trusted, refuse_unasked_code, trust_running_views, without_trust
 
 LOGGER = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def run_config(
         _set(values, SECTION_OF[name], name, value)
     change_settings(values, changes or {}, [part for part in PARTS if part != NOT_OF_A_RUN])
     names = {*settings, *(changes or {})}
-    for name in ("dataset", "cache"):
+    for name in FOLDERS_OF_A_RUN:
         folder = values.get(name)
         if folder is not None and (name in names or str(folder).startswith("~")):
             values[name] = str(absolute_path(as_path(name, values[name])))

@@ -35,6 +35,11 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    init: str | None = setting(
+        None,
+        help="Folder of a run of the same model, with whose best weights training begins.",
+        automatic="random weights",
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -82,6 +87,8 @@ class RunConfig:
         """Raise InputError for settings that a run without training does not read."""
         if self.uncached is not None:
             raise InputError(f"uncached: {NEIGHBOURS} runs no encoders; extract a cache and give it, or leave them out")
+        if self.init is not None:
+            raise InputError(f"init: {NEIGHBOURS} trains nothing, so it begins with no weights; leave it out")
         if bool(self.views) != (self.cache is not None):
             raise InputError(f"cache, views: {NEIGHBOURS} takes a cache and its views, or neither; found one of them")
         for section, defaults in ((self.model, ModelConfig(NEIGHBOURS)), (self.train, TrainConfig())):

@@ -7,6 +7,7 @@ from ..doors import lazy_names
 if TYPE_CHECKING:
     from .activation_memory import EncodingPlan, activation_bytes
     from .cooccurrence import RECENT, CoOccurrence
+    from .item_ids import trained_rows
     from .neighbours import TERM_CONSTANTS, NeighbourTerms, Scores, popularity_scores
     from .plain_modules import PlainItemEncoder, PlainSequenceEncoder, ViewTreatment
     from .recommender import ITEM_PARAMETERS, Recommender, build_recommender
@@ -33,6 +34,7 @@ __all__ = [
     "build_recommender",
     "check_views",
     "popularity_scores",
+    "trained_rows",
 ]
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name

@@ -12,6 +12,15 @@ from .. import kernels
 ITEM_SITE = 1 << 20  # the dropout's site, far above the sites of the sequence encoder's blocks
 
 
+def trained_rows(popularity: np.ndarray) -> Tensor:
+    """Return the row of each item number in the trained vectors, int64 [items + 1]; 0 for an item without one.
+
+    popularity: [items + 1], the share or the number of each item's training interactions.
+    """
+    trained = torch.from_numpy(popularity > 0)
+    return trained.cumsum(0) * trained
+
+
 class ItemIds(nn.Module):
     """A trained vector for each item that occurs in training, with dropout; exactly zero for all other items.
 
@@ -29,10 +38,9 @@ class ItemIds(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.seed = seed
-        trained = torch.from_numpy(popularity > 0)
-        rows = trained.cumsum(0) * trained  # of each item in the weight; row 0 stays zero
+        rows = trained_rows(popularity)
         self.register_buffer("rows", rows, persistent=False)
-        self.weight = nn.Parameter(torch.zeros(int(trained.sum()) + 1, embedding_dim))
+        self.weight = nn.Parameter(torch.zeros(int(rows.max()) + 1, embedding_dim))
 
     def forward(self, items: Tensor, step: int | Tensor | None) -> Tensor:
         """Return the vectors [N, d] of item numbers int64 [N]. step: of the dropout, as a batch has it; None for none.

@@ -13,6 +13,7 @@ from ..data import Dataset, load_dataset
 from ..evaluation import parameter_counts
 from ..runtime import fix_cublas_workspace
 from ..setting_fields import to_dict
+from .initial_weights import read_initial_weights
 from .item_sources import Descriptions, open_final_states, open_unread_source, refuse_changed_texts
 from .run_folder import CHECKPOINTS, RUN_FILES
 from .start_run import check_new_run
@@ -32,6 +33,7 @@ def describe_new_run(config: RunConfig, out: Path, device: torch.device, placeme
     - parameters: trainable and total numbers, and the trainable ones of each group
     - memory, in bytes: the table and its place, the parameters, gradients and Adam's moments, and the largest batch by
       estimate; "not estimated" for what is not known
+    - init: the run with whose weights training begins, and its best epoch; None for random weights
     - files: the run's folder, the files that it will hold, and what is read
     - config: the settings, as config.json will hold them
 
@@ -39,12 +41,15 @@ def describe_new_run(config: RunConfig, out: Path, device: torch.device, placeme
     """
     fix_cublas_workspace()
     precision = check_new_run(config, out, device)
+    initial = read_initial_weights(config)
     dataset = load_dataset(Path(config.dataset), config.protocol)
     refuse_changed_texts(config, dataset)
     if config.model.method == NEIGHBOURS:
         return _describe_untrained(config, dataset, out, device)
     with open_unread_source(config, dataset, device, placement, precision) as (source, views, (size, place)):
-        trainer = Trainer(config, dataset.sequences, source, device, precision)
+        if initial is not None:
+            initial.refuse_other_views(views)
+        trainer = Trainer(config, dataset.sequences, source, device, precision, initial)
         trainer.refuse_unfit_form()
         return {
             "method": config.model.method,
@@ -53,6 +58,7 @@ def describe_new_run(config: RunConfig, out: Path, device: torch.device, placeme
             **_amounts(trainer, dataset),
             "parameters": _parameters(trainer),
             "memory": {"table": size, "table_place": place if size else "none", **_memory(trainer)},
+            "init": None if initial is None else {"run": str(initial.run), "best_epoch": initial.epoch},
             "files": _files(config, out, views),
             "config": _config(trainer.config),
         }
@@ -74,6 +80,7 @@ def _describe_untrained(config: RunConfig, dataset: Dataset, out: Path, device: 
         "max_epochs": 0,
         "parameters": {"trainable": 0, "total": 0, "groups": {}},
         "memory": {"table": 0, "table_place": "none", "parameters": 0, "gradients": 0, "optimizer": 0, "batch": 0},
+        "init": None,
         "files": _files(config, out, views),
         "config": _config(config),
     }
@@ -123,6 +130,7 @@ def _memory(trainer: Trainer) -> dict[str, Any]:
 def _files(config: RunConfig, out: Path, views: Descriptions) -> dict[str, Any]:
     """Return the run's folder, the files that the run writes, and the folders that it reads."""
     encoders = [] if config.uncached is None else [view["encoder"] for view in views.values()]
-    sources = [config.dataset, *([config.cache] if config.cache else []), *dict.fromkeys(encoders)]
+    folders = [folder for folder in (config.cache, config.init) if folder is not None]
+    sources = [config.dataset, *folders, *dict.fromkeys(encoders)]
     written = [name for name in RUN_FILES if config.model.method != NEIGHBOURS or name not in CHECKPOINTS]
     return {"folder": str(out), "written": written, "read": sources}

@@ -15,6 +15,7 @@ from ..data import Dataset, Sequences
 from ..errors import InputError
 from ..precision import Precision, resolve_precision
 from ..runtime import fix_cublas_workspace
+from .initial_weights import initial_weights_again
 from .item_sources import dataset_again, open_final_states, open_source, refuse_changed_views, same_dataset
 from .run_folder import RunFolder
 from .run_progress import Progress
@@ -102,9 +103,11 @@ def resume(
             return _rank_again(folder, config, dataset.sequences, new_terms, device, on_epoch)
         with open_source(config, dataset, device, placement, precision) as (source, views):
             refuse_changed_views(folder.views, views, folder.path)
-            trainer = Trainer(config, dataset.sequences, source, device, precision)
             figures = _final_figures(folder, config)
             restored = folder.has_checkpoint or (figures is None and folder.metrics.exists())
+            begins = figures is None and not restored
+            initial = initial_weights_again(folder, config) if begins else None
+            trainer = Trainer(config, dataset.sequences, source, device, precision, initial)
             if restored:
                 trainer.restore(folder)
                 _refuse_other_schedule(folder, config.train, trainer.progress)

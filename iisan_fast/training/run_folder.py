@@ -1,14 +1,14 @@
 """Write and read the run folder, which has everything to resume a run, to evaluate it, and to know how it was made.
 
-config.json: the folder's format and the resolved settings. environment.json: the machine and the versions. views.json:
-how the hidden states were made. sequences.npz: the result of the data protocol. items.npz: the item ids with their
-training counts and titles. neighbours.safetensors: the neighbour
-terms, made from the two. checksums.json: those of the files before, and of test.json. metrics.jsonl: one line for each
-epoch.
-best.safetensors: weights and item vectors of the best epoch. last.safetensors: weights and optimizer state of the last
-epoch, or of a step within one. previous.safetensors: the checkpoint before it, which stands in if it is damaged.
-test.json: the figures on the test set. catalogue.safetensors: the items that were added, updated and removed since the
-training. lock: held by the process that trains or changes the catalogue.
+config.json: the folder's format and the resolved settings. environment.json: the machine, the versions, and the
+checkpoint with which the run began, if it began with one. views.json: how the hidden states were made. sequences.npz:
+the result of the data protocol. items.npz: the item ids with their training counts and titles.
+neighbours.safetensors: the neighbour terms, made from the two. checksums.json: those of the files before, and of
+test.json. metrics.jsonl: one line for each epoch. best.safetensors: weights and item vectors of the best epoch.
+last.safetensors: weights and optimizer state of the last epoch, or of a step within one. previous.safetensors: the
+checkpoint before it, which stands in if it is damaged. test.json: the figures on the test set. catalogue.safetensors:
+the items that were added, updated and removed since the training. lock: held by the process that trains or changes
+the catalogue.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ RUN_FILES = (
     *("metrics.jsonl", *CHECKPOINTS, "test.json", CATALOGUE_FILE, "lock"),
 )
 LOCK_FILE = "lock"
+NOTHING_MORE: Mapping[str, Any] = {}
 HISTORIES_FILE = "sequences.npz"
 ITEMS_FILE = "items.npz"
 FIGURES = {"method": str, "best_epoch": int, "epochs": int, "test": dict, "popularity": dict}  # of test.json
@@ -204,10 +205,12 @@ class RunFolder:
         dataset: Dataset,
         neighbours: bytes,
         device: torch.device,
+        began_with: Mapping[str, Any] = NOTHING_MORE,
     ) -> None:
         """Claim the folder and write the first files of a new run. Raises InputError as `claim` does.
 
-        dataset: of the run, with its titles. neighbours: the content of neighbours.safetensors.
+        dataset: of the run, with its titles. neighbours: the content of neighbours.safetensors. began_with: more that
+        environment.json holds.
         """
         self.claim()
         record = RunRecord().with_settings(config)
@@ -217,7 +220,8 @@ class RunFolder:
             with whole_file(self.path / name) as temporary:
                 save(temporary)
                 record = record.with_file(name, temporary.read_bytes())
-        contents = {"views.json": json_file(views), "environment.json": json_file(environment(device))}
+        circumstances = {**environment(device), **began_with}
+        contents = {"views.json": json_file(views), "environment.json": json_file(circumstances)}
         for name, content in {**contents, self.neighbours.name: neighbours}.items():
             write_atomically(self.path / name, content)
             record = record.with_file(name, content)

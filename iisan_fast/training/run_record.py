@@ -21,7 +21,9 @@ from ..setting_fields import from_dict, to_dict
 from ..settings_files import read_settings
 
 RECORD_FILE = "checksums.json"
-MAY_CHANGE = re.compile(r"dataset|cache|train\.(max_epochs|patience|checkpoint_every)|uncached\.views\.\d+\.encoder")
+MAY_CHANGE = re.compile(
+    r"dataset|cache|init|train\.(max_epochs|patience|checkpoint_every)|uncached\.views\.\d+\.encoder"
+)
 NOTHING = object()
 
 

@@ -12,6 +12,7 @@ from ..config import NEIGHBOURS, RunConfig
 from ..data import load_dataset
 from ..precision import Precision, resolve_precision
 from ..runtime import fix_cublas_workspace
+from .initial_weights import RECORDED_AS, read_initial_weights
 from .item_sources import open_source, refuse_changed_texts, refuse_missing_libraries
 from .run_folder import RunFolder
 from .run_terms import build_terms, file_of_terms
@@ -37,6 +38,7 @@ def train(
     fix_cublas_workspace()
     folder = out if isinstance(out, RunFolder) else RunFolder(out)
     precision = check_new_run(config, folder.path, device)
+    initial = read_initial_weights(config)
     dataset = load_dataset(Path(config.dataset), config.protocol)
     refuse_changed_texts(config, dataset)
     terms, views = build_terms(config, dataset.sequences)
@@ -45,10 +47,13 @@ def train(
             folder.begin(config, views, dataset, file_of_terms(terms), device)
             return rank_untrained(folder, config, Scoring(dataset.sequences, terms, device), on_epoch)
     with open_source(config, dataset, device, placement, precision) as (source, views):
-        trainer = Trainer(config, dataset.sequences, source, device, precision)
+        if initial is not None:
+            initial.refuse_other_views(views)
+        trainer = Trainer(config, dataset.sequences, source, device, precision, initial)
         trainer.refuse_unfit_form()
         with folder:
-            folder.begin(trainer.config, views, dataset, file_of_terms(terms), device)
+            began_with = {} if initial is None else {RECORDED_AS: initial.record}
+            folder.begin(trainer.config, views, dataset, file_of_terms(terms), device, began_with)
             return trainer.run(folder, terms, on_epoch)
 
 

@@ -55,6 +55,7 @@ from .checkpoints import (
 )
 from .determinism import deterministic
 from .fused_step import CpuFusedStep, GpuFusedStep, fused_step_refusal
+from .initial_weights import InitialWeights
 from .learning_rates import RateSchedule
 from .lost_best import refuse_lost_best
 from .memory_budget import MemoryBudget
@@ -72,12 +73,18 @@ class Trainer:
     """One run in memory: the model, its optimizer step, the data and the progress."""
 
     def __init__(
-        self, config: RunConfig, sequences: Sequences, source: ItemSource, device: torch.device, precision: Precision
+        self,
+        config: RunConfig,
+        sequences: Sequences,
+        source: ItemSource,
+        device: torch.device,
+        precision: Precision,
+        initial: InitialWeights | None = None,
     ) -> None:
         """Build the model and its step, and plan the memory of the batches.
 
-        source: the items, from `open_source`. precision: from `check_new_run`. Raises InputError if the memory does not
-        suffice.
+        source: the items, from `open_source`. precision: from `check_new_run`. initial: weights to begin with, in place
+        of random ones. Raises InputError if the memory does not suffice, or if the weights are of another model.
         """
         self.config = config
         self.sequences = sequences
@@ -87,6 +94,8 @@ class Trainer:
         self.negatives = _negatives(config, sequences)
         tuned = config.model.method in TUNING_METHODS
         self.model = build_recommender(source, config, sequences.popularity, precision).to(device)
+        if initial is not None:  # before the step is made, which may move the weights or begin averages with them
+            initial.load_into(self.model, sequences.item_ids, sequences.training_counts)
         self.step: CpuFusedStep | GpuFusedStep | TrainingStep
         self.plan: RunPlan | None = None  # of packed batches, for a fused step on a GPU
         self.captured: CapturedStep | None = None  # a step by autograd in a CUDA graph
