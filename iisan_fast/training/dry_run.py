@@ -15,7 +15,7 @@ from ..runtime import fix_cublas_workspace
 from ..setting_fields import to_dict
 from .initial_weights import read_initial_weights
 from .item_sources import Descriptions, open_final_states, open_unread_source, refuse_changed_texts
-from .run_folder import CHECKPOINTS, RUN_FILES
+from .run_folder import CATALOGUE_FILE, CHECKPOINTS, RUN_FILES
 from .start_run import check_new_run
 from .trainer import Trainer
 
@@ -132,5 +132,6 @@ def _files(config: RunConfig, out: Path, views: Descriptions) -> dict[str, Any]:
     encoders = [] if config.uncached is None else [view["encoder"] for view in views.values()]
     folders = [folder for folder in (config.cache, config.init) if folder is not None]
     sources = [config.dataset, *folders, *dict.fromkeys(encoders)]
-    written = [name for name in RUN_FILES if config.model.method != NEIGHBOURS or name not in CHECKPOINTS]
+    absent = {CATALOGUE_FILE, *(CHECKPOINTS if config.model.method == NEIGHBOURS else ())}
+    written = [name for name in RUN_FILES if name not in absent]
     return {"folder": str(out), "written": written, "read": sources}

@@ -19,7 +19,7 @@ from iisan_fast.setting_sources import base_settings
 from iisan_fast.settings import run_config
 from iisan_fast.states import EncodedTable
 from iisan_fast.training.item_sources import open_source
-from iisan_fast.training.run_folder import RUN_FILES
+from iisan_fast.training.run_folder import CATALOGUE_FILE, RUN_FILES
 from iisan_fast.training.trainer import Trainer
 
 SMALL = {"batch_users": 16, "embedding_dim": 16, "bottleneck": 8, "device": "cpu"}
@@ -71,8 +71,9 @@ def test_the_plan_of_a_run_from_a_cache(toy_run, tmp_path, method):
     assert plan["memory"]["table_place"] == ("none" if method == "id" else "device")
     assert plan["memory"]["optimizer"] == 2 * plan["memory"]["gradients"] == 8 * counts["trainable"]
     assert (plan["memory"]["batch"] == "not estimated") == (method == "id")
-    assert sorted(plan["files"]["written"]) == sorted(RUN_FILES)
-    assert {*RUN_FILES} - {*os.listdir(tmp_path / "run")} == {"previous.safetensors"}  # of a second epoch
+    assert {*plan["files"]["written"]} == {*RUN_FILES} - {CATALOGUE_FILE}
+    missing = {*RUN_FILES} - {*os.listdir(tmp_path / "run")}
+    assert missing == {"previous.safetensors", CATALOGUE_FILE}  # of a second epoch, and of added items
     assert plan["files"]["folder"] == str(tmp_path / "run")
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     saved["train"]["max_epochs"] = plan["config"]["train"]["max_epochs"]
