@@ -82,16 +82,16 @@ def recommend_for_some_users(model: IISAN, data: Dataset) -> None:
 
 
 def add_new_items(model: IISAN, data: Dataset) -> None:
-    """Add items that no user of the dataset has taken, and print what they are recommended beside."""
+    """Add items that no user of the dataset has taken, and print the items that are most similar to them."""
     known = set(data.sequences.item_ids)
     lines = (Path(data.root) / "items.tsv").read_text(encoding="utf-8").splitlines()
     pairs = [line.split("\t") for line in lines]
     new_items = [{"item_id": item_id, "title": title} for item_id, title in pairs if item_id not in known][:NEW_ITEMS]
     model.add_items(new_items)
     for item in new_items:
-        print(f"\nnew: {shortened(item['title'])}\n   who takes it, may like")
-        for recommended in model.recommend([[item["item_id"]]], k=3)[0]:
-            print(f"      {shortened(recommended.title)}  ({recommended.score:.1f})")
+        print(f"\nnew: {shortened(item['title'])}\n   like it are")
+        for similar in model.similar(item["item_id"], k=3):
+            print(f"      {shortened(similar.title)}  ({similar.score:.2f})")
 
 
 def shortened(title: str) -> str:

@@ -26,6 +26,8 @@ def right(folder: Path) -> list[str]:
     fitted: IISAN = IISAN(text="encoder", image=folder, device="cpu", epochs=3).fit(dataset, out="runs/second")
     by_user = IISAN.load(run).recommend({"u1": ["i1"]}, k=5, allow=["i2"])["u1"]
     first = fitted.recommend([["i1", "i2"], []], unknown="skip")[0][0]
+    fitted.add_items([{"item_id": "new", "title": "A title"}])
+    print(fitted.similar("new", k=3)[0].score, fitted.show(folder / "page.html").name)
     print(first.item_id, first.score, by_user[0].title)
     return iisan_fast.load(run).item_ids + [result.view for result in results]
 

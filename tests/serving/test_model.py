@@ -104,6 +104,19 @@ def test_a_frame_gives_a_frame_of_its_library(model, library):
     assert columns_of(model.recommend(rows, k=3))["item_id"] == expected["item_id"][:3] + expected["item_id"][6:]
 
 
+def test_similar_items_are_the_nearest_by_cosine(model):
+    best = iisan_fast.load(model.run, device="cpu")
+    vectors = best.item_vectors.numpy()
+    directions = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = directions @ directions[best.item_ids.index("i7")]
+    expected = [row for row in np.argsort(-cosines, kind="stable") if best.item_ids[row] != "i7"][:6]
+    similar = model.similar("i7", k=6)
+    assert [entry.item_id for entry in similar] == [best.item_ids[row] for row in expected]
+    np.testing.assert_allclose([entry.score for entry in similar], cosines[expected], rtol=1e-5)
+    with pytest.raises(InputError, match="item_id: expected ids of the run's 40 items"):
+        model.similar("x")
+
+
 def test_dicts_give_dicts_and_fewer_items_fewer_rows(model):
     records = model.recommend([{"user_id": "u", "history": ["i1"]}], k=5, allow=["i1", "i2", "i3"])
     (ranked,) = model.recommend([["i1"]], k=2, allow=["i2", "i3"])
