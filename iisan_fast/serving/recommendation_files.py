@@ -6,15 +6,11 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..files import whole_file
 from .catalogue import Catalogue
 from .recommendation import Recommended
-
-if TYPE_CHECKING:
-    import polars as pl
 
 COLUMNS = ("user_id", "rank", "item_id", "score")
 
@@ -85,17 +81,15 @@ def _write_csv(file: Path, parts: Iterable[Recommended], catalogue: Catalogue) -
 
 
 def _write_parquet(file: Path, parts: Iterable[Recommended], catalogue: Catalogue) -> None:
-    """Write the rows as a table of polars, which takes a part when it has written the one before."""
+    """Write each part into a file beside `file`, in its temporary folder, and then all of them into one."""
     import polars as pl
-    from polars.io.plugins import register_io_source
 
     types = pl.Schema(dict(zip(COLUMNS, (pl.String, pl.Int32, pl.String, pl.Float32))))
-
-    def frames(*_: Any) -> Iterator[pl.DataFrame]:
-        for part in parts:
-            yield pl.DataFrame(list(_rows(part, catalogue)), schema=types, orient="row")
-
-    register_io_source(frames, schema=types).sink_parquet(file)
+    paths = []
+    for part in parts:
+        paths.append(file.with_name(f"part-{len(paths)}.parquet"))
+        pl.DataFrame(list(_rows(part, catalogue)), schema=types, orient="row").write_parquet(paths[-1])
+    pl.scan_parquet(paths, glob=False).sink_parquet(file)
 
 
 WRITERS: dict[str, Callable[[Path, Iterable[Recommended], Catalogue], None]] = {

@@ -43,7 +43,8 @@ class TrainedModel:
         items = ranking.items
         similarity = ranking.terms.similarity
         dims = None if similarity is None else similarity.vectors.shape[1]
-        matrix = ItemMatrix.empty(*ranking.item_vectors.shape, dims, ranking.weights, device)
+        count, d = ranking.item_vectors.shape
+        matrix = ItemMatrix.empty(count, d, dims, ranking.weights, device)
         matrix.vectors.copy_(ranking.item_vectors)
         ranking = ranking._replace(item_vectors=matrix.vectors)
         if similarity is not None and matrix.coordinates is not None:
