@@ -76,7 +76,7 @@ def open_index(kind: str, indexed: IndexedVectors, folder: Path) -> Search:
         raise InputError(f"{path}: no such index; export again")
     try:
         search, items, dimension = (_faiss if kind == "faiss" else _usearch)(path)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise InputError(f"{path}: damaged, or no index of {kind} ({error}); export again") from None
     if (items, dimension) != indexed.vectors.shape:
         expected = "{} items of dimension {}".format(*indexed.vectors.shape)
