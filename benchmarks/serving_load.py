@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -35,7 +36,8 @@ WARM_UP = 50  # requests before those that count
 STARTS_WITHIN = 300  # seconds
 LONGEST_HISTORY = 20
 NOTES = {
-    "requests": "one history of 1 to 20 random items each, ten items asked for; clients and service share the cores",
+    "requests": "one history of 1 to 20 random items each, ten items asked for; clients and service share the cores; "
+    "each request is answered in one thread",
     "milliseconds": "from the call of a client to the end of its answer, over loopback, by kept connections",
     "start_seconds": "until the service answers: imports, checks of all files, tables and index",
 }
@@ -128,7 +130,8 @@ def served(exported: Path) -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, str(SERVICE), str(exported), "--port", str(port)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # requests run in parallel already
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         _wait(process, f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"

@@ -1,8 +1,8 @@
-"""Serve an exported run over HTTP, without PyTorch: `python examples/serve.py EXPORTED --port 8000`."""
+"""Serve an exported run over HTTP, without PyTorch: OMP_NUM_THREADS=1 python examples/serve.py EXPORTED --port 8000."""
 
 import argparse
-import hashlib
 import json
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 
@@ -27,22 +27,24 @@ class Exported:
 
     def __init__(self, folder):
         """Load a folder. Raises ValueError or OSError, naming the file, if one is not as it was exported."""
-        self.about = json.loads((folder / "export.json").read_text("utf-8"))
-        if self.about["format"] != 1:
-            raise ValueError(f"{folder / 'export.json'}: expected format 1, found {self.about['format']}")
-        for name, file in self.about["files"].items():
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != file["sha256"]:
-                raise ValueError(f"{folder / name}: not the file that was exported; export again")
+        self.about = about = json.loads((folder / "export.json").read_text("utf-8"))
+        changed = [
+            name for name, was in about["sha256"].items() if sha256((folder / name).read_bytes()).hexdigest() != was
+        ]
+        if about["format"] != 1 or changed:
+            raise ValueError(f"{folder}: expected an unchanged export of format 1, changed: {changed}; export again")
         items = [json.loads(line) for line in (folder / "items.jsonl").open(encoding="utf-8")]
         self.row_of = {item["item_id"]: row for row, item in enumerate(items)}
         self.ids = np.array(list(self.row_of), dtype=object)
         self.removed, self.popularity = (np.array([item[key] for item in items]) for key in ("removed", "popularity"))
         self.vectors = np.load(folder / "item_vectors.npy")
         self.cooccurrence = load_npz(folder / "cooccurrence.npz")
-        self.encoder = onnxruntime.InferenceSession(folder / "sequence_encoder.onnx")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # requests run in parallel already
+        self.encoder = onnxruntime.InferenceSession(folder / "sequence_encoder.onnx", options)
         self.search = None  # a function (query, count) -> rows
-        if index := self.about["index"]:
-            if any(self.about["files"][name]["sha256"] != digest for name, digest in index["built_from"].items()):
+        if index := about["index"]:
+            if not index["built_from"].items() <= about["sha256"].items():
                 raise ValueError(f"{folder / index['file']}: not an index of these item vectors; export again")
             if index["kind"] == "faiss":
                 graph = import_module("faiss").read_index(str(folder / index["file"]))

@@ -63,8 +63,9 @@ def _columns(model: TrainedModel) -> dict[str, int]:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Write export.json into a folder with the size and the SHA-256 of every file in it, and return its content."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
-    content = {**manifest, "files": files}
+    files = sorted(folder.iterdir())
+    sizes = {path.name: path.stat().st_size for path in files}
+    content = {**manifest, "bytes": sizes, "sha256": {path.name: sha256_of(path) for path in files}}
     (folder / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return content
 

@@ -71,8 +71,7 @@ def export(run: Path, folder: Path, index: str | None = None, device: torch.devi
             LOGGER.info("export: index by %s", index)
             manifest["index"], recall = _with_index(model, index, temporary)
         manifest = write_manifest(temporary, {**manifest, "compared": compared})
-    files = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    return ExportReport(folder, files, manifest["left_out"], compared, recall)
+    return ExportReport(folder, manifest["bytes"], manifest["left_out"], compared, recall)
 
 
 def refuse_missing_libraries(index: str | None) -> None:

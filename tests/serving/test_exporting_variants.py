@@ -11,13 +11,15 @@ import torch
 
 import iisan_fast
 from helpers.datasets import histories_at_random, make_sequences, write_dataset_folder
-from helpers.stores import fill_store
+from helpers.stores import view_description
 from helpers.tables import random_table
 from iisan_fast.errors import InputError
 from iisan_fast.serving.exported_encoders import item_encoder_of
 from iisan_fast.serving.exporting import export
 from iisan_fast.serving.index_files import IndexedVectors, open_index, write_index
 from iisan_fast.serving.trained_model import TrainedModel
+from iisan_fast.states.entries import content_digest
+from iisan_fast.states.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -30,12 +32,20 @@ def manifest_of(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def two_widths(tmp_path_factory) -> tuple[Path, Path]:
-    """Return a dataset and a cache in bfloat16's numbers, whose views differ in width and depth."""
+    """Return a dataset and a cache in bfloat16, whose views differ in width and depth."""
     root = tmp_path_factory.mktemp("widths")
     sequences = make_sequences(histories_at_random(60, 90), items=90)
     dataset = write_dataset_folder(root / "shop", sequences)
     tables = random_table([(3, 16), (4, 24)], 90, torch.float32)
-    return dataset, fill_store(root / "cache", sequences.item_ids, tables, ("image", "title"), dtype="bfloat16")
+    with Store(root / "cache", writable=True) as store:
+        names = ("image", "title")
+        store.add_views(
+            {name: view_description(*view.shape[1:], dtype="bfloat16") for name, view in zip(names, tables.views)}
+        )
+        for name, view in zip(names, tables.views):
+            digests = [content_digest(f"title of {item_id}".encode()) for item_id in sequences.item_ids]
+            store.write(name, sequences.item_ids, digests, view[1:].bfloat16())
+    return dataset, root / "cache"
 
 
 @pytest.mark.long
