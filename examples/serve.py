@@ -28,11 +28,9 @@ class Exported:
     def __init__(self, folder):
         """Load a folder. Raises ValueError or OSError, naming the file, if one is not as it was exported."""
         self.about = about = json.loads((folder / "export.json").read_text("utf-8"))
-        changed = [
-            name for name, was in about["sha256"].items() if sha256((folder / name).read_bytes()).hexdigest() != was
-        ]
-        if about["format"] != 1 or changed:
-            raise ValueError(f"{folder}: expected an unchanged export of format 1, changed: {changed}; export again")
+        bad = [name for name, was in about["sha256"].items() if sha256((folder / name).read_bytes()).hexdigest() != was]
+        if about["format"] != 1 or bad:
+            raise ValueError(f"{folder}: expected an unchanged export of format 1, changed: {bad}; export again")
         items = [json.loads(line) for line in (folder / "items.jsonl").open(encoding="utf-8")]
         self.row_of = {item["item_id"]: row for row, item in enumerate(items)}
         self.ids = np.array(list(self.row_of), dtype=object)
