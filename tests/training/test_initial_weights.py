@@ -16,7 +16,7 @@ from helpers.datasets import histories_in_steps, make_sequences, write_dataset_f
 from helpers.run_folders import assert_same_run, flip_bit, untimed
 from helpers.stores import fill_store
 from helpers.tables import random_table
-from iisan_fast.config import ModelConfig, ProtocolConfig, RunConfig, ScoringConfig, TrainConfig
+from iisan_fast.config import ModelConfig, ProtocolConfig, RunConfig, ScoringConfig, TrainConfig, UncachedConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.errors import InputError
 from iisan_fast.precision import resolve_precision
@@ -316,3 +316,19 @@ def test_the_setting_has_all_its_forms(config, first, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="the demo takes no cache, views, encoders, init"):
         iisan_fast.train(init="run", dry_run=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_what_is_trained_of_encoders_is_taken(small_catalogue, encoder_views, tmp_path):
+    """Adapters that were trained in encoders begin with the trained weights; frozen weights come from the encoders."""
+    model = ModelConfig("adapter", embedding_dim=16, bottleneck=8)
+    optimisation = TrainConfig(batch_users=16, max_epochs=1)
+    uncached = UncachedConfig(tuple(encoder_views))
+    config = RunConfig(str(small_catalogue), uncached=uncached, model=model, train=optimisation)
+    train(config, tmp_path / "first", CPU)
+    tensors = best_tensors(tmp_path / "first")
+    weights, _, _ = weights_before_the_first_step(beginning_with(tmp_path / "first", config, seed=3))
+    adapters = [name for name in weights if name.startswith("model.item_encoder.models.")]
+    assert adapters and all(torch.equal(weights[name], tensors[name]) for name in weights)
+    random_weights, _, _ = weights_before_the_first_step(config)
+    assert not all(torch.equal(random_weights[name], tensors[name]) for name in adapters)
