@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from iisan_fast import checksums
 from iisan_fast.checksums import CHECKSUM_BYTES, checksum, tensor_checksums
 
 TENSOR = torch.arange(12, dtype=torch.float32).reshape(3, 4)
@@ -54,3 +55,11 @@ def test_counting_a_dataset_does_not_wait_for_torch(toy_run):
     )
     result = subprocess.run([sys.executable, "-c", code, toy_run[0]], capture_output=True, text=True)
     assert result.stdout == "False\n", result.stderr
+
+
+def test_the_checksum_of_a_file_is_that_of_its_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(checksums, "BYTES_AT_ONCE", 7)
+    for content in (b"", b"1234567", bytes(range(256))):
+        (tmp_path / "file").write_bytes(content)
+        for name in (b"", b"name"):
+            assert checksums.file_checksum(tmp_path / "file", name) == checksums.checksum(content, name)

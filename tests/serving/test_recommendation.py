@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -224,3 +225,10 @@ def test_a_file_is_written_whole_or_not_at_all(model, tmp_path, suffix):
     assert path.read_text() == "before" and [*tmp_path.iterdir()] == [path]
     with pytest.raises(InputError, match=r"expected a file named \*.jsonl, \*.csv, \*.parquet, found .txt"):
         write_recommendations(tmp_path / "best.txt", parts(), model.catalogue)
+
+
+def test_parquet_without_polars_names_the_command_that_installs_it(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "polars", None)
+    with pytest.raises(InputError, match=r"best.parquet: Parquet needs polars; pip install 'iisan-fast\[import\]'"):
+        write_recommendations(tmp_path / "best.parquet", iter(()), model.catalogue)
+    assert not [*tmp_path.iterdir()]

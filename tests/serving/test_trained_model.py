@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from iisan_fast.data.sequences import Split
 from iisan_fast.serving.item_matrix import ItemMatrix
 from iisan_fast.serving.trained_model import TrainedModel
 from iisan_fast.serving.user_histories import UserHistories
-from iisan_fast.training import TermWeights, load
+from iisan_fast.training import TermWeights, load, run_terms
 
 CPU = torch.device("cpu")
 RUNS = ("plain_run", "run_with_terms", "neighbours_run")
@@ -89,3 +90,17 @@ def test_a_catalogue_with_removed_items_is_not_copied(plain_run):
     model = TrainedModel.load(plain_run, CPU)
     removed = replace(model.catalogue, is_removed=~model.catalogue.is_removed)
     assert model.with_catalogue(removed).joined is model.joined
+
+
+def test_coordinates_are_read_in_parts(run_with_terms, monkeypatch):
+    monkeypatch.setattr(run_terms, "ITEMS_AT_ONCE", 40)
+    expected = load(run_with_terms, CPU).terms.similarity.vectors
+    assert torch.equal(TrainedModel.load(run_with_terms, CPU).catalogue.coordinates, expected)
+
+
+def test_coordinates_of_a_run_without_their_file_are_those_that_were_built(run_with_terms, tmp_path):
+    run = shutil.copytree(run_with_terms, tmp_path / "run")
+    for name in ("neighbours.safetensors", "checksums.json"):  # as a run of an earlier version
+        (run / name).unlink()
+    expected = TrainedModel.load(run_with_terms, CPU).catalogue.coordinates
+    assert torch.equal(TrainedModel.load(run, CPU).catalogue.coordinates, expected)
