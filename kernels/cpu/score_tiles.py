@@ -7,7 +7,6 @@ from torch import Tensor
 
 STEP = 48  # tile sizes are multiples of this: at an odd edge some libraries add up a product in another order
 USERS, ITEMS = 16 * STEP, 16 * STEP  # size of the largest tile
-ROWS_AT_ONCE = 1 << 16  # whose norms are computed in float64
 
 
 class TilePlaces:
@@ -50,11 +49,11 @@ def bounded(queries: Tensor, items: Tensor, values: Tensor | None = None) -> boo
         return True
     bound = _longest(queries) * _longest(items)
     if values is not None and len(values):
-        bound += max(abs(bound.item()) for bound in values.double().aminmax())
+        bound += max(abs(bound.item()) for bound in values.aminmax())
     return bound < torch.finfo(queries.dtype).max / 2
 
 
 def _longest(vectors: Tensor) -> float:
-    """Return the largest norm of the rows of a matrix, NaN if a number is NaN."""
-    longest = [part.double().norm(dim=1).max() for part in vectors.split(ROWS_AT_ONCE)]
-    return torch.stack(longest).max().item()
+    """Return the largest norm of the rows of a matrix, NaN if a number is NaN; float16 is too narrow for it."""
+    wide = torch.promote_types(vectors.dtype, torch.float32)
+    return torch.linalg.vector_norm(vectors, dim=1, dtype=wide).max().item()

@@ -120,7 +120,7 @@ class _Search:
         flat = self.scores.view(-1)
         if self.added is not None:
             numbers, places = self.added_places.of_tile(tile)
-            flat.index_add_(0, places, self.added.values[numbers])
+            flat.index_add_(0, places, self.added.values.index_select(0, numbers))
         if not finite:
             self.broken |= ~scores.isfinite().all(dim=1)
         self.tiles.mask(tile, scores)
