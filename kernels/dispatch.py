@@ -28,7 +28,7 @@ FORMS = {  # the forms of each op besides the reference, the fastest first
     "last_states": (GPU, CPU),
     "inbatch_cross_entropy": (GPU, CPU),
     "target_rank": (GPU, CPU),
-    "top_items": (CPU,),
+    "top_items": (GPU, CPU),
     "adam": (CPU,),
 }
 WITHOUT_COMPILER = ("target_rank", "top_items")  # their form for a CPU is PyTorch

@@ -319,16 +319,23 @@ def top_items(
         count: K, the items to return for each user, at least 1.
         excluded: int64 [U, H], row numbers of the items to leave out; -1 stands for no item.
         allowed: bool [N], the items that may be returned; None allows all.
-        chunk_elements: how many scores are in memory at once.
+        chunk_elements: how many scores are in memory at once. The gpu form stores no scores and ignores it.
         form: "auto", "reference", "gpu" or "cpu".
-        added: added to the scores of a few items of each user, in one rounded addition. None adds nothing.
+        added: added to the scores of a few items of each user, in one rounded addition: in the dtype of the queries,
+            in the gpu form in fp32. None adds nothing.
 
     Returns int64 [U, K], row numbers of items, and their scores [U, K] in the dtype of the queries. A user with fewer
     items left has -1 and minus infinity behind them. A user with a score that is not finite, of whatever item, has -1
-    and NaN everywhere. Raises ValueError for arguments that do not fit, FormError if the named form cannot run.
+    and NaN everywhere. The gpu form orders the items by fp32 scores, and rounds them at the end. Raises ValueError for
+    arguments that do not fit, FormError if the named form cannot run.
     """
     check_top(queries, items, count, excluded, allowed, added)
-    chosen = choose("top_items", form, [queries, items], {CPU: lambda: top_items_cpu.refusal(queries)})
+    refusals = {GPU: lambda: _gpu_top_refusal(count), CPU: lambda: top_items_cpu.refusal(queries)}
+    chosen = choose("top_items", form, [queries, items], refusals)
+    if chosen == GPU:
+        from .gpu import top_items as top_items_gpu
+
+        return top_items_gpu.top_items(queries, items, count, excluded, allowed, added)
     module = top_items_cpu if chosen == CPU else top_items_reference
     return module.top_items(queries, items, count, excluded, allowed, chunk_elements, added)
 
@@ -355,6 +362,13 @@ def _gpu_sequence_refusal(weights: SequenceWeights) -> str:
     from .gpu import sequence_encoder as sequence_encoder_gpu
 
     return sequence_encoder_gpu.refusal(weights, len(weights.tensors[0]))
+
+
+def _gpu_top_refusal(count: int) -> str:
+    """Return why the gpu form does not return so many items, or ""."""
+    from .gpu import top_items as top_items_gpu
+
+    return top_items_gpu.refusal(count)
 
 
 def _sequence_module(form: str) -> ModuleType:

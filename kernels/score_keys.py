@@ -6,6 +6,7 @@ Ties are broken by the row: of equal scores the lower row has the larger key.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SCORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # half precision is widened, which rounds nothing
@@ -26,3 +27,13 @@ def unpack(keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
     rows = HIGHEST_ROW - (keys & HIGHEST_ROW)
     return rows.masked_fill_(scores == -torch.inf, -1), scores.to(dtype)
+
+
+def best_of_keys(keys: Tensor, broken: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the rows and scores [U, count] of keys [U, at most count], -1 and minus infinity behind them.
+
+    broken: bool [U], the users with a score that is not finite; they get -1 and NaN everywhere.
+    """
+    missing = count - keys.shape[1]
+    rows, scores = unpack(F.pad(keys, (0, missing), value=NO_ITEM), dtype)
+    return rows.masked_fill_(broken[:, None], -1), scores.masked_fill_(broken[:, None], torch.nan)

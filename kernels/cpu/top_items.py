@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..score_keys import NO_ITEM, SCORE_DTYPES, pack, unpack
+from ..score_keys import NO_ITEM, SCORE_DTYPES, best_of_keys, pack, unpack
 from ..threads import at_once, cores
 from ..types import AddedScores
 from .score_tiles import ITEMS, STEP, USERS, TilePlaces, bounded, equal_parts
@@ -51,18 +51,17 @@ def top_items(
     finite = bounded(queries, items, None if added is None else added.values)
 
     def best(part: slice) -> tuple[Tensor, Tensor]:
-        """Return the rows and scores of the users in `part`."""
+        """Return the keys of the best items of the users in `part`, and bool [U]: a score is not finite."""
         users = queries[part]
         of_part = None if added is None else added.part(part.start, len(users))
         search = _Search(users, tiles, best_count, excluded[part], height, of_part)
         for tile in range(tiles.count):
             search.merge(tile, finite)
-        return search.best_items()
+        return search.best, search.broken
 
     parts = [slice(start, start + height) for start in range(0, max(1, users), height)]
-    rows, scores = (torch.cat(part) for part in zip(*at_once(best, parts, threads)))
-    missing = count - best_count
-    return F.pad(rows, (0, missing), value=-1), F.pad(scores, (0, missing), value=-torch.inf)
+    keys, broken = (torch.cat(of_parts) for of_parts in zip(*at_once(best, parts, threads)))
+    return best_of_keys(keys, broken, count, queries.dtype)
 
 
 class _ItemTiles:
@@ -156,9 +155,3 @@ class _Search:
         best = candidates.topk(self.best.shape[1], dim=1).values
         self.best[users] = best
         self.lowest[users] = unpack(best[:, -1:], self.lowest.dtype)[1]
-
-    def best_items(self) -> tuple[Tensor, Tensor]:
-        """Return the rows and scores of the best items, -1 and NaN for users with a score that is not finite."""
-        rows, scores = unpack(self.best, self.scores.dtype)
-        broken = self.broken[:, None]
-        return rows.masked_fill_(broken, -1), scores.masked_fill_(broken, torch.nan)

@@ -165,6 +165,12 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
         ("default", "wide"): Configuration({"BM": 32, "BN": 32, "PROGRAMS": 1056}, warps=8, stages=2),
         ("default", "fp32"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 1056}, warps=8, stages=1),
     },
+    "top_items": {
+        ("default", "small"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 528}, warps=4, stages=2),
+        ("default", "large"): Configuration({"BM": 32, "BN": 32, "PROGRAMS": 1056}, warps=8, stages=2),
+        ("default", "wide"): Configuration({"BM": 32, "BN": 32, "PROGRAMS": 1056}, warps=8, stages=2),
+        ("default", "fp32"): Configuration({"BM": 16, "BN": 16, "PROGRAMS": 1056}, warps=2, stages=1),
+    },
     "select_batch": {("default", ANY_SIZE): Configuration({"BLOCK": 1024}, warps=4, stages=1)},
     "loss_record": {("default", ANY_SIZE): Configuration({"BLOCK": 4096}, warps=8, stages=1)},
     "square_sums": {("default", ANY_SIZE): Configuration({"BLOCK": 8192}, warps=8, stages=1)},

@@ -11,10 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import AddedScores
-from .configurations import Configuration, configuration
-from .launch import block, launch
-
-WHOLE_ROW, CHUNK = 128, 64  # columns
+from .launch import launch
+from .score_tiles import load_rows, tile_scores, tile_sizes
 
 
 def target_rank(
@@ -55,7 +53,7 @@ def _counts(queries: Tensor, items: Tensor, targets: Tensor, excluded: Tensor, o
     excluded items, and scores that are not finite.
     """
     users, catalogue = len(queries), len(items)
-    chosen, blocks = _tiles("target_rank", queries)
+    chosen, blocks = tile_sizes("target_rank", queries)
     user_tiles, tiles = triton.cdiv(users, blocks["BM"]), triton.cdiv(catalogue, blocks["BN"])
     splits = max(1, min(tiles, chosen.blocks["PROGRAMS"] // max(1, user_tiles)))
     parts = torch.empty((splits, users, 5), dtype=torch.int32, device=queries.device)
@@ -103,7 +101,7 @@ def _corrections(
 ) -> Tensor:
     """Return int32 [U, 5]: how the counts of `_counts` change as the values are added to scores."""
     users = len(queries)
-    chosen, blocks = _tiles("target_rank_added", queries)
+    chosen, blocks = tile_sizes("target_rank_added", queries)
     user_tiles, tiles = triton.cdiv(users, blocks["BM"]), triton.cdiv(len(added_items), blocks["BN"])
     splits = max(1, min(tiles, chosen.blocks["PROGRAMS"] // max(1, user_tiles)))
     corrections = torch.zeros((users, 5), dtype=torch.int32, device=queries.device)
@@ -139,55 +137,6 @@ def _(queries, items, targets, excluded, of_targets, offsets, added_items, value
     return queries.new_empty((queries.shape[0], 5), dtype=torch.int32)
 
 
-def _tiles(kernel: str, queries: Tensor) -> tuple[Configuration, dict[str, int]]:
-    """Return a kernel's configuration for these queries [U, d], and its tile sizes.
-
-    Rows of up to `WHOLE_ROW` numbers are multiplied at once, longer ones `CHUNK` numbers at a time.
-    """
-    users, d = queries.shape
-    chosen = configuration(kernel, users, queries.dtype, queries.device, d)
-    columns = block(d, most=WHOLE_ROW) if d <= WHOLE_ROW else CHUNK
-    sizes = {name: chosen.blocks[name] for name in ("BM", "BN")}
-    return chosen, {"BD": columns, "CHUNKS": triton.cdiv(d, columns), **sizes}
-
-
-@triton.jit
-def _tile(ptr, stride, rows, m_rows, o_d, D):
-    """Load rows of a matrix, 0 beyond column D and where m_rows is False."""
-    return tl.load(
-        ptr + rows.to(tl.int64)[:, None] * stride + o_d[None, :], mask=m_rows[:, None] & (o_d < D)[None, :], other=0.0
-    )
-
-
-@triton.jit
-def _scores(
-    b_q,  # [BM, BD]: the first BD columns of the queries of the users o_u
-    queries_ptr,
-    queries_stride,
-    o_u,
-    m_u,
-    items_ptr,
-    items_stride,
-    o_v,
-    m_v,
-    D,
-    BD: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    """Return the dot products [BM, BN] of the users o_u [BM] and the items o_v [BN].
-
-    All products have one shape, so that equal vectors give exactly equal scores. fp32 is multiplied as IEEE, because
-    TF32 would create ties.
-    """
-    o_d = tl.arange(0, BD)
-    scores = tl.dot(b_q, _tile(items_ptr, items_stride, o_v, m_v, o_d, D).T, input_precision="ieee")
-    for i in range(1, CHUNKS):
-        b_q = _tile(queries_ptr, queries_stride, o_u, m_u, i * BD + o_d, D)
-        b_v = _tile(items_ptr, items_stride, o_v, m_v, i * BD + o_d, D)
-        scores = tl.dot(b_q, b_v.T, scores, input_precision="ieee")
-    return scores
-
-
 @triton.jit(do_not_specialize=["U", "N", "tiles"])
 def _count(
     queries_ptr,  # [U, D]
@@ -218,10 +167,12 @@ def _count(
     o_u = tl.program_id(0) * BM + tl.arange(0, BM)
     m_u = o_u < U
     i_split = tl.program_id(1)
-    b_q = _tile(queries_ptr, queries_stride, o_u, m_u, tl.arange(0, BD), D)
+    b_q = load_rows(queries_ptr, queries_stride, o_u, m_u, tl.arange(0, BD), D)
     target = tl.load(targets_ptr + o_u, mask=m_u, other=0)
     diagonal = tl.arange(0, BM)[:, None] == tl.arange(0, BN)[None, :]
-    scores = _scores(b_q, queries_ptr, queries_stride, o_u, m_u, items_ptr, items_stride, target, m_u, D, BD, CHUNKS)
+    scores = tile_scores(
+        b_q, queries_ptr, queries_stride, o_u, m_u, items_ptr, items_stride, target, m_u, D, BD, CHUNKS
+    )
     score = tl.sum(tl.where(diagonal, scores, 0.0), 1)
     if ADDED:
         score += tl.load(of_targets_ptr + o_u, mask=m_u, other=0.0).to(tl.float32)
@@ -229,7 +180,9 @@ def _count(
     for i_tile in range(i_split * tiles, (i_split + 1) * tiles):
         o_v = i_tile * BN + tl.arange(0, BN)
         m_v = o_v < N
-        scores = _scores(b_q, queries_ptr, queries_stride, o_u, m_u, items_ptr, items_stride, o_v, m_v, D, BD, CHUNKS)
+        scores = tile_scores(
+            b_q, queries_ptr, queries_stride, o_u, m_u, items_ptr, items_stride, o_v, m_v, D, BD, CHUNKS
+        )
         is_own = tl.zeros((BM, BN), tl.int1)
         for i in range(EXCLUDED):
             item = tl.load(excluded_ptr + o_u.to(tl.int64) * excluded_stride + i, mask=m_u, other=-1)
@@ -284,10 +237,12 @@ def _correct(
     first_user = tl.program_id(0) * BM
     o_u = first_user + o_m
     m_u = o_u < U
-    b_q = _tile(queries_ptr, queries_stride, o_u, m_u, tl.arange(0, BD), D)
+    b_q = load_rows(queries_ptr, queries_stride, o_u, m_u, tl.arange(0, BD), D)
     of_row = tl.load(targets_ptr + o_u, mask=m_u, other=0)
     diagonal = o_m[:, None] == tl.arange(0, BN)[None, :]
-    scores = _scores(b_q, queries_ptr, queries_stride, o_u, m_u, items_ptr, items_stride, of_row, m_u, D, BD, CHUNKS)
+    scores = tile_scores(
+        b_q, queries_ptr, queries_stride, o_u, m_u, items_ptr, items_stride, of_row, m_u, D, BD, CHUNKS
+    )
     row_score = tl.sum(tl.where(diagonal, scores, 0.0), 1)
     row_score += tl.load(of_targets_ptr + o_u, mask=m_u, other=0.0).to(tl.float32)
     first = tl.load(offsets_ptr + first_user)
@@ -299,7 +254,9 @@ def _correct(
         m_e = o_e < count
         o_v = tl.load(added_items_ptr + first + o_e, mask=m_e, other=0)
         value = tl.load(values_ptr + first + o_e, mask=m_e, other=0.0).to(tl.float32)
-        scores = _scores(b_q, queries_ptr, queries_stride, o_u, m_u, items_ptr, items_stride, o_v, m_e, D, BD, CHUNKS)
+        scores = tile_scores(
+            b_q, queries_ptr, queries_stride, o_u, m_u, items_ptr, items_stride, o_v, m_e, D, BD, CHUNKS
+        )
         is_here = (start[:, None] <= o_e[None, :]) & (o_e[None, :] < end[:, None])
         base = tl.sum(tl.where(is_here, scores, 0.0), 0)
         score = tl.sum(tl.where(is_here, row_score[:, None], 0.0), 0)

@@ -29,9 +29,11 @@ from iisan_fast.kernels.gpu import (
     loss_record,
     part_sums,
     projected_towers,
+    score_tiles,
     sequence_encoder,
     side_towers,
     target_rank,
+    top_items,
 )
 from iisan_fast.kernels.gpu.configurations import ANY_SIZE, Configuration
 from iisan_fast.kernels.types import HEADER_WORDS, SequenceWeights, StepBatch, StepShape, TowerGradients
@@ -42,6 +44,8 @@ MODULES = (
     inbatch_cross_entropy,
     item_vector_gradients,
     target_rank,
+    top_items,
+    score_tiles,
     fold_heads,
     sequence_encoder,
 )
@@ -90,10 +94,10 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
 
     def compile_instead(kernel: Any, name: str, grid: Any, chosen: Configuration, *values: Any, **meta: Any):
         # the sequence encoder by halves of blocks, the towers in their two forms, Adam with what may be added, the rank
-        # of rows of several widths and with added scores
-        flags = ("ATTEND", "FEED", "END", "HEADS", "UP", "CLIPS", "ADDED", "CHUNKS")
+        # and the best items of rows of several widths and with added scores
+        flags = ("ATTEND", "FEED", "END", "HEADS", "UP", "CLIPS", "ADDED", "CHUNKS", "BEST")
         variant = [str(meta.get(flag)) for flag in flags]
-        variant += [str(meta["BD"])] if name.startswith("target_rank") else []
+        variant += [str(meta["BD"])] if name.startswith(("target_rank", "top_items")) else []
         key = (name, size, bool(meta.get("TILE_ROWS")), *variant)  # the loss has two layouts of rows
         if key in compiled or arguments.kernel not in name:
             return
@@ -124,6 +128,7 @@ def compile_all(arguments: argparse.Namespace, architecture: int) -> None:
             call_sequence_encoder(users, rows, embedding_dim, dtype)
         for width in (*arguments.embedding_dim, *arguments.appended):
             call_rank(users, items, width, dtype)
+            call_top(users, items, width, dtype)
 
 
 def call_towers(arguments: argparse.Namespace, items: int, dtype: torch.dtype) -> None:
@@ -186,6 +191,15 @@ def call_rank(users: int, items: int, width: int, dtype: torch.dtype) -> None:
     history = torch.zeros(users, 12, dtype=torch.int64)
     for added in (None, AddedScores(torch.arange(users + 1), zeros, torch.zeros(users, dtype=dtype))):
         target_rank.target_rank(queries, vectors, zeros, history, added=added)
+
+
+def call_top(users: int, items: int, width: int, dtype: torch.dtype) -> None:
+    """Call the best items, few without added scores and many with them, on tensors without values."""
+    queries, vectors = (torch.zeros(count, width, dtype=dtype) for count in (users, items))
+    history = torch.zeros(users, 12, dtype=torch.int64)
+    added = AddedScores(torch.arange(users + 1), history[:, 0], torch.zeros(users, dtype=dtype))
+    top_items.top_items(queries, vectors, 10, history)
+    top_items.top_items(queries, vectors, top_items.MOST, history, torch.ones(items, dtype=torch.bool), added)
 
 
 def call_loss_pairs(users: int, rows: int, items: int, embedding_dim: int, dtype: torch.dtype) -> None:

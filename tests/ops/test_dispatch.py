@@ -64,7 +64,7 @@ def chosen(op: str, device: str, form: str = "auto", dtype: torch.dtype = torch.
         ("last_states", "gpu", "cpu", "reference"),
         ("inbatch_cross_entropy", "gpu", "cpu", "reference"),
         ("target_rank", "gpu", "cpu", "cpu"),
-        ("top_items", "reference", "cpu", "cpu"),
+        ("top_items", "gpu", "cpu", "cpu"),
         ("adam", "reference", "cpu", "reference"),
     ],
 )

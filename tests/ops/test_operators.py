@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from helpers.gpu_checks import OpRecorder, check_registrations
-from helpers.kernel_cases import LossCase, SideCase, added_case, rank_case
+from helpers.kernel_cases import DEVICE, LossCase, SideCase, TopCase, added_case, rank_case
 from helpers.sequence_cases import EPSILON, GridCase, sequence_by_gpu
 from iisan_fast import kernels
 from iisan_fast.kernels import CONFIGURATIONS, Configuration, SequenceWeights
-from iisan_fast.kernels.gpu import inbatch_cross_entropy, side_towers, target_rank
+from iisan_fast.kernels.gpu import inbatch_cross_entropy, side_towers, target_rank, top_items
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +25,7 @@ def test_the_ops_are_sound_operators():
         (inbatch_cross_entropy, "_row_losses"),
         (target_rank, "_counts"),
         (target_rank, "_corrections"),
+        (top_items, "_best_keys"),
     ):
         operator = getattr(module, name)
 
@@ -38,7 +39,8 @@ def test_the_ops_are_sound_operators():
             loss.run(lambda *a, **k: kernels.inbatch_cross_entropy(*a, **k, reduction="none", form="gpu"))
             ranks = rank_case(4, 9, 8, 2)
             kernels.target_rank(*ranks, form="gpu", added=added_case(*ranks[2:], 9, torch.float32))
-    assert len(captured) == 4
+            TopCase(4, 9, 8, torch.float32, DEVICE).best(3, "gpu")
+    assert len(captured) == 5
     for operator, arguments in captured:
         detached = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments]
         torch.library.opcheck(operator, detached)

@@ -178,6 +178,15 @@ def test_an_item_that_is_not_finite_breaks_all_users_though_it_is_left_out(value
     assert_broken(case, list(range(20)))
 
 
+@each_form
+def test_a_broken_user_has_nan_in_the_columns_beyond_the_catalogue(form):
+    case = TopCase(3, 5, 2, torch.float32)
+    case.queries[1, 0] = float("nan")
+    rows, values = case.best(9, form)
+    assert (rows[1] == -1).all() and values[1].isnan().all()
+    assert (values[[0, 2], 5:] == -torch.inf).all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
 def test_an_added_score_that_is_not_finite_breaks_only_its_user(value):
     case = TopCase(4, 600, 6, torch.float32)
