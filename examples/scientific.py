@@ -9,6 +9,7 @@ the Hugging Face Hub or a folder. What is encoded is kept in a cache, so that a 
 from __future__ import annotations
 
 import argparse
+import html
 import textwrap
 from pathlib import Path
 
@@ -85,12 +86,12 @@ def add_new_items(model: IISAN, data: Dataset) -> None:
     """Add items that no user of the dataset has taken, and print the items that are most similar to them."""
     known = set(data.sequences.item_ids)
     lines = (Path(data.root) / "items.tsv").read_text(encoding="utf-8").splitlines()
-    pairs = [line.split("\t") for line in lines]
+    pairs = [html.unescape(line).split("\t") for line in lines]
     new_items = [{"item_id": item_id, "title": title} for item_id, title in pairs if item_id not in known][:NEW_ITEMS]
     model.add_items(new_items)
     for item in new_items:
         print(f"\nnew: {shortened(item['title'])}\n   like it are")
-        for similar in model.similar(item["item_id"], k=3):
+        for similar in model.similar(item["item_id"], k=3, by="content"):
             print(f"      {shortened(similar.title)}  ({similar.score:.2f})")
 
 

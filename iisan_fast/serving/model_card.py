@@ -82,8 +82,8 @@ def _summary(run: RunFolder) -> str:
     config = run.config
     items = len(run.items.item_ids)
     return (
-        f"A sequential recommender for the {items:,} items of `{config.dataset}`, trained with "
-        f"{LIBRARY} by the method `{config.model.method}`, seed {config.train.seed}. It takes a history, a list of "
+        f"A sequential recommender, trained on the {items:,} items of `{config.dataset}` with {LIBRARY} "
+        f"by the method `{config.model.method}`, seed {config.train.seed}. It takes a history, a list of "
         "item ids with the oldest first, and ranks all items. The history may be of a user whom training has not seen."
     )
 
