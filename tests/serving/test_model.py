@@ -17,7 +17,7 @@ import torch
 
 import iisan_fast
 from helpers.run_folders import untimed
-from iisan_fast import IISAN, InputError
+from iisan_fast import IISAN, Dataset, InputError
 
 SMALL = {"epochs": 2, "batch_users": 16, "embedding_dim": 16, "bottleneck": 8, "device": "cpu"}
 
@@ -192,6 +192,21 @@ def test_fit_encodes_what_is_not_cached(small_catalogue, encoder_views, tmp_path
     model.fit(small_catalogue, out=tmp_path / "second", dtype="float32", seed=1, on_epoch=lines.append)
     assert (states / "states.lmdb").stat().st_mtime_ns == written and len(lines) == 2
     assert model.run == tmp_path / "second" and untimed(model.run) != untimed(tmp_path / "first")
+
+
+def test_fit_takes_a_dataset_of_frames_and_goes_on_from_a_run(toy_run, tmp_path):
+    lines = [line.split("\t") for line in (toy_run[0] / "users.tsv").read_text().splitlines()]
+    pairs = [(user_id, item_id) for user_id, history in lines for item_id in history.split()]
+    interactions = pandas.DataFrame(pairs, columns=["user_id", "item_id"])
+    titles = [line.split("\t") for line in (toy_run[0] / "items.tsv").read_text().splitlines()]
+    items = polars.DataFrame(titles, schema=["item_id", "title"], orient="row")
+    data = Dataset.from_frames(interactions, items, folder=tmp_path / "dataset")
+    settings = {"method": "id", **{name: value for name, value in SMALL.items() if name != "bottleneck"}}
+    first = IISAN(**settings).fit(data, out=tmp_path / "first")
+    second = IISAN(**settings).fit(data, out=tmp_path / "second", init=first.run)
+    losses = [untimed(model.run)[0]["loss"] for model in (first, second)]
+    assert losses[1] < losses[0]
+    assert second.recommend([["i1", "i4"]], k=1)[0][0].title.startswith("title of i")
 
 
 NEW = [{"item_id": "007", "title": "velora oak"}, {"item_id": "new", "title": "nordhus glass clay"}]
