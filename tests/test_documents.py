@@ -245,6 +245,16 @@ def test_the_results_page_names_every_results_file():
     assert {file.replace(".config.json", ".json") for file in files if file.endswith(".config.json")} <= files
 
 
+def test_lines_of_code_beside_other_libraries_are_counted():
+    page = ROOT / "docs" / "compared-with-others.md"
+    text = page.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[[^\]]+\]\(#[\w-]+\) \|(.*)\|$", text, flags=re.MULTILINE)
+    written = [number for row in rows for number in map(int, re.findall(r"\d+", row))]
+    pieces = [block for block in blocks_of(page) if "pandas.read_csv" not in block.text]  # which is the data
+    assert written == [sum(1 for line in block.text.splitlines() if line.strip()) for block in pieces]
+    assert max(len(line) for block in pieces for line in block.text.splitlines()) <= 120
+
+
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=lambda b: b.place)
 def test_a_settings_file_that_is_shown_can_be_used(block, tmp_path):
     file = tmp_path / "settings.yaml"

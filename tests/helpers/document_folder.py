@@ -26,6 +26,7 @@ def fill_folder(folder: Path) -> None:
     dataset = write_catalogue(folder / "DATASET", histories_at_random(USERS, ITEMS), ITEMS)
     _write_captions_and_times(dataset)
     _write_sources(folder, dataset)
+    _write_for_a_run(folder)
     for seed, (name, blocks) in enumerate(TEXT_ENCODERS.items()):
         sizes = {**SIZES, "num_hidden_layers": blocks, "max_position_embeddings": 128}
         write_bert(folder / name, sizes, WORDS, seed)
@@ -78,6 +79,13 @@ def _write_sources(folder: Path, dataset: Path) -> None:
     _write_rows(recbole / "ml-shop.inter", header, rows, "\t")
     _write_rows(recbole / "ml-shop.item", ("item_id:token", "title:token_seq"), titles.items(), "\t")
     _write_parquet(folder / "shop.parquet", rows)
+
+
+def _write_for_a_run(folder: Path) -> None:
+    """Write what commands on a trained run read: NEW.tsv of two new items, visitors.csv of two users, in-stock.txt."""
+    (folder / "NEW.tsv").write_text("i71\ttitle of a brush\ni72\ttitle of a drum\n")
+    _write_rows(folder / "visitors.csv", ("user_id", "history"), [("ann", "i3 i7 i12"), ("bob", "")], ",")
+    (folder / "in-stock.txt").write_text("".join(f"i{number}\n" for number in range(1, 41)))
 
 
 def _write_rows(path: Path, header: tuple[str, ...], rows, separator: str) -> None:
