@@ -127,6 +127,7 @@ def test_a_description_is_a_command_that_prints_and_writes_its_result(monkeypatc
         ("encoders", "encoders"),
         ("methods-titles", "methods"),
         ("static", "static"),
+        ("serving", "serving"),
     ],
 )
 def test_committed_results_have_the_form_of_new_ones_and_are_shown(file, name):
