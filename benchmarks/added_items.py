@@ -39,8 +39,9 @@ SEED = 0
 USERS_AT_ONCE = 1024
 NOTES = {
     "held_out": "items without training interactions in the whole dataset, drawn at random; their interactions, which "
-    "are targets of the validation or the test, are left out of the histories, which are then split again",
+    "are targets of the validation or the test, are left out of the histories, which are then cut and split again",
     "lost": "other items whose last user has too few interactions then; they are left out of the comparison",
+    "items": "of the rest and held-out; a history is cut to its last interactions, so older items may have joined",
     "deviation": "the largest absolute difference between the two ways, divided by the largest magnitude of the values",
     "scores": "of all users' whole histories in the whole dataset, without the term of co-occurrence, which is equal",
     "equal_top_10": "share of these users with the same ten items in the same order, with all terms",
@@ -78,10 +79,8 @@ def compare(dataset: Path, encoder: str, folder: Path, items: int, epochs: int, 
     by_dtype = {}
     for dtype in DTYPES:
         caches = {
-            name: cache_of(
-                load_dataset(root, PROTOCOL), views, folder / f"{name}-{dtype}", dtype, folder / f"{name}-float32"
-            )
-            for name, root in (("rest-states", held.rest), ("whole-states", dataset))
+            name: cache_of(part, views, folder / f"{name}-{dtype}", dtype, folder / f"{name}-float32")
+            for name, part in (("rest-states", load_dataset(held.rest, PROTOCOL)), ("whole-states", held.whole))
         }
         run = folder / f"run-{dtype}"
         if run.exists():

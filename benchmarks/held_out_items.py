@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import ExtractionConfig, ProtocolConfig, RunConfig, ViewConfig
-from ..data import Dataset, load_dataset
+from ..data import Dataset, ItemContents, load_dataset
 from ..errors import InputError
 from ..models import Similarity, build_recommender
 from ..precision import resolve_precision
@@ -29,14 +29,15 @@ class HeldOut(NamedTuple):
     cold: int  # items of the whole dataset without training interactions, among which they were drawn
     interactions: int  # of the held-out items, which the rest lacks
     lost: int  # other items that are in the whole catalogue, and not in the rest's
+    whole: Dataset  # the items of the rest and the held-out ones, without users
 
 
 def hold_out(dataset: Path, folder: Path, protocol: ProtocolConfig, count: int, seed: int) -> HeldOut:
     """Write a dataset without `count` cold items, drawn at random, and return both parts.
 
     Cold items have no training interaction: they are targets of the validation or the test. Their interactions are left
-    out of the histories, which are then split again; so other items may lose their last user. Raises InputError if
-    there are fewer cold items.
+    out of the histories, which are then cut and split again; so other items may lose their last user, and older ones
+    may join. Raises InputError if there are fewer cold items.
     """
     whole = load_dataset(dataset, protocol).sequences
     cold = np.flatnonzero(whole.training_counts[1:] == 0)
@@ -52,8 +53,10 @@ def hold_out(dataset: Path, folder: Path, protocol: ProtocolConfig, count: int, 
     removed = _write_histories(dataset / "users.tsv", rest / "users.tsv", held)
     remaining = set(load_dataset(rest, protocol).sequences.item_ids)
     lost = len(set(whole.item_ids) - remaining - held)
-    ids = [_id(line) for line in lines if _id(line) in held]
-    return HeldOut(rest, file, ids, len(cold), removed, lost)
+    texts = [line.rstrip("\r\n").split("\t") for line in lines]
+    ids, titles = zip(*(fields for fields in texts if fields[0] in remaining | held))
+    joined = ItemContents(list(ids), list(titles), [None] * len(ids)).dataset(protocol)
+    return HeldOut(rest, file, [item_id for item_id in ids if item_id in held], len(cold), removed, lost, joined)
 
 
 def cache_of(dataset: Dataset, views: list[ViewConfig], cache: Path, dtype: str, exact: Path) -> Path:

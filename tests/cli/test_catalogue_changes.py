@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from helpers.command_line import iisan_fast, refused
@@ -62,3 +67,33 @@ def test_bad_input_is_one_line(data, run, tmp_path):
     assert "no such folder" in refused("add-items", run, new, "--images", tmp_path / "none")
     new.write_text(data.lines("i41"))
     assert "its weights are not those" in refused("add-items", run, new, "--text-encoder", data.image)
+
+
+PROGRAM = Path(sys.executable).with_name("iisan-fast")
+
+
+@pytest.mark.long
+def test_a_killed_command_leaves_the_run_as_before_or_as_after(data, trained, tmp_path):
+    new = tmp_path / "new.tsv"
+    new.write_text(data.lines(*data.new_ids()))
+    began = time.perf_counter()
+    whole = shutil.copytree(trained, tmp_path / "whole")
+    subprocess.run([PROGRAM, "add-items", whole, new], check=True, capture_output=True)
+    seconds = time.perf_counter() - began
+    after = (whole / "catalogue.safetensors").read_bytes()
+
+    generator = np.random.default_rng(0)
+    for trial, moment in enumerate(generator.uniform(0.3, 1.1, 12) * seconds):
+        run = shutil.copytree(trained, tmp_path / f"run-{trial}")
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+        process = subprocess.Popen([PROGRAM, "add-items", run, new], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(moment)
+        process.kill()
+        process.communicate()
+        files = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+        changed = files.pop("catalogue.safetensors", after)
+        assert changed == after and files == before
+        if not (run / "catalogue.safetensors").exists():
+            subprocess.run([PROGRAM, "add-items", run, new], check=True, capture_output=True)
+        assert (run / "catalogue.safetensors").read_bytes() == after
+        assert {path.name for path in run.iterdir()} == {*before, "catalogue.safetensors"}
