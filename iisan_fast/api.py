@@ -27,9 +27,9 @@ from .config import (
 from .data import Dataset
 from .devices import torch_device
 from .errors import InputError, check_choice
-from .files import absolute_path
+from .files import absolute_path, as_path
 from .setting_fields import from_dict
-from .setting_sources import SECTIONS, PathLike, as_path, base_settings
+from .setting_sources import SECTIONS, PathLike, base_settings
 from .settings import (
     ENCODER_SETTINGS,
     EVALUATION_SETTINGS,

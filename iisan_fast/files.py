@@ -45,6 +45,25 @@ def expanded_path(path: str | os.PathLike[str]) -> Path:
     return Path(text)
 
 
+def as_path(name: str, path: str | os.PathLike[str]) -> Path:
+    """Return an argument as a path, ~ replaced by the home folder.
+
+    Raises InputError for another type, for "", for the ~ of an unknown user, and for a path that is no UTF-8 or
+    holds a zero byte.
+    """
+    if not isinstance(path, (str, os.PathLike)) or path == "":
+        raise InputError(f"{name}: expected a path, found {path!r}")
+    if "\0" in str(path):
+        raise InputError(f"{name}: expected a path, found {str(path)!r}, which holds a zero byte")
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # bytes that are no text; safetensors and JSON take none
+        raise InputError(
+            f"{name}: expected a path in UTF-8, found {str(path)!r}; rename it, or make a link to it"
+        ) from None
+    return expanded_path(path)
+
+
 def expanded_name(name: str) -> str:
     """Return a model's name: a hub name as it is, a folder with its ~ replaced. Raises as `expanded_path` does."""
     return str(expanded_path(name)) if name.startswith("~") else name

@@ -12,7 +12,6 @@ import dataclasses
 import os
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from .config import (
@@ -27,7 +26,7 @@ from .config import (
     ViewConfig,
 )
 from .errors import InputError, nearest
-from .files import absolute_path, expanded_path
+from .files import absolute_path, as_path
 from .setting_fields import convert_value, from_dict, to_dict
 from .settings_files import RUN_FORMAT, Names, format_number, parse_yaml_value, read_settings_file
 
@@ -47,25 +46,6 @@ SECTIONS: dict[str, Any] = {
 SOURCES_OF_A_RUN = ("dataset", "cache", "views", "init")  # settings of RunConfig that belong to no section
 FOLDERS_OF_A_RUN = ("dataset", "cache", "init")
 PARTS = (*SOURCES_OF_A_RUN, "encoders", *SECTIONS)
-
-
-def as_path(name: str, path: PathLike) -> Path:
-    """Return an argument as a path, ~ replaced by the home folder.
-
-    Raises InputError for another type, for "", for the ~ of an unknown user, and for a path that is no UTF-8 or
-    holds a zero byte.
-    """
-    if not isinstance(path, (str, os.PathLike)) or path == "":
-        raise InputError(f"{name}: expected a path, found {path!r}")
-    if "\0" in str(path):
-        raise InputError(f"{name}: expected a path, found {str(path)!r}, which holds a zero byte")
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:  # bytes that are no text; safetensors and JSON take none
-        raise InputError(
-            f"{name}: expected a path in UTF-8, found {str(path)!r}; rename it, or make a link to it"
-        ) from None
-    return expanded_path(path)
 
 
 def base_settings(config: RunConfig | PathLike | Mapping[str, Any] | None) -> Values:

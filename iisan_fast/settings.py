@@ -27,9 +27,9 @@ from .config import (
     ViewConfig,
 )
 from .errors import InputError, check_choice, nearest
-from .files import absolute_path
+from .files import absolute_path, as_path
 from .setting_fields import from_dict, to_dict
-from .setting_sources import FOLDERS_OF_A_RUN, PARTS, SECTIONS, as_path, change_settings
+from .setting_sources import FOLDERS_OF_A_RUN, PARTS, SECTIONS, change_settings
 from .trusted_code import TRUST, is_trusted, refuse_unasked_code, trust_running_views, without_trust
 
 LOGGER = logging.getLogger(__name__)

@@ -92,6 +92,13 @@ def text_id(value: object, where: str) -> str:
     raise InputError(f"{where}: {EXPECTED_ID}, found {_shown(value)}")
 
 
+def refuse_repeated(names: Sequence[str], where: str) -> None:
+    """Raise InputError if two columns have one name."""
+    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if repeated:
+        raise InputError(f"{where}: two columns are named {repeated[0]!r}; give each column another name")
+
+
 def _converted(frame: object, where: str) -> pl.DataFrame:
     """Return a frame of any library as a polars frame. Raises InputError if it is none, or cannot be converted."""
     from .imports.polars_module import pl
@@ -99,12 +106,14 @@ def _converted(frame: object, where: str) -> pl.DataFrame:
     if isinstance(frame, pl.DataFrame):
         return frame
     pandas = sys.modules.get("pandas")
+    expected = "expected a frame of pandas, polars or pyarrow, or a list of dicts"
     try:
         if isinstance(frame, pl.LazyFrame):
             return frame.collect()
         if pandas is not None and isinstance(frame, pandas.DataFrame):
-            return pl.from_pandas(frame)  # its index is left out
+            return _pandas_columns(frame, where)
         if hasattr(frame, "__arrow_c_stream__"):
+            refuse_repeated(getattr(frame, "column_names", ()), where)
             return pl.DataFrame(frame)
         if hasattr(frame, "__dataframe__"):
             from pyarrow.interchange import from_dataframe
@@ -114,10 +123,28 @@ def _converted(frame: object, where: str) -> pl.DataFrame:
         hint = "pip install pyarrow, or pass a polars frame or a list of dicts"
         raise InputError(f"{where}: cannot be converted ({_first_line(error)}); {hint}") from None
     except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:
-        hint = "give each column values of one type"
-        raise InputError(f"{where}: cannot be read as a table ({_first_line(error)}); {hint}") from None
-    expected = "a frame of pandas, polars or pyarrow, or a list of dicts"
-    raise InputError(f"{where}: expected {expected}, found {type(frame).__name__}")
+        kind = type(frame).__name__
+        raise InputError(f"{where}: {expected}, found {kind}, which is no table ({_first_line(error)})") from None
+    raise InputError(f"{where}: {expected}, found {type(frame).__name__}")
+
+
+def _pandas_columns(frame: Any, where: str) -> pl.DataFrame:
+    """Return a frame of pandas, without its index, as a polars frame.
+
+    Raises InputError, naming the column, for two columns of one name, and for values of several types.
+    """
+    from .imports.polars_module import pl
+
+    names = [str(name) for name in frame.columns]
+    refuse_repeated(names, where)
+    columns = []
+    for number, name in enumerate(names):
+        try:
+            columns.append(pl.from_pandas(frame.iloc[:, number]).alias(name))
+        except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:
+            hint = "give them one type"
+            raise InputError(f"{where}: {name}: its values are no column ({_first_line(error)}); {hint}") from None
+    return pl.DataFrame(columns)
 
 
 def _record_with_text_ids(record: object, where: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..config import ProtocolConfig
 from ..errors import InputError, check_choice
-from ..files import expanded_path
+from ..files import as_path
 from ..setting_fields import from_dict
 from .array_files import pack_texts, write_arrays
 from .histories import read_histories
@@ -181,7 +181,8 @@ class Dataset:
         interactions: a frame of pandas, polars or arrow, or a list of dicts, with user_id, item_id and, if there are
             times, timestamp: whole numbers or points in time. A user's interactions are sorted by timestamp; equal
             ones, or all without timestamps, keep their order.
-        items: the same with item_id, title and, if there are captions, caption.
+        items: the same with item_id, title and, if there are captions, caption. Items without interactions are left
+            out, with a warning.
         images: a folder of images named by item id, or an LMDB of images; the dataset gets a link to it.
         captions: a frame with item_id and caption, if items has no column caption.
         folder: where the dataset is written, which must not exist yet; by default in the user's cache folder. Equal
@@ -196,9 +197,9 @@ class Dataset:
         root = write_frames(
             interactions,
             items,
-            None if images is None else expanded_path(images),
+            None if images is None else as_path("images", images),
             captions,
-            None if folder is None else expanded_path(folder),
+            None if folder is None else as_path("folder", folder),
         )
         return load_dataset(root, changed)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, first_few
 from ..files import refuse_irregular
-from .frames import HISTORY_COLUMN, ID_COLUMNS, frame_of_records, with_text_ids
+from .frames import HISTORY_COLUMN, ID_COLUMNS, frame_of_records, refuse_repeated, with_text_ids
 
 if TYPE_CHECKING:
     import polars as pl
@@ -82,9 +82,7 @@ def _read_delimited(path: Path, separator: str) -> pl.DataFrame:
 
 def _header(path: Path, names: list[str]) -> list[str]:
     """Return the names of a header. Raises InputError unless they differ and one names ids."""
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
-        raise InputError(f"{path} line 1: two columns are named {twice[0]!r}; give each column another name")
+    refuse_repeated(names, f"{path} line 1")
     if not {*names} & {*ID_COLUMNS, HISTORY_COLUMN}:
         shown = first_few(map(repr, names), len(names), limit=5)
         raise InputError(f"{path} line 1: expected a header that names {' or '.join(ID_COLUMNS)}, found {shown}")

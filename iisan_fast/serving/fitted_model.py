@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, overload
 from ..api import evaluate
 from ..devices import torch_device
 from ..errors import InputError
-from ..files import absolute_path
-from ..setting_sources import PathLike, as_path
+from ..files import absolute_path, as_path
+from ..setting_sources import PathLike
 from ..states import EncoderPlaces
 from .changing_catalogue import ChangedCatalogue, add_items, remove_items, update_items
 from .history_arguments import allowed_items, item_id_list, numbered_histories

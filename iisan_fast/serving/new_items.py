@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from ..data import ItemContents, as_polars, open_image_files, read_table, read_table_file, refuse_unfit_id
 from ..errors import InputError, first_few
-from ..setting_sources import PathLike, as_path
+from ..files import as_path
+from ..setting_sources import PathLike
 
 if TYPE_CHECKING:
     import polars as pl

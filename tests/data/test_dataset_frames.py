@@ -142,6 +142,8 @@ def test_the_folder_may_be_chosen_and_must_be_new(tmp_path, cache):
         ({}, {}, {"captions": [{"item_id": "q", "caption": "Q"}]}, ["captions: 1 of its items are not in items (q)"]),
         ({}, {"caption": ["A"] * 4}, {"captions": [{}]}, ["captions: items has a column caption already"]),
         ({}, {}, {"images": "nowhere"}, ["nowhere: no such folder"]),
+        ({}, {}, {"images": 3}, ["images: expected a path, found 3"]),
+        ({}, {}, {"folder": 3}, ["folder: expected a path, found 3"]),
         ({}, {}, {"images": "nowhere.lmdb"}, ["nowhere.lmdb: no such database of images"]),
         ({}, {}, {"max_input": 3}, ["max_input"]),
     ],

@@ -119,10 +119,14 @@ def test_what_is_no_table_is_refused():
     refused(lambda: as_polars([{"title": [1, "a"]}], "items"), "items: title: its values are no column")
 
 
-def test_a_pandas_column_of_two_types_is_refused():
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame({"item_id": ["a", 7]}, dtype=object)
-    refused(lambda: as_polars(frame, "items"), "items: cannot be read as a table", "values of one type")
+def test_columns_that_cannot_be_used_are_named():
+    pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    frame = pandas.DataFrame({"title": ["A", "B"], "item_id": ["a", 7]}, dtype=object)
+    refused(lambda: as_polars(frame, "items"), "items: item_id: its values are no column", "give them one type")
+    twice = pandas.DataFrame([["a", "b", "A"]], columns=["item_id", "item_id", "title"])
+    for table in (twice, pyarrow.table([["a"], ["b"]], names=["item_id", "item_id"])):
+        refused(lambda table=table: as_polars(table, "items"), "items: two columns are named 'item_id'", "another name")
+    refused(lambda: as_polars(pandas.Series(["a"]), "items"), "items: expected a frame", "found Series")
 
 
 def test_without_polars_the_error_says_what_to_install(monkeypatch):

@@ -53,7 +53,8 @@ def write_frames(
     """Write a dataset folder from frames, and return it. Equal frames without `folder` give the same folder again.
 
     interactions: the columns user_id, item_id and, if there are times, timestamp. items: item_id, title and, if there
-    are captions, caption; these may also come as another frame with item_id and caption. Other columns are not read.
+    are captions, caption; these may also come as another frame with item_id and caption. Other columns are not read,
+    and items without interactions are left out, with a warning.
     images: a folder of images named by item id, or an LMDB of
     images; the dataset gets a link to it. folder: where the dataset is written, which must not exist; by default in the
     user's cache folder, under a name made of the content.
@@ -66,6 +67,7 @@ def write_frames(
     items_frame = _checked_items(items, ITEMS, ("item_id", "title"))
     titles = _read_titles(items_frame)
     _refuse_unknown_items(table, titles)
+    _report_unused_items(table, titles)
     texts = _read_captions(items_frame, captions, titles)
     images = None if images is None else absolute_path(images)
     if folder is not None:
@@ -175,6 +177,16 @@ def _refuse_unknown_items(interactions: pl.DataFrame, titles: Mapping[str, str])
         raise InputError(
             f"{INTERACTIONS}: {len(unknown):,} of {len(item_ids):,} items are not in {ITEMS} ({few}); {hint}"
         )
+
+
+def _report_unused_items(interactions: pl.DataFrame, titles: Mapping[str, str]) -> None:
+    """Warn of items that occur in no interaction, which `write_dataset` leaves out."""
+    used = set(interactions["item"].unique().cast(pl.String))
+    unused = [item_id for item_id in titles if item_id not in used]
+    if unused:
+        few = first_few(unused, len(unused))
+        counts = f"{len(unused):,} of {len(titles):,}"
+        LOGGER.warning("%s: %s occur in no interaction (%s) and are left out", ITEMS, counts, few)
 
 
 def _write(
