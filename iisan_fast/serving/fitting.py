@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from .. import api
-from ..config import NEIGHBOURS, TUNING_METHODS, ModelConfig, ViewConfig
+from ..config import NEIGHBOURS, PLACEMENTS, TUNING_METHODS, ModelConfig, ViewConfig
 from ..data import Dataset
-from ..errors import InputError
-from ..files import absolute_path, cache_folder
+from ..errors import InputError, check_choice
+from ..files import absolute_path, as_path, cache_folder
 from ..fingerprints import value_digest
 from ..setting_fields import from_dict, to_dict
-from ..setting_sources import PathLike, as_path, base_settings
+from ..setting_sources import PathLike, base_settings
 from ..settings import EXTRACTION_SETTINGS, PROTOCOL_SETTINGS, RUN_SETTINGS, run_config, take_views
 from ..states import EncoderPlaces, Store
-from ..training import RunFolder
+from ..training import RunFolder, read_initial_weights
 from ..trusted_code import TRUST, is_trusted
 
 ARGUMENTS_OF_FIT = {"dataset", "cache", "views", "out", "device", "on_epoch", "dry_run", "changes", "settings"}
@@ -143,9 +143,14 @@ def _refuse_unfit_settings(
 ) -> None:
     """Raise InputError for settings that training would refuse, before an encoder runs."""
     of_arguments = {name: value for name, value in settings.items() if name not in ("table", "init")}
+    if settings.get("init") is not None:
+        of_arguments["init"] = settings["init"]
     without_encoders = {name: value for name, value in base.items() if name not in ("encoders", "extraction")}
     inputs = {"dataset": _root(data), "cache": as_path("cache", cache), "views": list(names)}
-    run_config({**inputs, **of_arguments}, without_encoders)
+    config = run_config({**inputs, **of_arguments}, without_encoders)
+    check_choice("table", settings.get("table", "auto"), PLACEMENTS)
+    if _named_method(settings, base) is not None or len(names) == 1:  # or else the states decide on the method
+        read_initial_weights(config)
 
 
 def _are_unequal(cache: Path, names: Sequence[str]) -> bool:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ..api import OnEpoch
 from ..data import Dataset
 from ..errors import InputError
-from ..files import absolute_path
-from ..setting_sources import PathLike, as_path
+from ..files import absolute_path, as_path
+from ..setting_sources import PathLike
 from ..settings import refuse_unknown
 from ..training import RunFolder
 from .fitted_model import FittedModel

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .determinism import deterministic
     from .dry_run import describe_new_run
     from .fused_step import GpuFusedStep, run_stages, step_stages
+    from .initial_weights import read_initial_weights
     from .item_sources import open_source, refuse_missing_libraries
     from .published_run import write_published
     from .ranking_run import RankingRun, load_ranking
@@ -49,6 +50,7 @@ __all__ = [
     "open_item_encoder",
     "open_source",
     "read_checkpoint",
+    "read_initial_weights",
     "refuse_missing_libraries",
     "resume",
     "run_stages",

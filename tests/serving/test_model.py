@@ -276,6 +276,8 @@ MISTAKES = {
     "embedding_dim: expected a multiple": {"text": "t", "embedding_dim": 3},
     "no such folder": {"text": "t", "data": "nowhere"},
     "out: expected a path, found 3": {"text": "t", "out": 3},
+    "nowhere: not a run folder": {"text": "t", "init": "nowhere"},
+    "table: expected one of auto": {"text": "t", "table": "disk"},
 }
 
 
