@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..errors import InputError
-from ..files import absolute_path, whole_folder
-from ..setting_sources import PathLike, as_path
+from ..files import absolute_path, as_path, whole_folder
+from ..setting_sources import PathLike
 from ..training import RunFolder, write_published
 from .catalogue_file import read_changes, write_changes
 from .model_card import LIBRARY, TAGS, model_card
@@ -26,6 +28,14 @@ class Publication(NamedTuple):
     include_titles: bool = False
     include_histories: bool = False
     license_name: str | None = None
+
+    def refuse_unfit(self) -> None:
+        """Raise InputError for arguments of another type: a word in place of False would publish what is left out."""
+        for name in ("include_titles", "include_histories"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}: expected True or False, found {getattr(self, name)!r}")
+        if self.license_name is not None and (not isinstance(self.license_name, str) or not self.license_name.strip()):
+            raise InputError(f"license: expected a name on the hub, such as 'apache-2.0', found {self.license_name!r}")
 
 
 class PublishedRun(ModelHubMixin, library_name=LIBRARY, tags=list(TAGS)):
@@ -54,8 +64,9 @@ class PublishedRun(ModelHubMixin, library_name=LIBRARY, tags=list(TAGS)):
 def save_published(run: Path, folder: PathLike, publication: Publication) -> None:
     """Write what is published of a run into a new folder, as a whole or not at all.
 
-    Raises InputError if the folder exists, or if the run is damaged or not tested yet.
+    Raises InputError if the folder exists, for arguments of another type, or if the run is damaged or not tested yet.
     """
+    publication.refuse_unfit()
     target = absolute_path(as_path("folder", folder))
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(target) as temporary:
@@ -65,9 +76,14 @@ def save_published(run: Path, folder: PathLike, publication: Publication) -> Non
 def push_published(run: Path, publication: Publication, **options: Any) -> str:
     """Push what is published of a run to the hub, in one commit, and return the commit's address.
 
-    options: those of the hub's `push_to_hub`. Raises InputError if the run is damaged or not tested yet, and the errors
-    of the hub.
+    options: those of the hub's `push_to_hub`. Raises InputError for a name that the hub does not take, and if the run
+    is damaged or not tested yet; and the errors of the hub.
     """
+    publication.refuse_unfit()
+    try:
+        validate_repo_id(publication.name)
+    except HFValidationError as error:
+        raise InputError(f"repo_id: {' '.join(str(error).split())}") from None
     return PublishedRun(run, publication).push_to_hub(publication.name, **options)
 
 

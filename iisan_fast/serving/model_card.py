@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..config import NEIGHBOURS, TUNING_METHODS
 from ..training import RunFolder
 
 LIBRARY = "iisan-fast"
@@ -26,8 +28,8 @@ SPLITS = {
 LOADING = """```python
 from iisan_fast import IISAN
 
-model = IISAN.from_pretrained("{name}")
-for item in model.recommend([["{first}", "{second}"]], k=10)[0]:
+model = IISAN.from_pretrained({name})
+for item in model.recommend([[{first}, {second}]], k=10)[0]:
     print(item.item_id, item.score)
 ```"""
 
@@ -91,7 +93,7 @@ def _summary(run: RunFolder) -> str:
 def _loading(run: RunFolder, name: str) -> str:
     """Return the lines of Python that load the model and rank."""
     first, second, *_ = [*run.items.item_ids, *run.items.item_ids]
-    return LOADING.format(name=name, first=first, second=second)
+    return LOADING.format(name=json.dumps(name), first=json.dumps(first), second=json.dumps(second))
 
 
 def _figures(run: RunFolder) -> str:
@@ -128,13 +130,23 @@ def _rule(run: RunFolder) -> str:
             "- Each target is ranked against the full catalogue, without the items of the user's history. "
             f"{test['unreachable']:,} targets stand in it already, and count as a miss.",
             f"- Of ties, {TIES[test['ties']]}.",
-            f"- The best of {figures['epochs']} epochs by validation HR@10 (epoch {figures['best_epoch']}) was tested "
-            f"once. This is one seed ({config.train.seed}); the deviation over seeds is not measured here.",
+            f"- {_choice(run)}",
             "- Cold targets never occur in training, warm ones do.",
             f"- Neighbour terms added to the model's score: {terms}.",
             "- `popularity` ranks by training counts, `neighbours` by co-occurrence and similarity; nothing is trained "
             "for these two.",
         )
+    )
+
+
+def _choice(run: RunFolder) -> str:
+    """Return how the weights that were tested were chosen."""
+    if run.config.model.method == NEIGHBOURS:
+        return "Nothing is trained, so no epoch was chosen."
+    figures = run.figures
+    return (
+        f"The best of {figures['epochs']} epochs by validation HR@10 (epoch {figures['best_epoch']}) was tested once. "
+        f"This is one seed ({run.config.train.seed}); the deviation over seeds is not measured here."
     )
 
 
@@ -150,22 +162,30 @@ def _encoders(run: RunFolder) -> str:
         lines.append(f"| {name} | {view['source']} | `{encoder}` | {pooling} | {layers} | `{weights}` |")
     lines += [
         "",
-        "They were frozen, and are not among the files. To rank, none is needed. To add items, name their folders; "
-        "the digests are compared.",
+        f"{_training_of_encoders(run)} To rank, none is needed. To add items, name their folders; the digests are "
+        "compared.",
     ]
     return "\n".join(lines)
+
+
+def _training_of_encoders(run: RunFolder) -> str:
+    """Return whether the encoders were trained, and where their weights are."""
+    if run.config.model.method in TUNING_METHODS:
+        return "They are not among the files; what was trained of them is in `best.safetensors`."
+    return "They were frozen, and are not among the files."
 
 
 def _files(run: RunFolder) -> str:
     """Return what the files hold, what they reveal, and what is left out."""
     titles = "their titles" if run.items.titles is not None else "no titles"
+    similarity = "" if run.config.cache is None else ", and the items' coordinates of similarity"
     lines = [
         f"- `items.npz`: the item ids with their training counts, {titles}.",
-        "- `best.safetensors`: the weights and the item vectors.",
+        *(["- `best.safetensors`: the weights and the item vectors."] if run.best.exists() else []),
         "- `config.json`, `views.json`: the settings, with names in place of paths. `test.json`: the figures.",
-        "- `neighbours.safetensors`: co-occurrence, made from the training histories, and the items' coordinates of "
-        "similarity. Co-occurrence holds a weighted count for pairs of items that one user took near each other: which "
-        "items were taken together, and of a rare pair, that at least one user took both. It names no user.",
+        f"- `neighbours.safetensors`: co-occurrence, made from the training histories{similarity}. Co-occurrence holds "
+        "a weighted count for pairs of items that one user took near each other: which items were taken together, and "
+        "of a rare pair, that at least one user took both. It names no user.",
     ]
     if (run.path / "catalogue.safetensors").exists():
         lines.append("- `catalogue.safetensors`: items that were added, updated or removed after training.")

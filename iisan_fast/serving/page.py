@@ -95,9 +95,9 @@ def show(
     A run that is not tested yet is shown by its validation targets. Raises InputError if the folder holds no run, or
     one without a best checkpoint, or a damaged file, and for arguments that cannot be used.
     """
+    folder = RunFolder.open(run)
     out = run / PAGE_NAME if out is None else out
     _refuse_arguments(out, dataset, users, seed)
-    folder = RunFolder.open(run)
     values = _values(folder, dataset, users, seed, pictures, torch_device(device))
     environment = Environment(
         loader=PackageLoader(__package__),

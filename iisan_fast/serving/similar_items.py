@@ -35,9 +35,13 @@ def similar(model: TrainedModel, item_id: str, k: int = 10, by: str = "vectors")
 
 
 def _compared(model: TrainedModel, by: str) -> Tensor:
-    """Return the numbers [items, width] by which items are compared. Raises InputError if the run has none."""
+    """Return the numbers [items, width] by which items are compared. Raises InputError if there are none."""
     if by == "vectors":
         return model.catalogue.vectors
     if model.catalogue.coordinates is None:
         raise InputError(f"{model.run}: by: content compares the states of a cache, and this run has none; use vectors")
+    if not model.catalogue.coordinates.shape[1]:
+        raise InputError(
+            f"{model.run}: by: the states of all items are equal, so no content is like another; use vectors"
+        )
     return model.catalogue.coordinates

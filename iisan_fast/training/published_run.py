@@ -50,6 +50,7 @@ def neutral_config(config: RunConfig) -> RunConfig:
     values = _without_paths(to_dict(config))
     values["dataset"] = _last_name(config.dataset)
     values["cache"] = None if config.cache is None else "states"
+    values["init"] = None if config.init is None else _last_name(config.init)
     for view in (values["uncached"] or {}).get("views", ()):
         view["encoder"] = neutral_name(view["encoder"])
     return from_dict(RunConfig, values)

@@ -34,6 +34,7 @@ def test_json_has_the_path_and_the_sizes(run):
 
 def test_bad_input_is_one_line(run, tmp_path):
     assert "not a run folder" in refused("show", tmp_path)
+    assert f"{tmp_path / 'no'}: not a run folder" in refused("show", tmp_path / "no")
     assert "expected a file in a folder that exists" in refused("show", run, "--out", tmp_path / "no" / "page.html")
     assert "ends in .html" in refused("show", run, "--out", tmp_path / "page.txt")
     assert "users: expected a number from 0 to 100" in refused("show", run, "--users", 1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,8 @@ import iisan_fast
 from helpers.run_folders import flip_bit, write_recorded
 from iisan_fast import IISAN, InputError
 from iisan_fast.config import RunConfig, UncachedConfig, ViewConfig
+from iisan_fast.serving import model_card
+from iisan_fast.training import RunFolder
 from iisan_fast.training.published_run import neutral_config
 
 HISTORIES = [["i1", "i2", "i3"], ["i149"], []]
@@ -118,6 +121,25 @@ def test_a_run_without_training_is_published(neighbours_run, tmp_path):
     assert iisan_fast.verify(tmp_path / "model").damage == []
     fetched = IISAN.from_pretrained(tmp_path / "model", device="cpu")
     assert scored(fetched.recommend(HISTORIES)) == scored(model.recommend(HISTORIES))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "Nothing is trained, so no epoch was chosen." in card and "best.safetensors" not in card
+
+
+@pytest.mark.parametrize(
+    ("method", "words"), [("iisan", "They were frozen"), ("lora", "what was trained of them is in `best.safetensors`")]
+)
+def test_the_card_says_whether_the_encoders_were_trained(published, method, words):
+    run = SimpleNamespace(
+        config=SimpleNamespace(model=SimpleNamespace(method=method)), views=RunFolder(published).views
+    )
+    assert words in model_card._encoders(run)
+
+
+def test_the_lines_of_the_card_are_python_for_every_id():
+    run = SimpleNamespace(items=SimpleNamespace(item_ids=['a"b', "c\\d"]))
+    code = model_card._loading(run, "ann/shop").removeprefix("```python\n").removesuffix("\n```")
+    constants = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert {"ann/shop", *run.items.item_ids} <= {*constants}
 
 
 def test_paths_become_names_and_hub_names_stay(tmp_path):
@@ -126,9 +148,11 @@ def test_paths_become_names_and_hub_names_stay(tmp_path):
         ViewConfig("title", "title", str(tmp_path / "minilm"), options={"cache_dir": str(tmp_path)}),
         ViewConfig("image", "image", "google/vit-base-patch16-224"),
     ]
-    neutral = neutral_config(RunConfig(str(tmp_path / "secret" / "shop"), uncached=UncachedConfig(views)))
+    places = {"dataset": str(tmp_path / "secret" / "shop"), "init": "secret/runs/first"}
+    neutral = neutral_config(RunConfig(**places, uncached=UncachedConfig(views)))
     first, second = neutral.uncached.views
     assert (neutral.dataset, first.encoder, second.encoder) == ("shop", "minilm", "google/vit-base-patch16-224")
+    assert neutral.init == "first"
     assert first.options == {"cache_dir": tmp_path.name}
 
 
@@ -193,6 +217,10 @@ def test_mistakes_get_one_line_and_leave_nothing_behind(model, run_with_terms, t
     for message, call in (
         ("exists already", lambda: model.save_pretrained(tmp_path)),
         ("folder: expected a path", lambda: model.save_pretrained(3)),
+        ("license: expected a name on the hub", lambda: model.save_pretrained(tmp_path / "new", license=3)),
+        ("include_titles: expected True", lambda: model.save_pretrained(tmp_path / "new", include_titles="no")),
+        ("include_histories: expected True", lambda: model.push_to_hub("ann/shop", include_histories="no")),
+        ("repo_id: Repo id must be", lambda: model.push_to_hub("a/b/c")),
         ("neither a folder nor a model that the hub gives", lambda: IISAN.from_pretrained("nobody/nothing")),
         ("neither a folder nor a model that the hub gives", lambda: IISAN.from_pretrained("a/b/c/d")),
         ("name: expected a path", lambda: IISAN.from_pretrained(3)),

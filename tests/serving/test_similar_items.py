@@ -65,3 +65,9 @@ def test_mistakes_are_refused(model, neighbours_run, tmp_path, shop):
     iisan_fast.train(shop[0], method="neighbours", out=tmp_path / "run", device="cpu")
     with pytest.raises(InputError, match="content compares the states of a cache, and this run has none"):
         similar(TrainedModel.load(tmp_path / "run", CPU), "i4", 3, "content")
+
+
+def test_states_that_are_all_equal_are_refused(model):
+    nothing = model.with_catalogue(replace(model.catalogue, coordinates=torch.empty(149, 0)))
+    with pytest.raises(InputError, match="the states of all items are equal"):
+        similar(nothing, "i4", by="content")
