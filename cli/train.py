@@ -171,8 +171,9 @@ def _refuse_other_settings(context: click.Context) -> None:
 
 def _report_epoch(line: dict[str, Any]) -> None:
     """Write an epoch's figures on standard error."""
-    validation = line["validation"]
-    figures = validation["masked" if validation["history_masked_by_default"] else "unmasked"]
+    from ..evaluation import headline_metrics  # imports torch, which takes seconds
+
+    figures = headline_metrics(line["validation"])
     shown = f"validation HR@10 {percent(figures['hr@10'])} NDCG@10 {percent(figures['ndcg@10'])} %"
     if line["epoch"] == 0:  # of a method without training
         report(shown)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -143,6 +143,6 @@ def ranking_metrics(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, float |
     return {name: float(values.mean()) if len(ranks) else None for name, values in users.items()}
 
 
-def headline_metrics(report: dict[str, Any]) -> dict[str, Any]:
+def headline_metrics(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return a report's masked metrics, or the unmasked ones if its settings do not mask the history."""
     return report["masked" if report["history_masked_by_default"] else "unmasked"]

@@ -11,12 +11,12 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..config import NEIGHBOURS, TUNING_METHODS
 from ..training import RunFolder
+from .page_figures import BASELINES
 
 LIBRARY = "iisan-fast"
 TAGS = ("recommendation", "sequential-recommendation", "multimodal", "iisan")
 TASK = "sequential-recommendation"
 NOT_RECORDED = "not recorded"
-BASELINES = ("popularity", "neighbours")
 TIES = {
     "half": "items that score the same count half",
     "best": "items that score the same count nothing, which favours the model",

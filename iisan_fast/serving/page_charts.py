@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from ..config import SIDE_METHODS, RunConfig
 from ..errors import InputError
+from ..evaluation import headline_metrics
 from ..files import refuse_irregular
 from ..recorded_json import is_finite_number, parse_json_object
 from ..states import group_positions
@@ -57,7 +58,7 @@ def curves(lines: Sequence[Mapping[str, Any]], best_epoch: int) -> Curves | None
     if not trained:
         return None
     epochs = [line["epoch"] for line in trained]
-    validation = [_headline(line["validation"]) for line in trained]
+    validation = [headline_metrics(line["validation"]) for line in trained]
     accuracy = [
         Series(name, [values[name.lower()] for values in validation]) for name in (f"HR@{CURVE_K}", f"NDCG@{CURVE_K}")
     ]
@@ -119,18 +120,13 @@ def _epoch_line(text: bytes, where: str) -> dict[str, Any]:
         return values
     names = [f"{name}@{CURVE_K}" for name in ("hr", "ndcg")]
     try:
-        validation = _headline(values["validation"])
+        validation = headline_metrics(values["validation"])
         numbers = [values["epoch"], values["loss"], *(validation[name] for name in names)]
     except (KeyError, TypeError):
         numbers = [None]
     if not all(map(is_finite_number, numbers)):
         raise InputError(f"{where}: expected an epoch, its loss and validation figures, found something else")
     return values
-
-
-def _headline(report: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the figures of a report by which the run chooses its best epoch."""
-    return report["masked" if report["history_masked_by_default"] else "unmasked"]
 
 
 def _tower_gates(tower: str, views: Sequence[str], layers: Sequence[str], values: Sequence[float]) -> TowerGates:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ..config import EvaluationConfig, ModelConfig, RunConfig
 from ..errors import InputError
+from ..evaluation import headline_metrics
 from ..setting_fields import settings_of, to_dict
 from ..setting_sources import SECTIONS
 from ..training import BestRun, RunFolder
@@ -81,8 +82,8 @@ def headline(figures: Mapping[str, Any], split: str, items: int, config: Evaluat
     k = shown_k(config)
     try:
         reports = {"this run": figures[split], **{name: figures[name] for name in BASELINES if name in figures}}
-        methods = [_method_figures(name, _leading(report), k) for name, report in reports.items()]
-        leading = _leading(figures[split])
+        methods = [_method_figures(name, headline_metrics(report), k) for name, report in reports.items()]
+        leading = headline_metrics(figures[split])
         warm, cold = leading["warm"]["users"], leading["cold"]["users"]
         weights = [(name, weight) for name, weight in figures.get("scoring", {}).items() if weight]
         return Headline(
@@ -134,11 +135,6 @@ def _method_figures(name: str, report: Mapping[str, Any], k: int) -> MethodFigur
     """Return the figures of a method's report at one cut-off."""
     parts = [{metric: part[f"{metric}@{k}"] for metric in METRICS} for part in (report, report["warm"], report["cold"])]
     return MethodFigures(name, *parts)
-
-
-def _leading(report: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a report that the run leads with: with its history masked, or not."""
-    return report["masked" if report["history_masked_by_default"] else "unmasked"]
 
 
 def _rule(report: Mapping[str, Any], items: int) -> list[str]:
