@@ -41,6 +41,15 @@ def parse_json_object(content: str | bytes, where: object) -> dict[str, Any]:
     return values
 
 
+def distinct_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of names and values, as a hook of `json`. Raises ValueError if a name stands twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{json.dumps(twice)[:60]} stands twice in an object")
+    return values
+
+
 def _check_parts(values: dict[str, Any], where: object) -> None:
     """Raise InputError if the values nest too deep or hold text that is not Unicode."""
     level: list[Any] = [values]
@@ -67,15 +76,6 @@ def _check_text(text: str, where: object) -> None:
         raise InputError(f"{where}: not valid JSON (text that is not Unicode: {json.dumps(text)[:60]})") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of some names and values. Raises ValueError if a name stands twice."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{json.dumps(twice)[:60]} stands twice in an object")
-    return values
-
-
 def _whole_number(digits: str) -> int:
     """Return a whole number. Raises ValueError if it has too many digits."""
     if len(digits) > MOST_DIGITS:
@@ -97,7 +97,7 @@ def _no_number(name: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_int=_whole_number, parse_float=_number, parse_constant=_no_number
+    object_pairs_hook=distinct_names, parse_int=_whole_number, parse_float=_number, parse_constant=_no_number
 )
 
 

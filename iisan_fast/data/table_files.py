@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, first_few
 from ..files import refuse_irregular
+from ..recorded_json import distinct_names
 from .frames import HISTORY_COLUMN, ID_COLUMNS, frame_of_records, refuse_repeated, with_text_ids
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _json_object(line: bytes, where: str, first: bool) -> dict[str, object]:
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 (at byte {error.start + 1}); save the file as UTF-8") from None
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=distinct_names)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -170,6 +170,7 @@ def test_every_format_of_file_gives_the_same_ids_and_texts(tmp_path):
         ("a.jsonl", b'{"item_id": 1}\n{"item_id"\n', ["line 2: expected a JSON object, found '{\"item_id\"'"]),
         ("a.jsonl", b'{"item_id": 1}\n\n{"item_id": 1.5}\n', ["line 3: item_id: expected text", "found 1.5"]),
         ("a.jsonl", b'{"item_id": "1"}\n{"title": "a"}\n', ["line 2: item_id", "found nothing"]),
+        ("a.jsonl", b'{"item_id": "1", "item_id": "2"}\n', ["line 1: expected", '"item_id" stands twice in an object']),
         ("a.jsonl", b'{"item_id": "\xff"}\n', ["line 1: not UTF-8"]),
         ("a.jsonl", b'{"item_id": "\\ud800"}\n', ["line 1: half a surrogate pair"]),
         ("a.jsonl", b"[" * 200_000, ["line 1: expected a JSON object, found '[[["]),
