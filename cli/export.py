@@ -47,5 +47,7 @@ def export(run: Path, folder: Path, index: str | None, as_json: bool) -> None:
             f"{100 * report.index.recall:.2f} %"
         )
     print_counts(f"exported to {report.folder}", rows)
+    for name, compared in report.compared.items():
+        click.echo(f"{name}: compared on {compared['on']}", err=True)
     for line in report.left_out:
         click.echo(f"left out: {line}", err=True)

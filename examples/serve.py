@@ -1,4 +1,4 @@
-"""Serve an exported run over HTTP, without PyTorch: OMP_NUM_THREADS=1 python examples/serve.py EXPORTED --port 8000."""
+"""Serve an exported run (pip install 'iisan-fast[serve]'): OMP_NUM_THREADS=1 python examples/serve.py EXPORTED."""
 
 import argparse
 import json
@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, exceptions, responses
 from pydantic import BaseModel, Field, conlist, constr
 from scipy.sparse import load_npz
 
 
-class Query(BaseModel):
+class Query(BaseModel, extra="forbid"):
     """Histories of item ids, oldest first, and how many items each of them gets."""
 
     histories: list[conlist(constr(max_length=256), max_length=1000)] = Field(min_length=1, max_length=256)
-    k: int = Field(10, ge=1, le=1000)
+    k: int = Field(10, ge=1, le=1000, strict=True)
     unknown: constr(pattern="^(error|skip)$") = "error"
 
 
@@ -27,29 +27,27 @@ class Exported:
 
     def __init__(self, folder):
         """Load a folder. Raises ValueError or OSError, naming the file, if one is not as it was exported."""
-        self.about = about = json.loads((folder / "export.json").read_text("utf-8"))
-        bad = [name for name, was in about["sha256"].items() if sha256((folder / name).read_bytes()).hexdigest() != was]
-        if about["format"] != 1 or bad:
-            raise ValueError(f"{folder}: expected an unchanged export of format 1, changed: {bad}; export again")
+        self.about = about = dict(json.loads((folder / "export.json").read_text("utf-8")))
+        digests = about["sha256"] if about.get("format") == 1 else {"export.json": "of another format"}
+        if bad := [name for name, was in digests.items() if sha256((folder / name).read_bytes()).hexdigest() != was]:
+            raise ValueError(f"expected an unchanged export of format 1, changed: {bad}; export again")
         items = [json.loads(line) for line in (folder / "items.jsonl").open(encoding="utf-8")]
         self.row_of = {item["item_id"]: row for row, item in enumerate(items)}
         self.ids = np.array(list(self.row_of), dtype=object)
         self.removed, self.popularity = (np.array([item[key] for item in items]) for key in ("removed", "popularity"))
-        self.vectors = np.load(folder / "item_vectors.npy")
-        self.cooccurrence = load_npz(folder / "cooccurrence.npz")
+        self.vectors, self.cooccurrence = np.load(folder / "item_vectors.npy"), load_npz(folder / "cooccurrence.npz")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # requests run in parallel already
         self.encoder = onnxruntime.InferenceSession(folder / "sequence_encoder.onnx", options)
-        self.search = None  # a function (query, count) -> rows
         if index := about["index"]:
-            if not index["built_from"].items() <= about["sha256"].items():
-                raise ValueError(f"{folder / index['file']}: not an index of these item vectors; export again")
             if index["kind"] == "faiss":
                 graph = import_module("faiss").read_index(str(folder / index["file"]))
-                self.search = lambda query, count: graph.search(query[None], count)[1][0]
+                self.search, items = lambda query, count: graph.search(query[None], count)[1][0], graph.ntotal
             else:
-                graph = import_module("usearch.index").Index.restore(folder / index["file"])
-                self.search = lambda query, count: graph.search(query, count).keys.astype(int)
+                graph = import_module("usearch.index").Index.restore(folder / index["file"], expansion_search=512)
+                self.search, items = lambda query, count: graph.search(query, count).keys.astype(int), len(graph)
+            if items != (~self.removed).sum() or not index["built_from"].items() <= digests.items():
+                raise ValueError(f"{index['file']}: not an index of these item vectors; export again")
 
     def recommend(self, history, k):
         """Return the k best items after the known items of a history, or popular ones if it has none."""
@@ -66,25 +64,26 @@ class Exported:
         (query,) = self.encoder.run(["queries"], {"inputs": inputs[None], "lengths": [min(width, len(rows))]})[0]
         sums = constants["decay"] ** np.arange(len(rows)) @ self.cooccurrence[rows[::-1]]
         added = self.about["weights"]["cooccurrence"] * np.log1p(constants["sums_factor"] * sums)
-        if self.search is None:
+        if self.about["index"] is None:
             return np.arange(len(added)), self.vectors @ query + added
-        found = self.search(query, 10 * k + len(rows))
-        candidates = np.union1d(found[found >= 0], np.flatnonzero(added))
+        candidates = np.setdiff1d(np.union1d(self.search(query, 10 * k + len(rows)), np.flatnonzero(added)), [-1])
         return candidates, self.vectors[candidates] @ query + added[candidates]
 
 
 def service(exported):
     """Return the HTTP service of an exported folder."""
-    app = FastAPI(title="iisan-fast")
-    app.add_api_route("/health", lambda: {"status": "ok", "items": int((~exported.removed).sum())})
 
-    @app.post("/recommend")
     def recommend(query: Query):
-        unknown = list({i: 0 for history in query.histories for i in history if i not in exported.row_of})
-        if unknown and query.unknown == "error":
-            raise HTTPException(422, f"histories: {len(unknown)} unknown item ids, such as {', '.join(unknown[:3])}")
-        return {"users": [exported.recommend(history, query.k) for history in query.histories]}
+        if query.unknown == "error" and (unknown := {i for h in query.histories for i in h} - exported.row_of.keys()):
+            raise HTTPException(422, f"histories: {len(unknown)} unknown ids, such as {', '.join(sorted(unknown)[:3])}")
+        return responses.JSONResponse({"users": [exported.recommend(history, query.k) for history in query.histories]})
 
+    def refuse(_request, error):  # FastAPI would answer with the input, which may be large, or no JSON
+        return responses.JSONResponse({"detail": [f"{e['loc'][1:]}: {e['msg']}" for e in error.errors()[:3]]}, 422)
+
+    app = FastAPI(title="iisan-fast", exception_handlers={exceptions.RequestValidationError: refuse})
+    app.add_api_route("/health", lambda: {"status": "ok", "items": int((~exported.removed).sum())})
+    app.add_api_route("/recommend", recommend, methods=["POST"])
     return app
 
 
@@ -96,5 +95,6 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     try:
         uvicorn.run(service(Exported(arguments.folder)), host=arguments.host, port=arguments.port, log_level="warning")
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        parser.exit(2, f"error: {error}\n")
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, ImportError) as error:
+        remedy = f"; pip install 'iisan-fast[{error.name}]'" if isinstance(error, ImportError) else ""
+        parser.exit(2, f"error: {arguments.folder}: {error}{remedy}\n")

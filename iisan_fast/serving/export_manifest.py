@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from importlib import metadata
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..fingerprints import file_digest
 from ..models import TERM_CONSTANTS
 from .query_encoder import history_width
 from .trained_model import TrainedModel
@@ -65,15 +65,6 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Write export.json into a folder with the size and the SHA-256 of every file in it, and return its content."""
     files = sorted(folder.iterdir())
     sizes = {path.name: path.stat().st_size for path in files}
-    content = {**manifest, "bytes": sizes, "sha256": {path.name: sha256_of(path) for path in files}}
+    content = {**manifest, "bytes": sizes, "sha256": {path.name: file_digest(path) for path in files}}
     (folder / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return content
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

@@ -13,8 +13,9 @@ import torch
 
 from ..errors import InputError
 from ..files import whole_folder
+from ..fingerprints import file_digest
 from ..training import RunFolder
-from .export_manifest import describe_model, sha256_of, write_manifest
+from .export_manifest import describe_model, write_manifest
 from .export_tables import ITEM_VECTORS, ITEMS, write_tables
 from .exported_encoders import ExportedEncoder, item_encoder_of, random_histories, sequence_encoder_of
 from .index_files import IndexedVectors, index_file, open_index, refuse_missing_library, write_index
@@ -102,7 +103,7 @@ def _with_index(model: TrainedModel, kind: str, folder: Path) -> tuple[dict[str,
         "file": index_file(kind),
         "items": len(rows),
         "dimension": indexed.vectors.shape[1],
-        "built_from": {name: sha256_of(folder / name) for name in (ITEM_VECTORS, ITEMS)},
+        "built_from": {name: file_digest(folder / name) for name in (ITEM_VECTORS, ITEMS)},
         "measured": {**asdict(recall), "candidates": CANDIDATES, "histories": source},
     }
     return description, recall

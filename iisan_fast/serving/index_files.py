@@ -96,7 +96,7 @@ def _usearch(path: Path) -> tuple[Search, int, int]:
     """Return the search, the number of items and the dimension of a USearch index. Raises RuntimeError for no index."""
     from usearch.index import Index
 
-    index = Index.restore(str(path))
+    index = Index.restore(str(path), expansion_search=SEARCH_CANDIDATES)
     if index is None:
         raise RuntimeError("it cannot be read")
 

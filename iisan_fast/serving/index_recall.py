@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,42 +30,32 @@ class Recall:
 def recall_of_index(model: TrainedModel, histories: UserHistories, search: Search) -> Recall:
     """Return the recall of the full score over users, none of whose histories is empty.
 
-    The candidates of a user are those of the index and all items with a co-occurrence term; they are rescored exactly.
+    The candidates of a user are those of the index and all items with a co-occurrence term. They are rescored exactly,
+    so one of the K best items is found if it is a candidate: no more candidates are better than items are.
     """
     k = min(K, model.catalogue.available)
     hits = total = 0
     for first in range(0, len(histories.user_ids), USERS_AT_ONCE):
         part = histories.part(first, first + USERS_AT_ONCE)
         exact = np.concatenate([result.items for result in recommend(model, part, k)])
-        for best, expected in zip(_approximate(model, part, search, k), exact - 1):
+        for candidates, expected in zip(_candidates(model, part, search, k), exact - 1):
             expected = expected[expected >= 0]
-            hits += len(np.intersect1d(best, expected))
+            hits += int(np.isin(expected, candidates).sum())
             total += len(expected)
     return Recall(hits / max(1, total), k, len(histories.user_ids))
 
 
-def _approximate(model: TrainedModel, histories: UserHistories, search: Search, k: int) -> list[np.ndarray]:
-    """Return the rows of the best items of each user by the index, int64."""
+def _candidates(model: TrainedModel, histories: UserHistories, search: Search, k: int) -> Iterator[np.ndarray]:
+    """Yield the rows of the candidates of each user, int64: of the index as many as a service takes for the user."""
     scores = model.scores(histories)
-    queries = scores.queries.cpu().numpy()
-    vectors = scores.vectors.cpu().numpy()
-    candidates = search(np.ascontiguousarray(queries), k * CANDIDATES + int(histories.lengths.max()))
-    excluded = [histories.items[start:end] - 1 for start, end in zip(histories.offsets, histories.offsets[1:])]
-    best = []
-    for user, rows in enumerate(candidates):
-        neighbours, values = _neighbours(scores, user)
-        united = np.union1d(rows[rows >= 0], neighbours)
-        united = np.setdiff1d(united[~model.catalogue.is_removed[united]], excluded[user])
-        totals = vectors[united] @ queries[user]
-        has_value = np.isin(united, neighbours)
-        totals[has_value] += values[np.isin(neighbours, united)]
-        best.append(united[np.lexsort((united, -totals))[:k]])
-    return best
+    counts = k * CANDIDATES + histories.lengths
+    rows = search(np.ascontiguousarray(scores.queries.cpu().numpy()), int(counts.max()))
+    for user, count in enumerate(counts):
+        yield np.concatenate([rows[user, :count], _neighbours(scores, user)])
 
 
-def _neighbours(scores: Scores, user: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows that have a co-occurrence term for a user, ascending, and the terms."""
+def _neighbours(scores: Scores, user: int) -> np.ndarray:
+    """Return the rows that have a co-occurrence term for a user."""
     if scores.added is None:
-        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-    added = scores.added(np.array([user]))
-    return added.items.cpu().numpy(), added.values.float().cpu().numpy()
+        return np.empty(0, dtype=np.int64)
+    return scores.added(np.array([user])).items.cpu().numpy()

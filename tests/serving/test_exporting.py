@@ -14,8 +14,11 @@ from iisan_fast.errors import InputError
 from iisan_fast.serving import exporting, index_files
 from iisan_fast.serving.exported_encoders import sequence_encoder_of
 from iisan_fast.serving.exporting import export
+from iisan_fast.serving.index_recall import recall_of_index
 from iisan_fast.serving.module_files import WrittenModule
+from iisan_fast.serving.recommendation import recommend
 from iisan_fast.serving.trained_model import TrainedModel
+from iisan_fast.serving.user_histories import UserHistories
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +69,23 @@ def test_the_recall_of_the_index_is_measured(manifest):
     index = manifest["index"]
     assert (index["items"], index["dimension"]) == (manifest["available"], 16 + 1 + 32)
     assert index["measured"]["users"] == 80 and 0.9 < index["measured"]["recall"] <= 1
+
+
+def test_the_recall_is_the_share_of_the_best_items_among_the_candidates(plain_run):
+    model = TrainedModel.load(plain_run, CPU)  # without co-occurrence: the candidates are those of the index alone
+    histories = UserHistories.of_run(plain_run).part(0, 40)
+    order = np.argsort(-model.scores(histories).queries.numpy() @ model.joined.numpy().T, axis=1)
+    asked = []
+
+    def search(_queries: np.ndarray, count: int) -> np.ndarray:
+        asked.append(count)
+        return order[:, :count]
+
+    assert recall_of_index(model, histories, search).recall == 1
+    assert asked == [100 + histories.lengths.max()]
+    best = np.concatenate([result.items for result in recommend(model, histories, 10)]) - 1
+    order = np.where(np.arange(100)[None] < 4, np.pad(best[:, :4], ((0, 0), (0, 96))), -1)
+    assert recall_of_index(model, histories, search).recall == pytest.approx(0.4)
 
 
 def test_a_folder_that_exists_is_refused_and_stays(run_with_terms, tmp_path):

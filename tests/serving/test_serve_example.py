@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -91,7 +92,7 @@ def test_the_answers_are_those_of_the_run_for_histories_of_every_length(client, 
 
 def test_without_an_index_all_items_are_compared(serve, model, exported):
     service = serve.Exported(exported)
-    service.search = None
+    service.about["index"] = None
     histories = histories_of_every_length(model, 12)
     ids = [[model.catalogue.item_ids[item - 1] for item in history] for history in histories]
     assert_same_answers([service.recommend(history, 7) for history in ids], expected_answers(model, histories, 7))
@@ -101,7 +102,7 @@ def test_unknown_items_are_listed_or_skipped(client, model):
     known = model.catalogue.item_ids[0]
     answer = client.post("/recommend", json={"histories": [["no-1", known], ["no-2", "no-3", "no-4", "no-1"]]})
     assert answer.status_code == 422
-    assert answer.json()["detail"] == "histories: 4 unknown item ids, such as no-1, no-2, no-3"
+    assert answer.json()["detail"] == "histories: 4 unknown ids, such as no-1, no-2, no-3"
     answer = client.post("/recommend", json={"histories": [["no-1", known], ["no-2"]], "unknown": "skip"})
     assert_same_answers(answer.json()["users"], expected_answers(model, [[1], []], 10))
 
@@ -119,12 +120,18 @@ def test_unknown_items_are_listed_or_skipped(client, model):
         {"histories": [[]], "k": 0},
         {"histories": [[]], "k": 1001},
         {"histories": [[]], "k": "many"},
+        {"histories": [[]], "k": True},
+        {"histories": [[]], "k": float("nan")},
+        {"histories": [["\ud800"]]},
+        {"histories": [[]], "top_k": 3, "\ud800": 0},
         {"histories": [[]], "unknown": "ignore"},
     ],
     ids=lambda body: json.dumps(body)[:40],
 )
-def test_bad_input_is_refused(client, body):
-    assert client.post("/recommend", json=body).status_code == 422
+def test_bad_input_is_refused_in_few_words(client, body):
+    answer = client.post("/recommend", content=json.dumps(body))
+    assert answer.status_code == 422
+    assert all(": " in line for line in answer.json()["detail"]) and len(answer.content) < 1000
 
 
 def test_a_k_above_the_catalogue_gives_all_items(client, model):
@@ -153,8 +160,15 @@ def other_index(content: bytes) -> bytes:
     return json.dumps(about).encode()
 
 
-def other_format(content: bytes) -> bytes:
-    return json.dumps({**json.loads(content), "format": 2}).encode()
+def other_format(_content: bytes) -> bytes:
+    return b'{"format": 2}'
+
+
+def fewer_available(content: bytes) -> bytes:
+    about = json.loads(content)
+    about["sha256"].pop("items.jsonl")
+    about["index"]["built_from"].pop("items.jsonl")
+    return json.dumps(about).encode()
 
 
 @pytest.mark.parametrize(
@@ -169,6 +183,22 @@ def other_format(content: bytes) -> bytes:
 def test_files_that_do_not_fit_are_refused(serve, exported, tmp_path, name, change, message):
     with pytest.raises(ValueError, match=message):
         serve.Exported(changed(exported, tmp_path, name, change))
+
+
+def test_an_index_of_other_items_is_refused(serve, exported, tmp_path):
+    folder = changed(exported, tmp_path, "export.json", fewer_available)
+    lines = (folder / "items.jsonl").read_text()
+    (folder / "items.jsonl").write_text(lines.replace('"removed": false', '"removed": true', 1))
+    with pytest.raises(ValueError, match="index.faiss: not an index of these item vectors"):
+        serve.Exported(folder)
+
+
+def test_requests_at_the_same_time_get_the_answers_of_single_ones(serve, exported):
+    service = serve.Exported(exported)
+    histories = [service.ids[start : start + 5].tolist() for start in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda history: service.recommend(history, 10), histories))
+    assert together == [service.recommend(history, 10) for history in histories]
 
 
 def free_port() -> int:
@@ -202,4 +232,8 @@ def test_the_program_serves_on_loopback(exported, model):
 def test_the_program_ends_with_one_line_for_a_folder_without_export(tmp_path):
     result = subprocess.run([sys.executable, SERVE, tmp_path], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and "export.json" in result.stderr and result.stderr.count("\n") == 1
+    assert (
+        result.stderr.startswith(f"error: {tmp_path}: ")
+        and "export.json" in result.stderr
+        and result.stderr.count("\n") == 1
+    )
