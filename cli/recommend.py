@@ -181,13 +181,19 @@ def _print_items(model: TrainedModel, part: Recommended) -> None:
     from rich.table import Table
 
     catalogue = model.catalogue
-    caption = "the most popular items, because the history is empty" if part.by_popularity[0] else None
-    table = Table(title=cell(f"{model.run}, epoch {model.epoch}" if model.epoch else str(model.run)), caption=caption)
+    items = part.items[0].tolist()
+    found = sum(item > 0 for item in items)
+    captions = ["the most popular items, because the history is empty"] if part.by_popularity[0] else []
+    captions += [f"{found} of {len(items)} items, because no more are left"] if found < len(items) else []
+    table = Table(
+        title=cell(f"{model.run}, epoch {model.epoch}" if model.epoch else str(model.run)),
+        caption="; ".join(captions) or None,
+    )
     table.add_column("rank", justify="right")
     table.add_column("item")
     table.add_column("title", ratio=1)
     table.add_column("score", justify="right")
-    for rank, (item, score) in enumerate(zip(part.items[0].tolist(), part.scores[0].tolist()), start=1):
+    for rank, (item, score) in enumerate(zip(items, part.scores[0].tolist()), start=1):
         if item:
             title = catalogue.titles[item - 1] if catalogue.titles else "-"
             table.add_row(str(rank), cell(catalogue.item_ids[item - 1]), cell(title), f"{score:.4f}")

@@ -133,12 +133,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put `path` into an OSError of the block that names a temporary file of it, or no file where there is no room."""
+    """Put `path` into an error of the system that names a temporary file of it, or no file where there is no room.
+
+    The error is an OSError, or one of a library written in Rust.
+    """
     try:
         yield
-    except OSError as error:
+    except InputError:  # which says all that its user needs
+        raise
+    except Exception as error:
         number = system_error_number(error)
-        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        names = [str(name) for field in ("filename", "filename2") if (name := getattr(error, field, None)) is not None]
         if number is not None and (any(_prefix(path) in name for name in names) or not names and number in NO_ROOM):
             raise OSError(number, os.strerror(number), str(path)) from error
         raise

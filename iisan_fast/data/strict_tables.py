@@ -36,7 +36,7 @@ def read_table(path: Path, columns: int, may_end_blank: bool = False) -> Iterato
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not number:
-        raise InputError(f"{path}: empty; expected lines of {columns} fields separated by tabs")
+        raise InputError(f"{path}: empty; expected lines of {_form(columns)}")
 
 
 def _fields(line: bytes, columns: int, where: str, first: bool, may_end_blank: bool) -> list[str]:
@@ -50,15 +50,20 @@ def _fields(line: bytes, columns: int, where: str, first: bool, may_end_blank: b
         raise InputError(f"{where}: not UTF-8 (at byte {error.start + 1}); save the file as UTF-8") from None
     text = text.removesuffix("\n").removesuffix("\r")
     if not text:
-        raise InputError(f"{where}: empty line; expected {columns} fields separated by tabs")
+        raise InputError(f"{where}: empty line; expected {_form(columns)}")
     fields = text.split("\t")
     if len(fields) != columns:
-        raise InputError(f"{where}: expected {columns} fields separated by tabs, found {len(fields)}")
+        raise InputError(f"{where}: expected {_form(columns)}, found {len(fields)}")
     for position, field in enumerate(fields, start=1):
         if not field.strip() and not (may_end_blank and position == columns):
             raise InputError(f"{where}: field {position} of {columns} is empty")
     refuse_unfit_id(fields[0], where)
     return fields
+
+
+def _form(columns: int) -> str:
+    """Return the form of a line in words."""
+    return "1 field" if columns == 1 else f"{columns} fields separated by tabs"
 
 
 def refuse_unfit_id(text: str, where: str) -> None:

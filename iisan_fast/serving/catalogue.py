@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,7 +52,7 @@ class Catalogue:
         numbers = np.array([self.numbers[item_id] for item_id in item_ids], dtype=np.int64)
         if removed := [item_id for item_id, number in zip(item_ids, numbers) if self.is_removed[number - 1]]:
             raise InputError(
-                f"{name}: expected items of the catalogue, found {len(removed)} removed ones "
+                f"{name}: expected items of the catalogue, found {len(removed)} removed "
                 f"({first_few(removed, len(removed))})"
             )
         return numbers
@@ -61,7 +61,9 @@ class Catalogue:
         """Raise InputError, with the first few and the number of all, for ids that the catalogue does not have."""
         unknown = [item_id for item_id in dict.fromkeys(item_ids) if item_id not in self.numbers]
         if unknown:
-            raise InputError(
-                f"{name}: expected ids of the run's {len(self.item_ids)} items, found {len(unknown)} unknown ones "
-                f"({first_few(unknown, len(unknown))})"
-            )
+            raise InputError(f"{name}: {self.expected_instead_of(unknown)}")
+
+    def expected_instead_of(self, unknown: Collection[str]) -> str:
+        """Return a message's part about ids that the catalogue does not have: the first few and the number of all."""
+        listed = first_few((item_id or "''" for item_id in unknown), len(unknown))
+        return f"expected ids of the run's {len(self.item_ids)} items, found {len(unknown)} unknown ({listed})"

@@ -113,7 +113,7 @@ def remove_items(run: Path, item_ids: Iterable[str], *, device: torch.device) ->
         catalogue.refuse_unknown(unique, "items")
         present = [item_id for item_id in unique if catalogue.has(item_id)]
         if absent := [item_id for item_id in unique if not catalogue.has(item_id)]:
-            LOGGER.warning("%s: %d items are removed already (%s)", run, len(absent), first_few(absent, len(absent)))
+            LOGGER.warning("%s: found %d removed already (%s)", run, len(absent), first_few(absent, len(absent)))
         if len(present) == catalogue.available:
             raise InputError(f"{run}: expected to keep an item, found that all {len(present)} would be removed")
         if not present:
@@ -184,7 +184,8 @@ class _HeldRun:
             finite &= encoded.coordinates.isfinite().all(dim=1)
         if bad := [item_id for item_id, good in zip(contents.item_ids, finite.tolist()) if not good]:
             raise InputError(
-                f"{self.folder.path}: the vectors of {len(bad)} items are not finite ({first_few(bad, len(bad))})"
+                f"{self.folder.path}: found {len(bad)} of {len(finite)} items whose vectors are not finite "
+                f"({first_few(bad, len(bad))})"
             )
 
 

@@ -20,8 +20,8 @@ def read_histories(path: Path, catalogue: Catalogue, unknown: str) -> UserHistor
 
     path: .tsv has lines as users.tsv of a dataset, without a header: a user id, a tab, and item ids joined by spaces,
     or nothing. .csv and .parquet have the columns user_id and history, a list of ids or ids joined by spaces, or
-    user_id and item_id with a row for each interaction. .jsonl has objects with user_id and history. unknown: as
-    `number_histories` takes it.
+    user_id and item_id with a row for each interaction. .jsonl has objects with user_id and history. A null is an empty
+    history. unknown: as `number_histories` takes it.
 
     Raises InputError, with file and line or user, for a file that cannot be read or holds no user, for another form,
     for a user that stands twice, and as `number_histories` does.
@@ -47,6 +47,8 @@ def _rows_of_lines(path: Path) -> Iterator[UserRow]:
     """Yield the users of a .tsv file. Raises InputError, with file and line."""
     for line, (user_id, history) in read_table(path, 2, may_end_blank=True):
         where = f"{path} line {line}"
+        if line == 1 and user_id == "user_id":
+            raise InputError(f"{where}: expected a user id and item ids, found a header; remove the line")
         yield UserRow(user_id, split_history(history, where), where)
 
 
@@ -58,7 +60,9 @@ def _rows_of_objects(path: Path) -> Iterator[UserRow]:
             if name not in record:
                 raise InputError(f"{where}: expected the fields user_id and history, found no {name}")
         history = record["history"]
-        if isinstance(history, str):
+        if history is None:
+            item_ids = []
+        elif isinstance(history, str):
             item_ids = split_history(history, where)
         elif isinstance(history, list):
             item_ids = [text_id(item_id, f"{where}: history") for item_id in history]

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import InputError, check_choice, first_few
+from ..errors import InputError, check_choice
 from .catalogue import Catalogue
 from .user_histories import UserHistories
 
 LOGGER = logging.getLogger(__name__)
 UNKNOWN = ("error", "skip")
-SKIP = "add them to the catalogue, or leave them out with unknown=skip"
+SKIP = 'add them to the catalogue, or leave them out by --unknown skip, in Python unknown="skip"'
 
 
 class UserRow(NamedTuple):
@@ -41,7 +41,8 @@ def number_histories(rows: Iterable[UserRow], catalogue: Catalogue, name: str, u
     missing: dict[str, str] = {}  # where each unknown id stands first
     for user_id, item_ids, where in rows:
         if user_id in places:
-            raise InputError(f"{where}: user {user_id!r} stands twice, first in {places[user_id]}; join the histories")
+            first = "" if places[user_id] == where else f", first in {places[user_id]}"
+            raise InputError(f"{where}: user {user_id!r} stands twice{first}; join the histories")
         places[user_id] = where
         for item_id in item_ids:
             number = numbers.get(item_id)
@@ -62,12 +63,8 @@ def _report(missing: dict[str, str], catalogue: Catalogue, name: str, unknown: s
 
     missing: where each of them stands first.
     """
-    listed = first_few(missing, len(missing))
     where = next(iter(missing.values()))
     place = "" if where == name else f", the first in {where}"
     if unknown == "error":
-        raise InputError(
-            f"{name}: expected ids of the run's {len(catalogue.item_ids)} items, found {len(missing)} unknown ones "
-            f"({listed}){place}; {SKIP}"
-        )
-    LOGGER.warning("%s: %s unknown items are left out: %s", name, len(missing), listed)
+        raise InputError(f"{name}: {catalogue.expected_instead_of(missing)}{place}; {SKIP}")
+    LOGGER.warning("%s: %s; they are left out", name, catalogue.expected_instead_of(missing))

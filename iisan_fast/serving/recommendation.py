@@ -109,8 +109,8 @@ def _ranked(
     )
     if values.isnan().any():
         raise InputError(
-            f"{model.run}: {int(values.isnan().any(dim=1).sum())} users have a score that is not finite; "
-            "the model has diverged"
+            f"{model.run}: {int(values.isnan().any(dim=1).sum())} of {len(values)} users have a score that is not "
+            "finite; the model has diverged"
         )
     return rows.cpu().numpy() + 1, values.float().cpu().numpy()
 

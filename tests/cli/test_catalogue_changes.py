@@ -61,7 +61,7 @@ def test_bad_input_is_one_line(data, run, tmp_path):
     assert "expected new items, found 2" in refused("add-items", run, new)
     assert "none.tsv: no such file" in refused("add-items", run, tmp_path / "none.tsv")
     assert "not a run folder" in refused("add-items", tmp_path, new)
-    assert "found 1 unknown ones (x)" in refused("remove-items", run, "x")
+    assert "found 1 unknown (x)" in refused("remove-items", run, "x")
     assert "give one of the two" in refused("remove-items", run)
     assert "give one of the two" in refused("remove-items", run, "i1", "--from", new)
     assert "no such folder" in refused("add-items", run, new, "--images", tmp_path / "none")

@@ -72,7 +72,7 @@ def test_users_of_a_file_are_written_into_a_file(run, expected, tmp_path, capsys
     out = tmp_path / f"best{suffix}"
     assert call(run, "--users", users, "--unknown", "skip", "--out", out, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"out": str(out), "users": 41, "by_popularity": 1, "unknown_items": 1}
-    assert "1 unknown items are left out: gone" in caplog.text and "1 of 41 users have no history" in caplog.text
+    assert "found 1 unknown (gone); they are left out" in caplog.text and "1 of 41 users have no history" in caplog.text
     if suffix == ".jsonl":
         items = {row["user_id"]: row["items"] for row in map(json.loads, out.read_text().splitlines())}
     elif suffix == ".csv":
@@ -119,6 +119,8 @@ def test_lists_of_allowed_and_denied_items_may_be_files(run, tmp_path, capsys):
     (tmp_path / "allowed.txt").write_text(f"i1\ni2\n{IDS}\ni5\n")
     assert call(run, "--history", "i3", "--allow", tmp_path / "allowed.txt", "--deny", "i1", "--json") == 0
     assert {*json.loads(capsys.readouterr().out)["items"]} == {"i2", IDS, "i5"}
+    assert call(run, "--history", "i3", "--allow", tmp_path / "allowed.txt") == 0
+    assert "4 of 10 items, because no more are left" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_empty_history_gets_the_popular_items_and_says_so(run, capsys, caplog):
@@ -132,9 +134,9 @@ WRONG = {
     "--history, --users: expected one of them": ("--history", "i1", "--users", "users.tsv"),
     "k: expected a number from 1 to 30, the items of the catalogue, found 31": ("--history", "i1", "--top-k", "31"),
     "k: expected a number from 1 to 30, the items of the catalogue, found 0": ("--history", "i1", "--top-k", "0"),
-    "--history: expected ids of the run's 30 items, found 2 unknown ones (x, y)": ("--history", "i1,x,y"),
+    "--history: expected ids of the run's 30 items, found 2 unknown (x, y)": ("--history", "i1,x,y"),
     "--allow: expected item ids of the run, or a file": ("--history", "i1", "--allow", "missing.txt"),
-    "deny: expected ids of the run's 30 items, found 1 unknown ones (x)": ("--history", "i1", "--deny", "x,i1"),
+    "deny: expected ids of the run's 30 items, found 1 unknown (x)": ("--history", "i1", "--deny", "x,i1"),
     "allow, deny: expected to leave items": ("--history", "i1", "--deny", "i1,i2", "--allow", "i2"),
     "expected a file named *.jsonl, *.csv, *.parquet, found .xls": ("--history", "i1", "--out", "best.xls"),
     "users.tsv: no such file": ("--users", "users.tsv"),

@@ -91,3 +91,8 @@ def test_table_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[t
     path = tmp_path_factory.mktemp("table") / "t.tsv"
     path.write_bytes("".join("\t".join(row) + "\n" for row in rows).encode())
     assert [tuple(fields) for _, fields in read_table(path, 3)] == rows
+
+
+def test_a_list_of_ids_is_asked_for_as_one_field(table: LineWriter) -> None:
+    with pytest.raises(InputError, match=r"line 2: expected 1 field, found 2$"):
+        list(read_table(table(b"a\nb\tc\n"), 1))

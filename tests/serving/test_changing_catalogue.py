@@ -79,7 +79,7 @@ def test_items_that_the_catalogue_lacks_are_not_updated_or_removed(run):
         (update_items, [{"item_id": i, "title": "x"} for i in "abcd"]),
         (remove_items, list("abcd")),
     ):
-        assert "ids of the run's 48 items, found 4 unknown ones (a, b, c and 1 more)" in refusal(change, run, items)
+        assert "ids of the run's 48 items, found 4 unknown (a, b, c and 1 more)" in refusal(change, run, items)
     assert "would be removed" in refusal(remove_items, run, [f"i{n}" for n in range(1, TRAINED + NEW + 1)])
 
 
@@ -92,9 +92,9 @@ def test_removed_items_are_not_recommended_and_may_stand_in_histories(data, run,
     assert TRAINED + 2 not in best_items(run, [1], TRAINED + NEW - 3)
 
     again = remove_items(run, [f"i{before[0]}", "i3"], device=CPU)
-    assert again.removed == 1 and f"1 items are removed already (i{before[0]})" in caplog.text
+    assert again.removed == 1 and f"found 1 removed already (i{before[0]})" in caplog.text
     assert remove_items(run, ["i3"], device=CPU).removed == 0
-    assert "found 1 removed ones (i3)" in refusal(update_items, run, rows(data, "i3"))
+    assert "found 1 removed (i3)" in refusal(update_items, run, rows(data, "i3"))
 
 
 def test_a_removed_item_is_added_again_under_its_number(data, run):

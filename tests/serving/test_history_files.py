@@ -57,6 +57,12 @@ def test_each_format_gives_the_same_histories(catalogue, tmp_path, suffix):
     assert by_user(histories) == EXPECTED and histories.offsets.dtype == histories.items.dtype == np.int64
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_a_null_is_an_empty_history(catalogue, tmp_path, suffix):
+    path = write((tmp_path / "users").with_suffix(suffix), {"u1": ["a"], "u2": None})
+    assert by_user(read_histories(path, catalogue, "error")) == {"u1": [1], "u2": []}
+
+
 def test_interactions_are_histories_in_their_order(catalogue, tmp_path):
     path = tmp_path / "users.csv"
     path.write_text('user_id,item_id\n3,"c,d"\nu1,a\n3,"c,d"\nu1,007\n3,a\n')
@@ -85,12 +91,12 @@ def test_histories_from_python(catalogue):
 
 def test_unknown_ids_are_listed_and_left_out_where_asked(catalogue, tmp_path, caplog):
     path = write(tmp_path / "users.tsv", {"u1": ["a", "x"], "u2": ["y", "z", "w", "x", "007"]})
-    message = r"found 4 unknown ones \(x, y, z and 1 more\), the first in .*users.tsv line 1; add them"
+    message = r"found 4 unknown \(x, y, z and 1 more\), the first in .*users.tsv line 1; add them"
     message = f"users.tsv: expected ids of the run's 4 items, {message}"
     with pytest.raises(InputError, match=message):
         read_histories(path, catalogue, "error")
     assert by_user(read_histories(path, catalogue, "skip")) == {"u1": [1], "u2": [2]}
-    assert "users.tsv: 4 unknown items are left out: x, y, z and 1 more" in caplog.text
+    assert "found 4 unknown (x, y, z and 1 more); they are left out" in caplog.text
     with pytest.raises(InputError, match="unknown: expected one of error, skip, found 'ignore'"):
         read_histories(path, catalogue, "ignore")
 
@@ -102,7 +108,9 @@ WRONG = {
     "empty.jsonl": (b"\n", "empty.jsonl: holds no users"),
     "header.csv": (b"user_id,history\n", "header.csv: holds no users"),
     "twice.tsv": (b"u1\ta\nu2\ta\nu1\ta\n", "twice.tsv line 3: user 'u1' stands twice, first in .*twice.tsv line 1"),
-    "twice.csv": (b"user_id,history\nu1,a\nu1,a\n", "twice.csv user 'u1': user 'u1' stands twice"),
+    "twice.csv": (b"user_id,history\nu1,a\nu1,a\n", "twice.csv user 'u1': user 'u1' stands twice; join"),
+    "title.tsv": (b"user_id\thistory\nu1\ta\n", "title.tsv line 1: expected a user id and item ids, found a header"),
+    "blank.jsonl": (b'{"user_id": 1, "history": ["a", ""]}\n', r"found 1 unknown \(''\), the first in .* line 1"),
     "fields.tsv": (b"u1\ta\nu2\n", "fields.tsv line 2: expected 2 fields"),
     "spaces.tsv": (b"u1\ta  a\n", "spaces.tsv line 1: an empty item id"),
     "bytes.tsv": (b"u1\ta\nu2\t\xff\n", r"bytes.tsv line 2: not UTF-8 \(at byte 4\)"),

@@ -159,12 +159,12 @@ def test_an_empty_history_gets_popular_items(model):
 
 
 def test_unknown_items_are_refused_or_left_out_with_a_warning(model, caplog):
-    with pytest.raises(InputError, match=r"histories: .* found 4 unknown ones \(x, y, z and 1 more\)"):
+    with pytest.raises(InputError, match=r"histories: .* found 4 unknown \(x, y, z and 1 more\)"):
         model.recommend([["i1", "x", "y"], ["z", "q", "x"]])
     with caplog.at_level(logging.WARNING, "iisan_fast"):
         lists = model.recommend([["i1", "x", "i4"]], k=3, unknown="skip")
     assert lists == model.recommend([["i1", "i4"]], k=3)
-    assert "1 unknown items are left out: x" in caplog.text
+    assert "found 1 unknown (x); they are left out" in caplog.text
 
 
 def test_a_loaded_model_recommends_the_same(model):
@@ -310,8 +310,8 @@ def test_mistakes_in_recommend_get_one_line(model):
     for message, arguments in (
         ("k: expected a number from 1 to 40", {"k": 41}),
         ("unknown: expected one of error, skip", {"unknown": "keep"}),
-        ("allow: expected ids of the run's 40 items, found 1 unknown ones (x)", {"allow": ["x"]}),
-        ("deny: expected ids of the run's 40 items, found 1 unknown ones (x)", {"deny": ["x"]}),
+        ("allow: expected ids of the run's 40 items, found 1 unknown (x)", {"allow": ["x"]}),
+        ("deny: expected ids of the run's 40 items, found 1 unknown (x)", {"deny": ["x"]}),
         ("allow: expected a list of item ids", {"allow": "i1"}),
     ):
         with pytest.raises(InputError) as error:

@@ -179,7 +179,7 @@ def test_a_wrong_argument_is_refused_at_the_call(model, arguments, message):
 def test_a_score_that_is_not_finite_is_an_error(model):
     joined = model.joined.clone()
     joined[5, 0] = torch.nan
-    with pytest.raises(InputError, match="2 users have a score that is not finite; the model has diverged"):
+    with pytest.raises(InputError, match="2 of 2 users have a score that is not finite; the model has diverged"):
         list(recommend(replace(model, joined=joined), histories_of([[1], [2]])))
 
 

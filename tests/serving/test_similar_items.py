@@ -55,7 +55,7 @@ def test_equal_items_come_by_number_and_all_others_at_most(model):
 
 def test_mistakes_are_refused(model, neighbours_run, tmp_path, shop):
     for arguments, message in (
-        (("gone", 3), r"item_id: expected ids of the run's 149 items, found 1 unknown ones \(gone\)"),
+        (("gone", 3), r"item_id: expected ids of the run's 149 items, found 1 unknown \(gone\)"),
         (("i4", 0), "k: expected a number from 1 to 149"),
         (("i4", 150), "k: expected a number from 1 to 149"),
         (("i4", 3, "title"), "by: expected one of vectors, content, found 'title'"),
