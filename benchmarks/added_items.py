@@ -5,7 +5,8 @@
 Some cold items are held out of the dataset. A run of the recipe `strong` is trained on the rest, over two views of the
 titles; the items are then added by `add_items`. The same weights, basis, statistics and popularity are applied to
 states of the whole catalogue, from another extraction. Vectors, coordinates and scores are compared, with states in
-float32 and in bfloat16. A repeated call takes the states that are there, and trains again.
+float32, the same not standardised, and states in bfloat16. A repeated call takes the states that are there, and trains
+again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..config import ViewConfig
@@ -25,7 +27,7 @@ from ..data import load_dataset
 from ..serving import Recommended, TrainedModel, UserHistories, add_items, recommend
 from ..setting_sources import base_settings
 from ..settings import run_config
-from ..training import train
+from ..training import RunFolder, train
 from .harness import folder_argument, run_script, script_parser, write_result
 from .held_out_items import CPU, HeldOut, cache_of, hold_out, whole_vectors
 from .machine import origin
@@ -33,7 +35,12 @@ from .scientific import LAYERS, PROTOCOL, show
 
 COMMAND = "python -m iisan_fast.benchmarks.added_items"
 RECIPE = Path(__file__).parents[1] / "recipes" / "strong.yaml"
-DTYPES = ("float32", "bfloat16")
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {  # of runs: the dtype of the states, and changes of the recipe
+    "float32": ("float32", {}),
+    "float32_not_standardised": ("float32", {"model.standardise": False}),
+    "bfloat16": ("bfloat16", {}),
+}
+ROUNDING = 2.0**-22  # of a number in float32, after the few operations of a layer
 K = 10
 SEED = 0
 USERS_AT_ONCE = 1024
@@ -44,6 +51,8 @@ NOTES = {
     "items": "of the rest and held-out; a history is cut to its last interactions, so older items may have joined",
     "deviation": "the largest absolute difference between the two ways, divided by the largest magnitude of the values",
     "scores": "of all users' whole histories in the whole dataset, without the term of co-occurrence, which is equal",
+    "standardised": "how standardising amplifies rounding: the largest |mean| / deviation of a number of the states "
+    "over the catalogue, the median, and how many numbers have a deviation within rounding, 2^-22 |mean|",
     "equal_top_10": "share of these users with the same ten items in the same order, with all terms",
     "equal_top_10_sets": "the same, in any order",
     "add_cpu_s": "CPU seconds of add_items, the loading of the encoder included",
@@ -76,24 +85,26 @@ def compare(dataset: Path, encoder: str, folder: Path, items: int, epochs: int, 
     held = hold_out(dataset, folder, PROTOCOL, items, SEED)
     text = {"source": "title", "encoder": encoder, "layers": LAYERS, "encoder_dtype": "float32"}
     views = [ViewConfig("title-cls", pooling="cls", **text), ViewConfig("title-mean", pooling="mean", **text)]
-    by_dtype = {}
-    for dtype in DTYPES:
+    parts = {"rest-states": load_dataset(held.rest, PROTOCOL), "whole-states": held.whole}
+    by_form = {}
+    for form, (dtype, of_form) in FORMS.items():
         caches = {
             name: cache_of(part, views, folder / f"{name}-{dtype}", dtype, folder / f"{name}-float32")
-            for name, part in (("rest-states", load_dataset(held.rest, PROTOCOL)), ("whole-states", held.whole))
+            for name, part in parts.items()
         }
-        run = folder / f"run-{dtype}"
+        run = folder / f"run-{form}"
         if run.exists():
             shutil.rmtree(run)
-        _train(held.rest, caches["rest-states"], run, {"train.max_epochs": epochs, "train.patience": epochs} | changes)
-        by_dtype[dtype] = _compared(dataset, held, run, caches["whole-states"])
+        epochs_of_run = {"train.max_epochs": epochs, "train.patience": epochs}
+        _train(held.rest, caches["rest-states"], run, epochs_of_run | of_form | changes)
+        by_form[form] = _compared(dataset, held, run, caches["whole-states"])
     return {
         "held_out": len(held.item_ids),
         "cold": held.cold,
         "interactions_left_out": held.interactions,
         "lost": held.lost,
         "epochs": epochs,
-        "states": by_dtype,
+        "states": by_form,
     }
 
 
@@ -127,7 +138,24 @@ def _compared(dataset: Path, held: HeldOut, run: Path, cache: Path) -> dict[str,
             "vectors_of_trained_items": _deviation(catalogue.vectors[: new.start], vectors[: new.start]),
             "coordinates_of_trained_items": _deviation(catalogue.coordinates[: new.start], coordinates[: new.start]),
         },
+        **({"standardised": _amplification(run)} if added.config.model.standardise else {}),
         **_rankings(added, whole, histories),
+    }
+
+
+def _amplification(run: Path) -> dict[str, float]:
+    """Return by how much standardising amplifies a relative error of a number of the states."""
+    tensors, _ = RunFolder.open(run).load_best()
+    ratios = []
+    for name, mean in tensors.items():
+        if name.startswith("states.mean."):
+            deviation = tensors[name.replace("mean", "deviation", 1)]
+            ratios.append((mean.abs() / deviation)[deviation > 0])
+    joined = torch.cat(ratios)
+    return {
+        "largest": float(joined.max()),
+        "median": float(joined.median()),
+        "within_rounding": int((joined > 1 / ROUNDING).sum()),
     }
 
 

@@ -41,7 +41,9 @@ def test_added_items_are_those_of_a_whole_catalogue(dataset, tmp_path):
     changes = {"train.batch_users": 16, "scoring.similarity_dims": 8}
     result = compare(dataset, str(encoder), tmp_path / "work", items=4, epochs=1, **changes)
     assert result["held_out"] == 4 and result["cold"] == 6
-    exact, rounded = (result["states"][dtype] for dtype in ("float32", "bfloat16"))
+    exact, plain, rounded = (result["states"][form] for form in ("float32", "float32_not_standardised", "bfloat16"))
     assert exact["items"] == rounded["items"] == 36 and exact["users"] == 60
     assert max(exact["deviation"].values()) < 1e-4 and exact["equal_top_10"] > 0.9
+    assert max(plain["deviation"].values()) < 1e-5 and plain["equal_top_10"] > 0.9
     assert max(rounded["deviation"].values()) < 0.1
+    assert exact["standardised"]["largest"] > exact["standardised"]["median"] > 0 and "standardised" not in plain
