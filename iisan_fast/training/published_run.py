@@ -51,21 +51,22 @@ def neutral_config(config: RunConfig) -> RunConfig:
     values["dataset"] = _last_name(config.dataset)
     values["cache"] = None if config.cache is None else "states"
     values["init"] = None if config.init is None else _last_name(config.init)
-    for view in (values["uncached"] or {}).get("views", ()):
-        view["encoder"] = neutral_name(view["encoder"])
+    if config.uncached is not None:
+        for view, neutral in zip(config.uncached.views, values["uncached"]["views"]):
+            neutral["encoder"] = neutral_name(view.encoder)
     return from_dict(RunConfig, values)
 
 
 def neutral_name(encoder: str) -> str:
-    """Return the name of an encoder's folder, or a hub name as it is."""
+    """Return ./NAME for an encoder's folder, which no hub name looks like, or a hub name as it is."""
     is_folder = Path(encoder).is_absolute() or encoder.startswith((".", "~")) or Path(encoder).is_dir()
-    return _last_name(encoder) if is_folder else encoder
+    return f"./{_last_name(encoder)}" if is_folder else encoder
 
 
 def _neutral_view(view: dict[str, Any]) -> dict[str, Any]:
     """Return the description of a view with names in place of paths."""
     encoder = {"encoder": neutral_name(view["encoder"])} if "encoder" in view else {}
-    return _without_paths({**view, **encoder})
+    return {**_without_paths(view), **encoder}
 
 
 def _last_name(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from helpers.growing_runs import CPU, NEW, TRAINED, trained_run, write_growing_data
-from iisan_fast import demo
+from iisan_fast import IISAN, demo
 from iisan_fast.config import EvaluationConfig
 from iisan_fast.errors import InputError
 from iisan_fast.serving.changing_catalogue import add_items, remove_items, update_items
@@ -53,12 +54,17 @@ def rows(data, *item_ids: str) -> list[dict[str, str]]:
     return [dict(zip(("item_id", "title"), line.split("\t"))) for line in data.lines(*item_ids).splitlines()]
 
 
+def contents(run) -> dict[str, bytes]:
+    """Return the content of each file of a run but the lock, which a writer makes."""
+    return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != "lock"}
+
+
 def refusal(change, run, *arguments, **named) -> str:
     """Return the one line that refuses a change, which changes no file."""
-    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    before = contents(run)
     with pytest.raises(InputError) as error:
         change(run, *arguments, device=CPU, **named)
-    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    assert contents(run) == before
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -255,3 +261,20 @@ def test_the_method_neighbours_ranks_new_items_by_similarity(data, trained, tmp_
     assert torch.allclose(catalogue.vectors[TRAINED:], torch.full((NEW, 1), 0.3 * float(np.log(0.5))))
     assert (catalogue.coordinates[TRAINED:].norm(dim=1) - 1).abs().max() < 1e-5
     assert set(best_items(run, [1], TRAINED + NEW - 1)) == set(range(2, TRAINED + NEW + 1))
+
+
+def test_a_published_run_names_the_option_for_the_place_of_its_encoder(data, trained, tmp_path):
+    published = tmp_path / "published"
+    IISAN.load(trained, device="cpu").save_pretrained(published)
+    message = refusal(add_items, published, rows(data, *data.new_ids()))
+    assert "is not there; give its place of now by --text-encoder, in Python text_encoder=" in message
+
+
+def test_a_run_of_an_earlier_version_without_its_cache_takes_no_items(data, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    for name in ("neighbours.safetensors", "checksums.json"):
+        (run / name).unlink()
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**settings, "cache": str(tmp_path / "gone")}))
+    message = refusal(add_items, run, rows(data, *data.new_ids()))
+    assert f"no coordinates of similarity for its items; `iisan-fast train --resume {run}` makes them" in message

@@ -151,7 +151,7 @@ def test_paths_become_names_and_hub_names_stay(tmp_path):
     places = {"dataset": str(tmp_path / "secret" / "shop"), "init": "secret/runs/first"}
     neutral = neutral_config(RunConfig(**places, uncached=UncachedConfig(views)))
     first, second = neutral.uncached.views
-    assert (neutral.dataset, first.encoder, second.encoder) == ("shop", "minilm", "google/vit-base-patch16-224")
+    assert (neutral.dataset, first.encoder, second.encoder) == ("shop", "./minilm", "google/vit-base-patch16-224")
     assert neutral.init == "first"
     assert first.options == {"cache_dir": tmp_path.name}
 
@@ -171,7 +171,7 @@ def test_the_model_card(model, published, tmp_path):
         assert table[name, "all"] == f"{100 * part['hr@10']:.2f}"
         assert table[name, "warm"] == f"{100 * part['warm']['hr@10']:.2f}"
     assert "cooccurrence 2, similarity 6, cold_bias -0.5" in text and "leave-one-out" in text
-    assert f"| title | title | `minilm` | mean | 0, 1 | `{8 * 'c0ffee00'}` |" in text
+    assert f"| title | title | `./minilm` | mean | 0, 1 | `{8 * 'c0ffee00'}` |" in text
     assert "of a rare pair, that at least one user took both" in text
     model.save_pretrained(tmp_path / "licensed", license="apache-2.0")
     assert "license: apache-2.0\n" in (tmp_path / "licensed" / "README.md").read_text()
