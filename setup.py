@@ -44,7 +44,7 @@ setup(
     python_requires=">=3.10",
     packages=PACKAGES,
     package_dir=FOLDERS,
-    package_data={"iisan_fast": ["py.typed", "serving/templates/*"], "iisan_fast.kernels.cpu": ["cpp/*"]},
+    package_data={"iisan_fast": ["py.typed", "serving/report/templates/*"], "iisan_fast.kernels.cpu": ["cpp/*"]},
     install_requires=[
         "click>=8.1",
         "filelock>=3.15",

@@ -5,20 +5,20 @@ from typing import TYPE_CHECKING
 from ..doors import lazy_names
 
 if TYPE_CHECKING:
-    from .catalogue import Catalogue
-    from .changing_catalogue import ChangedCatalogue, add_items, remove_items, update_items
-    from .exporting import export
-    from .history_arguments import allowed_items
-    from .history_files import read_histories
-    from .history_numbers import UserRow, number_histories
+    from .exports.exporting import export
+    from .growing.catalogue import Catalogue
+    from .growing.changing_catalogue import ChangedCatalogue, add_items, remove_items, update_items
+    from .growing.new_items import read_item_ids
+    from .histories.history_arguments import allowed_items
+    from .histories.history_files import read_histories
+    from .histories.history_numbers import UserRow, number_histories
+    from .histories.user_histories import UserHistories
     from .item_matrix import ItemMatrix
     from .model import IISAN
-    from .new_items import read_item_ids
-    from .page import show
     from .recommendation import Recommended, recommend
     from .recommendation_files import check_format, json_lines, write_recommendations
+    from .report.page import show
     from .trained_model import TrainedModel
-    from .user_histories import UserHistories
 
 __all__ = [
     "Catalogue",

@@ -12,8 +12,8 @@ from ..errors import InputError
 from ..files import absolute_path, as_path
 from ..setting_sources import PathLike
 from ..states import EncoderPlaces
-from .changing_catalogue import ChangedCatalogue, add_items, remove_items, update_items
-from .history_arguments import allowed_items, item_id_list, numbered_histories
+from .growing.changing_catalogue import ChangedCatalogue, add_items, remove_items, update_items
+from .histories.history_arguments import allowed_items, item_id_list, numbered_histories
 from .ranked_items import RankedItem, ranked_lists
 from .recommendation import recommend
 from .recommendation_frames import library_of, recommendation_frame
@@ -23,7 +23,7 @@ from .trained_model import TrainedModel
 if TYPE_CHECKING:
     import torch
 
-    from .exporting import ExportReport
+    from .exports.exporting import ExportReport
 
 
 class FittedModel:
@@ -155,7 +155,7 @@ class FittedModel:
         index: "faiss" or "usearch" for an approximate index, whose recall is measured.
         Raises InputError if the folder exists, or if a library is missing; the message names the command for it.
         """
-        from .exporting import export  # onnx, which not every installation has
+        from .exports.exporting import export  # onnx, which not every installation has
 
         target = absolute_path(as_path("folder", folder))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ class FittedModel:
         one that the run names. users: how many to show, drawn at random by `seed`.
         Raises InputError for a run without histories, and for arguments that cannot be used.
         """
-        from .page import show
+        from .report.page import show
 
         path = None if out is None else as_path("out", out)
         images = None if dataset is None else as_path("dataset", dataset)

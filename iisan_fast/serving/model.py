@@ -119,7 +119,7 @@ class IISAN(FittedModel):
         on the hub, such as "apache-2.0", for the card. Local paths are left out.
         Raises InputError if the folder exists, and for a run that is damaged or not tested yet.
         """
-        from .hub import Publication, save_published
+        from .publishing.hub import Publication, save_published
 
         path = as_path("folder", folder)
         publication = Publication(absolute_path(path).name, include_titles, include_histories, license)
@@ -144,7 +144,7 @@ class IISAN(FittedModel):
         `save_pretrained`. The others are those of huggingface_hub.
         Raises InputError for a run that is damaged or not tested yet, and the errors of the hub.
         """
-        from .hub import Publication, push_published
+        from .publishing.hub import Publication, push_published
 
         publication = Publication(repo_id, include_titles, include_histories, license)
         options = {"private": private, "token": token, "branch": branch, "create_pr": create_pr}
@@ -170,7 +170,7 @@ class IISAN(FittedModel):
         huggingface_hub.
         Raises InputError if there is no such model, or a damaged one.
         """
-        from .hub import fetched_run
+        from .publishing.hub import fetched_run
 
         options = {"revision": revision, "token": token, "cache_dir": cache_dir}
         options |= {"force_download": force_download, "local_files_only": local_files_only}

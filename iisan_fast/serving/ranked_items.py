@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .catalogue import Catalogue
+from .growing.catalogue import Catalogue
 from .recommendation import Recommended
 
 

@@ -12,9 +12,9 @@ import torch
 from .. import kernels
 from ..errors import InputError
 from ..models import popularity_scores
-from .catalogue import Catalogue
+from .growing.catalogue import Catalogue
+from .histories.user_histories import UserHistories
 from .trained_model import TrainedModel
-from .user_histories import UserHistories
 
 LOGGER = logging.getLogger(__name__)
 USERS_AT_ONCE = 4096  # whose added scores are in memory at once

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import whole_file
-from .catalogue import Catalogue
+from .growing.catalogue import Catalogue
 from .recommendation import Recommended
 
 COLUMNS = ("user_id", "rank", "item_id", "score")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, check_choice
-from .catalogue import Catalogue
+from .growing.catalogue import Catalogue
 from .recommendation import Recommended
 
 MODULES = {"polars": "polars", "pandas": "pandas", "arrow": "pyarrow"}

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..config import RunConfig
 from ..models import RECENT, CoOccurrence, NeighbourTerms, Scores, Similarity
 from ..training import RankingRun, RunFolder, TermWeights, copy_coordinates, load_ranking
-from .catalogue import Catalogue
-from .catalogue_file import changed_catalogue
+from .growing.catalogue import Catalogue
+from .growing.catalogue_file import changed_catalogue
+from .histories.user_histories import UserHistories
 from .item_matrix import ItemMatrix
-from .user_histories import UserHistories
 
 
 @dataclass(frozen=True)

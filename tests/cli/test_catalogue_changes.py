@@ -46,7 +46,7 @@ def test_items_are_added_updated_and_removed(data, run, tmp_path, caplog):
 
     result = iisan_fast("update-items", run, new, "--verbose")
     assert result.returncode == 0 and f"encoding {NEW} items took" in caplog.text
-    assert "updated" in result.stdout and "added" not in result.stdout and f"{TRAINED + NEW}" in result.stdout
+    assert "│ updated" in result.stdout and "│ added" not in result.stdout and f"{TRAINED + NEW}" in result.stdout
 
     result = iisan_fast("remove-items", run, "i1", "i41", "--json", "--quiet")
     assert counts(result) == {"added": 0, "updated": 0, "removed": 2, "items": TRAINED + NEW - 2}

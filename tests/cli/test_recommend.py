@@ -15,9 +15,9 @@ import torch
 import iisan_fast
 from helpers.datasets import histories_at_random, make_sequences, write_dataset_folder
 from iisan_fast.cli import main
+from iisan_fast.serving.histories.user_histories import UserHistories
 from iisan_fast.serving.recommendation import recommend
 from iisan_fast.serving.trained_model import TrainedModel
-from iisan_fast.serving.user_histories import UserHistories
 
 IDS = "with,comma"
 

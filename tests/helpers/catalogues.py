@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from iisan_fast.serving.catalogue_changes import CatalogueChanges, TrainedBase
+from iisan_fast.serving.growing.catalogue_changes import CatalogueChanges, TrainedBase
 
 
 def some_changes(value: float = 1.0, dims: int | None = 3) -> CatalogueChanges:

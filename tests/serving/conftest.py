@@ -55,7 +55,7 @@ def neighbours_run(shop, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def exported(run_with_terms, tmp_path_factory) -> Path:
     """Return the folder of an exported run with both terms and an index, which no test may change."""
-    from iisan_fast.serving.exporting import export
+    from iisan_fast.serving.exports.exporting import export
 
     folder = tmp_path_factory.mktemp("exported") / "terms"
     export(run_with_terms, folder, index="faiss")

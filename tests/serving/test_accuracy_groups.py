@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from iisan_fast.evaluation import user_gains
-from iisan_fast.serving.accuracy_groups import MOST_GROUPS, accuracy_groups, group_bounds, mean, proportion
+from iisan_fast.serving.report.accuracy_groups import MOST_GROUPS, accuracy_groups, group_bounds, mean, proportion
 
 
 @pytest.mark.parametrize("zero_apart", [True, False])

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from helpers.growing_runs import CPU, NEW, TRAINED, trained_run, whole_catalogue, write_growing_data
-from iisan_fast.serving.changing_catalogue import add_items, update_items
+from iisan_fast.serving.growing.changing_catalogue import add_items, update_items
+from iisan_fast.serving.histories.user_histories import UserHistories
 from iisan_fast.serving.recommendation import recommend
 from iisan_fast.serving.trained_model import TrainedModel
-from iisan_fast.serving.user_histories import UserHistories
 
 ALL = TRAINED + NEW
 ALL_LAYERS = tuple(range(7))

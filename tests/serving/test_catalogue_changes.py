@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from iisan_fast.errors import InputError
-from iisan_fast.serving.catalogue import Catalogue
-from iisan_fast.serving.catalogue_changes import CatalogueChanges, TrainedBase
+from iisan_fast.serving.growing.catalogue import Catalogue
+from iisan_fast.serving.growing.catalogue_changes import CatalogueChanges, TrainedBase
 
 FILE = Path("run/catalogue.safetensors")
 

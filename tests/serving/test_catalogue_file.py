@@ -18,8 +18,8 @@ from helpers.catalogues import some_changes
 from helpers.run_folders import flip_bit
 from iisan_fast import files
 from iisan_fast.errors import InputError
-from iisan_fast.serving.catalogue_changes import CatalogueChanges, TrainedBase
-from iisan_fast.serving.catalogue_file import read_changes, write_changes
+from iisan_fast.serving.growing.catalogue_changes import CatalogueChanges, TrainedBase
+from iisan_fast.serving.growing.catalogue_file import read_changes, write_changes
 from iisan_fast.training.checkpoints import load_checkpoint, save_checkpoint
 from iisan_fast.training.run_folder import RunFolder
 
@@ -173,7 +173,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from helpers.catalogues import some_changes
-from iisan_fast.serving.catalogue_file import write_changes
+from iisan_fast.serving.growing.catalogue_file import write_changes
 from iisan_fast.training.run_folder import RunFolder
 folder = RunFolder(Path(sys.argv[2]))
 print("began", flush=True)

@@ -14,10 +14,10 @@ from helpers.growing_runs import CPU, NEW, TRAINED, trained_run, write_growing_d
 from iisan_fast import IISAN, demo
 from iisan_fast.config import EvaluationConfig
 from iisan_fast.errors import InputError
-from iisan_fast.serving.changing_catalogue import add_items, remove_items, update_items
+from iisan_fast.serving.growing.changing_catalogue import add_items, remove_items, update_items
+from iisan_fast.serving.histories.user_histories import UserHistories
 from iisan_fast.serving.recommendation import recommend
 from iisan_fast.serving.trained_model import TrainedModel
-from iisan_fast.serving.user_histories import UserHistories
 from iisan_fast.states.recorded_encoders import EncoderPlaces
 from iisan_fast.training.best_run import evaluate_run
 from iisan_fast.training.run_folder import RunFolder

@@ -7,7 +7,7 @@ from xml.etree.ElementTree import Element
 
 import pytest
 
-from iisan_fast.serving.charts import BOTTOM, LEFT, RIGHT, TOP, Bar, Series, bar_chart, line_chart, nice_ticks
+from iisan_fast.serving.report.charts import BOTTOM, LEFT, RIGHT, TOP, Bar, Series, bar_chart, line_chart, nice_ticks
 
 LABELS = ("epoch", "loss")
 

@@ -11,14 +11,14 @@ import torch
 from scipy.sparse import load_npz
 
 from iisan_fast.errors import InputError
-from iisan_fast.serving import exporting, index_files
-from iisan_fast.serving.exported_encoders import sequence_encoder_of
-from iisan_fast.serving.exporting import export
-from iisan_fast.serving.index_recall import recall_of_index
-from iisan_fast.serving.module_files import WrittenModule
+from iisan_fast.serving.exports import exporting, index_files
+from iisan_fast.serving.exports.exported_encoders import sequence_encoder_of
+from iisan_fast.serving.exports.exporting import export
+from iisan_fast.serving.exports.index_recall import recall_of_index
+from iisan_fast.serving.exports.module_files import WrittenModule
+from iisan_fast.serving.histories.user_histories import UserHistories
 from iisan_fast.serving.recommendation import recommend
 from iisan_fast.serving.trained_model import TrainedModel
-from iisan_fast.serving.user_histories import UserHistories
 
 pytestmark = pytest.mark.slow
 

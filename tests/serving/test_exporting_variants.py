@@ -14,9 +14,9 @@ from helpers.datasets import histories_at_random, make_sequences, write_dataset_
 from helpers.stores import view_description
 from helpers.tables import random_table
 from iisan_fast.errors import InputError
-from iisan_fast.serving.exported_encoders import item_encoder_of
-from iisan_fast.serving.exporting import export
-from iisan_fast.serving.index_files import IndexedVectors, open_index, write_index
+from iisan_fast.serving.exports.exported_encoders import item_encoder_of
+from iisan_fast.serving.exports.exporting import export
+from iisan_fast.serving.exports.index_files import IndexedVectors, open_index, write_index
 from iisan_fast.serving.trained_model import TrainedModel
 from iisan_fast.states.entries import content_digest
 from iisan_fast.states.store import Store

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from iisan_fast.errors import InputError
-from iisan_fast.serving.catalogue import Catalogue
-from iisan_fast.serving.history_arguments import numbered_histories
-from iisan_fast.serving.history_files import read_histories
+from iisan_fast.serving.growing.catalogue import Catalogue
+from iisan_fast.serving.histories.history_arguments import numbered_histories
+from iisan_fast.serving.histories.history_files import read_histories
 
 IDS = ["a", "007", "B 1", "c,d"]
 EXPECTED = {"u1": [1, 2], "u2": [], "3": [4, 4, 1]}
@@ -166,8 +166,8 @@ sys.modules["polars"] = None
 import numpy as np, torch
 from pathlib import Path
 from iisan_fast.errors import InputError
-from iisan_fast.serving.catalogue import Catalogue
-from iisan_fast.serving.history_files import read_histories
+from iisan_fast.serving.growing.catalogue import Catalogue
+from iisan_fast.serving.histories.history_files import read_histories
 catalogue = Catalogue(["a", "b"], None, np.zeros(3), 2, np.zeros(2, bool), torch.ones(2, 2), None)
 for name in ("users.tsv", "users.jsonl", "users.csv"):
     try:

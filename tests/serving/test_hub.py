@@ -17,7 +17,7 @@ import iisan_fast
 from helpers.run_folders import flip_bit, write_recorded
 from iisan_fast import IISAN, InputError
 from iisan_fast.config import RunConfig, UncachedConfig, ViewConfig
-from iisan_fast.serving import model_card
+from iisan_fast.serving.publishing import model_card
 from iisan_fast.training import RunFolder
 from iisan_fast.training.published_run import neutral_config
 
@@ -203,7 +203,7 @@ def test_push_and_fetch_without_a_network(model, published, tmp_path, monkeypatc
         assert (hub / "ann" / "shop" / name).read_bytes() == (published / name).read_bytes(), name
     assert 'IISAN.from_pretrained("ann/shop")' in (hub / "ann" / "shop" / "README.md").read_text()
     monkeypatch.setattr(hub_mixin, "hf_hub_download", hf_hub_download)
-    monkeypatch.setattr("iisan_fast.serving.hub.snapshot_download", lambda name, **options: str(hub / name))
+    monkeypatch.setattr("iisan_fast.serving.publishing.hub.snapshot_download", lambda name, **options: str(hub / name))
     fetched = IISAN.from_pretrained("ann/shop", device="cpu", revision="first")
     assert scored(fetched.recommend(HISTORIES)) == scored(model.recommend(HISTORIES))
 

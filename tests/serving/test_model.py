@@ -134,7 +134,7 @@ def test_evaluate_gives_the_figures_of_the_run(model):
 def test_show_and_export_are_those_of_the_commands(model, tmp_path, monkeypatch):
     page = model.show(tmp_path / "page.html", users=3, pictures=False)
     assert page == tmp_path / "page.html" and "<html" in page.read_text()[:300]
-    monkeypatch.setattr("iisan_fast.serving.exporting.export", lambda *arguments: arguments)
+    monkeypatch.setattr("iisan_fast.serving.exports.exporting.export", lambda *arguments: arguments)
     assert model.export(tmp_path / "new" / "exported", "faiss") == (
         model.run,
         tmp_path / "new" / "exported",
@@ -259,7 +259,7 @@ def test_a_published_model_grows_by_encoders_that_have_moved(titled, encoder_vie
     assert (
         both[0].recommend(histories, k=20) == both[1].recommend(histories, k=20) == fetched.recommend(histories, k=20)
     )
-    monkeypatch.setattr("iisan_fast.serving.hub.fetched_run", lambda name, **options: tmp_path / "model")
+    monkeypatch.setattr("iisan_fast.serving.publishing.hub.fetched_run", lambda name, **options: tmp_path / "model")
     with pytest.raises(InputError, match="lies in the cache of the hub"):
         IISAN.from_pretrained("ann/shop", device="cpu", text=encoder_views[1].encoder).remove_items(["i1"])
 

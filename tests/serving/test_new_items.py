@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from iisan_fast.errors import InputError
-from iisan_fast.serving.new_items import open_new_items, read_item_ids, read_new_items
+from iisan_fast.serving.growing.new_items import open_new_items, read_item_ids, read_new_items
 
 ROWS = [
     {"item_id": "007", "title": "A  red\tpot", "caption": None},

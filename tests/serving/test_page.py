@@ -19,11 +19,11 @@ from helpers.tables import random_table
 from iisan_fast import InputError
 from iisan_fast.config import ModelConfig, RunConfig
 from iisan_fast.evaluation import target_ranks
-from iisan_fast.serving.changing_catalogue import remove_items
-from iisan_fast.serving.page import show
-from iisan_fast.serving.page_charts import _read_layers
-from iisan_fast.serving.page_users import drawn_rows
-from iisan_fast.serving.thumbnails import thumbnails
+from iisan_fast.serving.growing.changing_catalogue import remove_items
+from iisan_fast.serving.report.page import show
+from iisan_fast.serving.report.page_charts import _read_layers
+from iisan_fast.serving.report.page_users import drawn_rows
+from iisan_fast.serving.report.thumbnails import thumbnails
 from iisan_fast.training.best_run import load
 from iisan_fast.training.published_run import write_published
 from iisan_fast.training.run_folder import RunFolder

@@ -15,10 +15,10 @@ import torch
 from iisan_fast import kernels
 from iisan_fast.errors import InputError
 from iisan_fast.serving import recommendation
+from iisan_fast.serving.histories.user_histories import UserHistories
 from iisan_fast.serving.recommendation import Recommended, recommend
 from iisan_fast.serving.recommendation_files import json_lines, write_recommendations
 from iisan_fast.serving.trained_model import TrainedModel
-from iisan_fast.serving.user_histories import UserHistories
 from iisan_fast.training import load
 
 CPU = torch.device("cpu")

@@ -21,7 +21,8 @@ def test_the_example_trains_recommends_adds_exports_and_shows(tmp_path, monkeypa
     """Run the example; the export to ONNX takes half of the time, and stands in the long test alone."""
     if not exports:
         monkeypatch.setattr(
-            "iisan_fast.serving.exporting.export", lambda run, folder, *_: SimpleNamespace(folder=folder, files={})
+            "iisan_fast.serving.exports.exporting.export",
+            lambda run, folder, *_: SimpleNamespace(folder=folder, files={}),
         )
     data = write_growing_data(tmp_path / "data")
     out = tmp_path / "out"

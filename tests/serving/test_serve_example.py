@@ -18,9 +18,9 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
+from iisan_fast.serving.histories.user_histories import UserHistories
 from iisan_fast.serving.recommendation import recommend
 from iisan_fast.serving.trained_model import TrainedModel
-from iisan_fast.serving.user_histories import UserHistories
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from iisan_fast.data.sequences import Split
+from iisan_fast.serving.histories.user_histories import UserHistories
 from iisan_fast.serving.item_matrix import ItemMatrix
 from iisan_fast.serving.trained_model import TrainedModel
-from iisan_fast.serving.user_histories import UserHistories
 from iisan_fast.training import TermWeights, load, run_terms
 
 CPU = torch.device("cpu")

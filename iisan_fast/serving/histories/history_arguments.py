@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..data import as_polars
-from ..errors import InputError
-from .catalogue import Catalogue
+from ...data import as_polars
+from ...errors import InputError
+from ..growing.catalogue import Catalogue
 from .history_frames import rows_of_frame
 from .history_numbers import UserRow, number_histories
 from .user_histories import UserHistories

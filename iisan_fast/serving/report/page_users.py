@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data import Split
-from ..printable import printable
-from ..training import BestRun
-from .recommendation import recommend
-from .trained_model import TrainedModel
-from .user_histories import UserHistories
+from ...data import Split
+from ...printable import printable
+from ...training import BestRun
+from ..histories.user_histories import UserHistories
+from ..recommendation import recommend
+from ..trained_model import TrainedModel
 
 TOP = 10
 MOST_HISTORY = 24  # items of a history on the page, the latest ones

@@ -8,11 +8,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..fingerprints import file_digest
-from ..models import TERM_CONSTANTS
+from ... import __version__
+from ...fingerprints import file_digest
+from ...models import TERM_CONSTANTS
+from ..trained_model import TrainedModel
 from .query_encoder import history_width
-from .trained_model import TrainedModel
 
 MANIFEST = "export.json"
 EXPORT_FORMAT = 1

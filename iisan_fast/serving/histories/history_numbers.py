@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import InputError, check_choice
-from .catalogue import Catalogue
+from ...errors import InputError, check_choice
+from ..growing.catalogue import Catalogue
 from .user_histories import UserHistories
 
 LOGGER = logging.getLogger(__name__)

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from markupsafe import Markup
 
-from ..config import SIDE_METHODS, RunConfig
-from ..errors import InputError
-from ..evaluation import headline_metrics
-from ..files import refuse_irregular
-from ..recorded_json import is_finite_number, parse_json_object
-from ..states import group_positions
-from ..training import RunFolder
+from ...config import SIDE_METHODS, RunConfig
+from ...errors import InputError
+from ...evaluation import headline_metrics
+from ...files import refuse_irregular
+from ...recorded_json import is_finite_number, parse_json_object
+from ...states import group_positions
+from ...training import RunFolder
 from .accuracy_groups import AccuracyGroup
 from .charts import Bar, Series, bar_chart, line_chart
 

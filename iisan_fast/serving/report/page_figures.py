@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..config import EvaluationConfig, ModelConfig, RunConfig
-from ..errors import InputError
-from ..evaluation import headline_metrics
-from ..setting_fields import settings_of, to_dict
-from ..setting_sources import SECTIONS
-from ..training import BestRun, RunFolder
+from ...config import EvaluationConfig, ModelConfig, RunConfig
+from ...errors import InputError
+from ...evaluation import headline_metrics
+from ...setting_fields import settings_of, to_dict
+from ...setting_sources import SECTIONS
+from ...training import BestRun, RunFolder
 
 BASELINES = ("popularity", "neighbours")
 DATA_SETTINGS = ("dataset", "cache", "views", "uncached")  # of a run; they have no defaults to differ from

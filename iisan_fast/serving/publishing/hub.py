@@ -10,11 +10,11 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import InputError
-from ..files import absolute_path, as_path, whole_folder
-from ..setting_sources import PathLike
-from ..training import RunFolder, write_published
-from .catalogue_file import read_changes, write_changes
+from ...errors import InputError
+from ...files import absolute_path, as_path, whole_folder
+from ...setting_sources import PathLike
+from ...training import RunFolder, write_published
+from ..growing.catalogue_file import read_changes, write_changes
 from .model_card import LIBRARY, TAGS, model_card
 
 CARD_FILE = "README.md"

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array, save_npz
 
-from ..models import CoOccurrence, popularity_scores
-from .catalogue import Catalogue
-from .trained_model import TrainedModel
+from ...models import CoOccurrence, popularity_scores
+from ..growing.catalogue import Catalogue
+from ..trained_model import TrainedModel
 
 ITEM_VECTORS, PROJECTION, COOCCURRENCE = "item_vectors.npy", "projection.npz", "cooccurrence.npz"
 ITEMS, ITEMS_TABLE = "items.jsonl", "items.parquet"

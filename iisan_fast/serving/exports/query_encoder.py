@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..models import TERM_CONSTANTS, PlainSequenceEncoder, Recommender
-from .trained_model import TrainedModel
+from ...models import TERM_CONSTANTS, PlainSequenceEncoder, Recommender
+from ..trained_model import TrainedModel
 
 PROFILE_WEIGHTS = TERM_CONSTANTS["profile_weights"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, first_few
+from ...errors import InputError, first_few
 from .history_numbers import UserRow
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..config import NEIGHBOURS, TUNING_METHODS
-from ..training import RunFolder
-from .page_figures import BASELINES
+from ...config import NEIGHBOURS, TUNING_METHODS
+from ...training import RunFolder
+from ..report.page_figures import BASELINES
 
 LIBRARY = "iisan-fast"
 TAGS = ("recommendation", "sequential-recommendation", "multimodal", "iisan")

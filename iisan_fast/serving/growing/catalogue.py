@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from ..errors import InputError, first_few
+from ...errors import InputError, first_few
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data import ItemContents
-from ..errors import InputError, first_few
-from ..setting_sources import PathLike
-from ..states import EncoderPlaces
-from ..training import EncodedItems, RunFolder, open_item_encoder
+from ...data import ItemContents
+from ...errors import InputError, first_few
+from ...setting_sources import PathLike
+from ...states import EncoderPlaces
+from ...training import EncodedItems, RunFolder, open_item_encoder
+from ..trained_model import TrainedModel
 from .catalogue import Catalogue
 from .catalogue_changes import CatalogueChanges, TrainedBase
 from .catalogue_file import read_changes, write_changes
 from .new_items import open_new_items
-from .trained_model import TrainedModel
 
 LOGGER = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..models import Scores
+from ...models import Scores
+from ..histories.user_histories import UserHistories
+from ..recommendation import recommend
+from ..trained_model import TrainedModel
 from .index_files import Search
-from .recommendation import recommend
-from .trained_model import TrainedModel
-from .user_histories import UserHistories
 
 K = 10  # items to recommend
 CANDIDATES = 10  # of the index for each of them, beside those of the history

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..data import read_json_lines, read_table, read_table_file, text_id
-from ..errors import InputError
-from .catalogue import Catalogue
+from ...data import read_json_lines, read_table, read_table_file, text_id
+from ...errors import InputError
+from ..growing.catalogue import Catalogue
 from .history_frames import EXPECTED, rows_of_frame, split_history
 from .history_numbers import UserRow, number_histories
 from .user_histories import UserHistories

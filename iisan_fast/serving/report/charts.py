@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element
 
 from markupsafe import Markup
 
-from ..printable import printable
+from ...printable import printable
 
 WIDTH, HEIGHT = 400, 232  # of a drawing; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 46, 388, 34, 192  # of the plot inside the drawing

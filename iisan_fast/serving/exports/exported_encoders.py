@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import NEIGHBOURS, STATE_METHODS, TUNING_METHODS
-from ..errors import InputError
-from ..models import PlainItemEncoder, ViewTreatment
-from ..training import RunFolder, StoredItemEncoder, load_item_encoder, stored_states
+from ...config import NEIGHBOURS, STATE_METHODS, TUNING_METHODS
+from ...errors import InputError
+from ...models import PlainItemEncoder, ViewTreatment
+from ...training import RunFolder, StoredItemEncoder, load_item_encoder, stored_states
+from ..histories.user_histories import UserHistories
+from ..trained_model import TrainedModel
 from .module_files import Case, PortableModule
 from .query_encoder import QueryEncoder, history_width
-from .trained_model import TrainedModel
-from .user_histories import UserHistories
 
 USERS_OF_EACH_LENGTH = 8
 ITEMS_AT_ONCE = 2048

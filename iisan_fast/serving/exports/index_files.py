@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import InputError, check_choice
+from ...errors import InputError, check_choice
 
 KINDS = {"faiss": "faiss", "usearch": "usearch"}  # extra, and the library that it installs
 NEIGHBOURS = 32  # links of an item in the graph

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ..data import ImageFolder, ImageLmdb, open_images
-from ..errors import InputError
+from ...data import ImageFolder, ImageLmdb, open_images
+from ...errors import InputError
 
 FORMS = ((96, 82), (96, 70), (80, 65), (64, 60), (48, 55), (32, 50))  # pixels of a side, and JPEG quality
 MOST_BYTES = 1_400_000  # of all pictures as JPEG; as text they take a third more

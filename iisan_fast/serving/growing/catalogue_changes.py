@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checksums import tensor_checksums
-from ..errors import InputError
+from ...checksums import tensor_checksums
+from ...errors import InputError
 from .catalogue import Catalogue
 
 VECTORS = "item_vectors"

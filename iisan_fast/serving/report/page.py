@@ -14,17 +14,18 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..config import RunConfig
-from ..data import RunItems, load_dataset
-from ..devices import torch_device
-from ..errors import InputError
-from ..evaluation import target_ranks, user_gains
-from ..files import refuse_irregular, write_atomically
-from ..printable import printable
-from ..setting_fields import to_dict
-from ..training import BestRun, RunFolder, load, load_ranking
+from ...config import RunConfig
+from ...data import RunItems, load_dataset
+from ...devices import torch_device
+from ...errors import InputError
+from ...evaluation import target_ranks, user_gains
+from ...files import refuse_irregular, write_atomically
+from ...printable import printable
+from ...setting_fields import to_dict
+from ...training import BestRun, RunFolder, load, load_ranking
+from ..growing.catalogue_file import read_changes
+from ..trained_model import TrainedModel
 from .accuracy_groups import AccuracyGroup, accuracy_groups
-from .catalogue_file import read_changes
 from .page_charts import curves, group_chart, read_metrics, tower_gates
 from .page_figures import (
     changed_settings,
@@ -36,7 +37,6 @@ from .page_figures import (
 )
 from .page_users import ShownUser, drawn_rows, plain, shown_users
 from .thumbnails import Thumbnails, thumbnails
-from .trained_model import TrainedModel
 
 PAGE_NAME = "report.html"  # in the run's folder
 MOST_USERS = 100

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import pack_texts, unpack_texts
-from ..errors import InputError
-from ..training import RunFolder, read_checkpoint, save_checkpoint
+from ...data import pack_texts, unpack_texts
+from ...errors import InputError
+from ...training import RunFolder, read_checkpoint, save_checkpoint
 from .catalogue import Catalogue
 from .catalogue_changes import CatalogueChanges, TrainedBase
 

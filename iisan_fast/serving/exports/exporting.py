@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import InputError
-from ..files import whole_folder
-from ..fingerprints import file_digest
-from ..training import RunFolder
+from ...errors import InputError
+from ...files import whole_folder
+from ...fingerprints import file_digest
+from ...training import RunFolder
+from ..histories.user_histories import UserHistories
+from ..trained_model import TrainedModel
 from .export_manifest import describe_model, write_manifest
 from .export_tables import ITEM_VECTORS, ITEMS, write_tables
 from .exported_encoders import ExportedEncoder, item_encoder_of, random_histories, sequence_encoder_of
 from .index_files import IndexedVectors, index_file, open_index, refuse_missing_library, write_index
 from .index_recall import CANDIDATES, Recall, recall_of_index
 from .module_files import WrittenModule, write_module
-from .trained_model import TrainedModel
-from .user_histories import UserHistories
 
 LOGGER = logging.getLogger(__name__)
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")

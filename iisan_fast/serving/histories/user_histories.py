@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data import right_align
-from ..errors import InputError
-from ..training import RunFolder
+from ...data import right_align
+from ...errors import InputError
+from ...training import RunFolder
 
 
 class UserHistories(NamedTuple):

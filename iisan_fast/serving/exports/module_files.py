@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ...errors import InputError
 
 TOLERANCE = 1e-5  # of a deviation, beside the largest magnitude of the results
 CHATTY = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data import ItemContents, as_polars, open_image_files, read_table, read_table_file, refuse_unfit_id
-from ..errors import InputError, first_few
-from ..files import as_path
-from ..setting_sources import PathLike
+from ...data import ItemContents, as_polars, open_image_files, read_table, read_table_file, refuse_unfit_id
+from ...errors import InputError, first_few
+from ...files import as_path
+from ...setting_sources import PathLike
 
 if TYPE_CHECKING:
     import polars as pl

@@ -1,0 +1,1 @@
+"""Let the catalogue of a trained run grow and shrink."""

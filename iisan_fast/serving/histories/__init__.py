@@ -1,0 +1,1 @@
+"""Read the histories to rank for, from files and from Python."""

@@ -1,0 +1,1 @@
+"""Publish a run on the hub, without what belongs to users."""
