@@ -55,6 +55,7 @@ NOTES = {
     "over the catalogue, the median, and how many numbers have a deviation within rounding, 2^-22 |mean|",
     "equal_top_10": "share of these users with the same ten items in the same order, with all terms",
     "equal_top_10_sets": "the same, in any order",
+    "equal_top_10_titles": "the same, where an item counts as equal to others with its title",
     "add_cpu_s": "CPU seconds of add_items, the loading of the encoder included",
 }
 
@@ -194,10 +195,12 @@ def _scores(model: TrainedModel, histories: UserHistories, new: slice) -> Tensor
 def _rankings(model: TrainedModel, whole: TrainedModel, histories: UserHistories) -> dict[str, float]:
     """Return the shares of users with equal top ten, and of new items among the recommended ones."""
     one, other = (_top(entry, histories) for entry in (model, whole))
+    titles = np.unique(model.catalogue.titles or [], return_inverse=True)[1]
     return {
         "users": len(one),
         "equal_top_10": float((one == other).all(axis=1).mean()),
         "equal_top_10_sets": float((np.sort(one, axis=1) == np.sort(other, axis=1)).all(axis=1).mean()),
+        "equal_top_10_titles": float((titles[one - 1] == titles[other - 1]).all(axis=1).mean()),
         "new_among_top_10": float((one > model.catalogue.trained).mean()),
     }
 
