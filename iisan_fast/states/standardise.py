@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ..errors import InputError
 
+# Below this share of a number's mean, its deviation is set to 0: it would amplify the rounding of an encoder, which
+# differs from batch to batch, a thousand times and more.
+LEAST_DEVIATION = 2.0**-10
 ROWS_AT_ONCE = 512  # items whose states are converted to float64 at a time
 
 
@@ -45,7 +48,8 @@ class StateStatistics:
 def state_statistics(parts: Iterable[Tensor], dtype: torch.dtype, where: str) -> StateStatistics:
     """Return the statistics of a view's states, parts [N, K, D] on the host with at least one item in all.
 
-    The deviation is that of the whole catalogue: the root of the mean square difference from the mean. dtype: of the
+    The deviation is that of the whole catalogue: the root of the mean square difference from the mean. It is 0 for a
+    number that varies by less than `LEAST_DEVIATION` of its mean, so that it stays out of the model. dtype: of the
     table, to which the states are rounded first. where: the view, for the message. Raises InputError if a number is not
     finite.
     """
@@ -69,4 +73,6 @@ def state_statistics(parts: Iterable[Tensor], dtype: torch.dtype, where: str) ->
             f"{where}: standardise: expected finite states, found one that is not (kept layer {layer + 1}, number "
             f"{number + 1}); extract them again with encoder_dtype float32, or leave standardise out"
         )
-    return StateStatistics(torch.from_numpy(first + mean), torch.from_numpy(deviation))
+    mean += first
+    deviation[deviation < LEAST_DEVIATION * np.abs(mean)] = 0
+    return StateStatistics(torch.from_numpy(mean), torch.from_numpy(deviation))
