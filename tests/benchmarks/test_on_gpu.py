@@ -29,7 +29,7 @@ STAGES = {stage.name: stage for stage in runner.STAGES}
 # Packages that may be imported when tests are collected: the project requires them, or the script's head names them.
 ON_THE_MACHINE = {"click", "lmdb", "numpy", "PIL", "rich", "safetensors", "torch", "transformers", "triton"}
 ON_THE_MACHINE |= {"hypothesis", "pytest", "setuptools"} | {"huggingface_hub", "tokenizers", "yaml"}  # transformers'
-ON_THE_MACHINE |= {"filelock", "markdown_it", "platformdirs"}  # required by the project, or by rich
+ON_THE_MACHINE |= {"filelock", "markdown_it", "platformdirs", "scipy"}  # required by the project, or by rich
 ON_THE_MACHINE |= {"helpers", "iisan_fast"}
 
 

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import polars
 import pytest
 import torch
 
@@ -18,6 +17,8 @@ from iisan_fast.cli import main
 from iisan_fast.serving.histories.user_histories import UserHistories
 from iisan_fast.serving.recommendation import recommend
 from iisan_fast.serving.trained_model import TrainedModel
+
+polars = pytest.importorskip("polars")
 
 IDS = "with,comma"
 

@@ -76,7 +76,7 @@ def trained_run(data: GrowingData, root: Path, views: list[ViewConfig], dtype: s
         cache = root / "states"
         extract(load_dataset(data.dataset), views, cache, CPU, ExtractionConfig(dtype=dtype))
         sources |= {"cache": str(cache), "views": [view.name for view in views]}
-    trains = settings["model.method"] != "neighbours"
+    trains = settings.get("model.method") != "neighbours"
     changes = {**({"train.max_epochs": 1, "train.batch_users": 16} if trains else {}), **settings}
     config = run_config(sources, {}, encoders=views if is_uncached else (), changes=changes)
     train(config, root / "run", CPU)

@@ -8,8 +8,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pandas
-import polars
 import pytest
 import torch
 
@@ -17,6 +15,9 @@ from iisan_fast.errors import InputError
 from iisan_fast.serving.growing.catalogue import Catalogue
 from iisan_fast.serving.histories.history_arguments import numbered_histories
 from iisan_fast.serving.histories.history_files import read_histories
+
+pandas = pytest.importorskip("pandas")
+polars = pytest.importorskip("polars")
 
 IDS = ["a", "007", "B 1", "c,d"]
 EXPECTED = {"u1": [1, 2], "u2": [], "3": [4, 4, 1]}

@@ -9,15 +9,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas
-import polars
-import pyarrow
 import pytest
 import torch
 
 import iisan_fast
 from helpers.run_folders import untimed
 from iisan_fast import IISAN, Dataset, InputError
+
+pandas = pytest.importorskip("pandas")
+polars = pytest.importorskip("polars")
+pyarrow = pytest.importorskip("pyarrow")
 
 SMALL = {"epochs": 2, "batch_users": 16, "embedding_dim": 16, "bottleneck": 8, "device": "cpu"}
 

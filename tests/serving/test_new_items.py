@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
-import polars as pl
 import pytest
 from PIL import Image
 
 from iisan_fast.errors import InputError
 from iisan_fast.serving.growing.new_items import open_new_items, read_item_ids, read_new_items
+
+pl = pytest.importorskip("polars")
 
 ROWS = [
     {"item_id": "007", "title": "A  red\tpot", "caption": None},

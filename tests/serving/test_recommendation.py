@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 
 import numpy as np
-import polars
 import pytest
 import torch
 
@@ -20,6 +19,8 @@ from iisan_fast.serving.recommendation import Recommended, recommend
 from iisan_fast.serving.recommendation_files import json_lines, write_recommendations
 from iisan_fast.serving.trained_model import TrainedModel
 from iisan_fast.training import load
+
+polars = pytest.importorskip("polars")
 
 CPU = torch.device("cpu")
 RUNS = ("plain_run", "run_with_terms", "neighbours_run")

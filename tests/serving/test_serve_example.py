@@ -12,15 +12,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 import torch
-from fastapi.testclient import TestClient
 
 from iisan_fast.serving.histories.user_histories import UserHistories
 from iisan_fast.serving.recommendation import recommend
 from iisan_fast.serving.trained_model import TrainedModel
+
+httpx = pytest.importorskip("httpx")
+TestClient = pytest.importorskip("fastapi.testclient").TestClient
 
 pytestmark = pytest.mark.slow
 
