@@ -120,11 +120,11 @@ def uncached_tables(result: Result) -> Iterator[ResultTable]:
 
 def serving_tables(result: Result) -> Iterator[ResultTable]:
     """Yield a row for each part of serving that was measured, then one for each that was not, with the reason."""
-    run, made, forms, latency = result["run"], result["made"], result["forms"], result["latency"]
+    run, catalogue, forms, latency = result["run"], result["made"], result["forms"], result["latency"]
     rows: list[Row] = [{"part": "load the run", **result["loading"]}]
     rows += [{"part": f"recommend, {row['form']}", **row} for row in result["recommending"]]
     rows += [{"part": f"top_items, {row['form']}", "users": forms["users"], **row} for row in forms["rows"]]
-    rows.append({"part": f"{made['items']:,} made items", **made})
+    rows.append({"part": f"{catalogue['items']:,} made items", **catalogue})
     rows += [{"part": f"add {row['items']:,} items", **row} for row in result["added"].get("rows", ())]
     rows += [{"part": name, **result[name]} for name in ("export", "page") if "cpu_s" in result[name]]
     columns = [

@@ -86,9 +86,9 @@ def measured_or_reason(part: Callable[..., dict[str, Any]], *arguments: Any) -> 
 def goals(figures: dict[str, Any]) -> dict[str, Any]:
     """Return the goals and whether they were met; None for a run or a made catalogue of another size."""
     sizes = {name: figures["run"][name] for name in SCIENTIFIC}
-    made = figures["made"]
+    catalogue = figures["made"]
     whole_run = figures["recommending"][0]["p50_s"] <= GOALS["all_users_s"] if sizes == SCIENTIFIC else None
-    is_large = made["items"] >= GOALS["made_items"] and made["users"] >= GOALS["made_users"]
-    peak = made["peak_pss_bytes"]
+    is_large = catalogue["items"] >= GOALS["made_items"] and catalogue["users"] >= GOALS["made_users"]
+    peak = catalogue["peak_pss_bytes"]
     memory = peak <= GOALS["made_bytes"] if is_large and not isinstance(peak, str) else None
     return {**GOALS, "all_users_met": whole_run, "made_bytes_met": memory}

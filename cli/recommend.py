@@ -113,7 +113,7 @@ def recommend(
 
 @dataclass
 class _Counted:
-    """How many users there are, how many unknown ids were left out, and how many users get the popular items so far."""
+    """Count the users, the unknown ids that were left out, and the users who get the popular items so far."""
 
     users: int
     unknown: int
@@ -182,9 +182,9 @@ def _print_items(model: TrainedModel, part: Recommended) -> None:
 
     catalogue = model.catalogue
     items = part.items[0].tolist()
-    found = sum(item > 0 for item in items)
+    recommended = sum(item > 0 for item in items)
     captions = ["the most popular items, because the history is empty"] if part.by_popularity[0] else []
-    captions += [f"{found} of {len(items)} items, because no more are left"] if found < len(items) else []
+    captions += [f"{recommended} of {len(items)} items, because no more are left"] if recommended < len(items) else []
     table = Table(
         title=cell(f"{model.run}, epoch {model.epoch}" if model.epoch else str(model.run)),
         caption="; ".join(captions) or None,

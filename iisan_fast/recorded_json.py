@@ -35,8 +35,8 @@ def parse_json_object(content: str | bytes, where: object) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
-        found = "null" if values is None else type(values).__name__
-        raise InputError(f"{where}: expected a JSON object, found {found}")
+        kind = "null" if values is None else type(values).__name__
+        raise InputError(f"{where}: expected a JSON object, found {kind}")
     _check_parts(values, where)
     return values
 

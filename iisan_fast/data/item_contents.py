@@ -15,7 +15,7 @@ from .sequences import Dataset, Sequences
 
 
 class ItemContents(NamedTuple):
-    """What encoders read of N items. Texts are as a file has them: HTML entities are not replaced."""
+    """The titles, captions and images of N items. Texts are as a file has them: HTML entities are not replaced."""
 
     item_ids: list[str]
     titles: list[str]

@@ -80,7 +80,7 @@ class _PlainBlock(nn.Module):
 
 
 class ViewTreatment(NamedTuple):
-    """What is done to the states of a view before the item encoder reads them."""
+    """The dtype and the statistics by which the states of a view are prepared for the item encoder."""
 
     dtype: torch.dtype  # of the states with which the run was trained, to which they are rounded
     mean: Tensor | None  # float64 [K, D]; None if the states are not standardised

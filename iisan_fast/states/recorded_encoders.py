@@ -30,7 +30,7 @@ NOT_OF_ENCODERS = ("source", "unescaped", "missing_captions", "dtype", "versions
 
 @dataclass(frozen=True)
 class EncoderPlaces:
-    """Where the encoders of recorded views are now."""
+    """The places to which the encoders of recorded views have moved."""
 
     image: str | None = None  # hub name or folder; None for the recorded one
     text: str | None = None

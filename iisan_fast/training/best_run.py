@@ -69,13 +69,7 @@ def load(path: Path, device: torch.device, similarity: bool = False) -> BestRun:
     folder = RunFolder.open(path)
     config = folder.config
     sequences = folder.sequences
-    model: Recommender | Popularity
-    if config.model.method == NEIGHBOURS:
-        epoch = 0
-        model = Popularity(sequences.training_counts, device)
-        vectors = model.item_vectors
-    else:
-        epoch, model, vectors = best_model(folder, config, sequences.training_counts, device)
+    epoch, model, vectors = best_model(folder, config, sequences.training_counts, device)
     weights = TermWeights.of(config.scoring)
     terms = terms_of_run(folder, config, sequences, similarity or bool(weights.similarity))
     best = BestRun(config, sequences, epoch, model, vectors, terms, weights)
@@ -115,11 +109,14 @@ def evaluate_run(
 
 def best_model(
     folder: RunFolder, config: RunConfig, training_counts: np.ndarray, device: torch.device
-) -> tuple[int, Recommender, Tensor]:
-    """Return the epoch, the model and the item vectors of the best checkpoint.
+) -> tuple[int, Recommender | Popularity, Tensor]:
+    """Return the epoch, the model and the item vectors of the best checkpoint, or of the method neighbours.
 
     training_counts: how often each item number occurs in training, int64 [items + 1]. Raises InputError as `load` does.
     """
+    if config.model.method == NEIGHBOURS:
+        popularity_model = Popularity(training_counts, device)
+        return 0, popularity_model, popularity_model.item_vectors
     tensors, state = folder.load_best()
     popularity = training_counts / training_counts.sum()
     model = Recommender(nn.Identity, config.model, config.protocol.max_inputs, popularity, config.train.seed)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import NEIGHBOURS, RunConfig
+from ..config import RunConfig
 from ..data import RunItems
 from ..errors import InputError
 from ..models import NeighbourTerms, Recommender
@@ -45,13 +45,7 @@ def load_ranking(path: Path, device: torch.device) -> RankingRun:
         best = load(path, device)
         return RankingRun(best.config, items, best.epoch, best.model, best.item_vectors, best.terms, best.weights)
     config = folder.config
-    model: Recommender | Popularity
-    if config.model.method == NEIGHBOURS:
-        epoch = 0
-        model = Popularity(items.training_counts, device)
-        vectors = model.item_vectors
-    else:
-        epoch, model, vectors = best_model(folder, config, items.training_counts, device)
+    epoch, model, vectors = best_model(folder, config, items.training_counts, device)
     terms = read_terms(folder)
     if len(terms.cooccurrence.offsets) - 1 != len(items.item_ids):
         raise InputError(f"{folder.neighbours}: expected the terms of {len(items.item_ids)} items, found others")

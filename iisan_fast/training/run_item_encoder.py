@@ -26,7 +26,7 @@ from .run_folder import RunFolder
 
 
 class EncodedItems(NamedTuple):
-    """What a run ranks N items by. All tensors are float32 on the host."""
+    """The vectors and coordinates by which a run ranks N items. All tensors are float32 on the host."""
 
     vectors: Tensor  # [N, d]
     coordinates: Tensor | None  # [N, dims] of similarity; None for a run without it

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class StoredView(NamedTuple):
-    """How a run reads the states of a view."""
+    """The shape, the dtype and the statistics with which a run reads the states of a view."""
 
     name: str
     shape: ViewShape  # of the selected layers

@@ -100,11 +100,11 @@ def test_forms_that_disagree_are_an_error():
 )
 def test_goals_are_judged_at_their_sizes_alone(seconds, peak, expected):
     run = {"users": 12_076, "items": 20_314}
-    made = {"items": 1_000_000, "users": 10_000, "peak_pss_bytes": peak}
-    figures = {"run": run, "recommending": [{"p50_s": seconds}, {"p50_s": 99.0}], "made": made}
+    catalogue = {"items": 1_000_000, "users": 10_000, "peak_pss_bytes": peak}
+    figures = {"run": run, "recommending": [{"p50_s": seconds}, {"p50_s": 99.0}], "made": catalogue}
     judged = serving.goals(figures)
     assert (judged["all_users_met"], judged["made_bytes_met"]) == expected
-    small = serving.goals({**figures, "run": {**run, "users": 60}, "made": {**made, "items": 50}})
+    small = serving.goals({**figures, "run": {**run, "users": 60}, "made": {**catalogue, "items": 50}})
     assert small["all_users_met"] is None and small["made_bytes_met"] is None
 
 

@@ -161,8 +161,8 @@ def test_items_of_earlier_weights_are_encoded_again(data, trained, run, tmp_path
         TrainedModel.load(run, CPU)
     for change, items in ((add_items, [{"item_id": "a", "title": "x"}]), (remove_items, ["i1"])):
         assert "trained on since" in refusal(change, run, items)
-    some = rows(data, "i1", "i41", "i42", "i43")
-    assert "and 5 are missing (i44, i45, i46 and 2 more)" in refusal(update_items, run, some)
+    incomplete = rows(data, "i1", "i41", "i42", "i43")
+    assert "and 5 are missing (i44, i45, i46 and 2 more)" in refusal(update_items, run, incomplete)
     changed = update_items(run, rows(data, "i1", *data.new_ids()), device=CPU)
     catalogue = TrainedModel.load(run, CPU).catalogue
     assert changed.updated == NEW + 1 and catalogue.is_removed.nonzero()[0].tolist() == [40]

@@ -119,9 +119,9 @@ def test_removed_items_are_inputs_but_not_in_the_index(run_with_terms, tmp_path,
     indexed = IndexedVectors(rows, np.ascontiguousarray(model.joined.numpy()[rows]))
     write_index(kind, indexed, tmp_path)
     search = open_index(kind, indexed, tmp_path)
-    found = search(model.joined.numpy()[:3], 200)
-    assert not set(found.ravel().tolist()) & {0, 5, 7}
-    assert set(found[0].tolist()) >= set(rows.tolist()) and (found[:, len(rows) :] == -1).all()
+    candidates = search(model.joined.numpy()[:3], 200)
+    assert not set(candidates.ravel().tolist()) & {0, 5, 7}
+    assert set(candidates[0].tolist()) >= set(rows.tolist()) and (candidates[:, len(rows) :] == -1).all()
 
 
 @pytest.mark.parametrize("kind", ["faiss", "usearch"])

@@ -22,7 +22,7 @@ PATTERNS = ("*.json", "*.npz", "*.safetensors", CARD_FILE)  # of the files that 
 
 
 class Publication(NamedTuple):
-    """What is published of a run, and under which name."""
+    """The name under which a run is published, and the parts that are published only if asked for."""
 
     name: str  # on the hub
     include_titles: bool = False
