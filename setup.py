@@ -67,7 +67,7 @@ setup(
         "bench": ["cut-cross-entropy>=25.1", "liger-kernel>=0.8", "matplotlib>=3.8"],
         "export": ["onnx>=1.19", "onnxruntime>=1.20", "onnxscript>=0.5"],
         "faiss": ["faiss-cpu>=1.10"],
-        "import": ["polars>=1.38"],
+        "import": ["charset-normalizer>=3.3", "polars>=1.38"],
         "large": ["accelerate>=1.1"],
         "lora": ["peft>=0.18"],
         "sentencepiece": ["sentencepiece>=0.2", "protobuf>=4", "tiktoken>=0.7"],

@@ -13,9 +13,12 @@ from ...files import absolute_path, cache_folder, whole_folder
 from ..frames import as_polars
 from .bad_rows import BadRows
 from .dataset import write_dataset
+from .interactions import read_interactions
 from .options import ImportOptions
 from .polars_module import pl
-from .tables import fitting_rows, read_interactions, titles_of
+from .row_checks import fitting_rows
+from .table import InteractionSource
+from .titles import titles_of
 
 LOGGER = logging.getLogger(__name__)
 FORM = 1  # of the folder; another one gives equal frames another folder
@@ -95,7 +98,7 @@ def _read_interactions(interactions: object) -> pl.DataFrame:
         columns["timestamp"] = "timestamp"
         frame = frame.with_columns(_times(frame["timestamp"]))
     bad_rows = BadRows(Path(INTERACTIONS), "error", FrameTable.unit, hint="correct it, or leave out the row")
-    return read_interactions(FrameTable(frame, INTERACTIONS), columns, bad_rows)
+    return read_interactions([InteractionSource(FrameTable(frame, INTERACTIONS), columns, bad_rows)])
 
 
 def _times(column: pl.Series) -> pl.Series:

@@ -14,10 +14,12 @@ from ...files import refuse_irregular, whole_folder
 from .bad_rows import BadRows
 from .dataset import write_dataset
 from .delimited import DelimitedText
+from .interactions import read_interactions
 from .options import Imported, ImportOptions
 from .polars_module import pl
 from .sources import find
-from .tables import read_interactions, titles_of
+from .table import InteractionSource
+from .titles import titles_of
 
 PAIR_COLUMNS = ("user", "item", "timestamp")
 USER_NAMES = re.compile(r"users?|(user|u)[ _-]?ids?", re.IGNORECASE)  # in a header of *_pairs.tsv
@@ -50,7 +52,7 @@ def _read_csv(pairs: Path, bad_rows: BadRows) -> pl.DataFrame:
     table = DelimitedText(pairs, columns=PAIR_COLUMNS)
     if _has_header(pairs, table.first_fields()):
         table = DelimitedText(pairs)
-    return read_interactions(table, dict(zip(PAIR_COLUMNS, PAIR_COLUMNS)), bad_rows)
+    return read_interactions([InteractionSource(table, dict(zip(PAIR_COLUMNS, PAIR_COLUMNS)), bad_rows)])
 
 
 def _read_tsv(pairs: Path, bad_rows: BadRows) -> pl.DataFrame:
@@ -59,7 +61,7 @@ def _read_tsv(pairs: Path, bad_rows: BadRows) -> pl.DataFrame:
     table = DelimitedText(pairs, separator="\t", quoted=False, columns=columns)
     if _names_columns(table.first_fields()):
         table = DelimitedText(pairs, separator="\t", quoted=False, names_of=lambda *_: list(columns))
-    return read_interactions(table, dict(zip(columns, columns)), bad_rows, several_items=True)
+    return read_interactions([InteractionSource(table, dict(zip(columns, columns)), bad_rows, item_separator=" ")])
 
 
 def _has_header(pairs: Path, first: list[str]) -> bool:

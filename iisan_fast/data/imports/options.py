@@ -12,6 +12,7 @@ from .bad_rows import BAD_ROWS, BadKind
 TABLE_COLUMNS = ("user", "item")  # default columns of CSV and Parquet files
 RECBOLE_FIELDS = ("user_id", "item_id")  # default columns of RecBole's files
 MISSING_TITLES = ("id", "drop", "error")
+DUPLICATES = ("keep", "first", "last")
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,17 @@ class ImportOptions:
     copy_covers: bool = False  # rather than a link to their folder
     # Rows that do not fit: "error" refuses the import, "skip" leaves them out and counts them.
     bad_rows: str = field(default="error", kw_only=True)
+    # Interactions of one user with one item: "keep" keeps all, "first" and "last" keep one of them, by time.
+    duplicates: str = field(default="keep", kw_only=True)
+    min_rating: float | None = field(default=None, kw_only=True)  # interactions with a lower rating are left out
+    user_core: int = field(default=1, kw_only=True)  # users and items with fewer interactions are left out, and again
+    item_core: int = field(default=1, kw_only=True)  # until all that are left have as many
 
     def __post_init__(self) -> None:
         """Raise InputError for an unknown choice."""
         check_choice("missing_titles", self.missing_titles, MISSING_TITLES)
         check_choice("bad_rows", self.bad_rows, BAD_ROWS)
+        check_choice("duplicates", self.duplicates, DUPLICATES)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,14 @@ class TableOptions(ImportOptions):
     covers: Path | None = None  # a folder of images named by item id
     columns: Sequence[str] | None = None  # names of the columns of a CSV file without a header, in order
     items_columns: Sequence[str] | None = None  # the same of the table of titles
+    separator: str | None = None  # between fields of text; None: found by looking
+    encoding: str | None = None  # of text; None: UTF-8
+    timestamp_format: str | None = None  # of strptime; None: whole numbers, fractions of seconds, or ISO 8601
+    item_separator: str | None = None  # between the ids of an item field of text that holds several
+    rating_column: str | None = None  # read if there is a least rating; None: rating
+    split_column: str | None = None  # says the part of each interaction: training, validation or test
+    validation: Path | None = None  # files of the parts of a given split, beside the source, which is training
+    test: Path | None = None
 
     def __post_init__(self) -> None:
         """Raise InputError for an unknown choice, and for columns of titles without a table of titles."""

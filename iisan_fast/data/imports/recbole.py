@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import InputError
 from .delimited import DelimitedText
-from .flat import import_table
+from .flat import import_tables
 from .options import RECBOLE_FIELDS, Imported, TableOptions
 from .sources import find
 
@@ -35,7 +35,7 @@ def import_recbole(source: Path, destination: Path, options: TableOptions = Tabl
     ids = {user: ("token",), item: ("token",)}
     interactions = _atomic(inter, {**ids, options.timestamp_column: ("float", "token")}, histories=True)
     titles = _atomic(items, {item: ("token",), options.title_column: ("token", "token_seq")}) if items else None
-    return import_table(interactions, titles, destination, options, RECBOLE_FIELDS)
+    return import_tables([interactions], titles, destination, options, RECBOLE_FIELDS)
 
 
 def _atomic(path: Path, types: dict[str, tuple[str, ...]], histories: bool = False) -> DelimitedText:
