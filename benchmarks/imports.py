@@ -76,13 +76,13 @@ def write_interactions(path: Path, interactions: int) -> None:
 
 def measure(source: Path) -> dict[str, Any]:
     """Import a CSV file into a folder beside it and return the time and the memory that this takes."""
-    from ..data import import_csv  # needs polars, which not every installation has
+    from ..data import import_files  # needs polars, which not every installation has
 
     with PeakMemory() as before:
         pass
     started = time.perf_counter()
     with PeakMemory() as peak:
-        imported = import_csv(source, source.with_name("dataset"))
+        imported = import_files(source, source.with_name("dataset"))
     seconds = time.perf_counter() - started
     return {
         "interactions": imported.interactions,

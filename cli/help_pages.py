@@ -11,8 +11,22 @@ import click
 DATA, ENCODERS, MODEL, TRAINING, EVALUATION = "Data", "Encoders", "Model", "Training", "Evaluation"
 SCORING, SETTINGS, BENCHMARK, OUTPUT = "Neighbour terms", "Settings", "Benchmark", "Device and output"
 RECOMMENDATION = "Recommendation"
+COLUMNS, ROWS = "Columns and form of text", "Rows"
 # In the order of a help page.
-GROUPS = (DATA, ENCODERS, MODEL, TRAINING, EVALUATION, SCORING, RECOMMENDATION, BENCHMARK, SETTINGS, OUTPUT)
+GROUPS = (
+    DATA,
+    COLUMNS,
+    ROWS,
+    ENCODERS,
+    MODEL,
+    TRAINING,
+    EVALUATION,
+    SCORING,
+    RECOMMENDATION,
+    BENCHMARK,
+    SETTINGS,
+    OUTPUT,
+)
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 

@@ -256,9 +256,9 @@ READERS = (
 
 def _import_csv(folder: Path, name: str) -> None:
     """Import a CSV file."""
-    from ...data import TableOptions, import_csv  # imports polars, which not every installation has
+    from ...data import TableOptions, import_files  # imports polars, which not every installation has
 
-    import_csv(folder / name, folder / "imported", TableOptions())
+    import_files(folder / name, folder / "imported", TableOptions())
 
 
 def _import_recbole(folder: Path) -> None:

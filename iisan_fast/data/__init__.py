@@ -11,9 +11,17 @@ if TYPE_CHECKING:
     from .epoch_plan import Window, steps_per_epoch
     from .frames import as_polars, text_id
     from .imports.bad_rows import BAD_ROWS, BadKind, describe_bad_rows
-    from .imports.flat import import_csv, import_parquet
+    from .imports.flat import import_files
     from .imports.microlens import import_microlens
-    from .imports.options import MISSING_TITLES, RECBOLE_FIELDS, TABLE_COLUMNS, Imported, ImportOptions, TableOptions
+    from .imports.options import (
+        DUPLICATES,
+        MISSING_TITLES,
+        RECBOLE_FIELDS,
+        TABLE_COLUMNS,
+        Imported,
+        ImportOptions,
+        TableOptions,
+    )
     from .imports.recbole import import_recbole
     from .item_contents import ItemContents, open_image_files
     from .items import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb, open_images, refuse_unfit_name
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BAD_ROWS",
+    "DUPLICATES",
     "IN_BATCH",
     "BadKind",
     "Batch",
@@ -54,9 +63,8 @@ __all__ = [
     "as_polars",
     "describe_bad_rows",
     "epoch_batches",
-    "import_csv",
+    "import_files",
     "import_microlens",
-    "import_parquet",
     "import_recbole",
     "load_dataset",
     "load_items",

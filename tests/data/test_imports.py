@@ -67,7 +67,7 @@ def test_csv_with_columns_of_other_names_and_tables_of_titles(tmp_path):
     titles.write_parquet(tmp_path / "items.parquet")
     for items, data in (("items.csv", content.encode()), ("items.parquet", gzip.compress(content.encode()))):
         options = TableOptions(**names, items=tmp_path / items)
-        import_csv(write(tmp_path / f"in-{items}", data), tmp_path / f"out-{items}", options)
+        import_csv(write(tmp_path / f"in-{items}.csv", data), tmp_path / f"out-{items}", options)
         assert (tmp_path / f"out-{items}" / "users.tsv").read_text() == USERS
         assert table(tmp_path / f"out-{items}") == {"a": "A, a", "b": "b", "c": "C c"}
 
@@ -91,7 +91,7 @@ def test_parquet_of_any_fitting_types(tmp_path):
         ),
         (pl.DataFrame([users, items, times + 0.5]), ["row 1: timestamp: expected a whole number, found 30.5"]),
         (pl.DataFrame([users, items, times.replace(20, None)]), ["row 2: timestamp", "found nothing"]),
-        (pl.DataFrame([users, items]), ["no column 'timestamp'", "user, item"]),
+        (pl.DataFrame([users, items, times.alias("event_time")]), ["no column 'timestamp', but 'event_time'"]),
         (pl.DataFrame([users, items, times]).clear(), ["holds no interactions"]),
     ):
         frame.write_parquet(tmp_path / "in.parquet")
@@ -126,10 +126,10 @@ def test_malformed_csv(tmp_path, content, words):
 
 
 def test_a_file_that_is_no_csv(tmp_path):
-    pl.DataFrame({"user": ["u"], "item": ["a"], "timestamp": [1]}).write_parquet(tmp_path / "in.parquet")
-    refused(lambda: import_csv(tmp_path / "in.parquet", tmp_path / "out"), tmp_path, "in.parquet: no header of names")
+    write(tmp_path / "in.csv", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    refused(lambda: import_csv(tmp_path / "in.csv", tmp_path / "out"), tmp_path, "in.csv: no header of names")
     with pytest.raises(InputError) as error:
-        import_csv(tmp_path / "in.parquet", tmp_path / "out")
+        import_csv(tmp_path / "in.csv", tmp_path / "out")
     assert str(error.value).isprintable()
 
 

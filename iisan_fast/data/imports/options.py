@@ -43,7 +43,7 @@ class TableOptions(ImportOptions):
 
     user_column: str | None = None  # None: the default column of the format
     item_column: str | None = None  # of the interactions and of the titles
-    timestamp_column: str = "timestamp"
+    timestamp_column: str | None = None  # None: timestamp, if there is one; -: none
     title_column: str = "title"
     items: Path | None = None  # a table of item ids and titles
     covers: Path | None = None  # a folder of images named by item id
@@ -54,7 +54,7 @@ class TableOptions(ImportOptions):
     timestamp_format: str | None = None  # of strptime; None: whole numbers, fractions of seconds, or ISO 8601
     item_separator: str | None = None  # between the ids of an item field of text that holds several
     rating_column: str | None = None  # read if there is a least rating; None: rating
-    split_column: str | None = None  # says the part of each interaction: training, validation or test
+    split_column: str | None = None  # says the part of each interaction; None: split, if there is one; -: none
     validation: Path | None = None  # files of the parts of a given split, beside the source, which is training
     test: Path | None = None
 

@@ -33,9 +33,9 @@ def import_recbole(source: Path, destination: Path, options: TableOptions = Tabl
     user = options.user_column or RECBOLE_FIELDS[0]
     item = options.item_column or RECBOLE_FIELDS[1]
     ids = {user: ("token",), item: ("token",)}
-    interactions = _atomic(inter, {**ids, options.timestamp_column: ("float", "token")}, histories=True)
+    interactions = _atomic(inter, {**ids, options.timestamp_column or "timestamp": ("float", "token")}, histories=True)
     titles = _atomic(items, {item: ("token",), options.title_column: ("token", "token_seq")}) if items else None
-    return import_tables([interactions], titles, destination, options, RECBOLE_FIELDS)
+    return import_tables([(interactions, None)], titles, destination, options, RECBOLE_FIELDS)
 
 
 def _atomic(path: Path, types: dict[str, tuple[str, ...]], histories: bool = False) -> DelimitedText:
