@@ -66,8 +66,9 @@ def _beginning_text(init: Mapping[str, Any] | None) -> str:
 
 
 def _view_text(view: Mapping[str, Any]) -> str:
-    """Return a view's source and encoder, and the layers and the width that are known."""
-    text = f"{view['source']} by {view['encoder']}"
+    """Return a view's source and its encoder or file, and the layers and the width that are known."""
+    place = f"in {view['path']}" if "path" in view else f"by {view['encoder']}"
+    text = f"{view['source']} {place}"
     if view["layers"] is not None:
         text += f", layers {', '.join(map(str, view['layers']))}"
     return text if view["width"] is None else f"{text}, width {view['width']}"

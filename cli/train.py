@@ -34,6 +34,9 @@ EXAMPLES = (
     "  --bottleneck 64 --bottleneck first=512 --learning-rate adapters=1e-3",
     "iisan-fast train DATASET --cache STATES --config SETTINGS.yaml \\\n  --set model.dropout=0.2",
     "iisan-fast train DATASET --method lora --text-encoder bert-base-uncased \\\n  --dry-run",
+    "iisan-fast train DATASET --method iisan-versa \\\n"
+    '  --view "source=features path=image_feat.npy name=image" \\\n'
+    '  --view "source=features path=text.safetensors name=text"',
     "iisan-fast train DATASET --cache STATES --fit-terms",
     "iisan-fast train DATASET --cache STATES --method neighbours",
     "iisan-fast train DATASET --cache STATES --init runs/first --out runs/next",

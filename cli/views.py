@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import ViewConfig
+from ..config import FeaturesConfig, ViewConfig
 from ..errors import InputError
 from ..setting_fields import same_setting, setting
 from ..setting_sources import view_from_values
@@ -17,7 +17,7 @@ from .setting_options import Spelling, given_settings, json_or_text, setting_opt
 
 ENCODER_OPTION = "[image:|text:]NAME=VALUE"
 SPELLINGS = {"encoder_options": Spelling("--encoder-option", ENCODER_OPTION)}
-INTEGERS = ("max_tokens", "layer_groups")
+INTEGERS = ("max_tokens", "layer_groups", "first_id")
 LOADING_OPTION = "option."  # stands before the name of an option of from_pretrained
 
 view_option = option(
@@ -26,8 +26,8 @@ view_option = option(
     group=ENCODERS,
     multiple=True,
     metavar="TEXT",
-    help='A view as "source=title encoder=E", with name=, pooling=, layers=0,2,4, layer_groups=, max_tokens=, '
-    "encoder_dtype= and option.NAME= if needed; may be repeated. The first view takes the image's role.",
+    help='A view as "source=title encoder=E" (name=, pooling=, layers=0,2, …) or "source=features path=F" (name=, '
+    "ids=, first_id=, …); the first one takes the image's role.",
 )
 
 
@@ -59,7 +59,7 @@ def view_options(command: Any) -> Any:
     return setting_options(EncoderOptions, ENCODERS, spellings=SPELLINGS)(view_option(command))
 
 
-def encoder_settings(options: dict[str, Any]) -> tuple[dict[str, Any], list[ViewConfig]]:
+def encoder_settings(options: dict[str, Any]) -> tuple[dict[str, Any], list[ViewConfig | FeaturesConfig]]:
     """Take the options of encoders out of `options`; return them as flat settings, and the views of --view.
 
     Raises InputError, with the option's text, for a --view or an --encoder-option that cannot be read.
@@ -70,12 +70,19 @@ def encoder_settings(options: dict[str, Any]) -> tuple[dict[str, Any], list[View
 
 
 def chosen_views(options: dict[str, Any], layer_groups: int | None = None) -> list[ViewConfig]:
-    """Take the options of encoders out of `options` and return the views they describe, as `take_views` does."""
-    settings, views = encoder_settings(options)
+    """Take the options of encoders out of `options` and return the views they describe, as `take_views` does.
+
+    Raises InputError for a view of features, which has no encoder.
+    """
+    settings, described = encoder_settings(options)
+    for view in described:
+        if isinstance(view, FeaturesConfig):
+            raise InputError(f"--view: {view.name}: features are ready-made, and have no encoder; name an encoder")
+    views = [view for view in described if isinstance(view, ViewConfig)]
     return take_views(settings, views, layer_groups)
 
 
-def parsed_view(text: str) -> ViewConfig:
+def parsed_view(text: str) -> ViewConfig | FeaturesConfig:
     """Return the view that the text of a --view describes. Raises InputError, with the text, if it describes none."""
     try:
         parts = shlex.split(text)

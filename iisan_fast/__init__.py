@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .config import (
         EvaluationConfig,
         ExtractionConfig,
+        FeaturesConfig,
         ModelConfig,
         ProtocolConfig,
         RunConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "Dataset",
     "EvaluationConfig",
     "ExtractionConfig",
+    "FeaturesConfig",
     "InputError",
     "ModelConfig",
     "ProtocolConfig",

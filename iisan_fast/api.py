@@ -10,12 +10,13 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from .config import (
     PLACEMENTS,
     EvaluationConfig,
     ExtractionConfig,
+    FeaturesConfig,
     ModelConfig,
     ProtocolConfig,
     RunConfig,
@@ -28,7 +29,7 @@ from .data import Dataset
 from .devices import torch_device
 from .errors import InputError, check_choice
 from .files import absolute_path, as_path
-from .setting_fields import from_dict
+from .setting_fields import from_dict, to_dict
 from .setting_sources import SECTIONS, PathLike, base_settings
 from .settings import (
     ENCODER_SETTINGS,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .verified import Verified
 
 OnEpoch = Callable[[dict[str, Any]], None]
+View: TypeAlias = "str | ViewConfig | FeaturesConfig"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -130,8 +132,11 @@ def extract(
     Raises InputError, before anything is written, for content that is missing, an encoder that cannot be used, or a
     cache made with other encoders or settings.
     """
-    if names := _view_names(views):
-        raise InputError(f"views: expected ViewConfigs, found {names[0]!r}")
+    for view in _listed(views):
+        if isinstance(view, FeaturesConfig):
+            raise InputError(f"views: {view.name}: features are ready-made; give them to train")
+        if not isinstance(view, ViewConfig):
+            raise InputError(f"views: expected ViewConfigs, found {view!r}")
     chosen = _section_settings(protocol=protocol, extraction=extraction)
     chosen |= _data_settings(dataset, cache, [*chosen, *settings, *(changes or {})]) | settings
     plan = extraction_config(chosen, base_settings(config), _view_configs(views), changes)
@@ -146,7 +151,7 @@ def train(
     dataset: PathLike | Dataset | RunConfig | None = None,
     cache: PathLike | None = None,
     *,
-    views: str | ViewConfig | Sequence[str] | Sequence[ViewConfig] = (),
+    views: View | Sequence[View] = (),
     uncached: bool | UncachedConfig = False,
     config: RunConfig | PathLike | Mapping[str, Any] | None = None,
     protocol: ProtocolConfig | None = None,
@@ -170,7 +175,8 @@ def train(
     dataset: a dataset's folder, what `load_dataset` returned, or a whole RunConfig.
     cache: the hidden states that `extract` stored; the method "id" needs none.
     views: one or two names of the cache's views, the first in the image's role; by default all that it holds.
-        ViewConfigs name encoders that run in every step instead, as image_encoder and text_encoder do.
+        ViewConfigs name encoders that run in every step instead, as image_encoder and text_encoder do. FeaturesConfigs
+        are views of ready-made features in files, with a cache or without one.
     uncached: True, or how encoders run; only needed where nothing else says that they run.
     config: settings to start from: a RunConfig, a YAML or JSON file such as a recipe or a run's config.json, or a
         mapping of the same form. Encoders in it run in every step if `uncached` or the method asks for it; otherwise
@@ -205,8 +211,7 @@ def train(
     chosen |= _data_settings(dataset, cache, [*chosen, *settings, *(changes or {})])
     chosen |= settings if init is None else {**settings, "init": init}
     encoders = take_views(chosen, _view_configs(views))
-    if names := _view_names(views):
-        chosen["views"] = names
+    chosen |= _stored_views(views)
     if isinstance(uncached, UncachedConfig):
         chosen["uncached"] = uncached
     from . import training
@@ -236,6 +241,7 @@ def resume(
     dataset: PathLike | None = None,
     *,
     cache: PathLike | None = None,
+    features: Mapping[str, PathLike] | None = None,
     image_encoder: PathLike | None = None,
     text_encoder: PathLike | None = None,
     epochs: int | None = None,
@@ -251,6 +257,7 @@ def resume(
     run: the run's folder, which holds all settings.
     dataset, cache, image_encoder, text_encoder: the places to which these have moved. Their content has to be that with
         which the run began.
+    features: the files to which ready-made features have moved, by the names of their views.
     epochs, patience: let a finished run go on. The results are those of a run that had these settings from the
         beginning.
     checkpoint_every: save within epochs after so many steps (500) or so much time ("10m").
@@ -264,10 +271,12 @@ def resume(
     from . import training
 
     folder = as_path("run", run)
+    moved = features or {}
     refuse_unasked_code_of_run(folder, is_trusted({"trust_remote_code": trust_remote_code}))
     changes = training.RunChanges(
         dataset=None if dataset is None else str(absolute_path(as_path("dataset", dataset))),
         cache=None if cache is None else str(absolute_path(as_path("cache", cache))),
+        features={name: str(absolute_path(as_path(f"features.{name}", path))) for name, path in moved.items()},
         image_encoder=None if image_encoder is None else str(image_encoder),
         text_encoder=None if text_encoder is None else str(text_encoder),
         max_epochs=epochs,
@@ -388,17 +397,28 @@ def _view_configs(views: Any) -> list[ViewConfig]:
     return [view for view in _listed(views) if isinstance(view, ViewConfig)]
 
 
-def _view_names(views: Any) -> list[str]:
-    """Return the names among `views`."""
-    return [view for view in _listed(views) if not isinstance(view, ViewConfig)]
+def _stored_views(views: Any) -> dict[str, Any]:
+    """Return the settings of the views that are stored: `features`, and the names `views` in their order.
+
+    Without the name of a cache's view there is no order: a cache then has all its views read, before the features.
+    """
+    stored = [view for view in _listed(views) if not isinstance(view, ViewConfig)]
+    features = [view for view in stored if isinstance(view, FeaturesConfig)]
+    settings: dict[str, Any] = {"features": [to_dict(view) for view in features]} if features else {}
+    if len(stored) > len(features):
+        names = [view.name if isinstance(view, FeaturesConfig) else view for view in stored]
+        named = [view for view in stored if not isinstance(view, FeaturesConfig)]
+        repeated = {view.name for view in features if view.name in named}  # --views gives the place of features
+        settings["views"] = [name for name, view in zip(names, stored) if view is name or name not in repeated]
+    return settings
 
 
 def _listed(views: Any) -> list[Any]:
     """Return the argument `views` as a list. Raises InputError if it is neither views nor names."""
-    if isinstance(views, (str, ViewConfig)):
+    if isinstance(views, (str, ViewConfig, FeaturesConfig)):
         return [views]
     if not isinstance(views, Sequence):
-        raise InputError(f"views: expected names or ViewConfigs, found {views!r}")
+        raise InputError(f"views: expected names, ViewConfigs or FeaturesConfigs, found {views!r}")
     return list(views)
 
 

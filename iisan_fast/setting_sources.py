@@ -2,7 +2,7 @@
 
 They have the form of a run's config.json, which may leave out any part, with two parts more: `encoders`, a list of
 views, and `extraction`. Extraction makes a cache by the encoders. Training reads the views of these names in the cache,
-or runs the encoders in every step.
+or runs the encoders in every step. An entry of `encoders` with the source features is one of the part `features`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import dataclasses
 import os
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from .config import (
     EvaluationConfig,
     ExtractionConfig,
+    FeaturesConfig,
     ModelConfig,
     ProtocolConfig,
     RunConfig,
@@ -24,6 +26,7 @@ from .config import (
     TrainConfig,
     UncachedConfig,
     ViewConfig,
+    is_features,
 )
 from .errors import InputError, nearest
 from .files import absolute_path, as_path
@@ -45,7 +48,7 @@ SECTIONS: dict[str, Any] = {
 }
 SOURCES_OF_A_RUN = ("dataset", "cache", "views", "init")  # settings of RunConfig that belong to no section
 FOLDERS_OF_A_RUN = ("dataset", "cache", "init")
-PARTS = (*SOURCES_OF_A_RUN, "encoders", *SECTIONS)
+PARTS = (*SOURCES_OF_A_RUN, "encoders", "features", *SECTIONS)
 
 
 def base_settings(config: RunConfig | PathLike | Mapping[str, Any] | None) -> Values:
@@ -105,22 +108,36 @@ def change_settings(values: Values, changes: Mapping[str, Any], parts: Collectio
         if part in SOURCES_OF_A_RUN and not rest:
             values[part] = value
         elif part == "encoders":
-            _change_encoder(values, name, rest, value)
+            encoders = values.get("encoders") or (values.get("uncached") or {}).get("views") or []
+            _change_view(ViewConfig, encoders, name, rest, value)
+        elif part == "features":
+            _change_view(FeaturesConfig, values.get("features") or [], name, rest, value)
         else:
             if values.get(part) is None:
                 values[part] = {}
             _change_field(SECTIONS.get(part), values[part], name, rest, value)
 
 
-def view_from_values(values: Mapping[str, Any], where: str = "") -> ViewConfig:
-    """Return the view that plain values describe; a view without a name is named after its source and pooling.
+def view_from_values(values: Mapping[str, Any], where: str = "") -> ViewConfig | FeaturesConfig:
+    """Return the view that plain values describe, of an encoder or of features.
 
-    where: the dotted name of the values, for errors. Raises InputError for values that describe no view.
+    A view without a name is named after its source and pooling, or after the file of features. where: the dotted name
+    of the values, for errors. Raises InputError for values that describe no view.
     """
+    if is_features(values):
+        return features_from_values({name: value for name, value in values.items() if name != "source"}, where)
     source, pooling = values.get("source"), values.get("pooling")
     if "name" not in values and isinstance(source, str):
         values = {"name": f"{source}-{pooling}" if pooling else source, **values}
     return from_dict(ViewConfig, values, where)
+
+
+def features_from_values(values: Mapping[str, Any], where: str = "") -> FeaturesConfig:
+    """Return the features that plain values describe; those without a name are named after their file."""
+    path = values.get("path")
+    if "name" not in values and isinstance(path, (str, os.PathLike)):
+        values = {"name": Path(path).name.partition(".")[0], **values}
+    return from_dict(FeaturesConfig, values, where)
 
 
 def _checked(values: Values, refusal: Refusal) -> Values:
@@ -140,8 +157,20 @@ def _checked(values: Values, refusal: Refusal) -> Values:
     if "encoders" in values:
         if "views" in (values.get("uncached") or {}):
             raise refusal(("encoders",), "encoders, uncached.views: are one setting; give one of them")
-        values["encoders"] = _checked_encoders(values["encoders"], refusal)
+        _divide_views(values, _checked_views("encoders", values["encoders"], refusal))
+    if "features" in values:
+        views = _checked_views("features", values["features"], refusal)
+        values["features"] = [to_dict(view) for view in views]
     return values
+
+
+def _divide_views(values: Values, views: list[ViewConfig | FeaturesConfig]) -> None:
+    """Put the views of the part `encoders` into `encoders` and `features`; their order is that of the run's views."""
+    features = [to_dict(view) for view in views if isinstance(view, FeaturesConfig)]
+    values["encoders"] = [to_dict(view) for view in views if isinstance(view, ViewConfig)]
+    if features:
+        values["features"] = [*features, *(values.get("features") or [])]
+        values.setdefault("views", [view.name for view in views])
 
 
 def _check_section(part: str, section: Any, settings: Any, refusal: Refusal) -> None:
@@ -165,29 +194,30 @@ def _check_source(name: str, value: Any, refusal: Refusal) -> None:
         raise refusal((name,), str(error)) from None
 
 
-def _checked_encoders(encoders: Any, refusal: Refusal) -> list[Values]:
-    """Return a file's encoders as plain values.
+def _checked_views(part: str, entries: Any, refusal: Refusal) -> list[ViewConfig | FeaturesConfig]:
+    """Return the views in a part of a file, "encoders" or "features".
 
     Raises an error that `refusal` makes for bad ones and for equal names.
     """
-    if not isinstance(encoders, (list, tuple)):
-        raise refusal(("encoders",), f"encoders: expected a list of views, found {encoders!r}")
-    views: list[ViewConfig] = []
-    for index, values in enumerate(encoders):
-        where = f"encoders.{index + 1}"
-        if isinstance(values, ViewConfig):
+    if not isinstance(entries, (list, tuple)):
+        raise refusal((part,), f"{part}: expected a list of views, found {entries!r}")
+    views: list[ViewConfig | FeaturesConfig] = []
+    for index, values in enumerate(entries):
+        where = f"{part}.{index + 1}"
+        if isinstance(values, (ViewConfig, FeaturesConfig)):
             views.append(values)
             continue
         if not isinstance(values, Mapping):
-            raise refusal(("encoders",), f"{where}: expected names and values, found {values!r}")
+            raise refusal((part,), f"{where}: expected names and values, found {values!r}")
         try:
-            views.append(view_from_values(values, where))
+            of_features = part == "features" and not is_features(values)
+            views.append(features_from_values(values, where) if of_features else view_from_values(values, where))
         except InputError as error:
-            raise refusal(("encoders", str(index), *_names_in(str(error), where)), f"{error}") from None
+            raise refusal((part, str(index), *_names_in(str(error), where)), f"{error}") from None
     names = [view.name for view in views]
     if len(set(names)) < len(names):
-        raise refusal(("encoders",), f"encoders: two have one name ({', '.join(names)}); give each its own name")
-    return [to_dict(view) for view in views]
+        raise refusal((part,), f"{part}: two have one name ({', '.join(names)}); give each its own name")
+    return views
 
 
 def _names_in(message: str, where: str) -> Names:
@@ -199,21 +229,23 @@ def _names_in(message: str, where: str) -> Names:
     return tuple(first.removeprefix(f"{where}.").split("."))
 
 
-def _change_encoder(values: Values, name: str, rest: list[str], value: Any) -> None:
-    """Change a setting of one encoder in place; the name of its view may hold dots.
+def _change_view(kind: Any, views: list[Values], name: str, rest: list[str], value: Any) -> None:
+    """Change a setting of one view in place; the name of the view may hold dots.
 
-    name: the whole dotted name, for errors, such as "encoders.title.max_tokens". rest: its parts after "encoders".
-    Raises InputError if there is no such view or no such setting.
+    kind: ViewConfig or FeaturesConfig. views: of the part. name: the whole dotted name, for errors, such as
+    "encoders.title.max_tokens". rest: its parts after "encoders". Raises InputError if there is no such view or no such
+    setting.
     """
-    encoders = values.get("encoders") or (values.get("uncached") or {}).get("views") or []
-    by_name = {view["name"]: view for view in encoders}
+    part = name.partition(".")[0]
+    by_name = {view["name"]: view for view in views}
     if not by_name:
-        raise InputError(f"{name}: the settings hold no encoders; give a settings file that does")
+        raise InputError(f"{name}: the settings hold no {part}; give a settings file that does")
     first_parts = [".".join(rest[:count]) for count in range(len(rest), 0, -1)]
     view_name = next((first for first in first_parts if first in by_name), None)
     if view_name is None:
-        raise InputError(f"{name}: unknown encoder; {nearest(rest[0] if rest else '', by_name)}")
-    _change_field(ViewConfig, by_name[view_name], name, rest[view_name.count(".") + 1 :], value)
+        word = "encoder" if part == "encoders" else "features"
+        raise InputError(f"{name}: unknown {word}; {nearest(rest[0] if rest else '', by_name)}")
+    _change_field(kind, by_name[view_name], name, rest[view_name.count(".") + 1 :], value)
 
 
 def _change_field(section: Any, settings: Any, name: str, rest: list[str], value: Any) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from .config import (
+    BESIDE_ENCODERS,
     NEIGHBOURS,
     SIDE_METHODS,
     TUNING_METHODS,
@@ -148,6 +149,7 @@ def run_config(
             values[name] = str(absolute_path(as_path(name, values[name])))
     if not isinstance(values.get("dataset"), str):
         raise InputError(f"dataset: expected a folder, found {json.dumps(values.get('dataset'), default=repr)}")
+    _resolve_features(values)
     described = _encoders_of_base(values)
     _choose_source(values, names, described, encoders, uncached)
     trust_running_views(values, asking, is_trusted(settings))
@@ -190,6 +192,8 @@ def extraction_config(
     chosen = take_views(remaining, list(views) if views or named else described, config.layer_groups)
     if not (views or named):
         refuse_unasked_code(chosen, asking)
+    if not chosen and values.get("features"):
+        raise InputError("features: are ready-made, so there is nothing to extract; give them to train")
     if not chosen:
         raise InputError("views: none to encode; give text_encoder, image_encoder or views")
     for name in ("dataset", "cache"):
@@ -257,6 +261,14 @@ def _encoders_of_base(values: dict[str, Any]) -> list[ViewConfig]:
     return views if extraction.layer_groups is None else [_grouped(view, extraction.layer_groups) for view in views]
 
 
+def _resolve_features(values: dict[str, Any]) -> None:
+    """Make the paths of features whole, in place, from the working folder."""
+    for view in values.get("features") or []:
+        for name in ("path", "ids"):
+            if isinstance(view.get(name), str) and view[name]:
+                view[name] = str(absolute_path(as_path(name, view[name])))
+
+
 def _choose_source(
     values: dict[str, Any],
     names: Collection[str],
@@ -270,6 +282,8 @@ def _choose_source(
     the cache. encoders: others, which run. Raises InputError if encoders are to run and there are none, or if `names`
     hold uncached beside `encoders`.
     """
+    if values.get("features") and (encoders or uncached):
+        raise InputError(BESIDE_ENCODERS)
     if encoders:
         if "uncached" in names:
             raise InputError("uncached: names its views already; leave out the other encoders")
@@ -343,17 +357,18 @@ def _check_cache(values: dict[str, Any], described: Sequence[ViewConfig]) -> Non
     from .states import refuse_other_encoders  # imports torch, which takes seconds
 
     cache = Path(values["cache"])
-    if not values.get("views"):
-        values["views"] = _all_views(cache)
+    features = [view["name"] for view in values.get("features") or []]
+    if not [name for name in values.get("views") or () if name not in features]:
+        values["views"] = [*_all_views(cache, len(features)), *(values.get("views") or ())]
     read = [view for view in described if view.name in values["views"]]
     if read:
         refuse_other_encoders(cache, read)
 
 
-def _all_views(cache: Path) -> list[str]:
-    """Return the names of all views in a cache, of which a run takes one or two.
+def _all_views(cache: Path, features: int) -> list[str]:
+    """Return the names of all views in a cache, of which a run takes one or two, those of features counted.
 
-    Raises InputError if there is none, or more than two.
+    features: the number of views of features. Raises InputError if there is none, or if there are too many.
     """
     from .states import Store  # imports torch, which takes seconds
 
@@ -361,6 +376,9 @@ def _all_views(cache: Path) -> list[str]:
         names = list(store.views)
     if not names:
         raise InputError(f"{cache}: holds no view yet; run iisan-fast extract")
-    if len(names) > 2:
-        raise InputError(f"{cache}: holds {len(names)} views ({', '.join(names)}); choose one or two of them as views")
+    if len(names) + features > 2:
+        beside = " beside the features" if features else ""
+        count = f"{len(names)} views" if len(names) > 1 else "a view"
+        choice = "one" if features else "one or two"
+        raise InputError(f"{cache}: holds {count} ({', '.join(names)}){beside}; choose {choice} of them as views")
     return names

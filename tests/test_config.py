@@ -76,7 +76,7 @@ def test_views_round_trip():
         ({"views": ["a", "a"]}, "views: expected different names, found a, a"),
         ({"views": ["a", "b", "c"]}, "views: iisan takes 1 or 2, found 3"),
         ({"views": []}, "views: iisan takes 1 or 2, found 0"),
-        ({"cache": None}, "cache: iisan needs hidden states; give a cache, or encoders that run"),
+        ({"cache": None}, "cache: iisan needs hidden states; give a cache, features, or encoders that run"),
         ({"uncached": UNCACHED}, "cache, uncached: expected one of them, found both"),
         ({"cache": None, "uncached": UNCACHED, "views": ["other"]}, "views: expected those that are encoded (image)"),
         ({"cache": None, "uncached": {**UNCACHED, "attention": "flash"}}, "attention: expected one of auto"),

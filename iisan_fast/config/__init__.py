@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         UncachedConfig,
         ViewConfig,
     )
+    from .features_section import BESIDE_ENCODERS, FEATURES, FeaturesConfig, is_features
     from .method_names import LEARNING_RATES, METHODS, NEIGHBOURS, SIDE_METHODS, STATE_METHODS, TUNING_METHODS
     from .model_section import PHM_TERMS, ModelConfig
     from .protocol_section import MISSING_CAPTIONS, ProtocolConfig
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTENTIONS",
+    "BESIDE_ENCODERS",
     "ENCODER_DTYPES",
     "EvaluationConfig",
     "ExtractionConfig",
+    "FEATURES",
+    "FeaturesConfig",
     "LEARNING_RATES",
     "METHODS",
     "MISSING_CAPTIONS",
@@ -48,6 +52,7 @@ __all__ = [
     "TrainConfig",
     "UncachedConfig",
     "ViewConfig",
+    "is_features",
 ]
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name

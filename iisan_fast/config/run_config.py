@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ..errors import InputError
 from ..setting_fields import check_settings, setting
 from .encoder_sections import UncachedConfig
+from .features_section import BESIDE_ENCODERS, FeaturesConfig, resolved_views
 from .method_names import ITEM_IDS_RATE, LEARNING_RATES, NEIGHBOURS, SIDE_METHODS, STATE_METHODS, TUNING_METHODS
 from .model_section import ModelConfig
 from .protocol_section import ProtocolConfig
@@ -26,7 +27,7 @@ class RunConfig:
     cache: str | None = setting(None, help="Folder of the hidden states that extract stored.", automatic="no cache")
     views: tuple[str, ...] = setting(
         (),
-        help="One or two views of the cache, or of the encoders that run; the first takes the image's role.",
+        help="One or two views of the cache, or of features; the first takes the image's role.",
         automatic="all",
     )
     uncached: UncachedConfig | None = None
@@ -40,10 +41,14 @@ class RunConfig:
         help="Folder of a run of the same model, with whose best weights training begins.",
         automatic="random weights",
     )
+    features: tuple[FeaturesConfig, ...] = ()
 
     def __post_init__(self) -> None:
         check_settings(self)
         method = self.model.method
+        if self.features:
+            self._refuse_features_beside_encoders()
+            object.__setattr__(self, "views", resolved_views(self.views, self.features, self.cache is not None))
         if self.uncached is not None:
             names = tuple(view.name for view in self.uncached.views)
             if self.views not in ((), names):
@@ -55,8 +60,8 @@ class RunConfig:
             raise InputError("cache, uncached: expected one of them, found both")
         if method in TUNING_METHODS and self.uncached is None:
             raise InputError(f"method: {method} trains encoders, so they have to run; name encoders, not a cache")
-        if method in STATE_METHODS and self.cache is None and self.uncached is None:
-            raise InputError(f"cache: {method} needs hidden states; give a cache, or encoders that run")
+        if method in STATE_METHODS and not self.has_states and self.uncached is None:
+            raise InputError(f"cache: {method} needs hidden states; give a cache, features, or encoders that run")
         if method == "id" and self.cache is not None:
             raise InputError("cache: id reads no states; leave it out")
         if method == NEIGHBOURS:
@@ -70,6 +75,30 @@ class RunConfig:
             raise InputError(f"learning_rates.{unknown[0]}: {method} has {', '.join(rates)}")
         resolved = dataclasses.replace(self.train, learning_rates={**rates, **self.train.learning_rates})
         object.__setattr__(self, "train", resolved)
+
+    @property
+    def has_states(self) -> bool:
+        """Return True if the states of all items are stored, in a cache or as features."""
+        return self.cache is not None or bool(self.features)
+
+    @property
+    def cache_views(self) -> tuple[str, ...]:
+        """Return the names of the views that a cache holds."""
+        names = [view.name for view in self.features]
+        return () if self.cache is None else tuple(name for name in self.views if name not in names)
+
+    def _refuse_features_beside_encoders(self) -> None:
+        """Raise InputError if a run with features trains or runs encoders, or reads no states."""
+        method = self.model.method
+        if method in TUNING_METHODS:
+            raise InputError(
+                f"method: {method} trains encoders, and features are ready-made; "
+                f"choose {', '.join(STATE_METHODS)}, or name encoders in place of the features"
+            )
+        if method == "id":
+            raise InputError("features: id reads no states; leave them out")
+        if self.uncached is not None:
+            raise InputError(BESIDE_ENCODERS)
 
     def _refuse_standardise(self) -> None:
         """Raise InputError unless the run reads states from a cache, which are all known before the first step."""
@@ -89,7 +118,7 @@ class RunConfig:
             raise InputError(f"uncached: {NEIGHBOURS} runs no encoders; extract a cache and give it, or leave them out")
         if self.init is not None:
             raise InputError(f"init: {NEIGHBOURS} trains nothing, so it begins with no weights; leave it out")
-        if bool(self.views) != (self.cache is not None):
+        if bool(self.views) != self.has_states:
             raise InputError(f"cache, views: {NEIGHBOURS} takes a cache and its views, or neither; found one of them")
         for section, defaults in ((self.model, ModelConfig(NEIGHBOURS)), (self.train, TrainConfig())):
             for name, value in vars(section).items():
@@ -104,16 +133,16 @@ class RunConfig:
         Raises InputError for settings of similarity in a run without stored states.
         """
         scoring = self.scoring
-        if self.cache is None:
+        if not self.has_states:
             for name in ("similarity", "similarity_dims"):
                 if getattr(scoring, name) not in (None, 0, getattr(ScoringConfig, name)):
                     raise InputError(
                         f"{name}: compares states of a cache, and this run of {self.model.method} has none; "
-                        f"give a cache to {', '.join(STATE_METHODS)} or {NEIGHBOURS}, or leave it out"
+                        f"give a cache or features to {', '.join(STATE_METHODS)} or {NEIGHBOURS}, or leave it out"
                     )
         weights = {"cold_bias": 0.0}
         if self.model.method == NEIGHBOURS and not scoring.fit_terms:
-            weights |= NEIGHBOUR_WEIGHTS if self.cache is not None else {**NEIGHBOUR_WEIGHTS, "similarity": 0.0}
+            weights |= NEIGHBOUR_WEIGHTS if self.has_states else {**NEIGHBOUR_WEIGHTS, "similarity": 0.0}
         elif not scoring.fit_terms:
             weights |= dict.fromkeys(NEIGHBOUR_WEIGHTS, 0.0)
         chosen = {name: getattr(scoring, name) for name in weights if getattr(scoring, name) is not None}

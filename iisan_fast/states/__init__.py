@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .recorded_encoders import EncoderPlaces, RecordedEncoders
     from .recorded_views import refuse_other_encoders
     from .standardise import StateStatistics
+    from .state_reader import StateReader, open_states
     from .store import Store, group_positions
     from .verification import verify_cache
     from .view_shapes import ViewShape
@@ -33,6 +34,7 @@ __all__ = [
     "PlannedBatch",
     "PreparedBatch",
     "RecordedEncoders",
+    "StateReader",
     "StateStatistics",
     "Store",
     "ViewShape",
@@ -45,6 +47,7 @@ __all__ = [
     "load_table",
     "open_inputs",
     "open_sources",
+    "open_states",
     "planned_batches",
     "prepared_batches",
     "refuse_other_encoders",

@@ -20,6 +20,7 @@ from ..kernels import States
 from .item_source import Gathered
 from .placement import place
 from .standardise import StateStatistics, state_statistics
+from .state_reader import StateReader
 from .store import Store, group_positions
 from .view_shapes import ViewShape
 
@@ -137,7 +138,7 @@ class MappedTable(GatheredTable):
 
     def __init__(
         self,
-        store: Store,
+        store: StateReader,
         names: list[str],
         item_ids: list[str],
         positions: list[list[int] | None],
@@ -167,7 +168,7 @@ class MappedTable(GatheredTable):
         statistics = {}
         for name, positions, dtype in zip(self.names, self.positions, self.dtypes):
             parts = (rows for _, rows in _parts(self.store, name, self.item_ids, positions))
-            statistics[name] = state_statistics(parts, dtype, _where(self.store, name))
+            statistics[name] = state_statistics(parts, dtype, self.store.where(name))
         self.statistics = statistics
 
     def close(self) -> None:
@@ -202,7 +203,7 @@ class TablePlan(NamedTuple):
 
 
 def load_table(
-    cache: Path | Store,
+    cache: Path | StateReader,
     views: Iterable[str],
     item_ids: list[str],
     device: torch.device,
@@ -213,14 +214,14 @@ def load_table(
 ) -> FeatureTable | PinnedTable | MappedTable:
     """Load views of a store into a table for the items in the order of `item_ids`. Item numbers count from 1.
 
-    cache: the store's folder, or a store that is open for reading, which the table then closes. placement: one of
+    cache: the store's folder, or states that are open for reading, which the table then closes. placement: one of
     config.PLACEMENTS; "auto" chooses by free memory. dtype: of the table; None for the store's. layer_groups: keep the
     embedding output and the last block of that many groups of the encoder's blocks; None keeps all stored layers.
     standardise: give each number of a layer mean 0 and deviation 1 over the items, in the table itself or, for a mapped
     one, as rows are read. Raises InputError if the store, a view, a layer or an item's states are missing or damaged,
     or if the placement does not fit.
     """
-    store = cache if isinstance(cache, Store) else Store(cache)
+    store = Store(cache) if isinstance(cache, Path) else cache
     try:
         plan = plan_table(store, views, item_ids, device, placement, dtype, layer_groups)
         if plan.place == "mapped":
@@ -238,7 +239,7 @@ def load_table(
         for name, layers, view in zip(plan.names, plan.positions, tables):
             parts = _loaded(store, name, item_ids, layers, view)
             if standardise:
-                statistics[name] = state_statistics(parts, view.dtype, _where(store, name))
+                statistics[name] = state_statistics(parts, view.dtype, store.where(name))
                 statistics[name].standardise(view[1:])
             else:
                 for _ in parts:
@@ -253,7 +254,7 @@ def load_table(
 
 
 def unread_table(
-    cache: Path | Store,
+    cache: Path | StateReader,
     views: Iterable[str],
     item_ids: list[str],
     device: torch.device,
@@ -265,7 +266,7 @@ def unread_table(
 
     No states are read. Raises InputError as `load_table` does.
     """
-    store = cache if isinstance(cache, Store) else Store(cache)
+    store = Store(cache) if isinstance(cache, Path) else cache
     try:
         plan = plan_table(store, views, item_ids, device, placement, dtype, layer_groups)
         return MappedTable(store, plan.names, item_ids, plan.positions, plan.dtypes, device), plan
@@ -274,7 +275,7 @@ def unread_table(
         raise
 
 
-def final_states(store: Store, views: Iterable[str], item_ids: list[str]) -> MappedTable:
+def final_states(store: StateReader, views: Iterable[str], item_ids: list[str]) -> MappedTable:
     """Return a table of the last stored layer of each view, [items + 1, 1, D], in the store's file and dtype.
 
     It is read on the CPU, and closes the store. Raises InputError if a view or an item's states are missing.
@@ -287,7 +288,7 @@ def final_states(store: Store, views: Iterable[str], item_ids: list[str]) -> Map
 
 
 def plan_table(
-    store: Store,
+    store: StateReader,
     views: Iterable[str],
     item_ids: list[str],
     device: torch.device,
@@ -316,13 +317,8 @@ def _shape(view: dict[str, Any], positions: list[int] | None) -> ViewShape:
     return ViewShape(len(view["layers"] if positions is None else positions), view["width"])
 
 
-def _where(store: Store, name: str) -> str:
-    """Return the name of a view for messages."""
-    return f"{store.path}: view {name!r}"
-
-
 def _loaded(
-    store: Store, name: str, item_ids: list[str], positions: list[int] | None, table: Tensor
+    store: StateReader, name: str, item_ids: list[str], positions: list[int] | None, table: Tensor
 ) -> Iterator[Tensor]:
     """Fill the rows from 1 of a table [items + 1, K, D] from the store, and yield the states of each part."""
     for start, rows in _parts(store, name, item_ids, positions):
@@ -330,7 +326,9 @@ def _loaded(
         yield rows
 
 
-def _parts(store: Store, name: str, item_ids: list[str], positions: list[int] | None) -> Iterator[tuple[int, Tensor]]:
+def _parts(
+    store: StateReader, name: str, item_ids: list[str], positions: list[int] | None
+) -> Iterator[tuple[int, Tensor]]:
     """Yield the states of all items in parts: the first item's place, and states [N, K, D], which the next overwrites.
 
     Raises InputError if the store cannot give a row.

@@ -7,11 +7,12 @@ in the entries that an earlier version wrote.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ..checksums import checksum
-from ..config import MISSING_CAPTIONS, SOURCES, STORE_DTYPES
+from ..config import FEATURES, MISSING_CAPTIONS, SOURCES, STORE_DTYPES
 from ..errors import InputError, with_remedy
 from ..files import write_atomically
 from ..settings_files import format_number, read_settings
@@ -67,8 +68,11 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
         raise InputError(f"{message}; what is stored stays") from None
 
 
-def describes_view(value: Any) -> bool:
-    """Return True if a JSON value is an object with all that reading a view needs, in kinds and ranges that can be."""
+def describes_view(value: Any, sources: Collection[str] = SOURCES) -> bool:
+    """Return True if a JSON value is an object with all that reading a view needs, in kinds and ranges that can be.
+
+    sources: that the view may have; those of encoders by default.
+    """
     if not isinstance(value, dict):
         return False
     layers, depth, width = value.get("layers"), value.get("depth"), value.get("width")
@@ -79,11 +83,11 @@ def describes_view(value: Any) -> bool:
         and list(layers) == sorted({layer for layer in layers if 0 <= layer < depth})
         and width > 0
         and value.get("dtype") in STORE_DTYPES
-        and value.get("source") in SOURCES
+        and value.get("source") in sources
         and type(value.get("first_layer", 0)) is int
         and value.get("missing_captions", "error") in MISSING_CAPTIONS
         and isinstance(value.get("versions", {}), dict)
-        and (value["source"] == "image" or type(value.get("unescaped")) is bool)
+        and (value["source"] in ("image", FEATURES) or type(value.get("unescaped")) is bool)
     )
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..checksums import CHECKSUM_BYTES, name_seed, seeded_checksum
+from ..config import FEATURES
 from ..encoders import grouped_layers
 from ..errors import InputError, first_few
 from ..files import locked
@@ -83,6 +84,10 @@ class Store:
         if name not in self.views:
             raise InputError(f"{self.path}: no view {name!r}; it has {', '.join(self.views) or 'none'}")
         return self.views[name]
+
+    def where(self, name: str) -> str:
+        """Return the cache and the name of a view, for messages."""
+        return f"{self.path}: view {name!r}"
 
     def check_views(self, descriptions: dict[str, dict[str, Any]]) -> None:
         """Raise InputError, with the differences, if a stored view was made with other encoders or settings.
@@ -244,6 +249,11 @@ def group_positions(name: str, view: dict[str, Any], layer_groups: int | None) -
     if layer_groups is None:
         return None
     stored = view["layers"]
+    if view["source"] == FEATURES and not layer_groups < view["depth"] == len(stored):
+        raise InputError(
+            f"layer_groups: {layer_groups} groups need {layer_groups + 1} layers or more, none left out; the features "
+            f"of view {name!r} have {len(stored)} of {view['depth']}; leave layer_groups out, or name layers"
+        )
     layers = grouped_layers(view["depth"] - 1, layer_groups, view.get("first_layer", 0))
     if lacking := [layer for layer in layers if layer not in stored]:
         raise InputError(

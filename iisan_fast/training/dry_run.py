@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import NEIGHBOURS, RunConfig
+from ..config import FEATURES, NEIGHBOURS, RunConfig
 from ..data import Dataset, load_dataset
 from ..evaluation import parameter_counts
 from ..runtime import fix_cublas_workspace
@@ -67,7 +67,7 @@ def describe_new_run(config: RunConfig, out: Path, device: torch.device, placeme
 def _describe_untrained(config: RunConfig, dataset: Dataset, out: Path, device: torch.device) -> dict[str, Any]:
     """Describe a run without training, as `describe_new_run` does. Raises InputError if its cache lacks states."""
     views: Descriptions = {}
-    if config.cache is not None:
+    if config.has_states:
         with open_final_states(config, dataset.sequences.item_ids) as (_, views):
             pass
     return {
@@ -93,7 +93,8 @@ def _config(config: RunConfig) -> dict[str, Any]:
 
 def _described_view(view: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a view that the description shows."""
-    return {name: view.get(name) for name in ("source", "encoder", "pooling", "layers", "width")}
+    place = {"path": view["path"]} if view["source"] == FEATURES else {"encoder": view.get("encoder")}
+    return {"source": view["source"], **place, **{name: view.get(name) for name in ("pooling", "layers", "width")}}
 
 
 def _amounts(trainer: Trainer, dataset: Dataset) -> dict[str, int]:
@@ -131,7 +132,8 @@ def _files(config: RunConfig, out: Path, views: Descriptions) -> dict[str, Any]:
     """Return the run's folder, the files that the run writes, and the folders that it reads."""
     encoders = [] if config.uncached is None else [view["encoder"] for view in views.values()]
     folders = [folder for folder in (config.cache, config.init) if folder is not None]
-    sources = [config.dataset, *folders, *dict.fromkeys(encoders)]
+    features = [file for view in config.features for file in (view.path, view.ids) if file is not None]
+    sources = [config.dataset, *folders, *features, *dict.fromkeys(encoders)]
     absent = {CATALOGUE_FILE, *(CHECKPOINTS if config.model.method == NEIGHBOURS else ())}
     written = [name for name in RUN_FILES if name not in absent]
     return {"folder": str(out), "written": written, "read": sources}

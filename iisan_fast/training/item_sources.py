@@ -1,4 +1,4 @@
-"""Open the source of a run's items: a cache of hidden states, encoders that run in every step, or item numbers."""
+"""Open the source of a run's items: stored states, encoders that run in every step, or item numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import SIDE_METHODS, TUNING_METHODS, RunConfig, UncachedConfig, ViewConfig
+from ..config import FEATURES, SIDE_METHODS, TUNING_METHODS, RunConfig, UncachedConfig, ViewConfig
 from ..data import Dataset, Sequences, load_dataset
 from ..errors import InputError, first_few
 from ..fingerprints import changed_settings
@@ -22,11 +22,13 @@ from ..precision import Precision
 from ..states import (
     FeatureTable,
     ItemSource,
+    StateReader,
     Store,
     ViewShape,
     content_digest,
     final_states,
     load_table,
+    open_states,
     unread_table,
 )
 from .checkpoints import RESTORE
@@ -43,8 +45,8 @@ def open_source(
     placement: one of config.PLACEMENTS. precision: of the run; its `table` is the dtype of the states. Raises
     InputError if states, contents or encoders are missing, or do not fit the method.
     """
-    if config.cache is not None:
-        source, views = _open_cache(config, Path(config.cache), dataset.sequences, device, placement, precision.table)
+    if config.has_states:
+        source, views = _open_states(config, dataset.sequences, device, placement, precision.table)
     elif config.uncached is not None:
         source, views = _open_encoders(config, config.uncached, dataset, device, placement, precision.table)
     else:
@@ -58,32 +60,32 @@ def open_source(
 def open_unread_source(
     config: RunConfig, dataset: Dataset, device: torch.device, placement: str, precision: Precision
 ) -> Iterator[tuple[ItemSource, Descriptions, tuple[int, str]]]:
-    """Open the source of a run's items without reading a cache's states, and say the size and the place of its table.
+    """Open the source of a run's items without loading stored states, and say the size and the place of its table.
 
     Yields the source, the descriptions of the views, and the table's bytes and place, as `place` names it. The bytes
     are 0 if there is no table. Raises InputError as `open_source` does.
     """
-    if config.cache is None:
+    if not config.has_states:
         with open_source(config, dataset, device, placement, precision) as (source, views):
             inputs = getattr(source, "inputs", source)  # an EncodedTable reads an InputTable
             yield source, views, (0, "device") if config.uncached is None else (inputs.size, inputs.place)
         return
     item_ids = dataset.sequences.item_ids
-    store, views = _described_store(config, Path(config.cache), item_ids)
+    states, views = _described_states(config, item_ids)
     groups = config.model.layer_groups
-    source, plan = unread_table(store, config.views, item_ids, device, placement, precision.table, groups)
+    source, plan = unread_table(states, config.views, item_ids, device, placement, precision.table, groups)
     with closing(source):
         yield source, views, (plan.size, plan.place)
 
 
 @contextmanager
 def open_final_states(config: RunConfig, item_ids: list[str]) -> Iterator[tuple[ItemSource, Descriptions]]:
-    """Yield the last stored layer of each view in a run's cache, and the descriptions of the views.
+    """Yield the last stored layer of each view of a run, and the descriptions of the views.
 
     Raises InputError if the cache, a view or an item's states are missing.
     """
-    store, views = _described_store(config, Path(config.cache or ""), item_ids)
-    with closing(final_states(store, config.views, item_ids)) as source:
+    states, views = _described_states(config, item_ids)
+    with closing(final_states(states, config.views, item_ids)) as source:
         yield source, views
 
 
@@ -145,7 +147,7 @@ def refuse_changed_texts(config: RunConfig, dataset: Dataset) -> None:
     if config.cache is None:
         return
     with Store(Path(config.cache)) as store:
-        for name in config.views:
+        for name in config.cache_views:
             view = store.view(name)
             if view["source"] == "image":
                 continue  # reading all images would take the time that the cache saves
@@ -203,34 +205,35 @@ def _first_changed_user(recorded: Sequences, current: Sequences) -> str:
     raise ValueError("expected two datasets with different histories")
 
 
-def _open_cache(
+def _open_states(
     config: RunConfig,
-    cache: Path,
     sequences: Sequences,
     device: torch.device,
     placement: str,
     dtype: torch.dtype | None,
 ) -> tuple[ItemSource, Descriptions]:
-    """Return the table of a cache's states, and the descriptions of its views."""
-    store, views = _described_store(config, cache, sequences.item_ids)
+    """Return the table of stored states, and the descriptions of its views."""
+    states, views = _described_states(config, sequences.item_ids)
     model = config.model
     table = load_table(
-        store, config.views, sequences.item_ids, device, placement, dtype, model.layer_groups, model.standardise
+        states, config.views, sequences.item_ids, device, placement, dtype, model.layer_groups, model.standardise
     )
     return table, views
 
 
-def _described_store(config: RunConfig, cache: Path, item_ids: list[str]) -> tuple[Store, Descriptions]:
-    """Open a cache, and describe the run's views of it: the states that are read from the open store are those.
+def _described_states(config: RunConfig, item_ids: list[str]) -> tuple[StateReader, Descriptions]:
+    """Open a run's stored states, and describe its views: the states that are read later are those.
 
-    Raises InputError for views that the method cannot take.
+    Raises InputError for states that cannot be read, and for views that the method cannot take.
     """
+    cache = None if config.cache is None else Path(config.cache)
     with ExitStack() as opened:
-        store = opened.enter_context(Store(cache))
-        views = {name: {**store.view(name), "contents": store.contents(name, item_ids)} for name in config.views}
-        _refuse_unfit_views(config, views)
+        states = opened.enter_context(closing(open_states(cache, config.features, item_ids)))
+        described = {name: states.view(name) for name in config.views}
+        _refuse_unfit_views(config, described)
+        views = {name: {**view, "contents": states.contents(name, item_ids)} for name, view in described.items()}
         opened.pop_all()
-    return store, views
+    return states, views
 
 
 def _refuse_unfit_views(config: RunConfig, views: Descriptions) -> None:
@@ -240,7 +243,7 @@ def _refuse_unfit_views(config: RunConfig, views: Descriptions) -> None:
         check_views(shapes, config.model)
     if config.model.method == "frozen":
         for name, view in views.items():
-            if view["layers"][-1] != view["depth"] - 1:
+            if view["source"] != FEATURES and view["layers"][-1] != view["depth"] - 1:
                 raise InputError(
                     f"layers: frozen reads the encoder's final state, layer {view['depth'] - 1}; view {name!r} of the "
                     f"cache ends with layer {view['layers'][-1]}"

@@ -51,6 +51,10 @@ def neutral_config(config: RunConfig) -> RunConfig:
     values["dataset"] = _last_name(config.dataset)
     values["cache"] = None if config.cache is None else "states"
     values["init"] = None if config.init is None else _last_name(config.init)
+    for view, neutral in zip(config.features, values["features"]):
+        neutral |= {
+            part: _last_name(path) for part, path in (("path", view.path), ("ids", view.ids)) if path is not None
+        }
     if config.uncached is not None:
         for view, neutral in zip(config.uncached.views, values["uncached"]["views"]):
             neutral["encoder"] = neutral_name(view.encoder)
@@ -66,7 +70,8 @@ def neutral_name(encoder: str) -> str:
 def _neutral_view(view: dict[str, Any]) -> dict[str, Any]:
     """Return the description of a view with names in place of paths."""
     encoder = {"encoder": neutral_name(view["encoder"])} if "encoder" in view else {}
-    return {**_without_paths(view), **encoder}
+    file = {"path": _last_name(view["path"])} if "path" in view else {}
+    return {**_without_paths(view), **encoder, **file}
 
 
 def _last_name(path: str) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import NEIGHBOURS, RunConfig, TrainConfig, UncachedConfig
+from ..config import NEIGHBOURS, FeaturesConfig, RunConfig, TrainConfig, UncachedConfig
 from ..data import Dataset, Sequences
 from ..errors import InputError
 from ..precision import Precision, resolve_precision
@@ -33,6 +33,7 @@ class RunChanges:
 
     dataset: str | None = None  # folders to which the data has moved
     cache: str | None = None
+    features: Mapping[str, str] = field(default_factory=dict)  # the file to which a view's features have moved
     image_encoder: str | None = None
     text_encoder: str | None = None
     max_epochs: int | None = None
@@ -60,6 +61,7 @@ class RunChanges:
             config,
             dataset=self.dataset or config.dataset,
             cache=self.cache or config.cache,
+            features=moved_features(config.features, self.features),
             uncached=uncached,
             train=train,
         )
@@ -95,7 +97,7 @@ def resume(
         dataset = _dataset(folder, config, moved=changes.dataset is not None)
         new_terms = terms_again(folder, config, dataset.sequences)
         if config.model.method == NEIGHBOURS:
-            if changes.cache is not None:
+            if changes.cache is not None or changes.features:
                 with open_final_states(config, dataset.sequences.item_ids) as (_, views):
                     refuse_changed_views(folder.views, views, folder.path)
             if changes:
@@ -140,6 +142,15 @@ def _moved_encoder(config: RunConfig, uncached: UncachedConfig | None, kind: str
         raise InputError(f"{kind}_encoder: expected one {kind} encoder in the run, found {len(of_kind)}; leave it out")
     views = tuple(replace(view, encoder=encoder) if view in of_kind else view for view in uncached.views)
     return replace(uncached, views=views)
+
+
+def moved_features(features: tuple[FeaturesConfig, ...], places: Mapping[str, str]) -> tuple[FeaturesConfig, ...]:
+    """Return features with other files. places: the new file by the view's name. Raises InputError for another name."""
+    names = [view.name for view in features]
+    for name in places:
+        if name not in names:
+            raise InputError(f"features: the run reads no features {name!r}; expected {', '.join(names) or 'none'}")
+    return tuple(replace(view, path=places.get(view.name, view.path)) for view in features)
 
 
 def _write_terms_again(folder: RunFolder) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import RunConfig
+from ..config import FEATURES, SOURCES, RunConfig
 from ..data import Dataset, RunItems, Sequences, load_items, load_sequences
 from ..errors import InputError
 from ..files import (
@@ -317,7 +317,7 @@ class RunFolder:
         """Return the description of each view of the run by name. Raises InputError if the file is missing or wrong."""
         self._refuse_damage("views.json", RESTORE)
         views = read_settings(self.path / "views.json")
-        if not all(map(describes_view, views.values())):
+        if not all(describes_view(view, (*SOURCES, FEATURES)) for view in views.values()):
             raise InputError(
                 f"{self.path / 'views.json'}: expected descriptions of views, found something else; restore it"
             )

@@ -133,7 +133,7 @@ def open_item_encoder(
         missing_images or ("error" if uncached is None else uncached.missing_images),
         "auto" if uncached is None else uncached.attention,
         tuned=config.model.method in TUNING_METHODS,
-        layer_groups=None if config.cache is None else config.model.layer_groups,
+        layer_groups=config.model.layer_groups if config.has_states else None,
     ) as encoders:
         if config.model.method == NEIGHBOURS:
             yield RunItemEncoder(config, encoders, None, {}, similarity, training_counts, None)

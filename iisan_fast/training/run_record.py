@@ -23,6 +23,7 @@ from ..settings_files import read_settings
 RECORD_FILE = "checksums.json"
 MAY_CHANGE = re.compile(
     r"dataset|cache|init|train\.(max_epochs|patience|checkpoint_every)|uncached\.views\.\d+\.encoder"
+    r"|features\.\d+\.(path|ids)"
 )
 NOTHING = object()
 

@@ -26,11 +26,11 @@ ITEMS_AT_ONCE = 1 << 17  # whose coordinates are read at once: 64 MiB at 128 dim
 def build_terms(config: RunConfig, sequences: Sequences) -> tuple[NeighbourTerms, Descriptions]:
     """Return the neighbour terms of a run, and the descriptions of the views that they are made from.
 
-    There is no similarity and no view without a cache. Raises InputError if the cache, a view or an item's states are
-    missing or damaged.
+    There is no similarity and no view without stored states. Raises InputError if the cache, a view or an item's states
+    are missing or damaged.
     """
     cooccurrence = CoOccurrence.of(sequences, config.scoring.cooccurrence_neighbours)
-    if config.cache is None:
+    if not config.has_states:
         return NeighbourTerms(cooccurrence, None), {}
     with open_final_states(config, sequences.item_ids) as (source, views):
         return NeighbourTerms(cooccurrence, Similarity.of(source, config.scoring.similarity_dims)), views
@@ -70,7 +70,9 @@ def copy_coordinates(folder: RunFolder, similarity: Similarity, target: Tensor) 
 
 def how_to_make_again(folder: RunFolder) -> str:
     """Return what to do about a damaged neighbours.safetensors."""
-    return f"`iisan-fast train --resume {folder.path}` makes it again from the run's histories and its cache"
+    return (
+        f"`iisan-fast train --resume {folder.path}` makes it again from the run's histories and its cache or features"
+    )
 
 
 def terms_of_run(folder: RunFolder, config: RunConfig, sequences: Sequences, similarity: bool) -> NeighbourTerms:
@@ -82,7 +84,7 @@ def terms_of_run(folder: RunFolder, config: RunConfig, sequences: Sequences, sim
     if folder.neighbours.exists() or folder.is_recorded(folder.neighbours.name):
         terms = read_terms(folder)
         _refuse_other_items(folder, terms, sequences)
-    elif config.cache is None:
+    elif not config.has_states:
         terms, _ = build_terms(config, sequences)
     else:
         terms = _terms_of_earlier_run(folder, config, sequences, similarity)
@@ -136,7 +138,7 @@ def _terms_of_earlier_run(
 def _rebuilt(folder: RunFolder, config: RunConfig, sequences: Sequences) -> NeighbourTerms:
     """Return a run's terms, built again. Raises InputError if its cache cannot be read, or has changed since."""
     terms, views = build_terms(config, sequences)
-    if config.cache is not None:
+    if config.has_states:
         refuse_changed_views(folder.views, views, folder.path)
     return terms
 

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..kernels import States
 from ..models import build_recommender
 from ..precision import resolve_precision
-from ..states import FeatureTable, StateStatistics, ViewShape, group_positions, load_table
+from ..states import FeatureTable, StateStatistics, ViewShape, group_positions, load_table, open_states
 from .checkpoints import load_weights
 from .run_folder import RunFolder
 from .run_item_encoder import on_device, stored_statistics
@@ -58,7 +58,7 @@ def load_item_encoder(folder: RunFolder, training_counts: np.ndarray) -> StoredI
     """
     config = on_device(folder.config, CPU)
     precision = resolve_precision(config, CPU)
-    groups = None if config.cache is None else config.model.layer_groups
+    groups = config.model.layer_groups if config.has_states else None
     descriptions = folder.views
     shapes = []
     for name, view in descriptions.items():
@@ -79,15 +79,17 @@ def load_item_encoder(folder: RunFolder, training_counts: np.ndarray) -> StoredI
 def stored_states(
     config: RunConfig, encoder: StoredItemEncoder, item_ids: list[str], items_at_once: int
 ) -> Iterator[list[Tensor]]:
-    """Yield the states of items in a run's cache in parts, in the cache's dtype: [N, K, D] of each view.
+    """Yield the stored states of a run's items in parts, in their dtype: [N, K, D] of each view.
 
-    Raises InputError if the run has no cache, or if its cache is missing, damaged or another one.
+    Raises InputError if the run has no stored states, or if they are missing, damaged or others.
     """
-    if config.cache is None:
-        raise InputError("the run has no cache")
+    if not config.has_states:
+        raise InputError("the run has no cache and no features")
     groups = config.model.layer_groups
-    with closing(load_table(Path(config.cache), config.views, item_ids, CPU, "mapped", layer_groups=groups)) as table:
+    states = open_states(None if config.cache is None else Path(config.cache), config.features, item_ids)
+    with closing(load_table(states, config.views, item_ids, CPU, "mapped", layer_groups=groups)) as table:
         if table.shapes != [view.shape for view in encoder.views]:
-            raise InputError(f"{config.cache}: its views have other layers or widths than those of the run")
+            place = config.cache or config.features[0].path
+            raise InputError(f"{place}: its views have other layers or widths than those of the run")
         for items in torch.arange(1, table.rows).split(items_at_once):
             yield [states.table for states in table.read(items)]

@@ -135,7 +135,9 @@ def test_bad_input_gets_one_line_and_exit_code_2(toy_run, finished_run, tmp_path
     assert "no such folder" in refused("stats", tmp_path / "nowhere")
     assert "Missing argument 'DATASET'" in refused("stats")
     assert "No such option" in refused("stats", dataset, "--wrong")
-    assert "cache: iisan needs hidden states; give a cache, or encoders that run" in refused("train", dataset, *out)
+    assert "cache: iisan needs hidden states; give a cache, features, or encoders that run" in refused(
+        "train", dataset, *out
+    )
     assert "not a cache of hidden states" in refused("train", dataset, "--cache", tmp_path, *out)
     assert "no view 'video'; it has image, title" in refused(
         "train", dataset, "--cache", cache, "--views", "video", *out
