@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 from ..doors import lazy_names
 
 if TYPE_CHECKING:
-    from .adaptation import adapt, checkpoint_blocks, transformer_blocks
+    from .adaptation import adapt, checkpoint_blocks
     from .attention import xformers_problem
     from .base import Backbone
+    from .block_layers import count_block_calls
     from .captioner import Captioner
     from .hugging_face import count_parameters, model_dtype, quiet_hugging_face
     from .image_bytes import WORKER_MODULES, ByteForm, ModelInputs
@@ -26,6 +27,7 @@ __all__ = [
     "adapt",
     "checkpoint_blocks",
     "common_words",
+    "count_block_calls",
     "count_parameters",
     "default_layers",
     "grouped_layers",
@@ -34,7 +36,6 @@ __all__ = [
     "model_dtype",
     "quiet_hugging_face",
     "selected_layers",
-    "transformer_blocks",
     "views_by_model",
     "write_bert",
     "write_resized_vit",

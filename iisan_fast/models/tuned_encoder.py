@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..encoders import ModelInputs, adapt, checkpoint_blocks, transformer_blocks
+from ..config import ViewConfig
+from ..encoders import ModelInputs, adapt, checkpoint_blocks, count_block_calls
 from ..states import Chunks
 from .activation_memory import EncodingPlan, Footprint, activation_bytes, plan_parts
 from .item_encoders import FinalHeads
@@ -23,6 +24,7 @@ class Encoder(Protocol):
 
     model: nn.Module
     width: int
+    view: ViewConfig
 
     def final(self, inputs: ModelInputs) -> Tensor:
         """Return the pooled final states [N, width], with gradients."""
@@ -64,7 +66,7 @@ class TunedItemEncoder(nn.Module):
         self.models = nn.ModuleList(encoder.model for encoder in encoders)
         self.tuned: dict[str, list[nn.Parameter]] = {}
         for encoder, model in zip(encoders, self.models):
-            adapted = adapt(model, method, bottleneck, activation, encoder.example())
+            adapted = adapt(model, method, bottleneck, activation, encoder.example(), encoder.view.encoder)
             for group, parameters in adapted.items():
                 self.tuned.setdefault(group, []).extend(parameters)
             checkpoint_blocks(model, checkpointing)
@@ -136,7 +138,9 @@ class TunedItemEncoder(nn.Module):
                 return activation_bytes(lambda: encoder.final(inputs), model.parameters())
 
         checkpoint_blocks(model, False)
-        in_one_block = (stored_bytes(two_items) - stored_bytes(one_item)) // len(transformer_blocks(model))
+        with torch.no_grad():
+            calls = count_block_calls(model, lambda: encoder.final(one_item))
+        in_one_block = (stored_bytes(two_items) - stored_bytes(one_item)) // calls
         checkpoint_blocks(model, self.checkpointing)
         first, second = stored_bytes(one_item), stored_bytes(two_items)
         return Footprint(2 * first - second, second - first + WORKING_BLOCKS * in_one_block)

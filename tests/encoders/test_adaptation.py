@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from helpers.datasets import DATA
 from helpers.encoders import BERT, IMAGE, LLM, SHAPE, TEXT, VISION
 from iisan_fast.config import ModelConfig
-from iisan_fast.encoders.adaptation import Adapter, adapt, checkpoint_blocks, transformer_blocks
+from iisan_fast.encoders.adaptation import Adapter, adapt, checkpoint_blocks
+from iisan_fast.encoders.block_layers import transformer_blocks
 from iisan_fast.errors import InputError
 from iisan_fast.models.item_encoders import FinalHeads
 from iisan_fast.models.sasrec import SASRec
@@ -57,7 +58,9 @@ def test_a_method_trains_what_it_says_and_nothing_else(kind, family, method):
     """Every trained weight gets a gradient and the loss falls; all other weights stay equal, bit for bit."""
     model = build(kind, family)
     if method == "bitfit" and family in ("llama", "mistral", "gemma"):
-        with pytest.raises(InputError, match="bitfit trains biases, .*Model has none"):
+        with pytest.raises(
+            InputError, match="bitfit: it trains biases, and .*Model has none; choose full, adapter or lora$"
+        ):
             adapt(model, method)
         return
     pretrained = {parameter: parameter.clone() for parameter in model.parameters()}
@@ -269,23 +272,24 @@ def test_checkpointed_blocks_give_the_same_gradients(kind, family, method):
         assert len(calls) == once * (1 + on)
 
 
-def test_encoders_that_a_method_cannot_take_are_named():
-    fused = hf.DebertaModel(hf.DebertaConfig(**{**BERT, "type_vocab_size": 0}))
-    with pytest.raises(
-        InputError, match=r"DebertaModel: expected one of .* as the query of a DebertaLayer, found none"
-    ):
-        adapt(fused, "lora")
-    assert adapt(fused, "adapter")["adapters"]
-    blockless = hf.ResNetModel(hf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
-    with pytest.raises(InputError, match="ResNetModel: no transformer blocks"):
-        adapt(blockless, "adapter")
+def test_encoders_that_a_method_cannot_take_are_named_with_the_methods_that_can():
+    convolutional = hf.ResNetModel(hf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    refused = (
+        "^ResNetModel: method: adapter: a ResNetStage has no linear layer in its attention; choose full or bitfit$"
+    )
+    with pytest.raises(InputError, match=refused):
+        adapt(convolutional, "adapter")
+    with pytest.raises(InputError, match="^some/name: method: lora: .*; choose full or bitfit$"):
+        adapt(convolutional, "lora", name="some/name")
 
 
 def test_a_block_with_two_candidates_is_named():
     model = build("text", "bert")
-    block = next(iter(transformer_blocks(model).values()))
-    block.attention.q_proj = nn.Linear(WIDTH, WIDTH)
-    with pytest.raises(InputError, match="found attention.self.query and attention.q_proj"):
+    for block in transformer_blocks(model).values():
+        attention = block.attention.self
+        attention.q_proj = attention.query
+        attention.query = nn.Sequential(attention.key, attention.q_proj)
+    with pytest.raises(InputError, match="BertLayer has no linear layers for queries and values, or several"):
         adapt(model, "lora")
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from helpers.encoders import BERT, IMAGE, LLM, TEXT, TITLES, pictures, save, view
 from iisan_fast.benchmarks.encoders import encoder_parameters
 from iisan_fast.encoders import base
-from iisan_fast.encoders.adaptation import transformer_blocks
 from iisan_fast.encoders.base import Backbone
+from iisan_fast.encoders.block_layers import transformer_blocks
 from iisan_fast.encoders.hidden_state_hooks import find_places, keeps_nothing, reading
 from iisan_fast.encoders.hugging_face import count_parameters
 from iisan_fast.encoders.loading import load_backbone, load_backbones
