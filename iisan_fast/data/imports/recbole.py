@@ -4,58 +4,120 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ...errors import InputError
 from .delimited import DelimitedText
-from .flat import import_tables
+from .flat import import_tables, items_table
+from .headers import IGNORED
+from .listed_histories import PART, ListedHistories
 from .options import RECBOLE_FIELDS, Imported, TableOptions
-from .sources import find
+from .recbole_files import InterFiles, find_inter_files
+from .table import Table
 
 LOGGER = logging.getLogger(__name__)
 SEQUENCES = ("token_seq", "float_seq")
 TYPES = ("token", "float", *SEQUENCES)
 LIST_SUFFIX = "_list"  # RecBole's name for the history before an interaction, as in item_id_list
+TIMESTAMP = "timestamp"
+ITEM_SUFFIX = ".item"
+
+
+class AtomicFile(NamedTuple):
+    """An atomic file as a table whose columns are named without their types."""
+
+    table: DelimitedText
+    sequences: list[str]  # the names of the fields of sequences
+    part: str | None = None  # the one of PARTS that the file holds
 
 
 def import_recbole(source: Path, destination: Path, options: TableOptions = TableOptions()) -> Imported:
-    """Make a dataset from a .inter file, or from a folder that holds one.
+    """Make a dataset from a .inter file, or from a folder that holds the .inter files of one dataset.
 
     Titles come from the .item file of the same name, if there is one. The options name fields without their types.
-    Raises InputError for bad input, and for fields that hold histories, which are not read.
+    Raises InputError for bad input.
     """
-    inter = find(source, "*.inter") if source.is_dir() else source
-    if inter is None:
-        raise InputError(f"{source}: expected a .inter file in it, found none")
-    beside = inter.with_suffix(".item")
-    items = options.items or (beside if os.path.lexists(beside) else None)
+    found = find_inter_files(source)
     user = options.user_column or RECBOLE_FIELDS[0]
     item = options.item_column or RECBOLE_FIELDS[1]
-    ids = {user: ("token",), item: ("token",)}
-    interactions = _atomic(inter, {**ids, options.timestamp_column or "timestamp": ("float", "token")}, histories=True)
-    titles = _atomic(items, {item: ("token",), options.title_column: ("token", "token_seq")}) if items else None
-    return import_tables([(interactions, None)], titles, destination, options, RECBOLE_FIELDS)
+    time = options.timestamp_column or TIMESTAMP
+    types = {user: ("token",), item: ("token", "token_seq"), time: ("float", "token", "float_seq")}
+    files = [_atomic(path, types)._replace(part=part) for path, part in found.files]
+    titles, options = _titles(source, found, item, options)
+    if any(f"{item}{LIST_SUFFIX}" in file.table.columns for file in files):
+        tables, options = _with_histories(files, user, item, time, options)
+        return import_tables(tables, titles, destination, options, RECBOLE_FIELDS)
+    for file in files:
+        _report_sequences(file, {user, item, time})
+        if item in file.sequences:
+            options = replace(options, item_separator=" ")
+    return import_tables([(file.table, file.part) for file in files], titles, destination, options, RECBOLE_FIELDS)
 
 
-def _atomic(path: Path, types: dict[str, tuple[str, ...]], histories: bool = False) -> DelimitedText:
-    """Return the table of an atomic file, its columns named without their types.
+def _titles(source: Path, found: InterFiles, item: str, options: TableOptions) -> tuple[Table | None, TableOptions]:
+    """Return the table of titles, None if there is none, and the options that name its field of titles.
 
-    types: the types that fields which are read may have. histories: fields of sequences may hold histories. Raises
-    InputError for another type, and for histories.
+    The only field whose name ends in _title, as movie_title, is the one of titles if there is no other. Raises
+    InputError for a file in another format.
     """
+    beside = (source if source.is_dir() else source.parent) / f"{found.name}{ITEM_SUFFIX}"
+    path = options.items or (beside if os.path.lexists(beside) else None)
+    if path is None:
+        return None, options
+    if path.suffix != ITEM_SUFFIX:
+        return items_table(options), options
+    table = _atomic(path, {item: ("token",), options.title_column: ("token", "token_seq")}).table
+    named = [name for name in table.columns if name.endswith("_title")]
+    if options.title_column == TableOptions.title_column not in table.columns and len(named) == 1:
+        options = replace(options, title_column=named[0])
+    return table, options
+
+
+def _with_histories(
+    files: Sequence[AtomicFile], user: str, item: str, time: str, options: TableOptions
+) -> tuple[list[tuple[Table, None]], TableOptions]:
+    """Return files with lists of the items before each interaction as tables, and the options to read them with.
+
+    user, item, time: names of fields. Raises InputError if a file has no such lists, and for ratings, which the items
+    of lists do not have.
+    """
+    lists = {item: f"{item}{LIST_SUFFIX}", time: f"{time}{LIST_SUFFIX}"}
+    first = files[0].table
+    for file in files:
+        _report_sequences(file, {user, item, time, *lists.values()})
+        if lists[item] not in file.table.columns:
+            raise InputError(f"{file.table.path}: no field {lists[item]!r}, which other files have; give it in all")
+    if options.min_rating is not None:
+        raise InputError(f"{first.path}: the items of {lists[item]!r} have no ratings; leave out --min-rating")
+    if time in IGNORED or not all(lists[time] in file.table.columns for file in files):
+        if time in first.columns:
+            LOGGER.warning("%s: %s is not read, since the items of %s have no times", first.path, time, lists[item])
+        del lists[time]
+    histories: dict[str, list[str]] = {}
+    tables = [ListedHistories(file.table, lists, histories, file.part) for file in files]
+    split = any(file.part is not None for file in files)
+    columns = {"timestamp_column": time if time in lists else IGNORED[0], "split_column": PART if split else IGNORED[0]}
+    return [(table, None) for table in tables], replace(options, **columns)
+
+
+def _atomic(path: Path, types: Mapping[str, tuple[str, ...]]) -> AtomicFile:
+    """Return an atomic file. types: the types that fields which are read may have. Raises InputError for another."""
+    sequences: list[str] = []
 
     def names_of(path: Path, header: list[str]) -> list[str]:
+        """Return the names of fields. Raises InputError for one without a type, or with another than `types` has."""
         fields = [_name_and_type(path, field) for field in header]
-        if histories:
-            _refuse_histories(path, fields, tuple(types))
         for name, kind in fields:
             if kind not in types.get(name, TYPES):
                 expected = " or ".join(f"{name}:{kind}" for kind in types[name])
                 raise InputError(f"{path} line 1: field '{name}:{kind}': expected {expected}")
+        sequences[:] = [name for name, kind in fields if kind in SEQUENCES]
         return [name for name, _ in fields]
 
-    return DelimitedText(path, separator="\t", quoted=False, names_of=names_of)
+    return AtomicFile(DelimitedText(path, separator="\t", quoted=False, names_of=names_of), sequences)
 
 
 def _name_and_type(path: Path, field: str) -> tuple[str, str]:
@@ -70,22 +132,8 @@ def _name_and_type(path: Path, field: str) -> tuple[str, str]:
     return name, kind
 
 
-def _refuse_histories(path: Path, fields: Sequence[tuple[str, str]], read: tuple[str, ...]) -> None:
-    """Say which fields of sequences are not read. Raises InputError if some hold the history of each interaction.
-
-    fields: names and types; read: the names of the fields that are read. A field that is named as the list of one that
-    is read, such as item_id_list, is a history whatever its type.
-    """
-    sequences = [name for name, kind in fields if kind in SEQUENCES and name not in read]
-    histories = [
-        name
-        for name, kind in fields
-        if name.endswith(LIST_SUFFIX) and name not in read and (kind in SEQUENCES or name.startswith(read))
-    ]
-    if histories:
-        raise InputError(
-            f"{path} line 1: {', '.join(histories)}: a history beside each interaction is not read, and its "
-            "items would be lost; make a file of one line an interaction, without such fields"
-        )
-    if sequences:
-        LOGGER.warning("%s: fields of sequences that are not read: %s", path, ", ".join(sequences))
+def _report_sequences(file: AtomicFile, used: set[str]) -> None:
+    """Warn of fields of sequences that are not read. used: the names of fields that are read."""
+    unread = [name for name in file.sequences if name not in used]
+    if unread:
+        LOGGER.warning("%s: fields of sequences that are not read: %s", file.table.path, ", ".join(unread))
