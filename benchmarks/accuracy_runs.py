@@ -141,8 +141,9 @@ def split_figures(best: BestRun, split: str) -> dict[str, float | None]:
 def user_figures(best: BestRun) -> dict[str, np.ndarray]:
     """Return each test user's HR@10 and NDCG@10 by a run's weights, history masked, float64 [users]."""
     scores = best.scores("test")
-    masked, _ = target_ranks(scores.queries, scores.vectors, best.sequences.split("test"), EVALUATION, scores.added)
-    return user_gains(masked, K)
+    split = best.sequences.split("test")
+    masked, _ = target_ranks(scores.queries, scores.vectors, split, EVALUATION, scores.added)
+    return user_gains(masked, K, split.repeated_users)
 
 
 def figures(report: Mapping[str, Any]) -> dict[str, float | None]:

@@ -148,4 +148,4 @@ def _user_gains(encoders: str, method: str, out: Path, settings: MethodsSettings
 def _gains(scores: Scores, split: Split) -> dict[str, np.ndarray]:
     """Return each user's contribution to HR@10 and NDCG@10, history masked, float64 [users]."""
     masked, _ = target_ranks(scores.queries, scores.vectors, split, EvaluationConfig(ks=(K,)), scores.added)
-    return user_gains(masked, K)
+    return user_gains(masked, K, split.repeated_users)

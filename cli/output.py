@@ -99,12 +99,17 @@ def percent(fraction: float | None) -> str:
 
 
 def _users_counted(report: dict[str, Any]) -> str:
-    """Return a sentence about the users whose targets were ranked."""
-    warm, cold = report["masked"]["warm"]["users"], report["masked"]["cold"]["users"]
+    """Return a sentence about the users whose targets were ranked, and how the targets of one user count."""
+    counted = "targets" if "targets" in report else "users"
+    warm, cold = (report["masked"][part][counted] for part in ("warm", "cold"))
+    number = f"{report['targets']:,} " if "targets" in report else ""
+    left_out = report.get("without_history")
     return (
-        f"percent; {report['split']} targets of {report['users']:,} users: {warm:,} warm, {cold:,} cold, "
+        f"percent; {number}{report['split']} targets of {report['users']:,} users: {warm:,} warm, {cold:,} cold, "
         f"{report['unreachable']:,} in their own history (a miss when masked)"
+        + (f"; {left_out:,} more are left out, as no interaction comes before them" if left_out else "")
         + ("" if report["ties"] == "half" else "; ties in the target's favour")
+        + (f"; {report['several_targets']}" if "several_targets" in report else "")
     )
 
 

@@ -61,7 +61,7 @@ IMAGE_ENCODER_SHAPE = {"image_size": IMAGE_SIZE, "patch_size": IMAGE_SIZE // 4, 
 NO_CHANGES: Mapping[str, Any] = {}
 NOT_CHANGED = {"dataset", "cache", "views", "encoders", "init"}  # parts of settings that the demo makes itself
 NOT_OF_THE_DEMO = (
-    "dataset: none given, and the demo takes no cache, views, encoders, init or temporal split; give a dataset"
+    "dataset: none given, and the demo takes no cache, views, encoders, init, given or temporal split; give a dataset"
 )
 
 Outline = list[tuple[float, float]]
@@ -158,10 +158,10 @@ def _configuration(
     out: Path, options: Mapping[str, Any], uncached: bool, changes: Mapping[str, Any]
 ) -> tuple[RunConfig, list[ViewConfig]]:
     """Return the configuration of a run in the folder `out`, and the views to extract. Raises as `configure` does."""
-    temporal = getattr(options.get("protocol"), "split", options.get("split")) == "temporal"
-    temporal = changes.get("protocol.split", "temporal" if temporal else "") == "temporal"
+    split = getattr(options.get("protocol"), "split", options.get("split"))
+    split = changes.get("protocol.split", split)
     parts = {name.partition(".")[0] for name in changes}
-    if temporal or {"cache", "views", "uncached", "init"} & options.keys() or NOT_CHANGED & parts:
+    if split in ("given", "temporal") or {"cache", "views", "uncached", "init"} & options.keys() or NOT_CHANGED & parts:
         raise InputError(NOT_OF_THE_DEMO)
     home = _home(out)
     dataset, views = plan(home)

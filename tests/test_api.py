@@ -203,7 +203,12 @@ def test_encoders_that_run_are_named_in_any_form(small_catalogue, encoder_views,
 def test_the_demo_by_its_settings(tmp_path):
     with pytest.raises(InputError, match="layer_groups: expected 1 to 6"):
         iisan_fast.train(out=tmp_path / "run", model=ModelConfig(layer_groups=9))
-    for refused in ({"cache": "c"}, {"text_encoder": "t"}, {"protocol": ProtocolConfig(split="temporal")}):
+    for refused in (
+        {"cache": "c"},
+        {"text_encoder": "t"},
+        {"protocol": ProtocolConfig(split="temporal")},
+        {"split": "given"},
+    ):
         with pytest.raises(InputError, match="dataset: none given, and the demo takes no cache"):
             iisan_fast.train(out=tmp_path / "run", **refused)
     with pytest.raises(InputError, match="method: expected one of iisan, "):

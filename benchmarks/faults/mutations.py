@@ -182,6 +182,8 @@ def _sources(sample: Sample, folder: Path) -> dict[str, Path]:
     users = (dataset / "users.tsv").read_text().splitlines()
     times = (f"{line.split()[0]}\t{' '.join(str(1000 + i) for i in range(len(line.split()) - 1))}\n" for line in users)
     (dataset / "times.tsv").write_text("".join(times))
+    parts = (f"{line.split()[0]}\t{len(line.split()) - 4} 1 2\n" for line in users)
+    (dataset / "splits.tsv").write_text("".join(parts))
     items = (dataset / "items.tsv").read_text().splitlines()
     (dataset / "captions.tsv").write_text("".join(f"{line.split()[0]}\ta picture of a thing\n" for line in items))
     encoder = Path(sample.views[1].encoder)
@@ -231,6 +233,7 @@ READERS = (
     Reader("items.tsv", "dataset", "items.tsv", lambda folder, sample: api.load_dataset(folder)),
     Reader("users.tsv", "dataset", "users.tsv", lambda folder, sample: api.load_dataset(folder)),
     Reader("times.tsv", "dataset", "times.tsv", lambda folder, sample: api.load_dataset(folder, split="temporal")),
+    Reader("splits.tsv", "dataset", "splits.tsv", lambda folder, sample: api.load_dataset(folder, split="given")),
     Reader("captions.tsv", "dataset", "captions.tsv", lambda folder, sample: api.load_dataset(folder)),
     Reader("CSV", "import", "ratings.csv", lambda folder, sample: _import_csv(folder, "ratings.csv")),
     Reader("CSV, gzip", "import", "ratings.csv.gz", lambda folder, sample: _import_csv(folder, "ratings.csv.gz")),

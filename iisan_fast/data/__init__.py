@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from .reversed_users import with_reversed_users
     from .saved_items import RunItems, load_items
     from .saved_sequences import load_sequences
-    from .sequences import Dataset, Sequences, Split, load_dataset, right_align, statistics
+    from .sequences import Dataset, Sequences, load_dataset, statistics
+    from .split import Split, right_align
     from .strict_tables import read_table, refuse_unfit_id
     from .table_files import read_json_lines, read_table_file
 

@@ -15,6 +15,8 @@ from .sequences import LEAVE_ONE_OUT, Sequences
 
 IDS = {"user_ids": "user_id_ends", "item_ids": "item_id_ends"}  # texts, and where each of them ends
 SPLIT = ("training_ends", *(f"{name}_targets" for name in LEAVE_ONE_OUT))
+COUNTS = tuple(f"{name}_target_counts" for name in LEAVE_ONE_OUT)  # only of a split with several targets a user
+LEFT_OUT = tuple(f"{name}_without_history" for name in LEAVE_ONE_OUT)  # only of a split that leaves targets out
 MOST_INPUTS = settings_of(ProtocolConfig)["max_inputs"].rules.maximum
 MOST_IDS = 1_000_000  # of a file of few bytes; each further byte may stand for one more
 ALWAYS = ("user_ids", "item_ids", "offsets", "items", "max_inputs")
@@ -25,9 +27,10 @@ def load_sequences(path: Path) -> Sequences:
 
     Raises InputError, naming the file and the array, if it is missing or damaged, or holds numbers that cannot be.
     """
-    arrays = read_arrays(path, (*ALWAYS, *IDS.values(), *SPLIT))
+    arrays = read_arrays(path, (*ALWAYS, *IDS.values(), *SPLIT, *COUNTS, *LEFT_OUT))
     split = [name for name in SPLIT if name in arrays]  # files of older runs have none: leave-one-out
-    for name in (*ALWAYS, *(SPLIT if split else ())):
+    optional = [name for names in (COUNTS, LEFT_OUT) if arrays.keys() & {*names} for name in names]
+    for name in (*ALWAYS, *(SPLIT if split or optional else ()), *optional):
         if name not in arrays:
             raise InputError(f"{path}: array {name} is missing; restore the file")
     sequences = Sequences(
@@ -37,10 +40,30 @@ def load_sequences(path: Path) -> Sequences:
         items=integers(arrays, "items", path),
         max_inputs=int(integers(arrays, "max_inputs", path, dimensions=0)),
         training_ends=integers(arrays, "training_ends", path) if split else None,
-        targets={name: integers(arrays, f"{name}_targets", path) for name in LEAVE_ONE_OUT} if split else None,
+        targets=_by_split(arrays, "targets", path),
+        target_counts=_by_split(arrays, "target_counts", path),
+        without_history=_left_out(arrays, path),
     )
     _check(sequences, path)
     return sequences
+
+
+def _by_split(arrays: Mapping[str, np.ndarray], kind: str, path: Path) -> dict[str, np.ndarray] | None:
+    """Return the arrays of both splits by name; None if the file has none of this kind. Raises InputError."""
+    names = {name: f"{name}_{kind}" for name in LEAVE_ONE_OUT}
+    if not any(name in arrays for name in names.values()):
+        return None
+    return {name: integers(arrays, of_split, path) for name, of_split in names.items()}
+
+
+def _left_out(arrays: Mapping[str, np.ndarray], path: Path) -> dict[str, int] | None:
+    """Return how many targets of each split are left out; None if the file does not say. Raises InputError."""
+    if LEFT_OUT[0] not in arrays:
+        return None
+    counts = {name: int(integers(arrays, f"{name}_without_history", path, dimensions=0)) for name in LEAVE_ONE_OUT}
+    for name, count in counts.items():
+        refuse_unfit(path, f"{name}_without_history", count < 0)
+    return counts
 
 
 def unique_ids(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> list[str]:
@@ -91,6 +114,10 @@ def _check(sequences: Sequences, path: Path) -> None:
         refuse_unfit(path, f"{name}_targets", targets.shape != starts.shape)
         in_history = (targets > starts) & (targets >= cuts) & (targets < ends)
         refuse_unfit(path, f"{name}_targets", not (in_history | (targets == -1)).all())
+        counts = sequences.target_counts[name]
+        refuse_unfit(path, f"{name}_target_counts", counts.shape != starts.shape)
+        side_by_side = (counts >= 1) & (counts <= ends - targets)
+        refuse_unfit(path, f"{name}_target_counts", not np.where(targets == -1, counts == 0, side_by_side).all())
 
 
 def refuse_unfit(path: Path, name: str, wrong: bool | np.bool_) -> None:

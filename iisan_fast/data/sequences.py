@@ -1,8 +1,8 @@
 """Histories under the data protocol: the users that count, training interactions, targets, item popularity.
 
 The protocol (IISAN, section 4.1): users with fewer than 5 interactions are dropped; each history is cut to its last
-13 before items are counted; leave-one-out, with at most 10 inputs. Beside it a temporal split, which needs times. Items
-are numbered from 1; 0 is padding.
+13 before items are counted; leave-one-out, with at most 10 inputs. Beside it a temporal split, which needs times, and
+one that the dataset gives. Items are numbered from 1; 0 is padding.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from ..errors import InputError, check_choice
 from ..files import as_path
 from ..setting_fields import from_dict
 from .array_files import pack_texts, write_arrays
+from .given_split import given_split, read_parts
 from .histories import read_histories
 from .items import read_items
-from .temporal import temporal_split
+from .split import Split, distinct_targets, right_align
+from .temporal import SplitHistories, temporal_split
 
 LEAVE_ONE_OUT = {"validation": 2, "test": 1}  # how far from a history's end the target stands
 
@@ -41,7 +43,11 @@ class Sequences:
     items: np.ndarray  # int64 [interactions], each from 1 to len(item_ids)
     max_inputs: int
     training_ends: np.ndarray | None = None  # int64 [users]: user u trains on items[offsets[u]:training_ends[u]]
-    targets: Mapping[str, np.ndarray] | None = None  # int64 [users] by split: an index into items, -1 for none
+    targets: Mapping[str, np.ndarray] | None = (
+        None  # int64 [users] by split: the first target's index in items, -1 for none
+    )
+    target_counts: Mapping[str, np.ndarray] | None = None  # int64 [users] by split: of targets, which lie side by side
+    without_history: Mapping[str, int] | None = None  # targets by split that are left out: nothing comes before them
 
     def __post_init__(self) -> None:
         """Split by leave-one-out if no split was passed."""
@@ -49,6 +55,11 @@ class Sequences:
             targets = {name: self.offsets[1:] - back for name, back in LEAVE_ONE_OUT.items()}
             object.__setattr__(self, "targets", targets)
             object.__setattr__(self, "training_ends", targets["validation"])
+        if self.target_counts is None:
+            counts = {name: (first >= 0).astype(np.int64) for name, first in self.targets.items()}
+            object.__setattr__(self, "target_counts", counts)
+        if self.without_history is None:
+            object.__setattr__(self, "without_history", dict.fromkeys(LEAVE_ONE_OUT, 0))
 
     @cached_property
     def training(self) -> tuple[np.ndarray, np.ndarray]:
@@ -81,15 +92,23 @@ class Sequences:
         return self.training_counts / self.training_counts.sum()
 
     def split(self, name: str) -> Split:
-        """Return the `validation` or `test` targets and their histories. Raises InputError for another name."""
+        """Return the `validation` or `test` targets and their histories. Raises InputError for another name.
+
+        An item that stands twice among a user's targets is one target.
+        """
         check_choice("split", name, LEAVE_ONE_OUT)
         users = np.flatnonzero(self.targets[name] >= 0)
         ends = self.targets[name][users]
+        targets = self.items[ends]
+        counts = self.target_counts[name][users]
+        if counts.max(initial=0) > 1:
+            rows, targets = distinct_targets(self.items, ends, counts)
+            users, ends = users[rows], ends[rows]
         lengths = ends - self.offsets[users]
         return Split(
             users=users,
             inputs=right_align(self.items, ends, lengths, self.max_inputs),
-            targets=self.items[ends],
+            targets=targets,
             lengths=lengths,
             ends=ends,
             items=self.items,
@@ -110,49 +129,12 @@ class Sequences:
             "max_inputs": np.int64(self.max_inputs),
             "training_ends": self.training_ends,
         }
-        write_arrays(path, arrays | {f"{name}_targets": self.targets[name] for name in LEAVE_ONE_OUT})
-
-
-@dataclass(frozen=True)
-class Split:
-    """One held-out interaction a user, R in all. All arrays are int64; padded ones have 0 on the left."""
-
-    users: np.ndarray  # [R]: user numbers, ascending; by leave-one-out all
-    inputs: np.ndarray  # [R, max_inputs]: what the sequence encoder reads
-    targets: np.ndarray  # [R]
-    lengths: np.ndarray  # [R]: of the histories, all interactions before the target, whose items ranking may mask
-    ends: np.ndarray  # [R]: row r's history is items[ends[r] - lengths[r]:ends[r]]
-    items: np.ndarray  # [interactions]
-    least_width: int  # of padded histories
-
-    def padded(self, rows: np.ndarray) -> np.ndarray:
-        """Return the histories of some rows, right-aligned, int64 [len(rows), width].
-
-        width: the longest of them, and at least `least_width`.
-        """
-        lengths = self.lengths[rows]
-        width = int(lengths.max(initial=self.least_width))
-        return right_align(self.items, self.ends[rows], lengths, width)
-
-    def latest(self, count: int) -> np.ndarray:
-        """Return the last `count` items of all histories, right-aligned, int64 [R, width].
-
-        width: the longest history, at most `count`.
-        """
-        return right_align(self.items, self.ends, self.lengths, min(count, int(self.lengths.max(initial=1))))
-
-    @cached_property
-    def history(self) -> np.ndarray:
-        """Return all histories, padded: int64 [R, width]. Under a temporal split one long history makes it large."""
-        return self.padded(np.arange(len(self.targets)))
-
-    @cached_property
-    def reachable(self) -> np.ndarray:
-        """Return True for each target that is not in its user's history, bool [R]."""
-        rows = np.repeat(np.arange(len(self.targets)), self.lengths)
-        before = np.cumsum(self.lengths) - self.lengths
-        history = self.items[np.arange(len(rows)) + np.repeat(self.ends - self.lengths - before, self.lengths)]
-        return np.bincount(rows[history == self.targets[rows]], minlength=len(self.targets)) == 0
+        arrays |= {f"{name}_targets": self.targets[name] for name in LEAVE_ONE_OUT}
+        if any(counts.max(initial=0) > 1 for counts in self.target_counts.values()):
+            arrays |= {f"{name}_target_counts": self.target_counts[name] for name in LEAVE_ONE_OUT}
+        if any(self.without_history.values()):
+            arrays |= {f"{name}_without_history": np.int64(self.without_history[name]) for name in LEAVE_ONE_OUT}
+        write_arrays(path, arrays)
 
 
 @dataclass(frozen=True)
@@ -218,8 +200,8 @@ class Dataset:
 def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dataset:
     """Read a dataset folder and apply the protocol.
 
-    items.tsv and users.tsv are read, captions.tsv if it is there, and times.tsv for a temporal split. Raises InputError
-    for a missing or malformed file, naming file and line.
+    items.tsv and users.tsv are read, captions.tsv if it is there, times.tsv for a temporal split, and splits.tsv for a
+    given one. Raises InputError for a missing or malformed file, naming file and line.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected a dataset with items.tsv and users.tsv")
@@ -244,14 +226,20 @@ def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dat
 def statistics(sequences: Sequences) -> dict[str, int | float]:
     """Return the counts of users, items, interactions and targets, and the shares of cold targets and padding."""
     slots = len(sequences.training_users) * (sequences.max_inputs + 1)
-    test = sequences.split("test")
+    splits = {name: sequences.split(name) for name in LEAVE_ONE_OUT}
+    test = splits["test"]
+    left_out = sum(sequences.without_history.values())
     return {
         "users": len(sequences.user_ids),
         "items": len(sequences.item_ids),
         "interactions": len(sequences.items),
         "training_interactions": len(sequences.training[1]),
         "training_users": len(sequences.training_users),
-        **{f"{name}_targets": int((sequences.targets[name] >= 0).sum()) for name in LEAVE_ONE_OUT},
+        **{f"{name}_targets": len(split.targets) for name, split in splits.items()},
+        **{
+            f"{name}_users": len(split.first_rows) for name, split in splits.items() if split.repeated_users is not None
+        },
+        **({"targets_without_history": left_out} if left_out else {}),
         "cold_targets_share": float((sequences.training_counts[test.targets] == 0).mean()),
         "unreachable_targets_share": float((~test.reachable).mean()),
         "padding_share": 1 - sequences.epoch_interactions / slots,
@@ -262,6 +250,8 @@ def statistics(sequences: Sequences) -> dict[str, int | float]:
 
 def _read_sequences(root: Path, item_ids: list[str], protocol: ProtocolConfig) -> Sequences:
     """Return the histories that the protocol keeps, in the numbers of `item_ids`. Raises InputError."""
+    if protocol.split == "given":
+        return _read_given_sequences(root, item_ids, protocol)
     temporal = protocol.split == "temporal"
     histories = read_histories(root, item_ids, timed=temporal)
     lengths = np.diff(histories.offsets)
@@ -277,19 +267,29 @@ def _read_sequences(root: Path, item_ids: list[str], protocol: ProtocolConfig) -
     if not temporal:
         return Sequences(user_ids, item_ids, offsets, items, protocol.max_inputs)
     split = temporal_split(offsets, histories.times[last_interactions], protocol)
+    return _sequences_of(split, user_ids, item_ids, items, protocol.max_inputs)
+
+
+def _read_given_sequences(root: Path, item_ids: list[str], protocol: ProtocolConfig) -> Sequences:
+    """Return the histories as splits.tsv divides them, in the numbers of `item_ids`. Raises InputError."""
+    path = root / "splits.tsv"
+    histories = read_histories(root, item_ids, timed=False)
+    parts = read_parts(path, histories.user_ids, np.diff(histories.offsets))
+    split = given_split(histories.offsets, parts, protocol.max_inputs, path)
+    sequences = _sequences_of(split, histories.user_ids, item_ids, histories.items, protocol.max_inputs)
+    return replace(sequences, target_counts=split.target_counts, without_history=split.without_history)
+
+
+def _sequences_of(
+    split: SplitHistories, user_ids: list[str], item_ids: list[str], items: np.ndarray, max_inputs: int
+) -> Sequences:
+    """Return the part of all users' histories that a split keeps. items: int64, of all histories."""
     return Sequences(
         user_ids=[user_ids[user] for user in split.users],
         item_ids=item_ids,
         offsets=split.offsets,
         items=items[split.interactions],
-        max_inputs=protocol.max_inputs,
+        max_inputs=max_inputs,
         training_ends=split.training_ends,
         targets=split.targets,
     )
-
-
-def right_align(items: np.ndarray, ends: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
-    """Return the last `width` of the `lengths` items before each end, int64 [len(ends), width], 0 on the left."""
-    back = np.arange(width, 0, -1)
-    index = ends[:, None] - back
-    return np.where(back <= lengths[:, None], items[np.maximum(index, 0)], 0)

@@ -25,13 +25,15 @@ TIMES = re.compile(r"[+-]?[0-9]+(?: [+-]?[0-9]+)*")  # int() would also take 1_0
 
 
 class SplitHistories(NamedTuple):
-    """The part of a jagged array of histories that the split keeps; the last two fields index into that part."""
+    """The part of a jagged array of histories that a split keeps; training ends and targets index into that part."""
 
     users: np.ndarray  # int64 [kept users]: indices of the users
     interactions: np.ndarray  # int64 [kept interactions]: indices of the interactions
     offsets: np.ndarray  # int64 [kept users + 1]
     training_ends: np.ndarray  # int64 [kept users]
-    targets: dict[str, np.ndarray]  # int64 [kept users] under `validation` and `test`, -1 for none
+    targets: dict[str, np.ndarray]  # int64 [kept users] under `validation` and `test`: the first target, -1 for none
+    target_counts: dict[str, np.ndarray] | None = None  # int64 [kept users] by split; None for one a user
+    without_history: dict[str, int] | None = None  # targets by split that no interaction comes before; None: not known
 
 
 def with_times(users: Iterable[User], path: Path) -> Iterator[tuple[User, np.ndarray]]:

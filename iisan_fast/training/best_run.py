@@ -17,7 +17,7 @@ from ..runtime import fix_cublas_workspace
 from .checkpoints import RESTORE, item_vectors, load_weights, without_item_weights
 from .run_folder import RunFolder
 from .run_terms import terms_of_run
-from .scoring import Scoring, TermWeights
+from .scoring import Scoring, TermWeights, split_states
 from .untrained_run import Popularity
 
 
@@ -43,14 +43,15 @@ class BestRun(NamedTuple):
         return Scoring(self.sequences, self.terms, self.item_vectors.device)
 
     def user_states(self, split: str = "test") -> Tensor:
-        """Return the states [users, d] of all users with a target in the split, after the inputs before that target.
+        """Return the state for each target of the split, [R, d]: of its user, after the inputs before the target.
 
-        split: "validation" or "test".
+        split: "validation" or "test". The rows are those of `sequences.split(split)`, one for each user unless a given
+        split has several targets for some users.
         """
-        return self.model.user_states(self.item_vectors, self.sequences.split(split).inputs)
+        return split_states(self.model, self.item_vectors, self.sequences.split(split))
 
     def scores(self, split: str = "test") -> Scores:
-        """Return the scores of the users of a split with the run's terms.
+        """Return the scores for the targets of a split with the run's terms, one row of `queries` for each target.
 
         The score of a user and an item is the inner product of their rows in `queries` and `vectors`, and what `added`
         gives for the pair. split: "validation" or "test".

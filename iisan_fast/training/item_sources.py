@@ -187,7 +187,9 @@ def _difference(recorded: Sequences, current: Sequences) -> str:
         return f"the history of user {_first_changed_user(recorded, current)!r} has changed"
     ends = {"training": (recorded.training_ends, current.training_ends)}
     ends |= {name: (recorded.targets[name], current.targets[name]) for name in recorded.targets}
-    differing = [name for name, (before, now) in ends.items() if not np.array_equal(before, now)]
+    counts = {name: (recorded.target_counts[name], current.target_counts[name]) for name in recorded.targets}
+    pairs = [*ends.items(), *counts.items()]
+    differing = list(dict.fromkeys(name for name, (before, now) in pairs if not np.array_equal(before, now)))
     return f"another split ({', '.join(differing)})" if differing else ""
 
 

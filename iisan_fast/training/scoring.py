@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import EvaluationConfig, ScoringConfig
-from ..data import Sequences
+from ..data import Sequences, Split
 from ..errors import InputError
 from ..evaluation import evaluate, headline_metrics, popularity_baseline
 from ..models import RECENT, NeighbourTerms, Scores, popularity_scores
@@ -20,6 +21,25 @@ FIT_K = 10  # of the validation HR@K and NDCG@K by which weights are chosen
 # The weights to try, in ascending order: of equally good ones the first is chosen.
 COOCCURRENCE_GRID = (0.0, 1.0, 1.5, 2.0, 3.0)
 SIMILARITY_GRID = (0.0, 3.0, 6.0, 9.0)
+
+
+class UserEncoder(Protocol):
+    """A model that encodes users by their inputs."""
+
+    def user_states(self, vectors: Tensor, inputs: np.ndarray) -> Tensor:
+        """Return the states [users, d] after inputs, int64 [users, max_inputs]. vectors: [items, d]."""
+
+
+def split_states(model: UserEncoder, vectors: Tensor, split: Split) -> Tensor:
+    """Return the user state for each target of a split, [R, d]; a user with several targets is encoded once.
+
+    vectors: [items, d] of the catalogue.
+    """
+    if split.repeated_users is None:
+        return model.user_states(vectors, split.inputs)
+    states = model.user_states(vectors, split.inputs[split.first_rows])
+    counts = np.diff(split.first_rows, append=len(split.users))
+    return states.repeat_interleave(torch.from_numpy(counts).to(states.device), dim=0)
 
 
 class TermWeights(NamedTuple):
@@ -61,10 +81,10 @@ class Scoring:
         self.device = device
 
     def scores(self, queries: Tensor, vectors: Tensor, split: str, weights: TermWeights) -> Scores:
-        """Return a model's scores of the users of a split with the weighted terms.
+        """Return a model's scores for the targets of a split with the weighted terms.
 
-        queries: user states [users, d]. vectors: [items, d], item number i in row i - 1, on the same device. The bias
-        of items without training interactions takes one dimension more.
+        queries: user states [R, d], one for each target. vectors: [items, d], item number i in row i - 1, on the same
+        device. The bias of items without training interactions takes one dimension more.
         """
         if weights.cold_bias:
             is_cold = torch.from_numpy(self.sequences.training_counts[1:, None] == 0).to(vectors)
@@ -109,7 +129,7 @@ class Scoring:
         return best
 
     def baseline_scores(self, split: str) -> dict[str, Scores]:
-        """Return the scores of the users of a split by `popularity` and by `neighbours`, rankings without training."""
+        """Return the scores for the targets of a split by `popularity` and `neighbours`, rankings without training."""
         counts = self.sequences.training_counts
         histories = self.sequences.split(split).latest(RECENT)
         popularity = Scores(*popularity_scores(counts, len(histories), self.device), None)

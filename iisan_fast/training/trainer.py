@@ -61,7 +61,7 @@ from .lost_best import refuse_lost_best
 from .memory_budget import MemoryBudget
 from .run_folder import RunFolder
 from .run_progress import SELECTED_BY, Progress
-from .scoring import Scoring, TermWeights
+from .scoring import Scoring, TermWeights, split_states
 from .training_step import CapturedStep, Reading, TrainingStep
 from .update_options import UpdateOptions
 
@@ -374,8 +374,8 @@ class Trainer:
         }
 
     def _user_states(self, vectors: Tensor, split: str) -> Tensor:
-        """Return the states [users, d] of the users of a split."""
-        return self.model.user_states(vectors, self.sequences.split(split).inputs)
+        """Return the user state for each target of a split, [R, d]."""
+        return split_states(self.model, vectors, self.sequences.split(split))
 
 
 def _negatives(config: RunConfig, sequences: Sequences) -> Negatives:

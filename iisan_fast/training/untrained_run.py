@@ -15,7 +15,7 @@ from ..config import RunConfig
 from ..models import popularity_scores
 from .run_folder import RunFolder
 from .run_progress import SELECTED_BY
-from .scoring import Scoring, TermWeights
+from .scoring import Scoring, TermWeights, split_states
 
 
 class Popularity:
@@ -41,7 +41,7 @@ def rank_untrained(
     sequences = scoring.sequences
     model = Popularity(sequences.training_counts, scoring.device)
     vectors = model.item_vectors
-    validation, test = (model.user_states(vectors, sequences.split(name).inputs) for name in ("validation", "test"))
+    validation, test = (split_states(model, vectors, sequences.split(name)) for name in ("validation", "test"))
     evaluation = config.evaluation
     started = time.perf_counter()
     weights = TermWeights.of(config.scoring)

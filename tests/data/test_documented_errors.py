@@ -16,6 +16,7 @@ WHOLE = {
     "users.tsv": "u1\tB0001 B0002 B0001 B0002 B0001\n",
     "times.tsv": "u1\t1 2 3 4 5\n",
 }
+SPLITS = {"times.tsv": "temporal", "splits.tsv": "given"}  # that reads a file
 MISTAKES = {  # a file and its wrong content
     "no tab": ("items.tsv", "B0001\tSteel ruler\nB0002\n"),
     "twice": ("items.tsv", "B0001\tSteel ruler\nB0001\tGloves\n"),
@@ -27,6 +28,7 @@ MISTAKES = {  # a file and its wrong content
     "short": ("users.tsv", "u1\tB0001 B0002 B0001 B0002\n"),
     "caption": ("captions.tsv", "B9\tA ruler.\n"),
     "times": ("times.tsv", "u1\t1 2 3 4\n"),
+    "splits": ("splits.tsv", "u1\t2 1 1\n"),
 }
 
 
@@ -41,5 +43,5 @@ def test_a_quoted_error_is_the_one_that_is_raised(tmp_path, mistake):
     for name, text in {**WHOLE, file: content}.items():
         (tmp_path / name).write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError) as error:
-        load_dataset(tmp_path, ProtocolConfig(split="temporal" if file == "times.tsv" else "leave-one-out"))
+        load_dataset(tmp_path, ProtocolConfig(split=SPLITS.get(file, "leave-one-out")))
     assert f"| `{str(error.value).removeprefix(f'{tmp_path}/')}` |" in PAGE

@@ -24,7 +24,7 @@ IMAGE_ENCODERS = {"google/vit-base-patch16-224": 12, "WinKawaks/vit-tiny-patch16
 def fill_folder(folder: Path) -> None:
     """Write DATASET, the encoders under their hub names, what is imported from, and recipes/ into an empty folder."""
     dataset = write_catalogue(folder / "DATASET", histories_at_random(USERS, ITEMS), ITEMS)
-    _write_captions_and_times(dataset)
+    _write_captions_times_and_splits(dataset)
     _write_sources(folder, dataset)
     _write_for_a_run(folder)
     for seed, (name, blocks) in enumerate(TEXT_ENCODERS.items()):
@@ -45,7 +45,7 @@ def _titles(dataset: Path) -> dict[str, str]:
     return dict(line.split("\t") for line in (dataset / "items.tsv").read_text().splitlines())
 
 
-def _write_captions_and_times(dataset: Path) -> None:
+def _write_captions_times_and_splits(dataset: Path) -> None:
     captions = "".join(f"{item}\ta picture of {title}\n" for item, title in _titles(dataset).items())
     (dataset / "captions.tsv").write_text(captions)
     generator = np.random.default_rng(0)
@@ -54,6 +54,8 @@ def _write_captions_and_times(dataset: Path) -> None:
         times = np.sort(generator.integers(1_500_000_000, 1_600_000_000, len(history)))
         lines.append(f"{user}\t{' '.join(map(str, times))}\n")
     (dataset / "times.tsv").write_text("".join(lines))
+    parts = (f"{user}\t{len(history) - 3} 1 2\n" for user, history in _histories(dataset).items())
+    (dataset / "splits.tsv").write_text("".join(parts))
 
 
 def _write_sources(folder: Path, dataset: Path) -> None:

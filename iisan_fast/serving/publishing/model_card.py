@@ -24,6 +24,7 @@ TIES = {
 SPLITS = {
     "leave-one-out": "leave-one-out: a user's last item is the target, the last but one is for validation",
     "temporal": "temporal: the targets come after one moment, which is the same for all users",
+    "given": "given: the dataset says which interactions are for training, validation and the test",
 }
 LOADING = """```python
 from iisan_fast import IISAN
@@ -120,13 +121,16 @@ def _rule(run: RunFolder) -> str:
     figures = run.figures
     test = figures["test"]
     weights = {name: value for name, value in figures.get("scoring", {}).items() if value}
+    least = config.protocol.min_interactions
+    too_short = "" if config.protocol.split == "given" else f"Users with fewer than {least} interactions are left out. "
     terms = ", ".join(f"{name} {value:g}" for name, value in weights.items()) or "none"
     return "\n".join(
         (
             "In percent, on the test set. The rule:",
             "",
-            f"- The split is {SPLITS[config.protocol.split]}. Users with fewer than {config.protocol.min_interactions} "
-            f"interactions are left out, and the last {config.protocol.max_inputs} inputs are read.",
+            f"- The split is {SPLITS[config.protocol.split]}. {too_short}The last {config.protocol.max_inputs} inputs "
+            "are read.",
+            *_counting(test),
             "- Each target is ranked against the full catalogue, without the items of the user's history. "
             f"{test['unreachable']:,} targets stand in it already, and count as a miss.",
             f"- Of ties, {TIES[test['ties']]}.",
@@ -137,6 +141,16 @@ def _rule(run: RunFolder) -> str:
             "for these two.",
         )
     )
+
+
+def _counting(test: Mapping[str, Any]) -> list[str]:
+    """Return the lines on several targets of one user, and on targets that are left out; none without them."""
+    lines = []
+    if "several_targets" in test:
+        lines.append(f"- {test['targets']:,} targets of {test['users']:,} users; {test['several_targets']}.")
+    if left_out := test.get("without_history"):
+        lines.append(f"- {left_out:,} targets are left out: no interaction of their user comes before them.")
+    return lines
 
 
 def _choice(run: RunFolder) -> str:

@@ -21,7 +21,7 @@ class Estimate(NamedTuple):
 
 
 class AccuracyGroup(NamedTuple):
-    """The users of a group, and their accuracy."""
+    """The users of a group, or its targets if each counts, and their accuracy."""
 
     label: str  # the numbers by which they belong to the group: "4", "5–7", "8 or more"
     users: int

@@ -59,6 +59,7 @@ class GroupTable(NamedTuple):
 
     title: str
     label: str  # what the groups differ in
+    counted: str  # "users", or "targets" where each target of a user counts
     groups: list[AccuracyGroup]
     chart: Markup
 
@@ -74,9 +75,9 @@ class Shown(NamedTuple):
 class Targets(NamedTuple):
     """The targets of a split, ranked anew by the best checkpoint."""
 
-    accuracy: float  # HR@K of all
+    accuracy: float  # HR@K of all users
     tables: list[GroupTable]
-    masked_ranks: np.ndarray  # float64 [users]
+    masked_ranks: np.ndarray  # float64 [targets]
 
 
 def show(
@@ -141,7 +142,8 @@ def _values(
     targets = None if best is None else _targets(best, split)
     shown = Shown([], Thumbnails(), [])
     if best is not None and targets is not None and users:
-        rows = drawn_rows(len(targets.masked_ranks), users, seed)
+        first_rows = best.sequences.split(split).first_rows
+        rows = first_rows[drawn_rows(len(first_rows), users, seed)]
         shown = _shown(folder, best, split, rows, targets.masked_ranks, dataset or Path(config.dataset), pictures)
     items = len(folder.items.item_ids)
     return {
@@ -176,7 +178,7 @@ def _shown(
     dataset: Path,
     pictures: bool,
 ) -> Shown:
-    """Return the users in some rows of a split. Raises InputError if a score is not finite."""
+    """Return the users in some rows of a split, each user's first one. Raises InputError if a score is not finite."""
     titles, titles_note = _titles(folder.items, best.config, dataset)
     model = TrainedModel.load(folder.path, best.item_vectors.device, changed=False)
     users = shown_users(best, model, titles, best.sequences.split(split_name), rows, ranks)
@@ -197,20 +199,24 @@ def _targets(best: BestRun, split_name: str) -> Targets | None:
     evaluation = best.config.evaluation
     masked, unmasked = target_ranks(scores.queries, scores.vectors, split, evaluation, scores.added)
     k = shown_k(evaluation)
-    gains = user_gains(masked if evaluation.mask_history else unmasked, k)
-    accuracy = float(gains[f"hr@{k}"].mean())
-    lengths = accuracy_groups(split.lengths, gains, k)
-    counts = accuracy_groups(best.sequences.training_counts[split.targets], gains, k, zero_apart=True)
+    ranks = masked if evaluation.mask_history else unmasked
+    by_user = user_gains(ranks, k, split.repeated_users)
+    by_target = user_gains(ranks, k)
+    counted = "users" if split.repeated_users is None else "targets"
+    lengths = accuracy_groups(split.lengths[split.first_rows], by_user, k)
+    counts = accuracy_groups(best.sequences.training_counts[split.targets], by_target, k, zero_apart=True)
+    all_users, all_targets = (float(gains[f"hr@{k}"].mean()) for gains in (by_user, by_target))
     tables = [
-        _table("By length of the history", "items before the target", lengths, k, accuracy),
-        _table("By popularity of the target", "times the target occurs in training", counts, k, accuracy),
+        _table("By length of the history", "items before the target", "users", lengths, k, all_users),
+        _table("By popularity of the target", "times the target occurs in training", counted, counts, k, all_targets),
     ]
-    return Targets(accuracy, tables, masked)
+    return Targets(all_users, tables, masked)
 
 
-def _table(title: str, label: str, groups: list[AccuracyGroup], k: int, accuracy: float) -> GroupTable:
+def _table(title: str, label: str, counted: str, groups: list[AccuracyGroup], k: int, accuracy: float) -> GroupTable:
     """Return groups with their chart."""
-    return GroupTable(title, label, groups, group_chart(f"HR@{k} {title.lower()}", groups, k, label, accuracy))
+    chart = group_chart(f"HR@{k} {title.lower()}", groups, k, label, accuracy, counted)
+    return GroupTable(title, label, counted, groups, chart)
 
 
 def _titles(items: RunItems, config: RunConfig, dataset: Path) -> tuple[list[str] | None, str]:
@@ -229,7 +235,7 @@ def _pictures(users: list[ShownUser], dataset: Path) -> Thumbnails:
     """Return the pictures of all items of users."""
     if not dataset.is_dir():
         return Thumbnails(note=f"No pictures: the dataset's folder {dataset} is not there; name it with --dataset.")
-    items = [item for user in users for item in (*user.history, *user.recommended, user.target)]
+    items = [item for user in users for item in (*user.history, *user.recommended, *user.missed)]
     return thumbnails(dataset, list(dict.fromkeys(item.item_id for item in items)))
 
 

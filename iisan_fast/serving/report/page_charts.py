@@ -94,13 +94,18 @@ def tower_gates(folder: RunFolder, config: RunConfig) -> list[TowerGates]:
     return towers
 
 
-def group_chart(title: str, groups: Sequence[AccuracyGroup], k: int, label: str, overall: float) -> Markup:
-    """Return the bars of HR@K by group with their intervals. overall: HR@K of all users, a broken line."""
+def group_chart(
+    title: str, groups: Sequence[AccuracyGroup], k: int, label: str, overall: float, counted: str = "users"
+) -> Markup:
+    """Return the bars of HR@K by group with their intervals. overall: HR@K of all, a broken line.
+
+    counted: "users" or "targets".
+    """
     bars = [
-        Bar(group.label, *group.hr, f"{group.label}: HR@{k} {percent(group.hr.value)} %, {group.users:,} users")
+        Bar(group.label, *group.hr, f"{group.label}: HR@{k} {percent(group.hr.value)} %, {group.users:,} {counted}")
         for group in groups
     ]
-    return bar_chart(title, bars, (label, f"HR@{k}, percent"), percent, level=(overall, "all users"))
+    return bar_chart(title, bars, (label, f"HR@{k}, percent"), percent, level=(overall, f"all {counted}"))
 
 
 def percent(fraction: float) -> str:

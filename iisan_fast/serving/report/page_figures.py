@@ -34,8 +34,9 @@ class Headline(NamedTuple):
     k: int
     methods: list[MethodFigures]  # the model first
     users: int
-    warm_users: int
-    cold_users: int
+    targets: int  # of all users
+    warm_targets: int
+    cold_targets: int
     rule: list[str]  # how targets are ranked, in sentences
     without_similarity: bool  # True if the baseline neighbours had no states to compare
     weights: list[tuple[str, float]]  # of the terms that were added to the model's scores
@@ -84,15 +85,16 @@ def headline(figures: Mapping[str, Any], split: str, items: int, config: Evaluat
         reports = {"this run": figures[split], **{name: figures[name] for name in BASELINES if name in figures}}
         methods = [_method_figures(name, headline_metrics(report), k) for name, report in reports.items()]
         leading = headline_metrics(figures[split])
-        warm, cold = leading["warm"]["users"], leading["cold"]["users"]
+        counted = "targets" if "targets" in figures[split] else "users"  # with one target a user the two are equal
         weights = [(name, weight) for name, weight in figures.get("scoring", {}).items() if weight]
         return Headline(
             split=split,
             k=k,
             methods=methods,
             users=figures[split]["users"],
-            warm_users=warm,
-            cold_users=cold,
+            targets=figures[split][counted],
+            warm_targets=leading["warm"][counted],
+            cold_targets=leading["cold"][counted],
             rule=_rule(figures[split], items),
             without_similarity=not figures.get("neighbours", {}).get("similarity", True),
             weights=weights,
@@ -150,6 +152,10 @@ def _rule(report: Mapping[str, Any], items: int) -> list[str]:
         sentences.append("Of the items that score like the target, half count as ranked above it.")
     else:
         sentences.append("Items that score like the target count as ranked below it, the best case.")
+    if "several_targets" in report:
+        sentences.append(f"{report['targets']:,} targets of {report['users']:,} users: {report['several_targets']}.")
+    if left_out := report.get("without_history"):
+        sentences.append(f"{left_out:,} more targets are left out, as no interaction of their user comes before them.")
     return sentences
 
 

@@ -37,9 +37,10 @@ class ShownUser(NamedTuple):
     history: list[ShownItem]  # oldest first
     earlier: int  # how many items of the history are left out, the oldest ones
     recommended: list[ShownItem]  # best first, without items of the history
-    target: ShownItem
-    place: int | None  # of the target in `recommended`, counted from 1; None if it is not there
-    rank: str  # of the target in the whole catalogue, without items of the history; "" if it stands in the history
+    targets: int
+    missed: list[ShownItem]  # the targets that are not in `recommended`
+    place: int | None  # of the first target in `recommended`, counted from 1; None if there is none
+    rank: str  # the least of a target in the whole catalogue, without items of the history; "" if all stand in it
 
 
 def drawn_rows(count: int, users: int, seed: int) -> np.ndarray:
@@ -53,8 +54,8 @@ def shown_users(
     """Return users with their history and their top ten.
 
     model: the same run, with the catalogue of its training. titles: of the run's items by number - 1. split: of the
-    run's sequences. rows: the users' rows in it. ranks: of all targets of the split, history masked. Raises InputError
-    if a score is not finite.
+    run's sequences. rows: each user's first row in it. ranks: of all targets of the split, history masked. Raises
+    InputError if a score is not finite.
     """
     if not len(rows):
         return []
@@ -65,9 +66,10 @@ def shown_users(
     parts = recommend(model, UserHistories(user_ids, offsets, np.concatenate(histories)), count)
     lists = [items for part in parts for items in part.items]
     shown = _Items(best, titles)
+    ends = np.append(split.first_rows, len(split.targets))[np.searchsorted(split.first_rows, rows) + 1]
     return [
-        shown.user(user_id, history, recommended[recommended > 0], int(split.targets[row]), float(ranks[row]))
-        for user_id, history, recommended, row in zip(user_ids, histories, lists, rows)
+        shown.user(user_id, history, recommended[recommended > 0], split.targets[row:end], float(ranks[row:end].min()))
+        for user_id, history, recommended, row, end in zip(user_ids, histories, lists, rows, ends)
     ]
 
 
@@ -80,26 +82,30 @@ class _Items:
         self.titles = titles
         self.counts = best.sequences.training_counts
 
-    def user(self, user_id: str, history: np.ndarray, recommended: np.ndarray, target: int, rank: float) -> ShownUser:
-        """Return a user. history, recommended: item numbers. target: an item number, of this rank."""
-        places = np.flatnonzero(recommended == target)
+    def user(
+        self, user_id: str, history: np.ndarray, recommended: np.ndarray, targets: np.ndarray, rank: float
+    ) -> ShownUser:
+        """Return a user. history, recommended, targets: item numbers. rank: the least of the targets."""
+        places = np.flatnonzero(np.isin(recommended, targets))
+        missed = targets[~np.isin(targets, recommended)]
         return ShownUser(
             user_id=plain(user_id),
             history=[self.item(number) for number in history[-MOST_HISTORY:].tolist()],
             earlier=max(0, len(history) - MOST_HISTORY),
-            recommended=[self.item(number, target) for number in recommended.tolist()],
-            target=self.item(target),
+            recommended=[self.item(number, targets) for number in recommended.tolist()],
+            targets=len(targets),
+            missed=[self.item(number, targets) for number in missed.tolist()],
             place=int(places[0]) + 1 if len(places) else None,
             rank=f"{rank:,.1f}".removesuffix(".0") if np.isfinite(rank) else "",
         )
 
-    def item(self, number: int, target: int = 0) -> ShownItem:
-        """Return an item of a number."""
+    def item(self, number: int, targets: np.ndarray | tuple[()] = ()) -> ShownItem:
+        """Return an item of a number. targets: the numbers of the user's targets, to mark them."""
         item_id = self.item_ids[number - 1]
         title = "" if self.titles is None else plain(html.unescape(self.titles[number - 1]))
         title = title or plain(item_id)
         letters = "".join(character for character in title if character.isalnum())[:2]
-        return ShownItem(item_id, title, letters.upper(), not self.counts[number], number == target)
+        return ShownItem(item_id, title, letters.upper(), not self.counts[number], number in targets)
 
 
 def plain(text: str) -> str:
