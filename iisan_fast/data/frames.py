@@ -92,6 +92,22 @@ def text_id(value: object, where: str) -> str:
     raise InputError(f"{where}: {EXPECTED_ID}, found {_shown(value)}")
 
 
+def exact_texts(column: pl.Series) -> pl.Series:
+    """Return a column as text, null where a value is neither text nor a whole number."""
+    from .imports.polars_module import pl
+
+    kind = column.dtype
+    if kind in (pl.Categorical, pl.Enum) or kind == pl.String or kind.is_integer():
+        return column.cast(pl.String)
+    if kind.is_float():
+        whole = column.cast(pl.Int64, strict=False)
+        exact = (whole.cast(kind) == column) & (column.abs() < EXACT_FLOAT)
+        return whole.set(~exact.fill_null(False), None).cast(pl.String)
+    if kind.is_decimal():
+        return column.cast(pl.String).str.extract(r"^(-?[0-9]+)(?:\.0*)?$", 1)
+    return pl.Series(column.name, [None] * len(column), dtype=pl.String)
+
+
 def refuse_repeated(names: Sequence[str], where: str) -> None:
     """Raise InputError if two columns have one name."""
     repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
@@ -171,7 +187,7 @@ def _record_with_text_ids(record: object, where: str) -> dict[str, Any]:
 
 def _text_ids(column: pl.Series, place: Place) -> pl.Series:
     """Return a column of ids as text. Raises InputError, naming the row, as `with_text_ids` does."""
-    texts = _texts(column)
+    texts = exact_texts(column)
     unfit = texts.is_null()
     if unfit.any():
         row = int(unfit.arg_max() or 0)
@@ -192,22 +208,6 @@ def _text_histories(column: pl.Series, place: Place) -> pl.Series:
     whole = pl.DataFrame([rows]).join(joined, on="row", how="left", maintain_order="left")["id"]
     empty = pl.Series([[]], dtype=pl.List(pl.String))
     return whole.zip_with(whole.is_not_null() | lists.is_null(), empty).alias(column.name)
-
-
-def _texts(column: pl.Series) -> pl.Series:
-    """Return a column as text, null where a value is neither text nor a whole number."""
-    from .imports.polars_module import pl
-
-    kind = column.dtype
-    if kind in (pl.Categorical, pl.Enum) or kind == pl.String or kind.is_integer():
-        return column.cast(pl.String)
-    if kind.is_float():
-        whole = column.cast(pl.Int64, strict=False)
-        exact = (whole.cast(kind) == column) & (column.abs() < EXACT_FLOAT)
-        return whole.set(~exact.fill_null(False), None).cast(pl.String)
-    if kind.is_decimal():
-        return column.cast(pl.String).str.extract(r"^(-?[0-9]+)(?:\.0*)?$", 1)
-    return pl.Series(column.name, [None] * len(column), dtype=pl.String)
 
 
 def _shown(value: object) -> str:

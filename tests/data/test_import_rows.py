@@ -248,7 +248,7 @@ def test_parquet_rows(tmp_path):
         "bad item": [3],
         "bad timestamp": [4],
     }
-    for column, kind in (("item", "List"), ("timestamp", "List"), ("timestamp", "Boolean")):
+    for column, kind in (("user", "List"), ("item", "Boolean"), ("timestamp", "Boolean")):
         values = [[True]] if kind == "Boolean" else [[["a"]]]
         pl.DataFrame({"user": ["u"], "item": ["a"], "timestamp": [1], column: values[0]}).write_parquet(
             tmp_path / "in.parquet"

@@ -86,8 +86,8 @@ def test_parquet_of_any_fitting_types(tmp_path):
         assert (tmp_path / f"out{index}" / "times.tsv").read_text() == TIMES.replace("u", "")
     for frame, words in (
         (
-            pl.DataFrame([users.cast(pl.Float32), items, times]),
-            ["column 'user' holds Float32", "text or whole numbers"],
+            pl.DataFrame([users.cast(pl.Float32) + 0.5, items, times]),
+            ["row 1: user: expected text or a whole number, found 2.5"],
         ),
         (pl.DataFrame([users, items, times + 0.5]), ["row 1: timestamp: expected a whole number, found 30.5"]),
         (pl.DataFrame([users, items, times.replace(20, None)]), ["row 2: timestamp", "found nothing"]),
@@ -263,8 +263,8 @@ def test_the_command_line_counts_rows_that_are_left_out(tmp_path):
     counts = json.loads(run("import", "csv", source, tmp_path / "json", *options, "--json"))
     assert (counts["rows"], counts["interactions"]) == (4, 1)
     assert counts["bad_rows"] == {
-        "stray quote": {"unit": "line", "count": 2, "places": [2, 4]},
-        "wrong number of fields": {"unit": "line", "count": 1, "places": [3]},
+        "stray quote": {"unit": "line", "count": 2, "places": [2, 4], "files": []},
+        "wrong number of fields": {"unit": "line", "count": 1, "places": [3], "files": []},
     }
     printed = run("import", "csv", source, tmp_path / "table", *options)
     assert "2 stray quote (lines 2, 4)" in printed and "1 wrong number of fields (line 3)" in printed

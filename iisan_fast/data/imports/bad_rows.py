@@ -22,14 +22,16 @@ class BadKind:
     unit: str  # "line" if places count the lines of a text, "row" if they count rows
     count: int = 0
     places: list[int] = field(default_factory=list)  # from 1, of the first few
+    files: list[str] = field(default_factory=list)  # of these places; empty if all rows are of one file
 
 
 class BadRows:
-    """The rows of one file that do not fit, under the policy "error" or "skip"."""
+    """The rows of one file, or of the files of a folder, that do not fit, under the policy "error" or "skip"."""
 
     def __init__(self, path: Path, policy: str, unit: str, hint: str = HINT) -> None:
         """Start without bad rows. unit: as in BadKind. hint: what to do about a bad row, for the error."""
         self.path = path
+        self.file = path  # of the rows that are read now; one in the folder `path`, if that is a folder
         self.hint = hint
         self.policy = policy
         self.unit = unit
@@ -47,11 +49,14 @@ class BadRows:
         Raises InputError, with the first row's place, if the policy is "error".
         """
         if self.policy == "error":
-            raise InputError(f"{self.path} {self.unit} {places[0]}: {problem}; {self.hint}")
+            raise InputError(f"{self.file} {self.unit} {places[0]}: {problem}; {self.hint}")
         of_kind = self.kinds.setdefault(kind, BadKind(self.unit))
         of_kind.count += len(places)
         room = PLACES_SHOWN - len(of_kind.places)
-        of_kind.places += [int(place) for place in places[:room]]
+        shown = [int(place) for place in places[:room]]
+        of_kind.places += shown
+        if self.file != self.path:
+            of_kind.files += [str(self.file.relative_to(self.path))] * len(shown)
 
     def finish(self, good: int) -> None:
         """Take the number of rows that fit, and warn of the others. Raises InputError if there are only others."""
@@ -66,5 +71,8 @@ class BadRows:
 
 def describe_bad_rows(name: str, kind: BadKind) -> str:
     """Return a kind's count, name and first places, such as "2 stray quote (lines 3, 5)"."""
+    if kind.files:
+        places = (f"{file} {kind.unit} {place}" for file, place in zip(kind.files, kind.places, strict=True))
+        return f"{kind.count:,} {name} ({first_few(places, kind.count, PLACES_SHOWN)})"
     plural = "" if kind.count == 1 else "s"
     return f"{kind.count:,} {name} ({kind.unit}{plural} {first_few(kind.places, kind.count, PLACES_SHOWN)})"

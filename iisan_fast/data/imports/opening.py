@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from ...errors import InputError
+from ...errors import InputError, first_few
+from ...files import refuse_irregular
 from .delimited import DelimitedText
+from .folder_tables import FolderTable, files_in
+from .json_arrays import JsonArrayTable
+from .json_lines import JsonLinesTable
+from .line_blocks import BYTE_ORDER_MARK, opened
 from .parquet import ParquetTable
 from .table import Table
 
-PARQUET_SUFFIXES = (".parquet", ".pq")
+PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+PARQUET_MAGIC = b"PAR1"
+PACKED = {
+    b"PK\x03\x04": "a zip archive; unpack it first",
+    b"BZh": "packed by bzip2; unpack it first: bunzip2",
+    b"\xfd7zXZ": "packed by xz; unpack it first: unxz",
+    b"\x28\xb5\x2f\xfd": "packed by Zstandard; unpack it first: unzstd",
+    b"Rar!": "a rar archive; unpack it first",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    b"\xd0\xcf\x11\xe0": "an old Excel file; save it as CSV first",
+    b"ORC": "an ORC file; write it as Parquet first",
+    b"Obj\x01": "an Avro file; write it as Parquet first",
+}
+TEXT, JSON, PARQUET = "delimited text", "JSON", "Parquet"
+LOOKED_AT = 64 << 10  # bytes whose beginning says which format a file has
 
 
 @dataclass(frozen=True)
@@ -24,12 +45,64 @@ class TextForm:
 
 
 def open_table(path: Path, form: TextForm = TextForm()) -> Table:
-    """Return the table of a file, Parquet or CSV by its suffix.
+    """Return the table of a file, or one table of all files in a folder, in natural order of their names.
 
-    Raises InputError if it cannot be opened, and for names of columns of a Parquet file, which has its own.
+    Raises InputError if it cannot be opened, for files of several formats in a folder, and for names of columns of a
+    file that has its own names.
     """
-    if path.suffix not in PARQUET_SUFFIXES:
+    if not path.is_dir():
+        return _open_file(path, format_of(path), form)
+    files = [file for file in files_in(path) if not _is_empty(file)]
+    if not files:
+        raise InputError(f"{path}: expected files of interactions or titles in it, found none")
+    formats: dict[str, Path] = {}
+    for file in files:
+        formats.setdefault(format_of(file), file)
+    if len(formats) > 1:
+        shown = first_few((f"{name}: {file.name}" for name, file in formats.items()), len(formats))
+        raise InputError(f"{path}: expected files of one format in it, found several ({shown}); name the files to read")
+    only = next(iter(formats))
+    return FolderTable(path, files, partial(_open_file, form_of_file=only, form=form))
+
+
+def format_of(path: Path) -> str:
+    """Return a file's format, TEXT, JSON or PARQUET. Raises InputError if it cannot be read, or is packed."""
+    refuse_irregular(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with opened(path) as (file, _):
+        content = file.read(LOOKED_AT)
+    packed = next((problem for magic, problem in PACKED.items() if content.startswith(magic)), None)
+    if packed is not None:
+        raise InputError(f"{path}: {packed}")
+    if content.startswith(PARQUET_MAGIC) or path.suffix in PARQUET_SUFFIXES:
+        return PARQUET
+    start = content.removeprefix(BYTE_ORDER_MARK).lstrip()
+    is_object = start.startswith(b"{") or (start.startswith(b"[") and start[1:].lstrip().startswith(b"{"))
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return JSON if is_object or suffix in JSON_SUFFIXES else TEXT
+
+
+def _open_file(path: Path, form_of_file: str, form: TextForm) -> Table:
+    """Return the table of a file of a format. Raises InputError as `open_table` does."""
+    if form_of_file == TEXT:
         return DelimitedText(path, columns=form.columns)
     if form.columns is not None:
-        raise InputError(f"{path}: columns: a Parquet file has names of its own; leave them out")
-    return ParquetTable(path)
+        raise InputError(f"{path}: columns: a {form_of_file} file has names of its own; leave them out")
+    open_one: Callable[[Path], Table] = ParquetTable
+    if form_of_file == JSON:
+        open_one = JsonArrayTable if _is_array(path) else JsonLinesTable
+    return open_one(path)
+
+
+def _is_empty(path: Path) -> bool:
+    """Return True if a file is empty, as a part without rows may be. Raises InputError if it cannot be read."""
+    refuse_irregular(path)
+    with opened(path) as (file, _):
+        return not file.read(1)
+
+
+def _is_array(path: Path) -> bool:
+    """Return True if a JSON file is one array. Raises InputError if it cannot be read."""
+    with opened(path) as (file, _):
+        return file.read(LOOKED_AT).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")

@@ -9,6 +9,7 @@ from ...errors import InputError
 from ...files import refuse_irregular
 from ...progress import progress_bar
 from .bad_rows import BadRows
+from .column_types import as_read, column_paths, refuse_unfit_type, value_column
 from .headers import find_columns
 from .polars_module import pl
 
@@ -17,7 +18,7 @@ READ_ERRORS = (pl.exceptions.PolarsError, OSError)
 
 
 class ParquetTable:
-    """A Parquet file."""
+    """A Parquet file. A column within a column of structs has the names on its way with points between, as user.id."""
 
     unit = "row"
     names_may_be_data = False
@@ -28,50 +29,45 @@ class ParquetTable:
         if not path.is_file():
             raise InputError(f"{path}: no such file")
         self.path = path
-        self._frame = pl.scan_parquet(path, glob=False)
+        self._frame = pl.scan_parquet(path, glob=False, hive_partitioning=False)
         try:
             self._schema = self._frame.collect_schema()
         except READ_ERRORS as error:
             raise self._unreadable(error) from None
-        self.columns = list(self._schema)
+        self._paths = column_paths(self._schema)
+        self.columns = list(self._paths)
 
     def batches(
         self, columns: Mapping[str, str], bad_rows: BadRows, is_row: Callable[[Mapping[str, bytes]], bool] | None = None
     ) -> Iterator[pl.DataFrame]:
         """Yield the given columns ({new name: name in the file}), and each row's number from 1 as `place`.
 
-        All but timestamps are text. bad_rows, is_row: not used, since each row of Parquet has all columns. Raises
-        InputError for types that do not fit, and if the file cannot be read.
+        Rows with an id that is neither text nor a whole number are added to `bad_rows`. is_row: not used. Raises
+        InputError as `bad_rows` says, for types that do not fit, and if the file cannot be read.
         """
         find_columns(self.path, self.columns, columns, self.names_may_be_data)
-        frame = self._frame.select(self._read(name, column) for name, column in columns.items())
+        chosen = []
+        for name, column in columns.items():
+            expression, kind = value_column(self._schema, self._paths[column])
+            refuse_unfit_type(self.path, name, column, kind)
+            chosen.append(expression.alias(name))
+        for number, batch in self._raw_batches(self._frame.select(chosen)):
+            yield as_read(batch.with_row_index("place", offset=number), bad_rows)
+
+    def _raw_batches(self, frame: pl.LazyFrame) -> Iterator[tuple[int, pl.DataFrame]]:
+        """Yield the number of a batch's first row, from 1, and the batch. Raises InputError if one cannot be read."""
         done = 0
         try:
             total = frame.select(pl.len()).collect().item()
             with progress_bar(f"reading {self.path.name}", total, "rows") as advance:
                 for batch in frame.collect_batches(chunk_size=READ_AT_ONCE, lazy=True):
-                    yield batch.with_row_index("place", offset=done + 1)
+                    yield done + 1, batch
                     done += batch.height
                     advance(batch.height)
         except READ_ERRORS as error:
             raise self._unreadable(error, done) from None
         if done != total:  # old versions of polars lost an error
             raise InputError(f"{self.path}: only {done} of {total} rows could be read; is the file damaged?")
-
-    def _read(self, name: str, column: str) -> pl.Expr:
-        """Return the expression that reads a column under a new name. Raises InputError if its type does not fit."""
-        kind = self._schema[column]
-        is_text = kind in (pl.String, pl.Categorical, pl.Enum)
-        if name == "timestamp":
-            fits = is_text or kind.is_numeric() or kind in (pl.Date, pl.Datetime)
-            expected = "numbers or times"
-        else:
-            fits = is_text or kind.is_integer() or (name == "title" and not kind.is_nested())
-            expected = "text or whole numbers"
-        if not fits:
-            raise InputError(f"{self.path}: column {column!r} holds {kind}; expected {expected}")
-        read = pl.col(column).alias(name)
-        return read if name == "timestamp" and not is_text else read.cast(pl.String)
 
     def _unreadable(self, error: Exception, done: int = 0) -> InputError:
         """Return the error of a table that polars cannot read after `done` rows."""
