@@ -13,9 +13,8 @@ from typing import Protocol
 
 from PIL import Image
 
-from ..data import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb
+from ..data import ImageError, ImageFolder, ImageLmdb, is_image_name, read_image_file
 from ..errors import InputError
-from ..files import refuse_irregular
 
 
 class Pictures(Protocol):
@@ -61,7 +60,7 @@ class Frames:
         if item_id not in self._items:
             raise ImageError("no folder of frames")
         with os.scandir(self.path / item_id) as entries:
-            names = [entry.name for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+            names = [entry.name for entry in entries if is_image_name(entry.name)]
         if not names:
             raise ImageError("no frames in its folder")
         return [self._decode(item_id, name) for name in spread(sorted(names, key=natural), self.at_most)]
@@ -69,9 +68,8 @@ class Frames:
     def _decode(self, item_id: str, name: str) -> Image.Image:
         """Return a frame in RGB. Raises ImageError if it is damaged, InputError if it is no file, both naming it."""
         file = self.path / item_id / name
-        refuse_irregular(file)
         try:
-            return ImageFolder.decode(file.read_bytes())
+            return ImageFolder.decode(read_image_file(file))
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
 

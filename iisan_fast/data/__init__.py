@@ -8,8 +8,12 @@ if TYPE_CHECKING:
     from .array_files import pack_texts, unpack_texts
     from .batches import Batch, Shape, epoch_batches, padded_shape
     from .databases import open_database
+    from .dataset_images import open_image_files, open_images
     from .epoch_plan import Window, steps_per_epoch
     from .frames import as_polars, text_id
+    from .image_database import ImageLmdb
+    from .image_decoding import ImageError
+    from .image_folder import ImageFolder, is_image_name, read_image_file, refuse_unfit_name
     from .imports.bad_rows import BAD_ROWS, BadKind, describe_bad_rows
     from .imports.flat import import_files
     from .imports.microlens import import_microlens
@@ -23,8 +27,7 @@ if TYPE_CHECKING:
         TableOptions,
     )
     from .imports.recbole import import_recbole
-    from .item_contents import ItemContents, open_image_files
-    from .items import IMAGE_SUFFIXES, ImageError, ImageFolder, ImageLmdb, open_images, refuse_unfit_name
+    from .item_contents import ItemContents
     from .loss_columns import IN_BATCH, Negatives
     from .packed_batches import PackedWindow, RunPlan
     from .reversed_users import with_reversed_users
@@ -44,7 +47,6 @@ __all__ = [
     "TABLE_COLUMNS",
     "Dataset",
     "RECBOLE_FIELDS",
-    "IMAGE_SUFFIXES",
     "ItemContents",
     "ImageError",
     "ImageFolder",
@@ -67,6 +69,7 @@ __all__ = [
     "import_files",
     "import_microlens",
     "import_recbole",
+    "is_image_name",
     "load_dataset",
     "load_items",
     "load_sequences",
@@ -75,6 +78,7 @@ __all__ = [
     "open_images",
     "pack_texts",
     "padded_shape",
+    "read_image_file",
     "read_json_lines",
     "read_table",
     "read_table_file",

@@ -1,6 +1,6 @@
-"""Read the pickles of the released research project's image LMDB without calling anything that they name.
+"""Read the pickles of the image LMDBs of IISAN and of MicroLens without calling anything that they name.
 
-Plain values and `__main__.LMDB_Image` objects are admitted, in pickle protocols 3 to 5, which the project writes. Every
+Plain values and `__main__.LMDB_Image` objects are admitted, in pickle protocols 3 to 5, which the projects write. Every
 other pickle is refused before any of it runs.
 """
 
@@ -20,24 +20,27 @@ ADMITTED_OPCODES = frozenset((
 # Each of these may stand once, as an image or a list of keys needs it. So values do not nest deep, and no value that
 # repeats another many times can be made: hashing or freeing it could exhaust the stack, the memory or the time.
 ADMITTED_ONCE = frozenset((
-    "EMPTY_TUPLE", "TUPLE2", "EMPTY_LIST", "EMPTY_DICT", "GLOBAL", "STACK_GLOBAL", "NEWOBJ", "BUILD",
+    "EMPTY_TUPLE", "TUPLE2", "EMPTY_LIST", "EMPTY_DICT", "SETITEM", "GLOBAL", "STACK_GLOBAL", "NEWOBJ", "BUILD",
 ))  # fmt: skip
 
 
 class StoredImage:
-    """The project's LMDB_Image as data: four attributes of checked types, no behaviour."""
+    """The projects' LMDB_Image as data: attributes of checked types, no behaviour.
 
-    TYPES = {"channels": int, "size": tuple, "image": bytes, "id": str}
+    IISAN's has all four attributes. MicroLens' has `image` alone, of floats.
+    """
 
-    channels: int
-    size: tuple[int, int]  # height, width
+    FORMS = ({"channels": int, "size": tuple, "image": bytes, "id": str}, {"image": bytes})
+
     image: bytes
-    id: str
+    channels: int | None = None
+    size: tuple[int, int] | None = None  # height, width
+    id: str | None = None
 
     def __setstate__(self, state: Any) -> None:
         """Take the attributes. Raises UnpicklingError if one is missing, unknown or of another type."""
         types = {name: type(value) for name, value in state.items()} if type(state) is dict else type(state)
-        if types != self.TYPES or [type(length) for length in state["size"]] != [int, int]:
+        if types not in self.FORMS or [type(length) for length in state.get("size", (0, 0))] != [int, int]:
             raise pickle.UnpicklingError("its attributes are not channels, size, image and id of the right types")
         vars(self).update(state)
 
@@ -73,7 +76,7 @@ def _check_opcodes(value: bytes) -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler that knows one class, StoredImage, under the name that the project gave it."""
+    """An unpickler that knows one class, StoredImage, under the name that the projects gave it."""
 
     def find_class(self, module: str, name: str) -> type:
         """Return StoredImage. Raises UnpicklingError for any other name."""

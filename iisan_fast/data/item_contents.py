@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import ProtocolConfig
-from ..errors import InputError
-from .items import ImageFolder, ImageLmdb
+from .image_database import ImageLmdb
+from .image_folder import ImageFolder
 from .sequences import Dataset, Sequences
 
 
@@ -35,15 +35,3 @@ class ItemContents(NamedTuple):
         sequences = Sequences([], self.item_ids, np.zeros(1, dtype=np.int64), nothing, protocol.max_inputs)
         root = Path() if self.images is None else self.images.path
         return Dataset(root, titles, captions, protocol, sequences)
-
-
-def open_image_files(path: Path) -> ImageFolder | ImageLmdb:
-    """Open a folder of images <item_id>.jpg, .jpeg, .png or .webp, or an LMDB of images.
-
-    Raises InputError if there is neither.
-    """
-    if path.is_file() or (path / "data.mdb").exists():
-        return ImageLmdb(path)
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder; expected images named by item id, or an LMDB of images")
-    return ImageFolder(path)

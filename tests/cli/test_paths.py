@@ -13,7 +13,8 @@ import iisan_fast as library
 from helpers.command_line import iisan_fast, refused
 from iisan_fast.captioning.caption_images import Frames
 from iisan_fast.config import ViewConfig
-from iisan_fast.data.items import ImageFolder, read_items
+from iisan_fast.data.image_folder import ImageFolder
+from iisan_fast.data.items import read_items
 from iisan_fast.errors import InputError
 from iisan_fast.files import expanded_path, locked, whole_file, whole_folder, write_atomically
 from iisan_fast.setting_sources import as_path

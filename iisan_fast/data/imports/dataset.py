@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -11,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError, first_few
-from ...files import refuse_irregular
 from ...progress import progress_bar
-from ..items import list_images
+from .covers import write_covers
 from .options import Imported, ImportOptions
 from .polars_module import pl
 
@@ -44,7 +42,7 @@ def write_dataset(
         raise InputError("nothing is left: no item has a title; choose missing_titles: id, or the file of titles")
     with (folder / "items.tsv").open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{item_id}\t{titles.get(item_id, item_id)}\n" for item_id in item_ids)
-    without_cover = None if covers is None else _write_covers(folder, covers, item_ids, options.copy_covers)
+    without_cover = None if covers is None else write_covers(folder, covers, item_ids, options.copy_covers)
     return Imported(
         users=_write_histories(folder, titled_interactions),
         items=len(item_ids),
@@ -61,33 +59,6 @@ def _report_untitled(untitled: pl.Series, total: int, policy: str) -> None:
     if policy == "error":
         raise InputError(f"{message}; choose missing_titles: id or drop")
     LOGGER.warning("%s: %s", message, "they are dropped" if policy == "drop" else "their ids stand for it")
-
-
-def _write_covers(folder: Path, covers: Path, item_ids: pl.Series, copy: bool) -> int:
-    """Link or copy the covers, and return the number of items without one.
-
-    Raises InputError if there is no folder of covers, or if a cover to copy is no regular file.
-    """
-    if not covers.is_dir():
-        raise InputError(f"{covers}: no such folder; expected images named by item id")
-    names = list_images(covers)
-    without = [item_id for item_id in item_ids if item_id not in names]
-    if without:
-        hint = "extract with missing_images: blank fills them"
-        few = first_few(without, len(without))
-        LOGGER.warning("no cover for %s of %s items (%s): %s", f"{len(without):,}", f"{len(item_ids):,}", few, hint)
-    images = folder / "images"
-    if not copy:
-        images.symlink_to(covers.resolve(), target_is_directory=True)
-        return len(without)
-    images.mkdir()
-    with progress_bar("copying covers", len(item_ids), "covers") as advance:
-        for item_id in item_ids:
-            if item_id in names:
-                refuse_irregular(covers / names[item_id])
-                shutil.copyfile(covers / names[item_id], images / names[item_id])
-            advance(1)
-    return len(without)
 
 
 def _write_histories(folder: Path, interactions: pl.DataFrame) -> int:

@@ -1,0 +1,119 @@
+"""Leave out the parts of an image file that its pixels do not need: texts, colour profiles, previews, other tags.
+
+Pillow reads them all before it decodes a pixel, and refuses the image if one is large or broken. What tells the
+orientation stays, if it is sound.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+ORIENTATION_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"Raw profile type APP1")  # keywords in a PNG
+TRANSPARENCY_BYTES = {0: range(2, 3), 2: range(6, 7), 3: range(1, 257)}  # of tRNS by the colour type of a PNG
+MAX_TEXT_BYTES = 1 << 20  # of a text that may tell the orientation, after it is inflated; Pillow's own bound
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+ALONE = frozenset((0x01, *range(0xD0, 0xDA)))  # markers of a JPEG that no length follows
+SCAN = 0xDA  # the marker before the pixels of a JPEG
+COMMENT = 0xFE
+# Segments that a JPEG's pixels or its orientation need: beginning of the body, and the fewest bytes of the body.
+NEEDED_SEGMENTS = {
+    0xE0: ((b"JFIF\0", 14),),
+    0xE1: ((b"Exif\0\0", 14), (b"http://ns.adobe.com/xap/1.0/\0", 30)),
+    0xEE: ((b"Adobe", 12),),
+}
+
+
+def without_metadata(content: bytes) -> bytes:
+    """Return a PNG or a JPEG without the parts that its pixels and its orientation do not need; other content as is."""
+    if content.startswith(PNG_SIGNATURE):
+        return b"".join(_png_parts(content))
+    if content.startswith(JPEG_SIGNATURE):
+        return b"".join(_jpeg_parts(content))
+    return content
+
+
+def _png_parts(content: bytes) -> Iterator[bytes]:
+    """Yield the signature, the critical chunks, the transparency, and sound chunks that may tell the orientation."""
+    yield PNG_SIGNATURE
+    position = len(PNG_SIGNATURE)
+    yielded: set[bytes] = set()
+    while (end := position + 12 + int.from_bytes(content[position : position + 4], "big")) <= len(content):
+        kind = content[position + 4 : position + 8]
+        chunk = content[position:end]
+        position = end
+        if kind[0] & 0x20 == 0:  # a capital letter: a critical chunk
+            yield chunk
+            if kind == b"IEND":
+                return
+        elif (use := _use_of_chunk(kind, chunk, content[25])) and use not in yielded:
+            yielded.add(use)
+            yield chunk
+    yield content[position:]  # of a file that was cut short
+
+
+def _use_of_chunk(kind: bytes, chunk: bytes, colour_type: int) -> bytes | None:
+    """Return the use of an ancillary chunk of a PNG, of which the first one counts; None to leave it out."""
+    if kind not in (b"tRNS", b"eXIf", b"tEXt", b"zTXt", b"iTXt") or _is_broken(chunk):
+        return None
+    if kind == b"eXIf":
+        return kind
+    if kind == b"tRNS":
+        return kind if len(chunk) - 12 in TRANSPARENCY_BYTES.get(colour_type, ()) else None
+    keyword, _, rest = chunk[8:-4].partition(b"\0")
+    if keyword not in ORIENTATION_TEXTS:
+        return None
+    packed = rest[1:] if kind == b"zTXt" else b""
+    if kind == b"iTXt" and rest[:1] == b"\1":
+        packed = rest[2:].split(b"\0", 2)[-1]
+    return keyword if len(rest) <= MAX_TEXT_BYTES and _inflates_within(packed, MAX_TEXT_BYTES) else None
+
+
+def _is_broken(chunk: bytes) -> bool:
+    """Return True if the checksum of a PNG's chunk is wrong."""
+    return zlib.crc32(memoryview(chunk)[4:-4]) != int.from_bytes(chunk[-4:], "big")
+
+
+def _inflates_within(packed: bytes, most: int) -> bool:
+    """Return True if compressed bytes give at most `most` bytes. No more are ever inflated."""
+    inflater = zlib.decompressobj()
+    try:
+        return not packed or (len(inflater.decompress(packed, most + 1)) <= most and not inflater.unconsumed_tail)
+    except zlib.error:
+        return False
+
+
+def _jpeg_parts(content: bytes) -> Iterator[bytes]:
+    """Yield the segments of a JPEG that its pixels and its orientation need.
+
+    Bytes between segments are left out, as libjpeg does, so a segment whose length is too short breaks nothing.
+    """
+    yield content[:2]
+    position = 2
+    yielded: set[bytes] = set()
+    while (start := content.find(b"\xff", position)) >= 0:
+        marker = content[start + 1] if start + 1 < len(content) else SCAN
+        if marker in (0x00, 0xFF):  # no marker, or a byte that fills up
+            position = start + 1
+            continue
+        length = int.from_bytes(content[start + 2 : start + 4], "big")
+        end = start + 2 + (0 if marker in ALONE else length)
+        if marker == SCAN or (marker not in ALONE and length < 2) or end > len(content):
+            yield content[start:]
+            return
+        position = end
+        segment = content[start:end]
+        if not (0xE0 <= marker <= 0xEF or marker == COMMENT):
+            yield segment
+        elif (use := _use_of_segment(marker, segment[4:])) and use not in yielded:
+            yielded.add(use)
+            yield segment
+
+
+def _use_of_segment(marker: int, body: bytes) -> bytes | None:
+    """Return the use of an application's segment of a JPEG, of which the first one counts; None to leave it out."""
+    for beginning, fewest in NEEDED_SEGMENTS.get(marker, ()):
+        if body.startswith(beginning) and len(body) >= fewest:
+            return beginning
+    return None
