@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..data import BAD_ROWS, DUPLICATES, MISSING_TITLES, ImportOptions, TableOptions
+from ..data import BAD_ROWS, DUPLICATES, MISSING_TITLES, ImportOptions
 from .help_pages import COLUMNS, DATA, ROWS, option
 from .options import FILE_OR_FOLDER, FOLDER, output_options
 
@@ -102,7 +102,7 @@ def column_options(word: str, user: str, item: str) -> Callable:
         "user": (user, f"{named} of the user ids."),
         "item": (item, f"{named} of the item ids."),
         "timestamp": (None, f"{named} of the times, - for none; by default timestamp, if there is one."),
-        "title": (TableOptions.title_column, f"{named} of the titles."),
+        "title": (None, f"{named} of the titles; by default title, if there is one."),
         "rating": (None, f"{named} of the ratings, for --min-rating; by default rating."),
         "split": (None, f"{named} of the given split, - for none; by default split, if there is one."),
     }

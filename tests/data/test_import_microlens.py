@@ -130,7 +130,7 @@ def test_microlens_folder_must_hold_one_dataset(tmp_path):
         ("1,2\n", ["line 1", "expected user,item,timestamp", "found '1,2'"]),
         ("user,item,when\n1,2,3\n", ["line 1", "expected user,item,timestamp", "found 'user,item,when'"]),
         ("PAR1\x15\x04\n", ["line 1", r"found 'PAR1\x15\x04'"]),
-        ("1,2,3\n1,2,x\n", ["line 2: timestamp: expected a whole number, found 'x'"]),
+        ("1,2,3\n1,2,x\n", ["line 2: timestamp: expected a number", "found 'x'"]),
         ("1,2,3\n1,2,3,4\n", ["line 2: expected 3 fields, found 4 in '1,2,3,4'"]),
     ],
 )
@@ -139,17 +139,11 @@ def test_malformed_microlens_pairs(tmp_path, pairs, words):
     refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "pairs.csv", *words)
 
 
-@pytest.mark.parametrize(
-    ("titles", "words"),
-    [
-        ("a,A\na,B\n", ["item 'a' has two titles", "'A'", "'B'"]),
-        ("a,A\nb,\xff\n".encode("latin-1"), ["line 2", "not UTF-8"]),
-    ],
-)
-def test_malformed_microlens_titles(tmp_path, titles, words):
+def test_malformed_microlens_titles(tmp_path):
+    titles = "a,A\nb,\xff\n".encode("latin-1")
     source = microlens(tmp_path / "in")
     write(source / "MicroLens-50k_title_en.csv", titles)
-    refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "title_en.csv", *words)
+    refused(lambda: import_microlens(source, tmp_path / "out"), tmp_path, "title_en.csv", "line 2", "not UTF-8")
 
 
 def test_malformed_microlens_histories(tmp_path):

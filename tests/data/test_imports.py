@@ -22,8 +22,7 @@ pl = pytest.importorskip("polars")
 from helpers.import_sources import HEADER, TIMES, UNORDERED, USERS, imported_csv, microlens, refused, table, write
 from iisan_fast.cli import main
 from iisan_fast.config import ProtocolConfig
-from iisan_fast.data.imports import dataset as dataset_module
-from iisan_fast.data.imports import delimited
+from iisan_fast.data.imports import delimited, history_order
 from iisan_fast.data.imports.flat import import_csv, import_parquet
 from iisan_fast.data.imports.options import TableOptions
 from iisan_fast.data.imports.recbole import import_recbole
@@ -47,7 +46,11 @@ def test_recbole(tmp_path):
         assert (tmp_path / out / "users.tsv").read_text() == USERS
         assert (tmp_path / out / "times.tsv").read_text() == TIMES
         assert table(tmp_path / out) == {"b": '12" Blade', "a": '"A" pen', "c": "c"}
-    refused(lambda: import_recbole(source, tmp_path / "new"), tmp_path, "toy.item", "no column 'title'", "class, name")
+    assert import_recbole(source, tmp_path / "ids").items_without_title == 3
+    assert table(tmp_path / "ids") == {"b": "b", "a": "a", "c": "c"}
+    options = TableOptions(title_column="title")
+    words = ("toy.item", "no column 'title'", "class, name")
+    refused(lambda: import_recbole(source, tmp_path / "new", options), tmp_path, *words)
     options = TableOptions(missing_titles="drop", title_column="name")  # the fields of ids as RecBole calls them
     assert import_recbole(source, tmp_path / "dropped", options).dropped_interactions == 1
     (source / "toy.item").unlink()
@@ -78,7 +81,7 @@ def test_parquet_of_any_fitting_types(tmp_path):
     items = pl.Series("item", [row[1] for row in rows], dtype=pl.Categorical)
     times = pl.Series("timestamp", [int(row[2]) for row in rows])
     for index, column in enumerate(
-        (times, times.cast(pl.Float64), times.cast(pl.Datetime("ms")), times.cast(pl.UInt8))
+        (times, times.cast(pl.Float64), times.cast(pl.Datetime("us")), times.cast(pl.UInt8))
     ):
         pl.DataFrame([users, items, column]).write_parquet(tmp_path / "in.parquet")
         import_parquet(tmp_path / "in.parquet", tmp_path / f"out{index}")
@@ -89,9 +92,15 @@ def test_parquet_of_any_fitting_types(tmp_path):
             pl.DataFrame([users.cast(pl.Float32) + 0.5, items, times]),
             ["row 1: user: expected text or a whole number, found 2.5"],
         ),
-        (pl.DataFrame([users, items, times + 0.5]), ["row 1: timestamp: expected a whole number, found 30.5"]),
+        (
+            pl.DataFrame([users, items, times * float("inf")]),
+            ["row 1: timestamp: expected a number", "found inf"],
+        ),
         (pl.DataFrame([users, items, times.replace(20, None)]), ["row 2: timestamp", "found nothing"]),
-        (pl.DataFrame([users, items, times.alias("event_time")]), ["no column 'timestamp', but 'event_time'"]),
+        (
+            pl.DataFrame([users, items, times.alias("event_time")]),
+            ["no column 'timestamp', but event_time may hold times", "--timestamp-column event_time"],
+        ),
         (pl.DataFrame([users, items, times]).clear(), ["holds no interactions"]),
     ):
         frame.write_parquet(tmp_path / "in.parquet")
@@ -113,8 +122,8 @@ def test_parquet_of_any_fitting_types(tmp_path):
         (HEADER + "u,a,1\n\nu,a,1\n", ["line 3: expected 3 fields, found an empty line"]),
         (HEADER + "u,a,1\nu,,1\n", ["line 3: item", "found nothing"]),
         (HEADER + "u,a,1\nu,a\n", ["line 3: expected 3 fields, found 2 in 'u,a'"]),
-        (HEADER + "u,a,2020-01-01\n", ["line 2: timestamp", "found '2020-01-01'"]),
-        (HEADER + "u,a,1.5\n", ["line 2: timestamp", "found '1.5'"]),
+        (HEADER + "u,a,2020-02-30\n", ["line 2: timestamp", "found '2020-02-30'", "--timestamp-format"]),
+        (HEADER + "u,a,1.0123456789\n", ["line 2: timestamp", "found '1.0123456789'"]),
         (HEADER + "u,a,1e30\n", ["line 2: timestamp", "found '1e30'"]),
         ((HEADER + "u,\xff,1\n").encode("latin-1"), ["line 2: not UTF-8", "save the file as UTF-8"]),
         (HEADER + 'u,"a,1\n', ["line 2: a quoted field does not end in", "'u,\"a,1'"]),
@@ -194,7 +203,7 @@ def test_order_is_that_of_pythons_stable_sort(tmp_path_factory, rows, read, writ
     content = HEADER + "".join(f"u{user},i{item},{time}\n" for user, item, time in rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delimited, "BLOCK_BYTES", read)
-        patch.setattr(dataset_module, "WRITTEN_AT_ONCE", written)
+        patch.setattr(history_order, "ROWS_AT_ONCE", written)
         out = imported_csv(tmp_path, content)
     ordered = {user: sorted(history, key=lambda pair: pair[0]) for user, history in histories.items()}
     for name, column in (("times", 0), ("users", 1)):

@@ -37,6 +37,7 @@ class BadRows:
         self.unit = unit
         self.kinds: dict[str, BadKind] = {}
         self.good = 0  # rows that fit, once all are read
+        self.low_rated = 0  # interactions of rows that fit, left out for their rating
 
     @property
     def count(self) -> int:

@@ -3,90 +3,89 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ...errors import InputError, first_few
-from ...progress import progress_bar
 from .covers import write_covers
+from .history_order import ordered_histories
+from .history_writing import write_histories
+from .interaction_filters import k_core, without_duplicates
 from .options import Imported, ImportOptions
 from .polars_module import pl
+from .titles import Titles, describe_ambiguous
 
 LOGGER = logging.getLogger(__name__)
-WRITTEN_AT_ONCE = 1_000_000  # interactions written at a time; the last user's are completed
 
 
 def write_dataset(
-    folder: Path, interactions: pl.DataFrame, titles: Mapping[str, str], covers: Path | None, options: ImportOptions
+    folder: Path, interactions: pl.DataFrame, titles: Titles, covers: Path | None, options: ImportOptions
 ) -> Imported:
     """Fill an empty folder from the results of `read_interactions` and `read_titles`.
 
-    Users and items come in order of first appearance; an item without interactions is left out. A user's interactions
-    are sorted by timestamp; equal timestamps, or all without timestamps, keep their order. Repeated interactions stay.
-    If there are timestamps, times.tsv holds them as users.tsv holds the items. Raises InputError for items without a
-    title as the options say, and if no item is left.
+    Users and items come in order of first appearance in the source; an item without interactions is left out. A user's
+    interactions are sorted as `ordered_histories` says, and those that the options leave out are counted. If there are
+    times, times.tsv holds them as users.tsv holds the items. Raises InputError for items without a title as the
+    options say, and if no item is left.
     """
-    item_ids = interactions["item"].unique(maintain_order=True)
-    titled = pl.Series([item_id in titles for item_id in item_ids], dtype=pl.Boolean)
-    untitled = item_ids.filter(~titled)
-    titled_interactions = interactions
-    if len(untitled):
-        _report_untitled(untitled, len(item_ids), options.missing_titles)
-        if options.missing_titles == "drop":
-            titled_interactions = interactions.filter(titled.gather(interactions["item"].to_physical()))
-            item_ids = item_ids.filter(titled)
-    if not len(item_ids):
-        raise InputError("nothing is left: no item has a title; choose missing_titles: id, or the file of titles")
+    parts = ordered_histories(interactions)
+    distinct = without_duplicates(parts, options.duplicates)
+    cored = k_core(distinct, options)
+    titled, item_ids, untitled = _titled_interactions(cored, titles, options)
+    ambiguous = [item_id for item_id in item_ids if item_id in titles.ambiguous]
+    if ambiguous:
+        LOGGER.warning("%s", describe_ambiguous(titles, ambiguous))
     with (folder / "items.tsv").open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(f"{item_id}\t{titles.get(item_id, item_id)}\n" for item_id in item_ids)
+        file.writelines(f"{item_id}\t{titles.of_item.get(item_id, item_id)}\n" for item_id in item_ids)
     without_cover = None if covers is None else write_covers(folder, covers, item_ids, options.copy_covers)
+    counts = [sum(map(len, step)) for step in (parts, distinct, cored, titled)]
     return Imported(
-        users=_write_histories(folder, titled_interactions),
+        users=write_histories(folder, titled),
         items=len(item_ids),
-        interactions=len(titled_interactions),
-        dropped_interactions=len(interactions) - len(titled_interactions),
-        items_without_title=len(untitled),
+        interactions=counts[3],
+        dropped_interactions=counts[2] - counts[3],
+        duplicate_interactions=counts[0] - counts[1],
+        core_interactions=counts[1] - counts[2],
+        items_without_title=untitled,
         items_without_cover=without_cover,
+        items_with_two_titles=len(ambiguous),
     )
 
 
-def _report_untitled(untitled: pl.Series, total: int, policy: str) -> None:
-    """Warn of items without a title, or raise InputError if the policy is "error". total: number of all items."""
+def _titled_interactions(
+    parts: Sequence[pl.DataFrame], titles: Titles, options: ImportOptions
+) -> tuple[list[pl.DataFrame], pl.Series, int]:
+    """Return the interactions to write, the ids of their items in order, and the number of items without a title.
+
+    Raises InputError for items without a title as the options say, and if no item is left.
+    """
+    item_ids = pl.concat([part["item"].unique() for part in parts]).unique()
+    item_ids = item_ids.gather(item_ids.to_physical().arg_sort())
+    codes = item_ids.to_physical().to_numpy()
+    has_title = np.zeros(codes.max() + 1, bool)
+    has_title[codes] = [item_id in titles.of_item for item_id in item_ids]
+    untitled = item_ids.filter(pl.Series(~has_title[codes]))
+    if not len(untitled):
+        return list(parts), item_ids, 0
+    _report_untitled(untitled, len(item_ids), options.missing_titles, titles.problem)
+    if options.missing_titles != "drop":
+        return list(parts), item_ids, len(untitled)
+    item_ids = item_ids.filter(pl.Series(has_title[codes]))
+    if not len(item_ids):
+        raise InputError("nothing is left: no item has a title; choose missing_titles: id, or the file of titles")
+    return [part.filter(has_title[part["item"].to_physical().to_numpy()]) for part in parts], item_ids, len(untitled)
+
+
+def _report_untitled(untitled: pl.Series, total: int, policy: str, problem: str) -> None:
+    """Warn of items without a title, or raise InputError if the policy is "error".
+
+    total: number of all items. problem: why no item has one, if that is so.
+    """
     message = f"no title for {len(untitled):,} of {total:,} items ({first_few(untitled, len(untitled))})"
     if policy == "error":
-        raise InputError(f"{message}; choose missing_titles: id or drop")
-    LOGGER.warning("%s: %s", message, "they are dropped" if policy == "drop" else "their ids stand for it")
-
-
-def _write_histories(folder: Path, interactions: pl.DataFrame) -> int:
-    """Write users.tsv and, with timestamps, times.tsv; return the number of users."""
-    files = {"item": folder / "users.tsv"}
-    order = [pl.col("user").to_physical()]
-    if "timestamp" in interactions.columns:
-        files["timestamp"] = folder / "times.tsv"
-        order.append(pl.col("timestamp"))
-    users = 0
-    with progress_bar("writing", len(interactions), "interactions") as advance:
-        for part in _whole_users(interactions.sort(order, maintain_order=True)):
-            joined = (pl.col(column).cast(pl.String).str.join(" ") for column in files)
-            lines = part.group_by("user", maintain_order=True).agg(joined)
-            for column, path in files.items():
-                with path.open("ab") as file:
-                    lines.select("user", column).write_csv(
-                        file, include_header=False, separator="\t", quote_style="never"
-                    )
-            users += len(lines)
-            advance(len(part))
-    return users
-
-
-def _whole_users(ordered: pl.DataFrame) -> Iterator[pl.DataFrame]:
-    """Yield interactions, which are ordered by user, in parts of about WRITTEN_AT_ONCE, whole users each."""
-    users = ordered["user"].to_physical().to_numpy()
-    ends = np.append(np.flatnonzero(users[1:] != users[:-1]) + 1, len(users))
-    cuts = ends[np.searchsorted(ends, np.arange(WRITTEN_AT_ONCE, len(users), WRITTEN_AT_ONCE))]
-    for start, end in pairwise(np.unique([0, *cuts, len(users)])):
-        yield ordered[start:end]
+        reason = f"{problem}; or " if problem else ""
+        raise InputError(f"{message}; {reason}choose missing_titles: id or drop")
+    action = "they are dropped" if policy == "drop" else "their ids stand for it"
+    LOGGER.warning("%s: %s%s", message, action, f"; {problem}" if problem else "")

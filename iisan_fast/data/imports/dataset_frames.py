@@ -18,7 +18,7 @@ from .options import ImportOptions
 from .polars_module import pl
 from .row_checks import fitting_rows
 from .table import InteractionSource
-from .titles import titles_of
+from .titles import Titles, titles_of
 
 LOGGER = logging.getLogger(__name__)
 FORM = 1  # of the folder; another one gives equal frames another folder
@@ -102,13 +102,11 @@ def _read_interactions(interactions: object) -> pl.DataFrame:
 
 
 def _times(column: pl.Series) -> pl.Series:
-    """Return timestamps as numbers or text; points in time become microseconds. Raises InputError for another type."""
+    """Return timestamps that are numbers, text or points in time. Raises InputError for another type."""
     kind = column.dtype
-    if kind in (pl.Date, pl.Datetime):
-        return column.cast(pl.Datetime("us")).cast(pl.Int64)
-    if kind.is_numeric() or kind in (pl.String, pl.Null):
+    if kind.is_numeric() or kind in (pl.String, pl.Null, pl.Date, pl.Datetime):
         return column
-    raise InputError(f"{INTERACTIONS}: timestamp: expected whole numbers or points in time, found {kind}")
+    raise InputError(f"{INTERACTIONS}: timestamp: expected numbers or points in time, found {kind}")
 
 
 def _checked_items(items: object, name: str, columns: tuple[str, ...]) -> pl.DataFrame:
@@ -159,7 +157,7 @@ def _texts(frame: pl.DataFrame, name: str, column: str) -> dict[str, str]:
     texts = frame[column]
     if texts.dtype.is_nested() or texts.dtype in (pl.Object, pl.Binary):
         raise InputError(f"{name}: {column}: expected text, found {texts.dtype}")
-    return titles_of(Path(name), zip(frame["item_id"], texts.cast(pl.String)))
+    return titles_of(zip(frame["item_id"], texts.cast(pl.String))).of_item
 
 
 def _refuse_missing_columns(frame: pl.DataFrame, name: str, columns: tuple[str, ...]) -> None:
@@ -206,7 +204,9 @@ def _write(
         if not database.exists():
             raise InputError(f"{database}: no such database of images")
     with whole_folder(destination) as folder:
-        write_dataset(folder, interactions, titles, images if database is None else None, ImportOptions("error"))
+        write_dataset(
+            folder, interactions, Titles({**titles}), images if database is None else None, ImportOptions("error")
+        )
         if database is not None:
             (folder / DATABASE_NAME).symlink_to(database, target_is_directory=database.is_dir())
         used = interactions["item"].unique(maintain_order=True)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .decimal_times import EXACT_FLOAT
 from .json_values import TEXT_COLUMNS, value_at
 from .polars_module import pl
-from .times import EXACT_FLOAT
 
 
 @dataclass(frozen=True)

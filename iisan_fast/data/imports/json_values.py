@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .bad_rows import BadRows
+from .decimal_times import EXACT_FLOAT
 from .polars_module import pl
-from .times import EXACT_FLOAT
 
 Keys = tuple[str, ...]  # from an object to a value in it, which may be in an object within it
 Parser = Callable[[str], object]

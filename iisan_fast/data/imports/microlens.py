@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Set
-from dataclasses import replace
 from itertools import islice, tee
 from pathlib import Path
 
@@ -14,12 +13,11 @@ from ...files import refuse_irregular, whole_folder
 from .bad_rows import BadRows
 from .dataset import write_dataset
 from .delimited import DelimitedText
-from .interactions import read_interactions
+from .interactions import count_rows, read_interactions
 from .options import Imported, ImportOptions
-from .polars_module import pl
 from .sources import find
 from .table import InteractionSource
-from .titles import titles_of
+from .titles import Titles, titles_of
 
 PAIR_COLUMNS = ("user", "item", "timestamp")
 USER_NAMES = re.compile(r"users?|(user|u)[ _-]?ids?", re.IGNORECASE)  # in a header of *_pairs.tsv
@@ -40,28 +38,29 @@ def import_microlens(source: Path, destination: Path, options: ImportOptions = I
         if pairs is None:
             raise InputError(f"{source}: expected MicroLens-*_pairs.csv or MicroLens-*_pairs.tsv in it, found neither")
         bad_rows = BadRows(pairs, options.bad_rows, "line")
-        interactions = _read_csv(pairs, bad_rows) if pairs.suffix == ".csv" else _read_tsv(pairs, bad_rows)
+        pair_source = _csv_source(pairs, bad_rows) if pairs.suffix == ".csv" else _tsv_source(pairs, bad_rows)
+        interactions = read_interactions([pair_source], options)
         file = find(source, "*_title_en.csv", "*_titles.csv")
-        titles = titles_of(file, _title_rows(file, {*interactions["item"].unique()})) if file else {}
+        titles = titles_of(_title_rows(file, {*interactions["item"].unique()})) if file else Titles()
         imported = write_dataset(folder, interactions, titles, find(source, "*_covers", "covers"), options)
-        return replace(imported, rows=bad_rows.good + bad_rows.count, bad_rows=bad_rows.kinds)
+        return count_rows(imported, [pair_source])
 
 
-def _read_csv(pairs: Path, bad_rows: BadRows) -> pl.DataFrame:
-    """Read the interactions of a CSV file with or without a header, as `read_interactions` returns them."""
+def _csv_source(pairs: Path, bad_rows: BadRows) -> InteractionSource:
+    """Return the interactions of a CSV file with or without a header."""
     table = DelimitedText(pairs, columns=PAIR_COLUMNS)
     if _has_header(pairs, table.first_fields()):
         table = DelimitedText(pairs)
-    return read_interactions([InteractionSource(table, dict(zip(PAIR_COLUMNS, PAIR_COLUMNS)), bad_rows)])
+    return InteractionSource(table, dict(zip(PAIR_COLUMNS, PAIR_COLUMNS)), bad_rows)
 
 
-def _read_tsv(pairs: Path, bad_rows: BadRows) -> pl.DataFrame:
-    """Read the interactions of lines of a user, a tab, and items with spaces between. A header is left out."""
+def _tsv_source(pairs: Path, bad_rows: BadRows) -> InteractionSource:
+    """Return the interactions of lines of a user, a tab, and items with spaces between. A header is left out."""
     columns = PAIR_COLUMNS[:2]
     table = DelimitedText(pairs, separator="\t", quoted=False, columns=columns)
     if _names_columns(table.first_fields()):
         table = DelimitedText(pairs, separator="\t", quoted=False, names_of=lambda *_: list(columns))
-    return read_interactions([InteractionSource(table, dict(zip(columns, columns)), bad_rows, item_separator=" ")])
+    return InteractionSource(table, dict(zip(columns, columns)), bad_rows, item_separator=" ")
 
 
 def _has_header(pairs: Path, first: list[str]) -> bool:

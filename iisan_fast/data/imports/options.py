@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,9 @@ from .bad_rows import BAD_ROWS, BadKind
 
 TABLE_COLUMNS = ("user", "item")  # default columns of CSV and Parquet files
 RECBOLE_FIELDS = ("user_id", "item_id")  # default columns of RecBole's files
+TIMESTAMP_COLUMN = "timestamp"  # default columns of every format
+TITLE_COLUMN = "title"
+SPLIT_COLUMN = "split"
 MISSING_TITLES = ("id", "drop", "error")
 DUPLICATES = ("keep", "first", "last")
 
@@ -31,10 +35,15 @@ class ImportOptions:
     item_core: int = field(default=1, kw_only=True)  # until all that are left have as many
 
     def __post_init__(self) -> None:
-        """Raise InputError for an unknown choice."""
+        """Raise InputError for an unknown choice, a rating that is no number, and a core of less than one."""
         check_choice("missing_titles", self.missing_titles, MISSING_TITLES)
         check_choice("bad_rows", self.bad_rows, BAD_ROWS)
         check_choice("duplicates", self.duplicates, DUPLICATES)
+        if self.min_rating is not None and not math.isfinite(self.min_rating):
+            raise InputError(f"min_rating: expected a number, found {self.min_rating}")
+        for name in ("user_core", "item_core"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: expected a whole number from 1 up, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,8 @@ class TableOptions(ImportOptions):
 
     user_column: str | None = None  # None: the default column of the format
     item_column: str | None = None  # of the interactions and of the titles
-    timestamp_column: str | None = None  # None: timestamp, if there is one; -: none
-    title_column: str = "title"
+    timestamp_column: str | None = None  # None: TIMESTAMP_COLUMN, if the file has it; -: none
+    title_column: str | None = None  # None: TITLE_COLUMN, if the table of titles has it
     items: Path | None = None  # a table of item ids and titles
     covers: Path | None = None  # a folder of images named by item id
     columns: Sequence[str] | None = None  # names of the columns of a CSV file without a header, in order
@@ -59,8 +68,10 @@ class TableOptions(ImportOptions):
     test: Path | None = None
 
     def __post_init__(self) -> None:
-        """Raise InputError for an unknown choice, and for columns of titles without a table of titles."""
+        """Raise InputError for an unknown choice, and for an option without the one that it belongs to."""
         super().__post_init__()
+        if self.rating_column is not None and self.min_rating is None:
+            raise InputError("rating_column: needs the least rating; give it by min_rating, too")
         if self.items_columns is not None and self.items is None:
             raise InputError("items_columns: needs a table of titles; name it by items, too")
 
@@ -75,6 +86,10 @@ class Imported:
     dropped_interactions: int  # with items that were dropped for lack of a title
     items_without_title: int
     items_without_cover: int | None  # None if there are no covers
-    rows: int = 0  # of the file of interactions, a header not counted, those left out included
+    rows: int = 0  # of the files of interactions, headers not counted, those left out included
+    low_rated_interactions: int = 0  # left out for their rating, then as duplicates, then by the cores
+    duplicate_interactions: int = 0
+    core_interactions: int = 0
+    items_with_two_titles: int = 0  # the first one is taken
     bad_rows: dict[str, BadKind] = field(default_factory=dict)  # rows left out because they do not fit, by kind
     bad_title_rows: dict[str, BadKind] = field(default_factory=dict)  # the same of the table of titles

@@ -14,7 +14,7 @@ from .delimited import DelimitedText
 from .flat import import_tables, items_table
 from .headers import IGNORED
 from .listed_histories import PART, ListedHistories
-from .options import RECBOLE_FIELDS, Imported, TableOptions
+from .options import RECBOLE_FIELDS, TIMESTAMP_COLUMN, TITLE_COLUMN, Imported, TableOptions
 from .recbole_files import InterFiles, find_inter_files
 from .table import Table
 
@@ -22,7 +22,6 @@ LOGGER = logging.getLogger(__name__)
 SEQUENCES = ("token_seq", "float_seq")
 TYPES = ("token", "float", *SEQUENCES)
 LIST_SUFFIX = "_list"  # RecBole's name for the history before an interaction, as in item_id_list
-TIMESTAMP = "timestamp"
 ITEM_SUFFIX = ".item"
 
 
@@ -43,7 +42,7 @@ def import_recbole(source: Path, destination: Path, options: TableOptions = Tabl
     found = find_inter_files(source)
     user = options.user_column or RECBOLE_FIELDS[0]
     item = options.item_column or RECBOLE_FIELDS[1]
-    time = options.timestamp_column or TIMESTAMP
+    time = options.timestamp_column or TIMESTAMP_COLUMN
     types = {user: ("token",), item: ("token", "token_seq"), time: ("float", "token", "float_seq")}
     files = [_atomic(path, types)._replace(part=part) for path, part in found.files]
     titles, options = _titles(source, found, item, options)
@@ -69,9 +68,9 @@ def _titles(source: Path, found: InterFiles, item: str, options: TableOptions) -
         return None, options
     if path.suffix != ITEM_SUFFIX:
         return items_table(options), options
-    table = _atomic(path, {item: ("token",), options.title_column: ("token", "token_seq")}).table
+    table = _atomic(path, {item: ("token",), options.title_column or TITLE_COLUMN: ("token", "token_seq")}).table
     named = [name for name in table.columns if name.endswith("_title")]
-    if options.title_column == TableOptions.title_column not in table.columns and len(named) == 1:
+    if options.title_column is None and TITLE_COLUMN not in table.columns and len(named) == 1:
         options = replace(options, title_column=named[0])
     return table, options
 

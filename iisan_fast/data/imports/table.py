@@ -36,3 +36,4 @@ class InteractionSource:
     bad_rows: BadRows
     part: str | None = None  # the one of PARTS to which all rows belong; None if a column says it, or nothing does
     item_separator: str | None = None  # between the ids of an item field of text; None for one id a field
+    timestamp_format: str | None = None  # of strptime, for times of text; None: numbers or ISO 8601

@@ -2,53 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
-from itertools import chain
-from pathlib import Path
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from ...errors import InputError
+from ...errors import first_few
 from .bad_rows import BadRows
 from .headers import find_columns
+from .options import TITLE_COLUMN
 from .polars_module import pl
 from .row_checks import refuse_value
 from .table import Table
 
 
-def read_titles(
-    table: Table, item_column: str, title_column: str, item_ids: Container[str], bad_rows: BadRows
-) -> dict[str, str]:
-    """Return {item id: title} of a table, as `titles_of` does. Rows without an item id are added to `bad_rows`.
+@dataclass
+class Titles:
+    """The titles of items, and what there is to say about them."""
 
-    item_ids: the ids in the interactions. Raises InputError as `bad_rows` says, for two titles of an item, and if the
-    header is data.
+    of_item: dict[str, str] = field(default_factory=dict)  # item id: title
+    ambiguous: dict[str, tuple[str, str]] = field(default_factory=dict)  # item id: its first title, which is taken
+    # and its second one
+    problem: str = ""  # why there are none, for the warning
+
+
+def read_titles(
+    table: Table, item_column: str, title_column: str | None, item_ids: Container[str], bad_rows: BadRows
+) -> Titles:
+    """Return the titles of a table, as `titles_of` does. Rows without an item id are added to `bad_rows`.
+
+    title_column: None for TITLE_COLUMN, which may then be missing. item_ids: the ids in the interactions; only their
+    titles are returned. Raises InputError as `bad_rows` says, for a missing column, and if the header is data.
     """
-    columns = {"item": item_column, "title": title_column}
+    columns = {"item": item_column, "title": title_column or TITLE_COLUMN}
+    if title_column is None and TITLE_COLUMN not in table.columns:
+        del columns["title"]
     find_columns(table.path, table.columns, columns, table.names_may_be_data)
     if table.names_may_be_data:
         refuse_value(table.path, item_column, item_column in item_ids)
+    if "title" not in columns:
+        names = first_few(table.columns, len(table.columns), limit=10)
+        return Titles(problem=f"{table.path} has no column {TITLE_COLUMN!r}, only {names}; name another by an option")
     batches = table.batches(columns, bad_rows, lambda fields: fields["item"].decode(errors="replace") in item_ids)
-    titled = [_titled(batch, bad_rows) for batch in batches]
-    bad_rows.finish(sum(batch.height for batch in titled))
-    return titles_of(table.path, chain.from_iterable(batch.iter_rows() for batch in titled))
-
-
-def titles_of(path: Path, rows: Iterable[tuple[str, str | None]]) -> dict[str, str]:
-    """Return {item id: title} of the items with a title; runs of whitespace become one space.
-
-    Raises InputError if an item has two different titles.
-    """
-    titles: dict[str, str] = {}
-    for item_id, text in rows:
-        title = " ".join((text or "").replace("\0", " ").split())
-        if title and titles.setdefault(item_id, title) != title:
-            raise InputError(f"{path}: item {item_id!r} has two titles, {titles[item_id]!r} and {title!r}; keep one")
+    counts: list[int] = []
+    titles = titles_of(_titled(batches, bad_rows, counts), item_ids)
+    bad_rows.finish(sum(counts))
     return titles
 
 
-def _titled(batch: pl.DataFrame, bad_rows: BadRows) -> pl.DataFrame:
-    """Return the columns item and title of the rows with an item id; the others are added to `bad_rows`."""
-    empty = (batch["item"].is_null() | (batch["item"] == "")).fill_null(True)
-    if empty.any():
-        bad_rows.add("empty item id", batch["place"].filter(empty), "expected an item id, found nothing")
-        batch = batch.filter(~empty)
-    return batch.select("item", "title")
+def titles_of(rows: Iterable[tuple[str, str | None]], item_ids: Container[str] | None = None) -> Titles:
+    """Return the titles in rows of item id and title; runs of whitespace become one space.
+
+    item_ids: the items to read; None for all. An item with several titles keeps the first.
+    """
+    titles = Titles()
+    for item_id, text in rows:
+        if item_ids is not None and item_id not in item_ids:
+            continue
+        title = " ".join((text or "").replace("\0", " ").split())
+        if not title:
+            continue
+        first = titles.of_item.setdefault(item_id, title)
+        if first != title:
+            titles.ambiguous.setdefault(item_id, (first, title))
+    return titles
+
+
+def describe_ambiguous(titles: Titles, item_ids: Sequence[str]) -> str:
+    """Return how many items have several titles, and the titles of the first. item_ids: those that have."""
+    first, second = titles.ambiguous[item_ids[0]]
+    return (
+        f"items with several titles: {len(item_ids):,}, of which the first title is taken; "
+        f"item {item_ids[0]!r} has {first!r} and {second!r}"
+    )
+
+
+def _titled(batches: Iterator[pl.DataFrame], bad_rows: BadRows, counts: list[int]) -> Iterator[tuple[str, str | None]]:
+    """Yield item and title of the rows with an item id, and count them; the others are added to `bad_rows`."""
+    for batch in batches:
+        empty = (batch["item"].is_null() | (batch["item"] == "")).fill_null(True)
+        if empty.any():
+            bad_rows.add("empty item id", batch["place"].filter(empty), "expected an item id, found nothing")
+        titled = batch.filter(~empty) if empty.any() else batch
+        counts.append(titled.height)
+        title = pl.col("title")
+        if titled.schema["title"] == pl.List:
+            title = title.cast(pl.List(pl.String)).list.drop_nulls().list.join(" ")
+        yield from titled.select("item", title.cast(pl.String)).iter_rows()

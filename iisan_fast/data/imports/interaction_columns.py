@@ -1,0 +1,119 @@
+"""Choose the columns of a table of interactions: those an option names, or those with the usual names."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...errors import InputError, first_few
+from .bad_rows import BadRows
+from .headers import IGNORED, find_columns
+from .options import SPLIT_COLUMN, TIMESTAMP_COLUMN, TableOptions
+from .table import InteractionSource, Table
+
+LOGGER = logging.getLogger(__name__)
+RATING_COLUMNS = ("rating", "overall", "stars", "score")
+TIME_WORDS = {"time", "timestamp", "timestamps", "ts", "date", "dates", "datetime", "dat", "unixtime", "epoch"}
+TIME_ENDINGS = ("time", "timestamp", "date", "datetime")
+NO_POINTS = ("runtime", "lifetime", "playtime", "overtime", "candidate", "update")  # end as times do
+DURATIONS = {
+    "watch",
+    "watching",
+    "play",
+    "playing",
+    "dwell",
+    "read",
+    "reading",
+    "view",
+    "viewing",
+    "listen",
+    "listening",
+}
+WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+
+
+def interaction_source(
+    table: Table,
+    options: TableOptions,
+    names: tuple[str, str],
+    part: str | None = None,
+    item_separator: str | None = None,
+    timestamp_column: str = TIMESTAMP_COLUMN,
+) -> InteractionSource:
+    """Return the source of interactions that a table is under the options.
+
+    names, timestamp_column: of the columns of users, items and times if the options name none. part: of all rows.
+    Raises InputError for a missing column, and for one with two meanings.
+    """
+    columns = {"user": options.user_column or names[0], "item": options.item_column or names[1]}
+    find_columns(table.path, table.columns, columns, table.names_may_be_data)
+    time = find_timestamp_column(table.path, table.columns, options.timestamp_column, timestamp_column)
+    if time is not None:
+        columns["timestamp"] = time
+    if options.min_rating is not None:
+        columns["rating"] = find_rating_column(table.path, table.columns, options.rating_column)
+    split = _named_or_default(table, options.split_column, SPLIT_COLUMN)
+    if split is not None and part is None:
+        columns["part"] = split
+    if len({*columns.values()}) < len(columns):
+        meanings = ", ".join(f"{name}: {column}" for name, column in columns.items())
+        raise InputError(f"{table.path}: one column has two meanings ({meanings}); name a column for each")
+    return InteractionSource(
+        table,
+        columns,
+        BadRows(table.path, options.bad_rows, table.unit),
+        part=part,
+        item_separator=options.item_separator or item_separator,
+        timestamp_format=options.timestamp_format,
+    )
+
+
+def _named_or_default(table: Table, named: str | None, default: str) -> str | None:
+    """Return a column that an option names, None if it names none; without the option the default, if it is there."""
+    if named is None:
+        return default if default in table.columns else None
+    return None if named in IGNORED else named
+
+
+def find_timestamp_column(
+    path: Path, available: Sequence[str], named: str | None, default: str = TIMESTAMP_COLUMN
+) -> str | None:
+    """Return the column of times; None if the order of the rows counts, of which a warning tells if nobody chose it.
+
+    named: by an option; "-" for no times. Raises InputError if the default is missing and another looks like a time.
+    """
+    if named is not None:
+        return None if named in IGNORED else named
+    if default in available:
+        return default
+    likely = [name for name in available if looks_like_time(name)]
+    if likely:
+        names = first_few(likely, len(likely))
+        raise InputError(
+            f"{path}: no column {default!r}, but {names} may hold times; name it with --timestamp-column {likely[0]}, "
+            "or choose the order of the file with --timestamp-column -"
+        )
+    LOGGER.warning("%s: no column of times, so that the order of its rows counts (--timestamp-column names one)", path)
+    return None
+
+
+def find_rating_column(path: Path, available: Sequence[str], named: str | None) -> str:
+    """Return the column of ratings. Raises InputError if none is named and none has a usual name."""
+    if named is not None:
+        return named
+    by_lower_case = {name.lower(): name for name in reversed(available)}
+    for name in RATING_COLUMNS:
+        if name in by_lower_case:
+            return by_lower_case[name]
+    names = first_few(available, len(available), limit=10)
+    raise InputError(f"{path}: no column of ratings, only {names}; name it with --rating-column")
+
+
+def looks_like_time(name: str) -> bool:
+    """Return True if a column's name says that it holds points in time, as unixReviewTime or t_dat do."""
+    words = [word.lower() for word in WORDS.findall(name)]
+    if not words or DURATIONS.intersection(words):
+        return False
+    return any(word in TIME_WORDS or (word.endswith(TIME_ENDINGS) and word not in NO_POINTS) for word in words)
