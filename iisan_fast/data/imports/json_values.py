@@ -111,7 +111,7 @@ class ObjectRows:
         """
         row = [value_at(value, path) for path in self.paths.values()]
         for name, entry in zip(self.paths, row, strict=True):
-            if not _fits(name, entry):
+            if not fits_column(name, entry):
                 expected = "text or a whole number" if name in TEXT_COLUMNS else "a number or text"
                 shown = shortened(json.dumps(entry, default=str, ensure_ascii=False))
                 self.bad_rows.add(f"bad {name}", [place], f"{name}: expected {expected}, found {shown}")
@@ -142,6 +142,24 @@ def column_of(name: str, values: list[Any]) -> pl.Series:
     return whole.zip_with(~empty, pl.Series([[]], dtype=whole.dtype)).alias(name)
 
 
+def fits_column(name: str, value: Any) -> bool:
+    """Return True if a value can stand in the column of a new name, alone or in a list."""
+    if isinstance(value, list) and name not in ("user", "title"):
+        return all(not isinstance(inner, list) and inner is not None and fits_column(name, inner) for inner in value)
+    if value is None or isinstance(value, str):
+        return True
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, int) or name not in ("user", "item")
+
+
+def text_of(value: Any) -> str | None:
+    """Return a value as text, None for None. Half a character becomes NUL, as polars reads it."""
+    if value is None:
+        return None
+    return SURROGATE.sub("\0", value) if isinstance(value, str) else repr(value)
+
+
 def _plain_column(name: str, values: list[Any]) -> pl.Series:
     """Return a column of text, whole numbers, numbers and None, as exact as they are."""
     kinds = {type(value) for value in values if value is not None}
@@ -151,22 +169,4 @@ def _plain_column(name: str, values: list[Any]) -> pl.Series:
             return pl.Series(name, values, pl.Int64)
         if kinds == {float} or (kinds == {int, float} and largest < EXACT_FLOAT):
             return pl.Series(name, [None if value is None else float(value) for value in values], pl.Float64)
-    return pl.Series(name, [_text(value) for value in values], pl.String)
-
-
-def _fits(name: str, value: Any) -> bool:
-    """Return True if a value can stand in the column of a new name, alone or in a list."""
-    if isinstance(value, list) and name not in ("user", "title"):
-        return all(not isinstance(inner, list) and inner is not None and _fits(name, inner) for inner in value)
-    if value is None or isinstance(value, str):
-        return True
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return isinstance(value, int) or name not in ("user", "item")
-
-
-def _text(value: Any) -> str | None:
-    """Return a value as text, None for None. Half a character becomes NUL, as polars reads it."""
-    if value is None:
-        return None
-    return SURROGATE.sub("\0", value) if isinstance(value, str) else repr(value)
+    return pl.Series(name, [text_of(value) for value in values], pl.String)
