@@ -55,8 +55,11 @@ def refuse_unfit_type(path: Path, name: str, column: str, kind: Any) -> None:
     is_list = isinstance(kind, (pl.List, pl.Array))
     plain = kind.inner if is_list else kind
     if name in IDS:
-        fits = plain in TEXTS or plain.is_integer() or (not is_list and (plain.is_float() or plain.is_decimal()))
-        fits &= not is_list or name == "item"
+        fits = plain in TEXTS or plain.is_integer()
+        if is_list:
+            fits &= name == "item" and plain != pl.Binary
+        else:
+            fits |= plain.is_float() or plain.is_decimal()
     elif name == "title":
         fits = not is_list and (plain in TEXTS or plain.is_numeric() or plain.is_temporal())
     else:
@@ -96,6 +99,17 @@ def _as_read(column: pl.Series) -> pl.Series:
     text = pl.List(pl.String) if is_list else pl.String
     if column.name in IDS and (plain.is_float() or plain.is_decimal()):
         return exact_texts(column)
+    if kind == pl.Binary:
+        return _decoded(column)
     if column.name in (*IDS, "title") or plain in TEXTS or plain.is_decimal():
         return column.cast(text, strict=False)
     return column
+
+
+def _decoded(column: pl.Series) -> pl.Series:
+    """Return a column of bytes as text, null where they are not UTF-8."""
+    try:
+        return column.cast(pl.String)
+    except pl.exceptions.PolarsError:
+        texts = [None if value is None else value.decode(errors="replace") for value in column]
+        return pl.Series(column.name, [None if text and "\ufffd" in text else text for text in texts], pl.String)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from .bad_rows import BadRows
+from .listed_texts import read_lists
 from .polars_module import pl
 
 
@@ -14,6 +15,7 @@ def one_item_a_row(rows: pl.DataFrame, separator: str | None, bad_rows: BadRows)
     separator: between the ids in an item field of text; None for one id. Text of times is split by it, too, if it then
     has as many pieces. Rows with an empty list, or with lists of other lengths than the items', go to `bad_rows`.
     """
+    rows = read_lists(rows, bad_rows)
     if separator is not None and rows.schema["item"] == pl.String:
         rows = _split(rows, separator)
     lists = [name for name, kind in rows.schema.items() if kind.is_nested()]
