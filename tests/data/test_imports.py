@@ -125,7 +125,7 @@ def test_parquet_of_any_fitting_types(tmp_path):
         (HEADER + "u,a,2020-02-30\n", ["line 2: timestamp", "found '2020-02-30'", "--timestamp-format"]),
         (HEADER + "u,a,1.0123456789\n", ["line 2: timestamp", "found '1.0123456789'"]),
         (HEADER + "u,a,1e30\n", ["line 2: timestamp", "found '1e30'"]),
-        ((HEADER + "u,\xff,1\n").encode("latin-1"), ["line 2: not UTF-8", "save the file as UTF-8"]),
+        ((HEADER + "u,\xff,1\n").encode("latin-1"), ["line 2: not UTF-8 (byte 0xff at 3)", "--encoding"]),
         (HEADER + 'u,"a,1\n', ["line 2: a quoted field does not end in", "'u,\"a,1'"]),
     ],
 )

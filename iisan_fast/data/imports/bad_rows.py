@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,13 +44,15 @@ class BadRows:
         """Return the number of rows that were left out."""
         return sum(kind.count for kind in self.kinds.values())
 
-    def add(self, kind: str, places: Sequence[int], problem: str) -> None:
+    def add(self, kind: str, places: Sequence[int], problem: str, hint: Callable[[], str] | None = None) -> None:
         """Count rows of one kind, in the order of the file. problem: what is wrong with the first of them.
 
-        Raises InputError, with the first row's place, if the policy is "error".
+        hint: says what to do about this kind, in place of the usual hint. Raises InputError, with the first row's
+        place, if the policy is "error".
         """
         if self.policy == "error":
-            raise InputError(f"{self.file} {self.unit} {places[0]}: {problem}; {self.hint}")
+            advice = self.hint if hint is None else hint()
+            raise InputError(f"{self.file} {self.unit} {places[0]}: {problem}; {advice}")
         of_kind = self.kinds.setdefault(kind, BadKind(self.unit))
         of_kind.count += len(places)
         room = PLACES_SHOWN - len(of_kind.places)

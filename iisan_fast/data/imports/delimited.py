@@ -2,73 +2,91 @@
 
 from __future__ import annotations
 
-import gzip
 import io
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from ...errors import InputError
 from ...files import refuse_irregular
 from ...progress import progress_bar
 from .bad_rows import BadRows
-from .delimited_rows import MAX_ROW_BYTES, Form, Unfinished, UnfitRow, WholeRows, checked_rows, next_row, regular_rows
-from .headers import check_columns, check_header, refuse_other_separator
+from .delimited_blocks import regular_rows
+from .delimited_form import BLANK, MAX_ROW_BYTES, Form, Unfinished, UnfitRow, WholeRows, next_row
+from .delimited_rows import LOOKED_AT, checked_rows, quotes_enclose_fields
+from .encodings import checked_encoding, undecoded
+from .headers import (
+    NO_HEADER,
+    check_columns,
+    check_header,
+    fit_header,
+    refuse_empty,
+    refuse_header,
+    refuse_other_format,
+)
 from .polars_module import pl
+from .separators import ADVICE, QUOTING, find_separator, sample_rows, separator_of, shown_separator
+from .text_stream import BYTE_ORDER_MARK, HEAD_BYTES, encoding_hint, open_text
 
 BLOCK_BYTES = 4 << 20
-BYTE_ORDER_MARK = "\ufeff".encode()
-GZIP_MAGIC = b"\x1f\x8b"
 MEGABYTE = 1_000_000
 
 
 class DelimitedText:
-    """A text file of rows, which gzip may have compressed. All columns are text."""
+    """A text file of rows, which gzip, bzip2 or xz may have compressed. All columns are text."""
 
     unit = "line"  # places of rows count lines from 1, the header's included
 
     def __init__(
         self,
         path: Path,
-        separator: str = ",",
-        quoted: bool = True,
+        separator: str | None = None,
+        quoted: bool | None = None,
         columns: Sequence[str] | None = None,
         names_of: Callable[[Path, list[str]], list[str]] | None = None,
+        encoding: str | None = None,
+        usual_separator: str | None = None,
     ) -> None:
-        """Read the header. columns: the names of a file without a header.
+        """Read the header.
 
-        names_of: makes names of the fields of a header that is known by its form, and refuses all else. Raises
-        InputError if there is no such file, and if its header is no header.
+        separator: as `separator_of` reads it; None: found by looking at the first rows. quoted: True if quotes may
+        enclose fields; None: as the separator and the rows say. columns: the names of a file without a header.
+        names_of: makes names of the fields of a header that is known by its form, and refuses all else. encoding: of
+        Python's; None: UTF-8, or as a byte order mark says. usual_separator: used without looking if it is in the first
+        line.
+
+        Raises InputError if there is no such file, if its separator is not plain, and if its header is no header.
         """
         refuse_irregular(path)
         if not path.is_file():
             raise InputError(f"{path}: no such file")
         self.path = path
-        self._separator = separator.encode()
-        self._quoted = quoted
         self._has_header = columns is None
         self.names_may_be_data = self._has_header and names_of is None
+        self._encoding = None if encoding is None else checked_encoding(encoding)
+        sample = self._sample()
+        if columns is None:
+            refuse_empty(path, sample)
+            refuse_other_format(path, sample)
+            self._refuse_other_encoding(sample)
+        self._separator = self._separator_of(sample, separator, usual_separator, columns, names_of is not None)
+        self._quoted = (True if self._separator in QUOTING else None) if quoted is None else quoted
+        self._start = 0
         if columns is not None:
             self.columns = check_columns(columns)
-        else:
-            fields = self.first_fields()
-            refuse_other_separator(path, fields, separator)
-            self.columns = check_header(path, fields if names_of is None else names_of(path, fields))
+            return
+        fields, self._start = self._header_of(sample)
+        if names_of is not None:
+            fields = names_of(path, fields)
+        elif rows := sample_rows(sample[self._start :], self._separator):
+            fields = fit_header(fields, rows)
+        self.columns = check_header(path, fields)
 
     def first_fields(self) -> list[str]:
-        """Return the fields of the first line. Raises InputError if it is empty, or no line of fields."""
-        with _opened(self.path) as (file, _):
-            content = file.read(MAX_ROW_BYTES).removeprefix(BYTE_ORDER_MARK)
-        if not content.partition(b"\n")[0].rstrip(b"\r"):
-            what = "the first line is empty" if content.strip(b"\r\n") else "empty"
-            raise InputError(f"{self.path}: {what}; expected a header of names in it")
-        fields, _ = self._header_of(content if b"\n" in content else content + b"\n")
-        try:
-            return [field.decode() for field in fields]
-        except UnicodeDecodeError:
-            raise InputError(f"{self.path}: no header of names in its first line; is it in another format?") from None
+        """Return the fields of the first line, as of a header. Raises InputError if it is empty, or no such line."""
+        sample = self._sample()
+        refuse_empty(self.path, sample)
+        return self._header_of(sample)[0]
 
     def batches(
         self, columns: Mapping[str, str], bad_rows: BadRows, is_row: Callable[[Mapping[str, bytes]], bool] | None = None
@@ -79,8 +97,10 @@ class DelimitedText:
         no part of a quoted field. Raises InputError as `bad_rows` says, and if the file cannot be read.
         """
         places = {name: self.columns.index(column) for name, column in columns.items()}
+        if not self._has_header:
+            refuse_header(self.path, self.columns, sample_rows(self._sample(), self._separator)[:1])
         test = None if is_row is None else lambda fields: is_row({name: fields[at] for name, at in places.items()})
-        form = Form(self._separator, self._quoted, len(self.columns), test)
+        form = Form(self._separator, self._quoted, len(self.columns), test, self._shown_encoding)
         for rows in self._rows(form, bad_rows):
             if len(rows.lines):
                 yield self._frame(rows, places)
@@ -89,51 +109,96 @@ class DelimitedText:
         """Yield the rows that fit, some megabytes at a time. Raises InputError as `batches` does."""
         size = self.path.stat().st_size
         with (
-            _opened(self.path) as (file, compressed),
+            open_text(self.path, self._encoding) as text,
             progress_bar(f"reading {self.path.name}", size // MEGABYTE, "MB") as advance,
         ):
-            content = file.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK)
-            line = 1
+            content = b""
+            while len(content) < self._start and (more := text.read(max(BLOCK_BYTES, self._start))):
+                content += more
+            line = 1 + content.count(b"\n", 0, self._start)
+            content = content[self._start :]
             done = 0
             at_end = False
-            if self._has_header:
-                content += file.read(MAX_ROW_BYTES) if b"\n" not in content else b""
-                _, start = self._header_of(content if b"\n" in content else content + b"\n")
-                line += content.count(b"\n", 0, start)
-                content = content[start:]
             while not at_end:
-                more = file.read(BLOCK_BYTES)
+                more = text.read(BLOCK_BYTES)
                 at_end = not more
                 content += more if more or content.endswith(b"\n") else b"\n"
+                if form.quoted is None and b'"' in content:
+                    if not at_end and len(content) - content.index(b'"') < LOOKED_AT:
+                        continue
+                    form = form._replace(quoted=quotes_enclose_fields(content, form))
                 rows = regular_rows(content, form, line)
-                if rows is None or (at_end and content[rows.used :].strip(b"\r\n")):
-                    rows = checked_rows(content, form, line, at_end, bad_rows)
+                if rows is None or (at_end and content[rows.used :].strip(BLANK)):
+                    hint = partial(encoding_hint, self.path, bad_rows.hint)
+                    rows = checked_rows(content, form, line, at_end, bad_rows, hint)
                 yield rows
                 if not rows.used and len(content) > MAX_ROW_BYTES:
                     raise InputError(f"{self.path} line {line}: longer than {MAX_ROW_BYTES >> 20} MB; is it a table?")
                 line += content.count(b"\n", 0, rows.used)
                 content = content[rows.used :]
-                advance(compressed.tell() // MEGABYTE - done)
-                done = compressed.tell() // MEGABYTE
+                advance(text.place() // MEGABYTE - done)
+                done = text.place() // MEGABYTE
 
-    def _header_of(self, content: bytes) -> tuple[list[bytes], int]:
+    def _sample(self) -> bytes:
+        """Return the first rows, whole ones. Raises InputError if the file cannot be read."""
+        with open_text(self.path, self._encoding) as text:
+            self._shown_encoding = text.encoding
+            head = text.head
+        if len(head) >= HEAD_BYTES and b"\n" in head:
+            return head[: head.rindex(b"\n") + 1]
+        return head if head.endswith(b"\n") else head + b"\n"
+
+    def _refuse_other_encoding(self, sample: bytes) -> None:
+        """Raise InputError if the first line is in another encoding."""
+        problem = undecoded(sample[: sample.index(b"\n")], self._shown_encoding)
+        if problem is not None:
+            raise InputError(f"{self.path} line 1: {problem}; {encoding_hint(self.path, 'correct it')}")
+
+    def _separator_of(
+        self, sample: bytes, separator: str | None, usual: str | None, columns: Sequence[str] | None, fixed: bool
+    ) -> bytes:
+        """Return the separator. fixed: a header of this form has commas if nothing else is plain. Raises InputError."""
+        found = find_separator(sample, None if columns is None else len(columns))
+        first = sample[: sample.index(b"\n")]
+        if separator is not None:
+            expected = separator_of(separator)
+            if columns is None and expected not in first and found not in (None, expected) and found in first:
+                words = f"expected {shown_separator(expected)} between fields, found {shown_separator(found)}"
+                advice = f"write the file with {shown_separator(expected)}" if fixed else "leave out --separator"
+                raise InputError(f"{self.path} line 1: {words}; {advice}")
+            return expected
+        if usual is not None and separator_of(usual) in first:
+            return separator_of(usual)
+        if found is None and fixed:
+            return b","
+        if found is None:
+            shown = first[:60].decode(errors="replace")
+            raise InputError(f"{self.path} line 1: no plain separator between the fields of {shown!r}; {ADVICE}")
+        return found
+
+    def _header_of(self, sample: bytes) -> tuple[list[str], int]:
         """Return the fields of the first line, and the place behind it. Raises InputError if it is no such line."""
         try:
-            return next_row(content, 0, Form(self._separator, self._quoted, 0))
+            try:
+                fields, end = next_row(sample, 0, Form(self._separator, self._quoted is not False, 0))
+            except (UnfitRow, Unfinished):
+                if self._quoted is not None:
+                    raise
+                fields, end = next_row(sample, 0, Form(self._separator, False, 0))
+            return [field.decode().strip(" ") for field in fields], end
         except (UnfitRow, Unfinished) as unfit:
             problem = str(unfit) or "a quoted field does not end"
-            if not content[:1000].split(b"\n")[0].replace(b"\r", b"").decode(errors="replace").isprintable():
-                raise InputError(
-                    f"{self.path}: no header of names in its first line; is it in another format?"
-                ) from None
             raise InputError(f"{self.path} line 1: {problem}") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{self.path}: {NO_HEADER}") from None
 
     def _frame(self, rows: WholeRows, places: Mapping[str, int]) -> pl.DataFrame:
         """Return the columns at the given places of the rows. Raises InputError if polars reads other rows."""
+        mark = BYTE_ORDER_MARK if rows.content.startswith(BYTE_ORDER_MARK) else b""  # polars leaves out the first one
         names = [f"column {number}" for number in range(len(self.columns))]
         try:
             frame = pl.read_csv(
-                io.BytesIO(rows.content),
+                io.BytesIO(mark + rows.content if mark else rows.content),
                 has_header=False,
                 schema=dict.fromkeys(names, pl.String),
                 columns=sorted({*places.values()}),
@@ -146,21 +211,7 @@ class DelimitedText:
         if frame.height != len(rows.lines):
             counts = f"expected {len(rows.lines)} rows, polars read {frame.height}"
             raise InputError(f"{self.path} line {rows.lines[0]}: {counts}")
+        if b" " in rows.content:  # spaces beside separators are no part of a field
+            frame = frame.with_columns(pl.all().str.strip_chars(" ").replace("", None))
         columns = [frame[names[place]].alias(name) for name, place in places.items()]
         return pl.DataFrame([*columns, pl.Series("place", rows.lines)])
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Open a file: its text, uncompressed, and its bytes as they are. Raises InputError if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(GZIP_MAGIC))
-            file.seek(0)
-            if magic != GZIP_MAGIC:
-                yield file, file
-                return
-            with gzip.open(file) as text:
-                yield text, file
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read as a table ({error})") from None

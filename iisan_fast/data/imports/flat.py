@@ -42,7 +42,8 @@ def items_table(options: TableOptions) -> Table | None:
     """Return the table of titles; None if the options name none. Raises InputError if it cannot be opened."""
     if options.items is None:
         return None
-    return open_table(options.items, TextForm(options.separator, options.encoding, options.items_columns))
+    form = TextForm(None, options.encoding, options.items_columns, usual_separator=options.separator)
+    return open_table(options.items, form)
 
 
 def import_tables(

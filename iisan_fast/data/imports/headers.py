@@ -3,31 +3,62 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ...errors import InputError, first_few
+from .delimited_form import is_utf8
 
 IGNORED = ("-", "_")  # names of columns that are not read; they may stand several times
-SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars", "::": "double colons"}
+NO_HEADER = "no header of names in its first line; is it in another format?"
+OTHER_FORMATS = {b"{": "JSON", b"[{": "JSON", b"<!": "a web page or XML", b"<html": "a web page", b"<?xml": "XML"}
+CONTROL_CHARACTERS = re.compile(rb"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f]")
+INDEX_ROWS = 3  # the least number of rows that an index can be seen by
 ADVICE = "name its columns in order with --columns (of a table of titles, --items-columns)"
 
 
-def refuse_other_separator(path: Path, fields: Sequence[str], separator: str) -> None:
-    """Raise InputError if a first line is one field that holds another usual separator."""
-    if len(fields) == 1 and fields[0].replace("\t", "").isprintable():
-        other = next((name for mark, name in SEPARATORS.items() if mark in fields[0] and mark != separator), None)
-        if other is not None:
-            raise InputError(
-                f"{path} line 1: expected {SEPARATORS[separator]} between fields, found {other}; "
-                f"write the file with {SEPARATORS[separator]}"
-            )
+def refuse_empty(path: Path, beginning: bytes) -> None:
+    """Raise InputError if a text's first line is empty."""
+    if not beginning.partition(b"\n")[0].strip():
+        what = "the first line is empty" if beginning.strip() else "empty"
+        raise InputError(f"{path}: {what}; expected a header of names in it")
+
+
+def refuse_other_format(path: Path, beginning: bytes) -> None:
+    """Raise InputError if a text's first line is no line of names, but JSON, a web page, UTF-16 or no text."""
+    line = beginning.partition(b"\n")[0].rstrip(b"\r ")
+    other = next((form for mark, form in OTHER_FORMATS.items() if line.lower().startswith(mark)), None)
+    if other is not None:
+        raise InputError(f"{path} line 1: looks like {other}; expected a header of names with separators between")
+    if len(line) > 1 and not any(line[1::2]) and all(line[::2]):
+        raise InputError(f"{path} line 1: looks like UTF-16 without a byte order mark: --encoding utf-16-le")
+    if CONTROL_CHARACTERS.search(line) or (b"\0" in beginning[:1000] and not is_utf8(line)):
+        raise InputError(f"{path}: {NO_HEADER}")
+
+
+def fit_header(names: list[str], rows: Sequence[Sequence[bytes]]) -> list[str]:
+    """Return the names of as many columns as the rows have, if a column without a name is lacking or too many.
+
+    rows: the first rows below the header. A column without a name is an index, or what is behind a separator at the
+    end of each row.
+    """
+    counts = {len(row) for row in rows}
+    if counts == {len(names) - 1} and (names[0] == "") != (names[-1] == ""):
+        return names[1:] if names[0] == "" else names[:-1]
+    if counts == {len(names) + 1}:
+        first = [row[0] for row in rows]
+        if len(rows) >= INDEX_ROWS and any(first == [b"%d" % at for at in range(s, s + len(rows))] for s in (0, 1)):
+            return ["", *names]
+        if not any(row[-1] for row in rows):
+            return [*names, ""]
+    return names
 
 
 def check_header(path: Path, names: list[str]) -> list[str]:
     """Return the names of a header. Raises InputError if it is not printable, or if two columns have one name."""
     if not "".join(names).isprintable():
-        raise InputError(f"{path}: no header of names in its first line; is it in another format?")
+        raise InputError(f"{path}: {NO_HEADER}")
     twice = _first_twice(name for name in names if name)
     if twice is not None:
         if looks_like_data(names, twice):
@@ -44,6 +75,18 @@ def check_columns(names: Sequence[str]) -> list[str]:
         problem = "an empty name" if twice is None else f"{twice!r} twice"
         raise InputError(f"--columns: expected names with commas between, - for a column to ignore, found {problem}")
     return used
+
+
+def refuse_header(path: Path, columns: Sequence[str], rows: Sequence[Sequence[bytes]]) -> None:
+    """Raise InputError if the first row has the names that a user gives to a file without a header.
+
+    rows: the first row, if there is one.
+    """
+    for row in rows:
+        fields = [field.decode(errors="replace").strip(" ") for field in row]
+        named = [(name, field) for name, field in zip(columns, fields) if name not in IGNORED]
+        if len(fields) == len(columns) and named and all(name == field for name, field in named):
+            raise InputError(f"{path} line 1: names the columns, so that the file has a header; leave out --columns")
 
 
 def find_columns(path: Path, available: Sequence[str], columns: Mapping[str, str], names_may_be_data: bool) -> None:

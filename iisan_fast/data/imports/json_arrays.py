@@ -13,9 +13,10 @@ from typing import Any
 from ...errors import InputError
 from ...progress import progress_bar
 from .bad_rows import BadRows
+from .compression import opened
 from .headers import find_columns
 from .json_values import PARSE_ERRORS, Keys, ObjectRows, first_values, paths_in, shortened
-from .line_blocks import MAX_LINE_BYTES, MEGABYTE, opened
+from .line_blocks import MAX_LINE_BYTES, MEGABYTE
 from .polars_module import pl
 
 BLOCK_BYTES = 1 << 20

@@ -1,21 +1,17 @@
-"""Read whole lines of a text file some megabytes at a time, which gzip may have compressed."""
+"""Read whole lines of a text file some megabytes at a time, which may be compressed."""
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from ...errors import InputError
 from ...progress import progress_bar
+from .compression import opened
 
 BLOCK_BYTES = 8 << 20
 MAX_LINE_BYTES = 64 << 20
 BYTE_ORDER_MARK = "\ufeff".encode()
-GZIP_MAGIC = b"\x1f\x8b"
 MEGABYTE = 1_000_000
 
 
@@ -47,19 +43,3 @@ def line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
             done = compressed.tell() // MEGABYTE
         if rest:
             yield line, rest if rest.endswith(b"\n") else rest + b"\n"
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Open a file: its content, uncompressed, and its bytes as they are. Raises InputError if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(GZIP_MAGIC))
-            file.seek(0)
-            if magic != GZIP_MAGIC:
-                yield file, file
-                return
-            with gzip.open(file) as content:
-                yield content, file
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read as a table ({error})") from None

@@ -48,9 +48,9 @@ def import_microlens(source: Path, destination: Path, options: ImportOptions = I
 
 def _csv_source(pairs: Path, bad_rows: BadRows) -> InteractionSource:
     """Return the interactions of a CSV file with or without a header."""
-    table = DelimitedText(pairs, columns=PAIR_COLUMNS)
+    table = DelimitedText(pairs, ",", columns=PAIR_COLUMNS)
     if _has_header(pairs, table.first_fields()):
-        table = DelimitedText(pairs)
+        table = DelimitedText(pairs, ",")
     return InteractionSource(table, dict(zip(PAIR_COLUMNS, PAIR_COLUMNS)), bad_rows)
 
 

@@ -9,28 +9,18 @@ from pathlib import Path
 
 from ...errors import InputError, first_few
 from ...files import refuse_irregular
+from .compression import COMPRESSED_SUFFIXES, opened, refuse_packed
 from .delimited import DelimitedText
 from .folder_tables import FolderTable, files_in
 from .json_arrays import JsonArrayTable
 from .json_lines import JsonLinesTable
-from .line_blocks import BYTE_ORDER_MARK, opened
+from .line_blocks import BYTE_ORDER_MARK
 from .parquet import ParquetTable
 from .table import Table
 
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 PARQUET_MAGIC = b"PAR1"
-PACKED = {
-    b"PK\x03\x04": "a zip archive; unpack it first",
-    b"BZh": "packed by bzip2; unpack it first: bunzip2",
-    b"\xfd7zXZ": "packed by xz; unpack it first: unxz",
-    b"\x28\xb5\x2f\xfd": "packed by Zstandard; unpack it first: unzstd",
-    b"Rar!": "a rar archive; unpack it first",
-    b"7z\xbc\xaf": "a 7z archive; unpack it first",
-    b"\xd0\xcf\x11\xe0": "an old Excel file; save it as CSV first",
-    b"ORC": "an ORC file; write it as Parquet first",
-    b"Obj\x01": "an Avro file; write it as Parquet first",
-}
 TEXT, JSON, PARQUET = "delimited text", "JSON", "Parquet"
 LOOKED_AT = 64 << 10  # bytes whose beginning says which format a file has
 
@@ -42,6 +32,7 @@ class TextForm:
     separator: str | None = None
     encoding: str | None = None
     columns: Sequence[str] | None = None  # names of the columns of a file without a header, in order
+    usual_separator: str | None = None  # of a file beside this one; used if it is in the first line
 
 
 def open_table(path: Path, form: TextForm = TextForm()) -> Table:
@@ -72,21 +63,25 @@ def format_of(path: Path) -> str:
         raise InputError(f"{path}: no such file")
     with opened(path) as (file, _):
         content = file.read(LOOKED_AT)
-    packed = next((problem for magic, problem in PACKED.items() if content.startswith(magic)), None)
-    if packed is not None:
-        raise InputError(f"{path}: {packed}")
+    refuse_packed(path, content)
     if content.startswith(PARQUET_MAGIC) or path.suffix in PARQUET_SUFFIXES:
         return PARQUET
     start = content.removeprefix(BYTE_ORDER_MARK).lstrip()
     is_object = start.startswith(b"{") or (start.startswith(b"[") and start[1:].lstrip().startswith(b"{"))
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
     return JSON if is_object or suffix in JSON_SUFFIXES else TEXT
 
 
 def _open_file(path: Path, form_of_file: str, form: TextForm) -> Table:
     """Return the table of a file of a format. Raises InputError as `open_table` does."""
     if form_of_file == TEXT:
-        return DelimitedText(path, columns=form.columns)
+        return DelimitedText(
+            path,
+            separator=form.separator,
+            columns=form.columns,
+            encoding=form.encoding,
+            usual_separator=form.usual_separator,
+        )
     if form.columns is not None:
         raise InputError(f"{path}: columns: a {form_of_file} file has names of its own; leave them out")
     open_one: Callable[[Path], Table] = ParquetTable

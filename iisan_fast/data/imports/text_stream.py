@@ -1,0 +1,147 @@
+"""Read text of any encoding, which gzip, bzip2 or xz may have compressed, as a stream of UTF-8."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from ...errors import InputError
+from .compression import LOOKED_AT, opened, refuse_packed
+from .delimited_form import MAX_ROW_BYTES, UTF_8, is_utf8
+from .encodings import SAMPLE_BYTES, decoder_of, likely_encoding, marked_encoding
+
+BYTE_ORDER_MARK = "\ufeff".encode()
+HEAD_BYTES = 1 << 20
+READ_AT_ONCE = 1 << 20
+LOOKED_THROUGH = 16 << 20  # bytes from the first line that is not UTF-8, for others
+RETURNS = re.compile(rb"\r\n?")  # line ends of a text without newlines
+RETURNS_AND_NEWLINE = re.compile(rb"\r+\n")  # line ends of a text whose line ends were written twice
+
+
+class TextStream:
+    """A text as UTF-8, without a byte order mark at its start, and with newlines if its line ends are returns alone."""
+
+    def __init__(self, file: BinaryIO, raw: BinaryIO, encoding: str) -> None:
+        """Read the beginning. file: the text, uncompressed. raw: the bytes of the file. encoding: of the text."""
+        self.encoding = encoding
+        self._raw = raw
+        self._read = file.read if encoding == UTF_8 else _decoded(file.read, encoding)
+        head = self._more(b"", HEAD_BYTES)
+        head = head.removeprefix(BYTE_ORDER_MARK)
+        pattern = _line_ends(head)
+        if pattern is not None:
+            rest = io.BytesIO(head).read
+            source = self._read
+            self._read = _with_newlines(lambda size: rest(size) or source(size), pattern)
+            head = self._more(b"", HEAD_BYTES)
+        if b"\n" not in head:
+            head = self._more(head, MAX_ROW_BYTES)
+        self.head = head  # 1 MiB, or the first line if it is longer, or all
+        self._unread = io.BytesIO(head)
+
+    def read(self, size: int) -> bytes:
+        """Return about `size` bytes; none at the end."""
+        return self._unread.read(size) or self._read(size)
+
+    def place(self) -> int:
+        """Return the number of bytes of the file that were read."""
+        return self._raw.tell()
+
+    def _more(self, content: bytes, size: int) -> bytes:
+        """Return `content` and what follows it up to `size` bytes or the end."""
+        blocks = [content]
+        length = len(content)
+        while length < size and (block := self._read(size - length)):
+            blocks.append(block)
+            length += len(block)
+        return b"".join(blocks)
+
+
+@contextmanager
+def open_text(path: Path, encoding: str | None = None) -> Iterator[TextStream]:
+    """Open a file as a text. encoding: as `checked_encoding` returns it; None: UTF-8, or as a byte order mark says.
+
+    Raises InputError if it cannot be read, and if it is an archive or a spreadsheet.
+    """
+    try:
+        with opened(path) as (file, raw):
+            beginning = file.read(LOOKED_AT)
+            file.seek(0)
+            refuse_packed(path, beginning)
+            yield TextStream(file, raw, marked_encoding(beginning, encoding))
+    except UnicodeError as error:
+        raise InputError(f"{path}: cannot be read as {encoding} ({error}); choose another --encoding") from None
+
+
+def encoding_hint(path: Path, usual: str) -> str:
+    """Return what to do about a text that is not in the expected encoding. usual: the hint if most of it is UTF-8.
+
+    Raises InputError if the file cannot be read.
+    """
+    utf8, others = 0, []
+    length = 0
+    rest = b""
+    through = 0
+    with opened(path) as (file, _):
+        while length < SAMPLE_BYTES and through < LOOKED_THROUGH and (block := file.read(READ_AT_ONCE)):
+            *lines, rest = (rest + block).split(b"\n")
+            for line in [line for line in lines if not line.isascii()]:
+                if is_utf8(line):
+                    utf8 += 1
+                else:
+                    others.append(line)
+                    length += len(line)
+            through += len(block) if others else 0
+    others += [] if is_utf8(rest) else [rest]
+    if utf8 > len(others):
+        return f"other lines are UTF-8; {usual}"
+    try:
+        likely = likely_encoding(b"\n".join(others)[:SAMPLE_BYTES])
+    except ImportError:
+        return (
+            "name its encoding with --encoding, such as cp1252 or gb18030 (pip install charset-normalizer guesses it)"
+        )
+    return f"it looks like {likely}: --encoding {likely}" if likely else "name its encoding with --encoding"
+
+
+def _decoded(read: Callable[[int], bytes], encoding: str) -> Callable[[int], bytes]:
+    """Return a function that reads a text of another encoding as UTF-8."""
+    decode = decoder_of(encoding)
+
+    def read_decoded(size: int) -> bytes:
+        while block := read(max(size, 1)):
+            if text := decode(block, False):
+                return text.encode("utf-8", "surrogatepass")
+        return decode(b"", True).encode("utf-8", "surrogatepass")
+
+    return read_decoded
+
+
+def _line_ends(head: bytes) -> re.Pattern[bytes] | None:
+    """Return the pattern of line ends that become newlines, None for a text with usual line ends."""
+    first = head.find(b"\n")
+    if first < 0:
+        return RETURNS if b"\r" in head else None
+    return RETURNS_AND_NEWLINE if head.endswith(b"\r\r", 0, first) else None
+
+
+def _with_newlines(read: Callable[[int], bytes], pattern: re.Pattern[bytes]) -> Callable[[int], bytes]:
+    """Return a function that reads a text and makes its line ends newlines."""
+    held = b""  # returns, of which the next block may hold the rest
+
+    def read_with_newlines(size: int) -> bytes:
+        nonlocal held
+        while block := read(size):
+            content = held + block
+            whole = content.rstrip(b"\r")
+            held = content[len(whole) :]
+            if whole:
+                return pattern.sub(b"\n", whole)
+        last, held = held, b""
+        return pattern.sub(b"\n", last)
+
+    return read_with_newlines
