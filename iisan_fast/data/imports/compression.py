@@ -24,7 +24,8 @@ PACKED = {
     b"ORC": "an ORC file; write it as Parquet first",
     b"Obj\x01": "an Avro file; write it as Parquet first",
 }
-TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
+TAR_MAGIC = b"ustar"
+TAR_MAGIC_AT = 257
 LOOKED_AT = TAR_MAGIC_AT + len(TAR_MAGIC)  # bytes by which a packed file is known
 CANNOT_READ = (OSError, EOFError, zlib.error, lzma.LZMAError)
 

@@ -105,9 +105,11 @@ def _field_pattern(separator: bytes, quoted: bool) -> re.Pattern[bytes]:
     mark = re.escape(separator)
     no_quote = b'"' if quoted else b""
     if separator == SPACE:
-        padding, end = b"", rb"( +(?=[^ \r\n])| *\r?\n)"
+        padding = b""
+        end = rb"( +(?=[^ \r\n])| *\r?\n)"
     else:
-        padding, end = b" *", rb"(" + mark + rb"|\r?\n)"
+        padding = b" *"
+        end = rb"(" + mark + rb"|\r?\n)"
     if len(separator) == 1:
         plain = rb"([^\r\n" + no_quote + mark + rb"]*)"
     else:

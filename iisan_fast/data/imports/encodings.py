@@ -25,7 +25,10 @@ HANDLER = "iisan_fast.undecoded"
 
 
 def _keep_undecoded(error: UnicodeError) -> tuple[str, int]:
-    """Return the characters that stand for bytes that cannot be decoded, and the place behind them."""
+    """Return the characters that stand for bytes that cannot be decoded, and the place behind them.
+
+    Raises the error if it is none of decoding.
+    """
     if not isinstance(error, UnicodeDecodeError):
         raise error
     end = max(error.end, error.start + 1)
@@ -78,7 +81,8 @@ def undecoded(row: bytes, encoding: str) -> str | None:
         before = row[: error.start]
         start = before.rfind(b"\n") + 1
         if encoding == UTF_8:
-            byte, place = row[error.start], error.start - start
+            byte = row[error.start]
+            place = error.start - start
         else:
             byte = (row[error.start + 1] & 0x0F) << 6 | row[error.start + 2] & 0x3F
             byte &= 0xFF

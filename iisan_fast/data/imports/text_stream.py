@@ -82,7 +82,8 @@ def encoding_hint(path: Path, usual: str) -> str:
 
     Raises InputError if the file cannot be read.
     """
-    utf8, others = 0, []
+    others: list[bytes] = []
+    utf8 = 0
     length = 0
     rest = b""
     through = 0
