@@ -81,10 +81,10 @@ class BlockLayers:
         parts = {"attention": self.attention, "feed-forward": self.feed_forward}
         for part, names in parts.items():
             if not names:
-                raise InputError(f"a {type(self.block).__name__} has no linear layer in its {part}")
+                raise InputError(f"{type(self.block).__name__} has no linear layer in its {part}")
         widths = {output_width(model.get_submodule(names[-1])) for names in parts.values()}
         if len(widths) > 1:
-            raise InputError(f"the linear layers at the ends of a {type(self.block).__name__} differ in width")
+            raise InputError(f"{type(self.block).__name__} ends in linear layers of other widths")
         return [self.attention[-1], self.feed_forward[-1]]
 
     def query_and_value(self, family: list[str]) -> list[str]:
@@ -101,7 +101,7 @@ class BlockLayers:
         if not any(chosen):
             chosen = [[name for name in projections if _last(name) in family]]
         if any(len(names) != 1 for names in chosen):
-            raise InputError(f"a {type(self.block).__name__} has no linear layers for queries and values, or several")
+            raise InputError(f"{type(self.block).__name__} has no linear layers for queries and values, or several")
         return [names[0] for names in chosen]
 
 

@@ -38,13 +38,13 @@ class Architecture(NamedTuple):
 def load_architecture(encoder: str, kind: str, trusted: bool = False) -> Architecture:
     """Return the configuration and the model's class of an encoder that reads `kind`, "text" or "image".
 
-    trusted: whether code of the checkpoint's own may run. Raises InputError if the encoder reads something else, is an
-    encoder-decoder, or brings code of its own that may not run.
+    Of a text encoder-decoder the encoder alone is read. trusted: whether code of the checkpoint's own may run. Raises
+    InputError if the encoder reads something else, or brings code of its own that may not run.
     """
     named = accepted_own_code(encoder, fetched_folder(encoder), kind, trusted)
     config = cached_or_fetched(AutoConfig.from_pretrained, encoder, trust_remote_code=trusted)
-    if config.is_encoder_decoder:
-        raise InputError(f"{encoder}: an encoder-decoder; expected an encoder or a decoder-only language model")
+    if config.is_encoder_decoder and kind != "text":
+        raise InputError(f"{encoder}: an encoder-decoder; expected an encoder that reads images alone")
     chosen = own_model_class(encoder, named, kind) or model_class(config)
     reads = kind if _has_towers(config) else KINDS_BY_INPUT.get(chosen.main_input_name, "neither text nor images")
     if reads != kind:
@@ -72,8 +72,9 @@ def load_model(encoder: str, architecture: Architecture, kind: str, options: Map
             f"{encoder}: its weights have other shapes than its config.json says; restore the two"
         ) from None
     refuse_cast_weights(encoder, model_folder(encoder), model, options.get("variant"))
+    drawn = [key for key in info["missing_keys"] if not _is_computed(model, key)]
     model, prefix = _reader(model, encoder, config, kind)
-    used = (key for key in info["missing_keys"] if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")})
+    used = (key for key in drawn if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")})
     refuse_missing_weights(encoder, used)
     _refuse_damaged_weights(encoder, model)
     for name, value in OUTPUTS.items():
@@ -95,14 +96,16 @@ def count_parameters(encoder: str, kind: str) -> int:
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """Return the class of the headless model.
+    """Return the class of the headless model; of an encoder-decoder, that of the encoder alone if there is one.
 
     transformers' automatic mapping lacks some towers (SigLIP's for text); their class is named in the configuration.
     """
     if type(config) not in transformers.MODEL_MAPPING:
         return getattr(transformers, config.architectures[0])
     mapped = transformers.MODEL_MAPPING[type(config)]
-    return mapped[0] if isinstance(mapped, tuple) else mapped
+    chosen = mapped[0] if isinstance(mapped, tuple) else mapped
+    # T5Model, for example, has T5EncoderModel beside it; BartModel has no such class.
+    return getattr(transformers, f"{chosen.__name__.removesuffix('Model')}EncoderModel", chosen)
 
 
 def model_classes(architecture: Architecture) -> list[type[PreTrainedModel]]:
@@ -119,6 +122,11 @@ def refuse_missing_weights(name: str, missing: Iterable[str]) -> None:
     """
     if lacking := sorted(missing):
         raise InputError(f"{name}: its checkpoint lacks {len(lacking)} weights, {lacking[0]} first")
+
+
+def _is_computed(model: PreTrainedModel, weight: str) -> bool:
+    """Return True for the weight of sinusoidal positions, which a checkpoint may lack: transformers computes it."""
+    return "Sinusoidal" in type(model.get_submodule(weight.rpartition(".")[0])).__name__
 
 
 def _refuse_damaged_weights(name: str, model: PreTrainedModel) -> None:
@@ -195,8 +203,15 @@ def _has_towers(config: PretrainedConfig) -> bool:
 def _reader(model: PreTrainedModel, encoder: str, config: PretrainedConfig, kind: str) -> tuple[PreTrainedModel, str]:
     """Return the part of a model that reads `kind`, and the prefix of its weights' names.
 
-    Raises InputError if no part reads it alone.
+    This is a tower, the encoder of an encoder-decoder, or the model itself. Raises InputError if no part reads it
+    alone.
     """
+    if config.is_encoder_decoder and not type(model).__name__.endswith("EncoderModel"):
+        if not isinstance(getattr(model, "encoder", None), PreTrainedModel):
+            raise InputError(
+                f"{encoder}: {type(model).__name__} is an encoder-decoder, and has no encoder to read alone"
+            )
+        return model.encoder, "encoder."
     if not _has_towers(config):
         return model, ""
     name = next((name for name in TOWER_ATTRIBUTES[kind] if hasattr(model, name)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..config import ViewConfig
+from ..errors import InputError
 from .base import Backbone
 from .batch_mates import EQUAL_LENGTHS, by_length
 from .image_bytes import ModelInputs
 
 PROBED_TOKENS = 64  # of the long text of `mixed_example`, at most
 SHORT = 3  # tokens of its short text
+SHOWN = 100  # characters of a text in a message
 
 
 class TextBackbone(Backbone):
@@ -50,20 +53,24 @@ class TextBackbone(Backbone):
     def padding_token(self) -> int:
         """Return the id of the token that pads texts.
 
-        Some encoders number positions by this token, so it matters although it is masked.
+        Some encoders number positions by this token, so it matters although it is masked. A token that was added for
+        padding, and has no embedding, is not used.
         """
-        return self.processor.pad_token_id or 0
+        token = self.processor.pad_token_id or 0
+        return token if token < self._embedded else 0
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, at most max_tokens with special tokens.
 
-        Raises InputError if a text gives no tokens at all.
+        Raises InputError if a text gives no tokens at all, or a token for which the encoder has no embedding.
         """
         limit = self.view.max_tokens
         rows = self.processor(list(texts), truncation=True, max_length=limit, padding=False).input_ids
         for text, row in zip(texts, rows):
             if not row:
                 raise self._error(f"the text {text!r} gives no tokens")
+            if max(row) >= self._embedded:
+                raise self._beyond_embeddings(text, max(row))
         return rows
 
     def pad(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> ModelInputs:
@@ -99,13 +106,29 @@ class TextBackbone(Backbone):
             content = tokenizer.get_vocab()
         return [type(tokenizer).__name__, content, tokenizer.special_tokens_map]
 
+    @functools.cached_property
+    def _embedded(self) -> float:
+        """Return the number of tokens for which the encoder has an embedding; infinity if it has no table of them."""
+        try:
+            return getattr(self.model.get_input_embeddings(), "num_embeddings", math.inf)
+        except NotImplementedError:  # of encoders that compute embeddings
+            return math.inf
+
+    def _beyond_embeddings(self, text: str, token: int) -> InputError:
+        """Return the error for a text with a token for which the encoder has no embedding."""
+        written = self.processor.convert_ids_to_tokens(token)
+        return self._error(
+            f"the text {text[:SHOWN]!r} has the token {written!r} with id {token}, but the model has {self._embedded} "
+            "embeddings, the first with id 0; take the tokenizer that belongs to these weights"
+        )
+
     def _positions(self) -> int:
         """Return the most tokens that the encoder can read: the limit of its tokenizer, config or position table."""
         limits = [self.processor.model_max_length, getattr(self.model.config, "max_position_embeddings", None)]
         for name, module in self.model.named_modules():
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 limits.append(module.num_embeddings - module.padding_idx - 1)  # positions start after the padding's
-        return min(limit or math.inf for limit in limits)
+        return min((limit for limit in limits if limit is not None and limit > 0), default=math.inf)  # XLNet has -1
 
     def example(self) -> ModelInputs:
         """Return a batch of two invented texts of four and two tokens, on the encoder's device."""
@@ -136,11 +159,18 @@ class TextBackbone(Backbone):
     def _poolings(self) -> tuple[str, ...]:
         """Return the poolings that the encoder allows, its default first.
 
-        "cls" needs a class token before the text and attention in both directions.
+        "cls" needs a class token before or after the text, and attention in both directions.
         """
+        stands = self._class_place is not None
+        return ("cls", "mean", "last") if stands and not self._is_causal() else ("mean", "last")
+
+    @functools.cached_property
+    def _class_place(self) -> int | None:
+        """Return 0 if the class token stands before each text, -1 if it stands after it (XLNet), None without one."""
         cls = getattr(self.processor, "cls_token_id", None)
-        leads = cls is not None and self.processor("a text").input_ids[:1] == [cls]
-        return ("cls", "mean", "last") if leads and not self._is_causal() else ("mean", "last")
+        ids = self.processor("a text").input_ids
+        places = (place for place in (0, -1) if ids and cls is not None and ids[place] == cls)
+        return next(places, None)
 
     @torch.no_grad()
     def _is_causal(self) -> bool:
@@ -152,11 +182,11 @@ class TextBackbone(Backbone):
         return all(torch.equal(a[:, 0], b[:, 0]) for a, b in zip(first, second))
 
     def _pool(self, states: Tensor, inputs: ModelInputs) -> Tensor:
-        """Return the first, the last or the mean state of each text's tokens: [N, tokens, D] -> [N, D]."""
-        if self.pooling == "cls":
+        """Return the class token's, the last or the mean state of each text's tokens: [N, tokens, D] -> [N, D]."""
+        if self.pooling == "cls" and self._class_place == 0:
             return states[:, 0]
         mask = inputs["attention_mask"].to(states.device)
-        if self.pooling == "last":
+        if self.pooling in ("cls", "last"):
             return states[torch.arange(len(states), device=states.device), mask.sum(dim=1) - 1]
         total = torch.where(mask[..., None] > 0, states, 0).float().sum(dim=1)
         return (total / mask.sum(dim=1, keepdim=True)).to(states.dtype)

@@ -5,19 +5,26 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from helpers.common_encoders import BLOCKS, COMMON, common_inputs, common_model
+from helpers.common_encoders import BART, BLOCKS, COMMON, COMMON_IMAGE, T5, common_inputs, common_model
 from helpers.documents import ROOT
+from helpers.encoders import TITLES, WORDS, pictures, refusal, save, view
 from iisan_fast.config import TUNING_METHODS
 from iisan_fast.encoders.adaptation import adapt, checkpoint_blocks
 from iisan_fast.encoders.block_layers import count_block_calls, transformer_blocks
+from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError
 
+LED = {**BART, "max_encoder_position_embeddings": 64, "attention_window": 8}
 FUSED = {"ModernBERT": "Wqkv", "GPT-2": "c_attn", "DeBERTa": "in_proj"}
 REPEATED = ("XLM-R", "mT5", "UMT5", "LongT5", "Qwen3", "Gemma", "DeiT", "Swin v2", "DeBERTa-v3", "Longformer")
 FAMILIES = [pytest.param(name, marks=pytest.mark.long) if name in REPEATED else name for name in COMMON]
@@ -49,6 +56,125 @@ def can(family: str) -> list[str]:
 
 def test_the_documents_have_all_families():
     assert documented_methods().keys() == COMMON.keys()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return a function that saves a family's tiny model with its tokenizer or processor once, and gives the folder."""
+    root = tmp_path_factory.mktemp("common")
+
+    @functools.cache
+    def folder(family: str) -> Path:
+        common = COMMON[family]
+        torch.manual_seed(0)
+        processors = (common.processor, None) if family in COMMON_IMAGE else (None, common.processor)
+        return save(common.build(), root / family, *processors)
+
+    return folder
+
+
+@torch.no_grad()
+def one_by_one(family: str, folder: Path, pooling: str, layers: Sequence[int]) -> torch.Tensor:
+    """Return the states by the plain way: an item at a time, without padding, all hidden states together."""
+    model = COMMON[family].model_class.from_pretrained(folder).eval()
+    model = model.get_encoder() if family == "BART" else model
+    tokenise = None if family in COMMON_IMAGE else hf.AutoTokenizer.from_pretrained(folder)
+    place = {"cls": -1 if family == "XLNet" else 0, "last": -1}
+    rows = []
+    for content in pictures() if tokenise is None else TITLES:
+        if tokenise is None:
+            inputs = hf.AutoImageProcessor.from_pretrained(folder, backend="pil")(content, return_tensors="pt")
+        else:
+            inputs = {"input_ids": torch.tensor([tokenise(content, truncation=True, max_length=12).input_ids])}
+        states = model(**inputs, output_hidden_states=True).hidden_states
+        rows.append(torch.stack([s[0].mean(dim=0) if pooling == "mean" else s[0, place[pooling]] for s in states[-2:]]))
+    assert len(states) - 2 == layers[0]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_equal_a_loop_over_single_items(saved, family):
+    source = "image" if family in COMMON_IMAGE else "title"
+    layers = (1, 2)
+    backbone = load_backbone(view(saved(family), source, max_tokens=12, layers=layers))
+    contents = pictures() if source == "image" else TITLES
+    inputs = backbone.prepare(contents)
+    expected = one_by_one(family, saved(family), backbone.pooling, layers)
+    for states in (backbone.encode(inputs), backbone.encode_whole(inputs)):
+        torch.testing.assert_close(states, expected, rtol=1e-4, atol=2e-5)
+    if source == "title":
+        short = backbone.encode(backbone.prepare([TITLES[1]]))
+        torch.testing.assert_close(short, expected[1:2], rtol=1e-4, atol=2e-5)
+
+
+def test_default_poolings(saved):
+    """XLNet's class token stands after the text; T5 and GPT-2 have none."""
+    loaded = {family: load_backbone(view(saved(family))) for family in ("XLNet", "T5", "GPT-2")}
+    assert {family: backbone.pooling for family, backbone in loaded.items()} == {
+        "XLNet": "cls",
+        "T5": "mean",
+        "GPT-2": "mean",
+    }
+    xlnet = load_backbone(view(saved("XLNet"), max_tokens=12, pooling="last"))
+    inputs = xlnet.prepare(TITLES)
+    assert inputs["input_ids"][0, 2] == WORDS.index("[CLS]")
+    assert torch.equal(xlnet.encode(inputs), loaded["XLNet"].encode(inputs))
+
+
+@pytest.mark.parametrize(
+    ("whole", "part"),
+    [
+        (lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)), "T5EncoderModel"),
+        (lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART)), "BartEncoder"),
+        pytest.param(lambda: hf.MarianMTModel(hf.MarianConfig(**BART)), "MarianEncoder", marks=pytest.mark.long),
+        pytest.param(lambda: hf.LEDForConditionalGeneration(hf.LEDConfig(**LED)), "LEDEncoder", marks=pytest.mark.long),
+    ],
+)
+def test_an_encoder_decoder_is_read_by_its_encoder(tmp_path, whole, part):
+    torch.manual_seed(0)
+    folder = save(whole(), tmp_path / "whole", None, "cls")
+    model = type(whole()).from_pretrained(folder).eval()
+    backbone = load_backbone(view(folder, max_tokens=12, pooling="mean", layers=(0, 1, 2)))
+    assert type(backbone.model).__name__ == part
+    states = backbone.encode(backbone.prepare(TITLES))
+    for title, encoded in zip(TITLES, states):
+        with torch.no_grad():
+            expected = model.get_encoder()(backbone.prepare([title])["input_ids"], output_hidden_states=True)
+        pooled = torch.stack([state[0].mean(dim=0) for state in expected.hidden_states])
+        torch.testing.assert_close(encoded, pooled, rtol=1e-4, atol=2e-5)
+
+
+def test_an_encoder_decoder_that_lacks_an_encoders_weight_is_refused(tmp_path):
+    folder = save(COMMON["BART"].build(), tmp_path / "bart", None, "cls")
+    weights = load_file(folder / "model.safetensors")
+    del weights["encoder.layers.1.fc2.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "its checkpoint lacks 1 weights, encoder.layers.1.fc2.weight first" in refusal(folder)
+
+
+def with_more_tokens(folder: Path, target: Path, **tokens) -> Path:
+    shutil.copytree(folder, target)
+    longer = hf.AutoTokenizer.from_pretrained(target)
+    longer.add_special_tokens(tokens) if tokens else longer.add_tokens(["w99"])
+    longer.save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize("family", ["MPNet", "GPT-2", "T5"])
+def test_a_token_beyond_the_embeddings_is_named(saved, tmp_path, family):
+    backbone = load_backbone(view(with_more_tokens(saved(family), tmp_path / "more"), max_tokens=12))
+    assert backbone.prepare(TITLES)
+    message = r"the text 'w1 w99' has the token 'w99' with id 40, but the model has 40 embeddings, the first with id 0"
+    with pytest.raises(InputError, match=message):
+        backbone.prepare(["w2", "w1 w99"])
+
+
+def test_a_padding_token_beyond_the_embeddings_is_not_used(saved, tmp_path):
+    """Language models often have no token for padding, and get one that the weights do not know."""
+    more = load_backbone(view(with_more_tokens(saved("GPT-2"), tmp_path / "more", pad_token="<pad>"), max_tokens=12))
+    assert (more.processor.pad_token_id, more.padding_token) == (40, 0)
+    plain = load_backbone(view(saved("GPT-2"), max_tokens=12))
+    assert torch.equal(more.encode(more.prepare(TITLES)), plain.encode(plain.prepare(TITLES)))
 
 
 def two_steps(model: hf.PreTrainedModel, trained: list[nn.Parameter], inputs: dict) -> list[float]:

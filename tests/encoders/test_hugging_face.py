@@ -34,7 +34,7 @@ def test_encoders_that_cannot_be_used_are_named(built, tmp_path):
     (damaged / "config.json").write_text('{"model_type": "bert", "hidden_size": "wide"}')
     assert "cannot be used as an encoder" in refusal(damaged)
     t5 = hf.T5Model(hf.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=40))
-    assert "encoder-decoder" in refusal(save(t5, tmp_path / "t5", None, "cls"))
+    assert "encoder-decoder; expected" in refusal(save(t5, tmp_path / "t5", None, "cls"), "image")
 
 
 def test_a_hub_name_is_found_in_the_cache(built, tmp_path, monkeypatch):

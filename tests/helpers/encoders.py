@@ -86,12 +86,14 @@ def tokenizer(style: str) -> hf.PreTrainedTokenizerFast:
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     templates = {"cls": "[CLS] $A [SEP]", "clip": "<s> $A </s>", "bos": "<s> $A", "bare": "$A"}
+    templates |= {"closed": "$A </s>", "xlnet": "$A [SEP] [CLS]"}
     special = [(word, WORDS.index(word)) for word in ("<s>", "</s>", "[CLS]", "[SEP]")]
     raw.post_processor = processors.TemplateProcessing(single=templates[style], special_tokens=special)
-    names = {"cls": {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}, "bare": {}}
+    classed = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    names = {"cls": classed, "xlnet": classed, "bare": {}}
     named = names.get(style, {"bos_token": "<s>", "eos_token": "</s>"})
     # The language models have no padding token, and their default padding side is the wrong one.
-    side = "left" if style in ("bos", "bare") else "right"
+    side = "left" if style in ("bos", "bare", "xlnet") else "right"
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token="[UNK]", model_max_length=32, padding_side=side, **named
     )
