@@ -185,11 +185,11 @@ def _difference(recorded: Sequences, current: Sequences) -> str:
                 return f"{kind} {number} {id_before!r} there, {id_now!r} now"
     if not (np.array_equal(recorded.offsets, current.offsets) and np.array_equal(recorded.items, current.items)):
         return f"the history of user {_first_changed_user(recorded, current)!r} has changed"
-    ends = {"training": (recorded.training_ends, current.training_ends)}
-    ends |= {name: (recorded.targets[name], current.targets[name]) for name in recorded.targets}
-    counts = {name: (recorded.target_counts[name], current.target_counts[name]) for name in recorded.targets}
-    pairs = [*ends.items(), *counts.items()]
-    differing = list(dict.fromkeys(name for name, (before, now) in pairs if not np.array_equal(before, now)))
+    pairs = [("training", recorded.training_ends, current.training_ends)]
+    for name in recorded.targets:
+        pairs.append((name, recorded.targets[name], current.targets[name]))
+        pairs.append((name, recorded.target_counts[name], current.target_counts[name]))
+    differing = dict.fromkeys(name for name, before, now in pairs if not np.array_equal(before, now))
     return f"another split ({', '.join(differing)})" if differing else ""
 
 
