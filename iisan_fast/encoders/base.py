@@ -47,6 +47,7 @@ class Backbone(ABC):
     kind: str  # "text" or "image"
     input_names: tuple[str, ...]  # the tensors of `prepare` that the encoder takes
     first_layer = 0  # the first layer that a view can select
+    all_by_default = False  # if a view that names no layers selects all, not every second one
     unmixed = SINGLE  # what may share a batch if unlike items may not
     rows_at_once: int  # the most rows that one core of a CPU encodes at a time
 
@@ -82,7 +83,7 @@ class Backbone(ABC):
             LOGGER.warning("%s: %s, so it encodes %s at a time", view.encoder, REASONS[self.batches], self.batches)
         self.final_state = "normalised" if normalised else "unnormalised"
         self.depth = len(states)
-        self.width = states[-1].shape[-1]
+        self.width = self._state_width(states)
         self._select(view)
 
     def for_view(self, view: ViewConfig) -> Backbone:
@@ -282,10 +283,14 @@ class Backbone(ABC):
         if len(shapes) > 1 or len(shapes[0]) != 3:
             raise self._error(f"hidden states: expected one shape (items, tokens, width), found {shapes}")
 
+    def _state_width(self, states: Sequence[Tensor]) -> int:
+        """Return the width of a pooled state."""
+        return states[-1].shape[-1]
+
     def _select(self, view: ViewConfig) -> None:
         """Set the view, its layers and its pooling. Raises InputError if the encoder cannot give them."""
         self.view = view
-        self.layers = selected_layers(view, self.depth, self.first_layer)
+        self.layers = selected_layers(view, self.depth, self.first_layer, self.all_by_default)
         self.pooling = self._pooling()
 
     def _pooling(self) -> str:

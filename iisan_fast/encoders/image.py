@@ -1,4 +1,4 @@
-"""Define vision encoders: preparing images, and pooling over the class token or the patches."""
+"""Define vision encoders: preparing images, and pooling over the class token, the patches or the pixels of a map."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 
 from .base import Backbone
 from .image_bytes import ByteForm, ModelInputs, byte_form, pixel_values
+from .stage_maps import channel_axis, pooled_map
 
 CLASS_TOKENS = ("cls_token", "class_embedding")  # the parameter of a class token has a name with this end
 
 
 class ImageBackbone(Backbone):
-    """A vision encoder over patches, with or without class and register tokens before them.
+    """A vision encoder over patches, with or without class and register tokens before them, or a convolutional one.
 
-    An encoder in stages, such as Swin, changes the shape of its states between stages. Only the states of its last
-    stage can be selected: the stage's input and its blocks' outputs.
+    An encoder of patches in stages, such as Swin, changes the shape of its states between stages. Only the states of
+    its last stage can be selected: the stage's input and its blocks' outputs. Of a convolutional encoder, such as
+    ConvNeXt, the mean of each map can be selected (`stage_maps`).
     """
 
     kind = "image"
     rows_at_once = 16  # an image has about 200 tokens
     input_names = ("pixel_values",)
+    channel_axis: int | None = None  # of the maps of a convolutional encoder
+    widths: tuple[int, ...] = ()  # the numbers of channels of its maps
 
     def prepare(self, contents: Sequence[Image.Image]) -> ModelInputs:
         """Return pixel_values, float32 [N, 3, height, width], for N RGB images, made by the encoder's own processor."""
@@ -42,8 +46,12 @@ class ImageBackbone(Backbone):
         return byte_form(self.processor, self.device)
 
     def describe(self) -> dict[str, Any]:
-        """Return the description of `Backbone.describe`, and the backend of the image processor."""
-        return super().describe() | {"processor_backend": self.processor.backend}
+        """Return the description of `Backbone.describe`, and the backend of the image processor.
+
+        That of a convolutional encoder also holds the number of channels of each layer, without the zeros behind them.
+        """
+        widths = {"widths": [self.widths[layer] for layer in self.layers]} if self.widths else {}
+        return super().describe() | {"processor_backend": self.processor.backend} | widths
 
     def _load_processor(self, encoder: str, local_files_only: bool) -> Any:
         """Return the encoder's image processor."""
@@ -70,11 +78,16 @@ class ImageBackbone(Backbone):
         return {"pixel_values": inputs["pixel_values"].to(self.dtype)}
 
     def _check_states(self, states: Sequence[Tensor]) -> None:
-        """Set the first layer that can be selected and the number of tokens before the patches.
+        """Set the first layer that can be selected and the number of tokens before the patches, or the maps' channels.
 
         Raises InputError if the states have no common shape, if the encoder has no patch size, or if there is not one
         state for each patch.
         """
+        self.channel_axis = channel_axis(states)
+        if self.channel_axis is not None:
+            self.widths = tuple(state.shape[self.channel_axis] for state in states)
+            self.all_by_default = True
+            return
         shapes = [state.shape for state in states]
         self.first_layer = next(k for k in range(len(shapes)) if len({*shapes[k:]}) == 1)
         super()._check_states(states[self.first_layer :])
@@ -92,17 +105,32 @@ class ImageBackbone(Backbone):
             raise self._error(f"expected a state for each of {patches} patches, found {tokens}")
         self.leading = tokens - patches  # class and register tokens stand before the patches
 
+    @torch.no_grad()
+    def _state_width(self, states: Sequence[Tensor]) -> int:
+        """Return the width of a pooled state; that of the widest map, which may be the last one behind all layers."""
+        if self.channel_axis is None:
+            return super()._state_width(states)
+        last = self._run(self.example()).last_hidden_state
+        return max(*self.widths, last.shape[self.channel_axis if last.dim() == 4 else -1])
+
     def _has_class_token(self) -> bool:
         """Return True if the encoder has a parameter for a class token."""
         return any(name.endswith(CLASS_TOKENS) for name, _ in self.model.named_parameters())
 
     def _poolings(self) -> tuple[str, ...]:
         """Return the poolings that the encoder allows, its default first."""
+        if self.channel_axis is not None:
+            return ("mean",)
         # If no token stands before the patches, the class token belongs to a head that pools them.
         return ("cls", "mean") if self.leading and self._has_class_token() else ("mean",)
 
     def _pool(self, states: Tensor, inputs: ModelInputs) -> Tensor:
-        """Return the class token's state, or the mean of the patches' states: [N, tokens, D] -> [N, D]."""
+        """Return the class token's state, or the mean of the patches' states: [N, tokens, D] -> [N, D].
+
+        Of maps it is the mean of the pixels, with zeros up to the width D.
+        """
+        if self.channel_axis is not None:
+            return pooled_map(states, self.channel_axis, self.width)
         if self.pooling == "cls":
             return states[:, 0]
         return states[:, self.leading :].float().mean(dim=1).to(states.dtype)

@@ -8,11 +8,12 @@ from ..config import ViewConfig
 from ..errors import InputError
 
 
-def selected_layers(view: ViewConfig, depth: int, first: int = 0) -> tuple[int, ...]:
+def selected_layers(view: ViewConfig, depth: int, first: int = 0, all_by_default: bool = False) -> tuple[int, ...]:
     """Return the numbers of the hidden states that the view keeps, ascending; 0 is the embedding output.
 
     depth: the number of the encoder's hidden states. first: the first one that can be kept, above 0 for an encoder in
-    stages. Raises InputError, which names the encoder, if the view asks for layers that the encoder does not have.
+    stages. all_by_default: if a view that names no layers keeps all. Raises InputError, which names the encoder, if the
+    view asks for layers that the encoder does not have.
     """
     try:
         if view.layer_groups is not None:
@@ -21,6 +22,8 @@ def selected_layers(view: ViewConfig, depth: int, first: int = 0) -> tuple[int, 
             return ordered_layers(view.layers, depth - 1, first)
     except InputError as error:
         raise InputError(f"{view.encoder}: {error}") from None
+    if all_by_default:
+        return tuple(range(first, depth))
     return tuple(first + layer for layer in default_layers(depth - first))
 
 

@@ -40,7 +40,7 @@ def _settings_to_compare(view: ViewConfig, recorded: dict[str, Any]) -> dict[str
     recorded: the description in the cache. Settings that are left to the encoder's default are not returned, except for
     the layers.
     """
-    layers = selected_layers(view, recorded["depth"], recorded.get("first_layer", 0))
+    layers = selected_layers(view, recorded["depth"], recorded.get("first_layer", 0), "widths" in recorded)
     settings: dict[str, Any] = {"source": view.source, "layers": list(layers)}
     if view.pooling is not None:
         settings["pooling"] = view.pooling
