@@ -34,7 +34,7 @@ def fitting_rows(rows: pl.DataFrame, bad_rows: BadRows, expected: Mapping[str, s
             continue
         if name == "timestamp":
             blank = is_blank(rows[name]) & rows[f"{name} read"].is_null()
-            rows = _without(rows, blank, "no timestamp", name, what, bad_rows)
+            rows = _without(rows, blank, "no timestamp", name, "a time", bad_rows)
         rows = _without(rows, rows[f"{name} read"].is_null(), f"bad {name}", name, what, bad_rows)
     return rows
 

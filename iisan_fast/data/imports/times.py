@@ -49,8 +49,8 @@ class TimeReader:
         if self.kind is None:
             return f"{NUMBERS}, or {DATES} such as 2018-09-20 12:00:00 (--timestamp-format names another form)"
         if self.kind == NUMBERS:
-            return f"{NUMBERS} of at most nine decimals and 64 bits, as the times before it are numbers"
-        return f"{DATES} such as 2018-09-20 12:00:00, as the times before it are dates"
+            return f"{NUMBERS} of at most nine decimals and 64 bits, as other times are numbers"
+        return f"{DATES} such as 2018-09-20 12:00:00, as other times are dates"
 
     def report_unit(self) -> None:
         """Say which unit the times of the dataset have, if it is not simply the source's."""
