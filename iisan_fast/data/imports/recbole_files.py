@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import InputError, first_few
-from .table import PARTS
+from .sources import in_natural_order, with_parts
 
 LOGGER = logging.getLogger(__name__)
-TRAINING, VALIDATION, TEST = PARTS
-PART_WORDS = {
-    **dict.fromkeys(("train", "training"), TRAINING),
-    **dict.fromkeys(("valid", "validation", "val", "dev"), VALIDATION),
-    **dict.fromkeys(("test", "testing"), TEST),
-}
 SUFFIX = ".inter"
+EXAMPLE = "NAME.train.inter, NAME.valid.inter and NAME.test.inter"
 
 
 class InterFiles(NamedTuple):
@@ -40,7 +33,7 @@ def find_inter_files(source: Path) -> InterFiles:
         if not os.path.lexists(source):
             raise InputError(f"{source}: no such file or folder")
         return InterFiles(_name_beside_items(source), [(source, None)])
-    paths = sorted(source.glob(f"*{SUFFIX}"), key=_in_order)
+    paths = sorted(source.glob(f"*{SUFFIX}"), key=in_natural_order)
     if not paths:
         raise InputError(f"{source}: expected a .inter file in it, found none")
     stems = {path: path.name.removesuffix(SUFFIX) for path in paths}
@@ -57,27 +50,10 @@ def find_inter_files(source: Path) -> InterFiles:
     if len(dataset_names) > 1 or "" in dataset_names:
         names = first_few((path.name for path in paths), len(paths))
         raise InputError(f"{source}: expected the .inter files of one dataset, found {names}; name the file to read")
-    pieces = [piece.lower() for _, _, piece in names_and_pieces]
-    return InterFiles(dataset_names.pop(), _with_parts(source, paths, pieces))
-
-
-def _with_parts(source: Path, paths: Sequence[Path], pieces: Sequence[str]) -> list[tuple[Path, str | None]]:
-    """Return files with their parts, training first. pieces: what their names say.
-
-    Raises InputError if only some are parts of a split, or if two are the same part.
-    """
-    parts = [PART_WORDS.get(piece) for piece in pieces]
-    split = [part for part in parts if part is not None]
-    if not split:
+    files = with_parts(source, paths, [piece for _, _, piece in names_and_pieces], EXAMPLE)
+    if files[0][1] is None:
         LOGGER.warning("%s: read one after the other: %s", source, ", ".join(path.name for path in paths))
-        return [(path, None) for path in paths]
-    if len(split) < len(parts) or len({*split}) < len(split):
-        names = first_few((path.name for path in paths), len(paths))
-        raise InputError(
-            f"{source}: expected NAME.train.inter, NAME.valid.inter and NAME.test.inter, found {names}; leave one of "
-            "each, or name the file to read"
-        )
-    return sorted(zip(paths, parts), key=lambda file: PARTS.index(file[1]))
+    return InterFiles(dataset_names.pop(), files)
 
 
 def _name_beside_items(path: Path) -> str:
@@ -92,9 +68,3 @@ def _name_beside_items(path: Path) -> str:
 def _is_piece(stem: str, name: str) -> bool:
     """Return True if a file's name says that it is a piece of the file NAME.inter."""
     return stem.startswith(f"{name}.")
-
-
-def _in_order(path: Path) -> list[tuple[int, str]]:
-    """Return the key that sorts names by the numbers in them, so that part10 comes after part2."""
-    pieces = re.split(r"([0-9]+)", path.name)
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
