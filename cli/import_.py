@@ -31,11 +31,21 @@ EXAMPLES = {
         "iisan-fast import parquet ratings.parquet DATASET --user-column user_id",
         "iisan-fast import parquet 2024.parquet 2025.parquet DATASET --user-core 5",
     ),
+    "movielens": (
+        "iisan-fast import movielens ml-1m DATASET",
+        "iisan-fast import movielens ml-100k DATASET --min-rating 4 --user-core 5",
+    ),
+    "amazon": (
+        "iisan-fast import amazon All_Beauty.jsonl.gz meta_All_Beauty.jsonl.gz DATASET",
+        "iisan-fast import amazon Books.csv DATASET --items meta_Books.json.gz",
+        "iisan-fast import amazon Books.train.csv Books.valid.csv Books.test.csv \\\n    DATASET",
+    ),
     "recbole": (
         "iisan-fast import recbole Amazon_Scientific DATASET",
         "iisan-fast import recbole ml-100k DATASET --title-field movie_title",
     ),
     "microlens": ("iisan-fast import microlens MicroLens-50k DATASET",),
+    "mmrec": ("iisan-fast import mmrec baby DATASET",),
 }
 
 
@@ -55,7 +65,7 @@ def import_() -> None:
 
 @import_.command("csv", examples=EXAMPLES["csv"], short_help="Make a dataset from CSV or other delimited text.")
 @import_command(several=True)
-@file_options
+@file_options()
 @split_file_options
 @column_options("column", *TABLE_COLUMNS)
 @text_options()
@@ -69,7 +79,7 @@ def csv_(sources: tuple[Path, ...], destination: Path, as_json: bool, **options:
 
 @import_.command(examples=EXAMPLES["jsonl"], short_help="Make a dataset from JSON lines.")
 @import_command(several=True)
-@file_options
+@file_options()
 @split_file_options
 @column_options("column", *TABLE_COLUMNS)
 @text_options("--columns")
@@ -83,7 +93,7 @@ def jsonl(sources: tuple[Path, ...], destination: Path, as_json: bool, **options
 
 @import_.command(examples=EXAMPLES["parquet"], short_help="Make a dataset from Parquet files.")
 @import_command(several=True)
-@file_options
+@file_options()
 @split_file_options
 @column_options("column", *TABLE_COLUMNS)
 @text_options("--columns")
@@ -92,14 +102,42 @@ def parquet(sources: tuple[Path, ...], destination: Path, as_json: bool, **optio
     _import_files(sources, destination, as_json, options)
 
 
+@import_.command(examples=EXAMPLES["movielens"], short_help="Make a dataset from the files of MovieLens.")
+@import_command()
+@file_options("covers")
+def movielens(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
+    """Make DESTINATION from MovieLens: SOURCE is the folder of 100K, 1M, 10M, 20M, 25M, 32M or latest."""
+    from ..data import import_movielens  # imports polars, which not every installation has
+
+    _report(import_movielens(source, destination, TableOptions(**options)), destination, as_json)
+
+
+@import_.command(examples=EXAMPLES["amazon"], short_help="Make a dataset from the files of Amazon's reviews.")
+@import_command(several=True)
+@file_options()
+def amazon(sources: tuple[Path, ...], destination: Path, as_json: bool, **options: Any) -> None:
+    """Make DESTINATION from the Amazon reviews of 2014, 2018 or 2023.
+
+    SOURCE is a file of reviews (JSON lines) or of ratings (CSV), a file of products (meta_*), or a folder of them.
+    Files named .train, .valid and .test are a given split.
+    """
+    from ..data import import_amazon
+
+    _report(import_amazon(sources, destination, TableOptions(**options)), destination, as_json)
+
+
 @import_.command(examples=EXAMPLES["recbole"], short_help="Make a dataset from the files of RecBole.")
 @import_command()
-@file_options
+@file_options()
 @column_options("field", *RECBOLE_FIELDS)
 @text_options("--columns", "--items-columns", "--separator")
 def recbole(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
-    """Make DESTINATION from the files of RecBole: SOURCE is a .inter file beside a .item file, or the folder."""
-    from ..data import import_recbole  # imports polars, which not every installation has
+    """Make DESTINATION from the files of RecBole: SOURCE is a .inter file beside a .item file, or the folder.
+
+    NAME.train.inter, NAME.valid.inter and NAME.test.inter are a given split. Lists of items beside an interaction are
+    the history before it.
+    """
+    from ..data import import_recbole
 
     _report(import_recbole(source, destination, TableOptions(**options)), destination, as_json)
 
@@ -111,6 +149,20 @@ def microlens(source: Path, destination: Path, as_json: bool, **options: Any) ->
     from ..data import import_microlens
 
     _report(import_microlens(source, destination, ImportOptions(**options)), destination, as_json)
+
+
+@import_.command(examples=EXAMPLES["mmrec"], short_help="Make a dataset from a folder of MMRec.")
+@import_command()
+@file_options()
+def mmrec(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
+    """Make DESTINATION from a folder of MMRec: NAME.inter, and features of the items, which train reads as views."""
+    from ..data import feature_views, import_mmrec
+
+    _report(import_mmrec(source, destination, TableOptions(**options)), destination, as_json)
+    views = [word for view in feature_views(source) for word in ("--view", view)]
+    if views and not as_json:
+        command = ["iisan-fast", "train", str(destination), "--split", "given", *views]
+        print_text(printable(f"with its features: {shlex.join(command)}"))
 
 
 def _import_files(sources: tuple[Path, ...], destination: Path, as_json: bool, options: dict[str, Any]) -> None:

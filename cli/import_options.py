@@ -126,20 +126,18 @@ def column_options(word: str, user: str, item: str) -> Callable:
     return lambda command: _decorated(command, (*options, form, separator))
 
 
-def file_options(command: Callable) -> Callable:
-    """Give a command the options of files beside the interactions."""
-    return _decorated(
-        command,
-        (
-            option(
-                "--items",
-                group=DATA,
-                type=FILE_OR_FOLDER,
-                help="Table of item ids and titles: text, JSON lines or Parquet.",
-            ),
-            option("--covers", group=DATA, type=FOLDER, help="Folder of images named by item id."),
+def file_options(*names: str) -> Callable:
+    """Return the decorator of the options of files beside the interactions; names: of some, none for all."""
+    options = {
+        "items": option(
+            "--items",
+            group=DATA,
+            type=FILE_OR_FOLDER,
+            help="Table of item ids and titles: text, JSON lines or Parquet.",
         ),
-    )
+        "covers": option("--covers", group=DATA, type=FOLDER, help="Folder of images named by item id."),
+    }
+    return lambda command: _decorated(command, [options[name] for name in names or options])
 
 
 def split_file_options(command: Callable) -> Callable:

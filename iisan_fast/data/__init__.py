@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from .image_database import ImageLmdb
     from .image_decoding import ImageError
     from .image_folder import ImageFolder, is_image_name, read_image_file, refuse_unfit_name
+    from .imports.amazon import import_amazon
     from .imports.bad_rows import BAD_ROWS, BadKind, describe_bad_rows
     from .imports.flat import import_files
     from .imports.microlens import import_microlens
+    from .imports.mmrec import feature_views, import_mmrec
+    from .imports.movielens import import_movielens
     from .imports.options import (
         DUPLICATES,
         MISSING_TITLES,
@@ -66,8 +69,12 @@ __all__ = [
     "as_polars",
     "describe_bad_rows",
     "epoch_batches",
+    "feature_views",
+    "import_amazon",
     "import_files",
     "import_microlens",
+    "import_mmrec",
+    "import_movielens",
     "import_recbole",
     "is_image_name",
     "load_dataset",
