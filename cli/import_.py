@@ -46,6 +46,7 @@ EXAMPLES = {
     ),
     "microlens": ("iisan-fast import microlens MicroLens-50k DATASET",),
     "mmrec": ("iisan-fast import mmrec baby DATASET",),
+    "iisan": ("iisan-fast import iisan Dataset/Scientific DATASET",),
 }
 
 
@@ -163,6 +164,16 @@ def mmrec(source: Path, destination: Path, as_json: bool, **options: Any) -> Non
     if views and not as_json:
         command = ["iisan-fast", "train", str(destination), "--split", "given", *views]
         print_text(printable(f"with its features: {shlex.join(command)}"))
+
+
+@import_.command(examples=EXAMPLES["iisan"], short_help="Make a dataset from files named as IISAN's code has them.")
+@import_command()
+@file_options("covers")
+def iisan(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
+    """Make DESTINATION from a folder of the released IISAN code: *_items.tsv, *_users.tsv and am_*.lmdb."""
+    from ..data import import_iisan
+
+    _report(import_iisan(source, destination, TableOptions(**options)), destination, as_json)
 
 
 def _import_files(sources: tuple[Path, ...], destination: Path, as_json: bool, options: dict[str, Any]) -> None:

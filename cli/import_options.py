@@ -103,7 +103,7 @@ def column_options(word: str, user: str, item: str) -> Callable:
         "item": (item, f"{named} of the item ids."),
         "timestamp": (None, f"{named} of the times, - for none; by default timestamp, if there is one."),
         "title": (None, f"{named} of the titles; by default title, if there is one."),
-        "rating": (None, f"{named} of the ratings, for --min-rating; by default rating."),
+        "rating": (None, f"{named} of the ratings, for --min-rating; by default rating, overall, stars or score."),
         "split": (None, f"{named} of the given split, - for none; by default split, if there is one."),
     }
     options = [
@@ -135,7 +135,9 @@ def file_options(*names: str) -> Callable:
             type=FILE_OR_FOLDER,
             help="Table of item ids and titles: text, JSON lines or Parquet.",
         ),
-        "covers": option("--covers", group=DATA, type=FOLDER, help="Folder of images named by item id."),
+        "covers": option(
+            "--covers", group=DATA, type=FILE_OR_FOLDER, help="Folder of images named by item id, or an LMDB of images."
+        ),
     }
     return lambda command: _decorated(command, [options[name] for name in names or options])
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .imports.amazon import import_amazon
     from .imports.bad_rows import BAD_ROWS, BadKind, describe_bad_rows
     from .imports.flat import import_files
+    from .imports.iisan import import_iisan
     from .imports.microlens import import_microlens
     from .imports.mmrec import feature_views, import_mmrec
     from .imports.movielens import import_movielens
@@ -72,6 +73,7 @@ __all__ = [
     "feature_views",
     "import_amazon",
     "import_files",
+    "import_iisan",
     "import_microlens",
     "import_mmrec",
     "import_movielens",

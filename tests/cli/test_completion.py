@@ -47,7 +47,10 @@ def complete(words: str) -> set[str]:
                 "bench",
             },
         ),
-        ("iisan-fast import ", {"csv", "jsonl", "parquet", "movielens", "amazon", "recbole", "microlens", "mmrec"}),
+        (
+            "iisan-fast import ",
+            {"csv", "jsonl", "parquet", "movielens", "amazon", "recbole", "microlens", "mmrec", "iisan"},
+        ),
         ("iisan-fast train --meth", {"--method"}),
         ("iisan-fast train --method iisan", {"iisan", "iisan-versa"}),
         ("iisan-fast train DATASET --table p", {"pinned"}),

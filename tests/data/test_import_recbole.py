@@ -87,6 +87,7 @@ def test_benchmark_files_are_a_given_split(tmp_path):
     import_recbole(folder, tmp_path / "out")
     assert lines(tmp_path / "out", "users.tsv") == ["u\ta b c d", "v\ta c"]
     assert lines(tmp_path / "out", "times.tsv") == ["u\t1 2 3 4", "v\t3 9"]
+    assert lines(tmp_path / "out", "splits.tsv") == ["u\t2 1 1", "v\t1 0 1"]
     assert table(tmp_path / "out")["a"] == "A"
 
 
@@ -99,6 +100,7 @@ def test_lists_of_benchmark_files_are_training(tmp_path):
     import_recbole(folder, tmp_path / "out")
     assert lines(tmp_path / "out", "users.tsv") == ["1\t1 2 3 5 7", "3\t4 5", "9\t4 5 8"]
     assert lines(tmp_path / "out", "times.tsv") == ["1\t1 2 3 5 7", "3\t4 5", "9\t4 5 8"]
+    assert lines(tmp_path / "out", "splits.tsv") == ["1\t3 1 1", "3\t2 0 0", "9\t2 0 1"]
 
 
 def test_pieces_are_read_in_the_order_of_their_numbers(tmp_path):

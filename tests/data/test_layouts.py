@@ -1,4 +1,4 @@
-"""Each public layout that docs/importing.md names, as a tiny file: imported by the command, with the right histories."""
+"""Each layout that docs/importing.md names, as a tiny file: the command imports it with the right histories."""
 
 # ruff: noqa: E402 - what needs polars is imported once it is known to be there
 

@@ -49,6 +49,7 @@ def reviews(user: str, item: str, rating: str, time: str, unit: int = 1) -> str:
 AMAZON_USERS = "A1XXXXXXXXXXXX\tB000000001 B000000002\nA2YYYYYYYYYYYY\tB000000002\n"
 AMAZON_TIMES = "A1XXXXXXXXXXXX\t10 30\nA2YYYYYYYYYYYY\t20\n"
 AMAZON_TITLES = {"B000000001": "Comb", "B000000002": "Brush"}
+GENRES = "|".join("0" * 19)
 ATOMIC = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 SPLIT = {"train": "u,a,5.0,1\nu,b,4.0,2\nv,a,3.0,4\n", "valid": "u,c,5.0,3\n", "test": "u,d,5.0,9\nv,b,1.0,8\n"}
 SPLIT_RESULT = {
@@ -121,16 +122,15 @@ LAYOUTS = {
         splits="u\t1 1 1\n",
     ),
     "Three files of a split": Layout(
-        {f"{part}.csv": "user,item,-,timestamp\n" + rows for part, rows in SPLIT.items()},
+        {f"{part}.csv": "user,item,rating,timestamp\n" + rows for part, rows in SPLIT.items()},
         "csv in/train.csv OUT --validation in/valid.csv --test in/test.csv",
         **SPLIT_RESULT,
     ),
     "MovieLens 100K": Layout(
         {
             "ml-100k/u.data": "1\t20\t3\t881250949\n2\t10\t3\t891717742\n1\t10\t4\t878887116\n",
-            "ml-100k/u.item": "10|Amélie (2001)|01-Jan-2001||http://us.imdb.com/|{0}\n20|Heat (1995)|01-Jan-1995|||{0}\n".format(
-                "|".join("0" * 19)
-            ).encode("latin-1"),
+            "ml-100k/u.item": f"10|Amélie (2001)|01-Jan-2001||http://us.imdb.com/|{GENRES}\n"
+            f"20|Heat (1995)|01-Jan-1995|||{GENRES}\n".encode("latin-1"),
             "ml-100k/u1.base": "1\t20\t3\t881250949\n",
         },
         "movielens in/ml-100k OUT",
@@ -280,13 +280,23 @@ LAYOUTS = {
     ),
     "MMRec": Layout(
         {
-            "baby/baby.inter": "userID\titemID\trating\ttimestamp\tx_label\n0\t1\t5.0\t30\t2\n0\t0\t4.0\t10\t0\n1\t0\t5.0\t5\t0\n",
+            "baby/baby.inter": "userID\titemID\trating\ttimestamp\tx_label\n"
+            "0\t1\t5.0\t30\t2\n0\t0\t4.0\t10\t0\n1\t0\t5.0\t5\t0\n",
             "baby/i_id_mapping.csv": "asin\titemID\nB000000001\t0\nB000000002\t1\n",
         },
         "mmrec in/baby OUT",
         "0\t0 1\n1\t0\n",
         "0\t10 30\n1\t5\n",
         splits="0\t1 0 1\n1\t1 0 0\n",
+    ),
+    "IISAN": Layout(
+        {
+            "Scientific/Industrial_and_Scientific_items.tsv": 'B1\tRuler, 12" long\nB2\tGloves\n',
+            "Scientific/am_Industrial_and_Scientific_users.tsv": "A1\tB2 B1 B2\nA2\tB1\n",
+        },
+        "iisan in/Scientific OUT",
+        "A1\tB2 B1 B2\nA2\tB1\n",
+        titles={"B1": 'Ruler, 12" long', "B2": "Gloves"},
     ),
     "ReChorus": Layout(
         {
@@ -304,7 +314,8 @@ LAYOUTS = {
         {
             "transactions_train.csv": "t_dat,customer_id,article_id,price,sales_channel_id\n"
             "2018-09-21,0000abc,0108775015,0.05,2\n2018-09-20,0000abc,0663713001,0.03,2\n",
-            "articles.csv": "article_id,product_code,prod_name\n0108775015,0108775,Strap top\n0663713001,0663713,Atlanta\n",
+            "articles.csv": "article_id,product_code,prod_name\n"
+            "0108775015,0108775,Strap top\n0663713001,0663713,Atlanta\n",
         },
         "csv in/transactions_train.csv OUT --user-column customer_id --item-column article_id --timestamp-column t_dat "
         "--items in/articles.csv --title-column prod_name",
@@ -350,7 +361,6 @@ LAYOUTS = {
         {
             "steam_reviews.json": "{u'username': u'Chaos', u'product_id': u'725280', u'date': u'2017-12-17'}\n"
             "{u'username': u'Chaos', u'product_id': u'328100', u'date': u'2016-01-02'}\n",
-            "steam_games.json": "{u'id': u'328100', u'title': u'Ghost'}\n{u'id': u'725280', u'title': u\"Who's there\"}\n",
         },
         "jsonl in/steam_reviews.json OUT --user-column username --item-column product_id --timestamp-column date",
         "Chaos\t328100 725280\n",
@@ -358,10 +368,12 @@ LAYOUTS = {
     ),
     "MIND": Layout(
         {
-            "behaviors.tsv": "1\tU1\t11/11/2019 9:05:58 AM\tN1 N2\tN3-0 N4-1\n2\tU1\t11/12/2019 6:11:30 PM\tN1 N2\tN5-1\n",
-            "news.tsv": 'N1\tsports\tgolf\tA "long" day\tabstract\turl\t[]\t[]\nN2\tnews\tworld\tTalks\t\turl\t[]\t[]\n',
+            "behaviors.tsv": "1\tU1\t11/11/2019 9:05:58 AM\tN1 N2\tN3-0 N4-1\n"
+            "2\tU1\t11/12/2019 6:11:30 PM\tN1 N2\tN5-1\n",
+            "news.tsv": 'N1\tsports\tgolf\tA "long" day\tabstract\turl\t[]\t[]\n'
+            "N2\tnews\tworld\tTalks\t\turl\t[]\t[]\n",
         },
-        'csv in/behaviors.tsv OUT --columns -,user,-,item,- --item-separator " " --timestamp-column - --duplicates first '
+        'csv in/behaviors.tsv OUT --columns -,user,-,item,- --item-separator " " --duplicates first '
         "--items in/news.tsv --items-columns item,-,-,title,-,-,-,-",
         "U1\tN1 N2\n",
         None,
@@ -369,7 +381,8 @@ LAYOUTS = {
     ),
     "Book-Crossing": Layout(
         {
-            "BX-Book-Ratings.csv": '"User-ID";"ISBN";"Book-Rating"\n"276725";"034545104X";"0"\n"276725";"0155061224";"5"\n',
+            "BX-Book-Ratings.csv": '"User-ID";"ISBN";"Book-Rating"\n'
+            '"276725";"034545104X";"0"\n"276725";"0155061224";"5"\n',
             "BX-Books.csv": '"ISBN";"Book-Title";"Book-Author"\n"034545104X";"Flesh; Tones";"M. Rosé"\n'
             '"0155061224";"Rites";"J. Doe"\n'.encode("latin-1"),
         },
@@ -390,10 +403,11 @@ LAYOUTS = {
     ),
     "Last.fm 1K": Layout(
         {
-            "plays.tsv": 'user_1\t2009-05-04T23:08:57Z\ta2\tDeep "Dish"\tt1\tFuck Me\n'
+            "plays.tsv": 'user_1\t2009-05-04T23:08:57Z\ta2\tDeep "Dish"\tt1\tTwo\n'
             "user_1\t2009-05-04T13:54:10Z\ta1\tUnderworld\tt2\tBorn\n",
         },
-        "csv in/plays.tsv OUT --columns user,timestamp,item,-,-,- --items in/plays.tsv --items-columns -,-,item,title,-,-",
+        "csv in/plays.tsv OUT --columns user,timestamp,item,-,-,- "
+        "--items in/plays.tsv --items-columns -,-,item,title,-,-",
         "user_1\ta1 a2\n",
         None,
         {"a1": "Underworld", "a2": 'Deep "Dish"'},

@@ -26,7 +26,6 @@ NAMES = {
     "item": ("parent_asin", "asin"),
     "timestamp": ("timestamp", "unixReviewTime"),
 }
-RATINGS = ("rating", "overall")
 HISTORY = "history"  # the items before, in the benchmarks with histories
 ASIN = re.compile(r"B[0-9A-Z]{9}|[0-9]{9}[0-9X]")  # users have longer ids
 LOOKED_AT = 10_000  # rows without a header
@@ -56,7 +55,7 @@ def import_amazon(
     tables = [(_open(path, items), part) for path, part in files]
     first = tables[0][0]
     names = {name: _column(first, usual) for name, usual in NAMES.items()}
-    options = replace(options, timestamp_column=names["timestamp"], rating_column=_column(first, RATINGS))
+    options = replace(options, timestamp_column=names["timestamp"])
     if any(part is not None for _, part in files) and not any(part == "training" for _, part in files):
         tables, options = _with_histories(tables, names["item"], options)
     return import_tables(tables, items, destination, options, (names["user"], names["item"]))

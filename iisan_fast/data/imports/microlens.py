@@ -19,6 +19,7 @@ from .sources import find
 from .table import InteractionSource
 from .titles import Titles, titles_of
 
+COVERS = ("*_covers", "covers", "*covers*.lmdb", "*image*.lmdb")
 PAIR_COLUMNS = ("user", "item", "timestamp")
 USER_NAMES = re.compile(r"users?|(user|u)[ _-]?ids?", re.IGNORECASE)  # in a header of *_pairs.tsv
 ITEM_NAMES = re.compile(
@@ -30,8 +31,8 @@ def import_microlens(source: Path, destination: Path, options: ImportOptions = I
     """Make a dataset from a folder that holds one MicroLens.
 
     Interactions come from `*_pairs.csv`, which has timestamps, or from `*_pairs.tsv` if that is absent. Titles come
-    from `*_title_en.csv` or `*_titles.csv`, covers from `*_covers` or `covers`; both may be absent. Raises InputError
-    for bad input.
+    from `*_title_en.csv` or `*_titles.csv`, covers from `*_covers`, `covers` or an LMDB of covers; both may be absent.
+    Raises InputError for bad input.
     """
     with whole_folder(destination) as folder:
         pairs = find(source, "*_pairs.csv", "*_pairs.tsv")
@@ -42,7 +43,7 @@ def import_microlens(source: Path, destination: Path, options: ImportOptions = I
         interactions = read_interactions([pair_source], options)
         file = find(source, "*_title_en.csv", "*_titles.csv")
         titles = titles_of(_title_rows(file, {*interactions["item"].unique()})) if file else Titles()
-        imported = write_dataset(folder, interactions, titles, find(source, "*_covers", "covers"), options)
+        imported = write_dataset(folder, interactions, titles, find(source, *COVERS), options)
         return count_rows(imported, [pair_source])
 
 

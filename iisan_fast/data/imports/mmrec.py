@@ -31,7 +31,6 @@ def import_mmrec(source: Path, destination: Path, options: TableOptions = TableO
     options = replace(
         options,
         timestamp_column="timestamp" if has_times else "-",
-        rating_column="rating",
         split_column=PART if PART in table.columns else "-",
         items=options.items or find(folder, "meta-*.csv", "meta_*.csv"),
     )

@@ -44,7 +44,7 @@ def import_movielens(source: Path, destination: Path, options: TableOptions = Ta
     ratings, movies = (_table(folder / name, release, place) for place, name in enumerate(release[:2]))
     if ratings is None:
         raise InputError(f"{folder / release.ratings}: no such file")
-    options = replace(options, timestamp_column="timestamp", rating_column="rating", title_column="title")
+    options = replace(options, timestamp_column="timestamp", title_column="title")
     return import_tables([(ratings, None)], movies, destination, options, names=("userId", "movieId"))
 
 
