@@ -163,8 +163,7 @@ def text_options(*left_out: str) -> Callable:
     texts: dict[str, dict[str, Any]] = {
         "--separator": {
             "metavar": "TEXT",
-            "callback": _separator,
-            "help": "Text between two fields, such as ';', '\\t' or '::'; by default found by looking.",
+            "help": "Text between two fields: tab, semicolon, space, '::' and so on; by default found by looking.",
         },
         "--encoding": {"metavar": "NAME", "help": "Encoding of text, such as latin-1 or gbk; by default UTF-8."},
         "--columns": {
@@ -188,5 +187,5 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 
 
 def _separator(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Return a separator, \\t in it as a tab."""
+    r"""Return a separator, \t in it as a tab."""
     return None if value is None else value.replace("\\t", "\t")

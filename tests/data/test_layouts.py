@@ -43,7 +43,7 @@ def test_a_layout_is_imported_with_the_right_histories(tmp_path, monkeypatch, ca
     assert {item: titles[item] for item in layout.titles} == dict(layout.titles)
 
 
-def test_the_page_lists_the_layouts_that_are_tried():
-    rows = re.findall(r"^\| ([^|]+?) \|", PAGE.partition("## Layouts")[2].partition("\n## ")[0], re.MULTILINE)
-    names = [row for row in rows if row != "layout" and not row.startswith("-")]
-    assert names == list(LAYOUTS)
+def test_the_page_lists_the_layouts_that_are_tried_and_their_commands():
+    section = PAGE.partition("## Layouts")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([^|`]+) \| [^|]+ \| `([^|`]+)` \|$", section, re.MULTILINE)
+    assert rows == [(name, layout.shown) for name, layout in LAYOUTS.items()]

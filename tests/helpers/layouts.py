@@ -24,6 +24,11 @@ class Layout(NamedTuple):
     titles: Mapping[str, str] = {}
     splits: str | None = None  # splits.tsv
 
+    @property
+    def shown(self) -> str:
+        """Return the command as the page shows it."""
+        return self.command.replace("in/", "").replace(" OUT", " DATASET")
+
 
 def lines(*objects: dict) -> str:
     return "".join(json.dumps(value) + "\n" for value in objects)
@@ -191,11 +196,11 @@ LAYOUTS = {
     ),
     "Amazon 2014 ratings": Layout(
         {
-            "ratings_Beauty.csv": "A1XXXXXXXXXXXX,B000000002,5.0,30\nA1XXXXXXXXXXXX,B000000001,3.0,10\n"
+            "amazon/ratings_Beauty.csv": "A1XXXXXXXXXXXX,B000000002,5.0,30\nA1XXXXXXXXXXXX,B000000001,3.0,10\n"
             "A2YYYYYYYYYYYY,B000000002,4.0,20\n",
-            "meta_Beauty.json": "{'asin': 'B000000001', 'title': \"Comb\"}\n{'asin': 'B000000002', 'title': 'Brush'}\n",
+            "amazon/meta_Beauty.json": "{'asin': 'B000000001', 'title': \"Comb\"}\n{'asin': 'B000000002', 'title': 'Brush'}\n",
         },
-        "amazon in OUT",
+        "amazon in/amazon OUT",
         AMAZON_USERS,
         AMAZON_TIMES,
         AMAZON_TITLES,
@@ -210,8 +215,8 @@ LAYOUTS = {
         AMAZON_TIMES,
     ),
     "Amazon 2023 benchmarks": Layout(
-        {f"Toys.{part}.csv": "user_id,parent_asin,rating,timestamp\n" + rows for part, rows in SPLIT.items()},
-        "amazon in OUT",
+        {f"5core/Toys.{part}.csv": "user_id,parent_asin,rating,timestamp\n" + rows for part, rows in SPLIT.items()},
+        "amazon in/5core OUT",
         **SPLIT_RESULT,
     ),
     "Amazon 2023 benchmarks with histories": Layout(
@@ -437,6 +442,6 @@ LAYOUTS = {
         None,
     ),
     "Pairs of SASRec": Layout(
-        {"Beauty.txt": "1 20\n1 10\n2 10\n"}, "csv in/Beauty.txt OUT --columns user,item", "1\t20 10\n2\t10\n"
+        {"Beauty.txt": "1 20\n1 10\n2 10\n"}, "csv in/Beauty.txt OUT --columns user,item --separator space", "1\t20 10\n2\t10\n"
     ),
 }
