@@ -442,6 +442,8 @@ LAYOUTS = {
         None,
     ),
     "Pairs of SASRec": Layout(
-        {"Beauty.txt": "1 20\n1 10\n2 10\n"}, "csv in/Beauty.txt OUT --columns user,item --separator space", "1\t20 10\n2\t10\n"
+        {"Beauty.txt": "1 20\n1 10\n2 10\n"},
+        "csv in/Beauty.txt OUT --columns user,item --separator space",
+        "1\t20 10\n2\t10\n",
     ),
 }
