@@ -198,7 +198,8 @@ LAYOUTS = {
         {
             "amazon/ratings_Beauty.csv": "A1XXXXXXXXXXXX,B000000002,5.0,30\nA1XXXXXXXXXXXX,B000000001,3.0,10\n"
             "A2YYYYYYYYYYYY,B000000002,4.0,20\n",
-            "amazon/meta_Beauty.json": "{'asin': 'B000000001', 'title': \"Comb\"}\n{'asin': 'B000000002', 'title': 'Brush'}\n",
+            "amazon/meta_Beauty.json": "{'asin': 'B000000001', 'title': \"Comb\"}\n"
+            "{'asin': 'B000000002', 'title': 'Brush'}\n",
         },
         "amazon in/amazon OUT",
         AMAZON_USERS,
