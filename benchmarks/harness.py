@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 REQUIRED, OPTIONAL, NONE = "required", "optional", "none"  # whether a benchmark takes a dataset
 DEMO, SYNTHETIC = "demo", "synthetic"  # names of datasets that are not folders
-VIEW_DEFAULTS = {"max_tokens": 30, "encoder_dtype": "auto", "trust_remote_code": False}
+VIEW_DEFAULTS = {"max_tokens": 30, "encoder_dtype": "auto", "trust_remote_code": False, "revision": None}
 
 Result = dict[str, Any]
 

@@ -38,12 +38,15 @@ class EncoderOptions:
     image_encoder: str | None = setting(None, help="Hub name or folder of a vision encoder.")
     image_pooling: str | None = same_setting(ViewConfig, "pooling")
     image_layers: tuple[int, ...] | None = same_setting(ViewConfig, "layers")
+    image_revision: str | None = same_setting(ViewConfig, "revision")
     text_encoder: str | None = setting(None, help="Hub name or folder of a text encoder.")
     text_source: str | None = setting(
         None, help="Text that the text encoder reads.", choices=("title", "caption"), automatic="title"
     )
     text_pooling: str | None = same_setting(ViewConfig, "pooling")
     text_layers: tuple[int, ...] | None = same_setting(ViewConfig, "layers")
+    text_revision: str | None = same_setting(ViewConfig, "revision")
+    revision: str | None = same_setting(ViewConfig, "revision")
     max_tokens: int = same_setting(ViewConfig, "max_tokens")
     encoder_dtype: str = same_setting(ViewConfig, "encoder_dtype")
     encoder_options: Mapping[str, Any] = setting(

@@ -24,8 +24,9 @@ BIN_OF_VARIANT = "*.*.bin"  # loaded before "model.safetensors" if the option `v
 SAFE_INDEX, BIN_INDEX = "*.safetensors.index.json", "*.bin.index.json"  # which files hold which weights
 MOST_TRIES = 10
 SETTLED = 2_000_000_000  # nanoseconds after which a further change gets another time on every file system
-# Moved weights and files, newer libraries, and rows of other items do not make states out of date.
-NOT_COMPARED = ("encoder", "versions", "path", "shape")
+# Moved weights and files, other commits with the same weights, newer libraries, and rows of other items do not make
+# states out of date.
+NOT_COMPARED = ("encoder", "revision", "commit", "versions", "path", "shape")
 LONGEST_VALUE = 60  # characters of a value in a message
 
 

@@ -44,11 +44,11 @@ SECTION_OF = {
     if field.name != "views"
 }
 KINDS = ("image", "text")  # of the usual encoders
-OF_A_KIND = ("encoder", "pooling", "layers", "options")  # fields of ViewConfig that each of them has
-OF_BOTH = tuple(  # the other fields, which both share
+OF_A_KIND = ("encoder", "pooling", "layers", "options", "revision")  # fields of ViewConfig that each of them has
+OF_BOTH = tuple(  # the fields that both share; a revision of one kind goes before that of both
     field.name
     for field in dataclasses.fields(ViewConfig)
-    if field.name not in ("name", "source", "layer_groups", TRUST, *OF_A_KIND)
+    if field.name == "revision" or field.name not in ("name", "source", "layer_groups", TRUST, *OF_A_KIND)
 )
 ENCODER_SETTINGS = (*(f"{kind}_{part}" for kind in KINDS for part in OF_A_KIND), "text_source", *OF_BOTH)
 ENCODER_SETTINGS += ("encoder_options", TRUST)

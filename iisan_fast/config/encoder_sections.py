@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,13 @@ ENCODER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 STORE_DTYPES = ("bfloat16", "float16", "float32")
 ATTENTIONS = ("auto", "xformers", "sdpa", "eager")
 MISSING_IMAGES = ("error", "blank")
+SETTINGS_OF_VIEWS = {"revision": "--revision, in Python revision="}  # they are no options of loading
 # Options of loading an encoder that are set here, that would be right for its weights and not for the rest, that run
 # code from elsewhere (weights_only, kernels), or that replace weights (ignore_mismatched_sizes draws some at random;
 # gguf_file and use_safetensors choose files that the digest of the weights does not cover).
 RESERVED_OPTIONS = (
     *("attn_implementation", "config", "local_files_only", "output_hidden_states", "output_loading_info"),
-    *("revision", "subfolder", "torch_dtype", "trust_remote_code", "code_revision", "weights_only"),
+    *("subfolder", "torch_dtype", "trust_remote_code", "code_revision", "weights_only"),
     *("use_kernels", "kernel_config", "allow_all_kernels", "adapter_kwargs", "adapter_name"),
     *("state_dict", "ignore_mismatched_sizes", "gguf_file", "use_safetensors"),
 )
@@ -60,6 +62,9 @@ class ViewConfig:
     trust_remote_code: bool = setting(
         False, help="Run Python code that the checkpoint brings with it; a settings file cannot switch it on."
     )
+    revision: str | None = setting(
+        None, help="Branch, tag or commit of the encoder's hub name.", automatic="the default branch"
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -68,7 +73,11 @@ class ViewConfig:
             raise InputError("layers, layer_groups: expected one of them, found both")
         if "dtype" in self.options:
             self._rename_dtype()
+        if self.revision is not None and not re.fullmatch(r"[^\s\0]+", self.revision):
+            raise InputError(f"revision: expected a branch, tag or commit, found {self.revision!r}")
         for name in self.options:
+            if name in SETTINGS_OF_VIEWS:
+                raise InputError(f"options.{name}: is a setting of its own; give {SETTINGS_OF_VIEWS[name]}")
             if name in RESERVED_OPTIONS:
                 raise InputError(f"options.{name}: is decided here; expected another option of from_pretrained")
         if not self.name or "\0" in self.name:

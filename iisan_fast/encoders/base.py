@@ -13,6 +13,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ..fingerprints import value_digest, weights_digest
 from .attention import choose_attention, run_with_all_arguments
 from .batch_mates import REASONS, SINGLE, TOGETHER, allowed_batches, run_groups
 from .hidden_state_hooks import Place, find_places, keeps_nothing, reading
-from .hub_files import cached_or_fetched, model_folder
+from .hub_files import cached_or_fetched, model_commit, model_folder
 from .hugging_face import Architecture, clear_errors, load_architecture, load_model, model_classes, model_dtype
 from .image_bytes import ModelInputs
 from .layer_selection import selected_layers
@@ -62,11 +63,11 @@ class Backbone(ABC):
         self.dtype = model_dtype(view.encoder_dtype, device)
         with clear_errors(view.encoder, "an encoder"):
             architecture = checked_architecture(view)
-            self.processor = cached_or_fetched(self._load_processor, view.encoder)
+            self.processor = cached_or_fetched(self._load_processor, view.encoder, view.revision)
             self.processor_digest = value_digest(self._processor_content())
             chosen = choose_attention(attention, model_classes(architecture), device, self.dtype)
             options = {**view.options, "dtype": self.dtype, "attn_implementation": chosen}
-            self.model = load_model(view.encoder, architecture, self.kind, options)
+            self.model = load_model(view.encoder, architecture, self.kind, options, view.revision)
             self.code = self._code_that_runs(architecture)
             self.model.eval().requires_grad_(False)
             if PLACED_BY & view.options.keys():
@@ -164,10 +165,11 @@ class Backbone(ABC):
     def describe(self) -> dict[str, Any]:
         """Return the encoder's description for a store's manifest: weights, layers, pooling, sizes, as JSON values."""
         options = {name: value for name, value in self.view.options.items() if name not in UNRECORDED}
+        commit = model_commit(self.view.encoder, self.view.revision)
         return {
             "encoder": self.view.encoder,
             "model_type": self.model.config.model_type,
-            "weights": weights_digest(model_folder(self.view.encoder), with_code=self.code is not None),
+            "weights": weights_digest(self._folder, with_code=self.code is not None),
             "processor": self.processor_digest,
             "pooling": self.pooling,
             "layers": list(self.layers),
@@ -175,11 +177,18 @@ class Backbone(ABC):
             "width": self.width,
             "final_state": self.final_state,
             "encoder_dtype": str(self.dtype).removeprefix("torch."),
+            **({"revision": self.view.revision} if self.view.revision is not None else {}),
+            **({"commit": commit} if commit is not None else {}),
             **({"options": options} if options else {}),
             **({"first_layer": self.first_layer} if self.first_layer else {}),
             **({"trust_remote_code": True, "code": self.code} if self.code is not None else {}),
             **({"batches": self.batches} if self.batches != TOGETHER else {}),
         }
+
+    @property
+    def _folder(self) -> Path:
+        """Return the folder with the encoder's files."""
+        return model_folder(self.view.encoder, self.view.revision)
 
     def _code_that_runs(self, architecture: Architecture) -> str | None:
         """Return the digest of the checkpoint's own code; None if it has none.
@@ -188,7 +197,7 @@ class Backbone(ABC):
         only now that the processor is loaded.
         """
         encoder = self.view.encoder
-        named = accepted_own_code(encoder, model_folder(encoder), self.kind, self.view.trust_remote_code)
+        named = accepted_own_code(encoder, self._folder, self.kind, self.view.trust_remote_code)
         running = [type(architecture.config), type(self.processor), architecture.model_class]
         refuse_other_classes(encoder, named, self.kind, running)
         return code_digest(running) if named else None
@@ -302,7 +311,7 @@ class Backbone(ABC):
         return pooling
 
     @abstractmethod
-    def _load_processor(self, encoder: str, local_files_only: bool) -> Any:
+    def _load_processor(self, encoder: str, **options: Any) -> Any:
         """Return the encoder's tokenizer or image processor."""
 
     @abstractmethod
@@ -333,7 +342,7 @@ def checked_architecture(view: ViewConfig) -> Architecture:
     view's layers.
     """
     kind = "image" if view.source == "image" else "text"
-    architecture = load_architecture(view.encoder, kind, view.trust_remote_code)
+    architecture = load_architecture(view.encoder, kind, view.trust_remote_code, view.revision)
     config = architecture.config
     tower = getattr(config, f"{'vision' if kind == 'image' else 'text'}_config", config)
     blocks = getattr(tower, "num_hidden_layers", None)

@@ -35,43 +35,46 @@ class Architecture(NamedTuple):
     model_class: type[PreTrainedModel]
 
 
-def load_architecture(encoder: str, kind: str, trusted: bool = False) -> Architecture:
+def load_architecture(encoder: str, kind: str, trusted: bool = False, revision: str | None = None) -> Architecture:
     """Return the configuration and the model's class of an encoder that reads `kind`, "text" or "image".
 
-    Of a text encoder-decoder the encoder alone is read. trusted: whether code of the checkpoint's own may run. Raises
-    InputError if the encoder reads something else, or brings code of its own that may not run.
+    Of a text encoder-decoder the encoder alone is read. trusted: whether code of the checkpoint's own may run.
+    revision: of a hub name. Raises InputError if the encoder reads something else, or brings code of its own that may
+    not run.
     """
-    named = accepted_own_code(encoder, fetched_folder(encoder), kind, trusted)
-    config = cached_or_fetched(AutoConfig.from_pretrained, encoder, trust_remote_code=trusted)
+    named = accepted_own_code(encoder, fetched_folder(encoder, revision), kind, trusted)
+    config = cached_or_fetched(AutoConfig.from_pretrained, encoder, revision, trust_remote_code=trusted)
     if config.is_encoder_decoder and kind != "text":
         raise InputError(f"{encoder}: an encoder-decoder; expected an encoder that reads images alone")
-    chosen = own_model_class(encoder, named, kind) or model_class(config)
+    chosen = own_model_class(encoder, named, kind, revision) or model_class(config)
     reads = kind if _has_towers(config) else KINDS_BY_INPUT.get(chosen.main_input_name, "neither text nor images")
     if reads != kind:
         raise InputError(f"{encoder}: reads {reads}, expected an encoder that reads {kind}")
     return Architecture(config, chosen)
 
 
-def load_model(encoder: str, architecture: Architecture, kind: str, options: Mapping[str, Any]) -> PreTrainedModel:
+def load_model(
+    encoder: str, architecture: Architecture, kind: str, options: Mapping[str, Any], revision: str | None = None
+) -> PreTrainedModel:
     """Return the headless encoder, or the tower that reads `kind` ("text" or "image") of a text-image model.
 
-    architecture: from `load_architecture`. options: of `from_pretrained`. Raises InputError if the checkpoint lacks
-    weights that hidden states depend on, if weights have other shapes or types or are not finite, or if the model has
-    no such tower.
+    architecture: from `load_architecture`. options: of `from_pretrained`. revision: of a hub name. Raises
+    InputError if the checkpoint lacks weights that hidden states depend on, if weights have other shapes or types or
+    are not finite, or if the model has no such tower.
     """
     config, chosen = architecture
     if chosen is model_class(config):
-        mention_unknown_architecture(encoder, model_folder(encoder), chosen)
+        mention_unknown_architecture(encoder, model_folder(encoder, revision), chosen)
     load, options = chosen.from_pretrained, _with_numbered_devices(options)
     try:
-        model, info = cached_or_fetched(load, encoder, config=config, output_loading_info=True, **options)
+        model, info = cached_or_fetched(load, encoder, revision, config=config, output_loading_info=True, **options)
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise InputError(
             f"{encoder}: its weights have other shapes than its config.json says; restore the two"
         ) from None
-    refuse_cast_weights(encoder, model_folder(encoder), model, options.get("variant"))
+    refuse_cast_weights(encoder, model_folder(encoder, revision), model, options.get("variant"))
     drawn = [key for key in info["missing_keys"] if not _is_computed(model, key)]
     model, prefix = _reader(model, encoder, config, kind)
     used = (key for key in drawn if key.startswith(prefix) and not UNUSED_WEIGHTS & {*key.split(".")})

@@ -53,11 +53,11 @@ class ImageBackbone(Backbone):
         widths = {"widths": [self.widths[layer] for layer in self.layers]} if self.widths else {}
         return super().describe() | {"processor_backend": self.processor.backend} | widths
 
-    def _load_processor(self, encoder: str, local_files_only: bool) -> Any:
+    def _load_processor(self, encoder: str, **options: Any) -> Any:
         """Return the encoder's image processor."""
         # Use Pillow if the processor allows it: torchvision resizes differently, and may not be installed.
         return AutoImageProcessor.from_pretrained(
-            encoder, backend="pil", local_files_only=local_files_only, trust_remote_code=self.view.trust_remote_code
+            encoder, backend="pil", trust_remote_code=self.view.trust_remote_code, **options
         )
 
     def _processor_content(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
@@ -16,11 +17,13 @@ from .hub_files import cached_or_fetched
 from .own_code import MODELS, OwnClass
 
 
-def own_model_class(name: str, named: Sequence[OwnClass], kind: str) -> type[PreTrainedModel] | None:
+def own_model_class(
+    name: str, named: Sequence[OwnClass], kind: str, revision: str | None = None
+) -> type[PreTrainedModel] | None:
     """Import and return the class of a checkpoint's own model; None if it names none.
 
-    name: a folder or a hub name. named: from `accepted_own_code`. kind: what is read, as there. Raises InputError if
-    the checkpoint has classes of its own for other heads alone.
+    name: a folder or a hub name. named: from `accepted_own_code`. kind: what is read, as there. revision: of a hub
+    name. Raises InputError if the checkpoint has classes of its own for other heads alone.
     """
     models = [own_class for own_class in named if own_class.automatic.startswith("AutoModel")]
     fitting = [own_class for own_class in models if own_class.automatic == MODELS[kind]]
@@ -29,10 +32,10 @@ def own_model_class(name: str, named: Sequence[OwnClass], kind: str) -> type[Pre
     if not fitting:
         return None
 
-    def load(repository: str, local_files_only: bool) -> type[PreTrainedModel]:
-        return get_class_from_dynamic_module(fitting[0].reference, repository, local_files_only=local_files_only)
+    def load(repository: str, **options: Any) -> type[PreTrainedModel]:
+        return get_class_from_dynamic_module(fitting[0].reference, repository, **options)
 
-    return cached_or_fetched(load, name)
+    return cached_or_fetched(load, name, revision)
 
 
 def refuse_other_classes(name: str, named: Sequence[OwnClass], kind: str, running: Sequence[type]) -> None:

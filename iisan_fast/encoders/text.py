@@ -85,11 +85,10 @@ class TextBackbone(Backbone):
         """Return the description of `Backbone.describe`, and the view's max_tokens."""
         return super().describe() | {"max_tokens": self.view.max_tokens}
 
-    def _load_processor(self, encoder: str, local_files_only: bool) -> Any:
+    def _load_processor(self, encoder: str, **options: Any) -> Any:
         """Return the encoder's tokenizer. Raises InputError if it knows no words."""
-        tokenizer = AutoTokenizer.from_pretrained(
-            encoder, local_files_only=local_files_only, trust_remote_code=self.view.trust_remote_code
-        )
+        trusted = self.view.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=trusted, **options)
         # If its files are missing, transformers may make a tokenizer that knows no words.
         if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
             raise self._error("its tokenizer knows no word; expected tokenizer files beside the weights")

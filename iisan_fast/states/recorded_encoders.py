@@ -162,9 +162,11 @@ def _view_configs(descriptions: Descriptions, places: EncoderPlaces) -> list[Vie
         kind = _kind(recorded)
         encoder = moved[kind]
         if encoder is not None and same_encoder(encoder, recorded):
-            view = replace(view, encoder=encoder)
+            view = replace(view, encoder=encoder, revision=view.revision if encoder == view.encoder else None)
         elif encoder is not None and not _is_folder(encoder) and len(_encoders(kind, descriptions)) == 1:
-            view = replace(view, encoder=encoder)  # a hub name, whose weights are compared once they are loaded
+            view = replace(
+                view, encoder=encoder, revision=None
+            )  # a hub name, whose weights are compared once they are loaded
         elif _is_gone(view.encoder):
             raise InputError(
                 f"view {name!r}: the folder of its encoder, {view.encoder}, is not there; give its place of now by "
@@ -190,6 +192,7 @@ def _view_config(name: str, recorded: Mapping[str, Any]) -> ViewConfig:
         **({} if is_image else {"max_tokens": recorded["max_tokens"]}),
         encoder_dtype=recorded["encoder_dtype"],
         options=recorded.get("options", {}),
+        revision=recorded.get("commit", recorded["revision"]) if "revision" in recorded else None,
     )
 
 

@@ -16,15 +16,19 @@ from .store import Store
 def refuse_other_encoders(cache: Path, views: Iterable[ViewConfig]) -> None:
     """Raise InputError unless each view of the cache was made with the settings of its encoder.
 
-    views: compared in source, encoder, pooling, layers, max_tokens and encoder_dtype with the cache's view of that
-    name. An encoder may have another name if it is a folder with the weights that made the view. A setting that is left
-    to the encoder's default is not compared, except for the layers. Also raises InputError if the cache lacks a view.
+    views: compared in source, encoder, revision, pooling, layers, max_tokens and encoder_dtype with the cache's view of
+    that name. An encoder may have another name if it is a folder with the weights that made the view. A setting that is
+    left to the encoder's default is not compared, except for the layers. Also raises InputError if the cache lacks a
+    view.
     """
     with Store(cache) as store:
         for view in views:
             recorded = store.view(view.name)
             settings = _settings_to_compare(view, recorded)
             differences = changed_settings({name: recorded.get(name) for name in settings}, settings)
+            if view.revision is not None and view.revision not in (recorded.get("revision"), recorded.get("commit")):
+                there = recorded.get("revision") or recorded.get("commit") or "none"
+                differences.append(f"revision {there} there, {view.revision} now")
             if not same_encoder(view.encoder, recorded):
                 differences.insert(0, f"encoder {recorded.get('encoder')} there, {view.encoder} now")
             if differences:

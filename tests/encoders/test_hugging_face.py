@@ -44,7 +44,10 @@ def test_a_hub_name_is_found_in_the_cache(built, tmp_path, monkeypatch):
     (tmp_path / "models--owner--tiny" / "refs" / "main").write_text(snapshot.name)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     described = load_backbone(view("owner/tiny")).describe()
-    assert described == load_backbone(view(built("title", "bert"))).describe() | {"encoder": "owner/tiny"}
+    assert described == load_backbone(view(built("title", "bert"))).describe() | {
+        "encoder": "owner/tiny",
+        "commit": "0" * 40,
+    }
 
 
 def test_a_hub_name_that_is_not_cached_is_named():

@@ -163,7 +163,7 @@ def test_options_reach_hugging_face_and_count_as_settings(built, tmp_path, monke
     passed = []
     real = hugging_face.load_model
 
-    def load(encoder, config, kind, options):
+    def load(encoder, config, kind, options, revision):
         passed.append(options)
         return real(encoder, config, kind, {name: options[name] for name in ("dtype", "attn_implementation")})
 
@@ -233,7 +233,7 @@ def test_an_encoder_partly_on_disk_gives_the_same_states(built, tmp_path):
     assert torch.equal(backbone.encode(backbone.prepare(TITLES)), expected.encode(expected.prepare(TITLES)))
 
 
-@pytest.mark.parametrize("name", ["attn_implementation", "output_hidden_states", "trust_remote_code", "revision"])
+@pytest.mark.parametrize("name", ["attn_implementation", "output_hidden_states", "trust_remote_code", "subfolder"])
 def test_options_that_are_decided_here_are_refused(name):
     with pytest.raises(InputError, match=f"options.{name}: is decided here"):
         ViewConfig("v", "title", "e", options={name: True})
