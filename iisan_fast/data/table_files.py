@@ -40,7 +40,7 @@ def read_table_file(path: Path, where: str) -> pl.DataFrame:
     elif suffix == ".parquet":
         frame = _read_parquet(path)
     else:
-        frame = _read_delimited(path, "," if suffix == ".csv" else "\t")
+        frame = _read_delimited(path, None if suffix == ".csv" else "\t")
     if not frame.height:
         raise InputError(f"{path}: holds no {where}; expected a row or more")
     return frame
@@ -63,13 +63,16 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             yield number, _json_object(line, f"{path} line {number}", first=number == 1)
 
 
-def _read_delimited(path: Path, separator: str) -> pl.DataFrame:
-    """Return the table of delimited text with a header. Only fields of CSV are quoted. Raises InputError."""
+def _read_delimited(path: Path, separator: str | None) -> pl.DataFrame:
+    """Return the table of delimited text with a header. separator: None for CSV, whose fields may be quoted.
+
+    Raises InputError.
+    """
     from .imports.bad_rows import BadRows
     from .imports.delimited import DelimitedText
     from .imports.polars_module import pl
 
-    quoted = separator == ","
+    quoted = None if separator is None else False
     table = DelimitedText(path, separator, quoted, names_of=_header)
     columns = {f"column {number}": name for number, name in enumerate(table.columns)}
     bad_rows = BadRows(path, "error", table.unit, hint="correct it")

@@ -162,7 +162,7 @@ def test_every_format_of_file_gives_the_same_ids_and_texts(tmp_path):
         ("a.csv", b"item_id,title\n1,a\n,b\n", ["line 3: item_id: expected text", "found nothing"]),
         ("a.csv", b"item_id,title,title\n1,a,b\n", ["line 1: two columns are named 'title'"]),
         ("a.csv", b"1,One\n2,Two\n", ["line 1: expected a header that names user_id or item_id", "'1', 'One'"]),
-        ("a.csv", b"item_id;title\n1;a\n", ["line 1: expected commas between fields, found semicolons"]),
+        ("a.tsv", b"item_id;title\n1;a\n", ["line 1: expected tabs between fields, found semicolons"]),
         ("a.tsv", b"item_id\ttitle\n1\ta\tb\n", ["line 2: expected 2 fields, found 3"]),
         ("a.parquet", b"no parquet", ["cannot be read as a table"]),
         ("a.jsonl", b"", ["holds no items"]),

@@ -305,7 +305,7 @@ def test_rows_and_fields_are_those_of_pythons_reader(tmp_path_factory, text_and_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delimited, "BLOCK_BYTES", block_bytes)
         bad_rows = BadRows(path, "error", "line")
-        batches = list(DelimitedText(path, columns=names).batches(dict(zip(names, names)), bad_rows))
+        batches = list(DelimitedText(path, ",", columns=names).batches(dict(zip(names, names)), bad_rows))
     read = [list(row) for batch in batches for row in batch.select(names).fill_null("").iter_rows()]
     blank = str.maketrans("\x1e\x1f\r", "   ")
     expected = [[field.translate(blank).strip(" ") for field in row] for row in rows]
@@ -331,7 +331,7 @@ def outcome(path, policy: str, block_bytes: int) -> tuple:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delimited, "BLOCK_BYTES", block_bytes)
         try:
-            batches = list(DelimitedText(path, columns=names).batches(dict(zip(names, names)), bad_rows))
+            batches = list(DelimitedText(path, ",", columns=names).batches(dict(zip(names, names)), bad_rows))
         except InputError as error:
             return str(error), {}
     rows = [row for batch in batches for row in batch.iter_rows()]

@@ -26,7 +26,7 @@ from .headers import (
 )
 from .polars_module import pl
 from .separators import ADVICE, QUOTING, find_separator, sample_rows, separator_of, shown_separator
-from .text_stream import BYTE_ORDER_MARK, HEAD_BYTES, encoding_hint, open_text
+from .text_stream import BYTE_ORDER_MARK, encoding_hint, open_text, read_beginning
 
 BLOCK_BYTES = 4 << 20
 MEGABYTE = 1_000_000
@@ -64,29 +64,31 @@ class DelimitedText:
         self._has_header = columns is None
         self.names_may_be_data = self._has_header and names_of is None
         self._encoding = None if encoding is None else checked_encoding(encoding)
-        sample = self._sample()
+        self._has_options = names_of is None or encoding is not None
+        self._beginning = read_beginning(path, self._encoding)
+        rows = self._beginning.rows
         if columns is None:
-            refuse_empty(path, sample)
-            refuse_other_format(path, sample)
-            self._refuse_other_encoding(sample)
-        self._separator = self._separator_of(sample, separator, usual_separator, columns, names_of is not None)
+            refuse_empty(path, rows)
+            refuse_other_format(path, rows if separator is None else rows.replace(separator_of(separator), b","))
+            self._refuse_other_encoding(rows)
+        self._separator = self._find_separator(separator, usual_separator, columns, names_of is not None)
         self._quoted = (True if self._separator in QUOTING else None) if quoted is None else quoted
-        self._start = 0
+        self._start = self._beginning.skipped
         if columns is not None:
             self.columns = check_columns(columns)
             return
-        fields, self._start = self._header_of(sample)
+        fields, end = self._header_of(rows)
+        self._start += end
         if names_of is not None:
             fields = names_of(path, fields)
-        elif rows := sample_rows(sample[self._start :], self._separator):
-            fields = fit_header(fields, rows)
+        elif below := sample_rows(rows[end:], self._separator):
+            fields = fit_header(fields, below)
         self.columns = check_header(path, fields)
 
     def first_fields(self) -> list[str]:
         """Return the fields of the first line, as of a header. Raises InputError if it is empty, or no such line."""
-        sample = self._sample()
-        refuse_empty(self.path, sample)
-        return self._header_of(sample)[0]
+        refuse_empty(self.path, self._beginning.rows)
+        return self._header_of(self._beginning.rows)[0]
 
     def batches(
         self, columns: Mapping[str, str], bad_rows: BadRows, is_row: Callable[[Mapping[str, bytes]], bool] | None = None
@@ -98,9 +100,9 @@ class DelimitedText:
         """
         places = {name: self.columns.index(column) for name, column in columns.items()}
         if not self._has_header:
-            refuse_header(self.path, self.columns, sample_rows(self._sample(), self._separator)[:1])
+            refuse_header(self.path, self.columns, sample_rows(self._beginning.rows, self._separator)[:1])
         test = None if is_row is None else lambda fields: is_row({name: fields[at] for name, at in places.items()})
-        form = Form(self._separator, self._quoted, len(self.columns), test, self._shown_encoding)
+        form = Form(self._separator, self._quoted, len(self.columns), test, self._beginning.encoding)
         for rows in self._rows(form, bad_rows):
             if len(rows.lines):
                 yield self._frame(rows, places)
@@ -129,7 +131,7 @@ class DelimitedText:
                     form = form._replace(quoted=quotes_enclose_fields(content, form))
                 rows = regular_rows(content, form, line)
                 if rows is None or (at_end and content[rows.used :].strip(BLANK)):
-                    hint = partial(encoding_hint, self.path, bad_rows.hint)
+                    hint = partial(encoding_hint, self.path, bad_rows.hint, self._has_options)
                     rows = checked_rows(content, form, line, at_end, bad_rows, hint)
                 yield rows
                 if not rows.used and len(content) > MAX_ROW_BYTES:
@@ -139,25 +141,19 @@ class DelimitedText:
                 advance(text.place() // MEGABYTE - done)
                 done = text.place() // MEGABYTE
 
-    def _sample(self) -> bytes:
-        """Return the first rows, whole ones. Raises InputError if the file cannot be read."""
-        with open_text(self.path, self._encoding) as text:
-            self._shown_encoding = text.encoding
-            head = text.head
-        if len(head) >= HEAD_BYTES and b"\n" in head:
-            return head[: head.rindex(b"\n") + 1]
-        return head if head.endswith(b"\n") else head + b"\n"
-
     def _refuse_other_encoding(self, sample: bytes) -> None:
         """Raise InputError if the first line is in another encoding."""
-        problem = undecoded(sample[: sample.index(b"\n")], self._shown_encoding)
+        problem = undecoded(sample[: sample.index(b"\n")], self._beginning.encoding)
         if problem is not None:
-            raise InputError(f"{self.path} line 1: {problem}; {encoding_hint(self.path, 'correct it')}")
+            raise InputError(
+                f"{self.path} line 1: {problem}; {encoding_hint(self.path, 'correct it', self._has_options)}"
+            )
 
-    def _separator_of(
-        self, sample: bytes, separator: str | None, usual: str | None, columns: Sequence[str] | None, fixed: bool
+    def _find_separator(
+        self, separator: str | None, usual: str | None, columns: Sequence[str] | None, fixed: bool
     ) -> bytes:
         """Return the separator. fixed: a header of this form has commas if nothing else is plain. Raises InputError."""
+        sample = self._beginning.rows
         found = find_separator(sample, None if columns is None else len(columns))
         first = sample[: sample.index(b"\n")]
         if separator is not None:
@@ -167,6 +163,8 @@ class DelimitedText:
                 advice = f"write the file with {shown_separator(expected)}" if fixed else "leave out --separator"
                 raise InputError(f"{self.path} line 1: {words}; {advice}")
             return expected
+        if self._beginning.separator is not None:
+            return self._beginning.separator
         if usual is not None and separator_of(usual) in first:
             return separator_of(usual)
         if found is None and fixed:

@@ -25,7 +25,7 @@ def regular_rows(content: bytes, form: Form, first_line: int) -> WholeRows | Non
     rows = content[:used]
     separator = form.separator
     if separator == SPACE:
-        rows = SPACES.sub(SPACE, SPACES_AT_ENDS.sub(b"", rows))
+        rows = _single_spaces(rows)
     elif not one_byte:
         rows = rows.replace(FIELD_END, SPACE).replace(separator, FIELD_END)
         separator = FIELD_END
@@ -111,6 +111,13 @@ def _swallows_rows(
         if may_be_row(before, form) and is_row(inner, form):
             return True
     return False
+
+
+def _single_spaces(rows: bytes) -> bytes:
+    """Return rows with one space where there are more, and none at the ends of lines."""
+    if rows.startswith(SPACE) or any(spaces in rows for spaces in (b"  ", b" \n", b"\n ", b" \r")):
+        return SPACES.sub(SPACE, SPACES_AT_ENDS.sub(b"", rows))
+    return rows
 
 
 def _end_of_rows(content: bytes) -> int:

@@ -78,7 +78,8 @@ def quotes_enclose_fields(content: bytes, form: Form) -> bool:
     sample = content[start : first + LOOKED_AT]
     sample = sample[: sample.rfind(b"\n") + 1]
     as_quotes, as_characters = (form._replace(quoted=quoted) for quoted in (True, False))
-    if regular_rows(sample, as_quotes, 1) is not None:
+    rows = regular_rows(sample, as_quotes, 1)
+    if rows is not None and not sample[rows.used :].strip(BLANK):
         return True
     return _unfit_rows(sample, as_quotes) <= _unfit_rows(sample, as_characters)
 
@@ -106,14 +107,14 @@ def _refuse_swallowed_rows(row: bytes, form: Form, line: int) -> None:
 
 
 def _check_row(row: bytes, fields: list[bytes], form: Form) -> None:
-    """Raise UnfitRow for another number of fields, and for bytes that are not in the file's encoding."""
+    """Raise UnfitRow for bytes that are not in the file's encoding, and for another number of fields."""
+    problem = undecoded(row, form.encoding)
+    if problem is not None:
+        raise UnfitRow(f"not {form.encoding}", problem)
     if row.strip(BLANK) == b"":
         raise UnfitRow("empty line", f"expected {form.fields} fields, found an empty line")
     if len(fields) != form.fields:
         raise UnfitRow("wrong number of fields", f"expected {form.fields} fields, found {len(fields)}")
-    problem = undecoded(row, form.encoding)
-    if problem is not None:
-        raise UnfitRow(f"not {form.encoding}", problem)
 
 
 def _beginning(content: bytes, start: int) -> str:

@@ -31,8 +31,9 @@ def refuse_other_format(path: Path, beginning: bytes) -> None:
     other = next((form for mark, form in OTHER_FORMATS.items() if line.lower().startswith(mark)), None)
     if other is not None:
         raise InputError(f"{path} line 1: looks like {other}; expected a header of names with separators between")
-    if len(line) > 1 and not any(line[1::2]) and all(line[::2]):
-        raise InputError(f"{path} line 1: looks like UTF-16 without a byte order mark: --encoding utf-16-le")
+    for first, encoding in ((0, "utf-16-le"), (1, "utf-16-be")):
+        if len(line) > 1 and all(line[first:-1:2]) and not any(line[1 - first : -1 : 2]):
+            raise InputError(f"{path} line 1: looks like UTF-16 without a byte order mark: --encoding {encoding}")
     if CONTROL_CHARACTERS.search(line) or (b"\0" in beginning[:1000] and not is_utf8(line)):
         raise InputError(f"{path}: {NO_HEADER}")
 

@@ -63,10 +63,19 @@ def find_separator(sample: bytes, fields: int | None = None) -> bytes | None:
         best = max(shares.values())
         candidates = [separator for separator, share in shares.items() if share == best and best >= PLAIN]
     if not candidates:
-        numbers = _field_counts(sample, SPACE)
-        is_plain = numbers[0] > 1 and len(numbers) > 1 and _share(numbers, numbers[0]) >= PLAIN
-        return SPACE if is_plain or (numbers[0] == fields and numbers[0] > 1) else None
+        return SPACE if _has_spaces_between(sample, fields) else None
     return candidates[0] if len(candidates) == 1 else None
+
+
+def _has_spaces_between(sample: bytes, fields: int | None) -> bool:
+    """Return True if nearly all rows have as many words, and the header as many, or one more or less for an index."""
+    first, *others = _field_counts(sample, SPACE)
+    if first == 1:
+        return False
+    if not others:
+        return first == fields
+    words = max(others, key=others.count)
+    return abs(first - words) <= 1 and _share(others, words) >= PLAIN
 
 
 def sample_rows(sample: bytes, separator: bytes) -> list[list[bytes]]:

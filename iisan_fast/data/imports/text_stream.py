@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from ...errors import InputError
 from .compression import LOOKED_AT, opened, refuse_packed
@@ -18,8 +18,18 @@ BYTE_ORDER_MARK = "\ufeff".encode()
 HEAD_BYTES = 1 << 20
 READ_AT_ONCE = 1 << 20
 LOOKED_THROUGH = 16 << 20  # bytes from the first line that is not UTF-8, for others
+EXCEL_LINE = re.compile(rb"sep=(.)\r?\n")  # Excel writes the separator into a line of its own
 RETURNS = re.compile(rb"\r\n?")  # line ends of a text without newlines
 RETURNS_AND_NEWLINE = re.compile(rb"\r+\n")  # line ends of a text whose line ends were written twice
+
+
+class Beginning(NamedTuple):
+    """The beginning of a text."""
+
+    rows: bytes  # whole rows, with the header if there is one
+    skipped: int  # bytes before them
+    separator: bytes | None  # said before them
+    encoding: str  # of the text
 
 
 class TextStream:
@@ -77,36 +87,62 @@ def open_text(path: Path, encoding: str | None = None) -> Iterator[TextStream]:
         raise InputError(f"{path}: cannot be read as {encoding} ({error}); choose another --encoding") from None
 
 
-def encoding_hint(path: Path, usual: str) -> str:
-    """Return what to do about a text that is not in the expected encoding. usual: the hint if most of it is UTF-8.
+def read_beginning(path: Path, encoding: str | None = None) -> Beginning:
+    """Return the beginning of a text. encoding: as of `open_text`. Raises InputError as it does."""
+    with open_text(path, encoding) as text:
+        head = text.head
+        encoding = text.encoding
+    said = EXCEL_LINE.match(head)
+    skipped = said.end() if said else 0
+    is_part = len(head) >= HEAD_BYTES and b"\n" in head[skipped:]
+    rows = head[skipped : head.rindex(b"\n") + 1 if is_part else None]
+    return Beginning(rows if rows.endswith(b"\n") else rows + b"\n", skipped, said[1] if said else None, encoding)
 
-    Raises InputError if the file cannot be read.
+
+def encoding_hint(path: Path, usual: str, has_option: bool) -> str:
+    """Return what to do about a text that is not in the expected encoding.
+
+    usual: the hint if most of it is UTF-8. has_option: the user can name an encoding. Raises InputError if the file
+    cannot be read.
     """
-    others: list[bytes] = []
-    utf8 = 0
-    length = 0
-    rest = b""
-    through = 0
-    with opened(path) as (file, _):
-        while length < SAMPLE_BYTES and through < LOOKED_THROUGH and (block := file.read(READ_AT_ONCE)):
-            *lines, rest = (rest + block).split(b"\n")
-            for line in [line for line in lines if not line.isascii()]:
-                if is_utf8(line):
-                    utf8 += 1
-                else:
-                    others.append(line)
-                    length += len(line)
-            through += len(block) if others else 0
-    others += [] if is_utf8(rest) else [rest]
+    others, utf8 = _lines_beyond_ascii(path)
     if utf8 > len(others):
         return f"other lines are UTF-8; {usual}"
     try:
         likely = likely_encoding(b"\n".join(others)[:SAMPLE_BYTES])
     except ImportError:
-        return (
-            "name its encoding with --encoding, such as cp1252 or gb18030 (pip install charset-normalizer guesses it)"
-        )
-    return f"it looks like {likely}: --encoding {likely}" if likely else "name its encoding with --encoding"
+        return f"{_name_encoding(None, has_option)} (pip install charset-normalizer to have it guessed)"
+    return f"{_name_encoding(likely, has_option)}{'' if likely else f', or {usual}'}"
+
+
+def _name_encoding(likely: str | None, has_option: bool) -> str:
+    """Return the advice for a text that is likely to have an encoding, None if nothing is likely."""
+    looks = "" if likely is None else f"it looks like {likely}"
+    if has_option:
+        return f"{looks}: --encoding {likely}" if looks else "name its encoding with --encoding"
+    return f"{looks}; save the file as UTF-8" if looks else "save the file as UTF-8"
+
+
+def _lines_beyond_ascii(path: Path) -> tuple[list[bytes], int]:
+    """Return the first lines that are not UTF-8, and the number of lines that are, but not ASCII, until then."""
+    others: list[bytes] = []
+    utf8 = 0
+    length = 0
+    looked_through = 0
+    rest = b""
+    with opened(path) as (file, _):
+        while length < SAMPLE_BYTES and looked_through < LOOKED_THROUGH:
+            block = file.read(READ_AT_ONCE)
+            *lines, rest = (rest + (block or b"\n")).split(b"\n")
+            beyond = [line for line in lines if not line.isascii()]
+            misfits = [line for line in beyond if not is_utf8(line)]
+            utf8 += len(beyond) - len(misfits)
+            others += misfits
+            length += sum(map(len, misfits))
+            looked_through += len(block) if others else 0
+            if not block:
+                break
+    return others, utf8
 
 
 def _decoded(read: Callable[[int], bytes], encoding: str) -> Callable[[int], bytes]:
