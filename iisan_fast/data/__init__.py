@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .frames import as_polars, text_id
     from .image_database import ImageLmdb
     from .image_decoding import ImageError
-    from .image_folder import ImageFolder, is_image_name, read_image_file, refuse_unfit_name
+    from .image_folder import ImageFolder, read_image_file, refuse_unfit_name
+    from .image_listing import is_image_name
     from .imports.amazon import import_amazon
     from .imports.bad_rows import BAD_ROWS, BadKind, describe_bad_rows
     from .imports.flat import import_files

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -12,38 +11,10 @@ from PIL import Image
 from ..errors import InputError
 from ..files import refuse_irregular
 from .image_decoding import MAX_FILE_BYTES, decode_image
-from .image_formats import image_suffixes
+from .image_listing import ImageListing
 
-# Folders that hold no images of items: previews that macOS and storage devices add. Hidden folders neither.
-LEFT_OUT = frozenset(("__MACOSX", "@eaDir"))
 # A FIFO must not block and a terminal must not take over; Windows needs to hear that a file is no text.
 OPENING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
-
-
-def list_images(path: Path) -> dict[str, str]:
-    """Return {item id: path relative to the folder} of the images in a folder and its subfolders.
-
-    A file is an image by its suffix. Hidden files and folders are left out; a folder behind several links is read once.
-    Raises InputError if two files belong to one item. A FIFO, a device or a link that leads nowhere is listed too, so
-    that its reader can name it.
-    """
-    paths: dict[str, str] = {}
-    suffixes = image_suffixes()
-    for prefix, name in _walk(path):
-        item_id, suffix = os.path.splitext(name)
-        if suffix.lower() not in suffixes:
-            continue
-        file = prefix + name
-        other = paths.setdefault(item_id, file)
-        if other is not file:
-            both = " and ".join(sorted((other, file)))
-            raise InputError(f"{path}: two images of item {item_id!r}: {both}; keep one")
-    return paths
-
-
-def is_image_name(name: str) -> bool:
-    """Return True if a file's name has the suffix of an image and is not hidden."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in image_suffixes()
 
 
 def refuse_unfit_name(folder: Path, item_id: str) -> None:
@@ -58,7 +29,7 @@ class ImageFolder:
     def __init__(self, path: Path) -> None:
         """List the folder. Raises InputError if two files belong to one item."""
         self.path = path
-        self._paths = list_images(path)
+        self._images = ImageListing(path)
 
     def __enter__(self) -> ImageFolder:
         """Return the folder itself."""
@@ -70,7 +41,7 @@ class ImageFolder:
     def content(self, item_id: str) -> bytes | None:
         """Return the bytes of an item's file, None if it has none. Raises InputError if the file cannot be read."""
         refuse_unfit_name(self.path, item_id)
-        file = self._paths.get(item_id)
+        file = self._images.path_of(item_id)
         return None if file is None else read_image_file(self.path / file)
 
     @staticmethod
@@ -96,29 +67,3 @@ def read_image_file(file: Path) -> bytes:
             return opened.read()
         except OSError as error:
             raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-
-
-def _walk(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the subfolder, "" or with a slash at its end, and the name of each file of a folder that is not hidden.
-
-    Subfolders come in the order of their names, real ones before links to folders.
-    """
-    folders = [""]
-    links: list[str] = []
-    visited: set[tuple[int, int]] = set()
-    while folders or links:
-        prefix = folders.pop() if folders else links.pop()
-        status = os.stat(path / prefix)
-        if (place := (status.st_dev, status.st_ino)) in visited:
-            continue
-        visited.add(place)
-        subfolders: list[str] = []
-        with os.scandir(path / prefix) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name in LEFT_OUT:
-                    continue
-                if not entry.is_dir():
-                    yield prefix, entry.name
-                else:
-                    (links if entry.is_symlink() else subfolders).append(f"{prefix}{entry.name}/")
-        folders += sorted(subfolders, reverse=True)

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iisan_fast.data import image_listing
 from iisan_fast.data.dataset_images import open_images
-from iisan_fast.data.image_folder import ImageFolder, list_images
+from iisan_fast.data.image_folder import ImageFolder
+from iisan_fast.data.image_listing import ImageListing
 from iisan_fast.errors import InputError
 
 
@@ -106,6 +108,14 @@ def write(path: Path, content: bytes = b"") -> None:
     path.write_bytes(content)
 
 
+def listed(path: Path) -> dict[str, str]:
+    """Return the paths of a folder's images by item id, each looked up by its id."""
+    listing = ImageListing(path)
+    item_ids = [Path(name).stem for name in listing.paths()]
+    assert len(item_ids) == len(listing)
+    return {item_id: listing.path_of(item_id) for item_id in item_ids}
+
+
 def test_images_of_all_subfolders_are_found_and_other_files_are_not(folder: Path) -> None:
     for name in ("010/0108775015.jpg", "covers/011/0118458003.GIF", "3.jfif", "4.tiff", "v1.2.AVIF", "5.mpo"):
         write(folder / name, name.encode())
@@ -113,7 +123,7 @@ def test_images_of_all_subfolders_are_found_and_other_files_are_not(folder: Path
         write(folder / name)
     for name in ("readme.txt", "6.eps", "7.pdf", "8.h5", "9.mpg", "none"):
         write(folder / name)
-    assert list_images(folder) == {
+    assert listed(folder) == {
         "0108775015": "010/0108775015.jpg",
         "0118458003": "covers/011/0118458003.GIF",
         "3": "3.jfif",
@@ -140,7 +150,7 @@ def test_links_to_folders_are_followed_once(folder: Path) -> None:
     (folder / "again").symlink_to("real", target_is_directory=True)
     (folder / "real" / "loop").symlink_to(folder, target_is_directory=True)
     (folder / "far").symlink_to(folder.parent / "elsewhere", target_is_directory=True)
-    assert list_images(folder) == {"1": "real/1.jpg", "2": "far/2.jpg"}
+    assert listed(folder) == {"1": "real/1.jpg", "2": "far/2.jpg"}
 
 
 def test_a_folder_is_listed_once_and_not_again_for_its_items(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,3 +165,15 @@ def test_a_folder_is_listed_once_and_not_again_for_its_items(folder: Path, monke
     for number in range(9):
         assert images.content(str(number)) == sent.content(str(number)) == b"content"
     assert len(listed) == 4
+
+
+def test_items_whose_checksums_are_equal_keep_their_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_listing, "name_seed", lambda name: len(name))
+    for number in range(9):
+        write(folder / str(number % 2) / f"{number}.png", b"%d" % number)
+    images = ImageFolder(folder)
+    assert [images.content(str(number)) for number in range(9)] == [b"%d" % number for number in range(9)]
+    assert images.content("x") is None
+    write(folder / "2" / "4.gif")
+    with pytest.raises(InputError, match="two images of item '4': 0/4.png and 2/4.gif"):
+        ImageFolder(folder)

@@ -441,3 +441,13 @@ def test_inputs_are_let_go_before_their_states_are_stored():
     writer.add(batch, [torch.ones(2, 1, 4)])
     del batch
     assert pixels() is None and len(writer.pending) == 1
+
+
+def test_images_are_listed_once_in_an_extraction(root, seen, monkeypatch):
+    (root / "images" / "010").mkdir()
+    (root / "images" / "i1.png").rename(root / "images" / "010" / "i1.PNG")
+    listed = []
+    monkeypatch.setattr(os, "scandir", lambda path, scandir=os.scandir: (listed.append(str(path)), scandir(path))[1])
+    run(root, root / "cache", IMAGE, TITLE)
+    images = str(root / "images")
+    assert [path for path in listed if path.startswith(images)] == [images, f"{images}/010"]

@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 from ...errors import InputError, first_few
@@ -14,11 +13,10 @@ from ...files import refuse_irregular
 from ...progress import progress_bar
 from ..dataset_images import open_image_files
 from ..image_database import ImageLmdb
-from ..image_folder import list_images
+from ..image_listing import ImageListing
 
 LOGGER = logging.getLogger(__name__)
 DATABASE_NAME = "images.lmdb"
-NAMES_SHOWN = 3
 
 
 def write_covers(folder: Path, covers: Path, item_ids: Sequence[str], copy: bool) -> int:
@@ -32,10 +30,10 @@ def write_covers(folder: Path, covers: Path, item_ids: Sequence[str], copy: bool
         return _write_database(folder, covers, item_ids, copy)
     if not covers.is_dir():
         raise InputError(f"{covers}: no such folder; expected images named by item id")
-    paths = list_images(covers)
-    without = [item_id for item_id in item_ids if item_id not in paths]
-    if paths and len(without) == len(item_ids):
-        names = first_few(islice(paths.values(), NAMES_SHOWN), len(paths))
+    listing = ImageListing(covers)
+    without = [item_id for item_id in item_ids if listing.path_of(item_id) is None]
+    if len(listing) and len(without) == len(item_ids):
+        names = first_few(listing.paths(), len(listing))
         ids = first_few(item_ids, len(item_ids))
         raise InputError(f"{covers}: no image is named by an item: expected {ids}, found {names}; rename the images")
     _report(covers, item_ids, without)
@@ -46,9 +44,9 @@ def write_covers(folder: Path, covers: Path, item_ids: Sequence[str], copy: bool
     images.mkdir()
     with progress_bar("copying covers", len(item_ids), "covers") as advance:
         for item_id in item_ids:
-            if item_id in paths:
-                refuse_irregular(covers / paths[item_id])
-                shutil.copyfile(covers / paths[item_id], images / os.path.basename(paths[item_id]))
+            if (path := listing.path_of(item_id)) is not None:
+                refuse_irregular(covers / path)
+                shutil.copyfile(covers / path, images / os.path.basename(path))
             advance(1)
     return len(without)
 
