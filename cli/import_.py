@@ -131,7 +131,7 @@ def amazon(sources: tuple[Path, ...], destination: Path, as_json: bool, **option
 @import_command()
 @file_options()
 @column_options("field", *RECBOLE_FIELDS)
-@text_options("--columns", "--items-columns", "--separator")
+@text_options("--columns", "--items-columns")
 def recbole(source: Path, destination: Path, as_json: bool, **options: Any) -> None:
     """Make DESTINATION from the files of RecBole: SOURCE is a .inter file beside a .item file, or the folder.
 

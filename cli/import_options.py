@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -24,13 +25,13 @@ def import_command(several: bool = False) -> Callable:
 
     several: the command takes several sources.
     """
-    source = click.argument("sources", nargs=-1, required=True, type=FILE_OR_FOLDER, metavar="SOURCE...")
+    sources = click.argument("sources", nargs=-1, type=FILE_OR_FOLDER, metavar="SOURCE...", callback=_refuse_no_source)
 
     def decorate(command: Callable) -> Callable:
         return _decorated(
             command,
             (
-                source if several else click.argument("source", type=FILE_OR_FOLDER),
+                sources if several else click.argument("source", type=FILE_OR_FOLDER),
                 click.argument("destination", type=FOLDER),
                 *_title_options(),
                 *_row_options(),
@@ -103,11 +104,19 @@ def column_options(word: str, user: str, item: str) -> Callable:
         "item": (item, f"{named} of the item ids."),
         "timestamp": (None, f"{named} of the times, - for none; by default timestamp, if there is one."),
         "title": (None, f"{named} of the titles; by default title, if there is one."),
+        "items-id": (None, f"{named} of the item ids in the table of titles; by default as in SOURCE."),
         "rating": (None, f"{named} of the ratings, for --min-rating; by default rating, overall, stars or score."),
         "split": (None, f"{named} of the given split, - for none; by default split, if there is one."),
     }
     options = [
-        option(f"--{name}-{word}", f"{name}_column", group=COLUMNS, default=default, metavar="NAME", help=text)
+        option(
+            f"--{name}-{word}",
+            f"{name.replace('-', '_')}_column",
+            group=COLUMNS,
+            default=default,
+            metavar="NAME",
+            help=text,
+        )
         for name, (default, text) in texts.items()
     ]
     form = option(
@@ -189,3 +198,10 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 def _separator(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     r"""Return a separator, \t in it as a tab."""
     return None if value is None else value.replace("\\t", "\t")
+
+
+def _refuse_no_source(context: click.Context, parameter: click.Parameter, value: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Return the sources. Raises click.UsageError if there is none: a path alone is taken for the destination."""
+    if not value and not context.resilient_parsing:
+        raise click.UsageError("expected SOURCE... and DESTINATION, the dataset folder to write", context)
+    return value

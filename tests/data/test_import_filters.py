@@ -13,7 +13,7 @@ pl = pytest.importorskip("polars")
 
 from helpers.import_sources import HEADER, imported_csv, refused, table, write
 from iisan_fast.data.imports import history_order
-from iisan_fast.data.imports.flat import import_csv, import_files, import_parquet
+from iisan_fast.data.imports.flat import import_files
 from iisan_fast.data.imports.options import ImportOptions, TableOptions
 from iisan_fast.errors import InputError
 
@@ -27,21 +27,25 @@ def lines(path) -> dict[str, str]:
 
 def test_low_ratings_are_left_out_and_counted(tmp_path):
     source = write(tmp_path / "in.csv", RATED)
-    counts = import_csv(source, tmp_path / "out", TableOptions(min_rating=4))
+    counts = import_files(source, tmp_path / "out", TableOptions(min_rating=4))
     assert lines(tmp_path / "out" / "users.tsv") == {"u": "a", "v": "a"} and [*table(tmp_path / "out")] == ["a"]
     assert (counts.rows, counts.low_rated_interactions, counts.interactions) == (4, 2, 2)
     for name in ("overall", "Stars", "score"):
         write(source, RATED.replace("rating", name))
-        assert import_csv(source, tmp_path / name, TableOptions(min_rating=3.5)).interactions == 3
+        assert import_files(source, tmp_path / name, TableOptions(min_rating=3.5)).interactions == 3
     write(source, RATED.replace("rating", "mark"))
     options = TableOptions(min_rating=4)
-    refused(lambda: import_csv(source, tmp_path / "new", options), tmp_path, "no column of ratings", "--rating-column")
-    import_csv(source, tmp_path / "named", TableOptions(min_rating=4, rating_column="mark"))
+    refused(
+        lambda: import_files(source, tmp_path / "new", options), tmp_path, "no column of ratings", "--rating-column"
+    )
+    import_files(source, tmp_path / "named", TableOptions(min_rating=4, rating_column="mark"))
     options = TableOptions(min_rating=4, rating_column="marks")
-    refused(lambda: import_csv(source, tmp_path / "new", options), tmp_path, "no column 'marks'")
+    refused(lambda: import_files(source, tmp_path / "new", options), tmp_path, "no column 'marks'")
     options = TableOptions(min_rating=6)
     write(source, RATED)
-    refused(lambda: import_csv(source, tmp_path / "new", options), tmp_path, "no interaction has a rating of 6 or more")
+    refused(
+        lambda: import_files(source, tmp_path / "new", options), tmp_path, "no interaction has a rating of 6 or more"
+    )
     with pytest.raises(InputError, match="rating_column: needs the least rating"):
         TableOptions(rating_column="rating")
     with pytest.raises(InputError, match="min_rating: expected a number, found nan"):
@@ -52,13 +56,13 @@ def test_a_rating_that_is_no_number_is_a_bad_row(tmp_path):
     source = write(tmp_path / "in.csv", RATED + "w,a,1,good\nw,a,1,\nw,a,1,nan\nw,a,1,inf\n")
     options = TableOptions(min_rating=4)
     words = ("line 6: rating: expected a number, found 'good'",)
-    refused(lambda: import_csv(source, tmp_path / "new", options), tmp_path, *words)
-    counts = import_csv(source, tmp_path / "out", TableOptions(min_rating=4, bad_rows="skip"))
+    refused(lambda: import_files(source, tmp_path / "new", options), tmp_path, *words)
+    counts = import_files(source, tmp_path / "out", TableOptions(min_rating=4, bad_rows="skip"))
     assert (counts.bad_rows["bad rating"].places, counts.rows, counts.low_rated_interactions) == ([6, 7, 8, 9], 8, 2)
-    import_csv(source, tmp_path / "unread")  # ratings are read for their least alone
+    import_files(source, tmp_path / "unread")  # ratings are read for their least alone
     frame = pl.DataFrame({"user": ["u", "u"], "item": ["a", "b"], "timestamp": [1, 2]})
     frame.with_columns(rating=pl.Series([4.1, 4.0], dtype=pl.Float32)).write_parquet(tmp_path / "in.parquet")
-    import_parquet(tmp_path / "in.parquet", tmp_path / "float32", TableOptions(min_rating=4.1))
+    import_files(tmp_path / "in.parquet", tmp_path / "float32", TableOptions(min_rating=4.1))
     assert lines(tmp_path / "float32" / "users.tsv") == {"u": "a"}
 
 
@@ -68,7 +72,7 @@ def test_a_rating_that_is_no_number_is_a_bad_row(tmp_path):
 )
 def test_duplicates_by_time(tmp_path, which, items, times, left_out):
     source = write(tmp_path / "in.csv", HEADER + "u,a,3\nu,a,1\nu,b,1\nu,a,2\nu,b,2\n")
-    counts = import_csv(source, tmp_path / "out", TableOptions(duplicates=which))
+    counts = import_files(source, tmp_path / "out", TableOptions(duplicates=which))
     assert lines(tmp_path / "out" / "users.tsv") == {"u": items}
     assert lines(tmp_path / "out" / "times.tsv") == {"u": times}
     assert (counts.duplicate_interactions, counts.interactions) == (left_out, 5 - left_out)
@@ -78,14 +82,14 @@ def test_a_core_is_taken_until_it_is_stable(tmp_path):
     """Leave out item c, which has one interaction; then user w, whom it leaves with one; then item d."""
     rows = ("u,a", "u,b", "v,a", "v,b", "w,c", "w,d", "v,d")
     source = write(tmp_path / "in.csv", "user,item\n" + "\n".join(rows) + "\n")
-    counts = import_csv(source, tmp_path / "out", TableOptions(user_core=2, item_core=2))
+    counts = import_files(source, tmp_path / "out", TableOptions(user_core=2, item_core=2))
     assert lines(tmp_path / "out" / "users.tsv") == {"u": "a b", "v": "a b"}
     assert [*table(tmp_path / "out")] == ["a", "b"]
     assert (counts.core_interactions, counts.interactions, counts.users, counts.items) == (3, 4, 2, 2)
-    assert import_csv(source, tmp_path / "users", TableOptions(user_core=3)).users == 1
+    assert import_files(source, tmp_path / "users", TableOptions(user_core=3)).users == 1
     options = TableOptions(user_core=2, item_core=3)
     words = ("user_core 2, item_core 3: no interaction is left; choose lower ones",)
-    refused(lambda: import_csv(source, tmp_path / "new", options), tmp_path, *words)
+    refused(lambda: import_files(source, tmp_path / "new", options), tmp_path, *words)
     with pytest.raises(InputError, match="item_core: expected a whole number from 1 up, found 0"):
         ImportOptions(item_core=0)
 
@@ -130,9 +134,9 @@ def test_filters_are_those_of_loops(tmp_path, monkeypatch, seed):
     )
     expected = filtered(rows, options)
     if not expected:
-        refused(lambda: import_csv(source, tmp_path / "out", options), tmp_path, "no interaction")
+        refused(lambda: import_files(source, tmp_path / "out", options), tmp_path, "no interaction")
         return
-    counts = import_csv(source, tmp_path / "out", options)
+    counts = import_files(source, tmp_path / "out", options)
     users = lines(tmp_path / "out" / "users.tsv")
     assert users == {user: " ".join(item for item, _ in history) for user, history in expected.items()}
     times = lines(tmp_path / "out" / "times.tsv")
@@ -157,13 +161,13 @@ def test_a_split_column_gives_the_part_of_each_interaction(tmp_path):
     source = write(tmp_path / "in.csv", PARTED.replace("Valid", "later").replace("split", "fold"))
     options = TableOptions(split_column="fold")
     words = ("line 5: part: expected training (train, 0), validation (valid, val, dev, 1) or test (2), found 'later'",)
-    refused(lambda: import_csv(source, tmp_path / "new", options), tmp_path, *words)
-    counts = import_csv(source, tmp_path / "skipped", TableOptions(split_column="fold", bad_rows="skip"))
+    refused(lambda: import_files(source, tmp_path / "new", options), tmp_path, *words)
+    counts = import_files(source, tmp_path / "skipped", TableOptions(split_column="fold", bad_rows="skip"))
     assert counts.bad_rows["bad part"].places == [5]
     assert (tmp_path / "skipped" / "splits.tsv").read_text() == "u\t2 0 2\nv\t1 0 1\n"
     frame = pl.DataFrame({"user": ["u", "u"], "item": ["a", "b"], "split": [2.0, 0.0]})
     frame.write_parquet(tmp_path / "in.parquet")
-    import_parquet(tmp_path / "in.parquet", tmp_path / "numbers")
+    import_files(tmp_path / "in.parquet", tmp_path / "numbers")
     assert (tmp_path / "numbers" / "users.tsv").read_text() == "u\tb a\n"
 
 
@@ -171,12 +175,12 @@ def test_three_files_give_the_parts(tmp_path):
     for name, content in (("train", "u,b,2\nu,a,1\n"), ("valid", "v,c,5\nu,c,3\n"), ("test", "u,d,4\n")):
         write(tmp_path / f"{name}.csv", HEADER + content)
     options = TableOptions(validation=tmp_path / "valid.csv", test=tmp_path / "test.csv")
-    counts = import_csv(tmp_path / "train.csv", tmp_path / "out", options)
+    counts = import_files(tmp_path / "train.csv", tmp_path / "out", options)
     assert (tmp_path / "out" / "users.tsv").read_text() == "u\ta b c d\nv\tc\n"
     assert (tmp_path / "out" / "splits.tsv").read_text() == "u\t2 1 1\nv\t0 1 0\n"
     assert (counts.rows, counts.interactions) == (5, 5)
     options = TableOptions(validation=tmp_path / "valid.csv", test=tmp_path / "test.csv", user_core=2)
-    import_csv(tmp_path / "train.csv", tmp_path / "core", options)
+    import_files(tmp_path / "train.csv", tmp_path / "core", options)
     assert (tmp_path / "core" / "splits.tsv").read_text() == "u\t2 1 1\n"
 
 
@@ -210,7 +214,7 @@ def test_bad_rows_of_several_sources_are_told_apart(tmp_path):
 def test_the_first_of_two_titles_is_taken(tmp_path, caplog):
     source = write(tmp_path / "in.csv", HEADER + "u,a,1\nu,b,2\n")
     items = write(tmp_path / "items.csv", "item,title\na, A  one\nb,B\na,A one\na,A two\nz,Z\nz,Y\n\n")
-    counts = import_csv(source, tmp_path / "out", TableOptions(items=items))
+    counts = import_files(source, tmp_path / "out", TableOptions(items=items))
     assert table(tmp_path / "out") == {"a": "A one", "b": "B"} and counts.items_with_two_titles == 1
     assert (
         "items with several titles: 1, of which the first title is taken; item 'a' has 'A one' and 'A two'"
@@ -221,18 +225,20 @@ def test_the_first_of_two_titles_is_taken(tmp_path, caplog):
 def test_a_table_without_titles_leaves_the_ids(tmp_path, caplog):
     source = write(tmp_path / "in.csv", HEADER + "u,a,1\nu,b,2\n")
     items = write(tmp_path / "items.csv", "item,brand\na,A\nb,B\n")
-    counts = import_csv(source, tmp_path / "out", TableOptions(items=items))
+    counts = import_files(source, tmp_path / "out", TableOptions(items=items))
     assert table(tmp_path / "out") == {"a": "a", "b": "b"} and counts.items_without_title == 2
     (warning,) = caplog.messages
     assert "no title for 2 of 2 items (a, b): their ids stand for it" in warning and "no column 'title'" in warning
     options = TableOptions(items=items, title_column="title")
-    refused(lambda: import_csv(source, tmp_path / "new", options), tmp_path, "no column 'title'")
+    refused(lambda: import_files(source, tmp_path / "new", options), tmp_path, "no column 'title'")
     options = TableOptions(items=items, missing_titles="error")
-    refused(lambda: import_csv(source, tmp_path / "new", options), tmp_path, "no title for 2 of 2", "no column 'title'")
+    refused(
+        lambda: import_files(source, tmp_path / "new", options), tmp_path, "no title for 2 of 2", "no column 'title'"
+    )
 
 
 def test_titles_that_are_numbers(tmp_path):
     source = write(tmp_path / "in.csv", HEADER + "u,a,1\nu,b,2\n")
     pl.DataFrame({"item": ["a", "b"], "title": [1984, 2001]}).write_parquet(tmp_path / "items.parquet")
-    import_csv(source, tmp_path / "out", TableOptions(items=tmp_path / "items.parquet"))
+    import_files(source, tmp_path / "out", TableOptions(items=tmp_path / "items.parquet"))
     assert table(tmp_path / "out") == {"a": "1984", "b": "2001"}

@@ -20,7 +20,7 @@ from helpers.import_sources import HEADER, imported_csv, microlens, refused, tab
 from iisan_fast.data.imports import delimited
 from iisan_fast.data.imports.bad_rows import BadRows
 from iisan_fast.data.imports.delimited import DelimitedText
-from iisan_fast.data.imports.flat import import_csv, import_parquet
+from iisan_fast.data.imports.flat import import_files
 from iisan_fast.data.imports.microlens import import_microlens
 from iisan_fast.data.imports.options import ImportOptions, TableOptions
 from iisan_fast.data.imports.recbole import import_recbole
@@ -82,9 +82,9 @@ def history(folder) -> str:
 def test_a_row_that_does_not_fit_is_refused_with_its_line(tmp_path, monkeypatch, content, words, block_bytes):
     monkeypatch.setattr(delimited, "BLOCK_BYTES", block_bytes)
     source = write(tmp_path / "in.csv", content)
-    refused(lambda: import_csv(source, tmp_path / "out"), tmp_path, "in.csv", *words)
+    refused(lambda: import_files(source, tmp_path / "out"), tmp_path, "in.csv", *words)
     source = write(tmp_path / "in.csv", gzip.compress(content if isinstance(content, bytes) else content.encode()))
-    refused(lambda: import_csv(source, tmp_path / "out"), tmp_path, "in.csv", *words)
+    refused(lambda: import_files(source, tmp_path / "out"), tmp_path, "in.csv", *words)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -114,7 +114,7 @@ def test_bad_rows_are_left_out_counted_and_shown(tmp_path, monkeypatch, caplog, 
     )
     source = write(tmp_path / "in.csv", "\n".join(lines) + "\n")
     source.write_bytes(source.read_bytes() + b"u,o,14,\xff\nu,p,15,x\n")
-    counts = import_csv(source, tmp_path / "out", TableOptions(bad_rows="skip"))
+    counts = import_files(source, tmp_path / "out", TableOptions(bad_rows="skip"))
     assert history(tmp_path / "out") == "u\ta c h p\nv\ti\n"
     assert (counts.interactions, counts.rows) == (5, 16)
     assert {kind: (rows.count, rows.places) for kind, rows in counts.bad_rows.items()} == {
@@ -130,12 +130,14 @@ def test_bad_rows_are_left_out_counted_and_shown(tmp_path, monkeypatch, caplog, 
     assert "left out 11 of 16 rows" in caplog.text and "2 stray quote (lines 3, 9)" in caplog.text
     source.write_text(HEADER + "u,a\nu,,1\n")
     options = TableOptions(bad_rows="skip")
-    refused(lambda: import_csv(source, tmp_path / "new", options), tmp_path, "none of its 2 rows fits: 1 wrong number")
+    refused(
+        lambda: import_files(source, tmp_path / "new", options), tmp_path, "none of its 2 rows fits: 1 wrong number"
+    )
 
 
 def test_the_lines_of_many_bad_rows_are_not_all_kept(tmp_path):
     source = write(tmp_path / "in.csv", HEADER + "u,a,1\n" + 'u,"a,1\n' * 40_000)
-    counts = import_csv(source, tmp_path / "out", TableOptions(bad_rows="skip"))
+    counts = import_files(source, tmp_path / "out", TableOptions(bad_rows="skip"))
     assert (counts.bad_rows["stray quote"].count, counts.bad_rows["stray quote"].places) == (40_000, [3, 4, 5, 6, 7])
 
 
@@ -150,32 +152,34 @@ def test_a_table_of_titles_has_the_same_rules(tmp_path):
         ("1,A\n2,B\n", ["line 1: '1' looks like data", "--items-columns"]),
     ):
         write(items, content)
-        refused(lambda: import_csv(source, tmp_path / "out", TableOptions(items=items)), tmp_path, "items.csv", *words)
+        refused(
+            lambda: import_files(source, tmp_path / "out", TableOptions(items=items)), tmp_path, "items.csv", *words
+        )
     write(items, 'item,title\na,7" drill\nb,"B\nb"\n,D\nc,C\n')
-    counts = import_csv(source, tmp_path / "out", TableOptions(items=items, bad_rows="skip"))
+    counts = import_files(source, tmp_path / "out", TableOptions(items=items, bad_rows="skip"))
     assert table(tmp_path / "out") == {"a": "a", "b": "B b", "c": "C"}
     assert [kind.places for kind in counts.bad_title_rows.values()] == [[2], [5]]
     write(items, "a,A\nb,B\n")
     options = TableOptions(items=items, item_column="a", title_column="A", columns=("user", "a", "timestamp"))
-    refused(lambda: import_csv(source, tmp_path / "new", options), tmp_path, "found 'timestamp'")
+    refused(lambda: import_files(source, tmp_path / "new", options), tmp_path, "found 'timestamp'")
     write(source, "u,a,1\n")
     refused(
-        lambda: import_csv(source, tmp_path / "new", options), tmp_path, "items.csv line 1", "'a' is also one of its"
+        lambda: import_files(source, tmp_path / "new", options), tmp_path, "items.csv line 1", "'a' is also one of its"
     )
     options = TableOptions(items=items, items_columns=("item", "title"), columns=("user", "item", "timestamp"))
-    import_csv(source, tmp_path / "whole", options)
+    import_files(source, tmp_path / "whole", options)
     assert table(tmp_path / "whole") == {"a": "A"}
 
 
 def test_a_file_without_a_header_loses_no_row(tmp_path):
     source = write(tmp_path / "in.csv", "u1,a,5.0,11\nu1,b,5.0,12\nu1,c,4.0,13\n")
-    refused(lambda: import_csv(source, tmp_path / "out"), tmp_path, "line 1: '5.0' looks like data", "--columns")
+    refused(lambda: import_files(source, tmp_path / "out"), tmp_path, "line 1: '5.0' looks like data", "--columns")
     for user, item, time in (("u1", "a", "11"), ("u1", "a", "5.0")):
         options = TableOptions(user_column=user, item_column=item, timestamp_column=time)
-        refused(lambda options=options: import_csv(source, tmp_path / "out", options), tmp_path, "looks like data")
+        refused(lambda options=options: import_files(source, tmp_path / "out", options), tmp_path, "looks like data")
     for names in ("user,item,-,timestamp", "user,item,_,timestamp", "user,item,rating,timestamp"):
         out = tmp_path / names
-        assert import_csv(source, out, TableOptions(columns=names.split(","))).rows == 3
+        assert import_files(source, out, TableOptions(columns=names.split(","))).rows == 3
         assert history(out) == "u1\ta b c\n"
     for names, words in (
         ("user,item,timestamp", ["line 1: expected 3 fields, found 4"]),
@@ -184,12 +188,12 @@ def test_a_file_without_a_header_loses_no_row(tmp_path):
         ("user,item,-,time", ["no column 'timestamp'"]),
     ):
         options = TableOptions(columns=names.split(","))
-        refused(lambda options=options: import_csv(source, tmp_path / "out", options), tmp_path, *words)
+        refused(lambda options=options: import_files(source, tmp_path / "out", options), tmp_path, *words)
     write(source, "who,what,when\nwho,a,1\n")
     options = TableOptions(user_column="who", item_column="what", timestamp_column="when")
-    refused(lambda: import_csv(source, tmp_path / "out", options), tmp_path, "'who' is also one of its values")
+    refused(lambda: import_files(source, tmp_path / "out", options), tmp_path, "'who' is also one of its values")
     write(source, ",0,1,2\n0,u,a,1\n1,u,b,2\n")  # columns that pandas has counted
-    import_csv(source, tmp_path / "counted", TableOptions(user_column="0", item_column="1", timestamp_column="2"))
+    import_files(source, tmp_path / "counted", TableOptions(user_column="0", item_column="1", timestamp_column="2"))
     assert history(tmp_path / "counted") == "u\ta b\n"
 
 
@@ -223,7 +227,7 @@ def test_lists_of_items_and_ids_like_names_are_no_histories_and_no_data(tmp_path
 def test_one_column_has_one_meaning(tmp_path):
     source = write(tmp_path / "in.csv", HEADER + "u,a,1\n")
     for options in (TableOptions(user_column="item"), TableOptions(item_column="timestamp")):
-        refused(lambda options=options: import_csv(source, tmp_path / "out", options), tmp_path, "has two meanings")
+        refused(lambda options=options: import_files(source, tmp_path / "out", options), tmp_path, "has two meanings")
 
 
 def test_microlens_rows(tmp_path):
@@ -238,8 +242,8 @@ def test_parquet_rows(tmp_path):
     frame = pl.DataFrame({"user": ["u", None, "u", "u", ""], "item": ["a", "b", "c d", "e", "f"], "timestamp": 1})
     frame = frame.with_columns(pl.Series("timestamp", [1, 2, 3, None, 5]))
     frame.write_parquet(tmp_path / "in.parquet")
-    refused(lambda: import_parquet(tmp_path / "in.parquet", tmp_path / "out"), tmp_path, "row 2: user", "found nothing")
-    counts = import_parquet(tmp_path / "in.parquet", tmp_path / "out", TableOptions(bad_rows="skip"))
+    refused(lambda: import_files(tmp_path / "in.parquet", tmp_path / "out"), tmp_path, "row 2: user", "found nothing")
+    counts = import_files(tmp_path / "in.parquet", tmp_path / "out", TableOptions(bad_rows="skip"))
     assert (history(tmp_path / "out"), counts.rows) == ("u\ta\n", 5)
     assert {name: kind.places for name, kind in counts.bad_rows.items()} == {
         "bad user": [2, 5],
@@ -252,10 +256,10 @@ def test_parquet_rows(tmp_path):
             tmp_path / "in.parquet"
         )
         words = (f"column {column!r} holds {kind}", "expected")
-        refused(lambda words=words: import_parquet(tmp_path / "in.parquet", tmp_path / "new"), tmp_path, *words)
+        refused(lambda words=words: import_files(tmp_path / "in.parquet", tmp_path / "new"), tmp_path, *words)
     decimals = pl.Series("timestamp", ["1.5"]).str.to_decimal(scale=1)
     pl.DataFrame([pl.Series("user", ["u"]), pl.Series("item", ["a"]), decimals]).write_parquet(tmp_path / "in.parquet")
-    import_parquet(tmp_path / "in.parquet", tmp_path / "new")
+    import_files(tmp_path / "in.parquet", tmp_path / "new")
     assert (tmp_path / "new" / "times.tsv").read_text() == "u\t1500000\n"
 
 
@@ -268,16 +272,16 @@ def test_files_that_are_no_files_are_refused(tmp_path):
     fifo = tmp_path / "fifo.csv"
     os.mkfifo(fifo)
     source = write(tmp_path / "in.csv", HEADER + "u,a,1\n")
-    for read in (import_csv, import_parquet, import_recbole):
+    for read in (import_files, import_files, import_recbole):
         refused(lambda read=read: read(fifo, tmp_path / "out"), tmp_path, "fifo.csv", "found a FIFO")
-    refused(lambda: import_csv(source, tmp_path / "out", TableOptions(items=fifo)), tmp_path, "found a FIFO")
+    refused(lambda: import_files(source, tmp_path / "out", TableOptions(items=fifo)), tmp_path, "found a FIFO")
 
 
 def test_a_line_without_an_end_does_not_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(delimited, "MAX_ROW_BYTES", 1000)
     monkeypatch.setattr(delimited, "BLOCK_BYTES", 100)
     source = write(tmp_path / "in.csv", HEADER + "u,a,1\n" + "x" * 3000 + "\n")
-    refused(lambda: import_csv(source, tmp_path / "out"), tmp_path, "in.csv line 3: longer than")
+    refused(lambda: import_files(source, tmp_path / "out"), tmp_path, "in.csv line 3: longer than")
 
 
 FIELD = st.text(st.sampled_from('ab",\n\r\t é;\x1e\x1f\0'), max_size=6)
@@ -387,7 +391,7 @@ def test_no_damage_is_a_traceback(tmp_path_factory, edits, kind):
         out = folder / policy
         try:
             if kind == "csv":
-                import_csv(write(folder / "in.csv", content), out, TableOptions(bad_rows=policy))
+                import_files(write(folder / "in.csv", content), out, TableOptions(bad_rows=policy))
             elif kind == "inter":
                 import_recbole(write(folder / "in.inter", content), out, TableOptions(bad_rows=policy))
             else:

@@ -16,7 +16,7 @@ pl = pytest.importorskip("polars")
 from helpers.import_sources import HEADER, imported_csv, refused, write
 from iisan_fast.data.imports import delimited
 from iisan_fast.data.imports.decimal_times import read_numbers
-from iisan_fast.data.imports.flat import import_csv, import_files, import_parquet
+from iisan_fast.data.imports.flat import import_files
 from iisan_fast.data.imports.interaction_columns import looks_like_time
 from iisan_fast.data.imports.iso_times import read_iso
 from iisan_fast.data.imports.options import TableOptions
@@ -128,12 +128,14 @@ def test_a_format_reads_other_dates(tmp_path, form, values, expected):
 
 def test_dates_of_another_form_name_the_option(tmp_path):
     source = write(tmp_path / "in.csv", rows('"09 20, 2018"'))
-    refused(lambda: import_csv(source, tmp_path / "out"), tmp_path, "line 2: timestamp", "--timestamp-format")
+    refused(lambda: import_files(source, tmp_path / "out"), tmp_path, "line 2: timestamp", "--timestamp-format")
     options = TableOptions(timestamp_format="%d.%m.%Y")
     words = ("line 2: timestamp: expected a date and time of the form '%d.%m.%Y', found '09 20, 2018'",)
-    refused(lambda: import_csv(source, tmp_path / "out", options), tmp_path, *words)
+    refused(lambda: import_files(source, tmp_path / "out", options), tmp_path, *words)
     options = TableOptions(timestamp_format="%H %q")
-    refused(lambda: import_csv(source, tmp_path / "out", options), tmp_path, "timestamp_format: '%H %q' cannot be used")
+    refused(
+        lambda: import_files(source, tmp_path / "out", options), tmp_path, "timestamp_format: '%H %q' cannot be used"
+    )
 
 
 def test_parquet_dates_are_the_moments_of_csv(tmp_path):
@@ -152,11 +154,11 @@ def test_parquet_dates_are_the_moments_of_csv(tmp_path):
     ):
         frame = pl.DataFrame({"user": ["u", "u"], "item": ["a", "b"], "timestamp": column})
         frame.write_parquet(tmp_path / "in.parquet")
-        import_parquet(tmp_path / "in.parquet", tmp_path / f"out{index}")
+        import_files(tmp_path / "in.parquet", tmp_path / f"out{index}")
         assert (history(tmp_path / f"out{index}"), times(tmp_path / f"out{index}")) == (history(out), times(out))
     days = pl.Series("timestamp", [datetime.date(2018, 9, 21), datetime.date(2018, 9, 20)])
     pl.DataFrame({"user": ["u", "u"], "item": ["a", "b"], "timestamp": days}).write_parquet(tmp_path / "in.parquet")
-    import_parquet(tmp_path / "in.parquet", tmp_path / "days")
+    import_files(tmp_path / "in.parquet", tmp_path / "days")
     assert times(tmp_path / "days") == f"u\t{DAY_2018} {DAY_2018 + DAY}\n"
 
 
@@ -165,22 +167,22 @@ def test_rows_without_a_time_are_a_kind_of_bad_rows(tmp_path):
     for first, other in (("5", "2018-09-20"), ("2018-09-20", "5")):
         source = write(tmp_path / "in.csv", rows(*blank, first, other, "x"))
         refused(
-            lambda source=source: import_csv(source, tmp_path / "out"),
+            lambda source=source: import_files(source, tmp_path / "out"),
             tmp_path,
             "line 2: timestamp: expected a time, found nothing",
         )
-        counts = import_csv(source, tmp_path / first, TableOptions(bad_rows="skip"))
+        counts = import_files(source, tmp_path / first, TableOptions(bad_rows="skip"))
         assert history(tmp_path / first) == "u\th\n"
         places = {kind: (bad.count, bad.places) for kind, bad in counts.bad_rows.items()}
         assert places == {"no timestamp": (7, [2, 3, 4, 5, 6]), "bad timestamp": (2, [10, 11])}
     write(tmp_path / "in.csv", rows("5", "2018-09-20"))
     words = ("line 3: timestamp: expected a number", "as other times are numbers, found '2018-09-20'")
-    refused(lambda: import_csv(tmp_path / "in.csv", tmp_path / "new"), tmp_path, *words)
+    refused(lambda: import_files(tmp_path / "in.csv", tmp_path / "new"), tmp_path, *words)
 
 
 def test_times_that_64_bits_do_not_hold_are_named(tmp_path):
     source = write(tmp_path / "in.csv", rows("0.5", str(2**53)))
-    refused(lambda: import_csv(source, tmp_path / "out"), tmp_path, "line 3: timestamp: expected a number of at most")
+    refused(lambda: import_files(source, tmp_path / "out"), tmp_path, "line 3: timestamp: expected a number of at most")
     first = write(tmp_path / "first.csv", rows("1", str(2**53)))
     words = (f"times: {2**53} does not fit into 64 bits as microseconds",)
     refused(lambda: import_files([first, write(source, rows("0.5"))], tmp_path / "out"), tmp_path, *words)
@@ -194,29 +196,29 @@ def test_the_unit_is_said(tmp_path, caplog):
         (["2018-09-20"], "times: microseconds since 1970 (UTC)"),
     ):
         caplog.clear()
-        import_csv(write(tmp_path / "in.csv", rows(*values)), tmp_path / values[0])
+        import_files(write(tmp_path / "in.csv", rows(*values)), tmp_path / values[0])
         assert words in caplog.text if words else "times" not in caplog.text
 
 
 def test_the_order_of_the_file_counts_without_times(tmp_path, caplog):
     write(tmp_path / "in.csv", "user,item\nu,c\nv,a\nu,a\nu,b\n")
-    import_csv(tmp_path / "in.csv", tmp_path / "csv")
+    import_files(tmp_path / "in.csv", tmp_path / "csv")
     assert "no column of times, so that the order of its rows counts" in caplog.text
     write(tmp_path / "in.inter", "user_id:token\titem_id:token\nu\tc\nv\ta\nu\ta\nu\tb\n")
     import_recbole(tmp_path / "in.inter", tmp_path / "recbole")
     pl.read_csv(tmp_path / "in.csv").write_parquet(tmp_path / "in.parquet")
-    import_parquet(tmp_path / "in.parquet", tmp_path / "parquet")
+    import_files(tmp_path / "in.parquet", tmp_path / "parquet")
     for name in ("csv", "recbole", "parquet"):
         assert history(tmp_path / name) == "u\tc a b\nv\ta\n" and not (tmp_path / name / "times.tsv").exists()
     write(tmp_path / "in.csv", "user,item,t_dat\nu,c,3\nu,a,2\n")
     words = ("no column 'timestamp', but t_dat may hold times", "--timestamp-column t_dat", "--timestamp-column -")
-    refused(lambda: import_csv(tmp_path / "in.csv", tmp_path / "out"), tmp_path, *words)
+    refused(lambda: import_files(tmp_path / "in.csv", tmp_path / "out"), tmp_path, *words)
     caplog.clear()
-    import_csv(tmp_path / "in.csv", tmp_path / "ordered", TableOptions(timestamp_column="-"))
+    import_files(tmp_path / "in.csv", tmp_path / "ordered", TableOptions(timestamp_column="-"))
     assert history(tmp_path / "ordered") == "u\tc a\n" and "no column of times" not in caplog.text
     options = TableOptions(timestamp_column="when")
-    refused(lambda: import_csv(tmp_path / "in.csv", tmp_path / "out", options), tmp_path, "no column 'when'")
-    import_csv(tmp_path / "in.csv", tmp_path / "named", TableOptions(timestamp_column="t_dat"))
+    refused(lambda: import_files(tmp_path / "in.csv", tmp_path / "out", options), tmp_path, "no column 'when'")
+    import_files(tmp_path / "in.csv", tmp_path / "named", TableOptions(timestamp_column="t_dat"))
     assert (history(tmp_path / "named"), times(tmp_path / "named")) == ("u\ta c\n", "u\t2 3\n")
 
 
@@ -237,14 +239,14 @@ def test_names_that_look_like_times():
 def test_a_row_a_user_has_lists_of_times(tmp_path):
     frame = pl.DataFrame({"user": ["u", "v"], "item": [["a", "b", "c"], ["c"]], "timestamp": [[3.5, 1.0, 2.0], [7.0]]})
     frame.write_parquet(tmp_path / "in.parquet")
-    counts = import_parquet(tmp_path / "in.parquet", tmp_path / "out")
+    counts = import_files(tmp_path / "in.parquet", tmp_path / "out")
     assert (history(tmp_path / "out"), counts.rows, counts.interactions) == ("u\tb c a\nv\tc\n", 2, 4)
     assert times(tmp_path / "out") == "u\t1000000 2000000 3500000\nv\t7000000\n"
     frame.with_columns(pl.Series("timestamp", [[1.0], [7.0]])).write_parquet(tmp_path / "in.parquet")
     words = ("row 1: timestamp: expected a list as long as the items', 3, found 1",)
-    refused(lambda: import_parquet(tmp_path / "in.parquet", tmp_path / "new"), tmp_path, *words)
+    refused(lambda: import_files(tmp_path / "in.parquet", tmp_path / "new"), tmp_path, *words)
     source = write(tmp_path / "in.csv", "user,item,timestamp\nu,a|b||c,3|1|2\nv,c|a,5\n")
-    import_csv(source, tmp_path / "split", TableOptions(item_separator="|"))
+    import_files(source, tmp_path / "split", TableOptions(item_separator="|"))
     assert history(tmp_path / "split") == "u\tb c a\nv\tc a\n"
 
 

@@ -23,7 +23,7 @@ from helpers.import_sources import HEADER, TIMES, UNORDERED, USERS, imported_csv
 from iisan_fast.cli import main
 from iisan_fast.config import ProtocolConfig
 from iisan_fast.data.imports import delimited, history_order
-from iisan_fast.data.imports.flat import import_csv, import_parquet
+from iisan_fast.data.imports.flat import import_files
 from iisan_fast.data.imports.options import TableOptions
 from iisan_fast.data.imports.recbole import import_recbole
 from iisan_fast.data.sequences import load_dataset
@@ -70,7 +70,7 @@ def test_csv_with_columns_of_other_names_and_tables_of_titles(tmp_path):
     titles.write_parquet(tmp_path / "items.parquet")
     for items, data in (("items.csv", content.encode()), ("items.parquet", gzip.compress(content.encode()))):
         options = TableOptions(**names, items=tmp_path / items)
-        import_csv(write(tmp_path / f"in-{items}.csv", data), tmp_path / f"out-{items}", options)
+        import_files(write(tmp_path / f"in-{items}.csv", data), tmp_path / f"out-{items}", options)
         assert (tmp_path / f"out-{items}" / "users.tsv").read_text() == USERS
         assert table(tmp_path / f"out-{items}") == {"a": "A, a", "b": "b", "c": "C c"}
 
@@ -84,7 +84,7 @@ def test_parquet_of_any_fitting_types(tmp_path):
         (times, times.cast(pl.Float64), times.cast(pl.Datetime("us")), times.cast(pl.UInt8))
     ):
         pl.DataFrame([users, items, column]).write_parquet(tmp_path / "in.parquet")
-        import_parquet(tmp_path / "in.parquet", tmp_path / f"out{index}")
+        import_files(tmp_path / "in.parquet", tmp_path / f"out{index}")
         assert (tmp_path / f"out{index}" / "users.tsv").read_text() == USERS.replace("u", "")
         assert (tmp_path / f"out{index}" / "times.tsv").read_text() == TIMES.replace("u", "")
     for frame, words in (
@@ -104,9 +104,9 @@ def test_parquet_of_any_fitting_types(tmp_path):
         (pl.DataFrame([users, items, times]).clear(), ["holds no interactions"]),
     ):
         frame.write_parquet(tmp_path / "in.parquet")
-        refused(lambda: import_parquet(tmp_path / "in.parquet", tmp_path / "new"), tmp_path, "in.parquet", *words)
+        refused(lambda: import_files(tmp_path / "in.parquet", tmp_path / "new"), tmp_path, "in.parquet", *words)
     write(tmp_path / "in.parquet", "no parquet")
-    refused(lambda: import_parquet(tmp_path / "in.parquet", tmp_path / "new"), tmp_path, "cannot be read as a table")
+    refused(lambda: import_files(tmp_path / "in.parquet", tmp_path / "new"), tmp_path, "cannot be read as a table")
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ def test_parquet_of_any_fitting_types(tmp_path):
 )
 def test_malformed_csv(tmp_path, content, words):
     source = write(tmp_path / "in.csv", content)
-    refused(lambda: import_csv(source, tmp_path / "out"), tmp_path, "in.csv", *words)
+    refused(lambda: import_files(source, tmp_path / "out"), tmp_path, "in.csv", *words)
 
 
 def test_a_file_that_is_no_csv(tmp_path):
     write(tmp_path / "in.csv", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
-    refused(lambda: import_csv(tmp_path / "in.csv", tmp_path / "out"), tmp_path, "in.csv: no header of names")
+    refused(lambda: import_files(tmp_path / "in.csv", tmp_path / "out"), tmp_path, "in.csv: no header of names")
     with pytest.raises(InputError) as error:
-        import_csv(tmp_path / "in.csv", tmp_path / "out")
+        import_files(tmp_path / "in.csv", tmp_path / "out")
     assert str(error.value).isprintable()
 
 
@@ -146,8 +146,8 @@ def test_a_truncated_file_is_named(tmp_path):
     whole = write(tmp_path / "whole.csv", HEADER + UNORDERED)
     part = write(tmp_path / "part.csv.gz", gzip.compress(b"item,title\n" + UNORDERED.encode())[:-9])
     words = ("part.csv.gz: cannot be read as a table", "ended before the end-of-stream")
-    refused(lambda: import_csv(part, tmp_path / "out"), tmp_path, *words)
-    refused(lambda: import_csv(whole, tmp_path / "out", TableOptions(items=part)), tmp_path, *words)
+    refused(lambda: import_files(part, tmp_path / "out"), tmp_path, *words)
+    refused(lambda: import_files(whole, tmp_path / "out", TableOptions(items=part)), tmp_path, *words)
 
 
 @pytest.mark.parametrize("name", ["in*", "in[1]", "in?"])
@@ -156,20 +156,20 @@ def test_names_of_files_are_no_patterns(tmp_path, name):
         rows = pl.DataFrame({"user": ["u"], "item": [file], "timestamp": [1]})
         rows.write_csv(tmp_path / f"{file}.csv")
         rows.write_parquet(tmp_path / f"{file}.parquet")
-    for read, suffix in ((import_csv, "csv"), (import_parquet, "parquet")):
-        assert read(tmp_path / f"{name}.{suffix}", tmp_path / suffix).items == 1
+    for suffix in ("csv", "parquet"):
+        assert import_files(tmp_path / f"{name}.{suffix}", tmp_path / suffix).items == 1
         assert (tmp_path / suffix / "users.tsv").read_text() == f"u\t{name}\n"
 
 
 def test_files_that_are_not_there(tmp_path):
     options = TableOptions(items=tmp_path / "items.csv")
     source = write(tmp_path / "in.csv", HEADER + UNORDERED)
-    refused(lambda: import_csv(tmp_path / "no.csv", tmp_path / "out"), tmp_path, "no.csv: no such file")
-    refused(lambda: import_csv(source, tmp_path / "out", options), tmp_path, "items.csv: no such file")
+    refused(lambda: import_files(tmp_path / "no.csv", tmp_path / "out"), tmp_path, "no.csv: no such file")
+    refused(lambda: import_files(source, tmp_path / "out", options), tmp_path, "items.csv: no such file")
     inter = write(tmp_path / "in.inter", "user_id:token\titem_id:token\ttimestamp:float\nu\ta\t1\n")
     refused(lambda: import_recbole(inter, tmp_path / "out", options), tmp_path, "items.csv: no such file")
     options = TableOptions(covers=tmp_path / "covers")
-    refused(lambda: import_csv(source, tmp_path / "out", options), tmp_path, "covers: no such folder")
+    refused(lambda: import_files(source, tmp_path / "out", options), tmp_path, "covers: no such folder")
 
 
 def test_a_destination_must_be_new_and_in_a_folder(tmp_path):
@@ -177,8 +177,8 @@ def test_a_destination_must_be_new_and_in_a_folder(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("out", "dangling", "in.csv"):
-        refused(lambda name=name: import_csv(source, tmp_path / name), tmp_path, name, "exists already")
-    refused(lambda: import_csv(source, tmp_path / "a" / "b"), tmp_path, "make", "first")
+        refused(lambda name=name: import_files(source, tmp_path / name), tmp_path, name, "exists already")
+    refused(lambda: import_files(source, tmp_path / "a" / "b"), tmp_path, "make", "first")
 
 
 def test_mixed_spellings_of_large_timestamps_stay_exact(tmp_path):
@@ -230,7 +230,7 @@ def test_many_rows_keep_the_order_of_first_appearance(tmp_path):
     pl.DataFrame({"user": users, "item": [f"i{index % 5}" for index in range(count)], "timestamp": 0}).write_csv(
         tmp_path / "in.csv"
     )
-    assert import_csv(tmp_path / "in.csv", tmp_path / "out").users == 100_003
+    assert import_files(tmp_path / "in.csv", tmp_path / "out").users == 100_003
     with (tmp_path / "out" / "users.tsv").open() as lines:
         assert [line.split("\t")[0] for line in lines] == list(dict.fromkeys(users))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from iisan_fast.data.imports.flat import import_csv
+from iisan_fast.data.imports.flat import import_files
 from iisan_fast.data.imports.options import TableOptions
 from iisan_fast.errors import InputError
 
@@ -37,7 +37,7 @@ def table(folder: Path) -> dict[str, str]:
 
 
 def imported_csv(tmp_path: Path, content: str | bytes, **options) -> Path:
-    import_csv(write(tmp_path / "in.csv", content), tmp_path / "out", TableOptions(**options))
+    import_files(write(tmp_path / "in.csv", content), tmp_path / "out", TableOptions(**options))
     return tmp_path / "out"
 
 

@@ -367,10 +367,14 @@ LAYOUTS = {
         {
             "steam_reviews.json": "{u'username': u'Chaos', u'product_id': u'725280', u'date': u'2017-12-17'}\n"
             "{u'username': u'Chaos', u'product_id': u'328100', u'date': u'2016-01-02'}\n",
+            "steam_games.json": "{u'id': u'328100', u'title': u'Ghost'}\n"
+            "{u'id': u'725280', u'title': u\"Who's there\"}\n",
         },
-        "jsonl in/steam_reviews.json OUT --user-column username --item-column product_id --timestamp-column date",
+        "jsonl in/steam_reviews.json OUT --user-column username --item-column product_id --timestamp-column date "
+        "--items in/steam_games.json --items-id-column id",
         "Chaos\t328100 725280\n",
         None,
+        {"328100": "Ghost", "725280": "Who's there"},
     ),
     "MIND": Layout(
         {
@@ -446,5 +450,10 @@ LAYOUTS = {
         {"Beauty.txt": "1 20\n1 10\n2 10\n"},
         "csv in/Beauty.txt OUT --columns user,item --separator space",
         "1\t20 10\n2\t10\n",
+    ),
+    "Lines of a user and items": Layout(
+        {"Beauty.txt": "1 20 10 20\n2 10\n"},
+        'csv in/Beauty.txt OUT --columns user,item --separator " " --item-separator " "',
+        "1\t20 10 20\n2\t10\n",
     ),
 }

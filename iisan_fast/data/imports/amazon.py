@@ -43,7 +43,7 @@ def import_amazon(
     products = [path for path in paths if path.name.startswith(META)]
     reviews = [path for path in paths if path not in products]
     if not reviews:
-        raise InputError(f"{paths[0].parent}: expected a file of reviews or ratings, found {paths[0].name} alone")
+        raise InputError(f"{paths[0]}: holds products; name a file of reviews or ratings, too")
     if len(products) > 1 and options.items is None:
         names = first_few((path.name for path in products), len(products))
         raise InputError(f"{products[0].parent}: expected one file of products, found {names}; name one with --items")
@@ -115,8 +115,8 @@ def _columns_of_ratings(path: Path, fields: int, item: str) -> tuple[str, ...]:
         if are_items == [True, False]:
             return (item, "user_id", "rating", "timestamp")
     raise InputError(
-        f"{path}: no header, and its rows do not say which column is which; name them with iisan-fast import csv "
-        "--columns, such as user,item,rating,timestamp"
+        f"{path}: expected a header with {' or '.join(NAMES['user'])}, or rows of user, item, rating and time; name "
+        "the columns with iisan-fast import csv"
     )
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from ...files import whole_folder
 from .bad_rows import BadRows
 from .dataset import write_dataset
+from .history_lines import HistoryLines
 from .interaction_columns import interaction_source
 from .interactions import count_rows, read_interactions
 from .opening import TextForm, open_table
 from .options import TABLE_COLUMNS, Imported, TableOptions
+from .separators import separator_of
 from .table import PARTS, Table
 from .titles import Titles, read_titles
 
@@ -25,17 +27,26 @@ def import_files(sources: Path | Sequence[Path], destination: Path, options: Tab
     With files of a validation or a test part in the options, the sources are the training part. Raises InputError for
     bad input.
     """
-    form = TextForm(options.separator, options.encoding, options.columns)
     paths = [sources] if isinstance(sources, Path) else [*sources]
     later = {VALIDATION: options.validation, TEST: options.test}
     parts = {part: path for part, path in later.items() if path is not None}
     first = TRAINING if parts else None
-    tables = [(open_table(path, form), first) for path in paths]
-    tables += [(open_table(path, form), part) for part, path in parts.items()]
+    tables = [(_interactions_table(path, options), first) for path in paths]
+    tables += [(_interactions_table(path, options), part) for part, path in parts.items()]
     return import_tables(tables, items_table(options), destination, options)
 
 
-import_csv = import_parquet = import_files
+def _interactions_table(path: Path, options: TableOptions) -> Table:
+    """Return a table of interactions; lines of a user and items, if one separator stands between all of these.
+
+    Raises InputError if it cannot be opened.
+    """
+    separator = options.separator
+    if separator is not None and options.item_separator is not None and options.columns is not None:
+        is_file = not path.is_dir()
+        if is_file and separator_of(separator) == separator_of(options.item_separator):
+            return HistoryLines(path, separator, options.columns, options.encoding)
+    return open_table(path, TextForm(separator, options.encoding, options.columns))
 
 
 def items_table(options: TableOptions) -> Table | None:
@@ -65,7 +76,7 @@ def import_tables(
         bad_title_rows = {}
         if items is not None:
             bad_titles = BadRows(items.path, options.bad_rows, items.unit)
-            item_column = options.item_column or names[1]
+            item_column = options.items_id_column or options.item_column or names[1]
             item_ids = {*interactions["item"].unique()}
             titles = read_titles(items, item_column, options.title_column, item_ids, bad_titles)
             bad_title_rows = bad_titles.kinds

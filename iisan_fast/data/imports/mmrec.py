@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def import_mmrec(source: Path, destination: Path, options: TableOptions = TableO
 
     The column x_label is a given split: 0 is training, 1 validation, 2 test. Raises InputError for bad input.
     """
-    folder = unpacked(source) if source.is_dir() else unpacked(source).parent
+    folder = source if unpacked(source).is_dir() else source.parent
     inter = find(folder, "*.inter") if source.is_dir() else source
     if inter is None:
         raise InputError(f"{folder}: expected a .inter file in it, found none")
@@ -41,4 +42,7 @@ def feature_views(source: Path) -> list[str]:
     """Return the views of the features of a folder of MMRec, as the option --view of train takes them."""
     folder = source if source.is_dir() else source.parent
     paths = sorted(folder.resolve().glob(f"*{FEATURES}"))
-    return [f"source=features path={path} name={path.name.removesuffix(FEATURES)} first_id=0" for path in paths]
+    return [
+        f"source=features path={shlex.quote(str(path))} name={path.name.removesuffix(FEATURES)} first_id=0"
+        for path in paths
+    ]

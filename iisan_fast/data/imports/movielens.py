@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,10 +50,17 @@ def import_movielens(source: Path, destination: Path, options: TableOptions = Ta
 
 
 def _release(source: Path) -> tuple[Path, Release]:
-    """Return the folder and the release of a source. Raises InputError if it is none of those known."""
-    folder = source if source.is_dir() else source.parent
-    for release in RELEASES:
-        if (source == folder and os.path.lexists(folder / release.ratings)) or source.name == release.ratings:
+    """Return the folder and the release of a source; the folder may lie in the source, as some archives have it.
+
+    Raises InputError if it is none of those known.
+    """
+    if not source.is_dir():
+        named = [release for release in RELEASES if release.ratings == source.name]
+        if named:
+            return source.parent, named[0]
+    folders = [source, *sorted(path for path in source.iterdir() if path.is_dir())] if source.is_dir() else []
+    for folder, release in product(folders, RELEASES):
+        if os.path.lexists(folder / release.ratings):
             return folder, release
     expected = ", ".join(release.ratings for release in RELEASES if release.ratings != "rating.csv")
     raise InputError(f"{source}: expected a folder of MovieLens, with one of {expected} in it")

@@ -51,7 +51,7 @@ class TableOptions(ImportOptions):
     """Options of imports from tables whose columns may have any name."""
 
     user_column: str | None = None  # None: the default column of the format
-    item_column: str | None = None  # of the interactions and of the titles
+    item_column: str | None = None  # of the interactions and, without items_id_column, of the titles
     timestamp_column: str | None = None  # None: TIMESTAMP_COLUMN, if the file has it; -: none
     title_column: str | None = None  # None: TITLE_COLUMN, if the table of titles has it
     items: Path | None = None  # a table of item ids and titles
@@ -66,12 +66,15 @@ class TableOptions(ImportOptions):
     split_column: str | None = None  # says the part of each interaction; None: split, if there is one; -: none
     validation: Path | None = None  # files of the parts of a given split, beside the source, which is training
     test: Path | None = None
+    items_id_column: str | None = None  # of the item ids in the table of titles; None: as in the interactions
 
     def __post_init__(self) -> None:
         """Raise InputError for an unknown choice, and for an option without the one that it belongs to."""
         super().__post_init__()
         if self.rating_column is not None and self.min_rating is None:
             raise InputError("rating_column: needs the least rating; give it by min_rating, too")
+        if self.items_id_column is not None and self.items is None:
+            raise InputError("items_id_column: needs a table of titles; name it by items, too")
         if self.items_columns is not None and self.items is None:
             raise InputError("items_columns: needs a table of titles; name it by items, too")
 

@@ -44,7 +44,7 @@ def import_recbole(source: Path, destination: Path, options: TableOptions = Tabl
     item = options.item_column or RECBOLE_FIELDS[1]
     time = options.timestamp_column or TIMESTAMP_COLUMN
     types = {user: ("token",), item: ("token", "token_seq"), time: ("float", "token", "float_seq")}
-    files = [_atomic(path, types)._replace(part=part) for path, part in found.files]
+    files = [_atomic(path, types, options)._replace(part=part) for path, part in found.files]
     titles, options = _titles(source, found, item, options)
     if any(f"{item}{LIST_SUFFIX}" in file.table.columns for file in files):
         tables, options = _with_histories(files, user, item, time, options)
@@ -68,7 +68,9 @@ def _titles(source: Path, found: InterFiles, item: str, options: TableOptions) -
         return None, options
     if path.suffix != ITEM_SUFFIX:
         return items_table(options), options
-    table = _atomic(path, {item: ("token",), options.title_column or TITLE_COLUMN: ("token", "token_seq")}).table
+    title_types = {options.items_id_column or item: ("token",)}
+    title_types[options.title_column or TITLE_COLUMN] = ("token", "token_seq")
+    table = _atomic(path, title_types, options).table
     named = [name for name in table.columns if name.endswith("_title")]
     if options.title_column is None and TITLE_COLUMN not in table.columns and len(named) == 1:
         options = replace(options, title_column=named[0])
@@ -102,7 +104,7 @@ def _with_histories(
     return [(table, None) for table in tables], replace(options, **columns)
 
 
-def _atomic(path: Path, types: Mapping[str, tuple[str, ...]]) -> AtomicFile:
+def _atomic(path: Path, types: Mapping[str, tuple[str, ...]], options: TableOptions) -> AtomicFile:
     """Return an atomic file. types: the types that fields which are read may have. Raises InputError for another."""
     sequences: list[str] = []
 
@@ -116,7 +118,9 @@ def _atomic(path: Path, types: Mapping[str, tuple[str, ...]]) -> AtomicFile:
         sequences[:] = [name for name, kind in fields if kind in SEQUENCES]
         return [name for name, _ in fields]
 
-    return AtomicFile(DelimitedText(path, separator="\t", quoted=False, names_of=names_of), sequences)
+    separator = options.separator or "\t"
+    table = DelimitedText(path, separator, quoted=False, names_of=names_of, encoding=options.encoding)
+    return AtomicFile(table, sequences)
 
 
 def _name_and_type(path: Path, field: str) -> tuple[str, str]:
