@@ -57,10 +57,22 @@ class Split:
     @cached_property
     def reachable(self) -> np.ndarray:
         """Return True for each target that is not in its user's history, bool [R]."""
+        if self.repeated_users is not None:
+            return self._reachable_by_user()
         rows = np.repeat(np.arange(len(self.targets)), self.lengths)
         before = np.cumsum(self.lengths) - self.lengths
         history = self.items[np.arange(len(rows)) + np.repeat(self.ends - self.lengths - before, self.lengths)]
         return np.bincount(rows[history == self.targets[rows]], minlength=len(self.targets)) == 0
+
+    def _reachable_by_user(self) -> np.ndarray:
+        """Return `reachable`, and read each user's history once, however many targets the user has."""
+        first = self.first_rows
+        lengths = self.lengths[first]
+        before = np.cumsum(lengths) - lengths
+        history = self.items[np.arange(lengths.sum()) + np.repeat(self.ends[first] - lengths - before, lengths)]
+        width = int(self.items.max()) + 1
+        pairs = np.repeat(self.users[first], lengths) * width + history
+        return ~np.isin(self.users * width + self.targets, pairs)
 
 
 def right_align(items: np.ndarray, ends: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:

@@ -51,11 +51,11 @@ def faults(tmp_path: Path, *options: str) -> dict:
 
 @pytest.mark.slow
 def test_a_few_faults_are_taken_well(tmp_path):
-    result = faults(tmp_path, "--kills=1", "--flips=4", "--mutations=23", "--seed=7000")
-    for name, count in {"kills": 1, "flips": 4, "mutations": 23}.items():
+    result = faults(tmp_path, "--kills=1", "--flips=4", "--mutations=24", "--seed=7000")
+    for name, count in {"kills": 1, "flips": 4, "mutations": 24}.items():
         assert result[name]["trials"] == sum(result[name]["outcomes"].values()) == count
         assert result[name]["faults"] == []
-    assert len(result["mutations"]["by_kind"]) == 23
+    assert len(result["mutations"]["by_kind"]) == 24
 
 
 @pytest.mark.long

@@ -27,6 +27,7 @@ FILES = {
     "captions.tsv": "b\ttrue\nf\t1e5\n",
     "users.tsv": "u1\ta b c d é f\nu2\tf é d c b\n3\tb b c a b c\nu\xa04\ta c é a c\n",
     "times.tsv": "u1\t1 2 3 4 5 6\nu2\t1 1 3 5 6\n3\t-4 1 +2 03 4 9\nu\xa04\t2 3 4 5 6\n",
+    "splits.tsv": "u1\t3 1 2\nu2\t2 +1 2\n3\t03 1 2\nu\xa04\t5 -0 0\n",
 }
 ODD = [
     *(
@@ -55,6 +56,7 @@ DAMAGE = st.one_of(
 )
 EDIT = st.tuples(st.sampled_from(sorted(FILES)), st.floats(0, 1), st.booleans(), DAMAGE)
 TEMPORAL = ProtocolConfig(split="temporal", validation_from=0.6, test_from=0.8)
+PROTOCOLS = {"leave-one-out": ProtocolConfig(), "temporal": TEMPORAL, "given": ProtocolConfig(split="given")}
 
 
 @contextmanager
@@ -77,7 +79,7 @@ def no_strict_reader() -> Iterator[None]:
         pytest.fail(f"{path} was read line by line")
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("items", "histories", "temporal", "strict_tables"):
+        for module in ("items", "histories", "temporal", "given_split", "strict_tables"):
             patch.setattr(f"iisan_fast.data.{module}.read_table", fail)
         yield
 
@@ -90,6 +92,7 @@ def plain(dataset: Dataset) -> dict[str, Any]:
         "items": sequences.items,
         "training_ends": sequences.training_ends,
         **sequences.targets,
+        **{f"{name}_counts": counts for name, counts in sequences.target_counts.items()},
     }
     return {
         "titles": dataset.titles,
@@ -117,7 +120,7 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
 FILES_IN_BYTES = {name: text.encode() for name, text in FILES.items()}
 
 
-@pytest.mark.parametrize("protocol", [ProtocolConfig(), TEMPORAL], ids=["leave-one-out", "temporal"])
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 @pytest.mark.parametrize("block_bytes", [1, 16, 1 << 20])
 def test_polars_reads_a_plain_dataset_alone_and_as_the_strict_reader_does(tmp_path, protocol, block_bytes):
     root = write(tmp_path, FILES_IN_BYTES)
@@ -129,18 +132,19 @@ def test_polars_reads_a_plain_dataset_alone_and_as_the_strict_reader_does(tmp_pa
 
 
 @settings(max_examples=250, deadline=None)
-@given(st.lists(EDIT, max_size=2), st.booleans())
-@example([("users.tsv", 0.0, False, b"\xef\xbb\xbf")], False)
-@example([("users.tsv", 1.0, False, b"\n")], False)
-@example([("times.tsv", 1.0, False, b"u5\t1 2 3 4 5\n")], True)
-def test_both_readers_agree_on_whatever_stands_in_the_files(tmp_path_factory, edits, temporal):
+@given(st.lists(EDIT, max_size=2), st.sampled_from(sorted(PROTOCOLS)))
+@example([("users.tsv", 0.0, False, b"\xef\xbb\xbf")], "leave-one-out")
+@example([("users.tsv", 1.0, False, b"\n")], "leave-one-out")
+@example([("times.tsv", 1.0, False, b"u5\t1 2 3 4 5\n")], "temporal")
+@example([("splits.tsv", 1.0, False, b"u5\t1 2 3\n")], "given")
+def test_both_readers_agree_on_whatever_stands_in_the_files(tmp_path_factory, edits, split):
     """An edit puts bytes into a file somewhere, in place of the byte that stands there or before it."""
     files = dict(FILES_IN_BYTES)
     for name, where, in_place, content in edits:
         place = round(where * len(files[name]))
         files[name] = files[name][:place] + content + files[name][place + in_place :]
     root = write(tmp_path_factory.mktemp("dataset"), files)
-    protocol = TEMPORAL if temporal else ProtocolConfig()
+    protocol = PROTOCOLS[split]
     with readers(by_polars=False):
         expected = outcome(root, protocol)
     with readers(by_polars=True):
