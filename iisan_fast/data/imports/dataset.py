@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ...errors import InputError, first_few
 from .covers import write_covers
-from .history_order import ordered_histories
+from .history_order import OrderedHistories, ordered_histories
 from .history_writing import write_histories
 from .interaction_filters import k_core, without_duplicates
 from .options import Imported, ImportOptions
@@ -30,52 +29,51 @@ def write_dataset(
     times, times.tsv holds them as users.tsv holds the items. Raises InputError for items without a title as the
     options say, and if no item is left.
     """
-    parts = ordered_histories(interactions)
-    distinct = without_duplicates(parts, options.duplicates)
+    histories = ordered_histories(interactions)
+    distinct = without_duplicates(histories, options.duplicates)
     cored = k_core(distinct, options)
-    titled, item_ids, untitled = _titled_interactions(cored, titles, options)
+    titled, item_ids, untitled = _titled_histories(cored, titles, options)
     ambiguous = [item_id for item_id in item_ids if item_id in titles.ambiguous]
     if ambiguous:
         LOGGER.warning("%s", describe_ambiguous(titles, ambiguous))
     with (folder / "items.tsv").open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{item_id}\t{titles.of_item.get(item_id, item_id)}\n" for item_id in item_ids)
     without_cover = None if covers is None else write_covers(folder, covers, item_ids, options.copy_covers)
-    counts = [sum(map(len, step)) for step in (parts, distinct, cored, titled)]
     return Imported(
         users=write_histories(folder, titled),
         items=len(item_ids),
-        interactions=counts[3],
-        dropped_interactions=counts[2] - counts[3],
-        duplicate_interactions=counts[0] - counts[1],
-        core_interactions=counts[1] - counts[2],
+        interactions=len(titled),
+        dropped_interactions=len(cored) - len(titled),
+        duplicate_interactions=len(histories) - len(distinct),
+        core_interactions=len(distinct) - len(cored),
         items_without_title=untitled,
         items_without_cover=without_cover,
         items_with_two_titles=len(ambiguous),
     )
 
 
-def _titled_interactions(
-    parts: Sequence[pl.DataFrame], titles: Titles, options: ImportOptions
-) -> tuple[list[pl.DataFrame], pl.Series, int]:
-    """Return the interactions to write, the ids of their items in order, and the number of items without a title.
+def _titled_histories(
+    histories: OrderedHistories, titles: Titles, options: ImportOptions
+) -> tuple[OrderedHistories, pl.Series, int]:
+    """Return the histories to write, the ids of their items in order, and the number of items without a title.
 
     Raises InputError for items without a title as the options say, and if no item is left.
     """
-    item_ids = pl.concat([part["item"].unique() for part in parts]).unique()
-    item_ids = item_ids.gather(item_ids.to_physical().arg_sort())
-    codes = item_ids.to_physical().to_numpy()
-    has_title = np.zeros(codes.max() + 1, bool)
-    has_title[codes] = [item_id in titles.of_item for item_id in item_ids]
-    untitled = item_ids.filter(pl.Series(~has_title[codes]))
-    if not len(untitled):
-        return list(parts), item_ids, 0
+    codes = histories.used_items()
+    item_ids = histories.item_ids.gather(codes).cast(pl.String)
+    has_title = np.array([item_id in titles.of_item for item_id in item_ids], bool)
+    if has_title.all():
+        return histories, item_ids, 0
+    untitled = item_ids.filter(pl.Series(~has_title))
     _report_untitled(untitled, len(item_ids), options.missing_titles, titles.problem)
     if options.missing_titles != "drop":
-        return list(parts), item_ids, len(untitled)
-    item_ids = item_ids.filter(pl.Series(has_title[codes]))
-    if not len(item_ids):
+        return histories, item_ids, len(untitled)
+    if not has_title.any():
         raise InputError("nothing is left: no item has a title; choose missing_titles: id, or the file of titles")
-    return [part.filter(has_title[part["item"].to_physical().to_numpy()]) for part in parts], item_ids, len(untitled)
+    stays = np.zeros(len(histories.item_ids), bool)
+    stays[codes[has_title]] = True
+    parts = [part.filter(stays[part["item"].to_numpy()]) for part in histories.parts]
+    return histories.with_parts(parts), item_ids.filter(pl.Series(has_title)), len(untitled)
 
 
 def _report_untitled(untitled: pl.Series, total: int, policy: str, problem: str) -> None:
