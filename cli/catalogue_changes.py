@@ -12,6 +12,7 @@ from ..errors import InputError
 from .help_pages import DATA, ENCODERS, command, option
 from .options import FILE, FILE_OR_FOLDER, FOLDER, device_option, output_options
 from .output import print_counts, print_json
+from .views import places_of_features
 
 if TYPE_CHECKING:
     from ..serving import ChangedCatalogue
@@ -20,6 +21,7 @@ ADDING = (
     "iisan-fast add-items runs/first NEW.tsv",
     "iisan-fast add-items runs/first NEW.csv --images COVERS",
     "iisan-fast add-items runs/first NEW.tsv --text-encoder /new/place/minilm",
+    "iisan-fast add-items runs/first NEW.tsv --features image=new_feat.npy",
 )
 UPDATING = (
     "iisan-fast update-items runs/first CHANGED.tsv",
@@ -45,6 +47,13 @@ def _encoding_options(function: Any) -> Any:
             group=DATA,
             type=click.Choice(MISSING_IMAGES),
             help="For images that are missing or cannot be read: stop, or encode a blank image.  [default: as the run]",
+        ),
+        option(
+            "--features",
+            group=DATA,
+            multiple=True,
+            metavar="VIEW=FILE",
+            help="File of the items' ready-made features for a view of the run that reads such; may be repeated.",
         ),
         option(
             "--text-encoder",
@@ -125,7 +134,8 @@ def _change(change: Any, run: Path, items: Path, options: dict[str, Any]) -> Non
     from ..devices import torch_device
     from ..states import EncoderPlaces
 
-    places = EncoderPlaces(options["image_encoder"], options["text_encoder"], options["trust_remote_code"])
+    encoders = (options["image_encoder"], options["text_encoder"], options["trust_remote_code"])
+    places = EncoderPlaces(*encoders, features=places_of_features(options["features"]))
     changed = change(
         run,
         items,

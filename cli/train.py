@@ -25,7 +25,7 @@ from .options import FOLDER, device_option, output_options, protocol_options
 from .output import percent, print_json, print_run_metrics
 from .setting_options import given_settings, option_names, setting_options
 from .verbosity import report
-from .views import encoder_settings, view_options
+from .views import encoder_settings, places_of_features, view_options
 
 EXAMPLES = (
     "iisan-fast train                    # the embedded demo, in about a minute",
@@ -42,6 +42,7 @@ EXAMPLES = (
     "iisan-fast train DATASET --cache STATES --init runs/first --out runs/next",
     "iisan-fast train --resume runs/first",
     "iisan-fast train --resume runs/first --epochs 40 --cache /new/place/STATES",
+    "iisan-fast train --resume runs/first --features image=/new/place/image_feat.npy",
 )
 SECTIONS = {
     "protocol": ProtocolConfig,
@@ -54,6 +55,7 @@ SECTIONS = {
 WRITTEN_HERE = ("dataset", "cache", "init")  # settings of RunConfig with an argument or an option written below
 OF_VIEWS = ("views",)  # the setting of UncachedConfig that the options of encoders describe
 WITH_RESUME = {"resume_path", "trust_remote_code", "placement", "device", "as_json"}
+MOVED_FEATURES = "features"  # the option that only --resume takes
 CHANGED_BY_RESUME = {  # option: the argument of iisan_fast.resume
     **{name: name for name in ("dataset", "cache", "image_encoder", "text_encoder", "patience", "checkpoint_every")},
     "max_epochs": "epochs",
@@ -83,6 +85,13 @@ CHANGED_BY_RESUME = {  # option: the argument of iisan_fast.resume
     type=FOLDER,
     help="Continue the run in this folder as it began. Only the places of dataset, cache and encoders may be given "
     "anew, and --epochs, --patience and --checkpoint-every.",
+)
+@option(
+    "--features",
+    group=TRAINING,
+    multiple=True,
+    metavar="VIEW=FILE",
+    help="File to which the ready-made features of a resumed run have moved; a new run takes them by --view.",
 )
 @setting_options(EvaluationConfig, EVALUATION)
 @setting_options(ScoringConfig, SCORING)
@@ -118,8 +127,11 @@ def train(
         _refuse_other_settings(context)
         changes = {argument: context.params[name] for name, argument in CHANGED_BY_RESUME.items()}
         trusted = bool(options["trust_remote_code"])
+        changes["features"] = places_of_features(options[MOVED_FEATURES])
         result = api.resume(resume_path, **changes, **where, on_epoch=_report_epoch, trust_remote_code=trusted)
     else:
+        if options.pop(MOVED_FEATURES):
+            raise InputError('--features: is for --resume; a new run takes them by --view "source=features path=FILE"')
         settings = _settings(dataset, options)
         result = api.train(dataset, **settings, **where, dry_run=dry_run, on_epoch=_report_epoch)
     if as_json:
@@ -165,7 +177,7 @@ def _refuse_other_settings(context: click.Context) -> None:
     forbidden = [
         names[name]
         for name in context.params
-        if name not in WITH_RESUME | CHANGED_BY_RESUME.keys()
+        if name not in {MOVED_FEATURES} | WITH_RESUME | CHANGED_BY_RESUME.keys()
         and context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
     ]
     if forbidden:

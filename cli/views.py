@@ -114,6 +114,19 @@ def parsed_view(text: str) -> ViewConfig | FeaturesConfig:
         raise InputError(f"--view {text!r}: {error}") from None
 
 
+def places_of_features(texts: tuple[str, ...]) -> dict[str, str]:
+    """Return the file of each view in texts VIEW=FILE. Raises InputError for another text, or a view named twice."""
+    places: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise InputError(f"--features: expected VIEW=FILE, found {text!r}")
+        if name in places:
+            raise InputError(f"--features: view {name!r} has two files, {places[name]} and {path}; give one of them")
+        places[name] = path
+    return places
+
+
 def _loading_options(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return image_options, text_options and encoder_options, which are for both, from those of --encoder-option.
 

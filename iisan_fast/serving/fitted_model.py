@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -113,21 +114,36 @@ class FittedModel:
         """
         return evaluate(self.trained.run, split, device=self._device, **settings)
 
-    def add_items(self, items: object, images: PathLike | None = None, *, missing_images: str | None = None) -> None:
+    def add_items(
+        self,
+        items: object,
+        images: PathLike | None = None,
+        *,
+        features: Mapping[str, PathLike] | None = None,
+        missing_images: str | None = None,
+    ) -> None:
         """Encode new items by the run's encoders and add them to its catalogue; they can be recommended at once.
 
         items: a file (.tsv, .csv, .parquet, .jsonl), a frame of pandas, polars or arrow, or a list of dicts, with
         item_id, title and, if the run reads captions, caption. images: a folder of images named by item id, or an LMDB.
-        missing_images: "error", or "blank" for a blank image in place of one that cannot be read; by default the run's.
-        The run's folder and the model change as a whole or not at all.
+        features: the file of the items' ready-made features by the name of each view that reads such; its rows have
+        ids, or stand in the order of the items. missing_images: "error", or "blank" for a blank image in place of one
+        that cannot be read; by default the run's. The run's folder and the model change as a whole or not at all.
         Raises InputError for items that cannot be used or that the catalogue has, and for encoders that are not those
         of the run; `load` takes the places to which they have moved.
         """
-        self._change(add_items, items, images, encoders=self._places, missing_images=missing_images)
+        self._change(add_items, items, images, encoders=self._places_with(features), missing_images=missing_images)
 
-    def update_items(self, items: object, images: PathLike | None = None, *, missing_images: str | None = None) -> None:
+    def update_items(
+        self,
+        items: object,
+        images: PathLike | None = None,
+        *,
+        features: Mapping[str, PathLike] | None = None,
+        missing_images: str | None = None,
+    ) -> None:
         """Encode the new contents of items that the catalogue has. Arguments and errors are those of `add_items`."""
-        self._change(update_items, items, images, encoders=self._places, missing_images=missing_images)
+        self._change(update_items, items, images, encoders=self._places_with(features), missing_images=missing_images)
 
     def remove_items(self, item_ids: Iterable[str]) -> None:
         """Remove items from the catalogue: they are not recommended again, and may still stand in histories.
@@ -135,6 +151,11 @@ class FittedModel:
         Raises InputError for ids that the catalogue does not have, and if no item would be left.
         """
         self._change(remove_items, item_id_list("items", item_ids))
+
+    def _places_with(self, features: Mapping[str, PathLike] | None) -> EncoderPlaces:
+        """Return the places of the encoders, with files of features. Raises InputError for what is no path."""
+        files = {name: str(as_path(f"features.{name}", path)) for name, path in (features or {}).items()}
+        return replace(self._places, features=files)
 
     def _change(self, change: Callable[..., ChangedCatalogue], *arguments: Any, **options: Any) -> None:
         """Change the catalogue of the run's folder and of the model.

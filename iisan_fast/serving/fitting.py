@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import api
-from ..config import NEIGHBOURS, PLACEMENTS, TUNING_METHODS, ModelConfig, ViewConfig
+from ..config import NEIGHBOURS, PLACEMENTS, TUNING_METHODS, FeaturesConfig, ModelConfig, ViewConfig
 from ..data import Dataset
 from ..errors import InputError, check_choice
 from ..files import absolute_path, as_path, cache_folder
@@ -44,6 +44,19 @@ def described_views(
     return views, remaining
 
 
+def listed_features(features: Mapping[str, PathLike] | Sequence[FeaturesConfig]) -> list[FeaturesConfig]:
+    """Return features as a list of views. Raises InputError for what is neither files by name nor FeaturesConfigs."""
+    if isinstance(features, Mapping):
+        return [FeaturesConfig(name, str(as_path(f"features.{name}", path))) for name, path in features.items()]
+    if isinstance(features, FeaturesConfig):
+        return [features]
+    if not isinstance(features, (list, tuple)) or not all(isinstance(view, FeaturesConfig) for view in features):
+        raise InputError(
+            f"features: expected files by the names of their views, or FeaturesConfigs, found {features!r}"
+        )
+    return list(features)
+
+
 def encoder_places(text: PathLike | None, image: PathLike | None, settings: Mapping[str, Any]) -> EncoderPlaces:
     """Return where the encoders of a model are, for new items. Raises InputError for what is no path."""
     places = {"text": text, "image": image}
@@ -58,33 +71,39 @@ def fit_run(
     cache: PathLike | None,
     settings: Mapping[str, Any],
     common: Mapping[str, Any],
+    features: Sequence[FeaturesConfig] = (),
 ) -> dict[str, Any]:
     """Train a run, by states that are stored first if they are missing, and return what `api.train` does.
 
     views: of the encoders; none takes those of the settings' `config`, or the views that the cache has. cache: of the
     states; None takes a folder of the user's cache. settings: FIT_SETTINGS without those of encoders. common: device
-    and on_epoch. Raises InputError for settings that cannot be used, before an encoder runs.
+    and on_epoch. features: ready-made views, which come after those of encoders. Raises InputError for settings that
+    cannot be used, before an encoder runs.
     """
     chosen = dict(settings)
     base = base_settings(chosen.pop("config", None))
     if out is not None:
         RunFolder(as_path("out", out)).refuse_if_used()
     if _runs_encoders(chosen, base):
-        return api.train(data, cache, views=views, config=base, out=out, **chosen, **common)
+        return api.train(data, cache, views=[*views, *features], config=base, out=out, **chosen, **common)
     if not (views or base.get("encoders")):
-        _refuse_nothing_to_read(cache or base.get("cache"), _named_method(chosen, base))
-        return api.train(data, cache, config=base, out=out, **chosen, **common)
+        if not (features or base.get("features")):
+            _refuse_nothing_to_read(cache or base.get("cache"), _named_method(chosen, base))
+        elif _named_method(chosen, base) is None and (len(features) > 1 or cache is not None):
+            chosen["method"] = "iisan-versa"
+        return api.train(data, cache, views=features, config=base, out=out, **chosen, **common)
     if views:
         base = {name: value for name, value in base.items() if name not in ("cache", "encoders", "views", "uncached")}
     for_extraction, for_training = _divided(chosen)
     encoders = views or [from_dict(ViewConfig, view, "encoders") for view in base["encoders"]]
     where = cache or base.get("cache") or default_cache(data, encoders, for_extraction)
-    _refuse_unfit_settings(data, where, [view.name for view in encoders], for_training, base)
+    _refuse_unfit_settings(data, where, [view.name for view in encoders], for_training, base, features)
     extracted = api.extract(data, where, views=views, config=base, device=common["device"], **for_extraction)
     names = [view.view for view in extracted]
-    if _named_method(chosen, base) is None and _are_unequal(as_path("cache", where), names):
+    if _named_method(chosen, base) is None and (features or _are_unequal(as_path("cache", where), names)):
         for_training["method"] = "iisan-versa"
-    return api.train(data, where, views=names, config=base, out=out, **for_training, **common)
+    stored = () if base.get("features") and not views else (*names, *features)  # or else the file has their order
+    return api.train(data, where, views=stored, config=base, out=out, **for_training, **common)
 
 
 def default_cache(data: PathLike | Dataset, encoders: Sequence[ViewConfig], settings: Mapping[str, Any]) -> Path:
@@ -140,16 +159,19 @@ def _refuse_unfit_settings(
     names: Sequence[str],
     settings: Mapping[str, Any],
     base: Mapping[str, Any],
+    features: Sequence[FeaturesConfig],
 ) -> None:
     """Raise InputError for settings that training would refuse, before an encoder runs."""
     of_arguments = {name: value for name, value in settings.items() if name not in ("table", "init")}
     if settings.get("init") is not None:
         of_arguments["init"] = settings["init"]
     without_encoders = {name: value for name, value in base.items() if name not in ("encoders", "extraction")}
-    inputs = {"dataset": _root(data), "cache": as_path("cache", cache), "views": list(names)}
+    inputs: dict[str, Any] = {"dataset": _root(data), "cache": as_path("cache", cache), "views": list(names)}
+    if features:
+        inputs["features"] = [to_dict(view) for view in features]
     config = run_config({**inputs, **of_arguments}, without_encoders)
     check_choice("table", settings.get("table", "auto"), PLACEMENTS)
-    if _named_method(settings, base) is not None or len(names) == 1:  # or else the states decide on the method
+    if _named_method(settings, base) is not None or len(config.views) == 1:  # or else the states decide on the method
         read_initial_weights(config)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..api import OnEpoch
+from ..config import FeaturesConfig
 from ..data import Dataset
 from ..errors import InputError
 from ..files import absolute_path, as_path
@@ -13,7 +15,7 @@ from ..setting_sources import PathLike
 from ..settings import refuse_unknown
 from ..training import RunFolder
 from .fitted_model import FittedModel
-from .fitting import FIT_SETTINGS, described_views, encoder_places, fit_run
+from .fitting import FIT_SETTINGS, described_views, encoder_places, fit_run, listed_features
 from .trained_model import TrainedModel
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class IISAN(FittedModel):
         *,
         device: str | torch.device = "auto",
         cache: PathLike | None = None,
+        features: Mapping[str, PathLike] | Sequence[FeaturesConfig] = (),
         **settings: Any,
     ) -> None:
         """Take the encoders and the settings. Nothing is read yet.
@@ -40,16 +43,20 @@ class IISAN(FittedModel):
         text, image: hub names or folders of the encoders of titles and of images; one is enough.
         device: auto, cpu, cuda or cuda:N.
         cache: folder of the hidden states; by default one in the user's cache folder, named after dataset and encoders.
+        features: files of ready-made features by the names of their views, or FeaturesConfigs; these views come after
+            those of encoders.
         settings: those of `train` and `extract` by name, as method="iisan", epochs=20, seed=1, text_pooling="mean".
-            Without a method, two encoders of unequal shape take iisan-versa, and all others iisan.
+            Without a method, two encoders of unequal shape, and features beside another view, take iisan-versa, and all
+            others iisan.
         Raises InputError for a setting that is unknown or cannot be used.
         """
-        refuse_unknown("IISAN", settings, ("text", "image", "device", "cache", *FIT_SETTINGS))
+        refuse_unknown("IISAN", settings, ("text", "image", "device", "cache", "features", *FIT_SETTINGS))
         described_views(text, image, settings)
         super().__init__(device)
         self._places = encoder_places(text, image, settings)
         self._encoders = (text, image)
         self._cache = cache
+        self._features = listed_features(features)
         self._settings = settings
 
     def fit(
@@ -73,7 +80,7 @@ class IISAN(FittedModel):
             raise InputError(f"fit: this model is loaded from {self.run}; make a new IISAN, with encoders and settings")
         views, chosen = described_views(*self._encoders, {**self._settings, **settings})
         common = {"device": self._device, "on_epoch": on_epoch}
-        result = fit_run(data, out, views, self._cache, chosen, common)
+        result = fit_run(data, out, views, self._cache, chosen, common, self._features)
         self.run = Path(result.pop("run"))
         self.figures = result
         self._trained = None

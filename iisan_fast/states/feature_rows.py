@@ -93,7 +93,7 @@ def _read_ids(path: Path) -> list[str]:
         return ids_of_array(open_npy(path), str(path))
     refuse_irregular(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:

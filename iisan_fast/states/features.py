@@ -20,6 +20,9 @@ from .feature_rows import rows_of_items
 
 ITEMS_AT_ONCE = 4096  # items whose features are checked at a time
 MOST_MAPPED = 64 << 20  # bytes of the file that stay in memory after they were read
+EXPONENTS = {torch.float16: np.int16(0x7C00), torch.bfloat16: np.int16(0x7F80)}  # set in infinite numbers and NaN
+SCATTERED = 8  # times as many rows as are read, over which they lie: more is scattered
+SCATTERED_AT_ONCE = 64  # scattered rows to read before their pages are left; the system maps up to 2 MiB around each
 
 
 class Features:
@@ -40,6 +43,7 @@ class Features:
                 f"view {config.name!r} has {depth} layer{'s' if depth > 1 else ''}"
             )
         self._rows = rows_of_items(config, content.ids, rows, item_ids)
+        by_number = content.ids is None and config.ids is None
         self._description = {
             "source": FEATURES,
             "path": str(absolute_path(as_path("path", config.path))),
@@ -48,6 +52,7 @@ class Features:
             "depth": depth,
             "width": width,
             "dtype": str(content.dtype).removeprefix("torch."),
+            **({"first_id": int(item_ids[0]) - self._rows[item_ids[0]]} if by_number else {}),
         }
         self._dtype = content.dtype
         self._mapped = 0
@@ -76,7 +81,7 @@ class Features:
         """
         digest = sha256()
         for part_ids, states in self._parts(list(item_ids)):
-            if not torch.isfinite(states).all():
+            if not _all_finite(states):
                 raise self._not_finite(part_ids, states)
             digest.update(states.view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -90,12 +95,14 @@ class Features:
         layers = self._layers if positions is None else [self._layers[position] for position in positions]
         rows = np.array([self._rows[item_id] for item_id in item_ids], dtype=np.int64)
         target = into.view(torch.int16).numpy() if into.dtype == torch.bfloat16 else into.numpy()
+        is_scattered = rows.size > 1 and int(np.ptp(rows)) > SCATTERED * rows.size
+        at_once = SCATTERED_AT_ONCE if is_scattered else max(1, rows.size)
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which `contents` refuses
-            if len(layers) == self._array.shape[1]:
-                target[...] = np.asarray(self._array)[rows]
-            else:
-                target[...] = np.asarray(self._array)[rows[:, None], layers]
-        self._leave_pages(rows.size * self._array[0].nbytes)
+            for start in range(0, rows.size, at_once):
+                part = rows[start : start + at_once]
+                chosen = part if len(layers) == self._array.shape[1] else (part[:, None], layers)
+                target[start : start + at_once] = np.asarray(self._array)[chosen]
+                self._leave_pages(MOST_MAPPED if is_scattered else part.size * self._array[0].nbytes)
 
     def _parts(self, item_ids: list[str]) -> Iterator[tuple[list[str], Tensor]]:
         """Yield items and their features in parts. The next part overwrites the features."""
@@ -118,6 +125,14 @@ class Features:
         """Let the system take back the file's pages in memory, once `MOST_MAPPED` bytes of it were read."""
         self._mapped += count
         mapping = getattr(self._array, "_mmap", None)
-        if self._mapped > MOST_MAPPED and mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        if self._mapped >= MOST_MAPPED and mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             mapping.madvise(mmap.MADV_DONTNEED)
             self._mapped = 0
+
+
+def _all_finite(states: Tensor) -> bool:
+    """Return True if all numbers are finite. Those of 16 bits are compared by their exponent, which is faster."""
+    exponent = EXPONENTS.get(states.dtype)
+    if exponent is None:
+        return bool(np.isfinite(states.numpy()).all())
+    return not ((states.view(torch.int16).numpy() & exponent) == exponent).any()

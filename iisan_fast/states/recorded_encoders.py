@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import ProtocolConfig, ViewConfig
+from ..config import FEATURES, FeaturesConfig, ProtocolConfig, ViewConfig
 from ..data import ItemContents
 from ..encoders import Backbone
 from ..errors import InputError
@@ -19,11 +19,13 @@ from ..fingerprints import changed_settings
 from ..trusted_code import refuse_unasked_code
 from .input_table import EncodedTable, InputTable, open_inputs
 from .item_source import Chunks
+from .recorded_features import RecordedFeatures, refuse_other_features
 from .recorded_views import same_encoder
 from .store import group_positions
 from .view_shapes import ViewShape
 
 Descriptions = Mapping[str, Mapping[str, Any]]  # of views by name, as a run or a cache records them
+FEATURES_AT_ONCE = 4096  # items to read at a time where no encoder runs
 # What a view records beside its encoder, and what may differ from device to device.
 NOT_OF_ENCODERS = ("source", "unescaped", "missing_captions", "dtype", "versions", "contents", "encoder", "batches")
 
@@ -35,6 +37,7 @@ class EncoderPlaces:
     image: str | None = None  # hub name or folder; None for the recorded one
     text: str | None = None
     trusted: bool = False  # whether code that comes with an encoder may run
+    features: Mapping[str, str] = field(default_factory=dict)  # the file of new items' features, by the view's name
 
 
 class RecordedEncoders:
@@ -50,21 +53,38 @@ class RecordedEncoders:
         attention: str = "auto",
         tuned: bool = False,
         layer_groups: int | None = None,
+        features: Sequence[FeaturesConfig] = (),
     ) -> None:
         """Load the encoders, and check all contents.
 
         descriptions: of the views, in their order. missing_images: one of config.MISSING_IMAGES. attention: one of
         config.ATTENTIONS. tuned: whether trained weights will replace those of the encoders. layer_groups: of the
-        layers that a model selects; None for all. Raises InputError for content that is missing or cannot be read, and
+        layers that a model selects; None for all. features: the settings of views that no encoder reads. Raises
+        InputError for content that is missing or cannot be read, and
         for an encoder that is missing or is not the recorded one.
         """
         self.descriptions = descriptions
         self._positions = [group_positions(name, dict(view), layer_groups) for name, view in descriptions.items()]
         self._opened = ExitStack()
         self._parts: list[tuple[list[str], InputTable]] = []
-        views = {view.name: view for view in _view_configs(descriptions, places)}
+        self._device = device
+        self._items = len(contents.item_ids)
+        self._features: dict[str, RecordedFeatures] = {}
+        encoded = {name: view for name, view in descriptions.items() if view["source"] != FEATURES}
+        refuse_other_features(places.features, descriptions)
+        views = {view.name: view for view in _view_configs(encoded, places)}
         try:
-            for names in _read_alike(descriptions):
+            for config in features:
+                opened = RecordedFeatures(
+                    config,
+                    descriptions[config.name],
+                    places.features[config.name],
+                    contents.item_ids,
+                    layer_groups,
+                )
+                self._opened.callback(opened.close)
+                self._features[config.name] = opened
+            for names in _read_alike(encoded):
                 dataset = contents.dataset(_protocol(descriptions[names[0]]))
                 chosen = [views[name] for name in names]
                 table = open_inputs(
@@ -99,26 +119,31 @@ class RecordedEncoders:
     @property
     def rows(self) -> int:
         """Return the number of items, and one for padding."""
-        return self._parts[0][1].rows
+        return self._items + 1
 
     @property
     def items_at_once(self) -> int:
         """Return how many items to read at a time."""
-        return self._parts[0][1].items_at_once
+        return self._parts[0][1].items_at_once if self._parts else FEATURES_AT_ONCE
 
     @property
     def backbones(self) -> list[Backbone]:
-        """Return the encoder of each view, in the order of the views."""
+        """Return the encoder of each view that has one, in the order of the views."""
         by_name = {name: backbone for names, table in self._parts for name, backbone in zip(names, table.backbones)}
-        return [by_name[name] for name in self.descriptions]
+        return [by_name[name] for name in self.descriptions if name in by_name]
 
     @property
     def shapes(self) -> list[ViewShape]:
         """Return the shape (layers K, width D) of each view's selected states."""
-        return [
-            ViewShape(len(backbone.layers if positions is None else positions), backbone.width)
-            for backbone, positions in zip(self.backbones, self._positions)
-        ]
+        shapes = []
+        backbones = iter(self.backbones)
+        for name, positions in zip(self.descriptions, self._positions):
+            if name in self._features:
+                shapes.append(self._features[name].shape)
+            else:
+                backbone = next(backbones)
+                shapes.append(ViewShape(len(backbone.layers if positions is None else positions), backbone.width))
+        return shapes
 
     def inputs(self, items: Tensor) -> list[Chunks]:
         """Return each view's encoder inputs for item numbers int64 [N], counted from 1, on the device."""
@@ -126,7 +151,7 @@ class RecordedEncoders:
 
     def states(self, items: Tensor) -> list[Tensor]:
         """Return each view's states [N, K, D] of item numbers int64 [N], on the device, rounded as the view's are."""
-        by_part = []
+        by_part = [([name], [opened.states(items, self._device)]) for name, opened in self._features.items()]
         for names, table in self._parts:
             encoded = EncodedTable(table, getattr(torch, self.descriptions[names[0]]["dtype"]))
             by_part.append((names, [states.table for states in encoded.read(items)]))

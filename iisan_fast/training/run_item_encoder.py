@@ -134,6 +134,7 @@ def open_item_encoder(
         "auto" if uncached is None else uncached.attention,
         tuned=config.model.method in TUNING_METHODS,
         layer_groups=config.model.layer_groups if config.has_states else None,
+        features=config.features,
     ) as encoders:
         if config.model.method == NEIGHBOURS:
             yield RunItemEncoder(config, encoders, None, {}, similarity, training_counts, None)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from ..config import NEIGHBOURS
 from ..errors import InputError
 from ..files import refuse_irregular
+from ..states import open_states
 from ..verified import Damage, Verified
 from .checkpoints import RESTORE, damaged_parts, load_checkpoint, save_checkpoint
 from .run_folder import CATALOGUE_FILE, CHECKPOINTS, HISTORIES_FILE, ITEMS_FILE, RunFolder
@@ -55,6 +57,7 @@ def verify_run(path: Path, add: bool = True) -> Verified:
     else:
         _check_progress(folder, verified)
     damaged = {damage.where.partition(":")[0] for damage in verified.damage}
+    _check_features(folder, damaged, verified)
     if RECORD_FILE not in damaged:
         _add(folder, record, checkpoints, damaged, verified, add)
     return verified
@@ -139,6 +142,30 @@ def _check_progress(folder: RunFolder, verified: Verified) -> None:
         first = "remove test.json, and " if folder.test.exists() else ""
         remedy = f"{first}{_resume(folder)} writes it again"
         verified.damage.append(Damage(folder.metrics.name, "expected the figures in last.safetensors", remedy))
+
+
+def _check_features(folder: RunFolder, damaged: set[str], verified: Verified) -> None:
+    """Compare the run's files of ready-made features with what was read of them. Files that are gone are passed over.
+
+    damaged: the names of the run's damaged files.
+    """
+    if folder.is_published or damaged & {"config.json", "views.json", ITEMS_FILE, HISTORIES_FILE}:
+        return
+    recorded = folder.views
+    for config in folder.config.features:
+        if not Path(config.path).exists() or config.name not in recorded:
+            continue
+        verified.checked += 1
+        remedy = "restore the file, or train a new run"
+        try:
+            with closing(open_states(None, [config], folder.items.item_ids)) as states:
+                contents = states.contents(config.name, folder.items.item_ids)
+        except InputError as error:
+            verified.damage.append(Damage(config.path, _problem(error, Path(config.path)), remedy))
+            continue
+        if contents != recorded[config.name].get("contents"):
+            problem = f"the features of view {config.name!r} have changed since the run began"
+            verified.damage.append(Damage(config.path, problem, remedy))
 
 
 def _check_published(folder: RunFolder, record: RunRecord, verified: Verified) -> None:

@@ -90,7 +90,8 @@ def _item_states(model: TrainedModel, encoder: StoredItemEncoder) -> tuple[Itera
     except InputError as error:
         return [_random_states(encoder)], f"random states of {RANDOM_ITEMS} items, because {error}"
     states = (tuple(view.float() for view in part) for part in itertools.chain([first], parts))
-    return states, f"the cached states of {len(item_ids)} items"
+    kind = "stored" if model.config.features else "cached"
+    return states, f"the {kind} states of {len(item_ids)} items"
 
 
 def _random_states(encoder: StoredItemEncoder) -> tuple[Tensor, ...]:

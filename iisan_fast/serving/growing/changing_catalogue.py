@@ -197,7 +197,7 @@ def _held(run: Path, device: torch.device, may_be_outdated: bool = False) -> Ite
     """
     with RunFolder.open(run, writable=True) as folder:
         model = TrainedModel.load(run, device, changed=False)
-        if folder.config.cache is not None and model.similarity is None:  # an earlier version's run without its cache
+        if folder.config.has_states and model.similarity is None:  # an earlier version's run without its cache
             raise InputError(
                 f"{run}: has no coordinates of similarity for its items; `iisan-fast train --resume {run}` makes them "
                 "from the run's cache"

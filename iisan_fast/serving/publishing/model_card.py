@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ...config import NEIGHBOURS, TUNING_METHODS
+from ...config import FEATURES, NEIGHBOURS, TUNING_METHODS
 from ...training import RunFolder
 from ..report.page_figures import BASELINES
 
@@ -172,13 +172,19 @@ def _encoders(run: RunFolder) -> str:
     lines = ["| view | reads | encoder | pooling | layers | SHA-256 of the weights |", "|---|---|---|---|---|---|"]
     for name, view in views.items():
         layers = ", ".join(map(str, view["layers"]))
+        if view["source"] == FEATURES:
+            lines.append(f"| {name} | {FEATURES} | none: `{view['path']}` | – | {layers} | – |")
+            continue
         encoder, pooling, weights = (view.get(part, NOT_RECORDED) for part in ("encoder", "pooling", "weights"))
         lines.append(f"| {name} | {view['source']} | `{encoder}` | {pooling} | {layers} | `{weights}` |")
-    lines += [
-        "",
-        f"{_training_of_encoders(run)} To rank, none is needed. To add items, name their folders; the digests are "
-        "compared.",
-    ]
+    if any(view["source"] != FEATURES for view in views.values()):
+        lines += [
+            "",
+            f"{_training_of_encoders(run)} To rank, none is needed. To add items, name their folders; the digests are "
+            "compared.",
+        ]
+    if run.config.features:
+        lines += ["", "Features are ready-made, and not among the files. To add items, give theirs in the same form."]
     return "\n".join(lines)
 
 
@@ -192,7 +198,7 @@ def _training_of_encoders(run: RunFolder) -> str:
 def _files(run: RunFolder) -> str:
     """Return what the files hold, what they reveal, and what is left out."""
     titles = "their titles" if run.items.titles is not None else "no titles"
-    similarity = "" if run.config.cache is None else ", and the items' coordinates of similarity"
+    similarity = "" if not run.config.has_states else ", and the items' coordinates of similarity"
     lines = [
         f"- `items.npz`: the item ids with their training counts, {titles}.",
         *(["- `best.safetensors`: the weights and the item vectors."] if run.best.exists() else []),

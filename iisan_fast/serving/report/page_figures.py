@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...config import EvaluationConfig, ModelConfig, RunConfig
@@ -14,7 +15,7 @@ from ...setting_sources import SECTIONS
 from ...training import BestRun, RunFolder
 
 BASELINES = ("popularity", "neighbours")
-DATA_SETTINGS = ("dataset", "cache", "views", "uncached")  # of a run; they have no defaults to differ from
+DATA_SETTINGS = ("dataset", "cache", "views", "uncached", "features")  # of a run; they have no defaults to differ from
 METRICS = ("hr", "ndcg")
 
 
@@ -129,6 +130,8 @@ def described_views(folder: RunFolder) -> list[dict[str, str]]:
     for name, view in folder.views.items():
         layers = ", ".join(map(str, view["layers"])) if isinstance(view.get("layers"), list) else "–"
         shown = {part: str(view.get(part, "–")) for part in ("source", "encoder", "pooling", "width", "dtype")}
+        if "path" in view:
+            shown["encoder"] = f"none: {Path(view['path']).name}"
         rows.append({"view": name, **shown, "layers": layers})
     return rows
 
