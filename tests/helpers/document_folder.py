@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -27,6 +29,7 @@ def fill_folder(folder: Path) -> None:
     _write_captions_times_and_splits(dataset)
     _write_sources(folder, dataset)
     _write_for_a_run(folder)
+    _write_features(folder, list(_titles(dataset)))
     for seed, (name, blocks) in enumerate(TEXT_ENCODERS.items()):
         sizes = {**SIZES, "num_hidden_layers": blocks, "max_position_embeddings": 128}
         write_bert(folder / name, sizes, WORDS, seed)
@@ -88,6 +91,35 @@ def _write_for_a_run(folder: Path) -> None:
     (folder / "NEW.tsv").write_text("i71\ttitle of a brush\ni72\ttitle of a drum\n")
     _write_rows(folder / "visitors.csv", ("user_id", "history"), [("ann", "i3 i7 i12"), ("bob", "")], ",")
     (folder / "in-stock.txt").write_text("".join(f"i{number}\n" for number in range(1, 41)))
+
+
+def _write_features(folder: Path, item_ids: list[str]) -> None:
+    """Write features of the items in each form: image_feat.npy with ids.txt, text.safetensors and emb.parquet.
+
+    MMRec/ has a dataset whose ids are whole numbers from 0, with features that have no ids.
+    """
+    import polars
+    from safetensors.numpy import save_file
+
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(len(item_ids), 8)).astype(np.float32)
+    np.save(folder / "image_feat.npy", values)
+    (folder / "ids.txt").write_text("".join(f"{item_id}\n" for item_id in item_ids))
+    save_file({"features": values[:, :6].copy()}, folder / "text.safetensors", {"ids": json.dumps(item_ids)})
+    lists = [row.tolist() for row in values]
+    polars.DataFrame({"item_id": item_ids, "image": lists, "text": lists}).write_parquet(folder / "emb.parquet")
+    new = {"item_id": ["i71", "i72"], "feature": [row.tolist() for row in values[:2]]}
+    polars.DataFrame(new).write_parquet(folder / "new_image.parquet")
+    polars.DataFrame({**new, "feature": [row.tolist() for row in values[:2, :6]]}).write_parquet(
+        folder / "new_text.parquet"
+    )
+    numbered = folder / "MMRec"
+    numbered.mkdir()
+    for name in ("items.tsv", "users.tsv"):
+        text = (folder / "DATASET" / name).read_text()
+        (numbered / name).write_text(re.sub(r"\bi(\d+)\b", lambda found: str(int(found[1]) - 1), text))
+    np.save(folder / "baby_image.npy", values)
+    np.save(folder / "baby_text.npy", values[:, :6])
 
 
 def _write_rows(path: Path, header: tuple[str, ...], rows, separator: str) -> None:

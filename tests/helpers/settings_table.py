@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from iisan_fast.config import ViewConfig
+from iisan_fast.config import FeaturesConfig, ViewConfig
 from iisan_fast.setting_fields import Setting, settings_of
 from iisan_fast.setting_sources import SECTIONS
 
@@ -16,12 +16,12 @@ WORDS = {int: "whole number", float: "number", str: "text", bool: "true, false"}
 
 
 def settings_tables() -> str:
-    """Return a heading and a table for each section of a settings file, and for an entry of `encoders`.
+    """Return a heading and a table for each section of a settings file, and for an entry of `encoders` or `features`.
 
     The views of the section `uncached` are left out: `encoders` describes them.
     """
     parts = []
-    for name, section in {"encoders": ViewConfig, **SECTIONS}.items():
+    for name, section in {"encoders": ViewConfig, "features": FeaturesConfig, **SECTIONS}.items():
         rows = [_row(setting) for setting in settings_of(section).values() if setting.name != "views"]
         parts.append("\n".join([f"### {name}", "", *HEADER, *rows]))
     return "\n\n".join(parts)

@@ -251,7 +251,7 @@ def test_new_items_in_the_order_of_the_rows_for_a_run_with_a_file_of_ids(catalog
 @pytest.mark.slow
 def test_the_item_encoder_is_exported_and_compared_on_the_features(numbered_run, tmp_path):
     pytest.importorskip("onnxruntime")
-    result = iisan_fast("export", numbered_run, "--to", tmp_path / "exported", "--device", "cpu", "--json")
+    result = iisan_fast("export", numbered_run, "--to", tmp_path / "exported", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["compared"]["item_encoder"]["on"] == "the stored states of 24 items"
 
