@@ -130,8 +130,6 @@ def train(
         changes["features"] = places_of_features(options[MOVED_FEATURES])
         result = api.resume(resume_path, **changes, **where, on_epoch=_report_epoch, trust_remote_code=trusted)
     else:
-        if options.pop(MOVED_FEATURES):
-            raise InputError('--features: is for --resume; a new run takes them by --view "source=features path=FILE"')
         settings = _settings(dataset, options)
         result = api.train(dataset, **settings, **where, dry_run=dry_run, on_epoch=_report_epoch)
     if as_json:
@@ -145,7 +143,12 @@ def train(
 
 
 def _settings(dataset: Path | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `iisan_fast.train` that the options of a new run give."""
+    """Return the arguments of `iisan_fast.train` that the options of a new run give.
+
+    Raises InputError for an option that only --resume takes.
+    """
+    if options.pop(MOVED_FEATURES):
+        raise InputError('--features: is for --resume; a new run takes them by --view "source=features path=FILE"')
     settings, views = encoder_settings(options)
     sources = given_settings(options, RunConfig, without=WRITTEN_HERE)
     option_of = {"views": "--views"} if sources else {}

@@ -237,7 +237,7 @@ MISTAKES = {
     "device: this machine has": {"device": "cuda:99"},
     "table: expected one of auto": {"table": "disk"},
     "no view 'video'; it has image, title": {"views": "video"},
-    "views: expected names or ViewConfigs, found 3": {"views": 3},
+    "views: expected names, ViewConfigs or FeaturesConfigs, found 3": {"views": 3},
     "views: expected str, found 3": {"views": [3]},
     "views: expected those that are encoded": {"views": ["x"], "text_encoder": "t", "cache": None},
     "out: expected a path, found 3": {"out": 3},

@@ -249,7 +249,7 @@ def group_positions(name: str, view: dict[str, Any], layer_groups: int | None) -
     if layer_groups is None:
         return None
     stored = view["layers"]
-    if view["source"] == FEATURES and not layer_groups < view["depth"] == len(stored):
+    if view.get("source") == FEATURES and not layer_groups < view["depth"] == len(stored):
         raise InputError(
             f"layer_groups: {layer_groups} groups need {layer_groups + 1} layers or more, none left out; the features "
             f"of view {name!r} have {len(stored)} of {view['depth']}; leave layer_groups out, or name layers"

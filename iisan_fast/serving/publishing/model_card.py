@@ -183,7 +183,7 @@ def _encoders(run: RunFolder) -> str:
             f"{_training_of_encoders(run)} To rank, none is needed. To add items, name their folders; the digests are "
             "compared.",
         ]
-    if run.config.features:
+    if any(view["source"] == FEATURES for view in views.values()):
         lines += ["", "Features are ready-made, and not among the files. To add items, give theirs in the same form."]
     return "\n".join(lines)
 
