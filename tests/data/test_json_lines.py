@@ -104,7 +104,7 @@ def test_lines_that_do_not_fit_are_counted_by_kind(tmp_path):
     with pytest.raises(InputError, match="in.jsonl line 3: expected a JSON object, found 'user,item'; correct it"):
         read(path)
     path = write(tmp_path / "in.jsonl", lines({"user": "u", "item": "a"}, {"user": 1.5, "item": "a"}))
-    with pytest.raises(InputError, match=r"line 2: user: expected text or a whole number, found '1\.5'"):
+    with pytest.raises(InputError, match=r"line 2: user: expected text or a whole number, found 1\.5;"):
         read(path)
 
 

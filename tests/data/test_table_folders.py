@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -51,6 +52,7 @@ def test_all_formats_give_the_same_dataset(tmp_path):
     frame.write_parquet(tmp_path / "in.parquet", row_group_size=70)
     write(tmp_path / "in.json.gz", gzip.compress((tmp_path / "in.jsonl").read_bytes()))
     write(tmp_path / "in.csv.gz", gzip.compress((tmp_path / "in.csv").read_bytes()))
+    write(tmp_path / "in.jsonl.xz", lzma.compress((tmp_path / "in.jsonl").read_bytes()))
     write(tmp_path / "array.json", json.dumps(frame.to_dicts()))
     for name, suffix in (("csv", "csv"), ("ndjson", "json"), ("parquet", "parquet")):
         folder = tmp_path / f"in-{name}"
@@ -61,7 +63,17 @@ def test_all_formats_give_the_same_dataset(tmp_path):
         write(folder / ".part-0.crc", b"\x01")
     import_files(tmp_path / "in.csv", tmp_path / "expected")
     expected = dataset(tmp_path / "expected")
-    names = ("in.jsonl", "in.parquet", "in.json.gz", "in.csv.gz", "array.json", "in-csv", "in-ndjson", "in-parquet")
+    names = (
+        "in.jsonl",
+        "in.parquet",
+        "in.json.gz",
+        "in.csv.gz",
+        "in.jsonl.xz",
+        "array.json",
+        "in-csv",
+        "in-ndjson",
+        "in-parquet",
+    )
     for name in names:
         assert import_files(tmp_path / name, tmp_path / f"{name}-out").interactions == 500
         assert dataset(tmp_path / f"{name}-out") == expected, name
@@ -116,7 +128,7 @@ def test_folders_that_are_no_table(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"PK\x03\x04..", "zip archive"), (b"BZh91", "bunzip2"), (b"\x28\xb5\x2f\xfd", "unzstd"), (b"\xfd7zXZ", "unxz")],
+    [(b"PK\x03\x04..", "zip"), (b"\x28\xb5\x2f\xfd", "Zstandard"), (b"Rar!..", "rar"), (b"Obj\x01", "Avro")],
 )
 def test_packed_files_say_how_to_unpack_them(tmp_path, content, words):
     source = write(tmp_path / "in.csv", content)
@@ -173,3 +185,20 @@ def test_times_with_a_zone_and_sequences_in_parquet(tmp_path):
     import_files(tmp_path / "lists.parquet", tmp_path / "lists")
     assert (tmp_path / "lists" / "users.tsv").read_text() == USERS
     assert (tmp_path / "lists" / "times.tsv").read_text() == (tmp_path / "rows" / "times.tsv").read_text()
+
+
+def test_titles_that_are_lists_of_texts(tmp_path):
+    source = write(tmp_path / "in.csv", HEADER + UNORDERED)
+    titles = pl.DataFrame({"item": ["a", "b", "c"], "title": [["A", None, "a a"], ["B"], []]})
+    titles.write_parquet(tmp_path / "items.parquet")
+    mixed = '{"item": "a", "title": "A a a"}\n{"item": "b", "title": ["B"]}\n{"item": "c", "title": null}\n'
+    write(tmp_path / "items.json", mixed)
+    for name in ("items.parquet", "items.json"):
+        import_files(source, tmp_path / f"{name}-out", TableOptions(items=tmp_path / name))
+        assert dataset(tmp_path / f"{name}-out")[2] == "b\tB\na\tA a a\nc\tc\n"
+    with pytest.raises(InputError, match="title: expected text, found"):
+        import_files(
+            source,
+            tmp_path / "out",
+            TableOptions(items=write(tmp_path / "items.json", mixed + '{"item": "d", "title": {"x": 1}}')),
+        )

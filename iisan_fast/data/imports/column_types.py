@@ -17,7 +17,7 @@ IDS = ("user", "item")
 EXPECTED = {
     "user": "text or whole numbers",
     "item": "text or whole numbers, or lists of them",
-    "title": "text or numbers",
+    "title": "text, numbers, or lists of text",
     "timestamp": "numbers or times, or lists of them",
 }
 
@@ -61,7 +61,7 @@ def refuse_unfit_type(path: Path, name: str, column: str, kind: Any) -> None:
         else:
             fits |= plain.is_float() or plain.is_decimal()
     elif name == "title":
-        fits = not is_list and (plain in TEXTS or plain.is_numeric() or plain.is_temporal())
+        fits = plain in TEXTS if is_list else not plain.is_nested()
     else:
         fits = plain in TEXTS or plain.is_numeric() or plain in (pl.Date, pl.Datetime)
     if not fits:

@@ -15,7 +15,7 @@ from ...progress import progress_bar
 from .bad_rows import BadRows
 from .compression import opened
 from .headers import find_columns
-from .json_values import PARSE_ERRORS, Keys, ObjectRows, first_values, paths_in, shortened
+from .json_values import PARSE_ERRORS, Keys, ObjectRows, first_values, paths_in, shortened, shown_value
 from .line_blocks import MAX_LINE_BYTES, MEGABYTE
 from .polars_module import pl
 
@@ -63,7 +63,7 @@ class JsonArrayTable:
                 if isinstance(value, dict):
                     rows.add(place, value)
                 else:
-                    problem = f"expected a JSON object, found {shortened(json.dumps(value, ensure_ascii=False))}"
+                    problem = f"expected a JSON object, found {shown_value(value)}"
                     bad_rows.add("no JSON object", [place], problem)
             frame = rows.frame()
             if frame.height:

@@ -16,6 +16,7 @@ Keys = tuple[str, ...]  # from an object to a value in it, which may be in an ob
 Parser = Callable[[str], object]
 
 TEXT_COLUMNS = ("user", "item", "title")  # new names of columns that become text
+EXPECTED = {"user": "text or a whole number", "item": "text or a whole number", "title": "text"}
 SHOWN = 60  # characters of a bad line in a message
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character: valid in JSON, and no text
 PARSE_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
@@ -72,6 +73,12 @@ def shortened(text: str) -> str:
     return repr(text[:SHOWN]) + ("…" if len(text) > SHOWN else "")
 
 
+def shown_value(value: object) -> str:
+    """Return the beginning of a value's JSON text for a message."""
+    text = SURROGATE.sub("?", json.dumps(value, default=str, ensure_ascii=False))
+    return text[:SHOWN] + ("…" if len(text) > SHOWN else "")
+
+
 def paths_in(value: Mapping[str, Any], before: Keys = ()) -> Iterator[Keys]:
     """Yield the paths of all values in an object, also of those in objects within it or in lists of objects."""
     for key, inner in value.items():
@@ -112,9 +119,9 @@ class ObjectRows:
         row = [value_at(value, path) for path in self.paths.values()]
         for name, entry in zip(self.paths, row, strict=True):
             if not fits_column(name, entry):
-                expected = "text or a whole number" if name in TEXT_COLUMNS else "a number or text"
-                shown = shortened(json.dumps(entry, default=str, ensure_ascii=False))
-                self.bad_rows.add(f"bad {name}", [place], f"{name}: expected {expected}, found {shown}")
+                expected = EXPECTED.get(name, "a number or text")
+                problem = f"{name}: expected {expected}, found {shown_value(entry)}"
+                self.bad_rows.add(f"bad {name}", [place], problem)
                 return
         self._places.append(place)
         self._rows.append(row)
@@ -144,7 +151,7 @@ def column_of(name: str, values: list[Any]) -> pl.Series:
 
 def fits_column(name: str, value: Any) -> bool:
     """Return True if a value can stand in the column of a new name, alone or in a list."""
-    if isinstance(value, list) and name not in ("user", "title"):
+    if isinstance(value, list) and name != "user":
         return all(not isinstance(inner, list) and inner is not None and fits_column(name, inner) for inner in value)
     if value is None or isinstance(value, str):
         return True
