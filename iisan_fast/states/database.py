@@ -6,6 +6,7 @@ add others, so all that is read belongs together. The open files outlive the fol
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import sys
@@ -171,7 +172,7 @@ def _lock_file_ready(folder: Path, writable: bool) -> bool:
     try:
         if writable:
             folder.mkdir(exist_ok=True)
-        if not os.access(file if file.exists() else folder, os.W_OK):
+        if not _can_be_locked(folder, file, writable):
             return writable  # LMDB tells the writer why
         if not file.exists() or _held_bytes(file) < LOCK_BYTES:
             _take_space(file, LOCK_BYTES)
@@ -180,6 +181,29 @@ def _lock_file_ready(folder: Path, writable: bool) -> bool:
             raise
         return False
     return True
+
+
+def _can_be_locked(folder: Path, file: Path, writable: bool) -> bool:
+    """Return True if this process may open LMDB's lock file, which is made if there is none.
+
+    A reader makes none beside another user's database, because that user could not write to it. The file is opened as
+    LMDB opens it: in a folder with the sticky bit the system may refuse another user's file that may be written.
+    """
+    content = folder / "data.mdb"
+    if not writable and not file.exists() and content.exists() and content.stat().st_uid != _user():
+        return False
+    try:
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o644))
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return False
+        raise
+    return True
+
+
+def _user() -> int:
+    """Return the number of the user who runs this process; 0 on systems without such numbers, as of their files."""
+    return os.geteuid() if hasattr(os, "geteuid") else 0
 
 
 def _held_bytes(file: Path) -> int:

@@ -177,6 +177,34 @@ def test_without_room_for_the_lock_file_a_writer_stops_and_a_reader_reads(cache,
     Store(cache, writable=True).close()
 
 
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS])
+def test_a_lock_file_that_cannot_be_opened_is_left_out_by_a_reader(cache, table, monkeypatch, error):
+    """As of another user's file in a folder with the sticky bit, or on a disk that is mounted to be read."""
+    opened = os.open
+
+    def refusing(path, flags, *arguments, **keywords):
+        if Path(path).name == "lock.mdb" and flags & os.O_CREAT:
+            raise OSError(error, os.strerror(error))
+        return opened(path, flags, *arguments, **keywords)
+
+    monkeypatch.setattr(database.os, "open", refusing)
+    for placement in ("auto", "mapped"):
+        with closing(load_table(cache, ["v"], IDS, CPU, placement)) as read:
+            assert torch.equal(read.read(ALL)[0].table[-40:], table)
+
+
+@pytest.mark.parametrize("is_owner", [True, False])
+def test_a_reader_leaves_no_lock_file_beside_another_users_database(cache, table, monkeypatch, is_owner):
+    """The owner could not write to it, so no extraction would go on."""
+    lock = cache / "states.lmdb" / "lock.mdb"
+    lock.unlink()
+    monkeypatch.setattr(database, "_user", lambda: os.getuid() + (not is_owner))
+    assert torch.equal(load_table(cache, ["v"], IDS, CPU).views[0][1:], table)
+    assert lock.exists() == is_owner
+    monkeypatch.undo()
+    Store(cache, writable=True).close()
+
+
 def test_the_lock_file_has_its_space_before_it_is_mapped(cache):
     lock = cache / "states.lmdb" / "lock.mdb"
     lock.unlink()
