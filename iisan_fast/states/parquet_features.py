@@ -70,7 +70,9 @@ def open_parquet(config: FeaturesConfig, path: Path) -> FeatureContent:
 def _id_column(config: FeaturesConfig, schema: dict[str, Any]) -> str:
     """Return the column of item ids. Raises InputError if it is not certain."""
     path = config.path
-    fitting = [name for name, kind in schema.items() if kind.is_integer() or kind == pl.String]
+    text_kinds = (pl.String, pl.Categorical, pl.Enum)
+    texts = [name for name, kind in schema.items() if kind in text_kinds]
+    fitting = [name for name, kind in schema.items() if kind.is_integer() or kind in text_kinds]
     if config.id_column is not None:
         if config.id_column not in fitting:
             raise InputError(
@@ -81,7 +83,6 @@ def _id_column(config: FeaturesConfig, schema: dict[str, Any]) -> str:
     names = {name: name.lower().replace("_", "") for name in fitting}
     known = [name for name, plain in names.items() if plain in NAMES_OF_IDS]
     best = [name for name in known if names[name] == "itemid"] or known
-    texts = [name for name in fitting if schema[name] == pl.String]
     candidates = best or texts
     if len(candidates) != 1:
         shown = candidates or list(schema)

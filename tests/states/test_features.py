@@ -178,6 +178,13 @@ def test_columns_that_are_not_certain_are_asked_for(tmp_path):
     )
 
 
+def test_ids_as_categories(tmp_path):
+    path = tmp_path / "f.parquet"
+    ids = pl.Series("asin", IDS, pl.Categorical)
+    pl.DataFrame([ids, pl.Series("embedding", VALUES[:, 0].tolist())]).write_parquet(path)
+    assert torch.equal(read(FeaturesConfig("x", str(path)), ["c", "b"]), torch.from_numpy(VALUES[[3, 0], :1]))
+
+
 @pytest.mark.parametrize(
     ("lists", "problem"),
     [
