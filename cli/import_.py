@@ -50,6 +50,17 @@ EXAMPLES = {
 }
 
 
+LABELS = {  # of counts whose names are too short for a table
+    "rows": "rows read",
+    "bad_rows": "rows that do not fit",
+    "bad_title_rows": "rows of titles that do not fit",
+    "low_rated_interactions": "left out by rating",
+    "duplicate_interactions": "left out as duplicates",
+    "core_interactions": "left out by the cores",
+    "dropped_interactions": "left out without title",
+}
+
+
 @group(
     "import",
     examples=[example for examples in EXAMPLES.values() for example in examples[:1]],
@@ -188,7 +199,7 @@ def _report(imported: Imported, destination: Path, as_json: bool) -> None:
     if as_json:
         print_json(asdict(imported))
         return
-    rows = {name.replace("_", " "): _shown(count) for name, count in vars(imported).items()}
+    rows = {LABELS.get(name, name.replace("_", " ")): _shown(count) for name, count in vars(imported).items()}
     print_counts(str(destination), rows)
     print_text(printable(f"next: {shlex.join(['iisan-fast', 'stats', str(destination)])}"))
 

@@ -17,7 +17,7 @@ names, missing = sys.argv[1].split(","), sys.argv[2].split(",")
 sys.modules.update(dict.fromkeys(missing))
 polars = importlib.util.find_spec("polars") is not None
 for name in names:
-    if not polars and name.startswith("iisan_fast.data.imports"):
+    if not polars and name.startswith(("iisan_fast.data.imports", "iisan_fast.states.parquet_features")):
         continue
     module = importlib.import_module(name)
     for exported in getattr(module, "__all__", ()):

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from .image_listing import is_image_name
     from .imports.amazon import import_amazon
     from .imports.bad_rows import BAD_ROWS, BadKind, describe_bad_rows
+    from .imports.feature_views import feature_views
     from .imports.flat import import_files
     from .imports.iisan import import_iisan
     from .imports.microlens import import_microlens
-    from .imports.mmrec import feature_views, import_mmrec
+    from .imports.mmrec import import_mmrec
     from .imports.movielens import import_movielens
     from .imports.options import (
         DUPLICATES,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from .options import Imported, TableOptions
 from .sources import find, unpacked
 
 USER, ITEM, PART = "userID", "itemID", "x_label"
-FEATURES = "_feat.npy"  # behind the name of a view, such as image
 
 
 def import_mmrec(source: Path, destination: Path, options: TableOptions = TableOptions()) -> Imported:
@@ -36,13 +34,3 @@ def import_mmrec(source: Path, destination: Path, options: TableOptions = TableO
         items=options.items or find(folder, "meta-*.csv", "meta_*.csv"),
     )
     return import_tables([(table, None)], items_table(options), destination, options, (USER, ITEM))
-
-
-def feature_views(source: Path) -> list[str]:
-    """Return the views of the features of a folder of MMRec, as the option --view of train takes them."""
-    folder = source if source.is_dir() else source.parent
-    paths = sorted(folder.resolve().glob(f"*{FEATURES}"))
-    return [
-        f"source=features path={shlex.quote(str(path))} name={path.name.removesuffix(FEATURES)} first_id=0"
-        for path in paths
-    ]
