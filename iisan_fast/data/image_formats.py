@@ -40,7 +40,8 @@ def image_suffixes() -> frozenset[str]:
 
 def unread_format(content: bytes) -> str | None:
     """Return the name and the remedy of an image format that this Pillow does not read; None for other content."""
-    name = BRANDS.get(content[8:12]) if content[4:8] == b"ftyp" else None
+    brand = BRANDS.get(content[8:12]) if content[4:8] == b"ftyp" else None
+    name = None if brand in Image.OPEN else brand
     beginning = content[:16].ljust(16, b"\0")
     for known in signed_formats():
         accept = Image.OPEN[known][1]

@@ -17,6 +17,8 @@ JPEG_SIGNATURE = b"\xff\xd8\xff"
 ALONE = frozenset((0x01, *range(0xD0, 0xDA)))  # markers of a JPEG that no length follows
 SCAN = 0xDA  # the marker before the pixels of a JPEG
 COMMENT = 0xFE
+AVIF_BRANDS = (b"ftypavif", b"ftypavis")
+TAG_HEADERS = (b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08")  # of EXIF, before the number of tags
 # Segments that a JPEG's pixels or its orientation need: beginning of the body, and the fewest bytes of the body.
 NEEDED_SEGMENTS = {
     0xE0: ((b"JFIF\0", 14),),
@@ -26,11 +28,13 @@ NEEDED_SEGMENTS = {
 
 
 def without_metadata(content: bytes) -> bytes:
-    """Return a PNG or a JPEG without the parts that its pixels and its orientation do not need; other content as is."""
+    """Return a PNG, JPEG or AVIF without the parts that its pixels and orientation do not need; others as they are."""
     if content.startswith(PNG_SIGNATURE):
         return b"".join(_png_parts(content))
     if content.startswith(JPEG_SIGNATURE):
         return b"".join(_jpeg_parts(content))
+    if content[4:12] in AVIF_BRANDS:
+        return _avif_without_tags(content)
     return content
 
 
@@ -82,6 +86,15 @@ def _inflates_within(packed: bytes, most: int) -> bool:
         return not packed or (len(inflater.decompress(packed, most + 1)) <= most and not inflater.unconsumed_tail)
     except zlib.error:
         return False
+
+
+def _avif_without_tags(content: bytes) -> bytes:
+    """Return an AVIF whose EXIF has no tags. Its orientation stands elsewhere, in properties of the image."""
+    for header in TAG_HEADERS:
+        if (start := content.find(header)) >= 0:
+            count = start + len(header)
+            return content[:count] + bytes(2) + content[count + 2 :]
+    return content
 
 
 def _jpeg_parts(content: bytes) -> Iterator[bytes]:

@@ -312,6 +312,24 @@ def test_avif_is_read_or_its_absence_is_named(monkeypatch: pytest.MonkeyPatch) -
         decode(content)
 
 
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
+def test_a_bad_tag_of_an_avif_does_not_matter() -> None:
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    tags[0x011A] = 72.0
+    content = encoded(Image.new("RGB", (48, 16)), "AVIF", exif=tags)
+    order = next(order for order in "<>" if content.count(struct.pack(f"{order}HH", 0x011A, 5)) == 1)
+    bad = content.replace(
+        struct.pack(f"{order}HH", 0x011A, 5), struct.pack(f"{order}HH", 0x011A, 2)
+    )  # text for a ratio
+    assert decode(content).size == decode(bad).size == (16, 48)
+
+
+def test_heic_is_named() -> None:
+    with pytest.raises(ImageError, match="^an image of the format HEIC, .*; save it as JPEG"):
+        decode(b"\0\0\0\x20ftypheic" + bytes(99))
+
+
 @pytest.mark.parametrize("name", ["EPS", "WMF", "GRIB", "HDF5", "MPEG", "FITS", "BUFR", "IPTC"])
 def test_formats_that_run_programs_or_have_no_pixels_are_never_opened(name: str) -> None:
     assert name in Image.OPEN or not Image.init()
