@@ -13,7 +13,7 @@ from .bad_rows import BadRows
 from .headers import find_columns
 from .json_schemas import JsonSchema, schema_of
 from .json_values import ObjectRows, Parser, UnfitLine, object_of, parse_json, parse_python, paths_in
-from .line_blocks import line_blocks
+from .line_blocks import LineBlock, line_blocks
 from .polars_module import pl
 
 LOGGER = logging.getLogger(__name__)
@@ -58,10 +58,10 @@ class JsonLinesTable:
         paths = {name: self._paths[column] for name, column in columns.items()}
         rows = ObjectRows(paths, bad_rows)
         schema = schema_of(paths, self._first) if self._parse is parse_json else None
-        for first_line, block in line_blocks(self.path):
-            frame = None if schema is None else _read(block, schema, first_line)
+        for block in line_blocks(self.path):
+            frame = None if schema is None else _read(block, schema)
             if frame is None:
-                objects = self._add_lines(block, first_line, rows)
+                objects = self._add_lines(block, rows)
                 schema = schema_of(paths, objects) if self._parse is parse_json else None
                 frame = rows.frame()
             if frame.height:
@@ -69,8 +69,8 @@ class JsonLinesTable:
 
     def _first_objects(self) -> list[dict]:
         """Return the objects of the first lines, and find out how they are written. Raises InputError for none."""
-        _, block = next(line_blocks(self.path), (1, b""))
-        lines = [line for line in block.split(b"\n", LOOKED_AT)[:LOOKED_AT] if line.strip()]
+        block = next(line_blocks(self.path), LineBlock(b"", 1, 0))
+        lines = [line for line in block.content.split(b"\n", LOOKED_AT)[:LOOKED_AT] if line.strip()]
         if not lines:
             raise InputError(f"{self.path}: empty; expected an object a line, such as {EXAMPLE}")
         problem = ""
@@ -91,13 +91,13 @@ class JsonLinesTable:
         hint = "write an object a line, as `jq -c .` does"
         raise InputError(f"{self.path} line 1: {problem}; {hint}")
 
-    def _add_lines(self, block: bytes, first_line: int, rows: ObjectRows) -> list[dict]:
+    def _add_lines(self, block: LineBlock, rows: ObjectRows) -> list[dict]:
         """Add the objects of a block's lines to the rows, and return the first of them. Blank lines are no rows.
 
         Raises InputError as `rows.bad_rows` says.
         """
         objects: list[dict] = []
-        for number, line in enumerate(block.split(b"\n")[:-1], start=first_line):
+        for number, line in enumerate(block.content.split(b"\n")[:-1], start=block.first):
             if not line.strip():
                 continue
             try:
@@ -111,17 +111,17 @@ class JsonLinesTable:
         return objects
 
 
-def _read(block: bytes, schema: JsonSchema, first_line: int) -> pl.DataFrame | None:
-    """Return the columns of a block of lines, None if a line may not fit. first_line: the number of its first line."""
-    if any(pattern.search(block) for pattern in schema.unfit):
+def _read(block: LineBlock, schema: JsonSchema) -> pl.DataFrame | None:
+    """Return the columns of a block of lines, and each row's line as `place`; None if a line may not fit."""
+    if any(pattern.search(block.content) for pattern in schema.unfit):
         return None
     try:
-        frame = pl.read_ndjson(io.BytesIO(block), schema=schema.types)
+        frame = pl.read_ndjson(io.BytesIO(block.content), schema=schema.types)
     except pl.exceptions.PolarsError:
         return None
-    if frame.height != block.count(b"\n"):
+    if frame.height != block.count:  # polars leaves out blank lines
         return None
     frame = frame.select(schema.columns)
     if schema.floats and not schema.are_exact(frame):
         return None
-    return frame.with_columns(pl.int_range(first_line, first_line + frame.height, dtype=pl.Int64).alias("place"))
+    return frame.with_columns(pl.int_range(block.first, block.first + block.count, dtype=pl.Int64).alias("place"))

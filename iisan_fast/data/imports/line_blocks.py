@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from ...errors import InputError
 from ...progress import progress_bar
@@ -15,8 +16,16 @@ BYTE_ORDER_MARK = "\ufeff".encode()
 MEGABYTE = 1_000_000
 
 
-def line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the number of a block's first line, from 1, and the block: whole lines, each with its line end.
+class LineBlock(NamedTuple):
+    """Whole lines, each with its line end."""
+
+    content: bytes
+    first: int  # number of the first line, from 1
+    count: int  # of lines
+
+
+def line_blocks(path: Path) -> Iterator[LineBlock]:
+    """Yield the lines of a file in blocks.
 
     Raises InputError if the file cannot be read, and for a line that is too long.
     """
@@ -35,11 +44,13 @@ def line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
                 if len(rest) > MAX_LINE_BYTES:
                     raise InputError(f"{path} line {line}: longer than {MAX_LINE_BYTES >> 20} MB; is it JSON lines?")
                 continue
-            block = rest + more[:end]
+            content = rest + more[:end]
             rest = more[end:]
-            yield line, block
-            line += block.count(b"\n")
+            block = LineBlock(content, line, content.count(b"\n"))
+            yield block
+            line += block.count
             advance(compressed.tell() // MEGABYTE - done)
             done = compressed.tell() // MEGABYTE
         if rest:
-            yield line, rest if rest.endswith(b"\n") else rest + b"\n"
+            content = rest if rest.endswith(b"\n") else rest + b"\n"
+            yield LineBlock(content, line, content.count(b"\n"))
