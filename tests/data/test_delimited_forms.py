@@ -103,6 +103,14 @@ def test_quotes_between_other_separators_are_what_most_rows_say(tmp_path, monkey
     assert table(tmp_path / "out") == titles
 
 
+def test_quotes_after_a_backslash(tmp_path):
+    """Read lines as MySQL writes them, beside lines whose fields end with a backslash."""
+    rows = (r'"a";"\"A\" and \"\"b";"x"', r'"b";"C:\";"y"', '"c";"plain ""C""";"z"')
+    items = write(tmp_path / "items.csv", "\n".join(['"item";"title";"note"', *rows, ""]))
+    assert histories(tmp_path, PLAIN, items=items) == (USERS, TIMES)
+    assert table(tmp_path / "out") == {"a": '"A" and ""b', "b": "C:\\", "c": 'plain "C"'}
+
+
 def test_a_late_quote_decides_how_quotes_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(delimited_rows, "LOOKED_AT", 100)
     monkeypatch.setattr(delimited, "LOOKED_AT", 100)

@@ -20,6 +20,7 @@ FIELD_END, ROW_END = b"\x1f", b"\x1e"  # the unit and record separators of ASCII
 WITHOUT_ENDS = bytes.maketrans(FIELD_END + ROW_END + b"\r", b"   ")  # polars leaves out a return at the end of a row
 BLANK = b"\r\n "  # a line of these is empty
 UTF_8 = "UTF-8"
+ESCAPED_QUOTE = re.compile(rb'(?<!\\)((?:\\\\)*)\\"')
 
 
 class Form(NamedTuple):
@@ -82,6 +83,19 @@ def next_row(content: bytes, start: int, form: Form) -> tuple[list[bytes], int]:
     if odd[0] == b'"':
         raise UnfitRow("stray quote", "a quote inside a field that does not start with one")
     raise UnfitRow("carriage return", "a carriage return inside a field; lines end with \\n or \\r\\n")
+
+
+def escaped_row(content: bytes, start: int, form: Form) -> tuple[list[bytes], int] | None:
+    r"""Return what `next_row` returns for a line whose quotes are written as \", as MySQL does; None for others."""
+    end = content.find(b"\n", start) + 1
+    line = content[start:end]
+    if not form.quoted or b'\\"' not in line:
+        return None
+    try:
+        fields, length = next_row(ESCAPED_QUOTE.sub(rb'\1""', line), 0, form)
+    except (UnfitRow, Unfinished):
+        return None
+    return (fields, end) if len(fields) == form.fields and length else None
 
 
 def split_line(text: bytes, separator: bytes) -> list[bytes]:

@@ -19,6 +19,7 @@ from .delimited_form import (
     Unfinished,
     UnfitRow,
     WholeRows,
+    escaped_row,
     next_row,
 )
 from .encodings import undecoded
@@ -50,7 +51,7 @@ def checked_rows(
         if not end:
             break
         try:
-            fields, row_end = next_row(content, start, form)
+            fields, row_end = _next_row(content, start, form)
             _refuse_swallowed_rows(content[start:row_end], form, line)
             end = row_end
             _check_row(content[start:row_end], fields, form)
@@ -69,6 +70,17 @@ def checked_rows(
         line += content.count(b"\n", start, end)
         start = end
     return WholeRows(b"".join(fit), FIELD_END, ROW_END, np.array(lines, np.int64), start)
+
+
+def _next_row(content: bytes, start: int, form: Form) -> tuple[list[bytes], int]:
+    """Return what `next_row` returns, also for quotes after a backslash. Raises UnfitRow and Unfinished as it does."""
+    try:
+        return next_row(content, start, form)
+    except (UnfitRow, Unfinished):
+        escaped = escaped_row(content, start, form)
+        if escaped is None:
+            raise
+        return escaped
 
 
 def quotes_enclose_fields(content: bytes, form: Form) -> bool:
