@@ -73,7 +73,7 @@ def _read_delimited(path: Path, separator: str | None) -> pl.DataFrame:
     from .imports.polars_module import pl
 
     quoted = None if separator is None else False
-    table = DelimitedText(path, separator, quoted, names_of=_header)
+    table = DelimitedText(path, separator, quoted, names_of=_header, has_options=False)
     columns = {f"column {number}": name for number, name in enumerate(table.columns)}
     bad_rows = BadRows(path, "error", table.unit, hint="correct it")
     batches = []

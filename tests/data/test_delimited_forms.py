@@ -24,6 +24,7 @@ from iisan_fast.data.imports.bad_rows import BadRows
 from iisan_fast.data.imports.delimited import DelimitedText
 from iisan_fast.data.imports.flat import import_csv
 from iisan_fast.data.imports.options import TableOptions
+from iisan_fast.data.imports.recbole import import_recbole
 from iisan_fast.data.table_files import read_table_file
 
 PLAIN = HEADER + UNORDERED
@@ -225,6 +226,15 @@ def test_bytes_of_another_encoding_in_the_header_and_in_rows_to_skip(tmp_path, m
     monkeypatch.setitem(sys.modules, "charset_normalizer", None)
     words = ["line 3: not UTF-8 (byte 0xff at 3); name its encoding with --encoding", "pip install charset-normalizer"]
     refused(lambda: import_csv(source, tmp_path / "out"), tmp_path, *words)
+
+
+def test_the_encoding_of_recboles_files(tmp_path):
+    source = write(tmp_path / "x.inter", "user_id:token\titem_id:token\nu\ta\n")
+    write(tmp_path / "x.item", "item_id:token\ttitle:token_seq\na\tCafé\n".encode("latin-1"))
+    words = ("x.item line 2: not UTF-8 (byte 0xe9 at 6)", "--encoding cp1252", "save the file as UTF-8")
+    refused(lambda: import_recbole(source, tmp_path / "out"), tmp_path, *words)
+    import_recbole(source, tmp_path / "out", TableOptions(encoding="cp1252"))
+    assert table(tmp_path / "out") == {"a": "Café"}
 
 
 @pytest.mark.parametrize("name", ["nope", "idna", "rot13", "base64", "undefined", "", "a\0b"])

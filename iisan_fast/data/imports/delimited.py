@@ -46,6 +46,7 @@ class DelimitedText:
         names_of: Callable[[Path, list[str]], list[str]] | None = None,
         encoding: str | None = None,
         usual_separator: str | None = None,
+        has_options: bool = True,
     ) -> None:
         """Read the header.
 
@@ -53,7 +54,7 @@ class DelimitedText:
         enclose fields; None: as the separator and the rows say. columns: the names of a file without a header.
         names_of: makes names of the fields of a header that is known by its form, and refuses all else. encoding: of
         Python's; None: UTF-8, or as a byte order mark says. usual_separator: used without looking if it is in the first
-        line.
+        line. has_options: the command has --encoding, for messages.
 
         Raises InputError if there is no such file, if its separator is not plain, and if its header is no header.
         """
@@ -64,7 +65,7 @@ class DelimitedText:
         self._has_header = columns is None
         self.names_may_be_data = self._has_header and names_of is None
         self._encoding = None if encoding is None else checked_encoding(encoding)
-        self._has_options = names_of is None or encoding is not None
+        self._has_options = has_options
         self._beginning = read_beginning(path, self._encoding)
         rows = self._beginning.rows
         if columns is None:

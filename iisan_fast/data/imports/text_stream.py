@@ -112,14 +112,15 @@ def encoding_hint(path: Path, usual: str, has_option: bool) -> str:
         likely = likely_encoding(b"\n".join(others)[:SAMPLE_BYTES])
     except ImportError:
         return f"{_name_encoding(None, has_option)} (pip install charset-normalizer to have it guessed)"
-    return f"{_name_encoding(likely, has_option)}{'' if likely else f', or {usual}'}"
+    return _name_encoding(likely, has_option)
 
 
 def _name_encoding(likely: str | None, has_option: bool) -> str:
     """Return the advice for a text that is likely to have an encoding, None if nothing is likely."""
     looks = "" if likely is None else f"it looks like {likely}"
     if has_option:
-        return f"{looks}: --encoding {likely}" if looks else "name its encoding with --encoding"
+        named = f"{looks}: --encoding {likely}" if looks else "name its encoding with --encoding"
+        return f"{named}, or save the file as UTF-8"
     return f"{looks}; save the file as UTF-8" if looks else "save the file as UTF-8"
 
 
