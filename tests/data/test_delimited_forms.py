@@ -22,7 +22,7 @@ from helpers.import_sources import HEADER, TIMES, UNORDERED, USERS, refused, tab
 from iisan_fast.data.imports import delimited, delimited_rows, text_stream
 from iisan_fast.data.imports.bad_rows import BadRows
 from iisan_fast.data.imports.delimited import DelimitedText
-from iisan_fast.data.imports.flat import import_csv
+from iisan_fast.data.imports.flat import import_files
 from iisan_fast.data.imports.options import TableOptions
 from iisan_fast.data.imports.recbole import import_recbole
 from iisan_fast.data.table_files import read_table_file
@@ -34,7 +34,7 @@ COLUMNS = ("user", "item", "-", "timestamp")
 
 def histories(tmp_path, content: str | bytes, name: str = "in.csv", **options) -> tuple[str, str]:
     """Import a file and return the content of users.tsv and of times.tsv."""
-    import_csv(write(tmp_path / name, content), tmp_path / "out", TableOptions(**options))
+    import_files(write(tmp_path / name, content), tmp_path / "out", TableOptions(**options))
     return (tmp_path / "out" / "users.tsv").read_text(), (tmp_path / "out" / "times.tsv").read_text()
 
 
@@ -151,7 +151,7 @@ def test_common_ways_to_write_a_table(tmp_path, content):
 
 def test_a_column_too_many_is_no_index_unless_it_counts_the_rows(tmp_path):
     source = write(tmp_path / "in.csv", HEADER + "7,u,a,1\n8,u,b,2\n5,u,c,3\n")
-    refused(lambda: import_csv(source, tmp_path / "out"), tmp_path, "line 2: expected 3 fields, found 4")
+    refused(lambda: import_files(source, tmp_path / "out"), tmp_path, "line 2: expected 3 fields, found 4")
 
 
 @pytest.mark.parametrize(
@@ -213,19 +213,19 @@ def test_a_byte_order_mark_and_a_compression_are_found(tmp_path, encoding, compr
 )
 def test_another_encoding_is_named_with_line_and_byte(tmp_path, rows, options, words):
     source = write(tmp_path / "in.csv", b"user,item,timestamp,name\n" + rows)
-    refused(lambda: import_csv(source, tmp_path / "out", TableOptions(**options)), tmp_path, "in.csv line", *words)
+    refused(lambda: import_files(source, tmp_path / "out", TableOptions(**options)), tmp_path, "in.csv line", *words)
 
 
 def test_bytes_of_another_encoding_in_the_header_and_in_rows_to_skip(tmp_path, monkeypatch):
     source = write(tmp_path / "in.csv", "user,item,timestamp,prénom\nu,a,1,x\n".encode("latin-1"))
     words = ["in.csv line 1: not UTF-8 (byte 0xe9 at 23)", "--encoding cp1252"]
-    refused(lambda: import_csv(source, tmp_path / "out"), tmp_path, *words)
+    refused(lambda: import_files(source, tmp_path / "out"), tmp_path, *words)
     write(source, b"user,item,timestamp\nu,a,1\nu,\xff,2\nu,c,3\n")
-    counts = import_csv(source, tmp_path / "skipped", TableOptions(bad_rows="skip", encoding="ascii"))
+    counts = import_files(source, tmp_path / "skipped", TableOptions(bad_rows="skip", encoding="ascii"))
     assert {name: kind.places for name, kind in counts.bad_rows.items()} == {"not ascii": [3]}
     monkeypatch.setitem(sys.modules, "charset_normalizer", None)
     words = ["line 3: not UTF-8 (byte 0xff at 3); name its encoding with --encoding", "pip install charset-normalizer"]
-    refused(lambda: import_csv(source, tmp_path / "out"), tmp_path, *words)
+    refused(lambda: import_files(source, tmp_path / "out"), tmp_path, *words)
 
 
 def test_the_encoding_of_recboles_files(tmp_path):
@@ -241,7 +241,9 @@ def test_the_encoding_of_recboles_files(tmp_path):
 def test_an_unknown_encoding_is_refused(tmp_path, name):
     source = write(tmp_path / "in.csv", PLAIN)
     options = TableOptions(encoding=name)
-    refused(lambda: import_csv(source, tmp_path / "out", options), tmp_path, "--encoding: expected an encoding of text")
+    refused(
+        lambda: import_files(source, tmp_path / "out", options), tmp_path, "--encoding: expected an encoding of text"
+    )
 
 
 def zipped(content: str) -> bytes:
@@ -272,7 +274,7 @@ def zipped(content: str) -> bytes:
 )
 def test_what_is_no_plain_text_is_refused_with_what_to_do(tmp_path, content, words):
     source = write(tmp_path / "in.csv", content)
-    refused(lambda: import_csv(source, tmp_path / "out"), tmp_path, "in.csv", *words)
+    refused(lambda: import_files(source, tmp_path / "out"), tmp_path, "in.csv", *words)
 
 
 @pytest.mark.parametrize(
@@ -287,14 +289,14 @@ def test_what_is_no_plain_text_is_refused_with_what_to_do(tmp_path, content, wor
 )
 def test_an_option_that_does_not_fit_is_refused(tmp_path, options, words):
     source = write(tmp_path / "in.csv", PLAIN)
-    refused(lambda: import_csv(source, tmp_path / "out", TableOptions(**options)), tmp_path, *words)
+    refused(lambda: import_files(source, tmp_path / "out", TableOptions(**options)), tmp_path, *words)
 
 
 def test_rows_that_do_not_fit_are_counted_whatever_separates_fields(tmp_path):
     rows = ("user item timestamp", "u a 1", "u b", "u c 3 4", "", "  u  d   5  ", 'u "e" 6', "u f x")
     for number, separator in enumerate((" ", "::", ", ")):
         source = write(tmp_path / "in.csv", "\n".join(" ".join(row.split()).replace(" ", separator) for row in rows))
-        counts = import_csv(source, tmp_path / str(number), TableOptions(bad_rows="skip", separator=separator))
+        counts = import_files(source, tmp_path / str(number), TableOptions(bad_rows="skip", separator=separator))
         assert (tmp_path / str(number) / "users.tsv").read_text() == "u\ta d e\n"
         assert {name: kind.places for name, kind in counts.bad_rows.items()} == {
             "wrong number of fields": [3, 4],
