@@ -93,6 +93,18 @@ def test_ids_as_numbers_and_points_in_time():
         )
 
 
+def test_fractions_and_dates_as_text():
+    start = datetime.datetime(2020, 1, 1)
+    dates = [(start + datetime.timedelta(seconds=value)).isoformat() for value in INTERACTIONS["timestamp"]]
+    fractions = [value / 8 for value in INTERACTIONS["timestamp"]]
+    first = (start - datetime.datetime(1970, 1, 1)) // datetime.timedelta(microseconds=1)
+    for times, offset, unit in ((dates, first, 10**6), (fractions, 0, 125_000)):
+        root = made(records(INTERACTIONS | {"timestamp": times})).root
+        assert (root / "users.tsv").read_text() == USERS
+        line = " ".join(str(offset + value * unit) for value in (10, 10, 30, 40, 40))
+        assert (root / "times.tsv").read_text().splitlines()[0] == f"u2\t{line}"
+
+
 def test_captions_come_from_their_column_or_from_another_frame():
     captions = {"item_id": ["a", "c", "d"], "caption": ["One\nline", " ", "four"]}
     in_items = made(items=records(ITEMS | {"caption": ["One line", None, None, "four"]}))

@@ -232,7 +232,18 @@ def test_several_sources_come_in_order(tmp_path):
 def test_names_that_look_like_times():
     for name in ("time", "unixReviewTime", "t_dat", "date", "ts", "event_time", "eventdate", "timestamp_ms", "Date"):
         assert looks_like_time(name), name
-    for name in ("watching_times", "watch_time", "playtime_forever", "candidate", "rating", "update", "t", "click"):
+    for name in (
+        "watching_times",
+        "watch_time",
+        "playtime_forever",
+        "candidate",
+        "date_of_birth",
+        "timeSpent",
+        "rating",
+        "update",
+        "t",
+        "click",
+    ):
         assert not looks_like_time(name), name
 
 

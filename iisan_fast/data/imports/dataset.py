@@ -30,9 +30,13 @@ def write_dataset(
     options say, and if no item is left.
     """
     histories = ordered_histories(interactions)
-    distinct = without_duplicates(histories, options.duplicates)
-    cored = k_core(distinct, options)
-    titled, item_ids, untitled = _titled_histories(cored, titles, options)
+    counts = [len(histories)]
+    histories = without_duplicates(histories, options.duplicates)
+    counts.append(len(histories))
+    histories = k_core(histories, options)
+    counts.append(len(histories))
+    histories, item_ids, untitled = _titled_histories(histories, titles, options)
+    counts.append(len(histories))
     ambiguous = [item_id for item_id in item_ids if item_id in titles.ambiguous]
     if ambiguous:
         LOGGER.warning("%s", describe_ambiguous(titles, ambiguous))
@@ -40,12 +44,12 @@ def write_dataset(
         file.writelines(f"{item_id}\t{titles.of_item.get(item_id, item_id)}\n" for item_id in item_ids)
     without_cover = None if covers is None else write_covers(folder, covers, item_ids, options.copy_covers)
     return Imported(
-        users=write_histories(folder, titled),
+        users=write_histories(folder, histories),
         items=len(item_ids),
-        interactions=len(titled),
-        dropped_interactions=len(cored) - len(titled),
-        duplicate_interactions=len(histories) - len(distinct),
-        core_interactions=len(distinct) - len(cored),
+        interactions=counts[3],
+        dropped_interactions=counts[2] - counts[3],
+        duplicate_interactions=counts[0] - counts[1],
+        core_interactions=counts[1] - counts[2],
         items_without_title=untitled,
         items_without_cover=without_cover,
         items_with_two_titles=len(ambiguous),

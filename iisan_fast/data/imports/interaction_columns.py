@@ -18,6 +18,13 @@ RATING_COLUMNS = ("rating", "overall", "stars", "score")
 TIME_WORDS = {"time", "timestamp", "timestamps", "ts", "date", "dates", "datetime", "dat", "unixtime", "epoch"}
 TIME_ENDINGS = ("time", "timestamp", "date", "datetime")
 NO_POINTS = ("runtime", "lifetime", "playtime", "overtime", "candidate", "update")  # end as times do
+NO_INTERACTIONS = {  # words in the names of durations, and of dates of users and items
+    *("watch", "watching", "play", "playing", "dwell", "read", "reading", "view", "viewing", "listen", "listening"),
+    *("spent", "stay", "duration", "elapsed", "birth", "release"),
+}
+WORDS = {"time", "timestamp", "timestamps", "ts", "date", "dates", "datetime", "dat", "unixtime", "epoch"}
+TIME_ENDINGS = ("time", "timestamp", "date", "datetime")
+NO_POINTS = ("runtime", "lifetime", "playtime", "overtime", "candidate", "update")  # end as times do
 DURATIONS = {
     "watch",
     "watching",
@@ -114,6 +121,6 @@ def find_rating_column(path: Path, available: Sequence[str], named: str | None) 
 def looks_like_time(name: str) -> bool:
     """Return True if a column's name says that it holds points in time, as unixReviewTime or t_dat do."""
     words = [word.lower() for word in WORDS.findall(name)]
-    if not words or DURATIONS.intersection(words):
+    if not words or NO_INTERACTIONS.intersection(words):
         return False
     return any(word in TIME_WORDS or (word.endswith(TIME_ENDINGS) and word not in NO_POINTS) for word in words)

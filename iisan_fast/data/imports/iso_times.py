@@ -17,7 +17,7 @@ UNITS = {MICROSECONDS: "us", NANOSECONDS: "ns"}
 
 def read_points(column: pl.Series) -> tuple[pl.Series, int]:
     """Return dates, or dates and times with or without a zone, as Int64 and their scale. Times without one are UTC."""
-    if column.dtype != pl.Datetime("ns") and getattr(column.dtype, "time_unit", None) != "ns":
+    if getattr(column.dtype, "time_unit", None) != "ns":
         return column.cast(pl.Datetime("us", getattr(column.dtype, "time_zone", None))).to_physical(), MICROSECONDS
     nanoseconds = column.to_physical()
     if (nanoseconds % 1000 == 0).all():
