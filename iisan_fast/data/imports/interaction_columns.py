@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
-from pathlib import Path
 
 from ...errors import InputError, first_few
 from .bad_rows import BadRows
 from .headers import IGNORED, find_columns
-from .options import SPLIT_COLUMN, TIMESTAMP_COLUMN, TableOptions
+from .options import RECBOLE_FIELDS, SPLIT_COLUMN, TIMESTAMP_COLUMN, TableOptions
 from .table import InteractionSource, Table
 
 LOGGER = logging.getLogger(__name__)
@@ -56,11 +54,12 @@ def interaction_source(
     """
     columns = {"user": options.user_column or names[0], "item": options.item_column or names[1]}
     find_columns(table.path, table.columns, columns, table.names_may_be_data)
-    time = find_timestamp_column(table.path, table.columns, options.timestamp_column, timestamp_column)
+    word = "field" if names == RECBOLE_FIELDS else "column"
+    time = _timestamp_column(table, options.timestamp_column, timestamp_column, word)
     if time is not None:
         columns["timestamp"] = time
     if options.min_rating is not None:
-        columns["rating"] = find_rating_column(table.path, table.columns, options.rating_column)
+        columns["rating"] = _rating_column(table, options.rating_column, word)
     split = _named_or_default(table, options.split_column, SPLIT_COLUMN)
     if split is not None and part is None:
         columns["part"] = split
@@ -84,38 +83,37 @@ def _named_or_default(table: Table, named: str | None, default: str) -> str | No
     return None if named in IGNORED else named
 
 
-def find_timestamp_column(
-    path: Path, available: Sequence[str], named: str | None, default: str = TIMESTAMP_COLUMN
-) -> str | None:
+def _timestamp_column(table: Table, named: str | None, default: str, word: str) -> str | None:
     """Return the column of times; None if the order of the rows counts, of which a warning tells if nobody chose it.
 
-    named: by an option; "-" for no times. Raises InputError if the default is missing and another looks like a time.
+    named: by an option; "-" for no times. word: of the option, "column" or "field". Raises InputError if the default is
+    missing and another column looks like times.
     """
-    if named is not None:
-        return None if named in IGNORED else named
-    if default in available:
-        return default
-    likely = [name for name in available if looks_like_time(name)]
+    column = _named_or_default(table, named, default)
+    if column is not None or named is not None:
+        return column
+    option = f"--timestamp-{word}"
+    likely = [name for name in table.columns if looks_like_time(name)]
     if likely:
         names = first_few(likely, len(likely))
         raise InputError(
-            f"{path}: no column {default!r}, but {names} may hold times; name it with --timestamp-column {likely[0]}, "
-            "or choose the order of the file with --timestamp-column -"
+            f"{table.path}: no column {default!r}, but {names} may hold times; name it with {option} {likely[0]}, or "
+            f"choose the order of the file with {option} -"
         )
-    LOGGER.warning("%s: no column of times, so that the order of its rows counts (--timestamp-column names one)", path)
+    LOGGER.warning("%s: no column of times, so that the order of its rows counts (%s names one)", table.path, option)
     return None
 
 
-def find_rating_column(path: Path, available: Sequence[str], named: str | None) -> str:
+def _rating_column(table: Table, named: str | None, word: str) -> str:
     """Return the column of ratings. Raises InputError if none is named and none has a usual name."""
     if named is not None:
         return named
-    by_lower_case = {name.lower(): name for name in reversed(available)}
+    by_lower_case = {name.lower(): name for name in reversed(table.columns)}
     for name in RATING_COLUMNS:
         if name in by_lower_case:
             return by_lower_case[name]
-    names = first_few(available, len(available), limit=10)
-    raise InputError(f"{path}: no column of ratings, only {names}; name it with --rating-column")
+    names = first_few(table.columns, len(table.columns), limit=10)
+    raise InputError(f"{table.path}: no column of ratings, only {names}; name it with --rating-{word}")
 
 
 def looks_like_time(name: str) -> bool:
