@@ -71,7 +71,18 @@ def test_random_values_are_the_same_line_by_line(tmp_path, monkeypatch):
 
     def value():
         return draw.choice(
-            [draw.randrange(10), draw.randrange(2**70), str(draw.randrange(99)), "é\n", None, 1.5, True, {"a": 1}, [1]]
+            [
+                draw.randrange(10),
+                draw.randrange(2**70),
+                str(draw.randrange(99)),
+                "é\n",
+                None,
+                1.5,
+                2.0,
+                True,
+                {"a": 1},
+                [1],
+            ]
         )
 
     monkeypatch.setattr(line_blocks, "BLOCK_BYTES", 300)
@@ -105,6 +116,14 @@ def test_lines_that_do_not_fit_are_counted_by_kind(tmp_path):
         read(path)
     path = write(tmp_path / "in.jsonl", lines({"user": "u", "item": "a"}, {"user": 1.5, "item": "a"}))
     with pytest.raises(InputError, match=r"line 2: user: expected text or a whole number, found 1\.5;"):
+        read(path)
+
+
+def test_whole_floats_are_ids_as_in_parquet(tmp_path):
+    path = write(tmp_path / "in.jsonl", '{"user": 7.0, "item": [1.0, 2]}\n{"user": -1e3, "item": 3}\n')
+    assert read(path)[0] == [("7", ["1", "2"], 1), ("-1000", ["3"], 2)]
+    path = write(tmp_path / "in.jsonl", '{"user": 9007199254740993.0, "item": 1}\n')  # no float is this number
+    with pytest.raises(InputError, match=r"line 1: user: expected text or a whole number, found 9007199254740992\.0"):
         read(path)
 
 

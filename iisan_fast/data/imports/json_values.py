@@ -15,7 +15,8 @@ from .polars_module import pl
 Keys = tuple[str, ...]  # from an object to a value in it, which may be in an object within it
 Parser = Callable[[str], object]
 
-TEXT_COLUMNS = ("user", "item", "title")  # new names of columns that become text
+ID_COLUMNS = ("user", "item")
+TEXT_COLUMNS = (*ID_COLUMNS, "title")  # new names of columns that become text
 EXPECTED = {"user": "text or a whole number", "item": "text or a whole number", "title": "text"}
 SHOWN = 60  # characters of a bad line in a message
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character: valid in JSON, and no text
@@ -157,13 +158,15 @@ def fits_column(name: str, value: Any) -> bool:
         return True
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return isinstance(value, int) or name not in ("user", "item")
+    return isinstance(value, int) or name not in ID_COLUMNS or (value.is_integer() and abs(value) < EXACT_FLOAT)
 
 
-def text_of(value: Any) -> str | None:
-    """Return a value as text, None for None. Half a character becomes NUL, as polars reads it."""
+def text_of(name: str, value: Any) -> str | None:
+    """Return a value of the column of a new name as text, None for None. Half a character becomes NUL, as in polars."""
     if value is None:
         return None
+    if isinstance(value, float) and name in ID_COLUMNS:
+        return str(int(value))  # pandas writes the id 7 as 7.0 if its column has missing ids
     return SURROGATE.sub("\0", value) if isinstance(value, str) else repr(value)
 
 
@@ -176,4 +179,4 @@ def _plain_column(name: str, values: list[Any]) -> pl.Series:
             return pl.Series(name, values, pl.Int64)
         if kinds == {float} or (kinds == {int, float} and largest < EXACT_FLOAT):
             return pl.Series(name, [None if value is None else float(value) for value in values], pl.Float64)
-    return pl.Series(name, [text_of(value) for value in values], pl.String)
+    return pl.Series(name, [text_of(name, value) for value in values], pl.String)

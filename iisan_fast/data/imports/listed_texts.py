@@ -62,4 +62,4 @@ def _parsed(text: str, name: str) -> list[str | None] | None:
         return [*words] if all(WORD.fullmatch(word) for word in words) else None
     if not isinstance(value, list) or not fits_column(name, value):
         return None
-    return [text_of(entry) for entry in value]
+    return [text_of(name, entry) for entry in value]
