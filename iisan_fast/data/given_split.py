@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import InputError
 from .fast_tables import NeedsStrictReader, fast_or_strict, read_whole_numbers
 from .strict_tables import read_table
-from .temporal import SplitHistories
+from .temporal import SplitHistories, split_histories
 
 LOGGER = logging.getLogger(__name__)
 PARTS = ("training", "validation", "test")
@@ -67,18 +67,9 @@ def given_split(offsets: np.ndarray, parts: np.ndarray, max_inputs: int, path: P
     trained = first - starts >= 2
     _refuse_empty(trained, targets, without_history, path)
     users = np.flatnonzero(trained | (counts["validation"] > 0) | (counts["test"] > 0))
-    lengths = (stops - starts)[users]
-    kept_offsets = np.concatenate([[0], np.cumsum(lengths)])
-    moved = kept_offsets[:-1] - starts[users]
-    return SplitHistories(
-        users=users,
-        interactions=np.arange(kept_offsets[-1]) - np.repeat(moved, lengths),
-        offsets=kept_offsets,
-        training_ends=first[users] + moved,
-        targets={name: np.where(places[users] >= 0, places[users] + moved, -1) for name, places in targets.items()},
-        target_counts={name: of_users[users] for name, of_users in counts.items()},
-        without_history=without_history,
-    )
+    target_counts = {name: of_users[users] for name, of_users in counts.items()}
+    split = split_histories(users, starts, stops, first, targets)
+    return split._replace(target_counts=target_counts, without_history=without_history)
 
 
 def _refuse_empty(
@@ -92,12 +83,12 @@ def _refuse_empty(
             left_out = without_history[name]
             without = f" but {left_out:,} without an interaction before them" if left_out else ""
             raise InputError(
-                f"{path}: expected {name} targets, found none{without}; {REASONS[name]}: hold out interactions for "
-                f"{name} and import again, or leave the split given out"
+                f"{path}: expected {name} targets, found none{without}; {REASONS[name]}; hold out interactions for "
+                f"{name} and import again, or train by another split"
             )
     if left_out := sum(without_history.values()):
         shown = ", ".join(f"{count:,} of {name}" for name, count in without_history.items())
-        LOGGER.warning("%s: %s targets have no interaction before them, and are left out: %s", path, left_out, shown)
+        LOGGER.warning("%s: %s targets have no interaction before them and are left out: %s", path, left_out, shown)
 
 
 def _read_fast(path: Path, user_ids: Sequence[str], lengths: np.ndarray) -> np.ndarray:

@@ -80,15 +80,26 @@ def temporal_split(offsets: np.ndarray, times: np.ndarray, protocol: ProtocolCon
     for name, users in {"training": trained, **{name: ends >= 0 for name, ends in targets.items()}}.items():
         if not users.any():
             raise InputError(f"{where}, which leaves nothing for {name}; choose other shares")
-    users = np.flatnonzero(trained | (last >= 0))
-    lengths = (np.where(last >= 0, last + 1, first) - starts)[users]
-    kept_offsets = np.concatenate([[0], np.cumsum(lengths)])
-    moved = kept_offsets[:-1] - starts[users]
+    stops = np.where(last >= 0, last + 1, first)
+    return split_histories(np.flatnonzero(trained | (last >= 0)), starts, stops, first, targets)
+
+
+def split_histories(
+    users: np.ndarray, starts: np.ndarray, stops: np.ndarray, training_ends: np.ndarray, targets: dict[str, np.ndarray]
+) -> SplitHistories:
+    """Return the part of a jagged array that holds the interactions from `starts` up to `stops` of chosen users.
+
+    users: int64, indices of the chosen users. starts, stops, training_ends, targets: int64 of all users, indices in the
+    whole array; a target is -1 for none.
+    """
+    lengths = (stops - starts)[users]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    moved = offsets[:-1] - starts[users]
     return SplitHistories(
         users=users,
-        interactions=np.arange(kept_offsets[-1]) - np.repeat(moved, lengths),
-        offsets=kept_offsets,
-        training_ends=first[users] + moved,
+        interactions=np.arange(offsets[-1]) - np.repeat(moved, lengths),
+        offsets=offsets,
+        training_ends=training_ends[users] + moved,
         targets={name: np.where(places[users] >= 0, places[users] + moved, -1) for name, places in targets.items()},
     )
 

@@ -18,8 +18,8 @@ Added = Callable[[np.ndarray], kernels.AddedScores]  # takes rows of the queries
 
 HISTORIES_AT_ONCE = 1 << 22  # interactions with padding, 32 MiB
 SEVERAL_TARGETS = (
-    "each user counts once: HR is 1 if any of their targets is in the first K, NDCG is divided by that of the best "
-    "order of their targets, Recall is the share of their targets in the first K, MRR is by the first target"
+    "each user counts once: HR is 1 if any of their targets is in the first K, NDCG is their DCG divided by the DCG of "
+    "the best order, Recall is the share of their targets in the first K, MRR is by their target of the best rank"
 )
 ADDED_AT_ONCE = 1 << 12  # users whose added scores are in memory at once: 64 MiB at 1,000 items each
 BYTES_PER_SCORE = 24  # a score of at most 8 bytes, and the memory to count with it
@@ -40,9 +40,9 @@ def evaluate(
 
     A target is warm if it occurs in training. If the history is masked, a target within its user's own history is
     unreachable and counts as a miss. The result has "masked" and "unmasked", each with the metrics of `ranking_metrics`
-    of all users and of the "warm" and "cold" targets alone. If a user has several, "targets" is the
-    number of all, and "several_targets" says how they count. "without_history" is the number of targets that are left
-    out, if there are any. Raises InputError if a score is not finite.
+    of all users and of the "warm" and "cold" targets alone. If a user has several targets, "targets" is the number of
+    all, and "several_targets" says how they count. "without_history" is the number of targets that are left out, if
+    there are any. Raises InputError if a score is not finite.
     """
     split = sequences.split(split_name)
     is_warm = sequences.training_counts[split.targets] > 0

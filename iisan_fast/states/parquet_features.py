@@ -98,10 +98,10 @@ def _feature_columns(config: FeaturesConfig, schema: dict[str, Any], id_column: 
     lists = [name for name, kind in schema.items() if kind.is_nested() and _number(kind) is not None]
     if config.column is not None:
         if config.column not in lists:
-            found = first_few(lists, len(lists), 10) or "none"
+            available = first_few(lists, len(lists), 10) or "none"
             raise InputError(
                 f"{config.path}: column: expected a column of lists of numbers, found {config.column!r}; "
-                f"there are {found}"
+                f"there are {available}"
             )
         return [config.column]
     if len(lists) > 1:
@@ -114,9 +114,9 @@ def _feature_columns(config: FeaturesConfig, schema: dict[str, Any], id_column: 
     others = [name for name in schema if name not in (id_column, *NOT_FEATURES)]
     unfit = [name for name in others if not schema[name].is_numeric()]
     if unfit or not others:
-        found = f"column {unfit[0]!r} of {schema[unfit[0]]}" if unfit else "the ids alone"
+        problem = f"column {unfit[0]!r} of {schema[unfit[0]]}" if unfit else "the ids alone"
         raise InputError(
-            f"{config.path}: expected a column of lists, or columns of numbers beside the ids, found {found}"
+            f"{config.path}: expected a column of lists, or columns of numbers beside the ids, found {problem}"
         )
     return others
 

@@ -352,8 +352,8 @@ def test_rows_of_pythons_writer_are_read_back(tmp_path_factory, written, block_b
     path = write(tmp_path_factory.mktemp("text") / "in.csv", text.encode(encoding))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delimited, "BLOCK_BYTES", block_bytes)
-        found = DelimitedText(path, separator, encoding=None if encoding.startswith("utf") else encoding)
-        batches = list(found.batches(dict(zip(NAMES, NAMES)), BadRows(path, "error", "line")))
+        table = DelimitedText(path, separator, encoding=None if encoding.startswith("utf") else encoding)
+        batches = list(table.batches(dict(zip(NAMES, NAMES)), BadRows(path, "error", "line")))
     read = [row for batch in batches for row in batch.select(NAMES).fill_null("").rows()]
-    assert found.columns == NAMES
+    assert table.columns == NAMES
     assert read == [tuple(field.strip(" ") for field in row) for row in rows]

@@ -67,8 +67,8 @@ def by_hand(tmp_path) -> Path:
 def test_by_hand(by_hand, caplog):
     with caplog.at_level(logging.WARNING):
         sequences = load_dataset(by_hand, GIVEN).sequences
-    assert "4 targets have no interaction before them, and are left out: 4 of validation" not in caplog.text
-    assert "5 targets have no interaction before them, and are left out: 4 of validation, 1 of test" in caplog.text
+    assert "4 targets have no interaction before them and are left out: 4 of validation" not in caplog.text
+    assert "5 targets have no interaction before them and are left out: 4 of validation, 1 of test" in caplog.text
     assert sequences.user_ids == ["whole", "repeated", "trained", "validated", "late"]
     assert "".join(sequences.item_ids) == "abcdefgjk"
     parts = np.split(sequences.items, sequences.offsets[1:-1])

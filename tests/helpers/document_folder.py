@@ -117,7 +117,7 @@ def _write_features(folder: Path, item_ids: list[str]) -> None:
     numbered.mkdir()
     for name in ("items.tsv", "users.tsv"):
         text = (folder / "DATASET" / name).read_text()
-        (numbered / name).write_text(re.sub(r"\bi(\d+)\b", lambda found: str(int(found[1]) - 1), text))
+        (numbered / name).write_text(re.sub(r"\bi(\d+)\b", lambda match: str(int(match[1]) - 1), text))
     np.save(folder / "baby_image.npy", values)
     np.save(folder / "baby_text.npy", values[:, :6])
 

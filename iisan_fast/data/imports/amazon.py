@@ -73,14 +73,14 @@ def _files(source: Path) -> list[Path]:
 
 def _column(table: Table, names: Sequence[str]) -> str:
     """Return the first of the names that a table has. Raises InputError if it has none."""
-    found = next((name for name in names if name in table.columns), None)
-    if found is None:
+    column = next((name for name in names if name in table.columns), None)
+    if column is None:
         available = first_few(table.columns, len(table.columns), limit=10)
         raise InputError(
             f"{table.path}: expected a column {' or '.join(names)}, found {available}; import it by iisan-fast import "
             "csv or jsonl, which name the columns"
         )
-    return found
+    return column
 
 
 def _open(path: Path, items: Table | None) -> Table:

@@ -155,12 +155,12 @@ class DelimitedText:
     ) -> bytes:
         """Return the separator. fixed: a header of this form has commas if nothing else is plain. Raises InputError."""
         sample = self._beginning.rows
-        found = find_separator(sample, None if columns is None else len(columns))
+        plain = find_separator(sample, None if columns is None else len(columns))
         first = sample[: sample.index(b"\n")]
         if separator is not None:
             expected = separator_of(separator)
-            if columns is None and expected not in first and found not in (None, expected) and found in first:
-                words = f"expected {shown_separator(expected)} between fields, found {shown_separator(found)}"
+            if columns is None and expected not in first and plain not in (None, expected) and plain in first:
+                words = f"expected {shown_separator(expected)} between fields, found {shown_separator(plain)}"
                 advice = f"write the file with {shown_separator(expected)}" if fixed else "leave out --separator"
                 raise InputError(f"{self.path} line 1: {words}; {advice}")
             return expected
@@ -168,12 +168,12 @@ class DelimitedText:
             return self._beginning.separator
         if usual is not None and separator_of(usual) in first:
             return separator_of(usual)
-        if found is None and fixed:
+        if plain is None and fixed:
             return b","
-        if found is None:
+        if plain is None:
             shown = first[:60].decode(errors="replace")
             raise InputError(f"{self.path} line 1: no plain separator between the fields of {shown!r}; {ADVICE}")
-        return found
+        return plain
 
     def _header_of(self, sample: bytes) -> tuple[list[str], int]:
         """Return the fields of the first line, and the place behind it. Raises InputError if it is no such line."""

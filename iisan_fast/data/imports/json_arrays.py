@@ -58,8 +58,8 @@ class JsonArrayTable:
         find_columns(self.path, self.columns, columns, self.names_may_be_data)
         rows = ObjectRows({name: self._paths[column] for name, column in columns.items()}, bad_rows)
         values = enumerate(self._values(), start=1)
-        while some := list(islice(values, ROWS_AT_ONCE)):
-            for place, value in some:
+        while part := list(islice(values, ROWS_AT_ONCE)):
+            for place, value in part:
                 if isinstance(value, dict):
                     rows.add(place, value)
                 else:

@@ -39,13 +39,13 @@ def import_recbole(source: Path, destination: Path, options: TableOptions = Tabl
     Titles come from the .item file of the same name, if there is one. The options name fields without their types.
     Raises InputError for bad input.
     """
-    found = find_inter_files(source)
+    inter_files = find_inter_files(source)
     user = options.user_column or RECBOLE_FIELDS[0]
     item = options.item_column or RECBOLE_FIELDS[1]
     time = options.timestamp_column or TIMESTAMP_COLUMN
     types = {user: ("token",), item: ("token", "token_seq"), time: ("float", "token", "float_seq")}
-    files = [_atomic(path, types, options)._replace(part=part) for path, part in found.files]
-    titles, options = _titles(source, found, item, options)
+    files = [_atomic(path, types, options)._replace(part=part) for path, part in inter_files.files]
+    titles, options = _titles(source, inter_files, item, options)
     if any(f"{item}{LIST_SUFFIX}" in file.table.columns for file in files):
         tables, options = _with_histories(files, user, item, time, options)
         return import_tables(tables, titles, destination, options, RECBOLE_FIELDS)
@@ -56,13 +56,15 @@ def import_recbole(source: Path, destination: Path, options: TableOptions = Tabl
     return import_tables([(file.table, file.part) for file in files], titles, destination, options, RECBOLE_FIELDS)
 
 
-def _titles(source: Path, found: InterFiles, item: str, options: TableOptions) -> tuple[Table | None, TableOptions]:
+def _titles(
+    source: Path, inter_files: InterFiles, item: str, options: TableOptions
+) -> tuple[Table | None, TableOptions]:
     """Return the table of titles, None if there is none, and the options that name its field of titles.
 
     The only field whose name ends in _title, as movie_title, is the one of titles if there is no other. Raises
     InputError for a file in another format.
     """
-    beside = (source if source.is_dir() else source.parent) / f"{found.name}{ITEM_SUFFIX}"
+    beside = (source if source.is_dir() else source.parent) / f"{inter_files.name}{ITEM_SUFFIX}"
     path = options.items or (beside if os.path.lexists(beside) else None)
     if path is None:
         return None, options
