@@ -9,31 +9,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from .config import (
-    BESIDE_ENCODERS,
-    NEIGHBOURS,
-    SIDE_METHODS,
-    TUNING_METHODS,
-    EvaluationConfig,
-    ExtractionConfig,
-    ModelConfig,
-    ProtocolConfig,
-    RunConfig,
-    ScoringConfig,
-    ViewConfig,
-)
+from .config import EvaluationConfig, ExtractionConfig, ProtocolConfig, RunConfig, ScoringConfig, ViewConfig
 from .errors import InputError, check_choice, nearest
 from .files import absolute_path, as_path
 from .setting_fields import from_dict, to_dict
 from .setting_sources import FOLDERS_OF_A_RUN, PARTS, SECTIONS, change_settings
+from .state_sources import choose_source, method_of, read_views_of_cache
 from .trusted_code import TRUST, is_trusted, refuse_unasked_code, trust_running_views, without_trust
 
-LOGGER = logging.getLogger(__name__)
 Section = TypeVar("Section", ProtocolConfig, EvaluationConfig, ExtractionConfig, ScoringConfig)
 OTHER_NAMES = {"epochs": "max_epochs"}
 RUN_SECTIONS = ("protocol", "model", "train", "evaluation", "scoring", "uncached")
@@ -151,12 +138,12 @@ def run_config(
         raise InputError(f"dataset: expected a folder, found {json.dumps(values.get('dataset'), default=repr)}")
     _resolve_features(values)
     described = _encoders_of_base(values)
-    _choose_source(values, names, described, encoders, uncached)
+    choose_source(values, names, described, encoders, uncached)
     trust_running_views(values, asking, is_trusted(settings))
     if in_uncached and not values.get("uncached"):
         raise InputError(f"{in_uncached[0]}: needs encoders that run; give uncached and encoders")
-    if isinstance(values.get("cache"), str) and _method(values) != "id" and not values.get("uncached"):
-        _check_cache(values, described)
+    if isinstance(values.get("cache"), str) and method_of(values) != "id" and not values.get("uncached"):
+        read_views_of_cache(values, described)
     return from_dict(RunConfig, values)
 
 
@@ -248,12 +235,6 @@ def _renamed(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {OTHER_NAMES.get(name, name): value for name, value in flat.items()}
 
 
-def _method(values: Mapping[str, Any]) -> str:
-    """Return the method that a configuration's values name, or the default one."""
-    model = values.get("model")
-    return model.get("method", ModelConfig.method) if isinstance(model, dict) else ModelConfig.method
-
-
 def _encoders_of_base(values: dict[str, Any]) -> list[ViewConfig]:
     """Take `encoders` and `extraction` out of a configuration's values and return the views of the cache they make."""
     extraction = from_dict(ExtractionConfig, values.pop("extraction", None) or {}, "extraction")
@@ -269,76 +250,6 @@ def _resolve_features(values: dict[str, Any]) -> None:
                 view[name] = str(absolute_path(as_path(name, view[name])))
 
 
-def _choose_source(
-    values: dict[str, Any],
-    names: Collection[str],
-    described: Sequence[ViewConfig],
-    encoders: Sequence[ViewConfig],
-    uncached: bool,
-) -> None:
-    """Decide between encoders that run, a cache, and neither; take the other out of a configuration's values.
-
-    names: settings that replace those of the base. described: the encoders of the base, which may run or may have made
-    the cache. encoders: others, which run. Raises InputError if encoders are to run and there are none, or if `names`
-    hold uncached beside `encoders`.
-    """
-    if values.get("features") and (encoders or uncached):
-        raise InputError(BESIDE_ENCODERS)
-    if encoders:
-        if "uncached" in names:
-            raise InputError("uncached: names its views already; leave out the other encoders")
-        _run_encoders(values, encoders)
-        for name in ("cache", "views"):
-            if name not in names:
-                values.pop(name, None)  # of the base, made by other encoders
-    elif described and not (values.get("uncached") or {}).get("views"):
-        method = _method(values)
-        if uncached or method in TUNING_METHODS:
-            chosen = _chosen(described, values.get("views"))
-            _run_encoders(values, [_for_method(view, method) for view in chosen])
-            if "cache" not in names:
-                values["cache"] = None
-        else:
-            values["uncached"] = None
-            values["views"] = values.get("views") or [view.name for view in described]
-        if method == "id" or (method == NEIGHBOURS and not values.get("cache")):
-            values |= {name: default for name, default in (("cache", None), ("views", [])) if name not in names}
-    options = values.get("uncached")
-    if isinstance(options, dict) and "views" not in options:
-        values["uncached"] = options = None
-    if uncached and not options:
-        raise InputError("uncached: no encoders to run; give image_encoder, text_encoder or views")
-
-
-def _run_encoders(values: dict[str, Any], views: Sequence[ViewConfig]) -> None:
-    """Write the views whose encoders run in every step into a configuration's values."""
-    values["uncached"] = {**(values.get("uncached") or {}), "views": [to_dict(view) for view in views]}
-
-
-def _chosen(described: Sequence[ViewConfig], names: Any) -> list[ViewConfig]:
-    """Return the views of these names, in their order; all views for no names.
-
-    Raises InputError for a name that no view has.
-    """
-    by_name = {view.name: view for view in described}
-    for name in names or ():
-        if name not in by_name:
-            raise InputError(f"views: no encoder is named {name}; {nearest(str(name), by_name)}")
-    return [by_name[name] for name in names] if names else list(described)
-
-
-def _for_method(view: ViewConfig, method: str) -> ViewConfig:
-    """Return a view of a settings file as a method runs it, without settings that are for a cache of several layers."""
-    changed = view
-    if method not in SIDE_METHODS:
-        changed = dataclasses.replace(changed, layers=None, layer_groups=None)
-    if method in TUNING_METHODS:
-        changed = dataclasses.replace(changed, encoder_dtype="auto")
-    if changed != view:
-        LOGGER.info("view %s: %s takes neither its layers nor its encoder_dtype from the settings", view.name, method)
-    return changed
-
-
 def _set(values: dict[str, Any], section: str, name: str, value: Any) -> None:
     """Set one setting in a section of a configuration's values.
 
@@ -350,35 +261,3 @@ def _set(values: dict[str, Any], section: str, name: str, value: Any) -> None:
     if not isinstance(target, dict):
         raise InputError(f"{section}: expected an object of settings, found {json.dumps(target, default=repr)}")
     target[name] = value
-
-
-def _check_cache(values: dict[str, Any], described: Sequence[ViewConfig]) -> None:
-    """Fill in the views of the cache, and refuse a cache that other encoders made than those described."""
-    from .states import refuse_other_encoders  # imports torch, which takes seconds
-
-    cache = Path(values["cache"])
-    features = [view["name"] for view in values.get("features") or []]
-    if not [name for name in values.get("views") or () if name not in features]:
-        values["views"] = [*_all_views(cache, len(features)), *(values.get("views") or ())]
-    read = [view for view in described if view.name in values["views"]]
-    if read:
-        refuse_other_encoders(cache, read)
-
-
-def _all_views(cache: Path, features: int) -> list[str]:
-    """Return the names of all views in a cache, of which a run takes one or two, those of features counted.
-
-    features: the number of views of features. Raises InputError if there is none, or if there are too many.
-    """
-    from .states import Store  # imports torch, which takes seconds
-
-    with Store(cache) as store:
-        names = list(store.views)
-    if not names:
-        raise InputError(f"{cache}: holds no view yet; run iisan-fast extract")
-    if len(names) + features > 2:
-        beside = " beside the features" if features else ""
-        count = f"{len(names)} views" if len(names) > 1 else "a view"
-        choice = "one" if features else "one or two"
-        raise InputError(f"{cache}: holds {count} ({', '.join(names)}){beside}; choose {choice} of them as views")
-    return names

@@ -16,12 +16,13 @@ from ..errors import InputError
 from ..precision import Precision, resolve_precision
 from ..runtime import fix_cublas_workspace
 from .initial_weights import initial_weights_again
-from .item_sources import dataset_again, open_final_states, open_source, refuse_changed_views, same_dataset
+from .item_sources import open_final_states, open_source, refuse_changed_views
 from .run_folder import RunFolder
 from .run_progress import Progress
 from .run_terms import damage_of_terms, read_terms, terms_again
 from .scoring import Scoring
 from .trainer import Trainer
+from .unchanged_dataset import dataset_again, same_dataset
 from .untrained_run import rank_untrained
 
 LOGGER = logging.getLogger(__name__)

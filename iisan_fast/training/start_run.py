@@ -13,11 +13,12 @@ from ..data import load_dataset
 from ..precision import Precision, resolve_precision
 from ..runtime import fix_cublas_workspace
 from .initial_weights import RECORDED_AS, read_initial_weights
-from .item_sources import open_source, refuse_changed_texts, refuse_missing_libraries
+from .item_sources import open_source, refuse_missing_libraries
 from .run_folder import RunFolder
 from .run_terms import build_terms, file_of_terms
 from .scoring import Scoring
 from .trainer import Trainer
+from .unchanged_dataset import refuse_changed_texts
 from .untrained_run import rank_untrained
 
 

@@ -198,9 +198,9 @@ def test_any_split_agrees_with_a_slow_reference(tmp_path_factory, users, max_inp
 WHOLE: Users = {"u": ("a b c d", (2, 1, 1)), "v": ("a b c d", (3, 0, 1))}
 NUMBERS = "expected three whole numbers, the interactions in training, validation and test, one space between, found"
 VALIDATION = (
-    "the best checkpoint is chosen by them: hold out interactions for validation and import again, or leave the "
+    "the best checkpoint is chosen by them; hold out interactions for validation and import again, or train by "
 )
-TEST = "the best checkpoint is tested by them: hold out interactions for test and import again, or leave the "
+TEST = "the best checkpoint is tested by them; hold out interactions for test and import again, or train by "
 BAD_FILES = {  # the message after "splits.tsv"
     "u\t2 1 1\n": ": ends before user 'v'; expected the users of users.tsv in their order",
     "v\t3 0 1\nu\t2 1 1\n": " line 1: expected user 'u', as in users.tsv, found user 'v'",
@@ -216,10 +216,10 @@ BAD_FILES = {  # the message after "splits.tsv"
     "u 2 1 1\nv\t3 0 1\n": " line 1: expected 2 fields separated by tabs, found 1",
     "u\t2 1 1\n\n": " line 2: empty line; expected 2 fields separated by tabs",
     "": ": empty; expected lines of 2 fields separated by tabs",
-    "u\t4 0 0\nv\t3 0 1\n": f": expected validation targets, found none; {VALIDATION}split given out",
+    "u\t4 0 0\nv\t3 0 1\n": f": expected validation targets, found none; {VALIDATION}another split",
     "u\t0 4 0\nv\t3 0 1\n": ": expected validation targets, found none but 4 without an interaction before them; "
-    f"{VALIDATION}split given out",
-    "u\t2 2 0\nv\t3 1 0\n": f": expected test targets, found none; {TEST}split given out",
+    f"{VALIDATION}another split",
+    "u\t2 2 0\nv\t3 1 0\n": f": expected test targets, found none; {TEST}another split",
     "u\t1 2 1\nv\t1 2 1\n": ": expected users with two training interactions or more, found none",
 }
 

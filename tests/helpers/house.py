@@ -49,6 +49,7 @@ FLOORS = (  # from the lowest up; a room imports only from lower floors
     frozenset(("states", "captioning")),
     frozenset(("evaluation", "models")),
     frozenset(("training",)),
+    frozenset(("state_sources",)),
     frozenset(("settings",)),
     frozenset(("demo",)),
     frozenset(("api",)),

@@ -269,7 +269,7 @@ def test_titles_are_data(page):
 
 
 def test_items_without_a_picture_have_letters_and_a_note(page):
-    assert "(i9: not an image of JPEG, PNG, WEBP, GIF, BMP)" in page.text
+    assert "(i9: not an image of JPEG, PNG, WebP, GIF, BMP or another format that Pillow reads)" in page.text
     assert "TI" in page.texts_of("tile")
 
 

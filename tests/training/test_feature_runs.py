@@ -333,7 +333,7 @@ def test_what_the_command_line_refuses(catalogue, numbered, tmp_path):
         "extract", numbered / "dataset", "--cache", tmp_path / "c", "--view", view
     )
     line = refused("train", catalogue.dataset, "--cache", catalogue.cache, "--view", view)
-    assert "holds 2 views (a, b) beside the features; choose one of them as views" in line
+    assert "holds 2 views (a, b) beside the features, and a run reads two; choose one of them as views" in line
     twice = f"source=features path={catalogue.root / 'x.npy'} ids={catalogue.root / 'ids.txt'} name=a"
     line = refused("train", catalogue.dataset, "--cache", catalogue.cache, "--views", "b", "--view", twice)
     assert "has a view 'a' too; give the features another name" in line
