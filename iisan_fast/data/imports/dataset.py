@@ -12,8 +12,9 @@ from .covers import write_covers
 from .history_order import OrderedHistories, ordered_histories
 from .history_writing import write_histories
 from .interaction_filters import k_core, without_duplicates
-from .options import Imported, ImportOptions
+from .options import Imported, ImportOptions, TableOptions
 from .polars_module import pl
+from .suspect_values import report_suspect_values
 from .titles import Titles, describe_ambiguous
 
 LOGGER = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def write_dataset(
     options say, and if no item is left.
     """
     histories = ordered_histories(interactions)
+    report_suspect_values(histories, isinstance(options, TableOptions) and options.item_separator is not None)
     counts = [len(histories)]
     histories = without_duplicates(histories, options.duplicates)
     counts.append(len(histories))

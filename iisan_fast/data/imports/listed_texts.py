@@ -11,7 +11,8 @@ from .polars_module import pl
 VALUE = r"""-?[0-9]+|"[^"\\]*"|'[^'\\]*'"""
 SIMPLE = rf"^\[\s*(?:(?:{VALUE})(?:(?:\s*,\s*|\s+)(?:{VALUE}))*)?\s*\]$"  # a space alone stands between numpy's values
 IN_QUOTES = r"""(?s)^["'](.*)["']$"""
-WORD = re.compile(r"(?!(?:null|none|nan|true|false)$)[\w.:+-]+", re.IGNORECASE)
+# Three points are no word: numpy writes them for the values of a long list that it leaves out.
+WORD = re.compile(r"(?!(?:null|none|nan|true|false|\.+)$)[\w.:+-]+", re.IGNORECASE)
 NAMES = ("item", "timestamp", "rating", "part")
 
 

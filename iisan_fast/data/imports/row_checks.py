@@ -13,7 +13,8 @@ from .options import RECBOLE_FIELDS, TABLE_COLUMNS
 from .polars_module import pl
 from .times import is_blank
 
-UNFIT_ID = rf"^$|\s|\ufeff|{CONTROL_CHARACTERS}"  # also a byte order mark, where files are joined
+# Also a byte order mark, where files are joined, and \N, by which databases write a missing value.
+UNFIT_ID = rf"^$|^\\N$|\s|\ufeff|{CONTROL_CHARACTERS}"
 IDS = ("user", "item")
 EXPECTED_ID = "an id without spaces, tabs, line ends or control characters"
 MOST_SHOWN = 100  # characters of a bad value
