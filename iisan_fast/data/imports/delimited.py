@@ -54,7 +54,7 @@ class DelimitedText:
         enclose fields; None: as the separator and the rows say. columns: the names of a file without a header.
         names_of: makes names of the fields of a header that is known by its form, and refuses all else. encoding: of
         Python's; None: UTF-8, or as a byte order mark says. usual_separator: used without looking if it is in the first
-        line. has_options: the command has --encoding, for messages.
+        line. has_options: the command has --encoding and --separator, for messages.
 
         Raises InputError if there is no such file, if its separator is not plain, and if its header is no header.
         """
@@ -101,7 +101,8 @@ class DelimitedText:
         """
         places = {name: self.columns.index(column) for name, column in columns.items()}
         if not self._has_header:
-            refuse_header(self.path, self.columns, sample_rows(self._beginning.rows, self._separator)[:1])
+            ids = [column for name, column in columns.items() if name in ("user", "item")]
+            refuse_header(self.path, self.columns, ids, sample_rows(self._beginning.rows, self._separator)[:1])
         test = None if is_row is None else lambda fields: is_row({name: fields[at] for name, at in places.items()})
         form = Form(self._separator, self._quoted, len(self.columns), test, self._beginning.encoding)
         for rows in self._rows(form, bad_rows):
@@ -153,7 +154,7 @@ class DelimitedText:
     def _find_separator(
         self, separator: str | None, usual: str | None, columns: Sequence[str] | None, fixed: bool
     ) -> bytes:
-        """Return the separator. fixed: a header of this form has commas if nothing else is plain. Raises InputError."""
+        """Return the separator. fixed: a header of this form has the usual one if none is plain. Raises InputError."""
         sample = self._beginning.rows
         plain = find_separator(sample, None if columns is None else len(columns))
         first = sample[: sample.index(b"\n")]
@@ -161,7 +162,11 @@ class DelimitedText:
             expected = separator_of(separator)
             if columns is None and expected not in first and plain not in (None, expected) and plain in first:
                 words = f"expected {shown_separator(expected)} between fields, found {shown_separator(plain)}"
-                advice = f"write the file with {shown_separator(expected)}" if fixed else "leave out --separator"
+                advice = (
+                    f"write the file with {shown_separator(expected)}"
+                    if not self._has_options
+                    else "leave out --separator"
+                )
                 raise InputError(f"{self.path} line 1: {words}; {advice}")
             return expected
         if self._beginning.separator is not None:
@@ -169,7 +174,7 @@ class DelimitedText:
         if usual is not None and separator_of(usual) in first:
             return separator_of(usual)
         if plain is None and fixed:
-            return b","
+            return separator_of(usual or "comma")
         if plain is None:
             shown = first[:60].decode(errors="replace")
             raise InputError(f"{self.path} line 1: no plain separator between the fields of {shown!r}; {ADVICE}")

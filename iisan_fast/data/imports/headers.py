@@ -14,6 +14,11 @@ IGNORED = ("-", "_")  # names of columns that are not read; they may stand sever
 NO_HEADER = "no header of names in its first line; is it in another format?"
 OTHER_FORMATS = {b"{": "JSON", b"[{": "JSON", b"<!": "a web page or XML", b"<html": "a web page", b"<?xml": "XML"}
 CONTROL_CHARACTERS = re.compile(rb"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f]")
+ID_NAME = re.compile(
+    r"(user|item|customer|reviewer|session|visitor|member|movie|video|product|article|book|song|track|artist|news|game|"
+    r"business|u|i)s?([ _-]?(ids?|names?|no))?|.*[ _-]id|asin|isbn",
+    re.IGNORECASE,
+)  # names of columns of ids
 INDEX_ROWS = 3  # the least number of rows that an index can be seen by
 ADVICE = "name its columns in order with --columns (of a table of titles, --items-columns)"
 
@@ -78,16 +83,26 @@ def check_columns(names: Sequence[str]) -> list[str]:
     return used
 
 
-def refuse_header(path: Path, columns: Sequence[str], rows: Sequence[Sequence[bytes]]) -> None:
-    """Raise InputError if the first row has the names that a user gives to a file without a header.
+def refuse_header(path: Path, columns: Sequence[str], ids: Sequence[str], rows: Sequence[Sequence[bytes]]) -> None:
+    """Raise InputError if the first row of a file that a user says to have no header looks like one.
 
-    rows: the first row, if there is one.
+    So it does if it has the names that the user gives, or if its ids, of the columns `ids`, all look like names of
+    such columns. rows: the first row, if there is one.
     """
     for row in rows:
         fields = [field.decode(errors="replace").strip(" ") for field in row]
         named = [(name, field) for name, field in zip(columns, fields) if name not in IGNORED]
-        if len(fields) == len(columns) and named and all(name == field for name, field in named):
+        if len(fields) != len(columns):
+            continue
+        if named and all(name == field for name, field in named):
             raise InputError(f"{path} line 1: names the columns, so that the file has a header; leave out --columns")
+        words = [field for name, field in named if name in ids]
+        if len(words) > 1 and all(ID_NAME.fullmatch(word) for word in words):
+            shown = " and ".join(map(repr, words))
+            raise InputError(
+                f"{path} line 1: {shown} look like names of columns, so that the file has a header; leave out "
+                "--columns, and name its columns by options such as --user-column"
+            )
 
 
 def find_columns(path: Path, available: Sequence[str], columns: Mapping[str, str], names_may_be_data: bool) -> None:

@@ -120,8 +120,14 @@ def _atomic(path: Path, types: Mapping[str, tuple[str, ...]], options: TableOpti
         sequences[:] = [name for name, kind in fields if kind in SEQUENCES]
         return [name for name, _ in fields]
 
-    separator = options.separator or "\t"
-    table = DelimitedText(path, separator, quoted=False, names_of=names_of, encoding=options.encoding)
+    table = DelimitedText(
+        path,
+        options.separator,
+        quoted=False,
+        names_of=names_of,
+        encoding=options.encoding,
+        usual_separator="\t",
+    )
     return AtomicFile(table, sequences)
 
 

@@ -22,7 +22,8 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar")
 def find(folder: Path, *patterns: str) -> Path | None:
     """Return the file that matches the first pattern with a match. Raises InputError if several files match it."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+        what = "is a file; name the folder that holds it" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {what}")
     for pattern in patterns:
         matches = sorted(folder.glob(pattern))
         if len(matches) > 1:
