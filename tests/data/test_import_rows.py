@@ -161,7 +161,7 @@ def test_a_table_of_titles_has_the_same_rules(tmp_path):
     assert [kind.places for kind in counts.bad_title_rows.values()] == [[2], [5]]
     write(items, "a,A\nb,B\n")
     options = TableOptions(items=items, item_column="a", title_column="A", columns=("user", "a", "timestamp"))
-    refused(lambda: import_files(source, tmp_path / "new", options), tmp_path, "found 'timestamp'")
+    refused(lambda: import_files(source, tmp_path / "new", options), tmp_path, "'user' and 'item' look like names")
     write(source, "u,a,1\n")
     refused(
         lambda: import_files(source, tmp_path / "new", options), tmp_path, "items.csv line 1", "'a' is also one of its"
@@ -204,7 +204,6 @@ def test_recbole_refuses_what_is_no_atomic_file(tmp_path, caplog):
         ("user_id\titem_id\ttimestamp\nu\ta\t1\n", ["line 1", "fields with types", "found 'user_id'"]),
         ("u\ta\t1\n", ["line 1", "fields with types", "found 'u'"]),
         ("user_id:float\titem_id:token\ttimestamp:float\n1\ta\t1\n", ["'user_id:float': expected user_id:token"]),
-        (head.replace("\t", ",") + "\nu,a,1\n", ["line 1: expected tabs between fields, found commas"]),
         (f"{head}\nu\ta\t1\nu\tb\n", ["line 3: expected 3 fields, found 2"]),
         (f"{head}\nu\ta\t1\nu\tb\t1\t2\n", ["line 3: expected 3 fields, found 4"]),
     ):
@@ -357,6 +356,8 @@ def check_damage(folder, edits) -> None:
         assert strict == whole
     elif not kinds:
         assert strict == whole
+        if b'\\"' in content:  # a quote after a backslash, which Python's reader takes for one of RFC 4180
+            return
         lines = io.StringIO(content.decode(), newline="")
         parsed = [row for row in csv.reader(lines, skipinitialspace=True) if "".join(row).strip()]
         assert len(parsed) == len(rows)

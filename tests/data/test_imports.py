@@ -259,6 +259,7 @@ def test_the_command_line(tmp_path):
     counts = json.loads(run("import", "csv", tmp_path / "in.csv", tmp_path / "csv", "--user-column", "who", "--json"))
     assert counts["users"] == counts["interactions"] == 1 and counts["items_without_cover"] is None
     pl.DataFrame({"user": ["u"], "item": ["a"], "timestamp": [1]}).write_parquet(tmp_path / "in.parquet")
+    write(tmp_path / "a.jpg", b"\xff\xd8")
     run("import", "parquet", tmp_path / "in.parquet", tmp_path / "parquet", "--covers", tmp_path, "--copy-covers")
     write(tmp_path / "in.inter", "user_id:token\titem_id:token\ttime:float\nu\ta\t1\n")
     run("import", "recbole", tmp_path / "in.inter", tmp_path / "recbole", "--timestamp-field", "time")

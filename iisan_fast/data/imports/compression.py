@@ -23,6 +23,14 @@ PACKED = {
     b"\xd0\xcf\x11\xe0": "an old Excel file; save it as CSV first",
     b"ORC": "an ORC file; write it as Parquet first",
     b"Obj\x01": "an Avro file; write it as Parquet first",
+    b"ARROW1": "a Feather or Arrow file; write it as Parquet first",
+    b"\x89HDF": "an HDF5 file; write it as Parquet first",
+    b"SQLite format 3": "an SQLite database; write its table as CSV first",
+    b"\x93NUMPY": "an array of NumPy; write it as CSV or Parquet with names of columns first",
+    b"MATLAB ": "a file of MATLAB; write it as CSV first",
+    b"\x80\x04": "a pickle of Python; write it as Parquet first",
+    b"\x80\x05": "a pickle of Python; write it as Parquet first",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself; fetch it first: git lfs pull",
 }
 TAR_MAGIC = b"ustar"
 TAR_MAGIC_AT = 257

@@ -13,7 +13,9 @@ from ...files import refuse_irregular
 from ...progress import progress_bar
 from ..dataset_images import open_image_files
 from ..image_database import ImageLmdb
+from ..image_formats import image_suffixes
 from ..image_listing import ImageListing
+from .sources import ARCHIVES
 
 LOGGER = logging.getLogger(__name__)
 DATABASE_NAME = "images.lmdb"
@@ -26,13 +28,17 @@ def write_covers(folder: Path, covers: Path, item_ids: Sequence[str], copy: bool
     folder. Raises InputError if there are no covers, if none of them is named by an item, or if a cover to copy is no
     regular file.
     """
+    if covers.is_file():
+        _refuse_no_database(covers)
     if covers.is_file() or (covers / "data.mdb").exists():
         return _write_database(folder, covers, item_ids, copy)
     if not covers.is_dir():
         raise InputError(f"{covers}: no such folder; expected images named by item id")
     listing = ImageListing(covers)
     without = [item_id for item_id in item_ids if listing.path_of(item_id) is None]
-    if len(listing) and len(without) == len(item_ids):
+    if not len(listing):
+        raise InputError(f"{covers}: holds no image; expected images named by item id, unpacked")
+    if len(without) == len(item_ids):
         names = first_few(listing.paths(), len(listing))
         ids = first_few(item_ids, len(item_ids))
         raise InputError(f"{covers}: no image is named by an item: expected {ids}, found {names}; rename the images")
@@ -49,6 +55,14 @@ def write_covers(folder: Path, covers: Path, item_ids: Sequence[str], copy: bool
                 shutil.copyfile(covers / path, images / os.path.basename(path))
             advance(1)
     return len(without)
+
+
+def _refuse_no_database(covers: Path) -> None:
+    """Raise InputError if a file of covers is an archive or an image."""
+    if covers.name.lower().endswith(ARCHIVES):
+        raise InputError(f"{covers}: is an archive; unpack it, and name the folder")
+    if covers.suffix.lower() in image_suffixes():
+        raise InputError(f"{covers}: is one image; expected a folder of images named by item id, or an LMDB of images")
 
 
 def _write_database(folder: Path, covers: Path, item_ids: Sequence[str], copy: bool) -> int:

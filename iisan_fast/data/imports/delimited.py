@@ -12,9 +12,9 @@ from ...files import refuse_irregular
 from ...progress import progress_bar
 from .bad_rows import BadRows
 from .delimited_blocks import regular_rows
-from .delimited_form import BLANK, MAX_ROW_BYTES, Form, Unfinished, UnfitRow, WholeRows, next_row
+from .delimited_form import BLANK, MAX_ROW_BYTES, UTF_8, Form, Unfinished, UnfitRow, WholeRows, next_row
 from .delimited_rows import LOOKED_AT, checked_rows, quotes_enclose_fields
-from .encodings import checked_encoding, undecoded
+from .encodings import checked_encoding, report_utf_8, undecoded
 from .headers import (
     NO_HEADER,
     check_columns,
@@ -67,6 +67,8 @@ class DelimitedText:
         self._encoding = None if encoding is None else checked_encoding(encoding)
         self._has_options = has_options
         self._beginning = read_beginning(path, self._encoding)
+        if self._encoding not in (None, UTF_8):
+            report_utf_8(path, self._encoding)
         rows = self._beginning.rows
         if columns is None:
             refuse_empty(path, rows)

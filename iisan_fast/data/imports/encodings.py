@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from ...errors import InputError
-from .delimited_form import UTF_8
+from .compression import opened
+from .delimited_form import UTF_8, is_utf8
 
+LOGGER = logging.getLogger(__name__)
 SAMPLE_BYTES = 64 << 10  # of lines that are not UTF-8, from which the encoding is guessed
 COMMON = (
     *("cp1252", "gb18030", "cp932", "cp949", "big5", "euc_jp", "cp1251", "koi8_r", "cp1250", "cp1253", "cp1254"),
@@ -91,6 +95,15 @@ def undecoded(row: bytes, encoding: str) -> str | None:
         line = f" of the row's line {lines + 1}" if lines else ""
         return f"not {encoding} (byte 0x{byte:02x} at {place + 1}{line})"
     return None
+
+
+def report_utf_8(path: Path, encoding: str) -> None:
+    """Warn of a file that is to be read in another encoding, and whose beginning is UTF-8 beyond ASCII."""
+    with opened(path) as (file, _):
+        sample = file.read(SAMPLE_BYTES)
+    whole = sample[: sample.rfind(b"\n") + 1] or sample
+    if not encoding.startswith("utf") and not whole.isascii() and is_utf8(whole):
+        LOGGER.warning("%s: looks like UTF-8, and is read as %s; is --encoding right?", path, encoding)
 
 
 def likely_encoding(text: bytes) -> str | None:

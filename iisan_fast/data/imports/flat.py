@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ...errors import InputError
 from ...files import whole_folder
 from .bad_rows import BadRows
 from .dataset import write_dataset
@@ -80,5 +81,7 @@ def import_tables(
             item_ids = {*interactions["item"].unique()}
             titles = read_titles(items, item_column, options.title_column, item_ids, bad_titles)
             bad_title_rows = bad_titles.kinds
+            if titles.other_ids and options.items is not None:
+                raise InputError(f"{titles.problem}; write both alike, or leave out --items")
         imported = write_dataset(folder, interactions, titles, options.covers, options)
         return replace(count_rows(imported, sources), bad_title_rows=bad_title_rows)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
 
 from ...errors import first_few
 from .bad_rows import BadRows
@@ -12,6 +13,8 @@ from .options import TITLE_COLUMN
 from .polars_module import pl
 from .row_checks import refuse_value
 from .table import Table
+
+FIRST_IDS = 3  # of each batch of titles, for messages
 
 
 @dataclass
@@ -22,10 +25,11 @@ class Titles:
     ambiguous: dict[str, tuple[str, str]] = field(default_factory=dict)  # item id: its first title, which is taken
     # and its second one
     problem: str = ""  # why there are none, for the warning
+    other_ids: bool = False  # there are none, since the table has other item ids
 
 
 def read_titles(
-    table: Table, item_column: str, title_column: str | None, item_ids: Container[str], bad_rows: BadRows
+    table: Table, item_column: str, title_column: str | None, item_ids: Collection[str], bad_rows: BadRows
 ) -> Titles:
     """Return the titles of a table, as `titles_of` does. Rows without an item id are added to `bad_rows`.
 
@@ -43,8 +47,13 @@ def read_titles(
         return Titles(problem=f"{table.path} has no column {TITLE_COLUMN!r}, only {names}; name another by an option")
     batches = table.batches(columns, bad_rows, lambda fields: fields["item"].decode(errors="replace") in item_ids)
     counts: list[int] = []
-    titles = titles_of(_titled(batches, bad_rows, counts), item_ids)
+    first_ids: list[str] = []
+    titles = titles_of(_titled(batches, bad_rows, counts, first_ids), item_ids)
     bad_rows.finish(sum(counts))
+    if first_ids and not titles.of_item and not any(item_id in item_ids for item_id in first_ids):
+        expected, found = (", ".join(ids) for ids in (nsmallest(FIRST_IDS, item_ids), first_ids[:FIRST_IDS]))
+        problem = f"{table.path}: none of its ids is an item's: expected ids such as {expected}, found {found}"
+        return Titles(problem=problem, other_ids=True)
     return titles
 
 
@@ -75,14 +84,20 @@ def describe_ambiguous(titles: Titles, item_ids: Sequence[str]) -> str:
     )
 
 
-def _titled(batches: Iterator[pl.DataFrame], bad_rows: BadRows, counts: list[int]) -> Iterator[tuple[str, str | None]]:
-    """Yield item and title of the rows with an item id, and count them; the others are added to `bad_rows`."""
+def _titled(
+    batches: Iterator[pl.DataFrame], bad_rows: BadRows, counts: list[int], first_ids: list[str]
+) -> Iterator[tuple[str, str | None]]:
+    """Yield item and title of the rows with an item id, and count them; the others are added to `bad_rows`.
+
+    first_ids: takes some ids of each batch.
+    """
     for batch in batches:
         empty = (batch["item"].is_null() | (batch["item"] == "")).fill_null(True)
         if empty.any():
             bad_rows.add("empty item id", batch["place"].filter(empty), "expected an item id, found nothing")
         titled = batch.filter(~empty) if empty.any() else batch
         counts.append(titled.height)
+        first_ids.extend(titled["item"].head(FIRST_IDS))
         title = pl.col("title")
         if titled.schema["title"] == pl.List:
             title = title.cast(pl.List(pl.String)).list.drop_nulls().list.join(" ")
