@@ -26,9 +26,9 @@ def without_duplicates(histories: OrderedHistories, which: str) -> OrderedHistor
 
 
 def k_core(histories: OrderedHistories, options: ImportOptions) -> OrderedHistories:
-    """Return the interactions of the largest set of users and items with user_core and item_core of them each.
+    """Leave out users with fewer interactions than user_core and items with fewer than item_core, again and again.
 
-    Raises InputError if none is left.
+    All users and items that are left have as many. Raises InputError if none is left.
     """
     if options.user_core == options.item_core == 1:
         return histories

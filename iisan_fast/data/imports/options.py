@@ -31,8 +31,9 @@ class ImportOptions:
     # Interactions of one user with one item: "keep" keeps all, "first" and "last" keep one of them, by time.
     duplicates: str = field(default="keep", kw_only=True)
     min_rating: float | None = field(default=None, kw_only=True)  # interactions with a lower rating are left out
-    user_core: int = field(default=1, kw_only=True)  # users and items with fewer interactions are left out, and again
-    item_core: int = field(default=1, kw_only=True)  # until all that are left have as many
+    # Users and items with fewer interactions are left out, again until all that are left have as many.
+    user_core: int = field(default=1, kw_only=True)
+    item_core: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         """Raise InputError for an unknown choice, a rating that is no number, and a core of less than one."""
@@ -62,7 +63,7 @@ class TableOptions(ImportOptions):
     encoding: str | None = None  # of text; None: UTF-8
     timestamp_format: str | None = None  # of strptime; None: whole numbers, fractions of seconds, or ISO 8601
     item_separator: str | None = None  # between the ids of an item field of text that holds several
-    rating_column: str | None = None  # read if there is a least rating; None: rating
+    rating_column: str | None = None  # read if there is a least rating; None: the first usual name, as rating or stars
     split_column: str | None = None  # says the part of each interaction; None: split, if there is one; -: none
     validation: Path | None = None  # files of the parts of a given split, beside the source, which is training
     test: Path | None = None

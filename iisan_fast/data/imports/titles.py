@@ -22,8 +22,8 @@ class Titles:
     """The titles of items, and what there is to say about them."""
 
     of_item: dict[str, str] = field(default_factory=dict)  # item id: title
-    ambiguous: dict[str, tuple[str, str]] = field(default_factory=dict)  # item id: its first title, which is taken
-    # and its second one
+    # Item id: the first title, which is taken, and the second one.
+    ambiguous: dict[str, tuple[str, str]] = field(default_factory=dict)
     problem: str = ""  # why there are none, for the warning
     other_ids: bool = False  # there are none, since the table has other item ids
 
