@@ -173,7 +173,15 @@ def mmrec(source: Path, destination: Path, as_json: bool, **options: Any) -> Non
     _report(import_mmrec(source, destination, TableOptions(**options)), destination, as_json)
     views = [word for view in feature_views(source) for word in ("--view", view)]
     if views and not as_json:
-        command = ["iisan-fast", "train", str(destination), "--split", "given", *views]
+        command = [
+            "iisan-fast",
+            "train",
+            str(destination),
+            "--method",
+            "iisan-versa",
+            *_split_option(destination),
+            *views,
+        ]
         print_text(printable(f"with its features: {shlex.join(command)}"))
 
 
@@ -201,7 +209,13 @@ def _report(imported: Imported, destination: Path, as_json: bool) -> None:
         return
     rows = {LABELS.get(name, name.replace("_", " ")): _shown(count) for name, count in vars(imported).items()}
     print_counts(str(destination), rows)
-    print_text(printable(f"next: {shlex.join(['iisan-fast', 'stats', str(destination)])}"))
+    command = ["iisan-fast", "stats", str(destination), *_split_option(destination)]
+    print_text(printable(f"next: {shlex.join(command)}"))
+
+
+def _split_option(destination: Path) -> list[str]:
+    """Return the option of other commands that takes the split which a dataset comes with; none without a split."""
+    return ["--split", "given"] if (destination / "splits.tsv").exists() else []
 
 
 def _shown(count: int | dict[str, BadKind] | None) -> str:

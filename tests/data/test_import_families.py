@@ -105,13 +105,16 @@ def test_mmrec_prints_its_features_as_views(tmp_path, folder, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["import", "mmrec", str(folder), str(tmp_path / "out")])
     assert ended.value.code == 0
-    words = shlex.split(capsys.readouterr().out.partition("with its features: ")[2])
-    assert words[:5] == ["iisan-fast", "train", str(tmp_path / "out"), "--split", "given"]
-    views = [parsed_view(text) for text in words[6::2]]
+    printed = capsys.readouterr().out
+    words = shlex.split(printed.partition("with its features: ")[2])
+    options = ["--method", "iisan-versa", "--split", "given"]  # features of unequal width, and a split by x_label
+    assert words[:7] == ["iisan-fast", "train", str(tmp_path / "out"), *options]
+    views = [parsed_view(text) for text in words[8::2]]
     assert [(view.name, view.path, view.first_id) for view in views] == [
         (name, str(folder / f"{name}_feat.npy"), 0) for name in ("image", "text")
     ]
     assert table(tmp_path / "out") == {"1": "A, b", "2": "C"}
+    assert f"next: iisan-fast stats {tmp_path}/out --split given\n" in printed
 
 
 def test_mmrec_sends_files_of_recbole_to_recbole(tmp_path, folder):

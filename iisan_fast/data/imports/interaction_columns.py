@@ -13,7 +13,14 @@ from .table import InteractionSource, Table
 
 LOGGER = logging.getLogger(__name__)
 RATING_COLUMNS = ("rating", "overall", "stars", "score")
-TIME_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+TIME_WORDS = {"time", "timestamp", "timestamps", "ts", "date", "dates", "datetime", "dat", "unixtime", "epoch"}
+TIME_ENDINGS = ("time", "timestamp", "date", "datetime")
+NO_POINTS = ("runtime", "lifetime", "playtime", "overtime", "candidate", "update")  # end as times do
+NO_INTERACTIONS = {  # words in the names of durations, and of dates of users and items
+    *("watch", "watching", "play", "playing", "dwell", "read", "reading", "view", "viewing", "listen", "listening"),
+    *("spent", "stay", "duration", "elapsed", "birth", "release"),
+}
+WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def interaction_source(
