@@ -42,6 +42,12 @@ def read_parts(path: Path, user_ids: Sequence[str], lengths: np.ndarray) -> np.n
     return fast_or_strict(lambda: _read_fast(path, user_ids, lengths), lambda: _read_strictly(path, user_ids, lengths))
 
 
+def report_unread(path: Path, split: str) -> None:
+    """Say that a dataset has a given split if another one is chosen. path: of splits.tsv."""
+    if split != "given" and path.exists():
+        LOGGER.warning("%s: not read, since the split is %s; choose it with --split given", path, split)
+
+
 def given_split(offsets: np.ndarray, parts: np.ndarray, max_inputs: int, path: Path) -> SplitHistories:
     """Split histories by the counts of `read_parts`.
 

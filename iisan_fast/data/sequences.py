@@ -21,7 +21,7 @@ from ..errors import InputError, check_choice
 from ..files import as_path
 from ..setting_fields import from_dict
 from .array_files import pack_texts, write_arrays
-from .given_split import given_split, read_parts
+from .given_split import given_split, read_parts, report_unread
 from .histories import read_histories
 from .items import read_items
 from .split import Split, distinct_targets, right_align
@@ -252,6 +252,7 @@ def _read_sequences(root: Path, item_ids: list[str], protocol: ProtocolConfig) -
     """Return the histories that the protocol keeps, in the numbers of `item_ids`. Raises InputError."""
     if protocol.split == "given":
         return _read_given_sequences(root, item_ids, protocol)
+    report_unread(root / "splits.tsv", protocol.split)
     temporal = protocol.split == "temporal"
     histories = read_histories(root, item_ids, timed=temporal)
     lengths = np.diff(histories.offsets)

@@ -252,3 +252,15 @@ def test_a_missing_file_is_refused(tmp_path):
 )
 def test_settings_of_other_splits_are_refused(tmp_path, options, message):
     assert message in refused("stats", write(tmp_path / "d", WHOLE), "--split", "given", *options)
+
+
+def test_a_given_split_that_is_not_read_is_said(tmp_path, caplog):
+    root = write(tmp_path, {"u": ("a b c d e", (3, 1, 1))})
+    load_dataset(root, ProtocolConfig(split="leave-one-out"))
+    assert (
+        f"{root / 'splits.tsv'}: not read, since the split is leave-one-out; choose it with --split given"
+        in caplog.text
+    )
+    caplog.clear()
+    load_dataset(root, GIVEN)
+    assert "not read" not in caplog.text

@@ -169,6 +169,9 @@ def test_a_split_column_gives_the_part_of_each_interaction(tmp_path):
     frame.write_parquet(tmp_path / "in.parquet")
     import_files(tmp_path / "in.parquet", tmp_path / "numbers")
     assert (tmp_path / "numbers" / "users.tsv").read_text() == "u\tb a\n"
+    write(source, "user,item,split\nu,a,2.0\nu,b,0.0\n")
+    import_files(source, tmp_path / "texts")
+    assert (tmp_path / "texts" / "splits.tsv").read_text() == "u\t1 0 1\n"
 
 
 def test_three_files_give_the_parts(tmp_path):
@@ -182,6 +185,8 @@ def test_three_files_give_the_parts(tmp_path):
     options = TableOptions(validation=tmp_path / "valid.csv", test=tmp_path / "test.csv", user_core=2)
     import_files(tmp_path / "train.csv", tmp_path / "core", options)
     assert (tmp_path / "core" / "splits.tsv").read_text() == "u\t2 1 1\n"
+    with pytest.raises(InputError, match="split_column: the files of validation and test say the parts"):
+        TableOptions(test=tmp_path / "test.csv", split_column="split")
 
 
 def test_a_split_against_the_order_of_time_has_no_times(tmp_path, caplog):

@@ -178,6 +178,11 @@ def test_arrays_of_objects(tmp_path, monkeypatch, block):
         ("", "empty; expected an object a line"),
         ("\n\n", "empty; expected an object a line"),
         ('{\n "user": 1\n}\n', "line 1: expected a JSON object, found '{'; write an object a line"),
+        (
+            '{"user": 1},\n{"user": 2},\n',
+            "line 1: expected a JSON object, .*; remove the comma at the end of each line",
+        ),
+        (b'{"user": "\xe9"}\n', "line 1: not UTF-8; save the file as UTF-8$"),
         (lines({"user": 1, "article": 2}), "no column 'item', only user, article"),
     ],
 )

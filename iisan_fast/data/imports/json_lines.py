@@ -10,6 +10,7 @@ from pathlib import Path
 from ...errors import InputError
 from ...files import refuse_irregular
 from .bad_rows import BadRows
+from .delimited_form import is_utf8
 from .headers import find_columns
 from .json_schemas import JsonSchema, schema_of
 from .json_values import ObjectRows, Parser, UnfitLine, object_of, parse_json, parse_python, paths_in
@@ -88,8 +89,7 @@ class JsonLinesTable:
                         "%s: dicts of Python, not JSON; they are read line by line, which is slow", self.path
                     )
                 return objects
-        hint = "write an object a line, as `jq -c .` does"
-        raise InputError(f"{self.path} line 1: {problem}; {hint}")
+        raise InputError(f"{self.path} line 1: {problem}{_advice(lines[0])}")
 
     def _add_lines(self, block: LineBlock, rows: ObjectRows) -> list[dict]:
         """Add the objects of a block's lines to the rows, and return the first of them. Blank lines are no rows.
@@ -109,6 +109,15 @@ class JsonLinesTable:
             if len(objects) < LOOKED_AT:
                 objects.append(value)
         return objects
+
+
+def _advice(line: bytes) -> str:
+    """Return what to do about a file whose lines are no objects, from its first line."""
+    if not is_utf8(line):
+        return ""  # the problem says it
+    if line.rstrip().endswith(b"},"):
+        return "; remove the comma at the end of each line"
+    return "; write an object a line, as `jq -c .` does"
 
 
 def _read(block: LineBlock, schema: JsonSchema) -> pl.DataFrame | None:

@@ -74,6 +74,8 @@ class TableOptions(ImportOptions):
         super().__post_init__()
         if self.rating_column is not None and self.min_rating is None:
             raise InputError("rating_column: needs the least rating; give it by min_rating, too")
+        if self.split_column not in (None, "-") and (self.validation, self.test) != (None, None):
+            raise InputError("split_column: the files of validation and test say the parts; give one or the other")
         if self.items_id_column is not None and self.items is None:
             raise InputError("items_id_column: needs a table of titles; name it by items, too")
         if self.items_columns is not None and self.items is None:
