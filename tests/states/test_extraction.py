@@ -236,6 +236,18 @@ for _ in sys.stdin:  # an extraction for each line, in a process that has all it
 """
 
 
+def wait_for_states(cache: Path, item_ids: list[str]) -> None:
+    """Return once a running extraction has stored states. Raises TimeoutError if it stores none within a minute."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if (cache / "manifest.json").exists():
+            with extraction.Store(cache) as store:
+                if any(digest is not None for digest in store.digests("title", item_ids)):
+                    return
+        time.sleep(0.02)
+    raise TimeoutError(f"{cache}: no states after a minute")
+
+
 @pytest.mark.slow
 def test_an_extraction_killed_at_any_moment_resumes(tmp_path, seen):
     count = 120

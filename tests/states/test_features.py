@@ -1,15 +1,18 @@
 """Read ready-made features in every form, and refuse what is no features or leaves a row open."""
 
+# ruff: noqa: E402 - what needs polars is imported once it is known to be there
+
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 from safetensors.torch import save_file
+
+pl = pytest.importorskip("polars")
 
 from iisan_fast.config import FeaturesConfig
 from iisan_fast.errors import InputError

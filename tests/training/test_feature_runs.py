@@ -1,5 +1,7 @@
 """Train on ready-made features: the same run as on a cache of these states, and what a run on features refuses."""
 
+# ruff: noqa: E402 - what needs polars is imported once it is known to be there
+
 from __future__ import annotations
 
 import hashlib
@@ -10,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
+
+pl = pytest.importorskip("polars")
 
 from helpers.command_line import iisan_fast, refused
 from helpers.datasets import histories_in_steps, make_sequences, write_dataset_folder

@@ -287,7 +287,7 @@ def test_damaged_terms_are_refused_and_made_again(run, without_terms, byte):
         path.unlink()
     else:
         flip_bit(path, byte)
-    remedy = rf"`iisan-fast train --resume {run}` makes it again from the run's histories and its cache"
+    remedy = rf"`iisan-fast train --resume {run}` makes it again from the run's histories and its cache or features"
     with pytest.raises(InputError, match=rf"neighbours.safetensors: .*; {remedy}"):
         evaluate_run(run, "test", FIGURES, CPU)
     (damage,) = verify_run(run).damage
