@@ -12,12 +12,11 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from ..errors import InputError
 from .image_formats import signed_formats, unread_format, unsigned_formats
-from .image_metadata import without_metadata
+from .image_metadata import ORIENTATION, orientation_of_tags, without_metadata
 
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 1 << 29  # of an image file or entry: twice the bytes of MAX_PIXELS uncompressed pixels
 MAX_ASPECT = 200  # an encoder that resizes by the shorter side would need too much memory for a thinner strip
-ORIENTATION = 0x0112  # the tag of EXIF
 TURNS = {  # by the value of the tag; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -99,10 +98,13 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
     The orientation is taken out of the tags, so that no reader turns the image by itself.
     """
+    tags = image.info.get("exif")
+    value = orientation_of_tags(tags) if isinstance(tags, bytes) else None
     try:
-        value = image.getexif().pop(ORIENTATION, None)
+        read = image.getexif().pop(ORIENTATION, None)  # Pillow reads no tag behind a broken one
     except Exception:  # damaged tags raise nearly anything; the pixels are whole
-        return None
+        read = None
+    value = read if value is None else value
     return TURNS.get(value) if isinstance(value, Hashable) else None
 
 

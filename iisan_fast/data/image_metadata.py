@@ -6,9 +6,12 @@ orientation stays, if it is sound.
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Iterator
 
+ORIENTATION = 0x0112  # the tag of EXIF
+FORMS_OF_NUMBERS = {3: "H", 4: "I"}  # in EXIF, of a type: SHORT and LONG
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ORIENTATION_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"Raw profile type APP1")  # keywords in a PNG
 TRANSPARENCY_BYTES = {0: range(2, 3), 2: range(6, 7), 3: range(1, 257)}  # of tRNS by the colour type of a PNG
@@ -36,6 +39,21 @@ def without_metadata(content: bytes) -> bytes:
     if content[4:12] in AVIF_BRANDS:
         return _avif_without_tags(content)
     return content
+
+
+def orientation_of_tags(tags: bytes) -> int | None:
+    """Return the orientation in the bytes of EXIF; None if it is not there. Other tags are not read."""
+    tags = tags.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tags[:4])
+    if order is None or len(tags) < 8:
+        return None
+    (first,) = struct.unpack_from(f"{order}I", tags, 4)
+    number = int.from_bytes(tags[first : first + 2], "little" if order == "<" else "big")
+    for place in range(first + 2, min(first + 2 + 12 * number, len(tags) - 11), 12):
+        tag, kind, count = struct.unpack_from(f"{order}HHI", tags, place)
+        if tag == ORIENTATION and kind in FORMS_OF_NUMBERS and count == 1:
+            return struct.unpack_from(f"{order}{FORMS_OF_NUMBERS[kind]}", tags, place + 8)[0]
+    return None
 
 
 def _png_parts(content: bytes) -> Iterator[bytes]:

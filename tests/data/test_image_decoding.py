@@ -236,10 +236,13 @@ BAD_TAGS = {
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("tag", BAD_TAGS.values(), ids=BAD_TAGS.keys())
-def test_a_bad_tag_beside_the_orientation_does_not_matter(format: str, tag: tuple[int, int, int, bytes]) -> None:
+@pytest.mark.parametrize("first", [False, True], ids=["after it", "before it"])
+def test_a_bad_tag_beside_the_orientation_does_not_matter(
+    format: str, tag: tuple[int, int, int, bytes], first: bool
+) -> None:
     image = Image.new("RGB", (32, 16), "black")
     image.paste((255, 255, 255), (0, 0, 16, 16))
-    decoded = decode(encoded(image, format, exif=exif(QUARTER_TURN, tag)))
+    decoded = decode(encoded(image, format, exif=exif(*((tag, QUARTER_TURN) if first else (QUARTER_TURN, tag)))))
     assert decoded.size == (16, 32)
     assert np.asarray(decoded)[[2, 29], 8, 0].tolist() == pytest.approx([255, 0], abs=5)
 
