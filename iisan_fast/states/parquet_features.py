@@ -44,7 +44,11 @@ def open_parquet(config: FeaturesConfig, path: Path) -> FeatureContent:
         schema = dict(frame.collect_schema())
         id_column = _id_column(config, schema)
         columns = _feature_columns(config, schema, id_column)
-        ids = _ids(frame.select(id_column).collect()[id_column], f"{path}: column {id_column!r}")
+        ids = None
+        if id_column is not None:
+            ids = _ids(frame.select(id_column).collect()[id_column], f"{path}: column {id_column!r}")
+        rows = frame.select(pl.len()).collect().item()
+        names = [f"row {row}" for row in range(rows)] if ids is None else [f"item {name!r}" for name in ids]
         first = schema[columns[0]]
         is_float16 = (
             all(_number(schema[column]) == pl.Float16 for column in columns) if hasattr(pl, "Float16") else False
@@ -53,22 +57,22 @@ def open_parquet(config: FeaturesConfig, path: Path) -> FeatureContent:
         unpack = _unpacked_lists if first.is_nested() else _unpacked_columns
         with tempfile.TemporaryFile() as file:
             shape: tuple[int, ...] | None = None
-            for start in range(0, len(ids), ROWS_AT_ONCE):
+            for start in range(0, rows, ROWS_AT_ONCE):
                 part = frame.select(columns).slice(start, ROWS_AT_ONCE).collect()
-                array = unpack(part, shape, ids[start : start + ROWS_AT_ONCE], path)
+                array = unpack(part, shape, names[start : start + ROWS_AT_ONCE], path)
                 shape = array.shape[1:]
                 array.astype(dtype).tofile(file)
             file.flush()
             if shape is None:
                 raise InputError(f"{path}: expected features, found no row")
-            array = np.memmap(file, dtype, "r", 0, (len(ids), *shape))
+            array = np.memmap(file, dtype, "r", 0, (rows, *shape))
     except (pl.exceptions.PolarsError, OSError) as error:
         raise InputError(f"{path}: cannot be read ({_one_line(error)})") from None
     return FeatureContent(array, torch.float16 if dtype == np.float16 else torch.float32, ids)
 
 
-def _id_column(config: FeaturesConfig, schema: dict[str, Any]) -> str:
-    """Return the column of item ids. Raises InputError if it is not certain."""
+def _id_column(config: FeaturesConfig, schema: dict[str, Any]) -> str | None:
+    """Return the column of item ids; None if there are lists of numbers alone. Raises InputError if not certain."""
     path = config.path
     text_kinds = (pl.String, pl.Categorical, pl.Enum)
     texts = [name for name, kind in schema.items() if kind in text_kinds]
@@ -84,6 +88,8 @@ def _id_column(config: FeaturesConfig, schema: dict[str, Any]) -> str:
     known = [name for name, plain in names.items() if plain in NAMES_OF_IDS]
     best = [name for name in known if names[name] == "itemid"] or known
     candidates = best or texts
+    if not candidates and all(kind.is_nested() for kind in schema.values()):
+        return None
     if len(candidates) != 1:
         shown = candidates or list(schema)
         raise InputError(
@@ -93,7 +99,7 @@ def _id_column(config: FeaturesConfig, schema: dict[str, Any]) -> str:
     return candidates[0]
 
 
-def _feature_columns(config: FeaturesConfig, schema: dict[str, Any], id_column: str) -> list[str]:
+def _feature_columns(config: FeaturesConfig, schema: dict[str, Any], id_column: str | None) -> list[str]:
     """Return the column of lists, or all columns of numbers beside the ids. Raises InputError if it is not certain."""
     lists = [name for name, kind in schema.items() if kind.is_nested() and _number(kind) is not None]
     if config.column is not None:
@@ -137,20 +143,22 @@ def _ids(column: pl.Series, where: str) -> list[str]:
     return ids
 
 
-def _unpacked_columns(part: pl.DataFrame, shape: tuple[int, ...] | None, ids: Sequence[str], path: Path) -> np.ndarray:
-    """Return columns of numbers as an array [N, 1, D]. Raises InputError, with the item's id, for an empty cell."""
+def _unpacked_columns(
+    part: pl.DataFrame, shape: tuple[int, ...] | None, names: Sequence[str], path: Path
+) -> np.ndarray:
+    """Return columns of numbers as an array [N, 1, D]. names: of the rows. Raises InputError for an empty cell."""
     for column in part.iter_columns():
         if column.null_count():
             row = int(column.is_null().arg_max() or 0)
-            raise InputError(f"{path}: column {column.name!r}, item {ids[row]!r}: expected a number, found none")
+            raise InputError(f"{path}: column {column.name!r}, {names[row]}: expected a number, found none")
     return part.cast(pl.Float32).to_numpy()[:, None]
 
 
-def _unpacked_lists(part: pl.DataFrame, shape: tuple[int, ...] | None, ids: Sequence[str], path: Path) -> np.ndarray:
+def _unpacked_lists(part: pl.DataFrame, shape: tuple[int, ...] | None, names: Sequence[str], path: Path) -> np.ndarray:
     """Return a column of lists, or of lists of lists, as an array [N, K, D].
 
-    shape: (K, D) of the rows before; None for the first ones. Raises InputError, with the item's id, for a list that is
-    missing or of another length.
+    shape: (K, D) of the rows before; None for the first ones. names: of the rows. Raises InputError for a list
+    that is missing or of another length.
     """
     column = part.to_series()
     levels = 2 if column.dtype.inner.is_nested() else 1
@@ -164,14 +172,14 @@ def _unpacked_lists(part: pl.DataFrame, shape: tuple[int, ...] | None, ids: Sequ
         if not expected or (lengths != expected).any():
             place = int(np.argmax((lengths != expected) | (lengths == 0)))
             raise InputError(
-                f"{path}: item {ids[owners[place]]!r}: expected {expected or 'one or more'} numbers or lists, as "
+                f"{path}: {names[owners[place]]}: expected {expected or 'one or more'} numbers or lists, as "
                 f"of the items before, found {lengths[place]}"
             )
         sizes.append(expected)
         owners = np.repeat(owners, expected)
         column = column.explode()
     if column.null_count():
-        raise InputError(f"{path}: item {ids[owners[int(column.is_null().arg_max() or 0)]]!r}: a number is missing")
+        raise InputError(f"{path}: {names[owners[int(column.is_null().arg_max() or 0)]]}: a number is missing")
     return column.cast(pl.Float32).to_numpy().reshape(-1, sizes[0] if levels == 2 else 1, sizes[-1])
 
 

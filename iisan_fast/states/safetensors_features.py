@@ -51,7 +51,11 @@ def open_safetensors(config: FeaturesConfig, path: Path, item_ids: Collection[st
             raise InputError(f"{path}: has no tensor {config.tensor!r}, but {first_few(tensors, len(tensors), 10)}")
         features = {config.tensor: tensors[config.tensor]}
     if len(features) != 1:
-        names_text = first_few(features, len(features), 10) or first_few(tensors, len(tensors), 10) or "none"
+        if not features:
+            kinds = [f"{name} of {tensor.kind}" for name, tensor in tensors.items()]
+            found = first_few(kinds, len(kinds), 10) or "none"
+            raise InputError(f"{path}: expected a tensor of features of {', '.join(KINDS)}, found {found}; convert it")
+        names_text = first_few(features, len(features), 10)
         raise InputError(f"{path}: expected one tensor of features, found {names_text}; name it by tensor=NAME")
     ((name, tensor),) = features.items()
     if tensor.kind not in KINDS:

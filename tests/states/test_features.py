@@ -319,3 +319,24 @@ def _ids(folder: Path) -> str:
     path = folder / "ids-of-rows.txt"
     path.write_text("\n".join(IDS))
     return str(path)
+
+
+def test_lists_in_parquet_without_ids_are_rows_as_those_of_an_array(tmp_path):
+    values = np.arange(6, dtype="float32").reshape(3, 2)
+    path = tmp_path / "lists.parquet"
+    pl.DataFrame({"emb": values.tolist()}).write_parquet(path)
+    (tmp_path / "ids.txt").write_text("c\na\nb\n")
+    named = FeaturesConfig("v", str(path), ids=str(tmp_path / "ids.txt"))
+    assert read(named, ["a", "b", "c"])[:, 0].tolist() == values[[1, 2, 0]].tolist()
+    assert read(FeaturesConfig("v", str(path)), ["2", "0"])[:, 0].tolist() == values[[2, 0]].tolist()
+    assert "its rows have no ids, and item id 'a' is no whole number" in refusal(FeaturesConfig("v", str(path)), ["a"])
+    pl.DataFrame({"emb": [[1.0], None]}).write_parquet(path)
+    assert "row 1: expected 1 numbers or lists" in refusal(FeaturesConfig("v", str(path)), ["0"])
+
+
+def test_a_tensor_of_whole_numbers_is_no_features(tmp_path):
+    path = tmp_path / "whole.safetensors"
+    save_file({"x": torch.ones(2, 3, dtype=torch.int32)}, path)
+    assert "expected a tensor of features of F16, F32, F64, BF16, found x of I32; convert it" in refusal(
+        FeaturesConfig("v", str(path)), ["0", "1"]
+    )
