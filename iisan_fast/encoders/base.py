@@ -79,12 +79,12 @@ class Backbone(ABC):
             self._places = self._find(states)
             self._shared = self._can_be_shared()
             self.batches = self._allowed_batches()
+            self.width = self._state_width(states)
         LOGGER.info("%s: attention by %s", view.encoder, self.attention)
         if self.batches != TOGETHER:
             LOGGER.warning("%s: %s, so it encodes %s at a time", view.encoder, REASONS[self.batches], self.batches)
         self.final_state = "normalised" if normalised else "unnormalised"
         self.depth = len(states)
-        self.width = self._state_width(states)
         self._select(view)
 
     def for_view(self, view: ViewConfig) -> Backbone:
@@ -270,7 +270,11 @@ class Backbone(ABC):
         batch = self.mixed_example()
         last = len(batch[self.input_names[0]]) - 1
         alone = self._only(batch, torch.tensor([last]))
-        return allowed_batches(lambda inputs: self._hidden_states(inputs)[-1], batch, alone, self.unmixed)
+        return allowed_batches(self._last_states, batch, alone, self.unmixed)
+
+    def _last_states(self, inputs: ModelInputs) -> Tensor:
+        """Return the last of the hidden states [N, tokens, D]."""
+        return self._hidden_states(inputs)[-1]
 
     def _by_group(self, inputs: ModelInputs, run: Callable[[ModelInputs], list[Tensor]]) -> list[Tensor]:
         """Return `run(inputs)`, tensors [N, ...], from one call for each group of items that may share a batch."""

@@ -21,8 +21,8 @@ from ..errors import InputError
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2 has Conv1D, a linear layer whose weight is transposed
 ATTENTION = re.compile("attention|attn", re.IGNORECASE)  # in the class or the name of a block's attention
-QUERY = re.compile(r"w?(q|query)(_(proj|lin))?")
-VALUE = re.compile(r"w?(v|value)(_(proj|lin))?")
+QUERY = re.compile(r"w?(q|query)(_(proj|lin|head))?", re.IGNORECASE)
+VALUE = re.compile(r"w?(v|value)(_(proj|lin|head))?", re.IGNORECASE)
 
 
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:

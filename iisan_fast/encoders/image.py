@@ -107,10 +107,15 @@ class ImageBackbone(Backbone):
 
     @torch.no_grad()
     def _state_width(self, states: Sequence[Tensor]) -> int:
-        """Return the width of a pooled state; that of the widest map, which may be the last one behind all layers."""
+        """Return the width of a pooled state; that of the widest map, which may be the last one behind all layers.
+
+        Raises InputError if the encoder reports no last hidden state.
+        """
         if self.channel_axis is None:
             return super()._state_width(states)
-        last = self._run(self.example()).last_hidden_state
+        last = getattr(self._run(self.example()), "last_hidden_state", None)
+        if last is None:
+            raise self._error(f"{type(self.model).__name__} reports no last_hidden_state; choose another encoder")
         return max(*self.widths, last.shape[self.channel_axis if last.dim() == 4 else -1])
 
     def _has_class_token(self) -> bool:

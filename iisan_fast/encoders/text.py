@@ -20,6 +20,7 @@ from .image_bytes import ModelInputs
 
 PROBED_TOKENS = 64  # of the long text of `mixed_example`, at most
 SHORT = 3  # tokens of its short text
+SAME_TOKENS = "choose an encoder that neither pads nor shortens texts, such as BERT"
 SHOWN = 100  # characters of a text in a message
 
 
@@ -142,6 +143,14 @@ class TextBackbone(Backbone):
         long = int(min(self.view.max_tokens, self._positions(), PROBED_TOKENS))
         ids = [words[place * len(words) // long] for place in range(long)]
         return self._moved(self.pad([ids, ids[-min(SHORT, max(1, long - 1)) :]]))
+
+    def _last_states(self, inputs: ModelInputs) -> Tensor:
+        """Return the last of the hidden states [N, tokens, D]. Raises InputError if there is not one for each token."""
+        states = super()._last_states(inputs)
+        tokens = inputs["input_ids"].shape[1]
+        if states.shape[1] != tokens:
+            raise self._error(f"expected a state for each of {tokens} tokens, found {states.shape[1]}; {SAME_TOKENS}")
+        return states
 
     def _groups(self, inputs: ModelInputs) -> list[list[int]]:
         """Return the groups of rows that may share a batch."""

@@ -281,6 +281,13 @@ def test_encoders_that_a_method_cannot_take_are_named_with_the_methods_that_can(
         adapt(convolutional, "lora", name="some/name")
 
 
+def test_lora_finds_queries_and_values_in_capital_letters():
+    model = hf.CTRLModel(hf.CTRLConfig(vocab_size=40, n_embd=8, n_layer=1, n_head=2, dff=8, n_positions=16))
+    trained = {id(parameter) for parameter in adapt(model, "lora")["adapters"]}
+    layers = {name.split(".lora")[0] for name, parameter in model.named_parameters() if id(parameter) in trained}
+    assert layers == {"h.0.multi_head_attention.Wq", "h.0.multi_head_attention.Wv"}
+
+
 def test_a_block_with_two_candidates_is_named():
     model = build("text", "bert")
     for block in transformer_blocks(model).values():

@@ -122,6 +122,16 @@ def config_of(dataset: Path, method: str, encoder: ViewConfig, cache: Path | Non
     return RunConfig(str(dataset), cache and str(cache), (encoder.name,), uncached, model=model, train=optimisation)
 
 
+def test_maps_of_a_model_without_a_last_hidden_state_are_refused(tmp_path):
+    sizes = {"stage_in_channels": [8, 8], "stage_mid_channels": [8, 8], "stage_out_channels": [8, 8]}
+    blocks = {"stage_num_blocks": [1, 1], "stage_downsample": [True, True], "stage_light_block": [False, False]}
+    layers = {"stage_kernel_size": [3, 3], "stage_numb_of_layers": [1, 1], "hidden_sizes": [8, 8], "depths": [1, 1]}
+    config = hf.HGNetV2Config(embedding_size=8, stem_channels=[3, 8, 8], **sizes, **blocks, **layers)
+    hf.HGNetV2Backbone(config).save_pretrained(tmp_path)
+    hf.ViTImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    assert "HGNetV2Backbone reports no last_hidden_state; choose another encoder" in refusal(tmp_path, "image")
+
+
 def loss_of(run: Path) -> float:
     return json.loads(RunFolder(run).metrics.read_text().splitlines()[-1])["loss"]
 

@@ -103,6 +103,14 @@ def test_a_class_token_that_sees_nothing_is_refused(tmp_path):
     assert load_backbone(view(folder)).pooling == "mean"
 
 
+def test_an_encoder_with_states_of_its_own_padding_is_refused(tmp_path):
+    chunks = {"local_attn_chunk_length": 8, "axial_pos_embds": False, "attn_layers": ["local"]}
+    sizes = {"vocab_size": 200, "hidden_size": 32, "num_attention_heads": 2, "attention_head_size": 16}
+    model = hf.ReformerModel(hf.ReformerConfig(**chunks, **sizes, feed_forward_size=64, max_position_embeddings=64))
+    folder = save(model, tmp_path / "reformer", None, "cls")
+    assert "expected a state for each of 30 tokens, found 32; choose an encoder" in refusal(folder)
+
+
 def test_a_language_model_keeps_no_keys_and_values(built):
     backbone = load_backbone(view(built("title", "llama")))
     outputs = []
