@@ -42,7 +42,7 @@ EXAMPLES = (
     "iisan-fast train DATASET --cache STATES --init runs/first --out runs/next",
     "iisan-fast train --resume runs/first",
     "iisan-fast train --resume runs/first --epochs 40 --cache /new/place/STATES",
-    "iisan-fast train --resume runs/first --features image=/new/place/image_feat.npy",
+    "iisan-fast train --resume runs/first \\\n  --features image=/new/place/image_feat.npy",
 )
 SECTIONS = {
     "protocol": ProtocolConfig,

@@ -202,7 +202,9 @@ def test_settings_of_encoders_need_encoders(toy_run, tmp_path):
     dataset, cache = toy_run
     for setting in (("--max-tokens", 5), ("--encoder-dtype", "float32"), ("--text-source", "caption")):
         message = refused("train", dataset, "--cache", cache, "--out", tmp_path / "run", *setting)
-        assert "max_tokens, encoder_dtype, text_source, encoder_options: need image_encoder or text_encoder" in message
+        assert (
+            "max_tokens, encoder_dtype, revision, text_source, encoder_options: need image_encoder or text" in message
+        )
     (view,) = views_given("--text-encoder", "t")
     assert (view.name, view.source, view.max_tokens, view.encoder_dtype) == ("title", "title", 30, "auto")
 
