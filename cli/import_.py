@@ -82,7 +82,7 @@ def import_() -> None:
 @column_options("column", *TABLE_COLUMNS)
 @text_options()
 def csv_(sources: tuple[Path, ...], destination: Path, as_json: bool, **options: Any) -> None:
-    """Make DESTINATION from the text files SOURCE, which gzip may have compressed.
+    """Make DESTINATION from the text files SOURCE, which gzip, bzip2 or xz may have compressed.
 
     They have a header, or --columns names their columns. Several files are read one after the other.
     """

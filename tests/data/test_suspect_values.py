@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("polars")
 
-from helpers.import_sources import HEADER, imported_csv, refused, table, write
+from helpers.import_sources import HEADER, imported_csv, microlens, refused, table, write
 from iisan_fast.data.imports.flat import import_files
 from iisan_fast.data.imports.microlens import import_microlens
 from iisan_fast.data.imports.options import TableOptions
@@ -120,3 +120,10 @@ def test_covers_that_are_none_are_refused(tmp_path):
     for name, words in (("covers", "holds no image"), ("covers.zip", "unpack it"), ("a.jpg", "is one image")):
         options = TableOptions(covers=tmp_path / name)
         refused(lambda options=options: import_files(path, tmp_path / "out", options), tmp_path, f"{name}: ", words)
+
+
+def test_covers_of_microlens_that_are_still_packed_are_named(tmp_path, caplog):
+    source = microlens(tmp_path / "in")
+    write(source / "MicroLens-50k_covers.zip", b"PK\x03\x04")
+    assert import_microlens(source, tmp_path / "out").items_without_cover is None
+    assert "MicroLens-50k_covers.zip is not read" in caplog.text

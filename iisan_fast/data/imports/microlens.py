@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import re
 from collections.abc import Iterator, Set
 from itertools import islice, tee
@@ -15,10 +16,11 @@ from .dataset import write_dataset
 from .delimited import DelimitedText
 from .interactions import count_rows, read_interactions
 from .options import Imported, ImportOptions
-from .sources import find
+from .sources import ARCHIVES, find
 from .table import InteractionSource
 from .titles import Titles, titles_of
 
+LOGGER = logging.getLogger(__name__)
 COVERS = ("*_covers", "covers", "*covers*.lmdb", "*image*.lmdb")
 PAIR_COLUMNS = ("user", "item", "timestamp")
 USER_NAMES = re.compile(r"users?|(user|u)[ _-]?ids?", re.IGNORECASE)  # in a header of *_pairs.tsv
@@ -43,8 +45,20 @@ def import_microlens(source: Path, destination: Path, options: ImportOptions = I
         interactions = read_interactions([pair_source], options)
         file = find(source, "*_title_en.csv", "*_titles.csv")
         titles = titles_of(_title_rows(file, {*interactions["item"].unique()})) if file else Titles()
-        imported = write_dataset(folder, interactions, titles, find(source, *COVERS), options)
+        imported = write_dataset(folder, interactions, titles, _covers(source), options)
         return count_rows(imported, [pair_source])
+
+
+def _covers(source: Path) -> Path | None:
+    """Return the covers of a folder, None if there are none; a warning names those that are still packed.
+
+    Raises InputError if several folders or databases could be the covers.
+    """
+    covers = find(source, *COVERS)
+    packed = sorted(path.name for path in source.glob("*cover*") if path.name.lower().endswith(ARCHIVES))
+    if covers is None and packed:
+        LOGGER.warning("%s: %s is not read, and the items have no covers; unpack it there", source, packed[0])
+    return covers
 
 
 def _csv_source(pairs: Path, bad_rows: BadRows) -> InteractionSource:
