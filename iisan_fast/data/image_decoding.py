@@ -8,9 +8,11 @@ from collections.abc import Hashable
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from ..errors import InputError
+from .image_endings import jpeg_without_end
 from .image_formats import signed_formats, unread_format, unsigned_formats
 from .image_metadata import ORIENTATION, orientation_of_tags, without_metadata
 
@@ -44,7 +46,7 @@ def decode_image(content: bytes) -> Image.Image:
             image = _open(content)
             refuse_giant(*image.size)
             turn = _turn(image) if isinstance(image, TiffImageFile) else None  # before Pillow turns it while loading
-            image.load()  # before other tags are read: a PNG is loaded for them, and its errors would be lost there
+            image = _loaded(image, content)  # before other tags are read: a PNG is loaded for them, without its errors
             turn = _turn(image) if turn is None else turn
             refuse_giant(*image.size)  # an icon may hold a larger image than its header says
             return to_rgb(image if turn is None else image.transpose(turn))
@@ -91,6 +93,18 @@ def _open(content: bytes) -> Image.Image:
         return Image.open(io.BytesIO(plain), formats=unsigned_formats())
     except Exception:  # bytes of another kind make these formats' readers raise nearly anything
         raise ImageError("not an image of JPEG, PNG, WebP, GIF, BMP or another format that Pillow reads") from None
+
+
+def _loaded(image: Image.Image, content: bytes) -> Image.Image:
+    """Return an image with its pixels. Raises what Pillow does if they are damaged."""
+    try:
+        image.load()
+    except OSError:
+        whole = jpeg_without_end(without_metadata(content)) if isinstance(image, JpegImageFile) else None
+        if whole is None:
+            raise
+        return whole
+    return image
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -348,3 +348,19 @@ def test_the_first_frame_and_floats_and_lab_are_read() -> None:
     profiles = [ImageCms.createProfile(space) for space in ("sRGB", "LAB")]
     lab = ImageCms.profileToProfile(frames[0], *profiles, outputMode="LAB")
     assert decode(encoded(lab, "TIFF")).getpixel((0, 0)) == pytest.approx((255, 0, 0), abs=6)
+
+
+@pytest.mark.parametrize("quality", [30, 90])
+@pytest.mark.parametrize("size", [(64, 48), (70, 50)])
+def test_a_jpeg_without_its_end_marker_is_whole_if_its_pixels_are(quality: int, size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    content = encoded(Image.fromarray(noise), "JPEG", quality=quality)
+    expected = ImageFolder.decode(content).tobytes()
+    for cut in (1, 2):
+        assert ImageFolder.decode(content[:-cut]).tobytes() == expected
+    for cut in (6, 10, 50, len(content) // 2):
+        with pytest.raises(ImageError, match="truncated"):
+            ImageFolder.decode(content[:-cut])
+    progressive = encoded(Image.fromarray(noise), "JPEG", quality=quality, progressive=True)
+    with pytest.raises(ImageError, match="truncated"):
+        ImageFolder.decode(progressive[:-2])
