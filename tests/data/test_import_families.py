@@ -100,7 +100,7 @@ def test_histories_of_amazon_stand_in_for_a_training_part_that_is_missing(tmp_pa
 def test_mmrec_prints_its_features_as_views(tmp_path, folder, capsys):
     write(folder / "b.inter", "userID\titemID\tx_label\n0\t1\t0\n0\t2\t1\n")
     write(folder / "meta-b.csv", 'itemID,asin,title\n1,B1,"A, b"\n2,B2,C\n')
-    for name in ("image", "text"):
+    for name in ("audio", "image", "text"):  # a run takes two
         write(folder / f"{name}_feat.npy", "")
     with pytest.raises(SystemExit) as ended:
         main(["import", "mmrec", str(folder), str(tmp_path / "out")])
