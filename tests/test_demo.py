@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from helpers.run_folders import hit_rates
 from iisan_fast import demo
 from iisan_fast.config import RunConfig, ViewConfig
-from iisan_fast.data.dataset_images import open_images
+from iisan_fast.data.images.dataset_images import open_images
 from iisan_fast.data.sequences import Dataset, load_dataset, statistics
 from iisan_fast.setting_fields import from_dict
 from iisan_fast.states.extraction import extract

@@ -8,21 +8,22 @@ if TYPE_CHECKING:
     from .array_files import pack_texts, unpack_texts
     from .batches import Batch, Shape, epoch_batches, padded_shape
     from .databases import open_database
-    from .dataset_images import open_image_files, open_images
     from .epoch_plan import Window, steps_per_epoch
     from .frames import as_polars, text_id
-    from .image_database import ImageLmdb
-    from .image_decoding import ImageError
-    from .image_folder import ImageFolder, read_image_file, refuse_unfit_name
-    from .image_listing import is_image_name
-    from .imports.amazon import import_amazon
+    from .images.dataset_images import open_image_files, open_images
+    from .images.image_database import ImageLmdb
+    from .images.image_decoding import ImageError
+    from .images.image_folder import ImageFolder, read_image_file, refuse_unfit_name
+    from .images.image_listing import is_image_name
     from .imports.bad_rows import BAD_ROWS, BadKind, describe_bad_rows
-    from .imports.feature_views import feature_views
+    from .imports.families.amazon import import_amazon
+    from .imports.families.feature_views import feature_views
+    from .imports.families.iisan import import_iisan
+    from .imports.families.microlens import import_microlens
+    from .imports.families.mmrec import import_mmrec
+    from .imports.families.movielens import import_movielens
+    from .imports.families.recbole import import_recbole
     from .imports.flat import import_files
-    from .imports.iisan import import_iisan
-    from .imports.microlens import import_microlens
-    from .imports.mmrec import import_mmrec
-    from .imports.movielens import import_movielens
     from .imports.options import (
         DUPLICATES,
         MISSING_TITLES,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
         ImportOptions,
         TableOptions,
     )
-    from .imports.recbole import import_recbole
     from .item_contents import ItemContents
     from .loss_columns import IN_BATCH, Negatives
     from .packed_batches import PackedWindow, RunPlan

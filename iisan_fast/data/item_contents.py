@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import ProtocolConfig
-from .image_database import ImageLmdb
-from .image_folder import ImageFolder
+from .images.image_database import ImageLmdb
+from .images.image_folder import ImageFolder
 from .sequences import Dataset, Sequences
 
 

@@ -173,7 +173,7 @@ class Dataset:
 
         Raises InputError for frames that cannot be used, naming the row or the first few ids, and if polars is missing.
         """
-        from .imports.dataset_frames import write_frames  # needs polars, which not every installation has
+        from .imports.writing.dataset_frames import write_frames  # needs polars, which not every installation has
 
         changed = from_dict(ProtocolConfig, {**vars(protocol or ProtocolConfig()), **settings})
         root = write_frames(

@@ -69,8 +69,8 @@ def _read_delimited(path: Path, separator: str | None) -> pl.DataFrame:
     Raises InputError.
     """
     from .imports.bad_rows import BadRows
-    from .imports.delimited import DelimitedText
     from .imports.polars_module import pl
+    from .imports.text.delimited import DelimitedText
 
     quoted = None if separator is None else False
     table = DelimitedText(path, separator, quoted, names_of=_header, has_options=False)

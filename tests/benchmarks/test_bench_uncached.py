@@ -17,7 +17,7 @@ from iisan_fast.benchmarks.phase_profile import PHASES
 from iisan_fast.benchmarks.settings import UncachedSettings
 from iisan_fast.benchmarks.tables import NOT_MEASURED
 from iisan_fast.cli import cli
-from iisan_fast.data.dataset_images import open_images
+from iisan_fast.data.images.dataset_images import open_images
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.encoders.random_encoders import common_words

@@ -42,7 +42,7 @@ from iisan_fast.captioning.caption_images import Covers, Frames, natural, proble
 from iisan_fast.captioning.caption_settings import CaptionSettings
 from iisan_fast.captioning.captions import LOCK_FILE, Captioned, caption
 from iisan_fast.config import ProtocolConfig, ViewConfig
-from iisan_fast.data.dataset_images import open_images
+from iisan_fast.data.images.dataset_images import open_images
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.encoders.captioner import Captioner
 from iisan_fast.errors import InputError

@@ -13,7 +13,7 @@ import iisan_fast as library
 from helpers.command_line import iisan_fast, refused
 from iisan_fast.captioning.caption_images import Frames
 from iisan_fast.config import ViewConfig
-from iisan_fast.data.image_folder import ImageFolder
+from iisan_fast.data.images.image_folder import ImageFolder
 from iisan_fast.data.items import read_items
 from iisan_fast.errors import InputError
 from iisan_fast.files import expanded_path, locked, whole_file, whole_folder, write_atomically

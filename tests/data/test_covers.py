@@ -9,8 +9,8 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from iisan_fast.data.dataset_images import open_images
-from iisan_fast.data.imports.covers import write_covers
+from iisan_fast.data.images.dataset_images import open_images
+from iisan_fast.data.imports.writing.covers import write_covers
 from iisan_fast.errors import InputError
 
 

@@ -12,7 +12,7 @@ pl = pytest.importorskip("polars")
 
 from helpers.import_sources import UNORDERED, refused, table
 from iisan_fast import Dataset
-from iisan_fast.data.imports import dataset_frames
+from iisan_fast.data.imports.writing import dataset_frames
 from iisan_fast.errors import InputError
 
 ROWS = [line.split(",") for line in UNORDERED.splitlines()] + [["u1", "a", "30"], ["u2", "c", "40"], ["u2", "c", "40"]]

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 pl = pytest.importorskip("polars")
 
 from helpers.import_sources import HEADER, TIMES, UNORDERED, USERS, refused, table, write
-from iisan_fast.data.imports import delimited, delimited_rows, text_stream
 from iisan_fast.data.imports.bad_rows import BadRows
-from iisan_fast.data.imports.delimited import DelimitedText
+from iisan_fast.data.imports.families.recbole import import_recbole
 from iisan_fast.data.imports.flat import import_files
 from iisan_fast.data.imports.options import TableOptions
-from iisan_fast.data.imports.recbole import import_recbole
+from iisan_fast.data.imports.text import delimited, delimited_rows, text_stream
+from iisan_fast.data.imports.text.delimited import DelimitedText
 from iisan_fast.data.table_files import read_table_file
 
 PLAIN = HEADER + UNORDERED

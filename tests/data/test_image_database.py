@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iisan_fast.data import image_database
-from iisan_fast.data.dataset_images import open_images
-from iisan_fast.data.image_database import ImageLmdb
-from iisan_fast.data.image_decoding import ImageError
-from iisan_fast.data.image_folder import ImageFolder
+from iisan_fast.data.images import image_database
+from iisan_fast.data.images.dataset_images import open_images
+from iisan_fast.data.images.image_database import ImageLmdb
+from iisan_fast.data.images.image_decoding import ImageError
+from iisan_fast.data.images.image_folder import ImageFolder
 from iisan_fast.errors import InputError
 
 

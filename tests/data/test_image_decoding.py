@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, features
 
-from iisan_fast.data import image_formats
-from iisan_fast.data.image_decoding import MAX_PIXELS, ImageError
-from iisan_fast.data.image_folder import ImageFolder
+from iisan_fast.data.images import image_formats
+from iisan_fast.data.images.image_decoding import MAX_PIXELS, ImageError
+from iisan_fast.data.images.image_folder import ImageFolder
 from iisan_fast.errors import InputError
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iisan_fast.data import image_listing
-from iisan_fast.data.dataset_images import open_images
-from iisan_fast.data.image_folder import ImageFolder
-from iisan_fast.data.image_listing import ImageListing
+from iisan_fast.data.images import image_listing
+from iisan_fast.data.images.dataset_images import open_images
+from iisan_fast.data.images.image_folder import ImageFolder
+from iisan_fast.data.images.image_listing import ImageListing
 from iisan_fast.errors import InputError
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iisan_fast.data.image_pickles import StoredImage, unpickle
+from iisan_fast.data.images.image_pickles import StoredImage, unpickle
 
 FIELDS = {"channels": 3, "size": (1, 2), "image": b"abcdef", "id": "x"}
 PROTOCOLS = (2, 3, 4, 5)
@@ -191,7 +191,7 @@ def test_hostile_pickles_in_a_process_that_they_could_end() -> None:
     """Deep values end a process by its stack only as they are hashed or freed, so the end of the process counts too."""
     script = """
 import pickle
-from iisan_fast.data.image_pickles import unpickle
+from iisan_fast.data.images.image_pickles import unpickle
 for value in (b"}K\\x01" + b"\\x85" * 10**6 + b"K\\x01s.", b"]" * 10**6 + b"a" * (10**6 - 1) + b"."):
     try:
         unpickle(b"\\x80\\x04" + value)

@@ -15,11 +15,11 @@ from PIL import Image
 from helpers.import_sources import refused, table, write
 from iisan_fast.cli import main
 from iisan_fast.cli.views import parsed_view
-from iisan_fast.data.imports.amazon import import_amazon
+from iisan_fast.data.imports.families.amazon import import_amazon
+from iisan_fast.data.imports.families.iisan import import_iisan
+from iisan_fast.data.imports.families.mmrec import import_mmrec
+from iisan_fast.data.imports.families.movielens import import_movielens
 from iisan_fast.data.imports.flat import import_files
-from iisan_fast.data.imports.iisan import import_iisan
-from iisan_fast.data.imports.mmrec import import_mmrec
-from iisan_fast.data.imports.movielens import import_movielens
 from iisan_fast.data.imports.options import TableOptions
 
 USER = "AGKHLEW2SOWHNMFQIJGBECAF7INQ"

@@ -12,9 +12,9 @@ import pytest
 pl = pytest.importorskip("polars")
 
 from helpers.import_sources import HEADER, imported_csv, refused, table, write
-from iisan_fast.data.imports import history_order
 from iisan_fast.data.imports.flat import import_files
 from iisan_fast.data.imports.options import ImportOptions, TableOptions
+from iisan_fast.data.imports.writing import history_order
 from iisan_fast.errors import InputError
 
 RATED = "user,item,timestamp,rating\nu,a,1,5\nu,b,2,3.5\nv,a,3,4\nv,b,4,2\n"

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("polars")
 
 from helpers.import_sources import HEADER, TIMES, UNORDERED, USERS, microlens, refused, table, write
-from iisan_fast.data.dataset_images import open_images
-from iisan_fast.data.imports.microlens import import_microlens
+from iisan_fast.data.images.dataset_images import open_images
+from iisan_fast.data.imports.families.microlens import import_microlens
 from iisan_fast.data.imports.options import ImportOptions
 from iisan_fast.errors import InputError
 

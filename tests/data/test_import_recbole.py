@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("polars")
 
 from helpers.import_sources import refused, table, write
+from iisan_fast.data.imports.families.recbole import import_recbole
 from iisan_fast.data.imports.options import TableOptions
-from iisan_fast.data.imports.recbole import import_recbole
 
 HEAD = "user_id:token\titem_id:token\ttimestamp:float"
 LISTS = f"{HEAD}\titem_id_list:token_seq\ttimestamp_list:float_seq"

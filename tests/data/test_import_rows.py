@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 pl = pytest.importorskip("polars")
 
 from helpers.import_sources import HEADER, imported_csv, microlens, refused, table, write
-from iisan_fast.data.imports import delimited
 from iisan_fast.data.imports.bad_rows import BadRows
-from iisan_fast.data.imports.delimited import DelimitedText
+from iisan_fast.data.imports.families.microlens import import_microlens
+from iisan_fast.data.imports.families.recbole import import_recbole
 from iisan_fast.data.imports.flat import import_files
-from iisan_fast.data.imports.microlens import import_microlens
 from iisan_fast.data.imports.options import ImportOptions, TableOptions
-from iisan_fast.data.imports.recbole import import_recbole
+from iisan_fast.data.imports.text import delimited
+from iisan_fast.data.imports.text.delimited import DelimitedText
 from iisan_fast.errors import InputError
 
 NAMED = "user,item,timestamp,name\n"

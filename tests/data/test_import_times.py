@@ -14,14 +14,14 @@ import pytest
 pl = pytest.importorskip("polars")
 
 from helpers.import_sources import HEADER, imported_csv, refused, write
-from iisan_fast.data.imports import delimited
-from iisan_fast.data.imports.decimal_times import read_numbers
+from iisan_fast.data.imports.families.recbole import import_recbole
 from iisan_fast.data.imports.flat import import_files
-from iisan_fast.data.imports.interaction_columns import looks_like_time
-from iisan_fast.data.imports.iso_times import read_iso
 from iisan_fast.data.imports.options import TableOptions
-from iisan_fast.data.imports.recbole import import_recbole
-from iisan_fast.data.imports.times import TimeReader
+from iisan_fast.data.imports.rows.decimal_times import read_numbers
+from iisan_fast.data.imports.rows.interaction_columns import looks_like_time
+from iisan_fast.data.imports.rows.iso_times import read_iso
+from iisan_fast.data.imports.rows.times import TimeReader
+from iisan_fast.data.imports.text import delimited
 from iisan_fast.errors import InputError
 
 DAY = 86_400_000_000  # microseconds

@@ -22,10 +22,11 @@ pl = pytest.importorskip("polars")
 from helpers.import_sources import HEADER, TIMES, UNORDERED, USERS, imported_csv, microlens, refused, table, write
 from iisan_fast.cli import main
 from iisan_fast.config import ProtocolConfig
-from iisan_fast.data.imports import delimited, history_order
+from iisan_fast.data.imports.families.recbole import import_recbole
 from iisan_fast.data.imports.flat import import_files
 from iisan_fast.data.imports.options import TableOptions
-from iisan_fast.data.imports.recbole import import_recbole
+from iisan_fast.data.imports.text import delimited
+from iisan_fast.data.imports.writing import history_order
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.errors import InputError
 

@@ -13,9 +13,9 @@ import pytest
 pl = pytest.importorskip("polars")
 
 from helpers.import_sources import write
-from iisan_fast.data.imports import json_arrays, json_lines, line_blocks
 from iisan_fast.data.imports.bad_rows import BadRows
 from iisan_fast.data.imports.opening import open_table
+from iisan_fast.data.imports.records import json_arrays, json_lines, line_blocks
 from iisan_fast.errors import InputError
 
 IDS = {"user": "user", "item": "item"}

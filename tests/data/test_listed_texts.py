@@ -13,8 +13,8 @@ pl = pytest.importorskip("polars")
 from helpers.import_sources import TIMES, USERS, imported_csv, write
 from iisan_fast.data.imports.bad_rows import BadRows
 from iisan_fast.data.imports.flat import import_files
-from iisan_fast.data.imports.listed_texts import read_lists
 from iisan_fast.data.imports.options import TableOptions
+from iisan_fast.data.imports.rows.listed_texts import read_lists
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 pytest.importorskip("polars")
 
 from helpers.import_sources import HEADER, imported_csv, microlens, refused, table, write
+from iisan_fast.data.imports.families.microlens import import_microlens
+from iisan_fast.data.imports.families.recbole import import_recbole
 from iisan_fast.data.imports.flat import import_files
-from iisan_fast.data.imports.microlens import import_microlens
 from iisan_fast.data.imports.options import TableOptions
-from iisan_fast.data.imports.recbole import import_recbole
 
 SECOND = 1_600_000_000
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from ...errors import InputError
 from ...files import whole_folder
 from .bad_rows import BadRows
-from .dataset import write_dataset
-from .history_lines import HistoryLines
-from .interaction_columns import interaction_source
-from .interactions import count_rows, read_interactions
 from .opening import TextForm, open_table
 from .options import TABLE_COLUMNS, Imported, TableOptions
-from .separators import separator_of
+from .rows.interaction_columns import interaction_source
+from .rows.interactions import count_rows, read_interactions
+from .rows.titles import Titles, read_titles
 from .table import PARTS, Table
-from .titles import Titles, read_titles
+from .text.history_lines import HistoryLines
+from .text.separators import separator_of
+from .writing.dataset import write_dataset
 
 TRAINING, VALIDATION, TEST = PARTS
 

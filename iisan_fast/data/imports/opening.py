@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ...errors import InputError, first_few
 from ...files import refuse_irregular
-from .compression import COMPRESSED_SUFFIXES, opened, refuse_packed
-from .delimited import DelimitedText
-from .folder_tables import FolderTable, files_in
-from .json_arrays import JsonArrayTable
-from .json_lines import JsonLinesTable
-from .line_blocks import BYTE_ORDER_MARK
-from .parquet import ParquetTable
+from .records.folder_tables import FolderTable, files_in
+from .records.json_arrays import JsonArrayTable
+from .records.json_lines import JsonLinesTable
+from .records.line_blocks import BYTE_ORDER_MARK
+from .records.parquet import ParquetTable
 from .table import Table
+from .text.compression import COMPRESSED_SUFFIXES, opened, refuse_packed
+from .text.delimited import DelimitedText
 
 PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")

@@ -1,0 +1,1 @@
+"""Images of items: files and databases, listed, checked and decoded."""

@@ -1,0 +1,1 @@
+"""Public layouts: which files they have, and their columns and forms."""

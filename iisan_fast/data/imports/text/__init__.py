@@ -1,0 +1,1 @@
+"""Delimited text: compression, encodings, separators, headers and rows."""

@@ -1,0 +1,1 @@
+"""A dataset folder written from interactions, titles and covers."""
