@@ -36,9 +36,10 @@ from ..settings_files import read_settings
 from ..states import extract
 from ..training import RunFolder, Trainer, open_source, refuse_missing_libraries, resume, train
 from .harness import Setup, write_result
-from .machine import in_a_process, on
+from .machine import on
 from .peak_memory import PeakMemory
 from .phase_profile import profile
+from .processes import in_a_process
 from .samples import sample_users, users_to_draw_from
 from .sweep_settings import SweepSettings, reads_a_cache, split_name
 from .tables import NOT_MEASURED

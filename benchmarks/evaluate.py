@@ -31,8 +31,9 @@ from ..progress import progress_bar
 from ..states import FeatureTable
 from .dense import DenseModel
 from .harness import Setup
-from .machine import in_a_process, on, peak_figures
+from .machine import on, peak_figures
 from .peak_memory import PeakMemory
+from .processes import in_a_process
 from .settings import ARGSORT_USERS, EvaluateSettings, TrainSettings, refuse_more
 from .stopwatch import Stopwatch, quantiles
 from .train import VIEWS, random_states

@@ -28,8 +28,9 @@ from ..progress import progress_bar
 from ..states import GROUP_ITEMS, Store, content_digest, extract, open_sources, view_inputs
 from ..workers import batched, worker_count
 from .harness import Setup
-from .machine import in_a_process, on
+from .machine import on
 from .peak_memory import PeakMemory
+from .processes import in_a_process
 from .settings import ExtractSettings, refuse_more
 from .stopwatch import quantiles
 from .tables import NOT_MEASURED

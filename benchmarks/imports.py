@@ -36,7 +36,8 @@ def main() -> None:
     """Measure an import of each size and format and print its row."""
     from torch import device  # here, since the measured processes run this file too and need none of it
 
-    from .machine import in_a_process, origin
+    from .machine import origin
+    from .processes import in_a_process
 
     parser = script_parser(COMMAND, __doc__)
     parser.add_argument("--interactions", type=int, nargs="+", default=[10_000_000], help="of each import (10000000)")

@@ -1,13 +1,9 @@
-"""The machine of a benchmark: its versions, its commit, its CUDA launches, and measurements in new processes."""
+"""The machine of a benchmark: its versions, its commit, and its CUDA launches."""
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import kernels, runtime
+from .. import kernels
 from ..config import ProtocolConfig
 from ..data import Sequences, load_dataset
 from ..errors import InputError
@@ -26,7 +22,6 @@ from .tables import NOT_MEASURED
 
 LIBRARIES = ("triton", "liger-kernel", "cut-cross-entropy")
 NOT_INSTALLED = "not installed"
-LOGGER = logging.getLogger("iisan_fast")
 
 
 def named_sequences(dataset: Path | None) -> tuple[str, Sequences]:
@@ -143,31 +138,3 @@ def synchronise(device: torch.device) -> None:
     """Wait for a CUDA device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return a function's result, computed in a new process, which ends with this one.
-
-    Raises what the function raises, and InputError if the process dies.
-    """
-    others = {*multiprocessing.active_children()}
-    spawn = multiprocessing.get_context("spawn")
-    level = LOGGER.level
-    with ProcessPoolExecutor(1, spawn, initializer=_prepare_process, initargs=(level,)) as pool:
-        future = pool.submit(function, *arguments)
-        try:
-            return future.result()
-        except BrokenProcessPool:
-            raise InputError(
-                f"the process that measures {function.__name__} ended early; it may have lacked memory"
-            ) from None
-        except (KeyboardInterrupt, SystemExit):  # leaving the pool would wait for the function, for hours perhaps
-            for child in {*multiprocessing.active_children()} - others:
-                child.terminate()
-            raise
-
-
-def _prepare_process(level: int) -> None:
-    """Set a new process up as the program, with the level of log messages that --quiet or --verbose chose."""
-    runtime.prepare_program()
-    LOGGER.setLevel(level)

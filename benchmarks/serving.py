@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..serving import UserHistories
 from ..training import RunFolder
 from .harness import Setup
-from .machine import in_a_process
+from .processes import in_a_process
 from .serving_changes import CHANGES
 from .serving_parts import VARIANTS, dataset_histories, forms, latency, loading, made_catalogue, recommending
 from .settings import ServingSettings

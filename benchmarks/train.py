@@ -32,8 +32,9 @@ from ..training import Trainer, deterministic, train
 from .captures import capture_step
 from .dense import DenseTrainer
 from .harness import Setup
-from .machine import count_launches, in_a_process, on, peak_figures, synchronise
+from .machine import count_launches, on, peak_figures, synchronise
 from .peak_memory import PeakMemory
+from .processes import in_a_process
 from .settings import TrainSettings, refuse_more
 from .stopwatch import quantiles
 from .tables import NOT_MEASURED

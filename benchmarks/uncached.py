@@ -23,9 +23,10 @@ from ..progress import progress_bar
 from ..training import Trainer, deterministic, open_source
 from .cells import MEMORY_EVERY
 from .harness import Setup
-from .machine import in_a_process, on, peak_figures
+from .machine import on, peak_figures
 from .peak_memory import PeakMemory
 from .phase_profile import profile
+from .processes import in_a_process
 from .settings import TrainSettings, UncachedSettings, refuse_more
 from .stand_ins import stand_ins, state_shape
 from .stopwatch import Stopwatch

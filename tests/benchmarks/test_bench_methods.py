@@ -16,10 +16,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from iisan_fast.benchmarks import cells, machine
+from iisan_fast.benchmarks import cells
 from iisan_fast.benchmarks.cells import Cell
 from iisan_fast.benchmarks.harness import Setup
 from iisan_fast.benchmarks.methods import compare_methods, cost_order
+from iisan_fast.benchmarks.processes import in_a_process
 from iisan_fast.benchmarks.result_tables import methods_tables
 from iisan_fast.benchmarks.samples import sample_users
 from iisan_fast.benchmarks.sweep_settings import MethodsSettings
@@ -189,7 +190,7 @@ def test_other_cells_go_on_where_one_fails(settings, small_catalogue, tmp_path, 
 
 WAITING = """
 import signal, sys
-from iisan_fast.benchmarks.machine import in_a_process
+from iisan_fast.benchmarks.processes import in_a_process
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 in_a_process(exec, "import time; print('begun', flush=True); time.sleep(100)")
 """
@@ -209,7 +210,7 @@ def test_a_measured_process_logs_no_more_than_this_one():
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        assert machine.in_a_process(eval, "__import__('logging').getLogger('iisan_fast').level") == logging.ERROR
+        assert in_a_process(eval, "__import__('logging').getLogger('iisan_fast').level") == logging.ERROR
     finally:
         logger.setLevel(before)
 
