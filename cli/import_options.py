@@ -174,7 +174,10 @@ def text_options(*left_out: str) -> Callable:
             "metavar": "TEXT",
             "help": "Text between two fields: tab, semicolon, space, '::' and so on; by default found by looking.",
         },
-        "--encoding": {"metavar": "NAME", "help": "Encoding of text, such as latin-1 or gbk; by default UTF-8."},
+        "--encoding": {
+            "metavar": "NAME",
+            "help": "Encoding of delimited text, such as latin-1 or gbk; by default UTF-8. JSON is always UTF-8.",
+        },
         "--columns": {
             "metavar": "NAMES",
             "callback": _names,
