@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,9 @@ class BadRows:
         self.unit = unit
         self.kinds: dict[str, BadKind] = {}
         self.good = 0  # rows that fit, once all are read
+        self._files: list[Path] = []  # with bad rows, in the order in which they are read
+        self._first: dict[str, list[tuple[int, int]]] = {}  # number of the file, and place, of the first of each kind
+        self._lock = threading.Lock()  # a table reads ahead in a thread, while the rows before are checked
         self.low_rated = 0  # interactions of rows that fit, left out for their rating
 
     @property
@@ -53,13 +57,18 @@ class BadRows:
         if self.policy == "error":
             advice = self.hint if hint is None else hint()
             raise InputError(f"{self.file} {self.unit} {places[0]}: {problem}; {advice}")
-        of_kind = self.kinds.setdefault(kind, BadKind(self.unit))
-        of_kind.count += len(places)
-        room = PLACES_SHOWN - len(of_kind.places)
-        shown = [int(place) for place in places[:room]]
-        of_kind.places += shown
-        if self.file != self.path:
-            of_kind.files += [str(self.file.relative_to(self.path))] * len(shown)
+        with self._lock:
+            of_kind = self.kinds.setdefault(kind, BadKind(self.unit))
+            of_kind.count += len(places)
+            if self.file not in self._files:
+                self._files.append(self.file)
+            first = self._first.setdefault(kind, [])
+            first += [(len(self._files), int(place)) for place in places[:PLACES_SHOWN]]
+            first.sort()
+            del first[PLACES_SHOWN:]
+            of_kind.places = [place for _, place in first]
+            if self.file != self.path:
+                of_kind.files = [str(self._files[number - 1].relative_to(self.path)) for number, _ in first]
 
     def finish(self, good: int) -> None:
         """Take the number of rows that fit, and warn of the others. Raises InputError if there are only others."""

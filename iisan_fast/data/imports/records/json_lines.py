@@ -11,6 +11,7 @@ from ....errors import InputError
 from ....files import refuse_irregular
 from ..bad_rows import BadRows
 from ..polars_module import pl
+from ..reading_ahead import read_ahead
 from ..text.delimited_form import is_utf8
 from ..text.headers import find_columns
 from .json_schemas import JsonSchema, schema_of
@@ -57,6 +58,10 @@ class JsonLinesTable:
         """
         find_columns(self.path, self.columns, columns, self.names_may_be_data)
         paths = {name: self._paths[column] for name, column in columns.items()}
+        return read_ahead(self._batches(paths, bad_rows))
+
+    def _batches(self, paths: Mapping[str, tuple[str, ...]], bad_rows: BadRows) -> Iterator[pl.DataFrame]:
+        """Yield the batches of `batches`. paths: {new name of a column: keys of its values}."""
         rows = ObjectRows(paths, bad_rows)
         schema = schema_of(paths, self._first) if self._parse is parse_json else None
         for block in line_blocks(self.path):

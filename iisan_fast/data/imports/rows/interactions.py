@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from ....errors import InputError
@@ -140,8 +141,9 @@ def _ratings(column: pl.Series) -> pl.Series:
 
 def _compact(rows: pl.DataFrame, source: InteractionSource, kinds: Mapping[str, pl.Categorical]) -> pl.DataFrame:
     """Return the columns of the result, each id as the code of its text."""
-    # One column follows the other, since codes of columns in parallel would come in random order.
-    columns = [rows[name].cast(kind) for name, kind in kinds.items()]
+    # A thread for each column: one column's codes come in the order of its rows.
+    with ThreadPoolExecutor(len(kinds), "import: ids") as threads:
+        columns = list(threads.map(lambda name: rows[name].cast(kinds[name]), kinds))
     if "timestamp read" in rows.columns:
         columns.append(rows["timestamp read"].alias("timestamp"))
     if source.part is not None:

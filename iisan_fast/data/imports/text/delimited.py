@@ -12,6 +12,7 @@ from ....files import refuse_irregular
 from ....progress import progress_bar
 from ..bad_rows import BadRows
 from ..polars_module import pl
+from ..reading_ahead import read_ahead
 from .delimited_blocks import regular_rows
 from .delimited_form import BLANK, MAX_ROW_BYTES, UTF_8, Form, Unfinished, UnfitRow, WholeRows, next_row
 from .delimited_rows import LOOKED_AT, checked_rows, quotes_enclose_fields
@@ -107,9 +108,7 @@ class DelimitedText:
             refuse_header(self.path, self.columns, ids, sample_rows(self._beginning.rows, self._separator)[:1])
         test = None if is_row is None else lambda fields: is_row({name: fields[at] for name, at in places.items()})
         form = Form(self._separator, self._quoted, len(self.columns), test, self._beginning.encoding)
-        for rows in self._rows(form, bad_rows):
-            if len(rows.lines):
-                yield self._frame(rows, places)
+        return read_ahead(self._frame(rows, places) for rows in self._rows(form, bad_rows) if len(rows.lines))
 
     def _rows(self, form: Form, bad_rows: BadRows) -> Iterator[WholeRows]:
         """Yield the rows that fit, some megabytes at a time. Raises InputError as `batches` does."""
