@@ -27,7 +27,7 @@ LOOKED_AT = 64 << 10  # bytes whose beginning says which format a file has
 
 @dataclass(frozen=True)
 class TextForm:
-    """How delimited text is written; None is found out by looking at the file."""
+    """The form of delimited text; None is found out by looking at the file."""
 
     separator: str | None = None
     encoding: str | None = None

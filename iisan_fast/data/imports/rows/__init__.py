@@ -1,1 +1,1 @@
-"""What is read from the rows of tables: interactions, times and titles."""
+"""Read the rows of tables: interactions, times and titles."""
