@@ -220,7 +220,11 @@ class Backbone(ABC):
 
     def _hidden_states(self, inputs: ModelInputs) -> tuple[Tensor, ...]:
         """Return the hidden states of all layers, each [N, tokens, D]. Raises InputError if the model reports none."""
-        states = getattr(self._run(inputs, output_hidden_states=True), "hidden_states", None)
+        return self._states_of(self._run(inputs, output_hidden_states=True))
+
+    def _states_of(self, output: Any) -> tuple[Tensor, ...]:
+        """Return the hidden states in a model's output. Raises InputError if there are none."""
+        states = getattr(output, "hidden_states", None)
         if states is None:
             raise self._error(f"{type(self.model).__name__} reports no hidden states")
         return states

@@ -105,18 +105,23 @@ class ImageBackbone(Backbone):
             raise self._error(f"expected a state for each of {patches} patches, found {tokens}")
         self.leading = tokens - patches  # class and register tokens stand before the patches
 
-    @torch.no_grad()
-    def _state_width(self, states: Sequence[Tensor]) -> int:
-        """Return the width of a pooled state; that of the widest map, which may be the last one behind all layers.
+    def _states_of(self, output: Any) -> tuple[Tensor, ...]:
+        """Return the hidden states in a model's output. A map behind those of all stages is one more of them.
 
-        Raises InputError if the encoder reports no last hidden state.
+        Raises InputError if there are none, or if maps have no last hidden state.
         """
-        if self.channel_axis is None:
-            return super()._state_width(states)
-        last = getattr(self._run(self.example()), "last_hidden_state", None)
+        states = super()._states_of(output)
+        if channel_axis(states) is None:
+            return states
+        last = getattr(output, "last_hidden_state", None)
         if last is None:
             raise self._error(f"{type(self.model).__name__} reports no last_hidden_state; choose another encoder")
-        return max(*self.widths, last.shape[self.channel_axis if last.dim() == 4 else -1])
+        is_one_more = last.dim() == 4 and last.shape != states[-1].shape  # MobileNetV2 widens the last map
+        return (*states, last) if is_one_more else states
+
+    def _state_width(self, states: Sequence[Tensor]) -> int:
+        """Return the width of a pooled state; that of the widest map."""
+        return super()._state_width(states) if self.channel_axis is None else max(self.widths)
 
     def _has_class_token(self) -> bool:
         """Return True if the encoder has a parameter for a class token."""

@@ -34,7 +34,7 @@ FAMILIES: dict[str, tuple[Callable[[], hf.PreTrainedModel], list[int]]] = {
     "bit": (lambda: hf.BitModel(hf.BitConfig(**GROUPS, num_groups=2)), [8, 16, 24, 32, 48]),
     "mobilenet": (
         lambda: hf.MobileNetV2Model(hf.MobileNetV2Config(depth_multiplier=0.25, finegrained_output=True)),
-        [8, 8, 8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 40, 40, 40, 80],
+        [8, 8, 8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 40, 40, 40, 80, 1280],  # the last one behind all blocks
     ),
 }
 
@@ -70,7 +70,10 @@ def test_states_equal_a_loop_over_single_images(family, tmp_path):
     for picture, of_picture in zip(pictures(), states):
         with torch.no_grad():
             pixels = prepare(images=[picture], return_tensors="pt")["pixel_values"]
-            maps = model(pixel_values=pixels, output_hidden_states=True).hidden_states
+            output = model(pixel_values=pixels, output_hidden_states=True)
+        maps = list(output.hidden_states)
+        if len(maps) < len(widths):
+            maps.append(output.last_hidden_state)
         assert [map_.shape[1] for map_ in maps] == widths
         for map_, state in zip(maps, of_picture, strict=True):
             expected = map_[0].flatten(1).mean(dim=1)
@@ -92,10 +95,12 @@ def test_states_are_read_by_hooks_and_equal_those_of_one_call(convnext):
     torch.testing.assert_close(final, states[:, 2], rtol=1e-5, atol=1e-6)
 
 
-def test_the_final_state_behind_the_last_block_has_the_width_of_the_states(tmp_path):
-    backbone = load_backbone(view(saved("mobilenet", tmp_path / "encoder"), "image"))
-    final = backbone.final(backbone.prepare(pictures()))
-    assert final.shape == (3, backbone.width) == (3, 1280) and final[:, 80:].any()
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bit"])  # BiT ends with a norm
+def test_the_final_state_is_the_last_layer(family, tmp_path):
+    backbone = load_backbone(view(saved(family, tmp_path / "encoder"), "image"))
+    inputs = backbone.prepare(pictures())
+    assert backbone._places is not None
+    torch.testing.assert_close(backbone.final(inputs), backbone.encode(inputs)[:, -1], rtol=1e-5, atol=1e-6)
 
 
 def test_layers_and_pooling_that_do_not_exist_are_refused(convnext):
