@@ -11,14 +11,13 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import InputError
 from .fast_tables import NeedsStrictReader, fast_or_strict, read_whole_numbers
-from .strict_tables import read_table
+from .strict_tables import read_beside_users
 from .temporal import SplitHistories, split_histories
 
 LOGGER = logging.getLogger(__name__)
@@ -112,14 +111,7 @@ def _read_strictly(path: Path, user_ids: Sequence[str], lengths: np.ndarray) -> 
     """Read the counts line by line. Raises InputError, with file and line."""
     parts = np.empty((len(user_ids), len(PARTS)), dtype=np.int64)
     expected_users = zip(user_ids, lengths.tolist())
-    for row, (entry, user) in enumerate(zip_longest(read_table(path, 2), expected_users)):
-        if entry is None:
-            raise InputError(f"{path}: ends before user {user[0]!r}; expected the users of users.tsv in their order")
-        line, (user_id, text) = entry
-        where = f"{path} line {line}"
-        if user is None or user_id != user[0]:
-            expected = "the end of the file" if user is None else f"user {user[0]!r}"
-            raise InputError(f"{where}: expected {expected}, as in users.tsv, found user {user_id!r}")
+    for row, (where, text, user) in enumerate(read_beside_users(path, expected_users)):
         parts[row] = _counts(text, user[1], where)
     return parts
 

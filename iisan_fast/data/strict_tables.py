@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ..errors import InputError
 from ..files import refuse_irregular
@@ -13,6 +15,7 @@ from ..files import refuse_irregular
 MAX_ID_BYTES = 4096  # of an id in UTF-8; tables of ids are as wide as the longest
 CONTROL_CHARACTERS = r"[\x00-\x1f\x7f-\x9f]"  # as a regular expression
 CONTROLS = re.compile(CONTROL_CHARACTERS)
+BesideUser = TypeVar("BesideUser", bound=tuple[str, Any])
 
 
 def read_table(path: Path, columns: int, may_end_blank: bool = False) -> Iterator[tuple[int, list[str]]]:
@@ -72,3 +75,20 @@ def refuse_unfit_id(text: str, where: str) -> None:
         raise InputError(f"{where}: an id of {len(text.encode()):,} bytes; expected at most {MAX_ID_BYTES:,}")
     if CONTROLS.search(text):
         raise InputError(f"{where}: id {text!r} has a control character; rename it")
+
+
+def read_beside_users(path: Path, users: Iterable[BesideUser]) -> Iterator[tuple[str, str, BesideUser]]:
+    """Yield (file and line, text, user) of each line of a file that has a line for each user of users.tsv.
+
+    users: (user id, value) in the order of users.tsv. Raises InputError, with file and line, for a malformed line, and
+    for other users or another order.
+    """
+    for entry, user in zip_longest(read_table(path, 2), users):
+        if entry is None:
+            raise InputError(f"{path}: ends before user {user[0]!r}; expected the users of users.tsv in their order")
+        line, (user_id, text) = entry
+        where = f"{path} line {line}"
+        if user is None or user_id != user[0]:
+            expected = "the end of the file" if user is None else f"user {user[0]!r}"
+            raise InputError(f"{where}: expected {expected}, as in users.tsv, found user {user_id!r}")
+        yield where, text, user

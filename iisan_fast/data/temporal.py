@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from ..config import ProtocolConfig
 from ..errors import InputError
-from .strict_tables import read_table
+from .strict_tables import read_beside_users
 
 User = tuple[str, Sequence[int]]
 TIMES = re.compile(r"[+-]?[0-9]+(?: [+-]?[0-9]+)*")  # int() would also take 1_0 and the digits of other scripts
@@ -45,14 +44,7 @@ def with_times(users: Iterable[User], path: Path) -> Iterator[tuple[User, np.nda
     if not os.path.lexists(path):
         writes = "iisan-fast import writes it where the source has timestamps"
         raise InputError(f"{path}: no such file; a temporal split needs it, and {writes}")
-    for entry, user in zip_longest(read_table(path, 2), users):
-        if entry is None:
-            raise InputError(f"{path}: ends before user {user[0]!r}; expected the users of users.tsv in their order")
-        line, (user_id, text) = entry
-        where = f"{path} line {line}"
-        if user is None or user_id != user[0]:
-            expected = "the end of the file" if user is None else f"user {user[0]!r}"
-            raise InputError(f"{where}: expected {expected}, as in users.tsv, found user {user_id!r}")
+    for where, text, user in read_beside_users(path, users):
         times = _times(text, where)
         if len(times) != len(user[1]):
             raise InputError(f"{where}: expected {len(user[1])} times, one an interaction, found {len(times)}")

@@ -53,8 +53,8 @@ def open_safetensors(config: FeaturesConfig, path: Path, item_ids: Collection[st
     if len(features) != 1:
         if not features:
             kinds = [f"{name} of {tensor.kind}" for name, tensor in tensors.items()]
-            found = first_few(kinds, len(kinds), 10) or "none"
-            raise InputError(f"{path}: expected a tensor of features of {', '.join(KINDS)}, found {found}; convert it")
+            listed = first_few(kinds, len(kinds), 10) or "none"
+            raise InputError(f"{path}: expected a tensor of features of {', '.join(KINDS)}, found {listed}; convert it")
         names_text = first_few(features, len(features), 10)
         raise InputError(f"{path}: expected one tensor of features, found {names_text}; name it by tensor=NAME")
     ((name, tensor),) = features.items()

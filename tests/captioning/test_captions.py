@@ -453,14 +453,14 @@ def test_own_code_of_a_captioner_is_refused_unless_it_is_asked_for(plain_model, 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     code = "from transformers import BlipForConditionalGeneration\nclass Own(BlipForConditionalGeneration):\n    pass\n"
-    own = shutil.copytree(plain_model, tmp_path / "own")
-    (own / "own_blip.py").write_text(code)
-    config = json.loads((own / "config.json").read_text())
+    folder = shutil.copytree(plain_model, tmp_path / "own")
+    (folder / "own_blip.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
     auto_map = {"AutoModelForImageTextToText": "own_blip.Own"}
-    (own / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
     with pytest.raises(InputError, match="auto_map names own_blip.Own for AutoModelForImageTextToText"):
-        Captioner(str(own), CPU, None, 5, 1, "float32")
-    captioner = Captioner(str(own), CPU, None, 5, 1, "float32", trusted=True)
+        Captioner(str(folder), CPU, None, 5, 1, "float32")
+    captioner = Captioner(str(folder), CPU, None, 5, 1, "float32", trusted=True)
     plain = Captioner(plain_model, CPU, None, 5, 1, "float32")
     assert type(captioner.model).__name__ == "Own"
     described = captioner.describe()

@@ -79,7 +79,7 @@ def no_strict_reader() -> Iterator[None]:
         pytest.fail(f"{path} was read line by line")
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("items", "histories", "temporal", "given_split", "strict_tables"):
+        for module in ("items", "histories", "strict_tables"):
             patch.setattr(f"iisan_fast.data.{module}.read_table", fail)
         yield
 

@@ -117,7 +117,7 @@ def test_a_checkpoint_of_other_numbers_than_the_model_s_is_refused(built, tmp_pa
         else:
             save_file(weights, folder / file, metadata={"format": "pt"})
 
-    for dtype, found in (
+    for dtype, names in (
         (torch.int8, "int8 I8"),
         (torch.uint8, "uint8 U8"),
         (torch.float8_e4m3fn, "float8_e4m3fn F8_E4M3"),
@@ -125,7 +125,7 @@ def test_a_checkpoint_of_other_numbers_than_the_model_s_is_refused(built, tmp_pa
         store(dtype)
         message = refusal(folder)
         assert f"{file}: weights bert.{name}: expected floating-point numbers" in message
-        assert any(f"computes in float32, found {word} and" in message for word in found.split())
+        assert any(f"computes in float32, found {word} and" in message for word in names.split())
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         store(dtype)
         assert load_backbone(view(folder)).depth == 5

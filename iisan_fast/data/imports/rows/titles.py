@@ -51,8 +51,8 @@ def read_titles(
     titles = titles_of(_titled(batches, bad_rows, counts, first_ids), item_ids)
     bad_rows.finish(sum(counts))
     if first_ids and not titles.of_item and not any(item_id in item_ids for item_id in first_ids):
-        expected, found = (", ".join(ids) for ids in (nsmallest(FIRST_IDS, item_ids), first_ids[:FIRST_IDS]))
-        problem = f"{table.path}: none of its ids is an item's: expected ids such as {expected}, found {found}"
+        expected, first = (", ".join(ids) for ids in (nsmallest(FIRST_IDS, item_ids), first_ids[:FIRST_IDS]))
+        problem = f"{table.path}: none of its ids is an item's: expected ids such as {expected}, found {first}"
         return Titles(problem=problem, other_ids=True)
     return titles
 
