@@ -29,6 +29,7 @@ from .data import Dataset
 from .devices import torch_device
 from .errors import InputError, check_choice
 from .files import absolute_path, as_path
+from .ranks import joined_ranks
 from .setting_fields import from_dict, to_dict
 from .setting_sources import SECTIONS, PathLike, base_settings
 from .settings import (
@@ -231,7 +232,7 @@ def train(
     folder = _new_run_folder(Path(run.dataset).name, out)
     if dry_run:
         return training.describe_new_run(run, folder.path, where, table)
-    result = training.train(run, folder, where, report, table)
+    result = training.train(run, folder, where, report, table, joined_ranks())
     return {"run": str(folder.path), **result}
 
 

@@ -15,7 +15,7 @@ from helpers import house
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("iisan_fast", "kernels", "cli", "benchmarks")
-LAZY_DOORS = ("data", "encoders", "states", "captioning", "evaluation", "models", "training")
+LAZY_DOORS = ("ranks", "data", "encoders", "states", "captioning", "evaluation", "models", "training")
 DOOR = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .{module} import {name}\n__all__ = ['{name}']\n"
 STATES = {
     "iisan_fast/states/__init__.py": DOOR.format(module="store", name="Store") + "__getattr__ = lazy_names(1, 2)\n",

@@ -6,7 +6,7 @@ The order of an epoch depends on the seed and the epoch alone, so a resumed run 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
+from ..ranks import Ranks
 from .epoch_plan import Layout, batch_bounds, epoch_windows, lay_out, steps_per_epoch
 from .loss_columns import IN_BATCH, Columns, Negatives, loss_columns, possible_negatives, widened
 from .sequences import Sequences
@@ -58,6 +59,7 @@ class Batch:
     weights: Tensor  # float64 [R]: each row's part in the mean loss
     history_bits: Tensor  # int32 [B, ceil(V / 32)]: bit v % 32 of word v // 32: item v is no negative of the user
     buffer: Tensor | None = None  # the memory that all tensors share, if the batch was unpacked
+    block: slice | None = None  # of a rank's share: the columns whose items this rank encodes; None for all
 
     @property
     def shape(self) -> Shape:
@@ -68,6 +70,40 @@ class Batch:
     def slots(self) -> int:
         """Return the number of places in the users' histories. The batch must not be padded."""
         return len(self.targets) + len(self.users)
+
+    @property
+    def encoded(self) -> Tensor:
+        """Return the numbers of the items to encode: the whole of `distinct`, or this rank's block of it."""
+        return self.distinct if self.block is None else self.distinct[self.block]
+
+    def share(self, ranks: Ranks) -> Batch:
+        """Return this rank's share of the batch: the rows of some of its users, with all columns.
+
+        The shares of all ranks have each row once, with its weight in the whole batch. A rank without users takes the
+        rows of the first one with weight 0; a rank without items encodes the first one, which no rank reads.
+        """
+        if not ranks.several:
+            return self
+        count = len(self.users)
+        first, end = count * ranks.rank // ranks.count, count * (ranks.rank + 1) // ranks.count
+        stands_in = first == end
+        if stands_in:
+            first, end = 0, 1
+        bounds = torch.searchsorted(self.row_users, torch.tensor([first, end])).tolist()
+        rows = slice(*bounds)
+        block = ranks.block(len(self.distinct))
+        return replace(
+            self,
+            users=self.users[first:end],
+            inputs=self.inputs[rows],
+            targets=self.targets[rows],
+            row_users=self.row_users[rows] - first,
+            row_slots=self.row_slots[rows] - first * self.length,
+            weights=torch.zeros_like(self.weights[rows]) if stands_in else self.weights[rows],
+            history_bits=self.history_bits[first:end],
+            buffer=None,
+            block=block if block.stop > block.start else slice(0, 1),
+        )
 
     def checked(self, table_rows: int) -> Batch:
         """Return the batch after a check of its indices, which kernels on a GPU do not check.

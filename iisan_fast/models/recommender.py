@@ -13,6 +13,7 @@ from .. import kernels
 from ..config import SIDE_METHODS, ModelConfig, RunConfig
 from ..data import Batch
 from ..precision import Precision
+from ..ranks import ALONE, Ranks, gathered
 from ..states import ItemInputs, ItemSource
 from .item_encoders import FrozenItemEncoder, IdItemEncoder
 from .item_ids import ItemIds
@@ -59,14 +60,15 @@ class Recommender(nn.Module):
         log_popularity[0] = 0  # padding: log(0) would give NaN with the log of its multiplicity
         self.register_buffer("log_popularity", log_popularity, persistent=False)
 
-    def loss(self, batch: Batch, inputs: ItemInputs) -> Tensor:
-        """Return the loss of a batch, a scalar weighted by the batch's row weights.
+    def loss(self, batch: Batch, inputs: ItemInputs, ranks: Ranks = ALONE) -> Tensor:
+        """Return the loss of a batch, or of a rank's share of it, a scalar weighted by the batch's row weights.
 
         It is the cross-entropy over the batch's columns (IISAN, equation 5, if these are its own items), whose formula
-        is in `kernels.inbatch_cross_entropy`, or the model's binary loss. inputs: of the items batch.distinct, as an
+        is in `kernels.inbatch_cross_entropy`, or the model's binary loss. inputs: of the items batch.encoded, as an
         item source reads them.
         """
-        vectors = self._item_vectors(inputs, batch.distinct, batch.step if self.training else None)
+        vectors = self._item_vectors(inputs, batch.encoded, batch.step if self.training else None)
+        vectors = gathered(vectors, len(batch.distinct), ranks)
         grid = kernels.SequenceGrid(batch.row_slots, len(batch.users), batch.length)
         queries = self.sequence_encoder(vectors[batch.inputs], grid, self._dropout(batch))
         losses = self._row_losses(batch, queries, vectors)

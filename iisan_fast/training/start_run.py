@@ -11,6 +11,7 @@ import torch
 from ..config import NEIGHBOURS, RunConfig
 from ..data import load_dataset
 from ..precision import Precision, resolve_precision
+from ..ranks import ALONE, Ranks
 from ..runtime import fix_cublas_workspace
 from .initial_weights import RECORDED_AS, read_initial_weights
 from .item_sources import open_source, refuse_missing_libraries
@@ -28,13 +29,14 @@ def train(
     device: torch.device,
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
     placement: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train a new run, write it into the folder `out`, and return its test figures.
 
     out: a path, or a RunFolder; `path` of a numbered one is then the folder really used. on_epoch: called with each
-    finished epoch's line of metrics.jsonl. placement: where the feature table lies, one of config.PLACEMENTS. Raises
-    InputError for input that cannot be used, if memory does not suffice, or if the loss is not finite. Nothing is
-    written before the dataset, the states and the model are loaded.
+    finished epoch's line of metrics.jsonl. placement: where the feature table lies, one of config.PLACEMENTS.
+    ranks: the processes that train together. Raises InputError for input that cannot be used, if memory does not
+    suffice, or if the loss is not finite. Nothing is written before the dataset, the states and the model are loaded.
     """
     fix_cublas_workspace()
     folder = out if isinstance(out, RunFolder) else RunFolder(out)
@@ -50,7 +52,7 @@ def train(
     with open_source(config, dataset, device, placement, precision) as (source, views):
         if initial is not None:
             initial.refuse_other_views(views)
-        trainer = Trainer(config, dataset.sequences, source, device, precision, initial)
+        trainer = Trainer(config, dataset.sequences, source, device, precision, initial, ranks)
         trainer.refuse_unfit_form()
         with folder:
             began_with = {} if initial is None else {RECORDED_AS: initial.record}

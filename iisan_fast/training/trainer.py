@@ -39,6 +39,7 @@ from ..intervals import IntervalClock
 from ..models import NeighbourTerms, build_recommender
 from ..precision import Precision
 from ..progress import progress_bar
+from ..ranks import ALONE, Ranks
 from ..states import ItemSource, PlannedBatch, PreparedBatch, planned_batches, prepared_batches
 from ..stop_signals import Interrupted, StopRequest, stop_requests
 from .averaged_weights import averaged_weights
@@ -80,13 +81,16 @@ class Trainer:
         device: torch.device,
         precision: Precision,
         initial: InitialWeights | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Build the model and its step, and plan the memory of the batches.
 
         source: the items, from `open_source`. precision: from `check_new_run`. initial: weights to begin with, in place
-        of random ones. Raises InputError if the memory does not suffice, or if the weights are of another model.
+        of random ones. ranks: the processes that train together. Raises InputError if the memory does not suffice, or
+        if the weights are of another model.
         """
         self.config = config
+        self.ranks = ranks
         self.sequences = sequences
         self.training_sequences = with_reversed_users(sequences) if config.train.reverse else sequences
         self.source = source

@@ -76,7 +76,7 @@ def test_an_index_out_of_range_is_found_on_the_host():
 
 
 histories = st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=11), min_size=1, max_size=6)
-FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name != "buffer"]
+FIELDS = [field.name for field in dataclasses.fields(Batch) if field.name not in ("buffer", "block")]
 
 
 def batch_of(training: list[list[int]], step: int = 5) -> Batch:

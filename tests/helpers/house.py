@@ -44,6 +44,7 @@ NEIGHBOURS = frozenset(
 )
 FLOORS = (  # from the lowest up; a room imports only from lower floors
     NEIGHBOURS,
+    frozenset(("ranks",)),
     frozenset(("data",)),
     frozenset(("encoders",)),
     frozenset(("states", "captioning")),
@@ -58,7 +59,19 @@ FLOORS = (  # from the lowest up; a room imports only from lower floors
     frozenset(("cli",)),
 )
 WITH_DOORS = frozenset(
-    ("config", "data", "encoders", "states", "captioning", "evaluation", "models", "training", "serving", "kernels")
+    (
+        "config",
+        "ranks",
+        "data",
+        "encoders",
+        "states",
+        "captioning",
+        "evaluation",
+        "models",
+        "training",
+        "serving",
+        "kernels",
+    )
 )
 LIBRARIES = {  # library: the rooms and modules that may import it
     "transformers": frozenset(("encoders", "captioning", "iisan_fast.models.tuned_encoder")),
