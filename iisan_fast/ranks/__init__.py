@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..doors import lazy_names
 
 if TYPE_CHECKING:
+    from .agreement import refuse_disagreement, refuse_too_few
     from .gathering import gathered
     from .joining import joined_ranks
     from .ranks import ALONE, Ranks
@@ -14,6 +15,8 @@ __all__ = [
     "Ranks",
     "gathered",
     "joined_ranks",
+    "refuse_disagreement",
+    "refuse_too_few",
 ]
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name

@@ -7,6 +7,7 @@ import os
 from contextvars import ContextVar
 
 from ..errors import InputError
+from .agreement import refuse_other_code
 from .ranks import ALONE, Ranks
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -40,7 +41,9 @@ def _join() -> Ranks:
     distributed.init_process_group(BACKENDS if torch.cuda.is_available() else "gloo", rank=rank, world_size=count)
     atexit.register(distributed.destroy_process_group)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_this_machine))
-    return Ranks(rank, count, on_this_machine, local_rank)
+    ranks = Ranks(rank, count, on_this_machine, local_rank)
+    refuse_other_code(ranks)
+    return ranks
 
 
 def _number(name: str, default: int | None = None) -> int:

@@ -11,8 +11,9 @@ import torch
 from ..config import NEIGHBOURS, RunConfig
 from ..data import load_dataset
 from ..precision import Precision, resolve_precision
-from ..ranks import ALONE, Ranks
+from ..ranks import ALONE, Ranks, refuse_disagreement, refuse_too_few
 from ..runtime import fix_cublas_workspace
+from ..setting_fields import to_dict
 from .initial_weights import RECORDED_AS, read_initial_weights
 from .item_sources import open_source, refuse_missing_libraries
 from .run_folder import RunFolder
@@ -43,6 +44,9 @@ def train(
     precision = check_new_run(config, folder.path, device)
     initial = read_initial_weights(config)
     dataset = load_dataset(Path(config.dataset), config.protocol)
+    refuse_too_few(ranks, len(dataset.sequences.training_users), "training users")
+    refuse_too_few(ranks, len(dataset.sequences.item_ids), "items")
+    refuse_disagreement(ranks, {**to_dict(config.model), **to_dict(config.train), "device": device.type})
     refuse_changed_texts(config, dataset)
     terms, views = build_terms(config, dataset.sequences)
     if config.model.method == NEIGHBOURS:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iisan_fast.errors import InputError
-from iisan_fast.ranks import Ranks, gathered
+from iisan_fast.ranks import Ranks, gathered, refuse_disagreement, refuse_too_few
 
 
 def exchanges(ranks: Ranks, rows: Tensor) -> dict[str, Any]:
@@ -32,14 +33,27 @@ def exchanges(ranks: Ranks, rows: Tensor) -> dict[str, Any]:
     }
 
 
+def disagreements(ranks: Ranks, values: list[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the messages of a rank that gives values[rank], and of one that counts 1, 2 and 3 rows."""
+    return {
+        "values": error_of(lambda: refuse_disagreement(ranks, values[ranks.rank])),
+        **{str(count): error_of(lambda count=count: refuse_too_few(ranks, count, "items")) for count in (1, 2, 3)},
+    }
+
+
+def error_of(work: Callable[[], Any]) -> str:
+    """Return the message of the InputError that a function raises; empty if it raises none."""
+    try:
+        work()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def _message(do: Any) -> str:
     """Return the message of the InputError that all ranks get."""
 
     def fail() -> None:
         raise InputError("bad input")
 
-    try:
-        do(fail)
-    except InputError as error:
-        return str(error)
-    return ""
+    return error_of(lambda: do(fail))
