@@ -24,7 +24,7 @@ from .array_files import pack_texts, write_arrays
 from .given_split import given_split, read_parts, report_unread
 from .histories import read_histories
 from .items import read_items
-from .split import Split, distinct_targets, right_align
+from .split import Split, distinct_targets
 from .temporal import SplitHistories, temporal_split
 
 LEAVE_ONE_OUT = {"validation": 2, "test": 1}  # how far from a history's end the target stands
@@ -107,12 +107,11 @@ class Sequences:
         lengths = ends - self.offsets[users]
         return Split(
             users=users,
-            inputs=right_align(self.items, ends, lengths, self.max_inputs),
-            targets=targets,
+            targets=targets.astype(np.int64, copy=False),
             lengths=lengths,
             ends=ends,
             items=self.items,
-            least_width=self.max_inputs + 2,
+            max_inputs=self.max_inputs,
         )
 
     def save(self, path: Path) -> None:

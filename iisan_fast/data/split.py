@@ -7,21 +7,39 @@ from functools import cached_property
 
 import numpy as np
 
+from .jagged_arrays import places, row_blocks
+
+Rows = np.ndarray | slice  # int64, or a range of them
+
 
 @dataclass(frozen=True)
 class Split:
-    """Held-out interactions, R in all. All arrays are int64; padded ones have 0 on the left.
+    """Held-out interactions, R in all. All arrays but `items` are int64; padded ones have 0 on the left.
 
-    Only under a given split has a user several targets: rows that follow each other and have the same history.
+    Only under a given split has a user several targets: rows that follow each other and have the same history. Arrays
+    of padded histories take much memory for all rows; they are made for some rows too.
     """
 
     users: np.ndarray  # [R]: user numbers, ascending; by leave-one-out all, each once
-    inputs: np.ndarray  # [R, max_inputs]: what the sequence encoder reads
     targets: np.ndarray  # [R]
     lengths: np.ndarray  # [R]: of the histories, all interactions before the targets, whose items ranking may mask
     ends: np.ndarray  # [R]: row r's history is items[ends[r] - lengths[r]:ends[r]]
-    items: np.ndarray  # [interactions]
-    least_width: int  # of padded histories
+    items: np.ndarray  # [interactions], int32 or int64
+    max_inputs: int
+
+    @cached_property
+    def inputs(self) -> np.ndarray:
+        """Return the inputs of the sequence encoder for all rows, int64 [R, max_inputs]."""
+        return self.inputs_of(slice(None))
+
+    def inputs_of(self, rows: Rows) -> np.ndarray:
+        """Return the inputs of the sequence encoder for some rows, int64 [rows, max_inputs]."""
+        return right_align(self.items, self.ends[rows], self.lengths[rows], self.max_inputs)
+
+    @property
+    def least_width(self) -> int:
+        """Return the least width of padded histories."""
+        return self.max_inputs + 2
 
     @cached_property
     def first_rows(self) -> np.ndarray:
@@ -33,8 +51,8 @@ class Split:
         """Return `users` if a user has several targets, else None."""
         return self.users if len(self.first_rows) < len(self.users) else None
 
-    def padded(self, rows: np.ndarray) -> np.ndarray:
-        """Return the histories of some rows, right-aligned, int64 [len(rows), width].
+    def padded(self, rows: Rows) -> np.ndarray:
+        """Return the histories of some rows, right-aligned, int64 [rows, width].
 
         width: the longest of them, and at least `least_width`.
         """
@@ -42,12 +60,13 @@ class Split:
         width = int(lengths.max(initial=self.least_width))
         return right_align(self.items, self.ends[rows], lengths, width)
 
-    def latest(self, count: int) -> np.ndarray:
-        """Return the last `count` items of all histories, right-aligned, int64 [R, width].
+    def latest(self, count: int, rows: Rows = slice(None)) -> np.ndarray:
+        """Return the last `count` items of the histories of some rows, by default all, int64 [rows, width].
 
-        width: the longest history, at most `count`.
+        They are right-aligned. width: the longest of these histories, at most `count`.
         """
-        return right_align(self.items, self.ends, self.lengths, min(count, int(self.lengths.max(initial=1))))
+        lengths = self.lengths[rows]
+        return right_align(self.items, self.ends[rows], lengths, min(count, int(lengths.max(initial=1))))
 
     @cached_property
     def history(self) -> np.ndarray:
@@ -59,27 +78,34 @@ class Split:
         """Return True for each target that is not in its user's history, bool [R]."""
         if self.repeated_users is not None:
             return self._reachable_by_user()
-        rows = np.repeat(np.arange(len(self.targets)), self.lengths)
-        before = np.cumsum(self.lengths) - self.lengths
-        history = self.items[np.arange(len(rows)) + np.repeat(self.ends - self.lengths - before, self.lengths)]
-        return np.bincount(rows[history == self.targets[rows]], minlength=len(self.targets)) == 0
+        reachable = np.ones(len(self.targets), dtype=bool)
+        for first, end in row_blocks(self.lengths):
+            lengths = self.lengths[first:end]
+            rows = np.repeat(np.arange(first, end), lengths)
+            history = self.items[places(self.ends[first:end] - lengths, lengths)]
+            reachable[rows[history == self.targets[rows]]] = False
+        return reachable
 
     def _reachable_by_user(self) -> np.ndarray:
         """Return `reachable`, and read each user's history once, however many targets the user has."""
-        first = self.first_rows
-        lengths = self.lengths[first]
-        before = np.cumsum(lengths) - lengths
-        history = self.items[np.arange(lengths.sum()) + np.repeat(self.ends[first] - lengths - before, lengths)]
+        begins = self.first_rows
+        lengths = self.lengths[begins]
         width = int(self.items.max()) + 1
-        pairs = np.repeat(self.users[first], lengths) * width + history
-        return ~np.isin(self.users * width + self.targets, pairs)
+        reachable = np.ones(len(self.targets), dtype=bool)
+        for first, end in row_blocks(lengths):
+            history = self.items[places((self.ends[begins] - lengths)[first:end], lengths[first:end])]
+            pairs = np.repeat(self.users[begins[first:end]], lengths[first:end]) * width + history
+            rows = slice(begins[first], begins[end] if end < len(begins) else None)
+            reachable[rows] = ~np.isin(self.users[rows] * width + self.targets[rows], pairs)
+        return reachable
 
 
 def right_align(items: np.ndarray, ends: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
     """Return the last `width` of the `lengths` items before each end, int64 [len(ends), width], 0 on the left."""
     back = np.arange(width, 0, -1)
     index = ends[:, None] - back
-    return np.where(back <= lengths[:, None], items[np.maximum(index, 0)], 0)
+    aligned = np.where(back <= lengths[:, None], items[np.maximum(index, 0)], 0)
+    return aligned.astype(np.int64, copy=False)
 
 
 def distinct_targets(items: np.ndarray, firsts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -89,8 +115,7 @@ def distinct_targets(items: np.ndarray, firsts: np.ndarray, counts: np.ndarray) 
     out.
     """
     users = np.repeat(np.arange(len(firsts)), counts)
-    before = np.cumsum(counts) - counts
-    targets = items[np.arange(len(users)) + (firsts - before)[users]]
+    targets = items[places(firsts, counts)]
     pairs = users * (int(items.max(initial=0)) + 1) + targets
     rows = np.sort(np.unique(pairs, return_index=True)[1])
     return users[rows], targets[rows]
