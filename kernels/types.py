@@ -297,13 +297,17 @@ TILE_ROWS = (16, 32, 64)  # the possible numbers of rows in a tile
 
 
 class StepShape(NamedTuple):
-    """Upper bounds of the batch sizes of a run on a GPU; all buffers have these sizes."""
+    """Upper bounds of the batch sizes of a run on a GPU; all buffers have these sizes.
+
+    Where several ranks train together, users and tiles are those of one rank, and the distinct items those of all.
+    """
 
     users: int  # U
     distinct: int  # V, a multiple of 32
     tiles: int  # T, groups of rows; all rows of a user stand in one tile
     tile_rows: int  # rows of a tile, one of TILE_ROWS
     positions: int  # P, inputs of the longest history, at most tile_rows
+    ranks: int = 1  # that train together
 
     @property
     def rows(self) -> int:
@@ -320,10 +324,15 @@ class StepShape(NamedTuple):
         """Return an upper bound on the occurrences of items, as input or target, in a batch."""
         return self.rows + self.users
 
+    @property
+    def encoded(self) -> int:
+        """Return an upper bound on the items that a rank encodes, E, a multiple of 32; V for one rank."""
+        return -(-self.distinct // (32 * self.ranks)) * 32
+
     def fields(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each field of a `StepBatch`, in the order of the fields in a packed batch."""
         rows = ("inputs", "targets", "row_users", "positions")
-        return {
+        fields: dict[str, tuple[int, ...]] = {
             "header": (HEADER_WORDS,),
             "users": (self.users,),
             "distinct": (self.distinct,),
@@ -332,6 +341,9 @@ class StepShape(NamedTuple):
             "occurrences": (self.occurrences,),
             "history_bits": (self.words, self.users + 1),
         }
+        if self.ranks > 1:
+            fields |= {"whole_offsets": (self.distinct + 1,), "encoded_count": (1,), "encoded": (self.encoded,)}
+        return fields
 
     def starts(self) -> list[int]:
         """Return the offset of each field of a packed batch, then the size of the batch, in int32 words."""
@@ -345,9 +357,12 @@ class StepBatch(NamedTuple):
     The header has the true counts. Entries beyond them are padding: users -1, distinct 0, targets 0, inputs -1,
     row_users U, positions 0, and offsets repeat the last one. The rows of a user stand in one tile, one after the
     other, in the order of the history. A tile may have padding rows between users and after them; their input is -1.
+
+    Where several ranks train together, a rank has the rows of its users, and the columns are the items of all users.
+    Rank r of N encodes the distinct items r, r + N, r + 2 N and so on.
     """
 
-    header: Tensor  # [HEADER_WORDS]: in the order of HEADER; prefix: dropout's hash of seed and step, a uint32
+    header: Tensor  # [HEADER_WORDS]: in the order of HEADER; rows: of all ranks; prefix: a uint32, dropout's hash
     users: Tensor  # [U]: the user numbers that enter dropout's hash
     distinct: Tensor  # [V]: ascending item numbers
     offsets: Tensor  # [V + 1]: the occurrences of distinct item v are offsets[v] .. offsets[v + 1] - 1
@@ -357,10 +372,14 @@ class StepBatch(NamedTuple):
     positions: Tensor  # [M]: 0 .. P - 1: histories are right-aligned
     occurrences: Tensor  # [M + U]: 4 * row + 1 (the item is input of row) + 2 (it is the target of row - 1)
     history_bits: Tensor  # [W, U + 1]: bit v % 32 of word [v // 32, user]: distinct item v is in the user's history
+    whole_offsets: Tensor  # [V + 1]: offsets by the occurrences of all ranks; for one rank `offsets`, like the next two
+    encoded_count: Tensor  # its first number is the true number of the next; for one rank `header`
+    encoded: Tensor  # [E]: numbers of the items that this rank encodes; for one rank `distinct`
 
     @classmethod
     def of(cls, buffer: Tensor, shape: StepShape) -> StepBatch:
         """Return the fields of a packed batch as views of its buffer, int32 [shape.starts()[-1]]."""
-        starts = shape.starts()
-        parts = zip(starts, shape.fields().values())
-        return cls(*(buffer[start : start + math.prod(size)].view(size) for start, size in parts))
+        parts = zip(shape.fields().items(), shape.starts())
+        views = {name: buffer[start : start + math.prod(size)].view(size) for (name, size), start in parts}
+        alone = {"whole_offsets": "offsets", "encoded_count": "header", "encoded": "distinct"}
+        return cls(**{field: views[name] for field, name in alone.items()} | views)

@@ -1,7 +1,7 @@
 """Pack batches for a step on a GPU: windows of int32 words, all batches of a run in one shape.
 
 `kernels.StepBatch` defines the layout. The rows of histories are packed into tiles in order: a user whose rows do not
-fit into the current tile begins the next one.
+fit into the current tile begins the next one. Where several ranks train together, each packs its share of a batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import HEADER, TILE_ROWS, StepShape, dropout_prefix
+from ..ranks import ALONE, Ranks
 from .epoch_plan import Layout, Window, batch_bounds, epoch_windows, lay_out, steps_per_epoch
+from .layout_shares import layout_share
 from .sequences import Sequences
 
 WINDOW_BYTES = 64 << 20  # limit of a window with more than one batch
@@ -24,7 +26,7 @@ MANY_USERS = 512  # a batch with more users has tiles of at least 32 rows
 
 
 class BatchSize(NamedTuple):
-    """The size of a batch without padding."""
+    """The size of a batch, of all ranks together, without padding."""
 
     rows: int
     slots: int  # places in the users' histories
@@ -35,7 +37,7 @@ class PackedWindow(NamedTuple):
 
     words: Tensor  # int32 [batches, words]
     sizes: list[BatchSize]  # of each batch
-    items: tuple[Tensor, ...]  # int64: each batch's distinct items
+    items: tuple[Tensor, ...]  # int64: the items of each batch that this rank encodes, at least one
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,18 @@ class RunPlan:
     window_batches: int  # at most as many in a window
     first_batches: int = FIRST_BATCHES  # at most as many in an epoch's first window
     own_mask: bool = True  # leave the items of a row's user out of its negatives
+    ranks: Ranks = ALONE
 
     @classmethod
-    def of(cls, sequences: Sequences, batch_users: int, seed: int, own_mask: bool = True) -> RunPlan | None:
-        """Plan a run, or return None if a history is too long for a tile."""
-        shape = step_shape(sequences, batch_users)
+    def of(
+        cls, sequences: Sequences, batch_users: int, seed: int, own_mask: bool = True, ranks: Ranks = ALONE
+    ) -> RunPlan | None:
+        """Plan a run, or return None if a history is too long for a tile. The plans of all ranks have one shape."""
+        shape = step_shape(sequences, batch_users, ranks=ranks)
         if shape is None:
             return None
         batches = min(window_batches(shape), steps_per_epoch(sequences, batch_users))
-        return cls(sequences, batch_users, seed, shape, batches, own_mask=own_mask)
+        return cls(sequences, batch_users, seed, shape, batches, own_mask=own_mask, ranks=ranks)
 
     def windows(self, epoch: int, taken: int = 0) -> Iterator[Window]:
         """Yield the windows of an epoch, which `pack` takes, without its first `taken` batches."""
@@ -65,30 +70,40 @@ class RunPlan:
         return epoch_windows(self.sequences, self.batch_users, self.seed, epoch, *sizes, taken)
 
     def pack(self, window: Window, pin: bool = False) -> PackedWindow:
-        """Pack a window into new memory of the host. pin: into pinned memory."""
+        """Pack this rank's share of a window into new memory of the host. pin: into pinned memory."""
         layout = lay_out(self.sequences, window.users, self.batch_users)
         size = (layout.batches, self.shape.starts()[-1])
         words = torch.empty(size, dtype=torch.int32, pin_memory=pin)
-        pack_window(layout, self.shape, window.first_step, self.seed, words.numpy(), self.own_mask)
+        pack_window(layout, self.shape, window.first_step, self.seed, words.numpy(), self.own_mask, self.ranks)
         counts = (np.diff(bounds).tolist() for bounds in (layout.row_bounds, layout.slot_bounds))
-        items = torch.from_numpy(layout.distinct).split(np.diff(layout.distinct_bounds).tolist())
+        distinct = torch.from_numpy(layout.distinct).split(np.diff(layout.distinct_bounds).tolist())
+        items = tuple(self._encoded(items) for items in distinct) if self.ranks.several else distinct
         return PackedWindow(words, list(map(BatchSize, *counts)), items)
 
+    def _encoded(self, distinct: Tensor) -> Tensor:
+        """Return the items that this rank encodes; the first of all if there is none, so that a source can read it."""
+        encoded = distinct[self.ranks.rank :: self.ranks.count]
+        return encoded.contiguous() if len(encoded) else distinct[:1]
 
-def step_shape(sequences: Sequences, batch_users: int, tile_rows: int | None = None) -> StepShape | None:
+
+def step_shape(
+    sequences: Sequences, batch_users: int, tile_rows: int | None = None, ranks: Ranks = ALONE
+) -> StepShape | None:
     """Return the shape that every batch of a run fits into, or None if a history is too long for a tile.
 
     tile_rows: one of TILE_ROWS; None: the smallest one that suits the run.
     """
     bounds = batch_bounds(sequences, batch_users)
+    share_users = -(-batch_users // ranks.count)
+    share = batch_bounds(sequences, min(share_users, ranks.block_size(bounds.users)))
     if tile_rows is None:
-        least = max(bounds.inputs, 32 if batch_users > MANY_USERS else 16)
+        least = max(bounds.inputs, 32 if share_users > MANY_USERS else 16)
         tile_rows = next((rows for rows in TILE_ROWS if rows >= least), 0)
     if bounds.inputs > tile_rows:
         return None
     # Two neighbouring tiles hold more rows than one has: the second one's first user did not fit into the first.
-    tiles = min(bounds.users, 2 * bounds.rows // tile_rows + 1)
-    return StepShape(bounds.users, bounds.distinct, tiles, tile_rows, bounds.inputs)
+    tiles = min(share.users, 2 * share.rows // tile_rows + 1)
+    return StepShape(share.users, bounds.distinct, tiles, tile_rows, bounds.inputs, ranks.count)
 
 
 def window_batches(shape: StepShape) -> int:
@@ -97,21 +112,32 @@ def window_batches(shape: StepShape) -> int:
 
 
 def pack_window(
-    layout: Layout, shape: StepShape, first_step: int, seed: int, out: np.ndarray, own_mask: bool = True
+    whole: Layout,
+    shape: StepShape,
+    first_step: int,
+    seed: int,
+    out: np.ndarray,
+    own_mask: bool = True,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Pack batches into `out`, int32 [batches, words], as `StepBatch`es of the shape. Every word of it is written.
 
-    first_step: the run's step number of the first batch. seed: seed of the dropout. own_mask: whether the history bits
-    are set. Raises ValueError for a batch that does not fit into the shape.
+    whole: the batches of all ranks. first_step: the run's step number of the first batch. seed: seed of the dropout.
+    own_mask: whether the history bits are set. ranks: whose share is packed. Raises ValueError for a batch that does
+    not fit into the shape.
     """
+    layout = layout_share(whole, ranks)
     first_rows, tiles = _tiles(layout, shape.tile_rows)
     counts = _headers(layout, tiles, first_step, seed)
     _check(layout, shape, counts)
+    counts["rows"] = np.diff(whole.row_bounds)
     places = dict(zip(shape.fields(), shape.starts()))
     words = out.shape[1]
     flat = out.reshape(-1)
     out.fill(0)
     fillers = {"users": -1, "inputs": -1, "row_users": shape.users, "offsets": counts["occurrences"][:, None]}
+    if ranks.several:
+        fillers["whole_offsets"] = np.diff(whole.slot_bounds)[:, None]
     for name, filler in fillers.items():
         (size,) = shape.fields()[name]
         out[:, places[name] : places[name] + size] = filler
@@ -124,6 +150,8 @@ def pack_window(
     _pack_occurrences(layout, places, flat, starts, first_rows)
     if own_mask:
         _pack_history_bits(layout, shape, places, flat, starts)
+    if ranks.several:
+        _pack_whole(whole, ranks, places, flat, starts)
 
 
 def _tiles(layout: Layout, tile_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -140,7 +168,7 @@ def _tiles(layout: Layout, tile_rows: int) -> tuple[np.ndarray, np.ndarray]:
     while user < users:
         first_users.append(user)
         user = following[user]
-    first_users = np.array(first_users)
+    first_users = np.array(first_users, dtype=np.int64)
     bounds = np.searchsorted(first_users, layout.user_bounds)
     in_batch = np.arange(len(first_users)) - np.repeat(bounds[:-1], np.diff(bounds))
     shifts = np.repeat(in_batch * tile_rows - rows[first_users], np.diff(first_users, append=users))
@@ -167,7 +195,7 @@ def _check(layout: Layout, shape: StepShape, counts: dict[str, np.ndarray]) -> N
     for name, limit in limits.items():
         if (most := int(counts[name].max())) > limit:
             raise ValueError(f"batch.{name}: expected at most {limit}, found {most}")
-    if (most := int(np.diff(layout.user_rows).max())) > shape.positions:
+    if (most := int(np.diff(layout.user_rows).max(initial=0))) > shape.positions:
         raise ValueError(f"batch.positions: expected at most {shape.positions}, found {most}")
 
 
@@ -214,8 +242,8 @@ def _pack_occurrences(
     """Write the slots of each item: 4 * row, plus 1 for an input of that row, plus 2 for a target of the row before."""
     codes = 4 * (np.arange(len(layout.slot_user)) + (first_rows - layout.user_slots)[layout.slot_user]) + 3
     codes[layout.user_slots] -= 2  # the first slot of a history is no target
-    codes[layout.user_slots[1:] - 1] -= 1  # the last slot is no input
-    codes[-1] -= 1
+    lengths = np.diff(layout.user_slots, append=len(codes))
+    codes[layout.user_slots + lengths - 1] -= 1  # the last slot is no input
     bounds = layout.slot_bounds
     slot_places = np.arange(len(codes)) + layout.by_batch(starts - bounds[:-1], bounds)
     flat[places["occurrences"] :][slot_places] = codes.astype(np.int32)[layout.sorted_slots]
@@ -231,3 +259,15 @@ def _pack_history_bits(
     words = (index >> 5) * width + (layout.slot_user + first_words)
     bits = np.left_shift(np.uint32(1), (index & 31).astype(np.uint32))
     np.bitwise_or.at(flat.view(np.uint32), words, bits)
+
+
+def _pack_whole(whole: Layout, ranks: Ranks, places: dict[str, int], flat: np.ndarray, starts: np.ndarray) -> None:
+    """Write the fields that a batch of several ranks has beside the others, from the batches of all ranks."""
+    bounds = whole.distinct_bounds
+    index = np.arange(len(whole.distinct)) - whole.by_batch(bounds[:-1], bounds)
+    items_starts = whole.by_batch(starts, bounds)
+    offsets = whole.occurrences[:-1] - whole.by_batch(whole.slot_bounds[:-1], bounds)
+    flat[places["whole_offsets"] :][items_starts + index] = offsets.astype(np.int32)
+    taken = index % ranks.count == ranks.rank
+    flat[places["encoded"] :][items_starts[taken] + index[taken] // ranks.count] = whole.distinct[taken]
+    flat[places["encoded_count"] :][starts] = -((ranks.rank - np.diff(bounds)) // ranks.count)

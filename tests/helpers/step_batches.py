@@ -31,23 +31,30 @@ def step_shape(
 
 
 def pack_batch(
-    histories: Histories, shape: StepShape, users: Sequence[int] = (), step: int = 0, prefix: int = 0
+    histories: Histories,
+    shape: StepShape,
+    users: Sequence[int] = (),
+    step: int = 0,
+    prefix: int = 0,
+    whole: Histories | None = None,
+    rank: int = 0,
 ) -> Tensor:
     """Return a batch packed as `StepBatch` reads it.
 
-    Args: users: the users' numbers; 0, 1 … if empty; prefix: the dropout's hash of seed and step.
+    Args: users: the users' numbers; 0, 1 … if empty; prefix: the dropout's hash of seed and step; whole: the histories
+    of all ranks, if the others are those of this rank.
     """
+    whole = histories if whole is None else whole
     buffer = torch.zeros(shape.starts()[-1], dtype=torch.int32)
     batch = StepBatch.of(buffer, shape)
     batch.users.fill_(-1)
     batch.inputs.fill_(-1)
     batch.row_users.fill_(shape.users)
-    items = sorted({item for history in histories for item in history})
+    items = sorted({item for history in whole for item in history})
     index = {item: i for i, item in enumerate(items)}
     first_rows, tiles = _first_rows(histories, shape.tile_rows)
     occurrences: dict[int, list[int]] = defaultdict(list)
     words = [[0] * (shape.users + 1) for _ in range(shape.words)]
-    rows = 0
     for user, history in enumerate(histories):
         batch.users[user] = users[user] if users else user
         for i, item in enumerate(history):
@@ -60,13 +67,18 @@ def pack_batch(
                 batch.targets[row] = index[history[i + 1]]
                 batch.row_users[row] = user
                 batch.positions[row] = shape.positions + 1 - len(history) + i
-                rows += 1
     listed = [code for i in range(len(items)) for code in occurrences[i]]
     batch.distinct[: len(items)] = torch.tensor(items, dtype=torch.int32)
     batch.occurrences[: len(listed)] = torch.tensor(listed, dtype=torch.int32)
-    ends = [sum(len(occurrences[j]) for j in range(min(i, len(items)))) for i in range(shape.distinct + 1)]
-    batch.offsets.copy_(torch.tensor(ends, dtype=torch.int32))
+    batch.offsets.copy_(_offsets([len(occurrences[i]) for i in range(len(items))], shape))
+    if shape.ranks > 1:
+        everywhere = [item for history in whole for item in history]
+        batch.whole_offsets.copy_(_offsets([everywhere.count(item) for item in items], shape))
+        encoded = [item for i, item in enumerate(items) if i % shape.ranks == rank]
+        batch.encoded_count.fill_(len(encoded))
+        batch.encoded[: len(encoded)] = torch.tensor(encoded, dtype=torch.int32)
     batch.history_bits.copy_(torch.tensor([[_signed(word) for word in line] for line in words], dtype=torch.int32))
+    rows = sum(len(history) - 1 for history in whole)
     counts = {"distinct": len(items), "rows": rows, "tiles": tiles, "users": len(histories)}
     counts |= {"step": step, "prefix": _signed(prefix), "occurrences": len(listed)}
     batch.header[: len(HEADER)] = torch.tensor([counts[name] for name in HEADER], dtype=torch.int32)
@@ -89,6 +101,12 @@ def _first_rows(histories: Histories, tile_rows: int) -> tuple[list[int], int]:
         first_rows.append(row)
         row += len(history) - 1
     return first_rows, -(-row // tile_rows)
+
+
+def _offsets(counts: Sequence[int], shape: StepShape) -> Tensor:
+    """Return where each item's occurrences start, and their number from the last item on: int32 [V + 1]."""
+    starts = [sum(counts[:i]) for i in range(shape.distinct + 1)]
+    return torch.tensor(starts, dtype=torch.int32)
 
 
 def _signed(word: int) -> int:

@@ -10,7 +10,7 @@ HISTORIES = [[50, 60, 70], list(range(1, 16)), [50, 50]]  # 2, 14 and 1 rows: th
 
 def test_a_batch_of_three_users():
     shape = step_shape(HISTORIES, positions=20, spare=(1, 1, 1))
-    assert shape[:] == (4, 64, 3, 16, 20)
+    assert shape[:] == (4, 64, 3, 16, 20, 1)
     batch = StepBatch.of(pack_batch(HISTORIES, shape, users=[7, 9, 8], step=3, prefix=2**32 - 5), shape)
     counts = dict(zip(HEADER, batch.header.tolist()))
     assert counts == dict(distinct=18, rows=17, tiles=2, users=3, step=3, prefix=-5, occurrences=20)
