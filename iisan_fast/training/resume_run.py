@@ -22,6 +22,7 @@ from .run_progress import Progress
 from .run_terms import damage_of_terms, read_terms, terms_again
 from .scoring import Scoring
 from .trainer import Trainer
+from .training_loop import TrainingLoop
 from .unchanged_dataset import dataset_again, same_dataset
 from .untrained_run import rank_untrained
 
@@ -127,7 +128,7 @@ def resume(
             _mention_other_rounding(folder, device)
             if restored:  # a run may have been killed after it wrote the checkpoint and before it wrote the metrics
                 folder.write_metrics(trainer.progress.lines)
-            return trainer.run(folder, read_terms(folder), on_epoch)
+            return TrainingLoop(trainer, folder, read_terms(folder), on_epoch).run()
 
 
 def _moved_encoder(config: RunConfig, uncached: UncachedConfig | None, kind: str, encoder: str) -> UncachedConfig:

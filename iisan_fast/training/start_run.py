@@ -20,6 +20,7 @@ from .run_folder import RunFolder
 from .run_terms import build_terms, file_of_terms
 from .scoring import Scoring
 from .trainer import Trainer
+from .training_loop import TrainingLoop
 from .unchanged_dataset import refuse_changed_texts
 from .untrained_run import rank_untrained
 
@@ -61,7 +62,7 @@ def train(
         with folder:
             began_with = {} if initial is None else {RECORDED_AS: initial.record}
             folder.begin(trainer.config, views, dataset, file_of_terms(terms), device, began_with)
-            return trainer.run(folder, terms, on_epoch)
+            return TrainingLoop(trainer, folder, terms, on_epoch).run()
 
 
 def check_new_run(config: RunConfig, out: Path, device: torch.device) -> Precision:

@@ -1,16 +1,9 @@
-"""Train a run: validate after each epoch, keep the best checkpoint, and test it once at the end.
-
-The run is saved after each epoch, and within an epoch after the configured interval, and after the step under way if a
-signal asks to stop. It goes on from there with the same results, bit for bit.
-"""
+"""Hold a run in memory: its model, the step that trains it, the batches, and how far it has come."""
 
 from __future__ import annotations
 
 import logging
-import shlex
-import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -33,41 +26,28 @@ from ..data import (
     steps_per_epoch,
     with_reversed_users,
 )
-from ..errors import InputError, Stopped, error_text
-from ..evaluation import parameter_counts
-from ..intervals import IntervalClock
-from ..models import NeighbourTerms, build_recommender
+from ..errors import InputError
+from ..models import build_recommender
 from ..precision import Precision
-from ..progress import progress_bar
 from ..ranks import ALONE, Ranks
 from ..states import ItemSource, PlannedBatch, PreparedBatch, planned_batches, prepared_batches
-from ..stop_signals import Interrupted, StopRequest, stop_requests
-from .averaged_weights import averaged_weights
 from .checkpoints import (
     RESTORE,
-    adam_tensors,
-    average_tensors,
-    best_tensors,
-    item_vectors,
     load_adam,
     load_averages,
     load_weights,
-    named_weights,
 )
-from .determinism import deterministic
 from .fused_step import CpuFusedStep, GpuFusedStep, fused_step_refusal
 from .initial_weights import InitialWeights
 from .learning_rates import RateSchedule
 from .lost_best import refuse_lost_best
 from .memory_budget import MemoryBudget
 from .run_folder import RunFolder
-from .run_progress import SELECTED_BY, Progress
-from .scoring import Scoring, TermWeights, split_states
-from .training_step import CapturedStep, Reading, TrainingStep
+from .run_progress import Progress
+from .training_step import CapturedStep, TrainingStep
 from .update_options import UpdateOptions
 
 LOGGER = logging.getLogger(__name__)
-READ_EVERY = 50  # steps between two readings of the loss; the host waits for a reading
 
 
 class Trainer:
@@ -111,9 +91,6 @@ class Trainer:
         self.progress = Progress()
         self.steps_per_epoch = steps_per_epoch(self.training_sequences, config.train.batch_users)
         self.schedule = RateSchedule.of(config.train, self.steps_per_epoch)
-        self._clock = IntervalClock(config.train.checkpoint_interval)
-        self.scoring: Scoring  # with the terms that `run` takes
-        self._saved = ""  # the place of the last checkpoint; empty if there is none
 
     def _choose_step(self, products: torch.dtype) -> None:
         """Take fused steps, or steps by autograd if a fused step cannot train the model; the log says why."""
@@ -158,31 +135,6 @@ class Trainer:
         except kernels.FormError as error:
             raise InputError(str(error)) from None
 
-    def run(
-        self, folder: RunFolder, terms: NeighbourTerms, on_epoch: Callable[[dict[str, Any]], None]
-    ) -> dict[str, Any]:
-        """Train until the early stop or the last epoch, test the best checkpoint, and return the test figures.
-
-        folder: takes the checkpoints, metrics and test figures. terms: those in the folder. on_epoch: as in `train`.
-        Raises InputError if the loss is not finite, memory does not suffice, or a file cannot be written. Raises
-        Stopped after a signal, when the run is saved.
-        """
-        self.scoring = Scoring(self.sequences, terms, self.device)
-        with stop_requests() as request, deterministic():
-            self._clock.restart()
-            while not self.progress.finished(self.config.train):
-                if request.signal_number is not None:
-                    raise self._stopped(folder, request.signal_number)
-                self._epoch(folder, request)
-                on_epoch(self.progress.lines[-1])
-            try:
-                with request.raised_at_once():
-                    result = self._test(folder)
-            except Interrupted:
-                raise self._stopped(folder, request.signal_number) from None
-            folder.write_test(result)
-        return result
-
     def restore(self, folder: RunFolder) -> None:
         """Load the run's last checkpoint. Raises InputError if it does not fit the model or the data.
 
@@ -197,7 +149,6 @@ class Trainer:
         load_averages(self.model, self.step.averages, tensors, path)
         self.progress = progress
         self.step.record.copy_(torch.tensor(self.progress.under_way.record, dtype=torch.float64))
-        self._saved = self.progress.place
 
     def _checked_progress(self, state: dict[str, Any], path: Path) -> Progress:
         """Return the progress from a checkpoint's state. Raises InputError if it is not a state of this run."""
@@ -211,93 +162,11 @@ class Trainer:
             raise InputError(f"{path}: expected the losses of an epoch's steps and their time, found none; {RESTORE}")
         return progress
 
-    def _stopped(self, folder: RunFolder, signal_number: int) -> Stopped:
-        """Return the exception for a signal: what is saved, and the command that goes on."""
-        saved = f"{self._saved} is saved" if self._saved else "there was nothing to save yet"
-        command = f"iisan-fast train --resume {shlex.quote(str(folder.path))}"
-        return Stopped(f"{folder.path}: {saved}; go on with {command}", signal_number)
-
-    def _epoch(self, folder: RunFolder, request: StopRequest) -> None:
-        """Train and validate one epoch, and write its checkpoints and metrics.
-
-        Raises InputError, with the epoch, if the loss or a score is not finite, memory lacks, a form fails, or a file
-        cannot be written. Raises Stopped after a signal, when the run is saved.
-        """
-        number = self.progress.epoch + 1
-        try:
-            with self.memory.refuse_lack_of_memory():
-                self._train_epoch(folder, request)
-                self._finish_epoch(folder, request)
-        except (InputError, kernels.FormError, OSError) as error:
-            saved = (
-                f"the checkpoint of {self._saved} is kept, and --resume goes on from it"
-                if self._saved
-                else "there is no checkpoint yet"
-            )
-            raise InputError(f"{folder.path}: stopped in epoch {number}: {error_text(error)}; {saved}") from None
-
-    def _train_epoch(self, folder: RunFolder, request: StopRequest) -> None:
-        """Take the steps of the epoch that are left. Raises Stopped after a signal, when the run is saved."""
-        self.model.train()
-        epoch = self.progress.under_way
-        started = time.perf_counter() - epoch.seconds
-        interactions = self.training_sequences.epoch_interactions
-        with (
-            progress_bar(f"epoch {self.progress.epoch + 1}", interactions, "items") as advance,
-            closing(self.batches(self.progress.epoch, epoch.steps)) as batches,  # closed before the source is
-        ):
-            advance(epoch.slots)
-            for prepared in batches:
-                if self.config.train.scheduled:
-                    self.step.scale_rates(
-                        self.schedule.factor(self.progress.epoch * self.steps_per_epoch + epoch.steps)
-                    )
-                self.take(prepared)
-                epoch.steps += 1
-                epoch.slots += prepared.slots
-                note = ""
-                if epoch.steps % READ_EVERY == 0 or epoch.steps == self.steps_per_epoch:
-                    self._read()
-                    note = f"loss {epoch.loss / epoch.rows:.4f}, step {epoch.steps} of {self.steps_per_epoch}"
-                epoch.seconds = time.perf_counter() - started
-                if self._clock.step() or request.signal_number is not None:
-                    self._save(folder)
-                if request.signal_number is not None:
-                    raise self._stopped(folder, request.signal_number)
-                advance(prepared.slots, note=note)
-        if isinstance(self.step, CpuFusedStep):
-            self.step.release()  # validation may need its memory
-
-    def _finish_epoch(self, folder: RunFolder, request: StopRequest) -> None:
-        """Validate, and write the checkpoints and metrics of a finished epoch.
-
-        Raises Stopped after a signal, when the run is saved. A validation under way is done again on resume.
-        """
-        progress = self.progress
-        trained = time.perf_counter()
-        try:
-            with averaged_weights(self.step.averages), request.raised_at_once():
-                vectors, report = self._validate()
-        except Interrupted:
-            self._save(folder)
-            raise self._stopped(folder, request.signal_number) from None
-        progress.finish_epoch(report, time.perf_counter() - trained, self.training_sequences.epoch_interactions)
-        if progress.best_epoch == progress.epoch:
-            with averaged_weights(self.step.averages):
-                folder.save_best(best_tensors(self.model, vectors, self.source), {"epoch": progress.epoch})
-        self._save(folder)  # it also holds the metrics, so that both agree after a crash
-        folder.write_metrics(progress.lines)
-
-    def _save(self, folder: RunFolder) -> None:
-        """Write the last checkpoint. Raises InputError if a loss was not finite, OSError if it cannot be written."""
-        record = self.step.record.cpu()
-        _refuse_failed_step(Reading.of(record.clone()))
-        self.progress.under_way.record = record.tolist()
-        tensors = {**named_weights(self.model), **adam_tensors(self.model, self.step.optimizer)}
-        tensors |= average_tensors(self.model, self.step.averages)
-        folder.save_last(tensors, self.progress.as_state())
-        self._saved = self.progress.place
-        self._clock.restart()
+    def schedule_rates(self) -> None:
+        """Set the learning rates of the next step, if they change from step to step."""
+        if self.config.train.scheduled:
+            step = self.progress.epoch * self.steps_per_epoch + self.progress.under_way.steps
+            self.step.scale_rates(self.schedule.factor(step))
 
     def batches(self, epoch: int, taken: int = 0) -> Generator[PreparedBatch | PlannedBatch, None, None]:
         """Yield an epoch's batches, prepared ahead of their steps.
@@ -332,55 +201,6 @@ class Trainer:
                 return self.step(prepared)
             return (self.captured or self.step)(prepared.batch, prepared.item_inputs)
 
-    def _read(self) -> None:
-        """Add the losses since the last call to those of the epoch. Raises InputError if one was not finite."""
-        reading = self.step.read()
-        _refuse_failed_step(reading)
-        self.progress.under_way.loss += reading.loss
-        self.progress.under_way.rows += reading.rows
-
-    def _validate(self) -> tuple[Tensor, dict[str, Any]]:
-        """Return the vectors of all items, and the metrics on the validation set by the score with its terms."""
-        self.model.eval()
-        vectors = self.model.catalogue_vectors(self.source)
-        config = self.config.evaluation
-        config = replace(config, ks=tuple(sorted({*config.ks, SELECTED_BY})))
-        states = self._user_states(vectors, "validation")
-        weights = TermWeights.of(self.config.scoring)
-        return vectors, self.scoring.report(states, vectors, "validation", config, weights)
-
-    def _test(self, folder: RunFolder) -> dict[str, Any]:
-        """Load the best checkpoint, and return its figures on the test set. Raises InputError if it does not fit."""
-        tensors, state = folder.load_best()
-        if state["epoch"] != self.progress.best_epoch:
-            raise InputError(
-                f"{folder.best}: expected the best epoch, {self.progress.best_epoch}, found epoch {state['epoch']}; "
-                f"{RESTORE}"
-            )
-        load_weights(self.model, tensors, folder.best)
-        vectors = item_vectors(tensors, len(self.sequences.item_ids), self.config.model.embedding_dim, folder.best).to(
-            self.device
-        )
-        self.model.eval()
-        evaluation = self.config.evaluation
-        weights = TermWeights.of(self.config.scoring)
-        if self.config.scoring.fit_terms:
-            states = self._user_states(vectors, "validation")
-            weights = self.scoring.fitted(states, vectors, evaluation, weights.cold_bias)
-        return {
-            "method": self.config.model.method,
-            "best_epoch": state["epoch"],
-            "epochs": self.progress.epoch,
-            "trainable_parameters": parameter_counts(self.model)["trainable"],
-            "test": self.scoring.report(self._user_states(vectors, "test"), vectors, "test", evaluation, weights),
-            **self.scoring.baselines("test", evaluation),
-            "scoring": weights._asdict(),
-        }
-
-    def _user_states(self, vectors: Tensor, split: str) -> Tensor:
-        """Return the user state for each target of a split, [R, d]."""
-        return split_states(self.model, vectors, self.sequences.split(split))
-
 
 def _negatives(config: RunConfig, sequences: Sequences) -> Negatives:
     """Return the negatives of a run's loss. Raises InputError if more are drawn than items occur in training."""
@@ -393,9 +213,3 @@ def _negatives(config: RunConfig, sequences: Sequences) -> Negatives:
             f"lower N of {kind}:N"
         )
     return Negatives.of(train)
-
-
-def _refuse_failed_step(reading: Reading) -> None:
-    """Raise InputError if the loss of a step was not finite."""
-    if reading.failed_step is not None:
-        raise InputError(f"step {reading.failed_step}: the loss is {reading.failed_loss}; lower the learning rates")

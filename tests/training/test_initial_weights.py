@@ -26,6 +26,7 @@ from iisan_fast.training.item_sources import open_source
 from iisan_fast.training.resume_run import RunChanges, resume
 from iisan_fast.training.start_run import train
 from iisan_fast.training.trainer import Trainer
+from iisan_fast.training.training_loop import TrainingLoop
 
 CPU = torch.device("cpu")
 FAST = {"adapters": 1e-2, "gates": 1e-2, "heads": 1e-2, "sequence_encoder": 1e-2, "item_embeddings": 1e-2}
@@ -191,7 +192,7 @@ def begun(config, first, tmp_path, monkeypatch) -> tuple[Path, Path]:
 
     initial = shutil.copytree(first, tmp_path / "initial")
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "run", killed)
+        patch.setattr(TrainingLoop, "run", killed)
         with pytest.raises(Killed):
             train(beginning_with(initial, config), tmp_path / "run", CPU)
     return initial, tmp_path / "run"

@@ -24,6 +24,7 @@ from iisan_fast.training.resume_run import RunChanges, resume
 from iisan_fast.training.run_folder import RunFolder
 from iisan_fast.training.start_run import train
 from iisan_fast.training.trainer import Trainer
+from iisan_fast.training.training_loop import TrainingLoop
 from iisan_fast.training.training_step import CapturedStep
 
 CPU = torch.device("cpu")
@@ -166,7 +167,7 @@ def test_averaged_weights_are_validated_and_kept_and_change_no_training(tmp_path
         in_model = name.replace("average.", "model.")
         assert torch.equal(best[in_model], tensor) and not torch.equal(plain[in_model], tensor)
     assert len(averages) == sum(name.startswith("model.") for name in plain)
-    at_call(monkeypatch, Trainer, "_user_states", 1, send())
+    at_call(monkeypatch, TrainingLoop, "_user_states", 1, send())
     with pytest.raises(Stopped):
         train(averaged, tmp_path / "stopped", CPU)
     monkeypatch.undo()
@@ -235,7 +236,7 @@ def test_checkpoints_within_an_epoch_come_after_their_steps_or_time(tmp_path, co
 
 
 def test_a_run_stopped_in_validation_does_it_again(tmp_path, config, whole, monkeypatch):
-    at_call(monkeypatch, Trainer, "_user_states", 2, send(signal.SIGINT))
+    at_call(monkeypatch, TrainingLoop, "_user_states", 2, send(signal.SIGINT))
     with pytest.raises(Stopped, match="step 10 of epoch 2 is saved") as stop:
         train(config, tmp_path / "run", CPU)
     assert stop.value.signal_number == signal.SIGINT and state_of(tmp_path / "run") == (1, STEPS)
@@ -244,7 +245,7 @@ def test_a_run_stopped_in_validation_does_it_again(tmp_path, config, whole, monk
 
 
 def test_a_run_stopped_in_its_test_does_it_again(tmp_path, config, whole, monkeypatch):
-    at_call(monkeypatch, Trainer, "_user_states", EPOCHS + 1, send())
+    at_call(monkeypatch, TrainingLoop, "_user_states", EPOCHS + 1, send())
     with pytest.raises(Stopped, match="epoch 3 is saved"):
         train(config, tmp_path / "run", CPU)
     assert not (tmp_path / "run" / "test.json").exists()
@@ -263,16 +264,16 @@ def test_a_file_under_way_is_finished_before_a_run_stops(tmp_path, config, whole
 
 
 def test_a_signal_before_the_first_step_leaves_a_run_that_begins_again(tmp_path, config, whole, monkeypatch):
-    begin = Trainer._epoch
+    begin = TrainingLoop._epoch
 
-    def signalled(self, folder, request) -> None:
+    def signalled(self, request) -> None:
         request.signal_number = signal.SIGTERM
-        raise self._stopped(folder, request.signal_number)
+        raise self._stopped(request.signal_number)
 
-    monkeypatch.setattr(Trainer, "_epoch", signalled)
+    monkeypatch.setattr(TrainingLoop, "_epoch", signalled)
     with pytest.raises(Stopped, match="there was nothing to save yet; go on with iisan-fast train --resume"):
         train(config, tmp_path / "run", CPU)
-    monkeypatch.setattr(Trainer, "_epoch", begin)
+    monkeypatch.setattr(TrainingLoop, "_epoch", begin)
     goes_on_to(whole, tmp_path / "run")
 
 
@@ -315,7 +316,7 @@ def test_memory_refused_within_an_epoch_names_the_step_that_is_kept(tmp_path, co
     def refuse() -> None:
         raise MemoryError("refused")
 
-    at_call(monkeypatch, Trainer, "_read", 1, refuse)  # after step 10
+    at_call(monkeypatch, TrainingLoop, "_read", 1, refuse)  # after step 10
     message = "stopped in epoch 1: not enough memory on cpu .*; the checkpoint of step 7 of epoch 1 is kept"
     with pytest.raises(InputError, match=message):
         train(with_train(config, checkpoint_every=7), tmp_path / "run", CPU)

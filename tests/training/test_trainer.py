@@ -25,6 +25,7 @@ from iisan_fast.training.run_folder import RunFolder
 from iisan_fast.training.run_progress import Progress
 from iisan_fast.training.start_run import train
 from iisan_fast.training.trainer import Trainer
+from iisan_fast.training.training_loop import TrainingLoop
 from iisan_fast.training.training_step import CapturedStep
 
 CPU = torch.device("cpu")
@@ -176,10 +177,8 @@ def test_a_run_resumes_exactly_with_its_table_elsewhere(tmp_path, config, monkey
 
 
 def kill_in_epoch(monkeypatch, epoch: int, moment: str) -> None:
-    from iisan_fast.training import trainer
-
     target, name = {
-        "between epochs": (trainer.Trainer, "_epoch"),
+        "between epochs": (TrainingLoop, "_epoch"),
         "between the best and the last checkpoint": (RunFolder, "save_last"),
         "before the metrics": (RunFolder, "write_metrics"),
     }[moment]
