@@ -212,13 +212,13 @@ def step_refusal(weights: RecommenderWeights, form: str = "auto") -> str:
     return step_cpu.refusal(weights) or why_no_library()
 
 
-def cpu_step(tensors: StepTensors, batch: RecommenderBatch, least: tuple[int, int] = (0, 0)) -> CpuStep:
+def cpu_step(tensors: StepTensors, batch: RecommenderBatch, least: tuple[int, int, int] = (0, 0, 0)) -> CpuStep:
     """Return the ops of a training step in C++, with memory for batches one eighth larger than this one.
 
     Args:
         tensors: the weights, for which `step_refusal` returns "", and the buffers that the step writes.
         batch: the first batch.
-        least: the numbers of items and of rows that the memory must at least hold.
+        least: the numbers of items, of rows and of items with states that the memory must at least hold.
 
     Raises ValueError if the tensors do not fit together, or the batch does not fit them.
     """

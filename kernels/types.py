@@ -207,6 +207,12 @@ class RecommenderBatch(NamedTuple):
     log_popularity: Tensor  # float64 [items of the catalogue + 1], by item number
     grid: SequenceGrid  # user and position of each row
     dropout: SequenceDropout | None
+    block: slice | None = None  # of a rank's share: those of the V items whose states there are; None: of all
+
+    @property
+    def encoded(self) -> int:
+        """Return the number of items whose states there are."""
+        return len(self.distinct) if self.block is None else self.block.stop - self.block.start
 
 
 class AdamState(NamedTuple):
@@ -258,6 +264,21 @@ class StepTensors(NamedTuple):
     operand_buffer: Tensor  # the buffer that the operands are views of, in the layout of the parameters
     record: Tensor  # float64 [4]: sum of row losses; number of rows; 1 + the first failed step, or 0; the loss there
     loss: Tensor  # the batch's loss, a scalar
+    # On several ranks [2]: a rank's part of the loss, and its rows. The record op writes them, and nothing of the
+    # record, the loss and adam.steps, which are of the whole batch. None on one rank.
+    loss_share: Tensor | None = None
+
+
+class StepSeam(NamedTuple):
+    """The item vectors of a step, and their gradients, which several ranks exchange: V items, of which a rank has N.
+
+    On one rank the two tensors of each pair are one.
+    """
+
+    block_vectors: Tensor  # [N, d], written by the towers
+    vectors: Tensor  # [V, d], read by the sequence encoder and the loss
+    of_vectors: Tensor  # [V, d], written by `collect`
+    of_block_vectors: Tensor  # [N, d], read by the towers' backward
 
 
 class StepOps(NamedTuple):

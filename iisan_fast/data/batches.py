@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
-from ..ranks import Ranks
+from ..ranks import ALONE, Ranks
 from .epoch_plan import Layout, batch_bounds, epoch_windows, lay_out, steps_per_epoch
 from .loss_columns import IN_BATCH, Columns, Negatives, loss_columns, possible_negatives, widened
 from .sequences import Sequences
@@ -91,7 +91,6 @@ class Batch:
             first, end = 0, 1
         bounds = torch.searchsorted(self.row_users, torch.tensor([first, end])).tolist()
         rows = slice(*bounds)
-        block = ranks.block(len(self.distinct))
         return replace(
             self,
             users=self.users[first:end],
@@ -102,7 +101,7 @@ class Batch:
             weights=torch.zeros_like(self.weights[rows]) if stands_in else self.weights[rows],
             history_bits=self.history_bits[first:end],
             buffer=None,
-            block=block if block.stop > block.start else slice(0, 1),
+            block=_encoded_block(len(self.distinct), ranks),
         )
 
     def checked(self, table_rows: int) -> Batch:
@@ -122,10 +121,11 @@ class Batch:
             kernels.check_indices(f"batch.{name}", indices, None, limit, indices.device, lowest)
         return self
 
-    def padded(self, shape: Shape) -> Batch:
+    def padded(self, shape: Shape, ranks: Ranks = ALONE) -> Batch:
         """Return the batch padded to a shape with more users; the last user has the padding rows.
 
-        Raises ValueError if the batch does not fit into the shape.
+        ranks: whose share the batch is; each rank then encodes a block of the padded items, which is the same for all
+        batches. Raises ValueError if the batch does not fit into the shape.
         """
         if shape.users <= len(self.users) or any(room < size for room, size in zip(shape, self.shape)):
             raise ValueError(f"batch: {self.shape} does not fit into {shape}")
@@ -145,6 +145,7 @@ class Batch:
             row_slots=F.pad(self.row_users * shape.length + position, (0, rows), value=shape.users * shape.length - 1),
             weights=F.pad(self.weights, (0, rows)),
             history_bits=F.pad(self.history_bits, (0, shape.words - self.history_bits.shape[1], 0, users)),
+            block=_encoded_block(shape.distinct, ranks) if ranks.several else None,
         )
 
     def packed(self, pin: bool = False) -> Tensor:
@@ -160,8 +161,8 @@ class Batch:
         return torch.cat(whole, out=out)
 
     @staticmethod
-    def unpacked(buffer: Tensor, shape: Shape) -> Batch:
-        """Return the batch of a packed buffer, as views of it, on its device."""
+    def unpacked(buffer: Tensor, shape: Shape, block: slice | None = None) -> Batch:
+        """Return the batch of a packed buffer, as views of it, on its device. block: of the packed batch."""
         users, distinct, rows, length = shape
         bits = users * shape.words
         counts = [1, users, distinct, distinct, rows, rows, rows, rows, rows, (bits + 1) // 2]
@@ -173,22 +174,29 @@ class Batch:
             weights=weights.view(torch.float64),
             history_bits=words.view(torch.int32)[:bits].view(users, shape.words),
             buffer=buffer,
+            block=block,
         )
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device, after one copy; the batch itself if the device is a CPU."""
         if device.type == "cpu":
             return self
-        return Batch.unpacked(self.packed(pin=True).to(device, non_blocking=True), self.shape)
+        return Batch.unpacked(self.packed(pin=True).to(device, non_blocking=True), self.shape, self.block)
 
 
 PACKED_COLUMNS = ("users", "distinct", "multiplicity", "inputs", "targets", "row_users", "row_slots")
 
 
-def padded_shape(sequences: Sequences, batch_users: int, negatives: Negatives = IN_BATCH) -> Shape:
-    """Return the shape that all batches of a run are padded to. It has one more user, for the padding rows."""
+def padded_shape(
+    sequences: Sequences, batch_users: int, negatives: Negatives = IN_BATCH, ranks: Ranks = ALONE
+) -> Shape:
+    """Return the shape that all batches of a run, or a rank's shares of them, are padded to.
+
+    It has one more user, for the padding rows.
+    """
     bounds = widened(batch_bounds(sequences, batch_users), negatives, sequences)
-    return Shape(bounds.users + 1, bounds.distinct, bounds.rows, bounds.inputs)
+    of_share = batch_bounds(sequences, ranks.block_size(batch_users))
+    return Shape(of_share.users + 1, bounds.distinct, of_share.rows, bounds.inputs)
 
 
 def epoch_batches(
@@ -219,6 +227,12 @@ def make_batch(sequences: Sequences, users: np.ndarray, step: int, negatives: Ne
     """
     (batch,) = _batches(lay_out(sequences, users, len(users)), step, negatives, possible_negatives(sequences))
     return batch
+
+
+def _encoded_block(items: int, ranks: Ranks) -> slice:
+    """Return the items that a rank encodes: its block, or the first one if that is empty."""
+    block = ranks.block(items)
+    return block if block.stop > block.start else slice(0, 1)
 
 
 def _window_batches(sequences: Sequences, batch_users: int, negatives: Negatives) -> int:

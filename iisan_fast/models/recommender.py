@@ -88,7 +88,7 @@ class Recommender(nn.Module):
         )
 
     def step_operands(self, batch: Batch, inputs: list[kernels.States]) -> kernels.RecommenderBatch:
-        """Return a batch, with the hidden states of its distinct items, in the form that a fused step takes."""
+        """Return a batch, with the hidden states of the items batch.encoded, in the form that a fused step takes."""
         return kernels.RecommenderBatch(
             states=inputs,
             distinct=batch.distinct,
@@ -102,6 +102,7 @@ class Recommender(nn.Module):
             log_popularity=self.log_popularity.double(),
             grid=kernels.SequenceGrid(batch.row_slots, len(batch.users), batch.length),
             dropout=self._dropout(batch),
+            block=batch.block,
         )
 
     def step_weights(self) -> kernels.RecommenderWeights:

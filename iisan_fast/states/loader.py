@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..data import Batch, PackedWindow, RunPlan, Shape, Window
+from ..ranks import ALONE, Ranks
 from .feature_table import FeatureTable
 from .item_source import Gathered, ItemInputs, ItemSource
 
@@ -24,12 +25,12 @@ TOGETHER = 8  # batches to check in one go, because the first one finds a step's
 
 
 class PreparedBatch(NamedTuple):
-    """A batch on the device, and the inputs of an item encoder for its distinct items."""
+    """A batch, or a rank's share of it, on the device, and the inputs of an item encoder for the items to encode."""
 
     batch: Batch
-    item_inputs: ItemInputs
-    rows: int  # without padding
-    slots: int  # items in the users' histories, without padding
+    item_inputs: ItemInputs  # of the items batch.encoded
+    rows: int  # of the whole batch, without padding
+    slots: int  # items in the histories of the whole batch, without padding
 
 
 class PlannedBatch(NamedTuple):
@@ -87,21 +88,25 @@ def _gathered(
 
 
 def prepared_batches(
-    batches: Iterator[Batch], source: ItemSource, device: torch.device, shape: Shape | None = None
+    batches: Iterator[Batch],
+    source: ItemSource,
+    device: torch.device,
+    shape: Shape | None = None,
+    ranks: Ranks = ALONE,
 ) -> Generator[PreparedBatch, None, None]:
     """Yield the batches in order, on the device, prepared ahead of the steps that take them.
 
-    Each batch is checked, and padded if `shape` is given. The inputs of its items are gathered on the host. For CUDA,
-    all of it is copied to the device on a stream beside the steps' own. Raises ValueError for a batch with an index out
-    of range.
+    Each batch is checked, shared out among the ranks, and padded if `shape` is given. The inputs of the items to encode
+    are gathered on the host. For CUDA, all of it is copied to the device on a stream beside the steps' own. Raises
+    ValueError for a batch with an index out of range.
     """
     copies = _copy_stream(device) if device.type == "cuda" else None
-    batches = _checked(batches, source.rows)
+    host = _Host(_checked(batches, source.rows), source, device, shape, ranks)
     with ThreadPoolExecutor(1, "batches") as thread:  # it ends with this block, so the caller may close the source
-        waiting = deque(thread.submit(_on_host, batches, source, device, shape) for _ in range(AHEAD))
+        waiting = deque(thread.submit(host.next_batch) for _ in range(AHEAD))
         moved = deque([_moved(waiting.popleft().result(), device, copies)])
         while moved[0] is not None:
-            waiting.append(thread.submit(_on_host, batches, source, device, shape))
+            waiting.append(thread.submit(host.next_batch))
             moved.append(_moved(waiting.popleft().result(), device, copies))
             yield _arrived(moved.popleft(), source, device)
 
@@ -168,19 +173,27 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _on_host(
-    batches: Iterator[Batch], source: ItemSource, device: torch.device, shape: Shape | None
-) -> _Waiting | None:
-    """Return the next batch, prepared on the host; None after the last one."""
-    batch = next(batches, None)
-    if batch is None:
-        return None
-    rows = len(batch.targets)
-    slots = batch.slots
-    if shape is not None:
-        batch = batch.padded(shape)
-    packed = batch.packed(pin=True) if device.type == "cuda" else None
-    return _Waiting(batch, packed, source.gather(batch.distinct), rows, slots)
+class _Host(NamedTuple):
+    """The batches that are prepared on the host; the fields are arguments of `prepared_batches`."""
+
+    batches: Iterator[Batch]
+    source: ItemSource
+    device: torch.device
+    shape: Shape | None
+    ranks: Ranks
+
+    def next_batch(self) -> _Waiting | None:
+        """Return the next batch, prepared on the host; None after the last one."""
+        batch = next(self.batches, None)
+        if batch is None:
+            return None
+        rows = len(batch.targets)
+        slots = batch.slots
+        batch = batch.share(self.ranks)
+        if self.shape is not None:
+            batch = batch.padded(self.shape, self.ranks)
+        packed = batch.packed(pin=True) if self.device.type == "cuda" else None
+        return _Waiting(batch, packed, self.source.gather(batch.encoded), rows, slots)
 
 
 def _moved(waiting: _Waiting | None, device: torch.device, copies: torch.cuda.Stream | None) -> _Waiting | None:
@@ -189,7 +202,8 @@ def _moved(waiting: _Waiting | None, device: torch.device, copies: torch.cuda.St
         return waiting
     with torch.cuda.stream(copies):
         tensors = [tensor.to(device, non_blocking=True) for tensor in waiting.gathered.tensors]
-        batch = Batch.unpacked(waiting.packed.to(device, non_blocking=True), waiting.batch.shape)
+        packed = waiting.packed.to(device, non_blocking=True)
+        batch = Batch.unpacked(packed, waiting.batch.shape, waiting.batch.block)
         gathered = waiting.gathered._replace(tensors=tensors)
         return waiting._replace(batch=batch, packed=None, gathered=gathered, copied=copies.record_event())
 
@@ -201,5 +215,5 @@ def _arrived(moved: _Waiting, source: ItemSource, device: torch.device) -> Prepa
         current.wait_event(moved.copied)
         for tensor in (moved.batch.buffer, *moved.gathered.tensors):
             tensor.record_stream(current)
-    item_inputs = source.read(moved.batch.distinct, moved.gathered)
+    item_inputs = source.read(moved.batch.encoded, moved.gathered)
     return PreparedBatch(moved.batch, item_inputs, moved.rows, moved.slots)

@@ -17,6 +17,7 @@ from .update_options import PLAIN_ADAM, UpdateGroup, UpdateOptions, update_group
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8  # of Adam, the defaults of torch.optim
+LOSS_SHARE = 2  # numbers behind the gradient: a rank's part of the loss, and its rows
 
 
 class FlatStorage:
@@ -49,9 +50,12 @@ class FlatStorage:
                 raise ValueError(f"{name}: expected {expected} in flat storage")
         sizes = [-(-parameter.numel() // FLAT_ALIGNMENT) * FLAT_ALIGNMENT for parameter in self._trained]
         self._starts = list(itertools.accumulate(sizes, initial=0))
-        self.parameters, self.gradient, self.mean, self.square = (
-            torch.zeros(self._starts[-1], dtype=first.dtype, device=first.device) for _ in range(4)
+        self.parameters, self.mean, self.square = (
+            torch.zeros(self._starts[-1], dtype=first.dtype, device=first.device) for _ in range(3)
         )
+        # What ranks add up in one exchange: the gradient, and behind it a rank's part of the loss and its rows.
+        self.summed = torch.zeros(self._starts[-1] + LOSS_SHARE, dtype=first.dtype, device=first.device)
+        self.gradient, self.loss_share = self.summed.split([self._starts[-1], LOSS_SHARE])
         has_operands = operand_dtype not in (None, first.dtype)
         self.operand = self.parameters.to(operand_dtype) if has_operands else self.parameters
         self.steps = torch.zeros((), device=first.device)  # number of steps taken, float32

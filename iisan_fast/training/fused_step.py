@@ -1,8 +1,8 @@
 """Take one optimizer step without autograd: forwards and backwards of the ops, then Adam, over flat storage.
 
 Both devices run the same stages. On a CPU, Python prepares the calls of a stage while the stage before runs. On CUDA,
-all stages are captured once, before the first step, and replayed. Several processes may exchange data between two
-stages: after the item vectors, and after the gradients.
+all stages are captured once, before the first step, and replayed. Several ranks exchange data between two stages:
+after the item vectors, after their gradients, and after the gradients of the weights.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from .. import kernels
 from ..data import IN_BATCH, Batch, Negatives, RunPlan
 from ..kernels import StepOps, StepTensors, WindowedStep
 from ..models import Recommender
+from ..ranks import ALONE, Ranks
 from ..states import FeatureTable, ItemInputs, ItemSource, PlannedBatch
 from .cuda_graphs import capture_in_a_graph
 from .flat_storage import FlatStorage
+from .step_exchanges import StepExchanges
 from .training_step import Reading
 from .update_options import PLAIN_ADAM, UpdateOptions
 
@@ -33,33 +35,39 @@ class StepStage(NamedTuple):
 
     phase: str  # "forward", "backward" or "update", for profiles
     methods: tuple[Method, ...]
+    exchange: Method | None = None  # between the ranks, when the methods' work has ended
 
 
-def step_stages(ops: StepOps) -> tuple[StepStage, ...]:
-    """Return the stages of a step, in order, from the step's ops."""
+def step_stages(ops: StepOps, exchanges: StepExchanges | None = None) -> tuple[StepStage, ...]:
+    """Return the stages of a step, in order, from the step's ops. exchanges: between several ranks; None for one."""
+    to_vectors = (ops.loss.backward, ops.sequence.backward, ops.collect.backward)
+    to_weights = (ops.towers.backward, ops.fold.backward)
+    forward = (ops.sequence.forward, ops.loss.forward, ops.record.forward)
+    if exchanges is None:
+        return (
+            StepStage("forward", (ops.batch.forward, ops.fold.forward)),
+            StepStage("forward", (ops.towers.forward,)),
+            StepStage("forward", forward),
+            StepStage("backward", (*to_vectors, *to_weights)),
+            StepStage("update", (ops.adam.update,)),
+        )
     return (
         StepStage("forward", (ops.batch.forward, ops.fold.forward)),
-        StepStage("forward", (ops.towers.forward,)),  # the item vectors are complete
-        StepStage("forward", (ops.sequence.forward, ops.loss.forward, ops.record.forward)),
-        StepStage(
-            "backward",
-            (
-                ops.loss.backward,
-                ops.sequence.backward,
-                ops.collect.backward,
-                ops.towers.backward,
-                ops.fold.backward,
-            ),
-        ),  # the gradients are complete
+        StepStage("forward", (ops.towers.forward,), exchanges.gather_vectors),
+        StepStage("forward", forward),
+        StepStage("backward", to_vectors, exchanges.add_vector_gradients),
+        StepStage("backward", to_weights, exchanges.add_gradients),
         StepStage("update", (ops.adam.update,)),
     )
 
 
 def run_stages(stages: Iterable[StepStage]) -> None:
-    """Call the methods of all stages in order."""
+    """Call the methods of all stages, and the exchanges after them, in order."""
     for stage in stages:
         for method in stage.methods:
             method()
+        if stage.exchange is not None:
+            stage.exchange()
 
 
 def fused_step_refusal(
@@ -91,12 +99,14 @@ class FusedStep:
         device: torch.device,
         operand_dtype: torch.dtype | None = None,
         options: UpdateOptions = PLAIN_ADAM,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Move the parameters of a model, which is on the device, into flat storage.
 
-        rates, operand_dtype, options: as `FlatStorage` takes them.
+        rates, operand_dtype, options: as `FlatStorage` takes them. ranks: the processes that take each step together.
         """
         self.model = model
+        self.ranks = ranks
         self.storage = FlatStorage(model, rates, operand_dtype, options)
         # Sum of losses, rows, first failed step (0: none), its loss.
         self.record = torch.zeros(4, dtype=torch.float64, device=device)
@@ -120,7 +130,8 @@ class FusedStep:
         """Return the tensors that the step's ops read and write."""
         storage = self.storage
         roles = storage.weights(), storage.operands(), storage.gradients()
-        return StepTensors(*roles, storage.adam(), storage.operand, self.record, self.loss)
+        share = storage.loss_share if self.ranks.several else None
+        return StepTensors(*roles, storage.adam(), storage.operand, self.record, self.loss, share)
 
     def read(self) -> Reading:
         """Return the losses since the last call, and the first failed step if there is one. Waits for the device."""
@@ -130,26 +141,40 @@ class FusedStep:
 class CpuFusedStep(FusedStep):
     """The fused step on a CPU, with the ops' C++ forms."""
 
-    def __init__(self, model: Recommender, rates: Mapping[str, float], options: UpdateOptions = PLAIN_ADAM) -> None:
-        """Make a step for a model that `fused_step_refusal` accepts. rates: learning rates by group."""
-        super().__init__(model, rates, torch.device("cpu"), options=options)
+    def __init__(
+        self,
+        model: Recommender,
+        rates: Mapping[str, float],
+        options: UpdateOptions = PLAIN_ADAM,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """Make a step for a model that `fused_step_refusal` accepts.
+
+        rates: learning rates by group. ranks: the processes that take each step together, each with its share.
+        """
+        super().__init__(model, rates, torch.device("cpu"), options=options, ranks=ranks)
         self._tensors = self.tensors()
         self._parameters = list(model.parameters())
         self._step: kernels.CpuStep | None = None  # the ops with their memory
         self._stages: tuple[StepStage, ...] = ()
+        self._exchanges: StepExchanges | None = None  # on several ranks
 
     def __call__(self, batch: Batch, inputs: ItemInputs, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
         """Take one step, and return the loss before its update, a scalar that the next step overwrites.
 
-        inputs: the hidden states of batch.distinct. mark: called with the name of each phase when it ends. Raises
+        inputs: the hidden states of batch.encoded. mark: called with the name of each phase when it ends. Raises
         ValueError if the batch does not fit the model, and RuntimeError if the model has moved.
         """
         self.storage.check()
         operands = self.model.step_operands(batch, inputs)
         step = self._step_for(operands)
+        if self._exchanges is not None:
+            self._exchanges.set_batch(len(batch.distinct), operands.encoded, operands.step)
         phases = [*(stage.phase for stage in self._stages), ""]
 
         def on_end(number: int) -> None:
+            if (exchange := self._stages[number].exchange) is not None:
+                exchange()
             if phases[number] != phases[number + 1]:
                 mark(phases[number])
 
@@ -161,11 +186,12 @@ class CpuFusedStep(FusedStep):
         """Free the step's memory. The next step allocates it again."""
         self._step = None
         self._stages = ()
+        self._exchanges = None
 
     def _step_for(self, batch: kernels.RecommenderBatch) -> kernels.CpuStep:
         """Return ops with enough memory for a batch: those of the last step if they have it."""
         step = self._step
-        least = (0, 0)
+        least = (0, 0, 0)
         if step is not None and step.takes(batch):
             return step
         if step is not None:
@@ -173,7 +199,9 @@ class CpuFusedStep(FusedStep):
         del step
         self.release()  # free the old memory before more is allocated
         self._step = kernels.cpu_step(self._tensors, batch, least)
-        self._stages = step_stages(self._step.ops)
+        if self.ranks.several:
+            self._exchanges = StepExchanges(self.ranks, self._step.seam, self.storage, self._tensors)
+        self._stages = step_stages(self._step.ops, self._exchanges)
         return self._step
 
 

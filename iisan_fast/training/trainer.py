@@ -103,7 +103,7 @@ class Trainer:
             return
         LOGGER.debug("training by fused steps: they take the model's sizes on %s", self.device.type)
         if self.device.type == "cpu":
-            self.step = CpuFusedStep(self.model, train.learning_rates, options)
+            self.step = CpuFusedStep(self.model, train.learning_rates, options, self.ranks)
         else:
             self.plan = RunPlan.of(self.training_sequences, train.batch_users, train.seed, self.negatives.own_mask)
             self.step = GpuFusedStep(
@@ -114,7 +114,7 @@ class Trainer:
         """Switch to steps by autograd, which can train every model. captured: whether a CUDA graph replays them."""
         self.plan = None
         train = self.config.train
-        self.step = TrainingStep(self.model, train.learning_rates, self.device, UpdateOptions.of(train))
+        self.step = TrainingStep(self.model, train.learning_rates, self.device, UpdateOptions.of(train), self.ranks)
         self.captured = CapturedStep(self.step) if captured else None
 
     def refuse_unfit_form(self) -> None:
@@ -184,12 +184,12 @@ class Trainer:
     def prepared(self, batches: Iterator[Batch]) -> Generator[PreparedBatch, None, None]:
         """Yield batches on the device, prepared ahead of their steps; all of one shape if a graph replays the step."""
         shape = self.padded_shape if self.captured is not None else None
-        return prepared_batches(batches, self.source, self.device, shape)
+        return prepared_batches(batches, self.source, self.device, shape, self.ranks)
 
     @cached_property
     def padded_shape(self) -> Shape:
-        """Return the shape to which all batches of this run can be padded."""
-        return padded_shape(self.training_sequences, self.config.train.batch_users, self.negatives)
+        """Return the shape to which all batches of this run, or this rank's shares of them, can be padded."""
+        return padded_shape(self.training_sequences, self.config.train.batch_users, self.negatives, self.ranks)
 
     def take(self, prepared: PreparedBatch | PlannedBatch) -> Tensor:
         """Take one optimizer step, and return the loss before its update, a scalar on the device.

@@ -17,9 +17,11 @@ from .. import kernels
 from ..data import Batch, Shape
 from ..kernels import States
 from ..models import Recommender
+from ..ranks import ALONE, Ranks
 from ..states import ItemInputs
 from .cuda_graphs import capture_in_a_graph
 from .optimizer import Adam
+from .step_record import add_loss
 from .update_options import PLAIN_ADAM, UpdateOptions, update_groups
 
 SMALL_BATCH_ROWS = 1024  # for a smaller batch, small operators gain nothing from several threads of a CPU
@@ -56,9 +58,15 @@ class TrainingStep:
         rates: Mapping[str, float],
         device: torch.device,
         options: UpdateOptions = PLAIN_ADAM,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """Make the optimizer of a model that is on the device. rates: learning rates by group of parameters."""
+        """Make the optimizer of a model that is on the device.
+
+        rates: learning rates by group of parameters. ranks: the processes that take each step together, each with its
+        share of the batch.
+        """
         self.model = model
+        self.ranks = ranks
         groups = [group for group in update_groups(model, rates, options) if group.parameters]
         self._rates = [group.rate for group in groups]
         # On CUDA a captured step reads rates that change from tensors.
@@ -79,14 +87,14 @@ class TrainingStep:
         self.record = torch.zeros(4, dtype=torch.float64, device=device)
 
     def __call__(self, batch: Batch, inputs: ItemInputs, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
-        """Take one step, and return the loss before its update, a scalar on the device.
+        """Take one step, and return the loss of the whole batch before its update, a scalar on the device.
 
-        inputs: of the items batch.distinct, as an item source reads them. mark: called with "forward", "backward" and
+        inputs: of the items batch.encoded, as an item source reads them. mark: called with "forward", "backward" and
         "update" when that phase ends.
         """
-        small = (
-            self.record.is_cpu and len(batch.targets) <= SMALL_BATCH_ROWS and self.model.item_encoder.small_operators
-        )
+        # The ranks must take one number of threads, on which the bits of a sum depend; their rows differ in number.
+        size = len(batch.distinct) if self.ranks.several else len(batch.targets)
+        small = self.record.is_cpu and size <= SMALL_BATCH_ROWS and self.model.item_encoder.small_operators
         with kernels.in_large_pieces() if small else nullcontext():
             return self._take(batch, inputs, mark)
 
@@ -106,10 +114,12 @@ class TrainingStep:
     def _take(self, batch: Batch, inputs: ItemInputs, mark: Callable[[str], None]) -> Tensor:
         """Take the step of `__call__`."""
         self.model.zero_grad()
-        loss = self.model.loss(batch, inputs)
+        loss = self.model.loss(batch, inputs, self.ranks)
         mark("forward")
-        self._note(loss.detach(), batch)
+        noted = self._note(loss.detach(), batch)
         loss.backward()
+        if self.ranks.several:
+            self._add_gradients()
         mark("backward")
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self._trained, self._clip_norm)
@@ -117,7 +127,7 @@ class TrainingStep:
         if self.averages:
             self._follow()
         mark("update")
-        return loss.detach()
+        return noted
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -132,15 +142,26 @@ class TrainingStep:
         torch._foreach_mul_(differences, share.to(averages[0].dtype))
         torch._foreach_add_(averages, differences)
 
-    def _note(self, loss: Tensor, batch: Batch) -> None:
-        """Add a step's loss to the record. After the first loss that is not finite, nothing is added or updated."""
-        value = loss.double()
+    def _add_gradients(self) -> None:
+        """Add up the gradients over the ranks, in one exchange for each dtype."""
+        for dtype in dict.fromkeys(parameter.dtype for parameter in self._trained):
+            trained = [weight for weight in self._trained if weight.dtype == dtype and weight.grad is not None]
+            summed = self.ranks.add_up(torch.cat([weight.grad.flatten() for weight in trained]))
+            for weight, gradient in zip(trained, summed.split([weight.numel() for weight in trained])):
+                weight.grad = gradient.view_as(weight)
+
+    def _note(self, loss: Tensor, batch: Batch) -> Tensor:
+        """Add a step's loss to the record, and return it; on several ranks both are of the whole batch.
+
+        After the first loss that is not finite, nothing is added or updated.
+        """
         rows = (batch.weights > 0).sum()
-        finite = value.isfinite()
-        addends = [torch.where(finite, value, 0) * rows, rows * finite]
-        addends += [(batch.step + 1) * ~finite, torch.where(finite, 0, value)]
-        self.record += torch.where(self.record[2] == 0, torch.stack(addends), 0)
+        if self.ranks.several:
+            whole, rows = self.ranks.add_up(torch.stack([loss.double(), rows.double()]))
+            loss = whole.to(loss.dtype)
+        add_loss(self.record, loss, rows, batch.step)
         self.optimizer.found_inf = (self.record[2] > 0).float()  # if it is 1, the fused optimizer changes nothing
+        return loss
 
     def read(self) -> Reading:
         """Return the losses since the last call, and the first failed step if there is one. Waits for the device."""
@@ -179,14 +200,19 @@ class CapturedStep:
         """Capture the step for the shape of a padded batch, unless this is done already. Parameters do not change."""
         if self._captured is None:
             packed = batch.packed() if batch.buffer is None else batch.buffer
-            self._captured = self._capture_on_buffers(packed, batch.shape, states)
+            self._captured = self._capture_on_buffers(packed, batch.shape, states, batch.block)
 
-    def _capture_on_buffers(self, packed: Tensor, shape: Shape, states: list[States]) -> _Captured:
-        """Capture the step on buffers, into which later batches and their states are copied."""
+    def _capture_on_buffers(
+        self, packed: Tensor, shape: Shape, states: list[States], block: slice | None = None
+    ) -> _Captured:
+        """Capture the step on buffers, into which later batches and their states are copied.
+
+        block: of all batches, the items that this rank encodes; None for all.
+        """
         buffer = packed.to(self.step.record.device, copy=True)
-        batch = Batch.unpacked(buffer, shape)
+        batch = Batch.unpacked(buffer, shape, block)
         gathered = [view.table.clone() for view in states if view.rows is None]
-        views = [States(rows) for rows in gathered] or [States(view.table, batch.distinct) for view in states]
+        views = [States(rows) for rows in gathered] or [States(view.table, batch.encoded) for view in states]
         return _Captured(shape, buffer, gathered, self.capture(lambda: self.step(batch, views)))
 
 

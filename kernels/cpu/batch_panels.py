@@ -18,7 +18,7 @@ from .structs import ColumnsStruct
 class BatchCalls:
     """The calls that copy a batch into a step's memory.
 
-    Attributes: panels, for each view the hidden states [K, ceil(D / 16), items, 16]; log_multiplicity [items];
+    Attributes: panels, for each view the hidden states [K, ceil(D / 16), encoded, 16]; log_multiplicity [items];
     column [items], log multiplicity - log popularity; of_row_losses [rows], the gradient of each row's loss.
     """
 
@@ -27,7 +27,7 @@ class BatchCalls:
         self._calls = calls
         self.done = AT_ONCE
         _, layers, width = states[0].table.shape
-        shape = len(states), layers, panels_of(width), calls.items, PANEL
+        shape = len(states), layers, panels_of(width), calls.encoded, PANEL
         self.panels = torch.empty(shape, dtype=states[0].table.dtype, device="cpu").unbind()
         self.log_multiplicity, self.column = calls.empty(2, calls.items)
         self.of_row_losses = calls.empty(calls.rows)
@@ -40,5 +40,5 @@ class BatchCalls:
             setattr(constants, name, getattr(batch, name).data_ptr())
         for name in ("log_multiplicity", "column", "of_row_losses"):
             setattr(constants, name, getattr(self, name).data_ptr())
-        gathered = self._calls.add("gather_panels", gathers(batch.states, self.panels, shares(len(batch.distinct))))
+        gathered = self._calls.add("gather_panels", gathers(batch.states, self.panels, shares(batch.encoded)))
         self.done = gathered.to(self._calls.add("loss_columns", [constants]))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from ..types import StepTensors
 from .step_calls import Output, StepCalls, addresses
 from .structs import RecordStruct
 
@@ -11,24 +10,19 @@ from .structs import RecordStruct
 class LossRecordCalls:
     """The call that writes a batch's loss and counts the step.
 
-    After the first loss that is not finite, no loss is added to the record and `steps` does not grow.
+    After the first loss that is not finite, no loss is added to the record and `steps` does not grow. On several ranks
+    the call writes `loss_share` alone.
     """
 
-    def __init__(self, calls: StepCalls, losses: Output, record: Tensor, loss: Tensor, steps: Tensor) -> None:
-        """Prepare the call.
-
-        Args:
-            calls: the step's schedule and batch.
-            losses: the loss of each row [rows].
-            record: float64 [4]: sum of row losses; number of rows; 1 + the first failed step, or 0; the loss there.
-            loss: scalar, the batch's loss: the sum of losses times row_weights.
-            steps: fp32 scalar, Adam's number of steps.
-        """
+    def __init__(self, calls: StepCalls, losses: Output, tensors: StepTensors) -> None:
+        """Prepare the call. losses: the loss of each row [rows]. tensors: with record, loss, steps and loss_share."""
         self._calls = calls
         self._losses = losses
         self._struct = RecordStruct()
-        self._struct.row_losses, self._struct.loss = addresses([losses.tensor, loss])
-        self._struct.sums, self._struct.steps = addresses([record, steps])
+        self._struct.row_losses, self._struct.loss = addresses([losses.tensor, tensors.loss])
+        self._struct.sums, self._struct.steps = addresses([tensors.record, tensors.adam.steps])
+        if tensors.loss_share is not None:
+            self._struct.share = tensors.loss_share.data_ptr()
 
     def forward(self) -> None:
         """Schedule the call for the current batch."""

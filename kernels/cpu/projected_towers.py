@@ -21,7 +21,7 @@ from .structs import ItemVectorsStruct, TowerStruct
 
 
 class SideTowersCalls:
-    """The pair: `vectors` [items, d] is the sum of the towers' projected outputs and of all biases."""
+    """The pair: `vectors` [encoded, d] is the sum of the towers' projected outputs and of all biases."""
 
     def __init__(
         self,
@@ -39,17 +39,18 @@ class SideTowersCalls:
         towers, d = len(weights.towers), len(weights.fusion)
         layers, bottleneck, width = weights.towers[0].down_weight.shape
         wide, narrow = panels_of(width), panels_of(bottleneck)
-        self._inputs = calls.empty(towers, layers, wide, calls.items, PANEL)
-        self._before = calls.empty(towers, layers, narrow, calls.items, PANEL)
+        items = calls.encoded
+        self._inputs = calls.empty(towers, layers, wide, items, PANEL)
+        self._before = calls.empty(towers, layers, narrow, items, PANEL)
         self._after = torch.empty_like(self._before) if weights.activation == "gelu" else self._before
-        self._projected = calls.empty(towers, calls.items, d)
-        self.vectors = self._of_vectors = Output(calls.empty(calls.items, d))
+        self._projected = calls.empty(towers, items, d)
+        self.vectors = self._of_vectors = Output(calls.empty(items, d))
         self._parts = [
             GradientParts([weight for weight in tower[1:] if weight is not None]) for tower in gradients.towers
         ]
         self._of_projections = [[calls.empty(d, width)] for _ in weights.towers]  # [tower][worker of the tower]
         self._structs: list[list[TowerStruct]] = [[] for _ in weights.towers]  # [tower][worker of the tower]
-        self._sum = ItemVectorsStruct(width=d, towers=towers, room=calls.items)
+        self._sum = ItemVectorsStruct(width=d, towers=towers, room=items)
         self._sum.projected, self._sum.biases = addresses([self._projected, fold.biases])
         self._sum.bias, self._sum.vectors = addresses([weights.fusion_bias, self.vectors.tensor])
         self._sum.of_bias = gradients.fusion_bias.data_ptr()
@@ -57,7 +58,7 @@ class SideTowersCalls:
         fold.connect([parts[0] for parts in self._of_projections], self._add_up)
 
     def connect(self, of_vectors: Output) -> None:
-        """Set the tensor [items, d] from which the backward reads the gradient of the item vectors."""
+        """Set the tensor [encoded, d] from which the backward reads the gradient of the item vectors."""
         self._of_vectors = of_vectors
         self._sum.of_vectors = of_vectors.tensor.data_ptr()
 
@@ -90,7 +91,7 @@ class SideTowersCalls:
 
     def _cut(self) -> None:
         """Divide the current batch's items into pieces; set `_pieces`, the largest first, and the tower of each."""
-        items = self._sum.items = len(self._calls.batch.distinct)
+        items = self._sum.items = self._calls.batch.encoded
         (pieces,) = rounds(len(self._structs), items, split=False)
         self._pieces: list[TowerStruct] = []
         self._towers: list[int] = []

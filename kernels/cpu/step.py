@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..threads import cores
-from ..types import RecommenderBatch, RecommenderWeights, StepOps, StepTensors
+from ..types import RecommenderBatch, RecommenderWeights, StepOps, StepSeam, StepTensors
 from . import fold_heads, sequence_encoder
 from .adam import FlatAdamCalls
 from .batch_panels import BatchCalls
@@ -22,18 +22,21 @@ from .loss_record import LossRecordCalls
 from .projected_towers import SideTowersCalls
 from .sequence_encoder import SequenceEncoderCalls
 from .step_batch import check_step_batch
-from .step_calls import StepCalls
+from .step_calls import Output, StepCalls
 from .step_tensors import check_step_tensors
+
+Room = tuple[int, int, int]  # numbers of items, of rows, and of items whose states there are
 
 
 class CpuStep:
-    """The ops of a step (`ops`), with memory for batches up to a size (`room`: items, rows)."""
+    """The ops of a step (`ops`), with memory for batches up to a size (`room`), and the vectors that ranks exchange."""
 
-    def __init__(self, tensors: StepTensors, batch: RecommenderBatch, least: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, tensors: StepTensors, batch: RecommenderBatch, least: Room = (0, 0, 0)) -> None:
         """Allocate the memory.
 
         Args: tensors: their weights are those for which `refusal` returns ""; batch: the first batch; the memory is one
-        eighth larger; least: numbers of items and rows that the memory holds at least.
+        eighth larger; least: sizes that the memory holds at least. With `tensors.loss_share` the batches are a rank's
+        shares.
 
         Raises ValueError if the tensors do not fit together, or the batch does not fit them.
         """
@@ -42,30 +45,35 @@ class CpuStep:
         check_step_tensors(tensors)
         check_step_batch(batch, tensors.weights)
         # Odd sizes: panels that lie a whole number of pages apart would compete for the same sets of the cache.
-        sizes = len(batch.distinct), len(batch.targets)
-        items, rows = (max(size + size // 8 | 1, before) for size, before in zip(sizes, least))
-        self.room = (items, rows)
+        items, rows, encoded = (max(size + size // 8 | 1, before) for size, before in zip(_sizes(batch), least))
+        self.room = (items, rows, encoded)
         self._kind = _kind(batch)
         self._weights = tensors.weights
-        calls = self._calls = StepCalls(tensors.weights.fusion.dtype, items, rows)
+        calls = self._calls = StepCalls(tensors.weights.fusion.dtype, items, rows, encoded)
         weights = tensors.weights
         gradients = tensors.gradients
         selected = BatchCalls(calls, batch.states)
         fold = FoldHeadsCalls(calls, weights, gradients)
         towers = SideTowersCalls(calls, weights, gradients, selected, fold)
-        sequence = SequenceEncoderCalls(calls, weights, gradients, towers.vectors)
-        loss = InbatchCrossEntropyCalls(calls, selected, sequence.states, towers.vectors)
-        record = LossRecordCalls(calls, loss.losses, tensors.record, tensors.loss, tensors.adam.steps)
+        vectors = towers.vectors
+        if several := tensors.loss_share is not None:
+            vectors = Output(calls.empty(items, len(weights.fusion)))
+        sequence = SequenceEncoderCalls(calls, weights, gradients, vectors)
+        loss = InbatchCrossEntropyCalls(calls, selected, sequence.states, vectors)
+        record = LossRecordCalls(calls, loss.losses, tensors)
         collect = ItemVectorGradientCalls(calls, loss, sequence.of_inputs)
-        towers.connect(collect.of_vectors)
+        of_block = Output(calls.empty(encoded, len(weights.fusion))) if several else collect.of_vectors
+        towers.connect(of_block)
         sequence.connect(loss.of_states)
+        outputs = towers.vectors, vectors, collect.of_vectors, of_block
+        self.seam = StepSeam(*(output.tensor for output in outputs))
         adam = FlatAdamCalls(calls, tensors.adam, tensors.record)
         self.ops = StepOps(selected, fold, towers, sequence, loss, record, collect, adam)
 
     def takes(self, batch: RecommenderBatch) -> bool:
         """Return True if the memory suffices for a batch and neither its views nor the number of threads changed."""
-        items, rows = self.room
-        return len(batch.distinct) <= items and len(batch.targets) <= rows and _kind(batch) == self._kind
+        fits = all(size <= room for size, room in zip(_sizes(batch), self.room))
+        return fits and _kind(batch) == self._kind
 
     def run(
         self,
@@ -86,7 +94,7 @@ class CpuStep:
         """
         check_step_batch(batch, self._weights)
         if not self.takes(batch):
-            expected = "at most {} items and {} rows of the first batch's kind".format(*self.room)
+            expected = "at most {} items and {} rows of the first batch's kind".format(*self.room[:2])
             found = f"{len(batch.distinct)} items and {len(batch.targets)} rows"
             raise ValueError(f"batch: expected {expected}, found {found}")
         schedule = self._calls.schedule
@@ -105,6 +113,11 @@ class CpuStep:
         finally:
             schedule.drop()  # calls that a failure left
             del self._calls.batch
+
+
+def _sizes(batch: RecommenderBatch) -> Room:
+    """Return the numbers of items, of rows, and of items whose states there are."""
+    return len(batch.distinct), len(batch.targets), batch.encoded
 
 
 def _kind(batch: RecommenderBatch) -> tuple[list[torch.Size], torch.dtype, int]:

@@ -18,6 +18,8 @@ def check_step_batch(batch: RecommenderBatch, weights: RecommenderWeights) -> No
     items, rows, users = len(batch.distinct), len(batch.targets), len(batch.history_bits)
     if not items or not rows:
         raise ValueError(f"batch: expected at least one item and one row, found {items} and {rows}")
+    if batch.block is not None and not 0 <= batch.block.start < batch.block.stop <= items:
+        raise ValueError(f"batch.block: expected at least one of {items} items, found {batch.block}")
     _check_states(batch, weights)
     length = batch.grid.length
     positions = len(weights.sequence.tensors[0])
@@ -43,7 +45,7 @@ def check_step_batch(batch: RecommenderBatch, weights: RecommenderWeights) -> No
 def _check_states(batch: RecommenderBatch, weights: RecommenderWeights) -> None:
     """Raise ValueError if states do not fit the towers, or a row number is not in its table."""
     (layers, _, width) = weights.towers[0].down_weight.shape
-    items = len(batch.distinct)
+    items = batch.encoded
     kind = batch.states[0].table.dtype
     views = 1 + max(max(tower.views) for tower in weights.towers)
     if len(batch.states) < views:

@@ -23,11 +23,16 @@ class StepCalls:
 
     batch: RecommenderBatch  # set while the step runs
 
-    def __init__(self, dtype: torch.dtype, items: int, rows: int) -> None:
-        """Create an empty schedule; items, rows: the largest batch that the memory holds; dtype: of the weights."""
+    def __init__(self, dtype: torch.dtype, items: int, rows: int, encoded: int) -> None:
+        """Create an empty schedule.
+
+        dtype: of the weights. items, rows: the largest batch that the memory holds. encoded: the most items of it whose
+        states there are.
+        """
         self.dtype = dtype
         self.items = items
         self.rows = rows
+        self.encoded = encoded
         self.schedule = Schedule(dtype)
         self._library = library(dtype)
 

@@ -24,6 +24,8 @@ def check_step_tensors(tensors: StepTensors) -> None:
         check_tensor(f"gradients[{i}]", gradient, dtype, weight.shape)
     check_tensor("record", tensors.record, torch.float64, (4,))
     check_tensor("loss", tensors.loss, dtype, ())
+    if tensors.loss_share is not None:
+        check_tensor("loss_share", tensors.loss_share, dtype, (2,))
     _check_flat(tensors.adam, dtype)
 
 

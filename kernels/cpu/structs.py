@@ -175,7 +175,7 @@ class RecordStruct(ctypes.Structure):
     _fields_ = [
         ("rows", ctypes.c_int32),
         ("step", ctypes.c_int64),
-        *_fields(ctypes.c_void_p, "row_losses", "row_weights", "loss", "sums", "steps"),
+        *_fields(ctypes.c_void_p, "row_losses", "row_weights", "loss", "sums", "steps", "share"),
     ]
 
 

@@ -16,7 +16,7 @@ from iisan_fast import kernels
 from iisan_fast.config import ModelConfig
 from iisan_fast.data.packed_batches import RunPlan
 from iisan_fast.states.loader import PlannedBatch
-from iisan_fast.training.fused_step import GpuFusedStep, fused_step_refusal, step_stages
+from iisan_fast.training.fused_step import GpuFusedStep, fused_step_refusal, run_stages, step_stages
 
 
 class Logged:
@@ -78,6 +78,21 @@ def test_stages_end_where_collectives_go():
             method()
         calls.append("|")
     assert " ".join(calls[:-1]) == ORDER
+
+
+def test_stages_of_several_ranks_have_all_ops_in_order_with_an_exchange_at_each_seam():
+    calls: list[str] = []
+    ops = kernels.StepOps(*(Logged(name, calls) for name in kernels.StepOps._fields))
+
+    class Exchanges:
+        def __getattr__(self, name: str) -> Callable[[], None]:
+            return lambda: calls.append(f"[{name}]")
+
+    run_stages(step_stages(ops, Exchanges()))
+    expected = ORDER.replace("towers.forward |", "towers.forward [gather_vectors]")
+    expected = expected.replace("collect.backward", "collect.backward [add_vector_gradients]")
+    expected = expected.replace("fold.backward |", "fold.backward [add_gradients]")
+    assert calls == expected.replace("| ", "").split()
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ template <class T> struct Record {
     T *loss;                    // the batch's loss
     double *sums;               // [4]: sum of row losses; number of rows; 1 + the first failed step, or 0; the loss there
     float *steps;               // number of steps that Adam has taken
+    T *share;  // [2], of a rank: its part of the loss, and its rows; null: the rows are the whole batch
 };
 
-// Writes the loss and adds it to the sums. After a loss that is not finite, only the loss is written.
+// Writes the loss and adds it to the sums. After a loss that is not finite, only the loss is written. With `share`, the
+// loss and the rows are written there, to be added up over the ranks, and nothing else is.
 template <class T> void record(const Record<T> &r) {
     double sum = 0;
     int64_t rows = 0;
@@ -24,6 +26,11 @@ template <class T> void record(const Record<T> &r) {
         rows += r.row_weights[row] > 0;
     }
     const T loss = sum;
+    if (r.share) {
+        r.share[0] = loss;
+        r.share[1] = rows;
+        return;
+    }
     *r.loss = loss;
     if (r.sums[2] != 0) return;
     if (std::isfinite(loss)) {
