@@ -142,14 +142,18 @@ class Database:
             f"{self.cache}: the cache was changed while it was read; run this again when nothing writes to it"
         )
 
+    def unusable(self, error: lmdb.Error) -> InputError:
+        """Return the error for a database that LMDB cannot use."""
+        remedy = "check the room on its disk, and the limit of open files (ulimit -n)"
+        return InputError(f"{self.cache}: the cache cannot be used ({error}); {remedy}")
+
     @contextmanager
     def _clear_errors(self) -> Iterator[None]:
         """Turn errors of LMDB and of the system inside the context into InputError."""
         try:
             yield
         except lmdb.Error as error:
-            remedy = "check the room on its disk, and the limit of open files (ulimit -n)"
-            raise InputError(f"{self.cache}: the cache cannot be used ({error}); {remedy}") from None
+            raise self.unusable(error) from None
         except OSError as error:
             message = f"{self.cache}: the cache cannot be used ({error.strerror})"
             raise InputError(with_remedy(message, error.errno)) from None

@@ -1,7 +1,8 @@
 """Read and write a cache's manifest: its format, the description of each view, and a checksum of both.
 
 Format 2 says that the manifest and every entry have a checksum. Caches of format 1 have none in the manifest, and none
-in the entries that an earlier version wrote.
+in the entries that an earlier version wrote. A cache in shards has a small manifest of format 3, which holds the number
+of the shards; the folder of each is a store with a manifest of format 2.
 """
 
 from __future__ import annotations
@@ -16,20 +17,30 @@ from ..config import FEATURES, MISSING_CAPTIONS, SOURCES, STORE_DTYPES
 from ..errors import InputError, with_remedy
 from ..files import write_atomically
 from ..settings_files import format_number, read_settings
+from .shards import FOLDER, MOST_SHARDS, Shard
 
-UNCHECKED_FORMAT, FORMAT = 1, 2
+UNCHECKED_FORMAT, FORMAT, SHARDED_FORMAT = 1, 2, 3
 FILE = "manifest.json"
 
 
-def new_manifest() -> dict[str, Any]:
-    """Return the manifest of a cache without views."""
-    return {"format": FORMAT, "views": {}}
+def new_manifest(shard: Shard | None = None) -> dict[str, Any]:
+    """Return the manifest of a cache without views, or of a shard, which is unfinished until all its items are stored.
+
+    Only a shard records which one it is, and if it is unfinished.
+    """
+    mark = {} if shard is None else {"shard": str(shard), "unfinished": True}
+    return {"format": FORMAT, **mark, "views": {}}
 
 
 def refuse_no_cache(path: Path) -> None:
     """Raise InputError if a folder has no manifest."""
     if (path / FILE).exists():
         return
+    if (path / FOLDER).exists():
+        raise InputError(
+            f"{path}: {FOLDER} without {FILE}; restore that file: iisan-fast extract --shard with one of the shards "
+            "writes it again"
+        )
     if (path / "states.lmdb").exists():
         raise InputError(f"{path}: states.lmdb without {FILE}; restore that file, or choose another cache")
     raise InputError(f"{path}: not a cache of hidden states (no {FILE}); run iisan-fast extract")
@@ -55,12 +66,37 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_shard_count(path: Path) -> int | None:
+    """Return the number of shards of the cache `path`; None if it is not in shards.
+
+    Raises InputError if its manifest is missing, or is a damaged one of shards.
+    """
+    refuse_no_cache(path)
+    file = path / FILE
+    manifest = read_settings(file)
+    if manifest.get("format") != SHARDED_FORMAT:
+        return None
+    recorded = manifest.pop("checksum", None)
+    count = manifest.get("shards")
+    if recorded != _checksum(manifest) or type(count) is not int or not 1 <= count <= MOST_SHARDS:
+        raise InputError(
+            f"{file}: its checksum does not fit, so it was damaged or edited; restore it, or remove it and give "
+            "iisan-fast extract the same --shard again"
+        )
+    return count
+
+
+def write_shard_count(path: Path, count: int) -> None:
+    """Write the manifest of a cache in shards as a whole or not at all. Raises InputError as `write_manifest` does."""
+    write_manifest(path, {"format": SHARDED_FORMAT, "shards": count})
+
+
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of the cache `path` as a whole or not at all. One of format 2 gets its checksum.
+    """Write the manifest of the cache `path` as a whole or not at all. One of format 2 or 3 gets its checksum.
 
     Raises InputError if it cannot be written, as on a full disk.
     """
-    summed = {"checksum": _checksum(manifest)} if manifest["format"] == FORMAT else {}
+    summed = {"checksum": _checksum(manifest)} if manifest["format"] != UNCHECKED_FORMAT else {}
     try:
         write_atomically(path / FILE, json.dumps(manifest | summed, indent=2).encode())
     except OSError as error:

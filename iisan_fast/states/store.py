@@ -2,7 +2,8 @@
 
 A store is a folder. Its `states.lmdb` has an entry for each item and view: a digest of the item's content, the states
 of the selected layers, and a checksum. Its `manifest.json` describes how each view was made. A store never mixes the
-states of different encoders or settings. A store that is open for reading gives one steady state of the cache.
+states of different encoders or settings. A store that is open for reading gives one steady state of the cache. A cache
+in shards is read as one store.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,18 @@ from ..files import locked
 from ..fingerprints import changed_settings
 from .database import Database
 from .entries import DIGEST_BYTES, RECORDED, entry_bytes, entry_key, entry_problem, fits, states_bytes, with_checksum
-from .manifest import FILE, FORMAT, UNCHECKED_FORMAT, new_manifest, read_manifest, refuse_no_cache, write_manifest
+from .joined_shards import lacking_text, open_shards, refuse_other_shard
+from .manifest import (
+    FILE,
+    FORMAT,
+    UNCHECKED_FORMAT,
+    new_manifest,
+    read_manifest,
+    read_shard_count,
+    write_manifest,
+)
+from .sharded_database import ShardedDatabase
+from .shards import FOLDER, Shard
 
 LOGGER = logging.getLogger(__name__)
 
@@ -36,26 +48,35 @@ LOGGER = logging.getLogger(__name__)
 class Store:
     """A folder of hidden states. Use it as a context manager, or call `close`."""
 
-    def __init__(self, path: Path, writable: bool = False) -> None:
+    def __init__(self, path: Path, writable: bool = False, shard: Shard | None = None) -> None:
         """Open a store. A writable one is created if it does not exist, and locked against other writers.
 
-        Raises InputError if the path is no store or cannot be read, or if another process writes to it.
+        shard: the one that a writable store is; None for a whole cache. Raises InputError if the path is no store or
+        cannot be read, if another process writes to it, or if a cache in shards is to be written as one.
         """
         if os.path.lexists(path) and not path.is_dir():
             raise InputError(f"{path}: expected a folder for the cache, found a file or a link that leads to none")
         self.path = path
         self._opened = ExitStack()
+        self._database: Database | ShardedDatabase
         try:
             if writable:
                 path.mkdir(parents=True, exist_ok=True)
                 busy = f"{path}: another extraction is writing to this cache; wait for it to end"
                 self._opened.enter_context(locked(path / "lock", busy))
-                if not (path / FILE).exists() and not (path / "states.lmdb").exists():
-                    write_manifest(path, new_manifest())  # first, so that a kill in between leaves an empty store
-            refuse_no_cache(path)
-            self._database = Database(path / "states.lmdb", path, writable)
-            self._opened.callback(self._database.close)
-            self.manifest = read_manifest(path)  # after the database: views are described before they have states
+                if not any((path / name).exists() for name in (FILE, "states.lmdb", FOLDER)):
+                    write_manifest(path, new_manifest(shard))  # first, so that a kill in between leaves an empty store
+            count = read_shard_count(path)
+            if count is None:
+                self._database = self._opened.enter_context(closing(Database(path / "states.lmdb", path, writable)))
+                self.manifest = read_manifest(path)  # after the database: views are described before they have states
+            elif writable:
+                raise InputError(f"{path}: the cache is in {count} shards, and is not written as one; run this again")
+            else:
+                self._database, self.manifest = open_shards(path, count)
+                self._opened.callback(self._database.close)
+            if shard is not None:
+                refuse_other_shard(path, self.manifest, shard)
             if not self._database.is_in_place:
                 raise InputError(f"{path}: the cache was replaced while it was opened; run this again")
         except BaseException:
@@ -80,9 +101,11 @@ class Store:
         return self.manifest["views"]
 
     def view(self, name: str) -> dict[str, Any]:
-        """Return the description of a view. Raises InputError if the store has no view of this name."""
+        """Return the description of a view. Raises InputError if the store, or one of its shards, has no such view."""
         if name not in self.views:
             raise InputError(f"{self.path}: no view {name!r}; it has {', '.join(self.views) or 'none'}")
+        if shard := self.manifest.get("lacking", {}).get(name):
+            raise InputError(f"{self.path}: shard {shard} lacks view {name!r}; {shard.command(self.path)} makes it")
         return self.views[name]
 
     def where(self, name: str) -> str:
@@ -107,6 +130,16 @@ class Store:
         for name, description in descriptions.items():
             self.views.setdefault(name, description)
         write_manifest(self.path, self.manifest)
+
+    def begin_shard(self, descriptions: dict[str, dict[str, Any]]) -> None:
+        """Add the descriptions of views to a shard, which is unfinished from now on. Raises as `add_views` does."""
+        self.manifest["unfinished"] = True
+        self.add_views(descriptions)
+
+    def finish_shard(self) -> None:
+        """Record that all items of a shard are stored."""
+        if self.manifest.pop("unfinished", False):
+            write_manifest(self.path, self.manifest)
 
     def digests(self, view: str, item_ids: Iterable[str]) -> Iterator[bytes | None]:
         """Yield the content digest stored with each item's states, in order; None if the item has no states.
@@ -200,9 +233,11 @@ class Store:
                 else:
                     raise self._damaged(view, item_id, entry)
         if missing:
+            count = self.manifest.get("shards")
+            remedy = "run iisan-fast extract" if count is None else lacking_text(self.path, missing, count)
             raise InputError(
                 f"{self.path}: view {view!r} lacks {len(missing)} of {len(item_ids)} items "
-                f"({first_few(missing, len(missing))}); run iisan-fast extract with the same split, "
+                f"({first_few(missing, len(missing))}); {remedy} with the same split, "
                 "min_interactions and max_inputs"
             )
 

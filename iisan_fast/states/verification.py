@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..verified import Damage, Verified
 from ..workers import batched
 from .entries import entry_bytes, entry_problem, fits, key_names
-from .manifest import UNCHECKED_FORMAT, read_manifest
+from .manifest import UNCHECKED_FORMAT, read_manifest, read_shard_count
+from .shards import FOLDER, all_shards
 from .store import Store
 
 ADDED_AT_ONCE = 1024  # entries of one transaction
@@ -18,9 +20,13 @@ def verify_cache(path: Path, add: bool = True) -> Verified:
 
     add: give the entries that lack a checksum, in a cache of format 1, the one of what they hold now, and make the
     cache one of format 2; an extraction cannot write at the same time. Raises InputError if the folder is no cache, if
-    its manifest or its database is damaged, or if it cannot be written to add checksums.
+    its manifest or its database is damaged, if it lacks a shard, or if it cannot be written to add checksums.
     """
     result = Verified(path, "cache", checked=1)  # the manifest
+    count = read_shard_count(path)
+    if count is not None:
+        _verify_shards(path, count, result)
+        return result
     adds = add and read_manifest(path)["format"] == UNCHECKED_FORMAT
     with Store(path, writable=adds) as store:
         unchecked = _compare(store, result)
@@ -32,6 +38,19 @@ def verify_cache(path: Path, add: bool = True) -> Verified:
         else:
             result.unchecked = len(unchecked)
     return result
+
+
+def _verify_shards(path: Path, count: int, result: Verified) -> None:
+    """Compare the entries of all shards of a cache. Raises InputError if shards are missing or do not fit together."""
+    Store(path).close()
+    for shard in all_shards(count):
+        folder = shard.folder(path)
+        in_shard = Verified(folder, "cache", checked=1)
+        with Store(folder) as store:
+            _compare(store, in_shard)
+        result.checked += in_shard.checked
+        name = f"{FOLDER}/{folder.name}"
+        result.damage += [replace(damage, where=f"{name}/{damage.where}") for damage in in_shard.damage]
 
 
 def _compare(store: Store, result: Verified) -> list[bytes]:

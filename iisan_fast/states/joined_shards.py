@@ -1,0 +1,105 @@
+"""Open all shards of a cache for reading, and describe them as one cache."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..fingerprints import changed_settings
+from .database import Database
+from .manifest import FILE, FORMAT, read_manifest, read_shard_count
+from .sharded_database import ShardedDatabase
+from .shards import Shard, all_shards, shards_of_items
+
+LOGGER = logging.getLogger(__name__)
+Manifest = dict[str, Any]
+
+
+def open_shards(cache: Path, count: int) -> tuple[ShardedDatabase, Manifest]:
+    """Open all shards of a cache for reading. Return their databases as one, and their joined manifest.
+
+    Raises InputError, with the command that makes it, for a shard that is missing, and as `joined_manifest` does.
+    """
+    databases = []
+    manifests = {}
+    with ExitStack() as opened:
+        for shard in all_shards(count):
+            refuse_missing_shard(cache, shard)
+            folder = shard.folder(cache)
+            database = Database(folder / "states.lmdb", folder, writable=False)
+            opened.callback(database.close)
+            databases.append(database)
+            manifests[shard] = read_shard_manifest(cache, shard)  # after the database, as of a store
+        manifest = joined_manifest(cache, manifests)
+        opened.pop_all()
+    return ShardedDatabase(databases), manifest
+
+
+def refuse_missing_shard(cache: Path, shard: Shard) -> None:
+    """Raise InputError, with the command that makes it, if a cache lacks a shard, or has just been merged."""
+    folder = shard.folder(cache)
+    if (folder / FILE).exists() and (folder / "states.lmdb" / "data.mdb").exists():
+        return
+    if read_shard_count(cache) != shard.count:
+        raise InputError(f"{cache}: the cache was replaced while it was opened; run this again")
+    raise InputError(f"{cache}: shard {shard} is missing; {shard.command(cache)} makes it")
+
+
+def read_shard_manifest(cache: Path, shard: Shard) -> Manifest:
+    """Return the manifest of a shard. Raises InputError if it is none, or that of another shard or of a whole cache."""
+    folder = shard.folder(cache)
+    manifest = read_manifest(folder)
+    refuse_other_shard(folder, manifest, shard)
+    return manifest
+
+
+def refuse_other_shard(folder: Path, manifest: Manifest, shard: Shard) -> None:
+    """Raise InputError unless the manifest of a folder is that of a shard. Caches of format 1 are no shards."""
+    held = manifest.get("shard", "no shard")
+    if held != str(shard) or manifest["format"] != FORMAT:
+        raise InputError(f"{folder / FILE}: expected shard {shard}, found {held}; restore the folder, or remove it")
+
+
+def joined_manifest(cache: Path, manifests: Mapping[Shard, Manifest]) -> Manifest:
+    """Return the manifest of all shards as one cache: its views, and under "lacking" the shard that a view lacks.
+
+    Raises InputError if two shards have made a view with other encoders or settings. Other versions of libraries are
+    mentioned once.
+    """
+    views: dict[str, tuple[Shard, Manifest]] = {}
+    for shard, manifest in manifests.items():
+        for name, description in manifest["views"].items():
+            first, described = views.setdefault(name, (shard, description))
+            if different := changed_settings(described, description):
+                raise InputError(
+                    f"{cache}: view {name!r} of shard {shard} was made with other settings than that of shard {first}: "
+                    f"{'; '.join(different)}; remove {shard.folder(cache)}, then {shard.command(cache)} makes it"
+                )
+            if described.get("versions") != description.get("versions"):
+                _mention_versions(cache, name, first, shard)
+    lacking: dict[str, Shard] = {}
+    for shard, manifest in manifests.items():
+        for name in views.keys() - manifest["views"]:
+            lacking.setdefault(name, shard)
+    descriptions = {name: description for name, (_, description) in views.items()}
+    return {"format": FORMAT, "shards": len(manifests), "views": descriptions, "lacking": lacking}
+
+
+def lacking_text(cache: Path, missing: list[str], count: int) -> str:
+    """Return the shards that lack items, and the command that stores them."""
+    shards = shards_of_items(missing, count)
+    if len(shards) == 1:
+        return f"all of shard {shards[0]}; run {shards[0].command(cache)}"
+    numbers = ", ".join(str(shard.number) for shard in shards)
+    return f"of shards {numbers} of {count}; run iisan-fast extract"
+
+
+@functools.cache
+def _mention_versions(cache: Path, view: str, first: Shard, shard: Shard) -> None:
+    """Log that two shards of a view were stored under other versions of libraries."""
+    LOGGER.warning("%s: shards %s and %s of view %r have other library versions", cache, first.number, shard, view)
