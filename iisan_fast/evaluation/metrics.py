@@ -13,6 +13,7 @@ from .. import kernels
 from ..config import TIE_SHARES, EvaluationConfig
 from ..data import Sequences, Split
 from ..errors import InputError
+from ..ranks import ALONE, Ranks
 
 Added = Callable[[np.ndarray], kernels.AddedScores]  # takes rows of the queries, int64; on the queries' device
 
@@ -32,11 +33,13 @@ def evaluate(
     split_name: str,
     config: EvaluationConfig,
     added: Added | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Return the metrics of one split as fractions, for warm and cold targets, with and without the history masked.
 
-    queries: user states [users, d]. vectors: [items, d], item number i in row i - 1. split_name: "validation" or
-    "test". added: returns what is added to the scores of a few items of some users; None adds nothing.
+    queries: user states [R, d], one for each target of the split, or of this rank's block of them. vectors: [items, d],
+    item number i in row i - 1. split_name: "validation" or "test". added: returns what is added to the scores of a few
+    items of some rows of the queries; None adds nothing. All ranks get the metrics of the whole split.
 
     A target is warm if it occurs in training. If the history is masked, a target within its user's own history is
     unreachable and counts as a miss. The result has "masked" and "unmasked", each with the metrics of `ranking_metrics`
@@ -57,49 +60,47 @@ def evaluate(
         "history_masked_by_default": config.mask_history,
         "ties": config.ties,
     }
-    for name, ranks in zip(("masked", "unmasked"), target_ranks(queries, vectors, split, config, added)):
-        report[name] = ranking_metrics(ranks, config.ks, users)
+    both = target_ranks(queries, vectors, split, config, added, ranks)
+    for name, places in zip(("masked", "unmasked"), both):
+        report[name] = ranking_metrics(places, config.ks, users)
         for part, rows in (("warm", is_warm), ("cold", ~is_warm)):
             part_users = None if users is None else users[rows]
-            metrics = ranking_metrics(ranks[rows], config.ks, part_users)
-            report[name][part] = {**_numbers(ranks[rows], part_users), **metrics}
+            metrics = ranking_metrics(places[rows], config.ks, part_users)
+            report[name][part] = {**_numbers(places[rows], part_users), **metrics}
     return report
 
 
-def popularity_baseline(sequences: Sequences, split_name: str, config: EvaluationConfig) -> dict[str, Any]:
+def popularity_baseline(
+    sequences: Sequences, split_name: str, config: EvaluationConfig, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Evaluate a ranking of the catalogue by training counts, which is the same for all users. See `evaluate`.
 
     Raises InputError for a split_name that is neither "validation" nor "test".
     """
     counts = torch.from_numpy(sequences.training_counts[1:, None]).double()
-    queries = torch.ones(len(sequences.split(split_name).targets), 1, dtype=torch.float64)
-    return evaluate(queries, counts, sequences, split_name, config)
+    block = ranks.block(len(sequences.split(split_name).targets))
+    queries = torch.ones(block.stop - block.start, 1, dtype=torch.float64)
+    return evaluate(queries, counts, sequences, split_name, config, ranks=ranks)
 
 
 def target_ranks(
-    queries: Tensor, vectors: Tensor, split: Split, config: EvaluationConfig, added: Added | None = None
+    queries: Tensor,
+    vectors: Tensor,
+    split: Split,
+    config: EvaluationConfig,
+    added: Added | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return each target's rank, counted from 1, float64 [R], with the history masked and unmasked.
 
-    queries [R, d] and vectors [items, d]: on one device. added: see `evaluate`; it is called for at most
+    queries [R, d] and vectors [items, d]: on one device. On several ranks the queries are those of this rank's block of
+    the targets, and all ranks get the ranks of all targets. added: see `evaluate`; it is called for at most
     `ADDED_AT_ONCE` rows at a time. A masked target within its user's history has rank infinity. A user's other targets
     stay in the catalogue; those that tie take one place after another. Raises InputError if a score is not finite.
     """
-    all_ranks = torch.empty(2, len(split.targets), dtype=torch.float64, device=queries.device)
-    for rows in _parts(split) if added is None else _small_parts(split):
-        chosen = torch.from_numpy(rows).to(queries.device)
-        ranks = kernels.target_rank(
-            queries[chosen],
-            vectors,
-            torch.from_numpy(split.targets[rows] - 1).to(queries.device),
-            torch.from_numpy(split.padded(rows) - 1).to(queries.device),
-            tie_share=TIE_SHARES[config.ties],
-            chunk_elements=config.chunk_mib * 2**20 // BYTES_PER_SCORE,
-            added=None if added is None else added(rows),
-        )
-        for into, part in zip(all_ranks, ranks):
-            into[chosen] = part.double()
-    masked, unmasked = all_ranks
+    count = len(split.targets)
+    of_block = _counted_ranks(queries, vectors, split.part(ranks.block(count)), config, added)
+    masked, unmasked = ranks.gather_blocks(of_block, count).unbind(1)
     broken = unmasked.isnan()
     if broken.any():
         users = split.users[broken.cpu().numpy()]
@@ -112,6 +113,26 @@ def target_ranks(
     if users is None:
         return masked.cpu().numpy(), unmasked.cpu().numpy()
     return _apart(masked.cpu().numpy(), users, tie_share), _apart(unmasked.cpu().numpy(), users, tie_share)
+
+
+def _counted_ranks(
+    queries: Tensor, vectors: Tensor, split: Split, config: EvaluationConfig, added: Added | None
+) -> Tensor:
+    """Return both ranks of each target, float64 [R, 2], NaN for a score that is not finite. See `target_ranks`."""
+    both = torch.empty(len(split.targets), 2, dtype=torch.float64, device=queries.device)
+    for rows in _parts(split) if added is None else _small_parts(split):
+        chosen = torch.from_numpy(rows).to(queries.device)
+        ranks = kernels.target_rank(
+            queries[chosen],
+            vectors,
+            torch.from_numpy(split.targets[rows] - 1).to(queries.device),
+            torch.from_numpy(split.padded(rows) - 1).to(queries.device),
+            tie_share=TIE_SHARES[config.ties],
+            chunk_elements=config.chunk_mib * 2**20 // BYTES_PER_SCORE,
+            added=None if added is None else added(rows),
+        )
+        both[chosen] = torch.stack(ranks, dim=1).double()
+    return both
 
 
 def user_gains(ranks: np.ndarray, k: int, users: np.ndarray | None = None) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ from .sasrec import SASRec
 from .side_network import SideItemEncoder
 
 ITEM_PARAMETERS = ("item_encoder.", "item_ids.")  # starts of the names of parameters that give item vectors
+LEAST_ITEMS = 16  # that a rank encodes for the catalogue, if there are so many
 USERS_AT_ONCE = 512  # users whose states are computed at a time
 USER_WORKERS = 2  # threads that compute user states on a CPU
 
@@ -143,12 +144,19 @@ class Recommender(nn.Module):
         """
         return self._item_vectors(inputs, numbers, None)
 
-    def catalogue_vectors(self, source: ItemSource) -> Tensor:
-        """Return the vectors of all items, [items, d], item number i in row i - 1."""
-        numbers = torch.arange(1, source.rows, device=source.index_device)
-        # In equal parts: a part of one item takes another matrix product, so equal items would get unequal vectors.
-        parts = numbers.tensor_split(-(-len(numbers) // source.items_at_once))
-        return torch.cat([self.item_vectors(source, part) for part in parts])
+    def catalogue_vectors(self, source: ItemSource, ranks: Ranks = ALONE) -> Tensor:
+        """Return the vectors of all items, [items, d], item number i in row i - 1.
+
+        Each rank encodes a block of the items, and gets all vectors. All ranks read the source equally often, as many
+        items each time; beyond the last item they read that one.
+        """
+        items = source.rows - 1
+        first = ranks.rank * ranks.block_size(items) + 1
+        # In equal parts: a part of a few items takes another matrix product, so equal items would get unequal vectors.
+        count = max(ranks.block_size(items), min(LEAST_ITEMS, items))
+        numbers = torch.arange(first, first + count, device=source.index_device).clamp_(max=items)
+        parts = numbers.tensor_split(-(-count // source.items_at_once))
+        return ranks.gather_blocks(torch.cat([self.item_vectors(source, part) for part in parts]), items)
 
     @torch.inference_mode()
     def user_states(self, vectors: Tensor, inputs: np.ndarray) -> Tensor:
@@ -163,6 +171,8 @@ class Recommender(nn.Module):
             grid = kernels.SequenceGrid(torch.from_numpy(slots).to(vectors.device), len(part), part.shape[1])
             return self.sequence_encoder.last(vectors[torch.from_numpy(part.flat[slots] - 1).to(vectors.device)], grid)
 
+        if not len(inputs):
+            return vectors.new_empty(0, self.config.embedding_dim)
         parts = [inputs[start : start + USERS_AT_ONCE] for start in range(0, len(inputs), USERS_AT_ONCE)]
         return torch.cat(kernels.at_once(states_after, parts, USER_WORKERS if vectors.is_cpu else 1))
 

@@ -15,6 +15,7 @@ from ..data import Sequences, Split
 from ..errors import InputError
 from ..evaluation import evaluate, headline_metrics, popularity_baseline
 from ..models import RECENT, NeighbourTerms, Scores, popularity_scores
+from ..ranks import ALONE, Ranks
 from ..recorded_json import is_finite_number
 
 FIT_K = 10  # of the validation HR@K and NDCG@K by which weights are chosen
@@ -30,11 +31,12 @@ class UserEncoder(Protocol):
         """Return the states [users, d] after inputs, int64 [users, max_inputs]. vectors: [items, d]."""
 
 
-def split_states(model: UserEncoder, vectors: Tensor, split: Split) -> Tensor:
+def split_states(model: UserEncoder, vectors: Tensor, split: Split, ranks: Ranks = ALONE) -> Tensor:
     """Return the user state for each target of a split, [R, d]; a user with several targets is encoded once.
 
-    vectors: [items, d] of the catalogue.
+    vectors: [items, d] of the catalogue. Each rank has the states of its block of the targets.
     """
+    split = split.part(ranks.block(len(split.targets)))
     if split.repeated_users is None:
         return model.user_states(vectors, split.inputs)
     states = model.user_states(vectors, split.inputs[split.first_rows])
@@ -72,13 +74,18 @@ class TermWeights(NamedTuple):
 
 
 class Scoring:
-    """The neighbour terms of a run beside its histories, to rank the users of a split."""
+    """The neighbour terms of a run beside its histories, to rank the users of a split.
 
-    def __init__(self, sequences: Sequences, terms: NeighbourTerms, device: torch.device) -> None:
-        """Take the histories of a run, its terms, and the device that ranks."""
+    Several ranks share out the targets of a split in blocks: queries are then those of this rank's block, and all ranks
+    get the metrics of the whole split.
+    """
+
+    def __init__(self, sequences: Sequences, terms: NeighbourTerms, device: torch.device, ranks: Ranks = ALONE) -> None:
+        """Take the histories of a run, its terms, the device that ranks, and the processes that rank together."""
         self.sequences = sequences
         self.terms = terms
         self.device = device
+        self.ranks = ranks
 
     def scores(self, queries: Tensor, vectors: Tensor, split: str, weights: TermWeights) -> Scores:
         """Return a model's scores for the targets of a split with the weighted terms.
@@ -90,7 +97,7 @@ class Scoring:
             is_cold = torch.from_numpy(self.sequences.training_counts[1:, None] == 0).to(vectors)
             queries = torch.cat([queries, queries.new_full((len(queries), 1), weights.cold_bias)], dim=1)
             vectors = torch.cat([vectors, is_cold], dim=1)
-        histories = self.sequences.split(split).latest(RECENT)
+        histories = self._histories(split)
         return self.terms.scored(queries, vectors, histories, weights.cooccurrence, weights.similarity)
 
     def report(
@@ -101,9 +108,8 @@ class Scoring:
         queries, vectors: as in `scores`. Raises InputError if a score is not finite.
         """
         if not any(weights):
-            return evaluate(queries, vectors, self.sequences, split, config)
-        scores = self.scores(queries, vectors, split, weights)
-        return evaluate(scores.queries, scores.vectors, self.sequences, split, config, scores.added)
+            return evaluate(queries, vectors, self.sequences, split, config, ranks=self.ranks)
+        return self._evaluated(self.scores(queries, vectors, split, weights), split, config)
 
     def fitted(self, queries: Tensor, vectors: Tensor, config: EvaluationConfig, cold_bias: float = 0.0) -> TermWeights:
         """Return the weights of the grid with the best HR@10 on the validation set, beside this cold_bias.
@@ -111,7 +117,7 @@ class Scoring:
         Of equal ones NDCG@10 decides, and then the smaller weights. Without states, similarity stays 0. queries: of the
         validation set, as in `scores`. Raises InputError if there are no validation users.
         """
-        if not len(queries):
+        if not len(self.sequences.split("validation").targets):
             raise InputError(
                 "fit_terms: expected validation users, found none; give cooccurrence and similarity in its place"
             )
@@ -131,7 +137,7 @@ class Scoring:
     def baseline_scores(self, split: str) -> dict[str, Scores]:
         """Return the scores for the targets of a split by `popularity` and `neighbours`, rankings without training."""
         counts = self.sequences.training_counts
-        histories = self.sequences.split(split).latest(RECENT)
+        histories = self._histories(split)
         popularity = Scores(*popularity_scores(counts, len(histories), self.device), None)
         return {"popularity": popularity, "neighbours": self.terms.baseline(counts, histories, self.device)}
 
@@ -140,9 +146,17 @@ class Scoring:
 
         "neighbours" also has "similarity": True if the run has states for that term.
         """
-        scores = self.baseline_scores(split)["neighbours"]
-        report = evaluate(scores.queries, scores.vectors, self.sequences, split, config, scores.added)
+        report = self._evaluated(self.baseline_scores(split)["neighbours"], split, config)
         return {
-            "popularity": popularity_baseline(self.sequences, split, config),
+            "popularity": popularity_baseline(self.sequences, split, config, self.ranks),
             "neighbours": {**report, "similarity": self.terms.similarity is not None},
         }
+
+    def _evaluated(self, scores: Scores, split: str, config: EvaluationConfig) -> dict[str, Any]:
+        """Return the metrics of a split by scores. Raises InputError if one is not finite."""
+        return evaluate(scores.queries, scores.vectors, self.sequences, split, config, scores.added, self.ranks)
+
+    def _histories(self, split: str) -> np.ndarray:
+        """Return the latest items before each target of this rank's block, int64 [R, width]."""
+        whole = self.sequences.split(split)
+        return whole.part(self.ranks.block(len(whole.targets))).latest(RECENT)

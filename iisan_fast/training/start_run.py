@@ -53,7 +53,7 @@ def train(
     if config.model.method == NEIGHBOURS:
         with folder:
             folder.begin(config, views, dataset, file_of_terms(terms), device)
-            return rank_untrained(folder, config, Scoring(dataset.sequences, terms, device), on_epoch)
+            return rank_untrained(folder, config, Scoring(dataset.sequences, terms, device, ranks), on_epoch)
     with open_source(config, dataset, device, placement, precision) as (source, views):
         if initial is not None:
             initial.refuse_other_views(views)

@@ -41,7 +41,9 @@ def rank_untrained(
     sequences = scoring.sequences
     model = Popularity(sequences.training_counts, scoring.device)
     vectors = model.item_vectors
-    validation, test = (split_states(model, vectors, sequences.split(name)) for name in ("validation", "test"))
+    validation, test = (
+        split_states(model, vectors, sequences.split(name), scoring.ranks) for name in ("validation", "test")
+    )
     evaluation = config.evaluation
     started = time.perf_counter()
     weights = TermWeights.of(config.scoring)
