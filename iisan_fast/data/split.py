@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -40,6 +40,11 @@ class Split:
     def least_width(self) -> int:
         """Return the least width of padded histories."""
         return self.max_inputs + 2
+
+    def part(self, rows: slice) -> Split:
+        """Return the split of some consecutive rows."""
+        fields = {name: getattr(self, name)[rows] for name in ("users", "targets", "lengths", "ends")}
+        return replace(self, **fields)
 
     @cached_property
     def first_rows(self) -> np.ndarray:

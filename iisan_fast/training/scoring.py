@@ -159,4 +159,4 @@ class Scoring:
     def _histories(self, split: str) -> np.ndarray:
         """Return the latest items before each target of this rank's block, int64 [R, width]."""
         whole = self.sequences.split(split)
-        return whole.part(self.ranks.block(len(whole.targets))).latest(RECENT)
+        return whole.latest(RECENT, self.ranks.block(len(whole.targets)))

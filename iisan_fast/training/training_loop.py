@@ -60,7 +60,7 @@ class TrainingLoop:
         self.trainer = trainer
         self.folder = folder
         self.config = trainer.config
-        self.scoring = Scoring(trainer.sequences, terms, trainer.device)
+        self.scoring = Scoring(trainer.sequences, terms, trainer.device, trainer.ranks)
         self._on_epoch = on_epoch
         self._clock = IntervalClock(self.config.train.checkpoint_interval)
         self._saved = trainer.progress.place  # that of the last checkpoint; empty if there is none
@@ -190,7 +190,7 @@ class TrainingLoop:
         """Return the vectors of all items, and the metrics on the validation set by the score with its terms."""
         trainer = self.trainer
         trainer.model.eval()
-        vectors = trainer.model.catalogue_vectors(trainer.source)
+        vectors = trainer.model.catalogue_vectors(trainer.source, trainer.ranks)
         config = self.config.evaluation
         config = replace(config, ks=tuple(sorted({*config.ks, SELECTED_BY})))
         states = self._user_states(vectors, "validation")
@@ -226,7 +226,7 @@ class TrainingLoop:
 
     def _user_states(self, vectors: Tensor, split: str) -> Tensor:
         """Return the user state for each target of a split, [R, d]."""
-        return split_states(self.trainer.model, vectors, self.trainer.sequences.split(split))
+        return split_states(self.trainer.model, vectors, self.trainer.sequences.split(split), self.trainer.ranks)
 
 
 def _refuse_failed_step(reading: Reading) -> None:
