@@ -15,7 +15,7 @@ from ..runtime import fix_cublas_workspace
 from ..setting_fields import to_dict
 from .initial_weights import read_initial_weights
 from .item_sources import Descriptions, open_final_states, open_unread_source
-from .run_folder import CATALOGUE_FILE, CHECKPOINTS, RUN_FILES
+from .run_files import CATALOGUE_FILE, CHECKPOINTS, RUN_FILES
 from .start_run import check_new_run
 from .trainer import Trainer
 from .unchanged_dataset import refuse_changed_texts

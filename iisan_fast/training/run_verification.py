@@ -14,7 +14,8 @@ from ..files import refuse_irregular
 from ..states import open_states
 from ..verified import Damage, Verified
 from .checkpoints import RESTORE, damaged_parts, load_checkpoint, save_checkpoint
-from .run_folder import CATALOGUE_FILE, CHECKPOINTS, HISTORIES_FILE, ITEMS_FILE, RunFolder
+from .run_files import CATALOGUE_FILE, CHECKPOINTS, HISTORIES_FILE, ITEMS_FILE
+from .run_folder import RunFolder
 from .run_record import RECORD_FILE, RunRecord
 from .run_terms import how_to_make_again, read_terms
 

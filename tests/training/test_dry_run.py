@@ -19,7 +19,7 @@ from iisan_fast.setting_sources import base_settings
 from iisan_fast.settings import run_config
 from iisan_fast.states import EncodedTable
 from iisan_fast.training.item_sources import open_source
-from iisan_fast.training.run_folder import CATALOGUE_FILE, RUN_FILES
+from iisan_fast.training.run_files import CATALOGUE_FILE, RUN_FILES
 from iisan_fast.training.trainer import Trainer
 
 SMALL = {"batch_users": 16, "embedding_dim": 16, "bottleneck": 8, "device": "cpu"}
