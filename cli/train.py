@@ -102,8 +102,8 @@ CHANGED_BY_RESUME = {  # option: the argument of iisan_fast.resume
     group=OUTPUT,
     type=click.Choice(PLACEMENTS),
     default="auto",
-    help="Where the hidden states (or images) lie: on the device, in (pinned) host memory, in their files (mapped), "
-    "or where they fit (auto).",
+    help="Where the hidden states (or images) lie: on the device, in host memory (pinned), over the ranks (sharded), "
+    "in their files (mapped), or where they fit (auto).",
 )
 @option("--out", group=OUTPUT, type=FOLDER, help="Folder of the run.  [default: the next free runs/NAME-N]")
 @device_option

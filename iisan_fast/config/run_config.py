@@ -16,7 +16,7 @@ from .protocol_section import ProtocolConfig
 from .ranking_sections import NEIGHBOUR_WEIGHTS, EvaluationConfig, ScoringConfig
 from .training_section import TrainConfig
 
-PLACEMENTS = ("auto", "device", "pinned", "mapped")  # of the feature table
+PLACEMENTS = ("auto", "device", "pinned", "sharded", "mapped")  # of the feature table
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ other, are the whole. The last blocks may be smaller, or empty.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -180,4 +181,5 @@ def _bytes(rows: Tensor) -> Tensor:
     """Return a contiguous tensor [N, …] as bytes [N, bytes of a row], so that every dtype can be sent."""
     import torch
 
-    return rows.view(len(rows), -1).view(torch.uint8)
+    numbers = math.prod(rows.shape[1:])  # not -1, which says nothing of no rows
+    return rows.view(len(rows), numbers).view(torch.uint8)

@@ -1,31 +1,31 @@
 """Hold every item's hidden states in a table: on the device, in host memory, or in the store's memory-mapped file.
 
-On the device, kernels read the table by item number. A larger table stays in (pinned) host memory or in the file, and
-the rows of a batch are copied to the device ahead of its step. All three give the same values.
+On the device, kernels read the table by item number. A larger table stays in (pinned) host memory, in shards on several
+ranks, or in the file, and the rows of a batch are copied to the device ahead of its step. All give the same values.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..kernels import States
+from ..ranks import ALONE, Ranks
+from .gathered_table import STATES_AT_ONCE, GatheredTable
 from .item_source import Gathered
-from .placement import place
+from .sharded_table import ShardedTable, shard_items, shard_rows
 from .standardise import StateStatistics, state_statistics
 from .state_reader import StateReader
-from .store import Store, group_positions
+from .store import Store
+from .table_plan import TablePlan, plan_table, selected_shape
 from .view_shapes import ViewShape
 
 ITEMS_AT_ONCE = 4096  # items to read from the store at a time
-STATES_AT_ONCE = 8192  # items to read at a time when the whole table is read
 
 
 @dataclass(frozen=True)
@@ -61,54 +61,6 @@ class FeatureTable:
 
     def close(self) -> None:
         """Do nothing: the table keeps no files open."""
-
-
-class GatheredTable(ABC):
-    """A table that is not on the device. The rows of a batch are copied there when they are read."""
-
-    index_device = torch.device("cpu")
-    items_at_once = STATES_AT_ONCE
-
-    def __init__(self, shapes: list[ViewShape], dtypes: list[torch.dtype], rows: int, device: torch.device) -> None:
-        """Take the shape and dtype of each view, the number of rows with padding, and the device to copy to."""
-        self.shapes = shapes
-        self.dtypes = dtypes
-        self.rows = rows
-        self.device = device
-        self.statistics: Mapping[str, StateStatistics] = {}
-
-    def gather(self, items: Tensor) -> Gathered:
-        """Return the rows of item numbers int64 [N] in host memory, pinned for CUDA: a tensor [N, K, D] for each view.
-
-        Padding (0) must stand last.
-        """
-        buffers = [
-            torch.empty((len(items), *shape), dtype=dtype, pin_memory=self.device.type == "cuda")
-            for shape, dtype in zip(self.shapes, self.dtypes)
-        ]
-        for view, buffer in enumerate(buffers):
-            self._read(view, items, buffer)
-        return Gathered(buffers)
-
-    def read(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
-        """Return the rows of item numbers int64 [N] on the device, [N, K, D] for each view, in the order of `items`.
-
-        gathered: the result of `gather(items)`; None to gather first.
-        """
-        gathered = gathered or self.gather(items)
-        return [States(rows.to(self.device, non_blocking=True)) for rows in gathered.tensors]
-
-    @abstractmethod
-    def close(self) -> None:
-        """Close the files that the table reads."""
-
-    @abstractmethod
-    def _read(self, view: int, items: Tensor, into: Tensor) -> None:
-        """Copy the rows of a view into the tensor `into` [N, K, D], converted to its dtype.
-
-        view: the position of the view. items: item numbers int64 [N] on the host; padding, number 0, stands last and
-        gives zeros. Raises InputError if the rows come from a store that lacks or cannot read one.
-        """
 
 
 class PinnedTable(GatheredTable):
@@ -151,7 +103,7 @@ class MappedTable(GatheredTable):
         dtypes: of the rows that are read. Raises InputError if states are missing.
         """
         descriptions = [store.view(name) for name in names]
-        super().__init__(list(map(_shape, descriptions, positions)), dtypes, len(item_ids) + 1, device)
+        super().__init__(list(map(selected_shape, descriptions, positions)), dtypes, len(item_ids) + 1, device)
         self.store = store
         self.names = names
         self.item_ids = item_ids
@@ -191,17 +143,6 @@ class MappedTable(GatheredTable):
             statistics.standardise(into[: len(ids)])
 
 
-class TablePlan(NamedTuple):
-    """The content of a feature table, its size, and its place."""
-
-    names: list[str]  # of the views
-    positions: list[list[int] | None]  # among each view's stored layers, the layers to read; None for all
-    dtypes: list[torch.dtype]
-    shapes: list[tuple[int, ...]]  # [items + 1, K, D] of each view
-    size: int  # in bytes
-    place: str  # device, pinned or mapped
-
-
 def load_table(
     cache: Path | StateReader,
     views: Iterable[str],
@@ -211,46 +152,30 @@ def load_table(
     dtype: torch.dtype | None = None,
     layer_groups: int | None = None,
     standardise: bool = False,
-) -> FeatureTable | PinnedTable | MappedTable:
+    ranks: Ranks = ALONE,
+) -> FeatureTable | PinnedTable | MappedTable | ShardedTable:
     """Load views of a store into a table for the items in the order of `item_ids`. Item numbers count from 1.
 
     cache: the store's folder, or states that are open for reading, which the table then closes. placement: one of
     config.PLACEMENTS; "auto" chooses by free memory. dtype: of the table; None for the store's. layer_groups: keep the
     embedding output and the last block of that many groups of the encoder's blocks; None keeps all stored layers.
     standardise: give each number of a layer mean 0 and deviation 1 over the items, in the table itself or, for a mapped
-    one, as rows are read. Raises InputError if the store, a view, a layer or an item's states are missing or damaged,
-    or if the placement does not fit.
+    one, as rows are read. ranks: that load the table together. Raises InputError, on all of them, if the store, a view,
+    a layer or an item's states are missing or damaged, or if the placement does not fit.
     """
     store = Store(cache) if isinstance(cache, Path) else cache
     try:
-        plan = plan_table(store, views, item_ids, device, placement, dtype, layer_groups)
-        if plan.place == "mapped":
-            table = MappedTable(store, plan.names, item_ids, plan.positions, plan.dtypes, device)
-            if standardise:
-                table.standardise()
-            return table
-        target = device if plan.place == "device" else torch.device("cpu")
-        pinned = plan.place == "pinned" and device.type == "cuda"
-        tables = tuple(
-            torch.zeros(shape, dtype=kind, device=target, pin_memory=pinned)
-            for shape, kind in zip(plan.shapes, plan.dtypes)
-        )
-        statistics = {}
-        for name, layers, view in zip(plan.names, plan.positions, tables):
-            parts = _loaded(store, name, item_ids, layers, view)
-            if standardise:
-                statistics[name] = state_statistics(parts, view.dtype, store.where(name))
-                statistics[name].standardise(view[1:])
-            else:
-                for _ in parts:
-                    pass
+        plan = plan_table(store, views, item_ids, device, placement, dtype, layer_groups, ranks)
+        if plan.place == "sharded":
+            table = _load_shards(store, plan, item_ids, device, standardise, ranks)
+        else:
+            table = ranks.all_do(lambda: _load_whole(store, plan, item_ids, device, standardise))
     except BaseException:
         store.close()
         raise
-    store.close()
-    if plan.place == "device":
-        return FeatureTable(tables, statistics)
-    return PinnedTable(tables, device, statistics)
+    if not isinstance(table, MappedTable):
+        store.close()
+    return table
 
 
 def unread_table(
@@ -287,24 +212,61 @@ def final_states(store: StateReader, views: Iterable[str], item_ids: list[str]) 
     return MappedTable(store, names, item_ids, last, dtypes, torch.device("cpu"))
 
 
-def plan_table(
-    store: StateReader,
-    views: Iterable[str],
-    item_ids: list[str],
-    device: torch.device,
-    placement: str,
-    dtype: torch.dtype | None,
-    layer_groups: int | None,
-) -> TablePlan:
-    """Plan the table of `load_table`. Raises InputError for a view that is missing or a placement that does not fit."""
-    names = list(views)
-    descriptions = [store.view(name) for name in names]
-    dtypes = [dtype or getattr(torch, view["dtype"]) for view in descriptions]
-    positions = [group_positions(name, view, layer_groups) for name, view in zip(names, descriptions)]
-    shapes = [(len(item_ids) + 1, *_shape(view, layers)) for view, layers in zip(descriptions, positions)]
-    size = sum(math.prod(shape) * kind.itemsize for shape, kind in zip(shapes, dtypes))
-    where = place("feature table", placement, size, device, mapped="in the store's file")
-    return TablePlan(names, positions, dtypes, shapes, size, where)
+def _load_whole(
+    store: StateReader, plan: TablePlan, item_ids: list[str], device: torch.device, standardise: bool
+) -> FeatureTable | PinnedTable | MappedTable:
+    """Load the table of a plan that is not sharded. Raises InputError as `load_table` does."""
+    if plan.place == "mapped":
+        table = MappedTable(store, plan.names, item_ids, plan.positions, plan.dtypes, device)
+        if standardise:
+            table.standardise()
+        return table
+    target = device if plan.place == "device" else torch.device("cpu")
+    pinned = plan.place == "pinned" and device.type == "cuda"
+    tables = _zeros(plan, len(item_ids) + 1, target, pinned)
+    statistics = {}
+    for name, layers, view in zip(plan.names, plan.positions, tables):
+        parts = _loaded(store, name, item_ids, layers, view[1:])
+        if standardise:
+            statistics[name] = state_statistics(parts, view.dtype, store.where(name))
+            statistics[name].standardise(view[1:])
+        else:
+            _exhaust(parts)
+    if plan.place == "device":
+        return FeatureTable(tables, statistics)
+    return PinnedTable(tables, device, statistics)
+
+
+def _load_shards(
+    store: StateReader, plan: TablePlan, item_ids: list[str], device: torch.device, standardise: bool, ranks: Ranks
+) -> ShardedTable:
+    """Load this rank's shard of a table, and no other states. Raises InputError, on all ranks, as `load_table` does."""
+
+    def load() -> tuple[Tensor, ...]:
+        tables = _zeros(plan, shard_rows(len(item_ids), ranks), torch.device("cpu"), device.type == "cuda")
+        ids = [item_ids[item - 1] for item in shard_items(len(item_ids), ranks).tolist()]
+        for name, layers, view in zip(plan.names, plan.positions, tables):
+            _exhaust(_loaded(store, name, ids, layers, view[len(view) - len(ids) :]))
+        return tables
+
+    table = ShardedTable(ranks.all_do(load), len(item_ids), device, ranks)
+    if standardise:
+        table.standardise(plan.names, [store.where(name) for name in plan.names])
+    return table
+
+
+def _zeros(plan: TablePlan, rows: int, device: torch.device, pinned: bool) -> tuple[Tensor, ...]:
+    """Return tensors of zeros [rows, K, D] for the views of a plan."""
+    return tuple(
+        torch.zeros(rows, *shape[1:], dtype=dtype, device=device, pin_memory=pinned)
+        for shape, dtype in zip(plan.shapes, plan.dtypes)
+    )
+
+
+def _exhaust(parts: Iterator[Tensor]) -> None:
+    """Take all parts of an iterator that is read for its effect."""
+    for _ in parts:
+        pass
 
 
 def _shapes(views: tuple[Tensor, ...]) -> list[ViewShape]:
@@ -312,17 +274,12 @@ def _shapes(views: tuple[Tensor, ...]) -> list[ViewShape]:
     return [ViewShape(view.shape[1], view.shape[2]) for view in views]
 
 
-def _shape(view: dict[str, Any], positions: list[int] | None) -> ViewShape:
-    """Return the shape of a stored view with the layers at `positions`; None for all its layers."""
-    return ViewShape(len(view["layers"] if positions is None else positions), view["width"])
-
-
 def _loaded(
     store: StateReader, name: str, item_ids: list[str], positions: list[int] | None, table: Tensor
 ) -> Iterator[Tensor]:
-    """Fill the rows from 1 of a table [items + 1, K, D] from the store, and yield the states of each part."""
+    """Fill a table [items, K, D] from the store, and yield the states of each part."""
     for start, rows in _parts(store, name, item_ids, positions):
-        table[1 + start : 1 + start + len(rows)] = rows
+        table[start : start + len(rows)] = rows
         yield rows
 
 
@@ -335,7 +292,7 @@ def _parts(
     """
     view = store.view(name)
     size = min(ITEMS_AT_ONCE, len(item_ids))
-    staging = torch.empty((size, *_shape(view, positions)), dtype=getattr(torch, view["dtype"]))
+    staging = torch.empty((size, *selected_shape(view, positions)), dtype=getattr(torch, view["dtype"]))
     for start in range(0, len(item_ids), ITEMS_AT_ONCE):
         part = item_ids[start : start + ITEMS_AT_ONCE]
         rows = staging[: len(part)]

@@ -1,48 +1,88 @@
-"""Choose where a table of item states or images lies: on the device, in host memory, or in files."""
+"""Choose where a table of item states or images lies: on the device, in host memory, over all ranks, or in files."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ..config import PLACEMENTS
 from ..errors import InputError
+from ..ranks import ALONE, Ranks
 
 LOGGER = logging.getLogger(__name__)
 DEVICE_SHARE, HOST_SHARE = 0.7, 0.5  # of free memory that a table may take; the model needs the rest
+PLACES = ("device", "pinned", "sharded", "mapped")  # the fastest first
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
-def place(table: str, placement: str, size: int, device: torch.device, mapped: str) -> str:
-    """Return the place of a table of `size` bytes: "device", "pinned" or "mapped", and log it.
+def place(table: str, placement: str, size: int, device: torch.device, mapped: str, ranks: Ranks = ALONE) -> str:
+    """Return the place of a table of `size` bytes, one of `PLACES`, and log it.
 
     table: its name in the log. placement: one of config.PLACEMENTS; "auto" takes the first place with enough free
-    memory. mapped: the words in the log for a table that no memory holds. Raises InputError for an unknown placement,
-    or one other than "auto" and "mapped" that does not fit into free memory.
+    memory. mapped: the words in the log for a table that no memory holds. ranks: that place the table together; those
+    of one machine share its memory, and all of them take the same place. Raises InputError for an unknown placement, or
+    one other than "auto" and "mapped" that does not fit into free memory.
     """
     if placement not in PLACEMENTS:
         raise InputError(f"table: expected one of {', '.join(PLACEMENTS)}, found {placement!r}")
-    on_device, on_host = free_memory(device), free_memory(torch.device("cpu"))
-    if placement == "auto":
-        if on_device is None or size <= DEVICE_SHARE * on_device:
-            placement = "device"
-        elif device.type == "cuda" and on_host is not None and size <= HOST_SHARE * on_host:
-            placement = "pinned"
-        else:
-            placement = "mapped"
-    elif placement != "mapped":
-        free = on_device if placement == "device" else on_host
-        if free is not None and size > free:
+    if placement == "sharded" and not ranks.several:
+        placement = "pinned"  # the shard of one rank is the whole table
+    room = _Room.of(size, device, ranks)
+    place = ranks.all_do(lambda: room.first_fitting() if placement == "auto" else room.checked(placement))
+    place = max(ranks.from_all(place), key=PLACES.index)
+    homes = {
+        "device": f"on {device}",
+        "pinned": "in host memory, rows gathered ahead",
+        "sharded": f"in the host memory of {ranks.count} ranks, rows exchanged ahead",
+        "mapped": mapped,
+    }
+    free = "" if room.on_device is None else f" ({size_text(room.on_device)} free on {device})"
+    LOGGER.info("%s: %s, %s%s", table, size_text(size), homes[place], free)
+    return place
+
+
+class _Room(NamedTuple):
+    """The bytes that a rank's part of a table takes, and those that are free for it; None if that is unknown."""
+
+    size: int  # of the whole table
+    shard: int  # of this rank's shard, about
+    is_sharded: bool  # whether several ranks can hold the table
+    on_device: int | None
+    on_host: int | None
+    of_device: str  # the device's type
+
+    @classmethod
+    def of(cls, size: int, device: torch.device, ranks: Ranks) -> _Room:
+        """Measure the free memory. Ranks of one machine have equal parts of its host memory."""
+        free = free_memory(torch.device("cpu"))
+        on_host = None if free is None else free // ranks.on_this_machine
+        on_device = on_host if device.type == "cpu" else free_memory(device)
+        return cls(size, -(-size // ranks.count), ranks.several, on_device, on_host, device.type)
+
+    def first_fitting(self) -> str:
+        """Return the fastest place with enough free memory."""
+        if self.on_device is None or self.size <= DEVICE_SHARE * self.on_device:
+            return "device"
+        if self.on_host is not None:
+            if self.of_device == "cuda" and self.size <= HOST_SHARE * self.on_host:
+                return "pinned"
+            if self.is_sharded and self.shard <= HOST_SHARE * self.on_host:
+                return "sharded"
+        return "mapped"
+
+    def checked(self, place: str) -> str:
+        """Return the place. Raises InputError if it lacks memory."""
+        needed = {"sharded": self.shard, "mapped": 0}.get(place, self.size)
+        free = self.on_device if place == "device" else self.on_host
+        if free is not None and needed > free:
             raise InputError(
-                f"table: {placement} needs {size_text(size)}, found {size_text(free)} free; "
+                f"table: {place} needs {size_text(needed)}, found {size_text(free)} free; "
                 "choose mapped, or leave it to auto"
             )
-    home = {"device": f"on {device}", "pinned": "in host memory, rows gathered ahead", "mapped": mapped}
-    room = "" if on_device is None else f" ({size_text(on_device)} free on {device})"
-    LOGGER.info("%s: %s, %s%s", table, size_text(size), home[placement], room)
-    return placement
+        return place
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..ranks import ALONE, Ranks
 
 # Below this share of a number's mean, its deviation is set to 0: it would amplify the rounding of an encoder, which
 # differs from batch to batch, a thousand times and more.
@@ -45,34 +46,65 @@ class StateStatistics:
         return {f"states.mean.{view}": self.mean, f"states.deviation.{view}": self.deviation}
 
 
-def state_statistics(parts: Iterable[Tensor], dtype: torch.dtype, where: str) -> StateStatistics:
+def state_statistics(
+    parts: Iterable[Tensor], dtype: torch.dtype, where: str, first: Tensor | None = None, ranks: Ranks = ALONE
+) -> StateStatistics:
     """Return the statistics of a view's states, parts [N, K, D] on the host with at least one item in all.
 
     The deviation is that of the whole catalogue: the root of the mean square difference from the mean. It is 0 for a
     number that varies by less than `LEAST_DEVIATION` of its mean, so that it stays out of the model. dtype: of the
-    table, to which the states are rounded first. where: the view, for the message. Raises InputError if a number is not
-    finite.
+    table, to which the states are rounded first. where: the view, for the message. first: the states [K, D] of the
+    first item, if `parts` may lack it. ranks: that have the parts together. They get equal statistics, which differ
+    from those of one process by rounding. Raises InputError, on all of them, if a number is not finite.
     """
-    count = 0
     with np.errstate(invalid="ignore", over="ignore"):  # such numbers are refused below
+        sums = _Sums(None if first is None else first.to(dtype).double().numpy())
         for states in (states for part in parts for states in part.split(ROWS_AT_ONCE)):
-            rows = states.to(dtype).double().numpy()
-            if count == 0:
-                first = rows[0].copy()  # subtracted, so that equal numbers give exactly 0, and a large mean loses none
-                total = np.zeros_like(first)
-                squares = np.zeros_like(first)
-            count += len(rows)
-            for row in rows - first:
-                total += row
-                squares += row * row
-        mean = total / count
-        deviation = np.sqrt(np.maximum(squares / count - mean * mean, 0))
+            sums.add(states.to(dtype).double().numpy())
+        sums.add_up(ranks)
+        mean = sums.total / sums.count
+        deviation = np.sqrt(np.maximum(sums.squares / sums.count - mean * mean, 0))
     if not np.isfinite(deviation).all():
         layer, number = np.argwhere(~np.isfinite(deviation))[0].tolist()
         raise InputError(
             f"{where}: standardise: expected finite states, found one that is not (kept layer {layer + 1}, number "
             f"{number + 1}); extract them again with encoder_dtype float32, or leave standardise out"
         )
-    mean += first
+    mean += sums.first
     deviation[deviation < LEAST_DEVIATION * np.abs(mean)] = 0
     return StateStatistics(torch.from_numpy(mean), torch.from_numpy(deviation))
+
+
+class _Sums:
+    """The sums of states and of their squares, float64 [K, D], after the first item's states are subtracted.
+
+    So equal numbers give exactly 0, and a large mean loses no digits.
+    """
+
+    def __init__(self, first: np.ndarray | None) -> None:
+        """Begin with nothing. first: states [K, D] to subtract; None for those of the first row that is added."""
+        self.count = 0
+        if first is not None:
+            self._begin(first)
+
+    def add(self, rows: np.ndarray) -> None:
+        """Add states [N, K, D], one row after the other."""
+        if self.count == 0 and not hasattr(self, "first"):
+            self._begin(rows[0])
+        self.count += len(rows)
+        for row in rows - self.first:
+            self.total += row
+            self.squares += row * row
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Replace the sums by those over all ranks."""
+        if ranks.several:
+            for array in (self.total, self.squares):
+                ranks.add_up(torch.from_numpy(array))
+            self.count = sum(ranks.from_all(self.count))
+
+    def _begin(self, first: np.ndarray) -> None:
+        """Take the states to subtract, and set the sums to 0."""
+        self.first = first.copy()
+        self.total = np.zeros_like(first)
+        self.squares = np.zeros_like(first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from ..errors import InputError
 from ..fingerprints import changed_settings
 from ..models import check_views
 from ..precision import Precision
+from ..ranks import ALONE, Ranks
 from ..states import (
     FeatureTable,
     ItemSource,
@@ -36,17 +38,25 @@ Descriptions = dict[str, dict[str, Any]]  # of views, by name
 
 @contextmanager
 def open_source(
-    config: RunConfig, dataset: Dataset, device: torch.device, placement: str, precision: Precision
+    config: RunConfig,
+    dataset: Dataset,
+    device: torch.device,
+    placement: str,
+    precision: Precision,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[ItemSource, Descriptions]]:
     """Yield the source of a run's items, and the description of each view by name; close the source at the end.
 
-    placement: one of config.PLACEMENTS. precision: of the run; its `table` is the dtype of the states. Raises
-    InputError if states, contents or encoders are missing, or do not fit the method.
+    placement: one of config.PLACEMENTS. precision: of the run; its `table` is the dtype of the states. ranks: that open
+    it together. Raises InputError, on all of them, if states, contents or encoders are missing, do not fit the method,
+    or differ between the ranks.
     """
     if config.has_states:
-        source, views = _open_states(config, dataset.sequences, device, placement, precision.table)
-    elif config.uncached is not None:
-        source, views = _open_encoders(config, config.uncached, dataset, device, placement, precision.table)
+        source, views = _open_states(config, dataset.sequences, device, placement, precision.table, ranks)
+    elif uncached := config.uncached:
+        source, views = ranks.all_do(
+            lambda: _open_encoders(config, uncached, dataset, device, placement, precision.table)
+        )
     else:
         source = item_numbers(len(dataset.sequences.item_ids), device)
         views = {}
@@ -118,14 +128,25 @@ def _open_states(
     device: torch.device,
     placement: str,
     dtype: torch.dtype | None,
+    ranks: Ranks,
 ) -> tuple[ItemSource, Descriptions]:
-    """Return the table of stored states, and the descriptions of its views."""
-    states, views = _described_states(config, sequences.item_ids)
-    model = config.model
-    table = load_table(
-        states, config.views, sequences.item_ids, device, placement, dtype, model.layer_groups, model.standardise
-    )
+    """Return the table of stored states, and the descriptions of its views. Raises InputError as `open_source` does."""
+    item_ids = sequences.item_ids
+    states, views = ranks.all_do(lambda: _described_states(config, item_ids))
+    ranks.all_do(functools.partial(_refuse_other_views, ranks.from_first(views), views))
+    groups = config.model.layer_groups
+    standardise = config.model.standardise
+    table = load_table(states, config.views, item_ids, device, placement, dtype, groups, standardise, ranks)
     return table, views
+
+
+def _refuse_other_views(of_first: Descriptions, views: Descriptions) -> None:
+    """Raise InputError if this rank's views are not those of rank 0."""
+    for name, description in of_first.items():
+        if different := changed_settings(description, views[name]):
+            raise InputError(
+                f"view {name!r} differs between the ranks: {'; '.join(different)}; give all machines one cache"
+            )
 
 
 def _described_states(config: RunConfig, item_ids: list[str]) -> tuple[StateReader, Descriptions]:
@@ -169,8 +190,10 @@ def _open_encoders(
 
     placement: where the inputs lie, as the setting of `--table` names it.
     dtype: of the states that frozen encoders give to the model; None: the dtype that `uncached` rounds them to.
-    Raises InputError for inputs or encoders that cannot be used.
+    Raises InputError for inputs or encoders that cannot be used, and for a sharded table, which holds stored states.
     """
+    if placement == "sharded":
+        raise InputError("table: sharded is for stored states, and this run encodes its items itself; choose another")
     from ..states import EncodedTable, open_inputs  # imports transformers, which takes seconds
 
     tuned = config.model.method in TUNING_METHODS

@@ -54,7 +54,7 @@ def train(
         with folder:
             folder.begin(config, views, dataset, file_of_terms(terms), device)
             return rank_untrained(folder, config, Scoring(dataset.sequences, terms, device, ranks), on_epoch)
-    with open_source(config, dataset, device, placement, precision) as (source, views):
+    with open_source(config, dataset, device, placement, precision, ranks) as (source, views):
         if initial is not None:
             initial.refuse_other_views(views)
         trainer = Trainer(config, dataset.sequences, source, device, precision, initial, ranks)

@@ -143,7 +143,7 @@ def test_the_size_said_is_that_of_the_tables_dtype(tmp_path, monkeypatch, caplog
 
 
 def test_an_unknown_home_is_refused(cache):
-    with pytest.raises(InputError, match="table: expected one of auto, device, pinned, mapped, found 'disk'"):
+    with pytest.raises(InputError, match="table: expected one of auto, device, pinned, sharded, mapped, found 'disk'"):
         load_table(cache, ["a"], IDS, CPU, "disk")
 
 
