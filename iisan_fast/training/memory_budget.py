@@ -13,6 +13,7 @@ from ..config import TUNING_METHODS, RunConfig, TrainConfig
 from ..data import Negatives, Sequences, padded_shape
 from ..errors import InputError
 from ..models import EncodingPlan, Recommender
+from ..ranks import ALONE, Ranks
 from ..states import ItemSource, free_memory, size_text, usable_memory
 
 LOGGER = logging.getLogger(__name__)
@@ -25,29 +26,38 @@ class MemoryBudget:
     """An estimate of the memory of a run's largest batches, and the plan for encoding them."""
 
     def __init__(
-        self, config: RunConfig, sequences: Sequences, source: ItemSource, model: Recommender, device: torch.device
+        self,
+        config: RunConfig,
+        sequences: Sequences,
+        source: ItemSource,
+        model: Recommender,
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Estimate the memory. For trained encoders, choose and log how many items they encode at a time.
 
-        sequences: the histories that are trained on, with reversed ones if there are any. Raises InputError if one item
-        does not fit, or the columns of a loss that takes others than the batch's items.
+        sequences: the histories that are trained on, with reversed ones if there are any. ranks: those that share out
+        each batch; the estimate is of one of them, and all encode as many items at a time. Raises InputError if one
+        item does not fit, or the columns of a loss that takes others than the batch's items.
         """
         self.device = device
+        self.ranks = ranks
         self.users = config.train.batch_users
         negatives = Negatives.of(config.train)
         self.items = min(self.users * (sequences.max_inputs + 1), source.rows - 1)
         if not negatives.in_batch:
-            shape = padded_shape(sequences, self.users, negatives)
+            shape = padded_shape(sequences, self.users, negatives, ranks)
             self.items = min(shape.distinct, source.rows - 1)
+        self._encoded = ranks.block_size(self.items)  # items that a rank encodes
         self.encoding: EncodingPlan | None = None
         if config.model.method in TUNING_METHODS:
             self.encoding = self._plan_encoding(config, source, model)
             self.estimate = self.encoding.estimate
         else:
-            self.estimate = 4 * STATE_COPIES * self.items * _numbers_of_an_item(config, source)
+            self.estimate = 4 * STATE_COPIES * self._encoded * _numbers_of_an_item(config, source)
         self.lower = "batch_users"
         if not negatives.in_batch:
-            self._add_scores(config.train, shape.rows, model)
+            ranks.all_do(lambda: self._add_scores(config.train, shape.rows, model))
 
     @contextmanager
     def refuse_lack_of_memory(self) -> Iterator[None]:
@@ -78,7 +88,7 @@ class MemoryBudget:
         of_items = self.estimate
         self.estimate += 4 * copies * rows * self.items
         self.lower = "batch_users, or choose sampled:N" if train.loss == "full" else "batch_users or N"
-        free = free_memory(self.device)
+        free = self._of_this_rank(free_memory(self.device))
         if free is not None and self.estimate > free:
             remedy = "choose sampled:N" if train.loss == "full" and of_items > free else f"lower {self.lower}"
             raise InputError(
@@ -88,16 +98,25 @@ class MemoryBudget:
 
     def _plan_encoding(self, config: RunConfig, source: ItemSource, model: Recommender) -> EncodingPlan:
         """Choose the parts in which trained encoders encode a batch, set them, and return the plan."""
-        usable = usable_memory(self.device)
+        usable = self._of_this_rank(usable_memory(self.device))
         free = sys.maxsize if usable is None else usable
-        plan = model.item_encoder.plan(source.largest, self.items, free, config.uncached.items_at_once)
+        arguments = source.largest, self._encoded, free
+        plan = self.ranks.all_do(lambda: model.item_encoder.plan(*arguments, config.uncached.items_at_once))
+        agreed = min(self.ranks.from_all(plan.items_at_once))
+        if agreed < plan.items_at_once:  # another rank has less memory
+            plan = model.item_encoder.plan(*arguments, agreed)
         source.part_items = min(source.part_items, plan.items_at_once)
         twice = ", each part twice" if plan.recompute else ""
         LOGGER.info(
-            f"encoders: up to {self.items} items a batch, {source.part_items} at a time{twice}; "
+            f"encoders: up to {self._encoded} items a batch, {source.part_items} at a time{twice}; "
             f"activations of up to {size_text(plan.estimate)}"
         )
         return plan
+
+    def _of_this_rank(self, memory: int | None) -> int | None:
+        """Return this rank's part of a device's memory in bytes: the ranks of a machine share its CPU's."""
+        shared = self.device.type == "cpu" and memory is not None
+        return memory // self.ranks.on_this_machine if shared else memory
 
 
 def _numbers_of_an_item(config: RunConfig, source: ItemSource) -> int:

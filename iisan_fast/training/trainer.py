@@ -84,7 +84,7 @@ class Trainer:
         self.plan: RunPlan | None = None  # of packed batches, for a fused step on a GPU
         self.captured: CapturedStep | None = None  # a step by autograd in a CUDA graph
         self._choose_step(precision.products)
-        self.memory = MemoryBudget(config, self.training_sequences, source, self.model, device)
+        self.memory = MemoryBudget(config, self.training_sequences, source, self.model, device, ranks)
         if tuned:  # record it, so that a resumed run encodes in the same parts
             uncached = replace(config.uncached, items_at_once=self.memory.encoding.items_at_once)
             self.config = replace(config, uncached=uncached)

@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 
 from iisan_fast.ranks import Ranks, joined_ranks
 
-PRELOADED = ["torch", "torch.distributed", "iisan_fast.training.trainer", "helpers.rank_processes"]
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "iisan_fast.training.trainer", "helpers.rank_processes"]
 
 
 def run_on_ranks(count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60) -> list[Any]:
