@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -16,10 +15,10 @@ import torch
 from ..config import FEATURES, SIDE_METHODS, TUNING_METHODS, RunConfig, UncachedConfig, ViewConfig
 from ..data import Dataset, Sequences
 from ..errors import InputError
-from ..fingerprints import changed_settings
+from ..fingerprints import NOT_COMPARED, changed_settings
 from ..models import check_views
 from ..precision import Precision
-from ..ranks import ALONE, Ranks
+from ..ranks import ALONE, Ranks, refuse_disagreement
 from ..states import (
     FeatureTable,
     ItemSource,
@@ -133,20 +132,13 @@ def _open_states(
     """Return the table of stored states, and the descriptions of its views. Raises InputError as `open_source` does."""
     item_ids = sequences.item_ids
     states, views = ranks.all_do(lambda: _described_states(config, item_ids))
-    ranks.all_do(functools.partial(_refuse_other_views, ranks.from_first(views), views))
+    for name, view in views.items():
+        compared = {key: value for key, value in view.items() if key not in NOT_COMPARED}
+        refuse_disagreement(ranks, {f"view {name!r}": compared})
     groups = config.model.layer_groups
     standardise = config.model.standardise
     table = load_table(states, config.views, item_ids, device, placement, dtype, groups, standardise, ranks)
     return table, views
-
-
-def _refuse_other_views(of_first: Descriptions, views: Descriptions) -> None:
-    """Raise InputError if this rank's views are not those of rank 0."""
-    for name, description in of_first.items():
-        if different := changed_settings(description, views[name]):
-            raise InputError(
-                f"view {name!r} differs between the ranks: {'; '.join(different)}; give all machines one cache"
-            )
 
 
 def _described_states(config: RunConfig, item_ids: list[str]) -> tuple[StateReader, Descriptions]:

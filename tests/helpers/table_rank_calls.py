@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from helpers.ranking_calls import random_histories
+from iisan_fast.config import ModelConfig, RunConfig, TrainConfig
 from iisan_fast.errors import InputError
+from iisan_fast.precision import resolve_precision
 from iisan_fast.ranks import Ranks
 from iisan_fast.states import placement
 from iisan_fast.states.feature_table import load_table
 from iisan_fast.states.sharded_table import ShardedTable
+from iisan_fast.training.item_sources import open_source
+from iisan_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -92,3 +100,40 @@ def counted_exchange(ranks: Ranks, cache: Path, item_ids: list[str], items: list
     finally:
         torch.distributed.all_to_all_single = exchange
     return counted
+
+
+def trained(ranks: Ranks, cache: Path, items: int, stopped_after: int) -> dict[str, dict[str, Any]]:
+    """Return the losses, weights and item vectors of an epoch of 40 users over each placement of the table.
+
+    stopped_after: steps after which the batches are closed, with others under way, and begun again from there.
+    """
+    sequences = random_histories(40, items)
+    config = RunConfig(
+        "", "", ("a", "b"), model=ModelConfig(embedding_dim=16, bottleneck=8), train=TrainConfig(batch_users=7)
+    )
+    results: dict[str, dict[str, Any]] = {}
+    for place in ("device", "sharded"):
+        table = load_table(cache, config.views, sequences.item_ids, CPU, place, ranks=ranks)
+        trainer = Trainer(config, sequences, table, CPU, resolve_precision(config, CPU), ranks=ranks)
+        trainer.model.train()
+        losses = []
+        for taken, count in ((0, stopped_after), (stopped_after, None)):
+            with closing(trainer.batches(0, taken)) as batches:
+                losses += [trainer.take(batch).item() for batch in islice(batches, count)]
+        received = getattr(table, "received_bytes", 0)
+        trainer.model.eval()
+        vectors = trainer.model.catalogue_vectors(table, ranks)
+        weights = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+        results[place] = {"losses": losses, "weights": weights, "vectors": vectors, "received": received}
+    return results
+
+
+def opened(ranks: Ranks, caches: list[Path], item_ids: list[str]) -> str:
+    """Return the message of the error that opening the states of a rank raises. caches: of each rank."""
+    config = RunConfig("", str(caches[ranks.rank]), ("a", "b"), model=ModelConfig(embedding_dim=16, bottleneck=8))
+    dataset = SimpleNamespace(sequences=SimpleNamespace(item_ids=item_ids))
+    try:
+        with open_source(config, dataset, CPU, "sharded", resolve_precision(config, CPU), ranks):
+            return ""
+    except InputError as error:
+        return str(error)

@@ -11,7 +11,7 @@ import torch
 
 from helpers.rank_processes import run_on_ranks
 from helpers.stores import fill_store
-from helpers.table_rank_calls import counted_exchange, placed, refused, sharded_rows
+from helpers.table_rank_calls import counted_exchange, opened, placed, refused, sharded_rows, trained
 from helpers.tables import random_table
 from iisan_fast.states.feature_table import FeatureTable, PinnedTable, load_table
 
@@ -91,6 +91,26 @@ def test_one_rank_has_the_whole_table_in_host_memory(cache, whole):
     assert isinstance(table, PinnedTable) and torch.equal(table.views[1], whole.views[1])
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_steps_over_shards_are_those_over_whole_tables(tmp_path, count):
+    items = 50
+    cache = fill_store(
+        tmp_path / "cache",
+        [f"i{i}" for i in range(1, items + 1)],
+        random_table([(3, 16), (3, 16)], items, torch.float32),
+        ("a", "b"),
+    )
+    for result in run_on_ranks(count, trained, cache, items, 2):
+        whole = result["device"]
+        sharded = result["sharded"]
+        assert len(whole["losses"]) == 6 and whole["losses"] == sharded["losses"]
+        assert whole["weights"].keys() == sharded["weights"].keys()
+        for name, weight in whole["weights"].items():
+            assert torch.equal(weight, sharded["weights"][name]), name
+        assert torch.equal(whole["vectors"], sharded["vectors"])
+        assert sharded["received"] > 0
+
+
 # Bad input
 
 
@@ -102,6 +122,21 @@ def test_states_that_one_rank_lacks_are_refused_by_all(tmp_path, cache, whole):
     assert messages[0].startswith(
         f"InputError: {tmp_path / 'cache'}: view 'a' lacks 1 of 6 items (new); run iisan-fast"
     )
+
+
+def test_other_states_on_one_rank_are_refused_by_all(tmp_path):
+    table = random_table([(3, 16), (3, 16)], len(IDS), torch.float32)
+    caches = [
+        fill_store(tmp_path / "first", IDS, table, ("a", "b")),
+        fill_store(tmp_path / "second", IDS, table, ("a", "b"), unescaped=False),
+        tmp_path / "none",
+    ]
+    messages = run_on_ranks(3, opened, [caches[0], caches[1], caches[0]], IDS)
+    assert (
+        len(set(messages)) == 1 and "differs from rank 0: view 'a'.unescaped is false there, true here" in messages[0]
+    )
+    messages = run_on_ranks(2, opened, [caches[0], caches[2]], IDS)
+    assert messages == [f"{caches[2]}: not a cache of hidden states (no manifest.json); run iisan-fast extract"] * 2
 
 
 def test_states_that_are_not_finite_on_one_rank_are_refused_by_all(tmp_path):
