@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from helpers.datasets import make_sequences
 from helpers.tables import random_table
@@ -107,12 +109,8 @@ def batches_of(case: Case, sequences: Sequences) -> Iterator[Batch]:
 
 def take_steps(ranks: Ranks, case: Case) -> Trace:
     """Take the steps of a case on this rank, with its shares of the batches."""
-    sequences = rank_sequences()
     source = source_of(case)
-    states = (None, ()) if case.model.method == "id" else ("", ("image", "title"))
-    config = RunConfig("", *states, model=case.model, train=case.train)
-    popularity = np.maximum(sequences.popularity, 1e-4) * (np.arange(ITEMS + 1) > 0)
-    model = spread(build_recommender(source, config, popularity, resolve_precision(config, CPU)).to(case.dtype))
+    model, sequences = model_and_data(case)
     step, take = step_of(case, model, sequences, ranks)
     shape = padded_shape(sequences, case.train.batch_users, Negatives.of(case.train), ranks) if case.captured else None
     losses = []
@@ -130,6 +128,16 @@ def take_steps(ranks: Ranks, case: Case) -> Trace:
     names = {parameter: name for name, parameter in model.named_parameters()}
     averages = {f"average of {names[parameter]}": value for parameter, value in step.averages.items()}
     return Trace(torch.stack(losses), step.record, {**tensors, **gradients, **averages}, rows, failed_at)
+
+
+def model_and_data(case: Case) -> tuple[Recommender, Sequences]:
+    """Return the model of a case in training mode, and its histories."""
+    sequences = rank_sequences()
+    states = (None, ()) if case.model.method == "id" else ("", ("image", "title"))
+    config = RunConfig("", *states, model=case.model, train=case.train)
+    popularity = np.maximum(sequences.popularity, 1e-4) * (np.arange(ITEMS + 1) > 0)
+    model = build_recommender(source_of(case), config, popularity, resolve_precision(config, CPU))
+    return spread(model.to(case.dtype)), sequences
 
 
 def take_all_steps(ranks: Ranks, cases: dict[str, Case]) -> dict[str, Trace]:
@@ -176,3 +184,103 @@ def differences(trace: Trace, expected: Trace) -> dict[str, float]:
     for name, (tensor, other) in pairs.items():
         result[name] = float((tensor - other).abs().max() / other.abs().max().clamp(min=1e-6))
     return result
+
+
+class AveragingRanks(Ranks):
+    """Ranks with a fault: the gradients of the weights are averaged, not added up. The loss is right."""
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Add up all numbers but a loss and its rows, and divide by the number of ranks."""
+        super().add_up(tensor)
+        tensor[:-2] /= self.count
+        return tensor
+
+
+class LocalGradientRanks(Ranks):
+    """Ranks with a fault: an item vector gets the gradient of one rank's rows alone."""
+
+    def add_blocks(self, rows: Tensor) -> Tensor:
+        """Return this rank's block of its rows."""
+        whole = rows.new_zeros(self.block_size(len(rows)) * self.count, *rows.shape[1:])
+        whole[: len(rows)] = rows
+        return whole.chunk(self.count)[self.rank]
+
+
+class MisplacingRanks(Ranks):
+    """Ranks with a fault: the item vectors are gathered one row further."""
+
+    def gather_blocks(self, rows: Tensor, count: int) -> Tensor:
+        """Return the blocks in a wrong order."""
+        return super().gather_blocks(rows, count).roll(1, dims=0)
+
+
+FAULTS = (AveragingRanks, LocalGradientRanks, MisplacingRanks)
+
+
+def take_faulty_steps(ranks: Ranks, case: Case) -> dict[str, Trace]:
+    """Return the trace of a case on ranks with each fault, by the name of the fault."""
+    places = ranks.rank, ranks.count, ranks.on_this_machine, ranks.local_rank
+    return {fault.__name__: take_steps(fault(*places), case) for fault in FAULTS}
+
+
+class Exchange(NamedTuple):
+    """A call of torch.distributed."""
+
+    kind: str
+    nbytes: int  # of the largest tensor
+
+
+KINDS = {
+    "all_gather_single": "gather",
+    "all_gather_into_tensor": "gather",
+    "reduce_scatter_single": "scatter",
+    "reduce_scatter_tensor": "scatter",
+    "all_reduce": "sum",
+    "all_to_all_single": "exchange",
+    "all_gather_object": "objects",
+    "broadcast_object_list": "objects",
+    "broadcast": "broadcast",
+    "barrier": "barrier",
+}
+
+
+@contextmanager
+def logged_exchanges() -> Iterator[list[Exchange]]:
+    """Log the outermost calls of torch.distributed in the block."""
+    log: list[Exchange] = []
+    inside = []
+
+    def logged(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if not inside:
+                sizes = [argument.nbytes for argument in arguments if isinstance(argument, Tensor)]
+                log.append(Exchange(kind, max(sizes, default=0)))
+            inside.append(kind)
+            try:
+                return function(*arguments, **named)
+            finally:
+                inside.pop()
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kind in KINDS.items():
+            if (function := getattr(distributed, name, None)) is not None:
+                patch.setattr(distributed, name, logged(kind, function))
+        yield log
+
+
+def exchanges_of(ranks: Ranks, case: Case) -> list[Exchange]:
+    """Return all exchanges of a case's steps."""
+    with logged_exchanges() as log:
+        take_steps(ranks, case)
+    return log
+
+
+def two_ranks_do(ranks: Ranks, faulty: Case, failing: dict[str, Case], counted: dict[str, Case]) -> dict[str, Any]:
+    """Return the traces of faulty ranks and of failing steps, and the exchanges of steps, on this rank."""
+    return {
+        "faulty": take_faulty_steps(ranks, faulty),
+        "failing": take_all_steps(ranks, failing),
+        "counted": {name: exchanges_of(ranks, case) for name, case in counted.items()},
+    }

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from helpers.compiler import needs_compiler
 from helpers.rank_processes import run_on_ranks
-from helpers.rank_steps import PLAIN, SMALL, Case, Trace, differences, take_all_steps
+from helpers.rank_steps import (
+    FAULTS,
+    PLAIN,
+    SMALL,
+    Case,
+    Trace,
+    batches_of,
+    differences,
+    logged_exchanges,
+    model_and_data,
+    rank_sequences,
+    step_of,
+    take_all_steps,
+    take_steps,
+    two_ranks_do,
+)
 from iisan_fast.config import ModelConfig
 from iisan_fast.ranks import ALONE
 
 pytestmark = needs_compiler
 
+FLOAT64 = 8  # bytes
 VERSA = replace(SMALL, method="iisan-versa")
 CASES = {
     "fused": Case(),
@@ -64,6 +81,63 @@ def assert_equal_bits(trace: Trace, other: Trace) -> None:
 
 def test_every_form_of_the_step_on_three_ranks_is_that_of_one():
     check_ranks({**CASES, "fused": replace(CASES["fused"], steps=50)}, (3,))
+
+
+FAILING = {"fused": Case(fails=True), "autograd": Case(fused=False, fails=True)}
+COUNTED = {"fused": Case(), "autograd": Case(fused=False)}
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks() -> list[dict[str, Any]]:
+    """Return what `two_ranks_do` returns on each of two ranks."""
+    return run_on_ranks(2, two_ranks_do, Case(), FAILING, COUNTED)
+
+
+@pytest.mark.parametrize("fault", [fault.__name__ for fault in FAULTS])
+def test_a_wrong_exchange_would_be_seen(of_two_ranks, fault):
+    gaps = differences(of_two_ranks[0]["faulty"][fault], take_steps(ALONE, Case()))
+    assert max(gap for name, gap in gaps.items() if name.startswith("gradient")) > 1e-2
+
+
+@pytest.mark.parametrize("form", FAILING)
+def test_after_a_loss_that_is_not_finite_on_one_rank_no_rank_updates(of_two_ranks, form):
+    alone = take_steps(ALONE, FAILING[form])
+    for result in of_two_ranks:
+        trace = result["failing"][form]
+        sums, rows, failed_step, failed_loss = trace.record.tolist()
+        assert (failed_step, failed_loss) == (3, float("inf"))
+        assert rows == alone.record[1] and sums == pytest.approx(float(alone.record[0]), rel=1e-12)
+        assert trace.losses[:2].isfinite().all() and trace.losses[2] == float("inf")
+        for name, weight in trace.failed_at.items():
+            assert torch.equal(trace.tensors[name], weight), name
+
+
+def test_a_fused_step_gathers_scatters_and_adds_up_once(of_two_ranks):
+    """Of V items, d numbers each, and P numbers of flat storage, in N ranks: N ceil(V/N) d, the same, and P + 2."""
+    storage = step_of(COUNTED["fused"], *model_and_data(COUNTED["fused"]), ALONE)[0].storage
+    expected = []
+    for batch in batches_of(COUNTED["fused"], rank_sequences()):
+        vectors = 2 * -(-len(batch.distinct) // 2) * SMALL.embedding_dim * FLOAT64
+        expected += [("gather", vectors), ("scatter", vectors), ("sum", (len(storage.gradient) + 2) * FLOAT64)]
+    for result in of_two_ranks:
+        assert result["counted"]["fused"] == expected
+
+
+def test_a_step_by_autograd_adds_up_its_loss_and_its_gradients(of_two_ranks):
+    model, _ = model_and_data(COUNTED["autograd"])
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    expected = []
+    for batch in batches_of(COUNTED["autograd"], rank_sequences()):
+        vectors = 2 * -(-len(batch.distinct) // 2) * SMALL.embedding_dim * FLOAT64
+        expected += [("gather", vectors), ("sum", 2 * FLOAT64), ("scatter", vectors), ("sum", numbers * FLOAT64)]
+    for result in of_two_ranks:
+        assert result["counted"]["autograd"] == expected
+
+
+def test_one_rank_exchanges_nothing():
+    with logged_exchanges() as log:
+        take_all_steps(ALONE, COUNTED)
+    assert not log
 
 
 @pytest.mark.long
