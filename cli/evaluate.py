@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..config import EvaluationConfig, ScoringConfig
+from ..ranks import joined_ranks
 from .help_pages import EVALUATION, SCORING, command, option
 from .options import FOLDER, device_option, output_options
 from .output import print_json, print_run_metrics
@@ -47,6 +48,8 @@ def evaluate(run: Path, split: str, device: str, as_json: bool, **options: Any) 
     settings = given_settings(options, EvaluationConfig, without=NOT_HERE)
     settings |= given_settings(options, ScoringConfig, without=FIXED)
     result = api.evaluate(run, split, device=device, **settings)
+    if not joined_ranks().is_first:
+        return
     if as_json:
         print_json(result)
         return

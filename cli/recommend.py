@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +13,15 @@ import click
 
 from ..errors import InputError
 from ..progress import progress_bar
+from ..ranks import joined_ranks
 from .help_pages import DATA, OUTPUT, RECOMMENDATION, command, option
 from .options import FILE, FOLDER, device_option, writable_file
 from .output import cell, print_counts, print_json, print_table, print_text
 from .verbosity import report, verbosity_options
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..serving import Catalogue, Recommended, TrainedModel, UserHistories
 
 EXAMPLES = (
@@ -90,25 +95,38 @@ def recommend(
     from .. import serving  # imports torch
     from ..devices import torch_device
 
-    if out is not None:
-        serving.check_format(out)
-    model = serving.TrainedModel.load(run, torch_device(device))
-    catalogue = model.catalogue
-    histories = _histories(run, history, users, catalogue, unknown)
-    lists = {"--allow": allow, "--deny": deny}
-    chosen = [_listed(name, values, catalogue) if values else None for name, values in lists.items()]
-    allowed = serving.allowed_items(catalogue, *chosen)
+    def read() -> tuple[TrainedModel, UserHistories, np.ndarray | None]:
+        if out is not None:
+            serving.check_format(out)
+        model = serving.TrainedModel.load(run, torch_device(device))
+        catalogue = model.catalogue
+        histories = _histories(run, history, users, catalogue, unknown)
+        lists = {"--allow": allow, "--deny": deny}
+        chosen = [_listed(name, values, catalogue) if values else None for name, values in lists.items()]
+        return model, histories, serving.allowed_items(catalogue, *chosen)
+
+    ranks = joined_ranks()
+    model, histories, allowed = ranks.all_do(read)
     counted = _Counted(len(histories.user_ids), histories.unknown)
-    parts = counted.parts(serving.recommend(model, histories, top_k, not keep_history, allowed))
+    with closing(serving.recommend(model, histories, top_k, not keep_history, allowed, ranks)) as parts:
+        if not ranks.is_first:
+            deque(parts, maxlen=0)  # this rank computes its share, which rank 0 gets
+        elif history and out is None and not as_json:
+            _print_items(model, next(parts))
+        else:
+            _write(counted.parts(parts), model.catalogue, out)
+            _print_summary(out, counted, as_json)
+
+
+def _write(parts: Iterator[Recommended], catalogue: Catalogue, out: Path | None) -> None:
+    """Write recommendations into a file, or without one as JSON lines on standard output."""
+    from ..serving import json_lines, write_recommendations
+
     if out is not None:
-        serving.write_recommendations(out, parts, catalogue)
-        _print_summary(out, counted, as_json)
-    elif history and not as_json:
-        _print_items(model, next(parts))
-    else:
-        for part in parts:
-            print_text("\n".join(serving.json_lines(part, catalogue)))
-        report(", ".join(f"{value:,} {name}" for name, value in counted.rows().items()))
+        write_recommendations(out, parts, catalogue)
+        return
+    for part in parts:
+        print_text("\n".join(json_lines(part, catalogue)))
 
 
 @dataclass
@@ -119,7 +137,7 @@ class _Counted:
     unknown: int
     by_popularity: int = 0
 
-    def parts(self, parts: Iterator[Recommended]) -> Iterator[Recommended]:
+    def parts(self, parts: Iterable[Recommended]) -> Iterator[Recommended]:
         """Yield the parts, count their users, and show the progress."""
         with progress_bar("recommend", self.users, "users") as advance:
             for part in parts:
@@ -200,10 +218,12 @@ def _print_items(model: TrainedModel, part: Recommended) -> None:
     print_table(table)
 
 
-def _print_summary(out: Path, counted: _Counted, as_json: bool) -> None:
-    """Print the counts of what was written into a file."""
+def _print_summary(out: Path | None, counted: _Counted, as_json: bool) -> None:
+    """Print the counts of what was written into a file, or into standard output: then on standard error."""
     rows = counted.rows()
-    if as_json:
+    if out is None:
+        report(", ".join(f"{value:,} {name}" for name, value in rows.items()))
+    elif as_json:
         print_json({"out": str(out), **{name.replace(" ", "_"): value for name, value in rows.items()}})
     else:
         print_counts(f"written to {out}", {name: f"{value:,}" for name, value in rows.items()})

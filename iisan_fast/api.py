@@ -315,7 +315,7 @@ def evaluate(
     terms = {name: settings.pop(name) for name in TERM_SETTINGS if name in settings}
     asked = changed_section("scoring", ScoringConfig, None, terms)
     resolved = changed_section("evaluation", EvaluationConfig, evaluation, settings)
-    return training.evaluate_run(as_path("run", run), split, resolved, torch_device(device), asked)
+    return training.evaluate_run(as_path("run", run), split, resolved, torch_device(device), asked, joined_ranks())
 
 
 @_checks_names()

@@ -124,6 +124,16 @@ class Ranks:
         distributed.all_gather_object(values, value, group=self.group)
         return values
 
+    def to_first(self, value: Any) -> list[Any] | None:
+        """Return the value of each rank, a picklable object, on rank 0; None on the others."""
+        if not self.several:
+            return [value]
+        from torch import distributed
+
+        values = [None] * self.count if self.is_first else None
+        distributed.gather_object(value, values, dst=0, group=self.group)
+        return values
+
     def from_first(self, value: Any) -> Any:
         """Return the value of rank 0, a picklable object."""
         if not self.several:

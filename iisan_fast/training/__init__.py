@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .published_run import write_published
     from .ranking_run import RankingRun, load_ranking
     from .resume_run import RunChanges, resume
+    from .run_agreement import refuse_other_runs
     from .run_environment import environment
     from .run_folder import RunFolder
     from .run_item_encoder import EncodedItems, open_item_encoder
@@ -49,6 +50,7 @@ __all__ = [
     "load_weights",
     "open_item_encoder",
     "open_source",
+    "refuse_other_runs",
     "read_checkpoint",
     "read_initial_weights",
     "refuse_missing_libraries",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,12 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checksums import checksum
 from ..config import NEIGHBOURS, EvaluationConfig, RunConfig, ScoringConfig
 from ..data import Sequences
 from ..errors import InputError
 from ..models import NeighbourTerms, Recommender, Scores
+from ..ranks import ALONE, Ranks
 from ..runtime import fix_cublas_workspace
 from .checkpoints import RESTORE, item_vectors, load_weights, without_item_weights
+from .run_agreement import refuse_other_runs
 from .run_folder import RunFolder
 from .run_terms import terms_of_run
 from .scoring import Scoring, TermWeights, split_states
@@ -83,26 +87,36 @@ def evaluate_run(
     evaluation: EvaluationConfig,
     device: torch.device,
     asked: ScoringConfig | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Return the metrics of a run's best checkpoint on a split, and those of the baselines.
 
     path: the run folder. split: "validation" or "test". asked: weights of the neighbour terms in place of the run's,
-    or that they are fitted on the validation set. The metrics of `evaluate` are under the split's name, and under
-    "popularity" and "neighbours", which also has "similarity": True if there were states for it. "method", "best_epoch"
-    (counted from 1) and "scoring", the weights, describe the run. Raises InputError as `load` does, and for a weight of
-    similarity in a run without states.
+    or that they are fitted on the validation set. ranks: the processes that share out the users.
+
+    The metrics of `evaluate` are under the split's name, and under "popularity" and "neighbours", which also has
+    "similarity": True if there were states for it. "method", "best_epoch" (counted from 1) and "scoring", the weights,
+    describe the run. Raises InputError as `load` does, for a weight of
+    similarity in a run without states, and if the ranks have different runs.
     """
     asked = asked or ScoringConfig()
-    best = load(path, device, similarity=bool(asked.similarity))
-    scoring = best.scoring
+    best = ranks.all_do(lambda: load(path, device, similarity=bool(asked.similarity)))
+    if ranks.several:
+        histories = checksum(best.sequences.items.data).hex()
+        refuse_other_runs(ranks, best, {"split": split, "histories": histories, **asdict(evaluation), **asdict(asked)})
+    scoring = Scoring(best.sequences, best.terms, best.item_vectors.device, ranks)
+
+    def states(name: str) -> Tensor:
+        return split_states(best.model, best.item_vectors, best.sequences.split(name), ranks)
+
     chosen = {name: value for name in TermWeights._fields if (value := getattr(asked, name)) is not None}
     weights = best.weights._replace(**chosen)
     if asked.fit_terms:
-        weights = scoring.fitted(best.user_states("validation"), best.item_vectors, evaluation, weights.cold_bias)
+        weights = scoring.fitted(states("validation"), best.item_vectors, evaluation, weights.cold_bias)
     return {
         "method": best.config.model.method,
         "best_epoch": best.epoch,
-        split: scoring.report(best.user_states(split), best.item_vectors, split, evaluation, weights),
+        split: scoring.report(states(split), best.item_vectors, split, evaluation, weights),
         **scoring.baselines(split, evaluation),
         "scoring": weights._asdict(),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,14 @@ from torch import Tensor
 from helpers.datasets import make_sequences
 from helpers.recommenders import side_recommender
 from helpers.tables import random_table
+from iisan_fast.cli import main
 from iisan_fast.config import EvaluationConfig, ModelConfig
 from iisan_fast.data.sequences import Sequences
 from iisan_fast.errors import InputError
 from iisan_fast.evaluation import evaluate, target_ranks
 from iisan_fast.models import CoOccurrence, NeighbourTerms
 from iisan_fast.ranks import Ranks
+from iisan_fast.serving import recommendation
 from iisan_fast.training.scoring import Scoring, TermWeights, split_states
 
 SHAPES = [(3, 16), (3, 16)]
@@ -69,3 +73,23 @@ def broken_scores(ranks: Ranks, users: int) -> str:
     except InputError as error:
         return str(error)
     return ""
+
+
+def commands(ranks: Ranks, calls: list[list[str]], users_at_once: int) -> list[tuple[int, str, str]]:
+    """Run commands of the program one after the other; return the exit code and the output of each.
+
+    users_at_once: of the parts in which users are recommended items.
+    """
+    recommendation.USERS_AT_ONCE = users_at_once
+    return [command(words) for words in calls]
+
+
+def command(words: list[str]) -> tuple[int, str, str]:
+    """Run a command of the program, and return its exit code and its texts on standard output and standard error."""
+    out, error = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(error):
+        try:
+            main(words)
+        except SystemExit as end:
+            return end.code, out.getvalue(), error.getvalue()
+    raise AssertionError("the program has not ended")

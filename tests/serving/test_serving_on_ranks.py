@@ -1,0 +1,78 @@
+"""The commands recommend and evaluate on several ranks: rank 0 writes and prints what one process does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from helpers.rank_processes import run_on_ranks
+from helpers.ranking_calls import command, commands
+from iisan_fast.serving import recommendation
+
+pytest.importorskip("polars")
+ON_CPU = ["--device", "cpu", "--quiet"]
+
+
+@pytest.fixture
+def users(tmp_path) -> Path:
+    """Return a file of two users, fewer than there are ranks; one has no history."""
+    file = tmp_path / "users.jsonl"
+    rows = [{"user_id": "a", "history": ["i3", "i7"]}, {"user_id": "b", "history": []}]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return file
+
+
+def unfolded(text: str) -> str:
+    """Return a text without white space, so that long paths in tables are whole."""
+    return "".join(text.split())
+
+
+def test_rank_0_writes_the_bytes_of_one_process(run_with_terms, users, tmp_path, monkeypatch):
+    def calls(folder: Path) -> list[list[str]]:
+        folder.mkdir()
+        recommend = ["recommend", str(run_with_terms), *ON_CPU]
+        return [
+            [*recommend, "--out", f"{folder / 'best.jsonl'}"],
+            [*recommend, "--out", f"{folder / 'best.csv'}", "--top-k", "3", "--keep-history", "--deny", "i1,i2"],
+            [*recommend, "--out", f"{folder / 'best.parquet'}", "--json"],
+            [*recommend, "--out", f"{folder / 'few.jsonl'}", "--users", str(users)],
+            [*recommend, "--top-k", "149"],
+            [*recommend, "--history", "i3,i7,i12"],
+            [*recommend, "--history", "i3,i7,i12", "--json"],
+            ["evaluate", str(run_with_terms), *ON_CPU, "--fit-terms", "--json"],
+            ["evaluate", str(run_with_terms), *ON_CPU, "--split", "validation", "--k", "5"],
+        ]
+
+    monkeypatch.setattr(recommendation, "USERS_AT_ONCE", 7)
+    of_one, of_many = tmp_path / "one", tmp_path / "many"
+    expected = [command(words) for words in calls(of_one)]
+    first, *others = run_on_ranks(3, commands, calls(of_many), 7)
+    assert [code for code, _, _ in first] == [0] * len(expected)
+    for (_, printed, _), (_, of_one_process, _) in zip(first, expected):
+        assert unfolded(printed).replace(str(of_many), str(of_one)) == unfolded(of_one_process) != ""
+    assert others == [[(0, "", "")] * len(expected)] * 2
+    files = sorted(file.name for file in of_one.iterdir())
+    assert files == sorted(file.name for file in of_many.iterdir()) != []
+    for name in files:
+        assert (of_one / name).read_bytes() == (of_many / name).read_bytes(), name
+
+
+def test_bad_input_is_one_line_from_rank_0(run_with_terms, tmp_path):
+    damaged = shutil.copytree(run_with_terms, tmp_path / "damaged")
+    content = (damaged / "best.safetensors").read_bytes()
+    (damaged / "best.safetensors").write_bytes(content[:-100])
+    calls = [
+        ["evaluate", str(damaged), *ON_CPU],
+        ["recommend", str(damaged), *ON_CPU],
+        ["recommend", str(run_with_terms), *ON_CPU, "--top-k", "150"],
+        ["recommend", str(run_with_terms), *ON_CPU, "--out", str(tmp_path / "missing" / "best.csv")],
+    ]
+    expected = [command(words) for words in calls]
+    first, other = run_on_ranks(2, commands, calls, 7)
+    assert first == expected
+    assert [code for code, _, _ in first] == [2] * len(calls)
+    assert [error.count("\n") for _, _, error in first] == [1] * len(calls)
+    assert [(code, out) for code, out, _ in other] == [(2, "")] * len(calls)
