@@ -74,8 +74,15 @@ class Ranks:
         taken = min(size, len(rows))
         block[:taken] = rows[:taken]
         whole = rows.new_empty(size * self.count, *rows.shape[1:])
-        _collective("all_gather_single", "all_gather_into_tensor")(_bytes(whole), _bytes(block), group=self.group)
+        self.gather_into(whole, block)
         return whole[:count]
+
+    def gather_into(self, whole: Tensor, block: Tensor) -> None:
+        """Write the blocks of all ranks, contiguous and of one shape, one after the other into `whole`.
+
+        On CUDA a graph can capture it, and `add_into` and `add_up` too.
+        """
+        _collective("all_gather_single", "all_gather_into_tensor")(_bytes(whole), _bytes(block), group=self.group)
 
     def add_blocks(self, rows: Tensor) -> Tensor:
         """Return this rank's block of the sum of all ranks' rows. rows: [N, …], floating, of one shape on all ranks.
@@ -90,8 +97,12 @@ class Ranks:
         padding = [0, 0] * (rows.dim() - 1) + [0, size * self.count - len(rows)]
         whole = functional.pad(rows, padding)
         block = rows.new_empty(size, *rows.shape[1:])
-        _collective("reduce_scatter_single", "reduce_scatter_tensor")(block, whole, group=self.group)
+        self.add_into(block, whole)
         return block
+
+    def add_into(self, block: Tensor, whole: Tensor) -> None:
+        """Write this rank's block of the sum of all ranks' `whole`, which has as many blocks as there are ranks."""
+        _collective("reduce_scatter_single", "reduce_scatter_tensor")(block, whole, group=self.group)
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Replace a contiguous tensor by its sum over all ranks, and return it. The sum has equal bits on all ranks."""

@@ -173,6 +173,8 @@ CONFIGURATIONS: dict[str, dict[tuple[str, str], Configuration]] = {
     },
     "select_batch": {("default", ANY_SIZE): Configuration({"BLOCK": 1024}, warps=4, stages=1)},
     "loss_record": {("default", ANY_SIZE): Configuration({"BLOCK": 4096}, warps=8, stages=1)},
+    "loss_share": {("default", ANY_SIZE): Configuration({"BLOCK": 4096}, warps=8, stages=1)},
+    "record_share": {("default", ANY_SIZE): Configuration(warps=1, stages=1)},
     "square_sums": {("default", ANY_SIZE): Configuration({"BLOCK": 8192}, warps=8, stages=1)},
     "adam": {("default", ANY_SIZE): Configuration({"LINES": 32}, warps=4, stages=1)},
 }

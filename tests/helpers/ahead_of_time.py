@@ -259,7 +259,11 @@ def call_pairs_of_one_entry(dtype: torch.dtype) -> None:
     batch_selection.SelectBatch(window, counter, buffer, shape, empty(20315)).forward()
     record, steps = empty(4, dtype=torch.float64), empty()
     header = empty(HEADER_WORDS, dtype=torch.int32)
-    loss_record.LossRecord(empty(shape.rows), header, shape.tile_rows, record, empty(1), steps, counter).forward()
+    of_record = empty(shape.rows), header, shape.tile_rows, record, empty(1), steps, counter
+    loss_record.LossRecord(*of_record).forward()
+    of_ranks = loss_record.LossRecord(*of_record, empty(2))
+    of_ranks.forward()
+    of_ranks.count()
     part_sums.sum_parts(empty(8, 1000), empty(1000))
     flat = [empty(4_114_272) for _ in range(4)]
     groups, values = empty(len(flat[0]) // 32, dtype=torch.uint8), empty(2)
