@@ -14,7 +14,7 @@ from ..kernels import StepOps, as_architecture
 from ..models import build_recommender
 from ..precision import Precision
 from ..states import FeatureTable
-from ..training import GpuFusedStep, step_stages
+from ..training import GpuFusedStep
 from .launch_counts import LaunchCounter
 
 ARCHITECTURES = {"sm_90": 90, "default": 89}  # whose configurations are read; sm_89 has the least shared memory
@@ -50,10 +50,13 @@ def count_step(plan: RunPlan, architecture: str, sizes: Sizes) -> CountedStep:
         step = compose(plan, tables, sizes)
         memory = step.new_ops()
         counter.forget_launches()
-        for stage in step_stages(memory.ops):
+        for stage in step.stages(memory):
             for method in stage.methods:
                 with counter.part(part_of(memory.ops, method)):
                     method()
+            if stage.exchange is not None:
+                with counter.part("exchange"):
+                    stage.exchange()
         held = (memory.window, memory.ops.batch.batch.header)
         packed = {tensor.untyped_storage()._cdata: tensor for tensor in held}
         return CountedStep(counter, sum(table.nbytes for table in tables), packed)

@@ -298,17 +298,34 @@ class StepOps(NamedTuple):
     adam: Update
 
 
+class RankSeam(NamedTuple):
+    """What several ranks exchange in a step on a GPU: N blocks of E vectors, of all ranks one after the other.
+
+    The last three are launches: after the vectors are gathered, before their gradients are added up, and after the
+    weights' gradients and the loss shares are.
+    """
+
+    block_vectors: Tensor  # [E, d], written by the towers
+    gathered: Tensor  # [N E, d]
+    of_gathered: Tensor  # [N E, d], the gradients
+    of_block_vectors: Tensor  # [E, d], read by the towers' backward
+    spread: Callable[[], None]  # copy the gathered vectors to their columns
+    order: Callable[[], None]  # copy the columns' gradients to `of_gathered`
+    count: Callable[[], None]  # record the loss, and count the step
+
+
 class WindowedStep(Protocol):
     """The ops of a step on a GPU, their memory, and a window: packed batches that are ready on the device."""
 
     ops: StepOps
     window: Tensor  # int32 [batches, words]
+    seam: RankSeam | None  # None for one rank
 
     def set_window(self, window: Tensor) -> None:
         """Copy packed batches, int32 [batches, words], into the window; the next step takes the first of them."""
 
     def set_items(self, states: Sequence[States]) -> None:
-        """Copy the hidden states of the next batch's items, [N, K, D] for each view, to the device."""
+        """Copy the hidden states of the items to encode in the next batch, [N, K, D] for each view, to the device."""
 
 
 HEADER = ("distinct", "rows", "tiles", "users", "step", "prefix", "occurrences")  # true counts of a batch, and its step

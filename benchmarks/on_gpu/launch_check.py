@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...data import RunPlan, Sequences
-from ...training import GpuFusedStep, run_stages, step_stages
+from ...training import GpuFusedStep, run_stages
 from ..graph_nodes import LAUNCHES, captured_nodes
 from ..static_step import Sizes, count_step
 from ..tables import NOT_MEASURED
@@ -29,7 +29,7 @@ def compare_launches(sequences: Sequences, tables: list[torch.Tensor], settings:
     step = trainer_of(FORMS["bfloat16"], sequences, tables, settings).step
     assert isinstance(step, GpuFusedStep), type(step)
     step.record[2] = 1  # as after a failure: nothing is trained
-    run = functools.partial(run_stages, step_stages(step.new_ops().ops))
+    run = functools.partial(run_stages, step.stages(step.new_ops()))
     run()  # compiles
     return {"launches": counted, "graph_nodes": dict(captured_nodes(run, device))}
 

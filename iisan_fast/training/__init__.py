@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .checkpoints import load_weights, read_checkpoint, save_checkpoint
     from .determinism import deterministic
     from .dry_run import describe_new_run
-    from .fused_step import GpuFusedStep, run_stages, step_stages
+    from .fused_step import GpuFusedStep, run_stages
     from .initial_weights import read_initial_weights
     from .item_sources import open_source, refuse_missing_libraries
     from .published_run import write_published
@@ -57,7 +57,6 @@ __all__ = [
     "resume",
     "run_stages",
     "save_checkpoint",
-    "step_stages",
     "stored_states",
     "train",
     "verify_run",

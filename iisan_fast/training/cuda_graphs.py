@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 WARM_UP_CALLS = 3  # before a capture, to compile kernels and allocate workspaces
+_graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
 Result = TypeVar("Result")
 
@@ -19,7 +22,7 @@ def capture_in_a_graph(run: Callable[[], Result], record: Tensor) -> Callable[[]
 
     The next replay overwrites the result. record: float64 [4] of the step, whose third entry is the number of the first
     failed step. It is set during the calls that warm the function up, so that these calls update nothing; afterwards
-    the record has its old values.
+    the record has its old values. The function may exchange data between ranks if all ranks capture and replay it.
     """
     old_record = record.clone()
     record[2] = 1
@@ -34,6 +37,7 @@ def capture_in_a_graph(run: Callable[[], Result], record: Tensor) -> Callable[[]
         current.wait_stream(stream)
         record.copy_(old_record)
         graph = torch.cuda.CUDAGraph()
+        free_at_exit(graph)
         # In the default mode, another thread that pins memory for batches would break the capture.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             result = run()
@@ -43,3 +47,17 @@ def capture_in_a_graph(run: Callable[[], Result], record: Tensor) -> Callable[[]
         return result
 
     return replay
+
+
+def free_at_exit(graph: torch.cuda.CUDAGraph) -> None:
+    """Free a graph when the process ends, if it still lives: NCCL, before it ends, waits for all graphs that use it."""
+    if not _graphs:
+        atexit.register(_free_graphs)  # called before that which ends NCCL, because the ranks have joined before
+    _graphs.add(graph)
+
+
+def _free_graphs() -> None:
+    """Free all graphs."""
+    for graph in list(_graphs):
+        graph.reset()
+    _graphs.clear()

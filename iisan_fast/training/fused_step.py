@@ -21,6 +21,7 @@ from ..kernels import StepOps, StepTensors, WindowedStep
 from ..models import Recommender
 from ..ranks import ALONE, Ranks
 from ..states import FeatureTable, ItemInputs, ItemSource, PlannedBatch
+from .captured_exchanges import CapturedExchanges
 from .cuda_graphs import capture_in_a_graph
 from .flat_storage import FlatStorage
 from .step_exchanges import StepExchanges
@@ -38,7 +39,7 @@ class StepStage(NamedTuple):
     exchange: Method | None = None  # between the ranks, when the methods' work has ended
 
 
-def step_stages(ops: StepOps, exchanges: StepExchanges | None = None) -> tuple[StepStage, ...]:
+def step_stages(ops: StepOps, exchanges: StepExchanges | CapturedExchanges | None = None) -> tuple[StepStage, ...]:
     """Return the stages of a step, in order, from the step's ops. exchanges: between several ranks; None for one."""
     to_vectors = (ops.loss.backward, ops.sequence.backward, ops.collect.backward)
     to_weights = (ops.towers.backward, ops.fold.backward)
@@ -220,12 +221,12 @@ class GpuFusedStep(FusedStep):
     ) -> None:
         """Make a step for a model that `fused_step_refusal` accepts, on the model's device.
 
-        rates: learning rates by group. source: a table of hidden states. plan: of the run's batches. products: the
-        dtype of matrix products and of the source's states. capture: turns a function without arguments into the one
-        that every step calls; None for a CUDA graph.
+        rates: learning rates by group. source: a table of hidden states. plan: of the run's batches, and the ranks that
+        take each step together. products: the dtype of matrix products and of the source's states. capture: turns a
+        function without arguments into the one that every step calls; None for a CUDA graph.
         """
         device = model.log_popularity.device
-        super().__init__(model, rates, device, products, options)
+        super().__init__(model, rates, device, products, options, plan.ranks)
         self._shapes = source.shapes
         self._products = products
         self._table = source.views if isinstance(source, FeatureTable) else None
@@ -253,15 +254,22 @@ class GpuFusedStep(FusedStep):
         if self._captured is not None:
             return
         step = self.new_ops()
-        replay = self._capture(functools.partial(run_stages, step_stages(step.ops)))
+        replay = self._capture(functools.partial(run_stages, self.stages(step)))
         self._captured = _CapturedStep(step.set_window, step.set_items, replay)
+
+    def stages(self, step: WindowedStep) -> tuple[StepStage, ...]:
+        """Return the stages of a step on ops from `new_ops`, with the exchanges between the ranks."""
+        exchanges = None
+        if self.ranks.several:
+            exchanges = CapturedExchanges(self.ranks, step.seam, self.storage.summed)
+        return step_stages(step.ops, exchanges)
 
     def new_ops(self) -> WindowedStep:
         """Allocate the step's ops, with all their memory and the window of batches that they read."""
         plan = self._plan
         device = self.record.device
         tables = self._table or [
-            torch.zeros(plan.shape.distinct, *shape, dtype=self._products, device=device) for shape in self._shapes
+            torch.zeros(plan.shape.encoded, *shape, dtype=self._products, device=device) for shape in self._shapes
         ]
         return kernels.gpu_step(
             self.tensors(),

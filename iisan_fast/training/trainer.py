@@ -105,7 +105,8 @@ class Trainer:
         if self.device.type == "cpu":
             self.step = CpuFusedStep(self.model, train.learning_rates, options, self.ranks)
         else:
-            self.plan = RunPlan.of(self.training_sequences, train.batch_users, train.seed, self.negatives.own_mask)
+            own_mask = self.negatives.own_mask
+            self.plan = RunPlan.of(self.training_sequences, train.batch_users, train.seed, own_mask, self.ranks)
             self.step = GpuFusedStep(
                 self.model, train.learning_rates, self.source, self.plan, products, options=options
             )

@@ -40,7 +40,8 @@ class SelectBatch:
         self.column_bias = torch.empty(shape.distinct, dtype=torch.float32, device=buffer.device)
         self.column_log2_popularity = torch.empty_like(self.column_bias)
         fields = dict(zip(shape.fields(), starts))
-        self._layout = (starts[-1], fields["distinct"], fields["offsets"], shape.distinct)
+        offsets = fields.get("whole_offsets", fields["offsets"])
+        self._layout = (starts[-1], fields["distinct"], offsets, shape.distinct)
         self._operands = (window, counter, buffer, log2_popularity)
 
     def forward(self) -> None:

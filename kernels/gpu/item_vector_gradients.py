@@ -18,11 +18,15 @@ class ItemVectorGradients:
     It sums over the occurrences of each item, which are sorted, without atomics. Beyond the batch's items it is 0.
     """
 
-    def __init__(self, loss: InbatchCrossEntropy, of_inputs: Tensor) -> None:
-        """Allocate the output; of_inputs fp32 [M, d]: the gradient of the item vector that each row reads."""
+    def __init__(self, loss: InbatchCrossEntropy, of_inputs: Tensor, of_vectors: Tensor | None = None) -> None:
+        """Allocate the output, unless `of_vectors` is given for it.
+
+        of_inputs: fp32 [M, d], the gradient of the item vector that each row reads.
+        """
         self._loss = loss
         self._of_inputs = of_inputs
-        self.of_vectors = torch.empty_like(loss.operands.items, dtype=torch.float32)
+        empty = torch.empty_like(loss.operands.items, dtype=torch.float32)
+        self.of_vectors = empty if of_vectors is None else of_vectors
 
     def backward(self) -> None:
         """Launch the sum; write `of_vectors`."""

@@ -1,7 +1,8 @@
 """The training step of a side-network recommender on a GPU: the ops in Triton, with the memory for all steps of a run.
 
 Grids and buffers have the sizes of a `StepShape`. Kernels read a batch's true sizes from its header, so that the step
-can be captured once in a CUDA graph.
+can be captured once in a CUDA graph. Where several ranks train together, the towers encode this rank's items, and the
+other ops read the item vectors of all ranks, which are exchanged between the ops; see `shared_vectors.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..reference.dropout import drop_threshold
-from ..types import RecommenderWeights, States, StepOps, StepShape, StepTensors
+from ..types import RankSeam, RecommenderWeights, States, StepOps, StepShape, StepTensors
 from . import fold_heads, projected_towers, sequence_encoder
 from .adam import FlatAdam
 from .batch_selection import SelectBatch
@@ -23,6 +24,7 @@ from .item_vector_gradients import ItemVectorGradients
 from .loss_record import LossRecord
 from .projected_towers import ProjectedTowers
 from .sequence_encoder import DropoutRate, SequenceEncoder
+from .shared_vectors import SharedVectors
 
 DTYPES = (torch.float32, torch.bfloat16)  # dtypes of the matrix products
 
@@ -31,7 +33,8 @@ class GpuStep:
     """The ops of a step, their memory, and the window of packed batches that they read.
 
     Attributes: ops; window int32 [batches, words], packed batches of the shape; counter int32 [1], the index of the
-    batch that the next step takes, to which each step adds 1; tables, the hidden states, one tensor for each view.
+    batch that the next step takes, to which each step adds 1; tables, the hidden states, one tensor for each view;
+    seam, what several ranks exchange, None for one rank.
     """
 
     def __init__(
@@ -47,10 +50,11 @@ class GpuStep:
         """Allocate all memory.
 
         Args:
-            tensors: weights, operands, gradients, Adam's state and record, on one device.
+            tensors: weights, operands, gradients, Adam's state and record, on one device; with a loss share if the
+                shape is of several ranks.
             shape: the bounds of the batches.
             tables: for each view [items + 1, K, D] in the products' dtype, read by item number; without
-                reads_by_number [V, K, D], which `set_items` fills with a batch's items before its step.
+                reads_by_number [E, K, D], which `set_items` fills with the items to encode before their step.
             log_popularity: float64 [items + 1].
             window_batches: how many packed batches the window holds.
             dropout: probability, 0 for none.
@@ -68,15 +72,17 @@ class GpuStep:
         selected = SelectBatch(self.window, self.counter, buffer, shape, (log_popularity / math.log(2)).float())
         batch = selected.batch
         columns = (selected.column_bias, selected.column_log2_popularity)
-        rows = batch.distinct if reads_by_number else torch.arange(shape.distinct, dtype=torch.int32, device=device)
+        rows = batch.encoded if reads_by_number else torch.arange(shape.encoded, dtype=torch.int32, device=device)
         views = [tower.views for tower in weights.towers]
         fold = FoldHeads(weights, tensors.operands, tensors.gradients, dtype)
         down = [tower.down_weight for tower in tensors.operands.towers]
         gated = weights.towers[0].gate is not None
-        towers = ProjectedTowers(fold, down, tables, rows, batch.header, views, gated, weights.activation, dtype)
+        towers = ProjectedTowers(fold, down, tables, rows, batch.encoded_count, views, gated, weights.activation, dtype)
+        shared = SharedVectors(towers.vectors, shape, dtype) if shape.ranks > 1 else None
+        vectors = towers if shared is None else shared
         sequences = (tensor.sequence for tensor in (weights, tensors.operands, tensors.gradients))
-        sequence = SequenceEncoder(*sequences, towers.vectors, batch, shape, _rate(dropout), dtype)
-        loss = InbatchCrossEntropy(sequence.state_operands, towers.vector_operands, batch, *columns, shape, dtype)
+        sequence = SequenceEncoder(*sequences, vectors.vectors, batch, shape, _rate(dropout), dtype)
+        loss = InbatchCrossEntropy(sequence.state_operands, vectors.vector_operands, batch, *columns, shape, dtype)
         record = LossRecord(
             loss.losses,
             batch.header,
@@ -85,10 +91,12 @@ class GpuStep:
             tensors.loss,
             tensors.adam.steps,
             self.counter,
+            tensors.loss_share,
         )
-        collect = ItemVectorGradients(loss, sequence.of_inputs)
+        collect = ItemVectorGradients(loss, sequence.of_inputs, None if shared is None else shared.of_vectors)
         sequence.connect(loss.of_states)
-        towers.connect(collect.of_vectors)
+        towers.connect(collect.of_vectors if shared is None else shared.of_block)
+        self.seam = None if shared is None else _seam(towers, shared, record)
         fold.connect(towers.gradients)
         adam = _adam(tensors)
         self.ops = StepOps(selected, fold, towers, sequence, loss, record, collect, adam)
@@ -102,6 +110,12 @@ class GpuStep:
         """Copy the hidden states of a batch's items, a table [N, K, D] for each view, to the start of the tables."""
         for table, view in zip(self.tables, states, strict=True):
             table[: len(view.table)].copy_(view.table)
+
+
+def _seam(towers: ProjectedTowers, shared: SharedVectors, record: LossRecord) -> RankSeam:
+    """Return what the ranks exchange, and what follows or precedes the exchanges."""
+    tensors = towers.vectors, shared.gathered, shared.of_gathered, shared.of_block
+    return RankSeam(*tensors, shared.spread, shared.order, record.count)
 
 
 def _adam(tensors: StepTensors) -> FlatAdam:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +17,13 @@ from iisan_fast.benchmarks.harness import Setup, run_benchmark
 from iisan_fast.benchmarks.machine_code import KernelReading
 from iisan_fast.benchmarks.settings import StaticSettings
 from iisan_fast.benchmarks.static import CountedBatch, host_microseconds, padded_shapes, variant_names
-from iisan_fast.benchmarks.static_step import ARCHITECTURES, Sizes
+from iisan_fast.benchmarks.static_step import ARCHITECTURES, Sizes, count_step
 from iisan_fast.benchmarks.tables import NOT_MEASURED
+from iisan_fast.data.packed_batches import RunPlan
+from iisan_fast.ranks import Ranks
 
 MOST_LAUNCHES = 30  # a step
+ON_RANKS = 4 + 3  # more launches where several ranks take it: one of Triton and three copies; and three exchanges
 MOST_BYTES = 0.6e9  # at their peak, at 64 users of Scientific
 IR = "  tt.func public @kernel() attributes {noinline = false} {\n    tt.return loc(#loc)\n  } loc(#loc)\n"
 
@@ -45,6 +49,40 @@ def test_every_launch_of_a_step_is_triton(counted):
     assert not counted.counter.operators, counted.counter.operators
     parts = {part.partition(".")[0] for part in counted.counter.by_part()}
     assert parts == {"batch", "fold", "towers", "sequence", "loss", "record", "collect", "adam"}
+
+
+@dataclass(frozen=True)
+class LoggedRanks(Ranks):
+    """Ranks that log their exchanges in place of them."""
+
+    exchanges: list[tuple[str, int]] = field(default_factory=list)  # each with the numbers that a rank receives
+
+    def gather_into(self, whole: torch.Tensor, block: torch.Tensor) -> None:
+        self.exchanges.append(("gather", whole.numel()))
+        assert whole.numel() == self.count * block.numel()
+
+    def add_into(self, block: torch.Tensor, whole: torch.Tensor) -> None:
+        self.exchanges.append(("add blocks", block.numel()))
+        assert whole.numel() == self.count * block.numel()
+
+    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.exchanges.append(("add", tensor.numel()))
+        return tensor
+
+
+def test_a_step_on_ranks_takes_seven_launches_more(counted, scientific):
+    """Its exchanges have fixed sizes, its host reads nothing and it allocates nothing, so that a graph can hold it."""
+    ranks = LoggedRanks(1, 4)
+    plan = RunPlan.of(scientific, 64, seed=1, ranks=ranks)
+    counter = count_step(plan, "sm_90", Sizes()).counter
+    (gathered, added_blocks, added) = ranks.exchanges
+    assert (
+        plan.shape.encoded == 192 and gathered == ("gather", 4 * 192 * 64) and added_blocks == ("add blocks", 192 * 64)
+    )
+    assert added[0] == "add" and 4_113_877 < added[1] < 4_200_000
+    assert counter.total() + len(ranks.exchanges) == counted.counter.total() + ON_RANKS <= MOST_LAUNCHES
+    assert counter.operators == {"exchange": {"copy_": 3}}
+    assert counter.host_reads == [] and counter.allocations == 0
 
 
 def test_the_host_reads_nothing(counted):

@@ -15,27 +15,30 @@ TILE_ROWS = 16
 
 
 class Steps:
-    """A record, and steps of invented losses to write into it."""
+    """A record, and steps of invented losses to write into it. share: of this rank, where there are several."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, share: torch.Tensor | None = None) -> None:
         self.losses = torch.empty(rows, device=DEVICE)
         self.header = torch.zeros(HEADER_WORDS, dtype=torch.int32, device=DEVICE)
         self.record = torch.zeros(4, dtype=torch.float64, device=DEVICE)
         self.loss = torch.empty(1, device=DEVICE)
         self.steps = torch.zeros((), device=DEVICE)
         self.counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-        self._note = LossRecord(
-            self.losses, self.header, TILE_ROWS, self.record, self.loss, self.steps, self.counter
-        ).forward
+        self.op = LossRecord(
+            self.losses, self.header, TILE_ROWS, self.record, self.loss, self.steps, self.counter, share
+        )
 
-    def note(self, step: int, tiles: int, losses: torch.Tensor) -> None:
-        """Record a step whose rows lie anywhere in these tiles; losses beyond the tiles are NaN."""
+    def note(self, step: int, tiles: int, losses: torch.Tensor, rows: int = 0) -> None:
+        """Record a step whose rows lie anywhere in these tiles; losses beyond the tiles are NaN.
+
+        rows: of all ranks; 0: as many as there are losses.
+        """
         self.losses.fill_(float("nan"))
         self.losses[: tiles * TILE_ROWS] = 0
         self.losses[torch.randperm(tiles * TILE_ROWS)[: len(losses)].to(DEVICE)] = losses.to(DEVICE)
-        for name, value in {"rows": len(losses), "tiles": tiles, "step": step}.items():
+        for name, value in {"rows": rows or len(losses), "tiles": tiles, "step": step}.items():
             self.header[HEADER.index(name)] = value
-        self._note()
+        self.op.forward()
 
 
 @pytest.mark.parametrize("tiles", [1, 3, 600])
@@ -65,3 +68,26 @@ def test_nothing_counts_after_a_loss_that_is_not_finite(bad):
     assert torch.equal(noted.record.view(torch.int64).cpu(), torch.tensor(first, dtype=torch.float64).view(torch.int64))
     assert noted.steps.item() == 1 and noted.counter.tolist() == [2]
     assert noted.loss.item() == float("inf")
+
+
+def test_the_sum_of_all_ranks_shares_counts_as_the_whole_batch_does():
+    """One of three ranks has no rows. A share that is not finite fails the step on all ranks alike."""
+    losses = torch.arange(1.0, 21.0)
+    whole = Steps(rows=2 * TILE_ROWS)
+    share = torch.zeros(2, device=DEVICE)
+    ranks = Steps(rows=2 * TILE_ROWS, share=share)
+    for step, bad in enumerate([0.0, 0.0, float("nan"), 0.0]):
+        whole.note(step, 2, losses + bad)
+        shares = []
+        for tiles, part in ((1, losses[:9] + bad), (0, losses[:0]), (2, losses[9:])):
+            before = [tensor.clone() for tensor in (ranks.record, ranks.steps, ranks.counter)]
+            ranks.note(step, tiles, part, rows=20)
+            after = [ranks.record, ranks.steps, ranks.counter]
+            torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+            shares.append(share[0].item())
+        share[0] = sum(shares)
+        ranks.op.count()
+        torch.testing.assert_close(ranks.loss, whole.loss, rtol=1e-6, atol=0, equal_nan=True)
+        torch.testing.assert_close(ranks.record, whole.record, rtol=1e-6, atol=0, equal_nan=True)
+        assert (ranks.steps, ranks.counter) == (whole.steps, whole.counter)
+    assert whole.record[2] == 3 and whole.steps == 2 and share[1] == 0
