@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
+from functools import partial
 
 import click
 
 from .. import __version__, runtime
-from ..stop_signals import STOP_SIGNALS
+from ..errors import InputError
+from ..launcher import is_silent_rank, job_place
 from .bench import bench
 from .caption import caption
 from .catalogue_changes import add_items, remove_items, update_items
@@ -23,9 +21,11 @@ from .failures import exit_code
 from .help_pages import group
 from .import_ import import_
 from .output import print_text
+from .rank_program import refuse_several_ranks, run_as_rank
 from .recommend import recommend
 from .show import show
 from .stats import stats
+from .stopping import leaving_on_signals
 from .streams import discard_output, prepare_streams
 from .train import train
 from .verbosity import show_normal, verbosity_options
@@ -52,11 +52,13 @@ Completion of commands, options, choices and files, in bash or zsh:
 @group(examples=EXAMPLES, epilog=COMPLETION)
 @click.version_option(__version__, prog_name="iisan-fast", message="%(prog)s %(version)s")
 @verbosity_options
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Train IISAN: a small side network on frozen text and image encoders, for sequential recommendation.
 
     iisan-fast COMMAND --help shows the options of a command, with examples.
     """
+    refuse_several_ranks(context)
 
 
 COMMANDS = (
@@ -89,14 +91,25 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_streams()
     runtime.prepare_program()
     show_normal()
+    command = partial(_run, arguments)
     try:
-        with _leaving_on_signals():
-            code = _run(arguments)
-        sys.stdout.flush()
-    except BaseException as error:
-        code = exit_code(error)
+        place = job_place()
+    except InputError as error:
+        sys.exit(2 if is_silent_rank() else exit_code(error))
+    code = _run_alone(command) if place is None else run_as_rank(place, command)
     _end_output()
     sys.exit(code)
+
+
+def _run_alone(command: Callable[[], int]) -> int:
+    """Run a command in the only process, print the line for what ends it, and return its exit code."""
+    try:
+        with leaving_on_signals():
+            code = command()
+        sys.stdout.flush()
+    except BaseException as error:
+        return exit_code(error)
+    return code
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -106,30 +119,6 @@ def _run(arguments: list[str] | None) -> int:
     except click.exceptions.NoArgsIsHelpError as error:
         print_text(error.ctx.get_help())
         return 0
-
-
-@contextmanager
-def _leaving_on_signals() -> Iterator[None]:
-    """Leave the block by SystemExit on SIGINT, SIGTERM and SIGHUP, so that half-written files are removed.
-
-    A signal that is ignored stays so, as nohup asks.
-    """
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # other threads receive no signals
-        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
-    try:
-        for number in before:
-            signal.signal(number, _leave)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _leave(number: int, _frame: FrameType | None) -> None:
-    """Raise SystemExit with the exit code of a signal."""
-    sys.exit(128 + number)
 
 
 def _end_output() -> None:

@@ -15,9 +15,11 @@ from platformdirs import user_log_path
 from .. import __version__
 from ..errors import InputError, Stopped, is_out_of_memory, system_error_number, with_remedy
 from ..printable import one_line, printable
+from ..ranks import RankEnding
 from .verbosity import LIBRARY
 
 INTERNAL, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
+INTERNAL_LABEL = "internal error"
 SIGNALS = (129, 130, 143)  # exit codes of SIGHUP, SIGINT and SIGTERM
 TRACEBACKS = 20  # files of tracebacks that are kept
 NO_MORE_THREADS = re.compile(r"can't start new thread|pthread_create|thread creation failed", re.IGNORECASE)
@@ -33,20 +35,24 @@ def exit_code(error: BaseException) -> int:
     0 for none, 2 for bad input and for trouble of the machine, 128 + n for the signal n, 1 for an error of the program
     itself, whose traceback goes into a file.
     """
+    ending = ending_of(error)
+    if ending.line:
+        print_line(ending.line)
+    return ending.code
+
+
+def ending_of(error: BaseException) -> RankEnding:
+    """Return the exit code and the line for what ended a command. A traceback is written into its file."""
     if isinstance(error, SystemExit):
-        return _code_of_exit(error)
+        return _ending_of_exit(error)
     if isinstance(error, Stopped):
-        print_line(f"stopped: {error}")
-        return 128 + error.signal_number
+        return RankEnding(128 + error.signal_number, "stopped", str(error), is_in_order=True)
     if isinstance(error, (click.Abort, KeyboardInterrupt)):  # click turns Ctrl-C into Abort
-        print_line("stopped")
-        return INTERRUPTED
+        return RankEnding(INTERRUPTED, "stopped")
     message = _known_trouble(error)
     if message is None:
-        _report_internal(error)
-        return INTERNAL
-    print_line(f"error: {message}")
-    return BAD_INPUT
+        return _internal(error)
+    return RankEnding(BAD_INPUT, "error", message)
 
 
 def print_line(message: str) -> None:
@@ -55,14 +61,13 @@ def print_line(message: str) -> None:
     sys.stderr.flush()
 
 
-def _code_of_exit(error: SystemExit) -> int:
-    """Return the exit code of a SystemExit, and say so if a signal caused it."""
+def _ending_of_exit(error: SystemExit) -> RankEnding:
+    """Return the end by a SystemExit, which says so if a signal caused it."""
     if error.code in SIGNALS:
-        print_line("stopped")
+        return RankEnding(error.code, "stopped")
     if isinstance(error.code, str):
-        print_line(error.code)
-        return INTERNAL
-    return error.code or 0
+        return RankEnding(INTERNAL, error.code)
+    return RankEnding(error.code or 0)
 
 
 def _known_trouble(error: BaseException) -> str | None:
@@ -92,22 +97,22 @@ def _trouble_with_file(error: OSError) -> str:
     return with_remedy(text, system_error_number(error))
 
 
-def _report_internal(error: BaseException) -> None:
-    """Write the traceback of an error of the program into a file, and print one line that names it.
+def _internal(error: BaseException) -> RankEnding:
+    """Write the traceback of an error of the program into a file, and return the end with the line that names it.
 
     The traceback goes to standard error if no file can be written, and also with --verbose.
     """
     details = "".join(traceback.format_exception(error))
-    summary = f"internal error: {type(error).__name__}: {error}"
+    summary = f"{type(error).__name__}: {error}"
     try:
         file = _write_traceback(details)
     except (OSError, RuntimeError) as problem:  # RuntimeError: the user has no home folder
         sys.stderr.write(printable(details))
-        print_line(f"{summary}; no file for the traceback could be written ({problem}); please report it")
-        return
+        remedy = f"no file for the traceback could be written ({problem}); please report it"
+        return RankEnding(INTERNAL, INTERNAL_LABEL, f"{summary}; {remedy}")
     if logging.getLogger(LIBRARY).isEnabledFor(logging.DEBUG):
         sys.stderr.write(printable(details))
-    print_line(f"{summary}; the traceback is in {file}; please report it")
+    return RankEnding(INTERNAL, INTERNAL_LABEL, f"{summary}; the traceback is in {file}; please report it")
 
 
 def _write_traceback(details: str) -> Path:

@@ -6,6 +6,8 @@ import io
 import os
 import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 ESCAPED = "backslashreplace"  # a character that the terminal lacks is printed as its escape
@@ -55,6 +57,28 @@ def discard_output() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
+
+
+@contextmanager
+def only_errors_kept(shows: bool) -> Iterator[int]:
+    """Yield the number of a file for lines of errors, and drop all other text during the block, unless `shows`.
+
+    Afterwards standard error is as before, and standard output stays dropped.
+    """
+    if shows:
+        yield 2
+        return
+    errors = os.dup(2)
+    discard_output()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield errors
+    finally:
+        sys.stderr.flush()
+        os.dup2(errors, 2)
 
 
 def _open_if_closed(number: int) -> None:

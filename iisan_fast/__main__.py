@@ -7,6 +7,7 @@ import signal
 from contextlib import suppress
 from types import FrameType
 
+from .launcher import is_silent_rank
 from .stop_signals import STOP_SIGNALS
 
 
@@ -22,8 +23,9 @@ def main() -> None:
 
 def _end(number: int, _frame: FrameType | None) -> None:
     """End the process by a signal that came before or after a command's work. An import could swallow an exception."""
-    with suppress(OSError):  # standard error is closed
-        os.write(2, b"stopped\n")
+    if not is_silent_rank():
+        with suppress(OSError):  # standard error is closed
+            os.write(2, b"stopped\n")
     os._exit(128 + number)
 
 

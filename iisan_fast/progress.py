@@ -1,4 +1,4 @@
-"""Progress bars on standard error, shown only if it is a terminal."""
+"""Progress bars on standard error, shown only if it is a terminal, and by one process of a job."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .launcher import is_silent_rank
 from .printable import printable
 
 LOGGER = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def progress_bar(description: str, total: int, unit: str) -> Iterator[Advance]:
         TextColumn("{task.fields[note]}", markup=False),
     )
     is_shown = console.is_terminal and LOGGER.isEnabledFor(logging.INFO)  # messages are off: so are bars
+    is_shown = is_shown and not is_silent_rank()
     with Progress(*columns, console=console, transient=True, disable=not is_shown) as bar:
         task = bar.add_task(printable(description), total=total, speed="", note="")
 

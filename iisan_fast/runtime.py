@@ -9,11 +9,13 @@ import platform
 import sys
 import warnings
 
+from .launcher import is_one_of_several
 from .printable import printable
 
 OPENBLAS_VARIABLE = "OPENBLAS_NUM_THREADS"  # numpy's and scipy's, which multiply nothing here; its threads need memory
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_WORKSPACE = ":4096:8"  # eight buffers of 4 MiB, with which cuBLAS repeats its results
+TORCH_LOG_VARIABLE = "TORCH_CPP_LOG_LEVEL"  # of the log of torch's C++
 SPINS = "3000"  # some ten microseconds
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 LARGEST_THRESHOLD = (1 << 31) - 1  # bytes
@@ -41,6 +43,8 @@ def prepare() -> None:
             message = "prepare: torch is imported already, so its threads wait as before; call prepare first"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
     os.environ.setdefault(OPENBLAS_VARIABLE, "1")
+    if is_one_of_several():
+        os.environ.setdefault(TORCH_LOG_VARIABLE, "FATAL")  # a rank's errors are reported once, by an exception
     fix_cublas_workspace()
     # Memory freed by one step is kept for the next. Given back, its pages have to be cleared and mapped again.
     if platform.libc_ver()[0] == "glibc":

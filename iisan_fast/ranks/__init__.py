@@ -6,17 +6,22 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .agreement import refuse_disagreement, refuse_too_few
+    from .ending import RankEnding, end_of_lost_contact
     from .gathering import gathered
+    from .job_watch import watch_job
     from .joining import joined_ranks
     from .ranks import ALONE, Ranks
 
 __all__ = [
     "ALONE",
+    "RankEnding",
     "Ranks",
+    "end_of_lost_contact",
     "gathered",
     "joined_ranks",
     "refuse_disagreement",
     "refuse_too_few",
+    "watch_job",
 ]
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and takes no other name

@@ -32,6 +32,7 @@ NEIGHBOURS = frozenset(
         ),
         *(
             "intervals",
+            "launcher",
             "setting_fields",
             "setting_sources",
             "settings_files",
