@@ -9,6 +9,7 @@ from .settings import (
     ExtractSettings,
     GrowthSettings,
     KernelSettings,
+    ScaleSettings,
     ServingSettings,
     StaticSettings,
     TrainSettings,
@@ -17,6 +18,7 @@ from .settings import (
 from .sweep_settings import EncodersSettings, MethodsSettings
 
 RUNS = Folder("folder", "Folder of the runs; a stopped sweep goes on there.", required=True)
+STATES = Folder("keep", "Folder for the cache of states; used again if it has one.")
 STAND_INS = Folder("keep", "Folder for encoders and dataset; used again if it has them.")
 
 BENCHMARKS = (
@@ -71,6 +73,20 @@ BENCHMARKS = (
         examples=("iisan-fast bench growth --items 20000,100000 --plot growth.png",),
         dataset=NONE,
         drawing="growth:draw",
+    ),
+    Benchmark(
+        name="scale",
+        function="scale:measure_scale",
+        settings=ScaleSettings,
+        tables=tables.scale_tables,
+        summary="Time training steps over catalogues beyond a device.",
+        details="The dataset and the cache are synthetic; the cache takes 25 GB of disk for a million items, and is "
+        "removed unless --keep names its folder. Tables are in memory, in the cache's file, and sharded over ranks on "
+        "this machine. The losses of all must agree.",
+        examples=("iisan-fast bench scale --items 20000,200000 --plot scale.png",),
+        dataset=NONE,
+        folder=STATES,
+        drawing="scale:draw",
     ),
     Benchmark(
         name="methods",

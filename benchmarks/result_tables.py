@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -155,6 +155,28 @@ def growth_tables(result: Result) -> Iterator[ResultTable]:
     yield ResultTable(f"{settings['users']:,} users, {shape}", columns, [result["rows"]])
 
 
+def scale_tables(result: Result) -> Iterator[ResultTable]:
+    """Yield a section for each catalogue, a row a table."""
+    settings = result["settings"]
+    columns = [
+        Column("items", "items", "{:,}"),
+        label("table", "table"),
+        Column("ranks", "ranks"),
+        Column("p20 / p50 / p80 ms", _step_times, right=False),
+        Column("waited\nms", _if_measured("waited_ms"), "{:.1f}"),
+        Column("gather\nms", _if_measured("gather_ms"), "{:.1f}"),
+        Column("private\nMiB", _if_measured("private_bytes"), mebibytes),
+        Column(
+            "rows\nMiB", lambda row: row.get("received_bytes", {}).get("rows"), lambda bytes: f"{bytes / 2**20:.1f}"
+        ),
+        Column("loss\ndiffers", _if_measured("loss_difference"), "{:.0e}"),
+    ]
+    shape = f"2 views of {settings['layers']} layers of {settings['width']}"
+    sections = [list(rows) for _, rows in groupby(result["rows"], key=lambda row: row["items"])]
+    caption = "private: of the rank that has most; rows: of the table, that a step received from other ranks"
+    yield ResultTable(f"steps of {settings['users']} users, {shape}", columns, sections, caption)
+
+
 def kernel_tables(result: Result) -> Iterator[ResultTable | str]:
     """Yield a table for each op and batch, then lines that say how forms were timed and what was not measured.
 
@@ -291,6 +313,16 @@ def _op_table(op: str, users: int, rows: list[dict[str, Any]], note: str) -> Res
     ]
     sizes = ", ".join(f"{rows[0][name]:,} {name}" for name in ("rows", "items") if name in rows[0])
     return ResultTable(f"{op}, {users:,} users: {sizes}, {rows[0]['dtype']}", columns, sections, note)
+
+
+def _if_measured(name: str) -> Callable[[Row], Any]:
+    """Return a function that gives a row's figure, and None for a row that was not measured."""
+    return lambda row: row.get(name)
+
+
+def _step_times(row: Row) -> str:
+    """Return the p20 / p50 / p80 of a step in ms, or why it was not measured."""
+    return row.get("why") or " / ".join(f"{row[name]:.0f}" for name in quantile_keys("ms"))
 
 
 def _kernel_times(row: Row) -> str:

@@ -115,6 +115,23 @@ class GrowthSettings:
 
 
 @dataclass(frozen=True)
+class ScaleSettings:
+    """The settings of `bench scale`."""
+
+    items: tuple[int, ...] = setting((20_000, 200_000, 500_000, 1_000_000), help="Sizes of the catalogue.", minimum=10)
+    ranks: int = setting(2, help="Processes over which a table is sharded.", minimum=2)
+    steps: int = setting(40, help="Steps that are timed.", minimum=1)
+    users: int = setting(64, help="Users a batch.", minimum=1)
+    layers: int = setting(7, help="Kept layers of each of two views.", minimum=1)
+    width: int = setting(768, help="Width of the hidden states.", minimum=16)
+    seed: int = setting(0, help="Seed of weights, histories, batches and dropout.", minimum=0)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        object.__setattr__(self, "items", tuple(sorted(set(self.items))))
+
+
+@dataclass(frozen=True)
 class KernelSettings:
     """The settings of `bench kernels`."""
 

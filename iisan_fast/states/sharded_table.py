@@ -50,12 +50,6 @@ class ShardedTable(GatheredTable):
         self.views = views
         self.ranks = ranks.apart()
         self.held = shard_items(items, ranks)  # numbers of this rank's items, int64, ascending
-        self.received_bytes = 0  # of rows that came from other ranks, since the table was made
-
-    @property
-    def row_bytes(self) -> int:
-        """Return the bytes of an item's row in all views."""
-        return sum(shape.layers * shape.width * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes))
 
     def standardise(self, names: Sequence[str], places: Sequence[str]) -> None:
         """Standardise the rows of all ranks, in place. Every rank calls it.
@@ -90,7 +84,6 @@ class ShardedTable(GatheredTable):
         for view, buffer in zip(self.views, buffers):
             arrived = self.ranks.exchange(view.index_select(0, rows), sent, received)
             torch.index_select(arrived, 0, places, out=buffer)
-        self.received_bytes += (len(items) - received[self.ranks.rank]) * self.row_bytes
         return Gathered(buffers)
 
     def read_held(self, items: Tensor) -> list[States]:

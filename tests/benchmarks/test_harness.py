@@ -28,7 +28,19 @@ from iisan_fast.setting_fields import setting, settings_of
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-COMMANDS = ("kernels", "train", "evaluate", "extract", "growth", "methods", "encoders", "uncached", "static", "serving")
+COMMANDS = (
+    "kernels",
+    "train",
+    "evaluate",
+    "extract",
+    "growth",
+    "scale",
+    "methods",
+    "encoders",
+    "uncached",
+    "static",
+    "serving",
+)
 NAMES = [benchmark.name for benchmark in BENCHMARKS]
 
 

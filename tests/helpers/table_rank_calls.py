@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from helpers.ranking_calls import random_histories
+from iisan_fast.benchmarks.counted_ranks import CountedRanks
 from iisan_fast.config import ModelConfig, RunConfig, TrainConfig
 from iisan_fast.errors import InputError
 from iisan_fast.precision import resolve_precision
@@ -31,15 +32,16 @@ def sharded_rows(ranks: Ranks, cache: Path, item_ids: list[str], lists: list[lis
 
     lists: for each gathering, the items of each rank. options: of `load_table`.
     """
-    table = load_table(cache, ["a", "b"], item_ids, CPU, "sharded", ranks=ranks, **options)
+    counted = CountedRanks.of(ranks)
+    table = load_table(cache, ["a", "b"], item_ids, CPU, "sharded", ranks=counted, **options)
     assert isinstance(table, ShardedTable)
     gathered = []
     sizes = []
     for of_ranks in lists:
-        before = table.received_bytes
+        counted.received.clear()
         items = torch.tensor(of_ranks[ranks.rank], dtype=torch.int64)
         gathered.append([view.table for view in table.read(items, table.gather(items))])
-        sizes.append(table.received_bytes - before)
+        sizes.append(counted.received["exchange"])
     held = [view.table for view in table.read_held(table.held)]
     table.close()
     return {
@@ -113,14 +115,15 @@ def trained(ranks: Ranks, cache: Path, items: int, stopped_after: int) -> dict[s
     )
     results: dict[str, dict[str, Any]] = {}
     for place in ("device", "sharded"):
-        table = load_table(cache, config.views, sequences.item_ids, CPU, place, ranks=ranks)
+        counted = CountedRanks.of(ranks)
+        table = load_table(cache, config.views, sequences.item_ids, CPU, place, ranks=counted)
         trainer = Trainer(config, sequences, table, CPU, resolve_precision(config, CPU), ranks=ranks)
         trainer.model.train()
         losses = []
         for taken, count in ((0, stopped_after), (stopped_after, None)):
             with closing(trainer.batches(0, taken)) as batches:
                 losses += [trainer.take(batch).item() for batch in islice(batches, count)]
-        received = getattr(table, "received_bytes", 0)
+        received = counted.received["exchange"]
         trainer.model.eval()
         vectors = trainer.model.catalogue_vectors(table, ranks)
         weights = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
