@@ -17,6 +17,7 @@ import numpy as np
 from ..checksums import checksum
 from ..errors import InputError
 from ..files import refuse_irregular
+from .text_array import TextArray
 
 CHECKSUMS = "checksums"  # the array of the other arrays' checksums, in the order of the file
 MOST_UNPACKED = 30  # bytes that one byte of a file may give, beyond the first FREE_BYTES
@@ -64,6 +65,8 @@ def read_arrays(path: Path, known: Collection[str], content: str = "histories") 
 
 def pack_texts(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return texts as one array of UTF-8 bytes, uint8, and the end of each in it, int64."""
+    if isinstance(texts, TextArray):
+        return texts.content, texts.ends
     encoded = [text.encode() for text in texts]
     ends = np.cumsum([len(content) for content in encoded], dtype=np.int64)
     return np.frombuffer(b"".join(encoded), dtype=np.uint8), ends

@@ -32,9 +32,9 @@ class Bounds(NamedTuple):
 
 def batch_bounds(sequences: Sequences, batch_users: int) -> Bounds:
     """Return the sizes of a batch of the `batch_users` users with the longest training histories."""
-    lengths = np.diff(sequences.training[0])[sequences.training_users]
+    lengths = sequences.training_lengths[sequences.training_users]
     users = min(batch_users, len(lengths))
-    slots = int(np.sort(lengths)[len(lengths) - users :].sum())
+    slots = int(np.partition(lengths, len(lengths) - users)[len(lengths) - users :].sum()) if users else 0
     distinct = min(slots, len(sequences.item_ids))
     inputs = max(sequences.max_inputs, int(lengths.max(initial=2)) - 1)
     return Bounds(users, -(-distinct // 32) * 32, slots - users, inputs)
@@ -106,15 +106,15 @@ class Layout:
 
 def lay_out(sequences: Sequences, users: np.ndarray, batch_users: int) -> Layout:
     """Lay out users (int64 [N], at least one) in batches of `batch_users`; the last batch may be smaller."""
-    offsets, items = sequences.training
-    starts = offsets[users]
-    lengths = offsets[users + 1] - starts
+    starts = sequences.offsets[users]
+    lengths = sequences.training_ends[users] - starts
     user_bounds = np.minimum(np.arange(0, len(users) + batch_users, batch_users), len(users))
     user_slots = _starts(lengths)
     user_rows = _starts(np.maximum(lengths - 1, 0))
     slot_user = np.repeat(np.arange(len(users)), lengths)
     row_user = np.repeat(np.arange(len(users)), np.diff(user_rows))
-    slot_items = items[(starts - user_slots[:-1])[slot_user] + np.arange(user_slots[-1])]
+    slots = (starts - user_slots[:-1])[slot_user] + np.arange(user_slots[-1])
+    slot_items = sequences.items[slots].astype(np.int64, copy=False)
     slot_bounds = user_slots[user_bounds]
     sorted_slots, distinct, occurrences, distinct_bounds = _sort(slot_items, slot_bounds, len(sequences.item_ids))
     index = np.arange(len(distinct)) - np.repeat(distinct_bounds[:-1], np.diff(distinct_bounds))

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
+from .growing_arrays import IN_MEMORY, GrowingArrays
 from .strict_tables import CONTROL_CHARACTERS, MAX_ID_BYTES
+from .text_array import first_repeat
 
 if TYPE_CHECKING:
     import polars as pl
@@ -37,9 +39,9 @@ class NeedsStrictReader(Exception):
 class NumberRows(NamedTuple):
     """Rows of an id and one or more whole numbers."""
 
-    ids: list[str]
+    ids: Sequence[str]
     lengths: np.ndarray  # int64 [rows]
-    values: np.ndarray  # int64: the numbers of all rows, one row after the other
+    values: np.ndarray  # the numbers of all rows, one row after the other
 
 
 def fast_or_strict(fast: Callable[[], Result], strict: Callable[[], Result]) -> Result:
@@ -61,34 +63,57 @@ def read_texts(path: Path) -> tuple[list[str], list[str]]:
     return ids, texts
 
 
-def read_item_numbers(path: Path, item_ids: Sequence[str]) -> NumberRows:
+def read_item_numbers(path: Path, item_ids: Sequence[str], arrays: GrowingArrays = IN_MEMORY) -> NumberRows:
     """Return the rows of a table whose second column holds item ids, one space between.
 
-    item_ids: unique ids, numbered from 1. Raises NeedsStrictReader, also for an id that is not among them.
+    item_ids: unique ids, numbered from 1; the numbers have the dtype of `arrays`, which take what is read. Raises
+    NeedsStrictReader, also for an id that is not among them, and for a row's id that occurs twice.
     """
     polars = _polars_for(path)
     numbers = polars.Enum(polars.Series(item_ids, dtype=polars.String))
-    return _read_numbers(path, lambda words: words.cast(numbers).to_physical().cast(polars.Int64) + 1)
+    ids = arrays.texts("row_ids")
+    lengths: list[np.ndarray] = []
+    values = arrays.array("items", arrays.item_dtype)
+    blocks = _number_blocks(path, lambda words: words.cast(numbers).to_physical().cast(polars.Int64) + 1)
+    for block_ids, block_lengths, block_values in blocks:
+        ids.extend(block_ids)
+        lengths.append(block_lengths)
+        values.append(block_values)
+    all_ids = ids.finish()
+    if first_repeat(all_ids) is not None:
+        raise NeedsStrictReader(f"{path}: an id occurs twice")
+    return NumberRows(all_ids, np.concatenate(lengths), values.finish())
 
 
-def read_whole_numbers(path: Path) -> NumberRows:
+def read_whole_numbers(path: Path, ids: Sequence[str], arrays: GrowingArrays = IN_MEMORY) -> NumberRows:
     """Return the rows of a table whose second column holds whole numbers of 64 bits, one space between.
 
-    Raises NeedsStrictReader.
+    ids: of the rows, in their order. arrays: take the numbers, int64. Raises NeedsStrictReader, also for other rows.
     """
     polars = _polars_for(path)
-    return _read_numbers(path, lambda words: words.cast(polars.Int64))
-
-
-def _read_numbers(path: Path, to_numbers: Callable[[pl.Series], pl.Series]) -> NumberRows:
-    """Read the rows of a table; `to_numbers` turns the words of its second column into int64 numbers.
-
-    Raises NeedsStrictReader for words that are no such numbers, and for an id that occurs twice.
-    """
-    polars = _polars_for(path)
-    ids: list[str] = []
     lengths: list[np.ndarray] = []
-    values: list[np.ndarray] = []
+    values = arrays.array(path.stem, np.int64)
+    row = 0
+    for block_ids, block_lengths, block_values in _number_blocks(path, lambda words: words.cast(polars.Int64)):
+        if block_ids != ids[row : row + len(block_ids)]:
+            raise NeedsStrictReader(f"{path}: not the users of users.tsv")
+        row += len(block_ids)
+        lengths.append(block_lengths)
+        values.append(block_values)
+    if row < len(ids):
+        raise NeedsStrictReader(f"{path}: not all users of users.tsv")
+    return NumberRows(ids, np.concatenate(lengths), values.finish())
+
+
+def _number_blocks(
+    path: Path, to_numbers: Callable[[pl.Series], pl.Series]
+) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
+    """Yield the ids, the lengths and the numbers, both int64, of some rows of a table.
+
+    to_numbers: turns the words of the second column into int64 numbers. Raises NeedsStrictReader for words that are no
+    such numbers.
+    """
+    polars = _polars_for(path)
     for block in _blocks(path):
         words = block["text"].str.split(" ")
         try:
@@ -97,12 +122,7 @@ def _read_numbers(path: Path, to_numbers: Callable[[pl.Series], pl.Series]) -> N
             raise NeedsStrictReader(f"{path}: {error}") from None
         if numbers.null_count():
             raise NeedsStrictReader(f"{path}: a word is missing")
-        ids += block["id"].to_list()
-        lengths.append(words.list.len().cast(polars.Int64).to_numpy())
-        values.append(numbers.to_numpy())
-    if len(set(ids)) < len(ids):
-        raise NeedsStrictReader(f"{path}: an id occurs twice")
-    return NumberRows(ids, np.concatenate(lengths), np.concatenate(values))
+        yield block["id"].to_list(), words.list.len().cast(polars.Int64).to_numpy(), numbers.to_numpy()
 
 
 def _blocks(path: Path) -> Iterator[pl.DataFrame]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,7 @@ def given_split(offsets: np.ndarray, parts: np.ndarray, max_inputs: int, path: P
 def _refuse_empty(
     trained: np.ndarray, targets: dict[str, np.ndarray], without_history: dict[str, int], path: Path
 ) -> None:
-    """Raise InputError if no user is trained on or has a target; warn of targets without a history."""
+    """Raise InputError if no user is trained on or has a target."""
     if not trained.any():
         raise InputError(f"{path}: expected users with two training interactions or more, found none")
     for name, places in targets.items():
@@ -91,16 +91,20 @@ def _refuse_empty(
                 f"{path}: expected {name} targets, found none{without}; {REASONS[name]}; hold out interactions for "
                 f"{name} and import again, or train by another split"
             )
-    if left_out := sum(without_history.values()):
+
+
+def report_left_out(path: Path, without_history: Mapping[str, int] | None) -> None:
+    """Warn of targets without a history, by split; None: there are none. path: of splits.tsv."""
+    if without_history and (left_out := sum(without_history.values())):
         shown = ", ".join(f"{count:,} of {name}" for name, count in without_history.items())
         LOGGER.warning("%s: %s targets have no interaction before them and are left out: %s", path, left_out, shown)
 
 
 def _read_fast(path: Path, user_ids: Sequence[str], lengths: np.ndarray) -> np.ndarray:
     """Read the counts by polars. Raises NeedsStrictReader if anything in the file may be wrong."""
-    rows = read_whole_numbers(path)
-    if rows.ids != list(user_ids) or (rows.lengths != len(PARTS)).any():
-        raise NeedsStrictReader(f"{path}: not the users of users.tsv, or not three numbers")
+    rows = read_whole_numbers(path, user_ids)
+    if (rows.lengths != len(PARTS)).any():
+        raise NeedsStrictReader(f"{path}: not three numbers a user")
     parts = rows.values.reshape(-1, len(PARTS))
     if ((parts < 0) | (parts > lengths[:, None])).any() or (parts.sum(axis=1) != lengths).any():
         raise NeedsStrictReader(f"{path}: not the lengths of users.tsv")

@@ -1,15 +1,10 @@
-"""Histories under the data protocol: the users that count, training interactions, targets, item popularity.
-
-The protocol (IISAN, section 4.1): users with fewer than 5 interactions are dropped; each history is cut to its last
-13 before items are counted; leave-one-out, with at most 10 inputs. Beside it a temporal split, which needs times, and
-one that the dataset gives. Items are numbered from 1; 0 is padding.
-"""
+"""Histories under the data protocol: the users that count, training interactions, targets, item popularity."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,13 +16,10 @@ from ..errors import InputError, check_choice
 from ..files import as_path
 from ..setting_fields import from_dict
 from .array_files import pack_texts, write_arrays
-from .given_split import given_split, read_parts, report_unread
-from .histories import read_histories
-from .items import read_items
-from .split import Split, distinct_targets
-from .temporal import SplitHistories, temporal_split
-
-LEAVE_ONE_OUT = {"validation": 2, "test": 1}  # how far from a history's end the target stands
+from .given_split import report_left_out, report_unread
+from .jagged_arrays import places, row_blocks
+from .parsed_cache import parsed_dataset
+from .split import LEAVE_ONE_OUT, Split, distinct_targets, leave_one_out
 
 
 @dataclass(frozen=True)
@@ -37,51 +29,62 @@ class Sequences:
     Without `training_ends` and `targets` they are split by leave-one-out.
     """
 
-    user_ids: list[str]
+    user_ids: Sequence[str]
     item_ids: list[str]  # item number i is item_ids[i - 1]
     offsets: np.ndarray  # int64 [users + 1]: user u holds items[offsets[u]:offsets[u + 1]]
-    items: np.ndarray  # int64 [interactions], each from 1 to len(item_ids)
+    items: np.ndarray  # int64 or int32 [interactions], which may lie in a file; each from 1 to len(item_ids)
     max_inputs: int
     training_ends: np.ndarray | None = None  # int64 [users]: user u trains on items[offsets[u]:training_ends[u]]
     targets: Mapping[str, np.ndarray] | None = (
         None  # int64 [users] by split: the first target's index in items, -1 for none
     )
-    target_counts: Mapping[str, np.ndarray] | None = None  # int64 [users] by split: of targets, which lie side by side
+    target_counts: Mapping[str, np.ndarray] | None = None  # integers [users] by split: of targets, side by side
     without_history: Mapping[str, int] | None = None  # targets by split that are left out: nothing comes before them
 
     def __post_init__(self) -> None:
         """Split by leave-one-out if no split was passed."""
         if self.targets is None:
-            targets = {name: self.offsets[1:] - back for name, back in LEAVE_ONE_OUT.items()}
+            targets = leave_one_out(self.offsets)
             object.__setattr__(self, "targets", targets)
             object.__setattr__(self, "training_ends", targets["validation"])
         if self.target_counts is None:
-            counts = {name: (first >= 0).astype(np.int64) for name, first in self.targets.items()}
+            counts = {name: (first >= 0).view(np.int8) for name, first in self.targets.items()}
             object.__setattr__(self, "target_counts", counts)
         if self.without_history is None:
             object.__setattr__(self, "without_history", dict.fromkeys(LEAVE_ONE_OUT, 0))
 
-    @cached_property
+    @property
     def training(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return (offsets, int64 [users + 1], items) of all histories, each cut where its training ends."""
-        lengths = self.training_ends - self.offsets[:-1]
-        in_training = np.arange(len(self.items)) < np.repeat(self.training_ends, np.diff(self.offsets))
-        return np.concatenate([[0], np.cumsum(lengths)]), self.items[in_training]
+        """Return (offsets, int64 [users + 1], items) of all histories, each cut where its training ends.
+
+        They are copies. User u's items are also items[offsets[u]:training_ends[u]] of these sequences.
+        """
+        offsets = np.concatenate([[0], np.cumsum(self.training_lengths)])
+        return offsets, self.items[places(self.offsets[:-1], self.training_lengths)]
+
+    @cached_property
+    def training_lengths(self) -> np.ndarray:
+        """Return the number of each user's training interactions, int64 [users]."""
+        return self.training_ends - self.offsets[:-1]
 
     @cached_property
     def training_users(self) -> np.ndarray:
         """Return the users with at least two training interactions, int64; by leave-one-out these are all."""
-        return np.flatnonzero(np.diff(self.training[0]) >= 2)
+        return np.flatnonzero(self.training_lengths >= 2)
 
     @cached_property
     def epoch_interactions(self) -> int:
         """Return the number of interactions in an epoch, those of the training users."""
-        return int(np.diff(self.training[0])[self.training_users].sum())
+        return int(self.training_lengths.sum(where=self.training_lengths >= 2))
 
     @cached_property
     def training_counts(self) -> np.ndarray:
         """Return how often each item number occurs in training, int64 [items + 1]."""
-        return np.bincount(self.training[1], minlength=len(self.item_ids) + 1)
+        counts = np.zeros(len(self.item_ids) + 1, dtype=np.int64)
+        for first, end in row_blocks(self.training_lengths):
+            here = places(self.offsets[first:end], self.training_lengths[first:end])
+            counts += np.bincount(self.items[here], minlength=len(counts))
+        return counts
 
     @property
     def popularity(self) -> np.ndarray:
@@ -100,8 +103,8 @@ class Sequences:
         users = np.flatnonzero(self.targets[name] >= 0)
         ends = self.targets[name][users]
         targets = self.items[ends]
-        counts = self.target_counts[name][users]
-        if counts.max(initial=0) > 1:
+        if self.target_counts[name].max(initial=0) > 1:
+            counts = self.target_counts[name][users]
             rows, targets = distinct_targets(self.items, ends, counts)
             users, ends = users[rows], ends[rows]
         lengths = ends - self.offsets[users]
@@ -124,7 +127,7 @@ class Sequences:
             "item_ids": item_ids,
             "item_id_ends": item_id_ends,
             "offsets": self.offsets,
-            "items": self.items.astype(np.int32),
+            "items": self.items.astype(np.int32, copy=False),
             "max_inputs": np.int64(self.max_inputs),
             "training_ends": self.training_ends,
         }
@@ -204,21 +207,25 @@ def load_dataset(root: Path, protocol: ProtocolConfig = ProtocolConfig()) -> Dat
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected a dataset with items.tsv and users.tsv")
-    table = read_items(root, protocol.unescape_titles)
-    whole = _read_sequences(root, table.ids, protocol)
-    catalogue = np.flatnonzero(np.bincount(whole.items))
-    number = np.zeros(len(table.ids) + 1, dtype=np.int64)
-    number[catalogue] = np.arange(1, len(catalogue) + 1)
-    item_ids = [table.ids[item - 1] for item in catalogue]
-    titles = [table.titles[item - 1] for item in catalogue]
-    captions = table.captions or {}
-    stand_ins = titles if captions and protocol.missing_captions == "title" else [None] * len(titles)
+    report_unread(root / "splits.tsv", protocol.split)
+    parsed = parsed_dataset(root, protocol)
+    report_left_out(root / "splits.tsv", parsed.without_history)
     return Dataset(
         root=root,
-        titles=titles,
-        captions=[captions.get(item_id, stand_in) for item_id, stand_in in zip(item_ids, stand_ins)],
+        titles=parsed.titles,
+        captions=parsed.captions,
         protocol=protocol,
-        sequences=replace(whole, item_ids=item_ids, items=number[whole.items]),
+        sequences=Sequences(
+            user_ids=parsed.user_ids,
+            item_ids=parsed.item_ids,
+            offsets=parsed.offsets,
+            items=parsed.items,
+            max_inputs=protocol.max_inputs,
+            training_ends=parsed.training_ends,
+            targets=parsed.targets,
+            target_counts=parsed.target_counts,
+            without_history=parsed.without_history,
+        ),
     )
 
 
@@ -232,7 +239,7 @@ def statistics(sequences: Sequences) -> dict[str, int | float]:
         "users": len(sequences.user_ids),
         "items": len(sequences.item_ids),
         "interactions": len(sequences.items),
-        "training_interactions": len(sequences.training[1]),
+        "training_interactions": int(sequences.training_lengths.sum()),
         "training_users": len(sequences.training_users),
         **{f"{name}_targets": len(split.targets) for name, split in splits.items()},
         **{
@@ -245,51 +252,3 @@ def statistics(sequences: Sequences) -> dict[str, int | float]:
         "interactions_per_user": len(sequences.items) / len(sequences.user_ids),
         "interactions_per_item": len(sequences.items) / len(sequences.item_ids),
     }
-
-
-def _read_sequences(root: Path, item_ids: list[str], protocol: ProtocolConfig) -> Sequences:
-    """Return the histories that the protocol keeps, in the numbers of `item_ids`. Raises InputError."""
-    if protocol.split == "given":
-        return _read_given_sequences(root, item_ids, protocol)
-    report_unread(root / "splits.tsv", protocol.split)
-    temporal = protocol.split == "temporal"
-    histories = read_histories(root, item_ids, timed=temporal)
-    lengths = np.diff(histories.offsets)
-    users = np.flatnonzero(lengths >= protocol.min_interactions)
-    if not len(users):
-        least = protocol.min_interactions
-        raise InputError(f"{root / 'users.tsv'}: none of {len(lengths)} users has the {least} interactions that count")
-    user_ids = [histories.user_ids[user] for user in users]
-    lengths = lengths[users] if temporal else np.minimum(lengths[users], protocol.max_history)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    last_interactions = np.arange(offsets[-1]) + np.repeat(histories.offsets[users + 1] - offsets[1:], lengths)
-    items = histories.items[last_interactions]
-    if not temporal:
-        return Sequences(user_ids, item_ids, offsets, items, protocol.max_inputs)
-    split = temporal_split(offsets, histories.times[last_interactions], protocol)
-    return _sequences_of(split, user_ids, item_ids, items, protocol.max_inputs)
-
-
-def _read_given_sequences(root: Path, item_ids: list[str], protocol: ProtocolConfig) -> Sequences:
-    """Return the histories as splits.tsv divides them, in the numbers of `item_ids`. Raises InputError."""
-    path = root / "splits.tsv"
-    histories = read_histories(root, item_ids, timed=False)
-    parts = read_parts(path, histories.user_ids, np.diff(histories.offsets))
-    split = given_split(histories.offsets, parts, protocol.max_inputs, path)
-    sequences = _sequences_of(split, histories.user_ids, item_ids, histories.items, protocol.max_inputs)
-    return replace(sequences, target_counts=split.target_counts, without_history=split.without_history)
-
-
-def _sequences_of(
-    split: SplitHistories, user_ids: list[str], item_ids: list[str], items: np.ndarray, max_inputs: int
-) -> Sequences:
-    """Return the part of all users' histories that a split keeps. items: int64, of all histories."""
-    return Sequences(
-        user_ids=[user_ids[user] for user in split.users],
-        item_ids=item_ids,
-        offsets=split.offsets,
-        items=items[split.interactions],
-        max_inputs=max_inputs,
-        training_ends=split.training_ends,
-        targets=split.targets,
-    )

@@ -10,6 +10,7 @@ import numpy as np
 from .jagged_arrays import places, row_blocks
 
 Rows = np.ndarray | slice  # int64, or a range of them
+LEAVE_ONE_OUT = {"validation": 2, "test": 1}  # how far from a history's end the target stands
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ class Split:
             rows = slice(begins[first], begins[end] if end < len(begins) else None)
             reachable[rows] = ~np.isin(self.users[rows] * width + self.targets[rows], pairs)
         return reachable
+
+
+def leave_one_out(offsets: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the targets of leave-one-out, int64 [users] by split. offsets: int64 [users + 1]."""
+    return {name: offsets[1:] - back for name, back in LEAVE_ONE_OUT.items()}
 
 
 def right_align(items: np.ndarray, ends: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:

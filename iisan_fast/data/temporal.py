@@ -27,8 +27,8 @@ class SplitHistories(NamedTuple):
     """The part of a jagged array of histories that a split keeps; training ends and targets index into that part."""
 
     users: np.ndarray  # int64 [kept users]: indices of the users
-    interactions: np.ndarray  # int64 [kept interactions]: indices of the interactions
-    offsets: np.ndarray  # int64 [kept users + 1]
+    starts: np.ndarray  # int64 [kept users]: where the interactions that are kept start in the whole array
+    offsets: np.ndarray  # int64 [kept users + 1]: where they start in that part
     training_ends: np.ndarray  # int64 [kept users]
     targets: dict[str, np.ndarray]  # int64 [kept users] under `validation` and `test`: the first target, -1 for none
     target_counts: dict[str, np.ndarray] | None = None  # int64 [kept users] by split; None for one a user
@@ -89,7 +89,7 @@ def split_histories(
     moved = offsets[:-1] - starts[users]
     return SplitHistories(
         users=users,
-        interactions=np.arange(offsets[-1]) - np.repeat(moved, lengths),
+        starts=starts[users],
         offsets=offsets,
         training_ends=training_ends[users] + moved,
         targets={name: np.where(places[users] >= 0, places[users] + moved, -1) for name, places in targets.items()},

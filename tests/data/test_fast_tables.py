@@ -204,11 +204,11 @@ def test_what_is_no_whole_number_is_for_the_strict_reader(tmp_path, words):
     path = tmp_path / "times.tsv"
     with readers(by_polars=True):
         path.write_text("u\t-9223372036854775808 9223372036854775807\n")
-        limits = read_whole_numbers(path).values
+        limits = read_whole_numbers(path, ["u"]).values
         assert limits.tolist() == [-(2**63), 2**63 - 1] and limits.dtype == np.int64
         path.write_text(f"u\t{words}\n")
         with pytest.raises(NeedsStrictReader):
-            read_whole_numbers(path)
+            read_whole_numbers(path, ["u"])
 
 
 def test_polars_is_not_imported_for_small_files(tmp_path, monkeypatch):
