@@ -34,8 +34,9 @@ class TextArray(Sequence[str]):
         """Return a text, or the list of some that follow each other. Raises IndexError for one that is not there."""
         if isinstance(index, slice):
             first, end, step = index.indices(len(self))
-            texts = [text.decode() for text in self.encoded(first, max(first, end))]
-            return texts if step == 1 else [self[number] for number in range(first, end, step)]
+            if step != 1:
+                return [self[number] for number in range(first, end, step)]
+            return [text.decode() for text in self.encoded(first, max(first, end))]
         number = range(len(self))[index]
         return self.encoded(number, number + 1)[0].decode()
 

@@ -25,7 +25,7 @@ def test_reads_like_a_list(texts, first, end, step):
         with pytest.raises(IndexError):
             array[first]
     assert array == texts and array == TextArray(*pack_texts(texts)) and array != [*texts, "x"]
-    assert 2 * array == 2 * texts and not array != texts
+    assert 2 * array == 2 * texts
     assert pack_texts(array)[0] is array.content
 
 
