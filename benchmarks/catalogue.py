@@ -103,6 +103,7 @@ BENCHMARKS = (
         dataset=REQUIRED,
         takes_encoders=True,
         folder=RUNS,
+        on_ranks=True,
     ),
     Benchmark(
         name="encoders",
@@ -119,6 +120,7 @@ BENCHMARKS = (
         dataset=REQUIRED,
         takes_encoders=True,
         folder=RUNS,
+        on_ranks=True,
         drawing="encoders:draw",
         option_names={"methods": "method"},
     ),

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
+import socket
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from ..data import load_dataset
 from ..errors import InputError, first_few
 from ..evaluation import headline_metrics
 from ..precision import resolve_precision
-from ..progress import progress_bar
+from ..ranks import Ranks
 from ..settings_files import read_settings
 from ..states import extract
 from ..training import RunFolder, Trainer, open_source, refuse_missing_libraries, resume, train
@@ -39,14 +40,15 @@ from .harness import Setup, write_result
 from .machine import on
 from .peak_memory import PeakMemory
 from .phase_profile import profile
+from .placed_work import Failure, placed_work
 from .processes import in_a_process
 from .samples import sample_users, users_to_draw_from
 from .sweep_settings import SweepSettings, reads_a_cache, split_name
 from .tables import NOT_MEASURED
 
-LOGGER = logging.getLogger(__name__)
 K = 10
-TRAINED, FIGURES, ENCODING = "trained.json", "figures.json", "encoding.json"
+RECORD, TRAINED, FIGURES, ENCODING = "sweep.json", "trained.json", "figures.json", "encoding.json"
+LONGEST_WAIT = timedelta(days=30)  # of a rank for the runs of others
 MEMORY_EVERY = 1.0  # seconds between two looks, so that they cost an epoch little
 
 
@@ -70,35 +72,41 @@ class Cell:
 def run_sweep(setup: Setup, settings: SweepSettings) -> Path:
     """Train the cells that are not trained yet into the setup's folder, and return the folder.
 
-    Raises InputError if the folder holds another sweep, and at the end if cells failed; the figures of the others stay.
+    Several ranks share out the cells, and each cell is trained by one of them; they need one folder. Raises InputError
+    if the folder holds another sweep, and at the end if cells failed; the figures of the others stay.
     """
     assert setup.dataset is not None and setup.folder is not None, "a sweep takes a dataset and a folder"
     dataset = setup.dataset
     out = setup.folder
     device = setup.device
-    cells = [
-        Cell(encoders, method, seed)
-        for encoders, method, seed in product(settings.encoders, settings.methods, settings.seeds)
-    ]
-    for cell in cells:  # what cannot be combined, or read, is refused before anything is written
-        refuse_missing_libraries(cell_config(cell, dataset, out, settings))
-    load_dataset(dataset)
-    if settings.users is not None:
-        users_to_draw_from(dataset, settings.users)
-    _begin(out, dataset, settings, device)
-    if settings.users is not None:
-        dataset = sample_users(dataset, out / f"users-{settings.users}", settings.users)
-    failed = []
-    with progress_bar("sweep", len(cells), "cells") as advance, on(device):
-        for cell in cells:
-            try:
-                if not (cell.folder(out) / FIGURES).exists():
-                    _run_cell(cell, dataset, out, settings, device)
-            except InputError as error:
-                LOGGER.warning("%s: %s", cell.folder(out), error)
-                failed.append(str(cell.folder(out)))
-            advance(1, note=f"{cell.encoders} {cell.method} seed {cell.seed}")
-    if failed:
+    ranks = setup.ranks.apart(LONGEST_WAIT)
+    cells = [Cell(*names) for names in product(settings.encoders, settings.methods, settings.seeds)]
+
+    def prepare() -> Path:
+        for cell in cells:  # what cannot be combined, or read, is refused before anything is written
+            refuse_missing_libraries(cell_config(cell, dataset, out, settings))
+        load_dataset(dataset)
+        if settings.users is not None:
+            users_to_draw_from(dataset, settings.users)
+        _begin(out, dataset, settings, device)
+        if settings.users is None:
+            return dataset
+        return sample_users(dataset, out / f"users-{settings.users}", settings.users)
+
+    used = ranks.first_does(prepare)
+    ranks.all_do(lambda: _refuse_missing(out / RECORD))
+    unfinished = {str(cell.folder(out)): cell for cell in cells if not (cell.folder(out) / FIGURES).exists()}
+    with on(device):
+        not_encoded = _encode_sets([*unfinished.values()], used, out, settings, device, ranks)
+
+        def run(cell: Cell) -> None:
+            if reads_a_cache(cell.method) and cell.encoders in not_encoded:
+                raise InputError(not_encoded[cell.encoders].message)
+            _run_cell(cell, used, out, settings, device)
+
+        failures = placed_work("sweep", unfinished, run, ranks)
+    if failures:
+        failed = [failure.phrase(name, ranks) for name, failure in failures.items()]
         count = f"{len(failed)} of {len(cells)} cells failed"
         raise InputError(f"{out}: {count} ({first_few(failed, len(failed))}); mend them or leave their methods out")
     return out
@@ -139,7 +147,7 @@ def _begin(out: Path, dataset: Path, settings: SweepSettings, device: torch.devi
     """Record the sweep's settings. Raises InputError if the folder holds something else."""
     values = {"dataset": str(dataset.resolve()), "device": device.type, **asdict(settings)}
     values = json.loads(json.dumps(values))
-    record = out / "sweep.json"
+    record = out / RECORD
     if record.exists():
         _refuse_another(record, values, out)
         values["encoders"] = read_settings(record)["encoders"] | values["encoders"]
@@ -164,15 +172,34 @@ def _refuse_another(record: Path, values: dict[str, Any], out: Path) -> None:
             raise InputError(f"{record}: the encoders {name!r} are others there; give these another name")
 
 
+def _refuse_missing(record: Path) -> None:
+    """Raise InputError if this rank does not have the file that rank 0 has written."""
+    if not record.exists():
+        raise InputError(
+            f"{record}: a rank on {socket.gethostname()} does not have it; use a folder that all ranks have"
+        )
+
+
+def _encode_sets(
+    cells: list[Cell], dataset: Path, out: Path, settings: SweepSettings, device: torch.device, ranks: Ranks
+) -> dict[str, Failure]:
+    """Fill the caches that cells read, each in a new process of one rank. Return the sets of encoders that failed."""
+    configs = {cell.encoders: cell_config(cell, dataset, out, settings) for cell in cells if reads_a_cache(cell.method)}
+    names = {name: name for name in configs}
+
+    def encode(name: str) -> None:
+        in_a_process(_encode, configs[name], settings, settings.encoders[name], out / name, device)
+
+    return placed_work("encode", names, encode, ranks)
+
+
 def _run_cell(cell: Cell, dataset: Path, out: Path, settings: SweepSettings, device: torch.device) -> None:
     """Train a cell in a new process, profile its steps in another, and write its figures; skip what is done already.
 
-    out: the sweep's folder. A cell that reads a cache has it encoded first. Raises InputError if a process fails.
+    out: the sweep's folder. Raises InputError if a process fails.
     """
     config = cell_config(cell, dataset, out, settings)
     folder = cell.folder(out)
-    if config.cache is not None:
-        in_a_process(_encode, config, settings, settings.encoders[cell.encoders], out / cell.encoders, device)
     if not (folder / TRAINED).exists():
         in_a_process(_train, config, folder, settings.table, device)
     taken_apart = in_a_process(_profile, config, settings, device)

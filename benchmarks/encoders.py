@@ -9,7 +9,7 @@ from typing import Any
 from ..config import ViewConfig
 from ..encoders import count_parameters
 from ..errors import InputError
-from .cells import Cell, encoding_seconds, run_sweep
+from .cells import LONGEST_WAIT, Cell, encoding_seconds, run_sweep
 from .drawing import two_panels
 from .harness import Setup
 from .methods import baseline_rows, seeds_row
@@ -28,10 +28,14 @@ def compare_encoders(setup: Setup, settings: EncodersSettings) -> dict[str, Any]
     if len(settings.methods) != 1:
         raise InputError(f"methods: expected one, found {', '.join(settings.methods)}")
     folder = run_sweep(setup, settings.sweep)
-    rows = [
-        {**encoders_row(name, folder, settings), "baselines": baseline_rows(name, folder, settings, setup.device)}
-        for name in settings.encoders
-    ]
+
+    def row(name: str) -> dict[str, Any]:
+        return {
+            **encoders_row(name, folder, settings),
+            "baselines": baseline_rows(name, folder, settings, setup.device),
+        }
+
+    rows = setup.ranks.apart(LONGEST_WAIT).first_does(lambda: [row(name) for name in settings.encoders])
     return {"rows": sorted(rows, key=lambda row: row["encoder_parameters"])}
 
 

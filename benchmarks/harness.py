@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..files import write_atomically
+from ..ranks import ALONE, Ranks
 from ..setting_fields import settings_of
 from .tables import ResultTable
 
@@ -60,6 +61,7 @@ class Benchmark:
     examples: tuple[str, ...]
     dataset: str = OPTIONAL
     argument: str = "DATASET"  # as help names it: the dataset, or RUN for the folder of a trained run
+    on_ranks: bool = False  # True: a launcher of several processes may start it
     on_device: bool = True  # False: nothing is run on a device, and there is no option for one
     takes_encoders: bool = False  # sets of views become the setting `encoders`
     folder: Folder | None = None
@@ -74,6 +76,7 @@ class Setup:
     dataset: Path | None  # None: the embedded demo
     device: torch.device
     folder: Path | None = None
+    ranks: Ranks = ALONE  # among which a benchmark places its runs
 
     @property
     def name(self) -> str:
@@ -89,9 +92,14 @@ class Setup:
 
 
 def run_benchmark(benchmark: Benchmark, settings: Any, setup: Setup) -> Result:
-    """Run a benchmark and return its result. Raises InputError for bad settings, and where forms disagree."""
+    """Run a benchmark and return its result, on all ranks.
+
+    Raises InputError for bad settings, where forms disagree, and on several ranks for a benchmark of one process.
+    """
     from .machine import commit, package_versions, versions  # imports torch
 
+    if setup.ranks.several and not benchmark.on_ranks:
+        raise InputError(f"bench {benchmark.name}: runs in one process; start it without torchrun or another launcher")
     started_at = commit()  # of the code as it starts: a benchmark may take hours
     figures = imported(benchmark.function)(setup, settings)
     recorded = figures.pop("settings", None) or asdict(settings)
@@ -104,7 +112,7 @@ def run_benchmark(benchmark: Benchmark, settings: Any, setup: Setup) -> Result:
         "settings": recorded,
         **figures,
     }
-    if benchmark.folder is not None and benchmark.folder.required and setup.folder is not None:
+    if benchmark.folder is not None and benchmark.folder.required and setup.folder is not None and setup.ranks.is_first:
         write_result(setup.folder / "result.json", result)
     return result
 

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..evaluation import check_weights, paired_test, target_ranks, tpme, user_gains
 from ..models import Scores
 from ..training import load
-from .cells import Cell, K, encoding_seconds, run_sweep
+from .cells import LONGEST_WAIT, Cell, K, encoding_seconds, run_sweep
 from .harness import Setup
 from .sweep_settings import UNCACHED, MethodsSettings, SweepSettings, reads_a_cache
 from .tables import NOT_MEASURED
@@ -30,6 +30,8 @@ COST_ORDER = (("full",), ("lora", "adapter", "bitfit"), (f"iisan{UNCACHED}",), (
 def compare_methods(setup: Setup, settings: MethodsSettings) -> dict[str, Any]:
     """Train the methods, as far as that is not done yet in the setup's folder, and return all their figures.
 
+    Several ranks share out the runs, and rank 0 compares them.
+
     Raises InputError for fewer than two methods, for bad weights, and as `run_sweep` does.
     """
     check_weights(settings.weights)
@@ -39,7 +41,11 @@ def compare_methods(setup: Setup, settings: MethodsSettings) -> dict[str, Any]:
     if settings.against not in settings.methods:
         raise InputError(f"against: expected one of {', '.join(settings.methods)}, found {settings.against!r}")
     folder = run_sweep(setup, settings.sweep)
-    encoders = {name: summary(name, folder, settings, setup.device) for name in settings.encoders}
+
+    def compare() -> dict[str, Any]:
+        return {name: summary(name, folder, settings, setup.device) for name in settings.encoders}
+
+    encoders = setup.ranks.apart(LONGEST_WAIT).first_does(compare)
     return {"settings": asdict(settings), "encoders": encoders}
 
 

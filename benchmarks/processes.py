@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import runtime
 from ..errors import InputError
+from ..ranks import leave_job
 
 LOGGER = logging.getLogger("iisan_fast")
 
@@ -38,6 +39,10 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _prepare_process(level: int) -> None:
-    """Set a new process up as the program, with the level of log messages that --quiet or --verbose chose."""
+    """Set a new process up as the program, with the level of log messages that --quiet or --verbose chose.
+
+    It is no rank of a job, even if a rank starts it.
+    """
+    leave_job()
     runtime.prepare_program()
     LOGGER.setLevel(level)

@@ -17,6 +17,7 @@ from ..config import ViewConfig
 from ..devices import torch_device
 from ..errors import InputError
 from ..printable import printable
+from ..ranks import joined_ranks
 from ..setting_fields import settings_of
 from .help_pages import BENCHMARK, ENCODERS, OUTPUT, GroupedHelp, group, option
 from .options import FILE, FOLDER, device_option, out_option, output_options, writable_file
@@ -95,8 +96,10 @@ def _run(benchmark: Benchmark, dataset: Path | None, options: dict[str, Any]) ->
     if benchmark.takes_encoders:
         settings["encoders"] = _encoder_sets(options)
     device = torch_device(options.get("device", "cpu"))
-    setup = Setup(dataset, device, options.get("folder"))
+    setup = Setup(dataset, device, options.get("folder"), joined_ranks())
     result = run_benchmark(benchmark, benchmark.settings(**settings), setup)
+    if not setup.ranks.is_first:
+        return
     if options["out"] is not None:
         write_result(options["out"], result)
     if plot is not None:

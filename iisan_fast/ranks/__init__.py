@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .gathering import gathered
     from .job_watch import watch_job
     from .joining import joined_ranks
+    from .leaving import leave_job
     from .ranks import ALONE, Ranks
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "end_of_lost_contact",
     "gathered",
     "joined_ranks",
+    "leave_job",
     "refuse_disagreement",
     "refuse_too_few",
     "watch_job",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import InputError
@@ -54,13 +55,17 @@ class Ranks:
         """Return the number of rows of the first block, which no other exceeds."""
         return -(-count // self.count)
 
-    def apart(self) -> Ranks:
-        """Return the same ranks with channels of their own, for exchanges in another thread. Every rank calls it."""
+    def apart(self, wait: timedelta | None = None) -> Ranks:
+        """Return the same ranks with channels of their own, for exchanges in another thread. Every rank calls it.
+
+        wait: the longest time that an exchange waits for the other ranks; None for that of the job.
+        """
         if not self.several:
             return self
         from torch import distributed
 
-        return Ranks(self.rank, self.count, self.on_this_machine, self.local_rank, distributed.new_group())
+        group = distributed.new_group(timeout=wait)
+        return Ranks(self.rank, self.count, self.on_this_machine, self.local_rank, group)
 
     def gather_blocks(self, rows: Tensor, count: int) -> Tensor:
         """Return the blocks of all ranks, one after the other: [count, …]. rows: this rank's block, or more rows.

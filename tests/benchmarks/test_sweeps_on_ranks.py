@@ -1,0 +1,61 @@
+"""Sweeps on several ranks: each run is one rank's, and a failure names its rank."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from helpers.rank_processes import run_on_ranks
+from helpers.sweep_calls import left_alone, placed, sweep
+from iisan_fast.benchmarks.catalogue import BY_NAME
+from iisan_fast.benchmarks.harness import Setup, run_benchmark
+from iisan_fast.benchmarks.sweep_settings import MethodsSettings
+from iisan_fast.config import ViewConfig
+from iisan_fast.errors import InputError
+from iisan_fast.ranks import ALONE, Ranks
+
+TITLES = ViewConfig("title", "title", "nowhere")
+SETTINGS = MethodsSettings(("lora", "iisan", "id"), {"one": (TITLES,), "two": (TITLES,)}, seeds=(0, 1))
+
+
+def test_each_piece_of_work_is_done_by_one_rank():
+    works = {f"run {number}": number for number in range(8)}
+    results = run_on_ranks(3, placed, works)
+    failures = {f"run {number}": (number % 3, f"{number} is odd") for number in (1, 3, 5, 7)}
+    assert results == [(list(range(8))[rank::3], failures) for rank in range(3)]
+    assert list(results[0][1]) == list(failures)
+
+
+@pytest.mark.long
+def test_runs_are_placed_on_ranks_in_turn(small_catalogue, tmp_path):
+    alone, message = sweep(ALONE, small_catalogue, tmp_path / "alone", SETTINGS)
+    assert message.startswith(f"{tmp_path / 'alone'}: 4 of 12 cells failed") and "on rank" not in message
+    encodings, runs = alone[:2], alone[2:]
+    assert encodings == ["encoded one", "encoded two"] and len(runs) == 12
+    for count in (2, 3):
+        out = tmp_path / f"{count}"
+        results = run_on_ranks(count, sweep, small_catalogue, out, SETTINGS)
+        for rank, (done, _) in enumerate(results):
+            assert done == encodings[rank::count] + runs[rank::count]
+            for name in runs[rank::count]:
+                encoders, method, seed = name.split()
+                figures = out / encoders / method / f"seed-{seed}" / "figures.json"
+                assert method == "lora" or json.loads(figures.read_text()) == {"rank": rank}
+        ((message,),) = [{text for _, text in results}]
+        failed = [(place, name) for place, name in enumerate(runs) if "lora" in name]
+        assert message.startswith(f"{out}: 4 of 12 cells failed")
+        for place, name in failed[:3]:
+            encoders, method, seed = name.split()
+            assert f"{encoders}/{method}/seed-{seed} on rank {place % count}" in message
+
+
+def test_what_a_rank_starts_is_no_rank():
+    assert run_on_ranks(2, left_alone) == [(2, True, 1)] * 2
+
+
+def test_a_benchmark_of_one_process_refuses_several():
+    setup = Setup(None, torch.device("cpu"), ranks=Ranks(1, 2))
+    with pytest.raises(InputError, match="^bench train: runs in one process; start it without torchrun"):
+        run_benchmark(BY_NAME["train"], BY_NAME["train"].settings(), setup)
