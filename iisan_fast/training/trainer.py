@@ -96,7 +96,8 @@ class Trainer:
         """Take fused steps, or steps by autograd if a fused step cannot train the model; the log says why."""
         train = self.config.train
         options = UpdateOptions.of(train)
-        if reason := fused_step_refusal(self.model, self.device, products, self.negatives):
+        refusal = fused_step_refusal(self.model, self.device, products, self.negatives)
+        if reason := next(filter(None, self.ranks.from_all(refusal)), ""):  # all ranks take one kind of step
             LOGGER.info("training by autograd: %s", reason)
             tuned = self.config.model.method in TUNING_METHODS
             self.step_by_autograd(captured=self.device.type == "cuda" and not tuned)

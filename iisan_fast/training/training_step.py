@@ -90,8 +90,10 @@ class TrainingStep:
         """Take one step, and return the loss of the whole batch before its update, a scalar on the device.
 
         inputs: of the items batch.encoded, as an item source reads them. mark: called with "forward", "backward" and
-        "update" when that phase ends.
+        "update" when that phase ends. Raises ValueError if several ranks take a batch that is no share, or one a share.
         """
+        if self.ranks.several == (batch.block is None):
+            raise ValueError(f"batch.block: expected {'one' if self.ranks.several else 'none'}, found {batch.block}")
         # The ranks must take one number of threads, on which the bits of a sum depend; their rows differ in number.
         size = len(batch.distinct) if self.ranks.several else len(batch.targets)
         small = self.record.is_cpu and size <= SMALL_BATCH_ROWS and self.model.item_encoder.small_operators

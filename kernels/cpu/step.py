@@ -43,7 +43,8 @@ class CpuStep:
         if reason := refusal(tensors.weights):
             raise ValueError(f"weights: {reason}")
         check_step_tensors(tensors)
-        check_step_batch(batch, tensors.weights)
+        self._shared = tensors.loss_share is not None
+        check_step_batch(batch, tensors.weights, self._shared)
         # Odd sizes: panels that lie a whole number of pages apart would compete for the same sets of the cache.
         items, rows, encoded = (max(size + size // 8 | 1, before) for size, before in zip(_sizes(batch), least))
         self.room = (items, rows, encoded)
@@ -56,13 +57,13 @@ class CpuStep:
         fold = FoldHeadsCalls(calls, weights, gradients)
         towers = SideTowersCalls(calls, weights, gradients, selected, fold)
         vectors = towers.vectors
-        if several := tensors.loss_share is not None:
+        if self._shared:
             vectors = Output(calls.empty(items, len(weights.fusion)))
         sequence = SequenceEncoderCalls(calls, weights, gradients, vectors)
         loss = InbatchCrossEntropyCalls(calls, selected, sequence.states, vectors)
         record = LossRecordCalls(calls, loss.losses, tensors)
         collect = ItemVectorGradientCalls(calls, loss, sequence.of_inputs)
-        of_block = Output(calls.empty(encoded, len(weights.fusion))) if several else collect.of_vectors
+        of_block = Output(calls.empty(encoded, len(weights.fusion))) if self._shared else collect.of_vectors
         towers.connect(of_block)
         sequence.connect(loss.of_states)
         outputs = towers.vectors, vectors, collect.of_vectors, of_block
@@ -92,7 +93,7 @@ class CpuStep:
         or the memory; most calls use its indices without a check. Raises MemoryError if a call lacks memory, ValueError
         if one refuses its sizes; calls that were scheduled but not made are dropped.
         """
-        check_step_batch(batch, self._weights)
+        check_step_batch(batch, self._weights, self._shared)
         if not self.takes(batch):
             expected = "at most {} items and {} rows of the first batch's kind".format(*self.room[:2])
             found = f"{len(batch.distinct)} items and {len(batch.targets)} rows"

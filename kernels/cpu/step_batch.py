@@ -9,15 +9,17 @@ from ..types import RecommenderBatch, RecommenderWeights
 from .step_tensors import check_tensor, dtype_name
 
 
-def check_step_batch(batch: RecommenderBatch, weights: RecommenderWeights) -> None:
+def check_step_batch(batch: RecommenderBatch, weights: RecommenderWeights, shared: bool) -> None:
     """Raise ValueError unless a batch has the shapes and dtypes of `RecommenderBatch` and its indices are in range.
 
     The states must fit the towers of the weights, and their last dimension must be contiguous. All other tensors
-    must be contiguous. All must be on a CPU.
+    must be contiguous. All must be on a CPU. shared: whether the batch must be a rank's share, which has a block.
     """
     items, rows, users = len(batch.distinct), len(batch.targets), len(batch.history_bits)
     if not items or not rows:
         raise ValueError(f"batch: expected at least one item and one row, found {items} and {rows}")
+    if shared == (batch.block is None):
+        raise ValueError(f"batch.block: expected {'one' if shared else 'none'}, found {batch.block}")
     if batch.block is not None and not 0 <= batch.block.start < batch.block.stop <= items:
         raise ValueError(f"batch.block: expected at least one of {items} items, found {batch.block}")
     _check_states(batch, weights)

@@ -325,6 +325,7 @@ def apart(tensor: Tensor) -> Tensor:
         ("history_bits", apart, r"batch\.history_bits: .*, not contiguous"),
         ("multiplicity", lambda numbers: numbers.int(), r"batch\.multiplicity: expected contiguous int64"),
         ("row_slots", lambda slots: slots + 10**4, r"batch\.grid\.slots: expected indices"),
+        ("block", lambda _: slice(0, 1), r"batch\.block: expected none, found slice\(0, 1, None\)"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused_and_trains_nothing(field, value, message):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.compiler import needs_compiler
+from helpers.rank_encoders import encode_all
 from helpers.rank_processes import run_on_ranks
 from helpers.rank_steps import (
     FAULTS,
@@ -21,13 +22,14 @@ from helpers.rank_steps import (
     logged_exchanges,
     model_and_data,
     rank_sequences,
+    source_of,
     step_of,
     take_all_steps,
     take_steps,
     two_ranks_do,
 )
 from iisan_fast.config import ModelConfig
-from iisan_fast.ranks import ALONE
+from iisan_fast.ranks import ALONE, Ranks
 
 pytestmark = needs_compiler
 
@@ -57,6 +59,8 @@ CASES = {
     "id": Case(ModelConfig("id", embedding_dim=16), fused=False),
     "frozen": Case(ModelConfig("frozen", embedding_dim=16), fused=False),
 }
+
+ENCODED = [("iisan", None), ("full", None), ("full", 3), ("lora", None), ("adapter", 3), ("bitfit", None)]
 
 
 def check_ranks(cases: dict[str, Case], counts: tuple[int, ...], tolerance: float = 1e-9, timeout: float = 60) -> None:
@@ -144,3 +148,30 @@ def test_one_rank_exchanges_nothing():
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_fifty_steps_on_any_number_of_ranks_are_those_of_one(count):
     check_ranks({name: replace(case, steps=50) for name, case in CASES.items()}, (count,), timeout=240)
+
+
+@pytest.mark.long
+def test_encoders_that_run_in_each_step_train_on_ranks_as_on_one(encoder_views, small_catalogue):
+    arguments = small_catalogue, encoder_views, ENCODED
+    expected = encode_all(ALONE, *arguments)
+    for count in (2, 3):
+        results = run_on_ranks(count, encode_all, *arguments, timeout=500)
+        for case, (alone, whole), *of_ranks in zip(ENCODED, expected, *results, strict=True):
+            method, items_at_once = case
+            first, part = of_ranks[0]
+            assert max(differences(first, alone).values()) < 1e-6, case
+            assert first.rows == alone.rows
+            if method != "iisan":
+                assert part == (items_at_once or -(-whole // count)), case
+            for trace, other_part in of_ranks[1:]:
+                assert other_part == part
+                assert_equal_bits(trace, first)
+
+
+@pytest.mark.parametrize("form", COUNTED)
+def test_ranks_refuse_a_batch_that_is_not_shared_out(form):
+    case = COUNTED[form]
+    step, _ = step_of(case, *model_and_data(case), Ranks(0, 2))
+    batch = next(batches_of(case, rank_sequences()))
+    with pytest.raises(ValueError, match=r"batch\.block: expected one, found None"):
+        step(batch, source_of(case).read(batch.distinct))

@@ -20,6 +20,7 @@ from iisan_fast.config import ModelConfig
 from iisan_fast.data.batches import Batch, epoch_batches, padded_shape
 from iisan_fast.data.sequences import Sequences
 from iisan_fast.kernels import States
+from iisan_fast.ranks import Ranks
 from iisan_fast.states.feature_table import FeatureTable, PinnedTable
 from iisan_fast.states.loader import PreparedBatch, prepared_batches
 from iisan_fast.training.training_step import CapturedStep, Reading, TrainingStep
@@ -58,8 +59,8 @@ def poison(step: TrainingStep, factors: dict[int, float], monkeypatch) -> None:
     """Multiply the loss of these steps, and so every gradient, by a factor."""
     original = step.model.loss
 
-    def loss(batch, states) -> Tensor:
-        return original(batch, states) * factors.get(int(batch.step), 1.0)
+    def loss(batch, states, ranks) -> Tensor:
+        return original(batch, states, ranks) * factors.get(int(batch.step), 1.0)
 
     monkeypatch.setattr(step.model, "loss", loss)
 
@@ -183,9 +184,9 @@ def test_a_captured_step_runs_on_buffers_of_its_own(gathered, monkeypatch):
     addresses = []
     loss = step.model.loss
 
-    def noted(batch: Batch, states: list[States]) -> Tensor:
+    def noted(batch: Batch, states: list[States], ranks: Ranks) -> Tensor:
         addresses.append((batch.buffer.data_ptr(), *(view.table.data_ptr() for view in states)))
-        return loss(batch, states)
+        return loss(batch, states, ranks)
 
     monkeypatch.setattr(step.model, "loss", noted)
     captured = CapturedStep(step, capture=lambda run: run)
