@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def file_digest(path: Path) -> str:
     raise InputError(f"{path}: is being written all the time; wait for that to end")
 
 
-def changed_settings(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def changed_settings(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Compare two descriptions of how states were made, and return one phrase for each setting that differs.
 
     Each phrase gives the recorded value ("there") and the current one ("now"). The settings in NOT_COMPARED are left

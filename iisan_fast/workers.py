@@ -43,15 +43,15 @@ Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
-def worker_count(asked: int | None, items: int, device: torch.device) -> int:
+def worker_count(asked: int | None, items: int, device: torch.device, sharing: int = 1) -> int:
     """Return the number of worker processes: `asked`, or a default if that is None.
 
     The default is one worker for every CPU that an encoder on `device` leaves idle, at most MAX_WORKERS, and at most
-    one for ITEMS_A_WORKER items.
+    one for ITEMS_A_WORKER items. sharing: the number of processes that share the CPUs and have workers.
     """
     if asked is not None:
         return asked
-    idle = usable_cpus() - (torch.get_num_threads() if device.type == "cpu" else 1)
+    idle = usable_cpus() // sharing - (torch.get_num_threads() if device.type == "cpu" else 1)
     return min(max(0, idle), MAX_WORKERS, items // ITEMS_A_WORKER)
 
 

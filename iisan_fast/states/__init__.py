@@ -7,7 +7,7 @@ from ..doors import lazy_names
 if TYPE_CHECKING:
     from .encoder_inputs import open_sources, view_inputs
     from .entries import content_digest
-    from .extraction import GROUP_ITEMS, Extracted, extract
+    from .extraction import Extracted, extract
     from .feature_table import FeatureTable, final_states, load_table, unread_table
     from .input_table import EncodedTable, open_inputs
     from .item_source import Chunks, ItemInputs, ItemSource
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .recorded_views import refuse_other_encoders
     from .standardise import StateStatistics
     from .state_reader import StateReader, open_states
+    from .state_writer import GROUP_ITEMS
     from .store import Store, group_positions
     from .verification import verify_cache
     from .view_shapes import ViewShape

@@ -111,15 +111,15 @@ def view_inputs(
 
 
 def new_rows(
-    view: str, inputs: ViewInputs, stored: Sequence[bytes | None], item_ids: Sequence[str], workers: int = 0
+    view: str, inputs: ViewInputs, stored: Sequence[Stored], item_ids: Sequence[str], workers: int = 0
 ) -> list[int]:
     """Return the rows whose content differs from the stored one, arranged for the encoder.
 
-    view: the view's name, for messages. stored: for each row, the digest of the content in the store, or None.
-    item_ids: the ids of all rows, for messages. workers: the number of processes that check the rows, 0 for this
-    process. Raises InputError, with the first few items, if any content to encode cannot be read.
+    view: the view's name, for messages. stored: the rows to check, each with the digest in the store, or None.
+    item_ids: the ids of all rows of the catalogue, for messages. workers: the number of processes that check the rows,
+    0 for this process. Raises InputError, with the first few items, if any content to encode cannot be read.
     """
-    requests = batched(list(enumerate(stored)), CHECKED_AT_ONCE)
+    requests = batched(stored, CHECKED_AT_ONCE)
     new = []
     with (
         progress_bar(f"reading {view}", len(stored), "items") as advance,
@@ -130,9 +130,14 @@ def new_rows(
             advance(len(request))
     problems = [f"{item_ids[row]} ({problem})" for row, problem in new if problem]
     if problems:
-        count = f"{len(problems)} of {len(item_ids)} items cannot be read"
+        count = f"{len(problems)} of {len(stored)} items cannot be read"
         raise InputError(f"view {view!r}: {count}: {first_few(problems, len(problems))}{inputs.remedy}")
     return inputs.arrange([row for row, _ in new])
+
+
+def unstored(count: int) -> list[Stored]:
+    """Return all rows of a catalogue of `count` items as rows without stored states."""
+    return [(row, None) for row in range(count)]
 
 
 def inputs_ahead(

@@ -23,7 +23,16 @@ from ..errors import InputError
 from ..kernels import States
 from ..progress import progress_bar
 from ..workers import batched, usable_cpus, worker_count
-from .encoder_inputs import BLANK, ImageInputs, TextInputs, inputs_ahead, new_rows, open_sources, view_inputs
+from .encoder_inputs import (
+    BLANK,
+    ImageInputs,
+    TextInputs,
+    inputs_ahead,
+    new_rows,
+    open_sources,
+    unstored,
+    view_inputs,
+)
 from .item_source import Chunks, Gathered
 from .placement import place
 from .standardise import StateStatistics
@@ -205,7 +214,7 @@ def open_inputs(
         for backbone, form in zip(readers, forms):
             inputs = view_inputs(backbone, dataset, images, missing_images, form and form.prepare)
             if isinstance(inputs, TextInputs):
-                new_rows(backbone.view.name, inputs, [None] * len(item_ids), item_ids)
+                new_rows(backbone.view.name, inputs, unstored(len(item_ids)), item_ids)
                 opened_views.append(_TextView(inputs, device))
             else:
                 opened_views.append(_image_view(backbone, inputs, form, where, workers, threads))
@@ -348,7 +357,7 @@ def _image_view(
     if form is None:
         LOGGER.info("view %r: its images cannot be kept as bytes, so each reading decodes them", view)
     if form is None or where == "mapped":
-        new_rows(view, images, [None] * count, images.item_ids, workers)
+        new_rows(view, images, unstored(count), images.item_ids, workers)
         return _GatheredImages(_Decoder(images, threads), blank, form, device)
     resident = where == "device"
     table = torch.zeros(
@@ -386,7 +395,7 @@ def _fill(view: str, images: ImageInputs, table: Tensor, workers: int) -> None:
                 advance(len(batch.rows))
     except InputError:
         # Raises InputError for all unreadable images, not only for the first.
-        new_rows(view, images, [None] * count, images.item_ids, workers)
+        new_rows(view, images, unstored(count), images.item_ids, workers)
         raise
     if blank:
         LOGGER.info("view %r: %d of %d images are blank", view, blank, count)

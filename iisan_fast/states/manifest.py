@@ -8,7 +8,7 @@ of the shards; the folder of each is a store with a manifest of format 2.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..checksums import checksum
 from ..config import FEATURES, MISSING_CAPTIONS, SOURCES, STORE_DTYPES
 from ..errors import InputError, with_remedy
 from ..files import write_atomically
+from ..fingerprints import changed_settings
 from ..settings_files import format_number, read_settings
 from .shards import FOLDER, MOST_SHARDS, Shard
 
@@ -102,6 +103,21 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     except OSError as error:
         message = with_remedy(f"{path / FILE}: cannot be written ({error.strerror})", error.errno)
         raise InputError(f"{message}; what is stored stays") from None
+
+
+def refuse_other_settings(
+    path: Path, views: Mapping[str, Mapping[str, Any]], descriptions: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise InputError, with the differences, if a view of a store was made with other encoders or settings.
+
+    path: of the store. views: its descriptions by name. descriptions: of the views to add; new ones are not checked.
+    """
+    for name, description in descriptions.items():
+        if different := changed_settings(views.get(name, description), description):
+            raise InputError(
+                f"{path}: view {name!r} was made with other settings: {'; '.join(different)}; "
+                f"restore the old settings or choose another cache"
+            )
 
 
 def describes_view(value: Any, sources: Collection[str] = SOURCES) -> bool:

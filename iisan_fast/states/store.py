@@ -26,7 +26,6 @@ from ..config import FEATURES
 from ..encoders import grouped_layers
 from ..errors import InputError, first_few
 from ..files import locked
-from ..fingerprints import changed_settings
 from .database import Database
 from .entries import DIGEST_BYTES, RECORDED, entry_bytes, entry_key, entry_problem, fits, states_bytes, with_checksum
 from .joined_shards import lacking_text, open_shards, refuse_other_shard
@@ -37,6 +36,7 @@ from .manifest import (
     new_manifest,
     read_manifest,
     read_shard_count,
+    refuse_other_settings,
     write_manifest,
 )
 from .sharded_database import ShardedDatabase
@@ -117,12 +117,7 @@ class Store:
 
         descriptions: of the views to add, by name. Views that the store does not have yet are not checked.
         """
-        for name, description in descriptions.items():
-            if different := changed_settings(self.views.get(name, description), description):
-                raise InputError(
-                    f"{self.path}: view {name!r} was made with other settings: {'; '.join(different)}; "
-                    f"restore the old settings or choose another cache"
-                )
+        refuse_other_settings(self.path, self.views, descriptions)
 
     def add_views(self, descriptions: dict[str, dict[str, Any]]) -> None:
         """Add the descriptions of new views to the manifest. Raises InputError as `check_views` does."""

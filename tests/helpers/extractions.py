@@ -15,6 +15,7 @@ from helpers.datasets import make_sequences, write_dataset_folder
 from iisan_fast import demo
 from iisan_fast.config import ExtractionConfig, ViewConfig
 from iisan_fast.data.sequences import load_dataset
+from iisan_fast.encoders.base import Backbone
 from iisan_fast.states import extraction
 
 
@@ -50,7 +51,7 @@ def write_varied_items(folder: Path) -> Path:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """Make extraction stop before this batch, as a person who presses Ctrl-C does."""
-    encode = extraction.Backbone.encode_views
+    encode = Backbone.encode_views
     calls = itertools.count()
 
     def interrupted(self, backbones, inputs):
@@ -58,4 +59,4 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
             raise KeyboardInterrupt
         return encode(self, backbones, inputs)
 
-    monkeypatch.setattr(extraction.Backbone, "encode_views", interrupted)
+    monkeypatch.setattr(Backbone, "encode_views", interrupted)

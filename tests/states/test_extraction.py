@@ -26,11 +26,12 @@ from iisan_fast.config import ExtractionConfig, ViewConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.encoders.loading import load_backbone
 from iisan_fast.errors import InputError, Stopped
-from iisan_fast.states import extraction
+from iisan_fast.states import extraction, state_writer
 from iisan_fast.states.encoder_inputs import EncoderBatch, TextInputs
 from iisan_fast.states.entries import entry_key
 from iisan_fast.states.feature_table import load_table
 from iisan_fast.states.manifest import read_manifest, write_manifest
+from iisan_fast.states.state_writer import StateWriter
 from iisan_fast.states.verification import verify_cache
 from iisan_fast.workers import batched, calls_ahead, worker_count
 
@@ -218,8 +219,8 @@ sys.path.insert(0, sys.argv[3])
 from helpers.fake_encoders import FakeBackbone
 from iisan_fast.config import ExtractionConfig, ViewConfig
 from iisan_fast.data.sequences import load_dataset
-from iisan_fast.states import extraction
-extraction.GROUP_ITEMS = 8
+from iisan_fast.states import extraction, state_writer
+state_writer.GROUP_ITEMS = 8
 model = object()
 extraction.load_backbones = lambda views, *_, shared: [FakeBackbone(view, [], 0.02, model) for view in views]
 dataset = load_dataset(Path(sys.argv[1]))
@@ -315,14 +316,14 @@ def test_an_image_that_breaks_after_the_check_is_named_and_the_rest_is_kept(
 ):
     for name in ("i1", "i9"):
         Image.new("RGB", (8, 8)).save(large / "images" / f"{name}.png")
-    plan = extraction._plan_all
+    plan = extraction.plan_extraction
 
     def plan_and_break(*arguments):
         todo = plan(*arguments)
         (large / "images" / "i11.png").write_bytes(b"")
         return todo
 
-    monkeypatch.setattr(extraction, "_plan_all", plan_and_break)
+    monkeypatch.setattr(extraction, "plan_extraction", plan_and_break)
     with pytest.raises(InputError, match=r"images: item 'i11': not an image of [^\n]*$"):
         run(large, tmp_path / "c", encoders[0], workers=count)
     assert len(entries(tmp_path / "c")) == 8  # the items of two batches, from a group that was not full
@@ -386,8 +387,8 @@ def test_several_batches_share_a_transaction(tmp_path, seen, monkeypatch, items,
     """Twenty items come in batches of four; the states of an item take 24 bytes."""
     root = write_dataset_folder(tmp_path / "d", make_sequences([list(range(1, 21))], max_inputs=20))
     (root / "users.tsv").write_text("".join(f"u{n}\t{' '.join(f'i{n + k}' for k in range(5))}\n" for n in range(1, 17)))
-    monkeypatch.setattr(extraction, "GROUP_ITEMS", items)
-    monkeypatch.setattr(extraction, "GROUP_BYTES", size)
+    monkeypatch.setattr(state_writer, "GROUP_ITEMS", items)
+    monkeypatch.setattr(state_writer, "GROUP_BYTES", size)
     run(root, tmp_path / "c", TITLE)
     with lmdb.open(str(tmp_path / "c" / "states.lmdb"), readonly=True) as env:
         assert env.info()["last_txnid"] == expected
@@ -447,7 +448,7 @@ def test_texts_without_tokens_are_refused_before_anything_is_written(root, tmp_p
 
 def test_inputs_are_let_go_before_their_states_are_stored():
     """Otherwise the pixels of a thousand images would stay in memory until their transaction."""
-    writer = extraction._Writer(None, ["image"], torch.float32, ["a", "b"])
+    writer = StateWriter(None, ["image"], torch.float32, ["a", "b"])
     batch = EncoderBatch([0, 1], [b"1", b"2"], {"pixel_values": torch.zeros(2, 3)}, blank=0)
     pixels = weakref.ref(batch.inputs["pixel_values"])
     writer.add(batch, [torch.ones(2, 1, 4)])
