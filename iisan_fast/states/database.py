@@ -69,6 +69,16 @@ class Database:
             return True
         return self._file.exists() and os.path.samestat(self._file.stat(), os.fstat(self._content.fileno()))
 
+    @property
+    def size(self) -> int:
+        """Return the bytes of the database that a reader has opened."""
+        return self._bytes
+
+    @property
+    def entry_count(self) -> int:
+        """Return the number of entries."""
+        return self._env.stat()["entries"]
+
     @contextmanager
     def reading(self) -> Iterator[lmdb.Transaction]:
         """Yield a transaction for reading: the reader's steady one, or the newest state for a writer.

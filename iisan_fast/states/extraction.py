@@ -85,7 +85,7 @@ def extract(
     after the good states were written if a hidden state is not finite.
     """
     fix_cublas_workspace()
-    ranks = ranks.apart(PATIENCE)
+    ranks = ranks.apart(wait=PATIENCE)
     item_ids = dataset.sequences.item_ids
     with ExitStack() as stack:
 

@@ -66,10 +66,11 @@ def refuse_other_shard(folder: Path, manifest: Manifest, shard: Shard) -> None:
 
 
 def joined_manifest(cache: Path, manifests: Mapping[Shard, Manifest]) -> Manifest:
-    """Return the manifest of all shards as one cache: its views, and under "lacking" the shard that a view lacks.
+    """Return the manifest of all shards as one cache.
 
-    Raises InputError if two shards have made a view with other encoders or settings. Other versions of libraries are
-    mentioned once.
+    It has the views, under "lacking" the first shard that lacks a view, and under "unfinished" the shards that are not
+    finished. Raises InputError if two shards have made a view with other encoders or settings. Other versions of
+    libraries are mentioned once.
     """
     views: dict[str, tuple[Shard, Manifest]] = {}
     for shard, manifest in manifests.items():
@@ -87,7 +88,9 @@ def joined_manifest(cache: Path, manifests: Mapping[Shard, Manifest]) -> Manifes
         for name in views.keys() - manifest["views"]:
             lacking.setdefault(name, shard)
     descriptions = {name: description for name, (_, description) in views.items()}
-    return {"format": FORMAT, "shards": len(manifests), "views": descriptions, "lacking": lacking}
+    unfinished = [shard for shard, manifest in manifests.items() if manifest.get("unfinished")]
+    joined = {"format": FORMAT, "shards": len(manifests), "views": descriptions}
+    return {**joined, "lacking": lacking, "unfinished": unfinished}
 
 
 def lacking_text(cache: Path, missing: list[str], count: int) -> str:

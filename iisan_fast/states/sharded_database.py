@@ -29,6 +29,16 @@ class ShardedDatabase:
         """Return False if the path of a database leads to another file than the one that is open, or to none."""
         return all(database.is_in_place for database in self.databases)
 
+    @property
+    def size(self) -> int:
+        """Return the bytes of all databases."""
+        return sum(database.size for database in self.databases)
+
+    @property
+    def entry_count(self) -> int:
+        """Return the number of entries of all databases."""
+        return sum(database.entry_count for database in self.databases)
+
     @contextmanager
     def reading(self) -> Iterator[ShardedTransaction]:
         """Yield a transaction for reading. Raises InputError as `Database.reading` does."""
