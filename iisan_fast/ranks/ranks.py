@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Result = TypeVar("Result")
+RAISED_ON_ALL = (InputError, OSError)  # what one rank alone may meet: bad input, and trouble with a file
 
 
 @dataclass(frozen=True)
@@ -161,14 +162,17 @@ class Ranks:
         return values[0]
 
     def first_does(self, work: Callable[[], Result]) -> Result:
-        """Call a function on rank 0 alone, and return its result on all ranks. An InputError is raised on all ranks."""
+        """Call a function on rank 0 alone, and return its result on all ranks.
+
+        Its InputError or OSError is raised on all ranks.
+        """
         if not self.several:
             return work()
-        outcome: tuple[Any, InputError | None] = (None, None)
+        outcome: tuple[Any, Exception | None] = (None, None)
         if self.is_first:
             try:
                 outcome = (work(), None)
-            except InputError as error:
+            except RAISED_ON_ALL as error:
                 outcome = (None, error)
         result, failure = self.from_first(outcome)
         if failure is not None:
@@ -178,14 +182,14 @@ class Ranks:
     def all_do(self, work: Callable[[], Result]) -> Result:
         """Call a function on all ranks, and return the result of this one.
 
-        If it raises InputError on a rank, the one of the lowest such rank is raised on all.
+        If it raises InputError or OSError on a rank, the one of the lowest such rank is raised on all.
         """
         if not self.several:
             return work()
         result = failure = None
         try:
             result = work()
-        except InputError as error:
+        except RAISED_ON_ALL as error:
             failure = error
         failures = [error for error in self.from_all(failure) if error is not None]
         if failures:

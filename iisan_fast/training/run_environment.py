@@ -13,13 +13,22 @@ import torch
 
 from .. import __version__, kernels
 
+RANKS = "ranks"  # the entry of their number
 RUN_LIBRARIES = ("transformers", "lmdb", "numpy", "safetensors")
-DECIDES_ROUNDING = ("torch", "device", "kernels")  # the entries of an environment that change the rounding of results
+DECIDES_ROUNDING = (
+    "torch",
+    "device",
+    "kernels",
+    RANKS,
+)  # the entries of an environment that change the rounding of results
 ON_A_CPU = ("threads", "processor", "compiler")  # such entries for a CPU
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return the machine, the versions and the form of the ops that results depend on, as JSON values."""
+def environment(device: torch.device, ranks: int = 1) -> dict[str, Any]:
+    """Return the machine, the versions and the form of the ops that results depend on, as JSON values.
+
+    ranks: their number.
+    """
     on_gpu = device.type == "cuda"
     form = kernels.form_on(device)
     return {
@@ -34,12 +43,22 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processor_name": _processor_name(),
         "kernels": form,
         "compiler": kernels.compiler_version() if form == "cpu" else None,
+        RANKS: ranks,
     }
 
 
-def rounding_changes(recorded: Mapping[str, Any], device: torch.device) -> list[str]:
-    """Return a phrase for each change since an environment was recorded that makes results differ in rounding."""
-    current = environment(device)
+def recorded_ranks(recorded: Mapping[str, Any]) -> int:
+    """Return the number of ranks in a recorded environment; those of earlier versions were alone."""
+    return recorded.get(RANKS, 1)
+
+
+def rounding_changes(recorded: Mapping[str, Any], device: torch.device, ranks: int = 1) -> list[str]:
+    """Return a phrase for each change since an environment was recorded that makes results differ in rounding.
+
+    ranks: their number now.
+    """
+    recorded = {**recorded, RANKS: recorded_ranks(recorded)}
+    current = environment(device, ranks)
     names = DECIDES_ROUNDING + (ON_A_CPU if device.type == "cpu" else ())
     return [
         f"{name} {recorded[name]} then, {current[name]} now"

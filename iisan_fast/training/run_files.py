@@ -211,9 +211,12 @@ class RunFiles:
             recorded["kernels"] = FORMS_IN_FORMAT_1[form]
         return recorded
 
-    def other_rounding(self, device: torch.device) -> list[str]:
-        """Return a phrase for each change since the run began that makes results differ in rounding."""
-        return rounding_changes(self.environment, device)
+    def other_rounding(self, device: torch.device, ranks: int) -> list[str]:
+        """Return a phrase for each change since the run began that makes results differ in rounding.
+
+        ranks: their number now.
+        """
+        return rounding_changes(self.environment, device, ranks)
 
     def read_test(self) -> dict[str, Any] | None:
         """Return the figures on the test set; None if there are none, and with a warning if the file is damaged."""

@@ -1,14 +1,18 @@
-"""Write the run folder: claim it for one process, and write each of its files as a whole or not at all."""
+"""Write the run folder: claim it for one process, and write each of its files as a whole or not at all.
+
+On several ranks, all call the methods that write, and rank 0 alone writes, while the others wait.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
@@ -24,6 +28,7 @@ from ..files import (
     whole_file,
     write_atomically,
 )
+from ..ranks import ALONE, Ranks
 from ..setting_fields import to_dict
 from ..settings_files import RUN_FORMAT, read_run_settings
 from .checkpoints import save_checkpoint, write_tensors
@@ -35,28 +40,44 @@ from .run_record import RunRecord
 LOGGER = logging.getLogger(__name__)
 LOCK_FILE = "lock"
 NOTHING_MORE: Mapping[str, Any] = {}
+Arguments = ParamSpec("Arguments")
+
+
+def _by_rank_0(
+    write: Callable[Concatenate[RunFolder, Arguments], None],
+) -> Callable[Concatenate[RunFolder, Arguments], None]:
+    """Let rank 0 alone call a method that writes, while the other ranks wait; its errors are raised on all ranks."""
+
+    @functools.wraps(write)
+    def on_all_ranks(self: RunFolder, *arguments: Arguments.args, **named: Arguments.kwargs) -> None:
+        self._ranks.first_does(lambda: write(self, *arguments, **named))
+        if not self._ranks.is_first:
+            self.read_record()  # which rank 0 may have written
+
+    return on_all_ranks
 
 
 class RunFolder(RunFiles):
     """A run's folder: its files are read by anyone, and written by the one process that holds its lock."""
 
-    def __init__(self, path: Path | None, name: str = "") -> None:
+    def __init__(self, path: Path | None, name: str = "", ranks: Ranks = ALONE) -> None:
         """Take the path of a run folder. Nothing is read or written.
 
-        path: None for the first free folder runs/NAME-N.
+        path: None for the first free folder runs/NAME-N. ranks: those that train the run.
         """
         super().__init__(path)
         self._name = name
+        self._ranks = ranks
         self._lock = ExitStack()
         self._held = False
 
     @classmethod
-    def numbered(cls, name: str) -> RunFolder:
+    def numbered(cls, name: str, ranks: Ranks = ALONE) -> RunFolder:
         """Return the first free folder runs/NAME-N, counted from 1, for a new run. Nothing is written.
 
-        Its path is settled when it is claimed.
+        Its path is settled when it is claimed. ranks: those that train the run.
         """
-        return cls(None, name)
+        return cls(None, name, ranks)
 
     @property
     def path(self) -> Path:
@@ -64,17 +85,17 @@ class RunFolder(RunFiles):
         return free_folder(self._name) if self._path is None else self._path
 
     @classmethod
-    def open(cls, path: Path, writable: bool = False) -> RunFolder:
+    def open(cls, path: Path, writable: bool = False, ranks: Ranks = ALONE) -> RunFolder:
         """Return the folder of an existing run. A run without checksums gets a warning.
 
         A run of format 1 is converted each time it is read; its files do not change. writable: hold the folder as its
-        only writer until `close`. Raises InputError if the folder holds no run, one of an unknown format, or if another
-        process writes into it.
+        only writer until `close`. ranks: those that train the run. Raises InputError if the folder holds no run, one of
+        an unknown format, or if another process writes into it.
         """
         if not (path / "config.json").exists():
             raise InputError(f"{path}: not a run folder (no config.json)")
         read_run_settings(path / "config.json")
-        folder = cls(path)
+        folder = cls(path, ranks=ranks)
         if folder.read_record() is None:
             LOGGER.warning(
                 "%s: has no checksums, so damage may stay unseen; `iisan-fast verify %s` adds them", path, path
@@ -102,12 +123,7 @@ class RunFolder(RunFiles):
         Raises InputError if another process holds it, or if it cannot be written.
         """
         if not self._held:
-            busy = (
-                f"{self.path}: another process trains in this folder, or changes its catalogue; wait for it to end, "
-                "or choose another folder"
-            )
-            refuse_unwritable(self.path)
-            self._lock.enter_context(locked(self.path / LOCK_FILE, busy))
+            self._ranks.first_does(self._take_lock)
             self._held = True
             self.read_record()  # another process may have written it meanwhile
         return self
@@ -119,14 +135,28 @@ class RunFolder(RunFiles):
         and the next number is taken. Raises InputError if the folder holds a run, or if another process writes into it;
         nothing is changed then.
         """
-        if self._held:
-            return
+        if not self._held:
+            self._path = self._ranks.first_does(self._claimed)
+            self._held = True
+
+    def _claimed(self) -> Path:
+        """Make the folder of a new run, take its lock, and return its path. Raises InputError as `claim` does."""
         self.refuse_if_used()
         if self._path is None:
             self._path = make_free_folder(self._name)
         self._path.mkdir(parents=True, exist_ok=True)
-        self.hold()
+        self._take_lock()
         self.refuse_if_used()  # by a run that began and ended meanwhile
+        return self._path
+
+    def _take_lock(self) -> None:
+        """Take the lock of the folder's writer. Raises InputError if another process has it."""
+        busy = (
+            f"{self.path}: another process trains in this folder, or changes its catalogue; wait for it to end, "
+            "or choose another folder"
+        )
+        refuse_unwritable(self.path)
+        self._lock.enter_context(locked(self.path / LOCK_FILE, busy))
 
     def begin(
         self,
@@ -143,6 +173,19 @@ class RunFolder(RunFiles):
         environment.json holds.
         """
         self.claim()
+        circumstances = {**environment(device, self._ranks.count), **began_with}
+        self._write_first_files(config, views, dataset, neighbours, circumstances)
+
+    @_by_rank_0
+    def _write_first_files(
+        self,
+        config: RunConfig,
+        views: Mapping[str, Any],
+        dataset: Dataset,
+        neighbours: bytes,
+        circumstances: Mapping[str, Any],
+    ) -> None:
+        """Write the files of `begin`. circumstances: the content of environment.json."""
         record = RunRecord().with_settings(config)
         sequences = dataset.sequences
         items = RunItems(sequences.item_ids, sequences.training_counts, dataset.titles)
@@ -150,7 +193,6 @@ class RunFolder(RunFiles):
             with whole_file(self.path / name) as temporary:
                 save(temporary)
                 record = record.with_file(name, temporary.read_bytes())
-        circumstances = {**environment(device), **began_with}
         contents = {"views.json": json_file(views), "environment.json": json_file(circumstances)}
         for name, content in {**contents, self.neighbours.name: neighbours}.items():
             write_atomically(self.path / name, content)
@@ -178,10 +220,12 @@ class RunFolder(RunFiles):
             raise InputError(f"{self.path}: expected a folder for the run, found a file or a link that leads to none")
         refuse_unwritable(self.path)
 
+    @_by_rank_0
     def save_best(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Write the checkpoint of the best epoch. Raises OSError if it cannot be written; the old one is kept then."""
         save_checkpoint(self.best, tensors, state)
 
+    @_by_rank_0
     def save_last(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Write the last checkpoint, and keep the one before it as the previous one.
 
@@ -196,15 +240,19 @@ class RunFolder(RunFiles):
                 keep_under(self.last, self.previous)
         self._last_is_damaged = False
 
-    def write_neighbours(self, content: bytes) -> None:
-        """Write neighbours.safetensors again, as `begin` does."""
-        self._write_recorded(self.neighbours.name, content)
+    @_by_rank_0
+    def write_neighbours(self, content: bytes | None) -> None:
+        """Write neighbours.safetensors again, as `begin` does. content: None, on rank 0, changes nothing."""
+        if content is not None:
+            self._write_recorded(self.neighbours.name, content)
 
+    @_by_rank_0
     def remove_leftovers(self) -> None:
         """Remove temporary files that a killed write has left; the complete files stay."""
         for name in RUN_FILES:
             remove_leftovers(self.path / name)
 
+    @_by_rank_0
     def change_config(self, config: RunConfig) -> None:
         """Write the changed settings of an existing run. A run of format 1 becomes one of the current format."""
         if environment := self.environment:
@@ -215,10 +263,12 @@ class RunFolder(RunFiles):
         if self._record is not None:
             self._write_record(self._record.with_settings(config))
 
+    @_by_rank_0
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl again: one JSON object in a line for each epoch."""
         write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
+    @_by_rank_0
     def write_test(self, result: dict[str, Any]) -> None:
         """Write test.json with the figures on the test set."""
         self._write_json(self.test.name, result)

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..config import NEIGHBOURS, RunConfig
-from ..data import load_dataset
+from ..data import Dataset, load_dataset
+from ..models import NeighbourTerms
 from ..precision import Precision, resolve_precision
-from ..ranks import ALONE, Ranks, refuse_disagreement, refuse_too_few
+from ..ranks import ALONE, Ranks
 from ..runtime import fix_cublas_workspace
-from ..setting_fields import to_dict
-from .initial_weights import RECORDED_AS, read_initial_weights
-from .item_sources import open_source, refuse_missing_libraries
+from ..states import ItemSource
+from .initial_weights import RECORDED_AS, InitialWeights, read_initial_weights
+from .item_sources import Descriptions, open_source, refuse_missing_libraries
+from .job_agreement import refuse_unfit_job
 from .run_folder import RunFolder
-from .run_terms import build_terms, file_of_terms
+from .run_terms import build_terms, file_of_terms, read_terms
 from .scoring import Scoring
 from .trainer import Trainer
 from .training_loop import TrainingLoop
 from .unchanged_dataset import refuse_changed_texts
 from .untrained_run import rank_untrained
+
+NO_TERMS: tuple[NeighbourTerms | None, Descriptions] = (None, {})  # of the ranks after 0, which read rank 0's file
 
 
 def train(
@@ -41,28 +45,51 @@ def train(
     suffice, or if the loss is not finite. Nothing is written before the dataset, the states and the model are loaded.
     """
     fix_cublas_workspace()
-    folder = out if isinstance(out, RunFolder) else RunFolder(out)
-    precision = check_new_run(config, folder.path, device)
-    initial = read_initial_weights(config)
-    dataset = load_dataset(Path(config.dataset), config.protocol)
-    refuse_too_few(ranks, len(dataset.sequences.training_users), "training users")
-    refuse_too_few(ranks, len(dataset.sequences.item_ids), "items")
-    refuse_disagreement(ranks, {**to_dict(config.model), **to_dict(config.train), "device": device.type})
-    refuse_changed_texts(config, dataset)
-    terms, views = build_terms(config, dataset.sequences)
+    folder = out if isinstance(out, RunFolder) else RunFolder(out, ranks=ranks)
+    start = ranks.all_do(lambda: _Start.read(config, folder.path, device))
+    dataset = start.dataset
+    refuse_unfit_job(ranks, config, dataset.sequences, device, placement)
+    terms, views = ranks.all_do(lambda: build_terms(config, dataset.sequences) if ranks.is_first else NO_TERMS)
+    content = b"" if terms is None else file_of_terms(terms)  # which rank 0 writes
     if config.model.method == NEIGHBOURS:
         with folder:
-            folder.begin(config, views, dataset, file_of_terms(terms), device)
+            folder.begin(config, views, dataset, content, device)
+            terms = ranks.all_do(lambda: read_terms(folder) if terms is None else terms)
             return rank_untrained(folder, config, Scoring(dataset.sequences, terms, device, ranks), on_epoch)
-    with open_source(config, dataset, device, placement, precision, ranks) as (source, views):
-        if initial is not None:
-            initial.refuse_other_views(views)
-        trainer = Trainer(config, dataset.sequences, source, device, precision, initial, ranks)
-        trainer.refuse_unfit_form()
+    with open_source(config, dataset, device, placement, start.precision, ranks) as (source, views):
+        trainer = ranks.all_do(lambda: start.trainer(config, source, views, device, ranks))
         with folder:
-            began_with = {} if initial is None else {RECORDED_AS: initial.record}
-            folder.begin(trainer.config, views, dataset, file_of_terms(terms), device, began_with)
+            began_with = {} if start.initial is None else {RECORDED_AS: start.initial.record}
+            folder.begin(trainer.config, views, dataset, content, device, began_with)
+            terms = ranks.all_do(lambda: read_terms(folder) if terms is None else terms)
             return TrainingLoop(trainer, folder, terms, on_epoch).run()
+
+
+class _Start(NamedTuple):
+    """The parts of a new run that are read first."""
+
+    precision: Precision
+    initial: InitialWeights | None
+    dataset: Dataset
+
+    @classmethod
+    def read(cls, config: RunConfig, out: Path, device: torch.device) -> _Start:
+        """Read the initial weights and the dataset. Raises InputError for what cannot be used."""
+        precision = check_new_run(config, out, device)
+        initial = read_initial_weights(config)
+        dataset = load_dataset(Path(config.dataset), config.protocol)
+        refuse_changed_texts(config, dataset)
+        return cls(precision, initial, dataset)
+
+    def trainer(
+        self, config: RunConfig, source: ItemSource, views: Descriptions, device: torch.device, ranks: Ranks
+    ) -> Trainer:
+        """Build the trainer. Raises InputError if the model cannot be trained, or not from the initial weights."""
+        if self.initial is not None:
+            self.initial.refuse_other_views(views)
+        trainer = Trainer(config, self.dataset.sequences, source, device, self.precision, self.initial, ranks)
+        trainer.refuse_unfit_form()
+        return trainer
 
 
 def check_new_run(config: RunConfig, out: Path, device: torch.device) -> Precision:

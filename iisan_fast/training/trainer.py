@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -138,19 +138,23 @@ class Trainer:
             raise InputError(str(error)) from None
 
     def restore(self, folder: RunFolder) -> None:
-        """Load the run's last checkpoint. Raises InputError if it does not fit the model or the data.
+        """Load the run's last checkpoint, on all ranks. Raises InputError if it does not fit the model or the data.
 
         A damaged best checkpoint is made again from it. Raises InputError if that is not possible.
         """
-        tensors, state, path = folder.load_last(self._checked_progress)
+        tensors, state, path = self.ranks.all_do(lambda: folder.load_last(self._checked_progress))
         shape = (len(self.sequences.item_ids), self.config.model.embedding_dim)
         progress = Progress.of(state, path)
-        refuse_lost_best(folder, progress, self.model, self.source, shape, self.steps_per_epoch)
+        refuse_lost_best(folder, progress, self.model, self.source, shape, self.steps_per_epoch, self.ranks)
+        self.ranks.all_do(lambda: self._load(tensors, path))
+        self.progress = progress
+        self.step.record.copy_(torch.tensor(self.progress.under_way.record, dtype=torch.float64))
+
+    def _load(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Load a checkpoint's tensors. Raises InputError if they do not fit the model."""
         load_weights(self.model, tensors, path)
         load_adam(self.model, self.step.optimizer, tensors, path)
         load_averages(self.model, self.step.averages, tensors, path)
-        self.progress = progress
-        self.step.record.copy_(torch.tensor(self.progress.under_way.record, dtype=torch.float64))
 
     def _checked_progress(self, state: dict[str, Any], path: Path) -> Progress:
         """Return the progress from a checkpoint's state. Raises InputError if it is not a state of this run."""

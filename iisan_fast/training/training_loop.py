@@ -18,10 +18,9 @@ from torch import Tensor
 from .. import kernels
 from ..errors import InputError, Stopped, error_text
 from ..evaluation import parameter_counts
-from ..intervals import IntervalClock
 from ..models import NeighbourTerms
 from ..progress import progress_bar
-from ..stop_signals import Interrupted, StopRequest, stop_requests
+from ..stop_signals import Interrupted, stop_requests
 from .averaged_weights import averaged_weights
 from .checkpoints import (
     RESTORE,
@@ -33,10 +32,12 @@ from .checkpoints import (
     named_weights,
 )
 from .determinism import deterministic
+from .equal_weights import refuse_unequal_weights
 from .fused_step import CpuFusedStep
 from .run_folder import RunFolder
 from .run_progress import SELECTED_BY
 from .scoring import Scoring, TermWeights, split_states
+from .shared_stop import SharedStop
 from .trainer import Trainer
 from .training_step import Reading
 
@@ -58,11 +59,12 @@ class TrainingLoop:
         folder: takes the checkpoints, metrics and test figures. terms: those in the folder. on_epoch: as in `train`.
         """
         self.trainer = trainer
+        self.ranks = trainer.ranks
         self.folder = folder
         self.config = trainer.config
         self.scoring = Scoring(trainer.sequences, terms, trainer.device, trainer.ranks)
         self._on_epoch = on_epoch
-        self._clock = IntervalClock(self.config.train.checkpoint_interval)
+        self._stop: SharedStop  # made by `run`
         self._saved = trainer.progress.place  # that of the last checkpoint; empty if there is none
 
     def run(self) -> dict[str, Any]:
@@ -71,28 +73,33 @@ class TrainingLoop:
         Raises InputError if the loss is not finite, memory does not suffice, or a file cannot be written. Raises
         Stopped after a signal, when the run is saved.
         """
+        exchange_every = 1 if self.trainer.device.type == "cpu" else READ_EVERY
+        refuse_unequal_weights(self.ranks, self.trainer.model, "at the start")
         with stop_requests() as request, deterministic():
-            self._clock.restart()
+            self._stop = SharedStop(request, self.config.train.checkpoint_interval, self.ranks, exchange_every)
             while not self.trainer.progress.finished(self.config.train):
-                if request.signal_number is not None:
-                    raise self._stopped(request.signal_number)
-                self._epoch(request)
-                self._on_epoch(self.trainer.progress.lines[-1])
+                if self._stop.agree():
+                    raise self._stopped()
+                self._epoch()
+                if self.ranks.is_first:
+                    self._on_epoch(self.trainer.progress.lines[-1])
             try:
-                with request.raised_at_once():
+                with self._stop.interruptible():
                     result = self._test()
             except Interrupted:
-                raise self._stopped(request.signal_number) from None
+                raise self._stopped() from None
             self.folder.write_test(result)
         return result
 
-    def _stopped(self, signal_number: int) -> Stopped:
+    def _stopped(self) -> Stopped:
         """Return the exception for a signal: what is saved, and the command that goes on."""
+        signal_number = self._stop.signal_number
+        assert signal_number is not None
         saved = f"{self._saved} is saved" if self._saved else "there was nothing to save yet"
         command = f"iisan-fast train --resume {shlex.quote(str(self.folder.path))}"
         return Stopped(f"{self.folder.path}: {saved}; go on with {command}", signal_number)
 
-    def _epoch(self, request: StopRequest) -> None:
+    def _epoch(self) -> None:
         """Train and validate one epoch, and write its checkpoints and metrics.
 
         Raises InputError, with the epoch, if the loss or a score is not finite, memory lacks, a form fails, or a file
@@ -101,8 +108,8 @@ class TrainingLoop:
         number = self.trainer.progress.epoch + 1
         try:
             with self.trainer.memory.refuse_lack_of_memory():
-                self._train_epoch(request)
-                self._finish_epoch(request)
+                self._train_epoch()
+                self._finish_epoch()
         except (InputError, kernels.FormError, OSError) as error:
             saved = (
                 f"the checkpoint of {self._saved} is kept, and --resume goes on from it"
@@ -111,7 +118,7 @@ class TrainingLoop:
             )
             raise InputError(f"{self.folder.path}: stopped in epoch {number}: {error_text(error)}; {saved}") from None
 
-    def _train_epoch(self, request: StopRequest) -> None:
+    def _train_epoch(self) -> None:
         """Take the steps of the epoch that are left. Raises Stopped after a signal, when the run is saved."""
         trainer = self.trainer
         trainer.model.train()
@@ -134,28 +141,30 @@ class TrainingLoop:
                     self._read()
                     note = f"loss {epoch.loss / epoch.rows:.4f}, step {epoch.steps} of {trainer.steps_per_epoch}"
                 epoch.seconds = time.perf_counter() - started
-                if self._clock.step() or request.signal_number is not None:
+                if self._stop.after_step(epoch.steps):
                     self._save()
-                if request.signal_number is not None:
-                    raise self._stopped(request.signal_number)
+                if self._stop.signal_number is not None:
+                    raise self._stopped()
                 advance(prepared.slots, note=note)
         if isinstance(trainer.step, CpuFusedStep):
             trainer.step.release()  # validation may need its memory
 
-    def _finish_epoch(self, request: StopRequest) -> None:
+    def _finish_epoch(self) -> None:
         """Validate, and write the checkpoints and metrics of a finished epoch.
 
-        Raises Stopped after a signal, when the run is saved. A validation under way is done again on resume.
+        Raises Stopped after a signal, when the run is saved. A validation under way is done again on resume. Raises
+        InputError if the ranks' weights are not the same.
         """
         trainer = self.trainer
         progress = trainer.progress
+        refuse_unequal_weights(self.ranks, trainer.model, f"after epoch {progress.epoch + 1}")
         trained = time.perf_counter()
         try:
-            with averaged_weights(trainer.step.averages), request.raised_at_once():
+            with averaged_weights(trainer.step.averages), self._stop.interruptible():
                 vectors, report = self._validate()
         except Interrupted:
             self._save()
-            raise self._stopped(request.signal_number) from None
+            raise self._stopped() from None
         progress.finish_epoch(report, time.perf_counter() - trained, trainer.training_sequences.epoch_interactions)
         if progress.best_epoch == progress.epoch:
             with averaged_weights(trainer.step.averages):
@@ -176,7 +185,7 @@ class TrainingLoop:
         tensors |= average_tensors(model, step.averages)
         self.folder.save_last(tensors, progress.as_state())
         self._saved = progress.place
-        self._clock.restart()
+        self._stop.restart_clock()
 
     def _read(self) -> None:
         """Add the losses since the last call to those of the epoch. Raises InputError if one was not finite."""
@@ -190,15 +199,40 @@ class TrainingLoop:
         """Return the vectors of all items, and the metrics on the validation set by the score with its terms."""
         trainer = self.trainer
         trainer.model.eval()
+        self._stop.interrupt()
         vectors = trainer.model.catalogue_vectors(trainer.source, trainer.ranks)
         config = self.config.evaluation
         config = replace(config, ks=tuple(sorted({*config.ks, SELECTED_BY})))
+        self._stop.interrupt()
         states = self._user_states(vectors, "validation")
         weights = TermWeights.of(self.config.scoring)
+        self._stop.interrupt()
         return vectors, self.scoring.report(states, vectors, "validation", config, weights)
 
     def _test(self) -> dict[str, Any]:
         """Load the best checkpoint, and return its figures on the test set. Raises InputError if it does not fit."""
+        trainer = self.trainer
+        self._stop.interrupt()
+        vectors = self.ranks.all_do(self._load_best).to(trainer.device)
+        trainer.model.eval()
+        evaluation = self.config.evaluation
+        weights = TermWeights.of(self.config.scoring)
+        if self.config.scoring.fit_terms:
+            states = self._user_states(vectors, "validation")
+            weights = self.scoring.fitted(states, vectors, evaluation, weights.cold_bias)
+            self._stop.interrupt()
+        return {
+            "method": self.config.model.method,
+            "best_epoch": trainer.progress.best_epoch,
+            "epochs": trainer.progress.epoch,
+            "trainable_parameters": parameter_counts(trainer.model)["trainable"],
+            "test": self.scoring.report(self._user_states(vectors, "test"), vectors, "test", evaluation, weights),
+            **self.scoring.baselines("test", evaluation),
+            "scoring": weights._asdict(),
+        }
+
+    def _load_best(self) -> Tensor:
+        """Load the best checkpoint's weights, and return its item vectors. Raises InputError if it does not fit."""
         trainer = self.trainer
         best = self.folder.best
         tensors, state = self.folder.load_best()
@@ -207,22 +241,7 @@ class TrainingLoop:
             raise InputError(f"{best}: expected the best epoch, {best_epoch}, found epoch {state['epoch']}; {RESTORE}")
         load_weights(trainer.model, tensors, best)
         items = len(trainer.sequences.item_ids)
-        vectors = item_vectors(tensors, items, self.config.model.embedding_dim, best).to(trainer.device)
-        trainer.model.eval()
-        evaluation = self.config.evaluation
-        weights = TermWeights.of(self.config.scoring)
-        if self.config.scoring.fit_terms:
-            states = self._user_states(vectors, "validation")
-            weights = self.scoring.fitted(states, vectors, evaluation, weights.cold_bias)
-        return {
-            "method": self.config.model.method,
-            "best_epoch": state["epoch"],
-            "epochs": trainer.progress.epoch,
-            "trainable_parameters": parameter_counts(trainer.model)["trainable"],
-            "test": self.scoring.report(self._user_states(vectors, "test"), vectors, "test", evaluation, weights),
-            **self.scoring.baselines("test", evaluation),
-            "scoring": weights._asdict(),
-        }
+        return item_vectors(tensors, items, self.config.model.embedding_dim, best)
 
     def _user_states(self, vectors: Tensor, split: str) -> Tensor:
         """Return the user state for each target of a split, [R, d]."""
