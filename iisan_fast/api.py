@@ -29,7 +29,7 @@ from .data import Dataset
 from .devices import torch_device
 from .errors import InputError, check_choice
 from .files import absolute_path, as_path
-from .ranks import joined_ranks
+from .ranks import Ranks, joined_ranks
 from .setting_fields import from_dict, to_dict
 from .setting_sources import SECTIONS, PathLike, base_settings
 from .settings import (
@@ -217,22 +217,25 @@ def train(
         chosen["uncached"] = uncached
     from . import training
 
+    ranks = joined_ranks()
     if dataset is None and config is None:
         from . import demo
 
         if encoders:
             raise InputError(demo.NOT_OF_THE_DEMO)
-        with _new_run_folder("demo", out) as folder:
+        with _new_run_folder("demo", out, ranks) as folder:
             if dry_run:
-                return demo.describe(folder.path, chosen, bool(uncached), where, changes or {}, table)
-            run = demo.configure(folder, chosen, bool(uncached), where, changes or {})
-            result = training.train(run, folder, where, report, table)
+                return ranks.first_does(
+                    lambda: demo.describe(folder.path, chosen, bool(uncached), where, changes or {}, table)
+                )
+            run = demo.configure(folder, chosen, bool(uncached), where, changes or {}, ranks)
+            result = training.train(run, folder, where, report, table, ranks)
             return {"run": str(folder.path), **result}
     run = run_config(chosen, base_settings(config), encoders, bool(uncached), changes)
-    folder = _new_run_folder(Path(run.dataset).name, out)
+    folder = _new_run_folder(Path(run.dataset).name, out, ranks)
     if dry_run:
-        return training.describe_new_run(run, folder.path, where, table)
-    result = training.train(run, folder, where, report, table, joined_ranks())
+        return training.describe_new_run(run, folder.path, where, table, ranks)
+    result = training.train(run, folder, where, report, table, ranks)
     return {"run": str(folder.path), **result}
 
 
@@ -285,7 +288,8 @@ def resume(
         checkpoint_every=checkpoint_every,
     )
     where = torch_device(device)
-    return {"run": str(folder), **training.resume(folder, where, _on_epoch(on_epoch), table, changes)}
+    report = _on_epoch(on_epoch)
+    return {"run": str(folder), **training.resume(folder, where, report, table, changes, joined_ranks())}
 
 
 @_checks_names((*EVALUATION_SETTINGS, *TERM_SETTINGS))
@@ -357,11 +361,11 @@ def verify(path: PathLike, *, add: bool = True) -> Verified:
     raise InputError(f"{folder}: expected a cache (manifest.json) or a run (config.json), found neither")
 
 
-def _new_run_folder(name: str, out: PathLike | None) -> RunFolder:
+def _new_run_folder(name: str, out: PathLike | None, ranks: Ranks) -> RunFolder:
     """Return the folder `out` for a new run, or the next free runs/NAME-N. Nothing is written."""
     from .training import RunFolder
 
-    return RunFolder.numbered(name) if out is None else RunFolder(as_path("out", out))
+    return RunFolder.numbered(name, ranks) if out is None else RunFolder(as_path("out", out), ranks=ranks)
 
 
 def _section_settings(**sections: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .data import load_dataset
 from .encoders import grouped_layers, write_bert, write_vit
 from .errors import InputError, check_choice
 from .files import absolute_path, naming
+from .ranks import ALONE, Ranks
 from .setting_fields import to_dict
 from .settings import run_config
 from .states import extract
@@ -130,23 +131,29 @@ def configure(
     uncached: bool,
     device: torch.device,
     changes: Mapping[str, Any] = NO_CHANGES,
+    ranks: Ranks = ALONE,
 ) -> RunConfig:
     """Write the demo into the folder, extract its states if the method reads a cache, and return the configuration.
 
     folder: of the new run; it is claimed, and the demo lies in its folder `demo`.
     options: flat settings, as `run_config` takes them. uncached: run the encoders in every step.
-    changes: settings by dotted name, as `run_config` takes them.
+    changes: settings by dotted name, as `run_config` takes them. ranks: those that train; rank 0 writes the demo.
     Raises InputError, before anything is written, for settings that cannot be used.
     """
     config, _ = _configuration(folder.path, options, uncached, changes)
-    check_new_run(config, folder.path, device)
+    ranks.all_do(lambda: check_new_run(config, folder.path, device))
     LOGGER.info("No dataset given: this is the embedded demo.")
     folder.claim()
     config, views = _configuration(folder.path, options, uncached, changes)  # the folder may have the next number
-    write_demo(_home(folder.path))
+    ranks.first_does(lambda: _make(folder.path, config, views, device))
+    return config
+
+
+def _make(out: Path, config: RunConfig, views: list[ViewConfig], device: torch.device) -> None:
+    """Write the demo into a run's folder, and extract its states if the run reads a cache."""
+    write_demo(_home(out))
     if config.cache is not None:
         extract(load_dataset(Path(config.dataset), config.protocol), views, Path(config.cache), device)
-    return config
 
 
 def _home(out: Path) -> Path:

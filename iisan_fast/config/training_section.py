@@ -14,6 +14,7 @@ from .method_names import LEARNING_RATES
 PRECISIONS = ("auto", "float32", "bfloat16")
 LOSSES = ("in-batch", "full", "sampled", "gbce")
 GBCE_NEGATIVES = 256  # drawn for a step if the loss gbce has no number
+NEGATIVES = ("global", "local")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -63,6 +64,12 @@ class TrainConfig:
         automatic="on for in-batch, else off",
     )
     own_mask: bool = setting(True, help="Leave the user's items out of the loss's negatives.")
+    negatives: str = setting(
+        "global",
+        help="On several ranks, a row's negatives are the items of all ranks' users (global) or of its own rank's "
+        "(local).",
+        choices=NEGATIVES,
+    )
     weight_decay: float = setting(
         0.0,
         help="Decoupled weight decay (AdamW) of matrices and item id vectors, times the learning rate; 0: none.",
@@ -105,6 +112,12 @@ class TrainConfig:
         if self.debias and kind != "in-batch":
             raise InputError(
                 f"debias: corrects the popularity of in-batch negatives; {self.loss} has none of them, leave it out"
+            )
+
+        if self.negatives == "local" and kind != "in-batch":
+            raise InputError(
+                f"negatives: local takes those of a rank's own users for the loss in-batch; {self.loss} takes the same "
+                "on all ranks, leave it out"
             )
 
     @property

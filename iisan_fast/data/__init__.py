@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .item_contents import ItemContents
     from .loss_columns import IN_BATCH, Negatives
     from .packed_batches import PackedWindow, RunPlan
+    from .rank_batches import batch_slots, local_batches
     from .reversed_users import with_reversed_users
     from .saved_items import RunItems, load_items
     from .saved_sequences import load_sequences
@@ -70,6 +71,7 @@ __all__ = [
     "TableOptions",
     "Window",
     "as_polars",
+    "batch_slots",
     "describe_bad_rows",
     "epoch_batches",
     "feature_views",
@@ -84,6 +86,7 @@ __all__ = [
     "load_dataset",
     "load_items",
     "load_sequences",
+    "local_batches",
     "open_database",
     "open_image_files",
     "open_images",

@@ -225,7 +225,8 @@ def make_batch(sequences: Sequences, users: np.ndarray, step: int, negatives: Ne
 
     step: number of the training step, which the dropout hashes and the draws of negatives.
     """
-    (batch,) = _batches(lay_out(sequences, users, len(users)), step, negatives, possible_negatives(sequences))
+    possible = np.zeros(0, dtype=np.int64) if negatives.in_batch else possible_negatives(sequences)
+    (batch,) = _batches(lay_out(sequences, users, len(users)), step, negatives, possible)
     return batch
 
 

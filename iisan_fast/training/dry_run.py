@@ -11,6 +11,7 @@ import torch
 from ..config import FEATURES, NEIGHBOURS, RunConfig
 from ..data import Dataset, load_dataset
 from ..evaluation import parameter_counts
+from ..ranks import ALONE, Ranks
 from ..runtime import fix_cublas_workspace
 from ..setting_fields import to_dict
 from .initial_weights import read_initial_weights
@@ -24,7 +25,9 @@ ADAM_MOMENTS = 2  # that Adam stores of each trained parameter
 NOT_ESTIMATED = "not estimated"
 
 
-def describe_new_run(config: RunConfig, out: Path, device: torch.device, placement: str = "auto") -> dict[str, Any]:
+def describe_new_run(
+    config: RunConfig, out: Path, device: torch.device, placement: str = "auto", ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Do all checks of a new run in the folder `out`, and describe it as JSON values. Nothing is written.
 
     The model is built and encoders are loaded, but a cache's states are not read. Returns
@@ -38,7 +41,8 @@ def describe_new_run(config: RunConfig, out: Path, device: torch.device, placeme
     - files: the run's folder, the files that it will hold, and what is read
     - config: the settings, as config.json will hold them
 
-    Raises InputError as `train` does before it writes.
+    ranks: those that would train; all call it, and memory is that of one. Raises InputError as `train` does before it
+    writes.
     """
     fix_cublas_workspace()
     precision = check_new_run(config, out, device)
@@ -50,7 +54,7 @@ def describe_new_run(config: RunConfig, out: Path, device: torch.device, placeme
     with open_unread_source(config, dataset, device, placement, precision) as (source, views, (size, place)):
         if initial is not None:
             initial.refuse_other_views(views)
-        trainer = Trainer(config, dataset.sequences, source, device, precision, initial)
+        trainer = Trainer(config, dataset.sequences, source, device, precision, initial, ranks)
         trainer.refuse_unfit_form()
         return {
             "method": config.model.method,

@@ -148,12 +148,15 @@ class CpuFusedStep(FusedStep):
         rates: Mapping[str, float],
         options: UpdateOptions = PLAIN_ADAM,
         ranks: Ranks = ALONE,
+        item_ranks: Ranks | None = None,
     ) -> None:
         """Make a step for a model that `fused_step_refusal` accepts.
 
         rates: learning rates by group. ranks: the processes that take each step together, each with its share.
+        item_ranks: those that share out a batch's items, by default all; ALONE with local negatives.
         """
         super().__init__(model, rates, torch.device("cpu"), options=options, ranks=ranks)
+        self._item_ranks = ranks if item_ranks is None else item_ranks
         self._tensors = self.tensors()
         self._parameters = list(model.parameters())
         self._step: kernels.CpuStep | None = None  # the ops with their memory
@@ -201,7 +204,7 @@ class CpuFusedStep(FusedStep):
         self.release()  # free the old memory before more is allocated
         self._step = kernels.cpu_step(self._tensors, batch, least)
         if self.ranks.several:
-            self._exchanges = StepExchanges(self.ranks, self._step.seam, self.storage, self._tensors)
+            self._exchanges = StepExchanges(self.ranks, self._item_ranks, self._step.seam, self.storage, self._tensors)
         self._stages = step_stages(self._step.ops, self._exchanges)
         return self._step
 

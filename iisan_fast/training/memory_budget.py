@@ -44,11 +44,13 @@ class MemoryBudget:
         self.ranks = ranks
         self.users = config.train.batch_users
         negatives = Negatives.of(config.train)
-        self.items = min(self.users * (sequences.max_inputs + 1), source.rows - 1)
+        is_local = config.train.negatives == "local"
+        users = ranks.block_size(self.users) if is_local else self.users  # whose items are one batch
+        self.items = min(users * (sequences.max_inputs + 1), source.rows - 1)
         if not negatives.in_batch:
             shape = padded_shape(sequences, self.users, negatives, ranks)
             self.items = min(shape.distinct, source.rows - 1)
-        self._encoded = ranks.block_size(self.items)  # items that a rank encodes
+        self._encoded = self.items if is_local else ranks.block_size(self.items)  # items that a rank encodes
         self.encoding: EncodingPlan | None = None
         if config.model.method in TUNING_METHODS:
             self.encoding = self._plan_encoding(config, source, model)

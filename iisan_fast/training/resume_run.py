@@ -92,7 +92,7 @@ def resume(
     """
     fix_cublas_workspace()
     folder = ranks.all_do(lambda: RunFolder.open(out, ranks=ranks))
-    if not changes and (figures := ranks.first_does(lambda: _finished(out))) is not None:
+    if not changes and (figures := ranks.first_does(lambda: _finished(folder))) is not None:
         return figures
     config = ranks.all_do(lambda: changes.applied_to(folder.config))
     folder.mention_changed_settings()
@@ -145,7 +145,9 @@ class _TrainerAgain:
         ranks = self.ranks
         figures = ranks.first_does(lambda: _final_figures(folder, self.config))
         self.restored = ranks.from_first(folder.has_checkpoint or (figures is None and folder.metrics.exists()))
-        trainer = ranks.all_do(lambda: self._new(sequences, source, precision, device, begins=figures is None))
+        begins = figures is None and not self.restored
+        initial = ranks.all_do(lambda: initial_weights_again(folder, self.config) if begins else None)
+        trainer = Trainer(self.config, sequences, source, device, precision, initial, ranks)
         train = self.config.train
         if self.restored:
             trainer.restore(folder)
@@ -157,23 +159,19 @@ class _TrainerAgain:
             _mention_early_stop(folder, train, trainer.progress)
         return trainer, figures
 
-    def _new(
-        self, sequences: Sequences, source: ItemSource, precision: Precision, device: torch.device, begins: bool
-    ) -> Trainer:
-        """Build the trainer. begins: True if the run is not finished. Raises InputError as `made` does."""
-        initial = initial_weights_again(self.folder, self.config) if begins and not self.restored else None
-        return Trainer(self.config, sequences, source, device, precision, initial, self.ranks)
 
+def _finished(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the figures of a finished run, after repairs by this rank alone; None if it goes on.
 
-def _finished(out: Path) -> dict[str, Any] | None:
-    """Return the figures of a finished run, after repairs; None if it goes on. Raises InputError if it is damaged."""
-    folder = RunFolder.open(out)
+    Raises InputError if it is damaged.
+    """
     figures = _final_figures(folder, folder.config)
     if figures is not None:
-        LOGGER.info("%s is finished already", out)
+        LOGGER.info("%s is finished already", folder.path)
+        alone = RunFolder(folder.path)
         if damage_of_terms(folder):
-            _write_terms_again(folder)
-        folder.remove_leftovers()
+            _write_terms_again(alone)
+        alone.remove_leftovers()
     return figures
 
 

@@ -14,7 +14,6 @@ from ..models import NeighbourTerms
 from ..precision import Precision, resolve_precision
 from ..ranks import ALONE, Ranks
 from ..runtime import fix_cublas_workspace
-from ..states import ItemSource
 from .initial_weights import RECORDED_AS, InitialWeights, read_initial_weights
 from .item_sources import Descriptions, open_source, refuse_missing_libraries
 from .job_agreement import refuse_unfit_job
@@ -57,7 +56,9 @@ def train(
             terms = ranks.all_do(lambda: read_terms(folder) if terms is None else terms)
             return rank_untrained(folder, config, Scoring(dataset.sequences, terms, device, ranks), on_epoch)
     with open_source(config, dataset, device, placement, start.precision, ranks) as (source, views):
-        trainer = ranks.all_do(lambda: start.trainer(config, source, views, device, ranks))
+        ranks.all_do(lambda: start.refuse_other_views(views))
+        trainer = Trainer(config, dataset.sequences, source, device, start.precision, start.initial, ranks)
+        ranks.all_do(trainer.refuse_unfit_form)
         with folder:
             began_with = {} if start.initial is None else {RECORDED_AS: start.initial.record}
             folder.begin(trainer.config, views, dataset, content, device, began_with)
@@ -81,15 +82,10 @@ class _Start(NamedTuple):
         refuse_changed_texts(config, dataset)
         return cls(precision, initial, dataset)
 
-    def trainer(
-        self, config: RunConfig, source: ItemSource, views: Descriptions, device: torch.device, ranks: Ranks
-    ) -> Trainer:
-        """Build the trainer. Raises InputError if the model cannot be trained, or not from the initial weights."""
+    def refuse_other_views(self, views: Descriptions) -> None:
+        """Raise InputError if the initial weights are of other views than the run's."""
         if self.initial is not None:
             self.initial.refuse_other_views(views)
-        trainer = Trainer(config, self.dataset.sequences, source, device, self.precision, self.initial, ranks)
-        trainer.refuse_unfit_form()
-        return trainer
 
 
 def check_new_run(config: RunConfig, out: Path, device: torch.device) -> Precision:

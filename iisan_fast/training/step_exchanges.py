@@ -17,9 +17,16 @@ class StepExchanges:
     all weights' gradients with a rank's part of the loss and its rows.
     """
 
-    def __init__(self, ranks: Ranks, seam: StepSeam, storage: FlatStorage, tensors: StepTensors) -> None:
-        """Store the tensors. storage: of the weights. tensors: of the step, with `loss_share`."""
+    def __init__(
+        self, ranks: Ranks, item_ranks: Ranks, seam: StepSeam, storage: FlatStorage, tensors: StepTensors
+    ) -> None:
+        """Store the tensors.
+
+        item_ranks: those that share out a batch's items; ALONE if each rank has all items of its batch. storage: of the
+        weights. tensors: of the step, with `loss_share`.
+        """
         self._ranks = ranks
+        self._item_ranks = item_ranks
         self._seam = seam
         self._storage = storage
         self._tensors = tensors
@@ -33,12 +40,12 @@ class StepExchanges:
     def gather_vectors(self) -> None:
         """Write the item vectors of all ranks."""
         seam = self._seam
-        seam.vectors[: self._items] = self._ranks.gather_blocks(seam.block_vectors, self._items)
+        seam.vectors[: self._items] = self._item_ranks.gather_blocks(seam.block_vectors, self._items)
 
     def add_vector_gradients(self) -> None:
         """Write the gradients of this rank's item vectors, summed over the ranks."""
         seam = self._seam
-        block = self._ranks.add_blocks(seam.of_vectors[: self._items])
+        block = self._item_ranks.add_blocks(seam.of_vectors[: self._items])
         seam.of_block_vectors[: self._encoded] = block[: self._encoded]
 
     def add_gradients(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,9 @@ from ..data import (
     RunPlan,
     Sequences,
     Shape,
+    batch_slots,
     epoch_batches,
+    local_batches,
     padded_shape,
     steps_per_epoch,
     with_reversed_users,
@@ -76,6 +79,8 @@ class Trainer:
         self.source = source
         self.device = device
         self.negatives = _negatives(config, sequences)
+        # Those that share out a batch's items: with local negatives each rank has a batch of its own users.
+        self.item_ranks = ALONE if config.train.negatives == "local" else ranks
         tuned = config.model.method in TUNING_METHODS
         self.model = build_recommender(source, config, sequences.popularity, precision).to(device)
         if initial is not None:  # before the step is made, which may move the weights or begin averages with them
@@ -92,11 +97,18 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(self.training_sequences, config.train.batch_users)
         self.schedule = RateSchedule.of(config.train, self.steps_per_epoch)
 
+    @property
+    def has_local_batches(self) -> bool:
+        """Return True if each of several ranks trains on the items of its own users alone."""
+        return self.ranks.several and not self.item_ranks.several
+
     def _choose_step(self, products: torch.dtype) -> None:
         """Take fused steps, or steps by autograd if a fused step cannot train the model; the log says why."""
         train = self.config.train
         options = UpdateOptions.of(train)
         refusal = fused_step_refusal(self.model, self.device, products, self.negatives)
+        if self.has_local_batches and self.device.type == "cuda":
+            refusal = refusal or "a fused step on a GPU takes the negatives of all ranks, not local ones"
         if reason := next(filter(None, self.ranks.from_all(refusal)), ""):  # all ranks take one kind of step
             LOGGER.info("training by autograd: %s", reason)
             tuned = self.config.model.method in TUNING_METHODS
@@ -104,7 +116,7 @@ class Trainer:
             return
         LOGGER.debug("training by fused steps: they take the model's sizes on %s", self.device.type)
         if self.device.type == "cpu":
-            self.step = CpuFusedStep(self.model, train.learning_rates, options, self.ranks)
+            self.step = CpuFusedStep(self.model, train.learning_rates, options, self.ranks, self.item_ranks)
         else:
             own_mask = self.negatives.own_mask
             self.plan = RunPlan.of(self.training_sequences, train.batch_users, train.seed, own_mask, self.ranks)
@@ -116,7 +128,8 @@ class Trainer:
         """Switch to steps by autograd, which can train every model. captured: whether a CUDA graph replays them."""
         self.plan = None
         train = self.config.train
-        self.step = TrainingStep(self.model, train.learning_rates, self.device, UpdateOptions.of(train), self.ranks)
+        options = UpdateOptions.of(train)
+        self.step = TrainingStep(self.model, train.learning_rates, self.device, options, self.ranks, self.item_ranks)
         self.captured = CapturedStep(self.step) if captured else None
 
     def refuse_unfit_form(self) -> None:
@@ -138,23 +151,19 @@ class Trainer:
             raise InputError(str(error)) from None
 
     def restore(self, folder: RunFolder) -> None:
-        """Load the run's last checkpoint, on all ranks. Raises InputError if it does not fit the model or the data.
+        """Load the run's last checkpoint. Raises InputError if it does not fit the model or the data.
 
         A damaged best checkpoint is made again from it. Raises InputError if that is not possible.
         """
-        tensors, state, path = self.ranks.all_do(lambda: folder.load_last(self._checked_progress))
+        tensors, state, path = folder.load_last(self._checked_progress)
         shape = (len(self.sequences.item_ids), self.config.model.embedding_dim)
         progress = Progress.of(state, path)
-        refuse_lost_best(folder, progress, self.model, self.source, shape, self.steps_per_epoch, self.ranks)
-        self.ranks.all_do(lambda: self._load(tensors, path))
-        self.progress = progress
-        self.step.record.copy_(torch.tensor(self.progress.under_way.record, dtype=torch.float64))
-
-    def _load(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Load a checkpoint's tensors. Raises InputError if they do not fit the model."""
+        refuse_lost_best(folder, progress, self.model, self.source, shape, self.steps_per_epoch)
         load_weights(self.model, tensors, path)
         load_adam(self.model, self.step.optimizer, tensors, path)
         load_averages(self.model, self.step.averages, tensors, path)
+        self.progress = progress
+        self.step.record.copy_(torch.tensor(self.progress.under_way.record, dtype=torch.float64))
 
     def _checked_progress(self, state: dict[str, Any], path: Path) -> Progress:
         """Return the progress from a checkpoint's state. Raises InputError if it is not a state of this run."""
@@ -181,16 +190,17 @@ class Trainer:
         """
         if self.plan is not None:
             return planned_batches(self.plan, epoch, self.source, self.device, taken)
-        config = self.config.train
-        batches = epoch_batches(
-            self.training_sequences, config.batch_users, config.seed, epoch, taken=taken, negatives=self.negatives
-        )
-        return self.prepared(batches)
+        train = self.config.train
+        whole = self.training_sequences, train.batch_users, train.seed, epoch
+        if self.has_local_batches:
+            batches = local_batches(*whole, self.ranks, taken, self.negatives)
+            return _with_slots(self.prepared(batches), batch_slots(*whole, taken))
+        return self.prepared(epoch_batches(*whole, taken=taken, negatives=self.negatives))
 
     def prepared(self, batches: Iterator[Batch]) -> Generator[PreparedBatch, None, None]:
         """Yield batches on the device, prepared ahead of their steps; all of one shape if a graph replays the step."""
         shape = self.padded_shape if self.captured is not None else None
-        return prepared_batches(batches, self.source, self.device, shape, self.ranks)
+        return prepared_batches(batches, self.source, self.device, shape, self.item_ranks)
 
     @cached_property
     def padded_shape(self) -> Shape:
@@ -206,6 +216,15 @@ class Trainer:
             if isinstance(prepared, PlannedBatch):
                 return self.step(prepared)
             return (self.captured or self.step)(prepared.batch, prepared.item_inputs)
+
+
+def _with_slots(
+    batches: Generator[PreparedBatch, None, None], slots: Iterator[int]
+) -> Generator[PreparedBatch, None, None]:
+    """Yield a rank's batches with the slots of all ranks' users. slots: of each batch."""
+    with closing(batches):
+        for prepared, count in zip(batches, slots):
+            yield prepared._replace(slots=count)
 
 
 def _negatives(config: RunConfig, sequences: Sequences) -> Negatives:

@@ -59,14 +59,16 @@ class TrainingStep:
         device: torch.device,
         options: UpdateOptions = PLAIN_ADAM,
         ranks: Ranks = ALONE,
+        item_ranks: Ranks | None = None,
     ) -> None:
         """Make the optimizer of a model that is on the device.
 
         rates: learning rates by group of parameters. ranks: the processes that take each step together, each with its
-        share of the batch.
+        share of the batch. item_ranks: those that share out its items, by default all; ALONE with local negatives.
         """
         self.model = model
         self.ranks = ranks
+        self.item_ranks = ranks if item_ranks is None else item_ranks
         groups = [group for group in update_groups(model, rates, options) if group.parameters]
         self._rates = [group.rate for group in groups]
         # On CUDA a captured step reads rates that change from tensors.
@@ -92,12 +94,14 @@ class TrainingStep:
         inputs: of the items batch.encoded, as an item source reads them. mark: called with "forward", "backward" and
         "update" when that phase ends. Raises ValueError if several ranks take a batch that is no share, or one a share.
         """
-        if self.ranks.several == (batch.block is None):
-            raise ValueError(f"batch.block: expected {'one' if self.ranks.several else 'none'}, found {batch.block}")
-        # The ranks must take one number of threads, on which the bits of a sum depend; their rows differ in number.
-        size = len(batch.distinct) if self.ranks.several else len(batch.targets)
+        shared = self.item_ranks.several
+        if shared == (batch.block is None):
+            raise ValueError(f"batch.block: expected {'one' if shared else 'none'}, found {batch.block}")
+        # The ranks must take one number of threads, on which the bits of a sum depend; their rows differ in number, and
+        # local items too.
+        size = len(batch.distinct) if shared else len(batch.targets)
         small = self.record.is_cpu and size <= SMALL_BATCH_ROWS and self.model.item_encoder.small_operators
-        with kernels.in_large_pieces() if small else nullcontext():
+        with kernels.in_large_pieces() if small and shared == self.ranks.several else nullcontext():
             return self._take(batch, inputs, mark)
 
     def scale_rates(self, factor: float) -> None:
@@ -116,7 +120,7 @@ class TrainingStep:
     def _take(self, batch: Batch, inputs: ItemInputs, mark: Callable[[str], None]) -> Tensor:
         """Take the step of `__call__`."""
         self.model.zero_grad()
-        loss = self.model.loss(batch, inputs, self.ranks)
+        loss = self.model.loss(batch, inputs, self.item_ranks)
         mark("forward")
         noted = self._note(loss.detach(), batch)
         loss.backward()

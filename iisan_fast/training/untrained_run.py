@@ -53,7 +53,8 @@ def rank_untrained(
     report = scoring.report(validation, vectors, "validation", with_selection, weights)
     line = {"epoch": 0, "best": True, "validation_seconds": time.perf_counter() - started, "validation": report}
     folder.write_metrics([line])
-    on_epoch(line)
+    if scoring.ranks.is_first:
+        on_epoch(line)
     result = {
         "method": config.model.method,
         "best_epoch": 0,

@@ -266,9 +266,9 @@ def test_a_file_under_way_is_finished_before_a_run_stops(tmp_path, config, whole
 def test_a_signal_before_the_first_step_leaves_a_run_that_begins_again(tmp_path, config, whole, monkeypatch):
     begin = TrainingLoop._epoch
 
-    def signalled(self, request) -> None:
-        request.signal_number = signal.SIGTERM
-        raise self._stopped(request.signal_number)
+    def signalled(self) -> None:
+        self._stop._request.signal_number = signal.SIGTERM
+        raise self._stopped()
 
     monkeypatch.setattr(TrainingLoop, "_epoch", signalled)
     with pytest.raises(Stopped, match="there was nothing to save yet; go on with iisan-fast train --resume"):
