@@ -99,7 +99,9 @@ def run_benchmark(benchmark: Benchmark, settings: Any, setup: Setup) -> Result:
     from .machine import commit, package_versions, versions  # imports torch
 
     if setup.ranks.several and not benchmark.on_ranks:
-        raise InputError(f"bench {benchmark.name}: runs in one process; start it without torchrun or another launcher")
+        raise InputError(
+            f"bench {benchmark.name}: runs in one process, found {setup.ranks.count} ranks; run it without the launcher"
+        )
     started_at = commit()  # of the code as it starts: a benchmark may take hours
     figures = imported(benchmark.function)(setup, settings)
     recorded = figures.pop("settings", None) or asdict(settings)

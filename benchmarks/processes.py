@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import runtime
 from ..errors import InputError
-from ..ranks import leave_job
+from ..ranks import leave_job, threads_of_rank
 
 LOGGER = logging.getLogger("iisan_fast")
 
@@ -24,7 +24,8 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     others = {*multiprocessing.active_children()}
     spawn = multiprocessing.get_context("spawn")
     level = LOGGER.level
-    with ProcessPoolExecutor(1, spawn, initializer=_prepare_process, initargs=(level,)) as pool:
+    threads = threads_of_rank()
+    with ProcessPoolExecutor(1, spawn, initializer=_prepare_process, initargs=(level, threads)) as pool:
         future = pool.submit(function, *arguments)
         try:
             return future.result()
@@ -38,11 +39,11 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
             raise
 
 
-def _prepare_process(level: int) -> None:
+def _prepare_process(level: int, threads: int | None) -> None:
     """Set a new process up as the program, with the level of log messages that --quiet or --verbose chose.
 
-    It is no rank of a job, even if a rank starts it.
+    It is no rank of a job. threads: of the rank that starts it, if one does.
     """
-    leave_job()
+    leave_job(threads)
     runtime.prepare_program()
     LOGGER.setLevel(level)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .gathering import gathered
     from .job_watch import watch_job
     from .joining import joined_ranks
-    from .leaving import leave_job
+    from .leaving import leave_job, threads_of_rank
     from .ranks import ALONE, Ranks
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "leave_job",
     "refuse_disagreement",
     "refuse_too_few",
+    "threads_of_rank",
     "watch_job",
 ]
 

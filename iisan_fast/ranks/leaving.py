@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import os
 
-OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+from ..launcher import ADDRESS, COUNT, LOCAL_RANK, PORT, RANK, job_place
 
 
-def leave_job() -> None:
-    """Make this process, which has not joined its job, run alone, on as many threads as the rank that started it.
+def threads_of_rank() -> int | None:
+    """Return the number of torch's threads of this rank, to pass to a process that it starts; None for no rank."""
+    if job_place() is None:
+        return None
+    import torch
 
-    Nothing changes in a process that no rank has started.
+    return torch.get_num_threads()
+
+
+def leave_job(threads: int | None) -> None:
+    """Make this process, which has not joined the job of the rank that started it, run alone.
+
+    threads: from `threads_of_rank`, called by the rank.
     """
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    for name in OF_A_JOB:
+    if threads is None:
+        return
+    for name in (RANK, COUNT, LOCAL_RANK, ADDRESS, PORT):
         os.environ.pop(name, None)
-    if ranks_here > 1:
-        import torch
+    import torch
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    torch.set_num_threads(threads)

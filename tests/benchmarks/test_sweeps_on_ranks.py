@@ -14,7 +14,7 @@ from iisan_fast.benchmarks.harness import Setup, run_benchmark
 from iisan_fast.benchmarks.sweep_settings import MethodsSettings
 from iisan_fast.config import ViewConfig
 from iisan_fast.errors import InputError
-from iisan_fast.ranks import ALONE, Ranks
+from iisan_fast.ranks import ALONE, Ranks, threads_of_rank
 
 TITLES = ViewConfig("title", "title", "nowhere")
 SETTINGS = MethodsSettings(("lora", "iisan", "id"), {"one": (TITLES,), "two": (TITLES,)}, seeds=(0, 1))
@@ -55,7 +55,13 @@ def test_what_a_rank_starts_is_no_rank():
     assert run_on_ranks(2, left_alone) == [(2, True, 1)] * 2
 
 
+def test_what_no_rank_starts_keeps_its_threads():
+    assert threads_of_rank() is None
+
+
 def test_a_benchmark_of_one_process_refuses_several():
     setup = Setup(None, torch.device("cpu"), ranks=Ranks(1, 2))
-    with pytest.raises(InputError, match="^bench train: runs in one process; start it without torchrun"):
+    with pytest.raises(
+        InputError, match="^bench train: runs in one process, found 2 ranks; run it without the launcher"
+    ):
         run_benchmark(BY_NAME["train"], BY_NAME["train"].settings(), setup)

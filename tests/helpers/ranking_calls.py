@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from helpers.datasets import make_sequences
 from helpers.recommenders import side_recommender
 from helpers.tables import random_table
-from iisan_fast.cli import main
+from iisan_fast.cli import cli
 from iisan_fast.config import EvaluationConfig, ModelConfig
 from iisan_fast.data.sequences import Sequences
 from iisan_fast.errors import InputError
@@ -75,8 +75,8 @@ def broken_scores(ranks: Ranks, users: int) -> str:
     return ""
 
 
-def commands(ranks: Ranks, calls: list[list[str]], users_at_once: int) -> list[tuple[int, str, str]]:
-    """Run commands of the program one after the other; return the exit code and the output of each.
+def commands(ranks: Ranks, calls: list[list[str]], users_at_once: int) -> list[tuple[str, str]]:
+    """Run commands one after the other; return the output and the error of each.
 
     users_at_once: of the parts in which users are recommended items.
     """
@@ -84,12 +84,12 @@ def commands(ranks: Ranks, calls: list[list[str]], users_at_once: int) -> list[t
     return [command(words) for words in calls]
 
 
-def command(words: list[str]) -> tuple[int, str, str]:
-    """Run a command of the program, and return its exit code and its texts on standard output and standard error."""
-    out, error = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(error):
+def command(words: list[str]) -> tuple[str, str]:
+    """Run a command; return its text on standard output, and the message of its InputError."""
+    out = io.StringIO()
+    with redirect_stdout(out):
         try:
-            main(words)
-        except SystemExit as end:
-            return end.code, out.getvalue(), error.getvalue()
-    raise AssertionError("the program has not ended")
+            cli.main(words, standalone_mode=False)
+        except InputError as error:
+            return out.getvalue(), str(error)
+    return out.getvalue(), ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from iisan_fast.benchmarks.placed_work import placed_work
 from iisan_fast.errors import InputError
-from iisan_fast.ranks import ALONE, Ranks, joined_ranks, joining, leave_job
+from iisan_fast.ranks import ALONE, Ranks, joined_ranks, leave_job, threads_of_rank
 
 FAILING = "lora"
 
@@ -31,10 +30,10 @@ def placed(ranks: Ranks, works: dict[str, int]) -> tuple[list[int], dict[str, tu
 
 
 def left_alone(ranks: Ranks) -> tuple[int, bool, int]:
-    """Return the number of ranks, and, once the process has left its job, whether it is alone, and its threads."""
-    os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())
-    leave_job()
-    joining._joined.clear()
+    """Return the number of ranks, and, once the process has left its job, if it is alone, and its threads."""
+    threads = threads_of_rank()
+    torch.set_num_threads(threads + 1)
+    leave_job(threads)
     return ranks.count, joined_ranks() is ALONE, torch.get_num_threads()
 
 
