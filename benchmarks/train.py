@@ -27,6 +27,7 @@ from ..errors import InputError
 from ..models import build_recommender
 from ..precision import resolve_precision
 from ..progress import progress_bar
+from ..ranks import ALONE, Ranks
 from ..states import FeatureTable, Store, content_digest
 from ..training import Trainer, deterministic, train
 from .captures import capture_step
@@ -179,9 +180,17 @@ def remark(name: str, form: TrainingForm, difference: float, settings: TrainSett
 
 
 def start(
-    form: TrainingForm, sequences: Sequences, tables: list[Tensor], settings: TrainSettings, device: torch.device
+    form: TrainingForm,
+    sequences: Sequences,
+    tables: list[Tensor],
+    settings: TrainSettings,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Started:
-    """Make a form's model and trainer. Its step takes one batch after the other, epoch after epoch."""
+    """Make a form's model and trainer. Its step takes one batch after the other, epoch after epoch.
+
+    ranks: those that train together, by a form of the fast path.
+    """
     config = run_config(form, settings)
     precision = resolve_precision(config, device)
     if form.precision is None:
@@ -192,7 +201,7 @@ def start(
         users = dense_batches(sequences, config.train)
         return Started(lambda: dense.step(*next(users)), capture=lambda: NOT_MEASURED)
     with form_of_ops(form.ops):  # a trainer chooses its step by it
-        trainer = new_trainer(form, sequences, tables, settings, device)
+        trainer = new_trainer(form, sequences, tables, settings, device, ranks)
     batches = (prepared for epoch in range(config.train.max_epochs) for prepared in trainer.batches(epoch))
 
     def step() -> Tensor:
@@ -207,13 +216,18 @@ def start(
 
 
 def new_trainer(
-    form: TrainingForm, sequences: Sequences, tables: list[Tensor], settings: TrainSettings, device: torch.device
+    form: TrainingForm,
+    sequences: Sequences,
+    tables: list[Tensor],
+    settings: TrainSettings,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Trainer:
     """Make the trainer of a form of the fast path, at its first weights."""
     config = run_config(form, settings)
     precision = resolve_precision(config, device)
     table = FeatureTable(tuple(table.to(device, precision.table) for table in tables))
-    trainer = Trainer(config, sequences, table, device, precision)
+    trainer = Trainer(config, sequences, table, device, precision, ranks=ranks)
     trainer.model.train()
     if not form.captured:
         trainer.step_by_autograd(captured=False)

@@ -35,9 +35,9 @@ def histories(settings: Settings) -> Sequences:
     return load_dataset(settings.dataset).sequences
 
 
-def train_settings(settings: Settings) -> TrainSettings:
-    """Return the benchmark's settings of these sizes."""
-    return TrainSettings(users=settings.users, width=settings.width, layers=settings.layers)
+def train_settings(settings: Settings, users: int | None = None) -> TrainSettings:
+    """Return the benchmark's settings of these sizes. users: of a batch; None: as the settings have."""
+    return TrainSettings(users=users or settings.users, width=settings.width, layers=settings.layers)
 
 
 def random_states(sequences: Sequences, settings: Settings) -> list[Tensor]:

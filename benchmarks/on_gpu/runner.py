@@ -46,6 +46,9 @@ STAGES = (
     Stage("kernel-tests", 90, "a part of the kernels' GPU tests"),
     Stage("extraction", 90, "ViT-B/16 and BERT-base of random weights over the catalogue: items a second"),
     Stage("dense", 60, "the released code's step beside the captured one"),
+    Stage(
+        "ranks", 180, "training on 1, 2, 4 … GPUs by torchrun, if there are several: the losses of one, and its time"
+    ),
 )
 
 

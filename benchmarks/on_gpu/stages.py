@@ -24,6 +24,7 @@ MODULES = {
     "kernel-tests": "gpu_tests",
     "extraction": "extraction",
     "dense": "dense",
+    "ranks": "ranks",
 }  # by stage: the module here whose `measure` runs it
 
 
