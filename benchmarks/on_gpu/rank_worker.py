@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Measure with the settings and into the file that the command line names."""
-    settings, result = json.loads(sys.argv[1]), Path(sys.argv[2])
+    settings = json.loads(sys.argv[1])
+    result = Path(sys.argv[2])
     prepare_program()  # before torch is imported
     from ...ranks import joined_ranks
 

@@ -1,7 +1,7 @@
 """Exchange the tensors of a step on a GPU between ranks: buffers of fixed size and address, as a CUDA graph needs them.
 
-The number of a batch's items is known on the device alone, so the exchanges have the sizes of the run's bounds. In
-return the host takes part in none of them: the whole step, exchanges included, is one replay.
+A batch has fewer items than the run's bound, but the sizes in a graph do not change, so the bound is exchanged. In
+return the host takes part in no exchange: the whole step is one replay.
 """
 
 from __future__ import annotations

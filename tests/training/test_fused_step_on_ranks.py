@@ -84,11 +84,11 @@ def test_two_ranks_take_the_steps_of_autograd_in_fp64():
         pytest.param(
             2, replace(LARGER, epochs=1, options=UpdateOptions(clip_norm=0.5, ema_decay=0.9)), id="clipped, averaged"
         ),
-        pytest.param(2, replace(SMALL, users=1), id="fewer users than ranks"),
+        pytest.param(3, replace(SMALL, users=2), id="fewer users than ranks"),
     ],
 )
 def test_several_ranks_train_as_one_does(count, run):
-    """Six steps, dropout on: only the order of sums in fp32 differs."""
+    """Up to six steps, dropout on: only the order of sums in fp32 differs."""
     expected = trained(ALONE, run)
     results = run_on_ranks(count, trained, run, timeout=LONG)
     check_alike(results, expected, run, rtol=2e-4)
