@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import torch
 
     from .states import Extracted
-    from .training import BestRun, RunFolder
+    from .training import BestRun, JobRunFolder
     from .verified import Verified
 
 OnEpoch = Callable[[dict[str, Any]], None]
@@ -361,11 +361,11 @@ def verify(path: PathLike, *, add: bool = True) -> Verified:
     raise InputError(f"{folder}: expected a cache (manifest.json) or a run (config.json), found neither")
 
 
-def _new_run_folder(name: str, out: PathLike | None, ranks: Ranks) -> RunFolder:
+def _new_run_folder(name: str, out: PathLike | None, ranks: Ranks) -> JobRunFolder:
     """Return the folder `out` for a new run, or the next free runs/NAME-N. Nothing is written."""
-    from .training import RunFolder
+    from .training import JobRunFolder
 
-    return RunFolder.numbered(name, ranks) if out is None else RunFolder(as_path("out", out), ranks=ranks)
+    return JobRunFolder(None if out is None else as_path("out", out), name, ranks)
 
 
 def _section_settings(**sections: Any) -> dict[str, Any]:

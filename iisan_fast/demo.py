@@ -28,7 +28,7 @@ from .ranks import ALONE, Ranks
 from .setting_fields import to_dict
 from .settings import run_config
 from .states import extract
-from .training import RunFolder, check_new_run, describe_new_run
+from .training import JobRunFolder, RunFolder, check_new_run, describe_new_run
 
 if TYPE_CHECKING:
     import torch
@@ -135,12 +135,15 @@ def configure(
 ) -> RunConfig:
     """Write the demo into the folder, extract its states if the method reads a cache, and return the configuration.
 
-    folder: of the new run; it is claimed, and the demo lies in its folder `demo`.
+    folder: of the new run; it is claimed, and the demo lies in its folder `demo`. One that a job has begun stays as it
+        is.
     options: flat settings, as `run_config` takes them. uncached: run the encoders in every step.
     changes: settings by dotted name, as `run_config` takes them. ranks: those that train; rank 0 writes the demo.
     Raises InputError, before anything is written, for settings that cannot be used.
     """
     config, _ = _configuration(folder.path, options, uncached, changes)
+    if isinstance(folder, JobRunFolder) and folder.has_begun:
+        return config
     ranks.all_do(lambda: check_new_run(config, folder.path, device))
     LOGGER.info("No dataset given: this is the embedded demo.")
     folder.claim()

@@ -9,6 +9,7 @@ from .errors import InputError
 
 RANK, COUNT, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 ADDRESS, PORT = "MASTER_ADDR", "MASTER_PORT"
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # "True" if torchrun's agent has the store
 OF_SLURM = {RANK: "SLURM_PROCID", COUNT: "SLURM_STEP_NUM_TASKS", LOCAL_RANK: "SLURM_LOCALID"}
 REMEDY = f"start it by torchrun, or set {RANK}, {COUNT}, {LOCAL_RANK}, {ADDRESS} and {PORT} for each rank"
 LAST_PORT = (1 << 16) - 1
@@ -58,7 +59,7 @@ def job_place() -> JobPlace | None:
         is_one_machine=_number("LOCAL_WORLD_SIZE", count, default=0) == count,
         attempt=_number("TORCHELASTIC_RESTART_COUNT", 1 << 20, default=0),
         by_torchrun="TORCHELASTIC_RUN_ID" in os.environ,
-        launcher_has_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        launcher_has_store=launcher_store() is not None,
     )
 
 
@@ -68,6 +69,16 @@ def is_one_of_several() -> bool:
         return job_place() is not None
     except InputError:  # whoever joins the job reports it
         return True
+
+
+def launcher_store() -> tuple[str, int] | None:
+    """Return the address and the port of a store that outlives the ranks; None if the launcher has none.
+
+    Also one process may have such a launcher. Raises InputError if the port is no number.
+    """
+    if os.environ.get(AGENT_STORE) != "True":
+        return None
+    return os.environ.get(ADDRESS, ""), _number(PORT, LAST_PORT)
 
 
 def is_silent_rank() -> bool:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .agreement import refuse_disagreement, refuse_too_few
     from .ending import RankEnding, end_of_lost_contact
     from .gathering import gathered
+    from .job_memory import JobMemory
     from .job_watch import watch_job
     from .joining import joined_ranks
     from .leaving import leave_job, threads_of_rank
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALONE",
+    "JobMemory",
     "RankEnding",
     "Ranks",
     "end_of_lost_contact",

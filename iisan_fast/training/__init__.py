@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .fused_step import GpuFusedStep, run_stages
     from .initial_weights import read_initial_weights
     from .item_sources import open_source, refuse_missing_libraries
+    from .job_runs import JobRunFolder
     from .published_run import write_published
     from .ranking_run import RankingRun, load_ranking
     from .resume_run import RunChanges, resume
@@ -32,6 +33,7 @@ __all__ = [
     "CapturedStep",
     "EncodedItems",
     "GpuFusedStep",
+    "JobRunFolder",
     "RankingRun",
     "RunChanges",
     "RunFolder",

@@ -71,14 +71,6 @@ class RunFolder(RunFiles):
         self._lock = ExitStack()
         self._held = False
 
-    @classmethod
-    def numbered(cls, name: str, ranks: Ranks = ALONE) -> RunFolder:
-        """Return the first free folder runs/NAME-N, counted from 1, for a new run. Nothing is written.
-
-        Its path is settled when it is claimed. ranks: those that train the run.
-        """
-        return cls(None, name, ranks)
-
     @property
     def path(self) -> Path:
         """Return the folder's path; that of a numbered one may change until it is claimed."""

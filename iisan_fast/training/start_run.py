@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from ..runtime import fix_cublas_workspace
 from .initial_weights import RECORDED_AS, InitialWeights, read_initial_weights
 from .item_sources import Descriptions, open_source, refuse_missing_libraries
 from .job_agreement import refuse_unfit_job
+from .job_runs import JobRunFolder
+from .resume_run import resume
 from .run_folder import RunFolder
 from .run_terms import build_terms, file_of_terms, read_terms
 from .scoring import Scoring
@@ -25,6 +28,7 @@ from .training_loop import TrainingLoop
 from .unchanged_dataset import refuse_changed_texts
 from .untrained_run import rank_untrained
 
+LOGGER = logging.getLogger(__name__)
 NO_TERMS: tuple[NeighbourTerms | None, Descriptions] = (None, {})  # of the ranks after 0, which read rank 0's file
 
 
@@ -38,13 +42,18 @@ def train(
 ) -> dict[str, Any]:
     """Train a new run, write it into the folder `out`, and return its test figures.
 
-    out: a path, or a RunFolder; `path` of a numbered one is then the folder really used. on_epoch: called with each
-    finished epoch's line of metrics.jsonl. placement: where the feature table lies, one of config.PLACEMENTS.
-    ranks: the processes that train together. Raises InputError for input that cannot be used, if memory does not
-    suffice, or if the loss is not finite. Nothing is written before the dataset, the states and the model are loaded.
+    out: a path, or a RunFolder; `path` of a numbered one is then the folder really used. A run that a job has begun
+    before it was started again goes on. on_epoch: called on rank 0 with each finished epoch's line of metrics.jsonl.
+    placement: where the feature table lies, one of config.PLACEMENTS. ranks: the processes that train together. Raises
+    InputError for input that cannot be used, if memory does not suffice, or if the loss is not finite. Nothing is
+    written before the dataset, the states and the model are loaded.
     """
     fix_cublas_workspace()
     folder = out if isinstance(out, RunFolder) else RunFolder(out, ranks=ranks)
+    if isinstance(folder, JobRunFolder) and folder.has_begun:
+        ranks.all_do(lambda: folder.refuse_other_settings(config))
+        LOGGER.info("%s: goes on, because this job began it before it was started again", folder.path)
+        return resume(folder.path, device, on_epoch, placement, ranks=ranks)
     start = ranks.all_do(lambda: _Start.read(config, folder.path, device))
     dataset = start.dataset
     refuse_unfit_job(ranks, config, dataset.sequences, device, placement)

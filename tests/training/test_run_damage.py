@@ -660,7 +660,7 @@ def test_a_resume_of_a_run_that_is_trained_is_refused_unchanged(stopped):
 
 def test_numbered_folders_are_made_one_by_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = [RunFolder.numbered("name") for _ in range(3)]
+    folders = [RunFolder(None, "name") for _ in range(3)]
     assert {folder.path for folder in folders} == {Path("runs/name-1")} and not list(tmp_path.iterdir())
     for folder in folders:
         folder.claim()
