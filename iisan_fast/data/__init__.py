@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         TableOptions,
     )
     from .item_contents import ItemContents
+    from .jagged_arrays import places, row_blocks
     from .loss_columns import IN_BATCH, Negatives
     from .packed_batches import PackedWindow, RunPlan
     from .rank_batches import batch_slots, local_batches
@@ -92,6 +93,7 @@ __all__ = [
     "open_images",
     "pack_texts",
     "padded_shape",
+    "places",
     "read_image_file",
     "read_json_lines",
     "read_table",
@@ -99,6 +101,7 @@ __all__ = [
     "refuse_unfit_id",
     "refuse_unfit_name",
     "right_align",
+    "row_blocks",
     "statistics",
     "steps_per_epoch",
     "text_id",

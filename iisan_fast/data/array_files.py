@@ -135,7 +135,7 @@ def _compare_checksums(arrays: Mapping[str, np.ndarray], checksums: np.ndarray, 
 def _checksum(name: str, array: np.ndarray) -> int:
     """Return the checksum of an array's bytes, name, dtype and shape."""
     form = f"{name} {array.dtype.str} {array.shape}"
-    return int.from_bytes(checksum(np.ascontiguousarray(array).tobytes(), form.encode()), "big")
+    return int.from_bytes(checksum(np.ascontiguousarray(array).data, form.encode()), "big")
 
 
 def _one_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from operator import add
 import numpy as np
 from scipy.sparse import csr_array
 
-from ..data import Sequences
+from ..data import Sequences, places, row_blocks
 
 REACH = 9  # places between the items of a pair, at most
 BACKWARD = 0.6  # weight of a pair for the later item, beside 1 for the earlier one
@@ -43,8 +43,7 @@ class CoOccurrence:
         comes after the division by the root of the row's whole sum. block_bytes: memory that the pairs of the rows in
         work may take; the result is the same, bit for bit, for any.
         """
-        items = len(sequences.item_ids)
-        pairs = _Pairs(*sequences.training, items)
+        pairs = _Pairs(sequences)
         most = max(1, block_bytes // (PAIRS_OF_AN_ITEM * BYTES_PER_PAIR))
         blocks = [_strongest(pairs.units(first, end, most), neighbours) for first, end in pairs.blocks(most)]
         lengths, columns, values = (np.concatenate(parts) for parts in zip(*blocks))
@@ -74,17 +73,37 @@ class CoOccurrence:
 
 
 class _Pairs:
-    """The training pairs, to be enumerated by the item of their row."""
+    """The training pairs, to be enumerated by the item of their row.
 
-    def __init__(self, offsets: np.ndarray, interactions: np.ndarray, items: int) -> None:
-        """Sort the interactions by item. offsets: int64 [users + 1]; interactions: item numbers of all users."""
-        places = np.arange(len(interactions))
-        self.items = items
-        self.columns = (interactions - 1).astype(np.int32)
-        self.before = np.minimum(places - np.repeat(offsets[:-1], np.diff(offsets)), REACH).astype(np.int8)
-        self.after = np.minimum(np.repeat(offsets[1:], np.diff(offsets)) - places - 1, REACH).astype(np.int8)
-        self.by_item = np.argsort(self.columns, kind="stable")
-        self.ends = np.cumsum(np.bincount(self.columns, minlength=items))  # of each item in by_item
+    A place is an index of an interaction in the sequences' items, which may lie in a file.
+    """
+
+    def __init__(self, sequences: Sequences) -> None:
+        """Sort the places of the training interactions by item, some users' at a time."""
+        count = len(sequences.items)
+        self.items = len(sequences.item_ids)
+        self.interactions = sequences.items
+        self.ends = np.cumsum(sequences.training_counts[1:])  # of each item in by_item
+        self.before = np.empty(count, dtype=np.int8)
+        self.after = np.empty(count, dtype=np.int8)
+        self.by_item = np.empty(self.ends[-1], dtype=np.int32 if count <= np.iinfo(np.int32).max else np.int64)
+        filled = self.ends - sequences.training_counts[1:]
+        for first, end in row_blocks(sequences.training_lengths):
+            lengths = sequences.training_lengths[first:end]
+            starts = np.repeat(sequences.offsets[first:end], lengths)
+            here = places(sequences.offsets[first:end], lengths)
+            self.before[here] = np.minimum(here - starts, REACH)
+            self.after[here] = np.minimum(starts + np.repeat(lengths, lengths) - here - 1, REACH)
+            columns = self._columns(here)
+            order = np.argsort(columns, kind="stable")
+            counts = np.bincount(columns, minlength=self.items)
+            moved = filled - (np.cumsum(counts) - counts)
+            self.by_item[np.arange(len(here)) + np.repeat(moved, counts)] = here[order]
+            filled += counts
+
+    def _columns(self, here: np.ndarray) -> np.ndarray:
+        """Return the columns of the items at some places, int32."""
+        return (self.interactions[here] - 1).astype(np.int32, copy=False)
 
     def blocks(self, most: int) -> Iterator[tuple[int, int]]:
         """Yield (first row, end) of blocks with at most `most` interactions, or of one row that has more."""
@@ -112,8 +131,8 @@ class _Pairs:
 
         The product of two matrices adds them up: row by interaction, and interaction by neighbour.
         """
-        places = self.by_item[start:stop]
-        centre = self.columns[places]
+        here = self.by_item[start:stop]
+        centre = self._columns(here)
         neighbours = np.repeat(centre[:, None], PAIRS_OF_AN_ITEM, axis=1)
         units = np.zeros(neighbours.shape, dtype=np.int64)
         for k in range(1, REACH + 1):
@@ -121,17 +140,15 @@ class _Pairs:
                 (k - 1, self.after, k, UNITS // k),
                 (REACH + k - 1, self.before, -k, round(BACKWARD * UNITS) // k),
             ):
-                rows = np.flatnonzero(room[places] >= k)
-                neighbours[rows, column] = self.columns[places[rows] + step]
+                rows = np.flatnonzero(room[here] >= k)
+                neighbours[rows, column] = self._columns(here[rows] + step)
                 units[rows, column] = weight
         units[neighbours == centre[:, None]] = 0
-        width = np.arange(len(places) + 1) * PAIRS_OF_AN_ITEM
-        of_interactions = csr_array((units.ravel(), neighbours.ravel(), width), shape=(len(places), self.items))
-        ends = np.clip(self.ends[first:end] - start, 0, len(places))
-        ones = np.ones(len(places), dtype=np.int64)
-        of_rows = csr_array(
-            (ones, np.arange(len(places)), np.concatenate([[0], ends])), shape=(end - first, len(places))
-        )
+        width = np.arange(len(here) + 1) * PAIRS_OF_AN_ITEM
+        of_interactions = csr_array((units.ravel(), neighbours.ravel(), width), shape=(len(here), self.items))
+        ends = np.clip(self.ends[first:end] - start, 0, len(here))
+        ones = np.ones(len(here), dtype=np.int64)
+        of_rows = csr_array((ones, np.arange(len(here)), np.concatenate([[0], ends])), shape=(end - first, len(here)))
         return of_rows @ of_interactions
 
 

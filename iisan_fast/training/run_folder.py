@@ -184,7 +184,7 @@ class RunFolder(RunFiles):
         for name, save in (("sequences.npz", sequences.save), (ITEMS_FILE, items.save)):
             with whole_file(self.path / name) as temporary:
                 save(temporary)
-                record = record.with_file(name, temporary.read_bytes())
+                record = record.with_file_at(temporary)
         contents = {"views.json": json_file(views), "environment.json": json_file(circumstances)}
         for name, content in {**contents, self.neighbours.name: neighbours}.items():
             write_atomically(self.path / name, content)

@@ -72,6 +72,10 @@ class RunRecord:
         """Return the record with the checksum of a file."""
         return replace(self, files={**self.files, name: _file_checksum(name, content)})
 
+    def with_file_at(self, path: Path) -> RunRecord:
+        """Return the record with the checksum of a file, which is not in memory as a whole. Raises OSError."""
+        return replace(self, files={**self.files, path.name: file_checksum(path, path.name.encode()).hex()})
+
     def without_file(self, name: str) -> RunRecord:
         """Return the record without the checksum of a file."""
         return replace(self, files={other: recorded for other, recorded in self.files.items() if other != name})
