@@ -53,7 +53,7 @@ def field(batch: StepBatch, name: str) -> int:
     return batch.header[HEADER.index(name)].item()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(histories, st.integers(1, 6), counts)
 def test_shares_are_word_by_word_those_of_plain_loops(training, batch_users, count):
     sequences = sequences_of(training)
@@ -73,7 +73,7 @@ def test_shares_are_word_by_word_those_of_plain_loops(training, batch_users, cou
             assert torch.equal(items[step], (encoded if len(encoded) else batch.distinct[:1]).long())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(histories, st.integers(1, 6), counts, st.booleans())
 def test_each_row_stands_on_one_rank_and_the_columns_on_all(training, batch_users, count, own_mask):
     sequences = sequences_of(training)
