@@ -171,6 +171,8 @@ class CpuFusedStep(FusedStep):
         """
         self.storage.check()
         operands = self.model.step_operands(batch, inputs)
+        if self.ranks.several and not self._item_ranks.several:
+            operands = operands._replace(block=slice(0, len(batch.distinct)))  # a local batch is encoded as a whole
         step = self._step_for(operands)
         if self._exchanges is not None:
             self._exchanges.set_batch(len(batch.distinct), operands.encoded, operands.step)

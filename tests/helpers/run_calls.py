@@ -23,6 +23,7 @@ from iisan_fast.training.start_run import train
 from iisan_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
+PRECISION = Precision(table=torch.float64, products=torch.float32)  # the dtype of products is read on a GPU alone
 
 
 @contextmanager
@@ -33,9 +34,7 @@ def in_float64() -> Iterator[None]:
         patch.setattr(trainer, "build_recommender", lambda *arguments: build(*arguments).double())
         patch.setattr(training_loop, "item_vectors", lambda tensors, *_: tensors[ITEM_VECTORS])
         for module in (start_run, resume_run):
-            patch.setattr(
-                module, "resolve_precision", lambda *_: Precision(table=torch.float64, products=torch.float32)
-            )
+            patch.setattr(module, "resolve_precision", lambda *_: PRECISION)
         yield
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from helpers.rank_processes import run_on_ranks
-from helpers.run_calls import resumed, trained
-from helpers.run_folders import untimed
+from helpers.run_calls import PRECISION, in_float64, resumed, trained
+from helpers.run_folders import assert_same_run, untimed
 from iisan_fast.config import ModelConfig, RunConfig, TrainConfig
+from iisan_fast.data.batches import make_batch
+from iisan_fast.data.sequences import load_dataset
+from iisan_fast.errors import InputError
+from iisan_fast.models.recommender import build_recommender
 from iisan_fast.ranks import ALONE
 from iisan_fast.training.checkpoints import load_checkpoint
+from iisan_fast.training.item_sources import open_source
 
 FAST = {"adapters": 1e-2, "gates": 1e-2, "heads": 1e-2, "sequence_encoder": 1e-2}
 EPOCHS = 2
@@ -66,3 +73,72 @@ def test_a_signal_on_one_rank_stops_all_after_the_same_step_and_one_goes_on(tmp_
     assert (state["epoch"], state["under_way"]["steps"]) == (1, 3)
     resumed(ALONE, run)
     assert_near(run, alone)
+
+
+def local(config: RunConfig, **changes) -> RunConfig:
+    """Return the settings of one epoch with local negatives."""
+    train = dataclasses.replace(config.train, **{"negatives": "local", "max_epochs": 1, **changes})
+    return dataclasses.replace(config, train=train)
+
+
+def test_local_negatives_are_the_average_of_a_step_on_each_ranks_users(tmp_path, config):
+    """Two batches of 21 users, and one of 18, for three ranks."""
+    one_epoch = local(config, batch_users=21)
+    run_on_ranks(3, trained, one_epoch, tmp_path / "run")
+    loss, weights = averaged_steps(one_epoch, 3)
+    assert untimed(tmp_path / "run")[0]["loss"] == pytest.approx(loss, rel=1e-9)
+    tensors, state = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    for name, weight in weights.items():
+        torch.testing.assert_close(tensors[f"model.{name}"], weight, rtol=1e-7, atol=1e-10, msg=name)
+
+
+def averaged_steps(config: RunConfig, count: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """Train an epoch by batches in `count` parts, whose mean losses are averaged, by autograd and torch's Adam.
+
+    Returns the mean loss of the rows, and the weights.
+    """
+    dataset = load_dataset(Path(config.dataset), config.protocol)
+    sequences = dataset.sequences
+    train = config.train
+    order = np.random.default_rng((train.seed, 0)).permutation(len(sequences.user_ids))
+    total = rows = 0.0
+    with in_float64(), open_source(config, dataset, torch.device("cpu"), "auto", PRECISION) as (source, _):
+        model = build_recommender(source, config, sequences.popularity, PRECISION).double().train()
+        groups = [
+            {"params": group, "lr": train.learning_rates[name]} for name, group in model.parameter_groups().items()
+        ]
+        optimizer = torch.optim.Adam(groups)
+        for step, users in enumerate(
+            np.array_split(order, np.arange(train.batch_users, len(order), train.batch_users))
+        ):
+            parts = [make_batch(sequences, part, step) for part in np.array_split(users, count)]
+            losses = [model.loss(part, source.read(part.distinct)) for part in parts]
+            optimizer.zero_grad()
+            loss = torch.stack(losses).mean()
+            loss.backward()
+            optimizer.step()
+            its_rows = sum(len(part.targets) for part in parts)
+            total += loss.item() * its_rows
+            rows += its_rows
+    return total / rows, {name: weight.detach() for name, weight in model.named_parameters()}
+
+
+def test_local_negatives_of_one_rank_are_the_global_ones(tmp_path, config):
+    trained(ALONE, local(config), tmp_path / "local")
+    trained(ALONE, local(config, negatives="global"), tmp_path / "global")
+    assert_same_run(tmp_path / "local", tmp_path / "global")
+
+
+def test_a_run_with_local_negatives_goes_on_with_as_many_ranks(tmp_path, config):
+    run = tmp_path / "run"
+    run_on_ranks(2, trained, local(config), run, (0, 2))
+    assert resumed(ALONE, run)[0] == (
+        f"{run}: negatives local: a rank's own users give its negatives, so the run goes on with 2 ranks, as it began; "
+        "found 1; start 2"
+    )
+
+
+@pytest.mark.parametrize("loss", ["full", "sampled:8", "gbce"])
+def test_a_loss_without_negatives_of_the_batch_has_no_local_ones(loss):
+    with pytest.raises(InputError, match=f"negatives: local takes those .*; {loss} takes the same on all ranks"):
+        TrainConfig(loss=loss, negatives="local")
