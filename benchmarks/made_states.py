@@ -23,27 +23,26 @@ def made_ids(items: int) -> list[str]:
 
 
 def make_states(cache: Path, items: int, layers: int, width: int, on_part: Callable[[int], None]) -> None:
-    """Write the states of two views in bfloat16 into a cache, unless it holds them already.
+    """Write the states of two views in bfloat16 into a cache, as far as it does not hold them already.
 
-    on_part: called with the number of items that were written. Raises InputError if the disk lacks room, or if the
+    on_part: called with the number of items of each part. Raises InputError if the disk lacks room, or if the
     cache holds other states.
     """
     item_ids = made_ids(items)
     description = _description(layers, width)
     with Store(cache, writable=True) as store:
         store.check_views({view: description for view in VIEWS})
-        if _is_whole(store, item_ids[-1]):
-            on_part(items)
-            return
-        _refuse_lack_of_disk(cache, items, layers * width * 2)
+        if not _has(store, item_ids[-1]):
+            _refuse_lack_of_disk(cache, items, layers * width * 2)
         store.add_views({view: description for view in VIEWS})
         generator = torch.Generator().manual_seed(0)
         shape = min(BLOCK, items), layers, width
         blocks = {view: torch.randn(shape, generator=generator).bfloat16() for view in VIEWS}
         for start in range(0, items, BLOCK):
             part = item_ids[start : start + BLOCK]
-            digests = [content_digest(item_id.encode()) for item_id in part]
-            store.write_views(part, digests, {view: block[: len(part)] for view, block in blocks.items()})
+            if not _has(store, part[-1]):
+                digests = [content_digest(item_id.encode()) for item_id in part]
+                store.write_views(part, digests, {view: block[: len(part)] for view, block in blocks.items()})
             on_part(len(part))
 
 
@@ -60,9 +59,9 @@ def _description(layers: int, width: int) -> dict[str, object]:
     }
 
 
-def _is_whole(store: Store, last_id: str) -> bool:
-    """Return True if the cache has the states of the last item, which is written last."""
-    return all(view in store.views and next(store.digests(view, [last_id])) is not None for view in VIEWS)
+def _has(store: Store, item_id: str) -> bool:
+    """Return True if the cache has the states of an item in both views. A part's last item is stored with its others."""
+    return all(view in store.views and next(store.digests(view, [item_id])) is not None for view in VIEWS)
 
 
 def _refuse_lack_of_disk(cache: Path, items: int, states: int) -> None:

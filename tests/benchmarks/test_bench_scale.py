@@ -45,7 +45,10 @@ def test_the_cache_is_sound_and_made_once(cache):
     before = (cache / "states.lmdb" / "data.mdb").read_bytes()
     written = []
     made_states.make_states(cache, ITEMS, 3, 16, written.append)
-    assert written == [ITEMS] and (cache / "states.lmdb" / "data.mdb").read_bytes() == before
+    assert written == [25, 25, 10] and (cache / "states.lmdb" / "data.mdb").read_bytes() == before
+    made_states.make_states(cache, ITEMS + 20, 3, 16, written.append)
+    larger = load_table(cache, ["second"], made_states.made_ids(ITEMS + 20), CPU, "device")
+    assert torch.equal(larger.views[0][1 : ITEMS + 1], view[1:]) and torch.equal(larger.views[0][76:], view[1:6])
     with pytest.raises(InputError, match="made with other settings"):
         made_states.make_states(cache, ITEMS, 3, 32, written.append)
 
