@@ -60,7 +60,7 @@ def _description(layers: int, width: int) -> dict[str, object]:
 
 
 def _has(store: Store, item_id: str) -> bool:
-    """Return True if the cache has the states of an item in both views. A part's last item is stored with its others."""
+    """Return True if the cache has the states of an item in both views. A part is stored at once."""
     return all(view in store.views and next(store.digests(view, [item_id])) is not None for view in VIEWS)
 
 

@@ -11,7 +11,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import lmdb
@@ -19,6 +19,7 @@ import lmdb
 from ..data import open_database
 from ..errors import InputError, with_remedy
 from ..files import refuse_irregular
+from .memory_advice import read_ahead
 
 MAP_BYTES = 1 << 20  # to begin with; a writer doubles it when it is full
 LOCK_BYTES = 8192  # of LMDB's lock file with its table of 126 readers
@@ -97,6 +98,10 @@ class Database:
             newest = self._env.info()["last_txnid"]
             if newest < self._snapshot.id() or (newest > self._snapshot.id() and not self._locked):
                 raise self._changed()
+
+    def read_ahead(self) -> AbstractContextManager[None]:
+        """Return a context in which a reader's file is read ahead, for reading many entries about in their order."""
+        return nullcontext() if self._snapshot is None else read_ahead(self._content.fileno())
 
     def entries(self) -> Iterator[tuple[bytes, memoryview]]:
         """Yield the key and the value of each entry, in the order of the keys. A value is valid until the next one.

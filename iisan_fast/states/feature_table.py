@@ -295,6 +295,6 @@ def _parts(
     staging = torch.empty((size, *selected_shape(view, positions)), dtype=getattr(torch, view["dtype"]))
     for start in range(0, len(item_ids), ITEMS_AT_ONCE):
         part = item_ids[start : start + ITEMS_AT_ONCE]
-        rows = staging[: len(part)]
-        store.read(name, part, rows, positions)
-        yield start, rows
+        with store.read_ahead():
+            store.read(name, part, staging[: len(part)], positions)
+        yield start, staging[: len(part)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
 from typing import Any
 
@@ -85,6 +86,10 @@ class Features:
                 raise self._not_finite(part_ids, states)
             digest.update(states.view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    def read_ahead(self) -> AbstractContextManager[None]:
+        """Return an empty context: the system reads these files ahead by itself."""
+        return nullcontext()
 
     def check(self, view: str, item_ids: list[str]) -> None:
         """Do nothing: the items were looked up when the file was opened."""

@@ -46,6 +46,14 @@ class ShardedDatabase:
             transactions = [opened.enter_context(database.reading()) for database in self.databases]
             yield ShardedTransaction(self.databases, transactions)
 
+    @contextmanager
+    def read_ahead(self) -> Iterator[None]:
+        """Let the system read the files of all databases ahead in this context, as `Database.read_ahead`."""
+        with ExitStack() as opened:
+            for database in self.databases:
+                opened.enter_context(database.read_ahead())
+            yield
+
     def entries(self) -> Iterator[tuple[bytes, memoryview]]:
         """Yield the key and the value of each entry of all shards, in the order of the keys, as `Database.entries`."""
         return heapq.merge(*(database.entries() for database in self.databases), key=lambda entry: entry[0])

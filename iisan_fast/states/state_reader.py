@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +37,9 @@ class StateReader(Protocol):
         read.
         """
 
+    def read_ahead(self) -> AbstractContextManager[None]:
+        """Return a context in which the files are read ahead, for reading the states of most items."""
+
     def close(self) -> None:
         """Close the files."""
 
@@ -60,6 +63,10 @@ class JoinedStates:
         for reader in (self._store, *self._features.values()):
             if reader is not None:
                 reader.close()
+
+    def read_ahead(self) -> AbstractContextManager[None]:
+        """Return a context in which the cache's files are read ahead, for reading the states of most items."""
+        return nullcontext() if self._store is None else self._store.read_ahead()
 
     def view(self, name: str) -> dict[str, Any]:
         """Return the description of a view. Raises InputError if there is no view of this name."""

@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,12 @@ class Store:
 
     def contents(self, view: str, item_ids: Iterable[str]) -> str:
         """Return one digest (hex) of the contents that the items' states were made from, in the order of `item_ids`."""
-        return sha256(b"".join(digest or b"" for digest in self.digests(view, item_ids))).hexdigest()
+        with self.read_ahead():
+            return sha256(b"".join(digest or b"" for digest in self.digests(view, item_ids))).hexdigest()
+
+    def read_ahead(self) -> AbstractContextManager[None]:
+        """Return a context in which a reader's files are read ahead, for reading the states of most items."""
+        return self._database.read_ahead()
 
     def write(self, view: str, item_ids: list[str], digests: list[bytes], states: Tensor) -> None:
         """Store states [N, K, D] of N items, in the view's dtype, in one transaction: all of them or none.
@@ -206,9 +211,10 @@ class Store:
                 raise self._damaged(view, item_ids[row], entry)
 
     def check(self, view: str, item_ids: list[str]) -> None:
-        """Raise InputError if any item's states are missing or have another size. States are not read."""
-        for _ in self._entries(view, item_ids):
-            pass
+        """Raise InputError if any item's states are missing or have another size. States are not compared."""
+        with self.read_ahead():  # LMDB's Python module touches all pages of an entry that is looked up
+            for _ in self._entries(view, item_ids):
+                pass
 
     def _entries(self, view: str, item_ids: list[str]) -> Iterator[tuple[int, bytes, memoryview]]:
         """Yield each item's row, its key and its entry: a digest, states, and the checksum unless it lacks one.
