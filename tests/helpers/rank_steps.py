@@ -43,7 +43,7 @@ class Case:
 
     model: ModelConfig = SMALL
     train: TrainConfig = PLAIN
-    steps: int = 5
+    steps: int = 5  # the second has few items, the fourth one user; the last has gradients
     fused: bool = True  # take fused steps; False: steps by autograd
     cached: bool = True  # read states from a table; False: compute them in each step
     captured: bool = False  # with autograd: pad the batches, and take the step that CUDA captures
