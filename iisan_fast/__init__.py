@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from .doors import lazy_names
 
 if TYPE_CHECKING:
-    from .api import evaluate, extract, load, load_dataset, resume, train, verify
+    from .api import evaluate, extract, load, load_dataset, merge_shards, resume, train, verify
     from .config import (
         EvaluationConfig,
         ExtractionConfig,
@@ -46,6 +46,7 @@ __all__ = [
     "extract",
     "load",
     "load_dataset",
+    "merge_shards",
     "prepare",
     "resume",
     "train",

@@ -50,7 +50,7 @@ from .trusted_code import is_trusted, refuse_unasked_code_of_run
 if TYPE_CHECKING:
     import torch
 
-    from .states import Extracted
+    from .states import Extracted, Merged
     from .training import BestRun, JobRunFolder
     from .verified import Verified
 
@@ -111,11 +111,13 @@ def extract(
     changes: Mapping[str, Any] | None = None,
     device: str | torch.device = "auto",
     dry_run: bool = False,
+    shard: str | None = None,
     **settings: Any,
 ) -> list[Extracted]:
     """Run a dataset's items through frozen encoders and store their pooled hidden states in the folder `cache`.
 
-    A stopped extraction goes on where it stopped; only new and changed items are encoded again.
+    A stopped extraction goes on where it stopped; only new and changed items are encoded again. The ranks of a job fill
+    a cache in shards, which is read as any other.
 
     dataset: a dataset's folder, or what `load_dataset` returned; by default the one that `config` names.
     cache: a folder, made if it is not there; by default the one that `config` names.
@@ -125,6 +127,7 @@ def extract(
     protocol, extraction: sections of the configuration; they replace those of `config`.
     changes: settings by dotted name, as {"encoders.title.max_tokens": 64}; they go last.
     dry_run: do all checks, write nothing, and return how many items would be encoded.
+    shard: "2/4" fills the second of four shards alone, in one process. All shards are filled by default.
     settings: image_encoder and text_encoder (hub names or folders), how they are read (image_pooling, text_layers, …),
         and any setting of ExtractionConfig and ProtocolConfig by its name, as batch_size=32; `iisan-fast extract
         --help` lists them.
@@ -141,10 +144,34 @@ def extract(
     chosen = _section_settings(protocol=protocol, extraction=extraction)
     chosen |= _data_settings(dataset, cache, [*chosen, *settings, *(changes or {})]) | settings
     plan = extraction_config(chosen, base_settings(config), _view_configs(views), changes)
-    loaded = dataset if isinstance(dataset, Dataset) else load_dataset(plan.dataset, protocol=plan.protocol)
     from . import states
 
-    return states.extract(loaded, plan.views, plan.cache, torch_device(device), plan.config, dry_run)
+    asked = None if shard is None else states.parsed_shard(shard)
+    ranks = joined_ranks()
+    where = ranks.all_do(lambda: torch_device(device))
+    loaded = dataset
+    if not isinstance(loaded, Dataset):
+        loaded = ranks.all_do(lambda: load_dataset(plan.dataset, protocol=plan.protocol))
+    return states.extract(loaded, plan.views, plan.cache, where, plan.config, dry_run, asked, ranks)
+
+
+@_checks_names()
+def merge_shards(cache: PathLike) -> Merged:
+    """Copy all shards of a cache into one store, which takes their place, and return what was copied.
+
+    The cache is read as before, and gives the same numbers. Needs room for a second copy of the states.
+
+    cache: the folder of a cache in shards.
+
+    Returns a Merged: the number of shards, of entries, and their bytes.
+    Raises InputError, with the cache still in shards, for a shard that is missing or unfinished, a damaged entry, or a
+    disk without room. Raises Stopped, likewise, after a signal.
+    """
+    from . import states
+
+    if joined_ranks().several:
+        raise InputError("merge: is done by one process; leave out the launcher")
+    return states.merge_shards(as_path("cache", cache))
 
 
 @_checks_names(RUN_SETTINGS)

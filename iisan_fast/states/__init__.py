@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from .item_source import Chunks, ItemInputs, ItemSource
     from .loader import PlannedBatch, PreparedBatch, planned_batches, prepared_batches
     from .manifest import describes_view
+    from .merging import Merged, merge_shards
     from .placement import free_memory, size_text, usable_memory
     from .recorded_encoders import EncoderPlaces, RecordedEncoders
     from .recorded_views import refuse_other_encoders
+    from .shards import parsed_shard
     from .standardise import StateStatistics
     from .state_reader import StateReader, open_states
     from .state_writer import GROUP_ITEMS
@@ -32,6 +34,7 @@ __all__ = [
     "GROUP_ITEMS",
     "ItemInputs",
     "ItemSource",
+    "Merged",
     "PlannedBatch",
     "PreparedBatch",
     "RecordedEncoders",
@@ -46,9 +49,11 @@ __all__ = [
     "free_memory",
     "group_positions",
     "load_table",
+    "merge_shards",
     "open_inputs",
     "open_sources",
     "open_states",
+    "parsed_shard",
     "planned_batches",
     "prepared_batches",
     "refuse_other_encoders",

@@ -54,6 +54,8 @@ def all_shards(count: int) -> list[Shard]:
 
 def parsed_shard(text: str) -> Shard:
     """Return the shard that a text such as "2/4" names. Raises InputError for another text."""
+    if not isinstance(text, str):
+        raise InputError(f"shard: expected text as K/N, found {text!r}")
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     number, count = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= count <= MOST_SHARDS:
