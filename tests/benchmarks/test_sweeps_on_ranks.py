@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -65,3 +67,24 @@ def test_a_benchmark_of_one_process_refuses_several():
         InputError, match="^bench train: runs in one process, found 2 ranks; run it without the launcher"
     ):
         run_benchmark(BY_NAME["train"], BY_NAME["train"].settings(), setup)
+
+
+@pytest.mark.long
+def test_torchrun_gives_the_figures_of_a_sequential_sweep(encoder_views, small_catalogue, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # by which sums are rounded
+    encoder = encoder_views[1].encoder
+    words = [str(small_catalogue), "--methods", "iisan,id", "--text-encoder", encoder, "--max-tokens", "12"]
+    words += ["--seeds", "0,1", "--epochs", "2", "--batch-users", "16", "--device", "cpu"]
+    results = {}
+    for name, launcher in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"])):
+        folder = tmp_path / name
+        command = [sys.executable, "-m", *launcher, "iisan_fast", "bench", "methods", *words, "--folder", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        results[name] = json.loads((folder / "result.json").read_text())["encoders"]["encoders"]
+        assert "iisan" in done.stdout and done.stdout.count("Methods") <= 1
+    assert results["one"]["baselines"] == results["two"]["baselines"]
+    for method, expected in results["one"]["methods"].items():
+        row = results["two"]["methods"][method]
+        for figure in ("hr", "ndcg", "losses", "epochs", "p_value", "trainable_parameters"):
+            assert row[figure] == expected[figure], (method, figure)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from helpers.ranking_calls import command, commands
 from iisan_fast.serving import recommendation
 
 pytest.importorskip("polars")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ON_CPU = ["--device", "cpu", "--quiet"]
 
 
@@ -75,3 +78,21 @@ def test_all_ranks_refuse_bad_input(run_with_terms, tmp_path):
     assert [out for out, _ in expected] == [""] * len(calls)
     for (_, message), part in zip(expected, ("best.safetensors: ", "best.safetensors: ", "k: expected", "--out: ")):
         assert part in message
+
+
+@pytest.mark.long
+def test_torchrun_recommends_and_evaluates(run_with_terms, tmp_path):
+    for name in ("one.csv", "two.csv"):
+        launcher = [] if name == "one.csv" else TORCHRUN
+        words = ["recommend", str(run_with_terms), "--device", "cpu", "--out", str(tmp_path / name)]
+        program([*launcher, "-m", "iisan_fast", *words])
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes() != b""
+    evaluate = ["-m", "iisan_fast", "evaluate", str(run_with_terms), "--device", "cpu", "--json"]
+    assert json.loads(program([*TORCHRUN, *evaluate])) == json.loads(program(evaluate))
+
+
+def program(words: list[str]) -> str:
+    """Return the standard output of Python with these words. Raises CalledProcessError if it fails."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
