@@ -78,10 +78,11 @@ def broken_scores(ranks: Ranks, users: int) -> str:
 def commands(ranks: Ranks, calls: list[list[str]], users_at_once: int) -> list[tuple[str, str]]:
     """Run commands one after the other; return the output and the error of each.
 
-    users_at_once: of the parts in which users are recommended items.
+    calls: their words, in which {rank} stands for the number of this rank. users_at_once: of the parts in which users
+    are recommended items.
     """
     recommendation.USERS_AT_ONCE = users_at_once
-    return [command(words) for words in calls]
+    return [command([word.format(rank=ranks.rank) for word in words]) for words in calls]
 
 
 def command(words: list[str]) -> tuple[str, str]:

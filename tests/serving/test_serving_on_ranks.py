@@ -80,6 +80,15 @@ def test_all_ranks_refuse_bad_input(run_with_terms, tmp_path):
         assert part in message
 
 
+def test_ranks_refuse_to_rank_by_different_runs(run_with_terms, plain_run, tmp_path):
+    for rank, run in enumerate((run_with_terms, plain_run)):
+        (tmp_path / f"run-{rank}").symlink_to(run)
+    calls = [[name, str(tmp_path / "run-{rank}"), *ON_CPU] for name in ("evaluate", "recommend")]
+    ((of_evaluate, of_recommend),) = {tuple(results) for results in run_on_ranks(2, commands, calls, 7)}
+    for out, message in (of_evaluate, of_recommend):
+        assert out == "" and message.startswith("rank 1 on ") and "differs from rank 0: run." in message
+
+
 @pytest.mark.long
 def test_torchrun_recommends_and_evaluates(run_with_terms, tmp_path):
     for name in ("one.csv", "two.csv"):
