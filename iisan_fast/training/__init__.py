@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from .job_runs import JobRunFolder
     from .published_run import write_published
     from .ranking_run import RankingRun, load_ranking
-    from .resume_run import RunChanges, resume
+    from .resume_run import resume
     from .run_agreement import refuse_other_runs
+    from .run_changes import RunChanges
     from .run_environment import environment
     from .run_folder import RunFolder
     from .run_item_encoder import EncodedItems, open_item_encoder

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import NEIGHBOURS, FeaturesConfig, RunConfig, TrainConfig, UncachedConfig
+from ..config import NEIGHBOURS, RunConfig, TrainConfig
 from ..data import Dataset, Sequences
 from ..errors import InputError
 from ..precision import Precision, resolve_precision
@@ -20,6 +19,7 @@ from ..states import ItemSource
 from .initial_weights import initial_weights_again
 from .item_sources import open_final_states, open_source, refuse_changed_views
 from .job_agreement import refuse_unfit_job
+from .run_changes import NO_CHANGES, RunChanges
 from .run_environment import recorded_ranks
 from .run_folder import RunFolder
 from .run_progress import Progress
@@ -33,52 +33,12 @@ from .untrained_run import rank_untrained
 LOGGER = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RunChanges:
-    """The settings that a run may change when it goes on; None changes nothing."""
-
-    dataset: str | None = None  # folders to which the data has moved
-    cache: str | None = None
-    features: Mapping[str, str] = field(default_factory=dict)  # the file to which a view's features have moved
-    image_encoder: str | None = None
-    text_encoder: str | None = None
-    max_epochs: int | None = None
-    patience: int | None = None
-    checkpoint_every: str | int | None = None
-
-    def __bool__(self) -> bool:
-        """Return True if anything changes."""
-        return self != RunChanges()
-
-    def applied_to(self, config: RunConfig) -> RunConfig:
-        """Return a run's configuration with the changes. Raises InputError for a place of what the run does not read.
-
-        Whether the new places hold the same content is not checked.
-        """
-        names = ("max_epochs", "patience", "checkpoint_every")
-        train = replace(config.train, **{name: value for name in names if (value := getattr(self, name)) is not None})
-        if self.cache is not None and config.cache is None:
-            raise InputError("cache: the run reads none; leave it out")
-        uncached = config.uncached
-        for kind, encoder in (("image", self.image_encoder), ("text", self.text_encoder)):
-            if encoder is not None:
-                uncached = _moved_encoder(config, uncached, kind, encoder)
-        return replace(
-            config,
-            dataset=self.dataset or config.dataset,
-            cache=self.cache or config.cache,
-            features=moved_features(config.features, self.features),
-            uncached=uncached,
-            train=train,
-        )
-
-
 def resume(
     out: Path,
     device: torch.device,
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
     placement: str = "auto",
-    changes: RunChanges = RunChanges(),
+    changes: RunChanges = NO_CHANGES,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Continue a run, with the results that it would have had without the stop, and return its test figures.
@@ -190,30 +150,6 @@ def _refuse_moved_states(folder: RunFolder, config: RunConfig, dataset: Dataset,
     if changes.cache is not None or changes.features:
         with open_final_states(config, dataset.sequences.item_ids) as (_, views):
             refuse_changed_views(folder.views, views, folder.path)
-
-
-def _moved_encoder(config: RunConfig, uncached: UncachedConfig | None, kind: str, encoder: str) -> UncachedConfig:
-    """Return the encoders of a run, where the image's or the text's encoder has a new place.
-
-    Raises InputError if the run has not exactly one such encoder.
-    """
-    if uncached is None:
-        remedy = "give the place of the cache" if config.cache is not None else "leave it out"
-        raise InputError(f"{kind}_encoder: no encoder runs in this run; {remedy}")
-    of_kind = [view for view in uncached.views if (view.source == "image") == (kind == "image")]
-    if len(of_kind) != 1:
-        raise InputError(f"{kind}_encoder: expected one {kind} encoder in the run, found {len(of_kind)}; leave it out")
-    views = tuple(replace(view, encoder=encoder) if view in of_kind else view for view in uncached.views)
-    return replace(uncached, views=views)
-
-
-def moved_features(features: tuple[FeaturesConfig, ...], places: Mapping[str, str]) -> tuple[FeaturesConfig, ...]:
-    """Return features with other files. places: the new file by the view's name. Raises InputError for another name."""
-    names = [view.name for view in features]
-    for name in places:
-        if name not in names:
-            raise InputError(f"features: the run reads no features {name!r}; expected {', '.join(names) or 'none'}")
-    return tuple(replace(view, path=places.get(view.name, view.path)) for view in features)
 
 
 def _write_terms_again(folder: RunFolder) -> None:

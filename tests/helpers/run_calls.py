@@ -18,7 +18,8 @@ from iisan_fast.precision import Precision
 from iisan_fast.ranks import Ranks
 from iisan_fast.training import resume_run, start_run, trainer, training_loop
 from iisan_fast.training.checkpoints import ITEM_VECTORS
-from iisan_fast.training.resume_run import RunChanges, resume
+from iisan_fast.training.resume_run import resume
+from iisan_fast.training.run_changes import RunChanges
 from iisan_fast.training.start_run import train
 from iisan_fast.training.trainer import Trainer
 

@@ -23,7 +23,8 @@ from iisan_fast.states.item_source import ItemSource
 from iisan_fast.states.standardise import ROWS_AT_ONCE, StateStatistics, state_statistics
 from iisan_fast.states.store import Store
 from iisan_fast.training.checkpoints import load_checkpoint
-from iisan_fast.training.resume_run import RunChanges, resume
+from iisan_fast.training.resume_run import resume
+from iisan_fast.training.run_changes import RunChanges
 from iisan_fast.training.run_folder import RunFolder
 from iisan_fast.training.start_run import train
 

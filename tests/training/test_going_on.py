@@ -19,7 +19,8 @@ from iisan_fast.states.entries import content_digest
 from iisan_fast.states.store import Store
 from iisan_fast.training.checkpoints import load_checkpoint
 from iisan_fast.training.fused_step import CpuFusedStep
-from iisan_fast.training.resume_run import RunChanges, resume
+from iisan_fast.training.resume_run import resume
+from iisan_fast.training.run_changes import RunChanges
 from iisan_fast.training.run_folder import RunFolder
 from iisan_fast.training.start_run import train
 from iisan_fast.training.trainer import Trainer

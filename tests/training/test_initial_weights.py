@@ -23,7 +23,8 @@ from iisan_fast.precision import resolve_precision
 from iisan_fast.training.checkpoints import load_checkpoint, named_weights
 from iisan_fast.training.initial_weights import read_initial_weights
 from iisan_fast.training.item_sources import open_source
-from iisan_fast.training.resume_run import RunChanges, resume
+from iisan_fast.training.resume_run import resume
+from iisan_fast.training.run_changes import RunChanges
 from iisan_fast.training.start_run import train
 from iisan_fast.training.trainer import Trainer
 from iisan_fast.training.training_loop import TrainingLoop

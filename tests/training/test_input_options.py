@@ -23,7 +23,8 @@ from iisan_fast.training.determinism import deterministic
 from iisan_fast.training.dry_run import describe_new_run
 from iisan_fast.training.fused_step import CpuFusedStep
 from iisan_fast.training.item_sources import open_source
-from iisan_fast.training.resume_run import RunChanges, resume
+from iisan_fast.training.resume_run import resume
+from iisan_fast.training.run_changes import RunChanges
 from iisan_fast.training.start_run import train
 from iisan_fast.training.trainer import Trainer
 

@@ -36,7 +36,8 @@ from iisan_fast.training import memory_budget as memory
 from iisan_fast.training.best_run import evaluate_run
 from iisan_fast.training.checkpoints import load_checkpoint
 from iisan_fast.training.item_sources import open_source
-from iisan_fast.training.resume_run import RunChanges, resume
+from iisan_fast.training.resume_run import resume
+from iisan_fast.training.run_changes import RunChanges
 from iisan_fast.training.run_folder import RunFolder
 from iisan_fast.training.start_run import train
 from iisan_fast.training.trainer import Trainer

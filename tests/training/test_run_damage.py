@@ -23,7 +23,8 @@ from iisan_fast.errors import InputError
 from iisan_fast.training import checkpoints, run_folder
 from iisan_fast.training.best_run import evaluate_run, load
 from iisan_fast.training.checkpoints import load_checkpoint, save_checkpoint
-from iisan_fast.training.resume_run import RunChanges, resume
+from iisan_fast.training.resume_run import resume
+from iisan_fast.training.run_changes import RunChanges
 from iisan_fast.training.run_folder import RunFolder
 from iisan_fast.training.run_verification import verify_run
 from iisan_fast.training.start_run import train

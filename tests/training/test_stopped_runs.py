@@ -20,7 +20,8 @@ from iisan_fast.errors import InputError, Stopped
 from iisan_fast.kernels import FORM_VARIABLE
 from iisan_fast.training import checkpoints
 from iisan_fast.training.checkpoints import load_checkpoint
-from iisan_fast.training.resume_run import RunChanges, resume
+from iisan_fast.training.resume_run import resume
+from iisan_fast.training.run_changes import RunChanges
 from iisan_fast.training.run_folder import RunFolder
 from iisan_fast.training.start_run import train
 from iisan_fast.training.trainer import Trainer

@@ -18,7 +18,8 @@ from iisan_fast import InputError, ViewConfig
 from iisan_fast.config import EvaluationConfig, ModelConfig, RunConfig, ScoringConfig, TrainConfig, UncachedConfig
 from iisan_fast.evaluation import ranking_metrics
 from iisan_fast.training.best_run import evaluate_run, load
-from iisan_fast.training.resume_run import RunChanges, resume
+from iisan_fast.training.resume_run import resume
+from iisan_fast.training.run_changes import RunChanges
 from iisan_fast.training.run_verification import verify_run
 from iisan_fast.training.scoring import COOCCURRENCE_GRID, SIMILARITY_GRID
 
