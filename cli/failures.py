@@ -15,7 +15,7 @@ from platformdirs import user_log_path
 from .. import __version__
 from ..errors import InputError, Stopped, is_out_of_memory, system_error_number, with_remedy
 from ..printable import one_line, printable
-from ..ranks import RankEnding
+from ..ranks import STOPPED, RankEnding
 from .verbosity import LIBRARY
 
 INTERNAL, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
@@ -46,9 +46,9 @@ def ending_of(error: BaseException) -> RankEnding:
     if isinstance(error, SystemExit):
         return _ending_of_exit(error)
     if isinstance(error, Stopped):
-        return RankEnding(128 + error.signal_number, "stopped", str(error), is_in_order=True)
+        return RankEnding(128 + error.signal_number, STOPPED, str(error), is_in_order=True)
     if isinstance(error, (click.Abort, KeyboardInterrupt)):  # click turns Ctrl-C into Abort
-        return RankEnding(INTERRUPTED, "stopped")
+        return RankEnding(INTERRUPTED, STOPPED)
     message = _known_trouble(error)
     if message is None:
         return _internal(error)
@@ -64,7 +64,7 @@ def print_line(message: str) -> None:
 def _ending_of_exit(error: SystemExit) -> RankEnding:
     """Return the end by a SystemExit, which says so if a signal caused it."""
     if error.code in SIGNALS:
-        return RankEnding(error.code, "stopped")
+        return RankEnding(error.code, STOPPED)
     if isinstance(error.code, str):
         return RankEnding(INTERNAL, error.code)
     return RankEnding(error.code or 0)

@@ -6,7 +6,7 @@ from ..doors import lazy_names
 
 if TYPE_CHECKING:
     from .agreement import refuse_disagreement, refuse_too_few
-    from .ending import RankEnding, end_of_lost_contact
+    from .ending import STOPPED, RankEnding, end_of_lost_contact
     from .gathering import gathered
     from .job_memory import JobMemory
     from .job_watch import watch_job
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALONE",
+    "STOPPED",
     "JobMemory",
     "RankEnding",
     "Ranks",

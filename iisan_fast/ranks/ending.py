@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+STOPPED = "stopped"  # the label of work that a signal has ended
 LOST_CODE = 2  # the exit code of a job that has lost a rank
 GO_ON = "start the job again; a training goes on by --resume, or at once by torchrun --max-restarts"
 # In errors of collectives whose other end has gone.

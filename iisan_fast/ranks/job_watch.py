@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..launcher import JobPlace
-from .ending import RankEnding, end_of_lost_rank
+from .ending import STOPPED, RankEnding, end_of_lost_rank
 from .job_channel import SECONDS, Channel, connect_to_first, open_channels
 from .meeting import job_store
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]  # prints a line for the user
 GRACE_SECONDS = 1.0  # in which rank 0's work may end by the same error as another rank's
+STOPPING_SECONDS = 10.0  # the same where a signal stopped the other rank: rank 0 may have it too, and save
 CAUSE_SECONDS = 5.0  # in which the cause of a failed exchange becomes known, and rank 0 answers
 SAVING_SECONDS = 600.0  # in which rank 0 may still write after a signal; launchers kill it sooner
 
@@ -127,7 +128,8 @@ class FirstRankWatch:
             if self._failure is None:
                 self._failure = ending
                 self._reported = reported
-                threading.Timer(GRACE_SECONDS, self._end_process).start()
+                seconds = STOPPING_SECONDS if ending.label == STOPPED else GRACE_SECONDS
+                threading.Timer(seconds, self._end_process).start()
             self._changed.notify_all()
 
     def _end_process(self) -> None:

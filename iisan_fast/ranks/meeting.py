@@ -26,10 +26,10 @@ IN_USE = "EADDRINUSE"  # in the text of torch's error
 
 
 class MeetingError(InputError):
-    """A rank that did not come. All ranks that came raise it."""
+    """Ranks that did not come together. Some or all of those that came raise it."""
 
     def __init__(self, message: str, speaker: int) -> None:
-        """Take the message, and the rank that prints it: the lowest that came."""
+        """Take the message, and the rank that prints it."""
         super().__init__(message)
         self.speaker = speaker
 
@@ -39,16 +39,16 @@ def job_store(place: JobPlace) -> Store:
     """Return the store of a job, in which all ranks have met. The first call waits for them.
 
     Raises InputError if torch lacks torch.distributed or Gloo, if the address is unknown or the port in use, and
-    MeetingError if a rank has not come.
+    MeetingError if a rank has not come, or has come twice.
     """
     _refuse_missing_parts()
     _refuse_unknown(place.address)
     from torch.distributed import PrefixStore
 
-    began = time.monotonic()
-    server = _opened(place) if place.rank == 0 and not place.launcher_has_store else _found(place)
+    deadline = time.monotonic() + SECONDS
+    server = _opened(place) if place.rank == 0 and not place.launcher_has_store else _found(place, deadline)
     store = PrefixStore(f"iisan-fast/{place.attempt}", server)
-    _meet(store, place, SECONDS - (time.monotonic() - began))
+    _meet(store, place, deadline)
     return store
 
 
@@ -84,9 +84,8 @@ def _opened(place: JobPlace) -> TCPStore:
         raise InputError(f"{PORT}: port {place.port} cannot be opened ({_first_line(error)}); choose another") from None
 
 
-def _found(place: JobPlace) -> TCPStore:
+def _found(place: JobPlace, deadline: float) -> TCPStore:
     """Connect to the store. Raises MeetingError if nothing answers in time, InputError if something else answers."""
-    deadline = time.monotonic() + SECONDS
     while not _accepts(place):
         if time.monotonic() > deadline:
             first_of_machine = place.local_rank == 0 or place.rank == 1
@@ -142,46 +141,34 @@ def _store(place: JobPlace, is_master: bool) -> TCPStore:
     return result
 
 
-def _meet(store: Store, place: JobPlace, seconds: float) -> None:
-    """Wait until all ranks have come. Raises MeetingError if one has not, InputError if one has come twice."""
+def _meet(store: Store, place: JobPlace, deadline: float) -> None:
+    """Wait until all ranks have come. Raises MeetingError if one has not, or has come twice."""
     keys = [f"rank {rank}" for rank in range(place.count)]
+    where = f"{place.address}:{place.port}"
     if store.add(f"{keys[place.rank]} starts", 1) > 1:
-        raise InputError(
-            f"rank {place.rank} came twice to {place.address}:{place.port}; another job uses it: choose another"
-        )
+        message = f"rank {place.rank} came twice to {where}; another job uses the port: choose another"
+        raise MeetingError(message, place.rank)
     store.set(keys[place.rank], socket.gethostname())
-    deadline = time.monotonic() + max(seconds, 1)
-    try:
-        while not _have_come(store, keys, time.monotonic() > deadline):
-            pass
-    except RuntimeError:  # the time is over, or the store has gone
+    missing = _missing(store, keys)
+    while missing and time.monotonic() < deadline:
+        time.sleep(RETRY_SECONDS)
         missing = _missing(store, keys)
-        speaker = next(rank for rank in range(place.count) if rank not in missing)
-        names = ", ".join(map(str, missing)) or "0"  # rank 0 had the store, which has gone
+    if missing:
+        came = sorted(set(range(place.count)) - set(missing))
+        names = ", ".join(map(str, missing))
         raise MeetingError(
-            f"rank {names} of {place.count} did not come to {place.address}:{place.port} within {SECONDS:.0f} seconds; "
+            f"rank {names} of {place.count} did not come to {where} within {SECONDS:.0f} seconds; "
             "start all ranks at once",
-            speaker,
-        ) from None
-
-
-def _have_come(store: Store, keys: list[str], is_last_time: bool) -> bool:
-    """Wait a second for the keys, so that a signal acts soon. Raises RuntimeError if it is the last time, in vain."""
-    try:
-        store.wait(keys, timedelta(seconds=1))
-    except RuntimeError:
-        if is_last_time:
-            raise
-        return False
-    return True
+            came[0],
+        )
 
 
 def _missing(store: Store, keys: list[str]) -> list[int]:
-    """Return the ranks that have not come; none if the store has gone."""
+    """Return the ranks that have not come. Raises MeetingError if the store has gone."""
     try:
-        return [rank for rank, key in enumerate(keys) if not store.check([key])]
-    except RuntimeError:
-        return []
+        return [] if store.check(keys) else [rank for rank, key in enumerate(keys) if not store.check([key])]
+    except RuntimeError as error:
+        raise MeetingError(f"rank 0 has gone before all ranks have come ({_first_line(error)})", 0) from None
 
 
 def _first_line(error: Exception) -> str:
