@@ -71,7 +71,8 @@ WAYS = {
 def run(way: str) -> None:
     """Run the program with a command that ends in a way. Raises SystemExit, or ends the process."""
     torch.set_num_threads(1)
-    job_watch.GRACE_SECONDS, job_watch.STOPPING_SECONDS = 0.3, 1.0
+    job_watch.GRACE_SECONDS = 0.3
+    job_watch.STOPPING_SECONDS = 1.0
     cli.train.callback = lambda **_: work(way)
     cli.main(["train"])
 
