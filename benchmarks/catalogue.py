@@ -8,6 +8,7 @@ from .settings import (
     EvaluateSettings,
     ExtractSettings,
     GrowthSettings,
+    HistoriesSettings,
     KernelSettings,
     ScaleSettings,
     ServingSettings,
@@ -19,6 +20,7 @@ from .sweep_settings import EncodersSettings, MethodsSettings
 
 RUNS = Folder("folder", "Folder of the runs; a stopped sweep goes on there.", required=True)
 STATES = Folder("keep", "Folder for the cache of states; used again if it has one.")
+HISTORIES = Folder("keep", "Folder for the dataset, its parsed arrays and the run; its dataset is used again.")
 STAND_INS = Folder("keep", "Folder for encoders and dataset; used again if it has them.")
 
 BENCHMARKS = (
@@ -87,6 +89,18 @@ BENCHMARKS = (
         dataset=NONE,
         folder=STATES,
         drawing="scale:draw",
+    ),
+    Benchmark(
+        name="histories",
+        function="long_histories:measure_histories",
+        settings=HistoriesSettings,
+        tables=tables.histories_tables,
+        summary="Measure stats and training on a hundred million interactions.",
+        details="The dataset is synthetic; with its parsed arrays and a run it takes 2 GB of disk, and is removed "
+        "unless --keep names its folder. Both commands run in new processes, whose private memory is watched.",
+        examples=("iisan-fast bench histories --interactions 1000000",),
+        dataset=NONE,
+        folder=HISTORIES,
     ),
     Benchmark(
         name="methods",

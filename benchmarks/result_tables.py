@@ -177,6 +177,21 @@ def scale_tables(result: Result) -> Iterator[ResultTable]:
     yield ResultTable(f"steps of {settings['users']} users, {shape}", columns, sections, caption)
 
 
+def histories_tables(result: Result) -> Iterator[ResultTable]:
+    """Yield a row for each command."""
+    columns = [
+        label("command", "what"),
+        Column("seconds", "seconds", "{:.1f}"),
+        Column("private\nMiB", "private_bytes", mebibytes),
+        Column("files\nMiB", "file_bytes", mebibytes),
+        Column("steps", lambda row: row.get("steps"), "{:,}"),
+        Column("ms a step", lambda row: row.get("step_ms"), "{:.1f}"),
+    ]
+    counts = result["counts"]
+    title = f"{counts['interactions']:,} interactions of {counts['users']:,} users with {counts['items']:,} items"
+    yield ResultTable(title, columns, [result["rows"]], "files: pages of mapped files, which the system takes back")
+
+
 def kernel_tables(result: Result) -> Iterator[ResultTable | str]:
     """Yield a table for each op and batch, then lines that say how forms were timed and what was not measured.
 

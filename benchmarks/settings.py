@@ -132,6 +132,21 @@ class ScaleSettings:
 
 
 @dataclass(frozen=True)
+class HistoriesSettings:
+    """The settings of `bench histories`."""
+
+    interactions: int = setting(100_000_000, help="Interactions of the dataset, about.", minimum=1000)
+    items: int = setting(100_000, help="Size of the catalogue.", minimum=10)
+    steps: int = setting(1000, help="Training steps.", minimum=1)
+    users: int = setting(64, help="Users a batch.", minimum=1)
+    embedding_dim: int = setting(64, help="Width of item vectors.", minimum=1)
+    seed: int = setting(0, help="Seed of weights, batches and dropout.", minimum=0)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True)
 class KernelSettings:
     """The settings of `bench kernels`."""
 

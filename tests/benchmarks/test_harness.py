@@ -35,6 +35,7 @@ COMMANDS = (
     "extract",
     "growth",
     "scale",
+    "histories",
     "methods",
     "encoders",
     "uncached",
