@@ -27,7 +27,6 @@ from iisan_fast.states.store import Store
 
 IDS = [f"i{number}" for number in range(1, 9)]
 SECONDS = 240
-SHAPE = (2, 32)  # of a state of the demo's text encoder
 
 
 @pytest.fixture
@@ -109,7 +108,8 @@ def test_torchrun_fills_shards(catalogue, title, tmp_path):
         (view,) = store.views
         assert [count["encoded"] for (count,) in counts] == [len(item_ids), 0]
         assert store.contents(view, item_ids) == whole.contents(view, item_ids)
-        states = [torch.empty(len(item_ids), *SHAPE, dtype=torch.bfloat16) for _ in range(2)]
+        shape = len(store.view(view)["layers"]), store.view(view)["width"]
+        states = [torch.empty(len(item_ids), *shape, dtype=torch.bfloat16) for _ in range(2)]
         for reader, into in zip((store, whole), states):
             reader.read(view, item_ids, into)
     # Batches of other items: the last bits of a state may differ.
