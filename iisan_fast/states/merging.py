@@ -94,6 +94,7 @@ def _copy(cache: Path, source: ShardedDatabase, manifest: Manifest, folder: Path
         stop_requests() as request,
         progress_bar(f"merging {count} shards", source.entry_count, "entries") as advance,
         closing(Database(folder, cache, writable=True)) as target,
+        source.read_ahead(),
     ):
         for group in _groups(_sound_entries(cache, source, sizes)):
             target.put(group)
