@@ -90,6 +90,7 @@ def measured(measurement: TableMeasurement, ranks: CountedRanks) -> dict[str, An
         "losses": losses,
         **quantiles(timed.sum(axis=1) * 1000, "ms"),
         "waited_ms": 1000 * float(np.median(timed[:, 0])),
+        "waited_share": float(timed[:, 0].sum() / timed.sum()),
         **gathering.figures(len(losses)),
     }
 

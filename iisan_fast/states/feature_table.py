@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels import States
 from ..ranks import ALONE, Ranks
-from .gathered_table import STATES_AT_ONCE, GatheredTable
+from .gathered_table import STATES_AT_ONCE, LocalTable
 from .item_source import Gathered
 from .sharded_table import ShardedTable, shard_items, shard_rows
 from .standardise import StateStatistics, state_statistics
@@ -63,7 +63,7 @@ class FeatureTable:
         """Do nothing: the table keeps no files open."""
 
 
-class PinnedTable(GatheredTable):
+class PinnedTable(LocalTable):
     """A table in host memory, which is pinned if the device is CUDA."""
 
     def __init__(
@@ -85,7 +85,7 @@ class PinnedTable(GatheredTable):
         torch.index_select(self.views[view], 0, items, out=into)
 
 
-class MappedTable(GatheredTable):
+class MappedTable(LocalTable):
     """A table in the store's file. The operating system maps into memory what is read."""
 
     def __init__(

@@ -30,15 +30,12 @@ class GatheredTable(ABC):
         self.device = device
         self.statistics: Mapping[str, StateStatistics] = {}
 
+    @abstractmethod
     def gather(self, items: Tensor) -> Gathered:
         """Return the rows of item numbers int64 [N] in host memory, pinned for CUDA: a tensor [N, K, D] for each view.
 
         Padding (0) must stand last.
         """
-        buffers = self._buffers(len(items))
-        for view, buffer in enumerate(buffers):
-            self._read(view, items, buffer)
-        return Gathered(buffers)
 
     def read(self, items: Tensor, gathered: Gathered | None = None) -> list[States]:
         """Return the rows of item numbers int64 [N] on the device, [N, K, D] for each view, in the order of `items`.
@@ -52,14 +49,6 @@ class GatheredTable(ABC):
     def close(self) -> None:
         """Close the files that the table reads."""
 
-    @abstractmethod
-    def _read(self, view: int, items: Tensor, into: Tensor) -> None:
-        """Copy the rows of a view into the tensor `into` [N, K, D], converted to its dtype.
-
-        view: the position of the view. items: item numbers int64 [N] on the host; padding, number 0, stands last and
-        gives zeros. Raises InputError if the rows come from a store that lacks or cannot read one.
-        """
-
     def _buffers(self, count: int) -> list[Tensor]:
         """Return an empty tensor [count, K, D] for each view in host memory, pinned for CUDA."""
         pinned = self.device.type == "cuda"
@@ -67,3 +56,25 @@ class GatheredTable(ABC):
             torch.empty((count, *shape), dtype=dtype, pin_memory=pinned)
             for shape, dtype in zip(self.shapes, self.dtypes)
         ]
+
+
+class LocalTable(GatheredTable):
+    """A gathered table that has all rows on this machine, and reads those of a batch view after view."""
+
+    def gather(self, items: Tensor) -> Gathered:
+        """Return the rows of item numbers int64 [N] in host memory, pinned for CUDA: a tensor [N, K, D] for each view.
+
+        Padding (0) must stand last. Raises InputError if a store cannot give a row.
+        """
+        buffers = self._buffers(len(items))
+        for view, buffer in enumerate(buffers):
+            self._read(view, items, buffer)
+        return Gathered(buffers)
+
+    @abstractmethod
+    def _read(self, view: int, items: Tensor, into: Tensor) -> None:
+        """Copy the rows of a view into the tensor `into` [N, K, D], converted to its dtype.
+
+        view: the position of the view. items: item numbers int64 [N] on the host; padding, number 0, stands last and
+        gives zeros. Raises InputError if the rows come from a store that lacks or cannot read one.
+        """

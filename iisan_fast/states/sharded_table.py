@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import States
 from ..ranks import Ranks
 from .gathered_table import GatheredTable
 from .item_source import Gathered
@@ -49,7 +48,6 @@ class ShardedTable(GatheredTable):
         super().__init__(shapes, [view.dtype for view in views], items + 1, device)
         self.views = views
         self.ranks = ranks.apart()
-        self.held = shard_items(items, ranks)  # numbers of this rank's items, int64, ascending
 
     def standardise(self, names: Sequence[str], places: Sequence[str]) -> None:
         """Standardise the rows of all ranks, in place. Every rank calls it.
@@ -60,7 +58,7 @@ class ShardedTable(GatheredTable):
         first = self.gather(torch.ones(1, dtype=torch.int64)).tensors  # of item 1, on all ranks
         statistics: dict[str, StateStatistics] = {}
         for name, where, view, shift in zip(names, places, self.views, first):
-            rows = view[len(view) - len(self.held) :]
+            rows = view if self.ranks.rank else view[1:]  # without padding
             statistics[name] = state_statistics([rows], view.dtype, where, shift[0], self.ranks)
             statistics[name].standardise(rows)
         self.statistics: Mapping[str, StateStatistics] = statistics
@@ -86,19 +84,5 @@ class ShardedTable(GatheredTable):
             torch.index_select(arrived, 0, places, out=buffer)
         return Gathered(buffers)
 
-    def read_held(self, items: Tensor) -> list[States]:
-        """Return the rows of items that this rank holds, on the device, [N, K, D] for each view. Nothing is exchanged.
-
-        items: some of `held`, int64 [N].
-        """
-        buffers = self._buffers(len(items))
-        for view, buffer in enumerate(buffers):
-            self._read(view, items, buffer)
-        return self.read(items, Gathered(buffers))
-
     def close(self) -> None:
         """Do nothing: the table keeps no files open."""
-
-    def _read(self, view: int, items: Tensor, into: Tensor) -> None:
-        """Copy the rows of items that this rank holds into the tensor `into` [N, K, D]."""
-        torch.index_select(self.views[view], 0, items // self.ranks.count, out=into)

@@ -68,6 +68,7 @@ def test_a_measurement_reports_times_losses_and_bytes(cache, table):
     assert len(figures["losses"]) == WARM_UP_STEPS + 3
     assert figures["losses"] == measured(measurement, CountedRanks.of(ALONE))["losses"]
     assert figures["p20_ms"] <= figures["p50_ms"] <= figures["p80_ms"]
+    assert 0 <= figures["waited_share"] < 1
     assert (figures["gather_ms"] is None) == (table == "device")
     assert figures["received_bytes"] == {"rows": 0, "vectors": 0, "weights": 0}
 

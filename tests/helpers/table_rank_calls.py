@@ -42,14 +42,11 @@ def sharded_rows(ranks: Ranks, cache: Path, item_ids: list[str], lists: list[lis
         items = torch.tensor(of_ranks[ranks.rank], dtype=torch.int64)
         gathered.append([view.table for view in table.read(items, table.gather(items))])
         sizes.append(counted.received["exchange"])
-    held = [view.table for view in table.read_held(table.held)]
     table.close()
     return {
         "gathered": gathered,
         "received": sizes,
-        "held": table.held,
-        "rows": held,
-        "shard_bytes": sum(view.nbytes for view in table.views),
+        "shard": table.views,
         "statistics": {name: (view.mean, view.deviation) for name, view in table.statistics.items()},
     }
 
