@@ -41,8 +41,8 @@ NOTES = {
     "host memory, and rows are exchanged ahead of the step",
     "step": f"p20, p50 and p80 of the steps after {WARM_UP_STEPS} to warm up, by the wall clock of rank 0, with the "
     "wait for the next batch",
-    "waited": "waited_ms: the median of that wait, near 0 if rows are gathered within the step before; waited_share: all "
-    "waits, as a share of all steps",
+    "waited": "waited_ms: the median of that wait, near 0 if rows are gathered within the step before; waited_share: "
+    "of all waits in all steps",
     "gather": "the median time in which the loader's thread gathers a batch's rows, beside the steps",
     "private": "the largest sum of RssAnon and RssShmem in /proc/self/status, looked at every 0.02 s, of the rank that "
     "has most: heaps, stacks and anonymous maps, Python, PyTorch and the histories included",
