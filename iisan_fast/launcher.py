@@ -25,7 +25,6 @@ class JobPlace:
     address: str  # of the store where the ranks meet
     port: int
     is_one_machine: bool  # True if all ranks are known to share this machine
-    attempt: int  # restarts by the launcher before this one
     by_torchrun: bool
     launcher_has_store: bool  # otherwise rank 0 opens it
 
@@ -57,7 +56,6 @@ def job_place() -> JobPlace | None:
         address=address,
         port=_number(PORT, LAST_PORT),
         is_one_machine=_number("LOCAL_WORLD_SIZE", count, default=0) == count,
-        attempt=_number("TORCHELASTIC_RESTART_COUNT", 1 << 20, default=0),
         by_torchrun="TORCHELASTIC_RUN_ID" in os.environ,
         launcher_has_store=launcher_store() is not None,
     )

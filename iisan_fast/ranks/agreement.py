@@ -64,8 +64,10 @@ def refuse_too_few(ranks: Ranks, count: int, what: str) -> None:
 def code_digest() -> str:
     """Return the sha256 (hex) of the package's sources, with those of the ops."""
     package = Path(__file__).parents[1]
+    is_installed = (package / "kernels").is_dir()
+    folders = [package] if is_installed else [package, package.with_name("kernels")]  # beside it in a checkout
     digest = hashlib.sha256()
-    for folder in (package, package.with_name("kernels")):  # which stands beside the package in a checkout
+    for folder in folders:
         files = sorted(file for pattern in SOURCES for file in folder.rglob(pattern))
         for file in files:
             content = file.read_bytes()

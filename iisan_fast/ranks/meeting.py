@@ -7,6 +7,8 @@ missing.
 from __future__ import annotations
 
 import functools
+import json
+import secrets
 import socket
 import time
 from datetime import timedelta
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 
 SECONDS = 60.0  # in which all ranks have to come
 ANSWER_SECONDS = 10.0  # in which a store answers
-RETRY_SECONDS = 0.2
+RETRY_SECONDS = 0.1
+SECONDS_FOR_FIRST = 5.0  # in which rank 0 closes a meeting whose time is over
+PREFIX, COUNTER, CLOSED = "iisan-fast meeting ", "iisan-fast meetings", "is closed"  # of keys in the store
 IN_USE = "EADDRINUSE"  # in the text of torch's error
 
 
@@ -47,9 +51,7 @@ def job_store(place: JobPlace) -> Store:
 
     deadline = time.monotonic() + SECONDS
     server = _opened(place) if place.rank == 0 and not place.launcher_has_store else _found(place, deadline)
-    store = PrefixStore(f"iisan-fast/{place.attempt}", server)
-    _meet(store, place, deadline)
-    return store
+    return PrefixStore(_meet(server, place, deadline), server)
 
 
 def _refuse_missing_parts() -> None:
@@ -88,11 +90,10 @@ def _found(place: JobPlace, deadline: float) -> TCPStore:
     """Connect to the store. Raises MeetingError if nothing answers in time, InputError if something else answers."""
     while not _accepts(place):
         if time.monotonic() > deadline:
-            first_of_machine = place.local_rank == 0 or place.rank == 1
             raise MeetingError(
                 f"{ADDRESS}, {PORT}: nothing answers at {place.address}:{place.port} within {SECONDS:.0f} seconds; "
                 "start rank 0 there, and open the port in its firewall",
-                place.rank if first_of_machine else 0,
+                _speaker(place),
             )
         time.sleep(RETRY_SECONDS)
     try:
@@ -141,34 +142,66 @@ def _store(place: JobPlace, is_master: bool) -> TCPStore:
     return result
 
 
-def _meet(store: Store, place: JobPlace, deadline: float) -> None:
-    """Wait until all ranks have come. Raises MeetingError if one has not, or has come twice."""
-    keys = [f"rank {rank}" for rank in range(place.count)]
-    where = f"{place.address}:{place.port}"
-    if store.add(f"{keys[place.rank]} starts", 1) > 1:
-        message = f"rank {place.rank} came twice to {where}; another job uses the port: choose another"
-        raise MeetingError(message, place.rank)
-    store.set(keys[place.rank], socket.gethostname())
-    missing = _missing(store, keys)
-    while missing and time.monotonic() < deadline:
-        time.sleep(RETRY_SECONDS)
-        missing = _missing(store, keys)
-    if missing:
-        came = sorted(set(range(place.count)) - set(missing))
-        names = ", ".join(map(str, missing))
-        raise MeetingError(
-            f"rank {names} of {place.count} did not come to {where} within {SECONDS:.0f} seconds; "
-            "start all ranks at once",
-            came[0],
-        )
+def _meet(store: Store, place: JobPlace, deadline: float) -> str:
+    """Wait until all ranks have come, and return the name of this meeting, which no other has in the store.
 
+    A launcher that starts ranks again may keep its store. So rank 0 opens a meeting under a new number, each rank comes
+    with a token, and rank 0 closes the meeting with the tokens of all. A rank that finds an older meeting waits on.
 
-def _missing(store: Store, keys: list[str]) -> list[int]:
-    """Return the ranks that have not come. Raises MeetingError if the store has gone."""
+    Raises MeetingError if a rank has not come, or has come twice.
+    """
     try:
-        return [] if store.check(keys) else [rank for rank, key in enumerate(keys) if not store.check([key])]
+        return _open_meeting(store, place, deadline) if place.rank == 0 else _come(store, place, deadline)
     except RuntimeError as error:
         raise MeetingError(f"rank 0 has gone before all ranks have come ({_first_line(error)})", 0) from None
+
+
+def _open_meeting(store: Store, place: JobPlace, deadline: float) -> str:
+    """Wait for all ranks, on rank 0. Raises MeetingError, as the other ranks do, if one does not come."""
+    meeting = f"{PREFIX}{store.add(COUNTER, 1)}"
+    keys = [f"{meeting} rank {rank}" for rank in range(1, place.count)]
+    while not store.check(keys) and time.monotonic() < deadline:
+        time.sleep(RETRY_SECONDS)
+    tokens = [store.get(key).decode() if store.check([key]) else "" for key in keys]
+    store.set(f"{meeting} {CLOSED}", json.dumps(tokens))
+    _refuse_missing(tokens, place)
+    return meeting
+
+
+def _come(store: Store, place: JobPlace, deadline: float) -> str:
+    """Come to the meeting that rank 0 opens. Raises MeetingError as `_meet` does."""
+    token = secrets.token_hex(8)
+    where = f"{place.address}:{place.port}"
+    came_to = 0
+    while time.monotonic() < deadline + SECONDS_FOR_FIRST:
+        number = store.add(COUNTER, 0)
+        meeting = f"{PREFIX}{number}"
+        if number and not store.check([f"{meeting} {CLOSED}"]):
+            store.set(f"{meeting} rank {place.rank}", token)
+            came_to = number
+        elif number and number == came_to:  # a meeting that was closed from the beginning is an older one
+            tokens = json.loads(store.get(f"{meeting} {CLOSED}"))
+            _refuse_missing(tokens, place)
+            if tokens[place.rank - 1] != token:
+                message = f"rank {place.rank} came twice to {where}; another job uses the port: choose another"
+                raise MeetingError(message, place.rank)
+            return meeting
+        time.sleep(RETRY_SECONDS)
+    raise MeetingError(f"rank 0 of {place.count} did not come to {where} within {SECONDS:.0f} seconds", _speaker(place))
+
+
+def _refuse_missing(tokens: list[str], place: JobPlace) -> None:
+    """Raise MeetingError, which rank 0 prints, if a rank has no token. tokens: of the ranks after 0."""
+    missing = ", ".join(str(rank) for rank, token in enumerate(tokens, start=1) if not token)
+    if missing:
+        where = f"{place.address}:{place.port}"
+        message = f"rank {missing} of {place.count} did not come to {where} within {SECONDS:.0f} seconds"
+        raise MeetingError(f"{message}; start all ranks at once", 0)
+
+
+def _speaker(place: JobPlace) -> int:
+    """Return the rank that prints on this machine that rank 0 is missing."""
+    return place.rank if place.local_rank == 0 or place.rank == 1 else 0
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ other, are the whole. The last blocks may be smaller, or empty.
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -182,7 +183,8 @@ class Ranks:
     def all_do(self, work: Callable[[], Result]) -> Result:
         """Call a function on all ranks, and return the result of this one.
 
-        If it raises InputError or OSError on a rank, the one of the lowest such rank is raised on all.
+        If it raises InputError or OSError on a rank, the one of the lowest such rank is raised on all. The message of
+        an InputError names the rank and its machine, unless it is rank 0.
         """
         if not self.several:
             return work()
@@ -191,9 +193,12 @@ class Ranks:
             result = work()
         except RAISED_ON_ALL as error:
             failure = error
-        failures = [error for error in self.from_all(failure) if error is not None]
-        if failures:
-            raise failures[0]
+        outcomes = self.from_all((failure, socket.gethostname()))
+        for rank, (error, machine) in enumerate(outcomes):
+            if isinstance(error, InputError) and rank > 0:
+                raise InputError(f"rank {rank} on {machine}: {error}")
+            if error is not None:
+                raise error
         return result  # type: ignore[return-value]
 
 

@@ -25,7 +25,7 @@ LOST = (
 KILLED = -signal.SIGKILL
 QUICK = [
     (["exchanges", "fails", "exchanges"], [2, 2, 2], f"error: rank 1 on {HERE}: bad file"),
-    (["agrees", "agrees"], [2, 2], "error: bad item"),
+    (["agrees", "agrees"], [2, 2], f"error: rank 1 on {HERE}: bad item"),
     (["reads", "cannot read"], [2, 2], f"error: rank 1 on {HERE}: DATASET: no such folder"),
     (["computes", "is killed", "exchanges"], [2, KILLED, 2], f"error: rank 1 on {HERE} {LOST}"),
     (["is killed", "exchanges", "computes"], [KILLED, 2, 2], f"error: rank 0 on {HERE} {LOST}"),

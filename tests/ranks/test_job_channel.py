@@ -17,7 +17,7 @@ from iisan_fast.ranks.job_watch import FirstRankWatch, OtherRankWatch, RankEndin
 
 def place(rank: int, is_one_machine: bool = True) -> JobPlace:
     """Return a rank's place in a job of two."""
-    return JobPlace(rank, 2, rank, "127.0.0.1", 1, is_one_machine, 0, False, False)
+    return JobPlace(rank, 2, rank, "127.0.0.1", 1, is_one_machine, False, False)
 
 
 @pytest.mark.parametrize("is_one_machine", [True, False])
