@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ def results_by_part(
         end = first + sum(len(part.user_ids) for part in parts)
         block = ranks.block(end - first)
         of_block = histories.part(first + block.start, first + block.stop)
-        results = ranks.to_first(ranks.all_do(lambda chosen=of_block: _joined(map(best, chosen.parts(users, cells)))))
+        results = ranks.to_first(ranks.all_do(partial(_of_block, best, of_block.parts(users, cells))))
         if results is not None:
             try:
                 yield from _cut(parts, *_joined(results))
@@ -59,6 +60,11 @@ def _rounds(parts: Iterator[UserHistories], count: int) -> Iterator[list[UserHis
     """Yield parts in lists of `count`; the last one may be shorter."""
     while chosen := list(islice(parts, count)):
         yield chosen
+
+
+def _of_block(best: Best, parts: Iterable[UserHistories]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the items and scores of the users of all parts."""
+    return _joined(map(best, parts))
 
 
 def _joined(results: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
