@@ -21,6 +21,7 @@ from .text_array import TextArray
 
 CHECKSUMS = "checksums"  # the array of the other arrays' checksums, in the order of the file
 FAST_LEVEL = 1  # of deflate, for files of more than FREE_BYTES
+BYTES_AT_ONCE = 1 << 20
 MOST_UNPACKED = 30  # bytes that one byte of a file may give, beyond the first FREE_BYTES
 FREE_BYTES = 64 << 20
 HEADER = re.compile(
@@ -79,13 +80,24 @@ def pack_texts(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def unpack_texts(content: np.ndarray, ends: np.ndarray) -> list[str]:
     """Return the texts of `pack_texts`. Raises ValueError if the ends do not fit the bytes, or they are not UTF-8."""
+    return list(_packed_texts(content, ends))
+
+
+def checked_texts(content: np.ndarray, ends: np.ndarray) -> TextArray:
+    """Return the texts of `pack_texts`, which stay packed. Raises ValueError as `unpack_texts` does."""
+    texts = _packed_texts(content, ends)
+    for _ in texts:  # decodes each of them
+        pass
+    return texts
+
+
+def _packed_texts(content: np.ndarray, ends: np.ndarray) -> TextArray:
+    """Return the texts of `pack_texts`, not decoded yet. Raises ValueError if the ends do not fit the bytes."""
     if content.dtype != np.uint8 or ends.dtype != np.int64 or content.ndim != 1 or ends.ndim != 1:
         raise ValueError(f"expected bytes and their ends, found {content.dtype} and {ends.dtype}")
     if (np.diff(ends, prepend=0) < 0).any() or (ends[-1] if len(ends) else 0) != len(content):
         raise ValueError("the ends of its texts are out of order")
-    all_bytes = content.tobytes()
-    starts = [0, *ends[:-1].tolist()]
-    return [all_bytes[start:end].decode() for start, end in zip(starts, ends.tolist())]
+    return TextArray(content, ends)
 
 
 def _check_members(members: list[zipfile.ZipInfo], path: Path, known: Collection[str], content: str) -> None:
@@ -111,7 +123,7 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) 
     """Return the array of a member. Raises InputError, naming it, unless its header fits its bytes."""
     name = member.filename[:-4]
     try:
-        content = archive.read(member)
+        content = _content_of(archive, member)
     except ZIP_ERRORS as error:
         raise InputError(f"{path}: array {name} is damaged ({_one_line(error)}); restore the file") from None
     header = HEADER.match(content)
@@ -124,8 +136,17 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) 
             f"{path}: array {name}: expected {length} of {dtype}, found "
             f"{len(content) - header.end()} bytes; restore the file"
         )
-    values = np.frombuffer(content, dtype=dtype, count=length, offset=header.end())
+    values = np.frombuffer(memoryview(content).toreadonly(), dtype=dtype, count=length, offset=header.end())
     return values if header[2] else values.reshape(())
+
+
+def _content_of(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytearray:
+    """Return the bytes of a member, of which no second copy is made. Raises one of ZIP_ERRORS if it is damaged."""
+    content = bytearray()
+    with archive.open(member) as file:
+        while part := file.read(BYTES_AT_ONCE):
+            content += part
+    return content
 
 
 def _compare_checksums(arrays: Mapping[str, np.ndarray], checksums: np.ndarray, path: Path) -> None:

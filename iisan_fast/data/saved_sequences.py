@@ -10,14 +10,17 @@ import numpy as np
 from ..config import ProtocolConfig
 from ..errors import InputError
 from ..setting_fields import settings_of
-from .array_files import read_arrays, unpack_texts
+from .array_files import checked_texts, read_arrays, unpack_texts
 from .sequences import LEAVE_ONE_OUT, Sequences
+from .text_array import TextArray, first_repeat
 
 IDS = {"user_ids": "user_id_ends", "item_ids": "item_id_ends"}  # texts, and where each of them ends
 SPLIT = ("training_ends", *(f"{name}_targets" for name in LEAVE_ONE_OUT))
 COUNTS = tuple(f"{name}_target_counts" for name in LEAVE_ONE_OUT)  # only of a split with several targets a user
 LEFT_OUT = tuple(f"{name}_without_history" for name in LEAVE_ONE_OUT)  # only of a split that leaves targets out
 MOST_INPUTS = settings_of(ProtocolConfig)["max_inputs"].rules.maximum
+MOST_WIDE_ITEMS = 1 << 24  # numbers of interactions that are made 8 bytes wide
+MOST_LISTED_IDS = 1 << 20  # of users that are made strings
 MOST_IDS = 1_000_000  # of a file of few bytes; each further byte may stand for one more
 ALWAYS = ("user_ids", "item_ids", "offsets", "items", "max_inputs")
 
@@ -34,10 +37,10 @@ def load_sequences(path: Path) -> Sequences:
         if name not in arrays:
             raise InputError(f"{path}: array {name} is missing; restore the file")
     sequences = Sequences(
-        user_ids=unique_ids(arrays, "user_ids", path),
+        user_ids=_unique_ids(arrays, "user_ids", path),
         item_ids=unique_ids(arrays, "item_ids", path),
         offsets=integers(arrays, "offsets", path),
-        items=integers(arrays, "items", path),
+        items=_items(arrays, path),
         max_inputs=int(integers(arrays, "max_inputs", path, dimensions=0)),
         training_ends=integers(arrays, "training_ends", path) if split else None,
         targets=_by_split(arrays, "targets", path),
@@ -66,11 +69,23 @@ def _left_out(arrays: Mapping[str, np.ndarray], path: Path) -> dict[str, int] | 
     return counts
 
 
+def _items(arrays: Mapping[str, np.ndarray], path: Path) -> np.ndarray:
+    """Return the item numbers of histories, int64; as the file holds them if they are many. Raises InputError."""
+    items = arrays["items"]
+    many = items.dtype == np.int32 and items.ndim == 1 and len(items) > MOST_WIDE_ITEMS
+    return items if many else integers(arrays, "items", path)
+
+
 def unique_ids(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> list[str]:
+    """Return the ids of an array as a list. Raises InputError as `_unique_ids` does."""
+    return list(_unique_ids(arrays, name, path))
+
+
+def _unique_ids(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> list[str] | TextArray:
     """Return the ids of an array: UTF-8 bytes with their ends, or text of one width in files of older versions.
 
-    Raises InputError, naming the array, for anything else, for an id that stands twice, and for more ids than the file
-    can hold.
+    Many ids of the first kind stay packed. Raises InputError, naming the array, for anything else, for an id that
+    stands twice, and for more ids than the file can hold.
     """
     array = arrays[name]
     ends = arrays.get(IDS[name])
@@ -83,10 +98,11 @@ def unique_ids(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> list[
             f"{path}: array {name}: {count} ids in a file of {path.stat().st_size} bytes; restore the file"
         )
     try:
-        ids = array.tolist() if ends is None else unpack_texts(array, ends)
+        unpack = checked_texts if count > MOST_LISTED_IDS else unpack_texts
+        ids = array.tolist() if ends is None else unpack(array, ends)
     except ValueError as error:
         raise InputError(f"{path}: array {name} is damaged ({error}); restore the file") from None
-    if len(set(ids)) < len(ids):
+    if first_repeat(ids) is not None:
         raise InputError(f"{path}: array {name} has an id twice; restore the file")
     return ids
 
@@ -97,7 +113,7 @@ def integers(arrays: Mapping[str, np.ndarray], name: str, path: Path, dimensions
     if array.dtype not in (np.int32, np.int64) or array.ndim != dimensions:
         form = f"{array.dtype} of shape {array.shape}"
         raise InputError(f"{path}: array {name}: expected integers in {dimensions} dimensions, found {form}")
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=array.size <= MOST_WIDE_ITEMS)
 
 
 def _check(sequences: Sequences, path: Path) -> None:

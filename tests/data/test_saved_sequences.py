@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.datasets import make_sequences
-from iisan_fast.data import array_files
+from iisan_fast.data import array_files, saved_sequences
 from iisan_fast.data.array_files import CHECKSUMS
 from iisan_fast.data.saved_sequences import load_sequences
+from iisan_fast.data.sequences import Sequences
+from iisan_fast.data.text_array import TextArray
 from iisan_fast.errors import InputError
 
 HISTORIES = [[1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 1]]
@@ -50,6 +52,14 @@ def older(path: Path, **changes: object) -> Path:
     sequences = load_sequences(path)
     ids = {"user_ids": np.array(sequences.user_ids), "item_ids": np.array(sequences.item_ids)}
     return changed(path, **{"user_id_ends": None, "item_id_ends": None, **ids, **changes})
+
+
+def load_sequences_wide(path: Path) -> Sequences:
+    """Return the sequences of a file with all its limits, as a small file is read."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MOST_LISTED_IDS", "MOST_WIDE_ITEMS"):
+            patch.setattr(saved_sequences, name, 1 << 20)
+        return load_sequences(path)
 
 
 def refusal(path: Path) -> str:
@@ -89,6 +99,25 @@ def test_a_long_id_does_not_make_all_ids_wide(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 30_000_000 and (tmp_path / "s.npz").stat().st_size < 50_000
+
+
+def test_many_users_stay_packed_and_their_items_narrow(tmp_path, monkeypatch):
+    monkeypatch.setattr(saved_sequences, "MOST_LISTED_IDS", 1)
+    monkeypatch.setattr(saved_sequences, "MOST_WIDE_ITEMS", 10)
+    monkeypatch.setattr(array_files, "FREE_BYTES", 100)  # the file is packed less
+    sequences = make_sequences(HISTORIES)
+    path = saved(tmp_path)
+    loaded = load_sequences(path)
+    assert isinstance(loaded.user_ids, TextArray) and isinstance(loaded.item_ids, list)
+    assert loaded.user_ids == sequences.user_ids and loaded.items.dtype == np.int32
+    assert np.array_equal(loaded.items, sequences.items)
+    again = tmp_path / "again.npz"
+    loaded.save(again)
+    assert again.read_bytes()[:64] == path.read_bytes()[:64] and same(load_sequences_wide(again), sequences)
+    for ids, reason in ((["u", "u"], "has an id twice"), (["u", "\udcff"], "is damaged")):
+        content = [text.encode(errors="surrogateescape") for text in ids]
+        arrays = {"user_ids": np.frombuffer(b"".join(content), np.uint8), "user_id_ends": np.array([1, 2])}
+        assert f"array user_ids {reason}" in refusal(changed(path, **arrays))
 
 
 @pytest.mark.parametrize("with_split", [False, True])
