@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .joining import joined_ranks
     from .leaving import leave_job, threads_of_rank
     from .ranks import ALONE, Ranks
+    from .shared_folders import refuse_unshared
 
 __all__ = [
     "ALONE",
@@ -26,6 +27,7 @@ __all__ = [
     "leave_job",
     "refuse_disagreement",
     "refuse_too_few",
+    "refuse_unshared",
     "threads_of_rank",
     "watch_job",
 ]

@@ -9,8 +9,8 @@ from ..config import NEIGHBOURS, RunConfig
 from ..files import absolute_path
 from ..setting_fields import from_dict, to_dict
 from .checkpoints import read_checkpoint, save_checkpoint
-from .run_files import HISTORIES_FILE, ITEMS_FILE
-from .run_folder import RunFolder, json_file, settings_file
+from .run_files import HISTORIES_FILE, ITEMS_FILE, json_file, settings_file
+from .run_folder import RunFolder
 from .run_record import RunRecord
 from .run_terms import how_to_make_again
 

@@ -13,6 +13,7 @@ the catalogue.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,8 @@ from ..config import FEATURES, SOURCES, RunConfig
 from ..data import RunItems, Sequences, load_items, load_sequences
 from ..errors import InputError
 from ..files import refuse_irregular
-from ..settings_files import read_run_config, read_run_settings, read_settings
+from ..setting_fields import to_dict
+from ..settings_files import RUN_FORMAT, read_run_config, read_run_settings, read_settings
 from ..states import describes_view
 from .checkpoints import RESTORE, load_checkpoint
 from .run_environment import rounding_changes
@@ -269,3 +271,13 @@ def _load_checked(path: Path, check: CheckState) -> tuple[dict[str, Tensor], dic
     tensors, state = load_checkpoint(path)
     check(state, path)
     return tensors, state, path
+
+
+def settings_file(config: RunConfig) -> bytes:
+    """Return the content of config.json, with the folder's format."""
+    return json_file({"format": RUN_FORMAT, **to_dict(config)})
+
+
+def json_file(value: Any) -> bytes:
+    """Return a JSON value as the content of a file."""
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -28,13 +28,12 @@ from ..files import (
     whole_file,
     write_atomically,
 )
-from ..ranks import ALONE, Ranks
-from ..setting_fields import to_dict
-from ..settings_files import RUN_FORMAT, read_run_settings
+from ..ranks import ALONE, Ranks, refuse_unshared
+from ..settings_files import read_run_settings
 from .checkpoints import save_checkpoint, write_tensors
 from .numbered_folders import free_folder, make_free_folder
 from .run_environment import environment
-from .run_files import ITEMS_FILE, RUN_FILES, RunFiles
+from .run_files import ITEMS_FILE, RUN_FILES, RunFiles, json_file, settings_file
 from .run_record import RunRecord
 
 LOGGER = logging.getLogger(__name__)
@@ -112,11 +111,12 @@ class RunFolder(RunFiles):
     def hold(self) -> RunFolder:
         """Hold the folder as its only writer until `close`, and return it.
 
-        Raises InputError if another process holds it, or if it cannot be written.
+        Raises InputError if another process holds it, if it cannot be written, or if a rank does not see it.
         """
         if not self._held:
             self._ranks.first_does(self._take_lock)
             self._held = True
+            refuse_unshared(self._ranks, self.path)
             self.read_record()  # another process may have written it meanwhile
         return self
 
@@ -125,11 +125,12 @@ class RunFolder(RunFiles):
 
         Nothing is done if it is held already. A numbered folder that another process has made meanwhile is left to it,
         and the next number is taken. Raises InputError if the folder holds a run, or if another process writes into it;
-        nothing is changed then.
+        nothing is changed then. Raises InputError if a rank does not see the folder.
         """
         if not self._held:
             self._path = self._ranks.first_does(self._claimed)
             self._held = True
+            refuse_unshared(self._ranks, self.path)
 
     def _claimed(self) -> Path:
         """Make the folder of a new run, take its lock, and return its path. Raises InputError as `claim` does."""
@@ -289,13 +290,3 @@ class RunFolder(RunFiles):
         if record != self._record:
             record.write(self.path)
             self._record = record
-
-
-def settings_file(config: RunConfig) -> bytes:
-    """Return the content of config.json, with the folder's format."""
-    return json_file({"format": RUN_FORMAT, **to_dict(config)})
-
-
-def json_file(value: Any) -> bytes:
-    """Return a JSON value as the content of a file."""
-    return (json.dumps(value, indent=2) + "\n").encode()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ import torch
 from iisan_fast.config import RunConfig
 from iisan_fast.errors import InputError, Stopped
 from iisan_fast.precision import Precision
-from iisan_fast.ranks import Ranks
+from iisan_fast.ranks import Ranks, refuse_unshared
 from iisan_fast.training import resume_run, start_run, trainer, training_loop
 from iisan_fast.training.checkpoints import ITEM_VECTORS
 from iisan_fast.training.resume_run import resume
@@ -50,6 +52,16 @@ def trained(ranks: Ranks, config: RunConfig, out: Path, stop: tuple[int, int] | 
 def resumed(ranks: Ranks, out: Path, stop: tuple[int, int] | None = None, **changes: Any) -> Any:
     """Return the figures of a run that goes on, and the epochs that were reported, or the message that ended it."""
     return _ended(ranks, stop, lambda on_epoch: resume(out, CPU, on_epoch, changes=RunChanges(**changes), ranks=ranks))
+
+
+def unshared(ranks: Ranks, folders: list[Path]) -> str:
+    """Return the message for a folder that each rank, as if on a machine of its own, looks for in its folder."""
+    os.chdir(folders[ranks.rank])
+    try:
+        refuse_unshared(dataclasses.replace(ranks, on_this_machine=1), Path("runs"))
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def _ended(ranks: Ranks, stop: tuple[int, int] | None, run: Callable[[Callable], dict[str, Any]]) -> Any:

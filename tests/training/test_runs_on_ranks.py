@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from helpers.rank_processes import run_on_ranks
-from helpers.run_calls import PRECISION, in_float64, resumed, trained
+from helpers.run_calls import PRECISION, in_float64, resumed, trained, unshared
 from helpers.run_folders import assert_same_run, untimed
 from iisan_fast.config import ModelConfig, RunConfig, TrainConfig
 from iisan_fast.data.batches import make_batch
@@ -142,3 +143,14 @@ def test_a_run_with_local_negatives_goes_on_with_as_many_ranks(tmp_path, config)
 def test_a_loss_without_negatives_of_the_batch_has_no_local_ones(loss):
     with pytest.raises(InputError, match=f"negatives: local takes those .*; {loss} takes the same on all ranks"):
         TrainConfig(loss=loss, negatives="local")
+
+
+def test_a_folder_that_the_machines_do_not_share_is_one_line(tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        (folder / "runs").mkdir(parents=True)
+    assert run_on_ranks(2, unshared, [folders[0]] * 2) == ["", ""]
+    messages = run_on_ranks(2, unshared, folders)
+    expected = f"{folders[1] / 'runs'}: rank 1 on {socket.gethostname()} does not see what rank 0 writes there"
+    assert messages[0] == messages[1] and messages[0].startswith(expected)
+    assert [list((folder / "runs").iterdir()) for folder in folders] == [[], []]
