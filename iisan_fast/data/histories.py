@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from itertools import chain, islice, repeat
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from ..errors import InputError
 from .fast_tables import NeedsStrictReader, fast_or_strict, read_item_numbers, read_whole_numbers
 from .growing_arrays import IN_MEMORY, GrowingArrays, GrowingTexts
 from .strict_tables import read_table
-from .temporal import with_times
+from .temporal import User, with_times
 from .text_array import first_repeat
 
 USERS_AT_ONCE = 1 << 12  # that are read line by line
@@ -66,12 +66,10 @@ def _read_strictly(root: Path, item_ids: Sequence[str], timed: bool, arrays: Gro
     users = _strict_users(path, item_ids, ids)
     rows = with_times(users, root / "times.tsv") if timed else zip(users, repeat(None))
     try:
-        while block := list(islice(rows, USERS_AT_ONCE)):
-            histories = [history for (_, history), _ in block]
-            lengths.extend(map(len, histories))
-            items.append(np.fromiter(chain.from_iterable(histories), np.int64))
-            if timed:
-                times.append(np.concatenate([user_times for _, user_times in block]))
+        while block := _strict_block(islice(rows, USERS_AT_ONCE)):
+            lengths.extend(block[0])
+            items.append(np.array(block[1]))
+            times.append(np.array(block[2]))
     except InputError:
         _refuse_repeat(path, ids.finish())  # which comes before the line of the error
         raise
@@ -83,6 +81,21 @@ def _read_strictly(root: Path, item_ids: Sequence[str], timed: bool, arrays: Gro
         items=items.finish(),
         times=times.finish() if timed else None,
     )
+
+
+def _strict_block(rows: Iterable[tuple[User, np.ndarray | None]]) -> tuple[array[int], array[int], array[int]] | None:
+    """Return the lengths, the items and the times of some users, one after the other; None of no users.
+
+    The numbers are taken out of the lists at once: many lists would keep Python's garbage collector at work. Raises
+    InputError as `rows` does.
+    """
+    lengths, items, times = array("q"), array("q"), array("q")
+    for (_, history), user_times in rows:
+        lengths.append(len(history))
+        items.extend(history)
+        if user_times is not None:
+            times.frombytes(user_times.tobytes())
+    return (lengths, items, times) if lengths else None
 
 
 def _refuse_repeat(path: Path, user_ids: Sequence[str]) -> None:
