@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..ranks import Ranks
+from .joined_shards import refuse_lost_manifest
 from .manifest import (
     FILE,
     read_manifest,
@@ -54,6 +55,8 @@ class Part:
 
         as_writer: refuse a store that another process writes to.
         """
+        if self.shard is not None:
+            refuse_lost_manifest(self.cache, self.shard)
         writable = as_writer and self.can_write
         begun = (self.path / "states.lmdb" / "data.mdb").exists() or writable or self.shard is None
         return Store(self.path, writable, self.shard) if begun and (self.path / FILE).exists() else None
@@ -82,15 +85,26 @@ def planned_shard_count(cache: Path, shard: Shard | None, ranks: Ranks) -> int |
         if shard is not None:
             _refuse_other_count(cache, count, shard)
         return count
-    if shard is not None:
-        return shard.count
     if ranks.count > MOST_SHARDS:
         raise InputError(f"{cache}: expected at most {MOST_SHARDS} ranks, found {ranks.count}; start fewer")
-    if ranks.several:
-        return ranks.count
-    if (cache / FOLDER).exists():
-        refuse_no_cache(cache)
-    return None
+    if shard is None and not ranks.several:
+        if (cache / FOLDER).exists():
+            refuse_no_cache(cache)
+        return None
+    count = ranks.count if shard is None else shard.count
+    _refuse_other_folders(cache, count)
+    return count
+
+
+def _refuse_other_folders(cache: Path, count: int) -> None:
+    """Raise InputError if a cache that has lost its manifest has shards of another number than `count`."""
+    expected = {shard.folder(cache).name for shard in all_shards(count)}
+    found = sorted(path.name for path in (cache / FOLDER).iterdir()) if (cache / FOLDER).is_dir() else []
+    if others := [name for name in found if name not in expected]:
+        raise InputError(
+            f"{cache}: {FILE} is missing, and {FOLDER}/{others[0]} is none of {count} shards; restore that file, "
+            "give --shard with one of the shards, or choose another cache"
+        )
 
 
 def parts_of_process(

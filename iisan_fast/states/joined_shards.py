@@ -47,7 +47,18 @@ def refuse_missing_shard(cache: Path, shard: Shard) -> None:
         return
     if read_shard_count(cache) != shard.count:
         raise InputError(f"{cache}: the cache was replaced while it was opened; run this again")
+    refuse_lost_manifest(cache, shard)
     raise InputError(f"{cache}: shard {shard} is missing; {shard.command(cache)} makes it")
+
+
+def refuse_lost_manifest(cache: Path, shard: Shard) -> None:
+    """Raise InputError if the folder of a shard has states, but no manifest that describes them."""
+    folder = shard.folder(cache)
+    if (folder / "states.lmdb").exists() and not (folder / FILE).exists():
+        raise InputError(
+            f"{folder}: states.lmdb without {FILE}; restore that file, or remove the folder, then "
+            f"{shard.command(cache)} makes it again"
+        )
 
 
 def read_shard_manifest(cache: Path, shard: Shard) -> Manifest:

@@ -199,6 +199,34 @@ def test_what_does_not_fit_the_cache_is_one_line_and_nothing_is_written(shards, 
     assert (shards / "manifest.json").read_bytes() == before and joined_entries(shards) == entries(whole)
 
 
+def test_states_without_a_manifest_are_refused_also_in_a_dry_run(shards, root, whole):
+    folder = shards / "shards" / "2-of-2"
+    content = (folder / "manifest.json").read_bytes()
+    (folder / "manifest.json").unlink()
+    message = r"2-of-2: states.lmdb without manifest.json; restore that file, or remove the folder, then .* --shard 2/2"
+    for call in (
+        lambda: fill(root=root, cache=shards, views=VIEWS, dry_run=True),
+        lambda: fill(root=root, cache=shards, views=VIEWS, shard=Shard(2, 2)),
+        lambda: Store(shards),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+    (folder / "manifest.json").write_bytes(content)
+    assert joined_entries(shards) == entries(whole)
+
+
+def test_shards_that_have_lost_their_manifest_are_not_mixed_with_others(shards, root, whole):
+    (shards / "manifest.json").unlink()
+    message = "c: manifest.json is missing, and shards/1-of-2 is none of 3 shards; restore that file"
+    with pytest.raises(InputError, match=message):
+        fill(root=root, cache=shards, views=VIEWS, shard=Shard(1, 3))
+    results = run_on_ranks(3, partial(messages, by_rank=[{}], root=root, cache=shards, views=VIEWS))
+    assert all(re.search(message, text) for (text,) in results)
+    assert sorted(path.name for path in (shards / "shards").iterdir()) == ["1-of-2", "2-of-2"]
+    run_on_ranks(2, partial(messages, by_rank=[{}], root=root, cache=shards, views=VIEWS))
+    assert joined_entries(shards) == entries(whole)
+
+
 def test_ranks_refuse_together_what_one_of_them_refuses(root, whole, tmp_path):
     other = write_dataset(tmp_path / "other", COUNT)
     (other / "items.tsv").write_text((other / "items.tsv").read_text().replace("title of i3", "another"))
