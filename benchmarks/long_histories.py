@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..data import CACHE_VARIABLE
 from ..errors import InputError
 from ..progress import progress_bar
 from ..training import RunFolder
@@ -28,7 +29,6 @@ from .private_memory import PrivateMemory
 from .settings import HistoriesSettings
 from .tables import NOT_MEASURED
 
-PARSED = "IISAN_FAST_PARSED"  # the variable that names the folder of parsed datasets
 LONGEST = 1800  # seconds of a command
 LOOK_EVERY = 0.05  # seconds between two looks for a checkpoint
 STOPPED = 128 + signal.SIGTERM  # the exit code of a training that a signal has stopped
@@ -119,7 +119,7 @@ def command_figures(folder: Path, words: list[str], stop_at: Path | None = None)
     longer than LONGEST seconds; no process is left.
     """
     command = [sys.executable, "-m", "iisan_fast", *words]
-    environment = {**os.environ, PARSED: str(folder / "parsed")}
+    environment = {**os.environ, CACHE_VARIABLE: str(folder / "parsed")}
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as messages:
         process = subprocess.Popen(command, stdout=printed, stderr=messages, text=True, env=environment)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .jagged_arrays import places, row_blocks
     from .loss_columns import IN_BATCH, Negatives
     from .packed_batches import PackedWindow, RunPlan
+    from .parsed_cache import CACHE_VARIABLE
     from .rank_batches import batch_slots, local_batches
     from .reversed_users import with_reversed_users
     from .saved_items import RunItems, load_items
@@ -51,6 +52,7 @@ __all__ = [
     "DUPLICATES",
     "IN_BATCH",
     "BadKind",
+    "CACHE_VARIABLE",
     "Batch",
     "TABLE_COLUMNS",
     "Dataset",

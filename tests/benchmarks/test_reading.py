@@ -21,6 +21,21 @@ def test_each_reader_has_a_time_and_a_peak():
         assert result[reader]["peak_rss_bytes"] > 1 << 20
 
 
+@pytest.mark.slow
+def test_a_large_dataset_is_parsed_in_each_reading_and_read_as_a_small_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("IISAN_FAST_PARSED", str(tmp_path / "parsed"))
+    reading.write_dataset(tmp_path, 3000)
+    plain = reading.read(tmp_path, ROOT, [])
+    worker = tmp_path / "worker.py"
+    lower = "    from iisan_fast.data import parsed_cache\n    parsed_cache.LEAST_BYTES = 0\n"
+    line = "    dataset = load_dataset("
+    assert line in reading.WORKER.read_text()
+    worker.write_text(reading.WORKER.read_text().replace(line, lower + line))
+    monkeypatch.setattr(reading, "WORKER", worker)
+    assert reading.read(tmp_path, ROOT, [])["digest"] == plain["digest"]
+    assert not (tmp_path / "parsed").exists()  # the arrays of a reading are found by no other
+
+
 def test_the_dataset_has_the_interactions_that_are_asked_for(tmp_path):
     reading.write_dataset(tmp_path, 3000)
     words = (tmp_path / "users.tsv").read_text().replace("\t", " ").splitlines()
