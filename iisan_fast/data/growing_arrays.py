@@ -14,14 +14,10 @@ from .text_array import TEXTS_AT_ONCE, TextArray
 class GrowingArrays:
     """Begins arrays that grow, all in memory or all in one folder."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """Take the folder of the files; None keeps the arrays in memory."""
+    def __init__(self, folder: Path | None = None, item_dtype: type[np.signedinteger[Any]] = np.int64) -> None:
+        """Take the folder of the files; None keeps the arrays in memory. item_dtype: of item numbers."""
         self.folder = folder
-
-    @property
-    def item_dtype(self) -> type[np.signedinteger[Any]]:
-        """Return the dtype of item numbers: half as wide in a file, where there are many of them."""
-        return np.int64 if self.folder is None else np.int32
+        self.item_dtype = item_dtype
 
     def array(self, name: str, dtype: type[np.generic]) -> GrowingArray:
         """Begin an array of one dimension. Raises OSError if its file cannot be made."""

@@ -34,6 +34,7 @@ LOGGER = logging.getLogger(__name__)
 CACHE_VARIABLE = "IISAN_FAST_PARSED"
 FORMAT = 1  # of the arrays, and of what the protocol makes of the files
 LEAST_BYTES = 16 << 20  # of users.tsv; a smaller one is parsed in less than a second
+ITEM_DTYPE = np.int32  # of large datasets, cached or not: the ranks of a job compare their arrays
 MOST_DATASETS = 8  # that are kept, those that were used last
 LONGEST_WAIT = 600  # seconds, for another process that parses the same dataset
 FILES_OF_SPLITS = {"temporal": ("times.tsv",), "given": ("splits.tsv",)}
@@ -51,23 +52,19 @@ def parsed_dataset(root: Path, protocol: ProtocolConfig) -> ParsedDataset:
     """
     users = root / "users.tsv"
     if not users.is_file() or users.stat().st_size < LEAST_BYTES:
-        return _parsed_in_memory(root, protocol)
+        return parse_dataset(root, protocol, IN_MEMORY, IN_MEMORY)
     try:
         return _cached(root, protocol)
     except (OSError, RuntimeError, DamagedArrays) as error:
         LOGGER.info("%s: parsed in memory; its arrays cannot be cached (%s)", root, error)
-        return _parsed_in_memory(root, protocol)
+        arrays = GrowingArrays(item_dtype=ITEM_DTYPE)
+        return parse_dataset(root, protocol, arrays, arrays)
 
 
 def cached_datasets() -> Path:
     """Return the folder of the parsed datasets, which may not exist yet. Raises RuntimeError without a home folder."""
     named = os.environ.get(CACHE_VARIABLE)
     return expanded_path(named) if named else cache_folder() / "parsed"
-
-
-def _parsed_in_memory(root: Path, protocol: ProtocolConfig) -> ParsedDataset:
-    """Parse a dataset, with all its arrays in memory. Raises InputError."""
-    return parse_dataset(root, protocol, IN_MEMORY, IN_MEMORY)
 
 
 def _cached(root: Path, protocol: ProtocolConfig) -> ParsedDataset:
@@ -94,7 +91,8 @@ def _parsed_into(entry: Path, root: Path, protocol: ProtocolConfig, before: dict
         with whole_folder(entry) as temporary:
             scratch = temporary.parent / "scratch"
             scratch.mkdir()
-            parsed = parse_dataset(root, protocol, GrowingArrays(scratch), GrowingArrays(temporary))
+            arrays = (GrowingArrays(folder, ITEM_DTYPE) for folder in (scratch, temporary))
+            parsed = parse_dataset(root, protocol, *arrays)
             if _states_of_files(root, protocol) != before:
                 raise OSError("a file changed while it was read")
             write_index(

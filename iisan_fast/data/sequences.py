@@ -53,7 +53,7 @@ class Sequences:
         if self.without_history is None:
             object.__setattr__(self, "without_history", dict.fromkeys(LEAVE_ONE_OUT, 0))
 
-    @property
+    @cached_property
     def training(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (offsets, int64 [users + 1], items) of all histories, each cut where its training ends.
 
