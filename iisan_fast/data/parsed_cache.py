@@ -6,6 +6,7 @@ is made again; without room for one the dataset is parsed in memory.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -86,6 +87,8 @@ def _parsed_into(entry: Path, root: Path, protocol: ProtocolConfig, before: dict
 
     Raises InputError, and OSError if there is no room.
     """
+    if os.path.lexists(entry) and not (entry / INDEX).exists():  # a damaged one that could not be removed, or a file
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(entry))
     LOGGER.info("%s: parsing; its arrays are written into %s", root, entry)
     try:
         with whole_folder(entry) as temporary:

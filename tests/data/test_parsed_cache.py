@@ -244,6 +244,20 @@ def test_the_datasets_used_last_are_kept(tmp_path, cache, monkeypatch):
     assert entries(cache) == sorted([made[0], made[2]])
 
 
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_what_stands_in_the_place_of_a_dataset_stays_and_is_no_error(tmp_path, cache, monkeypatch, caplog, is_folder):
+    root = write_dataset(tmp_path / "d")
+    expected = plain(load_dataset(root))
+    (entry,) = entries(cache)
+    shutil.rmtree(entry)
+    entry.mkdir() if is_folder else entry.write_text("")
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as of another user's folder
+    caplog.set_level(logging.INFO, "iisan_fast")
+    assert plain(load_dataset(root)) == expected
+    assert f"{root}: parsed in memory; its arrays cannot be cached ([Errno 17] File exists" in caplog.text
+    assert entries(cache) == [entry]
+
+
 class Full(growing_arrays.GrowingArrays):
     """Arrays in a folder without room for the items."""
 
