@@ -45,7 +45,7 @@ def local_batches(
 
 def batch_slots(sequences: Sequences, batch_users: int, seed: int, epoch: int, taken: int = 0) -> Iterator[int]:
     """Yield the items in the histories of each batch of an epoch, those of all ranks. Arguments: of `epoch_batches`."""
-    lengths = np.diff(sequences.training[0])
+    lengths = sequences.training_lengths
     for _, users in _users_of_batches(sequences, batch_users, seed, epoch, taken):
         yield int(lengths[users].sum())
 
