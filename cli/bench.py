@@ -96,7 +96,7 @@ def _run(benchmark: Benchmark, dataset: Path | None, options: dict[str, Any]) ->
     if benchmark.takes_encoders:
         settings["encoders"] = _encoder_sets(options)
     device = torch_device(options.get("device", "cpu"))
-    setup = Setup(dataset, device, options.get("folder"), joined_ranks())
+    setup = Setup(dataset, device, options.get("folder"), joined_ranks(f"bench {benchmark.name}"))
     result = run_benchmark(benchmark, benchmark.settings(**settings), setup)
     if not setup.ranks.is_first:
         return

@@ -105,7 +105,7 @@ def recommend(
         chosen = [_listed(name, values, catalogue) if values else None for name, values in lists.items()]
         return model, histories, serving.allowed_items(catalogue, *chosen)
 
-    ranks = joined_ranks()
+    ranks = joined_ranks("recommend")
     model, histories, allowed = ranks.all_do(read)
     counted = _Counted(len(histories.user_ids), histories.unknown)
     with closing(serving.recommend(model, histories, top_k, not keep_history, allowed, ranks)) as parts:

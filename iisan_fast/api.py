@@ -147,7 +147,7 @@ def extract(
     from . import states
 
     asked = None if shard is None else states.parsed_shard(shard)
-    ranks = joined_ranks()
+    ranks = joined_ranks(f"extract{', dry run' * dry_run}")
     where = ranks.all_do(lambda: torch_device(device))
     loaded = dataset
     if not isinstance(loaded, Dataset):
@@ -244,8 +244,9 @@ def train(
         chosen["uncached"] = uncached
     from . import training
 
-    ranks = joined_ranks()
-    if dataset is None and config is None:
+    is_demo = dataset is None and config is None
+    ranks = joined_ranks(f"train{', demo' * is_demo}{', dry run' * dry_run}")
+    if is_demo:
         from . import demo
 
         if encoders:
@@ -316,7 +317,8 @@ def resume(
     )
     where = torch_device(device)
     report = _on_epoch(on_epoch)
-    return {"run": str(folder), **training.resume(folder, where, report, table, changes, joined_ranks())}
+    ranks = joined_ranks("resume, changed" if changes else "resume")
+    return {"run": str(folder), **training.resume(folder, where, report, table, changes, ranks)}
 
 
 @_checks_names((*EVALUATION_SETTINGS, *TERM_SETTINGS))
@@ -346,7 +348,8 @@ def evaluate(
     terms = {name: settings.pop(name) for name in TERM_SETTINGS if name in settings}
     asked = changed_section("scoring", ScoringConfig, None, terms)
     resolved = changed_section("evaluation", EvaluationConfig, evaluation, settings)
-    return training.evaluate_run(as_path("run", run), split, resolved, torch_device(device), asked, joined_ranks())
+    where = torch_device(device)
+    return training.evaluate_run(as_path("run", run), split, resolved, where, asked, joined_ranks("evaluate"))
 
 
 @_checks_names()

@@ -10,7 +10,7 @@ from datetime import timedelta
 from ..devices import local_gpu
 from ..errors import InputError
 from ..launcher import JobPlace, job_place
-from .agreement import refuse_other_code
+from .agreement import refuse_disagreement, refuse_other_code
 from .machines import Machine, take_share_of_cores
 from .meeting import job_store
 from .ranks import ALONE, Ranks
@@ -22,11 +22,13 @@ _joined: list[Ranks] = []
 _stays_alone: ContextVar[bool] = ContextVar("stays_alone", default=False)
 
 
-def joined_ranks() -> Ranks:
+def joined_ranks(work: str | None = None) -> Ranks:
     """Return the ranks of this job: `ALONE` unless a launcher has started several processes.
 
-    The first call waits for all ranks, and gives this one its share of the machine's cores. Raises InputError if the
-    launcher's variables are no job, if the ranks do not come together, or if they run other code.
+    The first call waits for all ranks, and gives this one its share of the machine's cores. work: what this rank is
+    about to do, in a few words; ranks that did different things would wait for each other's exchanges for ever. Raises
+    InputError if the launcher's variables are no job, if the ranks do not come together, if they run other code, or if
+    the work is not the same.
     """
     if _stays_alone.get():
         return ALONE
@@ -35,7 +37,10 @@ def joined_ranks() -> Ranks:
         return ALONE
     if not _joined:
         _joined.append(_join(place))
-    return _joined[0]
+    (ranks,) = _joined
+    if work is not None:
+        refuse_disagreement(ranks, {"work": work})
+    return ranks
 
 
 def _join(place: JobPlace) -> Ranks:

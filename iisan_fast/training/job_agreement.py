@@ -36,10 +36,10 @@ def _digests(sequences: Sequences) -> dict[str, str]:
         "histories": (sequences.offsets, sequences.items, sequences.training_ends),
         "targets": (*sequences.targets.values(), *sequences.target_counts.values()),
     }
-    digests = {name: "".join(_array_checksum(array) for array in parts) for name, parts in arrays.items()}
+    digests = {name: checksum(b"".join(map(_array_checksum, parts))).hex() for name, parts in arrays.items()}
     return {"items": checksum("\n".join(sequences.item_ids).encode()).hex(), **digests}
 
 
-def _array_checksum(array: np.ndarray) -> str:
-    """Return the checksum (hex) of an array's numbers."""
-    return checksum(memoryview(np.ascontiguousarray(array)).cast("B"), str(array.dtype).encode()).hex()
+def _array_checksum(array: np.ndarray) -> bytes:
+    """Return the checksum of an array's numbers."""
+    return checksum(memoryview(np.ascontiguousarray(array)).cast("B"), str(array.dtype).encode())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import iisan_fast
 from iisan_fast.errors import InputError
 from iisan_fast.ranks import Ranks, gathered, refuse_disagreement, refuse_too_few
 
@@ -39,6 +41,19 @@ def disagreements(ranks: Ranks, values: list[Mapping[str, Any]]) -> dict[str, st
         "values": error_of(lambda: refuse_disagreement(ranks, values[ranks.rank])),
         **{str(count): error_of(lambda count=count: refuse_too_few(ranks, count, "items")) for count in (1, 2, 3)},
     }
+
+
+def errors_of_other_work(ranks: Ranks, folder: Path) -> list[str]:
+    """Return the message of each call that differs between rank 0 and the others. folder: of no run and no dataset."""
+    missing = folder / "none"
+    calls = [
+        (lambda: iisan_fast.train(missing), lambda: iisan_fast.evaluate(missing)),
+        (lambda: iisan_fast.train(missing), lambda: iisan_fast.train(missing, dry_run=True)),
+        (lambda: iisan_fast.train(missing), lambda: iisan_fast.train()),
+        (lambda: iisan_fast.resume(missing), lambda: iisan_fast.resume(missing, epochs=3)),
+        (lambda: iisan_fast.extract(missing, folder, text_encoder="x"), lambda: iisan_fast.resume(missing)),
+    ]
+    return [error_of(pair[ranks.rank > 0]) for pair in calls]
 
 
 def error_of(work: Callable[[], Any]) -> str:

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from helpers.rank_calls import disagreements
+from helpers.rank_calls import disagreements, errors_of_other_work
 from helpers.rank_processes import run_on_ranks
 from iisan_fast.ranks import ALONE, refuse_disagreement
 from iisan_fast.ranks.agreement import code_digest
@@ -38,6 +38,21 @@ def test_the_first_rank_that_differs_is_named_on_all(values, what):
         assert report["values"] == message
         assert report["3"] == ""
         assert report["2"] == "items: expected at least one for each of 3 ranks, found 2; start fewer"
+
+
+def test_ranks_that_do_other_work_are_refused(tmp_path):
+    differences = [
+        ("evaluate", "train"),
+        ("train, dry run", "train"),
+        ("train, demo", "train"),
+        ("resume, changed", "resume"),
+        ("resume", "extract"),
+    ]
+    messages = [
+        f'rank 1 on {socket.gethostname()} differs from rank 0: work is "{there}" there, "{here}" here; {REMEDY}'
+        for there, here in differences
+    ]
+    assert run_on_ranks(2, errors_of_other_work, tmp_path) == [messages, messages]
 
 
 def test_one_process_agrees_with_itself():
