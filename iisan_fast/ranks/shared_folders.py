@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import uuid
 from pathlib import Path
 
@@ -20,16 +19,16 @@ def refuse_unshared(ranks: Ranks, folder: Path) -> None:
     mark = folder / ranks.from_first(f".seen-{uuid.uuid4().hex}")  # a new name: no file system answers from memory
     ranks.first_does(mark.touch)
     try:
-        ranks.all_do(lambda: _refuse_missing(mark, ranks))
+        ranks.all_do(lambda: _refuse_missing(mark))
     finally:
         if ranks.is_first:
             mark.unlink(missing_ok=True)
 
 
-def _refuse_missing(mark: Path, ranks: Ranks) -> None:
+def _refuse_missing(mark: Path) -> None:
     """Raise InputError if this rank does not see a file."""
     if not mark.exists():
         raise InputError(
-            f"{mark.parent.absolute()}: rank {ranks.rank} on {socket.gethostname()} does not see what rank 0 writes "
-            "there; choose a folder that all machines share, and start all ranks in one working folder"
+            f"{mark.parent.absolute()}: the files that rank 0 writes there are not seen; choose a folder that all "
+            "machines share, and start all ranks in one working folder"
         )

@@ -18,7 +18,7 @@ from iisan_fast.config import RunConfig
 from iisan_fast.errors import InputError, Stopped
 from iisan_fast.precision import Precision
 from iisan_fast.ranks import Ranks, refuse_unshared
-from iisan_fast.training import resume_run, start_run, trainer, training_loop
+from iisan_fast.training import lost_best, resume_run, start_run, trainer, training_loop
 from iisan_fast.training.checkpoints import ITEM_VECTORS
 from iisan_fast.training.resume_run import resume
 from iisan_fast.training.run_changes import RunChanges
@@ -35,7 +35,8 @@ def in_float64() -> Iterator[None]:
     build = trainer.build_recommender
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "build_recommender", lambda *arguments: build(*arguments).double())
-        patch.setattr(training_loop, "item_vectors", lambda tensors, *_: tensors[ITEM_VECTORS])
+        for module in (training_loop, lost_best):
+            patch.setattr(module, "item_vectors", lambda tensors, *_: tensors[ITEM_VECTORS])
         for module in (start_run, resume_run):
             patch.setattr(module, "resolve_precision", lambda *_: PRECISION)
         yield

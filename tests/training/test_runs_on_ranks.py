@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import socket
 from pathlib import Path
@@ -63,6 +64,48 @@ def test_a_run_on_ranks_is_that_of_one(tmp_path, config, alone):
     assert [epochs for _, epochs in results] == [[1, 2], []]  # rank 0 alone reports
     assert_near(tmp_path / "run", alone)
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 2
+
+
+KINDS = {
+    "options": {"train": {"ema_decay": 0.6, "clip_norm": 0.05, "schedule": "cosine", "warmup_epochs": 0.5}},
+    "reversed": {"train": {"reverse": True, "weight_decay": 1.0}},
+    "full": {"train": {"loss": "full"}},
+    "sampled": {"train": {"loss": "sampled:8"}},
+    "gbce": {"train": {"loss": "gbce:8"}},
+    "item ids": {"model": {"item_ids": True}},
+    "id": {
+        "model": {"method": "id", "bottleneck": 64},
+        "train": {"learning_rates": {}},
+        "whole": {"cache": None, "views": ()},
+    },
+    "frozen": {"model": {"method": "frozen", "bottleneck": 64}, "train": {"learning_rates": {}}},
+    "terms": {"scoring": {"fit_terms": True, "cooccurrence": None, "similarity": None}},
+    "neighbours": {"whole": {"model": ModelConfig(method="neighbours"), "train": TrainConfig()}},
+    "sharded": {"placement": "sharded"},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_every_kind_is_that_of_one_rank(tmp_path, config, kind):
+    changes = dict(KINDS[kind])
+    placement = changes.pop("placement", "auto")
+    sections = changes.pop("whole", {})
+    sections |= {name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()}
+    changed = dataclasses.replace(config, **sections)
+    expected, _ = trained(ALONE, changed, tmp_path / "alone")
+    assert isinstance(expected, dict), expected
+    results = run_on_ranks(3, functools.partial(trained, placement=placement), changed, tmp_path / "run")
+    assert [figures for figures, _ in results] == [expected] * 3
+    if kind != "neighbours":
+        assert_near(tmp_path / "run", tmp_path / "alone")
+        for results in (
+            run_on_ranks(3, trained, changed, tmp_path / "stopped", (2, STEPS + 1)),
+            run_on_ranks(2, resumed, tmp_path / "stopped", (0, 3)),
+        ):
+            assert all("is saved" in message for message, _ in results), results
+        assert resumed(ALONE, tmp_path / "stopped")[0] == expected
+        assert_near(tmp_path / "stopped", tmp_path / "alone")
 
 
 def test_a_signal_on_one_rank_stops_all_after_the_same_step_and_one_goes_on(tmp_path, config, alone):
@@ -151,6 +194,8 @@ def test_a_folder_that_the_machines_do_not_share_is_one_line(tmp_path):
         (folder / "runs").mkdir(parents=True)
     assert run_on_ranks(2, unshared, [folders[0]] * 2) == ["", ""]
     messages = run_on_ranks(2, unshared, folders)
-    expected = f"{folders[1] / 'runs'}: rank 1 on {socket.gethostname()} does not see what rank 0 writes there"
+    expected = (
+        f"rank 1 on {socket.gethostname()}: {folders[1] / 'runs'}: the files that rank 0 writes there are not seen"
+    )
     assert messages[0] == messages[1] and messages[0].startswith(expected)
     assert [list((folder / "runs").iterdir()) for folder in folders] == [[], []]
