@@ -55,14 +55,17 @@ def resumed(ranks: Ranks, out: Path, stop: tuple[int, int] | None = None, **chan
     return _ended(ranks, stop, lambda on_epoch: resume(out, CPU, on_epoch, changes=RunChanges(**changes), ranks=ranks))
 
 
-def unshared(ranks: Ranks, folders: list[Path]) -> str:
-    """Return the message for a folder that each rank, as if on a machine of its own, looks for in its folder."""
-    os.chdir(folders[ranks.rank])
-    try:
-        refuse_unshared(dataclasses.replace(ranks, on_this_machine=1), Path("runs"))
-    except InputError as error:
-        return str(error)
-    return ""
+def unshared(ranks: Ranks, folders: list[Path]) -> list[str]:
+    """Return the messages for the first folder, and for the folder of each rank, as if on a machine of its own."""
+    messages = []
+    for folder in (folders[0], folders[ranks.rank]):
+        os.chdir(folder)
+        try:
+            refuse_unshared(dataclasses.replace(ranks, on_this_machine=1), Path("runs"))
+            messages.append("")
+        except InputError as error:
+            messages.append(str(error))
+    return messages
 
 
 def _ended(ranks: Ranks, stop: tuple[int, int] | None, run: Callable[[Callable], dict[str, Any]]) -> Any:

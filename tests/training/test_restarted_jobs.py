@@ -107,7 +107,7 @@ def test_a_job_without_a_store_begins_another_run(toy_run, job, monkeypatch):
 def test_a_store_that_does_not_answer_is_one_line(toy_run, job, monkeypatch):
     port = free_port()
     monkeypatch.setenv("MASTER_PORT", str(port))
-    monkeypatch.setattr("iisan_fast.ranks.job_memory.SECONDS", 1)
+    monkeypatch.setattr("iisan_fast.ranks.job_memory.SECONDS", 0.1)
     with pytest.raises(InputError, match=f"MASTER_ADDR, MASTER_PORT: the launcher's store .* at 127.0.0.1:{port} "):
         api.train(*toy_run, epochs=1, device="cpu", **SIZES)
 
