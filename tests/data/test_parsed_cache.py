@@ -233,6 +233,8 @@ def test_another_entry_under_this_name_is_not_taken(tmp_path, cache, caplog):
 
 def test_the_datasets_used_last_are_kept(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(parsed_cache, "MOST_DATASETS", 2)
+    parsed = []
+    monkeypatch.setattr(parsed_cache, "parse_dataset", lambda *words: parsed.append(words) or parse_dataset(*words))
     root = write_dataset(tmp_path / "d")
     made = []
     for number, least in enumerate((4, 5, 6)):
@@ -241,7 +243,7 @@ def test_the_datasets_used_last_are_kept(tmp_path, cache, monkeypatch):
         os.utime(new / "index.json", (number, number))
         made.append(new)
         load_dataset(root, ProtocolConfig(min_interactions=4))  # used again
-    assert entries(cache) == sorted([made[0], made[2]])
+    assert entries(cache) == sorted([made[0], made[2]]) and len(parsed) == 3
 
 
 @pytest.mark.parametrize("is_folder", [True, False])
