@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ CPU = torch.device("cpu")
 IDS = [f"i{i}" for i in range(1, 12)]
 ROW_BYTES = 4 * (2 * 4 + 3 * 5)
 GIB = 1 << 30
+ON_RANK_1 = f"rank 1 on {socket.gethostname()}"  # before an error that rank 1 alone meets
 LISTS = [  # for each gathering, the items of each rank
     [[1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]],
     [[11, 3, 3, 1, 0, 0], [], [7]],
@@ -121,7 +123,7 @@ def test_states_that_one_rank_lacks_are_refused_by_all(tmp_path, cache, whole):
     messages = run_on_ranks(2, refused, [cache, tmp_path / "cache"], lacking)
     assert messages[0] == messages[1]
     assert messages[0].startswith(
-        f"InputError: {tmp_path / 'cache'}: view 'a' lacks 1 of 6 items (new); run iisan-fast"
+        f"InputError: {ON_RANK_1}: {tmp_path / 'cache'}: view 'a' lacks 1 of 6 items (new); run iisan-fast"
     )
 
 
@@ -137,7 +139,8 @@ def test_other_states_on_one_rank_are_refused_by_all(tmp_path):
         len(set(messages)) == 1 and "differs from rank 0: view 'a'.unescaped is false there, true here" in messages[0]
     )
     messages = run_on_ranks(2, opened, [caches[0], caches[2]], IDS)
-    assert messages == [f"{caches[2]}: not a cache of hidden states (no manifest.json); run iisan-fast extract"] * 2
+    missing = f"{caches[2]}: not a cache of hidden states (no manifest.json); run iisan-fast extract"
+    assert messages == [f"{ON_RANK_1}: {missing}"] * 2
 
 
 def test_states_that_are_not_finite_on_one_rank_are_refused_by_all(tmp_path):
@@ -161,7 +164,7 @@ def test_ranks_place_a_table_together():
         (
             "sharded",
             [4 * GIB, 800 << 20],
-            "table: sharded needs 512 MiB, found 400 MiB free; choose mapped, or leave it to auto",
+            f"{ON_RANK_1}: table: sharded needs 512 MiB, found 400 MiB free; choose mapped, or leave it to auto",
         ),
     ]
     for results in run_on_ranks(2, placed, [(asked, free) for asked, free, _ in cases], GIB):
