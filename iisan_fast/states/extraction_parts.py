@@ -63,14 +63,19 @@ class Part:
 
     def open(self) -> Store:
         """Open the store for writing. Raises InputError as `Store` does, or if the cache was merged meanwhile."""
+        self._refuse_merged()
         store = Store(self.path, writable=True, shard=self.shard)
         try:
-            if self.shard is not None:  # a process that merges holds the lock until the cache is a whole one
-                _refuse_other_count(self.cache, read_shard_count(self.cache), self.shard)
+            self._refuse_merged()  # a process that merges holds the lock until the cache is a whole one
         except BaseException:
             store.close()
             raise
         return store
+
+    def _refuse_merged(self) -> None:
+        """Raise InputError if this is a shard, and the cache is in other shards now, or in none."""
+        if self.shard is not None:
+            _refuse_other_count(self.cache, read_shard_count(self.cache), self.shard)
 
 
 def planned_shard_count(cache: Path, shard: Shard | None, ranks: Ranks) -> int | None:

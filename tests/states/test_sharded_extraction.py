@@ -20,6 +20,7 @@ from helpers.rank_processes import run_on_ranks
 from iisan_fast.config import ViewConfig
 from iisan_fast.data.sequences import load_dataset
 from iisan_fast.errors import InputError, Stopped
+from iisan_fast.states import extraction_parts
 from iisan_fast.states.extraction import Extracted
 from iisan_fast.states.feature_table import load_table
 from iisan_fast.states.manifest import read_manifest
@@ -197,6 +198,18 @@ def test_what_does_not_fit_the_cache_is_one_line_and_nothing_is_written(shards, 
     assert not (shards / "shards" / "2-of-2").exists()
     fill(cache=shards, shard=Shard(2, 2), **options)
     assert (shards / "manifest.json").read_bytes() == before and joined_entries(shards) == entries(whole)
+
+
+@pytest.mark.parametrize("while_it_waits", [True, False])
+def test_a_shard_is_not_begun_in_a_cache_that_was_merged_meanwhile(shards, monkeypatch, while_it_waits):
+    counts = iter([2, None] if while_it_waits else [None])
+    monkeypatch.setattr(extraction_parts, "read_shard_count", lambda _: next(counts))
+    before = sorted((shards / "shards").rglob("*"))
+    with pytest.raises(InputError, match="c: the cache has no shards, expected 2; leave shard out"):
+        extraction_parts.Part(shards, Shard(1, 2), range(3)).open()
+    monkeypatch.undo()
+    assert sorted((shards / "shards").rglob("*")) == before
+    extraction_parts.Part(shards, Shard(1, 2), range(3)).open().close()  # the lock was released
 
 
 def test_states_without_a_manifest_are_refused_also_in_a_dry_run(shards, root, whole):
