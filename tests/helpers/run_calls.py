@@ -68,6 +68,11 @@ def unshared(ranks: Ranks, folders: list[Path]) -> list[str]:
     return messages
 
 
+def trained_unlike(ranks: Ranks, configs: list[RunConfig], out: Path) -> str:
+    """Return the message that ends a run for which each rank has its configuration."""
+    return trained(ranks, configs[ranks.rank], out)[0]
+
+
 def _ended(ranks: Ranks, stop: tuple[int, int] | None, run: Callable[[Callable], dict[str, Any]]) -> Any:
     epochs: list[int] = []
     with in_float64(), pytest.MonkeyPatch.context() as patch:

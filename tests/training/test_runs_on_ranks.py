@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from helpers.rank_processes import run_on_ranks
-from helpers.run_calls import PRECISION, in_float64, resumed, trained, unshared
+from helpers.run_calls import PRECISION, in_float64, resumed, trained, trained_unlike, unshared
 from helpers.run_folders import assert_same_run, untimed, write_recorded
 from iisan_fast.config import ModelConfig, RunConfig, TrainConfig
 from iisan_fast.data.batches import make_batch
@@ -117,6 +118,25 @@ def test_a_signal_on_one_rank_stops_all_after_the_same_step_and_one_goes_on(tmp_
     assert (state["epoch"], state["under_way"]["steps"]) == (1, 3)
     resumed(ALONE, run)
     assert_near(run, alone)
+
+
+def test_ranks_with_other_settings_or_histories_are_one_line(tmp_path, config):
+    dataset = tmp_path / "dataset"
+    shutil.copytree(config.dataset, dataset)
+    first, *lines = (dataset / "users.tsv").read_text().splitlines(keepends=True)
+    user, items = first.rstrip("\n").split("\t")
+    (dataset / "users.tsv").write_text("".join([f"{user}\t{' '.join(reversed(items.split()))}\n", *lines]))
+    others = {
+        "train.seed is 1 there, 0 here;": dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1)),
+        'dataset.histories is "': dataclasses.replace(config, dataset=str(dataset)),
+    }
+    for difference, other in others.items():
+        messages = run_on_ranks(2, trained_unlike, [config, other], tmp_path / "run")
+        assert messages[0] == messages[1]
+        assert messages[0].startswith(f"rank 1 on {socket.gethostname()} differs from rank 0: {difference}")
+        there, here = messages[0].partition(" is ")[2].partition(";")[0].split(", ")[:2]
+        assert there.removesuffix(" there") != here.removesuffix(" here")
+    assert not (tmp_path / "run").exists()
 
 
 def local(config: RunConfig, **changes) -> RunConfig:
