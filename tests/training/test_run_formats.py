@@ -166,8 +166,8 @@ def test_runs_of_known_formats_open(old, number):
 
 def test_a_cache_of_another_format_is_refused_in_one_line(old):
     path = old / "cache" / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3}))
-    message = f"error: {path}: format: expected 1 or 2, found 3; extract into a new cache\n"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 4}))
+    message = f"error: {path}: format: expected 1 or 2, found 4; extract into a new cache\n"
     assert refused("train", old / "dataset", "--cache", old / "cache", "--out", old / "new") == message
     assert refused("train", "--resume", old / "run") == message
     assert not (old / "new").exists()

@@ -162,7 +162,7 @@ def test_the_norm_does_not_depend_on_the_threads(threads_given_back):
         gradient = step.storage.gradient
         gradient.copy_(torch.randn(len(gradient), generator=torch.Generator().manual_seed(0), dtype=gradient.dtype))
         step.storage.steps.fill_(1)
-        calls = StepCalls(gradient.dtype, items=1, rows=1)
+        calls = StepCalls(gradient.dtype, items=1, rows=1, encoded=1)
         adam = FlatAdamCalls(calls, step.storage.adam(), step.record)
         adam.update()
         calls.schedule.run()
