@@ -91,7 +91,7 @@ def measured_row(cache: Path, items: int, table: str, ranks: int, settings: Scal
     row: dict[str, Any] = {"items": items, "table": table, "ranks": ranks, "table_bytes": size}
     free = free_memory(CPU)
     if table != "mapped" and free is not None and size > FITS * free:
-        return {**row, "why": f"needs {size_text(size)}, found {size_text(free)} free"}
+        return {**row, "why": f"needs {size_text(size)}, more than {FITS:.0%} of the {size_text(free)} free"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "figures.json"
         measurement = TableMeasurement(
