@@ -187,14 +187,15 @@ def test_sigterm_to_torchrun_saves_the_run_which_goes_on_with_as_many_ranks(toy_
 
 @pytest.mark.long
 def test_a_lost_machine_leaves_the_run_to_the_ranks_of_the_others(toy_run, tmp_path):
-    """Two agents of one rank stand for two machines; the second is killed with its rank."""
+    """Two agents of one rank stand for two machines; the second, without the store, is killed with its rank."""
     port = free_port()
     options = ("--nnodes", "1:2", "--nproc-per-node", 1, "--max-restarts", 3, "--rdzv-backend", "c10d")
     options = (*options, "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job", "--local-addr", "127.0.0.1")
+    options, conf = (*options, "--rdzv-conf"), "last_call_timeout=5"
     run = tmp_path / "runs" / "toy-1"
     with (
-        torchrun(tmp_path, *settings_of(toy_run), options=(*options, "--rdzv-conf", "last_call_timeout=5")) as first,
-        torchrun(tmp_path, *settings_of(toy_run), options=(*options, "--rdzv-conf", "last_call_timeout=5")) as second,
+        torchrun(tmp_path, *settings_of(toy_run), options=(*options, f"{conf},is_host=true")) as first,
+        torchrun(tmp_path, *settings_of(toy_run), options=(*options, f"{conf},is_host=false")) as second,
     ):
         wait_for(run / "metrics.jsonl", first)
         for victim in (second.pid, *ranks_of(second)):
