@@ -94,6 +94,6 @@ def _number(name: str, largest: int, default: int | None = None) -> int:
     if text is None and default is not None:
         return default
     if text is None or not text.isdecimal() or int(text) > largest:
-        found = "none" if text is None else repr(text)
-        raise InputError(f"{name}: expected a whole number from 0 to {largest}, found {found}; {REMEDY}")
+        value = "none" if text is None else repr(text)
+        raise InputError(f"{name}: expected a whole number from 0 to {largest}, found {value}; {REMEDY}")
     return int(text)

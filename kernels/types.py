@@ -299,7 +299,7 @@ class StepOps(NamedTuple):
 
 
 class RankSeam(NamedTuple):
-    """What several ranks exchange in a step on a GPU: N blocks of E vectors, of all ranks one after the other.
+    """The tensors that ranks exchange in a step on a GPU: N blocks of E vectors, of all ranks one after the other.
 
     The last three are launches: after the vectors are gathered, before their gradients are added up, and after the
     weights' gradients and the loss shares are.

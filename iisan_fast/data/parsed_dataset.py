@@ -46,18 +46,18 @@ def parse_dataset(root: Path, protocol: ProtocolConfig, scratch: GrowingArrays, 
     missing or malformed file, naming file and line, and OSError if there is no room for the arrays.
     """
     table = read_items(root, protocol.unescape_titles)
-    histories, kept = _kept_histories(root, table.ids, protocol, scratch)
+    histories, split = _kept_histories(root, table.ids, protocol, scratch)
     counts = np.zeros(len(table.ids) + 1, dtype=np.int64)
-    for block in _kept_items(histories.items, kept):
+    for block in _kept_items(histories.items, split):
         counts += np.bincount(block, minlength=len(counts))
     catalogue = np.flatnonzero(counts)
     number = np.zeros(len(counts), dtype=result.item_dtype)
     number[catalogue] = np.arange(1, len(catalogue) + 1)
     items = result.array("items", result.item_dtype)
-    for block in _kept_items(histories.items, kept):
+    for block in _kept_items(histories.items, split):
         items.append(number[block])
     user_ids = result.texts("user_ids")
-    user_ids.extend_by(histories.user_ids, kept.users)
+    user_ids.extend_by(histories.user_ids, split.users)
     item_ids = [table.ids[item - 1] for item in catalogue]
     titles = [table.titles[item - 1] for item in catalogue]
     captions = table.captions or {}
@@ -67,12 +67,12 @@ def parse_dataset(root: Path, protocol: ProtocolConfig, scratch: GrowingArrays, 
         item_ids=item_ids,
         titles=titles,
         captions=[captions.get(item_id, stand_in) for item_id, stand_in in zip(item_ids, stand_ins)],
-        offsets=kept.offsets,
+        offsets=split.offsets,
         items=items.finish(),
-        training_ends=kept.training_ends,
-        targets=kept.targets,
-        target_counts=kept.target_counts,
-        without_history=kept.without_history,
+        training_ends=split.training_ends,
+        targets=split.targets,
+        target_counts=split.target_counts,
+        without_history=split.without_history,
     )
 
 
@@ -120,8 +120,8 @@ def _temporal(
     return split._replace(users=users[split.users], starts=split.starts + moved[split.users])
 
 
-def _kept_items(items: np.ndarray, kept: SplitHistories) -> Iterator[np.ndarray]:
+def _kept_items(items: np.ndarray, split: SplitHistories) -> Iterator[np.ndarray]:
     """Yield the items of the kept histories, some users' at a time. items: of all histories."""
-    lengths = np.diff(kept.offsets)
+    lengths = np.diff(split.offsets)
     for first, end in row_blocks(lengths):
-        yield items[places(kept.starts[first:end], lengths[first:end])]
+        yield items[places(split.starts[first:end], lengths[first:end])]

@@ -104,8 +104,8 @@ def planned_shard_count(cache: Path, shard: Shard | None, ranks: Ranks) -> int |
 def _refuse_other_folders(cache: Path, count: int) -> None:
     """Raise InputError if a cache that has lost its manifest has shards of another number than `count`."""
     expected = {shard.folder(cache).name for shard in all_shards(count)}
-    found = sorted(path.name for path in (cache / FOLDER).iterdir()) if (cache / FOLDER).is_dir() else []
-    if others := [name for name in found if name not in expected]:
+    present = sorted(path.name for path in (cache / FOLDER).iterdir()) if (cache / FOLDER).is_dir() else []
+    if others := [name for name in present if name not in expected]:
         raise InputError(
             f"{cache}: {FILE} is missing, and {FOLDER}/{others[0]} is none of {count} shards; restore that file, "
             "give --shard with one of the shards, or choose another cache"

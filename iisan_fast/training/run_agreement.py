@@ -15,7 +15,7 @@ from .untrained_run import Popularity
 
 
 class LoadedRun(Protocol):
-    """What ranks of a run: a BestRun or a RankingRun."""
+    """A run that is loaded to rank: a BestRun or a RankingRun."""
 
     @property
     def epoch(self) -> int:

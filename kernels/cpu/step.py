@@ -96,8 +96,8 @@ class CpuStep:
         check_step_batch(batch, self._weights, self._shared)
         if not self.takes(batch):
             expected = "at most {} items and {} rows of the first batch's kind".format(*self.room[:2])
-            found = f"{len(batch.distinct)} items and {len(batch.targets)} rows"
-            raise ValueError(f"batch: expected {expected}, found {found}")
+            sizes = f"{len(batch.distinct)} items and {len(batch.targets)} rows"
+            raise ValueError(f"batch: expected {expected}, found {sizes}")
         schedule = self._calls.schedule
         self._calls.batch = batch
 

@@ -41,7 +41,7 @@ def test_a_machine_with_one_gpu_has_no_figure(gpus, monkeypatch):
 
 @pytest.mark.parametrize(("float32", "is_refused"), [(1.0001, False), (1.01, True), (float("nan"), True)])
 def test_losses_in_fp32_must_be_those_of_one_gpu(float32, is_refused, monkeypatch):
-    """Those of bfloat16 are reported alone. The rows of a refused job are saved all the same."""
+    """Losses in bfloat16 are reported without a check. The rows of a refused job are saved all the same."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     jobs = {
         1: [row("bfloat16", [2.0, 4.0], 1.0), row("float32", [2.0, 4.0], 3.0)],

@@ -236,14 +236,14 @@ def test_the_datasets_used_last_are_kept(tmp_path, cache, monkeypatch):
     parsed = []
     monkeypatch.setattr(parsed_cache, "parse_dataset", lambda *words: parsed.append(words) or parse_dataset(*words))
     root = write_dataset(tmp_path / "d")
-    made = []
+    written = []
     for number, least in enumerate((4, 5, 6)):
         load_dataset(root, ProtocolConfig(min_interactions=least))
-        (new,) = {*entries(cache)} - {*made}
+        (new,) = {*entries(cache)} - {*written}
         os.utime(new / "index.json", (number, number))
-        made.append(new)
+        written.append(new)
         load_dataset(root, ProtocolConfig(min_interactions=4))  # used again
-    assert entries(cache) == sorted([made[0], made[2]]) and len(parsed) == 3
+    assert entries(cache) == sorted([written[0], written[2]]) and len(parsed) == 3
 
 
 @pytest.mark.parametrize("is_folder", [True, False])

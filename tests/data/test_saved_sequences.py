@@ -26,10 +26,16 @@ HISTORIES = [[1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 1]]
 
 def same(loaded, sequences) -> bool:
     arrays = [
-        (each.offsets, each.items, each.training_ends, each.targets["validation"], each.targets["test"])
-        for each in (loaded, sequences)
+        (
+            histories.offsets,
+            histories.items,
+            histories.training_ends,
+            histories.targets["validation"],
+            histories.targets["test"],
+        )
+        for histories in (loaded, sequences)
     ]
-    ids = [(each.user_ids, each.item_ids, each.max_inputs) for each in (loaded, sequences)]
+    ids = [(histories.user_ids, histories.item_ids, histories.max_inputs) for histories in (loaded, sequences)]
     return ids[0] == ids[1] and all(np.array_equal(*pair) and pair[0].dtype == np.int64 for pair in zip(*arrays))
 
 

@@ -109,7 +109,7 @@ def test_after_a_loss_that_is_not_finite_on_one_rank_none_updates():
 
 
 def test_graphs_are_freed_at_the_exit_before_the_ranks_part(monkeypatch):
-    """What is registered later is called earlier, and graphs are captured after the ranks have joined."""
+    """Python calls at its exit first what was registered last, and graphs are captured after the ranks have joined."""
     registered, freed = [], []
 
     class Graph:
